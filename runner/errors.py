@@ -1,0 +1,64 @@
+"""The error kinds of the project, each of which knows how to print itself.
+
+An error says where, what was found, what is accepted and how to mend it. The command line prints `str(error)` without a
+traceback; anything that is not a `RunnerError` is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class RunnerError(Exception):
+    """Bad input or a refused action: one message and, where one exists, a hint that can be pasted.
+
+    >>> print(RunnerError("no such grid 'demp'", hint="runner render demo"))
+    no such grid 'demp'
+    <BLANKLINE>
+    hint: runner render demo
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a file: `line` is 1-based, None for a value that came from the command line."""
+
+    key: str
+    what: str
+    line: int | None = None
+
+
+class RecipeError(RunnerError):
+    """Every problem found in one recipe (or one override list), printed together."""
+
+    def __init__(self, where: str, problems: Sequence[Problem], *, hint: str | None = None) -> None:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        width = max((len(problem.key) for problem in problems), default=0)
+        lines = [f"{where} has {count}", ""]
+        for problem in problems:
+            place = "override" if problem.line is None else f"line {problem.line}"
+            lines.append(f"  {place:<9} {problem.key:<{width}}  {problem.what}")
+        super().__init__("\n".join(lines), hint=hint)
+        self.where = where
+        self.problems = tuple(problems)
+
+
+class GridError(RunnerError):
+    """A grid file or template that cannot be rendered."""
+
+
+class DataError(RunnerError):
+    """A data set, row, tokenizer or chat template that cannot be trained on."""
+
+
+class RefusedError(RunnerError):
+    """An action that would lose, mix or silently change a run."""

@@ -1,0 +1,138 @@
+"""Writing files so that a kill at any instant leaves the old or the new content, and the lease on a run directory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text`: temporary file in the same folder, fsync, rename, fsync of the folder."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """As `write_text_atomic`, for bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make a rename or a new file inside `folder` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems refuse to sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def dump_json(value: Any) -> str:
+    """The one JSON layout of files that people read: sorted keys, two spaces, NaN refused."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """`write_text_atomic` of `dump_json`."""
+    write_text_atomic(path, dump_json(value))
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file, or None where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one row as one write, so that a reader sees whole lines except perhaps the last after a kill."""
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    with path.open("ab") as stream:
+        stream.write(line.encode())
+
+
+def load_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every whole row of a JSONL file; a torn last line (no newline: the writer was killed) is left out."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    whole, _, _ = text.rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines() if line]
+
+
+def write_jsonl_atomic(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a JSONL file."""
+    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of key order and layout."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class Lease:
+    """An exclusive `flock` on a run directory.
+
+    The lock belongs to the open file, not to the process: a child that gets `fileno` as its stdin keeps it held
+    while it lives, also when the parent is killed, and it is free the moment the last holder dies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("a+b")
+
+    def try_acquire(self) -> bool:
+        """True when the lease is now ours, False when a live process holds it."""
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def fileno(self) -> int:
+        """The descriptor to hand to the trainer as stdin."""
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        """Let go of our hold; the lease stays held while a child still has the descriptor."""
+        self._stream.close()
+
+
+def is_leased(path: Path) -> bool:
+    """Whether a live process holds the lease. Takes a shared lock for an instant, so it never blocks a holder."""
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return False
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
