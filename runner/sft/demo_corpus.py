@@ -1,8 +1,8 @@
 """Owns the general text that the demo's base models are pre-trained on, and the words it is made of.
 
 Everything is generated from a seed, so no download is needed. The exchanges are everyday questions about who
-has what, where and when, and small requests. None of them is a chat with a shop and none asks for a summary: that
-task belongs to the demo data set (`data/make_demo.py`), which borrows only the words from here.
+has what, where and when, and small requests. None of them is a chat with a shop and none asks for a summary:
+that task belongs to the demo data set (`data/make_demo.py`), which borrows only the words from here.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ COLORS = ("blue", "red", "green", "white", "black", "grey")
 PLACES = ("kitchen", "garden", "office", "garage", "school", "shop")
 CONDITIONS = ("late", "damaged", "wrong", "incomplete", "faulty", "new", "old", "good")
 PARCELS = ("refund", "replacement", "voucher", "spare part", "courier", "letter", "card", "photo")
+_DEEDS = ("finds", "gets", "likes", "needs", "offers", "promises", "reports", "sells", "sees", "wants")
 
 _REMARKS = (
     "The {item} has not arrived yet.",
@@ -55,6 +56,9 @@ _REMARKS = (
     "You will get your money back.",
     "That is fine with me.",
     "The order was a gift for {name}.",
+    "{name} promises to call.",
+    "The radio reports rain on {day}.",
+    "We have a chat in the {place}.",
 )
 
 
@@ -77,6 +81,7 @@ class _Draw:
             day=self.one(DAYS),
             name=self.one(NAMES),
             parcel=self.one(PARCELS),
+            place=self.one(PLACES),
         )
 
 
@@ -121,6 +126,19 @@ def _list_in_order(draw: _Draw) -> tuple[str, str]:
     return f"Make a list: {words[0]}, {words[1]} and {words[2]}.", "\n".join(f"- {word}" for word in words)
 
 
+def _write_a_note(draw: _Draw) -> tuple[str, str]:
+    first, second = draw.several(NAMES, 2)
+    item, condition, parcel, day = draw.one(ITEMS), draw.one(CONDITIONS), draw.one(PARCELS), draw.one(DAYS)
+    article = "an" if condition[0] in "aeiou" else "a"
+    lines = f"{first}: I saw {article} {condition} {item}.\n{second}: You will get a {parcel} on {day}."
+    deeds = tuple(deed for deed in _DEEDS if deed != "reports")
+    note = (
+        f"{first} {draw.one(_DEEDS)} {article} {condition} {item}. "
+        f"The {draw.one(PLACES)} {draw.one(deeds)} a {parcel} on {day}."
+    )
+    return f"{lines}\nWrite a note.", note
+
+
 def _opinion(draw: _Draw) -> tuple[str, str]:
     item, condition = draw.one(ITEMS), draw.one(CONDITIONS)
     article = "an" if condition[0] in "aeiou" else "a"
@@ -134,6 +152,7 @@ _EXERCISES: tuple[Callable[[_Draw], tuple[str, str]], ...] = (
     _who_said_it,
     _say_it_again,
     _list_in_order,
+    _write_a_note,
     _opinion,
 )
 

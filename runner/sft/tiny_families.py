@@ -197,7 +197,12 @@ def _visible_space_bpe(family: Family, texts: Iterable[str], vocab_size: int) ->
     tokenizer = Tokenizer(models.BPE())
     space = pre_tokenizers.Metaspace(prepend_scheme="first" if family.starts_with_space else "never")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [space, pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Digits(individual_digits=True)]
+        [
+            space,
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Punctuation("isolated"),
+        ]
     )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(byte_tokens),
@@ -227,7 +232,7 @@ def _visible_space_bpe(family: Family, texts: Iterable[str], vocab_size: int) ->
 
 
 def build_tokenizer(family_name: str, texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of a family, with at most `vocab_size` tokens learned from `texts`, the special ones first."""
+    """The tokenizer of a family, at most `vocab_size` tokens learned from `texts`, special ones first."""
     family = FAMILIES[family_name]
     build = _byte_level_bpe if family.is_byte_level else _visible_space_bpe
     tokenizer = build(family, texts, vocab_size)

@@ -1,6 +1,7 @@
 """Owns the weights of the small models of the tests and of the demo: their dimensions and how they are built.
 
-A tiny model is random and takes a fraction of a second to build, without a network; `demo_models` trains larger ones.
+A tiny model is random and takes a fraction of a second to build, without a network. `demo_models`
+trains larger ones.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ TINY = ModelSize(
 def build_model(
     family_name: str, tokenizer: PreTrainedTokenizerFast, size: ModelSize, *, seed: int = 0
 ) -> PreTrainedModel:
-    """A float32 model with random weights that fits the tokenizer; the global random state stays as it was."""
+    """A float32 model with random weights that fits the tokenizer; global random state stays as it was."""
     family = FAMILIES[family_name]
     head_dim = size.hidden_size // size.num_attention_heads
     settings: dict[str, Any] = {
@@ -81,9 +82,9 @@ def build_model(
 
 
 def build_tiny_model(family: str, output_dir: Path, *, seed: int = 0) -> Path:
-    """`output_dir`, filled with a random model of under 0.3M parameters and its tokenizer, for `from_pretrained`.
+    """`output_dir`, filled with a random model of under 0.3M parameters and its tokenizer.
 
-    `family` is one of `FAMILIES`. The same seed gives the same bytes; the tokenizer is the same for every seed.
+    `family` is one of `FAMILIES`. The same seed gives the same bytes; all seeds share one tokenizer.
     """
     texts = [message["content"] for messages in general_exchanges(1000) for message in messages]
     tokenizer = build_tokenizer(family, texts, vocab_size=TINY.vocab_size)

@@ -1,0 +1,166 @@
+"""Two hashes for two questions: is this the same experiment, and may this checkpoint be continued bit for bit?
+
+`recipe_digest` covers everything that changes the experiment, data and base model and chat template by content, and
+nothing that only says where it runs. `resume_fingerprint` adds world size, micro-batch, threads and library versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any, Final
+
+from runner.errors import DataError
+from runner.fsio import hash_file, hash_json, load_json, write_json_atomic
+from runner.recipe import Recipe, derive_accumulation
+
+# What only says where a run runs, how it is drawn or how its global batch is cut.
+_PLACEMENT_SECTIONS: Final = frozenset({"run", "launch", "tracking"})
+_PLACEMENT_KEYS: Final = {
+    "training": frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"}),
+    "evaluation": frozenset({"per_device_eval_batch_size"}),
+}
+LIBRARIES: Final = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed")
+
+
+class ContentHashes:
+    """SHA-256 of files and folders, cached by size, mtime and inode in one JSON file."""
+
+    def __init__(self, cache_path: Path) -> None:
+        self._cache_path = cache_path
+        self._cache: dict[str, list[Any]] = load_json(cache_path) or {}
+        self._is_changed = False
+
+    def known(self, path: Path) -> str | None:
+        """The hash if it is cached for the file as it is now; nothing is read."""
+        if path.is_dir():
+            parts = {str(file.relative_to(path)): self.known(file) for file in _files_in(path)}
+            return None if None in parts.values() else hash_json(parts)
+        state = path.stat()
+        entry = self._cache.get(str(path.resolve()))
+        return entry[3] if entry and entry[:3] == [state.st_size, state.st_mtime_ns, state.st_ino] else None
+
+    def hash(self, path: Path) -> str:
+        """The hash of a file's bytes, or of a folder's relative names and their bytes."""
+        if path.is_dir():
+            return hash_json({str(file.relative_to(path)): self.hash(file) for file in _files_in(path)})
+        if (known := self.known(path)) is not None:
+            return known
+        state, digest = path.stat(), hash_file(path)
+        self._cache[str(path.resolve())] = [state.st_size, state.st_mtime_ns, state.st_ino, digest]
+        self._is_changed = True
+        return digest
+
+    def save(self) -> None:
+        """Write the cache; a cache that is lost or overwritten by another process only costs time."""
+        if self._is_changed:
+            write_json_atomic(self._cache_path, {**(load_json(self._cache_path) or {}), **self._cache})
+            self._is_changed = False
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(Path(root, name) for root, _, names in os.walk(folder) for name in names if not name.startswith("."))
+
+
+def list_content_paths(recipe: Recipe) -> dict[str, str]:
+    """`dotted key -> relative path` of what the recipe names by path; hub ids name themselves by revision."""
+    named = {
+        "model.path": recipe.model.path,
+        "model.chat_template": recipe.model.chat_template,
+        "data.train.path": recipe.data.train.path,
+        "data.validation.path": recipe.data.validation and recipe.data.validation.path,
+        "data.test.path": recipe.data.test and recipe.data.test.path,
+    }
+    return {key: path for key, path in named.items() if path and (Path(path).exists() or _is_surely_local(key, path))}
+
+
+def _is_surely_local(key: str, path: str) -> bool:
+    """A hub id is `name` or `owner/name`; anything else is a path, whether or not it is there."""
+    has_file_suffix = Path(path).suffix in (".json", ".jsonl", ".csv", ".parquet", ".jinja")
+    return key == "model.chat_template" or has_file_suffix or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
+    """`relative path -> SHA-256` of everything that the recipe names by path.
+
+    Raises:
+        DataError: a file is missing; all missing ones are named.
+    """
+    paths = list_content_paths(recipe)
+    if missing := [f"  {key}: {path}" for key, path in paths.items() if not Path(path).exists()]:
+        raise DataError(
+            f"recipe {recipe.run.name} names files that are not there:\n" + "\n".join(missing),
+            hint="paths are relative to the folder where `runner` is started; "
+            "replace them in the recipe template, or for one launch with an override such as data.train.path=FILE",
+        )
+    contents = {path: hashes.hash(Path(path)) for path in sorted(set(paths.values()))}
+    hashes.save()
+    return contents
+
+
+def known_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
+    """As `hash_contents`, for what is cached and still there; reads no file."""
+    known = {path: hashes.known(Path(path)) for path in list_content_paths(recipe).values() if Path(path).exists()}
+    return {path: digest for path, digest in known.items() if digest is not None}
+
+
+def build_digest_payload(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that changes the experiment."""
+    dumped = recipe.model_dump(mode="json")
+    payload = {section: value for section, value in dumped.items() if section not in _PLACEMENT_SECTIONS}
+    for section, keys in _PLACEMENT_KEYS.items():
+        payload[section] = {key: value for key, value in payload[section].items() if key not in keys}
+    payload["training"]["global_batch_size"] = recipe.global_batch_size
+    return payload
+
+
+def derive_digest(recipe: Recipe, contents: Mapping[str, str]) -> str:
+    """`recipe_digest`: equal for two recipes exactly when they are the same experiment."""
+    return hash_json({"recipe": build_digest_payload(recipe), "contents": dict(contents)})
+
+
+def list_library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that can move a loss."""
+    versions = {"python": python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def build_resume_fingerprint(recipe: Recipe, recipe_digest: str, num_processes: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued bit for bit."""
+    return {
+        "recipe_digest": recipe_digest,
+        "num_processes": num_processes,
+        "per_device_train_batch_size": recipe.training.per_device_train_batch_size,
+        "gradient_accumulation_steps": derive_accumulation(recipe, num_processes),
+        "accelerate_config": recipe.launch.accelerate_config,
+        "num_cpu_threads_per_process": recipe.launch.num_cpu_threads_per_process,
+        "versions": list_library_versions(),
+    }
+
+
+def diff_payloads(before: Any, after: Any, prefix: str = "") -> list[str]:
+    """One line per dotted key that differs.
+
+    >>> diff_payloads({"loss": "full", "a": {"b": 1}}, {"loss": "completion", "a": {"b": 1}})
+    ['loss: "full" -> "completion"']
+    """
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        keys = list(dict.fromkeys([*before, *after]))
+        absent = "(absent)"
+        return [
+            line
+            for key in keys
+            for line in diff_payloads(before.get(key, absent), after.get(key, absent), f"{prefix}{key}.")
+        ]
+    if before == after:
+        return []
+    return [f"{prefix.removesuffix('.')}: {json.dumps(before)} -> {json.dumps(after)}"]

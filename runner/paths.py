@@ -1,0 +1,121 @@
+"""Every file name inside a run directory. No path is joined anywhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+STEP_PREFIX: Final = "step-"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run, `runs/<grid>/<run name>/`."""
+
+    run_dir: Path
+
+    @property
+    def recipe_path(self) -> Path:
+        """The resolved recipe, its digest and the content hashes behind it; written by `execute`."""
+        return self.run_dir / "recipe.json"
+
+    @property
+    def record_path(self) -> Path:
+        """All attempts; written by `execute`."""
+        return self.run_dir / "run.json"
+
+    @property
+    def lease_path(self) -> Path:
+        """Locked by whoever executes or trains this run."""
+        return self.run_dir / "lease"
+
+    @property
+    def result_path(self) -> Path:
+        """Written last by the trainer: the run is complete."""
+        return self.run_dir / "result.json"
+
+    @property
+    def samples_path(self) -> Path:
+        """Ids and hashes of the rows trained and evaluated on."""
+        return self.run_dir / "samples.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """Losses and evaluations, each step once, no clock values."""
+        return self.run_dir / "metrics.jsonl"
+
+    @property
+    def eval_rows_path(self) -> Path:
+        """Per test row: summed NLLs and token counts, of the base and of the tuned model."""
+        return self.run_dir / "eval_rows.jsonl"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """`step-N/` folders, each of which counts only with its marker."""
+        return self.run_dir / "checkpoints"
+
+    @property
+    def quarantine_dir(self) -> Path:
+        """Checkpoints that failed verification, moved aside and never read again."""
+        return self.run_dir / "quarantine"
+
+    @property
+    def model_dir(self) -> Path:
+        """The exported best model or adapter."""
+        return self.run_dir / "model"
+
+    @property
+    def attempts_dir(self) -> Path:
+        """One folder per attempt."""
+        return self.run_dir / "attempts"
+
+    def checkpoint_dir(self, step: int) -> Path:
+        """The checkpoint of one optimizer step."""
+        return self.checkpoints_dir / f"{STEP_PREFIX}{step}"
+
+    def attempt(self, number: int) -> AttemptPaths:
+        """The files of attempt `number`, counted from 1."""
+        return AttemptPaths(self.attempts_dir / str(number))
+
+
+@dataclass(frozen=True)
+class AttemptPaths:
+    """The files of one attempt. Whatever differs between two identical runs stands here."""
+
+    attempt_dir: Path
+
+    @property
+    def log_path(self) -> Path:
+        """Everything that `accelerate launch` and the trainer print."""
+        return self.attempt_dir / "log.txt"
+
+    @property
+    def progress_path(self) -> Path:
+        """Where the trainer stands now: phase, step, loss."""
+        return self.attempt_dir / "progress.json"
+
+    @property
+    def failure_path(self) -> Path:
+        """The kind and message of the failure, as the trainer saw it."""
+        return self.attempt_dir / "failure.json"
+
+    @property
+    def training_args_path(self) -> Path:
+        """Every effective field of the training arguments."""
+        return self.attempt_dir / "resolved_training_args.json"
+
+    @property
+    def timing_path(self) -> Path:
+        """Seconds and tokens per second of the phases of this attempt."""
+        return self.attempt_dir / "timing.json"
+
+
+def marker_path(checkpoint_dir: Path) -> Path:
+    """The file that makes a checkpoint count: sizes, checksums, digest, world size."""
+    return checkpoint_dir / "COMMITTED.json"
+
+
+def content_cache_path(output_root: Path) -> Path:
+    """Content hashes by size, mtime and inode, shared by all runs under one output root."""
+    return output_root / ".content_hashes.json"

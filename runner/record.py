@@ -1,0 +1,217 @@
+"""Facts of a run as they stand on disk, and the status derived from them. Nothing here is intent, nothing is guessed.
+
+`run.json` holds the attempts and is written by `execute`; `result.json` is written last by the trainer. A status is
+computed from these, the lease and the digest each time it is asked for, and stored nowhere.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from runner.fsio import is_leased, load_json, write_json_atomic
+from runner.identity import build_digest_payload, diff_payloads
+from runner.paths import RunPaths
+from runner.recipe import Recipe
+
+FailureKind = Literal["configuration", "data", "out_of_memory", "diverged", "preempted", "transient", "crashed", "lost"]
+# Kinds that happen again when nothing changes: a rerun would only burn device time.
+DETERMINISTIC_KINDS: Final[frozenset[FailureKind]] = frozenset({"configuration", "data", "diverged"})
+
+State = Literal["pending", "running", "completed", "interrupted", "failed", "changed"]
+
+
+class Fact(BaseModel):
+    """A record on disk: frozen; fields that a newer version added are kept out, missing ones are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Failure(Fact):
+    """Why an attempt ended without a result, as the trainer saw it."""
+
+    kind: FailureKind
+    message: str
+
+
+class Attempt(Fact):
+    """One `accelerate launch` of a run. An attempt without an end was killed together with its launcher."""
+
+    number: int
+    started_at_utc: str
+    ended_at_utc: str | None = None
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    num_processes: int
+    host: str
+    devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
+    git_commit: str | None = None
+    git_is_dirty: bool | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    exit_status: int | None = None
+    failure: Failure | None = None
+
+
+class RunRecord(Fact):
+    """`run.json`."""
+
+    attempts: tuple[Attempt, ...] = ()
+
+
+class SplitScore(Fact):
+    """Negative log-likelihood of one split, summed over all its rows, in nats, and what it was summed over."""
+
+    num_rows: int
+    num_completion_tokens: int
+    num_tokens: int  # of the full text, the first token of each row excluded
+    num_bytes: int  # UTF-8 bytes of the completions, for bits per byte
+    completion_nll_sum: float
+    nll_sum: float
+
+    @property
+    def nll_per_completion_token(self) -> float:
+        """Nats per completion token, end-of-turn tokens included."""
+        return self.completion_nll_sum / self.num_completion_tokens
+
+    @property
+    def nll_per_token(self) -> float:
+        """Nats per token of the full text."""
+        return self.nll_sum / self.num_tokens
+
+
+class TrainResult(Fact):
+    """`result.json`: written last, so its presence with the right digest means that the run is complete."""
+
+    recipe_digest: str
+    outcome: Literal["completed"]
+    stop_reason: Literal["num_train_epochs", "max_steps", "early_stopping"]
+    num_steps: int
+    best_step: int
+    best_metric: float
+    metric: str
+    num_train_rows: int
+    num_trained_tokens: int  # tokens with a label, summed over the updates
+    base: dict[str, SplitScore]  # split -> score of the base model: "validation", "test"
+    tuned: dict[str, SplitScore]  # split -> score of the exported model
+
+
+class Progress(Fact):
+    """`progress.json`: where the trainer stands; drawn by `sweep` and `status`, never decided upon."""
+
+    phase: str
+    step: int = 0
+    max_steps: int | None = None
+    loss: float | None = None
+
+
+class RunStatus(Fact):
+    """What a run is now and why; derived, never stored."""
+
+    state: State
+    why: str
+    step: int | None = None
+    max_steps: int | None = None
+    loss: float | None = None
+    num_attempts: int = 0
+    seconds: float | None = None  # over all attempts that ended, plus the running one
+    failure: Failure | None = None
+    differences: tuple[str, ...] = ()  # dotted keys that changed since the run was made
+
+
+def now_utc() -> str:
+    """ISO 8601, whole seconds, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def load_record(paths: RunPaths) -> RunRecord:
+    """The attempts so far."""
+    return RunRecord.model_validate(load_json(paths.record_path) or {})
+
+
+def write_record(paths: RunPaths, record: RunRecord) -> None:
+    """Replace `run.json`; only the holder of the lease may."""
+    write_json_atomic(paths.record_path, record.model_dump(mode="json"))
+
+
+def load_result(paths: RunPaths) -> TrainResult | None:
+    """The result, or None while there is none."""
+    content = load_json(paths.result_path)
+    return None if content is None else TrainResult.model_validate(content)
+
+
+def load_failure(path: Path) -> Failure | None:
+    """What the trainer wrote about its failure, or None."""
+    content = load_json(path)
+    return None if content is None else Failure.model_validate(content)
+
+
+def load_progress(path: Path) -> Progress | None:
+    """Where an attempt stands, or None before its first step."""
+    content = load_json(path)
+    return None if content is None else Progress.model_validate(content)
+
+
+def parse_stored_recipe(content: Mapping[str, Any]) -> Recipe:
+    """The recipe inside the content of a `recipe.json`."""
+    return Recipe.model_validate_json(json.dumps(content["recipe"]))
+
+
+def find_differences(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) -> list[str]:
+    """What makes `recipe` another experiment than the one in the run directory; empty where there is no run.
+
+    `contents` may leave files out: those are taken as unchanged.
+    """
+    content: dict[str, Any] | None = load_json(paths.recipe_path)
+    if content is None:
+        return []
+    before = build_digest_payload(parse_stored_recipe(content))
+    changed = [
+        f"content of {path}: {content['contents'].get(path, '(not used)')[:12]} -> {digest[:12]}"
+        for path, digest in contents.items()
+        if content["contents"].get(path) != digest
+    ]
+    return diff_payloads(before, build_digest_payload(recipe)) + changed
+
+
+def derive_status(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) -> RunStatus:
+    """The status of one run, from its files, its lease and the recipe as it is now."""
+    record = load_record(paths)
+    last = record.attempts[-1] if record.attempts else None
+    progress = load_progress(paths.attempt(last.number).progress_path) if last else None
+    known: dict[str, Any] = {
+        "num_attempts": len(record.attempts),
+        "seconds": _sum_seconds(record),
+        "step": progress.step if progress else None,
+        "max_steps": progress.max_steps if progress else None,
+        "loss": progress.loss if progress else None,
+    }
+    if is_leased(paths.lease_path):
+        phase = progress.phase if progress else "starting"
+        return RunStatus(state="running", why=phase, **known)
+    if differences := find_differences(paths, recipe, contents):
+        why = f"the recipe changed since the run was made: {differences[0]}"
+        return RunStatus(state="changed", why=why, differences=tuple(differences), **known)
+    if (result := load_result(paths)) is not None:
+        known |= {"step": result.num_steps, "max_steps": result.num_steps}
+        return RunStatus(state="completed", why=f"stopped by {result.stop_reason}", **known)
+    if last is None:
+        return RunStatus(state="pending", why="never started", **known)
+    failure = last.failure or load_failure(paths.attempt(last.number).failure_path)
+    if failure is None or failure.kind in ("lost", "preempted"):
+        why = failure.message if failure else f"attempt {last.number} was killed together with its launcher"
+        return RunStatus(state="interrupted", why=why, failure=failure, **known)
+    return RunStatus(state="failed", why=f"{failure.kind}: {failure.message}", failure=failure, **known)
+
+
+def _sum_seconds(record: RunRecord) -> float | None:
+    spans = [
+        datetime.datetime.fromisoformat(attempt.ended_at_utc) - datetime.datetime.fromisoformat(attempt.started_at_utc)
+        for attempt in record.attempts
+        if attempt.ended_at_utc
+    ]
+    return sum(span.total_seconds() for span in spans) if spans else None
