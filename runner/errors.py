@@ -62,3 +62,7 @@ class DataError(RunnerError):
 
 class RefusedError(RunnerError):
     """An action that would lose, mix or silently change a run."""
+
+
+class DivergedError(RunnerError):
+    """A loss or score that is not a finite number."""

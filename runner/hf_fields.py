@@ -80,6 +80,10 @@ OWNED_TRAINING_FIELDS: Final[dict[str, str]] = {
         ("ignore_data_skip", "restore_callback_states_from_checkpoint", "logging_nan_inf_filter"),
         "the runner, which resumes exactly and stops at the first non-finite loss",
     ),
+    **dict.fromkeys(
+        ("logging_strategy", "logging_steps", "logging_first_step"),
+        "the runner, which records every step",
+    ),
     "auto_find_batch_size": "`training.per_device_train_batch_size`: a batch that shrinks by itself changes the run",
     "average_tokens_across_devices": "the runner: the loss is always averaged over the tokens of the global batch",
     "include_num_input_tokens_seen": "the runner, which counts tokens itself",

@@ -66,6 +66,11 @@ class RunPaths:
         return self.run_dir / "model"
 
     @property
+    def model_partial_dir(self) -> Path:
+        """The export while it is being written and checked."""
+        return self.run_dir / ".model-partial"
+
+    @property
     def attempts_dir(self) -> Path:
         """One folder per attempt."""
         return self.run_dir / "attempts"

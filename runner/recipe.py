@@ -78,6 +78,7 @@ class RunSection(Section):
     grid: Name
     name: Name
     axes: FrozenDict = Field(default_factory=dict)
+    overrides: tuple[str, ...] = ()  # what the command line changed, where it did
     schema_version: Literal[1] = SCHEMA_VERSION
 
 
@@ -275,7 +276,6 @@ class LaunchSection(Section):
 
     accelerate_config: Text
     num_processes: Positive = 1
-    num_machines: Positive = 1
     num_cpu_threads_per_process: Positive | None = None  # None: the cores shared among the processes
 
 

@@ -95,7 +95,6 @@ class TrainResult(Fact):
     best_metric: float
     metric: str
     num_train_rows: int
-    num_trained_tokens: int  # tokens with a label, summed over the updates
     base: dict[str, SplitScore]  # split -> score of the base model: "validation", "test"
     tuned: dict[str, SplitScore]  # split -> score of the exported model
 
@@ -201,6 +200,8 @@ def derive_status(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) 
         return RunStatus(state="completed", why=f"stopped by {result.stop_reason}", **known)
     if last is None:
         return RunStatus(state="pending", why="never started", **known)
+    if progress is None and last.ended_at_utc is None and not paths.attempt(last.number).log_path.exists():
+        return RunStatus(state="pending", why="prepared, to be started by hand", **known)
     failure = last.failure or load_failure(paths.attempt(last.number).failure_path)
     if failure is None or failure.kind in ("lost", "preempted"):
         why = failure.message if failure else f"attempt {last.number} was killed together with its launcher"

@@ -48,9 +48,7 @@ def describe_fields(config: type) -> dict[str, tuple[tuple[str, ...], tuple[str,
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         kinds, choices = describe_type(hints[field.name])
-        if any(
-            "[" in choice for choice in choices
-        ):  # a pattern written as a choice: pissa_niter_[number of iters]
+        if any("[" in choice for choice in choices):  # a pattern written as a choice: pissa_niter_[number of iters]
             choices = []
         if kinds:
             described[field.name] = (tuple(dict.fromkeys(kinds)), tuple(dict.fromkeys(choices)))

@@ -1,0 +1,106 @@
+"""The command line: verbs, error printing, exit codes. Every verb imports what it needs when it is called.
+
+Exit codes: 0 all done or nothing to do, 1 a run failed (or drift was found), 2 usage or recipe error, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from runner.errors import RunnerError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.debug:
+        return _call(arguments)
+    try:
+        return _call(arguments)
+    except RunnerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `runner status | head`
+        sys.stderr.close()
+        return 0
+
+
+def _call(arguments: argparse.Namespace) -> int:
+    from runner import verbs
+
+    code: int = getattr(verbs, f"run_{arguments.verb}")(arguments)
+    sys.stdout.flush()
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    parser = argparse.ArgumentParser(
+        prog="runner", description="Grids of YAML recipes for supervised fine-tuning: rendered, launched, compared."
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    render = verbs.add_parser("render", help="recipe_templates/GRID -> recipes/GRID/*.yaml")
+    render.add_argument("grid", metavar="GRID")
+    render.add_argument("--check", action="store_true", help="write nothing; exit 1 and show a diff on drift")
+    render.add_argument("--prune", action="store_true", help="remove recipes that the grid no longer has")
+
+    check = verbs.add_parser("check", help="validate recipes, then their data: rows, lengths, truncation, labels")
+    _add_paths(check)
+    check.add_argument("--schema-only", action="store_true", help="do not load tokenizers and data")
+
+    launch = verbs.add_parser("launch", help="one run, now")
+    launch.add_argument("recipe", type=Path, metavar="RECIPE")
+    launch.add_argument("overrides", nargs="*", metavar="key=value", help="make another experiment, named after them")
+    launch.add_argument("--name", help="name of the run; default: the recipe's, and the overrides")
+    mode = launch.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="print environment and command, touch nothing")
+    mode.add_argument("--prepare", action="store_true", help="also write the run directory, to start it by hand")
+    launch.add_argument("--num-processes", type=int, metavar="N", help="default: the recipe's; keeps the global batch")
+    launch.add_argument("--fresh", action="store_true", help="move an existing run aside and start anew")
+    _add_output_root(launch)
+
+    sweep = verbs.add_parser("sweep", help="many runs: what is done is skipped, what is pending is launched")
+    _add_sweep_options(sweep)
+    what = sweep.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="print each decision and command, start nothing")
+    what.add_argument("--list", action="store_true", help="print one selected recipe path per line")
+    sweep.add_argument("--retry-failed", action="store_true", help="launch also what failed for a lasting reason")
+
+    rerun = verbs.add_parser("rerun", help="a sweep over the interrupted and failed runs only")
+    _add_sweep_options(rerun)
+    rerun.set_defaults(dry_run=False, list=False, retry_failed=True)
+
+    status = verbs.add_parser("status", help="one line per run: status, step, loss, time, why")
+    _add_paths(status, nargs="*")
+    status.add_argument("--json", action="store_true")
+
+    report = verbs.add_parser("report", help="the comparison: one row per run, the axes as columns")
+    _add_paths(report)
+    report.add_argument("--format", choices=("md", "csv", "json"), default="md")
+    return parser
+
+
+def _add_paths(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
+    parser.add_argument("paths", nargs=nargs, metavar="PATH", help="recipes: files, folders, globs; or run directories")
+    parser.add_argument("--where", action="append", default=[], metavar="axis=value[,value]", help="may be repeated")
+    _add_output_root(parser)
+
+
+def _add_output_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output-root", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+
+
+def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    _add_paths(parser)
+    room = parser.add_mutually_exclusive_group()
+    room.add_argument("--slots", type=int, default=1, metavar="N", help="runs at a time, default 1")
+    room.add_argument("--gpus", metavar="0,1,...", help="each run gets its own of these")
+    parser.add_argument("--fail-fast", action="store_true", help="start nothing more after a failure")

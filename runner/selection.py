@@ -1,0 +1,119 @@
+"""Which recipes a command is about: files, folders, globs and run directories, narrowed down by axis values."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import RecipeError, RefusedError, RunnerError
+from runner.fsio import load_json
+from runner.paths import RunPaths
+from runner.recipe import Recipe, load_recipe
+from runner.record import parse_stored_recipe
+
+
+@dataclass(frozen=True)
+class Selected:
+    """One recipe, the file it came from, and the files of its run."""
+
+    recipe: Recipe
+    source_path: Path
+    paths: RunPaths
+
+
+def select_recipes(arguments: Sequence[str], output_root: Path, where: Sequence[str] = ()) -> list[Selected]:
+    """Every recipe that the arguments name, in order and each once, whose axes match `where`.
+
+    Raises:
+        RunnerError: an argument names nothing, a recipe is wrong (all of them are listed), or `where` matches nothing.
+    """
+    found: dict[Path, Selected] = {}
+    errors: list[RecipeError] = []
+    for path in _expand(arguments, output_root):
+        try:
+            selected = _load_selected(path, output_root)
+        except RecipeError as error:
+            errors.append(error)
+            continue
+        other = found.setdefault(selected.paths.run_dir, selected)
+        if other.source_path != path and other.source_path.resolve() != path.resolve():
+            raise RefusedError(
+                f"{other.source_path} and {path} are both named {selected.recipe.run.name!r} in the grid "
+                f"{selected.recipe.run.grid!r}, so they would share a run directory",
+                hint="give one of them another `run.name`",
+            )
+    if errors:
+        raise combine_errors(errors)
+    return _match_axes(list(found.values()), where)
+
+
+def combine_errors(errors: Sequence[RecipeError]) -> RunnerError:
+    """One error that prints all of several files."""
+    if len(errors) == 1:
+        return errors[0]
+    hints = list(dict.fromkeys(error.hint for error in errors if error.hint))
+    text = "\n\n".join(error.message for error in errors)
+    return RunnerError(f"{len(errors)} recipes have problems\n\n{text}", hint="\n      ".join(hints) or None)
+
+
+def run_paths(recipe: Recipe, output_root: Path) -> RunPaths:
+    """`runs/<grid>/<run name>`."""
+    return RunPaths(output_root / recipe.run.grid / recipe.run.name)
+
+
+def _expand(arguments: Sequence[str], output_root: Path) -> list[Path]:
+    paths: list[Path] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            files = [path] if RunPaths(path).recipe_path.exists() else sorted(path.rglob("*.yaml"))
+            files = files or sorted(recipe_path.parent for recipe_path in path.rglob("recipe.json"))
+        else:
+            files = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
+        if not files:
+            raise RunnerError(f"{argument!r} names no recipe", hint=_suggest_path(path))
+        paths += files
+    return paths
+
+
+def _suggest_path(path: Path) -> str:
+    siblings = [str(sibling) for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(str(path), siblings, n=1)
+    return (
+        f"did you mean {close[0]}?" if close else "give recipe files, folders of them, or globs, such as recipes/demo"
+    )
+
+
+def _load_selected(path: Path, output_root: Path) -> Selected:
+    if path.is_dir():
+        return Selected(parse_stored_recipe(load_json(RunPaths(path).recipe_path)), path, RunPaths(path))
+    recipe = load_recipe(path)
+    return Selected(recipe, path, run_paths(recipe, output_root))
+
+
+def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected]:
+    for condition in where:
+        axis, equals, values = condition.partition("=")
+        if not equals or not values:
+            raise RunnerError(f"`--where {condition}` is not of the form axis=value[,value]")
+        known = list(
+            dict.fromkeys(_label(one.recipe.run.axes.get(axis)) for one in selected if axis in one.recipe.run.axes)
+        )
+        if not known:
+            axes = list(dict.fromkeys(name for one in selected for name in one.recipe.run.axes))
+            raise RunnerError(f"no selected recipe has the axis {axis!r}", hint=f"the axes are {', '.join(axes)}")
+        wanted = values.split(",")
+        if unknown := [value for value in wanted if value not in known]:
+            raise RunnerError(
+                f"the axis {axis!r} has no value {unknown[0]!r}", hint=f"its values are {', '.join(known)}"
+            )
+        selected = [one for one in selected if _label(one.recipe.run.axes.get(axis)) in wanted]
+    return selected
+
+
+def _label(value: object) -> str:
+    """An axis value as it is typed on a command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,93 @@
+"""`python -m runner.sft RUN_DIR`, started by `accelerate launch`: one rank of one attempt."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Final
+
+from runner.errors import DataError, DivergedError, RunnerError
+from runner.fsio import Lease, write_json_atomic
+from runner.paths import RunPaths
+from runner.record import Failure, FailureKind, load_record
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def main() -> int:
+    """Train; on failure leave its kind and message in the attempt, which is all that the launch side goes by."""
+    if len(sys.argv) != 2:
+        print("usage: accelerate launch ... -m runner.sft RUN_DIR", file=sys.stderr)
+        return 2
+    _die_with_parent()
+    run_dir = Path(sys.argv[1])
+    try:
+        lease = _take_lease(run_dir)
+        from runner.sft.train import train
+
+        train(run_dir)
+    except BaseException as error:
+        _record_failure(run_dir, error)
+        if isinstance(error, RunnerError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # other ranks may be inside a collective: leave without waiting for them
+    del lease
+    return 0
+
+
+def _die_with_parent() -> None:
+    """SIGKILL for this process when the thread that started it is gone: no orphan trains on."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _take_lease(run_dir: Path) -> Lease | None:
+    """The lease of the run: inherited as stdin from the runner, or taken here when the command was typed by hand."""
+    path = RunPaths(run_dir).lease_path
+    if int(os.environ.get("RANK", "0")) != 0 or not run_dir.is_dir():
+        return None
+    if path.exists() and os.path.samestat(os.fstat(sys.stdin.fileno()), path.stat()):
+        return None
+    lease = Lease(path)
+    if not lease.try_acquire():
+        raise RunnerError(f"another process is working on {run_dir}")
+    return lease
+
+
+def _record_failure(run_dir: Path, error: BaseException) -> None:
+    paths = RunPaths(run_dir)
+    attempts = load_record(paths).attempts
+    if not attempts:
+        return
+    failure_path = paths.attempt(attempts[-1].number).failure_path
+    if not failure_path.exists():  # the first rank to fail knows why; the others only lost their peer
+        message = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
+        write_json_atomic(failure_path, Failure(kind=classify(error), message=message).model_dump())
+
+
+def classify(error: BaseException) -> FailureKind:
+    """The failure kind of an exception of the trainer."""
+    if isinstance(error, DivergedError):
+        return "diverged"
+    if isinstance(error, DataError):
+        return "data"
+    if isinstance(error, RunnerError):
+        return "configuration"
+    if isinstance(error, KeyboardInterrupt):
+        return "preempted"
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return "out_of_memory"
+    return "transient" if isinstance(error, OSError) else "crashed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

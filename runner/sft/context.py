@@ -1,0 +1,128 @@
+"""What belongs to one run inside the training process: recipe, files, seeds. Nothing of a run stands elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from runner.errors import RefusedError, RunnerError
+from runner.fsio import append_jsonl, load_json, load_jsonl, write_json_atomic, write_json_unsynced, write_jsonl_atomic
+from runner.identity import build_resume_fingerprint, derive_digest
+from runner.paths import AttemptPaths, RunPaths
+from runner.recipe import Recipe
+from runner.record import Progress, load_record, parse_stored_recipe
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class RunContext:
+    """One run in one process. Only the main process writes; every rank reads the same recipe."""
+
+    recipe: Recipe
+    recipe_digest: str
+    paths: RunPaths
+    attempt: AttemptPaths
+    num_processes: int
+    is_main: bool
+    _phase_seconds: dict[str, float] = field(default_factory=dict)
+    _last_progress_at: float = 0.0
+
+    @classmethod
+    def open(cls, run_dir: Path) -> RunContext:
+        """Read the recipe and check it against its digest and against the processes that were really started.
+
+        Raises:
+            RefusedError: the run directory is not whole, or the launch does not match it.
+        """
+        paths = RunPaths(run_dir)
+        content, record = load_json(paths.recipe_path), load_record(paths)
+        if content is None or not record.attempts:
+            raise RefusedError(
+                f"{run_dir} is not a run directory: it needs recipe.json and run.json",
+                hint="runs are made by `runner launch RECIPE` (with `--prepare`, to start them by hand)",
+            )
+        recipe = parse_stored_recipe(content)
+        if derive_digest(recipe, content["contents"]) != content["recipe_digest"]:
+            raise RefusedError(f"{paths.recipe_path} was changed by hand: its digest does not match")
+        attempt = record.attempts[-1]
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size != attempt.num_processes:
+            raise RefusedError(
+                f"{world_size} processes were started, {attempt.num_processes} were asked for",
+                hint=f"check that {recipe.launch.accelerate_config} starts several processes; "
+                "accelerate_configs/cpu.yaml and single_gpu.yaml start one",
+            )
+        is_main = int(os.environ.get("RANK", "0")) == 0
+        return cls(recipe, content["recipe_digest"], paths, paths.attempt(attempt.number), world_size, is_main)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be continued."""
+        return build_resume_fingerprint(self.recipe, self.recipe_digest, self.num_processes)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Show a phase in `progress.json` and add up its seconds for `timing.json`."""
+        self.report_progress(Progress(phase=name), is_forced=True)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._phase_seconds[name] = self._phase_seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def report_progress(self, progress: Progress, *, is_forced: bool = False) -> None:
+        """Write `progress.json`, at most five times a second."""
+        now = time.monotonic()
+        if self.is_main and (is_forced or now - self._last_progress_at > 0.2):
+            self._last_progress_at = now
+            write_json_unsynced(self.attempt.progress_path, progress.model_dump())
+
+    def write_timing(self, measured: Mapping[str, float]) -> None:
+        """Seconds per phase of this attempt, and what else was measured."""
+        if self.is_main:
+            seconds = {name: round(value, 3) for name, value in self._phase_seconds.items()}
+            write_json_atomic(self.attempt.timing_path, {"phase_seconds": seconds, **measured})
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """What `function` returns on the main process, on every rank; its error is raised on every rank too."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except RunnerError as error:
+                outcome[1] = error
+        if self.num_processes > 1:
+            PartialState().wait_for_everyone()
+            broadcast_object_list(outcome, from_process=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: Result = outcome[0]
+        return result
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """One row of `metrics.jsonl`."""
+        if self.is_main:
+            append_jsonl(self.paths.metrics_path, row)
+
+    def truncate_metrics(self, last_step: int | None) -> None:
+        """Keep the rows up to the step that is resumed from, none when the run starts anew."""
+        if self.is_main:
+            rows = load_jsonl(self.paths.metrics_path) if last_step is not None else []
+            write_jsonl_atomic(self.paths.metrics_path, [row for row in rows if row["step"] <= (last_step or 0)])
+
+    def uses_cpu(self) -> bool:
+        """Whether the accelerate config asks for the CPU; it alone decides, and the ranks are not told by it."""
+        import torch
+
+        config = yaml.safe_load(Path(self.recipe.launch.accelerate_config).read_text())
+        return bool(config.get("use_cpu")) or not torch.cuda.is_available()

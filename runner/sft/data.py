@@ -1,0 +1,300 @@
+"""Picks, splits, tokenises and masks rows; what comes out is the same for every loss mode but for the labels.
+
+Rows are ordered by a seeded hash of their content. Test rows come first, then validation, then training, so splits are
+disjoint by content, independent of the order of the file, and smaller training sets are prefixes of larger ones.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from runner.errors import DataError
+from runner.fsio import hash_json
+from runner.recipe import DataSection, DataSource
+from runner.sft.masking import CompletionSpan, ConversationMasker, MaskError, build_labels
+from runner.sft.tasks import Conversation, build_conversation
+
+SPLITS: Final = ("train", "validation", "test")
+_SUFFIXES: Final = (".json", ".jsonl", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One conversation, where it came from and a hash of its content."""
+
+    where: str
+    messages: Conversation
+    content_hash: str
+
+    @property
+    def row_id(self) -> str:
+        """Stable id: the start of the content hash."""
+        return self.content_hash[:16]
+
+
+@dataclass(frozen=True)
+class RawSplits:
+    """The rows drawn for each split, before anything model-specific."""
+
+    train: tuple[RawRow, ...]
+    validation: tuple[RawRow, ...]
+    test: tuple[RawRow, ...]
+    num_duplicates: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised row. `spans` are the completions in `input_ids`; `num_bytes` counts their contents in UTF-8."""
+
+    row_id: str
+    input_ids: tuple[int, ...]
+    spans: tuple[CompletionSpan, ...]
+    num_bytes: int
+    is_truncated: bool
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens of the completions that have a predecessor, so that a model can be scored on them."""
+        return sum(span.end - max(span.start, 1) for span in self.spans)
+
+    def labels(self, loss: Literal["full", "completion"]) -> list[int]:
+        """One label per token."""
+        return build_labels(self.input_ids, self.spans, loss)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one split that a run uses, and the ids of those that `data.truncation: drop` left out."""
+
+    rows: tuple[Row, ...]
+    dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All rows of one run."""
+
+    train: Split
+    validation: Split
+    test: Split
+    num_duplicates: int
+
+
+def load_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
+    """`(where, row)` for every row of a local file, a folder of files, or a data set on the hub, in file order."""
+    path = Path(source.path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
+        if not files:
+            raise DataError(f"the folder {path} holds no {', '.join(_SUFFIXES)} file")
+        for file in files:
+            yield from _load_file(file)
+    elif path.exists():
+        yield from _load_file(path)
+    elif path.suffix in _SUFFIXES:
+        raise DataError(f"the data file {path} does not exist")
+    else:
+        yield from _load_hub(source)
+
+
+def _load_file(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        if path.suffix == ".jsonl":
+            with path.open() as stream:
+                for number, line in enumerate(stream, start=1):
+                    if line.strip():
+                        yield f"{path} line {number}", _parse_json(line, f"{path} line {number}")
+        elif path.suffix == ".json":
+            rows = _parse_json(path.read_text(), str(path))
+            if not isinstance(rows, list):
+                raise DataError(f"{path}: expected a JSON list of rows")
+            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
+        elif path.suffix == ".csv":
+            with path.open(newline="") as stream:
+                yield from ((f"{path} row {n}", row) for n, row in enumerate(csv.DictReader(stream), start=1))
+        elif path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
+        else:
+            raise DataError(f"{path}: cannot tell the format, expected one of {', '.join(_SUFFIXES)}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text ({error})") from None
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: is not JSON: {error}") from None
+
+
+def _load_hub(source: DataSource) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.path, source.config_name, split=source.split, revision=source.revision)
+    except Exception as error:  # the library raises a dozen unrelated kinds for a missing name, split or network
+        raise DataError(
+            f"cannot load the data set {source.path!r}, split {source.split!r}: {type(error).__name__}: {error}",
+            hint="give a local file in `data.train.path`, or check the hub id, its split, and the network",
+        ) from error
+    yield from ((f"{source.path}[{source.split}] row {number}", row) for number, row in enumerate(rows))
+
+
+def draw_splits(data: DataSection) -> RawSplits:
+    """The rows of each split: the same for every model, loss mode and training seed.
+
+    A row whose content occurred before, in a split that comes first or earlier in its own, is a duplicate: it is
+    counted and left out. Raises DataError for a split that is empty or has fewer rows than asked for.
+    """
+    seen: set[str] = set()
+    pools: dict[str, list[RawRow]] = {}
+    num_duplicates = 0
+    for split, source in (("test", data.test), ("validation", data.validation), ("train", data.train)):
+        if source is None:
+            continue
+        pools[split] = []
+        for where, row in load_rows(source):
+            messages = build_conversation(row, data.task, where)
+            content_hash = hash_json([[message["role"], message["content"]] for message in messages])
+            if content_hash in seen:
+                num_duplicates += 1
+                continue
+            seen.add(content_hash)
+            pools[split].append(RawRow(where, messages, content_hash))
+        pools[split].sort(key=lambda raw: _rank(data.seed, raw.content_hash))
+    drawn = {
+        split: _draw(pools, split, wanted)
+        for split, wanted in (
+            ("test", data.num_test_samples),
+            ("validation", data.num_validation_samples),
+            ("train", data.num_train_samples),
+        )
+    }
+    return RawSplits(drawn["train"], drawn["validation"], drawn["test"], num_duplicates)
+
+
+def _rank(seed: int, content_hash: str) -> str:
+    return hashlib.sha256(f"{seed}:{content_hash}".encode()).hexdigest()
+
+
+def _draw(pools: dict[str, list[RawRow]], split: str, wanted: int | None) -> tuple[RawRow, ...]:
+    """Take the first rows off the split's own pool, or off the training pool where it has none."""
+    pool = pools.get(split, pools["train"])
+    count = len(pool) if wanted is None else wanted
+    if len(pool) < count or count == 0:
+        raise DataError(
+            f"{len(pool)} different rows are left for the {split} split, {wanted or 'at least 1'} were asked for",
+            hint=f"lower `data.num_{split}_samples`, or those of the splits drawn before it (test, then validation)",
+        )
+    taken = tuple(pool[:count])
+    del pool[:count]
+    return taken
+
+
+def build_samples(data: DataSection, tokenizer: Any) -> Samples:
+    """Everything that a run trains and evaluates on, tokenised under the tokenizer's chat template.
+
+    Raises:
+        DataError: a row cannot be rendered, masked or fitted into `data.max_length`; the first few are named.
+    """
+    return tokenize_splits(draw_splits(data), data, ConversationMasker(tokenizer), tokenizer.bos_token_id)
+
+
+def tokenize_splits(raw: RawSplits, data: DataSection, masker: ConversationMasker, bos_token_id: int | None) -> Samples:
+    """`build_samples` for rows that are drawn already."""
+    splits = {split: _tokenize_split(getattr(raw, split), split, data, masker, bos_token_id) for split in SPLITS}
+    return Samples(splits["train"], splits["validation"], splits["test"], raw.num_duplicates)
+
+
+def _tokenize_split(
+    raw_rows: Sequence[RawRow], split: str, data: DataSection, masker: ConversationMasker, bos_token_id: int | None
+) -> Split:
+    rows: list[Row] = []
+    too_long: list[tuple[RawRow, int]] = []
+    for raw in raw_rows:
+        try:
+            masked = masker.mask(raw.messages)
+        except MaskError as error:
+            raise MaskError(f"{raw.where}: {error.message}", hint=error.hint) from None
+        completions = [message["content"] for message in raw.messages if message["role"] == "assistant"]
+        assert len(completions) == len(masked.spans)
+        kept = list(zip(masked.spans, completions, strict=True))
+        ids, cut = masked.input_ids, max(0, len(masked.input_ids) - data.max_length)
+        if cut and data.truncation == "prompt_left":
+            ids, kept = _cut_prompt(ids, kept, data.max_length, bos_token_id)
+        if len(ids) > data.max_length or not kept:
+            too_long.append((raw, len(masked.input_ids)))
+            continue
+        num_bytes = sum(len(text.encode()) for _, text in kept)
+        rows.append(Row(raw.row_id, ids, tuple(span for span, _ in kept), num_bytes, bool(cut)))
+    if too_long and data.truncation != "drop":
+        raise _too_long_error(too_long, split, data)
+    if not rows:
+        raise DataError(f"no row of the {split} split fits into `data.max_length: {data.max_length}`")
+    return Split(tuple(rows), tuple(raw.row_id for raw, _ in too_long))
+
+
+def _cut_prompt(
+    ids: tuple[int, ...], kept: list[tuple[CompletionSpan, str]], max_length: int, bos_token_id: int | None
+) -> tuple[tuple[int, ...], list[tuple[CompletionSpan, str]]]:
+    """Cut tokens off the left, but for BOS. Completions that lose a token or their whole prompt are not trained on.
+
+    >>> span = CompletionSpan(4, 6)
+    >>> _cut_prompt((1, 5, 6, 7, 8, 9), [(span, "x")], 4, 1)
+    ((1, 7, 8, 9), [(CompletionSpan(start=2, end=4), 'x')])
+    """
+    head = ids[:1] if bos_token_id is not None and ids[0] == bos_token_id else ()
+    cut = len(ids) - max_length
+    shifted = [
+        (CompletionSpan(span.start - cut, span.end - cut), text) for span, text in kept if span.start - cut > len(head)
+    ]
+    return head + ids[cut + len(head) :], shifted
+
+
+def _too_long_error(too_long: Sequence[tuple[RawRow, int]], split: str, data: DataSection) -> DataError:
+    shown = "\n".join(f"  {raw.where}: {length} tokens" for raw, length in too_long[:5])
+    more = f"\n  and {len(too_long) - 5} more" if len(too_long) > 5 else ""
+    longest = max(length for _, length in too_long)
+    reason = (
+        "their last completion alone does not fit"
+        if data.truncation == "prompt_left"
+        else "and `data.truncation` is `refuse`"
+    )
+    return DataError(
+        f"{len(too_long)} rows of the {split} split are longer than `data.max_length: {data.max_length}`, {reason}:\n"
+        f"{shown}{more}",
+        hint=f"set `data.max_length: {longest}`, or `data.truncation: prompt_left` (cuts prompts, keeps completions) "
+        "or `drop` (leaves such rows out, counted)",
+    )
+
+
+def describe_samples(samples: Samples, loss: Literal["full", "completion"]) -> dict[str, Any]:
+    """The content of `samples.json`: two arms saw the same rows exactly when their `input_ids_hash` are equal."""
+    splits = {}
+    for name in SPLITS:
+        split: Split = getattr(samples, name)
+        labels = [row.labels(loss) for row in split.rows]
+        ids = [row.row_id for row in split.rows]
+        splits[name] = {
+            "num_rows": len(split.rows),
+            "num_truncated": sum(row.is_truncated for row in split.rows),
+            "num_dropped": len(split.dropped),
+            "num_tokens": sum(len(row.input_ids) for row in split.rows),
+            "num_completion_tokens": sum(row.num_completion_tokens for row in split.rows),
+            "num_labels": sum(label >= 0 for row_labels in labels for label in row_labels),
+            "ids_hash": hash_json(ids),
+            "input_ids_hash": hash_json([row.input_ids for row in split.rows]),
+            "mask_hash": hash_json([[label >= 0 for label in row_labels] for row_labels in labels]),
+            "ids": ids,
+            "dropped": list(split.dropped),
+        }
+    return {"loss": loss, "num_duplicates": samples.num_duplicates, "splits": splits}

@@ -1,0 +1,108 @@
+"""Scores a model on a split: negative log-likelihood per row, of the completions and of the full text, one forward.
+
+Sums are exact over rows (`math.fsum`) and count every row once, so a score does not depend on the batch size or on the
+number of processes but for the rounding inside a forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from runner.record import SplitScore
+from runner.sft.data import Row
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """One row's sums in nats and what they were summed over; the first token of a row has no prediction."""
+
+    row_id: str
+    completion_nll_sum: float
+    num_completion_tokens: int
+    nll_sum: float
+    num_tokens: int
+    num_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For `eval_rows.jsonl`."""
+        return asdict(self)
+
+
+def score_rows(
+    model: torch.nn.Module, rows: Sequence[Row], *, batch_size: int, pad_token_id: int, accelerator: Accelerator
+) -> list[RowScore]:
+    """The score of every row, in the order of `rows`, on every rank.
+
+    `model` carries TRL's fused LM head, which gives log-probabilities without building logits. Every rank runs the
+    same number of forwards (ZeRO-3 gathers weights in each), so short ranks repeat their last row and drop its score.
+    """
+    longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
+    mine = longest_first[accelerator.process_index :: accelerator.num_processes]
+    num_per_rank = math.ceil(len(rows) / accelerator.num_processes)
+    padded = mine + [(mine or longest_first)[-1]] * (num_per_rank - len(mine))
+    scored: list[tuple[int, RowScore]] = []
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, num_per_rank, batch_size):
+            indices = padded[start : start + batch_size]
+            batch = [rows[index] for index in indices]
+            scored += zip(indices, _score_batch(model, batch, pad_token_id, accelerator.device), strict=True)
+    finally:
+        model.train(was_training)
+    gathered = gather_object(scored[: len(mine)])
+    by_index = dict(gathered)
+    assert len(by_index) == len(rows), "every row is scored exactly once"
+    return [by_index[index] for index in range(len(rows))]
+
+
+@torch.no_grad()
+def _score_batch(
+    model: torch.nn.Module, batch: Sequence[Row], pad_token_id: int, device: torch.device
+) -> list[RowScore]:
+    width = max(len(row.input_ids) for row in batch)
+    input_ids = torch.tensor([[*row.input_ids, *[pad_token_id] * (width - len(row.input_ids))] for row in batch])
+    lengths = torch.tensor([len(row.input_ids) for row in batch])
+    attention_mask = (torch.arange(width)[None, :] < lengths[:, None]).long()  # (batch, width)
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    output = model(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        labels=labels.to(device),
+        use_cache=False,
+        fused_lm_head=True,
+    )
+    nll = -output.log_probs.double().cpu()  # (batch, width - 1); position t scores token t + 1
+    return [_sum_row(row, nll[index]) for index, row in enumerate(batch)]
+
+
+def _sum_row(row: Row, nll: torch.Tensor) -> RowScore:
+    values: list[float] = nll[: len(row.input_ids) - 1].tolist()
+    completion = [values[at - 1] for span in row.spans for at in range(max(span.start, 1), span.end)]
+    return RowScore(
+        row_id=row.row_id,
+        completion_nll_sum=math.fsum(completion),
+        num_completion_tokens=len(completion),
+        nll_sum=math.fsum(values),
+        num_tokens=len(values),
+        num_bytes=row.num_bytes,
+    )
+
+
+def sum_scores(scores: Sequence[RowScore]) -> SplitScore:
+    """The score of a split, weighted by tokens."""
+    return SplitScore(
+        num_rows=len(scores),
+        num_completion_tokens=sum(score.num_completion_tokens for score in scores),
+        num_tokens=sum(score.num_tokens for score in scores),
+        num_bytes=sum(score.num_bytes for score in scores),
+        completion_nll_sum=math.fsum(score.completion_nll_sum for score in scores),
+        nll_sum=math.fsum(score.nll_sum for score in scores),
+    )

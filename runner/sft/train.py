@@ -1,0 +1,105 @@
+"""One attempt, top to bottom: recipe, tokenizer, rows, model, training, best weights, scores, export, result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from runner.fsio import load_jsonl, write_json_atomic, write_jsonl_atomic
+from runner.record import SplitScore, TrainResult
+from runner.sft.checkpoints import find_resume_step
+from runner.sft.context import RunContext
+from runner.sft.data import build_samples, describe_samples
+from runner.sft.export import verify_export
+from runner.sft.model import load_model
+from runner.sft.tokenizers import load_tokenizer
+from runner.sft.trainer import RunTrainer, build_training_args
+
+
+def train(run_dir: Path) -> None:
+    """Bring the run to its result, from its newest verified checkpoint where there is one."""
+    context = RunContext.open(run_dir)
+    recipe, paths = context.recipe, context.paths
+    started = time.perf_counter()
+    with context.phase("loading"):
+        args = build_training_args(context)  # before the model: ZeRO-3 partitions weights while they load
+        tokenizer = load_tokenizer(recipe.model)
+        samples = build_samples(recipe.data, tokenizer)
+        if context.is_main:
+            write_json_atomic(paths.samples_path, describe_samples(samples, recipe.loss))
+        resume_step = context.on_main(lambda: find_resume_step(paths, context.fingerprint))
+        context.truncate_metrics(resume_step)
+        trainer = RunTrainer(context, args, load_model(recipe), tokenizer, samples)
+        if context.is_main:
+            text = json.dumps(trainer.effective_arguments(), default=str)
+            write_json_atomic(context.attempt.training_args_path, json.loads(text))
+
+    first_step = resume_step or 0
+    print(f"resuming from step {resume_step}" if resume_step is not None else "starting at step 0", flush=True)
+    with context.phase("training"):
+        trainer.train(resume_from_checkpoint=str(paths.checkpoint_dir(first_step)) if first_step else None)
+    num_steps = trainer.state.global_step
+    with context.phase("evaluating best"):
+        result = score_best(context, trainer)
+    with context.phase("exporting"):
+        export_model(context, trainer, tokenizer)
+    seconds = time.perf_counter() - started
+    context.write_timing({"num_steps": num_steps - first_step, "total_seconds": round(seconds, 3)})
+    if context.is_main:
+        write_json_atomic(paths.result_path, result.model_dump(mode="json"))
+    print(f"completed at step {num_steps} by {result.stop_reason}, best step {result.best_step}", flush=True)
+
+
+def score_best(context: RunContext, trainer: RunTrainer) -> TrainResult:
+    """Load the best weights and score them on both splits; the base's scores were recorded at step 0."""
+    recipe, state = context.recipe, trainer.state
+    best_step = trainer.flow.best_step(state)
+    assert best_step is not None, "the last step is always evaluated"
+    num_steps = state.global_step
+    is_stopped_early = trainer.flow.is_stopped_early(state) and num_steps < state.max_steps
+    limit = "max_steps" if recipe.training.max_steps is not None else "num_train_epochs"
+    trainer.load_weights_of(best_step)
+    validation, _ = trainer.score("validation")
+    test, test_rows = trainer.score("test")
+    base = context.on_main(lambda: _load_base_scores(context))
+    if context.is_main:
+        base_rows = [row for row in load_jsonl(context.paths.eval_rows_path) if row["model"] == "base"]
+        tuned_rows = [{"model": "tuned", **row.as_json()} for row in test_rows]
+        write_jsonl_atomic(context.paths.eval_rows_path, [*base_rows, *tuned_rows])
+    return TrainResult(
+        recipe_digest=context.recipe_digest,
+        outcome="completed",
+        stop_reason="early_stopping" if is_stopped_early else limit,
+        num_steps=num_steps,
+        best_step=best_step,
+        best_metric=getattr(validation, recipe.checkpoints.metric),
+        metric=recipe.checkpoints.metric,
+        num_train_rows=len(trainer.samples.train.rows),
+        base={split: SplitScore.model_validate(score) for split, score in base.items()},
+        tuned={"validation": validation, "test": test},
+    )
+
+
+def _load_base_scores(context: RunContext) -> dict[str, dict[str, Any]]:
+    rows = load_jsonl(context.paths.metrics_path)
+    return {row["split"]: row for row in rows if row["step"] == 0 and "split" in row}
+
+
+def export_model(context: RunContext, trainer: RunTrainer, tokenizer: Any) -> None:
+    """Write the best weights to `model/`: saved beside it, read again and checked, then renamed."""
+    partial_dir, model_dir = context.paths.model_partial_dir, context.paths.model_dir
+    if context.is_main:
+        for leftover in (partial_dir, model_dir):  # of an attempt that was killed before its result
+            shutil.rmtree(leftover, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(partial_dir))
+    trainer.accelerator.wait_for_everyone()
+    expected = trainer.describe_trained_parameters()
+    if context.is_main:
+        (partial_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle that can hold the hub token
+        tokenizer.save_pretrained(partial_dir)
+        verify_export(partial_dir, expected)
+        partial_dir.rename(model_dir)

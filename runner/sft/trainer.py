@@ -1,0 +1,216 @@
+"""`trl.SFTTrainer` with our order of rows, our evaluation and our checkpoints; everything else is TRL's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PrinterCallback, Trainer
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from runner.errors import DivergedError
+from runner.fsio import write_jsonl_atomic
+from runner.paths import marker_path
+from runner.recipe import derive_accumulation
+from runner.record import SplitScore
+from runner.sft.callbacks import FlowCallback, ProgressCallback
+from runner.sft.checkpoints import commit_checkpoint, prune_checkpoints
+from runner.sft.context import RunContext
+from runner.sft.data import Samples
+from runner.sft.evaluate import RowScore, score_rows, sum_scores
+from runner.sft.masking import IGNORE_INDEX
+from runner.sft.model import build_lora_config, keep_adapters_in_float32
+from runner.sft.sampling import EpochSampler
+
+
+def build_training_args(context: RunContext) -> SFTConfig:
+    """The effective arguments of the trainer; what the runner does itself is switched off."""
+    recipe, training = context.recipe, context.recipe.training
+    uses_cpu = context.uses_cpu()
+    return SFTConfig(
+        **training.hugging_face_arguments(),
+        output_dir=str(context.paths.checkpoints_dir),
+        seed=training.seed,
+        per_device_train_batch_size=training.per_device_train_batch_size,
+        gradient_accumulation_steps=derive_accumulation(recipe, context.num_processes),
+        num_train_epochs=training.num_train_epochs or 1.0,
+        max_steps=training.max_steps or -1,
+        bf16=training.bf16,
+        fp16=training.fp16,
+        gradient_checkpointing=training.gradient_checkpointing,
+        per_device_eval_batch_size=recipe.evaluation.per_device_eval_batch_size,
+        metric_for_best_model=recipe.checkpoints.metric,
+        greater_is_better=recipe.checkpoints.mode == "max",
+        use_cpu=uses_cpu,
+        dataloader_pin_memory=not uses_cpu,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=list(recipe.tracking.report_to) or "none",
+        run_name=recipe.run.name,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+
+
+def build_train_dataset(samples: Samples, context: RunContext, pad_token_id: int) -> tuple[Dataset, int]:
+    """The tokenised training rows, and how many rows without labels stand behind them.
+
+    Those fill up the last batch of several processes, which accelerate would otherwise fill with copies of real rows.
+    """
+    rows = samples.train.rows
+    per_pass = context.recipe.training.per_device_train_batch_size * context.num_processes
+    num_padding = -len(rows) % per_pass if context.num_processes > 1 else 0
+    columns = {
+        "input_ids": [list(row.input_ids) for row in rows] + [[pad_token_id] * 2] * num_padding,
+        "labels": [row.labels(context.recipe.loss) for row in rows] + [[IGNORE_INDEX] * 2] * num_padding,
+    }
+    return Dataset.from_dict(columns), num_padding
+
+
+class RunTrainer(SFTTrainer):  # type: ignore[misc]
+    """The trainer of one run."""
+
+    def __init__(self, context: RunContext, args: SFTConfig, model: Any, tokenizer: Any, samples: Samples) -> None:
+        self.context = context
+        self.samples = samples
+        self.flow = FlowCallback(context.recipe)
+        dataset, num_padding = build_train_dataset(samples, context, tokenizer.pad_token_id)
+        self._sampler = EpochSampler(
+            [len(row.input_ids) for row in samples.train.rows],
+            global_batch_size=context.recipe.global_batch_size,
+            seed=context.recipe.training.seed,
+            strategy=context.recipe.training.train_sampling_strategy,
+            num_padding=num_padding,
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+            processing_class=tokenizer,
+            peft_config=build_lora_config(context.recipe),
+            callbacks=[self.flow, ProgressCallback(context)],
+        )
+        self.remove_callback(PrinterCallback)
+        if context.recipe.quantization.method != "none":
+            keep_adapters_in_float32(self.model)
+
+    def is_finished(self) -> bool:
+        """Whether the restored state needs no further step."""
+        return self.state.global_step >= self.state.max_steps or self.flow.is_stopped_early(self.state)
+
+    def score(self, split: str) -> tuple[SplitScore, list[RowScore]]:
+        """Score the model as it is now on `validation` or `test`; a score that is not finite is a divergence."""
+        with self.compute_loss_context_manager():
+            rows = score_rows(
+                self.model_wrapped,
+                getattr(self.samples, split).rows,
+                batch_size=self.args.per_device_eval_batch_size,
+                pad_token_id=self.processing_class.pad_token_id,
+                accelerator=self.accelerator,
+            )
+        score = sum_scores(rows)
+        if not math.isfinite(score.nll_sum):
+            raise DivergedError(f"the {split} score at step {self.state.global_step} is not finite")
+        return score, rows
+
+    def record_score(self, split: str, score: SplitScore) -> None:
+        """One evaluation row of `metrics.jsonl`."""
+        values = {
+            "nll_per_completion_token": score.nll_per_completion_token,
+            "nll_per_token": score.nll_per_token,
+        }
+        row = {"step": self.state.global_step, "split": split, **values, **score.model_dump()}
+        self.context.append_metrics(row)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Score the validation split, in place of Transformers' evaluation, which averages over batches."""
+        with self.context.phase("evaluating"):
+            score, _rows = self.score("validation")
+        self.record_score("validation", score)
+        metrics = {
+            "eval_nll_per_completion_token": score.nll_per_completion_token,
+            "eval_nll_per_token": score.nll_per_token,
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Record a step in `metrics.jsonl` before it goes to the trackers."""
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise DivergedError(
+                    f"the loss of step {self.state.global_step} is {logs['loss']}",
+                    hint="lower `training.learning_rate`, or train in a wider dtype",
+                )
+            row: dict[str, Any] = {"step": self.state.global_step, "epoch": self.state.epoch}
+            for key in ("loss", "grad_norm", "learning_rate"):
+                value = logs.get(key)
+                row[key] = value if value is not None and math.isfinite(value) else None
+            self.context.append_metrics(row)
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> EpochSampler:
+        return self._sampler
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        if self.state.global_step == 0:
+            self._score_base()
+        if self.is_finished():
+            self.control.should_training_stop = True
+            return
+        self._sampler.epoch = arguments["epoch"]
+        super()._run_epoch(**arguments)
+
+    def _score_base(self) -> None:
+        """Step 0: the base model under the same code, on both splits."""
+        with self.context.phase("evaluating base"):
+            score, rows = self.score("test")
+            self.record_score("test", score)
+            if self.context.is_main:
+                write_jsonl_atomic(
+                    self.context.paths.eval_rows_path, [{"model": "base", **row.as_json()} for row in rows]
+                )
+        self.evaluate()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Let Transformers write, wait for all ranks, then commit; TRL's model card is left out."""
+        paths, step = self.context.paths, self.state.global_step
+        if marker_path(paths.checkpoint_dir(step)).exists():
+            return
+        with self.context.phase("saving"):
+            Trainer._save_checkpoint(self, model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.context.is_main:
+                saved_dir = Path(self.args.output_dir) / f"checkpoint-{step}"
+                commit_checkpoint(saved_dir, paths, step, self.context.fingerprint)
+                keep_latest = self.context.recipe.checkpoints.keep_latest
+                prune_checkpoints(paths, keep_latest=keep_latest, best_step=self.flow.best_step(self.state))
+            self.accelerator.wait_for_everyone()
+
+    def load_weights_of(self, step: int) -> None:
+        """Put the weights of a committed checkpoint into the model, as Transformers does for the best one."""
+        if step != self.state.global_step:
+            self.state.best_model_checkpoint = str(self.context.paths.checkpoint_dir(step))
+            self._load_best_model()
+
+    def describe_trained_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters that were trained, whole also where ZeRO-3 has partitioned them."""
+        return {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def effective_arguments(self) -> Mapping[str, Any]:
+        """Every field of the training arguments, without secrets."""
+        return {key: value for key, value in self.args.to_dict().items() if "token" not in key}

@@ -1,0 +1,259 @@
+"""What each verb of the command line does, from parsed arguments to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from runner.errors import RefusedError, RunnerError
+from runner.fsio import hash_json
+from runner.identity import ContentHashes, hash_contents, known_contents
+from runner.launch import Placement
+from runner.paths import content_cache_path
+from runner.plan import Decision, decide
+from runner.recipe import NAME_PATTERN, load_recipe
+from runner.record import RunStatus, derive_status
+from runner.selection import Selected, run_paths, select_recipes
+
+if TYPE_CHECKING:
+    from runner.pool import Planned, PoolResult
+
+_LOG_LINES: Final = 15
+
+
+def run_render(arguments: argparse.Namespace) -> int:
+    """`runner render`."""
+    from runner.render import run_render
+
+    return run_render(arguments.grid, check=arguments.check, prune=arguments.prune, root=Path())
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """`runner check`: every recipe, then their data in one pass over the distinct tokenizers and data sections."""
+    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
+    print(f"{len(selected)} recipes are well-formed")
+    if arguments.schema_only:
+        return 0
+    from runner.sft.check import check_data
+
+    return check_data([one.recipe for one in selected])
+
+
+def run_launch(arguments: argparse.Namespace) -> int:
+    """`runner launch`."""
+    from runner.pool import Planned, build_command
+
+    selected = _select_one(arguments)
+    recipe, paths = selected.recipe, selected.paths
+    num_processes = arguments.num_processes or recipe.launch.num_processes
+    if arguments.dry_run:
+        print(build_command(Planned(selected, {}, num_processes), _placement(num_processes)).as_shell())
+        return 0
+    contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
+    planned = Planned(selected, contents, num_processes)
+    status = derive_status(paths, recipe, contents)
+    if arguments.fresh and status.state != "pending":
+        _move_aside(selected)
+        status = derive_status(paths, recipe, contents)
+    decision = decide(status, retry_failed=True)
+    if decision.action == "refuse":
+        raise RefusedError(
+            f"{paths.run_dir} holds another experiment, the recipe changed since:\n"
+            + "\n".join(f"  {line}" for line in status.differences),
+            hint=f"runner launch {arguments.recipe} --fresh  (moves the old run aside and starts anew)",
+        )
+    if decision.action == "skip":
+        print(f"{planned.name}  {decision.why}")
+        return 0
+    if arguments.prepare:
+        print(_prepare(planned, _placement(num_processes)))
+        return 0
+    return _run_planned([planned], num_slots=1, gpus=None, fail_fast=False)
+
+
+def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -> int:
+    """`runner sweep`."""
+    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
+    if arguments.list:
+        print("\n".join(str(one.source_path) for one in selected))
+        return 0
+    if arguments.slots < 1:
+        raise RunnerError(f"`--slots {arguments.slots}`: at least one run must be able to start")
+    from runner.pool import Planned, build_command
+
+    hashes = ContentHashes(content_cache_path(arguments.output_root))
+    planned: list[Planned] = []
+    num_unhappy = 0
+    for one in selected:
+        contents = hash_contents(one.recipe, hashes) if not arguments.dry_run else known_contents(one.recipe, hashes)
+        status = derive_status(one.paths, one.recipe, contents)
+        decision = decide(status, retry_failed=arguments.retry_failed, only_unfinished=only_unfinished)
+        print(_describe_decision(one, decision, status))
+        if decision.action == "launch":
+            planned.append(Planned(one, contents, one.recipe.launch.num_processes))
+        elif status.state in ("failed", "changed"):
+            num_unhappy += 1
+    if arguments.dry_run:
+        for run in planned:
+            print(build_command(run, _placement(run.num_processes)).as_shell())
+        return 0
+    sys.stdout.flush()
+    gpus = arguments.gpus.split(",") if arguments.gpus else None
+    slots = max(1, len(gpus)) if gpus else arguments.slots
+    code = _run_planned(planned, num_slots=slots, gpus=gpus, fail_fast=arguments.fail_fast)
+    return code or (1 if num_unhappy else 0)
+
+
+def run_rerun(arguments: argparse.Namespace) -> int:
+    """`runner rerun`."""
+    return run_sweep(arguments, only_unfinished=True)
+
+
+def run_status(arguments: argparse.Namespace) -> int:
+    """`runner status`: reads files only, hashes nothing."""
+    import json
+
+    default = [str(path) for path in (Path("recipes"), arguments.output_root) if path.is_dir()]
+    selected = select_recipes(arguments.paths or default, arguments.output_root, arguments.where)
+    hashes = ContentHashes(content_cache_path(arguments.output_root))
+    rows = [(one, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes))) for one in selected]
+    if arguments.json:
+        content = [
+            {"grid": one.recipe.run.grid, "name": one.recipe.run.name, "axes": dict(one.recipe.run.axes)}
+            | {"run_dir": str(one.paths.run_dir), **status.model_dump()}
+            for one, status in rows
+        ]
+        print(json.dumps(content, indent=2))
+        return 0
+    width = max((len(_name(one)) for one, _ in rows), default=0)
+    for one, status in rows:
+        step = "" if status.step is None else f"{status.step}/{status.max_steps or '?'}"
+        loss = "" if status.loss is None else f"{status.loss:.4f}"
+        seconds = "" if status.seconds is None else f"{status.seconds:.0f} s"
+        why = status.why.splitlines()[0]
+        print(f"{_name(one):<{width}}  {status.state:<11}  {step:>9}  {loss:>8}  {seconds:>7}  {why}")
+    return 0
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """`runner report`."""
+    from runner.report import build_comparisons, build_rows
+    from runner.report_format import format_report
+
+    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
+    hashes = ContentHashes(content_cache_path(arguments.output_root))
+    runs = [
+        (one.recipe, one.paths, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)))
+        for one in selected
+    ]
+    rows = build_rows(runs)
+    print(format_report(rows, build_comparisons(rows), arguments.format), end="")
+    return 0
+
+
+def name_overridden(name: str, overrides: list[str]) -> str:
+    """The name of a run that differs from its recipe by overrides.
+
+    >>> name_overridden("gemma_full", ["training.learning_rate=1e-4"])
+    'gemma_full--training.learning_rate-1e-4'
+    """
+    if not overrides:
+        return name
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(overrides)).strip("-")
+    full = f"{name}--{slug}"
+    return full if len(full) <= 150 else f"{full[:130]}--{hash_json(overrides)[:12]}"
+
+
+def _select_one(arguments: argparse.Namespace) -> Selected:
+    overrides: list[str] = arguments.overrides
+    if malformed := [override for override in overrides if "=" not in override]:
+        raise RunnerError(f"{malformed[0]!r} is not an override of the form key=value")
+    if arguments.recipe.is_dir():
+        raise RunnerError(f"{arguments.recipe} is a folder", hint=f"runner sweep {arguments.recipe}")
+    plain = load_recipe(arguments.recipe, overrides)
+    name = arguments.name or name_overridden(plain.run.name, overrides)
+    if not re.match(NAME_PATTERN, name):
+        raise RunnerError(f"the name {name!r} may hold letters, digits and . _ - only, and at most 200 of them")
+    recipe = plain.model_copy(
+        update={"run": plain.run.model_copy(update={"name": name, "overrides": tuple(overrides)})}
+    )
+    return Selected(recipe, arguments.recipe, run_paths(recipe, arguments.output_root))
+
+
+def _placement(num_processes: int) -> Placement:
+    return Placement(num_processes, num_cores=os.cpu_count() or 1)
+
+
+def _move_aside(selected: Selected) -> None:
+    from runner.execute import move_aside, take_lease
+
+    lease = take_lease(selected.paths)
+    if lease is None:
+        raise RefusedError(f"{selected.paths.run_dir} is running; stop it before starting anew")
+    target = move_aside(selected.paths)
+    lease.close()
+    print(f"moved {selected.paths.run_dir} to {target}")
+
+
+def _prepare(planned: Planned, placement: Placement) -> str:
+    from runner.execute import open_attempt, prepare_run, read_git_state, take_lease
+    from runner.pool import build_command
+
+    paths, command = planned.selected.paths, build_command(planned, placement)
+    lease = take_lease(paths)
+    if lease is None:
+        raise RefusedError(f"{paths.run_dir} is running")
+    prepare_run(planned.selected.recipe, planned.contents, paths)
+    open_attempt(paths, command, planned.num_processes, read_git_state())
+    lease.close()
+    return command.as_shell()
+
+
+def _run_planned(planned: list[Planned], *, num_slots: int, gpus: list[str] | None, fail_fast: bool) -> int:
+    from runner.display import SweepDisplay
+    from runner.pool import Devices, Stopped, run_pool
+
+    if not planned:
+        print("nothing to launch", file=sys.stderr)
+        return 0
+    try:
+        with SweepDisplay(len(planned)) as display:
+            result = run_pool(planned, Devices(num_slots, gpus), display, fail_fast=fail_fast)
+    except Stopped:
+        print("stopped; the same command goes on from the newest checkpoints", file=sys.stderr)
+        return 130
+    _print_failures(planned, result)
+    return 1 if result.failed else 0
+
+
+def _print_failures(planned: list[Planned], result: PoolResult) -> None:
+    from runner.record import load_record
+
+    by_name = {run.name: run for run in planned}
+    for name, failure in result.failed.items():
+        paths = by_name[name].selected.paths
+        log_path = paths.attempt(load_record(paths).attempts[-1].number).log_path
+        print(f"\n{name} failed, {failure.kind}: {failure.message}", file=sys.stderr)
+        if failure.kind in ("crashed", "lost", "transient", "out_of_memory"):
+            lines = log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+            print("\n".join(f"  | {line}" for line in lines), file=sys.stderr)
+        print(f"  log: {log_path}", file=sys.stderr)
+    for name in result.elsewhere:
+        print(f"{name} was run or finished by another sweep", file=sys.stderr)
+    if result.not_started:
+        print(f"{len(result.not_started)} runs were not started because of --fail-fast", file=sys.stderr)
+
+
+def _describe_decision(one: Selected, decision: Decision, status: RunStatus) -> str:
+    lines = [f"{decision.action:<7} {_name(one)}  {decision.why.splitlines()[0]}"]
+    if decision.action == "refuse":
+        lines += [f"          {line}" for line in status.differences]
+    return "\n".join(lines)
+
+
+def _name(one: Selected) -> str:
+    return f"{one.recipe.run.grid}/{one.recipe.run.name}"
