@@ -38,7 +38,9 @@ def select_recipes(arguments: Sequence[str], output_root: Path, where: Sequence[
         except RecipeError as error:
             errors.append(error)
             continue
-        other = found.setdefault(selected.paths.run_dir, selected)
+        other = found.setdefault(selected.paths.run_dir.resolve(), selected)
+        if path.is_dir():  # a run directory: its recipe file, where one was named too, says more
+            continue
         if other.source_path != path and other.source_path.resolve() != path.resolve():
             raise RefusedError(
                 f"{other.source_path} and {path} are both named {selected.recipe.run.name!r} in the grid "

@@ -1,0 +1,40 @@
+# `make demo` and `make test` are all that a newcomer needs; both make .venv first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check golden fix clean-demo
+
+demo: .venv/installed
+	@python -m runner.sft.demo_models --output demo_models
+	@runner render demo --check
+	@runner sweep recipes/demo --slots 2
+	@runner report recipes/demo
+	@printf '\nrecipes: recipes/demo   runs: runs/demo   base models: demo_models\n'
+
+test: check
+	pytest -m "slow and not gpu" --durations=15
+
+check: .venv/installed
+	ruff check .
+	ruff format --check .
+	mypy runner
+	@for grid in $$(cd recipes && ls -d */); do runner render $${grid%/} --check || exit 1; done
+	pytest -m "not slow and not gpu" -q
+
+golden: .venv/installed
+	UPDATE_GOLDEN=1 pytest -q -m "not slow and not gpu" tests
+
+fix: .venv/installed
+	ruff check --fix .
+	ruff format .
+
+clean-demo:
+	rm -rf runs/demo demo_models
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
