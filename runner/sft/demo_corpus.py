@@ -25,7 +25,7 @@ COLORS = ("blue", "red", "green", "white", "black", "grey")
 PLACES = ("kitchen", "garden", "office", "garage", "school", "shop")
 CONDITIONS = ("late", "damaged", "wrong", "incomplete", "faulty", "new", "old", "good")
 PARCELS = ("refund", "replacement", "voucher", "spare part", "courier", "letter", "card", "photo")
-_DEEDS = ("finds", "gets", "likes", "needs", "offers", "promises", "reports", "sells", "sees", "wants")
+_DEEDS = ("finds", "gets", "likes", "needs", "offers", "sells", "sees", "wants")
 
 _REMARKS = (
     "The {item} has not arrived yet.",
@@ -131,10 +131,10 @@ def _write_a_note(draw: _Draw) -> tuple[str, str]:
     item, condition, parcel, day = draw.one(ITEMS), draw.one(CONDITIONS), draw.one(PARCELS), draw.one(DAYS)
     article = "an" if condition[0] in "aeiou" else "a"
     lines = f"{first}: I saw {article} {condition} {item}.\n{second}: You will get a {parcel} on {day}."
-    deeds = tuple(deed for deed in _DEEDS if deed != "reports")
+    # Never "reports" about an item nor "promises" by the shop: that wording is the demo task's.
+    first_deed, second_deed = draw.one((*_DEEDS, "promises")), draw.one((*_DEEDS, "reports"))
     note = (
-        f"{first} {draw.one(_DEEDS)} {article} {condition} {item}. "
-        f"The {draw.one(PLACES)} {draw.one(deeds)} a {parcel} on {day}."
+        f"{first} {first_deed} {article} {condition} {item}. The {draw.one(PLACES)} {second_deed} a {parcel} on {day}."
     )
     return f"{lines}\nWrite a note.", note
 

@@ -1,4 +1,4 @@
-"""Owns the weights of the small models of the tests and of the demo: their dimensions and how they are built.
+"""Owns the weights of the small models of the tests and of the demo, before any training.
 
 A tiny model is random and takes a fraction of a second to build, without a network. `demo_models`
 trains larger ones.
@@ -6,7 +6,6 @@ trains larger ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,8 @@ from transformers import (
 )
 
 from runner.sft.demo_corpus import general_exchanges
+from runner.sft.model_plans import TINY, ModelSize
 from runner.sft.tiny_families import FAMILIES, MODEL_MAX_LENGTH, build_tokenizer
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """The dimensions of a model. Multiples of 64 let 4-bit NF4 quantize every linear layer."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-
-
-TINY = ModelSize(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
 
 
 def build_model(
