@@ -203,10 +203,9 @@ class ChatTemplate:
         witness = self._text_after(followed, index, method) if is_last else ending
         ends = self._specials(common_prefix(own, witness or ""))[-1:]
         if not ends and is_last:
-            # The end of a conversation may differ from the end of a turn (GPT-OSS). Without a witness, only a single
-            # special token leaves no doubt.
+            # The end of a conversation may differ from the end of a turn (GPT-OSS). One special token leaves no doubt.
             candidates = self._specials(own)
-            ends = candidates[:1] if witness is not None or len(candidates) == 1 else []
+            ends = candidates if len(candidates) == 1 else []
         elif not ends and self._specials(ending or ""):
             # The same from the other side: the end of a turn within a conversation is that of the user's turns.
             users = [n for n in range(index) if chat[n]["role"] == "user"]

@@ -23,6 +23,7 @@ from chat_formats import (
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from template_table import table_lines
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -40,7 +41,7 @@ Chat = list[dict[str, str]]
 Pieces = list[tuple[str, bool]]  # text, is it trained on
 
 KINDS = ["bytes", "pieces"]
-FEW = settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
 # What TRL's markers enclose at either end of a completion beyond our definition (the turn from where the generation
 # prompt ends, to its end-of-turn token). Taken off their intervals, and never anything else:
@@ -417,7 +418,7 @@ WITHOUT_SYSTEM = {"Gemma", "Mistral"}
 def test_masks_equal_those_written_by_hand(name: str, kind: str) -> None:
     template, write = BY_HAND[name]
 
-    @settings(FEW, max_examples=40)
+    @settings(FEW, max_examples=30)
     @given(chats(has_system=name not in WITHOUT_SYSTEM))
     def check(chat: Chat) -> None:
         if name in ("Llama 2", "Mistral, system last"):  # these templates take an empty system text for a user's turn
@@ -444,7 +445,7 @@ def test_no_text_at_all_makes_a_wrong_mask(name: str) -> None:
         "".join
     )
 
-    @settings(FEW, max_examples=15)
+    @settings(FEW, max_examples=10)
     @given(st.lists(texts, min_size=4, max_size=4))
     def check(contents: list[str]) -> None:
         chat = turns(*contents)
@@ -504,8 +505,23 @@ def test_a_header_token_that_swallows_whitespace_is_not_trained_on() -> None:
     assert tokenizer.convert_ids_to_tokens(mask.input_ids[span.start : span.end]) == ["a", "<|end|>"]
 
 
+def test_a_role_header_is_not_trained_on_where_the_template_has_no_generation_prompt() -> None:
+    template = CHATML.partition("{%- if add_generation_prompt")[0]
+    mask = mask_conversation(build_tokenizer("bytes", template), turns("q", "a"))
+    assert [mask.text[begin:end] for begin, end in mask.completion_chars] == ["a<|im_end|>"]
+
+
+def test_a_template_may_print_what_looks_like_a_sentinel() -> None:
+    template = "Qx0turn0xQ Qx1turn1xQ Qx0turn1xQ\n" + CHATML
+    mask = mask_conversation(build_tokenizer("bytes", template), turns("Qx2turn0xQ", "Qx2turn1xQ"))
+    assert [mask.text[begin:end] for begin, end in mask.completion_chars] == ["Qx2turn1xQ<|im_end|>"]
+
+
 def test_the_text_is_tokenised_once_without_a_second_bos() -> None:
     tokenizer = build_tokenizer("bytes", trl_template("gemma"))
+    adds_bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = adds_bos
+    assert tokenizer("q")["input_ids"][0] == tokenizer.bos_token_id
     mask = mask_conversation(tokenizer, turns("q", "a"))
     assert list(mask.input_ids) == tokenizer.apply_chat_template(turns("q", "a"), return_dict=False)
     assert mask.input_ids.count(tokenizer.bos_token_id) == 1
@@ -587,6 +603,22 @@ REFUSALS = {
         HUMAN_ASSISTANT.replace(" + eos_token", "") + "{{ eos_token }}",
         turns("q", "a", "q", "b"),
         r"message 1 \(assistant\) has no end-of-turn token",
+    ),
+    "end only of the conversation, headers are tokens": (
+        "{%- for message in messages %}{{- '<|' + message['role'] + '|>' + message['content'] }}{%- endfor %}"
+        "{{- eos_token }}",
+        turns("q", "a", "q", "b"),
+        r"message 1 \(assistant\) has no end-of-turn token",
+    ),
+    "two tokens end the conversation, none a turn": (
+        HUMAN_ASSISTANT.replace(" + eos_token", "") + "{{ '<|end|>' + eos_token }}",
+        turns("q", "a"),
+        r"message 1 \(assistant\) has no end-of-turn token",
+    ),
+    "prints lists as Python source": (
+        printing("('' if message['content'] is string else message['content'] | string)"),
+        turns("q", "a"),
+        "leaves the content out",
     ),
     "merges answers": (
         trl_template("diffusion_gemma"),
