@@ -206,7 +206,13 @@ def build_samples(data: DataSection, tokenizer: Any) -> Samples:
     Raises:
         DataError: a row cannot be rendered, masked or fitted into `data.max_length`; the first few are named.
     """
-    return tokenize_splits(draw_splits(data), data, ConversationMasker(tokenizer), tokenizer.bos_token_id)
+    masker = ConversationMasker(tokenizer)
+    if masker.reads_clock:
+        raise DataError(
+            "the chat template prints today's date, so the same recipe would train on other tokens tomorrow",
+            hint="copy the template to a file with the date written out, and name it in `model.chat_template`",
+        )
+    return tokenize_splits(draw_splits(data), data, masker, tokenizer.bos_token_id)
 
 
 def tokenize_splits(raw: RawSplits, data: DataSection, masker: ConversationMasker, bos_token_id: int | None) -> Samples:
