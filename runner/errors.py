@@ -66,3 +66,7 @@ class RefusedError(RunnerError):
 
 class DivergedError(RunnerError):
     """A loss or score that is not a finite number."""
+
+
+class CorruptFileError(RunnerError, ValueError):
+    """A record on disk that cannot be read: damaged, cut off, or written by something else."""

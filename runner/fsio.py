@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from runner.errors import CorruptFileError
+
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text`: temporary file in the same folder, fsync, rename, fsync of the folder."""
@@ -63,11 +65,17 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """The content of a JSON file, or None where there is none."""
+    """The content of a JSON file, or None where there is none.
+
+    Raises:
+        CorruptFileError: the file is not JSON.
+    """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path} is not JSON: {error}") from None
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
@@ -78,13 +86,21 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def load_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every whole row of a JSONL file; a torn last line (no newline: the writer was killed) is left out."""
+    """Every whole row of a JSONL file; a torn last line (no newline: the writer was killed) is left out.
+
+    Raises:
+        CorruptFileError: another line is not JSON.
+    """
     try:
-        text = path.read_text()
+        content = path.read_bytes()
     except FileNotFoundError:
         return []
-    whole, _, _ = text.rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines() if line]
+    whole, _, _ = content.rpartition(b"\n")
+    lines = whole.split(b"\n")  # not splitlines: a text may hold other line separators
+    try:
+        return [json.loads(line) for line in lines if line]
+    except ValueError as error:
+        raise CorruptFileError(f"{path} has a line that is not JSON: {error}") from None
 
 
 def write_jsonl_atomic(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -113,20 +129,27 @@ class Lease:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._stream = path.open("a+b")
 
     def try_acquire(self) -> bool:
-        """True when the lease is now ours, False when a live process holds it.
+        """True when the lease is now ours; False when a live process holds it or has moved the directory aside.
 
         Tried for a fifth of a second: `is_leased` in another process takes a shared lock for an instant.
         """
         for pause_seconds in (0.02, 0.05, 0.13, 0.0):
             try:
                 fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
+                return self._is_in_place()
             except BlockingIOError:
                 time.sleep(pause_seconds)
         return False
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
 
     def fileno(self) -> int:
         """The descriptor to hand to the trainer as stdin."""

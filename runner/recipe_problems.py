@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 import yaml
@@ -14,7 +16,8 @@ from pydantic_core import ErrorDetails
 from runner.errors import Problem
 from runner.hf_fields import OWNED_TRAINING_FIELDS
 
-_RESOLVER: Final = re.compile(r"\$\{\s*[\w.]+\s*:")
+_ESCAPED: Final = re.compile(r"(?<!\\)(\\\\)*\\\$\{")
+_REFERENCE: Final = re.compile(r"\$\{[^${}:]*\}")  # the innermost `${own.key}`
 _EXPECTED: Final = {
     "float_type": "a number",
     "int_type": "a whole number",
@@ -36,6 +39,7 @@ _RENAMED: Final = {
 }
 
 
+@lru_cache(maxsize=1)
 def find_lines(text: str) -> dict[str, int]:
     """The 1-based line of every dotted key of a YAML text.
 
@@ -59,32 +63,93 @@ def find_lines(text: str) -> dict[str, int]:
     return lines
 
 
-def find_resolvers(value: Any, text: str, prefix: str = "") -> list[Problem]:
+def find_line(key: str, text: str, overridden: frozenset[str] = frozenset()) -> int | None:
+    """The line of a dotted key, or of the nearest section around it; None where an override set it."""
+    if any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden):
+        return None
+    lines, path = find_lines(text), key.split(".")
+    candidates = [".".join(path[:length]) for length in range(len(path), 0, -1)]
+    return next((lines[name] for name in candidates if name in lines), 1)
+
+
+def describe_syntax_error(error: Exception, text: str, overridden: frozenset[str], *, is_in_text: bool) -> Problem:
+    """A problem from what YAML or OmegaConf refuses; `is_in_text` False: it came up among the overrides."""
+    what = str(getattr(error, "problem", None) or error or type(error).__name__).splitlines()[0]
+    key = str(getattr(error, "full_key", None) or "")
+    if not is_in_text:
+        return Problem(key or ", ".join(sorted(overridden)), what)
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return Problem("(YAML)", what, mark.line + 1)
+    return Problem(key or "(YAML)", what, find_line(key, text, overridden) if key else 1)
+
+
+def find_resolvers(value: Any, text: str, overridden: frozenset[str] = frozenset(), prefix: str = "") -> list[Problem]:
     """A problem for every `${resolver:...}`: a recipe may refer to its own keys, and to nothing else."""
-    if isinstance(value, Mapping):
-        return [p for key, item in value.items() for p in find_resolvers(item, text, f"{prefix}{key}.")]
-    if isinstance(value, list):
-        return [p for index, item in enumerate(value) for p in find_resolvers(item, text, f"{prefix}{index}.")]
-    if isinstance(value, str) and _RESOLVER.search(re.sub(r"(?<!\\)(\\\\)*\\\$\{", "", value)):
-        key = prefix.removesuffix(".")
-        what = f"got {value!r}: a recipe may refer to its own keys only, not to the environment or a resolver"
-        return [Problem(key, what, find_lines(text).get(key))]
-    return []
+    what = "a recipe may refer to its own keys only, not to the environment or a resolver"
+    return [
+        Problem(key, f"got {item!r}: {what}", find_line(key, text, overridden))
+        for key, item in _leaves(value, prefix)
+        if isinstance(item, str) and _calls_resolver(item)
+    ]
+
+
+def _calls_resolver(value: str) -> bool:
+    """Whether a text holds more than plain references.
+
+    >>> [_calls_resolver(text) for text in ("${a.b}", "${a.${b}}", "${oc.env:HOME}", "${oc.${b}:HOME}", r"\\${a:b}")]
+    [False, False, True, True, False]
+    """
+    rest = _ESCAPED.sub("", value)
+    while (reduced := _REFERENCE.sub("x", rest)) != rest:
+        rest = reduced
+    return "${" in rest
+
+
+def find_unusable_values(value: Any, text: str, overridden: frozenset[str] = frozenset()) -> list[Problem]:
+    """A problem for everything that YAML can say and JSON cannot: infinities, bytes, keys that are not texts."""
+    problems: list[Problem] = []
+    for key, item in _leaves(value):
+        if isinstance(item, float) and not math.isfinite(item):
+            problems.append(Problem(key, f"got {item}, expected a finite number", find_line(key, text, overridden)))
+        elif isinstance(item, int) and abs(item) >= 2**63:
+            problems.append(Problem(key, "got a number of more than 64 bits", find_line(key, text, overridden)))
+        elif not isinstance(item, str | float | int | None):
+            what = f"got a value of the type {type(item).__name__}, expected a text, a number, true, false or null"
+            problems.append(Problem(key, what, find_line(key, text, overridden)))
+    for key, name in _odd_keys(value):
+        problems.append(Problem(key, f"got the key {name!r}, expected a text", find_line(key, text, overridden)))
+    return problems
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything that is neither a mapping nor a list."""
+    if not isinstance(value, Mapping | list):
+        yield prefix.removesuffix("."), value
+        return
+    for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from _leaves(item, f"{prefix}{name}.")
+
+
+def _odd_keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and key of every mapping entry whose key is not a text."""
+    if isinstance(value, Mapping | list):
+        for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if isinstance(value, Mapping) and not isinstance(name, str):
+                yield f"{prefix}{name}", name
+            yield from _odd_keys(item, f"{prefix}{name}.")
 
 
 def list_problems(
     error: ValidationError, container: Any, text: str, overridden: frozenset[str] = frozenset()
 ) -> list[Problem]:
     """One problem per mistake, in the order of the file."""
-    lines = find_lines(text)
     problems: dict[tuple[str, str], Problem] = {}
     for detail in error.errors():
         path = _visible_path(detail, container)
         key = ".".join(path)
-        is_override = any(name == key or name.startswith(f"{key}.") for name in overridden)
-        line = None if is_override else _nearest_line(path, lines)
         what = _describe(detail, path, container)
-        problems.setdefault((key, what), Problem(key or "(recipe)", what, line))
+        problems.setdefault((key, what), Problem(key or "(recipe)", what, find_line(key, text, overridden)))
     return sorted(problems.values(), key=lambda problem: problem.line or 0)
 
 
@@ -102,13 +167,6 @@ def _visible_path(detail: ErrorDetails, container: Any) -> tuple[str, ...]:
             continue
         path.append(str(part))
     return tuple(path)
-
-
-def _nearest_line(path: tuple[str, ...], lines: Mapping[str, int]) -> int:
-    for length in range(len(path), 0, -1):
-        if (line := lines.get(".".join(path[:length]))) is not None:
-            return line
-    return 1
 
 
 def _describe(detail: ErrorDetails, path: tuple[str, ...], container: Any) -> str:

@@ -1,0 +1,292 @@
+"""The sections of a recipe: frozen types, each with what it accepts and the choices that exclude each other within it.
+
+Owns no combination across sections; those and the parsing are in `recipe`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    create_model,
+    model_serializer,
+    model_validator,
+)
+
+from runner.hf_fields import OWNED_LORA_FIELDS, OWNED_TRAINING_FIELDS, FrozenDict, build_field_definitions
+
+SCHEMA_VERSION: Final = 1
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
+
+Metric = Literal["nll_per_completion_token", "nll_per_token"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Positive = Annotated[int, Field(gt=0)]
+Scalar = str | bool | int | float | None
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, no unknown keys, no coercion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class PassThrough(Section):
+    """A section with fields that go to a Hugging Face config unchanged, and only when the recipe states them."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_stated(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        stated = type(self)._declared_fields() | self.model_fields_set
+        return {name: value for name, value in handler(self).items() if name in stated}
+
+    @classmethod
+    @cache
+    def _declared_fields(cls) -> frozenset[str]:
+        declared: set[str] = set()
+        for base in cls.__mro__:
+            if not base.__name__.startswith("Generated"):
+                declared |= set(getattr(base, "__annotations__", {}))
+        return frozenset(declared)
+
+    def hugging_face_arguments(self) -> dict[str, Any]:
+        """What the recipe states of the generated fields, as plain JSON values."""
+        dumped = self.model_dump(mode="json")
+        return {name: value for name, value in dumped.items() if name not in type(self)._declared_fields()}
+
+
+class RunSection(Section):
+    """Which cell of which grid this is; outside the digest."""
+
+    grid: Name
+    name: Name
+    axes: FrozenDict = Field(default_factory=dict, validate_default=True)
+    overrides: tuple[str, ...] = ()  # what the command line changed, where it did
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+
+class ModelSection(Section):
+    """The base model, as `from_pretrained` takes it, and how its conversations are written."""
+
+    path: Text
+    revision: str | None = None
+    dtype: Dtype
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
+    chat_template: Text | None = None  # path of a .jinja file; None: the tokenizer's own
+    pad_token: Text = "auto"  # "auto": the tokenizer's own unless it is eos, else a reserved token; or a token
+
+
+class AdapterOff(Section):
+    """Full fine-tuning."""
+
+    method: Literal["none"]
+
+
+class LoraBase(PassThrough):
+    """The LoRA fields that a recipe must state."""
+
+    method: Literal["lora"]
+    r: Positive
+    lora_alpha: Positive
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Text | tuple[Text, ...]
+
+    def lora_arguments(self) -> dict[str, Any]:
+        """Arguments of `peft.LoraConfig`."""
+        dumped = self.model_dump(mode="json")
+        del dumped["method"]
+        return dumped
+
+
+class QuantizationOff(Section):
+    """Weights as `model.dtype` says."""
+
+    method: Literal["none"]
+
+
+class FourBit(Section):
+    """bitsandbytes 4-bit weights; field names of `transformers.BitsAndBytesConfig`."""
+
+    method: Literal["4bit"]
+    bnb_4bit_quant_type: Literal["nf4", "fp4"]
+    bnb_4bit_use_double_quant: bool
+    bnb_4bit_compute_dtype: Dtype
+
+
+class EightBit(Section):
+    """bitsandbytes LLM.int8() weights."""
+
+    method: Literal["8bit"]
+    llm_int8_threshold: Annotated[float, Field(ge=0)] = 6.0
+
+
+class DataSource(Section):
+    """A local JSON, JSONL, CSV or Parquet file (or a folder of them), or a data set id on the hub."""
+
+    path: Text
+    config_name: str | None = None
+    split: Text = "train"
+    revision: str | None = None
+
+
+class ConversationsTask(Section):
+    """Rows with a list of messages in `messages` or `conversations`; role/content or from/value."""
+
+    name: Literal["conversations"]
+
+
+class PromptCompletionTask(Section):
+    """One user turn and one assistant turn from two columns."""
+
+    name: Literal["prompt_completion"]
+    prompt_column: Text = "prompt"
+    completion_column: Text = "completion"
+
+
+class SummarizationTask(Section):
+    """A document and its summary; `prompt` holds the placeholder `{document}` exactly once."""
+
+    name: Literal["summarization"]
+    prompt: Text
+    document_column: Text = "document"
+    summary_column: Text = "summary"
+
+    @model_validator(mode="after")
+    def _has_one_placeholder(self) -> Self:
+        if self.prompt.count("{document}") != 1:
+            raise ValueError("`prompt` must hold the placeholder {document} exactly once")
+        return self
+
+
+Task = Annotated[ConversationsTask | PromptCompletionTask | SummarizationTask, Field(discriminator="name")]
+
+
+class DataSection(Section):
+    """Where the rows come from and which of them train, select and report; None counts mean all that are left."""
+
+    train: DataSource
+    validation: DataSource | None = None  # None: taken from `train`, before the training rows
+    test: DataSource | None = None
+    task: Task
+    num_train_samples: Positive | None = None
+    num_validation_samples: Positive | None = None
+    num_test_samples: Positive | None = None
+    seed: int  # the order of the raw rows; training rows are a prefix, so smaller counts are nested in larger ones
+    max_length: Positive  # tokens
+    truncation: Literal["refuse", "prompt_left", "drop"] = "refuse"
+
+    @model_validator(mode="after")
+    def _carved_splits_have_sizes(self) -> Self:
+        for split in ("validation", "test"):
+            if getattr(self, split) is None and getattr(self, f"num_{split}_samples") is None:
+                raise ValueError(f"`num_{split}_samples` is needed when `{split}` is taken from the training rows")
+        return self
+
+
+class TrainingBase(PassThrough):
+    """The training fields that the runner computes with; every other is a field of `trl.SFTConfig`."""
+
+    seed: int
+    global_batch_size: Positive | None = None  # sequences per optimizer step, over all processes
+    gradient_accumulation_steps: Positive | None = None  # instead of `global_batch_size`
+    per_device_train_batch_size: Positive
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    max_steps: Positive | None = None  # instead of `num_train_epochs`
+    bf16: bool = False
+    fp16: bool = False
+    gradient_checkpointing: bool
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
+
+    @model_validator(mode="after")
+    def _states_each_choice_once(self) -> Self:
+        if (self.global_batch_size is None) == (self.gradient_accumulation_steps is None):
+            raise ValueError("state exactly one of `global_batch_size` and `gradient_accumulation_steps`")
+        if (self.num_train_epochs is None) == (self.max_steps is None):
+            raise ValueError("state exactly one of `num_train_epochs` and `max_steps`")
+        if self.bf16 and self.fp16:
+            raise ValueError("`bf16` and `fp16` cannot both be true")
+        return self
+
+
+class EvaluationSection(Section):
+    """When the validation rows are scored; step 0 and the last step always are."""
+
+    eval_strategy: Literal["no", "steps", "epoch"]
+    eval_steps: Positive | None = None
+    per_device_eval_batch_size: Positive
+
+    @model_validator(mode="after")
+    def _has_steps_exactly_for_steps(self) -> Self:
+        if (self.eval_strategy == "steps") != (self.eval_steps is not None):
+            raise ValueError("`eval_steps` goes with `eval_strategy: steps`, and only with it")
+        return self
+
+
+class EarlyStoppingOff(Section):
+    """Trains to the end."""
+
+    enabled: Literal[False]
+
+
+class EarlyStoppingOn(Section):
+    """Stops after `patience` evaluations in a row that do not better the best by more than `threshold`."""
+
+    enabled: Literal[True]
+    metric: Metric
+    mode: Literal["min", "max"] = "min"
+    patience: Positive
+    threshold: Annotated[float, Field(ge=0)] = 0.0
+
+
+class CheckpointsSection(Section):
+    """When checkpoints are written and how many stay; the best by `metric` is what is exported."""
+
+    save_strategy: Literal["no", "steps", "epoch"]
+    save_steps: Positive | None = None
+    keep_latest: Positive = 1
+    metric: Metric = "nll_per_completion_token"
+    mode: Literal["min", "max"] = "min"
+
+    @model_validator(mode="after")
+    def _has_steps_exactly_for_steps(self) -> Self:
+        if (self.save_strategy == "steps") != (self.save_steps is not None):
+            raise ValueError("`save_steps` goes with `save_strategy: steps`, and only with it")
+        return self
+
+
+class LaunchSection(Section):
+    """How processes start; outside the digest, but for what it does to the global batch."""
+
+    accelerate_config: Text
+    num_processes: Positive = 1
+    num_cpu_threads_per_process: Positive | None = None  # None: the cores shared among the processes
+
+
+class TrackingSection(Section):
+    """Experiment trackers by their Transformers names, and where the tuned model may be pushed."""
+
+    report_to: tuple[Text, ...] = ()
+    project: str | None = None
+    hub_model_id: str | None = None
+
+
+if TYPE_CHECKING:  # the generated fields are typed at run time only
+    Lora = LoraBase
+    Training = TrainingBase
+else:
+    Lora = create_model(
+        "GeneratedLora",
+        __base__=LoraBase,
+        **build_field_definitions("LoraConfig", OWNED_LORA_FIELDS, exclude=frozenset(LoraBase.model_fields)),
+    )
+    Training = create_model(
+        "GeneratedTraining",
+        __base__=TrainingBase,
+        **build_field_definitions("SFTConfig", OWNED_TRAINING_FIELDS, exclude=frozenset(TrainingBase.model_fields)),
+    )
