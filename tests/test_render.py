@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from toy_grid import TEMPLATE, Toy, build_toy, grid_error
+from toy_grid import GRID, TEMPLATE, Toy, build_toy, grid_error
 
 from runner.errors import RecipeError
 from runner.grid import load_cards
@@ -54,9 +54,12 @@ def test_a_wrong_template_is_refused_with_its_line_and_cell(
 
 
 def test_the_axes_of_a_recipe_keep_their_types(toy: Toy) -> None:
-    for wrong in ('"60"', "60.0", "true"):
+    one_cell = (
+        GRID.replace("full, completion", "full").replace("60, 180", "1") + "exclude: [{when: {model: phi}, why: x}]"
+    )
+    for wrong in ('"1"', "1.0", "true"):
         axes = f"{{model: gemma, loss: full, num_train_samples: {wrong}}}"
-        assert "`run.axes` is" in grid_error(toy(old="{{ axes | yaml }}", new=axes))
+        assert "`run.axes` is" in grid_error(toy(one_cell, old="{{ axes | yaml }}", new=axes))
 
 
 def test_an_error_in_an_included_file_names_that_file(toy: Toy) -> None:
@@ -148,3 +151,7 @@ def test_an_interpolation_inside_a_recipe_is_still_resolved(toy: Toy) -> None:
     text = render_grid(root / "recipe_templates", "toy").texts["phi_full_060"]
     assert parse_recipe(text, where="").training.max_steps == 64
     assert "not to the environment" in grid_error(toy(old="max_steps: 2", new="max_steps: ${oc.env:HOME}"))
+    assert "not to the environment" in grid_error(toy(old="data/demo.jsonl", new="${oc.env:HOME}"))
+    for value in ("${run.name}", "\\${run.name}", "'???'", "'\\???'", "a???"):
+        changed = text.replace("data/demo.jsonl", value)
+        assert attempt(_parse, changed) == attempt(parse_recipe, changed)
