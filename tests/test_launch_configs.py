@@ -83,12 +83,13 @@ KNOBS = {
             "megatron_lm_config",
         ),
     ),
-    "number of processes and machines": Knob(
-        RECIPE, ("num_processes", "num_machines"), ("num_processes", "num_machines"), ("num_nodes", "num_gpus")
+    "number of processes": Knob(RECIPE, ("num_processes",), ("num_processes",)),
+    "machines": Knob(
+        ARGV,
+        ("num_machines",),
+        ("num_machines", "machine_rank", "main_process_ip", "main_process_port", "rdzv_backend", "same_network"),
     ),
-    "place in a cluster": Knob(
-        ARGV, (), ("machine_rank", "main_process_ip", "main_process_port", "gpu_ids", "rdzv_backend", "same_network")
-    ),
+    "which GPUs": Knob(ARGV, ("gpu_ids",), ("gpu_ids",)),
 }
 
 
@@ -168,7 +169,7 @@ def test_every_file_says_what_it_is_for(name: str) -> None:
 def test_every_ds_file_leaves_the_recipe_its_values() -> None:
     """A value that is absent from a ds file is DeepSpeed's default, not the recipe's: each must be `auto`."""
     handed_over = {key for knob in KNOBS.values() if knob.owner == RECIPE for key in knob.deepspeed}
-    handed_over -= {"optimizer", "scheduler", "activation_checkpointing", "compile", "num_nodes", "num_gpus"}
+    handed_over -= {"optimizer", "scheduler", "activation_checkpointing", "compile"}
     for path in sorted((ROOT / "ds_configs").iterdir()):
         config = dict(leaves(json.loads(path.read_text())))
         assert {key: config.get(key) for key in handed_over} == dict.fromkeys(handed_over, "auto"), path.name
