@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import runpy
 import shutil
 import signal
@@ -110,6 +111,7 @@ def test_kill_leaves_no_model_and_the_next_build_is_whole(demo_dir: Path, tmp_pa
         time.sleep(0.05)
     builder.send_signal(signal.SIGKILL)
     builder.wait()
+    os.killpg(builder.pid, signal.SIGKILL)  # its children, which would end by themselves when trained
     assert not (tmp_path / "mistral").exists()
     build_demo_models(tmp_path, families=("mistral",), plan=BRIEF)
     assert _contents(tmp_path / "mistral") == _contents(demo_dir / "mistral")
