@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from yaml import YAMLError
 from runner.errors import GridError, Problem, RecipeError
 from runner.hf_fields import FrozenDict, freeze
 from runner.recipe import MAX_RECIPE_BYTES, NAME_PATTERN, ModelSection, Scalar, Section, Text
-from runner.recipe_problems import find_lines, find_resolvers
+from runner.recipe_problems import find_lines, find_resolvers, find_unusable_values
 
 _AXIS_NAME: Final = r"[A-Za-z][A-Za-z0-9_]*"
 # Names that a template already gives a meaning to.
@@ -43,8 +42,7 @@ def _check_label(label: Any) -> Any:
             f"{label!r} cannot be chosen with --where: a label has no comma, no line break, no space at an end and at "
             "most 200 characters; give a long value as a mapping with a short `name`"
         )
-    is_scalar = isinstance(label, str | bool | int | float | None)
-    if not is_scalar or (isinstance(label, float) and not math.isfinite(label)):
+    if not isinstance(label, str | bool | int | float | None):
         raise ValueError(f"{label!r} is not a label: expected a text, number, boolean or null")
     return label
 
@@ -230,8 +228,11 @@ def _load_mapping(path: Path) -> tuple[str, dict[str, Any]]:
         problems = find_resolvers(OmegaConf.to_container(config, resolve=False), text)
         if not problems:
             container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-            return text, dict(json.loads(json.dumps(container)))
-    except (OmegaConfBaseException, YAMLError, RecursionError, OSError, ValueError, TypeError) as error:
+            assert isinstance(container, dict)
+            problems = find_unusable_values(container, text)
+            if not problems:
+                return text, {str(key): value for key, value in container.items()}
+    except (OmegaConfBaseException, YAMLError, RecursionError, OSError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         what = str(getattr(error, "problem", None) or error).splitlines()[0]
         problems = [Problem(getattr(error, "full_key", None) or "(file)", what, mark.line + 1 if mark else 1)]

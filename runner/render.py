@@ -23,6 +23,7 @@ from runner.errors import GridError, RecipeError, RunnerError
 from runner.grid import GridSpec, load_cards, load_grid, show_label, suggest
 from runner.grid_cells import KeyList, RunKey, derive_keys, name_cell
 from runner.recipe import Recipe, parse_recipe
+from runner.recipe_problems import find_unusable_values
 from runner.templating import build_sandbox, locate_error, render_text
 
 
@@ -117,7 +118,9 @@ def _parse(text: str, where: str) -> Recipe:
     """
     if not re.search(r"\$\{|\?\?\?", text):
         try:
-            return Recipe.model_validate_json(json.dumps(yaml.load(text, Loader=_yaml_loader())))
+            container = yaml.load(text, Loader=_yaml_loader())
+            if not find_unusable_values(container, text):
+                return Recipe.model_validate_json(json.dumps(container))
         except (yaml.YAMLError, ValidationError, ValueError, TypeError, RecursionError):
             pass
     return parse_recipe(text, where=where)

@@ -130,7 +130,35 @@ def test_a_wrong_card_is_refused_with_its_line(toy: Toy, card: str, expected: li
         assert part in message, message
 
 
-@pytest.mark.parametrize("value", ["1e-5", "0.1", "1", ".5", "1_0.0", "010", "0x10", "1.", "1:30.5", "'x'", "no", "~"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "1e-5",
+        "0.1",
+        "1",
+        ".5",
+        "1_0.0",
+        "010",
+        "0x10",
+        "1.",
+        "1:30.5",
+        "'x'",
+        "no",
+        "~",
+        ".inf",
+        "-.inf",
+        ".nan",
+        "1e400",
+        "9" * 30,
+        "2020-01-01",
+        "!!binary aGk=",
+        "{1: 2}",
+        "[1, [.inf]]",
+        "!!set {a}",
+        "&a [*a]",
+        "!!python/name:os.system",
+    ],
+)
 def test_the_quick_reading_is_the_same_as_the_whole_one(toy: Toy, value: str) -> None:
     text = render_grid(toy() / "recipe_templates", "toy").texts["phi_full_060"]
     for old in ("1e-5", "max_steps: 2", "60, ", "path: data/demo.jsonl"):
