@@ -84,6 +84,10 @@ OWNED_TRAINING_FIELDS: Final[dict[str, str]] = {
         ("logging_strategy", "logging_steps", "logging_first_step"),
         "the runner, which records every step",
     ),
+    **dict.fromkeys(
+        ("activation_checkpointing", "activation_checkpointing_kwargs"),
+        "`training.gradient_checkpointing` and its kwargs",
+    ),
     "auto_find_batch_size": "`training.per_device_train_batch_size`: a batch that shrinks by itself changes the run",
     "average_tokens_across_devices": "the runner: the loss is always averaged over the tokens of the global batch",
     "include_num_input_tokens_seen": "the runner, which counts tokens itself",
