@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     render = verbs.add_parser("render", help="recipe_templates/GRID -> recipes/GRID/*.yaml")
-    render.add_argument("grid", metavar="GRID")
+    render.add_argument("grid", metavar="GRID", nargs="?", help="default: every grid")
     render.add_argument("--check", action="store_true", help="write nothing; exit 1 and show a diff on drift")
     render.add_argument("--prune", action="store_true", help="remove recipes that the grid no longer has")
 

@@ -27,7 +27,7 @@ _LOG_LINES: Final = 15
 
 def run_render(arguments: argparse.Namespace) -> int:
     """`runner render`."""
-    from runner.render import run_render
+    from runner.recipe_files import run_render
 
     return run_render(arguments.grid, check=arguments.check, prune=arguments.prune, root=Path())
 

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
@@ -23,10 +24,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from runner.processes import die_with_parent
 from runner.sft.model_plans import Pretraining
 
 DEMO_FAMILIES = ("gemma", "llama", "mistral")
-MANIFEST_NAME = "demo_model.json"
+MANIFEST_NAME = ".demo_model.json"  # hidden: it holds times, and is no part of the model's content
 BUILDER_SOURCES = ("demo_corpus.py", "demo_pretraining.py", "model_plans.py", "tiny_families.py", "tiny_models.py")
 
 
@@ -51,8 +53,9 @@ def is_built(model_dir: Path, family: str, plan: Pretraining) -> bool:
     return load_manifest(model_dir).get("builder_digest") == builder_digest(family, plan)
 
 
-def _build_in_child(family: str, built_dir: Path, plan: Pretraining) -> None:
+def _build_in_child(family: str, built_dir: Path, plan: Pretraining, parent_pid: int) -> None:
     """Body of a child process: train, save, and write the manifest last."""
+    die_with_parent(parent_pid)
     from runner.sft.demo_pretraining import train_base_model  # imports torch, which the parent can do without
 
     manifest: dict[str, Any] = {"builder_digest": builder_digest(family, plan), "family": family}
@@ -95,7 +98,7 @@ def _build(families: list[str], output_dir: Path, plan: Pretraining) -> None:
     for family in families:
         built_dir = Path(tempfile.mkdtemp(prefix=f".building-{family}-", dir=output_dir))
         built_dir.chmod(0o755)  # mkdtemp makes it private
-        child = context.Process(target=_build_in_child, args=(family, built_dir, plan), name=family)
+        child = context.Process(target=_build_in_child, args=(family, built_dir, plan, os.getpid()), name=family)
         child.start()
         children[child.sentinel] = (child, built_dir)
     failed = []

@@ -43,7 +43,9 @@ def build_model(
         "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": family.ties_embeddings,
     }
-    if family.config_class is not PhiConfig:
+    if family.config_class is PhiConfig:
+        settings["vocab_size"] = len(tokenizer) // 64 * 64 + 64  # spare rows, as Phi-2 has
+    else:
         settings["head_dim"] = head_dim
     if family.config_class is Gemma2Config:
         settings["query_pre_attn_scalar"] = head_dim

@@ -19,6 +19,7 @@ _RESERVED_PAD_TOKENS: Final = (
     "[control_8]",
     "<unk>",
 )
+_NEW_PAD: Final = "<|pad|>"
 
 
 def load_tokenizer(model: ModelSection) -> Any:
@@ -43,30 +44,33 @@ def load_tokenizer(model: ModelSection) -> Any:
             f"{model.path} has no chat template of its own",
             hint="name one in `model.chat_template`, for example recipe_templates/chat/human_assistant.jinja",
         )
-    tokenizer.pad_token = choose_pad_token(tokenizer, model)
+    set_pad_token(tokenizer, model)
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def choose_pad_token(tokenizer: Any, model: ModelSection) -> str:
-    """The pad token: the recipe's, else the tokenizer's own, else a reserved one; in no case eos."""
+def set_pad_token(tokenizer: Any, model: ModelSection) -> None:
+    """Give the tokenizer the recipe's pad token, else its own, else a reserved one, else a new one; in no case eos.
+
+    A new token takes a row that the embedding has beyond the vocabulary (Phi-2 has 51,200 rows for 50,295 tokens), so
+    no weight changes its shape.
+    """
+    own = None if tokenizer.pad_token == tokenizer.eos_token else tokenizer.pad_token
     vocabulary = tokenizer.get_vocab()
-    if model.pad_token != "auto":
-        if model.pad_token not in vocabulary:
-            raise DataError(f"`model.pad_token` {model.pad_token!r} is not in the vocabulary of {model.path}")
-        if model.pad_token == tokenizer.eos_token:
-            raise DataError(f"`model.pad_token` {model.pad_token!r} is the end-of-sequence token of {model.path}")
-        return model.pad_token
-    own = tokenizer.pad_token
-    if own is not None and own != tokenizer.eos_token:
-        return str(own)
-    for token in _RESERVED_PAD_TOKENS:
-        if token in vocabulary and token != tokenizer.eos_token:
-            return token
-    spare = [t for t, i in sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1]) if t.isspace()]
-    if spare:  # Phi-2 has runs of spaces and tabs as added tokens; the longest hardly occurs in text
-        return str(max(spare, key=len))
-    raise DataError(
-        f"{model.path} has no pad token that differs from its end-of-sequence token {tokenizer.eos_token!r}",
-        hint="name a token of the vocabulary that your data never uses in `model.pad_token`",
-    )
+    reserved = [token for token in _RESERVED_PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token]
+    token = model.pad_token if model.pad_token != "auto" else next(iter([*([own] if own else []), *reserved]), _NEW_PAD)
+    if token == tokenizer.eos_token:
+        raise DataError(f"`model.pad_token` {token!r} is the end-of-sequence token of {model.path}")
+    if token not in vocabulary and len(tokenizer) >= (num_rows := _count_embedding_rows(model)):
+        raise DataError(
+            f"the pad token {token!r} is not in the vocabulary of {model.path}, whose {num_rows} embedding rows are all "
+            "taken",
+            hint="name a token of the vocabulary that your data never uses in `model.pad_token`",
+        )
+    tokenizer.add_special_tokens({"pad_token": token})
+
+
+def _count_embedding_rows(model: ModelSection) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model.path, revision=model.revision).get_text_config().vocab_size)
