@@ -63,8 +63,8 @@ def set_pad_token(tokenizer: Any, model: ModelSection) -> None:
         raise DataError(f"`model.pad_token` {token!r} is the end-of-sequence token of {model.path}")
     if token not in vocabulary and len(tokenizer) >= (num_rows := _count_embedding_rows(model)):
         raise DataError(
-            f"the pad token {token!r} is not in the vocabulary of {model.path}, whose {num_rows} embedding rows are all "
-            "taken",
+            f"the pad token {token!r} is not in the vocabulary of {model.path}, whose {num_rows} embedding rows are "
+            "all taken",
             hint="name a token of the vocabulary that your data never uses in `model.pad_token`",
         )
     tokenizer.add_special_tokens({"pad_token": token})
