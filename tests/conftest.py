@@ -90,6 +90,14 @@ class Project:
         """The recipe under overrides, as the launch side parses it."""
         return parse_recipe(self.recipe_path.read_text(), where=str(self.recipe_path), overrides=overrides)
 
+    def write_recipe(self, path: str, *overrides: str) -> Path:
+        """The recipe under overrides as a recipe of its own, named after its file."""
+        merged = self.recipe(*overrides, f"run.name={Path(path).stem}").model_dump(mode="json")
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(merged, indent=1))
+        return target
+
     def add_model(self, family: str = "gemma") -> Path:
         """`models/<family>`, the tiny model of that family."""
         link = self.root / "models" / family
@@ -102,9 +110,11 @@ class Project:
         """The files of a run of the recipe's grid."""
         return RunPaths(self.root / "runs" / "tests" / name)
 
-    def cli(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    def cli(
+        self, *arguments: str | Path, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """`runner ARGUMENTS`, started here."""
-        return run_cli(arguments, self.root)
+        return run_cli(arguments, self.root, environment=environment)
 
 
 def make_project(root: Path, data_path: Path, tiny_model: Callable[[str], Path]) -> Project:
@@ -153,3 +163,12 @@ def project(tmp_path: Path, data_path: Path, tiny_model: Callable[[str], Path]) 
 def workplace(tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model: Callable[[str], Path]) -> Project:
     """One folder for the whole session: finished runs in it serve many tests, each under a name of its own."""
     return make_project(tmp_path_factory.mktemp("workplace"), data_path, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def finished(workplace: Project) -> Project:
+    """The workplace with every run of `RUNS` completed, uninterrupted."""
+    from training_runs import sweep_runs
+
+    sweep_runs(workplace)
+    return workplace

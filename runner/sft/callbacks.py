@@ -1,14 +1,17 @@
-"""When a run evaluates, saves and stops. Each decision is taken once, at the end of a step, from restored state alone.
-"""
+"""When a run evaluates, saves and stops. Each decision is taken once, at the end of a step, from restored state alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
-from runner.recipe import EarlyStoppingOn, Recipe
+from runner.fsio import load_json
+from runner.recipe import Recipe
+from runner.recipe_sections import CheckpointsSection, EarlyStoppingOn
 from runner.record import Progress
 from runner.sft.context import RunContext
 
@@ -33,6 +36,12 @@ def find_best_step(evaluations: Sequence[tuple[int, float]], mode: Literal["min"
     """
     sign = 1 if mode == "min" else -1
     return min(evaluations, key=lambda pair: sign * pair[1])[0] if evaluations else None
+
+
+def read_best_step(checkpoint_dir: Path, checkpoints: CheckpointsSection) -> int | None:
+    """The best step as the checkpoint knows it, None before the first evaluation."""
+    history = load_json(checkpoint_dir / TRAINER_STATE_NAME)["log_history"]
+    return find_best_step(list_evaluations(history, checkpoints.metric), checkpoints.mode)
 
 
 def is_out_of_patience(values: Sequence[float], rule: EarlyStoppingOn) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,13 +29,12 @@ def commit_checkpoint(saved_dir: Path, paths: RunPaths, step: int, fingerprint: 
     for name in _NEVER_KEPT:
         (saved_dir / name).unlink(missing_ok=True)
     checkpoint_dir = paths.checkpoint_dir(step)
-    if checkpoint_dir.exists():  # an uncommitted leftover of the same step; a committed one is never saved again
-        quarantine(checkpoint_dir, paths)
-    files = {}
-    for path in _list_files(saved_dir):
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-        files[str(path.relative_to(saved_dir))] = {"num_bytes": path.stat().st_size, "sha256": hash_file(path)}
+    assert not checkpoint_dir.exists(), "everything newer than what was resumed from has been moved aside"
+    sync_folder(saved_dir)
+    files = {
+        str(path.relative_to(saved_dir)): {"num_bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path in _list_files(saved_dir)
+    }
     saved_dir.rename(checkpoint_dir)
     fsync_dir(paths.checkpoints_dir)
     write_json_atomic(marker_path(checkpoint_dir), {"step": step, "fingerprint": dict(fingerprint), "files": files})
@@ -50,8 +49,13 @@ def list_committed(paths: RunPaths) -> list[int]:
     )
 
 
-def find_resume_step(paths: RunPaths, fingerprint: Mapping[str, Any]) -> int | None:
+def find_resume_step(
+    paths: RunPaths, fingerprint: Mapping[str, Any], find_best: Callable[[Path], int | None] = lambda _: None
+) -> int | None:
     """The step of the newest checkpoint that verifies, None where there is none. Everything newer is moved aside.
+
+    `find_best` gives the step of the best weights as one checkpoint knows it: those are exported in the end, so a
+    checkpoint is of use only while that other one verifies too.
 
     Raises:
         RefusedError: the checkpoint was written under another world size, micro-batch or recipe, so that continuing
@@ -62,14 +66,21 @@ def find_resume_step(paths: RunPaths, fingerprint: Mapping[str, Any]) -> int | N
     for folder in _list_checkpoint_dirs(paths):
         step = folder.name.removeprefix(STEP_PREFIX)
         if not step.isdecimal() or int(step) not in committed:
-            quarantine(folder, paths)
+            quarantine(folder, paths, "it was still being written when its attempt died")
     for number in sorted(committed, reverse=True):
         checkpoint_dir = paths.checkpoint_dir(number)
+        if not checkpoint_dir.exists():  # the best one of a newer checkpoint, found damaged already
+            continue
         if not is_intact(checkpoint_dir):
-            quarantine(checkpoint_dir, paths)
+            quarantine(checkpoint_dir, paths, "its files are not those that were committed")
             continue
         _refuse_other_fingerprint(load_json(marker_path(checkpoint_dir))["fingerprint"], fingerprint, number)
-        return number
+        best = find_best(checkpoint_dir)
+        if best is None or best == number or is_intact(paths.checkpoint_dir(best)):
+            return number
+        if paths.checkpoint_dir(best).exists():
+            quarantine(paths.checkpoint_dir(best), paths, "its files are not those that were committed")
+        quarantine(checkpoint_dir, paths, f"the best weights so far, of step {best}, are lost")
     return None
 
 
@@ -83,17 +94,28 @@ def is_intact(checkpoint_dir: Path) -> bool:
             and hash_file(path) == stated["sha256"]
             for name, stated in files.items()
         )
-    except (ValueError, KeyError, TypeError):  # a damaged marker
+    except (ValueError, KeyError, TypeError, AttributeError):  # a damaged marker
         return False
 
 
-def quarantine(folder: Path, paths: RunPaths) -> None:
-    """Move a folder aside under a free name; it is never read or deleted by us again."""
+def sync_folder(folder: Path) -> None:
+    """Make every file below `folder`, and its name, survive a power loss."""
+    for path in _list_files(folder):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            fsync_dir(path)
+
+
+def quarantine(folder: Path, paths: RunPaths, why: str) -> None:
+    """Move a folder aside under a free name and say so; it is never read or deleted by us again."""
     paths.quarantine_dir.mkdir(exist_ok=True)
     number = 1
     while (target := paths.quarantine_dir / f"{folder.name}.{number}").exists():
         number += 1
     folder.rename(target)
+    print(f"warning: moved checkpoint {folder.name} to {target}: {why}", flush=True)
 
 
 def prune_checkpoints(paths: RunPaths, *, keep_latest: int, best_step: int | None) -> None:

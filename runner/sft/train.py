@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runner.fsio import load_jsonl, write_json_atomic, write_jsonl_atomic
+from runner.fsio import fsync_dir, load_jsonl, write_json_atomic, write_jsonl_atomic
 from runner.record import SplitScore, TrainResult
-from runner.sft.checkpoints import find_resume_step
+from runner.sft.callbacks import read_best_step
+from runner.sft.checkpoints import find_resume_step, sync_folder
 from runner.sft.context import RunContext
 from runner.sft.data import build_samples, describe_samples
 from runner.sft.export import verify_export
@@ -30,7 +31,11 @@ def train(run_dir: Path) -> None:
         samples = build_samples(recipe.data, tokenizer)
         if context.is_main:
             write_json_atomic(paths.samples_path, describe_samples(samples, recipe.loss))
-        resume_step = context.on_main(lambda: find_resume_step(paths, context.fingerprint))
+        resume_step = context.on_main(
+            lambda: find_resume_step(
+                paths, context.fingerprint, lambda saved_dir: read_best_step(saved_dir, recipe.checkpoints)
+            )
+        )
         context.truncate_metrics(resume_step)
         trainer = RunTrainer(context, args, load_model(recipe), tokenizer, samples)
         if context.is_main:
@@ -97,9 +102,10 @@ def export_model(context: RunContext, trainer: RunTrainer, tokenizer: Any) -> No
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(partial_dir))
     trainer.accelerator.wait_for_everyone()
-    expected = trainer.describe_trained_parameters()
     if context.is_main:
         (partial_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle that can hold the hub token
         tokenizer.save_pretrained(partial_dir)
-        verify_export(partial_dir, expected)
+        verify_export(partial_dir, trainer.trained_shapes)
+        sync_folder(partial_dir)
         partial_dir.rename(model_dir)
+        fsync_dir(model_dir.parent)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerControl
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -18,7 +21,7 @@ from runner.paths import marker_path
 from runner.recipe import derive_accumulation
 from runner.record import SplitScore
 from runner.sft.callbacks import FlowCallback, ProgressCallback
-from runner.sft.checkpoints import commit_checkpoint, prune_checkpoints
+from runner.sft.checkpoints import commit_checkpoint, is_intact, prune_checkpoints
 from runner.sft.context import RunContext
 from runner.sft.data import Samples
 from runner.sft.evaluate import RowScore, score_rows, sum_scores
@@ -55,6 +58,7 @@ def build_training_args(context: RunContext) -> SFTConfig:
         disable_tqdm=True,
         report_to=list(recipe.tracking.report_to) or "none",
         run_name=recipe.run.name,
+        project=recipe.tracking.project or "huggingface",
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
@@ -75,8 +79,19 @@ def build_train_dataset(samples: Samples, context: RunContext, pad_token_id: int
     return Dataset.from_dict(columns), num_padding
 
 
+def describe_trained_parameters(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters that are trained, whole also where ZeRO-3 has partitioned them."""
+    return {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
 class RunTrainer(SFTTrainer):  # type: ignore[misc]
     """The trainer of one run."""
+
+    control: TrainerControl
 
     def __init__(self, context: RunContext, args: SFTConfig, model: Any, tokenizer: Any, samples: Samples) -> None:
         self.context = context
@@ -102,6 +117,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         if context.recipe.quantization.method != "none":
             keep_adapters_in_float32(self.model)
+        self.trained_shapes = describe_trained_parameters(self.model)
 
     def is_finished(self) -> bool:
         """Whether the restored state needs no further step."""
@@ -188,29 +204,41 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         if marker_path(paths.checkpoint_dir(step)).exists():
             return
         with self.context.phase("saving"):
+            self._refuse_weights_that_are_not_finite()
             Trainer._save_checkpoint(self, model, trial)
             self.accelerator.wait_for_everyone()
             if self.context.is_main:
+                with paths.metrics_path.open("rb") as metrics:  # a resume keeps its rows up to this step
+                    os.fsync(metrics.fileno())
                 saved_dir = Path(self.args.output_dir) / f"checkpoint-{step}"
                 commit_checkpoint(saved_dir, paths, step, self.context.fingerprint)
                 keep_latest = self.context.recipe.checkpoints.keep_latest
                 prune_checkpoints(paths, keep_latest=keep_latest, best_step=self.flow.best_step(self.state))
             self.accelerator.wait_for_everyone()
 
-    def load_weights_of(self, step: int) -> None:
-        """Put the weights of a committed checkpoint into the model, as Transformers does for the best one."""
-        if step != self.state.global_step:
-            self.state.best_model_checkpoint = str(self.context.paths.checkpoint_dir(step))
-            self._load_best_model()
+    def _refuse_weights_that_are_not_finite(self) -> None:
+        """A loss is known one step before the update that follows from it, so a finite loss does not vouch for it."""
+        local = (getattr(weight, "ds_tensor", weight) for weight in self.model.parameters() if weight.requires_grad)
+        if not all(gather_object([all(bool(torch.isfinite(weight).all()) for weight in local)])):
+            raise DivergedError(
+                f"the weights after step {self.state.global_step} are not finite",
+                hint="lower `training.learning_rate`, or train in a wider dtype",
+            )
 
-    def describe_trained_parameters(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the parameters that were trained, whole also where ZeRO-3 has partitioned them."""
-        return {
-            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
+    def load_weights_of(self, step: int) -> None:
+        """Put the weights of a committed checkpoint into the model, as Transformers does for the best one.
+
+        Raises:
+            OSError: the checkpoint was damaged since; another attempt will see that before it trains.
+        """
+        if step == self.state.global_step:
+            return
+        checkpoint_dir = self.context.paths.checkpoint_dir(step)
+        if not self.context.on_main(lambda: is_intact(checkpoint_dir)):
+            raise OSError(f"{checkpoint_dir} holds other files than were committed; launch again to mend it")
+        self.state.best_model_checkpoint = str(checkpoint_dir)
+        self._load_best_model()
 
     def effective_arguments(self) -> Mapping[str, Any]:
         """Every field of the training arguments, without secrets."""
-        return {key: value for key, value in self.args.to_dict().items() if "token" not in key}
+        return {key: value for key, value in self.args.to_dict().items() if not key.endswith("_token")}
