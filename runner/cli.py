@@ -1,11 +1,13 @@
 """The command line: verbs, error printing, exit codes. Every verb imports what it needs when it is called.
 
-Exit codes: 0 all done or nothing to do, 1 a run failed (or drift was found), 2 usage or recipe error, 130 stopped.
+Exit codes: 0 all done or nothing to do, 1 a run failed (or drift was found), 2 usage or recipe error, 130 stopped,
+141 nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `runner status | head`
-        sys.stderr.close()
-        return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return 141
+    except OSError as error:  # no permission, no space: the machine's problem, not ours
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _call(arguments: argparse.Namespace) -> int:
@@ -63,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     mode = launch.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="print environment and command, touch nothing")
     mode.add_argument("--prepare", action="store_true", help="also write the run directory, to start it by hand")
-    launch.add_argument("--num-processes", type=int, metavar="N", help="default: the recipe's; keeps the global batch")
+    launch.add_argument(
+        "--num-processes", type=_positive, metavar="N", help="default: the recipe's; keeps the global batch"
+    )
     launch.add_argument("--fresh", action="store_true", help="move an existing run aside and start anew")
     _add_output_root(launch)
 
@@ -101,6 +108,13 @@ def _add_output_root(parser: argparse.ArgumentParser) -> None:
 def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     _add_paths(parser)
     room = parser.add_mutually_exclusive_group()
-    room.add_argument("--slots", type=int, default=1, metavar="N", help="runs at a time, default 1")
+    room.add_argument("--slots", type=_positive, default=1, metavar="N", help="runs at a time, default 1")
     room.add_argument("--gpus", metavar="0,1,...", help="each run gets its own of these")
     parser.add_argument("--fail-fast", action="store_true", help="start nothing more after a failure")
+
+
+def _positive(text: str) -> int:
+    """A whole number above zero."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from runner.paths import AttemptPaths
-from runner.record import Failure, load_progress
+from runner.record import load_progress
 
 _LINE_SECONDS: Final = 5.0
 
@@ -40,11 +40,10 @@ class SweepDisplay:
         if self._bars is not None:
             self._bars.stop()
 
-    def finished(self, name: str, failure: Failure | None) -> None:
+    def finished(self, name: str, outcome: str) -> None:
         """One run is done, for better or worse."""
         self._num_finished += 1
-        message = "completed" if failure is None else f"{failure.kind}: {failure.message.splitlines()[0]}"
-        line = f"[{self._num_finished}/{self._num_runs}] {name}  {message}"
+        line = f"[{self._num_finished}/{self._num_runs}] {name}  {outcome}"
         if self._bars is None:
             print(line, file=sys.stderr, flush=True)
             return

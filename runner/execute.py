@@ -10,52 +10,58 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from runner.errors import RefusedError
+from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.fsio import Lease, write_json_atomic
 from runner.identity import derive_digest, list_library_versions
 from runner.launch import LaunchCommand
-from runner.paths import AttemptPaths, RunPaths
+from runner.paths import AttemptPaths, RunPaths, old_run_dir
 from runner.recipe import Recipe
 from runner.record import (
+    DETERMINISTIC_KINDS,
     Attempt,
     Failure,
     RunRecord,
+    StoredRecipe,
     find_differences,
     load_failure,
     load_record,
     load_result,
+    load_stored_recipe,
     now_utc,
     write_record,
 )
 
 _PR_SET_PDEATHSIG: Final = 1
-_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_PRCTL: Final = ctypes.CDLL(None, use_errno=True).prctl  # looked up before any fork
 GRACE_SECONDS: Final = 10.0
 
 
 def prepare_run(recipe: Recipe, contents: Mapping[str, str], paths: RunPaths) -> None:
-    """Write `recipe.json` for a new run; refuse a directory that holds another experiment.
+    """Write `recipe.json` of a run that is not complete; refuse a directory that holds another experiment.
 
-    The caller holds the lease.
+    The caller holds the lease. `contents` is whole.
     """
-    if differences := find_differences(paths, recipe, contents):
+    digest = derive_digest(recipe, contents)
+    differences = find_differences(paths, recipe, contents)
+    if not differences and (stored := load_stored_recipe(paths)) is not None and stored.recipe_digest != digest:
+        gone = [path for path in stored.contents if path not in contents]
+        differences = [f"content of {path}: not there any more" for path in gone] or ["recipe_digest: another one"]
+    if differences:
         shown = "\n".join(f"  {line}" for line in differences)
         raise RefusedError(
             f"{paths.run_dir} holds another experiment, the recipe changed since:\n{shown}",
             hint="change the recipe back, give the new one another name, or move the old run aside with "
             "`runner launch RECIPE --fresh`",
         )
-    content = {
-        "recipe": recipe.model_dump(mode="json"),
-        "recipe_digest": derive_digest(recipe, contents),
-        "contents": dict(contents),
-    }
-    write_json_atomic(paths.recipe_path, content)
+    if load_result(paths) is None:
+        content = StoredRecipe(recipe=recipe, recipe_digest=digest, contents=dict(contents))
+        write_json_atomic(paths.recipe_path, content.model_dump(mode="json"))
 
 
 def open_attempt(
@@ -70,7 +76,7 @@ def open_attempt(
         environment=dict(command.environment),
         num_processes=num_processes,
         host=socket.gethostname(),
-        devices=command.environment.get("CUDA_VISIBLE_DEVICES"),
+        devices={**os.environ, **command.environment}.get("CUDA_VISIBLE_DEVICES"),
         git_commit=git_state[0],
         git_is_dirty=git_state[1],
         versions=list_library_versions(),
@@ -97,12 +103,16 @@ def close_attempt(paths: RunPaths, exit_status: int, failure: Failure | None) ->
 
 
 def move_aside(paths: RunPaths) -> Path | None:
-    """`--fresh`: rename the run directory to a free name beside it; nothing is deleted."""
+    """`--fresh`: rename the run directory to a free name in a hidden folder beside it; nothing is deleted.
+
+    The caller holds the lease.
+    """
     if not paths.run_dir.exists():
         return None
     number = 1
-    while (target := paths.run_dir.with_name(f"{paths.run_dir.name}.old-{number}")).exists():
+    while (target := old_run_dir(paths.run_dir, number)).exists():
         number += 1
+    target.parent.mkdir(exist_ok=True)
     paths.run_dir.rename(target)
     return target
 
@@ -136,24 +146,33 @@ class RunningAttempt:
 
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal to every process of the attempt: `accelerate launch` forwards none."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+        if self.process.returncode is None:  # once it is reaped, its id may be somebody else's
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
 
     def finish(self) -> Failure | None:
         """Wait for the launcher, close the record and let go of the lease; None when the run is complete."""
-        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        self.signal_group(signal.SIGKILL)  # what the launcher may have left behind; its own id is not free yet
+        if self.process.returncode is None:
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+            self.signal_group(signal.SIGKILL)  # what the launcher may have left behind; its own id is not free yet
         status = self.process.wait()
-        failure = None
-        if load_result(self.paths) is None:
-            failure = load_failure(self.files.failure_path)
-            if self.stop_reason is not None:
-                failure = Failure(kind="preempted", message=self.stop_reason)
-            elif failure is None:
-                failure = Failure(kind="lost", message=f"the trainer vanished (exit status {status}) without a word")
+        failure = self._find_failure(status)
         close_attempt(self.paths, status, failure)
         self.lease.close()
         return failure
+
+    def _find_failure(self, exit_status: int) -> Failure | None:
+        try:
+            result, stored = load_result(self.paths), load_stored_recipe(self.paths)
+            if result is not None and stored is not None and result.recipe_digest == stored.recipe_digest:
+                return None
+            failure = load_failure(self.files.failure_path)
+        except CorruptFileError as error:
+            return Failure(kind="crashed", message=error.message)
+        if self.stop_reason is not None and (failure is None or failure.kind not in DETERMINISTIC_KINDS):
+            return Failure(kind="preempted", message=self.stop_reason)
+        vanished = f"the trainer vanished (exit status {exit_status}) without a word"
+        return failure or Failure(kind="lost", message=vanished)
 
 
 def start_attempt(
@@ -173,36 +192,58 @@ def start_attempt(
             lease.close()
             return None
         attempt = open_attempt(paths, command, num_processes, read_git_state())
-        with paths.attempt(attempt.number).log_path.open("ab") as log:
-            process = subprocess.Popen(
-                command.argv,
-                env={**os.environ, **command.environment},
-                stdin=lease.fileno(),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
+        process = _start_launcher(paths, attempt, lease)
     except BaseException:
         lease.close()
         raise
     return RunningAttempt(paths, attempt, process, lease)
 
 
-def stop_attempts(attempts: list[RunningAttempt], why: str) -> None:
+def _start_launcher(paths: RunPaths, attempt: Attempt, lease: Lease) -> subprocess.Popen[bytes]:
+    try:
+        with paths.attempt(attempt.number).log_path.open("ab") as log:
+            return subprocess.Popen(
+                attempt.command,
+                env={**os.environ, **attempt.environment},
+                stdin=lease.fileno(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=partial(_die_with_parent, os.getpid()),
+            )
+    except OSError as error:
+        message = f"{attempt.command[0]} cannot be started: {error}"
+        close_attempt(paths, 127, Failure(kind="transient", message=message))
+        raise RunnerError(message, hint="pip install accelerate, into the Python that `runner` runs in") from None
+
+
+def stop_attempts(attempts: Sequence[RunningAttempt], why: str) -> None:
     """End attempts: TERM to each process group, KILL to what is still there after a grace."""
     for attempt in attempts:
         attempt.stop_reason = why
         attempt.signal_group(signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
-    for attempt in attempts:
-        pidfd = os.pidfd_open(attempt.process.pid)
-        if not select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            attempt.signal_group(signal.SIGKILL)
+    with contextlib.ExitStack() as closing:  # every record is closed, whatever happens to another one
+        for attempt in attempts:
+            closing.callback(attempt.finish)
+        for attempt in attempts:
+            if attempt.process.returncode is None and not _has_ended(attempt.process.pid, deadline):
+                attempt.signal_group(signal.SIGKILL)
+
+
+def _has_ended(pid: int, deadline: float) -> bool:
+    """Whether our child ends before `deadline` (`time.monotonic`)."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    finally:
         os.close(pidfd)
-        attempt.finish()
 
 
-def _die_with_parent() -> None:
-    """In the child, before exec: SIGKILL when the thread that started it is gone."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _die_with_parent(parent: int) -> None:
+    """In the child, before exec: SIGKILL when the thread that started it is gone, also if it is gone already."""
+    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

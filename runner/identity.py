@@ -7,14 +7,14 @@ nothing that only says where it runs. `resume_fingerprint` adds world size, micr
 from __future__ import annotations
 
 import json
-import os
+import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 from typing import Any, Final
 
-from runner.errors import DataError
+from runner.errors import CorruptFileError, DataError
 from runner.fsio import hash_file, hash_json, load_json, write_json_atomic
 from runner.recipe import Recipe, derive_accumulation
 
@@ -24,6 +24,8 @@ _PLACEMENT_KEYS: Final = {
     "training": frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"}),
     "evaluation": frozenset({"per_device_eval_batch_size"}),
 }
+# A file that was written this recently may be written again under the same modification time.
+_SETTLED_AFTER_NANOSECONDS: Final = 2_000_000_000
 LIBRARIES: Final = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed")
 
 
@@ -32,7 +34,7 @@ class ContentHashes:
 
     def __init__(self, cache_path: Path) -> None:
         self._cache_path = cache_path
-        self._cache: dict[str, list[Any]] = load_json(cache_path) or {}
+        self._cache = _load_cache(cache_path)
         self._is_changed = False
 
     def known(self, path: Path) -> str | None:
@@ -40,7 +42,10 @@ class ContentHashes:
         if path.is_dir():
             parts = {str(file.relative_to(path)): self.known(file) for file in _files_in(path)}
             return None if None in parts.values() else hash_json(parts)
-        state = path.stat()
+        try:
+            state = path.stat()
+        except OSError:
+            return None
         entry = self._cache.get(str(path.resolve()))
         return entry[3] if entry and entry[:3] == [state.st_size, state.st_mtime_ns, state.st_ino] else None
 
@@ -51,19 +56,31 @@ class ContentHashes:
         if (known := self.known(path)) is not None:
             return known
         state, digest = path.stat(), hash_file(path)
-        self._cache[str(path.resolve())] = [state.st_size, state.st_mtime_ns, state.st_ino, digest]
-        self._is_changed = True
+        if time.time_ns() - state.st_mtime_ns > _SETTLED_AFTER_NANOSECONDS:
+            self._cache[str(path.resolve())] = [state.st_size, state.st_mtime_ns, state.st_ino, digest]
+            self._is_changed = True
         return digest
 
     def save(self) -> None:
         """Write the cache; a cache that is lost or overwritten by another process only costs time."""
         if self._is_changed:
-            write_json_atomic(self._cache_path, {**(load_json(self._cache_path) or {}), **self._cache})
+            write_json_atomic(self._cache_path, {**_load_cache(self._cache_path), **self._cache})
             self._is_changed = False
 
 
+def _load_cache(path: Path) -> dict[str, list[Any]]:
+    try:
+        cache = load_json(path)
+    except CorruptFileError:
+        return {}
+    entries = cache.items() if isinstance(cache, dict) else ()
+    return {name: entry for name, entry in entries if isinstance(entry, list) and len(entry) == 4}
+
+
 def _files_in(folder: Path) -> list[Path]:
-    return sorted(Path(root, name) for root, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    """Its files at any depth, without hidden ones and hidden folders: downloads keep time stamps there."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return [folder / file for file in sorted(files) if not any(part.startswith(".") for part in file.parts)]
 
 
 def list_content_paths(recipe: Recipe) -> dict[str, str]:
@@ -88,7 +105,7 @@ def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
     """`relative path -> SHA-256` of everything that the recipe names by path.
 
     Raises:
-        DataError: a file is missing; all missing ones are named.
+        DataError: a file is missing (all missing ones are named) or cannot be read.
     """
     paths = list_content_paths(recipe)
     if missing := [f"  {key}: {path}" for key, path in paths.items() if not Path(path).exists()]:
@@ -97,7 +114,10 @@ def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
             hint="paths are relative to the folder where `runner` is started; "
             "replace them in the recipe template, or for one launch with an override such as data.train.path=FILE",
         )
-    contents = {path: hashes.hash(Path(path)) for path in sorted(set(paths.values()))}
+    try:
+        contents = {path: hashes.hash(Path(path)) for path in sorted(set(paths.values()))}
+    except OSError as error:
+        raise DataError(f"recipe {recipe.run.name} names a file that cannot be read: {error}") from None
     hashes.save()
     return contents
 

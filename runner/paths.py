@@ -124,3 +124,8 @@ def marker_path(checkpoint_dir: Path) -> Path:
 def content_cache_path(output_root: Path) -> Path:
     """Content hashes by size, mtime and inode, shared by all runs under one output root."""
     return output_root / ".content_hashes.json"
+
+
+def old_run_dir(run_dir: Path, number: int) -> Path:
+    """Where a run goes that is moved aside; hidden, so that no folder of runs counts it as one of its own."""
+    return run_dir.parent / ".old" / f"{run_dir.name}-{number}"

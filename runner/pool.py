@@ -7,11 +7,12 @@ import selectors
 import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 from runner.display import SweepDisplay
-from runner.errors import RefusedError
+from runner.errors import RefusedError, RunnerError
 from runner.execute import RunningAttempt, start_attempt, stop_attempts
 from runner.launch import LaunchCommand, Placement, build_launch_command
 from runner.record import Failure
@@ -21,7 +22,7 @@ _REFRESH_SECONDS: Final = 0.5
 
 
 class Stopped(Exception):
-    """Ctrl-C or TERM reached the sweep."""
+    """Ctrl-C, TERM or HUP reached the sweep."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,12 @@ class Devices:
 
     def take(self, num_processes: int) -> Placement | None:
         """A placement, or None while there is no room."""
-        num_cores = max(1, (os.cpu_count() or 1) // self.num_slots)
+        num_cores = max(1, (os.cpu_count() or 1) // self.num_slots)  # of one slot, or of one GPU
         if self.gpus is not None:
             if len(self.gpus) < num_processes:
                 return None
             taken, self.gpus = tuple(self.gpus[:num_processes]), self.gpus[num_processes:]
-            return Placement(num_processes, taken, num_cores)
+            return Placement(num_processes, taken, num_cores * num_processes)
         if self._num_free_slots == 0:
             return None
         self._num_free_slots -= 1
@@ -77,67 +78,148 @@ class Devices:
 
 
 @dataclass(frozen=True)
-class PoolResult:
-    """How the launched runs ended, by name."""
+class FailedRun:
+    """A run that did not complete; without a log it was never started."""
 
-    completed: tuple[str, ...]
-    failed: Mapping[str, Failure]
-    elsewhere: tuple[str, ...]  # taken over or finished by another sweep meanwhile
-    not_started: tuple[str, ...]  # after `--fail-fast`
+    name: str
+    failure: Failure
+    log_path: Path | None
+
+
+@dataclass
+class PoolResult:
+    """How the planned runs ended, by name."""
+
+    completed: list[str] = field(default_factory=list)
+    failed: list[FailedRun] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)  # taken over or finished by another sweep meanwhile
+    not_started: list[str] = field(default_factory=list)  # after `--fail-fast`
 
 
 def run_pool(planned: list[Planned], devices: Devices, display: SweepDisplay, *, fail_fast: bool = False) -> PoolResult:
     """Run everything that is planned, as many at a time as there is room.
 
     Raises:
-        Stopped: after Ctrl-C or TERM; all attempts are ended and recorded.
+        Stopped: after Ctrl-C, TERM or HUP; all attempts are ended and recorded, as after any other exception.
     """
     devices.check(planned)
-    waiting = list(planned)
-    active: dict[int, tuple[Planned, RunningAttempt, Placement]] = {}
-    completed: list[str] = []
-    failed: dict[str, Failure] = {}
-    elsewhere: list[str] = []
-    selector = selectors.DefaultSelector()
-    previous = signal.signal(signal.SIGTERM, _raise_stopped)
-    try:
-        while active or (waiting and not (fail_fast and failed)):
-            while waiting and not (fail_fast and failed):
-                placement = devices.take(waiting[0].num_processes)
-                if placement is None:
-                    break
-                run = waiting.pop(0)
-                attempt = _start(run, placement)
-                if attempt is None:
-                    devices.give_back(placement)
-                    elsewhere.append(run.name)
-                    display.finished(run.name, None)
-                    continue
-                pidfd = os.pidfd_open(attempt.process.pid)
-                selector.register(pidfd, selectors.EVENT_READ)
-                active[pidfd] = (run, attempt, placement)
-            for key, _ in selector.select(_REFRESH_SECONDS):
-                selector.unregister(key.fd)
+    with StopSignals() as signals, selectors.DefaultSelector() as selector:
+        selector.register(signals.fileno(), selectors.EVENT_READ)
+        pool = _Pool(list(planned), devices, display, fail_fast, selector)
+        try:
+            while pool.active or pool.wants_to_start():
+                has_started = pool.start_next()
+                for key, _ in selector.select(0 if has_started else _REFRESH_SECONDS):
+                    if key.fd != signals.fileno():
+                        pool.finish(key)
+                pool.show()
+                if signals.is_stopped:
+                    raise Stopped
+        except BaseException as error:
+            why = "the sweep was stopped" if isinstance(error, Stopped) else f"the sweep ended by {error!r}"
+            stop_attempts([attempt for _, attempt, _ in pool.active.values()], why)
+            raise
+        finally:
+            pool.close()
+    pool.result.not_started += [run.name for run in pool.waiting]
+    return pool.result
+
+
+class StopSignals:
+    """Notes Ctrl-C, TERM and HUP and makes `fileno` readable, so that no line of a sweep is ever interrupted."""
+
+    def __init__(self) -> None:
+        self.is_stopped = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._readable, self._writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._previous_wakeup = signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup`, or a background process of a script
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_wakeup)
+        os.close(self._readable)
+        os.close(self._writable)
+
+    def fileno(self) -> int:
+        """Readable once a signal has come."""
+        return self._readable
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.is_stopped = True
+
+
+@dataclass
+class _Pool:
+    """What waits, what runs (by process id) and what became of the rest."""
+
+    waiting: list[Planned]
+    devices: Devices
+    display: SweepDisplay
+    fail_fast: bool
+    selector: selectors.BaseSelector
+    active: dict[int, tuple[Planned, RunningAttempt, Placement]] = field(default_factory=dict)
+    result: PoolResult = field(default_factory=PoolResult)
+
+    def wants_to_start(self) -> bool:
+        return bool(self.waiting) and not (self.fail_fast and self.result.failed)
+
+    def start_next(self) -> bool:
+        """Start the next run if there is room; True when it is worth trying again at once."""
+        placement = self.devices.take(self.waiting[0].num_processes) if self.wants_to_start() else None
+        if placement is None:
+            return False
+        run = self.waiting.pop(0)
+        try:
+            selected, command = run.selected, build_command(run, placement)
+            attempt = start_attempt(selected.recipe, run.contents, selected.paths, command, run.num_processes)
+        except RunnerError as error:
+            self.devices.give_back(placement)
+            self._record(FailedRun(run.name, Failure(kind="configuration", message=str(error)), None))
+            return True
+        if attempt is None:
+            self.devices.give_back(placement)
+            self.result.elsewhere.append(run.name)
+            self.display.finished(run.name, "run or finished by another sweep")
+            return True
+        pid = attempt.process.pid
+        self.active[pid] = (run, attempt, placement)
+        self.selector.register(os.pidfd_open(pid), selectors.EVENT_READ, data=pid)
+        return True
+
+    def finish(self, key: selectors.SelectorKey) -> None:
+        """Close the record of a run whose launcher has ended."""
+        self.selector.unregister(key.fd)
+        os.close(key.fd)
+        run, attempt, placement = self.active[key.data]
+        failure = attempt.finish()
+        del self.active[key.data]
+        self.devices.give_back(placement)
+        if failure is not None:
+            self._record(FailedRun(run.name, failure, attempt.files.log_path))
+        else:
+            self.result.completed.append(run.name)
+            self.display.finished(run.name, "completed")
+
+    def show(self) -> None:
+        self.display.update({run.name: attempt.files for run, attempt, _ in self.active.values()})
+
+    def close(self) -> None:
+        """Let go of what watches the processes."""
+        for key in self.selector.get_map().values():
+            if key.data is not None:
                 os.close(key.fd)
-                run, attempt, placement = active.pop(key.fd)
-                devices.give_back(placement)
-                failure = attempt.finish()
-                if failure is None:
-                    completed.append(run.name)
-                else:
-                    failed[run.name] = failure
-                display.finished(run.name, failure)
-            display.update({run.name: attempt.files for run, attempt, _ in active.values()})
-    except (KeyboardInterrupt, Stopped):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the children are being ended already; do not leave halfway
-        stop_attempts([attempt for _, attempt, _ in active.values()], "the sweep was stopped")
-        raise Stopped from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        for fd in active:
-            os.close(fd)
-        selector.close()
-    return PoolResult(tuple(completed), failed, tuple(elsewhere), tuple(run.name for run in waiting))
+
+    def _record(self, failed: FailedRun) -> None:
+        self.result.failed.append(failed)
+        first_line = failed.failure.message.partition("\n")[0]
+        self.display.finished(failed.name, f"{failed.failure.kind}: {first_line}")
 
 
 def build_command(run: Planned, placement: Placement) -> LaunchCommand:
@@ -146,13 +228,3 @@ def build_command(run: Planned, placement: Placement) -> LaunchCommand:
     return build_launch_command(
         selected.recipe, selected.paths.run_dir, placement, path=os.environ.get("PATH", os.defpath)
     )
-
-
-def _start(run: Planned, placement: Placement) -> RunningAttempt | None:
-    selected = run.selected
-    command = build_command(run, placement)
-    return start_attempt(selected.recipe, run.contents, selected.paths, command, run.num_processes)
-
-
-def _raise_stopped(number: int, frame: FrameType | None) -> None:
-    raise Stopped

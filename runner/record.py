@@ -10,10 +10,11 @@ import datetime
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from runner.errors import CorruptFileError
 from runner.fsio import is_leased, load_json, write_json_atomic
 from runner.identity import build_digest_payload, diff_payloads
 from runner.paths import RunPaths
@@ -61,6 +62,14 @@ class RunRecord(Fact):
     """`run.json`."""
 
     attempts: tuple[Attempt, ...] = ()
+
+
+class StoredRecipe(Fact):
+    """`recipe.json`: the resolved recipe and what its digest was made of."""
+
+    recipe: Recipe
+    recipe_digest: str
+    contents: dict[str, str]  # relative path -> SHA-256
 
 
 class SplitScore(Fact):
@@ -129,7 +138,7 @@ def now_utc() -> str:
 
 def load_record(paths: RunPaths) -> RunRecord:
     """The attempts so far."""
-    return RunRecord.model_validate(load_json(paths.record_path) or {})
+    return _load_fact(paths.record_path, RunRecord) or RunRecord()
 
 
 def write_record(paths: RunPaths, record: RunRecord) -> None:
@@ -139,20 +148,41 @@ def write_record(paths: RunPaths, record: RunRecord) -> None:
 
 def load_result(paths: RunPaths) -> TrainResult | None:
     """The result, or None while there is none."""
-    content = load_json(paths.result_path)
-    return None if content is None else TrainResult.model_validate(content)
+    return _load_fact(paths.result_path, TrainResult)
 
 
 def load_failure(path: Path) -> Failure | None:
     """What the trainer wrote about its failure, or None."""
-    content = load_json(path)
-    return None if content is None else Failure.model_validate(content)
+    return _load_fact(path, Failure)
 
 
 def load_progress(path: Path) -> Progress | None:
-    """Where an attempt stands, or None before its first step."""
+    """Where an attempt stands; None before its first step, and for a file that a power loss cut off."""
+    try:
+        return _load_fact(path, Progress)
+    except CorruptFileError:
+        return None
+
+
+def load_stored_recipe(paths: RunPaths) -> StoredRecipe | None:
+    """The recipe that the run directory was made for, or None while there is none."""
+    return _load_fact(paths.recipe_path, StoredRecipe)
+
+
+Loaded = TypeVar("Loaded", bound=Fact)
+
+
+def _load_fact(path: Path, kind: type[Loaded]) -> Loaded | None:
+    """Raises: CorruptFileError for a file of another shape."""
     content = load_json(path)
-    return None if content is None else Progress.model_validate(content)
+    if content is None and not path.exists():
+        return None
+    try:
+        return kind.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "its content"
+        raise CorruptFileError(f"{path} cannot be read: {key}: {first['msg']}") from None
 
 
 def parse_stored_recipe(content: Mapping[str, Any]) -> Recipe:
@@ -165,31 +195,32 @@ def find_differences(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str
 
     `contents` may leave files out: those are taken as unchanged.
     """
-    content: dict[str, Any] | None = load_json(paths.recipe_path)
-    if content is None:
-        return []
-    before = build_digest_payload(parse_stored_recipe(content))
-    changed = [
-        f"content of {path}: {content['contents'].get(path, '(not used)')[:12]} -> {digest[:12]}"
+    stored, result = load_stored_recipe(paths), load_result(paths)
+    if stored is None:
+        return [] if result is None else [f"{paths.recipe_path.name}: lost, but there is a {paths.result_path.name}"]
+    if result is not None and result.recipe_digest != stored.recipe_digest:
+        return [f"recipe_digest: {stored.recipe_digest[:12]}, but the result is of {result.recipe_digest[:12]}"]
+    return diff_payloads(build_digest_payload(stored.recipe), build_digest_payload(recipe)) + [
+        f"content of {path}: {stored.contents.get(path, '(not used)')[:12]} -> {digest[:12]}"
         for path, digest in contents.items()
-        if content["contents"].get(path) != digest
+        if stored.contents.get(path) != digest
     ]
-    return diff_payloads(before, build_digest_payload(recipe)) + changed
 
 
 def derive_status(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) -> RunStatus:
     """The status of one run, from its files, its lease and the recipe as it is now."""
+    is_running = is_leased(paths.lease_path)  # first: when nobody holds the lease, what is read next is final
     record = load_record(paths)
     last = record.attempts[-1] if record.attempts else None
     progress = load_progress(paths.attempt(last.number).progress_path) if last else None
     known: dict[str, Any] = {
         "num_attempts": len(record.attempts),
-        "seconds": _sum_seconds(record),
+        "seconds": _sum_seconds(record, is_running),
         "step": progress.step if progress else None,
         "max_steps": progress.max_steps if progress else None,
         "loss": progress.loss if progress else None,
     }
-    if is_leased(paths.lease_path):
+    if is_running:
         phase = progress.phase if progress else "starting"
         return RunStatus(state="running", why=phase, **known)
     if differences := find_differences(paths, recipe, contents):
@@ -200,19 +231,23 @@ def derive_status(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) 
         return RunStatus(state="completed", why=f"stopped by {result.stop_reason}", **known)
     if last is None:
         return RunStatus(state="pending", why="never started", **known)
-    if progress is None and last.ended_at_utc is None and not paths.attempt(last.number).log_path.exists():
+    files = paths.attempt(last.number)
+    failure = last.failure or load_failure(files.failure_path)
+    if failure is None and progress is None and last.ended_at_utc is None and not files.log_path.exists():
         return RunStatus(state="pending", why="prepared, to be started by hand", **known)
-    failure = last.failure or load_failure(paths.attempt(last.number).failure_path)
     if failure is None or failure.kind in ("lost", "preempted"):
         why = failure.message if failure else f"attempt {last.number} was killed together with its launcher"
         return RunStatus(state="interrupted", why=why, failure=failure, **known)
     return RunStatus(state="failed", why=f"{failure.kind}: {failure.message}", failure=failure, **known)
 
 
-def _sum_seconds(record: RunRecord) -> float | None:
+def _sum_seconds(record: RunRecord, is_running: bool) -> float | None:
+    ends = [attempt.ended_at_utc for attempt in record.attempts]
+    if is_running and ends:
+        ends[-1] = ends[-1] or now_utc()
     spans = [
-        datetime.datetime.fromisoformat(attempt.ended_at_utc) - datetime.datetime.fromisoformat(attempt.started_at_utc)
-        for attempt in record.attempts
-        if attempt.ended_at_utc
+        datetime.datetime.fromisoformat(end) - datetime.datetime.fromisoformat(attempt.started_at_utc)
+        for attempt, end in zip(record.attempts, ends, strict=True)
+        if end
     ]
     return sum(span.total_seconds() for span in spans) if spans else None

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import RecipeError, RefusedError, RunnerError
-from runner.fsio import load_json
 from runner.paths import RunPaths
 from runner.recipe import Recipe, load_recipe
-from runner.record import parse_stored_recipe
+from runner.record import load_stored_recipe
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def select_recipes(arguments: Sequence[str], output_root: Path, where: Sequence[
     """
     found: dict[Path, Selected] = {}
     errors: list[RecipeError] = []
-    for path in _expand(arguments, output_root):
+    for path in _expand(arguments):
         try:
             selected = _load_selected(path, output_root)
         except RecipeError as error:
@@ -66,19 +65,33 @@ def run_paths(recipe: Recipe, output_root: Path) -> RunPaths:
     return RunPaths(output_root / recipe.run.grid / recipe.run.name)
 
 
-def _expand(arguments: Sequence[str], output_root: Path) -> list[Path]:
+def _expand(arguments: Sequence[str]) -> list[Path]:
     paths: list[Path] = []
     for argument in arguments:
         path = Path(argument)
-        if path.is_dir():
-            files = [path] if RunPaths(path).recipe_path.exists() else sorted(path.rglob("*.yaml"))
-            files = files or sorted(recipe_path.parent for recipe_path in path.rglob("recipe.json"))
-        else:
-            files = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
+        named = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
+        files = [file for one in named for file in _expand_folder(one)]
         if not files:
             raise RunnerError(f"{argument!r} names no recipe", hint=_suggest_path(path))
         paths += files
     return paths
+
+
+def _expand_folder(path: Path) -> list[Path]:
+    """The recipes in a folder, else the run directories in it; without hidden ones: those were moved aside."""
+    if not path.is_dir() or RunPaths(path).recipe_path.exists():
+        return [path]
+    folders = list(_walk(path))
+    files = [file for folder in folders for file in sorted(folder.glob("*.yaml"))]
+    return files or [folder for folder in folders if RunPaths(folder).recipe_path.exists()]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """A folder and all below it, in order, but for hidden ones and the insides of run directories."""
+    yield folder
+    if not RunPaths(folder).recipe_path.exists():
+        for child in sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")):
+            yield from _walk(child)
 
 
 def _suggest_path(path: Path) -> str:
@@ -91,7 +104,10 @@ def _suggest_path(path: Path) -> str:
 
 def _load_selected(path: Path, output_root: Path) -> Selected:
     if path.is_dir():
-        return Selected(parse_stored_recipe(load_json(RunPaths(path).recipe_path)), path, RunPaths(path))
+        stored = load_stored_recipe(RunPaths(path))
+        if stored is None:
+            raise RefusedError(f"{path} is no longer a run directory: its recipe.json is gone")
+        return Selected(stored.recipe, path, RunPaths(path))
     recipe = load_recipe(path)
     return Selected(recipe, path, run_paths(recipe, output_root))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from runner.errors import RefusedError, RunnerError
 from runner.fsio import hash_json
 from runner.identity import ContentHashes, hash_contents, known_contents
-from runner.launch import Placement
+from runner.launch import LaunchCommand, Placement
 from runner.paths import content_cache_path
 from runner.plan import Decision, decide
 from runner.recipe import NAME_PATTERN, load_recipe
@@ -50,8 +52,9 @@ def run_launch(arguments: argparse.Namespace) -> int:
     selected = _select_one(arguments)
     recipe, paths = selected.recipe, selected.paths
     num_processes = arguments.num_processes or recipe.launch.num_processes
+    command = build_command(Planned(selected, {}, num_processes), _placement(num_processes))
     if arguments.dry_run:
-        print(build_command(Planned(selected, {}, num_processes), _placement(num_processes)).as_shell())
+        print(command.as_shell())
         return 0
     contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
     planned = Planned(selected, contents, num_processes)
@@ -64,13 +67,14 @@ def run_launch(arguments: argparse.Namespace) -> int:
         raise RefusedError(
             f"{paths.run_dir} holds another experiment, the recipe changed since:\n"
             + "\n".join(f"  {line}" for line in status.differences),
-            hint=f"runner launch {arguments.recipe} --fresh  (moves the old run aside and starts anew)",
+            hint=f"{_same_launch(arguments)} --fresh  # moves the old run aside and starts anew",
         )
     if decision.action == "skip":
         print(f"{planned.name}  {decision.why}")
         return 0
     if arguments.prepare:
-        print(_prepare(planned, _placement(num_processes)))
+        _prepare(planned, command)
+        print(command.as_shell())
         return 0
     return _run_planned([planned], num_slots=1, gpus=None, fail_fast=False)
 
@@ -81,8 +85,7 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
     if arguments.list:
         print("\n".join(str(one.source_path) for one in selected))
         return 0
-    if arguments.slots < 1:
-        raise RunnerError(f"`--slots {arguments.slots}`: at least one run must be able to start")
+    gpus = _parse_gpus(arguments.gpus)
     from runner.pool import Planned, build_command
 
     hashes = ContentHashes(content_cache_path(arguments.output_root))
@@ -102,8 +105,7 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
             print(build_command(run, _placement(run.num_processes)).as_shell())
         return 0
     sys.stdout.flush()
-    gpus = arguments.gpus.split(",") if arguments.gpus else None
-    slots = max(1, len(gpus)) if gpus else arguments.slots
+    slots = arguments.slots if gpus is None else len(gpus)
     code = _run_planned(planned, num_slots=slots, gpus=gpus, fail_fast=arguments.fail_fast)
     return code or (1 if num_unhappy else 0)
 
@@ -117,8 +119,7 @@ def run_status(arguments: argparse.Namespace) -> int:
     """`runner status`: reads files only, hashes nothing."""
     import json
 
-    default = [str(path) for path in (Path("recipes"), arguments.output_root) if path.is_dir()]
-    selected = select_recipes(arguments.paths or default, arguments.output_root, arguments.where)
+    selected = select_recipes(arguments.paths or _everything(arguments), arguments.output_root, arguments.where)
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     rows = [(one, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes))) for one in selected]
     if arguments.json:
@@ -134,7 +135,7 @@ def run_status(arguments: argparse.Namespace) -> int:
         step = "" if status.step is None else f"{status.step}/{status.max_steps or '?'}"
         loss = "" if status.loss is None else f"{status.loss:.4f}"
         seconds = "" if status.seconds is None else f"{status.seconds:.0f} s"
-        why = status.why.splitlines()[0]
+        why = status.why.partition("\n")[0]
         print(f"{_name(one):<{width}}  {status.state:<11}  {step:>9}  {loss:>8}  {seconds:>7}  {why}")
     return 0
 
@@ -163,9 +164,10 @@ def name_overridden(name: str, overrides: list[str]) -> str:
     """
     if not overrides:
         return name
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(overrides)).strip("-")
+    readable = "--".join(override.replace("=", "-", 1) for override in overrides)
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", readable).strip("-")
     full = f"{name}--{slug}"
-    return full if len(full) <= 150 else f"{full[:130]}--{hash_json(overrides)[:12]}"
+    return full if slug == readable and len(full) <= 150 else f"{full[:130]}--{hash_json(overrides)[:12]}"
 
 
 def _select_one(arguments: argparse.Namespace) -> Selected:
@@ -176,12 +178,38 @@ def _select_one(arguments: argparse.Namespace) -> Selected:
         raise RunnerError(f"{arguments.recipe} is a folder", hint=f"runner sweep {arguments.recipe}")
     plain = load_recipe(arguments.recipe, overrides)
     name = arguments.name or name_overridden(plain.run.name, overrides)
-    if not re.match(NAME_PATTERN, name):
+    if not re.fullmatch(NAME_PATTERN, name):
         raise RunnerError(f"the name {name!r} may hold letters, digits and . _ - only, and at most 200 of them")
     recipe = plain.model_copy(
         update={"run": plain.run.model_copy(update={"name": name, "overrides": tuple(overrides)})}
     )
     return Selected(recipe, arguments.recipe, run_paths(recipe, arguments.output_root))
+
+
+def _same_launch(arguments: argparse.Namespace) -> str:
+    words = ["runner", "launch", str(arguments.recipe), *arguments.overrides]
+    words += ["--name", arguments.name] if arguments.name else []
+    words += ["--output-root", str(arguments.output_root)] if arguments.output_root != Path("runs") else []
+    return shlex.join(words)
+
+
+def _everything(arguments: argparse.Namespace) -> list[str]:
+    """What `status` is about when nothing is named: all recipes and all runs that there are."""
+    recipes, runs = Path("recipes").glob("*/*.yaml"), arguments.output_root.glob("*/*/recipe.json")
+    return [
+        str(folder)
+        for folder, found in ((Path("recipes"), recipes), (arguments.output_root, runs))
+        if next(found, None) is not None
+    ]
+
+
+def _parse_gpus(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    gpus = [name.strip() for name in text.split(",")]
+    if not all(gpus) or len(set(gpus)) < len(gpus):
+        raise RunnerError(f"`--gpus {text}` must name different devices, such as 0,1")
+    return gpus
 
 
 def _placement(num_processes: int) -> Placement:
@@ -196,21 +224,19 @@ def _move_aside(selected: Selected) -> None:
         raise RefusedError(f"{selected.paths.run_dir} is running; stop it before starting anew")
     target = move_aside(selected.paths)
     lease.close()
-    print(f"moved {selected.paths.run_dir} to {target}")
+    print(f"moved {selected.paths.run_dir} to {target}", file=sys.stderr)
 
 
-def _prepare(planned: Planned, placement: Placement) -> str:
+def _prepare(planned: Planned, command: LaunchCommand) -> None:
     from runner.execute import open_attempt, prepare_run, read_git_state, take_lease
-    from runner.pool import build_command
 
-    paths, command = planned.selected.paths, build_command(planned, placement)
+    paths = planned.selected.paths
     lease = take_lease(paths)
     if lease is None:
         raise RefusedError(f"{paths.run_dir} is running")
-    prepare_run(planned.selected.recipe, planned.contents, paths)
-    open_attempt(paths, command, planned.num_processes, read_git_state())
-    lease.close()
-    return command.as_shell()
+    with contextlib.closing(lease):
+        prepare_run(planned.selected.recipe, planned.contents, paths)
+        open_attempt(paths, command, planned.num_processes, read_git_state())
 
 
 def _run_planned(planned: list[Planned], *, num_slots: int, gpus: list[str] | None, fail_fast: bool) -> int:
@@ -226,30 +252,26 @@ def _run_planned(planned: list[Planned], *, num_slots: int, gpus: list[str] | No
     except Stopped:
         print("stopped; the same command goes on from the newest checkpoints", file=sys.stderr)
         return 130
-    _print_failures(planned, result)
+    _print_failures(result)
     return 1 if result.failed else 0
 
 
-def _print_failures(planned: list[Planned], result: PoolResult) -> None:
-    from runner.record import load_record
-
-    by_name = {run.name: run for run in planned}
-    for name, failure in result.failed.items():
-        paths = by_name[name].selected.paths
-        log_path = paths.attempt(load_record(paths).attempts[-1].number).log_path
-        print(f"\n{name} failed, {failure.kind}: {failure.message}", file=sys.stderr)
-        if failure.kind in ("crashed", "lost", "transient", "out_of_memory"):
-            lines = log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+def _print_failures(result: PoolResult) -> None:
+    for failed in result.failed:
+        print(f"\n{failed.name} failed, {failed.failure.kind}: {failed.failure.message}", file=sys.stderr)
+        if failed.log_path is None:
+            continue
+        if failed.failure.kind in ("crashed", "lost", "transient", "out_of_memory"):
+            lines = failed.log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
             print("\n".join(f"  | {line}" for line in lines), file=sys.stderr)
-        print(f"  log: {log_path}", file=sys.stderr)
-    for name in result.elsewhere:
-        print(f"{name} was run or finished by another sweep", file=sys.stderr)
+        print(f"  log: {failed.log_path}", file=sys.stderr)
     if result.not_started:
         print(f"{len(result.not_started)} runs were not started because of --fail-fast", file=sys.stderr)
 
 
 def _describe_decision(one: Selected, decision: Decision, status: RunStatus) -> str:
-    lines = [f"{decision.action:<7} {_name(one)}  {decision.why.splitlines()[0]}"]
+    why = decision.why.partition("\n")[0]
+    lines = [f"{decision.action:<7} {_name(one)}  {why}"]
     if decision.action == "refuse":
         lines += [f"          {line}" for line in status.differences]
     return "\n".join(lines)
