@@ -98,7 +98,10 @@ def load_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
     elif path.exists():
         yield from _load_file(path)
     elif path.suffix in _SUFFIXES:
-        raise DataError(f"the data file {path} does not exist")
+        raise DataError(
+            f"the data file {path} does not exist",
+            hint="put your rows there, or name another file, such as data.train.path=FILE on the command line",
+        )
     else:
         yield from _load_hub(source)
 
@@ -200,8 +203,10 @@ def _draw(pools: dict[str, list[RawRow]], split: str, wanted: int | None) -> tup
     return taken
 
 
-def build_samples(data: DataSection, tokenizer: Any) -> Samples:
+def build_samples(data: DataSection, tokenizer: Any, raw: RawSplits | None = None) -> Samples:
     """Everything that a run trains and evaluates on, tokenised under the tokenizer's chat template.
+
+    `raw` saves drawing the rows again where several models share them.
 
     Raises:
         DataError: a row cannot be rendered, masked or fitted into `data.max_length`; the first few are named.
@@ -212,13 +217,11 @@ def build_samples(data: DataSection, tokenizer: Any) -> Samples:
             "the chat template prints today's date, so the same recipe would train on other tokens tomorrow",
             hint="copy the template to a file with the date written out, and name it in `model.chat_template`",
         )
-    return tokenize_splits(draw_splits(data), data, masker, tokenizer.bos_token_id)
-
-
-def tokenize_splits(raw: RawSplits, data: DataSection, masker: ConversationMasker, bos_token_id: int | None) -> Samples:
-    """`build_samples` for rows that are drawn already."""
-    splits = {split: _tokenize_split(getattr(raw, split), split, data, masker, bos_token_id) for split in SPLITS}
-    return Samples(splits["train"], splits["validation"], splits["test"], raw.num_duplicates)
+    raw = raw or draw_splits(data)
+    train, validation, test = (
+        _tokenize_split(getattr(raw, name), name, data, masker, tokenizer.bos_token_id) for name in SPLITS
+    )
+    return Samples(train, validation, test, raw.num_duplicates)
 
 
 def _tokenize_split(
