@@ -17,7 +17,7 @@ from runner.errors import RunnerError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_arguments(argv)
     if arguments.debug:
         return _call(arguments)
     try:
@@ -42,6 +42,21 @@ def _call(arguments: argparse.Namespace) -> int:
     code: int = getattr(verbs, f"run_{arguments.verb}")(arguments)
     sys.stdout.flush()
     return code
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of one verb; overrides and paths may stand before, between and after its options.
+
+    argparse takes positional arguments in one piece only and leaves the rest over.
+    """
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    more = next((name for name in ("overrides", "paths") if hasattr(arguments, name)), None)
+    if rest and (more is None or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and more is not None:
+        setattr(arguments, more, [*getattr(arguments, more), *rest])
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
