@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from conftest import Project
 
 from runner.paths import RunPaths
 from runner.record import load_result
-
-if TYPE_CHECKING:
-    from tests.conftest import Project
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {

@@ -1,4 +1,4 @@
-"""When a run evaluates, saves and stops. Each decision is taken once, at the end of a step, from restored state alone."""
+"""When a run evaluates, saves and stops. Each decision is taken once, at the end of a step, from restored state."""
 
 from __future__ import annotations
 

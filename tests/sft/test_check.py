@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tests.conftest import Project
+from conftest import Project
 
 
 def test_a_good_grid_is_described_once_per_data(project: Project) -> None:

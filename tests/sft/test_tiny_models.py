@@ -50,7 +50,7 @@ def test_model_loads_and_is_small(tiny_dirs: dict[str, Path], family: str) -> No
     assert sum(parameter.numel() for parameter in model.parameters()) < 300_000
     assert model.dtype == torch.float32
     assert all(layer.weight.numel() % 64 == 0 for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    assert len(tokenizer) == model.config.vocab_size
+    assert len(tokenizer) <= model.config.vocab_size
     ids = tokenizer("Anna has a lamp.", return_tensors="pt")["input_ids"]
     assert torch.isfinite(model(ids).logits).all()
 

@@ -1,0 +1,104 @@
+"""A run that is killed at any instant, by SIGKILL, ends with the same bytes as one that never was."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Project
+from training_runs import (
+    RUNS,
+    assert_same_outputs,
+    kill_launcher,
+    launch,
+    launch_killed_at,
+    read_attempts,
+    read_log,
+    read_result,
+    started,
+    wait_for_path,
+)
+
+from runner.paths import RunPaths, marker_path
+
+pytestmark = pytest.mark.slow
+
+
+def copy_unfinished(finished: Project, name: str, copy_name: str) -> RunPaths:
+    """The run as it was before its last attempt wrote the export and the result."""
+    source, copy = finished.paths(name), finished.paths(copy_name)
+    shutil.copytree(source.run_dir, copy.run_dir)
+    copy.result_path.unlink()
+    shutil.rmtree(copy.model_dir)
+    return copy
+
+
+def flip_one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def quarantined(paths: RunPaths) -> list[str]:
+    return sorted(path.name for path in paths.quarantine_dir.iterdir())
+
+
+def test_killed_launcher_takes_the_trainer_with_it_and_the_run_goes_on_exactly(finished: Project) -> None:
+    """LoRA with dropout, rows grouped by length, accumulation, and an incomplete last batch in each epoch."""
+    paths = finished.paths("killed-lora")
+    with started(finished, "killed-lora", *RUNS["gemma-lora"]) as process:
+        wait_for_path(marker_path(paths.checkpoint_dir(4)), process)
+        kill_launcher(process)
+    assert not paths.result_path.exists()
+    launch(finished, "killed-lora", *RUNS["gemma-lora"])
+    assert "resuming from step" in read_log(paths)
+    assert read_attempts(paths)[0]["ended_at_utc"] is None
+    assert_same_outputs(paths, finished.paths("gemma-lora"))
+
+
+def test_kills_while_saving_scoring_and_exporting(finished: Project) -> None:
+    """One run, killed three times; each attempt goes on where the last one left a whole checkpoint."""
+    name, overrides = "killed-often", RUNS["gemma-lora"]
+    paths = launch_killed_at(finished, name, *overrides, event="open", path="checkpoint-8/trainer_state.json")
+    assert (paths.checkpoints_dir / "checkpoint-8" / "adapter_model.safetensors").exists(), "half a checkpoint"
+    launch_killed_at(finished, name, *overrides, event="os.rename", path="step-12/COMMITTED.json")
+    log = read_log(paths)
+    assert "resuming from step 4" in log and quarantined(paths) == ["checkpoint-8.1"]
+    assert "moved checkpoint checkpoint-8 to" in log and "still being written" in log
+    launch_killed_at(finished, name, *overrides, event="os.rename", path="eval_rows.jsonl")  # the final scores
+    assert "resuming from step 8" in read_log(paths)
+    assert quarantined(paths) == ["checkpoint-8.1", "step-12.1"]
+    launch_killed_at(finished, name, *overrides, event="os.rename", path="result.json")
+    assert paths.model_dir.exists(), "exported, but without a result the run is not complete"
+    launch(finished, name, *overrides)
+    assert "resuming from step 14" in read_log(paths)
+    assert_same_outputs(paths, finished.paths("gemma-lora"))
+
+
+def test_patience_of_early_stopping_spans_a_kill(finished: Project) -> None:
+    """A full fine-tune whose best step is 4 and which stops at step 10, killed at step 8."""
+    reference = read_result(finished.paths("llama-early"))
+    assert (reference.best_step, reference.num_steps) == (4, 10)
+    name, overrides = "killed-early", RUNS["llama-early"]
+    paths = launch_killed_at(finished, name, *overrides, event="open", path="checkpoint-8/trainer_state.json")
+    launch(finished, name, *overrides)
+    assert "resuming from step 6" in read_log(paths)
+    assert_same_outputs(paths, finished.paths("llama-early"))
+
+
+def test_damaged_newest_checkpoint_is_set_aside_for_the_one_before(finished: Project) -> None:
+    copy = copy_unfinished(finished, "gemma-lora", "damaged-newest")
+    flip_one_bit(copy.checkpoint_dir(14) / "optimizer.pt")
+    launch(finished, "damaged-newest", *RUNS["gemma-lora"])
+    assert quarantined(copy) == ["step-14.1"] and "resuming from step 12" in read_log(copy)
+    assert_same_outputs(copy, finished.paths("gemma-lora"))
+
+
+def test_damaged_best_checkpoint_takes_those_with_it_that_would_export_it(finished: Project) -> None:
+    copy = copy_unfinished(finished, "llama-early", "damaged-best")
+    weights_path = copy.checkpoint_dir(4) / "model.safetensors"
+    weights_path.write_bytes(weights_path.read_bytes()[:-1])
+    launch(finished, "damaged-best", *RUNS["llama-early"])
+    assert quarantined(copy) == ["step-10.1", "step-4.1"] and "starting at step 0" in read_log(copy)
+    assert_same_outputs(copy, finished.paths("llama-early"))
