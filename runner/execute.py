@@ -217,12 +217,12 @@ def _start_launcher(paths: RunPaths, attempt: Attempt, lease: Lease) -> subproce
         raise RunnerError(message, hint="pip install accelerate, into the Python that `runner` runs in") from None
 
 
-def stop_attempts(attempts: Sequence[RunningAttempt], why: str) -> None:
+def stop_attempts(attempts: Sequence[RunningAttempt], why: str, *, grace_seconds: float = GRACE_SECONDS) -> None:
     """End attempts: TERM to each process group, KILL to what is still there after a grace."""
     for attempt in attempts:
         attempt.stop_reason = why
         attempt.signal_group(signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + grace_seconds
     with contextlib.ExitStack() as closing:  # every record is closed, whatever happens to another one
         for attempt in attempts:
             closing.callback(attempt.finish)
