@@ -27,7 +27,8 @@ def decide(status: RunStatus, *, retry_failed: bool = False, only_unfinished: bo
     >>> decide(RunStatus(state="completed", why="stopped by max_steps"))
     Decision(action='skip', why='completed: stopped by max_steps')
     """
-    why = f"{status.state}: {status.why}"
+    first_line = status.why.partition("\n")[0]  # of a failure: its hint would come before what is said here
+    why = f"{status.state}: {first_line}"
     if status.state in ("completed", "running"):
         return Decision("skip", why)
     if status.state == "changed":
