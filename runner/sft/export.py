@@ -1,18 +1,33 @@
-"""Reads an exported model again and checks it: every trained tensor is there, has its shape and is finite."""
+"""Makes an export reproducible, reads it again and checks it: every trained tensor is there, whole and finite."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import torch
 from safetensors import safe_open
 
 from runner.errors import RunnerError
+from runner.fsio import load_json, write_json_atomic
 
 
 class ExportError(RunnerError):
     """An export that would not load or would load something else."""
+
+
+# PEFT keeps these as sets and writes them in an order that differs from process to process.
+_SETS: Final = ("target_modules", "modules_to_save", "exclude_modules")
+
+
+def sort_adapter_config(model_dir: Path) -> None:
+    """Write the sets of `adapter_config.json` in order, so that equal runs export equal bytes."""
+    path = model_dir / "adapter_config.json"
+    content = load_json(path)
+    if content is not None:
+        is_set = {name: isinstance(content.get(name), list) for name in _SETS}
+        write_json_atomic(path, content | {name: sorted(content[name]) for name in _SETS if is_set[name]})
 
 
 def exported_name(parameter_name: str) -> str:

@@ -14,7 +14,7 @@ from runner.sft.callbacks import read_best_step
 from runner.sft.checkpoints import find_resume_step, sync_folder
 from runner.sft.context import RunContext
 from runner.sft.data import build_samples, describe_samples
-from runner.sft.export import verify_export
+from runner.sft.export import sort_adapter_config, verify_export
 from runner.sft.model import load_model
 from runner.sft.tokenizers import load_tokenizer
 from runner.sft.trainer import RunTrainer, build_training_args
@@ -105,6 +105,7 @@ def export_model(context: RunContext, trainer: RunTrainer, tokenizer: Any) -> No
     if context.is_main:
         (partial_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle that can hold the hub token
         tokenizer.save_pretrained(partial_dir)
+        sort_adapter_config(partial_dir)
         verify_export(partial_dir, trainer.trained_shapes)
         sync_folder(partial_dir)
         partial_dir.rename(model_dir)

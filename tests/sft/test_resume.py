@@ -58,7 +58,7 @@ def test_killed_launcher_takes_the_trainer_with_it_and_the_run_goes_on_exactly(f
 
 
 def test_kills_while_saving_scoring_and_exporting(finished: Project) -> None:
-    """One run, killed three times; each attempt goes on where the last one left a whole checkpoint."""
+    """One run, killed four times; each attempt goes on where the last one left a whole checkpoint."""
     name, overrides = "killed-often", RUNS["gemma-lora"]
     paths = launch_killed_at(finished, name, *overrides, event="open", path="checkpoint-8/trainer_state.json")
     assert (paths.checkpoints_dir / "checkpoint-8" / "adapter_model.safetensors").exists(), "half a checkpoint"
@@ -72,7 +72,7 @@ def test_kills_while_saving_scoring_and_exporting(finished: Project) -> None:
     launch_killed_at(finished, name, *overrides, event="os.rename", path="result.json")
     assert paths.model_dir.exists(), "exported, but without a result the run is not complete"
     launch(finished, name, *overrides)
-    assert "resuming from step 14" in read_log(paths)
+    assert "resuming from step 15" in read_log(paths)
     assert_same_outputs(paths, finished.paths("gemma-lora"))
 
 
@@ -89,9 +89,9 @@ def test_patience_of_early_stopping_spans_a_kill(finished: Project) -> None:
 
 def test_damaged_newest_checkpoint_is_set_aside_for_the_one_before(finished: Project) -> None:
     copy = copy_unfinished(finished, "gemma-lora", "damaged-newest")
-    flip_one_bit(copy.checkpoint_dir(14) / "optimizer.pt")
+    flip_one_bit(copy.checkpoint_dir(15) / "optimizer.pt")
     launch(finished, "damaged-newest", *RUNS["gemma-lora"])
-    assert quarantined(copy) == ["step-14.1"] and "resuming from step 12" in read_log(copy)
+    assert quarantined(copy) == ["step-15.1"] and "resuming from step 12" in read_log(copy)
     assert_same_outputs(copy, finished.paths("gemma-lora"))
 
 
