@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -21,6 +20,7 @@ from runner.fsio import Lease, write_json_atomic
 from runner.identity import derive_digest, list_library_versions
 from runner.launch import LaunchCommand
 from runner.paths import AttemptPaths, RunPaths, old_run_dir
+from runner.processes import die_with_parent
 from runner.recipe import Recipe
 from runner.record import (
     DETERMINISTIC_KINDS,
@@ -37,8 +37,6 @@ from runner.record import (
     write_record,
 )
 
-_PR_SET_PDEATHSIG: Final = 1
-_PRCTL: Final = ctypes.CDLL(None, use_errno=True).prctl  # looked up before any fork
 GRACE_SECONDS: Final = 10.0
 
 
@@ -209,7 +207,7 @@ def _start_launcher(paths: RunPaths, attempt: Attempt, lease: Lease) -> subproce
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=partial(_die_with_parent, os.getpid()),
+                preexec_fn=partial(die_with_parent, os.getpid()),
             )
     except OSError as error:
         message = f"{attempt.command[0]} cannot be started: {error}"
@@ -240,10 +238,3 @@ def _has_ended(pid: int, deadline: float) -> bool:
         return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
     finally:
         os.close(pidfd)
-
-
-def _die_with_parent(parent: int) -> None:
-    """In the child, before exec: SIGKILL when the thread that started it is gone, also if it is gone already."""
-    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
-from yaml import YAMLError
 
 from runner.errors import Problem, RecipeError, RefusedError
 from runner.recipe_sections import (
@@ -133,7 +131,6 @@ def derive_accumulation(recipe: Recipe, num_processes: int) -> int:
 
 # An override of one of these keys makes another kind of section, which starts empty: `adapter.method=none` is enough.
 _KIND_KEYS: Final = ("adapter.method", "quantization.method", "early_stopping.enabled", "data.task.name")
-_SYNTAX_ERRORS: Final = (OmegaConfBaseException, YAMLError, RecursionError, ValueError)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -176,8 +173,8 @@ def _resolve(text: str, overrides: Sequence[str], overridden: frozenset[str]) ->
 
     stage = "text"
     try:
-        config = OmegaConf.create(text)
-        if not isinstance(config, DictConfig):
+        config = _create(text)
+        if config is None:
             return None, [Problem("(file)", "must be a mapping of sections", 1)]
         stage = "overrides"
         merged = _merge_overrides(config, OmegaConf.from_dotlist(list(overrides))) if overrides else config
@@ -185,8 +182,17 @@ def _resolve(text: str, overrides: Sequence[str], overridden: frozenset[str]) ->
             return None, problems
         stage = "interpolations"
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True), []
-    except _SYNTAX_ERRORS as error:
+    except Exception as error:  # OmegaConf lets AssertionError, IndexError and others out, next to its own
         return None, [describe_syntax_error(error, text, overridden, is_in_text=stage != "overrides")]
+
+
+def _create(text: str) -> DictConfig | None:
+    """None for a text that is a list or a single value."""
+    try:
+        config = OmegaConf.create(text)
+    except AssertionError:  # its answer to a number
+        return None
+    return config if isinstance(config, DictConfig) else None
 
 
 def _merge_overrides(config: DictConfig, overrides: DictConfig) -> DictConfig:

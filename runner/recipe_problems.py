@@ -30,6 +30,8 @@ _EXPECTED: Final = {
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
 }
+# The loader that OmegaConf prefers: the one in Python refuses some texts that this one takes.
+_LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Old names that people still type.
 _RENAMED: Final = {
     "group_by_length": "train_sampling_strategy: group_by_length",
@@ -59,7 +61,7 @@ def find_lines(text: str) -> dict[str, int]:
                 lines[f"{prefix}{index}"] = item.start_mark.line + 1
                 walk(item, f"{prefix}{index}.")
 
-    walk(yaml.compose(text, Loader=yaml.SafeLoader), "")
+    walk(yaml.compose(text, Loader=_LOADER), "")
     return lines
 
 
@@ -74,7 +76,7 @@ def find_line(key: str, text: str, overridden: frozenset[str] = frozenset()) -> 
 
 def describe_syntax_error(error: Exception, text: str, overridden: frozenset[str], *, is_in_text: bool) -> Problem:
     """A problem from what YAML or OmegaConf refuses; `is_in_text` False: it came up among the overrides."""
-    what = str(getattr(error, "problem", None) or error or type(error).__name__).splitlines()[0]
+    what = (str(getattr(error, "problem", None) or error) or "cannot be read").splitlines()[0]
     key = str(getattr(error, "full_key", None) or "")
     if not is_in_text:
         return Problem(key or ", ".join(sorted(overridden)), what)

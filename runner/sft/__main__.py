@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Final
 
 from runner.errors import DataError, DivergedError, RunnerError
 from runner.fsio import Lease, write_json_atomic
 from runner.paths import RunPaths
+from runner.processes import die_with_parent
 from runner.record import Failure, FailureKind, load_record
-
-_PR_SET_PDEATHSIG: Final = 1
 
 
 def main() -> int:
@@ -23,7 +19,7 @@ def main() -> int:
     if len(sys.argv) != 2:
         print("usage: accelerate launch ... -m runner.sft RUN_DIR", file=sys.stderr)
         return 2
-    _die_with_parent()
+    die_with_parent(os.getppid())
     run_dir = Path(sys.argv[1])
     try:
         lease = _take_lease(run_dir)
@@ -40,14 +36,6 @@ def main() -> int:
         os._exit(1)  # other ranks may be inside a collective: leave without waiting for them
     del lease
     return 0
-
-
-def _die_with_parent() -> None:
-    """SIGKILL for this process when the thread that started it is gone: no orphan trains on."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _take_lease(run_dir: Path) -> Lease | None:

@@ -35,6 +35,7 @@ class RunContext:
     num_processes: int
     is_main: bool
     _phase_seconds: dict[str, float] = field(default_factory=dict)
+    _progress: Progress = field(default_factory=lambda: Progress(phase="starting"))
     _last_progress_at: float = 0.0
 
     @classmethod
@@ -73,7 +74,7 @@ class RunContext:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Show a phase in `progress.json` and add up its seconds for `timing.json`."""
-        self.report_progress(Progress(phase=name), is_forced=True)
+        self.report_progress(self._progress.model_copy(update={"phase": name}), is_forced=True)
         started = time.perf_counter()
         try:
             yield
@@ -82,7 +83,7 @@ class RunContext:
 
     def report_progress(self, progress: Progress, *, is_forced: bool = False) -> None:
         """Write `progress.json`, at most five times a second."""
-        now = time.monotonic()
+        self._progress, now = progress, time.monotonic()
         if self.is_main and (is_forced or now - self._last_progress_at > 0.2):
             self._last_progress_at = now
             write_json_unsynced(self.attempt.progress_path, progress.model_dump())
