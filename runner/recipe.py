@@ -164,7 +164,9 @@ def parse_recipe(text: str, *, where: str, overrides: Sequence[str] = (), hint: 
     try:
         return Recipe.model_validate_json(json.dumps(container))
     except ValidationError as error:
-        raise RecipeError(where, list_problems(error, container, text, overridden), hint=hint) from None
+        problems = list_problems(error, container, text, overridden)
+        in_file = any(problem.line is not None for problem in problems)
+        raise RecipeError(where, problems, hint=hint if in_file else None) from None
 
 
 def _resolve(text: str, overrides: Sequence[str], overridden: frozenset[str]) -> tuple[Any, list[Problem]]:

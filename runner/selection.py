@@ -72,7 +72,7 @@ def _expand(arguments: Sequence[str]) -> list[Path]:
         named = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
         files = [file for one in named for file in _expand_folder(one)]
         if not files:
-            raise RunnerError(f"{argument!r} names no recipe", hint=_suggest_path(path))
+            raise RunnerError(f"{argument!r} names no recipe", hint=suggest_path(path))
         paths += files
     return paths
 
@@ -94,7 +94,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield from _walk(child)
 
 
-def _suggest_path(path: Path) -> str:
+def suggest_path(path: Path) -> str:
+    """A hint for a path that is not there."""
     siblings = [str(sibling) for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
     close = difflib.get_close_matches(str(path), siblings, n=1)
     return (

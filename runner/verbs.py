@@ -19,7 +19,7 @@ from runner.paths import content_cache_path
 from runner.plan import Decision, decide
 from runner.recipe import NAME_PATTERN, load_recipe
 from runner.record import RunStatus, derive_status
-from runner.selection import Selected, run_paths, select_recipes
+from runner.selection import Selected, run_paths, select_recipes, suggest_path
 
 if TYPE_CHECKING:
     from runner.pool import Planned, PoolResult
@@ -176,6 +176,8 @@ def _select_one(arguments: argparse.Namespace) -> Selected:
         raise RunnerError(f"{malformed[0]!r} is not an override of the form key=value")
     if arguments.recipe.is_dir():
         raise RunnerError(f"{arguments.recipe} is a folder", hint=f"runner sweep {arguments.recipe}")
+    if not arguments.recipe.exists():
+        raise RunnerError(f"there is no recipe {arguments.recipe}", hint=suggest_path(arguments.recipe))
     plain = load_recipe(arguments.recipe, overrides)
     name = arguments.name or name_overridden(plain.run.name, overrides)
     if not re.fullmatch(NAME_PATTERN, name):

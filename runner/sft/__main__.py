@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -74,7 +75,9 @@ def classify(error: BaseException) -> FailureKind:
         return "preempted"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return "out_of_memory"
-    return "transient" if isinstance(error, OSError) else "crashed"
+    # safetensors and torch wrap the system's error in kinds of their own
+    is_system = isinstance(error, OSError) or os.strerror(errno.ENOSPC) in str(error)
+    return "transient" if is_system else "crashed"
 
 
 if __name__ == "__main__":
