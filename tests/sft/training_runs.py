@@ -56,7 +56,7 @@ _HUMAN_TEMPLATE: Final = """\
 {%- if add_generation_prompt %}{{- 'Assistant:' }}{% endif -%}
 """
 
-# Runs inside the trainer: SIGKILL for its whole process group right before a file operation. Python's audit events
+# Runs inside the trainer: SIGKILL for its launcher and itself right before a file operation. Python's audit events
 # come before the operation, so the instant is exact and nothing of the runner is replaced.
 _KILLER: Final = """\
 import os, signal, sys
@@ -65,7 +65,8 @@ event, suffix = os.environ["KILL_AT"].split(" ")
 
 def _hook(name, arguments):
     if name == event and any(isinstance(one, (str, os.PathLike)) and str(one).endswith(suffix) for one in arguments):
-        os.killpg(0, signal.SIGKILL)
+        os.kill(os.getppid(), signal.SIGKILL)  # the launcher; other ranks die with it
+        os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(_hook)
 """
