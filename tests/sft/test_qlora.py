@@ -1,0 +1,114 @@
+"""QLoRA on the CPU: NF4 weights, double quantization, bfloat16 compute, paged optimizers, evaluations in the middle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from conftest import Project
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from training_runs import assert_same_outputs, launch, launch_killed_at, read_log, read_losses, read_result
+from transformers import AutoModelForCausalLM
+
+from runner.paths import RunPaths
+from runner.sft.model import build_lora_config, build_quantization_config, load_model
+
+NF4 = (
+    "quantization={method: 4bit, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: true,"
+    " bnb_4bit_compute_dtype: bfloat16}"
+)
+QLORA = (
+    NF4,
+    "model.path=models/llama",
+    "model.dtype=bfloat16",
+    "training.bf16=true",
+    "training.optim=paged_adamw_8bit",
+    "adapter.lora_dropout=0.1",
+)
+
+
+@pytest.fixture(scope="session")
+def qlora(workplace: Project) -> RunPaths:
+    """A QLoRA run, uninterrupted."""
+    workplace.add_model("llama")
+    return launch(workplace, "qlora", *QLORA)
+
+
+@pytest.fixture
+def four_bit_model(project: Project, monkeypatch: pytest.MonkeyPatch) -> Any:
+    project.add_model("llama")
+    monkeypatch.chdir(project.root)
+    recipe = project.recipe(*QLORA)
+    model = get_peft_model(load_model(recipe), build_lora_config(recipe))
+    assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 14
+    return model
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(0)  # of the dropout
+    ids = torch.arange(3, 40)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def evaluate_once(model: torch.nn.Module) -> None:
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 40)[None])
+
+
+def test_gradients_survive_an_evaluation(four_bit_model: Any) -> None:
+    """On a CPU with AVX512-BF16 bitsandbytes repacks a 4-bit layer at its first evaluation; no gradient passes then."""
+    for name, module in four_bit_model.named_modules():
+        if name.endswith("lora_B.default"):  # zero at first, which would hide what lies below from the gradient
+            torch.nn.init.normal_(module.weight, std=0.1)
+    before = gradients(four_bit_model)
+    evaluate_once(four_bit_model)
+    after = gradients(four_bit_model)
+    layers = [module for module in four_bit_model.modules() if isinstance(module, Linear4bit)]
+    assert [layer.support_avx512bf16_for_cpu for layer in layers] == [False] * len(layers)
+    assert before.keys() == after.keys() and len(before) == 2 * len(layers)
+    assert all(float(gradient.abs().max()) > 0 for gradient in before.values())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_qlora_trains_and_exports_a_float32_adapter(workplace: Project, qlora: RunPaths) -> None:
+    result, losses = read_result(qlora), read_losses(qlora)
+    assert result.num_steps == 12 and len(losses) == 12
+    assert result.best_metric < result.base["validation"].nll_per_completion_token - 0.02
+    adapter = load_file(qlora.model_dir / "adapter_model.safetensors")
+    assert len(adapter) == 28 and {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    recipe = workplace.recipe(*QLORA)
+    base = AutoModelForCausalLM.from_pretrained(
+        workplace.root / recipe.model.path,
+        quantization_config=build_quantization_config(recipe),
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+    )
+    model = PeftModel.from_pretrained(base, qlora.model_dir)
+    loaded = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+    assert len(loaded) == 28
+    for name, weight in loaded.items():
+        torch.testing.assert_close(weight.float(), adapter[name.replace(".default", "")], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_qlora_resumes_exactly(workplace: Project, qlora: RunPaths) -> None:
+    paths = launch_killed_at(workplace, "qlora-killed", *QLORA, event="os.rename", path="step-8/COMMITTED.json")
+    launch(workplace, "qlora-killed", *QLORA)
+    assert "resuming from step 4" in read_log(paths)
+    assert_same_outputs(paths, qlora)
+
+
+@pytest.mark.slow
+def test_other_paged_optimizer(workplace: Project, qlora: RunPaths) -> None:
+    paths = launch(workplace, "qlora-32bit", *QLORA, "training.optim=paged_adamw_32bit", "training.max_grad_norm=0.3")
+    result = read_result(paths)
+    assert result.best_metric < result.base["validation"].nll_per_completion_token - 0.02
+    assert result.base == read_result(qlora).base
