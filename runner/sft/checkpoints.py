@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from runner.errors import RefusedError
-from runner.fsio import fsync_dir, hash_file, load_json, write_json_atomic
+from runner.fsio import fsync_dir, hash_file, hash_json, load_json, write_json_atomic
 from runner.identity import diff_payloads
 from runner.paths import STEP_PREFIX, RunPaths, marker_path
 
@@ -37,7 +37,8 @@ def commit_checkpoint(saved_dir: Path, paths: RunPaths, step: int, fingerprint: 
     }
     saved_dir.rename(checkpoint_dir)
     fsync_dir(paths.checkpoints_dir)
-    write_json_atomic(marker_path(checkpoint_dir), {"step": step, "fingerprint": dict(fingerprint), "files": files})
+    marker = {"step": step, "fingerprint": dict(fingerprint), "files": files}
+    write_json_atomic(marker_path(checkpoint_dir), marker | {"marker_sha256": hash_json(marker)})
 
 
 def list_committed(paths: RunPaths) -> list[int]:
@@ -85,14 +86,14 @@ def find_resume_step(
 
 
 def is_intact(checkpoint_dir: Path) -> bool:
-    """Whether every file has the size and checksum that the marker states."""
+    """Whether the marker is as it was written and every file has the size and checksum that it states."""
     try:
-        files = load_json(marker_path(checkpoint_dir))["files"]
-        return all(
+        marker = dict(load_json(marker_path(checkpoint_dir)))
+        return marker.pop("marker_sha256") == hash_json(marker) and all(
             (path := checkpoint_dir / name).is_file()
             and path.stat().st_size == stated["num_bytes"]
             and hash_file(path) == stated["sha256"]
-            for name, stated in files.items()
+            for name, stated in marker["files"].items()
         )
     except (ValueError, KeyError, TypeError, AttributeError):  # a damaged marker
         return False
