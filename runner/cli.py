@@ -123,7 +123,7 @@ def _add_output_root(parser: argparse.ArgumentParser) -> None:
 def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     _add_paths(parser)
     room = parser.add_mutually_exclusive_group()
-    room.add_argument("--slots", type=_positive, default=1, metavar="N", help="runs at a time, default 1")
+    room.add_argument("--slots", type=_positive, metavar="N", help="runs at a time, default 1")
     room.add_argument("--gpus", metavar="0,1,...", help="each run gets its own of these")
     parser.add_argument("--fail-fast", action="store_true", help="start nothing more after a failure")
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from runner.pool import Planned, PoolResult
 
 _LOG_LINES: Final = 15
+_PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
 
 
 def run_render(arguments: argparse.Namespace) -> int:
@@ -105,7 +106,7 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
             print(build_command(run, _placement(run.num_processes)).as_shell())
         return 0
     sys.stdout.flush()
-    slots = arguments.slots if gpus is None else len(gpus)
+    slots = len(gpus) if gpus is not None else arguments.slots or 1
     code = _run_planned(planned, num_slots=slots, gpus=gpus, fail_fast=arguments.fail_fast)
     return code or (1 if num_unhappy else 0)
 
@@ -164,10 +165,10 @@ def name_overridden(name: str, overrides: list[str]) -> str:
     """
     if not overrides:
         return name
-    readable = "--".join(override.replace("=", "-", 1) for override in overrides)
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", readable).strip("-")
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(overrides)).strip("-")
     full = f"{name}--{slug}"
-    return full if slug == readable and len(full) <= 150 else f"{full[:130]}--{hash_json(overrides)[:12]}"
+    is_readable_back = all(_PLAIN_OVERRIDE.fullmatch(override) for override in overrides) and len(full) <= 150
+    return full if is_readable_back else f"{full[:130]}--{hash_json(overrides)[:12]}"
 
 
 def _select_one(arguments: argparse.Namespace) -> Selected:
