@@ -287,7 +287,8 @@ def test_two_processes_that_save_keep_each_others_hashes(recipe: Recipe, tmp_pat
     first, second = ContentHashes(tmp_path / "cache.json"), ContentHashes(tmp_path / "cache.json")
     first.hash(Path("data.jsonl"))
     second.hash(Path("v.jsonl"))
-    first.save(), second.save()
+    first.save()
+    second.save()
     both = ContentHashes(tmp_path / "cache.json")
     assert both.known(Path("data.jsonl")) and both.known(Path("v.jsonl"))
 

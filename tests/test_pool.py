@@ -10,7 +10,7 @@ from fake_launcher import FakeLauncher, fake, finish, wait_until_dead
 
 from runner.cli import main
 from runner.errors import RefusedError
-from runner.fsio import is_leased
+from runner.fsio import is_leased, load_json, write_json_atomic
 from runner.identity import ContentHashes, known_contents
 from runner.launch import Placement
 from runner.pool import Devices, Planned, StopSignals
@@ -53,10 +53,11 @@ def test_as_many_at_a_time_as_there_are_slots(fake: FakeLauncher) -> None:
 def test_each_attempt_has_its_own_devices(fake: FakeLauncher) -> None:
     fake.add("a", "b", "c", told="wait")
     sweep = fake.start("sweep", "recipes/toy", "--gpus", "0,1")
-    fake.next_started(), fake.next_started()
+    assert {fake.next_started()[0], fake.next_started()[0]} == {"a", "b"}
     fake.let_go("a")
     assert fake.next_started()[0] == "c"
-    fake.let_go("b"), fake.let_go("c")
+    for name in ("b", "c"):
+        fake.let_go(name)
     assert finish(sweep)[0] == 0
     devices = {e["name"]: e["environment"]["CUDA_VISIBLE_DEVICES"] for e in fake.events()}
     assert {devices["a"], devices["b"]} == {"0", "1"} and devices["c"] == devices["a"]
@@ -232,6 +233,24 @@ def test_rerun_takes_up_what_was_begun_and_nothing_else(fake: FakeLauncher) -> N
     assert main(["rerun", "recipes/toy"]) == 0
     assert fake.started()[3:] == ["a", "b"]
     assert list_states(fake, "a", "b", "c", "d") == ["completed", "completed", "completed", "pending"]
+
+
+def test_a_run_that_is_refused_when_its_turn_comes_fails_alone(fake: FakeLauncher) -> None:
+    """Between the plan and its turn, somebody else made the directory of `b` for another experiment."""
+    fake.add("a", "b", "c", told="exit 1")
+    main(["sweep", "recipes/toy/b.yaml"])
+    fake.tell("a", "wait")
+    fake.tell("c", "complete")
+    sweep = fake.start("sweep", "recipes/toy")
+    fake.next_started()
+    stored = load_json(fake.paths("b").recipe_path)
+    stored["contents"]["data.jsonl"] = "0" * 64
+    write_json_atomic(fake.paths("b").recipe_path, stored)
+    fake.let_go("a")
+    code, _, stderr = finish(sweep)
+    assert code == 1 and "toy/b failed, configuration: runs/toy/b holds another experiment" in stderr
+    assert fake.started() == ["b", "a", "c"]
+    assert list_states(fake, "a", "c") == ["completed", "completed"]
 
 
 def test_dry_run_touches_nothing(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:

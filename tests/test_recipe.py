@@ -390,14 +390,14 @@ VALUES = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(text=st.one_of(st.text(), st.lists(SCRAPS | st.text(max_size=3), max_size=20).map("".join)))
 def test_no_text_is_more_than_a_wrong_recipe(text: str) -> None:
     with pytest.raises(RecipeError):
         parse(text=text)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(line=st.integers(0, TEXT.count("\n")), scrap=VALUES, key=KEYS | VALUES, value=VALUES)
 def test_no_edit_and_no_override_is_more_than_a_wrong_recipe(line: int, scrap: str, key: str, value: str) -> None:
     lines = TEXT.splitlines()

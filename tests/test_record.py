@@ -211,7 +211,8 @@ def test_absent_files_are_nothing_and_damaged_ones_are_errors(empty: Run, tmp_pa
     assert load_result(empty.paths) is None and load_stored_recipe(empty.paths) is None
     assert load_failure(path) is None and load_progress(path) is None
     assert find_differences(empty.paths, empty.recipe, CONTENTS) == []
-    for content in (None, [], {}, {"kind": "tired", "message": "x"}, 3):
+    damaged: list[Any] = [None, [], {}, {"kind": "tired", "message": "x"}, 3]
+    for content in damaged:
         write_json_atomic(path, content)
         with pytest.raises(CorruptFileError, match=r"file\.json cannot be read"):
             load_failure(path)
