@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -109,6 +110,15 @@ def test_result_is_complete(finished: Project, name: str) -> None:
     assert not list(paths.run_dir.rglob("training_args.bin")), "a pickle that can hold the hub token"
     arguments = load_json(paths.attempt(1).training_args_path)
     assert arguments["gradient_accumulation_steps"] == 2 and arguments["use_cpu"] is True
+
+
+def test_each_epoch_has_the_same_rows_in_another_order(finished: Project) -> None:
+    paths = finished.paths("gemma-full")
+    history = load_json(paths.checkpoint_dir(12) / "trainer_state.json")["log_history"]
+    totals = [0, *(int(row["num_tokens"]) for row in history if "num_tokens" in row and "loss" in row)]
+    per_step = [after - before for before, after in pairwise(totals)]
+    num_tokens = load_json(paths.samples_path)["splits"]["train"]["num_tokens"]
+    assert sum(per_step[:6]) == sum(per_step[6:]) == num_tokens and per_step[:6] != per_step[6:]
 
 
 def test_training_learns(finished: Project) -> None:
