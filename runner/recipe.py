@@ -120,7 +120,7 @@ def derive_accumulation(recipe: Recipe, num_processes: int) -> int:
     """
     per_pass = recipe.training.per_device_train_batch_size * num_processes
     accumulation, rest = divmod(recipe.global_batch_size, per_pass)
-    if rest or not accumulation:
+    if rest:
         raise RefusedError(
             f"a global batch of {recipe.global_batch_size} cannot be made of {num_processes} processes x "
             f"{recipe.training.per_device_train_batch_size} sequences each",

@@ -411,7 +411,15 @@ def test_no_edit_and_no_override_is_more_than_a_wrong_recipe(line: int, scrap: s
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 3000, "{a: " * 3000, "a: &x [*x]", "a: 0x" + "f" * 6000, 'a: "\\ud800"', "a: !!python/object:os.x {}"],
+    [
+        "[" * 3000,
+        "{a: " * 3000,
+        "a: &x [*x]",
+        "a: 0x" + "f" * 6000,
+        'a: "\\ud800"',
+        "a: !!python/object:os.x {}",
+        "A\t",
+    ],
 )
 def test_no_trick_is_more_than_a_wrong_recipe(text: str) -> None:
     with pytest.raises(RecipeError):
