@@ -13,7 +13,7 @@ demo: .venv/installed
 	@runner report recipes/demo
 	@printf '\nrecipes: recipes/demo   runs: runs/demo   base models: demo_models\n'
 
-test: check
+test: check  # the fast part, then everything that starts training
 	pytest -m "slow and not gpu" --durations=15
 
 check: .venv/installed
@@ -21,7 +21,7 @@ check: .venv/installed
 	ruff format --check .
 	mypy runner
 	runner render --check
-	pytest -m "not slow and not gpu" -q
+	pytest -m "not slow and not gpu" -q -n 2
 
 golden: .venv/installed
 	UPDATE_GOLDEN=1 pytest -q -m "not slow and not gpu" tests

@@ -34,7 +34,7 @@ def render_value(folder: Path, value: Any, template: str = "a: {{ value | yaml }
     return render_text(build_sandbox(folder), "t.j2", {"value": value})
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(texts)
 @example("${a}")
 @example("\\${a}")
@@ -74,7 +74,7 @@ def test_any_text_comes_back(text: str) -> None:
     assert read_back(f"b: [{quoted}, {{k: {quoted}}}]\na: {quoted}") == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(values)
 @example(2e-5)
 @example(1e16)
