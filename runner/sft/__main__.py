@@ -23,7 +23,7 @@ def main() -> int:
     die_with_parent(os.getppid())
     run_dir = Path(sys.argv[1])
     try:
-        lease = _take_lease(run_dir)
+        lease = _hold_lease(run_dir)
         from runner.sft.train import train
 
         train(run_dir)
@@ -39,12 +39,18 @@ def main() -> int:
     return 0
 
 
-def _take_lease(run_dir: Path) -> Lease | None:
-    """The lease of the run: inherited as stdin from the runner, or taken here when the command was typed by hand."""
+def _hold_lease(run_dir: Path) -> Lease | int | None:
+    """The lease of the run: inherited as stdin from the runner, or taken here when the command was typed by hand.
+
+    What this process executes later (a tracker's daemon, say) must not hold the run when it is over: the lease moves
+    to a descriptor that is closed on exec.
+    """
     path = RunPaths(run_dir).lease_path
-    if int(os.environ.get("RANK", "0")) != 0 or not run_dir.is_dir():
-        return None
     if path.exists() and os.path.samestat(os.fstat(sys.stdin.fileno()), path.stat()):
+        held = os.dup(sys.stdin.fileno())
+        os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+        return held
+    if int(os.environ.get("RANK", "0")) != 0 or not run_dir.is_dir():
         return None
     lease = Lease(path)
     if not lease.try_acquire():
