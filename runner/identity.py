@@ -7,6 +7,7 @@ nothing that only says where it runs. `resume_fingerprint` adds world size, micr
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -163,7 +164,8 @@ def build_resume_fingerprint(recipe: Recipe, recipe_digest: str, num_processes: 
         "gradient_accumulation_steps": derive_accumulation(recipe, num_processes),
         "accelerate_config": recipe.launch.accelerate_config,
         "num_cpu_threads_per_process": recipe.launch.num_cpu_threads_per_process,
-        "versions": list_library_versions(),
+        # Differences here are allowed, with a warning: without threads in the recipe they follow the free cores.
+        "versions": list_library_versions() | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset")},
     }
 
 
