@@ -185,11 +185,6 @@ def _load_fact(path: Path, kind: type[Loaded]) -> Loaded | None:
         raise CorruptFileError(f"{path} cannot be read: {key}: {first['msg']}") from None
 
 
-def parse_stored_recipe(content: Mapping[str, Any]) -> Recipe:
-    """The recipe inside the content of a `recipe.json`."""
-    return Recipe.model_validate_json(json.dumps(content["recipe"]))
-
-
 def find_differences(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) -> list[str]:
     """What makes `recipe` another experiment than the one in the run directory; empty where there is no run.
 

@@ -15,11 +15,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from runner.errors import RefusedError, RunnerError
-from runner.fsio import append_jsonl, load_json, load_jsonl, write_json_atomic, write_json_unsynced, write_jsonl_atomic
+from runner.fsio import append_jsonl, load_jsonl, write_json_atomic, write_json_unsynced, write_jsonl_atomic
 from runner.identity import build_resume_fingerprint, derive_digest
 from runner.paths import AttemptPaths, RunPaths
 from runner.recipe import Recipe
-from runner.record import Progress, load_record, parse_stored_recipe
+from runner.record import Progress, load_record, load_stored_recipe
 
 Result = TypeVar("Result")
 
@@ -46,14 +46,14 @@ class RunContext:
             RefusedError: the run directory is not whole, or the launch does not match it.
         """
         paths = RunPaths(run_dir)
-        content, record = load_json(paths.recipe_path), load_record(paths)
-        if content is None or not record.attempts:
+        stored, record = load_stored_recipe(paths), load_record(paths)
+        if stored is None or not record.attempts:
             raise RefusedError(
                 f"{run_dir} is not a run directory: it needs recipe.json and run.json",
                 hint="runs are made by `runner launch RECIPE` (with `--prepare`, to start them by hand)",
             )
-        recipe = parse_stored_recipe(content)
-        if derive_digest(recipe, content["contents"]) != content["recipe_digest"]:
+        recipe = stored.recipe
+        if derive_digest(recipe, stored.contents) != stored.recipe_digest:
             raise RefusedError(f"{paths.recipe_path} was changed by hand: its digest does not match")
         attempt = record.attempts[-1]
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -64,7 +64,7 @@ class RunContext:
                 "accelerate_configs/cpu.yaml and single_gpu.yaml start one",
             )
         is_main = int(os.environ.get("RANK", "0")) == 0
-        return cls(recipe, content["recipe_digest"], paths, paths.attempt(attempt.number), world_size, is_main)
+        return cls(recipe, stored.recipe_digest, paths, paths.attempt(attempt.number), world_size, is_main)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

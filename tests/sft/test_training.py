@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from runner.fsio import load_json, load_jsonl
 from runner.paths import RunPaths
 from runner.recipe import Recipe
-from runner.record import parse_stored_recipe
+from runner.record import load_stored_recipe
 from runner.sft.data import Row, build_samples, draw_splits
 from runner.sft.tokenizers import load_tokenizer
 
@@ -38,7 +38,9 @@ ROW_TOLERANCE = 5e-7
 
 
 def recipe_of(paths: RunPaths) -> Recipe:
-    return parse_stored_recipe(load_json(paths.recipe_path))
+    stored = load_stored_recipe(paths)
+    assert stored is not None
+    return stored.recipe
 
 
 def load_exported(project: Project, paths: RunPaths) -> Any:
