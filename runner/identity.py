@@ -24,6 +24,8 @@ _PLACEMENT_SECTIONS: Final = frozenset({"run", "launch", "tracking"})
 _PLACEMENT_KEYS: Final = {
     "training": frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"}),
     "evaluation": frozenset({"per_device_eval_batch_size"}),
+    # How long checkpoints are kept, and where: the best one always stays, so nothing that is computed depends on it.
+    "checkpoints": frozenset({"keep_latest", "keep_best", "save_optimizer", "archive", "remote"}),
 }
 # A file that was written this recently may be written again under the same modification time.
 _SETTLED_AFTER_NANOSECONDS: Final = 2_000_000_000

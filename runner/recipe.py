@@ -17,7 +17,9 @@ from pydantic import Field, ValidationError, model_validator
 from runner.errors import Problem, RecipeError, RefusedError
 from runner.recipe_sections import (
     NAME_PATTERN,
+    NLL_METRICS,
     AdapterOff,
+    AnyTask,
     CheckpointsSection,
     ConversationsTask,
     DataSection,
@@ -27,14 +29,20 @@ from runner.recipe_sections import (
     EightBit,
     EvaluationSection,
     FourBit,
+    GenerationOn,
     LaunchSection,
     Lora,
+    MathToolsTask,
     ModelSection,
+    Oasst1Task,
     PromptCompletionTask,
     QuantizationOff,
+    RemoteStorage,
     RunSection,
     Scalar,
     Section,
+    SquadV2Task,
+    Sst2Task,
     SummarizationTask,
     Text,
     TrackingSection,
@@ -45,18 +53,26 @@ from runner.recipe_sections import (
 __all__ = [
     "MAX_RECIPE_BYTES",
     "NAME_PATTERN",
+    "NLL_METRICS",
+    "AnyTask",
     "ConversationsTask",
     "DataSection",
     "DataSource",
     "EarlyStoppingOn",
     "EightBit",
     "FourBit",
+    "GenerationOn",
     "LaunchSection",
+    "MathToolsTask",
     "ModelSection",
+    "Oasst1Task",
     "PromptCompletionTask",
     "Recipe",
+    "RemoteStorage",
     "Scalar",
     "Section",
+    "SquadV2Task",
+    "Sst2Task",
     "SummarizationTask",
     "Text",
     "Training",
@@ -90,6 +106,7 @@ class Recipe(Section):
             raise ValueError("quantised weights cannot be trained: `quantization` needs `adapter: {method: lora}`")
         if self.early_stopping.enabled and self.evaluation.eval_strategy == "no":
             raise ValueError("`early_stopping` needs evaluations: set `evaluation.eval_strategy`")
+        self._selects_by_what_is_measured()
         if str(self.model.attn_implementation).startswith("flash") and self.model.dtype == "float32":
             raise ValueError("FlashAttention needs `model.dtype: bfloat16` or `float16`, got float32")
         if self.training.fp16 and self.model.dtype == "bfloat16":
@@ -101,6 +118,24 @@ class Recipe(Section):
         except RefusedError as error:
             raise ValueError(error.message) from None
         return self
+
+    def _selects_by_what_is_measured(self) -> None:
+        generation, task = self.evaluation.generation, self.data.task
+        generated = task.METRICS if isinstance(generation, GenerationOn) and generation.during_training else ()
+        for section in (self.checkpoints, self.early_stopping):
+            if not isinstance(section, CheckpointsSection | EarlyStoppingOn) or section.metric in NLL_METRICS:
+                continue
+            metric = section.metric
+            if metric in task.METRICS and metric not in generated:
+                raise ValueError(
+                    f"the metric `{metric}` is never evaluated on the validation split: set "
+                    "`evaluation.generation: {enabled: true, max_new_tokens: ..., during_training: true}`"
+                )
+            if metric not in generated:
+                known = ", ".join([*NLL_METRICS, *task.METRICS])
+                raise ValueError(f"`{metric}` is no metric of the task `{task.name}`, expected one of {known}")
+            if section.mode == "min":
+                raise ValueError(f"`{metric}` is better when it is larger: its `mode` must be `max`")
 
     @property
     def global_batch_size(self) -> int:
@@ -130,7 +165,13 @@ def derive_accumulation(recipe: Recipe, num_processes: int) -> int:
 
 
 # An override of one of these keys makes another kind of section, which starts empty: `adapter.method=none` is enough.
-_KIND_KEYS: Final = ("adapter.method", "quantization.method", "early_stopping.enabled", "data.task.name")
+_KIND_KEYS: Final = (
+    "adapter.method",
+    "quantization.method",
+    "early_stopping.enabled",
+    "evaluation.generation.enabled",
+    "data.task.name",
+)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

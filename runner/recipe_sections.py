@@ -6,7 +6,7 @@ Owns no combination across sections; those and the parsing are in `recipe`.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -24,12 +24,14 @@ from runner.hf_fields import OWNED_LORA_FIELDS, OWNED_TRAINING_FIELDS, FrozenDic
 SCHEMA_VERSION: Final = 1
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 
-Metric = Literal["nll_per_completion_token", "nll_per_token"]
+NLL_METRICS: Final = ("nll_per_completion_token", "nll_per_token")  # of every task, smaller is better
 Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 Scalar = str | bool | int | float | None
+# What may name a metric: one of `NLL_METRICS`, or one of the task's `METRICS` where texts are generated while training.
+Metric = Text
 
 
 class Section(BaseModel):
@@ -79,7 +81,9 @@ class ModelSection(Section):
     dtype: Dtype
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
     chat_template: Text | None = None  # path of a .jinja file; None: the tokenizer's own
-    pad_token: Text = "auto"  # "auto": the tokenizer's own unless it is eos, else a reserved token; or a token
+    # auto: the tokenizer's own unless it is eos, else a reserved token, else an added one; reserved: as auto, but never
+    # an added one; add: a new token; anything else: that token, added where the vocabulary lacks it.
+    pad_token: Text = "auto"
 
 
 class AdapterOff(Section):
@@ -135,22 +139,32 @@ class DataSource(Section):
     revision: str | None = None
 
 
-class ConversationsTask(Section):
+class TaskSection(Section):
+    """How rows become conversations. `METRICS` are those of the texts that a model generates, larger is better."""
+
+    METRICS: ClassVar[tuple[str, ...]] = ()
+
+
+class ConversationsTask(TaskSection):
     """Rows with a list of messages in `messages` or `conversations`; role/content or from/value."""
 
     name: Literal["conversations"]
 
 
-class PromptCompletionTask(Section):
+class PromptCompletionTask(TaskSection):
     """One user turn and one assistant turn from two columns."""
+
+    METRICS = ("exact_match",)
 
     name: Literal["prompt_completion"]
     prompt_column: Text = "prompt"
     completion_column: Text = "completion"
 
 
-class SummarizationTask(Section):
-    """A document and its summary; `prompt` holds the placeholder `{document}` exactly once."""
+class SummarizationTask(TaskSection):
+    """A document (or dialogue) and its summary; `prompt` holds the placeholder `{document}` exactly once."""
+
+    METRICS = ("rouge1", "rouge2", "rougeL")
 
     name: Literal["summarization"]
     prompt: Text
@@ -158,13 +172,70 @@ class SummarizationTask(Section):
     summary_column: Text = "summary"
 
     @model_validator(mode="after")
-    def _has_one_placeholder(self) -> Self:
-        if self.prompt.count("{document}") != 1:
-            raise ValueError("`prompt` must hold the placeholder {document} exactly once")
+    def _has_its_placeholders(self) -> Self:
+        _require_placeholders(self.prompt, "document")
         return self
 
 
-Task = Annotated[ConversationsTask | PromptCompletionTask | SummarizationTask, Field(discriminator="name")]
+class Sst2Task(TaskSection):
+    """SST-2 of GLUE: a sentence and its label, 0 or 1; `prompt` holds `{sentence}` exactly once."""
+
+    METRICS = ("accuracy", "f1")
+
+    name: Literal["sst2"]
+    prompt: Text
+    label_texts: tuple[Text, Text] = ("negative", "positive")  # what the model answers for the labels 0 and 1
+    sentence_column: Text = "sentence"
+    label_column: Text = "label"
+
+    @model_validator(mode="after")
+    def _has_its_placeholders(self) -> Self:
+        _require_placeholders(self.prompt, "sentence")
+        return self
+
+
+class SquadV2Task(TaskSection):
+    """SQuAD 2.0: context, question, and answers as `{"text": [...], "answer_start": [...]}`, empty if unanswerable."""
+
+    METRICS = ("exact_match", "f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy")
+
+    name: Literal["squad_v2"]
+    prompt: Text  # holds {context} and {question} exactly once each
+    no_answer_text: Text = "unanswerable"  # what the model answers where the context holds no answer
+
+    @model_validator(mode="after")
+    def _has_its_placeholders(self) -> Self:
+        _require_placeholders(self.prompt, "context", "question")
+        return self
+
+
+class Oasst1Task(TaskSection):
+    """Message trees of OpenAssistant (one row per message, or one nested tree per row) -> conversations."""
+
+    name: Literal["oasst1"]
+    languages: tuple[Text, ...] = ("en",)  # of every message of a path; empty: all
+    paths: Literal["best", "all"] = "best"  # the best-ranked reply at every turn, or one conversation per leaf
+    include_unreviewed: bool = False  # messages without a finished review; deleted ones are never used
+
+
+class MathToolsTask(TaskSection):
+    """Mathematics in several turns: a tool's output is a user turn, the answer stands in the last `\\boxed{}`."""
+
+    METRICS = ("final_answer_accuracy",)
+
+    name: Literal["math_tools"]
+
+
+def _require_placeholders(prompt: str, *names: str) -> None:
+    for name in names:
+        if prompt.count(f"{{{name}}}") != 1:
+            raise ValueError(f"`prompt` must hold the placeholder {{{name}}} exactly once")
+
+
+AnyTask = (
+    ConversationsTask | PromptCompletionTask | SummarizationTask | Sst2Task | SquadV2Task | Oasst1Task | MathToolsTask
+)
+Task = Annotated[AnyTask, Field(discriminator="name")]
 
 
 class DataSection(Section):
@@ -214,12 +285,28 @@ class TrainingBase(PassThrough):
         return self
 
 
+class GenerationOff(Section):
+    """Rows are scored by their likelihood only."""
+
+    enabled: Literal[False]
+
+
+class GenerationOn(Section):
+    """The base and the tuned model also answer the test prompts, greedily; the task's metrics judge the answers."""
+
+    enabled: Literal[True]
+    max_new_tokens: Positive
+    num_samples: Positive | None = None  # the first rows of the split; None: all
+    during_training: bool = False  # also on the validation split, at every evaluation
+
+
 class EvaluationSection(Section):
     """When the validation rows are scored; step 0 and the last step always are."""
 
     eval_strategy: Literal["no", "steps", "epoch"]
     eval_steps: Positive | None = None
     per_device_eval_batch_size: Positive
+    generation: Annotated[GenerationOff | GenerationOn, Field(discriminator="enabled")] = GenerationOff(enabled=False)
 
     @model_validator(mode="after")
     def _has_steps_exactly_for_steps(self) -> Self:
@@ -244,19 +331,42 @@ class EarlyStoppingOn(Section):
     threshold: Annotated[float, Field(ge=0)] = 0.0
 
 
+class RemoteStorage(Section):
+    """Where committed checkpoints are copied in the background; credentials come from the environment."""
+
+    url: Text  # any fsspec URL: file://, memory://, s3://, gs://, ...; a run gets the folder <grid>/<run name> below it
+    options: FrozenDict = Field(default_factory=dict, validate_default=True)  # of the fsspec file system
+    num_retries: Annotated[int, Field(ge=0)] = 5
+    load: bool = False  # resume from the newest one there when the run directory has none
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Self:
+        for name in self.options:
+            if any(word in name.lower() for word in ("secret", "token", "password", "credential")) or name == "key":
+                raise ValueError(f"`options.{name}` would put a secret into the record: set it in the environment")
+        return self
+
+
 class CheckpointsSection(Section):
     """When checkpoints are written and how many stay; the best by `metric` is what is exported."""
 
     save_strategy: Literal["no", "steps", "epoch"]
     save_steps: Positive | None = None
+    save_epochs: Positive | None = None  # with `epoch`: every so many epochs; None: every epoch
     keep_latest: Positive = 1
+    keep_best: Positive = 1  # besides the newest
     metric: Metric = "nll_per_completion_token"
     mode: Literal["min", "max"] = "min"
+    save_optimizer: bool = True  # False: optimizer state stays in the newest checkpoint only
+    archive: Literal["none", "zip"] = "none"  # besides the folder
+    remote: RemoteStorage | None = None
 
     @model_validator(mode="after")
-    def _has_steps_exactly_for_steps(self) -> Self:
+    def _has_intervals_exactly_for_their_strategy(self) -> Self:
         if (self.save_strategy == "steps") != (self.save_steps is not None):
             raise ValueError("`save_steps` goes with `save_strategy: steps`, and only with it")
+        if self.save_epochs is not None and self.save_strategy != "epoch":
+            raise ValueError("`save_epochs` goes with `save_strategy: epoch`, and only with it")
         return self
 
 
@@ -273,7 +383,13 @@ class TrackingSection(Section):
 
     report_to: tuple[Text, ...] = ()
     project: str | None = None
-    hub_model_id: str | None = None
+    run_name: str | None = None  # None: the run's own name
+    tags: tuple[Text, ...] = ()
+    watch: Literal["none", "gradients", "parameters", "all"] = "none"  # what Weights & Biases records of the weights
+    log_steps: Positive = 1  # trackers get every so many steps; metrics.jsonl has all
+    log_model: Literal["none", "end", "checkpoint"] = "none"  # what Weights & Biases gets of the model
+    hub_model_id: str | None = None  # where `runner export --push` sends the model
+    hub_private: bool = True
 
 
 if TYPE_CHECKING:  # the generated fields are typed at run time only

@@ -50,6 +50,7 @@ class Attempt(Fact):
     environment: dict[str, str]
     num_processes: int
     host: str
+    resume: str = "auto"  # auto, latest, best, or a checkpoint's folder, archive or URL
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
     git_commit: str | None = None
     git_is_dirty: bool | None = None
@@ -93,6 +94,14 @@ class SplitScore(Fact):
         return self.nll_sum / self.num_tokens
 
 
+class GenerationScore(Fact):
+    """The task's metrics of generated texts, means over the rows that were answered."""
+
+    num_rows: int
+    num_unfinished: int  # texts that reached `max_new_tokens` without an end of turn
+    metrics: dict[str, float]
+
+
 class TrainResult(Fact):
     """`result.json`: written last, so its presence with the right digest means that the run is complete."""
 
@@ -106,6 +115,8 @@ class TrainResult(Fact):
     num_train_rows: int
     base: dict[str, SplitScore]  # split -> score of the base model: "validation", "test"
     tuned: dict[str, SplitScore]  # split -> score of the exported model
+    # "base" and "tuned" -> generated answers on the test split; empty where generation is off
+    generation: dict[str, GenerationScore] = Field(default_factory=dict)
 
 
 class Progress(Fact):

@@ -36,16 +36,37 @@ PLACEMENT = {
     "launch.accelerate_config",
     "launch.num_processes",
     "launch.num_cpu_threads_per_process",
+    "checkpoints.keep_latest",
+    "checkpoints.keep_best",
+    "checkpoints.save_optimizer",
+    "checkpoints.archive",
+    "checkpoints.remote",
+    "checkpoints.remote.url",
+    "checkpoints.remote.options",
+    "checkpoints.remote.num_retries",
+    "checkpoints.remote.load",
     "tracking.report_to",
     "tracking.project",
+    "tracking.run_name",
+    "tracking.tags",
+    "tracking.watch",
+    "tracking.log_steps",
+    "tracking.log_model",
     "tracking.hub_model_id",
+    "tracking.hub_private",
     "training.per_device_train_batch_size",
     "evaluation.per_device_eval_batch_size",
 }
 # The global batch is either stated or follows from the accumulation; one alone cannot be changed away.
 CANNOT_CHANGE_ALONE = {"run.schema_version", "training.gradient_accumulation_steps"}
 # Each makes another kind of section, with other keys.
-MAKES_A_KIND = {"adapter.method", "quantization.method", "data.task.name", "early_stopping.enabled"}
+MAKES_A_KIND = {
+    "adapter.method",
+    "quantization.method",
+    "data.task.name",
+    "early_stopping.enabled",
+    "evaluation.generation.enabled",
+}
 
 KINDS: list[tuple[str, ...]] = [
     (),
@@ -59,6 +80,12 @@ KINDS: list[tuple[str, ...]] = [
     ),
     ("data.task.name=conversations",),
     ("data.task.name=prompt_completion",),
+    ("data.task.name=sst2", "data.task.prompt='{sentence}'"),
+    ("data.task.name=squad_v2", "data.task.prompt='{context} {question}'"),
+    ("data.task.name=oasst1",),
+    ("data.task.name=math_tools",),
+    ("evaluation.generation={enabled: true, max_new_tokens: 8}",),
+    ("checkpoints.save_strategy=epoch", "checkpoints.save_epochs=3", "checkpoints.save_steps=null"),
     (
         "early_stopping.enabled=true",
         "early_stopping.metric=nll_per_token",
@@ -70,6 +97,8 @@ KINDS: list[tuple[str, ...]] = [
     ),
     ("training.max_steps=null", "training.num_train_epochs=2"),
 ]
+# The same experiment as the first kind, with keys of its own.
+PLACEMENT_KINDS: list[tuple[str, ...]] = [("checkpoints.remote={url: 'memory://checkpoints'}",)]
 
 
 def parse(*overrides: str) -> Recipe:
@@ -97,17 +126,20 @@ def propose(annotation: Any) -> Iterator[Any]:
         for part in parts:
             yield from propose(part)
     elif origin is tuple:
-        yield from (["one"], ["two"])
+        yield from (["one"], ["two"], ["one", "two"])
     elif origin is dict:
         yield from ({"one": 1}, {"two": [2]})
     elif origin is list:
         yield from (["one"], [2])
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield from ({"path": "one.jsonl"}, {"path": "two.jsonl"})
+        yield from ({"path": "one.jsonl"}, {"path": "two.jsonl"}, {"url": "memory://one"})
     else:
-        yield from {bool: (True, False), int: (1, 2, 6), float: (0.25, 0.5), str: ("one", "{document} two")}.get(
-            annotation, ()
-        )
+        yield from {
+            bool: (True, False),
+            int: (1, 2, 6),
+            float: (0.25, 0.5),
+            str: ("one", "{document} {sentence} {context} {question}", "nll_per_token", "nll_per_completion_token"),
+        }.get(annotation, ())
 
 
 def change(recipe: Recipe, key: str, annotation: Any) -> Recipe | None:
@@ -131,7 +163,7 @@ def change(recipe: Recipe, key: str, annotation: Any) -> Recipe | None:
 
 def test_every_key_but_the_placement_makes_another_experiment() -> None:
     changed_keys, all_keys = set(), set()
-    for overrides in KINDS:
+    for overrides in KINDS + PLACEMENT_KINDS:
         recipe = parse(*overrides)
         digest = derive_digest(recipe, {})
         for key, annotation in list_keys(recipe):

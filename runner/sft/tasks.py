@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from runner.errors import DataError
-from runner.recipe import ConversationsTask, PromptCompletionTask, SummarizationTask
+from runner.recipe import AnyTask, ConversationsTask, PromptCompletionTask, SummarizationTask
 
 Message = Mapping[str, str]
 Conversation = tuple[Message, ...]
@@ -16,9 +16,7 @@ CONVERSATION_COLUMNS: Final = ("messages", "conversations", "conversation")
 ROLES: Final = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 
 
-def build_conversation(
-    row: Any, task: ConversationsTask | PromptCompletionTask | SummarizationTask, where: str
-) -> Conversation:
+def build_conversation(row: Any, task: AnyTask, where: str) -> Conversation:
     """The conversation of one row; `where` names the file and row for errors.
 
     Raises:
@@ -31,6 +29,7 @@ def build_conversation(
     if isinstance(task, PromptCompletionTask):
         prompt, completion = _text(row, task.prompt_column, where), _text(row, task.completion_column, where)
     else:
+        assert isinstance(task, SummarizationTask)
         document = _text(row, task.document_column, where)
         prompt = task.prompt.replace("{document}", document)
         completion = _text(row, task.summary_column, where)
