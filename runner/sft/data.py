@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 from runner.errors import DataError
 from runner.fsio import hash_json
 from runner.recipe import DataSection, DataSource
-from runner.sft.masking import CompletionSpan, ConversationMasker, MaskError, build_labels
+from runner.sft.masking import CompletionSpan, ConversationMasker, MaskedConversation, MaskError, build_labels
 from runner.sft.tasks import Conversation, build_conversation
 
 SPLITS: Final = ("train", "validation", "test")
@@ -211,17 +211,45 @@ def build_samples(data: DataSection, tokenizer: Any, raw: RawSplits | None = Non
     Raises:
         DataError: a row cannot be rendered, masked or fitted into `data.max_length`; the first few are named.
     """
+    masker = build_masker(tokenizer)
+    raw = raw or draw_splits(data)
+    train, validation, test = (
+        _tokenize_split(getattr(raw, name), name, data, masker, tokenizer.bos_token_id) for name in SPLITS
+    )
+    return Samples(train, validation, test, raw.num_duplicates)
+
+
+def build_masker(tokenizer: Any) -> ConversationMasker:
+    """What masks rows under the tokenizer's chat template. Raises: DataError, if the template prints the date."""
     masker = ConversationMasker(tokenizer)
     if masker.reads_clock:
         raise DataError(
             "the chat template prints today's date, so the same recipe would train on other tokens tomorrow",
             hint="copy the template to a file with the date written out, and name it in `model.chat_template`",
         )
-    raw = raw or draw_splits(data)
-    train, validation, test = (
-        _tokenize_split(getattr(raw, name), name, data, masker, tokenizer.bos_token_id) for name in SPLITS
-    )
-    return Samples(train, validation, test, raw.num_duplicates)
+    return masker
+
+
+def mask_row(raw: RawRow, masker: ConversationMasker) -> MaskedConversation:
+    """The tokens and completions of one row, whole. Raises: MaskError, which names the row."""
+    try:
+        return masker.mask(raw.messages)
+    except MaskError as error:
+        raise MaskError(f"{raw.where}: {error.message}", hint=error.hint) from None
+
+
+def fit_row(raw: RawRow, masked: MaskedConversation, data: DataSection, bos_token_id: int | None) -> Row | None:
+    """The row as a run uses it, after `data.truncation`; None where it does not fit into `data.max_length`."""
+    completions = [message["content"] for message in raw.messages if message["role"] == "assistant"]
+    assert len(completions) == len(masked.spans)
+    kept = list(zip(masked.spans, completions, strict=True))
+    ids, cut = masked.input_ids, max(0, len(masked.input_ids) - data.max_length)
+    if cut and data.truncation == "prompt_left":
+        ids, kept = _cut_prompt(ids, kept, data.max_length, bos_token_id)
+    if len(ids) > data.max_length or not kept:
+        return None
+    num_bytes = sum(len(text.encode()) for _, text in kept)
+    return Row(raw.row_id, ids, tuple(span for span, _ in kept), num_bytes, bool(cut))
 
 
 def _tokenize_split(
@@ -230,25 +258,13 @@ def _tokenize_split(
     rows: list[Row] = []
     too_long: list[tuple[RawRow, int]] = []
     for raw in raw_rows:
-        try:
-            masked = masker.mask(raw.messages)
-        except MaskError as error:
-            raise MaskError(f"{raw.where}: {error.message}", hint=error.hint) from None
-        completions = [message["content"] for message in raw.messages if message["role"] == "assistant"]
-        assert len(completions) == len(masked.spans)
-        kept = list(zip(masked.spans, completions, strict=True))
-        ids, cut = masked.input_ids, max(0, len(masked.input_ids) - data.max_length)
-        if cut and data.truncation == "prompt_left":
-            ids, kept = _cut_prompt(ids, kept, data.max_length, bos_token_id)
-        if len(ids) > data.max_length or not kept:
+        masked = mask_row(raw, masker)
+        row = fit_row(raw, masked, data, bos_token_id)
+        if row is None:
             too_long.append((raw, len(masked.input_ids)))
-            continue
-        num_bytes = sum(len(text.encode()) for _, text in kept)
-        rows.append(Row(raw.row_id, ids, tuple(span for span, _ in kept), num_bytes, bool(cut)))
-    if too_long and data.truncation != "drop":
-        raise _too_long_error(too_long, split, data)
-    if not rows:
-        raise DataError(f"no row of the {split} split fits into `data.max_length: {data.max_length}`")
+        else:
+            rows.append(row)
+    refuse_too_long(too_long, len(rows), split, data)
     return Split(tuple(rows), tuple(raw.row_id for raw, _ in too_long))
 
 
@@ -269,21 +285,25 @@ def _cut_prompt(
     return head + ids[cut + len(head) :], shifted
 
 
-def _too_long_error(too_long: Sequence[tuple[RawRow, int]], split: str, data: DataSection) -> DataError:
-    shown = "\n".join(f"  {raw.where}: {length} tokens" for raw, length in too_long[:5])
-    more = f"\n  and {len(too_long) - 5} more" if len(too_long) > 5 else ""
-    longest = max(length for _, length in too_long)
-    reason = (
-        "their last completion alone does not fit"
-        if data.truncation == "prompt_left"
-        else "and `data.truncation` is `refuse`"
-    )
-    return DataError(
-        f"{len(too_long)} rows of the {split} split are longer than `data.max_length: {data.max_length}`, {reason}:\n"
-        f"{shown}{more}",
-        hint=f"set `data.max_length: {longest}`, or `data.truncation: prompt_left` (cuts prompts, keeps completions) "
-        "or `drop` (leaves such rows out, counted)",
-    )
+def refuse_too_long(too_long: Sequence[tuple[RawRow, int]], num_fitting: int, split: str, data: DataSection) -> None:
+    """Raises: DataError, if rows do not fit and may not be dropped, or if none fits; `too_long` has their tokens."""
+    if too_long and data.truncation != "drop":
+        shown = "\n".join(f"  {raw.where}: {length} tokens" for raw, length in too_long[:5])
+        more = f"\n  and {len(too_long) - 5} more" if len(too_long) > 5 else ""
+        longest = max(length for _, length in too_long)
+        reason = (
+            "their last completion alone does not fit"
+            if data.truncation == "prompt_left"
+            else "and `data.truncation` is `refuse`"
+        )
+        raise DataError(
+            f"{len(too_long)} rows of the {split} split are longer than `data.max_length: {data.max_length}`, "
+            f"{reason}:\n{shown}{more}",
+            hint=f"set `data.max_length: {longest}`, or `data.truncation: prompt_left` (cuts prompts, keeps "
+            "completions) or `drop` (leaves such rows out, counted)",
+        )
+    if not num_fitting:
+        raise DataError(f"no row of the {split} split fits into `data.max_length: {data.max_length}`")
 
 
 def describe_samples(samples: Samples, loss: Literal["full", "completion"]) -> dict[str, Any]:
