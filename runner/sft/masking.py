@@ -14,11 +14,22 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from runner.sft.chat_skeleton import ChatTemplate, MaskError, Messages, Skeleton, Turn, common_prefix, describe, quote
+from runner.sft.chat_skeleton import (
+    ChatTemplate,
+    MaskError,
+    Messages,
+    Shape,
+    Skeleton,
+    Turn,
+    common_prefix,
+    describe,
+    quote,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -27,6 +38,7 @@ __all__ = [
     "MaskError",
     "MaskedConversation",
     "build_labels",
+    "end_of_turn_ids",
     "mask_conversation",
 ]
 
@@ -90,6 +102,22 @@ def mask_conversation(
     Raises: MaskError, if the completions cannot be proven.
     """
     return ConversationMasker(tokenizer, template_kwargs=template_kwargs).mask(messages)
+
+
+def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an assistant's turn under the tokenizer's chat template: the last ones of completions.
+
+    Two where a template closes a conversation otherwise than a turn (GPT-OSS); none where plain text ends a turn.
+
+    Raises: MaskError, if the template has no end of turn, or no chat template is there.
+    """
+    template = ChatTemplate(tokenizer)
+    pair: Shape = (("user", None), ("assistant", None))
+    turns = list(template.skeleton(pair).turns)
+    with suppress(MaskError):  # a template for single questions is one too
+        turns += template.skeleton(pair + pair).turns
+    tokens = dict.fromkeys(turn.end_token for turn in turns if turn.end_token is not None)
+    return tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in tokens)
 
 
 class ConversationMasker:

@@ -15,6 +15,7 @@ from chat_formats import (
     LLAMA_2,
     MISTRAL,
     MISTRAL_SYSTEM_LAST,
+    OUR_TEMPLATES,
     SPECIAL_TOKENS,
     build_tokenizer,
     trl_template,
@@ -34,6 +35,7 @@ from runner.sft.masking import (
     MaskedConversation,
     MaskError,
     build_labels,
+    end_of_turn_ids,
     mask_conversation,
 )
 
@@ -688,3 +690,23 @@ def test_labels_of_the_two_losses() -> None:
 def test_the_documented_table_is_what_the_templates_give() -> None:
     documented = (Path(__file__).parents[2] / "docs" / "chat_templates.md").read_text(encoding="utf-8")
     assert "\n".join(table_lines()) in documented, "run: python tests/sft/template_table.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gemma", ["<end_of_turn>"]),
+        ("llama3", ["<|eot_id|>"]),
+        ("phi3", ["<|end|>"]),
+        ("gptoss", ["<|return|>", "<|end|>"]),
+        ("ours: Human/Assistant text", ["</s>"]),
+        ("ours: Mistral [INST]", ["</s>"]),
+    ],
+)
+def test_end_of_turn_ids_are_what_ends_completions(name: str, expected: list[str]) -> None:
+    tokenizer = build_tokenizer("bytes", OUR_TEMPLATES.get(name) or trl_template(name))
+    assert tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer)) == expected
+
+
+def test_plain_text_that_ends_a_turn_has_no_id() -> None:
+    assert end_of_turn_ids(build_tokenizer("bytes", CHATML, special=["</s>"])) == ()
