@@ -76,6 +76,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_paths(check)
     check.add_argument("--schema-only", action="store_true", help="do not load tokenizers and data")
 
+    masks = verbs.add_parser("masks", help="rows as the model sees them: every token, the trained ones coloured")
+    masks.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe file, or a run directory")
+    masks.add_argument("overrides", nargs="*", metavar="key=value", help="look at the recipe under them")
+    masks.add_argument(
+        "--split", choices=("train", "validation", "eval", "test"), default="train", help="eval: validation"
+    )
+    rows = masks.add_mutually_exclusive_group()
+    rows.add_argument("--rows", type=_positive, default=3, metavar="N", help="the first N rows drawn, default 3")
+    rows.add_argument("--row", metavar="ID|NUMBER", help="one row: its id in samples.json, or its number in the split")
+    masks.add_argument("--format", choices=("ansi", "html", "json"), default="ansi", help="html: one page, to stdout")
+
     launch = verbs.add_parser("launch", help="one run, now")
     launch.add_argument("recipe", type=Path, metavar="RECIPE")
     launch.add_argument("overrides", nargs="*", metavar="key=value", help="make another experiment, named after them")

@@ -15,10 +15,10 @@ from runner.errors import RefusedError, RunnerError
 from runner.fsio import hash_json
 from runner.identity import ContentHashes, hash_contents, known_contents
 from runner.launch import LaunchCommand, Placement
-from runner.paths import content_cache_path
+from runner.paths import RunPaths, content_cache_path
 from runner.plan import Decision, decide
-from runner.recipe import NAME_PATTERN, load_recipe
-from runner.record import RunStatus, derive_status
+from runner.recipe import NAME_PATTERN, Recipe, load_recipe, parse_recipe
+from runner.record import RunStatus, derive_status, load_stored_recipe
 from runner.selection import Selected, run_paths, select_recipes, suggest_path
 
 if TYPE_CHECKING:
@@ -44,6 +44,19 @@ def run_check(arguments: argparse.Namespace) -> int:
     from runner.sft.check import check_data
 
     return check_data([one.recipe for one in selected])
+
+
+def run_masks(arguments: argparse.Namespace) -> int:
+    """`runner masks`: loads the tokenizer, never the model."""
+    from runner.sft.mask_formats import format_views
+    from runner.sft.mask_view import build_views
+
+    recipe = _load_recipe_or_run(arguments.recipe, arguments.overrides)
+    split = "validation" if arguments.split == "eval" else arguments.split
+    views = build_views(recipe, split, arguments.rows, arguments.row)
+    is_coloured = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+    print(format_views(views, recipe, arguments.format, is_coloured=is_coloured), end="")
+    return 0
 
 
 def run_launch(arguments: argparse.Namespace) -> int:
@@ -187,6 +200,18 @@ def _select_one(arguments: argparse.Namespace) -> Selected:
         update={"run": plain.run.model_copy(update={"name": name, "overrides": tuple(overrides)})}
     )
     return Selected(recipe, arguments.recipe, run_paths(recipe, arguments.output_root))
+
+
+def _load_recipe_or_run(path: Path, overrides: list[str]) -> Recipe:
+    """The recipe of a file or of a run directory, under overrides."""
+    if path.is_dir():
+        stored = load_stored_recipe(RunPaths(path))
+        if stored is None:
+            raise RunnerError(f"{path} is a folder, but no run directory", hint="name one recipe file, or one run")
+        return parse_recipe(stored.recipe.model_dump_json(), where=str(path), overrides=overrides)
+    if not path.exists():
+        raise RunnerError(f"there is no recipe {path}", hint=suggest_path(path))
+    return load_recipe(path, overrides)
 
 
 def _same_launch(arguments: argparse.Namespace) -> str:
