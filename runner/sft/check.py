@@ -73,8 +73,7 @@ def _name_group(group: Sequence[Recipe]) -> str:
 def describe_check(samples: Samples, group: Sequence[Recipe]) -> list[str]:
     """Rows, lengths, truncation and labels per split, and the updates of each kind of run in the group."""
     lines = [_describe_split(name, getattr(samples, name)) for name in SPLITS]
-    if samples.num_duplicates:
-        lines.append(f"{samples.num_duplicates} duplicate rows left out, so that the splits stay disjoint")
+    lines += [f"left out: {line}" for line in samples.left_out.describe()]
     num_tokens = sum(len(row.input_ids) for row in samples.train.rows)
     for mode in dict.fromkeys(recipe.loss for recipe in group):
         num_labels = sum(label >= 0 for row in samples.train.rows for label in row.labels(mode))

@@ -1,41 +1,59 @@
 """Picks, splits, tokenises and masks rows; what comes out is the same for every loss mode but for the labels.
 
-Rows are ordered by a seeded hash of their content. Test rows come first, then validation, then training, so splits are
-disjoint by content, independent of the order of the file, and smaller training sets are prefixes of larger ones.
+Rows are ordered by a seeded hash of their group (the content itself, where the task knows no groups), then of their
+content. Test rows come first, then validation, then training, so splits are disjoint by content and by group,
+independent of the order of the file, and smaller training sets are prefixes of larger ones.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from runner.errors import DataError
 from runner.fsio import hash_json
-from runner.recipe import DataSection, DataSource
+from runner.recipe import DataSection
 from runner.sft.masking import CompletionSpan, ConversationMasker, MaskedConversation, MaskError, build_labels
-from runner.sft.tasks import Conversation, build_conversation
+from runner.sft.sources import load_rows
+from runner.sft.tasks import Conversation, build_examples
 
 SPLITS: Final = ("train", "validation", "test")
-_SUFFIXES: Final = (".json", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One conversation, where it came from and a hash of its content."""
+    """One conversation, where it came from, a hash of its content, and what an answer to it is judged against."""
 
     where: str
     messages: Conversation
     content_hash: str
+    references: tuple[str, ...]
+    group: str  # the content hash where the task knows no groups
 
     @property
     def row_id(self) -> str:
         """Stable id: the start of the content hash."""
         return self.content_hash[:16]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What no split was drawn from, and why; nothing else is missing but rows that were not asked for."""
+
+    num_duplicates: int = 0
+    num_left_out_by_group: int = 0  # another row of their group stands in a split that is drawn earlier
+    by_task: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # split of the source -> reason -> count
+
+    def describe(self) -> list[str]:
+        """One line for each reason."""
+        lines = [f"{split}: {count} {reason}" for split, left in self.by_task.items() for reason, count in left.items()]
+        if self.num_left_out_by_group:
+            lines.append(f"{self.num_left_out_by_group} rows of groups that stand in another split")
+        if self.num_duplicates:
+            lines.append(f"{self.num_duplicates} duplicate rows")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -45,18 +63,22 @@ class RawSplits:
     train: tuple[RawRow, ...]
     validation: tuple[RawRow, ...]
     test: tuple[RawRow, ...]
-    num_duplicates: int
+    left_out: LeftOut
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised row. `spans` are the completions in `input_ids`; `num_bytes` counts their contents in UTF-8."""
+    """One tokenised row. `spans` are the completions in `input_ids`; `num_bytes` counts their contents in UTF-8.
+
+    A generated last completion is judged against `references`.
+    """
 
     row_id: str
     input_ids: tuple[int, ...]
     spans: tuple[CompletionSpan, ...]
     num_bytes: int
     is_truncated: bool
+    references: tuple[str, ...] = ()
 
     @property
     def num_completion_tokens(self) -> int:
@@ -83,124 +105,64 @@ class Samples:
     train: Split
     validation: Split
     test: Split
-    num_duplicates: int
-
-
-def load_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
-    """`(where, row)` for every row of a local file, a folder of files, or a data set on the hub, in file order."""
-    path = Path(source.path)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
-        if not files:
-            raise DataError(f"the folder {path} holds no {', '.join(_SUFFIXES)} file")
-        for file in files:
-            yield from _load_file(file)
-    elif path.exists():
-        yield from _load_file(path)
-    elif path.suffix in _SUFFIXES:
-        raise DataError(
-            f"the data file {path} does not exist",
-            hint="put your rows there, or name another file, such as data.train.path=FILE on the command line",
-        )
-    else:
-        yield from _load_hub(source)
-
-
-def _load_file(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        if path.suffix == ".jsonl":
-            with path.open() as stream:
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        yield f"{path} line {number}", _parse_json(line, f"{path} line {number}")
-        elif path.suffix == ".json":
-            rows = _parse_json(path.read_text(), str(path))
-            if not isinstance(rows, list):
-                raise DataError(f"{path}: expected a JSON list of rows")
-            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
-        elif path.suffix == ".csv":
-            with path.open(newline="") as stream:
-                yield from ((f"{path} row {n}", row) for n, row in enumerate(csv.DictReader(stream), start=1))
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
-        else:
-            raise DataError(f"{path}: cannot tell the format, expected one of {', '.join(_SUFFIXES)}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text ({error})") from None
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: is not JSON: {error}") from None
-
-
-def _load_hub(source: DataSource) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source.path, source.config_name, split=source.split, revision=source.revision)
-    except Exception as error:  # the library raises a dozen unrelated kinds for a missing name, split or network
-        raise DataError(
-            f"cannot load the data set {source.path!r}, split {source.split!r}: {type(error).__name__}: {error}",
-            hint="give a local file in `data.train.path`, or check the hub id, its split, and the network",
-        ) from error
-    yield from ((f"{source.path}[{source.split}] row {number}", row) for number, row in enumerate(rows))
+    left_out: LeftOut
 
 
 def draw_splits(data: DataSection) -> RawSplits:
     """The rows of each split: the same for every model, loss mode and training seed.
 
     A row whose content occurred before, in a split that comes first or earlier in its own, is a duplicate: it is
-    counted and left out. Raises DataError for a split that is empty or has fewer rows than asked for.
+    counted and left out. So are rows of a group of which another row stands in a split that comes first. Raises
+    DataError for a split that is empty or has fewer rows than asked for.
     """
     seen: set[str] = set()
     pools: dict[str, list[RawRow]] = {}
+    by_task: dict[str, Mapping[str, int]] = {}
     num_duplicates = 0
     for split, source in (("test", data.test), ("validation", data.validation), ("train", data.train)):
         if source is None:
             continue
         pools[split] = []
-        for where, row in load_rows(source):
-            messages = build_conversation(row, data.task, where)
-            content_hash = hash_json([[message["role"], message["content"]] for message in messages])
+        read = build_examples(load_rows(source), data.task)
+        if read.left_out:
+            by_task[split] = read.left_out
+        for example in read.examples:
+            content_hash = hash_json([[message["role"], message["content"]] for message in example.messages])
             if content_hash in seen:
                 num_duplicates += 1
                 continue
             seen.add(content_hash)
-            pools[split].append(RawRow(where, messages, content_hash))
-        pools[split].sort(key=lambda raw: _rank(data.seed, raw.content_hash))
-    drawn = {
-        split: _draw(pools, split, wanted)
-        for split, wanted in (
-            ("test", data.num_test_samples),
-            ("validation", data.num_validation_samples),
-            ("train", data.num_train_samples),
-        )
-    }
-    return RawSplits(drawn["train"], drawn["validation"], drawn["test"], num_duplicates)
+            group = content_hash if example.group is None else example.group
+            pools[split].append(RawRow(example.where, example.messages, content_hash, example.references, group))
+        pools[split].sort(key=lambda raw: (_rank(data.seed, raw.group), _rank(data.seed, raw.content_hash)))
+    drawn: dict[str, tuple[RawRow, ...]] = {}
+    num_left_out_by_group = 0
+    for split in ("test", "validation", "train"):
+        pool = pools.get(split, pools["train"])
+        groups = {raw.group for rows in drawn.values() for raw in rows}
+        allowed = [raw for raw in pool if raw.group not in groups]
+        num_left_out_by_group += len(pool) - len(allowed)
+        left_out = LeftOut(num_duplicates, num_left_out_by_group, by_task)
+        drawn[split] = _draw(allowed, split, getattr(data, f"num_{split}_samples"), left_out)
+        pool[:] = allowed[len(drawn[split]) :]
+    return RawSplits(drawn["train"], drawn["validation"], drawn["test"], left_out)
 
 
-def _rank(seed: int, content_hash: str) -> str:
-    return hashlib.sha256(f"{seed}:{content_hash}".encode()).hexdigest()
+def _rank(seed: int, text: str) -> str:
+    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
-def _draw(pools: dict[str, list[RawRow]], split: str, wanted: int | None) -> tuple[RawRow, ...]:
-    """Take the first rows off the split's own pool, or off the training pool where it has none."""
-    pool = pools.get(split, pools["train"])
+def _draw(pool: Sequence[RawRow], split: str, wanted: int | None, left_out: LeftOut) -> tuple[RawRow, ...]:
+    """The first rows of what is left for a split."""
     count = len(pool) if wanted is None else wanted
     if len(pool) < count or count == 0:
+        reasons = "".join(f"\n  left out: {line}" for line in left_out.describe())
         raise DataError(
-            f"{len(pool)} different rows are left for the {split} split, {wanted or 'at least 1'} were asked for",
+            f"{len(pool)} different rows are left for the {split} split, {wanted or 'at least 1'} were asked for"
+            + reasons,
             hint=f"lower `data.num_{split}_samples`, or those of the splits drawn before it (test, then validation)",
         )
-    taken = tuple(pool[:count])
-    del pool[:count]
-    return taken
+    return tuple(pool[:count])
 
 
 def build_samples(data: DataSection, tokenizer: Any, raw: RawSplits | None = None) -> Samples:
@@ -216,7 +178,7 @@ def build_samples(data: DataSection, tokenizer: Any, raw: RawSplits | None = Non
     train, validation, test = (
         _tokenize_split(getattr(raw, name), name, data, masker, tokenizer.bos_token_id) for name in SPLITS
     )
-    return Samples(train, validation, test, raw.num_duplicates)
+    return Samples(train, validation, test, raw.left_out)
 
 
 def build_masker(tokenizer: Any) -> ConversationMasker:
@@ -249,7 +211,8 @@ def fit_row(raw: RawRow, masked: MaskedConversation, data: DataSection, bos_toke
     if len(ids) > data.max_length or not kept:
         return None
     num_bytes = sum(len(text.encode()) for _, text in kept)
-    return Row(raw.row_id, ids, tuple(span for span, _ in kept), num_bytes, bool(cut))
+    spans = tuple(span for span, _ in kept)
+    return Row(raw.row_id, ids, spans, num_bytes, bool(cut), raw.references)
 
 
 def _tokenize_split(
@@ -326,4 +289,11 @@ def describe_samples(samples: Samples, loss: Literal["full", "completion"]) -> d
             "ids": ids,
             "dropped": list(split.dropped),
         }
-    return {"loss": loss, "num_duplicates": samples.num_duplicates, "splits": splits}
+    left_out = samples.left_out
+    return {
+        "loss": loss,
+        "num_duplicates": left_out.num_duplicates,
+        "num_left_out_by_group": left_out.num_left_out_by_group,
+        "left_out_by_task": {split: dict(reasons) for split, reasons in left_out.by_task.items()},
+        "splits": splits,
+    }

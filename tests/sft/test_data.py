@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from runner.errors import DataError
+from runner.fsio import hash_json
 from runner.recipe_sections import DataSection, ModelSection
 from runner.sft.data import build_samples, describe_samples, draw_splits
 from runner.sft.masking import MaskError
@@ -36,7 +37,7 @@ def section(path: Path, **changes: Any) -> DataSection:
     return DataSection.model_validate_json(json.dumps(content | changes))
 
 
-def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -72,6 +73,56 @@ def test_the_order_of_the_file_does_not_matter_but_the_seed_does(rows_path: Path
     assert ids(section(rows_path, seed=8)) != ids(section(rows_path))
 
 
+def test_rows_of_a_seed_are_the_same_for_ever(rows_path: Path) -> None:
+    """Another order would change what every recorded recipe means; drawn by the first release."""
+    splits = draw_splits(section(rows_path))
+    drawn = [[row.row_id for row in rows] for rows in (splits.train, splits.validation, splits.test)]
+    assert drawn[0][:2] == ["6302b6994a50a2be", "31a85aa04b3ca91d"]
+    assert hash_json(drawn) == "332b46154143cc4b7353a4c2e3f59cf38cb28cc807175cb9914e667658c7e500"
+
+
+def test_rows_of_one_group_never_stand_in_two_splits(tmp_path: Path) -> None:
+    def tree(name: str) -> list[dict[str, Any]]:
+        root = {"message_id": name, "parent_id": None, "text": name, "role": "prompter"}
+        reply = {"parent_id": name, "role": "assistant"}
+        replies = [{**reply, "message_id": f"{name}-{n}", "text": f"{name} says {n}"} for n in range(5)]
+        return [{"lang": "en", "review_result": True, "message_tree_id": name, **row} for row in (root, *replies)]
+
+    path = write_rows(tmp_path / "rows.jsonl", [row for number in range(12) for row in tree(f"t{number}")])
+    task = {"name": "oasst1", "paths": "all"}
+    counts = {"num_test_samples": 7, "num_validation_samples": 6, "num_train_samples": None}
+    splits = draw_splits(section(path, task=task, **counts))
+    groups = [{row.group for row in rows} for rows in (splits.test, splits.validation, splits.train)]
+    assert [len(rows) for rows in (splits.test, splits.validation, splits.train)] == [7, 6, 40]
+    assert [len(one) for one in groups] == [2, 2, 8] and len(set.union(*groups)) == 12
+    assert splits.left_out.num_left_out_by_group == 3 + 4
+    small = section(path, task=task, **counts | {"num_train_samples": 11})
+    assert ids(small) == [row.row_id for row in splits.train][:11]
+
+    # A training file that repeats the tree of a test row under other words.
+    other = {"path": str(write_rows(tmp_path / "test.jsonl", tree("t0")))}
+    apart = draw_splits(section(path, task=task, **counts | {"num_test_samples": 1}, test=other))
+    assert apart.left_out.num_duplicates == 5
+    assert "t0" not in {row.group for row in (*apart.train, *apart.validation)}
+
+
+def test_what_a_task_leaves_out_is_counted_and_said(tmp_path: Path, tokenizer: Any) -> None:
+    rows: list[dict[str, Any]] = []
+    for number in range(10):
+        shared = {"lang": "de" if number == 9 else "en", "review_result": True}
+        rows.append({"message_id": f"p{number}", "text": f"hi {number}", "role": "prompter", **shared})
+        reply = {"message_id": f"a{number}", "parent_id": f"p{number}", "text": "yes", "role": "assistant"}
+        rows.append({**reply, **shared})
+    counts = {"num_test_samples": 3, "num_validation_samples": 3, "num_train_samples": 3}
+    data = section(write_rows(tmp_path / "rows.jsonl", rows), task={"name": "oasst1"}, **counts)
+    described = describe_samples(build_samples(data, tokenizer), "completion")
+    expected = {"messages in another language": 1, "messages below one that is left out": 1}
+    assert described["left_out_by_task"] == {"train": expected}
+    assert (described["num_duplicates"], described["num_left_out_by_group"]) == (0, 0)
+    with pytest.raises(DataError, match=r"3 different rows are left[\s\S]*left out: train: 1 messages in another"):
+        draw_splits(data.model_copy(update={"num_train_samples": 4}))
+
+
 def test_every_file_format_gives_the_same_rows(rows_path: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
@@ -92,7 +143,7 @@ def test_duplicates_are_counted_and_never_straddle_splits(tmp_path: Path) -> Non
     path = write_rows(tmp_path / "rows.jsonl", ROWS + ROWS[:9])
     test_path = write_rows(tmp_path / "test.jsonl", ROWS[:5])
     splits = draw_splits(section(path, test={"path": str(test_path)}, num_test_samples=None))
-    assert splits.num_duplicates == 9 + 5
+    assert splits.left_out.num_duplicates == 9 + 5
     assert len(splits.test) == 5
     assert not {row.row_id for row in splits.test} & {row.row_id for row in (*splits.train, *splits.validation)}
 
