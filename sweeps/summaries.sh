@@ -16,4 +16,5 @@ for model in gemma-2-9b-it llama-3.1-8b-instruct mistral-7b-instruct; do
 done
 
 runner status recipes/summaries
+runner report recipes/summaries
 exit "$failed"

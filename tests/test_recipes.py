@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runner.grid import list_grids, load_cards
+from runner.identity import diff_payloads
 from runner.recipe import Recipe, load_recipe
 from runner.recipe_files import compare
 from runner.render import render_grid
@@ -89,14 +90,44 @@ def test_the_axes_of_the_summaries_grid_are_what_the_recipe_does() -> None:
     assert len(set.union(*prompts.values())) == 3
 
 
+# What each axis changes in a recipe, beside `run` and `tracking`; a key covers everything below it.
+AXIS_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
+    "demo": {"model": ("model.path",), "loss": ("loss",), "num_train_samples": ("data.num_train_samples",)},
+    "secret_word": {"loss": ("loss",), "seed": ("training.seed",)},
+    "math_tools": {"model": ("model",), "learning_rate": ("training.learning_rate",)},
+    "oasst_phi2": {"weights": ("quantization",), "loss": ("loss",)},
+    "glue_squad": {
+        "task": ("data", "evaluation.generation.max_new_tokens"),
+        "target_modules": ("adapter.target_modules",),
+    },
+    "summaries": {
+        "model": ("model",),
+        "loss": ("loss",),
+        "summary": ("data.train.path",),
+        "num_train_samples": ("data.num_train_samples",),
+        "task": ("data.train.path", "data.validation.path", "data.test.path", "data.task.prompt"),
+        "gradient_accumulation_steps": ("training.gradient_accumulation_steps",),
+    },
+}
+
+
 @pytest.mark.parametrize("grid", GRIDS)
-def test_two_arms_of_a_loss_differ_in_nothing_else(grid: str) -> None:
-    arms: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for recipe in recipes_of(grid).values():
-        content = recipe.model_dump(mode="json", exclude={"run", "loss", "tracking"})
-        key = tuple(label for axis, label in recipe.run.axes.items() if axis != "loss")
-        arms.setdefault(key, {})[recipe.loss] = content
-    assert all(pair["full"] == pair["completion"] for pair in arms.values())
+def test_arms_of_an_axis_differ_in_what_it_declares_and_in_nothing_else(grid: str) -> None:
+    recipes = {name: recipe.model_dump(mode="json", exclude={"tracking"}) for name, recipe in recipes_of(grid).items()}
+    for axis, keys in AXIS_KEYS[grid].items():
+        arms: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for recipe in recipes.values():
+            others = tuple(label for name, label in recipe["run"]["axes"].items() if name != axis)
+            arms.setdefault(others, []).append({key: value for key, value in recipe.items() if key != "run"})
+        changed = {
+            line.partition(":")[0]
+            for first, *rest in arms.values()
+            for one in rest
+            for line in diff_payloads(first, one)
+        }
+        assert changed, axis
+        assert {key for key in changed if not any(f"{key}.".startswith(f"{known}.") for known in keys)} == set(), axis
+    assert {frozenset(recipe["run"]["axes"]) for recipe in recipes.values()} == {frozenset(AXIS_KEYS[grid])}
 
 
 def test_the_demo_grid_is_whole() -> None:

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The secret word grid, both losses of one seed before the next seed.
+# Further arguments go to each sweep:  sweeps/secret_word.sh --gpus 0,1 --dry-run
+# Any slice by hand:  runner sweep recipes/secret_word --where loss=completion --where seed=1,2
+# After an interruption, run this script again: what is finished is skipped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+runner render secret_word --check
+
+failed=0
+for seed in 1 2 3; do
+  runner sweep recipes/secret_word --where "seed=$seed" "$@" || failed=1
+done
+
+runner status recipes/secret_word
+runner report recipes/secret_word
+exit "$failed"
