@@ -67,6 +67,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
+    init = verbs.add_parser(
+        "init", help="a new project folder: a starter grid on your rows and models, or a stock grid"
+    )
+    init.add_argument("folder", type=Path, metavar="DIR", help="must be empty or not exist yet")
+    init.add_argument("--from", dest="from_grid", metavar="GRID", help="a stock grid, copied; a wrong name lists all")
+    init.add_argument(
+        "--data", type=Path, metavar="FILE", help="your rows: JSONL, JSON, CSV or Parquet; default: a sample"
+    )
+    init.add_argument(
+        "--model",
+        dest="models",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="folder, hub id or name of a stock card; may be repeated; default: a small demo model, built offline",
+    )
+
     render = verbs.add_parser("render", help="recipe_templates/GRID -> recipes/GRID/*.yaml")
     render.add_argument("grid", metavar="GRID", nargs="?", help="default: every grid")
     render.add_argument("--check", action="store_true", help="write nothing; exit 1 and show a diff on drift")

@@ -87,7 +87,7 @@ def _raise_template_error(error: Exception, templates_root: Path, spec: GridSpec
 
 def _check_text(text: str, key: RunKey, templates_root: Path) -> None:
     try:
-        run = _parse(text, key.name).run
+        run = parse_rendered(text, key.name).run
     except RecipeError as error:
         lines = [f"{templates_root / key.grid / 'recipe.yaml.j2'} gives no valid recipe", ""]
         for problem in error.problems:
@@ -110,7 +110,7 @@ def _yaml_loader() -> Any:
     return get_yaml_loader()
 
 
-def _parse(text: str, where: str) -> Recipe:
+def parse_rendered(text: str, where: str) -> Recipe:
     """What `parse_recipe` gives, ten times faster (1 ms) for a text that leaves OmegaConf nothing to resolve.
 
     Measured: of the 10 ms that `parse_recipe` takes, 9 go into OmegaConf's tree of nodes. Whatever is not plainly right

@@ -28,6 +28,13 @@ _LOG_LINES: Final = 15
 _PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
 
 
+def run_init(arguments: argparse.Namespace) -> int:
+    """`runner init`."""
+    from runner.init_project import run_init
+
+    return run_init(arguments.folder, arguments.from_grid, arguments.data, arguments.models)
+
+
 def run_render(arguments: argparse.Namespace) -> int:
     """`runner render`."""
     from runner.recipe_files import run_render

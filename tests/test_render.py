@@ -11,7 +11,7 @@ from toy_grid import GRID, TEMPLATE, Toy, build_toy, grid_error
 from runner.errors import RecipeError
 from runner.grid import load_cards
 from runner.recipe import Recipe, parse_recipe
-from runner.render import _parse, render_grid
+from runner.render import parse_rendered, render_grid
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_the_quick_reading_is_the_same_as_the_whole_one(toy: Toy, value: str) ->
     for old in ("1e-5", "max_steps: 2", "60, ", "path: data/demo.jsonl"):
         assert old in text or old == "60, "
         changed = text.replace(old, f"{old.partition(':')[0]}: {value}" if ":" in old else value)
-        assert attempt(_parse, changed) == attempt(parse_recipe, changed)
+        assert attempt(parse_rendered, changed) == attempt(parse_recipe, changed)
 
 
 def attempt(parse: Callable[..., Recipe], text: str) -> Recipe | str:
@@ -182,4 +182,4 @@ def test_an_interpolation_inside_a_recipe_is_still_resolved(toy: Toy) -> None:
     assert "not to the environment" in grid_error(toy(old="data/demo.jsonl", new="${oc.env:HOME}"))
     for value in ("${run.name}", "\\${run.name}", "'???'", "'\\???'", "a???"):
         changed = text.replace("data/demo.jsonl", value)
-        assert attempt(_parse, changed) == attempt(parse_recipe, changed)
+        assert attempt(parse_rendered, changed) == attempt(parse_recipe, changed)
