@@ -175,6 +175,7 @@ def _describe_starter(starter: _Starter) -> list[str]:
         notes.append(f"{path} is a copy of {starter.source_path}: edit the copy, or name another file in the template")
     if plan.unused:
         notes.append(f"not read, columns of {path}: {', '.join(plan.unused)}")
+    notes += [f"left out of {path}: {line}" for line in plan.left_out]
     notes.append(
         f"rows: {plan.num_held_out} for validation, {plan.num_held_out} for test, "
         f"{' or '.join(map(str, plan.train_counts))} to train on"

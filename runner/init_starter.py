@@ -79,6 +79,7 @@ class DataPlan:
     task: Mapping[str, str]
     num_rows: int
     unused: tuple[str, ...]
+    left_out: tuple[str, ...]  # what the task or the splits leave out, a line each
     num_held_out: int  # rows each of validation and test
     train_counts: tuple[int, ...]
     max_length: int  # tokens
@@ -86,7 +87,9 @@ class DataPlan:
 
 def plan_data(path: Path) -> DataPlan:
     """What the rows of a file are and how they are split. Raises: RunnerError, also for a file that cannot be read."""
-    from runner.sft.data import draw_splits, load_rows
+    from runner.sft.data import draw_splits
+    from runner.sft.sources import load_rows
+    from runner.sft.tasks import build_examples
 
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -99,16 +102,30 @@ def plan_data(path: Path) -> DataPlan:
     if first is None:
         raise RunnerError(f"{path} holds no rows")
     task, unused = detect_task(first[1], first[0])
-    # Two splits of one row each, and the rest: every different row, read as a recipe reads it.
-    counts = {"num_validation_samples": 1, "num_test_samples": 1, "seed": 0, "max_length": 1}
-    content = {"train": source.model_dump(), "task": task, **counts}
-    splits = draw_splits(DataSection.model_validate_json(json.dumps(content)))
-    rows = [*splits.train, *splits.validation, *splits.test]
-    if len(rows) < _MIN_ROWS:
-        raise RunnerError(f"{path} holds {len(rows)} different rows; {_MIN_ROWS} are needed to train, select and test")
-    longest = max(sum(len(message["content"].encode()) for message in row.messages) for row in rows)
-    num_held_out, train_counts = split_rows(len(rows))
-    return DataPlan(task, len(rows), unused, num_held_out, train_counts, guess_max_length(longest))
+
+    def read(num_held_out: int) -> DataSection:
+        counts = {"num_validation_samples": num_held_out, "num_test_samples": num_held_out, "seed": 42, "max_length": 1}
+        return DataSection.model_validate_json(json.dumps({"train": source.model_dump(), "task": task, **counts}))
+
+    examples = build_examples(load_rows(source), read(1).task).examples
+    num_bytes = {
+        json.dumps(example.messages): sum(len(message["content"].encode()) for message in example.messages)
+        for example in examples
+    }
+    if len(num_bytes) < _MIN_ROWS:
+        found = f"{len(num_bytes)} different {'row' if len(num_bytes) == 1 else 'rows'}"
+        raise RunnerError(f"{path} holds {found}; {_MIN_ROWS} are needed to train, select and test")
+    num_held_out = max(1, min(_MAX_HELD_OUT, len(num_bytes) // 6))
+    splits = draw_splits(read(num_held_out))  # rows of one group stay together: fewer may be left
+    return DataPlan(
+        task=task,
+        num_rows=len(num_bytes),
+        unused=unused,
+        left_out=tuple(splits.left_out.describe()),
+        num_held_out=num_held_out,
+        train_counts=choose_train_counts(len(splits.train)),
+        max_length=guess_max_length(max(num_bytes.values())),
+    )
 
 
 def detect_task(row: Any, where: str) -> tuple[Mapping[str, str], tuple[str, ...]]:
@@ -132,15 +149,14 @@ def detect_task(row: Any, where: str) -> tuple[Mapping[str, str], tuple[str, ...
     )
 
 
-def split_rows(num_rows: int) -> tuple[int, tuple[int, ...]]:
-    """Rows each of validation and test, and the training counts: a quarter and all of the rest, within bounds.
+def choose_train_counts(num_left: int) -> tuple[int, ...]:
+    """A quarter and all of the rows that are left for training, within bounds.
 
-    >>> split_rows(480), split_rows(4), split_rows(100_000)
-    ((80, (80, 320)), (1, (1, 2)), (100, (250, 1000)))
+    >>> choose_train_counts(320), choose_train_counts(2), choose_train_counts(1), choose_train_counts(100_000)
+    ((80, 320), (1, 2), (1,), (250, 1000))
     """
-    num_held_out = max(1, min(_MAX_HELD_OUT, num_rows // 6))
-    largest = min(_MAX_TRAIN, num_rows - 2 * num_held_out)
-    return num_held_out, tuple(sorted({max(1, largest // 4), largest}))
+    largest = min(_MAX_TRAIN, num_left)
+    return tuple(sorted({max(1, largest // 4), largest}))
 
 
 def guess_max_length(num_bytes: int) -> int:

@@ -97,6 +97,12 @@ def test_a_stock_grid_gives_the_same_recipes(grid: str, place: Path, capsys: pyt
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, {"name": "conversations"}, None),
         ({"instruction": "a", "input": "c", "output": "b"}, {"completion_column": "output"}, "input"),
         ({"question": "a", "answer": "b"}, {"prompt_column": "question"}, None),
+        ({"sentence": "a", "label": 1}, {"name": "sst2"}, None),
+        (
+            {"id": "7", "context": "a", "question": "b", "answers": {"text": [], "answer_start": []}},
+            {"name": "squad_v2"},
+            None,
+        ),
         ({"dialogue": "a", "summary": "b"}, {"name": "summarization", "document_column": "dialogue"}, None),
     ],
 )
