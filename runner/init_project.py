@@ -52,9 +52,11 @@ class _Starter:
 
 @dataclass
 class _Needs:
-    """What recipes name that is not in the project."""
+    """What else is in the project because recipes name it, and what they name that is not."""
 
-    missing_data: dict[str, None] = field(default_factory=dict)
+    missing_data: dict[str, None] = field(default_factory=dict)  # a dict keeps the order and has each once
+    shipped_data: dict[str, None] = field(default_factory=dict)
+    samples: dict[str, None] = field(default_factory=dict)
     hub_data: dict[str, None] = field(default_factory=dict)
     hub_models: dict[str, None] = field(default_factory=dict)
     needs_demo_models: bool = False
@@ -193,7 +195,7 @@ def _name_data(path: Path) -> str:
 
 
 def _copy_samples(stock_dir: Path, project_dir: Path, recipes: Sequence[Recipe]) -> _Needs:
-    """Copy every data sample that the recipes name and that we ship; tell what else they name."""
+    """Copy what we ship of the rows that the recipes name, or in their schema; tell what else they name."""
     needs = _Needs()
     for recipe in recipes:
         for source in (recipe.data.train, recipe.data.validation, recipe.data.test):
@@ -202,10 +204,13 @@ def _copy_samples(stock_dir: Path, project_dir: Path, recipes: Sequence[Recipe])
             is_local = source.path.startswith("data/") and ".." not in Path(source.path).parts
             if is_local and (stock_dir / source.path).exists():
                 _copy(stock_dir / source.path, project_dir / source.path)
-            elif is_local:
-                needs.missing_data[source.path] = None
-            else:
-                needs.hub_data[source.path] = None
+                needs.shipped_data[source.path] = None
+                continue
+            for sample in (f"data/{recipe.data.task.name}", f"data/{recipe.run.grid}_sample"):
+                if (stock_dir / sample).is_dir():
+                    _copy(stock_dir / sample, project_dir / sample)
+                    needs.samples[sample] = None
+            (needs.missing_data if is_local else needs.hub_data)[source.path] = None
         if recipe.model.path.startswith("demo_models/"):
             needs.needs_demo_models = True
         elif not Path(recipe.model.path).is_absolute() and not recipe.model.path.startswith("."):
@@ -232,9 +237,13 @@ def _describe(
 ) -> Project:
     grid, axes = rendered.grid, " x ".join(recipes[0].run.axes)
     more = []
+    if needs.shipped_data:
+        more.append(f"rows, a sample that comes with the runner: {', '.join(needs.shipped_data)}")
     if needs.missing_data:
         more.append(f"rows that do not come with the runner, put yours there: {_shorten(list(needs.missing_data))}")
     more += [f"rows come from the hub: {', '.join(needs.hub_data)}"] if needs.hub_data else []
+    if needs.samples:
+        more.append(f"a few rows in the same schema, to try with `data.train.path=...`: {', '.join(needs.samples)}")
     if needs.hub_models:
         more.append(f"models come from the hub: {', '.join(needs.hub_models)} (a gated one needs `hf auth login`)")
     folder = os.path.relpath(target.absolute())

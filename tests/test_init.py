@@ -79,6 +79,7 @@ def test_a_stock_grid_gives_the_same_recipes(grid: str, place: Path, capsys: pyt
     assert [path.name for path in committed] == sorted(path.name for path in Path("recipes", grid).iterdir())
     assert all(path.read_bytes() == Path("recipes", grid, path.name).read_bytes() for path in committed)
     assert list_grids(Path("recipe_templates")) == [grid]
+    assert list(Path("data").rglob("*.json*")), "rows to try it with"
     for recipe in map(load_recipe, sorted(Path("recipes", grid).iterdir())[::7]):  # 7 divides no number of values
         for source in (recipe.data.train, recipe.data.validation, recipe.data.test):
             if source is not None and source.path.startswith("data/"):
