@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from runner.errors import RunnerError
 from runner.fsio import load_json, write_json_atomic
+from runner.recipe_sections import ModelSection
+from runner.sft.model import count_rows
 
 
 class ExportError(RunnerError):
@@ -28,6 +33,45 @@ def sort_adapter_config(model_dir: Path) -> None:
     if content is not None:
         is_set = {name: isinstance(content.get(name), list) for name in _SETS}
         write_json_atomic(path, content | {name: sorted(content[name]) for name in _SETS if is_set[name]})
+
+
+def collect_resized_embeddings(model: Any, base: ModelSection) -> dict[str, torch.Tensor]:
+    """The frozen embeddings of a PEFT model, by their names, if a row was added to them; whole, on every rank.
+
+    PEFT saves what it trains, and would guess the rest by asking the hub for the base's vocabulary size. Without these
+    an adapter with an added pad token could not be loaded again as it was.
+    """
+    layers = [getattr(one, "base_layer", one) for one in (model.get_input_embeddings(), model.get_output_embeddings())]
+    weights = {
+        id(weight): (f"{name}.{key}", weight)
+        for name, module in model.named_modules()
+        if module in layers
+        for key, weight in module.named_parameters(recurse=False)
+    }
+    num_base_rows = AutoConfig.from_pretrained(base.path, revision=base.revision).get_text_config().vocab_size
+    if count_rows(model.get_input_embeddings()) == num_base_rows:
+        return {}
+    with gathered([weight for _, weight in weights.values()]):
+        return {name: weight.detach().cpu().clone() for name, weight in weights.values()}
+
+
+@contextmanager
+def gathered(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Whole weights inside, also where ZeRO-3 has partitioned them."""
+    if not any(hasattr(weight, "ds_id") for weight in weights):
+        yield
+        return
+    import deepspeed  # `deepspeed.zero` is an attribute of it, no module
+
+    with deepspeed.zero.GatheredParameters(list(weights)):
+        yield
+
+
+def add_to_adapter(model_dir: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put more tensors into a saved adapter, under names that PEFT loads into the base model."""
+    if tensors:
+        path = model_dir / "adapter_model.safetensors"
+        save_file(load_file(path) | dict(tensors), path, metadata={"format": "pt"})
 
 
 def exported_name(parameter_name: str) -> str:

@@ -1,27 +1,30 @@
-"""The base model of a recipe, quantised as it says, and the LoRA configuration that goes on top."""
+"""The base model of a recipe, quantised as it says and with a row for its pad token, and what LoRA puts on top."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from runner.errors import DataError
 from runner.recipe import EightBit, FourBit, Recipe
+from runner.sft.masking import end_of_turn_ids
 
 
-def load_model(recipe: Recipe) -> Any:
-    """The base model with frozen or trainable weights as the adapter section implies.
+def load_model(recipe: Recipe, tokenizer: Any, weights_dir: Path | None = None) -> Any:
+    """The base model, or the whole model in `weights_dir`, ready for the tokenizer's pad token and ends of turns.
 
     Under ZeRO-3 the training arguments must exist before this is called: `from_pretrained` looks at them to
     partition weights while loading.
     """
     model = recipe.model
     quantization = build_quantization_config(recipe)
-    arguments: dict[str, Any] = {"revision": model.revision, "dtype": getattr(torch, model.dtype)}
+    path, revision = (model.path, model.revision) if weights_dir is None else (str(weights_dir), None)
+    arguments: dict[str, Any] = {"revision": revision, "dtype": getattr(torch, model.dtype)}
     if model.attn_implementation is not None:
         arguments["attn_implementation"] = model.attn_implementation
     if quantization is not None:
@@ -29,15 +32,60 @@ def load_model(recipe: Recipe) -> Any:
         if torch.cuda.is_available():
             arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model.path, **arguments)
+        loaded = AutoModelForCausalLM.from_pretrained(path, **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
-            f"cannot load the model {model.path!r}: {str(error).splitlines()[0]}",
+            f"cannot load the model {path!r}: {str(error).splitlines()[0]}",
             hint="check `model.path`, `model.attn_implementation` and `quantization`",
         ) from error
+    add_pad_row(loaded, tokenizer)
+    loaded.generation_config = build_generation_config(loaded.generation_config, tokenizer)
     loaded.config.use_cache = False
     keep_four_bit_gradients(loaded)
     return loaded
+
+
+def count_rows(embedding: Any) -> int:
+    """Rows of an embedding, also where ZeRO-3 has partitioned them."""
+    return int(getattr(embedding.weight, "ds_shape", embedding.weight.shape)[0])
+
+
+def add_pad_row(model: Any, tokenizer: Any) -> None:
+    """Give input and output embedding a row for the tokenizer's pad token, where they have none.
+
+    A new row is the mean of all others, the least that a softmax over one more token can change: each negative
+    log-likelihood grows by at most log(1 + 1/rows), as the mean of the logits is below the logarithm of their mean
+    exponential. (Transformers draws random rows around the mean instead.) A row that the embedding has to spare stays
+    as it is: padding is never attended to, so its value is of no effect, and the base model keeps its scores.
+    """
+    num_rows = count_rows(model.get_input_embeddings())
+    if tokenizer.pad_token_id < num_rows:
+        return
+    with torch.random.fork_rng():  # the rows are first made at random
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    # Under ZeRO-3 what was just made is whole on every rank, and is partitioned when training starts.
+    output = model.get_output_embeddings()
+    with torch.no_grad():
+        for tensor in (model.get_input_embeddings().weight, output.weight, getattr(output, "bias", None)):
+            if tensor is not None:
+                tensor[num_rows:] = tensor[:num_rows].mean(dim=0, dtype=torch.float64).to(tensor.dtype)
+
+
+def build_generation_config(base: GenerationConfig, tokenizer: Any) -> GenerationConfig:
+    """The base's settings, with every end of a turn of the chat template, and eos, as ends, and the right pad token."""
+    known = base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id]
+    ends = dict.fromkeys([*end_of_turn_ids(tokenizer), tokenizer.eos_token_id, *known])
+    settings = base.to_dict() | {
+        "eos_token_id": [end for end in ends if end is not None],
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id if base.bos_token_id is None else base.bos_token_id,
+    }
+    config = GenerationConfig.from_dict(settings)
+    try:
+        config.validate(strict=True)
+    except ValueError:  # a published temperature without `do_sample`: Transformers loads that, but refuses to save it
+        config.do_sample = True
+    return config
 
 
 def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +28,7 @@ def load_tokenizer(model: ModelSection) -> Any:
     """The fast tokenizer with the recipe's chat template and pad token.
 
     Raises:
-        DataError: no such tokenizer, no chat template, or no pad token that differs from eos.
+        DataError: no such tokenizer, no chat template, or no pad token as `model.pad_token` asks for it.
     """
     from transformers import AutoTokenizer
 
@@ -50,27 +52,40 @@ def load_tokenizer(model: ModelSection) -> Any:
 
 
 def set_pad_token(tokenizer: Any, model: ModelSection) -> None:
-    """Give the tokenizer the recipe's pad token, else its own, else a reserved one, else a new one; in no case eos.
+    """Give the tokenizer the pad token that `model.pad_token` asks for; in no case eos.
 
-    A new token takes a row that the embedding has beyond the vocabulary (Phi-2 has 51,200 rows for 50,295 tokens), so
-    no weight changes its shape.
+    A token that the vocabulary lacks takes the next id. If the embedding has a spare row for it (Phi-2 has 51,200 rows
+    for 50,295 tokens) no weight changes; otherwise `model.add_pad_row` adds one.
+
+    Raises:
+        DataError: the token is eos, or `reserved` finds none.
     """
-    own = None if tokenizer.pad_token == tokenizer.eos_token else tokenizer.pad_token
     vocabulary = tokenizer.get_vocab()
-    reserved = [token for token in _RESERVED_PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token]
-    token = model.pad_token if model.pad_token != "auto" else next(iter([*([own] if own else []), *reserved]), _NEW_PAD)
-    if token == tokenizer.eos_token:
-        raise DataError(f"`model.pad_token` {token!r} is the end-of-sequence token of {model.path}")
-    if token not in vocabulary and len(tokenizer) >= (num_rows := _count_embedding_rows(model)):
+    usable = [
+        token
+        for token in (tokenizer.pad_token, *_RESERVED_PAD_TOKENS)
+        if token in vocabulary and token != tokenizer.eos_token
+    ]
+    policy = model.pad_token
+    if policy == "reserved" and not usable:
         raise DataError(
-            f"the pad token {token!r} is not in the vocabulary of {model.path}, whose {num_rows} embedding rows are "
-            "all taken",
-            hint="name a token of the vocabulary that your data never uses in `model.pad_token`",
+            f"the vocabulary of {model.path} has no reserved token to pad with",
+            hint="name a token that your data never uses in `model.pad_token`, or set `model.pad_token: add`",
+        )
+    if policy in ("auto", "reserved") and usable:
+        token = usable[0]
+    elif policy in ("auto", "add"):
+        token = next(name for name in _new_names() if name not in vocabulary)
+    else:
+        token = policy
+    if token == tokenizer.eos_token:
+        raise DataError(
+            f"`model.pad_token` {token!r} is the end-of-sequence token of {model.path}: what masks padding would mask "
+            "the ends of answers too",
+            hint="`model.pad_token: auto` finds or adds another one",
         )
     tokenizer.add_special_tokens({"pad_token": token})
 
 
-def _count_embedding_rows(model: ModelSection) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(model.path, revision=model.revision).get_text_config().vocab_size)
+def _new_names() -> Iterator[str]:
+    return (_NEW_PAD if number == 1 else _NEW_PAD.replace("pad", f"pad_{number}") for number in itertools.count(1))

@@ -14,7 +14,7 @@ from runner.sft.callbacks import read_best_step
 from runner.sft.checkpoints import find_resume_step, sync_folder
 from runner.sft.context import RunContext
 from runner.sft.data import build_samples, describe_samples
-from runner.sft.export import sort_adapter_config, verify_export
+from runner.sft.export import add_to_adapter, collect_resized_embeddings, sort_adapter_config, verify_export
 from runner.sft.model import load_model
 from runner.sft.tokenizers import load_tokenizer
 from runner.sft.trainer import RunTrainer, build_training_args
@@ -37,7 +37,7 @@ def train(run_dir: Path) -> None:
             )
         )
         context.truncate_metrics(resume_step)
-        trainer = RunTrainer(context, args, load_model(recipe), tokenizer, samples)
+        trainer = RunTrainer(context, args, load_model(recipe, tokenizer), tokenizer, samples)
         if context.is_main:
             text = json.dumps(trainer.effective_arguments(), default=str)
             write_json_atomic(context.attempt.training_args_path, json.loads(text))
@@ -101,12 +101,19 @@ def export_model(context: RunContext, trainer: RunTrainer, tokenizer: Any) -> No
             shutil.rmtree(leftover, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(partial_dir))
+    is_adapter = context.recipe.adapter.method != "none"
+    embeddings = collect_resized_embeddings(trainer.model, context.recipe.model) if is_adapter else {}
     trainer.accelerator.wait_for_everyone()
     if context.is_main:
-        (partial_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle that can hold the hub token
+        # a pickle that can hold the hub token, and PEFT's empty model card
+        for name in ("training_args.bin", "README.md"):
+            (partial_dir / name).unlink(missing_ok=True)
         tokenizer.save_pretrained(partial_dir)
+        trainer.model.generation_config.save_pretrained(partial_dir)
         sort_adapter_config(partial_dir)
-        verify_export(partial_dir, trainer.trained_shapes)
+        add_to_adapter(partial_dir, embeddings)
+        shapes = {name: tuple(tensor.shape) for name, tensor in embeddings.items()}
+        verify_export(partial_dir, trainer.trained_shapes | shapes)
         sync_folder(partial_dir)
         partial_dir.rename(model_dir)
         fsync_dir(model_dir.parent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             callbacks=[self.flow, ProgressCallback(context)],
         )
         self.remove_callback(PrinterCallback)
+        if context.recipe.adapter.method != "none":  # else PEFT asks the hub whether the vocabulary has grown
+            self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)
         if context.recipe.quantization.method != "none":
             keep_adapters_in_float32(self.model)
         self.trained_shapes = describe_trained_parameters(self.model)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from runner.paths import RunPaths
 from runner.sft.model import build_lora_config, build_quantization_config, load_model
+from runner.sft.tokenizers import load_tokenizer
 
 NF4 = (
     "quantization={method: 4bit, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: true,"
@@ -23,6 +24,7 @@ NF4 = (
 QLORA = (
     NF4,
     "model.path=models/llama",
+    "model.pad_token=add",
     "model.dtype=bfloat16",
     "training.bf16=true",
     "training.optim=paged_adamw_8bit",
@@ -42,7 +44,7 @@ def four_bit_model(project: Project, monkeypatch: pytest.MonkeyPatch) -> Any:
     project.add_model("llama")
     monkeypatch.chdir(project.root)
     recipe = project.recipe(*QLORA)
-    model = get_peft_model(load_model(recipe), build_lora_config(recipe))
+    model = get_peft_model(load_model(recipe, load_tokenizer(recipe.model)), build_lora_config(recipe))
     assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 14
     return model
 
@@ -82,8 +84,12 @@ def test_qlora_trains_and_exports_a_float32_adapter(workplace: Project, qlora: R
     result, losses = read_result(qlora), read_losses(qlora)
     assert result.num_steps == 12 and len(losses) == 12
     assert result.best_metric < result.base["validation"].nll_per_completion_token - 0.02
-    adapter = load_file(qlora.model_dir / "adapter_model.safetensors")
+    tensors = load_file(qlora.model_dir / "adapter_model.safetensors")
+    adapter = {name: tensor for name, tensor in tensors.items() if "lora_" in name}
     assert len(adapter) == 28 and {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    embeddings = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
+    assert tensors.keys() - adapter.keys() == embeddings, "with the row of the added pad token"
+    assert {(tensors[name].shape[0], tensors[name].dtype) for name in embeddings} == {(513, torch.bfloat16)}
     recipe = workplace.recipe(*QLORA)
     base = AutoModelForCausalLM.from_pretrained(
         workplace.root / recipe.model.path,
@@ -91,6 +97,7 @@ def test_qlora_trains_and_exports_a_float32_adapter(workplace: Project, qlora: R
         dtype=torch.bfloat16,
         attn_implementation="eager",
     )
+    base.resize_token_embeddings(513)
     model = PeftModel.from_pretrained(base, qlora.model_dir)
     loaded = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
     assert len(loaded) == 28

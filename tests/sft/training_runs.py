@@ -25,9 +25,16 @@ DEADLINE_SECONDS: Final = 300
 # 22 rows in micro-batches of 2 and global batches of 4: the last batch of an epoch is incomplete.
 RUNS: Final[dict[str, tuple[str, ...]]] = {
     "gemma-lora": ("adapter.lora_dropout=0.1", "training.num_train_epochs=2.5"),
-    "gemma-full": ("adapter.method=none", "loss=full", "training.learning_rate=1e-3"),
+    # An added pad token: the embedding, tied in Gemma, gets a row.
+    "gemma-full": ("adapter.method=none", "loss=full", "training.learning_rate=1e-3", "model.pad_token=add"),
     # The worst checkpoint instead of the best: what is exported is not what stands in memory after the last step.
-    "llama-lora": ("model.path=models/llama", "checkpoints.mode=max", "evaluation.per_device_eval_batch_size=1"),
+    # Its added pad token grows both embeddings, which are saved with the adapter.
+    "llama-lora": (
+        "model.path=models/llama",
+        "model.pad_token=add",
+        "checkpoints.mode=max",
+        "evaluation.per_device_eval_batch_size=1",
+    ),
     "llama-early": (
         "model.path=models/llama",
         "adapter.method=none",
