@@ -115,6 +115,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--num-processes", type=_positive, metavar="N", help="default: the recipe's; keeps the global batch"
     )
     launch.add_argument("--fresh", action="store_true", help="move an existing run aside and start anew")
+    launch.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|latest|best|PATH|URL",
+        help="what to go on from: the newest checkpoint that verifies (auto), the newest or the best one, a folder or "
+        "archive, or an archive in remote storage; what is newer is moved aside",
+    )
     _add_output_root(launch)
 
     sweep = verbs.add_parser("sweep", help="many runs: what is done is skipped, what is pending is launched")

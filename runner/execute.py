@@ -63,7 +63,11 @@ def prepare_run(recipe: Recipe, contents: Mapping[str, str], paths: RunPaths) ->
 
 
 def open_attempt(
-    paths: RunPaths, command: LaunchCommand, num_processes: int, git_state: tuple[str | None, bool | None]
+    paths: RunPaths,
+    command: LaunchCommand,
+    num_processes: int,
+    git_state: tuple[str | None, bool | None],
+    resume: str = "auto",
 ) -> Attempt:
     """Append an attempt to `run.json` and make its folder, before anything is started. The caller holds the lease."""
     record = load_record(paths)
@@ -74,6 +78,7 @@ def open_attempt(
         environment=dict(command.environment),
         num_processes=num_processes,
         host=socket.gethostname(),
+        resume=resume,
         devices={**os.environ, **command.environment}.get("CUDA_VISIBLE_DEVICES"),
         git_commit=git_state[0],
         git_is_dirty=git_state[1],
@@ -174,7 +179,12 @@ class RunningAttempt:
 
 
 def start_attempt(
-    recipe: Recipe, contents: Mapping[str, str], paths: RunPaths, command: LaunchCommand, num_processes: int
+    recipe: Recipe,
+    contents: Mapping[str, str],
+    paths: RunPaths,
+    command: LaunchCommand,
+    num_processes: int,
+    resume: str = "auto",
 ) -> RunningAttempt | None:
     """Start one attempt under the run's lease; None when somebody else runs it or has just completed it.
 
@@ -189,7 +199,7 @@ def start_attempt(
         if load_result(paths) is not None:
             lease.close()
             return None
-        attempt = open_attempt(paths, command, num_processes, read_git_state())
+        attempt = open_attempt(paths, command, num_processes, read_git_state(), resume)
         process = _start_launcher(paths, attempt, lease)
     except BaseException:
         lease.close()

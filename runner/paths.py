@@ -79,6 +79,15 @@ class RunPaths:
         """The checkpoint of one optimizer step."""
         return self.checkpoints_dir / f"{STEP_PREFIX}{step}"
 
+    def archive_path(self, step: int) -> Path:
+        """The same checkpoint as one ZIP file."""
+        return self.checkpoints_dir / f"{STEP_PREFIX}{step}.zip"
+
+    @property
+    def uploads_dir(self) -> Path:
+        """Archives that still have to reach the remote storage, `step-N.zip`."""
+        return self.checkpoints_dir / ".uploads"
+
     def attempt(self, number: int) -> AttemptPaths:
         """The files of attempt `number`, counted from 1."""
         return AttemptPaths(self.attempts_dir / str(number))
@@ -114,6 +123,11 @@ class AttemptPaths:
     def timing_path(self) -> Path:
         """Seconds and tokens per second of the phases of this attempt."""
         return self.attempt_dir / "timing.json"
+
+    @property
+    def uploads_path(self) -> Path:
+        """How each upload to the remote storage ended."""
+        return self.attempt_dir / "uploads.jsonl"
 
 
 def marker_path(checkpoint_dir: Path) -> Path:

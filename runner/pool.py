@@ -32,6 +32,7 @@ class Planned:
     selected: Selected
     contents: Mapping[str, str]
     num_processes: int
+    resume: str = "auto"  # `Attempt.resume`
 
     @property
     def name(self) -> str:
@@ -178,7 +179,9 @@ class _Pool:
         run = self.waiting.pop(0)
         try:
             selected, command = run.selected, build_command(run, placement)
-            attempt = start_attempt(selected.recipe, run.contents, selected.paths, command, run.num_processes)
+            attempt = start_attempt(
+                selected.recipe, run.contents, selected.paths, command, run.num_processes, run.resume
+            )
         except RunnerError as error:
             self.devices.give_back(placement)
             self._record(FailedRun(run.name, Failure(kind="configuration", message=str(error)), None))

@@ -70,7 +70,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
     """`runner launch`."""
     from runner.pool import Planned, build_command
 
-    selected = _select_one(arguments)
+    selected, resume = _select_one(arguments), _parse_resume(arguments.resume)
     recipe, paths = selected.recipe, selected.paths
     num_processes = arguments.num_processes or recipe.launch.num_processes
     command = build_command(Planned(selected, {}, num_processes), _placement(num_processes))
@@ -78,7 +78,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
         print(command.as_shell())
         return 0
     contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
-    planned = Planned(selected, contents, num_processes)
+    planned = Planned(selected, contents, num_processes, resume)
     status = derive_status(paths, recipe, contents)
     if arguments.fresh and status.state != "pending":
         _move_aside(selected)
@@ -91,7 +91,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
             hint=f"{_same_launch(arguments)} --fresh  # moves the old run aside and starts anew",
         )
     if decision.action == "skip":
-        print(f"{planned.name}  {decision.why}")
+        advice = "" if resume == "auto" else "; `--resume` goes on with unfinished runs only, `--fresh` starts one anew"
+        print(f"{planned.name}  {decision.why}{advice}")
         return 0
     if arguments.prepare:
         _prepare(planned, command)
@@ -247,6 +248,18 @@ def _parse_gpus(text: str | None) -> list[str] | None:
     return gpus
 
 
+def _parse_resume(text: str) -> str:
+    """`Attempt.resume`: a word, a URL, or the whole path of a checkpoint that is there."""
+    if text in ("auto", "latest", "best") or "://" in text:
+        return text
+    if not Path(text).exists():
+        raise RunnerError(
+            f"`--resume {text}`: there is no such folder or archive",
+            hint="--resume auto, latest, best, a path or a URL",
+        )
+    return str(Path(text).absolute())
+
+
 def _placement(num_processes: int) -> Placement:
     return Placement(num_processes, num_cores=os.cpu_count() or 1)
 
@@ -271,7 +284,7 @@ def _prepare(planned: Planned, command: LaunchCommand) -> None:
         raise RefusedError(f"{paths.run_dir} is running")
     with contextlib.closing(lease):
         prepare_run(planned.selected.recipe, planned.contents, paths)
-        open_attempt(paths, command, planned.num_processes, read_git_state())
+        open_attempt(paths, command, planned.num_processes, read_git_state(), planned.resume)
 
 
 def _run_planned(planned: list[Planned], *, num_slots: int, gpus: list[str] | None, fail_fast: bool) -> int:

@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
-from runner.fsio import load_json
 from runner.recipe import Recipe
-from runner.recipe_sections import CheckpointsSection, EarlyStoppingOn
+from runner.recipe_sections import EarlyStoppingOn
 from runner.record import Progress
 from runner.sft.context import RunContext
-
-LogHistory = Sequence[Mapping[str, Any]]
-
-
-def list_evaluations(history: LogHistory, metric: str) -> list[tuple[int, float]]:
-    """`(step, value)` of every evaluation of trained weights; step 0, the base model, is left out.
-
-    >>> list_evaluations([{"step": 0, "eval_m": 9.0}, {"step": 5, "loss": 1.0}, {"step": 5, "eval_m": 2.0}], "m")
-    [(5, 2.0)]
-    """
-    key = f"eval_{metric}"
-    return [(int(row["step"]), float(row[key])) for row in history if key in row and row["step"] > 0]
-
-
-def find_best_step(evaluations: Sequence[tuple[int, float]], mode: Literal["min", "max"]) -> int | None:
-    """The step of the best value, the first one among equals.
-
-    >>> find_best_step([(5, 2.0), (10, 1.0), (15, 1.0)], "min")
-    10
-    """
-    sign = 1 if mode == "min" else -1
-    return min(evaluations, key=lambda pair: sign * pair[1])[0] if evaluations else None
-
-
-def read_best_step(checkpoint_dir: Path, checkpoints: CheckpointsSection) -> int | None:
-    """The best step as the checkpoint knows it, None before the first evaluation."""
-    history = load_json(checkpoint_dir / TRAINER_STATE_NAME)["log_history"]
-    return find_best_step(list_evaluations(history, checkpoints.metric), checkpoints.mode)
+from runner.sft.evaluations import find_best_step, list_evaluations, rank_steps
 
 
 def is_out_of_patience(values: Sequence[float], rule: EarlyStoppingOn) -> bool:
@@ -81,8 +51,11 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
 
     def best_step(self, state: TrainerState) -> int | None:
         """The step whose weights are the best so far."""
-        checkpoints = self._recipe.checkpoints
-        return find_best_step(list_evaluations(state.log_history, checkpoints.metric), checkpoints.mode)
+        return find_best_step(self.evaluations(state), self._recipe.checkpoints.mode)
+
+    def evaluations(self, state: TrainerState) -> list[tuple[int, float]]:
+        """What the checkpoints are judged by, so far."""
+        return list_evaluations(state.log_history, self._recipe.checkpoints.metric)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -91,25 +64,29 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
         evaluation, checkpoints = self._recipe.evaluation, self._recipe.checkpoints
         is_last = state.global_step >= state.max_steps
         control.should_log = True
-        control.should_evaluate = is_last or _is_due(evaluation.eval_strategy, evaluation.eval_steps, state)
-        control.should_save = is_last or _is_due(checkpoints.save_strategy, checkpoints.save_steps, state)
+        control.should_evaluate = is_last or _is_due(evaluation.eval_strategy, evaluation.eval_steps, 1, state)
+        control.should_save = is_last or _is_due(
+            checkpoints.save_strategy, checkpoints.save_steps, checkpoints.save_epochs or 1, state
+        )
         return control
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Save what is the best so far, and stop when patience is out."""
+        """Save what is among the best that are kept, and stop when patience is out."""
         if state.global_step > 0:
-            control.should_save |= self.best_step(state) == state.global_step
+            checkpoints = self._recipe.checkpoints
+            best_steps = rank_steps(self.evaluations(state), checkpoints.mode)[: checkpoints.keep_best]
+            control.should_save |= state.global_step in best_steps
             if self.is_stopped_early(state):
                 control.should_training_stop = True
                 control.should_save = True
         return control
 
 
-def _is_due(strategy: str, every_steps: int | None, state: TrainerState) -> bool:
+def _is_due(strategy: str, every_steps: int | None, every_epochs: int, state: TrainerState) -> bool:
     if strategy == "epoch":
-        return bool(float(state.epoch).is_integer())
+        return float(state.epoch) % every_epochs == 0
     return every_steps is not None and state.global_step % every_steps == 0
 
 

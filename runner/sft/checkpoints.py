@@ -1,24 +1,27 @@
-"""Checkpoints that count only with a marker, written last; finding the newest one that verifies; deleting our own.
+"""Checkpoints that count only with a marker, written last; finding the newest one that verifies and can be continued.
 
-Owns nothing of what Transformers writes into a checkpoint: only whether it counts, and how long it stays.
+Owns nothing of what Transformers writes into a checkpoint: only whether it counts. How long it stays is in `retention`.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from runner.errors import RefusedError
-from runner.fsio import fsync_dir, hash_file, hash_json, load_json, write_json_atomic
+from runner.fsio import fsync_dir
 from runner.identity import diff_payloads
 from runner.paths import STEP_PREFIX, RunPaths, marker_path
+from runner.sft.archives import TEMPORARY_GLOB, ArchiveError, extract_archive
+from runner.sft.markers import Marker, build_marker, is_intact, load_marker, sync_folder, write_marker
 
-_DELETING_PREFIX: Final = ".deleting-"
+DELETING_PREFIX: Final = ".deleting-"
+IMPORTING_PREFIX: Final = ".importing-"
 # A pickle that holds the hub token in clear; nothing of it is needed to resume.
 _NEVER_KEPT: Final = ("training_args.bin",)
+LAUNCH_AS_BEFORE: Final = "launch as before, or start over with `--fresh`, which moves the old run aside"
 
 
 def commit_checkpoint(saved_dir: Path, paths: RunPaths, step: int, fingerprint: Mapping[str, Any]) -> None:
@@ -31,14 +34,10 @@ def commit_checkpoint(saved_dir: Path, paths: RunPaths, step: int, fingerprint: 
     checkpoint_dir = paths.checkpoint_dir(step)
     assert not checkpoint_dir.exists(), "everything newer than what was resumed from has been moved aside"
     sync_folder(saved_dir)
-    files = {
-        str(path.relative_to(saved_dir)): {"num_bytes": path.stat().st_size, "sha256": hash_file(path)}
-        for path in _list_files(saved_dir)
-    }
+    marker = build_marker(saved_dir, step, fingerprint)
     saved_dir.rename(checkpoint_dir)
     fsync_dir(paths.checkpoints_dir)
-    marker = {"step": step, "fingerprint": dict(fingerprint), "files": files}
-    write_json_atomic(marker_path(checkpoint_dir), marker | {"marker_sha256": hash_json(marker)})
+    write_marker(checkpoint_dir, marker)
 
 
 def list_committed(paths: RunPaths) -> list[int]:
@@ -46,8 +45,14 @@ def list_committed(paths: RunPaths) -> list[int]:
     return sorted(
         int(folder.name.removeprefix(STEP_PREFIX))
         for folder in _list_checkpoint_dirs(paths)
-        if marker_path(folder).exists()
+        if _is_step(folder.name) and marker_path(folder).exists()
     )
+
+
+def list_archived(paths: RunPaths) -> list[int]:
+    """Steps of which there is a ZIP archive, oldest first; contents are not verified."""
+    stems = [path.stem for path in paths.checkpoints_dir.glob(f"{STEP_PREFIX}*.zip")]
+    return sorted(int(stem.removeprefix(STEP_PREFIX)) for stem in stems if _is_step(stem))
 
 
 def find_resume_step(
@@ -55,82 +60,107 @@ def find_resume_step(
 ) -> int | None:
     """The step of the newest checkpoint that verifies, None where there is none. Everything newer is moved aside.
 
-    `find_best` gives the step of the best weights as one checkpoint knows it: those are exported in the end, so a
-    checkpoint is of use only while that other one verifies too.
+    A damaged or missing folder is restored from its archive where there is one. `find_best` gives the step of the best
+    weights as one checkpoint knows it: those are exported in the end, so a checkpoint is of use only while that other
+    one verifies too. A stripped checkpoint can only be that other one.
 
     Raises:
         RefusedError: the checkpoint was written under another world size, micro-batch or recipe, so that continuing
             it would not be the same run.
     """
-    _finish_deletions(paths)
+    clean_up(paths)
+    stripped: list[int] = []
+    chosen: int | None = None
+    for step in sorted({*list_committed(paths), *list_archived(paths)}, reverse=True):
+        if not ensure_intact(paths, step):
+            continue
+        checkpoint_dir = paths.checkpoint_dir(step)
+        marker = load_marker(checkpoint_dir)
+        refuse_other_fingerprint(marker, fingerprint, LAUNCH_AS_BEFORE)
+        if marker.is_stripped:
+            stripped.append(step)
+            continue
+        best = find_best(checkpoint_dir)
+        if best is None or best == step or ensure_intact(paths, best):
+            chosen = step
+            break
+        set_aside(paths, step, f"the best weights so far, of step {best}, are lost")
+    for step in stripped:
+        set_aside(paths, step, "it was stripped of its optimizer state, and nothing newer can be continued")
+    return chosen
+
+
+def ensure_intact(paths: RunPaths, step: int) -> bool:
+    """Whether the checkpoint of `step` verifies; a damaged folder is moved aside, and restored from its archive."""
+    checkpoint_dir, archive_path = paths.checkpoint_dir(step), paths.archive_path(step)
+    if checkpoint_dir.exists():
+        if is_intact(checkpoint_dir):
+            return True
+        quarantine(checkpoint_dir, paths, "its files are not those that were committed")
+    if not archive_path.exists():
+        return False
+    staged_dir = paths.checkpoints_dir / f"{IMPORTING_PREFIX}{STEP_PREFIX}{step}"
+    try:
+        if extract_archive(archive_path, staged_dir).step != step:
+            shutil.rmtree(staged_dir)
+            raise ArchiveError("it holds the checkpoint of another step")
+    except ArchiveError as error:
+        quarantine(archive_path, paths, error.message)
+        return False
+    staged_dir.rename(checkpoint_dir)
+    fsync_dir(paths.checkpoints_dir)
+    print(f"restored checkpoint {checkpoint_dir.name} from {archive_path}", flush=True)
+    return True
+
+
+def clean_up(paths: RunPaths) -> None:
+    """Finish what a killed attempt had begun to delete, drop what it had not finished to write; lose nothing."""
+    for doomed in paths.checkpoints_dir.glob(f"{DELETING_PREFIX}{STEP_PREFIX}*"):
+        shutil.rmtree(doomed)
+    for staged in paths.checkpoints_dir.glob(f"{IMPORTING_PREFIX}*"):  # a copy of what is whole elsewhere
+        shutil.rmtree(staged)
+    unfinished_markers = f"{STEP_PREFIX}*/.{marker_path(Path()).name}.*.tmp"
+    for pattern in (TEMPORARY_GLOB, unfinished_markers):
+        for temporary in paths.checkpoints_dir.glob(pattern):
+            temporary.unlink()
     committed = set(list_committed(paths))
     for folder in _list_checkpoint_dirs(paths):
-        step = folder.name.removeprefix(STEP_PREFIX)
-        if not step.isdecimal() or int(step) not in committed:
+        if not _is_step(folder.name) or int(folder.name.removeprefix(STEP_PREFIX)) not in committed:
             quarantine(folder, paths, "it was still being written when its attempt died")
-    for number in sorted(committed, reverse=True):
-        checkpoint_dir = paths.checkpoint_dir(number)
-        if not checkpoint_dir.exists():  # the best one of a newer checkpoint, found damaged already
-            continue
-        if not is_intact(checkpoint_dir):
-            quarantine(checkpoint_dir, paths, "its files are not those that were committed")
-            continue
-        _refuse_other_fingerprint(load_json(marker_path(checkpoint_dir))["fingerprint"], fingerprint, number)
-        best = find_best(checkpoint_dir)
-        if best is None or best == number or is_intact(paths.checkpoint_dir(best)):
-            return number
-        if paths.checkpoint_dir(best).exists():
-            quarantine(paths.checkpoint_dir(best), paths, "its files are not those that were committed")
-        quarantine(checkpoint_dir, paths, f"the best weights so far, of step {best}, are lost")
-    return None
 
 
-def is_intact(checkpoint_dir: Path) -> bool:
-    """Whether the marker is as it was written and every file has the size and checksum that it states."""
-    try:
-        marker = dict(load_json(marker_path(checkpoint_dir)))
-        return marker.pop("marker_sha256") == hash_json(marker) and all(
-            (path := checkpoint_dir / name).is_file()
-            and path.stat().st_size == stated["num_bytes"]
-            and hash_file(path) == stated["sha256"]
-            for name, stated in marker["files"].items()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):  # a damaged marker
-        return False
+def set_aside(paths: RunPaths, step: int, why: str) -> None:
+    """Move the checkpoint of a step out of the way, and its archive with it."""
+    for path in (paths.archive_path(step), paths.checkpoint_dir(step)):
+        if path.exists():
+            quarantine(path, paths, why)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make every file below `folder`, and its name, survive a power loss."""
-    for path in _list_files(folder):
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    for path in (folder, *folder.rglob("*")):
-        if path.is_dir():
-            fsync_dir(path)
-
-
-def quarantine(folder: Path, paths: RunPaths, why: str) -> None:
-    """Move a folder aside under a free name and say so; it is never read or deleted by us again."""
+def quarantine(path: Path, paths: RunPaths, why: str) -> None:
+    """Move a folder or archive aside under a free name and say so; it is never read or deleted by us again."""
     paths.quarantine_dir.mkdir(exist_ok=True)
     number = 1
-    while (target := paths.quarantine_dir / f"{folder.name}.{number}").exists():
+    while (target := paths.quarantine_dir / f"{path.name}.{number}").exists():
         number += 1
-    folder.rename(target)
-    print(f"warning: moved checkpoint {folder.name} to {target}: {why}", flush=True)
+    path.rename(target)
+    print(f"warning: moved checkpoint {path.name} to {target}: {why}", flush=True)
 
 
-def prune_checkpoints(paths: RunPaths, *, keep_latest: int, best_step: int | None) -> None:
-    """Delete committed checkpoints beyond the newest `keep_latest`, but for the best; foreign folders stay."""
-    for step in list_committed(paths)[:-keep_latest]:
-        if step != best_step:
-            doomed = paths.checkpoints_dir / f"{_DELETING_PREFIX}{STEP_PREFIX}{step}"
-            paths.checkpoint_dir(step).rename(doomed)
-            shutil.rmtree(doomed)
-
-
-def _finish_deletions(paths: RunPaths) -> None:
-    for doomed in paths.checkpoints_dir.glob(f"{_DELETING_PREFIX}{STEP_PREFIX}*"):
-        shutil.rmtree(doomed)
+def refuse_other_fingerprint(marker: Marker, current: Mapping[str, Any], hint: str) -> None:
+    """Raises: RefusedError where a checkpoint is of another experiment or launch; another version is a warning."""
+    stored = marker.fingerprint
+    differences = diff_payloads(
+        {key: value for key, value in stored.items() if key != "versions"},
+        {key: value for key, value in current.items() if key != "versions"},
+    )
+    if differences:
+        shown = "\n".join(f"  {line}" for line in differences)
+        raise RefusedError(
+            f"the checkpoint of step {marker.step} cannot be continued exactly, something changed since:\n{shown}",
+            hint=hint,
+        )
+    for line in diff_payloads(stored.get("versions", {}), current["versions"], "versions."):
+        print(f"warning: resuming under another version, the result may differ in the last bits: {line}", flush=True)
 
 
 def _list_checkpoint_dirs(paths: RunPaths) -> list[Path]:
@@ -144,20 +174,6 @@ def _list_checkpoint_dirs(paths: RunPaths) -> list[Path]:
     ]
 
 
-def _list_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _refuse_other_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any], step: int) -> None:
-    differences = diff_payloads(
-        {key: value for key, value in stored.items() if key != "versions"},
-        {key: value for key, value in current.items() if key != "versions"},
-    )
-    if differences:
-        shown = "\n".join(f"  {line}" for line in differences)
-        raise RefusedError(
-            f"the checkpoint of step {step} cannot be continued exactly, something changed since:\n{shown}",
-            hint="launch as before, or start over with `--fresh`, which moves the old run aside",
-        )
-    for line in diff_payloads(stored["versions"], current["versions"], "versions."):
-        print(f"warning: resuming under another version, the result may differ in the last bits: {line}", flush=True)
+def _is_step(name: str) -> bool:
+    number = name.removeprefix(STEP_PREFIX)
+    return name.startswith(STEP_PREFIX) and number.isdecimal() and number == str(int(number))

@@ -34,6 +34,7 @@ class RunContext:
     attempt: AttemptPaths
     num_processes: int
     is_main: bool
+    resume: str  # `Attempt.resume`
     _phase_seconds: dict[str, float] = field(default_factory=dict)
     _progress: Progress = field(default_factory=lambda: Progress(phase="starting"))
     _last_progress_at: float = 0.0
@@ -64,7 +65,9 @@ class RunContext:
                 "accelerate_configs/cpu.yaml and single_gpu.yaml start one",
             )
         is_main = int(os.environ.get("RANK", "0")) == 0
-        return cls(recipe, stored.recipe_digest, paths, paths.attempt(attempt.number), world_size, is_main)
+        return cls(
+            recipe, stored.recipe_digest, paths, paths.attempt(attempt.number), world_size, is_main, attempt.resume
+        )
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from typing import Any
 
 from runner.fsio import fsync_dir, load_jsonl, write_json_atomic, write_jsonl_atomic
 from runner.record import SplitScore, TrainResult
-from runner.sft.callbacks import read_best_step
-from runner.sft.checkpoints import find_resume_step, sync_folder
 from runner.sft.context import RunContext
 from runner.sft.data import build_samples, describe_samples
 from runner.sft.export import add_to_adapter, collect_resized_embeddings, sort_adapter_config, verify_export
+from runner.sft.markers import sync_folder
 from runner.sft.model import load_model
+from runner.sft.resume import choose_resume_step
 from runner.sft.tokenizers import load_tokenizer
 from runner.sft.trainer import RunTrainer, build_training_args
 
@@ -32,9 +32,7 @@ def train(run_dir: Path) -> None:
         if context.is_main:
             write_json_atomic(paths.samples_path, describe_samples(samples, recipe.loss))
         resume_step = context.on_main(
-            lambda: find_resume_step(
-                paths, context.fingerprint, lambda saved_dir: read_best_step(saved_dir, recipe.checkpoints)
-            )
+            lambda: choose_resume_step(paths, recipe.checkpoints, context.fingerprint, context.resume)
         )
         context.truncate_metrics(resume_step)
         trainer = RunTrainer(context, args, load_model(recipe, tokenizer), tokenizer, samples)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import PrinterCallback, Trainer, TrainerControl
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -22,12 +23,15 @@ from runner.paths import marker_path
 from runner.recipe import derive_accumulation
 from runner.record import SplitScore
 from runner.sft.callbacks import FlowCallback, ProgressCallback
-from runner.sft.checkpoints import commit_checkpoint, is_intact, prune_checkpoints
+from runner.sft.checkpoints import commit_checkpoint
 from runner.sft.context import RunContext
 from runner.sft.data import Samples
 from runner.sft.evaluate import RowScore, score_rows, sum_scores
+from runner.sft.export import exported_name, sort_adapter_config
+from runner.sft.markers import is_intact, load_marker
 from runner.sft.masking import IGNORE_INDEX
 from runner.sft.model import build_lora_config, keep_adapters_in_float32
+from runner.sft.retention import apply_retention
 from runner.sft.sampling import EpochSampler
 
 
@@ -87,6 +91,24 @@ def describe_trained_parameters(model: torch.nn.Module) -> dict[str, tuple[int, 
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def load_gathered_weights(model: torch.nn.Module, checkpoint_dir: Path) -> None:
+    """Put the whole tensors of a checkpoint into a model of DeepSpeed, whose own files were stripped from it.
+
+    Transformers only loads those. The optimizer's copy of the weights is left as it is: nothing is trained afterwards.
+    """
+    from deepspeed.zero import GatheredParameters
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(checkpoint_dir.glob("*.safetensors")):
+        tensors |= load_file(path)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_partitioned = hasattr(parameter, "ds_id")
+            with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
+                if not is_partitioned or torch.distributed.get_rank() == 0:
+                    parameter.copy_(tensors[exported_name(name)])
 
 
 class RunTrainer(SFTTrainer):  # type: ignore[misc]
@@ -214,9 +236,9 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
                 with paths.metrics_path.open("rb") as metrics:  # a resume keeps its rows up to this step
                     os.fsync(metrics.fileno())
                 saved_dir = Path(self.args.output_dir) / f"checkpoint-{step}"
+                sort_adapter_config(saved_dir)
                 commit_checkpoint(saved_dir, paths, step, self.context.fingerprint)
-                keep_latest = self.context.recipe.checkpoints.keep_latest
-                prune_checkpoints(paths, keep_latest=keep_latest, best_step=self.flow.best_step(self.state))
+                apply_retention(paths, self.context.recipe.checkpoints, self.flow.evaluations(self.state))
             self.accelerator.wait_for_everyone()
 
     def _refuse_weights_that_are_not_finite(self) -> None:
@@ -239,6 +261,9 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         checkpoint_dir = self.context.paths.checkpoint_dir(step)
         if not self.context.on_main(lambda: is_intact(checkpoint_dir)):
             raise OSError(f"{checkpoint_dir} holds other files than were committed; launch again to mend it")
+        if self.is_deepspeed_enabled and load_marker(checkpoint_dir).is_stripped:
+            load_gathered_weights(self.model, checkpoint_dir)
+            return
         self.state.best_model_checkpoint = str(checkpoint_dir)
         self._load_best_model()
 

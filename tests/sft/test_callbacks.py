@@ -11,7 +11,8 @@ from transformers import TrainerControl, TrainerState
 
 from runner.recipe import Recipe
 from runner.recipe_sections import EarlyStoppingOn
-from runner.sft.callbacks import FlowCallback, find_best_step, is_out_of_patience, list_evaluations
+from runner.sft.callbacks import FlowCallback, is_out_of_patience
+from runner.sft.evaluations import find_best_step, list_evaluations
 
 EARLY = "early_stopping={enabled: true, metric: nll_per_token, patience: 2}"
 ARGUMENTS: Any = None  # no decision looks at them
@@ -94,6 +95,19 @@ def test_epochs_evaluate_and_save_at_their_end(project: Project) -> None:
     )
     assert decide(recipe, make_state(5, {}, epoch=0.83)) == (False, False, False)
     assert decide(recipe, make_state(6, {3: 1.0, 6: 2.0}, epoch=1.0)) == (True, True, False)
+
+
+def test_epochs_may_be_skipped(project: Project) -> None:
+    recipe = project.recipe("checkpoints={save_strategy: epoch, save_steps: null, save_epochs: 2}")
+    saves = [decide(recipe, make_state(3, {}, epoch=epoch))[1] for epoch in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)]
+    assert saves == [False, False, False, True, False, True]
+
+
+def test_what_is_among_the_best_that_are_kept_is_saved(project: Project) -> None:
+    recipe = project.recipe("evaluation.eval_steps=2", "checkpoints={save_steps: 100, keep_best: 2}")
+    values = {2: 3.0, 4: 5.0, 6: 4.0, 8: 4.0, 10: 1.0}
+    saved = [at for at in values if decide(recipe, make_state(at, {k: v for k, v in values.items() if k <= at}, 50))[1]]
+    assert saved == [2, 4, 6, 10], "8 is as good as 6, which came first"
 
 
 def test_nothing_is_evaluated_before_the_end_where_the_recipe_says_no(project: Project) -> None:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from runner.fsio import load_json, load_jsonl
 from runner.paths import RunPaths
+from runner.sft.markers import load_marker
 
 pytestmark = pytest.mark.slow
 
@@ -52,8 +53,9 @@ def ddp_full(finished: Project) -> RunPaths:
 
 @pytest.fixture(scope="session")
 def zero_lora(finished: Project) -> RunPaths:
-    """LoRA under ZeRO-3 with two micro-batches per step; exports a checkpoint that is not the last."""
-    return launch(finished, "zero-lora", ZERO_3, ACCUMULATING, *RUNS["llama-lora"], num_processes=2)
+    """LoRA under ZeRO-3 with two micro-batches per step; exports a checkpoint that is not the last, and stripped."""
+    stripping = "checkpoints.save_optimizer=false"
+    return launch(finished, "zero-lora", ZERO_3, ACCUMULATING, stripping, *RUNS["llama-lora"], num_processes=2)
 
 
 def assert_same_experiment(found: RunPaths, reference: RunPaths) -> None:
@@ -106,6 +108,8 @@ def test_zero_3_lora_is_the_same_experiment_and_exports_the_chosen_checkpoint(
 ) -> None:
     result = read_result(zero_lora)
     assert result.best_step < result.num_steps
+    assert load_marker(zero_lora.checkpoint_dir(result.best_step)).is_stripped
+    assert not load_marker(zero_lora.checkpoint_dir(result.num_steps)).is_stripped
     assert_same_experiment(zero_lora, finished.paths("llama-lora"))
     assert_same_weights(zero_lora, finished.paths("llama-lora"), "adapter_model.safetensors")
 

@@ -1,0 +1,145 @@
+"""The marker that makes a checkpoint folder count: what it states, how it is written, whether a folder agrees with it.
+
+Owns no decision about which checkpoint is used or deleted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from runner.errors import CorruptFileError
+from runner.fsio import fsync_dir, hash_file, hash_json, load_json, write_json_atomic
+from runner.paths import marker_path
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class FileEntry(BaseModel):
+    """Size and content of one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    num_bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class Marker(BaseModel):
+    """`COMMITTED.json`, whose checksum of itself is left out here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    step: Annotated[int, Field(ge=0)]
+    fingerprint: dict[str, Any]
+    files: dict[str, FileEntry]
+    # What was taken out: a stripped checkpoint still holds weights, but nothing can be continued from it.
+    stripped_files: list[str] = Field(default_factory=list)
+
+    @field_validator("files", "stripped_files")
+    @classmethod
+    def _names_stay_inside(cls, names: Any) -> Any:
+        for name in names:
+            if not is_inner_name(name):
+                raise ValueError(f"the file name {name!r} leads out of the checkpoint")
+        return names
+
+    @property
+    def is_stripped(self) -> bool:
+        """Whether optimizer, scheduler and random states are gone."""
+        return bool(self.stripped_files)
+
+
+def is_inner_name(name: str) -> bool:
+    """Whether a name is relative, in its shortest form, and stays below the folder it is joined to.
+
+    >>> [is_inner_name(name) for name in ("a/b.pt", "/a", "a/../b", "a//b", "", "a\\\\b", "COMMITTED.json")]
+    [True, False, False, False, False, False, False]
+    """
+    path = PurePosixPath(name)
+    return (
+        name == str(path)
+        and name.isprintable()
+        and name not in (".", marker_path(Path()).name)
+        and len(name) <= 200
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and not any(character in name for character in "\\:")
+    )
+
+
+def write_marker(checkpoint_dir: Path, marker: Marker) -> None:
+    """Make the folder count, or replace its marker: whole or not at all, also after a power loss."""
+    content = marker.model_dump(mode="json")
+    write_json_atomic(marker_path(checkpoint_dir), content | {"marker_sha256": hash_json(content)})
+
+
+def load_marker(checkpoint_dir: Path) -> Marker:
+    """The marker of a folder.
+
+    Raises:
+        CorruptFileError: there is none, or it is not as it was written.
+    """
+    path = marker_path(checkpoint_dir)
+    return parse_marker(load_json(path), str(path))
+
+
+def parse_marker(content: Any, where: str) -> Marker:
+    """A marker from parsed JSON that anybody may have written.
+
+    Raises:
+        CorruptFileError: it is no marker, or was changed since it was written.
+    """
+    try:
+        stated = dict(content)
+        if stated.pop("marker_sha256", None) != hash_json(stated):
+            raise CorruptFileError(f"{where} is not as it was written: its checksum does not match")
+        return Marker.model_validate(stated)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptFileError(f"{where} is not a checkpoint's marker: {first['msg']}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, CorruptFileError):
+            raise
+        raise CorruptFileError(f"{where} is not a checkpoint's marker: {error}") from None
+
+
+def is_intact(checkpoint_dir: Path) -> bool:
+    """Whether the marker is as it was written and every file has the size and checksum that it states."""
+    try:
+        marker = load_marker(checkpoint_dir)
+    except CorruptFileError:
+        return False
+    return all(
+        (path := checkpoint_dir / name).is_file()
+        and path.stat().st_size == stated.num_bytes
+        and hash_file(path) == stated.sha256
+        for name, stated in marker.files.items()
+    )
+
+
+def build_marker(folder: Path, step: int, fingerprint: Mapping[str, Any]) -> Marker:
+    """The marker of a folder as it is now; reads every byte."""
+    files = {
+        path.relative_to(folder).as_posix(): FileEntry(num_bytes=path.stat().st_size, sha256=hash_file(path))
+        for path in list_files(folder)
+    }
+    return Marker(step=step, fingerprint=dict(fingerprint), files=files)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Every file below a folder, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make every file below `folder`, and its name, survive a power loss."""
+    for path in list_files(folder):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            fsync_dir(path)

@@ -1,0 +1,68 @@
+"""Checkpoints as Transformers and DeepSpeed leave them, without any training; shared by several tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from runner.paths import RunPaths
+from runner.recipe_sections import CheckpointsSection
+from runner.sft.checkpoints import commit_checkpoint
+
+FINGERPRINT: Final[dict[str, Any]] = {"recipe_digest": "d" * 64, "num_processes": 2, "versions": {"torch": "2.13"}}
+STATE_FILES: Final = ("global_step1/deep/rank_1.pt", "optimizer.pt", "rng_state_0.pth")
+
+
+def make_paths(root: Path) -> RunPaths:
+    """An empty run directory."""
+    paths = RunPaths(root / "run")
+    paths.checkpoints_dir.mkdir(parents=True)
+    return paths
+
+
+def make_limits(**keys: Any) -> CheckpointsSection:
+    """The recipe's section, `save_steps: 4`."""
+    return CheckpointsSection.model_validate({"save_strategy": "steps", "save_steps": 4, **keys})
+
+
+def write(paths: RunPaths, step: int, values: Mapping[int, float] | None = None) -> Path:
+    """What stands there when all ranks have saved; `values` are the evaluations so far, by step."""
+    saved_dir = paths.checkpoints_dir / f"checkpoint-{step}"
+    history = [{"step": at, "eval_nll_per_completion_token": value} for at, value in (values or {}).items()]
+    files = {
+        "model.safetensors": bytes(range(256)) * step,
+        "training_args.bin": b"a pickle with the hub token",
+        "trainer_state.json": json.dumps({"log_history": history}).encode(),
+        **{name: f"{name} of step {step}".encode() for name in STATE_FILES},
+    }
+    for name, content in files.items():
+        path = saved_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return saved_dir
+
+
+def commit(paths: RunPaths, *steps: int, values: Mapping[int, float] | None = None) -> None:
+    """Committed checkpoints; each knows the evaluations up to its step."""
+    for step in steps:
+        known = {at: value for at, value in (values or {}).items() if at <= step}
+        commit_checkpoint(write(paths, step, known), paths, step, FINGERPRINT)
+
+
+def quarantined(paths: RunPaths) -> list[str]:
+    """Names of what was moved aside."""
+    return sorted(path.name for path in paths.quarantine_dir.iterdir()) if paths.quarantine_dir.exists() else []
+
+
+def listing(folder: Path) -> list[str]:
+    """Every name in a folder, hidden ones too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip_bit(path: Path) -> None:
+    """The damage that no size shows."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)

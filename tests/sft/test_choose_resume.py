@@ -1,0 +1,174 @@
+"""What an attempt goes on from: its own checkpoints, named ones, copies and archives elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from fake_checkpoints import FINGERPRINT, commit, flip_bit, listing, make_limits, make_paths, quarantined
+
+from runner.errors import RefusedError
+from runner.paths import RunPaths
+from runner.sft.archives import write_archive
+from runner.sft.checkpoints import list_committed
+from runner.sft.markers import is_intact
+from runner.sft.resume import choose_resume_step, resolve_checkpoint
+from runner.sft.retention import strip_checkpoint
+
+VALUES = {4: 3.0, 8: 1.0, 12: 2.0}
+LIMITS = make_limits(keep_latest=9)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RunPaths:
+    run = make_paths(tmp_path)
+    commit(run, 4, 8, 12, values=VALUES)
+    return run
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> RunPaths:
+    """Checkpoints of the same run on another machine."""
+    run = make_paths(tmp_path / "elsewhere")
+    commit(run, 4, 8, 12, values=VALUES)
+    return run
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> RunPaths:
+    return RunPaths(tmp_path / "empty")
+
+
+def choose(paths: RunPaths, resume: str | Path) -> int | None:
+    paths.run_dir.mkdir(exist_ok=True)
+    return choose_resume_step(paths, LIMITS, FINGERPRINT, str(resume))
+
+
+def refusal(paths: RunPaths, resume: str | Path) -> str:
+    with pytest.raises(RefusedError) as refused:
+        choose(paths, resume)
+    return str(refused.value)
+
+
+def test_auto_and_latest_go_on_from_the_newest(paths: RunPaths, empty: RunPaths) -> None:
+    assert choose(paths, "auto") == choose(paths, "latest") == 12 and not quarantined(paths)
+    assert choose(empty, "auto") is None
+    assert "holds no checkpoint" in refusal(empty, "latest") and "holds no checkpoint" in refusal(empty, "best")
+
+
+def test_latest_refuses_where_auto_takes_an_older_one(paths: RunPaths) -> None:
+    flip_bit(paths.checkpoint_dir(12) / "optimizer.pt")
+    message = refusal(paths, "latest")
+    assert "does not verify" in message and "without `--resume`" in message
+    assert list_committed(paths) == [4, 8, 12] and not quarantined(paths), "nothing was moved"
+    assert choose(paths, "auto") == 8 and quarantined(paths) == ["step-12.1"]
+
+
+def test_latest_refuses_when_its_best_weights_are_damaged(paths: RunPaths) -> None:
+    flip_bit(paths.checkpoint_dir(8) / "model.safetensors")
+    assert "step-8 does not verify" in refusal(paths, "latest")
+
+
+def test_best_rewinds_and_moves_what_is_newer_aside(paths: RunPaths) -> None:
+    write_archive(paths.checkpoint_dir(12), paths.archive_path(12))
+    assert choose(paths, "best") == 8
+    assert list_committed(paths) == [4, 8] and quarantined(paths) == ["step-12.1", "step-12.zip.1"]
+
+
+def test_nothing_is_continued_from_a_stripped_one(paths: RunPaths) -> None:
+    strip_checkpoint(paths.checkpoint_dir(8))
+    assert "stripped of its optimizer state" in refusal(paths, "best")
+    assert "stripped of its optimizer state" in refusal(paths, paths.checkpoint_dir(8))
+    assert list_committed(paths) == [4, 8, 12]
+
+
+def test_without_an_evaluation_there_is_no_best(tmp_path: Path) -> None:
+    run = make_paths(tmp_path)
+    commit(run, 4)
+    assert "nothing was evaluated" in refusal(run, "best")
+
+
+@pytest.mark.parametrize("is_archive", [False, True])
+def test_a_path_of_the_run_itself_rewinds_to_it(paths: RunPaths, is_archive: bool) -> None:
+    write_archive(paths.checkpoint_dir(4), paths.archive_path(4))
+    assert choose(paths, paths.archive_path(4) if is_archive else paths.checkpoint_dir(4)) == 4
+    assert list_committed(paths) == [4] and quarantined(paths) == ["step-12.1", "step-8.1"]
+
+
+@pytest.mark.parametrize("is_archive", [False, True])
+def test_a_copy_elsewhere_is_imported_with_its_best_weights(
+    elsewhere: RunPaths, empty: RunPaths, tmp_path: Path, is_archive: bool
+) -> None:
+    (elsewhere.checkpoint_dir(12) / "somebody's notes").write_text("not in the marker")
+    source = elsewhere.checkpoint_dir(12)
+    if is_archive:
+        (tmp_path / "usb").mkdir()
+        for step in (8, 12):
+            write_archive(elsewhere.checkpoint_dir(step), tmp_path / "usb" / f"step-{step}.zip")
+        source = tmp_path / "usb" / "step-12.zip"
+    assert choose(empty, source) == 12
+    assert list_committed(empty) == [8, 12] and is_intact(empty.checkpoint_dir(12))
+    assert listing(empty.checkpoints_dir) == ["step-12", "step-8"]
+    assert not (empty.checkpoint_dir(12) / "somebody's notes").exists()
+    assert source.exists(), "the copy elsewhere stays"
+
+
+def test_a_name_says_nothing_about_the_step(elsewhere: RunPaths, empty: RunPaths, tmp_path: Path) -> None:
+    write_archive(elsewhere.checkpoint_dir(8), tmp_path / "backup.zip")
+    assert choose(empty, tmp_path / "backup.zip") == 8 and list_committed(empty) == [8]
+
+
+def test_an_import_needs_the_best_weights_it_would_export(elsewhere: RunPaths, empty: RunPaths) -> None:
+    shutil.rmtree(elsewhere.checkpoint_dir(8))
+    message = refusal(empty, elsewhere.checkpoint_dir(12))
+    assert "weights of step 8" in message and "step-8.zip" in message
+    commit(empty, 8, values=VALUES)
+    assert choose(empty, elsewhere.checkpoint_dir(12)) == 12, "the run has them itself"
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(paths: RunPaths, elsewhere: RunPaths) -> None:
+    other = {**FINGERPRINT, "recipe_digest": "e" * 64}
+    with pytest.raises(RefusedError, match="recipe_digest") as refused:
+        choose_resume_step(paths, LIMITS, other, str(elsewhere.checkpoint_dir(12)))
+    assert "of the same recipe" in str(refused.value)
+    assert list_committed(paths) == [4, 8, 12] and not quarantined(paths)
+
+
+def test_damage_elsewhere_is_refused_and_nothing_of_the_run_is_touched(paths: RunPaths, elsewhere: RunPaths) -> None:
+    flip_bit(elsewhere.checkpoint_dir(4) / "model.safetensors")
+    assert "not those that were committed" in refusal(paths, elsewhere.checkpoint_dir(4))
+    (elsewhere.checkpoint_dir(4) / "model.safetensors").unlink()
+    (elsewhere.checkpoint_dir(4) / "model.safetensors").symlink_to(paths.checkpoint_dir(4) / "model.safetensors")
+    assert "not a plain file" in refusal(paths, elsewhere.checkpoint_dir(4))
+    assert "there is no checkpoint" in refusal(paths, elsewhere.checkpoint_dir(5))
+    assert "marker" in refusal(paths, elsewhere.run_dir)
+    assert list_committed(paths) == [4, 8, 12] and not quarantined(paths)
+    assert choose(paths, "auto") == 12 and len(listing(paths.checkpoints_dir)) == 3
+
+
+def test_another_checkpoint_of_the_same_step_is_moved_aside(paths: RunPaths, elsewhere: RunPaths) -> None:
+    shutil.rmtree(elsewhere.checkpoint_dir(4))
+    commit(elsewhere, 4, values={4: 2.5})
+    assert choose(paths, elsewhere.checkpoint_dir(4)) == 4
+    assert quarantined(paths) == ["step-12.1", "step-4.1", "step-8.1"]
+
+
+def test_weights_are_found_for_those_who_only_read(paths: RunPaths, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    assert resolve_checkpoint(paths, LIMITS, "latest", scratch) == paths.checkpoint_dir(12)
+    assert resolve_checkpoint(paths, LIMITS, "best", scratch) == paths.checkpoint_dir(8)
+    assert resolve_checkpoint(paths, LIMITS, str(paths.checkpoint_dir(4)), scratch) == paths.checkpoint_dir(4)
+    write_archive(paths.checkpoint_dir(8), paths.archive_path(8))
+    strip_checkpoint(paths.checkpoint_dir(8))
+    assert resolve_checkpoint(paths, LIMITS, "best", scratch) == paths.checkpoint_dir(8), "stripped ones hold weights"
+    flip_bit(paths.checkpoint_dir(8) / "model.safetensors")
+    assert resolve_checkpoint(paths, LIMITS, "best", scratch) == scratch / "step-8" and is_intact(scratch / "step-8")
+    assert resolve_checkpoint(paths, LIMITS, str(paths.archive_path(8)), scratch / "more").name == "step-8"
+    assert not quarantined(paths) and list_committed(paths) == [4, 8, 12], "nothing of the run was changed"
+    for damaged in (paths.checkpoint_dir(8), paths.run_dir / "nowhere", paths.checkpoint_dir(4) / "optimizer.pt"):
+        with pytest.raises(RefusedError):
+            resolve_checkpoint(paths, LIMITS, str(damaged), scratch / "no")
+    with pytest.raises(RefusedError, match="no checkpoint that verifies"):
+        resolve_checkpoint(make_paths(tmp_path / "bare"), LIMITS, "best", scratch)

@@ -1,0 +1,193 @@
+"""What stays, what is archived and what is stripped; and that a kill at any instant of it loses nothing."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_checkpoints import FINGERPRINT, commit, flip_bit, listing, make_limits, make_paths, quarantined, write
+
+from runner.paths import RunPaths
+from runner.sft.archives import load_archived_marker, verify_archive
+from runner.sft.checkpoints import commit_checkpoint, find_resume_step, list_archived, list_committed
+from runner.sft.markers import is_intact, load_marker
+from runner.sft.retention import apply_retention, choose_kept
+
+VALUES = {4: 3.0, 8: 1.0, 12: 2.0, 16: 4.0, 20: 5.0}
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RunPaths:
+    return make_paths(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "kept"),
+    [
+        ({"keep_latest": 1, "keep_best": 1}, [8, 20]),
+        ({"keep_latest": 2, "keep_best": 1}, [8, 16, 20]),
+        ({"keep_latest": 1, "keep_best": 3}, [4, 8, 12, 20]),
+        ({"keep_latest": 2, "keep_best": 5}, [4, 8, 12, 16, 20]),
+        ({"keep_latest": 1, "keep_best": 2, "mode": "max"}, [16, 20]),  # both among the best and the newest
+        ({"keep_latest": 9, "keep_best": 9}, [4, 8, 12, 16, 20]),
+    ],
+)
+def test_the_newest_and_the_best_are_limits_of_their_own(keys: dict[str, Any], kept: list[int]) -> None:
+    assert choose_kept([4, 8, 12, 16, 20], list(VALUES.items()), make_limits(**keys)) == kept
+
+
+def test_only_evaluated_steps_can_be_the_best() -> None:
+    evaluations = [(4, 3.0), (12, 2.0), (14, 0.0)]  # 14 was evaluated, but never saved
+    assert choose_kept([4, 6, 8, 12, 16], evaluations, make_limits(keep_best=2)) == [4, 12, 16]
+    assert choose_kept([4, 6, 8], [], make_limits(keep_best=2)) == [8]
+    assert choose_kept([4, 8, 12], [(4, 1.0), (8, 1.0)], make_limits()) == [4, 12], "the first among equals"
+
+
+def test_pruning_touches_nothing_but_committed_checkpoints(paths: RunPaths) -> None:
+    commit(paths, 4, 8, 12)
+    strangers = [paths.checkpoints_dir / name for name in ("notes", "step-by-step", "step-2.zip", "step-6")]
+    for stranger in strangers:
+        stranger.write_text("somebody's")
+    apply_retention(paths, make_limits(), [])
+    assert list_committed(paths) == [12]
+    assert listing(paths.checkpoints_dir) == sorted(["step-12", *(stranger.name for stranger in strangers)])
+
+
+def test_each_checkpoint_that_stays_is_archived_and_goes_together_with_its_archive(paths: RunPaths) -> None:
+    limits = make_limits(archive="zip", keep_latest=2)
+    for step in VALUES:
+        commit(paths, step, values=VALUES)
+        apply_retention(paths, limits, [(at, value) for at, value in VALUES.items() if at <= step])
+    assert list_committed(paths) == list_archived(paths) == [8, 16, 20]
+    for step in (8, 16, 20):
+        assert verify_archive(paths.archive_path(step)) == load_marker(paths.checkpoint_dir(step))
+    apply_retention(paths, make_limits(archive="none"), list(VALUES.items()))
+    assert listing(paths.checkpoints_dir) == ["step-20", "step-20.zip", "step-8", "step-8.zip"], "older archives stay"
+
+
+def test_an_archive_that_is_missing_or_damaged_is_written_again(paths: RunPaths) -> None:
+    limits = make_limits(archive="zip", keep_latest=2)
+    commit(paths, 4, 8)
+    apply_retention(paths, limits, [])
+    before = paths.archive_path(8).read_bytes()
+    paths.archive_path(4).unlink()
+    paths.archive_path(8).write_bytes(before[:-30])
+    apply_retention(paths, limits, [])
+    assert list_archived(paths) == [4, 8] and paths.archive_path(8).read_bytes() == before
+    assert quarantined(paths) == ["step-8.zip.1"]
+
+
+def test_optimizer_state_stays_in_the_newest_only(paths: RunPaths) -> None:
+    limits = make_limits(save_optimizer=False, keep_latest=2, archive="zip")
+    for step in VALUES:
+        commit(paths, step, values=VALUES)
+        apply_retention(paths, limits, [(at, value) for at, value in VALUES.items() if at <= step])
+        assert is_intact(paths.checkpoint_dir(step)) and not load_marker(paths.checkpoint_dir(step)).is_stripped
+    for step in (8, 16):
+        assert is_intact(paths.checkpoint_dir(step)) and load_marker(paths.checkpoint_dir(step)).is_stripped
+        assert listing(paths.checkpoint_dir(step)) == ["COMMITTED.json", "model.safetensors", "trainer_state.json"]
+        assert verify_archive(paths.archive_path(step)).is_stripped
+    assert find_resume_step(paths, FINGERPRINT, lambda _: 8) == 20
+
+
+def test_weights_that_only_deepspeed_holds_are_not_stripped(paths: RunPaths) -> None:
+    commit(paths, 4, 8)
+    checkpoint_dir = paths.checkpoint_dir(4)
+    (checkpoint_dir / "model.safetensors").rename(checkpoint_dir / "optimizer.bin")
+    commit_again = paths.checkpoints_dir / "checkpoint-4"
+    checkpoint_dir.rename(commit_again)
+    (commit_again / "COMMITTED.json").unlink()
+    commit_checkpoint(commit_again, paths, 4, FINGERPRINT)
+    apply_retention(paths, make_limits(save_optimizer=False, keep_latest=2), [])
+    assert not load_marker(paths.checkpoint_dir(4)).is_stripped and is_intact(paths.checkpoint_dir(4))
+
+
+def _changes_a_file(event: str, arguments: tuple[Any, ...], root: Path) -> bool:
+    """Whether an audit event is a change below `root`; Python raises them before the change."""
+    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # `shutil.rmtree`, relative to an open folder
+        return True
+    if not arguments or not str(arguments[0]).startswith(str(root)):
+        return False
+    if event == "open":
+        return bool(set(arguments[1] or "") & set("wax")) or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+    return event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")
+
+
+def _dies_at(root: Path, number: int, work: Callable[[], None]) -> bool:
+    """Whether a forked child dies before its n-th change below `root`, as by a power cut: no `finally` runs."""
+    pid = os.fork()
+    if pid == 0:
+        changes = itertools.count(1)
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if _changes_a_file(event, arguments, root) and next(changes) == number:
+                os._exit(9)
+
+        try:
+            sys.addaudithook(hook)
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, 9), "the work itself failed"
+    return code == 9
+
+
+def test_a_kill_at_any_instant_loses_nothing(tmp_path: Path) -> None:
+    """Commit, archive, prune and strip: killed before every single change of a file, and done from what is left."""
+    limits = make_limits(save_optimizer=False, archive="zip", keep_latest=2)
+    known = {step: [(at, value) for at, value in VALUES.items() if at <= step] for step in VALUES}
+
+    def work(run: RunPaths) -> None:
+        if 16 not in list_committed(run):
+            commit_checkpoint(run.checkpoints_dir / "checkpoint-16", run, 16, FINGERPRINT)
+        apply_retention(run, limits, known[16])
+
+    before = make_paths(tmp_path / "before")
+    for step in (8, 10, 12):
+        commit(before, step, values=VALUES)
+        apply_retention(before, limits, known.get(step, known[8]))
+    write(before, 16, VALUES)  # all ranks have saved
+    assert list_committed(before) == [8, 10, 12] and not load_marker(before.checkpoint_dir(12)).is_stripped
+    expected = RunPaths(tmp_path / "expected")
+    shutil.copytree(before.run_dir, expected.run_dir)
+    work(expected)
+    assert list_committed(expected) == [8, 12, 16] and load_marker(expected.checkpoint_dir(12)).is_stripped
+    for number in itertools.count(1):
+        run = RunPaths(tmp_path / "killed")
+        shutil.copytree(before.run_dir, run.run_dir)
+        is_killed = _dies_at(run.run_dir, number, lambda: work(RunPaths(tmp_path / "killed")))
+        newest = max(list_committed(run))
+        assert newest >= 12 and is_intact(run.checkpoint_dir(newest)), "never without a whole one"
+        assert not load_marker(run.checkpoint_dir(newest)).is_stripped
+        assert is_intact(run.checkpoint_dir(8)), "never without the best one"
+        assert find_resume_step(run, FINGERPRINT, lambda _: 8) == newest
+        if newest == 12:  # the resumed attempt trains and saves again
+            write(run, 16, VALUES)
+        work(run)
+        assert _contents(run) == _contents(expected), f"killed before change {number}"
+        assert quarantined(run) in ([], ["checkpoint-16.1"], ["step-16.1"])
+        shutil.rmtree(run.run_dir)
+        if not is_killed:
+            break
+    assert number > 20
+
+
+def _contents(paths: RunPaths) -> dict[str, bytes]:
+    files = (path for path in paths.checkpoints_dir.rglob("*") if path.is_file())
+    return {str(path.relative_to(paths.run_dir)): path.read_bytes() for path in files}
+
+
+def test_archives_hold_the_marker_of_their_folder_without_reading_it_all(paths: RunPaths) -> None:
+    commit(paths, 4)
+    apply_retention(paths, make_limits(archive="zip"), [])
+    assert load_archived_marker(paths.archive_path(4)) == load_marker(paths.checkpoint_dir(4))
+    flip_bit(paths.archive_path(4))  # in the contents
+    assert load_archived_marker(paths.archive_path(4)).step == 4
