@@ -128,6 +128,8 @@ def parse_rendered(text: str, where: str) -> Recipe:
 
 def _find_template_line(text: str, line: int, folder: Path) -> str:
     """The place in a template that wrote a line of a recipe: a line that starts alike, the same one of several."""
+    if line == 1:  # the header, which no template wrote: the problem is that of the recipe as a whole
+        return str(folder / "recipe.yaml.j2")
     rows = text.splitlines()
     row = rows[min(line, len(rows)) - 1]
     start = re.match(r"\s*(- )?[^\s:]+:?", row)

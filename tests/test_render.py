@@ -53,6 +53,12 @@ def test_a_wrong_template_is_refused_with_its_line_and_cell(
     assert "in the cell model=gemma, loss=full, num_train_samples=60" in message
 
 
+def test_a_mistake_of_the_whole_recipe_names_no_line(toy: Toy) -> None:
+    """Not that of the first comment of the template, which starts as the generated header does."""
+    message = grid_error(toy(old="loss: {{ loss | yaml }}", new="# a comment"))
+    assert "toy/recipe.yaml.j2  loss  is missing" in message, message
+
+
 def test_the_axes_of_a_recipe_keep_their_types(toy: Toy) -> None:
     one_cell = (
         GRID.replace("full, completion", "full").replace("60, 180", "1") + "exclude: [{when: {model: phi}, why: x}]"

@@ -12,6 +12,8 @@ from runner.errors import DataError
 from runner.recipe import DataSource
 
 _SUFFIXES: Final = (".json", ".jsonl", ".csv", ".parquet")
+_ENCODING: Final = "utf-8-sig"  # whatever the locale; spreadsheets open their files with a byte order mark
+_MAX_FIELD_CHARACTERS: Final = 2**31 - 1  # Python's own limit, 131,072, is less than a long document
 
 
 def load_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
@@ -37,23 +39,19 @@ def load_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
 def _load_file(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         if path.suffix == ".jsonl":
-            with path.open() as stream:
+            with path.open(encoding=_ENCODING) as stream:
                 for number, line in enumerate(stream, start=1):
                     if line.strip():
                         yield f"{path} line {number}", _parse_json(line, f"{path} line {number}")
         elif path.suffix == ".json":
-            rows = _parse_json(path.read_text(), str(path))
+            rows = _parse_json(path.read_text(encoding=_ENCODING), str(path))
             if not isinstance(rows, list):
                 raise DataError(f"{path}: expected a JSON list of rows")
             yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
         elif path.suffix == ".csv":
-            with path.open(newline="") as stream:
-                yield from ((f"{path} row {n}", row) for n, row in enumerate(csv.DictReader(stream), start=1))
+            yield from _load_csv(path)
         elif path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
+            yield from _load_parquet(path)
         else:
             raise DataError(f"{path}: cannot tell the format, expected one of {', '.join(_SUFFIXES)}")
     except UnicodeDecodeError as error:
@@ -65,6 +63,42 @@ def _parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: is not JSON: {error}") from None
+    except RecursionError:
+        raise DataError(f"{where}: is nested too deeply to be a row") from None
+
+
+def _load_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows as mappings. `csv.DictReader` would drop a field too many, such as what follows a comma without quotes."""
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
+    with path.open(newline="", encoding=_ENCODING) as stream:
+        reader = csv.reader(stream)
+        try:
+            header = next(reader, [])
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise DataError(f"{path}: two columns are called {twice[0]!r}")
+            for number, fields in enumerate(filter(None, reader), start=1):
+                if len(fields) != len(header):
+                    raise DataError(
+                        f"{path} row {number} (line {reader.line_num}): has {len(fields)} fields, but the header has "
+                        f"{len(header)}",
+                        hint='a text that holds a comma, a quote or a line break stands in double quotes: "..."',
+                    )
+                yield f"{path} row {number}", dict(zip(header, fields, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path} line {reader.line_num}: is not CSV: {error}") from None
+
+
+def _load_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's fault; pyarrow's own have no number
+            raise
+        raise DataError(f"{path}: cannot be read as Parquet: {error}") from None
+    yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _load_hub(source: DataSource) -> Iterator[tuple[str, Any]]:
