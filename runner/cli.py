@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     check = verbs.add_parser("check", help="validate recipes, then their data: rows, lengths, truncation, labels")
     _add_paths(check)
+    check.add_argument("--json", action="store_true", help="everything found, per run; see docs/preflight.md")
     check.add_argument("--schema-only", action="store_true", help="do not load tokenizers and data")
 
     masks = verbs.add_parser("masks", help="rows as the model sees them: every token, the trained ones coloured")

@@ -84,11 +84,6 @@ def find_doubts(recipe: Recipe, schedule: Schedule) -> Iterator[str]:
         yield f"only {updates} optimizer updates in the whole run"
     if schedule.num_rows < batch:
         yield f"the global batch of {batch} is larger than the {schedule.num_rows} training rows: one update an epoch"
-    elif schedule.last_batch_rows < batch:
-        yield (
-            f"the last update of each epoch is made of {schedule.last_batch_rows} rows instead of {batch}, so these "
-            f"rows weigh {batch / schedule.last_batch_rows:.3g} times as much in it"
-        )
     if schedule.num_epochs < 1:
         yield f"`max_steps` ends within the first epoch: {updates * batch} of {schedule.num_rows} rows are seen"
     if evaluation.eval_strategy == "steps" and (evaluation.eval_steps or 0) >= updates:

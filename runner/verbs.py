@@ -45,12 +45,12 @@ def run_render(arguments: argparse.Namespace) -> int:
 def run_check(arguments: argparse.Namespace) -> int:
     """`runner check`: every recipe, then their data in one pass over the distinct tokenizers and data sections."""
     selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
-    print(f"{len(selected)} recipes are well-formed")
     if arguments.schema_only:
+        print(f"{len(selected)} recipes are well-formed")
         return 0
-    from runner.sft.check import check_data
+    from runner.sft.check_report import run_check
 
-    return check_data([one.recipe for one in selected])
+    return run_check([one.recipe for one in selected], is_json=arguments.json)
 
 
 def run_masks(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from runner.errors import DataError
 from runner.fsio import hash_json
-from runner.recipe import DataSection
+from runner.recipe import DataSection, ModelSection
 from runner.sft.data import RawRow, build_masker, fit_row, mask_row, refuse_too_long
 from runner.sft.masking import MaskError, end_of_turn_ids
 
@@ -79,6 +79,18 @@ class TokenizerFacts:
         self.begins_plain_text_with_bos = self._bos_id is not None and tokenizer("x")["input_ids"][:1] == [self._bos_id]
         special = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
         self._special_pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+
+    def stop_tokens(self, model: ModelSection) -> list[str]:
+        """Where generation with the base model's own settings stops: eos, and what its generation config names."""
+        from transformers import GenerationConfig
+
+        ids = {self.tokenizer.eos_token_id}
+        try:
+            stated = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
+        except (OSError, ValueError):
+            stated = None
+        ids |= set(stated) if isinstance(stated, list) else {stated}
+        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(ids - {None}))]
 
     def facts_of(self, raw_rows: Sequence[RawRow], split: str, data: DataSection) -> list[RowFacts]:
         """One entry per row, in order.

@@ -1,0 +1,148 @@
+"""Prints what `runner check` found: blocks for people, or the whole as JSON (docs/preflight.md)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+from runner.recipe import Recipe
+from runner.sft.check import CheckedRun, CheckResult, check_recipes
+from runner.sft.data import SPLITS
+
+_MAX_NAMES: Final = 3
+
+
+def run_check(recipes: Sequence[Recipe], *, is_json: bool) -> int:
+    """Check and print; 2 if a recipe cannot be trained as it is, else 0: warnings do not fail."""
+    if not is_json:
+        print(f"{len(recipes)} recipes are well-formed", flush=True)
+    result = check_recipes(recipes)
+    if is_json:
+        print(json.dumps(as_json(result), indent=1))
+        return 2 if result.errors else 0
+    for line in format_result(result):
+        print(line)
+    for text, names in result.errors.items():
+        print(f"\nerror: {name_runs(names)}: {text}", file=sys.stderr)
+    num_failed = len({name for names in result.errors.values() for name in names})
+    if num_failed:
+        print(f"\n{num_failed} of {len(recipes)} recipes cannot be trained as they are", file=sys.stderr)
+        return 2
+    print(f"\n{len(recipes)} recipes can be trained, {len(result.warnings)} warnings")
+    return 0
+
+
+def name_runs(names: Sequence[str]) -> str:
+    """The first names of several.
+
+    >>> name_runs(["a", "b", "c", "d", "e"])
+    'a, b and 3 more'
+    """
+    if len(names) <= _MAX_NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[: _MAX_NAMES - 1])} and {len(names) - _MAX_NAMES + 1} more"
+
+
+def format_result(result: CheckResult) -> Iterator[str]:
+    """Lines: a block per pair of model and data, then the updates of each kind of run, then what is doubtful."""
+    for model_key, runs in _group(result.runs, lambda run: run.recipe.model.model_dump_json()):
+        tokenizer = result.tokenizers[model_key]
+        ends = " or ".join(tokenizer.end_tokens) or "plain text"
+        own = tokenizer.tokenizer
+        yield ""
+        yield (
+            f"{runs[0].recipe.model.path}, {len(runs)} recipes: answers end in {ends}, which is trained; "
+            f"pad {own.pad_token}, eos {own.eos_token}"
+        )
+        yield from _tabulate_rows(runs)
+        yield from dict.fromkeys(f"  left out: {line}" for run in runs for line in run.left_out)
+    if result.runs:
+        yield ""
+        for line, runs in _group(result.runs, _describe_schedule):
+            yield f"{line}  [{len(runs)} runs]" if len(runs) > 1 else line
+    for text, names in result.warnings.items():
+        yield ""
+        yield f"warning: {text}"
+        if len(result.runs) > 1:
+            yield f"  {name_runs(names)}"
+
+
+def _group(runs: Sequence[CheckedRun], key: Any) -> list[tuple[Any, list[CheckedRun]]]:
+    groups: dict[Any, list[CheckedRun]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return list(groups.items())
+
+
+def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
+    """One line per split and source of rows; where runs take more or fewer of them, the lengths are of the most."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for split in SPLITS:
+        for (source, _), group in _group(runs, lambda run, split=split: _source_of(run, split)):
+            by_count = {run.splits[split].num_rows: run.splits[split] for run in group}
+            facts = by_count[max(by_count)]
+            lengths = [str(length) for length in facts.length_percentiles.values()]
+            counts = [f"{facts.num_truncated}", f"{facts.num_dropped}", f"{facts.num_tokens:,}"]
+            answers = f"{facts.num_labels['completion']:,}"
+            cells = [split, ", ".join(map(str, sorted(by_count))), *lengths, *counts, answers, source]
+            lines.setdefault(tuple(cells), cells)  # arms often share validation and test rows
+    header = ["split", "rows", "p50", "p90", "p95", "p99", "max", "cut", "dropped", "tokens", "completion", "from"]
+    table = [header, *lines.values()]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    for row in table:
+        cells = [
+            cell.ljust(width) if column in (0, len(header) - 1) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield f"  {'  '.join(cells)}".rstrip()
+
+
+def _source_of(run: CheckedRun, split: str) -> tuple[str, str]:
+    """The file of a split's rows, and all that decides which rows they are but how many train."""
+    data = run.recipe.data
+    source = getattr(data, split) or data.train
+    return source.path, data.model_copy(update={"num_train_samples": None}).model_dump_json()
+
+
+def _describe_schedule(run: CheckedRun) -> str:
+    schedule = run.schedule
+    last = ""
+    if schedule.last_batch_rows < schedule.global_batch_size:
+        weight = schedule.global_batch_size / schedule.last_batch_rows
+        last = f", the last of {schedule.last_batch_rows} rows, each of which weighs {weight:.3g} times as much"
+    return (
+        f"{schedule.num_rows} rows at a global batch of {schedule.global_batch_size}: {schedule.updates_per_epoch} "
+        f"updates an epoch{last}; {schedule.num_epochs:g} epochs, {schedule.num_updates} updates, "
+        f"{schedule.num_warmup_updates} of warm-up, {schedule.num_evaluations} evaluations, "
+        f"{schedule.num_checkpoints} checkpoints"
+    )
+
+
+def as_json(result: CheckResult) -> dict[str, Any]:
+    """The whole result, one entry per run."""
+    runs = []
+    for run in result.runs:
+        tokenizer = result.tokenizers[run.recipe.model.model_dump_json()]
+        runs.append(
+            {
+                "run": run.name,
+                "axes": dict(run.recipe.run.axes),
+                "model": run.recipe.model.path,
+                "loss": run.recipe.loss,
+                "splits": {split: asdict(facts) for split, facts in run.splits.items()},
+                "left_out": list(run.left_out),
+                "schedule": asdict(run.schedule),
+                "end_of_turn": list(tokenizer.end_tokens),
+                "pad_token": tokenizer.tokenizer.pad_token,
+                "eos_token": tokenizer.tokenizer.eos_token,
+            }
+        )
+    return {
+        "num_recipes": result.num_recipes,
+        "runs": runs,
+        "warnings": [{"text": text, "runs": names} for text, names in result.warnings.items()],
+        "errors": [{"text": text, "runs": names} for text, names in result.errors.items()],
+    }
