@@ -183,11 +183,12 @@ def ask_about_a_town(rng: random.Random, *, num_golds: int) -> Row:
         f"About {people},000 people live there today.",
     ]
     rest = [
-        f"The road to {other} follows the river.",
+        f"The road to {other} follows the river for most of the way, past three locks and an old customs house.",
         "A market is held every Thursday.",
-        "Its mill was rebuilt twice.",
+        "Its mill was rebuilt twice, after a fire and after a flood.",
+        f"Schools from {other} come here once a year to see the workshops, of which two are still at work.",
     ]
-    context = " ".join(facts + rest[: rng.randrange(4)])
+    context = " ".join(facts + rest[: rng.randrange(5)])
     question, answer = rng.choice(
         [
             (f"On which river does {town} lie?", f"the {river}"),

@@ -24,12 +24,15 @@ TOOLS_DIR = str(Path(sys.executable).parent)
 MULTI_GPU = ("launch.accelerate_config=accelerate_configs/multi_gpu.yaml",)
 ZERO3 = ("launch.accelerate_config=accelerate_configs/zero3.yaml", "launch.num_cpu_threads_per_process=4")
 SUMMARIES = "recipes/summaries/gemma-2-9b-it_task-1_auto_060_completion_acc16.yaml"
+MATH = "recipes/math_tools/gemma-7b-it_lr5e-6.yaml"
 COMMANDS: list[tuple[str, tuple[str, ...], Placement]] = [
     ("recipes/demo/gemma_060_completion.yaml", (), Placement(1, None, 2)),
     (SUMMARIES, (), Placement(1, ("0",), 8)),
     (SUMMARIES, (), Placement(1, ("GPU-6f0c",), 1)),
     (SUMMARIES, MULTI_GPU, Placement(2, ("2", "5"), 64)),
     (SUMMARIES, ZERO3, Placement(4, None, 64)),
+    (MATH, (), Placement(8, None, 64)),
+    (MATH, ("launch.num_processes=4",), Placement(4, ("0", "1", "2", "3"), 64)),
 ]
 
 

@@ -6,11 +6,13 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -18,6 +20,7 @@ from runner.grid import list_grids, load_cards
 from runner.identity import diff_payloads
 from runner.recipe import Recipe, load_recipe
 from runner.recipe_files import compare
+from runner.recipe_sections import PassThrough, Section
 from runner.render import render_grid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +131,39 @@ def test_arms_of_an_axis_differ_in_what_it_declares_and_in_nothing_else(grid: st
         assert changed, axis
         assert {key for key in changed if not any(f"{key}.".startswith(f"{known}.") for known in keys)} == set(), axis
     assert {frozenset(recipe["run"]["axes"]) for recipe in recipes.values()} == {frozenset(AXIS_KEYS[grid])}
+
+
+# Choices of which another one is stated, or that only say where a run runs.
+MAY_BE_ABSENT = {
+    *("run.overrides", "launch.num_cpu_threads_per_process"),
+    *("training.global_batch_size", "training.gradient_accumulation_steps", "training.max_steps"),
+    *("training.bf16", "training.fp16", "evaluation.eval_steps", "checkpoints.save_steps", "checkpoints.save_epochs"),
+    *(f"data.{split}.{name}" for split in ("train", "validation", "test") for name in ("config_name", "revision")),
+    *(f"data.{split}.split" for split in ("train", "validation", "test")),  # of a local file there is one
+    "data.num_validation_samples",  # where validation rows have a file of their own
+    "data.num_test_samples",
+}
+
+
+def list_unstated(stated: Any, parsed: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys that a section could state and leaves to a default; a section that is off states one key."""
+    if (
+        not isinstance(parsed, Section)
+        or (len(stated) == 1 and not any(stated.values()))
+        or stated.get("method") == "none"
+    ):
+        return
+    own = type(parsed)._declared_fields() if isinstance(parsed, PassThrough) else set(type(parsed).model_fields)
+    yield from (f"{prefix}{name}" for name in sorted(own) if name not in stated)
+    for name in own & set(stated):
+        yield from list_unstated(stated[name], getattr(parsed, name), f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid != "demo"])  # which is short, to be read first
+def test_committed_recipes_state_every_choice(grid: str) -> None:
+    for name, recipe in recipes_of(grid).items():
+        stated = yaml.safe_load((ROOT / "recipes" / grid / f"{name}.yaml").read_text())
+        assert set(list_unstated(stated, recipe)) <= MAY_BE_ABSENT, name
 
 
 def test_the_demo_grid_is_whole() -> None:
