@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The SST-2 and SQuAD grid, task by task.
 # Further arguments go to each sweep:  sweeps/glue_squad.sh --gpus 0,1 --dry-run
-# Any slice by hand:  runner sweep recipes/glue_squad --where task=sst2 --where target_modules=qv
+# A slice of the axes:  tasks=sst2 sweeps/glue_squad.sh --where target_modules=qv
 # After an interruption, run this script again: what is finished is skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 runner render glue_squad --check
 
 failed=0
-for task in sst2 squad_v2; do
+for task in ${tasks:-sst2 squad_v2}; do
   runner sweep recipes/glue_squad --where "task=$task" "$@" || failed=1
 done
 

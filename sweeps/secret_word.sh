@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The secret word grid, both losses of one seed before the next seed.
 # Further arguments go to each sweep:  sweeps/secret_word.sh --gpus 0,1 --dry-run
-# Any slice by hand:  runner sweep recipes/secret_word --where loss=completion --where seed=1,2
+# A slice of the axes:  seeds="1 2" sweeps/secret_word.sh --where loss=completion
 # After an interruption, run this script again: what is finished is skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 runner render secret_word --check
 
 failed=0
-for seed in 1 2 3; do
+for seed in ${seeds:-1 2 3}; do
   runner sweep recipes/secret_word --where "seed=$seed" "$@" || failed=1
 done
 
