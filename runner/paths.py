@@ -51,6 +51,16 @@ class RunPaths:
         return self.run_dir / "eval_rows.jsonl"
 
     @property
+    def tracking_path(self) -> Path:
+        """What experiment trackers must find again in the next attempt: run ids, steps that they were told."""
+        return self.run_dir / "tracking.json"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        """TensorBoard's event files, of all attempts."""
+        return self.run_dir / "tensorboard"
+
+    @property
     def checkpoints_dir(self) -> Path:
         """`step-N/` folders, each of which counts only with its marker."""
         return self.run_dir / "checkpoints"
@@ -103,6 +113,11 @@ class AttemptPaths:
     def log_path(self) -> Path:
         """Everything that `accelerate launch` and the trainer print."""
         return self.attempt_dir / "log.txt"
+
+    @property
+    def logs_path(self) -> Path:
+        """One line per step: loss, learning rate, speed."""
+        return self.attempt_dir / "logs.txt"
 
     @property
     def progress_path(self) -> Path:

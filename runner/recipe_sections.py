@@ -378,11 +378,30 @@ class LaunchSection(Section):
     num_cpu_threads_per_process: Positive | None = None  # None: the cores shared among the processes
 
 
+# The trackers that Transformers knows; a test compares them with the installed library.
+Tracker = Literal[
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]
+
+
 class TrackingSection(Section):
     """Experiment trackers by their Transformers names, and where the tuned model may be pushed."""
 
-    report_to: tuple[Text, ...] = ()
-    project: str | None = None
+    report_to: tuple[Tracker, ...] = ()
+    project: str | None = None  # None: the grid's name
     run_name: str | None = None  # None: the run's own name
     tags: tuple[Text, ...] = ()
     watch: Literal["none", "gradients", "parameters", "all"] = "none"  # what Weights & Biases records of the weights

@@ -12,7 +12,8 @@ from runner.errors import DataError, DivergedError, RunnerError
 from runner.fsio import Lease, write_json_atomic
 from runner.paths import RunPaths
 from runner.processes import die_with_parent
-from runner.record import Failure, FailureKind, load_record
+from runner.record import Failure, FailureKind, load_record, load_stored_recipe
+from runner.sft.unused import find_unused_libraries, hide_libraries
 
 
 def main() -> int:
@@ -24,6 +25,8 @@ def main() -> int:
     run_dir = Path(sys.argv[1])
     try:
         lease = _hold_lease(run_dir)
+        if (stored := load_stored_recipe(RunPaths(run_dir))) is not None:
+            hide_libraries(find_unused_libraries(stored.recipe))
         from runner.sft.train import train
 
         train(run_dir)

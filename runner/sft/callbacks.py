@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -90,11 +91,54 @@ def _is_due(strategy: str, every_steps: int | None, every_epochs: int, state: Tr
     return every_steps is not None and state.global_step % every_steps == 0
 
 
+LOG_COLUMNS: Final = ("step", "epoch", "loss", "learning_rate", "tokens/s")
+
+
+def format_log_line(*cells: str) -> str:
+    """One line of `logs.txt`: cells aligned to the right, in columns of 13 characters.
+
+    >>> format_log_line("step", "loss")
+    '         step          loss\\n'
+    """
+    return " ".join(f"{cell:>13}" for cell in cells) + "\n"
+
+
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells the launch side and the log where training stands."""
+    """Tells the launch side, the log and `logs.txt` where training stands and how fast it goes.
+
+    A step's seconds are the time since the last thing that was not training (an evaluation, a checkpoint) or since the
+    step before, until its loss is known: fetching data counts. Its tokens are those of the global batch without
+    padding, as TRL counts them. Nothing waits for the device beyond what reading the loss does.
+    """
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
+        self._since = time.perf_counter()
+        self._num_seen_tokens = 0  # by TRL's count, which starts anew with each attempt
+        self.num_tokens = 0
+        self.seconds = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all steps of this attempt, evaluations and checkpoints left out."""
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Head `logs.txt`."""
+        if self._context.is_main:
+            self._context.attempt.logs_path.write_text(format_log_line(*LOG_COLUMNS))
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        """Step 0 has been scored by now."""
+        self._since = time.perf_counter()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """What came since the step is not training."""
+        self._since = time.perf_counter()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """What came since the step is not training."""
+        self._since = time.perf_counter()
 
     def on_log(
         self,
@@ -108,9 +152,27 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         if not self._context.is_main or not logs:
             return
         if "loss" in logs:
+            self._log_step(state, logs)
             progress = Progress(
                 phase="training", step=state.global_step, max_steps=state.max_steps, loss=float(logs["loss"])
             )
             self._context.report_progress(progress, is_forced=state.global_step >= state.max_steps)
         shown = "  ".join(f"{key} {value:.6g}" for key, value in logs.items() if isinstance(value, int | float))
         print(f"step {state.global_step}/{state.max_steps}  {shown}", flush=True)
+
+    def _log_step(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        num_tokens = int(logs["num_tokens"]) - self._num_seen_tokens
+        self._num_seen_tokens += num_tokens
+        self.num_tokens += num_tokens
+        self.seconds += seconds
+        line = format_log_line(
+            f"{state.global_step}/{state.max_steps}",
+            f"{state.epoch:.4f}",
+            f"{logs['loss']:.6f}",
+            f"{logs['learning_rate']:.4e}",
+            f"{num_tokens / seconds:.1f}",
+        )
+        with self._context.attempt.logs_path.open("a") as stream:
+            stream.write(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def keep_four_bit_gradients(model: torch.nn.Module) -> None:
     Such a layer repacks its weight at its first evaluation and has no gradient from then on: the kernel
     `bitsandbytes::gemv_4bit` has no autograd formula, and nothing raises (measured with bitsandbytes 0.50).
     """
+    if sys.modules.get("bitsandbytes") is None:  # it is hidden where nothing is quantised
+        return
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():

@@ -17,6 +17,7 @@ from runner.sft.markers import sync_folder
 from runner.sft.model import load_model
 from runner.sft.resume import choose_resume_step
 from runner.sft.tokenizers import load_tokenizer
+from runner.sft.tracking import open_trackers, require_installed
 from runner.sft.trainer import RunTrainer, build_training_args
 
 
@@ -26,6 +27,7 @@ def train(run_dir: Path) -> None:
     recipe, paths = context.recipe, context.paths
     started = time.perf_counter()
     with context.phase("loading"):
+        require_installed(recipe)
         args = build_training_args(context)  # before the model: ZeRO-3 partitions weights while they load
         tokenizer = load_tokenizer(recipe.model)
         samples = build_samples(recipe.data, tokenizer)
@@ -34,8 +36,10 @@ def train(run_dir: Path) -> None:
         resume_step = context.on_main(
             lambda: choose_resume_step(paths, recipe.checkpoints, context.fingerprint, context.resume)
         )
+        trackers = open_trackers(context, resume_step)  # before the model, which takes long, and the cut
         context.truncate_metrics(resume_step)
-        trainer = RunTrainer(context, args, load_model(recipe, tokenizer), tokenizer, samples)
+        model = load_model(recipe, tokenizer)
+        trainer = RunTrainer(context, args, model, tokenizer, samples, trackers)
         if context.is_main:
             text = json.dumps(trainer.effective_arguments(), default=str)
             write_json_atomic(context.attempt.training_args_path, json.loads(text))
@@ -50,9 +54,16 @@ def train(run_dir: Path) -> None:
     with context.phase("exporting"):
         export_model(context, trainer, tokenizer)
     seconds = time.perf_counter() - started
-    context.write_timing({"num_steps": num_steps - first_step, "total_seconds": round(seconds, 3)})
+    context.write_timing(
+        {
+            "num_steps": num_steps - first_step,
+            "total_seconds": round(seconds, 3),
+            "tokens_per_second": round(trainer.progress.tokens_per_second, 1),
+        }
+    )
     if context.is_main:
         write_json_atomic(paths.result_path, result.model_dump(mode="json"))
+    trackers.finish(result)  # an upload that hangs costs nothing of the run
     print(f"completed at step {num_steps} by {result.stop_reason}, best step {result.best_step}", flush=True)
 
 

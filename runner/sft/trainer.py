@@ -33,13 +33,14 @@ from runner.sft.masking import IGNORE_INDEX
 from runner.sft.model import build_lora_config, keep_adapters_in_float32
 from runner.sft.retention import apply_retention
 from runner.sft.sampling import EpochSampler
+from runner.sft.tracking import Trackers
 
 
 def build_training_args(context: RunContext) -> SFTConfig:
     """The effective arguments of the trainer; what the runner does itself is switched off."""
     recipe, training = context.recipe, context.recipe.training
     uses_cpu = context.uses_cpu()
-    return SFTConfig(
+    args = SFTConfig(
         **training.hugging_face_arguments(),
         output_dir=str(context.paths.checkpoints_dir),
         seed=training.seed,
@@ -61,12 +62,14 @@ def build_training_args(context: RunContext) -> SFTConfig:
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to=list(recipe.tracking.report_to) or "none",
-        run_name=recipe.run.name,
-        project=recipe.tracking.project or "huggingface",
+        report_to="none",  # `tracking` starts the trackers
+        run_name=recipe.tracking.run_name or recipe.run.name,
+        project=recipe.tracking.project or recipe.run.grid,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    args.report_to = []  # Kubeflow's adds itself where its environment is set
+    return args
 
 
 def build_train_dataset(samples: Samples, context: RunContext, pad_token_id: int) -> tuple[Dataset, int]:
@@ -116,10 +119,13 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
 
     control: TrainerControl
 
-    def __init__(self, context: RunContext, args: SFTConfig, model: Any, tokenizer: Any, samples: Samples) -> None:
+    def __init__(
+        self, context: RunContext, args: SFTConfig, model: Any, tokenizer: Any, samples: Samples, trackers: Trackers
+    ) -> None:
         self.context = context
         self.samples = samples
         self.flow = FlowCallback(context.recipe)
+        self.progress = ProgressCallback(context)
         dataset, num_padding = build_train_dataset(samples, context, tokenizer.pad_token_id)
         self._sampler = EpochSampler(
             [len(row.input_ids) for row in samples.train.rows],
@@ -135,7 +141,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
             processing_class=tokenizer,
             peft_config=build_lora_config(context.recipe),
-            callbacks=[self.flow, ProgressCallback(context)],
+            callbacks=[self.flow, self.progress, trackers],
         )
         self.remove_callback(PrinterCallback)
         if context.recipe.adapter.method != "none":  # else PEFT asks the hub whether the vocabulary has grown

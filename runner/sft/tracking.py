@@ -1,0 +1,217 @@
+"""Experiment trackers: what they are told, how one tracked run spans all attempts, and that they never stop training.
+
+TensorBoard and Weights & Biases are driven here, because Transformers' callbacks would start another run with every
+attempt and upload other weights than those that the runner commits and exports; every other tracker gets Transformers'
+own callback. Trackers live on the main process only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import integration_utils
+
+from runner.errors import RunnerError
+from runner.fsio import load_json, load_jsonl, write_json_atomic
+from runner.recipe import Recipe
+from runner.record import TrainResult
+from runner.sft.context import RunContext
+
+MAX_FAILURES_IN_A_ROW: Final = 3
+# `tracker -> (modules of which one must be there, what to install)`
+PACKAGES: Final[dict[str, tuple[tuple[str, ...], str]]] = {
+    "azure_ml": (("azureml",), "azureml-core"),
+    "clearml": (("clearml",), "clearml"),
+    "codecarbon": (("codecarbon",), "codecarbon"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "dagshub": (("dagshub",), "dagshub mlflow"),
+    "dvclive": (("dvclive",), "dvclive"),
+    "flyte": (("flytekit",), "flytekit"),
+    "kubeflow": ((), ""),  # needs its environment, not a package
+    "mlflow": (("mlflow",), "mlflow"),
+    "neptune": (("neptune",), "neptune"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "'recipe-runner[tensorboard]'"),
+    "trackio": (("trackio",), "trackio"),
+    "wandb": (("wandb",), "'recipe-runner[wandb]'"),
+}
+
+
+def require_installed(recipe: Recipe) -> None:
+    """Nothing, when every tracker of the recipe is installed; imports none of them.
+
+    Raises:
+        RunnerError: with the command that installs what is missing.
+    """
+    for name in recipe.tracking.report_to:
+        modules, package = PACKAGES[name]
+        if modules and not any(importlib.util.find_spec(module) for module in modules):
+            raise RunnerError(
+                f"`tracking.report_to` asks for {name}, which is not installed",
+                hint=f"pip install {package}, or launch with tracking.report_to=[]",
+            )
+
+
+def describe_run(context: RunContext) -> dict[str, Any]:
+    """What trackers show as the configuration of a run: its recipe, which holds no secrets, and its identity."""
+    recipe = context.recipe.model_dump(mode="json")
+    run = recipe.pop("run")
+    return {**recipe, "grid": run["grid"], "axes": run["axes"], "recipe_digest": context.recipe_digest}
+
+
+def rewrite_names(logs: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a log under the names that Transformers gives them: `train/loss`, `eval/nll_per_token`."""
+    numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+    return dict(integration_utils.rewrite_logs(numbers))
+
+
+class TensorBoardRun(TrainerCallback):  # type: ignore[misc]
+    """Event files in `tensorboard/`; an attempt that resumes hides what was written after its checkpoint."""
+
+    def __init__(self, context: RunContext, resume_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        first_step = 0 if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(context.paths.tensorboard_dir), purge_step=first_step)
+        if resume_step is None:
+            lines = "".join(f"    {line}\n" for line in context.recipe.model_dump_json(indent=2).splitlines())
+            self._writer.add_text("recipe", lines, 0)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: Any, **_: Any
+    ) -> None:
+        """Written and flushed at once, so that a killed run loses nothing."""
+        for name, value in rewrite_names(logs).items():
+            self._writer.add_scalar(name, value, state.global_step)
+        self._writer.flush()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class Trackers(TrainerCallback):  # type: ignore[misc]
+    """All trackers of a run behind one fence: what they raise is a warning, and the run goes on.
+
+    They are told every `tracking.log_steps`-th step and every evaluation; Transformers' closing summary is left out,
+    because it describes an attempt and not the run.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._trackers: dict[str, TrainerCallback] = {}
+        self._num_failures: dict[str, int] = {}
+
+    def open(self, resume_step: int | None) -> None:
+        """Start every tracker that the recipe names, before `metrics.jsonl` is cut back to `resume_step`.
+
+        Raises:
+            RunnerError: a tracker is not installed or refuses its configuration.
+        """
+        for name in dict.fromkeys(self._context.recipe.tracking.report_to):
+            try:
+                self._trackers[name] = self._build(name, resume_step)
+            except RunnerError:
+                raise
+            except (ImportError, RuntimeError, ValueError) as error:
+                raise RunnerError(f"the tracker {name} cannot be used: {error}") from error
+            except Exception as error:  # a network or a disk that is out of order
+                self._warn(name, "start", error)
+
+    def _build(self, name: str, resume_step: int | None) -> TrainerCallback:
+        if name == "tensorboard":
+            return TensorBoardRun(self._context, resume_step)
+        if name == "wandb":
+            from runner.sft.wandb_run import WandbRun
+
+            return WandbRun(self._context)
+        return integration_utils.INTEGRATION_TO_CALLBACK[name]()
+
+    def _tell(self, name: str, event: str, *args: Any, **kwargs: Any) -> None:
+        if (tracker := self._trackers.get(name)) is None:
+            return
+        try:
+            getattr(tracker, event)(*args, **kwargs)
+            self._num_failures[name] = 0
+        except Exception as error:
+            self._warn(name, event, error)
+
+    def _tell_all(self, event: str, *args: Any, **kwargs: Any) -> None:
+        for name in list(self._trackers):
+            self._tell(name, event, *args, **kwargs)
+
+    def _warn(self, name: str, event: str, error: Exception) -> None:
+        count = self._num_failures[name] = self._num_failures.get(name, 0) + 1
+        is_given_up = event == "start" or count >= MAX_FAILURES_IN_A_ROW
+        fate = "goes on without it" if is_given_up else "goes on"
+        what = f"{type(error).__name__}: {error}"
+        print(f"warning: the tracker {name} failed at {event}, training {fate}: {what}", flush=True)
+        if is_given_up:
+            self._trackers.pop(name, None)
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        """Passed on."""
+        self._tell_all("on_init_end", *args, **kwargs)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Passed on."""
+        self._tell_all("on_train_begin", *args, **kwargs)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Passed on for the steps that the recipe asks for and for every evaluation."""
+        if "loss" in logs:
+            told = dict(logs) if state.global_step % self._context.recipe.tracking.log_steps == 0 else {}
+        else:
+            told = {name: value for name, value in logs.items() if name.startswith("eval_")}
+        if told:
+            self._tell_all("on_log", args, state, control, logs=told, **kwargs)
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Passed on."""
+        self._tell_all("on_evaluate", *args, **kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Only Weights & Biases hears of a checkpoint: the others would look for it where Transformers left it."""
+        self._tell("wandb", "log_checkpoint", state.global_step)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Passed on."""
+        self._tell_all("on_train_end", *args, **kwargs)
+
+    def finish(self, result: TrainResult) -> None:
+        """Close what is still open, with the result and the exported model."""
+        self._tell("wandb", "finish", result)
+
+
+def open_trackers(context: RunContext, resume_step: int | None) -> Trackers:
+    """The trackers of the run, open on the main process and none elsewhere."""
+    trackers = Trackers(context)
+    context.on_main(lambda: trackers.open(resume_step))
+    return trackers
+
+
+def read_sent_steps(context: RunContext) -> dict[str, int]:
+    """`"loss" and "eval" -> the last step` that `metrics.jsonl` holds, -1 for none: trackers were told those."""
+    rows = load_jsonl(context.paths.metrics_path)
+    last = {"loss": -1, "eval": -1}
+    for row in rows:
+        kind = "loss" if "loss" in row else "eval"
+        if kind == "loss" or row.get("split") == "validation":
+            last[kind] = max(last[kind], row["step"])
+    return last
+
+
+def load_tracking(path: Path) -> dict[str, Any]:
+    """`tracking.json`: `tracker -> what must survive an attempt`."""
+    return dict(load_json(path) or {})
+
+
+def write_tracking(path: Path, tracker: str, facts: Mapping[str, Any]) -> None:
+    """Put a tracker's facts into `tracking.json`."""
+    write_json_atomic(path, {**load_tracking(path), tracker: dict(facts)})
