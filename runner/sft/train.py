@@ -76,7 +76,7 @@ def score_best(context: RunContext, trainer: RunTrainer) -> TrainResult:
     is_stopped_early = trainer.flow.is_stopped_early(state) and num_steps < state.max_steps
     limit = "max_steps" if recipe.training.max_steps is not None else "num_train_epochs"
     trainer.load_weights_of(best_step)
-    validation, _ = trainer.score("validation")
+    validation = trainer.score_validation_of(best_step)
     test, test_rows = trainer.score("test")
     base = context.on_main(lambda: _load_base_scores(context))
     if context.is_main:

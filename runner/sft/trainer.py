@@ -126,6 +126,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         self.samples = samples
         self.flow = FlowCallback(context.recipe)
         self.progress = ProgressCallback(context)
+        self._validated: tuple[int, SplitScore] | None = None
         dataset, num_padding = build_train_dataset(samples, context, tokenizer.pad_token_id)
         self._sampler = EpochSampler(
             [len(row.input_ids) for row in samples.train.rows],
@@ -169,6 +170,11 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             raise DivergedError(f"the {split} score at step {self.state.global_step} is not finite")
         return score, rows
 
+    def score_validation_of(self, step: int) -> SplitScore:
+        """The validation score of a step whose weights are loaded; the last evaluation is not computed once more."""
+        known_step, score = self._validated or (None, None)
+        return score if score is not None and known_step == step else self.score("validation")[0]
+
     def record_score(self, split: str, score: SplitScore) -> None:
         """One evaluation row of `metrics.jsonl`."""
         values = {
@@ -182,6 +188,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         """Score the validation split, in place of Transformers' evaluation, which averages over batches."""
         with self.context.phase("evaluating"):
             score, _rows = self.score("validation")
+        self._validated = (self.state.global_step, score)
         self.record_score("validation", score)
         metrics = {
             "eval_nll_per_completion_token": score.nll_per_completion_token,

@@ -103,6 +103,8 @@ class WandbRun(TrainerCallback):  # type: ignore[misc]
             for split, score in split_scores.items()
             for name in ("nll_per_completion_token", "nll_per_token")
         }
+        for model, answers in result.generation.items():
+            scores |= {f"test/{model}_{name}": value for name, value in answers.metrics.items()}
         self._run.summary.update({**scores, "best_step": result.best_step, "stop_reason": result.stop_reason})
         if self._tracking.log_model != "none":
             metadata = {"step": result.best_step, result.metric: result.best_metric}
