@@ -127,6 +127,7 @@ def propose(annotation: Any) -> Iterator[Any]:
             yield from propose(part)
     elif origin is tuple:
         yield from (["one"], ["two"], ["one", "two"])
+        yield from ([value] for value in propose(parts[0]))
     elif origin is dict:
         yield from ({"one": 1}, {"two": [2]})
     elif origin is list:

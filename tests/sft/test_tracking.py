@@ -53,7 +53,8 @@ def open_context(project: Project, *overrides: str) -> RunContext:
     """One rank of the first attempt of a run, without a trainer."""
     paths = project.paths("base")
     paths.attempt(1).attempt_dir.mkdir(parents=True, exist_ok=True)
-    return RunContext(project.recipe(*overrides), "digest", paths, paths.attempt(1), num_processes=1, is_main=True)
+    recipe = project.recipe(*overrides)
+    return RunContext(recipe, "digest", paths, paths.attempt(1), num_processes=1, is_main=True, resume="auto")
 
 
 def tell_steps(trackers: Trackers, steps: range, *, evaluate_every: int = 4) -> None:
