@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from runner.errors import RunnerError
 
@@ -143,7 +144,37 @@ def build_parser() -> argparse.ArgumentParser:
     report = verbs.add_parser("report", help="the comparison: one row per run, the axes as columns")
     _add_paths(report)
     report.add_argument("--format", choices=("md", "csv", "json"), default="md")
+    _add_model_verbs(verbs)
     return parser
+
+
+def _add_model_verbs(verbs: Any) -> None:
+    """What is done with the model of one run."""
+    chat = verbs.add_parser("chat", help="talk to the tuned model of a run in the terminal")
+    _add_tuned_run(chat)
+    chat.add_argument("--base", action="store_true", help="show the base model's answers beside the tuned model's")
+    chat.add_argument("--prompt", metavar="TEXT", help="answer this on stdout, and leave")
+    chat.add_argument("--system", metavar="TEXT", help="a system message in front of the conversation")
+    chat.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="per answer, default 512")
+
+    export = verbs.add_parser("export", help="the tuned model of a run as a folder with a model card, for others")
+    _add_tuned_run(export)
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument("--merge", action="store_true", help="one whole model instead of an adapter")
+    export.add_argument(
+        "--push",
+        nargs="?",
+        const="",
+        metavar="OWNER/NAME",
+        help="also send it to the hub; default: the recipe's tracking.hub_model_id",
+    )
+
+
+def _add_tuned_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/demo/gemma_060_full")
+    parser.add_argument(
+        "--checkpoint", metavar="best|latest|PATH", help="its weights instead of a completed run's, whatever the state"
+    )
 
 
 def _add_paths(parser: argparse.ArgumentParser, nargs: str = "+") -> None:

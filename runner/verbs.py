@@ -178,6 +178,35 @@ def run_report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_chat(arguments: argparse.Namespace) -> int:
+    """`runner chat`."""
+    from runner.sft.chat import chat
+
+    return chat(
+        arguments.run_dir,
+        checkpoint=arguments.checkpoint,
+        with_base=arguments.base,
+        prompt=arguments.prompt,
+        system=arguments.system,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """`runner export`."""
+    from runner.sft.publish import export_run
+
+    difference = export_run(
+        arguments.run_dir,
+        arguments.output,
+        checkpoint=arguments.checkpoint,
+        is_merged=arguments.merge,
+        push_to=arguments.push,
+    )
+    print(f"{arguments.output}: loaded again, its logits differ from the run's by at most {difference:.2g}")
+    return 0
+
+
 def name_overridden(name: str, overrides: list[str]) -> str:
     """The name of a run that differs from its recipe by overrides.
 

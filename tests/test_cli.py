@@ -71,7 +71,7 @@ def test_help_is_quick_and_names_every_verb(fake: FakeLauncher) -> None:
     assert "pydantic" not in list_imports("import runner.cli\nrunner.cli.build_parser().format_help()", fake.root)
     done = run("--help", cwd=fake.root)
     assert done.returncode == 0
-    for verb in ("render", "check", "launch", "sweep", "rerun", "status", "report"):
+    for verb in ("render", "check", "launch", "sweep", "rerun", "status", "report", "chat", "export"):
         assert f"\n    {verb} " in done.stdout
 
 

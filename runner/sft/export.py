@@ -42,12 +42,11 @@ def collect_resized_embeddings(model: Any, base: ModelSection) -> dict[str, torc
     an adapter with an added pad token could not be loaded again as it was.
     """
     layers = [getattr(one, "base_layer", one) for one in (model.get_input_embeddings(), model.get_output_embeddings())]
-    weights = {
-        id(weight): (f"{name}.{key}", weight)
-        for name, module in model.named_modules()
-        if module in layers
-        for key, weight in module.named_parameters(recurse=False)
-    }
+    weights: dict[int, tuple[str, torch.nn.Parameter]] = {}  # tied ones once, under the name of the input
+    for name, module in model.named_modules():
+        if module in layers:
+            for key, weight in module.named_parameters(recurse=False):
+                weights.setdefault(id(weight), (f"{name}.{key}", weight))
     num_base_rows = AutoConfig.from_pretrained(base.path, revision=base.revision).get_text_config().vocab_size
     if count_rows(model.get_input_embeddings()) == num_base_rows:
         return {}

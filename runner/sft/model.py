@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from runner.errors import DataError
@@ -22,18 +22,9 @@ def load_model(recipe: Recipe, tokenizer: Any, weights_dir: Path | None = None) 
     Under ZeRO-3 the training arguments must exist before this is called: `from_pretrained` looks at them to
     partition weights while loading.
     """
-    model = recipe.model
-    quantization = build_quantization_config(recipe)
-    path, revision = (model.path, model.revision) if weights_dir is None else (str(weights_dir), None)
-    arguments: dict[str, Any] = {"revision": revision, "dtype": getattr(torch, model.dtype)}
-    if model.attn_implementation is not None:
-        arguments["attn_implementation"] = model.attn_implementation
-    if quantization is not None:
-        arguments["quantization_config"] = quantization
-        if torch.cuda.is_available():
-            arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    path, revision = (recipe.model.path, recipe.model.revision) if weights_dir is None else (str(weights_dir), None)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, **arguments)
+        loaded = AutoModelForCausalLM.from_pretrained(path, revision=revision, **build_load_arguments(recipe))
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
             f"cannot load the model {path!r}: {str(error).splitlines()[0]}",
@@ -41,9 +32,28 @@ def load_model(recipe: Recipe, tokenizer: Any, weights_dir: Path | None = None) 
         ) from error
     add_pad_row(loaded, tokenizer)
     loaded.generation_config = build_generation_config(loaded.generation_config, tokenizer)
-    loaded.config.use_cache = False
     keep_four_bit_gradients(loaded)
     return loaded
+
+
+def build_load_arguments(recipe: Recipe) -> dict[str, Any]:
+    """What `from_pretrained` needs for the recipe's dtype, attention and quantisation."""
+    quantization = build_quantization_config(recipe)
+    arguments: dict[str, Any] = {"dtype": getattr(torch, recipe.model.dtype)}
+    if recipe.model.attn_implementation is not None:
+        arguments["attn_implementation"] = recipe.model.attn_implementation
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+        if torch.cuda.is_available():
+            arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    return arguments
+
+
+def load_tuned_model(recipe: Recipe, tokenizer: Any, weights_dir: Path) -> Any:
+    """The tuned model of an export or a checkpoint of the recipe's run; with an adapter, a `PeftModel`."""
+    if recipe.adapter.method == "none":
+        return load_model(recipe, tokenizer, weights_dir).eval()
+    return PeftModel.from_pretrained(load_model(recipe, tokenizer), weights_dir).eval()
 
 
 def count_rows(embedding: Any) -> int:
@@ -123,7 +133,7 @@ def build_lora_config(recipe: Recipe) -> LoraConfig | None:
     """The PEFT configuration, None for a full fine-tune."""
     if recipe.adapter.method == "none":
         return None
-    return LoraConfig(task_type="CAUSAL_LM", **recipe.adapter.lora_arguments())
+    return LoraConfig(task_type="CAUSAL_LM", revision=recipe.model.revision, **recipe.adapter.lora_arguments())
 
 
 def keep_adapters_in_float32(model: torch.nn.Module) -> None:

@@ -109,6 +109,7 @@ def export_model(context: RunContext, trainer: RunTrainer, tokenizer: Any) -> No
         for leftover in (partial_dir, model_dir):  # of an attempt that was killed before its result
             shutil.rmtree(leftover, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    trainer.model.config.use_cache = True  # switched off by Transformers for the training, and saved like that
     trainer.save_model(str(partial_dir))
     is_adapter = context.recipe.adapter.method != "none"
     embeddings = collect_resized_embeddings(trainer.model, context.recipe.model) if is_adapter else {}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from training_runs import assert_same_outputs, launch, launch_killed_at, read_log, read_losses, read_result
 from transformers import AutoModelForCausalLM
 
+from runner.fsio import load_json
 from runner.paths import RunPaths
 from runner.sft.model import build_lora_config, build_quantization_config, load_model
 from runner.sft.tokenizers import load_tokenizer
@@ -103,6 +104,17 @@ def test_qlora_trains_and_exports_a_float32_adapter(workplace: Project, qlora: R
     assert len(loaded) == 28
     for name, weight in loaded.items():
         torch.testing.assert_close(weight.float(), adapter[name.replace(".default", "")], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_qlora_merges_into_weights_that_are_not_quantised(workplace: Project, qlora: RunPaths) -> None:
+    done = workplace.cli("export", qlora.run_dir, "--output", "merged-qlora", "--merge")
+    assert done.returncode == 0, done.stderr
+    weights = load_file(workplace.root / "merged-qlora" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert "quantization_config" not in load_json(workplace.root / "merged-qlora" / "config.json")
+    model = AutoModelForCausalLM.from_pretrained(workplace.root / "merged-qlora")
+    assert model.get_input_embeddings().weight.shape == (513, 64)
 
 
 @pytest.mark.slow
