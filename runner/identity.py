@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -27,6 +27,9 @@ _PLACEMENT_KEYS: Final = {
     # How long checkpoints are kept, and where: the best one always stays, so nothing that is computed depends on it.
     "checkpoints": frozenset({"keep_latest", "keep_best", "save_optimizer", "archive", "remote"}),
 }
+_DEMO_MODELS: Final = (
+    "demo_models/"  # built by `runner.sft.demo_models`; never to be asked of the hub, where such a name is free
+)
 # A file that was written this recently may be written again under the same modification time.
 _SETTLED_AFTER_NANOSECONDS: Final = 2_000_000_000
 LIBRARIES: Final = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed")
@@ -101,7 +104,25 @@ def list_content_paths(recipe: Recipe) -> dict[str, str]:
 def _is_surely_local(key: str, path: str) -> bool:
     """A hub id is `name` or `owner/name`; anything else is a path, whether or not it is there."""
     has_file_suffix = Path(path).suffix in (".json", ".jsonl", ".csv", ".parquet", ".jinja")
+    if path.startswith(_DEMO_MODELS):
+        return True
     return key == "model.chat_template" or has_file_suffix or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def list_missing_files(recipe: Recipe) -> dict[str, str]:
+    """`dotted key -> path` of what the recipe names by path and is not there, content or not."""
+    named = {**list_content_paths(recipe), "launch.accelerate_config": recipe.launch.accelerate_config}
+    return {key: path for key, path in named.items() if not Path(path).exists()}
+
+
+def hint_at_missing(paths: Iterable[str]) -> str:
+    """How files come to be there that a recipe names."""
+    if any(path.startswith(_DEMO_MODELS) for path in paths):
+        return "python -m runner.sft.demo_models  # builds the demo's models"
+    return (
+        "paths are relative to the folder where `runner` is started; replace them in the recipe template, or for one "
+        "launch with an override such as data.train.path=FILE"
+    )
 
 
 def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
@@ -110,13 +131,13 @@ def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
     Raises:
         DataError: a file is missing (all missing ones are named) or cannot be read.
     """
-    paths = list_content_paths(recipe)
-    if missing := [f"  {key}: {path}" for key, path in paths.items() if not Path(path).exists()]:
+    if missing := list_missing_files(recipe):
         raise DataError(
-            f"recipe {recipe.run.name} names files that are not there:\n" + "\n".join(missing),
-            hint="paths are relative to the folder where `runner` is started; "
-            "replace them in the recipe template, or for one launch with an override such as data.train.path=FILE",
+            f"recipe {recipe.run.name} names files that are not there:\n"
+            + "\n".join(f"  {key}: {path}" for key, path in missing.items()),
+            hint=hint_at_missing(missing.values()),
         )
+    paths = list_content_paths(recipe)
     try:
         contents = {path: hashes.hash(Path(path)) for path in sorted(set(paths.values()))}
     except OSError as error:

@@ -244,6 +244,9 @@ def derive_status(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) 
     if failure is None or failure.kind in ("lost", "preempted"):
         why = failure.message if failure else f"attempt {last.number} was killed together with its launcher"
         return RunStatus(state="interrupted", why=why, failure=failure, **known)
+    if failure.kind == "configuration" and last.resume != "auto":  # what was asked for, not the recipe, was wrong
+        why = f"--resume {last.resume} was refused: {failure.message}"
+        return RunStatus(state="interrupted", why=why, **known)
     return RunStatus(state="failed", why=f"{failure.kind}: {failure.message}", failure=failure, **known)
 
 

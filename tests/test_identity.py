@@ -213,6 +213,9 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     ):
         (tmp_path / name).write_text(name)
     settle(tmp_path)
+    launch_config = tmp_path / parse().launch.accelerate_config  # must be there, but is no content
+    launch_config.parent.mkdir(exist_ok=True)
+    launch_config.touch()
     names = ("model.chat_template=chat.jinja", "data.validation={path: v.jsonl}", "data.test={path: t.jsonl}")
     return parse(*names)
 
@@ -229,6 +232,15 @@ def digest_now(recipe: Recipe) -> str:
 def test_every_file_that_a_recipe_names_is_hashed(recipe: Recipe) -> None:
     assert set(list_content_paths(recipe).values()) == {"models/toy", "chat.jinja", "data.jsonl", "v.jsonl", "t.jsonl"}
     assert set(hash_contents(recipe, ContentHashes(Path("cache.json")))) == set(list_content_paths(recipe).values())
+
+
+def test_files_that_are_not_there_are_named_at_once_and_never_looked_for_on_the_hub() -> None:
+    names = ("model.path=demo_models/gemma", "data.train.path=none.jsonl", "launch.accelerate_config=none.yaml")
+    with pytest.raises(DataError) as caught:
+        hash_contents(parse(*names), ContentHashes(Path("cache.json")))
+    for line in ("model.path: demo_models/gemma", "data.train.path: none.jsonl", "launch.accelerate_config: none.yaml"):
+        assert f"\n  {line}" in caught.value.message
+    assert caught.value.hint is not None and "python -m runner.sft.demo_models" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from runner.errors import CorruptFileError
 from runner.execute import prepare_run
 from runner.fsio import Lease, write_json_atomic
 from runner.paths import RunPaths
+from runner.plan import decide
 from runner.recipe import Recipe, parse_recipe
 from runner.record import (
     Attempt,
@@ -155,6 +156,17 @@ def test_interrupted_when_an_attempt_has_no_end(run: Run) -> None:
 def test_failed(kind: FailureKind, run: Run) -> None:
     run.attempt(ended_at_utc="2026-01-01T00:00:05+00:00", failure=Failure(kind=kind, message="because"))
     assert (run.status().state, run.status().why) == ("failed", f"{kind}: because")
+
+
+def test_a_refused_resume_is_no_failure_of_the_recipe(run: Run) -> None:
+    """A sweep must take such a run up again: one wrong `--resume` of one launch says nothing of the next."""
+    failure = Failure(kind="configuration", message="not of this run")
+    run.attempt(ended_at_utc="2026-01-01T00:00:05+00:00", failure=failure, resume="/other/step-3.zip")
+    status = run.status()
+    assert (status.state, status.why) == ("interrupted", "--resume /other/step-3.zip was refused: not of this run")
+    assert decide(status).action == "launch"
+    run.attempt(ended_at_utc="2026-01-01T00:00:07+00:00", failure=failure)
+    assert (run.status().state, decide(run.status()).action) == ("failed", "skip")
 
 
 def test_failed_when_only_the_trainer_could_say_so(run: Run) -> None:

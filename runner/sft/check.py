@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from runner.errors import DataError, RunnerError
 from runner.fsio import hash_json
-from runner.identity import build_digest_payload, list_content_paths
+from runner.identity import build_digest_payload, hint_at_missing, list_content_paths, list_missing_files
 from runner.recipe import DataSection, Recipe
 from runner.schedule import Schedule, derive_schedule, find_doubts
 from runner.sft.data import SPLITS, RawSplits, draw_splits
@@ -170,17 +170,15 @@ def _find_missing_files(recipes: Sequence[Recipe], result: CheckResult) -> set[s
     concerned: dict[str, list[str]] = {}
     keys: dict[str, str] = {}
     for recipe in recipes:
-        for key, path in list_content_paths(recipe).items():
-            if not Path(path).exists():
-                concerned.setdefault(path, []).append(name_run(recipe))
-                keys[path] = key
+        for key, path in list_missing_files(recipe).items():
+            concerned.setdefault(path, []).append(name_run(recipe))
+            keys[path] = key
     if concerned:
         width = max(map(len, concerned))
         lines = [f"  {path:<{width}}  {keys[path]} of {len(names)} recipes" for path, names in concerned.items()]
         error = DataError(
             f"{len(concerned)} files that recipes name are not there:\n" + "\n".join(lines),
-            hint="paths are relative to the folder where `runner` is started; put your files there, or change the "
-            "recipe template",
+            hint=hint_at_missing(concerned),
         )
         for name in dict.fromkeys(name for names in concerned.values() for name in names):
             result.fail(error, name)

@@ -31,7 +31,8 @@ def run_check(recipes: Sequence[Recipe], *, is_json: bool) -> int:
     if num_failed:
         print(f"\n{num_failed} of {len(recipes)} recipes cannot be trained as they are", file=sys.stderr)
         return 2
-    print(f"\n{len(recipes)} recipes can be trained, {len(result.warnings)} warnings")
+    num_warnings = len(result.warnings)
+    print(f"\n{len(recipes)} recipes can be trained, {num_warnings} warning{'' if num_warnings == 1 else 's'}")
     return 0
 
 
