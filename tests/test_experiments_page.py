@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from runner.cli import build_parser
 from runner.recipe import Recipe
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "experiments.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "experiments.md").read_text()
 # The parameter table of the Gemma 1.1 project, key by key.
 OLD_KEYS = re.findall(
     r"\w+",
@@ -76,6 +77,15 @@ def test_every_key_and_flag_that_is_mapped_to_exists(heading: str) -> None:
     assert len(named) >= 8 and set(named) <= RECIPE_KEYS, set(named) - RECIPE_KEYS
     for flag in re.findall(r"`(--[a-z-]+)", ours):
         assert flag in help_of(build_parser()), flag
+
+
+def test_every_verb_and_script_on_the_page_exists() -> None:
+    [verbs] = [action.choices for action in build_parser()._actions if isinstance(action.choices, dict)]
+    assert set(re.findall(r"\brunner ([a-z]+)", PAGE)) <= set(verbs)
+    assert all(
+        (ROOT / path).exists()
+        for path in re.findall(r"\b(?:sweeps|recipes|data|docs)/[\w./-]*\w", PAGE.replace("data/summaries/", ""))
+    )
 
 
 def help_of(parser: Any) -> str:

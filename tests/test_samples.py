@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -83,3 +84,9 @@ def test_summaries_have_their_columns() -> None:
     sizes = {split: len(read_rows(f"summaries_sample/{split}.jsonl")) for split in ("train", "validation", "test")}
     assert sizes == {"train": 40, "validation": 16, "test": 16}
     assert all(set(row) == {"document", "summary"} for row in read_rows("summaries_sample/train.jsonl"))
+
+
+def test_the_readme_counts_the_rows() -> None:
+    counted = re.findall(r"`([\w/]+\.jsonl?)` \((\d+)\)", (DATA / "README.md").read_text())
+    assert len(counted) == 8
+    assert {name: int(count) for name, count in counted} == {name: len(read_rows(name)) for name, _ in counted}
