@@ -61,6 +61,11 @@ class RunPaths:
         return self.run_dir / "tensorboard"
 
     @property
+    def predictions_path(self) -> Path:
+        """Per test row: what the base and the tuned model answered, and its scores; only where texts are generated."""
+        return self.run_dir / "predictions.jsonl"
+
+    @property
     def checkpoints_dir(self) -> Path:
         """`step-N/` folders, each of which counts only with its marker."""
         return self.run_dir / "checkpoints"

@@ -95,10 +95,12 @@ class SplitScore(Fact):
 
 
 class GenerationScore(Fact):
-    """The task's metrics of generated texts, means over the rows that were answered."""
+    """The task's metrics of generated texts, means over the rows that there was a reference for."""
 
     num_rows: int
+    num_judged: int  # rows with something to judge an answer by
     num_unfinished: int  # texts that reached `max_new_tokens` without an end of turn
+    num_unreadable: int  # texts that are no answer: neither label, no final result; they count as wrong
     metrics: dict[str, float]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,8 @@ from accelerate.utils import gather_object
 
 from runner.record import SplitScore
 from runner.sft.data import Row
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -40,27 +42,48 @@ def score_rows(
 ) -> list[RowScore]:
     """The score of every row, in the order of `rows`, on every rank.
 
-    `model` carries TRL's fused LM head, which gives log-probabilities without building logits. Every rank runs the
-    same number of forwards (ZeRO-3 gathers weights in each), so short ranks repeat their last row and drop its score.
+    `model` carries TRL's fused LM head, which gives log-probabilities without building logits.
     """
-    longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
-    mine = longest_first[accelerator.process_index :: accelerator.num_processes]
-    num_per_rank = math.ceil(len(rows) / accelerator.num_processes)
-    padded = mine + [(mine or longest_first)[-1]] * (num_per_rank - len(mine))
+    share = share_rows([len(row.input_ids) for row in rows], batch_size, accelerator)
     scored: list[tuple[int, RowScore]] = []
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, num_per_rank, batch_size):
-            indices = padded[start : start + batch_size]
+        for indices in share.batches:
             batch = [rows[index] for index in indices]
             scored += zip(indices, _score_batch(model, batch, pad_token_id, accelerator.device), strict=True)
     finally:
         model.train(was_training)
-    gathered = gather_object(scored[: len(mine)])
-    by_index = dict(gathered)
-    assert len(by_index) == len(rows), "every row is scored exactly once"
-    return [by_index[index] for index in range(len(rows))]
+    return share.gather(scored)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's batches of row indices. The last `num_extra` of them are repeated, and their results dropped."""
+
+    batches: tuple[tuple[int, ...], ...]
+    num_extra: int
+    num_rows: int  # of all ranks
+
+    def gather(self, results: Sequence[tuple[int, Value]]) -> list[Value]:
+        """`(index, result)` of every rank's batches -> all results in the order of the rows, on every rank."""
+        by_index = dict(gather_object(list(results[: len(results) - self.num_extra])))
+        assert len(by_index) == self.num_rows, "every row is worked on exactly once"
+        return [by_index[index] for index in range(self.num_rows)]
+
+
+def share_rows(lengths: Sequence[int], batch_size: int, accelerator: Accelerator) -> Share:
+    """Spread rows over the ranks, the longest first, so that batches hold rows of similar length.
+
+    Every rank gets the same number of batches (ZeRO-3 gathers weights in each forward), so short ranks repeat their
+    last row.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    mine = longest_first[accelerator.process_index :: accelerator.num_processes]
+    num_extra = math.ceil(len(lengths) / accelerator.num_processes) - len(mine)
+    padded = mine + [(mine or longest_first)[-1]] * num_extra
+    batches = tuple(tuple(padded[at : at + batch_size]) for at in range(0, len(padded), batch_size))
+    return Share(batches, num_extra, len(lengths))
 
 
 @torch.no_grad()

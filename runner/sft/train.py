@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from runner.fsio import fsync_dir, load_jsonl, write_json_atomic, write_jsonl_atomic
-from runner.record import SplitScore, TrainResult
+from runner.record import GenerationScore, SplitScore, TrainResult
 from runner.sft.context import RunContext
 from runner.sft.data import build_samples, describe_samples
+from runner.sft.evaluations import list_evaluations
 from runner.sft.export import add_to_adapter, collect_resized_embeddings, sort_adapter_config, verify_export
+from runner.sft.generation import Answer, load_answers, refuse_what_cannot_be_judged, score_answers, write_answers
 from runner.sft.markers import sync_folder
 from runner.sft.model import load_model
 from runner.sft.resume import choose_resume_step
@@ -31,6 +33,7 @@ def train(run_dir: Path) -> None:
         args = build_training_args(context)  # before the model: ZeRO-3 partitions weights while they load
         tokenizer = load_tokenizer(recipe.model)
         samples = build_samples(recipe.data, tokenizer)
+        refuse_what_cannot_be_judged(recipe, samples)
         if context.is_main:
             write_json_atomic(paths.samples_path, describe_samples(samples, recipe.loss))
         resume_step = context.on_main(
@@ -83,23 +86,36 @@ def score_best(context: RunContext, trainer: RunTrainer) -> TrainResult:
         base_rows = [row for row in load_jsonl(context.paths.eval_rows_path) if row["model"] == "base"]
         tuned_rows = [{"model": "tuned", **row.as_json()} for row in test_rows]
         write_jsonl_atomic(context.paths.eval_rows_path, [*base_rows, *tuned_rows])
+    answers = trainer.answer("test")
+    generation = context.on_main(lambda: _record_answers(context, answers))
     return TrainResult(
         recipe_digest=context.recipe_digest,
         outcome="completed",
         stop_reason="early_stopping" if is_stopped_early else limit,
         num_steps=num_steps,
         best_step=best_step,
-        best_metric=getattr(validation, recipe.checkpoints.metric),
+        best_metric=dict(list_evaluations(state.log_history, recipe.checkpoints.metric))[best_step],
         metric=recipe.checkpoints.metric,
         num_train_rows=len(trainer.samples.train.rows),
         base={split: SplitScore.model_validate(score) for split, score in base.items()},
         tuned={"validation": validation, "test": test},
+        generation=generation,
     )
 
 
 def _load_base_scores(context: RunContext) -> dict[str, dict[str, Any]]:
     rows = load_jsonl(context.paths.metrics_path)
     return {row["split"]: row for row in rows if row["step"] == 0 and "split" in row}
+
+
+def _record_answers(context: RunContext, answers: list[Answer]) -> dict[str, GenerationScore]:
+    """Put the tuned model's answers behind the base's, and score both."""
+    if not answers:
+        return {}
+    path = context.paths.predictions_path
+    by_model = {"base": load_answers(path, "base"), "tuned": answers}
+    write_answers(path, by_model)
+    return {model: score_answers(context.recipe.data.task, found) for model, found in by_model.items() if found}
 
 
 def export_model(context: RunContext, trainer: RunTrainer, tokenizer: Any) -> None:

@@ -21,13 +21,15 @@ from runner.errors import DivergedError
 from runner.fsio import write_jsonl_atomic
 from runner.paths import marker_path
 from runner.recipe import derive_accumulation
-from runner.record import SplitScore
+from runner.recipe_sections import GenerationOn
+from runner.record import GenerationScore, SplitScore
 from runner.sft.callbacks import FlowCallback, ProgressCallback
 from runner.sft.checkpoints import commit_checkpoint
 from runner.sft.context import RunContext
 from runner.sft.data import Samples
 from runner.sft.evaluate import RowScore, score_rows, sum_scores
 from runner.sft.export import exported_name, sort_adapter_config
+from runner.sft.generation import Answer, generate_answers, score_answers, write_answers
 from runner.sft.markers import is_intact, load_marker
 from runner.sft.masking import IGNORE_INDEX
 from runner.sft.model import build_lora_config, keep_adapters_in_float32
@@ -175,25 +177,48 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         known_step, score = self._validated or (None, None)
         return score if score is not None and known_step == step else self.score("validation")[0]
 
-    def record_score(self, split: str, score: SplitScore) -> None:
-        """One evaluation row of `metrics.jsonl`."""
-        values = {
+    def answer(self, split: str) -> list[Answer]:
+        """The judged answers of the model as it is now to the first rows of a split; none where generation is off."""
+        generation = self.context.recipe.evaluation.generation
+        if not isinstance(generation, GenerationOn):
+            return []
+        with self.context.phase("generating"), self.compute_loss_context_manager():
+            return generate_answers(
+                self.model_wrapped,
+                getattr(self.samples, split).rows[: generation.num_samples],
+                task=self.context.recipe.data.task,
+                tokenizer=self.processing_class,
+                max_new_tokens=generation.max_new_tokens,
+                batch_size=self.args.per_device_eval_batch_size,
+                accelerator=self.accelerator,
+            )
+
+    def record_score(
+        self, split: str, score: SplitScore, generation: GenerationScore | None = None
+    ) -> dict[str, float]:
+        """Write one evaluation row of `metrics.jsonl`; what comes back are its metrics."""
+        metrics = {
             "nll_per_completion_token": score.nll_per_completion_token,
             "nll_per_token": score.nll_per_token,
+            **(generation.metrics if generation else {}),
         }
-        row = {"step": self.state.global_step, "split": split, **values, **score.model_dump()}
+        row = {"step": self.state.global_step, "split": split, **metrics, **score.model_dump()}
+        if generation:
+            row["generation"] = generation.model_dump(exclude={"metrics"})
         self.context.append_metrics(row)
+        return metrics
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation split, in place of Transformers' evaluation, which averages over batches."""
+        recipe = self.context.recipe
         with self.context.phase("evaluating"):
             score, _rows = self.score("validation")
         self._validated = (self.state.global_step, score)
-        self.record_score("validation", score)
-        metrics = {
-            "eval_nll_per_completion_token": score.nll_per_completion_token,
-            "eval_nll_per_token": score.nll_per_token,
-        }
+        generation = None
+        if isinstance(recipe.evaluation.generation, GenerationOn) and recipe.evaluation.generation.during_training:
+            generation = score_answers(recipe.data.task, self.answer("validation"))
+        recorded = self.record_score("validation", score, generation)
+        metrics = {f"eval_{name}": value for name, value in recorded.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -229,11 +254,13 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         """Step 0: the base model under the same code, on both splits."""
         with self.context.phase("evaluating base"):
             score, rows = self.score("test")
-            self.record_score("test", score)
+            self.record_score("test", score, None)
             if self.context.is_main:
                 write_jsonl_atomic(
                     self.context.paths.eval_rows_path, [{"model": "base", **row.as_json()} for row in rows]
                 )
+        if answers := self.answer("test"):
+            self.context.on_main(lambda: write_answers(self.context.paths.predictions_path, {"base": answers}))
         self.evaluate()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import DataError
@@ -205,6 +205,7 @@ def test_rows_of_another_data_set_are_refused(row: Any) -> None:
         read([row])
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_every_message_is_used_or_counted_once(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 14))

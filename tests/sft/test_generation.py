@@ -1,0 +1,180 @@
+"""Answers are those of plain greedy decoding, whatever the batch, and nothing of the model or the dice is changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, Project
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from runner.errors import DataError
+from runner.recipe_sections import DataSection, ModelSection, SquadV2Task, Sst2Task
+from runner.sft.data import LeftOut, Row, Samples, Split, build_samples
+from runner.sft.generation import (
+    Answer,
+    build_generation_config,
+    build_prompt,
+    generate_answers,
+    load_answers,
+    refuse_what_cannot_be_judged,
+    score_answers,
+    write_answers,
+)
+from runner.sft.masking import CompletionSpan
+from runner.sft.metrics import Judgement
+from runner.sft.tokenizers import load_tokenizer
+
+FAMILIES = ("gemma", "gemma2", "llama", "mistral", "phi")
+NUM_NEW = 12
+HUMAN = str(ROOT / "recipe_templates" / "chat" / "human_assistant.jinja")
+TASK = Sst2Task(name="sst2", prompt="{sentence}")
+
+Loaded = tuple[Any, Any, tuple[Row, ...]]
+
+
+@pytest.fixture(scope="module")
+def load(tiny_model: Callable[[str], Path]) -> Callable[[str], Loaded]:
+    """`family -> (model in training mode, tokenizer, rows)`; the rows' prompts differ in length."""
+
+    def build(family: str) -> Loaded:
+        template = HUMAN if family == "phi" else None
+        tokenizer = load_tokenizer(ModelSection(path=str(tiny_model(family)), dtype="float32", chat_template=template))
+        data: dict[str, Any] = {"train": {"path": str(ROOT / "data" / "demo.jsonl")}, "task": {"name": "conversations"}}
+        counts = {"num_train_samples": 1, "num_validation_samples": 1, "num_test_samples": 9}
+        section = DataSection.model_validate_json(json.dumps({**data, **counts, "seed": 1, "max_length": 1000}))
+        model = AutoModelForCausalLM.from_pretrained(tiny_model(family), attn_implementation="eager").train()
+        model.config.use_cache = False
+        return model, tokenizer, build_samples(section, tokenizer).test.rows
+
+    return build
+
+
+def answer(model: Any, tokenizer: Any, rows: tuple[Row, ...], batch_size: int = 4) -> list[Answer]:
+    return generate_answers(
+        model,
+        rows,
+        task=TASK,
+        tokenizer=tokenizer,
+        max_new_tokens=NUM_NEW,
+        batch_size=batch_size,
+        accelerator=Accelerator(cpu=True),
+    )
+
+
+@torch.no_grad()
+def answer_plainly(model: Any, tokenizer: Any, row: Row) -> tuple[str, bool]:
+    """One token after the other, each from a forward over everything before it."""
+    stop_ids, ids = build_generation_config(tokenizer, NUM_NEW).eos_token_id, build_prompt(row)
+    num_prompt = len(ids)
+    model.eval()
+    while len(ids) < num_prompt + NUM_NEW:
+        token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if token in stop_ids:
+            return tokenizer.decode(ids[num_prompt:], skip_special_tokens=True).strip(), True
+        ids.append(token)
+    return tokenizer.decode(ids[num_prompt:], skip_special_tokens=True).strip(), False
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_plain_greedy_decoding_for_any_batch_size(
+    load: Callable[[str], Loaded], family: str
+) -> None:
+    model, tokenizer, rows = load(family)
+    assert len({len(build_prompt(row)) for row in rows}) > 1
+    found = {size: answer(model, tokenizer, rows, size) for size in (1, 4, 64)}
+    expected = [answer_plainly(model, tokenizer, row) for row in rows]
+    for answers in found.values():
+        assert [one.row_id for one in answers] == [row.row_id for row in rows], "in the order of the rows"
+        assert [(one.prediction, one.is_finished) for one in answers] == expected
+
+
+def test_an_answer_ends_with_the_turn(load: Callable[[str], Loaded]) -> None:
+    """A model that always says one token: any other goes on to the limit, the end of turn ends at once."""
+    model, tokenizer, rows = load("gemma")
+    end_of_turn, word = tokenizer.convert_tokens_to_ids(["<end_of_turn>", "▁the"])
+    assert build_generation_config(tokenizer, 1).eos_token_id == sorted({end_of_turn, tokenizer.eos_token_id})
+    head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
+    torch.nn.init.zeros_(head.weight)
+    model.lm_head = head
+    for token, is_finished in ((end_of_turn, True), (tokenizer.eos_token_id, True), (word, False)):
+        torch.nn.init.zeros_(head.bias)
+        head.bias.data[token] = 1
+        for one in answer(model, tokenizer, rows):
+            assert one.is_finished is is_finished
+            assert one.prediction == ("" if is_finished else " ".join(["the"] * NUM_NEW))
+
+
+def test_nothing_of_the_model_or_the_dice_is_changed(load: Callable[[str], Loaded]) -> None:
+    base, tokenizer, rows = load("llama")
+    model = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear"))
+    model.gradient_checkpointing_enable()
+    model.train()
+    base.generation_config.repetition_penalty = 50.0  # a default of the model that is not greedy decoding
+    before = torch.get_rng_state(), base.generation_config, {k: v.clone() for k, v in model.state_dict().items()}
+    answers = answer(model, tokenizer, rows)
+    assert model.training and all(module.training for module in model.modules())
+    assert base.is_gradient_checkpointing and base.config.use_cache is False
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert base.generation_config is before[1]
+    assert all(torch.equal(before[2][name], value) for name, value in model.state_dict().items())
+    expected = [answer_plainly(model, tokenizer, row) for row in rows]
+    assert [(one.prediction, one.is_finished) for one in answers] == expected
+
+
+def test_the_mode_is_restored_after_a_failure(load: Callable[[str], Loaded]) -> None:
+    model, tokenizer, _ = load("llama")
+    defaults = model.generation_config
+    with pytest.raises(IndexError):
+        answer(model, tokenizer, (Row("bad", (3, 10**6, 5), (CompletionSpan(2, 3),), 1, False),))
+    assert model.training and model.generation_config is defaults
+
+
+def test_a_prompt_is_what_training_saw_before_the_last_completion(load: Callable[[str], Loaded]) -> None:
+    row = Row("two", (1, 2, 3, 4, 5, 6, 7), (CompletionSpan(1, 3), CompletionSpan(5, 7)), 1, False)
+    assert build_prompt(row) == [1, 2, 3, 4, 5]
+    _, tokenizer, rows = load("gemma")
+    assert tokenizer.decode(build_prompt(rows[0])).endswith("<end_of_turn>\n<start_of_turn>model\n")
+    with pytest.raises(DataError, match="row one begins with its completion"):
+        build_prompt(Row("one", (1, 2), (CompletionSpan(0, 2),), 1, False))
+
+
+def test_scores_count_what_is_unfinished_unreadable_and_judged(tmp_path: Path) -> None:
+    task = SquadV2Task(name="squad_v2", prompt="{context} {question}")
+    answers = [
+        Answer("a", "é", ("é",), True, Judgement({"exact_match": 1.0, "f1": 1.0})),
+        Answer("b", "x", (), False, Judgement({"exact_match": 0.0, "f1": 0.0}, is_readable=False)),
+        Answer("c", "x", ("y",), True, Judgement()),
+    ]
+    path = tmp_path / "predictions.jsonl"
+    write_answers(path, {"base": answers[:1], "tuned": answers})
+    assert (load_answers(path, "base"), load_answers(path, "tuned")) == (answers[:1], answers)
+    assert load_answers(tmp_path / "none.jsonl", "base") == []
+    score = score_answers(task, answers)
+    assert (score.num_rows, score.num_judged, score.num_unfinished, score.num_unreadable) == (3, 2, 1, 1)
+    assert score.metrics["exact_match"] == 0.5
+
+
+def test_a_metric_that_chooses_must_be_defined_on_the_validation_rows(project: Project) -> None:
+    recipe = project.recipe(
+        "data.task={name: squad_v2, prompt: '{context} {question}'}",
+        "evaluation.generation={enabled: true, max_new_tokens: 8, num_samples: 2, during_training: true}",
+        "checkpoints={metric: no_answer_accuracy, mode: max}",
+    )
+    rows = [Row(str(n), (1, 2, 3), (CompletionSpan(2, 3),), 1, False, ("x",) if n < 2 else ()) for n in range(3)]
+
+    def samples(*chosen: Row) -> Samples:
+        split = Split(tuple(chosen), ())
+        return Samples(split, split, split, LeftOut())
+
+    refuse_what_cannot_be_judged(recipe, samples(*reversed(rows)))
+    with pytest.raises(DataError, match="no validation row can be judged by `no_answer_accuracy`"):
+        refuse_what_cannot_be_judged(recipe, samples(*rows))  # the only one without an answer is the third
+    with pytest.raises(DataError, match="begins with its completion"):
+        refuse_what_cannot_be_judged(recipe, samples(Row("r", (1, 2), (CompletionSpan(0, 2),), 1, False)))
