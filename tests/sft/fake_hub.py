@@ -101,8 +101,10 @@ def fake_hub() -> Iterator[FakeHub]:
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             path = self.path.partition("?")[0]
-            is_known = path.startswith("/lfs/") or self.headers.get("Authorization") == f"Bearer {hub.token}"
-            content = json.dumps(hub.answer(path, body) if is_known else {"error": "who is that?"}).encode()
+            shown = self.headers.get("Authorization")
+            is_known = path.startswith("/lfs/") or shown == f"Bearer {hub.token}"
+            answer = hub.answer(path, body) if is_known else {"error": f"nobody has the token {shown}"}
+            content = json.dumps(answer).encode()
             self.send_response(200 if is_known else 401)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
