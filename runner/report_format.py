@@ -9,31 +9,31 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal, TypeVar, get_args
-
-from rich.cells import cell_len
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Final, Literal, get_args
 
 from runner.fsio import dump_json
 from runner.hf_fields import thaw
-from runner.record import State
+from runner.record import GenerationScore, State
 from runner.report import (
-    AxisComparison,
     ReportRow,
     axis_text,
     compare_with_base,
     group_by_test_rows,
     is_number,
     list_axes,
+    list_metrics,
     list_values,
 )
+from runner.report_comparisons import AxisComparison
+from runner.report_table import Column, build_column, draw_packed, draw_table, draw_tables, one_line
 
 Format = Literal["md", "csv", "json"]
 FORMATS: Final[tuple[Format, ...]] = get_args(Format)
-MAX_WIDTH: Final = 140  # terminal columns; a wider table is cut in two
 MAX_NAMED: Final = 3  # names in one note; JSON has all
 HASH_CHARACTERS: Final = 12
+MODELS: Final[tuple[Literal["base", "tuned"], ...]] = ("base", "tuned")
 LEGEND: Final = (
     "NLL: nats per completion token; full NLL: nats per token of the full text; comparable within one tokenizer.\n"
     "bits/byte: of the completions, tuned; compares across tokenizers. All on the test split, lower is better.\n"
@@ -43,7 +43,13 @@ COMPARISON_LEGEND: Final = (
     "difference: compared - reference, mean over pairs of completed runs that are equal in every other axis;\n"
     "negative means that `compared` is better. 95% interval: paired t."
 )
-_Item = TypeVar("_Item")
+ANSWERS_LEGEND: Final = (
+    "Of generated answers to the test prompts, larger is better; unfinished: reached `max_new_tokens`;\n"
+    "unreadable: no answer at all (neither label, no final result), counted as wrong."
+)
+ANSWERS_COMPARISON_LEGEND: Final = (
+    "Where the unit says that larger is better, positive means that `compared` is better."
+)
 
 
 def format_report(rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison], format: Format) -> str:
@@ -70,9 +76,9 @@ def build_warnings(rows: Sequence[ReportRow]) -> list[str]:
     return warnings
 
 
-def _build_fields(row: ReportRow) -> dict[str, Any]:
-    """Everything measured about a run, flat."""
-    return {
+def _build_fields(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
+    """Everything measured about a run, flat; what is said of answers only where some run has `metrics`."""
+    fields = {
         "state": row.state,
         "num_test_rows": row.num_test_rows,
         "test_rows_hash": row.test_rows_hash,
@@ -87,12 +93,19 @@ def _build_fields(row: ReportRow) -> dict[str, Any]:
         "num_steps": row.num_steps,
         "stop_reason": row.stop_reason,
     }
+    if metrics:
+        for model in MODELS:
+            counts = row.answers.get(model)
+            fields |= {f"{model}_{name}": row.metric(model, name) for name in metrics}
+            fields[f"{model}_num_unfinished"] = counts.num_unfinished if counts else None
+            fields[f"{model}_num_unreadable"] = counts.num_unreadable if counts else None
+    return fields
 
 
 def _format_csv(rows: Sequence[ReportRow]) -> str:
     """One line per run; axes are headed `axes.NAME`, so that an axis called `state` stays apart from the state."""
-    axes = list_axes(rows)
-    fields = [_build_fields(row) for row in rows]
+    axes, metrics = list_axes(rows), list_metrics(rows)
+    fields = [_build_fields(row, metrics) for row in rows]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["grid", "run", *(f"axes.{axis}" for axis in axes), *(fields[0] if fields else ())])
@@ -103,9 +116,13 @@ def _format_csv(rows: Sequence[ReportRow]) -> str:
 
 
 def _format_json(rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison]) -> str:
+    metrics = list_metrics(rows)
     return dump_json(
         {
-            "rows": [{"grid": row.grid, "run": row.name, "axes": thaw(row.axes), **_build_fields(row)} for row in rows],
+            "rows": [
+                {"grid": row.grid, "run": row.name, "axes": thaw(row.axes), **_build_fields(row, metrics)}
+                for row in rows
+            ],
             "comparisons": [thaw(vars(comparison)) for comparison in comparisons],
             "base": asdict(compare_with_base(rows)),
             "warnings": build_warnings(rows),
@@ -117,101 +134,79 @@ def _format_markdown(rows: Sequence[ReportRow], comparisons: Sequence[AxisCompar
     columns = _build_columns(rows)
     parts = [f"# {', '.join(dict.fromkeys(row.grid for row in rows)) or 'report'}: {_count_states(rows)}"]
     if equal := [f"{column.equal_prefix}{value}" for column in columns if (value := column.equal_value()) is not None]:
-        parts.append(_one_line(f"Equal in every run: {'; '.join(equal)}."))
+        parts.append(one_line(f"Equal in every run: {'; '.join(equal)}."))
     parts += [f"**warning:** {warning}" for warning in build_warnings(rows)]
     if rows:
-        parts += [LEGEND, *_draw_tables([column for column in columns if column.equal_value() is None])]
+        parts += [LEGEND, *draw_tables([column for column in columns if column.equal_value() is None])]
         parts.append(_describe_base(rows))
+    if list_metrics(rows):
+        parts += ["## Answers", ANSWERS_LEGEND, *draw_packed(_build_answer_columns(rows))]
     if comparisons:
-        parts += ["## Paired comparisons", COMPARISON_LEGEND, _draw_table(_build_comparison_columns(comparisons))]
-        parts += ["\n".join(f"- {_one_line(note)}" for note in _build_notes(comparisons))]
+        legend = [COMPARISON_LEGEND]
+        legend += [ANSWERS_COMPARISON_LEGEND] if any(item.is_of_answers for item in comparisons) else []
+        parts += ["## Paired comparisons", "\n".join(legend), draw_table(_build_comparison_columns(comparisons))]
+        parts += ["\n".join(f"- {one_line(note)}" for note in _build_notes(comparisons))]
     return "\n\n".join(parts).rstrip("\n") + "\n"
 
 
-@dataclass(frozen=True)
-class _Column:
-    """One column of a Markdown table, its cells already text."""
-
-    header: str
-    cells: tuple[str, ...]
-    is_numeric: bool = True
-    is_detail: bool = False  # goes to the second table when one would be too wide
-    equal_prefix: str | None = None  # what to say above the table when all runs have one value; None: never
-    may_be_blank: bool = False  # whether runs without a value count as having that value
-
-    @property
-    def width(self) -> int:
-        """Terminal columns; Markdown wants three dashes at least."""
-        return max(3, *(cell_len(_escape(cell)) for cell in (self.header, *self.cells)))
-
-    def draw(self) -> list[str]:
-        """Header, rule and cells, padded to one width."""
-        width = self.width
-        padded = []
-        for cell in map(_escape, (self.header, *self.cells)):
-            blanks = " " * (width - cell_len(cell))
-            padded.append(blanks + cell if self.is_numeric else cell + blanks)
-        return [padded[0], "-" * (width - 1) + (":" if self.is_numeric else "-"), *padded[1:]]
-
-    def equal_value(self) -> str | None:
-        """The one value of all runs, where it is to be said once instead of in a column."""
-        values = set(self.cells) - ({""} if self.may_be_blank else set())
-        return values.pop() if self.equal_prefix is not None and len(values) == 1 else None
-
-
-def _column(header: str, items: Iterable[_Item], text: Callable[[_Item], str], **settings: Any) -> _Column:
-    return _Column(header, tuple(text(item) for item in items), **settings)
-
-
-def _build_columns(rows: Sequence[ReportRow]) -> list[_Column]:
-    columns = [_column("run", rows, lambda row: row.name, is_numeric=False)]
+def _build_columns(rows: Sequence[ReportRow]) -> list[Column]:
+    columns = [build_column("run", rows, lambda row: row.name, is_numeric=False)]
     if len({row.grid for row in rows}) > 1:  # else the title says it
-        columns.append(_column("grid", rows, lambda row: row.grid, is_numeric=False))
+        columns.append(build_column("grid", rows, lambda row: row.grid, is_numeric=False))
     for axis in list_axes(rows):
         is_numeric = all(is_number(value) for value in list_values(rows, axis))
         cells = tuple(_axis_cell(row, axis) for row in rows)
-        columns.append(_Column(axis, cells, is_numeric=is_numeric, equal_prefix=f"{axis}="))
+        columns.append(Column(axis, cells, is_numeric=is_numeric, equal_prefix=f"{axis}="))
     if len({row.state for row in rows}) > 1:  # else the title says it
-        columns.append(_column("state", rows, lambda row: row.state, is_numeric=False))
-    test_rows = _column("test rows", rows, lambda row: _integer(row.num_test_rows), may_be_blank=True)
-    stop_reason = _column("stop reason", rows, lambda row: row.stop_reason or "", is_numeric=False, may_be_blank=True)
+        columns.append(build_column("state", rows, lambda row: row.state, is_numeric=False))
+    test_rows = build_column("test rows", rows, lambda row: _integer(row.num_test_rows), may_be_blank=True)
+    stop_reason = build_column(
+        "stop reason", rows, lambda row: row.stop_reason or "", is_numeric=False, may_be_blank=True
+    )
     return columns + [
         replace(test_rows, equal_prefix="test rows "),
-        _column("base NLL", rows, lambda row: _decimal(row.base.nll_per_completion_token)),
-        _column("tuned NLL", rows, lambda row: _decimal(row.tuned.nll_per_completion_token)),
-        _column("change", rows, lambda row: _signed(row.change)),
-        _column("bits/byte", rows, lambda row: _decimal(row.tuned.bits_per_byte)),
-        _column("base full NLL", rows, lambda row: _decimal(row.base.nll_per_token), is_detail=True),
-        _column("tuned full NLL", rows, lambda row: _decimal(row.tuned.nll_per_token), is_detail=True),
-        _column("best/steps", rows, _steps, is_detail=True),
+        build_column("base NLL", rows, lambda row: _decimal(row.base.nll_per_completion_token)),
+        build_column("tuned NLL", rows, lambda row: _decimal(row.tuned.nll_per_completion_token)),
+        build_column("change", rows, lambda row: _signed(row.change)),
+        build_column("bits/byte", rows, lambda row: _decimal(row.tuned.bits_per_byte)),
+        build_column("base full NLL", rows, lambda row: _decimal(row.base.nll_per_token), is_detail=True),
+        build_column("tuned full NLL", rows, lambda row: _decimal(row.tuned.nll_per_token), is_detail=True),
+        build_column("best/steps", rows, _steps, is_detail=True),
         replace(stop_reason, equal_prefix="stop reason ", is_detail=True),
     ]
 
 
-def _build_comparison_columns(comparisons: Sequence[AxisComparison]) -> list[_Column]:
+def _build_answer_columns(rows: Sequence[ReportRow]) -> list[Column]:
+    """Base and tuned side by side, of the runs whose models answered."""
+    answering = [row for row in rows if row.answers]
+    columns = [build_column("run", answering, lambda row: row.name, is_numeric=False)]
+    for name in list_metrics(answering):
+        for model in MODELS:
+            cells = tuple(_decimal(row.metric(model, name)) for row in answering)
+            columns.append(Column(f"{model} {name}", cells))
+    for what in ("unfinished", "unreadable"):
+        cells = tuple(_count_of(row.answers, f"num_{what}") for row in answering)
+        columns.append(Column(f"{what} (base, tuned)", cells))
+    return columns
+
+
+def _count_of(answers: Mapping[str, GenerationScore], name: str) -> str:
+    """Base and tuned, of how many: `3, 0 of 24`."""
+    counts = [str(getattr(answers[model], name)) if model in answers else "?" for model in MODELS]
+    return f"{', '.join(counts)} of {answers['tuned'].num_rows}"
+
+
+def _build_comparison_columns(comparisons: Sequence[AxisComparison]) -> list[Column]:
     return [
-        _column("axis", comparisons, lambda item: item.axis, is_numeric=False),
-        _column("reference", comparisons, lambda item: axis_text(item.reference), is_numeric=False),
-        _column("compared", comparisons, lambda item: axis_text(item.compared), is_numeric=False),
-        _column("difference", comparisons, lambda item: _signed(item.mean_difference)),
-        _column("95% interval", comparisons, lambda item: _interval(item.interval)),
-        _column("unit", comparisons, lambda item: item.unit, is_numeric=False),
-        _column("pairs", comparisons, lambda item: str(item.num_pairs)),
-        _column("cells without a pair", comparisons, lambda item: str(len(item.unpaired))),
+        build_column("axis", comparisons, lambda item: item.axis, is_numeric=False),
+        build_column("reference", comparisons, lambda item: axis_text(item.reference), is_numeric=False),
+        build_column("compared", comparisons, lambda item: axis_text(item.compared), is_numeric=False),
+        build_column("difference", comparisons, lambda item: _signed(item.mean_difference)),
+        build_column("95% interval", comparisons, lambda item: _interval(item.interval)),
+        build_column("unit", comparisons, lambda item: item.unit, is_numeric=False),
+        build_column("pairs", comparisons, lambda item: str(item.num_pairs)),
+        build_column("cells without a pair", comparisons, lambda item: str(len(item.unpaired))),
     ]
-
-
-def _draw_tables(columns: Sequence[_Column]) -> list[str]:
-    """One table, or two that share their first column when one would be wider than `MAX_WIDTH`."""
-    if sum(column.width + 3 for column in columns) + 1 <= MAX_WIDTH:
-        return [_draw_table(columns)]
-    details = [column for column in columns if column.is_detail]
-    return [_draw_table([column for column in columns if not column.is_detail]), _draw_table([columns[0], *details])]
-
-
-def _draw_table(columns: Sequence[_Column]) -> str:
-    lines = zip(*(column.draw() for column in columns), strict=True)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _describe_base(rows: Sequence[ReportRow]) -> str:
@@ -228,17 +223,18 @@ def _build_notes(comparisons: Sequence[AxisComparison]) -> list[str]:
         by_axis.setdefault(comparison.axis, []).append(comparison)
     notes = []
     for axis, group in by_axis.items():
+        likelihoods = [item for item in group if not item.is_of_answers]  # the pairs of answers are among theirs
         if group[0].is_with_first_only:
             first = axis_text(group[0].reference)
-            notes.append(f"`{axis}` has {len(group) + 1} values: each is compared with the first, {first}, only.")
-        notes += _describe_recipe_differences(axis, group)
-        if num_different := sum(item.num_pairs_on_different_rows for item in group):
+            notes.append(f"`{axis}` has {len(likelihoods) + 1} values: each is compared with the first, {first}, only.")
+        notes += _describe_recipe_differences(axis, likelihoods)
+        if num_different := sum(item.num_pairs_on_different_rows for item in likelihoods):
             notes.append(f"**warning:** `{axis}`: {_count(num_different, 'pair')} scored on different test rows.")
         for item in group:
             if item.unpaired:
                 number, reasons = _count(len(item.unpaired), "cell"), _name_some(item.unpaired, "; ")
                 notes.append(f"`{axis}`, {_values(item)}: {number} without a pair: {reasons}.")
-    return notes
+    return list(dict.fromkeys(notes))
 
 
 def _describe_recipe_differences(axis: str, group: Sequence[AxisComparison]) -> list[str]:
@@ -299,16 +295,3 @@ def _name_some(names: Iterable[str], separator: str = ", ") -> str:
     listed = list(names)
     more = [f"and {len(listed) - MAX_NAMED} more"] if len(listed) > MAX_NAMED else []
     return separator.join(listed[:MAX_NAMED] + more)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.splitlines())
-
-
-def _escape(cell: str) -> str:
-    """A cell that cannot end its column or its row.
-
-    >>> _escape("a|b")
-    'a\\\\|b'
-    """
-    return _one_line(cell).replace("\\", "\\\\").replace("|", "\\|")

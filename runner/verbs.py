@@ -164,7 +164,8 @@ def run_status(arguments: argparse.Namespace) -> int:
 
 def run_report(arguments: argparse.Namespace) -> int:
     """`runner report`."""
-    from runner.report import build_comparisons, build_rows
+    from runner.report import build_rows
+    from runner.report_comparisons import build_comparisons
     from runner.report_format import format_report
 
     selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)

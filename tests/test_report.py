@@ -19,9 +19,22 @@ from rich.cells import cell_len
 from runner.fsio import Lease, write_json_atomic, write_text_atomic
 from runner.paths import RunPaths
 from runner.recipe import Recipe, parse_recipe
-from runner.record import Attempt, Failure, RunRecord, RunStatus, SplitScore, TrainResult, derive_status, write_record
-from runner.report import axis_text, build_comparisons, build_rows, compare_with_base, paired_interval
-from runner.report_format import FORMATS, MAX_WIDTH, Format, format_report
+from runner.recipe_sections import SquadV2Task, Sst2Task
+from runner.record import (
+    Attempt,
+    Failure,
+    GenerationScore,
+    RunRecord,
+    RunStatus,
+    SplitScore,
+    TrainResult,
+    derive_status,
+    write_record,
+)
+from runner.report import axis_text, build_rows, compare_with_base
+from runner.report_comparisons import build_comparisons, paired_interval
+from runner.report_format import FORMATS, Format, format_report
+from runner.report_table import MAX_WIDTH
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 Run = tuple[Recipe, RunPaths, RunStatus]
@@ -90,6 +103,7 @@ def completed(
     rows_hash: str | None = "a1" * 32,
     num_bytes: int = NUM_BYTES,
     stop_reason: str = "num_train_epochs",
+    answers: dict[str, GenerationScore] | None = None,
 ) -> Run:
     paths = write_base(root, recipe)
     result = TrainResult(
@@ -103,6 +117,7 @@ def completed(
         num_train_rows=60,
         base={"test": make_score(base, num_bytes), "validation": make_score(9.0)},
         tuned={"test": make_score(tuned, num_bytes), "validation": make_score(9.0)},
+        generation=answers or {},
     )
     write_json_atomic(paths.result_path, result.model_dump(mode="json"))
     if rows_hash is not None:
@@ -182,6 +197,64 @@ def test_golden(demo_runs: list[Run], format: Format) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert text == path.read_text()
+
+
+def make_answers(*metrics: dict[str, float]) -> dict[str, GenerationScore]:
+    """Of the base and of the tuned model."""
+    return {
+        model: GenerationScore(num_rows=64, num_judged=64, num_unfinished=7 * at, num_unreadable=at, metrics=values)
+        for at, (model, values) in enumerate(zip(("tuned", "base"), reversed(metrics), strict=True))
+    }
+
+
+@pytest.fixture
+def answering_runs(tmp_path: Path) -> list[Run]:
+    """Two tasks x two losses; one run's models did not answer."""
+    runs = []
+    names = {"sst2": Sst2Task.METRICS, "squad_v2": SquadV2Task.METRICS}
+    prompts = {"sst2": "{sentence}", "squad_v2": "{context} {question}"}
+    for task, metrics in names.items():
+        for at, loss in enumerate(("full", "completion")):
+            recipe = make_recipe(
+                f"{task}_{loss}",
+                {"task": task, "loss": loss},
+                f"loss={loss}",
+                f"data.task={{name: {task}, prompt: '{prompts[task]}'}}",
+            )
+            values = [{name: part * (1 + at) / 4 for name in metrics} for part in (0.5, 1.5)]
+            answers = None if (task, loss) == ("squad_v2", "full") else make_answers(*values)
+            runs.append(completed(tmp_path, recipe, 2.0 - at / 10, answers=answers))
+    return runs
+
+
+def test_golden_of_answers(answering_runs: list[Run]) -> None:
+    path = GOLDEN_DIR / "report_answers.md"
+    text = report(answering_runs)
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+    assert max(cell_len(line) for line in table_lines(text)) <= MAX_WIDTH
+
+
+def test_answers_are_compared_where_both_runs_have_them_and_larger_is_better(answering_runs: list[Run]) -> None:
+    comparisons = {
+        (item.axis, item.unit): item for item in build_comparisons(build_rows(answering_runs)) if item.is_of_answers
+    }
+    assert list(comparisons) == [("loss", f"{name}, larger is better") for name in ("accuracy", "f1")]
+    accuracy = comparisons["loss", "accuracy, larger is better"]
+    assert accuracy.mean_difference == pytest.approx(0.75 - 0.375)
+    assert (accuracy.num_pairs, accuracy.unpaired) == (1, ()), "SQuAD has no accuracy, so nothing is missing there"
+    f1 = comparisons["loss", "f1, larger is better"]
+    assert (f1.num_pairs, f1.unpaired) == (1, ("squad_v2_full has no f1",))
+
+
+def test_answers_in_csv_and_json_are_complete(answering_runs: list[Run]) -> None:
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(report(answering_runs, "csv")))}
+    assert rows["sst2_full"]["tuned_accuracy"] == "0.375" and rows["sst2_full"]["base_num_unfinished"] == "7"
+    assert rows["sst2_full"]["tuned_no_answer_accuracy"] == rows["squad_v2_full"]["tuned_f1"] == ""
+    parsed = {row["run"]: row for row in json.loads(report(answering_runs, "json"))["rows"]}
+    assert parsed["sst2_completion"]["base_f1"] == 0.25
+    assert parsed["squad_v2_full"]["base_num_unreadable"] is None
 
 
 def test_one_row_per_run_and_what_is_missing_is_blank(demo_runs: list[Run]) -> None:
