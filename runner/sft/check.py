@@ -25,6 +25,7 @@ from runner.schedule import Schedule, derive_schedule, find_doubts
 from runner.sft.data import SPLITS, RawSplits, draw_splits
 from runner.sft.row_facts import RowFacts, SplitFacts, TokenizerFacts, sum_up
 from runner.sft.tokenizers import load_tokenizer
+from runner.trackers import require_trackers
 
 Value = TypeVar("Value")
 # What does not decide which rows are drawn, and in what order: smaller training sets are prefixes of larger ones.
@@ -118,6 +119,10 @@ def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
     pairs: dict[tuple[str, str], list[Recipe]] = {}
     for recipe in recipes:
         pairs.setdefault((recipe.model.model_dump_json(), recipe.data.model_dump_json()), []).append(recipe)
+        try:
+            require_trackers(recipe)
+        except RunnerError as error:
+            _fail_all(result, error, [recipe])
     progress = _Progress(len(pairs))
     for (model_key, _), group in pairs.items():
         model, data = group[0].model, group[0].data

@@ -7,7 +7,6 @@ own callback. Trackers live on the main process only.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -17,43 +16,10 @@ from transformers.integrations import integration_utils
 
 from runner.errors import RunnerError
 from runner.fsio import load_json, load_jsonl, write_json_atomic
-from runner.recipe import Recipe
 from runner.record import TrainResult
 from runner.sft.context import RunContext
 
 MAX_FAILURES_IN_A_ROW: Final = 3
-# `tracker -> (modules of which one must be there, what to install)`
-PACKAGES: Final[dict[str, tuple[tuple[str, ...], str]]] = {
-    "azure_ml": (("azureml",), "azureml-core"),
-    "clearml": (("clearml",), "clearml"),
-    "codecarbon": (("codecarbon",), "codecarbon"),
-    "comet_ml": (("comet_ml",), "comet-ml"),
-    "dagshub": (("dagshub",), "dagshub mlflow"),
-    "dvclive": (("dvclive",), "dvclive"),
-    "flyte": (("flytekit",), "flytekit"),
-    "kubeflow": ((), ""),  # needs its environment, not a package
-    "mlflow": (("mlflow",), "mlflow"),
-    "neptune": (("neptune",), "neptune"),
-    "swanlab": (("swanlab",), "swanlab"),
-    "tensorboard": (("tensorboard", "tensorboardX"), "'recipe-runner[tensorboard]'"),
-    "trackio": (("trackio",), "trackio"),
-    "wandb": (("wandb",), "'recipe-runner[wandb]'"),
-}
-
-
-def require_installed(recipe: Recipe) -> None:
-    """Nothing, when every tracker of the recipe is installed; imports none of them.
-
-    Raises:
-        RunnerError: with the command that installs what is missing.
-    """
-    for name in recipe.tracking.report_to:
-        modules, package = PACKAGES[name]
-        if modules and not any(importlib.util.find_spec(module) for module in modules):
-            raise RunnerError(
-                f"`tracking.report_to` asks for {name}, which is not installed",
-                hint=f"pip install {package}, or launch with tracking.report_to=[]",
-            )
 
 
 def describe_run(context: RunContext) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from runner.sft.markers import sync_folder
 from runner.sft.model import load_model
 from runner.sft.resume import choose_resume_step
 from runner.sft.tokenizers import load_tokenizer
-from runner.sft.tracking import open_trackers, require_installed
+from runner.sft.tracking import open_trackers
 from runner.sft.trainer import RunTrainer, build_training_args
+from runner.trackers import require_trackers
 
 
 def train(run_dir: Path) -> None:
@@ -29,7 +30,7 @@ def train(run_dir: Path) -> None:
     recipe, paths = context.recipe, context.paths
     started = time.perf_counter()
     with context.phase("loading"):
-        require_installed(recipe)
+        require_trackers(recipe)
         args = build_training_args(context)  # before the model: ZeRO-3 partitions weights while they load
         tokenizer = load_tokenizer(recipe.model)
         samples = build_samples(recipe.data, tokenizer)

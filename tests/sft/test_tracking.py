@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.util
 import json
 import os
 import struct
@@ -12,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from conftest import Project
@@ -20,13 +19,11 @@ from training_runs import RUNS, assert_same_outputs, launch, launch_killed_at, r
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from runner.errors import RecipeError, RunnerError
 from runner.fsio import append_jsonl, load_json
 from runner.paths import RunPaths
-from runner.recipe_sections import Tracker
 from runner.record import SplitScore, TrainResult
 from runner.sft.context import RunContext
-from runner.sft.tracking import PACKAGES, Trackers, open_trackers, read_sent_steps, require_installed
+from runner.sft.tracking import Trackers, open_trackers, read_sent_steps
 from runner.sft.trainer import build_training_args
 
 ARGUMENTS: Any = None  # our trackers do not look at them
@@ -104,23 +101,9 @@ def read_wandb_history(records: list[Any]) -> list[dict[str, Any]]:
     return [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in row.item} for row in rows]
 
 
-def test_tracker_names_are_those_of_transformers() -> None:
-    assert set(get_args(Tracker)) == set(INTEGRATION_TO_CALLBACK) == set(PACKAGES)
-
-
-def test_unknown_tracker_is_refused_when_the_recipe_loads(project: Project) -> None:
-    with pytest.raises(RecipeError, match=r"tracking\.report_to.*wandbb.*wandb"):
-        project.recipe("tracking.report_to=[wandbb]")
-
-
-def test_missing_tracker_is_named_with_its_command(project: Project) -> None:
-    missing = [name for name, (modules, _) in PACKAGES.items() if modules and not importlib.util.find_spec(modules[0])]
-    for name in missing:
-        with pytest.raises(RunnerError, match=f"{name}, which is not installed") as caught:
-            require_installed(project.recipe(f"tracking.report_to=[{name}]"))
-        assert f"pip install {PACKAGES[name][1]}" in str(caught.value)
-    require_installed(project.recipe("tracking.report_to=[tensorboard, wandb]"))
-    assert PACKAGES["wandb"][1] == "'recipe-runner[wandb]'"
+def digest_of(content: bytes | str) -> str:
+    """As Weights & Biases writes it into an artifact."""
+    return base64.b64encode(hashlib.md5(content.encode() if isinstance(content, str) else content).digest()).decode()
 
 
 def test_nothing_is_tracked_unless_the_recipe_asks(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +190,10 @@ def test_sent_steps_are_those_of_the_metrics(project: Project) -> None:
 
 def test_wandb_run_goes_on_where_the_last_attempt_ended(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    context = open_context(project, "tracking.report_to=[wandb]")
+    context = open_context(project, "tracking={report_to: [wandb], log_model: checkpoint}")
+    for name, path in {"weights of step 8": context.paths.checkpoint_dir(8), "best": context.paths.model_dir}.items():
+        path.mkdir(parents=True)
+        (path / "model.safetensors").write_text(name)
     for first, last, resume_step in ((1, 10, None), (9, 10, 8), (9, 12, 8)):  # killed twice at step 10
         trackers = open_trackers(context, resume_step)
         context.truncate_metrics(resume_step)
@@ -216,18 +202,27 @@ def test_wandb_run_goes_on_where_the_last_attempt_ended(project: Project, monkey
             if step % 4 == 0:
                 append_jsonl(context.paths.metrics_path, {"step": step, "split": "validation"})
         tell_steps(trackers, range(first, last + 1))
+        if resume_step is None:
+            trackers.on_save(ARGUMENTS, TrainerState(global_step=8), TrainerControl())
         trackers.finish(RESULT)
     attempts = read_wandb_records(context.paths.run_dir)
     assert len({record.run.run_id for records in attempts for record in records if record.HasField("run")}) == 1
     sent = [[row["train/global_step"] for row in read_wandb_history(records)] for records in attempts]
     assert sent == [[1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10], [], [11, 12, 12]], "an evaluation is a row of its own"
+    artifacts = [record.artifact for records in attempts for record in records if record.HasField("artifact")]
+    digests = {"step-8": digest_of("weights of step 8"), "best": digest_of("best")}
+    assert [(*({*one.aliases} - {"latest"}), one.manifest.contents[0].digest) for one in artifacts] == [
+        ("step-8", digests["step-8"]),
+        *[("best", digests["best"])] * 3,
+    ]
 
 
 def test_wandb_without_credentials_is_a_configuration_error(project: Project) -> None:
     """In a process of its own: Weights & Biases keeps what it learned about the environment."""
     code = (
         "from pathlib import Path\n"
-        "from test_tracking import Project, open_context, open_trackers, RunnerError\n"
+        "from runner.errors import RunnerError\n"
+        "from test_tracking import Project, open_context, open_trackers\n"
         "project = Project(Path('.').resolve(), lambda family: Path(family))\n"
         "try:\n    open_trackers(open_context(project, 'tracking.report_to=[wandb]'), None)\n"
         "except RunnerError as error:\n    print(error)\n"
@@ -311,10 +306,7 @@ def test_wandb_gets_the_exported_model(tracked: RunPaths) -> None:
     (model,) = [artifact for artifact in artifacts if artifact.name]
     assert model.name == "model-tracked" and "best" in model.aliases
     digests = {entry.path: entry.digest for entry in model.manifest.contents}
-    exported = {path.name: path.read_bytes() for path in tracked.model_dir.iterdir()}
-    assert digests == {
-        name: base64.b64encode(hashlib.md5(content).digest()).decode() for name, content in exported.items()
-    }
+    assert digests == {path.name: digest_of(path.read_bytes()) for path in tracked.model_dir.iterdir()}
 
 
 @pytest.mark.slow
