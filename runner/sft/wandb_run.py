@@ -78,7 +78,7 @@ class WandbRun(TrainerCallback):  # type: ignore[misc]
         if self._tracking.watch != "none":
             self._run.watch(model, log=self._tracking.watch, log_freq=self._tracking.log_steps)
 
-    def on_train_end(self, *_: Any, model: Any, **__: Any) -> None:
+    def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
         """The scoring that follows is not training."""
         if self._tracking.watch != "none":
             self._run.unwatch(model)
