@@ -256,3 +256,13 @@ def test_its_export_loads_again_and_is_another_model_than_the_base(finished: Fin
             assert not report["missing_keys"] and all(weight.numel() for weight in tuned.parameters())
         after = tuned(**batch).logits.float()[..., : before.shape[-1]]
     assert torch.isfinite(after).all() and not torch.equal(before, after)
+
+
+def test_the_answers_of_base_and_tuned_model_are_judged(finished: Finished) -> None:
+    recipe, result = load_recipe(finished.project.recipe_path), read_result(finished.paths)
+    rows = load_jsonl(finished.paths.predictions_path) if recipe.evaluation.generation.enabled else []
+    scores = result.generation
+    assert set(scores) == {row["model"] for row in rows} == ({"base", "tuned"} if rows else set())
+    for model, score in scores.items():
+        assert set(score.metrics) == set(recipe.data.task.METRICS)
+        assert score.num_rows == sum(row["model"] == model for row in rows) > 0 and score.num_judged > 0
