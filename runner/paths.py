@@ -94,6 +94,10 @@ class RunPaths:
         """The checkpoint of one optimizer step."""
         return self.checkpoints_dir / f"{STEP_PREFIX}{step}"
 
+    def list_row_files(self) -> list[Path]:
+        """The files of rows that grow with the run: metrics, scores, answers."""
+        return sorted(self.run_dir.glob("*.jsonl"))
+
     def archive_path(self, step: int) -> Path:
         """The same checkpoint as one ZIP file."""
         return self.checkpoints_dir / f"{STEP_PREFIX}{step}.zip"

@@ -344,6 +344,8 @@ class RemoteStorage(Section):
         for name in self.options:
             if any(word in name.lower() for word in ("secret", "token", "password", "credential")) or name == "key":
                 raise ValueError(f"`options.{name}` would put a secret into the record: set it in the environment")
+        if "@" in self.url.partition("://")[2].partition("/")[0]:
+            raise ValueError("`url` names a user, and may hold a password: set them in the environment")
         return self
 
 

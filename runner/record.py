@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runner.errors import CorruptFileError
-from runner.fsio import is_leased, load_json, write_json_atomic
+from runner.fsio import is_leased, load_json, load_jsonl, write_json_atomic
 from runner.identity import build_digest_payload, diff_payloads
 from runner.paths import RunPaths
 from runner.recipe import Recipe
@@ -50,7 +50,7 @@ class Attempt(Fact):
     environment: dict[str, str]
     num_processes: int
     host: str
-    resume: str = "auto"  # auto, latest, best, or a checkpoint's folder, archive or URL
+    resume: str = "auto"  # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
     git_commit: str | None = None
     git_is_dirty: bool | None = None
@@ -142,6 +142,18 @@ class RunStatus(Fact):
     seconds: float | None = None  # over all attempts that ended, plus the running one
     failure: Failure | None = None
     differences: tuple[str, ...] = ()  # dotted keys that changed since the run was made
+    quarantined: tuple[str, ...] = ()  # checkpoints that were moved aside
+    pending_uploads: tuple[str, ...] = ()  # archives that have not reached remote storage
+    upload_failure: str | None = None  # of the newest of those that failed
+
+    @property
+    def notes(self) -> str:
+        """What else somebody should know, empty where there is nothing."""
+        notes = [f"{len(self.quarantined)} in quarantine"] if self.quarantined else []
+        if self.pending_uploads:
+            failure = f" ({self.upload_failure})" if self.upload_failure else ""
+            notes.append(f"not in remote storage: {', '.join(self.pending_uploads)}{failure}")
+        return "; ".join(notes)
 
 
 def now_utc() -> str:
@@ -227,6 +239,7 @@ def derive_status(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) 
         "step": progress.step if progress else None,
         "max_steps": progress.max_steps if progress else None,
         "loss": progress.loss if progress else None,
+        **_look_at_checkpoints(paths, last),
     }
     if is_running:
         phase = progress.phase if progress else "starting"
@@ -246,10 +259,26 @@ def derive_status(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) 
     if failure is None or failure.kind in ("lost", "preempted"):
         why = failure.message if failure else f"attempt {last.number} was killed together with its launcher"
         return RunStatus(state="interrupted", why=why, failure=failure, **known)
-    if failure.kind == "configuration" and last.resume != "auto":  # what was asked for, not the recipe, was wrong
+    if failure.kind == "configuration" and last.resume not in (
+        "auto",
+        "none",
+    ):  # what was asked for, not the recipe, was wrong
         why = f"--resume {last.resume} was refused: {failure.message}"
         return RunStatus(state="interrupted", why=why, **known)
     return RunStatus(state="failed", why=f"{failure.kind}: {failure.message}", failure=failure, **known)
+
+
+def _look_at_checkpoints(paths: RunPaths, last: Attempt | None) -> dict[str, Any]:
+    names = (path.name for path in paths.uploads_dir.glob("*.zip"))
+    pending = tuple(sorted(names, key=lambda name: (len(name), name)))  # by step
+    rows = load_jsonl(paths.attempt(last.number).uploads_path) if last is not None and pending else []
+    messages = [str(row["message"]) for row in rows if row.get("outcome") != "uploaded" and "message" in row]
+    quarantined = sorted(path.name for path in paths.quarantine_dir.glob("*"))
+    return {
+        "quarantined": tuple(quarantined),
+        "pending_uploads": pending,
+        "upload_failure": messages[-1].partition("\n")[0] if messages else None,
+    }
 
 
 def _sum_seconds(record: RunRecord, is_running: bool) -> float | None:

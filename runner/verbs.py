@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -80,6 +81,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
     contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
     planned = Planned(selected, contents, num_processes, resume)
     status = derive_status(paths, recipe, contents)
+    if arguments.fresh and resume == "auto":
+        planned = replace(planned, resume="none")  # nor from remote storage
     if arguments.fresh and status.state != "pending":
         _move_aside(selected)
         status = derive_status(paths, recipe, contents)
@@ -157,7 +160,7 @@ def run_status(arguments: argparse.Namespace) -> int:
         step = "" if status.step is None else f"{status.step}/{status.max_steps or '?'}"
         loss = "" if status.loss is None else f"{status.loss:.4f}"
         seconds = "" if status.seconds is None else f"{status.seconds:.0f} s"
-        why = status.why.partition("\n")[0]
+        why = "; ".join(filter(None, (status.why.partition("\n")[0], status.notes)))
         print(f"{_name(one):<{width}}  {status.state:<11}  {step:>9}  {loss:>8}  {seconds:>7}  {why}")
     return 0
 

@@ -14,7 +14,9 @@ from fake_launcher import BIN_DIR, FakeLauncher, fake
 
 from runner.cli import main
 from runner.fsio import write_json_atomic
+from runner.paths import RunPaths
 from runner.recipe import NAME_PATTERN
+from runner.record import load_record
 from runner.verbs import name_overridden
 
 __all__ = ["fake"]
@@ -221,6 +223,24 @@ def test_an_output_root_of_ones_own(fake: FakeLauncher, capsys: pytest.CaptureFi
     path.write_text(path.read_text().replace("loss: full", "loss: completion"))
     assert main(["launch", "recipes/toy/a.yaml", "--output-root", "else where"]) == 2
     assert "hint: runner launch recipes/toy/a.yaml --output-root 'else where' --fresh" in capsys.readouterr().err
+
+
+def test_what_to_resume_from_is_recorded_for_the_trainer(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "b", "c", "d")
+    (fake.root / "step-4.zip").touch()
+    wanted = {"a": "best", "b": "step-4.zip", "c": "s3://bucket/toy/c/step-4.zip"}
+    for name, resume in wanted.items():
+        assert main(["launch", f"recipes/toy/{name}.yaml", "--resume", resume]) == 0
+    assert main(["launch", "recipes/toy/d.yaml", "--fresh"]) == 0
+    recorded = [load_record(RunPaths(fake.root / "runs" / "toy" / name)).attempts[0].resume for name in "abcd"]
+    assert recorded == ["best", str(fake.root / "step-4.zip"), wanted["c"], "none"]
+    capsys.readouterr()
+    assert main(["launch", "recipes/toy/a.yaml", "--resume", "best"]) == 0
+    assert "--fresh" in capsys.readouterr().out, "a completed run is skipped, with a word about it"
+    assert main(["launch", "recipes/toy/a.yaml", "--resume", "step-8"]) == 2
+    assert "there is no such folder or archive" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_is_no_traceback(fake: FakeLauncher) -> None:

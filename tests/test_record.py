@@ -12,7 +12,7 @@ from test_recipe import TEXT
 
 from runner.errors import CorruptFileError
 from runner.execute import prepare_run
-from runner.fsio import Lease, write_json_atomic
+from runner.fsio import Lease, append_jsonl, write_json_atomic
 from runner.paths import RunPaths
 from runner.plan import decide
 from runner.recipe import Recipe, parse_recipe
@@ -209,6 +209,24 @@ def test_changed_when_result_and_recipe_are_of_two_experiments(run: Run) -> None
     run.result()
     run.paths.recipe_path.unlink()
     assert run.status().state == "changed" and "lost" in run.status().why
+
+
+def test_quarantine_and_uploads_that_did_not_arrive_are_told_in_every_state(run: Run) -> None:
+    assert run.status().notes == "" and run.status().quarantined == ()
+    files = run.paths.attempt(run.attempt(resume="best").number)
+    for name in ("step-8.1", "step-8.zip.1"):
+        (run.paths.quarantine_dir / name).mkdir(parents=True)
+    run.paths.uploads_dir.mkdir(parents=True)
+    (run.paths.uploads_dir / "step-12.zip").touch()
+    (run.paths.uploads_dir / ".step-16.zip.tmp").touch()
+    assert run.status().notes == "2 in quarantine; not in remote storage: step-12.zip", "on its way, as far as we know"
+    for outcome in ({"outcome": "failed", "message": "ConnectionError: no\nroute"}, {"outcome": "uploaded"}):
+        append_jsonl(files.uploads_path, {"step": 12, "url": "s3://bucket", **outcome})
+    status = run.status()
+    assert status.notes.endswith("step-12.zip (ConnectionError: no)")
+    assert status.state == "interrupted" and status.quarantined == ("step-8.1", "step-8.zip.1")
+    run.result()
+    assert run.status().state == "completed" and run.status().pending_uploads == ("step-12.zip",)
 
 
 def test_a_field_that_a_newer_version_added_does_no_harm(run: Run) -> None:

@@ -20,6 +20,9 @@ from runner.identity import build_resume_fingerprint, derive_digest
 from runner.paths import AttemptPaths, RunPaths
 from runner.recipe import Recipe
 from runner.record import Progress, load_record, load_stored_recipe
+from runner.sft.run_files import restore_run_files
+from runner.sft.storage import open_run_folder
+from runner.sft.uploads import Uploader
 
 Result = TypeVar("Result")
 
@@ -35,6 +38,7 @@ class RunContext:
     num_processes: int
     is_main: bool
     resume: str  # `Attempt.resume`
+    uploader: Uploader | None = None  # of the main process, where the recipe names remote storage
     _phase_seconds: dict[str, float] = field(default_factory=dict)
     _progress: Progress = field(default_factory=lambda: Progress(phase="starting"))
     _last_progress_at: float = 0.0
@@ -73,6 +77,16 @@ class RunContext:
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
         return build_resume_fingerprint(self.recipe, self.recipe_digest, self.num_processes)
+
+    def open_uploader(self) -> None:
+        """Reach for the remote storage, where the recipe names one; only the main process does.
+
+        Raises:
+            RefusedError: its protocol is unknown, or the package behind it is not installed.
+        """
+        folder, remote = open_run_folder(self.recipe), self.recipe.checkpoints.remote
+        if folder is not None and remote is not None:
+            self.uploader = Uploader(folder, remote, self.recipe_digest, self.paths, self.attempt)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -121,6 +135,8 @@ class RunContext:
     def truncate_metrics(self, last_step: int | None) -> None:
         """Keep the rows up to the step that is resumed from, none when the run starts anew."""
         if self.is_main:
+            if last_step is not None:
+                restore_run_files(self.paths, last_step)
             rows = load_jsonl(self.paths.metrics_path) if last_step is not None else []
             write_jsonl_atomic(self.paths.metrics_path, [row for row in rows if row["step"] <= (last_step or 0)])
 

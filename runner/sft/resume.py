@@ -6,49 +6,61 @@ of this run. Whatever is newer than what is resumed from is moved aside.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from runner.errors import CorruptFileError, RefusedError
-from runner.fsio import fsync_dir
+from runner.errors import RefusedError
 from runner.paths import STEP_PREFIX, RunPaths
+from runner.recipe import Recipe
 from runner.recipe_sections import CheckpointsSection
 from runner.sft.archives import ArchiveError, extract_archive
 from runner.sft.checkpoints import (
-    IMPORTING_PREFIX,
     LAUNCH_AS_BEFORE,
     clean_up,
     ensure_intact,
     find_resume_step,
     list_archived,
     list_committed,
-    refuse_other_fingerprint,
-    set_aside,
 )
 from runner.sft.evaluations import read_best_step, read_evaluations
-from runner.sft.markers import Marker, is_intact, load_marker, sync_folder, write_marker
+from runner.sft.imports import (
+    build_fetch,
+    find_beside,
+    import_checkpoint,
+    import_newest,
+    require_continuable,
+    set_aside_after,
+)
+from runner.sft.markers import is_intact, load_marker
 from runner.sft.retention import apply_retention
+from runner.sft.storage import RemoteFolder, open_named_archive
 
 _TRY_AUTO: Final = "launch without `--resume`: what is damaged is moved aside, and the newest that verifies is used"
-_OTHER_RUN: Final = "only a checkpoint of the same recipe, data and number of processes can be continued"
 
 
 def choose_resume_step(
-    paths: RunPaths, checkpoints: CheckpointsSection, fingerprint: Mapping[str, Any], resume: str
+    paths: RunPaths, recipe: Recipe, fingerprint: Mapping[str, Any], resume: str, remote: RemoteFolder | None = None
 ) -> int | None:
     """The step that this attempt goes on from, `resume` being `Attempt.resume`; None to start at step 0.
 
     Raises:
         RefusedError: what was asked for cannot be continued.
+        OSError: remote storage cannot be reached: to start at step 0 instead would be the greater loss.
     """
+    checkpoints = recipe.checkpoints
     if resume in ("latest", "best"):
         rewind_to_named(paths, checkpoints, fingerprint, resume)
-    elif resume != "auto":
+    elif "://" in resume:
+        folder, wanted = open_named_archive(resume, recipe)
+        import_checkpoint(paths, checkpoints, fingerprint, build_fetch(folder, wanted, recipe, paths))
+    elif resume not in ("auto", "none"):
         import_checkpoint(paths, checkpoints, fingerprint, partial(find_beside, Path(resume)))
     step = find_auto_step(paths, checkpoints, fingerprint)
+    if step is None and resume == "auto" and remote is not None and checkpoints.remote and checkpoints.remote.load:
+        remote_step = import_newest(paths, recipe, fingerprint, remote)
+        step = find_auto_step(paths, checkpoints, fingerprint) if remote_step is not None else None
     if step is not None:  # what a killed attempt had not come to, under the limits of today's recipe
         apply_retention(paths, checkpoints, read_evaluations(paths.checkpoint_dir(step), checkpoints))
     return step
@@ -80,54 +92,20 @@ def rewind_to_named(
         if best is None:
             raise RefusedError(f"nothing was evaluated up to step {step}", hint="--resume latest")
         step = best
-    _require_continuable(load_marker(paths.checkpoint_dir(step)), fingerprint, LAUNCH_AS_BEFORE)
-    _set_aside_after(paths, step)
+    require_continuable(load_marker(paths.checkpoint_dir(step)), fingerprint, LAUNCH_AS_BEFORE)
+    set_aside_after(paths, step)
     return step
 
 
-def import_checkpoint(
-    paths: RunPaths,
-    checkpoints: CheckpointsSection,
-    fingerprint: Mapping[str, Any],
-    fetch: Callable[[int | None], Path | None],
-) -> int:
-    """Copy a checkpoint, and the one with its best weights, into the run's own; the step of the first one.
-
-    `fetch(None)` gives the folder or archive that was asked for, `fetch(step)` another one from the same place.
-
-    Raises:
-        RefusedError: it is not whole, not of this run, or its best weights are nowhere to be found.
-    """
-    clean_up(paths)
-    source = fetch(None)
-    assert source is not None
-    staged_dir = _stage(source, paths, "asked-for")
-    marker = load_marker(staged_dir)
-    _require_continuable(marker, fingerprint, _OTHER_RUN)
-    best = read_best_step(staged_dir, checkpoints)
-    staged = [staged_dir]
-    if best is not None and best != marker.step:
-        best_source = fetch(best)
-        if best_source is not None:
-            staged.insert(0, _stage(best_source, paths, "best"))
-            refuse_other_fingerprint(load_marker(staged[0]), fingerprint, _OTHER_RUN)
-        elif not ensure_intact(paths, best):
+def _require_intact(paths: RunPaths, step: int) -> None:
+    checkpoint_dir = paths.checkpoint_dir(step)
+    if checkpoint_dir.exists():
+        if not is_intact(checkpoint_dir):
             raise RefusedError(
-                f"{source} would export the weights of step {best}, which are not beside it",
-                hint=f"put {STEP_PREFIX}{best} or {STEP_PREFIX}{best}.zip into the same folder",
+                f"{checkpoint_dir} does not verify: its files are not those of its marker", hint=_TRY_AUTO
             )
-    _set_aside_after(paths, marker.step)
-    for folder in staged:
-        _put_in_place(folder, paths)
-    return marker.step
-
-
-def find_beside(source: Path, step: int | None) -> Path | None:
-    """What `import_checkpoint` fetches where the source is a local folder or archive."""
-    if step is None:
-        return source
-    names = (f"{STEP_PREFIX}{step}", f"{STEP_PREFIX}{step}.zip")
-    return next((path for name in names if (path := source.absolute().parent / name).exists()), None)
+    elif not ensure_intact(paths, step):
+        raise RefusedError(f"{checkpoint_dir} is lost", hint=_TRY_AUTO)
 
 
 def resolve_checkpoint(paths: RunPaths, checkpoints: CheckpointsSection, which: str, scratch_dir: Path) -> Path:
@@ -177,73 +155,3 @@ def _find_sound(paths: RunPaths, step: int, scratch_dir: Path) -> Path | None:
     except (ArchiveError, FileNotFoundError):
         pass
     return None
-
-
-def _require_intact(paths: RunPaths, step: int) -> None:
-    checkpoint_dir = paths.checkpoint_dir(step)
-    if checkpoint_dir.exists():
-        if not is_intact(checkpoint_dir):
-            raise RefusedError(
-                f"{checkpoint_dir} does not verify: its files are not those of its marker", hint=_TRY_AUTO
-            )
-    elif not ensure_intact(paths, step):
-        raise RefusedError(f"{checkpoint_dir} is lost", hint=_TRY_AUTO)
-
-
-def _require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: str) -> None:
-    refuse_other_fingerprint(marker, fingerprint, hint)
-    if marker.is_stripped:
-        raise RefusedError(
-            f"the checkpoint of step {marker.step} was stripped of its optimizer state and cannot be continued",
-            hint="with `checkpoints.save_optimizer: true` every checkpoint can be continued",
-        )
-
-
-def _set_aside_after(paths: RunPaths, step: int) -> None:
-    for newer in sorted({*list_committed(paths), *list_archived(paths)}):
-        if newer > step:
-            set_aside(paths, newer, f"the run goes on from step {step}")
-
-
-def _stage(source: Path, paths: RunPaths, name: str) -> Path:
-    """A verified copy of a folder or archive among the checkpoints, under a name that does not count yet."""
-    if not source.exists():
-        raise RefusedError(f"there is no checkpoint {source}")
-    staged_dir = paths.checkpoints_dir / f"{IMPORTING_PREFIX}{name}"
-    paths.checkpoints_dir.mkdir(exist_ok=True)
-    try:
-        if source.is_dir():
-            _copy_checkpoint(source, staged_dir)
-        else:
-            extract_archive(source, staged_dir)
-    except CorruptFileError as error:
-        raise RefusedError(f"{source} cannot be resumed from: {error.message}") from None
-    return staged_dir
-
-
-def _copy_checkpoint(source_dir: Path, target_dir: Path) -> None:
-    """Copy exactly the files that the marker states, then hold the copy against it."""
-    marker = load_marker(source_dir)
-    target_dir.mkdir()
-    for name in marker.files:
-        path = source_dir / name
-        if not path.is_file() or path.is_symlink():
-            raise CorruptFileError(f"{name} is missing, or is not a plain file")
-        (target_dir / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target_dir / name)
-    write_marker(target_dir, marker)
-    if not is_intact(target_dir):
-        raise CorruptFileError("its files are not those that were committed")
-    sync_folder(target_dir)
-
-
-def _put_in_place(staged_dir: Path, paths: RunPaths) -> None:
-    """Give a staged copy its name, unless the run has the very same checkpoint already."""
-    marker = load_marker(staged_dir)
-    checkpoint_dir = paths.checkpoint_dir(marker.step)
-    if checkpoint_dir.exists() and is_intact(checkpoint_dir) and load_marker(checkpoint_dir) == marker:
-        shutil.rmtree(staged_dir)
-        return
-    set_aside(paths, marker.step, "another one is put into its place")
-    staged_dir.rename(checkpoint_dir)
-    fsync_dir(paths.checkpoints_dir)

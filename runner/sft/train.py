@@ -32,14 +32,18 @@ def train(run_dir: Path) -> None:
     with context.phase("loading"):
         require_trackers(recipe)
         args = build_training_args(context)  # before the model: ZeRO-3 partitions weights while they load
+        context.on_main(context.open_uploader)
         tokenizer = load_tokenizer(recipe.model)
         samples = build_samples(recipe.data, tokenizer)
         refuse_what_cannot_be_judged(recipe, samples)
         if context.is_main:
             write_json_atomic(paths.samples_path, describe_samples(samples, recipe.loss))
+        remote = context.uploader.folder if context.uploader is not None else None
         resume_step = context.on_main(
-            lambda: choose_resume_step(paths, recipe.checkpoints, context.fingerprint, context.resume)
+            lambda: choose_resume_step(paths, recipe, context.fingerprint, context.resume, remote)
         )
+        if context.uploader is not None:
+            context.uploader.start()
         trackers = open_trackers(context, resume_step)  # before the model, which takes long, and the cut
         context.truncate_metrics(resume_step)
         model = load_model(recipe, tokenizer)
@@ -57,6 +61,9 @@ def train(run_dir: Path) -> None:
         result = score_best(context, trainer)
     with context.phase("exporting"):
         export_model(context, trainer, tokenizer)
+    if context.uploader is not None:
+        with context.phase("uploading"):
+            context.uploader.finish()
     seconds = time.perf_counter() - started
     context.write_timing(
         {

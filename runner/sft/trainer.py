@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from runner.sft.markers import is_intact, load_marker
 from runner.sft.masking import IGNORE_INDEX
 from runner.sft.model import build_lora_config, keep_adapters_in_float32
 from runner.sft.retention import apply_retention
+from runner.sft.run_files import carry_run_files
 from runner.sft.sampling import EpochSampler
 from runner.sft.tracking import Trackers
 
@@ -273,12 +273,13 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             Trainer._save_checkpoint(self, model, trial)
             self.accelerator.wait_for_everyone()
             if self.context.is_main:
-                with paths.metrics_path.open("rb") as metrics:  # a resume keeps its rows up to this step
-                    os.fsync(metrics.fileno())
                 saved_dir = Path(self.args.output_dir) / f"checkpoint-{step}"
                 sort_adapter_config(saved_dir)
+                carry_run_files(paths, saved_dir)
                 commit_checkpoint(saved_dir, paths, step, self.context.fingerprint)
                 apply_retention(paths, self.context.recipe.checkpoints, self.flow.evaluations(self.state))
+                if self.context.uploader is not None:
+                    self.context.uploader.offer(step)
             self.accelerator.wait_for_everyone()
 
     def _refuse_weights_that_are_not_finite(self) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,3 +69,35 @@ def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x10
     path.write_bytes(content)
+
+
+def _changes_a_file(event: str, arguments: tuple[Any, ...], root: Path) -> bool:
+    """Whether an audit event is a change below `root`; Python raises them before the change."""
+    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # `shutil.rmtree`, relative to an open folder
+        return True
+    if not arguments or not str(arguments[0]).startswith(str(root)):
+        return False
+    if event == "open":
+        return bool(set(arguments[1] or "") & set("wax")) or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+    return event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")
+
+
+def dies_at(root: Path, number: int, work: Callable[[], None]) -> bool:
+    """Whether a forked child dies before its n-th change below `root`, as by a power cut: no `finally` runs."""
+    pid = os.fork()
+    if pid == 0:
+        changes = itertools.count(1)
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if _changes_a_file(event, arguments, root) and next(changes) == number:
+                os._exit(9)
+
+        try:
+            sys.addaudithook(hook)
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, 9), "the work itself failed"
+    return code == 9

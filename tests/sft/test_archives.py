@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import stat
@@ -158,20 +159,42 @@ def test_a_hostile_archive_is_refused_and_leaves_nothing(
     assert listing(tmp_path / "in") == ["hostile.zip"] and listing(tmp_path) == before
 
 
-def test_sizes_are_held_against_the_file_before_anything_is_written(paths: RunPaths, tmp_path: Path) -> None:
-    """Entries that share their bytes: what they state together is more than the file holds."""
-    content = paths.archive_path(4).read_bytes()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        entries = archive.infolist()
-        start = archive.start_dir
-    record = content[start : start + 46 + len(entries[0].filename)]
-    many = 5000
-    end = bytearray(content[-22:])
-    end[8:12] = many.to_bytes(2, "little") * 2
-    end[12:16] = (len(record) * many).to_bytes(4, "little")
+def nest(num_entries: int) -> tuple[list[zipfile.ZipInfo], list[bytes]]:
+    """Entries of which each holds the next one, header and all, so that they share their bytes; the outermost first."""
+    infos: list[zipfile.ZipInfo] = []
+    contents = [b"x" * 1000]
+    for number in range(num_entries):
+        stream, info = io.BytesIO(), zipfile.ZipInfo(f"step-4/{number:04d}")
+        with zipfile.ZipFile(stream, "w") as archive:
+            archive.writestr(info, contents[0])
+            infos.insert(0, info)
+            contents.insert(0, stream.getvalue()[: archive.start_dir])
+    return infos, contents
+
+
+def test_entries_that_share_their_bytes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """Everything agrees, checksums too; but what is stated together grows with the square of the file."""
+    infos, contents = nest(200)
+    files = {
+        info.filename.removeprefix("step-4/"): {
+            "num_bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        for info, content in zip(infos, contents[1:], strict=True)
+    }
+    marker = {"step": 4, "fingerprint": {}, "files": files, "stripped_files": []}
     bomb = tmp_path / "bomb.zip"
-    bomb.write_bytes(content[:start] + record * many + bytes(end))
-    with pytest.raises(ArchiveError):
+    with zipfile.ZipFile(bomb, "w") as archive:
+        archive.writestr("step-4/COMMITTED.json", json.dumps(marker | {"marker_sha256": hash_json(marker)}))
+        start = archive.fp.tell()
+        archive.fp.write(contents[0])
+        archive.start_dir = archive.fp.tell()
+        for depth, info in enumerate(infos):
+            info.header_offset = start + depth * (30 + len(info.filename))
+            archive.filelist.append(info)
+            archive.NameToInfo[info.filename] = info
+    assert sum(len(content) for content in contents[1:]) > 10 * bomb.stat().st_size
+    with pytest.raises(ArchiveError, match="more bytes than it holds"):
         extract_archive(bomb, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

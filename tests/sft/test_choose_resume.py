@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
 import pytest
-from fake_checkpoints import FINGERPRINT, commit, flip_bit, listing, make_limits, make_paths, quarantined
+from conftest import RECIPE_TEXT
+from fake_checkpoints import FINGERPRINT, commit, dies_at, flip_bit, listing, make_limits, make_paths, quarantined
 
 from runner.errors import RefusedError
 from runner.paths import RunPaths
+from runner.recipe import parse_recipe
 from runner.sft.archives import write_archive
 from runner.sft.checkpoints import list_committed
-from runner.sft.markers import is_intact
+from runner.sft.markers import is_intact, load_marker
 from runner.sft.resume import choose_resume_step, resolve_checkpoint
 from runner.sft.retention import strip_checkpoint
 
 VALUES = {4: 3.0, 8: 1.0, 12: 2.0}
 LIMITS = make_limits(keep_latest=9)
+RECIPE = parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=("checkpoints.keep_latest=9",))
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def empty(tmp_path: Path) -> RunPaths:
 
 def choose(paths: RunPaths, resume: str | Path) -> int | None:
     paths.run_dir.mkdir(exist_ok=True)
-    return choose_resume_step(paths, LIMITS, FINGERPRINT, str(resume))
+    return choose_resume_step(paths, RECIPE, FINGERPRINT, str(resume))
 
 
 def refusal(paths: RunPaths, resume: str | Path) -> str:
@@ -130,7 +134,7 @@ def test_an_import_needs_the_best_weights_it_would_export(elsewhere: RunPaths, e
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(paths: RunPaths, elsewhere: RunPaths) -> None:
     other = {**FINGERPRINT, "recipe_digest": "e" * 64}
     with pytest.raises(RefusedError, match="recipe_digest") as refused:
-        choose_resume_step(paths, LIMITS, other, str(elsewhere.checkpoint_dir(12)))
+        choose_resume_step(paths, RECIPE, other, str(elsewhere.checkpoint_dir(12)))
     assert "of the same recipe" in str(refused.value)
     assert list_committed(paths) == [4, 8, 12] and not quarantined(paths)
 
@@ -152,6 +156,30 @@ def test_another_checkpoint_of_the_same_step_is_moved_aside(paths: RunPaths, els
     commit(elsewhere, 4, values={4: 2.5})
     assert choose(paths, elsewhere.checkpoint_dir(4)) == 4
     assert quarantined(paths) == ["step-12.1", "step-4.1", "step-8.1"]
+
+
+def test_an_import_killed_at_any_instant_is_done_by_asking_again(
+    paths: RunPaths, elsewhere: RunPaths, tmp_path: Path
+) -> None:
+    shutil.rmtree(elsewhere.checkpoint_dir(8))
+    commit(elsewhere, 8, values={4: 0.5, 8: 1.0})
+    write_archive(elsewhere.checkpoint_dir(4), elsewhere.archive_path(4))
+    shutil.rmtree(elsewhere.checkpoint_dir(4))
+    for number in itertools.count(1):
+        run = RunPaths(tmp_path / "killed")
+        shutil.copytree(paths.run_dir, run.run_dir)
+        is_killed = dies_at(
+            run.run_dir, number, lambda: choose(RunPaths(tmp_path / "killed"), elsewhere.checkpoint_dir(8))
+        )
+        step = choose(run, "auto")
+        assert step in (4, 8, 12) and is_intact(run.checkpoint_dir(step)), "the run can always go on"
+        assert choose(run, elsewhere.checkpoint_dir(8)) == 8
+        assert listing(run.checkpoints_dir) == ["step-4", "step-8"]
+        assert load_marker(run.checkpoint_dir(8)) == load_marker(elsewhere.checkpoint_dir(8))
+        shutil.rmtree(run.run_dir)
+        if not is_killed:
+            break
+    assert number > 15
 
 
 def test_weights_are_found_for_those_who_only_read(paths: RunPaths, tmp_path: Path) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_checkpoints import FINGERPRINT, commit, flip_bit, listing, make_limits, make_paths, quarantined, write
+from fake_checkpoints import (
+    FINGERPRINT,
+    commit,
+    dies_at,
+    flip_bit,
+    listing,
+    make_limits,
+    make_paths,
+    quarantined,
+    write,
+)
 
 from runner.paths import RunPaths
 from runner.sft.archives import load_archived_marker, verify_archive
@@ -108,38 +115,6 @@ def test_weights_that_only_deepspeed_holds_are_not_stripped(paths: RunPaths) -> 
     assert not load_marker(paths.checkpoint_dir(4)).is_stripped and is_intact(paths.checkpoint_dir(4))
 
 
-def _changes_a_file(event: str, arguments: tuple[Any, ...], root: Path) -> bool:
-    """Whether an audit event is a change below `root`; Python raises them before the change."""
-    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # `shutil.rmtree`, relative to an open folder
-        return True
-    if not arguments or not str(arguments[0]).startswith(str(root)):
-        return False
-    if event == "open":
-        return bool(set(arguments[1] or "") & set("wax")) or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
-    return event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")
-
-
-def _dies_at(root: Path, number: int, work: Callable[[], None]) -> bool:
-    """Whether a forked child dies before its n-th change below `root`, as by a power cut: no `finally` runs."""
-    pid = os.fork()
-    if pid == 0:
-        changes = itertools.count(1)
-
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if _changes_a_file(event, arguments, root) and next(changes) == number:
-                os._exit(9)
-
-        try:
-            sys.addaudithook(hook)
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, 9), "the work itself failed"
-    return code == 9
-
-
 def test_a_kill_at_any_instant_loses_nothing(tmp_path: Path) -> None:
     """Commit, archive, prune and strip: killed before every single change of a file, and done from what is left."""
     limits = make_limits(save_optimizer=False, archive="zip", keep_latest=2)
@@ -163,7 +138,7 @@ def test_a_kill_at_any_instant_loses_nothing(tmp_path: Path) -> None:
     for number in itertools.count(1):
         run = RunPaths(tmp_path / "killed")
         shutil.copytree(before.run_dir, run.run_dir)
-        is_killed = _dies_at(run.run_dir, number, lambda: work(RunPaths(tmp_path / "killed")))
+        is_killed = dies_at(run.run_dir, number, lambda: work(RunPaths(tmp_path / "killed")))
         newest = max(list_committed(run))
         assert newest >= 12 and is_intact(run.checkpoint_dir(newest)), "never without a whole one"
         assert not load_marker(run.checkpoint_dir(newest)).is_stripped

@@ -1,0 +1,188 @@
+"""Brings in a checkpoint that lies elsewhere: a folder, an archive, or an archive in remote storage.
+
+It is copied beside the run's own, verified, held against the run's fingerprint, and only then given a name that counts.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from runner.errors import CorruptFileError, RefusedError, RunnerError
+from runner.fsio import fsync_dir
+from runner.paths import STEP_PREFIX, RunPaths
+from runner.recipe import Recipe
+from runner.recipe_sections import CheckpointsSection
+from runner.sft.archives import extract_archive
+from runner.sft.checkpoints import (
+    IMPORTING_PREFIX,
+    clean_up,
+    ensure_intact,
+    list_archived,
+    list_committed,
+    refuse_other_fingerprint,
+    set_aside,
+)
+from runner.sft.evaluations import read_best_step
+from runner.sft.markers import Marker, is_intact, load_marker, sync_folder, write_marker
+from runner.sft.storage import RemoteFolder, retry
+
+_OTHER_RUN: Final = "only a checkpoint of the same recipe, data and number of processes can be continued"
+
+Result = TypeVar("Result")
+
+
+class UnusableError(RefusedError):
+    """A checkpoint of this run from which nothing can be continued; an older one may still do."""
+
+
+def import_checkpoint(
+    paths: RunPaths,
+    checkpoints: CheckpointsSection,
+    fingerprint: Mapping[str, Any],
+    fetch: Callable[[int | None], Path | None],
+) -> int:
+    """Copy a checkpoint, and the one with its best weights, into the run's own; the step of the first one.
+
+    `fetch(None)` gives the folder or archive that was asked for, `fetch(step)` another one from the same place.
+
+    Raises:
+        RefusedError: it is not whole, not of this run, or its best weights are nowhere to be found.
+    """
+    clean_up(paths)
+    source = fetch(None)
+    assert source is not None
+    staged_dir = _stage(source, paths, "asked-for")
+    marker = load_marker(staged_dir)
+    require_continuable(marker, fingerprint, _OTHER_RUN)
+    best = read_best_step(staged_dir, checkpoints)
+    staged = [staged_dir]
+    if best is not None and best != marker.step:
+        best_source = fetch(best)
+        if best_source is not None:
+            staged.insert(0, _stage(best_source, paths, "best"))
+            refuse_other_fingerprint(load_marker(staged[0]), fingerprint, _OTHER_RUN)
+        elif not ensure_intact(paths, best):
+            raise UnusableError(
+                f"{source} would export the weights of step {best}, which are not beside it",
+                hint=f"put {STEP_PREFIX}{best} or {STEP_PREFIX}{best}.zip into the same folder",
+            )
+    set_aside_after(paths, marker.step)
+    for folder in staged:
+        _put_in_place(folder, paths)
+    clean_up(paths)
+    return marker.step
+
+
+def find_beside(source: Path, step: int | None) -> Path | None:
+    """What `import_checkpoint` fetches where the source is a local folder or archive."""
+    if step is None:
+        return source
+    names = (f"{STEP_PREFIX}{step}", f"{STEP_PREFIX}{step}.zip")
+    return next((path for name in names if (path := source.absolute().parent / name).exists()), None)
+
+
+def import_newest(paths: RunPaths, recipe: Recipe, fingerprint: Mapping[str, Any], remote: RemoteFolder) -> int | None:
+    """Import the newest checkpoint of this run from remote storage that can be continued; None where there is none."""
+    _insist(partial(remote.require_owner, fingerprint["recipe_digest"], claim=False), recipe)
+    for step in reversed(_insist(remote.list_steps, recipe)):
+        try:
+            return import_checkpoint(paths, recipe.checkpoints, fingerprint, build_fetch(remote, step, recipe, paths))
+        except UnusableError as error:
+            print(f"warning: {remote.url}, step {step}: {error.message}", flush=True)
+    return None
+
+
+def build_fetch(
+    folder: RemoteFolder, wanted: int, recipe: Recipe, paths: RunPaths
+) -> Callable[[int | None], Path | None]:
+    """What `import_checkpoint` fetches where the source is remote storage; `clean_up` removes what was fetched."""
+
+    def fetch(step: int | None) -> Path | None:
+        number = wanted if step is None else step
+        target = paths.checkpoints_dir / f"{IMPORTING_PREFIX}fetched" / f"{STEP_PREFIX}{number}.zip"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _insist(partial(folder.fetch, number, target), recipe)
+        except CorruptFileError as error:
+            raise UnusableError(error.message) from None
+        except FileNotFoundError as error:
+            if step is None:
+                raise RefusedError(str(error)) from None
+            return None
+        return target
+
+    return fetch
+
+
+def _insist(function: Callable[[], Result], recipe: Recipe) -> Result:
+    num_retries = recipe.checkpoints.remote.num_retries if recipe.checkpoints.remote else 0
+    try:
+        return retry(function, num_retries, threading.Event())[0]
+    except (RunnerError, FileNotFoundError):
+        raise
+    except Exception as error:  # each file system has kinds of its own
+        raise OSError(f"remote storage cannot be read: {type(error).__name__}: {error}") from error
+
+
+def require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: str) -> None:
+    refuse_other_fingerprint(marker, fingerprint, hint)
+    if marker.is_stripped:
+        raise UnusableError(
+            f"the checkpoint of step {marker.step} was stripped of its optimizer state and cannot be continued",
+            hint="with `checkpoints.save_optimizer: true` every checkpoint can be continued",
+        )
+
+
+def set_aside_after(paths: RunPaths, step: int) -> None:
+    for newer in sorted({*list_committed(paths), *list_archived(paths)}):
+        if newer > step:
+            set_aside(paths, newer, f"the run goes on from step {step}")
+
+
+def _stage(source: Path, paths: RunPaths, name: str) -> Path:
+    """A verified copy of a folder or archive among the checkpoints, under a name that does not count yet."""
+    if not source.exists():
+        raise RefusedError(f"there is no checkpoint {source}")
+    staged_dir = paths.checkpoints_dir / f"{IMPORTING_PREFIX}{name}"
+    paths.checkpoints_dir.mkdir(exist_ok=True)
+    try:
+        if source.is_dir():
+            _copy_checkpoint(source, staged_dir)
+        else:
+            extract_archive(source, staged_dir)
+    except CorruptFileError as error:
+        raise UnusableError(f"{source} cannot be resumed from: {error.message}") from None
+    return staged_dir
+
+
+def _copy_checkpoint(source_dir: Path, target_dir: Path) -> None:
+    """Copy exactly the files that the marker states, then hold the copy against it."""
+    marker = load_marker(source_dir)
+    target_dir.mkdir()
+    for name in marker.files:
+        path = source_dir / name
+        if not path.is_file() or path.is_symlink():
+            raise CorruptFileError(f"{name} is missing, or is not a plain file")
+        (target_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target_dir / name)
+    write_marker(target_dir, marker)
+    if not is_intact(target_dir):
+        raise CorruptFileError("its files are not those that were committed")
+    sync_folder(target_dir)
+
+
+def _put_in_place(staged_dir: Path, paths: RunPaths) -> None:
+    """Give a staged copy its name, unless the run has the very same checkpoint already."""
+    marker = load_marker(staged_dir)
+    checkpoint_dir = paths.checkpoint_dir(marker.step)
+    if checkpoint_dir.exists() and is_intact(checkpoint_dir) and load_marker(checkpoint_dir) == marker:
+        shutil.rmtree(staged_dir)
+        return
+    set_aside(paths, marker.step, "another one is put into its place")
+    staged_dir.rename(checkpoint_dir)
+    fsync_dir(paths.checkpoints_dir)
