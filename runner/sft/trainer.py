@@ -103,7 +103,7 @@ def load_gathered_weights(model: torch.nn.Module, checkpoint_dir: Path) -> None:
 
     Transformers only loads those. The optimizer's copy of the weights is left as it is: nothing is trained afterwards.
     """
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(checkpoint_dir.glob("*.safetensors")):
@@ -247,6 +247,9 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         if self.is_finished():
             self.control.should_training_stop = True
             return
+        # TRL counts from zero in each process, which would stand in the log history of a resumed run.
+        counts = [row["num_tokens"] for row in self.state.log_history if "num_tokens" in row]
+        self._total_train_tokens = int(counts[-1]) if counts else 0
         self._sampler.epoch = arguments["epoch"]
         super()._run_epoch(**arguments)
 
