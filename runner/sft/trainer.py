@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from safetensors.torch import load_file
 from transformers import PrinterCallback, Trainer, TrainerControl
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -27,7 +26,8 @@ from runner.sft.checkpoints import commit_checkpoint
 from runner.sft.context import RunContext
 from runner.sft.data import Samples
 from runner.sft.evaluate import RowScore, score_rows, sum_scores
-from runner.sft.export import exported_name, sort_adapter_config
+from runner.sft.export import sort_adapter_config
+from runner.sft.gathered_weights import load_gathered_weights
 from runner.sft.generation import Answer, generate_answers, score_answers, write_answers
 from runner.sft.markers import is_intact, load_marker
 from runner.sft.masking import IGNORE_INDEX
@@ -96,24 +96,6 @@ def describe_trained_parameters(model: torch.nn.Module) -> dict[str, tuple[int, 
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-
-
-def load_gathered_weights(model: torch.nn.Module, checkpoint_dir: Path) -> None:
-    """Put the whole tensors of a checkpoint into a model of DeepSpeed, whose own files were stripped from it.
-
-    Transformers only loads those. The optimizer's copy of the weights is left as it is: nothing is trained afterwards.
-    """
-    from deepspeed.runtime.zero import GatheredParameters
-
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(checkpoint_dir.glob("*.safetensors")):
-        tensors |= load_file(path)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_partitioned = hasattr(parameter, "ds_id")
-            with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
-                if not is_partitioned or torch.distributed.get_rank() == 0:
-                    parameter.copy_(tensors[exported_name(name)])
 
 
 class RunTrainer(SFTTrainer):  # type: ignore[misc]
