@@ -7,6 +7,7 @@ Exit codes: 0 all done or nothing to do, 1 a run failed (or drift was found), 2 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `runner status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return 141
-    except OSError as error:  # no permission, no space: the machine's problem, not ours
+    except Exception as error:
+        # No permission, no space: the machine's problem, not ours. safetensors and torch wrap it in kinds of their own.
+        if not isinstance(error, OSError) and os.strerror(errno.ENOSPC) not in str(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -57,8 +57,9 @@ def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
     if checkpoint is None:
         status = derive_status(paths, stored.recipe, {})
         if status.state != "completed":
+            first_line = status.why.partition("\n")[0]  # what follows may be a hint of its own
             raise RefusedError(
-                f"{run_dir} is not completed, it is {status.state}: {status.why}",
+                f"{run_dir} is not completed, it is {status.state}: {first_line}",
                 hint="`--checkpoint best` or `--checkpoint latest` takes what there is so far",
             )
         yield TunedRun(paths, stored, paths.model_dir, None)
