@@ -5,6 +5,7 @@ Owns no combination across sections; those and the parsing are in `recipe`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 
@@ -341,12 +342,18 @@ class RemoteStorage(Section):
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> Self:
-        for name in self.options:
+        for name in _names_at_any_depth(self.options):
             if any(word in name.lower() for word in ("secret", "token", "password", "credential")) or name == "key":
                 raise ValueError(f"`options.{name}` would put a secret into the record: set it in the environment")
-        if "@" in self.url.partition("://")[2].partition("/")[0]:
-            raise ValueError("`url` names a user, and may hold a password: set them in the environment")
+        user, at, _ = self.url.partition("://")[2].partition("/")[0].rpartition("@")
+        if at and ":" in user:
+            raise ValueError("`url` would put a password into the record: set it in the environment")
         return self
+
+
+def _names_at_any_depth(options: Mapping[str, Any]) -> list[str]:
+    inner = [name for value in options.values() if isinstance(value, Mapping) for name in _names_at_any_depth(value)]
+    return [*options, *inner]
 
 
 class CheckpointsSection(Section):

@@ -15,7 +15,7 @@ import pytest
 from conftest import RECIPE_TEXT
 from remote_places import s3_server
 
-from runner.errors import CorruptFileError, RefusedError
+from runner.errors import CorruptFileError, RecipeError, RefusedError
 from runner.recipe import parse_recipe
 from runner.sft.storage import RemoteFolder, open_named_archive, open_run_folder, retry
 
@@ -139,6 +139,25 @@ def test_a_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
     for url in ("memory://a/b", "memory://a/step-012.zip", "memory://a/step-1.zip.sha256"):
         with pytest.raises(RefusedError, match=r"step-100\.zip"):
             open_named_archive(url, recipe)
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "problem"),
+    [
+        ("ftp://me:secret@host/place", "{}", "password"),
+        ("s3://bucket", "{secret: x}", "secret"),
+        ("s3://bucket", "{key: x}", "secret"),
+        ("s3://bucket", "{client_kwargs: {aws_secret_access_key: x}}", "secret"),
+        ("abfs://container@account.example/place", "{}", None),
+    ],
+)
+def test_secrets_never_come_from_a_recipe(url: str, options: str, problem: str | None) -> None:
+    overrides = (f"checkpoints.remote={{url: '{url}', options: {options}}}",)
+    if problem is None:
+        parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=overrides)
+        return
+    with pytest.raises(RecipeError, match=problem):
+        parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=overrides)
 
 
 def test_errors_are_tried_again_but_not_ours() -> None:
