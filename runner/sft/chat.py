@@ -6,14 +6,16 @@ Answers are greedy, so the same question gets the same answer. They go to stdout
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from runner.errors import DataError
 from runner.recipe import Recipe
@@ -45,7 +47,8 @@ def chat(
     conversations = [Conversation(speaker, asking, opening, shows_label=with_base) for speaker in speakers]
     if prompt is not None:
         for conversation in conversations:
-            conversation.ask(prompt)
+            if not conversation.ask(prompt):
+                raise KeyboardInterrupt
         return 0
     return _converse(conversations)
 
@@ -98,36 +101,53 @@ class Asking:
         ids: torch.Tensor = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return ids
 
-    def answer(self, speaker: Speaker, messages: list[dict[str, str]], write: Callable[[str], None]) -> str:
-        """The answer, also written piece by piece as it comes; Ctrl-C ends it where it is."""
-        streamer = _Streamer(self.tokenizer, write)
-        with contextlib.suppress(KeyboardInterrupt):
-            input_ids = self.encode(messages).to(speaker.device)
-            speaker.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                generation_config=self._settings,
-                streamer=streamer,
-            )
-        if not streamer.is_ended:
-            streamer.end()
+    def answer(self, speaker: Speaker, messages: list[dict[str, str]], interrupted: threading.Event) -> str:
+        """The answer, also written piece by piece as it comes; `interrupted` ends it at its next token."""
+        input_ids = self.encode(messages).to(speaker.device)
+        streamer = _Streamer(self.tokenizer)
+        speaker.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=self._settings,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([_Interruption(interrupted)]),
+        )
         return "".join(streamer.pieces)
 
 
-class _Streamer(TextStreamer):  # type: ignore[misc]
-    """Collects the answer and hands it on as soon as its words are whole."""
+class _Interruption(StoppingCriteria):  # type: ignore[misc]
+    """Stops every sequence once the event is set."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+    def __init__(self, interrupted: threading.Event) -> None:
+        self._interrupted = interrupted
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Asked after each token."""
+        return torch.full((input_ids.shape[0],), self._interrupted.is_set(), device=input_ids.device, dtype=torch.bool)
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Prints the answer, each word as soon as it is whole, and collects it."""
+
+    def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._write = write
         self.pieces: list[str] = []
-        self.is_ended = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by the base class for each piece."""
         self.pieces.append(text)
-        self.is_ended = stream_end
-        self._write(text)
+        print(text, end="", flush=True)
+
+
+@contextlib.contextmanager
+def _catching_interrupts() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets. As an exception it can get lost: raised in a callback, Python only prints it."""
+    interrupted = threading.Event()
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @dataclass
@@ -144,18 +164,16 @@ class Conversation:
         """Forget everything but the system text."""
         self.messages = []
 
-    def ask(self, question: str) -> None:
-        """Print the answer and remember both."""
+    def ask(self, question: str) -> bool:
+        """Print the answer and remember both; whether it is whole, False if Ctrl-C stopped it."""
         asked = [*self.messages, {"role": "user", "content": question}]
-        if self.shows_label:
-            print(f"{self.speaker.label}: ", end="")
-        answer = self.asking.answer(self.speaker, [*self.opening, *asked], _write)
-        print(flush=True)
+        with _catching_interrupts() as interrupted:
+            if self.shows_label:
+                print(f"{self.speaker.label}: ", end="", flush=True)
+            answer = self.asking.answer(self.speaker, [*self.opening, *asked], interrupted)
+            print(flush=True)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
+        return not interrupted.is_set()
 
 
 def _converse(conversations: list[Conversation]) -> int:

@@ -105,14 +105,21 @@ def test_a_terminal_session(finished: Project) -> None:
         assert [answer.partition("\ntuned: ")[0] for answer in answers] == [f"base: {first}", f"base: {second}"]
         assert all(answer.partition("\ntuned: ")[2].strip() for answer in answers)
         assert chat.ask("/reset") == ""
-        chat.type(f"{QUESTIONS[1]}\n")
+        assert chat.ask(QUESTIONS[1]).partition("\ntuned: ")[0] == f"base: {alone}", "the history is forgotten"
+        chat.type("\x04")
+        assert chat.process.wait(timeout=DEADLINE_SECONDS) == 0
+
+
+def test_ctrl_c_stops_one_answer(finished: Project) -> None:
+    with terminal(finished.root, "chat", "runs/tests/llama-lora", "--base", "--max-new-tokens", "1800") as chat:
+        chat.type(f"{QUESTIONS[0]}\n")
         shown = chat.read_until(re.compile(rb"base: "))
         chat.type("\x03")
         shown += chat.read_until(PROMPT)
-        stopped = shown.partition("base: ")[2].partition("\ntuned: ")[0].removesuffix("^C")
-        assert alone.startswith(stopped) and len(stopped) < len(alone), "no history, and the answer was stopped"
-        assert "\ntuned: " in shown, "only that answer"
-        chat.type("\x04")
+        stopped, _, tuned = shown.partition("base: ")[2].partition("\ntuned: ")
+        assert len(stopped) < 1800, "1800 tokens are more characters than that"
+        assert tuned.removesuffix("> ").strip(), "only that answer was stopped"
+        chat.type("/exit\n")
         assert chat.process.wait(timeout=DEADLINE_SECONDS) == 0
 
 
