@@ -51,7 +51,8 @@ def run_check(arguments: argparse.Namespace) -> int:
         return 0
     from runner.sft.check_report import run_check
 
-    return run_check([one.recipe for one in selected], is_json=arguments.json)
+    finished = [_name(one) for one in selected if one.paths.result_path.exists()]
+    return run_check([one.recipe for one in selected], arguments.output_root, finished, is_json=arguments.json)
 
 
 def run_masks(arguments: argparse.Namespace) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from runner.recipe import Recipe
@@ -15,15 +17,28 @@ from runner.sft.data import SPLITS
 _MAX_NAMES: Final = 3
 
 
-def run_check(recipes: Sequence[Recipe], *, is_json: bool) -> int:
-    """Check and print; 2 if a recipe cannot be trained as it is, else 0: warnings do not fail."""
+def run_check(recipes: Sequence[Recipe], output_root: Path, finished: Sequence[str], *, is_json: bool) -> int:
+    """Check and print; 2 if a recipe cannot be trained as it is, else 0: warnings do not fail.
+
+    `finished` are runs (grid/name) that take no more disk.
+    """
     if not is_json:
         print(f"{len(recipes)} recipes are well-formed", flush=True)
     result = check_recipes(recipes)
+    sizes: dict[str, dict[str, Any]] = {}
+    size_lines: list[str] = []
+    if result.runs:
+        from runner.sft.check_sizes import as_json as size_as_json
+        from runner.sft.check_sizes import describe_sizes, estimate_sizes, warn_of_shortage
+
+        estimated = estimate_sizes(result)
+        warn_of_shortage(result, estimated, finished, output_root)
+        sizes = {name: size_as_json(one) for name, one in estimated.items()}
+        size_lines = list(describe_sizes(result.runs, estimated))
     if is_json:
-        print(json.dumps(as_json(result), indent=1))
+        print(json.dumps(as_json(result, sizes), indent=1))
         return 2 if result.errors else 0
-    for line in format_result(result):
+    for line in format_result(result, size_lines):
         print(line)
     for text, names in result.errors.items():
         print(f"\nerror: {name_runs(names)}: {text}", file=sys.stderr)
@@ -47,9 +62,9 @@ def name_runs(names: Sequence[str]) -> str:
     return f"{', '.join(names[: _MAX_NAMES - 1])} and {len(names) - _MAX_NAMES + 1} more"
 
 
-def format_result(result: CheckResult) -> Iterator[str]:
-    """Lines: a block per pair of model and data, then the updates of each kind of run, then what is doubtful."""
-    for model_key, runs in _group(result.runs, lambda run: run.recipe.model.model_dump_json()):
+def format_result(result: CheckResult, size_lines: Sequence[str] = ()) -> Iterator[str]:
+    """Lines: a block per model, the updates of each kind of run, memory and disk, then what is doubtful."""
+    for model_key, runs in group_runs(result.runs, lambda run: run.recipe.model.model_dump_json()):
         tokenizer = result.tokenizers[model_key]
         ends = " or ".join(tokenizer.end_tokens) or "plain text"
         own = tokenizer.tokenizer
@@ -62,8 +77,9 @@ def format_result(result: CheckResult) -> Iterator[str]:
         yield from dict.fromkeys(f"  left out: {line}" for run in runs for line in run.left_out)
     if result.runs:
         yield ""
-        for line, runs in _group(result.runs, _describe_schedule):
+        for line, runs in group_runs(result.runs, _describe_schedule):
             yield f"{line}  [{len(runs)} runs]" if len(runs) > 1 else line
+    yield from size_lines
     for text, names in result.warnings.items():
         yield ""
         yield f"warning: {text}"
@@ -71,7 +87,8 @@ def format_result(result: CheckResult) -> Iterator[str]:
             yield f"  {name_runs(names)}"
 
 
-def _group(runs: Sequence[CheckedRun], key: Any) -> list[tuple[Any, list[CheckedRun]]]:
+def group_runs(runs: Sequence[CheckedRun], key: Any) -> list[tuple[Any, list[CheckedRun]]]:
+    """`(value, runs)` for each value of `key`, in the order in which they come first."""
     groups: dict[Any, list[CheckedRun]] = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)
@@ -82,7 +99,7 @@ def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
     """One line per split and source of rows; where runs take more or fewer of them, the lengths are of the most."""
     lines: dict[tuple[str, ...], list[str]] = {}
     for split in SPLITS:
-        for (source, _), group in _group(runs, lambda run, split=split: _source_of(run, split)):
+        for (source, _), group in group_runs(runs, lambda run, split=split: _source_of(run, split)):
             by_count = {run.splits[split].num_rows: run.splits[split] for run in group}
             facts = by_count[max(by_count)]
             lengths = [str(length) for length in facts.length_percentiles.values()]
@@ -122,8 +139,8 @@ def _describe_schedule(run: CheckedRun) -> str:
     )
 
 
-def as_json(result: CheckResult) -> dict[str, Any]:
-    """The whole result, one entry per run."""
+def as_json(result: CheckResult, sizes: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> dict[str, Any]:
+    """The whole result, one entry per run; `size` is null where the model could not be measured."""
     runs = []
     for run in result.runs:
         tokenizer = result.tokenizers[run.recipe.model.model_dump_json()]
@@ -139,6 +156,7 @@ def as_json(result: CheckResult) -> dict[str, Any]:
                 "end_of_turn": list(tokenizer.end_tokens),
                 "pad_token": tokenizer.tokenizer.pad_token,
                 "eos_token": tokenizer.tokenizer.eos_token,
+                "size": sizes.get(run.name),
             }
         )
     return {

@@ -13,7 +13,7 @@ nothing that a user writes can move the mask. `docs/chat_templates.md` tells it 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -140,7 +140,7 @@ class ConversationMasker:
 
     def mask(self, messages: Messages) -> MaskedConversation:
         """The tokens and proven completions of one conversation. Raises: MaskError."""
-        _check_messages(messages)
+        _check_messages(messages, self._describe_roles)
         try:
             return self._mask(messages)
         except MaskError:
@@ -149,6 +149,22 @@ class ConversationMasker:
         # Midnight may lie between the skeleton's rendering and the row's: render both anew, once.
         self._template.forget()
         return self._mask(messages)
+
+    def _describe_roles(self) -> str:
+        """The roles that the chat template renders in a place where they are usual, found by trying."""
+        usual = {
+            "system": ("system", "user", "assistant"),
+            "developer": ("developer", "user", "assistant"),
+            "user": ("user", "assistant"),
+            "assistant": ("user", "assistant"),
+            "tool": ("user", "assistant", "tool", "assistant"),
+        }
+        accepted = []
+        for role in ROLES:
+            with suppress(MaskError):
+                self._template.skeleton(tuple((each, None) for each in usual[role]))
+                accepted.append(role)
+        return f"this chat template takes {', '.join(accepted) or 'none of them'}"
 
     def _mask(self, messages: Messages) -> MaskedConversation:
         skeleton = self._template.skeleton(tuple((message["role"], None) for message in messages))
@@ -233,14 +249,22 @@ class ConversationMasker:
             )
 
 
-def _check_messages(messages: Messages) -> None:
+def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> None:
     """Raises: MaskError, if a message is not a known role and a text, or if nobody is the assistant."""
     for index, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise MaskError(f"message {index} has the role {role!r}, expected one of {', '.join(ROLES)}")
+            raise MaskError(
+                f"message {index} has the role {role!r}, expected one of {', '.join(ROLES)}; {describe_roles()}",
+                hint="rename the role in the data; who uses a tool or sets a scene can be a user",
+            )
         if not isinstance(content, str):
             raise MaskError(f"{describe(messages, index)} has the content {quote(repr(content))}, expected a text")
+        if (surrogate := next((char for char in content if "\ud800" <= char <= "\udfff"), None)) is not None:
+            raise MaskError(
+                f"{describe(messages, index)} holds {surrogate!r}, half of a character, which is no text",
+                hint="the file was written from text that was cut or decoded wrongly: write it again",
+            )
         extra = sorted(set(message) - {"role", "content"})
         if extra:
             raise MaskError(

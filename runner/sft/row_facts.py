@@ -10,6 +10,7 @@ import math
 import re
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -73,7 +74,9 @@ class TokenizerFacts:
     def __post_init__(self) -> None:
         tokenizer = self.tokenizer
         self._masker = build_masker(tokenizer)
-        self._end_ids = end_of_turn_ids(tokenizer)
+        self._end_ids: tuple[int, ...] = ()
+        with suppress(MaskError):  # rows will say it, and which of them
+            self._end_ids = end_of_turn_ids(tokenizer)
         self.end_tokens = tuple(tokenizer.convert_ids_to_tokens(list(self._end_ids)))
         self._bos_id: int | None = tokenizer.bos_token_id
         self.begins_plain_text_with_bos = self._bos_id is not None and tokenizer("x")["input_ids"][:1] == [self._bos_id]

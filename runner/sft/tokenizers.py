@@ -34,9 +34,9 @@ def load_tokenizer(model: ModelSection) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a folder holds, Transformers raises a dozen unrelated kinds for it
         raise DataError(
-            f"cannot load the tokenizer of {model.path!r}: {str(error).splitlines()[0]}",
+            f"cannot load the tokenizer of {model.path!r}: {str(error).strip().partition(chr(10))[0]}",
             hint="`model.path` is a local folder or a hub id; gated models need a token in the environment",
         ) from error
     if model.chat_template is not None:
