@@ -80,6 +80,11 @@ CASES = {
         template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
         overrides=("data.num_train_samples=5",),
     ),
+    "a template that prints BOS twice": Case(
+        ("rows.jsonl line ", "begins with the BOS token twice", "the chat template prints it twice"),
+        template="{{ bos_token * 2 }}{% for m in messages %}{{ m.content }}<end_of_turn>{% endfor %}",
+        overrides=("data.num_train_samples=5",),
+    ),
     "a text that is no Unicode": Case(
         ("rows.jsonl line 3", "message 0 (user) holds", "half of a character"),
         rows=rows_with({"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "Yes."}]}),

@@ -201,7 +201,15 @@ def mask_row(raw: RawRow, masker: ConversationMasker) -> MaskedConversation:
 
 
 def fit_row(raw: RawRow, masked: MaskedConversation, data: DataSection, bos_token_id: int | None) -> Row | None:
-    """The row as a run uses it, after `data.truncation`; None where it does not fit into `data.max_length`."""
+    """The row as a run uses it, after `data.truncation`; None where it does not fit into `data.max_length`.
+
+    Raises: MaskError, for a row that begins with BOS twice.
+    """
+    if bos_token_id is not None and masked.input_ids[:2] == (bos_token_id, bos_token_id):
+        raise MaskError(
+            f"{raw.where}: begins with the BOS token twice, as no text does that a model was trained on",
+            hint="the content begins with it, or the chat template prints it twice",
+        )
     completions = [message["content"] for message in raw.messages if message["role"] == "assistant"]
     assert len(completions) == len(masked.spans)
     kept = list(zip(masked.spans, completions, strict=True))

@@ -135,11 +135,6 @@ class TokenizerFacts:
             if self._end_ids and masked.input_ids[span.end - 1] not in self._end_ids:
                 found = self.tokenizer.convert_ids_to_tokens(masked.input_ids[span.end - 1])
                 raise MaskError(f"{raw.where}: an answer ends in {found!r}, not in one of {', '.join(self.end_tokens)}")
-        if self._bos_id is not None and masked.input_ids[:2] == (self._bos_id, self._bos_id):
-            raise MaskError(
-                f"{raw.where}: begins with {self.tokenizer.bos_token!r} twice",
-                hint="the content begins with it, or the chat template prints it twice",
-            )
         row = fit_row(raw, masked, data, self._bos_id)
         kept = row or masked
         return RowFacts(
