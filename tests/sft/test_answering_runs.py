@@ -37,9 +37,10 @@ SST2 = (
 
 
 @pytest.fixture(scope="module")
-def answered(finished: Project) -> RunPaths:
+def answered(workplace: Project) -> RunPaths:
     """An uninterrupted run on SST-2, whose best checkpoint is chosen by the accuracy of its answers."""
-    return launch(finished, "sst2", *SST2)
+    workplace.add_model("gemma")
+    return launch(workplace, "sst2", *SST2)
 
 
 def test_answers_are_stored_and_scored(answered: RunPaths) -> None:
@@ -66,17 +67,17 @@ def test_the_best_checkpoint_is_chosen_by_the_answers(answered: RunPaths) -> Non
     assert values[result.best_step] == result.best_metric
 
 
-def test_an_interrupted_run_answers_the_same(finished: Project, answered: RunPaths) -> None:
-    paths = launch_killed_at(finished, "sst2-killed", *SST2, event="os.rename", path="step-16/COMMITTED.json")
+def test_an_interrupted_run_answers_the_same(workplace: Project, answered: RunPaths) -> None:
+    paths = launch_killed_at(workplace, "sst2-killed", *SST2, event="os.rename", path="step-16/COMMITTED.json")
     assert load_answers(paths.predictions_path, "base") and not load_answers(paths.predictions_path, "tuned")
-    launch(finished, "sst2-killed", *SST2)
+    launch(workplace, "sst2-killed", *SST2)
     assert "resuming from step 8" in read_log(paths)
     assert_same_outputs(paths, answered)
 
 
-def test_two_ranks_under_zero_3_answer_the_same(finished: Project, answered: RunPaths) -> None:
+def test_two_ranks_under_zero_3_answer_the_same(workplace: Project, answered: RunPaths) -> None:
     zero_3 = "launch.accelerate_config=accelerate_configs/zero3.yaml"
-    paths = launch(finished, "sst2-zero-3", zero_3, *SST2, num_processes=2)
+    paths = launch(workplace, "sst2-zero-3", zero_3, *SST2, num_processes=2)
     assert paths.predictions_path.read_bytes() == answered.predictions_path.read_bytes()
     assert read_result(paths).generation == read_result(answered).generation
 
