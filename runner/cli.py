@@ -96,8 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     check = verbs.add_parser("check", help="validate recipes, then their data: rows, lengths, truncation, labels")
     _add_paths(check)
-    check.add_argument("--json", action="store_true", help="everything found, per run; see docs/preflight.md")
-    check.add_argument("--schema-only", action="store_true", help="do not load tokenizers and data")
+    how = check.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="everything found, per run; see docs/preflight.md")
+    how.add_argument("--schema-only", action="store_true", help="do not load tokenizers and data")
 
     masks = verbs.add_parser("masks", help="rows as the model sees them: every token, the trained ones coloured")
     masks.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe file, or a run directory")

@@ -96,6 +96,7 @@ def test_python_dash_m_is_the_same(fake: FakeLauncher) -> None:
         ["launch", "recipes/toy/a.yaml", "--num-processes", "-1"],
         ["launch", "recipes/toy/a.yaml", "--dry-run", "--prepare"],
         ["status", "--unknown"],
+        ["check", "recipes/toy", "--schema-only", "--json"],
     ],
 )
 def test_a_usage_error_is_2(arguments: list[str], fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
