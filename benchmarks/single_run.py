@@ -295,7 +295,8 @@ def measure_in_turn(recipe: Recipe, folder: Path, repeats: int) -> tuple[dict[st
             seconds = measure(command, folder)
             if repeat > 0:
                 measured[program].append(seconds)
-            print(f"{f'run {repeat}' if repeat else 'warm-up'} {program} {seconds['whole']:.2f} s", flush=True)
+            shown = "  ".join(f"{part} {value:.2f}" for part, value in seconds.items())
+            print(f"{f'run {repeat}' if repeat else 'warm-up'} {program:<7} {shown}", flush=True)
         losses = read_losses(folder, names["trl"], names["runner"], recipe.training.max_steps)
         worst = max(worst, require_equal(*losses))
     return measured, worst
