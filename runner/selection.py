@@ -114,6 +114,8 @@ def _load_selected(path: Path, output_root: Path) -> Selected:
 
 
 def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected]:
+    """The recipes that meet every condition; names and values are looked up among all that were selected."""
+    matching = selected
     for condition in where:
         axis, equals, values = condition.partition("=")
         if not equals or not values:
@@ -129,8 +131,13 @@ def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected
             raise RunnerError(
                 f"the axis {axis!r} has no value {unknown[0]!r}", hint=f"its values are {', '.join(known)}"
             )
-        selected = [one for one in selected if _label(one.recipe.run.axes.get(axis)) in wanted]
-    return selected
+        matching = [one for one in matching if _label(one.recipe.run.axes.get(axis)) in wanted]
+    if selected and not matching:
+        raise RunnerError(
+            f"no selected recipe has all of {' and '.join(where)}",
+            hint="conditions narrow each other down; values of one axis are alternatives: --where axis=value,value",
+        )
+    return matching
 
 
 def _label(value: object) -> str:

@@ -116,6 +116,12 @@ def test_a_condition_that_matches_nothing_is_an_error(condition: str, words: str
     assert words in str(caught.value)
 
 
+def test_conditions_that_exclude_each_other_are_told_as_such(fake: FakeLauncher) -> None:
+    fake.add("a", "bb")
+    with pytest.raises(RunnerError, match="no selected recipe has all of size=1 and size=2"):
+        select("recipes", where=("size=1", "size=2"))
+
+
 def test_axis_values_are_written_as_in_yaml(fake: FakeLauncher) -> None:
     fake.add("a", "bb")
     for name, value in (("a", "true"), ("bb", "null")):
