@@ -6,12 +6,15 @@ compressed: weights do not shrink, and a stored archive cannot grow when it is r
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import stat
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
 
@@ -87,11 +90,8 @@ def load_archived_marker(archive_path: Path) -> Marker:
     Raises:
         ArchiveError: see `read_archive`.
     """
-    try:
-        with zipfile.ZipFile(archive_path) as archive:
-            return _check_entries(archive, archive_path)
-    except _ZIP_ERRORS as error:
-        raise _no_archive(archive_path, error) from None
+    with _opened(archive_path) as archive:
+        return _check_entries(archive, archive_path)
 
 
 def read_archive(archive_path: Path, target_dir: Path | None) -> Marker:
@@ -101,24 +101,19 @@ def read_archive(archive_path: Path, target_dir: Path | None) -> Marker:
         ArchiveError: it is no ZIP file, or holds a name twice, a name that leads elsewhere, a link, a compressed or
             encrypted entry, more than it is long, or anything else than exactly what its marker states.
     """
-    try:
-        with zipfile.ZipFile(archive_path) as archive:
-            marker = _check_entries(archive, archive_path)
-            top = f"{STEP_PREFIX}{marker.step}"
-            for name, stated in marker.files.items():
-                with archive.open(f"{top}/{name}") as source:
-                    digest = _copy(source, None if target_dir is None else target_dir / name, stated.num_bytes)
-                if digest != stated.sha256:
-                    raise ArchiveError(f"{archive_path}: {name} is not what the marker states")
-            if target_dir is not None:
-                name = marker_path(target_dir).name
-                with archive.open(f"{top}/{name}") as source:
-                    _copy(source, target_dir / name, _MAX_MARKER_BYTES)
-            return marker
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:  # a name that is a file and a folder
-        raise _no_archive(archive_path, error) from None
-    except _ZIP_ERRORS as error:
-        raise _no_archive(archive_path, error) from None
+    with _opened(archive_path) as archive:
+        marker = _check_entries(archive, archive_path)
+        top = f"{STEP_PREFIX}{marker.step}"
+        for name, stated in marker.files.items():
+            with archive.open(f"{top}/{name}") as source:
+                digest = _copy(source, None if target_dir is None else target_dir / name, stated.num_bytes)
+            if digest != stated.sha256:
+                raise ArchiveError(f"{archive_path}: {name} is not what the marker states")
+        if target_dir is not None:
+            name = marker_path(target_dir).name
+            with archive.open(f"{top}/{name}") as source:
+                _copy(source, target_dir / name, _MAX_MARKER_BYTES)
+        return marker
 
 
 # What `zipfile` raises on files that were made to break it, besides its own `BadZipFile`.
@@ -134,10 +129,20 @@ _ZIP_ERRORS: Final = (
     UnicodeError,
     AssertionError,
 )
+# An offset before the start of the file; a name that is a file and a folder.
+_ZIP_ERRNOS: Final = (errno.EINVAL, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
-def _no_archive(archive_path: Path, error: Exception) -> ArchiveError:
-    return ArchiveError(f"{archive_path} is not a readable ZIP archive: {error}")
+@contextmanager
+def _opened(archive_path: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive, with whatever a hostile one makes `zipfile` raise as an `ArchiveError`."""
+    try:
+        with zipfile.ZipFile(archive_path) as archive:
+            yield archive
+    except (*_ZIP_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _ZIP_ERRNOS:
+            raise  # the disk's, not the archive's
+        raise ArchiveError(f"{archive_path} is not a readable ZIP archive: {error}") from None
 
 
 def _add_file(archive: zipfile.ZipFile, path: Path, name: str) -> None:

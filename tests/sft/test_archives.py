@@ -230,6 +230,14 @@ def test_whatever_bytes_it_is_refused_in_words_or_holds_what_it_states(
     assert set(listing(root)) <= {"fuzzed.zip", "out"}
 
 
+def test_an_entry_that_begins_before_the_file_is_refused_in_words(pristine: RunPaths, tmp_path: Path) -> None:
+    content = bytearray(pristine.archive_path(1).read_bytes())
+    content[-6] += 1  # where the directory begins, so all entries seem to begin one byte earlier
+    (tmp_path / "shifted.zip").write_bytes(content)
+    with pytest.raises(ArchiveError, match="not a readable ZIP archive"):
+        extract_archive(tmp_path / "shifted.zip", tmp_path / "out")
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.binary(max_size=300))
 def test_noise_is_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
