@@ -22,6 +22,11 @@ class Selected:
     source_path: Path
     paths: RunPaths
 
+    @property
+    def full_name(self) -> str:
+        """`<grid>/<run name>`."""
+        return f"{self.recipe.run.grid}/{self.recipe.run.name}"
+
 
 def select_recipes(arguments: Sequence[str], output_root: Path, where: Sequence[str] = ()) -> list[Selected]:
     """Every recipe that the arguments name, in order and each once, whose axes match `where`.

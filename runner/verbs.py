@@ -1,32 +1,36 @@
-"""What each verb of the command line does, from parsed arguments to an exit code."""
+"""What each verb of the command line does, from parsed arguments to an exit code.
+
+What launches runs is in `launch_verbs`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import re
-import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
-from runner.errors import RefusedError, RunnerError
-from runner.fsio import hash_json
-from runner.identity import ContentHashes, hash_contents, known_contents
-from runner.launch import LaunchCommand, Placement
+from runner.errors import RunnerError
+from runner.identity import ContentHashes, known_contents
+from runner.launch_verbs import run_launch, run_rerun, run_sweep
 from runner.paths import RunPaths, content_cache_path
-from runner.plan import Decision, decide
-from runner.recipe import NAME_PATTERN, Recipe, load_recipe, parse_recipe
-from runner.record import RunStatus, derive_status, load_stored_recipe
-from runner.selection import Selected, run_paths, select_recipes, suggest_path
+from runner.recipe import Recipe, load_recipe, parse_recipe
+from runner.record import derive_status, load_stored_recipe
+from runner.selection import select_recipes, suggest_path
 
-if TYPE_CHECKING:
-    from runner.pool import Planned, PoolResult
-
-_LOG_LINES: Final = 15
-_PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
+__all__ = [
+    "run_chat",
+    "run_check",
+    "run_export",
+    "run_init",
+    "run_launch",
+    "run_masks",
+    "run_render",
+    "run_report",
+    "run_rerun",
+    "run_status",
+    "run_sweep",
+]
 
 
 def run_init(arguments: argparse.Namespace) -> int:
@@ -51,7 +55,7 @@ def run_check(arguments: argparse.Namespace) -> int:
         return 0
     from runner.sft.check_report import run_check
 
-    finished = [_name(one) for one in selected if one.paths.result_path.exists()]
+    finished = [one.full_name for one in selected if one.paths.result_path.exists()]
     return run_check([one.recipe for one in selected], arguments.output_root, finished, is_json=arguments.json)
 
 
@@ -66,79 +70,6 @@ def run_masks(arguments: argparse.Namespace) -> int:
     is_coloured = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
     print(format_views(views, recipe, arguments.format, is_coloured=is_coloured), end="")
     return 0
-
-
-def run_launch(arguments: argparse.Namespace) -> int:
-    """`runner launch`."""
-    from runner.pool import Planned, build_command
-
-    selected, resume = _select_one(arguments), _parse_resume(arguments.resume)
-    recipe, paths = selected.recipe, selected.paths
-    num_processes = arguments.num_processes or recipe.launch.num_processes
-    command = build_command(Planned(selected, {}, num_processes), _placement(num_processes))
-    if arguments.dry_run:
-        print(command.as_shell())
-        return 0
-    contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
-    planned = Planned(selected, contents, num_processes, resume)
-    status = derive_status(paths, recipe, contents)
-    if arguments.fresh and resume == "auto":
-        planned = replace(planned, resume="none")  # nor from remote storage
-    if arguments.fresh and status.state != "pending":
-        _move_aside(selected)
-        status = derive_status(paths, recipe, contents)
-    decision = decide(status, retry_failed=True)
-    if decision.action == "refuse":
-        raise RefusedError(
-            f"{paths.run_dir} holds another experiment, the recipe changed since:\n"
-            + "\n".join(f"  {line}" for line in status.differences),
-            hint=f"{_same_launch(arguments)} --fresh  # moves the old run aside and starts anew",
-        )
-    if decision.action == "skip":
-        advice = "" if resume == "auto" else "; `--resume` goes on with unfinished runs only, `--fresh` starts one anew"
-        print(f"{planned.name}  {decision.why}{advice}")
-        return 0
-    if arguments.prepare:
-        _prepare(planned, command)
-        print(command.as_shell())
-        return 0
-    return _run_planned([planned], num_slots=1, gpus=None, fail_fast=False)
-
-
-def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -> int:
-    """`runner sweep`."""
-    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
-    if arguments.list:
-        print("\n".join(str(one.source_path) for one in selected))
-        return 0
-    gpus = _parse_gpus(arguments.gpus)
-    from runner.pool import Planned, build_command
-
-    hashes = ContentHashes(content_cache_path(arguments.output_root))
-    planned: list[Planned] = []
-    num_unhappy = 0
-    for one in selected:
-        contents = hash_contents(one.recipe, hashes) if not arguments.dry_run else known_contents(one.recipe, hashes)
-        status = derive_status(one.paths, one.recipe, contents)
-        decision = decide(status, retry_failed=arguments.retry_failed, only_unfinished=only_unfinished)
-        print(_describe_decision(one, decision, status))
-        if decision.action == "launch":
-            planned.append(Planned(one, contents, one.recipe.launch.num_processes))
-        elif status.state in ("failed", "changed"):
-            num_unhappy += 1
-    if arguments.dry_run:
-        for run in planned:
-            print(build_command(run, _placement(run.num_processes)).as_shell())
-        return 0
-    sys.stdout.flush()
-    slots = len(gpus) if gpus is not None else arguments.slots or 1
-    code = _run_planned(planned, num_slots=slots, gpus=gpus, fail_fast=arguments.fail_fast)
-    return code or (1 if num_unhappy else 0)
-
-
-def run_rerun(arguments: argparse.Namespace) -> int:
-    """`runner rerun`."""
-    return run_sweep(arguments, only_unfinished=True)
 
 
 def run_status(arguments: argparse.Namespace) -> int:
@@ -156,13 +87,13 @@ def run_status(arguments: argparse.Namespace) -> int:
         ]
         print(json.dumps(content, indent=2))
         return 0
-    width = max((len(_name(one)) for one, _ in rows), default=0)
+    width = max((len(one.full_name) for one, _ in rows), default=0)
     for one, status in rows:
         step = "" if status.step is None else f"{status.step}/{status.max_steps or '?'}"
         loss = "" if status.loss is None else f"{status.loss:.4f}"
         seconds = "" if status.seconds is None else f"{status.seconds:.0f} s"
         why = "; ".join(filter(None, (status.why.partition("\n")[0], status.notes)))
-        print(f"{_name(one):<{width}}  {status.state:<11}  {step:>9}  {loss:>8}  {seconds:>7}  {why}")
+        print(f"{one.full_name:<{width}}  {status.state:<11}  {step:>9}  {loss:>8}  {seconds:>7}  {why}")
     return 0
 
 
@@ -212,38 +143,6 @@ def run_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def name_overridden(name: str, overrides: list[str]) -> str:
-    """The name of a run that differs from its recipe by overrides.
-
-    >>> name_overridden("gemma_full", ["training.learning_rate=1e-4"])
-    'gemma_full--training.learning_rate-1e-4'
-    """
-    if not overrides:
-        return name
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(overrides)).strip("-")
-    full = f"{name}--{slug}"
-    is_readable_back = all(_PLAIN_OVERRIDE.fullmatch(override) for override in overrides) and len(full) <= 150
-    return full if is_readable_back else f"{full[:130]}--{hash_json(overrides)[:12]}"
-
-
-def _select_one(arguments: argparse.Namespace) -> Selected:
-    overrides: list[str] = arguments.overrides
-    if malformed := [override for override in overrides if "=" not in override]:
-        raise RunnerError(f"{malformed[0]!r} is not an override of the form key=value")
-    if arguments.recipe.is_dir():
-        raise RunnerError(f"{arguments.recipe} is a folder", hint=f"runner sweep {arguments.recipe}")
-    if not arguments.recipe.exists():
-        raise RunnerError(f"there is no recipe {arguments.recipe}", hint=suggest_path(arguments.recipe))
-    plain = load_recipe(arguments.recipe, overrides)
-    name = arguments.name or name_overridden(plain.run.name, overrides)
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise RunnerError(f"the name {name!r} may hold letters, digits and . _ - only, and at most 200 of them")
-    recipe = plain.model_copy(
-        update={"run": plain.run.model_copy(update={"name": name, "overrides": tuple(overrides)})}
-    )
-    return Selected(recipe, arguments.recipe, run_paths(recipe, arguments.output_root))
-
-
 def _load_recipe_or_run(path: Path, overrides: list[str]) -> Recipe:
     """The recipe of a file or of a run directory, under overrides."""
     if path.is_dir():
@@ -256,13 +155,6 @@ def _load_recipe_or_run(path: Path, overrides: list[str]) -> Recipe:
     return load_recipe(path, overrides)
 
 
-def _same_launch(arguments: argparse.Namespace) -> str:
-    words = ["runner", "launch", str(arguments.recipe), *arguments.overrides]
-    words += ["--name", arguments.name] if arguments.name else []
-    words += ["--output-root", str(arguments.output_root)] if arguments.output_root != Path("runs") else []
-    return shlex.join(words)
-
-
 def _everything(arguments: argparse.Namespace) -> list[str]:
     """What `status` is about when nothing is named: all recipes and all runs that there are."""
     recipes, runs = Path("recipes").glob("*/*.yaml"), arguments.output_root.glob("*/*/recipe.json")
@@ -271,93 +163,3 @@ def _everything(arguments: argparse.Namespace) -> list[str]:
         for folder, found in ((Path("recipes"), recipes), (arguments.output_root, runs))
         if next(found, None) is not None
     ]
-
-
-def _parse_gpus(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    gpus = [name.strip() for name in text.split(",")]
-    if not all(gpus) or len(set(gpus)) < len(gpus):
-        raise RunnerError(f"`--gpus {text}` must name different devices, such as 0,1")
-    return gpus
-
-
-def _parse_resume(text: str) -> str:
-    """`Attempt.resume`: a word, a URL, or the whole path of a checkpoint that is there."""
-    if text in ("auto", "latest", "best") or "://" in text:
-        return text
-    if not Path(text).exists():
-        raise RunnerError(
-            f"`--resume {text}`: there is no such folder or archive",
-            hint="--resume auto, latest, best, a path or a URL",
-        )
-    return str(Path(text).absolute())
-
-
-def _placement(num_processes: int) -> Placement:
-    return Placement(num_processes, num_cores=os.cpu_count() or 1)
-
-
-def _move_aside(selected: Selected) -> None:
-    from runner.execute import move_aside, take_lease
-
-    lease = take_lease(selected.paths)
-    if lease is None:
-        raise RefusedError(f"{selected.paths.run_dir} is running; stop it before starting anew")
-    target = move_aside(selected.paths)
-    lease.close()
-    print(f"moved {selected.paths.run_dir} to {target}", file=sys.stderr)
-
-
-def _prepare(planned: Planned, command: LaunchCommand) -> None:
-    from runner.execute import open_attempt, prepare_run, read_git_state, take_lease
-
-    paths = planned.selected.paths
-    lease = take_lease(paths)
-    if lease is None:
-        raise RefusedError(f"{paths.run_dir} is running")
-    with contextlib.closing(lease):
-        prepare_run(planned.selected.recipe, planned.contents, paths)
-        open_attempt(paths, command, planned.num_processes, read_git_state(), planned.resume)
-
-
-def _run_planned(planned: list[Planned], *, num_slots: int, gpus: list[str] | None, fail_fast: bool) -> int:
-    from runner.display import SweepDisplay
-    from runner.pool import Devices, Stopped, run_pool
-
-    if not planned:
-        print("nothing to launch", file=sys.stderr)
-        return 0
-    try:
-        with SweepDisplay(len(planned)) as display:
-            result = run_pool(planned, Devices(num_slots, gpus), display, fail_fast=fail_fast)
-    except Stopped:
-        print("stopped; the same command goes on from the newest checkpoints", file=sys.stderr)
-        return 130
-    _print_failures(result)
-    return 1 if result.failed else 0
-
-
-def _print_failures(result: PoolResult) -> None:
-    for failed in result.failed:
-        print(f"\n{failed.name} failed, {failed.failure.kind}: {failed.failure.message}", file=sys.stderr)
-        if failed.log_path is None:
-            continue
-        if failed.failure.kind in ("crashed", "lost", "transient", "out_of_memory"):
-            lines = failed.log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-            print("\n".join(f"  | {line}" for line in lines), file=sys.stderr)
-        print(f"  log: {failed.log_path}", file=sys.stderr)
-    if result.not_started:
-        print(f"{len(result.not_started)} runs were not started because of --fail-fast", file=sys.stderr)
-
-
-def _describe_decision(one: Selected, decision: Decision, status: RunStatus) -> str:
-    why = decision.why.partition("\n")[0]
-    lines = [f"{decision.action:<7} {_name(one)}  {why}"]
-    if decision.action == "refuse":
-        lines += [f"          {line}" for line in status.differences]
-    return "\n".join(lines)
-
-
-def _name(one: Selected) -> str:
-    return f"{one.recipe.run.grid}/{one.recipe.run.name}"

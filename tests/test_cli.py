@@ -14,10 +14,10 @@ from fake_launcher import BIN_DIR, FakeLauncher, fake
 
 from runner.cli import main
 from runner.fsio import write_json_atomic
+from runner.launch_verbs import name_overridden
 from runner.paths import RunPaths
 from runner.recipe import NAME_PATTERN
 from runner.record import load_record
-from runner.verbs import name_overridden
 
 __all__ = ["fake"]
 

@@ -19,7 +19,7 @@ from rich.cells import cell_len
 from runner.fsio import Lease, write_json_atomic, write_text_atomic
 from runner.paths import RunPaths
 from runner.recipe import Recipe, parse_recipe
-from runner.recipe_sections import SquadV2Task, Sst2Task
+from runner.recipe_data import SquadV2Task, Sst2Task
 from runner.record import (
     Attempt,
     Failure,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from runner.errors import DataError
-from runner.recipe_sections import Oasst1Task
+from runner.recipe_data import Oasst1Task
 from runner.sft.row_fields import describe_value, read_text, require_object
 
 READY: Final = "ready_for_export"

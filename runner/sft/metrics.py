@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from runner.recipe import AnyTask
-from runner.recipe_sections import MathToolsTask, PromptCompletionTask, SquadV2Task, Sst2Task, SummarizationTask
+from runner.recipe_data import MathToolsTask, PromptCompletionTask, SquadV2Task, Sst2Task, SummarizationTask
 from runner.sft.math_judge import MathJudge
 from runner.sft.tasks import find_boxed
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from runner.errors import DataError
 from runner.recipe import AnyTask
-from runner.recipe_sections import (
+from runner.recipe_data import (
     ConversationsTask,
     MathToolsTask,
     Oasst1Task,

@@ -15,7 +15,8 @@ import pytest
 
 from runner.errors import DataError
 from runner.fsio import hash_json
-from runner.recipe_sections import DataSection, ModelSection
+from runner.recipe_data import DataSection
+from runner.recipe_sections import ModelSection
 from runner.sft.data import build_samples, describe_samples, draw_splits
 from runner.sft.masking import MaskError
 from runner.sft.tokenizers import load_tokenizer

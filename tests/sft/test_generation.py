@@ -15,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from runner.errors import DataError
-from runner.recipe_sections import DataSection, ModelSection, SquadV2Task, Sst2Task
+from runner.recipe_data import DataSection, SquadV2Task, Sst2Task
+from runner.recipe_sections import ModelSection
 from runner.sft.data import LeftOut, Row, Samples, Split, build_samples
 from runner.sft.generation import (
     Answer,

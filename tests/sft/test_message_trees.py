@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import DataError
-from runner.recipe_sections import Oasst1Task
+from runner.recipe_data import Oasst1Task
 from runner.sft.message_trees import TreePath, TreePaths, read_trees
 from runner.sft.tasks import build_examples
 

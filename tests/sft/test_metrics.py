@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_accuracy, binary_f1_sc
 from torchmetrics.functional.text import squad
 
 from runner.recipe import AnyTask
-from runner.recipe_sections import (
+from runner.recipe_data import (
     ConversationsTask,
     MathToolsTask,
     PromptCompletionTask,

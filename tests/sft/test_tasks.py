@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from runner.errors import DataError
 from runner.recipe import AnyTask
-from runner.recipe_sections import (
+from runner.recipe_data import (
     ConversationsTask,
     MathToolsTask,
     PromptCompletionTask,
