@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from hypothesis import settings
 
 from runner.paths import RunPaths
 from runner.recipe import Recipe, parse_recipe
+
+# The same examples in every run; `pytest --hypothesis-profile=default` looks at others.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 RUNNER: Final = Path(sys.executable).parent / "runner"

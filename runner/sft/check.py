@@ -23,7 +23,8 @@ from runner.identity import build_digest_payload, hint_at_missing, list_content_
 from runner.recipe import DataSection, Recipe
 from runner.schedule import Schedule, derive_schedule, find_doubts
 from runner.sft.data import SPLITS, RawSplits, draw_splits
-from runner.sft.row_facts import RowFacts, SplitFacts, TokenizerFacts, sum_up
+from runner.sft.row_facts import RowFacts, SplitFacts, TokenizerFacts, find_row_doubts, sum_up
+from runner.sft.storage import open_run_folder
 from runner.sft.tokenizers import load_tokenizer
 from runner.trackers import require_trackers
 
@@ -121,6 +122,7 @@ def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
         pairs.setdefault((recipe.model.model_dump_json(), recipe.data.model_dump_json()), []).append(recipe)
         try:
             require_trackers(recipe)
+            open_run_folder(recipe)
         except RunnerError as error:
             _fail_all(result, error, [recipe])
     progress = _Progress(len(pairs))
@@ -228,7 +230,7 @@ def _check_pair(result: CheckResult, group: Sequence[Recipe], tokenizer: Tokeniz
         _fail_all(result, error, group)
         return
     splits = {split: sum_up(rows) for split, rows in facts.items()}
-    doubts = list(_find_data_doubts(group[0], tokenizer, facts, splits))
+    doubts = find_row_doubts(group[0].model, tokenizer, facts, splits)
     for recipe in group:
         run = CheckedRun(
             recipe, splits, tuple(raw.left_out.describe()), derive_schedule(recipe, splits["train"].num_rows)
@@ -236,34 +238,6 @@ def _check_pair(result: CheckResult, group: Sequence[Recipe], tokenizer: Tokeniz
         result.runs.append(run)
         for doubt in [*doubts, *find_doubts(recipe, run.schedule)]:
             result.warn(doubt, run.name)
-
-
-def _find_data_doubts(
-    recipe: Recipe, tokenizer: TokenizerFacts, facts: dict[str, list[RowFacts]], splits: dict[str, SplitFacts]
-) -> list[str]:
-    doubts = []
-    path = recipe.model.path
-    if tokenizer.begins_plain_text_with_bos and not all(row.begins_with_bos for row in facts["train"]):
-        doubts.append(f"{path}: its tokenizer begins texts with {tokenizer.tokenizer.bos_token}, its chat template not")
-    if not tokenizer.end_tokens:
-        doubts.append(f"{path}: plain text ends a turn under its chat template, so generation needs a stop string")
-    elif not set(tokenizer.end_tokens) & set(tokenizer.stop_tokens(recipe.model)):
-        doubts.append(
-            f"{path}: training ends answers with {' or '.join(tokenizer.end_tokens)}, where the base model's own "
-            "generation settings do not stop"
-        )
-    for split, facts_of_split in splits.items():
-        if facts_of_split.num_dropped:
-            doubts.append(
-                f"{facts_of_split.num_dropped} {split} rows are longer than `data.max_length` and are dropped"
-            )
-        if facts_of_split.num_with_special_text:
-            first = next(row.where for row in facts[split] if row.holds_special_text)
-            doubts.append(
-                f"{path}: {facts_of_split.num_with_special_text} {split} rows hold text that the tokenizer reads as a "
-                f"special token, the first is {first}"
-            )
-    return doubts
 
 
 def _find_twins(result: CheckResult) -> None:

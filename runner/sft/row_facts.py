@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -37,6 +37,7 @@ class RowFacts:
     num_completion_labels: int
     is_truncated: bool
     holds_special_text: bool
+    has_blank_answer: bool
     begins_with_bos: bool
     ids_hash: bytes
     spans_hash: bytes
@@ -58,6 +59,7 @@ class SplitFacts:
     num_labels: dict[str, int]
     length_percentiles: dict[str, int]
     num_with_special_text: int
+    num_with_blank_answer: int
     ids_hash: str
     mask_hashes: dict[str, str]
 
@@ -94,6 +96,16 @@ class TokenizerFacts:
             stated = None
         ids |= set(stated) if isinstance(stated, list) else {stated}
         return [str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(ids - {None}))]
+
+    def count_positions(self, model: ModelSection) -> int | None:
+        """Tokens that the base model has positions for, None where its configuration does not say."""
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(model.path, revision=model.revision).get_text_config()
+        except (OSError, ValueError):
+            return None
+        return getattr(config, "max_position_embeddings", None)
 
     def facts_of(self, raw_rows: Sequence[RawRow], split: str, data: DataSection) -> list[RowFacts]:
         """One entry per row, in order.
@@ -144,6 +156,9 @@ class TokenizerFacts:
             num_completion_labels=sum(span.end - span.start for span in row.spans) if row else 0,
             is_truncated=bool(row and row.is_truncated),
             holds_special_text=any(self._special_pattern.search(message["content"]) for message in raw.messages),
+            has_blank_answer=any(
+                message["role"] == "assistant" and not message["content"].strip() for message in raw.messages
+            ),
             begins_with_bos=masked.input_ids[0] == self._bos_id,
             ids_hash=_hash_numbers(kept.input_ids),
             spans_hash=_hash_numbers([number for span in kept.spans for number in (span.start, span.end)]),
@@ -175,6 +190,56 @@ def sum_up(facts: Sequence[RowFacts]) -> SplitFacts:
             for percent in PERCENTILES
         },
         num_with_special_text=sum(fact.holds_special_text for fact in used),
+        num_with_blank_answer=sum(fact.has_blank_answer for fact in used),
         ids_hash=hash_json([fact.ids_hash.hex() for fact in used]),
         mask_hashes={"full": full, "completion": completion},
     )
+
+
+def find_row_doubts(
+    model: ModelSection,
+    tokenizer: TokenizerFacts,
+    facts: Mapping[str, Sequence[RowFacts]],
+    splits: Mapping[str, SplitFacts],
+) -> list[str]:
+    """What a user should look at before training on rows that can be trained on. `facts` and `splits` are per split."""
+    return [*_find_token_doubts(model, tokenizer, facts, splits), *_find_text_doubts(model.path, facts, splits)]
+
+
+def _find_token_doubts(
+    model: ModelSection,
+    tokenizer: TokenizerFacts,
+    facts: Mapping[str, Sequence[RowFacts]],
+    splits: Mapping[str, SplitFacts],
+) -> Iterator[str]:
+    path = model.path
+    if tokenizer.begins_plain_text_with_bos and not all(row.begins_with_bos for row in facts["train"]):
+        yield f"{path}: its tokenizer begins texts with {tokenizer.tokenizer.bos_token}, its chat template not"
+    if not tokenizer.end_tokens:
+        yield f"{path}: plain text ends a turn under its chat template, so generation needs a stop string"
+    elif not set(tokenizer.end_tokens) & set(tokenizer.stop_tokens(model)):
+        yield (
+            f"{path}: training ends answers with {' or '.join(tokenizer.end_tokens)}, where the base model's own "
+            "generation settings do not stop"
+        )
+    longest = max(one.length_percentiles["max"] for one in splits.values())
+    num_positions = tokenizer.count_positions(model)
+    if num_positions is not None and longest > num_positions:
+        yield f"{path}: the longest row has {longest} tokens, the model has positions for {num_positions}"
+
+
+def _find_text_doubts(
+    path: str, facts: Mapping[str, Sequence[RowFacts]], splits: Mapping[str, SplitFacts]
+) -> Iterator[str]:
+    for split, one in splits.items():
+        if one.num_dropped:
+            yield f"{one.num_dropped} {split} rows are longer than `data.max_length` and are dropped"
+        if one.num_with_blank_answer:
+            first = next(row.where for row in facts[split] if row.is_used and row.has_blank_answer)
+            yield f"{one.num_with_blank_answer} {split} rows have an answer without a word, the first is {first}"
+        if one.num_with_special_text:
+            first = next(row.where for row in facts[split] if row.is_used and row.holds_special_text)
+            yield (
+                f"{path}: {one.num_with_special_text} {split} rows hold text that the tokenizer reads as a special "
+                f"token, the first is {first}"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,14 @@ def test_too_few_rows_for_the_largest_arm_leave_the_others_alone(here: Project) 
 
 def test_doubts_about_tokens_are_raised(here: Project) -> None:
     lines = (here.root / "data.jsonl").read_text().splitlines()
+    silent = {"messages": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": " "}]}
+    (here.root / "silent.jsonl").write_text("\n".join([*lines, json.dumps(silent)]))
+    (here.root / "models" / "short").mkdir()
+    for file in (here.root / "models" / "gemma").iterdir():
+        (here.root / "models" / "short" / file.name).symlink_to(file.resolve())
+    config = json.loads((here.root / "models/short/config.json").read_text())
+    (here.root / "models/short/config.json").unlink()
+    (here.root / "models/short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
     pasted = {"messages": [{"role": "user", "content": "Say <eos>."}, {"role": "assistant", "content": "No."}]}
     (here.root / "pasted.jsonl").write_text("\n".join([json.dumps(pasted), *lines]))
     (here.root / "bare.jinja").write_text(
@@ -128,12 +137,16 @@ def test_doubts_about_tokens_are_raised(here: Project) -> None:
             [
                 named(here, "pasted", "data.train.path=pasted.jsonl", "data.num_train_samples=null"),
                 named(here, "bare", "model.chat_template=bare.jinja"),
+                named(here, "silent", "data.train.path=silent.jsonl", "data.num_train_samples=null"),
+                named(here, "short", "model.path=models/short"),
             ]
         )
     )
     assert (
         "1 train rows hold text that the tokenizer reads as a special token, the first is pasted.jsonl line 1" in text
     )
+    assert f"1 train rows have an answer without a word, the first is silent.jsonl line {len(lines) + 1}" in text
+    assert re.search(r"models/short: the longest row has \d+ tokens, the model has positions for 20", text)
     assert "its tokenizer begins texts with <bos>, its chat template not" in text
     assert (
         "training ends answers with <start_of_turn>, where the base model's own generation settings do not stop" in text
