@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,7 @@ def run_check(recipes: Sequence[Recipe], output_root: Path, finished: Sequence[s
     sizes: dict[str, dict[str, Any]] = {}
     size_lines: list[str] = []
     if result.runs:
+        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and Transformers, which nobody can act on
         from runner.sft.check_sizes import as_json as size_as_json
         from runner.sft.check_sizes import describe_sizes, estimate_sizes, warn_of_shortage
 

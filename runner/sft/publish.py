@@ -46,7 +46,6 @@ def export_run(
 
     `push_to` is a repository, empty for the recipe's own, None for none.
 
-
     Raises:
         RefusedError: the run has nothing to export, the folder is taken, or nothing says where to push to.
         ExportError: what was written does not give the logits of the run's model.

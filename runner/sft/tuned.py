@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -73,8 +74,11 @@ def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
 
 def quieten() -> None:
     """Nothing of Transformers' own in the terminal: these verbs say what they do themselves."""
+    import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # between PEFT and Transformers, at every load
+    if not torch.cuda.is_available():  # DeepSpeed, which accelerate imports to save a model, would print its guess
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
