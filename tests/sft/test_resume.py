@@ -58,7 +58,7 @@ def test_killed_launcher_takes_the_trainer_with_it_and_the_run_goes_on_exactly(f
 
 
 def test_kills_while_saving_scoring_and_exporting(finished: Project) -> None:
-    """One run, killed four times; each attempt goes on where the last one left a whole checkpoint."""
+    """One run, killed five times; each attempt goes on where the last one left a whole checkpoint."""
     name, overrides = "killed-often", RUNS["gemma-lora"]
     paths = launch_killed_at(finished, name, *overrides, event="open", path="checkpoint-8/trainer_state.json")
     assert (paths.checkpoints_dir / "checkpoint-8" / "adapter_model.safetensors").exists(), "half a checkpoint"
@@ -66,9 +66,12 @@ def test_kills_while_saving_scoring_and_exporting(finished: Project) -> None:
     log = read_log(paths)
     assert "resuming from step 4" in log and quarantined(paths) == ["checkpoint-8.1"]
     assert "moved checkpoint checkpoint-8 to" in log and "still being written" in log
-    launch_killed_at(finished, name, *overrides, event="os.rename", path="eval_rows.jsonl")  # the final scores
-    assert "resuming from step 8" in read_log(paths)
+    # The base's scores, which a checkpoint carries, are being put back.
+    launch_killed_at(finished, name, *overrides, event="os.rename", path="/eval_rows.jsonl")
     assert quarantined(paths) == ["checkpoint-8.1", "step-12.1"]
+    # The final scores stand, the export has not begun.
+    launch_killed_at(finished, name, *overrides, event="os.mkdir", path="/.model-partial")
+    assert "resuming from step 8" in read_log(paths)
     launch_killed_at(finished, name, *overrides, event="os.rename", path="result.json")
     assert paths.model_dir.exists(), "exported, but without a result the run is not complete"
     launch(finished, name, *overrides)
