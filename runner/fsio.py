@@ -79,10 +79,20 @@ def load_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one row as one write, so that a reader sees whole lines except perhaps the last after a kill."""
-    line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-    with path.open("ab") as stream:
-        stream.write(line.encode())
+    """Append one row as one write, so that a reader sees whole lines except perhaps the last after a kill.
+
+    What a full disk takes of a line is taken back, or the next row would go on in the middle of it.
+    """
+    line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    with path.open("ab", buffering=0) as stream:
+        start = stream.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += stream.write(line[written:])
+        except OSError:
+            stream.truncate(start)
+            raise
 
 
 def load_jsonl(path: Path) -> list[dict[str, Any]]:

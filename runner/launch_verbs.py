@@ -19,6 +19,7 @@ from runner.launch import LaunchCommand, Placement
 from runner.paths import content_cache_path
 from runner.plan import Decision, decide
 from runner.recipe import NAME_PATTERN, load_recipe
+from runner.recipe_sections import holds_password
 from runner.record import RunStatus, derive_status
 from runner.selection import Selected, run_paths, select_recipes, suggest_path
 
@@ -153,6 +154,8 @@ def _parse_gpus(text: str | None) -> list[str] | None:
 def _parse_resume(text: str) -> str:
     """`Attempt.resume`: a word, a URL, or the whole path of a checkpoint that is there."""
     if text in ("auto", "latest", "best") or "://" in text:
+        if holds_password(text):
+            raise RunnerError("`--resume` would put a password into the record", hint="set it in the environment")
         return text
     if not Path(text).exists():
         raise RunnerError(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
@@ -202,6 +203,9 @@ class EarlyStoppingOn(Section):
     threshold: Annotated[float, Field(ge=0)] = 0.0
 
 
+_SECRET_NAME: Final = re.compile(r"secret|token|pass|pwd|credential|connection_string|(^|_)key$")
+
+
 class RemoteStorage(Section):
     """Where committed checkpoints are copied in the background; credentials come from the environment."""
 
@@ -213,17 +217,34 @@ class RemoteStorage(Section):
     @model_validator(mode="after")
     def _holds_no_secret(self) -> Self:
         for name in _names_at_any_depth(self.options):
-            if any(word in name.lower() for word in ("secret", "token", "password", "credential")) or name == "key":
+            if _SECRET_NAME.search(name.lower()):
                 raise ValueError(f"`options.{name}` would put a secret into the record: set it in the environment")
-        user, at, _ = self.url.partition("://")[2].partition("/")[0].rpartition("@")
-        if at and ":" in user:
+        if holds_password(self.url):
             raise ValueError("`url` would put a password into the record: set it in the environment")
         return self
 
 
+def holds_password(url: str) -> bool:
+    """Whether a URL names a user with a password.
+
+    >>> holds_password("sftp://me:pw@host/folder"), holds_password("sftp://me@host/a:b")
+    (True, False)
+    """
+    user, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
+    return bool(at) and ":" in user
+
+
 def _names_at_any_depth(options: Mapping[str, Any]) -> list[str]:
-    inner = [name for value in options.values() if isinstance(value, Mapping) for name in _names_at_any_depth(value)]
-    return [*options, *inner]
+    names: list[str] = []
+    waiting: list[Any] = [options]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            names += value
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return names
 
 
 class CheckpointsSection(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -163,3 +164,21 @@ def test_children_that_are_not_given_the_lease_do_not_keep_it(tmp_path: Path) ->
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_row_that_did_not_fit_leaves_no_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, {"row": 1})
+    code = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from runner.fsio import append_jsonl\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"  # a file that may not grow behaves as on a full disk
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        "try:\n    append_jsonl(Path(sys.argv[1]), {'text': 'x' * 100})\n"
+        "except OSError as error:\n    print(error.errno)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(errno.EFBIG)
+    append_jsonl(path, {"row": 2})
+    assert load_jsonl(path) == [{"row": 1}, {"row": 2}]

@@ -114,7 +114,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._since = time.perf_counter()
-        self._num_seen_tokens = 0  # by TRL's count, which starts anew with each attempt
+        self._num_seen_tokens = 0  # by TRL's count, which goes on where the last attempt left it
         self.num_tokens = 0
         self.seconds = 0.0
 
@@ -123,8 +123,10 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         """Over all steps of this attempt, evaluations and checkpoints left out."""
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Head `logs.txt`."""
+        counts = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
+        self._num_seen_tokens = int(counts[-1]) if counts else 0
         if self._context.is_main:
             self._context.attempt.logs_path.write_text(format_log_line(*LOG_COLUMNS))
 

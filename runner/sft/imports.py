@@ -27,7 +27,7 @@ from runner.sft.checkpoints import (
     refuse_other_fingerprint,
     set_aside,
 )
-from runner.sft.evaluations import read_best_step
+from runner.sft.evaluations import read_best_step, read_evaluations
 from runner.sft.markers import Marker, is_intact, load_marker, sync_folder, write_marker
 from runner.sft.storage import RemoteFolder, retry
 
@@ -66,7 +66,10 @@ def import_checkpoint(
         if best_source is not None:
             staged.insert(0, _stage(best_source, paths, "best"))
             refuse_other_fingerprint(load_marker(staged[0]), fingerprint, _OTHER_RUN)
-        elif not ensure_intact(paths, best):
+            _require_same_course(staged[0], staged_dir, best, checkpoints)
+        elif ensure_intact(paths, best):
+            _require_same_course(paths.checkpoint_dir(best), staged_dir, best, checkpoints)
+        else:
             raise UnusableError(
                 f"{source} would export the weights of step {best}, which are not beside it",
                 hint=f"put {STEP_PREFIX}{best} or {STEP_PREFIX}{best}.zip into the same folder",
@@ -78,6 +81,16 @@ def import_checkpoint(
     return marker.step
 
 
+def _require_same_course(best_dir: Path, later_dir: Path, best: int, checkpoints: CheckpointsSection) -> None:
+    """Refuse weights of the best step that are not those which the later checkpoint calls the best.
+
+    A run that went back to an older checkpoint may have trained on otherwise (on a GPU), under the same names.
+    """
+    known, seen = read_evaluations(later_dir, checkpoints), read_evaluations(best_dir, checkpoints)
+    if known[: len(seen)] != seen:
+        raise UnusableError(f"the checkpoint of step {best} beside it is of another course of the run")
+
+
 def find_beside(source: Path, step: int | None) -> Path | None:
     """What `import_checkpoint` fetches where the source is a local folder or archive."""
     if step is None:
@@ -87,13 +100,23 @@ def find_beside(source: Path, step: int | None) -> Path | None:
 
 
 def import_newest(paths: RunPaths, recipe: Recipe, fingerprint: Mapping[str, Any], remote: RemoteFolder) -> int | None:
-    """Import the newest checkpoint of this run from remote storage that can be continued; None where there is none."""
+    """Import the newest checkpoint of this run from remote storage that can be continued; None where it holds none.
+
+    Raises:
+        RefusedError: there are checkpoints, and none can be continued.
+    """
     _insist(partial(remote.require_owner, fingerprint["recipe_digest"], claim=False), recipe)
-    for step in reversed(_insist(remote.list_steps, recipe)):
+    steps = _insist(remote.list_steps, recipe)
+    for step in reversed(steps):
         try:
             return import_checkpoint(paths, recipe.checkpoints, fingerprint, build_fetch(remote, step, recipe, paths))
         except UnusableError as error:
             print(f"warning: {remote.url}, step {step}: {error.message}", flush=True)
+    if steps:
+        raise RefusedError(
+            f"{remote.url} holds checkpoints of this run, but none can be continued (see the log)",
+            hint="`runner launch RECIPE --fresh` starts at step 0",
+        )
     return None
 
 

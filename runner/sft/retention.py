@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from runner.errors import CorruptFileError
 from runner.fsio import fsync_dir
 from runner.paths import STEP_PREFIX, RunPaths
 from runner.recipe_sections import CheckpointsSection
 from runner.sft.archives import ArchiveError, load_archived_marker, write_archive
 from runner.sft.checkpoints import DELETING_PREFIX, list_committed, quarantine
 from runner.sft.evaluations import rank_steps
-from runner.sft.markers import load_marker, write_marker
+from runner.sft.markers import is_intact, load_marker, write_marker
 
 # What only a continuation needs, as Transformers and DeepSpeed name it.
 _STATE_FILES: Final = re.compile(
@@ -26,20 +27,29 @@ _STATE_FILES: Final = re.compile(
 
 
 def apply_retention(paths: RunPaths, checkpoints: CheckpointsSection, evaluations: Sequence[tuple[int, float]]) -> None:
-    """Archive, prune and strip committed checkpoints as the recipe says. Called on one rank, after each commit."""
+    """Prune, archive and strip committed checkpoints as the recipe says. Called on one rank, after each commit."""
     committed = list_committed(paths)
     kept = choose_kept(committed, evaluations, checkpoints)
-    if checkpoints.archive == "zip":
-        for step in kept:
-            ensure_archive(paths, step)
-    for step in committed:
+    for step in committed:  # first: on a full disk this makes room
         if step not in kept:
             delete_checkpoint(paths, step)
-    if not checkpoints.save_optimizer:
-        for step in kept[:-1]:
-            strip_checkpoint(paths.checkpoint_dir(step))
-            if checkpoints.archive == "zip":
-                ensure_archive(paths, step)
+    for step in kept:
+        try:
+            _keep(paths, step, checkpoints, is_newest=step == kept[-1])
+        except (CorruptFileError, OSError) as error:
+            if step == kept[-1] or is_intact(paths.checkpoint_dir(step)):
+                raise
+            quarantine(paths.checkpoint_dir(step), paths, f"it was damaged since it was committed: {error}")
+
+
+def _keep(paths: RunPaths, step: int, checkpoints: CheckpointsSection, *, is_newest: bool) -> None:
+    """Archive a checkpoint, and strip it once it is superseded."""
+    if checkpoints.archive == "zip":
+        ensure_archive(paths, step)
+    if not checkpoints.save_optimizer and not is_newest:
+        strip_checkpoint(paths.checkpoint_dir(step))
+        if checkpoints.archive == "zip":
+            ensure_archive(paths, step)
 
 
 def choose_kept(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from accelerate.utils import gather_object
@@ -37,6 +37,9 @@ from runner.sft.run_files import carry_run_files
 from runner.sft.sampling import EpochSampler
 from runner.sft.tracking import Trackers
 
+# The main process hashes, archives and fetches checkpoints while the others wait; Transformers' default is 1800.
+_COLLECTIVE_TIMEOUT_SECONDS: Final = 3 * 3600
+
 
 def build_training_args(context: RunContext) -> SFTConfig:
     """The effective arguments of the trainer; what the runner does itself is switched off."""
@@ -64,6 +67,7 @@ def build_training_args(context: RunContext) -> SFTConfig:
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
+        ddp_timeout=_COLLECTIVE_TIMEOUT_SECONDS,
         report_to="none",  # `tracking` starts the trackers
         run_name=recipe.tracking.run_name or recipe.run.name,
         project=recipe.tracking.project or recipe.run.grid,

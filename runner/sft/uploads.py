@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from runner.errors import CorruptFileError
 from runner.fsio import append_jsonl, load_jsonl
 from runner.paths import STEP_PREFIX, AttemptPaths, RunPaths
 from runner.recipe_sections import RemoteStorage
@@ -53,9 +54,12 @@ class Uploader:
     def offer(self, step: int) -> None:
         """Send the checkpoint of a step as it is now; called after its commit, before anything is stripped of it."""
         self._drop_superseded()
+        for older in list_pending(self._paths):  # what failed before: the newest alone may not be continuable
+            if older < step:
+                self._queue.put(older)
         try:
             self._lay_ready(step)
-        except OSError as error:  # no space for another archive: training goes on, and the next attempt sends it
+        except (OSError, CorruptFileError) as error:  # no space, or damaged: training goes on, a later attempt sends it
             self._note(step, outcome="failed", message=f"{type(error).__name__}: {error}")
         else:
             self._queue.put(step)
@@ -74,6 +78,8 @@ class Uploader:
     def _work(self) -> None:
         while (step := self._queue.get()) != _END:
             pending, started = _pending_path(self._paths, step), time.monotonic()
+            if not pending.exists():  # superseded, or sent meanwhile
+                continue
             try:
                 num_bytes = pending.stat().st_size
                 _, num_tries = retry(partial(self._send, step), self._remote.num_retries, self._stop)
@@ -88,11 +94,13 @@ class Uploader:
         pending = _pending_path(self._paths, step)
         self.folder.require_owner(self._recipe_digest, claim=True)
         self.folder.send(pending, step)
+        pending.unlink(missing_ok=True)
+        if any(older < step for older in list_pending(self._paths)):
+            return  # this one's best weights may be on their way: until then an older one is what can be continued
         committed = list_committed(self._paths)
         for older in self.folder.list_steps():
             if older < step and older not in committed:
                 self.folder.delete(older)
-        pending.unlink(missing_ok=True)
 
     def _note(self, step: int, **known: Any) -> None:
         row = {"step": step, "url": self.folder.url, "at_utc": now_utc(), **known}
@@ -128,7 +136,10 @@ def list_arrived(paths: RunPaths, url: str) -> set[int]:
     """Steps that some attempt has sent to `url`."""
     arrived: set[int] = set()
     for folder in paths.attempts_dir.glob("*"):
-        rows = load_jsonl(AttemptPaths(folder).uploads_path)
+        try:
+            rows = load_jsonl(AttemptPaths(folder).uploads_path)
+        except CorruptFileError:  # then they are offered again, and found to be there
+            continue
         arrived |= {row["step"] for row in rows if row["url"] == url and row["outcome"] == "uploaded"}
     return arrived
 

@@ -90,6 +90,15 @@ def test_an_archive_that_is_missing_or_damaged_is_written_again(paths: RunPaths)
     assert quarantined(paths) == ["step-8.zip.1"]
 
 
+@pytest.mark.parametrize("damaged", ["COMMITTED.json", "model.safetensors"])
+def test_a_damaged_one_that_nobody_needs_stops_nothing(paths: RunPaths, damaged: str) -> None:
+    limits = make_limits(keep_latest=3, archive="zip", save_optimizer=False)
+    commit(paths, 4, 8, 12, values={8: 1.0})
+    flip_bit(paths.checkpoint_dir(4) / damaged)
+    apply_retention(paths, limits, [(8, 1.0)])
+    assert quarantined(paths) == ["step-4.1"] and list_committed(paths) == [8, 12]
+
+
 def test_optimizer_state_stays_in_the_newest_only(paths: RunPaths) -> None:
     limits = make_limits(save_optimizer=False, keep_latest=2, archive="zip")
     for step in VALUES:

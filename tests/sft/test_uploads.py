@@ -20,6 +20,7 @@ from runner.errors import RefusedError
 from runner.fsio import load_jsonl
 from runner.paths import RunPaths
 from runner.recipe import Recipe, parse_recipe
+from runner.sft.archives import write_archive
 from runner.sft.checkpoints import list_committed
 from runner.sft.markers import is_intact
 from runner.sft.resume import choose_resume_step
@@ -152,6 +153,37 @@ def test_a_place_that_cannot_be_reached_fails_no_training_and_gets_everything_la
     reachable = make_recipe(f"file://{tmp_path}/place")
     train_on(paths, reachable, 12, attempt=2)
     assert remote_folder(reachable).list_steps() == [8, 12] and list_pending(paths) == []
+
+
+def test_an_older_one_stays_there_until_the_best_weights_have_arrived(paths: RunPaths, tmp_path: Path) -> None:
+    """The upload of step 8, the best, fails; alone, step 12 could not be continued."""
+    recipe = make_recipe(f"file://{tmp_path / 'place'}", load="true")
+    folder = remote_folder(recipe)
+    train_on(paths, recipe, 4)
+    in_the_way = tmp_path / "place" / recipe.run.grid / recipe.run.name / "step-8.zip"
+    in_the_way.mkdir()
+    train_on(paths, recipe, 8, 12, 16, attempt=2)
+    assert list_pending(paths) == [8] and folder.list_steps() == [4, 12, 16]
+    assert choose_resume_step(make_paths(tmp_path / "second"), recipe, FINGERPRINT, "auto", folder) == 4
+    folder.delete(4)
+    with pytest.raises(RefusedError, match="none can be continued"):
+        choose_resume_step(make_paths(tmp_path / "third"), recipe, FINGERPRINT, "auto", folder)
+    in_the_way.rmdir()
+    train_on(paths, recipe, 20, attempt=3)
+    assert list_pending(paths) == [] and folder.list_steps() == list_committed(paths) == [8, 16, 20]
+
+
+def test_the_best_weights_must_be_of_the_same_course(paths: RunPaths, tmp_path: Path) -> None:
+    """The run went back to step 4 and trained on otherwise: its step 8 is not the one that step 12 knows."""
+    recipe = make_recipe(f"file://{tmp_path / 'place'}", load="true")
+    folder = remote_folder(recipe)
+    train_on(paths, recipe, 4, 8, 12)
+    other = make_paths(tmp_path / "other")
+    commit(other, 8, values=VALUES | {8: 1.5})
+    write_archive(other.checkpoint_dir(8), tmp_path / "step-8.zip")
+    folder.delete(8)
+    folder.send(tmp_path / "step-8.zip", 8)
+    assert choose_resume_step(make_paths(tmp_path / "second"), recipe, FINGERPRINT, "auto", folder) == 8
 
 
 def test_a_place_of_another_experiment_is_left_alone(paths: RunPaths, recipe: Recipe) -> None:
