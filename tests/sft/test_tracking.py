@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from runner.fsio import append_jsonl, load_json
 from runner.paths import RunPaths
 from runner.record import SplitScore, TrainResult
+from runner.sft.callbacks import ProgressCallback
 from runner.sft.context import RunContext
 from runner.sft.tracking import Trackers, open_trackers, read_sent_steps
 from runner.sft.trainer import build_training_args
@@ -217,6 +218,21 @@ def test_wandb_run_goes_on_where_the_last_attempt_ended(project: Project, monkey
         ("step-8", digest_of("weights of step 8")),
         ("best", digest_of("best")),
     }
+
+
+def test_a_resumed_attempt_counts_its_own_tokens_only(project: Project) -> None:
+    callback = ProgressCallback(open_context(project))
+    history = [
+        {"step": 1, "num_tokens": 900.0},
+        {"step": 2, "num_tokens": 1000.0},
+        {"step": 2, "eval_nll_per_token": 1},
+    ]
+    state = TrainerState(log_history=history, global_step=3, max_steps=4, epoch=0.5)
+    callback.on_train_begin(ARGUMENTS, state)
+    callback.on_log(
+        ARGUMENTS, state, TrainerControl(), logs={"loss": 1.0, "learning_rate": 0.1, "num_tokens": 1040.0, "epoch": 0.5}
+    )
+    assert callback.num_tokens == 40
 
 
 def test_wandb_without_credentials_is_a_configuration_error(project: Project) -> None:
