@@ -94,13 +94,15 @@ class Uploader:
         pending = _pending_path(self._paths, step)
         self.folder.require_owner(self._recipe_digest, claim=True)
         self.folder.send(pending, step)
-        pending.unlink(missing_ok=True)
-        if any(older < step for older in list_pending(self._paths)):
-            return  # this one's best weights may be on their way: until then an older one is what can be continued
-        committed = list_committed(self._paths)
-        for older in self.folder.list_steps():
-            if older < step and older not in committed:
-                self.folder.delete(older)
+        is_continuable = not any(older < step for older in list_pending(self._paths))
+        if is_continuable:  # else its best weights may be on their way, and an older one is what can be continued
+            committed = list_committed(self._paths)
+            for older in self.folder.list_steps():
+                if older < step and older not in committed:
+                    self.folder.delete(older)
+        pending.unlink(
+            missing_ok=True
+        )  # last: what fails here is tried again, and an archive that is there is not resent
 
     def _note(self, step: int, **known: Any) -> None:
         row = {"step": step, "url": self.folder.url, "at_utc": now_utc(), **known}
