@@ -68,5 +68,9 @@ class DivergedError(RunnerError):
     """A loss or score that is not a finite number."""
 
 
+class PreemptedError(RunnerError):
+    """The attempt was asked to leave, and has checkpointed where there was something to keep."""
+
+
 class CorruptFileError(RunnerError, ValueError):
     """A record on disk that cannot be read: damaged, cut off, or written by something else."""

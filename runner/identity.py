@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from runner.errors import CorruptFileError, DataError
 from runner.fsio import hash_file, hash_json, load_json, write_json_atomic
-from runner.recipe import Recipe, derive_accumulation
+from runner.recipe import Recipe, derive_accumulation, derive_micro_batch
 
 # What only says where a run runs, how it is drawn or how its global batch is cut.
 _PLACEMENT_SECTIONS: Final = frozenset({"run", "launch", "tracking"})
@@ -178,13 +178,15 @@ def list_library_versions() -> dict[str, str]:
     return versions
 
 
-def build_resume_fingerprint(recipe: Recipe, recipe_digest: str, num_processes: int) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued bit for bit."""
+def build_resume_fingerprint(
+    recipe: Recipe, recipe_digest: str, num_processes: int, divisor: int = 1
+) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued bit for bit; `divisor` is `Attempt.micro_batch_divisor`."""
     return {
         "recipe_digest": recipe_digest,
         "num_processes": num_processes,
-        "per_device_train_batch_size": recipe.training.per_device_train_batch_size,
-        "gradient_accumulation_steps": derive_accumulation(recipe, num_processes),
+        "per_device_train_batch_size": derive_micro_batch(recipe, divisor),
+        "gradient_accumulation_steps": derive_accumulation(recipe, num_processes, divisor),
         "accelerate_config": recipe.launch.accelerate_config,
         "num_cpu_threads_per_process": recipe.launch.num_cpu_threads_per_process,
         # Differences here are allowed, with a warning: without threads in the recipe they follow the free cores.

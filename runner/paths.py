@@ -31,6 +31,11 @@ class RunPaths:
         return self.run_dir / "lease"
 
     @property
+    def stop_path(self) -> Path:
+        """Asks the running attempt to checkpoint and to leave; written by any shell."""
+        return self.run_dir / "stop"
+
+    @property
     def result_path(self) -> Path:
         """Written last by the trainer: the run is complete."""
         return self.run_dir / "result.json"

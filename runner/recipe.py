@@ -79,6 +79,7 @@ __all__ = [
     "Text",
     "Training",
     "derive_accumulation",
+    "derive_micro_batch",
     "load_recipe",
     "parse_recipe",
 ]
@@ -149,13 +150,27 @@ class Recipe(Section):
         return per_process * self.launch.num_processes
 
 
-def derive_accumulation(recipe: Recipe, num_processes: int) -> int:
+def derive_micro_batch(recipe: Recipe, divisor: int = 1) -> int:
+    """Sequences per forward pass and process; `divisor` is `Attempt.micro_batch_divisor`.
+
+    Raises:
+        RefusedError: it does not divide.
+    """
+    size, rest = divmod(recipe.training.per_device_train_batch_size, divisor)
+    if rest:
+        raise RefusedError(
+            f"`per_device_train_batch_size: {recipe.training.per_device_train_batch_size}` cannot be cut by {divisor}"
+        )
+    return size
+
+
+def derive_accumulation(recipe: Recipe, num_processes: int, divisor: int = 1) -> int:
     """Micro-batches per optimizer step that keep the recipe's global batch on `num_processes` processes.
 
     Raises:
         RefusedError: the global batch does not divide.
     """
-    per_pass = recipe.training.per_device_train_batch_size * num_processes
+    per_pass = derive_micro_batch(recipe, divisor) * num_processes
     accumulation, rest = divmod(recipe.global_batch_size, per_pass)
     if rest:
         raise RefusedError(

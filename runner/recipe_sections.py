@@ -31,6 +31,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
 Scalar = str | bool | int | float | None
 # What may name a metric: one of `NLL_METRICS`, or one of the task's `METRICS` where texts are generated while training.
 Metric = Text
@@ -211,7 +212,7 @@ class RemoteStorage(Section):
 
     url: Text  # any fsspec URL: file://, memory://, s3://, gs://, ...; a run gets the folder <grid>/<run name> below it
     options: FrozenDict = Field(default_factory=dict, validate_default=True)  # of the fsspec file system
-    num_retries: Annotated[int, Field(ge=0)] = 5
+    num_retries: NotNegative = 5
     load: bool = False  # resume from the newest one there when the run directory has none
 
     @model_validator(mode="after")
@@ -270,12 +271,36 @@ class CheckpointsSection(Section):
         return self
 
 
+class RetriesSection(Section):
+    """How many retries in a row a failed attempt gets without being asked, by failure kind.
+
+    What is not named here: preempted runs are taken up again without a limit, everything else fails at once.
+    """
+
+    transient: NotNegative = 3  # ports, lost peers, file systems, storage that cannot be reached
+    lost: NotNegative = 1  # the trainer vanished without a word: perhaps killed by the system for its memory
+    out_of_memory: NotNegative = 0  # each halves the micro-batch, keeps the global batch and starts at step 0
+    backoff_seconds: Annotated[float, Field(ge=0)] = 10.0  # before the first retry; doubles, up to ten minutes
+
+
 class LaunchSection(Section):
     """How processes start; outside the digest, but for what it does to the global batch."""
 
     accelerate_config: Text
-    num_processes: Positive = 1
+    num_processes: Positive = 1  # over all machines
+    num_machines: Positive = 1
     num_cpu_threads_per_process: Positive | None = None  # None: the cores shared among the processes
+    retries: RetriesSection = RetriesSection()
+    on_version_change: Literal["warn", "refuse"] = "warn"  # of a library, since the checkpoint that is continued
+
+    @model_validator(mode="after")
+    def _divides_among_machines(self) -> Self:
+        if self.num_processes % self.num_machines:
+            raise ValueError(
+                f"`num_processes: {self.num_processes}` counts all machines and must divide by "
+                f"`num_machines: {self.num_machines}`"
+            )
+        return self
 
 
 # The trackers that Transformers knows; a test compares them with the installed library.

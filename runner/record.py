@@ -33,11 +33,32 @@ class Fact(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+# How `runner launch` tells a cluster engine why its run ended without a result.
+EXIT_CODES: Final[Mapping[FailureKind, int]] = {
+    "configuration": 10,
+    "data": 10,
+    "out_of_memory": 11,
+    "diverged": 12,
+    "preempted": 13,
+    "transient": 14,
+    "lost": 14,
+    "crashed": 1,
+}
+
+
 class Failure(Fact):
     """Why an attempt ended without a result, as the trainer saw it."""
 
     kind: FailureKind
     message: str
+    log_tail: tuple[str, ...] = ()  # the last lines of the attempt's log, without secrets
+
+
+class StopRequest(Fact):
+    """`stop`: asks one attempt to checkpoint at the end of its step and to leave; any shell may write it."""
+
+    attempt: int  # a request to an earlier attempt means nothing to a later one
+    why: str
 
 
 class Attempt(Fact):
@@ -50,6 +71,9 @@ class Attempt(Fact):
     environment: dict[str, str]
     num_processes: int
     host: str
+    retry: int = 0  # the how-manieth retry in a row this is, by itself; 0: somebody asked for this attempt
+    micro_batch_divisor: int = 1  # what `per_device_*_batch_size` are divided by, after running out of memory
+    cluster_job: str | None = None  # the cluster engine's name for what runs this attempt, such as `slurm 17_3`
     resume: str = "auto"  # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
     git_commit: str | None = None
@@ -179,6 +203,14 @@ def load_result(paths: RunPaths) -> TrainResult | None:
 def load_failure(path: Path) -> Failure | None:
     """What the trainer wrote about its failure, or None."""
     return _load_fact(path, Failure)
+
+
+def load_stop_request(paths: RunPaths) -> StopRequest | None:
+    """What somebody asked the running attempt for; None also for a file that cannot be read."""
+    try:
+        return _load_fact(paths.stop_path, StopRequest)
+    except CorruptFileError:
+        return None
 
 
 def load_progress(path: Path) -> Progress | None:

@@ -54,7 +54,11 @@ training:
 evaluation: {eval_strategy: steps, eval_steps: 4, per_device_eval_batch_size: 8}
 early_stopping: {enabled: false}
 checkpoints: {save_strategy: steps, save_steps: 4, keep_latest: 2}
-launch: {accelerate_config: accelerate_configs/cpu.yaml, num_processes: 1, num_cpu_threads_per_process: 1}
+launch:
+  accelerate_config: accelerate_configs/cpu.yaml
+  num_processes: 1
+  num_cpu_threads_per_process: 1
+  retries: {transient: 0, lost: 0}
 """
 
 

@@ -37,7 +37,11 @@ training: {{seed: 1, global_batch_size: 4, per_device_train_batch_size: 1, max_s
 evaluation: {{eval_strategy: "no", per_device_eval_batch_size: 1}}
 early_stopping: {{enabled: false}}
 checkpoints: {{save_strategy: "no"}}
-launch: {{accelerate_config: cpu.yaml, num_processes: {num_processes}, num_cpu_threads_per_process: 1}}
+launch:
+  accelerate_config: cpu.yaml
+  num_processes: {num_processes}
+  num_cpu_threads_per_process: 1
+  retries: {{transient: 0, lost: 0}}
 """
 
 # What it is told stands in `told/<run name>`: a verb and its words; without such a file it completes the run.

@@ -196,7 +196,7 @@ def test_status_is_a_line_per_run_and_json_for_scripts(fake: FakeLauncher, capsy
         "runs/toy/a",
     )
     assert (bb["state"], bb["step"], bb["num_attempts"]) == ("pending", None, 0)
-    assert ccc["failure"] == {"kind": "data", "message": "row 7\nis empty"} and ccc["loss"] == 0.25
+    assert (ccc["failure"]["kind"], ccc["failure"]["message"], ccc["loss"]) == ("data", "row 7\nis empty", 0.25)
     assert fake.tree() == before, "status writes nothing"
 
 

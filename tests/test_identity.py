@@ -35,7 +35,13 @@ PLACEMENT = {
     "run.overrides",
     "launch.accelerate_config",
     "launch.num_processes",
+    "launch.num_machines",
     "launch.num_cpu_threads_per_process",
+    "launch.retries.transient",
+    "launch.retries.lost",
+    "launch.retries.out_of_memory",
+    "launch.retries.backoff_seconds",
+    "launch.on_version_change",
     "checkpoints.keep_latest",
     "checkpoints.keep_best",
     "checkpoints.save_optimizer",
@@ -234,7 +240,10 @@ def test_every_file_that_a_recipe_names_is_hashed(recipe: Recipe) -> None:
     assert set(hash_contents(recipe, ContentHashes(Path("cache.json")))) == set(list_content_paths(recipe).values())
 
 
-def test_files_that_are_not_there_are_named_at_once_and_never_looked_for_on_the_hub() -> None:
+def test_files_that_are_not_there_are_named_at_once_and_never_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     names = ("model.path=demo_models/gemma", "data.train.path=none.jsonl", "launch.accelerate_config=none.yaml")
     with pytest.raises(DataError) as caught:
         hash_contents(parse(*names), ContentHashes(Path("cache.json")))

@@ -84,10 +84,11 @@ KNOBS = {
         ),
     ),
     "number of processes": Knob(RECIPE, ("num_processes",), ("num_processes",)),
-    "machines": Knob(
+    "number of machines": Knob(RECIPE, ("num_machines",), ("num_machines",)),
+    "which machine": Knob(
         ARGV,
-        ("num_machines",),
-        ("num_machines", "machine_rank", "main_process_ip", "main_process_port", "rdzv_backend", "same_network"),
+        (),
+        ("machine_rank", "main_process_ip", "main_process_port", "rdzv_backend", "same_network"),
     ),
     "which GPUs": Knob(ARGV, ("gpu_ids",), ("gpu_ids",)),
 }

@@ -38,6 +38,7 @@ class RunContext:
     num_processes: int
     is_main: bool
     resume: str  # `Attempt.resume`
+    micro_batch_divisor: int  # `Attempt.micro_batch_divisor`
     uploader: Uploader | None = None  # of the main process, where the recipe names remote storage
     _phase_seconds: dict[str, float] = field(default_factory=dict)
     _progress: Progress = field(default_factory=lambda: Progress(phase="starting"))
@@ -70,13 +71,20 @@ class RunContext:
             )
         is_main = int(os.environ.get("RANK", "0")) == 0
         return cls(
-            recipe, stored.recipe_digest, paths, paths.attempt(attempt.number), world_size, is_main, attempt.resume
+            recipe,
+            stored.recipe_digest,
+            paths,
+            paths.attempt(attempt.number),
+            world_size,
+            is_main,
+            attempt.resume,
+            attempt.micro_batch_divisor,
         )
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
-        return build_resume_fingerprint(self.recipe, self.recipe_digest, self.num_processes)
+        return build_resume_fingerprint(self.recipe, self.recipe_digest, self.num_processes, self.micro_batch_divisor)
 
     def open_uploader(self) -> None:
         """Reach for the remote storage, where the recipe names one; only the main process does.

@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from runner.errors import DivergedError
 from runner.fsio import write_jsonl_atomic
 from runner.paths import marker_path
-from runner.recipe import derive_accumulation
+from runner.recipe import derive_accumulation, derive_micro_batch
 from runner.recipe_sections import GenerationOn
 from runner.record import GenerationScore, SplitScore
 from runner.sft.callbacks import FlowCallback, ProgressCallback
@@ -49,14 +49,14 @@ def build_training_args(context: RunContext) -> SFTConfig:
         **training.hugging_face_arguments(),
         output_dir=str(context.paths.checkpoints_dir),
         seed=training.seed,
-        per_device_train_batch_size=training.per_device_train_batch_size,
-        gradient_accumulation_steps=derive_accumulation(recipe, context.num_processes),
+        per_device_train_batch_size=derive_micro_batch(recipe, context.micro_batch_divisor),
+        gradient_accumulation_steps=derive_accumulation(recipe, context.num_processes, context.micro_batch_divisor),
         num_train_epochs=training.num_train_epochs or 1.0,
         max_steps=training.max_steps or -1,
         bf16=training.bf16,
         fp16=training.fp16,
         gradient_checkpointing=training.gradient_checkpointing,
-        per_device_eval_batch_size=recipe.evaluation.per_device_eval_batch_size,
+        per_device_eval_batch_size=max(1, recipe.evaluation.per_device_eval_batch_size // context.micro_batch_divisor),
         metric_for_best_model=recipe.checkpoints.metric,
         greater_is_better=recipe.checkpoints.mode == "max",
         use_cpu=uses_cpu,
@@ -84,7 +84,7 @@ def build_train_dataset(samples: Samples, context: RunContext, pad_token_id: int
     Those fill up the last batch of several processes, which accelerate would otherwise fill with copies of real rows.
     """
     rows = samples.train.rows
-    per_pass = context.recipe.training.per_device_train_batch_size * context.num_processes
+    per_pass = derive_micro_batch(context.recipe, context.micro_batch_divisor) * context.num_processes
     num_padding = -len(rows) % per_pass if context.num_processes > 1 else 0
     columns = {
         "input_ids": [list(row.input_ids) for row in rows] + [[pad_token_id] * 2] * num_padding,

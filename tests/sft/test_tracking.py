@@ -52,7 +52,9 @@ def open_context(project: Project, *overrides: str) -> RunContext:
     paths = project.paths("base")
     paths.attempt(1).attempt_dir.mkdir(parents=True, exist_ok=True)
     recipe = project.recipe(*overrides)
-    return RunContext(recipe, "digest", paths, paths.attempt(1), num_processes=1, is_main=True, resume="auto")
+    return RunContext(
+        recipe, "digest", paths, paths.attempt(1), num_processes=1, is_main=True, resume="auto", micro_batch_divisor=1
+    )
 
 
 def tell_steps(trackers: Trackers, steps: range, *, evaluate_every: int = 4) -> None:
