@@ -104,7 +104,10 @@ KINDS: list[tuple[str, ...]] = [
     ("training.max_steps=null", "training.num_train_epochs=2"),
 ]
 # The same experiment as the first kind, with keys of its own.
-PLACEMENT_KINDS: list[tuple[str, ...]] = [("checkpoints.remote={url: 'memory://checkpoints'}",)]
+PLACEMENT_KINDS: list[tuple[str, ...]] = [
+    ("checkpoints.remote={url: 'memory://checkpoints'}",),
+    ("launch.num_processes=2",),
+]
 
 
 def parse(*overrides: str) -> Recipe:
