@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check golden fix clean-demo
+.PHONY: demo test check torture fuzz golden fix clean-demo
 
 demo: .venv/installed
 	@python -m runner.sft.demo_models --output demo_models
@@ -14,17 +14,23 @@ demo: .venv/installed
 	@printf '\nrecipes: recipes/demo   runs: runs/demo   base models: demo_models\n'
 
 test: check  # the fast part, then everything that starts training
-	pytest -m "slow and not gpu" --durations=15
+	pytest -m "slow and not gpu and not torture" --durations=15
+
+torture: .venv/installed  # whole matrices and the headline test with 30 kills: hours on two cores
+	pytest -m "torture and not gpu" --durations=40
+
+fuzz: .venv/installed
+	@echo "nothing to fuzz yet"
 
 check: .venv/installed
 	ruff check .
 	ruff format --check .
 	mypy runner
 	runner render --check
-	pytest -m "not slow and not gpu" -q -n 2
+	pytest -m "not slow and not gpu and not torture" -q -n 2
 
 golden: .venv/installed
-	UPDATE_GOLDEN=1 pytest -q -m "not slow and not gpu" tests
+	UPDATE_GOLDEN=1 pytest -q -m "not slow and not gpu and not torture" tests
 
 fix: .venv/installed
 	ruff check --fix .
