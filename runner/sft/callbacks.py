@@ -8,11 +8,11 @@ from typing import Any, Final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from runner.evaluations import find_best_step, list_evaluations, rank_steps
 from runner.recipe import Recipe
 from runner.recipe_sections import EarlyStoppingOn
 from runner.record import Progress
 from runner.sft.context import RunContext
-from runner.sft.evaluations import find_best_step, list_evaluations, rank_steps
 
 
 def is_out_of_patience(values: Sequence[float], rule: EarlyStoppingOn) -> bool:

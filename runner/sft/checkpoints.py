@@ -10,12 +10,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from runner.archives import TEMPORARY_GLOB, ArchiveError, extract_archive
 from runner.errors import RefusedError
 from runner.fsio import fsync_dir
 from runner.identity import diff_payloads
+from runner.markers import (
+    Marker,
+    build_marker,
+    is_intact,
+    is_step,
+    list_archived,
+    list_checkpoint_dirs,
+    list_committed,
+    load_marker,
+    sync_folder,
+    write_marker,
+)
 from runner.paths import STEP_PREFIX, RunPaths, marker_path
-from runner.sft.archives import TEMPORARY_GLOB, ArchiveError, extract_archive
-from runner.sft.markers import Marker, build_marker, is_intact, load_marker, sync_folder, write_marker
 
 DELETING_PREFIX: Final = ".deleting-"
 IMPORTING_PREFIX: Final = ".importing-"
@@ -38,21 +49,6 @@ def commit_checkpoint(saved_dir: Path, paths: RunPaths, step: int, fingerprint: 
     saved_dir.rename(checkpoint_dir)
     fsync_dir(paths.checkpoints_dir)
     write_marker(checkpoint_dir, marker)
-
-
-def list_committed(paths: RunPaths) -> list[int]:
-    """Steps whose checkpoint carries a marker, oldest first; contents are not verified."""
-    return sorted(
-        int(folder.name.removeprefix(STEP_PREFIX))
-        for folder in _list_checkpoint_dirs(paths)
-        if _is_step(folder.name) and marker_path(folder).exists()
-    )
-
-
-def list_archived(paths: RunPaths) -> list[int]:
-    """Steps of which there is a ZIP archive, oldest first; contents are not verified."""
-    stems = [path.stem for path in paths.checkpoints_dir.glob(f"{STEP_PREFIX}*.zip")]
-    return sorted(int(stem.removeprefix(STEP_PREFIX)) for stem in stems if _is_step(stem))
 
 
 def find_resume_step(
@@ -124,8 +120,8 @@ def clean_up(paths: RunPaths) -> None:
         for temporary in paths.checkpoints_dir.glob(pattern):
             temporary.unlink()
     committed = set(list_committed(paths))
-    for folder in _list_checkpoint_dirs(paths):
-        if not _is_step(folder.name) or int(folder.name.removeprefix(STEP_PREFIX)) not in committed:
+    for folder in list_checkpoint_dirs(paths):
+        if not is_step(folder.name) or int(folder.name.removeprefix(STEP_PREFIX)) not in committed:
             quarantine(folder, paths, "it was still being written when its attempt died")
 
 
@@ -161,19 +157,3 @@ def refuse_other_fingerprint(marker: Marker, current: Mapping[str, Any], hint: s
         )
     for line in diff_payloads(stored.get("versions", {}), current["versions"], "versions."):
         print(f"warning: resuming under another version, the result may differ in the last bits: {line}", flush=True)
-
-
-def _list_checkpoint_dirs(paths: RunPaths) -> list[Path]:
-    """Our folders: committed ones, and what Transformers was writing when it was killed."""
-    if not paths.checkpoints_dir.is_dir():
-        return []
-    return [
-        folder
-        for folder in paths.checkpoints_dir.iterdir()
-        if folder.is_dir() and folder.name.startswith((STEP_PREFIX, "checkpoint-"))
-    ]
-
-
-def _is_step(name: str) -> bool:
-    number = name.removeprefix(STEP_PREFIX)
-    return name.startswith(STEP_PREFIX) and number.isdecimal() and number == str(int(number))

@@ -12,23 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from runner.archives import extract_archive
 from runner.errors import CorruptFileError, RefusedError, RunnerError
+from runner.evaluations import read_best_step, read_evaluations
 from runner.fsio import fsync_dir
+from runner.markers import Marker, is_intact, list_archived, list_committed, load_marker, sync_folder, write_marker
 from runner.paths import STEP_PREFIX, RunPaths
 from runner.recipe import Recipe
 from runner.recipe_sections import CheckpointsSection
-from runner.sft.archives import extract_archive
-from runner.sft.checkpoints import (
-    IMPORTING_PREFIX,
-    clean_up,
-    ensure_intact,
-    list_archived,
-    list_committed,
-    refuse_other_fingerprint,
-    set_aside,
-)
-from runner.sft.evaluations import read_best_step, read_evaluations
-from runner.sft.markers import Marker, is_intact, load_marker, sync_folder, write_marker
+from runner.sft.checkpoints import IMPORTING_PREFIX, clean_up, ensure_intact, refuse_other_fingerprint, set_aside
 from runner.sft.storage import RemoteFolder, retry
 
 _OTHER_RUN: Final = "only a checkpoint of the same recipe, data and number of processes can be continued"

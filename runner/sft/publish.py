@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from runner.errors import RefusedError
 from runner.fsio import fsync_dir, write_text_atomic
+from runner.markers import sync_folder
 from runner.recipe import Recipe
 from runner.recipe_sections import QuantizationOff
 from runner.record import load_record, load_result
@@ -24,7 +25,6 @@ from runner.sft.export import (
     sort_adapter_config,
     verify_export,
 )
-from runner.sft.markers import sync_folder
 from runner.sft.model import build_load_arguments, load_tuned_model
 from runner.sft.model_card import build_model_card
 from runner.sft.push import HubTarget, push_folder

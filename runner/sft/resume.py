@@ -11,20 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from runner.archives import ArchiveError, extract_archive
 from runner.errors import RefusedError
+from runner.evaluations import read_best_step, read_evaluations
+from runner.markers import is_intact, list_archived, list_committed, load_marker
 from runner.paths import STEP_PREFIX, RunPaths
 from runner.recipe import Recipe
 from runner.recipe_sections import CheckpointsSection
-from runner.sft.archives import ArchiveError, extract_archive
-from runner.sft.checkpoints import (
-    LAUNCH_AS_BEFORE,
-    clean_up,
-    ensure_intact,
-    find_resume_step,
-    list_archived,
-    list_committed,
-)
-from runner.sft.evaluations import read_best_step, read_evaluations
+from runner.sft.checkpoints import LAUNCH_AS_BEFORE, clean_up, ensure_intact, find_resume_step
 from runner.sft.imports import (
     build_fetch,
     find_beside,
@@ -33,7 +27,6 @@ from runner.sft.imports import (
     require_continuable,
     set_aside_after,
 )
-from runner.sft.markers import is_intact, load_marker
 from runner.sft.retention import apply_retention
 from runner.sft.storage import RemoteFolder, open_named_archive
 

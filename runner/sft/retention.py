@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from runner.archives import ArchiveError, load_archived_marker, write_archive
 from runner.errors import CorruptFileError
+from runner.evaluations import rank_steps
 from runner.fsio import fsync_dir
+from runner.markers import is_intact, list_committed, load_marker, write_marker
 from runner.paths import STEP_PREFIX, RunPaths
 from runner.recipe_sections import CheckpointsSection
-from runner.sft.archives import ArchiveError, load_archived_marker, write_archive
-from runner.sft.checkpoints import DELETING_PREFIX, list_committed, quarantine
-from runner.sft.evaluations import rank_steps
-from runner.sft.markers import is_intact, load_marker, write_marker
+from runner.sft.checkpoints import DELETING_PREFIX, quarantine
 
 # What only a continuation needs, as Transformers and DeepSpeed name it.
 _STATE_FILES: Final = re.compile(

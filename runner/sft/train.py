@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from runner.evaluations import list_evaluations
 from runner.fsio import fsync_dir, load_jsonl, write_json_atomic, write_jsonl_atomic
+from runner.markers import sync_folder
 from runner.record import GenerationScore, SplitScore, TrainResult
 from runner.sft.context import RunContext
 from runner.sft.data import build_samples, describe_samples
-from runner.sft.evaluations import list_evaluations
 from runner.sft.export import add_to_adapter, collect_resized_embeddings, sort_adapter_config, verify_export
 from runner.sft.generation import Answer, load_answers, refuse_what_cannot_be_judged, score_answers, write_answers
-from runner.sft.markers import sync_folder
 from runner.sft.model import load_model
 from runner.sft.resume import choose_resume_step
 from runner.sft.tokenizers import load_tokenizer

@@ -17,6 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from runner.errors import DivergedError
 from runner.fsio import write_jsonl_atomic
+from runner.markers import is_intact, load_marker
 from runner.paths import marker_path
 from runner.recipe import derive_accumulation, derive_micro_batch
 from runner.recipe_sections import GenerationOn
@@ -29,7 +30,6 @@ from runner.sft.evaluate import RowScore, score_rows, sum_scores
 from runner.sft.export import sort_adapter_config
 from runner.sft.gathered_weights import load_gathered_weights
 from runner.sft.generation import Answer, generate_answers, score_answers, write_answers
-from runner.sft.markers import is_intact, load_marker
 from runner.sft.masking import IGNORE_INDEX
 from runner.sft.model import build_lora_config, keep_adapters_in_float32
 from runner.sft.retention import apply_retention

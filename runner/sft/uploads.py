@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from runner.archives import TEMPORARY_GLOB, write_archive
 from runner.errors import CorruptFileError
 from runner.fsio import append_jsonl, load_jsonl
+from runner.markers import list_committed
 from runner.paths import STEP_PREFIX, AttemptPaths, RunPaths
 from runner.recipe_sections import RemoteStorage
 from runner.record import now_utc
-from runner.sft.archives import TEMPORARY_GLOB, write_archive
-from runner.sft.checkpoints import list_committed
 from runner.sft.storage import RemoteFolder, retry
 
 PATIENCE_SECONDS: Final = 300.0  # that a completed run waits for what is still on its way

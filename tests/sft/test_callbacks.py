@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerControl, TrainerState
 
+from runner.evaluations import find_best_step, list_evaluations
 from runner.recipe import Recipe
 from runner.recipe_sections import EarlyStoppingOn
 from runner.sft.callbacks import FlowCallback, is_out_of_patience
-from runner.sft.evaluations import find_best_step, list_evaluations
 
 EARLY = "early_stopping={enabled: true, metric: nll_per_token, patience: 2}"
 ARGUMENTS: Any = None  # no decision looks at them

@@ -10,10 +10,9 @@ from conftest import Project
 from remote_places import CREDENTIALS, closed_port, s3_server
 from training_runs import RUNS, assert_same_outputs, launch, launch_killed_at, read_attempts, read_log
 
+from runner.archives import verify_archive
+from runner.markers import is_intact, list_archived, list_committed, load_marker
 from runner.paths import RunPaths
-from runner.sft.archives import verify_archive
-from runner.sft.checkpoints import list_archived, list_committed
-from runner.sft.markers import is_intact, load_marker
 from runner.sft.storage import RemoteFolder
 from runner.sft.uploads import list_pending
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from fake_checkpoints import FINGERPRINT, STATE_FILES, commit, flip_bit, make_paths, quarantined, write
 
+from runner.archives import write_archive
 from runner.errors import RefusedError
+from runner.markers import is_intact, list_archived, list_committed
 from runner.paths import RunPaths, marker_path
-from runner.sft.archives import write_archive
-from runner.sft.checkpoints import find_resume_step, list_archived, list_committed
-from runner.sft.markers import is_intact
+from runner.sft.checkpoints import find_resume_step
 from runner.sft.retention import strip_checkpoint
 
 

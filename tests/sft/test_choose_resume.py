@@ -10,12 +10,11 @@ import pytest
 from conftest import RECIPE_TEXT
 from fake_checkpoints import FINGERPRINT, commit, dies_at, flip_bit, listing, make_limits, make_paths, quarantined
 
+from runner.archives import write_archive
 from runner.errors import RefusedError
+from runner.markers import is_intact, list_committed, load_marker
 from runner.paths import RunPaths
 from runner.recipe import parse_recipe
-from runner.sft.archives import write_archive
-from runner.sft.checkpoints import list_committed
-from runner.sft.markers import is_intact, load_marker
 from runner.sft.resume import choose_resume_step, resolve_checkpoint
 from runner.sft.retention import strip_checkpoint
 

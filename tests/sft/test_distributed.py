@@ -24,8 +24,8 @@ from training_runs import (
 from transformers import AutoModelForCausalLM
 
 from runner.fsio import load_json, load_jsonl
+from runner.markers import load_marker
 from runner.paths import RunPaths
-from runner.sft.markers import load_marker
 
 pytestmark = pytest.mark.slow
 

@@ -20,10 +20,10 @@ from fake_checkpoints import (
     write,
 )
 
+from runner.archives import load_archived_marker, verify_archive
+from runner.markers import is_intact, list_archived, list_committed, load_marker
 from runner.paths import RunPaths
-from runner.sft.archives import load_archived_marker, verify_archive
-from runner.sft.checkpoints import commit_checkpoint, find_resume_step, list_archived, list_committed
-from runner.sft.markers import is_intact, load_marker
+from runner.sft.checkpoints import commit_checkpoint, find_resume_step
 from runner.sft.retention import apply_retention, choose_kept
 
 VALUES = {4: 3.0, 8: 1.0, 12: 2.0, 16: 4.0, 20: 5.0}

@@ -16,13 +16,12 @@ from conftest import RECIPE_TEXT
 from fake_checkpoints import FINGERPRINT, commit, flip_bit, listing, make_limits, make_paths
 from remote_places import CREDENTIALS, closed_port, s3_server
 
+from runner.archives import write_archive
 from runner.errors import RefusedError
 from runner.fsio import load_jsonl
+from runner.markers import is_intact, list_committed
 from runner.paths import RunPaths
 from runner.recipe import Recipe, parse_recipe
-from runner.sft.archives import write_archive
-from runner.sft.checkpoints import list_committed
-from runner.sft.markers import is_intact
 from runner.sft.resume import choose_resume_step
 from runner.sft.retention import apply_retention, strip_checkpoint
 from runner.sft.storage import RemoteFolder, open_run_folder

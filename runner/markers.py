@@ -1,6 +1,6 @@
 """The marker that makes a checkpoint folder count: what it states, how it is written, whether a folder agrees with it.
 
-Owns no decision about which checkpoint is used or deleted.
+And which checkpoints of a run carry one. Owns no decision about which of them is used or deleted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from runner.errors import CorruptFileError
 from runner.fsio import fsync_dir, hash_file, hash_json, load_json, write_json_atomic
-from runner.paths import marker_path
+from runner.paths import STEP_PREFIX, RunPaths, marker_path
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -143,3 +143,35 @@ def sync_folder(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
             fsync_dir(path)
+
+
+def list_committed(paths: RunPaths) -> list[int]:
+    """Steps whose checkpoint carries a marker, oldest first; contents are not verified."""
+    return sorted(
+        int(folder.name.removeprefix(STEP_PREFIX))
+        for folder in list_checkpoint_dirs(paths)
+        if is_step(folder.name) and marker_path(folder).exists()
+    )
+
+
+def list_archived(paths: RunPaths) -> list[int]:
+    """Steps of which there is a ZIP archive, oldest first; contents are not verified."""
+    stems = [path.stem for path in paths.checkpoints_dir.glob(f"{STEP_PREFIX}*.zip")]
+    return sorted(int(stem.removeprefix(STEP_PREFIX)) for stem in stems if is_step(stem))
+
+
+def list_checkpoint_dirs(paths: RunPaths) -> list[Path]:
+    """Our folders: committed ones, and what Transformers was writing when it was killed."""
+    if not paths.checkpoints_dir.is_dir():
+        return []
+    return [
+        folder
+        for folder in paths.checkpoints_dir.iterdir()
+        if folder.is_dir() and folder.name.startswith((STEP_PREFIX, "checkpoint-"))
+    ]
+
+
+def is_step(name: str) -> bool:
+    """Whether a name is `step-N`, as we write it."""
+    number = name.removeprefix(STEP_PREFIX)
+    return name.startswith(STEP_PREFIX) and number.isdecimal() and number == str(int(number))

@@ -20,8 +20,8 @@ from typing import IO, Final
 
 from runner.errors import CorruptFileError
 from runner.fsio import fsync_dir
+from runner.markers import Marker, load_marker, parse_marker, sync_folder
 from runner.paths import STEP_PREFIX, marker_path
-from runner.sft.markers import Marker, load_marker, parse_marker, sync_folder
 
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)  # the earliest time that a ZIP can state
 _CHUNK_BYTES: Final = 1 << 20

@@ -16,10 +16,10 @@ from fake_checkpoints import commit, flip_bit, listing, make_paths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runner.archives import ArchiveError, extract_archive, load_archived_marker, verify_archive, write_archive
 from runner.fsio import hash_json
+from runner.markers import is_intact, list_files, load_marker
 from runner.paths import RunPaths, marker_path
-from runner.sft.archives import ArchiveError, extract_archive, load_archived_marker, verify_archive, write_archive
-from runner.sft.markers import is_intact, list_files, load_marker
 
 Entry = tuple[zipfile.ZipInfo, bytes]
 
