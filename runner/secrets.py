@@ -1,0 +1,126 @@
+"""Secrets: what a token looks like, which variables of the environment hold one, and texts without them.
+
+Secrets come from the environment and from nowhere else. What somebody writes (recipes, grids, templates, arguments) is
+refused when it holds one, by name and never by value; what is printed or recorded is scrubbed. Nothing here can know a
+secret that neither looks like one nor stands in the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any, Final
+from urllib.parse import quote
+
+MASK: Final = "***"
+# Of a variable's value: shorter ones are switches and names, and stand in every second line.
+_MIN_MASKED_CHARACTERS: Final = 8
+_MIN_REFUSED_CHARACTERS: Final = 16
+
+_SECRET_VARIABLE: Final = re.compile(
+    r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|CONNECTION_STRING|APIKEY|ACCESSKEY|(^|_)(KEY|KEYS|PASS|PAT)(_|$)"
+    r"|_PWD$",
+    re.IGNORECASE,
+)
+_HARMLESS_VARIABLE: Final = re.compile(r"_(PATH|FILE|DIR|TYPE|PARALLELISM)$", re.IGNORECASE)
+_SECRET_KEY: Final = re.compile(r"secret|token|pass|pwd|credential|connection_string|(^|_)key$", re.IGNORECASE)
+
+# What is a secret wherever it stands, by how its issuer writes it.
+_SHAPES: Final[Mapping[str, str]] = {
+    "a Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}",
+    "an API key": r"(?<![A-Za-z0-9_-])sk-[A-Za-z0-9_-]{20,}",
+    "an AWS access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{22,})",
+    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
+    "a Slack token": r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
+    "a Google key": r"\bAIza[0-9A-Za-z_-]{35}|\bya29\.[0-9A-Za-z_-]{20,}",
+    "a Weights & Biases key": r"\bwandb_v1_[A-Za-z0-9_]{20,}",
+    "a package index token": r"\bpypi-[A-Za-z0-9_-]{50,}",
+    "a signed token": r"\beyJ[A-Za-z0-9_-]{10,2000}\.eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,}",
+    "a private key": r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----(?:[\s\S]{0,20000}?-----END [A-Z0-9 ]{0,40}KEY-----)?",
+    "a URL with a password": r"(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)",
+}
+# What is a secret because of the words before it. Recipes may hold such words: prompts are texts.
+_AFTER_WORDS: Final = (
+    r"(?<![A-Za-z])(?:Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{16,}",
+    r"(?:password|passwd|passphrase|secret|secret_?(?:access_?)?key|api_?key|access_?key|account_?key|shared_?access_?key"
+    r"|access_?token|auth_?token|session_?token|hub_?token|client_?secret)[\"']?\s*[=:]\s*[\"']?[^\s\"',;&)}\]]{8,}",
+    r"[?&](?:sig|X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|X-Goog-Signature)=[^\s&\"']{8,}",
+)
+_TOKEN: Final = re.compile("|".join(f"({shape})" for shape in _SHAPES.values()))
+_SCRUBBED: Final = re.compile("|".join([*_SHAPES.values(), *(f"(?i:{words})" for words in _AFTER_WORDS)]))
+
+
+def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """`text` with every secret masked: those of the environment, and whatever looks like a token or follows its name.
+
+    >>> scrub("401 for hf_" + "a1B2" * 8, {}), scrub("s3cr3t-value!", {"STORE_PASSWORD": "s3cr3t-value!"})
+    ('401 for ***', '***')
+    >>> scrub("sftp://me:pw@host/folder, api_key=0123456789, pad_token=eos", {})
+    'sftp://***@host/folder, ***, pad_token=eos'
+    """
+    text = _values_pattern(tuple(_list_values(environment))).sub(MASK, text)
+    return _SCRUBBED.sub(MASK, text)
+
+
+def scrub_json(value: Any, environment: Mapping[str, str] | None = None) -> Any:
+    """A JSON value with every text in it scrubbed, and every text under a key that names a secret masked."""
+    if isinstance(value, str):
+        return scrub(value, environment)
+    if isinstance(value, Mapping):
+        return {
+            key: MASK if isinstance(item, str) and item and names_secret(key) else scrub_json(item, environment)
+            for key, item in value.items()
+        }
+    return [scrub_json(item, environment) for item in value] if isinstance(value, list | tuple) else value
+
+
+def find_secret(text: str, environment: Mapping[str, str] | None = None) -> tuple[str, int] | None:
+    """What a secret in `text` is, in words that do not hold it, and where it begins; None where there is none.
+
+    >>> find_secret("see sftp://me:pw@host", {}), find_secret("sftp://me@host/a:b, task-1_060_completion_8_auto", {})
+    (('a URL with a password', 11), None)
+    """
+    found = _TOKEN.search(text)
+    if found is not None and found.lastindex is not None:
+        return list(_SHAPES)[found.lastindex - 1], found.start()
+    for name, value in _list_variables(environment):
+        if len(value) >= _MIN_REFUSED_CHARACTERS and (start := text.find(value)) >= 0:
+            return f"the value of the environment variable {name}", start
+    return None
+
+
+def names_secret(key: str) -> bool:
+    """Whether a key is what people call a secret by.
+
+    >>> [names_secret(key) for key in ("aws_secret_access_key", "key", "token", "endpoint_url", "keyed")]
+    [True, True, True, False, False]
+    """
+    return _SECRET_KEY.search(key) is not None
+
+
+def _list_variables(environment: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
+    """Name and value of the variables that hold a secret, by their names; a path to one is none."""
+    for name, value in (os.environ if environment is None else environment).items():
+        if _SECRET_VARIABLE.search(name) is None or _HARMLESS_VARIABLE.search(name):
+            continue
+        if len(value) >= _MIN_MASKED_CHARACTERS and not (value.startswith("/") and os.path.exists(value)):
+            yield name, value
+
+
+def _list_values(environment: Mapping[str, str] | None) -> list[str]:
+    """Every form in which a variable's value is printed, longest first: a short one may be the start of another."""
+    forms: set[str] = set()
+    for _, value in _list_variables(environment):
+        escaped = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
+        forms |= {value, value.strip(), quote(value, safe="", errors="surrogateescape"), *escaped}
+    forms = {form for form in forms if len(form) >= _MIN_MASKED_CHARACTERS}
+    return sorted(forms, key=lambda form: (-len(form), form))
+
+
+@lru_cache(maxsize=8)
+def _values_pattern(values: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, values)) or "(?!)")
