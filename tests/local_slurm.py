@@ -1,0 +1,296 @@
+"""A Slurm cluster of this machine alone: munged, slurmctld and one slurmd per node, as the user that runs the tests.
+
+Nothing is installed or configured outside its folder. The GPUs are two device files that every machine has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+PROGRAMS: Final = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
+SEARCH_PATH: Final = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+PATIENCE_SECONDS: Final = 120.0
+NUM_CPUS: Final = 4  # of each node, whatever the machine has
+NUM_GPUS: Final = 2
+MAX_ARRAY_SIZE: Final = 8
+
+_SLURM_CONF: Final = """\
+ClusterName=tests
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPort={controller_port}
+AuthType=auth/munge
+AuthInfo=socket={root}/munge/socket,cred_expire=6
+CredType=cred/munge
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd.%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
+SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+ReturnToService=2
+MaxArraySize={max_array_size}
+MinJobAge=86400
+KillWait=2
+SlurmdTimeout={slurmd_timeout}
+InactiveLimit=0
+GresTypes=gpu
+NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports} CPUs={num_cpus} Boards=1 \
+SocketsPerBoard=1 CoresPerSocket={num_cpus} ThreadsPerCore=1 RealMemory=1000 Gres=gpu:{num_gpus} State=UNKNOWN
+PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10
+"""
+
+
+def list_missing_packages() -> list[str]:
+    """Debian packages of the programs that are not there."""
+    return sorted({package for name, package in PROGRAMS.items() if shutil.which(name, path=SEARCH_PATH) is None})
+
+
+# Where every machine that runs the tests has Slurm, `REQUIRE_SLURM=1` makes its absence an error of the fixtures.
+needs_slurm: Final = pytest.mark.skipif(
+    bool(list_missing_packages()) and not os.environ.get("REQUIRE_SLURM"),
+    reason=f"not installed: {', '.join(list_missing_packages())}",
+)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Until a condition holds that only another process's answer can tell."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"it never came true that {what}"
+        time.sleep(0.05)
+
+
+@dataclass
+class LocalSlurm:
+    """The daemons of one cluster; each can be started, stopped and killed by itself."""
+
+    root: Path
+    num_nodes: int = 1
+    slurmd_timeout: int = 30
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def node_names(self) -> list[str]:
+        return [f"node{number}" for number in range(self.num_nodes)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command needs to talk to this cluster."""
+        others = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        return {**others, "PATH": SEARCH_PATH, "SLURM_CONF": str(self.root / "slurm.conf")}
+
+    def configure(self) -> None:
+        """Write the files of the cluster, on ports that are free now."""
+        for name in ("munge", "state", "spool", "log"):
+            (self.root / name).mkdir()
+        (self.root / "munge").chmod(0o755)  # munged refuses what others may write to
+        key_path = self.root / "munge" / "key"
+        key_path.write_bytes(os.urandom(256))
+        key_path.chmod(0o600)
+        controller_port, *node_ports = find_free_ports(1 + self.num_nodes)
+        nodes = ",".join(self.node_names)
+        text = _SLURM_CONF.format(
+            root=self.root,
+            host=socket.gethostname().partition(".")[0],
+            user=pwd.getpwuid(os.getuid()).pw_name,
+            controller_port=controller_port,
+            nodes=nodes,
+            node_ports=",".join(map(str, node_ports)),
+            num_cpus=NUM_CPUS,
+            num_gpus=NUM_GPUS,
+            max_array_size=MAX_ARRAY_SIZE,
+            slurmd_timeout=self.slurmd_timeout,
+        )
+        (self.root / "slurm.conf").write_text(text)
+        (self.root / "gres.conf").write_text(f"NodeName={nodes} Name=gpu File=/dev/null,/dev/zero\n")
+
+    def start_all(self) -> None:
+        """Start every daemon that does not run, and wait until the nodes take jobs."""
+        self.start_munged()
+        self.start_controller()
+        for name in self.node_names:
+            self.start_node(name)
+
+    def start_munged(self) -> None:
+        folder = self.root / "munge"
+        (folder / "socket").unlink(missing_ok=True)
+        files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+        options = [f"--{option}={folder / name}" for option, name in files.items()]
+        self._start("munged", "munged", "--foreground", *options)
+        answers = ["munge", "--no-input", f"--socket={folder / 'socket'}"]
+        wait_until(lambda: self.succeeds(*answers), "munged answers")
+
+    def start_controller(self) -> None:
+        self._start("slurmctld", "slurmctld", "-D")
+        wait_until(lambda: self.succeeds("squeue"), "slurmctld answers")
+
+    def start_node(self, name: str) -> None:
+        self._start(name, "slurmd", "-D", "-N", name)
+        states = ("idle", "mixed", "allocated")
+        wait_until(lambda: self.node_state(name) in states, f"{name} takes jobs")
+
+    def _start(self, name: str, program: str, *arguments: str) -> None:
+        if name in self.daemons:
+            return
+        path = shutil.which(program, path=SEARCH_PATH)
+        assert path is not None, f"install {PROGRAMS[program]}"
+        with (self.root / "log" / f"{name}.txt").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                [path, *arguments],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def node_state(self, name: str) -> str:
+        """As `sinfo` says it, `*` included where the node does not answer."""
+        return self.run("sinfo", "--noheader", "--Node", "--nodes", name, "--partition=low", "--format=%T").strip()
+
+    def list_jobs(self) -> dict[str, str]:
+        """States of all jobs that are not over, by `<job>` or `<array>_<task>`."""
+        lines = self.run("squeue", "--noheader", "--array", "--format=%i %T").splitlines()
+        return dict(line.split() for line in lines)
+
+    def succeeds(self, *command: str) -> bool:
+        return self._call(*command).returncode == 0
+
+    def run(self, *command: str) -> str:
+        """The standard output of a command that must succeed."""
+        result = self._call(*command)
+        assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}\n{self.logs()}"
+        return result.stdout
+
+    def _call(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            env=self.environment,
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+
+    def logs(self) -> str:
+        """The end of every daemon's log."""
+        paths = sorted((self.root / "log").glob("*.txt"))
+        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in paths)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL for one daemon, as in a power loss; jobs live on."""
+        daemon = self.daemons.pop(name)
+        daemon.kill()
+        daemon.wait()
+
+    def kill_jobs(self, node: str | None = None) -> None:
+        """SIGKILL for everything that jobs run on a node (or on all), their step daemons first."""
+        for pid in [one for step in self.list_steps(node) for one in (step, *list_descendants(step))]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def list_steps(self, node: str | None = None) -> list[int]:
+        """Process ids of this cluster's slurmstepd, found by the environment of what they run."""
+        wanted = {f"SLURM_CONF={self.root / 'slurm.conf'}"}
+        wanted |= set() if node is None else {f"SLURMD_NODENAME={node}"}
+        steps = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/comm") if read(path) == "slurmstepd\n"]
+        return [
+            step
+            for step in steps
+            if any(wanted <= set(read(Path(f"/proc/{pid}/environ")).split("\0")) for pid in list_descendants(step))
+        ]
+
+    def stop(self) -> None:
+        """End everything, jobs first; the folder stays."""
+        for name in reversed(self.daemons):
+            self.daemons[name].kill()
+        self.kill_jobs()
+        for daemon in self.daemons.values():
+            daemon.wait()
+        self.daemons.clear()
+
+
+def read(path: Path) -> str:
+    """A file below `/proc`; empty where its process is gone."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def list_descendants(pid: int) -> list[int]:
+    """Children, their children and so on, of every thread."""
+    children = [int(one) for path in Path(f"/proc/{pid}/task").glob("*/children") for one in read(path).split()]
+    return children + [below for child in children for below in list_descendants(child)]
+
+
+def find_free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on at this moment."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@contextmanager
+def local_slurm(num_nodes: int = 1, slurmd_timeout: int = 30) -> Iterator[LocalSlurm]:
+    """A cluster that takes jobs, and that is gone afterwards with all its jobs.
+
+    Its folder lies directly below the system's temporary folder: a socket's path holds 107 characters.
+    """
+    missing = list_missing_packages()
+    assert not missing, f"apt-get install {' '.join(missing)}"
+    root = Path(tempfile.mkdtemp(prefix="slurm-"))
+    root.chmod(0o755)
+    cluster = LocalSlurm(root, num_nodes, slurmd_timeout)
+    try:
+        cluster.configure()
+        cluster.start_all()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(root)
+
+
+@pytest.fixture(scope="session")
+def shared_slurm() -> Iterator[LocalSlurm]:
+    """One cluster of one node for all tests that leave it as it was."""
+    with local_slurm() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def own_slurm() -> Iterator[LocalSlurm]:
+    """A cluster that the test may break."""
+    with local_slurm() as cluster:
+        yield cluster
