@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from runner.errors import CorruptFileError, RefusedError, RunnerError
+from runner.failures import build_failure, explain_silence, read_log_tail
 from runner.fsio import Lease, write_json_atomic
 from runner.identity import derive_digest, list_library_versions
 from runner.launch import LaunchCommand
@@ -160,8 +162,15 @@ class RunningAttempt:
             self.signal_group(signal.SIGKILL)  # what the launcher may have left behind; its own id is not free yet
         status = self.process.wait()
         failure = self._find_failure(status)
-        close_attempt(self.paths, status, failure)
-        self.lease.close()
+        if failure is not None:
+            failure = failure.model_copy(update={"log_tail": read_log_tail(self.files.log_path)})
+        try:
+            close_attempt(self.paths, status, failure)
+        except (OSError, CorruptFileError) as error:  # the others go on; the next sweep sees by itself how it ended
+            with contextlib.suppress(OSError):
+                print(f"warning: the end of {self.files.attempt_dir} is not recorded: {error}", file=sys.stderr)
+        finally:
+            self.lease.close()
         return failure
 
     def _find_failure(self, exit_status: int) -> Failure | None:
@@ -169,13 +178,14 @@ class RunningAttempt:
             result, stored = load_result(self.paths), load_stored_recipe(self.paths)
             if result is not None and stored is not None and result.recipe_digest == stored.recipe_digest:
                 return None
-            failure = load_failure(self.files.failure_path)
+            failure = load_failure(self.files)
         except CorruptFileError as error:
             return Failure(kind="crashed", message=error.message)
+        except OSError as error:
+            return build_failure(error, self.paths.run_dir)
         if self.stop_reason is not None and (failure is None or failure.kind not in DETERMINISTIC_KINDS):
             return Failure(kind="preempted", message=self.stop_reason)
-        vanished = f"the trainer vanished (exit status {exit_status}) without a word"
-        return failure or Failure(kind="lost", message=vanished)
+        return failure or explain_silence(self.files.log_path, exit_status)
 
 
 def start_attempt(

@@ -20,13 +20,13 @@ from runner.paths import content_cache_path
 from runner.plan import Decision, decide
 from runner.recipe import NAME_PATTERN, load_recipe
 from runner.recipe_sections import holds_password
-from runner.record import RunStatus, derive_status
+from runner.record import EXIT_CODES, RunStatus, derive_status
 from runner.selection import Selected, run_paths, select_recipes, suggest_path
 
 if TYPE_CHECKING:
     from runner.pool import Planned, PoolResult
 
-_LOG_LINES: Final = 15
+_STOPPED: Final = 130  # by Ctrl-C or another signal, as shells count it
 _PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
 
 
@@ -64,7 +64,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
         _prepare(planned, command)
         print(command.as_shell())
         return 0
-    return _run_planned([planned], num_slots=1, gpus=None, fail_fast=False)
+    result = _run_planned([planned], num_slots=1, gpus=None, fail_fast=False)
+    return _STOPPED if result is None else next((EXIT_CODES[failed.failure.kind] for failed in result.failed), 0)
 
 
 def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -> int:
@@ -94,8 +95,10 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
         return 0
     sys.stdout.flush()
     slots = len(gpus) if gpus is not None else arguments.slots or 1
-    code = _run_planned(planned, num_slots=slots, gpus=gpus, fail_fast=arguments.fail_fast)
-    return code or (1 if num_unhappy else 0)
+    result = _run_planned(planned, num_slots=slots, gpus=gpus, fail_fast=arguments.fail_fast)
+    if result is None:
+        return _STOPPED
+    return 1 if result.failed or num_unhappy else 0
 
 
 def run_rerun(arguments: argparse.Namespace) -> int:
@@ -192,21 +195,24 @@ def _prepare(planned: Planned, command: LaunchCommand) -> None:
         open_attempt(paths, command, planned.num_processes, read_git_state(), planned.resume)
 
 
-def _run_planned(planned: list[Planned], *, num_slots: int, gpus: list[str] | None, fail_fast: bool) -> int:
+def _run_planned(
+    planned: list[Planned], *, num_slots: int, gpus: list[str] | None, fail_fast: bool
+) -> PoolResult | None:
+    """How the runs ended, failures printed; None when the sweep was stopped."""
     from runner.display import SweepDisplay
-    from runner.pool import Devices, Stopped, run_pool
+    from runner.pool import Devices, PoolResult, Stopped, run_pool
 
     if not planned:
         print("nothing to launch", file=sys.stderr)
-        return 0
+        return PoolResult()
     try:
         with SweepDisplay(len(planned)) as display:
             result = run_pool(planned, Devices(num_slots, gpus), display, fail_fast=fail_fast)
     except Stopped:
         print("stopped; the same command goes on from the newest checkpoints", file=sys.stderr)
-        return 130
+        return None
     _print_failures(result)
-    return 1 if result.failed else 0
+    return result
 
 
 def _print_failures(result: PoolResult) -> None:
@@ -215,8 +221,7 @@ def _print_failures(result: PoolResult) -> None:
         if failed.log_path is None:
             continue
         if failed.failure.kind in ("crashed", "lost", "transient", "out_of_memory"):
-            lines = failed.log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-            print("\n".join(f"  | {line}" for line in lines), file=sys.stderr)
+            print("\n".join(f"  | {line}" for line in failed.failure.log_tail), file=sys.stderr)
         print(f"  log: {failed.log_path}", file=sys.stderr)
     if result.not_started:
         print(f"{len(result.not_started)} runs were not started because of --fail-fast", file=sys.stderr)

@@ -138,10 +138,14 @@ class AttemptPaths:
         """Where the trainer stands now: phase, step, loss."""
         return self.attempt_dir / "progress.json"
 
-    @property
-    def failure_path(self) -> Path:
-        """The kind and message of the failure, as the trainer saw it."""
-        return self.attempt_dir / "failure.json"
+    def failure_path(self, rank: int = 0) -> Path:
+        """The kind and message of the failure, as one rank of the trainer saw it."""
+        return self.attempt_dir / ("failure.json" if rank == 0 else f"failure-rank-{rank}.json")
+
+    def list_failure_paths(self) -> list[Path]:
+        """What the ranks wrote, in their order."""
+        found = self.attempt_dir.glob("failure*.json")
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
     @property
     def training_args_path(self) -> Path:

@@ -17,12 +17,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from runner.errors import CorruptFileError
 from runner.fsio import is_leased, load_json, load_jsonl, write_json_atomic
 from runner.identity import build_digest_payload, diff_payloads
-from runner.paths import RunPaths
+from runner.paths import AttemptPaths, RunPaths
 from runner.recipe import Recipe
 
 FailureKind = Literal["configuration", "data", "out_of_memory", "diverged", "preempted", "transient", "crashed", "lost"]
 # Kinds that happen again when nothing changes: a rerun would only burn device time.
 DETERMINISTIC_KINDS: Final[frozenset[FailureKind]] = frozenset({"configuration", "data", "diverged"})
+
+# Of several ranks of one attempt, the first of these knows why. Preempted: the launcher ends the other ranks by TERM
+# when one has failed, which they take for a request to leave.
+_MOST_TELLING: Final[tuple[FailureKind, ...]] = (
+    *("diverged", "data", "configuration", "out_of_memory", "transient", "crashed", "preempted", "lost"),
+)
 
 State = Literal["pending", "running", "completed", "interrupted", "failed", "changed"]
 
@@ -51,6 +57,7 @@ class Failure(Fact):
 
     kind: FailureKind
     message: str
+    has_lost_peer: bool = False  # what a rank sees when another one has gone: that one knows why
     log_tail: tuple[str, ...] = ()  # the last lines of the attempt's log, without secrets
 
 
@@ -200,9 +207,17 @@ def load_result(paths: RunPaths) -> TrainResult | None:
     return _load_fact(paths.result_path, TrainResult)
 
 
-def load_failure(path: Path) -> Failure | None:
-    """What the trainer wrote about its failure, or None."""
-    return _load_fact(path, Failure)
+def load_failure(files: AttemptPaths) -> Failure | None:
+    """What the trainer wrote about the failure of an attempt, or None; the most telling of what its ranks wrote.
+
+    Which one was written first does not count: a rank may see another one go before that one has said why.
+    """
+    found = [_load_fact(path, Failure) for path in files.list_failure_paths()]
+    return min(
+        (failure for failure in found if failure is not None),
+        key=lambda failure: (failure.has_lost_peer, _MOST_TELLING.index(failure.kind)),
+        default=None,
+    )
 
 
 def load_stop_request(paths: RunPaths) -> StopRequest | None:
@@ -285,7 +300,7 @@ def derive_status(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) 
     if last is None:
         return RunStatus(state="pending", why="never started", **known)
     files = paths.attempt(last.number)
-    failure = last.failure or load_failure(files.failure_path)
+    failure = last.failure or load_failure(files)
     if failure is None and progress is None and last.ended_at_utc is None and not files.log_path.exists():
         return RunStatus(state="pending", why="prepared, to be started by hand", **known)
     if failure is None or failure.kind in ("lost", "preempted"):

@@ -114,18 +114,20 @@ def test_what_ignores_term_is_killed_after_a_grace(fake: FakeLauncher, started: 
     stop_attempts(attempts, "enough", grace_seconds=0.2)
     a, b = (load_record(attempt.paths).attempts[0] for attempt in attempts)
     assert (a.exit_status, b.exit_status) == (-signal.SIGKILL, -signal.SIGTERM)
-    assert a.failure == b.failure == Failure(kind="preempted", message="enough")
+    assert a.failure == b.failure and (a.failure.kind, a.failure.message) == ("preempted", "enough")
 
 
-def test_every_record_is_closed_when_one_cannot_be(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+def test_every_record_is_closed_when_one_cannot_be(
+    fake: FakeLauncher, started: list[RunningAttempt], capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a", "b", "c", told="hang")
     attempts = [attempt for name in "abc" if (attempt := start(fake, started, name)) is not None]
     for _ in attempts:
         fake.next_started()
     attempts[1].paths.record_path.unlink()
     attempts[1].paths.record_path.mkdir()
-    with pytest.raises(OSError):
-        stop_attempts(attempts, "enough")
+    stop_attempts(attempts, "enough")
+    assert "runs/toy/b/attempts/1 is not recorded" in capsys.readouterr().err
     assert [load_record(attempts[i].paths).attempts[0].exit_status for i in (0, 2)] == [-signal.SIGTERM] * 2
     assert all(attempt.process.returncode is not None for attempt in attempts)
     started.clear()
@@ -137,7 +139,8 @@ def test_a_lasting_failure_is_not_called_a_preemption(fake: FakeLauncher, starte
     assert attempt is not None
     attempt.process.wait()
     attempt.stop_reason = "the sweep was stopped"
-    assert attempt.finish() == Failure(kind="data", message="because")
+    failure = attempt.finish()
+    assert failure is not None and (failure.kind, failure.message) == ("data", "because")
 
 
 def test_a_result_of_another_digest_is_no_success(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
@@ -246,7 +249,7 @@ def test_a_changed_recipe_is_refused_with_a_diff(fake: FakeLauncher, capsys: pyt
 
 def test_changed_data_is_refused_and_lost_data_too(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
     fake.add("a", told="exit 1")
-    assert main(["launch", "recipes/toy/a.yaml"]) == 1
+    assert main(["launch", "recipes/toy/a.yaml"]) == 14
     capsys.readouterr()
     (fake.root / "data.jsonl").write_text('{"other": 1}\n')
     assert main(["launch", "recipes/toy/a.yaml"]) == 2
@@ -324,7 +327,7 @@ def test_what_was_prepared_can_be_swept_and_its_failure_by_hand_counts(fake: Fak
     for name in "ab":
         assert main(["launch", f"recipes/toy/{name}.yaml", "--prepare"]) == 0
     failure = Failure(kind="data", message="because")
-    write_json_atomic(fake.paths("b").attempt(1).failure_path, failure.model_dump())
+    write_json_atomic(fake.paths("b").attempt(1).failure_path(), failure.model_dump())
     assert derive_status(fake.paths("b"), *load_toy(fake, "b")[:2]).state == "failed"
     assert main(["sweep", "recipes/toy"]) == 1
     assert fake.started() == ["a"] and len(fake.attempts("a")) == 2
@@ -355,7 +358,7 @@ def test_preparing_twice_changes_nothing_but_the_attempts(fake: FakeLauncher) ->
 
 def test_placement_may_change_between_attempts(fake: FakeLauncher, tmp_path: Path) -> None:
     fake.add("a", told="exit 1")
-    assert main(["launch", "recipes/toy/a.yaml"]) == 1
-    assert main(["launch", "recipes/toy/a.yaml", "--num-processes", "2"]) == 1
+    assert main(["launch", "recipes/toy/a.yaml"]) == 14
+    assert main(["launch", "recipes/toy/a.yaml", "--num-processes", "2"]) == 14
     assert main(["launch", "recipes/toy/a.yaml", "--num-processes", "3"]) == 2, "4 sequences cannot be cut in 3"
     assert [attempt["num_processes"] for attempt in fake.attempts("a")] == [1, 2]

@@ -13,7 +13,7 @@ from test_recipe import TEXT
 from runner.errors import CorruptFileError
 from runner.execute import prepare_run
 from runner.fsio import Lease, append_jsonl, write_json_atomic
-from runner.paths import RunPaths
+from runner.paths import AttemptPaths, RunPaths
 from runner.plan import decide
 from runner.recipe import Recipe, parse_recipe
 from runner.record import (
@@ -173,7 +173,7 @@ def test_failed_when_only_the_trainer_could_say_so(run: Run) -> None:
     """The launcher was killed between the trainer's last word and its own."""
     attempt = run.attempt()
     failure = Failure(kind="diverged", message="nan at step 3")
-    write_json_atomic(run.paths.attempt(attempt.number).failure_path, failure.model_dump())
+    write_json_atomic(run.paths.attempt(attempt.number).failure_path(), failure.model_dump())
     assert (run.status().state, run.status().failure) == ("failed", failure)
 
 
@@ -238,7 +238,7 @@ def test_absent_files_are_nothing_and_damaged_ones_are_errors(empty: Run, tmp_pa
     path = tmp_path / "file.json"
     assert load_record(empty.paths) == RunRecord()
     assert load_result(empty.paths) is None and load_stored_recipe(empty.paths) is None
-    assert load_failure(path) is None and load_progress(path) is None
+    assert load_failure(AttemptPaths(tmp_path)) is None and load_progress(path) is None
     assert find_differences(empty.paths, empty.recipe, CONTENTS) == []
     damaged: list[Any] = [None, [], {}, {"kind": "tired", "message": "x"}, 3]
     for content in damaged:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
 import sys
 import traceback
 from pathlib import Path
 
-from runner.errors import DataError, DivergedError, RunnerError
+from runner.errors import RunnerError
+from runner.failures import build_failure
 from runner.fsio import Lease, write_json_atomic
 from runner.paths import RunPaths
 from runner.processes import die_with_parent
-from runner.record import Failure, FailureKind, load_record, load_stored_recipe
+from runner.record import load_record, load_stored_recipe
 from runner.sft.unused import find_unused_libraries, hide_libraries
 
 
@@ -31,13 +32,11 @@ def main() -> int:
 
         train(run_dir)
     except BaseException as error:
-        _record_failure(run_dir, error)
-        if isinstance(error, RunnerError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)  # other ranks may be inside a collective: leave without waiting for them
+        try:
+            _say(error)
+            _record_failure(run_dir, error)
+        finally:
+            os._exit(1)  # other ranks may be inside a collective: leave without waiting for them
     del lease
     return 0
 
@@ -61,32 +60,29 @@ def _hold_lease(run_dir: Path) -> Lease | int | None:
     return lease
 
 
+def _say(error: BaseException) -> None:
+    with contextlib.suppress(OSError):  # a full disk takes the log too
+        if isinstance(error, RunnerError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+
+
 def _record_failure(run_dir: Path, error: BaseException) -> None:
+    """Each rank writes what it saw; the launch side chooses: most ranks only lose the one that knows why."""
     paths = RunPaths(run_dir)
     attempts = load_record(paths).attempts
     if not attempts:
         return
-    failure_path = paths.attempt(attempts[-1].number).failure_path
-    if not failure_path.exists():  # the first rank to fail knows why; the others only lost their peer
-        message = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
-        write_json_atomic(failure_path, Failure(kind=classify(error), message=message).model_dump())
-
-
-def classify(error: BaseException) -> FailureKind:
-    """The failure kind of an exception of the trainer."""
-    if isinstance(error, DivergedError):
-        return "diverged"
-    if isinstance(error, DataError):
-        return "data"
-    if isinstance(error, RunnerError):
-        return "configuration"
-    if isinstance(error, KeyboardInterrupt):
-        return "preempted"
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return "out_of_memory"
-    # safetensors and torch wrap the system's error in kinds of their own
-    is_system = isinstance(error, OSError) or os.strerror(errno.ENOSPC) in str(error)
-    return "transient" if is_system else "crashed"
+    files = paths.attempt(attempts[-1].number)
+    failure = build_failure(error, run_dir).model_dump(mode="json")
+    failure_path = files.failure_path(int(os.environ.get("RANK", "0")))
+    try:
+        write_json_atomic(failure_path, failure)
+    except OSError:
+        files.progress_path.unlink(missing_ok=True)  # only drawn; on a full disk it makes room for what counts
+        write_json_atomic(failure_path, failure)
 
 
 if __name__ == "__main__":

@@ -121,8 +121,8 @@ def test_zero_3_resumes_exactly_and_refuses_another_number_of_processes(finished
     )
     before = outputs_of_checkpoint(paths, 4)
     refused = try_launch(finished, name, *overrides, num_processes=1)
-    failure = load_json(paths.attempt(2).failure_path)
-    assert refused.returncode == 1 and failure["kind"] == "configuration"
+    failure = load_json(paths.attempt(2).failure_path())
+    assert refused.returncode == 10 and failure["kind"] == "configuration"
     assert "num_processes: 2 -> 1" in failure["message"] and "--fresh" in failure["message"]
     assert outputs_of_checkpoint(paths, 4) == before
     launch(finished, name, *overrides, num_processes=2)

@@ -191,8 +191,8 @@ def test_launching_a_completed_run_again_changes_nothing(finished: Project) -> N
 def test_a_wrong_number_of_processes_is_a_configuration_failure(finished: Project) -> None:
     result = try_launch(finished, "wrong-world", num_processes=2)
     paths = finished.paths("wrong-world")
-    failure = load_json(paths.attempt(1).failure_path)
-    assert result.returncode == 1 and failure["kind"] == "configuration"
+    failure = load_json(paths.attempt(1).failure_path())
+    assert result.returncode == 10 and failure["kind"] == "configuration"
     assert "1 processes were started, 2 were asked for" in failure["message"] and "cpu.yaml" in failure["message"]
     status = finished.cli("status", str(paths.run_dir), "--json")
     assert [row["failure"]["kind"] for row in json.loads(status.stdout)] == ["configuration"]
@@ -210,7 +210,7 @@ def test_divergence_is_named_and_never_committed(finished: Project) -> None:
     )
     first = finished.cli("sweep", "diverging")
     paths = finished.paths("diverged")
-    failure = load_json(paths.attempt(1).failure_path)
+    failure = load_json(paths.attempt(1).failure_path())
     assert first.returncode == 1 and failure["kind"] == "diverged"
     assert "not finite" in failure["message"] or "is nan" in failure["message"]
     for weights in paths.checkpoints_dir.glob("step-*/*.safetensors"):

@@ -121,7 +121,7 @@ def launch_killed_at(
     environment = {"KILL_AT": f"{event} {path}", "PYTHONPATH": f"{hook_dir}:{os.environ.get('PYTHONPATH', '')}"}
     result = project.cli(*launch_arguments(name, overrides, num_processes), environment=environment)
     paths = project.paths(name)
-    assert result.returncode == 1 and not paths.result_path.exists(), read_log(paths)
+    assert result.returncode == 14 and not paths.result_path.exists(), read_log(paths)
     assert load_json(paths.record_path)["attempts"][-1]["failure"]["kind"] == "lost"
     return paths
 
