@@ -256,7 +256,7 @@ def test_changed_data_is_refused_and_lost_data_too(fake: FakeLauncher, capsys: p
     assert "content of data.jsonl: " in capsys.readouterr().err
     (fake.root / "data.jsonl").write_text("{}\n")
     (fake.root / "models" / "toy").rename(fake.root / "models" / "moved")  # now it could be an id on the hub
-    assert main(["launch", "recipes/toy/a.yaml"]) == 1
+    assert main(["launch", "recipes/toy/a.yaml"]) == 10
     assert "content of models/toy: not there any more" in capsys.readouterr().err
     assert len(fake.started()) == 1
 

@@ -242,9 +242,9 @@ def test_absent_files_are_nothing_and_damaged_ones_are_errors(empty: Run, tmp_pa
     assert find_differences(empty.paths, empty.recipe, CONTENTS) == []
     damaged: list[Any] = [None, [], {}, {"kind": "tired", "message": "x"}, 3]
     for content in damaged:
-        write_json_atomic(path, content)
-        with pytest.raises(CorruptFileError, match=r"file\.json cannot be read"):
-            load_failure(path)
+        write_json_atomic(tmp_path / "failure.json", content)
+        with pytest.raises(CorruptFileError, match=r"failure\.json cannot be read"):
+            load_failure(AttemptPaths(tmp_path))
         assert load_progress(path) is None, "it is only drawn"
 
 
