@@ -137,10 +137,11 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--dry-run", action="store_true", help="print each decision and command, start nothing")
     what.add_argument("--list", action="store_true", help="print one selected recipe path per line")
     sweep.add_argument("--retry-failed", action="store_true", help="launch also what failed for a lasting reason")
+    _add_engine(sweep)
 
     rerun = verbs.add_parser("rerun", help="a sweep over the interrupted and failed runs only")
     _add_sweep_options(rerun)
-    rerun.set_defaults(dry_run=False, list=False, retry_failed=True)
+    rerun.set_defaults(dry_run=False, list=False, retry_failed=True, engine="local")
 
     status = verbs.add_parser("status", help="one line per run: status, step, loss, time, why")
     _add_paths(status, nargs="*")
@@ -198,6 +199,14 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     room.add_argument("--slots", type=_positive, metavar="N", help="runs at a time, default 1")
     room.add_argument("--gpus", metavar="0,1,...", help="each run gets its own of these")
     parser.add_argument("--fail-fast", action="store_true", help="start nothing more after a failure")
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    beyond = parser.add_argument_group("engines", "with --dry-run, kubernetes and skypilot print a file to submit")
+    beyond.add_argument("--engine", choices=("local", "kubernetes", "skypilot"), default="local", help="default: local")
+    beyond.add_argument("--image", metavar="IMAGE", help="container image with `runner` on its PATH")
+    beyond.add_argument("--storage", metavar="NAME", help="kubernetes: the project's volume claim; skypilot: a bucket")
+    beyond.add_argument("--gpu-type", metavar="TYPE", help="skypilot: kind of GPU, such as H100")
 
 
 def _positive(text: str) -> int:

@@ -8,10 +8,12 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from runner.cluster_files import FILE_ENGINES, check_file_engine, print_cluster_file
 from runner.errors import RefusedError, RunnerError
 from runner.fsio import hash_json
 from runner.identity import ContentHashes, hash_contents, known_contents
@@ -74,8 +76,19 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
     if arguments.list:
         print("\n".join(str(one.source_path) for one in selected))
         return 0
-    gpus = _parse_gpus(arguments.gpus)
-    from runner.pool import Planned, build_command
+    if arguments.engine in FILE_ENGINES:
+        check_file_engine(arguments)
+    _parse_gpus(arguments.gpus)  # a wrong word is told before anything is looked at
+    planned, num_unhappy = _decide_all(selected, arguments, only_unfinished=only_unfinished)
+    code = _ENGINES[arguments.engine](planned, arguments)
+    return code or (1 if num_unhappy and not arguments.dry_run else 0)
+
+
+def _decide_all(
+    selected: list[Selected], arguments: argparse.Namespace, *, only_unfinished: bool
+) -> tuple[list[Planned], int]:
+    """What is to be launched, and how many of the others are failed or changed; each decision is printed."""
+    from runner.pool import Planned
 
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     planned: list[Planned] = []
@@ -84,11 +97,19 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
         contents = hash_contents(one.recipe, hashes) if not arguments.dry_run else known_contents(one.recipe, hashes)
         status = derive_status(one.paths, one.recipe, contents)
         decision = decide(status, retry_failed=arguments.retry_failed, only_unfinished=only_unfinished)
-        print(_describe_decision(one, decision, status))
+        is_talk = arguments.engine in FILE_ENGINES  # stdout is the file
+        print(_describe_decision(one, decision, status), file=sys.stderr if is_talk else sys.stdout)
         if decision.action == "launch":
             planned.append(Planned(one, contents, one.recipe.launch.num_processes))
         elif status.state in ("failed", "changed"):
             num_unhappy += 1
+    return planned, num_unhappy
+
+
+def _sweep_here(planned: list[Planned], arguments: argparse.Namespace) -> int:
+    from runner.pool import build_command
+
+    gpus = _parse_gpus(arguments.gpus)
     if arguments.dry_run:
         for run in planned:
             print(build_command(run, _placement(run.num_processes)).as_shell())
@@ -98,7 +119,15 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
     result = _run_planned(planned, num_slots=slots, gpus=gpus, fail_fast=arguments.fail_fast)
     if result is None:
         return _STOPPED
-    return 1 if result.failed or num_unhappy else 0
+    return 1 if result.failed else 0
+
+
+# Each decides only where and when the planned runs are launched, and returns an exit code.
+_ENGINES: Final[Mapping[str, Callable[[list[Planned], argparse.Namespace], int]]] = {
+    "local": _sweep_here,
+    "kubernetes": print_cluster_file,
+    "skypilot": print_cluster_file,
+}
 
 
 def run_rerun(arguments: argparse.Namespace) -> int:
