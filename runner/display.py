@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -43,28 +44,45 @@ class SweepDisplay:
     def finished(self, name: str, outcome: str) -> None:
         """One run is done, for better or worse."""
         self._num_finished += 1
-        line = f"[{self._num_finished}/{self._num_runs}] {name}  {outcome}"
-        if self._bars is None:
-            print(line, file=sys.stderr, flush=True)
-            return
-        self._console.print(line, markup=False)
-        if name in self._tasks:
-            self._bars.remove_task(self._tasks.pop(name))
-        self._bars.update(self._all, completed=self._num_finished, now=f"{self._num_finished}/{self._num_runs}")
+        self._say(f"[{self._num_finished}/{self._num_runs}] {name}  {outcome}")
+        if self._bars is not None:
+            self._drop_bar(name)
+            self._bars.update(self._all, completed=self._num_finished, now=f"{self._num_finished}/{self._num_runs}")
 
-    def update(self, current: Mapping[str, AttemptPaths]) -> None:
-        """Where the current runs stand."""
+    def retried(self, name: str, why: str) -> None:
+        """One run failed and will be tried again."""
+        self._say(f"[{self._num_finished}/{self._num_runs}] {name}  {why}")
+        self._drop_bar(name)
+
+    def update(self, current: Mapping[str, AttemptPaths], waiting: Mapping[str, str]) -> None:
+        """Where the current runs stand, and which ones wait for what."""
         if self._bars is None:
             if time.monotonic() - self._last_line_at > _LINE_SECONDS:
                 self._last_line_at = time.monotonic()
-                shown = "; ".join(f"{name} {_describe(files)[0]}" for name, files in current.items())
-                print(f"[{self._num_finished}/{self._num_runs}] now: {shown}", file=sys.stderr, flush=True)
+                now = [f"{name} {_describe(files)[0]}" for name, files in current.items()]
+                now += [f"{name} {text}" for name, text in waiting.items()]
+                self._say(f"[{self._num_finished}/{self._num_runs}] now: {'; '.join(now)}")
             return
         for name, files in current.items():
             text, step, max_steps = _describe(files)
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task(name, total=max_steps, now=text)
             self._bars.update(self._tasks[name], completed=step, total=max_steps or 1, now=text)
+        for name, text in waiting.items():
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=1, now=text)
+            self._bars.update(self._tasks[name], completed=0, total=1, now=text)
+
+    def _drop_bar(self, name: str) -> None:
+        if self._bars is not None and name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # stderr may be a file on a full disk: no reason to end a sweep
+            if self._bars is None:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                self._console.print(line, markup=False)
 
 
 def _describe(files: AttemptPaths) -> tuple[str, int, int | None]:

@@ -23,7 +23,7 @@ from runner.identity import derive_digest, list_library_versions
 from runner.launch import LaunchCommand
 from runner.paths import AttemptPaths, RunPaths, old_run_dir
 from runner.processes import die_with_parent
-from runner.recipe import Recipe
+from runner.recipe import Recipe, derive_accumulation
 from runner.record import (
     DETERMINISTIC_KINDS,
     Attempt,
@@ -32,8 +32,10 @@ from runner.record import (
     StoredRecipe,
     find_differences,
     load_failure,
+    load_progress,
     load_record,
     load_result,
+    load_stop_request,
     load_stored_recipe,
     now_utc,
     write_record,
@@ -70,6 +72,8 @@ def open_attempt(
     num_processes: int,
     git_state: tuple[str | None, bool | None],
     resume: str = "auto",
+    retry: int = 0,
+    micro_batch_divisor: int = 1,
 ) -> Attempt:
     """Append an attempt to `run.json` and make its folder, before anything is started. The caller holds the lease."""
     record = load_record(paths)
@@ -81,6 +85,8 @@ def open_attempt(
         num_processes=num_processes,
         host=socket.gethostname(),
         resume=resume,
+        retry=retry,
+        micro_batch_divisor=micro_batch_divisor,
         devices={**os.environ, **command.environment}.get("CUDA_VISIBLE_DEVICES"),
         git_commit=git_state[0],
         git_is_dirty=git_state[1],
@@ -89,6 +95,18 @@ def open_attempt(
     paths.attempt(attempt.number).attempt_dir.mkdir(parents=True, exist_ok=True)
     write_record(paths, RunRecord(attempts=(*record.attempts, attempt)))
     return attempt
+
+
+def find_divisor(paths: RunPaths, recipe: Recipe) -> int:
+    """What the next attempt's micro-batch is divided by: as in the last one, while the recipe states the same one.
+
+    The caller holds the lease and has not prepared the run yet.
+    """
+    attempts, stored = load_record(paths).attempts, load_stored_recipe(paths)
+    if not attempts or stored is None:
+        return 1
+    sizes = [one.training.per_device_train_batch_size for one in (stored.recipe, recipe)]
+    return attempts[-1].micro_batch_divisor if sizes[0] == sizes[1] else 1
 
 
 def take_lease(paths: RunPaths) -> Lease | None:
@@ -149,6 +167,16 @@ class RunningAttempt:
         """The files of this attempt."""
         return self.paths.attempt(self.attempt.number)
 
+    def has_made_steps(self) -> bool:
+        """Whether the trainer has finished an optimizer step in this attempt."""
+        progress = load_progress(self.files.progress_path)
+        return progress is not None and progress.step > 0
+
+    def was_asked_to_leave(self) -> bool:
+        """Whether somebody wants this attempt to end, so that no other follows by itself."""
+        request = load_stop_request(self.paths)
+        return self.stop_reason is not None or (request is not None and request.attempt == self.attempt.number)
+
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal to every process of the attempt: `accelerate launch` forwards none."""
         if self.process.returncode is None:  # once it is reaped, its id may be somebody else's
@@ -195,21 +223,28 @@ def start_attempt(
     command: LaunchCommand,
     num_processes: int,
     resume: str = "auto",
+    retry: int = 0,
+    micro_batch_divisor: int | None = None,
 ) -> RunningAttempt | None:
     """Start one attempt under the run's lease; None when somebody else runs it or has just completed it.
 
+    `micro_batch_divisor` is that of the last attempt where it is None.
+
     Raises:
-        RefusedError: the directory holds another experiment.
+        RefusedError: the directory holds another experiment, or the micro-batch cannot be divided.
+        OSError: the run cannot be prepared, or the launcher not be started.
     """
     lease = take_lease(paths)
     if lease is None:
         return None
     try:
+        divisor = micro_batch_divisor or find_divisor(paths, recipe)
+        derive_accumulation(recipe, num_processes, divisor)
         prepare_run(recipe, contents, paths)
         if load_result(paths) is not None:
             lease.close()
             return None
-        attempt = open_attempt(paths, command, num_processes, read_git_state(), resume)
+        attempt = open_attempt(paths, command, num_processes, read_git_state(), resume, retry, divisor)
         process = _start_launcher(paths, attempt, lease)
     except BaseException:
         lease.close()
@@ -231,7 +266,10 @@ def _start_launcher(paths: RunPaths, attempt: Attempt, lease: Lease) -> subproce
             )
     except OSError as error:
         message = f"{attempt.command[0]} cannot be started: {error}"
-        close_attempt(paths, 127, Failure(kind="transient", message=message))
+        is_absent = isinstance(error, FileNotFoundError | PermissionError)
+        close_attempt(paths, 127, Failure(kind="configuration" if is_absent else "transient", message=message))
+        if not is_absent:  # no memory or no process is free
+            raise
         raise RunnerError(message, hint="pip install accelerate, into the Python that `runner` runs in") from None
 
 

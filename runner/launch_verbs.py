@@ -213,15 +213,18 @@ def _move_aside(selected: Selected) -> None:
 
 
 def _prepare(planned: Planned, command: LaunchCommand) -> None:
-    from runner.execute import open_attempt, prepare_run, read_git_state, take_lease
+    from runner.execute import find_divisor, open_attempt, prepare_run, read_git_state, take_lease
 
     paths = planned.selected.paths
     lease = take_lease(paths)
     if lease is None:
         raise RefusedError(f"{paths.run_dir} is running")
     with contextlib.closing(lease):
+        divisor = find_divisor(paths, planned.selected.recipe)
         prepare_run(planned.selected.recipe, planned.contents, paths)
-        open_attempt(paths, command, planned.num_processes, read_git_state(), planned.resume)
+        open_attempt(
+            paths, command, planned.num_processes, read_git_state(), planned.resume, micro_batch_divisor=divisor
+        )
 
 
 def _run_planned(

@@ -1,13 +1,18 @@
-"""Pure: for each run, launch, skip or refuse, and the reason in words."""
+"""Pure: for each run, launch, skip or refuse, and the reason in words; after a failure, whether to try again."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-from runner.record import DETERMINISTIC_KINDS, RunStatus
+from runner.errors import RefusedError
+from runner.failures import is_address_in_use
+from runner.recipe import Recipe, derive_accumulation, derive_micro_batch
+from runner.record import DETERMINISTIC_KINDS, Failure, RunStatus
 
 Action = Literal["launch", "skip", "refuse"]
+MAX_BACKOFF_SECONDS: Final = 600.0
 
 
 @dataclass(frozen=True)
@@ -42,3 +47,54 @@ def decide(status: RunStatus, *, retry_failed: bool = False, only_unfinished: bo
     if status.failure is not None and status.failure.kind in DETERMINISTIC_KINDS and not retry_failed:
         return Decision("skip", f"{why} (would fail again; `--retry-failed` tries all the same)")
     return Decision("launch", why)
+
+
+@dataclass(frozen=True)
+class Retry:
+    """The next attempt of a run that failed, by itself."""
+
+    number: int  # `Attempt.retry`
+    delay_seconds: float
+    micro_batch_divisor: int  # `Attempt.micro_batch_divisor`
+    why: str
+
+
+def decide_retry(
+    recipe: Recipe, failures: Sequence[Failure], *, num_processes: int, micro_batch_divisor: int, has_made_steps: bool
+) -> Retry | None:
+    """The retry after the last of `failures`, or None when the run stays failed.
+
+    `failures` are those in a row since somebody asked for an attempt, oldest first. Each kind has a budget of its own,
+    `launch.retries`. The other arguments are those of the last attempt.
+    """
+    kind, retries, number = failures[-1].kind, recipe.launch.retries, len(failures)
+    num_alike = sum(failure.kind == kind for failure in failures)
+    if kind == "preempted":  # free: nothing is wrong with the run
+        delay = 0.0 if has_made_steps else retries.backoff_seconds
+        return Retry(number, delay, micro_batch_divisor, f"taken up again{_in_seconds(delay)}")
+    budget = {"transient": retries.transient, "lost": retries.lost, "out_of_memory": retries.out_of_memory}.get(kind, 0)
+    if num_alike > budget:
+        return None
+    if kind == "out_of_memory":
+        halved = 2 * micro_batch_divisor
+        if not can_divide(recipe, num_processes, halved):
+            return None
+        sizes = f"{derive_micro_batch(recipe, micro_batch_divisor)} -> {derive_micro_batch(recipe, halved)}"
+        why = f"retry {num_alike} of {budget} from step 0, micro-batch {sizes}, same global batch"
+        return Retry(number, 0.0, halved, why)
+    is_immediate = num_alike == 1 and is_address_in_use(failures[-1])
+    delay = 0.0 if is_immediate else min(MAX_BACKOFF_SECONDS, retries.backoff_seconds * 2.0 ** min(num_alike - 1, 60))
+    return Retry(number, delay, micro_batch_divisor, f"retry {num_alike} of {budget}{_in_seconds(delay)}")
+
+
+def can_divide(recipe: Recipe, num_processes: int, micro_batch_divisor: int) -> bool:
+    """Whether the micro-batch can be cut like that, with the global batch as it is."""
+    try:
+        derive_accumulation(recipe, num_processes, micro_batch_divisor)
+    except RefusedError:
+        return False
+    return True
+
+
+def _in_seconds(delay: float) -> str:
+    return f" in {delay:g} s" if delay else " at once"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import selectors
 import signal
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -14,7 +15,9 @@ from typing import Any, Final
 from runner.display import SweepDisplay
 from runner.errors import RefusedError, RunnerError
 from runner.execute import RunningAttempt, start_attempt, stop_attempts
+from runner.failures import build_failure
 from runner.launch import LaunchCommand, Placement, build_launch_command
+from runner.plan import decide_retry
 from runner.record import Failure
 from runner.selection import Selected
 
@@ -33,6 +36,8 @@ class Planned:
     contents: Mapping[str, str]
     num_processes: int
     resume: str = "auto"  # `Attempt.resume`
+    retry: int = 0  # `Attempt.retry`
+    micro_batch_divisor: int | None = None  # `Attempt.micro_batch_divisor`; None: as in the last attempt
 
     @property
     def name(self) -> str:
@@ -87,9 +92,18 @@ class FailedRun:
     log_path: Path | None
 
 
+@dataclass(frozen=True)
+class Later:
+    """A run that waits for its retry, and what it failed of."""
+
+    run: Planned
+    due_at: float  # `time.monotonic`
+    failed: FailedRun
+
+
 @dataclass
 class PoolResult:
-    """How the planned runs ended, by name."""
+    """How the planned runs ended, by name: the last attempt of each counts, not those that were retried."""
 
     completed: list[str] = field(default_factory=list)
     failed: list[FailedRun] = field(default_factory=list)
@@ -108,9 +122,10 @@ def run_pool(planned: list[Planned], devices: Devices, display: SweepDisplay, *,
         selector.register(signals.fileno(), selectors.EVENT_READ)
         pool = _Pool(list(planned), devices, display, fail_fast, selector)
         try:
-            while pool.active or pool.wants_to_start():
+            while pool.active or pool.wants_to_start() or pool.later:
+                pool.take_up_due()
                 has_started = pool.start_next()
-                for key, _ in selector.select(0 if has_started else _REFRESH_SECONDS):
+                for key, _ in selector.select(0 if has_started else pool.pause_seconds()):
                     if key.fd != signals.fileno():
                         pool.finish(key)
                 pool.show()
@@ -166,10 +181,31 @@ class _Pool:
     fail_fast: bool
     selector: selectors.BaseSelector
     active: dict[int, tuple[Planned, RunningAttempt, Placement]] = field(default_factory=dict)
+    later: list[Later] = field(default_factory=list)
+    failures: dict[str, list[Failure]] = field(default_factory=dict)  # in a row, of each run
     result: PoolResult = field(default_factory=PoolResult)
 
     def wants_to_start(self) -> bool:
-        return bool(self.waiting) and not (self.fail_fast and self.result.failed)
+        return bool(self.waiting) and not self.is_given_up()
+
+    def is_given_up(self) -> bool:
+        return self.fail_fast and bool(self.result.failed)
+
+    def take_up_due(self) -> None:
+        """Put the runs whose time to wait is over in front of those that never began."""
+        now = time.monotonic()
+        due = [one for one in self.later if one.due_at <= now or self.is_given_up()]
+        self.later = [one for one in self.later if one not in due]
+        if self.is_given_up():
+            for one in due:
+                self._record(one.failed)
+        else:
+            self.waiting[:0] = [one.run for one in due]
+
+    def pause_seconds(self) -> float:
+        """How long nothing has to be done but to draw."""
+        now = time.monotonic()
+        return max(0.0, min([_REFRESH_SECONDS, *(one.due_at - now for one in self.later)]))
 
     def start_next(self) -> bool:
         """Start the next run if there is room; True when it is worth trying again at once."""
@@ -180,11 +216,22 @@ class _Pool:
         try:
             selected, command = run.selected, build_command(run, placement)
             attempt = start_attempt(
-                selected.recipe, run.contents, selected.paths, command, run.num_processes, run.resume
+                selected.recipe,
+                run.contents,
+                selected.paths,
+                command,
+                run.num_processes,
+                run.resume,
+                run.retry,
+                run.micro_batch_divisor,
             )
         except RunnerError as error:
             self.devices.give_back(placement)
             self._record(FailedRun(run.name, Failure(kind="configuration", message=str(error)), None))
+            return True
+        except OSError as error:  # no space, no permission: this run's directory may be the only one like that
+            self.devices.give_back(placement)
+            self._retry_or_record(run, FailedRun(run.name, build_failure(error, selected.paths.run_dir), None), None)
             return True
         if attempt is None:
             self.devices.give_back(placement)
@@ -205,19 +252,49 @@ class _Pool:
         del self.active[key.data]
         self.devices.give_back(placement)
         if failure is not None:
-            self._record(FailedRun(run.name, failure, attempt.files.log_path))
+            self._retry_or_record(run, FailedRun(run.name, failure, attempt.files.log_path), attempt)
         else:
             self.result.completed.append(run.name)
             self.display.finished(run.name, "completed")
 
     def show(self) -> None:
-        self.display.update({run.name: attempt.files for run, attempt, _ in self.active.values()})
+        now = time.monotonic()
+        waiting = {one.run.name: f"is tried again in {max(0.0, one.due_at - now):.0f} s" for one in self.later}
+        self.display.update({run.name: attempt.files for run, attempt, _ in self.active.values()}, waiting)
 
     def close(self) -> None:
         """Let go of what watches the processes."""
         for key in self.selector.get_map().values():
             if key.data is not None:
                 os.close(key.fd)
+
+    def _retry_or_record(self, run: Planned, failed: FailedRun, attempt: RunningAttempt | None) -> None:
+        failures = self.failures.setdefault(run.name, [])
+        failures.append(failed.failure)
+        has_made_steps = attempt is not None and attempt.has_made_steps()
+        retry = None
+        if attempt is None or not attempt.was_asked_to_leave():
+            retry = decide_retry(
+                run.selected.recipe,
+                failures,
+                num_processes=run.num_processes,
+                micro_batch_divisor=attempt.attempt.micro_batch_divisor if attempt else run.micro_batch_divisor or 1,
+                has_made_steps=has_made_steps,
+            )
+        if retry is None:
+            self._record(failed)
+            return
+        # What was asked for is asked for again until it was done, but never a checkpoint of another micro-batch.
+        is_kept = run.resume == "none" or not (has_made_steps or failed.failure.kind == "out_of_memory")
+        again = replace(
+            run,
+            resume=run.resume if is_kept else "auto",
+            retry=retry.number,
+            micro_batch_divisor=retry.micro_batch_divisor if attempt else run.micro_batch_divisor,
+        )
+        self.later.append(Later(again, time.monotonic() + retry.delay_seconds, failed))
+        first_line = failed.failure.message.partition("\n")[0]
+        self.display.retried(run.name, f"{failed.failure.kind}: {first_line}; {retry.why}")
 
     def _record(self, failed: FailedRun) -> None:
         self.result.failed.append(failed)

@@ -33,7 +33,9 @@ data:
   seed: 1
   max_length: 64
 loss: full
-training: {{seed: 1, global_batch_size: 4, per_device_train_batch_size: 1, max_steps: 2, gradient_checkpointing: false}}
+training:
+  {{seed: 1, global_batch_size: 4, per_device_train_batch_size: {micro_batch}, max_steps: 2,
+    gradient_checkpointing: false}}
 evaluation: {{eval_strategy: "no", per_device_eval_batch_size: 1}}
 early_stopping: {{enabled: false}}
 checkpoints: {{save_strategy: "no"}}
@@ -41,10 +43,11 @@ launch:
   accelerate_config: cpu.yaml
   num_processes: {num_processes}
   num_cpu_threads_per_process: 1
-  retries: {{transient: 0, lost: 0}}
+  retries: {{{retries}}}
 """
 
-# What it is told stands in `told/<run name>`: a verb and its words; without such a file it completes the run.
+# What it is told stands in `told/<run name>`: a verb and its words, a line for each attempt, the last one for all
+# others; without such a file it completes the run. `stepped` in front of a verb: after a step.
 ACCELERATE: Final = """\
 #!{python} -IS
 import json, os, signal, subprocess, sys
@@ -52,7 +55,13 @@ from pathlib import Path
 
 home, run_dir = Path(os.environ["FAKE_HOME"]), Path(sys.argv[-1])
 told_path = home / "told" / run_dir.name
-verb, _, words = (told_path.read_text() if told_path.exists() else "complete").partition(" ")
+number = len(json.loads((run_dir / "run.json").read_text())["attempts"])
+lines = told_path.read_text().split("\\n") if told_path.exists() else ["complete"]
+verb, _, words = lines[min(number, len(lines)) - 1].partition(" ")
+if verb == "stepped":
+    progress = dict(phase="training", step=1, max_steps=2)
+    (run_dir / "attempts" / str(number) / "progress.json").write_text(json.dumps(progress))
+    verb, _, words = words.partition(" ")
 lease, stdin = (run_dir / "lease").stat(), os.fstat(0)
 
 
@@ -79,7 +88,6 @@ def complete(digest):
 
 
 digest = json.loads((run_dir / "recipe.json").read_text())["recipe_digest"]
-number = len(json.loads((run_dir / "run.json").read_text())["attempts"])
 note("start")
 print("the fake was told to", verb, words)
 if verb == "complete":
@@ -127,12 +135,20 @@ class FakeLauncher:
         path = f"{self.home}:{BIN_DIR}:{os.environ['PATH']}"
         return {**os.environ, "PATH": path, "FAKE_HOME": str(self.home), "COLUMNS": "200"}
 
-    def add(self, *names: str, num_processes: int = 1, told: str | None = None) -> None:
+    def add(
+        self,
+        *names: str,
+        num_processes: int = 1,
+        told: str | None = None,
+        retries: str = "transient: 0, lost: 0",
+        micro_batch: int = 1,
+    ) -> None:
         """Recipes `recipes/toy/<name>.yaml`, and what the fake is to do with each."""
         for name in names:
             path = self.root / "recipes" / "toy" / f"{name}.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(RECIPE.format(name=name, size=len(name), num_processes=num_processes))
+            known = {"num_processes": num_processes, "retries": retries, "micro_batch": micro_batch}
+            path.write_text(RECIPE.format(name=name, size=len(name), **known))
             if told is not None:
                 self.tell(name, told)
 

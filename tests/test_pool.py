@@ -264,18 +264,21 @@ def test_dry_run_touches_nothing(fake: FakeLauncher, capsys: pytest.CaptureFixtu
     assert fake.tree() == before and fake.events() == []
 
 
-def test_an_unexpected_error_ends_and_records_what_was_started(fake: FakeLauncher) -> None:
-    """The record of `b` cannot be written (as on a full disk): `a`, which runs, is not left behind."""
-    fake.add("a", told="hang")
-    fake.add("b")
+def test_a_run_that_cannot_be_prepared_fails_alone(fake: FakeLauncher) -> None:
+    """The record of `b` cannot be written, as on a full disk: `a`, which runs, and `c`, which waits, go on."""
+    fake.add("a", told="wait")
+    fake.add("b", "c")
     fake.paths("b").run_dir.mkdir(parents=True)
     fake.paths("b").attempts_dir.write_text("in the way")
     sweep = fake.start("sweep", "recipes/toy", "--slots", "2")
+    fake.next_started()
+    fake.let_go("a")
     code, _, stderr = finish(sweep)
-    assert code == 2 and stderr.strip().splitlines()[-1].startswith("error: [Errno ")
-    [attempt] = fake.attempts("a")
-    assert attempt["failure"]["kind"] == "preempted" and "the sweep ended by NotADirectoryError" in str(attempt)
-    assert list_states(fake, "a") == ["interrupted"]
+    assert code == 1 and "toy/b failed, transient: NotADirectoryError" in stderr and "Traceback" not in stderr
+    assert list_states(fake, "a", "c") == ["completed", "completed"]
+    fake.paths("b").attempts_dir.unlink()
+    assert main(["sweep", "recipes/toy"]) == 0
+    assert fake.started() == ["a", "c", "b"]
 
 
 def test_refusals_of_devices_name_the_run(fake: FakeLauncher) -> None:
