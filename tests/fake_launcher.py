@@ -46,8 +46,8 @@ launch:
   retries: {{{retries}}}
 """
 
-# What it is told stands in `told/<run name>`: a verb and its words, a line for each attempt, the last one for all
-# others; without such a file it completes the run. `stepped` in front of a verb: after a step.
+# What it is told stands in `told/<run name>`: a verb and its words, and after `then` on a new line those of the next
+# attempt, the last ones for all others; without such a file it completes the run. `stepped` before a verb: after a step.
 ACCELERATE: Final = """\
 #!{python} -IS
 import json, os, signal, subprocess, sys
@@ -56,7 +56,7 @@ from pathlib import Path
 home, run_dir = Path(os.environ["FAKE_HOME"]), Path(sys.argv[-1])
 told_path = home / "told" / run_dir.name
 number = len(json.loads((run_dir / "run.json").read_text())["attempts"])
-lines = told_path.read_text().split("\\n") if told_path.exists() else ["complete"]
+lines = told_path.read_text().split("\\nthen ") if told_path.exists() else ["complete"]
 verb, _, words = lines[min(number, len(lines)) - 1].partition(" ")
 if verb == "stepped":
     progress = dict(phase="training", step=1, max_steps=2)

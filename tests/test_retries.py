@@ -23,7 +23,9 @@ def list_ends(fake: FakeLauncher, name: str) -> list[tuple[int, str | None]]:
 
 
 def test_what_may_pass_is_tried_again_until_it_does(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
-    fake.add("a", told="fail transient stale\nfail transient stale again\nexit 7\ncomplete", retries=AT_ONCE)
+    fake.add(
+        "a", told="fail transient stale\nthen fail transient again\nthen exit 7\nthen complete", retries=AT_ONCE
+    )
     assert main(["sweep", "recipes/toy"]) == 0
     assert list_ends(fake, "a") == [(0, "transient"), (1, "transient"), (2, "lost"), (3, None)]
     stderr = capsys.readouterr().err
@@ -54,14 +56,14 @@ def test_launch_returns_a_code_for_each_kind(kind: FailureKind, fake: FakeLaunch
 
 
 def test_launch_tries_again_too(fake: FakeLauncher) -> None:
-    fake.add("a", told="fail transient x\ncomplete", retries=AT_ONCE)
+    fake.add("a", told="fail transient x\nthen complete", retries=AT_ONCE)
     assert main(["launch", "recipes/toy/a.yaml"]) == 0
     assert list_ends(fake, "a") == [(0, "transient"), (1, None)]
 
 
 def test_preempted_runs_are_taken_up_free_of_charge(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
     told = ["fail preempted by the cluster", *["stepped fail preempted by the cluster"] * 6, "complete"]
-    fake.add("a", told="\n".join(told), retries="transient: 0, lost: 0, backoff_seconds: 0.01")
+    fake.add("a", told="\nthen ".join(told), retries="transient: 0, lost: 0, backoff_seconds: 0.01")
     assert main(["sweep", "recipes/toy"]) == 0
     assert [kind for _, kind in list_ends(fake, "a")] == ["preempted"] * 7 + [None]
     stderr = capsys.readouterr().err
@@ -70,7 +72,7 @@ def test_preempted_runs_are_taken_up_free_of_charge(fake: FakeLauncher, capsys: 
 
 def test_what_somebody_asked_to_leave_is_not_taken_up_again(fake: FakeLauncher) -> None:
     request = json.dumps({"attempt": 1, "why": "asked"})
-    fake.add("a", told=f"write stop {request}\ncomplete", retries=AT_ONCE)
+    fake.add("a", told=f"write stop {request}\nthen complete", retries=AT_ONCE)
     main(["launch", "recipes/toy/a.yaml"])
     assert fake.started() == ["a"]
     assert main(["launch", "recipes/toy/a.yaml"]) == 0, "the request was to that attempt"
@@ -104,7 +106,7 @@ def test_fail_fast_gives_up_what_waits(fake: FakeLauncher, capsys: pytest.Captur
 
 def test_a_port_that_is_taken_is_tried_again_at_once(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
     said = "speak torch.distributed.DistNetworkError: failed to listen. code: EADDRINUSE, address already in use"
-    fake.add("a", told=f"{said}\ncomplete", retries="transient: 1, backoff_seconds: 500")
+    fake.add("a", told=f"{said}\nthen complete", retries="transient: 1, backoff_seconds: 500")
     assert main(["sweep", "recipes/toy"]) == 0
     assert list_ends(fake, "a") == [(0, "transient"), (1, None)]
     assert "retry 1 of 1 at once" in capsys.readouterr().err
@@ -128,9 +130,9 @@ def test_out_of_memory_halves_the_micro_batch_if_the_recipe_allows_it(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     oom = "fail out_of_memory CUDA out of memory"
-    fake.add("a", told=f"{oom}\n{oom}\ncomplete", retries="out_of_memory: 2", micro_batch=4)
-    fake.add("b", told=f"{oom}\ncomplete", retries="out_of_memory: 0", micro_batch=4)
-    fake.add("c", told=f"{oom}\ncomplete", retries="out_of_memory: 2", micro_batch=1)
+    fake.add("a", told=f"{oom}\nthen {oom}\nthen complete", retries="out_of_memory: 2", micro_batch=4)
+    fake.add("b", told=f"{oom}\nthen complete", retries="out_of_memory: 0", micro_batch=4)
+    fake.add("c", told=f"{oom}\nthen complete", retries="out_of_memory: 2", micro_batch=1)
     fake.add("d", told=oom, retries="out_of_memory: 1", micro_batch=4)
     assert main(["sweep", "recipes/toy"]) == 1
     assert [list_divisors(fake, name) for name in "abcd"] == [[1, 2, 4], [1], [1], [1, 2]]
@@ -142,7 +144,7 @@ def test_out_of_memory_halves_the_micro_batch_if_the_recipe_allows_it(
 def test_the_divisor_stays_until_the_run_or_the_micro_batch_is_another(fake: FakeLauncher) -> None:
     oom = "fail out_of_memory CUDA out of memory"
     known: dict[str, Any] = {"retries": "out_of_memory: 1, transient: 0", "micro_batch": 4}
-    fake.add("a", told=f"{oom}\nfail transient x\nfail transient x", **known)
+    fake.add("a", told=f"{oom}\nthen fail transient x\nthen fail transient x", **known)
     assert main(["launch", "recipes/toy/a.yaml"]) == EXIT_CODES["transient"]
     assert main(["sweep", "recipes/toy"]) == 1
     assert main(["launch", "recipes/toy/a.yaml", "--prepare"]) == 0
