@@ -47,7 +47,7 @@ launch:
 """
 
 # What it is told stands in `told/<run name>`: a verb and its words, and after `then` on a new line those of the next
-# attempt, the last ones for all others; without such a file it completes the run. `stepped` before a verb: after a step.
+# attempt, the last ones for all others; without such a file it completes the run. `stepped` before: after a step.
 ACCELERATE: Final = """\
 #!{python} -IS
 import json, os, signal, subprocess, sys
