@@ -23,9 +23,7 @@ def list_ends(fake: FakeLauncher, name: str) -> list[tuple[int, str | None]]:
 
 
 def test_what_may_pass_is_tried_again_until_it_does(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
-    fake.add(
-        "a", told="fail transient stale\nthen fail transient again\nthen exit 7\nthen complete", retries=AT_ONCE
-    )
+    fake.add("a", told="fail transient stale\nthen fail transient again\nthen exit 7\nthen complete", retries=AT_ONCE)
     assert main(["sweep", "recipes/toy"]) == 0
     assert list_ends(fake, "a") == [(0, "transient"), (1, "transient"), (2, "lost"), (3, None)]
     stderr = capsys.readouterr().err
