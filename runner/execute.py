@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from runner.continuation import look_ahead, refuse_to_continue
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.failures import build_failure, explain_silence, read_log_tail
 from runner.fsio import Lease, write_json_atomic
@@ -31,6 +32,7 @@ from runner.record import (
     RunRecord,
     StoredRecipe,
     find_differences,
+    find_divisor,
     load_failure,
     load_progress,
     load_record,
@@ -66,6 +68,30 @@ def prepare_run(recipe: Recipe, contents: Mapping[str, str], paths: RunPaths) ->
         write_json_atomic(paths.recipe_path, content.model_dump(mode="json"))
 
 
+def refuse_uncontinuable(
+    recipe: Recipe,
+    contents: Mapping[str, str],
+    paths: RunPaths,
+    command: LaunchCommand,
+    num_processes: int,
+    resume: str,
+    divisor: int,
+) -> None:
+    """Refuse what the trainer would refuse once it has started: to continue a checkpoint of another launch.
+
+    The caller holds the lease, and has written nothing yet: `recipe.json` still says how the run was launched before.
+
+    Raises:
+        RefusedError: with what differs, and the ways out.
+    """
+    stored, digest = load_stored_recipe(paths), derive_digest(recipe, contents)
+    if stored is None or stored.recipe_digest != digest:  # a new run, or another experiment, which is refused as such
+        return
+    threads = command.environment.get("OMP_NUM_THREADS")
+    found = look_ahead(paths, recipe, digest, num_processes, divisor=divisor, threads=threads, resume=resume)
+    refuse_to_continue(found, recipe)
+
+
 def open_attempt(
     paths: RunPaths,
     command: LaunchCommand,
@@ -95,18 +121,6 @@ def open_attempt(
     paths.attempt(attempt.number).attempt_dir.mkdir(parents=True, exist_ok=True)
     write_record(paths, RunRecord(attempts=(*record.attempts, attempt)))
     return attempt
-
-
-def find_divisor(paths: RunPaths, recipe: Recipe) -> int:
-    """What the next attempt's micro-batch is divided by: as in the last one, while the recipe states the same one.
-
-    The caller holds the lease and has not prepared the run yet.
-    """
-    attempts, stored = load_record(paths).attempts, load_stored_recipe(paths)
-    if not attempts or stored is None:
-        return 1
-    sizes = [one.training.per_device_train_batch_size for one in (stored.recipe, recipe)]
-    return attempts[-1].micro_batch_divisor if sizes[0] == sizes[1] else 1
 
 
 def take_lease(paths: RunPaths) -> Lease | None:
@@ -240,6 +254,8 @@ def start_attempt(
     try:
         divisor = micro_batch_divisor or find_divisor(paths, recipe)
         derive_accumulation(recipe, num_processes, divisor)
+        if load_result(paths) is None:
+            refuse_uncontinuable(recipe, contents, paths, command, num_processes, resume, divisor)
         prepare_run(recipe, contents, paths)
         if load_result(paths) is not None:
             lease.close()

@@ -7,17 +7,19 @@ nothing that only says where it runs. `resume_fingerprint` adds world size, micr
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 from typing import Any, Final
 
+import yaml
+
 from runner.errors import CorruptFileError, DataError
 from runner.fsio import hash_file, hash_json, load_json, write_json_atomic
-from runner.recipe import Recipe, derive_accumulation, derive_micro_batch
+from runner.recipe import Recipe, derive_accumulation, derive_eval_batch, derive_micro_batch
 
 # What only says where a run runs, how it is drawn or how its global batch is cut.
 _PLACEMENT_SECTIONS: Final = frozenset({"run", "launch", "tracking"})
@@ -27,6 +29,27 @@ _PLACEMENT_KEYS: Final = {
     # How long checkpoints are kept, and where: the best one always stays, so nothing that is computed depends on it.
     "checkpoints": frozenset({"keep_latest", "keep_best", "save_optimizer", "archive", "remote"}),
 }
+# Of an accelerate config: where processes start and how they find each other.
+_PLACEMENT_SETTINGS: Final = frozenset(
+    {
+        "compute_environment",
+        "debug",
+        "deepspeed_exclusion_filter",
+        "deepspeed_hostfile",
+        "deepspeed_inclusion_filter",
+        "deepspeed_multinode_launcher",
+        "enable_cpu_affinity",
+        "gpu_ids",
+        "machine_rank",
+        "main_process_ip",
+        "main_process_port",
+        "main_training_function",
+        "num_machines",  # the fingerprint has those that the recipe states
+        "num_processes",
+        "rdzv_backend",
+        "same_network",
+    }
+)
 _DEMO_MODELS: Final = (
     "demo_models/"  # built by `runner.sft.demo_models`; never to be asked of the hub, where such a name is free
 )
@@ -169,6 +192,11 @@ def derive_digest(recipe: Recipe, contents: Mapping[str, str]) -> str:
 
 def list_library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that can move a loss."""
+    return dict(_read_library_versions())
+
+
+@cache
+def _read_library_versions() -> dict[str, str]:
     versions = {"python": python_version()}
     for name in LIBRARIES:
         try:
@@ -179,19 +207,56 @@ def list_library_versions() -> dict[str, str]:
 
 
 def build_resume_fingerprint(
-    recipe: Recipe, recipe_digest: str, num_processes: int, divisor: int = 1
+    recipe: Recipe, recipe_digest: str, num_processes: int, divisor: int = 1, *, threads: str | None
 ) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued bit for bit; `divisor` is `Attempt.micro_batch_divisor`."""
+    """What must be equal for a checkpoint to be continued bit for bit.
+
+    `divisor` is `Attempt.micro_batch_divisor`; `threads` is OMP_NUM_THREADS of a trainer, None while nobody knows it.
+    """
+    stated = recipe.launch.num_cpu_threads_per_process
+    threads = threads if threads is not None or stated is None else str(stated)
     return {
         "recipe_digest": recipe_digest,
         "num_processes": num_processes,
+        "num_machines": recipe.launch.num_machines,
         "per_device_train_batch_size": derive_micro_batch(recipe, divisor),
+        "per_device_eval_batch_size": derive_eval_batch(recipe, divisor),  # moves the last bits of a score
         "gradient_accumulation_steps": derive_accumulation(recipe, num_processes, divisor),
-        "accelerate_config": recipe.launch.accelerate_config,
-        "num_cpu_threads_per_process": recipe.launch.num_cpu_threads_per_process,
-        # Differences here are allowed, with a warning: without threads in the recipe they follow the free cores.
-        "versions": list_library_versions() | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset")},
+        "accelerate_config": load_launch_settings(Path(recipe.launch.accelerate_config)),
+        "num_cpu_threads_per_process": stated,
+        # Differences here are allowed or not, as the recipe says: without threads in it they follow the free cores.
+        "versions": list_library_versions() | ({} if threads is None else {"OMP_NUM_THREADS": threads}),
     }
+
+
+def load_launch_settings(path: Path) -> Any:
+    """What an accelerate config and the DeepSpeed file that it names say of the training; a text if one is not there.
+
+    Its own name and where processes start are left out: neither can move a loss.
+    """
+    try:
+        settings = yaml.safe_load(path.read_bytes())
+    except FileNotFoundError:
+        return f"{path} is not there"
+    except (OSError, yaml.YAMLError) as error:
+        return f"{path} cannot be read: {error}"
+    if not isinstance(settings, dict):
+        return settings
+    kept = {key: value for key, value in settings.items() if key not in _PLACEMENT_SETTINGS}
+    deepspeed = kept.get("deepspeed_config")
+    if isinstance(deepspeed, dict):
+        kept["deepspeed_config"] = {key: value for key, value in deepspeed.items() if key not in _PLACEMENT_SETTINGS}
+        if (name := deepspeed.get("deepspeed_config_file")) is not None:
+            kept["deepspeed_config"]["deepspeed_config_file"] = _load_deepspeed_settings(Path(name))
+    return kept
+
+
+def _load_deepspeed_settings(path: Path) -> Any:
+    try:
+        settings = load_json(path)
+    except (CorruptFileError, OSError) as error:
+        return f"{path} cannot be read: {error}"
+    return f"{path} is not there" if settings is None else settings
 
 
 def diff_payloads(before: Any, after: Any, prefix: str = "") -> list[str]:

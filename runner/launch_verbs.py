@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from runner.cluster_files import FILE_ENGINES, check_file_engine, print_cluster_file
+from runner.continuation import describe_obstacles, suggest_ways_out
 from runner.errors import RefusedError, RunnerError
 from runner.fsio import hash_json
 from runner.identity import ContentHashes, hash_contents, known_contents
 from runner.launch import LaunchCommand, Placement
-from runner.paths import content_cache_path
+from runner.paths import RunPaths, content_cache_path
 from runner.plan import Decision, decide
 from runner.recipe import NAME_PATTERN, load_recipe
 from runner.recipe_sections import holds_password
-from runner.record import EXIT_CODES, RunStatus, derive_status
+from runner.record import EXIT_CODES, RunStatus, derive_status, find_divisor
 from runner.selection import Selected, run_paths, select_recipes, suggest_path
 
 if TYPE_CHECKING:
@@ -45,19 +46,15 @@ def run_launch(arguments: argparse.Namespace) -> int:
         return 0
     contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
     planned = Planned(selected, contents, num_processes, resume)
-    status = derive_status(paths, recipe, contents)
+    status = derive_status(paths, recipe, contents, num_processes=num_processes, resume=resume)
     if arguments.fresh and resume == "auto":
         planned = replace(planned, resume="none")  # nor from remote storage
     if arguments.fresh and status.state != "pending":
         _move_aside(selected)
-        status = derive_status(paths, recipe, contents)
+        status = derive_status(paths, recipe, contents, num_processes=num_processes, resume=resume)
     decision = decide(status, retry_failed=True)
     if decision.action == "refuse":
-        raise RefusedError(
-            f"{paths.run_dir} holds another experiment, the recipe changed since:\n"
-            + "\n".join(f"  {line}" for line in status.differences),
-            hint=f"{_same_launch(arguments)} --fresh  # moves the old run aside and starts anew",
-        )
+        raise _refuse(paths, status, _same_launch(arguments))
     if decision.action == "skip":
         advice = "" if resume == "auto" else "; `--resume` goes on with unfinished runs only, `--fresh` starts one anew"
         print(f"{planned.name}  {decision.why}{advice}")
@@ -101,7 +98,7 @@ def _decide_all(
         print(_describe_decision(one, decision, status), file=sys.stderr if is_talk else sys.stdout)
         if decision.action == "launch":
             planned.append(Planned(one, contents, one.recipe.launch.num_processes))
-        elif status.state in ("failed", "changed"):
+        elif status.state == "failed" or decision.action == "refuse":
             num_unhappy += 1
     return planned, num_unhappy
 
@@ -167,6 +164,19 @@ def _select_one(arguments: argparse.Namespace) -> Selected:
     return Selected(recipe, arguments.recipe, run_paths(recipe, arguments.output_root))
 
 
+def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedError:
+    if status.state == "changed":
+        return RefusedError(
+            f"{paths.run_dir} holds another experiment, the recipe changed since:\n"
+            + "\n".join(f"  {line}" for line in status.differences),
+            hint=f"{same_launch} --fresh  # moves the old run aside and starts anew",
+        )
+    return RefusedError(
+        f"{paths.run_dir}: {describe_obstacles(status.checkpoint_step, status.obstacles)}",
+        hint=suggest_ways_out(status.obstacles, same_launch),
+    )
+
+
 def _same_launch(arguments: argparse.Namespace) -> str:
     words = ["runner", "launch", str(arguments.recipe), *arguments.overrides]
     words += ["--name", arguments.name] if arguments.name else []
@@ -213,7 +223,7 @@ def _move_aside(selected: Selected) -> None:
 
 
 def _prepare(planned: Planned, command: LaunchCommand) -> None:
-    from runner.execute import find_divisor, open_attempt, prepare_run, read_git_state, take_lease
+    from runner.execute import open_attempt, prepare_run, read_git_state, refuse_uncontinuable, take_lease
 
     paths = planned.selected.paths
     lease = take_lease(paths)
@@ -221,6 +231,9 @@ def _prepare(planned: Planned, command: LaunchCommand) -> None:
         raise RefusedError(f"{paths.run_dir} is running")
     with contextlib.closing(lease):
         divisor = find_divisor(paths, planned.selected.recipe)
+        refuse_uncontinuable(
+            planned.selected.recipe, planned.contents, paths, command, planned.num_processes, planned.resume, divisor
+        )
         prepare_run(planned.selected.recipe, planned.contents, paths)
         open_attempt(
             paths, command, planned.num_processes, read_git_state(), planned.resume, micro_batch_divisor=divisor
@@ -263,5 +276,5 @@ def _describe_decision(one: Selected, decision: Decision, status: RunStatus) -> 
     why = decision.why.partition("\n")[0]
     lines = [f"{decision.action:<7} {one.full_name}  {why}"]
     if decision.action == "refuse":
-        lines += [f"          {line}" for line in status.differences]
+        lines += [f"          {line}" for line in (*status.differences, *status.obstacles)]
     return "\n".join(lines)

@@ -38,14 +38,12 @@ def decide(status: RunStatus, *, retry_failed: bool = False, only_unfinished: bo
         return Decision("skip", why)
     if status.state == "changed":
         return Decision("refuse", why)
-    if status.state == "pending":
-        return (
-            Decision("skip", f"{why} (rerun starts only what was begun)")
-            if only_unfinished
-            else Decision("launch", why)
-        )
+    if status.state == "pending" and only_unfinished:
+        return Decision("skip", f"{why} (rerun starts only what was begun)")
     if status.failure is not None and status.failure.kind in DETERMINISTIC_KINDS and not retry_failed:
         return Decision("skip", f"{why} (would fail again; `--retry-failed` tries all the same)")
+    if status.obstacles:
+        return Decision("refuse", f"{why}; its checkpoint was written under another launch")
     return Decision("launch", why)
 
 

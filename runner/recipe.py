@@ -81,6 +81,7 @@ __all__ = [
     "Text",
     "Training",
     "derive_accumulation",
+    "derive_eval_batch",
     "derive_micro_batch",
     "load_recipe",
     "parse_recipe",
@@ -164,6 +165,11 @@ def derive_micro_batch(recipe: Recipe, divisor: int = 1) -> int:
             f"`per_device_train_batch_size: {recipe.training.per_device_train_batch_size}` cannot be cut by {divisor}"
         )
     return size
+
+
+def derive_eval_batch(recipe: Recipe, divisor: int = 1) -> int:
+    """`per_device_eval_batch_size` of an attempt whose micro-batches are divided."""
+    return max(1, recipe.evaluation.per_device_eval_batch_size // divisor)
 
 
 def derive_accumulation(recipe: Recipe, num_processes: int, divisor: int = 1) -> int:

@@ -14,7 +14,8 @@ from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from runner.errors import CorruptFileError
+from runner.continuation import list_obstacles, look_ahead
+from runner.errors import CorruptFileError, RefusedError
 from runner.fsio import is_leased, load_json, load_jsonl, write_json_atomic
 from runner.identity import build_digest_payload, diff_payloads
 from runner.paths import AttemptPaths, RunPaths
@@ -173,6 +174,11 @@ class RunStatus(Fact):
     seconds: float | None = None  # over all attempts that ended, plus the running one
     failure: Failure | None = None
     differences: tuple[str, ...] = ()  # dotted keys that changed since the run was made
+    checkpoint_step: int | None = None  # of the newest checkpoint of a run that is neither running nor completed
+    obstacles: tuple[
+        str, ...
+    ] = ()  # dotted keys by which the launch is not the one that the checkpoint was written under
+    version_changes: tuple[str, ...] = ()  # of libraries since the checkpoint, where they are allowed
     quarantined: tuple[str, ...] = ()  # checkpoints that were moved aside
     pending_uploads: tuple[str, ...] = ()  # archives that have not reached remote storage
     upload_failure: str | None = None  # of the newest of those that failed
@@ -181,6 +187,10 @@ class RunStatus(Fact):
     def notes(self) -> str:
         """What else somebody should know, empty where there is nothing."""
         notes = [f"{len(self.quarantined)} in quarantine"] if self.quarantined else []
+        if self.obstacles:
+            notes.append(f"step {self.checkpoint_step} cannot be continued: {', '.join(self.obstacles)}")
+        elif self.version_changes:
+            notes.append(f"changed since step {self.checkpoint_step}: {', '.join(self.version_changes)}")
         if self.pending_uploads:
             failure = f" ({self.upload_failure})" if self.upload_failure else ""
             notes.append(f"not in remote storage: {', '.join(self.pending_uploads)}{failure}")
@@ -274,8 +284,18 @@ def find_differences(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str
     ]
 
 
-def derive_status(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) -> RunStatus:
-    """The status of one run, from its files, its lease and the recipe as it is now."""
+def derive_status(
+    paths: RunPaths,
+    recipe: Recipe,
+    contents: Mapping[str, str],
+    *,
+    num_processes: int | None = None,
+    resume: str = "auto",
+) -> RunStatus:
+    """The status of one run, from its files, its lease and the recipe as it is now.
+
+    The launch that is thought of has `num_processes` (None: the recipe's own) and the `Attempt.resume` that is given.
+    """
     is_running = is_leased(paths.lease_path)  # first: when nobody holds the lease, what is read next is final
     record = load_record(paths)
     last = record.attempts[-1] if record.attempts else None
@@ -297,6 +317,7 @@ def derive_status(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) 
     if (result := load_result(paths)) is not None:
         known |= {"step": result.num_steps, "max_steps": result.num_steps}
         return RunStatus(state="completed", why=f"stopped by {result.stop_reason}", **known)
+    known |= _look_ahead(paths, recipe, num_processes or recipe.launch.num_processes, resume)
     if last is None:
         return RunStatus(state="pending", why="never started", **known)
     files = paths.attempt(last.number)
@@ -313,6 +334,34 @@ def derive_status(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) 
         why = f"--resume {last.resume} was refused: {failure.message}"
         return RunStatus(state="interrupted", why=why, **known)
     return RunStatus(state="failed", why=f"{failure.kind}: {failure.message}", failure=failure, **known)
+
+
+def find_divisor(paths: RunPaths, recipe: Recipe) -> int:
+    """What the next attempt's micro-batch is divided by: as in the last one, while the recipe states the same one.
+
+    Asked before the run is prepared: `recipe.json` still is that of the last attempt.
+    """
+    attempts, stored = load_record(paths).attempts, load_stored_recipe(paths)
+    if not attempts or stored is None:
+        return 1
+    sizes = [one.training.per_device_train_batch_size for one in (stored.recipe, recipe)]
+    return attempts[-1].micro_batch_divisor if sizes[0] == sizes[1] else 1
+
+
+def _look_ahead(paths: RunPaths, recipe: Recipe, num_processes: int, resume: str) -> dict[str, Any]:
+    stored = load_stored_recipe(paths)
+    if stored is None:
+        return {}
+    divisor = find_divisor(paths, recipe)
+    try:
+        found = look_ahead(paths, recipe, stored.recipe_digest, num_processes, divisor=divisor, resume=resume)
+    except RefusedError as error:  # the global batch cannot be kept like that
+        return {"obstacles": (error.message,)}
+    if found is None:
+        return {}
+    obstacles = list_obstacles(found, recipe)
+    changes = () if obstacles else found.version_changes
+    return {"checkpoint_step": found.step, "obstacles": obstacles, "version_changes": changes}
 
 
 def _look_at_checkpoints(paths: RunPaths, last: Attempt | None) -> dict[str, Any]:

@@ -54,6 +54,11 @@ def commit(paths: RunPaths, *steps: int, values: Mapping[int, float] | None = No
         commit_checkpoint(write(paths, step, known), paths, step, FINGERPRINT)
 
 
+def commit_under(paths: RunPaths, step: int, fingerprint: Mapping[str, Any]) -> None:
+    """A committed checkpoint that was written under a fingerprint of one's own."""
+    commit_checkpoint(write(paths, step), paths, step, fingerprint)
+
+
 def quarantined(paths: RunPaths) -> list[str]:
     """Names of what was moved aside."""
     return sorted(path.name for path in paths.quarantine_dir.iterdir()) if paths.quarantine_dir.exists() else []

@@ -398,17 +398,17 @@ def test_known_contents_reads_nothing(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_a_fingerprint_adds_what_can_move_the_last_bits() -> None:
     recipe = parse()
-    fingerprint = build_resume_fingerprint(recipe, "d", 3)
+    fingerprint = build_resume_fingerprint(recipe, "d", 3, threads=None)
     assert fingerprint["gradient_accumulation_steps"] == 4
     other = [
-        build_resume_fingerprint(recipe, "d", 1),
-        build_resume_fingerprint(recipe, "e", 3),
-        build_resume_fingerprint(parse("training.per_device_train_batch_size=4"), "d", 3),
-        build_resume_fingerprint(parse("launch.num_cpu_threads_per_process=5"), "d", 3),
-        build_resume_fingerprint(parse("launch.accelerate_config=other.yaml"), "d", 3),
+        build_resume_fingerprint(recipe, "d", 1, threads=None),
+        build_resume_fingerprint(recipe, "e", 3, threads=None),
+        build_resume_fingerprint(parse("training.per_device_train_batch_size=4"), "d", 3, threads=None),
+        build_resume_fingerprint(parse("launch.num_cpu_threads_per_process=5"), "d", 3, threads=None),
+        build_resume_fingerprint(parse("launch.accelerate_config=other.yaml"), "d", 3, threads=None),
     ]
     assert all(fingerprint != one for one in other)
-    assert build_resume_fingerprint(parse("run.name=other"), "d", 3) == fingerprint
+    assert build_resume_fingerprint(parse("run.name=other"), "d", 3, threads=None) == fingerprint
     assert fingerprint["versions"]["torch"] not in ("", "absent") and "python" in fingerprint["versions"]
 
 

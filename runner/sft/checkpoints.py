@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from runner.archives import TEMPORARY_GLOB, ArchiveError, extract_archive
-from runner.errors import RefusedError
+from runner.continuation import LAUNCH_AS_BEFORE, refuse_other_fingerprint
 from runner.fsio import fsync_dir
-from runner.identity import diff_payloads
 from runner.markers import (
-    Marker,
     build_marker,
     is_intact,
     is_step,
@@ -32,7 +30,6 @@ DELETING_PREFIX: Final = ".deleting-"
 IMPORTING_PREFIX: Final = ".importing-"
 # A pickle that holds the hub token in clear; nothing of it is needed to resume.
 _NEVER_KEPT: Final = ("training_args.bin",)
-LAUNCH_AS_BEFORE: Final = "launch as before, or start over with `--fresh`, which moves the old run aside"
 
 
 def commit_checkpoint(saved_dir: Path, paths: RunPaths, step: int, fingerprint: Mapping[str, Any]) -> None:
@@ -140,20 +137,3 @@ def quarantine(path: Path, paths: RunPaths, why: str) -> None:
         number += 1
     path.rename(target)
     print(f"warning: moved checkpoint {path.name} to {target}: {why}", flush=True)
-
-
-def refuse_other_fingerprint(marker: Marker, current: Mapping[str, Any], hint: str) -> None:
-    """Raises: RefusedError where a checkpoint is of another experiment or launch; another version is a warning."""
-    stored = marker.fingerprint
-    differences = diff_payloads(
-        {key: value for key, value in stored.items() if key != "versions"},
-        {key: value for key, value in current.items() if key != "versions"},
-    )
-    if differences:
-        shown = "\n".join(f"  {line}" for line in differences)
-        raise RefusedError(
-            f"the checkpoint of step {marker.step} cannot be continued exactly, something changed since:\n{shown}",
-            hint=hint,
-        )
-    for line in diff_payloads(stored.get("versions", {}), current["versions"], "versions."):
-        print(f"warning: resuming under another version, the result may differ in the last bits: {line}", flush=True)

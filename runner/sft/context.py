@@ -84,7 +84,13 @@ class RunContext:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
-        return build_resume_fingerprint(self.recipe, self.recipe_digest, self.num_processes, self.micro_batch_divisor)
+        return build_resume_fingerprint(
+            self.recipe,
+            self.recipe_digest,
+            self.num_processes,
+            self.micro_batch_divisor,
+            threads=os.environ.get("OMP_NUM_THREADS", "unset"),
+        )
 
     def open_uploader(self) -> None:
         """Reach for the remote storage, where the recipe names one; only the main process does.

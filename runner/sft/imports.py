@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from runner.archives import extract_archive
+from runner.continuation import refuse_other_fingerprint
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.evaluations import read_best_step, read_evaluations
 from runner.fsio import fsync_dir
@@ -20,7 +21,7 @@ from runner.markers import Marker, is_intact, list_archived, list_committed, loa
 from runner.paths import STEP_PREFIX, RunPaths
 from runner.recipe import Recipe
 from runner.recipe_sections import CheckpointsSection
-from runner.sft.checkpoints import IMPORTING_PREFIX, clean_up, ensure_intact, refuse_other_fingerprint, set_aside
+from runner.sft.checkpoints import IMPORTING_PREFIX, clean_up, ensure_intact, set_aside
 from runner.sft.storage import RemoteFolder, retry
 
 _OTHER_RUN: Final = "only a checkpoint of the same recipe, data and number of processes can be continued"

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from runner.archives import ArchiveError, extract_archive
+from runner.continuation import LAUNCH_AS_BEFORE, refuse_or_warn_of_versions
 from runner.errors import RefusedError
 from runner.evaluations import read_best_step, read_evaluations
 from runner.markers import is_intact, list_archived, list_committed, load_marker
 from runner.paths import STEP_PREFIX, RunPaths
 from runner.recipe import Recipe
 from runner.recipe_sections import CheckpointsSection
-from runner.sft.checkpoints import LAUNCH_AS_BEFORE, clean_up, ensure_intact, find_resume_step
+from runner.sft.checkpoints import clean_up, ensure_intact, find_resume_step
 from runner.sft.imports import (
     build_fetch,
     find_beside,
@@ -54,7 +55,9 @@ def choose_resume_step(
     if step is None and resume == "auto" and remote is not None and checkpoints.remote and checkpoints.remote.load:
         remote_step = import_newest(paths, recipe, fingerprint, remote)
         step = find_auto_step(paths, checkpoints, fingerprint) if remote_step is not None else None
-    if step is not None:  # what a killed attempt had not come to, under the limits of today's recipe
+    if step is not None:
+        refuse_or_warn_of_versions(load_marker(paths.checkpoint_dir(step)), fingerprint, recipe)
+        # What a killed attempt had not come to, under the limits of today's recipe.
         apply_retention(paths, checkpoints, read_evaluations(paths.checkpoint_dir(step), checkpoints))
     return step
 

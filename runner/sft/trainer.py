@@ -19,7 +19,7 @@ from runner.errors import DivergedError
 from runner.fsio import write_jsonl_atomic
 from runner.markers import is_intact, load_marker
 from runner.paths import marker_path
-from runner.recipe import derive_accumulation, derive_micro_batch
+from runner.recipe import derive_accumulation, derive_eval_batch, derive_micro_batch
 from runner.recipe_sections import GenerationOn
 from runner.record import GenerationScore, SplitScore
 from runner.sft.callbacks import FlowCallback, ProgressCallback
@@ -56,7 +56,7 @@ def build_training_args(context: RunContext) -> SFTConfig:
         bf16=training.bf16,
         fp16=training.fp16,
         gradient_checkpointing=training.gradient_checkpointing,
-        per_device_eval_batch_size=max(1, recipe.evaluation.per_device_eval_batch_size // context.micro_batch_divisor),
+        per_device_eval_batch_size=derive_eval_batch(recipe, context.micro_batch_divisor),
         metric_for_best_model=recipe.checkpoints.metric,
         greater_is_better=recipe.checkpoints.mode == "max",
         use_cpu=uses_cpu,

@@ -96,12 +96,6 @@ def test_another_launch_is_refused_and_nothing_is_moved(paths: RunPaths) -> None
     assert list_committed(paths) == [4] and not quarantined(paths)
 
 
-def test_another_version_is_a_warning(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
-    commit(paths, 4)
-    assert find_resume_step(paths, {**FINGERPRINT, "versions": {"torch": "2.14"}}) == 4
-    assert 'versions.torch: "2.13" -> "2.14"' in capsys.readouterr().out
-
-
 def test_an_interrupted_deletion_is_finished_and_never_resumed(paths: RunPaths) -> None:
     commit(paths, 4, 8)
     doomed = paths.checkpoints_dir / ".deleting-step-4"

@@ -138,6 +138,25 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(paths: RunPath
     assert list_committed(paths) == [4, 8, 12] and not quarantined(paths)
 
 
+@pytest.mark.parametrize("policy", ["warn", "refuse"])
+@pytest.mark.parametrize("resume", ["auto", "best"])
+def test_another_version_is_a_warning_or_a_refusal_as_the_recipe_says(
+    paths: RunPaths, policy: str, resume: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=(f"launch.on_version_change={policy}",))
+    updated = {**FINGERPRINT, "versions": {"torch": "2.14"}}
+    if policy == "refuse":
+        with pytest.raises(RefusedError, match=r'versions.torch: "2.13" -> "2.14"') as refused:
+            choose_resume_step(paths, recipe, updated, resume)
+        assert refused.value.hint is not None and "launch.on_version_change: warn" in refused.value.hint
+        return
+    assert choose_resume_step(paths, recipe, updated, resume) == (12 if resume == "auto" else 8)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "another version" in line]
+    assert len(warnings) == 1 and 'versions.torch: "2.13" -> "2.14"' in warnings[0]
+    assert choose_resume_step(paths, recipe, FINGERPRINT, "auto") is not None
+    assert "another version" not in capsys.readouterr().out
+
+
 def test_damage_elsewhere_is_refused_and_nothing_of_the_run_is_touched(paths: RunPaths, elsewhere: RunPaths) -> None:
     flip_bit(elsewhere.checkpoint_dir(4) / "model.safetensors")
     assert "not those that were committed" in refusal(paths, elsewhere.checkpoint_dir(4))

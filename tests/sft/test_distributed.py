@@ -15,6 +15,7 @@ from training_runs import (
     assert_same_outputs,
     launch,
     launch_killed_at,
+    read_attempts,
     read_evaluations,
     read_log,
     read_losses,
@@ -121,9 +122,8 @@ def test_zero_3_resumes_exactly_and_refuses_another_number_of_processes(finished
     )
     before = outputs_of_checkpoint(paths, 4)
     refused = try_launch(finished, name, *overrides, num_processes=1)
-    failure = load_json(paths.attempt(2).failure_path())
-    assert refused.returncode == 10 and failure["kind"] == "configuration"
-    assert "num_processes: 2 -> 1" in failure["message"] and "--fresh" in failure["message"]
+    assert refused.returncode == 2 and len(read_attempts(paths)) == 1, "before any process was started"
+    assert "num_processes: 2 -> 1" in refused.stderr and "--num-processes 2" in refused.stderr
     assert outputs_of_checkpoint(paths, 4) == before
     launch(finished, name, *overrides, num_processes=2)
     assert "resuming from step 4" in read_log(paths)
