@@ -144,8 +144,8 @@ def move_aside(paths: RunPaths) -> Path | None:
 
     The caller holds the lease.
     """
-    if not paths.run_dir.exists():
-        return None
+    if not paths.run_dir.exists() or set(paths.run_dir.iterdir()) <= {paths.lease_path}:
+        return None  # never begun, or another process has just moved it aside
     number = 1
     while (target := old_run_dir(paths.run_dir, number)).exists():
         number += 1

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import random
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Final
 
 from runner.errors import CorruptFileError
+
+_LOOKING_SECONDS: Final = 5.0  # what a look at a lease may take on a slow file system
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -23,7 +27,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """As `write_text_atomic`, for bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _name_temporary(path)
     try:
         with temporary.open("wb") as stream:
             stream.write(content)
@@ -49,9 +53,14 @@ def fsync_dir(folder: Path) -> None:
 
 def write_json_unsynced(path: Path, value: Any) -> None:
     """As `write_json_atomic` for a reader, but gone after a power loss: for what is only drawn, many times a second."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _name_temporary(path)
     temporary.write_text(dump_json(value))
     temporary.replace(path)
+
+
+def _name_temporary(path: Path) -> Path:
+    """A name of one's own beside a file: process ids are not enough where containers share a file system."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
 
 
 def dump_json(value: Any) -> str:
@@ -138,22 +147,30 @@ class Lease:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._stream = path.open("a+b")
+        self._stream = _open_in_new_folder(path)
 
     def try_acquire(self) -> bool:
         """True when the lease is now ours; False when a live process holds it or has moved the directory aside.
 
-        Tried for a fifth of a second: `is_leased` in another process takes a shared lock for an instant.
+        Who only looks (`is_leased`) is waited for: a shared lock can be had beside theirs, beside a holder's it cannot.
         """
-        for pause_seconds in (0.02, 0.05, 0.13, 0.0):
-            try:
-                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return self._is_in_place()
-            except BlockingIOError:
-                time.sleep(pause_seconds)
-        return False
+        deadline = time.monotonic() + _LOOKING_SECONDS
+        while not self._try_lock(fcntl.LOCK_EX):
+            if not self._try_lock(fcntl.LOCK_SH):
+                return False
+            fcntl.flock(self._stream, fcntl.LOCK_UN)
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(random.uniform(0.001, 0.02))  # two takers that find each other looking part ways
+        return self._is_in_place()
+
+    def _try_lock(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._stream, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def _is_in_place(self) -> bool:
         try:
@@ -168,6 +185,13 @@ class Lease:
     def close(self) -> None:
         """Let go of our hold; the lease stays held while a child still has the descriptor."""
         self._stream.close()
+
+
+def _open_in_new_folder(path: Path) -> BinaryIO:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the folder was moved aside at this instant
+            return path.open("a+b")
 
 
 def is_leased(path: Path) -> bool:

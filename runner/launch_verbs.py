@@ -219,7 +219,8 @@ def _move_aside(selected: Selected) -> None:
         raise RefusedError(f"{selected.paths.run_dir} is running; stop it before starting anew")
     target = move_aside(selected.paths)
     lease.close()
-    print(f"moved {selected.paths.run_dir} to {target}", file=sys.stderr)
+    if target is not None:
+        print(f"moved {selected.paths.run_dir} to {target}", file=sys.stderr)
 
 
 def _prepare(planned: Planned, command: LaunchCommand) -> None:

@@ -5,6 +5,7 @@ Owns the folder `recipes/<grid>`; writes only what differs and removes only what
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,10 @@ class Drift:
 
 def compare(rendered: RenderedGrid, recipes_dir: Path) -> Drift:
     """What differs, byte by byte, between the rendered texts and a folder; `diff` shows the first few."""
-    on_disk = {path.stem: path.read_bytes() for path in sorted(recipes_dir.glob("*.yaml"))}
+    on_disk: dict[str, bytes] = {}
+    for path in sorted(recipes_dir.glob("*.yaml")):
+        with contextlib.suppress(FileNotFoundError):  # pruned by another `runner render` at this instant
+            on_disk[path.stem] = path.read_bytes()
     header = build_header(rendered.grid).encode()
     unknown = [name for name in on_disk if name not in rendered.texts]
     changed = [name for name, text in rendered.texts.items() if on_disk.get(name, text.encode()) != text.encode()]
@@ -62,7 +66,7 @@ def write_recipes(rendered: RenderedGrid, recipes_dir: Path, drift: Drift) -> No
 def prune_recipes(recipes_dir: Path, drift: Drift) -> None:
     """Remove the generated recipes that no cell gives any more."""
     for name in drift.stale:
-        (recipes_dir / f"{name}.yaml").unlink()
+        (recipes_dir / f"{name}.yaml").unlink(missing_ok=True)
 
 
 def run_render(grid: str | None, *, check: bool, prune: bool, root: Path) -> int:

@@ -257,8 +257,10 @@ Loaded = TypeVar("Loaded", bound=Fact)
 def _load_fact(path: Path, kind: type[Loaded]) -> Loaded | None:
     """Raises: CorruptFileError for a file of another shape."""
     content = load_json(path)
-    if content is None and not path.exists():
-        return None
+    if content is None:
+        if not path.exists():
+            return None
+        content = load_json(path)  # `null`, or written at this instant
     try:
         return kind.model_validate_json(json.dumps(content))
     except ValidationError as error:

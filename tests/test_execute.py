@@ -298,6 +298,8 @@ def test_a_lease_of_a_directory_that_was_moved_aside_is_worth_nothing(fake: Fake
     late = Lease(paths.lease_path)
     first = take_lease(paths)
     assert first is not None
+    assert move_aside(paths) is None, "nothing was begun"
+    paths.record_path.write_text("{}")
     assert move_aside(paths) == fake.root / "runs" / "toy" / ".old" / "a-1"
     first.close()
     assert not late.try_acquire()

@@ -182,3 +182,20 @@ def test_a_row_that_did_not_fit_leaves_no_half_line(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(errno.EFBIG)
     append_jsonl(path, {"row": 2})
     assert load_jsonl(path) == [{"row": 1}, {"row": 2}]
+
+
+def test_who_only_looks_never_keeps_the_lease_from_its_taker(tmp_path: Path) -> None:
+    """A run must not be left out of a sweep because somebody asked for its status at that instant, however slowly."""
+    path = tmp_path / "lease"
+    lease, holder = Lease(path), Lease(path)
+    program = (
+        "import fcntl, sys, time\nstream = open(sys.argv[1], 'rb')\nfcntl.flock(stream, fcntl.LOCK_SH)\n"
+        "print(flush=True)\ntime.sleep(1)"  # `is_leased` on a slow file system
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) as watcher:
+        assert watcher.stdout is not None and watcher.stdout.readline() and not is_leased(path)
+        assert lease.try_acquire()
+        assert not holder.try_acquire(), "this one is really held"
+    lease.close()
+    assert holder.try_acquire()
+    holder.close()

@@ -1,47 +1,111 @@
-"""A sweep that is killed, and started again, ends with the report of one that was left alone."""
+"""The headline: a sweep that is killed again and again, and started again, ends as one that was left alone."""
 
 from __future__ import annotations
 
 import os
-import subprocess
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
 
 import pytest
-from conftest import RUNNER, Project, build_environment
-from training_runs import assert_dies, assert_same_outputs, list_descendants, wait_for_path
+from conftest import Project
+from killed_sweeps import KilledSweep, Run, Victim, choose_seed, sweep_under_kills
+from training_runs import RUNS, add_what_runs_need
 
-from runner.paths import RunPaths, marker_path
+from runner.paths import RunPaths
 
-pytestmark = pytest.mark.slow
+# LoRA and full fine-tunes, both losses, one that stops early, one that is archived, one that answers.
+NAMES: Final = ("gemma-lora", "gemma-full", "llama-early", "llama-lora", "mistral-full", "phi-full")
+# About eight seconds of training each, so that most of the kills come while something is computed or saved.
+LONG: Final = {
+    "gemma-lora": ("training.num_train_epochs=12.5",),
+    "gemma-full": ("training.num_train_epochs=12", "checkpoints.keep_best=2"),
+    "llama-lora": ("training.num_train_epochs=12",),
+    "mistral-full": ("training.num_train_epochs=8", "checkpoints.save_optimizer=false"),
+    "phi-full": ("training.num_train_epochs=12", "evaluation.generation.during_training=true"),
+}
 
-ARMS = ("full", "completion")
+Tell = Callable[[list[str]], None]
 
 
-def paths_of(project: Project, output_root: str, loss: str) -> RunPaths:
-    return RunPaths(project.root / output_root / "tests" / loss)
+@pytest.fixture
+def tell(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Tell:
+    """Lines for the terminal, and for `torture/<test>.txt` in the project."""
+
+    def write(lines: list[str]) -> None:
+        text = "\n".join(lines) + "\n"
+        path = request.config.rootpath / "torture" / f"{request.node.name}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        with capsys.disabled():
+            print(f"\n{text}", flush=True)
+
+    return write
 
 
-def test_a_killed_sweep_is_finished_by_the_same_command(project: Project) -> None:
-    project.add_model("gemma")
-    for loss in ARMS:
-        overrides = (f"loss={loss}", f"run.axes.loss={loss}", "checkpoints.save_steps=2")
-        project.write_recipe(f"recipes/tests/{loss}.yaml", *overrides)
-    assert project.cli("sweep", "recipes/tests", "--slots", "2", "--output-root", "alone").returncode == 0
+@pytest.mark.slow
+def test_a_sweep_killed_at_random_moments_ends_as_one_left_alone(finished: Project) -> None:
+    seed = choose_seed()
+    print(f"KILL_SEED={seed}")
+    sweep = KilledSweep(finished, finished.root / "killed", list_runs(finished, "recipes", "killed", "runs"))
+    sweep_under_kills(sweep, num_kills=5, spread=1.5, chance=random.Random(seed))
+    print("\n".join(sweep.render_kills()))
+    assert sweep.kills, "it was done before the first kill"
+    recipes = [str(run.recipe_path) for run in sweep.runs]
+    roots = ("runs", "killed")
+    reports = [finished.cli("report", *recipes, "--output-root", root).stdout for root in roots]
+    assert reports[0] == reports[1] and "6 of 6 completed runs" in reports[0]
+    again = finished.cli("sweep", *recipes, "--output-root", "killed")
+    assert again.returncode == 0 and again.stdout.count("skip") == 6
 
-    command = [str(RUNNER), "sweep", "recipes/tests", "--slots", "2", "--output-root", "killed"]
-    first = paths_of(project, "killed", "full")
-    with subprocess.Popen(command, cwd=project.root, env=build_environment(), stdout=subprocess.DEVNULL) as sweep:
-        wait_for_path(marker_path(first.checkpoint_dir(2)), sweep)
-        pidfds = [os.pidfd_open(pid) for pid in list_descendants(sweep.pid)]
-        sweep.kill()
-    assert len(pidfds) >= 4, "two launchers and two trainers"
-    assert_dies(pidfds, seconds=10)
-    assert not first.result_path.exists()
-    assert "interrupted" in project.cli("status", "recipes/tests", "--output-root", "killed").stdout
 
-    assert project.cli(*command[1:]).returncode == 0
-    for loss in ARMS:
-        assert_same_outputs(paths_of(project, "killed", loss), paths_of(project, "alone", loss))
-    reports = [project.cli("report", "recipes/tests", "--output-root", root).stdout for root in ("alone", "killed")]
-    assert reports[0] == reports[1] and "2 of 2 completed runs" in reports[0]
-    again = project.cli(*command[1:])
-    assert again.returncode == 0 and again.stdout.count("skip") == 2
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory: pytest.TempPathFactory, workplace: Project) -> Project:
+    """The workplace with a sweep of longer runs, complete under `alone`."""
+    add_what_runs_need(workplace)
+    for name in NAMES:
+        workplace.write_recipe(f"long/{name}.yaml", *RUNS[name], *LONG.get(name, ()))
+    result = workplace.cli("sweep", "long", "--slots", "2", "--output-root", "alone")
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return workplace
+
+
+@pytest.mark.torture
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "num_kills", "spread"),
+    [
+        ("everything", int(os.environ.get("KILLS", "30")), 1.3),
+        ("sweep", 8, 1.3),
+        ("launcher", 12, 0.7),
+        ("worker", 12, 0.7),
+    ],
+)
+def test_sweeps_killed_many_times(
+    left_alone: Project, victim: Victim, num_kills: int, spread: float, tell: Tell
+) -> None:
+    """As many sweeps as it takes for so many kills; after each third one, what goes on is a copy of the files."""
+    seed, sweeps = choose_seed(), []
+    chance, lines = random.Random(seed), [f"SIGKILL to {victim}, KILL_SEED={seed}"]
+    try:
+        while (num_done := sum(len(sweep.kills) for sweep in sweeps)) < num_kills:
+            root = f"killed-{victim}-{len(sweeps) + 1}"
+            sweep = KilledSweep(left_alone, left_alone.root / root, list_runs(left_alone, "long", root, "alone"))
+            sweeps.append(sweep)
+            is_whole = victim == "everything"
+            sweep_under_kills(sweep, num_kills - num_done, spread, chance, victim, moves=is_whole)
+    finally:
+        lines.append(f"{'kill':>4}  {'after':>9}  {'whom':<31}  {'  '.join(f'{name:<25}' for name in NAMES)}".rstrip())
+        for sweep in sweeps:
+            num_before = sum(len(other.kills) for other in sweeps[: sweeps.index(sweep)])
+            lines += sweep.render_kills(num_before + 1)
+        lines += [sweep.summarize() for sweep in sweeps]
+        tell(lines)
+
+
+def list_runs(project: Project, recipes: str, output_root: str, reference_root: str) -> list[Run]:
+    def paths(root: str, name: str) -> RunPaths:
+        return RunPaths(project.root / root / "tests" / name)
+
+    return [Run(Path(recipes, f"{name}.yaml"), paths(output_root, name), paths(reference_root, name)) for name in NAMES]

@@ -44,7 +44,12 @@ RUNS: Final[dict[str, tuple[str, ...]]] = {
         "evaluation.eval_steps=2",
         "checkpoints={save_steps: 2, keep_latest: 1}",
     ),
-    "mistral-full": ("model.path=models/mistral", "adapter.method=none", "data.num_train_samples=44"),
+    "mistral-full": (
+        "model.path=models/mistral",
+        "adapter.method=none",
+        "data.num_train_samples=44",
+        "checkpoints.archive=zip",
+    ),
     "gemma2-lora": ("model.path=models/gemma2", "evaluation.eval_strategy=epoch", "evaluation.eval_steps=null"),
     # Phi has neither template nor pad token; Ā stands for the byte 0.
     "phi-full": (
@@ -52,6 +57,7 @@ RUNS: Final[dict[str, tuple[str, ...]]] = {
         "model.chat_template=human.jinja",
         "model.pad_token=Ā",
         "adapter.method=none",
+        "evaluation.generation={enabled: true, max_new_tokens: 4, num_samples: 5}",
     ),
 }
 FAMILIES: Final = ("gemma", "gemma2", "llama", "mistral", "phi")
@@ -81,13 +87,18 @@ sys.addaudithook(_hook)
 
 def sweep_runs(project: Project) -> None:
     """Bring all of `RUNS` to completion, two at a time."""
-    for family in FAMILIES:
-        project.add_model(family)
-    (project.root / "human.jinja").write_text(_HUMAN_TEMPLATE)
+    add_what_runs_need(project)
     for name, overrides in RUNS.items():
         project.write_recipe(f"recipes/{name}.yaml", *overrides)
     result = project.cli("sweep", "recipes", "--slots", "2")
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+
+
+def add_what_runs_need(project: Project) -> None:
+    """The models and the chat template that recipes of `RUNS` name."""
+    for family in FAMILIES:
+        project.add_model(family)
+    (project.root / "human.jinja").write_text(_HUMAN_TEMPLATE)
 
 
 def launch(project: Project, name: str, *overrides: str, num_processes: int | None = None) -> RunPaths:
