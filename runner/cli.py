@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runner.engine_options import add_engine_options, positive
 from runner.errors import RunnerError
 
 
@@ -107,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--split", choices=("train", "validation", "eval", "test"), default="train", help="eval: validation"
     )
     rows = masks.add_mutually_exclusive_group()
-    rows.add_argument("--rows", type=_positive, default=3, metavar="N", help="the first N rows drawn, default 3")
+    rows.add_argument("--rows", type=positive, default=3, metavar="N", help="the first N rows drawn, default 3")
     rows.add_argument("--row", metavar="ID|NUMBER", help="one row: its id in samples.json, or its number in the split")
     masks.add_argument("--format", choices=("ansi", "html", "json"), default="ansi", help="html: one page, to stdout")
 
@@ -119,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--dry-run", action="store_true", help="print environment and command, touch nothing")
     mode.add_argument("--prepare", action="store_true", help="also write the run directory, to start it by hand")
     launch.add_argument(
-        "--num-processes", type=_positive, metavar="N", help="default: the recipe's; keeps the global batch"
+        "--num-processes", type=positive, metavar="N", help="default: the recipe's; keeps the global batch"
     )
     launch.add_argument("--fresh", action="store_true", help="move an existing run aside and start anew")
     launch.add_argument(
@@ -137,11 +138,12 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--dry-run", action="store_true", help="print each decision and command, start nothing")
     what.add_argument("--list", action="store_true", help="print one selected recipe path per line")
     sweep.add_argument("--retry-failed", action="store_true", help="launch also what failed for a lasting reason")
-    _add_engine(sweep)
+    add_engine_options(sweep, writes_files=True)
 
     rerun = verbs.add_parser("rerun", help="a sweep over the interrupted and failed runs only")
     _add_sweep_options(rerun)
-    rerun.set_defaults(dry_run=False, list=False, retry_failed=True, engine="local")
+    add_engine_options(rerun, writes_files=False)
+    rerun.set_defaults(dry_run=False, list=False, retry_failed=True)
 
     status = verbs.add_parser("status", help="one line per run: status, step, loss, time, why")
     _add_paths(status, nargs="*")
@@ -161,7 +163,7 @@ def _add_model_verbs(verbs: Any) -> None:
     chat.add_argument("--base", action="store_true", help="show the base model's answers beside the tuned model's")
     chat.add_argument("--prompt", metavar="TEXT", help="answer this on stdout, and leave")
     chat.add_argument("--system", metavar="TEXT", help="a system message in front of the conversation")
-    chat.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="per answer, default 512")
+    chat.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="per answer, default 512")
 
     export = verbs.add_parser("export", help="the tuned model of a run as a folder with a model card, for others")
     _add_tuned_run(export)
@@ -196,21 +198,6 @@ def _add_output_root(parser: argparse.ArgumentParser) -> None:
 def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     _add_paths(parser)
     room = parser.add_mutually_exclusive_group()
-    room.add_argument("--slots", type=_positive, metavar="N", help="runs at a time, default 1")
+    room.add_argument("--slots", type=positive, metavar="N", help="runs at a time, default 1")
     room.add_argument("--gpus", metavar="0,1,...", help="each run gets its own of these")
     parser.add_argument("--fail-fast", action="store_true", help="start nothing more after a failure")
-
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    beyond = parser.add_argument_group("engines", "with --dry-run, kubernetes and skypilot print a file to submit")
-    beyond.add_argument("--engine", choices=("local", "kubernetes", "skypilot"), default="local", help="default: local")
-    beyond.add_argument("--image", metavar="IMAGE", help="container image with `runner` on its PATH")
-    beyond.add_argument("--storage", metavar="NAME", help="kubernetes: the project's volume claim; skypilot: a bucket")
-    beyond.add_argument("--gpu-type", metavar="TYPE", help="skypilot: kind of GPU, such as H100")
-
-
-def _positive(text: str) -> int:
-    """A whole number above zero."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
-    return int(text)

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from runner.cluster import name_cluster_job
 from runner.continuation import look_ahead, refuse_to_continue
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.failures import build_failure, explain_silence, read_log_tail
@@ -110,6 +111,7 @@ def open_attempt(
         environment=dict(command.environment),
         num_processes=num_processes,
         host=socket.gethostname(),
+        cluster_job=name_cluster_job(os.environ),
         resume=resume,
         retry=retry,
         micro_batch_divisor=micro_batch_divisor,

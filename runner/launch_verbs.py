@@ -8,11 +8,12 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from runner.cluster import count_allotted_cores
 from runner.cluster_files import FILE_ENGINES, check_file_engine, print_cluster_file
 from runner.continuation import describe_obstacles, suggest_ways_out
 from runner.errors import RefusedError, RunnerError
@@ -20,7 +21,7 @@ from runner.fsio import hash_json
 from runner.identity import ContentHashes, hash_contents, known_contents
 from runner.launch import LaunchCommand, Placement
 from runner.paths import RunPaths, content_cache_path
-from runner.plan import Decision, decide
+from runner.plan import Decision, decide, decide_queued
 from runner.recipe import NAME_PATTERN, load_recipe
 from runner.recipe_sections import holds_password
 from runner.record import EXIT_CODES, RunStatus, derive_status, find_divisor
@@ -28,6 +29,7 @@ from runner.selection import Selected, run_paths, select_recipes, suggest_path
 
 if TYPE_CHECKING:
     from runner.pool import Planned, PoolResult
+    from runner.slurm import QueuedRun
 
 _STOPPED: Final = 130  # by Ctrl-C or another signal, as shells count it
 _PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
@@ -76,13 +78,24 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
     if arguments.engine in FILE_ENGINES:
         check_file_engine(arguments)
     _parse_gpus(arguments.gpus)  # a wrong word is told before anything is looked at
-    planned, num_unhappy = _decide_all(selected, arguments, only_unfinished=only_unfinished)
-    code = _ENGINES[arguments.engine](planned, arguments)
+    if arguments.engine == "slurm":
+        from runner.slurm_sweep import hold_queue, sweep_on_slurm
+
+        with hold_queue(arguments) as queue:
+            planned, num_unhappy = _decide_all(selected, arguments, queue.runs, only_unfinished=only_unfinished)
+            code = sweep_on_slurm(planned, arguments, queue)
+    else:
+        planned, num_unhappy = _decide_all(selected, arguments, {}, only_unfinished=only_unfinished)
+        code = _ENGINES[arguments.engine](planned, arguments)
     return code or (1 if num_unhappy and not arguments.dry_run else 0)
 
 
 def _decide_all(
-    selected: list[Selected], arguments: argparse.Namespace, *, only_unfinished: bool
+    selected: list[Selected],
+    arguments: argparse.Namespace,
+    queued: Mapping[str, QueuedRun],
+    *,
+    only_unfinished: bool,
 ) -> tuple[list[Planned], int]:
     """What is to be launched, and how many of the others are failed or changed; each decision is printed."""
     from runner.pool import Planned
@@ -90,15 +103,20 @@ def _decide_all(
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     planned: list[Planned] = []
     num_unhappy = 0
+    is_talk = arguments.engine in FILE_ENGINES or (arguments.engine == "slurm" and arguments.dry_run)
     for one in selected:
         contents = hash_contents(one.recipe, hashes) if not arguments.dry_run else known_contents(one.recipe, hashes)
         status = derive_status(one.paths, one.recipe, contents)
         decision = decide(status, retry_failed=arguments.retry_failed, only_unfinished=only_unfinished)
-        is_talk = arguments.engine in FILE_ENGINES  # stdout is the file
-        print(_describe_decision(one, decision, status), file=sys.stderr if is_talk else sys.stdout)
+        differences = (*status.differences, *status.obstacles)
+        if decision.action == "launch" and (task := queued.get(one.full_name)) is not None:
+            differences = tuple(task.find_differences(one))
+            decision = decide_queued(task.task, task.state, differences)
+        # stdout is the file
+        print(_describe_decision(one, decision, differences), file=sys.stderr if is_talk else sys.stdout)
         if decision.action == "launch":
             planned.append(Planned(one, contents, one.recipe.launch.num_processes))
-        elif status.state == "failed" or decision.action == "refuse":
+        elif decision.action == "refuse" or (status.state == "failed" and one.full_name not in queued):
             num_unhappy += 1
     return planned, num_unhappy
 
@@ -159,7 +177,7 @@ def _select_one(arguments: argparse.Namespace) -> Selected:
     if not re.fullmatch(NAME_PATTERN, name):
         raise RunnerError(f"the name {name!r} may hold letters, digits and . _ - only, and at most 200 of them")
     recipe = plain.model_copy(
-        update={"run": plain.run.model_copy(update={"name": name, "overrides": tuple(overrides)})}
+        update={"run": plain.run.model_copy(update={"name": name, "overrides": (*plain.run.overrides, *overrides)})}
     )
     return Selected(recipe, arguments.recipe, run_paths(recipe, arguments.output_root))
 
@@ -208,7 +226,7 @@ def _parse_resume(text: str) -> str:
 
 
 def _placement(num_processes: int) -> Placement:
-    return Placement(num_processes, num_cores=os.cpu_count() or 1)
+    return Placement(num_processes, num_cores=count_allotted_cores(os.environ))
 
 
 def _move_aside(selected: Selected) -> None:
@@ -273,9 +291,9 @@ def _print_failures(result: PoolResult) -> None:
         print(f"{len(result.not_started)} runs were not started because of --fail-fast", file=sys.stderr)
 
 
-def _describe_decision(one: Selected, decision: Decision, status: RunStatus) -> str:
+def _describe_decision(one: Selected, decision: Decision, differences: Sequence[str]) -> str:
     why = decision.why.partition("\n")[0]
     lines = [f"{decision.action:<7} {one.full_name}  {why}"]
     if decision.action == "refuse":
-        lines += [f"          {line}" for line in (*status.differences, *status.obstacles)]
+        lines += [f"          {line}" for line in differences]
     return "\n".join(lines)

@@ -176,3 +176,39 @@ def content_cache_path(output_root: Path) -> Path:
 def old_run_dir(run_dir: Path, number: int) -> Path:
     """Where a run goes that is moved aside; hidden, so that no folder of runs counts it as one of its own."""
     return run_dir.parent / ".old" / f"{run_dir.name}-{number}"
+
+
+def submissions_dir(output_root: Path) -> Path:
+    """What was submitted to a cluster, one folder per submission; hidden: it is no grid."""
+    return output_root / ".slurm"
+
+
+def submission_lock_path(output_root: Path) -> Path:
+    """Locked while a sweep looks at the queue and submits."""
+    return submissions_dir(output_root) / "lock"
+
+
+@dataclass(frozen=True)
+class SubmissionPaths:
+    """The files of one array job, `runs/.slurm/<submission>/`."""
+
+    submission_dir: Path
+
+    @property
+    def script_path(self) -> Path:
+        """What every task of the array executes; its path in the queue tells whose task it is."""
+        return self.submission_dir / "job.sh"
+
+    @property
+    def record_path(self) -> Path:
+        """The runs by array index; written before the array is submitted, and with its job number afterwards."""
+        return self.submission_dir / "submission.json"
+
+    @property
+    def recipes_dir(self) -> Path:
+        """The recipes as they were when the runs were submitted."""
+        return self.submission_dir / "recipes"
+
+    def recipe_path(self, full_name: str) -> Path:
+        """The recipe of one run."""
+        return self.recipes_dir / f"{full_name}.json"

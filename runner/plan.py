@@ -96,3 +96,14 @@ def can_divide(recipe: Recipe, num_processes: int, micro_batch_divisor: int) -> 
 
 def _in_seconds(delay: float) -> str:
     return f" in {delay:g} s" if delay else " at once"
+
+
+def decide_queued(task: str, state: str, differences: Sequence[str]) -> Decision:
+    """The decision for a run that is to be launched, but for which Slurm has a task already.
+
+    >>> decide_queued("17_3", "pending", [])
+    Decision(action='skip', why='queued: slurm 17_3 is pending')
+    """
+    if differences:
+        return Decision("refuse", f"queued with another recipe; `scancel {task}` first, or change the recipe back")
+    return Decision("skip", f"queued: slurm {task} is {state}")
