@@ -147,7 +147,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     status = verbs.add_parser("status", help="one line per run: status, step, loss, time, why")
     _add_paths(status, nargs="*")
-    status.add_argument("--json", action="store_true")
+    how = status.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true")
+    how.add_argument("--watch", action="store_true", help="live: the grid as a table, progress, time left, failures")
 
     report = verbs.add_parser("report", help="the comparison: one row per run, the axes as columns")
     _add_paths(report)

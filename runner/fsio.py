@@ -80,9 +80,20 @@ def load_json(path: Path) -> Any:
         CorruptFileError: the file is not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
+    return parse_json(content, path)
+
+
+def parse_json(content: bytes, path: Path) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        CorruptFileError: it is not JSON; `path` is where it was read.
+    """
+    try:
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} is not JSON: {error}") from None
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runner.continuation import list_obstacles, look_ahead
 from runner.errors import CorruptFileError, RefusedError
-from runner.fsio import is_leased, load_json, load_jsonl, write_json_atomic
+from runner.fsio import is_leased, load_jsonl, parse_json, write_json_atomic
 from runner.identity import build_digest_payload, diff_payloads
 from runner.paths import AttemptPaths, RunPaths
 from runner.recipe import Recipe
@@ -160,6 +160,8 @@ class Progress(Fact):
     step: int = 0
     max_steps: int | None = None
     loss: float | None = None
+    tokens_per_second: float | None = None  # of the last step
+    seconds_per_step: float | None = None  # by the clock, since this attempt began to train; evaluations count
 
 
 class RunStatus(Fact):
@@ -256,13 +258,12 @@ Loaded = TypeVar("Loaded", bound=Fact)
 
 def _load_fact(path: Path, kind: type[Loaded]) -> Loaded | None:
     """Raises: CorruptFileError for a file of another shape."""
-    content = load_json(path)
-    if content is None:
-        if not path.exists():
-            return None
-        content = load_json(path)  # `null`, or written at this instant
     try:
-        return kind.model_validate_json(json.dumps(content))
+        content = path.read_bytes()
+    except FileNotFoundError:  # told from `null` by one look: another process may write the file at any moment
+        return None
+    try:
+        return kind.model_validate_json(json.dumps(parse_json(content, path)))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "its content"

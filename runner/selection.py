@@ -126,7 +126,7 @@ def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected
         if not equals or not values:
             raise RunnerError(f"`--where {condition}` is not of the form axis=value[,value]")
         known = list(
-            dict.fromkeys(_label(one.recipe.run.axes.get(axis)) for one in selected if axis in one.recipe.run.axes)
+            dict.fromkeys(label_value(one.recipe.run.axes.get(axis)) for one in selected if axis in one.recipe.run.axes)
         )
         if not known:
             axes = list(dict.fromkeys(name for one in selected for name in one.recipe.run.axes))
@@ -136,7 +136,7 @@ def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected
             raise RunnerError(
                 f"the axis {axis!r} has no value {unknown[0]!r}", hint=f"its values are {', '.join(known)}"
             )
-        matching = [one for one in matching if _label(one.recipe.run.axes.get(axis)) in wanted]
+        matching = [one for one in matching if label_value(one.recipe.run.axes.get(axis)) in wanted]
     if selected and not matching:
         raise RunnerError(
             f"no selected recipe has all of {' and '.join(where)}",
@@ -145,6 +145,6 @@ def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected
     return matching
 
 
-def _label(value: object) -> str:
+def label_value(value: object) -> str:
     """An axis value as it is typed on a command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -77,6 +77,10 @@ def run_status(arguments: argparse.Namespace) -> int:
     import json
 
     selected = select_recipes(arguments.paths or _everything(arguments), arguments.output_root, arguments.where)
+    if arguments.watch:
+        from runner.watch import watch
+
+        return watch(selected, content_cache_path(arguments.output_root))
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     rows = [(one, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes))) for one in selected]
     if arguments.json:

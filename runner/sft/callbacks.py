@@ -115,6 +115,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._context = context
         self._since = time.perf_counter()
         self._num_seen_tokens = 0  # by TRL's count, which goes on where the last attempt left it
+        self._began: tuple[int, float] | None = None  # the step that this attempt went on from, and when
         self.num_tokens = 0
         self.seconds = 0.0
 
@@ -130,9 +131,10 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         if self._context.is_main:
             self._context.attempt.logs_path.write_text(format_log_line(*LOG_COLUMNS))
 
-    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Step 0 has been scored by now."""
         self._since = time.perf_counter()
+        self._began = self._began or (state.global_step, self._since)
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
         """What came since the step is not training."""
@@ -154,15 +156,22 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         if not self._context.is_main or not logs:
             return
         if "loss" in logs:
-            self._log_step(state, logs)
+            tokens_per_second = self._log_step(state, logs)
+            first_step, began = self._began or (0, self._since)
             progress = Progress(
-                phase="training", step=state.global_step, max_steps=state.max_steps, loss=float(logs["loss"])
+                phase="training",
+                step=state.global_step,
+                max_steps=state.max_steps,
+                loss=float(logs["loss"]),
+                tokens_per_second=tokens_per_second,
+                seconds_per_step=(self._since - began) / (state.global_step - first_step),
             )
             self._context.report_progress(progress, is_forced=state.global_step >= state.max_steps)
         shown = "  ".join(f"{key} {value:.6g}" for key, value in logs.items() if isinstance(value, int | float))
         print(f"step {state.global_step}/{state.max_steps}  {shown}", flush=True)
 
-    def _log_step(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
+    def _log_step(self, state: TrainerState, logs: Mapping[str, Any]) -> float:
+        """The tokens per second of the step, after writing its line of `logs.txt`."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         num_tokens = int(logs["num_tokens"]) - self._num_seen_tokens
@@ -178,3 +187,4 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         )
         with self._context.attempt.logs_path.open("a") as stream:
             stream.write(line)
+        return num_tokens / seconds
