@@ -232,6 +232,31 @@ class RunningAttempt:
         return failure or explain_silence(self.files.log_path, exit_status)
 
 
+class FailedElsewhere(Exception):
+    """Another process has tried the run since this one decided to: what came of it is its to retry or to leave."""
+
+    def __init__(self, failure: Failure, files: AttemptPaths) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+        self.files = files
+
+
+def refuse_what_failed_since(paths: RunPaths, num_attempts: int | None) -> None:
+    """Refuse to repeat a failure that nobody has seen yet; what was killed or stopped meanwhile is free to go on.
+
+    The caller holds the lease.
+
+    Raises:
+        FailedElsewhere: with how the last attempt failed.
+    """
+    attempts = load_record(paths).attempts
+    if num_attempts is None or len(attempts) <= num_attempts:
+        return
+    failure = attempts[-1].failure
+    if failure is not None and failure.kind != "preempted":
+        raise FailedElsewhere(failure, paths.attempt(attempts[-1].number))
+
+
 def start_attempt(
     recipe: Recipe,
     contents: Mapping[str, str],
@@ -241,12 +266,15 @@ def start_attempt(
     resume: str = "auto",
     retry: int = 0,
     micro_batch_divisor: int | None = None,
+    num_attempts: int | None = None,
 ) -> RunningAttempt | None:
     """Start one attempt under the run's lease; None when somebody else runs it or has just completed it.
 
-    `micro_batch_divisor` is that of the last attempt where it is None.
+    `micro_batch_divisor` is that of the last attempt where it is None. `num_attempts` is how many there were when this
+    one was decided upon.
 
     Raises:
+        FailedElsewhere: there was another attempt since, which failed.
         RefusedError: the directory holds another experiment, or the micro-batch cannot be divided.
         OSError: the run cannot be prepared, or the launcher not be started.
     """
@@ -262,6 +290,7 @@ def start_attempt(
         if load_result(paths) is not None:
             lease.close()
             return None
+        refuse_what_failed_since(paths, num_attempts)
         attempt = open_attempt(paths, command, num_processes, read_git_state(), resume, retry, divisor)
         process = _start_launcher(paths, attempt, lease)
     except BaseException:

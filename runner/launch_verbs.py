@@ -54,6 +54,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
     if arguments.fresh and status.state != "pending":
         _move_aside(selected)
         status = derive_status(paths, recipe, contents, num_processes=num_processes, resume=resume)
+    planned = replace(planned, num_attempts=status.num_attempts)
     decision = decide(status, retry_failed=True)
     if decision.action == "refuse":
         raise _refuse(paths, status, _same_launch(arguments))
@@ -115,7 +116,8 @@ def _decide_all(
         # stdout is the file
         print(_describe_decision(one, decision, differences), file=sys.stderr if is_talk else sys.stdout)
         if decision.action == "launch":
-            planned.append(Planned(one, contents, one.recipe.launch.num_processes))
+            num_processes = one.recipe.launch.num_processes
+            planned.append(Planned(one, contents, num_processes, num_attempts=status.num_attempts))
         elif decision.action == "refuse" or (status.state == "failed" and one.full_name not in queued):
             num_unhappy += 1
     return planned, num_unhappy

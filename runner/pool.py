@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from runner.display import SweepDisplay
 from runner.errors import RefusedError, RunnerError
-from runner.execute import RunningAttempt, start_attempt, stop_attempts
+from runner.execute import FailedElsewhere, RunningAttempt, start_attempt, stop_attempts
 from runner.failures import build_failure
 from runner.launch import LaunchCommand, Placement, build_launch_command
 from runner.plan import decide_retry
@@ -38,6 +38,7 @@ class Planned:
     resume: str = "auto"  # `Attempt.resume`
     retry: int = 0  # `Attempt.retry`
     micro_batch_divisor: int | None = None  # `Attempt.micro_batch_divisor`; None: as in the last attempt
+    num_attempts: int | None = None  # that there were when it was planned, where that is known
 
     @property
     def name(self) -> str:
@@ -224,7 +225,14 @@ class _Pool:
                 run.resume,
                 run.retry,
                 run.micro_batch_divisor,
+                run.num_attempts,
             )
+        except FailedElsewhere as error:
+            self.devices.give_back(placement)
+            message = f"(by another sweep) {error.failure.message}"
+            failure = error.failure.model_copy(update={"message": message})
+            self._record(FailedRun(run.name, failure, error.files.log_path))
+            return True
         except RunnerError as error:
             self.devices.give_back(placement)
             self._record(FailedRun(run.name, Failure(kind="configuration", message=str(error)), None))
@@ -291,6 +299,7 @@ class _Pool:
             resume=run.resume if is_kept else "auto",
             retry=retry.number,
             micro_batch_divisor=retry.micro_batch_divisor if attempt else run.micro_batch_divisor,
+            num_attempts=attempt.attempt.number if attempt else None,
         )
         self.later.append(Later(again, time.monotonic() + retry.delay_seconds, failed))
         first_line = failed.failure.message.partition("\n")[0]

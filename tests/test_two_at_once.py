@@ -13,7 +13,7 @@ from typing import Final
 
 import pytest
 from conftest import RUNNER
-from fake_launcher import FakeLauncher, fake, finish
+from fake_launcher import FakeLauncher, fake, finish, wait_until_dead
 from toy_grid import GRID, build_toy
 
 from runner.cli import main
@@ -96,6 +96,42 @@ def test_a_sweep_that_is_killed_beside_another_one(fake: FakeLauncher) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_sweeps_that_are_killed_beside_another_one(fake: FakeLauncher, seed: int) -> None:
     kill_one_of_two(fake, random.Random(seed), num_kills=10)
+
+
+def start_between(fake: FakeLauncher, told: str) -> subprocess.Popen[str]:
+    """A sweep that has decided to run `b`, and has waited with `a` while another one was told something else of `b`."""
+    fake.add("a", told="wait")
+    fake.add("b", told=told)
+    late = fake.start("sweep", "recipes/toy")
+    assert fake.next_started()[0] == "a"
+    return late
+
+
+@pytest.mark.parametrize("told", ["fail data row 7 has no messages", "fail crashed boom", "exit 3"])
+def test_what_has_failed_in_one_sweep_is_not_tried_again_by_the_other(
+    fake: FakeLauncher, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = start_between(fake, told)
+    assert main(["sweep", "recipes/toy/b.yaml"]) == 1
+    fake.let_go("a")
+    code, _, stderr = finish(late)
+    assert code == 1 and "(by another sweep)" in stderr and "attempts/1/log.txt" in stderr
+    assert fake.started() == ["a", "b"] and len(fake.attempts("b")) == 1
+
+
+def test_what_was_killed_in_one_sweep_goes_on_in_the_other(fake: FakeLauncher) -> None:
+    late = start_between(fake, "hang")
+    other = fake.start("sweep", "recipes/toy/b.yaml")
+    _, pid = fake.next_started()
+    pidfd = os.pidfd_open(pid)
+    other.kill()
+    wait_until_dead(pidfd)
+    os.close(pidfd)
+    finish(other)
+    fake.tell("b", "complete")
+    fake.let_go("a")
+    assert finish(late)[0] == 0
+    assert [attempt["ended_at_utc"] is None for attempt in fake.attempts("b")] == [True, False]
 
 
 def test_a_running_run_is_not_moved_aside(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
