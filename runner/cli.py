@@ -151,6 +151,14 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--json", action="store_true")
     how.add_argument("--watch", action="store_true", help="live: the grid as a table, progress, time left, failures")
 
+    why = verbs.add_parser("why", help="one run: what would happen next, and exactly what decides it")
+    why.add_argument("recipe", type=Path, metavar="RUN", help="a recipe file, or a run directory")
+    why.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch")
+    why.add_argument("--name", help="as for launch")
+    why.add_argument("--num-processes", type=positive, metavar="N", help="as for launch")
+    why.add_argument("--json", action="store_true")
+    _add_output_root(why)
+
     report = verbs.add_parser("report", help="the comparison: one row per run, the axes as columns")
     _add_paths(report)
     report.add_argument("--format", choices=("md", "csv", "json"), default="md")

@@ -90,7 +90,8 @@ def look_ahead(
     current = build_resume_fingerprint(recipe, recipe_digest, num_processes, divisor, threads=threads)
     comparison = compare_fingerprints(marker, current)
     # After running out of memory, a run starts at step 0 in smaller micro-batches: that much is meant.
-    return None if divisor > 1 and comparison.is_only_cut_otherwise else comparison
+    is_meant = divisor > 1 and resume in ("auto", "none") and comparison.is_only_cut_otherwise
+    return None if is_meant else comparison
 
 
 def list_obstacles(comparison: Comparison, recipe: Recipe) -> tuple[str, ...]:

@@ -166,6 +166,18 @@ def name_overridden(name: str, overrides: list[str]) -> str:
     return full if is_readable_back else f"{full[:130]}--{hash_json(overrides)[:12]}"
 
 
+def select_run(arguments: argparse.Namespace) -> Selected:
+    """The run of a recipe under overrides and a name as `launch` takes them, or that of a run directory."""
+    if not arguments.recipe.is_dir():
+        return _select_one(arguments)
+    if arguments.overrides or arguments.name:
+        raise RunnerError(f"{arguments.recipe} is a run directory: overrides and `--name` go with a recipe file")
+    found = select_recipes([str(arguments.recipe)], arguments.output_root)
+    if len(found) > 1:
+        raise RunnerError(f"{arguments.recipe} holds {len(found)} runs", hint=f"runner why {found[0].paths.run_dir}")
+    return found[0]
+
+
 def _select_one(arguments: argparse.Namespace) -> Selected:
     overrides: list[str] = arguments.overrides
     if malformed := [override for override in overrides if "=" not in override]:

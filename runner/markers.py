@@ -109,16 +109,24 @@ def parse_marker(content: Any, where: str) -> Marker:
 
 def is_intact(checkpoint_dir: Path) -> bool:
     """Whether the marker is as it was written and every file has the size and checksum that it states."""
+    return find_damage(checkpoint_dir) is None
+
+
+def find_damage(checkpoint_dir: Path) -> str | None:
+    """What is wrong with the first file that is not as it was committed; None where all are. Reads every byte."""
     try:
         marker = load_marker(checkpoint_dir)
-    except CorruptFileError:
-        return False
-    return all(
-        (path := checkpoint_dir / name).is_file()
-        and path.stat().st_size == stated.num_bytes
-        and hash_file(path) == stated.sha256
-        for name, stated in marker.files.items()
-    )
+    except CorruptFileError as error:
+        return error.message
+    for name, stated in marker.files.items():
+        path = checkpoint_dir / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if (num_bytes := path.stat().st_size) != stated.num_bytes:
+            return f"{name} has {num_bytes} bytes, {stated.num_bytes} were committed"
+        if hash_file(path) != stated.sha256:
+            return f"{name} holds other bytes than were committed"
+    return None
 
 
 def build_marker(folder: Path, step: int, fingerprint: Mapping[str, Any]) -> Marker:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from runner.errors import RunnerError
 from runner.identity import ContentHashes, known_contents
-from runner.launch_verbs import run_launch, run_rerun, run_sweep
+from runner.launch_verbs import run_launch, run_rerun, run_sweep, select_run
 from runner.paths import RunPaths, content_cache_path
 from runner.recipe import Recipe, load_recipe, parse_recipe
 from runner.record import derive_status, load_stored_recipe
@@ -30,6 +30,7 @@ __all__ = [
     "run_rerun",
     "run_status",
     "run_sweep",
+    "run_why",
 ]
 
 
@@ -98,6 +99,19 @@ def run_status(arguments: argparse.Namespace) -> int:
         seconds = "" if status.seconds is None else f"{status.seconds:.0f} s"
         why = "; ".join(filter(None, (status.why.partition("\n")[0], status.notes)))
         print(f"{one.full_name:<{width}}  {status.state:<11}  {step:>9}  {loss:>8}  {seconds:>7}  {why}")
+    return 0
+
+
+def run_why(arguments: argparse.Namespace) -> int:
+    """`runner why`."""
+    import json
+
+    from runner.why import build_lines, gather_facts
+
+    selected = select_run(arguments)
+    hashes = ContentHashes(content_cache_path(arguments.output_root))
+    facts = gather_facts(selected.recipe, selected.paths, hashes, arguments.num_processes)
+    print(json.dumps(facts.as_json(), indent=2) if arguments.json else "\n".join(build_lines(facts)))
     return 0
 
 
