@@ -12,10 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from runner.engine_options import add_engine_options, positive
-from runner.errors import RunnerError
+from runner.errors import RunnerError, escape_controls
+from runner.secrets import scrub
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _call(arguments)
     except RunnerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -38,8 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # No permission, no space: the machine's problem, not ours. safetensors and torch wrap it in kinds of their own.
         if not isinstance(error, OSError) and os.strerror(errno.ENOSPC) not in str(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 2
+
+
+def _print_error(text: str) -> None:
+    """Errors show what was found: in files and arguments that may be anybody's."""
+    print(escape_controls(scrub(f"error: {text}")), file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Repeats wrong arguments without what must not be shown."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(escape_controls(scrub(message)))
 
 
 def _call(arguments: argparse.Namespace) -> int:
@@ -67,7 +80,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="runner", description="Grids of YAML recipes for supervised fine-tuning: rendered, launched, compared."
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

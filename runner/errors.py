@@ -6,8 +6,25 @@ traceback; anything that is not a `RunnerError` is a defect of ours and keeps it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
+
+# What moves the cursor, rings, hides or turns text around in a terminal, and halves of characters, which cannot be
+# printed; line breaks and tabs stay.
+CONTROLS: Final = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def escape_controls(text: str) -> str:
+    """`text` as it may be shown in a terminal, whoever wrote it: control characters as Python writes them.
+
+    >>> print(escape_controls("a\x1b[2J\tb"))
+    a\\x1b[2J	b
+    """
+    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class RunnerError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -13,8 +13,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from runner.errors import Problem
+from runner.errors import CONTROLS, Problem
 from runner.hf_fields import OWNED_TRAINING_FIELDS
+from runner.secrets import find_secret
 
 _ESCAPED: Final = re.compile(r"(?<!\\)(\\\\)*\\\$\{")
 _REFERENCE: Final = re.compile(r"\$\{[^${}:]*\}")  # the innermost `${own.key}`
@@ -108,10 +109,42 @@ def _calls_resolver(value: str) -> bool:
     return "${" in rest
 
 
+def find_secrets(text: str, overrides: Sequence[str] = ()) -> list[Problem]:
+    """A problem for a secret in a YAML text or in overrides, comments included; none of them repeats it."""
+    what = "{} is refused: secrets come from the environment"
+    problems = [
+        Problem(override.partition("=")[0] if not find_secret(override.partition("=")[0]) else "(key)", what.format(found[0]))
+        for override in overrides
+        if (found := find_secret(override)) is not None
+    ]
+    if (in_text := find_secret(text)) is not None:
+        line = text.count("\n", 0, in_text[1]) + 1
+        problems.append(Problem(_find_key(text, line), what.format(in_text[0]), line))
+    return problems
+
+
+def _find_key(text: str, line: int) -> str:
+    """The innermost key that begins on a line or last before it; keys that hold a secret themselves are not named."""
+    try:
+        keys = [(start, key) for key, start in find_lines(text).items() if start <= line and find_secret(key) is None]
+    except (yaml.YAMLError, ValueError, RecursionError):
+        keys = []
+    last = max((start for start, _ in keys), default=None)
+    return next((key for start, key in reversed(keys) if start == last), "(YAML)")
+
+
 def find_unusable_values(value: Any, text: str, overridden: frozenset[str] = frozenset()) -> list[Problem]:
-    """A problem for everything that YAML can say and JSON cannot: infinities, bytes, keys that are not texts."""
+    """A problem for everything that YAML can say and a recipe may not.
+
+    That is what JSON cannot say (infinities, bytes, keys that are not texts), what is not for a terminal (recipes are
+    shown there), and secrets that the text spells in an unusual way.
+    """
     problems: list[Problem] = []
     for key, item in _leaves(value):
+        if isinstance(item, str):
+            if what := _find_unusable_text(item):
+                problems.append(Problem(key, what, find_line(key, text, overridden)))
+            continue
         if isinstance(item, float) and not math.isfinite(item):
             problems.append(Problem(key, f"got {item}, expected a finite number", find_line(key, text, overridden)))
         elif isinstance(item, int) and abs(item) >= 2**63:
@@ -122,6 +155,14 @@ def find_unusable_values(value: Any, text: str, overridden: frozenset[str] = fro
     for key, name in _odd_keys(value):
         problems.append(Problem(key, f"got the key {name!r}, expected a text", find_line(key, text, overridden)))
     return problems
+
+
+def _find_unusable_text(text: str) -> str | None:
+    if control := CONTROLS.search(text):
+        return f"holds the character {ascii(control[0])}, which is not for recipes"
+    if secret := find_secret(text):
+        return f"{secret[0]} is refused: secrets come from the environment"
+    return None
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -137,7 +178,7 @@ def _odd_keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and key of every mapping entry whose key is not a text."""
     if isinstance(value, Mapping | list):
         for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            if isinstance(value, Mapping) and not isinstance(name, str):
+            if isinstance(value, Mapping) and (not isinstance(name, str) or _find_unusable_text(name)):
                 yield f"{prefix}{name}", name
             yield from _odd_keys(item, f"{prefix}{name}.")
 

@@ -28,30 +28,55 @@ _SECRET_VARIABLE: Final = re.compile(
 _HARMLESS_VARIABLE: Final = re.compile(r"_(PATH|FILE|DIR|TYPE|PARALLELISM)$", re.IGNORECASE)
 _SECRET_KEY: Final = re.compile(r"secret|token|pass|pwd|credential|connection_string|(^|_)key$", re.IGNORECASE)
 
-# What is a secret wherever it stands, by how its issuer writes it.
-_SHAPES: Final[Mapping[str, str]] = {
-    "a Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}",
-    "an API key": r"(?<![A-Za-z0-9_-])sk-[A-Za-z0-9_-]{20,}",
-    "an AWS access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{22,})",
-    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
-    "a Slack token": r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
-    "a Google key": r"\bAIza[0-9A-Za-z_-]{35}|\bya29\.[0-9A-Za-z_-]{20,}",
-    "a Weights & Biases key": r"\bwandb_v1_[A-Za-z0-9_]{20,}",
-    "a package index token": r"\bpypi-[A-Za-z0-9_-]{50,}",
-    "a signed token": r"\beyJ[A-Za-z0-9_-]{10,2000}\.eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,}",
-    "a private key": r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----(?:[\s\S]{0,20000}?-----END [A-Z0-9 ]{0,40}KEY-----)?",
-    "a URL with a password": r"(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)",
+
+class _Shape:
+    """A regular expression, tried only on a text that holds one of `hints`: that takes a hundredth of the time."""
+
+    def __init__(self, hints: tuple[str, ...], pattern: str, flags: re.RegexFlag = re.NOFLAG) -> None:
+        self._hints, self.pattern = hints, re.compile(pattern, flags)
+
+    def may_be_in(self, text: str) -> bool:
+        """Whether it is worth searching; `text` in small letters where the pattern ignores case."""
+        return any(hint in text for hint in self._hints)
+
+
+# What is a secret wherever it stands, by how its issuer writes it. Repeats have limits: a search stays linear.
+_SHAPES: Final[Mapping[str, _Shape]] = {
+    "a Hugging Face token": _Shape(("hf_", "api_org_"), r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
+    "an API key": _Shape(("sk-",), r"(?<![A-Za-z0-9_-])sk-[A-Za-z0-9_-]{20,}"),
+    "an AWS access key": _Shape(("AKIA", "ASIA"), r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    "a GitHub token": _Shape(
+        ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+        r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{22,})",
+    ),
+    "a GitLab token": _Shape(("glpat-",), r"\bglpat-[A-Za-z0-9_-]{20,}"),
+    "a Slack token": _Shape(("xox",), r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}"),
+    "a Google key": _Shape(("AIza", "ya29."), r"\bAIza[0-9A-Za-z_-]{35}|\bya29\.[0-9A-Za-z_-]{20,}"),
+    "a Weights & Biases key": _Shape(("wandb_v1_",), r"\bwandb_v1_[A-Za-z0-9_]{20,}"),
+    "a package index token": _Shape(("pypi-",), r"\bpypi-[A-Za-z0-9_-]{50,}"),
+    "a signed token": _Shape(("eyJ",), r"\beyJ[A-Za-z0-9_-]{10,2000}\.eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,}"),
+    "a private key": _Shape(
+        ("PRIVATE KEY-----",),
+        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----(?:[\s\S]{0,20000}?-----END [A-Z0-9 ]{0,40}KEY-----)?",
+    ),
+    "a URL with a password": _Shape(("://",), r"(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)"),
 }
 # What is a secret because of the words before it. Recipes may hold such words: prompts are texts.
 _AFTER_WORDS: Final = (
-    r"(?<![A-Za-z])(?:Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{16,}",
-    r"(?:password|passwd|passphrase|secret|secret_?(?:access_?)?key|api_?key|access_?key|account_?key|shared_?access_?key"
-    r"|access_?token|auth_?token|session_?token|hub_?token|client_?secret)[\"']?\s*[=:]\s*[\"']?[^\s\"',;&)}\]]{8,}",
-    r"[?&](?:sig|X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|X-Goog-Signature)=[^\s&\"']{8,}",
+    _Shape(("bearer", "basic"), r"(?<![a-z])(?:bearer|basic)\s{1,9}[a-z0-9._~+/=-]{16,}", re.IGNORECASE),
+    _Shape(
+        ("passw", "passphrase", "secret", "key", "token"),
+        r"(?:password|passwd|passphrase|secret|secret_?(?:access_?)?key|api_?key|access_?key|account_?key"
+        r"|access_?token|auth_?token|session_?token|hub_?token)"
+        r"[\"']?\s{0,9}[=:]\s{0,9}[\"']?[^\s\"',;&)}\]]{8,}",
+        re.IGNORECASE,
+    ),
+    _Shape(
+        ("sig=", "signature=", "credential=", "security-token="),
+        r"[?&](?:sig|X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token))=[^\s&\"']{8,}",
+        re.IGNORECASE,
+    ),
 )
-_TOKEN: Final = re.compile("|".join(f"({shape})" for shape in _SHAPES.values()))
-_SCRUBBED: Final = re.compile("|".join([*_SHAPES.values(), *(f"(?i:{words})" for words in _AFTER_WORDS)]))
 
 
 def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
@@ -63,7 +88,14 @@ def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
     'sftp://***@host/folder, ***, pad_token=eos'
     """
     text = _values_pattern(tuple(_list_values(environment))).sub(MASK, text)
-    return _SCRUBBED.sub(MASK, text)
+    for shape in _SHAPES.values():
+        if shape.may_be_in(text):
+            text = shape.pattern.sub(MASK, text)
+    lowered = text.lower()
+    for shape in _AFTER_WORDS:
+        if shape.may_be_in(lowered):
+            text = shape.pattern.sub(MASK, text)
+    return text
 
 
 def scrub_json(value: Any, environment: Mapping[str, str] | None = None) -> Any:
@@ -84,9 +116,9 @@ def find_secret(text: str, environment: Mapping[str, str] | None = None) -> tupl
     >>> find_secret("see sftp://me:pw@host", {}), find_secret("sftp://me@host/a:b, task-1_060_completion_8_auto", {})
     (('a URL with a password', 11), None)
     """
-    found = _TOKEN.search(text)
-    if found is not None and found.lastindex is not None:
-        return list(_SHAPES)[found.lastindex - 1], found.start()
+    for kind, shape in _SHAPES.items():
+        if shape.may_be_in(text) and (found := shape.pattern.search(text)):
+            return kind, found.start()
     for name, value in _list_variables(environment):
         if len(value) >= _MIN_REFUSED_CHARACTERS and (start := text.find(value)) >= 0:
             return f"the value of the environment variable {name}", start
@@ -105,10 +137,15 @@ def names_secret(key: str) -> bool:
 def _list_variables(environment: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
     """Name and value of the variables that hold a secret, by their names; a path to one is none."""
     for name, value in (os.environ if environment is None else environment).items():
-        if _SECRET_VARIABLE.search(name) is None or _HARMLESS_VARIABLE.search(name):
+        if not _is_secret_variable(name):
             continue
         if len(value) >= _MIN_MASKED_CHARACTERS and not (value.startswith("/") and os.path.exists(value)):
             yield name, value
+
+
+@lru_cache(maxsize=1024)
+def _is_secret_variable(name: str) -> bool:
+    return _SECRET_VARIABLE.search(name) is not None and _HARMLESS_VARIABLE.search(name) is None
 
 
 def _list_values(environment: Mapping[str, str] | None) -> list[str]:
