@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+MAX_SHOWN_PROBLEMS: Final = 50  # of one file; finding what is nearest to a wrong name takes a millisecond
 # What moves the cursor, rings, hides or turns text around in a terminal, and halves of characters, which cannot be
 # printed; line breaks and tabs stay.
-CONTROLS: Final = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+CONTROLS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escape_controls(text: str) -> str:
@@ -55,15 +54,17 @@ class Problem:
 
 
 class RecipeError(RunnerError):
-    """Every problem found in one recipe (or one override list), printed together."""
+    """Every problem found in one recipe (or one override list), printed together, but for what nobody would read."""
 
     def __init__(self, where: str, problems: Sequence[Problem], *, hint: str | None = None) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        width = max((len(problem.key) for problem in problems), default=0)
+        width = max((len(problem.key) for problem in problems[:MAX_SHOWN_PROBLEMS]), default=0)
         lines = [f"{where} has {count}", ""]
-        for problem in problems:
+        for problem in problems[:MAX_SHOWN_PROBLEMS]:
             place = "override" if problem.line is None else f"line {problem.line}"
             lines.append(f"  {place:<9} {problem.key:<{width}}  {problem.what}")
+        if len(problems) > MAX_SHOWN_PROBLEMS:
+            lines.append(f"  and {len(problems) - MAX_SHOWN_PROBLEMS} more")
         super().__init__("\n".join(lines), hint=hint)
         self.where = where
         self.problems = tuple(problems)

@@ -219,10 +219,13 @@ def parse_recipe(text: str, *, where: str, overrides: Sequence[str] = (), hint: 
         RecipeError: all problems at once, with lines and dotted keys.
     """
     from runner.recipe_problems import find_unusable_values, list_problems
+    from runner.yaml_limits import find_hazards
 
     overridden = frozenset(override.partition("=")[0] for override in overrides)
     if len(text) > MAX_RECIPE_BYTES:
         raise RecipeError(where, [Problem("(file)", f"longer than {MAX_RECIPE_BYTES:,} bytes", 1)])
+    if problems := find_hazards(text, overrides):
+        raise RecipeError(where, problems, hint=hint)
     container, problems = _resolve(text, overrides, overridden)
     problems = problems or find_unusable_values(container, text, overridden)
     if problems:
@@ -238,6 +241,7 @@ def parse_recipe(text: str, *, where: str, overrides: Sequence[str] = (), hint: 
 def _resolve(text: str, overrides: Sequence[str], overridden: frozenset[str]) -> tuple[Any, list[Problem]]:
     """The text under its overrides as plain dicts and lists, every interpolation replaced; or what forbids that."""
     from runner.recipe_problems import describe_syntax_error, find_resolvers
+    from runner.yaml_limits import find_growth
 
     stage = "text"
     try:
@@ -248,7 +252,8 @@ def _resolve(text: str, overrides: Sequence[str], overridden: frozenset[str]) ->
             return None, [Problem("(file)", "must be a mapping of sections", 1)]
         stage = "overrides"
         merged = _merge_overrides(config, OmegaConf.from_dotlist(list(overrides))) if overrides else config
-        if problems := find_resolvers(OmegaConf.to_container(merged, resolve=False), text, overridden):
+        unresolved = OmegaConf.to_container(merged, resolve=False)
+        if problems := find_resolvers(unresolved, text, overridden) or find_growth(unresolved):
             return None, problems
         stage = "interpolations"
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True), []

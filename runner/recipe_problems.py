@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -13,12 +13,10 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from runner.errors import CONTROLS, Problem
+from runner.errors import MAX_SHOWN_PROBLEMS, Problem
 from runner.hf_fields import OWNED_TRAINING_FIELDS
-from runner.secrets import find_secret
+from runner.yaml_limits import calls_resolver, find_unusable_text
 
-_ESCAPED: Final = re.compile(r"(?<!\\)(\\\\)*\\\$\{")
-_REFERENCE: Final = re.compile(r"\$\{[^${}:]*\}")  # the innermost `${own.key}`
 _EXPECTED: Final = {
     "float_type": "a number",
     "int_type": "a whole number",
@@ -88,49 +86,13 @@ def describe_syntax_error(error: Exception, text: str, overridden: frozenset[str
 
 
 def find_resolvers(value: Any, text: str, overridden: frozenset[str] = frozenset(), prefix: str = "") -> list[Problem]:
-    """A problem for every `${resolver:...}`: a recipe may refer to its own keys, and to nothing else."""
+    """A problem for every reference to something else than a key of the recipe by its whole name."""
     what = "a recipe may refer to its own keys only, not to the environment or a resolver"
     return [
         Problem(key, f"got {item!r}: {what}", find_line(key, text, overridden))
         for key, item in _leaves(value, prefix)
-        if isinstance(item, str) and _calls_resolver(item)
+        if isinstance(item, str) and calls_resolver(item)
     ]
-
-
-def _calls_resolver(value: str) -> bool:
-    """Whether a text holds more than plain references.
-
-    >>> [_calls_resolver(text) for text in ("${a.b}", "${a.${b}}", "${oc.env:HOME}", "${oc.${b}:HOME}", r"\\${a:b}")]
-    [False, False, True, True, False]
-    """
-    rest = _ESCAPED.sub("", value)
-    while (reduced := _REFERENCE.sub("x", rest)) != rest:
-        rest = reduced
-    return "${" in rest
-
-
-def find_secrets(text: str, overrides: Sequence[str] = ()) -> list[Problem]:
-    """A problem for a secret in a YAML text or in overrides, comments included; none of them repeats it."""
-    what = "{} is refused: secrets come from the environment"
-    problems = [
-        Problem(override.partition("=")[0] if not find_secret(override.partition("=")[0]) else "(key)", what.format(found[0]))
-        for override in overrides
-        if (found := find_secret(override)) is not None
-    ]
-    if (in_text := find_secret(text)) is not None:
-        line = text.count("\n", 0, in_text[1]) + 1
-        problems.append(Problem(_find_key(text, line), what.format(in_text[0]), line))
-    return problems
-
-
-def _find_key(text: str, line: int) -> str:
-    """The innermost key that begins on a line or last before it; keys that hold a secret themselves are not named."""
-    try:
-        keys = [(start, key) for key, start in find_lines(text).items() if start <= line and find_secret(key) is None]
-    except (yaml.YAMLError, ValueError, RecursionError):
-        keys = []
-    last = max((start for start, _ in keys), default=None)
-    return next((key for start, key in reversed(keys) if start == last), "(YAML)")
 
 
 def find_unusable_values(value: Any, text: str, overridden: frozenset[str] = frozenset()) -> list[Problem]:
@@ -140,11 +102,9 @@ def find_unusable_values(value: Any, text: str, overridden: frozenset[str] = fro
     shown there), and secrets that the text spells in an unusual way.
     """
     problems: list[Problem] = []
+    texts = "\n".join(_texts(value))
+    is_suspect = find_unusable_text(texts) is not None  # all at once: one by one takes as long as everything else
     for key, item in _leaves(value):
-        if isinstance(item, str):
-            if what := _find_unusable_text(item):
-                problems.append(Problem(key, what, find_line(key, text, overridden)))
-            continue
         if isinstance(item, float) and not math.isfinite(item):
             problems.append(Problem(key, f"got {item}, expected a finite number", find_line(key, text, overridden)))
         elif isinstance(item, int) and abs(item) >= 2**63:
@@ -152,17 +112,15 @@ def find_unusable_values(value: Any, text: str, overridden: frozenset[str] = fro
         elif not isinstance(item, str | float | int | None):
             what = f"got a value of the type {type(item).__name__}, expected a text, a number, true, false or null"
             problems.append(Problem(key, what, find_line(key, text, overridden)))
-    for key, name in _odd_keys(value):
-        problems.append(Problem(key, f"got the key {name!r}, expected a text", find_line(key, text, overridden)))
+        elif is_suspect and isinstance(item, str) and (wrong := find_unusable_text(item)):
+            problems.append(Problem(key, wrong, find_line(key, text, overridden)))
+    for key, name in _keys(value):
+        if not isinstance(name, str):
+            problems.append(Problem(key, f"got the key {name!r}, expected a text", find_line(key, text, overridden)))
+        elif is_suspect and (wrong := find_unusable_text(name)):
+            place = key.removesuffix(name).removesuffix(".")
+            problems.append(Problem(place or "(YAML)", f"a key {wrong}", find_line(place, text, overridden)))
     return problems
-
-
-def _find_unusable_text(text: str) -> str | None:
-    if control := CONTROLS.search(text):
-        return f"holds the character {ascii(control[0])}, which is not for recipes"
-    if secret := find_secret(text):
-        return f"{secret[0]} is refused: secrets come from the environment"
-    return None
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -174,26 +132,35 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(item, f"{prefix}{name}.")
 
 
-def _odd_keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and key of every mapping entry whose key is not a text."""
+def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and key of every mapping entry."""
     if isinstance(value, Mapping | list):
         for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            if isinstance(value, Mapping) and (not isinstance(name, str) or _find_unusable_text(name)):
+            if isinstance(value, Mapping):
                 yield f"{prefix}{name}", name
-            yield from _odd_keys(item, f"{prefix}{name}.")
+            yield from _keys(item, f"{prefix}{name}.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text, keys included."""
+    yield from (item for _, item in _leaves(value) if isinstance(item, str))
+    yield from (name for _, name in _keys(value) if isinstance(name, str))
 
 
 def list_problems(
     error: ValidationError, container: Any, text: str, overridden: frozenset[str] = frozenset()
 ) -> list[Problem]:
-    """One problem per mistake, in the order of the file."""
+    """One problem per mistake, in the order of the file; what comes after those that are shown is not worded well."""
+    placed = [
+        (path := _visible_path(detail, container), find_line(".".join(path), text, overridden), detail)
+        for detail in error.errors()
+    ]
     problems: dict[tuple[str, str], Problem] = {}
-    for detail in error.errors():
-        path = _visible_path(detail, container)
+    for path, line, detail in sorted(placed, key=lambda item: item[1] or 0):
         key = ".".join(path)
-        what = _describe(detail, path, container)
-        problems.setdefault((key, what), Problem(key or "(recipe)", what, find_line(key, text, overridden)))
-    return sorted(problems.values(), key=lambda problem: problem.line or 0)
+        what = _describe(detail, path, container) if len(problems) < MAX_SHOWN_PROBLEMS else detail["msg"]
+        problems.setdefault((key, what), Problem(key or "(recipe)", what, line))
+    return list(problems.values())
 
 
 def _visible_path(detail: ErrorDetails, container: Any) -> tuple[str, ...]:
