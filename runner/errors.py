@@ -17,13 +17,16 @@ MAX_SHOWN_PROBLEMS: Final = 50  # of one file; finding what is nearest to a wron
 CONTROLS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def escape_controls(text: str) -> str:
-    """`text` as it may be shown in a terminal, whoever wrote it: control characters as Python writes them.
+_COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")
 
-    >>> print(escape_controls("a\x1b[2J\tb"))
+
+def escape_controls(text: str) -> str:
+    """`text` as it may be shown in a terminal, whoever wrote it: no colours, control characters as Python writes them.
+
+    >>> print(escape_controls("\x1b[1;31ma\x1b[0m\x1b[2J\tb"))
     a\\x1b[2J	b
     """
-    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], _COLOURS.sub("", text))
 
 
 class RunnerError(Exception):

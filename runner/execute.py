@@ -23,6 +23,7 @@ from runner.failures import build_failure, explain_silence, read_log_tail
 from runner.fsio import Lease, write_json_atomic
 from runner.identity import derive_digest, list_library_versions
 from runner.launch import LaunchCommand
+from runner.log_scrubbing import scrub_log
 from runner.paths import AttemptPaths, RunPaths, old_run_dir
 from runner.processes import die_with_parent
 from runner.recipe import Recipe, derive_accumulation
@@ -43,6 +44,7 @@ from runner.record import (
     now_utc,
     write_record,
 )
+from runner.secrets import scrub_json
 
 GRACE_SECONDS: Final = 10.0
 
@@ -104,11 +106,15 @@ def open_attempt(
 ) -> Attempt:
     """Append an attempt to `run.json` and make its folder, before anything is started. The caller holds the lease."""
     record = load_record(paths)
+    for earlier in record.attempts:
+        if earlier.ended_at_utc is None:  # its launcher was killed before it could do this
+            with contextlib.suppress(OSError):
+                scrub_log(paths.attempt(earlier.number).log_path)
     attempt = Attempt(
         number=len(record.attempts) + 1,
         started_at_utc=now_utc(),
         command=command.argv,
-        environment=dict(command.environment),
+        environment=scrub_json(dict(command.environment)),
         num_processes=num_processes,
         host=socket.gethostname(),
         cluster_job=name_cluster_job(os.environ),
@@ -205,6 +211,8 @@ class RunningAttempt:
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
             self.signal_group(signal.SIGKILL)  # what the launcher may have left behind; its own id is not free yet
         status = self.process.wait()
+        with contextlib.suppress(OSError):  # no room for a second copy of it
+            scrub_log(self.files.log_path)
         failure = self._find_failure(status)
         if failure is not None:
             failure = failure.model_copy(update={"log_tail": read_log_tail(self.files.log_path)})
@@ -292,19 +300,19 @@ def start_attempt(
             return None
         refuse_what_failed_since(paths, num_attempts)
         attempt = open_attempt(paths, command, num_processes, read_git_state(), resume, retry, divisor)
-        process = _start_launcher(paths, attempt, lease)
+        process = _start_launcher(paths, attempt, command, lease)
     except BaseException:
         lease.close()
         raise
     return RunningAttempt(paths, attempt, process, lease)
 
 
-def _start_launcher(paths: RunPaths, attempt: Attempt, lease: Lease) -> subprocess.Popen[bytes]:
+def _start_launcher(paths: RunPaths, attempt: Attempt, command: LaunchCommand, lease: Lease) -> subprocess.Popen[bytes]:
     try:
         with paths.attempt(attempt.number).log_path.open("ab") as log:
             return subprocess.Popen(
-                attempt.command,
-                env={**os.environ, **attempt.environment},
+                command.argv,
+                env={**os.environ, **command.environment},
                 stdin=lease.fileno(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -312,7 +320,7 @@ def _start_launcher(paths: RunPaths, attempt: Attempt, lease: Lease) -> subproce
                 preexec_fn=partial(die_with_parent, os.getpid()),
             )
     except OSError as error:
-        message = f"{attempt.command[0]} cannot be started: {error}"
+        message = f"{command.argv[0]} cannot be started: {error}"
         is_absent = isinstance(error, FileNotFoundError | PermissionError)
         close_attempt(paths, 127, Failure(kind="configuration" if is_absent else "transient", message=message))
         if not is_absent:  # no memory or no process is free

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from runner.errors import DataError, DivergedError, PreemptedError, RunnerError
+from runner.errors import DataError, DivergedError, PreemptedError, RunnerError, escape_controls
 from runner.record import Failure, FailureKind
 from runner.secrets import scrub
 
@@ -162,7 +162,7 @@ def build_failure(error: BaseException, run_dir: Path) -> Failure:
         message = describe_full_disk(error, run_dir)
     kind = classify(error)
     has_lost_peer = kind == "transient" and _LOST_PEER.search(message) is not None
-    message = scrub(message)[:_MAX_MESSAGE_CHARACTERS]
+    message = escape_controls(scrub(message))[:_MAX_MESSAGE_CHARACTERS]
     return Failure(kind=kind, message=message, has_lost_peer=has_lost_peer)
 
 
@@ -229,7 +229,7 @@ def _read_last_lines(log_path: Path) -> list[str]:
         return []
     lines = scrub(text).splitlines()
     whole = lines if size <= _READ_BYTES else lines[1:]
-    return [stripped for line in whole if (stripped := line.strip())]
+    return [stripped for line in whole if (stripped := escape_controls(line).strip())]
 
 
 def _is_full(folder: Path) -> bool:

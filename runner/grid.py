@@ -21,6 +21,7 @@ from runner.errors import GridError, Problem, RecipeError
 from runner.hf_fields import FrozenDict, freeze
 from runner.recipe import MAX_RECIPE_BYTES, NAME_PATTERN, ModelSection, Scalar, Section, Text
 from runner.recipe_problems import find_lines, find_resolvers, find_unusable_values
+from runner.yaml_limits import find_growth, find_hazards
 
 _AXIS_NAME: Final = r"[A-Za-z][A-Za-z0-9_]*"
 # Names that a template already gives a meaning to.
@@ -219,13 +220,16 @@ def _check_included_value(key: str, value: Any, axis: Axis) -> Iterator[tuple[st
 def _load_mapping(path: Path) -> tuple[str, dict[str, Any]]:
     """The text and content of a file that is read as a recipe is: `1e-5` is a number, no key stands twice."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if len(text) > MAX_RECIPE_BYTES:
             raise ValueError(f"longer than {MAX_RECIPE_BYTES:,} characters")
+        if hazards := find_hazards(text):
+            raise GridError(RecipeError(str(path), hazards).message)
         config = OmegaConf.create(text)
         if not isinstance(config, DictConfig):
             raise ValueError("must be a mapping")
-        problems = find_resolvers(OmegaConf.to_container(config, resolve=False), text)
+        unresolved = OmegaConf.to_container(config, resolve=False)
+        problems = find_resolvers(unresolved, text) or find_growth(unresolved)
         if not problems:
             container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
             assert isinstance(container, dict)

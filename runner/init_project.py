@@ -19,8 +19,8 @@ from typing import Any, Final
 from runner import init_starter
 from runner.errors import RefusedError, RunnerError
 from runner.grid import list_grids
-from runner.recipe import Recipe
-from runner.render import RenderedGrid, parse_rendered, render_grid
+from runner.recipe import Recipe, parse_recipe
+from runner.render import RenderedGrid, render_grid
 from runner.stock import SHARED_FOLDERS, TEMPLATES, find_stock_dir, require_stock_grid
 
 _SAMPLE: Final = "data/demo.jsonl"
@@ -86,7 +86,7 @@ def run_init(target: Path, from_grid: str | None, data: Path | None, models: Seq
             init_starter.write_starter(staging_dir, starter.data_path, starter.data, starter.cards)
             _make_executable(staging_dir / "sweeps" / f"{grid}.sh")
         rendered = render_grid(staging_dir / TEMPLATES, grid)
-        recipes = [parse_rendered(text, name) for name, text in rendered.texts.items()]
+        recipes = [parse_recipe(text, where=name) for name, text in rendered.texts.items()]
         needs = _copy_samples(stock_dir, staging_dir, recipes)
         project = _describe(target, rendered, recipes, needs, [] if starter is None else _describe_starter(starter))
         (staging_dir / "README.md").write_text(_build_readme(target, project))

@@ -23,8 +23,8 @@ from runner.launch import LaunchCommand, Placement
 from runner.paths import RunPaths, content_cache_path
 from runner.plan import Decision, decide, decide_queued
 from runner.recipe import NAME_PATTERN, load_recipe
-from runner.recipe_sections import holds_password
 from runner.record import EXIT_CODES, RunStatus, derive_status, find_divisor
+from runner.secrets import find_secret
 from runner.selection import Selected, run_paths, select_recipes, suggest_path
 
 if TYPE_CHECKING:
@@ -188,6 +188,8 @@ def _select_one(arguments: argparse.Namespace) -> Selected:
         raise RunnerError(f"there is no recipe {arguments.recipe}", hint=suggest_path(arguments.recipe))
     plain = load_recipe(arguments.recipe, overrides)
     name = arguments.name or name_overridden(plain.run.name, overrides)
+    if secret := find_secret(name):
+        raise RunnerError(f"`--name` holds {secret[0]}: names are public")
     if not re.fullmatch(NAME_PATTERN, name):
         raise RunnerError(f"the name {name!r} may hold letters, digits and . _ - only, and at most 200 of them")
     recipe = plain.model_copy(
@@ -228,8 +230,8 @@ def _parse_gpus(text: str | None) -> list[str] | None:
 def _parse_resume(text: str) -> str:
     """`Attempt.resume`: a word, a URL, or the whole path of a checkpoint that is there."""
     if text in ("auto", "latest", "best") or "://" in text:
-        if holds_password(text):
-            raise RunnerError("`--resume` would put a password into the record", hint="set it in the environment")
+        if secret := find_secret(text):
+            raise RunnerError(f"`--resume` holds {secret[0]}", hint="set it in the environment")
         return text
     if not Path(text).exists():
         raise RunnerError(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
@@ -22,6 +21,7 @@ from pydantic import (
 )
 
 from runner.hf_fields import OWNED_LORA_FIELDS, OWNED_TRAINING_FIELDS, FrozenDict, build_field_definitions
+from runner.secrets import names_secret
 
 SCHEMA_VERSION: Final = 1
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
@@ -204,9 +204,6 @@ class EarlyStoppingOn(Section):
     threshold: Annotated[float, Field(ge=0)] = 0.0
 
 
-_SECRET_NAME: Final = re.compile(r"secret|token|pass|pwd|credential|connection_string|(^|_)key$")
-
-
 class RemoteStorage(Section):
     """Where committed checkpoints are copied in the background; credentials come from the environment."""
 
@@ -218,21 +215,9 @@ class RemoteStorage(Section):
     @model_validator(mode="after")
     def _holds_no_secret(self) -> Self:
         for name in _names_at_any_depth(self.options):
-            if _SECRET_NAME.search(name.lower()):
+            if names_secret(name):
                 raise ValueError(f"`options.{name}` would put a secret into the record: set it in the environment")
-        if holds_password(self.url):
-            raise ValueError("`url` would put a password into the record: set it in the environment")
         return self
-
-
-def holds_password(url: str) -> bool:
-    """Whether a URL names a user with a password.
-
-    >>> holds_password("sftp://me:pw@host/folder"), holds_password("sftp://me@host/a:b")
-    (True, False)
-    """
-    user, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
-    return bool(at) and ":" in user
 
 
 def _names_at_any_depth(options: Mapping[str, Any]) -> list[str]:

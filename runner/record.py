@@ -10,12 +10,12 @@ import datetime
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from runner.continuation import list_obstacles, look_ahead
-from runner.errors import CorruptFileError, RefusedError
+from runner.errors import CorruptFileError, RefusedError, escape_controls
 from runner.fsio import is_leased, load_jsonl, parse_json, write_json_atomic
 from runner.identity import build_digest_payload, diff_payloads
 from runner.paths import AttemptPaths, RunPaths
@@ -53,13 +53,17 @@ EXIT_CODES: Final[Mapping[FailureKind, int]] = {
 }
 
 
+# What is shown in terminals, whoever wrote the file: a run directory may come from somebody else.
+Shown = Annotated[str, AfterValidator(escape_controls)]
+
+
 class Failure(Fact):
     """Why an attempt ended without a result, as the trainer saw it."""
 
     kind: FailureKind
-    message: str
+    message: Shown
     has_lost_peer: bool = False  # what a rank sees when another one has gone: that one knows why
-    log_tail: tuple[str, ...] = ()  # the last lines of the attempt's log, without secrets
+    log_tail: tuple[Shown, ...] = ()  # the last lines of the attempt's log, without secrets
 
 
 class StopRequest(Fact):
@@ -145,7 +149,7 @@ class TrainResult(Fact):
     num_steps: int
     best_step: int
     best_metric: float
-    metric: str
+    metric: Shown
     num_train_rows: int
     base: dict[str, SplitScore]  # split -> score of the base model: "validation", "test"
     tuned: dict[str, SplitScore]  # split -> score of the exported model
@@ -156,7 +160,7 @@ class TrainResult(Fact):
 class Progress(Fact):
     """`progress.json`: where the trainer stands; drawn by `sweep` and `status`, never decided upon."""
 
-    phase: str
+    phase: Shown
     step: int = 0
     max_steps: int | None = None
     loss: float | None = None
@@ -168,22 +172,22 @@ class RunStatus(Fact):
     """What a run is now and why; derived, never stored."""
 
     state: State
-    why: str
+    why: Shown
     step: int | None = None
     max_steps: int | None = None
     loss: float | None = None
     num_attempts: int = 0
     seconds: float | None = None  # over all attempts that ended, plus the running one
     failure: Failure | None = None
-    differences: tuple[str, ...] = ()  # dotted keys that changed since the run was made
+    differences: tuple[Shown, ...] = ()  # dotted keys that changed since the run was made
     checkpoint_step: int | None = None  # of the newest checkpoint of a run that is neither running nor completed
     obstacles: tuple[
         str, ...
     ] = ()  # dotted keys by which the launch is not the one that the checkpoint was written under
-    version_changes: tuple[str, ...] = ()  # of libraries since the checkpoint, where they are allowed
-    quarantined: tuple[str, ...] = ()  # checkpoints that were moved aside
-    pending_uploads: tuple[str, ...] = ()  # archives that have not reached remote storage
-    upload_failure: str | None = None  # of the newest of those that failed
+    version_changes: tuple[Shown, ...] = ()  # of libraries since the checkpoint, where they are allowed
+    quarantined: tuple[Shown, ...] = ()  # checkpoints that were moved aside
+    pending_uploads: tuple[Shown, ...] = ()  # archives that have not reached remote storage
+    upload_failure: Shown | None = None  # of the newest of those that failed
 
     @property
     def notes(self) -> str:

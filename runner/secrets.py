@@ -26,7 +26,7 @@ _SECRET_VARIABLE: Final = re.compile(
     re.IGNORECASE,
 )
 _HARMLESS_VARIABLE: Final = re.compile(r"_(PATH|FILE|DIR|TYPE|PARALLELISM)$", re.IGNORECASE)
-_SECRET_KEY: Final = re.compile(r"secret|token|pass|pwd|credential|connection_string|(^|_)key$", re.IGNORECASE)
+_SECRET_KEY: Final = re.compile(r"secret|token$|pass|pwd|credential|connection_string|(^|_)key$", re.IGNORECASE)
 
 
 class _Shape:

@@ -21,6 +21,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runner.errors import GridError
+from runner.secrets import find_secret
 
 MAX_OUTPUT_CHARACTERS: Final = 1_000_000
 _MAX_EXPONENT: Final = 100
@@ -128,6 +129,11 @@ class _CheckedLoader(FileSystemLoader):
 
     def get_source(self, environment: Environment, template: str) -> tuple[str, str, Callable[[], bool]]:
         source, filename, is_fresh = super().get_source(environment, template)
+        if secret := find_secret(source):
+            line = source.count("\n", 0, secret[1]) + 1
+            raise TemplateSyntaxError(
+                f"holds {secret[0]}: secrets come from the environment only", line, template, filename
+            )
         for line, what in _list_template_problems(environment.parse(source, template, filename)):
             raise TemplateSyntaxError(what, line, template, filename)
         return source, filename, is_fresh

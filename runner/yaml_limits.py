@@ -36,7 +36,10 @@ def find_hazards(text: str, overrides: Sequence[str] = ()) -> list[Problem]:
     problems: list[Problem] = []
     for override in overrides:
         key = override.partition("=")[0]
-        if hazard := _find_hazard(override):
+        if len(override) > _SURELY_SHALLOW_CHARACTERS:
+            what = f"is longer than {_SURELY_SHALLOW_CHARACTERS:,} characters, which belongs into a recipe"
+            problems.append(Problem("(override)", what))
+        elif hazard := _find_hazard(override):
             problems.append(Problem("(key)" if find_unusable_text(key) else key, hazard[0]))
     if hazard := _find_hazard(text):
         line = text.count("\n", 0, hazard[1]) + 1

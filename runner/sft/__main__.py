@@ -11,6 +11,7 @@ from pathlib import Path
 from runner.errors import RunnerError
 from runner.failures import build_failure
 from runner.fsio import Lease, write_json_atomic
+from runner.log_scrubbing import scrub_output
 from runner.paths import RunPaths
 from runner.processes import die_with_parent
 from runner.record import load_record, load_stored_recipe
@@ -22,6 +23,7 @@ def main() -> int:
     if len(sys.argv) != 2:
         print("usage: accelerate launch ... -m runner.sft RUN_DIR", file=sys.stderr)
         return 2
+    scrub_output()
     die_with_parent(os.getppid())
     run_dir = Path(sys.argv[1])
     try:

@@ -22,6 +22,7 @@ from runner.paths import marker_path
 from runner.recipe import derive_accumulation, derive_eval_batch, derive_micro_batch
 from runner.recipe_sections import GenerationOn
 from runner.record import GenerationScore, SplitScore
+from runner.secrets import scrub_json
 from runner.sft.callbacks import FlowCallback, ProgressCallback
 from runner.sft.checkpoints import commit_checkpoint
 from runner.sft.context import RunContext
@@ -299,4 +300,5 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
 
     def effective_arguments(self) -> Mapping[str, Any]:
         """Every field of the training arguments, without secrets."""
-        return {key: value for key, value in self.args.to_dict().items() if not key.endswith("_token")}
+        values = {key: value for key, value in self.args.to_dict().items() if not key.endswith("_token")}
+        return dict(scrub_json(values))

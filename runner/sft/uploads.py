@@ -22,6 +22,7 @@ from runner.markers import list_committed
 from runner.paths import STEP_PREFIX, AttemptPaths, RunPaths
 from runner.recipe_sections import RemoteStorage
 from runner.record import now_utc
+from runner.secrets import scrub_json
 from runner.sft.storage import RemoteFolder, retry
 
 PATIENCE_SECONDS: Final = 300.0  # that a completed run waits for what is still on its way
@@ -105,7 +106,7 @@ class Uploader:
         )  # last: what fails here is tried again, and an archive that is there is not resent
 
     def _note(self, step: int, **known: Any) -> None:
-        row = {"step": step, "url": self.folder.url, "at_utc": now_utc(), **known}
+        row = scrub_json({"step": step, "url": self.folder.url, "at_utc": now_utc(), **known})
         with contextlib.suppress(OSError):  # a full disk is told by what matters more
             append_jsonl(self._attempt.uploads_path, row)
         if known["outcome"] != "uploaded":
