@@ -182,7 +182,7 @@ class RunStatus(Fact):
     differences: tuple[Shown, ...] = ()  # dotted keys that changed since the run was made
     checkpoint_step: int | None = None  # of the newest checkpoint of a run that is neither running nor completed
     obstacles: tuple[
-        str, ...
+        Shown, ...
     ] = ()  # dotted keys by which the launch is not the one that the checkpoint was written under
     version_changes: tuple[Shown, ...] = ()  # of libraries since the checkpoint, where they are allowed
     quarantined: tuple[Shown, ...] = ()  # checkpoints that were moved aside
