@@ -292,11 +292,9 @@ class _Pool:
         if retry is None:
             self._record(failed)
             return
-        # What was asked for is asked for again until it was done, but never a checkpoint of another micro-batch.
-        is_kept = run.resume == "none" or not (has_made_steps or failed.failure.kind == "out_of_memory")
         again = replace(
             run,
-            resume=run.resume if is_kept else "auto",
+            resume=_resume_again(run.resume, failed.failure, has_made_steps=has_made_steps),
             retry=retry.number,
             micro_batch_divisor=retry.micro_batch_divisor if attempt else run.micro_batch_divisor,
             num_attempts=attempt.attempt.number if attempt else None,
@@ -309,6 +307,13 @@ class _Pool:
         self.result.failed.append(failed)
         first_line = failed.failure.message.partition("\n")[0]
         self.display.finished(failed.name, f"{failed.failure.kind}: {first_line}")
+
+
+def _resume_again(resume: str, failure: Failure, *, has_made_steps: bool) -> str:
+    """`Attempt.resume` of a retry: what was asked for is asked for again until it was done."""
+    if resume == "none" or failure.kind == "out_of_memory":
+        return "none"  # what lies in remote storage is of another micro-batch
+    return "auto" if has_made_steps else resume
 
 
 def build_command(run: Planned, placement: Placement) -> LaunchCommand:

@@ -185,6 +185,7 @@ class RunStatus(Fact):
         Shown, ...
     ] = ()  # dotted keys by which the launch is not the one that the checkpoint was written under
     version_changes: tuple[Shown, ...] = ()  # of libraries since the checkpoint, where they are allowed
+    micro_batch_divisor: int = 1  # of the last attempt: above 1, the run has gone out of memory
     quarantined: tuple[Shown, ...] = ()  # checkpoints that were moved aside
     pending_uploads: tuple[Shown, ...] = ()  # archives that have not reached remote storage
     upload_failure: Shown | None = None  # of the newest of those that failed
@@ -197,6 +198,8 @@ class RunStatus(Fact):
             notes.append(f"step {self.checkpoint_step} cannot be continued: {', '.join(self.obstacles)}")
         elif self.version_changes:
             notes.append(f"changed since step {self.checkpoint_step}: {', '.join(self.version_changes)}")
+        if self.micro_batch_divisor > 1:
+            notes.append(f"micro-batch / {self.micro_batch_divisor} since it ran out of memory")
         if self.pending_uploads:
             failure = f" ({self.upload_failure})" if self.upload_failure else ""
             notes.append(f"not in remote storage: {', '.join(self.pending_uploads)}{failure}")
@@ -309,6 +312,7 @@ def derive_status(
     progress = load_progress(paths.attempt(last.number).progress_path) if last else None
     known: dict[str, Any] = {
         "num_attempts": len(record.attempts),
+        "micro_batch_divisor": last.micro_batch_divisor if last else 1,
         "seconds": _sum_seconds(record, is_running),
         "step": progress.step if progress else None,
         "max_steps": progress.max_steps if progress else None,

@@ -33,6 +33,10 @@ class UnusableError(RefusedError):
     """A checkpoint of this run from which nothing can be continued; an older one may still do."""
 
 
+class OtherMicroBatchError(RefusedError):
+    """A checkpoint of this run in other micro-batches."""
+
+
 def import_checkpoint(
     paths: RunPaths,
     checkpoints: CheckpointsSection,
@@ -92,20 +96,35 @@ def find_beside(source: Path, step: int | None) -> Path | None:
     return next((path for name in names if (path := source.absolute().parent / name).exists()), None)
 
 
-def import_newest(paths: RunPaths, recipe: Recipe, fingerprint: Mapping[str, Any], remote: RemoteFolder) -> int | None:
+def import_newest(
+    paths: RunPaths,
+    recipe: Recipe,
+    fingerprint: Mapping[str, Any],
+    remote: RemoteFolder,
+    *,
+    skip_other_micro_batches: bool = False,
+) -> int | None:
     """Import the newest checkpoint of this run from remote storage that can be continued; None where it holds none.
+
+    `skip_other_micro_batches`: those do not count, in a run that was cut otherwise since.
 
     Raises:
         RefusedError: there are checkpoints, and none can be continued.
     """
     _insist(partial(remote.require_owner, fingerprint["recipe_digest"], claim=False), recipe)
     steps = _insist(remote.list_steps, recipe)
+    skipped: list[int] = []
     for step in reversed(steps):
         try:
             return import_checkpoint(paths, recipe.checkpoints, fingerprint, build_fetch(remote, step, recipe, paths))
         except UnusableError as error:
             print(f"warning: {remote.url}, step {step}: {error.message}", flush=True)
-    if steps:
+        except OtherMicroBatchError:
+            if not skip_other_micro_batches:
+                raise
+            skipped.append(step)
+            print(f"warning: {remote.url}, step {step}: of before the run went out of memory", flush=True)
+    if len(skipped) < len(steps):
         raise RefusedError(
             f"{remote.url} holds checkpoints of this run, but none can be continued (see the log)",
             hint="`runner launch RECIPE --fresh` starts at step 0",
@@ -145,8 +164,18 @@ def _insist(function: Callable[[], Result], recipe: Recipe) -> Result:
         raise OSError(f"remote storage cannot be read: {type(error).__name__}: {error}") from error
 
 
+def has_other_micro_batch(marker: Marker, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was written with another number of sequences per process and forward pass."""
+    key = "per_device_train_batch_size"
+    return marker.fingerprint.get(key) != fingerprint.get(key)
+
+
 def require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: str) -> None:
-    refuse_other_fingerprint(marker, fingerprint, hint)
+    try:
+        refuse_other_fingerprint(marker, fingerprint, hint)
+    except RefusedError as error:
+        kind = OtherMicroBatchError if has_other_micro_batch(marker, fingerprint) else RefusedError
+        raise kind(error.message, hint=error.hint) from None
     if marker.is_stripped:
         raise UnusableError(
             f"the checkpoint of step {marker.step} was stripped of its optimizer state and cannot be continued",

@@ -6,23 +6,25 @@ of this run. Whatever is newer than what is resumed from is moved aside.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from runner.archives import ArchiveError, extract_archive
+from runner.archives import ArchiveError, extract_archive, load_archived_marker
 from runner.continuation import LAUNCH_AS_BEFORE, refuse_or_warn_of_versions
-from runner.errors import RefusedError
+from runner.errors import CorruptFileError, RefusedError
 from runner.evaluations import read_best_step, read_evaluations
-from runner.markers import is_intact, list_archived, list_committed, load_marker
+from runner.markers import Marker, is_intact, list_archived, list_committed, load_marker
 from runner.paths import STEP_PREFIX, RunPaths
 from runner.recipe import Recipe
 from runner.recipe_sections import CheckpointsSection
-from runner.sft.checkpoints import clean_up, ensure_intact, find_resume_step
+from runner.sft.checkpoints import clean_up, ensure_intact, find_resume_step, set_aside
 from runner.sft.imports import (
     build_fetch,
     find_beside,
+    has_other_micro_batch,
     import_checkpoint,
     import_newest,
     require_continuable,
@@ -35,15 +37,25 @@ _TRY_AUTO: Final = "launch without `--resume`: what is damaged is moved aside, a
 
 
 def choose_resume_step(
-    paths: RunPaths, recipe: Recipe, fingerprint: Mapping[str, Any], resume: str, remote: RemoteFolder | None = None
+    paths: RunPaths,
+    recipe: Recipe,
+    fingerprint: Mapping[str, Any],
+    resume: str,
+    remote: RemoteFolder | None = None,
+    *,
+    has_run_out_of_memory: bool = False,
 ) -> int | None:
     """The step that this attempt goes on from, `resume` being `Attempt.resume`; None to start at step 0.
+
+    A run that `has_run_out_of_memory` and goes on in smaller micro-batches leaves behind what it wrote before.
 
     Raises:
         RefusedError: what was asked for cannot be continued.
         OSError: remote storage cannot be reached: to start at step 0 instead would be the greater loss.
     """
     checkpoints = recipe.checkpoints
+    if has_run_out_of_memory and resume in ("auto", "none"):
+        set_aside_other_micro_batches(paths, fingerprint)
     if resume in ("latest", "best"):
         rewind_to_named(paths, checkpoints, fingerprint, resume)
     elif "://" in resume:
@@ -53,13 +65,30 @@ def choose_resume_step(
         import_checkpoint(paths, checkpoints, fingerprint, partial(find_beside, Path(resume)))
     step = find_auto_step(paths, checkpoints, fingerprint)
     if step is None and resume == "auto" and remote is not None and checkpoints.remote and checkpoints.remote.load:
-        remote_step = import_newest(paths, recipe, fingerprint, remote)
+        remote_step = import_newest(paths, recipe, fingerprint, remote, skip_other_micro_batches=has_run_out_of_memory)
         step = find_auto_step(paths, checkpoints, fingerprint) if remote_step is not None else None
     if step is not None:
         refuse_or_warn_of_versions(load_marker(paths.checkpoint_dir(step)), fingerprint, recipe)
         # What a killed attempt had not come to, under the limits of today's recipe.
         apply_retention(paths, checkpoints, read_evaluations(paths.checkpoint_dir(step), checkpoints))
     return step
+
+
+def set_aside_other_micro_batches(paths: RunPaths, fingerprint: Mapping[str, Any]) -> None:
+    """Move aside what was written in other micro-batches: to go on from it would not be bit-identical."""
+    clean_up(paths)
+    for step in sorted({*list_committed(paths), *list_archived(paths)}):
+        marker = _load_either_marker(paths, step)
+        if marker is not None and has_other_micro_batch(marker, fingerprint):
+            set_aside(paths, step, "it was written in larger micro-batches, before the run went out of memory")
+
+
+def _load_either_marker(paths: RunPaths, step: int) -> Marker | None:
+    """None where neither folder nor archive can be read; that is found out again, and moved aside for that."""
+    for load, path in ((load_marker, paths.checkpoint_dir(step)), (load_archived_marker, paths.archive_path(step))):
+        with contextlib.suppress(CorruptFileError, OSError):
+            return load(path)
+    return None
 
 
 def find_auto_step(paths: RunPaths, checkpoints: CheckpointsSection, fingerprint: Mapping[str, Any]) -> int | None:

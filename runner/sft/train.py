@@ -40,7 +40,14 @@ def train(run_dir: Path) -> None:
             write_json_atomic(paths.samples_path, describe_samples(samples, recipe.loss))
         remote = context.uploader.folder if context.uploader is not None else None
         resume_step = context.on_main(
-            lambda: choose_resume_step(paths, recipe, context.fingerprint, context.resume, remote)
+            lambda: choose_resume_step(
+                paths,
+                recipe,
+                context.fingerprint,
+                context.resume,
+                remote,
+                has_run_out_of_memory=context.micro_batch_divisor > 1,
+            )
         )
         if context.uploader is not None:
             context.uploader.start()

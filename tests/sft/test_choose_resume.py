@@ -8,15 +8,27 @@ from pathlib import Path
 
 import pytest
 from conftest import RECIPE_TEXT
-from fake_checkpoints import FINGERPRINT, commit, dies_at, flip_bit, listing, make_limits, make_paths, quarantined
+from fake_checkpoints import (
+    FINGERPRINT,
+    commit,
+    dies_at,
+    flip_bit,
+    listing,
+    make_limits,
+    make_paths,
+    quarantined,
+    write,
+)
 
 from runner.archives import write_archive
 from runner.errors import RefusedError
 from runner.markers import is_intact, list_committed, load_marker
 from runner.paths import RunPaths
 from runner.recipe import parse_recipe
+from runner.sft.checkpoints import commit_checkpoint
 from runner.sft.resume import choose_resume_step, resolve_checkpoint
 from runner.sft.retention import strip_checkpoint
+from runner.sft.storage import open_run_folder
 
 VALUES = {4: 3.0, 8: 1.0, 12: 2.0}
 LIMITS = make_limits(keep_latest=9)
@@ -219,3 +231,52 @@ def test_weights_are_found_for_those_who_only_read(paths: RunPaths, tmp_path: Pa
             resolve_checkpoint(paths, LIMITS, str(damaged), scratch / "no")
     with pytest.raises(RefusedError, match="no checkpoint that verifies"):
         resolve_checkpoint(make_paths(tmp_path / "bare"), LIMITS, "best", scratch)
+
+
+CUT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+SMALLER = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+
+
+def commit_cut(paths: RunPaths, cut: dict[str, int], *steps: int) -> None:
+    for step in steps:
+        commit_checkpoint(write(paths, step, {}), paths, step, FINGERPRINT | cut)
+
+
+def test_checkpoints_of_before_it_went_out_of_memory_are_left_behind(tmp_path: Path) -> None:
+    paths = make_paths(tmp_path)
+    commit_cut(paths, CUT, 4, 8)
+    write_archive(paths.checkpoint_dir(8), paths.archive_path(8))
+    with pytest.raises(RefusedError, match="per_device_train_batch_size: 2 -> 1"):
+        choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, "auto")
+    shutil.rmtree(paths.checkpoint_dir(8))  # of which the archive is left
+    for resume in ("none", "auto"):
+        assert choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, resume, has_run_out_of_memory=True) is None
+    assert list_committed(paths) == [] and quarantined(paths) == ["step-4.1", "step-8.zip.1"]
+    commit_cut(paths, SMALLER, 4, 8)
+    assert choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, "auto", has_run_out_of_memory=True) == 8
+    assert quarantined(paths) == ["step-4.1", "step-8.zip.1"], "its own stay"
+    with pytest.raises(RefusedError, match="per_device_train_batch_size: 2 -> 1"):
+        named = str(paths.quarantine_dir / "step-4.1")
+        choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, named, has_run_out_of_memory=True)
+
+
+def test_archives_of_before_it_went_out_of_memory_are_not_fetched(tmp_path: Path) -> None:
+    remote = f"checkpoints.remote={{url: 'file://{tmp_path}/remote', options: {{auto_mkdir: true}}, load: true}}"
+    recipe = parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=(remote,))
+    folder = open_run_folder(recipe)
+    assert folder is not None
+    sender = make_paths(tmp_path / "sender")
+    commit_cut(sender, CUT, 4, 8)
+    folder.require_owner(FINGERPRINT["recipe_digest"], claim=True)
+    for step in (4, 8):
+        write_archive(sender.checkpoint_dir(step), sender.archive_path(step))
+        folder.send(sender.archive_path(step), step)
+    paths, current = make_paths(tmp_path / "receiver"), FINGERPRINT | SMALLER
+    with pytest.raises(RefusedError, match="per_device_train_batch_size"):
+        choose_resume_step(paths, recipe, current, "auto", folder)
+    assert choose_resume_step(paths, recipe, current, "auto", folder, has_run_out_of_memory=True) is None
+    smaller = make_paths(tmp_path / "smaller")
+    commit_cut(smaller, SMALLER, 4)
+    write_archive(smaller.checkpoint_dir(4), smaller.archive_path(4))
+    folder.send(smaller.archive_path(4), 4)
+    assert choose_resume_step(paths, recipe, current, "auto", folder, has_run_out_of_memory=True) == 4
