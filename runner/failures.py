@@ -32,6 +32,8 @@ HINTS: Final[Mapping[FailureKind, str]] = {
     "crashed": "the log's last lines say where; the same command tries again",
 }
 
+UNREADABLE_HINT: Final = "`runner launch RECIPE --fresh` moves the run aside and starts anew; nothing is deleted"
+
 _MAX_MESSAGE_CHARACTERS: Final = 4000
 _TAIL_LINES: Final = 15
 _TAIL_CHARACTERS: Final = 400

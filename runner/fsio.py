@@ -119,7 +119,7 @@ def load_jsonl(path: Path) -> list[dict[str, Any]]:
     """Every whole row of a JSONL file; a torn last line (no newline: the writer was killed) is left out.
 
     Raises:
-        CorruptFileError: another line is not JSON.
+        CorruptFileError: another line is no JSON object.
     """
     try:
         content = path.read_bytes()
@@ -128,9 +128,12 @@ def load_jsonl(path: Path) -> list[dict[str, Any]]:
     whole, _, _ = content.rpartition(b"\n")
     lines = whole.split(b"\n")  # not splitlines: a text may hold other line separators
     try:
-        return [json.loads(line) for line in lines if line]
-    except ValueError as error:
+        rows = [json.loads(line) for line in lines if line]
+    except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} has a line that is not JSON: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise CorruptFileError(f"{path} has a line that is no JSON object")
+    return rows
 
 
 def write_jsonl_atomic(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

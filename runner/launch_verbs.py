@@ -17,6 +17,7 @@ from runner.cluster import count_allotted_cores
 from runner.cluster_files import FILE_ENGINES, check_file_engine, print_cluster_file
 from runner.continuation import describe_obstacles, suggest_ways_out
 from runner.errors import RefusedError, RunnerError
+from runner.failures import UNREADABLE_HINT
 from runner.fsio import hash_json
 from runner.identity import ContentHashes, hash_contents, known_contents
 from runner.launch import LaunchCommand, Placement
@@ -25,7 +26,7 @@ from runner.plan import Decision, decide, decide_queued
 from runner.recipe import NAME_PATTERN, load_recipe
 from runner.record import EXIT_CODES, RunStatus, derive_status, find_divisor
 from runner.secrets import find_secret
-from runner.selection import Selected, run_paths, select_recipes, suggest_path
+from runner.selection import Selected, UnreadableRun, run_paths, select_recipes, suggest_path
 
 if TYPE_CHECKING:
     from runner.pool import Planned, PoolResult
@@ -72,7 +73,10 @@ def run_launch(arguments: argparse.Namespace) -> int:
 
 def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -> int:
     """`runner sweep`."""
-    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
+    unreadable: list[UnreadableRun] = []
+    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where, unreadable)
+    for lost in unreadable:
+        print(f"warning: {lost.full_name} is unreadable: {lost.why}\n  {UNREADABLE_HINT}", file=sys.stderr)
     if arguments.list:
         print("\n".join(str(one.source_path) for one in selected))
         return 0
@@ -88,7 +92,7 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
     else:
         planned, num_unhappy = _decide_all(selected, arguments, {}, only_unfinished=only_unfinished)
         code = _ENGINES[arguments.engine](planned, arguments)
-    return code or (1 if num_unhappy and not arguments.dry_run else 0)
+    return code or (1 if (num_unhappy or unreadable) and not arguments.dry_run else 0)
 
 
 def _decide_all(
@@ -204,6 +208,11 @@ def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedErro
             f"{paths.run_dir} holds another experiment, the recipe changed since:\n"
             + "\n".join(f"  {line}" for line in status.differences),
             hint=f"{same_launch} --fresh  # moves the old run aside and starts anew",
+        )
+    if status.state == "unreadable":
+        return RefusedError(
+            f"{paths.run_dir} is unreadable: {status.why}",
+            hint=f"{same_launch} --fresh  # moves the run aside and starts anew",
         )
     return RefusedError(
         f"{paths.run_dir}: {describe_obstacles(status.checkpoint_step, status.obstacles)}",

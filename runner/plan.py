@@ -38,6 +38,8 @@ def decide(status: RunStatus, *, retry_failed: bool = False, only_unfinished: bo
         return Decision("skip", why)
     if status.state == "changed":
         return Decision("refuse", why)
+    if status.state == "unreadable":
+        return Decision("refuse", f"{why} (`runner launch RECIPE --fresh` moves the run aside)")
     if status.state == "pending" and only_unfinished:
         return Decision("skip", f"{why} (rerun starts only what was begun)")
     if status.failure is not None and status.failure.kind in DETERMINISTIC_KINDS and not retry_failed:

@@ -7,12 +7,13 @@ computed from these, the lease and the digest each time it is asked for, and sto
 from __future__ import annotations
 
 import datetime
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, ParamSpec, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from runner.continuation import list_obstacles, look_ahead
 from runner.errors import CorruptFileError, RefusedError, escape_controls
@@ -31,7 +32,7 @@ _MOST_TELLING: Final[tuple[FailureKind, ...]] = (
     *("diverged", "data", "configuration", "out_of_memory", "transient", "crashed", "preempted", "lost"),
 )
 
-State = Literal["pending", "running", "completed", "interrupted", "failed", "changed"]
+State = Literal["pending", "running", "completed", "interrupted", "failed", "changed", "unreadable"]
 
 
 class Fact(BaseModel):
@@ -73,18 +74,29 @@ class StopRequest(Fact):
     why: str
 
 
+def _require_zone(text: str) -> str:
+    if datetime.datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a moment without its time zone")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_require_zone)]  # ISO 8601, UTC
+
+
 class Attempt(Fact):
     """One `accelerate launch` of a run. An attempt without an end was killed together with its launcher."""
 
     number: int
-    started_at_utc: str
-    ended_at_utc: str | None = None
+    started_at_utc: Moment
+    ended_at_utc: Moment | None = None
     command: tuple[str, ...]
     environment: dict[str, str]
     num_processes: int
     host: str
     retry: int = 0  # the how-manieth retry in a row this is, by itself; 0: somebody asked for this attempt
-    micro_batch_divisor: int = 1  # what `per_device_*_batch_size` are divided by, after running out of memory
+    micro_batch_divisor: int = Field(
+        default=1, ge=1
+    )  # what `per_device_*_batch_size` are divided by, after running out of memory
     cluster_job: str | None = None  # the cluster engine's name for what runs this attempt, such as `slurm 17_3`
     resume: str = "auto"  # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
@@ -99,6 +111,14 @@ class RunRecord(Fact):
     """`run.json`."""
 
     attempts: tuple[Attempt, ...] = ()
+
+    @field_validator("attempts")
+    @classmethod
+    def _are_numbered(cls, attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
+        numbers = [attempt.number for attempt in attempts]
+        if numbers != sorted({number for number in numbers if number > 0}):
+            raise ValueError("the numbers of the attempts do not ascend from 1")
+        return attempts
 
 
 class StoredRecipe(Fact):
@@ -260,6 +280,7 @@ def load_stored_recipe(paths: RunPaths) -> StoredRecipe | None:
     return _load_fact(paths.recipe_path, StoredRecipe)
 
 
+Asked = ParamSpec("Asked")
 Loaded = TypeVar("Loaded", bound=Fact)
 
 
@@ -294,6 +315,22 @@ def find_differences(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str
     ]
 
 
+def or_unreadable(derive: Callable[Asked, RunStatus]) -> Callable[Asked, RunStatus]:
+    """`derive`, for which a file that cannot be read is a state and no reason to say nothing of the other runs."""
+
+    @functools.wraps(derive)
+    def derive_whatever_is_there(*arguments: Asked.args, **keywords: Asked.kwargs) -> RunStatus:
+        try:
+            return derive(*arguments, **keywords)
+        except CorruptFileError as error:
+            return RunStatus(state="unreadable", why=error.message)
+        except OSError as error:
+            return RunStatus(state="unreadable", why=str(error))
+
+    return derive_whatever_is_there
+
+
+@or_unreadable
 def derive_status(
     paths: RunPaths,
     recipe: Recipe,

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from runner.errors import CorruptFileError
 from runner.fsio import load_json
 from runner.hf_fields import thaw
 from runner.paths import RunPaths
@@ -174,17 +175,20 @@ def axis_key(value: Any) -> str:
 
 
 def _build_row(position: int, recipe: Recipe, paths: RunPaths, status: RunStatus) -> ReportRow:
-    result = load_result(paths) if status.state == "completed" else None
+    try:
+        result = load_result(paths) if status.state == "completed" else None
+        samples = load_json(paths.samples_path) if result is not None else None
+    except (CorruptFileError, OSError):
+        return ReportRow(recipe, position, "unreadable")
     if result is None:
         return ReportRow(recipe, position, status.state)
     base, tuned = result.base.get("test"), result.tuned.get("test")
-    samples = load_json(paths.samples_path) or {}
     return ReportRow(
         recipe,
         position,
         status.state,
         num_test_rows=tuned.num_rows if tuned else None,
-        test_rows_hash=samples.get("splits", {}).get("test", {}).get("ids_hash"),
+        test_rows_hash=_find_ids_hash(samples),
         base=_build_scores(base),
         tuned=_build_scores(tuned),
         answers=result.generation,
@@ -192,6 +196,13 @@ def _build_row(position: int, recipe: Recipe, paths: RunPaths, status: RunStatus
         num_steps=result.num_steps,
         stop_reason=result.stop_reason,
     )
+
+
+def _find_ids_hash(samples: Any) -> str | None:
+    try:
+        return str(samples["splits"]["test"]["ids_hash"])
+    except (TypeError, LookupError):
+        return None
 
 
 def _build_scores(score: SplitScore | None) -> Scores:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.errors import RecipeError, RefusedError, RunnerError
+from runner.errors import CorruptFileError, RecipeError, RefusedError, RunnerError
 from runner.paths import RunPaths
 from runner.recipe import Recipe, load_recipe
 from runner.record import load_stored_recipe
@@ -28,12 +28,34 @@ class Selected:
         return f"{self.recipe.run.grid}/{self.recipe.run.name}"
 
 
-def select_recipes(arguments: Sequence[str], output_root: Path, where: Sequence[str] = ()) -> list[Selected]:
+@dataclass(frozen=True)
+class UnreadableRun:
+    """A run directory whose `recipe.json` does not say which run it is."""
+
+    paths: RunPaths
+    why: str
+
+    @property
+    def full_name(self) -> str:
+        """`<grid>/<run name>`, as the folders are named."""
+        return f"{self.paths.run_dir.parent.name}/{self.paths.run_dir.name}"
+
+
+def select_recipes(
+    arguments: Sequence[str],
+    output_root: Path,
+    where: Sequence[str] = (),
+    unreadable: list[UnreadableRun] | None = None,
+) -> list[Selected]:
     """Every recipe that the arguments name, in order and each once, whose axes match `where`.
 
+    Run directories that cannot be read go to `unreadable`, unless a recipe of theirs is named too.
+
     Raises:
-        RunnerError: an argument names nothing, a recipe is wrong (all of them are listed), or `where` matches nothing.
+        RunnerError: an argument names nothing, a recipe is wrong (all of them are listed), or `where` matches nothing;
+            without `unreadable`, also a run directory that cannot be read.
     """
+    damaged: list[UnreadableRun] = []
     found: dict[Path, Selected] = {}
     errors: list[RecipeError] = []
     for path in _expand(arguments):
@@ -41,6 +63,12 @@ def select_recipes(arguments: Sequence[str], output_root: Path, where: Sequence[
             selected = _load_selected(path, output_root)
         except RecipeError as error:
             errors.append(error)
+            continue
+        except (CorruptFileError, OSError) as error:
+            if unreadable is None or not path.is_dir():
+                raise
+            why = error.message if isinstance(error, CorruptFileError) else str(error)
+            damaged.append(UnreadableRun(RunPaths(path), why))
             continue
         other = found.setdefault(selected.paths.run_dir.resolve(), selected)
         if path.is_dir():  # a run directory: its recipe file, where one was named too, says more
@@ -53,6 +81,8 @@ def select_recipes(arguments: Sequence[str], output_root: Path, where: Sequence[
             )
     if errors:
         raise combine_errors(errors)
+    if unreadable is not None:
+        unreadable += [one for one in damaged if one.paths.run_dir.resolve() not in found]
     return _match_axes(list(found.values()), where)
 
 

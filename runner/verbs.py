@@ -8,15 +8,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from runner.errors import RunnerError
+from runner.failures import HINTS, UNREADABLE_HINT
 from runner.identity import ContentHashes, known_contents
 from runner.launch_verbs import run_launch, run_rerun, run_sweep, select_run
 from runner.paths import RunPaths, content_cache_path
 from runner.recipe import Recipe, load_recipe, parse_recipe
-from runner.record import derive_status, load_stored_recipe
-from runner.selection import select_recipes, suggest_path
+from runner.record import RunStatus, derive_status, load_stored_recipe
+from runner.selection import UnreadableRun, select_recipes, suggest_path
 
 __all__ = [
     "run_chat",
@@ -77,7 +80,9 @@ def run_status(arguments: argparse.Namespace) -> int:
     """`runner status`: reads files only, hashes nothing."""
     import json
 
-    selected = select_recipes(arguments.paths or _everything(arguments), arguments.output_root, arguments.where)
+    unreadable: list[UnreadableRun] = []
+    named = arguments.paths or _everything(arguments)
+    selected = select_recipes(named, arguments.output_root, arguments.where, unreadable)
     if arguments.watch:
         from runner.watch import watch
 
@@ -85,21 +90,40 @@ def run_status(arguments: argparse.Namespace) -> int:
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     rows = [(one, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes))) for one in selected]
     if arguments.json:
-        content = [
+        content: list[dict[str, Any]] = [
             {"grid": one.recipe.run.grid, "name": one.recipe.run.name, "axes": dict(one.recipe.run.axes)}
             | {"run_dir": str(one.paths.run_dir), **status.model_dump()}
             for one, status in rows
         ]
+        for lost in unreadable:
+            grid, _, name = lost.full_name.partition("/")
+            status = RunStatus(state="unreadable", why=lost.why)
+            content.append({"grid": grid, "name": name, "axes": {}, "run_dir": str(lost.paths.run_dir)})
+            content[-1] |= status.model_dump()
         print(json.dumps(content, indent=2))
-        return 0
-    width = max((len(one.full_name) for one, _ in rows), default=0)
+        return 1 if any(one["state"] == "unreadable" for one in content) else 0
+    width = max((len(one.full_name) for one in (*selected, *unreadable)), default=0)
     for one, status in rows:
         step = "" if status.step is None else f"{status.step}/{status.max_steps or '?'}"
         loss = "" if status.loss is None else f"{status.loss:.4f}"
         seconds = "" if status.seconds is None else f"{status.seconds:.0f} s"
-        why = "; ".join(filter(None, (status.why.partition("\n")[0], status.notes)))
+        kind = status.failure.kind if status.failure and status.state == "interrupted" else None
+        why = ": ".join(filter(None, (kind, status.why.partition("\n")[0])))
+        why = "; ".join(filter(None, (why, status.notes)))
         print(f"{one.full_name:<{width}}  {status.state:<11}  {step:>9}  {loss:>8}  {seconds:>7}  {why}")
-    return 0
+    for lost in unreadable:
+        print(f"{lost.full_name:<{width}}  {'unreadable':<11}  {'':>9}  {'':>8}  {'':>7}  {lost.why}")
+    return _print_hints([status for _, status in rows], num_unreadable=len(unreadable))
+
+
+def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
+    """What to do, once for each kind of failure, on stderr; the exit code of `runner status`."""
+    for kind in dict.fromkeys(status.failure.kind for status in statuses if status.failure is not None):
+        print(f"hint: {kind}: {HINTS[kind]}", file=sys.stderr)
+    is_any_unreadable = num_unreadable > 0 or any(status.state == "unreadable" for status in statuses)
+    if is_any_unreadable:
+        print(f"hint: unreadable: {UNREADABLE_HINT}", file=sys.stderr)
+    return 1 if is_any_unreadable else 0
 
 
 def run_why(arguments: argparse.Namespace) -> int:
@@ -121,7 +145,8 @@ def run_report(arguments: argparse.Namespace) -> int:
     from runner.report_comparisons import build_comparisons
     from runner.report_format import format_report
 
-    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
+    unreadable: list[UnreadableRun] = []
+    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where, unreadable)
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     runs = [
         (one.recipe, one.paths, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)))
@@ -129,7 +154,11 @@ def run_report(arguments: argparse.Namespace) -> int:
     ]
     rows = build_rows(runs)
     print(format_report(rows, build_comparisons(rows), arguments.format), end="")
-    return 0
+    whys = [(lost.full_name, lost.why) for lost in unreadable]
+    whys += [(f"{row.grid}/{row.name}", "see `runner status`") for row in rows if row.state == "unreadable"]
+    for name, why in whys:
+        print(f"warning: {name} is unreadable: {why}", file=sys.stderr)
+    return 1 if whys else 0
 
 
 def run_chat(arguments: argparse.Namespace) -> int:

@@ -279,3 +279,16 @@ def test_the_names_of_overridden_runs_differ_when_the_overrides_do() -> None:
     names = [name_overridden("base", overrides) for overrides in lists]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(NAME_PATTERN, name) and len(name) <= 150 for name in names)
+
+
+def test_status_says_what_to_do_once_for_each_kind(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.add("a", "b", told="fail out_of_memory CUDA out of memory")
+    fake.add("c", told="exit 9")
+    fake.add("d")
+    main(["sweep", "recipes/toy"])
+    capsys.readouterr()
+    assert main(["status", "recipes/toy"]) == 0
+    shown = capsys.readouterr()
+    assert "out_of_memory: CUDA out of memory" in shown.out and "lost: the trainer vanished" in shown.out
+    assert shown.err.count("hint: out_of_memory: `launch.retries.out_of_memory: 2`") == 1
+    assert "hint: lost: killed from outside" in shown.err and len(shown.err.splitlines()) == 2

@@ -174,19 +174,59 @@ def test_a_damaged_file_of_the_trainer_is_a_failure(
 
 
 @pytest.mark.parametrize("name", ["recipe.json", "run.json", "result.json"])
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"attempts": [{"number": "one"}], "recipe": {}}', "\xff"])
-def test_a_damaged_record_is_an_error_in_words(
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", '{"attempts": [{"number": "one"}], "recipe": {}}', "\xff", "[" * 100_000, "null"],
+    ids=["empty", "cut", "list", "types", "bytes", "deep", "null"],
+)
+def test_a_damaged_record_stops_its_own_run_only(
     name: str, text: str, fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "b", told="exit 1")
+    main(["sweep", "recipes/toy"])
+    (fake.paths("a").run_dir / name).write_bytes(text.encode("latin-1"))
+    fake.tell("b", "complete")
+    capsys.readouterr()
+    assert main(["launch", "recipes/toy/a.yaml"]) == 2
+    stderr = capsys.readouterr().err
+    assert "is unreadable: " in stderr and f"runs/toy/a/{name}" in stderr and "--fresh" in stderr
+    assert main(["sweep", "recipes/toy"]) == 1
+    assert f"refuse  toy/a  unreadable: runs/toy/a/{name}" in capsys.readouterr().out
+    for named in ("recipes/toy", "runs"):
+        assert main(["status", named]) == 1
+        shown = capsys.readouterr()
+        assert "toy/b  completed" in shown.out and "toy/a  unreadable" in shown.out and name in shown.out
+        assert "hint: unreadable: `runner launch RECIPE --fresh`" in shown.err
+        assert main(["status", named, "--json"]) == 1
+        states = {row["name"]: row["state"] for row in json.loads(capsys.readouterr().out)}
+        assert states == {"a": "unreadable", "b": "completed"}
+        assert main(["report", named]) == 1
+        assert "warning: toy/a is unreadable" in capsys.readouterr().err
+    assert fake.started() == ["a", "b", "b"]
+    fake.tell("a", "complete")
+    assert main(["launch", "recipes/toy/a.yaml", "--fresh"]) == 0
+    assert main(["status", "recipes/toy"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("attempts", "why"),
+    [
+        ('[{"number": 2}]', "number"),
+        ('[{"number": 1, "started_at_utc": "yesterday"}]', "started_at_utc"),
+        ('[{"number": 1, "started_at_utc": "2026-01-01T00:00:00"}]', "zone"),
+        ('[{"number": 1, "micro_batch_divisor": 0}]', "micro_batch_divisor"),
+    ],
+)
+def test_attempts_that_cannot_be_are_unreadable(
+    attempts: str, why: str, fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.add("a", told="exit 1")
     main(["sweep", "recipes/toy"])
-    (fake.paths("a").run_dir / name).write_bytes(text.encode("latin-1"))
+    [attempt] = fake.attempts("a")
+    write_json_atomic(fake.paths("a").record_path, {"attempts": [attempt | one for one in json.loads(attempts)]})
     capsys.readouterr()
-    for arguments in (["status", "recipes/toy"], ["sweep", "recipes/toy"], ["launch", "recipes/toy/a.yaml"]):
-        assert main(arguments) == 2
-        stderr = capsys.readouterr().err
-        assert stderr.startswith("error: ") and f"runs/toy/a/{name}" in stderr
-    assert len(fake.started()) == 1
+    assert main(["status", "recipes/toy"]) == 1
+    assert why in capsys.readouterr().out
 
 
 def test_a_progress_file_that_a_power_loss_cut_off_does_no_harm(fake: FakeLauncher) -> None:
