@@ -94,9 +94,8 @@ class Attempt(Fact):
     num_processes: int
     host: str
     retry: int = 0  # the how-manieth retry in a row this is, by itself; 0: somebody asked for this attempt
-    micro_batch_divisor: int = Field(
-        default=1, ge=1
-    )  # what `per_device_*_batch_size` are divided by, after running out of memory
+    # What `per_device_*_batch_size` are divided by, after running out of memory.
+    micro_batch_divisor: int = Field(default=1, ge=1)
     cluster_job: str | None = None  # the cluster engine's name for what runs this attempt, such as `slurm 17_3`
     resume: str = "auto"  # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
@@ -114,7 +113,7 @@ class RunRecord(Fact):
 
     @field_validator("attempts")
     @classmethod
-    def _are_numbered(cls, attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
+    def _ascend(cls, attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
         numbers = [attempt.number for attempt in attempts]
         if numbers != sorted({number for number in numbers if number > 0}):
             raise ValueError("the numbers of the attempts do not ascend from 1")

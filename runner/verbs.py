@@ -102,7 +102,8 @@ def run_status(arguments: argparse.Namespace) -> int:
             content[-1] |= status.model_dump()
         print(json.dumps(content, indent=2))
         return 1 if any(one["state"] == "unreadable" for one in content) else 0
-    width = max((len(one.full_name) for one in (*selected, *unreadable)), default=0)
+    names = [one.full_name for one in selected] + [lost.full_name for lost in unreadable]
+    width = max(map(len, names), default=0)
     for one, status in rows:
         step = "" if status.step is None else f"{status.step}/{status.max_steps or '?'}"
         loss = "" if status.loss is None else f"{status.loss:.4f}"

@@ -211,7 +211,7 @@ def test_a_damaged_record_stops_its_own_run_only(
 @pytest.mark.parametrize(
     ("attempts", "why"),
     [
-        ('[{"number": 2}]', "number"),
+        ('[{"number": 0}]', "number"),
         ('[{"number": 1, "started_at_utc": "yesterday"}]', "started_at_utc"),
         ('[{"number": 1, "started_at_utc": "2026-01-01T00:00:00"}]', "zone"),
         ('[{"number": 1, "micro_batch_divisor": 0}]', "micro_batch_divisor"),

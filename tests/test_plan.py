@@ -31,6 +31,7 @@ def make_status(state: State, kind: FailureKind | None = None) -> RunStatus:
         ("interrupted", "launch", "launch"),
         ("failed", "launch", "launch"),
         ("changed", "refuse", "refuse"),
+        ("unreadable", "refuse", "refuse"),
     ],
 )
 def test_each_state_has_one_answer(state: State, swept: Action, rerun: Action) -> None:
@@ -40,7 +41,8 @@ def test_each_state_has_one_answer(state: State, swept: Action, rerun: Action) -
 
 
 def test_the_table_above_is_whole() -> None:
-    assert set(typing.get_args(State)) == {"pending", "running", "completed", "interrupted", "failed", "changed"}
+    known = {"pending", "running", "completed", "interrupted", "failed", "changed", "unreadable"}
+    assert set(typing.get_args(State)) == known
 
 
 @pytest.mark.parametrize("kind", KINDS)
