@@ -26,6 +26,7 @@ from runner.launch import LaunchCommand
 from runner.log_scrubbing import scrub_log
 from runner.paths import AttemptPaths, RunPaths, old_run_dir
 from runner.processes import die_with_parent
+from runner.ranks import ATTEMPT_VARIABLE, has_ranks, hold_launcher_lock, wait_for_ranks
 from runner.recipe import Recipe, derive_accumulation
 from runner.record import (
     DETERMINISTIC_KINDS,
@@ -134,7 +135,7 @@ def open_attempt(
 def take_lease(paths: RunPaths) -> Lease | None:
     """The lease of a run, or None when somebody else holds it."""
     lease = Lease(paths.lease_path)
-    if lease.try_acquire():
+    if lease.try_acquire() and not has_ranks(paths):
         return lease
     lease.close()
     return None
@@ -182,6 +183,7 @@ class RunningAttempt:
     attempt: Attempt
     process: subprocess.Popen[bytes]
     lease: Lease
+    launcher_lock: Lease | None = None  # of an attempt on several machines
     stop_reason: str | None = None
 
     @property
@@ -211,6 +213,9 @@ class RunningAttempt:
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
             self.signal_group(signal.SIGKILL)  # what the launcher may have left behind; its own id is not free yet
         status = self.process.wait()
+        if self.launcher_lock is not None:
+            self.launcher_lock.close()
+            wait_for_ranks(self.paths, GRACE_SECONDS)
         with contextlib.suppress(OSError):  # no room for a second copy of it
             scrub_log(self.files.log_path)
         failure = self._find_failure(status)
@@ -300,19 +305,21 @@ def start_attempt(
             return None
         refuse_what_failed_since(paths, num_attempts)
         attempt = open_attempt(paths, command, num_processes, read_git_state(), resume, retry, divisor)
+        lock = hold_launcher_lock(paths.attempt(attempt.number)) if command.spans_machines else None
         process = _start_launcher(paths, attempt, command, lease)
     except BaseException:
         lease.close()
         raise
-    return RunningAttempt(paths, attempt, process, lease)
+    return RunningAttempt(paths, attempt, process, lease, lock)
 
 
 def _start_launcher(paths: RunPaths, attempt: Attempt, command: LaunchCommand, lease: Lease) -> subprocess.Popen[bytes]:
+    told = {ATTEMPT_VARIABLE: str(attempt.number)} if command.spans_machines else {}
     try:
         with paths.attempt(attempt.number).log_path.open("ab") as log:
             return subprocess.Popen(
                 command.argv,
-                env={**os.environ, **command.environment},
+                env={**os.environ, **command.environment, **told},
                 stdin=lease.fileno(),
                 stdout=log,
                 stderr=subprocess.STDOUT,

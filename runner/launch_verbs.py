@@ -20,7 +20,7 @@ from runner.errors import RefusedError, RunnerError
 from runner.failures import UNREADABLE_HINT
 from runner.fsio import hash_json
 from runner.identity import ContentHashes, hash_contents, known_contents
-from runner.launch import LaunchCommand, Placement
+from runner.launch import LaunchCommand, Machines, Placement
 from runner.paths import RunPaths, content_cache_path
 from runner.plan import Decision, decide, decide_queued
 from runner.recipe import NAME_PATTERN, load_recipe
@@ -29,23 +29,29 @@ from runner.secrets import find_secret
 from runner.selection import Selected, UnreadableRun, run_paths, select_recipes, suggest_path
 
 if TYPE_CHECKING:
+    from runner.machines import Allocation
     from runner.pool import Planned, PoolResult
     from runner.slurm import QueuedRun
 
 _STOPPED: Final = 130  # by Ctrl-C or another signal, as shells count it
+_PORT_BY_HAND: Final = 29500  # of the main process, where nobody can look for a free one
 _PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
 
 
 def run_launch(arguments: argparse.Namespace) -> int:
     """`runner launch`."""
+    from runner.machines import find_allocation
     from runner.pool import Planned, build_command
 
     selected, resume = _select_one(arguments), _parse_resume(arguments.resume)
     recipe, paths = selected.recipe, selected.paths
     num_processes = arguments.num_processes or recipe.launch.num_processes
-    command = build_command(Planned(selected, {}, num_processes), _placement(num_processes))
+    num_machines = recipe.launch.num_machines
+    allocation = find_allocation(os.environ, num_machines) if num_machines > 1 else None
+    placements = _list_placements(num_processes, num_machines, allocation)
+    commands = [build_command(Planned(selected, {}, num_processes), placement) for placement in placements]
     if arguments.dry_run:
-        print(command.as_shell())
+        print("\n".join(command.as_shell() for command in commands))
         return 0
     contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
     planned = Planned(selected, contents, num_processes, resume)
@@ -64,10 +70,10 @@ def run_launch(arguments: argparse.Namespace) -> int:
         print(f"{planned.name}  {decision.why}{advice}")
         return 0
     if arguments.prepare:
-        _prepare(planned, command)
-        print(command.as_shell())
+        _prepare(planned, commands[0])
+        print("\n".join(command.as_shell() for command in commands))
         return 0
-    result = _run_planned([planned], num_slots=1, gpus=None, fail_fast=False)
+    result = _run_planned([planned], num_slots=1, gpus=None, fail_fast=False, allocation=allocation)
     return _STOPPED if result is None else next((EXIT_CODES[failed.failure.kind] for failed in result.failed), 0)
 
 
@@ -133,7 +139,8 @@ def _sweep_here(planned: list[Planned], arguments: argparse.Namespace) -> int:
     gpus = _parse_gpus(arguments.gpus)
     if arguments.dry_run:
         for run in planned:
-            print(build_command(run, _placement(run.num_processes)).as_shell())
+            for placement in _list_placements(run.num_processes, run.selected.recipe.launch.num_machines, None):
+                print(build_command(run, placement).as_shell())
         return 0
     sys.stdout.flush()
     slots = len(gpus) if gpus is not None else arguments.slots or 1
@@ -254,6 +261,19 @@ def _placement(num_processes: int) -> Placement:
     return Placement(num_processes, num_cores=count_allotted_cores(os.environ))
 
 
+def _list_placements(num_processes: int, num_machines: int, allocation: Allocation | None) -> list[Placement]:
+    """One, or, for several machines that Slurm does not give us, one for each, to be started there by hand."""
+    if num_machines == 1:
+        return [_placement(num_processes)]
+    if allocation is not None:
+        return [allocation.place(num_processes)]
+    num_cores = num_machines * (os.cpu_count() or 1)
+    return [
+        Placement(num_processes, None, num_cores, Machines(num_machines, "FIRST_MACHINE", _PORT_BY_HAND, rank))
+        for rank in range(num_machines)
+    ]
+
+
 def _move_aside(selected: Selected) -> None:
     from runner.execute import move_aside, take_lease
 
@@ -285,7 +305,12 @@ def _prepare(planned: Planned, command: LaunchCommand) -> None:
 
 
 def _run_planned(
-    planned: list[Planned], *, num_slots: int, gpus: list[str] | None, fail_fast: bool
+    planned: list[Planned],
+    *,
+    num_slots: int,
+    gpus: list[str] | None,
+    fail_fast: bool,
+    allocation: Allocation | None = None,
 ) -> PoolResult | None:
     """How the runs ended, failures printed; None when the sweep was stopped."""
     from runner.display import SweepDisplay
@@ -296,7 +321,7 @@ def _run_planned(
         return PoolResult()
     try:
         with SweepDisplay(len(planned)) as display:
-            result = run_pool(planned, Devices(num_slots, gpus), display, fail_fast=fail_fast)
+            result = run_pool(planned, Devices(num_slots, gpus, allocation), display, fail_fast=fail_fast)
     except Stopped:
         print("stopped; the same command goes on from the newest checkpoints", file=sys.stderr)
         return None

@@ -71,6 +71,11 @@ class RunPaths:
         return self.run_dir / "predictions.jsonl"
 
     @property
+    def ranks_lock_path(self) -> Path:
+        """Shared by all living ranks of an attempt on several machines; `ranks` says how."""
+        return self.run_dir / "ranks"
+
+    @property
     def checkpoints_dir(self) -> Path:
         """`step-N/` folders, each of which counts only with its marker."""
         return self.run_dir / "checkpoints"
@@ -127,6 +132,11 @@ class AttemptPaths:
     def log_path(self) -> Path:
         """Everything that `accelerate launch` and the trainer print."""
         return self.attempt_dir / "log.txt"
+
+    @property
+    def launcher_lock_path(self) -> Path:
+        """Locked by the launcher of an attempt on several machines while it may go on; `ranks` says how."""
+        return self.attempt_dir / "launcher"
 
     @property
     def logs_path(self) -> Path:

@@ -17,6 +17,7 @@ from runner.errors import RefusedError, RunnerError
 from runner.execute import FailedElsewhere, RunningAttempt, start_attempt, stop_attempts
 from runner.failures import build_failure
 from runner.launch import LaunchCommand, Placement, build_launch_command
+from runner.machines import Allocation
 from runner.plan import decide_retry
 from runner.record import Failure
 from runner.selection import Selected
@@ -52,6 +53,7 @@ class Devices:
 
     num_slots: int
     gpus: list[str] | None = None
+    allocation: Allocation | None = None  # several machines, all for one run at a time
     _num_free_slots: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +62,13 @@ class Devices:
     def check(self, planned: Iterable[Planned]) -> None:
         """Raises: RefusedError for a run that could never start."""
         for run in planned:
+            num_machines = run.selected.recipe.launch.num_machines
+            if num_machines > 1 and self.allocation is None:
+                raise RefusedError(
+                    f"{run.name} wants {num_machines} machines, this is one",
+                    hint=f"sbatch or salloc {num_machines} nodes and `runner launch` it there, or start it by hand: "
+                    f"runner launch {run.selected.source_path} --prepare",
+                )
             if self.gpus is not None and run.num_processes > len(self.gpus):
                 raise RefusedError(f"{run.name} wants {run.num_processes} GPUs, `--gpus` names {len(self.gpus)}")
 
@@ -74,6 +83,8 @@ class Devices:
         if self._num_free_slots == 0:
             return None
         self._num_free_slots -= 1
+        if self.allocation is not None:
+            return self.allocation.place(num_processes)
         return Placement(num_processes, None, num_cores)
 
     def give_back(self, placement: Placement) -> None:

@@ -20,6 +20,7 @@ from runner.errors import CorruptFileError, RefusedError, escape_controls
 from runner.fsio import is_leased, load_jsonl, parse_json, write_json_atomic
 from runner.identity import build_digest_payload, diff_payloads
 from runner.paths import AttemptPaths, RunPaths
+from runner.ranks import has_ranks
 from runner.recipe import Recipe
 
 FailureKind = Literal["configuration", "data", "out_of_memory", "diverged", "preempted", "transient", "crashed", "lost"]
@@ -342,7 +343,7 @@ def derive_status(
 
     The launch that is thought of has `num_processes` (None: the recipe's own) and the `Attempt.resume` that is given.
     """
-    is_running = is_leased(paths.lease_path)  # first: when nobody holds the lease, what is read next is final
+    is_running = is_leased(paths.lease_path) or has_ranks(paths)  # first: without a holder, what is read is final
     record = load_record(paths)
     last = record.attempts[-1] if record.attempts else None
     progress = load_progress(paths.attempt(last.number).progress_path) if last else None

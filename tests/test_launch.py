@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_recipe import TEXT
 
 from runner.errors import RefusedError
-from runner.launch import LaunchCommand, Placement, build_launch_command
+from runner.launch import LaunchCommand, Machines, Placement, build_launch_command
 from runner.recipe import Recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +33,8 @@ COMMANDS: list[tuple[str, tuple[str, ...], Placement]] = [
     (SUMMARIES, ZERO3, Placement(4, None, 64)),
     (MATH, (), Placement(8, None, 64)),
     (MATH, ("launch.num_processes=4",), Placement(4, ("0", "1", "2", "3"), 64)),
+    (MATH, ("launch.num_machines=2",), Placement(8, None, 64, Machines(2, "node7", 40123))),
+    (MATH, ("launch.num_machines=2",), Placement(8, None, 64, Machines(2, "FIRST_MACHINE", 29500, rank=1))),
 ]
 
 
@@ -50,7 +52,7 @@ def test_commands_of_committed_recipes() -> None:
         recipe = load_recipe(ROOT / name, overrides)
         command = build(recipe, Path("runs") / recipe.run.grid / recipe.run.name, placement)
         shown = "\n".join([f"# {' '.join([name, *overrides])}", f"# {placement}", command.as_shell(), ""])
-        blocks.append(shown.replace(f"{TOOLS_DIR}:", "TOOLS_DIR:"))
+        blocks.append(shown.replace(f"{TOOLS_DIR}:", "TOOLS_DIR:").replace(sys.executable, "PYTHON"))
     text = "\n".join(blocks)
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(text)
@@ -97,6 +99,11 @@ def test_what_only_says_where_is_on_the_command_line() -> None:
 def test_processes_that_cannot_keep_the_global_batch_are_refused() -> None:
     with pytest.raises(RefusedError, match="a global batch of 24 cannot be made of 5 processes"):
         build(parse(), Path("runs/toy/base"), Placement(5))
+
+
+def test_processes_that_do_not_divide_among_the_machines_are_refused() -> None:
+    with pytest.raises(RefusedError, match="3 processes do not divide among 2 machines"):
+        build(parse(), Path("runs/toy/base"), Placement(3, None, 64, Machines(2, "node7", 40123)))
 
 
 def test_the_tools_of_this_python_are_found_without_activating_it() -> None:

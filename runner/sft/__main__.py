@@ -14,6 +14,7 @@ from runner.fsio import Lease, write_json_atomic
 from runner.log_scrubbing import scrub_output
 from runner.paths import RunPaths
 from runner.processes import die_with_parent
+from runner.ranks import ATTEMPT_VARIABLE, join_attempt
 from runner.record import load_record, load_stored_recipe
 from runner.sft.unused import find_unused_libraries, hide_libraries
 
@@ -54,6 +55,8 @@ def _hold_lease(run_dir: Path) -> Lease | int | None:
         held = os.dup(sys.stdin.fileno())
         os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
         return held
+    if (number := os.environ.get(ATTEMPT_VARIABLE)) is not None:
+        return join_attempt(RunPaths(run_dir), int(number))
     if int(os.environ.get("RANK", "0")) != 0 or not run_dir.is_dir():
         return None
     lease = Lease(path)
