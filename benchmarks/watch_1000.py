@@ -112,7 +112,7 @@ def make_step(one: Selected, step: int) -> None:
 
 
 def measure(action: Callable[[], Any]) -> tuple[Any, float]:
-    """What an action gives, and its processor seconds: all of it happens in one process, and little of it is waiting."""
+    """What an action gives, and its processor seconds: all of it happens here, little of it is waiting."""
     started = time.process_time()
     result = action()
     return result, time.process_time() - started

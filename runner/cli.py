@@ -172,6 +172,12 @@ def build_parser() -> argparse.ArgumentParser:
     why.add_argument("--json", action="store_true")
     _add_output_root(why)
 
+    logs = verbs.add_parser("logs", help="what the last attempt of a run printed")
+    logs.add_argument("run", metavar="RUN", help="a recipe or run directory; of a folder, the run that is running")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with what is printed, until the run is done")
+    logs.add_argument("--attempt", type=positive, metavar="N", help="another attempt than the last")
+    _add_output_root(logs)
+
     report = verbs.add_parser("report", help="the comparison: one row per run, the axes as columns")
     _add_paths(report)
     report.add_argument("--format", choices=("md", "csv", "json"), default="md")

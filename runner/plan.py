@@ -9,7 +9,7 @@ from typing import Final, Literal
 from runner.errors import RefusedError
 from runner.failures import is_address_in_use
 from runner.recipe import Recipe, derive_accumulation, derive_micro_batch
-from runner.record import DETERMINISTIC_KINDS, Failure, RunStatus
+from runner.record import DETERMINISTIC_KINDS, Attempt, Failure, RunStatus
 
 Action = Literal["launch", "skip", "refuse"]
 MAX_BACKOFF_SECONDS: Final = 600.0
@@ -85,6 +85,31 @@ def decide_retry(
     is_immediate = num_alike == 1 and is_address_in_use(failures[-1])
     delay = 0.0 if is_immediate else min(MAX_BACKOFF_SECONDS, retries.backoff_seconds * 2.0 ** min(num_alike - 1, 60))
     return Retry(number, delay, micro_batch_divisor, f"retry {num_alike} of {budget}{_in_seconds(delay)}")
+
+
+def foresee_retry(recipe: Recipe, attempts: Sequence[Attempt]) -> Retry | None:
+    """What the sweep that made the last of these attempts does next with the run, as far as its record tells.
+
+    None also where an attempt ended without a word: then its sweep was killed too. Nobody knows from the record whether
+    that sweep still lives.
+    """
+    failures: list[Failure] = []
+    for attempt in reversed(attempts):
+        if attempt.failure is None:
+            break
+        failures.insert(0, attempt.failure)
+        if attempt.retry == 0:
+            break
+    if not failures or attempts[-1].failure is None or failures[-1].kind == "preempted":  # by whom is not known
+        return None
+    last = attempts[-1]
+    return decide_retry(
+        recipe,
+        failures,
+        num_processes=last.num_processes,
+        micro_batch_divisor=last.micro_batch_divisor,
+        has_made_steps=True,
+    )
 
 
 def can_divide(recipe: Recipe, num_processes: int, micro_batch_divisor: int) -> bool:

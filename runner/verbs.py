@@ -27,6 +27,7 @@ __all__ = [
     "run_export",
     "run_init",
     "run_launch",
+    "run_logs",
     "run_masks",
     "run_render",
     "run_report",
@@ -125,6 +126,13 @@ def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
     if is_any_unreadable:
         print(f"hint: unreadable: {UNREADABLE_HINT}", file=sys.stderr)
     return 1 if is_any_unreadable else 0
+
+
+def run_logs(arguments: argparse.Namespace) -> int:
+    """`runner logs`."""
+    from runner.run_logs import run_logs
+
+    return run_logs(arguments.run, arguments.output_root, arguments.attempt, follow=arguments.follow)
 
 
 def run_why(arguments: argparse.Namespace) -> int:

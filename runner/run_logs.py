@@ -1,0 +1,133 @@
+"""`runner logs`: what an attempt printed, and what it still prints.
+
+The bytes go to stdout as they are, colours and progress bars included, as with `cat`; what they are goes to stderr.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from runner.errors import RunnerError
+from runner.fsio import is_leased
+from runner.paths import RunPaths
+from runner.plan import foresee_retry
+from runner.record import Attempt, load_record
+from runner.selection import Selected, select_recipes
+
+_LOOK_SECONDS: Final = 0.25  # between two looks at a log that grows
+_MAX_LISTED: Final = 5
+
+
+def run_logs(run: str, output_root: Path, number: int | None, *, follow: bool) -> int:
+    """Print the log of one attempt, the last one by default.
+
+    `follow` goes on with what is written meanwhile and with the attempts after it, until the run is done, or nothing
+    tries it again by itself.
+
+    Raises:
+        RunnerError: there is no such run, attempt or log, or several runs and not exactly one of them running.
+    """
+    selected = find_run(select_recipes([run], output_root))
+    attempts = load_record(selected.paths).attempts
+    if not attempts:
+        raise RunnerError(
+            f"{selected.full_name} has no attempt yet", hint=f"runner launch {selected.source_path}  # starts it"
+        )
+    if number is not None and number > len(attempts):
+        raise RunnerError(f"{selected.full_name} has {len(attempts)} attempts, there is no attempt {number}")
+    number = number or len(attempts)
+    if follow:
+        try:
+            _follow(selected, number)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        return 0
+    if not selected.paths.attempt(number).log_path.exists():
+        raise RunnerError(
+            f"attempt {number} of {selected.full_name} has no log: nothing was started by `runner` itself",
+            hint=f"runner why {selected.paths.run_dir}",
+        )
+    _print_header(selected.paths, number)
+    _print_from(selected.paths.attempt(number).log_path, 0)
+    return 0
+
+
+def find_run(selected: list[Selected]) -> Selected:
+    """The only run, or the only one that runs.
+
+    Raises:
+        RunnerError: it is not clear which one is meant.
+    """
+    if len(selected) == 1:
+        return selected[0]
+    running = [one for one in selected if is_leased(one.paths.lease_path)]
+    if len(running) == 1:
+        return running[0]
+    begun = [one for one in selected if one.paths.record_path.exists()]
+    if not begun:
+        raise RunnerError(f"none of these {len(selected)} runs has an attempt yet", hint="runner status")
+    shown = [f"runner logs {one.paths.run_dir}" for one in running or begun]
+    if len(shown) > _MAX_LISTED:
+        shown[_MAX_LISTED:] = [f"... and {len(shown) - _MAX_LISTED} more"]
+    raise RunnerError(
+        f"these are {len(selected)} runs, {len(running) or 'none'} of them running: name one",
+        hint="\n      ".join(shown),
+    )
+
+
+def _follow(selected: Selected, number: int) -> None:
+    paths = selected.paths
+    num_bytes, is_told = 0, False
+    _print_header(paths, number)
+    while True:
+        # In this order: what is printed last was written before the lease was let go or the next attempt began.
+        is_running = is_leased(paths.lease_path)
+        attempts = load_record(paths).attempts
+        num_bytes = _print_from(paths.attempt(number).log_path, num_bytes)
+        if number < len(attempts):
+            number, num_bytes, is_told = number + 1, 0, False
+            _print_header(paths, number)
+            continue
+        if not is_running:
+            retry = foresee_retry(selected.recipe, attempts)
+            if retry is None or paths.result_path.exists():
+                _say(_describe_end(paths, attempts[-1]))
+                return
+            if not is_told:
+                _say(f"{_describe_end(paths, attempts[-1])}; {retry.why}, while its sweep lives; Ctrl-C leaves")
+            is_told = True
+        time.sleep(_LOOK_SECONDS)
+
+
+def _describe_end(paths: RunPaths, attempt: Attempt) -> str:
+    if paths.result_path.exists():
+        return "the run is completed"
+    if attempt.failure is None:
+        return f"attempt {attempt.number} was killed together with its launcher"
+    first_line = attempt.failure.message.partition("\n")[0]
+    return f"attempt {attempt.number} ended, {attempt.failure.kind}: {first_line}"
+
+
+def _print_header(paths: RunPaths, number: int) -> None:
+    _say(str(paths.attempt(number).log_path))
+
+
+def _say(text: str) -> None:
+    print(f"==> {text} <==", file=sys.stderr, flush=True)
+
+
+def _print_from(path: Path, num_bytes: int) -> int:
+    """Where to go on: after what is printed now, from byte `num_bytes` of a log on, which may not be there yet."""
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return 0
+    with stream:
+        stream.seek(num_bytes)
+        shutil.copyfileobj(stream, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        return stream.tell()
