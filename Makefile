@@ -14,7 +14,7 @@ demo: .venv/installed
 	@printf '\nrecipes: recipes/demo   runs: runs/demo   base models: demo_models\n'
 
 test: check  # the fast part, then everything that starts training
-	pytest -m "slow and not gpu and not torture" --durations=15
+	pytest -m "slow and not gpu and not torture" -n 2 --dist loadfile --durations=15
 
 torture: .venv/installed  # whole matrices and the headline test with 30 kills: hours on two cores
 	pytest -m "torture and not gpu" --durations=40

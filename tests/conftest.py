@@ -5,11 +5,13 @@ Nothing here imports torch before a test asks for a model.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -112,7 +114,8 @@ class Project:
         link = self.root / "models" / family
         if not link.exists():
             link.parent.mkdir(exist_ok=True)
-            link.symlink_to(self._tiny_model(family))
+            with suppress(FileExistsError):  # another worker of pytest-xdist was faster
+                link.symlink_to(self._tiny_model(family))
         return link
 
     def paths(self, name: str) -> RunPaths:
@@ -135,16 +138,27 @@ def make_project(root: Path, data_path: Path, tiny_model: Callable[[str], Path])
     return Project(root, tiny_model)
 
 
+@contextmanager
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """A folder that is the same for all workers of pytest-xdist; only one of them at a time is in here."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with folder.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`family -> folder` with a random model of that family; each is built once per session, when first asked for."""
-    models_dir = tmp_path_factory.mktemp("tiny_models")
 
     def build(family: str) -> Path:
         from runner.sft.tiny_models import build_tiny_model
 
-        model_dir = models_dir / family
-        return model_dir if model_dir.exists() else build_tiny_model(family, model_dir)
+        with shared_folder(tmp_path_factory, "tiny_models") as models_dir:
+            model_dir = models_dir / family
+            return model_dir if model_dir.exists() else build_tiny_model(family, model_dir)
 
     return build
 
@@ -171,13 +185,19 @@ def project(tmp_path: Path, data_path: Path, tiny_model: Callable[[str], Path]) 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model: Callable[[str], Path]) -> Project:
     """One folder for the whole session: finished runs in it serve many tests, each under a name of its own."""
-    return make_project(tmp_path_factory.mktemp("workplace"), data_path, tiny_model)
+    with shared_folder(tmp_path_factory, "workplace") as root:
+        if (root / "recipe.yaml").exists():
+            return Project(root, tiny_model)
+        return make_project(root, data_path, tiny_model)
 
 
 @pytest.fixture(scope="session")
-def finished(workplace: Project) -> Project:
+def finished(tmp_path_factory: pytest.TempPathFactory, workplace: Project) -> Project:
     """The workplace with every run of `RUNS` completed, uninterrupted."""
     from training_runs import sweep_runs
 
-    sweep_runs(workplace)
+    with shared_folder(tmp_path_factory, "finished") as folder:
+        if not (folder / "done").exists():
+            sweep_runs(workplace)
+            (folder / "done").touch()
     return workplace

@@ -43,6 +43,8 @@ FORCED_BY_CPU: Final = {
     "launch.num_processes=2": "eight processes on two cores take minutes; two shard as well",
     "training.fp16=false": "accelerate refuses float16 autocast on the CPU",
 }
+# The run is started again by the test, as by somebody who finds it interrupted.
+NO_RETRY: Final = "launch.retries.lost=0"
 ON_ONE_CPU: Final = tuple(FORCED_BY_CPU)[:2]
 ON_TWO_RANKS: Final = tuple(FORCED_BY_CPU)[1:3]  # accelerate_configs/zero3.yaml takes the CPU where there is no GPU
 
@@ -163,7 +165,14 @@ def list_kept(paths: RunPaths) -> dict[int, Path]:
     }
 
 
-@pytest.fixture(scope="module", params=EXPERIMENTS)
+# The others stand for every class: a second LoRA of a classifier, and ZeRO-3, which `test_distributed` has runs of.
+_WHOLE_MATRIX: Final = frozenset({"squad_v2", "math_tools"})
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.torture if name in _WHOLE_MATRIX else ()) for name in EXPERIMENTS],
+)
 def finished(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -178,7 +187,7 @@ def finished(
         (project.root / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "recipes" / f"{experiment.recipe}.yaml", project.recipe_path)
     project.add_model(experiment.family)
-    overrides = (f"model.path=models/{experiment.family}", *experiment.overrides, *experiment.forced)
+    overrides = (f"model.path=models/{experiment.family}", *experiment.overrides, *experiment.forced, NO_RETRY)
     launch_killed_at(
         project,
         "run",

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from conftest import RUNNER, Project, build_environment
 
-from runner.fsio import load_json, load_jsonl
+from runner.fsio import load_json, load_jsonl, write_text_atomic
 from runner.paths import RunPaths
 from runner.record import TrainResult
 
@@ -98,7 +98,7 @@ def add_what_runs_need(project: Project) -> None:
     """The models and the chat template that recipes of `RUNS` name."""
     for family in FAMILIES:
         project.add_model(family)
-    (project.root / "human.jinja").write_text(_HUMAN_TEMPLATE)
+    write_text_atomic(project.root / "human.jinja", _HUMAN_TEMPLATE)
 
 
 def launch(project: Project, name: str, *overrides: str, num_processes: int | None = None) -> RunPaths:
