@@ -70,12 +70,14 @@ _TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
             r"|temporary failure in name resolution|name or service not known|(couldn't|could not|failed to) connect"
             r"|\bNCCL error|ncclSystemError|ncclRemoteError|ncclInternalError|connectFullMesh failed"
             r"|(HTTP|status)[ a-z:_-]*(429|5\d\d)\b|\b(429|5\d\d) (Server Error|Too Many|Internal|Bad Gateway|Service)"
-            r"|PytorchStreamWriter failed|file write failed"  # torch says no more of a disk that is full
+            r"|PytorchStreamWriter failed|file write failed|unexpected pos"  # torch, see below
             r"|busy or unavailable|uncorrectable (ECC|NVLink) error|fallen off the bus",
             re.IGNORECASE,
         ),
     ),
 )
+# All that torch says when the disk is full; it does not pass on what the system said.
+_TORCH_CANNOT_WRITE: Final = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+")
 _ADDRESS_IN_USE: Final = re.compile(r"address already in use|EADDRINUSE|another process is utilizing it", re.IGNORECASE)
 # What the other ranks see when one has gone.
 _LOST_PEER: Final = re.compile(
@@ -173,6 +175,7 @@ def is_full_disk(error: BaseException) -> bool:
     return any(
         (isinstance(one, OSError) and one.errno in _FULL_DISK)
         or any(os.strerror(number) in str(one) for number in _FULL_DISK)
+        or (isinstance(one, RuntimeError) and _TORCH_CANNOT_WRITE.search(str(one)) is not None)
         for one in _list_causes(error)
     )
 

@@ -101,3 +101,9 @@ def find_doubts(recipe: Recipe, schedule: Schedule) -> Iterator[str]:
             f"`early_stopping.patience: {stopping.patience}` can never run out in {schedule.num_evaluations} "
             "evaluations"
         )
+    num_halvings = recipe.launch.retries.out_of_memory
+    if num_halvings and recipe.training.per_device_train_batch_size % 2:
+        yield (
+            f"`launch.retries.out_of_memory: {num_halvings}` cannot help: "
+            f"`per_device_train_batch_size: {recipe.training.per_device_train_batch_size}` cannot be halved"
+        )

@@ -48,6 +48,14 @@ def test_what_is_seldom_meant_is_said(overrides: tuple[str, ...], rows: int, dou
     assert any(doubt in text for text in find_doubts(one, derive_schedule(one, rows)))
 
 
+def test_retries_that_cannot_help_are_doubted() -> None:
+    """The micro-batch of 2 can be halved once, one of 3 never."""
+    for size, is_doubted in ((2, False), (3, True)):
+        batch = f"training.per_device_train_batch_size={size}"
+        one = recipe("launch.retries.out_of_memory=2", batch, "training.global_batch_size=12")
+        assert any("cannot be halved" in text for text in find_doubts(one, derive_schedule(one, 60))) == is_doubted
+
+
 def test_an_ordinary_run_raises_no_doubt() -> None:
     one = recipe("training.warmup_steps=3")
     schedule = derive_schedule(one, 60)

@@ -6,12 +6,14 @@ Owns nothing of what Transformers writes into a checkpoint: only whether it coun
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from runner.archives import TEMPORARY_GLOB, ArchiveError, extract_archive
 from runner.continuation import LAUNCH_AS_BEFORE, refuse_other_fingerprint
+from runner.failures import is_full_disk
 from runner.fsio import fsync_dir
 from runner.markers import (
     build_marker,
@@ -46,6 +48,21 @@ def commit_checkpoint(saved_dir: Path, paths: RunPaths, step: int, fingerprint: 
     saved_dir.rename(checkpoint_dir)
     fsync_dir(paths.checkpoints_dir)
     write_marker(checkpoint_dir, marker)
+
+
+@contextmanager
+def give_back_on_full_disk(*folders: Path, is_main: bool) -> Iterator[None]:
+    """While a checkpoint is written into one of `folders`: if the disk is full, what is there of it is deleted.
+
+    It is this attempt's own and was never committed; moved aside, it would take the room that the next attempt needs.
+    """
+    try:
+        yield
+    except Exception as error:
+        for folder in folders if is_main and is_full_disk(error) else ():
+            if not marker_path(folder).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def find_resume_step(

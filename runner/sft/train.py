@@ -56,6 +56,7 @@ def train(run_dir: Path) -> None:
         model = load_model(recipe, tokenizer)
         trainer = RunTrainer(context, args, model, tokenizer, samples, trackers)
         if context.is_main:
+            trainer.require_room()
             text = json.dumps(trainer.effective_arguments(), default=str)
             write_json_atomic(context.attempt.training_args_path, json.loads(text))
 

@@ -24,9 +24,10 @@ from runner.recipe_sections import GenerationOn
 from runner.record import GenerationScore, SplitScore
 from runner.secrets import scrub_json
 from runner.sft.callbacks import FlowCallback, ProgressCallback
-from runner.sft.checkpoints import commit_checkpoint
+from runner.sft.checkpoints import commit_checkpoint, give_back_on_full_disk
 from runner.sft.context import RunContext
 from runner.sft.data import Samples
+from runner.sft.disk_space import require_room, require_room_for_checkpoint
 from runner.sft.evaluate import RowScore, score_rows, sum_scores
 from runner.sft.export import sort_adapter_config
 from runner.sft.gathered_weights import load_gathered_weights
@@ -139,6 +140,12 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         if context.recipe.quantization.method != "none":
             keep_adapters_in_float32(self.model)
         self.trained_shapes = describe_trained_parameters(self.model)
+
+    def require_room(self) -> None:
+        """Raises: OSError (ENOSPC) where the run's checkpoints and its export would not fit on the disk."""
+        trained = [(name, one) for name, one in self.model.named_parameters() if one.requires_grad]
+        context = self.context
+        require_room(context.recipe, context.paths, trained, len(self.samples.train.rows), context.num_processes)
 
     def is_finished(self) -> bool:
         """Whether the restored state needs no further step."""
@@ -260,13 +267,17 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             return
         with self.context.phase("saving"):
             self._refuse_weights_that_are_not_finite()
-            Trainer._save_checkpoint(self, model, trial)
-            self.accelerator.wait_for_everyone()
+            saved_dir = Path(self.args.output_dir) / f"checkpoint-{step}"
             if self.context.is_main:
-                saved_dir = Path(self.args.output_dir) / f"checkpoint-{step}"
-                sort_adapter_config(saved_dir)
-                carry_run_files(paths, saved_dir)
-                commit_checkpoint(saved_dir, paths, step, self.context.fingerprint)
+                require_room_for_checkpoint(self.context.recipe, paths, step)
+            with give_back_on_full_disk(saved_dir, paths.checkpoint_dir(step), is_main=self.context.is_main):
+                Trainer._save_checkpoint(self, model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.context.is_main:
+                    sort_adapter_config(saved_dir)
+                    carry_run_files(paths, saved_dir)
+                    commit_checkpoint(saved_dir, paths, step, self.context.fingerprint)
+            if self.context.is_main:
                 apply_retention(paths, self.context.recipe.checkpoints, self.flow.evaluations(self.state))
                 if self.context.uploader is not None:
                     self.context.uploader.offer(step)
