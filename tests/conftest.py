@@ -24,6 +24,8 @@ from runner.recipe import Recipe, parse_recipe
 
 # The same examples in every run; `pytest --hypothesis-profile=default` looks at others.
 settings.register_profile("repeatable", derandomize=True)
+# New ones each time, and how to repeat what fails: `make fuzz`.
+settings.register_profile("fuzz", print_blob=True)
 settings.load_profile("repeatable")
 
 ROOT: Final = Path(__file__).resolve().parent.parent
