@@ -112,7 +112,7 @@ def open_attempt(
             with contextlib.suppress(OSError):
                 scrub_log(paths.attempt(earlier.number).log_path)
     attempt = Attempt(
-        number=len(record.attempts) + 1,
+        number=record.attempts[-1].number + 1 if record.attempts else 1,
         started_at_utc=now_utc(),
         command=command.argv,
         environment=scrub_json(dict(command.environment)),
@@ -133,12 +133,26 @@ def open_attempt(
 
 
 def take_lease(paths: RunPaths) -> Lease | None:
-    """The lease of a run, or None when somebody else holds it."""
+    """The lease of a run, or None when somebody else holds it.
+
+    Raises:
+        RefusedError: a part of the run directory is a link: what is written there would be written elsewhere.
+    """
+    for path in (paths.run_dir, *_list_parts(paths)):
+        if path.is_symlink():
+            raise RefusedError(
+                f"{path} is a link to {os.readlink(path)}: a run is one directory, for itself",
+                hint="move what it leads to here, or choose another place with --output-root",
+            )
     lease = Lease(paths.lease_path)
     if lease.try_acquire() and not has_ranks(paths):
         return lease
     lease.close()
     return None
+
+
+def _list_parts(paths: RunPaths) -> list[Path]:
+    return [path for folder in (paths.run_dir, paths.attempts_dir, paths.checkpoints_dir) for path in folder.glob("*")]
 
 
 def close_attempt(paths: RunPaths, exit_status: int, failure: Failure | None) -> None:

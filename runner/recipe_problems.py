@@ -102,7 +102,7 @@ def find_unusable_values(value: Any, text: str, overridden: frozenset[str] = fro
     shown there), and secrets that the text spells in an unusual way.
     """
     problems: list[Problem] = []
-    texts = "\n".join(_texts(value))
+    texts = "\n".join(list_texts(value))
     is_suspect = find_unusable_text(texts) is not None  # all at once: one by one takes as long as everything else
     for key, item in _leaves(value):
         if isinstance(item, float) and not math.isfinite(item):
@@ -141,7 +141,7 @@ def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _keys(item, f"{prefix}{name}.")
 
 
-def _texts(value: Any) -> Iterator[str]:
+def list_texts(value: Any) -> Iterator[str]:
     """Every text, keys included."""
     yield from (item for _, item in _leaves(value) if isinstance(item, str))
     yield from (name for _, name in _keys(value) if isinstance(name, str))

@@ -16,12 +16,13 @@ from typing import Annotated, Any, Final, Literal, ParamSpec, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from runner.continuation import list_obstacles, look_ahead
-from runner.errors import CorruptFileError, RefusedError, escape_controls
+from runner.errors import CONTROLS, CorruptFileError, RefusedError, escape_controls
 from runner.fsio import is_leased, load_jsonl, parse_json, write_json_atomic
 from runner.identity import build_digest_payload, diff_payloads
 from runner.paths import AttemptPaths, RunPaths
 from runner.ranks import has_ranks
 from runner.recipe import Recipe
+from runner.recipe_problems import list_texts
 
 FailureKind = Literal["configuration", "data", "out_of_memory", "diverged", "preempted", "transient", "crashed", "lost"]
 # Kinds that happen again when nothing changes: a rerun would only burn device time.
@@ -129,13 +130,16 @@ class StoredRecipe(Fact):
     contents: dict[str, str]  # relative path -> SHA-256
 
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class SplitScore(Fact):
     """Negative log-likelihood of one split, summed over all its rows, in nats, and what it was summed over."""
 
-    num_rows: int
-    num_completion_tokens: int
-    num_tokens: int  # of the full text, the first token of each row excluded
-    num_bytes: int  # UTF-8 bytes of the completions, for bits per byte
+    num_rows: Count
+    num_completion_tokens: Count
+    num_tokens: Count  # of the full text, the first token of each row excluded
+    num_bytes: Count  # UTF-8 bytes of the completions, for bits per byte
     completion_nll_sum: float
     nll_sum: float
 
@@ -276,8 +280,16 @@ def load_progress(path: Path) -> Progress | None:
 
 
 def load_stored_recipe(paths: RunPaths) -> StoredRecipe | None:
-    """The recipe that the run directory was made for, or None while there is none."""
-    return _load_fact(paths.recipe_path, StoredRecipe)
+    """The recipe that the run directory was made for, or None while there is none.
+
+    It is shown in terminals as others are, and may come from somebody who has not read it with `parse_recipe`.
+    """
+    stored = _load_fact(paths.recipe_path, StoredRecipe)
+    texts = list_texts(stored.recipe.model_dump(mode="json")) if stored is not None else ()
+    if control := CONTROLS.search("\n".join(texts)):
+        character = ascii(control[0])[1:-1]
+        raise CorruptFileError(f"{paths.recipe_path} holds the character {character}, which no recipe may")
+    return stored
 
 
 Asked = ParamSpec("Asked")

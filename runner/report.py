@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from runner.errors import CorruptFileError
+from runner.errors import CorruptFileError, escape_controls
 from runner.fsio import load_json
 from runner.hf_fields import thaw
 from runner.paths import RunPaths
@@ -200,7 +200,7 @@ def _build_row(position: int, recipe: Recipe, paths: RunPaths, status: RunStatus
 
 def _find_ids_hash(samples: Any) -> str | None:
     try:
-        return str(samples["splits"]["test"]["ids_hash"])
+        return escape_controls(str(samples["splits"]["test"]["ids_hash"]))
     except (TypeError, LookupError):
         return None
 

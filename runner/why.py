@@ -44,6 +44,7 @@ RULES: Final[Mapping[State, str]] = {
     "pending": "`run.json` holds no attempt that was started",
     "interrupted": "the last attempt in `run.json` has no end, or one that says nothing against the run",
     "failed": "the last attempt in `run.json` ended with a failure",
+    "unreadable": "a record in the run directory is damaged",
 }
 
 
