@@ -29,6 +29,10 @@ check: .venv/installed
 	runner render --check
 	pytest -m "not slow and not gpu and not torture" -q -n 2
 
+# New examples each time; what fails is kept in .hypothesis/ and printed with how to repeat it.
+fuzz: .venv/installed
+	FUZZ_FACTOR=$(or $(FUZZ_FACTOR),20) pytest -q --hypothesis-profile=fuzz --hypothesis-show-statistics tests/test_fuzz.py
+
 golden: .venv/installed
 	UPDATE_GOLDEN=1 pytest -q -m "not slow and not gpu and not torture" tests
 

@@ -2,8 +2,8 @@
 
 Owns the `yaml` filter, what a template may do, and where a template went wrong. Knows nothing of grids.
 
-The sandbox and the caps guard against accidents and borrowed templates. A template that sets out to burn time or memory
-can still do so: whoever renders it runs it.
+The sandbox keeps borrowed templates away from everything but their variables. Loops, texts and lists have limits, so
+that none of them takes minutes or gigabytes by accident or by one trick; hundreds of tricks may still take long.
 """
 
 from __future__ import annotations
@@ -11,20 +11,30 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any, Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateSyntaxError, Undefined, nodes
 from jinja2.exceptions import SecurityError
-from jinja2.runtime import Context
+from jinja2.runtime import Context, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runner.errors import GridError
 from runner.secrets import find_secret
 
 MAX_OUTPUT_CHARACTERS: Final = 1_000_000
+MAX_ROUNDS: Final = 200_000  # of all loops of one text together
 _MAX_EXPONENT: Final = 100
+_MAX_VALUE: Final = 1_000_000  # characters and items of one value, at every depth
+# Of texts, lists and mappings; `format`, `ljust` and others make texts of any length.
+_METHODS: Final = frozenset(
+    ("upper", "lower", "capitalize", "title", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "startswith")
+    + ("endswith", "split", "rsplit", "partition", "rpartition", "find", "count", "index", "isdigit", "items", "keys")
+    + ("values", "get")
+)
+_WIDE_FORMAT: Final = re.compile(r"%[^%a-zA-Z]*(\d{4}|\*)")
 # Jinja's own filters without those that are random, that write markup, or that put text around a quoted value.
 _FILTERS: Final = frozenset(
     ("abs", "default", "first", "float", "int", "items", "join", "last", "length", "list", "lower", "map", "max")
@@ -100,9 +110,9 @@ def _quote_key(key: str) -> str:
 
 
 class TemplateSandbox(ImmutableSandboxedEnvironment):
-    """Templates of one folder. Arithmetic that could fill the memory is refused."""
+    """Templates of one folder. What could fill the memory, or never end, is refused."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def __init__(self, folder: Path | None = None) -> None:
         super().__init__(
@@ -112,16 +122,106 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             keep_trailing_newline=True,
         )
-        self.filters = {name: self.filters[name] for name in _FILTERS}
+        self.filters = {name: _limit(name, self.filters[name]) for name in _FILTERS}
+        self.filters |= {_COUNTED: self._count_rounds, _JOINED: _join}
         self.globals = {"range": self.globals["range"]}
+        self.num_rounds = 0
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Loops count their rounds and `~` looks at lengths: both become filters of ours, unreachable by name."""
+        tree = super()._parse(source, name, filename)
+        for loop in list(tree.find_all(nodes.For)):
+            loop.iter = nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
+        _replace_concatenations(tree)
+        return tree
+
+    def _count_rounds(self, items: Any) -> Iterator[Any]:
+        for item in items:
+            self.num_rounds += 1
+            if self.num_rounds > MAX_ROUNDS:
+                raise SecurityError(f"loops of more than {MAX_ROUNDS:,} rounds together")
+            yield item
+
+    def is_safe_callable(self, obj: Any) -> bool:
+        """`range`, and the methods of plain values that make nothing longer."""
+        owner = getattr(obj, "__self__", None)
+        is_plain = isinstance(owner, str | list | tuple | Mapping | dict)
+        return obj is self.globals["range"] or (is_plain and getattr(obj, "__name__", "") in _METHODS)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """`left * right` or `left ** right` for numbers of a sensible size."""
+        """`left * right` or `left ** right` for numbers of a sensible size, `left + right` and `left % right`."""
+        if operator in "+%":
+            measure(left, right)
+            if operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
+                raise SecurityError(f"the format {left!r} is wider than 999 characters")
+            return super().call_binop(context, operator, left, right)
         if not all(isinstance(side, int | float) for side in (left, right)):
             raise SecurityError(f"`{operator}` is for numbers, got {type(left).__name__} and {type(right).__name__}")
         if operator == "**" and abs(right) > _MAX_EXPONENT:
             raise SecurityError(f"the exponent {right} is larger than {_MAX_EXPONENT}")
         return super().call_binop(context, operator, left, right)
+
+
+# No template can spell these names.
+_COUNTED: Final = "-counted"
+_JOINED: Final = "-joined"
+
+
+def measure(*values: Any) -> int:
+    """Characters and items of values at every depth. Raises: SecurityError, beyond `_MAX_VALUE`."""
+    size, waiting = 0, list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, Mapping):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        size += 1
+        if size + len(waiting) > _MAX_VALUE:
+            raise SecurityError(f"a value of more than {_MAX_VALUE:,} characters and items")
+    return size
+
+
+def _limit(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that takes no large value, and joins and replaces to none."""
+
+    @wraps(function)  # Jinja's own marks, such as that it wants the environment, stay
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        plain = [value for value in (*args, *kwargs.values()) if not isinstance(value, Environment | Context)]
+        plain = [value for value in plain if not isinstance(value, nodes.EvalContext)]
+        size = measure(*plain)
+        if name == "replace" and len(texts := [str(value) for value in plain if not isinstance(value, Undefined)]) > 2:
+            size += texts[0].count(texts[1]) * len(texts[2])
+        elif name == "join" and len(plain) > 1 and hasattr(plain[0], "__len__"):
+            size += len(plain[0]) * len(str(plain[1]))
+        if size > _MAX_VALUE:
+            raise SecurityError(f"`{name}` would give more than {_MAX_VALUE:,} characters")
+        return function(*args, **kwargs)
+
+    return limited
+
+
+def _join(parts: list[Any]) -> str:
+    """What `~` gives."""
+    measure(*parts)
+    return str_join(parts)
+
+
+def _replace_concatenations(node: nodes.Node) -> None:
+    for name, value in node.iter_fields():
+        for position, child in enumerate(value if isinstance(value, list) else [value]):
+            if not isinstance(child, nodes.Node):
+                continue
+            _replace_concatenations(child)
+            if isinstance(child, nodes.Concat):
+                parts = nodes.List(child.nodes, lineno=child.lineno)
+                joined = nodes.Filter(parts, _JOINED, [], [], None, None, lineno=child.lineno)
+                if isinstance(value, list):
+                    value[position] = joined
+                else:
+                    setattr(node, name, joined)
 
 
 class _CheckedLoader(FileSystemLoader):
@@ -172,7 +272,7 @@ def _list_output_problems(parts: Sequence[nodes.Expr]) -> list[tuple[int, str]]:
 def build_sandbox(folder: Path) -> TemplateSandbox:
     """The environment of recipe templates, with the one filter that writes values."""
     sandbox = TemplateSandbox(folder)
-    sandbox.filters["yaml"] = quote_yaml
+    sandbox.filters["yaml"] = _limit("yaml", quote_yaml)
     return sandbox
 
 
@@ -181,13 +281,18 @@ def compile_name(pattern: str) -> Callable[[Mapping[str, Any]], str]:
     sandbox = TemplateSandbox()
     sandbox.finalize = lambda value: json.dumps(value) if value is None or isinstance(value, bool) else value
     template = sandbox.from_string(pattern)
-    return lambda labels: template.render(labels)
+
+    def build_name(labels: Mapping[str, Any]) -> str:
+        sandbox.num_rounds = 0
+        return template.render(labels)
+
+    return build_name
 
 
 def render_text(sandbox: TemplateSandbox, template: str, variables: Mapping[str, Any]) -> str:
     """The text of one template. Raises: `jinja2.TemplateError`, or what an expression in it raises."""
     pieces: list[str] = []
-    length = 0
+    length = sandbox.num_rounds = 0
     for piece in sandbox.get_template(template).generate(variables):
         length += len(piece)
         if length > MAX_OUTPUT_CHARACTERS:

@@ -193,6 +193,37 @@ def test_an_escape_from_the_sandbox_fails(tmp_path: Path, expression: str) -> No
         render_value(tmp_path, {"k": 1}, f"a: {{{{ ({expression}) | yaml }}}}\n")
 
 
+DOUBLED = "{% set a = 'x' %}" + "{% set a = a OP a %}" * 40
+GROWING = {
+    "loops in loops": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+    "loops with output": "{% for i in range(90000) %}{% for j in range(90000) %}#\n{% endfor %}{% endfor %}",
+    "texts joined": DOUBLED.replace("OP", "~") + "a: {{ a | yaml }}",
+    "texts added": DOUBLED.replace("OP", "+") + "a: {{ a | yaml }}",
+    "lists added": DOUBLED.replace("'x'", "[1]").replace("OP", "+") + "a: {{ a | yaml }}",
+    "lists in lists": "{% set a = [1] %}" + "{% set a = [a, a] %}" * 40 + "a: {{ a | yaml }}",
+    "lists in lists as text": "{% set a = [1] %}" + "{% set a = [a, a] %}" * 40 + "a: {{ (a | string) | yaml }}",
+    "lists in lists in a text": "{% set a = [1] %}" + "{% set a = [a, a] %}" * 40 + "a: {{ (a ~ '') | yaml }}",
+    "replaced": "{% set a = 'xxxxxxxxxx' %}" + "{% set a = a | replace('x', a) %}" * 9 + "a: {{ a | yaml }}",
+    "joined by long texts": "{% set a = range(9000) | join('x') %}a: {{ (range(9000) | list | join(a)) | yaml }}",
+    "a wide format": "a: {{ ('%999999999s' % 1) | yaml }}",
+    "a starred format": "a: {{ ('%*s' % (999999999, 1)) | yaml }}",
+    "a padded text": "a: {{ ('x'.ljust(999999999)) | yaml }}",
+    "a formatted text": "a: {{ ('{:>999999999}'.format(1)) | yaml }}",
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_nothing_grows_without_end(tmp_path: Path, name: str) -> None:
+    with pytest.raises((TemplateError, GridError)):
+        render_value(tmp_path, 1, GROWING[name])
+
+
+def test_a_long_loop_leaves_the_next_text_its_rounds(tmp_path: Path) -> None:
+    (tmp_path / "t.j2").write_text("{% for i in range(90000) %}{% endfor %}a: {{ ('x'.upper() ~ '%03d' % 7) | yaml }}")
+    sandbox = build_sandbox(tmp_path)
+    assert {render_text(sandbox, "t.j2", {}) for _ in range(4)} == {'a: "X007"'}
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..\\secret"])
 def test_a_file_outside_the_folder_is_not_found(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret").write_text("a: 1")
