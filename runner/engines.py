@@ -13,9 +13,10 @@ from typing import Any, Final
 
 import yaml
 
-from runner.errors import RefusedError, RunnerError
+from runner.errors import RefusedError
 from runner.recipe_sections import LaunchSection
 from runner.selection import Selected
+from runner.slurm_script import Resources, derive_resources
 
 GRACE_SECONDS: Final = 300  # from TERM to KILL: the step that is under way, and a checkpoint, must fit
 
@@ -71,20 +72,9 @@ def check_output_root(output_root: Path) -> None:
     _check_relative(output_root, "`--output-root`")
 
 
-def count_gpus(run: PendingRun) -> int:
-    """GPUs of one run: one per process, none where its launch config asks for the CPU."""
-    path = Path(run.launch.accelerate_config)
-    try:
-        config = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise RunnerError(f"{run.selected.full_name}: there is no launch config {path}") from None
-    return 0 if isinstance(config, dict) and config.get("use_cpu") else run.launch.num_processes
-
-
-def count_cores(run: PendingRun) -> int | None:
-    """Cores of one run, None where its recipe leaves the threads open."""
-    threads = run.launch.num_cpu_threads_per_process
-    return threads * run.launch.num_processes if threads is not None else None
+def derive_machine(run: PendingRun) -> Resources:
+    """What the one machine of a run must have."""
+    return derive_resources(run.selected.recipe)
 
 
 def list_recipe_words(runs: Iterable[PendingRun]) -> list[str]:

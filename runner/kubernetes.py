@@ -17,13 +17,13 @@ from runner.engines import (
     build_label,
     check_output_root,
     check_submission,
-    count_cores,
-    count_gpus,
+    derive_machine,
     dump_documents,
     list_recipe_words,
 )
 from runner.fsio import hash_json
 from runner.record import EXIT_CODES, FailureKind
+from runner.slurm_script import Resources
 
 _PROJECT_DIR: Final = "/project"
 _CONTAINER: Final = "runner"
@@ -53,10 +53,10 @@ def build_jobs_file(submission: Submission) -> str:
     """
     check_submission(submission)
     check_output_root(submission.output_root)
-    groups: dict[tuple[int, int | None], list[PendingRun]] = {}
+    groups: dict[Resources, list[PendingRun]] = {}
     for run in submission.runs:
-        groups.setdefault((count_gpus(run), count_cores(run)), []).append(run)
-    jobs = [_build_job(submission, runs, *machine) for machine, runs in groups.items()]
+        groups.setdefault(derive_machine(run), []).append(run)
+    jobs = [_build_job(submission, runs, machine) for machine, runs in groups.items()]
     comment = (
         f"{len(submission.runs)} runs. The claim {submission.storage} is the project folder: it holds recipes, "
         f"data, models and {submission.output_root}/."
@@ -64,7 +64,7 @@ def build_jobs_file(submission: Submission) -> str:
     return dump_documents(jobs, comment)
 
 
-def _build_job(submission: Submission, runs: list[PendingRun], num_gpus: int, num_cores: int | None) -> dict[str, Any]:
+def _build_job(submission: Submission, runs: list[PendingRun], machine: Resources) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "completionMode": "Indexed",
         "completions": len(runs),
@@ -73,7 +73,7 @@ def _build_job(submission: Submission, runs: list[PendingRun], num_gpus: int, nu
         **({"maxFailedIndexes": 0} if submission.fail_fast else {}),
         "podReplacementPolicy": "Failed",  # never two pods of one run: the second waits until the first is gone
         "podFailurePolicy": {"rules": _build_failure_rules()},
-        "template": {"metadata": {"labels": _LABELS}, "spec": _build_pod(submission, runs, num_gpus, num_cores)},
+        "template": {"metadata": {"labels": _LABELS}, "spec": _build_pod(submission, runs, machine)},
     }
     metadata = {"name": _build_name(submission, runs), "labels": _LABELS}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
@@ -111,12 +111,12 @@ def _build_exit_rule(action: Action, codes: set[int]) -> dict[str, Any]:
     return {"action": action, "onExitCodes": condition}
 
 
-def _build_pod(submission: Submission, runs: list[PendingRun], num_gpus: int, num_cores: int | None) -> dict[str, Any]:
+def _build_pod(submission: Submission, runs: list[PendingRun], machine: Resources) -> dict[str, Any]:
     """The pod of any index: the index picks its recipe, and `runner` becomes the process that gets TERM."""
     script = f'shift "$JOB_COMPLETION_INDEX"; exec runner launch "$1" --output-root {_quote(submission.output_root)}'
     resources = {
-        **({"requests": {"cpu": num_cores}} if num_cores is not None else {}),
-        **({"limits": {"nvidia.com/gpu": num_gpus}} if num_gpus else {}),
+        **({"requests": {"cpu": machine.num_cores}} if machine.num_cores is not None else {}),
+        **({"limits": {"nvidia.com/gpu": machine.num_gpus}} if machine.num_gpus else {}),
     }
     container = {
         "name": _CONTAINER,

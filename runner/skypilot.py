@@ -14,8 +14,7 @@ from runner.engines import (
     Submission,
     build_label,
     check_submission,
-    count_cores,
-    count_gpus,
+    derive_machine,
     dump_documents,
     list_recipe_words,
 )
@@ -32,10 +31,10 @@ def build_task_file(submission: Submission) -> str:
     """
     check_submission(submission)
     slots = min(submission.num_slots or 1, len(submission.runs))
-    num_gpus = slots * max(count_gpus(run) for run in submission.runs)
+    num_gpus = slots * max(derive_machine(run).num_gpus for run in submission.runs)
     if num_gpus and submission.gpu_type is None:
         raise RefusedError("the runs want GPUs, but of which kind?", hint="--gpu-type H100, or what your clouds have")
-    cores = [count_cores(run) or run.launch.num_processes for run in submission.runs]
+    cores = [derive_machine(run).num_cores or run.launch.num_processes for run in submission.runs]
     machine = {"accelerators": f"{submission.gpu_type}:{num_gpus}"} if num_gpus else {"cpus": f"{slots * max(cores)}+"}
     task: dict[str, Any] = {
         "name": build_label(submission.grid, 40),

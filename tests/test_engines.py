@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_launcher import FakeLauncher, fake, finish
-from submissions import DEMO, EIGHT_GPUS, ROOT, make_submission
+from submissions import DEMO, ROOT, make_submission
 
-from runner.engines import build_label, check_output_root, check_submission, count_cores, count_gpus
+from runner.engines import build_label, check_output_root, check_submission, derive_machine
 from runner.errors import RefusedError, RunnerError
 
 __all__ = ["fake"]
@@ -22,17 +22,11 @@ def project_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def test_gpus_and_cores_are_those_of_the_launch_config_and_the_recipe() -> None:
-    on_cpu, on_gpus = make_submission(DEMO, EIGHT_GPUS).runs
-    assert (count_gpus(on_cpu), count_cores(on_cpu)) == (0, 1)
-    assert (count_gpus(on_gpus), count_cores(on_gpus)) == (8, None)
-
-
 def test_a_launch_config_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (run,) = make_submission(DEMO).runs
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunnerError, match=r"there is no launch config accelerate_configs/cpu\.yaml"):
-        count_gpus(run)
+    with pytest.raises(RunnerError, match=r"there is no accelerate_configs/cpu\.yaml"):
+        derive_machine(run)
 
 
 @pytest.mark.parametrize("path", ["/elsewhere/runs", "../runs", "a/../../runs"])
