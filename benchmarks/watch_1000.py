@@ -126,7 +126,9 @@ def derive_all(selected: list[Selected]) -> list[str]:
 
 def main() -> None:
     """Print one line per step."""
+    from runner.watch import build_views
     from runner.watch_files import RunsReader
+    from runner.watch_screen import Screen
 
     with tempfile.TemporaryDirectory() as name:
         selected = build_project(Path(name))
@@ -151,11 +153,16 @@ def main() -> None:
             seconds.append(spent)
             assert {reading.status.step for reading in readings if reading.progress} == {100 + number}
         median = statistics.median(seconds)
+        screen, screen_seconds = measure(lambda: Screen(build_views(readings)))
+        lines, draw_seconds = measure(lambda: screen.draw(build_views(readings), width=120, height=40, now=""))
+        assert len(lines) <= 40
         print(
             f"reading again           {median:6.3f} s   (median of {NUM_REFRESHES}, most {max(seconds):.3f} s); ",
             end="",
         )
         print(f"{derive_seconds / median:.0f} times as fast as deriving every status")
+        print(f"plan the table          {screen_seconds:6.3f} s   (once)")
+        print(f"draw 120 x 40           {draw_seconds:6.3f} s")
 
 
 if __name__ == "__main__":

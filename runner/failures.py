@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from runner.errors import DataError, DivergedError, PreemptedError, RunnerError, escape_controls
-from runner.record import Failure, FailureKind
+from runner.record import Failure, FailureKind, RunStatus
 from runner.secrets import scrub
 
 # What to do, per kind; one line each, that can be acted upon.
@@ -33,6 +33,7 @@ HINTS: Final[Mapping[FailureKind, str]] = {
 }
 
 UNREADABLE_HINT: Final = "`runner launch RECIPE --fresh` moves the run aside and starts anew; nothing is deleted"
+
 
 _MAX_MESSAGE_CHARACTERS: Final = 4000
 _TAIL_LINES: Final = 15
@@ -107,6 +108,13 @@ _TYPES: Final[Mapping[str, FailureKind]] = {
 _PLAIN_ERRORS: Final = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NameError, SyntaxError)
 _LAUNCHER_OVER_A_DEAD_CHILD: Final = ("CalledProcessError", "ChildFailedError")
 _EXCEPTION_LINE: Final = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Z]\w*(?:Error|Exception))\b(?:: (.*))?$")
+
+
+def find_hint(status: RunStatus) -> str | None:
+    """What to do about a run in this status, None where nothing is wrong with it."""
+    if status.state == "unreadable":
+        return UNREADABLE_HINT
+    return HINTS[status.failure.kind] if status.failure is not None else None
 
 
 def classify(error: BaseException) -> FailureKind:

@@ -5,11 +5,12 @@ The bytes go to stdout as they are, colours and progress bars included, as with 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from runner.errors import RunnerError
 from runner.fsio import is_leased
@@ -51,8 +52,7 @@ def run_logs(run: str, output_root: Path, number: int | None, *, follow: bool) -
             f"attempt {number} of {selected.full_name} has no log: nothing was started by `runner` itself",
             hint=f"runner why {selected.paths.run_dir}",
         )
-    _print_header(selected.paths, number)
-    _print_from(selected.paths.attempt(number).log_path, 0)
+    _Log(selected.paths.attempt(number).log_path).print_on()
     return 0
 
 
@@ -80,17 +80,16 @@ def find_run(selected: list[Selected]) -> Selected:
 
 
 def _follow(selected: Selected, number: int) -> None:
-    paths = selected.paths
-    num_bytes, is_told = 0, False
-    _print_header(paths, number)
+    paths, is_told = selected.paths, False
+    log = _Log(paths.attempt(number).log_path)
     while True:
         # In this order: what is printed last was written before the lease was let go or the next attempt began.
         is_running = is_leased(paths.lease_path)
         attempts = load_record(paths).attempts
-        num_bytes = _print_from(paths.attempt(number).log_path, num_bytes)
+        log.print_on()
         if number < len(attempts):
-            number, num_bytes, is_told = number + 1, 0, False
-            _print_header(paths, number)
+            number, is_told = number + 1, False
+            log = _Log(paths.attempt(number).log_path)
             continue
         if not is_running:
             retry = foresee_retry(selected.recipe, attempts)
@@ -103,6 +102,24 @@ def _follow(selected: Selected, number: int) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
+class _Log:
+    """A log that may not be there yet; it stays open, because one that ended may be replaced by a scrubbed copy."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream: BinaryIO | None = None
+        _say(str(path))
+
+    def print_on(self) -> None:
+        """Print what came since the last time."""
+        if self._stream is None:
+            with contextlib.suppress(FileNotFoundError):
+                self._stream = self._path.open("rb")
+        if self._stream is not None:
+            shutil.copyfileobj(self._stream, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+
+
 def _describe_end(paths: RunPaths, attempt: Attempt) -> str:
     if paths.result_path.exists():
         return "the run is completed"
@@ -112,22 +129,5 @@ def _describe_end(paths: RunPaths, attempt: Attempt) -> str:
     return f"attempt {attempt.number} ended, {attempt.failure.kind}: {first_line}"
 
 
-def _print_header(paths: RunPaths, number: int) -> None:
-    _say(str(paths.attempt(number).log_path))
-
-
 def _say(text: str) -> None:
     print(f"==> {text} <==", file=sys.stderr, flush=True)
-
-
-def _print_from(path: Path, num_bytes: int) -> int:
-    """Where to go on: after what is printed now, from byte `num_bytes` of a log on, which may not be there yet."""
-    try:
-        stream = path.open("rb")
-    except FileNotFoundError:
-        return 0
-    with stream:
-        stream.seek(num_bytes)
-        shutil.copyfileobj(stream, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
-        return stream.tell()

@@ -87,7 +87,7 @@ def run_status(arguments: argparse.Namespace) -> int:
     if arguments.watch:
         from runner.watch import watch
 
-        return watch(selected, content_cache_path(arguments.output_root))
+        return watch(selected, content_cache_path(arguments.output_root), unreadable)
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     rows = [(one, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes))) for one in selected]
     if arguments.json:

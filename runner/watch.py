@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from runner.selection import Selected
+from runner.failures import find_hint
+from runner.selection import Selected, UnreadableRun
 from runner.watch_files import Reading, RunsReader
 from runner.watch_model import ASCII, UNICODE, Glyphs, RunView
 from runner.watch_screen import Screen
@@ -42,11 +43,13 @@ _STYLES: Final = {
 _SIGNALS: Final = (signal.SIGWINCH, signal.SIGTSTP, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def watch(selected: Sequence[Selected], cache_path: Path) -> int:
+def watch(selected: Sequence[Selected], cache_path: Path, unreadable: Sequence[UnreadableRun] = ()) -> int:
     """Show the runs until Ctrl-C, or until all are completed; without a terminal, once.
 
     It does not end when nothing runs any more: what is between two attempts, or in a queue, looks just like it.
     """
+    for lost in unreadable:  # nothing is known of these, not even a grid to show them in
+        print(f"{lost.full_name}  unreadable: {lost.why}", file=sys.stderr)
     if not selected:
         return 0
     reader, console = RunsReader(selected, cache_path), Console(highlight=False)
@@ -71,6 +74,8 @@ def build_views(readings: Sequence[Reading]) -> list[RunView]:
                 reading.selected.recipe,
                 status,
                 log_path=None if log_path is None else str(log_path),
+                hint=find_hint(status),
+                retry=None if reading.retry is None else f"{reading.retry.why}, while its sweep lives",
                 progress=reading.progress,
                 losses=reading.losses,
             )

@@ -15,7 +15,8 @@ from typing import Any
 
 from runner.fsio import is_leased
 from runner.identity import ContentHashes, list_content_paths
-from runner.record import Progress, RunStatus, derive_status, load_progress
+from runner.plan import Retry, foresee_retry
+from runner.record import Progress, RunStatus, derive_status, load_progress, load_record
 from runner.selection import Selected
 
 FolderState = frozenset[tuple[str, int, int, int]]
@@ -23,12 +24,16 @@ FolderState = frozenset[tuple[str, int, int, int]]
 
 @dataclass(frozen=True)
 class Reading:
-    """One run as it was read: `progress` and `losses` (one per step) are of a running attempt only."""
+    """One run as it was read: `progress` and `losses` (one per step) are of a running attempt only.
+
+    `retry` is what the sweep that made the last attempt does next, while it lives.
+    """
 
     selected: Selected
     status: RunStatus
     progress: Progress | None = None
     losses: Sequence[float] = ()
+    retry: Retry | None = None
 
 
 class RunsReader:
@@ -73,6 +78,7 @@ class _RunReader:
     _seen: object = None
     _status: RunStatus | None = None
     _progress: Progress | None = None
+    _retry: Retry | None = None
     _losses: LossReader | None = None
 
     def read(self, contents: Mapping[str, str]) -> Reading:
@@ -81,12 +87,14 @@ class _RunReader:
         if self._status is None or seen != self._seen:
             self._status = derive_status(paths, self.selected.recipe, contents)
             self._seen = seen  # from before: what changed while it was derived is seen the next time
-            self._progress = None
+            self._progress = self._retry = None
             if self._status.state == "running":
                 self._progress = load_progress(paths.attempt(self._status.num_attempts).progress_path)
+            elif self._status.failure is not None:
+                self._retry = foresee_retry(self.selected.recipe, load_record(paths).attempts)
         if self._status.state != "running":
             self._losses = None
-            return Reading(self.selected, self._status)
+            return Reading(self.selected, self._status, retry=self._retry)
         self._losses = self._losses or LossReader(paths.metrics_path)
         return Reading(self.selected, self._status, self._progress, self._losses.read())
 

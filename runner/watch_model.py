@@ -83,6 +83,7 @@ class RunView:
     status: RunStatus
     log_path: str | None = None  # of the last attempt
     hint: str | None = None
+    retry: str | None = None  # how it is tried again by itself
     progress: Progress | None = None
     losses: Sequence[float] = ()
 
@@ -94,7 +95,7 @@ class RunView:
     @property
     def state(self) -> str:
         """`RunStatus.state`; any text, so that a state that is new needs nothing here."""
-        return self.status.state
+        return "waiting" if self.retry is not None else self.status.state
 
 
 def rank_urgency(state: str) -> int:

@@ -160,9 +160,11 @@ class Screen:
         more = f" and {len(trouble.views) - 1} more" if len(trouble.views) > 1 else ""
         name = f"{self._glyphs.of(first.state)} {self._name(first)}{more}  "
         lines: list[Line] = [((name, first.state), (trouble.what, ""))]
-        if first.hint:
+        if first.retry is not None:
+            lines.append(((f"    {clean(first.retry)}", "dim"),))
+        elif first.hint:
             lines.append(((f"    hint: {clean(first.hint)}", "dim"),))
-        if first.log_path and first.state == "failed":
+        if first.log_path and first.status.failure is not None:
             lines.append(((f"    log: {clean(first.log_path)}", "dim"),))
         return lines
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from fake_launcher import FakeLauncher, fake, finish
 
 from runner.cli import main
+from runner.failures import HINTS, UNREADABLE_HINT
 from runner.fsio import append_jsonl, write_json_atomic, write_jsonl_atomic
 from runner.identity import ContentHashes, known_contents
 from runner.paths import content_cache_path
 from runner.record import Progress, RunStatus, derive_status
 from runner.selection import Selected, select_recipes
+from runner.watch import build_views
 from runner.watch_files import LossReader, RunsReader
 
 __all__ = ["fake"]
@@ -81,6 +83,21 @@ def test_a_running_attempt_is_read_with_its_progress_and_losses(fake: FakeLaunch
     assert finish(sweep)[0] == 0
     (reading,) = reader.read()
     assert (reading.status.state, reading.progress, list(reading.losses)) == ("completed", None, [])
+
+
+def test_a_failed_run_that_its_sweep_tries_again_is_said_to_wait(fake: FakeLauncher) -> None:
+    fake.add("a", told="fail transient the network")
+    fake.add("b", told="fail data no rows")
+    assert main(["sweep", "recipes/toy"]) == 1
+    for path in Path("recipes/toy").iterdir():  # not part of the experiment
+        path.write_text(path.read_text().replace("transient: 0", "transient: 2"))
+    waiting, failed = build_views(RunsReader(select(fake), content_cache_path(Path("runs"))).read())
+    assert (waiting.state, waiting.retry) == ("waiting", "retry 1 of 2 in 10 s, while its sweep lives")
+    assert (failed.state, failed.retry) == ("failed", None)
+    assert failed.hint == HINTS["data"]
+    fake.paths("b").record_path.write_text("no JSON")
+    (_, damaged) = build_views(RunsReader(select(fake), content_cache_path(Path("runs"))).read())
+    assert (damaged.state, damaged.hint) == ("unreadable", UNREADABLE_HINT)
 
 
 def test_a_data_file_that_changed_changes_its_runs(fake: FakeLauncher) -> None:

@@ -46,7 +46,13 @@ def a_sweep() -> list[RunView]:
         make_running(cell(3), 43, 92, seconds_per_step=1.5),
         make_running(cell(4), 7, 32, seconds_per_step=2.5, num_attempts=3),
         make_view("running", cell(5), why="loading"),
-        make_view("waiting", cell(6), why="lost, tries again at 10:32:00 (2 of 3)", failure=lost["failure"]),
+        make_view(
+            "failed",
+            cell(6),
+            **lost,
+            retry="retry 1 of 3 in 20 s, while its sweep lives",
+            log_path="runs/demo/llama_full_60/attempts/1/log.txt",
+        ),
         make_view("interrupted", cell(7), step=4, max_steps=12),
         make_view("changed", cell(8), why='the recipe changed since the run was made: loss: "full" -> "completion"'),
         make_view("queued", cell(9)),
@@ -71,6 +77,11 @@ def test_the_screen_exactly(name: str, width: int, height: int | None, glyphs: G
         path.write_text(text)
     assert path.read_text() == text, "UPDATE_GOLDEN=1 rewrites it"
     assert glyphs is UNICODE or text.isascii()
+
+
+def test_the_documentation_shows_that_very_screen() -> None:
+    page = (GOLDEN.parent.parent / "docs" / "watching.md").read_text()
+    assert (GOLDEN / "watch_100.txt").read_text() in page
 
 
 def test_one_run_has_a_screen_too() -> None:
