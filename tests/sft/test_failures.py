@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from conftest import Project
 from faulty_runs import launch_faulty, make_fault
-from training_runs import assert_same_outputs, launch, read_attempts, read_log
+from safetensors.torch import load_file
+from training_runs import assert_same_outputs, launch, read_attempts, read_log, try_launch
+
+from runner.markers import list_committed
 
 pytestmark = pytest.mark.slow
 
@@ -59,3 +63,27 @@ def test_the_rank_that_knows_why_is_believed(project: Project) -> None:
     [attempt] = read_attempts(project.paths("two"))
     assert (done.returncode, attempt["failure"]["kind"]) == (1, "crashed"), done.stderr
     assert attempt["failure"]["message"] == "ZeroDivisionError: the reason"
+
+
+def test_weights_that_turn_nan_at_a_step_are_never_committed_and_never_retried(project: Project) -> None:
+    """They turn NaN after the update of step 3, whose loss was finite, right before its checkpoint."""
+    project.add_model()
+    overrides = (*SHORT, "checkpoints.save_steps=1", "launch.retries={transient: 3, lost: 3, backoff_seconds: 0}")
+    fault = make_fault("open", "logs.txt", "nan", count=4)  # the heading, then a line for each step
+    done = launch_faulty(project, "nan", *overrides, faults=[fault])
+    paths = project.paths("nan")
+    assert (done.returncode, list_ends(project, "nan")) == (12, [(0, 1, "diverged")]), done.stderr
+    assert "the weights after step 3 are not finite" in read_log(paths)
+    assert 2 in list_committed(paths) and 3 not in list_committed(paths)
+    for weights in paths.checkpoints_dir.rglob("*.safetensors"):
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(weights).values())
+    assert "would fail again" in project.cli("sweep", str(paths.run_dir)).stdout
+
+
+def test_a_launch_config_that_accelerate_refuses_is_a_configuration_failure(project: Project) -> None:
+    project.add_model()
+    (project.root / "bad.yaml").write_text("use_cpu: true\ndistributed_type: NOPE\n")
+    done = try_launch(project, "refused", "launch.accelerate_config=bad.yaml", "launch.retries={lost: 3}")
+    [attempt] = read_attempts(project.paths("refused"))
+    assert (done.returncode, attempt["failure"]["kind"]) == (10, "configuration"), done.stderr
+    assert "'NOPE' is not a valid DistributedType" in attempt["failure"]["message"]
