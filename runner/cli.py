@@ -178,6 +178,9 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("--attempt", type=positive, metavar="N", help="another attempt than the last")
     _add_output_root(logs)
 
+    stop = verbs.add_parser("stop", help="ask running runs to checkpoint at the end of their step and to leave")
+    _add_paths(stop)
+
     report = verbs.add_parser("report", help="the comparison: one row per run, the axes as columns")
     _add_paths(report)
     report.add_argument("--format", choices=("md", "csv", "json"), default="md")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import sys
 import time
 from collections.abc import Mapping
@@ -41,17 +43,26 @@ class SweepDisplay:
         if self._bars is not None:
             self._bars.stop()
 
+    def say(self, line: str) -> None:
+        """A line above the bars."""
+        forget_closed_streams()
+        with contextlib.suppress(OSError):  # closed since, or a file on a full disk: no reason to end a sweep
+            if self._bars is None:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                self._console.print(line, markup=False)
+
     def finished(self, name: str, outcome: str) -> None:
         """One run is done, for better or worse."""
         self._num_finished += 1
-        self._say(f"[{self._num_finished}/{self._num_runs}] {name}  {outcome}")
+        self.say(f"[{self._num_finished}/{self._num_runs}] {name}  {outcome}")
         if self._bars is not None:
             self._drop_bar(name)
             self._bars.update(self._all, completed=self._num_finished, now=f"{self._num_finished}/{self._num_runs}")
 
     def retried(self, name: str, why: str) -> None:
         """One run failed and will be tried again."""
-        self._say(f"[{self._num_finished}/{self._num_runs}] {name}  {why}")
+        self.say(f"[{self._num_finished}/{self._num_runs}] {name}  {why}")
         self._drop_bar(name)
 
     def update(self, current: Mapping[str, AttemptPaths], waiting: Mapping[str, str]) -> None:
@@ -61,7 +72,7 @@ class SweepDisplay:
                 self._last_line_at = time.monotonic()
                 now = [f"{name} {_describe(files)[0]}" for name, files in current.items()]
                 now += [f"{name} {text}" for name, text in waiting.items()]
-                self._say(f"[{self._num_finished}/{self._num_runs}] now: {'; '.join(now)}")
+                self.say(f"[{self._num_finished}/{self._num_runs}] now: {'; '.join(now)}")
             return
         for name, files in current.items():
             text, step, max_steps = _describe(files)
@@ -77,12 +88,14 @@ class SweepDisplay:
         if self._bars is not None and name in self._tasks:
             self._bars.remove_task(self._tasks.pop(name))
 
-    def _say(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # stderr may be a file on a full disk: no reason to end a sweep
-            if self._bars is None:
-                print(line, file=sys.stderr, flush=True)
-            else:
-                self._console.print(line, markup=False)
+
+def forget_closed_streams() -> None:
+    """Send to nowhere what nobody reads any more: a sweep outlives its terminal, and the `tee` behind its pipe."""
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), descriptor)
 
 
 def _describe(files: AttemptPaths) -> tuple[str, int, int | None]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from runner.identity import derive_digest, list_library_versions
 from runner.launch import LaunchCommand
 from runner.log_scrubbing import scrub_log
 from runner.paths import AttemptPaths, RunPaths, old_run_dir
-from runner.processes import die_with_parent
+from runner.processes import OWNER_VARIABLE, die_with_parent, kill_processes_of
 from runner.ranks import ATTEMPT_VARIABLE, has_ranks, hold_launcher_lock, wait_for_ranks
 from runner.recipe import Recipe, derive_accumulation
 from runner.record import (
@@ -33,6 +31,7 @@ from runner.record import (
     Attempt,
     Failure,
     RunRecord,
+    StopRequest,
     StoredRecipe,
     find_differences,
     find_divisor,
@@ -47,7 +46,7 @@ from runner.record import (
 )
 from runner.secrets import scrub_json
 
-GRACE_SECONDS: Final = 10.0
+_RANKS_SECONDS: Final = 10.0  # for the ranks on other machines to see that their launcher is gone
 
 
 def prepare_run(recipe: Recipe, contents: Mapping[str, str], paths: RunPaths) -> None:
@@ -105,7 +104,13 @@ def open_attempt(
     retry: int = 0,
     micro_batch_divisor: int = 1,
 ) -> Attempt:
-    """Append an attempt to `run.json` and make its folder, before anything is started. The caller holds the lease."""
+    """Append an attempt to `run.json` and make its folder, before anything is started. The caller holds the lease.
+
+    What is left of earlier attempts goes first: a request to stop, and processes that outlived a kill.
+    """
+    run_dir = str(paths.run_dir.resolve())
+    kill_processes_of(lambda value: value.rpartition(":")[0] == run_dir)
+    paths.stop_path.unlink(missing_ok=True)
     record = load_record(paths)
     for earlier in record.attempts:
         if earlier.ended_at_utc is None:  # its launcher was killed before it could do this
@@ -153,6 +158,11 @@ def take_lease(paths: RunPaths) -> Lease | None:
 
 def _list_parts(paths: RunPaths) -> list[Path]:
     return [path for folder in (paths.run_dir, paths.attempts_dir, paths.checkpoints_dir) for path in folder.glob("*")]
+
+
+def request_stop(paths: RunPaths, attempt: int, why: str) -> None:
+    """Ask an attempt to checkpoint at the end of its step and to leave; it need not be ours."""
+    write_json_atomic(paths.stop_path, StopRequest(attempt=attempt, why=why).model_dump())
 
 
 def close_attempt(paths: RunPaths, exit_status: int, failure: Failure | None) -> None:
@@ -216,33 +226,47 @@ class RunningAttempt:
         return self.stop_reason is not None or (request is not None and request.attempt == self.attempt.number)
 
     def signal_group(self, number: signal.Signals) -> None:
-        """Send a signal to every process of the attempt: `accelerate launch` forwards none."""
+        """Send a signal to the launcher and what is in its session; the ranks of several processes are not."""
         if self.process.returncode is None:  # once it is reaped, its id may be somebody else's
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
 
+    def request_stop(self, why: str) -> None:
+        """Ask it to checkpoint at the end of its step and to leave."""
+        request_stop(self.paths, self.attempt.number, why)
+
+    def kill(self, why: str) -> None:
+        """End it now; the record will say why."""
+        self.stop_reason = why
+        self.signal_group(signal.SIGKILL)
+
     def finish(self) -> Failure | None:
         """Wait for the launcher, close the record and let go of the lease; None when the run is complete."""
-        if self.process.returncode is None:
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-            self.signal_group(signal.SIGKILL)  # what the launcher may have left behind; its own id is not free yet
-        status = self.process.wait()
-        if self.launcher_lock is not None:
-            self.launcher_lock.close()
-            wait_for_ranks(self.paths, GRACE_SECONDS)
-        with contextlib.suppress(OSError):  # no room for a second copy of it
-            scrub_log(self.files.log_path)
-        failure = self._find_failure(status)
-        if failure is not None:
-            failure = failure.model_copy(update={"log_tail": read_log_tail(self.files.log_path)})
         try:
-            close_attempt(self.paths, status, failure)
-        except (OSError, CorruptFileError) as error:  # the others go on; the next sweep sees by itself how it ended
-            with contextlib.suppress(OSError):
-                print(f"warning: the end of {self.files.attempt_dir} is not recorded: {error}", file=sys.stderr)
+            if self.process.returncode is None:
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+                self.signal_group(signal.SIGKILL)  # what the launcher may have left; its own id is not free yet
+            status = self.process.wait()
+            if self.launcher_lock is not None:
+                self.launcher_lock.close()
+                wait_for_ranks(self.paths, _RANKS_SECONDS)
+            kill_processes_of(_name_attempt(self.paths, self.attempt.number).__eq__)
+            with contextlib.suppress(OSError):  # no room for a second copy of it
+                scrub_log(self.files.log_path)
+            failure = self._find_failure(status)
+            if failure is not None:
+                failure = failure.model_copy(update={"log_tail": read_log_tail(self.files.log_path)})
+            self._close(status, failure)
         finally:
             self.lease.close()
         return failure
+
+    def _close(self, exit_status: int, failure: Failure | None) -> None:
+        try:
+            close_attempt(self.paths, exit_status, failure)
+        except (OSError, CorruptFileError) as error:  # the others go on; the next sweep sees by itself how it ended
+            with contextlib.suppress(OSError):
+                print(f"warning: the end of {self.files.attempt_dir} is not recorded: {error}", file=sys.stderr)
 
     def _find_failure(self, exit_status: int) -> Failure | None:
         try:
@@ -328,7 +352,9 @@ def start_attempt(
 
 
 def _start_launcher(paths: RunPaths, attempt: Attempt, command: LaunchCommand, lease: Lease) -> subprocess.Popen[bytes]:
-    told = {ATTEMPT_VARIABLE: str(attempt.number)} if command.spans_machines else {}
+    told = {OWNER_VARIABLE: _name_attempt(paths, attempt.number)}
+    if command.spans_machines:
+        told[ATTEMPT_VARIABLE] = str(attempt.number)
     try:
         with paths.attempt(attempt.number).log_path.open("ab") as log:
             return subprocess.Popen(
@@ -349,26 +375,6 @@ def _start_launcher(paths: RunPaths, attempt: Attempt, command: LaunchCommand, l
         raise RunnerError(message, hint="pip install accelerate, into the Python that `runner` runs in") from None
 
 
-def stop_attempts(attempts: Sequence[RunningAttempt], why: str, *, grace_seconds: float = GRACE_SECONDS) -> None:
-    """End attempts: TERM to each process group, KILL to what is still there after a grace."""
-    for attempt in attempts:
-        attempt.stop_reason = why
-        attempt.signal_group(signal.SIGTERM)
-    deadline = time.monotonic() + grace_seconds
-    with contextlib.ExitStack() as closing:  # every record is closed, whatever happens to another one
-        for attempt in attempts:
-            closing.callback(attempt.finish)
-        for attempt in attempts:
-            if attempt.process.returncode is None and not _has_ended(attempt.process.pid, deadline):
-                attempt.signal_group(signal.SIGKILL)
-
-
-def _has_ended(pid: int, deadline: float) -> bool:
-    """Whether our child ends before `deadline` (`time.monotonic`)."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-    finally:
-        os.close(pidfd)
+def _name_attempt(paths: RunPaths, number: int) -> str:
+    """The value of `OWNER_VARIABLE`."""
+    return f"{paths.run_dir.resolve()}:{number}"

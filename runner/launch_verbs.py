@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -74,7 +75,11 @@ def run_launch(arguments: argparse.Namespace) -> int:
         print("\n".join(command.as_shell() for command in commands))
         return 0
     result = _run_planned([planned], num_slots=1, gpus=None, fail_fast=False, allocation=allocation)
-    return _STOPPED if result is None else next((EXIT_CODES[failed.failure.kind] for failed in result.failed), 0)
+    if result.stopped_by == signal.SIGINT:
+        return _STOPPED
+    if result.stopped_by is not None and not result.failed:
+        return EXIT_CODES["preempted"]
+    return next((EXIT_CODES[failed.failure.kind] for failed in result.failed), 0)
 
 
 def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -> int:
@@ -145,7 +150,7 @@ def _sweep_here(planned: list[Planned], arguments: argparse.Namespace) -> int:
     sys.stdout.flush()
     slots = len(gpus) if gpus is not None else arguments.slots or 1
     result = _run_planned(planned, num_slots=slots, gpus=gpus, fail_fast=arguments.fail_fast)
-    if result is None:
+    if result.stopped_by is not None:
         return _STOPPED
     return 1 if result.failed else 0
 
@@ -311,33 +316,32 @@ def _run_planned(
     gpus: list[str] | None,
     fail_fast: bool,
     allocation: Allocation | None = None,
-) -> PoolResult | None:
-    """How the runs ended, failures printed; None when the sweep was stopped."""
+) -> PoolResult:
+    """How the runs ended; failures are printed."""
     from runner.display import SweepDisplay
-    from runner.pool import Devices, PoolResult, Stopped, run_pool
+    from runner.pool import Devices, PoolResult, run_pool
 
     if not planned:
         print("nothing to launch", file=sys.stderr)
         return PoolResult()
-    try:
-        with SweepDisplay(len(planned)) as display:
-            result = run_pool(planned, Devices(num_slots, gpus, allocation), display, fail_fast=fail_fast)
-    except Stopped:
-        print("stopped; the same command goes on from the newest checkpoints", file=sys.stderr)
-        return None
+    with SweepDisplay(len(planned)) as display:
+        result = run_pool(planned, Devices(num_slots, gpus, allocation), display, fail_fast=fail_fast)
     _print_failures(result)
+    if result.stopped_by is not None:
+        print("stopped; the same command goes on from the newest checkpoints", file=sys.stderr)
     return result
 
 
 def _print_failures(result: PoolResult) -> None:
     for failed in result.failed:
-        print(f"\n{failed.name} failed, {failed.failure.kind}: {failed.failure.message}", file=sys.stderr)
+        what = "left" if failed.failure.kind == "preempted" else "failed"
+        print(f"\n{failed.name} {what}, {failed.failure.kind}: {failed.failure.message}", file=sys.stderr)
         if failed.log_path is None:
             continue
         if failed.failure.kind in ("crashed", "lost", "transient", "out_of_memory"):
             print("\n".join(f"  | {line}" for line in failed.failure.log_tail), file=sys.stderr)
         print(f"  log: {failed.log_path}", file=sys.stderr)
-    if result.not_started:
+    if result.not_started and result.stopped_by is None:
         print(f"{len(result.not_started)} runs were not started because of --fail-fast", file=sys.stderr)
 
 

@@ -9,24 +9,20 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 from runner.display import SweepDisplay
 from runner.errors import RefusedError, RunnerError
-from runner.execute import FailedElsewhere, RunningAttempt, start_attempt, stop_attempts
+from runner.execute import FailedElsewhere, RunningAttempt, start_attempt
 from runner.failures import build_failure
 from runner.launch import LaunchCommand, Placement, build_launch_command
 from runner.machines import Allocation
 from runner.plan import decide_retry
 from runner.record import Failure
 from runner.selection import Selected
+from runner.stop_signals import StopSignals
 
 _REFRESH_SECONDS: Final = 0.5
-
-
-class Stopped(Exception):
-    """Ctrl-C, TERM or HUP reached the sweep."""
 
 
 @dataclass(frozen=True)
@@ -120,67 +116,36 @@ class PoolResult:
     completed: list[str] = field(default_factory=list)
     failed: list[FailedRun] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)  # taken over or finished by another sweep meanwhile
-    not_started: list[str] = field(default_factory=list)  # after `--fail-fast`
+    not_started: list[str] = field(default_factory=list)  # after `--fail-fast` or a signal
+    stopped_by: int | None = None  # the signal that ended the sweep before everything was done
 
 
 def run_pool(planned: list[Planned], devices: Devices, display: SweepDisplay, *, fail_fast: bool = False) -> PoolResult:
     """Run everything that is planned, as many at a time as there is room.
 
-    Raises:
-        Stopped: after Ctrl-C, TERM or HUP; all attempts are ended and recorded, as after any other exception.
+    The first signal asks what runs to checkpoint and to leave, a second one ends it at once; nothing more is started.
+
+    All attempts are ended and recorded, also after an exception.
     """
     devices.check(planned)
     with StopSignals() as signals, selectors.DefaultSelector() as selector:
         selector.register(signals.fileno(), selectors.EVENT_READ)
-        pool = _Pool(list(planned), devices, display, fail_fast, selector)
+        pool = _Pool(list(planned), devices, display, fail_fast, selector, signals)
         try:
-            while pool.active or pool.wants_to_start() or pool.later:
+            while not signals.received and (pool.active or pool.wants_to_start() or pool.later):
                 pool.take_up_due()
-                has_started = pool.start_next()
-                for key, _ in selector.select(0 if has_started else pool.pause_seconds()):
-                    if key.fd != signals.fileno():
-                        pool.finish(key)
-                pool.show()
-                if signals.is_stopped:
-                    raise Stopped
+                pool.wait(is_in_a_hurry=pool.start_next())
+            if signals.received:
+                pool.leave(f"the runner was stopped by {signal.Signals(signals.received[0]).name}", num_signals=1)
         except BaseException as error:
-            why = "the sweep was stopped" if isinstance(error, Stopped) else f"the sweep ended by {error!r}"
-            stop_attempts([attempt for _, attempt, _ in pool.active.values()], why)
+            pool.leave(f"the runner ended by {error!r}", num_signals=len(signals.received))
             raise
         finally:
             pool.close()
     pool.result.not_started += [run.name for run in pool.waiting]
+    if signals.received and (pool.waiting or pool.result.failed):  # else it came when all was done
+        pool.result.stopped_by = signals.received[0]
     return pool.result
-
-
-class StopSignals:
-    """Notes Ctrl-C, TERM and HUP and makes `fileno` readable, so that no line of a sweep is ever interrupted."""
-
-    def __init__(self) -> None:
-        self.is_stopped = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        self._readable, self._writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._previous_wakeup = signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup`, or a background process of a script
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous_wakeup)
-        os.close(self._readable)
-        os.close(self._writable)
-
-    def fileno(self) -> int:
-        """Readable once a signal has come."""
-        return self._readable
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.is_stopped = True
 
 
 @dataclass
@@ -192,6 +157,7 @@ class _Pool:
     display: SweepDisplay
     fail_fast: bool
     selector: selectors.BaseSelector
+    signals: StopSignals
     active: dict[int, tuple[Planned, RunningAttempt, Placement]] = field(default_factory=dict)
     later: list[Later] = field(default_factory=list)
     failures: dict[str, list[Failure]] = field(default_factory=dict)  # in a row, of each run
@@ -262,24 +228,49 @@ class _Pool:
         self.selector.register(os.pidfd_open(pid), selectors.EVENT_READ, data=pid)
         return True
 
+    def wait(self, *, is_in_a_hurry: bool = False) -> None:
+        """Until something ends, a signal comes, or it is time to show where the runs stand."""
+        for key, _ in self.selector.select(0 if is_in_a_hurry else self.pause_seconds()):
+            if key.fd == self.signals.fileno():
+                self.signals.drain()
+            else:
+                self.finish(key)
+        now = time.monotonic()
+        waiting = {one.run.name: f"is tried again in {max(0.0, one.due_at - now):.0f} s" for one in self.later}
+        self.display.update({run.name: attempt.files for run, attempt, _ in self.active.values()}, waiting)
+
+    def leave(self, why: str, *, num_signals: int) -> None:
+        """Ask what runs to checkpoint and to leave, and wait; any signal beyond `num_signals` ends it at once."""
+        self.waiting += [one.run for one in self.later]
+        self.later = []
+        attempts = [attempt for _, attempt, _ in self.active.values()]
+        for attempt in attempts:
+            try:
+                attempt.request_stop(why)
+            except OSError:  # no space
+                attempt.kill(why)
+        if attempts:
+            runs = "1 run" if len(attempts) == 1 else f"{len(attempts)} runs"
+            self.display.say(f"stopping: waiting for {runs} to checkpoint and leave; a second Ctrl-C ends them at once")
+        while self.active:
+            if len(self.signals.received) > num_signals:
+                num_signals = len(self.signals.received)
+                for _, attempt, _ in self.active.values():
+                    attempt.kill(f"{why}, and at once by {signal.Signals(self.signals.received[-1]).name}")
+            self.wait()
+
     def finish(self, key: selectors.SelectorKey) -> None:
         """Close the record of a run whose launcher has ended."""
         self.selector.unregister(key.fd)
         os.close(key.fd)
-        run, attempt, placement = self.active[key.data]
+        run, attempt, placement = self.active.pop(key.data)
         failure = attempt.finish()
-        del self.active[key.data]
         self.devices.give_back(placement)
         if failure is not None:
             self._retry_or_record(run, FailedRun(run.name, failure, attempt.files.log_path), attempt)
         else:
             self.result.completed.append(run.name)
             self.display.finished(run.name, "completed")
-
-    def show(self) -> None:
-        now = time.monotonic()
-        waiting = {one.run.name: f"is tried again in {max(0.0, one.due_at - now):.0f} s" for one in self.later}
-        self.display.update({run.name: attempt.files for run, attempt, _ in self.active.values()}, waiting)
 
     def close(self) -> None:
         """Let go of what watches the processes."""

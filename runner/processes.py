@@ -1,13 +1,21 @@
-"""Binding a process to its parent, so that nothing goes on alone after a kill; and who has a file open."""
+"""Which processes belong to an attempt and end with it, so that nothing goes on alone; and who has a file open."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import select
 import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+# `<run directory>:<attempt>`, in the environment of everything that `execute` starts.
+OWNER_VARIABLE: Final = "RUNNER_OWNER"
+
+_PATIENCE_SECONDS: Final = 30.0  # a process that the kernel cannot end waits for a disk
 _PR_SET_PDEATHSIG: Final = 1
 _PRCTL: Final = ctypes.CDLL(None, use_errno=True).prctl  # looked up before any fork
 
@@ -40,3 +48,88 @@ def list_holders(path: Path) -> dict[int, str]:
         except OSError:  # it is somebody else's, or has just ended
             continue
     return dict(sorted(holders.items()))
+
+
+def die_with_launcher() -> None:
+    """`die_with_parent` for the trainer, also when its launcher has died before this was called.
+
+    Then the parent is already another process, which does not carry the attempt in its environment. A parent that
+    cannot be looked at (typed by hand, another PID namespace, another user) is taken for the launcher.
+    """
+    parent_pid = os.getppid()
+    die_with_parent(parent_pid)
+    attempt = os.environ.get(OWNER_VARIABLE)
+    if attempt is not None and parent_pid != 0 and _carries(parent_pid, attempt.__eq__) is False:
+        os._exit(1)
+
+
+def bind_forks(lease_descriptor: int) -> None:
+    """Children that this process forks, such as a data loader's workers, never hold the lease, and die with it.
+
+    They die with the thread that forked them, so only those of the main thread are bound.
+    """
+    is_main: list[bool] = []
+
+    def note_thread() -> None:
+        is_main[:] = [threading.current_thread() is threading.main_thread()]
+
+    def let_go() -> None:
+        with contextlib.suppress(OSError):
+            os.close(lease_descriptor)
+        if is_main[0]:
+            die_with_parent()
+
+    os.register_at_fork(before=note_thread, after_in_child=let_go)
+
+
+def kill_processes_of(is_meant: Callable[[str], bool]) -> int:
+    """End every process on this machine whose attempt is meant, and wait until it is gone; how many there were.
+
+    The ranks of several processes are in sessions of their own, so a signal to the launcher's group misses what they
+    have started: compilers, a tracker's daemon.
+    """
+    killed = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal() or not _carries(int(folder.name), is_meant):
+            continue
+        with contextlib.suppress(OSError):  # gone meanwhile
+            pidfd = os.pidfd_open(int(folder.name))
+            killed.append(pidfd)
+            if _carries(int(folder.name), is_meant):  # its id may be somebody else's by now
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    for pidfd in killed:
+        select.select([pidfd], [], [], _PATIENCE_SECONDS)
+        os.close(pidfd)
+    return len(killed)
+
+
+def has_lost_sibling(num_siblings: int) -> bool:
+    """Whether fewer than `num_siblings` children of this process's parent are alive, this one counted."""
+    alive = 0
+    try:
+        for children in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
+            alive += sum(_is_alive(pid) for pid in children.read_text().split())
+    except OSError:
+        return False  # the parent cannot be looked at, or is gone
+    return alive < num_siblings
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+    except OSError:
+        return False
+    return state not in ("Z", "X")
+
+
+def _carries(pid: int, is_meant: Callable[[str], bool]) -> bool | None:
+    """Whether a process was started with an attempt in its environment that is meant; None where it cannot be seen."""
+    try:
+        content = Path(f"/proc/{pid}/environ").read_bytes()
+    except PermissionError:
+        return None
+    except OSError:
+        return False
+    prefix = f"{OWNER_VARIABLE}=".encode()
+    values = [entry[len(prefix) :] for entry in content.split(b"\0") if entry.startswith(prefix)]
+    return any(is_meant(os.fsdecode(value)) for value in values)

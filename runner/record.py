@@ -267,7 +267,7 @@ def load_stop_request(paths: RunPaths) -> StopRequest | None:
     """What somebody asked the running attempt for; None also for a file that cannot be read."""
     try:
         return _load_fact(paths.stop_path, StopRequest)
-    except CorruptFileError:
+    except (CorruptFileError, OSError):
         return None
 
 

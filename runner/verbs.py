@@ -33,6 +33,7 @@ __all__ = [
     "run_report",
     "run_rerun",
     "run_status",
+    "run_stop",
     "run_sweep",
     "run_why",
 ]
@@ -146,6 +147,13 @@ def run_why(arguments: argparse.Namespace) -> int:
     facts = gather_facts(selected.recipe, selected.paths, hashes, arguments.num_processes)
     print(json.dumps(facts.as_json(), indent=2) if arguments.json else "\n".join(build_lines(facts)))
     return 0
+
+
+def run_stop(arguments: argparse.Namespace) -> int:
+    """`runner stop`."""
+    from runner.stop import run_stop
+
+    return run_stop(arguments)
 
 
 def run_report(arguments: argparse.Namespace) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import select
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +53,7 @@ launch:
 # attempt, the last ones for all others; without such a file it completes the run. `stepped` before: after a step.
 ACCELERATE: Final = """\
 #!{python} -IS
-import json, os, signal, subprocess, sys
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 home, run_dir = Path(os.environ["FAKE_HOME"]), Path(sys.argv[-1])
@@ -99,12 +102,19 @@ elif verb == "wait":  # until the test opens the pipe
 elif verb == "hang":
     tell_started(os.getpid())
     signal.pause()
-elif verb == "stubborn":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+elif verb == "obey":  # the stop file, as the trainer does; with words, it completes nevertheless
     tell_started(os.getpid())
-    signal.pause()
+    request = dict(attempt=None)
+    while request["attempt"] != number:
+        time.sleep(0.01)
+        request = json.loads((run_dir / "stop").read_text()) if (run_dir / "stop").exists() else request
+    if words == "too late":
+        complete(digest)
+    else:
+        failure = dict(kind="preempted", message=request["why"] + ": left at step 1, which is saved")
+        (run_dir / "attempts" / str(number) / "failure.json").write_text(json.dumps(failure))
 elif verb == "leave":  # a process of its group that outlives it
-    child = subprocess.Popen(["sleep", "1000"])
+    child = subprocess.Popen(["sleep", "1000"], start_new_session=words == "elsewhere")
     tell_started(child.pid)
     complete(digest)
 elif verb == "fail":
@@ -125,6 +135,7 @@ class FakeLauncher:
 
     root: Path
     _started: int
+    _terminal: int = -1
 
     @property
     def home(self) -> Path:
@@ -161,18 +172,31 @@ class FakeLauncher:
     def paths(self, name: str) -> RunPaths:
         return RunPaths(self.root / "runs" / "toy" / name)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, has_terminal: bool = False) -> subprocess.Popen[str]:
         """`runner ARGUMENTS` in a process of its own, with Ctrl-C as in a terminal."""
-        return subprocess.Popen(
+        outputs = self._open_terminal() if has_terminal else subprocess.PIPE
+        process = subprocess.Popen(
             [str(BIN_DIR / "runner"), *arguments],
             cwd=self.root,
             env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=outputs if has_terminal else subprocess.DEVNULL,
+            stdout=outputs,
+            stderr=outputs,
             text=True,
-            preexec_fn=_take_signals,
+            start_new_session=has_terminal,
+            preexec_fn=_take_terminal if has_terminal else _take_signals,
         )
+        if has_terminal:
+            os.close(outputs)
+        return process
+
+    def _open_terminal(self) -> int:
+        self._terminal, child_side = pty.openpty()
+        return child_side
+
+    def close_terminal(self) -> None:
+        """As when its window is closed."""
+        os.close(self._terminal)
 
     def next_started(self) -> tuple[str, int]:
         """Run name and process id of the next fake that says that it runs."""
@@ -239,6 +263,11 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a process that is about to end."""
     stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
     return process.returncode, stdout, stderr
+
+
+def _take_terminal() -> None:
+    _take_signals()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def _take_signals() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from fake_launcher import FakeLauncher, fake, finish, wait_until_dead
+from fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish, wait_until_dead
 
 from runner.cli import main
 from runner.errors import RefusedError, RunnerError
@@ -21,15 +21,15 @@ from runner.execute import (
     open_attempt,
     prepare_run,
     start_attempt,
-    stop_attempts,
     take_lease,
 )
 from runner.fsio import is_leased, load_json, write_json_atomic
 from runner.identity import ContentHashes, hash_contents
 from runner.launch import LaunchCommand, Placement, build_launch_command
 from runner.paths import RunPaths
+from runner.processes import OWNER_VARIABLE
 from runner.recipe import Recipe, load_recipe
-from runner.record import Failure, derive_status, load_record
+from runner.record import Failure, StopRequest, derive_status, load_record, load_stop_request
 
 __all__ = ["fake"]
 
@@ -106,31 +106,77 @@ def test_what_outlives_the_launcher_is_ended(fake: FakeLauncher, started: list[R
     assert not is_leased(attempt.paths.lease_path)
 
 
-def test_what_ignores_term_is_killed_after_a_grace(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
-    fake.add("a", told="stubborn")
-    fake.add("b", told="hang")
-    attempts = [attempt for name in "ab" if (attempt := start(fake, started, name)) is not None]
-    fake.next_started(), fake.next_started()
-    stop_attempts(attempts, "enough", grace_seconds=0.2)
-    a, b = (load_record(attempt.paths).attempts[0] for attempt in attempts)
-    assert (a.exit_status, b.exit_status) == (-signal.SIGKILL, -signal.SIGTERM)
-    assert a.failure == b.failure and (a.failure.kind, a.failure.message) == ("preempted", "enough")
+def test_a_request_to_stop_names_one_attempt_and_is_gone_with_the_next(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
+    fake.add("a", told="obey")
+    first = start(fake, started)
+    assert first is not None
+    fake.next_started()
+    first.request_stop("enough")
+    failure = first.finish()
+    assert failure is not None and (failure.kind, failure.message.partition(":")[0]) == ("preempted", "enough")
+    assert load_stop_request(first.paths) == StopRequest(attempt=1, why="enough")
+    fake.tell("a", "complete")
+    second = start(fake, started)
+    assert second is not None and second.finish() is None
+    assert not second.paths.stop_path.exists()
 
 
-def test_every_record_is_closed_when_one_cannot_be(
+def test_what_is_killed_says_why(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+    fake.add("a", told="hang")
+    attempt = start(fake, started)
+    assert attempt is not None
+    fake.next_started()
+    attempt.kill("enough")
+    failure = attempt.finish()
+    assert failure is not None and (failure.kind, failure.message) == ("preempted", "enough")
+    assert load_record(attempt.paths).attempts[0].exit_status == -signal.SIGKILL
+
+
+def test_a_record_that_cannot_be_closed_is_a_warning(
     fake: FakeLauncher, started: list[RunningAttempt], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake.add("a", "b", "c", told="hang")
-    attempts = [attempt for name in "abc" if (attempt := start(fake, started, name)) is not None]
-    for _ in attempts:
-        fake.next_started()
-    attempts[1].paths.record_path.unlink()
-    attempts[1].paths.record_path.mkdir()
-    stop_attempts(attempts, "enough")
+    fake.add("b", told="hang")
+    attempt = start(fake, started, "b")
+    assert attempt is not None
+    fake.next_started()
+    attempt.paths.record_path.unlink()
+    attempt.paths.record_path.mkdir()
+    attempt.kill("enough")
+    attempt.finish()
     assert "runs/toy/b/attempts/1 is not recorded" in capsys.readouterr().err
-    assert [load_record(attempts[i].paths).attempts[0].exit_status for i in (0, 2)] == [-signal.SIGTERM] * 2
-    assert all(attempt.process.returncode is not None for attempt in attempts)
-    started.clear()
+    assert not is_leased(attempt.paths.lease_path)
+
+
+def test_what_an_attempt_leaves_in_other_sessions_is_ended_with_it(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
+    """As a compiler, or a tracker's daemon, that a rank under torchrun has started."""
+    fake.add("a", told="leave elsewhere")
+    attempt = start(fake, started)
+    assert attempt is not None
+    pidfd = os.pidfd_open(fake.next_started()[1])
+    assert attempt.finish() is None
+    wait_until_dead(pidfd)
+    os.close(pidfd)
+
+
+def test_what_is_left_of_earlier_attempts_is_ended_by_the_next(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
+    fake.add("a", "aa", told="complete")
+    environments = [{**os.environ, OWNER_VARIABLE: f"{fake.paths(name).run_dir.resolve()}:7"} for name in ("a", "aa")]
+    own, foreign = (subprocess.Popen(["sleep", "1000"], env=environment) for environment in environments)
+    try:
+        attempt = start(fake, started)
+        assert attempt is not None and attempt.finish() is None
+        assert own.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+        assert foreign.poll() is None
+    finally:
+        for process in (own, foreign):
+            process.kill()
+            process.wait()
 
 
 def test_a_lasting_failure_is_not_called_a_preemption(fake: FakeLauncher, started: list[RunningAttempt]) -> None:

@@ -6,17 +6,18 @@ import os
 import signal
 
 import pytest
-from fake_launcher import FakeLauncher, fake, finish, wait_until_dead
+from fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish, wait_until_dead
 
 from runner.cli import main
 from runner.errors import RefusedError
 from runner.fsio import is_leased, load_json, write_json_atomic
 from runner.identity import ContentHashes, known_contents
 from runner.launch import Placement
-from runner.pool import Devices, Planned, StopSignals
+from runner.pool import Devices, Planned
 from runner.recipe import load_recipe
 from runner.record import derive_status
 from runner.selection import select_recipes
+from runner.stop_signals import StopSignals
 
 __all__ = ["fake"]
 
@@ -116,29 +117,103 @@ def test_two_sweeps_execute_each_run_once(fake: FakeLauncher) -> None:
     assert list_states(fake, *names) == ["completed"] * 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_sweep_ends_and_records_what_it_started(number: signal.Signals, fake: FakeLauncher) -> None:
-    fake.add("a", "b", "c", told="hang")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_stopped_sweep_lets_its_runs_checkpoint_and_starts_nothing_more(
+    number: signal.Signals, fake: FakeLauncher
+) -> None:
+    fake.add("a", "b", "c", told="obey")
     sweep = fake.start("sweep", "recipes/toy", "--slots", "2")
     pidfds = [os.pidfd_open(fake.next_started()[1]) for _ in range(2)]
     assert list_states(fake, "a", "b", "c") == ["running", "running", "pending"]
     sweep.send_signal(number)
     code, _, stderr = finish(sweep)
     assert code == 130
+    assert "waiting for 2 runs to checkpoint and leave; a second Ctrl-C" in stderr
     assert "the same command goes on" in stderr and "Traceback" not in stderr
     for pidfd in pidfds:
         wait_until_dead(pidfd)
         os.close(pidfd)
     for name in ("a", "b"):
         [attempt] = fake.attempts(name)
-        assert attempt["failure"]["kind"] == "preempted" and attempt["failure"]["message"] == "the sweep was stopped"
-        assert attempt["ended_at_utc"] and attempt["exit_status"] == -signal.SIGTERM
+        assert attempt["failure"]["kind"] == "preempted"
+        assert (
+            attempt["failure"]["message"] == f"the runner was stopped by {number.name}: left at step 1, which is saved"
+        )
+        assert attempt["ended_at_utc"] and attempt["exit_status"] == 0
     assert not fake.paths("c").run_dir.exists()
     assert list_states(fake, "a", "b", "c") == ["interrupted", "interrupted", "pending"]
 
 
+def test_a_second_signal_ends_at_once_what_does_not_leave(fake: FakeLauncher) -> None:
+    fake.add("a", told="obey")
+    fake.add("b", told="hang")
+    sweep = fake.start("sweep", "recipes/toy", "--slots", "2")
+    pids = dict(fake.next_started() for _ in range(2))
+    pidfds = [os.pidfd_open(pid) for pid in pids.values()]
+    sweep.send_signal(signal.SIGTERM)
+    wait_until_dead(os.pidfd_open(pids["a"]))  # so the first one was acted upon
+    sweep.send_signal(signal.SIGINT)
+    assert finish(sweep)[0] == 130
+    for pidfd in pidfds:
+        wait_until_dead(pidfd)
+        os.close(pidfd)
+    [attempt] = fake.attempts("b")
+    why = "the runner was stopped by SIGTERM, and at once by SIGINT"
+    assert (attempt["failure"]["kind"], attempt["failure"]["message"]) == ("preempted", why)
+    assert attempt["exit_status"] == -signal.SIGKILL
+    assert list_states(fake, "a", "b") == ["interrupted", "interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 13), (signal.SIGHUP, 13), (signal.SIGUSR1, 13)]
+)
+def test_launch_tells_by_its_exit_code_that_it_was_preempted(
+    number: signal.Signals, code: int, fake: FakeLauncher
+) -> None:
+    fake.add("a", told="obey")
+    launch = fake.start("launch", "recipes/toy/a.yaml")
+    fake.next_started()
+    launch.send_signal(number)
+    assert finish(launch)[0] == code
+
+
+@pytest.mark.parametrize("verb", ["launch", "sweep"])
+def test_a_run_that_completes_in_spite_of_a_signal_is_complete(verb: str, fake: FakeLauncher) -> None:
+    fake.add("a", told="obey too late")
+    process = fake.start(verb, "recipes/toy/a.yaml")
+    fake.next_started()
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 0
+    assert list_states(fake, "a") == ["completed"]
+
+
+def test_a_terminal_that_goes_away_takes_no_checkpoint_with_it(fake: FakeLauncher) -> None:
+    """HUP comes when nothing can be printed any more."""
+    fake.add("a", told="obey")
+    sweep = fake.start("sweep", "recipes/toy", has_terminal=True)
+    fake.next_started()
+    fake.close_terminal()
+    sweep.wait(PATIENCE_SECONDS)
+    assert sweep.returncode == 130
+    [attempt] = fake.attempts("a")
+    assert attempt["failure"]["message"] == "the runner was stopped by SIGHUP: left at step 1, which is saved"
+
+
+def test_a_broken_pipe_takes_no_checkpoint_with_it(fake: FakeLauncher) -> None:
+    """`runner sweep 2>&1 | tee log`: Ctrl-C ends `tee` too."""
+    fake.add("a", told="obey")
+    sweep = fake.start("sweep", "recipes/toy")
+    fake.next_started()
+    assert sweep.stderr is not None
+    sweep.stderr.close()
+    sweep.send_signal(signal.SIGINT)
+    assert sweep.wait(PATIENCE_SECONDS) == 130
+    [attempt] = fake.attempts("a")
+    assert attempt["failure"]["kind"] == "preempted" and "SIGINT: left at step 1" in attempt["failure"]["message"]
+
+
 def test_what_was_stopped_goes_on_with_the_same_command(fake: FakeLauncher) -> None:
-    fake.add("a", told="hang")
+    fake.add("a", told="obey")
     sweep = fake.start("sweep", "recipes/toy")
     fake.next_started()
     sweep.send_signal(signal.SIGINT)
@@ -154,9 +229,9 @@ def test_a_sweep_in_the_background_keeps_ignoring_what_its_shell_ignores(fake: F
     try:
         with StopSignals() as signals:
             signal.raise_signal(signal.SIGHUP)
-            assert not signals.is_stopped
+            assert not signals.received
             signal.raise_signal(signal.SIGTERM)
-            assert signals.is_stopped
+            assert signals.received == [signal.SIGTERM]
             assert os.read(signals.fileno(), 10)
     finally:
         signal.signal(signal.SIGHUP, previous)

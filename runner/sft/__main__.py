@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from runner.processes import bind_forks, die_with_launcher
+
+if __name__ == "__main__":
+    die_with_launcher()  # before the imports, which take a good part of a second
+
 import contextlib
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 from runner.errors import RunnerError
@@ -13,9 +19,9 @@ from runner.failures import build_failure
 from runner.fsio import Lease, write_json_atomic
 from runner.log_scrubbing import scrub_output
 from runner.paths import RunPaths
-from runner.processes import die_with_parent
 from runner.ranks import ATTEMPT_VARIABLE, join_attempt
-from runner.record import load_record, load_stored_recipe
+from runner.record import Failure, load_record, load_stored_recipe
+from runner.sft.preemption import Preemption
 from runner.sft.unused import find_unused_libraries, hide_libraries
 
 
@@ -25,19 +31,22 @@ def main() -> int:
         print("usage: accelerate launch ... -m runner.sft RUN_DIR", file=sys.stderr)
         return 2
     scrub_output()
-    die_with_parent(os.getppid())
     run_dir = Path(sys.argv[1])
+    preemption: Preemption | None = None
     try:
         lease = _hold_lease(run_dir)
+        preemption = _listen(run_dir)
         if (stored := load_stored_recipe(RunPaths(run_dir))) is not None:
             hide_libraries(find_unused_libraries(stored.recipe))
         from runner.sft.train import train
 
-        train(run_dir)
+        train(run_dir, preemption)
     except BaseException as error:
         try:
             _say(error)
-            _record_failure(run_dir, error)
+            if preemption is not None:
+                preemption.ignore()
+            _record_failure(run_dir, build_failure(error, run_dir))
         finally:
             os._exit(1)  # other ranks may be inside a collective: leave without waiting for them
     del lease
@@ -54,6 +63,7 @@ def _hold_lease(run_dir: Path) -> Lease | int | None:
     if path.exists() and os.path.samestat(os.fstat(sys.stdin.fileno()), path.stat()):
         held = os.dup(sys.stdin.fileno())
         os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+        bind_forks(held)
         return held
     if (number := os.environ.get(ATTEMPT_VARIABLE)) is not None:
         return join_attempt(RunPaths(run_dir), int(number))
@@ -62,6 +72,7 @@ def _hold_lease(run_dir: Path) -> Lease | int | None:
     lease = Lease(path)
     if not lease.try_acquire():
         raise RunnerError(f"another process is working on {run_dir}")
+    bind_forks(lease.fileno())
     return lease
 
 
@@ -74,20 +85,28 @@ def _say(error: BaseException) -> None:
         sys.stdout.flush()
 
 
-def _record_failure(run_dir: Path, error: BaseException) -> None:
+def _listen(run_dir: Path) -> Preemption:
+    """Hear what asks this attempt to leave, before anything heavy is imported."""
+    paths = RunPaths(run_dir)
+    rank, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    preemption = Preemption(paths, len(load_record(paths).attempts), rank=rank, num_processes=num_processes)
+    preemption.listen(partial(_record_failure, run_dir))
+    return preemption
+
+
+def _record_failure(run_dir: Path, failure: Failure) -> None:
     """Each rank writes what it saw; the launch side chooses: most ranks only lose the one that knows why."""
     paths = RunPaths(run_dir)
     attempts = load_record(paths).attempts
     if not attempts:
         return
     files = paths.attempt(attempts[-1].number)
-    failure = build_failure(error, run_dir).model_dump(mode="json")
-    failure_path = files.failure_path(int(os.environ.get("RANK", "0")))
+    content, failure_path = failure.model_dump(mode="json"), files.failure_path(int(os.environ.get("RANK", "0")))
     try:
-        write_json_atomic(failure_path, failure)
+        write_json_atomic(failure_path, content)
     except OSError:
         files.progress_path.unlink(missing_ok=True)  # only drawn; on a full disk it makes room for what counts
-        write_json_atomic(failure_path, failure)
+        write_json_atomic(failure_path, content)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,39 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
         return control
 
 
+class PreemptionCallback(TrainerCallback):  # type: ignore[misc]
+    """Ends the attempt where all ranks agree that it was asked to; comes after `FlowCallback`.
+
+    What is due at that step still happens, in Transformers' order: log, evaluate, save. Asked during an evaluation or
+    a save, the attempt ends right after it.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        self._preemption = context.preemption
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Save this step and stop behind it, if asked."""
+        if self._preemption.agree(args.device):
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """As at the end of a step; the base's scores, at step 0, come before training."""
+        return self.on_step_end(args, state, control) if state.global_step > 0 else control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """What was just saved is where the next attempt goes on."""
+        if self._preemption.agree(args.device):
+            control.should_training_stop = True
+        return control
+
+
 def _is_due(strategy: str, every_steps: int | None, every_epochs: int, state: TrainerState) -> bool:
     if strategy == "epoch":
         return float(state.epoch) % every_epochs == 0

@@ -20,6 +20,7 @@ from runner.identity import build_resume_fingerprint, derive_digest
 from runner.paths import AttemptPaths, RunPaths
 from runner.recipe import Recipe
 from runner.record import Progress, load_record, load_stored_recipe
+from runner.sft.preemption import Preemption
 from runner.sft.run_files import restore_run_files
 from runner.sft.storage import open_run_folder
 from runner.sft.uploads import Uploader
@@ -39,13 +40,14 @@ class RunContext:
     is_main: bool
     resume: str  # `Attempt.resume`
     micro_batch_divisor: int  # `Attempt.micro_batch_divisor`
+    preemption: Preemption
     uploader: Uploader | None = None  # of the main process, where the recipe names remote storage
     _phase_seconds: dict[str, float] = field(default_factory=dict)
     _progress: Progress = field(default_factory=lambda: Progress(phase="starting"))
     _last_progress_at: float = 0.0
 
     @classmethod
-    def open(cls, run_dir: Path) -> RunContext:
+    def open(cls, run_dir: Path, preemption: Preemption) -> RunContext:
         """Read the recipe and check it against its digest and against the processes that were really started.
 
         Raises:
@@ -79,6 +81,7 @@ class RunContext:
             is_main,
             attempt.resume,
             attempt.micro_batch_divisor,
+            preemption,
         )
 
     @property

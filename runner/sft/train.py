@@ -17,6 +17,7 @@ from runner.sft.data import build_samples, describe_samples
 from runner.sft.export import add_to_adapter, collect_resized_embeddings, sort_adapter_config, verify_export
 from runner.sft.generation import Answer, load_answers, refuse_what_cannot_be_judged, score_answers, write_answers
 from runner.sft.model import load_model
+from runner.sft.preemption import Preemption
 from runner.sft.resume import choose_resume_step
 from runner.sft.tokenizers import load_tokenizer
 from runner.sft.tracking import open_trackers
@@ -24,9 +25,13 @@ from runner.sft.trainer import RunTrainer, build_training_args
 from runner.trackers import require_trackers
 
 
-def train(run_dir: Path) -> None:
-    """Bring the run to its result, from its newest verified checkpoint where there is one."""
-    context = RunContext.open(run_dir)
+def train(run_dir: Path, preemption: Preemption) -> None:
+    """Bring the run to its result, from its newest verified checkpoint where there is one.
+
+    Raises:
+        PreemptedError: the attempt was asked to leave while it trained; what it has is saved.
+    """
+    context = RunContext.open(run_dir, preemption)
     recipe, paths = context.recipe, context.paths
     started = time.perf_counter()
     with context.phase("loading"):
@@ -65,10 +70,12 @@ def train(run_dir: Path) -> None:
     with context.phase("training"):
         trainer.train(resume_from_checkpoint=str(paths.checkpoint_dir(first_step)) if first_step else None)
     num_steps = trainer.state.global_step
+    preemption.end_training(num_steps)  # Transformers returns as if it had finished
     with context.phase("evaluating best"):
         result = score_best(context, trainer)
     with context.phase("exporting"):
         export_model(context, trainer, tokenizer)
+    preemption.needs_peers = False
     if context.uploader is not None:
         with context.phase("uploading"):
             context.uploader.finish()

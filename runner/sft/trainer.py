@@ -23,7 +23,7 @@ from runner.recipe import derive_accumulation, derive_eval_batch, derive_micro_b
 from runner.recipe_sections import GenerationOn
 from runner.record import GenerationScore, SplitScore
 from runner.secrets import scrub_json
-from runner.sft.callbacks import FlowCallback, ProgressCallback
+from runner.sft.callbacks import FlowCallback, PreemptionCallback, ProgressCallback
 from runner.sft.checkpoints import commit_checkpoint, give_back_on_full_disk
 from runner.sft.context import RunContext
 from runner.sft.data import Samples
@@ -132,7 +132,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
             processing_class=tokenizer,
             peft_config=build_lora_config(context.recipe),
-            callbacks=[self.flow, self.progress, trackers],
+            callbacks=[self.flow, PreemptionCallback(context), self.progress, trackers],
         )
         self.remove_callback(PrinterCallback)
         if context.recipe.adapter.method != "none":  # else PEFT asks the hub whether the vocabulary has grown
@@ -245,6 +245,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         counts = [row["num_tokens"] for row in self.state.log_history if "num_tokens" in row]
         self._total_train_tokens = int(counts[-1]) if counts else 0
         self._sampler.epoch = arguments["epoch"]
+        self.context.preemption.begin_training()
         super()._run_epoch(**arguments)
 
     def _score_base(self) -> None:

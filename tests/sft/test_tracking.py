@@ -24,6 +24,7 @@ from runner.paths import RunPaths
 from runner.record import SplitScore, TrainResult
 from runner.sft.callbacks import ProgressCallback
 from runner.sft.context import RunContext
+from runner.sft.preemption import Preemption
 from runner.sft.tracking import Trackers, open_trackers, read_sent_steps
 from runner.sft.trainer import build_training_args
 
@@ -53,7 +54,15 @@ def open_context(project: Project, *overrides: str) -> RunContext:
     paths.attempt(1).attempt_dir.mkdir(parents=True, exist_ok=True)
     recipe = project.recipe(*overrides)
     return RunContext(
-        recipe, "digest", paths, paths.attempt(1), num_processes=1, is_main=True, resume="auto", micro_batch_divisor=1
+        recipe,
+        "digest",
+        paths,
+        paths.attempt(1),
+        num_processes=1,
+        is_main=True,
+        resume="auto",
+        micro_batch_divisor=1,
+        preemption=Preemption(paths, 1),
     )
 
 

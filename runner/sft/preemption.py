@@ -1,0 +1,132 @@
+"""What asks an attempt to leave, and when it does: TERM, INT or USR1 to any rank, or the stop file.
+
+Inside training, all ranks agree at the end of a step, checkpoint, and leave together. Outside of it (loading, scores of
+the base, final scores, export, uploads) there is nothing that the next attempt would not do again, so a rank leaves at
+once, also while its main thread is inside a library. Imports neither torch nor transformers: it listens before they
+are loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final
+
+from runner.errors import PreemptedError
+from runner.paths import RunPaths
+from runner.processes import has_lost_sibling
+from runner.record import Failure, load_stop_request
+
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_LOOK_MILLISECONDS: Final = 500  # between two looks for the stop file, or for a peer that has gone
+
+
+class Preemption:
+    """Asked or not, and whether training is under way; one per rank."""
+
+    def __init__(self, paths: RunPaths, attempt: int, *, rank: int = 0, num_processes: int = 1) -> None:
+        self._paths, self._attempt = paths, attempt
+        self._rank, self._num_processes = rank, num_processes
+        self._lock = threading.Lock()
+        self._asked_by: str | None = None  # this rank
+        self._agreed_on: str | None = None  # all ranks
+        self._is_training = False
+        self._is_ignored = False
+        self.needs_peers = num_processes > 1  # False once the other ranks may have finished before this one
+
+    def listen(self, record: Callable[[Failure], None]) -> None:
+        """From now on; `record` writes a failure down, right before the process ends."""
+        readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _stay)
+        signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_stop_listening)
+        threading.Thread(target=self._watch, args=(readable, record), name="preemption", daemon=True).start()
+
+    def begin_training(self) -> None:
+        """From now on there is a step to finish first."""
+        with self._lock:
+            self._is_training = True
+
+    def end_training(self, step: int) -> None:
+        """Leave where that was agreed on; training that has come to its own end leaves too, and is scored next time.
+
+        Raises:
+            PreemptedError: the attempt is over.
+        """
+        with self._lock:
+            self._is_training = False
+            why = self._agreed_on or self._asked_by
+        if why is not None:
+            raise PreemptedError(f"{why}: left at step {step}, which is saved")
+
+    def agree(self, device: Any) -> bool:
+        """Whether the attempt ends here, the same answer on every rank; all of them must ask at the same point."""
+        if self._agreed_on is None:
+            self._agreed_on = self._asked_by if self._num_processes == 1 else _agree_on_first(self._asked_by, device)
+        return self._agreed_on is not None
+
+    def ignore(self) -> None:
+        """The process is about to leave for another reason, which it records itself."""
+        with self._lock:
+            self._is_ignored = True
+
+    def has_lost_peer(self) -> bool:
+        """Whether another rank on this machine is gone: then the launcher sends TERM to the rest, as if to ask them."""
+        return self.needs_peers and has_lost_sibling(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    def _watch(self, readable: int, record: Callable[[Failure], None]) -> None:
+        poll = select.poll()
+        poll.register(readable, select.POLLIN)
+        while True:
+            if poll.poll(_LOOK_MILLISECONDS):
+                names = [signal.Signals(number).name for number in os.read(readable, 64) if number in SIGNALS]
+                if names and self._asked_by is None:
+                    self._asked_by = f"{names[0]} on rank {self._rank}"
+            elif self._asked_by is None and self._rank == 0:
+                request = load_stop_request(self._paths)
+                if request is not None and request.attempt == self._attempt:
+                    self._asked_by = request.why
+            if self._asked_by is not None and self._agreed_on is None:
+                self._leave_if_idle(self._asked_by, record)
+
+    def _leave_if_idle(self, why: str, record: Callable[[Failure], None]) -> None:
+        with self._lock:  # held to the end: training does not begin any more
+            if self._agreed_on is not None or self._is_ignored:
+                return
+            if self.has_lost_peer():  # in training too: a collective may never end
+                record(Failure(kind="lost", message="another rank vanished without a word", has_lost_peer=True))
+                os._exit(1)
+            if not self._is_training:
+                record(Failure(kind="preempted", message=f"{why}: left outside training, nothing was to be saved"))
+                os.write(2, f"leaving: {why}\n".encode())  # the main thread may hold the lock of a stream
+                os._exit(1)
+
+
+def _agree_on_first(asked_by: str | None, device: Any) -> str | None:
+    """What the lowest rank that was asked was asked by; None when none was."""
+    import torch
+    from accelerate.utils import broadcast_object_list, gather
+
+    flags = gather(torch.tensor([asked_by is not None], dtype=torch.int32, device=device)).tolist()
+    if not any(flags):
+        return None
+    told = [asked_by]
+    broadcast_object_list(told, from_process=flags.index(1))
+    return told[0]
+
+
+def _stay(number: int, frame: FrameType | None) -> None:
+    """The watching thread reads the signal from its pipe."""
+
+
+def _stop_listening() -> None:
+    """In a forked child, such as a data loader's worker: its signals are its own, and not the trainer's."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
