@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 from conftest import Project
 from killed_sweeps import KilledSweep, Run, Victim, choose_seed, sweep_under_kills
-from training_runs import RUNS, add_what_runs_need
+from training_runs import RUNS, add_what_runs_need, read_attempts
 
 from runner.paths import RunPaths
 
@@ -102,6 +102,16 @@ def test_sweeps_killed_many_times(
             lines += sweep.render_kills(num_before + 1)
         lines += [sweep.summarize() for sweep in sweeps]
         tell(lines)
+
+
+@pytest.mark.torture
+@pytest.mark.slow
+def test_two_sweeps_at_once_train_each_run_once(finished: Project) -> None:
+    sweep = KilledSweep(finished, finished.root / "together", list_runs(finished, "recipes", "together", "runs"))
+    assert [process.wait() for process in (sweep.start(), sweep.start())] == [0, 0], sweep.printed_path.read_text()
+    sweep.check()
+    assert [len(read_attempts(run.paths)) for run in sweep.runs] == [1] * 6
+    assert sweep.printed_path.read_text().count("completed\n") == 6
 
 
 def list_runs(project: Project, recipes: str, output_root: str, reference_root: str) -> list[Run]:
