@@ -19,9 +19,6 @@ test: check  # the fast part, then everything that starts training
 torture: .venv/installed  # whole matrices and the headline test with 30 kills: hours on two cores
 	pytest -m "torture and not gpu" --durations=40
 
-fuzz: .venv/installed
-	@echo "nothing to fuzz yet"
-
 check: .venv/installed
 	ruff check .
 	ruff format --check .
