@@ -101,9 +101,10 @@ class _RunReader:
     def _look(self) -> tuple[FolderState, ...]:
         paths = self.selected.paths
         folders = [paths.run_dir, paths.checkpoints_dir, paths.uploads_dir]
-        if self._status is not None and self._status.num_attempts:
-            folders.append(paths.attempt(self._status.num_attempts).attempt_dir)
-        return tuple(map(_look_into, folders))
+        attempts = _look_into(paths.attempts_dir)
+        if numbers := [int(name) for name, *_ in attempts if name.isdecimal()]:
+            folders.append(paths.attempt(max(numbers)).attempt_dir)
+        return attempts, *map(_look_into, folders)
 
 
 @dataclass

@@ -59,8 +59,11 @@ def test_statuses_follow_every_change(fake: FakeLauncher) -> None:
     (fake.paths("b").quarantine_dir / "step-1").mkdir(parents=True)
     assert reader.read()[1].status.quarantined == ("step-1",)
     (fake.paths("b").uploads_dir).mkdir(parents=True)
+    assert reader.read()[1].status.pending_uploads == ()
     (fake.paths("b").uploads_dir / "step-1.zip").touch()
     assert reader.read()[1].status.pending_uploads == ("step-1.zip",)
+    before, after = reader.read(), reader.read()
+    assert all(one.status is other.status for one, other in zip(before, after, strict=True)), "nothing is read again"
     shutil.rmtree(fake.paths("b").run_dir)
     assert states() == ["completed", "pending", "completed", "interrupted"]
 
@@ -104,7 +107,9 @@ def test_a_data_file_that_changed_changes_its_runs(fake: FakeLauncher) -> None:
     fake.add("a", "b")
     assert main(["sweep", "recipes/toy"]) == 0
     reader = RunsReader(select(fake), content_cache_path(Path("runs")))
-    assert [reading.status.state for reading in reader.read()] == ["completed"] * 2
+    before = reader.read()
+    assert [reading.status.state for reading in before] == ["completed"] * 2
+    assert reader.read()[0].status is before[0].status
     cache = content_cache_path(Path("runs"))
     state = Path("data.jsonl").stat()
     entry = [state.st_size, state.st_mtime_ns, state.st_ino, "f" * 64]  # as another sweep would write it

@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from runner.fsio import append_jsonl, load_json
 from runner.paths import RunPaths
-from runner.record import SplitScore, TrainResult
+from runner.record import SplitScore, TrainResult, load_progress
 from runner.sft.callbacks import ProgressCallback
 from runner.sft.context import RunContext
 from runner.sft.preemption import Preemption
@@ -240,10 +240,15 @@ def test_a_resumed_attempt_counts_its_own_tokens_only(project: Project) -> None:
     ]
     state = TrainerState(log_history=history, global_step=3, max_steps=4, epoch=0.5)
     callback.on_train_begin(ARGUMENTS, state)
+    callback.on_epoch_begin(ARGUMENTS, TrainerState(global_step=2))
     callback.on_log(
         ARGUMENTS, state, TrainerControl(), logs={"loss": 1.0, "learning_rate": 0.1, "num_tokens": 1040.0, "epoch": 0.5}
     )
     assert callback.num_tokens == 40
+    progress = load_progress(project.paths("base").attempt(1).progress_path)
+    assert progress is not None and (progress.step, progress.max_steps) == (3, 4)
+    assert progress.tokens_per_second and progress.seconds_per_step
+    assert progress.tokens_per_second * progress.seconds_per_step == pytest.approx(40), "both of this one step"
 
 
 def test_wandb_without_credentials_is_a_configuration_error(project: Project) -> None:
