@@ -47,7 +47,7 @@ class QueuedRun:
     """A run that Slurm has a task for."""
 
     task: str  # such as `17_3`
-    state: str  # as squeue says it, in lower case
+    state: str  # as squeue says it, with its reason where there is one
     recipe_path: Path  # as it was submitted
 
     def find_differences(self, selected: Selected) -> list[str]:
@@ -83,15 +83,16 @@ def load_queue(output_root: Path) -> dict[str, QueuedRun]:
     Raises:
         RunnerError: Slurm does not answer.
     """
-    lines = _ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%o").splitlines()
+    lines = _ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%r|%o").splitlines()
     queued: dict[str, QueuedRun] = {}
     for line in lines:
-        array, index, state, command = line.split("|", 3)
+        array, index, state, reason, command = line.split("|", 4)
         paths = SubmissionPaths(submissions_dir(output_root) / Path(command).parent.name)
         if not index.isdecimal() or (submission := _load_submission(paths)) is None:
             continue
         full_name = submission.runs[int(index)]
-        queued[full_name] = QueuedRun(f"{array}_{index}", state.lower(), paths.recipe_path(full_name))
+        why = state.lower() if reason in ("", "None") else f"{state.lower()} ({reason})"
+        queued[full_name] = QueuedRun(f"{array}_{index}", why, paths.recipe_path(full_name))
     return queued
 
 

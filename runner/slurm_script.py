@@ -41,13 +41,12 @@ while wait "$runner"; kill -0 "$runner" 2>/dev/null; do :; done  # a signal ends
 wait "$runner"
 code=$?
 
-# {preempted}: the run has checkpointed. {unheard}: nothing had begun when the signal came.
-if [ -n "$wants_requeue" ] && {{ [ "$code" = {preempted} ] || [ "$code" = {unheard} ]; }}; then
+# {preempted}: the run has checkpointed. Above 128: it had not begun, or was killed; below 0: bash missed how it ended.
+if [ -n "$wants_requeue" ] && {{ [ "$code" = {preempted} ] || [ "$code" -gt 128 ] || [ "$code" -lt 0 ]; }}; then
   exec scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 fi
 exit "$code"
 """
-_KILLED_BY_USR1: Final = 128 + 10
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,12 @@ def build_script(
     """
     for path in (project_dir, submission.submission_dir, output_root):
         if "\n" in str(path):
-            raise RefusedError(f"{str(path)!r} has a line break in it, which Slurm cannot pass on")
+            raise RefusedError(f"{str(path)!r} has a line break in it, which no batch script can hold")
+    if set(str(submission.submission_dir)) & set("%\\"):
+        raise RefusedError(
+            f"{submission.submission_dir} holds a `%` or a backslash: Slurm would expand it, and not find its log",
+            hint="--output-root, on a path without them",
+        )
     grids = dict.fromkeys(name.partition("/")[0] for name in full_names)
     at_a_time = "" if options.num_slots is None else f"%{options.num_slots}"
     directives = [
@@ -151,6 +155,5 @@ def build_script(
         command=shlex.join([python, "-P", "-m", "runner", "launch"]),
         options=shlex.quote(f"--output-root={output_root}"),
         preempted=EXIT_CODES["preempted"],
-        unheard=_KILLED_BY_USR1,
     )
     return "\n".join(["#!/bin/bash", *(f"#SBATCH {shlex.quote(one)}" for one in directives), "", body])

@@ -58,6 +58,7 @@ ReturnToService=2
 MaxArraySize={max_array_size}
 MinJobAge=86400
 KillWait=2
+BatchStartTimeout=1
 SlurmdTimeout={slurmd_timeout}
 InactiveLimit=0
 GresTypes=gpu
@@ -80,12 +81,12 @@ needs_slurm: Final = pytest.mark.skipif(
 )
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
+def wait_until(condition: Callable[[], bool], what: str, *, pause_seconds: float = 0.05) -> None:
     """Until a condition holds that only another process's answer can tell."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"it never came true that {what}"
-        time.sleep(0.05)
+        time.sleep(pause_seconds)
 
 
 @dataclass
@@ -181,6 +182,17 @@ class LocalSlurm:
         lines = self.run("squeue", "--noheader", "--array", "--format=%i %T").splitlines()
         return dict(line.split() for line in lines)
 
+    def wait_until_idle(self) -> None:
+        """Until no job is left, those included that a killed node has lost: its daemon is asked what it runs."""
+
+        def is_idle() -> bool:
+            jobs = self.list_jobs()
+            if "RUNNING" in jobs.values():
+                self.run("scontrol", "reconfigure")
+            return jobs == {}
+
+        wait_until(is_idle, "all jobs end", pause_seconds=0.5)
+
     def succeeds(self, *command: str) -> bool:
         return self._call(*command).returncode == 0
 
@@ -206,10 +218,10 @@ class LocalSlurm:
         paths = sorted((self.root / "log").glob("*.txt"))
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in paths)
 
-    def kill(self, name: str) -> None:
-        """SIGKILL for one daemon, as in a power loss; jobs live on."""
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """End one daemon, by default as in a power loss; jobs live on."""
         daemon = self.daemons.pop(name)
-        daemon.kill()
+        daemon.send_signal(number)
         daemon.wait()
 
     def kill_jobs(self, node: str | None = None) -> None:
@@ -229,10 +241,10 @@ class LocalSlurm:
             if any(wanted <= set(read(Path(f"/proc/{pid}/environ")).split("\0")) for pid in list_descendants(step))
         ]
 
-    def stop(self) -> None:
-        """End everything, jobs first; the folder stays."""
-        for name in reversed(self.daemons):
-            self.daemons[name].kill()
+    def kill_all(self) -> None:
+        """SIGKILL for all daemons and jobs, as in a power loss; the folder stays."""
+        for daemon in self.daemons.values():
+            daemon.kill()
         self.kill_jobs()
         for daemon in self.daemons.values():
             daemon.wait()
@@ -278,7 +290,7 @@ def local_slurm(num_nodes: int = 1, slurmd_timeout: int = 30) -> Iterator[LocalS
         cluster.start_all()
         yield cluster
     finally:
-        cluster.stop()
+        cluster.kill_all()
         shutil.rmtree(root)
 
 

@@ -35,8 +35,8 @@ while wait "$runner"; kill -0 "$runner" 2>/dev/null; do :; done  # a signal ends
 wait "$runner"
 code=$?
 
-# 13: the run has checkpointed. 138: nothing had begun when the signal came.
-if [ -n "$wants_requeue" ] && { [ "$code" = 13 ] || [ "$code" = 138 ]; }; then
+# 13: the run has checkpointed. Above 128: it had not begun, or was killed; below 0: bash missed how it ended.
+if [ -n "$wants_requeue" ] && { [ "$code" = 13 ] || [ "$code" -gt 128 ] || [ "$code" -lt 0 ]; }; then
   exec scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
 fi
 exit "$code"
