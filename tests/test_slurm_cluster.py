@@ -238,20 +238,22 @@ def test_a_power_loss_of_everything_loses_nothing(
 
 
 def test_a_run_that_is_preempted_is_queued_again(slurm: LocalSlurm, fake: FakeLauncher) -> None:
-    fake.add("a", told="hang\nthen complete")
+    fake.add("a", told="obey\nthen complete")
     assert main([*SWEEP, "--slurm-option=--gres=gpu:2"]) == 0
     fake.next_started()
     urgent = slurm.run("sbatch", "--parsable", "--partition=high", "--gres=gpu:2", "--wrap=:").strip()
     wait_until_done(slurm)
     assert "JobState=COMPLETED" in slurm.run("scontrol", "show", "job", urgent)
     assert is_completed(fake, "a") and len(fake.attempts("a")) == 2
+    assert fake.attempts("a")[0]["failure"]["kind"] == "preempted"
     assert len({attempt["cluster_job"] for attempt in fake.attempts("a")}) == 1
 
 
 def test_a_run_that_reaches_its_time_limit_is_queued_again(slurm: LocalSlurm, fake: FakeLauncher) -> None:
-    fake.add("a", told="hang\nthen complete")
+    fake.add("a", told="obey\nthen complete")
     assert main([*SWEEP, "--time-limit", "1", "--stop-before-seconds", "59"]) == 0
     fake.next_started()
     wait_until_done(slurm)
     assert is_completed(fake, "a") and len(fake.attempts("a")) == 2
+    assert fake.attempts("a")[0]["failure"]["kind"] == "preempted"
     assert len({attempt["cluster_job"] for attempt in fake.attempts("a")}) == 1
