@@ -19,6 +19,7 @@ METHOD_PARTS = "sentinel, content as a list of parts"
 # Whitespace laid around a sentinel to see what the template strips; the outermost character is a newline, so that
 # `strip()` and `strip('\n')` leave different remains.
 _LEFT_PAD, _RIGHT_PAD = "\n \t", " \t\n"
+MAX_RENDERED_CHARACTERS = 1_000_000  # besides the contents
 # Arguments of str.lstrip and str.rstrip: nothing, all whitespace, newlines only.
 _STRIP_CHARS: tuple[str | None, ...] = ("", None, "\n")
 _PROBE = "Qprobe"
@@ -95,6 +96,11 @@ class ChatTemplate:
                 f"the chat template refuses a conversation of the roles {roles}: {error}",
                 hint="change the roles in the data (a system text can open the first user turn), or the chat template",
             ) from error
+        if len(text) > MAX_RENDERED_CHARACTERS + 8 * sum(len(message["content"]) for message in messages):
+            raise MaskError(
+                f"the chat template makes {len(text):,} characters of a conversation that is far shorter",
+                hint="name another chat template in `model.chat_template`",
+            )
         return text
 
     def forget(self) -> None:

@@ -47,7 +47,11 @@ def collect_resized_embeddings(model: Any, base: ModelSection) -> dict[str, torc
         if module in layers:
             for key, weight in module.named_parameters(recurse=False):
                 weights.setdefault(id(weight), (f"{name}.{key}", weight))
-    num_base_rows = AutoConfig.from_pretrained(base.path, revision=base.revision).get_text_config().vocab_size
+    num_base_rows = (
+        AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=False)
+        .get_text_config()
+        .vocab_size
+    )
     if count_rows(model.get_input_embeddings()) == num_base_rows:
         return {}
     with gathered([weight for _, weight in weights.values()]):

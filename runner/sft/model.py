@@ -28,7 +28,8 @@ def load_model(recipe: Recipe, tokenizer: Any, weights_dir: Path | None = None) 
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
             f"cannot load the model {path!r}: {str(error).splitlines()[0]}",
-            hint="check `model.path`, `model.attn_implementation` and `quantization`",
+            hint="check `model.path`, `model.attn_implementation` and `quantization`; models that bring code of their "
+            "own, or weights in another format than safetensors, are not run",
         ) from error
     add_pad_row(loaded, tokenizer)
     loaded.generation_config = build_generation_config(loaded.generation_config, tokenizer)
@@ -39,7 +40,11 @@ def load_model(recipe: Recipe, tokenizer: Any, weights_dir: Path | None = None) 
 def build_load_arguments(recipe: Recipe) -> dict[str, Any]:
     """What `from_pretrained` needs for the recipe's dtype, attention and quantisation."""
     quantization = build_quantization_config(recipe)
-    arguments: dict[str, Any] = {"dtype": getattr(torch, recipe.model.dtype)}
+    arguments: dict[str, Any] = {
+        "dtype": getattr(torch, recipe.model.dtype),
+        "use_safetensors": True,  # never a pickle
+        "trust_remote_code": False,  # else Transformers asks on the terminal
+    }
     if recipe.model.attn_implementation is not None:
         arguments["attn_implementation"] = recipe.model.attn_implementation
     if quantization is not None:

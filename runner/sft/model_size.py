@@ -96,7 +96,7 @@ def _interpolate(values: Sequence[float], at: int) -> float:
 def load_config(recipe: Recipe, tokenizer: Any) -> Any:
     """The model's configuration, with the row that an added pad token takes. Raises: DataError."""
     try:
-        config = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
+        config = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(
             f"cannot load the configuration of {recipe.model.path!r}: {str(error).splitlines()[0]}"

@@ -102,7 +102,9 @@ class TokenizerFacts:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(model.path, revision=model.revision).get_text_config()
+            config = AutoConfig.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=False
+            ).get_text_config()
         except (OSError, ValueError):
             return None
         return getattr(config, "max_position_embeddings", None)

@@ -33,11 +33,12 @@ def load_tokenizer(model: ModelSection) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except Exception as error:  # whatever a folder holds, Transformers raises a dozen unrelated kinds for it
         raise DataError(
             f"cannot load the tokenizer of {model.path!r}: {str(error).strip().partition(chr(10))[0]}",
-            hint="`model.path` is a local folder or a hub id; gated models need a token in the environment",
+            hint="`model.path` is a local folder or a hub id; gated models need a token in the environment; models "
+            "that bring code of their own are not run",
         ) from error
     if model.chat_template is not None:
         tokenizer.chat_template = Path(model.chat_template).read_text()

@@ -35,7 +35,7 @@ class TunedRun:
         """The tokenizer that was saved with the weights: the chat template of the training, and its pad token."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.weights_dir)
+        tokenizer = AutoTokenizer.from_pretrained(self.weights_dir, trust_remote_code=False)
         if not tokenizer.chat_template:
             raise DataError(
                 f"{self.weights_dir} has no chat template, so nobody can tell how the model was asked in training",
