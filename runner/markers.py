@@ -107,17 +107,19 @@ def parse_marker(content: Any, where: str) -> Marker:
         raise CorruptFileError(f"{where} is not a checkpoint's marker: {error}") from None
 
 
-def is_intact(checkpoint_dir: Path) -> bool:
+def is_intact(checkpoint_dir: Path, step: int | None = None) -> bool:
     """Whether the marker is as it was written and every file has the size and checksum that it states."""
-    return find_damage(checkpoint_dir) is None
+    return find_damage(checkpoint_dir, step) is None
 
 
-def find_damage(checkpoint_dir: Path) -> str | None:
+def find_damage(checkpoint_dir: Path, step: int | None = None) -> str | None:
     """What is wrong with the first file that is not as it was committed; None where all are. Reads every byte."""
     try:
         marker = load_marker(checkpoint_dir)
     except CorruptFileError as error:
         return error.message
+    if step not in (None, marker.step):  # somebody copied or renamed the folder
+        return f"it is the checkpoint of step {marker.step}"
     for name, stated in marker.files.items():
         path = checkpoint_dir / name
         if not path.is_file():

@@ -110,7 +110,7 @@ class _Judge:
 
     def _verify(self, step: int) -> tuple[Path | None, str]:
         checkpoint_dir, archive_path = self.paths.checkpoint_dir(step), self.paths.archive_path(step)
-        damage = find_damage(checkpoint_dir) if checkpoint_dir.exists() else "its folder is missing"
+        damage = find_damage(checkpoint_dir, step) if checkpoint_dir.exists() else "its folder is missing"
         if damage is None:
             return checkpoint_dir, "whole"
         if not archive_path.exists():

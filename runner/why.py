@@ -38,13 +38,13 @@ from runner.verdicts import Outlook, judge_checkpoints
 
 # What makes a state, as `derive_status` asks: the first that is true.
 RULES: Final[Mapping[State, str]] = {
-    "running": "somebody holds `lease`",
+    "unreadable": "a record in the run directory is not what was written there",
+    "running": "somebody holds `lease`, here or on another machine",
     "changed": "`recipe.json` states another digest than the recipe and its files have now",
     "completed": "`result.json` is there, of the digest in `recipe.json`",
     "pending": "`run.json` holds no attempt that was started",
     "interrupted": "the last attempt in `run.json` has no end, or one that says nothing against the run",
     "failed": "the last attempt in `run.json` ended with a failure",
-    "unreadable": "a record in the run directory is damaged",
 }
 
 
@@ -95,7 +95,9 @@ def gather_facts(recipe: Recipe, paths: RunPaths, hashes: ContentHashes, num_pro
     missing, count = list_missing_files(recipe), num_processes or recipe.launch.num_processes
     contents = {path: hashes.hash(Path(path)) for path in list_content_paths(recipe).values() if Path(path).exists()}
     status = derive_status(paths, recipe, contents, num_processes=count)
-    attempts, divisor, stop = load_record(paths).attempts, find_divisor(paths, recipe), load_stop_request(paths)
+    is_readable = status.state != "unreadable"
+    attempts = load_record(paths).attempts if is_readable else ()
+    divisor, stop = find_divisor(paths, recipe) if is_readable else 1, load_stop_request(paths)
     last = attempts[-1] if attempts else None
     log_path = paths.attempt(last.number).log_path if last else None
     log_tail = last.failure.log_tail if last is not None and last.failure is not None else ()
@@ -124,7 +126,7 @@ def gather_facts(recipe: Recipe, paths: RunPaths, hashes: ContentHashes, num_pro
         log_tail=log_tail or (read_log_tail(log_path) if log_path is not None else ()),
         micro_batch_divisor=divisor,
         outlook=_look_at_checkpoints(recipe, paths, count, divisor, contents)
-        if impossible is None and status.state != "running"  # a running trainer is writing them
+        if impossible is None and status.state not in ("running", "unreadable")  # a running trainer is writing them
         else Outlook(None, False, ()),
         remote_url=remote.url if remote is not None and remote.load else None,
     )

@@ -14,7 +14,8 @@ from runner.paths import RunPaths
 from runner.recipe_sections import CheckpointsSection
 from runner.sft.checkpoints import commit_checkpoint
 
-FINGERPRINT: Final[dict[str, Any]] = {"recipe_digest": "d" * 64, "num_processes": 2, "versions": {"torch": "2.13"}}
+DIGEST: Final = "d" * 64
+FINGERPRINT: Final[dict[str, Any]] = {"recipe_digest": DIGEST, "num_processes": 2, "versions": {"torch": "2.13"}}
 STATE_FILES: Final = ("global_step1/deep/rank_1.pt", "optimizer.pt", "rng_state_0.pth")
 
 

@@ -5,6 +5,7 @@ and library; and what a refusal leaves behind, which is nothing.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from fake_launcher import FakeLauncher, fake
 from test_identity import CANNOT_CHANGE_ALONE, KINDS, MAKES_A_KIND, PLACEMENT_KINDS, change, list_keys, parse
 
 from runner.archives import write_archive
+from runner.cli import main
 from runner.continuation import look_ahead
 from runner.errors import DataError, RefusedError
 from runner.execute import prepare_run, start_attempt
@@ -343,6 +345,17 @@ def test_a_sweep_refuses_one_run_launches_the_others_and_needs_no_retry_failed_l
     shutil.rmtree(paths.checkpoints_dir)
     again = fake.start("sweep", "recipes/toy")
     assert again.wait() == 0 and fake.started() == ["b", "a"]
+
+
+def test_a_finished_grid_is_the_same_to_the_byte_however_often_it_is_run_again(fake: FakeLauncher) -> None:
+    fake.add("a", "b", "c")
+    for path in ("data.jsonl", "models/toy/config.json"):
+        os.utime(path, (1_600_000_000, 1_600_000_000))  # else its hash is not kept yet
+    assert main(["sweep", "recipes/toy", "--slots", "2"]) == 0
+    before, num_started = fake.tree(), len(fake.events())
+    for words in (["sweep", "recipes/toy"], ["rerun", "recipes/toy"], ["launch", "recipes/toy/b.yaml"]) * 3:
+        assert main(words) == 0 and fake.tree() == before, words
+    assert len(fake.events()) == num_started
 
 
 def test_a_start_is_refused_under_the_lease_too(fake: FakeLauncher) -> None:

@@ -57,6 +57,7 @@ CASES: dict[str, Callable[[RunPaths], Any]] = {
         [strip_checkpoint(run.checkpoint_dir(step)) for step in (4, 8)],
         damage(run, 12),
     ),
+    "an older one under a newer name": lambda run: shutil.copytree(run.checkpoint_dir(4), run.checkpoint_dir(40)),
     "unfinished": lambda run: write(run, 16),
     "nothing": lambda run: shutil.rmtree(run.checkpoints_dir),
 }

@@ -185,6 +185,15 @@ def test_json_for_scripts(fake: FakeLauncher, why: Any) -> None:
     assert json.loads("\n".join(why(RECIPE, "--json", "--num-processes", "2")))["start_step"] == 0
 
 
+@pytest.mark.parametrize("name", ["run.json", "recipe.json", "result.json"])
+def test_a_record_that_cannot_be_read_is_named(fake: FakeLauncher, why: Any, name: str) -> None:
+    paths = interrupted(fake)
+    (paths.run_dir / name).write_text("{")
+    lines = why(RECIPE)
+    assert value_of(lines, "next").startswith("refuse: unreadable: ") and name in value_of(lines, "state")
+    assert "--fresh" in value_of(lines, "next") and json.loads("\n".join(why(RECIPE, "--json")))["next"] == "refuse"
+
+
 def test_what_is_no_run_is_an_error_in_words(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
     fake.add("a")
     interrupted(fake)

@@ -17,7 +17,7 @@ from runner.failures import is_full_disk
 from runner.fsio import fsync_dir
 from runner.markers import (
     build_marker,
-    is_intact,
+    find_damage,
     is_step,
     list_archived,
     list_checkpoint_dirs,
@@ -104,9 +104,10 @@ def ensure_intact(paths: RunPaths, step: int) -> bool:
     """Whether the checkpoint of `step` verifies; a damaged folder is moved aside, and restored from its archive."""
     checkpoint_dir, archive_path = paths.checkpoint_dir(step), paths.archive_path(step)
     if checkpoint_dir.exists():
-        if is_intact(checkpoint_dir):
+        damage = find_damage(checkpoint_dir, step)
+        if damage is None:
             return True
-        quarantine(checkpoint_dir, paths, "its files are not those that were committed")
+        quarantine(checkpoint_dir, paths, f"its files are not those that were committed: {damage}")
     if not archive_path.exists():
         return False
     staged_dir = paths.checkpoints_dir / f"{IMPORTING_PREFIX}{STEP_PREFIX}{step}"

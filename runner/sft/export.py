@@ -1,9 +1,14 @@
-"""Makes an export reproducible, reads it again and checks it: every trained tensor is there, whole and finite."""
+"""Makes an export reproducible, reads it again and checks it.
+
+Every trained tensor is there, whole and finite; it is that of the best checkpoint; and the model scores what it scored
+when that checkpoint was written.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +20,7 @@ from transformers import AutoConfig
 from runner.errors import RunnerError
 from runner.fsio import load_json, write_json_atomic
 from runner.recipe_sections import ModelSection
+from runner.record import SplitScore
 from runner.sft.model import count_rows
 
 
@@ -22,6 +28,8 @@ class ExportError(RunnerError):
     """An export that would not load or would load something else."""
 
 
+# The same weights, rows and code: equal to the last bit where kernels are deterministic. This leaves room for others.
+_SCORE_TOLERANCE: Final = 1e-3
 # PEFT keeps these as sets and writes them in an order that differs from process to process.
 _SETS: Final = ("target_modules", "modules_to_save", "exclude_modules")
 
@@ -105,4 +113,46 @@ def verify_export(model_dir: Path, expected: Mapping[str, tuple[int, ...]]) -> N
         if saved != shape:
             raise ExportError(
                 f"{model_dir}: {exported_name(name)} should have the shape {shape}, the export has {saved or 'nothing'}"
+            )
+
+
+def verify_same_weights(model_dir: Path, checkpoint_dir: Path) -> None:
+    """Check that an export holds every tensor of the checkpoint that it was made from; it may hold more.
+
+    A checkpoint whose weights only DeepSpeed's own files hold is not looked into.
+
+    Raises:
+        ExportError: a tensor is missing or another one.
+    """
+    with ExitStack() as files:
+        exported = _open_tensors(model_dir, files)
+        for name, file in _open_tensors(checkpoint_dir, files).items():
+            if name not in exported:
+                raise ExportError(f"{model_dir}: the export lacks {name}, which {checkpoint_dir} has")
+            one, other = exported[name].get_tensor(name), file.get_tensor(name)
+            wider = torch.promote_types(one.dtype, other.dtype)
+            if one.shape != other.shape or not torch.equal(one.to(wider), other.to(wider)):
+                raise ExportError(f"{model_dir}: the exported tensor {name} is not that of {checkpoint_dir}")
+
+
+def _open_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """The open file of every tensor of a folder, by the tensor's name."""
+    opened = [files.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def verify_score(score: SplitScore, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Check the validation score of the best weights against the one recorded at their step in `metrics.jsonl`.
+
+    Raises:
+        ExportError: it was not recorded, or is another one.
+    """
+    recorded = next((row for row in rows if row["step"] == step and row.get("split") == "validation"), None)
+    if recorded is None:
+        raise ExportError(f"the best weights are those of step {step}, but metrics.jsonl holds no evaluation of it")
+    for name in ("completion_nll_sum", "nll_sum"):
+        now, before = getattr(score, name), float(recorded[name])
+        if not math.isclose(now, before, rel_tol=_SCORE_TOLERANCE):
+            raise ExportError(
+                f"the weights of step {step} score another {name} than when they were saved: {before} -> {now}"
             )

@@ -70,7 +70,8 @@ def choose_resume_step(
     if step is not None:
         refuse_or_warn_of_versions(load_marker(paths.checkpoint_dir(step)), fingerprint, recipe)
         # What a killed attempt had not come to, under the limits of today's recipe.
-        apply_retention(paths, checkpoints, read_evaluations(paths.checkpoint_dir(step), checkpoints))
+        evaluations = read_evaluations(paths.checkpoint_dir(step), checkpoints)
+        apply_retention(paths, checkpoints, evaluations, fingerprint["recipe_digest"])
     return step
 
 
@@ -125,7 +126,7 @@ def rewind_to_named(
 def _require_intact(paths: RunPaths, step: int) -> None:
     checkpoint_dir = paths.checkpoint_dir(step)
     if checkpoint_dir.exists():
-        if not is_intact(checkpoint_dir):
+        if not is_intact(checkpoint_dir, step):
             raise RefusedError(
                 f"{checkpoint_dir} does not verify: its files are not those of its marker", hint=_TRY_AUTO
             )
@@ -171,7 +172,7 @@ def _resolve_path(path: Path, scratch_dir: Path) -> Path:
 
 
 def _find_sound(paths: RunPaths, step: int, scratch_dir: Path) -> Path | None:
-    if is_intact(paths.checkpoint_dir(step)):
+    if is_intact(paths.checkpoint_dir(step), step):
         return paths.checkpoint_dir(step)
     target_dir = scratch_dir / f"{STEP_PREFIX}{step}"
     try:

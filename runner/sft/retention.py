@@ -26,9 +26,14 @@ _STATE_FILES: Final = re.compile(
 )
 
 
-def apply_retention(paths: RunPaths, checkpoints: CheckpointsSection, evaluations: Sequence[tuple[int, float]]) -> None:
-    """Prune, archive and strip committed checkpoints as the recipe says. Called on one rank, after each commit."""
-    committed = list_committed(paths)
+def apply_retention(
+    paths: RunPaths, checkpoints: CheckpointsSection, evaluations: Sequence[tuple[int, float]], recipe_digest: str
+) -> None:
+    """Prune, archive and strip committed checkpoints as the recipe says. Called on one rank, after each commit.
+
+    What is not this run's is neither counted nor touched: another run's checkpoint, a copy under another step's name.
+    """
+    committed = _list_own(paths, recipe_digest)
     kept = choose_kept(committed, evaluations, checkpoints)
     for step in committed:  # first: on a full disk this makes room
         if step not in kept:
@@ -40,6 +45,20 @@ def apply_retention(paths: RunPaths, checkpoints: CheckpointsSection, evaluation
             if step == kept[-1] or is_intact(paths.checkpoint_dir(step)):
                 raise
             quarantine(paths.checkpoint_dir(step), paths, f"it was damaged since it was committed: {error}")
+
+
+def _list_own(paths: RunPaths, recipe_digest: str) -> list[int]:
+    """Steps of the committed checkpoints that this run has written; what cannot be told is moved aside, not deleted."""
+    own: list[int] = []
+    for step in list_committed(paths):
+        try:
+            marker = load_marker(paths.checkpoint_dir(step))
+        except CorruptFileError as error:
+            quarantine(paths.checkpoint_dir(step), paths, f"it was damaged since it was committed: {error}")
+            continue
+        if marker.step == step and marker.fingerprint.get("recipe_digest") == recipe_digest:
+            own.append(step)
+    return own
 
 
 def _keep(paths: RunPaths, step: int, checkpoints: CheckpointsSection, *, is_newest: bool) -> None:

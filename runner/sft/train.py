@@ -14,7 +14,14 @@ from runner.markers import sync_folder
 from runner.record import GenerationScore, SplitScore, TrainResult
 from runner.sft.context import RunContext
 from runner.sft.data import build_samples, describe_samples
-from runner.sft.export import add_to_adapter, collect_resized_embeddings, sort_adapter_config, verify_export
+from runner.sft.export import (
+    add_to_adapter,
+    collect_resized_embeddings,
+    sort_adapter_config,
+    verify_export,
+    verify_same_weights,
+    verify_score,
+)
 from runner.sft.generation import Answer, load_answers, refuse_what_cannot_be_judged, score_answers, write_answers
 from runner.sft.model import load_model
 from runner.sft.preemption import Preemption
@@ -74,7 +81,7 @@ def train(run_dir: Path, preemption: Preemption) -> None:
     with context.phase("evaluating best"):
         result = score_best(context, trainer)
     with context.phase("exporting"):
-        export_model(context, trainer, tokenizer)
+        export_model(context, trainer, tokenizer, result.best_step)
     preemption.needs_peers = False
     if context.uploader is not None:
         with context.phase("uploading"):
@@ -103,6 +110,7 @@ def score_best(context: RunContext, trainer: RunTrainer) -> TrainResult:
     limit = "max_steps" if recipe.training.max_steps is not None else "num_train_epochs"
     trainer.load_weights_of(best_step)
     validation = trainer.score_validation_of(best_step)
+    context.on_main(lambda: verify_score(validation, load_jsonl(context.paths.metrics_path), best_step))
     test, test_rows = trainer.score("test")
     base = context.on_main(lambda: _load_base_scores(context))
     if context.is_main:
@@ -141,8 +149,8 @@ def _record_answers(context: RunContext, answers: list[Answer]) -> dict[str, Gen
     return {model: score_answers(context.recipe.data.task, found) for model, found in by_model.items() if found}
 
 
-def export_model(context: RunContext, trainer: RunTrainer, tokenizer: Any) -> None:
-    """Write the best weights to `model/`: saved beside it, read again and checked, then renamed."""
+def export_model(context: RunContext, trainer: RunTrainer, tokenizer: Any, best_step: int) -> None:
+    """Write the weights in memory, those of `best_step`, to `model/`: saved beside it, checked, then renamed."""
     partial_dir, model_dir = context.paths.model_partial_dir, context.paths.model_dir
     if context.is_main:
         for leftover in (partial_dir, model_dir):  # of an attempt that was killed before its result
@@ -163,6 +171,7 @@ def export_model(context: RunContext, trainer: RunTrainer, tokenizer: Any) -> No
         add_to_adapter(partial_dir, embeddings)
         shapes = {name: tuple(tensor.shape) for name, tensor in embeddings.items()}
         verify_export(partial_dir, trainer.trained_shapes | shapes)
+        verify_same_weights(partial_dir, context.paths.checkpoint_dir(best_step))
         sync_folder(partial_dir)
         partial_dir.rename(model_dir)
         fsync_dir(model_dir.parent)

@@ -279,7 +279,8 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
                     carry_run_files(paths, saved_dir)
                     commit_checkpoint(saved_dir, paths, step, self.context.fingerprint)
             if self.context.is_main:
-                apply_retention(paths, self.context.recipe.checkpoints, self.flow.evaluations(self.state))
+                evaluations = self.flow.evaluations(self.state)
+                apply_retention(paths, self.context.recipe.checkpoints, evaluations, self.context.recipe_digest)
                 if self.context.uploader is not None:
                     self.context.uploader.offer(step)
             self.accelerator.wait_for_everyone()

@@ -13,7 +13,7 @@ from fake_checkpoints import FINGERPRINT, STATE_FILES, commit, flip_bit, make_pa
 
 from runner.archives import write_archive
 from runner.errors import RefusedError
-from runner.markers import is_intact, list_archived, list_committed
+from runner.markers import is_intact, list_archived, list_committed, list_files
 from runner.paths import RunPaths, marker_path
 from runner.sft.checkpoints import find_resume_step
 from runner.sft.retention import strip_checkpoint
@@ -41,22 +41,47 @@ def test_a_committed_checkpoint_is_whole_and_holds_no_pickled_arguments(paths: R
     assert not quarantined(paths)
 
 
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2])
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-2]),
+    "zero-filled": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "one bit flipped": flip_bit,
+}
+COMMITTED_FILES = ("COMMITTED.json", "model.safetensors", "trainer_state.json", *STATE_FILES)
 
 
-@pytest.mark.parametrize("damage", [_truncate, flip_bit, Path.unlink])
-@pytest.mark.parametrize("name", ["model.safetensors", "global_step1/deep/rank_1.pt", "COMMITTED.json"])
-def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
-    paths: RunPaths, damage: Callable[[Path], None], name: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", COMMITTED_FILES)
+def test_any_damage_to_any_file_sets_the_checkpoint_aside_for_the_one_before(
+    paths: RunPaths, damage: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commit(paths, 4, 8)
-    damage(paths.checkpoint_dir(8) / name)
+    assert {str(path.relative_to(paths.checkpoint_dir(8))) for path in list_files(paths.checkpoint_dir(8))} == {
+        *COMMITTED_FILES
+    }
+    DAMAGES[damage](paths.checkpoint_dir(8) / name)
     assert find_resume_step(paths, FINGERPRINT) == 4
     assert quarantined(paths) == ["step-8.1"] and list_committed(paths) == [4]
     assert "moved checkpoint step-8 to" in capsys.readouterr().out
     assert find_resume_step(paths, FINGERPRINT) == 4, "once is enough"
     assert quarantined(paths) == ["step-8.1"]
+
+
+def test_what_is_damaged_is_named(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    commit(paths, 4)
+    flip_bit(paths.checkpoint_dir(4) / "optimizer.pt")
+    assert find_resume_step(paths, FINGERPRINT) is None
+    assert "optimizer.pt holds other bytes than were committed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["copied", "renamed"])
+def test_a_folder_under_the_name_of_another_step_does_not_count(paths: RunPaths, how: str) -> None:
+    """Else a stale one that was called a newer one would win at every resume from now on."""
+    commit(paths, 4, 8)
+    (shutil.copytree if how == "copied" else shutil.move)(paths.checkpoint_dir(4), paths.checkpoint_dir(40))
+    assert find_resume_step(paths, FINGERPRINT) == 8
+    assert quarantined(paths) == ["step-40.1"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"files": {"a": 1}}', '{"files": []}', "\x00"])

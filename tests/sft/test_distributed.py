@@ -9,6 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import Project
+from exported_models import assert_export_gives_recorded_scores
+from fake_checkpoints import quarantined
 from safetensors.torch import load_file
 from training_runs import (
     RUNS,
@@ -21,11 +23,12 @@ from training_runs import (
     read_losses,
     read_result,
     try_launch,
+    try_launch_killed_at,
 )
 from transformers import AutoModelForCausalLM
 
 from runner.fsio import load_json, load_jsonl
-from runner.markers import load_marker
+from runner.markers import list_committed, load_marker
 from runner.paths import RunPaths
 
 pytestmark = pytest.mark.slow
@@ -102,6 +105,7 @@ def test_zero_3_full_fine_tune_is_the_same_experiment_and_exports_whole_weights(
     assert_same_weights(zero_full, finished.paths("gemma-full"), "model.safetensors")
     model, report = AutoModelForCausalLM.from_pretrained(zero_full.model_dir, output_loading_info=True)
     assert not report["missing_keys"] and all(parameter.numel() for parameter in model.parameters())
+    assert_export_gives_recorded_scores(finished, zero_full)
 
 
 def test_zero_3_lora_is_the_same_experiment_and_exports_the_chosen_checkpoint(
@@ -113,6 +117,20 @@ def test_zero_3_lora_is_the_same_experiment_and_exports_the_chosen_checkpoint(
     assert not load_marker(zero_lora.checkpoint_dir(result.num_steps)).is_stripped
     assert_same_experiment(zero_lora, finished.paths("llama-lora"))
     assert_same_weights(zero_lora, finished.paths("llama-lora"), "adapter_model.safetensors")
+    assert_export_gives_recorded_scores(finished, zero_lora)
+
+
+def test_a_checkpoint_that_one_rank_has_not_finished_never_counts(finished: Project, ddp_full: RunPaths) -> None:
+    """The second rank is killed before it writes its random state, which the first one waits for before the marker."""
+    name, overrides = "ddp-rank-killed", (DDP, *RUNS["gemma-full"])
+    at = "os.mkdir /checkpoint-8 1"
+    killed = try_launch_killed_at(finished, name, *overrides, at=at, rank="1", num_processes=2)
+    paths = finished.paths(name)
+    assert killed.returncode not in (0, 2) and not paths.result_path.exists()
+    assert list_committed(paths) == [4] and (paths.checkpoints_dir / "checkpoint-8").exists(), "the first rank's part"
+    launch(finished, name, *overrides, num_processes=2)
+    assert "resuming from step 4" in read_log(paths) and "checkpoint-8.1" in quarantined(paths)
+    assert_same_outputs(paths, ddp_full)
 
 
 def test_zero_3_resumes_exactly_and_refuses_another_number_of_processes(finished: Project, zero_full: RunPaths) -> None:

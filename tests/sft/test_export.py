@@ -18,12 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runner.fsio import load_json, write_json_atomic
 from runner.recipe import Recipe
+from runner.record import SplitScore
 from runner.sft.export import (
     ExportError,
     add_to_adapter,
     collect_resized_embeddings,
     sort_adapter_config,
     verify_export,
+    verify_same_weights,
+    verify_score,
 )
 from runner.sft.masking import ConversationMasker, build_labels, end_of_turn_ids
 from runner.sft.model import build_lora_config, load_model
@@ -150,6 +153,40 @@ def test_an_export_with_another_tensor_is_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ExportError, match=r"b.weight is not finite"):
         verify_export(tmp_path, {})
+
+
+def test_an_export_of_other_weights_than_the_best_checkpoint_is_refused(tmp_path: Path) -> None:
+    model_dir, checkpoint_dir = tmp_path / "model", tmp_path / "step-4"
+    for folder in (model_dir, checkpoint_dir):
+        folder.mkdir()
+    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+    save_file(weights, checkpoint_dir / "model.safetensors")
+    save_file({"a": weights["a"]}, model_dir / "model-1.safetensors")
+    save_file({"b": weights["b"].float(), "more": torch.ones(1)}, model_dir / "model-2.safetensors")
+    verify_same_weights(model_dir, checkpoint_dir)
+    for changed in (weights["a"] + 1e-6, weights["a"].reshape(3, 2)):
+        save_file({"a": changed.contiguous()}, model_dir / "model-1.safetensors")
+        with pytest.raises(ExportError, match=r"tensor a is not that of .*step-4"):
+            verify_same_weights(model_dir, checkpoint_dir)
+    (model_dir / "model-1.safetensors").unlink()
+    with pytest.raises(ExportError, match="lacks a"):
+        verify_same_weights(model_dir, checkpoint_dir)
+
+
+def test_a_score_that_is_not_the_recorded_one_is_refused() -> None:
+    known = {"num_rows": 1, "num_completion_tokens": 2, "num_tokens": 3, "num_bytes": 4}
+    score = SplitScore(**known, completion_nll_sum=5.0, nll_sum=9.0)
+    rows = [
+        {"step": 4, "loss": 1.0},
+        {"step": 4, "split": "test", "completion_nll_sum": 1.0, "nll_sum": 1.0},
+        {"step": 4, "split": "validation", "completion_nll_sum": 5.0, "nll_sum": 9.0},
+        {"step": 8, "split": "validation", "completion_nll_sum": 5.0, "nll_sum": 9.1},
+    ]
+    verify_score(score, rows, 4)
+    with pytest.raises(ExportError, match=r"step 8 score another nll_sum .* 9.1 -> 9.0"):
+        verify_score(score, rows, 8)
+    with pytest.raises(ExportError, match="no evaluation"):
+        verify_score(score, rows, 12)
 
 
 def test_sets_of_the_adapter_config_are_written_in_order(tmp_path: Path) -> None:

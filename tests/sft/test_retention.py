@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_checkpoints import (
+    DIGEST,
     FINGERPRINT,
     commit,
+    commit_under,
     dies_at,
     flip_bit,
     listing,
@@ -61,31 +64,62 @@ def test_pruning_touches_nothing_but_committed_checkpoints(paths: RunPaths) -> N
     strangers = [paths.checkpoints_dir / name for name in ("notes", "step-by-step", "step-2.zip", "step-6")]
     for stranger in strangers:
         stranger.write_text("somebody's")
-    apply_retention(paths, make_limits(), [])
+    apply_retention(paths, make_limits(), [], DIGEST)
     assert list_committed(paths) == [12]
     assert listing(paths.checkpoints_dir) == sorted(["step-12", *(stranger.name for stranger in strangers)])
+
+
+def test_times_of_folders_say_nothing(paths: RunPaths) -> None:
+    """As after a copy without times, or a clock that was set back: the newest is the one with the highest step."""
+    commit(paths, 4, 8, 12, 16, values=VALUES)
+    for age, step in enumerate((16, 8, 12, 4)):
+        os.utime(paths.checkpoint_dir(step), (age, age))
+    apply_retention(paths, make_limits(keep_latest=2), [(4, 3.0), (8, 1.0)], DIGEST)
+    assert list_committed(paths) == [8, 12, 16]
+
+
+def test_what_this_run_has_not_written_is_neither_deleted_nor_counted(paths: RunPaths) -> None:
+    commit(paths, 4, 8, 12, values=VALUES)
+    commit_under(paths, 2, {**FINGERPRINT, "recipe_digest": "e" * 64})  # somebody keeps another run's here
+    commit_under(paths, 99, {**FINGERPRINT, "recipe_digest": "e" * 64})
+    shutil.copytree(paths.checkpoint_dir(4), paths.checkpoint_dir(6))  # a copy under another step's name
+    paths.checkpoint_dir(12).rename(paths.checkpoint_dir(50))
+    for name in ("step-1 (copy)", "step-008", "backup"):
+        shutil.copytree(paths.checkpoint_dir(8), paths.checkpoints_dir / name)
+    strangers = {"step-2", "step-6", "step-50", "step-99", "step-1 (copy)", "step-008", "backup"}
+    before = {path: path.read_bytes() for name in strangers for path in (paths.checkpoints_dir / name).rglob("*.pt")}
+    apply_retention(paths, make_limits(archive="zip", save_optimizer=False), [(4, 3.0)], DIGEST)
+    assert set(listing(paths.checkpoints_dir)) == {*strangers, "step-4", "step-4.zip", "step-8", "step-8.zip"}
+    assert before and all(path.read_bytes() == content for path, content in before.items()) and not quarantined(paths)
+
+
+def test_a_committed_one_whose_marker_was_damaged_is_moved_aside_and_never_deleted(paths: RunPaths) -> None:
+    commit(paths, 4, 8)
+    flip_bit(paths.checkpoint_dir(4) / "COMMITTED.json")
+    apply_retention(paths, make_limits(), [], DIGEST)
+    assert list_committed(paths) == [8] and quarantined(paths) == ["step-4.1"]
 
 
 def test_each_checkpoint_that_stays_is_archived_and_goes_together_with_its_archive(paths: RunPaths) -> None:
     limits = make_limits(archive="zip", keep_latest=2)
     for step in VALUES:
         commit(paths, step, values=VALUES)
-        apply_retention(paths, limits, [(at, value) for at, value in VALUES.items() if at <= step])
+        apply_retention(paths, limits, [(at, value) for at, value in VALUES.items() if at <= step], DIGEST)
     assert list_committed(paths) == list_archived(paths) == [8, 16, 20]
     for step in (8, 16, 20):
         assert verify_archive(paths.archive_path(step)) == load_marker(paths.checkpoint_dir(step))
-    apply_retention(paths, make_limits(archive="none"), list(VALUES.items()))
+    apply_retention(paths, make_limits(archive="none"), list(VALUES.items()), DIGEST)
     assert listing(paths.checkpoints_dir) == ["step-20", "step-20.zip", "step-8", "step-8.zip"], "older archives stay"
 
 
 def test_an_archive_that_is_missing_or_damaged_is_written_again(paths: RunPaths) -> None:
     limits = make_limits(archive="zip", keep_latest=2)
     commit(paths, 4, 8)
-    apply_retention(paths, limits, [])
+    apply_retention(paths, limits, [], DIGEST)
     before = paths.archive_path(8).read_bytes()
     paths.archive_path(4).unlink()
     paths.archive_path(8).write_bytes(before[:-30])
-    apply_retention(paths, limits, [])
+    apply_retention(paths, limits, [], DIGEST)
     assert list_archived(paths) == [4, 8] and paths.archive_path(8).read_bytes() == before
     assert quarantined(paths) == ["step-8.zip.1"]
 
@@ -95,7 +129,7 @@ def test_a_damaged_one_that_nobody_needs_stops_nothing(paths: RunPaths, damaged:
     limits = make_limits(keep_latest=3, archive="zip", save_optimizer=False)
     commit(paths, 4, 8, 12, values={8: 1.0})
     flip_bit(paths.checkpoint_dir(4) / damaged)
-    apply_retention(paths, limits, [(8, 1.0)])
+    apply_retention(paths, limits, [(8, 1.0)], DIGEST)
     assert quarantined(paths) == ["step-4.1"] and list_committed(paths) == [8, 12]
 
 
@@ -103,7 +137,7 @@ def test_optimizer_state_stays_in_the_newest_only(paths: RunPaths) -> None:
     limits = make_limits(save_optimizer=False, keep_latest=2, archive="zip")
     for step in VALUES:
         commit(paths, step, values=VALUES)
-        apply_retention(paths, limits, [(at, value) for at, value in VALUES.items() if at <= step])
+        apply_retention(paths, limits, [(at, value) for at, value in VALUES.items() if at <= step], DIGEST)
         assert is_intact(paths.checkpoint_dir(step)) and not load_marker(paths.checkpoint_dir(step)).is_stripped
     for step in (8, 16):
         assert is_intact(paths.checkpoint_dir(step)) and load_marker(paths.checkpoint_dir(step)).is_stripped
@@ -120,7 +154,7 @@ def test_weights_that_only_deepspeed_holds_are_not_stripped(paths: RunPaths) -> 
     checkpoint_dir.rename(commit_again)
     (commit_again / "COMMITTED.json").unlink()
     commit_checkpoint(commit_again, paths, 4, FINGERPRINT)
-    apply_retention(paths, make_limits(save_optimizer=False, keep_latest=2), [])
+    apply_retention(paths, make_limits(save_optimizer=False, keep_latest=2), [], DIGEST)
     assert not load_marker(paths.checkpoint_dir(4)).is_stripped and is_intact(paths.checkpoint_dir(4))
 
 
@@ -132,12 +166,12 @@ def test_a_kill_at_any_instant_loses_nothing(tmp_path: Path) -> None:
     def work(run: RunPaths) -> None:
         if 16 not in list_committed(run):
             commit_checkpoint(run.checkpoints_dir / "checkpoint-16", run, 16, FINGERPRINT)
-        apply_retention(run, limits, known[16])
+        apply_retention(run, limits, known[16], DIGEST)
 
     before = make_paths(tmp_path / "before")
     for step in (8, 10, 12):
         commit(before, step, values=VALUES)
-        apply_retention(before, limits, known.get(step, known[8]))
+        apply_retention(before, limits, known.get(step, known[8]), DIGEST)
     write(before, 16, VALUES)  # all ranks have saved
     assert list_committed(before) == [8, 10, 12] and not load_marker(before.checkpoint_dir(12)).is_stripped
     expected = RunPaths(tmp_path / "expected")
@@ -171,7 +205,7 @@ def _contents(paths: RunPaths) -> dict[str, bytes]:
 
 def test_archives_hold_the_marker_of_their_folder_without_reading_it_all(paths: RunPaths) -> None:
     commit(paths, 4)
-    apply_retention(paths, make_limits(archive="zip"), [])
+    apply_retention(paths, make_limits(archive="zip"), [], DIGEST)
     assert load_archived_marker(paths.archive_path(4)) == load_marker(paths.checkpoint_dir(4))
     flip_bit(paths.archive_path(4))  # in the contents
     assert load_archived_marker(paths.archive_path(4)).step == 4

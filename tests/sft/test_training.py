@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from conftest import Project
-from peft import PeftModel
+from exported_models import assert_export_gives_recorded_scores, recipe_of
 from safetensors.torch import load_file
 from training_runs import (
     RUNS,
@@ -22,75 +20,18 @@ from training_runs import (
     snapshot,
     try_launch,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import TrainerState
 
 from runner.fsio import load_json, load_jsonl
-from runner.paths import RunPaths
-from runner.recipe import Recipe
-from runner.record import load_stored_recipe
-from runner.sft.data import Row, build_samples, draw_splits
-from runner.sft.tokenizers import load_tokenizer
+from runner.markers import list_committed
+from runner.sft.callbacks import FlowCallback
 
 pytestmark = pytest.mark.slow
 
-# Measured over all of `RUNS`: at most 5.1e-8 relative, of float32 log-probabilities; ten times that.
-ROW_TOLERANCE = 5e-7
-
-
-def recipe_of(paths: RunPaths) -> Recipe:
-    stored = load_stored_recipe(paths)
-    assert stored is not None
-    return stored.recipe
-
-
-def load_exported(project: Project, paths: RunPaths) -> Any:
-    recipe = recipe_of(paths)
-    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": recipe.model.attn_implementation}
-    if recipe.adapter.method == "none":
-        return AutoModelForCausalLM.from_pretrained(paths.model_dir, **settings).eval()
-    base = AutoModelForCausalLM.from_pretrained(project.root / recipe.model.path, **settings)
-    if recipe.model.pad_token == "add":
-        base.resize_token_embeddings(len(AutoTokenizer.from_pretrained(paths.model_dir)))
-    return PeftModel.from_pretrained(base, paths.model_dir).eval()
-
-
-@torch.no_grad()
-def score_plainly(model: Any, rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """Sums over completion and over full text, one row at a time, from logits."""
-    scores = []
-    for row in rows:
-        ids = torch.tensor([row.input_ids])
-        log_probs = torch.log_softmax(model(input_ids=ids).logits[0, :-1].double(), dim=-1)
-        nll = -log_probs[torch.arange(len(row.input_ids) - 1), ids[0, 1:]]
-        completion = [nll[at - 1].item() for span in row.spans for at in range(span.start, span.end)]
-        scores.append((math.fsum(completion), math.fsum(nll.tolist())))
-    return scores
-
 
 @pytest.mark.parametrize("name", RUNS)
-def test_exported_model_loads_plainly_and_gives_the_recorded_scores(
-    finished: Project, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(finished.root)
-    paths = finished.paths(name)
-    recipe, result = recipe_of(paths), read_result(paths)
-    tokenizer = AutoTokenizer.from_pretrained(paths.model_dir)
-    rows = build_samples(recipe.data, load_tokenizer(recipe.model)).test.rows
-    for raw, row in zip(draw_splits(recipe.data).test, rows, strict=True):
-        assert tuple(tokenizer.apply_chat_template(list(raw.messages))["input_ids"]) == row.input_ids
-    assert tokenizer.pad_token != tokenizer.eos_token
-
-    recorded = [row for row in load_jsonl(paths.eval_rows_path) if row["model"] == "tuned"]
-    plain = score_plainly(load_exported(finished, paths), rows)
-    assert [row["row_id"] for row in recorded] == [row.row_id for row in rows]
-    for row, (completion_nll_sum, nll_sum) in zip(recorded, plain, strict=True):
-        assert row["completion_nll_sum"] == pytest.approx(completion_nll_sum, rel=ROW_TOLERANCE)
-        assert row["nll_sum"] == pytest.approx(nll_sum, rel=ROW_TOLERANCE)
-    tuned = result.tuned["test"]
-    assert tuned.completion_nll_sum == math.fsum(row["completion_nll_sum"] for row in recorded)
-    assert tuned.nll_sum == math.fsum(row["nll_sum"] for row in recorded)
-    assert tuned.num_tokens == sum(len(row.input_ids) - 1 for row in rows)
-    assert tuned.num_rows == 15
+def test_exported_model_loads_plainly_and_gives_the_recorded_scores(finished: Project, name: str) -> None:
+    assert_export_gives_recorded_scores(finished, finished.paths(name))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -179,13 +120,26 @@ def test_lora_exports_the_checkpoint_that_was_chosen(finished: Project) -> None:
 
 
 def test_launching_a_completed_run_again_changes_nothing(finished: Project) -> None:
-    paths = finished.paths("gemma-lora")
-    before = snapshot(paths.run_dir)
+    before = {name: snapshot(finished.paths(name).run_dir) for name in RUNS}
     again = finished.cli(*launch_arguments("gemma-lora", RUNS["gemma-lora"]))
     assert again.returncode == 0 and "completed" in again.stdout
-    swept = finished.cli("sweep", "recipes", "--slots", "2")
-    assert swept.returncode == 0 and swept.stdout.count("skip") == len(RUNS)
-    assert snapshot(paths.run_dir) == before
+    for _ in range(3):
+        swept = finished.cli("sweep", "recipes", "--slots", "2")
+        assert swept.returncode == 0 and swept.stdout.count("skip") == len(RUNS)
+    assert {name: snapshot(finished.paths(name).run_dir) for name in RUNS} == before
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_a_checkpoint_restores_is_what_the_recipe_says_of_the_metrics(finished: Project, name: str) -> None:
+    """Patience, best step and stop are functions of the evaluations in it and of the recipe, and of nothing else."""
+    paths = finished.paths(name)
+    recipe, result, flow = recipe_of(paths), read_result(paths), FlowCallback(recipe_of(paths))
+    values = {step: row[recipe.checkpoints.metric] for step, row in read_evaluations(paths).items() if step > 0}
+    for step in list_committed(paths):
+        state = TrainerState.load_from_json(str(paths.checkpoint_dir(step) / "trainer_state.json"))
+        assert flow.evaluations(state) == [(at, value) for at, value in values.items() if at <= step]
+        assert flow.is_stopped_early(state) == (step == result.num_steps and result.stop_reason == "early_stopping")
+    assert flow.best_step(state) == result.best_step and state.global_step == result.num_steps
 
 
 def test_a_wrong_number_of_processes_is_a_configuration_failure(finished: Project) -> None:

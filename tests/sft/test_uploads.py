@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import RECIPE_TEXT
-from fake_checkpoints import FINGERPRINT, commit, flip_bit, listing, make_limits, make_paths
+from fake_checkpoints import DIGEST, FINGERPRINT, commit, flip_bit, listing, make_limits, make_paths
 from remote_places import CREDENTIALS, closed_port, s3_server
 
 from runner.archives import write_archive
@@ -29,7 +29,6 @@ from runner.sft.uploads import Uploader, list_pending
 
 VALUES = {4: 3.0, 8: 1.0, 12: 2.0, 16: 4.0, 20: 5.0}
 NO_RETRIES = {"config_kwargs": {"retries": {"max_attempts": 0}}}  # of botocore, besides ours
-DIGEST = FINGERPRINT["recipe_digest"]
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def train_on(paths: RunPaths, recipe: Recipe, *steps: int, attempt: int = 1) -> 
     uploader, limits = make_uploader(paths, recipe, attempt), make_limits(keep_latest=2)
     for step in steps:
         commit(paths, step, values=VALUES)
-        apply_retention(paths, limits, [(at, value) for at, value in VALUES.items() if at <= step])
+        apply_retention(paths, limits, [(at, value) for at, value in VALUES.items() if at <= step], DIGEST)
         uploader.offer(step)
     uploader.finish()
 

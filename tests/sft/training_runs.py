@@ -69,16 +69,27 @@ _HUMAN_TEMPLATE: Final = """\
 {%- if add_generation_prompt %}{{- 'Assistant:' }}{% endif -%}
 """
 
-# Runs inside the trainer: SIGKILL for its launcher and itself right before a file operation. Python's audit events
-# come before the operation, so the instant is exact and nothing of the runner is replaced.
+# Runs inside the trainer: SIGKILL for its launcher and itself right before the n-th file operation of a kind. Python's
+# audit events come before the operation, so the instant is exact and nothing of the runner is replaced. Where a rank is
+# named, it dies alone.
 _KILLER: Final = """\
-import os, signal, sys
+import itertools, os, signal, sys
 
-event, suffix = os.environ["KILL_AT"].split(" ")
+event, suffix, nth, rank = os.environ["KILL_AT"].split(" ")
+counts = itertools.count(1)
+
+def _is_meant(name, arguments):
+    if "runner.sft" not in sys.orig_argv or rank not in ("all", os.environ.get("RANK", "0")):
+        return False
+    paths = [str(one) for one in arguments if isinstance(one, (str, os.PathLike))]
+    if event == "*":
+        return any(part in path for part in suffix.split("|") for path in paths)
+    return name == event and any(path.endswith(suffix) for path in paths)
 
 def _hook(name, arguments):
-    if name == event and any(isinstance(one, (str, os.PathLike)) and str(one).endswith(suffix) for one in arguments):
-        os.kill(os.getppid(), signal.SIGKILL)  # the launcher; other ranks die with it
+    if _is_meant(name, arguments) and next(counts) == int(nth):
+        if rank == "all":
+            os.kill(os.getppid(), signal.SIGKILL)  # the launcher; other ranks die with it
         os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(_hook)
@@ -123,18 +134,39 @@ def launch_arguments(name: str, overrides: tuple[str, ...], num_processes: int |
 
 
 def launch_killed_at(
-    project: Project, name: str, *overrides: str, event: str, path: str, num_processes: int | None = None
+    project: Project,
+    name: str,
+    *overrides: str,
+    event: str,
+    path: str,
+    number: int = 1,
+    num_processes: int | None = None,
 ) -> RunPaths:
-    """Launch a run whose processes are all killed the moment before `event` touches a file that ends in `path`."""
-    hook_dir = project.root / "killer"
-    hook_dir.mkdir(exist_ok=True)
-    (hook_dir / "sitecustomize.py").write_text(_KILLER)
-    environment = {"KILL_AT": f"{event} {path}", "PYTHONPATH": f"{hook_dir}:{os.environ.get('PYTHONPATH', '')}"}
-    result = project.cli(*launch_arguments(name, overrides, num_processes), environment=environment)
+    """Launch a run whose processes are all killed the moment before `event` touches a file that ends in `path`.
+
+    The `number`-th time that it does.
+    """
+    at = f"{event} {path} {number}"
+    result = try_launch_killed_at(project, name, *overrides, at=at, num_processes=num_processes)
     paths = project.paths(name)
     assert result.returncode == 14 and not paths.result_path.exists(), read_log(paths)
     assert load_json(paths.record_path)["attempts"][-1]["failure"]["kind"] == "lost"
     return paths
+
+
+def try_launch_killed_at(
+    project: Project, name: str, *overrides: str, at: str, rank: str = "all", num_processes: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `launch_killed_at`, without a look at what came of it; `at` is `event path number`.
+
+    The event `*` is any that has to do with a path that contains one of the parts of `path`, which `|` separates. One
+    `rank` alone is killed where it is named.
+    """
+    hook_dir = project.root / "killer"
+    hook_dir.mkdir(exist_ok=True)
+    (hook_dir / "sitecustomize.py").write_text(_KILLER)
+    environment = {"KILL_AT": f"{at} {rank}", "PYTHONPATH": f"{hook_dir}:{os.environ.get('PYTHONPATH', '')}"}
+    return project.cli(*launch_arguments(name, overrides, num_processes), environment=environment)
 
 
 @contextmanager
