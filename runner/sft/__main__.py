@@ -66,7 +66,9 @@ def _hold_lease(run_dir: Path) -> Lease | int | None:
         bind_forks(held)
         return held
     if (number := os.environ.get(ATTEMPT_VARIABLE)) is not None:
-        return join_attempt(RunPaths(run_dir), int(number))
+        ranks = join_attempt(RunPaths(run_dir), int(number))
+        bind_forks(ranks.fileno())
+        return ranks
     if int(os.environ.get("RANK", "0")) != 0 or not run_dir.is_dir():
         return None
     lease = Lease(path)

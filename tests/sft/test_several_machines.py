@@ -21,6 +21,7 @@ from training_runs import assert_same_outputs, launch, read_attempts, read_log
 from runner.fsio import is_leased
 from runner.paths import RunPaths
 from runner.ranks import has_ranks
+from runner.record import EXIT_CODES
 
 pytestmark = [needs_slurm, pytest.mark.slow]
 
@@ -141,3 +142,20 @@ def test_no_rank_outlives_a_kill_and_the_next_launch_ends_with_the_same_bytes(
         assert killed["ended_at_utc"] is None
     elif "second machine" not in victim:
         assert killed["failure"]["kind"] in ("lost", "transient"), "recorded by the launcher that lived on"
+
+
+@pytest.mark.torture
+def test_all_ranks_leave_at_the_same_step_when_the_launcher_is_asked_to_stop(
+    cluster: LocalSlurm, workplace: Project, reference: RunPaths
+) -> None:
+    job, paths = submit(cluster, workplace, "stopped"), workplace.paths("stopped")
+    marker = paths.checkpoint_dir(4) / "COMMITTED.json"
+    wait_until(lambda: marker.exists() or job not in cluster.list_jobs(), f"{marker} is written, or the job ends")
+    os.kill(int((workplace.root / "stopped.pid").read_text()), signal.SIGUSR1)
+    wait_for_end(cluster, job)
+    (attempt,) = read_attempts(paths)
+    assert attempt["failure"]["kind"] == "preempted" and not paths.result_path.exists()
+    assert f"ExitCode={EXIT_CODES['preempted']}:0" in cluster.run("scontrol", "show", "job", job)
+    left_at = max(int(path.name.removeprefix("step-")) for path in paths.checkpoints_dir.glob("step-*"))
+    assert_same_outputs(finish(cluster, workplace, "stopped"), reference)
+    assert f"resuming from step {left_at}" in read_log(paths)
