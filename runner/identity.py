@@ -6,6 +6,7 @@ nothing that only says where it runs. `resume_fingerprint` adds world size, micr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -93,14 +94,15 @@ class ContentHashes:
     def save(self) -> None:
         """Write the cache; a cache that is lost or overwritten by another process only costs time."""
         if self._is_changed:
-            write_json_atomic(self._cache_path, {**_load_cache(self._cache_path), **self._cache})
+            with contextlib.suppress(OSError):  # a full disk stops those runs that need it, not every command
+                write_json_atomic(self._cache_path, {**_load_cache(self._cache_path), **self._cache})
             self._is_changed = False
 
 
 def _load_cache(path: Path) -> dict[str, list[Any]]:
     try:
         cache = load_json(path)
-    except CorruptFileError:
+    except (CorruptFileError, OSError):
         return {}
     entries = cache.items() if isinstance(cache, dict) else ()
     return {name: entry for name, entry in entries if isinstance(entry, list) and len(entry) == 4}

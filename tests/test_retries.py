@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from typing import Any
 
@@ -175,3 +176,10 @@ def test_each_failure_keeps_the_end_of_its_log_without_secrets(
     [attempt] = fake.attempts("a")
     assert attempt["failure"]["log_tail"] == ["the fake was told to speak ***"]
     assert "canary" not in capsys.readouterr().err + fake.paths("a").record_path.read_text()
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(fake: FakeLauncher) -> None:
+    fake.add("a")
+    (fake.root / "runs" / ".content_hashes.json").mkdir(parents=True)
+    os.utime(fake.root / "data.jsonl", (1, 1))  # old enough to be cached
+    assert main(["sweep", "recipes/toy"]) == 0
