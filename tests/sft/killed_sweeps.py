@@ -21,6 +21,7 @@ from typing import Final, Literal
 from conftest import RUNNER, Project, build_environment
 from training_runs import assert_same_outputs, read_attempts, snapshot
 
+from runner.fsio import is_leased
 from runner.paths import RunPaths, marker_path
 from runner.record import load_progress, load_record, load_result
 
@@ -106,9 +107,10 @@ class KilledSweep:
         self.kills.append(Kill(seconds, victims, {run.name: describe(run.paths) for run in self.runs}))
 
     def note_finished(self) -> None:
-        """Remember the runs that are complete: from now on, not one of their files may change."""
+        """Remember the runs that are complete and left alone: from now on, not one of their files may change."""
         for run in self.runs:
-            if run.name not in self._finished and run.paths.result_path.exists():
+            is_over = run.paths.result_path.exists() and not is_leased(run.paths.lease_path)  # else its log still grows
+            if run.name not in self._finished and is_over:
                 self._finished[run.name] = snapshot_finished(run.paths)
 
     def move(self) -> None:
