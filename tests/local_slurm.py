@@ -17,10 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pytest
+
+from runner.processes import die_with_parent
 
 PROGRAMS: Final = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 SEARCH_PATH: Final = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
@@ -171,6 +174,7 @@ class LocalSlurm:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=partial(die_with_parent, os.getpid()),  # also when the tests are killed
             )
 
     def node_state(self, name: str) -> str:
@@ -231,14 +235,16 @@ class LocalSlurm:
                 os.kill(pid, signal.SIGKILL)
 
     def list_steps(self, node: str | None = None) -> list[int]:
-        """Process ids of this cluster's slurmstepd, found by the environment of what they run."""
+        """Process ids of this cluster's slurmstepd, found by their environment or that of what they run."""
         wanted = {f"SLURM_CONF={self.root / 'slurm.conf'}"}
         wanted |= set() if node is None else {f"SLURMD_NODENAME={node}"}
         steps = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/comm") if read(path) == "slurmstepd\n"]
         return [
             step
             for step in steps
-            if any(wanted <= set(read(Path(f"/proc/{pid}/environ")).split("\0")) for pid in list_descendants(step))
+            if any(
+                wanted <= set(read(Path(f"/proc/{pid}/environ")).split("\0")) for pid in (step, *list_descendants(step))
+            )
         ]
 
     def kill_all(self) -> None:
