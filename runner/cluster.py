@@ -17,6 +17,11 @@ def name_cluster_job(environment: Mapping[str, str]) -> str | None:
     return f"slurm {job}" if job else None
 
 
+def is_in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm or an Indexed Job of Kubernetes waits for the exit code."""
+    return name_cluster_job(environment) is not None or "JOB_COMPLETION_INDEX" in environment
+
+
 def count_allotted_cores(environment: Mapping[str, str]) -> int:
     """Cores that this process may use: those of its Slurm job on this machine, else all that it is bound to."""
     bound = len(os.sched_getaffinity(0))

@@ -22,6 +22,7 @@ from runner.fsio import Lease, write_json_atomic
 from runner.identity import derive_digest, list_library_versions
 from runner.launch import LaunchCommand
 from runner.log_scrubbing import scrub_log
+from runner.markers import list_committed
 from runner.paths import AttemptPaths, RunPaths, old_run_dir
 from runner.processes import OWNER_VARIABLE, die_with_parent, kill_processes_of
 from runner.ranks import ATTEMPT_VARIABLE, has_ranks, hold_launcher_lock, wait_for_ranks
@@ -209,6 +210,7 @@ class RunningAttempt:
     lease: Lease
     launcher_lock: Lease | None = None  # of an attempt on several machines
     stop_reason: str | None = None
+    first_step: int = 0  # of the newest checkpoint when it was started
 
     @property
     def files(self) -> AttemptPaths:
@@ -219,6 +221,10 @@ class RunningAttempt:
         """Whether the trainer has finished an optimizer step in this attempt."""
         progress = load_progress(self.files.progress_path)
         return progress is not None and progress.step > 0
+
+    def has_gone_on(self) -> bool:
+        """Whether the run has a newer checkpoint than before this attempt."""
+        return _find_newest_step(self.paths) > self.first_step
 
     def was_asked_to_leave(self) -> bool:
         """Whether somebody wants this attempt to end, so that no other follows by itself."""
@@ -348,7 +354,11 @@ def start_attempt(
     except BaseException:
         lease.close()
         raise
-    return RunningAttempt(paths, attempt, process, lease, lock)
+    return RunningAttempt(paths, attempt, process, lease, lock, first_step=_find_newest_step(paths))
+
+
+def _find_newest_step(paths: RunPaths) -> int:
+    return max(list_committed(paths), default=0)
 
 
 def _start_launcher(paths: RunPaths, attempt: Attempt, command: LaunchCommand, lease: Lease) -> subprocess.Popen[bytes]:

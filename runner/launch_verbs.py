@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from runner.cluster import count_allotted_cores
+from runner.cluster import count_allotted_cores, is_in_cluster
 from runner.cluster_files import FILE_ENGINES, check_file_engine, print_cluster_file
 from runner.continuation import describe_obstacles, suggest_ways_out
 from runner.errors import RefusedError, RunnerError
@@ -23,9 +23,9 @@ from runner.fsio import hash_json
 from runner.identity import ContentHashes, hash_contents, known_contents
 from runner.launch import LaunchCommand, Machines, Placement
 from runner.paths import RunPaths, content_cache_path
-from runner.plan import Decision, decide, decide_queued
+from runner.plan import MAX_FRUITLESS, Decision, decide, decide_queued
 from runner.recipe import NAME_PATTERN, load_recipe
-from runner.record import EXIT_CODES, RunStatus, derive_status, find_divisor
+from runner.record import EXIT_CODES, RunStatus, derive_status, find_divisor, load_progress, load_record
 from runner.secrets import find_secret
 from runner.selection import Selected, UnreadableRun, run_paths, select_recipes, suggest_path
 
@@ -69,17 +69,40 @@ def run_launch(arguments: argparse.Namespace) -> int:
     if decision.action == "skip":
         advice = "" if resume == "auto" else "; `--resume` goes on with unfinished runs only, `--fresh` starts one anew"
         print(f"{planned.name}  {decision.why}{advice}")
-        return 0
+        # A cluster takes 0 for a run that is done: not known of one that something else holds, a lost machine perhaps.
+        is_held = status.state == "running" and is_in_cluster(os.environ)
+        return EXIT_CODES["transient"] if is_held else 0
     if arguments.prepare:
         _prepare(planned, commands[0])
         print("\n".join(command.as_shell() for command in commands))
         return 0
-    result = _run_planned([planned], num_slots=1, gpus=None, fail_fast=False, allocation=allocation)
+    again = f"`{_same_launch(arguments)}`"  # without --fresh and --resume, which would start over or rewind
+    result = _run_planned([planned], num_slots=1, gpus=None, fail_fast=False, allocation=allocation, again=again)
+    if result.failed and result.failed[0].failure.kind == "preempted" and _count_fruitless(paths) > MAX_FRUITLESS:
+        print(
+            f"error: the last {MAX_FRUITLESS + 1} attempts were preempted before their first step\n\n"
+            "hint: give the run more time, say by `runner sweep ... --engine slurm --time-limit`",
+            file=sys.stderr,
+        )
+        return EXIT_CODES["transient"]
     if result.stopped_by == signal.SIGINT:
         return _STOPPED
     if result.stopped_by is not None and not result.failed:
         return EXIT_CODES["preempted"]
     return next((EXIT_CODES[failed.failure.kind] for failed in result.failed), 0)
+
+
+def _count_fruitless(paths: RunPaths) -> int:
+    """The last attempts in a row that were preempted before their first step."""
+    attempts = load_record(paths).attempts
+    fruitful = (
+        number
+        for number, one in enumerate(reversed(attempts))
+        if one.failure is None
+        or one.failure.kind != "preempted"
+        or ((progress := load_progress(paths.attempt(one.number).progress_path)) is not None and progress.step > 0)
+    )
+    return next(fruitful, len(attempts))
 
 
 def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -> int:
@@ -316,8 +339,9 @@ def _run_planned(
     gpus: list[str] | None,
     fail_fast: bool,
     allocation: Allocation | None = None,
+    again: str = "the same command",
 ) -> PoolResult:
-    """How the runs ended; failures are printed."""
+    """How the runs ended; failures are printed. `again` is what goes on with them after a stop."""
     from runner.display import SweepDisplay
     from runner.pool import Devices, PoolResult, run_pool
 
@@ -328,7 +352,7 @@ def _run_planned(
         result = run_pool(planned, Devices(num_slots, gpus, allocation), display, fail_fast=fail_fast)
     _print_failures(result)
     if result.stopped_by is not None:
-        print("stopped; the same command goes on from the newest checkpoints", file=sys.stderr)
+        print(f"stopped; {again} goes on from the newest checkpoints", file=sys.stderr)
     return result
 
 

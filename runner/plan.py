@@ -13,6 +13,7 @@ from runner.record import DETERMINISTIC_KINDS, Attempt, Failure, RunStatus
 
 Action = Literal["launch", "skip", "refuse"]
 MAX_BACKOFF_SECONDS: Final = 600.0
+MAX_FRUITLESS: Final = 3  # preempted attempts in a row of which none left a newer checkpoint
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ def decide_retry(
 ) -> Retry | None:
     """The retry after the last of `failures`, or None when the run stays failed.
 
-    `failures` are those in a row since somebody asked for an attempt, oldest first. Each kind has a budget of its own,
-    `launch.retries`. The other arguments are those of the last attempt.
+    `failures` are those in a row since somebody asked for an attempt or a new checkpoint came, oldest first. Each kind
+    has a budget of its own, `launch.retries`. The other arguments are those of the last attempt.
     """
     kind, retries, number = failures[-1].kind, recipe.launch.retries, len(failures)
     num_alike = sum(failure.kind == kind for failure in failures)
-    if kind == "preempted":  # free: nothing is wrong with the run
+    if kind == "preempted" and num_alike <= MAX_FRUITLESS:  # free: nothing is wrong with the run
         delay = 0.0 if has_made_steps else retries.backoff_seconds
         return Retry(number, delay, micro_batch_divisor, f"taken up again{_in_seconds(delay)}")
     budget = {"transient": retries.transient, "lost": retries.lost, "out_of_memory": retries.out_of_memory}.get(kind, 0)
@@ -93,16 +94,10 @@ def foresee_retry(recipe: Recipe, attempts: Sequence[Attempt]) -> Retry | None:
     None also where an attempt ended without a word: then its sweep was killed too. Nobody knows from the record whether
     that sweep still lives.
     """
-    failures: list[Failure] = []
-    for attempt in reversed(attempts):
-        if attempt.failure is None:
-            break
-        failures.insert(0, attempt.failure)
-        if attempt.retry == 0:
-            break
-    if not failures or attempts[-1].failure is None or failures[-1].kind == "preempted":  # by whom is not known
+    if not attempts or (failure := attempts[-1].failure) is None or failure.kind == "preempted":  # by whom is not known
         return None
     last = attempts[-1]
+    failures = [one.failure for one in attempts[-(last.retry + 1) :] if one.failure is not None]
     return decide_retry(
         recipe,
         failures,

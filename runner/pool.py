@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from runner.cluster import count_allotted_cores
 from runner.display import SweepDisplay
 from runner.errors import RefusedError, RunnerError
 from runner.execute import FailedElsewhere, RunningAttempt, start_attempt
@@ -18,7 +19,7 @@ from runner.failures import build_failure
 from runner.launch import LaunchCommand, Placement, build_launch_command
 from runner.machines import Allocation
 from runner.plan import decide_retry
-from runner.record import Failure
+from runner.record import Failure, load_stop_request
 from runner.selection import Selected
 from runner.stop_signals import StopSignals
 
@@ -70,7 +71,7 @@ class Devices:
 
     def take(self, num_processes: int) -> Placement | None:
         """A placement, or None while there is no room."""
-        num_cores = max(1, (os.cpu_count() or 1) // self.num_slots)  # of one slot, or of one GPU
+        num_cores = max(1, count_allotted_cores(os.environ) // self.num_slots)  # of one slot, or of one GPU
         if self.gpus is not None:
             if len(self.gpus) < num_processes:
                 return None
@@ -167,18 +168,17 @@ class _Pool:
         return bool(self.waiting) and not self.is_given_up()
 
     def is_given_up(self) -> bool:
-        return self.fail_fast and bool(self.result.failed)
+        return self.fail_fast and any(failed.failure.kind != "preempted" for failed in self.result.failed)
 
     def take_up_due(self) -> None:
         """Put the runs whose time to wait is over in front of those that never began."""
         now = time.monotonic()
-        due = [one for one in self.later if one.due_at <= now or self.is_given_up()]
-        self.later = [one for one in self.later if one not in due]
-        if self.is_given_up():
-            for one in due:
-                self._record(one.failed)
-        else:
-            self.waiting[:0] = [one.run for one in due]
+        ended = [one for one in self.later if self.is_given_up() or _is_stopped(one)]
+        due = [one for one in self.later if one.due_at <= now and one not in ended]
+        self.later = [one for one in self.later if one not in ended and one not in due]
+        for one in ended:
+            self._record(one.failed)
+        self.waiting[:0] = [one.run for one in due]
 
     def pause_seconds(self) -> float:
         """How long nothing has to be done but to draw."""
@@ -217,6 +217,11 @@ class _Pool:
         except OSError as error:  # no space, no permission: this run's directory may be the only one like that
             self.devices.give_back(placement)
             self._retry_or_record(run, FailedRun(run.name, build_failure(error, selected.paths.run_dir), None), None)
+            return True
+        if attempt is None and run.retry > 0 and not selected.paths.result_path.exists():
+            self.devices.give_back(placement)  # a machine out of reach, say: its locks are not free yet
+            held = Failure(kind="transient", message="processes of an earlier attempt, or another sweep, hold the run")
+            self._retry_or_record(run, FailedRun(run.name, held, None), None)
             return True
         if attempt is None:
             self.devices.give_back(placement)
@@ -280,6 +285,8 @@ class _Pool:
 
     def _retry_or_record(self, run: Planned, failed: FailedRun, attempt: RunningAttempt | None) -> None:
         failures = self.failures.setdefault(run.name, [])
+        if attempt is not None and attempt.has_gone_on():  # a run of weeks may lose its network once a day
+            failures[:] = [failure for failure in failures if failure.kind == "out_of_memory"]
         failures.append(failed.failure)
         has_made_steps = attempt is not None and attempt.has_made_steps()
         retry = None
@@ -309,6 +316,12 @@ class _Pool:
         self.result.failed.append(failed)
         first_line = failed.failure.message.partition("\n")[0]
         self.display.finished(failed.name, f"{failed.failure.kind}: {first_line}")
+
+
+def _is_stopped(one: Later) -> bool:
+    """Whether `runner stop` asked, while the run waited, for no further attempt."""
+    request = load_stop_request(one.run.selected.paths)
+    return request is not None and request.attempt == one.run.num_attempts
 
 
 def _resume_again(resume: str, failure: Failure, *, has_made_steps: bool) -> str:

@@ -105,13 +105,13 @@ def kill_processes_of(is_meant: Callable[[str], bool]) -> int:
 
 def has_lost_sibling(num_siblings: int) -> bool:
     """Whether fewer than `num_siblings` children of this process's parent are alive, this one counted."""
-    alive = 0
     try:
-        for children in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
-            alive += sum(_is_alive(pid) for pid in children.read_text().split())
+        tasks = Path(f"/proc/{os.getppid()}/task").glob("*/children")
+        siblings = [pid for children in tasks for pid in children.read_text().split()]
     except OSError:
         return False  # the parent cannot be looked at, or is gone
-    return alive < num_siblings
+    # A kernel that does not tell, or a parent between the launcher and this rank: then nothing is known of the others.
+    return str(os.getpid()) in siblings and sum(map(_is_alive, siblings)) < num_siblings
 
 
 def _is_alive(pid: str) -> bool:

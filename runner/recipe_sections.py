@@ -257,7 +257,7 @@ class CheckpointsSection(Section):
 
 
 class RetriesSection(Section):
-    """How many retries in a row a failed attempt gets without being asked, by failure kind.
+    """How many retries in a row, with no new checkpoint between, a failed attempt gets by itself, by failure kind.
 
     What is not named here: preempted runs are taken up again without a limit, everything else fails at once.
     """

@@ -50,7 +50,8 @@ launch:
 """
 
 # What it is told stands in `told/<run name>`: a verb and its words, and after `then` on a new line those of the next
-# attempt, the last ones for all others; without such a file it completes the run. `stepped` before: after a step.
+# attempt, the last ones for all others; without such a file it completes the run. `stepped` before:
+# after a step; `committed`: after a checkpoint.
 ACCELERATE: Final = """\
 #!{python} -IS
 import json, os, signal, subprocess, sys, time
@@ -64,6 +65,10 @@ verb, _, words = lines[min(number, len(lines)) - 1].partition(" ")
 if verb == "stepped":
     progress = dict(phase="training", step=1, max_steps=2)
     (run_dir / "attempts" / str(number) / "progress.json").write_text(json.dumps(progress))
+    verb, _, words = words.partition(" ")
+if verb == "committed":
+    (run_dir / "checkpoints" / f"step-{{number}}").mkdir(parents=True)
+    (run_dir / "checkpoints" / f"step-{{number}}" / "COMMITTED.json").write_text("{{}}")
     verb, _, words = words.partition(" ")
 lease, stdin = (run_dir / "lease").stat(), os.fstat(0)
 

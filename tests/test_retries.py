@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -61,7 +62,7 @@ def test_launch_tries_again_too(fake: FakeLauncher) -> None:
 
 
 def test_preempted_runs_are_taken_up_free_of_charge(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
-    told = ["fail preempted by the cluster", *["stepped fail preempted by the cluster"] * 6, "complete"]
+    told = ["fail preempted by the cluster", *["stepped committed fail preempted by the cluster"] * 6, "complete"]
     fake.add("a", told="\nthen ".join(told), retries="transient: 0, lost: 0, backoff_seconds: 0.01")
     assert main(["sweep", "recipes/toy"]) == 0
     assert [kind for _, kind in list_ends(fake, "a")] == ["preempted"] * 7 + [None]
@@ -183,3 +184,43 @@ def test_a_cache_that_cannot_be_written_stops_nothing(fake: FakeLauncher) -> Non
     (fake.root / "runs" / ".content_hashes.json").mkdir(parents=True)
     os.utime(fake.root / "data.jsonl", (1, 1))  # old enough to be cached
     assert main(["sweep", "recipes/toy"]) == 0
+
+
+def test_a_new_checkpoint_between_two_failures_renews_the_budget(fake: FakeLauncher) -> None:
+    told = "fail transient x\nthen committed fail transient y\nthen fail transient z\nthen complete"
+    fake.add("a", told=told, retries="transient: 1, backoff_seconds: 0")
+    assert main(["sweep", "recipes/toy"]) == 1
+    assert list_ends(fake, "a") == [(0, "transient"), (1, "transient"), (1, "transient")]
+    assert main(["sweep", "recipes/toy"]) == 0
+
+
+def test_preempted_again_and_again_before_a_checkpoint_is_a_failure(fake: FakeLauncher) -> None:
+    fake.add("a", told="fail preempted by the cluster", retries="backoff_seconds: 0")
+    assert main(["launch", "recipes/toy/a.yaml"]) == EXIT_CODES["transient"], "not 13, which is queued again for ever"
+    assert [kind for _, kind in list_ends(fake, "a")] == ["preempted"] * 4
+
+
+def test_a_retry_whose_run_is_still_held_is_no_success(fake: FakeLauncher) -> None:
+    """A machine out of reach, with ranks that may live, holds `ranks`."""
+    fake.add("a", told="fail transient x", retries="transient: 2, backoff_seconds: 1")
+    launch = fake.start("launch", "recipes/toy/a.yaml")
+    assert launch.stderr is not None
+    while "retry 1 of 2" not in (line := launch.stderr.readline()):
+        assert line, "it ended without a retry"
+    with fake.paths("a").ranks_lock_path.open("a+b") as ranks:
+        fcntl.flock(ranks, fcntl.LOCK_SH)
+        code, _, stderr = finish(launch)
+    assert code == EXIT_CODES["transient"] and "hold the run" in stderr
+    assert fake.started() == ["a"]
+
+
+def test_a_cluster_is_not_told_that_a_held_run_is_done(fake: FakeLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.add("a", told="wait")
+    launch = fake.start("launch", "recipes/toy/a.yaml")
+    fake.next_started()
+    assert main(["launch", "recipes/toy/a.yaml"]) == 0
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    assert main(["launch", "recipes/toy/a.yaml"]) == EXIT_CODES["transient"]
+    fake.let_go("a")
+    assert finish(launch)[0] == 0
+    assert main(["launch", "recipes/toy/a.yaml"]) == 0

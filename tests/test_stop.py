@@ -75,3 +75,17 @@ def test_what_is_only_just_being_started_is_not_asked_in_vain(
     assert "toy/a  is just ending or being started: ask again" in capsys.readouterr().out
     lease.close()
     assert not paths.stop_path.exists()
+
+
+def test_a_run_that_waits_for_its_retry_is_not_tried_again(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", told="fail transient x", retries="transient: 1, backoff_seconds: 500")
+    sweep = fake.start("sweep", "recipes/toy")
+    assert sweep.stderr is not None
+    while "retry 1 of 1 in 500 s" not in (line := sweep.stderr.readline()):
+        assert line, "the sweep ended without a retry"
+    assert main(["stop", "recipes/toy"]) == 0
+    assert "its sweep, if it lives, does not try it again" in capsys.readouterr().out
+    assert finish(sweep)[0] == 1
+    assert fake.started() == ["a"]

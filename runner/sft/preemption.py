@@ -100,12 +100,19 @@ class Preemption:
             if self._agreed_on is not None or self._is_ignored:
                 return
             if self.has_lost_peer():  # in training too: a collective may never end
-                record(Failure(kind="lost", message="another rank vanished without a word", has_lost_peer=True))
-                os._exit(1)
+                _leave(record, Failure(kind="lost", message="another rank vanished without a word", has_lost_peer=True))
             if not self._is_training:
-                record(Failure(kind="preempted", message=f"{why}: left outside training, nothing was to be saved"))
                 os.write(2, f"leaving: {why}\n".encode())  # the main thread may hold the lock of a stream
-                os._exit(1)
+                message = f"{why}: left outside training, nothing was to be saved"
+                _leave(record, Failure(kind="preempted", message=message))
+
+
+def _leave(record: Callable[[Failure], None], failure: Failure) -> None:
+    """End the process, whether or not there is room for the reason: nobody would listen any more."""
+    try:
+        record(failure)
+    finally:
+        os._exit(1)
 
 
 def _agree_on_first(asked_by: str | None, device: Any) -> str | None:

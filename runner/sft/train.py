@@ -81,8 +81,7 @@ def train(run_dir: Path, preemption: Preemption) -> None:
     with context.phase("evaluating best"):
         result = score_best(context, trainer)
     with context.phase("exporting"):
-        export_model(context, trainer, tokenizer, result.best_step)
-    preemption.needs_peers = False
+        export_model(context, trainer, tokenizer, result.best_step, preemption)
     if context.uploader is not None:
         with context.phase("uploading"):
             context.uploader.finish()
@@ -149,7 +148,9 @@ def _record_answers(context: RunContext, answers: list[Answer]) -> dict[str, Gen
     return {model: score_answers(context.recipe.data.task, found) for model, found in by_model.items() if found}
 
 
-def export_model(context: RunContext, trainer: RunTrainer, tokenizer: Any, best_step: int) -> None:
+def export_model(
+    context: RunContext, trainer: RunTrainer, tokenizer: Any, best_step: int, preemption: Preemption
+) -> None:
     """Write the weights in memory, those of `best_step`, to `model/`: saved beside it, checked, then renamed."""
     partial_dir, model_dir = context.paths.model_partial_dir, context.paths.model_dir
     if context.is_main:
@@ -161,6 +162,7 @@ def export_model(context: RunContext, trainer: RunTrainer, tokenizer: Any, best_
     is_adapter = context.recipe.adapter.method != "none"
     embeddings = collect_resized_embeddings(trainer.model, context.recipe.model) if is_adapter else {}
     trainer.accelerator.wait_for_everyone()
+    preemption.needs_peers = False  # the others end now
     if context.is_main:
         # a pickle that can hold the hub token, and PEFT's empty model card
         for name in ("training_args.bin", "README.md"):

@@ -37,6 +37,9 @@ code=$?
 
 # 13: the run has checkpointed. Above 128: it had not begun, or was killed; below 0: bash missed how it ended.
 if [ -n "$wants_requeue" ] && { [ "$code" = 13 ] || [ "$code" -gt 128 ] || [ "$code" -lt 0 ]; }; then
-  exec scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+  for pause in 5 15 30 0; do  # many tasks reach their limit together, and the controller may be busy
+    scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" && exit 0
+    sleep "$pause"
+  done
 fi
 exit "$code"
