@@ -107,10 +107,8 @@ def open_attempt(
 ) -> Attempt:
     """Append an attempt to `run.json` and make its folder, before anything is started. The caller holds the lease.
 
-    What is left of earlier attempts goes first: a request to stop, and processes that outlived a kill.
+    A request to stop an earlier attempt goes first.
     """
-    run_dir = str(paths.run_dir.resolve())
-    kill_processes_of(lambda value: value.rpartition(":")[0] == run_dir)
     paths.stop_path.unlink(missing_ok=True)
     record = load_record(paths)
     for earlier in record.attempts:
@@ -208,6 +206,7 @@ class RunningAttempt:
     attempt: Attempt
     process: subprocess.Popen[bytes]
     lease: Lease
+    owner: str  # of all its processes on this machine, in `OWNER_VARIABLE`
     launcher_lock: Lease | None = None  # of an attempt on several machines
     stop_reason: str | None = None
     first_step: int = 0  # of the newest checkpoint when it was started
@@ -256,7 +255,7 @@ class RunningAttempt:
             if self.launcher_lock is not None:
                 self.launcher_lock.close()
                 wait_for_ranks(self.paths, _RANKS_SECONDS)
-            kill_processes_of(_name_attempt(self.paths, self.attempt.number).__eq__)
+            kill_processes_of(self.owner.__eq__)
             with contextlib.suppress(OSError):  # no room for a second copy of it
                 scrub_log(self.files.log_path)
             failure = self._find_failure(status)
@@ -348,21 +347,26 @@ def start_attempt(
             lease.close()
             return None
         refuse_what_failed_since(paths, num_attempts)
+        owner = name_owner(paths)
+        kill_processes_of(lambda value: value.rpartition(":")[0] == owner)  # what outlived a kill
         attempt = open_attempt(paths, command, num_processes, read_git_state(), resume, retry, divisor)
         lock = hold_launcher_lock(paths.attempt(attempt.number)) if command.spans_machines else None
-        process = _start_launcher(paths, attempt, command, lease)
+        owner = f"{owner}:{attempt.number}"
+        process = _start_launcher(paths, attempt, command, lease, owner)
     except BaseException:
         lease.close()
         raise
-    return RunningAttempt(paths, attempt, process, lease, lock, first_step=_find_newest_step(paths))
+    return RunningAttempt(paths, attempt, process, lease, owner, lock, first_step=_find_newest_step(paths))
 
 
 def _find_newest_step(paths: RunPaths) -> int:
     return max(list_committed(paths), default=0)
 
 
-def _start_launcher(paths: RunPaths, attempt: Attempt, command: LaunchCommand, lease: Lease) -> subprocess.Popen[bytes]:
-    told = {OWNER_VARIABLE: _name_attempt(paths, attempt.number)}
+def _start_launcher(
+    paths: RunPaths, attempt: Attempt, command: LaunchCommand, lease: Lease, owner: str
+) -> subprocess.Popen[bytes]:
+    told = {OWNER_VARIABLE: owner}
     if command.spans_machines:
         told[ATTEMPT_VARIABLE] = str(attempt.number)
     try:
@@ -385,6 +389,7 @@ def _start_launcher(paths: RunPaths, attempt: Attempt, command: LaunchCommand, l
         raise RunnerError(message, hint="pip install accelerate, into the Python that `runner` runs in") from None
 
 
-def _name_attempt(paths: RunPaths, number: int) -> str:
-    """The value of `OWNER_VARIABLE`."""
-    return f"{paths.run_dir.resolve()}:{number}"
+def name_owner(paths: RunPaths) -> str:
+    """The run in `OWNER_VARIABLE`: its lease, because a container may have another run under the same path."""
+    lease = paths.lease_path.stat()
+    return f"{lease.st_dev}.{lease.st_ino}@{paths.run_dir.resolve()}"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-# `<run directory>:<attempt>`, in the environment of everything that `execute` starts.
+# `<run>:<attempt>`, the run as `execute` names it, in the environment of everything that `execute` starts.
 OWNER_VARIABLE: Final = "RUNNER_OWNER"
 
 _PATIENCE_SECONDS: Final = 30.0  # a process that the kernel cannot end waits for a disk

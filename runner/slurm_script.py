@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,14 @@ def group_runs(recipes: Iterable[Recipe], max_array_size: int) -> list[tuple[Res
 
 
 def check_options(options: ClusterOptions) -> None:
-    """Raises: RefusedError for an option that the script decides, or that is none."""
+    """Raises: RefusedError for an option that the script decides or that is none, and for a limit without any time."""
+    limit_seconds = _count_seconds(options.time_limit or "")
+    if limit_seconds is not None and limit_seconds <= options.stop_before_seconds:
+        raise RefusedError(
+            f"`--time-limit {options.time_limit}` is {limit_seconds} s, and a run is asked to leave "
+            f"{options.stop_before_seconds} s before that: it would never begin",
+            hint="a longer `--time-limit`, or a shorter `--stop-before-seconds`",
+        )
     for option in options.extra:
         name = option.partition("=")[0].removeprefix("--")
         if not option.startswith("--") or not name or "\n" in option:
@@ -110,6 +118,22 @@ def check_options(options: ClusterOptions) -> None:
                 f"`--slurm-option={option}`: --{name} is what `runner` itself decides",
                 hint="see `--slots`, `--time-limit` and `--stop-before-seconds`",
             )
+
+
+def _count_seconds(time_limit: str) -> int | None:
+    """Seconds of an `sbatch --time`, None for what only Slurm understands.
+
+    >>> [_count_seconds(text) for text in ("2", "2:30", "1:00:00", "1-0", "1-2:30", "UNLIMITED")]
+    [120, 150, 3600, 86400, 95400, None]
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
+    if found is None:
+        return None
+    days, *parts = found.groups()
+    first, second, third = (int(part or 0) for part in parts)
+    if days is not None or parts[2] is not None:
+        return ((int(days or 0) * 24 + first) * 60 + second) * 60 + third
+    return first * 60 + second
 
 
 def build_script(

@@ -18,6 +18,7 @@ from runner.execute import (
     RunningAttempt,
     close_attempt,
     move_aside,
+    name_owner,
     open_attempt,
     prepare_run,
     start_attempt,
@@ -166,15 +167,21 @@ def test_what_is_left_of_earlier_attempts_is_ended_by_the_next(
     fake: FakeLauncher, started: list[RunningAttempt]
 ) -> None:
     fake.add("a", "aa", told="complete")
-    environments = [{**os.environ, OWNER_VARIABLE: f"{fake.paths(name).run_dir.resolve()}:7"} for name in ("a", "aa")]
-    own, foreign = (subprocess.Popen(["sleep", "1000"], env=environment) for environment in environments)
+    owners = []
+    for name in ("a", "aa"):
+        fake.paths(name).run_dir.mkdir(parents=True)
+        fake.paths(name).lease_path.touch()
+        owners.append(name_owner(fake.paths(name)))
+    owners.append(f"0.0@{fake.paths('a').run_dir.resolve()}")  # another container's run of the same path
+    environments = [{**os.environ, OWNER_VARIABLE: f"{owner}:7"} for owner in owners]
+    own, *foreign = (subprocess.Popen(["sleep", "1000"], env=environment) for environment in environments)
     try:
         attempt = start(fake, started)
         assert attempt is not None and attempt.finish() is None
         assert own.wait(PATIENCE_SECONDS) == -signal.SIGKILL
-        assert foreign.poll() is None
+        assert [process.poll() for process in foreign] == [None, None]
     finally:
-        for process in (own, foreign):
+        for process in (own, *foreign):
             process.kill()
             process.wait()
 

@@ -198,6 +198,13 @@ def test_options_that_would_lose_runs_are_refused(option: str) -> None:
         check_options(ClusterOptions(extra=(option,)))
 
 
+def test_a_time_limit_that_leaves_no_time_is_refused() -> None:
+    with pytest.raises(RefusedError, match="120 s before that"):
+        check_options(ClusterOptions(time_limit="2"))
+    for limit in ("3", "2:01", "1-0", "0:02:01", "UNLIMITED"):
+        check_options(ClusterOptions(time_limit=limit))
+
+
 def test_options_of_the_site_are_taken() -> None:
     check_options(ClusterOptions(extra=("--partition=a,b", "--account=x", "--gres=gpu:a100:4", "--exclusive")))
 
