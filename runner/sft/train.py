@@ -12,6 +12,7 @@ from runner.evaluations import list_evaluations
 from runner.fsio import fsync_dir, load_jsonl, write_json_atomic, write_jsonl_atomic
 from runner.markers import sync_folder
 from runner.record import GenerationScore, SplitScore, TrainResult
+from runner.sft.build_locks import remove_stale_build_locks
 from runner.sft.context import RunContext
 from runner.sft.data import build_samples, describe_samples
 from runner.sft.export import (
@@ -43,6 +44,7 @@ def train(run_dir: Path, preemption: Preemption) -> None:
     started = time.perf_counter()
     with context.phase("loading"):
         require_trackers(recipe)
+        remove_stale_build_locks()  # before the arguments, which load DeepSpeed's first extension
         args = build_training_args(context)  # before the model: ZeRO-3 partitions weights while they load
         context.on_main(context.open_uploader)
         tokenizer = load_tokenizer(recipe.model)
