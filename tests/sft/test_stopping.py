@@ -1,0 +1,178 @@
+"""Real runs that are asked to leave: all ranks at the same step, and what was interrupted ends with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+from conftest import RUNNER, Project, build_environment
+from killed_sweeps import name_role
+from training_runs import (
+    DEADLINE_SECONDS,
+    RUNS,
+    assert_dies,
+    assert_same_outputs,
+    launch,
+    launch_arguments,
+    list_descendants,
+    read_attempts,
+    read_log,
+)
+
+from runner.fsio import load_json
+from runner.paths import RunPaths, marker_path
+from runner.record import EXIT_CODES, load_progress, load_record
+
+pytestmark = pytest.mark.slow
+
+# LoRA with dropout and accumulation. Seconds of training, of which a request to stop may take half of one to be seen.
+LONG: Final = (*RUNS["gemma-lora"], "training.num_train_epochs=10")
+DDP: Final = (*LONG, "launch.accelerate_config=accelerate_configs/cpu_ddp.yaml")
+ZERO_3: Final = (
+    *RUNS["gemma-full"],
+    "training.num_train_epochs=10",
+    "launch.accelerate_config=accelerate_configs/zero3.yaml",
+)
+LAST_STEP: Final = 60
+
+
+@pytest.fixture(scope="module")
+def alone(workplace: Project) -> RunPaths:
+    """One process, uninterrupted."""
+    workplace.add_model()
+    return launch(workplace, "alone-one-rank", *LONG)
+
+
+@pytest.fixture(scope="module")
+def ddp_alone(workplace: Project) -> RunPaths:
+    """Two processes, uninterrupted."""
+    workplace.add_model()
+    return launch(workplace, "alone-two-ranks", *DDP, num_processes=2)
+
+
+def start(project: Project, *arguments: str) -> subprocess.Popen[bytes]:
+    """`runner ARGUMENTS` in the background; what it prints goes to a file of the project."""
+    with (project.root / "printed.txt").open("ab") as printed:
+        return subprocess.Popen(
+            [str(RUNNER), *arguments],
+            cwd=project.root,
+            env=build_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=printed,
+            start_new_session=True,
+        )
+
+
+@contextmanager
+def started_in_training(
+    project: Project, paths: RunPaths, *arguments: str, steps: int = 2
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Such a process once its attempt has made some steps more; it is killed in the end if it still runs."""
+    number = len(load_record(paths).attempts) + 1
+    process = start(project, *arguments)
+    try:
+        wait_for_steps(paths, number, steps, process)
+        yield process
+    finally:
+        process.kill()  # what it has started dies with it
+        process.wait()
+
+
+def wait_for_steps(paths: RunPaths, attempt: int, steps: int, process: subprocess.Popen[bytes]) -> None:
+    """Until an attempt has made some steps, counted from the first one that it tells of."""
+    deadline, first = time.monotonic() + DEADLINE_SECONDS, None
+    while True:
+        assert process.poll() is None, f"the run ended too early:\n{read_log(paths)}"
+        assert time.monotonic() < deadline, f"it never trained:\n{read_log(paths)}"
+        progress = load_progress(paths.attempt(attempt).progress_path)
+        if progress is not None and progress.phase == "training":
+            first = progress.step if first is None else first
+            if progress.step >= first + steps:
+                return
+        time.sleep(0.005)
+
+
+def find_processes(runner_pid: int) -> dict[str, int]:
+    """The process ids of the launcher and of each rank below `runner`: `launcher`, `0`, `1`."""
+    found = {}
+    for pid in list_descendants(runner_pid):
+        role = name_role(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"))
+        if role == "worker":
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            role = next((one[5:].decode() for one in environment if one.startswith(b"RANK=")), "0")
+        found[role] = pid
+    return found
+
+
+def step_left(paths: RunPaths, attempt: int, rank: int = 0) -> int:
+    """Where a rank says that it left."""
+    failure = load_json(paths.attempt(attempt).failure_path(rank))
+    found = re.search(r": left at step (\d+), which is saved", failure["message"])
+    assert failure["kind"] == "preempted" and found, failure
+    return int(found[1])
+
+
+def test_ctrl_c_and_runner_stop_save_the_step_and_the_run_ends_with_the_same_bytes(
+    workplace: Project, alone: RunPaths
+) -> None:
+    name = "stopped-twice"
+    paths, arguments = workplace.paths(name), launch_arguments(name, LONG)
+    with started_in_training(workplace, paths, *arguments) as process:
+        pidfds = [os.pidfd_open(pid) for pid in list_descendants(process.pid)]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_SECONDS) == 130, read_log(paths)
+        assert_dies(pidfds, seconds=10)
+    first = step_left(paths, 1)
+    assert marker_path(paths.checkpoint_dir(first)).exists()
+    with started_in_training(workplace, paths, *arguments) as process:
+        asked = workplace.cli("stop", paths.run_dir)
+        assert asked.returncode == 0 and f"tests/{name}  asked attempt 2" in asked.stdout, asked
+        assert process.wait(DEADLINE_SECONDS) == EXIT_CODES["preempted"], read_log(paths)
+    assert f"resuming from step {first}" in read_log(paths)
+    second = step_left(paths, 2)
+    assert 2 <= first < second < LAST_STEP
+    launch(workplace, name, *LONG)
+    assert f"resuming from step {second}" in read_log(paths)
+    said = [attempt["failure"] and attempt["failure"]["message"] for attempt in read_attempts(paths)]
+    assert said[0].startswith("the runner was stopped by SIGINT: left at step ")
+    assert said[1].startswith("asked by `runner stop`: left at step ") and said[2] is None
+    assert_same_outputs(paths, alone)
+
+
+@pytest.mark.torture
+def test_term_to_one_rank_ends_both_at_the_same_step_and_the_run_goes_on_exactly(
+    workplace: Project, ddp_alone: RunPaths
+) -> None:
+    assert_ranks_leave_together(workplace, "ddp-term", DDP, ddp_alone)
+
+
+@pytest.mark.torture
+def test_term_to_one_rank_of_zero_3(workplace: Project) -> None:
+    workplace.add_model()
+    reference = launch(workplace, "alone-zero", *ZERO_3, num_processes=2)
+    assert_ranks_leave_together(workplace, "zero-term", ZERO_3, reference)
+
+
+def assert_ranks_leave_together(
+    project: Project, name: str, overrides: tuple[str, ...], reference: RunPaths, *, steps: int = 2, rank: int = 1
+) -> None:
+    """What was not asked for through `runner` is taken up again by itself, in the same launch."""
+    paths = project.paths(name)
+    with started_in_training(project, paths, *launch_arguments(name, overrides, 2), steps=steps) as process:
+        os.kill(find_processes(process.pid)[str(rank)], signal.SIGTERM)
+        assert process.wait(DEADLINE_SECONDS) == 0, read_log(paths)
+    step = step_left(paths, 1, rank=0)
+    assert step == step_left(paths, 1, rank=1) and steps <= step < LAST_STEP
+    first, second = read_attempts(paths)
+    assert first["failure"]["message"].startswith(f"SIGTERM on rank {rank}: ") and second["failure"] is None
+    assert f"resuming from step {step}" in read_log(paths)
+    assert_same_outputs(paths, reference)
