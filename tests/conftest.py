@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,11 @@ settings.register_profile("repeatable", derandomize=True)
 # New ones each time, and how to repeat what fails: `make fuzz`.
 settings.register_profile("fuzz", print_blob=True)
 settings.load_profile("repeatable")
+
+# A background job of a script is started with some signals ignored, and what it starts would be, too.
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 RUNNER: Final = Path(sys.executable).parent / "runner"

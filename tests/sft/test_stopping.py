@@ -1,4 +1,6 @@
-"""Real runs that are asked to leave: all ranks at the same step, and what was interrupted ends with the same bytes."""
+"""Real runs that are asked to leave, or whose processes are signalled: all ranks at the same step, nothing left alive,
+and what was interrupted ends with the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -25,23 +27,26 @@ from training_runs import (
     list_descendants,
     read_attempts,
     read_log,
+    snapshot,
 )
 
+from runner.execute import name_owner
 from runner.fsio import load_json
 from runner.paths import RunPaths, marker_path
+from runner.processes import OWNER_VARIABLE
 from runner.record import EXIT_CODES, load_progress, load_record
 
 pytestmark = pytest.mark.slow
 
 # LoRA with dropout and accumulation. Seconds of training, of which a request to stop may take half of one to be seen.
-LONG: Final = (*RUNS["gemma-lora"], "training.num_train_epochs=10")
+LONG: Final = (*RUNS["gemma-lora"], "training.num_train_epochs=30")
 DDP: Final = (*LONG, "launch.accelerate_config=accelerate_configs/cpu_ddp.yaml")
 ZERO_3: Final = (
     *RUNS["gemma-full"],
     "training.num_train_epochs=10",
     "launch.accelerate_config=accelerate_configs/zero3.yaml",
 )
-LAST_STEP: Final = 60
+LAST_STEP: Final = 180
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +161,13 @@ def test_term_to_one_rank_ends_both_at_the_same_step_and_the_run_goes_on_exactly
 
 
 @pytest.mark.torture
+@pytest.mark.parametrize("number", range(20))
+def test_term_to_one_rank_twenty_times(workplace: Project, ddp_alone: RunPaths, number: int) -> None:
+    """At another step each time."""
+    assert_ranks_leave_together(workplace, f"ddp-term-{number}", DDP, ddp_alone, steps=2 + number, rank=number % 2)
+
+
+@pytest.mark.torture
 def test_term_to_one_rank_of_zero_3(workplace: Project) -> None:
     workplace.add_model()
     reference = launch(workplace, "alone-zero", *ZERO_3, num_processes=2)
@@ -171,8 +183,60 @@ def assert_ranks_leave_together(
         os.kill(find_processes(process.pid)[str(rank)], signal.SIGTERM)
         assert process.wait(DEADLINE_SECONDS) == 0, read_log(paths)
     step = step_left(paths, 1, rank=0)
-    assert step == step_left(paths, 1, rank=1) and steps <= step < LAST_STEP
+    assert step == step_left(paths, 1, rank=1) and step >= steps
     first, second = read_attempts(paths)
     assert first["failure"]["message"].startswith(f"SIGTERM on rank {rank}: ") and second["failure"] is None
     assert f"resuming from step {step}" in read_log(paths)
     assert_same_outputs(paths, reference)
+
+
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGUSR1)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("victim", ["sweep", "launcher", "worker"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_any_signal_to_any_process_leaves_nothing_alive_and_no_trace(
+    workplace: Project, request: pytest.FixtureRequest, ranks: int, victim: str, number: signal.Signals
+) -> None:
+    reference = request.getfixturevalue("alone" if ranks == 1 else "ddp_alone")
+    name = f"grid-{ranks}-{victim}-{number.name.lower()}"
+    paths = workplace.paths(name)
+    recipe = workplace.write_recipe(
+        f"signals/{name}.yaml", *(LONG if ranks == 1 else DDP), f"launch.num_processes={ranks}"
+    )
+    # Behind the first checkpoint, of step 4: SIGKILL leaves no other.
+    with started_in_training(workplace, paths, "sweep", str(recipe), steps=6) as process:
+        found = find_processes(process.pid)
+        pidfds = [os.pidfd_open(pid) for pid in list_descendants(process.pid)]
+        assert sum(role.isdecimal() for role in found) == ranks and list_owned(paths)
+        os.kill({"sweep": process.pid, "launcher": found["launcher"], "worker": found[str(ranks - 1)]}[victim], number)
+        status = process.wait(DEADLINE_SECONDS)
+    assert_dies(pidfds, seconds=10)
+    assert list_owned(paths) == []
+    if victim == "sweep":
+        assert status == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    else:
+        assert status == (0 if read_attempts(paths)[0]["failure"]["kind"] == "preempted" else 1), read_attempts(paths)
+    before = snapshot(paths.run_dir)
+    time.sleep(1.5)
+    assert snapshot(paths.run_dir) == before
+    if victim == "sweep" or status == 1:
+        assert not paths.result_path.exists()
+    again = workplace.cli("sweep", recipe)
+    assert again.returncode == 0, f"{again.stdout}\n{again.stderr}\n{read_log(paths)}"
+    first, *_, last = read_attempts(paths)
+    assert len(read_attempts(paths)) == 2 and last["failure"] is None and "resuming from step" in read_log(paths)
+    print(name, status, first["failure"] and (first["failure"]["kind"], first["failure"]["message"]))
+    assert_same_outputs(paths, reference)
+
+
+def list_owned(paths: RunPaths) -> list[int]:
+    """Processes that carry an attempt of a run in their environment, whoever their parent is."""
+    needle, found = f"{OWNER_VARIABLE}={name_owner(paths)}:".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if any(one.startswith(needle) for one in (folder / "environ").read_bytes().split(b"\0")):
+                found.append(int(folder.name))
+    return found
