@@ -28,7 +28,7 @@ check: .venv/installed
 
 # New examples each time; what fails is kept in .hypothesis/ and printed with how to repeat it.
 fuzz: .venv/installed
-	FUZZ_FACTOR=$(or $(FUZZ_FACTOR),20) pytest -q --hypothesis-profile=fuzz --hypothesis-show-statistics tests/test_fuzz.py
+	FUZZ_FACTOR=$(or $(FUZZ_FACTOR),20) pytest -q --hypothesis-profile=fuzz --hypothesis-show-statistics tests/test_fuzz.py tests/sft/test_fuzz_rows.py
 
 golden: .venv/installed
 	UPDATE_GOLDEN=1 pytest -q -m "not slow and not gpu and not torture" tests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,7 @@ from runner.errors import DataError
 from runner.recipe import DataSource
 
 _SUFFIXES: Final = (".json", ".jsonl", ".csv", ".parquet")
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 _ENCODING: Final = "utf-8-sig"  # whatever the locale; spreadsheets open their files with a byte order mark
 _MAX_FIELD_CHARACTERS: Final = 2**31 - 1  # Python's own limit, 131,072, is less than a long document
 
@@ -60,11 +62,23 @@ def _load_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+    except ValueError as error:  # also of a number with thousands of digits
         raise DataError(f"{where}: is not JSON: {error}") from None
     except RecursionError:
         raise DataError(f"{where}: is nested too deeply to be a row") from None
+    if (found := _SURROGATE.search(text)) and not _is_text(value):
+        raise DataError(f"{where}: {found[0]} is one half of a character: no tokenizer can read that")
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether every text of a JSON value can be written as UTF-8: JSON may spell halves of surrogate pairs."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _load_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
