@@ -107,9 +107,11 @@ def open_attempt(
 ) -> Attempt:
     """Append an attempt to `run.json` and make its folder, before anything is started. The caller holds the lease.
 
-    A request to stop an earlier attempt goes first.
+    A request to stop an earlier attempt goes first, and what a kill left half written.
     """
     paths.stop_path.unlink(missing_ok=True)
+    for leftover in paths.list_temporaries():
+        leftover.unlink(missing_ok=True)
     record = load_record(paths)
     for earlier in record.attempts:
         if earlier.ended_at_utc is None:  # its launcher was killed before it could do this

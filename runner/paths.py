@@ -108,6 +108,10 @@ class RunPaths:
         """The files of rows that grow with the run: metrics, scores, answers."""
         return sorted(self.run_dir.glob("*.jsonl"))
 
+    def list_temporaries(self) -> list[Path]:
+        """What atomic writes of processes that were killed have left behind."""
+        return [*self.run_dir.glob(".*.tmp"), *self.attempts_dir.glob("*/.*.tmp")]
+
     def archive_path(self, step: int) -> Path:
         """The same checkpoint as one ZIP file."""
         return self.checkpoints_dir / f"{STEP_PREFIX}{step}.zip"

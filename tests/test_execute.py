@@ -167,9 +167,12 @@ def test_what_is_left_of_earlier_attempts_is_ended_by_the_next(
     fake: FakeLauncher, started: list[RunningAttempt]
 ) -> None:
     fake.add("a", "aa", told="complete")
+    fake.paths("a").run_dir.mkdir(parents=True)
+    half_written = fake.paths("a").run_dir / ".samples.json.1-ab.tmp"
+    half_written.write_text("{")
     owners = []
     for name in ("a", "aa"):
-        fake.paths(name).run_dir.mkdir(parents=True)
+        fake.paths(name).run_dir.mkdir(parents=True, exist_ok=True)
         fake.paths(name).lease_path.touch()
         owners.append(name_owner(fake.paths(name)))
     owners.append(f"0.0@{fake.paths('a').run_dir.resolve()}")  # another container's run of the same path
@@ -179,7 +182,7 @@ def test_what_is_left_of_earlier_attempts_is_ended_by_the_next(
         attempt = start(fake, started)
         assert attempt is not None and attempt.finish() is None
         assert own.wait(PATIENCE_SECONDS) == -signal.SIGKILL
-        assert [process.poll() for process in foreign] == [None, None]
+        assert [process.poll() for process in foreign] == [None, None] and not half_written.exists()
     finally:
         for process in (own, *foreign):
             process.kill()

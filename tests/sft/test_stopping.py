@@ -99,7 +99,7 @@ def wait_for_steps(paths: RunPaths, attempt: int, steps: int, process: subproces
         assert process.poll() is None, f"the run ended too early:\n{read_log(paths)}"
         assert time.monotonic() < deadline, f"it never trained:\n{read_log(paths)}"
         progress = load_progress(paths.attempt(attempt).progress_path)
-        if progress is not None and progress.phase == "training":
+        if progress is not None and progress.step > 0:  # whatever its phase: a step takes less than a report
             first = progress.step if first is None else first
             if progress.step >= first + steps:
                 return
