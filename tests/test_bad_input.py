@@ -86,7 +86,7 @@ CASES = {
         overrides=("data.num_train_samples=5",),
     ),
     "a text that is no Unicode": Case(
-        ("rows.jsonl line 3", "message 0 (user) holds", "half of a character"),
+        ("rows.jsonl line 3", "one half of a character"),
         rows=rows_with({"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "Yes."}]}),
     ),
 }
