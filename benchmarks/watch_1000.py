@@ -34,11 +34,11 @@ from runner.record import (  # noqa: E402
     RunRecord,
     SplitScore,
     TrainResult,
-    derive_status,
     write_record,
 )
 from runner.render import render_grid  # noqa: E402
 from runner.selection import Selected, select_recipes  # noqa: E402
+from runner.status import derive_status  # noqa: E402
 
 NUM_RUNNING: Final = 8
 NUM_REFRESHES: Final = 20

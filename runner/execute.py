@@ -34,8 +34,6 @@ from runner.record import (
     RunRecord,
     StopRequest,
     StoredRecipe,
-    find_differences,
-    find_divisor,
     load_failure,
     load_progress,
     load_record,
@@ -46,6 +44,7 @@ from runner.record import (
     write_record,
 )
 from runner.secrets import scrub_json
+from runner.status import find_differences, find_divisor
 
 _RANKS_SECONDS: Final = 10.0  # for the ranks on other machines to see that their launcher is gone
 

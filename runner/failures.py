@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from runner.errors import DataError, DivergedError, PreemptedError, RunnerError, escape_controls
-from runner.record import Failure, FailureKind, RunStatus
+from runner.record import Failure, FailureKind
 from runner.secrets import scrub
+from runner.status import RunStatus
 
 # What to do, per kind; one line each, that can be acted upon.
 HINTS: Final[Mapping[FailureKind, str]] = {

@@ -25,9 +25,10 @@ from runner.launch import LaunchCommand, Machines, Placement
 from runner.paths import RunPaths, content_cache_path
 from runner.plan import MAX_FRUITLESS, Decision, decide, decide_queued
 from runner.recipe import NAME_PATTERN, load_recipe
-from runner.record import EXIT_CODES, RunStatus, derive_status, find_divisor, load_progress, load_record
+from runner.record import EXIT_CODES, load_progress, load_record
 from runner.secrets import find_secret
 from runner.selection import Selected, UnreadableRun, run_paths, select_recipes, suggest_path
+from runner.status import RunStatus, derive_status, find_divisor
 
 if TYPE_CHECKING:
     from runner.machines import Allocation

@@ -9,7 +9,8 @@ from typing import Final, Literal
 from runner.errors import RefusedError
 from runner.failures import is_address_in_use
 from runner.recipe import Recipe, derive_accumulation, derive_micro_batch
-from runner.record import DETERMINISTIC_KINDS, Attempt, Failure, RunStatus
+from runner.record import DETERMINISTIC_KINDS, Attempt, Failure
+from runner.status import RunStatus
 
 Action = Literal["launch", "skip", "refuse"]
 MAX_BACKOFF_SECONDS: Final = 600.0

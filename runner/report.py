@@ -18,7 +18,8 @@ from runner.fsio import load_json
 from runner.hf_fields import thaw
 from runner.paths import RunPaths
 from runner.recipe import Recipe
-from runner.record import GenerationScore, RunStatus, SplitScore, State, load_result
+from runner.record import GenerationScore, SplitScore, load_result
+from runner.status import RunStatus, State
 
 LikelihoodUnit = Literal["nats per completion token", "bits per byte"]
 

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, get_args
 
 from runner.fsio import dump_json
 from runner.hf_fields import thaw
-from runner.record import GenerationScore, State
+from runner.record import GenerationScore
 from runner.report import (
     ReportRow,
     axis_text,
@@ -28,6 +28,7 @@ from runner.report import (
 )
 from runner.report_comparisons import AxisComparison
 from runner.report_table import Column, build_column, draw_packed, draw_table, draw_tables, one_line
+from runner.status import State
 
 Format = Literal["md", "csv", "json"]
 FORMATS: Final[tuple[Format, ...]] = get_args(Format)

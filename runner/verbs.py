@@ -18,8 +18,9 @@ from runner.identity import ContentHashes, known_contents
 from runner.launch_verbs import run_launch, run_rerun, run_sweep, select_run
 from runner.paths import RunPaths, content_cache_path
 from runner.recipe import Recipe, load_recipe, parse_recipe
-from runner.record import RunStatus, derive_status, load_stored_recipe
+from runner.record import load_stored_recipe
 from runner.selection import UnreadableRun, select_recipes, suggest_path
+from runner.status import RunStatus, derive_status
 
 __all__ = [
     "run_chat",

@@ -16,8 +16,9 @@ from typing import Any
 from runner.fsio import is_leased
 from runner.identity import ContentHashes, list_content_paths
 from runner.plan import Retry, foresee_retry
-from runner.record import Progress, RunStatus, derive_status, load_progress, load_record
+from runner.record import Progress, load_progress, load_record
 from runner.selection import Selected
+from runner.status import RunStatus, derive_status
 
 FolderState = frozenset[tuple[str, int, int, int]]
 

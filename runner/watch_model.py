@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from runner.recipe import Recipe
-from runner.record import Progress, RunStatus
+from runner.record import Progress
 from runner.schedule import derive_schedule
+from runner.status import RunStatus
 
 # Nothing more happens to these by itself; every other state, also one not known here, is work that is left.
 _AT_REST: Final = frozenset({"completed", "failed", "changed", "unreadable"})

@@ -24,16 +24,8 @@ from runner.paths import RunPaths
 from runner.plan import Decision, decide
 from runner.processes import list_holders
 from runner.recipe import Recipe, derive_accumulation
-from runner.record import (
-    Attempt,
-    RunStatus,
-    State,
-    derive_status,
-    find_divisor,
-    load_record,
-    load_stop_request,
-    load_stored_recipe,
-)
+from runner.record import Attempt, load_record, load_stop_request, load_stored_recipe
+from runner.status import RunStatus, State, derive_status, find_divisor
 from runner.verdicts import Outlook, judge_checkpoints
 
 # What makes a state, as `derive_status` asks: the first that is true.

@@ -27,7 +27,8 @@ from runner.launch import LaunchCommand
 from runner.paths import RunPaths, marker_path
 from runner.plan import Decision, decide
 from runner.recipe import Recipe
-from runner.record import Attempt, RunRecord, RunStatus, derive_status, load_record, write_record
+from runner.record import Attempt, RunRecord, load_record, write_record
+from runner.status import RunStatus, derive_status
 
 __all__ = ["fake"]
 

@@ -30,7 +30,8 @@ from runner.launch import LaunchCommand, Placement, build_launch_command
 from runner.paths import RunPaths
 from runner.processes import OWNER_VARIABLE
 from runner.recipe import Recipe, load_recipe
-from runner.record import Failure, StopRequest, derive_status, load_record, load_stop_request
+from runner.record import Failure, StopRequest, load_record, load_stop_request
+from runner.status import derive_status
 
 __all__ = ["fake"]
 

@@ -11,7 +11,8 @@ from test_recipe import TEXT
 
 from runner.plan import MAX_BACKOFF_SECONDS, Action, Retry, decide, decide_retry
 from runner.recipe import Recipe, parse_recipe
-from runner.record import DETERMINISTIC_KINDS, Failure, FailureKind, RunStatus, State
+from runner.record import DETERMINISTIC_KINDS, Failure, FailureKind
+from runner.status import RunStatus, State
 
 KINDS: tuple[FailureKind, ...] = typing.get_args(FailureKind)
 

@@ -15,8 +15,8 @@ from runner.identity import ContentHashes, known_contents
 from runner.launch import Placement
 from runner.pool import Devices, Planned
 from runner.recipe import load_recipe
-from runner.record import derive_status
 from runner.selection import select_recipes
+from runner.status import derive_status
 from runner.stop_signals import StopSignals
 
 __all__ = ["fake"]

@@ -21,11 +21,8 @@ from runner.record import (
     Failure,
     FailureKind,
     RunRecord,
-    RunStatus,
     SplitScore,
     TrainResult,
-    derive_status,
-    find_differences,
     load_failure,
     load_progress,
     load_record,
@@ -33,6 +30,7 @@ from runner.record import (
     load_stored_recipe,
     write_record,
 )
+from runner.status import RunStatus, derive_status, find_differences
 
 CONTENTS = {"data.jsonl": "a" * 64, "models/toy": "b" * 64}
 

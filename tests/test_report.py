@@ -20,21 +20,12 @@ from runner.fsio import Lease, write_json_atomic, write_text_atomic
 from runner.paths import RunPaths
 from runner.recipe import Recipe, parse_recipe
 from runner.recipe_data import SquadV2Task, Sst2Task
-from runner.record import (
-    Attempt,
-    Failure,
-    GenerationScore,
-    RunRecord,
-    RunStatus,
-    SplitScore,
-    TrainResult,
-    derive_status,
-    write_record,
-)
+from runner.record import Attempt, Failure, GenerationScore, RunRecord, SplitScore, TrainResult, write_record
 from runner.report import axis_text, build_rows, compare_with_base
 from runner.report_comparisons import build_comparisons, paired_interval
 from runner.report_format import FORMATS, Format, format_report
 from runner.report_table import MAX_WIDTH
+from runner.status import RunStatus, derive_status
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 Run = tuple[Recipe, RunPaths, RunStatus]

@@ -13,8 +13,9 @@ from runner.failures import HINTS, UNREADABLE_HINT
 from runner.fsio import append_jsonl, write_json_atomic, write_jsonl_atomic
 from runner.identity import ContentHashes, known_contents
 from runner.paths import content_cache_path
-from runner.record import Progress, RunStatus, derive_status
+from runner.record import Progress
 from runner.selection import Selected, select_recipes
+from runner.status import RunStatus, derive_status
 from runner.watch import build_views
 from runner.watch_files import LossReader, RunsReader
 

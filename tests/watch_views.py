@@ -9,7 +9,8 @@ from typing import Any, Final
 from conftest import RECIPE_TEXT
 
 from runner.recipe import Recipe, Scalar, parse_recipe
-from runner.record import Failure, Progress, RunStatus
+from runner.record import Failure, Progress
+from runner.status import RunStatus
 from runner.watch_model import RunView
 
 RECIPE: Final = parse_recipe(RECIPE_TEXT, where="a test")

@@ -14,7 +14,8 @@ from typing import Any
 from runner.errors import DataError, RefusedError
 from runner.paths import RunPaths
 from runner.recipe import Recipe
-from runner.record import StoredRecipe, derive_status, load_stored_recipe
+from runner.record import StoredRecipe, load_stored_recipe
+from runner.status import derive_status
 
 
 @dataclass(frozen=True)
