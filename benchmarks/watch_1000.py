@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from render_1000 import NUM_CELLS, build_templates  # noqa: E402
 
-from runner.execute import prepare_run  # noqa: E402
+from runner.attempts import prepare_run  # noqa: E402
 from runner.fsio import Lease, append_jsonl, write_json_unsynced  # noqa: E402
 from runner.identity import ContentHashes, derive_digest, hash_contents, known_contents  # noqa: E402
 from runner.paths import content_cache_path  # noqa: E402

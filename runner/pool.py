@@ -6,18 +6,18 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from runner.cluster import count_allotted_cores
+from runner.attempts import FailedElsewhere
+from runner.devices import Devices
 from runner.display import SweepDisplay
-from runner.errors import RefusedError, RunnerError
-from runner.execute import FailedElsewhere, RunningAttempt, start_attempt
+from runner.errors import RunnerError
+from runner.execute import RunningAttempt, start_attempt
 from runner.failures import build_failure
 from runner.launch import LaunchCommand, Placement, build_launch_command
-from runner.machines import Allocation
 from runner.plan import decide_retry
 from runner.record import Failure, load_stop_request
 from runner.selection import Selected
@@ -42,54 +42,6 @@ class Planned:
     def name(self) -> str:
         """Grid and run name."""
         return f"{self.selected.recipe.run.grid}/{self.selected.recipe.run.name}"
-
-
-@dataclass
-class Devices:
-    """What is free: slots, or GPUs of which a run takes one per process."""
-
-    num_slots: int
-    gpus: list[str] | None = None
-    allocation: Allocation | None = None  # several machines, all for one run at a time
-    _num_free_slots: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._num_free_slots = self.num_slots
-
-    def check(self, planned: Iterable[Planned]) -> None:
-        """Raises: RefusedError for a run that could never start."""
-        for run in planned:
-            num_machines = run.selected.recipe.launch.num_machines
-            if num_machines > 1 and self.allocation is None:
-                raise RefusedError(
-                    f"{run.name} wants {num_machines} machines, this is one",
-                    hint=f"sbatch or salloc {num_machines} nodes and `runner launch` it there, or start it by hand: "
-                    f"runner launch {run.selected.source_path} --prepare",
-                )
-            if self.gpus is not None and run.num_processes > len(self.gpus):
-                raise RefusedError(f"{run.name} wants {run.num_processes} GPUs, `--gpus` names {len(self.gpus)}")
-
-    def take(self, num_processes: int) -> Placement | None:
-        """A placement, or None while there is no room."""
-        num_cores = max(1, count_allotted_cores(os.environ) // self.num_slots)  # of one slot, or of one GPU
-        if self.gpus is not None:
-            if len(self.gpus) < num_processes:
-                return None
-            taken, self.gpus = tuple(self.gpus[:num_processes]), self.gpus[num_processes:]
-            return Placement(num_processes, taken, num_cores * num_processes)
-        if self._num_free_slots == 0:
-            return None
-        self._num_free_slots -= 1
-        if self.allocation is not None:
-            return self.allocation.place(num_processes)
-        return Placement(num_processes, None, num_cores)
-
-    def give_back(self, placement: Placement) -> None:
-        """Undo `take`."""
-        if placement.devices is not None and self.gpus is not None:
-            self.gpus += placement.devices
-        else:
-            self._num_free_slots += 1
 
 
 @dataclass(frozen=True)

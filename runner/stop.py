@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from runner.execute import request_stop
+from runner.attempts import request_stop
 from runner.fsio import is_leased
 from runner.plan import foresee_retry
 from runner.record import load_progress, load_record

@@ -1,6 +1,6 @@
 """What each verb of the command line does, from parsed arguments to an exit code.
 
-What launches runs is in `launch_verbs`.
+What launches runs is in `launch_verbs` and `sweep_verbs`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 from runner.errors import RunnerError
 from runner.failures import HINTS, UNREADABLE_HINT
 from runner.identity import ContentHashes, known_contents
-from runner.launch_verbs import run_launch, run_rerun, run_sweep, select_run
+from runner.launch_verbs import run_launch, select_run
 from runner.paths import RunPaths, content_cache_path
 from runner.recipe import Recipe, load_recipe, parse_recipe
 from runner.record import load_stored_recipe
 from runner.selection import UnreadableRun, select_recipes, suggest_path
 from runner.status import RunStatus, derive_status
+from runner.sweep_verbs import run_rerun, run_sweep
 
 __all__ = [
     "run_chat",

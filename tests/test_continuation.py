@@ -17,10 +17,11 @@ from fake_launcher import FakeLauncher, fake
 from test_identity import CANNOT_CHANGE_ALONE, KINDS, MAKES_A_KIND, PLACEMENT_KINDS, change, list_keys, parse
 
 from runner.archives import write_archive
+from runner.attempts import prepare_run
 from runner.cli import main
 from runner.continuation import look_ahead
 from runner.errors import DataError, RefusedError
-from runner.execute import prepare_run, start_attempt
+from runner.execute import start_attempt
 from runner.fsio import is_leased, write_json_atomic
 from runner.identity import ContentHashes, build_resume_fingerprint, derive_digest, hash_contents, load_launch_settings
 from runner.launch import LaunchCommand

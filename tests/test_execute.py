@@ -12,18 +12,10 @@ from pathlib import Path
 import pytest
 from fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish, wait_until_dead
 
+from runner.attempts import close_attempt, move_aside, name_owner, open_attempt, prepare_run, take_lease
 from runner.cli import main
 from runner.errors import RefusedError, RunnerError
-from runner.execute import (
-    RunningAttempt,
-    close_attempt,
-    move_aside,
-    name_owner,
-    open_attempt,
-    prepare_run,
-    start_attempt,
-    take_lease,
-)
+from runner.execute import RunningAttempt, start_attempt
 from runner.fsio import is_leased, load_json, write_json_atomic
 from runner.identity import ContentHashes, hash_contents
 from runner.launch import LaunchCommand, Placement, build_launch_command

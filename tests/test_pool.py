@@ -9,11 +9,12 @@ import pytest
 from fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish, wait_until_dead
 
 from runner.cli import main
+from runner.devices import Devices
 from runner.errors import RefusedError
 from runner.fsio import is_leased, load_json, write_json_atomic
 from runner.identity import ContentHashes, known_contents
 from runner.launch import Placement
-from runner.pool import Devices, Planned
+from runner.pool import Planned
 from runner.recipe import load_recipe
 from runner.selection import select_recipes
 from runner.status import derive_status

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish
 
-from runner.execute import take_lease
+from runner.attempts import take_lease
 from runner.paths import RunPaths
 from runner.ranks import has_ranks, hold_launcher_lock, wait_for_ranks
 

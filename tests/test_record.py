@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from test_recipe import TEXT
 
+from runner.attempts import prepare_run
 from runner.errors import CorruptFileError
-from runner.execute import prepare_run
 from runner.fsio import Lease, append_jsonl, write_json_atomic
 from runner.paths import AttemptPaths, RunPaths
 from runner.plan import decide

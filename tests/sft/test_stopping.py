@@ -30,7 +30,7 @@ from training_runs import (
     snapshot,
 )
 
-from runner.execute import name_owner
+from runner.attempts import name_owner
 from runner.fsio import load_json
 from runner.paths import RunPaths, marker_path
 from runner.processes import OWNER_VARIABLE

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import Project
 
+from runner.attempts import prepare_run
 from runner.errors import DataError, RefusedError
-from runner.execute import prepare_run
 from runner.paths import RunPaths
 from runner.sft.tuned import TunedRun, open_tuned_run
 
