@@ -209,15 +209,40 @@ def test_a_controller_that_is_away_loses_nothing(
     assert main([*SWEEP, "--slots", "1"]) == 0
     first, _ = fake.next_started()
     second = ({"a", "b"} - {first}).pop()
-    own_slurm.kill(
-        "slurmctld", signal.SIGTERM
-    )  # 22.05 forgets after a SIGKILL that a job has begun, and drains its node
+    own_slurm.kill("slurmctld", signal.SIGTERM)
     fake.tell(second, "complete")
     fake.let_go(first)
     wait_until(lambda: is_completed(fake, first), "the run ends without a controller")
     own_slurm.start_controller()
     assert main(SWEEP) == 0  # whatever the controller has forgotten is submitted again
     own_slurm.wait_until_idle()
+    assert is_completed(fake, "a", "b") and sorted(fake.started()) == ["a", "b"]
+
+
+def test_a_controller_that_is_killed_as_a_run_starts_doubles_nothing(
+    own_slurm: LocalSlurm, fake: FakeLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm 22.05 may not know any more that the task began: it starts it again, or holds it and drains its node."""
+    use(own_slurm, monkeypatch)
+    fake.add("a", "b", told="wait")
+    assert main([*SWEEP, "--slots", "1"]) == 0
+    first, _ = fake.next_started()
+    second = ({"a", "b"} - {first}).pop()
+    own_slurm.kill("slurmctld")
+    own_slurm.start_controller()
+    fake.tell(second, "complete")
+    fake.let_go(first)
+    wait_until(lambda: is_completed(fake, first), "the run goes on to its end")
+    assert main(SWEEP) == 0
+
+    def is_idle() -> bool:
+        if own_slurm.node_state("node0").rstrip("*") in ("drained", "draining", "down"):
+            own_slurm.run("scontrol", "update", "nodename=node0", "state=resume")
+        for job in own_slurm.list_jobs():
+            own_slurm.succeeds("scontrol", "release", job)
+        return own_slurm.list_jobs() == {}
+
+    wait_until(is_idle, "all jobs end", pause_seconds=0.5)
     assert is_completed(fake, "a", "b") and sorted(fake.started()) == ["a", "b"]
 
 
