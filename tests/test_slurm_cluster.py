@@ -43,6 +43,14 @@ def is_completed(fake: FakeLauncher, *names: str) -> bool:
     return all(fake.paths(name).result_path.exists() for name in names)
 
 
+def start_one_of_two(fake: FakeLauncher) -> tuple[str, str]:
+    """The run that has started, and the one that waits for it to end."""
+    fake.add("a", "b", told="wait")
+    assert main([*SWEEP, "--slots", "1"]) == 0
+    first, _ = fake.next_started()
+    return first, ({"a", "b"} - {first}).pop()
+
+
 def test_two_at_a_time_each_with_a_gpu_of_its_own(slurm: LocalSlurm, fake: FakeLauncher) -> None:
     (fake.root / "cpu.yaml").write_text("use_cpu: false\n")
     fake.add("a", "b", "c", told="wait")
@@ -205,10 +213,7 @@ def test_a_controller_that_is_away_loses_nothing(
     own_slurm: LocalSlurm, fake: FakeLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(own_slurm, monkeypatch)
-    fake.add("a", "b", told="wait")
-    assert main([*SWEEP, "--slots", "1"]) == 0
-    first, _ = fake.next_started()
-    second = ({"a", "b"} - {first}).pop()
+    first, second = start_one_of_two(fake)
     own_slurm.kill("slurmctld", signal.SIGTERM)
     fake.tell(second, "complete")
     fake.let_go(first)
@@ -224,10 +229,7 @@ def test_a_controller_that_is_killed_as_a_run_starts_doubles_nothing(
 ) -> None:
     """Slurm 22.05 may not know any more that the task began: it starts it again, or holds it and drains its node."""
     use(own_slurm, monkeypatch)
-    fake.add("a", "b", told="wait")
-    assert main([*SWEEP, "--slots", "1"]) == 0
-    first, _ = fake.next_started()
-    second = ({"a", "b"} - {first}).pop()
+    first, second = start_one_of_two(fake)
     own_slurm.kill("slurmctld")
     own_slurm.start_controller()
     fake.tell(second, "complete")
