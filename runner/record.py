@@ -1,6 +1,6 @@
 """Facts of a run as they stand on disk. Nothing here is intent, nothing is guessed; what they mean now is in `status`.
 
-`run.json` holds the attempts and is written by `execute`; `result.json` is written last by the trainer.
+`run.json` holds the attempts and is written by `attempts`; `result.json` is written last by the trainer.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from runner.cluster_files import FILE_ENGINES, check_file_engine, print_cluster_file
-from runner.devices import list_placements, parse_gpus
+from runner.devices import Devices, list_placements, parse_gpus
 from runner.failures import UNREADABLE_HINT
 from runner.identity import ContentHashes, hash_contents, known_contents
 from runner.paths import content_cache_path
@@ -120,7 +120,6 @@ def run_planned(
     again: str = "the same command",
 ) -> PoolResult:
     """How the runs ended; failures are printed. `again` is what goes on with them after a stop."""
-    from runner.devices import Devices
     from runner.display import SweepDisplay
     from runner.pool import PoolResult, run_pool
 
