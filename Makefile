@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test check torture fuzz golden fix clean-demo
 
 demo: .venv/installed
-	@python -m runner.sft.demo_models --output demo_models
+	@python -m runner.demo.models --output demo_models
 	@runner render demo --check
 	@runner sweep recipes/demo --slots 2
 	@runner report recipes/demo
@@ -28,7 +28,7 @@ check: .venv/installed
 
 # New examples each time; what fails is kept in .hypothesis/ and printed with how to repeat it.
 fuzz: .venv/installed
-	FUZZ_FACTOR=$(or $(FUZZ_FACTOR),20) pytest -q --hypothesis-profile=fuzz --hypothesis-show-statistics tests/test_fuzz.py tests/sft/test_fuzz_rows.py
+	FUZZ_FACTOR=$(or $(FUZZ_FACTOR),20) pytest -q --hypothesis-profile=fuzz --hypothesis-show-statistics tests/test_fuzz.py tests/data/test_fuzz_rows.py
 
 golden: .venv/installed
 	UPDATE_GOLDEN=1 pytest -q -m "not slow and not gpu and not torture" tests

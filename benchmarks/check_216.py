@@ -22,8 +22,11 @@ from typing import Any, Final
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runner.recipe_files import compare, write_recipes  # noqa: E402
-from runner.render import render_grid  # noqa: E402
+from runner.grid.render import (  # noqa: E402
+    compare,
+    render_grid,
+    write_recipes,
+)
 
 FAMILIES: Final = {"gemma-2-9b-it": "gemma2", "llama-3.1-8b-instruct": "llama", "mistral-7b-instruct": "mistral"}
 NUM_TRAIN, NUM_OTHER = 180, 40
@@ -31,7 +34,7 @@ NUM_TRAIN, NUM_OTHER = 180, 40
 
 def build_project(root: Path, *, num_turns: int) -> Path:
     """`root` with the grid's recipes on tiny models and private-looking data; the folder of the recipes."""
-    from runner.sft.tiny_models import build_tiny_model
+    from runner.demo.weights import build_tiny_model
 
     shutil.copytree(ROOT / "recipe_templates", root / "recipe_templates")
     for name in ("accelerate_configs", "ds_configs"):

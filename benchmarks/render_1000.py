@@ -17,9 +17,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runner.recipe import load_recipe  # noqa: E402
-from runner.recipe_files import compare, write_recipes  # noqa: E402
-from runner.render import RenderedGrid, render_grid  # noqa: E402
+from runner.grid.render import RenderedGrid, compare, render_grid, write_recipes  # noqa: E402  # noqa: E402
+from runner.recipe.parse import load_recipe  # noqa: E402
 
 SIZES = "num_train_samples: [60, 120, 180]"
 NUM_CELLS = 1_000

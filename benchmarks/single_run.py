@@ -34,9 +34,9 @@ from typing import Final
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runner.fsio import load_json, load_jsonl  # noqa: E402
-from runner.paths import RunPaths  # noqa: E402
-from runner.recipe import Recipe, parse_recipe  # noqa: E402
+from runner.files import load_json, load_jsonl  # noqa: E402
+from runner.recipe.parse import Recipe, parse_recipe  # noqa: E402
+from runner.run.paths import RunPaths  # noqa: E402
 
 NUM_TRAIN_ROWS: Final = 320
 NUM_VALIDATION_ROWS: Final = 32
@@ -107,9 +107,9 @@ def build_model_in_child(folder: Path) -> None:
     """`model/`: a random Gemma of about 3M parameters; in a process of its own, for this one imports no torch."""
     code = (
         "import json; from pathlib import Path\n"
-        "from runner.sft.model_plans import ModelSize\n"
-        "from runner.sft.tiny_families import build_tokenizer\n"
-        "from runner.sft.tiny_models import build_model\n"
+        "from runner.demo.models import ModelSize\n"
+        "from runner.demo.families import build_tokenizer\n"
+        "from runner.demo.weights import build_model\n"
         "rows = [json.loads(line) for line in Path('rows.jsonl').read_text().splitlines()]\n"
         "texts = [message['content'] for row in rows for message in row['messages']]\n"
         "tokenizer = build_tokenizer('gemma', texts, vocab_size=2048)\n"
@@ -138,7 +138,7 @@ def write_trl_rows(folder: Path) -> None:
     """The rows that the recipe draws, in its order, as the data set of `trl sft`."""
     code = (
         "import json, os, sys; from pathlib import Path\n"
-        "from runner.recipe import load_recipe; from runner.sft.data import draw_splits\n"
+        "from runner.recipe.parse import load_recipe; from runner.data.rows import draw_splits\n"
         "splits = draw_splits(load_recipe(Path('recipe.yaml')).data)\n"
         "for name, rows in (('train', splits.train), ('test', splits.validation)):\n"
         "    lines = [json.dumps({'messages': list(map(dict, row.messages))}) + '\\n' for row in rows]\n"

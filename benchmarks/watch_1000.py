@@ -22,23 +22,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from render_1000 import NUM_CELLS, build_templates  # noqa: E402
 
-from runner.attempts import prepare_run  # noqa: E402
-from runner.fsio import Lease, append_jsonl, write_json_unsynced  # noqa: E402
-from runner.identity import ContentHashes, derive_digest, hash_contents, known_contents  # noqa: E402
-from runner.paths import content_cache_path  # noqa: E402
-from runner.recipe_files import compare, write_recipes  # noqa: E402
-from runner.record import (  # noqa: E402
-    Attempt,
-    Failure,
-    Progress,
-    RunRecord,
-    SplitScore,
-    TrainResult,
-    write_record,
+from runner.files import append_jsonl, write_json_unsynced  # noqa: E402
+from runner.grid.render import (  # noqa: E402
+    compare,
+    render_grid,
+    write_recipes,
 )
-from runner.render import render_grid  # noqa: E402
-from runner.selection import Selected, select_recipes  # noqa: E402
-from runner.status import derive_status  # noqa: E402
+from runner.launch.attempt import prepare_run  # noqa: E402
+from runner.plan.select import Selected, select_recipes  # noqa: E402
+from runner.plan.status import derive_status  # noqa: E402
+from runner.recipe.identity import ContentHashes, derive_digest, hash_contents, known_contents  # noqa: E402
+from runner.run.lease import Lease  # noqa: E402
+from runner.run.paths import content_cache_path  # noqa: E402
+from runner.run.record import Attempt, Failure, Progress, RunRecord, SplitScore, TrainResult, write_record  # noqa: E402
 
 NUM_RUNNING: Final = 8
 NUM_REFRESHES: Final = 20
@@ -126,9 +122,8 @@ def derive_all(selected: list[Selected]) -> list[str]:
 
 def main() -> None:
     """Print one line per step."""
-    from runner.watch import build_views
-    from runner.watch_files import RunsReader
-    from runner.watch_screen import Screen
+    from runner.view.screen import Screen
+    from runner.view.watch import RunsReader, build_views
 
     with tempfile.TemporaryDirectory() as name:
         selected = build_project(Path(name))

@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-from runner.sft.demo_corpus import COLORS, DAYS, ITEMS, NAMES
+from runner.demo.corpus import COLORS, DAYS, ITEMS, NAMES
 
 NUM_ROWS = 480
 SEED = 20

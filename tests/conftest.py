@@ -20,8 +20,8 @@ from typing import Any, Final
 import pytest
 from hypothesis import settings
 
-from runner.paths import RunPaths
-from runner.recipe import Recipe, parse_recipe
+from runner.recipe.parse import Recipe, parse_recipe
+from runner.run.paths import RunPaths
 
 # The same examples in every run; `pytest --hypothesis-profile=default` looks at others.
 settings.register_profile("repeatable", derandomize=True)
@@ -162,7 +162,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     """`family -> folder` with a random model of that family; each is built once per session, when first asked for."""
 
     def build(family: str) -> Path:
-        from runner.sft.tiny_models import build_tiny_model
+        from runner.demo.weights import build_tiny_model
 
         with shared_folder(tmp_path_factory, "tiny_models") as models_dir:
             model_dir = models_dir / family
@@ -174,7 +174,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of short conversations of different lengths, none of them twice."""
-    from runner.sft.demo_corpus import general_exchanges
+    from runner.demo.corpus import general_exchanges
 
     rows: dict[str, dict[str, Any]] = {}
     for messages in general_exchanges(2 * NUM_DATA_ROWS, seed=11):
@@ -202,7 +202,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_mo
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, workplace: Project) -> Project:
     """The workplace with every run of `RUNS` completed, uninterrupted."""
-    from training_runs import sweep_runs
+    from tests.support.training_runs import sweep_runs
 
     with shared_folder(tmp_path_factory, "finished") as folder:
         if not (folder / "done").exists():

@@ -17,16 +17,16 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from conftest import RECIPE_TEXT, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy_grid import GRID, TEMPLATE
 
-from runner.cli import main
+from runner.cli.main import main
 from runner.errors import CONTROLS, RunnerError
-from runner.identity import ContentHashes, derive_digest, hash_contents
-from runner.recipe import Recipe, parse_recipe
-from runner.record import EXIT_CODES
+from runner.recipe.identity import ContentHashes, derive_digest, hash_contents
+from runner.recipe.parse import Recipe, parse_recipe
+from runner.run.record import EXIT_CODES
+from tests.conftest import RECIPE_TEXT, ROOT
+from tests.support.toy_grid import GRID, TEMPLATE
 
 FACTOR: Final = int(os.environ.get("FUZZ_FACTOR", "1"))
 EXIT_CODES_OF_ANSWERS: Final = {0, 1, 2, *EXIT_CODES.values()}

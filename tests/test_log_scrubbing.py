@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from runner.log_scrubbing import scrub_log
+from runner.secrets import scrub_log
 
 CANARY = "canary-0123456789"
 PRINTING = """
 import logging, os, sys, threading, warnings
-from runner.log_scrubbing import scrub_output
+from runner.secrets import scrub_output
 scrub_output()
 secret = os.environ["MY_API_KEY"]
 print("print", secret, flush=True)

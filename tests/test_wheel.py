@@ -18,9 +18,9 @@ from typing import Final
 
 import pytest
 
-from runner.stock import SHARED_FOLDERS
+from runner.grid.starter import SHARED_FOLDERS
+from tests.conftest import ROOT
 
-ROOT: Final = Path(__file__).resolve().parent.parent
 STOCK_FOLDERS: Final = (*SHARED_FOLDERS, "data", "recipe_templates", "sweeps")
 BUILD_SDIST: Final = "from setuptools.build_meta import build_sdist; build_sdist('sdist')"
 # What pip would write for a package that lies in this environment; the other one's interpreter must run it.

@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from runner.errors import RunnerError
-from runner.failures import build_failure
-from runner.fsio import Lease, write_json_atomic
-from runner.log_scrubbing import scrub_output
-from runner.paths import RunPaths
-from runner.ranks import ATTEMPT_VARIABLE, join_attempt
-from runner.record import Failure, load_record, load_stored_recipe
+from runner.files import write_json_atomic
+from runner.run.failures import build_failure
+from runner.run.lease import ATTEMPT_VARIABLE, Lease, join_attempt
+from runner.run.paths import RunPaths
+from runner.run.record import Failure, load_record, load_stored_recipe
+from runner.secrets import scrub_output
 from runner.sft.preemption import Preemption
-from runner.sft.unused import find_unused_libraries, hide_libraries
+from runner.sft.startup import find_unused_libraries, hide_libraries
 
 
 def main() -> int:

@@ -8,10 +8,10 @@ from typing import Any, Final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from runner.evaluations import find_best_step, list_evaluations, rank_steps
-from runner.recipe import Recipe
-from runner.recipe_sections import EarlyStoppingOn
-from runner.record import Progress
+from runner.checkpoints.marker import find_best_step, list_evaluations, rank_steps
+from runner.recipe.parse import Recipe
+from runner.recipe.schema import EarlyStoppingOn
+from runner.run.record import Progress
 from runner.sft.context import RunContext
 
 

@@ -14,16 +14,15 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from runner.checkpoints.commit import restore_run_files
+from runner.checkpoints.remote import Uploader, open_run_folder
 from runner.errors import RefusedError, RunnerError
-from runner.fsio import append_jsonl, load_jsonl, write_json_atomic, write_json_unsynced, write_jsonl_atomic
-from runner.identity import build_resume_fingerprint, derive_digest
-from runner.paths import AttemptPaths, RunPaths
-from runner.recipe import Recipe
-from runner.record import Progress, load_record, load_stored_recipe
+from runner.files import append_jsonl, load_jsonl, write_json_atomic, write_json_unsynced, write_jsonl_atomic
+from runner.recipe.identity import build_resume_fingerprint, derive_digest
+from runner.recipe.parse import Recipe
+from runner.run.paths import AttemptPaths, RunPaths
+from runner.run.record import Progress, load_record, load_stored_recipe
 from runner.sft.preemption import Preemption
-from runner.sft.run_files import restore_run_files
-from runner.sft.storage import open_run_folder
-from runner.sft.uploads import Uploader
 
 Result = TypeVar("Result")
 

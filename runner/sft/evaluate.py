@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from runner.record import SplitScore
-from runner.sft.data import Row
+from runner.data.rows import Row
+from runner.run.record import SplitScore
 
 Value = TypeVar("Value")
 

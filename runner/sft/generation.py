@@ -17,15 +17,15 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import GenerationConfig
 
+from runner.data.masking import end_of_turn_ids
+from runner.data.metrics import Judge, Judgement, open_judge, summarise
+from runner.data.rows import Row, Samples
 from runner.errors import DataError
-from runner.fsio import load_jsonl, write_jsonl_atomic
-from runner.recipe import AnyTask, Recipe
-from runner.recipe_sections import EarlyStoppingOn, GenerationOn
-from runner.record import GenerationScore
-from runner.sft.data import Row, Samples
+from runner.files import load_jsonl, write_jsonl_atomic
+from runner.recipe.parse import Recipe
+from runner.recipe.schema import AnyTask, EarlyStoppingOn, GenerationOn
+from runner.run.record import GenerationScore
 from runner.sft.evaluate import share_rows
-from runner.sft.masking import end_of_turn_ids
-from runner.sft.metrics import Judge, Judgement, open_judge, summarise
 
 
 @dataclass(frozen=True)

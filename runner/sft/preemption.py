@@ -17,9 +17,9 @@ from types import FrameType
 from typing import Any, Final
 
 from runner.errors import PreemptedError
-from runner.paths import RunPaths
 from runner.processes import has_lost_sibling
-from runner.record import Failure, load_stop_request
+from runner.run.paths import RunPaths
+from runner.run.record import Failure, load_stop_request
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LOOK_MILLISECONDS: Final = 500  # between two looks for the stop file, or for a peer that has gone

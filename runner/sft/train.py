@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runner.evaluations import list_evaluations
-from runner.fsio import fsync_dir, load_jsonl, write_json_atomic, write_jsonl_atomic
-from runner.markers import sync_folder
-from runner.record import GenerationScore, SplitScore, TrainResult
-from runner.sft.build_locks import remove_stale_build_locks
-from runner.sft.context import RunContext
-from runner.sft.data import build_samples, describe_samples
-from runner.sft.export import (
+from runner.checkpoints.marker import list_evaluations, sync_folder
+from runner.checkpoints.restore import choose_resume_step
+from runner.data.rows import build_samples, describe_samples
+from runner.data.tokenizer import load_tokenizer
+from runner.files import fsync_dir, load_jsonl, write_json_atomic, write_jsonl_atomic
+from runner.model.load import load_model
+from runner.model.weights import (
     add_to_adapter,
     collect_resized_embeddings,
     sort_adapter_config,
@@ -23,14 +22,14 @@ from runner.sft.export import (
     verify_same_weights,
     verify_score,
 )
+from runner.recipe.trackers import require_trackers
+from runner.run.record import GenerationScore, SplitScore, TrainResult
+from runner.sft.context import RunContext
 from runner.sft.generation import Answer, load_answers, refuse_what_cannot_be_judged, score_answers, write_answers
-from runner.sft.model import load_model
 from runner.sft.preemption import Preemption
-from runner.sft.resume import choose_resume_step
-from runner.sft.tokenizers import load_tokenizer
+from runner.sft.startup import remove_stale_build_locks
 from runner.sft.tracking import open_trackers
 from runner.sft.trainer import RunTrainer, build_training_args
-from runner.trackers import require_trackers
 
 
 def train(run_dir: Path, preemption: Preemption) -> None:

@@ -15,28 +15,26 @@ from transformers import PrinterCallback, Trainer, TrainerControl
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from runner.checkpoints.commit import carry_run_files, commit_checkpoint, give_back_on_full_disk
+from runner.checkpoints.marker import is_intact, load_marker
+from runner.checkpoints.retention import apply_retention
+from runner.data.masking import IGNORE_INDEX
+from runner.data.rows import Samples
 from runner.errors import DivergedError
-from runner.fsio import write_jsonl_atomic
-from runner.markers import is_intact, load_marker
-from runner.paths import marker_path
-from runner.recipe import derive_accumulation, derive_eval_batch, derive_micro_batch
-from runner.recipe_sections import GenerationOn
-from runner.record import GenerationScore, SplitScore
+from runner.files import write_jsonl_atomic
+from runner.model.load import build_lora_config, keep_adapters_in_float32
+from runner.model.memory import require_room, require_room_for_checkpoint
+from runner.model.weights import load_gathered_weights, sort_adapter_config
+from runner.recipe.parse import derive_accumulation, derive_eval_batch, derive_micro_batch
+from runner.recipe.schema import GenerationOn
+from runner.run.paths import marker_path
+from runner.run.record import GenerationScore, SplitScore
 from runner.secrets import scrub_json
 from runner.sft.callbacks import FlowCallback, PreemptionCallback, ProgressCallback
-from runner.sft.checkpoints import commit_checkpoint, give_back_on_full_disk
 from runner.sft.context import RunContext
-from runner.sft.data import Samples
-from runner.sft.disk_space import require_room, require_room_for_checkpoint
 from runner.sft.evaluate import RowScore, score_rows, sum_scores
-from runner.sft.export import sort_adapter_config
-from runner.sft.gathered_weights import load_gathered_weights
 from runner.sft.generation import Answer, generate_answers, score_answers, write_answers
-from runner.sft.masking import IGNORE_INDEX
-from runner.sft.model import build_lora_config, keep_adapters_in_float32
-from runner.sft.retention import apply_retention
-from runner.sft.run_files import carry_run_files
-from runner.sft.sampling import EpochSampler
+from runner.sft.order import EpochSampler
 from runner.sft.tracking import Trackers
 
 # The main process hashes, archives and fetches checkpoints while the others wait; Transformers' default is 1800.

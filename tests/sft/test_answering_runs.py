@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import ROOT, Project
-from training_runs import (
+
+from runner.files import load_jsonl
+from runner.run.paths import RunPaths
+from runner.sft.generation import load_answers
+from tests.conftest import ROOT, Project
+from tests.support.training_runs import (
     RUNS,
     assert_same_outputs,
     launch,
@@ -16,10 +20,6 @@ from training_runs import (
     read_log,
     read_result,
 )
-
-from runner.fsio import load_jsonl
-from runner.paths import RunPaths
-from runner.sft.generation import load_answers
 
 pytestmark = pytest.mark.slow
 

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import Project
-from test_distributed import ZERO_3
-from training_runs import RUNS, add_what_runs_need, launch, read_log, try_launch_killed_at
 
-from runner.sft.build_locks import find_file_system, list_build_folders, remove_stale_lock
+from runner.sft.startup import find_file_system, list_build_folders, remove_stale_lock
+from tests.conftest import Project
+from tests.sft.test_distributed import ZERO_3
+from tests.support.training_runs import RUNS, add_what_runs_need, launch, read_log, try_launch_killed_at
 
 MAKER = """\
 import sys
@@ -78,7 +78,7 @@ def test_what_a_killed_maker_had_started_is_waited_for(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from runner.sft.build_locks import remove_stale_lock\n"
+            "import sys; from pathlib import Path; from runner.sft.startup import remove_stale_lock\n"
             "print('looking', flush=True); print(remove_stale_lock(Path(sys.argv[1])))",
             str(tmp_path),
         ],

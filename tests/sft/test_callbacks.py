@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from conftest import Project
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerControl, TrainerState
 
-from runner.evaluations import find_best_step, list_evaluations
-from runner.recipe import Recipe
-from runner.recipe_sections import EarlyStoppingOn
+from runner.checkpoints.marker import find_best_step, list_evaluations
+from runner.recipe.parse import Recipe
+from runner.recipe.schema import EarlyStoppingOn
 from runner.sft.callbacks import FlowCallback, is_out_of_patience
+from tests.conftest import Project
 
 EARLY = "early_stopping={enabled: true, metric: nll_per_token, patience: 2}"
 ARGUMENTS: Any = None  # no decision looks at them

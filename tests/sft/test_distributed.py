@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Project
-from exported_models import assert_export_gives_recorded_scores
-from fake_checkpoints import quarantined
 from safetensors.torch import load_file
-from training_runs import (
+from transformers import AutoModelForCausalLM
+
+from runner.checkpoints.marker import list_committed, load_marker
+from runner.files import load_json, load_jsonl
+from runner.run.paths import RunPaths
+from tests.conftest import Project
+from tests.support.exported_models import assert_export_gives_recorded_scores
+from tests.support.fake_checkpoints import quarantined
+from tests.support.training_runs import (
     RUNS,
     assert_same_outputs,
     launch,
@@ -25,11 +30,6 @@ from training_runs import (
     try_launch,
     try_launch_killed_at,
 )
-from transformers import AutoModelForCausalLM
-
-from runner.fsio import load_json, load_jsonl
-from runner.markers import list_committed, load_marker
-from runner.paths import RunPaths
 
 pytestmark = pytest.mark.slow
 

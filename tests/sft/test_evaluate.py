@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import Project
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from runner.sft.data import Row, build_samples
+from runner.data.masking import CompletionSpan
+from runner.data.rows import Row, build_samples
+from runner.data.tokenizer import load_tokenizer
 from runner.sft.evaluate import RowScore, score_rows, sum_scores
-from runner.sft.masking import CompletionSpan
-from runner.sft.tokenizers import load_tokenizer
+from tests.conftest import Project
 
 FAMILIES = ("gemma", "gemma2", "llama", "mistral")
 PAD = 0

@@ -15,9 +15,15 @@ from typing import Final
 
 import pytest
 import torch
-from conftest import ROOT, Project, make_project
 from peft import PeftModel
-from training_runs import (
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runner.files import load_json, load_jsonl
+from runner.recipe.identity import diff_payloads
+from runner.recipe.parse import load_recipe
+from runner.run.paths import RunPaths
+from tests.conftest import ROOT, Project, make_project
+from tests.support.training_runs import (
     assert_same_outputs,
     launch,
     launch_killed_at,
@@ -27,12 +33,6 @@ from training_runs import (
     read_losses,
     read_result,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from runner.fsio import load_json, load_jsonl
-from runner.identity import diff_payloads
-from runner.paths import RunPaths
-from runner.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 

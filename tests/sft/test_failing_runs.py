@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from conftest import Project
-from faulty_runs import launch_faulty, make_fault
 from safetensors.torch import load_file
-from training_runs import assert_same_outputs, launch, read_attempts, read_log, try_launch
 
-from runner.markers import list_committed
+from runner.checkpoints.marker import list_committed
+from tests.conftest import Project
+from tests.support.faulty_runs import launch_faulty, make_fault
+from tests.support.training_runs import assert_same_outputs, launch, read_attempts, read_log, try_launch
 
 pytestmark = pytest.mark.slow
 

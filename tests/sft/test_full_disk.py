@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPE_TEXT, Project
-from fake_checkpoints import commit, listing, make_paths
-from faulty_runs import launch_faulty, make_fault
-from training_runs import assert_same_outputs, launch, read_attempts, read_log, try_launch
 
-from runner.paths import RunPaths
-from runner.recipe import parse_recipe
-from runner.sft.checkpoints import give_back_on_full_disk
-from runner.sft.disk_space import require_room, require_room_for_checkpoint, require_space
+from runner.checkpoints.commit import give_back_on_full_disk
+from runner.model.memory import require_room, require_room_for_checkpoint, require_space
+from runner.recipe.parse import parse_recipe
+from runner.run.paths import RunPaths
+from tests.conftest import RECIPE_TEXT, Project
+from tests.support.fake_checkpoints import commit, listing, make_paths
+from tests.support.faulty_runs import launch_faulty, make_fault
+from tests.support.training_runs import assert_same_outputs, launch, read_attempts, read_log, try_launch
 
 SHORT = (
     "training={max_steps: 4, num_train_epochs: null}",

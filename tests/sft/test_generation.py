@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, Project
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from runner.data.masking import CompletionSpan
+from runner.data.metrics import Judgement
+from runner.data.rows import LeftOut, Row, Samples, Split, build_samples
+from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError
-from runner.recipe_data import DataSection, SquadV2Task, Sst2Task
-from runner.recipe_sections import ModelSection
-from runner.sft.data import LeftOut, Row, Samples, Split, build_samples
+from runner.recipe.schema import DataSection, ModelSection, SquadV2Task, Sst2Task
 from runner.sft.generation import (
     Answer,
     build_generation_config,
@@ -28,9 +29,7 @@ from runner.sft.generation import (
     score_answers,
     write_answers,
 )
-from runner.sft.masking import CompletionSpan
-from runner.sft.metrics import Judgement
-from runner.sft.tokenizers import load_tokenizer
+from tests.conftest import ROOT, Project
 
 FAMILIES = ("gemma", "gemma2", "llama", "mistral", "phi")
 NUM_NEW = 12

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import Project
+
+from tests.conftest import Project
 
 CANARIES = {
     "HF_TOKEN": "hf_" + "CanaryCanaryCanaryCanaryCanary0123",

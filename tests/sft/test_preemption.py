@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from runner.errors import PreemptedError
-from runner.fsio import load_json, write_json_atomic
-from runner.paths import RunPaths
-from runner.record import StopRequest
+from runner.files import load_json, write_json_atomic
+from runner.run.paths import RunPaths
+from runner.run.record import StopRequest
 from runner.sft.preemption import Preemption
 
 # One rank: listens, says that it does, and does what it is told, line by line, until it is ended.
 RANK = """\
 import json, os, sys, threading
 from pathlib import Path
-from runner.paths import RunPaths
-from runner.fsio import write_json_atomic
+from runner.run.paths import RunPaths
+from runner.files import write_json_atomic
 from runner.sft.preemption import Preemption
 
 paths, rank = RunPaths(Path(sys.argv[1])), int(sys.argv[2])

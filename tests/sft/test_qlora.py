@@ -7,16 +7,23 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from conftest import Project
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from training_runs import assert_same_outputs, launch, launch_killed_at, read_log, read_losses, read_result
 from transformers import AutoModelForCausalLM
 
-from runner.fsio import load_json
-from runner.paths import RunPaths
-from runner.sft.model import build_lora_config, build_quantization_config, load_model
-from runner.sft.tokenizers import load_tokenizer
+from runner.data.tokenizer import load_tokenizer
+from runner.files import load_json
+from runner.model.load import build_lora_config, build_quantization_config, load_model
+from runner.run.paths import RunPaths
+from tests.conftest import Project
+from tests.support.training_runs import (
+    assert_same_outputs,
+    launch,
+    launch_killed_at,
+    read_log,
+    read_losses,
+    read_result,
+)
 
 NF4 = (
     "quantization={method: 4bit, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: true,"

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Project
-from training_runs import (
+
+from runner.run.paths import RunPaths, marker_path
+from tests.conftest import Project
+from tests.support.training_runs import (
     RUNS,
     assert_same_outputs,
     kill_launcher,
@@ -19,8 +21,6 @@ from training_runs import (
     started,
     wait_for_path,
 )
-
-from runner.paths import RunPaths, marker_path
 
 pytestmark = pytest.mark.slow
 

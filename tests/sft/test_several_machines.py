@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from conftest import RUNNER, Project, build_environment
-from local_slurm import LocalSlurm, list_descendants, local_slurm, needs_slurm, read, wait_until
-from training_runs import assert_same_outputs, launch, read_attempts, read_log
 
-from runner.fsio import is_leased
-from runner.paths import RunPaths
-from runner.ranks import has_ranks
-from runner.record import EXIT_CODES
+from runner.run.lease import has_ranks, is_leased
+from runner.run.paths import RunPaths
+from runner.run.record import EXIT_CODES
+from tests.conftest import RUNNER, Project, build_environment
+from tests.support.local_slurm import LocalSlurm, list_descendants, local_slurm, needs_slurm, read, wait_until
+from tests.support.training_runs import assert_same_outputs, launch, read_attempts, read_log
 
 pytestmark = [needs_slurm, pytest.mark.slow]
 

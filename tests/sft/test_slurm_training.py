@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Project
-from local_slurm import LocalSlurm, needs_slurm, shared_slurm, wait_until
-from training_runs import assert_same_outputs, launch, read_attempts
 
-from runner.paths import marker_path
+from runner.run.paths import marker_path
+from tests.conftest import Project
+from tests.support.local_slurm import LocalSlurm, needs_slurm, shared_slurm, wait_until
+from tests.support.training_runs import assert_same_outputs, launch, read_attempts
 
 __all__ = ["shared_slurm"]
 pytestmark = [needs_slurm, pytest.mark.slow]

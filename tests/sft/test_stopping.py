@@ -15,9 +15,15 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from conftest import RUNNER, Project, build_environment
-from killed_sweeps import name_role
-from training_runs import (
+
+from runner.files import load_json
+from runner.launch.attempt import name_owner
+from runner.processes import OWNER_VARIABLE
+from runner.run.paths import RunPaths, marker_path
+from runner.run.record import EXIT_CODES, load_progress, load_record
+from tests.conftest import RUNNER, Project, build_environment
+from tests.support.killed_sweeps import name_role
+from tests.support.training_runs import (
     DEADLINE_SECONDS,
     RUNS,
     assert_dies,
@@ -29,12 +35,6 @@ from training_runs import (
     read_log,
     snapshot,
 )
-
-from runner.attempts import name_owner
-from runner.fsio import load_json
-from runner.paths import RunPaths, marker_path
-from runner.processes import OWNER_VARIABLE
-from runner.record import EXIT_CODES, load_progress, load_record
 
 pytestmark = pytest.mark.slow
 

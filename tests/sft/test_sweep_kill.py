@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from conftest import Project
-from killed_sweeps import KilledSweep, Run, Victim, choose_seed, sweep_under_kills
-from training_runs import RUNS, add_what_runs_need, read_attempts
 
-from runner.paths import RunPaths
+from runner.run.paths import RunPaths
+from tests.conftest import Project
+from tests.support.killed_sweeps import KilledSweep, Run, Victim, choose_seed, sweep_under_kills
+from tests.support.training_runs import RUNS, add_what_runs_need, read_attempts
 
 # LoRA and full fine-tunes, both losses, one that stops early, one that is archived, one that answers.
 NAMES: Final = ("gemma-lora", "gemma-full", "llama-early", "llama-lora", "mistral-full", "phi-full")

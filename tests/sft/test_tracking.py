@@ -14,19 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Project
-from training_runs import RUNS, assert_same_outputs, launch, launch_killed_at, read_evaluations, read_log, read_losses
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from runner.fsio import append_jsonl, load_json
-from runner.paths import RunPaths
-from runner.record import SplitScore, TrainResult, load_progress
+from runner.files import append_jsonl, load_json
+from runner.run.paths import RunPaths
+from runner.run.record import SplitScore, TrainResult, load_progress
 from runner.sft.callbacks import ProgressCallback
 from runner.sft.context import RunContext
 from runner.sft.preemption import Preemption
 from runner.sft.tracking import Trackers, open_trackers, read_sent_steps
 from runner.sft.trainer import build_training_args
+from tests.conftest import ROOT, Project
+from tests.support.training_runs import (
+    RUNS,
+    assert_same_outputs,
+    launch,
+    launch_killed_at,
+    read_evaluations,
+    read_log,
+    read_losses,
+)
 
 ARGUMENTS: Any = None  # our trackers do not look at them
 
@@ -256,16 +264,15 @@ def test_wandb_without_credentials_is_a_configuration_error(project: Project) ->
     code = (
         "from pathlib import Path\n"
         "from runner.errors import RunnerError\n"
-        "from test_tracking import Project, open_context, open_trackers\n"
+        "from tests.sft.test_tracking import Project, open_context, open_trackers\n"
         "project = Project(Path('.').resolve(), lambda family: Path(family))\n"
         "try:\n    open_trackers(open_context(project, 'tracking.report_to=[wandb]'), None)\n"
         "except RunnerError as error:\n    print(error)\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    tests = Path(__file__).parent
     environment |= {
         "HOME": str(project.root),
-        "PYTHONPATH": f"{tests}:{tests.parent}:{environment.get('PYTHONPATH', '')}",
+        "PYTHONPATH": f"{ROOT}:{environment.get('PYTHONPATH', '')}",
     }
     done = subprocess.run(
         [sys.executable, "-c", code],

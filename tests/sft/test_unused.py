@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Project
 
-from runner.sft.unused import find_unused_libraries
+from runner.sft.startup import find_unused_libraries
+from tests.conftest import Project
 
 
 def test_what_a_recipe_needs_is_not_hidden(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +36,7 @@ def test_what_a_recipe_needs_is_not_hidden(project: Project, monkeypatch: pytest
 def test_hidden_libraries_are_not_imported_by_others(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from runner.sft.unused import hide_libraries\n"
+        "from runner.sft.startup import hide_libraries\n"
         "assert 'trl' not in sys.modules and 'peft' not in sys.modules, 'too late to hide anything'\n"
         "hide_libraries(['wandb', 'bitsandbytes'])\n"
         "import runner.sft.train\n"

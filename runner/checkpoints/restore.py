@@ -1,0 +1,399 @@
+"""Which checkpoint an attempt goes on from: its own, a named one, or one that lies elsewhere.
+
+What lies elsewhere (a folder, an archive) is copied into the run's own checkpoints after it verified, and only if it is
+of this run. Whatever is newer than what is resumed from is moved aside.
+
+Brings in a checkpoint that lies elsewhere: a folder, an archive, or an archive in remote storage.
+
+It is copied beside the run's own, verified, held against the run's fingerprint, and only then given a name that counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from runner.checkpoints.archive import ArchiveError, extract_archive, load_archived_marker
+from runner.checkpoints.choose import LAUNCH_AS_BEFORE, refuse_or_warn_of_versions, refuse_other_fingerprint
+from runner.checkpoints.commit import IMPORTING_PREFIX, clean_up, ensure_intact, find_resume_step, set_aside
+from runner.checkpoints.marker import (
+    Marker,
+    is_intact,
+    list_archived,
+    list_committed,
+    load_marker,
+    read_best_step,
+    read_evaluations,
+    sync_folder,
+    write_marker,
+)
+from runner.checkpoints.remote import RemoteFolder, open_named_archive, retry
+from runner.checkpoints.retention import apply_retention
+from runner.errors import CorruptFileError, RefusedError, RunnerError
+from runner.files import fsync_dir
+from runner.recipe.parse import Recipe
+from runner.recipe.schema import CheckpointsSection
+from runner.run.paths import STEP_PREFIX, RunPaths
+
+_OTHER_RUN: Final = "only a checkpoint of the same recipe, data and number of processes can be continued"
+
+Result = TypeVar("Result")
+
+
+class UnusableError(RefusedError):
+    """A checkpoint of this run from which nothing can be continued; an older one may still do."""
+
+
+class OtherMicroBatchError(RefusedError):
+    """A checkpoint of this run in other micro-batches."""
+
+
+def import_checkpoint(
+    paths: RunPaths,
+    checkpoints: CheckpointsSection,
+    fingerprint: Mapping[str, Any],
+    fetch: Callable[[int | None], Path | None],
+) -> int:
+    """Copy a checkpoint, and the one with its best weights, into the run's own; the step of the first one.
+
+    `fetch(None)` gives the folder or archive that was asked for, `fetch(step)` another one from the same place.
+
+    Raises:
+        RefusedError: it is not whole, not of this run, or its best weights are nowhere to be found.
+    """
+    clean_up(paths)
+    source = fetch(None)
+    assert source is not None
+    staged_dir = _stage(source, paths, "asked-for")
+    marker = load_marker(staged_dir)
+    require_continuable(marker, fingerprint, _OTHER_RUN)
+    best = read_best_step(staged_dir, checkpoints)
+    staged = [staged_dir]
+    if best is not None and best != marker.step:
+        best_source = fetch(best)
+        if best_source is not None:
+            staged.insert(0, _stage(best_source, paths, "best"))
+            refuse_other_fingerprint(load_marker(staged[0]), fingerprint, _OTHER_RUN)
+            _require_same_course(staged[0], staged_dir, best, checkpoints)
+        elif ensure_intact(paths, best):
+            _require_same_course(paths.checkpoint_dir(best), staged_dir, best, checkpoints)
+        else:
+            raise UnusableError(
+                f"{source} would export the weights of step {best}, which are not beside it",
+                hint=f"put {STEP_PREFIX}{best} or {STEP_PREFIX}{best}.zip into the same folder",
+            )
+    set_aside_after(paths, marker.step)
+    for folder in staged:
+        _put_in_place(folder, paths)
+    clean_up(paths)
+    return marker.step
+
+
+def _require_same_course(best_dir: Path, later_dir: Path, best: int, checkpoints: CheckpointsSection) -> None:
+    """Refuse weights of the best step that are not those which the later checkpoint calls the best.
+
+    A run that went back to an older checkpoint may have trained on otherwise (on a GPU), under the same names.
+    """
+    known, seen = read_evaluations(later_dir, checkpoints), read_evaluations(best_dir, checkpoints)
+    if known[: len(seen)] != seen:
+        raise UnusableError(f"the checkpoint of step {best} beside it is of another course of the run")
+
+
+def find_beside(source: Path, step: int | None) -> Path | None:
+    """What `import_checkpoint` fetches where the source is a local folder or archive."""
+    if step is None:
+        return source
+    names = (f"{STEP_PREFIX}{step}", f"{STEP_PREFIX}{step}.zip")
+    return next((path for name in names if (path := source.absolute().parent / name).exists()), None)
+
+
+def import_newest(
+    paths: RunPaths,
+    recipe: Recipe,
+    fingerprint: Mapping[str, Any],
+    remote: RemoteFolder,
+    *,
+    skip_other_micro_batches: bool = False,
+) -> int | None:
+    """Import the newest checkpoint of this run from remote storage that can be continued; None where it holds none.
+
+    `skip_other_micro_batches`: those do not count, in a run that was cut otherwise since.
+
+    Raises:
+        RefusedError: there are checkpoints, and none can be continued.
+    """
+    _insist(partial(remote.require_owner, fingerprint["recipe_digest"], claim=False), recipe)
+    steps = _insist(remote.list_steps, recipe)
+    skipped: list[int] = []
+    for step in reversed(steps):
+        try:
+            return import_checkpoint(paths, recipe.checkpoints, fingerprint, build_fetch(remote, step, recipe, paths))
+        except UnusableError as error:
+            print(f"warning: {remote.url}, step {step}: {error.message}", flush=True)
+        except OtherMicroBatchError:
+            if not skip_other_micro_batches:
+                raise
+            skipped.append(step)
+            print(f"warning: {remote.url}, step {step}: of before the run went out of memory", flush=True)
+    if len(skipped) < len(steps):
+        raise RefusedError(
+            f"{remote.url} holds checkpoints of this run, but none can be continued (see the log)",
+            hint="`runner launch RECIPE --fresh` starts at step 0",
+        )
+    return None
+
+
+def build_fetch(
+    folder: RemoteFolder, wanted: int, recipe: Recipe, paths: RunPaths
+) -> Callable[[int | None], Path | None]:
+    """What `import_checkpoint` fetches where the source is remote storage; `clean_up` removes what was fetched."""
+
+    def fetch(step: int | None) -> Path | None:
+        number = wanted if step is None else step
+        target = paths.checkpoints_dir / f"{IMPORTING_PREFIX}fetched" / f"{STEP_PREFIX}{number}.zip"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _insist(partial(folder.fetch, number, target), recipe)
+        except CorruptFileError as error:
+            raise UnusableError(error.message) from None
+        except FileNotFoundError as error:
+            if step is None:
+                raise RefusedError(str(error)) from None
+            return None
+        return target
+
+    return fetch
+
+
+def _insist(function: Callable[[], Result], recipe: Recipe) -> Result:
+    num_retries = recipe.checkpoints.remote.num_retries if recipe.checkpoints.remote else 0
+    try:
+        return retry(function, num_retries, threading.Event())[0]
+    except (RunnerError, FileNotFoundError):
+        raise
+    except Exception as error:  # each file system has kinds of its own
+        raise OSError(f"remote storage cannot be read: {type(error).__name__}: {error}") from error
+
+
+def has_other_micro_batch(marker: Marker, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was written with another number of sequences per process and forward pass."""
+    key = "per_device_train_batch_size"
+    return marker.fingerprint.get(key) != fingerprint.get(key)
+
+
+def require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: str) -> None:
+    try:
+        refuse_other_fingerprint(marker, fingerprint, hint)
+    except RefusedError as error:
+        kind = OtherMicroBatchError if has_other_micro_batch(marker, fingerprint) else RefusedError
+        raise kind(error.message, hint=error.hint) from None
+    if marker.is_stripped:
+        raise UnusableError(
+            f"the checkpoint of step {marker.step} was stripped of its optimizer state and cannot be continued",
+            hint="with `checkpoints.save_optimizer: true` every checkpoint can be continued",
+        )
+
+
+def set_aside_after(paths: RunPaths, step: int) -> None:
+    for newer in sorted({*list_committed(paths), *list_archived(paths)}):
+        if newer > step:
+            set_aside(paths, newer, f"the run goes on from step {step}")
+
+
+def _stage(source: Path, paths: RunPaths, name: str) -> Path:
+    """A verified copy of a folder or archive among the checkpoints, under a name that does not count yet."""
+    if not source.exists():
+        raise RefusedError(f"there is no checkpoint {source}")
+    staged_dir = paths.checkpoints_dir / f"{IMPORTING_PREFIX}{name}"
+    paths.checkpoints_dir.mkdir(exist_ok=True)
+    try:
+        if source.is_dir():
+            _copy_checkpoint(source, staged_dir)
+        else:
+            extract_archive(source, staged_dir)
+    except CorruptFileError as error:
+        raise UnusableError(f"{source} cannot be resumed from: {error.message}") from None
+    return staged_dir
+
+
+def _copy_checkpoint(source_dir: Path, target_dir: Path) -> None:
+    """Copy exactly the files that the marker states, then hold the copy against it."""
+    marker = load_marker(source_dir)
+    target_dir.mkdir()
+    for name in marker.files:
+        path = source_dir / name
+        if not path.is_file() or path.is_symlink():
+            raise CorruptFileError(f"{name} is missing, or is not a plain file")
+        (target_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target_dir / name)
+    write_marker(target_dir, marker)
+    if not is_intact(target_dir):
+        raise CorruptFileError("its files are not those that were committed")
+    sync_folder(target_dir)
+
+
+def _put_in_place(staged_dir: Path, paths: RunPaths) -> None:
+    """Give a staged copy its name, unless the run has the very same checkpoint already."""
+    marker = load_marker(staged_dir)
+    checkpoint_dir = paths.checkpoint_dir(marker.step)
+    if checkpoint_dir.exists() and is_intact(checkpoint_dir) and load_marker(checkpoint_dir) == marker:
+        shutil.rmtree(staged_dir)
+        return
+    set_aside(paths, marker.step, "another one is put into its place")
+    staged_dir.rename(checkpoint_dir)
+    fsync_dir(paths.checkpoints_dir)
+
+
+_TRY_AUTO: Final = "launch without `--resume`: what is damaged is moved aside, and the newest that verifies is used"
+
+
+def choose_resume_step(
+    paths: RunPaths,
+    recipe: Recipe,
+    fingerprint: Mapping[str, Any],
+    resume: str,
+    remote: RemoteFolder | None = None,
+    *,
+    has_run_out_of_memory: bool = False,
+) -> int | None:
+    """The step that this attempt goes on from, `resume` being `Attempt.resume`; None to start at step 0.
+
+    A run that `has_run_out_of_memory` and goes on in smaller micro-batches leaves behind what it wrote before.
+
+    Raises:
+        RefusedError: what was asked for cannot be continued.
+        OSError: remote storage cannot be reached: to start at step 0 instead would be the greater loss.
+    """
+    checkpoints = recipe.checkpoints
+    if has_run_out_of_memory and resume in ("auto", "none"):
+        set_aside_other_micro_batches(paths, fingerprint)
+    if resume in ("latest", "best"):
+        rewind_to_named(paths, checkpoints, fingerprint, resume)
+    elif "://" in resume:
+        folder, wanted = open_named_archive(resume, recipe)
+        import_checkpoint(paths, checkpoints, fingerprint, build_fetch(folder, wanted, recipe, paths))
+    elif resume not in ("auto", "none"):
+        import_checkpoint(paths, checkpoints, fingerprint, partial(find_beside, Path(resume)))
+    step = find_auto_step(paths, checkpoints, fingerprint)
+    if step is None and resume == "auto" and remote is not None and checkpoints.remote and checkpoints.remote.load:
+        remote_step = import_newest(paths, recipe, fingerprint, remote, skip_other_micro_batches=has_run_out_of_memory)
+        step = find_auto_step(paths, checkpoints, fingerprint) if remote_step is not None else None
+    if step is not None:
+        refuse_or_warn_of_versions(load_marker(paths.checkpoint_dir(step)), fingerprint, recipe)
+        # What a killed attempt had not come to, under the limits of today's recipe.
+        evaluations = read_evaluations(paths.checkpoint_dir(step), checkpoints)
+        apply_retention(paths, checkpoints, evaluations, fingerprint["recipe_digest"])
+    return step
+
+
+def set_aside_other_micro_batches(paths: RunPaths, fingerprint: Mapping[str, Any]) -> None:
+    """Move aside what was written in other micro-batches: to go on from it would not be bit-identical."""
+    clean_up(paths)
+    for step in sorted({*list_committed(paths), *list_archived(paths)}):
+        marker = _load_either_marker(paths, step)
+        if marker is not None and has_other_micro_batch(marker, fingerprint):
+            set_aside(paths, step, "it was written in larger micro-batches, before the run went out of memory")
+
+
+def _load_either_marker(paths: RunPaths, step: int) -> Marker | None:
+    """None where neither folder nor archive can be read; that is found out again, and moved aside for that."""
+    for load, path in ((load_marker, paths.checkpoint_dir(step)), (load_archived_marker, paths.archive_path(step))):
+        with contextlib.suppress(CorruptFileError, OSError):
+            return load(path)
+    return None
+
+
+def find_auto_step(paths: RunPaths, checkpoints: CheckpointsSection, fingerprint: Mapping[str, Any]) -> int | None:
+    """`find_resume_step`, with the best step as the recipe's `checkpoints` choose it."""
+    return find_resume_step(paths, fingerprint, lambda folder: read_best_step(folder, checkpoints))
+
+
+def rewind_to_named(
+    paths: RunPaths, checkpoints: CheckpointsSection, fingerprint: Mapping[str, Any], which: str
+) -> int:
+    """The step of the `latest` or the `best` committed checkpoint; what is newer is moved aside.
+
+    Raises:
+        RefusedError: there is none, it does not verify, or nothing can be continued from it.
+    """
+    clean_up(paths)
+    steps = sorted({*list_committed(paths), *list_archived(paths)})
+    if not steps:
+        raise RefusedError(f"{paths.checkpoints_dir} holds no checkpoint", hint="launch without `--resume`")
+    step = steps[-1]
+    _require_intact(paths, step)
+    best = read_best_step(paths.checkpoint_dir(step), checkpoints)
+    if best is not None and best != step:
+        _require_intact(paths, best)
+    if which == "best":
+        if best is None:
+            raise RefusedError(f"nothing was evaluated up to step {step}", hint="--resume latest")
+        step = best
+    require_continuable(load_marker(paths.checkpoint_dir(step)), fingerprint, LAUNCH_AS_BEFORE)
+    set_aside_after(paths, step)
+    return step
+
+
+def _require_intact(paths: RunPaths, step: int) -> None:
+    checkpoint_dir = paths.checkpoint_dir(step)
+    if checkpoint_dir.exists():
+        if not is_intact(checkpoint_dir, step):
+            raise RefusedError(
+                f"{checkpoint_dir} does not verify: its files are not those of its marker", hint=_TRY_AUTO
+            )
+    elif not ensure_intact(paths, step):
+        raise RefusedError(f"{checkpoint_dir} is lost", hint=_TRY_AUTO)
+
+
+def resolve_checkpoint(paths: RunPaths, checkpoints: CheckpointsSection, which: str, scratch_dir: Path) -> Path:
+    """The folder with the weights of the `best` or `latest` checkpoint of a run, or of a folder or archive by its path.
+
+    Verified, perhaps stripped of its optimizer state. Nothing in the run directory is changed: what is only there as an
+    archive is unpacked into `scratch_dir`, which the caller removes when it is done.
+
+    Raises:
+        RefusedError: there is none that verifies.
+    """
+    if which not in ("best", "latest"):
+        return _resolve_path(Path(which), scratch_dir)
+    steps = sorted({*list_committed(paths), *list_archived(paths)}, reverse=True)
+    for step in steps:
+        folder = _find_sound(paths, step, scratch_dir)
+        if folder is not None and which == "best":
+            best = read_best_step(folder, checkpoints)
+            folder = folder if best in (None, step) else _find_sound(paths, best or step, scratch_dir)
+        if folder is not None:
+            return folder
+    raise RefusedError(f"{paths.checkpoints_dir} holds no checkpoint that verifies")
+
+
+def _resolve_path(path: Path, scratch_dir: Path) -> Path:
+    if path.is_dir():
+        if not is_intact(path):
+            raise RefusedError(f"{path} is not a whole checkpoint: its files are not those that its marker states")
+        return path
+    if not path.exists():
+        raise RefusedError(f"there is no checkpoint {path}")
+    target_dir = scratch_dir / path.stem
+    try:
+        extract_archive(path, target_dir)
+    except ArchiveError as error:
+        raise RefusedError(error.message) from None
+    return target_dir
+
+
+def _find_sound(paths: RunPaths, step: int, scratch_dir: Path) -> Path | None:
+    if is_intact(paths.checkpoint_dir(step), step):
+        return paths.checkpoint_dir(step)
+    target_dir = scratch_dir / f"{STEP_PREFIX}{step}"
+    try:
+        if target_dir.exists() or extract_archive(paths.archive_path(step), target_dir).step == step:
+            return target_dir
+    except (ArchiveError, FileNotFoundError):
+        pass
+    return None

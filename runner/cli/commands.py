@@ -1,0 +1,230 @@
+"""What each verb of the command line does, from parsed arguments to an exit code.
+
+What launches runs is in `launch_verbs` and `sweep_verbs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runner.cli.launch import run_launch, select_run
+from runner.cli.sweep import run_rerun, run_sweep
+from runner.errors import RunnerError
+from runner.plan.select import UnreadableRun, select_recipes, suggest_path
+from runner.plan.status import RunStatus, derive_status
+from runner.recipe.identity import ContentHashes, known_contents
+from runner.recipe.parse import Recipe, load_recipe, parse_recipe
+from runner.run.failures import HINTS, UNREADABLE_HINT
+from runner.run.paths import RunPaths, content_cache_path
+from runner.run.record import load_stored_recipe
+
+__all__ = [
+    "run_chat",
+    "run_check",
+    "run_export",
+    "run_init",
+    "run_launch",
+    "run_logs",
+    "run_masks",
+    "run_render",
+    "run_report",
+    "run_rerun",
+    "run_status",
+    "run_stop",
+    "run_sweep",
+    "run_why",
+]
+
+
+def run_init(arguments: argparse.Namespace) -> int:
+    """`runner init`."""
+    from runner.grid.project import run_init
+
+    return run_init(arguments.folder, arguments.from_grid, arguments.data, arguments.models)
+
+
+def run_render(arguments: argparse.Namespace) -> int:
+    """`runner render`."""
+    from runner.grid.render import run_render
+
+    return run_render(arguments.grid, check=arguments.check, prune=arguments.prune, root=Path())
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """`runner check`: every recipe, then their data in one pass over the distinct tokenizers and data sections."""
+    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
+    if arguments.schema_only:
+        print(f"{len(selected)} recipes are well-formed")
+        return 0
+    from runner.preflight.check import run_check
+
+    finished = [one.full_name for one in selected if one.paths.result_path.exists()]
+    return run_check([one.recipe for one in selected], arguments.output_root, finished, is_json=arguments.json)
+
+
+def run_masks(arguments: argparse.Namespace) -> int:
+    """`runner masks`: loads the tokenizer, never the model."""
+    from runner.preflight.masks import build_views, format_views
+
+    recipe = _load_recipe_or_run(arguments.recipe, arguments.overrides)
+    split = "validation" if arguments.split == "eval" else arguments.split
+    views = build_views(recipe, split, arguments.rows, arguments.row)
+    is_coloured = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+    print(format_views(views, recipe, arguments.format, is_coloured=is_coloured), end="")
+    return 0
+
+
+def run_status(arguments: argparse.Namespace) -> int:
+    """`runner status`: reads files only, hashes nothing."""
+    import json
+
+    unreadable: list[UnreadableRun] = []
+    named = arguments.paths or _everything(arguments)
+    selected = select_recipes(named, arguments.output_root, arguments.where, unreadable)
+    if arguments.watch:
+        from runner.view.watch import watch
+
+        return watch(selected, content_cache_path(arguments.output_root), unreadable)
+    hashes = ContentHashes(content_cache_path(arguments.output_root))
+    rows = [(one, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes))) for one in selected]
+    if arguments.json:
+        content: list[dict[str, Any]] = [
+            {"grid": one.recipe.run.grid, "name": one.recipe.run.name, "axes": dict(one.recipe.run.axes)}
+            | {"run_dir": str(one.paths.run_dir), **status.model_dump()}
+            for one, status in rows
+        ]
+        for lost in unreadable:
+            grid, _, name = lost.full_name.partition("/")
+            status = RunStatus(state="unreadable", why=lost.why)
+            content.append({"grid": grid, "name": name, "axes": {}, "run_dir": str(lost.paths.run_dir)})
+            content[-1] |= status.model_dump()
+        print(json.dumps(content, indent=2))
+        return 1 if any(one["state"] == "unreadable" for one in content) else 0
+    names = [one.full_name for one in selected] + [lost.full_name for lost in unreadable]
+    width = max(map(len, names), default=0)
+    for one, status in rows:
+        step = "" if status.step is None else f"{status.step}/{status.max_steps or '?'}"
+        loss = "" if status.loss is None else f"{status.loss:.4f}"
+        seconds = "" if status.seconds is None else f"{status.seconds:.0f} s"
+        kind = status.failure.kind if status.failure and status.state == "interrupted" else None
+        why = ": ".join(filter(None, (kind, status.why.partition("\n")[0])))
+        why = "; ".join(filter(None, (why, status.notes)))
+        print(f"{one.full_name:<{width}}  {status.state:<11}  {step:>9}  {loss:>8}  {seconds:>7}  {why}")
+    for lost in unreadable:
+        print(f"{lost.full_name:<{width}}  {'unreadable':<11}  {'':>9}  {'':>8}  {'':>7}  {lost.why}")
+    return _print_hints([status for _, status in rows], num_unreadable=len(unreadable))
+
+
+def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
+    """What to do, once for each kind of failure, on stderr; the exit code of `runner status`."""
+    for kind in dict.fromkeys(status.failure.kind for status in statuses if status.failure is not None):
+        print(f"hint: {kind}: {HINTS[kind]}", file=sys.stderr)
+    is_any_unreadable = num_unreadable > 0 or any(status.state == "unreadable" for status in statuses)
+    if is_any_unreadable:
+        print(f"hint: unreadable: {UNREADABLE_HINT}", file=sys.stderr)
+    return 1 if is_any_unreadable else 0
+
+
+def run_logs(arguments: argparse.Namespace) -> int:
+    """`runner logs`."""
+    from runner.view.logs import run_logs
+
+    return run_logs(arguments.run, arguments.output_root, arguments.attempt, follow=arguments.follow)
+
+
+def run_why(arguments: argparse.Namespace) -> int:
+    """`runner why`."""
+    import json
+
+    from runner.plan.why import build_lines, gather_facts
+
+    selected = select_run(arguments)
+    hashes = ContentHashes(content_cache_path(arguments.output_root))
+    facts = gather_facts(selected.recipe, selected.paths, hashes, arguments.num_processes)
+    print(json.dumps(facts.as_json(), indent=2) if arguments.json else "\n".join(build_lines(facts)))
+    return 0
+
+
+def run_stop(arguments: argparse.Namespace) -> int:
+    """`runner stop`."""
+    from runner.view.logs import run_stop
+
+    return run_stop(arguments)
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """`runner report`."""
+    from runner.report.format import format_report
+    from runner.report.rows import build_rows
+    from runner.report.statistics import build_comparisons
+
+    unreadable: list[UnreadableRun] = []
+    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where, unreadable)
+    hashes = ContentHashes(content_cache_path(arguments.output_root))
+    runs = [
+        (one.recipe, one.paths, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)))
+        for one in selected
+    ]
+    rows = build_rows(runs)
+    print(format_report(rows, build_comparisons(rows), arguments.format), end="")
+    whys = [(lost.full_name, lost.why) for lost in unreadable]
+    whys += [(f"{row.grid}/{row.name}", "see `runner status`") for row in rows if row.state == "unreadable"]
+    for name, why in whys:
+        print(f"warning: {name} is unreadable: {why}", file=sys.stderr)
+    return 1 if whys else 0
+
+
+def run_chat(arguments: argparse.Namespace) -> int:
+    """`runner chat`."""
+    from runner.publish.chat import chat
+
+    return chat(
+        arguments.run_dir,
+        checkpoint=arguments.checkpoint,
+        with_base=arguments.base,
+        prompt=arguments.prompt,
+        system=arguments.system,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """`runner export`."""
+    from runner.publish.export import export_run
+
+    difference = export_run(
+        arguments.run_dir,
+        arguments.output,
+        checkpoint=arguments.checkpoint,
+        is_merged=arguments.merge,
+        push_to=arguments.push,
+    )
+    print(f"{arguments.output}: loaded again, its logits differ from the run's by at most {difference:.2g}")
+    return 0
+
+
+def _load_recipe_or_run(path: Path, overrides: list[str]) -> Recipe:
+    """The recipe of a file or of a run directory, under overrides."""
+    if path.is_dir():
+        stored = load_stored_recipe(RunPaths(path))
+        if stored is None:
+            raise RunnerError(f"{path} is a folder, but no run directory", hint="name one recipe file, or one run")
+        return parse_recipe(stored.recipe.model_dump_json(), where=str(path), overrides=overrides)
+    if not path.exists():
+        raise RunnerError(f"there is no recipe {path}", hint=suggest_path(path))
+    return load_recipe(path, overrides)
+
+
+def _everything(arguments: argparse.Namespace) -> list[str]:
+    """What `status` is about when nothing is named: all recipes and all runs that there are."""
+    recipes, runs = Path("recipes").glob("*/*.yaml"), arguments.output_root.glob("*/*/recipe.json")
+    return [
+        str(folder)
+        for folder, found in ((Path("recipes"), recipes), (arguments.output_root, runs))
+        if next(found, None) is not None
+    ]

@@ -1,0 +1,217 @@
+"""The verb that starts one run, `launch`, from parsed arguments to an exit code; and how every verb finds one run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shlex
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from runner.checkpoints.choose import describe_obstacles, suggest_ways_out
+from runner.cli.sweep import STOPPED, run_planned
+from runner.errors import RefusedError, RunnerError
+from runner.files import hash_json
+from runner.launch.command import LaunchCommand
+from runner.launch.placement import is_in_cluster, list_placements
+from runner.plan.decide import MAX_FRUITLESS, decide
+from runner.plan.select import Selected, run_paths, select_recipes, suggest_path
+from runner.plan.status import RunStatus, derive_status, find_divisor
+from runner.recipe.identity import ContentHashes, hash_contents
+from runner.recipe.parse import load_recipe
+from runner.recipe.schema import NAME_PATTERN
+from runner.run.paths import RunPaths, content_cache_path
+from runner.run.record import EXIT_CODES, load_progress, load_record
+from runner.secrets import find_secret
+
+if TYPE_CHECKING:
+    from runner.launch.placement import Planned
+
+
+_PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
+
+
+def run_launch(arguments: argparse.Namespace) -> int:
+    """`runner launch`."""
+    from runner.engines.local import build_command
+    from runner.launch.placement import Planned, find_allocation
+
+    selected, resume = _select_one(arguments), _parse_resume(arguments.resume)
+    recipe, paths = selected.recipe, selected.paths
+    num_processes = arguments.num_processes or recipe.launch.num_processes
+    num_machines = recipe.launch.num_machines
+    allocation = find_allocation(os.environ, num_machines) if num_machines > 1 else None
+    placements = list_placements(num_processes, num_machines, allocation)
+    commands = [build_command(Planned(selected, {}, num_processes), placement) for placement in placements]
+    if arguments.dry_run:
+        print("\n".join(command.as_shell() for command in commands))
+        return 0
+    contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
+    planned = Planned(selected, contents, num_processes, resume)
+    status = derive_status(paths, recipe, contents, num_processes=num_processes, resume=resume)
+    if arguments.fresh and resume == "auto":
+        planned = replace(planned, resume="none")  # nor from remote storage
+    if arguments.fresh and status.state != "pending":
+        _move_aside(selected)
+        status = derive_status(paths, recipe, contents, num_processes=num_processes, resume=resume)
+    planned = replace(planned, num_attempts=status.num_attempts)
+    decision = decide(status, retry_failed=True)
+    if decision.action == "refuse":
+        raise _refuse(paths, status, _same_launch(arguments))
+    if decision.action == "skip":
+        advice = "" if resume == "auto" else "; `--resume` goes on with unfinished runs only, `--fresh` starts one anew"
+        print(f"{planned.name}  {decision.why}{advice}")
+        # A cluster takes 0 for a run that is done: not known of one that something else holds, a lost machine perhaps.
+        is_held = status.state == "running" and is_in_cluster(os.environ)
+        return EXIT_CODES["transient"] if is_held else 0
+    if arguments.prepare:
+        _prepare(planned, commands[0])
+        print("\n".join(command.as_shell() for command in commands))
+        return 0
+    again = f"`{_same_launch(arguments)}`"  # without --fresh and --resume, which would start over or rewind
+    result = run_planned([planned], num_slots=1, gpus=None, fail_fast=False, allocation=allocation, again=again)
+    if result.failed and result.failed[0].failure.kind == "preempted" and _count_fruitless(paths) > MAX_FRUITLESS:
+        print(
+            f"error: the last {MAX_FRUITLESS + 1} attempts were preempted before their first step\n\n"
+            "hint: give the run more time, say by `runner sweep ... --engine slurm --time-limit`",
+            file=sys.stderr,
+        )
+        return EXIT_CODES["transient"]
+    if result.stopped_by == signal.SIGINT:
+        return STOPPED
+    if result.stopped_by is not None and not result.failed:
+        return EXIT_CODES["preempted"]
+    return next((EXIT_CODES[failed.failure.kind] for failed in result.failed), 0)
+
+
+def _count_fruitless(paths: RunPaths) -> int:
+    """The last attempts in a row that were preempted before their first step."""
+    attempts = load_record(paths).attempts
+    fruitful = (
+        number
+        for number, one in enumerate(reversed(attempts))
+        if one.failure is None
+        or one.failure.kind != "preempted"
+        or ((progress := load_progress(paths.attempt(one.number).progress_path)) is not None and progress.step > 0)
+    )
+    return next(fruitful, len(attempts))
+
+
+def name_overridden(name: str, overrides: list[str]) -> str:
+    """The name of a run that differs from its recipe by overrides.
+
+    >>> name_overridden("gemma_full", ["training.learning_rate=1e-4"])
+    'gemma_full--training.learning_rate-1e-4'
+    """
+    if not overrides:
+        return name
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(overrides)).strip("-")
+    full = f"{name}--{slug}"
+    is_readable_back = all(_PLAIN_OVERRIDE.fullmatch(override) for override in overrides) and len(full) <= 150
+    return full if is_readable_back else f"{full[:130]}--{hash_json(overrides)[:12]}"
+
+
+def select_run(arguments: argparse.Namespace) -> Selected:
+    """The run of a recipe under overrides and a name as `launch` takes them, or that of a run directory."""
+    if not arguments.recipe.is_dir():
+        return _select_one(arguments)
+    if arguments.overrides or arguments.name:
+        raise RunnerError(f"{arguments.recipe} is a run directory: overrides and `--name` go with a recipe file")
+    found = select_recipes([str(arguments.recipe)], arguments.output_root)
+    if len(found) > 1:
+        raise RunnerError(f"{arguments.recipe} holds {len(found)} runs", hint=f"runner why {found[0].paths.run_dir}")
+    return found[0]
+
+
+def _select_one(arguments: argparse.Namespace) -> Selected:
+    overrides: list[str] = arguments.overrides
+    if malformed := [override for override in overrides if "=" not in override]:
+        raise RunnerError(f"{malformed[0]!r} is not an override of the form key=value")
+    if arguments.recipe.is_dir():
+        raise RunnerError(f"{arguments.recipe} is a folder", hint=f"runner sweep {arguments.recipe}")
+    if not arguments.recipe.exists():
+        raise RunnerError(f"there is no recipe {arguments.recipe}", hint=suggest_path(arguments.recipe))
+    plain = load_recipe(arguments.recipe, overrides)
+    name = arguments.name or name_overridden(plain.run.name, overrides)
+    if secret := find_secret(name):
+        raise RunnerError(f"`--name` holds {secret[0]}: names are public")
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise RunnerError(f"the name {name!r} may hold letters, digits and . _ - only, and at most 200 of them")
+    recipe = plain.model_copy(
+        update={"run": plain.run.model_copy(update={"name": name, "overrides": (*plain.run.overrides, *overrides)})}
+    )
+    return Selected(recipe, arguments.recipe, run_paths(recipe, arguments.output_root))
+
+
+def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedError:
+    if status.state == "changed":
+        return RefusedError(
+            f"{paths.run_dir} holds another experiment, the recipe changed since:\n"
+            + "\n".join(f"  {line}" for line in status.differences),
+            hint=f"{same_launch} --fresh  # moves the old run aside and starts anew",
+        )
+    if status.state == "unreadable":
+        return RefusedError(
+            f"{paths.run_dir} is unreadable: {status.why}",
+            hint=f"{same_launch} --fresh  # moves the run aside and starts anew",
+        )
+    return RefusedError(
+        f"{paths.run_dir}: {describe_obstacles(status.checkpoint_step, status.obstacles)}",
+        hint=suggest_ways_out(status.obstacles, same_launch),
+    )
+
+
+def _same_launch(arguments: argparse.Namespace) -> str:
+    words = ["runner", "launch", str(arguments.recipe), *arguments.overrides]
+    words += ["--name", arguments.name] if arguments.name else []
+    words += ["--output-root", str(arguments.output_root)] if arguments.output_root != Path("runs") else []
+    return shlex.join(words)
+
+
+def _parse_resume(text: str) -> str:
+    """`Attempt.resume`: a word, a URL, or the whole path of a checkpoint that is there."""
+    if text in ("auto", "latest", "best") or "://" in text:
+        if secret := find_secret(text):
+            raise RunnerError(f"`--resume` holds {secret[0]}", hint="set it in the environment")
+        return text
+    if not Path(text).exists():
+        raise RunnerError(
+            f"`--resume {text}`: there is no such folder or archive",
+            hint="--resume auto, latest, best, a path or a URL",
+        )
+    return str(Path(text).absolute())
+
+
+def _move_aside(selected: Selected) -> None:
+    from runner.launch.attempt import move_aside, take_lease
+
+    lease = take_lease(selected.paths)
+    if lease is None:
+        raise RefusedError(f"{selected.paths.run_dir} is running; stop it before starting anew")
+    target = move_aside(selected.paths)
+    lease.close()
+    if target is not None:
+        print(f"moved {selected.paths.run_dir} to {target}", file=sys.stderr)
+
+
+def _prepare(planned: Planned, command: LaunchCommand) -> None:
+    from runner.launch.attempt import open_attempt, prepare_run, read_git_state, refuse_uncontinuable, take_lease
+
+    paths = planned.selected.paths
+    lease = take_lease(paths)
+    if lease is None:
+        raise RefusedError(f"{paths.run_dir} is running")
+    with contextlib.closing(lease):
+        divisor = find_divisor(paths, planned.selected.recipe)
+        refuse_uncontinuable(
+            planned.selected.recipe, planned.contents, paths, command, planned.num_processes, planned.resume, divisor
+        )
+        prepare_run(planned.selected.recipe, planned.contents, paths)
+        open_attempt(
+            paths, command, planned.num_processes, read_git_state(), planned.resume, micro_batch_divisor=divisor
+        )

@@ -1,0 +1,1 @@
+"""Rows become token ids and labels. Imports no torch."""

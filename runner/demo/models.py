@@ -1,0 +1,207 @@
+"""Owns the folder of the demo's three base models: builds what is missing, offline, in under a minute on two cores.
+
+Run as `python -m runner.demo.models [--output demo_models]`. The same source gives the same bytes on the same
+machine. Each model is trained in a process of its own by `demo_pretraining`; this program imports no torch, so that
+finding everything built takes no time.
+
+Owns the dimensions of the small models and how the demo's base models are trained; imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from runner.processes import die_with_parent
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The dimensions of a model. Multiples of 64 let 4-bit NF4 quantize every linear layer."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+
+TINY = ModelSize(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+DEMO_SIZE = ModelSize(
+    vocab_size=768,
+    hidden_size=192,
+    intermediate_size=576,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+)
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How a base model is made. Measured: two wide layers learn to copy sooner than four narrow ones."""
+
+    size: ModelSize = DEMO_SIZE
+    num_steps: int = 300
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    num_warmup_steps: int = 20
+    prompt_weight: float = 0.2
+    """Weight of a prompt token in the loss, where a completion token has 1: prompts are mostly random facts."""
+    seed: int = 0
+
+
+DEMO_FAMILIES = ("gemma", "llama", "mistral")
+MANIFEST_NAME = ".demo_model.json"  # hidden: it holds times, and is no part of the model's content
+BUILDER_SOURCES = ("corpus.py", "families.py", "models.py", "weights.py")
+
+
+def builder_digest(family: str, plan: Pretraining) -> str:
+    """A digest of everything that decides on the weights: the plan and the source of the builder."""
+    sources = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in BUILDER_SOURCES]
+    parts = [family, json.dumps(asdict(plan), sort_keys=True), *sources]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def load_manifest(model_dir: Path) -> dict[str, Any]:
+    """What is recorded about a built model; empty if `model_dir` holds no complete one."""
+    try:
+        manifest = json.loads((model_dir / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def is_built(model_dir: Path, family: str, plan: Pretraining) -> bool:
+    """Whether `model_dir` holds the model that this very builder would make."""
+    return load_manifest(model_dir).get("builder_digest") == builder_digest(family, plan)
+
+
+def _build_in_child(family: str, built_dir: Path, plan: Pretraining, parent_pid: int) -> None:
+    """Body of a child process: train, save, and write the manifest last."""
+    die_with_parent(parent_pid)
+    from runner.demo.weights import train_base_model
+
+    manifest: dict[str, Any] = {"builder_digest": builder_digest(family, plan), "family": family}
+    manifest |= train_base_model(family, built_dir, plan)
+    manifest["plan"] = asdict(plan)
+    (built_dir / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _only_builder(output_dir: Path) -> Iterator[None]:
+    """Hold the lock of a folder of models; it is free as soon as its holder ends, however it ends."""
+    with (output_dir / ".lock").open("w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    """Remove what killed builders left; only for the holder of the lock."""
+    for pattern in (".building-*", ".outdated-*"):
+        for leftover_dir in output_dir.glob(pattern):
+            shutil.rmtree(leftover_dir, ignore_errors=True)
+
+
+def _put_in_place(built_dir: Path, model_dir: Path) -> None:
+    """Rename `built_dir` to `model_dir`, first moving aside a model of an older builder."""
+    if not model_dir.exists():
+        built_dir.rename(model_dir)
+        return
+    outdated_dir = Path(tempfile.mkdtemp(prefix=".outdated-", dir=model_dir.parent))
+    model_dir.rename(outdated_dir / model_dir.name)
+    built_dir.rename(model_dir)
+    shutil.rmtree(outdated_dir)
+
+
+def _build(families: list[str], output_dir: Path, plan: Pretraining) -> None:
+    """Train `families` at once, one process each, and put each in place as soon as it is complete."""
+    context = multiprocessing.get_context("spawn")
+    started = time.monotonic()
+    children = {}
+    for family in families:
+        built_dir = Path(tempfile.mkdtemp(prefix=f".building-{family}-", dir=output_dir))
+        built_dir.chmod(0o755)  # mkdtemp makes it private
+        child = context.Process(target=_build_in_child, args=(family, built_dir, plan, os.getpid()), name=family)
+        child.start()
+        children[child.sentinel] = (child, built_dir)
+    failed = []
+    while children:
+        for sentinel in wait(list(children)):
+            assert isinstance(sentinel, int)
+            child, built_dir = children.pop(sentinel)
+            child.join()
+            manifest = load_manifest(built_dir)
+            if child.exitcode or not manifest:
+                failed.append(child.name)
+                continue
+            _put_in_place(built_dir, output_dir / child.name)
+            seconds = time.monotonic() - started
+            print(
+                f"{child.name}: built, {manifest['num_parameters'] / 1e6:.1f}M parameters, "
+                f"loss {manifest['first_loss']:.2f} -> {manifest['last_loss']:.2f}, {seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    if failed:
+        raise RuntimeError(f"the base models {', '.join(failed)} were not built; their errors are above")
+
+
+def build_demo_models(
+    output_dir: Path, *, families: tuple[str, ...] = DEMO_FAMILIES, plan: Pretraining | None = None
+) -> dict[str, Path]:
+    """The folder of each family's base model, built where missing or outdated.
+
+    Safe to kill and to call twice at the same time: a model is built in a hidden folder and renamed when complete.
+
+    Raises:
+        RuntimeError: a child process failed; the other models are in place.
+    """
+    plan = plan or Pretraining()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    model_dirs = {family: output_dir / family for family in families}
+    with _only_builder(output_dir):
+        _remove_leftovers(output_dir)
+        missing = [family for family in families if not is_built(model_dirs[family], family, plan)]
+        for family in families:
+            state = "building" if family in missing else "already built in"
+            print(f"{family}: {state} {model_dirs[family]}", file=sys.stderr, flush=True)
+        _build(missing, output_dir, plan)
+    return model_dirs
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Build what is missing and print the folders, one a line, on stdout."""
+    parser = argparse.ArgumentParser(
+        prog="python -m runner.demo.models", description="Build the base models of the demo."
+    )
+    parser.add_argument("--output", type=Path, default=Path("demo_models"), help="folder for the models")
+    for model_dir in build_demo_models(parser.parse_args(arguments).output).values():
+        print(model_dir)
+
+
+if __name__ == "__main__":
+    main()

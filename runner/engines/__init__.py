@@ -1,0 +1,1 @@
+"""Where and when attempts run: one file per engine."""

@@ -1,0 +1,150 @@
+"""Pending runs become Indexed Jobs of Kubernetes (`batch/v1`), one index per run. Nothing here talks to a cluster.
+
+Fields and limits as the API server checks them, version 1.29 or newer (`backoffLimitPerIndex`, `FailIndex`).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+from runner.engines.manifests import (
+    GRACE_SECONDS,
+    PendingRun,
+    Submission,
+    build_label,
+    check_output_root,
+    check_submission,
+    derive_machine,
+    dump_documents,
+    list_recipe_words,
+)
+from runner.engines.slurm import Resources
+from runner.files import hash_json
+from runner.run.record import EXIT_CODES, FailureKind
+
+_PROJECT_DIR: Final = "/project"
+_CONTAINER: Final = "runner"
+_LABELS: Final = {"app.kubernetes.io/name": "recipe-runner"}
+_WRONG_USAGE: Final = 2
+
+# `runner launch` has made its own retries before it gives up. What is left to the Job: another pod, perhaps on another
+# node, for what may go away by itself (counted, `backoffLimitPerIndex`) and for preemption (free).
+Action = Literal["FailIndex", "Ignore", "Count"]
+_ACTIONS: Final[Mapping[FailureKind, Action]] = {
+    "configuration": "FailIndex",
+    "data": "FailIndex",
+    "out_of_memory": "FailIndex",
+    "diverged": "FailIndex",
+    "preempted": "Ignore",
+    "transient": "Count",
+    "lost": "Count",
+    "crashed": "FailIndex",
+}
+
+
+def build_jobs_file(submission: Submission) -> str:
+    """One Job for all runs that want equal machines, as YAML for `kubectl apply -f -`.
+
+    Raises:
+        RefusedError: a run, or the folder of runs, would not be found on the project's volume.
+    """
+    check_submission(submission)
+    check_output_root(submission.output_root)
+    groups: dict[Resources, list[PendingRun]] = {}
+    for run in submission.runs:
+        groups.setdefault(derive_machine(run), []).append(run)
+    jobs = [_build_job(submission, runs, machine) for machine, runs in groups.items()]
+    comment = (
+        f"{len(submission.runs)} runs. The claim {submission.storage} is the project folder: it holds recipes, "
+        f"data, models and {submission.output_root}/."
+    )
+    return dump_documents(jobs, comment)
+
+
+def _build_job(submission: Submission, runs: list[PendingRun], machine: Resources) -> dict[str, Any]:
+    spec: dict[str, Any] = {
+        "completionMode": "Indexed",
+        "completions": len(runs),
+        "parallelism": min(submission.num_slots or len(runs), len(runs)),
+        "backoffLimitPerIndex": max(run.launch.retries.transient for run in runs),
+        **({"maxFailedIndexes": 0} if submission.fail_fast else {}),
+        "podReplacementPolicy": "Failed",  # never two pods of one run: the second waits until the first is gone
+        "podFailurePolicy": {"rules": _build_failure_rules()},
+        "template": {"metadata": {"labels": _LABELS}, "spec": _build_pod(submission, runs, machine)},
+    }
+    metadata = {"name": _build_name(submission, runs), "labels": _LABELS}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+
+
+def _build_name(submission: Submission, runs: list[PendingRun]) -> str:
+    """The same until an attempt of one of the runs begins, so that what is applied twice is one Job."""
+    state = [[run.selected.full_name, run.num_attempts] for run in runs]
+    return f"{build_label(submission.grid, 40)}-{hash_json(state)[:8]}"
+
+
+def _build_failure_rules() -> list[dict[str, Any]]:
+    """What becomes of a failed pod; the first rule that fits counts, and what fits none is counted.
+
+    What the trainer is sure of comes before a disruption of the pod, what it could not name comes after: a pod that is
+    being evicted may well crash.
+    """
+    sure = {EXIT_CODES[kind] for kind, action in _ACTIONS.items() if action == "FailIndex" and kind != "crashed"}
+    disrupted = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    return [
+        _build_exit_rule("FailIndex", {_WRONG_USAGE, *sure}),
+        disrupted,
+        _build_exit_rule("Ignore", _codes_of("Ignore")),
+        _build_exit_rule("FailIndex", {EXIT_CODES["crashed"]}),
+        _build_exit_rule("Count", _codes_of("Count")),
+    ]
+
+
+def _codes_of(action: Action) -> set[int]:
+    return {EXIT_CODES[kind] for kind, its_action in _ACTIONS.items() if its_action == action}
+
+
+def _build_exit_rule(action: Action, codes: set[int]) -> dict[str, Any]:
+    condition = {"containerName": _CONTAINER, "operator": "In", "values": sorted(codes)}
+    return {"action": action, "onExitCodes": condition}
+
+
+def _build_pod(submission: Submission, runs: list[PendingRun], machine: Resources) -> dict[str, Any]:
+    """The pod of any index: the index picks its recipe, and `runner` becomes the process that gets TERM."""
+    script = f'shift "$JOB_COMPLETION_INDEX"; exec runner launch "$1" --output-root {_quote(submission.output_root)}'
+    resources = {
+        **({"requests": {"cpu": machine.num_cores}} if machine.num_cores is not None else {}),
+        **({"limits": {"nvidia.com/gpu": machine.num_gpus}} if machine.num_gpus else {}),
+    }
+    container = {
+        "name": _CONTAINER,
+        "image": submission.image,
+        "workingDir": _PROJECT_DIR,
+        "command": ["sh", "-c", script, _CONTAINER, *map(_escape, list_recipe_words(runs))],
+        **({"resources": resources} if resources else {}),
+        "volumeMounts": [{"name": "project", "mountPath": _PROJECT_DIR}, {"name": "shm", "mountPath": "/dev/shm"}],
+    }
+    return {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "containers": [container],
+        "volumes": [
+            {"name": "project", "persistentVolumeClaim": {"claimName": submission.storage}},
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},  # a pod's own 64 MiB are too few for several processes
+        ],
+    }
+
+
+def _quote(path: object) -> str:
+    return _escape(shlex.quote(str(path)))
+
+
+def _escape(word: str) -> str:
+    """A word that Kubernetes gives to the container as it is: it reads `$(NAME)` as a variable and `$$` as `$`.
+
+    >>> _escape("a$(HOME)$$b$c")
+    'a$$(HOME)$$$b$c'
+    """
+    return re.sub(r"\$(?=[$(])", "$$", word)

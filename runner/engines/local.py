@@ -1,0 +1,372 @@
+"""The local engine: runs several attempts at a time on one machine. Decides only where and when `execute` runs.
+
+What a sweep shows on stderr while it runs: a bar over runs, and the step and loss of each current one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import selectors
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from runner.errors import RunnerError
+from runner.launch.attempt import FailedElsewhere, RunningAttempt, start_attempt
+from runner.launch.command import LaunchCommand, Placement, build_launch_command
+from runner.launch.placement import Devices, Planned
+from runner.plan.decide import decide_retry
+from runner.processes import StopSignals
+from runner.run.failures import build_failure
+from runner.run.paths import AttemptPaths
+from runner.run.record import Failure, load_progress, load_stop_request
+
+_LINE_SECONDS: Final = 5.0
+
+
+class SweepDisplay:
+    """Bars on a terminal; elsewhere one line per finished run and one every few seconds for the current ones."""
+
+    def __init__(self, num_runs: int) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._num_runs = num_runs
+        self._num_finished = 0
+        self._last_line_at = time.monotonic()
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[now]}"))
+            self._bars = Progress(*columns, TimeElapsedColumn(), console=self._console)
+            self._all = self._bars.add_task("runs", total=num_runs, now=f"0/{num_runs}")
+
+    def __enter__(self) -> SweepDisplay:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def say(self, line: str) -> None:
+        """A line above the bars."""
+        forget_closed_streams()
+        with contextlib.suppress(OSError):  # closed since, or a file on a full disk: no reason to end a sweep
+            if self._bars is None:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                self._console.print(line, markup=False)
+
+    def finished(self, name: str, outcome: str) -> None:
+        """One run is done, for better or worse."""
+        self._num_finished += 1
+        self.say(f"[{self._num_finished}/{self._num_runs}] {name}  {outcome}")
+        if self._bars is not None:
+            self._drop_bar(name)
+            self._bars.update(self._all, completed=self._num_finished, now=f"{self._num_finished}/{self._num_runs}")
+
+    def retried(self, name: str, why: str) -> None:
+        """One run failed and will be tried again."""
+        self.say(f"[{self._num_finished}/{self._num_runs}] {name}  {why}")
+        self._drop_bar(name)
+
+    def update(self, current: Mapping[str, AttemptPaths], waiting: Mapping[str, str]) -> None:
+        """Where the current runs stand, and which ones wait for what."""
+        if self._bars is None:
+            if time.monotonic() - self._last_line_at > _LINE_SECONDS:
+                self._last_line_at = time.monotonic()
+                now = [f"{name} {_describe(files)[0]}" for name, files in current.items()]
+                now += [f"{name} {text}" for name, text in waiting.items()]
+                self.say(f"[{self._num_finished}/{self._num_runs}] now: {'; '.join(now)}")
+            return
+        for name, files in current.items():
+            text, step, max_steps = _describe(files)
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=max_steps, now=text)
+            self._bars.update(self._tasks[name], completed=step, total=max_steps or 1, now=text)
+        for name, text in waiting.items():
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=1, now=text)
+            self._bars.update(self._tasks[name], completed=0, total=1, now=text)
+
+    def _drop_bar(self, name: str) -> None:
+        if self._bars is not None and name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))
+
+
+def forget_closed_streams() -> None:
+    """Send to nowhere what nobody reads any more: a sweep outlives its terminal, and the `tee` behind its pipe."""
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), descriptor)
+
+
+def _describe(files: AttemptPaths) -> tuple[str, int, int | None]:
+    progress = load_progress(files.progress_path)
+    if progress is None:
+        return "starting", 0, None
+    if progress.max_steps is None:
+        return progress.phase, progress.step, None
+    loss = "" if progress.loss is None else f" loss {progress.loss:.4f}"
+    return f"{progress.phase} step {progress.step}/{progress.max_steps}{loss}", progress.step, progress.max_steps
+
+
+_REFRESH_SECONDS: Final = 0.5
+
+
+@dataclass(frozen=True)
+class FailedRun:
+    """A run that did not complete; without a log it was never started."""
+
+    name: str
+    failure: Failure
+    log_path: Path | None
+
+
+@dataclass(frozen=True)
+class Later:
+    """A run that waits for its retry, and what it failed of."""
+
+    run: Planned
+    due_at: float  # `time.monotonic`
+    failed: FailedRun
+
+
+@dataclass
+class PoolResult:
+    """How the planned runs ended, by name: the last attempt of each counts, not those that were retried."""
+
+    completed: list[str] = field(default_factory=list)
+    failed: list[FailedRun] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)  # taken over or finished by another sweep meanwhile
+    not_started: list[str] = field(default_factory=list)  # after `--fail-fast` or a signal
+    stopped_by: int | None = None  # the signal that ended the sweep before everything was done
+
+
+def run_pool(planned: list[Planned], devices: Devices, display: SweepDisplay, *, fail_fast: bool = False) -> PoolResult:
+    """Run everything that is planned, as many at a time as there is room.
+
+    The first signal asks what runs to checkpoint and to leave, a second one ends it at once; nothing more is started.
+
+    All attempts are ended and recorded, also after an exception.
+    """
+    devices.check(planned)
+    with StopSignals() as signals, selectors.DefaultSelector() as selector:
+        selector.register(signals.fileno(), selectors.EVENT_READ)
+        pool = _Pool(list(planned), devices, display, fail_fast, selector, signals)
+        try:
+            while not signals.received and (pool.active or pool.wants_to_start() or pool.later):
+                pool.take_up_due()
+                pool.wait(is_in_a_hurry=pool.start_next())
+            if signals.received:
+                pool.leave(f"the runner was stopped by {signal.Signals(signals.received[0]).name}", num_signals=1)
+        except BaseException as error:
+            pool.leave(f"the runner ended by {error!r}", num_signals=len(signals.received))
+            raise
+        finally:
+            pool.close()
+    pool.result.not_started += [run.name for run in pool.waiting]
+    if signals.received and (pool.waiting or pool.result.failed):  # else it came when all was done
+        pool.result.stopped_by = signals.received[0]
+    return pool.result
+
+
+@dataclass
+class _Pool:
+    """What waits, what runs (by process id) and what became of the rest."""
+
+    waiting: list[Planned]
+    devices: Devices
+    display: SweepDisplay
+    fail_fast: bool
+    selector: selectors.BaseSelector
+    signals: StopSignals
+    active: dict[int, tuple[Planned, RunningAttempt, Placement]] = field(default_factory=dict)
+    later: list[Later] = field(default_factory=list)
+    failures: dict[str, list[Failure]] = field(default_factory=dict)  # in a row, of each run
+    result: PoolResult = field(default_factory=PoolResult)
+
+    def wants_to_start(self) -> bool:
+        return bool(self.waiting) and not self.is_given_up()
+
+    def is_given_up(self) -> bool:
+        return self.fail_fast and any(failed.failure.kind != "preempted" for failed in self.result.failed)
+
+    def take_up_due(self) -> None:
+        """Put the runs whose time to wait is over in front of those that never began."""
+        now = time.monotonic()
+        ended = [one for one in self.later if self.is_given_up() or _is_stopped(one)]
+        due = [one for one in self.later if one.due_at <= now and one not in ended]
+        self.later = [one for one in self.later if one not in ended and one not in due]
+        for one in ended:
+            self._record(one.failed)
+        self.waiting[:0] = [one.run for one in due]
+
+    def pause_seconds(self) -> float:
+        """How long nothing has to be done but to draw."""
+        now = time.monotonic()
+        return max(0.0, min([_REFRESH_SECONDS, *(one.due_at - now for one in self.later)]))
+
+    def start_next(self) -> bool:
+        """Start the next run if there is room; True when it is worth trying again at once."""
+        placement = self.devices.take(self.waiting[0].num_processes) if self.wants_to_start() else None
+        if placement is None:
+            return False
+        run = self.waiting.pop(0)
+        try:
+            selected, command = run.selected, build_command(run, placement)
+            attempt = start_attempt(
+                selected.recipe,
+                run.contents,
+                selected.paths,
+                command,
+                run.num_processes,
+                run.resume,
+                run.retry,
+                run.micro_batch_divisor,
+                run.num_attempts,
+            )
+        except FailedElsewhere as error:
+            self.devices.give_back(placement)
+            message = f"(by another sweep) {error.failure.message}"
+            failure = error.failure.model_copy(update={"message": message})
+            self._record(FailedRun(run.name, failure, error.files.log_path))
+            return True
+        except RunnerError as error:
+            self.devices.give_back(placement)
+            self._record(FailedRun(run.name, Failure(kind="configuration", message=str(error)), None))
+            return True
+        except OSError as error:  # no space, no permission: this run's directory may be the only one like that
+            self.devices.give_back(placement)
+            self._retry_or_record(run, FailedRun(run.name, build_failure(error, selected.paths.run_dir), None), None)
+            return True
+        if attempt is None and run.retry > 0 and not selected.paths.result_path.exists():
+            self.devices.give_back(placement)  # a machine out of reach, say: its locks are not free yet
+            held = Failure(kind="transient", message="processes of an earlier attempt, or another sweep, hold the run")
+            self._retry_or_record(run, FailedRun(run.name, held, None), None)
+            return True
+        if attempt is None:
+            self.devices.give_back(placement)
+            self.result.elsewhere.append(run.name)
+            self.display.finished(run.name, "run or finished by another sweep")
+            return True
+        pid = attempt.process.pid
+        self.active[pid] = (run, attempt, placement)
+        self.selector.register(os.pidfd_open(pid), selectors.EVENT_READ, data=pid)
+        return True
+
+    def wait(self, *, is_in_a_hurry: bool = False) -> None:
+        """Until something ends, a signal comes, or it is time to show where the runs stand."""
+        for key, _ in self.selector.select(0 if is_in_a_hurry else self.pause_seconds()):
+            if key.fd == self.signals.fileno():
+                self.signals.drain()
+            else:
+                self.finish(key)
+        now = time.monotonic()
+        waiting = {one.run.name: f"is tried again in {max(0.0, one.due_at - now):.0f} s" for one in self.later}
+        self.display.update({run.name: attempt.files for run, attempt, _ in self.active.values()}, waiting)
+
+    def leave(self, why: str, *, num_signals: int) -> None:
+        """Ask what runs to checkpoint and to leave, and wait; any signal beyond `num_signals` ends it at once."""
+        self.waiting += [one.run for one in self.later]
+        self.later = []
+        attempts = [attempt for _, attempt, _ in self.active.values()]
+        for attempt in attempts:
+            try:
+                attempt.request_stop(why)
+            except OSError:  # no space
+                attempt.kill(why)
+        if attempts:
+            runs = "1 run" if len(attempts) == 1 else f"{len(attempts)} runs"
+            self.display.say(f"stopping: waiting for {runs} to checkpoint and leave; a second Ctrl-C ends them at once")
+        while self.active:
+            if len(self.signals.received) > num_signals:
+                num_signals = len(self.signals.received)
+                for _, attempt, _ in self.active.values():
+                    attempt.kill(f"{why}, and at once by {signal.Signals(self.signals.received[-1]).name}")
+            self.wait()
+
+    def finish(self, key: selectors.SelectorKey) -> None:
+        """Close the record of a run whose launcher has ended."""
+        self.selector.unregister(key.fd)
+        os.close(key.fd)
+        run, attempt, placement = self.active.pop(key.data)
+        failure = attempt.finish()
+        self.devices.give_back(placement)
+        if failure is not None:
+            self._retry_or_record(run, FailedRun(run.name, failure, attempt.files.log_path), attempt)
+        else:
+            self.result.completed.append(run.name)
+            self.display.finished(run.name, "completed")
+
+    def close(self) -> None:
+        """Let go of what watches the processes."""
+        for key in self.selector.get_map().values():
+            if key.data is not None:
+                os.close(key.fd)
+
+    def _retry_or_record(self, run: Planned, failed: FailedRun, attempt: RunningAttempt | None) -> None:
+        failures = self.failures.setdefault(run.name, [])
+        if attempt is not None and attempt.has_gone_on():  # a run of weeks may lose its network once a day
+            failures[:] = [failure for failure in failures if failure.kind == "out_of_memory"]
+        failures.append(failed.failure)
+        has_made_steps = attempt is not None and attempt.has_made_steps()
+        retry = None
+        if attempt is None or not attempt.was_asked_to_leave():
+            retry = decide_retry(
+                run.selected.recipe,
+                failures,
+                num_processes=run.num_processes,
+                micro_batch_divisor=attempt.attempt.micro_batch_divisor if attempt else run.micro_batch_divisor or 1,
+                has_made_steps=has_made_steps,
+            )
+        if retry is None:
+            self._record(failed)
+            return
+        again = replace(
+            run,
+            resume=_resume_again(run.resume, failed.failure, has_made_steps=has_made_steps),
+            retry=retry.number,
+            micro_batch_divisor=retry.micro_batch_divisor if attempt else run.micro_batch_divisor,
+            num_attempts=attempt.attempt.number if attempt else None,
+        )
+        self.later.append(Later(again, time.monotonic() + retry.delay_seconds, failed))
+        first_line = failed.failure.message.partition("\n")[0]
+        self.display.retried(run.name, f"{failed.failure.kind}: {first_line}; {retry.why}")
+
+    def _record(self, failed: FailedRun) -> None:
+        self.result.failed.append(failed)
+        first_line = failed.failure.message.partition("\n")[0]
+        self.display.finished(failed.name, f"{failed.failure.kind}: {first_line}")
+
+
+def _is_stopped(one: Later) -> bool:
+    """Whether `runner stop` asked, while the run waited, for no further attempt."""
+    request = load_stop_request(one.run.selected.paths)
+    return request is not None and request.attempt == one.run.num_attempts
+
+
+def _resume_again(resume: str, failure: Failure, *, has_made_steps: bool) -> str:
+    """`Attempt.resume` of a retry: what was asked for is asked for again until it was done."""
+    if resume == "none" or failure.kind == "out_of_memory":
+        return "none"  # what lies in remote storage is of another micro-batch
+    return "auto" if has_made_steps else resume
+
+
+def build_command(run: Planned, placement: Placement) -> LaunchCommand:
+    """The command of one planned run at a placement."""
+    selected = run.selected
+    return build_launch_command(
+        selected.recipe, selected.paths.run_dir, placement, path=os.environ.get("PATH", os.defpath)
+    )

@@ -1,0 +1,386 @@
+"""The Slurm engine: array jobs over the pending runs, and what the queue says about runs that were submitted before.
+
+Every task of an array executes `runner launch` of one run, so a run is what its directory says, however often it was
+submitted: the queue only tells which runs need not be submitted again. What was submitted stands below the output root,
+written before `sbatch` is called; a task is found again by the path of its script, which Slurm keeps with the job.
+
+Pure: runs that want equal machines become the batch script of one array job. Nothing here talks to Slurm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import yaml
+from pydantic import ValidationError
+
+from runner.errors import CorruptFileError, RefusedError, RunnerError
+from runner.files import load_json, write_json_atomic, write_text_atomic
+from runner.plan.select import Selected, run_paths
+from runner.recipe.identity import build_digest_payload, diff_payloads
+from runner.recipe.parse import Recipe, load_recipe
+from runner.run.lease import Lease
+from runner.run.paths import SubmissionPaths, submission_lock_path, submissions_dir
+from runner.run.record import EXIT_CODES, Fact, now_utc
+
+# What the script itself decides; another value would lose runs or start them twice.
+_OWN_OPTIONS: Final = (
+    *("array", "chdir", "nodes", "no-requeue", "ntasks-per-node", "open-mode", "output", "parsable", "requeue"),
+    *("signal", "test-only", "wait", "wrap"),
+)
+
+_BODY: Final = """\
+runs=(
+{runs}
+)
+# USR1: the time limit is near, or a job of higher priority wants the machine. The run is asked to checkpoint, and the
+# task is queued again. TERM (`scancel`, or the time limit itself) reaches all processes; it ends the task for good.
+wants_requeue= runner=
+trap 'trap : USR1; wants_requeue=yes; [ -z "$runner" ] || kill -USR1 "$runner"' USR1
+trap 'wants_requeue=' TERM
+
+run=${{runs[SLURM_ARRAY_TASK_ID]}}
+submission={submission_dir}
+cd -- {project_dir} || exit
+{command} "$submission/recipes/$run.json" {options} &
+runner=$!
+[ -z "$wants_requeue" ] || kill -USR1 "$runner"
+while wait "$runner"; kill -0 "$runner" 2>/dev/null; do :; done  # a signal ends the `wait`, not the run
+wait "$runner"
+code=$?
+
+# {preempted}: the run has checkpointed. Above 128: it had not begun, or was killed; below 0: bash missed how it ended.
+if [ -n "$wants_requeue" ] && {{ [ "$code" = {preempted} ] || [ "$code" -gt 128 ] || [ "$code" -lt 0 ]; }}; then
+  for pause in 5 15 30 0; do  # many tasks reach their limit together, and the controller may be busy
+    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" && exit 0
+    sleep "$pause"
+  done
+fi
+exit "$code"
+"""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one run needs of each of its machines."""
+
+    num_machines: int
+    num_gpus: int
+    num_cores: int | None  # None leaves it to the cluster
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """What the command line says about the jobs; nothing of it changes an experiment."""
+
+    num_slots: int | None = None  # tasks of one array at a time
+    time_limit: str | None = None  # as `sbatch --time` takes it
+    stop_before_seconds: int = 120  # between the request to checkpoint and the time limit
+    extra: tuple[str, ...] = ()  # further options of `sbatch`, each `--name` or `--name=value`
+
+
+def derive_resources(recipe: Recipe) -> Resources:
+    """One GPU per process, none where the launch config asks for the CPU; cores where the recipe states threads."""
+    launch = recipe.launch
+    try:
+        config = yaml.safe_load(Path(launch.accelerate_config).read_text())
+    except FileNotFoundError:
+        raise RunnerError(f"{recipe.run.grid}/{recipe.run.name}: there is no {launch.accelerate_config}") from None
+    num_processes = launch.num_processes // launch.num_machines
+    uses_cpu = isinstance(config, dict) and config.get("use_cpu") is True
+    threads = launch.num_cpu_threads_per_process
+    num_cores = threads * num_processes if threads is not None else None
+    return Resources(launch.num_machines, 0 if uses_cpu else num_processes, num_cores)
+
+
+def group_runs(recipes: Iterable[Recipe], max_array_size: int) -> list[tuple[Resources, list[Recipe]]]:
+    """One array per kind of machine, in order, none larger than the cluster takes."""
+    groups: dict[Resources, list[Recipe]] = {}
+    for recipe in recipes:
+        groups.setdefault(derive_resources(recipe), []).append(recipe)
+    return [
+        (resources, runs[start : start + max_array_size])
+        for resources, runs in groups.items()
+        for start in range(0, len(runs), max_array_size)
+    ]
+
+
+def check_options(options: ClusterOptions) -> None:
+    """Raises: RefusedError for an option that the script decides or that is none, and for a limit without any time."""
+    limit_seconds = _count_seconds(options.time_limit or "")
+    if limit_seconds is not None and limit_seconds <= options.stop_before_seconds:
+        raise RefusedError(
+            f"`--time-limit {options.time_limit}` is {limit_seconds} s, and a run is asked to leave "
+            f"{options.stop_before_seconds} s before that: it would never begin",
+            hint="a longer `--time-limit`, or a shorter `--stop-before-seconds`",
+        )
+    for option in options.extra:
+        name = option.partition("=")[0].removeprefix("--")
+        if not option.startswith("--") or not name or "\n" in option:
+            raise RefusedError(
+                f"`--slurm-option={option}` is not of the form --name or --name=value", hint="--slurm-option=--qos=long"
+            )
+        if any(own.startswith(name) for own in _OWN_OPTIONS):  # sbatch takes the beginning of a name for the name
+            raise RefusedError(
+                f"`--slurm-option={option}`: --{name} is what `runner` itself decides",
+                hint="see `--slots`, `--time-limit` and `--stop-before-seconds`",
+            )
+
+
+def _count_seconds(time_limit: str) -> int | None:
+    """Seconds of an `sbatch --time`, None for what only Slurm understands.
+
+    >>> [_count_seconds(text) for text in ("2", "2:30", "1:00:00", "1-0", "1-2:30", "UNLIMITED")]
+    [120, 150, 3600, 86400, 95400, None]
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
+    if found is None:
+        return None
+    days, *parts = found.groups()
+    first, second, third = (int(part or 0) for part in parts)
+    if days is not None or parts[2] is not None:
+        return ((int(days or 0) * 24 + first) * 60 + second) * 60 + third
+    return first * 60 + second
+
+
+def build_script(
+    full_names: Sequence[str],
+    resources: Resources,
+    options: ClusterOptions,
+    *,
+    python: str,
+    project_dir: Path,
+    submission: SubmissionPaths,
+    output_root: Path,
+) -> str:
+    """The script of one array job: task i executes run i.
+
+    Raises:
+        RefusedError: a path that no script can hold.
+    """
+    for path in (project_dir, submission.submission_dir, output_root):
+        if "\n" in str(path):
+            raise RefusedError(f"{str(path)!r} has a line break in it, which no batch script can hold")
+    if set(str(submission.submission_dir)) & set("%\\"):
+        raise RefusedError(
+            f"{submission.submission_dir} holds a `%` or a backslash: Slurm would expand it, and not find its log",
+            hint="--output-root, on a path without them",
+        )
+    grids = dict.fromkeys(name.partition("/")[0] for name in full_names)
+    at_a_time = "" if options.num_slots is None else f"%{options.num_slots}"
+    directives = [
+        f"--job-name={','.join(grids)}",
+        f"--array=0-{len(full_names) - 1}{at_a_time}",
+        f"--nodes={resources.num_machines}",
+        "--ntasks-per-node=1",
+        *([f"--cpus-per-task={resources.num_cores}"] if resources.num_cores is not None else []),
+        *([f"--gres=gpu:{resources.num_gpus}"] if resources.num_gpus else []),
+        *([f"--time={options.time_limit}"] if options.time_limit is not None else []),
+        "--requeue",
+        "--open-mode=append",
+        f"--signal=B:USR1@{options.stop_before_seconds}",
+        "--output=%A_%a.txt",  # in the folder of the submission, where it is submitted
+        *options.extra,
+    ]
+    body = _BODY.format(
+        runs="\n".join(f"  {name}" for name in full_names),
+        submission_dir=shlex.quote(str(submission.submission_dir)),
+        project_dir=shlex.quote(str(project_dir)),
+        command=shlex.join([python, "-P", "-m", "runner", "launch"]),
+        options=shlex.quote(f"--output-root={output_root}"),
+        preempted=EXIT_CODES["preempted"],
+    )
+    return "\n".join(["#!/bin/bash", *(f"#SBATCH {shlex.quote(one)}" for one in directives), "", body])
+
+
+DEFAULT_MAX_ARRAY_SIZE: Final = 1001  # Slurm's own
+# Variables of the shell that would win over the script.
+_OVERRIDING: Final = ("ARRAY_INX", "NO_REQUEUE", "OPEN_MODE", "REQUEUE", "SIGNAL", "TEST_ONLY", "WAIT", "WRAP")
+
+
+class Submission(Fact):
+    """`submission.json`: which run is which task of an array. Without a job, the submission may have been killed."""
+
+    submitted_at_utc: str
+    runs: tuple[str, ...]  # grid and run name, by array index
+    job: str | None = None
+
+
+@dataclass(frozen=True)
+class QueuedRun:
+    """A run that Slurm has a task for."""
+
+    task: str  # such as `17_3`
+    state: str  # as squeue says it, with its reason where there is one
+    recipe_path: Path  # as it was submitted
+
+    def find_differences(self, selected: Selected) -> list[str]:
+        """What makes the recipe another experiment than the one that was submitted."""
+        submitted = load_recipe(self.recipe_path)
+        return diff_payloads(build_digest_payload(submitted), build_digest_payload(selected.recipe))
+
+
+@dataclass(frozen=True)
+class ArrayJob:
+    """One array to submit."""
+
+    selected: tuple[Selected, ...]
+    paths: SubmissionPaths
+    script: str
+
+
+@contextmanager
+def hold_submissions(output_root: Path) -> Iterator[Lease]:
+    """Nobody else looks at the queue and submits for this output root meanwhile."""
+    lease = Lease(submission_lock_path(output_root))
+    try:
+        if not lease.try_acquire():
+            raise RefusedError(f"another sweep is submitting runs of {output_root}", hint="wait for it, then repeat")
+        yield lease
+    finally:
+        lease.close()
+
+
+def load_queue(output_root: Path) -> dict[str, QueuedRun]:
+    """Runs of this output root that Slurm has a task for, by grid and run name.
+
+    Raises:
+        RunnerError: Slurm does not answer.
+    """
+    lines = _ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%r|%o").splitlines()
+    queued: dict[str, QueuedRun] = {}
+    for line in lines:
+        array, index, state, reason, command = line.split("|", 4)
+        paths = SubmissionPaths(submissions_dir(output_root) / Path(command).parent.name)
+        if not index.isdecimal() or (submission := _load_submission(paths)) is None:
+            continue
+        full_name = submission.runs[int(index)]
+        why = state.lower() if reason in ("", "None") else f"{state.lower()} ({reason})"
+        queued[full_name] = QueuedRun(f"{array}_{index}", why, paths.recipe_path(full_name))
+    return queued
+
+
+def build_arrays(
+    selected: Sequence[Selected], options: ClusterOptions, output_root: Path, max_array_size: int
+) -> list[ArrayJob]:
+    """What is to be submitted; touches nothing.
+
+    Raises:
+        RefusedError: a run directory elsewhere, or a path that no script can hold.
+    """
+    for one in selected:
+        if one.paths.run_dir.resolve() != run_paths(one.recipe, output_root).run_dir.resolve():
+            raise RefusedError(
+                f"{one.paths.run_dir} is not below {output_root}, where its job would write",
+                hint="name the folder of its runs with --output-root",
+            )
+    by_name = {one.full_name: one for one in selected}
+    arrays = []
+    for resources, recipes in group_runs([one.recipe for one in selected], max_array_size):
+        names = [f"{recipe.run.grid}/{recipe.run.name}" for recipe in recipes]
+        number = f"{now_utc()[:19].replace(':', '').replace('-', '')}-{secrets.token_hex(4)}"
+        paths = SubmissionPaths(submissions_dir(output_root).resolve() / number)
+        script = build_script(
+            names,
+            resources,
+            options,
+            python=sys.executable,
+            project_dir=Path.cwd(),
+            submission=paths,
+            output_root=output_root,
+        )
+        arrays.append(ArrayJob(tuple(by_name[name] for name in names), paths, script))
+    return arrays
+
+
+def submit(array: ArrayJob, lease: Lease) -> str:
+    """Submit one array; returns its job number. The caller holds `hold_submissions`.
+
+    A kill between any two instructions loses nothing: the record is there before the job, and `sbatch` has the lease as
+    its stdin, so that nobody asks the queue before it has ended.
+
+    Raises:
+        RunnerError: Slurm does not take it.
+    """
+    for one in array.selected:
+        path = array.paths.recipe_path(one.full_name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(one.recipe.model_dump_json(indent=1))
+        if load_recipe(path) != one.recipe:
+            raise RefusedError(f"{one.source_path} does not read the same once it is written as {path}")
+    write_text_atomic(array.paths.script_path, array.script)
+    submission = Submission(submitted_at_utc=now_utc(), runs=tuple(one.full_name for one in array.selected))
+    write_json_atomic(array.paths.record_path, submission.model_dump(mode="json"))
+    answer = _ask("sbatch", "--parsable", str(array.paths.script_path), cwd=array.paths.submission_dir, stdin=lease)
+    job = answer.strip().partition(";")[0]  # `17`, or `17;cluster`
+    submitted = submission.model_copy(update={"job": job})
+    write_json_atomic(array.paths.record_path, submitted.model_dump(mode="json"))
+    return job
+
+
+def load_max_array_size() -> int:
+    """The most tasks that one array may have on this cluster."""
+    config = _ask("scontrol", "show", "config")
+    sizes = re.findall(r"^MaxArraySize\s*=\s*(\d+)|\bmax_array_tasks=(\d+)", config, re.MULTILINE)
+    return max(1, min((int(size or tasks) for size, tasks in sizes), default=DEFAULT_MAX_ARRAY_SIZE))
+
+
+def _load_submission(paths: SubmissionPaths) -> Submission | None:
+    """None where the folder is none of ours. Raises: CorruptFileError for a record of another shape."""
+    content = load_json(paths.record_path)
+    try:
+        return None if content is None else Submission.model_validate(content)
+    except ValidationError as error:
+        raise CorruptFileError(f"{paths.record_path} cannot be read: {error.errors()[0]['msg']}") from None
+
+
+def _ask(*command: str, cwd: Path | None = None, stdin: Lease | None = None) -> str:
+    """The standard output of one of Slurm's programs.
+
+    Raises:
+        RunnerError: it is not there, or it fails.
+    """
+    try:
+        result = subprocess.run(
+            command,
+            cwd=cwd,
+            env=_build_environment(),
+            stdin=subprocess.DEVNULL if stdin is None else stdin.fileno(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise RunnerError(
+            f"there is no {command[0]} on this machine", hint="run this where jobs are submitted, or `--engine local`"
+        ) from None
+    if result.returncode != 0:
+        said = result.stderr.strip() or f"exit status {result.returncode}"
+        raise RunnerError(
+            f"{command[0]} failed: {said}",
+            hint="repeat the sweep once Slurm answers: what it took nevertheless is found in the queue",
+        )
+    return result.stdout
+
+
+def _build_environment() -> dict[str, str]:
+    """Ours, without what would filter `squeue`, override the script, or describe a job that we may be in ourselves."""
+    dropped = {f"SBATCH_{name}" for name in _OVERRIDING}
+    is_in_job = "SLURM_JOB_ID" in os.environ
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in dropped
+        and not name.startswith("SQUEUE_")
+        and not (is_in_job and name.startswith("SLURM_") and name != "SLURM_CONF")
+    }

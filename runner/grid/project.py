@@ -1,0 +1,292 @@
+"""`runner init`: a folder from which every other verb works, with a starter grid or a copy of a stock grid.
+
+Owns the shape of a project. Everything is made and rendered once in a hidden folder, then renamed: a failure leaves
+nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from runner.errors import RefusedError, RunnerError
+from runner.grid import starter as init_starter
+from runner.grid.render import RenderedGrid, render_grid
+from runner.grid.spec import list_grids
+from runner.grid.starter import SHARED_FOLDERS, TEMPLATES, find_stock_dir, require_stock_grid
+from runner.recipe.parse import Recipe, parse_recipe
+
+_SAMPLE: Final = "data/demo.jsonl"
+_MAX_LISTED: Final = 8
+_IGNORED: Final = "# Runs are facts of this machine; recipes, templates and data belong to the record.\n/runs/\n"
+_BUILD_DEMO_MODELS: Final = "python -m runner.demo.models"
+
+
+@dataclass(frozen=True)
+class Project:
+    """What was made: the grid, its rendered recipes, and what a person still has to see to."""
+
+    grid: str
+    summary: str
+    notes: tuple[str, ...]
+    commands: tuple[tuple[str, str], ...]  # and what each is for
+
+
+@dataclass(frozen=True)
+class _Starter:
+    """The starter grid as it will be written; `data_path` counts from the project."""
+
+    source_path: Path
+    data_path: str
+    is_own: bool  # a person's rows, not our sample
+    data: init_starter.DataPlan
+    cards: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class _Needs:
+    """What else is in the project because recipes name it, and what they name that is not."""
+
+    missing_data: dict[str, None] = field(default_factory=dict)  # a dict keeps the order and has each once
+    shipped_data: dict[str, None] = field(default_factory=dict)
+    samples: dict[str, None] = field(default_factory=dict)
+    hub_data: dict[str, None] = field(default_factory=dict)
+    hub_models: dict[str, None] = field(default_factory=dict)
+    needs_demo_models: bool = False
+
+
+def run_init(target: Path, from_grid: str | None, data: Path | None, models: Sequence[str]) -> int:
+    """Make the project and print what to do next. Raises: RunnerError; then nothing is left behind."""
+    if from_grid is not None and (data is not None or models):
+        option = "--data" if data is not None else "--model"
+        raise RunnerError(
+            f"{option} goes with the starter grid; --from {from_grid} copies that grid as it is",
+            hint=f"runner init {shlex.quote(str(target))} --from {from_grid}, then edit "
+            f"recipe_templates/{from_grid} and run `runner render`",
+        )
+    stock_dir = find_stock_dir()
+    if from_grid is not None:
+        require_stock_grid(stock_dir, from_grid)
+    _refuse_occupied(target)
+    starter = _plan_starter(stock_dir, target, data, models) if from_grid is None else None
+    with _staged(target) as staging_dir:
+        _copy_shared(stock_dir, staging_dir)
+        grid = from_grid or init_starter.GRID
+        if starter is None:
+            _copy_grid(stock_dir, staging_dir, grid)
+        else:
+            _copy(starter.source_path, staging_dir / starter.data_path)
+            init_starter.write_starter(staging_dir, starter.data_path, starter.data, starter.cards)
+            _make_executable(staging_dir / "sweeps" / f"{grid}.sh")
+        rendered = render_grid(staging_dir / TEMPLATES, grid)
+        recipes = [parse_recipe(text, where=name) for name, text in rendered.texts.items()]
+        needs = _copy_samples(stock_dir, staging_dir, recipes)
+        project = _describe(target, rendered, recipes, needs, [] if starter is None else _describe_starter(starter))
+        (staging_dir / "README.md").write_text(_build_readme(target, project))
+        (staging_dir / ".gitignore").write_text(_IGNORED + ("/demo_models/\n" if needs.needs_demo_models else ""))
+    print("\n".join(_build_message(target, project)))
+    return 0
+
+
+def _refuse_occupied(target: Path) -> None:
+    if target.is_symlink() and not target.exists():
+        raise RefusedError(f"{target} is a link to nothing")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise RefusedError(f"{target} is a file; `runner init` makes a folder")
+    names = sorted(path.name for path in target.iterdir())
+    if names:
+        raise RefusedError(
+            f"{target} is not empty, so nothing was written; in the way: {_shorten(names)}",
+            hint="name a folder that is empty or does not exist yet",
+        )
+
+
+def _shorten(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `target` when all went well, and is removed when anything did not.
+
+    An empty `target` stays what it is, because a shell may stand in it or a disk be mounted on it: what was made moves
+    into it.
+    """
+    home = target if target.exists() else target.absolute().parent
+    home.mkdir(parents=True, exist_ok=True)
+    staging_dir = home / f".{target.absolute().name}.init-{os.getpid()}"
+    moved: list[Path] = []
+    try:
+        staging_dir.mkdir()
+        yield staging_dir
+        if home is target:
+            for child in sorted(staging_dir.iterdir()):
+                moved.append(target / child.name)
+                child.rename(moved[-1])
+        else:
+            staging_dir.rename(target)
+    except BaseException:
+        for path in moved:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(staging_dir, ignore_errors=True)
+
+
+def _copy_shared(stock_dir: Path, project_dir: Path) -> None:
+    """Launch configs, and what templates share: cards, chat templates, and other folders that are no grid."""
+    grids = list_grids(stock_dir / TEMPLATES)
+    folders = [*SHARED_FOLDERS, *(f"{TEMPLATES}/{path.name}" for path in sorted((stock_dir / TEMPLATES).iterdir()))]
+    for folder in folders:
+        if Path(folder).name not in grids:
+            _copy(stock_dir / folder, project_dir / folder)
+
+
+def _copy_grid(stock_dir: Path, project_dir: Path, grid: str) -> None:
+    _copy(stock_dir / TEMPLATES / grid, project_dir / TEMPLATES / grid)
+    sweep = Path("sweeps") / f"{grid}.sh"
+    if (stock_dir / sweep).exists():
+        _copy(stock_dir / sweep, project_dir / sweep)
+        _make_executable(project_dir / sweep)
+
+
+def _plan_starter(stock_dir: Path, target: Path, data: Path | None, models: Sequence[str]) -> _Starter:
+    source_path = data or stock_dir / _SAMPLE
+    plan = init_starter.plan_data(source_path)
+    cards = init_starter.build_cards(models, stock_dir / TEMPLATES, target)
+    return _Starter(source_path, f"data/{_name_data(source_path)}", data is not None, plan, cards)
+
+
+def _describe_starter(starter: _Starter) -> list[str]:
+    """What the starter grid does with the rows and the models, a line each."""
+    path, plan = starter.data_path, starter.data
+    columns = [value for key, value in plan.task.items() if key.endswith("_column")]
+    task = ": ".join([plan.task["name"], *([" -> ".join(columns)] if columns else [])])
+    notes = [f"{path}: {plan.num_rows} different rows, read as {task}"]
+    if starter.is_own:
+        notes.append(f"{path} is a copy of {starter.source_path}: edit the copy, or name another file in the template")
+    if plan.unused:
+        notes.append(f"not read, columns of {path}: {', '.join(plan.unused)}")
+    notes += [f"left out of {path}: {line}" for line in plan.left_out]
+    notes.append(
+        f"rows: {plan.num_held_out} for validation, {plan.num_held_out} for test, "
+        f"{' or '.join(map(str, plan.train_counts))} to train on"
+    )
+    for name, card in starter.cards.items():
+        template = card["chat_template"] or "the tokenizer's own"
+        notes.append(f"model {name}: {card['path']}, {card['dtype']}, chat template: {template}")
+    return notes
+
+
+def _name_data(path: Path) -> str:
+    """The name of a data file in the project: plain characters, the same suffix."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:100] or "rows"
+    return f"{stem}{path.suffix}"
+
+
+def _copy_samples(stock_dir: Path, project_dir: Path, recipes: Sequence[Recipe]) -> _Needs:
+    """Copy what we ship of the rows that the recipes name, or in their schema; tell what else they name."""
+    needs = _Needs()
+    for recipe in recipes:
+        for source in (recipe.data.train, recipe.data.validation, recipe.data.test):
+            if source is None or (project_dir / source.path).exists():
+                continue
+            is_local = source.path.startswith("data/") and ".." not in Path(source.path).parts
+            if is_local and (stock_dir / source.path).exists():
+                _copy(stock_dir / source.path, project_dir / source.path)
+                needs.shipped_data[source.path] = None
+                continue
+            for sample in (f"data/{recipe.data.task.name}", f"data/{recipe.run.grid}_sample"):
+                if (stock_dir / sample).is_dir():
+                    _copy(stock_dir / sample, project_dir / sample)
+                    needs.samples[sample] = None
+            (needs.missing_data if is_local else needs.hub_data)[source.path] = None
+        if recipe.model.path.startswith("demo_models/"):
+            needs.needs_demo_models = True
+        elif not Path(recipe.model.path).is_absolute() and not recipe.model.path.startswith("."):
+            needs.hub_models[recipe.model.path] = None
+    return needs
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy contents without modes: an installed package may be read-only."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+        shutil.copytree(source, target, ignore=ignored, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        return
+    shutil.copyfile(source, target)
+
+
+def _make_executable(path: Path) -> None:
+    path.chmod(path.stat().st_mode | 0o111)
+
+
+def _describe(
+    target: Path, rendered: RenderedGrid, recipes: Sequence[Recipe], needs: _Needs, notes: Sequence[str]
+) -> Project:
+    grid, axes = rendered.grid, " x ".join(recipes[0].run.axes)
+    more = []
+    if needs.shipped_data:
+        more.append(f"rows, a sample that comes with the runner: {', '.join(needs.shipped_data)}")
+    if needs.missing_data:
+        more.append(f"rows that do not come with the runner, put yours there: {_shorten(list(needs.missing_data))}")
+    more += [f"rows come from the hub: {', '.join(needs.hub_data)}"] if needs.hub_data else []
+    if needs.samples:
+        more.append(f"a few rows in the same schema, to try with `data.train.path=...`: {', '.join(needs.samples)}")
+    if needs.hub_models:
+        more.append(f"models come from the hub: {', '.join(needs.hub_models)} (a gated one needs `hf auth login`)")
+    folder = os.path.relpath(target.absolute())
+    commands = [(f"cd {shlex.quote(folder)}", "")] if folder != "." else []
+    if needs.needs_demo_models:
+        commands.append((_BUILD_DEMO_MODELS, "small models to try things with: offline, about a minute"))
+    commands += [
+        ("runner render", f"recipe_templates/{grid} -> recipes/{grid}"),
+        (f"runner check recipes/{grid}", "rows, lengths, truncation, labels, before any device time"),
+        (f"runner sweep recipes/{grid} --dry-run", "what would be started"),
+        (f"runner sweep recipes/{grid}", "again after an interruption: it goes on where it was"),
+        (f"runner report recipes/{grid}", ""),
+    ]
+    return Project(grid, f"the grid `{grid}`, {len(recipes)} recipes ({axes})", (*notes, *more), tuple(commands))
+
+
+def _build_message(target: Path, project: Project) -> list[str]:
+    lines = [f"{target} is ready: {project.summary}", *(f"  {note}" for note in project.notes), "", "next:"]
+    return lines + _list_commands(project.commands)
+
+
+def _list_commands(commands: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(command) for command, _ in commands)
+    return [f"  {command:<{width}}  # {why}" if why else f"  {command}" for command, why in commands]
+
+
+def _build_readme(target: Path, project: Project) -> str:
+    commands = [line[2:] for line in _list_commands([one for one in project.commands if not one[0].startswith("cd ")])]
+    notes = "".join(f"- {note}\n" for note in project.notes)
+    return _README.format(title=target.absolute().name, grid=project.grid, notes=notes, commands="\n".join(commands))
+
+
+_README: Final = """\
+# {title}
+
+{notes}
+```bash
+{commands}
+```
+
+- `recipe_templates/{grid}/grid.yaml`: the axes. `recipe.yaml.j2` beside it: everything else that a recipe says.
+- `recipe_templates/models/`: one card per base model. `recipe_templates/chat/`: chat templates for models without.
+- `recipes/{grid}/`: one recipe per run, generated: change the template, then `runner render`. Commit them.
+- `runs/{grid}/`: logs, checkpoints, scores and models, one folder per run. Not committed.
+- `accelerate_configs/`, `ds_configs/`: how processes start. `sweeps/{grid}.sh`: the grid from bash.
+"""

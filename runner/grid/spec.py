@@ -1,0 +1,272 @@
+"""What a person writes beside a template: `grid.yaml` and the model cards, read into frozen, typed objects.
+
+Owns what such a file may say. `grid_cells` multiplies the axes, `render` fills the template.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from runner.errors import GridError, Problem, RecipeError
+from runner.recipe.hf_fields import FrozenDict, freeze
+from runner.recipe.parse import MAX_RECIPE_BYTES
+from runner.recipe.problems import find_growth, find_hazards, find_lines, find_resolvers, find_unusable_values
+from runner.recipe.schema import NAME_PATTERN, ModelSection, Scalar, Text
+from runner.strict import Section
+
+_AXIS_NAME: Final = r"[A-Za-z][A-Za-z0-9_]*"
+# Names that a template already gives a meaning to.
+_TAKEN_NAMES: Final = frozenset(
+    ("axes", "grid", "models", "name", "range", "loop", "self", "and", "else", "elif", "for", "if", "in", "is", "not")
+    + ("or", "set", "include", "true", "false", "none", "True", "False", "None", "recursive", "with", "without")
+)
+
+
+def get_label(value: Any) -> Scalar:
+    """What stands for an axis value in names, on the command line and in `run.axes`."""
+    label: Scalar = value["name"] if isinstance(value, Mapping) else value
+    return label
+
+
+def _check_label(label: Any) -> Any:
+    if isinstance(label, str) and not re.fullmatch(r"[^\s,]([^,\x00-\x1f\x7f]{0,198}[^\s,])?", label):
+        raise ValueError(
+            f"{label!r} cannot be chosen with --where: a label has no comma, no line break, no space at an end and at "
+            "most 200 characters; give a long value as a mapping with a short `name`"
+        )
+    if not isinstance(label, str | bool | int | float | None):
+        raise ValueError(f"{label!r} is not a label: expected a text, number, boolean or null")
+    return label
+
+
+def _check_axis_value(value: Any) -> Any:
+    if isinstance(value, Mapping) and "name" not in value:
+        raise ValueError("a mapping as axis value needs the key `name`, its label")
+    _check_label(get_label(value))
+    return freeze(value)
+
+
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+AxisValue = Annotated[Any, AfterValidator(_check_axis_value)]
+Labels = Annotated[
+    tuple[Annotated[Any, AfterValidator(_check_label)], ...], Field(min_length=1), BeforeValidator(_listed)
+]
+Conditions = Annotated[dict[str, Labels], AfterValidator(freeze)]
+
+
+class Axis(Section):
+    """The values of one axis; with `when`, only in cells whose earlier axes have one of those labels."""
+
+    values: Annotated[tuple[AxisValue, ...], Field(min_length=1)]
+    when: Conditions = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_a_bare_list(cls, value: Any) -> Any:
+        definition = {"values": value} if isinstance(value, list) else value
+        if isinstance(definition, dict) and isinstance(definition.get("values"), list):
+            return {**definition, "values": tuple(definition["values"])}
+        return definition
+
+
+class Exclusion(Section):
+    """Cells that are left out, and the reason that is printed."""
+
+    when: Annotated[Conditions, Field(min_length=1)]
+    why: Text
+
+
+class GridSpec(Section):
+    """One `grid.yaml`."""
+
+    name: Text
+    axes: Annotated[dict[str, Axis], Field(min_length=1), AfterValidator(freeze)]
+    exclude: tuple[Exclusion, ...] = ()
+    include: tuple[FrozenDict, ...] = ()
+
+
+class ModelCard(ModelSection):
+    """One file of `recipe_templates/models`: the `model` section of a recipe, and where LoRA goes."""
+
+    target_modules: Text | tuple[Text, ...]
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """A question that ends an error message, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean `{close[0]}`?" if close else ""
+
+
+def list_grids(templates_root: Path) -> list[str]:
+    """The names of all grids."""
+    return sorted(path.parent.name for path in templates_root.glob("*/grid.yaml"))
+
+
+def load_grid(templates_root: Path, grid: str) -> GridSpec:
+    """The grid file of a grid, checked. Raises: GridError, with every problem and its line."""
+    known = list_grids(templates_root)
+    if grid not in known or not re.fullmatch(NAME_PATTERN, grid):
+        message = f"no grid {grid!r} in {templates_root}{suggest(grid, known)}"
+        raise GridError(message, hint=f"the grids are {', '.join(known)}" if known else None)
+    path = templates_root / grid / "grid.yaml"
+    text, container = _load_mapping(path)
+    try:
+        spec = GridSpec.model_validate_json(json.dumps(container))
+    except ValidationError as error:
+        raise _list_problems(path, text, error, GridSpec) from None
+    lines = find_lines(text)
+    problems = [Problem(key, what, _nearest_line(key, lines)) for key, what in _check_spec(spec)]
+    if problems:
+        raise GridError(RecipeError(str(path), problems).message)
+    return spec
+
+
+def load_cards(templates_root: Path) -> dict[str, dict[str, Any]]:
+    """All model cards by file stem, as plain values. Raises: GridError."""
+    cards: dict[str, dict[str, Any]] = {}
+    for path in sorted((templates_root / "models").glob("*.yaml")):
+        text, container = _load_mapping(path)
+        try:
+            cards[path.stem] = ModelCard.model_validate_json(json.dumps(container)).model_dump(mode="json")
+        except ValidationError as error:
+            raise _list_problems(path, text, error, ModelCard) from None
+    return cards
+
+
+def applies(when: Mapping[str, Sequence[Scalar]], cell: Mapping[str, Any]) -> bool:
+    """Whether a cell has, for every axis named in `when`, one of the labels; an absent axis has none."""
+    return all(axis in cell and find_label(get_label(cell[axis]), labels) is not None for axis, labels in when.items())
+
+
+def show_label(label: Any) -> str:
+    return label if isinstance(label, str) else json.dumps(label)
+
+
+def find_label(label: Any, values: Sequence[Any]) -> int | None:
+    """The position of a label among axis values; 1, 1.0, true and "1" are four labels."""
+    wanted = json.dumps(label)
+    return next((n for n, value in enumerate(values) if json.dumps(get_label(value)) == wanted), None)
+
+
+def _check_spec(spec: GridSpec) -> Iterator[tuple[str, str]]:
+    """Dotted key and problem of everything that types cannot say."""
+    names = list(spec.axes)
+    for position, (name, axis) in enumerate(spec.axes.items()):
+        if not re.fullmatch(_AXIS_NAME, name) or name in _TAKEN_NAMES:
+            yield f"axes.{name}", "is not an axis name: letters, digits, _; not a word that templates use"
+        for n, value in enumerate(axis.values):
+            if find_label(get_label(value), axis.values) != n:
+                yield f"axes.{name}", f"has {show_label(get_label(value))} twice"
+        earlier = {other: spec.axes[other] for other in names[:position]}
+        yield from _check_conditions(f"axes.{name}.when", axis.when, earlier, "an axis above this one")
+    for n, rule in enumerate(spec.exclude):
+        yield from _check_conditions(f"exclude.{n}.when", rule.when, spec.axes, "an axis")
+    for n, cell in enumerate(spec.include):
+        yield from _check_inclusion(spec, f"include.{n}", cell)
+
+
+def _check_conditions(
+    key: str, when: Mapping[str, Sequence[Scalar]], axes: Mapping[str, Axis], expected: str
+) -> Iterator[tuple[str, str]]:
+    for name, labels in when.items():
+        if name not in axes:
+            yield f"{key}.{name}", f"is not {expected}" + suggest(name, list(axes))
+            continue
+        known = [get_label(value) for value in axes[name].values]
+        for label in labels:
+            if find_label(label, known) is None:
+                shown = ", ".join(json.dumps(item) for item in known[:8])
+                yield f"{key}.{name}", f"got {json.dumps(label)}, which is not a value of the axis: {shown}"
+
+
+def _check_inclusion(spec: GridSpec, key: str, cell: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in cell:
+        if name not in spec.axes:
+            yield f"{key}.{name}", "is not an axis" + suggest(name, list(spec.axes))
+    values: dict[str, Any] = {}
+    for name, axis in spec.axes.items():
+        if name in cell:
+            try:
+                _check_axis_value(cell[name])
+            except ValueError as error:
+                yield f"{key}.{name}", str(error)
+                continue
+            yield from _check_included_value(f"{key}.{name}", cell[name], axis)
+            values[name] = cell[name]
+        if applies(axis.when, values) != (name in cell):
+            yield f"{key}.{name}", "does not apply in this cell" if name in cell else "is missing: a cell is whole"
+
+
+def _check_included_value(key: str, value: Any, axis: Axis) -> Iterator[tuple[str, str]]:
+    position = find_label(get_label(value), axis.values)
+    if isinstance(value, Mapping) and position is not None:
+        yield key, f"gives another meaning to {show_label(get_label(value))}, a value of the axis: use the label alone"
+    elif position is None and not isinstance(value, Mapping) and any(isinstance(v, Mapping) for v in axis.values):
+        yield key, f"{show_label(value)} is no value of the axis: give a mapping with `name`"
+
+
+def _load_mapping(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text and content of a file that is read as a recipe is: `1e-5` is a number, no key stands twice."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > MAX_RECIPE_BYTES:
+            raise ValueError(f"longer than {MAX_RECIPE_BYTES:,} characters")
+        if hazards := find_hazards(text):
+            raise GridError(RecipeError(str(path), hazards).message)
+        config = OmegaConf.create(text)
+        if not isinstance(config, DictConfig):
+            raise ValueError("must be a mapping")
+        unresolved = OmegaConf.to_container(config, resolve=False)
+        problems = find_resolvers(unresolved, text) or find_growth(unresolved)
+        if not problems:
+            container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            assert isinstance(container, dict)
+            problems = find_unusable_values(container, text)
+            if not problems:
+                return text, {str(key): value for key, value in container.items()}
+    except (OmegaConfBaseException, YAMLError, RecursionError, OSError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        what = str(getattr(error, "problem", None) or error).splitlines()[0]
+        problems = [Problem(getattr(error, "full_key", None) or "(file)", what, mark.line + 1 if mark else 1)]
+    raise GridError(RecipeError(str(path), problems).message)
+
+
+def _list_problems(path: Path, text: str, error: ValidationError, model: type[Section]) -> GridError:
+    lines, problems = find_lines(text), []
+    for detail in error.errors():
+        location = [str(part) for part in detail["loc"]]
+        if detail["type"] == "extra_forbidden":
+            parts: dict[str, type[Section]] = {"axes": Axis, "exclude": Exclusion}
+            known = list(parts.get(location[0] if len(location) > 1 else "", model).model_fields)
+            what = "unknown key" + suggest(location[-1], known)
+        elif detail["type"] == "missing":
+            what = "is missing"
+        elif detail["type"] == "value_error":
+            what = str(detail["ctx"]["error"])
+        else:
+            what = f"got {json.dumps(detail['input'], ensure_ascii=False):.60}: {detail['msg']}"
+        key = ".".join(location)
+        problems.append(Problem(key, what, _nearest_line(key, lines)))
+    return GridError(RecipeError(str(path), sorted(problems, key=lambda problem: problem.line or 0)).message)
+
+
+def _nearest_line(key: str, lines: Mapping[str, int]) -> int:
+    """The line of a key, or of the closest one around it; a bare list of values has no key `values`."""
+    while key:
+        if (line := lines.get(key) or lines.get(key.replace(".values.", ".", 1))) is not None:
+            return line
+        key = key.rpartition(".")[0]
+    return 1

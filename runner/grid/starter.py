@@ -1,0 +1,306 @@
+"""The starter grid of `runner init`: what fits a person's rows and models, written into the files of `starter/`.
+
+Owns what is read off a data file and a model folder. Imports the data part of the training process when called, because
+only the reader that trains knows what a file holds; none of it imports torch.
+
+The files that come with the runner: stock grids, model cards, chat templates, launch configs, sweeps, data samples.
+
+Owns where they are. They stand at the top of the source tree and nowhere else; a wheel holds them in `runner/stock`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+from runner.errors import RunnerError
+from runner.grid.spec import list_grids, load_cards, suggest
+from runner.grid.template import quote_yaml
+from runner.recipe.schema import DataSection, DataSource
+
+SHARED_FOLDERS: Final = ("accelerate_configs", "ds_configs")
+TEMPLATES: Final = "recipe_templates"
+
+
+def find_package_dir() -> Path:
+    """The folder of the package, which holds the starter grid."""
+    return Path(str(files("runner")))
+
+
+def find_stock_dir() -> Path:
+    """The folder with `recipe_templates` and the others: inside an installed package, around it in a source tree."""
+    package_dir = find_package_dir()
+    for folder in (package_dir / "stock", package_dir.parent):
+        if (folder / TEMPLATES).is_dir():
+            return folder
+    raise RunnerError(f"the stock files are missing beside {package_dir}", hint="pip install --force-reinstall .")
+
+
+def list_stock_grids(stock_dir: Path) -> Mapping[str, str]:
+    """Every stock grid and the comment that opens its grid file."""
+    titles: dict[str, str] = {}
+    for grid in list_grids(stock_dir / TEMPLATES):
+        first_line = (stock_dir / TEMPLATES / grid / "grid.yaml").read_text().partition("\n")[0]
+        titles[grid] = first_line.lstrip("# ") if first_line.startswith("#") else ""
+    return titles
+
+
+def require_stock_grid(stock_dir: Path, grid: str) -> None:
+    """Raises RunnerError, with all that there are, for a name that is no stock grid."""
+    titles = list_stock_grids(stock_dir)
+    if grid not in titles:
+        width = max(map(len, titles))
+        listed = "\n".join(f"  {name:<{width}}  {title}" for name, title in titles.items())
+        raise RunnerError(f"there is no stock grid {grid!r}{suggest(grid, list(titles))}\n\n{listed}")
+
+
+GRID: Final = "first"
+DEMO_CARD: Final = "demo-gemma"
+DEMO_MODEL: Final = "demo_models/gemma"
+_CARD_KEYS: Final = ("path", "dtype", "attn_implementation", "chat_template", "pad_token", "target_modules")
+_MIN_ROWS: Final = 4
+_MAX_HELD_OUT: Final = 100
+_MAX_TRAIN: Final = 1000
+_LENGTHS: Final = (128, 256, 512, 1024, 2048, 4096)
+_NO_TEMPLATE: Final = "recipe_templates/chat/human_assistant.jinja"
+_SUMMARY_PROMPT: Final = "Summarize this text.\n\n{document}"
+
+# Columns that tell the task, the first that are all there; what the task section then says.
+_TASKS: Final[tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]] = (
+    (("messages",), {"name": "conversations"}),
+    (("conversations",), {"name": "conversations"}),
+    (("conversation",), {"name": "conversations"}),
+    (("message_id", "parent_id", "role", "text"), {"name": "oasst1"}),
+    (("message_tree_id", "prompt"), {"name": "oasst1"}),
+    (
+        ("context", "question", "answers"),
+        {
+            "name": "squad_v2",
+            "prompt": "Answer with words of the text, or with `unanswerable`.\n\n{context}\n\nQuestion: {question}",
+        },
+    ),
+    (("sentence", "label"), {"name": "sst2", "prompt": "Is this sentence positive or negative?\n\n{sentence}"}),
+    *(
+        (pair, {"name": "prompt_completion", "prompt_column": pair[0], "completion_column": pair[1]})
+        for pair in (
+            ("prompt", "completion"),
+            ("prompt", "response"),
+            ("instruction", "response"),
+            ("instruction", "output"),
+            ("question", "answer"),
+            ("input", "output"),
+        )
+    ),
+    *(
+        (
+            pair,
+            {
+                "name": "summarization",
+                "prompt": _SUMMARY_PROMPT,
+                "document_column": pair[0],
+                "summary_column": pair[1],
+            },
+        )
+        for pair in (("document", "summary"), ("dialogue", "summary"), ("text", "summary"), ("article", "highlights"))
+    ),
+)
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """A data file and the numbers that suit it. `num_rows` counts different rows; `unused` are columns nobody reads."""
+
+    task: Mapping[str, str]
+    num_rows: int
+    unused: tuple[str, ...]
+    left_out: tuple[str, ...]  # what the task or the splits leave out, a line each
+    num_held_out: int  # rows each of validation and test
+    train_counts: tuple[int, ...]
+    max_length: int  # tokens
+
+
+def plan_data(path: Path) -> DataPlan:
+    """What the rows of a file are and how they are split. Raises: RunnerError, also for a file that cannot be read."""
+    from runner.data.rows import draw_splits
+    from runner.data.sources import load_rows
+    from runner.data.tasks import build_examples
+
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise RunnerError(
+            f"`--data {path}` {what}; expected one JSONL, JSON, CSV or Parquet file",
+            hint="start without --data, then name the folder or hub data set in recipe_templates/first/recipe.yaml.j2",
+        )
+    source = DataSource(path=str(path))
+    first = next(iter(load_rows(source)), None)
+    if first is None:
+        raise RunnerError(f"{path} holds no rows")
+    task, unused = detect_task(first[1], first[0])
+
+    def read(num_held_out: int) -> DataSection:
+        counts = {"num_validation_samples": num_held_out, "num_test_samples": num_held_out, "seed": 42, "max_length": 1}
+        return DataSection.model_validate_json(json.dumps({"train": source.model_dump(), "task": task, **counts}))
+
+    examples = build_examples(load_rows(source), read(1).task).examples
+    num_bytes = {
+        json.dumps(example.messages): sum(len(message["content"].encode()) for message in example.messages)
+        for example in examples
+    }
+    if len(num_bytes) < _MIN_ROWS:
+        found = f"{len(num_bytes)} different {'row' if len(num_bytes) == 1 else 'rows'}"
+        raise RunnerError(f"{path} holds {found}; {_MIN_ROWS} are needed to train, select and test")
+    num_held_out = max(1, min(_MAX_HELD_OUT, len(num_bytes) // 6))
+    splits = draw_splits(read(num_held_out))  # rows of one group stay together: fewer may be left
+    return DataPlan(
+        task=task,
+        num_rows=len(num_bytes),
+        unused=unused,
+        left_out=tuple(splits.left_out.describe()),
+        num_held_out=num_held_out,
+        train_counts=choose_train_counts(len(splits.train)),
+        max_length=guess_max_length(max(num_bytes.values())),
+    )
+
+
+def detect_task(row: Any, where: str) -> tuple[Mapping[str, str], tuple[str, ...]]:
+    """The task section for rows like this one, and the columns that it leaves aside. Raises: RunnerError."""
+    if isinstance(row, list):
+        return {"name": "conversations"}, ()
+    columns = list(row) if isinstance(row, Mapping) else []
+    for needed, task in _TASKS:
+        if all(name in columns for name in needed):
+            if task["name"] == "prompt_completion" and all(isinstance(row[name], list) for name in needed):
+                task = {"name": "conversations"}  # both hold messages
+            known = ("label_texts", "id", "idx", *needed) if task["name"] != "oasst1" else tuple(columns)
+            return task, tuple(name for name in columns if name not in known)
+    found = ", ".join(map(str, columns)) or "no columns"
+    known_columns = "; ".join(dict.fromkeys(", ".join(needed) for needed, _ in _TASKS))
+    raise RunnerError(
+        f"{where}: cannot tell the task from the columns: {found}",
+        hint=f"name the columns as one of these: {known_columns}\n"
+        "      or start without --data, and write `data.train.path` and `data.task` into "
+        "recipe_templates/first/recipe.yaml.j2",
+    )
+
+
+def choose_train_counts(num_left: int) -> tuple[int, ...]:
+    """A quarter and all of the rows that are left for training, within bounds.
+
+    >>> choose_train_counts(320), choose_train_counts(2), choose_train_counts(1), choose_train_counts(100_000)
+    ((80, 320), (1, 2), (1,), (250, 1000))
+    """
+    largest = min(_MAX_TRAIN, num_left)
+    return tuple(sorted({max(1, largest // 4), largest}))
+
+
+def guess_max_length(num_bytes: int) -> int:
+    """A `max_length` in tokens that holds a row of so many bytes, at two bytes a token, within what models take.
+
+    >>> guess_max_length(300), guess_max_length(100_000)
+    (256, 4096)
+    """
+    return next((length for length in _LENGTHS if 2 * length >= num_bytes + 64), _LENGTHS[-1])
+
+
+def build_cards(models: Sequence[str], templates_root: Path, project_dir: Path) -> dict[str, Mapping[str, Any]]:
+    """A card for every `--model`, by name: a stock card, or a new one from what the model's folder says."""
+    if not models:
+        return {DEMO_CARD: _new_card(DEMO_MODEL, "float32", None)}
+    stock = load_cards(templates_root)
+    cards: dict[str, Mapping[str, Any]] = {}
+    for model in models:
+        name, card = _find_card(model, stock, project_dir)
+        if name in cards:
+            raise RunnerError(f"two of the models would be called {name!r}; give one --model, and add a card by hand")
+        cards[name] = card
+    return cards
+
+
+def _find_card(model: str, stock: Mapping[str, Mapping[str, Any]], project_dir: Path) -> tuple[str, Mapping[str, Any]]:
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        for name, card in stock.items():
+            if model.lower() in (name.lower(), str(card["path"]).lower()):
+                return name, {key: card[key] for key in _CARD_KEYS}
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model):
+            raise RunnerError(
+                f"`--model {model}`: there is no such folder, and it is not a hub id like google/gemma-2-2b-it",
+                hint=f"a folder, a hub id, or one of the stock cards {', '.join(stock)}",
+            )
+        return _name_card(model, stock), _new_card(model, "bfloat16", None)
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise RunnerError(f"`--model {model}`: the folder has no config.json, so it is no model")
+    try:
+        config = json.loads(config_path.read_text())
+        dtype = config.get("dtype") or config.get("torch_dtype")
+    except (ValueError, AttributeError) as error:
+        raise RunnerError(f"{config_path} cannot be read: {error}") from None
+    dtype = dtype if dtype in ("float32", "bfloat16", "float16") else "bfloat16"
+    path = str(folder) if folder.is_absolute() else _relative_to(folder, project_dir)
+    template = None if _has_chat_template(folder) else _NO_TEMPLATE
+    return _name_card(folder.resolve().name, stock), _new_card(path, dtype, template)
+
+
+def _relative_to(folder: Path, project_dir: Path) -> str:
+    """Recipes count paths from the project, a person on the command line from where they stand."""
+    return os.path.relpath(folder.resolve(), project_dir.resolve())
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _name_card(model: str, stock: Mapping[str, Any]) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rpartition("/")[2]).strip(".-_")[:60] or "model"
+    return f"{name}-own" if name in stock else name
+
+
+def _new_card(path: str, dtype: str, chat_template: str | None) -> dict[str, Any]:
+    values = (path, dtype, None, chat_template, "auto", "all-linear")
+    return dict(zip(_CARD_KEYS, values, strict=True))
+
+
+def write_starter(project_dir: Path, data_path: str, data: DataPlan, cards: Mapping[str, Mapping[str, Any]]) -> None:
+    """The starter grid, its cards and its sweep, into a project that has the stock templates already."""
+    counts = list(data.train_counts)
+    values = {
+        "DIGITS": str(max(3, len(str(counts[-1])))),
+        "MODELS": quote_yaml(list(cards)),
+        "TRAIN_COUNTS": quote_yaml(counts),
+        "TRAIN_COUNTS_WORDS": " ".join(map(str, counts)),
+        "DATA_PATH": data_path,
+        "TASK": "\n".join(f"    {key}: {quote_yaml(value)}" for key, value in data.task.items()),
+        "NUM_HELD_OUT": str(data.num_held_out),
+        "MAX_LENGTH": str(data.max_length),
+        # A model of a million parameters learns nothing at the rate that suits a real one.
+        "LEARNING_RATE": "4e-3" if list(cards) == [DEMO_CARD] else "2e-4",
+    }
+    starter_dir = find_package_dir() / "grid" / "starter_files"
+    templates_root = project_dir / TEMPLATES
+    targets = {
+        "grid.yaml": templates_root / GRID / "grid.yaml",
+        "recipe.yaml.j2": templates_root / GRID / "recipe.yaml.j2",
+        "sweep.sh": project_dir / "sweeps" / f"{GRID}.sh",
+    }
+    for name, target in targets.items():
+        text = (starter_dir / name).read_text()
+        for key, value in values.items():
+            text = text.replace(f"@{key}@", value)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+    for name, card in cards.items():
+        path = templates_root / "models" / f"{name}.yaml"
+        if not path.exists():
+            path.write_text("".join(f"{key}: {quote_yaml(value)}\n" for key, value in card.items()))

@@ -1,0 +1,1 @@
+"""One attempt: where it runs, its command, and its process."""

@@ -1,0 +1,399 @@
+"""One attempt of one run: takes the lease, opens the record, starts `accelerate launch`, closes the record.
+
+What is written of a run, under its lease, before an attempt is started and after it has ended, or refuses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from runner.checkpoints.choose import look_ahead, refuse_to_continue
+from runner.checkpoints.marker import list_committed
+from runner.errors import CorruptFileError, RefusedError, RunnerError
+from runner.files import write_json_atomic
+from runner.launch.command import LaunchCommand
+from runner.launch.placement import name_cluster_job
+from runner.plan.status import find_differences, find_divisor
+from runner.processes import OWNER_VARIABLE, die_with_parent, kill_processes_of
+from runner.recipe.identity import derive_digest, list_library_versions
+from runner.recipe.parse import Recipe, derive_accumulation
+from runner.run.failures import build_failure, explain_silence, read_log_tail
+from runner.run.lease import ATTEMPT_VARIABLE, Lease, has_ranks, hold_launcher_lock, wait_for_ranks
+from runner.run.paths import AttemptPaths, RunPaths, old_run_dir
+from runner.run.record import (
+    DETERMINISTIC_KINDS,
+    Attempt,
+    Failure,
+    RunRecord,
+    StopRequest,
+    StoredRecipe,
+    load_failure,
+    load_progress,
+    load_record,
+    load_result,
+    load_stop_request,
+    load_stored_recipe,
+    now_utc,
+    write_record,
+)
+from runner.secrets import scrub_json, scrub_log
+
+
+def prepare_run(recipe: Recipe, contents: Mapping[str, str], paths: RunPaths) -> None:
+    """Write `recipe.json` of a run that is not complete; refuse a directory that holds another experiment.
+
+    The caller holds the lease. `contents` is whole.
+    """
+    digest = derive_digest(recipe, contents)
+    differences = find_differences(paths, recipe, contents)
+    if not differences and (stored := load_stored_recipe(paths)) is not None and stored.recipe_digest != digest:
+        gone = [path for path in stored.contents if path not in contents]
+        differences = [f"content of {path}: not there any more" for path in gone] or ["recipe_digest: another one"]
+    if differences:
+        shown = "\n".join(f"  {line}" for line in differences)
+        raise RefusedError(
+            f"{paths.run_dir} holds another experiment, the recipe changed since:\n{shown}",
+            hint="change the recipe back, give the new one another name, or move the old run aside with "
+            "`runner launch RECIPE --fresh`",
+        )
+    if load_result(paths) is None:
+        content = StoredRecipe(recipe=recipe, recipe_digest=digest, contents=dict(contents))
+        write_json_atomic(paths.recipe_path, content.model_dump(mode="json"))
+
+
+def refuse_uncontinuable(
+    recipe: Recipe,
+    contents: Mapping[str, str],
+    paths: RunPaths,
+    command: LaunchCommand,
+    num_processes: int,
+    resume: str,
+    divisor: int,
+) -> None:
+    """Refuse what the trainer would refuse once it has started: to continue a checkpoint of another launch.
+
+    The caller holds the lease, and has written nothing yet: `recipe.json` still says how the run was launched before.
+
+    Raises:
+        RefusedError: with what differs, and the ways out.
+    """
+    stored, digest = load_stored_recipe(paths), derive_digest(recipe, contents)
+    if stored is None or stored.recipe_digest != digest:  # a new run, or another experiment, which is refused as such
+        return
+    threads = command.environment.get("OMP_NUM_THREADS")
+    found = look_ahead(paths, recipe, digest, num_processes, divisor=divisor, threads=threads, resume=resume)
+    refuse_to_continue(found, recipe)
+
+
+def open_attempt(
+    paths: RunPaths,
+    command: LaunchCommand,
+    num_processes: int,
+    git_state: tuple[str | None, bool | None],
+    resume: str = "auto",
+    retry: int = 0,
+    micro_batch_divisor: int = 1,
+) -> Attempt:
+    """Append an attempt to `run.json` and make its folder, before anything is started. The caller holds the lease.
+
+    A request to stop an earlier attempt goes first, and what a kill left half written.
+    """
+    paths.stop_path.unlink(missing_ok=True)
+    for leftover in paths.list_temporaries():
+        leftover.unlink(missing_ok=True)
+    record = load_record(paths)
+    for earlier in record.attempts:
+        if earlier.ended_at_utc is None:  # its launcher was killed before it could do this
+            with contextlib.suppress(OSError):
+                scrub_log(paths.attempt(earlier.number).log_path)
+    attempt = Attempt(
+        number=record.attempts[-1].number + 1 if record.attempts else 1,
+        started_at_utc=now_utc(),
+        command=command.argv,
+        environment=scrub_json(dict(command.environment)),
+        num_processes=num_processes,
+        host=socket.gethostname(),
+        cluster_job=name_cluster_job(os.environ),
+        resume=resume,
+        retry=retry,
+        micro_batch_divisor=micro_batch_divisor,
+        devices={**os.environ, **command.environment}.get("CUDA_VISIBLE_DEVICES"),
+        git_commit=git_state[0],
+        git_is_dirty=git_state[1],
+        versions=list_library_versions(),
+    )
+    paths.attempt(attempt.number).attempt_dir.mkdir(parents=True, exist_ok=True)
+    write_record(paths, RunRecord(attempts=(*record.attempts, attempt)))
+    return attempt
+
+
+def take_lease(paths: RunPaths) -> Lease | None:
+    """The lease of a run, or None when somebody else holds it.
+
+    Raises:
+        RefusedError: a part of the run directory is a link: what is written there would be written elsewhere.
+    """
+    for path in (paths.run_dir, *_list_parts(paths)):
+        if path.is_symlink():
+            raise RefusedError(
+                f"{path} is a link to {os.readlink(path)}: a run is one directory, for itself",
+                hint="move what it leads to here, or choose another place with --output-root",
+            )
+    lease = Lease(paths.lease_path)
+    if lease.try_acquire() and not has_ranks(paths):
+        return lease
+    lease.close()
+    return None
+
+
+def _list_parts(paths: RunPaths) -> list[Path]:
+    return [path for folder in (paths.run_dir, paths.attempts_dir, paths.checkpoints_dir) for path in folder.glob("*")]
+
+
+def request_stop(paths: RunPaths, attempt: int, why: str) -> None:
+    """Ask an attempt to checkpoint at the end of its step and to leave; it need not be ours."""
+    write_json_atomic(paths.stop_path, StopRequest(attempt=attempt, why=why).model_dump())
+
+
+def close_attempt(paths: RunPaths, exit_status: int, failure: Failure | None) -> None:
+    """Write the end of the last attempt."""
+    *earlier, last = load_record(paths).attempts
+    closed = last.model_copy(update={"ended_at_utc": now_utc(), "exit_status": exit_status, "failure": failure})
+    write_record(paths, RunRecord(attempts=(*earlier, closed)))
+
+
+def move_aside(paths: RunPaths) -> Path | None:
+    """`--fresh`: rename the run directory to a free name in a hidden folder beside it; nothing is deleted.
+
+    The caller holds the lease.
+    """
+    if not paths.run_dir.exists() or set(paths.run_dir.iterdir()) <= {paths.lease_path}:
+        return None  # never begun, or another process has just moved it aside
+    number = 1
+    while (target := old_run_dir(paths.run_dir, number)).exists():
+        number += 1
+    target.parent.mkdir(exist_ok=True)
+    paths.run_dir.rename(target)
+    return target
+
+
+def read_git_state() -> tuple[str | None, bool | None]:
+    """Commit and whether the work tree differs from it; None outside a git checkout."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None, None
+    if commit.returncode != 0:
+        return None, None
+    return commit.stdout.strip(), bool(status.stdout.strip())
+
+
+def name_owner(paths: RunPaths) -> str:
+    """The run in `OWNER_VARIABLE`: its lease, because a container may have another run under the same path."""
+    lease = paths.lease_path.stat()
+    return f"{lease.st_dev}.{lease.st_ino}@{paths.run_dir.resolve()}"
+
+
+class FailedElsewhere(Exception):
+    """Another process has tried the run since this one decided to: what came of it is its to retry or to leave."""
+
+    def __init__(self, failure: Failure, files: AttemptPaths) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+        self.files = files
+
+
+def refuse_what_failed_since(paths: RunPaths, num_attempts: int | None) -> None:
+    """Refuse to repeat a failure that nobody has seen yet; what was killed or stopped meanwhile is free to go on.
+
+    The caller holds the lease.
+
+    Raises:
+        FailedElsewhere: with how the last attempt failed.
+    """
+    attempts = load_record(paths).attempts
+    if num_attempts is None or len(attempts) <= num_attempts:
+        return
+    failure = attempts[-1].failure
+    if failure is not None and failure.kind != "preempted":
+        raise FailedElsewhere(failure, paths.attempt(attempts[-1].number))
+
+
+_RANKS_SECONDS: Final = 10.0  # for the ranks on other machines to see that their launcher is gone
+
+
+@dataclass
+class RunningAttempt:
+    """A started attempt; the trainer holds the lease as its stdin."""
+
+    paths: RunPaths
+    attempt: Attempt
+    process: subprocess.Popen[bytes]
+    lease: Lease
+    owner: str  # of all its processes on this machine, in `OWNER_VARIABLE`
+    launcher_lock: Lease | None = None  # of an attempt on several machines
+    stop_reason: str | None = None
+    first_step: int = 0  # of the newest checkpoint when it was started
+
+    @property
+    def files(self) -> AttemptPaths:
+        """The files of this attempt."""
+        return self.paths.attempt(self.attempt.number)
+
+    def has_made_steps(self) -> bool:
+        """Whether the trainer has finished an optimizer step in this attempt."""
+        progress = load_progress(self.files.progress_path)
+        return progress is not None and progress.step > 0
+
+    def has_gone_on(self) -> bool:
+        """Whether the run has a newer checkpoint than before this attempt."""
+        return _find_newest_step(self.paths) > self.first_step
+
+    def was_asked_to_leave(self) -> bool:
+        """Whether somebody wants this attempt to end, so that no other follows by itself."""
+        request = load_stop_request(self.paths)
+        return self.stop_reason is not None or (request is not None and request.attempt == self.attempt.number)
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """Send a signal to the launcher and what is in its session; the ranks of several processes are not."""
+        if self.process.returncode is None:  # once it is reaped, its id may be somebody else's
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+    def request_stop(self, why: str) -> None:
+        """Ask it to checkpoint at the end of its step and to leave."""
+        request_stop(self.paths, self.attempt.number, why)
+
+    def kill(self, why: str) -> None:
+        """End it now; the record will say why."""
+        self.stop_reason = why
+        self.signal_group(signal.SIGKILL)
+
+    def finish(self) -> Failure | None:
+        """Wait for the launcher, close the record and let go of the lease; None when the run is complete."""
+        try:
+            if self.process.returncode is None:
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+                self.signal_group(signal.SIGKILL)  # what the launcher may have left; its own id is not free yet
+            status = self.process.wait()
+            if self.launcher_lock is not None:
+                self.launcher_lock.close()
+                wait_for_ranks(self.paths, _RANKS_SECONDS)
+            kill_processes_of(self.owner.__eq__)
+            with contextlib.suppress(OSError):  # no room for a second copy of it
+                scrub_log(self.files.log_path)
+            failure = self._find_failure(status)
+            if failure is not None:
+                failure = failure.model_copy(update={"log_tail": read_log_tail(self.files.log_path)})
+            self._close(status, failure)
+        finally:
+            self.lease.close()
+        return failure
+
+    def _close(self, exit_status: int, failure: Failure | None) -> None:
+        try:
+            close_attempt(self.paths, exit_status, failure)
+        except (OSError, CorruptFileError) as error:  # the others go on; the next sweep sees by itself how it ended
+            with contextlib.suppress(OSError):
+                print(f"warning: the end of {self.files.attempt_dir} is not recorded: {error}", file=sys.stderr)
+
+    def _find_failure(self, exit_status: int) -> Failure | None:
+        try:
+            result, stored = load_result(self.paths), load_stored_recipe(self.paths)
+            if result is not None and stored is not None and result.recipe_digest == stored.recipe_digest:
+                return None
+            failure = load_failure(self.files)
+        except CorruptFileError as error:
+            return Failure(kind="crashed", message=error.message)
+        except OSError as error:
+            return build_failure(error, self.paths.run_dir)
+        if self.stop_reason is not None and (failure is None or failure.kind not in DETERMINISTIC_KINDS):
+            return Failure(kind="preempted", message=self.stop_reason)
+        return failure or explain_silence(self.files.log_path, exit_status)
+
+
+def start_attempt(
+    recipe: Recipe,
+    contents: Mapping[str, str],
+    paths: RunPaths,
+    command: LaunchCommand,
+    num_processes: int,
+    resume: str = "auto",
+    retry: int = 0,
+    micro_batch_divisor: int | None = None,
+    num_attempts: int | None = None,
+) -> RunningAttempt | None:
+    """Start one attempt under the run's lease; None when somebody else runs it or has just completed it.
+
+    `micro_batch_divisor` is that of the last attempt where it is None. `num_attempts` is how many there were when this
+    one was decided upon.
+
+    Raises:
+        FailedElsewhere: there was another attempt since, which failed.
+        RefusedError: the directory holds another experiment, or the micro-batch cannot be divided.
+        OSError: the run cannot be prepared, or the launcher not be started.
+    """
+    lease = take_lease(paths)
+    if lease is None:
+        return None
+    try:
+        divisor = micro_batch_divisor or find_divisor(paths, recipe)
+        derive_accumulation(recipe, num_processes, divisor)
+        if load_result(paths) is None:
+            refuse_uncontinuable(recipe, contents, paths, command, num_processes, resume, divisor)
+        prepare_run(recipe, contents, paths)
+        if load_result(paths) is not None:
+            lease.close()
+            return None
+        refuse_what_failed_since(paths, num_attempts)
+        owner = name_owner(paths)
+        kill_processes_of(lambda value: value.rpartition(":")[0] == owner)  # what outlived a kill
+        attempt = open_attempt(paths, command, num_processes, read_git_state(), resume, retry, divisor)
+        lock = hold_launcher_lock(paths.attempt(attempt.number)) if command.spans_machines else None
+        owner = f"{owner}:{attempt.number}"
+        process = _start_launcher(paths, attempt, command, lease, owner)
+    except BaseException:
+        lease.close()
+        raise
+    return RunningAttempt(paths, attempt, process, lease, owner, lock, first_step=_find_newest_step(paths))
+
+
+def _find_newest_step(paths: RunPaths) -> int:
+    return max(list_committed(paths), default=0)
+
+
+def _start_launcher(
+    paths: RunPaths, attempt: Attempt, command: LaunchCommand, lease: Lease, owner: str
+) -> subprocess.Popen[bytes]:
+    told = {OWNER_VARIABLE: owner}
+    if command.spans_machines:
+        told[ATTEMPT_VARIABLE] = str(attempt.number)
+    try:
+        with paths.attempt(attempt.number).log_path.open("ab") as log:
+            return subprocess.Popen(
+                command.argv,
+                env={**os.environ, **command.environment, **told},
+                stdin=lease.fileno(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=partial(die_with_parent, os.getpid()),
+            )
+    except OSError as error:
+        message = f"{command.argv[0]} cannot be started: {error}"
+        is_absent = isinstance(error, FileNotFoundError | PermissionError)
+        close_attempt(paths, 127, Failure(kind="configuration" if is_absent else "transient", message=message))
+        if not is_absent:  # no memory or no process is free
+            raise
+        raise RunnerError(message, hint="pip install accelerate, into the Python that `runner` runs in") from None

@@ -1,0 +1,116 @@
+"""Pure: a recipe, a run directory and a placement become the exact command and environment of one attempt."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from runner.errors import RefusedError
+from runner.recipe.parse import Recipe, derive_accumulation
+
+# Output that is seen at once, and no thread pool of the tokenizers beside the trainer's own threads.
+_ALWAYS: Final = {"ACCELERATE_LOG_LEVEL": "info", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+MACHINE_RANK: Final = "MACHINE_RANK"  # on the command line of `runner.launch.placement`, for the number of each machine
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Several machines of one attempt, and where they find the main process."""
+
+    num: int
+    first_address: str
+    port: int
+    rank: int | None = None  # of the one machine that the command is for; None: `srun` starts it on all
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one attempt runs: nothing of it changes the experiment."""
+
+    num_processes: int  # over all machines
+    devices: tuple[str, ...] | None = None  # of CUDA_VISIBLE_DEVICES; None leaves the variable alone
+    num_cores: int = 1  # cores this attempt may use, over all machines
+    machines: Machines | None = None  # None: this one alone
+
+
+@dataclass(frozen=True)
+class LaunchCommand:
+    """What is executed: `argv`, and the variables that are set on top of the environment."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    spans_machines: bool = False  # its processes run on machines that no signal and no descriptor of ours reaches
+
+    def as_shell(self) -> str:
+        """One line that can be pasted into a shell."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())]
+        return " ".join([*variables, shlex.join(self.argv)])
+
+
+def build_launch_command(recipe: Recipe, run_dir: Path, placement: Placement, *, path: str) -> LaunchCommand:
+    """The `accelerate launch` of one attempt. `path` is the PATH to extend, so that this Python's tools are found.
+
+    Raises:
+        RefusedError: the global batch cannot be kept on that many processes.
+    """
+    derive_accumulation(recipe, placement.num_processes)
+    argv = [
+        *("accelerate", "launch"),
+        *("--config_file", recipe.launch.accelerate_config),
+        *("--num_processes", str(placement.num_processes)),
+        *_build_meeting_point(placement),
+        *("-m", "runner.sft", str(run_dir)),
+    ]
+    spans_machines = placement.machines is not None and placement.machines.rank is None
+    if placement.machines is not None and spans_machines:
+        argv = [*_build_srun(placement, placement.machines), *argv]
+    threads = recipe.launch.num_cpu_threads_per_process or max(1, placement.num_cores // placement.num_processes)
+    environment = {**_ALWAYS, "OMP_NUM_THREADS": str(threads)}
+    tools_dir = str(Path(sys.executable).parent)
+    if tools_dir not in path.split(":"):  # `.venv/bin/runner` was called without activating; DeepSpeed needs ninja too
+        environment["PATH"] = f"{tools_dir}:{path}"
+    if placement.devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(placement.devices)
+    return LaunchCommand(tuple(argv), environment, spans_machines)
+
+
+def _build_meeting_point(placement: Placement) -> list[str]:
+    """Where the processes find each other; on one machine, port 0 is one that is free.
+
+    Raises:
+        RefusedError: the processes do not divide among the machines.
+    """
+    machines = placement.machines
+    if machines is None:
+        return ["--main_process_port", "0"]
+    if placement.num_processes % machines.num:
+        raise RefusedError(
+            f"{placement.num_processes} processes do not divide among {machines.num} machines",
+            hint="`--num-processes` counts the processes of all machines",
+        )
+    return [
+        *("--num_machines", str(machines.num)),
+        *("--machine_rank", MACHINE_RANK if machines.rank is None else str(machines.rank)),
+        *("--main_process_ip", machines.first_address),
+        *("--main_process_port", str(machines.port)),
+    ]
+
+
+def _build_srun(placement: Placement, machines: Machines) -> list[str]:
+    """`runner.launch.placement` once on each machine of the Slurm job, all ended as soon as one fails.
+
+    `srun` reads nothing from the lease that it has as its stdin, and is told the cores: since Slurm 22.05 it no longer
+    takes them from the job.
+    """
+    return [
+        *("srun", f"--nodes={machines.num}", f"--ntasks={machines.num}", "--ntasks-per-node=1"),
+        f"--cpus-per-task={max(1, placement.num_cores // machines.num)}",
+        *("--kill-on-bad-exit=1", "--input=none", "--export=ALL", "--mpi=none"),
+        *(sys.executable, "-P", "-m", "runner.launch.placement"),
+    ]

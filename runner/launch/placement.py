@@ -1,0 +1,207 @@
+"""What a machine has free for runs: slots or GPUs, and the placements made of them.
+
+What a cluster's environment variables say about the machine that an attempt got. Pure; one function per question.
+
+Several machines for one attempt: what Slurm has allotted, and becoming `accelerate launch` on each of them.
+
+Executed as `python -m runner.launch.placement accelerate launch ...`, which `srun` starts once on each machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from runner.errors import RefusedError, RunnerError
+from runner.launch.command import MACHINE_RANK, Machines, Placement
+from runner.plan.select import Selected
+from runner.processes import die_with_parent
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run to launch, with the content hashes that belong to its digest."""
+
+    selected: Selected
+    contents: Mapping[str, str]
+    num_processes: int
+    resume: str = "auto"  # `Attempt.resume`
+    retry: int = 0  # `Attempt.retry`
+    micro_batch_divisor: int | None = None  # `Attempt.micro_batch_divisor`; None: as in the last attempt
+    num_attempts: int | None = None  # that there were when it was planned, where that is known
+
+    @property
+    def name(self) -> str:
+        """Grid and run name."""
+        return f"{self.selected.recipe.run.grid}/{self.selected.recipe.run.name}"
+
+
+def name_cluster_job(environment: Mapping[str, str]) -> str | None:
+    """`Attempt.cluster_job`: the job that this process belongs to, None outside a cluster.
+
+    >>> name_cluster_job({"SLURM_JOB_ID": "18", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"})
+    'slurm 17_3'
+    """
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
+    return f"slurm {job}" if job else None
+
+
+def is_in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm or an Indexed Job of Kubernetes waits for the exit code."""
+    return name_cluster_job(environment) is not None or "JOB_COMPLETION_INDEX" in environment
+
+
+def count_allotted_cores(environment: Mapping[str, str]) -> int:
+    """Cores that this process may use: those of its Slurm job on this machine, else all that it is bound to."""
+    bound = len(os.sched_getaffinity(0))
+    allotted = environment.get("SLURM_CPUS_ON_NODE", "")
+    return min(bound, int(allotted)) if allotted.isdecimal() and int(allotted) else bound
+
+
+_PORT_BY_HAND: Final = 29500  # of the main process, where nobody can look for a free one
+
+
+def parse_gpus(text: str | None) -> list[str] | None:
+    """The names in `--gpus`. Raises: RunnerError, for one that is empty or stands there twice."""
+    if text is None:
+        return None
+    gpus = [name.strip() for name in text.split(",")]
+    if not all(gpus) or len(set(gpus)) < len(gpus):
+        raise RunnerError(f"`--gpus {text}` must name different devices, such as 0,1")
+    return gpus
+
+
+def list_placements(num_processes: int, num_machines: int, allocation: Allocation | None) -> list[Placement]:
+    """One, or, for several machines that Slurm does not give us, one for each, to be started there by hand."""
+    if num_machines == 1:
+        return [Placement(num_processes, num_cores=count_allotted_cores(os.environ))]
+    if allocation is not None:
+        return [allocation.place(num_processes)]
+    num_cores = num_machines * (os.cpu_count() or 1)
+    return [
+        Placement(num_processes, None, num_cores, Machines(num_machines, "FIRST_MACHINE", _PORT_BY_HAND, rank))
+        for rank in range(num_machines)
+    ]
+
+
+@dataclass
+class Devices:
+    """What is free: slots, or GPUs of which a run takes one per process."""
+
+    num_slots: int
+    gpus: list[str] | None = None
+    allocation: Allocation | None = None  # several machines, all for one run at a time
+    _num_free_slots: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._num_free_slots = self.num_slots
+
+    def check(self, planned: Iterable[Planned]) -> None:
+        """Raises: RefusedError for a run that could never start."""
+        for run in planned:
+            num_machines = run.selected.recipe.launch.num_machines
+            if num_machines > 1 and self.allocation is None:
+                raise RefusedError(
+                    f"{run.name} wants {num_machines} machines, this is one",
+                    hint=f"sbatch or salloc {num_machines} nodes and `runner launch` it there, or start it by hand: "
+                    f"runner launch {run.selected.source_path} --prepare",
+                )
+            if self.gpus is not None and run.num_processes > len(self.gpus):
+                raise RefusedError(f"{run.name} wants {run.num_processes} GPUs, `--gpus` names {len(self.gpus)}")
+
+    def take(self, num_processes: int) -> Placement | None:
+        """A placement, or None while there is no room."""
+        num_cores = max(1, count_allotted_cores(os.environ) // self.num_slots)  # of one slot, or of one GPU
+        if self.gpus is not None:
+            if len(self.gpus) < num_processes:
+                return None
+            taken, self.gpus = tuple(self.gpus[:num_processes]), self.gpus[num_processes:]
+            return Placement(num_processes, taken, num_cores * num_processes)
+        if self._num_free_slots == 0:
+            return None
+        self._num_free_slots -= 1
+        if self.allocation is not None:
+            return self.allocation.place(num_processes)
+        return Placement(num_processes, None, num_cores)
+
+    def give_back(self, placement: Placement) -> None:
+        """Undo `take`."""
+        if placement.devices is not None and self.gpus is not None:
+            self.gpus += placement.devices
+        else:
+            self._num_free_slots += 1
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The machines of the Slurm job that this process runs in."""
+
+    num_machines: int
+    first_address: str  # of the machine that will have the main process
+    num_cores: int  # of the machine that has the fewest
+
+    def place(self, num_processes: int) -> Placement:
+        """All machines for one attempt; the port is free on this one, which as a rule is the first."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            machines = Machines(self.num_machines, self.first_address, free.getsockname()[1])
+        return Placement(num_processes, None, self.num_cores * self.num_machines, machines)
+
+
+def find_allocation(environment: Mapping[str, str], num_machines: int) -> Allocation | None:
+    """The allocation of this Slurm job, None outside Slurm.
+
+    Raises:
+        RefusedError: the job has another number of machines.
+    """
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    num_found = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
+    if num_found != num_machines:
+        raise RefusedError(
+            f"the recipe wants {num_machines} machines, this Slurm job has {num_found}",
+            hint=f"salloc --nodes={num_machines} --ntasks-per-node=1 ... runner launch ...",
+        )
+    first = _ask_slurm("show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()[0]
+    return Allocation(num_machines, _find_address(first), count_cores(environment.get("SLURM_JOB_CPUS_PER_NODE", "1")))
+
+
+def count_cores(text: str) -> int:
+    """The fewest cores of a machine, from Slurm's list of them.
+
+    >>> count_cores("72(x2),36")
+    36
+    """
+    return min(int(one) for one in re.sub(r"\(x\d+\)", "", text).split(","))
+
+
+def _find_address(node: str) -> str:
+    address = re.search(r"\bNodeAddr=(\S+)", _ask_slurm("show", "node", node, "--oneliner"))
+    return address.group(1) if address else node
+
+
+def _ask_slurm(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
+        raise RunnerError(f"`scontrol {' '.join(arguments)}`: {said}") from None
+    return done.stdout
+
+
+def main() -> None:
+    """Become the command in the arguments, with this machine's rank in it; it dies with Slurm's step daemon."""
+    die_with_parent(os.getppid())
+    command = [os.environ["SLURM_PROCID"] if word == MACHINE_RANK else word for word in sys.argv[1:]]
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main()

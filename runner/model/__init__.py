@@ -1,0 +1,1 @@
+"""Weights: loading, exporting, their size and the memory they need."""

@@ -1,0 +1,269 @@
+"""How large a recipe's model is, from its configuration alone: parameters and bytes exactly, activations as traced.
+
+The model is built without memory (PyTorch's meta device) by Transformers and PEFT themselves, so any architecture and
+any choice of LoRA modules is counted as it will be. Activations are what autograd keeps of a forward under fake
+tensors, which compute shapes only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from peft import get_peft_model
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from runner.errors import DataError
+from runner.model.load import build_lora_config
+from runner.recipe.parse import Recipe
+from runner.recipe.schema import EightBit, FourBit
+
+# Two depths and three widths: what autograd keeps is a polynomial of degree 1 in layers and 2 in tokens, exactly. Steps
+# of two layers, because some models alternate two kinds of them.
+_DEPTHS: Final = (2, 4)
+_WIDTHS: Final = (64, 128, 192)
+_BLOCK: Final = 64  # weights per scale in bitsandbytes' 4-bit formats
+_OUTER_BLOCK: Final = 256  # scales per scale, with double quantization
+
+
+@dataclass(frozen=True)
+class TrainedTensor:
+    """A parameter that is trained: its name, elements, and bytes per element."""
+
+    name: str
+    num_elements: int
+    num_element_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes in parameters and bytes. `base_bytes` are the weights as they are kept, quantised or not, without LoRA."""
+
+    num_base_parameters: int
+    base_bytes: int
+    largest_dequantized_bytes: int  # one layer at a time is unpacked; 0 without quantisation
+    trained: tuple[TrainedTensor, ...]
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    trains_output_embedding: bool
+
+    @property
+    def num_trained_parameters(self) -> int:
+        """Elements of all trained parameters."""
+        return sum(tensor.num_elements for tensor in self.trained)
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of all trained parameters."""
+        return sum(tensor.num_elements * tensor.num_element_bytes for tensor in self.trained)
+
+
+@dataclass(frozen=True)
+class ActivationCurve:
+    """Bytes that autograd keeps of a forward, at `_WIDTHS` tokens a row: of one layer, and of all else."""
+
+    per_layer: tuple[float, ...]
+    rest: tuple[float, ...]
+
+    def layer_bytes(self, num_tokens: int) -> int:
+        """Of one decoder layer, at `num_tokens` a row."""
+        return max(0, round(_interpolate(self.per_layer, num_tokens)))
+
+    def rest_bytes(self, num_tokens: int) -> int:
+        """Of what is no decoder layer: masks, the last norm."""
+        return max(0, round(_interpolate(self.rest, num_tokens)))
+
+
+def _interpolate(values: Sequence[float], at: int) -> float:
+    """The parabola through `values` at `_WIDTHS` (Lagrange).
+
+    >>> _interpolate([64.0**2 + 1, 128.0**2 + 1, 192.0**2 + 1], 1000)
+    1000001.0
+    """
+    total = 0.0
+    for i, own in enumerate(_WIDTHS):
+        others = [width for j, width in enumerate(_WIDTHS) if j != i]
+        total += values[i] * math.prod((at - other) / (own - other) for other in others)
+    return total
+
+
+def load_config(recipe: Recipe, tokenizer: Any) -> Any:
+    """The model's configuration, with the row that an added pad token takes. Raises: DataError."""
+    try:
+        config = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot load the configuration of {recipe.model.path!r}: {str(error).splitlines()[0]}"
+        ) from None
+    text_config = config.get_text_config()
+    if tokenizer.pad_token_id >= text_config.vocab_size:
+        text_config.vocab_size = len(tokenizer)
+    return config
+
+
+def measure_model(recipe: Recipe, config: Any) -> ModelSize:
+    """The size of the recipe's model under its adapter and quantisation."""
+    model = _build(recipe, config, num_layers=None)
+    quantized = _find_quantized(recipe, model)
+    base_bytes, largest = 0, 0
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if name == "weight" and module_name in quantized:
+                base_bytes += _quantized_bytes(recipe, parameter)
+                largest = max(largest, parameter.numel() * _compute_bytes(recipe))
+            else:
+                base_bytes += parameter.numel() * parameter.element_size()
+        base_bytes += sum(buffer.numel() * buffer.element_size() for buffer in module.buffers(recurse=False))
+    num_base = sum(parameter.numel() for parameter in model.parameters())
+    adapted = _adapt(recipe, model)
+    output = model.get_output_embeddings()
+    return ModelSize(
+        num_base_parameters=num_base,
+        base_bytes=base_bytes,
+        largest_dequantized_bytes=largest,
+        trained=tuple(
+            # The runner keeps adapters in float32, over weights of any dtype.
+            TrainedTensor(name, parameter.numel(), 4 if recipe.adapter.method == "lora" else parameter.element_size())
+            for name, parameter in adapted.named_parameters()
+            if parameter.requires_grad
+        ),
+        num_layers=config.get_text_config().num_hidden_layers,
+        hidden_size=config.get_text_config().hidden_size,
+        vocab_size=config.get_text_config().vocab_size,
+        trains_output_embedding=output is not None and output.weight.requires_grad,
+    )
+
+
+def _build(recipe: Recipe, config: Any, num_layers: int | None) -> Any:
+    """The base model on the meta device, in the recipe's dtype, with another number of layers where one is given."""
+    content = config.to_dict()
+    if num_layers is not None:
+        content["num_hidden_layers"] = num_layers
+        content.pop("layer_types", None)
+    attention = recipe.model.attn_implementation
+    with torch.device("meta"), _without_warnings():
+        return AutoModelForCausalLM.from_config(
+            type(config)(**content),
+            dtype=getattr(torch, recipe.model.dtype),
+            # FlashAttention needs its package; PyTorch's own fused attention keeps the same tensors.
+            attn_implementation="sdpa" if attention and attention.startswith("flash") else attention,
+        )
+
+
+@contextmanager
+def _without_warnings() -> Any:
+    """Transformers says at every build what it will say again when the run starts."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _adapt(recipe: Recipe, model: Any) -> Any:
+    lora = build_lora_config(recipe)
+    if lora is None:
+        return model
+    lora.init_lora_weights = True  # others compute with weights, which are not there
+    with torch.device("meta"), _without_warnings():
+        return get_peft_model(model, lora)
+
+
+def _find_quantized(recipe: Recipe, model: Any) -> set[str]:
+    """Names of the linear layers that bitsandbytes quantises."""
+    if recipe.quantization.method == "none":
+        return set()
+    kept = get_keys_to_not_convert(model)
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not any(name == key or name.startswith(f"{key}.") for key in kept)
+    }
+
+
+def _quantized_bytes(recipe: Recipe, weight: torch.Tensor) -> int:
+    """Bytes of one quantised weight and its scales, as bitsandbytes 0.50 stores them."""
+    num_elements, quantization = weight.numel(), recipe.quantization
+    if isinstance(quantization, EightBit):
+        return num_elements + 4 * weight.shape[0]  # one float32 scale per row
+    assert isinstance(quantization, FourBit)
+    num_blocks = math.ceil(num_elements / _BLOCK)
+    codes = math.ceil(num_elements / 2) + 16 * 4  # and the 16 values that they stand for
+    if not quantization.bnb_4bit_use_double_quant:
+        return codes + 4 * num_blocks
+    return codes + num_blocks + 4 * math.ceil(num_blocks / _OUTER_BLOCK) + 256 * 4 + 4
+
+
+def _compute_bytes(recipe: Recipe) -> int:
+    quantization = recipe.quantization
+    dtype = quantization.bnb_4bit_compute_dtype if isinstance(quantization, FourBit) else recipe.model.dtype
+    return 4 if dtype == "float32" else 2
+
+
+def trace_activations(recipe: Recipe, config: Any, batch_size: int) -> ActivationCurve:
+    """What autograd keeps of a forward of `batch_size` rows, without gradient checkpointing."""
+    shallow, deep = (_trace(recipe, config, num_layers, batch_size) for num_layers in _DEPTHS)
+    span = _DEPTHS[1] - _DEPTHS[0]
+    per_layer = tuple((more - less) / span for less, more in zip(shallow, deep, strict=True))
+    rest = tuple(less - _DEPTHS[0] * layer for less, layer in zip(shallow, per_layer, strict=True))
+    return ActivationCurve(per_layer, rest)
+
+
+def _trace(recipe: Recipe, config: Any, num_layers: int, batch_size: int) -> list[int]:
+    model = _adapt(recipe, _build(recipe, config, num_layers))
+    mode = FakeTensorMode()
+    _make_fake(model, mode)
+    model.train()
+    backbone = (model.get_base_model() if recipe.adapter.method == "lora" else model).base_model
+    return [_trace_width(recipe, model, backbone, mode, (batch_size, width)) for width in _WIDTHS]
+
+
+def _trace_width(recipe: Recipe, model: Any, backbone: Any, mode: FakeTensorMode, shape: tuple[int, int]) -> int:
+    """Bytes of the distinct storages, other than parameters, that one forward keeps for its backward."""
+    training = recipe.training
+    dtype = torch.float16 if training.fp16 else torch.bfloat16
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with mode:
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        input_ids = torch.zeros(shape, dtype=torch.long)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=dtype, enabled=training.bf16 or training.fp16),
+            _without_warnings(),
+        ):
+            output = backbone(input_ids=input_ids, use_cache=False)  # alive until all are counted
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+        del output
+    return sum(size for key, size in storages.items() if key not in own)
+
+
+def _make_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
+    """Turn meta tensors into fake ones of the CPU: autocast and attention kernels look at the device."""
+    cpu = torch.device("cpu")
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = FakeTensor(mode, parameter.data, cpu)
+                module._parameters[name] = torch.nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = FakeTensor(mode, buffer, cpu)

@@ -1,0 +1,132 @@
+"""Pure: for each run, launch, skip or refuse, and the reason in words; after a failure, whether to try again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from runner.errors import RefusedError
+from runner.plan.status import RunStatus
+from runner.recipe.parse import Recipe, derive_accumulation, derive_micro_batch
+from runner.run.failures import is_address_in_use
+from runner.run.record import DETERMINISTIC_KINDS, Attempt, Failure
+
+Action = Literal["launch", "skip", "refuse"]
+MAX_BACKOFF_SECONDS: Final = 600.0
+MAX_FRUITLESS: Final = 3  # preempted attempts in a row of which none left a newer checkpoint
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one run now, and why."""
+
+    action: Action
+    why: str
+
+
+def decide(status: RunStatus, *, retry_failed: bool = False, only_unfinished: bool = False) -> Decision:
+    """The decision for a run in `status`.
+
+    `retry_failed` also launches what failed for a reason that will not go away by itself; `only_unfinished` (`rerun`)
+    leaves alone what was never started.
+
+    >>> decide(RunStatus(state="completed", why="stopped by max_steps"))
+    Decision(action='skip', why='completed: stopped by max_steps')
+    """
+    first_line = status.why.partition("\n")[0]  # of a failure: its hint would come before what is said here
+    why = f"{status.state}: {first_line}"
+    if status.state in ("completed", "running"):
+        return Decision("skip", why)
+    if status.state == "changed":
+        return Decision("refuse", why)
+    if status.state == "unreadable":
+        return Decision("refuse", f"{why} (`runner launch RECIPE --fresh` moves the run aside)")
+    if status.state == "pending" and only_unfinished:
+        return Decision("skip", f"{why} (rerun starts only what was begun)")
+    if status.failure is not None and status.failure.kind in DETERMINISTIC_KINDS and not retry_failed:
+        return Decision("skip", f"{why} (would fail again; `--retry-failed` tries all the same)")
+    if status.obstacles:
+        return Decision("refuse", f"{why}; its checkpoint was written under another launch")
+    return Decision("launch", why)
+
+
+@dataclass(frozen=True)
+class Retry:
+    """The next attempt of a run that failed, by itself."""
+
+    number: int  # `Attempt.retry`
+    delay_seconds: float
+    micro_batch_divisor: int  # `Attempt.micro_batch_divisor`
+    why: str
+
+
+def decide_retry(
+    recipe: Recipe, failures: Sequence[Failure], *, num_processes: int, micro_batch_divisor: int, has_made_steps: bool
+) -> Retry | None:
+    """The retry after the last of `failures`, or None when the run stays failed.
+
+    `failures` are those in a row since somebody asked for an attempt or a new checkpoint came, oldest first. Each kind
+    has a budget of its own, `launch.retries`. The other arguments are those of the last attempt.
+    """
+    kind, retries, number = failures[-1].kind, recipe.launch.retries, len(failures)
+    num_alike = sum(failure.kind == kind for failure in failures)
+    if kind == "preempted" and num_alike <= MAX_FRUITLESS:  # free: nothing is wrong with the run
+        delay = 0.0 if has_made_steps else retries.backoff_seconds
+        return Retry(number, delay, micro_batch_divisor, f"taken up again{_in_seconds(delay)}")
+    budget = {"transient": retries.transient, "lost": retries.lost, "out_of_memory": retries.out_of_memory}.get(kind, 0)
+    if num_alike > budget:
+        return None
+    if kind == "out_of_memory":
+        halved = 2 * micro_batch_divisor
+        if not can_divide(recipe, num_processes, halved):
+            return None
+        sizes = f"{derive_micro_batch(recipe, micro_batch_divisor)} -> {derive_micro_batch(recipe, halved)}"
+        why = f"retry {num_alike} of {budget} from step 0, micro-batch {sizes}, same global batch"
+        return Retry(number, 0.0, halved, why)
+    is_immediate = num_alike == 1 and is_address_in_use(failures[-1])
+    delay = 0.0 if is_immediate else min(MAX_BACKOFF_SECONDS, retries.backoff_seconds * 2.0 ** min(num_alike - 1, 60))
+    return Retry(number, delay, micro_batch_divisor, f"retry {num_alike} of {budget}{_in_seconds(delay)}")
+
+
+def foresee_retry(recipe: Recipe, attempts: Sequence[Attempt]) -> Retry | None:
+    """What the sweep that made the last of these attempts does next with the run, as far as its record tells.
+
+    None also where an attempt ended without a word: then its sweep was killed too. Nobody knows from the record whether
+    that sweep still lives.
+    """
+    if not attempts or (failure := attempts[-1].failure) is None or failure.kind == "preempted":  # by whom is not known
+        return None
+    last = attempts[-1]
+    failures = [one.failure for one in attempts[-(last.retry + 1) :] if one.failure is not None]
+    return decide_retry(
+        recipe,
+        failures,
+        num_processes=last.num_processes,
+        micro_batch_divisor=last.micro_batch_divisor,
+        has_made_steps=True,
+    )
+
+
+def can_divide(recipe: Recipe, num_processes: int, micro_batch_divisor: int) -> bool:
+    """Whether the micro-batch can be cut like that, with the global batch as it is."""
+    try:
+        derive_accumulation(recipe, num_processes, micro_batch_divisor)
+    except RefusedError:
+        return False
+    return True
+
+
+def _in_seconds(delay: float) -> str:
+    return f" in {delay:g} s" if delay else " at once"
+
+
+def decide_queued(task: str, state: str, differences: Sequence[str]) -> Decision:
+    """The decision for a run that is to be launched, but for which Slurm has a task already.
+
+    >>> decide_queued("17_3", "pending", [])
+    Decision(action='skip', why='queued: slurm 17_3 is pending')
+    """
+    if differences:
+        return Decision("refuse", f"queued with another recipe; `scancel {task}` first, or change the recipe back")
+    return Decision("skip", f"queued: slurm {task} is {state}")

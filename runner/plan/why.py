@@ -1,0 +1,208 @@
+"""`runner why`: what happens next to one run, and which file, field or marker decides it.
+
+Reads everything, checksums too, and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from runner.checkpoints.choose import Outlook, judge_checkpoints
+from runner.errors import RefusedError
+from runner.plan.decide import Decision, decide
+from runner.plan.status import RunStatus, State, derive_status, find_divisor
+from runner.processes import list_holders
+from runner.recipe.identity import (
+    ContentHashes,
+    build_resume_fingerprint,
+    derive_digest,
+    list_content_paths,
+    list_missing_files,
+)
+from runner.recipe.parse import Recipe, derive_accumulation
+from runner.run.failures import HINTS, read_log_tail
+from runner.run.lease import is_leased
+from runner.run.paths import RunPaths
+from runner.run.record import Attempt, load_record, load_stop_request, load_stored_recipe
+
+# What makes a state, as `derive_status` asks: the first that is true.
+RULES: Final[Mapping[State, str]] = {
+    "unreadable": "a record in the run directory is not what was written there",
+    "running": "somebody holds `lease`, here or on another machine",
+    "changed": "`recipe.json` states another digest than the recipe and its files have now",
+    "completed": "`result.json` is there, of the digest in `recipe.json`",
+    "pending": "`run.json` holds no attempt that was started",
+    "interrupted": "the last attempt in `run.json` has no end, or one that says nothing against the run",
+    "failed": "the last attempt in `run.json` ended with a failure",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that decides about one run."""
+
+    name: str
+    run_dir: str
+    num_processes: int  # of the launch that is thought of
+    status: RunStatus
+    decisions: dict[str, Decision]  # by verb
+    missing: dict[str, str]  # dotted key -> path that is not there
+    impossible: str | None  # why the global batch cannot be kept on so many processes
+    holders: dict[int, str]  # processes that have the lease open, where it is held
+    stop: str | None  # what the running attempt was asked for
+    attempt: Attempt | None  # the last one
+    log_path: str | None
+    log_tail: tuple[str, ...]
+    micro_batch_divisor: int
+    outlook: Outlook
+    remote_url: str | None  # asked for checkpoints where the run has none
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts: `next` is what `runner launch` does, `start_step` where it starts."""
+        plain = {name: getattr(self, name) for name in ("name", "run_dir", "num_processes", "missing", "holders")}
+        return plain | {
+            "next": self.next_action,
+            "start_step": self.outlook.start_step or 0 if self.next_action == "launch" else None,
+            "decisions": {verb: asdict(decision) for verb, decision in self.decisions.items()},
+            "rule": RULES[self.status.state],
+            "status": self.status.model_dump(mode="json"),
+            "attempt": self.attempt and self.attempt.model_dump(mode="json"),
+            "log_path": self.log_path,
+            "log_tail": self.log_tail,
+            "checkpoints": [asdict(verdict) for verdict in self.outlook.verdicts],
+            "stop": self.stop,
+        }
+
+    @property
+    def next_action(self) -> str:
+        """What `runner launch` does."""
+        return "refuse" if self.missing or self.impossible else self.decisions["launch"].action
+
+
+def gather_facts(recipe: Recipe, paths: RunPaths, hashes: ContentHashes, num_processes: int | None) -> Facts:
+    """Read all that decides; files that the recipe names are hashed, checkpoints verified, nothing is written."""
+    missing, count = list_missing_files(recipe), num_processes or recipe.launch.num_processes
+    contents = {path: hashes.hash(Path(path)) for path in list_content_paths(recipe).values() if Path(path).exists()}
+    status = derive_status(paths, recipe, contents, num_processes=count)
+    is_readable = status.state != "unreadable"
+    attempts = load_record(paths).attempts if is_readable else ()
+    divisor, stop = find_divisor(paths, recipe) if is_readable else 1, load_stop_request(paths)
+    last = attempts[-1] if attempts else None
+    log_path = paths.attempt(last.number).log_path if last else None
+    log_tail = last.failure.log_tail if last is not None and last.failure is not None else ()
+    remote = recipe.checkpoints.remote
+    try:
+        derive_accumulation(recipe, count, divisor)
+        impossible = None
+    except RefusedError as error:
+        impossible = error.message
+    return Facts(
+        name=f"{recipe.run.grid}/{recipe.run.name}",
+        run_dir=str(paths.run_dir),
+        num_processes=count,
+        status=status,
+        decisions={
+            "sweep": decide(status),
+            "rerun": decide(status, retry_failed=True, only_unfinished=True),
+            "launch": decide(status, retry_failed=True),
+        },
+        missing=missing,
+        impossible=impossible,
+        holders=list_holders(paths.lease_path) if is_leased(paths.lease_path) else {},
+        stop=stop.why if stop is not None and last is not None and stop.attempt == last.number else None,
+        attempt=last,
+        log_path=str(log_path) if log_path is not None and log_path.exists() else None,
+        log_tail=log_tail or (read_log_tail(log_path) if log_path is not None else ()),
+        micro_batch_divisor=divisor,
+        outlook=_look_at_checkpoints(recipe, paths, count, divisor, contents)
+        if impossible is None and status.state not in ("running", "unreadable")  # a running trainer is writing them
+        else Outlook(None, False, ()),
+        remote_url=remote.url if remote is not None and remote.load else None,
+    )
+
+
+def _look_at_checkpoints(
+    recipe: Recipe, paths: RunPaths, num_processes: int, divisor: int, contents: Mapping[str, str]
+) -> Outlook:
+    stored = load_stored_recipe(paths)
+    digest = stored.recipe_digest if stored else derive_digest(recipe, contents)
+    current = build_resume_fingerprint(recipe, digest, num_processes, divisor, threads=None)
+    return judge_checkpoints(paths, recipe.checkpoints, current, divisor)
+
+
+def build_lines(facts: Facts) -> list[str]:
+    """What a person reads: the answer first, then what it rests on, then what else there is to know."""
+    status = facts.status
+    rows = [
+        ("next", _describe_next(facts)),
+        *((verb, f"{decision.action}: {decision.why}") for verb, decision in facts.decisions.items()),
+        ("state", f"{status.state}: {status.why}"),
+        ("rule", RULES[status.state]),
+        *(("differs", line) for line in status.differences),
+        *(("differs", line) for line in status.obstacles),
+        *(("changed", f"{line} (launch.on_version_change: warn)") for line in status.version_changes),
+        *(("missing", f"{key}: {path}") for key, path in facts.missing.items()),
+        ("lease", _describe_lease(facts)),
+        *(_describe_attempt(facts)),
+        *(("checkpoint", f"{verdict.name}  {verdict.what}") for verdict in facts.outlook.verdicts),
+        *(("quarantine", name) for name in status.quarantined),
+        *(("upload", f"{name} has not reached remote storage") for name in status.pending_uploads),
+    ]
+    if status.upload_failure is not None:
+        rows.append(("upload", status.upload_failure))
+    shown = [f"{facts.name}  {facts.run_dir}"]
+    last_label = ""
+    for label, text in rows:
+        first, *more = text.splitlines() or [""]
+        shown.append(f"  {'' if label == last_label else label:<11} {first}")
+        shown += [f"  {'':<11} {line}" for line in more]
+        last_label = label
+    return shown
+
+
+def _describe_next(facts: Facts) -> str:
+    if facts.missing:
+        return "refuse: files that the recipe names are not there"
+    if facts.impossible is not None:
+        return f"refuse: {facts.impossible}"
+    decision = facts.decisions["launch"]
+    if decision.action != "launch":
+        return f"{decision.action}: {decision.why}"
+    processes = f"{facts.num_processes} process{'es' if facts.num_processes > 1 else ''}"
+    if facts.micro_batch_divisor > 1:
+        processes += f", micro-batches divided by {facts.micro_batch_divisor} since it ran out of memory"
+    if facts.outlook.start_step is not None:
+        return f"launch from step {facts.outlook.start_step}, {processes}"
+    asked = f"; {facts.remote_url} is asked for a checkpoint first" if facts.remote_url is not None else ""
+    return f"launch from step 0, {processes}{asked}"
+
+
+def _describe_lease(facts: Facts) -> str:
+    if facts.status.state != "running":
+        return "free"
+    holders = [f"held by {pid}  {command}" for pid, command in facts.holders.items()]
+    asked = [f"asked to leave: {facts.stop}"] if facts.stop is not None else []
+    return "\n".join([*(holders or ["held, by a process that is not to be seen from here"]), *asked])
+
+
+def _describe_attempt(facts: Facts) -> list[tuple[str, str]]:
+    attempt = facts.attempt
+    if attempt is None:
+        return []
+    started = (
+        f"{attempt.number}, started {attempt.started_at_utc} on {attempt.host}, {attempt.num_processes} process(es)"
+    )
+    if attempt.retry:
+        started += f", retry {attempt.retry} by itself"
+    rows = [("attempt", started)]
+    if facts.status.state not in ("running", "completed"):
+        failure = facts.status.failure or attempt.failure
+        if failure is not None:
+            rows += [("failure", f"{failure.kind}: {failure.message}"), ("hint", HINTS[failure.kind])]
+        rows += [("log", f"| {line}") for line in facts.log_tail]
+    if facts.log_path is not None:
+        rows.append(("log", facts.log_path))
+    return rows

@@ -1,0 +1,1 @@
+"""Checks a whole grid before any device time is spent."""

@@ -1,0 +1,410 @@
+"""What a model sees of a row and which of its tokens are trained, for people: the data behind `runner masks`.
+
+Owns the step from a recipe to views of its rows, with the trainer's own functions. Does not own how they are printed:
+that is `mask_formats`. Loads a tokenizer, never a model.
+
+Prints views of rows: for a terminal with or without colours, as one HTML page, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from typing import Any, Final, Literal
+
+from runner.data.masking import MaskedConversation, build_labels
+from runner.data.rows import SPLITS, RawRow, RawSplits, Row, build_masker, draw_splits, fit_row, mask_row
+from runner.data.tokenizer import load_tokenizer
+from runner.errors import RunnerError
+from runner.recipe.parse import Recipe
+from runner.recipe.schema import DataSection
+
+Loss = Literal["full", "completion"]
+Fate = Literal["whole", "cut", "dropped", "refused"]
+
+_MIN_ID_CHARS: Final = 6
+_GLYPHS: Final = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One token: its characters of the text, or of none where it continues a character that an earlier one began."""
+
+    token_id: int
+    piece: str  # as the tokenizer writes it
+    text: str
+    skipped: str  # characters before it that no token stands for
+    message: int | None  # whose content or completion it belongs to; None: the template's own text
+    is_trained: bool  # there is a loss on predicting it: never on the first token
+    is_special: bool
+    is_cut: bool  # not seen by the model, see `data.truncation`
+
+
+@dataclass(frozen=True)
+class TurnCount:
+    """Tokens of one message, or of the template's own text (`message` None); those that were cut count in neither."""
+
+    message: int | None
+    role: str
+    num_tokens: int
+    num_trained: int
+    last_trained: str  # the piece that ends what is trained on, of an assistant turn its end of turn
+
+
+@dataclass(frozen=True)
+class RowView:
+    """One row. `fate` says whether a run uses it; of a row that is not used the whole mask is shown all the same."""
+
+    split: str
+    number: int  # from 1, in the order in which the rows were drawn
+    row_id: str
+    where: str
+    fate: Fate
+    method: str
+    tokens: tuple[TokenView, ...]
+    turns: tuple[TurnCount, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model sees."""
+        return sum(not token.is_cut for token in self.tokens)
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens with a loss."""
+        return sum(token.is_trained for token in self.tokens)
+
+    @property
+    def num_cut(self) -> int:
+        """Tokens that `data.truncation` took away."""
+        return sum(token.is_cut for token in self.tokens)
+
+    def special_tokens(self) -> Counter[str]:
+        """How often each special token occurs among those that the model sees."""
+        return Counter(token.piece for token in self.tokens if token.is_special and not token.is_cut)
+
+
+def build_views(recipe: Recipe, split: str, num_rows: int, row: str | None) -> list[RowView]:
+    """The first rows of a split, or the one that `row` names by number or by (the beginning of) its id.
+
+    Raises:
+        DataError: rows, tokenizer or template are not fit to be trained on.
+        RunnerError: there is no such row.
+    """
+    splits = draw_splits(recipe.data)
+    chosen = _choose(splits, split, num_rows, row)
+    tokenizer = load_tokenizer(recipe.model)
+    masker = build_masker(tokenizer)
+    return [
+        build_view(raw, mask_row(raw, masker), recipe.data, recipe.loss, tokenizer, split=name, number=number)
+        for name, number, raw in chosen
+    ]
+
+
+def _choose(splits: RawSplits, split: str, num_rows: int, row: str | None) -> list[tuple[str, int, RawRow]]:
+    rows: Sequence[RawRow] = getattr(splits, split)
+    if row is None:
+        return [(split, number, raw) for number, raw in enumerate(rows[:num_rows], start=1)]
+    if len(row) >= _MIN_ID_CHARS:
+        named = [
+            (name, number, raw)
+            for name in SPLITS
+            for number, raw in enumerate(getattr(splits, name), start=1)
+            if raw.row_id.startswith(row)
+        ]
+        if named:
+            return named
+    if row.isdecimal() and 1 <= int(row) <= len(rows):
+        return [(split, int(row), rows[int(row) - 1])]
+    raise RunnerError(
+        f"no row {row!r}: the {split} split has the rows 1 to {len(rows)}, and no split has a row of that id",
+        hint=f"ids are those of samples.json, at least {_MIN_ID_CHARS} characters of them, such as {rows[0].row_id}",
+    )
+
+
+def build_view(
+    raw: RawRow, masked: MaskedConversation, data: DataSection, loss: Loss, tokenizer: Any, *, split: str, number: int
+) -> RowView:
+    """The view of one row under a loss mode; what it shows as seen is what the trainer is given."""
+    row = fit_row(raw, masked, data, tokenizer.bos_token_id)
+    if row is None:
+        fate: Fate = "dropped" if data.truncation == "drop" else "refused"
+        seen, labels = list(range(len(masked.input_ids))), build_labels(masked.input_ids, masked.spans, loss)
+    else:
+        fate = "cut" if row.is_truncated else "whole"
+        seen, labels = _find_seen(row, masked), row.labels(loss)
+    trained = {at for at, label in zip(seen[1:], labels[1:], strict=True) if label >= 0}
+    tokens = _build_tokens(masked, _find_messages(raw, masked), set(seen), trained, tokenizer)
+    return RowView(split, number, raw.row_id, raw.where, fate, masked.method, tokens, _count_turns(raw, tokens))
+
+
+def _find_seen(row: Row, masked: MaskedConversation) -> list[int]:
+    """Which tokens of the whole conversation are the row's: the end of it, behind its first token where that stayed."""
+    num_cut = len(masked.input_ids) - len(row.input_ids)
+    for head in (0, 1):
+        seen = [*range(head), *range(head + num_cut, len(masked.input_ids))]
+        if tuple(masked.input_ids[at] for at in seen) == row.input_ids:
+            return seen
+    raise AssertionError("truncation cuts one piece off the left, behind BOS at most")
+
+
+def _find_messages(raw: RawRow, masked: MaskedConversation) -> list[int | None]:
+    """The message of each token: a completion's by its span, another's by a character of its content."""
+    owners: list[int | None] = [None] * len(masked.input_ids)
+    assistants = [index for index, message in enumerate(raw.messages) if message["role"] == "assistant"]
+    for index, chars in enumerate(masked.content_chars):
+        if chars is not None and index not in assistants:
+            for at, (start, end) in enumerate(masked.offsets):
+                if start < chars[1] and chars[0] < end:
+                    owners[at] = index
+    for index, span in zip(assistants, masked.spans, strict=True):
+        owners[span.start : span.end] = [index] * (span.end - span.start)
+    return owners
+
+
+def _build_tokens(
+    masked: MaskedConversation, owners: Sequence[int | None], seen: set[int], trained: set[int], tokenizer: Any
+) -> tuple[TokenView, ...]:
+    pieces = tokenizer.convert_ids_to_tokens(list(masked.input_ids))
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    views: list[TokenView] = []
+    covered = 0  # a character of several bytes can be spread over several tokens: the first one shows it
+    for at, (start, end) in enumerate(masked.offsets):
+        views.append(
+            TokenView(
+                token_id=masked.input_ids[at],
+                piece=str(pieces[at]),
+                text=masked.text[max(start, covered) : end],
+                skipped=masked.text[covered:start],
+                message=owners[at],
+                is_trained=at in trained,
+                is_special=masked.input_ids[at] in special,
+                is_cut=at not in seen,
+            )
+        )
+        covered = max(covered, end)
+    return tuple(views)
+
+
+def _count_turns(raw: RawRow, tokens: Sequence[TokenView]) -> tuple[TurnCount, ...]:
+    num_tokens = Counter(token.message for token in tokens if not token.is_cut)
+    num_trained = Counter(token.message for token in tokens if token.is_trained)
+    last_trained = {token.message: token.piece for token in tokens if token.is_trained}
+    roles: list[tuple[int | None, str]] = [(at, message["role"]) for at, message in enumerate(raw.messages)]
+    return tuple(
+        TurnCount(message, role, num_tokens[message], num_trained[message], last_trained.get(message, ""))
+        for message, role in [*roles, (None, "template")]
+    )
+
+
+def show(text: str) -> str:
+    """A text in which every character can be seen and none acts on a terminal; a newline keeps breaking the line.
+
+    >>> show("a\\tb\\n\\x1b[31m\\u202e")
+    'a⇥b⏎\\n␛[31m\\\\u202e'
+    """
+    return "".join(_show_char(char) for char in text)
+
+
+def _show_char(char: str) -> str:
+    if char == "\n":
+        return "⏎\n"
+    if char in _GLYPHS:
+        return _GLYPHS[char]
+    if ord(char) < 0x20:
+        return chr(0x2400 + ord(char))
+    if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return f"\\u{ord(char):04x}"
+    return char
+
+
+_FATES: Final = {
+    "whole": "seen whole",
+    "cut": "{cut} tokens were cut off the left (data.truncation: prompt_left)",
+    "dropped": "NOT USED, longer than data.max_length: {max_length} (data.truncation: drop); mask of the whole row",
+    "refused": "REFUSED, does not fit into data.max_length: {max_length} (data.truncation: {truncation}); "
+    "mask of the whole row",
+}
+_RESET: Final = "\x1b[0m"
+# Two shades each, so that neighbouring tokens can be told apart.
+_SHADES: Final = {
+    "trained": ("\x1b[30;42m", "\x1b[30;102m"),
+    "seen": ("\x1b[0m", "\x1b[2m"),
+    "cut": ("\x1b[9;90m", "\x1b[9;90m"),
+}
+_SPECIAL: Final = "\x1b[1m"
+_MARKS: Final = {"trained": ("⟦", "⟧"), "seen": ("", ""), "cut": ("⟨cut: ", "⟩")}
+_STYLE: Final = """\
+:root { color-scheme: light dark; }
+body { font: 14px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
+pre { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  border: 1px solid #8886; border-radius: 6px; padding: .8rem; }
+table { border-collapse: collapse; } td, th { padding: .1rem .8rem; text-align: right; }
+span.t { border-bottom: 1px solid #8885; border-right: 1px solid #8883; }
+.trained { background: #2a9d4a55; } .cut { opacity: .45; text-decoration: line-through; }
+.special { font-weight: bold; }
+"""
+
+
+@dataclass(frozen=True)
+class _Display:
+    """A token as it is shown."""
+
+    state: str  # trained, seen or cut
+    text: str
+    token: TokenView
+
+
+def format_views(views: Sequence[RowView], recipe: Recipe, how: str, *, is_coloured: bool) -> str:
+    """The text of `runner masks`, for `how` one of ansi, html, json."""
+    if how == "json":
+        return json.dumps(_as_json(views, recipe), indent=1) + "\n"
+    if how == "html":
+        return _as_html(views, recipe)
+    return "\n".join(_as_text(views, recipe, is_coloured))
+
+
+def _as_text(views: Sequence[RowView], recipe: Recipe, is_coloured: bool) -> Iterator[str]:
+    yield f"{recipe.run.grid}/{recipe.run.name}: {recipe.model.path}, loss: {recipe.loss}"
+    if is_coloured:
+        legend = [f"{_SHADES[state][0]}{state}{_RESET}" for state in ("trained", "seen", "cut")]
+        yield f"{legend[0]} tokens have a loss, {legend[1]} ones are context, {legend[2]} ones are not seen; ⏎ newline"
+    else:
+        yield "⟦trained⟧ tokens have a loss, others are context, ⟨cut: ...⟩ is not seen; ⏎ newline, ⇥ tab"
+    for view in views:
+        yield ""
+        yield f"{view.split} row {view.number}  {view.row_id}  {show(view.where)}"
+        yield from (f"  {line}" for line in _describe(view, recipe))
+        yield ""
+        text = _colour(view) if is_coloured else _bracket(view)
+        yield from (f"  | {line}" for line in text.removesuffix("\n").split("\n"))
+    yield ""
+
+
+def _describe(view: RowView, recipe: Recipe) -> Iterator[str]:
+    yield f"{view.num_tokens} tokens, {view.num_trained} trained; {_describe_fate(view, recipe)}"
+    yield f"mask proven by: {view.method}, character for character (docs/chat_templates.md)"
+    yield f"{'turn':>4}  {'role':<10} {'tokens':>7} {'trained':>8}  last trained"
+    for turn in view.turns:
+        number = "-" if turn.message is None else str(turn.message)
+        counts = f"{turn.num_tokens:>7} {turn.num_trained:>8}"
+        yield f"{number:>4}  {turn.role:<10} {counts}  {show(turn.last_trained)}".rstrip()
+    special = ", ".join(f"{show(piece)} {count}" for piece, count in sorted(view.special_tokens().items()))
+    yield f"special tokens: {special or 'none'}"
+
+
+def _describe_fate(view: RowView, recipe: Recipe) -> str:
+    data = recipe.data
+    return _FATES[view.fate].format(cut=view.num_cut, max_length=data.max_length, truncation=data.truncation)
+
+
+def _displays(view: RowView) -> Iterator[_Display]:
+    previous = ""
+    for token in view.tokens:
+        state = "cut" if token.is_cut else "trained" if token.is_trained else "seen"
+        text = show(token.skipped + token.text)
+        if not token.text and state != previous:  # a further piece of a character
+            text += "…"
+        yield _Display(state, text, token)
+        previous = state
+
+
+def _bracket(view: RowView) -> str:
+    parts: list[str] = []
+    for state, group in groupby(_displays(view), key=lambda display: display.state):
+        opening, closing = _MARKS[state]
+        text = "".join(display.text for display in group)
+        # A bracket that closes behind a line break would stand at the beginning of the next line.
+        ends_line = text.endswith("\n") and bool(closing)
+        parts.append(f"{opening}{text[:-1]}{closing}\n" if ends_line else f"{opening}{text}{closing}")
+    return "".join(parts)
+
+
+def _colour(view: RowView) -> str:
+    parts: list[str] = []
+    shade = 0
+    for display in _displays(view):
+        if not display.text:
+            continue
+        shade = 1 - shade
+        style = _SHADES[display.state][shade] + (_SPECIAL if display.token.is_special else "")
+        # Colours end before a line break and begin anew behind it: pagers and gutters keep lines apart.
+        parts += [
+            f"{style}{piece}{_RESET}" if piece != "\n" else piece for piece in _split_lines(display.text) if piece
+        ]
+    return "".join(parts)
+
+
+def _split_lines(text: str) -> Iterable[str]:
+    for number, line in enumerate(text.split("\n")):
+        if number:
+            yield "\n"
+        yield line
+
+
+def _as_html(views: Sequence[RowView], recipe: Recipe) -> str:
+    title = escape(f"{recipe.run.grid}/{recipe.run.name}")
+    parts = [
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
+        f"<style>\n{_STYLE}</style></head><body><h1>{title}</h1>",
+        f"<p>{escape(recipe.model.path)}, loss: {recipe.loss}. <span class='trained'>Trained</span> tokens have a ",
+        "loss, others are context, <span class='cut'>cut</span> ones are not seen. ⏎ is a newline; hold the pointer ",
+        "over a token for its id.</p>",
+    ]
+    for view in views:
+        parts.append(f"<h2>{view.split} row {view.number}</h2><p><code>{escape(view.row_id)}</code> ")
+        parts.append(f"{escape(show(view.where))}</p><p>{view.num_tokens} tokens, {view.num_trained} trained; ")
+        parts.append(f"{escape(_describe_fate(view, recipe))}. Mask proven by: {escape(view.method)}.</p>")
+        parts.append("<table><tr><th>turn<th>role<th>tokens<th>trained<th>last trained</tr>")
+        for turn in view.turns:
+            number = "-" if turn.message is None else turn.message
+            parts.append(f"<tr><td>{number}<td>{escape(turn.role)}<td>{turn.num_tokens}<td>{turn.num_trained}")
+            parts.append(f"<td>{escape(show(turn.last_trained))}</tr>")
+        parts.append("</table>\n<pre>")
+        for display in _displays(view):
+            token = display.token
+            names = f"t {display.state}{' special' if token.is_special else ''}"
+            about = f"{token.token_id}  {show(token.piece)}"
+            parts.append(f'<span class="{names}" title="{escape(about)}">{escape(display.text)}</span>')
+        parts.append("</pre>\n")
+    return "".join([*parts, "</body></html>\n"])
+
+
+def _as_json(views: Sequence[RowView], recipe: Recipe) -> dict[str, Any]:
+    rows = [
+        {
+            "split": view.split,
+            "number": view.number,
+            "row_id": view.row_id,
+            "where": view.where,
+            "fate": view.fate,
+            "method": view.method,
+            "num_tokens": view.num_tokens,
+            "num_trained": view.num_trained,
+            "num_cut": view.num_cut,
+            "special_tokens": dict(sorted(view.special_tokens().items())),
+            "turns": [
+                {"message": turn.message, "role": turn.role}
+                | {"num_tokens": turn.num_tokens, "num_trained": turn.num_trained, "last_trained": turn.last_trained}
+                for turn in view.turns
+            ],
+            "tokens": [
+                {"id": token.token_id, "piece": token.piece, "text": token.text, "skipped": token.skipped}
+                | {"message": token.message, "is_trained": token.is_trained}
+                | {"is_special": token.is_special, "is_cut": token.is_cut}
+                for token in view.tokens
+            ],
+        }
+        for view in views
+    ]
+    return {"grid": recipe.run.grid, "name": recipe.run.name, "model": recipe.model.path, "loss": recipe.loss} | {
+        "max_length": recipe.data.max_length,
+        "truncation": recipe.data.truncation,
+        "rows": rows,
+    }

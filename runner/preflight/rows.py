@@ -1,0 +1,248 @@
+"""What the preflight knows of rows under one tokenizer: lengths, labels, ends of turns, beginnings.
+
+Every row is masked and fitted by the trainer's own functions, once per tokenizer, and only its counts and hashes stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from runner.data.chat_template import MaskError
+from runner.data.masking import end_of_turn_ids
+from runner.data.rows import RawRow, build_masker, fit_row, mask_row, refuse_too_long
+from runner.errors import DataError
+from runner.files import hash_json
+from runner.recipe.schema import DataSection, ModelSection
+
+PERCENTILES: Final = (50, 90, 95, 99, 100)
+_NUM_SHOWN: Final = 3
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """One row: its length before and after truncation, and what is trained on under either loss.
+
+    `num_tokens` is 0 for a row that does not fit. The hashes are those of the ids and of the completions' places.
+    """
+
+    where: str
+    num_tokens_before: int
+    num_tokens: int
+    num_completion_labels: int
+    is_truncated: bool
+    holds_special_text: bool
+    has_blank_answer: bool
+    begins_with_bos: bool
+    ids_hash: bytes
+    spans_hash: bytes
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the row fits."""
+        return self.num_tokens > 0
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """The rows of one split that a run uses. `num_labels` is per loss mode; hashes tell equal splits apart."""
+
+    num_rows: int
+    num_dropped: int
+    num_truncated: int
+    num_tokens: int
+    num_labels: dict[str, int]
+    length_percentiles: dict[str, int]
+    num_with_special_text: int
+    num_with_blank_answer: int
+    ids_hash: str
+    mask_hashes: dict[str, str]
+
+
+@dataclass
+class TokenizerFacts:
+    """One tokenizer, and the facts of every row that was shown to it so far."""
+
+    tokenizer: Any
+    end_tokens: tuple[str, ...] = ()
+    begins_plain_text_with_bos: bool = False
+    _rows: dict[tuple[str, int, str], RowFacts] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tokenizer = self.tokenizer
+        self._masker = build_masker(tokenizer)
+        self._end_ids: tuple[int, ...] = ()
+        with suppress(MaskError):  # rows will say it, and which of them
+            self._end_ids = end_of_turn_ids(tokenizer)
+        self.end_tokens = tuple(tokenizer.convert_ids_to_tokens(list(self._end_ids)))
+        self._bos_id: int | None = tokenizer.bos_token_id
+        self.begins_plain_text_with_bos = self._bos_id is not None and tokenizer("x")["input_ids"][:1] == [self._bos_id]
+        special = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
+        self._special_pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+
+    def stop_tokens(self, model: ModelSection) -> list[str]:
+        """Where generation with the base model's own settings stops: eos, and what its generation config names."""
+        from transformers import GenerationConfig
+
+        ids = {self.tokenizer.eos_token_id}
+        try:
+            stated = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
+        except (OSError, ValueError):
+            stated = None
+        ids |= set(stated) if isinstance(stated, list) else {stated}
+        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(ids - {None}))]
+
+    def count_positions(self, model: ModelSection) -> int | None:
+        """Tokens that the base model has positions for, None where its configuration does not say."""
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=False
+            ).get_text_config()
+        except (OSError, ValueError):
+            return None
+        return getattr(config, "max_position_embeddings", None)
+
+    def facts_of(self, raw_rows: Sequence[RawRow], split: str, data: DataSection) -> list[RowFacts]:
+        """One entry per row, in order.
+
+        Raises:
+            DataError: rows that cannot be rendered, proven or fitted; how many, and the first of them.
+        """
+        facts: list[RowFacts] = []
+        refusals: list[MaskError] = []
+        for raw in raw_rows:
+            try:
+                facts.append(self._look_at(raw, data))
+            except MaskError as error:
+                refusals.append(error)
+        if refusals:
+            shown = [refusals[0].message] if len(refusals) == 1 else [error.message for error in refusals[:_NUM_SHOWN]]
+            more = f"\n  and {len(refusals) - len(shown)} more" if len(refusals) > len(shown) else ""
+            raise DataError(
+                f"{len(refusals)} of {len(raw_rows)} rows of the {split} split cannot be trained on:\n  "
+                + "\n  ".join(shown)
+                + more,
+                hint=refusals[0].hint,
+            )
+        too_long = [
+            (raw, fact.num_tokens_before) for raw, fact in zip(raw_rows, facts, strict=True) if not fact.is_used
+        ]
+        refuse_too_long(too_long, len(facts) - len(too_long), split, data)
+        return facts
+
+    def _look_at(self, raw: RawRow, data: DataSection) -> RowFacts:
+        key = (raw.content_hash, data.max_length, data.truncation)
+        if key not in self._rows:
+            self._rows[key] = self._measure(raw, data)
+        return self._rows[key]
+
+    def _measure(self, raw: RawRow, data: DataSection) -> RowFacts:
+        masked = mask_row(raw, self._masker)
+        for span in masked.spans:
+            if self._end_ids and masked.input_ids[span.end - 1] not in self._end_ids:
+                found = self.tokenizer.convert_ids_to_tokens(masked.input_ids[span.end - 1])
+                raise MaskError(f"{raw.where}: an answer ends in {found!r}, not in one of {', '.join(self.end_tokens)}")
+        row = fit_row(raw, masked, data, self._bos_id)
+        kept = row or masked
+        return RowFacts(
+            where=raw.where,
+            num_tokens_before=len(masked.input_ids),
+            num_tokens=len(row.input_ids) if row else 0,
+            num_completion_labels=sum(span.end - span.start for span in row.spans) if row else 0,
+            is_truncated=bool(row and row.is_truncated),
+            holds_special_text=any(self._special_pattern.search(message["content"]) for message in raw.messages),
+            has_blank_answer=any(
+                message["role"] == "assistant" and not message["content"].strip() for message in raw.messages
+            ),
+            begins_with_bos=masked.input_ids[0] == self._bos_id,
+            ids_hash=_hash_numbers(kept.input_ids),
+            spans_hash=_hash_numbers([number for span in kept.spans for number in (span.start, span.end)]),
+        )
+
+
+def _hash_numbers(numbers: Sequence[int]) -> bytes:
+    return hashlib.blake2b(array("q", numbers).tobytes(), digest_size=16).digest()
+
+
+def sum_up(facts: Sequence[RowFacts]) -> SplitFacts:
+    """The facts of a split, from those of its rows, dropped ones included."""
+    used = [fact for fact in facts if fact.is_used]
+    lengths = sorted(fact.num_tokens for fact in used)
+    num_tokens = sum(lengths)
+    num_completion_labels = sum(fact.num_completion_labels for fact in used)
+    # Under `full` the mask is the length, under `completion` the spans: equal hashes mean equal labels.
+    trains_everything = num_completion_labels == num_tokens
+    full = hash_json([fact.num_tokens for fact in used])
+    completion = full if trains_everything else hash_json([fact.spans_hash.hex() for fact in used])
+    return SplitFacts(
+        num_rows=len(used),
+        num_dropped=len(facts) - len(used),
+        num_truncated=sum(fact.is_truncated for fact in used),
+        num_tokens=num_tokens,
+        num_labels={"full": num_tokens, "completion": num_completion_labels},
+        length_percentiles={
+            f"p{percent}" if percent < 100 else "max": lengths[max(0, math.ceil(percent / 100 * len(lengths)) - 1)]
+            for percent in PERCENTILES
+        },
+        num_with_special_text=sum(fact.holds_special_text for fact in used),
+        num_with_blank_answer=sum(fact.has_blank_answer for fact in used),
+        ids_hash=hash_json([fact.ids_hash.hex() for fact in used]),
+        mask_hashes={"full": full, "completion": completion},
+    )
+
+
+def find_row_doubts(
+    model: ModelSection,
+    tokenizer: TokenizerFacts,
+    facts: Mapping[str, Sequence[RowFacts]],
+    splits: Mapping[str, SplitFacts],
+) -> list[str]:
+    """What a user should look at before training on rows that can be trained on. `facts` and `splits` are per split."""
+    return [*_find_token_doubts(model, tokenizer, facts, splits), *_find_text_doubts(model.path, facts, splits)]
+
+
+def _find_token_doubts(
+    model: ModelSection,
+    tokenizer: TokenizerFacts,
+    facts: Mapping[str, Sequence[RowFacts]],
+    splits: Mapping[str, SplitFacts],
+) -> Iterator[str]:
+    path = model.path
+    if tokenizer.begins_plain_text_with_bos and not all(row.begins_with_bos for row in facts["train"]):
+        yield f"{path}: its tokenizer begins texts with {tokenizer.tokenizer.bos_token}, its chat template not"
+    if not tokenizer.end_tokens:
+        yield f"{path}: plain text ends a turn under its chat template, so generation needs a stop string"
+    elif not set(tokenizer.end_tokens) & set(tokenizer.stop_tokens(model)):
+        yield (
+            f"{path}: training ends answers with {' or '.join(tokenizer.end_tokens)}, where the base model's own "
+            "generation settings do not stop"
+        )
+    longest = max(one.length_percentiles["max"] for one in splits.values())
+    num_positions = tokenizer.count_positions(model)
+    if num_positions is not None and longest > num_positions:
+        yield f"{path}: the longest row has {longest} tokens, the model has positions for {num_positions}"
+
+
+def _find_text_doubts(
+    path: str, facts: Mapping[str, Sequence[RowFacts]], splits: Mapping[str, SplitFacts]
+) -> Iterator[str]:
+    for split, one in splits.items():
+        if one.num_dropped:
+            yield f"{one.num_dropped} {split} rows are longer than `data.max_length` and are dropped"
+        if one.num_with_blank_answer:
+            first = next(row.where for row in facts[split] if row.is_used and row.has_blank_answer)
+            yield f"{one.num_with_blank_answer} {split} rows have an answer without a word, the first is {first}"
+        if one.num_with_special_text:
+            first = next(row.where for row in facts[split] if row.is_used and row.holds_special_text)
+            yield (
+                f"{path}: {one.num_with_special_text} {split} rows hold text that the tokenizer reads as a special "
+                f"token, the first is {first}"
+            )

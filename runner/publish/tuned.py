@@ -1,0 +1,85 @@
+"""What a run directory holds for use: its recipe, and the folder with the tuned weights that a verb asks for."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.errors import DataError, RefusedError
+from runner.plan.status import derive_status
+from runner.recipe.parse import Recipe
+from runner.run.paths import RunPaths
+from runner.run.record import StoredRecipe, load_stored_recipe
+
+
+@dataclass(frozen=True)
+class TunedRun:
+    """A run with weights to use."""
+
+    paths: RunPaths
+    stored: StoredRecipe
+    weights_dir: Path
+    checkpoint: str | None  # its folder's name, None for the export of a completed run
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run, as it was made for."""
+        return self.stored.recipe
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer that was saved with the weights: the chat template of the training, and its pad token."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.weights_dir, trust_remote_code=False)
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"{self.weights_dir} has no chat template, so nobody can tell how the model was asked in training",
+                hint="copy the template of the training to chat_template.jinja there",
+            )
+        return tokenizer
+
+
+@contextmanager
+def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
+    """The run, with the weights of its export or of a checkpoint: `best`, `latest`, or a folder or archive.
+
+    Raises:
+        RefusedError: no such run, it is not completed, or the checkpoint does not verify.
+    """
+    paths = RunPaths(run_dir)
+    stored = load_stored_recipe(paths) if run_dir.is_dir() else None
+    if stored is None:
+        raise RefusedError(f"{run_dir} is not a run directory", hint="give one such as runs/demo/gemma_060_full")
+    if checkpoint is None:
+        status = derive_status(paths, stored.recipe, {})
+        if status.state != "completed":
+            first_line = status.why.partition("\n")[0]  # what follows may be a hint of its own
+            raise RefusedError(
+                f"{run_dir} is not completed, it is {status.state}: {first_line}",
+                hint="`--checkpoint best` or `--checkpoint latest` takes what there is so far",
+            )
+        yield TunedRun(paths, stored, paths.model_dir, None)
+        return
+    from runner.checkpoints.restore import resolve_checkpoint
+
+    with tempfile.TemporaryDirectory() as scratch:
+        weights_dir = resolve_checkpoint(paths, stored.recipe.checkpoints, checkpoint, Path(scratch))
+        yield TunedRun(paths, stored, weights_dir, weights_dir.name)
+
+
+def quieten() -> None:
+    """Nothing of Transformers' own in the terminal: these verbs say what they do themselves."""
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # between PEFT and Transformers, at every load
+    if not torch.cuda.is_available():  # DeepSpeed, which accelerate imports to save a model, would print its guess
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,0 +1,297 @@
+"""The recipe: one frozen, typed object that says everything about one run, and the one place where it is parsed.
+
+Owns which sections go together and the few values derived from them. `recipe_sections` holds the parts,
+`recipe_problems` words the errors, `identity` hashes. Nobody downstream gives defaults, checks again or changes one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf._yaml import get_yaml_loader
+from pydantic import Field, ValidationError, model_validator
+
+from runner.errors import Problem, RecipeError, RefusedError
+from runner.recipe.schema import (
+    NAME_PATTERN,
+    NLL_METRICS,
+    AdapterOff,
+    AnyTask,
+    CheckpointsSection,
+    ConversationsTask,
+    DataSection,
+    DataSource,
+    EarlyStoppingOff,
+    EarlyStoppingOn,
+    EightBit,
+    EvaluationSection,
+    FourBit,
+    GenerationOn,
+    LaunchSection,
+    Lora,
+    MathToolsTask,
+    ModelSection,
+    Oasst1Task,
+    PromptCompletionTask,
+    QuantizationOff,
+    RemoteStorage,
+    RunSection,
+    Scalar,
+    SquadV2Task,
+    Sst2Task,
+    SummarizationTask,
+    Text,
+    TrackingSection,
+    Training,
+)
+from runner.strict import Section
+
+# What others use of a recipe: itself, and its parts.
+__all__ = [
+    "MAX_RECIPE_BYTES",
+    "NAME_PATTERN",
+    "NLL_METRICS",
+    "AnyTask",
+    "ConversationsTask",
+    "DataSection",
+    "DataSource",
+    "EarlyStoppingOn",
+    "EightBit",
+    "FourBit",
+    "GenerationOn",
+    "LaunchSection",
+    "MathToolsTask",
+    "ModelSection",
+    "Oasst1Task",
+    "PromptCompletionTask",
+    "Recipe",
+    "RemoteStorage",
+    "Scalar",
+    "Section",
+    "SquadV2Task",
+    "Sst2Task",
+    "SummarizationTask",
+    "Text",
+    "Training",
+    "derive_accumulation",
+    "derive_eval_batch",
+    "derive_micro_batch",
+    "load_recipe",
+    "parse_recipe",
+]
+
+MAX_RECIPE_BYTES: Final = 1_000_000
+
+
+class Recipe(Section):
+    """One run, whole."""
+
+    run: RunSection
+    model: ModelSection
+    adapter: Annotated[AdapterOff | Lora, Field(discriminator="method")]
+    quantization: Annotated[QuantizationOff | FourBit | EightBit, Field(discriminator="method")]
+    data: DataSection
+    loss: Literal["full", "completion"]
+    training: Training
+    evaluation: EvaluationSection
+    early_stopping: Annotated[EarlyStoppingOff | EarlyStoppingOn, Field(discriminator="enabled")]
+    checkpoints: CheckpointsSection
+    launch: LaunchSection
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _combines_only_what_works(self) -> Self:
+        if self.quantization.method != "none" and self.adapter.method == "none":
+            raise ValueError("quantised weights cannot be trained: `quantization` needs `adapter: {method: lora}`")
+        if self.early_stopping.enabled and self.evaluation.eval_strategy == "no":
+            raise ValueError("`early_stopping` needs evaluations: set `evaluation.eval_strategy`")
+        self._selects_by_what_is_measured()
+        if str(self.model.attn_implementation).startswith("flash") and self.model.dtype == "float32":
+            raise ValueError("FlashAttention needs `model.dtype: bfloat16` or `float16`, got float32")
+        if self.training.fp16 and self.model.dtype == "bfloat16":
+            raise ValueError(
+                "`training.fp16` cannot train bfloat16 weights: use `training.bf16` or change `model.dtype`"
+            )
+        try:
+            derive_accumulation(self, self.launch.num_processes)
+        except RefusedError as error:
+            raise ValueError(error.message) from None
+        return self
+
+    def _selects_by_what_is_measured(self) -> None:
+        generation, task = self.evaluation.generation, self.data.task
+        generated = task.METRICS if isinstance(generation, GenerationOn) and generation.during_training else ()
+        for section in (self.checkpoints, self.early_stopping):
+            if not isinstance(section, CheckpointsSection | EarlyStoppingOn) or section.metric in NLL_METRICS:
+                continue
+            metric = section.metric
+            if metric in task.METRICS and metric not in generated:
+                raise ValueError(
+                    f"the metric `{metric}` is never evaluated on the validation split: set "
+                    "`evaluation.generation: {enabled: true, max_new_tokens: ..., during_training: true}`"
+                )
+            if metric not in generated:
+                known = ", ".join([*NLL_METRICS, *task.METRICS])
+                raise ValueError(f"`{metric}` is no metric of the task `{task.name}`, expected one of {known}")
+            if section.mode == "min":
+                raise ValueError(f"`{metric}` is better when it is larger: its `mode` must be `max`")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences per optimizer step over all processes."""
+        if self.training.global_batch_size is not None:
+            return self.training.global_batch_size
+        assert self.training.gradient_accumulation_steps is not None
+        per_process = self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
+        return per_process * self.launch.num_processes
+
+
+def derive_micro_batch(recipe: Recipe, divisor: int = 1) -> int:
+    """Sequences per forward pass and process; `divisor` is `Attempt.micro_batch_divisor`.
+
+    Raises:
+        RefusedError: it does not divide.
+    """
+    size, rest = divmod(recipe.training.per_device_train_batch_size, divisor)
+    if rest:
+        raise RefusedError(
+            f"`per_device_train_batch_size: {recipe.training.per_device_train_batch_size}` cannot be cut by {divisor}"
+        )
+    return size
+
+
+def derive_eval_batch(recipe: Recipe, divisor: int = 1) -> int:
+    """`per_device_eval_batch_size` of an attempt whose micro-batches are divided."""
+    return max(1, recipe.evaluation.per_device_eval_batch_size // divisor)
+
+
+def derive_accumulation(recipe: Recipe, num_processes: int, divisor: int = 1) -> int:
+    """Micro-batches per optimizer step that keep the recipe's global batch on `num_processes` processes.
+
+    Raises:
+        RefusedError: the global batch does not divide.
+    """
+    per_pass = derive_micro_batch(recipe, divisor) * num_processes
+    accumulation, rest = divmod(recipe.global_batch_size, per_pass)
+    if rest:
+        raise RefusedError(
+            f"a global batch of {recipe.global_batch_size} cannot be made of {num_processes} processes x "
+            f"{recipe.training.per_device_train_batch_size} sequences each",
+            hint="choose `training.per_device_train_batch_size` so that both divide the global batch",
+        )
+    return accumulation
+
+
+# An override of one of these keys makes another kind of section, which starts empty: `adapter.method=none` is enough.
+_KIND_KEYS: Final = (
+    "adapter.method",
+    "quantization.method",
+    "early_stopping.enabled",
+    "evaluation.generation.enabled",
+    "data.task.name",
+)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`parse_recipe` of a file; a generated recipe's errors point at its template."""
+    hint = None
+    template_path = Path("recipe_templates") / path.parent.name / "recipe.yaml.j2"
+    if path.parent.parent.name == "recipes" and template_path.exists():
+        hint = f"recipes are generated; fix {template_path}, then run `runner render {path.parent.name}`"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), [Problem("(file)", f"cannot be read: {error}", 1)]) from None
+    return parse_recipe(text, where=str(path), overrides=overrides, hint=hint)
+
+
+def parse_recipe(text: str, *, where: str, overrides: Sequence[str] = (), hint: str | None = None) -> Recipe:
+    """The recipe that a YAML text and OmegaConf dotlist overrides describe.
+
+    Raises:
+        RecipeError: all problems at once, with lines and dotted keys.
+    """
+    from runner.recipe.problems import find_hazards, find_unusable_values, list_problems
+
+    overridden = frozenset(override.partition("=")[0] for override in overrides)
+    if len(text) > MAX_RECIPE_BYTES:
+        raise RecipeError(where, [Problem("(file)", f"longer than {MAX_RECIPE_BYTES:,} bytes", 1)])
+    if problems := find_hazards(text, overrides):
+        raise RecipeError(where, problems, hint=hint)
+    container, problems = _resolve(text, overrides, overridden)
+    problems = problems or find_unusable_values(container, text, overridden)
+    if problems:
+        raise RecipeError(where, problems, hint=hint)
+    try:
+        return Recipe.model_validate_json(json.dumps(container))
+    except ValidationError as error:
+        problems = list_problems(error, container, text, overridden)
+        in_file = any(problem.line is not None for problem in problems)
+        raise RecipeError(where, problems, hint=hint if in_file else None) from None
+
+
+def _resolve(text: str, overrides: Sequence[str], overridden: frozenset[str]) -> tuple[Any, list[Problem]]:
+    """The text under its overrides as plain dicts and lists, every interpolation replaced; or what forbids that."""
+    from runner.recipe.problems import describe_syntax_error, find_growth, find_resolvers
+
+    stage = "text"
+    try:
+        if not overrides and (plain := _load_plain(text)) is not None:
+            return plain, []
+        config = _create(text)
+        if config is None:
+            return None, [Problem("(file)", "must be a mapping of sections", 1)]
+        stage = "overrides"
+        merged = _merge_overrides(config, OmegaConf.from_dotlist(list(overrides))) if overrides else config
+        unresolved = OmegaConf.to_container(merged, resolve=False)
+        if problems := find_resolvers(unresolved, text, overridden) or find_growth(unresolved):
+            return None, problems
+        stage = "interpolations"
+        return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True), []
+    except Exception as error:  # OmegaConf lets AssertionError, IndexError and others out, next to its own
+        return None, [describe_syntax_error(error, text, overridden, is_in_text=stage != "overrides")]
+
+
+def _load_plain(text: str) -> dict[str, Any] | None:
+    """What OmegaConf makes of a text in which it has nothing to do, in an eighth of the time; else None.
+
+    The YAML loader is its own, so numbers, duplicates and limits are the same; what is left out is wrapping every value
+    into a node and unwrapping it again.
+    """
+    container = yaml.load(text, Loader=get_yaml_loader())
+    return container if type(container) is dict and _is_plain(container) else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value means itself to OmegaConf: no interpolation, nothing missing, no odd types or keys."""
+    if type(value) is str:
+        return "${" not in value and value != "???"
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    if type(value) is list:
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float)
+
+
+def _create(text: str) -> DictConfig | None:
+    """None for a text that is a list or a single value."""
+    try:
+        config = OmegaConf.create(text)
+    except AssertionError:  # its answer to a number
+        return None
+    return config if isinstance(config, DictConfig) else None
+
+
+def _merge_overrides(config: DictConfig, overrides: DictConfig) -> DictConfig:
+    for key in _KIND_KEYS:
+        kind = OmegaConf.select(overrides, key)
+        if kind is not None and kind != OmegaConf.select(config, key):
+            OmegaConf.update(config, key.rpartition(".")[0], {}, merge=False)
+    merged = OmegaConf.merge(config, overrides)
+    assert isinstance(merged, DictConfig)
+    return merged

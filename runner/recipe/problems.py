@@ -1,0 +1,385 @@
+"""Words the problems of a recipe: line, dotted key, what was found, what is accepted, the nearest known name.
+
+What a YAML text may not do to whoever reads it: hold a secret, overflow the parser's stack, or grow when resolved.
+
+OmegaConf's own limits (aliases, duplicates, 10,000 values) stay in force; these are the gaps that it leaves (measured
+with omegaconf 2.4, libyaml 0.2.5).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from runner.errors import CONTROLS, MAX_SHOWN_PROBLEMS, Problem
+from runner.recipe.hf_fields import OWNED_TRAINING_FIELDS
+from runner.secrets import find_secret
+
+_MAX_DEPTH: Final = 100
+# Shorter texts cannot nest deep enough to matter. libyaml takes time with the square of the depth of brackets (0.6 s
+# for 20,000), and a few ten thousand question marks end the process: it parses them by recursion in C.
+_SURELY_SHALLOW_CHARACTERS: Final = 16_000
+# 480,000 parts of `1:1:1:...` are one number to base 60, which takes minutes to add up.
+_ENDLESS_NUMBER: Final = re.compile(r"[0-9:_.]{1000}")
+
+MAX_RESOLVED_CHARACTERS: Final = 1_000_000
+_CHARACTERS_PER_REFERENCE: Final = 100  # what one costs besides its text
+_MAX_CHAIN: Final = 30  # references to keys that are references
+_ESCAPED: Final = re.compile(r"(?<!\\)(\\\\)*\\\$\{")
+_REFERENCE: Final = re.compile(r"\$\{\s*([A-Za-z_][\w-]*(?:\.[\w-]+)*)\s*\}")
+
+_PARSER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def find_hazards(text: str, overrides: Sequence[str] = ()) -> list[Problem]:
+    """Why a text, or overrides, must not even be parsed. No problem repeats a secret; comments count too."""
+    problems: list[Problem] = []
+    for override in overrides:
+        key = override.partition("=")[0]
+        if len(override) > _SURELY_SHALLOW_CHARACTERS:
+            what = f"is longer than {_SURELY_SHALLOW_CHARACTERS:,} characters, which belongs into a recipe"
+            problems.append(Problem("(override)", what))
+        elif hazard := _find_hazard(override):
+            problems.append(Problem("(key)" if find_unusable_text(key) else key, hazard[0]))
+    if hazard := _find_hazard(text):
+        line = text.count("\n", 0, hazard[1]) + 1
+        problems.append(Problem(_name_line(text, line), hazard[0], line))
+    return problems
+
+
+def find_unusable_text(text: str) -> str | None:
+    """What is wrong with a text for a recipe, which people read in terminals and commit; None if nothing is."""
+    if control := CONTROLS.search(text):
+        return f"holds the character {ascii(control[0])[1:-1]}, which no recipe may"
+    if secret := find_secret(text):
+        return f"holds {secret[0]}: secrets come from the environment only"
+    return None
+
+
+def calls_resolver(value: str) -> bool:
+    """Whether a text refers to anything else than keys by their whole names.
+
+    >>> [calls_resolver(text) for text in ("${a.b}", "${a.${b}}", "${oc.env:HOME}", "${.a}", r"\\${a:b}")]
+    [False, True, True, True, False]
+    """
+    return "${" in _REFERENCE.sub("", _ESCAPED.sub("", value))
+
+
+def find_growth(container: Any) -> list[Problem]:
+    """A problem where the references of an unresolved recipe, all of them plain, would make it too long.
+
+    Forty keys of which each is twice the one before are a terabyte.
+    """
+    sizes: dict[str, int] = {}
+
+    def measure(value: Any, depth: int) -> int:
+        if isinstance(value, str):
+            names = _REFERENCE.findall(_ESCAPED.sub("", value)) if "${" in value else ()
+            return len(value) + sum(_CHARACTERS_PER_REFERENCE + measure_key(name, depth + 1) for name in names)
+        if isinstance(value, Mapping | list):
+            return 1 + sum(measure(item, depth) for item in (value.values() if isinstance(value, Mapping) else value))
+        return 1
+
+    def measure_key(name: str, depth: int) -> int:
+        if depth > _MAX_CHAIN:
+            return MAX_RESOLVED_CHARACTERS + 1
+        if name not in sizes:
+            sizes[name] = measure(_select(container, name), depth)
+        return sizes[name]
+
+    if measure(container, 0) > MAX_RESOLVED_CHARACTERS:
+        what = f"its references refer in a circle, or would make more than {MAX_RESOLVED_CHARACTERS:,} characters of it"
+        return [Problem("(YAML)", what, 1)]
+    return []
+
+
+def _find_hazard(text: str) -> tuple[str, int] | None:
+    """What it is, and where."""
+    if secret := find_secret(text):
+        return f"holds {secret[0]}: secrets come from the environment only", secret[1]
+    if number := _ENDLESS_NUMBER.search(text):
+        return "holds a number without end", number.start()
+    if len(text) > _SURELY_SHALLOW_CHARACTERS and (position := _find_depth(text)) is not None:
+        return f"is nested more than {_MAX_DEPTH} levels deep", position
+    return None
+
+
+def _find_depth(text: str) -> int | None:
+    """Where a text gets too deep, found without building anything; None also for what the parser refuses."""
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=_PARSER):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                return event.start_mark.index if event.start_mark else 0
+    except (yaml.YAMLError, ValueError):
+        return None
+    return None
+
+
+def _name_line(text: str, line: int) -> str:
+    """The key on a line as it is written there, if that tells where and no secret."""
+    row = text.splitlines()[line - 1 : line] if line <= 10_000 else []
+    key = re.match(r"[\s{,-]*([A-Za-z_][\w.-]*)\s*:", row[0]) if row else None
+    return key[1] if key and len(key[1]) <= 60 and find_unusable_text(key[1]) is None else "(YAML)"
+
+
+def _select(container: Any, name: str) -> Any:
+    value = container
+    for part in name.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdecimal() and len(part) < 9 and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+_EXPECTED: Final = {
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+# The loader that OmegaConf prefers: the one in Python refuses some texts that this one takes.
+_LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Old names that people still type.
+_RENAMED: Final = {
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "warmup_ratio": "warmup_steps, which takes a fraction below 1",
+    "evaluation_strategy": "evaluation.eval_strategy",
+    "max_seq_length": "data.max_length",
+}
+
+
+@lru_cache(maxsize=1)
+def find_lines(text: str) -> dict[str, int]:
+    """The 1-based line of every dotted key of a YAML text.
+
+    >>> find_lines("a:\\n  b: 1\\n  c: [x]\\n")
+    {'a': 1, 'a.b': 2, 'a.c': 3, 'a.c.0': 3}
+    """
+    lines: dict[str, int] = {}
+
+    def walk(node: yaml.Node | None, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                key = f"{prefix}{key_node.value}"
+                lines[key] = key_node.start_mark.line + 1
+                walk(value_node, f"{key}.")
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                lines[f"{prefix}{index}"] = item.start_mark.line + 1
+                walk(item, f"{prefix}{index}.")
+
+    walk(yaml.compose(text, Loader=_LOADER), "")
+    return lines
+
+
+def find_line(key: str, text: str, overridden: frozenset[str] = frozenset()) -> int | None:
+    """The line of a dotted key, or of the nearest section around it; None where an override set it."""
+    if any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden):
+        return None
+    lines, path = find_lines(text), key.split(".")
+    candidates = [".".join(path[:length]) for length in range(len(path), 0, -1)]
+    return next((lines[name] for name in candidates if name in lines), 1)
+
+
+def describe_syntax_error(error: Exception, text: str, overridden: frozenset[str], *, is_in_text: bool) -> Problem:
+    """A problem from what YAML or OmegaConf refuses; `is_in_text` False: it came up among the overrides."""
+    what = (str(getattr(error, "problem", None) or error) or "cannot be read").splitlines()[0]
+    key = str(getattr(error, "full_key", None) or "")
+    if not is_in_text:
+        return Problem(key or ", ".join(sorted(overridden)), what)
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return Problem("(YAML)", what, mark.line + 1)
+    return Problem(key or "(YAML)", what, find_line(key, text, overridden) if key else 1)
+
+
+def find_resolvers(value: Any, text: str, overridden: frozenset[str] = frozenset(), prefix: str = "") -> list[Problem]:
+    """A problem for every reference to something else than a key of the recipe by its whole name."""
+    what = "a recipe may refer to its own keys only, not to the environment or a resolver"
+    return [
+        Problem(key, f"got {item!r}: {what}", find_line(key, text, overridden))
+        for key, item in _leaves(value, prefix)
+        if isinstance(item, str) and calls_resolver(item)
+    ]
+
+
+def find_unusable_values(value: Any, text: str, overridden: frozenset[str] = frozenset()) -> list[Problem]:
+    """A problem for everything that YAML can say and a recipe may not.
+
+    That is what JSON cannot say (infinities, bytes, keys that are not texts), what is not for a terminal (recipes are
+    shown there), and secrets that the text spells in an unusual way.
+    """
+    problems: list[Problem] = []
+    texts = "\n".join(list_texts(value))
+    is_suspect = find_unusable_text(texts) is not None  # all at once: one by one takes as long as everything else
+    for key, item in _leaves(value):
+        if isinstance(item, float) and not math.isfinite(item):
+            problems.append(Problem(key, f"got {item}, expected a finite number", find_line(key, text, overridden)))
+        elif isinstance(item, int) and abs(item) >= 2**63:
+            problems.append(Problem(key, "got a number of more than 64 bits", find_line(key, text, overridden)))
+        elif not isinstance(item, str | float | int | None):
+            what = f"got a value of the type {type(item).__name__}, expected a text, a number, true, false or null"
+            problems.append(Problem(key, what, find_line(key, text, overridden)))
+        elif is_suspect and isinstance(item, str) and (wrong := find_unusable_text(item)):
+            problems.append(Problem(key, wrong, find_line(key, text, overridden)))
+    for key, name in _keys(value):
+        if not isinstance(name, str):
+            problems.append(Problem(key, f"got the key {name!r}, expected a text", find_line(key, text, overridden)))
+        elif is_suspect and (wrong := find_unusable_text(name)):
+            place = key.removesuffix(name).removesuffix(".")
+            problems.append(Problem(place or "(YAML)", f"a key {wrong}", find_line(place, text, overridden)))
+    return problems
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything that is neither a mapping nor a list."""
+    if not isinstance(value, Mapping | list):
+        yield prefix.removesuffix("."), value
+        return
+    for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from _leaves(item, f"{prefix}{name}.")
+
+
+def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and key of every mapping entry."""
+    if isinstance(value, Mapping | list):
+        for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if isinstance(value, Mapping):
+                yield f"{prefix}{name}", name
+            yield from _keys(item, f"{prefix}{name}.")
+
+
+def list_texts(value: Any) -> Iterator[str]:
+    """Every text, keys included."""
+    yield from (item for _, item in _leaves(value) if isinstance(item, str))
+    yield from (name for _, name in _keys(value) if isinstance(name, str))
+
+
+def list_problems(
+    error: ValidationError, container: Any, text: str, overridden: frozenset[str] = frozenset()
+) -> list[Problem]:
+    """One problem per mistake, in the order of the file; what comes after those that are shown is not worded well."""
+    placed = [
+        (path := _visible_path(detail, container), find_line(".".join(path), text, overridden), detail)
+        for detail in error.errors()
+    ]
+    problems: dict[tuple[str, str], Problem] = {}
+    for path, line, detail in sorted(placed, key=lambda item: item[1] or 0):
+        key = ".".join(path)
+        what = _describe(detail, path, container) if len(problems) < MAX_SHOWN_PROBLEMS else detail["msg"]
+        problems.setdefault((key, what), Problem(key or "(recipe)", what, line))
+    return list(problems.values())
+
+
+def _visible_path(detail: ErrorDetails, container: Any) -> tuple[str, ...]:
+    """The location without the tags that pydantic adds for unions: only parts that the file has, and a last new key."""
+    path: list[str] = []
+    value = container
+    location = detail["loc"]
+    for position, part in enumerate(location):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        elif not (position == len(location) - 1 and detail["type"] in ("missing", "union_tag_not_found")):
+            continue
+        path.append(str(part))
+    return tuple(path)
+
+
+def _describe(detail: ErrorDetails, path: tuple[str, ...], container: Any) -> str:
+    kind, found = detail["type"], _name_value(detail["input"])
+    if kind == "extra_forbidden":
+        return _describe_unknown_key(path[-1], detail)
+    if kind == "missing":
+        return "is missing"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'|\b(True|False|\d+)\b", str(detail.get("ctx", {}).get("expected", "")))
+        names = [text or other.lower() for text, other in choices]
+        return f"got {found}, expected {_list_names(names)}{_suggest(str(detail['input']), names)}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        context = detail.get("ctx", {})
+        field = str(context.get("discriminator", "")).strip("'")
+        names = re.findall(r"'([^']*)'|\b(?:True|False)\b", str(context.get("expected_tags", "")))
+        if kind == "union_tag_not_found":
+            return f"needs the key `{field}`"
+        return f"`{field}` is {_name_value(context.get('tag'))}, expected {_list_names([n for n in names if n])}"
+    if kind in _EXPECTED:
+        return f"got {found}, expected {_EXPECTED[kind]}"
+    if kind == "value_error":
+        return str(detail.get("ctx", {}).get("error", detail["msg"])).split("\n\nhint")[0]
+    return f"got {found}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def _describe_unknown_key(name: str, detail: ErrorDetails) -> str:
+    from runner.recipe.parse import Recipe
+
+    if "training" in detail["loc"] and name in OWNED_TRAINING_FIELDS:
+        return f"is not set here: it is decided by {OWNED_TRAINING_FIELDS[name]}"
+    if name in _RENAMED:
+        return f"unknown key, today it is {_RENAMED[name]}"
+    known, section = _known_names(Recipe, detail["loc"][:-1]), detail["loc"][:-2]
+    if name in _known_names(Recipe, section):
+        return f"does not go with `{detail['loc'][-2]}`, which takes {_list_names(known)}"
+    return "unknown key" + _suggest(name, known)
+
+
+def _known_names(model: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The field names that are accepted at a location, over all members of a union."""
+    models = [model]
+    for part in location:
+        nested = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        if nested:
+            models = [m for annotation in nested for m in _models_in(annotation)]
+        else:  # a union tag: narrow down to the members that carry it
+            models = [m for m in models if any(_carries(field.annotation, part) for field in m.model_fields.values())]
+    return [name for m in models for name in m.model_fields]
+
+
+def _carries(annotation: Any, tag: int | str) -> bool:
+    return [str(value).lower() for value in getattr(annotation, "__args__", ())] == [str(tag).lower()]
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if hasattr(annotation, "model_fields"):
+        return [annotation]
+    return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean `{close[0]}`?" if close else ""
+
+
+def _list_names(names: list[str]) -> str:
+    shown = names if len(names) <= 8 else [*names[:7], f"{len(names) - 7} more"]
+    return " or ".join(", ".join(shown).rsplit(", ", 1)) if shown else "another value"
+
+
+def _name_value(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f"the text {value!r}" if len(value) <= 60 else f"the text {value[:57]!r}..."
+    return f"a {'mapping' if isinstance(value, Mapping) else 'list'}" if isinstance(value, dict | list) else repr(value)

@@ -1,0 +1,462 @@
+"""The sections of a recipe: frozen types, each with what it accepts and the choices that exclude each other within it.
+
+`recipe_data` has the section `data`. Owns no combination across sections; those and the parsing are in `recipe`.
+
+The section `data` of a recipe: sources, splits, and the tasks that turn rows into conversations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
+
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    create_model,
+    model_serializer,
+    model_validator,
+)
+
+from runner.recipe.hf_fields import OWNED_LORA_FIELDS, OWNED_TRAINING_FIELDS, FrozenDict, build_field_definitions
+from runner.secrets import names_secret
+from runner.strict import Section
+
+SCHEMA_VERSION: Final = 1
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
+
+NLL_METRICS: Final = ("nll_per_completion_token", "nll_per_token")  # of every task, smaller is better
+Dtype = Literal["float32", "bfloat16", "float16"]
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Scalar = str | bool | int | float | None
+# What may name a metric: one of `NLL_METRICS`, or one of the task's `METRICS` where texts are generated while training.
+Metric = Text
+
+
+class PassThrough(Section):
+    """A section with fields that go to a Hugging Face config unchanged, and only when the recipe states them."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_stated(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        stated = type(self)._declared_fields() | self.model_fields_set
+        return {name: value for name, value in handler(self).items() if name in stated}
+
+    @classmethod
+    @cache
+    def _declared_fields(cls) -> frozenset[str]:
+        declared: set[str] = set()
+        for base in cls.__mro__:
+            if not base.__name__.startswith("Generated"):
+                declared |= set(getattr(base, "__annotations__", {}))
+        return frozenset(declared)
+
+    def hugging_face_arguments(self) -> dict[str, Any]:
+        """What the recipe states of the generated fields, as plain JSON values."""
+        dumped = self.model_dump(mode="json")
+        return {name: value for name, value in dumped.items() if name not in type(self)._declared_fields()}
+
+
+class RunSection(Section):
+    """Which cell of which grid this is; outside the digest."""
+
+    grid: Name
+    name: Name
+    axes: FrozenDict = Field(default_factory=dict, validate_default=True)
+    overrides: tuple[str, ...] = ()  # what the command line changed, where it did
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+
+class ModelSection(Section):
+    """The base model, as `from_pretrained` takes it, and how its conversations are written."""
+
+    path: Text
+    revision: str | None = None
+    dtype: Dtype
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
+    chat_template: Text | None = None  # path of a .jinja file; None: the tokenizer's own
+    # auto: the tokenizer's own unless it is eos, else a reserved token, else an added one; reserved: as auto, but never
+    # an added one; add: a new token; anything else: that token, added where the vocabulary lacks it.
+    pad_token: Text = "auto"
+
+
+class AdapterOff(Section):
+    """Full fine-tuning."""
+
+    method: Literal["none"]
+
+
+class LoraBase(PassThrough):
+    """The LoRA fields that a recipe must state."""
+
+    method: Literal["lora"]
+    r: Positive
+    lora_alpha: Positive
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Text | tuple[Text, ...]
+
+    def lora_arguments(self) -> dict[str, Any]:
+        """Arguments of `peft.LoraConfig`."""
+        dumped = self.model_dump(mode="json")
+        del dumped["method"]
+        return dumped
+
+
+class QuantizationOff(Section):
+    """Weights as `model.dtype` says."""
+
+    method: Literal["none"]
+
+
+class FourBit(Section):
+    """bitsandbytes 4-bit weights; field names of `transformers.BitsAndBytesConfig`."""
+
+    method: Literal["4bit"]
+    bnb_4bit_quant_type: Literal["nf4", "fp4"]
+    bnb_4bit_use_double_quant: bool
+    bnb_4bit_compute_dtype: Dtype
+
+
+class EightBit(Section):
+    """bitsandbytes LLM.int8() weights."""
+
+    method: Literal["8bit"]
+    llm_int8_threshold: Annotated[float, Field(ge=0)] = 6.0
+
+
+class TrainingBase(PassThrough):
+    """The training fields that the runner computes with; every other is a field of `trl.SFTConfig`."""
+
+    seed: int
+    global_batch_size: Positive | None = None  # sequences per optimizer step, over all processes
+    gradient_accumulation_steps: Positive | None = None  # instead of `global_batch_size`
+    per_device_train_batch_size: Positive
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    max_steps: Positive | None = None  # instead of `num_train_epochs`
+    bf16: bool = False
+    fp16: bool = False
+    gradient_checkpointing: bool
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
+
+    @model_validator(mode="after")
+    def _states_each_choice_once(self) -> Self:
+        if (self.global_batch_size is None) == (self.gradient_accumulation_steps is None):
+            raise ValueError("state exactly one of `global_batch_size` and `gradient_accumulation_steps`")
+        if (self.num_train_epochs is None) == (self.max_steps is None):
+            raise ValueError("state exactly one of `num_train_epochs` and `max_steps`")
+        if self.bf16 and self.fp16:
+            raise ValueError("`bf16` and `fp16` cannot both be true")
+        return self
+
+
+class GenerationOff(Section):
+    """Rows are scored by their likelihood only."""
+
+    enabled: Literal[False]
+
+
+class GenerationOn(Section):
+    """The base and the tuned model also answer the test prompts, greedily; the task's metrics judge the answers."""
+
+    enabled: Literal[True]
+    max_new_tokens: Positive
+    num_samples: Positive | None = None  # the first rows of the split; None: all
+    during_training: bool = False  # also on the validation split, at every evaluation
+
+
+class EvaluationSection(Section):
+    """When the validation rows are scored; step 0 and the last step always are."""
+
+    eval_strategy: Literal["no", "steps", "epoch"]
+    eval_steps: Positive | None = None
+    per_device_eval_batch_size: Positive
+    generation: Annotated[GenerationOff | GenerationOn, Field(discriminator="enabled")] = GenerationOff(enabled=False)
+
+    @model_validator(mode="after")
+    def _has_steps_exactly_for_steps(self) -> Self:
+        if (self.eval_strategy == "steps") != (self.eval_steps is not None):
+            raise ValueError("`eval_steps` goes with `eval_strategy: steps`, and only with it")
+        return self
+
+
+class EarlyStoppingOff(Section):
+    """Trains to the end."""
+
+    enabled: Literal[False]
+
+
+class EarlyStoppingOn(Section):
+    """Stops after `patience` evaluations in a row that do not better the best by more than `threshold`."""
+
+    enabled: Literal[True]
+    metric: Metric
+    mode: Literal["min", "max"] = "min"
+    patience: Positive
+    threshold: Annotated[float, Field(ge=0)] = 0.0
+
+
+class RemoteStorage(Section):
+    """Where committed checkpoints are copied in the background; credentials come from the environment."""
+
+    url: Text  # any fsspec URL: file://, memory://, s3://, gs://, ...; a run gets the folder <grid>/<run name> below it
+    options: FrozenDict = Field(default_factory=dict, validate_default=True)  # of the fsspec file system
+    num_retries: NotNegative = 5
+    load: bool = False  # resume from the newest one there when the run directory has none
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Self:
+        for name in _names_at_any_depth(self.options):
+            if names_secret(name):
+                raise ValueError(f"`options.{name}` would put a secret into the record: set it in the environment")
+        return self
+
+
+def _names_at_any_depth(options: Mapping[str, Any]) -> list[str]:
+    names: list[str] = []
+    waiting: list[Any] = [options]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            names += value
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return names
+
+
+class CheckpointsSection(Section):
+    """When checkpoints are written and how many stay; the best by `metric` is what is exported."""
+
+    save_strategy: Literal["no", "steps", "epoch"]
+    save_steps: Positive | None = None
+    save_epochs: Positive | None = None  # with `epoch`: every so many epochs; None: every epoch
+    keep_latest: Positive = 1
+    keep_best: Positive = 1  # besides the newest
+    metric: Metric = "nll_per_completion_token"
+    mode: Literal["min", "max"] = "min"
+    save_optimizer: bool = True  # False: optimizer state stays in the newest checkpoint only
+    archive: Literal["none", "zip"] = "none"  # besides the folder
+    remote: RemoteStorage | None = None
+
+    @model_validator(mode="after")
+    def _has_intervals_exactly_for_their_strategy(self) -> Self:
+        if (self.save_strategy == "steps") != (self.save_steps is not None):
+            raise ValueError("`save_steps` goes with `save_strategy: steps`, and only with it")
+        if self.save_epochs is not None and self.save_strategy != "epoch":
+            raise ValueError("`save_epochs` goes with `save_strategy: epoch`, and only with it")
+        return self
+
+
+class RetriesSection(Section):
+    """How many retries in a row, with no new checkpoint between, a failed attempt gets by itself, by failure kind.
+
+    What is not named here: preempted runs are taken up again without a limit, everything else fails at once.
+    """
+
+    transient: NotNegative = 3  # ports, lost peers, file systems, storage that cannot be reached
+    lost: NotNegative = 1  # the trainer vanished without a word: perhaps killed by the system for its memory
+    out_of_memory: NotNegative = 0  # each halves the micro-batch, keeps the global batch and starts at step 0
+    backoff_seconds: Annotated[float, Field(ge=0)] = 10.0  # before the first retry; doubles, up to ten minutes
+
+
+class LaunchSection(Section):
+    """How processes start; outside the digest, but for what it does to the global batch."""
+
+    accelerate_config: Text
+    num_processes: Positive = 1  # over all machines
+    num_machines: Positive = 1
+    num_cpu_threads_per_process: Positive | None = None  # None: the cores shared among the processes
+    retries: RetriesSection = RetriesSection()
+    on_version_change: Literal["warn", "refuse"] = "warn"  # of a library, since the checkpoint that is continued
+
+    @model_validator(mode="after")
+    def _divides_among_machines(self) -> Self:
+        if self.num_processes % self.num_machines:
+            raise ValueError(
+                f"`num_processes: {self.num_processes}` counts all machines and must divide by "
+                f"`num_machines: {self.num_machines}`"
+            )
+        return self
+
+
+# The trackers that Transformers knows; a test compares them with the installed library.
+Tracker = Literal[
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]
+
+
+class TrackingSection(Section):
+    """Experiment trackers by their Transformers names, and where the tuned model may be pushed."""
+
+    report_to: tuple[Tracker, ...] = ()
+    project: str | None = None  # None: the grid's name
+    run_name: str | None = None  # None: the run's own name
+    tags: tuple[Text, ...] = ()
+    watch: Literal["none", "gradients", "parameters", "all"] = "none"  # what Weights & Biases records of the weights
+    log_steps: Positive = 1  # trackers get every so many steps; metrics.jsonl has all
+    log_model: Literal["none", "end", "checkpoint"] = "none"  # what Weights & Biases gets of the model
+    hub_model_id: str | None = None  # where `runner export --push` sends the model
+    hub_private: bool = True
+
+
+if TYPE_CHECKING:  # the generated fields are typed at run time only
+    Lora = LoraBase
+    Training = TrainingBase
+else:
+    Lora = create_model(
+        "GeneratedLora",
+        __base__=LoraBase,
+        **build_field_definitions("LoraConfig", OWNED_LORA_FIELDS, exclude=frozenset(LoraBase.model_fields)),
+    )
+    Training = create_model(
+        "GeneratedTraining",
+        __base__=TrainingBase,
+        **build_field_definitions("SFTConfig", OWNED_TRAINING_FIELDS, exclude=frozenset(TrainingBase.model_fields)),
+    )
+
+
+class DataSource(Section):
+    """A local JSON, JSONL, CSV or Parquet file (or a folder of them), or a data set id on the hub."""
+
+    path: Text
+    config_name: str | None = None
+    split: Text = "train"
+    revision: str | None = None
+
+
+class TaskSection(Section):
+    """How rows become conversations. `METRICS` are those of the texts that a model generates, larger is better."""
+
+    METRICS: ClassVar[tuple[str, ...]] = ()
+
+
+class ConversationsTask(TaskSection):
+    """Rows with a list of messages in `messages` or `conversations`; role/content or from/value."""
+
+    name: Literal["conversations"]
+
+
+class PromptCompletionTask(TaskSection):
+    """One user turn and one assistant turn from two columns."""
+
+    METRICS = ("exact_match",)
+
+    name: Literal["prompt_completion"]
+    prompt_column: Text = "prompt"
+    completion_column: Text = "completion"
+
+
+class SummarizationTask(TaskSection):
+    """A document (or dialogue) and its summary; `prompt` holds the placeholder `{document}` exactly once."""
+
+    METRICS = ("rouge1", "rouge2", "rougeL")
+
+    name: Literal["summarization"]
+    prompt: Text
+    document_column: Text = "document"
+    summary_column: Text = "summary"
+
+    @model_validator(mode="after")
+    def _has_its_placeholders(self) -> Self:
+        _require_placeholders(self.prompt, "document")
+        return self
+
+
+class Sst2Task(TaskSection):
+    """SST-2 of GLUE: a sentence and its label, 0 or 1; `prompt` holds `{sentence}` exactly once."""
+
+    METRICS = ("accuracy", "f1")
+
+    name: Literal["sst2"]
+    prompt: Text
+    label_texts: tuple[Text, Text] = ("negative", "positive")  # what the model answers for the labels 0 and 1
+    sentence_column: Text = "sentence"
+    label_column: Text = "label"
+
+    @model_validator(mode="after")
+    def _has_its_placeholders(self) -> Self:
+        _require_placeholders(self.prompt, "sentence")
+        return self
+
+
+class SquadV2Task(TaskSection):
+    """SQuAD 2.0: context, question, and answers as `{"text": [...], "answer_start": [...]}`, empty if unanswerable."""
+
+    METRICS = ("exact_match", "f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy")
+
+    name: Literal["squad_v2"]
+    prompt: Text  # holds {context} and {question} exactly once each
+    no_answer_text: Text = "unanswerable"  # what the model answers where the context holds no answer
+
+    @model_validator(mode="after")
+    def _has_its_placeholders(self) -> Self:
+        _require_placeholders(self.prompt, "context", "question")
+        return self
+
+
+class Oasst1Task(TaskSection):
+    """Message trees of OpenAssistant (one row per message, or one nested tree per row) -> conversations."""
+
+    name: Literal["oasst1"]
+    languages: tuple[Text, ...] = ("en",)  # of every message of a path; empty: all
+    paths: Literal["best", "all"] = "best"  # the best-ranked reply at every turn, or one conversation per leaf
+    include_unreviewed: bool = False  # messages without a finished review; deleted ones are never used
+
+
+class MathToolsTask(TaskSection):
+    """Mathematics in several turns: a tool's output is a user turn, the answer stands in the last `\\boxed{}`."""
+
+    METRICS = ("final_answer_accuracy",)
+
+    name: Literal["math_tools"]
+
+
+def _require_placeholders(prompt: str, *names: str) -> None:
+    for name in names:
+        if prompt.count(f"{{{name}}}") != 1:
+            raise ValueError(f"`prompt` must hold the placeholder {{{name}}} exactly once")
+
+
+AnyTask = (
+    ConversationsTask | PromptCompletionTask | SummarizationTask | Sst2Task | SquadV2Task | Oasst1Task | MathToolsTask
+)
+Task = Annotated[AnyTask, Field(discriminator="name")]
+
+
+class DataSection(Section):
+    """Where the rows come from and which of them train, select and report; None counts mean all that are left."""
+
+    train: DataSource
+    validation: DataSource | None = None  # None: taken from `train`, before the training rows
+    test: DataSource | None = None
+    task: Task
+    num_train_samples: Positive | None = None
+    num_validation_samples: Positive | None = None
+    num_test_samples: Positive | None = None
+    seed: int  # the order of the raw rows; training rows are a prefix, so smaller counts are nested in larger ones
+    max_length: Positive  # tokens
+    truncation: Literal["refuse", "prompt_left", "drop"] = "refuse"
+
+    @model_validator(mode="after")
+    def _carved_splits_have_sizes(self) -> Self:
+        for split in ("validation", "test"):
+            if getattr(self, split) is None and getattr(self, f"num_{split}_samples") is None:
+                raise ValueError(f"`num_{split}_samples` is needed when `{split}` is taken from the training rows")
+        return self

@@ -1,0 +1,42 @@
+"""What each experiment tracker needs to be installed; nothing here imports one."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Final
+
+from runner.errors import RunnerError
+from runner.recipe.parse import Recipe
+
+# `tracker -> (modules of which one must be there, what to install)`
+PACKAGES: Final[dict[str, tuple[tuple[str, ...], str]]] = {
+    "azure_ml": (("azureml",), "azureml-core"),
+    "clearml": (("clearml",), "clearml"),
+    "codecarbon": (("codecarbon",), "codecarbon"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "dagshub": (("dagshub",), "dagshub mlflow"),
+    "dvclive": (("dvclive",), "dvclive"),
+    "flyte": (("flytekit",), "flytekit"),
+    "kubeflow": ((), ""),  # needs its environment, not a package
+    "mlflow": (("mlflow",), "mlflow"),
+    "neptune": (("neptune",), "neptune"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "'recipe-runner[tensorboard]'"),
+    "trackio": (("trackio",), "trackio"),
+    "wandb": (("wandb",), "'recipe-runner[wandb]'"),
+}
+
+
+def require_trackers(recipe: Recipe) -> None:
+    """Nothing, when every tracker of the recipe is installed.
+
+    Raises:
+        RunnerError: with the command that installs what is missing.
+    """
+    for name in recipe.tracking.report_to:
+        modules, package = PACKAGES[name]
+        if modules and not any(importlib.util.find_spec(module) for module in modules):
+            raise RunnerError(
+                f"`tracking.report_to` asks for {name}, which is not installed",
+                hint=f"pip install {package}, or launch with tracking.report_to=[]",
+            )

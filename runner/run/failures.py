@@ -1,0 +1,245 @@
+"""Why an attempt failed: an exception or a log becomes a failure of a kind.
+
+Exceptions are told by the names of their types and by their texts, so that no library is imported for it. Owns the
+kinds' meaning for people (`HINTS`); what is retried is decided in `plan`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from runner.errors import DataError, DivergedError, PreemptedError, RunnerError, escape_controls
+from runner.run.record import Failure, FailureKind
+from runner.secrets import scrub
+
+# What to do, per kind; one line each, that can be acted upon.
+HINTS: Final[Mapping[FailureKind, str]] = {
+    "configuration": "mend what the message names, then `runner sweep PATH --retry-failed`",
+    "data": "`runner check PATH` names the rows; once they are mended, `runner sweep PATH --retry-failed`",
+    "out_of_memory": "`launch.retries.out_of_memory: 2` in the recipe halves the micro-batch by itself and keeps the "
+    "global batch; or make `training.per_device_train_batch_size` smaller",
+    "diverged": "lower `training.learning_rate`, clip gradients, or train in a wider dtype; nothing retries it",
+    "preempted": "the same command goes on from the newest checkpoint",
+    "transient": "the same command goes on from the newest checkpoint",
+    "lost": "killed from outside, perhaps for its memory: look at `dmesg | tail` and at the machine's memory; the same "
+    "command goes on from the newest checkpoint",
+    "crashed": "the log's last lines say where; the same command tries again",
+}
+
+UNREADABLE_HINT: Final = "`runner launch RECIPE --fresh` moves the run aside and starts anew; nothing is deleted"
+
+
+_MAX_MESSAGE_CHARACTERS: Final = 4000
+_TAIL_LINES: Final = 15
+_TAIL_CHARACTERS: Final = 400
+_READ_BYTES: Final = 32 * 2**10
+_FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT)
+# Below this a record cannot be relied upon to have been written.
+_NEXT_TO_NOTHING_BYTES: Final = 2**20
+
+# Kinds by text, the first that matches; libraries raise most of these as a plain RuntimeError.
+_TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
+    (
+        "out_of_memory",  # CUDA, HIP, XPU, MPS, bitsandbytes; cuBLAS and cuDNN; the host's allocators
+        re.compile(r"out of memory|_ALLOC_FAILED|(can't|cannot) allocate memory|std::bad_alloc", re.IGNORECASE),
+    ),
+    (
+        "diverged",  # DeepSpeed's loss scaler, autograd's anomaly detection
+        re.compile(r"loss scale already at minimum|returned nan values in its"),
+    ),
+    (
+        "configuration",  # NCCL's misuse; the hub and Transformers about names that are not there
+        re.compile(
+            r"ncclInvalidUsage|ncclInvalidArgument|Duplicate GPU detected|is not a valid model identifier"
+            r"|does not appear to have a file named|Can't load (the )?(configuration|tokenizer|model|feature)"
+            r"|offline mode is enabled|gated repo",
+            re.IGNORECASE,
+        ),
+    ),
+    (
+        "transient",
+        re.compile(
+            r"no space left on device|disk quota exceeded|stale (NFS )?file handle|input/output error"
+            r"|address already in use|EADDRINUSE|another process is utilizing it|failed to listen on"
+            r"|connection (reset|refused|closed|aborted)|socket (closed|timeout)|broken pipe|timed out|time-?out\b"
+            r"|temporary failure in name resolution|name or service not known|(couldn't|could not|failed to) connect"
+            r"|\bNCCL error|ncclSystemError|ncclRemoteError|ncclInternalError|connectFullMesh failed"
+            r"|(HTTP|status)[ a-z:_-]*(429|5\d\d)\b|\b(429|5\d\d) (Server Error|Too Many|Internal|Bad Gateway|Service)"
+            r"|PytorchStreamWriter failed|file write failed|unexpected pos"  # torch, see below
+            r"|busy or unavailable|uncorrectable (ECC|NVLink) error|fallen off the bus",
+            re.IGNORECASE,
+        ),
+    ),
+)
+# All that torch says when the disk is full; it does not pass on what the system said.
+_TORCH_CANNOT_WRITE: Final = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+")
+_ADDRESS_IN_USE: Final = re.compile(r"address already in use|EADDRINUSE|another process is utilizing it", re.IGNORECASE)
+# What the other ranks see when one has gone.
+_LOST_PEER: Final = re.compile(
+    r"DistBackendError|DistNetworkError|DistStoreError|DistError|connection (reset|refused|closed|aborted)|broken pipe"
+    r"|socket (closed|timeout)|timed out|timeout|connectFullMesh|ncclRemoteError|ncclSystemError|ncclInternalError"
+    r"|NCCL error",
+    re.IGNORECASE,
+)
+# Kinds by the name of a type or of one of its bases, in the libraries' own words.
+_TYPES: Final[Mapping[str, FailureKind]] = {
+    "OutOfMemoryError": "out_of_memory",  # torch, for every device
+    "MemoryError": "out_of_memory",
+    "FloatingPointError": "diverged",
+    "OfflineModeIsEnabled": "configuration",  # huggingface_hub
+    "RepositoryNotFoundError": "configuration",
+    "RevisionNotFoundError": "configuration",
+    "RemoteEntryNotFoundError": "configuration",
+    "BadRequestError": "configuration",
+    "HFValidationError": "configuration",
+    "ImportError": "configuration",  # a package, or a part of one, is not installed
+    "DistError": "transient",  # torch.distributed
+    "TransportError": "transient",  # httpx
+    "RequestException": "transient",  # requests
+    "OSError": "transient",
+}
+# Their texts hold names of anybody's choice, a file `timeout.json` or a key "connection refused".
+_PLAIN_ERRORS: Final = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NameError, SyntaxError)
+_LAUNCHER_OVER_A_DEAD_CHILD: Final = ("CalledProcessError", "ChildFailedError")
+_EXCEPTION_LINE: Final = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Z]\w*(?:Error|Exception))\b(?:: (.*))?$")
+
+
+def classify(error: BaseException) -> FailureKind:
+    """The failure kind of an exception, from itself or from what caused it; `crashed` when none is known.
+
+    >>> classify(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")), classify(ValueError("shapes differ"))
+    ('out_of_memory', 'crashed')
+    """
+    return next((kind for one in _list_causes(error) if (kind := _classify_one(one)) != "crashed"), "crashed")
+
+
+def _list_causes(error: BaseException) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    found: BaseException | None = error
+    while found is not None and found not in seen:
+        yield found
+        seen.append(found)
+        found = found.__cause__
+
+
+def _classify_one(error: BaseException) -> FailureKind:
+    if isinstance(error, RunnerError):
+        own: tuple[tuple[type[RunnerError], FailureKind], ...] = (
+            (DivergedError, "diverged"),
+            (DataError, "data"),
+            (PreemptedError, "preempted"),
+        )
+        return next((kind for kind_of_error, kind in own if isinstance(error, kind_of_error)), "configuration")
+    if isinstance(error, KeyboardInterrupt):
+        return "preempted"
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return "out_of_memory"
+    status = getattr(getattr(error, "response", None), "status_code", None)  # of the hub, or of any web server
+    if isinstance(status, int):
+        return "transient" if status >= 500 or status in (408, 429) else "configuration"
+    says_all_by_type = isinstance(error, _PLAIN_ERRORS) or (isinstance(error, OSError) and error.errno is not None)
+    if not says_all_by_type and (by_text := classify_text(str(error))) is not None:
+        return by_text
+    names = [base.__name__ for base in type(error).__mro__]
+    return next((kind for name, kind in _TYPES.items() if name in names), "crashed")
+
+
+def classify_text(text: str) -> FailureKind | None:
+    """The kind that a message gives away, None where it does not."""
+    return next((kind for kind, pattern in _TEXTS if pattern.search(text)), None)
+
+
+def is_address_in_use(failure: Failure) -> bool:
+    """Whether a port was taken: gone at the next try, without waiting."""
+    return failure.kind == "transient" and _ADDRESS_IN_USE.search(failure.message) is not None
+
+
+def build_failure(error: BaseException, run_dir: Path) -> Failure:
+    """What a record says of an exception; a full disk is told with what is free."""
+    message = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
+    if is_full_disk(error):
+        message = describe_full_disk(error, run_dir)
+    kind = classify(error)
+    has_lost_peer = kind == "transient" and _LOST_PEER.search(message) is not None
+    message = escape_controls(scrub(message))[:_MAX_MESSAGE_CHARACTERS]
+    return Failure(kind=kind, message=message, has_lost_peer=has_lost_peer)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether the disk, or a quota, is full; safetensors and torch wrap the system's error in kinds of their own."""
+    return any(
+        (isinstance(one, OSError) and one.errno in _FULL_DISK)
+        or any(os.strerror(number) in str(one) for number in _FULL_DISK)
+        or (isinstance(one, RuntimeError) and _TORCH_CANNOT_WRITE.search(str(one)) is not None)
+        for one in _list_causes(error)
+    )
+
+
+def describe_full_disk(error: BaseException, run_dir: Path) -> str:
+    """`disk full`, where, what is free, and what the system said."""
+    named = next((one.filename for one in _list_causes(error) if isinstance(one, OSError) and one.filename), None)
+    place = str(named) if named else str(run_dir)
+    return f"disk full: {place} ({_format_free(run_dir)}): {type(error).__name__}: {error}"
+
+
+def _format_free(folder: Path) -> str:
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError as error:
+        return f"what is free is not known: {error}"
+    return f"{usage.free / 2**20:,.1f} of {usage.total / 2**20:,.1f} MiB are free there"
+
+
+def explain_silence(log_path: Path, exit_status: int) -> Failure:
+    """The failure of an attempt that wrote none: by the last lines of its log, else by the disk; else it is lost.
+
+    Three things leave only a log: a launcher that fails before a trainer lives, a library that ends the process by
+    itself (bitsandbytes, out of memory), and a full disk.
+    """
+    lines = _read_last_lines(log_path)
+    for line in reversed(lines):
+        if classify_text(line) == "out_of_memory":
+            return Failure(kind="out_of_memory", message=line)
+    if (used := next((line for line in lines if _ADDRESS_IN_USE.search(line)), None)) is not None:
+        return Failure(kind="transient", message=used)
+    full = next((line for line in lines if any(os.strerror(number) in line for number in _FULL_DISK)), None)
+    if full is not None or _is_full(log_path.parent):
+        place = f"disk full: {log_path.parent} ({_format_free(log_path.parent)})"
+        return Failure(kind="transient", message=f"{place}: {full}" if full else place)
+    raised = [(match[1], line) for line in lines if (match := _EXCEPTION_LINE.match(line))]
+    if raised and raised[-1][0] not in _LAUNCHER_OVER_A_DEAD_CHILD:  # its own words, not its report of a dead trainer
+        return Failure(kind=classify_text(raised[-1][1]) or "configuration", message=f"the launcher: {raised[-1][1]}")
+    return Failure(kind="lost", message=f"the trainer vanished (exit status {exit_status}) without a word")
+
+
+def read_log_tail(log_path: Path) -> tuple[str, ...]:
+    """The last lines of a log for a record: without secrets, each cut to a length; empty where there is no log."""
+    lines = _read_last_lines(log_path)[-_TAIL_LINES:]
+    return tuple(line if len(line) <= _TAIL_CHARACTERS else f"{line[:_TAIL_CHARACTERS]} ..." for line in lines)
+
+
+def _read_last_lines(log_path: Path) -> list[str]:
+    """Up to `_READ_BYTES` of whole lines, scrubbed, none of them blank."""
+    try:
+        with log_path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - _READ_BYTES))
+            text = stream.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = scrub(text).splitlines()
+    whole = lines if size <= _READ_BYTES else lines[1:]
+    return [stripped for line in whole if (stripped := escape_controls(line).strip())]
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < _NEXT_TO_NOTHING_BYTES
+    except OSError:
+        return False

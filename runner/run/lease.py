@@ -1,0 +1,169 @@
+"""How the launcher and the ranks of an attempt on several machines know of each other: two locks in the run directory.
+
+On one machine the trainer inherits the lease as its stdin and dies with its launcher. Neither reaches another one, so:
+
+- the launcher holds `attempts/<n>/launcher` while the attempt may go on; a rank waits for it and ends when it has it;
+- all ranks share `ranks`; while one of them lives, nobody else gets the lease of the run.
+
+Who is late finds the launcher's lock free and leaves before it has touched anything. The locks are the file system's
+(`flock`): they are free the moment their holder dies, in whatever way, and nothing is polled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from runner.run.paths import AttemptPaths, RunPaths
+
+_LOOKING_SECONDS: Final = 5.0  # what a look at a lease may take on a slow file system
+
+
+class Lease:
+    """An exclusive `flock` on a run directory.
+
+    The lock belongs to the open file, not to the process: a child that gets `fileno` as its stdin keeps it held
+    while it lives, also when the parent is killed, and it is free the moment the last holder dies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream = _open_in_new_folder(path)
+
+    def try_acquire(self) -> bool:
+        """True when the lease is now ours; False when a live process holds it or has moved the directory aside.
+
+        Who only looks (`is_leased`) is waited for: a shared lock can be had beside theirs, beside a holder's it cannot.
+        """
+        deadline = time.monotonic() + _LOOKING_SECONDS
+        while not self._try_lock(fcntl.LOCK_EX):
+            if not self._try_lock(fcntl.LOCK_SH):
+                return False
+            fcntl.flock(self._stream, fcntl.LOCK_UN)
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(random.uniform(0.001, 0.02))  # two takers that find each other looking part ways
+        return self._is_in_place()
+
+    def _try_lock(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._stream, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def fileno(self) -> int:
+        """The descriptor to hand to the trainer as stdin."""
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        """Let go of our hold; the lease stays held while a child still has the descriptor."""
+        self._stream.close()
+
+
+def _open_in_new_folder(path: Path) -> BinaryIO:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the folder was moved aside at this instant
+            return path.open("a+b")
+
+
+def is_leased(path: Path) -> bool:
+    """Whether a live process holds the lease. Takes a shared lock for an instant, so it never blocks a holder."""
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return False
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+ATTEMPT_VARIABLE: Final = "RUNNER_ATTEMPT"  # tells the ranks which attempt they belong to
+
+
+def hold_launcher_lock(files: AttemptPaths) -> Lease:
+    """The launcher's lock of a new attempt, before any rank is started; closing it ends all ranks."""
+    lock = Lease(files.launcher_lock_path)
+    lock.try_acquire()  # nobody else knows the attempt yet
+    return lock
+
+
+def has_ranks(paths: RunPaths) -> bool:
+    """Whether a rank of an attempt on several machines is alive anywhere."""
+    try:
+        stream = paths.ranks_lock_path.open("r+b")
+    except FileNotFoundError:
+        return False
+    with stream:
+        for pause_seconds in (0.02, 0.05, 0.13, 0.0):  # another one that looks has it for an instant
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(pause_seconds)
+            else:
+                return False
+    return True
+
+
+def wait_for_ranks(paths: RunPaths, timeout_seconds: float) -> None:
+    """Until no rank is alive, or for that long: a machine that is out of reach may take its file system's own time."""
+    if paths.ranks_lock_path.exists():
+        waiting = threading.Thread(target=_wait_for_lock, args=(paths.ranks_lock_path, fcntl.LOCK_EX), daemon=True)
+        waiting.start()
+        waiting.join(timeout_seconds)
+
+
+def join_attempt(paths: RunPaths, number: int) -> Lease:
+    """In a rank: what tells others that it is alive. The process ends at once if its launcher is gone, now or later."""
+    lock_path = paths.attempt(number).launcher_lock_path
+    ranks = Lease(paths.ranks_lock_path)
+    fcntl.flock(ranks.fileno(), fcntl.LOCK_SH)
+    if _is_free(lock_path):
+        print(
+            f"error: nobody holds {lock_path}: `runner launch` is gone, or the locks of this file system do not reach "
+            "from one machine to another (Lustre: mount with `-o flock`)",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # and nothing is recorded: the run may be somebody else's by now
+    threading.Thread(target=_end_with_launcher, args=(lock_path,), daemon=True).start()
+    return ranks
+
+
+def _is_free(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:  # the run was moved aside
+        return True
+    return True
+
+
+def _end_with_launcher(lock_path: Path) -> None:
+    _wait_for_lock(lock_path, fcntl.LOCK_SH)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _wait_for_lock(path: Path, kind: int) -> None:
+    with path.open("r+b") as stream:
+        fcntl.flock(stream, kind)

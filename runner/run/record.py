@@ -1,0 +1,264 @@
+"""Facts of a run as they stand on disk. Nothing here is intent, nothing is guessed; what they mean now is in `status`.
+
+`run.json` holds the attempts and is written by `attempts`; `result.json` is written last by the trainer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from runner.errors import CONTROLS, CorruptFileError, escape_controls
+from runner.files import parse_json, write_json_atomic
+from runner.recipe.parse import Recipe
+from runner.recipe.problems import list_texts
+from runner.run.paths import AttemptPaths, RunPaths
+
+FailureKind = Literal["configuration", "data", "out_of_memory", "diverged", "preempted", "transient", "crashed", "lost"]
+# Kinds that happen again when nothing changes: a rerun would only burn device time.
+DETERMINISTIC_KINDS: Final[frozenset[FailureKind]] = frozenset({"configuration", "data", "diverged"})
+
+# Of several ranks of one attempt, the first of these knows why. Preempted: the launcher ends the other ranks by TERM
+# when one has failed, which they take for a request to leave.
+_MOST_TELLING: Final[tuple[FailureKind, ...]] = (
+    *("diverged", "data", "configuration", "out_of_memory", "transient", "crashed", "preempted", "lost"),
+)
+
+
+class Fact(BaseModel):
+    """A record on disk: frozen; fields that a newer version added are kept out, missing ones are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+# How `runner launch` tells a cluster engine why its run ended without a result.
+EXIT_CODES: Final[Mapping[FailureKind, int]] = {
+    "configuration": 10,
+    "data": 10,
+    "out_of_memory": 11,
+    "diverged": 12,
+    "preempted": 13,
+    "transient": 14,
+    "lost": 14,
+    "crashed": 1,
+}
+
+
+# What is shown in terminals, whoever wrote the file: a run directory may come from somebody else.
+Shown = Annotated[str, AfterValidator(escape_controls)]
+
+
+class Failure(Fact):
+    """Why an attempt ended without a result, as the trainer saw it."""
+
+    kind: FailureKind
+    message: Shown
+    has_lost_peer: bool = False  # what a rank sees when another one has gone: that one knows why
+    log_tail: tuple[Shown, ...] = ()  # the last lines of the attempt's log, without secrets
+
+
+class StopRequest(Fact):
+    """`stop`: asks one attempt to checkpoint at the end of its step and to leave; any shell may write it."""
+
+    attempt: int  # a request to an earlier attempt means nothing to a later one
+    why: str
+
+
+def _require_zone(text: str) -> str:
+    if datetime.datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a moment without its time zone")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_require_zone)]  # ISO 8601, UTC
+
+
+class Attempt(Fact):
+    """One `accelerate launch` of a run. An attempt without an end was killed together with its launcher."""
+
+    number: int
+    started_at_utc: Moment
+    ended_at_utc: Moment | None = None
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    num_processes: int
+    host: str
+    retry: int = 0  # the how-manieth retry in a row this is, by itself; 0: somebody asked for this attempt
+    # What `per_device_*_batch_size` are divided by, after running out of memory.
+    micro_batch_divisor: int = Field(default=1, ge=1)
+    cluster_job: str | None = None  # the cluster engine's name for what runs this attempt, such as `slurm 17_3`
+    resume: str = "auto"  # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
+    devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
+    git_commit: str | None = None
+    git_is_dirty: bool | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    exit_status: int | None = None
+    failure: Failure | None = None
+
+
+class RunRecord(Fact):
+    """`run.json`."""
+
+    attempts: tuple[Attempt, ...] = ()
+
+    @field_validator("attempts")
+    @classmethod
+    def _ascend(cls, attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
+        numbers = [attempt.number for attempt in attempts]
+        if numbers != sorted({number for number in numbers if number > 0}):
+            raise ValueError("the numbers of the attempts do not ascend from 1")
+        return attempts
+
+
+class StoredRecipe(Fact):
+    """`recipe.json`: the resolved recipe and what its digest was made of."""
+
+    recipe: Recipe
+    recipe_digest: str
+    contents: dict[str, str]  # relative path -> SHA-256
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class SplitScore(Fact):
+    """Negative log-likelihood of one split, summed over all its rows, in nats, and what it was summed over."""
+
+    num_rows: Count
+    num_completion_tokens: Count
+    num_tokens: Count  # of the full text, the first token of each row excluded
+    num_bytes: Count  # UTF-8 bytes of the completions, for bits per byte
+    completion_nll_sum: float
+    nll_sum: float
+
+    @property
+    def nll_per_completion_token(self) -> float:
+        """Nats per completion token, end-of-turn tokens included."""
+        return self.completion_nll_sum / self.num_completion_tokens
+
+    @property
+    def nll_per_token(self) -> float:
+        """Nats per token of the full text."""
+        return self.nll_sum / self.num_tokens
+
+
+class GenerationScore(Fact):
+    """The task's metrics of generated texts, means over the rows that there was a reference for."""
+
+    num_rows: int
+    num_judged: int  # rows with something to judge an answer by
+    num_unfinished: int  # texts that reached `max_new_tokens` without an end of turn
+    num_unreadable: int  # texts that are no answer: neither label, no final result; they count as wrong
+    metrics: dict[str, float]
+
+
+class TrainResult(Fact):
+    """`result.json`: written last, so its presence with the right digest means that the run is complete."""
+
+    recipe_digest: str
+    outcome: Literal["completed"]
+    stop_reason: Literal["num_train_epochs", "max_steps", "early_stopping"]
+    num_steps: int
+    best_step: int
+    best_metric: float
+    metric: Shown
+    num_train_rows: int
+    base: dict[str, SplitScore]  # split -> score of the base model: "validation", "test"
+    tuned: dict[str, SplitScore]  # split -> score of the exported model
+    # "base" and "tuned" -> generated answers on the test split; empty where generation is off
+    generation: dict[str, GenerationScore] = Field(default_factory=dict)
+
+
+class Progress(Fact):
+    """`progress.json`: where the trainer stands; drawn by `sweep` and `status`, never decided upon."""
+
+    phase: Shown
+    step: int = 0
+    max_steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None  # of the last step
+    seconds_per_step: float | None = None  # by the clock, since this attempt began to train; evaluations count
+
+
+def now_utc() -> str:
+    """ISO 8601, whole seconds, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def load_record(paths: RunPaths) -> RunRecord:
+    """The attempts so far."""
+    return _load_fact(paths.record_path, RunRecord) or RunRecord()
+
+
+def write_record(paths: RunPaths, record: RunRecord) -> None:
+    """Replace `run.json`; only the holder of the lease may."""
+    write_json_atomic(paths.record_path, record.model_dump(mode="json"))
+
+
+def load_result(paths: RunPaths) -> TrainResult | None:
+    """The result, or None while there is none."""
+    return _load_fact(paths.result_path, TrainResult)
+
+
+def load_failure(files: AttemptPaths) -> Failure | None:
+    """What the trainer wrote about the failure of an attempt, or None; the most telling of what its ranks wrote.
+
+    Which one was written first does not count: a rank may see another one go before that one has said why.
+    """
+    found = [_load_fact(path, Failure) for path in files.list_failure_paths()]
+    return min(
+        (failure for failure in found if failure is not None),
+        key=lambda failure: (failure.has_lost_peer, _MOST_TELLING.index(failure.kind)),
+        default=None,
+    )
+
+
+def load_stop_request(paths: RunPaths) -> StopRequest | None:
+    """What somebody asked the running attempt for; None also for a file that cannot be read."""
+    try:
+        return _load_fact(paths.stop_path, StopRequest)
+    except (CorruptFileError, OSError):
+        return None
+
+
+def load_progress(path: Path) -> Progress | None:
+    """Where an attempt stands; None before its first step, and for a file that a power loss cut off."""
+    try:
+        return _load_fact(path, Progress)
+    except CorruptFileError:
+        return None
+
+
+def load_stored_recipe(paths: RunPaths) -> StoredRecipe | None:
+    """The recipe that the run directory was made for, or None while there is none.
+
+    It is shown in terminals as others are, and may come from somebody who has not read it with `parse_recipe`.
+    """
+    stored = _load_fact(paths.recipe_path, StoredRecipe)
+    texts = list_texts(stored.recipe.model_dump(mode="json")) if stored is not None else ()
+    if control := CONTROLS.search("\n".join(texts)):
+        character = ascii(control[0])[1:-1]
+        raise CorruptFileError(f"{paths.recipe_path} holds the character {character}, which no recipe may")
+    return stored
+
+
+Loaded = TypeVar("Loaded", bound=Fact)
+
+
+def _load_fact(path: Path, kind: type[Loaded]) -> Loaded | None:
+    """Raises: CorruptFileError for a file of another shape."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:  # told from `null` by one look: another process may write the file at any moment
+        return None
+    try:
+        return kind.model_validate_json(json.dumps(parse_json(content, path)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "its content"
+        raise CorruptFileError(f"{path} cannot be read: {key}: {first['msg']}") from None

@@ -1,0 +1,194 @@
+"""Removes the lock that a killed compilation of a DeepSpeed extension leaves behind, for which every later start waits.
+
+torch's `FileBaton` is a file named `lock` in the extension's build folder. Who compiles has made it (`O_EXCL`) and has
+it open all that time, and no child inherits that; who finds it waits until it is gone, for ever if its maker is dead.
+
+Keeps libraries out of a training process that has no use for them.
+
+TRL imports Weights & Biases, and PEFT bitsandbytes (with torch's compiler behind it), whenever they are installed.
+Together they are a fourth of the processor time that a run's imports take (`python -X importtime`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import stat
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from huggingface_hub import try_to_load_from_cache
+
+from runner.recipe.parse import Recipe
+
+# Where the kernel of this machine knows everybody who has a file open. Elsewhere it may know of this machine alone.
+_LOCAL_FILE_SYSTEMS: Final = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
+_ORPHAN_SECONDS: Final = 120.0
+_MINIMAL_AGE_SECONDS: Final = 1.0  # a maker that was just creating it may not be counted as having it open yet
+
+
+def remove_stale_build_locks() -> None:
+    """Before DeepSpeed compiles or loads anything: remove what a killed process left, and say what had to stay.
+
+    Does nothing without DeepSpeed (accelerate's own sign for it), and nothing to folders of other extensions.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    for folder in list_build_folders(ALL_OPS):
+        if (said := remove_stale_lock(folder)) is not None:
+            print(said, flush=True)
+
+
+def list_build_folders(names: Iterable[str]) -> list[Path]:
+    """Where torch builds extensions of these names, as far as the folders are there."""
+    if (root := os.environ.get("TORCH_EXTENSIONS_DIR")) is not None:
+        roots = [Path(root)]
+    else:
+        from torch.utils.cpp_extension import get_default_build_root
+
+        roots = sorted(Path(get_default_build_root()).glob("*"))  # one per Python and accelerator
+    return [root / name for root in roots for name in sorted(names) if (root / name).is_dir()]
+
+
+def remove_stale_lock(folder: Path) -> str | None:
+    """Remove the lock of a build folder if nobody compiles there; a line for the log, None where there is no lock.
+
+    That nobody has it open is asked of the kernel: it grants a write lease (`fcntl(2)`, F_SETLEASE) only on a file that
+    nobody else has open, processes of other users and of other containers counted. A lock that cannot be judged stays:
+    on a network file system, of another user, or if what its maker had started still compiles after two minutes.
+    """
+    path = folder / "lock"
+    if not path.exists():
+        return None
+    if (kind := find_file_system(path)) not in _LOCAL_FILE_SYSTEMS:
+        return _say_stays(path, f"it lies on {kind or 'an unknown file system'}, where another machine may have it")
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # One at a time, so that nobody removes a lock made since its look. The others wait here, not for the lock: who
+        # waits for that takes the extension for compiled as soon as it is gone.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return _remove_if_nobody_has_it(path)
+    except FileNotFoundError:
+        return None  # released meanwhile
+    except OSError as error:
+        return _say_stays(path, f"it cannot be told who has it ({error.strerror})")
+    finally:
+        os.close(descriptor)
+
+
+def _say_stays(path: Path, reason: str) -> str:
+    return f"{path} stays: {reason}; if nobody compiles there, remove it, or DeepSpeed waits for ever"
+
+
+def _remove_if_nobody_has_it(path: Path) -> str:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size:
+            return _say_stays(path, "it is not a lock of torch's")
+        if not _is_ours_alone(descriptor) or time.time() - found.st_mtime < _MINIMAL_AGE_SECONDS:
+            return f"{path}: DeepSpeed waits for another process that compiles there"
+        if (pid := _wait_for_orphans(path.parent)) is not None:
+            return _say_stays(path, f"process {pid} still works there")
+        if not os.path.samestat(found, path.stat()):
+            return f"{path}: DeepSpeed waits for another process that compiles there"
+        path.unlink()
+        return f"removed {path}: nobody has it open, so its maker was killed while it compiled"
+    finally:
+        os.close(descriptor)  # gives the lease back
+
+
+def _is_ours_alone(descriptor: int) -> bool:
+    """Whether nobody else has the file open; nobody opens it, either, until the descriptor is closed."""
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)  # who wants it is announced; SIGIO would end this process
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def find_file_system(path: Path) -> str | None:
+    """The type of the file system on which a file lies, as the kernel names it."""
+    real, found = path.resolve(), (0, "")
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, source = line.partition(" - ")
+        point = Path(fields.split(" ")[4].encode().decode("unicode_escape"))  # \040 stands for a space
+        if real.is_relative_to(point):
+            found = max((len(point.parts), source.split(" ")[0]), found, key=lambda one: one[0])  # the later of equals
+    return found[1] or None
+
+
+def _wait_for_orphans(folder: Path) -> int | None:
+    """Wait for what a killed maker had started (ninja, compilers: they run in the folder); one that has not ended."""
+    deadline = time.monotonic() + _ORPHAN_SECONDS
+    while orphans := _list_processes_in(folder):
+        for pid in orphans:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                try:
+                    if not select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                        return pid
+                finally:
+                    os.close(pidfd)
+    return None
+
+
+def _list_processes_in(folder: Path) -> list[int]:
+    wanted, found = folder.stat(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it is somebody else's, or has just ended
+            if os.path.samestat((process / "cwd").stat(), wanted):
+                found.append(int(process.name))
+    return found
+
+
+# Every other optimizer of Transformers is taken to need bitsandbytes.
+_TORCH_OPTIMIZERS: Final = (None, "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd")
+
+
+def find_unused_libraries(recipe: Recipe) -> list[str]:
+    """Which of them the recipe has no use for."""
+    is_used = {"wandb": "wandb" in recipe.tracking.report_to, "bitsandbytes": _uses_bitsandbytes(recipe)}
+    return [name for name, used in is_used.items() if not used]
+
+
+def hide_libraries(names: Iterable[str]) -> None:
+    """Make libraries look as if they were not installed, in this process and until it ends.
+
+    Called before the first import of TRL or PEFT; what has been imported already stays.
+    """
+    for name in names:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type] # Python's way to say that there is none
+
+
+def _uses_bitsandbytes(recipe: Recipe) -> bool:
+    optimizer = recipe.training.hugging_face_arguments().get("optim")
+    return (
+        recipe.quantization.method != "none"
+        or optimizer not in _TORCH_OPTIMIZERS
+        or _may_be_quantized(recipe.model.path, recipe.model.revision)
+    )
+
+
+def _may_be_quantized(path: str, revision: str | None) -> bool:
+    """Whether the base model's own configuration asks for quantised weights; also True where it is not here yet."""
+    config_path = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        try:
+            cached = try_to_load_from_cache(path, "config.json", revision=revision)
+        except ValueError:  # neither a folder nor a hub id
+            return True
+        config_path = Path(cached) if isinstance(cached, str) else config_path
+    if not config_path.exists():
+        return True
+    return "quantization_config" in json.loads(config_path.read_text(encoding="utf-8"))

@@ -1,0 +1,173 @@
+"""`runner logs`: what an attempt printed, and what it still prints.
+
+The bytes go to stdout as they are, colours and progress bars included, as with `cat`; what they are goes to stderr.
+
+`runner stop`: asks running attempts to checkpoint and to leave, whoever started them and on whatever machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from runner.errors import RunnerError
+from runner.launch.attempt import request_stop
+from runner.plan.decide import foresee_retry
+from runner.plan.select import Selected, select_recipes
+from runner.run.lease import is_leased
+from runner.run.paths import RunPaths
+from runner.run.record import Attempt, load_progress, load_record
+
+_LOOK_SECONDS: Final = 0.25  # between two looks at a log that grows
+_MAX_LISTED: Final = 5
+
+
+def run_logs(run: str, output_root: Path, number: int | None, *, follow: bool) -> int:
+    """Print the log of one attempt, the last one by default.
+
+    `follow` goes on with what is written meanwhile and with the attempts after it, until the run is done, or nothing
+    tries it again by itself.
+
+    Raises:
+        RunnerError: there is no such run, attempt or log, or several runs and not exactly one of them running.
+    """
+    selected = find_run(select_recipes([run], output_root))
+    attempts = load_record(selected.paths).attempts
+    if not attempts:
+        raise RunnerError(
+            f"{selected.full_name} has no attempt yet", hint=f"runner launch {selected.source_path}  # starts it"
+        )
+    if number is not None and number > len(attempts):
+        raise RunnerError(f"{selected.full_name} has {len(attempts)} attempts, there is no attempt {number}")
+    number = number or len(attempts)
+    if follow:
+        try:
+            _follow(selected, number)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        return 0
+    if not selected.paths.attempt(number).log_path.exists():
+        raise RunnerError(
+            f"attempt {number} of {selected.full_name} has no log: nothing was started by `runner` itself",
+            hint=f"runner why {selected.paths.run_dir}",
+        )
+    _Log(selected.paths.attempt(number).log_path).print_on()
+    return 0
+
+
+def find_run(selected: list[Selected]) -> Selected:
+    """The only run, or the only one that runs.
+
+    Raises:
+        RunnerError: it is not clear which one is meant.
+    """
+    if len(selected) == 1:
+        return selected[0]
+    running = [one for one in selected if is_leased(one.paths.lease_path)]
+    if len(running) == 1:
+        return running[0]
+    begun = [one for one in selected if one.paths.record_path.exists()]
+    if not begun:
+        raise RunnerError(f"none of these {len(selected)} runs has an attempt yet", hint="runner status")
+    shown = [f"runner logs {one.paths.run_dir}" for one in running or begun]
+    if len(shown) > _MAX_LISTED:
+        shown[_MAX_LISTED:] = [f"... and {len(shown) - _MAX_LISTED} more"]
+    raise RunnerError(
+        f"these are {len(selected)} runs, {len(running) or 'none'} of them running: name one",
+        hint="\n      ".join(shown),
+    )
+
+
+def _follow(selected: Selected, number: int) -> None:
+    paths, is_told = selected.paths, False
+    log = _Log(paths.attempt(number).log_path)
+    while True:
+        # In this order: what is printed last was written before the lease was let go or the next attempt began.
+        is_running = is_leased(paths.lease_path)
+        attempts = load_record(paths).attempts
+        log.print_on()
+        if number < len(attempts):
+            number, is_told = number + 1, False
+            log = _Log(paths.attempt(number).log_path)
+            continue
+        if not is_running:
+            retry = foresee_retry(selected.recipe, attempts)
+            if retry is None or paths.result_path.exists():
+                _say(_describe_end(paths, attempts[-1]))
+                return
+            if not is_told:
+                _say(f"{_describe_end(paths, attempts[-1])}; {retry.why}, while its sweep lives; Ctrl-C leaves")
+            is_told = True
+        time.sleep(_LOOK_SECONDS)
+
+
+class _Log:
+    """A log that may not be there yet; it stays open, because one that ended may be replaced by a scrubbed copy."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream: BinaryIO | None = None
+        _say(str(path))
+
+    def print_on(self) -> None:
+        """Print what came since the last time."""
+        if self._stream is None:
+            with contextlib.suppress(FileNotFoundError):
+                self._stream = self._path.open("rb")
+        if self._stream is not None:
+            shutil.copyfileobj(self._stream, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+
+
+def _describe_end(paths: RunPaths, attempt: Attempt) -> str:
+    if paths.result_path.exists():
+        return "the run is completed"
+    if attempt.failure is None:
+        return f"attempt {attempt.number} was killed together with its launcher"
+    first_line = attempt.failure.message.partition("\n")[0]
+    return f"attempt {attempt.number} ended, {attempt.failure.kind}: {first_line}"
+
+
+def _say(text: str) -> None:
+    print(f"==> {text} <==", file=sys.stderr, flush=True)
+
+
+def run_stop(arguments: argparse.Namespace) -> int:
+    """Ask every running attempt of what is selected; 1 when one could not be asked: it is just opening or closing."""
+    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
+    running = [one for one in selected if is_leased(one.paths.lease_path)]
+    asked = [one for one in running if _ask(one)]
+    num_idle = len(selected) - len(running) - sum(_hold_back(one) for one in selected if one not in running)
+    if num_idle:
+        what = "run is not running" if num_idle == 1 else "runs are not running"
+        print(f"{num_idle} {what}" if running else f"nothing to stop: {num_idle} {what}", file=sys.stderr)
+    return 0 if len(asked) == len(running) else 1
+
+
+def _hold_back(one: Selected) -> bool:
+    """Whether the run waits for a retry, if its sweep still lives; that sweep will leave it alone now."""
+    attempts = load_record(one.paths).attempts
+    if foresee_retry(one.recipe, attempts) is None or one.paths.result_path.exists():
+        return False
+    request_stop(one.paths, attempts[-1].number, "asked by `runner stop`")
+    print(f"{one.full_name}  is not running; its sweep, if it lives, does not try it again")
+    return True
+
+
+def _ask(one: Selected) -> bool:
+    attempts = load_record(one.paths).attempts
+    if not attempts or attempts[-1].ended_at_utc is not None:
+        print(f"{one.full_name}  is just ending or being started: ask again")
+        return False
+    number = attempts[-1].number
+    progress = load_progress(one.paths.attempt(number).progress_path)
+    request_stop(one.paths, number, "asked by `runner stop`")
+    step = "" if progress is None or progress.max_steps is None else f", step {progress.step}/{progress.max_steps}"
+    where = "starting" if progress is None else f"{progress.phase}{step}"
+    print(f"{one.full_name}  asked attempt {number} to checkpoint and leave ({where}, on {attempts[-1].host})")
+    return True

@@ -1,0 +1,300 @@
+"""Pure: what a live view says about runs in words and numbers: counts, speeds, time left, loss curves as text.
+
+`watch_table` draws the grid, `watch_screen` puts everything together; nothing here reads a file or knows a terminal.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from runner.plan.status import RunStatus
+from runner.recipe.parse import Recipe
+from runner.recipe.schedule import derive_schedule
+from runner.run.record import Progress
+
+# Nothing more happens to these by itself; every other state, also one not known here, is work that is left.
+_AT_REST: Final = frozenset({"completed", "failed", "changed", "unreadable"})
+# What somebody wants to see first, where there is not room for all; a state that is not named is the empty text.
+_URGENCY: Final = (
+    *("running", "failed", "unreadable", "waiting", "interrupted", "changed", "", "queued", "pending", "completed"),
+)
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    """The symbols of states, bars and curves; a state that is not named here gets `unknown`."""
+
+    states: Mapping[str, str]
+    unknown: str
+    bar: tuple[str, str]
+    levels: str
+    ellipsis: str
+
+    def of(self, state: str) -> str:
+        """One character."""
+        return self.states.get(state, self.unknown)
+
+
+UNICODE: Final = Glyphs(
+    {
+        "completed": "✓",
+        "running": "▶",
+        "failed": "✗",
+        "waiting": "↻",
+        "queued": "…",
+        "interrupted": "‖",
+        "changed": "≠",
+        "pending": "·",
+    },
+    unknown="?",
+    bar=("█", "░"),
+    levels="▁▂▃▄▅▆▇█",
+    ellipsis="…",
+)
+ASCII: Final = Glyphs(
+    {
+        "completed": "+",
+        "running": ">",
+        "failed": "X",
+        "waiting": "r",
+        "queued": "q",
+        "interrupted": "=",
+        "changed": "!",
+        "pending": ".",
+    },
+    unknown="?",
+    bar=("#", "-"),
+    levels="_.-=+*%#",
+    ellipsis="~",
+)
+
+
+@dataclass(frozen=True)
+class RunView:
+    """All that the view says about one run. `progress`, `losses` and `elapsed_seconds` matter while it runs."""
+
+    recipe: Recipe
+    status: RunStatus
+    log_path: str | None = None  # of the last attempt
+    hint: str | None = None
+    retry: str | None = None  # how it is tried again by itself
+    progress: Progress | None = None
+    losses: Sequence[float] = ()
+
+    @property
+    def full_name(self) -> str:
+        """`<grid>/<run name>`."""
+        return f"{self.recipe.run.grid}/{self.recipe.run.name}"
+
+    @property
+    def state(self) -> str:
+        """`RunStatus.state`; any text, so that a state that is new needs nothing here."""
+        return "waiting" if self.retry is not None else self.status.state
+
+
+def rank_urgency(state: str) -> int:
+    """The place of a state among those that somebody wants to see first.
+
+    >>> sorted(["completed", "of another version", "running", "pending", "failed"], key=rank_urgency)
+    ['running', 'failed', 'of another version', 'pending', 'completed']
+    """
+    return _URGENCY.index(state if state in _URGENCY else "")
+
+
+def is_left(state: str) -> bool:
+    """Whether a run is still to be done, or going on."""
+    return state not in _AT_REST
+
+
+def count_states(states: Iterable[str]) -> list[tuple[str, int]]:
+    """Each state with how often it occurs, done first, then the most urgent.
+
+    >>> count_states(["pending", "failed", "completed", "pending"])
+    [('completed', 1), ('failed', 1), ('pending', 2)]
+    """
+    counts = Counter(states)
+    return sorted(counts.items(), key=lambda item: (item[0] != "completed", rank_urgency(item[0]), item[0]))
+
+
+@dataclass(frozen=True)
+class TimeLeft:
+    """Seconds until all is done, of the work itself and by the clock; None where one cannot know, and `why` not."""
+
+    work_seconds: float | None
+    clock_seconds: float | None
+    why: str = ""
+
+
+class Speeds:
+    """Seconds per trained row of each base model: what a step takes, whatever its batch.
+
+    From completed runs, whose time includes start-up and evaluations; the median. While a model has none, from the
+    running ones. A run that has trained for a while knows its own speed, which comes before both.
+    """
+
+    def __init__(self, views: Sequence[RunView]) -> None:
+        finished: dict[str, list[float]] = {}
+        running: dict[str, list[float]] = {}
+        for view in views:
+            status, batch = view.status, view.recipe.global_batch_size
+            if status.state == "completed" and status.seconds and status.step:
+                finished.setdefault(_model(view), []).append(status.seconds / status.step / batch)
+            elif status.state == "running" and view.progress is not None and view.progress.seconds_per_step:
+                running.setdefault(_model(view), []).append(view.progress.seconds_per_step / batch)
+        self._per_row = {model: statistics.median(speeds) for model, speeds in (running | finished).items()}
+
+    def seconds_left(self, view: RunView) -> float | None:
+        """Of one run that is not done."""
+        steps = count_steps_left(view)
+        speed = self._per_row.get(_model(view))
+        own = view.progress.seconds_per_step if view.progress is not None and view.state == "running" else None
+        per_step = own or (None if speed is None else speed * view.recipe.global_batch_size)
+        return None if steps is None or per_step is None else steps * per_step
+
+
+def _model(view: RunView) -> str:
+    return view.recipe.model.path
+
+
+def count_steps_left(view: RunView) -> int | None:
+    """Optimizer steps that a run has still to make at most: it may stop early. None where the recipe does not say."""
+    num_steps, recipe = view.status.max_steps, view.recipe
+    if num_steps is None and (recipe.training.max_steps is not None or recipe.data.num_train_samples is not None):
+        num_steps = derive_schedule(recipe, recipe.data.num_train_samples or 0).num_updates
+    return None if num_steps is None else max(0, num_steps - (view.status.step or 0))
+
+
+def estimate_time_left(views: Sequence[RunView]) -> TimeLeft:
+    """The seconds of all that is left, divided by the number of runs that run now; at least the longest of those."""
+    left, speeds = [view for view in views if is_left(view.state)], Speeds(views)
+    seconds = {view.full_name: speeds.seconds_left(view) for view in left}
+    if unknown := next((view for view in left if seconds[view.full_name] is None), None):
+        if count_steps_left(unknown) is None:
+            return TimeLeft(None, None, f"{unknown.full_name} does not say how many steps it makes")
+        return TimeLeft(None, None, f"nothing is known yet of the speed of {_model(unknown)}")
+    known = {name: value for name, value in seconds.items() if value is not None}
+    running = [known[view.full_name] for view in left if view.state == "running"]
+    total = sum(known.values())
+    return TimeLeft(total, max(total / len(running), *running) if running else None)
+
+
+def describe_time_left(left: TimeLeft, num_left: int) -> str:
+    """One phrase.
+
+    >>> describe_time_left(TimeLeft(7000, 3500), 3), describe_time_left(TimeLeft(7000, None), 3)
+    ('about 58 min left', 'nothing runs; about 1 h 57 min of work left')
+    """
+    if num_left == 0:
+        return "nothing left to do"
+    if left.work_seconds is None:
+        return f"time left unknown: {left.why}"
+    if left.clock_seconds is None:
+        return f"nothing runs; about {format_seconds(left.work_seconds)} of work left"
+    return f"about {format_seconds(left.clock_seconds)} left"
+
+
+def format_seconds(seconds: float) -> str:
+    """In the two largest units that matter.
+
+    >>> [format_seconds(seconds) for seconds in (0.4, 59.6, 3540, 3601, 200_000)]
+    ['0 s', '1 min', '59 min', '1 h 0 min', '2 d 8 h']
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d {hours} h"
+
+
+def draw_curve(values: Sequence[float], width: int, levels: str = UNICODE.levels) -> str:
+    """Values as a line of at most `width` bars, between their own least and greatest; several steps share a bar.
+
+    >>> draw_curve([4, 3, 2, 1, 1], 5), draw_curve([1, 1], 5), draw_curve([], 5)
+    ('█▆▃▁▁', '▄▄', '')
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    num_bars = min(width, len(finite))
+    if num_bars <= 0:
+        return ""
+    edges = [len(finite) * number // num_bars for number in range(num_bars + 1)]
+    means = [statistics.fmean(finite[start:end]) for start, end in itertools.pairwise(edges)]
+    least, span = min(means), max(means) - min(means)
+    if span == 0:
+        return levels[(len(levels) - 1) // 2] * num_bars
+    return "".join(levels[round((mean - least) / span * (len(levels) - 1))] for mean in means)
+
+
+def draw_bar(part: float, width: int, glyphs: Glyphs = UNICODE) -> str:
+    """A bar of `width` characters, filled to a part between 0 and 1; full only when all is done.
+
+    >>> draw_bar(0.5, 6), draw_bar(0.999, 6), draw_bar(1, 6)
+    ('███░░░', '█████░', '██████')
+    """
+    filled = min(width, max(0, math.floor(part * width)))
+    return glyphs.bar[0] * filled + glyphs.bar[1] * (width - filled)
+
+
+def clean(text: str) -> str:
+    """A text without line breaks and terminal controls: what a library says must not reach the terminal as commands.
+
+    >>> clean("out\\x1b[2J of\\tmemory")
+    'out�[2J of memory'
+    """
+    return "".join(character if character.isprintable() else " " if character.isspace() else "�" for character in text)
+
+
+def measure(text: str) -> int:
+    """The columns that a text takes."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        for character in text
+    )
+
+
+def cut(text: str, width: int, ellipsis: str = UNICODE.ellipsis) -> str:
+    """A text that takes at most `width` columns.
+
+    >>> cut("a long name", 6), cut("short", 6), cut("x", 0)
+    ('a lon…', 'short', '')
+    """
+    if measure(text) <= width:
+        return text
+    kept = ""
+    for character in text:
+        if measure(kept + character) > width - measure(ellipsis):
+            break
+        kept += character
+    return kept + ellipsis if width > 0 else ""
+
+
+def cut_middle(text: str, width: int, ellipsis: str = UNICODE.ellipsis) -> str:
+    """As `cut`, but the end stays: values of an axis often differ there.
+
+    >>> cut_middle("gemma-2-9b-it", 8), cut_middle("task-12", 5), cut_middle("task", 2)
+    ('gemm…-it', 'ta…12', '…k')
+    """
+    if measure(text) <= width:
+        return text
+    end = text[len(text) - len(cut(text[::-1], max(1, (width + 1) // 3), "")) :]
+    return cut(text, width - measure(end), ellipsis) + end
+
+
+def pad(text: str, width: int, ellipsis: str = UNICODE.ellipsis) -> str:
+    """A text that takes `width` columns exactly."""
+    shown = cut(text, width, ellipsis)
+    return shown + " " * (width - measure(shown))

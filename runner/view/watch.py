@@ -1,0 +1,300 @@
+"""`runner status --watch`: the screen of `watch_screen`, drawn again and again on a terminal, else printed once.
+
+What the live view reads: statuses and losses of many runs, each read again only when its files changed.
+
+Reads files only. A status is derived again when any name, size, time or inode in the run directory, its last attempt or
+its checkpoints changed, when the lease changed hands, or when a file that the recipe names did.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from runner.plan.decide import Retry, foresee_retry
+from runner.plan.select import Selected, UnreadableRun
+from runner.plan.status import RunStatus, derive_status, find_hint
+from runner.recipe.identity import ContentHashes, list_content_paths
+from runner.run.lease import is_leased
+from runner.run.record import Progress, load_progress, load_record
+from runner.view.progress import ASCII, UNICODE, Glyphs, RunView
+from runner.view.screen import Line, Screen
+
+FolderState = frozenset[tuple[str, int, int, int]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One run as it was read: `progress` and `losses` (one per step) are of a running attempt only.
+
+    `retry` is what the sweep that made the last attempt does next, while it lives.
+    """
+
+    selected: Selected
+    status: RunStatus
+    progress: Progress | None = None
+    losses: Sequence[float] = ()
+    retry: Retry | None = None
+
+
+class RunsReader:
+    """All runs of a view; recipes are taken as they were when it was made."""
+
+    def __init__(self, selected: Sequence[Selected], cache_path: Path) -> None:
+        self._contents = _Contents(cache_path)
+        self._runs = [_RunReader(one, sorted(set(list_content_paths(one.recipe).values()))) for one in selected]
+
+    def read(self) -> list[Reading]:
+        """How all runs stand now, in the order in which they were given."""
+        self._contents.refresh()
+        return [run.read(self._contents.known(run.content_paths)) for run in self._runs]
+
+
+class _Contents:
+    """`known_contents` for many recipes that name the same few files: each is looked at once per refresh."""
+
+    def __init__(self, cache_path: Path) -> None:
+        self._cache_path = cache_path
+        self._cache_state: object = ()
+        self._hashes = ContentHashes(cache_path)
+        self._known: dict[str, str | None] = {}
+
+    def refresh(self) -> None:
+        state = _look_at(self._cache_path)
+        if state != self._cache_state:
+            self._cache_state, self._hashes = state, ContentHashes(self._cache_path)
+        self._known.clear()
+
+    def known(self, paths: Sequence[str]) -> dict[str, str]:
+        for path in paths:
+            if path not in self._known:
+                self._known[path] = self._hashes.known(Path(path)) if Path(path).exists() else None
+        return {path: digest for path in paths if (digest := self._known[path]) is not None}
+
+
+@dataclass
+class _RunReader:
+    selected: Selected
+    content_paths: Sequence[str]
+    _seen: object = None
+    _status: RunStatus | None = None
+    _progress: Progress | None = None
+    _retry: Retry | None = None
+    _losses: LossReader | None = None
+
+    def read(self, contents: Mapping[str, str]) -> Reading:
+        paths = self.selected.paths
+        seen = (is_leased(paths.lease_path), self._look(), contents)
+        if self._status is None or seen != self._seen:
+            self._status = derive_status(paths, self.selected.recipe, contents)
+            self._seen = seen  # from before: what changed while it was derived is seen the next time
+            self._progress = self._retry = None
+            if self._status.state == "running":
+                self._progress = load_progress(paths.attempt(self._status.num_attempts).progress_path)
+            elif self._status.failure is not None:
+                self._retry = foresee_retry(self.selected.recipe, load_record(paths).attempts)
+        if self._status.state != "running":
+            self._losses = None
+            return Reading(self.selected, self._status, retry=self._retry)
+        self._losses = self._losses or LossReader(paths.metrics_path)
+        return Reading(self.selected, self._status, self._progress, self._losses.read())
+
+    def _look(self) -> tuple[FolderState, ...]:
+        paths = self.selected.paths
+        folders = [paths.run_dir, paths.checkpoints_dir, paths.uploads_dir]
+        attempts = _look_into(paths.attempts_dir)
+        if numbers := [int(name) for name, *_ in attempts if name.isdecimal()]:
+            folders.append(paths.attempt(max(numbers)).attempt_dir)
+        return attempts, *map(_look_into, folders)
+
+
+@dataclass
+class LossReader:
+    """The training loss of every step in `metrics.jsonl`; what was read is not read again, but for a shorter file."""
+
+    path: Path
+    _losses: list[float] = field(default_factory=list)
+    _num_bytes: int = 0
+    _inode: int = 0
+
+    def read(self) -> Sequence[float]:
+        """The losses so far. A resume replaces the file by a shorter one: then all is read anew."""
+        try:
+            with self.path.open("rb") as stream:
+                state = os.fstat(stream.fileno())
+                if state.st_ino != self._inode or state.st_size < self._num_bytes:
+                    self._losses, self._num_bytes, self._inode = [], 0, state.st_ino
+                stream.seek(self._num_bytes)
+                whole, newline, _ = stream.read().rpartition(b"\n")
+        except OSError:
+            return []
+        self._num_bytes += len(whole) + len(newline)
+        self._losses += [loss for line in whole.split(b"\n") if (loss := _find_loss(line)) is not None]
+        return self._losses
+
+
+def _find_loss(line: bytes) -> float | None:
+    """The loss of a row that is a training step."""
+    try:
+        row: Any = json.loads(line)
+        return float(row["loss"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _look_at(path: Path) -> object:
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns, state.st_ino
+
+
+def _look_into(folder: Path) -> FolderState:
+    """Name, size, time and inode of everything directly in a folder; empty where there is none."""
+    found: list[tuple[str, int, int, int]] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    state = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:  # a temporary file
+                    continue
+                found.append((entry.name, state.st_size, state.st_mtime_ns, state.st_ino))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    return frozenset(found)
+
+
+_REFRESH_SECONDS: Final = 1.0
+_MAX_BUSY_PART: Final = 0.1  # of the time; with very many runs, or a slow file system, the screen is drawn less often
+_PLAIN_WIDTH: Final = 120
+_STYLES: Final = {
+    "completed": "green",
+    "running": "bold cyan",
+    "failed": "bold red",
+    "unreadable": "bold red",
+    "waiting": "yellow",
+    "interrupted": "yellow",
+    "changed": "magenta",
+    "queued": "blue",
+    "pending": "dim",
+    "dim": "dim",
+    "bold": "bold",
+    "": "",
+}
+_SIGNALS: Final = (signal.SIGWINCH, signal.SIGTSTP, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def watch(selected: Sequence[Selected], cache_path: Path, unreadable: Sequence[UnreadableRun] = ()) -> int:
+    """Show the runs until Ctrl-C, or until all are completed; without a terminal, once.
+
+    It does not end when nothing runs any more: what is between two attempts, or in a queue, looks just like it.
+    """
+    for lost in unreadable:  # nothing is known of these, not even a grid to show them in
+        print(f"{lost.full_name}  unreadable: {lost.why}", file=sys.stderr)
+    if not selected:
+        return 0
+    reader, console = RunsReader(selected, cache_path), Console(highlight=False)
+    views = build_views(reader.read())
+    screen = Screen(views, choose_glyphs(console.encoding))
+    is_live = sys.stdout.isatty() and not console.is_dumb_terminal  # rich calls a pipe a terminal under FORCE_COLOR
+    if is_live:
+        views = _follow(console, screen, reader, views)
+    width = console.width if is_live or "COLUMNS" in os.environ else _PLAIN_WIDTH
+    console.print(paint(screen.draw(views, width=width, height=None, now=_now())), soft_wrap=True)
+    return 0
+
+
+def build_views(readings: Sequence[Reading]) -> list[RunView]:
+    """What is shown of each run."""
+    views: list[RunView] = []
+    for reading in readings:
+        status, paths = reading.status, reading.selected.paths
+        log_path = paths.attempt(status.num_attempts).log_path if status.num_attempts else None
+        views.append(
+            RunView(
+                reading.selected.recipe,
+                status,
+                log_path=None if log_path is None else str(log_path),
+                hint=find_hint(status),
+                retry=None if reading.retry is None else f"{reading.retry.why}, while its sweep lives",
+                progress=reading.progress,
+                losses=reading.losses,
+            )
+        )
+    return views
+
+
+def choose_glyphs(encoding: str) -> Glyphs:
+    """Symbols that an output of that encoding can show."""
+    return UNICODE if encoding.lower().replace("-", "").startswith("utf") else ASCII
+
+
+def paint(lines: Sequence[Line]) -> Text:
+    """Lines with the colours of their states; rich leaves the colours out where none are wanted."""
+    text = Text(no_wrap=True, overflow="crop")
+    for number, line in enumerate(lines):
+        if number:
+            text.append("\n")
+        for part, style in line:
+            text.append(part, _STYLES.get(style, ""))
+    return text
+
+
+def _follow(console: Console, screen: Screen, reader: RunsReader, views: list[RunView]) -> list[RunView]:
+    """Draw until all is completed or somebody ends it; the last views.
+
+    Raises:
+        SystemExit: TERM or HUP came.
+    """
+    woken_by = None
+    with _signals_kept():
+        while woken_by in (None, signal.SIGTSTP) and any(view.state != "completed" for view in views):
+            woken_by = None
+            with Live(console=console, screen=True, auto_refresh=False) as live:
+                while woken_by in (None, signal.SIGWINCH) and any(view.state != "completed" for view in views):
+                    started = time.monotonic()
+                    views = build_views(reader.read())
+                    now = f"{_now()}  Ctrl-C leaves"
+                    lines = screen.draw(views, width=console.width, height=console.height, now=now)
+                    live.update(paint(lines), refresh=True)
+                    woken_by = _wait(max(_REFRESH_SECONDS, (time.monotonic() - started) / _MAX_BUSY_PART))
+            if woken_by == signal.SIGTSTP:  # Ctrl-Z, with the terminal as it was before; `fg` goes on
+                os.kill(os.getpid(), signal.SIGSTOP)
+    if woken_by in (signal.SIGTERM, signal.SIGHUP):
+        sys.exit(128 + woken_by)
+    return views
+
+
+def _wait(seconds: float) -> int | None:
+    """The signal that came within that time, if any did."""
+    found = signal.sigtimedwait(_SIGNALS, seconds)
+    return None if found is None else found.si_signo
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Signals come to `_wait` and nowhere else: in the middle of drawing, one would leave half a screen behind."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().strftime("%H:%M:%S")

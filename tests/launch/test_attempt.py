@@ -1,0 +1,464 @@
+"""One attempt: its lease, its record, its end; run directories that are moved, damaged or of another experiment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from runner.cli.main import main
+from runner.errors import RefusedError, RunnerError
+from runner.files import load_json, write_json_atomic
+from runner.launch.attempt import (
+    RunningAttempt,
+    close_attempt,
+    move_aside,
+    name_owner,
+    open_attempt,
+    prepare_run,
+    start_attempt,
+    take_lease,
+)
+from runner.launch.command import LaunchCommand, Placement, build_launch_command
+from runner.plan.status import derive_status
+from runner.processes import OWNER_VARIABLE
+from runner.recipe.identity import ContentHashes, hash_contents
+from runner.recipe.parse import Recipe, load_recipe
+from runner.run.lease import is_leased
+from runner.run.paths import RunPaths
+from runner.run.record import Failure, StopRequest, load_record, load_stop_request
+from tests.support.fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish, wait_until_dead
+
+__all__ = ["fake"]
+
+
+@pytest.fixture
+def started() -> Iterator[list[RunningAttempt]]:
+    """Attempts that are ended after the test, whatever became of it."""
+    attempts: list[RunningAttempt] = []
+    yield attempts
+    for attempt in attempts:
+        if attempt.process.returncode is None:
+            attempt.signal_group(signal.SIGKILL)
+            attempt.finish()
+
+
+def load_toy(fake: FakeLauncher, name: str = "a") -> tuple[Recipe, Mapping[str, str], RunPaths]:
+    recipe = load_recipe(fake.root / "recipes" / "toy" / f"{name}.yaml")
+    return recipe, hash_contents(recipe, ContentHashes(fake.root / "cache.json")), fake.paths(name)
+
+
+def start(fake: FakeLauncher, started: list[RunningAttempt], name: str = "a") -> RunningAttempt | None:
+    recipe, contents, paths = load_toy(fake, name)
+    command = build_launch_command(recipe, paths.run_dir, Placement(1), path=os.environ["PATH"])
+    attempt = start_attempt(recipe, contents, paths, command, 1)
+    started += [attempt] if attempt is not None else []
+    return attempt
+
+
+def test_the_lease_is_the_stdin_of_the_child(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+    fake.add("a", told="wait")
+    attempt = start(fake, started)
+    assert attempt is not None
+    fake.next_started()
+    assert fake.events()[0]["is_stdin_the_lease"]
+    attempt.lease.close()
+    assert is_leased(attempt.paths.lease_path), "the child alone holds it"
+    assert start(fake, started) is None
+    fake.let_go("a")
+    assert attempt.finish() is None
+    assert not is_leased(attempt.paths.lease_path)
+
+
+def test_the_record_says_what_was_started(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+    fake.add("a")
+    attempt = start(fake, started)
+    assert attempt is not None and attempt.finish() is None
+    [record] = load_record(attempt.paths).attempts
+    [event] = [event for event in fake.events() if event["event"] == "start"]
+    assert record.command[0] == "accelerate" and list(record.command[1:]) == event["argv"][1:]
+    assert record.environment.items() <= event["environment"].items()
+    assert record.started_at_utc <= (record.ended_at_utc or "")
+    assert (record.number, record.num_processes, record.exit_status, record.failure) == (1, 1, 0, None)
+    assert record.versions["torch"] and record.host
+    assert "told to complete" in attempt.files.log_path.read_text()
+
+
+def test_devices_of_the_surroundings_are_recorded(
+    fake: FakeLauncher, started: list[RunningAttempt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    fake.add("a")
+    attempt = start(fake, started)
+    assert attempt is not None and attempt.attempt.devices == "7"
+
+
+def test_what_outlives_the_launcher_is_ended(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+    fake.add("a", told="leave")
+    attempt = start(fake, started)
+    assert attempt is not None
+    pidfd = os.pidfd_open(fake.next_started()[1])
+    assert attempt.finish() is None
+    wait_until_dead(pidfd)
+    os.close(pidfd)
+    assert not is_leased(attempt.paths.lease_path)
+
+
+def test_a_request_to_stop_names_one_attempt_and_is_gone_with_the_next(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
+    fake.add("a", told="obey")
+    first = start(fake, started)
+    assert first is not None
+    fake.next_started()
+    first.request_stop("enough")
+    failure = first.finish()
+    assert failure is not None and (failure.kind, failure.message.partition(":")[0]) == ("preempted", "enough")
+    assert load_stop_request(first.paths) == StopRequest(attempt=1, why="enough")
+    fake.tell("a", "complete")
+    second = start(fake, started)
+    assert second is not None and second.finish() is None
+    assert not second.paths.stop_path.exists()
+
+
+def test_what_is_killed_says_why(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+    fake.add("a", told="hang")
+    attempt = start(fake, started)
+    assert attempt is not None
+    fake.next_started()
+    attempt.kill("enough")
+    failure = attempt.finish()
+    assert failure is not None and (failure.kind, failure.message) == ("preempted", "enough")
+    assert load_record(attempt.paths).attempts[0].exit_status == -signal.SIGKILL
+
+
+def test_a_record_that_cannot_be_closed_is_a_warning(
+    fake: FakeLauncher, started: list[RunningAttempt], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("b", told="hang")
+    attempt = start(fake, started, "b")
+    assert attempt is not None
+    fake.next_started()
+    attempt.paths.record_path.unlink()
+    attempt.paths.record_path.mkdir()
+    attempt.kill("enough")
+    attempt.finish()
+    assert "runs/toy/b/attempts/1 is not recorded" in capsys.readouterr().err
+    assert not is_leased(attempt.paths.lease_path)
+
+
+def test_what_an_attempt_leaves_in_other_sessions_is_ended_with_it(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
+    """As a compiler, or a tracker's daemon, that a rank under torchrun has started."""
+    fake.add("a", told="leave elsewhere")
+    attempt = start(fake, started)
+    assert attempt is not None
+    pidfd = os.pidfd_open(fake.next_started()[1])
+    assert attempt.finish() is None
+    wait_until_dead(pidfd)
+    os.close(pidfd)
+
+
+def test_what_is_left_of_earlier_attempts_is_ended_by_the_next(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
+    fake.add("a", "aa", told="complete")
+    fake.paths("a").run_dir.mkdir(parents=True)
+    half_written = fake.paths("a").run_dir / ".samples.json.1-ab.tmp"
+    half_written.write_text("{")
+    owners = []
+    for name in ("a", "aa"):
+        fake.paths(name).run_dir.mkdir(parents=True, exist_ok=True)
+        fake.paths(name).lease_path.touch()
+        owners.append(name_owner(fake.paths(name)))
+    owners.append(f"0.0@{fake.paths('a').run_dir.resolve()}")  # another container's run of the same path
+    environments = [{**os.environ, OWNER_VARIABLE: f"{owner}:7"} for owner in owners]
+    own, *foreign = (subprocess.Popen(["sleep", "1000"], env=environment) for environment in environments)
+    try:
+        attempt = start(fake, started)
+        assert attempt is not None and attempt.finish() is None
+        assert own.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+        assert [process.poll() for process in foreign] == [None, None] and not half_written.exists()
+    finally:
+        for process in (own, *foreign):
+            process.kill()
+            process.wait()
+
+
+def test_a_lasting_failure_is_not_called_a_preemption(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+    fake.add("a", told="fail data because")
+    attempt = start(fake, started)
+    assert attempt is not None
+    attempt.process.wait()
+    attempt.stop_reason = "the sweep was stopped"
+    failure = attempt.finish()
+    assert failure is not None and (failure.kind, failure.message) == ("data", "because")
+
+
+def test_a_result_of_another_digest_is_no_success(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+    fake.add("a")
+    attempt = start(fake, started)
+    assert attempt is not None and attempt.finish() is None
+    result = load_json(attempt.paths.result_path)
+    attempt.paths.result_path.unlink()
+    fake.tell("a", f"write result.json {json.dumps(result | {'recipe_digest': 'another'})}")
+    again = start(fake, started)
+    assert again is not None
+    failure = again.finish()
+    assert failure is not None and failure.kind == "lost"
+    status = derive_status(again.paths, *load_toy(fake)[:2])
+    assert status.state == "changed" and "the result is of another" in status.why
+    with pytest.raises(RefusedError, match="the result is of another"):
+        start(fake, started)
+
+
+@pytest.mark.parametrize("name", ["result.json", "attempts/{number}/failure.json"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "null", '{"kind": "tired", "message": 3}'])
+def test_a_damaged_file_of_the_trainer_is_a_failure(
+    name: str, text: str, fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
+    fake.add("a", told=f"write {name} {text}")
+    attempt = start(fake, started)
+    assert attempt is not None
+    failure = attempt.finish()
+    assert failure is not None and failure.kind == "crashed"
+    assert name.format(number=1) in failure.message
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "run.json", "result.json"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", '{"attempts": [{"number": "one"}], "recipe": {}}', "\xff", "[" * 100_000, "null"],
+    ids=["empty", "cut", "list", "types", "bytes", "deep", "null"],
+)
+def test_a_damaged_record_stops_its_own_run_only(
+    name: str, text: str, fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "b", told="exit 1")
+    main(["sweep", "recipes/toy"])
+    (fake.paths("a").run_dir / name).write_bytes(text.encode("latin-1"))
+    fake.tell("b", "complete")
+    capsys.readouterr()
+    assert main(["launch", "recipes/toy/a.yaml"]) == 2
+    stderr = capsys.readouterr().err
+    assert "is unreadable: " in stderr and f"runs/toy/a/{name}" in stderr and "--fresh" in stderr
+    assert main(["sweep", "recipes/toy"]) == 1
+    assert f"refuse  toy/a  unreadable: runs/toy/a/{name}" in capsys.readouterr().out
+    for named in ("recipes/toy", "runs"):
+        assert main(["status", named]) == 1
+        shown = capsys.readouterr()
+        assert "toy/b  completed" in shown.out and "toy/a  unreadable" in shown.out and name in shown.out
+        assert "hint: unreadable: `runner launch RECIPE --fresh`" in shown.err
+        assert main(["status", named, "--json"]) == 1
+        states = {row["name"]: row["state"] for row in json.loads(capsys.readouterr().out)}
+        assert states == {"a": "unreadable", "b": "completed"}
+        assert main(["report", named]) == 1
+        assert "warning: toy/a is unreadable" in capsys.readouterr().err
+    assert fake.started() == ["a", "b", "b"]
+    fake.tell("a", "complete")
+    assert main(["launch", "recipes/toy/a.yaml", "--fresh"]) == 0
+    assert main(["status", "recipes/toy"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("attempts", "why"),
+    [
+        ('[{"number": 0}]', "number"),
+        ('[{"number": 1, "started_at_utc": "yesterday"}]', "started_at_utc"),
+        ('[{"number": 1, "started_at_utc": "2026-01-01T00:00:00"}]', "zone"),
+        ('[{"number": 1, "micro_batch_divisor": 0}]', "micro_batch_divisor"),
+    ],
+)
+def test_attempts_that_cannot_be_are_unreadable(
+    attempts: str, why: str, fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", told="exit 1")
+    main(["sweep", "recipes/toy"])
+    [attempt] = fake.attempts("a")
+    write_json_atomic(fake.paths("a").record_path, {"attempts": [attempt | one for one in json.loads(attempts)]})
+    capsys.readouterr()
+    assert main(["status", "recipes/toy"]) == 1
+    assert why in capsys.readouterr().out
+
+
+def test_a_progress_file_that_a_power_loss_cut_off_does_no_harm(fake: FakeLauncher) -> None:
+    fake.add("a", told="write attempts/{number}/progress.json ")
+    assert main(["sweep", "recipes/toy"]) == 1
+    assert main(["status", "recipes/toy"]) == 0
+
+
+def test_a_launcher_that_cannot_be_started_is_recorded(fake: FakeLauncher) -> None:
+    fake.add("a")
+    recipe, contents, paths = load_toy(fake)
+    command = LaunchCommand(("nowhere/accelerate", "launch"), {})
+    with pytest.raises(RunnerError, match="nowhere/accelerate cannot be started"):
+        start_attempt(recipe, contents, paths, command, 1)
+    [attempt] = load_record(paths).attempts
+    assert attempt.ended_at_utc and attempt.failure is not None and "cannot be started" in attempt.failure.message
+    assert not is_leased(paths.lease_path)
+    assert derive_status(paths, recipe, contents).state == "failed"
+
+
+def test_the_record_is_opened_before_anything_starts(fake: FakeLauncher) -> None:
+    """A launcher that is killed at once leaves an attempt without an end, which is an interrupted run."""
+    fake.add("a")
+    recipe, contents, paths = load_toy(fake)
+    lease = take_lease(paths)
+    assert lease is not None
+    prepare_run(recipe, contents, paths)
+    attempt = open_attempt(paths, LaunchCommand(("accelerate",), {}), 1, (None, None))
+    paths.attempt(attempt.number).log_path.touch()
+    lease.close()
+    assert derive_status(paths, recipe, contents).state == "interrupted"
+
+
+def test_close_attempt_ends_the_last_one_only(fake: FakeLauncher) -> None:
+    fake.add("a")
+    paths = fake.paths("a")
+    for _ in range(2):
+        open_attempt(paths, LaunchCommand(("accelerate",), {}), 1, ("c0ffee", True))
+    close_attempt(paths, 5, None)
+    first, second = load_record(paths).attempts
+    assert (first.exit_status, second.exit_status) == (None, 5)
+    assert (first.number, second.number, second.git_commit, second.git_is_dirty) == (1, 2, "c0ffee", True)
+
+
+def test_a_changed_recipe_is_refused_with_a_diff(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.add("a")
+    assert main(["launch", "recipes/toy/a.yaml"]) == 0
+    recipe_path = fake.root / "recipes" / "toy" / "a.yaml"
+    recipe_path.write_text(recipe_path.read_text().replace("max_steps: 2", "max_steps: 3"))
+    before = fake.tree()
+    assert main(["launch", "recipes/toy/a.yaml"]) == 2
+    stderr = capsys.readouterr().err
+    assert "holds another experiment" in stderr and "training.max_steps: 2 -> 3" in stderr
+    assert "hint: runner launch recipes/toy/a.yaml --fresh" in stderr
+    assert main(["sweep", "recipes/toy"]) == 1
+    stdout = capsys.readouterr().out
+    assert "refuse  toy/a" in stdout and "training.max_steps: 2 -> 3" in stdout
+    assert fake.tree() == before and len(fake.started()) == 1
+
+
+def test_changed_data_is_refused_and_lost_data_too(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.add("a", told="exit 1")
+    assert main(["launch", "recipes/toy/a.yaml"]) == 14
+    capsys.readouterr()
+    (fake.root / "data.jsonl").write_text('{"other": 1}\n')
+    assert main(["launch", "recipes/toy/a.yaml"]) == 2
+    assert "content of data.jsonl: " in capsys.readouterr().err
+    (fake.root / "data.jsonl").write_text("{}\n")
+    (fake.root / "models" / "toy").rename(fake.root / "models" / "moved")  # now it could be an id on the hub
+    assert main(["launch", "recipes/toy/a.yaml"]) == 10
+    assert "content of models/toy: not there any more" in capsys.readouterr().err
+    assert len(fake.started()) == 1
+
+
+def test_fresh_moves_the_old_run_aside_and_loses_nothing(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a")
+    for number in (1, 2):
+        assert main(["launch", "recipes/toy/a.yaml", "--fresh"]) == 0
+        result = fake.paths("a").result_path.read_bytes()
+        assert main(["launch", "recipes/toy/a.yaml", "--fresh"]) == 0
+        old = fake.root / "runs" / "toy" / ".old"
+        assert (old / f"a-{2 * number - 1}" / "result.json").read_bytes() == result
+    assert len(fake.started()) == 4 and len(fake.attempts("a")) == 1
+    capsys.readouterr()
+    assert main(["status", "runs"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1, "what was moved aside is not listed"
+
+
+def test_fresh_refuses_a_running_run(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.add("a", told="wait")
+    launch = fake.start("launch", "recipes/toy/a.yaml")
+    fake.next_started()
+    assert main(["launch", "recipes/toy/a.yaml", "--fresh"]) == 2
+    assert "is running" in capsys.readouterr().err
+    assert main(["launch", "recipes/toy/a.yaml"]) == 0
+    assert "running: starting" in capsys.readouterr().out
+    fake.let_go("a")
+    assert finish(launch)[0] == 0
+
+
+def test_a_lease_of_a_directory_that_was_moved_aside_is_worth_nothing(fake: FakeLauncher) -> None:
+    """Between opening and locking the lease, `--fresh` in another process may move the directory."""
+    from runner.run.lease import Lease
+
+    fake.add("a")
+    paths = fake.paths("a")
+    late = Lease(paths.lease_path)
+    first = take_lease(paths)
+    assert first is not None
+    assert move_aside(paths) is None, "nothing was begun"
+    paths.record_path.write_text("{}")
+    assert move_aside(paths) == fake.root / "runs" / "toy" / ".old" / "a-1"
+    first.close()
+    assert not late.try_acquire()
+    late.close()
+    again = take_lease(paths)
+    assert again is not None
+    again.close()
+
+
+def test_prepare_writes_the_run_and_its_command_works_when_pasted(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a")
+    assert main(["launch", "recipes/toy/a.yaml", "--prepare"]) == 0
+    [command] = capsys.readouterr().out.splitlines()
+    recipe, contents, paths = load_toy(fake)
+    status = derive_status(paths, recipe, contents)
+    assert (status.state, status.why) == ("pending", "prepared, to be started by hand")
+    assert fake.events() == []
+    subprocess.run(["bash", "-c", command], env=fake.environment, stdin=subprocess.DEVNULL, check=True)
+    assert fake.started() == ["a"]
+    assert derive_status(paths, recipe, contents).state == "completed"
+
+
+def test_what_was_prepared_can_be_swept_and_its_failure_by_hand_counts(fake: FakeLauncher) -> None:
+    fake.add("a", "b")
+    for name in "ab":
+        assert main(["launch", f"recipes/toy/{name}.yaml", "--prepare"]) == 0
+    failure = Failure(kind="data", message="because")
+    write_json_atomic(fake.paths("b").attempt(1).failure_path(), failure.model_dump())
+    assert derive_status(fake.paths("b"), *load_toy(fake, "b")[:2]).state == "failed"
+    assert main(["sweep", "recipes/toy"]) == 1
+    assert fake.started() == ["a"] and len(fake.attempts("a")) == 2
+
+
+def test_overrides_make_a_run_of_their_own(fake: FakeLauncher) -> None:
+    fake.add("a")
+    assert main(["launch", "recipes/toy/a.yaml", "training.max_steps=7"]) == 0
+    assert main(["launch", "recipes/toy/a.yaml", "training.max_steps=7", "--name", "seven"]) == 0
+    assert main(["launch", "recipes/toy/a.yaml"]) == 0
+    names = ["a--training.max_steps-7", "seven", "a"]
+    assert fake.started() == names
+    runs = [load_json(fake.paths(name).recipe_path)["recipe"] for name in names]
+    assert [run["training"]["max_steps"] for run in runs] == [7, 7, 2]
+    assert [run["run"]["overrides"] for run in runs] == [["training.max_steps=7"]] * 2 + [[]]
+
+
+def test_preparing_twice_changes_nothing_but_the_attempts(fake: FakeLauncher) -> None:
+    fake.add("a")
+    recipe, contents, paths = load_toy(fake)
+    prepare_run(recipe, contents, paths)
+    before = paths.recipe_path.read_bytes()
+    prepare_run(recipe, contents, paths)
+    assert paths.recipe_path.read_bytes() == before
+    with pytest.raises(RefusedError, match=r"content of data\.jsonl"):
+        prepare_run(recipe, {**contents, "data.jsonl": "0" * 64}, paths)
+
+
+def test_placement_may_change_between_attempts(fake: FakeLauncher, tmp_path: Path) -> None:
+    fake.add("a", told="exit 1")
+    assert main(["launch", "recipes/toy/a.yaml"]) == 14
+    assert main(["launch", "recipes/toy/a.yaml", "--num-processes", "2"]) == 14
+    assert main(["launch", "recipes/toy/a.yaml", "--num-processes", "3"]) == 2, "4 sequences cannot be cut in 3"
+    assert [attempt["num_processes"] for attempt in fake.attempts("a")] == [1, 2]

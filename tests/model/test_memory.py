@@ -1,0 +1,172 @@
+"""The static parts of the memory estimate against real tensors of a real step; how processes share; what is warned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from runner.data.tokenizer import load_tokenizer
+from runner.model.load import build_lora_config, load_model
+from runner.model.memory import Sharding, estimate_disk, estimate_memory, free_bytes, load_sharding
+from runner.model.size import ActivationCurve, load_config, measure_model
+from runner.preflight.check import check_recipes
+from runner.preflight.sizes import describe_sizes, estimate_sizes, warn_of_shortage
+from runner.recipe.parse import Recipe, parse_recipe
+from runner.recipe.schedule import derive_schedule
+from tests.conftest import RECIPE_TEXT, ROOT, Project
+
+NO_ACTIVATIONS = ActivationCurve((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw_torch": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+def recipe_of(model_dir: Path, *overrides: str) -> Recipe:
+    overrides = (f"model.path={model_dir}", *overrides)
+    return parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=overrides)
+
+
+def measured(recipe: Recipe) -> tuple[Any, Any]:
+    tokenizer = load_tokenizer(recipe.model)
+    return measure_model(recipe, load_config(recipe, tokenizer)), tokenizer
+
+
+def build_optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if name == "adamw_8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters)
+    return OPTIMIZERS[name](parameters)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "sgd"])
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_weights_gradients_and_optimizer_are_those_of_a_real_step(
+    tiny_model: Callable[[str], Path], adapter: str, optim: str
+) -> None:
+    rank = ("adapter.r=64",) if adapter == "lora" else ("adapter.method=none",)
+    recipe = recipe_of(tiny_model("llama"), f"training.optim={optim}", *rank)
+    size, tokenizer = measured(recipe)
+    estimate = estimate_memory(recipe, size, NO_ACTIVATIONS, Sharding(uses_cpu=True), longest_row=0)
+
+    model = load_model(recipe, tokenizer)
+    lora = build_lora_config(recipe)
+    base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    model = model if lora is None else get_peft_model(model, lora)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(optim, trained)
+    ids = torch.ones((1, 8), dtype=torch.long)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    states = [
+        value
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and value.numel() > 1 and not name.startswith("qmap")  # shared by all
+    ]
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    assert estimate.weights == pytest.approx(base_bytes, abs=1024)  # rotary frequencies
+    assert estimate.adapter == (sum(p.numel() * p.element_size() for p in trained) if lora else 0)
+    assert estimate.gradients == sum(gradient.numel() * gradient.element_size() for gradient in gradients)
+    assert estimate.optimizer == sum(state.numel() * state.element_size() for state in states)
+
+
+def test_processes_share_as_the_launch_config_says(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+
+    def sharding(name: str, num_processes: int) -> Sharding:
+        path = f"launch.accelerate_config=accelerate_configs/{name}.yaml"
+        return load_sharding(recipe_of(tiny_model("llama"), path, f"launch.num_processes={num_processes}"))
+
+    assert sharding("cpu", 1) == Sharding(uses_cpu=True)
+    assert sharding("single_gpu", 1) == Sharding()
+    assert sharding("zero2", 2) == Sharding(num_processes=2, zero_stage=2)
+    assert sharding("zero3_offload", 2).offloads_parameters and sharding("zero3_offload", 2).offloads_optimizer
+
+    recipe = recipe_of(tiny_model("llama"), "adapter.method=none")
+    size, _ = measured(recipe)
+    one, ddp, zero2, zero3, offload = (
+        estimate_memory(recipe, size, NO_ACTIVATIONS, sharding(name, count), longest_row=0)
+        for name, count in (("single_gpu", 1), ("multi_gpu", 2), ("zero2", 2), ("zero3", 2), ("zero3_offload", 2))
+    )
+    assert ddp.gradients == 2 * one.gradients and ddp.weights == one.weights, "DDP shares nothing"
+    assert zero2.gradients == one.gradients // 2 and zero2.weights == one.weights
+    assert zero2.optimizer == 12 * size.num_trained_parameters // 2
+    many = Sharding(num_processes=8, zero_stage=3)
+    assert estimate_memory(recipe, size, NO_ACTIVATIONS, many, longest_row=0).weights < one.weights
+    assert offload.optimizer == 0 and offload.offloaded > zero3.optimizer
+
+
+def test_gradient_checkpointing_keeps_less(tiny_model: Callable[[str], Path]) -> None:
+    curve = ActivationCurve(tuple(1e6 * width for width in (64, 128, 192)), (0.0, 0.0, 0.0))
+    kept = []
+    for checkpointing in ("false", "true"):
+        recipe = recipe_of(tiny_model("llama"), f"training.gradient_checkpointing={checkpointing}")
+        size, _ = measured(recipe)
+        kept.append(estimate_memory(recipe, size, curve, Sharding(), longest_row=100).activations)
+    assert kept[0] == 3 * 100 * 10**6, "two layers, and one that goes backward"
+    assert kept[1] == 2 * 100 * 10**6 + 2 * 2 * 100 * 64 * 4, "and the inputs of two layers, 2 rows of 100 tokens"
+
+
+def test_sizes_of_a_checked_grid(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.add_model("gemma")
+    monkeypatch.chdir(project.root)
+    recipes = [
+        project.recipe("run.name=lora"),
+        project.recipe("run.name=full", "adapter.method=none"),
+        project.recipe("run.name=huge", "checkpoints.keep_latest=1000000000", "training.num_train_epochs=1e9"),
+    ]
+    result = check_recipes(recipes)
+    sizes = estimate_sizes(result)
+    assert set(sizes) == {"tests/lora", "tests/full", "tests/huge"}
+    assert sizes["tests/full"].size.num_base_parameters == sizes["tests/full"].size.num_trained_parameters
+    text = "\n".join(describe_sizes(result.runs, sizes))
+    assert text.count("of memory a process") == 2 and "estimate, never measured" in text
+    warn_of_shortage(result, sizes, finished=["tests/lora"], output_root=Path("runs"))
+    (warning,) = [text for text in result.warnings if "of disk" in text]
+    assert set(result.warnings[warning]) == {"tests/full", "tests/huge"}
+    assert free_bytes(Path("not/there/yet")) > 0
+
+
+def test_a_model_that_cannot_be_measured_is_a_warning(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_dir = project.root / "models" / "unknown"
+    project.add_model("gemma")
+    model_dir.mkdir()
+    for file in (project.root / "models" / "gemma").iterdir():
+        (model_dir / file.name).symlink_to(file)
+    (model_dir / "config.json").unlink()
+    (model_dir / "config.json").write_text('{"model_type": "vit"}')
+    monkeypatch.chdir(project.root)
+    result = check_recipes([project.recipe("model.path=models/unknown")])
+    assert len(result.runs) == 1, result.errors
+    assert estimate_sizes(result) == {}
+    assert any("memory and disk of models/unknown are not estimated" in text for text in result.warnings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma-lora", "gemma-full"])
+def test_a_finished_run_takes_the_disk_that_was_estimated(
+    finished: Project, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from tests.support.training_runs import RUNS, list_files
+
+    monkeypatch.chdir(finished.root)
+    recipe = finished.recipe(*RUNS[name])
+    size, _ = measured(recipe)
+    paths = finished.paths(name)
+    newest = max(paths.checkpoints_dir.iterdir(), key=lambda folder: int(folder.name.removeprefix("step-")))
+    optimizer = (newest / "optimizer.pt").stat().st_size
+    weights = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
+    names = 2_000 * len(size.trained)  # the file formats' own bytes a tensor
+    assert 2 * size.trained_bytes <= optimizer <= 2 * size.trained_bytes + names
+    assert size.trained_bytes <= weights <= size.trained_bytes + names
+    real = sum(path.stat().st_size for path in list_files(paths.run_dir))
+    assert real < estimate_disk(recipe, size, Sharding(), derive_schedule(recipe, 22))

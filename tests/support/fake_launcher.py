@@ -1,0 +1,280 @@
+"""A folder to start `runner` from, with an `accelerate` on PATH that does as it is told instead of training."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from runner.run.paths import RunPaths
+
+BIN_DIR: Final = Path(sys.executable).parent
+PATIENCE_SECONDS: Final = 60.0
+
+RECIPE: Final = """\
+run: {{grid: toy, name: {name}, axes: {{size: {size}}}}}
+model: {{path: models/toy, dtype: float32}}
+adapter: {{method: none}}
+quantization: {{method: none}}
+data:
+  train: {{path: data.jsonl}}
+  task: {{name: conversations}}
+  num_validation_samples: 1
+  num_test_samples: 1
+  seed: 1
+  max_length: 64
+loss: full
+training:
+  {{seed: 1, global_batch_size: 4, per_device_train_batch_size: {micro_batch}, max_steps: 2,
+    gradient_checkpointing: false}}
+evaluation: {{eval_strategy: "no", per_device_eval_batch_size: 1}}
+early_stopping: {{enabled: false}}
+checkpoints: {{save_strategy: "no"}}
+launch:
+  accelerate_config: cpu.yaml
+  num_processes: {num_processes}
+  num_cpu_threads_per_process: 1
+  retries: {{{retries}}}
+"""
+
+# What it is told stands in `told/<run name>`: a verb and its words, and after `then` on a new line those of the next
+# attempt, the last ones for all others; without such a file it completes the run. `stepped` before:
+# after a step; `committed`: after a checkpoint.
+ACCELERATE: Final = """\
+#!{python} -IS
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+home, run_dir = Path(os.environ["FAKE_HOME"]), Path(sys.argv[-1])
+told_path = home / "told" / run_dir.name
+number = len(json.loads((run_dir / "run.json").read_text())["attempts"])
+lines = told_path.read_text().split("\\nthen ") if told_path.exists() else ["complete"]
+verb, _, words = lines[min(number, len(lines)) - 1].partition(" ")
+if verb == "stepped":
+    progress = dict(phase="training", step=1, max_steps=2)
+    (run_dir / "attempts" / str(number) / "progress.json").write_text(json.dumps(progress))
+    verb, _, words = words.partition(" ")
+if verb == "committed":
+    (run_dir / "checkpoints" / f"step-{{number}}").mkdir(parents=True)
+    (run_dir / "checkpoints" / f"step-{{number}}" / "COMMITTED.json").write_text("{{}}")
+    verb, _, words = words.partition(" ")
+lease, stdin = (run_dir / "lease").stat(), os.fstat(0)
+
+
+def note(event):
+    line = json.dumps({{
+        "event": event, "name": run_dir.name, "pid": os.getpid(), "argv": sys.argv, "environment": dict(os.environ),
+        "is_stdin_the_lease": (lease.st_dev, lease.st_ino) == (stdin.st_dev, stdin.st_ino),
+    }})
+    with open(home / "events.jsonl", "a") as stream:
+        stream.write(line + "\\n")
+
+
+def tell_started(pid):
+    with open(home / "started", "w") as stream:
+        stream.write(f"{{run_dir.name}} {{pid}}\\n")
+
+
+def complete(digest):
+    score = dict(num_rows=1, num_completion_tokens=1, num_tokens=1, num_bytes=1, completion_nll_sum=1.0, nll_sum=1.0)
+    result = dict(recipe_digest=digest, outcome="completed", stop_reason="max_steps", num_steps=2, best_step=2,
+                  best_metric=1.0, metric="nll_per_completion_token", num_train_rows=1,
+                  base={{"test": score}}, tuned={{"test": score}})
+    (run_dir / "result.json").write_text(json.dumps(result))
+
+
+digest = json.loads((run_dir / "recipe.json").read_text())["recipe_digest"]
+note("start")
+print("the fake was told to", verb, words)
+if verb == "complete":
+    complete(digest)
+elif verb == "wait":  # until the test opens the pipe
+    tell_started(os.getpid())
+    open(home / "go" / run_dir.name).read()
+    complete(digest)
+elif verb == "hang":
+    tell_started(os.getpid())
+    signal.pause()
+elif verb == "obey":  # the stop file, as the trainer does; with words, it completes nevertheless
+    tell_started(os.getpid())
+    request = dict(attempt=None)
+    while request["attempt"] != number:
+        time.sleep(0.01)
+        request = json.loads((run_dir / "stop").read_text()) if (run_dir / "stop").exists() else request
+    if words == "too late":
+        complete(digest)
+    else:
+        failure = dict(kind="preempted", message=request["why"] + ": left at step 1, which is saved")
+        (run_dir / "attempts" / str(number) / "failure.json").write_text(json.dumps(failure))
+elif verb == "leave":  # a process of its group that outlives it
+    child = subprocess.Popen(["sleep", "1000"], start_new_session=words == "elsewhere")
+    tell_started(child.pid)
+    complete(digest)
+elif verb == "fail":
+    kind, _, message = words.partition(" ")
+    failure = dict(kind=kind, message=message)
+    (run_dir / "attempts" / str(number) / "failure.json").write_text(json.dumps(failure))
+elif verb == "write":  # any text as one of the files of the run
+    name, _, text = words.partition(" ")
+    (run_dir / name.format(number=number)).write_text(text)
+note("end")
+sys.exit(int(words) if verb == "exit" else 0)
+"""
+
+
+@dataclass
+class FakeLauncher:
+    """The folder, and the two ends of the pipes by which the fake says that it runs and is let go."""
+
+    root: Path
+    _started: int
+    _terminal: int = -1
+
+    @property
+    def home(self) -> Path:
+        return self.root / "fake"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{self.home}:{BIN_DIR}:{os.environ['PATH']}"
+        return {**os.environ, "PATH": path, "FAKE_HOME": str(self.home), "COLUMNS": "200"}
+
+    def add(
+        self,
+        *names: str,
+        num_processes: int = 1,
+        told: str | None = None,
+        retries: str = "transient: 0, lost: 0",
+        micro_batch: int = 1,
+    ) -> None:
+        """Recipes `recipes/toy/<name>.yaml`, and what the fake is to do with each."""
+        for name in names:
+            path = self.root / "recipes" / "toy" / f"{name}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            known = {"num_processes": num_processes, "retries": retries, "micro_batch": micro_batch}
+            path.write_text(RECIPE.format(name=name, size=len(name), **known))
+            if told is not None:
+                self.tell(name, told)
+
+    def tell(self, name: str, told: str) -> None:
+        (self.home / "told" / name).write_text(told)
+        pipe = self.home / "go" / name
+        if told == "wait" and not pipe.exists():
+            os.mkfifo(pipe)
+
+    def paths(self, name: str) -> RunPaths:
+        return RunPaths(self.root / "runs" / "toy" / name)
+
+    def start(self, *arguments: str, has_terminal: bool = False) -> subprocess.Popen[str]:
+        """`runner ARGUMENTS` in a process of its own, with Ctrl-C as in a terminal."""
+        outputs = self._open_terminal() if has_terminal else subprocess.PIPE
+        process = subprocess.Popen(
+            [str(BIN_DIR / "runner"), *arguments],
+            cwd=self.root,
+            env=self.environment,
+            stdin=outputs if has_terminal else subprocess.DEVNULL,
+            stdout=outputs,
+            stderr=outputs,
+            text=True,
+            start_new_session=has_terminal,
+            preexec_fn=_take_terminal if has_terminal else _take_signals,
+        )
+        if has_terminal:
+            os.close(outputs)
+        return process
+
+    def _open_terminal(self) -> int:
+        self._terminal, child_side = pty.openpty()
+        return child_side
+
+    def close_terminal(self) -> None:
+        """As when its window is closed."""
+        os.close(self._terminal)
+
+    def next_started(self) -> tuple[str, int]:
+        """Run name and process id of the next fake that says that it runs."""
+        line = b""
+        while not line.endswith(b"\n"):
+            assert select.select([self._started], [], [], PATIENCE_SECONDS)[0], "nothing was started"
+            line += os.read(self._started, 1)
+        name, pid = line.split()
+        return name.decode(), int(pid)
+
+    def let_go(self, name: str) -> None:
+        """End the wait of a run."""
+        (self.home / "go" / name).write_text("")
+
+    def events(self) -> list[dict[str, Any]]:
+        path = self.home / "events.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def started(self) -> list[str]:
+        """Names of what was started, in order."""
+        return [event["name"] for event in self.events() if event["event"] == "start"]
+
+    def tree(self) -> Mapping[str, tuple[int, bytes]]:
+        """Modification time and content of every file, but for the fake's own."""
+        return {
+            str(path.relative_to(self.root)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+            for path in sorted(self.root.rglob("*"))
+            if self.home not in path.parents
+        }
+
+    def attempts(self, name: str) -> list[dict[str, Any]]:
+        attempts: list[dict[str, Any]] = json.loads(self.paths(name).record_path.read_text())["attempts"]
+        return attempts
+
+
+def make_fake_launcher(root: Path) -> FakeLauncher:
+    home = root / "fake"
+    for folder in (home / "told", home / "go", root / "models" / "toy"):
+        folder.mkdir(parents=True)
+    (home / "accelerate").write_text(ACCELERATE.format(python=sys.executable))
+    (home / "accelerate").chmod(0o755)
+    os.mkfifo(home / "started")
+    (root / "models" / "toy" / "config.json").write_text("{}")
+    (root / "data.jsonl").write_text("{}\n")
+    (root / "cpu.yaml").write_text("use_cpu: true\n")
+    return FakeLauncher(root, os.open(home / "started", os.O_RDWR | os.O_NONBLOCK))
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLauncher:
+    """The folder is the current one, and its `accelerate` the first on PATH, also for what runs in this process."""
+    launcher = make_fake_launcher(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("PATH", "FAKE_HOME"):
+        monkeypatch.setenv(name, launcher.environment[name])
+    return launcher
+
+
+def wait_until_dead(pidfd: int) -> None:
+    assert select.select([pidfd], [], [], PATIENCE_SECONDS)[0], "the process lives on"
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a process that is about to end."""
+    stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+    return process.returncode, stdout, stderr
+
+
+def _take_terminal() -> None:
+    _take_signals()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _take_signals() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

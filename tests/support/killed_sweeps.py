@@ -1,0 +1,316 @@
+"""Sweeps that are killed at random moments and started again until they are done; what was shown, as a table."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import statistics
+import subprocess
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+from runner.run.lease import is_leased
+from runner.run.paths import RunPaths, marker_path
+from runner.run.record import load_progress, load_record, load_result
+from tests.conftest import RUNNER, Project, build_environment
+from tests.support.training_runs import assert_same_outputs, read_attempts, snapshot
+
+Victim = Literal["everything", "sweep", "launcher", "worker"]
+
+# In the environment of a sweep, so in that of everything below it, whoever has become its parent.
+_TAG: Final = "SWEEP_UNDER_KILLS"
+_DEATH_SECONDS: Final = 20.0  # what a process may take to follow its parent on a busy machine
+_SWEEP_SECONDS: Final = 900.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a killed sweep, and the same run of a sweep that was left alone."""
+
+    recipe_path: Path
+    paths: RunPaths
+    reference: RunPaths
+
+    @property
+    def name(self) -> str:
+        return self.paths.run_dir.name
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill: when, whom, and where each run stood (run name -> words, number of attempts)."""
+
+    seconds: float  # after the sweep was started
+    victims: str
+    stood: dict[str, tuple[str, int]]
+
+
+@dataclass
+class KilledSweep:
+    """One sweep under an output root of its own, from its first start to its end."""
+
+    project: Project
+    output_root: Path
+    runs: Sequence[Run]
+    kills: list[Kill] = field(default_factory=list)
+    tag: str = field(default_factory=lambda: uuid.uuid4().hex)
+    is_checked: bool = False
+    _finished: dict[str, dict[str, tuple[int, bytes]]] = field(default_factory=dict)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """`runner sweep`, with two slots; what it prints goes to a file beside its output."""
+        command = [RUNNER, "sweep", *(run.recipe_path for run in self.runs), "--slots", "2"]
+        with self.printed_path.open("ab") as printed:
+            return subprocess.Popen(
+                [*map(str, command), "--output-root", str(self.output_root)],
+                cwd=self.project.root,
+                env=build_environment({_TAG: self.tag}),
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=printed,
+            )
+
+    @property
+    def printed_path(self) -> Path:
+        return self.output_root.with_suffix(".printed")
+
+    def kill(self, sweep: subprocess.Popen[bytes], victim: Victim, seconds: float, chance: random.Random) -> None:
+        """SIGKILL for some or all of the sweep's processes; waits until what must follow them is gone."""
+        found = list_tagged(self.tag)
+        if victim in ("launcher", "worker"):
+            wanted = sorted(pid for pid, argv in found.items() if pid != sweep.pid and name_role(argv) == victim)
+            doomed = [chance.choice(wanted)] if wanted else []
+        else:
+            doomed = [sweep.pid] if victim == "sweep" else sorted(found)
+        names = [name_role(found.get(pid, [])) if pid != sweep.pid else "sweep" for pid in doomed]
+        pidfds = [pidfd for pid in doomed if (pidfd := _open_pidfd(pid)) is not None]
+        for pidfd in pidfds:  # opened before the first is killed: none can take another with it and free its number
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        for pidfd in pidfds:
+            assert select.select([pidfd], [], [], _DEATH_SECONDS)[0], "a killed process is still there"
+            os.close(pidfd)
+        if victim in ("everything", "sweep"):
+            sweep.wait()
+            assert_nothing_alive(self.tag)
+        victims = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "nobody there"
+        self.kills.append(Kill(seconds, victims, {run.name: describe(run.paths) for run in self.runs}))
+
+    def note_finished(self) -> None:
+        """Remember the runs that are complete and left alone: from now on, not one of their files may change."""
+        for run in self.runs:
+            is_over = run.paths.result_path.exists() and not is_leased(run.paths.lease_path)  # else its log still grows
+            if run.name not in self._finished and is_over:
+                self._finished[run.name] = snapshot_finished(run.paths)
+
+    def move(self) -> None:
+        """Copy the runs, contents only, and go on with the copy: what the next sweep knows, it knows from files."""
+        aside = self.output_root.with_suffix(".moved")
+        self.output_root.rename(aside)
+        shutil.copytree(aside, self.output_root, symlinks=True, copy_function=shutil.copyfile)
+        shutil.rmtree(aside)
+        self._finished.clear()  # files of other times; their contents are compared in the end
+        self.note_finished()
+
+    def check(self) -> None:
+        """Each run completed once, as if it had been left alone; nothing lost, doubled, mixed up or left running."""
+        assert_nothing_alive(self.tag)
+        grids = {run.paths.run_dir.parent for run in self.runs}
+        for grid_dir in grids:
+            expected = {run.name for run in self.runs if run.paths.run_dir.parent == grid_dir}
+            assert {path.name for path in grid_dir.iterdir()} == expected
+        others = {path.name for path in self.output_root.iterdir()} - {path.name for path in grids}
+        assert others <= {".content_hashes.json"}, others
+        for run in self.runs:
+            assert_same_outputs(run.paths, run.reference)
+            assert_completed_once(run.paths)
+            assert_only_unfinished_in_quarantine(run.paths)
+            same_files = {path.name for path in run.paths.run_dir.iterdir()} ^ {
+                path.name for path in run.reference.run_dir.iterdir()
+            }
+            assert same_files <= {run.paths.quarantine_dir.name}, f"{run.name}: {same_files}"
+        for run in self.runs:
+            if run.name in self._finished:
+                assert snapshot_finished(run.paths) == self._finished[run.name], f"{run.name} was touched again"
+        self.is_checked = True
+
+    def render_kills(self, first_number: int = 1) -> list[str]:
+        """One line per kill: where each run stood and, behind the arrow, what its next attempt went on from."""
+        lines = []
+        for number, kill in enumerate(self.kills, first_number):
+            stood = "  ".join(f"{self._render_stood(run, *kill.stood[run.name]):<25}" for run in self.runs)
+            lines.append(f"{number:>4}  {kill.seconds:>7.2f} s  {kill.victims:<31}  {stood}".rstrip())
+        return lines
+
+    def summarize(self) -> str:
+        """What there was after the last start, in a line; `check` has shown the rest."""
+        attempts = sum(len(read_attempts(run.paths)) for run in self.runs if run.paths.record_path.exists())
+        results = sum(run.paths.result_path.exists() for run in self.runs)
+        aside = sum(len(list(run.paths.quarantine_dir.glob("*"))) for run in self.runs)
+        verdict = "each once, every output bit-identical" if self.is_checked else "NOT AS LEFT ALONE"
+        return (
+            f"{self.output_root.name}: {len(self.kills)} kills, {attempts} attempts, {results} of {len(self.runs)} "
+            f"runs completed, {aside} unfinished checkpoints set aside: {verdict}"
+        )
+
+    def _render_stood(self, run: Run, words: str, num_attempts: int) -> str:
+        if words in ("pending", "completed"):
+            return words
+        following = run.paths.attempt(num_attempts + 1).log_path
+        text = following.read_text(errors="replace") if following.exists() else ""
+        found = re.search(r"resuming from (step \d+)|starting at (step 0)", text)
+        return f"{words} > {(found[1] or found[2]) if found else '-'}"
+
+
+def sweep_under_kills(
+    sweep: KilledSweep,
+    num_kills: int,
+    spread: float,
+    chance: random.Random,
+    victim: Victim = "everything",
+    *,
+    moves: bool = False,
+) -> None:
+    """Start the sweep again and again until it is done, after at most so many kills, and `check` it.
+
+    The moments of the kills are drawn evenly between the start and `spread` times what an attempt took that was left
+    alone, on this machine and as busy as it is now.
+    """
+    longest_seconds = spread * find_typical_seconds([run.reference for run in sweep.runs])
+    process = sweep.start()
+    try:
+        while True:
+            seconds = chance.uniform(0, longest_seconds)
+            if len(sweep.kills) < num_kills and not _has_ended(process, seconds):
+                sweep.kill(process, victim, seconds, chance)
+                sweep.note_finished()
+            elif len(sweep.kills) >= num_kills and not _has_ended(process, _SWEEP_SECONDS):
+                raise AssertionError(f"the sweep does not end:\n{sweep.printed_path.read_text()}")
+            if process.poll() is None:
+                continue  # a launcher or a worker was killed: the sweep goes on with the others
+            if process.returncode == 0:
+                break
+            # A sweep that lost a worker says so and asks to be started again; what was killed says nothing.
+            assert process.returncode == (1 if victim in ("launcher", "worker") else -signal.SIGKILL), (
+                sweep.printed_path.read_text()
+            )
+            if moves and len(sweep.kills) % 3 == 0:
+                sweep.move()
+            process = sweep.start()
+    finally:
+        for pid in list_tagged(sweep.tag):  # only after a failure
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+    sweep.check()
+
+
+def find_typical_seconds(references: Sequence[RunPaths]) -> float:
+    """What an attempt takes from its start to its end: the median over runs."""
+    clock = datetime.datetime.fromisoformat
+    seconds = [
+        (clock(attempt["ended_at_utc"]) - clock(attempt["started_at_utc"])).total_seconds()
+        for reference in references
+        for attempt in read_attempts(reference)
+    ]
+    return statistics.median(seconds)
+
+
+def list_tagged(tag: str) -> dict[int, list[str]]:
+    """`process id -> argv` of every living process that was started with the tag, whoever its parent is now."""
+    needle, found = f"{_TAG}={tag}".encode(), {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with suppress(OSError):
+                if needle in (folder / "environ").read_bytes().split(b"\0"):
+                    argv = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                    found[int(folder.name)] = argv
+    return found
+
+
+def name_role(argv: Sequence[str]) -> str:
+    """What a process below a sweep is, from its argv."""
+    if any(Path(word).name == "accelerate" for word in argv[:3]):
+        return "launcher"
+    return "worker" if "runner.sft" in argv else "other"
+
+
+def assert_nothing_alive(tag: str) -> None:
+    """Wait until every process of a sweep is gone; nobody signals them any more."""
+    for pid, argv in list_tagged(tag).items():
+        pidfd = _open_pidfd(pid)
+        if pidfd is not None:
+            assert select.select([pidfd], [], [], _DEATH_SECONDS)[0], f"{pid} lives on: {' '.join(argv)}"
+            os.close(pidfd)
+    assert list_tagged(tag) == {}
+
+
+def assert_completed_once(paths: RunPaths) -> None:
+    """Attempts are counted without a gap; none but the last can have ended well, and it did not fail."""
+    attempts = read_attempts(paths)
+    assert [attempt["number"] for attempt in attempts] == list(range(1, len(attempts) + 1))
+    folders = sorted(int(path.name) for path in paths.attempts_dir.iterdir())
+    assert folders == [attempt["number"] for attempt in attempts]
+    *earlier, last = attempts
+    for attempt in earlier:
+        assert attempt["ended_at_utc"] is None or attempt["failure"] is not None, "two attempts ended with a result"
+    assert last["failure"] is None
+    said = [n for n in folders if "\ncompleted at step " in _read_text(paths.attempt(n).log_path)]
+    assert said in ([], [len(attempts)]), "it was completed by another attempt than the last"
+
+
+def assert_only_unfinished_in_quarantine(paths: RunPaths) -> None:
+    """Nothing was damaged, so nothing that had been committed may have been moved aside."""
+    for folder in paths.quarantine_dir.glob("*"):
+        assert re.fullmatch(r"(checkpoint|step)-\d+\.\d+", folder.name), folder
+        assert not marker_path(folder).exists(), f"{folder} was committed"
+
+
+def snapshot_finished(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
+    """The files of a complete run that nobody may write again: all but the record, whose attempt may yet be closed."""
+    found = {Path(name): state for name, state in snapshot(paths.run_dir).items()}
+    return {str(path): state for path, state in found.items() if path not in (paths.record_path, paths.lease_path)}
+
+
+def describe(paths: RunPaths) -> tuple[str, int]:
+    """Where a run stands on disk, in a word and a step, and how many attempts it has had."""
+    if load_result(paths) is not None:
+        return "completed", len(load_record(paths).attempts)
+    num_attempts = len(load_record(paths).attempts)
+    if num_attempts == 0:
+        return "pending", 0
+    progress = load_progress(paths.attempt(num_attempts).progress_path)
+    if progress is None:
+        return "starting", num_attempts
+    return f"{progress.phase} {progress.step}", num_attempts
+
+
+def choose_seed() -> int:
+    """`KILL_SEED`, or another one each time."""
+    return int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(10**6))
+
+
+def _has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=seconds)
+        return True
+    return False
+
+
+def _open_pidfd(pid: int) -> int | None:
+    with suppress(ProcessLookupError):
+        return os.pidfd_open(pid)
+    return None
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""

@@ -1,0 +1,273 @@
+"""Starting, killing and comparing real runs; shared by the slow tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from runner.files import load_json, load_jsonl, write_text_atomic
+from runner.run.paths import RunPaths
+from runner.run.record import TrainResult
+from tests.conftest import RUNNER, Project, build_environment
+
+DEADLINE_SECONDS: Final = 300
+
+# The uninterrupted runs that the slow tests look at and compare with, all of one process on the CPU.
+# 22 rows in micro-batches of 2 and global batches of 4: the last batch of an epoch is incomplete.
+RUNS: Final[dict[str, tuple[str, ...]]] = {
+    "gemma-lora": ("adapter.lora_dropout=0.1", "training.num_train_epochs=2.5"),
+    # An added pad token: the embedding, tied in Gemma, gets a row.
+    "gemma-full": ("adapter.method=none", "loss=full", "training.learning_rate=1e-3", "model.pad_token=add"),
+    # The worst checkpoint instead of the best: what is exported is not what stands in memory after the last step.
+    # Its added pad token grows both embeddings, which are saved with the adapter.
+    "llama-lora": (
+        "model.path=models/llama",
+        "model.pad_token=add",
+        "checkpoints.mode=max",
+        "evaluation.per_device_eval_batch_size=1",
+    ),
+    "llama-early": (
+        "model.path=models/llama",
+        "adapter.method=none",
+        "data.num_train_samples=8",  # few rows and a high learning rate: overfits at once
+        "training={max_steps: 40, num_train_epochs: null, learning_rate: 1e-2, lr_scheduler_type: constant}",
+        "early_stopping={enabled: true, metric: nll_per_completion_token, patience: 3}",
+        "evaluation.eval_steps=2",
+        "checkpoints={save_steps: 2, keep_latest: 1}",
+    ),
+    "mistral-full": (
+        "model.path=models/mistral",
+        "adapter.method=none",
+        "data.num_train_samples=44",
+        "checkpoints.archive=zip",
+    ),
+    "gemma2-lora": ("model.path=models/gemma2", "evaluation.eval_strategy=epoch", "evaluation.eval_steps=null"),
+    # Phi has neither template nor pad token; Ā stands for the byte 0.
+    "phi-full": (
+        "model.path=models/phi",
+        "model.chat_template=human.jinja",
+        "model.pad_token=Ā",
+        "adapter.method=none",
+        "evaluation.generation={enabled: true, max_new_tokens: 4, num_samples: 5}",
+    ),
+}
+FAMILIES: Final = ("gemma", "gemma2", "llama", "mistral", "phi")
+_HUMAN_TEMPLATE: Final = """\
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' %}{{- 'Human: ' ~ message['content'] ~ '\\n' }}
+    {%- else %}{{- 'Assistant: ' ~ message['content'] ~ eos_token ~ '\\n' }}{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{- 'Assistant:' }}{% endif -%}
+"""
+
+# Runs inside the trainer: SIGKILL for its launcher and itself right before the n-th file operation of a kind. Python's
+# audit events come before the operation, so the instant is exact and nothing of the runner is replaced. Where a rank is
+# named, it dies alone.
+_KILLER: Final = """\
+import itertools, os, signal, sys
+
+event, suffix, nth, rank = os.environ["KILL_AT"].split(" ")
+counts = itertools.count(1)
+
+def _is_meant(name, arguments):
+    if "runner.sft" not in sys.orig_argv or rank not in ("all", os.environ.get("RANK", "0")):
+        return False
+    paths = [str(one) for one in arguments if isinstance(one, (str, os.PathLike))]
+    if event == "*":
+        return any(part in path for part in suffix.split("|") for path in paths)
+    return name == event and any(path.endswith(suffix) for path in paths)
+
+def _hook(name, arguments):
+    if _is_meant(name, arguments) and next(counts) == int(nth):
+        if rank == "all":
+            os.kill(os.getppid(), signal.SIGKILL)  # the launcher; other ranks die with it
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(_hook)
+"""
+
+
+def sweep_runs(project: Project) -> None:
+    """Bring all of `RUNS` to completion, two at a time."""
+    add_what_runs_need(project)
+    for name, overrides in RUNS.items():
+        project.write_recipe(f"recipes/{name}.yaml", *overrides)
+    result = project.cli("sweep", "recipes", "--slots", "2")
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+
+
+def add_what_runs_need(project: Project) -> None:
+    """The models and the chat template that recipes of `RUNS` name."""
+    for family in FAMILIES:
+        project.add_model(family)
+    write_text_atomic(project.root / "human.jinja", _HUMAN_TEMPLATE)
+
+
+def launch(project: Project, name: str, *overrides: str, num_processes: int | None = None) -> RunPaths:
+    """Launch a run to its end under a name, and demand that it completes."""
+    result = try_launch(project, name, *overrides, num_processes=num_processes)
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{read_log(project.paths(name))}"
+    assert load_json(project.paths(name).result_path)["outcome"] == "completed"
+    return project.paths(name)
+
+
+def try_launch(
+    project: Project, name: str, *overrides: str, num_processes: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `launch`, for runs that may fail."""
+    return project.cli(*launch_arguments(name, overrides, num_processes))
+
+
+def launch_arguments(name: str, overrides: tuple[str, ...], num_processes: int | None = None) -> list[str]:
+    """Arguments of `runner` for one run under a name of its own."""
+    processes = [] if num_processes is None else ["--num-processes", str(num_processes)]
+    return ["launch", "recipe.yaml", *overrides, "--name", name, *processes]
+
+
+def launch_killed_at(
+    project: Project,
+    name: str,
+    *overrides: str,
+    event: str,
+    path: str,
+    number: int = 1,
+    num_processes: int | None = None,
+) -> RunPaths:
+    """Launch a run whose processes are all killed the moment before `event` touches a file that ends in `path`.
+
+    The `number`-th time that it does.
+    """
+    at = f"{event} {path} {number}"
+    result = try_launch_killed_at(project, name, *overrides, at=at, num_processes=num_processes)
+    paths = project.paths(name)
+    assert result.returncode == 14 and not paths.result_path.exists(), read_log(paths)
+    assert load_json(paths.record_path)["attempts"][-1]["failure"]["kind"] == "lost"
+    return paths
+
+
+def try_launch_killed_at(
+    project: Project, name: str, *overrides: str, at: str, rank: str = "all", num_processes: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `launch_killed_at`, without a look at what came of it; `at` is `event path number`.
+
+    The event `*` is any that has to do with a path that contains one of the parts of `path`, which `|` separates. One
+    `rank` alone is killed where it is named.
+    """
+    hook_dir = project.root / "killer"
+    hook_dir.mkdir(exist_ok=True)
+    (hook_dir / "sitecustomize.py").write_text(_KILLER)
+    environment = {"KILL_AT": f"{at} {rank}", "PYTHONPATH": f"{hook_dir}:{os.environ.get('PYTHONPATH', '')}"}
+    return project.cli(*launch_arguments(name, overrides, num_processes), environment=environment)
+
+
+@contextmanager
+def started(project: Project, name: str, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A launched run while it runs; what is left of it is killed in the end."""
+    process = subprocess.Popen(
+        [str(RUNNER), *launch_arguments(name, overrides)],
+        cwd=project.root,
+        env=build_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()  # the trainer dies with it
+        process.wait()
+
+
+def wait_for_path(path: Path, process: subprocess.Popen[bytes]) -> None:
+    """Until a file is there; a process that ends first is an error."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not path.exists():
+        assert process.poll() is None, f"the run ended before {path} was written"
+        assert time.monotonic() < deadline, f"{path} was never written"
+        time.sleep(0.002)
+
+
+def list_descendants(pid: int) -> list[int]:
+    """Process ids of the children, their children and so on, the nearest first."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [below for child in children for below in list_descendants(child)]
+
+
+def assert_dies(pidfds: list[int], seconds: float) -> None:
+    """Wait for processes that nobody signalled to be gone."""
+    deadline = time.monotonic() + seconds
+    for pidfd in pidfds:
+        assert select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0], (
+            "a process outlived its launcher"
+        )
+        os.close(pidfd)
+
+
+def kill_launcher(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for the runner alone; everything below it must follow by itself."""
+    descendants = list_descendants(process.pid)
+    assert len(descendants) >= 2, "accelerate and the trainer"
+    pidfds = [os.pidfd_open(pid) for pid in descendants]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert_dies(pidfds, seconds=10)
+
+
+def outputs_of(paths: RunPaths) -> dict[str, bytes]:
+    """Every file that an interrupted and an uninterrupted run must have in common, to the byte."""
+    single = [paths.result_path, paths.metrics_path, paths.eval_rows_path, paths.samples_path]
+    single += [paths.predictions_path] if paths.predictions_path.exists() else []
+    return {str(path.relative_to(paths.run_dir)): path.read_bytes() for path in [*single, *list_files(paths.model_dir)]}
+
+
+def assert_same_outputs(paths: RunPaths, reference: RunPaths) -> None:
+    """Compare `outputs_of` two runs."""
+    found, expected = outputs_of(paths), outputs_of(reference)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Modification time and content of every file of a folder."""
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in list_files(folder)}
+
+
+def list_files(folder: Path) -> list[Path]:
+    """All files below a folder."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def read_result(paths: RunPaths) -> TrainResult:
+    """`result.json`, parsed."""
+    return TrainResult.model_validate(load_json(paths.result_path))
+
+
+def read_losses(paths: RunPaths) -> dict[int, float]:
+    """Training loss by step."""
+    return {row["step"]: row["loss"] for row in load_jsonl(paths.metrics_path) if "loss" in row}
+
+
+def read_evaluations(paths: RunPaths, split: str = "validation") -> dict[int, dict[str, Any]]:
+    """Rows of `metrics.jsonl` with the scores of a split, by step."""
+    return {row["step"]: row for row in load_jsonl(paths.metrics_path) if row.get("split") == split}
+
+
+def read_log(paths: RunPaths) -> str:
+    """The log of the last attempt."""
+    attempts = (load_json(paths.record_path) or {"attempts": []})["attempts"]
+    return paths.attempt(len(attempts)).log_path.read_text() if attempts else "(no attempt)"
+
+
+def read_attempts(paths: RunPaths) -> list[dict[str, Any]]:
+    """The attempts of a run."""
+    attempts: list[dict[str, Any]] = json.loads(paths.record_path.read_text())["attempts"]
+    return attempts

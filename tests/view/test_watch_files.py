@@ -1,0 +1,140 @@
+"""What the live view reads is what `runner status` derives, after any change, and little is read twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from runner.cli.main import main
+from runner.files import append_jsonl, write_json_atomic, write_jsonl_atomic
+from runner.plan.select import Selected, select_recipes
+from runner.plan.status import RunStatus, derive_status
+from runner.recipe.identity import ContentHashes, known_contents
+from runner.run.failures import HINTS, UNREADABLE_HINT
+from runner.run.paths import content_cache_path
+from runner.run.record import Progress
+from runner.view.watch import LossReader, RunsReader, build_views
+from tests.support.fake_launcher import FakeLauncher, fake, finish
+
+__all__ = ["fake"]
+
+
+def select(fake: FakeLauncher) -> list[Selected]:
+    return select_recipes(["recipes/toy"], Path("runs"))
+
+
+def derive(selected: list[Selected]) -> list[RunStatus]:
+    hashes = ContentHashes(content_cache_path(Path("runs")))
+    return [derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)) for one in selected]
+
+
+def without_clock(statuses: list[RunStatus]) -> list[RunStatus]:
+    return [status.model_copy(update={"seconds": None}) for status in statuses]
+
+
+def test_statuses_follow_every_change(fake: FakeLauncher) -> None:
+    fake.add("a", "b", "c", "d", told="complete")
+    fake.tell("c", "fail data no rows")
+    fake.tell("d", "exit 3")
+    selected = select(fake)
+    reader = RunsReader(selected, content_cache_path(Path("runs")))
+
+    def states() -> list[str]:
+        statuses = [reading.status for reading in reader.read()]
+        assert without_clock(statuses) == without_clock(derive(selected))
+        return [status.state for status in statuses]
+
+    assert states() == ["pending"] * 4
+    assert main(["sweep", "recipes/toy"]) == 1
+    assert states() == ["completed", "completed", "failed", "interrupted"]
+    fake.tell("c", "complete")
+    assert main(["rerun", "recipes/toy"]) == 1
+    assert states() == ["completed", "completed", "completed", "interrupted"]
+    write_json_atomic(
+        fake.paths("a").result_path, {**json.loads(fake.paths("a").result_path.read_text()), "num_steps": 7}
+    )
+    assert states()[0] == "completed" and reader.read()[0].status.step == 7
+    (fake.paths("b").quarantine_dir / "step-1").mkdir(parents=True)
+    assert reader.read()[1].status.quarantined == ("step-1",)
+    (fake.paths("b").uploads_dir).mkdir(parents=True)
+    assert reader.read()[1].status.pending_uploads == ()
+    (fake.paths("b").uploads_dir / "step-1.zip").touch()
+    assert reader.read()[1].status.pending_uploads == ("step-1.zip",)
+    before, after = reader.read(), reader.read()
+    assert all(one.status is other.status for one, other in zip(before, after, strict=True)), "nothing is read again"
+    shutil.rmtree(fake.paths("b").run_dir)
+    assert states() == ["completed", "pending", "completed", "interrupted"]
+
+
+def test_a_running_attempt_is_read_with_its_progress_and_losses(fake: FakeLauncher) -> None:
+    fake.add("a", told="wait")
+    sweep = fake.start("sweep", "recipes/toy")
+    fake.next_started()
+    reader = RunsReader(select(fake), content_cache_path(Path("runs")))
+    (reading,) = reader.read()
+    assert (reading.status.state, reading.progress, list(reading.losses)) == ("running", None, [])
+    for step in (1, 2):
+        append_jsonl(fake.paths("a").metrics_path, {"step": step, "loss": 3.0 - step})
+        progress = Progress(phase="training", step=step, max_steps=2, seconds_per_step=1.5)
+        write_json_atomic(fake.paths("a").attempt(1).progress_path, progress.model_dump())
+        (reading,) = reader.read()
+        assert reading.status.step == step and reading.progress == progress
+        assert list(reading.losses) == [2.0, 1.0][:step]
+    fake.let_go("a")
+    assert finish(sweep)[0] == 0
+    (reading,) = reader.read()
+    assert (reading.status.state, reading.progress, list(reading.losses)) == ("completed", None, [])
+
+
+def test_a_failed_run_that_its_sweep_tries_again_is_said_to_wait(fake: FakeLauncher) -> None:
+    fake.add("a", told="fail transient the network")
+    fake.add("b", told="fail data no rows")
+    assert main(["sweep", "recipes/toy"]) == 1
+    for path in Path("recipes/toy").iterdir():  # not part of the experiment
+        path.write_text(path.read_text().replace("transient: 0", "transient: 2"))
+    waiting, failed = build_views(RunsReader(select(fake), content_cache_path(Path("runs"))).read())
+    assert (waiting.state, waiting.retry) == ("waiting", "retry 1 of 2 in 10 s, while its sweep lives")
+    assert (failed.state, failed.retry) == ("failed", None)
+    assert failed.hint == HINTS["data"]
+    fake.paths("b").record_path.write_text("no JSON")
+    (_, damaged) = build_views(RunsReader(select(fake), content_cache_path(Path("runs"))).read())
+    assert (damaged.state, damaged.hint) == ("unreadable", UNREADABLE_HINT)
+
+
+def test_a_data_file_that_changed_changes_its_runs(fake: FakeLauncher) -> None:
+    fake.add("a", "b")
+    assert main(["sweep", "recipes/toy"]) == 0
+    reader = RunsReader(select(fake), content_cache_path(Path("runs")))
+    before = reader.read()
+    assert [reading.status.state for reading in before] == ["completed"] * 2
+    assert reader.read()[0].status is before[0].status
+    cache = content_cache_path(Path("runs"))
+    state = Path("data.jsonl").stat()
+    entry = [state.st_size, state.st_mtime_ns, state.st_ino, "f" * 64]  # as another sweep would write it
+    write_json_atomic(cache, {str(Path("data.jsonl").resolve()): entry})
+    assert [reading.status.state for reading in reader.read()] == ["changed"] * 2
+
+
+def test_losses_are_read_on_and_anew_after_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reader = LossReader(path)
+    assert list(reader.read()) == []
+    rows = [{"step": step, "loss": float(step)} for step in range(1, 6)]
+    for row in rows:
+        append_jsonl(path, row)
+    append_jsonl(path, {"step": 5, "split": "test"})
+    with path.open("ab") as stream:
+        stream.write(b'{"step": 6, "lo')
+    assert list(reader.read()) == [1, 2, 3, 4, 5], "the last line is not whole yet"
+    with path.open("ab") as stream:
+        stream.write(b'ss": 6.0}\n')
+    assert list(reader.read()) == [1, 2, 3, 4, 5, 6]
+    write_jsonl_atomic(path, rows[:2])  # a resume from step 2
+    assert list(reader.read()) == [1, 2]
+    append_jsonl(path, {"step": 3, "loss": 9.0})
+    assert list(reader.read()) == [1, 2, 9]
+    write_jsonl_atomic(path, [{"step": step, "loss": 7.0} for step in range(50)])  # another file, and a longer one
+    assert list(reader.read()) == [7.0] * 50
+    path.write_bytes(b"not json\n[1]\n" + b'{"step": 1, "loss": 2.5}\n')
+    assert list(reader.read()) == [2.5]
