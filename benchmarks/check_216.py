@@ -1,8 +1,9 @@
-"""Seconds that `runner check` takes for the 216 recipes of the summaries grid, on tiny models and made-up rows.
+"""Seconds that `runner check` takes for the 216 recipes of the summaries grid, on tiny models and
+made-up rows.
 
-Run `python benchmarks/check_216.py` in the repository root. Budget: 60 seconds of wall clock on two cores, for 3
-tokenizers x 6 training files of 180 rows and 6 other files of 40, each row about as long as `data.max_length` allows
-with `--long`.
+Run `python benchmarks/check_216.py` in the repository root. Budget: 60 seconds of wall clock on two
+cores, for 3 tokenizers x 6 training files of 180 rows and 6 other files of 40, each row about as
+long as `data.max_length` allows with `--long`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ from runner.grid.render import (  # noqa: E402
     write_recipes,
 )
 
-FAMILIES: Final = {"gemma-2-9b-it": "gemma2", "llama-3.1-8b-instruct": "llama", "mistral-7b-instruct": "mistral"}
+FAMILIES: Final = {
+    "gemma-2-9b-it": "gemma2",
+    "llama-3.1-8b-instruct": "llama",
+    "mistral-7b-instruct": "mistral",
+}
 NUM_TRAIN, NUM_OTHER = 180, 40
 
 
 def build_project(root: Path, *, num_turns: int) -> Path:
-    """`root` with the grid's recipes on tiny models and private-looking data; the folder of the recipes."""
+    """`root` with the grid's recipes on tiny models and private-looking data; the folder of the
+    recipes.
+    """
     from runner.demo.weights import build_tiny_model
 
     shutil.copytree(ROOT / "recipe_templates", root / "recipe_templates")
@@ -49,7 +56,12 @@ def build_project(root: Path, *, num_turns: int) -> Path:
         for name, count in ((f"auto/{task}", NUM_TRAIN), (f"manual/{task}", NUM_TRAIN)):
             write_rows(root / "data" / "summaries" / f"{name}.jsonl", name, count, num_turns)
         for split in ("validation", "test"):
-            write_rows(root / "data" / "summaries" / f"{task}-{split}.jsonl", f"{task} {split}", NUM_OTHER, num_turns)
+            write_rows(
+                root / "data" / "summaries" / f"{task}-{split}.jsonl",
+                f"{task} {split}",
+                NUM_OTHER,
+                num_turns,
+            )
     recipes_dir = root / "recipes" / "summaries"
     rendered = render_grid(root / "recipe_templates", "summaries")
     write_recipes(rendered, recipes_dir, compare(rendered, recipes_dir))
@@ -62,15 +74,22 @@ def write_rows(path: Path, seed: str, count: int, num_turns: int) -> None:
     generator = random.Random(seed)
     rows: list[dict[str, Any]] = []
     for number in range(count):
-        turns = [f"{speaker}: is {generator.randrange(10**6)} late?" for speaker in ("Ann", "Bob") * (num_turns // 2)]
-        rows.append({"document": "\n".join(turns), "summary": f"Ann and Bob speak of {seed} {number}."})
+        turns = [
+            f"{speaker}: is {generator.randrange(10**6)} late?"
+            for speaker in ("Ann", "Bob") * (num_turns // 2)
+        ]
+        rows.append(
+            {"document": "\n".join(turns), "summary": f"Ann and Bob speak of {seed} {number}."}
+        )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:
     """Build, check, print the check's own output and what it took."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--long", action="store_true", help="rows close to 2,048 tokens instead of short ones")
+    parser.add_argument(
+        "--long", action="store_true", help="rows close to 2,048 tokens instead of short ones"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -82,7 +101,10 @@ def main() -> None:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(done.stdout + done.stderr)
     cpu = used.ru_utime + used.ru_stime
-    print(f"runner check of 216 recipes: {seconds:.1f} s (budget 60 s), {cpu:.1f} s of one core, ", end="")
+    print(
+        f"runner check of 216 recipes: {seconds:.1f} s (budget 60 s), {cpu:.1f} s of one core, ",
+        end="",
+    )
     print(f"{used.ru_maxrss / 2**20:.2f} GiB, exit code {done.returncode}")
     sys.exit(done.returncode)
 

@@ -1,7 +1,8 @@
-"""Seconds for rendering 1,000 cells of the summaries template, and for `load_recipe` of the 1,000 files.
+"""Seconds for rendering 1,000 cells of the summaries template, and for `load_recipe` of the 1,000
+files.
 
-Run `python benchmarks/render_1000.py` in the repository root. Budgets, in processor seconds of one core: 5 to render
-with every check, 15 to load.
+Run `python benchmarks/render_1000.py` in the repository root. Budgets, in processor seconds of one
+core: 5 to render with every check, 15 to load.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runner.grid.render import RenderedGrid, compare, render_grid, write_recipes  # noqa: E402  # noqa: E402
+from runner.grid.render import (
+    RenderedGrid,
+    compare,
+    render_grid,
+    write_recipes,
+)
 from runner.recipe.parse import load_recipe  # noqa: E402
 
 SIZES = "num_train_samples: [60, 120, 180]"
@@ -25,7 +31,9 @@ NUM_CELLS = 1_000
 
 
 def build_templates(folder: Path) -> Path:
-    """A copy of the templates whose summaries grid has 1,000 of 1,008 cells: 14 sample counts, 8 cells excluded."""
+    """A copy of the templates whose summaries grid has 1,000 of 1,008 cells: 14 sample counts, 8
+    cells excluded.
+    """
     shutil.copytree(ROOT / "recipe_templates", folder)
     path = folder / "summaries" / "grid.yaml"
     text = path.read_text()
@@ -46,14 +54,23 @@ def measure(action: Callable[[], Any]) -> tuple[Any, float, float]:
 def main() -> None:
     """Print one line per step."""
     with tempfile.TemporaryDirectory() as name:
-        templates_root, recipes_dir = build_templates(Path(name) / "recipe_templates"), Path(name) / "recipes/summaries"
+        templates_root, recipes_dir = (
+            build_templates(Path(name) / "recipe_templates"),
+            Path(name) / "recipes/summaries",
+        )
         rendered: RenderedGrid
         rendered, cpu, wall = measure(lambda: render_grid(templates_root, "summaries"))
         assert len(rendered.texts) == NUM_CELLS, len(rendered.texts)
-        print(f"render       {cpu:6.2f} s of one core  {wall:6.2f} s   (budget 5 s; reload and schema check included)")
+        print(
+            f"render       {cpu:6.2f} s of one core  {wall:6.2f} s   (budget 5 s; reload and schema"
+            " check included)"
+        )
         drift = compare(rendered, recipes_dir)
         _, cpu, wall = measure(lambda: write_recipes(rendered, recipes_dir, drift))
-        print(f"write        {cpu:6.2f} s of one core  {wall:6.2f} s   (each file and its folder fsynced)")
+        print(
+            f"write        {cpu:6.2f} s of one core  {wall:6.2f} s   (each file and its folder"
+            " fsynced)"
+        )
         _, cpu, wall = measure(lambda: compare(rendered, recipes_dir))
         print(f"compare      {cpu:6.2f} s of one core  {wall:6.2f} s")
         paths = sorted(recipes_dir.glob("*.yaml"))

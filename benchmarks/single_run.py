@@ -1,18 +1,22 @@
-"""One fine-tune through `trl sft` and through `runner launch`, in turn, and the ratio of their processor seconds.
+"""One fine-tune through `trl sft` and through `runner launch`, in turn, and the ratio of their
+processor seconds.
 
-Run `python benchmarks/single_run.py` in the repository root; it builds its model and rows on the spot and needs no
-network. Budget: the whole takes at most 1.05 times their processor seconds; the exit status is 1 beyond that.
+Run `python benchmarks/single_run.py` in the repository root; it builds its model and rows on the
+spot and needs no network. Budget: the whole takes at most 1.05 times their processor seconds; the
+exit status is 1 beyond that.
 
-Both train the same rows in the same order from the same model with the same settings, on one core in float32; the
-benchmark refuses to print figures when a loss of any step differs by more than 1e-5. Both score the same validation
-rows before the first and after the last step, save one checkpoint with its optimizer state and export the adapter.
-Ours does more than that: it also scores the base and the tuned model on one test row, which takes no time here, records
-hashes, syncs files and verifies the export; `--test-rows` shows what more test rows cost.
+Both train the same rows in the same order from the same model with the same settings, on one core
+in float32; the benchmark refuses to print figures when a loss of any step differs by more than
+1e-5. Both score the same validation rows before the first and after the last step, save one
+checkpoint with its optimizer state and export the adapter. Ours does more than that: it also scores
+the base and the tuned model on one test row, which takes no time here, records hashes, syncs files
+and verifies the export; `--test-rows` shows what more test rows cost.
 
-Processor seconds are user and system time of the whole process tree, launchers included. The parts are cut where the
-loss of a step appears in the program's own output: the benchmark watches that file and reads the tree's times from
-/proc at that instant (resolution 0.01 s), so nothing runs inside the measured processes. Each program first runs once
-unmeasured, which fills the page cache, the bytecode caches, and TRL's cache of tokenised rows.
+Processor seconds are user and system time of the whole process tree, launchers included. The parts
+are cut where the loss of a step appears in the program's own output: the benchmark watches that
+file and reads the tree's times from /proc at that instant (resolution 0.01 s), so nothing runs
+inside the measured processes. Each program first runs once unmeasured, which fills the page cache,
+the bytecode caches, and TRL's cache of tokenised rows.
 """
 
 from __future__ import annotations
@@ -99,29 +103,36 @@ def write_rows(path: Path, count: int) -> None:
     with path.open("w") as stream:
         for _ in range(count):
             prompt, answer = (" ".join(rng.choices(words, k=rng.randint(20, 80))) for _ in range(2))
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            messages = [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": answer},
+            ]
             stream.write(json.dumps({"messages": messages}) + "\n")
 
 
 def build_model_in_child(folder: Path) -> None:
-    """`model/`: a random Gemma of about 3M parameters; in a process of its own, for this one imports no torch."""
+    """`model/`: a random Gemma of about 3M parameters; in a process of its own, for this one
+    imports no torch.
+    """
     code = (
-        "import json; from pathlib import Path\n"
-        "from runner.demo.models import ModelSize\n"
-        "from runner.demo.families import build_tokenizer\n"
-        "from runner.demo.weights import build_model\n"
-        "rows = [json.loads(line) for line in Path('rows.jsonl').read_text().splitlines()]\n"
-        "texts = [message['content'] for row in rows for message in row['messages']]\n"
-        "tokenizer = build_tokenizer('gemma', texts, vocab_size=2048)\n"
-        "model = build_model('gemma', tokenizer, ModelSize(2048, 256, 768, 4, 8, 4))\n"
-        "model.save_pretrained('model'); tokenizer.save_pretrained('model')\n"
-        "print(f'model: {model.num_parameters() / 1e6:.1f}M parameters, vocabulary {len(tokenizer)}')\n"
+        "import json; from pathlib import Path\nfrom runner.demo.models import ModelSize\nfrom"
+        " runner.demo.families import build_tokenizer\nfrom runner.demo.weights import"
+        " build_model\nrows = [json.loads(line) for line in"
+        " Path('rows.jsonl').read_text().splitlines()]\ntexts = [message['content'] for row in rows"
+        " for message in row['messages']]\ntokenizer = build_tokenizer('gemma', texts,"
+        " vocab_size=2048)\nmodel = build_model('gemma', tokenizer, ModelSize(2048, 256, 768, 4, 8,"
+        " 4))\nmodel.save_pretrained('model'); tokenizer.save_pretrained('model')\nprint(f'model:"
+        " {model.num_parameters() / 1e6:.1f}M parameters, vocabulary {len(tokenizer)}')\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=folder, env=build_environment(folder), check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=build_environment(folder), check=True
+    )
 
 
 def build_environment(folder: Path) -> dict[str, str]:
-    """Offline, one thread, output at once, and this checkout's `runner`; the same for both programs."""
+    """Offline, one thread, output at once, and this checkout's `runner`; the same for both
+    programs.
+    """
     return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -137,15 +148,17 @@ def build_environment(folder: Path) -> dict[str, str]:
 def write_trl_rows(folder: Path) -> None:
     """The rows that the recipe draws, in its order, as the data set of `trl sft`."""
     code = (
-        "import json, os, sys; from pathlib import Path\n"
-        "from runner.recipe.parse import load_recipe; from runner.data.rows import draw_splits\n"
-        "splits = draw_splits(load_recipe(Path('recipe.yaml')).data)\n"
-        "for name, rows in (('train', splits.train), ('test', splits.validation)):\n"
-        "    lines = [json.dumps({'messages': list(map(dict, row.messages))}) + '\\n' for row in rows]\n"
-        "    Path('trl_rows', f'{name}.jsonl').write_text(''.join(lines))\n"
+        "import json, os, sys; from pathlib import Path\nfrom runner.recipe.parse import"
+        " load_recipe; from runner.data.rows import draw_splits\nsplits ="
+        " draw_splits(load_recipe(Path('recipe.yaml')).data)\nfor name, rows in (('train',"
+        " splits.train), ('test', splits.validation)):\n    lines = [json.dumps({'messages':"
+        " list(map(dict, row.messages))}) + '\\n' for row in rows]\n    Path('trl_rows',"
+        " f'{name}.jsonl').write_text(''.join(lines))\n"
     )
     (folder / "trl_rows").mkdir()
-    subprocess.run([sys.executable, "-c", code], cwd=folder, env=build_environment(folder), check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=build_environment(folder), check=True
+    )
 
 
 def build_trl(recipe: Recipe, folder: Path, name: str) -> Program:
@@ -200,7 +213,13 @@ def build_ours(recipe: Recipe, folder: Path, name: str) -> Program:
     log_path = find_run(folder, name).attempt(1).log_path
     steps = recipe.training.max_steps
     argv = ("runner", "launch", "recipe.yaml", "--name", name)
-    return Program(argv, folder / f"{name}.txt", log_path, f"step 1/{steps}  loss", f"step {steps}/{steps}  loss")
+    return Program(
+        argv,
+        folder / f"{name}.txt",
+        log_path,
+        f"step 1/{steps}  loss",
+        f"step {steps}/{steps}  loss",
+    )
 
 
 def find_run(folder: Path, name: str) -> RunPaths:
@@ -209,12 +228,17 @@ def find_run(folder: Path, name: str) -> RunPaths:
 
 
 def read_tree_seconds(pid: int) -> float:
-    """User and system seconds of a process, of its living descendants, and of those that they have reaped."""
+    """User and system seconds of a process, of its living descendants, and of those that they have
+    reaped.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):  # ended in this moment: its parent is about to count it
+        children = [
+            int(child) for task in tasks for child in (task / "children").read_text().split()
+        ]
+    # Ended in this moment: its parent is about to count it.
+    except (FileNotFoundError, ProcessLookupError):
         return 0.0
     own = sum(int(field) for field in fields[11:15]) / _TICKS_PER_SECOND
     return own + sum(read_tree_seconds(child) for child in children)
@@ -225,11 +249,22 @@ def measure(program: Program, folder: Path) -> dict[str, float]:
     at: dict[str, float] = {}
     with program.stdout_path.open("wb") as stdout:
         process = subprocess.Popen(
-            program.argv, cwd=folder, env=build_environment(folder), stdout=stdout, stderr=subprocess.STDOUT
+            program.argv,
+            cwd=folder,
+            env=build_environment(folder),
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
         )
         while True:
-            text = program.output_path.read_text(errors="replace") if program.output_path.exists() else ""
-            for part, pattern in (("start-up", program.first_step), ("training", program.last_step)):
+            text = (
+                program.output_path.read_text(errors="replace")
+                if program.output_path.exists()
+                else ""
+            )
+            for part, pattern in (
+                ("start-up", program.first_step),
+                ("training", program.last_step),
+            ):
                 if part not in at and pattern in text:
                     at[part] = read_tree_seconds(process.pid)
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -238,7 +273,9 @@ def measure(program: Program, folder: Path) -> dict[str, float]:
             time.sleep(0.02)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0 or len(at) != 2:
-        raise SystemExit(f"{' '.join(program.argv[:2])} failed or printed no losses:\n{text[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(program.argv[:2])} failed or printed no losses:\n{text[-4000:]}"
+        )
     whole = usage.ru_utime + usage.ru_stime
     return {
         "start-up": at["start-up"],
@@ -248,20 +285,30 @@ def measure(program: Program, folder: Path) -> dict[str, float]:
     }
 
 
-def read_losses(folder: Path, trl_name: str, our_name: str, max_steps: int) -> tuple[list[float], list[float]]:
+def read_losses(
+    folder: Path, trl_name: str, our_name: str, max_steps: int
+) -> tuple[list[float], list[float]]:
     """The loss of every step, of theirs and of ours."""
-    history = load_json(folder / trl_name / f"checkpoint-{max_steps}" / "trainer_state.json")["log_history"]
+    history = load_json(folder / trl_name / f"checkpoint-{max_steps}" / "trainer_state.json")[
+        "log_history"
+    ]
     rows = load_jsonl(find_run(folder, our_name).metrics_path)
-    return [row["loss"] for row in history if "loss" in row], [row["loss"] for row in rows if "loss" in row]
+    return [row["loss"] for row in history if "loss" in row], [
+        row["loss"] for row in rows if "loss" in row
+    ]
 
 
 def require_equal(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """The largest difference of a step's loss; no figure is worth anything when the two did not do the same."""
+    """The largest difference of a step's loss; no figure is worth anything when the two did not do
+    the same.
+    """
     if len(theirs) != len(ours):
         raise SystemExit(f"{len(theirs)} steps of trl against {len(ours)} of ours")
     worst = max(abs(one - other) for one, other in zip(theirs, ours, strict=True))
     if worst > LOSS_TOLERANCE:
-        raise SystemExit(f"the losses differ by up to {worst:.3g}: the two runs did not do the same work")
+        raise SystemExit(
+            f"the losses differ by up to {worst:.3g}: the two runs did not do the same work"
+        )
     return worst
 
 
@@ -280,7 +327,9 @@ def describe(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> tuple[lis
     return lines, ratio
 
 
-def measure_in_turn(recipe: Recipe, folder: Path, repeats: int) -> tuple[dict[str, list[dict[str, float]]], float]:
+def measure_in_turn(
+    recipe: Recipe, folder: Path, repeats: int
+) -> tuple[dict[str, list[dict[str, float]]], float]:
     """Seconds of every run of both programs, and the largest difference between their losses."""
     assert recipe.training.max_steps is not None
     measured: dict[str, list[dict[str, float]]] = {"trl": [], "runner": []}
@@ -304,15 +353,21 @@ def measure_in_turn(recipe: Recipe, folder: Path, repeats: int) -> tuple[dict[st
 
 def main() -> None:
     """Measure and print; exit status 1 when the whole is over budget."""
-    parser = argparse.ArgumentParser(description="processor seconds of one fine-tune: trl sft against runner launch")
+    parser = argparse.ArgumentParser(
+        description="processor seconds of one fine-tune: trl sft against runner launch"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--test-rows", type=int, default=1, help="rows that only ours scores, base and tuned")
+    parser.add_argument(
+        "--test-rows", type=int, default=1, help="rows that only ours scores, base and tuned"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="single-run-") as name:
         folder = Path(name)
         (folder / "cpu.yaml").symlink_to(ROOT / "accelerate_configs" / "cpu.yaml")
-        write_rows(folder / "rows.jsonl", NUM_TRAIN_ROWS + NUM_VALIDATION_ROWS + arguments.test_rows)
+        write_rows(
+            folder / "rows.jsonl", NUM_TRAIN_ROWS + NUM_VALIDATION_ROWS + arguments.test_rows
+        )
         text = RECIPE.format(
             num_train=NUM_TRAIN_ROWS,
             num_validation=NUM_VALIDATION_ROWS,
@@ -325,9 +380,14 @@ def main() -> None:
         (folder / "recipe.yaml").write_text(text)
         build_model_in_child(folder)
         write_trl_rows(folder)
-        measured, worst = measure_in_turn(parse_recipe(text, where="benchmark"), folder, arguments.repeats)
+        measured, worst = measure_in_turn(
+            parse_recipe(text, where="benchmark"), folder, arguments.repeats
+        )
     lines, ratio = describe(measured)
-    print(f"\n{arguments.steps} steps each, largest difference of a loss {worst:.1e}; medians (and range)\n")
+    print(
+        f"\n{arguments.steps} steps each, largest difference of a loss {worst:.1e}; medians (and"
+        " range)\n"
+    )
     print("\n".join(lines))
     sys.exit(0 if ratio <= BUDGET else 1)
 

@@ -1,7 +1,9 @@
-"""Processor seconds that `runner status --watch` needs for 1,000 runs: before its first screen, and for each one.
+"""Processor seconds that `runner status --watch` needs for 1,000 runs: before its first screen, and
+for each one.
 
-Run `python benchmarks/watch_1000.py` in the repository root. The run directories hold real records in states of all
-kinds; eight runs are leased and make a step before each refresh. Budget: a refresh takes less than half a second.
+Run `python benchmarks/watch_1000.py` in the repository root. The run directories hold real records
+in states of all kinds; eight runs are leased and make a step before each refresh. Budget: a refresh
+takes less than half a second.
 """
 
 from __future__ import annotations
@@ -31,21 +33,50 @@ from runner.grid.render import (  # noqa: E402
 from runner.launch.attempt import prepare_run  # noqa: E402
 from runner.plan.select import Selected, select_recipes  # noqa: E402
 from runner.plan.status import derive_status  # noqa: E402
-from runner.recipe.identity import ContentHashes, derive_digest, hash_contents, known_contents  # noqa: E402
+from runner.recipe.identity import (
+    ContentHashes,
+    derive_digest,
+    hash_contents,
+    known_contents,
+)
 from runner.run.lease import Lease  # noqa: E402
 from runner.run.paths import content_cache_path  # noqa: E402
-from runner.run.record import Attempt, Failure, Progress, RunRecord, SplitScore, TrainResult, write_record  # noqa: E402
+from runner.run.record import (
+    Attempt,
+    Failure,
+    Progress,
+    RunRecord,
+    SplitScore,
+    TrainResult,
+    write_record,
+)
 
 NUM_RUNNING: Final = 8
 NUM_REFRESHES: Final = 20
-STATES: Final = ("completed", "completed", "completed", "completed", "failed", "interrupted", "changed", "pending")
+STATES: Final = (
+    "completed",
+    "completed",
+    "completed",
+    "completed",
+    "failed",
+    "interrupted",
+    "changed",
+    "pending",
+)
 SCORE: Final = SplitScore(
-    num_rows=40, num_completion_tokens=900, num_tokens=9000, num_bytes=4000, completion_nll_sum=700.0, nll_sum=7000.0
+    num_rows=40,
+    num_completion_tokens=900,
+    num_tokens=9000,
+    num_bytes=4000,
+    completion_nll_sum=700.0,
+    nll_sum=7000.0,
 )
 
 
 def build_project(root: Path) -> list[Selected]:
-    """Recipes, their data, and a run directory for each but the pending ones; the current folder becomes `root`."""
+    """Recipes, their data, and a run directory for each but the pending ones; the current folder
+    becomes `root`.
+    """
     os.chdir(root)
     rendered = render_grid(build_templates(root / "recipe_templates"), "summaries")
     recipes_dir = root / "recipes" / "summaries"
@@ -75,16 +106,34 @@ def build_run(one: Selected, contents: dict[str, str], state: str) -> None:
     """The files that a run of that state has."""
     paths, recipe = one.paths, one.recipe
     if state == "changed":
-        recipe = recipe.model_copy(update={"loss": "full" if recipe.loss == "completion" else "completion"})
+        recipe = recipe.model_copy(
+            update={"loss": "full" if recipe.loss == "completion" else "completion"}
+        )
     prepare_run(recipe, contents, paths)
     files = paths.attempt(1)
     files.attempt_dir.mkdir(parents=True)
-    for path in (paths.lease_path, files.log_path, paths.samples_path, paths.eval_rows_path, paths.checkpoints_dir):
+    for path in (
+        paths.lease_path,
+        files.log_path,
+        paths.samples_path,
+        paths.eval_rows_path,
+        paths.checkpoints_dir,
+    ):
         path.touch()
     for step in range(1, 43):
-        append_jsonl(paths.metrics_path, {"step": step, "epoch": step / 20, "loss": 5 / step, "learning_rate": 1e-4})
-    write_json_unsynced(files.progress_path, Progress(phase="training", step=42, max_steps=60, loss=0.5).model_dump())
-    failure = Failure(kind="out_of_memory", message="CUDA ran out of memory") if state == "failed" else None
+        append_jsonl(
+            paths.metrics_path,
+            {"step": step, "epoch": step / 20, "loss": 5 / step, "learning_rate": 1e-4},
+        )
+    write_json_unsynced(
+        files.progress_path,
+        Progress(phase="training", step=42, max_steps=60, loss=0.5).model_dump(),
+    )
+    failure = (
+        Failure(kind="out_of_memory", message="CUDA ran out of memory")
+        if state == "failed"
+        else None
+    )
     attempt = Attempt(
         number=1, started_at_utc="2026-01-01T10:00:00+00:00", command=("accelerate", "launch"), environment={},
         num_processes=1, host="node", failure=failure,
@@ -102,13 +151,18 @@ def build_run(one: Selected, contents: dict[str, str], state: str) -> None:
 
 def make_step(one: Selected, step: int) -> None:
     """What a trainer writes after a step."""
-    append_jsonl(one.paths.metrics_path, {"step": step, "epoch": step / 20, "loss": 5 / step, "learning_rate": 1e-4})
+    append_jsonl(
+        one.paths.metrics_path,
+        {"step": step, "epoch": step / 20, "loss": 5 / step, "learning_rate": 1e-4},
+    )
     progress = Progress(phase="training", step=step, max_steps=900, loss=5 / step)
     write_json_unsynced(one.paths.attempt(1).progress_path, progress.model_dump())
 
 
 def measure(action: Callable[[], Any]) -> tuple[Any, float]:
-    """What an action gives, and its processor seconds: all of it happens here, little of it is waiting."""
+    """What an action gives, and its processor seconds: all of it happens here, little of it is
+    waiting.
+    """
     started = time.process_time()
     result = action()
     return result, time.process_time() - started
@@ -117,7 +171,10 @@ def measure(action: Callable[[], Any]) -> tuple[Any, float]:
 def derive_all(selected: list[Selected]) -> list[str]:
     """What plain `runner status` does after it has loaded the recipes."""
     hashes = ContentHashes(content_cache_path(Path("runs")))
-    return [derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)).state for one in selected]
+    return [
+        derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)).state
+        for one in selected
+    ]
 
 
 def main() -> None:
@@ -127,14 +184,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         selected = build_project(Path(name))
-        running = [one for number, one in enumerate(selected) if number % (NUM_CELLS // NUM_RUNNING) == 7]
+        running = [
+            one for number, one in enumerate(selected) if number % (NUM_CELLS // NUM_RUNNING) == 7
+        ]
         leases = [Lease(one.paths.lease_path) for one in running]
         assert all(lease.try_acquire() for lease in leases)
         loaded, load_seconds = measure(lambda: select_recipes(["recipes/summaries"], Path("runs")))
         states, derive_seconds = measure(lambda: derive_all(loaded))
         print(f"load {len(loaded)} recipes      {load_seconds:6.3f} s")
         print(
-            f"derive every status     {derive_seconds:6.3f} s   { ({s: states.count(s) for s in sorted(set(states))}) }"
+            f"derive every status     {derive_seconds:6.3f} s  "
+            f" { ({s: states.count(s) for s in sorted(set(states))}) }"
         )
         reader = RunsReader(loaded, content_cache_path(Path("runs")))
         first, first_seconds = measure(reader.read)
@@ -146,13 +206,18 @@ def main() -> None:
                 make_step(one, 100 + number)
             readings, spent = measure(reader.read)
             seconds.append(spent)
-            assert {reading.status.step for reading in readings if reading.progress} == {100 + number}
+            assert {reading.status.step for reading in readings if reading.progress} == {
+                100 + number
+            }
         median = statistics.median(seconds)
         screen, screen_seconds = measure(lambda: Screen(build_views(readings)))
-        lines, draw_seconds = measure(lambda: screen.draw(build_views(readings), width=120, height=40, now=""))
+        lines, draw_seconds = measure(
+            lambda: screen.draw(build_views(readings), width=120, height=40, now="")
+        )
         assert len(lines) <= 40
         print(
-            f"reading again           {median:6.3f} s   (median of {NUM_REFRESHES}, most {max(seconds):.3f} s); ",
+            f"reading again           {median:6.3f} s   (median of {NUM_REFRESHES}, most"
+            f" {max(seconds):.3f} s); ",
             end="",
         )
         print(f"{derive_seconds / median:.0f} times as fast as deriving every status")

@@ -1,8 +1,8 @@
 """Writes `data/demo.jsonl`: chats of a customer with a shop, each with a summary of fixed style.
 
-Run as `python data/make_demo.py`; the same bytes come out every time. The facts to find in a chat are the customer's
-name, the item, the problem, what the shop promises and for which day. Wording, small talk and decoys (the day of the
-order, the name of the person who gets the present) vary.
+Run as `python data/make_demo.py`; the same bytes come out every time. The facts to find in a chat
+are the customer's name, the item, the problem, what the shop promises and for which day. Wording,
+small talk and decoys (the day of the order, the name of the person who gets the present) vary.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ PROMISES = {
     "a refund": ("You will get your money back on {day}.", "We can offer a refund on {day}."),
     "a replacement": ("You will get a new one on {day}.", "We will mail another one on {day}."),
     "a voucher": ("I can offer a voucher on {day}.", "You will get a voucher on {day}."),
-    "a spare part": ("We will mail the missing part on {day}.", "You will get a spare part on {day}."),
+    "a spare part": (
+        "We will mail the missing part on {day}.",
+        "You will get a spare part on {day}.",
+    ),
     "a courier": ("Somebody will pick it up on {day}.", "A courier will come on {day}."),
 }
 PROMISES_FOR = {
@@ -78,7 +81,10 @@ def chat_and_summary(rng: random.Random) -> tuple[str, str]:
     first_line = f"{name}: {rng.choice(GREETINGS)} {complaint}."
     if rng.random() < 0.5:
         first_line += f" {detail}"
-    lines = [first_line, f"Shop: {rng.choice(APOLOGIES)} {rng.choice(PROMISES[promise]).format(day=day)}"]
+    lines = [
+        first_line,
+        f"Shop: {rng.choice(APOLOGIES)} {rng.choice(PROMISES[promise]).format(day=day)}",
+    ]
     if rng.random() < 0.5:
         lines.append(f"{name}: {rng.choice(THANKS)}")
 
@@ -88,7 +94,9 @@ def chat_and_summary(rng: random.Random) -> tuple[str, str]:
 
 
 def build_rows(num_rows: int, seed: int) -> list[dict[str, list[dict[str, str]]]]:
-    """`num_rows` rows with different chats and different summaries, so no test answer is seen in training."""
+    """`num_rows` rows with different chats and different summaries, so no test answer is seen in
+    training.
+    """
     rng = random.Random(seed)
     summaries: set[str] = set()
     rows: list[dict[str, list[dict[str, str]]]] = []

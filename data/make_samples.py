@@ -1,7 +1,8 @@
-"""Writes the sample files of this folder, each in the schema of a real data set; `README.md` describes them.
+"""Writes the sample files of this folder, each in the schema of a real data set; `README.md`
+describes them.
 
-Run as `python data/make_samples.py`; the same bytes come out every time. The sentences are our own (`sample_texts.py`):
-nothing of the real data sets is in them but their columns.
+Run as `python data/make_samples.py`; the same bytes come out every time. The sentences are our own
+(`sample_texts.py`): nothing of the real data sets is in them but their columns.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ def guess_a_word(rng: random.Random) -> list[dict[str, str]]:
     for other in others[: rng.randrange(4)]:
         if rng.random() < 0.6:
             article = "an" if other[0] in "aeiou" else "a"
-            turns += [f"Is it {article} {other}?", f"No, that is not it. Think of this: {hints.pop()}."]
+            turns += [
+                f"Is it {article} {other}?",
+                f"No, that is not it. Think of this: {hints.pop()}.",
+            ]
         else:
             turns += [rng.choice(words.DOUBTS), f"One more: {hints.pop()}."]
     turns += [f"Then it must be the {word}!", f"Yes, the secret word is {word}. Well done!"]
@@ -58,21 +62,28 @@ def solve_with_tools(rng: random.Random) -> Row:
     problem, lines, answer, unit = rng.choice(
         [
             (
-                f"{name} buys {count} {thing} at ${price} each and pays with ${count * price + rest}. "
-                "How many dollars come back?",
+                (
+                    f"{name} buys {count} {thing} at ${price} each and pays with"
+                    f" ${count * price + rest}. How many dollars come back?"
+                ),
                 [f"paid = {count * price + rest}", f"cost = {count} * {price}", "paid - cost"],
                 rest,
                 f"{name} gets back \\boxed{{{rest}}} dollars.",
             ),
             (
-                f"{name} has {count} {thing}, {other} has {price} times as many. How many do they have together?",
+                (
+                    f"{name} has {count} {thing}, {other} has {price} times as many. How many do"
+                    " they have together?"
+                ),
                 [f"first = {count}", f"second = {price} * first", "first + second"],
                 count + price * count,
                 f"Together they have \\boxed{{{count + price * count}}} {thing}.",
             ),
             (
-                f"A shop packs {count * price} {thing} into boxes of {price} and adds {rest} empty boxes. "
-                "How many boxes are there?",
+                (
+                    f"A shop packs {count * price} {thing} into boxes of {price} and adds {rest}"
+                    " empty boxes. How many boxes are there?"
+                ),
                 [f"full = {count * price} // {price}", f"full + {rest}"],
                 count + rest,
                 f"There are \\boxed{{{count + rest}}} boxes.",
@@ -81,7 +92,9 @@ def solve_with_tools(rng: random.Random) -> Row:
     )
     kind = rng.random()
     if kind < 0.2:  # without a tool
-        return {"messages": chat(problem, f"The numbers are small, so this can be done by hand. {unit}")}
+        return {
+            "messages": chat(problem, f"The numbers are small, so this can be done by hand. {unit}")
+        }
     code = "\n".join(lines)
     turns = [problem, f"Python can work this out.\n```python\n{code}\n```"]
     if kind < 0.4:
@@ -93,9 +106,17 @@ def solve_with_tools(rng: random.Random) -> Row:
 
 
 def message(
-    rng: random.Random, parent: Row | None, text: str, lang: str, *, rank: int | None = None, state: str = "kept"
+    rng: random.Random,
+    parent: Row | None,
+    text: str,
+    lang: str,
+    *,
+    rank: int | None = None,
+    state: str = "kept",
 ) -> Row:
-    """One message of a tree with all the columns of OASST1; `state` is kept, deleted or unreviewed."""
+    """One message of a tree with all the columns of OASST1; `state` is kept, deleted or
+    unreviewed.
+    """
     message_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
     is_answer = parent is not None and parent["role"] == "prompter"
     judged = {"spam": 0.0, "lang_mismatch": 0.0, "quality": round(rng.uniform(0.4, 1.0), 2)}
@@ -103,7 +124,9 @@ def message(
         "message_id": message_id,
         "parent_id": parent and parent["message_id"],
         "user_id": str(uuid.UUID(int=rng.getrandbits(128), version=4)),
-        "created_date": f"2023-02-{rng.randint(1, 28):02d}T{rng.randrange(24):02d}:00:00.000000+00:00",
+        "created_date": (
+            f"2023-02-{rng.randint(1, 28):02d}T{rng.randrange(24):02d}:00:00.000000+00:00"
+        ),
         "text": text,
         "role": "assistant" if is_answer else "prompter",
         "lang": lang,
@@ -113,25 +136,38 @@ def message(
         "rank": rank,
         "synthetic": False,
         "model_name": None,
-        "detoxify": {"toxicity": round(rng.uniform(0.0, 0.01), 5), "insult": round(rng.uniform(0.0, 0.01), 5)},
+        "detoxify": {
+            "toxicity": round(rng.uniform(0.0, 0.01), 5),
+            "insult": round(rng.uniform(0.0, 0.01), 5),
+        },
         "message_tree_id": parent["message_tree_id"] if parent else message_id,
         "tree_state": "ready_for_export",
         "emojis": {"name": ["+1"], "count": [rng.randint(1, 9)]},
-        "labels": {"name": list(judged), "value": list(judged.values()), "count": [3] * len(judged)},
+        "labels": {
+            "name": list(judged),
+            "value": list(judged.values()),
+            "count": [3] * len(judged),
+        },
     }
 
 
 def grow_tree(rng: random.Random, question: str, topic: str) -> list[Row]:
-    """An English tree: two or three ranked answers, some deleted or unreviewed, below some of them another round."""
+    """An English tree: two or three ranked answers, some deleted or unreviewed, below some of them
+    another round.
+    """
     facts = rng.sample(words.ADVICE[topic], 3)
     rows = [root := message(rng, None, question, "en")]
-    answers = [f"{facts[0]} {facts[1]}", facts[1], f"That depends. {facts[2]} {facts[0]}"][: rng.randint(2, 3)]
+    answers = [f"{facts[0]} {facts[1]}", facts[1], f"That depends. {facts[2]} {facts[0]}"][
+        : rng.randint(2, 3)
+    ]
     for rank, answer in enumerate(answers):
         state = rng.choice(("kept", "kept", "kept", "deleted", "unreviewed")) if rank else "kept"
         rows.append(reply := message(rng, root, answer, "en", rank=rank, state=state))
         if rng.random() < 0.6:
             rows.append(ask := message(rng, reply, rng.choice(words.FOLLOW_UPS), "en"))
-            rows.append(message(rng, ask, f"{facts[2]} Apart from that, take your time.", "en", rank=0))
+            rows.append(
+                message(rng, ask, f"{facts[2]} Apart from that, take your time.", "en", rank=0)
+            )
             rows.append(message(rng, ask, "I do not know.", "en", rank=1))
     return rows
 
@@ -154,7 +190,9 @@ def grow_foreign_tree(rng: random.Random, lang: str) -> list[Row]:
 def grow_trees(rng: random.Random, questions: Iterable[str]) -> list[Row]:
     """Rows of all trees, a tree after another as in the real files."""
     trees = [
-        grow_tree(rng, question.format(topic=topic), topic) for topic in sorted(words.ADVICE) for question in questions
+        grow_tree(rng, question.format(topic=topic), topic)
+        for topic in sorted(words.ADVICE)
+        for question in questions
     ]
     trees += [grow_foreign_tree(rng, lang) for lang in words.OTHER_LANGUAGES]
     return [row for tree in trees for row in tree]
@@ -164,11 +202,19 @@ def judge_a_film(rng: random.Random) -> tuple[str, int]:
     """A phrase in the manner of SST-2, in lower case with a space at the end, and 1 for praise."""
     label = rng.randrange(2)
     verdict = rng.choice(words.PRAISE if label else words.BLAME)
-    return " ".join(filter(None, (rng.choice(words.SUBJECTS), verdict, rng.choice(words.ADDITIONS), ""))) + " ", label
+    return (
+        " ".join(
+            filter(None, (rng.choice(words.SUBJECTS), verdict, rng.choice(words.ADDITIONS), ""))
+        )
+        + " ",
+        label,
+    )
 
 
 def ask_about_a_town(rng: random.Random, *, num_golds: int) -> Row:
-    """A SQuAD 2.0 row; a third of the questions cannot be answered. `num_golds` people marked each answer."""
+    """A SQuAD 2.0 row; a third of the questions cannot be answered. `num_golds` people marked each
+    answer.
+    """
     town, other = rng.sample(words.TOWNS, 2)
     river, craft, year, people = (
         rng.choice(words.RIVERS),
@@ -183,10 +229,16 @@ def ask_about_a_town(rng: random.Random, *, num_golds: int) -> Row:
         f"About {people},000 people live there today.",
     ]
     rest = [
-        f"The road to {other} follows the river for most of the way, past three locks and an old customs house.",
+        (
+            f"The road to {other} follows the river for most of the way, past three locks and an"
+            " old customs house."
+        ),
         "A market is held every Thursday.",
         "Its mill was rebuilt twice, after a fire and after a flood.",
-        f"Schools from {other} come here once a year to see the workshops, of which two are still at work.",
+        (
+            f"Schools from {other} come here once a year to see the workshops, of which two are"
+            " still at work."
+        ),
     ]
     context = " ".join(facts + rest[: rng.randrange(5)])
     question, answer = rng.choice(
@@ -232,7 +284,9 @@ def write_jsonl(name: str, rows: Iterable[Row]) -> None:
     """One row a line."""
     path = FOLDER / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 def write_splits(folder: str, rows: list[Row], sizes: dict[str, int]) -> None:
@@ -252,15 +306,22 @@ def main() -> None:
     write_splits("math_tools", problems, {"train": 64})
 
     write_jsonl("oasst1/train.jsonl", grow_trees(random.Random(SEED), words.QUESTIONS[:-1]))
-    write_jsonl("oasst1/validation.jsonl", grow_trees(random.Random(SEED + 1), words.QUESTIONS[-1:]))
+    write_jsonl(
+        "oasst1/validation.jsonl", grow_trees(random.Random(SEED + 1), words.QUESTIONS[-1:])
+    )
 
     phrases = take_distinct(judge_a_film, 88)
-    rows = [{"idx": idx, "sentence": sentence, "label": label} for idx, (sentence, label) in enumerate(phrases)]
+    rows = [
+        {"idx": idx, "sentence": sentence, "label": label}
+        for idx, (sentence, label) in enumerate(phrases)
+    ]
     write_splits("sst2", rows, {"train": 64, "validation": 24})
 
     rng = random.Random(SEED)
     write_jsonl("squad_v2/train.jsonl", [ask_about_a_town(rng, num_golds=1) for _ in range(64)])
-    write_jsonl("squad_v2/validation.jsonl", [ask_about_a_town(rng, num_golds=3) for _ in range(24)])
+    write_jsonl(
+        "squad_v2/validation.jsonl", [ask_about_a_town(rng, num_golds=3) for _ in range(24)]
+    )
 
     chats = take_distinct(chat_about_plans, 72)
     write_splits("summaries_sample", chats, {"train": 40, "validation": 16, "test": 16})

@@ -1,28 +1,85 @@
-"""The words that `make_samples.py` puts together; all written for this purpose, so they may be used freely."""
+"""The words that `make_samples.py` puts together; all written for this purpose, so they may be used
+freely.
+"""
 
 from __future__ import annotations
 
 # A word to guess: hints that never say it.
 HINTS = {
-    "kettle": ("it stands in a kitchen", "it gets hot", "it whistles when it is done", "tea begins with it"),
-    "ladder": ("it has many steps", "it leans against a wall", "painters carry one", "you climb it"),
+    "kettle": (
+        "it stands in a kitchen",
+        "it gets hot",
+        "it whistles when it is done",
+        "tea begins with it",
+    ),
+    "ladder": (
+        "it has many steps",
+        "it leans against a wall",
+        "painters carry one",
+        "you climb it",
+    ),
     "pillow": ("it is soft", "it lies on a bed", "heads rest on it", "children fight with it"),
-    "compass": ("it has a needle", "sailors trust it", "it always knows the north", "it fits in a pocket"),
-    "umbrella": ("it opens and closes", "it has a handle", "it is useless in the sun", "it keeps you dry"),
-    "candle": ("it gives light", "it gets shorter with time", "wax runs down its side", "a birthday cake has some"),
-    "bridge": ("it crosses water", "cars use it", "it joins two banks", "some of them open for ships"),
+    "compass": (
+        "it has a needle",
+        "sailors trust it",
+        "it always knows the north",
+        "it fits in a pocket",
+    ),
+    "umbrella": (
+        "it opens and closes",
+        "it has a handle",
+        "it is useless in the sun",
+        "it keeps you dry",
+    ),
+    "candle": (
+        "it gives light",
+        "it gets shorter with time",
+        "wax runs down its side",
+        "a birthday cake has some",
+    ),
+    "bridge": (
+        "it crosses water",
+        "cars use it",
+        "it joins two banks",
+        "some of them open for ships",
+    ),
     "mirror": (
         "it hangs on a wall",
         "it is made of glass",
         "it shows whoever looks",
         "left and right are swapped in it",
     ),
-    "anchor": ("it is heavy", "it belongs to a ship", "it goes down on a chain", "it keeps something in its place"),
-    "violin": ("it has four strings", "it is made of wood", "it is played with a bow", "an orchestra has many"),
+    "anchor": (
+        "it is heavy",
+        "it belongs to a ship",
+        "it goes down on a chain",
+        "it keeps something in its place",
+    ),
+    "violin": (
+        "it has four strings",
+        "it is made of wood",
+        "it is played with a bow",
+        "an orchestra has many",
+    ),
     "glacier": ("it is very cold", "it moves slowly", "it carves valleys", "it is a river of ice"),
-    "lantern": ("it is carried at night", "it has a handle and glass", "a flame lives in it", "campers like it"),
-    "saddle": ("it is made of leather", "a rider needs it", "it sits on a back", "a bicycle has one as well"),
-    "envelope": ("it is made of paper", "it gets a stamp", "something is folded inside", "you lick it to close it"),
+    "lantern": (
+        "it is carried at night",
+        "it has a handle and glass",
+        "a flame lives in it",
+        "campers like it",
+    ),
+    "saddle": (
+        "it is made of leather",
+        "a rider needs it",
+        "it sits on a back",
+        "a bicycle has one as well",
+    ),
+    "envelope": (
+        "it is made of paper",
+        "it gets a stamp",
+        "something is folded inside",
+        "you lick it to close it",
+    ),
     "orchard": (
         "trees stand there in rows",
         "it blossoms in spring",
@@ -44,7 +101,20 @@ DOUBTS = (
     "The assistant in the shop would know. I do not. Go on.",
 )
 
-NAMES = ("Ada", "Ben", "Carla", "Dario", "Emil", "Fatima", "Greta", "Hugo", "Ines", "Jonas", "Kemal", "Lena")
+NAMES = (
+    "Ada",
+    "Ben",
+    "Carla",
+    "Dario",
+    "Emil",
+    "Fatima",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kemal",
+    "Lena",
+)
 THINGS = ("tickets", "notebooks", "apples", "lamps", "chairs", "postcards", "bottles", "bricks")
 
 # Topic: what can be said of it.
@@ -97,7 +167,11 @@ QUESTIONS = (
     "My neighbour talks of nothing but {topic}. What is there to it?",
     "Tell me about {topic} in a few sentences.",
 )
-FOLLOW_UPS = ("Is there anything else?", "Which of these matters most?", "What do people get wrong there?")
+FOLLOW_UPS = (
+    "Is there anything else?",
+    "Which of these matters most?",
+    "What do people get wrong there?",
+)
 
 # Language: question, answer, thanks, reply to it.
 OTHER_LANGUAGES = {
@@ -121,15 +195,63 @@ OTHER_LANGUAGES = {
     ),
 }
 
-SUBJECTS = ("the film", "this drama", "the second half", "the cast", "a story about two sisters", "its slow ending")
-PRAISE = ("moves without a false note", "is warm and funny", "rewards patience", "shines", "stays in the mind for days")
-BLAME = ("drags on", "never finds its feet", "is loud and empty", "wastes a good idea", "forgets its own plot")
-ADDITIONS = ("", "from start to finish", "in spite of its small budget", "as few others this year", "and knows it")
+SUBJECTS = (
+    "the film",
+    "this drama",
+    "the second half",
+    "the cast",
+    "a story about two sisters",
+    "its slow ending",
+)
+PRAISE = (
+    "moves without a false note",
+    "is warm and funny",
+    "rewards patience",
+    "shines",
+    "stays in the mind for days",
+)
+BLAME = (
+    "drags on",
+    "never finds its feet",
+    "is loud and empty",
+    "wastes a good idea",
+    "forgets its own plot",
+)
+ADDITIONS = (
+    "",
+    "from start to finish",
+    "in spite of its small budget",
+    "as few others this year",
+    "and knows it",
+)
 
-TOWNS = ("Arvel", "Bresk", "Corrin", "Dunmere", "Eskow", "Farholt", "Gelden", "Harrowby", "Istra", "Jelling")
+TOWNS = (
+    "Arvel",
+    "Bresk",
+    "Corrin",
+    "Dunmere",
+    "Eskow",
+    "Farholt",
+    "Gelden",
+    "Harrowby",
+    "Istra",
+    "Jelling",
+)
 RIVERS = ("Lune", "Moss", "Nerva", "Orbe", "Pell")
 CRAFTS = ("glass", "paper", "clocks", "boats", "carpets")
 
-PLACES = ("the station", "the old bakery", "room seven", "the library", "the north gate", "the pool")
+PLACES = (
+    "the station",
+    "the old bakery",
+    "room seven",
+    "the library",
+    "the north gate",
+    "the pool",
+)
 EVENTS = ("dinner", "the concert", "the meeting", "football", "the exam", "the market")
-EXCUSES = ("my train is late", "I have to feed the cat first", "my shift ends at six", "I must find my keys")
+EXCUSES = (
+    "my train is late",
+    "I have to feed the cat first",
+    "my shift ends at six",
+    "I must find my keys",
+)

@@ -1,7 +1,8 @@
 """The error kinds of the project, each of which knows how to print itself.
 
-An error says where, what was found, what is accepted and how to mend it. The command line prints `str(error)` without a
-traceback; anything that is not a `RunnerError` is a defect of ours and keeps its traceback.
+An error says where, what was found, what is accepted and how to mend it. The command line prints
+`str(error)` without a traceback; anything that is not a `RunnerError` is a defect of ours and keeps
+its traceback.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-MAX_SHOWN_PROBLEMS: Final = 50  # of one file; finding what is nearest to a wrong name takes a millisecond
-# What moves the cursor, rings, hides or turns text around in a terminal, and halves of characters, which cannot be
-# printed; line breaks and tabs stay.
-CONTROLS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Of one file; finding what is nearest to a wrong name takes a millisecond.
+MAX_SHOWN_PROBLEMS: Final = 50
+# What moves the cursor, rings, hides or turns text around in a terminal, and halves of characters,
+# which cannot be printed; line breaks and tabs stay.
+CONTROLS: Final = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 _COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")
@@ -49,7 +53,9 @@ class RunnerError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a file: `line` is 1-based, None for a value that came from the command line."""
+    """One mistake in a file: `line` is 1-based, None for a value that came from the command
+    line.
+    """
 
     key: str
     what: str
@@ -57,7 +63,9 @@ class Problem:
 
 
 class RecipeError(RunnerError):
-    """Every problem found in one recipe (or one override list), printed together, but for what nobody would read."""
+    """Every problem found in one recipe (or one override list), printed together, but for what
+    nobody would read.
+    """
 
     def __init__(self, where: str, problems: Sequence[Problem], *, hint: str | None = None) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

@@ -1,4 +1,6 @@
-"""Writing files so that a kill at any instant leaves the old or the new content, and the lease on a run directory."""
+"""Writing files so that a kill at any instant leaves the old or the new content, and the lease on a
+run directory.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from runner.errors import CorruptFileError
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text`: temporary file in the same folder, fsync, rename, fsync of the folder."""
+    """Replace `path` by `text`: temporary file in the same folder, fsync, rename, fsync of the
+    folder.
+    """
     write_bytes_atomic(path, text.encode())
 
 
@@ -46,14 +50,18 @@ def fsync_dir(folder: Path) -> None:
 
 
 def write_json_unsynced(path: Path, value: Any) -> None:
-    """As `write_json_atomic` for a reader, but gone after a power loss: for what is only drawn, many times a second."""
+    """As `write_json_atomic` for a reader, but gone after a power loss: for what is only drawn,
+    many times a second.
+    """
     temporary = _name_temporary(path)
     temporary.write_text(dump_json(value))
     temporary.replace(path)
 
 
 def _name_temporary(path: Path) -> Path:
-    """A name of one's own beside a file: process ids are not enough where containers share a file system."""
+    """A name of one's own beside a file: process ids are not enough where containers share a file
+    system.
+    """
     return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
 
 
@@ -93,7 +101,8 @@ def parse_json(content: bytes, path: Path) -> Any:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one row as one write, so that a reader sees whole lines except perhaps the last after a kill.
+    """Append one row as one write, so that a reader sees whole lines except perhaps the last after
+    a kill.
 
     What a full disk takes of a line is taken back, or the next row would go on in the middle of it.
     """
@@ -110,7 +119,8 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def load_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every whole row of a JSONL file; a torn last line (no newline: the writer was killed) is left out.
+    """Every whole row of a JSONL file; a torn last line (no newline: the writer was killed) is left
+    out.
 
     Raises:
         CorruptFileError: another line is no JSON object.
@@ -132,7 +142,9 @@ def load_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def write_jsonl_atomic(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace a JSONL file."""
-    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_text_atomic(
+        path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    )
 
 
 def hash_file(path: Path) -> str:
@@ -143,5 +155,7 @@ def hash_file(path: Path) -> str:
 
 def hash_json(value: Any) -> str:
     """SHA-256 of a JSON value, independent of key order and layout."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    canonical = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
     return hashlib.sha256(canonical.encode()).hexdigest()

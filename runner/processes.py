@@ -1,4 +1,5 @@
-"""Which processes belong to an attempt and end with it, so that nothing goes on alone; and who has a file open.
+"""Which processes belong to an attempt and end with it, so that nothing goes on alone; and who has
+a file open.
 
 The signals by which a person or a cluster asks `runner launch` and `runner sweep` to stop.
 """
@@ -16,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-# `<run>:<attempt>`, the run as `execute` names it, in the environment of everything that `execute` starts.
+# `<run>:<attempt>`, the run as `execute` names it, in the environment of everything that `execute`
+# starts.
 OWNER_VARIABLE: Final = "RUNNER_OWNER"
 
 _PATIENCE_SECONDS: Final = 30.0  # a process that the kernel cannot end waits for a disk
@@ -27,8 +29,8 @@ _PRCTL: Final = ctypes.CDLL(None, use_errno=True).prctl  # looked up before any 
 def die_with_parent(parent_pid: int | None = None) -> None:
     """SIGKILL for this process when the thread that started it is gone (Linux `prctl(2)`).
 
-    `parent_pid` is the parent as it was at the start: if it is gone already, the process ends at once. Safe between
-    fork and exec.
+    `parent_pid` is the parent as it was at the start: if it is gone already, the process ends at
+    once. Safe between fork and exec.
     """
     _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent_pid is not None and os.getppid() != parent_pid:
@@ -36,7 +38,9 @@ def die_with_parent(parent_pid: int | None = None) -> None:
 
 
 def list_holders(path: Path) -> dict[int, str]:
-    """`process id -> command line` of the other processes that have a file open, as far as `/proc` shows them to us."""
+    """`process id -> command line` of the other processes that have a file open, as far as `/proc`
+    shows them to us.
+    """
     holders: dict[int, str] = {}
     try:
         wanted = path.stat()
@@ -46,9 +50,15 @@ def list_holders(path: Path) -> dict[int, str]:
         if int(process.name) == os.getpid():
             continue
         try:
-            if any(os.path.samestat(os.stat(link), wanted) for link in (process / "fd").iterdir() if link.exists()):
+            if any(
+                os.path.samestat(os.stat(link), wanted)
+                for link in (process / "fd").iterdir()
+                if link.exists()
+            ):
                 words = (process / "cmdline").read_bytes().split(b"\0")
-                holders[int(process.name)] = " ".join(word.decode(errors="replace") for word in words).strip()
+                holders[int(process.name)] = " ".join(
+                    word.decode(errors="replace") for word in words
+                ).strip()
         except OSError:  # it is somebody else's, or has just ended
             continue
     return dict(sorted(holders.items()))
@@ -57,8 +67,9 @@ def list_holders(path: Path) -> dict[int, str]:
 def die_with_launcher() -> None:
     """`die_with_parent` for the trainer, also when its launcher has died before this was called.
 
-    Then the parent is already another process, which does not carry the attempt in its environment. A parent that
-    cannot be looked at (typed by hand, another PID namespace, another user) is taken for the launcher.
+    Then the parent is already another process, which does not carry the attempt in its environment.
+    A parent that cannot be looked at (typed by hand, another PID namespace, another user) is taken
+    for the launcher.
     """
     parent_pid = os.getppid()
     die_with_parent(parent_pid)
@@ -68,7 +79,8 @@ def die_with_launcher() -> None:
 
 
 def bind_forks(lease_descriptor: int) -> None:
-    """Children that this process forks, such as a data loader's workers, never hold the lease, and die with it.
+    """Children that this process forks, such as a data loader's workers, never hold the lease, and
+    die with it.
 
     They die with the thread that forked them, so only those of the main thread are bound.
     """
@@ -87,10 +99,11 @@ def bind_forks(lease_descriptor: int) -> None:
 
 
 def kill_processes_of(is_meant: Callable[[str], bool]) -> int:
-    """End every process on this machine whose attempt is meant, and wait until it is gone; how many there were.
+    """End every process on this machine whose attempt is meant, and wait until it is gone; how many
+    there were.
 
-    The ranks of several processes are in sessions of their own, so a signal to the launcher's group misses what they
-    have started: compilers, a tracker's daemon.
+    The ranks of several processes are in sessions of their own, so a signal to the launcher's group
+    misses what they have started: compilers, a tracker's daemon.
     """
     killed = []
     for folder in Path("/proc").iterdir():
@@ -108,13 +121,16 @@ def kill_processes_of(is_meant: Callable[[str], bool]) -> int:
 
 
 def has_lost_sibling(num_siblings: int) -> bool:
-    """Whether fewer than `num_siblings` children of this process's parent are alive, this one counted."""
+    """Whether fewer than `num_siblings` children of this process's parent are alive, this one
+    counted.
+    """
     try:
         tasks = Path(f"/proc/{os.getppid()}/task").glob("*/children")
         siblings = [pid for children in tasks for pid in children.read_text().split()]
     except OSError:
         return False  # the parent cannot be looked at, or is gone
-    # A kernel that does not tell, or a parent between the launcher and this rank: then nothing is known of the others.
+    # A kernel that does not tell, or a parent between the launcher and this rank: then nothing is
+    # known of the others.
     return str(os.getpid()) in siblings and sum(map(_is_alive, siblings)) < num_siblings
 
 
@@ -127,7 +143,9 @@ def _is_alive(pid: str) -> bool:
 
 
 def _carries(pid: int, is_meant: Callable[[str], bool]) -> bool | None:
-    """Whether a process was started with an attempt in its environment that is meant; None where it cannot be seen."""
+    """Whether a process was started with an attempt in its environment that is meant; None where it
+    cannot be seen.
+    """
     try:
         content = Path(f"/proc/{pid}/environ").read_bytes()
     except PermissionError:
@@ -140,7 +158,9 @@ def _carries(pid: int, is_meant: Callable[[str], bool]) -> bool | None:
 
 
 class StopSignals:
-    """Notes Ctrl-C, TERM, HUP and USR1 and makes `fileno` readable, so that no line of a sweep is ever interrupted."""
+    """Notes Ctrl-C, TERM, HUP and USR1 and makes `fileno` readable, so that no line of a sweep is
+    ever interrupted.
+    """
 
     def __init__(self) -> None:
         self.received: list[int] = []
@@ -150,7 +170,8 @@ class StopSignals:
         self._readable, self._writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._previous_wakeup = signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup`, or a background process of a script
+            # `nohup`, or a background process of a script
+            if signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -1,13 +1,16 @@
-"""Secrets: what a token looks like, which variables of the environment hold one, and texts without them.
+"""Secrets: what a token looks like, which variables of the environment hold one, and texts without
+them.
 
-Secrets come from the environment and from nowhere else. What somebody writes (recipes, grids, templates, arguments) is
-refused when it holds one, by name and never by value; what is printed or recorded is scrubbed. Nothing here can know a
-secret that neither looks like one nor stands in the environment.
+Secrets come from the environment and from nowhere else. What somebody writes (recipes, grids,
+templates, arguments) is refused when it holds one, by name and never by value; what is printed or
+recorded is scrubbed. Nothing here can know a secret that neither looks like one nor stands in the
+environment.
 
-Logs without secrets: what a trainer prints is scrubbed as it is printed, what libraries write past it afterwards.
+Logs without secrets: what a trainer prints is scrubbed as it is printed, what libraries write past
+it afterwards.
 
-The log of an attempt is the trainer's stdout and stderr, with nothing in between that could filter it. So for as long
-as the attempt runs, only what goes through Python is surely clean.
+The log of an attempt is the trainer's stdout and stderr, with nothing in between that could filter
+it. So for as long as the attempt runs, only what goes through Python is surely clean.
 """
 
 from __future__ import annotations
@@ -36,13 +39,19 @@ _SECRET_VARIABLE: Final = re.compile(
     re.IGNORECASE,
 )
 _HARMLESS_VARIABLE: Final = re.compile(r"_(PATH|FILE|DIR|TYPE|PARALLELISM)$", re.IGNORECASE)
-_SECRET_KEY: Final = re.compile(r"secret|token$|pass|pwd|credential|connection_string|(^|_)key$", re.IGNORECASE)
+_SECRET_KEY: Final = re.compile(
+    r"secret|token$|pass|pwd|credential|connection_string|(^|_)key$", re.IGNORECASE
+)
 
 
 class _Shape:
-    """A regular expression, tried only on a text that holds one of `hints`: that takes a hundredth of the time."""
+    """A regular expression, tried only on a text that holds one of `hints`: that takes a hundredth
+    of the time.
+    """
 
-    def __init__(self, hints: tuple[str, ...], pattern: str, flags: re.RegexFlag = re.NOFLAG) -> None:
+    def __init__(
+        self, hints: tuple[str, ...], pattern: str, flags: re.RegexFlag = re.NOFLAG
+    ) -> None:
         self._hints, self.pattern = hints, re.compile(pattern, flags)
 
     def may_be_in(self, text: str) -> bool:
@@ -50,7 +59,8 @@ class _Shape:
         return any(hint in text for hint in self._hints)
 
 
-# What is a secret wherever it stands, by how its issuer writes it. Repeats have limits: a search stays linear.
+# What is a secret wherever it stands, by how its issuer writes it. Repeats have limits: a search
+# stays linear.
 _SHAPES: Final[Mapping[str, _Shape]] = {
     "a Hugging Face token": _Shape(("hf_", "api_org_"), r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
     "an API key": _Shape(("sk-",), r"(?<![A-Za-z0-9_-])sk-[A-Za-z0-9_-]{20,}"),
@@ -61,19 +71,26 @@ _SHAPES: Final[Mapping[str, _Shape]] = {
     ),
     "a GitLab token": _Shape(("glpat-",), r"\bglpat-[A-Za-z0-9_-]{20,}"),
     "a Slack token": _Shape(("xox",), r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}"),
-    "a Google key": _Shape(("AIza", "ya29."), r"\bAIza[0-9A-Za-z_-]{35}|\bya29\.[0-9A-Za-z_-]{20,}"),
+    "a Google key": _Shape(
+        ("AIza", "ya29."), r"\bAIza[0-9A-Za-z_-]{35}|\bya29\.[0-9A-Za-z_-]{20,}"
+    ),
     "a Weights & Biases key": _Shape(("wandb_v1_",), r"\bwandb_v1_[A-Za-z0-9_]{20,}"),
     "a package index token": _Shape(("pypi-",), r"\bpypi-[A-Za-z0-9_-]{50,}"),
-    "a signed token": _Shape(("eyJ",), r"\beyJ[A-Za-z0-9_-]{10,2000}\.eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,}"),
+    "a signed token": _Shape(
+        ("eyJ",), r"\beyJ[A-Za-z0-9_-]{10,2000}\.eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,}"
+    ),
     "a private key": _Shape(
         ("PRIVATE KEY-----",),
-        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----(?:[\s\S]{0,20000}?-----END [A-Z0-9 ]{0,40}KEY-----)?",
+        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----(?:[\s\S]{0,20000}?-----END [A-Z0-9"
+        r" ]{0,40}KEY-----)?",
     ),
     "a URL with a password": _Shape(("://",), r"(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)"),
 }
 # What is a secret because of the words before it. Recipes may hold such words: prompts are texts.
 _AFTER_WORDS: Final = (
-    _Shape(("bearer", "basic"), r"(?<![a-z])(?:bearer|basic)\s{1,9}[a-z0-9._~+/=-]{16,}", re.IGNORECASE),
+    _Shape(
+        ("bearer", "basic"), r"(?<![a-z])(?:bearer|basic)\s{1,9}[a-z0-9._~+/=-]{16,}", re.IGNORECASE
+    ),
     _Shape(
         ("passw", "passphrase", "secret", "key", "token"),
         r"(?:password|passwd|passphrase|secret|secret_?(?:access_?)?key|api_?key|access_?key|account_?key"
@@ -90,7 +107,8 @@ _AFTER_WORDS: Final = (
 
 
 def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """`text` with every secret masked: those of the environment, and whatever looks like a token or follows its name.
+    """`text` with every secret masked: those of the environment, and whatever looks like a token or
+    follows its name.
 
     >>> scrub("401 for hf_" + "a1B2" * 8, {}), scrub("s3cr3t-value!", {"STORE_PASSWORD": "s3cr3t-value!"})
     ('401 for ***', '***')
@@ -109,19 +127,30 @@ def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def scrub_json(value: Any, environment: Mapping[str, str] | None = None) -> Any:
-    """A JSON value with every text in it scrubbed, and every text under a key that names a secret masked."""
+    """A JSON value with every text in it scrubbed, and every text under a key that names a secret
+    masked.
+    """
     if isinstance(value, str):
         return scrub(value, environment)
     if isinstance(value, Mapping):
         return {
-            key: MASK if isinstance(item, str) and item and names_secret(key) else scrub_json(item, environment)
+            key: (
+                MASK
+                if isinstance(item, str) and item and names_secret(key)
+                else scrub_json(item, environment)
+            )
             for key, item in value.items()
         }
-    return [scrub_json(item, environment) for item in value] if isinstance(value, list | tuple) else value
+    return (
+        [scrub_json(item, environment) for item in value]
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
 def find_secret(text: str, environment: Mapping[str, str] | None = None) -> tuple[str, int] | None:
-    """What a secret in `text` is, in words that do not hold it, and where it begins; None where there is none.
+    """What a secret in `text` is, in words that do not hold it, and where it begins; None where
+    there is none.
 
     >>> find_secret("see sftp://me:pw@host", {}), find_secret("sftp://me@host/a:b, task-1_060_completion_8_auto", {})
     (('a URL with a password', 11), None)
@@ -149,7 +178,9 @@ def _list_variables(environment: Mapping[str, str] | None) -> Iterator[tuple[str
     for name, value in (os.environ if environment is None else environment).items():
         if not _is_secret_variable(name):
             continue
-        if len(value) >= _MIN_MASKED_CHARACTERS and not (value.startswith("/") and os.path.exists(value)):
+        if len(value) >= _MIN_MASKED_CHARACTERS and not (
+            value.startswith("/") and os.path.exists(value)
+        ):
             yield name, value
 
 
@@ -159,10 +190,16 @@ def _is_secret_variable(name: str) -> bool:
 
 
 def _list_values(environment: Mapping[str, str] | None) -> list[str]:
-    """Every form in which a variable's value is printed, longest first: a short one may be the start of another."""
+    """Every form in which a variable's value is printed, longest first: a short one may be the
+    start of another.
+    """
     forms: set[str] = set()
     for _, value in _list_variables(environment):
-        escaped = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
+        escaped = (
+            json.dumps(value)[1:-1],
+            json.dumps(value, ensure_ascii=False)[1:-1],
+            repr(value)[1:-1],
+        )
         forms |= {value, value.strip(), quote(value, safe="", errors="surrogateescape"), *escaped}
     forms = {form for form in forms if len(form) >= _MIN_MASKED_CHARACTERS}
     return sorted(forms, key=lambda form: (-len(form), form))
@@ -185,7 +222,8 @@ class _ScrubbedStream(io.TextIOWrapper):
 
 
 def scrub_output() -> None:
-    """From now on, whatever this process prints through `sys.stdout` and `sys.stderr` holds no secret.
+    """From now on, whatever this process prints through `sys.stdout` and `sys.stderr` holds no
+    secret.
 
     Called before libraries are imported: their loggers keep the stream that they find.
     """
@@ -193,13 +231,18 @@ def scrub_output() -> None:
         stream = getattr(sys, name)
         stream.flush()
         scrubbed = _ScrubbedStream(
-            stream.buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=True, write_through=True
+            stream.buffer,
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=True,
+            write_through=True,
         )
         setattr(sys, name, scrubbed)
 
 
 def scrub_log(path: Path) -> bool:
-    """Take every secret out of a file that nobody writes any more; False where there was none, or no file.
+    """Take every secret out of a file that nobody writes any more; False where there was none, or
+    no file.
 
     A kill leaves the old file or the new one.
     """
@@ -218,7 +261,9 @@ def scrub_log(path: Path) -> bool:
 
 
 def _read_pieces(path: Path) -> Iterator[str]:
-    """The text in pieces that end with a line, so that no secret is cut in two unless its line is too long."""
+    """The text in pieces that end with a line, so that no secret is cut in two unless its line is
+    too long.
+    """
     with path.open("rb") as stream:
         while piece := stream.read(_PIECE_BYTES):
             yield (piece + stream.readline(_PIECE_BYTES)).decode(errors="surrogateescape")

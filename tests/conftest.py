@@ -1,4 +1,5 @@
-"""A place to launch from, shared by all tests: tiny models, a data file, launch configs, one recipe to vary.
+"""A place to launch from, shared by all tests: tiny models, a data file, launch configs, one recipe
+to vary.
 
 Nothing here imports torch before a test asks for a model.
 """
@@ -29,10 +30,13 @@ settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("fuzz", print_blob=True)
 settings.load_profile("repeatable")
 
-# A background job of a script is started with some signals ignored, and what it starts would be, too.
+# A background job of a script is started with some signals ignored, and what it starts would be,
+# too.
 for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     if signal.getsignal(_number) == signal.SIG_IGN:
-        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            _number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
+        )
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 RUNNER: Final = Path(sys.executable).parent / "runner"
@@ -89,13 +93,17 @@ def run_cli(
 
 
 def build_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment: no hub, and one thread, because two on busy cores can be ten times slower."""
+    """This process's environment: no hub, and one thread, because two on busy cores can be ten
+    times slower.
+    """
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(extra or {})}
 
 
 @dataclass(frozen=True)
 class Project:
-    """A folder to start `runner` from: launch configs, `data.jsonl` and `recipe.yaml`; models on demand."""
+    """A folder to start `runner` from: launch configs, `data.jsonl` and `recipe.yaml`; models on
+    demand.
+    """
 
     root: Path
     _tiny_model: Callable[[str], Path]
@@ -107,7 +115,9 @@ class Project:
 
     def recipe(self, *overrides: str) -> Recipe:
         """The recipe under overrides, as the launch side parses it."""
-        return parse_recipe(self.recipe_path.read_text(), where=str(self.recipe_path), overrides=overrides)
+        return parse_recipe(
+            self.recipe_path.read_text(), where=str(self.recipe_path), overrides=overrides
+        )
 
     def write_recipe(self, path: str, *overrides: str) -> Path:
         """The recipe under overrides as a recipe of its own, named after its file."""
@@ -148,7 +158,9 @@ def make_project(root: Path, data_path: Path, tiny_model: Callable[[str], Path])
 
 @contextmanager
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
-    """A folder that is the same for all workers of pytest-xdist; only one of them at a time is in here."""
+    """A folder that is the same for all workers of pytest-xdist; only one of them at a time is in
+    here.
+    """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     folder.mkdir(exist_ok=True)
@@ -159,7 +171,9 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterat
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`family -> folder` with a random model of that family; each is built once per session, when first asked for."""
+    """`family -> folder` with a random model of that family; each is built once per session, when
+    first asked for.
+    """
 
     def build(family: str) -> Path:
         from runner.demo.weights import build_tiny_model
@@ -191,8 +205,12 @@ def project(tmp_path: Path, data_path: Path, tiny_model: Callable[[str], Path]) 
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model: Callable[[str], Path]) -> Project:
-    """One folder for the whole session: finished runs in it serve many tests, each under a name of its own."""
+def workplace(
+    tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model: Callable[[str], Path]
+) -> Project:
+    """One folder for the whole session: finished runs in it serve many tests, each under a name of
+    its own.
+    """
     with shared_folder(tmp_path_factory, "workplace") as root:
         if (root / "recipe.yaml").exists():
             return Project(root, tiny_model)

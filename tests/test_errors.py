@@ -27,7 +27,9 @@ def test_all_problems_stand_in_one_table() -> None:
 
 
 def test_one_problem_is_not_called_problems() -> None:
-    assert str(RecipeError("r.yaml", [Problem("a", "is missing", 1)])).startswith("r.yaml has 1 problem\n")
+    assert str(RecipeError("r.yaml", [Problem("a", "is missing", 1)])).startswith(
+        "r.yaml has 1 problem\n"
+    )
 
 
 def test_without_a_hint_there_is_no_empty_one() -> None:

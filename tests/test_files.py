@@ -1,4 +1,6 @@
-"""Files that are whole or not there, rows that survive a kill, and a lease that dies with its holder."""
+"""Files that are whole or not there, rows that survive a kill, and a lease that dies with its
+holder.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ from runner.files import (
 from runner.run.lease import Lease, is_leased
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
@@ -88,9 +94,18 @@ def test_an_unsynced_write_is_whole_for_a_reader(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
-@given(rows=st.lists(st.dictionaries(st.text(ENCODABLE), st.text(ENCODABLE) | st.integers(), max_size=3), max_size=4))
-def test_rows_come_back_whatever_their_texts_hold(rows: list[dict[str, object]], tmp_path: Path) -> None:
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
+)
+@given(
+    rows=st.lists(
+        st.dictionaries(st.text(ENCODABLE), st.text(ENCODABLE) | st.integers(), max_size=3),
+        max_size=4,
+    )
+)
+def test_rows_come_back_whatever_their_texts_hold(
+    rows: list[dict[str, object]], tmp_path: Path
+) -> None:
     written, appended = tmp_path / "written.jsonl", tmp_path / "appended.jsonl"
     appended.unlink(missing_ok=True)
     write_jsonl_atomic(written, rows)
@@ -143,7 +158,9 @@ def test_a_lease_lives_as_long_as_a_child_that_has_it_as_stdin(tmp_path: Path) -
     lease = Lease(path)
     assert lease.try_acquire()
     readable, writable = os.pipe()
-    child = subprocess.Popen(["cat", f"/dev/fd/{readable}"], stdin=lease.fileno(), pass_fds=[readable])
+    child = subprocess.Popen(
+        ["cat", f"/dev/fd/{readable}"], stdin=lease.fileno(), pass_fds=[readable]
+    )
     lease.close()
     assert is_leased(path)
     assert not Lease(path).try_acquire()
@@ -172,26 +189,34 @@ def test_a_row_that_did_not_fit_leaves_no_half_line(tmp_path: Path) -> None:
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
         "from runner.files import append_jsonl\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"  # a file that may not grow behaves as on a full disk
+        # A file that may not grow behaves as on a full disk.
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
         "try:\n    append_jsonl(Path(sys.argv[1]), {'text': 'x' * 100})\n"
         "except OSError as error:\n    print(error.errno)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == str(errno.EFBIG)
     append_jsonl(path, {"row": 2})
     assert load_jsonl(path) == [{"row": 1}, {"row": 2}]
 
 
 def test_who_only_looks_never_keeps_the_lease_from_its_taker(tmp_path: Path) -> None:
-    """A run must not be left out of a sweep because somebody asked for its status at that instant, however slowly."""
+    """A run must not be left out of a sweep because somebody asked for its status at that instant,
+    however slowly.
+    """
     path = tmp_path / "lease"
     lease, holder = Lease(path), Lease(path)
     program = (
-        "import fcntl, sys, time\nstream = open(sys.argv[1], 'rb')\nfcntl.flock(stream, fcntl.LOCK_SH)\n"
+        "import fcntl, sys, time\nstream = open(sys.argv[1], 'rb')\nfcntl.flock(stream,"
+        " fcntl.LOCK_SH)\n"
         "print(flush=True)\ntime.sleep(1)"  # `is_leased` on a slow file system
     )
-    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) as watcher:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE
+    ) as watcher:
         assert watcher.stdout is not None and watcher.stdout.readline() and not is_leased(path)
         assert lease.try_acquire()
         assert not holder.try_acquire(), "this one is really held"

@@ -1,6 +1,8 @@
-"""Whatever stands in a file or an argument: an answer in words, nothing written outside, never a traceback.
+"""Whatever stands in a file or an argument: an answer in words, nothing written outside, never a
+traceback.
 
-In the fast tests the same examples each time; `make fuzz` goes on with new ones and prints how to repeat what fails.
+In the fast tests the same examples each time; `make fuzz` goes on with new ones and prints how to
+repeat what fails.
 """
 
 from __future__ import annotations
@@ -49,11 +51,15 @@ class Place:
     def write(self, name: str, content: str | bytes) -> Path:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogatepass"))
+        path.write_bytes(
+            content if isinstance(content, bytes) else content.encode(errors="surrogatepass")
+        )
         return path
 
     def run(self, *arguments: str | Path) -> str:
-        """What `runner` prints; the answer is one of its exit codes, clean of controls, and changes nothing outside."""
+        """What `runner` prints; the answer is one of its exit codes, clean of controls, and changes
+        nothing outside.
+        """
         before, out, err = self.list_outside(), io.StringIO(), io.StringIO()
         try:
             with redirect_stdout(out), redirect_stderr(err):
@@ -62,12 +68,16 @@ class Place:
             code = left.code
         printed = out.getvalue() + err.getvalue()
         assert code in EXIT_CODES_OF_ANSWERS, (code, printed)
-        assert "Traceback" not in printed and not CONTROLS.search(printed.replace("\u2028", "")), printed
+        assert "Traceback" not in printed and not CONTROLS.search(printed.replace("\u2028", "")), (
+            printed
+        )
         assert self.list_outside() == before
         return printed
 
     def list_outside(self) -> list[str]:
-        return sorted(os.listdir(self.root.parent)) + sorted(os.listdir(self.root.parent / "outside"))
+        return sorted(os.listdir(self.root.parent)) + sorted(
+            os.listdir(self.root.parent / "outside")
+        )
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +99,47 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 # What has meant something to some parser, and what no parser expects.
 SCRAPS: Final = (
-    ("..", "../outside", "/", "/etc/passwd", "~", "\\", "a\\b", "C:x", ".", "", " ", "a" * 300, "\0", "\x1b[2J", "\r\n")
-    + ("\ufeff", "\u202e", "\ud800", "\x85", "\u2028", "${run.name}", "${oc.env:HOME}", "${", "???", "{{ x }}", "{% if")
-    + ("!!python/object/apply:os.system ['true']", "!!binary aGk=", "&a [*a]", "*a", "<<: *a", "- ", "? ", ": ", "[")
+    (
+        "..",
+        "../outside",
+        "/",
+        "/etc/passwd",
+        "~",
+        "\\",
+        "a\\b",
+        "C:x",
+        ".",
+        "",
+        " ",
+        "a" * 300,
+        "\0",
+        "\x1b[2J",
+        "\r\n",
+    )
+    + (
+        "\ufeff",
+        "\u202e",
+        "\ud800",
+        "\x85",
+        "\u2028",
+        "${run.name}",
+        "${oc.env:HOME}",
+        "${",
+        "???",
+        "{{ x }}",
+        "{% if",
+    )
+    + (
+        "!!python/object/apply:os.system ['true']",
+        "!!binary aGk=",
+        "&a [*a]",
+        "*a",
+        "<<: *a",
+        "- ",
+        "? ",
+        ": ",
+        "[",
+    )
     + (
         "{",
         "'",
@@ -132,7 +180,9 @@ texts = scraps | st.text(max_size=12)
 numbers = st.integers(-3, 10) | st.integers() | st.floats()
 scalars = st.none() | st.booleans() | numbers | texts
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4), max_leaves=8
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
+    max_leaves=8,
 )
 
 
@@ -154,7 +204,9 @@ def damaged_texts(draw: st.DrawFn, text: str) -> bytes:
             lines[at], lines[other] = lines[other], lines[at]
         else:
             column = draw(st.integers(0, len(lines[at])))
-            lines[at] = lines[at][:column] + draw(texts) + lines[at][column + draw(st.integers(0, 5)) :]
+            lines[at] = (
+                lines[at][:column] + draw(texts) + lines[at][column + draw(st.integers(0, 5)) :]
+            )
     content = bytearray("".join(lines).encode(errors="surrogatepass"))
     if draw(st.integers(0, 3)) == 0:
         at = draw(st.integers(0, len(content)))
@@ -193,7 +245,9 @@ def test_a_damaged_recipe_is_answered(place: Place, content: bytes) -> None:
 
 @fuzzed(60)
 @given(tree=damaged_trees(yaml.safe_load(RECIPE_TEXT)))
-def test_a_recipe_of_other_values_is_refused_or_comes_back_as_it_was_read(place: Place, tree: Any) -> None:
+def test_a_recipe_of_other_values_is_refused_or_comes_back_as_it_was_read(
+    place: Place, tree: Any
+) -> None:
     text = json.dumps(tree)
     place.write("case.yaml", text)
     place.run("launch", "case.yaml", "--dry-run")
@@ -205,7 +259,16 @@ def test_a_recipe_of_other_values_is_refused_or_comes_back_as_it_was_read(place:
     assert Recipe.model_validate_json(json.dumps(stored)) == recipe
 
 
-KEYS: Final = ("run.name", "run.grid", "run.axes.x", "model.path", "training.learning_rate", "adapter.method", "z", "")
+KEYS: Final = (
+    "run.name",
+    "run.grid",
+    "run.axes.x",
+    "model.path",
+    "training.learning_rate",
+    "adapter.method",
+    "z",
+    "",
+)
 overrides = st.tuples(st.sampled_from(KEYS) | texts, texts | values.map(repr)).map("=".join)
 
 
@@ -271,7 +334,9 @@ expressions = st.recursive(
 
 @fuzzed(60)
 @given(one=expressions, other=expressions)
-def test_no_expression_of_a_template_is_more_than_an_error(place: Place, one: str, other: str) -> None:
+def test_no_expression_of_a_template_is_more_than_an_error(
+    place: Place, one: str, other: str
+) -> None:
     place.write("recipe_templates/toy/grid.yaml", GRID)
     looped = f"{{% for i in {one} %}}{{% for j in {other} %}}{{% endfor %}}{{% endfor %}}\n"
     for template in (
@@ -306,7 +371,11 @@ def make_run(place: Place) -> Path:
     }
     shutil.rmtree(place.root / "runs", ignore_errors=True)
     files: dict[str, Any] = {
-        "recipe.json": {"recipe": recipe.model_dump(mode="json"), "recipe_digest": digest, "contents": contents},
+        "recipe.json": {
+            "recipe": recipe.model_dump(mode="json"),
+            "recipe_digest": digest,
+            "contents": contents,
+        },
         "run.json": {"attempts": [attempt]},
         "result.json": {
             "recipe_digest": digest,
@@ -322,7 +391,11 @@ def make_run(place: Place) -> Path:
         },
         "samples.json": {"loss": "completion", "splits": {"train": {"num_rows": 22}}},
         "attempts/1/progress.json": {"phase": "training", "step": 2, "max_steps": 4, "loss": 1.0},
-        "attempts/1/failure.json": {"kind": "crashed", "message": "why", "log_tail": ["one", "two"]},
+        "attempts/1/failure.json": {
+            "kind": "crashed",
+            "message": "why",
+            "log_tail": ["one", "two"],
+        },
         "attempts/1/timing.json": {"phase_seconds": {"training": 1.0}, "tokens_per_second": 9.0},
     }
     for name, content in files.items():
@@ -335,7 +408,13 @@ def make_run(place: Place) -> Path:
 
 RECORDS: Final = (
     ("recipe.json", "run.json", "result.json", "samples.json", "metrics.jsonl", "eval_rows.jsonl")
-    + ("attempts/1/progress.json", "attempts/1/failure.json", "attempts/1/timing.json", "stop", "tracking.json")
+    + (
+        "attempts/1/progress.json",
+        "attempts/1/failure.json",
+        "attempts/1/timing.json",
+        "stop",
+        "tracking.json",
+    )
     + ("checkpoints/step-4/COMMITTED.json",)
 )
 
@@ -349,7 +428,9 @@ def test_any_record_in_a_run_directory_is_answered(
     place.write("case.yaml", RECIPE_TEXT)
     old = (run_dir / name).read_text() if (run_dir / name).exists() else "{}"
     tree = json.loads(old) if not name.endswith(".jsonl") else json.loads(old.splitlines()[0])
-    content = data.draw(damaged_trees(tree).map(json.dumps) | damaged_texts(old) | st.binary(max_size=20))
+    content = data.draw(
+        damaged_trees(tree).map(json.dumps) | damaged_texts(old) | st.binary(max_size=20)
+    )
     if not has_result:
         (run_dir / "result.json").unlink()
     place.write(f"runs/tests/base/{name}", content + "\n" if isinstance(content, str) else content)

@@ -23,7 +23,8 @@ TOKENS = {
     "a Weights & Biases key": "wandb_v1_" + "abcdefghijklmnopqrstuvwxyz",
     "a package index token": "pypi-" + "AgEIcHlwaS5vcmc" * 4,
     "a signed token": "eyJ" + "hbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abcdefghijklmnop",
-    "a private key": "-----BEGIN RSA " + "PRIVATE KEY-----\nMIIEow\nabc\n-----END RSA PRIVATE KEY-----",
+    "a private key": "-----BEGIN RSA "
+    + "PRIVATE KEY-----\nMIIEow\nabc\n-----END RSA PRIVATE KEY-----",
     "a URL with a password": "s3://me:" + "hunter22@host/folder",
 }
 NO_SECRETS = (
@@ -42,7 +43,11 @@ def test_a_token_is_found_by_its_shape_and_masked(kind: str) -> None:
         found = find_secret(text, {})
         assert found is not None and found[0] == kind and token not in found[0]
         assert text[found[1] :].startswith(token.partition("://")[2].partition("@")[0] or token)
-        assert token not in scrub(text, {}) and "hunter22" not in scrub(text, {}) and MASK in scrub(text, {})
+        assert (
+            token not in scrub(text, {})
+            and "hunter22" not in scrub(text, {})
+            and MASK in scrub(text, {})
+        )
 
 
 @pytest.mark.parametrize("text", NO_SECRETS)
@@ -52,13 +57,25 @@ def test_what_is_no_secret_stays(text: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "MYSQL_PWD", "AZURE_STORAGE_CONNECTION_STRING"]
+    [
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "PGPASSWORD",
+        "MYSQL_PWD",
+        "AZURE_STORAGE_CONNECTION_STRING",
+    ]
     + ["my_secret", "SLURM_JWT_TOKEN", "OPENAI_APIKEY", "SSH_PASSPHRASE", "GITHUB_PAT", "DB_PASS"],
 )
 def test_the_value_of_a_variable_that_names_a_secret_is_masked_in_every_form(name: str) -> None:
     value = 'pä55/"word"+\\1x'
     environment = {name: value, "HOME": "/home/me"}
-    printed = (value, json.dumps(value), json.dumps({"a": [value]}, ensure_ascii=False), repr(value))
+    printed = (
+        value,
+        json.dumps(value),
+        json.dumps({"a": [value]}, ensure_ascii=False),
+        repr(value),
+    )
     for text in printed:
         assert "word" not in scrub(f"at {text} in /home/me", environment)
         assert "/home/me" in scrub(f"at {text} in /home/me", environment)
@@ -85,7 +102,9 @@ def test_a_variable_that_holds_no_secret_is_left_alone(name: str, value: str) ->
 def test_a_path_to_a_secret_is_none(tmp_path: Path) -> None:
     environment = {"GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path)}
     assert scrub(f"reads {tmp_path}", environment) == f"reads {tmp_path}"
-    assert scrub(f"reads {tmp_path}/x", {"A_TOKEN": f"{tmp_path}/x"}) == f"reads {MASK}", "no such file"
+    assert scrub(f"reads {tmp_path}/x", {"A_TOKEN": f"{tmp_path}/x"}) == f"reads {MASK}", (
+        "no such file"
+    )
 
 
 def test_what_stands_behind_the_name_of_a_secret_is_masked() -> None:
@@ -101,7 +120,10 @@ def test_what_stands_behind_the_name_of_a_secret_is_masked() -> None:
 
 
 def test_a_recipe_may_not_hold_the_value_of_a_secret_variable() -> None:
-    environment = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "API_KEY": "too-short"}
+    environment = {
+        "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+        "API_KEY": "too-short",
+    }
     assert find_secret("tags: [0123456789abcdef0123456789abcdef01234567]", environment) == (
         "the value of the environment variable WANDB_API_KEY",
         7,
@@ -114,7 +136,12 @@ def test_a_short_value_does_not_uncover_the_end_of_a_longer_one() -> None:
 
 
 def test_json_is_scrubbed_by_keys_and_by_texts() -> None:
-    value = {"hub_token": "anything", "hub_private": True, "a": [TOKENS["an API key"], {"key": "x", "n": 1}], "t": None}
+    value = {
+        "hub_token": "anything",
+        "hub_private": True,
+        "a": [TOKENS["an API key"], {"key": "x", "n": 1}],
+        "t": None,
+    }
     assert scrub_json(value, {}) == {
         "hub_token": MASK,
         "hub_private": True,
@@ -133,7 +160,8 @@ def test_no_text_around_a_value_keeps_it(before: str, value: str, after: str) ->
 
 
 @pytest.mark.parametrize(
-    "piece", ["a:", "://", "://a:", "-eyJ", "eyJa.", "-----BEGIN ", "password ", "sk-", "hf_", "Bearer "]
+    "piece",
+    ["a:", "://", "://a:", "-eyJ", "eyJa.", "-----BEGIN ", "password ", "sk-", "hf_", "Bearer "],
 )
 def test_no_text_takes_long(piece: str) -> None:
     """Bounded repeats: a log of repeated beginnings is not searched once per beginning."""

@@ -1,4 +1,6 @@
-"""The wheel and the sdist, built for real: they hold what they should, and a project works from an installed wheel."""
+"""The wheel and the sdist, built for real: they hold what they should, and a project works from an
+installed wheel.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from tests.conftest import ROOT
 
 STOCK_FOLDERS: Final = (*SHARED_FOLDERS, "data", "recipe_templates", "sweeps")
 BUILD_SDIST: Final = "from setuptools.build_meta import build_sdist; build_sdist('sdist')"
-# What pip would write for a package that lies in this environment; the other one's interpreter must run it.
+# What pip would write for a package that lies in this environment; the other one's interpreter must
+# run it.
 ACCELERATE: Final = "#!{python}\nfrom accelerate.commands.accelerate_cli import main\nmain()\n"
 
 
@@ -45,8 +48,12 @@ def run(
 
 
 def list_source_files() -> list[str]:
-    """Files of the source tree as a commit would have them; what lies about untracked and ignored is left out."""
-    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout
+    """Files of the source tree as a commit would have them; what lies about untracked and ignored
+    is left out.
+    """
+    listed = run(
+        "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT
+    ).stdout
     return [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
@@ -62,7 +69,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     (base / "tree" / "data" / "private" / "notes.txt").write_text("nobody's business")
     run(sys.executable, "-c", BUILD_SDIST, cwd=base / "tree")
     [sdist] = (base / "tree" / "sdist").iterdir()
-    build = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet")
+    build = (
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--quiet",
+    )
     wheels = {}
     for name, source in (("tree", base / "tree"), ("sdist", sdist)):
         run(*build, "--wheel-dir", base / name / "wheel", source, cwd=base)
@@ -92,7 +108,11 @@ class Installed:
     site_dir: Path
 
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+        }
         path = f"{self.bin_dir}:{os.environ['PATH']}"
         return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -107,7 +127,8 @@ def installed(built: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactor
     venv.create(base, with_pip=False)
     bin_dir = base / "bin"
     site_dir = Path(sysconfig.get_path("purelib", "venv", {"base": str(base)}))
-    # A folder on the path is searched, but its own .pth files, such as those of an editable install, are not read.
+    # A folder on the path is searched, but its own .pth files, such as those of an editable
+    # install, are not read.
     (site_dir / "libraries.pth").write_text("\n".join(site.getsitepackages()))
     pip = (sys.executable, "-m", "pip", "--python", bin_dir / "python", "install", "--quiet")
     run(*pip, "--no-deps", "--no-index", "--ignore-installed", built["tree"], cwd=base)
@@ -118,7 +139,13 @@ def installed(built: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 def test_a_project_is_made_from_the_installed_wheel(installed: Installed, tmp_path: Path) -> None:
     program = "import runner; print(runner.__file__)"
-    found = run(installed.bin_dir / "python", "-c", program, cwd=tmp_path, environment=installed.environment()).stdout
+    found = run(
+        installed.bin_dir / "python",
+        "-c",
+        program,
+        cwd=tmp_path,
+        environment=installed.environment(),
+    ).stdout
     assert Path(found.strip()).parent == installed.site_dir / "runner"
     for folder in (installed.site_dir / "runner").rglob("*"):
         folder.chmod(folder.stat().st_mode & ~0o222)  # as a system's packages are for its users
@@ -138,11 +165,18 @@ def test_a_project_trains_from_the_installed_wheel(
 ) -> None:
     rows: Sequence[str] = data_path.read_text().splitlines()[:12]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    installed.runner("init", "study", "--data", "rows.jsonl", "--model", tiny_model("llama"), cwd=tmp_path)
+    installed.runner(
+        "init", "study", "--data", "rows.jsonl", "--model", tiny_model("llama"), cwd=tmp_path
+    )
     study = tmp_path / "study"
     installed.runner("render", cwd=study)
     assert "4 recipes can be trained" in installed.runner("check", "recipes/first", cwd=study)
-    assert installed.runner("sweep", "recipes/first", "--dry-run", cwd=study).count("accelerate launch") == 4
+    assert (
+        installed.runner("sweep", "recipes/first", "--dry-run", cwd=study).count(
+            "accelerate launch"
+        )
+        == 4
+    )
     one = ("--where", "loss=completion", "--where", "num_train_samples=2")
     installed.runner("sweep", "recipes/first", *one, cwd=study)
     statuses = json.loads(installed.runner("status", "--json", cwd=study))

@@ -1,7 +1,8 @@
-"""A checkpoint as one ZIP file: written whole or not at all, the same bytes each time, and read as if hostile.
+"""A checkpoint as one ZIP file: written whole or not at all, the same bytes each time, and read as
+if hostile.
 
-An archive holds one folder, `step-N/`, with the marker first and every file that the marker states. Nothing is
-compressed: weights do not shrink, and a stored archive cannot grow when it is read.
+An archive holds one folder, `step-N/`, with the marker first and every file that the marker states.
+Nothing is compressed: weights do not shrink, and a stored archive cannot grow when it is read.
 """
 
 from __future__ import annotations
@@ -34,14 +35,17 @@ class ArchiveError(CorruptFileError):
 
 
 def write_archive(checkpoint_dir: Path, archive_path: Path) -> None:
-    """Pack a committed checkpoint; it appears under its name only after it was read back and found whole.
+    """Pack a committed checkpoint; it appears under its name only after it was read back and found
+    whole.
 
     Raises:
-        OSError: what was written is not what the marker states, so the folder was damaged since its commit.
+        OSError: what was written is not what the marker states, so the folder was damaged since its
+            commit.
     """
     marker = load_marker(checkpoint_dir)
     top = f"{STEP_PREFIX}{marker.step}"
-    temporary = archive_path.with_name(f".{archive_path.name}.tmp")  # fixed: the next attempt overwrites a leftover
+    # fixed: the next attempt overwrites a leftover
+    temporary = archive_path.with_name(f".{archive_path.name}.tmp")
     try:
         with temporary.open("wb") as stream:
             with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
@@ -52,7 +56,9 @@ def write_archive(checkpoint_dir: Path, archive_path: Path) -> None:
         try:
             verify_archive(temporary)
         except ArchiveError as error:
-            raise OSError(f"{checkpoint_dir} was damaged since it was committed: {error.message}") from None
+            raise OSError(
+                f"{checkpoint_dir} was damaged since it was committed: {error.message}"
+            ) from None
         temporary.replace(archive_path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -69,7 +75,8 @@ def verify_archive(archive_path: Path) -> Marker:
 
 
 def extract_archive(archive_path: Path, target_dir: Path) -> Marker:
-    """Unpack a checkpoint into `target_dir`, which must not exist; nothing is left there unless all of it is sound.
+    """Unpack a checkpoint into `target_dir`, which must not exist; nothing is left there unless all
+    of it is sound.
 
     Raises:
         ArchiveError: see `read_archive`.
@@ -85,7 +92,8 @@ def extract_archive(archive_path: Path, target_dir: Path) -> Marker:
 
 
 def load_archived_marker(archive_path: Path) -> Marker:
-    """The marker inside an archive, whose entries are those that it states; their bytes are not read.
+    """The marker inside an archive, whose entries are those that it states; their bytes are not
+    read.
 
     Raises:
         ArchiveError: see `read_archive`.
@@ -95,18 +103,22 @@ def load_archived_marker(archive_path: Path) -> Marker:
 
 
 def read_archive(archive_path: Path, target_dir: Path | None) -> Marker:
-    """Read every byte of an archive against its marker, and write the files into `target_dir` where one is given.
+    """Read every byte of an archive against its marker, and write the files into `target_dir` where
+    one is given.
 
     Raises:
-        ArchiveError: it is no ZIP file, or holds a name twice, a name that leads elsewhere, a link, a compressed or
-            encrypted entry, more than it is long, or anything else than exactly what its marker states.
+        ArchiveError: it is no ZIP file, or holds a name twice, a name that leads elsewhere, a link,
+            a compressed or encrypted entry, more than it is long, or anything else than exactly
+            what its marker states.
     """
     with _opened(archive_path) as archive:
         marker = _check_entries(archive, archive_path)
         top = f"{STEP_PREFIX}{marker.step}"
         for name, stated in marker.files.items():
             with archive.open(f"{top}/{name}") as source:
-                digest = _copy(source, None if target_dir is None else target_dir / name, stated.num_bytes)
+                digest = _copy(
+                    source, None if target_dir is None else target_dir / name, stated.num_bytes
+                )
             if digest != stated.sha256:
                 raise ArchiveError(f"{archive_path}: {name} is not what the marker states")
         if target_dir is not None:
@@ -164,16 +176,26 @@ def _check_entries(archive: zipfile.ZipFile, archive_path: Path) -> Marker:
         kind = stat.S_IFMT(entry.external_attr >> 16)
         if entry.is_dir() or kind not in (0, stat.S_IFREG):
             raise ArchiveError(f"{archive_path}: {entry.filename!r} is not a plain file")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
+        if (
+            entry.compress_type != zipfile.ZIP_STORED
+            or entry.flag_bits & 1
+            or entry.compress_size != entry.file_size
+        ):
             raise ArchiveError(f"{archive_path}: {entry.filename!r} is compressed or encrypted")
     if sum(entry.file_size for entry in entries) > archive_path.stat().st_size:
         raise ArchiveError(f"{archive_path} states more bytes than it holds")
     suffix = f"/{marker_path(Path()).name}"
-    found = [entry for entry in entries if entry.filename.endswith(suffix) and entry.filename.count("/") == 1]
+    found = [
+        entry
+        for entry in entries
+        if entry.filename.endswith(suffix) and entry.filename.count("/") == 1
+    ]
     if len(found) != 1 or found[0].file_size > _MAX_MARKER_BYTES:
         raise ArchiveError(f"{archive_path} does not hold one checkpoint with its marker")
     try:
-        marker = parse_marker(json.loads(archive.read(found[0])), f"{archive_path}: {found[0].filename}")
+        marker = parse_marker(
+            json.loads(archive.read(found[0])), f"{archive_path}: {found[0].filename}"
+        )
     except (ValueError, RecursionError) as error:
         raise ArchiveError(str(error)) from None
     top = f"{STEP_PREFIX}{marker.step}"
@@ -189,7 +211,9 @@ def _copy(source: IO[bytes], target_path: Path | None, max_bytes: int) -> str:
     digest, num_left = hashlib.sha256(), max_bytes + 1
     if target_path is not None:
         target_path.parent.mkdir(parents=True, exist_ok=True)
-    with open(os.devnull if target_path is None else target_path, "wb" if target_path is None else "xb") as target:
+    with open(
+        os.devnull if target_path is None else target_path, "wb" if target_path is None else "xb"
+    ) as target:
         while num_left > 0 and (chunk := source.read(min(_CHUNK_BYTES, num_left))):
             digest.update(chunk)
             target.write(chunk)

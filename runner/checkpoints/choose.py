@@ -1,9 +1,11 @@
-"""May a checkpoint be continued bit for bit under a launch? Told from its marker, before anything is started.
+"""May a checkpoint be continued bit for bit under a launch? Told from its marker, before anything
+is started.
 
-The trainer asks the same once more, of the processes and libraries that it really has. Owns no checksum: whether a
-checkpoint is whole is the trainer's to find out, and `why`'s.
+The trainer asks the same once more, of the processes and libraries that it really has. Owns no
+checksum: whether a checkpoint is whole is the trainer's to find out, and `why`'s.
 
-What each checkpoint of a run is worth to a launch: what the trainer will find, told without changing anything.
+What each checkpoint of a run is worth to a launch: what the trainer will find, told without
+changing anything.
 
 The trainer decides by itself, in `sft/checkpoints`; a test holds this against it.
 """
@@ -33,7 +35,9 @@ from runner.recipe.parse import Recipe
 from runner.recipe.schema import CheckpointsSection
 from runner.run.paths import RunPaths, marker_path
 
-LAUNCH_AS_BEFORE: Final = "launch as before, or start over with `--fresh`, which moves the old run aside"
+LAUNCH_AS_BEFORE: Final = (
+    "launch as before, or start over with `--fresh`, which moves the old run aside"
+)
 # Follow from the recipe's global batch, the number of processes and `Attempt.micro_batch_divisor`.
 _MICRO_BATCH: Final = frozenset(
     {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
@@ -46,27 +50,40 @@ class Comparison:
 
     step: int
     differences: tuple[str, ...]  # one line per dotted key; any of them forbids to continue
-    version_changes: tuple[str, ...]  # allowed or not, as the recipe's `launch.on_version_change` says
+    # Allowed or not, as the recipe's `launch.on_version_change` says.
+    version_changes: tuple[str, ...]
 
     @property
     def is_only_cut_otherwise(self) -> bool:
-        """Whether the same global batch is cut into other micro-batches by as many processes, and nothing else."""
+        """Whether the same global batch is cut into other micro-batches by as many processes, and
+        nothing else.
+        """
         return bool(self.differences) and _keys_of(self.differences) <= _MICRO_BATCH
 
 
 def compare_fingerprints(marker: Marker, current: Mapping[str, Any]) -> Comparison:
-    """A checkpoint's marker against `build_resume_fingerprint`; what `current` does not know is not compared."""
+    """A checkpoint's marker against `build_resume_fingerprint`; what `current` does not know is not
+    compared.
+    """
     stored, versions = marker.fingerprint, current["versions"]
     stored_versions = stored.get("versions", {})
     return Comparison(
         marker.step,
         tuple(diff_payloads(_without_versions(stored), _without_versions(current))),
-        tuple(diff_payloads({name: stored_versions.get(name, "(absent)") for name in versions}, versions, "versions.")),
+        tuple(
+            diff_payloads(
+                {name: stored_versions.get(name, "(absent)") for name in versions},
+                versions,
+                "versions.",
+            )
+        ),
     )
 
 
 def refuse_other_fingerprint(marker: Marker, current: Mapping[str, Any], hint: str) -> None:
-    """Raises: RefusedError where a checkpoint is of another experiment or launch; versions are left to others."""
+    """Raises: RefusedError where a checkpoint is of another experiment or launch; versions are left
+    to others.
+    """
     if differences := compare_fingerprints(marker, current).differences:
         raise RefusedError(describe_obstacles(marker.step, differences), hint=hint)
 
@@ -81,7 +98,11 @@ def refuse_or_warn_of_versions(marker: Marker, current: Mapping[str, Any], recip
     if changes and recipe.launch.on_version_change == "refuse":
         raise RefusedError(describe_obstacles(marker.step, changes), hint=suggest_ways_out(changes))
     for line in changes:
-        print(f"warning: resuming under another version, the result may differ in the last bits: {line}", flush=True)
+        print(
+            "warning: resuming under another version, the result may differ in the last bits:"
+            f" {line}",
+            flush=True,
+        )
 
 
 def look_ahead(
@@ -94,17 +115,21 @@ def look_ahead(
     threads: str | None = None,
     resume: str = "auto",
 ) -> Comparison | None:
-    """What an attempt would go on from, held against its launch; None where it starts at step 0 or nobody can tell yet.
+    """What an attempt would go on from, held against its launch; None where it starts at step 0 or
+    nobody can tell yet.
 
-    `divisor` is `Attempt.micro_batch_divisor` of that attempt, `threads` its OMP_NUM_THREADS (None: not known yet),
-    `resume` its `Attempt.resume`. Reads one marker and no weights.
+    `divisor` is `Attempt.micro_batch_divisor` of that attempt, `threads` its OMP_NUM_THREADS (None:
+    not known yet), `resume` its `Attempt.resume`. Reads one marker and no weights.
     """
     marker = _find_marker(paths, resume)
     if marker is None:
         return None
-    current = build_resume_fingerprint(recipe, recipe_digest, num_processes, divisor, threads=threads)
+    current = build_resume_fingerprint(
+        recipe, recipe_digest, num_processes, divisor, threads=threads
+    )
     comparison = compare_fingerprints(marker, current)
-    # After running out of memory, a run starts at step 0 in smaller micro-batches: that much is meant.
+    # After running out of memory, a run starts at step 0 in smaller micro-batches: that much is
+    # meant.
     is_meant = divisor > 1 and resume in ("auto", "none") and comparison.is_only_cut_otherwise
     return None if is_meant else comparison
 
@@ -118,13 +143,18 @@ def list_obstacles(comparison: Comparison, recipe: Recipe) -> tuple[str, ...]:
 def refuse_to_continue(comparison: Comparison | None, recipe: Recipe) -> None:
     """Raises: RefusedError where `look_ahead` found what forbids the launch."""
     if comparison is not None and (obstacles := list_obstacles(comparison, recipe)):
-        raise RefusedError(describe_obstacles(comparison.step, obstacles), hint=suggest_ways_out(obstacles))
+        raise RefusedError(
+            describe_obstacles(comparison.step, obstacles), hint=suggest_ways_out(obstacles)
+        )
 
 
 def describe_obstacles(step: int | None, obstacles: tuple[str, ...]) -> str:
     """Why a checkpoint is not continued."""
     shown = "\n".join(f"  {line}" for line in obstacles)
-    return f"the checkpoint of step {step} cannot be continued exactly, something changed since:\n{shown}"
+    return (
+        f"the checkpoint of step {step} cannot be continued exactly, something changed"
+        f" since:\n{shown}"
+    )
 
 
 def suggest_ways_out(obstacles: tuple[str, ...], command: str = "runner launch RECIPE") -> str:
@@ -142,12 +172,17 @@ def suggest_ways_out(obstacles: tuple[str, ...], command: str = "runner launch R
     elif others:
         ways.append("change back what is named above")
     if keys > others:
-        ways.append("install the versions named above again, or set `launch.on_version_change: warn` in the recipe")
+        ways.append(
+            "install the versions named above again, or set `launch.on_version_change: warn` in the"
+            " recipe"
+        )
     return "\n      ".join([*ways, f"{command} --fresh  # moves the old run aside and starts anew"])
 
 
 def _find_marker(paths: RunPaths, resume: str) -> Marker | None:
-    """The marker of what would be continued if it is whole; None for remote storage, which is not asked here."""
+    """The marker of what would be continued if it is whole; None for remote storage, which is not
+    asked here.
+    """
     if resume == "none" or "://" in resume:
         return None
     if resume not in ("auto", "latest", "best"):
@@ -160,7 +195,9 @@ def _find_marker(paths: RunPaths, resume: str) -> Marker | None:
 
 
 def _load_either(path: Path) -> Marker | None:
-    """The marker of a folder or an archive, None for one that cannot be read: the trainer says what is wrong."""
+    """The marker of a folder or an archive, None for one that cannot be read: the trainer says what
+    is wrong.
+    """
     try:
         return load_marker(path) if path.is_dir() else load_archived_marker(path)
     except (CorruptFileError, OSError):
@@ -196,9 +233,11 @@ class Outlook:
 def judge_checkpoints(
     paths: RunPaths, checkpoints: CheckpointsSection, current: Mapping[str, Any], divisor: int
 ) -> Outlook:
-    """What an attempt with `resume: auto` finds; `current` is its fingerprint, `divisor` its micro-batch divisor.
+    """What an attempt with `resume: auto` finds; `current` is its fingerprint, `divisor` its
+    micro-batch divisor.
 
-    Reads every byte of every checkpoint; what is only there as an archive is unpacked elsewhere for a moment.
+    Reads every byte of every checkpoint; what is only there as an archive is unpacked elsewhere for
+    a moment.
     """
     with tempfile.TemporaryDirectory(prefix="runner-why-") as scratch:
         judge = _Judge(paths, checkpoints, current, divisor, Path(scratch))
@@ -239,16 +278,25 @@ class _Judge:
         marker = load_marker(folder)
         comparison = compare_fingerprints(marker, self.current)
         if comparison.differences and self.divisor > 1 and comparison.is_only_cut_otherwise:
-            self.add(name, f"{how}, in larger micro-batches, which ran out of memory; an attempt would set it aside")
+            self.add(
+                name,
+                f"{how}, in larger micro-batches, which ran out of memory; an attempt would set it"
+                " aside",
+            )
         elif comparison.differences:
             self.is_refused = True
             self.add(name, f"{how}, but of another launch: {', '.join(comparison.differences)}")
         elif marker.is_stripped:
-            self.add(name, f"{how}, but without optimizer state: its weights can be used, nothing continues from it")
+            self.add(
+                name,
+                f"{how}, but without optimizer state: its weights can be used, nothing continues"
+                " from it",
+            )
         elif (lost := self._find_lost_best(folder, step)) is not None:
             self.add(
                 name,
-                f"{how}, but its best weights, of step {lost}, are lost; an attempt would move it to quarantine",
+                f"{how}, but its best weights, of step {lost}, are lost; an attempt would move it"
+                " to quarantine",
             )
         else:
             self.start_step = step
@@ -259,14 +307,23 @@ class _Judge:
         return best if best not in (None, step) and self._open(best or step)[0] is None else None
 
     def _open(self, step: int) -> tuple[Path | None, str]:
-        """A verified folder with the checkpoint, and how it is there; or None, and what is wrong."""
+        """A verified folder with the checkpoint, and how it is there; or None, and what is
+        wrong.
+        """
         if step not in self._opened:
             self._opened[step] = self._verify(step)
         return self._opened[step]
 
     def _verify(self, step: int) -> tuple[Path | None, str]:
-        checkpoint_dir, archive_path = self.paths.checkpoint_dir(step), self.paths.archive_path(step)
-        damage = find_damage(checkpoint_dir, step) if checkpoint_dir.exists() else "its folder is missing"
+        checkpoint_dir, archive_path = (
+            self.paths.checkpoint_dir(step),
+            self.paths.archive_path(step),
+        )
+        damage = (
+            find_damage(checkpoint_dir, step)
+            if checkpoint_dir.exists()
+            else "its folder is missing"
+        )
         if damage is None:
             return checkpoint_dir, "whole"
         if not archive_path.exists():

@@ -1,8 +1,11 @@
-"""Checkpoints that count only with a marker, written last; finding the newest one that verifies and can be continued.
+"""Checkpoints that count only with a marker, written last; finding the newest one that verifies and
+can be continued.
 
-Owns nothing of what Transformers writes into a checkpoint: only whether it counts. How long it stays is in `retention`.
+Owns nothing of what Transformers writes into a checkpoint: only whether it counts. How long it
+stays is in `retention`.
 
-What the run has written so far travels inside each checkpoint, so that it can be continued on an empty machine.
+What the run has written so far travels inside each checkpoint, so that it can be continued on an
+empty machine.
 """
 
 from __future__ import annotations
@@ -36,15 +39,20 @@ IMPORTING_PREFIX: Final = ".importing-"
 _NEVER_KEPT: Final = ("training_args.bin",)
 
 
-def commit_checkpoint(saved_dir: Path, paths: RunPaths, step: int, fingerprint: Mapping[str, Any]) -> None:
-    """Turn a folder that all ranks have finished writing into the checkpoint of `step`: sync, rename, then the marker.
+def commit_checkpoint(
+    saved_dir: Path, paths: RunPaths, step: int, fingerprint: Mapping[str, Any]
+) -> None:
+    """Turn a folder that all ranks have finished writing into the checkpoint of `step`: sync,
+    rename, then the marker.
 
     Called on one rank, after a barrier.
     """
     for name in _NEVER_KEPT:
         (saved_dir / name).unlink(missing_ok=True)
     checkpoint_dir = paths.checkpoint_dir(step)
-    assert not checkpoint_dir.exists(), "everything newer than what was resumed from has been moved aside"
+    assert not checkpoint_dir.exists(), (
+        "everything newer than what was resumed from has been moved aside"
+    )
     sync_folder(saved_dir)
     marker = build_marker(saved_dir, step, fingerprint)
     saved_dir.rename(checkpoint_dir)
@@ -54,9 +62,11 @@ def commit_checkpoint(saved_dir: Path, paths: RunPaths, step: int, fingerprint: 
 
 @contextmanager
 def give_back_on_full_disk(*folders: Path, is_main: bool) -> Iterator[None]:
-    """While a checkpoint is written into one of `folders`: if the disk is full, what is there of it is deleted.
+    """While a checkpoint is written into one of `folders`: if the disk is full, what is there of it
+    is deleted.
 
-    It is this attempt's own and was never committed; moved aside, it would take the room that the next attempt needs.
+    It is this attempt's own and was never committed; moved aside, it would take the room that the
+    next attempt needs.
     """
     try:
         yield
@@ -68,17 +78,21 @@ def give_back_on_full_disk(*folders: Path, is_main: bool) -> Iterator[None]:
 
 
 def find_resume_step(
-    paths: RunPaths, fingerprint: Mapping[str, Any], find_best: Callable[[Path], int | None] = lambda _: None
+    paths: RunPaths,
+    fingerprint: Mapping[str, Any],
+    find_best: Callable[[Path], int | None] = lambda _: None,
 ) -> int | None:
-    """The step of the newest checkpoint that verifies, None where there is none. Everything newer is moved aside.
+    """The step of the newest checkpoint that verifies, None where there is none. Everything newer
+    is moved aside.
 
-    A damaged or missing folder is restored from its archive where there is one. `find_best` gives the step of the best
-    weights as one checkpoint knows it: those are exported in the end, so a checkpoint is of use only while that other
-    one verifies too. A stripped checkpoint can only be that other one.
+    A damaged or missing folder is restored from its archive where there is one. `find_best` gives
+    the step of the best weights as one checkpoint knows it: those are exported in the end, so a
+    checkpoint is of use only while that other one verifies too. A stripped checkpoint can only be
+    that other one.
 
     Raises:
-        RefusedError: the checkpoint was written under another world size, micro-batch or recipe, so that continuing
-            it would not be the same run.
+        RefusedError: the checkpoint was written under another world size, micro-batch or recipe, so
+            that continuing it would not be the same run.
     """
     clean_up(paths)
     stripped: list[int] = []
@@ -98,12 +112,18 @@ def find_resume_step(
             break
         set_aside(paths, step, f"the best weights so far, of step {best}, are lost")
     for step in stripped:
-        set_aside(paths, step, "it was stripped of its optimizer state, and nothing newer can be continued")
+        set_aside(
+            paths,
+            step,
+            "it was stripped of its optimizer state, and nothing newer can be continued",
+        )
     return chosen
 
 
 def ensure_intact(paths: RunPaths, step: int) -> bool:
-    """Whether the checkpoint of `step` verifies; a damaged folder is moved aside, and restored from its archive."""
+    """Whether the checkpoint of `step` verifies; a damaged folder is moved aside, and restored from
+    its archive.
+    """
     checkpoint_dir, archive_path = paths.checkpoint_dir(step), paths.archive_path(step)
     if checkpoint_dir.exists():
         damage = find_damage(checkpoint_dir, step)
@@ -127,10 +147,13 @@ def ensure_intact(paths: RunPaths, step: int) -> bool:
 
 
 def clean_up(paths: RunPaths) -> None:
-    """Finish what a killed attempt had begun to delete, drop what it had not finished to write; lose nothing."""
+    """Finish what a killed attempt had begun to delete, drop what it had not finished to write;
+    lose nothing.
+    """
     for doomed in paths.checkpoints_dir.glob(f"{DELETING_PREFIX}{STEP_PREFIX}*"):
         shutil.rmtree(doomed)
-    for staged in paths.checkpoints_dir.glob(f"{IMPORTING_PREFIX}*"):  # a copy of what is whole elsewhere
+    # A copy of what is whole elsewhere.
+    for staged in paths.checkpoints_dir.glob(f"{IMPORTING_PREFIX}*"):
         shutil.rmtree(staged)
     unfinished_markers = f"{STEP_PREFIX}*/.{marker_path(Path()).name}.*.tmp"
     for pattern in (TEMPORARY_GLOB, unfinished_markers):
@@ -150,7 +173,9 @@ def set_aside(paths: RunPaths, step: int, why: str) -> None:
 
 
 def quarantine(path: Path, paths: RunPaths, why: str) -> None:
-    """Move a folder or archive aside under a free name and say so; it is never read or deleted by us again."""
+    """Move a folder or archive aside under a free name and say so; it is never read or deleted by
+    us again.
+    """
     paths.quarantine_dir.mkdir(exist_ok=True)
     number = 1
     while (target := paths.quarantine_dir / f"{path.name}.{number}").exists():

@@ -1,4 +1,5 @@
-"""The marker that makes a checkpoint folder count: what it states, how it is written, whether a folder agrees with it.
+"""The marker that makes a checkpoint folder count: what it states, how it is written, whether a
+folder agrees with it.
 
 And which checkpoints of a run carry one. Owns no decision about which of them is used or deleted.
 
@@ -12,7 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
 from runner.errors import CorruptFileError
 from runner.files import fsync_dir, hash_file, hash_json, load_json, write_json_atomic
@@ -39,7 +47,8 @@ class Marker(BaseModel):
     step: Annotated[int, Field(ge=0)]
     fingerprint: dict[str, Any]
     files: dict[str, FileEntry]
-    # What was taken out: a stripped checkpoint still holds weights, but nothing can be continued from it.
+    # What was taken out: a stripped checkpoint still holds weights, but nothing can be continued
+    # from it.
     stripped_files: list[str] = Field(default_factory=list)
 
     @field_validator("files", "stripped_files")
@@ -75,7 +84,9 @@ def is_inner_name(name: str) -> bool:
 
 
 def write_marker(checkpoint_dir: Path, marker: Marker) -> None:
-    """Make the folder count, or replace its marker: whole or not at all, also after a power loss."""
+    """Make the folder count, or replace its marker: whole or not at all, also after a power
+    loss.
+    """
     content = marker.model_dump(mode="json")
     write_json_atomic(marker_path(checkpoint_dir), content | {"marker_sha256": hash_json(content)})
 
@@ -111,12 +122,16 @@ def parse_marker(content: Any, where: str) -> Marker:
 
 
 def is_intact(checkpoint_dir: Path, step: int | None = None) -> bool:
-    """Whether the marker is as it was written and every file has the size and checksum that it states."""
+    """Whether the marker is as it was written and every file has the size and checksum that it
+    states.
+    """
     return find_damage(checkpoint_dir, step) is None
 
 
 def find_damage(checkpoint_dir: Path, step: int | None = None) -> str | None:
-    """What is wrong with the first file that is not as it was committed; None where all are. Reads every byte."""
+    """What is wrong with the first file that is not as it was committed; None where all are. Reads
+    every byte.
+    """
     try:
         marker = load_marker(checkpoint_dir)
     except CorruptFileError as error:
@@ -137,7 +152,9 @@ def find_damage(checkpoint_dir: Path, step: int | None = None) -> str | None:
 def build_marker(folder: Path, step: int, fingerprint: Mapping[str, Any]) -> Marker:
     """The marker of a folder as it is now; reads every byte."""
     files = {
-        path.relative_to(folder).as_posix(): FileEntry(num_bytes=path.stat().st_size, sha256=hash_file(path))
+        path.relative_to(folder).as_posix(): FileEntry(
+            num_bytes=path.stat().st_size, sha256=hash_file(path)
+        )
         for path in list_files(folder)
     }
     return Marker(step=step, fingerprint=dict(fingerprint), files=files)
@@ -191,7 +208,8 @@ def is_step(name: str) -> bool:
 
 
 LogHistory = Sequence[Mapping[str, Any]]
-TRAINER_STATE_NAME: Final = "trainer_state.json"  # as in `transformers.trainer`, which takes seconds to import
+# As in `transformers.trainer`, which takes seconds to import.
+TRAINER_STATE_NAME: Final = "trainer_state.json"
 
 
 def list_evaluations(history: LogHistory, metric: str) -> list[tuple[int, float]]:
@@ -201,7 +219,9 @@ def list_evaluations(history: LogHistory, metric: str) -> list[tuple[int, float]
     [(5, 2.0)]
     """
     key = f"eval_{metric}"
-    return [(int(row["step"]), float(row[key])) for row in history if key in row and row["step"] > 0]
+    return [
+        (int(row["step"]), float(row[key])) for row in history if key in row and row["step"] > 0
+    ]
 
 
 def rank_steps(evaluations: Sequence[tuple[int, float]], mode: Literal["min", "max"]) -> list[int]:
@@ -214,7 +234,9 @@ def rank_steps(evaluations: Sequence[tuple[int, float]], mode: Literal["min", "m
     return [step for step, value in sorted(evaluations, key=lambda pair: (sign * pair[1], pair[0]))]
 
 
-def find_best_step(evaluations: Sequence[tuple[int, float]], mode: Literal["min", "max"]) -> int | None:
+def find_best_step(
+    evaluations: Sequence[tuple[int, float]], mode: Literal["min", "max"]
+) -> int | None:
     """The step of the best value, the first one among equals; None where nothing was evaluated.
 
     >>> find_best_step([(5, 2.0), (10, 1.0), (15, 1.0)], "min")
@@ -223,9 +245,15 @@ def find_best_step(evaluations: Sequence[tuple[int, float]], mode: Literal["min"
     return next(iter(rank_steps(evaluations, mode)), None)
 
 
-def read_evaluations(checkpoint_dir: Path, checkpoints: CheckpointsSection) -> list[tuple[int, float]]:
-    """The evaluations by the metric of `checkpoints` up to the step of a checkpoint, as the checkpoint knows them."""
-    return list_evaluations(load_json(checkpoint_dir / TRAINER_STATE_NAME)["log_history"], checkpoints.metric)
+def read_evaluations(
+    checkpoint_dir: Path, checkpoints: CheckpointsSection
+) -> list[tuple[int, float]]:
+    """The evaluations by the metric of `checkpoints` up to the step of a checkpoint, as the
+    checkpoint knows them.
+    """
+    return list_evaluations(
+        load_json(checkpoint_dir / TRAINER_STATE_NAME)["log_history"], checkpoints.metric
+    )
 
 
 def read_best_step(checkpoint_dir: Path, checkpoints: CheckpointsSection) -> int | None:

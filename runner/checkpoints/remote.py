@@ -1,12 +1,15 @@
-"""Sends archives to remote storage in the background: training never waits for it and never fails by it.
+"""Sends archives to remote storage in the background: training never waits for it and never fails
+by it.
 
-What still has to go lies in `checkpoints/.uploads/`: an archive leaves that folder when it has arrived. So an attempt
-that is killed, or a place that cannot be reached, leaves there what the next attempt sends.
+What still has to go lies in `checkpoints/.uploads/`: an archive leaves that folder when it has
+arrived. So an attempt that is killed, or a place that cannot be reached, leaves there what the next
+attempt sends.
 
 Archives of one run at a remote place that fsspec can reach: listed, sent, fetched, deleted.
 
-An archive counts there only with its `.sha256` beside it, which is written last. Owns no thread and no decision; those
-are in `uploads`. fsspec and what it needs are imported when a place is opened, not before.
+An archive counts there only with its `.sha256` beside it, which is written last. Owns no thread and
+no decision; those are in `uploads`. fsspec and what it needs are imported when a place is opened,
+not before.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from runner.secrets import scrub_json
 
 OWNER_NAME: Final = "run.json"
 _SUM_SUFFIX: Final = ".sha256"
-# Only file systems have folders to make; on an object store that would make a bucket of a misspelt name.
+# Only file systems have folders to make; on an object store that would make a bucket of a misspelt
+# name.
 _WITH_FOLDERS: Final = frozenset({"file", "local", "sftp", "ssh", "smb", "hdfs", "webhdfs", "ftp"})
 _EXTRAS: Final = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _MAX_PAUSE_SECONDS: Final = 60.0
@@ -46,7 +50,9 @@ class RemoteFolder:
     """A folder of archives, `step-N.zip`, each with its checksum."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        """Raises: RefusedError when the protocol is unknown or the package behind it is not installed."""
+        """Raises: RefusedError when the protocol is unknown or the package behind it is not
+        installed.
+        """
         self.url = url.rstrip("/")
         self._fs, self._root = _open_filesystem(self.url, options)
 
@@ -63,7 +69,11 @@ class RemoteFolder:
 
     def send(self, archive_path: Path, step: int) -> None:
         """Put an archive there, unless it is; a reader sees all of it or nothing."""
-        target, digest, num_bytes = self._path(step), hash_file(archive_path), archive_path.stat().st_size
+        target, digest, num_bytes = (
+            self._path(step),
+            hash_file(archive_path),
+            archive_path.stat().st_size,
+        )
         if self._read(target + _SUM_SUFFIX).startswith(digest):
             return
         self._make_folder()
@@ -84,7 +94,9 @@ class RemoteFolder:
         self._fs.invalidate_cache()
         stated = self._read(self._path(step) + _SUM_SUFFIX)
         if not stated:
-            raise FileNotFoundError(f"{self.url}/{_name(step)} is not there, or its upload was never finished")
+            raise FileNotFoundError(
+                f"{self.url}/{_name(step)} is not there, or its upload was never finished"
+            )
         self._fs.get_file(self._path(step), str(target_path))
         if not stated.startswith(hash_file(target_path)):
             raise CorruptFileError(f"{self.url}/{_name(step)} is not what its checksum says")
@@ -98,9 +110,13 @@ class RemoteFolder:
         """Look whose archives these are; where nobody's are there, `claim` writes it down.
 
         Raises:
-            RefusedError: they are another experiment's, which must be neither overwritten nor continued.
+            RefusedError: they are another experiment's, which must be neither overwritten nor
+                continued.
         """
-        path, content = f"{self._root}/{OWNER_NAME}", json.dumps({"recipe_digest": recipe_digest}) + "\n"
+        path, content = (
+            f"{self._root}/{OWNER_NAME}",
+            json.dumps({"recipe_digest": recipe_digest}) + "\n",
+        )
         self._fs.invalidate_cache()
         found = self._read(path)
         if not found and claim:
@@ -109,8 +125,10 @@ class RemoteFolder:
         elif found and found != content:
             raise RefusedError(
                 f"{self.url} holds the checkpoints of another experiment",
-                hint="give the run another name (`--name`) or `checkpoints.remote.url` another place, or move away "
-                "what is there",
+                hint=(
+                    "give the run another name (`--name`) or `checkpoints.remote.url` another"
+                    " place, or move away what is there"
+                ),
             )
 
     def _path(self, step: int) -> str:
@@ -135,7 +153,8 @@ class RemoteFolder:
 
 
 def open_run_folder(recipe: Recipe) -> RemoteFolder | None:
-    """Where the archives of a run go, None where the recipe names no remote storage; nothing is sent or read yet.
+    """Where the archives of a run go, None where the recipe names no remote storage; nothing is
+    sent or read yet.
 
     Raises:
         RefusedError: see `RemoteFolder`.
@@ -143,11 +162,14 @@ def open_run_folder(recipe: Recipe) -> RemoteFolder | None:
     remote = recipe.checkpoints.remote
     if remote is None:
         return None
-    return RemoteFolder(f"{remote.url.rstrip('/')}/{recipe.run.grid}/{recipe.run.name}", _plain_options(remote))
+    return RemoteFolder(
+        f"{remote.url.rstrip('/')}/{recipe.run.grid}/{recipe.run.name}", _plain_options(remote)
+    )
 
 
 def open_named_archive(url: str, recipe: Recipe) -> tuple[RemoteFolder, int]:
-    """The folder and the step of an archive's URL, `.../step-N.zip`; the recipe's own options are used.
+    """The folder and the step of an archive's URL, `.../step-N.zip`; the recipe's own options are
+    used.
 
     Raises:
         RefusedError: the URL names no archive, or see `RemoteFolder`.
@@ -155,17 +177,24 @@ def open_named_archive(url: str, recipe: Recipe) -> tuple[RemoteFolder, int]:
     folder_url, _, name = url.rpartition("/")
     number = name.removeprefix(STEP_PREFIX).removesuffix(".zip")
     if not number.isdecimal() or name != _name(int(number)):
-        raise RefusedError(f"{url} does not name a checkpoint's archive", hint=f"--resume {folder_url}/step-100.zip")
+        raise RefusedError(
+            f"{url} does not name a checkpoint's archive",
+            hint=f"--resume {folder_url}/step-100.zip",
+        )
     remote = recipe.checkpoints.remote
     is_alike = remote is not None and remote.url.partition("://")[0] == url.partition("://")[0]
     options = _plain_options(remote) if remote is not None and is_alike else {}
     return RemoteFolder(folder_url, options), int(number)
 
 
-def retry(function: Callable[[], Result], num_retries: int, stop: threading.Event) -> tuple[Result, int]:
-    """What `function` returns, and how often it was called: once, and up to `num_retries` times more after errors.
+def retry(
+    function: Callable[[], Result], num_retries: int, stop: threading.Event
+) -> tuple[Result, int]:
+    """What `function` returns, and how often it was called: once, and up to `num_retries` times
+    more after errors.
 
-    Pauses of 1, 2, 4, ... seconds, at most a minute, end when `stop` is set. Errors of our own are not tried again.
+    Pauses of 1, 2, 4, ... seconds, at most a minute, end when `stop` is set. Errors of our own are
+    not tried again.
     """
     for number in range(num_retries + 1):
         try:
@@ -198,15 +227,19 @@ def _open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         extra = _EXTRAS.get(protocol)
         raise RefusedError(
             f"remote storage at {protocol}:// needs a package that is not installed: {error}",
-            hint=f"pip install 'recipe-runner[{extra}]'"
-            if extra
-            else f"pip install what fsspec asks for, for {protocol}",
+            hint=(
+                f"pip install 'recipe-runner[{extra}]'"
+                if extra
+                else f"pip install what fsspec asks for, for {protocol}"
+            ),
         ) from None
     except (ValueError, TypeError) as error:
         raise RefusedError(
             f"the remote storage {url} cannot be opened: {error}",
-            hint="`checkpoints.remote.url` is an fsspec URL, such as s3://bucket/folder; `options` are those of its "
-            "file system",
+            hint=(
+                "`checkpoints.remote.url` is an fsspec URL, such as s3://bucket/folder; `options`"
+                " are those of its file system"
+            ),
         ) from None
     return filesystem, root.rstrip("/")
 
@@ -219,7 +252,12 @@ class Uploader:
     """A thread with a queue of steps; only the main process of a run has one."""
 
     def __init__(
-        self, folder: RemoteFolder, remote: RemoteStorage, recipe_digest: str, paths: RunPaths, attempt: AttemptPaths
+        self,
+        folder: RemoteFolder,
+        remote: RemoteStorage,
+        recipe_digest: str,
+        paths: RunPaths,
+        attempt: AttemptPaths,
     ) -> None:
         self.folder, self._remote, self._recipe_digest = folder, remote, recipe_digest
         self._paths, self._attempt = paths, attempt
@@ -239,14 +277,18 @@ class Uploader:
         self._thread.start()
 
     def offer(self, step: int) -> None:
-        """Send the checkpoint of a step as it is now; called after its commit, before anything is stripped of it."""
+        """Send the checkpoint of a step as it is now; called after its commit, before anything is
+        stripped of it.
+        """
         self._drop_superseded()
-        for older in list_pending(self._paths):  # what failed before: the newest alone may not be continuable
+        # What failed before: the newest alone may not be continuable.
+        for older in list_pending(self._paths):
             if older < step:
                 self._queue.put(older)
         try:
             self._lay_ready(step)
-        except (OSError, CorruptFileError) as error:  # no space, or damaged: training goes on, a later attempt sends it
+        # No space, or damaged: training goes on, a later attempt sends it.
+        except (OSError, CorruptFileError) as error:
             self._note(step, outcome="failed", message=f"{type(error).__name__}: {error}")
         else:
             self._queue.put(step)
@@ -260,7 +302,11 @@ class Uploader:
         self._stop.set()
         if self._thread.is_alive():
             for step in list_pending(self._paths):
-                self._note(step, outcome="unfinished", message=f"not there {patience_seconds:.0f} s after training")
+                self._note(
+                    step,
+                    outcome="unfinished",
+                    message=f"not there {patience_seconds:.0f} s after training",
+                )
 
     def _work(self) -> None:
         while (step := self._queue.get()) != _END:
@@ -269,20 +315,29 @@ class Uploader:
                 continue
             try:
                 num_bytes = pending.stat().st_size
-                _, num_tries = retry(partial(self._send, step), self._remote.num_retries, self._stop)
+                _, num_tries = retry(
+                    partial(self._send, step), self._remote.num_retries, self._stop
+                )
             except Exception as error:  # each file system has kinds of its own
                 if pending.exists():  # else it was superseded, or sent meanwhile
                     self._note(step, outcome="failed", message=f"{type(error).__name__}: {error}")
             else:
                 seconds = round(time.monotonic() - started, 3)
-                self._note(step, outcome="uploaded", num_bytes=num_bytes, num_tries=num_tries, seconds=seconds)
+                self._note(
+                    step,
+                    outcome="uploaded",
+                    num_bytes=num_bytes,
+                    num_tries=num_tries,
+                    seconds=seconds,
+                )
 
     def _send(self, step: int) -> None:
         pending = _pending_path(self._paths, step)
         self.folder.require_owner(self._recipe_digest, claim=True)
         self.folder.send(pending, step)
         is_continuable = not any(older < step for older in list_pending(self._paths))
-        if is_continuable:  # else its best weights may be on their way, and an older one is what can be continued
+        # Else its best weights may be on their way, and an older one is what can be continued.
+        if is_continuable:
             committed = list_committed(self._paths)
             for older in self.folder.list_steps():
                 if older < step and older not in committed:
@@ -296,7 +351,10 @@ class Uploader:
         with contextlib.suppress(OSError):  # a full disk is told by what matters more
             append_jsonl(self._attempt.uploads_path, row)
         if known["outcome"] != "uploaded":
-            print(f"warning: upload of step {step} to {self.folder.url}: {known['message']}", flush=True)
+            print(
+                f"warning: upload of step {step} to {self.folder.url}: {known['message']}",
+                flush=True,
+            )
 
     def _lay_ready(self, step: int) -> None:
         pending, archive_path = _pending_path(self._paths, step), self._paths.archive_path(step)
@@ -317,7 +375,10 @@ class Uploader:
 
 def list_pending(paths: RunPaths) -> list[int]:
     """Steps whose archives have not arrived, oldest first."""
-    stems = [path.stem.removeprefix(STEP_PREFIX) for path in paths.uploads_dir.glob(f"{STEP_PREFIX}*.zip")]
+    stems = [
+        path.stem.removeprefix(STEP_PREFIX)
+        for path in paths.uploads_dir.glob(f"{STEP_PREFIX}*.zip")
+    ]
     return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
@@ -329,7 +390,9 @@ def list_arrived(paths: RunPaths, url: str) -> set[int]:
             rows = load_jsonl(AttemptPaths(folder).uploads_path)
         except CorruptFileError:  # then they are offered again, and found to be there
             continue
-        arrived |= {row["step"] for row in rows if row["url"] == url and row["outcome"] == "uploaded"}
+        arrived |= {
+            row["step"] for row in rows if row["url"] == url and row["outcome"] == "uploaded"
+        }
     return arrived
 
 

@@ -1,11 +1,12 @@
 """Which checkpoint an attempt goes on from: its own, a named one, or one that lies elsewhere.
 
-What lies elsewhere (a folder, an archive) is copied into the run's own checkpoints after it verified, and only if it is
-of this run. Whatever is newer than what is resumed from is moved aside.
+What lies elsewhere (a folder, an archive) is copied into the run's own checkpoints after it
+verified, and only if it is of this run. Whatever is newer than what is resumed from is moved aside.
 
 Brings in a checkpoint that lies elsewhere: a folder, an archive, or an archive in remote storage.
 
-It is copied beside the run's own, verified, held against the run's fingerprint, and only then given a name that counts.
+It is copied beside the run's own, verified, held against the run's fingerprint, and only then given
+a name that counts.
 """
 
 from __future__ import annotations
@@ -19,8 +20,18 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from runner.checkpoints.archive import ArchiveError, extract_archive, load_archived_marker
-from runner.checkpoints.choose import LAUNCH_AS_BEFORE, refuse_or_warn_of_versions, refuse_other_fingerprint
-from runner.checkpoints.commit import IMPORTING_PREFIX, clean_up, ensure_intact, find_resume_step, set_aside
+from runner.checkpoints.choose import (
+    LAUNCH_AS_BEFORE,
+    refuse_or_warn_of_versions,
+    refuse_other_fingerprint,
+)
+from runner.checkpoints.commit import (
+    IMPORTING_PREFIX,
+    clean_up,
+    ensure_intact,
+    find_resume_step,
+    set_aside,
+)
 from runner.checkpoints.marker import (
     Marker,
     is_intact,
@@ -40,7 +51,9 @@ from runner.recipe.parse import Recipe
 from runner.recipe.schema import CheckpointsSection
 from runner.run.paths import STEP_PREFIX, RunPaths
 
-_OTHER_RUN: Final = "only a checkpoint of the same recipe, data and number of processes can be continued"
+_OTHER_RUN: Final = (
+    "only a checkpoint of the same recipe, data and number of processes can be continued"
+)
 
 Result = TypeVar("Result")
 
@@ -59,9 +72,11 @@ def import_checkpoint(
     fingerprint: Mapping[str, Any],
     fetch: Callable[[int | None], Path | None],
 ) -> int:
-    """Copy a checkpoint, and the one with its best weights, into the run's own; the step of the first one.
+    """Copy a checkpoint, and the one with its best weights, into the run's own; the step of the
+    first one.
 
-    `fetch(None)` gives the folder or archive that was asked for, `fetch(step)` another one from the same place.
+    `fetch(None)` gives the folder or archive that was asked for, `fetch(step)` another one from the
+    same place.
 
     Raises:
         RefusedError: it is not whole, not of this run, or its best weights are nowhere to be found.
@@ -94,14 +109,19 @@ def import_checkpoint(
     return marker.step
 
 
-def _require_same_course(best_dir: Path, later_dir: Path, best: int, checkpoints: CheckpointsSection) -> None:
+def _require_same_course(
+    best_dir: Path, later_dir: Path, best: int, checkpoints: CheckpointsSection
+) -> None:
     """Refuse weights of the best step that are not those which the later checkpoint calls the best.
 
-    A run that went back to an older checkpoint may have trained on otherwise (on a GPU), under the same names.
+    A run that went back to an older checkpoint may have trained on otherwise (on a GPU), under the
+    same names.
     """
     known, seen = read_evaluations(later_dir, checkpoints), read_evaluations(best_dir, checkpoints)
     if known[: len(seen)] != seen:
-        raise UnusableError(f"the checkpoint of step {best} beside it is of another course of the run")
+        raise UnusableError(
+            f"the checkpoint of step {best} beside it is of another course of the run"
+        )
 
 
 def find_beside(source: Path, step: int | None) -> Path | None:
@@ -109,7 +129,9 @@ def find_beside(source: Path, step: int | None) -> Path | None:
     if step is None:
         return source
     names = (f"{STEP_PREFIX}{step}", f"{STEP_PREFIX}{step}.zip")
-    return next((path for name in names if (path := source.absolute().parent / name).exists()), None)
+    return next(
+        (path for name in names if (path := source.absolute().parent / name).exists()), None
+    )
 
 
 def import_newest(
@@ -120,7 +142,8 @@ def import_newest(
     *,
     skip_other_micro_batches: bool = False,
 ) -> int | None:
-    """Import the newest checkpoint of this run from remote storage that can be continued; None where it holds none.
+    """Import the newest checkpoint of this run from remote storage that can be continued; None
+    where it holds none.
 
     `skip_other_micro_batches`: those do not count, in a run that was cut otherwise since.
 
@@ -132,14 +155,19 @@ def import_newest(
     skipped: list[int] = []
     for step in reversed(steps):
         try:
-            return import_checkpoint(paths, recipe.checkpoints, fingerprint, build_fetch(remote, step, recipe, paths))
+            return import_checkpoint(
+                paths, recipe.checkpoints, fingerprint, build_fetch(remote, step, recipe, paths)
+            )
         except UnusableError as error:
             print(f"warning: {remote.url}, step {step}: {error.message}", flush=True)
         except OtherMicroBatchError:
             if not skip_other_micro_batches:
                 raise
             skipped.append(step)
-            print(f"warning: {remote.url}, step {step}: of before the run went out of memory", flush=True)
+            print(
+                f"warning: {remote.url}, step {step}: of before the run went out of memory",
+                flush=True,
+            )
     if len(skipped) < len(steps):
         raise RefusedError(
             f"{remote.url} holds checkpoints of this run, but none can be continued (see the log)",
@@ -151,7 +179,9 @@ def import_newest(
 def build_fetch(
     folder: RemoteFolder, wanted: int, recipe: Recipe, paths: RunPaths
 ) -> Callable[[int | None], Path | None]:
-    """What `import_checkpoint` fetches where the source is remote storage; `clean_up` removes what was fetched."""
+    """What `import_checkpoint` fetches where the source is remote storage; `clean_up` removes what
+    was fetched.
+    """
 
     def fetch(step: int | None) -> Path | None:
         number = wanted if step is None else step
@@ -181,7 +211,9 @@ def _insist(function: Callable[[], Result], recipe: Recipe) -> Result:
 
 
 def has_other_micro_batch(marker: Marker, fingerprint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint was written with another number of sequences per process and forward pass."""
+    """Whether a checkpoint was written with another number of sequences per process and forward
+    pass.
+    """
     key = "per_device_train_batch_size"
     return marker.fingerprint.get(key) != fingerprint.get(key)
 
@@ -194,7 +226,8 @@ def require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: st
         raise kind(error.message, hint=error.hint) from None
     if marker.is_stripped:
         raise UnusableError(
-            f"the checkpoint of step {marker.step} was stripped of its optimizer state and cannot be continued",
+            f"the checkpoint of step {marker.step} was stripped of its optimizer state and cannot"
+            " be continued",
             hint="with `checkpoints.save_optimizer: true` every checkpoint can be continued",
         )
 
@@ -206,7 +239,9 @@ def set_aside_after(paths: RunPaths, step: int) -> None:
 
 
 def _stage(source: Path, paths: RunPaths, name: str) -> Path:
-    """A verified copy of a folder or archive among the checkpoints, under a name that does not count yet."""
+    """A verified copy of a folder or archive among the checkpoints, under a name that does not
+    count yet.
+    """
     if not source.exists():
         raise RefusedError(f"there is no checkpoint {source}")
     staged_dir = paths.checkpoints_dir / f"{IMPORTING_PREFIX}{name}"
@@ -241,7 +276,11 @@ def _put_in_place(staged_dir: Path, paths: RunPaths) -> None:
     """Give a staged copy its name, unless the run has the very same checkpoint already."""
     marker = load_marker(staged_dir)
     checkpoint_dir = paths.checkpoint_dir(marker.step)
-    if checkpoint_dir.exists() and is_intact(checkpoint_dir) and load_marker(checkpoint_dir) == marker:
+    if (
+        checkpoint_dir.exists()
+        and is_intact(checkpoint_dir)
+        and load_marker(checkpoint_dir) == marker
+    ):
         shutil.rmtree(staged_dir)
         return
     set_aside(paths, marker.step, "another one is put into its place")
@@ -261,13 +300,16 @@ def choose_resume_step(
     *,
     has_run_out_of_memory: bool = False,
 ) -> int | None:
-    """The step that this attempt goes on from, `resume` being `Attempt.resume`; None to start at step 0.
+    """The step that this attempt goes on from, `resume` being `Attempt.resume`; None to start at
+    step 0.
 
-    A run that `has_run_out_of_memory` and goes on in smaller micro-batches leaves behind what it wrote before.
+    A run that `has_run_out_of_memory` and goes on in smaller micro-batches leaves behind what it
+    wrote before.
 
     Raises:
         RefusedError: what was asked for cannot be continued.
-        OSError: remote storage cannot be reached: to start at step 0 instead would be the greater loss.
+        OSError: remote storage cannot be reached: to start at step 0 instead would be the greater
+            loss.
     """
     checkpoints = recipe.checkpoints
     if has_run_out_of_memory and resume in ("auto", "none"):
@@ -276,12 +318,22 @@ def choose_resume_step(
         rewind_to_named(paths, checkpoints, fingerprint, resume)
     elif "://" in resume:
         folder, wanted = open_named_archive(resume, recipe)
-        import_checkpoint(paths, checkpoints, fingerprint, build_fetch(folder, wanted, recipe, paths))
+        import_checkpoint(
+            paths, checkpoints, fingerprint, build_fetch(folder, wanted, recipe, paths)
+        )
     elif resume not in ("auto", "none"):
         import_checkpoint(paths, checkpoints, fingerprint, partial(find_beside, Path(resume)))
     step = find_auto_step(paths, checkpoints, fingerprint)
-    if step is None and resume == "auto" and remote is not None and checkpoints.remote and checkpoints.remote.load:
-        remote_step = import_newest(paths, recipe, fingerprint, remote, skip_other_micro_batches=has_run_out_of_memory)
+    if (
+        step is None
+        and resume == "auto"
+        and remote is not None
+        and checkpoints.remote
+        and checkpoints.remote.load
+    ):
+        remote_step = import_newest(
+            paths, recipe, fingerprint, remote, skip_other_micro_batches=has_run_out_of_memory
+        )
         step = find_auto_step(paths, checkpoints, fingerprint) if remote_step is not None else None
     if step is not None:
         refuse_or_warn_of_versions(load_marker(paths.checkpoint_dir(step)), fingerprint, recipe)
@@ -292,23 +344,36 @@ def choose_resume_step(
 
 
 def set_aside_other_micro_batches(paths: RunPaths, fingerprint: Mapping[str, Any]) -> None:
-    """Move aside what was written in other micro-batches: to go on from it would not be bit-identical."""
+    """Move aside what was written in other micro-batches: to go on from it would not be
+    bit-identical.
+    """
     clean_up(paths)
     for step in sorted({*list_committed(paths), *list_archived(paths)}):
         marker = _load_either_marker(paths, step)
         if marker is not None and has_other_micro_batch(marker, fingerprint):
-            set_aside(paths, step, "it was written in larger micro-batches, before the run went out of memory")
+            set_aside(
+                paths,
+                step,
+                "it was written in larger micro-batches, before the run went out of memory",
+            )
 
 
 def _load_either_marker(paths: RunPaths, step: int) -> Marker | None:
-    """None where neither folder nor archive can be read; that is found out again, and moved aside for that."""
-    for load, path in ((load_marker, paths.checkpoint_dir(step)), (load_archived_marker, paths.archive_path(step))):
+    """None where neither folder nor archive can be read; that is found out again, and moved aside
+    for that.
+    """
+    for load, path in (
+        (load_marker, paths.checkpoint_dir(step)),
+        (load_archived_marker, paths.archive_path(step)),
+    ):
         with contextlib.suppress(CorruptFileError, OSError):
             return load(path)
     return None
 
 
-def find_auto_step(paths: RunPaths, checkpoints: CheckpointsSection, fingerprint: Mapping[str, Any]) -> int | None:
+def find_auto_step(
+    paths: RunPaths, checkpoints: CheckpointsSection, fingerprint: Mapping[str, Any]
+) -> int | None:
     """`find_resume_step`, with the best step as the recipe's `checkpoints` choose it."""
     return find_resume_step(paths, fingerprint, lambda folder: read_best_step(folder, checkpoints))
 
@@ -324,7 +389,9 @@ def rewind_to_named(
     clean_up(paths)
     steps = sorted({*list_committed(paths), *list_archived(paths)})
     if not steps:
-        raise RefusedError(f"{paths.checkpoints_dir} holds no checkpoint", hint="launch without `--resume`")
+        raise RefusedError(
+            f"{paths.checkpoints_dir} holds no checkpoint", hint="launch without `--resume`"
+        )
     step = steps[-1]
     _require_intact(paths, step)
     best = read_best_step(paths.checkpoint_dir(step), checkpoints)
@@ -344,17 +411,22 @@ def _require_intact(paths: RunPaths, step: int) -> None:
     if checkpoint_dir.exists():
         if not is_intact(checkpoint_dir, step):
             raise RefusedError(
-                f"{checkpoint_dir} does not verify: its files are not those of its marker", hint=_TRY_AUTO
+                f"{checkpoint_dir} does not verify: its files are not those of its marker",
+                hint=_TRY_AUTO,
             )
     elif not ensure_intact(paths, step):
         raise RefusedError(f"{checkpoint_dir} is lost", hint=_TRY_AUTO)
 
 
-def resolve_checkpoint(paths: RunPaths, checkpoints: CheckpointsSection, which: str, scratch_dir: Path) -> Path:
-    """The folder with the weights of the `best` or `latest` checkpoint of a run, or of a folder or archive by its path.
+def resolve_checkpoint(
+    paths: RunPaths, checkpoints: CheckpointsSection, which: str, scratch_dir: Path
+) -> Path:
+    """The folder with the weights of the `best` or `latest` checkpoint of a run, or of a folder or
+    archive by its path.
 
-    Verified, perhaps stripped of its optimizer state. Nothing in the run directory is changed: what is only there as an
-    archive is unpacked into `scratch_dir`, which the caller removes when it is done.
+    Verified, perhaps stripped of its optimizer state. Nothing in the run directory is changed: what
+    is only there as an archive is unpacked into `scratch_dir`, which the caller removes when it is
+    done.
 
     Raises:
         RefusedError: there is none that verifies.
@@ -366,7 +438,9 @@ def resolve_checkpoint(paths: RunPaths, checkpoints: CheckpointsSection, which: 
         folder = _find_sound(paths, step, scratch_dir)
         if folder is not None and which == "best":
             best = read_best_step(folder, checkpoints)
-            folder = folder if best in (None, step) else _find_sound(paths, best or step, scratch_dir)
+            folder = (
+                folder if best in (None, step) else _find_sound(paths, best or step, scratch_dir)
+            )
         if folder is not None:
             return folder
     raise RefusedError(f"{paths.checkpoints_dir} holds no checkpoint that verifies")
@@ -375,7 +449,9 @@ def resolve_checkpoint(paths: RunPaths, checkpoints: CheckpointsSection, which: 
 def _resolve_path(path: Path, scratch_dir: Path) -> Path:
     if path.is_dir():
         if not is_intact(path):
-            raise RefusedError(f"{path} is not a whole checkpoint: its files are not those that its marker states")
+            raise RefusedError(
+                f"{path} is not a whole checkpoint: its files are not those that its marker states"
+            )
         return path
     if not path.exists():
         raise RefusedError(f"there is no checkpoint {path}")
@@ -392,7 +468,10 @@ def _find_sound(paths: RunPaths, step: int, scratch_dir: Path) -> Path | None:
         return paths.checkpoint_dir(step)
     target_dir = scratch_dir / f"{STEP_PREFIX}{step}"
     try:
-        if target_dir.exists() or extract_archive(paths.archive_path(step), target_dir).step == step:
+        if (
+            target_dir.exists()
+            or extract_archive(paths.archive_path(step), target_dir).step == step
+        ):
             return target_dir
     except (ArchiveError, FileNotFoundError):
         pass

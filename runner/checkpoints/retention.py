@@ -13,7 +13,13 @@ from typing import Final
 
 from runner.checkpoints.archive import ArchiveError, load_archived_marker, write_archive
 from runner.checkpoints.commit import DELETING_PREFIX, quarantine
-from runner.checkpoints.marker import is_intact, list_committed, load_marker, rank_steps, write_marker
+from runner.checkpoints.marker import (
+    is_intact,
+    list_committed,
+    load_marker,
+    rank_steps,
+    write_marker,
+)
 from runner.errors import CorruptFileError
 from runner.files import fsync_dir
 from runner.recipe.schema import CheckpointsSection
@@ -26,11 +32,16 @@ _STATE_FILES: Final = re.compile(
 
 
 def apply_retention(
-    paths: RunPaths, checkpoints: CheckpointsSection, evaluations: Sequence[tuple[int, float]], recipe_digest: str
+    paths: RunPaths,
+    checkpoints: CheckpointsSection,
+    evaluations: Sequence[tuple[int, float]],
+    recipe_digest: str,
 ) -> None:
-    """Prune, archive and strip committed checkpoints as the recipe says. Called on one rank, after each commit.
+    """Prune, archive and strip committed checkpoints as the recipe says. Called on one rank, after
+    each commit.
 
-    What is not this run's is neither counted nor touched: another run's checkpoint, a copy under another step's name.
+    What is not this run's is neither counted nor touched: another run's checkpoint, a copy under
+    another step's name.
     """
     committed = _list_own(paths, recipe_digest)
     kept = choose_kept(committed, evaluations, checkpoints)
@@ -43,17 +54,23 @@ def apply_retention(
         except (CorruptFileError, OSError) as error:
             if step == kept[-1] or is_intact(paths.checkpoint_dir(step)):
                 raise
-            quarantine(paths.checkpoint_dir(step), paths, f"it was damaged since it was committed: {error}")
+            quarantine(
+                paths.checkpoint_dir(step), paths, f"it was damaged since it was committed: {error}"
+            )
 
 
 def _list_own(paths: RunPaths, recipe_digest: str) -> list[int]:
-    """Steps of the committed checkpoints that this run has written; what cannot be told is moved aside, not deleted."""
+    """Steps of the committed checkpoints that this run has written; what cannot be told is moved
+    aside, not deleted.
+    """
     own: list[int] = []
     for step in list_committed(paths):
         try:
             marker = load_marker(paths.checkpoint_dir(step))
         except CorruptFileError as error:
-            quarantine(paths.checkpoint_dir(step), paths, f"it was damaged since it was committed: {error}")
+            quarantine(
+                paths.checkpoint_dir(step), paths, f"it was damaged since it was committed: {error}"
+            )
             continue
         if marker.step == step and marker.fingerprint.get("recipe_digest") == recipe_digest:
             own.append(step)
@@ -71,9 +88,13 @@ def _keep(paths: RunPaths, step: int, checkpoints: CheckpointsSection, *, is_new
 
 
 def choose_kept(
-    committed: Sequence[int], evaluations: Sequence[tuple[int, float]], checkpoints: CheckpointsSection
+    committed: Sequence[int],
+    evaluations: Sequence[tuple[int, float]],
+    checkpoints: CheckpointsSection,
 ) -> list[int]:
-    """The steps that stay, oldest first: the newest `keep_latest` and, besides or among them, the best `keep_best`."""
+    """The steps that stay, oldest first: the newest `keep_latest` and, besides or among them, the
+    best `keep_best`.
+    """
     evaluated = [(step, value) for step, value in evaluations if step in committed]
     best = rank_steps(evaluated, checkpoints.mode)[: checkpoints.keep_best]
     return sorted({*sorted(committed)[-checkpoints.keep_latest :], *best})
@@ -92,7 +113,9 @@ def ensure_archive(paths: RunPaths, step: int) -> None:
 
 
 def delete_checkpoint(paths: RunPaths, step: int) -> None:
-    """Delete a committed checkpoint; its archive first, because an archive without a folder is one to restore from."""
+    """Delete a committed checkpoint; its archive first, because an archive without a folder is one
+    to restore from.
+    """
     paths.archive_path(step).unlink(missing_ok=True)
     fsync_dir(paths.checkpoints_dir)
     doomed = paths.checkpoints_dir / f"{DELETING_PREFIX}{STEP_PREFIX}{step}"
@@ -101,7 +124,9 @@ def delete_checkpoint(paths: RunPaths, step: int) -> None:
 
 
 def strip_checkpoint(checkpoint_dir: Path) -> None:
-    """Take out what only a continuation needs: the new marker first, so that the folder verifies at every instant."""
+    """Take out what only a continuation needs: the new marker first, so that the folder verifies at
+    every instant.
+    """
     marker = load_marker(checkpoint_dir)
     if not marker.is_stripped:
         gone = sorted(name for name in marker.files if _STATE_FILES.fullmatch(name))

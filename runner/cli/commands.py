@@ -56,7 +56,9 @@ def run_render(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """`runner check`: every recipe, then their data in one pass over the distinct tokenizers and data sections."""
+    """`runner check`: every recipe, then their data in one pass over the distinct tokenizers and
+    data sections.
+    """
     selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
     if arguments.schema_only:
         print(f"{len(selected)} recipes are well-formed")
@@ -64,7 +66,9 @@ def run_check(arguments: argparse.Namespace) -> int:
     from runner.preflight.check import run_check
 
     finished = [one.full_name for one in selected if one.paths.result_path.exists()]
-    return run_check([one.recipe for one in selected], arguments.output_root, finished, is_json=arguments.json)
+    return run_check(
+        [one.recipe for one in selected], arguments.output_root, finished, is_json=arguments.json
+    )
 
 
 def run_masks(arguments: argparse.Namespace) -> int:
@@ -74,7 +78,9 @@ def run_masks(arguments: argparse.Namespace) -> int:
     recipe = _load_recipe_or_run(arguments.recipe, arguments.overrides)
     split = "validation" if arguments.split == "eval" else arguments.split
     views = build_views(recipe, split, arguments.rows, arguments.row)
-    is_coloured = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+    is_coloured = "NO_COLOR" not in os.environ and (
+        sys.stdout.isatty() or "FORCE_COLOR" in os.environ
+    )
     print(format_views(views, recipe, arguments.format, is_coloured=is_coloured), end="")
     return 0
 
@@ -91,17 +97,26 @@ def run_status(arguments: argparse.Namespace) -> int:
 
         return watch(selected, content_cache_path(arguments.output_root), unreadable)
     hashes = ContentHashes(content_cache_path(arguments.output_root))
-    rows = [(one, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes))) for one in selected]
+    rows = [
+        (one, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)))
+        for one in selected
+    ]
     if arguments.json:
         content: list[dict[str, Any]] = [
-            {"grid": one.recipe.run.grid, "name": one.recipe.run.name, "axes": dict(one.recipe.run.axes)}
+            {
+                "grid": one.recipe.run.grid,
+                "name": one.recipe.run.name,
+                "axes": dict(one.recipe.run.axes),
+            }
             | {"run_dir": str(one.paths.run_dir), **status.model_dump()}
             for one, status in rows
         ]
         for lost in unreadable:
             grid, _, name = lost.full_name.partition("/")
             status = RunStatus(state="unreadable", why=lost.why)
-            content.append({"grid": grid, "name": name, "axes": {}, "run_dir": str(lost.paths.run_dir)})
+            content.append(
+                {"grid": grid, "name": name, "axes": {}, "run_dir": str(lost.paths.run_dir)}
+            )
             content[-1] |= status.model_dump()
         print(json.dumps(content, indent=2))
         return 1 if any(one["state"] == "unreadable" for one in content) else 0
@@ -114,17 +129,26 @@ def run_status(arguments: argparse.Namespace) -> int:
         kind = status.failure.kind if status.failure and status.state == "interrupted" else None
         why = ": ".join(filter(None, (kind, status.why.partition("\n")[0])))
         why = "; ".join(filter(None, (why, status.notes)))
-        print(f"{one.full_name:<{width}}  {status.state:<11}  {step:>9}  {loss:>8}  {seconds:>7}  {why}")
+        print(
+            f"{one.full_name:<{width}}  {status.state:<11}  {step:>9}  {loss:>8}  {seconds:>7} "
+            f" {why}"
+        )
     for lost in unreadable:
-        print(f"{lost.full_name:<{width}}  {'unreadable':<11}  {'':>9}  {'':>8}  {'':>7}  {lost.why}")
+        print(
+            f"{lost.full_name:<{width}}  {'unreadable':<11}  {'':>9}  {'':>8}  {'':>7}  {lost.why}"
+        )
     return _print_hints([status for _, status in rows], num_unreadable=len(unreadable))
 
 
 def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
     """What to do, once for each kind of failure, on stderr; the exit code of `runner status`."""
-    for kind in dict.fromkeys(status.failure.kind for status in statuses if status.failure is not None):
+    for kind in dict.fromkeys(
+        status.failure.kind for status in statuses if status.failure is not None
+    ):
         print(f"hint: {kind}: {HINTS[kind]}", file=sys.stderr)
-    is_any_unreadable = num_unreadable > 0 or any(status.state == "unreadable" for status in statuses)
+    is_any_unreadable = num_unreadable > 0 or any(
+        status.state == "unreadable" for status in statuses
+    )
     if is_any_unreadable:
         print(f"hint: unreadable: {UNREADABLE_HINT}", file=sys.stderr)
     return 1 if is_any_unreadable else 0
@@ -134,7 +158,9 @@ def run_logs(arguments: argparse.Namespace) -> int:
     """`runner logs`."""
     from runner.view.logs import run_logs
 
-    return run_logs(arguments.run, arguments.output_root, arguments.attempt, follow=arguments.follow)
+    return run_logs(
+        arguments.run, arguments.output_root, arguments.attempt, follow=arguments.follow
+    )
 
 
 def run_why(arguments: argparse.Namespace) -> int:
@@ -146,7 +172,9 @@ def run_why(arguments: argparse.Namespace) -> int:
     selected = select_run(arguments)
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     facts = gather_facts(selected.recipe, selected.paths, hashes, arguments.num_processes)
-    print(json.dumps(facts.as_json(), indent=2) if arguments.json else "\n".join(build_lines(facts)))
+    print(
+        json.dumps(facts.as_json(), indent=2) if arguments.json else "\n".join(build_lines(facts))
+    )
     return 0
 
 
@@ -167,13 +195,21 @@ def run_report(arguments: argparse.Namespace) -> int:
     selected = select_recipes(arguments.paths, arguments.output_root, arguments.where, unreadable)
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     runs = [
-        (one.recipe, one.paths, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)))
+        (
+            one.recipe,
+            one.paths,
+            derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)),
+        )
         for one in selected
     ]
     rows = build_rows(runs)
     print(format_report(rows, build_comparisons(rows), arguments.format), end="")
     whys = [(lost.full_name, lost.why) for lost in unreadable]
-    whys += [(f"{row.grid}/{row.name}", "see `runner status`") for row in rows if row.state == "unreadable"]
+    whys += [
+        (f"{row.grid}/{row.name}", "see `runner status`")
+        for row in rows
+        if row.state == "unreadable"
+    ]
     for name, why in whys:
         print(f"warning: {name} is unreadable: {why}", file=sys.stderr)
     return 1 if whys else 0
@@ -204,7 +240,10 @@ def run_export(arguments: argparse.Namespace) -> int:
         is_merged=arguments.merge,
         push_to=arguments.push,
     )
-    print(f"{arguments.output}: loaded again, its logits differ from the run's by at most {difference:.2g}")
+    print(
+        f"{arguments.output}: loaded again, its logits differ from the run's by at most"
+        f" {difference:.2g}"
+    )
     return 0
 
 
@@ -213,7 +252,9 @@ def _load_recipe_or_run(path: Path, overrides: list[str]) -> Recipe:
     if path.is_dir():
         stored = load_stored_recipe(RunPaths(path))
         if stored is None:
-            raise RunnerError(f"{path} is a folder, but no run directory", hint="name one recipe file, or one run")
+            raise RunnerError(
+                f"{path} is a folder, but no run directory", hint="name one recipe file, or one run"
+            )
         return parse_recipe(stored.recipe.model_dump_json(), where=str(path), overrides=overrides)
     if not path.exists():
         raise RunnerError(f"there is no recipe {path}", hint=suggest_path(path))

@@ -1,4 +1,6 @@
-"""The verb that starts one run, `launch`, from parsed arguments to an exit code; and how every verb finds one run."""
+"""The verb that starts one run, `launch`, from parsed arguments to an exit code; and how every verb
+finds one run.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def run_launch(arguments: argparse.Namespace) -> int:
     num_machines = recipe.launch.num_machines
     allocation = find_allocation(os.environ, num_machines) if num_machines > 1 else None
     placements = list_placements(num_processes, num_machines, allocation)
-    commands = [build_command(Planned(selected, {}, num_processes), placement) for placement in placements]
+    commands = [
+        build_command(Planned(selected, {}, num_processes), placement) for placement in placements
+    ]
     if arguments.dry_run:
         print("\n".join(command.as_shell() for command in commands))
         return 0
@@ -64,21 +68,34 @@ def run_launch(arguments: argparse.Namespace) -> int:
     if decision.action == "refuse":
         raise _refuse(paths, status, _same_launch(arguments))
     if decision.action == "skip":
-        advice = "" if resume == "auto" else "; `--resume` goes on with unfinished runs only, `--fresh` starts one anew"
+        advice = (
+            ""
+            if resume == "auto"
+            else "; `--resume` goes on with unfinished runs only, `--fresh` starts one anew"
+        )
         print(f"{planned.name}  {decision.why}{advice}")
-        # A cluster takes 0 for a run that is done: not known of one that something else holds, a lost machine perhaps.
+        # A cluster takes 0 for a run that is done: not known of one that something else holds, a
+        # lost machine perhaps.
         is_held = status.state == "running" and is_in_cluster(os.environ)
         return EXIT_CODES["transient"] if is_held else 0
     if arguments.prepare:
         _prepare(planned, commands[0])
         print("\n".join(command.as_shell() for command in commands))
         return 0
-    again = f"`{_same_launch(arguments)}`"  # without --fresh and --resume, which would start over or rewind
-    result = run_planned([planned], num_slots=1, gpus=None, fail_fast=False, allocation=allocation, again=again)
-    if result.failed and result.failed[0].failure.kind == "preempted" and _count_fruitless(paths) > MAX_FRUITLESS:
+    # Without --fresh and --resume, which would start over or rewind.
+    again = f"`{_same_launch(arguments)}`"
+    result = run_planned(
+        [planned], num_slots=1, gpus=None, fail_fast=False, allocation=allocation, again=again
+    )
+    if (
+        result.failed
+        and result.failed[0].failure.kind == "preempted"
+        and _count_fruitless(paths) > MAX_FRUITLESS
+    ):
         print(
-            f"error: the last {MAX_FRUITLESS + 1} attempts were preempted before their first step\n\n"
-            "hint: give the run more time, say by `runner sweep ... --engine slurm --time-limit`",
+            f"error: the last {MAX_FRUITLESS + 1} attempts were preempted before their first"
+            " step\n\nhint: give the run more time, say by `runner sweep ... --engine slurm"
+            " --time-limit`",
             file=sys.stderr,
         )
         return EXIT_CODES["transient"]
@@ -97,7 +114,10 @@ def _count_fruitless(paths: RunPaths) -> int:
         for number, one in enumerate(reversed(attempts))
         if one.failure is None
         or one.failure.kind != "preempted"
-        or ((progress := load_progress(paths.attempt(one.number).progress_path)) is not None and progress.step > 0)
+        or (
+            (progress := load_progress(paths.attempt(one.number).progress_path)) is not None
+            and progress.step > 0
+        )
     )
     return next(fruitful, len(attempts))
 
@@ -112,19 +132,28 @@ def name_overridden(name: str, overrides: list[str]) -> str:
         return name
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(overrides)).strip("-")
     full = f"{name}--{slug}"
-    is_readable_back = all(_PLAIN_OVERRIDE.fullmatch(override) for override in overrides) and len(full) <= 150
+    is_readable_back = (
+        all(_PLAIN_OVERRIDE.fullmatch(override) for override in overrides) and len(full) <= 150
+    )
     return full if is_readable_back else f"{full[:130]}--{hash_json(overrides)[:12]}"
 
 
 def select_run(arguments: argparse.Namespace) -> Selected:
-    """The run of a recipe under overrides and a name as `launch` takes them, or that of a run directory."""
+    """The run of a recipe under overrides and a name as `launch` takes them, or that of a run
+    directory.
+    """
     if not arguments.recipe.is_dir():
         return _select_one(arguments)
     if arguments.overrides or arguments.name:
-        raise RunnerError(f"{arguments.recipe} is a run directory: overrides and `--name` go with a recipe file")
+        raise RunnerError(
+            f"{arguments.recipe} is a run directory: overrides and `--name` go with a recipe file"
+        )
     found = select_recipes([str(arguments.recipe)], arguments.output_root)
     if len(found) > 1:
-        raise RunnerError(f"{arguments.recipe} holds {len(found)} runs", hint=f"runner why {found[0].paths.run_dir}")
+        raise RunnerError(
+            f"{arguments.recipe} holds {len(found)} runs",
+            hint=f"runner why {found[0].paths.run_dir}",
+        )
     return found[0]
 
 
@@ -133,17 +162,27 @@ def _select_one(arguments: argparse.Namespace) -> Selected:
     if malformed := [override for override in overrides if "=" not in override]:
         raise RunnerError(f"{malformed[0]!r} is not an override of the form key=value")
     if arguments.recipe.is_dir():
-        raise RunnerError(f"{arguments.recipe} is a folder", hint=f"runner sweep {arguments.recipe}")
+        raise RunnerError(
+            f"{arguments.recipe} is a folder", hint=f"runner sweep {arguments.recipe}"
+        )
     if not arguments.recipe.exists():
-        raise RunnerError(f"there is no recipe {arguments.recipe}", hint=suggest_path(arguments.recipe))
+        raise RunnerError(
+            f"there is no recipe {arguments.recipe}", hint=suggest_path(arguments.recipe)
+        )
     plain = load_recipe(arguments.recipe, overrides)
     name = arguments.name or name_overridden(plain.run.name, overrides)
     if secret := find_secret(name):
         raise RunnerError(f"`--name` holds {secret[0]}: names are public")
     if not re.fullmatch(NAME_PATTERN, name):
-        raise RunnerError(f"the name {name!r} may hold letters, digits and . _ - only, and at most 200 of them")
+        raise RunnerError(
+            f"the name {name!r} may hold letters, digits and . _ - only, and at most 200 of them"
+        )
     recipe = plain.model_copy(
-        update={"run": plain.run.model_copy(update={"name": name, "overrides": (*plain.run.overrides, *overrides)})}
+        update={
+            "run": plain.run.model_copy(
+                update={"name": name, "overrides": (*plain.run.overrides, *overrides)}
+            )
+        }
     )
     return Selected(recipe, arguments.recipe, run_paths(recipe, arguments.output_root))
 
@@ -169,7 +208,11 @@ def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedErro
 def _same_launch(arguments: argparse.Namespace) -> str:
     words = ["runner", "launch", str(arguments.recipe), *arguments.overrides]
     words += ["--name", arguments.name] if arguments.name else []
-    words += ["--output-root", str(arguments.output_root)] if arguments.output_root != Path("runs") else []
+    words += (
+        ["--output-root", str(arguments.output_root)]
+        if arguments.output_root != Path("runs")
+        else []
+    )
     return shlex.join(words)
 
 
@@ -200,7 +243,13 @@ def _move_aside(selected: Selected) -> None:
 
 
 def _prepare(planned: Planned, command: LaunchCommand) -> None:
-    from runner.launch.attempt import open_attempt, prepare_run, read_git_state, refuse_uncontinuable, take_lease
+    from runner.launch.attempt import (
+        open_attempt,
+        prepare_run,
+        read_git_state,
+        refuse_uncontinuable,
+        take_lease,
+    )
 
     paths = planned.selected.paths
     lease = take_lease(paths)
@@ -209,9 +258,20 @@ def _prepare(planned: Planned, command: LaunchCommand) -> None:
     with contextlib.closing(lease):
         divisor = find_divisor(paths, planned.selected.recipe)
         refuse_uncontinuable(
-            planned.selected.recipe, planned.contents, paths, command, planned.num_processes, planned.resume, divisor
+            planned.selected.recipe,
+            planned.contents,
+            paths,
+            command,
+            planned.num_processes,
+            planned.resume,
+            divisor,
         )
         prepare_run(planned.selected.recipe, planned.contents, paths)
         open_attempt(
-            paths, command, planned.num_processes, read_git_state(), planned.resume, micro_batch_divisor=divisor
+            paths,
+            command,
+            planned.num_processes,
+            read_git_state(),
+            planned.resume,
+            micro_batch_divisor=divisor,
         )

@@ -1,7 +1,8 @@
-"""The command line: verbs, error printing, exit codes. Every verb imports what it needs when it is called.
+"""The command line: verbs, error printing, exit codes. Every verb imports what it needs when it is
+called.
 
-Exit codes: 0 all done or nothing to do, 1 a run failed (or drift was found), 2 usage or recipe error, 130 stopped,
-141 nobody reads the output any more.
+Exit codes: 0 all done or nothing to do, 1 a run failed (or drift was found), 2 usage or recipe
+error, 130 stopped, 141 nobody reads the output any more.
 
 The options of `sweep` and `rerun` that say where runs execute.
 """
@@ -21,14 +22,19 @@ from runner.secrets import scrub
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *, writes_files: bool) -> None:
-    """`--engine` and what belongs to each; `writes_files`: also the engines that only write a file (`--dry-run`)."""
+    """`--engine` and what belongs to each; `writes_files`: also the engines that only write a file
+    (`--dry-run`).
+    """
     engines = ["local", "slurm", *(["kubernetes", "skypilot"] if writes_files else [])]
     group = parser.add_argument_group(
-        "engines", "with --dry-run, kubernetes and skypilot print a file to submit" if writes_files else None
+        "engines",
+        "with --dry-run, kubernetes and skypilot print a file to submit" if writes_files else None,
     )
     group.add_argument("--engine", choices=engines, default="local", help="default: local")
     group.add_argument(
-        "--time-limit", metavar="TIME", help="slurm: of one run, as `sbatch --time`; default: the partition's"
+        "--time-limit",
+        metavar="TIME",
+        help="slurm: of one run, as `sbatch --time`; default: the partition's",
     )
     group.add_argument(
         "--stop-before-seconds",
@@ -46,9 +52,13 @@ def add_engine_options(parser: argparse.ArgumentParser, *, writes_files: bool) -
         help="slurm: of sbatch, such as --slurm-option=--partition=long; may be repeated",
     )
     if writes_files:
-        group.add_argument("--image", metavar="IMAGE", help="container image with `runner` on its PATH")
         group.add_argument(
-            "--storage", metavar="NAME", help="kubernetes: the project's volume claim; skypilot: a bucket"
+            "--image", metavar="IMAGE", help="container image with `runner` on its PATH"
+        )
+        group.add_argument(
+            "--storage",
+            metavar="NAME",
+            help="kubernetes: the project's volume claim; skypilot: a bucket",
         )
         group.add_argument("--gpu-type", metavar="TYPE", help="skypilot: kind of GPU, such as H100")
 
@@ -74,10 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `runner status | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        # What is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        # No permission, no space: the machine's problem, not ours. safetensors and torch wrap it in kinds of their own.
+        # No permission, no space: the machine's problem, not ours. safetensors and torch wrap it in
+        # kinds of their own.
         if not isinstance(error, OSError) and os.strerror(errno.ENOSPC) not in str(error):
             raise
         _print_error(str(error))
@@ -105,7 +117,8 @@ def _call(arguments: argparse.Namespace) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of one verb; overrides and paths may stand before, between and after its options.
+    """The arguments of one verb; overrides and paths may stand before, between and after its
+    options.
 
     argparse takes positional arguments in one piece only and leaves the rest over.
     """
@@ -122,7 +135,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def build_parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     parser = _Parser(
-        prog="runner", description="Grids of YAML recipes for supervised fine-tuning: rendered, launched, compared."
+        prog="runner",
+        description=(
+            "Grids of YAML recipes for supervised fine-tuning: rendered, launched, compared."
+        ),
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -131,9 +147,17 @@ def build_parser() -> argparse.ArgumentParser:
         "init", help="a new project folder: a starter grid on your rows and models, or a stock grid"
     )
     init.add_argument("folder", type=Path, metavar="DIR", help="must be empty or not exist yet")
-    init.add_argument("--from", dest="from_grid", metavar="GRID", help="a stock grid, copied; a wrong name lists all")
     init.add_argument(
-        "--data", type=Path, metavar="FILE", help="your rows: JSONL, JSON, CSV or Parquet; default: a sample"
+        "--from",
+        dest="from_grid",
+        metavar="GRID",
+        help="a stock grid, copied; a wrong name lists all",
+    )
+    init.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="your rows: JSONL, JSON, CSV or Parquet; default: a sample",
     )
     init.add_argument(
         "--model",
@@ -141,57 +165,111 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="MODEL",
-        help="folder, hub id or name of a stock card; may be repeated; default: a small demo model, built offline",
+        help=(
+            "folder, hub id or name of a stock card; may be repeated; default: a small demo model,"
+            " built offline"
+        ),
     )
 
     render = verbs.add_parser("render", help="recipe_templates/GRID -> recipes/GRID/*.yaml")
     render.add_argument("grid", metavar="GRID", nargs="?", help="default: every grid")
-    render.add_argument("--check", action="store_true", help="write nothing; exit 1 and show a diff on drift")
-    render.add_argument("--prune", action="store_true", help="remove recipes that the grid no longer has")
+    render.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 and show a diff on drift"
+    )
+    render.add_argument(
+        "--prune", action="store_true", help="remove recipes that the grid no longer has"
+    )
 
-    check = verbs.add_parser("check", help="validate recipes, then their data: rows, lengths, truncation, labels")
+    check = verbs.add_parser(
+        "check", help="validate recipes, then their data: rows, lengths, truncation, labels"
+    )
     _add_paths(check)
     how = check.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="everything found, per run; see docs/preflight.md")
+    how.add_argument(
+        "--json", action="store_true", help="everything found, per run; see docs/preflight.md"
+    )
     how.add_argument("--schema-only", action="store_true", help="do not load tokenizers and data")
 
-    masks = verbs.add_parser("masks", help="rows as the model sees them: every token, the trained ones coloured")
-    masks.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe file, or a run directory")
-    masks.add_argument("overrides", nargs="*", metavar="key=value", help="look at the recipe under them")
+    masks = verbs.add_parser(
+        "masks", help="rows as the model sees them: every token, the trained ones coloured"
+    )
     masks.add_argument(
-        "--split", choices=("train", "validation", "eval", "test"), default="train", help="eval: validation"
+        "recipe", type=Path, metavar="RECIPE", help="a recipe file, or a run directory"
+    )
+    masks.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="look at the recipe under them"
+    )
+    masks.add_argument(
+        "--split",
+        choices=("train", "validation", "eval", "test"),
+        default="train",
+        help="eval: validation",
     )
     rows = masks.add_mutually_exclusive_group()
-    rows.add_argument("--rows", type=positive, default=3, metavar="N", help="the first N rows drawn, default 3")
-    rows.add_argument("--row", metavar="ID|NUMBER", help="one row: its id in samples.json, or its number in the split")
-    masks.add_argument("--format", choices=("ansi", "html", "json"), default="ansi", help="html: one page, to stdout")
+    rows.add_argument(
+        "--rows", type=positive, default=3, metavar="N", help="the first N rows drawn, default 3"
+    )
+    rows.add_argument(
+        "--row",
+        metavar="ID|NUMBER",
+        help="one row: its id in samples.json, or its number in the split",
+    )
+    masks.add_argument(
+        "--format",
+        choices=("ansi", "html", "json"),
+        default="ansi",
+        help="html: one page, to stdout",
+    )
 
     launch = verbs.add_parser("launch", help="one run, now")
     launch.add_argument("recipe", type=Path, metavar="RECIPE")
-    launch.add_argument("overrides", nargs="*", metavar="key=value", help="make another experiment, named after them")
+    launch.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="make another experiment, named after them",
+    )
     launch.add_argument("--name", help="name of the run; default: the recipe's, and the overrides")
     mode = launch.add_mutually_exclusive_group()
-    mode.add_argument("--dry-run", action="store_true", help="print environment and command, touch nothing")
-    mode.add_argument("--prepare", action="store_true", help="also write the run directory, to start it by hand")
-    launch.add_argument(
-        "--num-processes", type=positive, metavar="N", help="default: the recipe's; keeps the global batch"
+    mode.add_argument(
+        "--dry-run", action="store_true", help="print environment and command, touch nothing"
     )
-    launch.add_argument("--fresh", action="store_true", help="move an existing run aside and start anew")
+    mode.add_argument(
+        "--prepare", action="store_true", help="also write the run directory, to start it by hand"
+    )
+    launch.add_argument(
+        "--num-processes",
+        type=positive,
+        metavar="N",
+        help="default: the recipe's; keeps the global batch",
+    )
+    launch.add_argument(
+        "--fresh", action="store_true", help="move an existing run aside and start anew"
+    )
     launch.add_argument(
         "--resume",
         default="auto",
         metavar="auto|latest|best|PATH|URL",
-        help="what to go on from: the newest checkpoint that verifies (auto), the newest or the best one, a folder or "
-        "archive, or an archive in remote storage; what is newer is moved aside",
+        help=(
+            "what to go on from: the newest checkpoint that verifies (auto), the newest or the best"
+            " one, a folder or archive, or an archive in remote storage; what is newer is moved"
+            " aside"
+        ),
     )
     _add_output_root(launch)
 
-    sweep = verbs.add_parser("sweep", help="many runs: what is done is skipped, what is pending is launched")
+    sweep = verbs.add_parser(
+        "sweep", help="many runs: what is done is skipped, what is pending is launched"
+    )
     _add_sweep_options(sweep)
     what = sweep.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="print each decision and command, start nothing")
+    what.add_argument(
+        "--dry-run", action="store_true", help="print each decision and command, start nothing"
+    )
     what.add_argument("--list", action="store_true", help="print one selected recipe path per line")
-    sweep.add_argument("--retry-failed", action="store_true", help="launch also what failed for a lasting reason")
+    sweep.add_argument(
+        "--retry-failed", action="store_true", help="launch also what failed for a lasting reason"
+    )
     add_engine_options(sweep, writes_files=True)
 
     rerun = verbs.add_parser("rerun", help="a sweep over the interrupted and failed runs only")
@@ -203,9 +281,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_paths(status, nargs="*")
     how = status.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true")
-    how.add_argument("--watch", action="store_true", help="live: the grid as a table, progress, time left, failures")
+    how.add_argument(
+        "--watch",
+        action="store_true",
+        help="live: the grid as a table, progress, time left, failures",
+    )
 
-    why = verbs.add_parser("why", help="one run: what would happen next, and exactly what decides it")
+    why = verbs.add_parser(
+        "why", help="one run: what would happen next, and exactly what decides it"
+    )
     why.add_argument("recipe", type=Path, metavar="RUN", help="a recipe file, or a run directory")
     why.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch")
     why.add_argument("--name", help="as for launch")
@@ -214,12 +298,21 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output_root(why)
 
     logs = verbs.add_parser("logs", help="what the last attempt of a run printed")
-    logs.add_argument("run", metavar="RUN", help="a recipe or run directory; of a folder, the run that is running")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on with what is printed, until the run is done")
+    logs.add_argument(
+        "run", metavar="RUN", help="a recipe or run directory; of a folder, the run that is running"
+    )
+    logs.add_argument(
+        "-f",
+        "--follow",
+        action="store_true",
+        help="go on with what is printed, until the run is done",
+    )
     logs.add_argument("--attempt", type=positive, metavar="N", help="another attempt than the last")
     _add_output_root(logs)
 
-    stop = verbs.add_parser("stop", help="ask running runs to checkpoint at the end of their step and to leave")
+    stop = verbs.add_parser(
+        "stop", help="ask running runs to checkpoint at the end of their step and to leave"
+    )
     _add_paths(stop)
 
     report = verbs.add_parser("report", help="the comparison: one row per run, the axes as columns")
@@ -233,15 +326,25 @@ def _add_model_verbs(verbs: Any) -> None:
     """What is done with the model of one run."""
     chat = verbs.add_parser("chat", help="talk to the tuned model of a run in the terminal")
     _add_tuned_run(chat)
-    chat.add_argument("--base", action="store_true", help="show the base model's answers beside the tuned model's")
+    chat.add_argument(
+        "--base", action="store_true", help="show the base model's answers beside the tuned model's"
+    )
     chat.add_argument("--prompt", metavar="TEXT", help="answer this on stdout, and leave")
-    chat.add_argument("--system", metavar="TEXT", help="a system message in front of the conversation")
-    chat.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="per answer, default 512")
+    chat.add_argument(
+        "--system", metavar="TEXT", help="a system message in front of the conversation"
+    )
+    chat.add_argument(
+        "--max-new-tokens", type=positive, default=512, metavar="N", help="per answer, default 512"
+    )
 
-    export = verbs.add_parser("export", help="the tuned model of a run as a folder with a model card, for others")
+    export = verbs.add_parser(
+        "export", help="the tuned model of a run as a folder with a model card, for others"
+    )
     _add_tuned_run(export)
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    export.add_argument("--merge", action="store_true", help="one whole model instead of an adapter")
+    export.add_argument(
+        "--merge", action="store_true", help="one whole model instead of an adapter"
+    )
     export.add_argument(
         "--push",
         nargs="?",
@@ -252,20 +355,33 @@ def _add_model_verbs(verbs: Any) -> None:
 
 
 def _add_tuned_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/demo/gemma_060_full")
     parser.add_argument(
-        "--checkpoint", metavar="best|latest|PATH", help="its weights instead of a completed run's, whatever the state"
+        "run_dir", type=Path, metavar="RUN_DIR", help="such as runs/demo/gemma_060_full"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="best|latest|PATH",
+        help="its weights instead of a completed run's, whatever the state",
     )
 
 
 def _add_paths(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
-    parser.add_argument("paths", nargs=nargs, metavar="PATH", help="recipes: files, folders, globs; or run directories")
-    parser.add_argument("--where", action="append", default=[], metavar="axis=value[,value]", help="may be repeated")
+    parser.add_argument(
+        "paths",
+        nargs=nargs,
+        metavar="PATH",
+        help="recipes: files, folders, globs; or run directories",
+    )
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="axis=value[,value]", help="may be repeated"
+    )
     _add_output_root(parser)
 
 
 def _add_output_root(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output-root", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    parser.add_argument(
+        "--output-root", type=Path, default=Path("runs"), metavar="DIR", help="default: runs"
+    )
 
 
 def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
@@ -273,4 +389,6 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     room = parser.add_mutually_exclusive_group()
     room.add_argument("--slots", type=positive, metavar="N", help="runs at a time, default 1")
     room.add_argument("--gpus", metavar="0,1,...", help="each run gets its own of these")
-    parser.add_argument("--fail-fast", action="store_true", help="start nothing more after a failure")
+    parser.add_argument(
+        "--fail-fast", action="store_true", help="start nothing more after a failure"
+    )

@@ -1,8 +1,10 @@
 """The verbs that start many runs, `sweep` and `rerun`, from parsed arguments to an exit code.
 
-The engines that only write a file, `--engine kubernetes|skypilot`: from parsed arguments to the file on stdout.
+The engines that only write a file, `--engine kubernetes|skypilot`: from parsed arguments to the
+file on stdout.
 
-`--engine slurm`: from parsed arguments and planned runs to array jobs, under one lock from the queue to `sbatch`.
+`--engine slurm`: from parsed arguments and planned runs to array jobs, under one lock from the
+queue to `sbatch`.
 """
 
 from __future__ import annotations
@@ -48,11 +50,18 @@ FILE_ENGINES: Final = ("kubernetes", "skypilot")
 def check_file_engine(arguments: argparse.Namespace) -> None:
     """Raises: RunnerError for options that a file for `arguments.engine` cannot be made of."""
     engine = arguments.engine
-    submit = {"kubernetes": "| kubectl apply -f -", "skypilot": "> task.yaml; sky jobs launch task.yaml"}[engine]
+    submit = {
+        "kubernetes": "| kubectl apply -f -",
+        "skypilot": "> task.yaml; sky jobs launch task.yaml",
+    }[engine]
     if not arguments.dry_run:
         raise RunnerError(
-            f"`--engine {engine}` starts nothing: with `--dry-run` it prints the file that you submit",
-            hint=f"runner sweep {shlex.join(arguments.paths)} --engine {engine} --dry-run ... {submit}",
+            f"`--engine {engine}` starts nothing: with `--dry-run` it prints the file that you"
+            " submit",
+            hint=(
+                f"runner sweep {shlex.join(arguments.paths)} --engine {engine} --dry-run ..."
+                f" {submit}"
+            ),
         )
     storage = {
         "kubernetes": "the claim of the volume that holds the project folder, such as my-project",
@@ -65,7 +74,9 @@ def check_file_engine(arguments: argparse.Namespace) -> None:
         if value is None:
             raise RunnerError(f"`--engine {engine}` needs `--{option}`: {what}")
     if arguments.gpus is not None:
-        raise RunnerError(f"`--gpus` names GPUs of this machine; `--engine {engine}` counts them itself")
+        raise RunnerError(
+            f"`--gpus` names GPUs of this machine; `--engine {engine}` counts them itself"
+        )
 
 
 def print_cluster_file(planned: list[Planned], arguments: argparse.Namespace) -> int:
@@ -78,7 +89,10 @@ def print_cluster_file(planned: list[Planned], arguments: argparse.Namespace) ->
         print("nothing to launch", file=sys.stderr)
         return 0
     submission = Submission(
-        runs=tuple(PendingRun(run.selected, len(load_record(run.selected.paths).attempts)) for run in planned),
+        runs=tuple(
+            PendingRun(run.selected, len(load_record(run.selected.paths).attempts))
+            for run in planned
+        ),
         output_root=arguments.output_root,
         image=arguments.image,
         storage=arguments.storage,
@@ -87,7 +101,10 @@ def print_cluster_file(planned: list[Planned], arguments: argparse.Namespace) ->
         fail_fast=arguments.fail_fast,
         retry_failed=arguments.retry_failed,
     )
-    print({"kubernetes": build_jobs_file, "skypilot": build_task_file}[arguments.engine](submission), end="")
+    print(
+        {"kubernetes": build_jobs_file, "skypilot": build_task_file}[arguments.engine](submission),
+        end="",
+    )
     return 0
 
 
@@ -99,7 +116,10 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
     unreadable: list[UnreadableRun] = []
     selected = select_recipes(arguments.paths, arguments.output_root, arguments.where, unreadable)
     for lost in unreadable:
-        print(f"warning: {lost.full_name} is unreadable: {lost.why}\n  {UNREADABLE_HINT}", file=sys.stderr)
+        print(
+            f"warning: {lost.full_name} is unreadable: {lost.why}\n  {UNREADABLE_HINT}",
+            file=sys.stderr,
+        )
     if arguments.list:
         print("\n".join(str(one.source_path) for one in selected))
         return 0
@@ -108,7 +128,9 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
     parse_gpus(arguments.gpus)  # a wrong word is told before anything is looked at
     if arguments.engine == "slurm":
         with hold_queue(arguments) as queue:
-            planned, num_unhappy = _decide_all(selected, arguments, queue.runs, only_unfinished=only_unfinished)
+            planned, num_unhappy = _decide_all(
+                selected, arguments, queue.runs, only_unfinished=only_unfinished
+            )
             code = sweep_on_slurm(planned, arguments, queue)
     else:
         planned, num_unhappy = _decide_all(selected, arguments, {}, only_unfinished=only_unfinished)
@@ -123,27 +145,42 @@ def _decide_all(
     *,
     only_unfinished: bool,
 ) -> tuple[list[Planned], int]:
-    """What is to be launched, and how many of the others are failed or changed; each decision is printed."""
+    """What is to be launched, and how many of the others are failed or changed; each decision is
+    printed.
+    """
     from runner.launch.placement import Planned
 
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     planned: list[Planned] = []
     num_unhappy = 0
-    is_talk = arguments.engine in FILE_ENGINES or (arguments.engine == "slurm" and arguments.dry_run)
+    is_talk = arguments.engine in FILE_ENGINES or (
+        arguments.engine == "slurm" and arguments.dry_run
+    )
     for one in selected:
-        contents = hash_contents(one.recipe, hashes) if not arguments.dry_run else known_contents(one.recipe, hashes)
+        contents = (
+            hash_contents(one.recipe, hashes)
+            if not arguments.dry_run
+            else known_contents(one.recipe, hashes)
+        )
         status = derive_status(one.paths, one.recipe, contents)
-        decision = decide(status, retry_failed=arguments.retry_failed, only_unfinished=only_unfinished)
+        decision = decide(
+            status, retry_failed=arguments.retry_failed, only_unfinished=only_unfinished
+        )
         differences = (*status.differences, *status.obstacles)
         if decision.action == "launch" and (task := queued.get(one.full_name)) is not None:
             differences = tuple(task.find_differences(one))
             decision = decide_queued(task.task, task.state, differences)
         # stdout is the file
-        print(_describe_decision(one, decision, differences), file=sys.stderr if is_talk else sys.stdout)
+        print(
+            _describe_decision(one, decision, differences),
+            file=sys.stderr if is_talk else sys.stdout,
+        )
         if decision.action == "launch":
             num_processes = one.recipe.launch.num_processes
             planned.append(Planned(one, contents, num_processes, num_attempts=status.num_attempts))
-        elif decision.action == "refuse" or (status.state == "failed" and one.full_name not in queued):
+        elif decision.action == "refuse" or (
+            status.state == "failed" and one.full_name not in queued
+        ):
             num_unhappy += 1
     return planned, num_unhappy
 
@@ -154,7 +191,9 @@ def _sweep_here(planned: list[Planned], arguments: argparse.Namespace) -> int:
     gpus = parse_gpus(arguments.gpus)
     if arguments.dry_run:
         for run in planned:
-            for placement in list_placements(run.num_processes, run.selected.recipe.launch.num_machines, None):
+            for placement in list_placements(
+                run.num_processes, run.selected.recipe.launch.num_machines, None
+            ):
                 print(build_command(run, placement).as_shell())
         return 0
     sys.stdout.flush()
@@ -194,7 +233,9 @@ def run_planned(
         print("nothing to launch", file=sys.stderr)
         return PoolResult()
     with SweepDisplay(len(planned)) as display:
-        result = run_pool(planned, Devices(num_slots, gpus, allocation), display, fail_fast=fail_fast)
+        result = run_pool(
+            planned, Devices(num_slots, gpus, allocation), display, fail_fast=fail_fast
+        )
     _print_failures(result)
     if result.stopped_by is not None:
         print(f"stopped; {again} goes on from the newest checkpoints", file=sys.stderr)
@@ -204,14 +245,20 @@ def run_planned(
 def _print_failures(result: PoolResult) -> None:
     for failed in result.failed:
         what = "left" if failed.failure.kind == "preempted" else "failed"
-        print(f"\n{failed.name} {what}, {failed.failure.kind}: {failed.failure.message}", file=sys.stderr)
+        print(
+            f"\n{failed.name} {what}, {failed.failure.kind}: {failed.failure.message}",
+            file=sys.stderr,
+        )
         if failed.log_path is None:
             continue
         if failed.failure.kind in ("crashed", "lost", "transient", "out_of_memory"):
             print("\n".join(f"  | {line}" for line in failed.failure.log_tail), file=sys.stderr)
         print(f"  log: {failed.log_path}", file=sys.stderr)
     if result.not_started and result.stopped_by is None:
-        print(f"{len(result.not_started)} runs were not started because of --fail-fast", file=sys.stderr)
+        print(
+            f"{len(result.not_started)} runs were not started because of --fail-fast",
+            file=sys.stderr,
+        )
 
 
 def _describe_decision(one: Selected, decision: Decision, differences: Sequence[str]) -> str:
@@ -224,7 +271,9 @@ def _describe_decision(one: Selected, decision: Decision, differences: Sequence[
 
 @dataclass(frozen=True)
 class Queue:
-    """What Slurm has of these runs already, its limit, and the lease under which more may be submitted."""
+    """What Slurm has of these runs already, its limit, and the lease under which more may be
+    submitted.
+    """
 
     runs: Mapping[str, QueuedRun]
     max_array_size: int
@@ -233,7 +282,9 @@ class Queue:
 
 @contextlib.contextmanager
 def hold_queue(arguments: argparse.Namespace) -> Iterator[Queue]:
-    """The queue, which nobody else submits to for this output root meanwhile. A dry run does without Slurm."""
+    """The queue, which nobody else submits to for this output root meanwhile. A dry run does
+    without Slurm.
+    """
     _check_arguments(arguments)
     root = arguments.output_root
     if not arguments.dry_run:
@@ -259,14 +310,19 @@ def sweep_on_slurm(planned: list[Planned], arguments: argparse.Namespace, queue:
             print(array.script)
             continue
         job = submit(array, queue.lease)
-        print(f"submitted {len(array.selected)} runs as slurm {job}: {array.paths.script_path}", flush=True)
+        print(
+            f"submitted {len(array.selected)} runs as slurm {job}: {array.paths.script_path}",
+            flush=True,
+        )
     return 0
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     for name in ("--gpus", "--fail-fast"):
         if getattr(arguments, name[2:].replace("-", "_")):
-            raise RunnerError(f"`{name}` is for the local engine; Slurm gives GPUs to runs, and starts them")
+            raise RunnerError(
+                f"`{name}` is for the local engine; Slurm gives GPUs to runs, and starts them"
+            )
     check_options(_parse_options(arguments))
 
 

@@ -1,13 +1,15 @@
-"""Which tokens of a chat are trained on: proven from the chat template itself, or refused with a reason.
+"""Which tokens of a chat are trained on: proven from the chat template itself, or refused with a
+reason.
 
-Owns the step from messages to `input_ids`, completion spans and `labels`, in pure Python. Does not own where the
-messages come from, truncation, or batching. A *completion* is one assistant turn up to and including its end-of-turn
-token.
+Owns the step from messages to `input_ids`, completion spans and `labels`, in pure Python. Does not
+own where the messages come from, truncation, or batching. A *completion* is one assistant turn up
+to and including its end-of-turn token.
 
-How a mask is found: rendering the template with a unique sentinel for every content yields the template's own text
-between the contents, the skeleton (`chat_skeleton.py`). A row is accepted only if its real rendering is exactly
-skeleton and contents laid end to end. Every position is then a sum of known lengths: no content is ever searched, so
-nothing that a user writes can move the mask. `docs/chat_templates.md` tells it at length.
+How a mask is found: rendering the template with a unique sentinel for every content yields the
+template's own text between the contents, the skeleton (`chat_skeleton.py`). A row is accepted only
+if its real rendering is exactly skeleton and contents laid end to end. Every position is then a sum
+of known lengths: no content is ever searched, so nothing that a user writes can move the mask.
+`docs/chat_templates.md` tells it at length.
 """
 
 from __future__ import annotations
@@ -60,9 +62,9 @@ class CompletionSpan:
 class MaskedConversation:
     """One tokenised chat and its completions.
 
-    For viewers, all half open: `offsets[i]` are the characters of `text` that token i stands for, `content_chars[i]`
-    those of message i (None for an empty one that the template leaves out), `completion_chars[k]` those of completion
-    k.
+    For viewers, all half open: `offsets[i]` are the characters of `text` that token i stands for,
+    `content_chars[i]` those of message i (None for an empty one that the template leaves out),
+    `completion_chars[k]` those of completion k.
     """
 
     input_ids: tuple[int, ...]
@@ -105,9 +107,11 @@ def mask_conversation(
 
 
 def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an assistant's turn under the tokenizer's chat template: the last ones of completions.
+    """The tokens that end an assistant's turn under the tokenizer's chat template: the last ones of
+    completions.
 
-    Two where a template closes a conversation otherwise than a turn (GPT-OSS); none where plain text ends a turn.
+    Two where a template closes a conversation otherwise than a turn (GPT-OSS); none where plain
+    text ends a turn.
 
     Raises: MaskError, if the template has no end of turn, or no chat template is there.
     """
@@ -123,15 +127,20 @@ def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
 class ConversationMasker:
     """Masks conversations under one tokenizer and its chat template, as it is at this moment.
 
-    `template_kwargs` go to the template as they are (`enable_thinking`, `date_string`, ...). `reads_clock` says that
-    the template can print today's date, which makes the same row another one tomorrow.
+    `template_kwargs` go to the template as they are (`enable_thinking`, `date_string`, ...).
+    `reads_clock` says that the template can print today's date, which makes the same row another
+    one tomorrow.
     """
 
     def __init__(self, tokenizer: Any, *, template_kwargs: Mapping[str, Any] | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise MaskError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot tell which characters a token stands for",
-                hint="give the model a tokenizer.json, which AutoTokenizer.from_pretrained(model) then loads",
+                f"{type(tokenizer).__name__} is a slow tokenizer: it cannot tell which characters a"
+                " token stands for",
+                hint=(
+                    "give the model a tokenizer.json, which AutoTokenizer.from_pretrained(model)"
+                    " then loads"
+                ),
             )
         self._tokenizer = tokenizer
         self._added_ids = frozenset(tokenizer.added_tokens_decoder)
@@ -151,7 +160,9 @@ class ConversationMasker:
         return self._mask(messages)
 
     def _describe_roles(self) -> str:
-        """The roles that the chat template renders in a place where they are usual, found by trying."""
+        """The roles that the chat template renders in a place where they are usual, found by
+        trying.
+        """
         usual = {
             "system": ("system", "user", "assistant"),
             "developer": ("developer", "user", "assistant"),
@@ -172,13 +183,17 @@ class ConversationMasker:
         try:
             contents = _prove(skeleton, messages, text)
         except MaskError:
-            # Templates leave a system block out when its text is empty. Such a message has no characters to place: it
-            # may stand as it is in the skeleton. Not so an assistant's, whose end of turn must be placed.
+            # Templates leave a system block out when its text is empty. Such a message has no
+            # characters to place: it may stand as it is in the skeleton. Not so an assistant's,
+            # whose end of turn must be placed.
             blank = [m["role"] != "assistant" and not m["content"].strip() for m in messages]
             if not any(blank):
                 raise
             skeleton = self._template.skeleton(
-                tuple((m["role"], m["content"] if blank[index] else None) for index, m in enumerate(messages))
+                tuple(
+                    (m["role"], m["content"] if blank[index] else None)
+                    for index, m in enumerate(messages)
+                )
             )
             contents = _prove(skeleton, messages, text)
         return self._tokenise(skeleton, messages, text, contents)
@@ -187,11 +202,16 @@ class ConversationMasker:
         self, skeleton: Skeleton, messages: Messages, text: str, contents: Sequence[Interval]
     ) -> MaskedConversation:
         """Tokens of the whole text, tokenised once, and the completions among them."""
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoding = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         input_ids: list[int] = encoding["input_ids"]
         offsets: list[Interval] = [(start, end) for start, end in encoding["offset_mapping"]]
         if any(left[0] > right[0] or left[1] > right[1] for left, right in pairwise(offsets)):
-            raise MaskError("the tokenizer reports characters out of order, so tokens cannot be placed in the text")
+            raise MaskError(
+                "the tokenizer reports characters out of order, so tokens cannot be placed in the"
+                " text"
+            )
         masked = [
             (start - turn.num_lead_chars, end + turn.num_tail_chars, turn)
             for turn, (start, end) in zip(skeleton.turns, contents, strict=True)
@@ -206,21 +226,31 @@ class ConversationMasker:
         spans: list[CompletionSpan] = []
         for start, end, turn in masked:
             first, last = bisect_right(ends, start), bisect_left(starts, end)
-            # A header token that swallows whitespace to its right (`rstrip`) reaches into the completion: still a
-            # header.
+            # A header token that swallows whitespace to its right (`rstrip`) reaches into the
+            # completion: still a header.
             while first < last and starts[first] < start and input_ids[first] in self._added_ids:
                 first += 1
             span = CompletionSpan(first, last)
             self._check_span(span, turn, messages, input_ids, spans[-1].end if spans else 0)
             for other_start, other_end, other in others:
-                if other_start < other_end and starts[first] < other_end and other_start < ends[last - 1]:
+                if (
+                    other_start < other_end
+                    and starts[first] < other_end
+                    and other_start < ends[last - 1]
+                ):
                     raise MaskError(
-                        f"a token of {describe(messages, turn.message)} also holds characters of "
-                        f"{describe(messages, other)}: the chat template prints nothing between that keeps them apart",
-                        hint="in the chat template, put a special token or a newline between the turns",
+                        f"a token of {describe(messages, turn.message)} also holds characters of"
+                        f" {describe(messages, other)}: the chat template prints nothing between"
+                        " that keeps them apart",
+                        hint=(
+                            "in the chat template, put a special token or a newline between the"
+                            " turns"
+                        ),
                     )
             spans.append(span)
-        by_message = {turn.message: interval for turn, interval in zip(skeleton.turns, contents, strict=True)}
+        by_message = {
+            turn.message: interval for turn, interval in zip(skeleton.turns, contents, strict=True)
+        }
         return MaskedConversation(
             input_ids=tuple(input_ids),
             spans=tuple(spans),
@@ -232,9 +262,16 @@ class ConversationMasker:
         )
 
     def _check_span(
-        self, span: CompletionSpan, turn: Turn, messages: Messages, input_ids: Sequence[int], previous_end: int
+        self,
+        span: CompletionSpan,
+        turn: Turn,
+        messages: Messages,
+        input_ids: Sequence[int],
+        previous_end: int,
     ) -> None:
-        """Raises: MaskError, unless the span has tokens of its own and its last one is the end-of-turn token."""
+        """Raises: MaskError, unless the span has tokens of its own and its last one is the
+        end-of-turn token.
+        """
         who = describe(messages, turn.message)
         if not previous_end <= span.start < span.end:
             raise MaskError(f"{who} has no token that it does not share with another turn")
@@ -243,40 +280,60 @@ class ConversationMasker:
         expected = self._tokenizer.convert_tokens_to_ids(turn.end_token)
         if input_ids[span.end - 1] != expected:
             raise MaskError(
-                f"{who} should end in the token {turn.end_token!r} (id {expected}), but the tokenizer makes "
-                f"{self._tokenizer.convert_ids_to_tokens(input_ids[span.end - 1])!r} of the text there",
-                hint=f"register {turn.end_token!r} as a special token, and look at the last characters of the content",
+                f"{who} should end in the token {turn.end_token!r} (id {expected}), but the"
+                " tokenizer makes"
+                f" {self._tokenizer.convert_ids_to_tokens(input_ids[span.end - 1])!r} of the text"
+                " there",
+                hint=(
+                    f"register {turn.end_token!r} as a special token, and look at the last"
+                    " characters of the content"
+                ),
             )
 
 
 def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> None:
-    """Raises: MaskError, if a message is not a known role and a text, or if nobody is the assistant."""
+    """Raises: MaskError, if a message is not a known role and a text, or if nobody is the
+    assistant.
+    """
     for index, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise MaskError(
-                f"message {index} has the role {role!r}, expected one of {', '.join(ROLES)}; {describe_roles()}",
+                f"message {index} has the role {role!r}, expected one of {', '.join(ROLES)};"
+                f" {describe_roles()}",
                 hint="rename the role in the data; who uses a tool or sets a scene can be a user",
             )
         if not isinstance(content, str):
-            raise MaskError(f"{describe(messages, index)} has the content {quote(repr(content))}, expected a text")
-        if (surrogate := next((char for char in content if "\ud800" <= char <= "\udfff"), None)) is not None:
             raise MaskError(
-                f"{describe(messages, index)} holds {surrogate!r}, half of a character, which is no text",
-                hint="the file was written from text that was cut or decoded wrongly: write it again",
+                f"{describe(messages, index)} has the content {quote(repr(content))}, expected a"
+                " text"
+            )
+        if (
+            surrogate := next((char for char in content if "\ud800" <= char <= "\udfff"), None)
+        ) is not None:
+            raise MaskError(
+                f"{describe(messages, index)} holds {surrogate!r}, half of a character, which is no"
+                " text",
+                hint=(
+                    "the file was written from text that was cut or decoded wrongly: write it again"
+                ),
             )
         extra = sorted(set(message) - {"role", "content"})
         if extra:
             raise MaskError(
-                f"{describe(messages, index)} has the keys {', '.join(extra)}, which a mask does not cover",
+                f"{describe(messages, index)} has the keys {', '.join(extra)}, which a mask does"
+                " not cover",
                 hint="put everything that is to be trained on in `content`",
             )
     if all(message["role"] != "assistant" for message in messages):
-        raise MaskError("the conversation has no assistant turn, so there is no completion to train on")
+        raise MaskError(
+            "the conversation has no assistant turn, so there is no completion to train on"
+        )
 
 
 def _prove(skeleton: Skeleton, messages: Messages, text: str) -> list[Interval]:
-    """The characters of each turn's content, in printed order, if `text` is skeleton and contents laid end to end.
+    """The characters of each turn's content, in printed order, if `text` is skeleton and contents
+    laid end to end.
 
     Raises: MaskError, naming the first place where it is not.
     """
@@ -290,15 +347,23 @@ def _prove(skeleton: Skeleton, messages: Messages, text: str) -> list[Interval]:
             position += len(piece)
         contents.append((position - len(content), position))
     if text[position:] != skeleton.texts[-1]:
-        raise _mismatch("the template's text after the last message", skeleton.texts[-1], text[position:])
+        raise _mismatch(
+            "the template's text after the last message", skeleton.texts[-1], text[position:]
+        )
     return contents
 
 
 def _mismatch(what: str, expected: str, found: str) -> MaskError:
-    """The refusal of a text that does not follow its skeleton, showing both from shortly before they part."""
+    """The refusal of a text that does not follow its skeleton, showing both from shortly before
+    they part.
+    """
     begin = max(0, len(common_prefix(expected, found)) - 20)
     return MaskError(
-        f"{what}: the chat template does not print this conversation as it prints others of the same roles, so no mask "
-        f"can be proven; expected {quote(expected[begin:])}, found {quote(found[begin:])}",
-        hint="the template looks into the content (think tags, tool markup, an empty turn): change the row or template",
+        f"{what}: the chat template does not print this conversation as it prints others of the"
+        f" same roles, so no mask can be proven; expected {quote(expected[begin:])}, found"
+        f" {quote(found[begin:])}",
+        hint=(
+            "the template looks into the content (think tags, tool markup, an empty turn): change"
+            " the row or template"
+        ),
     )

@@ -1,8 +1,9 @@
 """Whether two mathematical answers are equal, decided by math-verify in a process of its own.
 
-The process has a limit of CPU time and memory for each pair: a generated `9^{9^{9^9}}` keeps a computer algebra system
-busy for ever, inside C code that no signal handler can interrupt, and math-verify's own timeouts are signals of wall
-clock time, which would let a busy machine change a score. A pair that exceeds the limit is unequal.
+The process has a limit of CPU time and memory for each pair: a generated `9^{9^{9^9}}` keeps a
+computer algebra system busy for ever, inside C code that no signal handler can interrupt, and
+math-verify's own timeouts are signals of wall clock time, which would let a busy machine change a
+score. A pair that exceeds the limit is unequal.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _MEMORY_BYTES: Final = 4 << 30  # of address space; sympy alone takes a tenth
 
 
 class MathJudge:
-    """A context in which `judge(reference, answer)` can be asked; its process starts with the first hard question.
+    """A context in which `judge(reference, answer)` can be asked; its process starts with the first
+    hard question.
 
     `cpu_seconds` is the limit of one pair; what math-verify decides, it decides in well under one.
     """
@@ -37,7 +39,10 @@ class MathJudge:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._stop()
 
@@ -48,8 +53,15 @@ class MathJudge:
     def _ask(self, reference: str, answer: str) -> bool:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "runner.data.math_judge", str(os.getpid()), str(self._cpu_seconds)],
-                env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy walks through sets: the same way each time
+                [
+                    sys.executable,
+                    "-m",
+                    "runner.data.math_judge",
+                    str(os.getpid()),
+                    str(self._cpu_seconds),
+                ],
+                # Sympy walks through sets: the same way each time.
+                env={**os.environ, "PYTHONHASHSEED": "0"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -86,7 +98,9 @@ def normalise_latex(text: str) -> str:
 
 
 def main() -> int:
-    """Answer pairs of texts from stdin, one JSON line each, with `true` or `false`, until a limit ends the process."""
+    """Answer pairs of texts from stdin, one JSON line each, with `true` or `false`, until a limit
+    ends the process.
+    """
     parent_pid, cpu_seconds = map(int, sys.argv[1:])
     die_with_parent(parent_pid)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
@@ -108,7 +122,9 @@ def load_comparison() -> Callable[[str, str], bool]:
     logging.disable(logging.CRITICAL)  # it warns that its timeouts are off
 
     def is_equal(reference: str, answer: str) -> bool:
-        expected, found = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer))
+        expected, found = (
+            parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer)
+        )
         return bool(verify(expected, found, timeout_seconds=None))
 
     return is_equal

@@ -1,8 +1,9 @@
-"""Message trees of OpenAssistant -> the paths through them that become conversations, and a count of what is left out.
+"""Message trees of OpenAssistant -> the paths through them that become conversations, and a count
+of what is left out.
 
-Rows are single messages (as on the hub) or whole nested trees (as in the project's own export). Schema and the states
-of a tree: https://huggingface.co/datasets/OpenAssistant/oasst1. Every message that no path uses is counted under
-exactly one reason.
+Rows are single messages (as on the hub) or whole nested trees (as in the project's own export).
+Schema and the states of a tree: https://huggingface.co/datasets/OpenAssistant/oasst1. Every message
+that no path uses is counted under exactly one reason.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from runner.errors import DataError
 from runner.recipe.schema import Oasst1Task
 
 READY: Final = "ready_for_export"
-# States of trees that reviewers or moderators gave up; the others between these and `READY` are still being collected.
+# States of trees that reviewers or moderators gave up; the others between these and `READY` are
+# still being collected.
 GIVEN_UP: Final = ("aborted_low_grade", "halted_by_moderator")
 SPEAKERS: Final = ("prompter", "assistant")
 
@@ -69,10 +71,18 @@ def read_trees(rows: Iterable[tuple[str, Any]], task: Oasst1Task) -> TreePaths:
             if known is message:
                 continue
             if (known.text, known.parent_id) != (message.text, message.parent_id):
-                raise DataError(f"{where}: the message id {message.message_id!r} is taken by another in {known.where}")
+                raise DataError(
+                    f"{where}: the message id {message.message_id!r} is taken by another in"
+                    f" {known.where}"
+                )
             left_out["messages that stand twice"] += 1
     forest = _Forest(messages, task, left_out)
-    paths = tuple(path for message in messages.values() if message.parent_id is None for path in forest.walk(message))
+    paths = tuple(
+        path
+        for message in messages.values()
+        if message.parent_id is None
+        for path in forest.walk(message)
+    )
     forest.count_unreachable()
     return TreePaths(paths, {reason: count for reason, count in sorted(left_out.items()) if count})
 
@@ -94,17 +104,23 @@ def _read_messages(row: Any, where: str) -> Iterator[TreeMessage]:
         pending += [(reply, message.message_id) for reply in reversed(replies)]
 
 
-def _read_message(node: Mapping[str, Any], parent_id: Any, tree: Mapping[str, Any], where: str) -> TreeMessage:
+def _read_message(
+    node: Mapping[str, Any], parent_id: Any, tree: Mapping[str, Any], where: str
+) -> TreeMessage:
     """`tree` holds the fields of the whole tree: the row itself where it is flat."""
     role = read_text(node, "role", where)
     if role not in SPEAKERS:
         raise DataError(f"{where}: the role is {role!r}, expected one of {', '.join(SPEAKERS)}")
     rank = node.get("rank")
     if rank is not None and (not isinstance(rank, int | float) or isinstance(rank, bool)):
-        raise DataError(f"{where}: column `rank` should be a number or null, found {describe_value(rank)}")
+        raise DataError(
+            f"{where}: column `rank` should be a number or null, found {describe_value(rank)}"
+        )
     for name in ("deleted", "review_result"):
         if not isinstance(node.get(name), bool | None):
-            raise DataError(f"{where}: column `{name}` should be true, false or null, found {node[name]!r}")
+            raise DataError(
+                f"{where}: column `{name}` should be true, false or null, found {node[name]!r}"
+            )
     return TreeMessage(
         where=where,
         message_id=read_text(node, "message_id", where),
@@ -127,7 +143,9 @@ def _read_optional_text(row: Mapping[str, Any], column: str, where: str) -> str 
 class _Forest:
     """All messages of a source. Each one ends up in a path or under one reason in `left_out`."""
 
-    def __init__(self, messages: Mapping[str, TreeMessage], task: Oasst1Task, left_out: Counter[str]) -> None:
+    def __init__(
+        self, messages: Mapping[str, TreeMessage], task: Oasst1Task, left_out: Counter[str]
+    ) -> None:
         self._messages = messages
         self._task = task
         self._left_out = left_out
@@ -145,7 +163,8 @@ class _Forest:
         answered: set[str] = set()  # an assistant speaks here or below
         for message in reversed(below):  # replies before what they reply to
             if message.message_id in usable and (
-                message.role == "assistant" or any(c.message_id in answered for c in self._replies(message))
+                message.role == "assistant"
+                or any(c.message_id in answered for c in self._replies(message))
             ):
                 answered.add(message.message_id)
         self._left_out["messages that no assistant answers"] += len(usable) - len(answered)
@@ -159,9 +178,17 @@ class _Forest:
 
     def count_unreachable(self) -> None:
         """Messages that hang from no root: below one that is missing, or in a circle."""
-        reached = {message.message_id for root in self._replies(None) for message in self._list_below(root)}
-        orphans = [m for m in self._messages.values() if m.parent_id is not None and m.parent_id not in self._messages]
-        below_orphans = {message.message_id for orphan in orphans for message in self._list_below(orphan)}
+        reached = {
+            message.message_id for root in self._replies(None) for message in self._list_below(root)
+        }
+        orphans = [
+            m
+            for m in self._messages.values()
+            if m.parent_id is not None and m.parent_id not in self._messages
+        ]
+        below_orphans = {
+            message.message_id for orphan in orphans for message in self._list_below(orphan)
+        }
         self._left_out["messages whose parent is missing, or below one"] += len(below_orphans)
         in_circle = len(self._messages) - len(reached) - len(below_orphans)
         self._left_out["messages that reply to each other in a circle"] += in_circle
@@ -213,7 +240,9 @@ class _Forest:
         pending = [[root]]
         while pending:
             path = pending.pop()
-            replies = sorted((m for m in self._replies(path[-1]) if m.message_id in answered), key=_order)
+            replies = sorted(
+                (m for m in self._replies(path[-1]) if m.message_id in answered), key=_order
+            )
             if not replies:
                 finished.append(path)
             elif self._task.paths == "best":

@@ -1,6 +1,8 @@
-"""Judges generated answers: scores of single rows, and what a split's scores add up to. Larger is always better.
+"""Judges generated answers: scores of single rows, and what a split's scores add up to. Larger is
+always better.
 
-All scores lie between 0 and 1. Libraries are imported by the task that needs them, not by a run that generates nothing.
+All scores lie between 0 and 1. Libraries are imported by the task that needs them, not by a run
+that generates nothing.
 """
 
 from __future__ import annotations
@@ -16,14 +18,22 @@ from functools import partial
 
 from runner.data.math_judge import MathJudge
 from runner.data.tasks import find_boxed
-from runner.recipe.schema import AnyTask, MathToolsTask, PromptCompletionTask, SquadV2Task, Sst2Task, SummarizationTask
+from runner.recipe.schema import (
+    AnyTask,
+    MathToolsTask,
+    PromptCompletionTask,
+    SquadV2Task,
+    Sst2Task,
+    SummarizationTask,
+)
 
 
 @dataclass(frozen=True)
 class Judgement:
     """Scores of one answer; none where there is nothing to judge it against.
 
-    `is_readable` is false where the answer is no answer to the question: no label, or no final result. It scores 0.
+    `is_readable` is false where the answer is no answer to the question: no label, or no final
+    result. It scores 0.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
@@ -36,7 +46,9 @@ Judge = Callable[[str, References], Judgement]
 
 @contextmanager
 def open_judge(task: AnyTask) -> Iterator[Judge]:
-    """What judges `(prediction, references)` of one row of the task; it may keep a process while it is open."""
+    """What judges `(prediction, references)` of one row of the task; it may keep a process while it
+    is open.
+    """
     if isinstance(task, PromptCompletionTask):
         yield judge_exact_match
     elif isinstance(task, SummarizationTask):
@@ -53,7 +65,9 @@ def open_judge(task: AnyTask) -> Iterator[Judge]:
 
 
 def summarise(task: AnyTask, rows: Sequence[tuple[References, Judgement]]) -> dict[str, float]:
-    """The task's metrics over a split, each over the rows that it is defined for; one that has none is left out."""
+    """The task's metrics over a split, each over the rows that it is defined for; one that has none
+    is left out.
+    """
     judged = [(references, judgement.scores) for references, judgement in rows if judgement.scores]
     metrics = _mean_of_each([scores for _, scores in judged])
     if isinstance(task, Sst2Task) and judged:
@@ -61,13 +75,18 @@ def summarise(task: AnyTask, rows: Sequence[tuple[References, Judgement]]) -> di
     if isinstance(task, SquadV2Task):
         answerable = _mean_of_each([scores for references, scores in judged if references])
         metrics |= {f"has_answer_{name}": value for name, value in answerable.items()}
-        if unanswerable := _mean_of_each([scores for references, scores in judged if not references]):
+        if unanswerable := _mean_of_each(
+            [scores for references, scores in judged if not references]
+        ):
             metrics["no_answer_accuracy"] = unanswerable["exact_match"]
     return {name: metrics[name] for name in task.METRICS if name in metrics}
 
 
 def _mean_of_each(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: math.fsum(scores[name] for scores in rows) / len(rows) for name in (rows[0] if rows else ())}
+    return {
+        name: math.fsum(scores[name] for scores in rows) / len(rows)
+        for name in (rows[0] if rows else ())
+    }
 
 
 def judge_exact_match(prediction: str, references: References) -> Judgement:
@@ -83,8 +102,8 @@ def judge_exact_match(prediction: str, references: References) -> Judgement:
 def build_rouge_judge() -> Judge:
     """ROUGE-1, ROUGE-2 and ROUGE-L F-measures by rouge-score.
 
-    With Porter's stemmer, as the original ROUGE is run for summaries (`-m`). Words are runs of a-z and 0-9: this is a
-    measure for English.
+    With Porter's stemmer, as the original ROUGE is run for summaries (`-m`). Words are runs of a-z
+    and 0-9: this is a measure for English.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -99,7 +118,8 @@ def build_rouge_judge() -> Judge:
 
 
 def judge_label(task: Sst2Task, prediction: str, references: References) -> Judgement:
-    """Whether the answer is the right label text, but for case, whitespace and punctuation around it.
+    """Whether the answer is the right label text, but for case, whitespace and punctuation around
+    it.
 
     >>> task = Sst2Task(name="sst2", prompt="{sentence}")
     >>> judge_label(task, "Positive.", ("positive",)), judge_label(task, "good", ("positive",)).is_readable
@@ -107,16 +127,24 @@ def judge_label(task: Sst2Task, prediction: str, references: References) -> Judg
     """
     label = _bare(prediction)
     is_right = label in {_bare(reference) for reference in references}
-    return Judgement({"accuracy": float(is_right)}, is_readable=label in {_bare(text) for text in task.label_texts})
+    return Judgement(
+        {"accuracy": float(is_right)},
+        is_readable=label in {_bare(text) for text in task.label_texts},
+    )
 
 
 def _bare(text: str) -> str:
     return text.casefold().strip(string.punctuation + string.whitespace)
 
 
-def _f1_of_positives(task: Sst2Task, judged: Sequence[tuple[References, dict[str, float]]]) -> float:
+def _f1_of_positives(
+    task: Sst2Task, judged: Sequence[tuple[References, dict[str, float]]]
+) -> float:
     """F1 of label 1, as GLUE counts it; an answer that is neither label counts as the wrong one."""
-    pairs = [(references[0] == task.label_texts[1], scores["accuracy"] == 1) for references, scores in judged]
+    pairs = [
+        (references[0] == task.label_texts[1], scores["accuracy"] == 1)
+        for references, scores in judged
+    ]
     true_positives = sum(is_positive and is_right for is_positive, is_right in pairs)
     num_positive = sum(is_positive for is_positive, _ in pairs)
     num_answered_positive = sum(is_positive == is_right for is_positive, is_right in pairs)
@@ -125,9 +153,11 @@ def _f1_of_positives(task: Sst2Task, judged: Sequence[tuple[References, dict[str
 
 
 def judge_squad(task: SquadV2Task, prediction: str, references: References) -> Judgement:
-    """Exact match and token F1 against the best reference, as the official script of SQuAD 2.0 counts them.
+    """Exact match and token F1 against the best reference, as the official script of SQuAD 2.0
+    counts them.
 
-    The task's `no_answer_text`, and an answer without any word, say that the context holds no answer.
+    The task's `no_answer_text`, and an answer without any word, say that the context holds no
+    answer.
 
     >>> task = SquadV2Task(name="squad_v2", prompt="{context} {question}", no_answer_text="unanswerable")
     >>> judge_squad(task, "the cat sat", ("A cat", "dogs")).scores
@@ -153,7 +183,9 @@ def normalise_squad(text: str) -> str:
     >>> normalise_squad(" The  U.S. of A, an end")
     'us of end'
     """
-    bare = "".join(character for character in text.lower() if character not in set(string.punctuation))
+    bare = "".join(
+        character for character in text.lower() if character not in set(string.punctuation)
+    )
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
@@ -164,7 +196,9 @@ def _token_f1(answer: list[str], reference: list[str]) -> float:
     return 2 * num_same / (len(answer) + len(reference))
 
 
-def judge_final_answer(is_equal: Callable[[str, str], bool], prediction: str, references: References) -> Judgement:
+def judge_final_answer(
+    is_equal: Callable[[str, str], bool], prediction: str, references: References
+) -> Judgement:
     r"""Whether what the last `\boxed{}` holds equals the reference, mathematically by `is_equal(reference, answer)`.
 
     An answer without a box is not read: it scores 0. A row without a reference is not judged.

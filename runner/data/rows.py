@@ -1,8 +1,10 @@
-"""Picks, splits, tokenises and masks rows; what comes out is the same for every loss mode but for the labels.
+"""Picks, splits, tokenises and masks rows; what comes out is the same for every loss mode but for
+the labels.
 
-Rows are ordered by a seeded hash of their group (the content itself, where the task knows no groups), then of their
-content. Test rows come first, then validation, then training, so splits are disjoint by content and by group,
-independent of the order of the file, and smaller training sets are prefixes of larger ones.
+Rows are ordered by a seeded hash of their group (the content itself, where the task knows no
+groups), then of their content. Test rows come first, then validation, then training, so splits are
+disjoint by content and by group, independent of the order of the file, and smaller training sets
+are prefixes of larger ones.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ SPLITS: Final = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class RawRow:
-    """One conversation, where it came from, a hash of its content, and what an answer to it is judged against."""
+    """One conversation, where it came from, a hash of its content, and what an answer to it is
+    judged against.
+    """
 
     where: str
     messages: Conversation
@@ -41,15 +45,23 @@ class RawRow:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What no split was drawn from, and why; nothing else is missing but rows that were not asked for."""
+    """What no split was drawn from, and why; nothing else is missing but rows that were not asked
+    for.
+    """
 
     num_duplicates: int = 0
-    num_left_out_by_group: int = 0  # another row of their group stands in a split that is drawn earlier
-    by_task: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # split of the source -> reason -> count
+    # Another row of their group stands in a split that is drawn earlier.
+    num_left_out_by_group: int = 0
+    # Split of the source -> reason -> count.
+    by_task: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         """One line for each reason."""
-        lines = [f"{split}: {count} {reason}" for split, left in self.by_task.items() for reason, count in left.items()]
+        lines = [
+            f"{split}: {count} {reason}"
+            for split, left in self.by_task.items()
+            for reason, count in left.items()
+        ]
         if self.num_left_out_by_group:
             lines.append(f"{self.num_left_out_by_group} rows of groups that stand in another split")
         if self.num_duplicates:
@@ -69,7 +81,8 @@ class RawSplits:
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised row. `spans` are the completions in `input_ids`; `num_bytes` counts their contents in UTF-8.
+    """One tokenised row. `spans` are the completions in `input_ids`; `num_bytes` counts their
+    contents in UTF-8.
 
     A generated last completion is judged against `references`.
     """
@@ -83,7 +96,9 @@ class Row:
 
     @property
     def num_completion_tokens(self) -> int:
-        """Tokens of the completions that have a predecessor, so that a model can be scored on them."""
+        """Tokens of the completions that have a predecessor, so that a model can be scored on
+        them.
+        """
         return sum(span.end - max(span.start, 1) for span in self.spans)
 
     def labels(self, loss: Literal["full", "completion"]) -> list[int]:
@@ -93,7 +108,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one split that a run uses, and the ids of those that `data.truncation: drop` left out."""
+    """The rows of one split that a run uses, and the ids of those that `data.truncation: drop` left
+    out.
+    """
 
     rows: tuple[Row, ...]
     dropped: tuple[str, ...]
@@ -112,15 +129,20 @@ class Samples:
 def draw_splits(data: DataSection) -> RawSplits:
     """The rows of each split: the same for every model, loss mode and training seed.
 
-    A row whose content occurred before, in a split that comes first or earlier in its own, is a duplicate: it is
-    counted and left out. So are rows of a group of which another row stands in a split that comes first. Raises
-    DataError for a split that is empty or has fewer rows than asked for.
+    A row whose content occurred before, in a split that comes first or earlier in its own, is a
+    duplicate: it is counted and left out. So are rows of a group of which another row stands in a
+    split that comes first. Raises DataError for a split that is empty or has fewer rows than asked
+    for.
     """
     seen: set[str] = set()
     pools: dict[str, list[RawRow]] = {}
     by_task: dict[str, Mapping[str, int]] = {}
     num_duplicates = 0
-    for split, source in (("test", data.test), ("validation", data.validation), ("train", data.train)):
+    for split, source in (
+        ("test", data.test),
+        ("validation", data.validation),
+        ("train", data.train),
+    ):
         if source is None:
             continue
         pools[split] = []
@@ -128,14 +150,20 @@ def draw_splits(data: DataSection) -> RawSplits:
         if read.left_out:
             by_task[split] = read.left_out
         for example in read.examples:
-            content_hash = hash_json([[message["role"], message["content"]] for message in example.messages])
+            content_hash = hash_json(
+                [[message["role"], message["content"]] for message in example.messages]
+            )
             if content_hash in seen:
                 num_duplicates += 1
                 continue
             seen.add(content_hash)
             group = content_hash if example.group is None else example.group
-            pools[split].append(RawRow(example.where, example.messages, content_hash, example.references, group))
-        pools[split].sort(key=lambda raw: (_rank(data.seed, raw.group), _rank(data.seed, raw.content_hash)))
+            pools[split].append(
+                RawRow(example.where, example.messages, content_hash, example.references, group)
+            )
+        pools[split].sort(
+            key=lambda raw: (_rank(data.seed, raw.group), _rank(data.seed, raw.content_hash))
+        )
     drawn: dict[str, tuple[RawRow, ...]] = {}
     num_left_out_by_group = 0
     for split in ("test", "validation", "train"):
@@ -153,15 +181,20 @@ def _rank(seed: int, text: str) -> str:
     return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
-def _draw(pool: Sequence[RawRow], split: str, wanted: int | None, left_out: LeftOut) -> tuple[RawRow, ...]:
+def _draw(
+    pool: Sequence[RawRow], split: str, wanted: int | None, left_out: LeftOut
+) -> tuple[RawRow, ...]:
     """The first rows of what is left for a split."""
     count = len(pool) if wanted is None else wanted
     if len(pool) < count or count == 0:
         reasons = "".join(f"\n  left out: {line}" for line in left_out.describe())
         raise DataError(
-            f"{len(pool)} different rows are left for the {split} split, {wanted or 'at least 1'} were asked for"
-            + reasons,
-            hint=f"lower `data.num_{split}_samples`, or those of the splits drawn before it (test, then validation)",
+            f"{len(pool)} different rows are left for the {split} split, {wanted or 'at least 1'}"
+            " were asked for" + reasons,
+            hint=(
+                f"lower `data.num_{split}_samples`, or those of the splits drawn before it (test,"
+                " then validation)"
+            ),
         )
     return tuple(pool[:count])
 
@@ -172,23 +205,31 @@ def build_samples(data: DataSection, tokenizer: Any, raw: RawSplits | None = Non
     `raw` saves drawing the rows again where several models share them.
 
     Raises:
-        DataError: a row cannot be rendered, masked or fitted into `data.max_length`; the first few are named.
+        DataError: a row cannot be rendered, masked or fitted into `data.max_length`; the first few
+            are named.
     """
     masker = build_masker(tokenizer)
     raw = raw or draw_splits(data)
     train, validation, test = (
-        _tokenize_split(getattr(raw, name), name, data, masker, tokenizer.bos_token_id) for name in SPLITS
+        _tokenize_split(getattr(raw, name), name, data, masker, tokenizer.bos_token_id)
+        for name in SPLITS
     )
     return Samples(train, validation, test, raw.left_out)
 
 
 def build_masker(tokenizer: Any) -> ConversationMasker:
-    """What masks rows under the tokenizer's chat template. Raises: DataError, if the template prints the date."""
+    """What masks rows under the tokenizer's chat template. Raises: DataError, if the template
+    prints the date.
+    """
     masker = ConversationMasker(tokenizer)
     if masker.reads_clock:
         raise DataError(
-            "the chat template prints today's date, so the same recipe would train on other tokens tomorrow",
-            hint="copy the template to a file with the date written out, and name it in `model.chat_template`",
+            "the chat template prints today's date, so the same recipe would train on other tokens"
+            " tomorrow",
+            hint=(
+                "copy the template to a file with the date written out, and name it in"
+                " `model.chat_template`"
+            ),
         )
     return masker
 
@@ -201,14 +242,18 @@ def mask_row(raw: RawRow, masker: ConversationMasker) -> MaskedConversation:
         raise MaskError(f"{raw.where}: {error.message}", hint=error.hint) from None
 
 
-def fit_row(raw: RawRow, masked: MaskedConversation, data: DataSection, bos_token_id: int | None) -> Row | None:
-    """The row as a run uses it, after `data.truncation`; None where it does not fit into `data.max_length`.
+def fit_row(
+    raw: RawRow, masked: MaskedConversation, data: DataSection, bos_token_id: int | None
+) -> Row | None:
+    """The row as a run uses it, after `data.truncation`; None where it does not fit into
+    `data.max_length`.
 
     Raises: MaskError, for a row that begins with BOS twice.
     """
     if bos_token_id is not None and masked.input_ids[:2] == (bos_token_id, bos_token_id):
         raise MaskError(
-            f"{raw.where}: begins with the BOS token twice, as no text does that a model was trained on",
+            f"{raw.where}: begins with the BOS token twice, as no text does that a model was"
+            " trained on",
             hint="the content begins with it, or the chat template prints it twice",
         )
     completions = [message["content"] for message in raw.messages if message["role"] == "assistant"]
@@ -225,7 +270,11 @@ def fit_row(raw: RawRow, masked: MaskedConversation, data: DataSection, bos_toke
 
 
 def _tokenize_split(
-    raw_rows: Sequence[RawRow], split: str, data: DataSection, masker: ConversationMasker, bos_token_id: int | None
+    raw_rows: Sequence[RawRow],
+    split: str,
+    data: DataSection,
+    masker: ConversationMasker,
+    bos_token_id: int | None,
 ) -> Split:
     rows: list[Row] = []
     too_long: list[tuple[RawRow, int]] = []
@@ -241,9 +290,13 @@ def _tokenize_split(
 
 
 def _cut_prompt(
-    ids: tuple[int, ...], kept: list[tuple[CompletionSpan, str]], max_length: int, bos_token_id: int | None
+    ids: tuple[int, ...],
+    kept: list[tuple[CompletionSpan, str]],
+    max_length: int,
+    bos_token_id: int | None,
 ) -> tuple[tuple[int, ...], list[tuple[CompletionSpan, str]]]:
-    """Cut tokens off the left, but for BOS. Completions that lose a token or their whole prompt are not trained on.
+    """Cut tokens off the left, but for BOS. Completions that lose a token or their whole prompt are
+    not trained on.
 
     >>> span = CompletionSpan(4, 6)
     >>> _cut_prompt((1, 5, 6, 7, 8, 9), [(span, "x")], 4, 1)
@@ -252,13 +305,19 @@ def _cut_prompt(
     head = ids[:1] if bos_token_id is not None and ids[0] == bos_token_id else ()
     cut = len(ids) - max_length
     shifted = [
-        (CompletionSpan(span.start - cut, span.end - cut), text) for span, text in kept if span.start - cut > len(head)
+        (CompletionSpan(span.start - cut, span.end - cut), text)
+        for span, text in kept
+        if span.start - cut > len(head)
     ]
     return head + ids[cut + len(head) :], shifted
 
 
-def refuse_too_long(too_long: Sequence[tuple[RawRow, int]], num_fitting: int, split: str, data: DataSection) -> None:
-    """Raises: DataError, if rows do not fit and may not be dropped, or if none fits; `too_long` has their tokens."""
+def refuse_too_long(
+    too_long: Sequence[tuple[RawRow, int]], num_fitting: int, split: str, data: DataSection
+) -> None:
+    """Raises: DataError, if rows do not fit and may not be dropped, or if none fits; `too_long` has
+    their tokens.
+    """
     if too_long and data.truncation != "drop":
         shown = "\n".join(f"  {raw.where}: {length} tokens" for raw, length in too_long[:5])
         more = f"\n  and {len(too_long) - 5} more" if len(too_long) > 5 else ""
@@ -269,17 +328,23 @@ def refuse_too_long(too_long: Sequence[tuple[RawRow, int]], num_fitting: int, sp
             else "and `data.truncation` is `refuse`"
         )
         raise DataError(
-            f"{len(too_long)} rows of the {split} split are longer than `data.max_length: {data.max_length}`, "
-            f"{reason}:\n{shown}{more}",
-            hint=f"set `data.max_length: {longest}`, or `data.truncation: prompt_left` (cuts prompts, keeps "
-            "completions) or `drop` (leaves such rows out, counted)",
+            f"{len(too_long)} rows of the {split} split are longer than `data.max_length:"
+            f" {data.max_length}`, {reason}:\n{shown}{more}",
+            hint=(
+                f"set `data.max_length: {longest}`, or `data.truncation: prompt_left` (cuts"
+                " prompts, keeps completions) or `drop` (leaves such rows out, counted)"
+            ),
         )
     if not num_fitting:
-        raise DataError(f"no row of the {split} split fits into `data.max_length: {data.max_length}`")
+        raise DataError(
+            f"no row of the {split} split fits into `data.max_length: {data.max_length}`"
+        )
 
 
 def describe_samples(samples: Samples, loss: Literal["full", "completion"]) -> dict[str, Any]:
-    """The content of `samples.json`: two arms saw the same rows exactly when their `input_ids_hash` are equal."""
+    """The content of `samples.json`: two arms saw the same rows exactly when their `input_ids_hash`
+    are equal.
+    """
     splits = {}
     for name in SPLITS:
         split: Split = getattr(samples, name)

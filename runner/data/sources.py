@@ -1,4 +1,5 @@
-"""Reads the rows of a data source, local or on the hub, as they are; nothing here knows what the columns mean.
+"""Reads the rows of a data source, local or on the hub, as they are; nothing here knows what the
+columns mean.
 
 Reading one field of a row, and naming what was found instead.
 """
@@ -17,12 +18,16 @@ from runner.recipe.schema import DataSource
 
 _SUFFIXES: Final = (".json", ".jsonl", ".csv", ".parquet")
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-_ENCODING: Final = "utf-8-sig"  # whatever the locale; spreadsheets open their files with a byte order mark
-_MAX_FIELD_CHARACTERS: Final = 2**31 - 1  # Python's own limit, 131,072, is less than a long document
+# Whatever the locale; spreadsheets open their files with a byte order mark.
+_ENCODING: Final = "utf-8-sig"
+# Python's own limit, 131,072, is less than a long document.
+_MAX_FIELD_CHARACTERS: Final = 2**31 - 1
 
 
 def load_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
-    """`(where, row)` for every row of a local file, a folder of files, or a data set on the hub, in file order."""
+    """`(where, row)` for every row of a local file, a folder of files, or a data set on the hub, in
+    file order.
+    """
     path = Path(source.path)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
@@ -35,7 +40,10 @@ def load_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
     elif path.suffix in _SUFFIXES:
         raise DataError(
             f"the data file {path} does not exist",
-            hint="put your rows there, or name another file, such as data.train.path=FILE on the command line",
+            hint=(
+                "put your rows there, or name another file, such as data.train.path=FILE on the"
+                " command line"
+            ),
         )
     else:
         yield from _load_hub(source)
@@ -58,7 +66,9 @@ def _load_file(path: Path) -> Iterator[tuple[str, Any]]:
         elif path.suffix == ".parquet":
             yield from _load_parquet(path)
         else:
-            raise DataError(f"{path}: cannot tell the format, expected one of {', '.join(_SUFFIXES)}")
+            raise DataError(
+                f"{path}: cannot tell the format, expected one of {', '.join(_SUFFIXES)}"
+            )
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text ({error})") from None
 
@@ -71,12 +81,16 @@ def _parse_json(text: str, where: str) -> Any:
     except RecursionError:
         raise DataError(f"{where}: is nested too deeply to be a row") from None
     if (found := _SURROGATE.search(text)) and not _is_text(value):
-        raise DataError(f"{where}: {found[0]} is one half of a character: no tokenizer can read that")
+        raise DataError(
+            f"{where}: {found[0]} is one half of a character: no tokenizer can read that"
+        )
     return value
 
 
 def _is_text(value: Any) -> bool:
-    """Whether every text of a JSON value can be written as UTF-8: JSON may spell halves of surrogate pairs."""
+    """Whether every text of a JSON value can be written as UTF-8: JSON may spell halves of
+    surrogate pairs.
+    """
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -85,7 +99,9 @@ def _is_text(value: Any) -> bool:
 
 
 def _load_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows as mappings. `csv.DictReader` would drop a field too many, such as what follows a comma without quotes."""
+    """Rows as mappings. `csv.DictReader` would drop a field too many, such as what follows a comma
+    without quotes.
+    """
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     with path.open(newline="", encoding=_ENCODING) as stream:
         reader = csv.reader(stream)
@@ -96,9 +112,12 @@ def _load_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             for number, fields in enumerate(filter(None, reader), start=1):
                 if len(fields) != len(header):
                     raise DataError(
-                        f"{path} row {number} (line {reader.line_num}): has {len(fields)} fields, but the header has "
-                        f"{len(header)}",
-                        hint='a text that holds a comma, a quote or a line break stands in double quotes: "..."',
+                        f"{path} row {number} (line {reader.line_num}): has {len(fields)} fields,"
+                        f" but the header has {len(header)}",
+                        hint=(
+                            "a text that holds a comma, a quote or a line break stands in double"
+                            ' quotes: "..."'
+                        ),
                     )
                 yield f"{path} row {number}", dict(zip(header, fields, strict=True))
         except csv.Error as error:
@@ -112,7 +131,8 @@ def _load_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's fault; pyarrow's own have no number
+        # The disk's fault; pyarrow's own have no number.
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from None
     yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
@@ -122,13 +142,22 @@ def _load_hub(source: DataSource) -> Iterator[tuple[str, Any]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(source.path, source.config_name, split=source.split, revision=source.revision)
-    except Exception as error:  # the library raises a dozen unrelated kinds for a missing name, split or network
+        rows = datasets.load_dataset(
+            source.path, source.config_name, split=source.split, revision=source.revision
+        )
+    # The library raises a dozen unrelated kinds for a missing name, split or network.
+    except Exception as error:
         raise DataError(
-            f"cannot load the data set {source.path!r}, split {source.split!r}: {type(error).__name__}: {error}",
-            hint="give a local file in `data.train.path`, or check the hub id, its split, and the network",
+            f"cannot load the data set {source.path!r}, split {source.split!r}:"
+            f" {type(error).__name__}: {error}",
+            hint=(
+                "give a local file in `data.train.path`, or check the hub id, its split, and the"
+                " network"
+            ),
         ) from error
-    yield from ((f"{source.path}[{source.split}] row {number}", row) for number, row in enumerate(rows))
+    yield from (
+        (f"{source.path}[{source.split}] row {number}", row) for number, row in enumerate(rows)
+    )
 
 
 def require_object(row: Any, where: str) -> Mapping[str, Any]:
@@ -143,7 +172,10 @@ def require_column(row: Mapping[str, Any], column: str, where: str) -> Any:
     if column not in row:
         raise DataError(
             f"{where}: the column `{column}` is missing",
-            hint=f"its columns are {', '.join(map(str, row))}; choose another `data.task`, or name the right one in it",
+            hint=(
+                f"its columns are {', '.join(map(str, row))}; choose another `data.task`, or name"
+                " the right one in it"
+            ),
         )
     return row[column]
 
@@ -152,7 +184,9 @@ def read_text(row: Mapping[str, Any], column: str, where: str) -> str:
     """The text in a column."""
     value = require_column(row, column, where)
     if not isinstance(value, str):
-        raise DataError(f"{where}: column `{column}` should be a text, found {describe_value(value)}")
+        raise DataError(
+            f"{where}: column `{column}` should be a text, found {describe_value(value)}"
+        )
     return value
 
 
@@ -162,7 +196,15 @@ def describe_value(value: Any) -> str:
     >>> describe_value([]), describe_value(None), describe_value(3)
     ('an empty list', 'nothing (null)', 'a number')
     """
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "nothing (null)"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        type(None): "nothing (null)",
+    }
     if value == []:
         return "an empty list"
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+    return names.get(
+        type(value), "a number" if isinstance(value, int | float) else type(value).__name__
+    )

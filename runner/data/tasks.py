@@ -1,7 +1,8 @@
-"""Tasks turn the rows of a data set into examples: a conversation, and what a generated answer is judged against.
+"""Tasks turn the rows of a data set into examples: a conversation, and what a generated answer is
+judged against.
 
-Nothing here knows tokens, splits or models. A row that cannot be read is an error that names it; what a task leaves out
-on purpose is counted by reason.
+Nothing here knows tokens, splits or models. A row that cannot be read is an error that names it;
+what a task leaves out on purpose is counted by reason.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ Conversation = tuple[Message, ...]
 CONVERSATION_COLUMNS: Final = ("messages", "conversations", "conversation")
 # from/value data (ShareGPT) and some chat templates name their speakers differently.
 ROLES: Final[Mapping[str, str]] = MappingProxyType(
-    {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+    {
+        "human": "user",
+        "prompter": "user",
+        "gpt": "assistant",
+        "bot": "assistant",
+        "chatgpt": "assistant",
+    }
 )
 # What speaks for a tool: no template of Gemma, Mistral or a plain base model has such a role.
 TOOL_ROLES: Final[Mapping[str, str]] = MappingProxyType(
@@ -44,8 +51,9 @@ _BOXED: Final = "\\boxed{"
 class Example:
     """One conversation; `where` names the file and row for errors.
 
-    A generated answer is judged against `references`: any of them counts. They are empty where a SQuAD question has no
-    answer, and in tasks that judge nothing. Rows of one `group` never stand in two splits; None: its own content.
+    A generated answer is judged against `references`: any of them counts. They are empty where a
+    SQuAD question has no answer, and in tasks that judge nothing. Rows of one `group` never stand
+    in two splits; None: its own content.
     """
 
     where: str
@@ -79,11 +87,15 @@ def _build_example(row: Any, task: AnyTask, where: str) -> Example:
         return Example(where, _read_messages(_find_messages(row, where), where))
     if isinstance(task, MathToolsTask):
         messages = _read_messages(_find_messages(row, where), where, TOOL_ROLES)
-        answer = find_boxed([message["content"] for message in messages if message["role"] == "assistant"][-1])
+        answer = find_boxed(
+            [message["content"] for message in messages if message["role"] == "assistant"][-1]
+        )
         return Example(where, messages, () if answer is None else (answer,))
     columns = require_object(row, where)
     if isinstance(task, PromptCompletionTask):
-        prompt, completion = (read_text(columns, name, where) for name in (task.prompt_column, task.completion_column))
+        prompt, completion = (
+            read_text(columns, name, where) for name in (task.prompt_column, task.completion_column)
+        )
         references: tuple[str, ...] = (completion,)
     elif isinstance(task, SummarizationTask):
         prompt = _fill(task.prompt, document=read_text(columns, task.document_column, where))
@@ -105,8 +117,12 @@ def _build_example(row: Any, task: AnyTask, where: str) -> Example:
 
 def _build_tree_example(path: TreePath) -> Example:
     root = path.messages[0]
-    messages = tuple({"role": ROLES.get(one.role, one.role), "content": one.text} for one in path.messages)
-    return Example(f"{root.where} (message {root.message_id})", messages, group=path.message_tree_id)
+    messages = tuple(
+        {"role": ROLES.get(one.role, one.role), "content": one.text} for one in path.messages
+    )
+    return Example(
+        f"{root.where} (message {root.message_id})", messages, group=path.message_tree_id
+    )
 
 
 def _fill(prompt: str, **texts: str) -> str:
@@ -115,7 +131,8 @@ def _fill(prompt: str, **texts: str) -> str:
     >>> _fill("{context} Q: {question}", context="a {question}", question="b")
     'a {question} Q: b'
     """
-    for name in sorted(texts, key=lambda name: prompt.index(f"{{{name}}}"), reverse=True):  # the last one first
+    # The last one first.
+    for name in sorted(texts, key=lambda name: prompt.index(f"{{{name}}}"), reverse=True):
         before, _, after = prompt.partition(f"{{{name}}}")
         prompt = before + texts[name] + after
     return prompt
@@ -127,34 +144,49 @@ def _find_messages(row: Any, where: str) -> Any:
         return row
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected a conversation, found {describe_value(row)}")
-    if "prompt" in row and "completion" in row and not any(name in row for name in CONVERSATION_COLUMNS):
+    if (
+        "prompt" in row
+        and "completion" in row
+        and not any(name in row for name in CONVERSATION_COLUMNS)
+    ):
         hint = "for plain prompts and completions set `data.task: {name: prompt_completion}`"
         if not isinstance(row["prompt"], list) or not isinstance(row["completion"], list):
-            raise DataError(f"{where}: has the columns `prompt` and `completion`, no messages", hint=hint)
+            raise DataError(
+                f"{where}: has the columns `prompt` and `completion`, no messages", hint=hint
+            )
         return [*row["prompt"], *row["completion"]]
     for name in CONVERSATION_COLUMNS:
         if name in row:
             return row[name]
     raise DataError(
-        f"{where}: has none of the columns {', '.join(f'`{name}`' for name in CONVERSATION_COLUMNS)}",
-        hint=f"its columns are {', '.join(map(str, row))}; choose another `data.task` in the recipe",
+        f"{where}: has none of the columns"
+        f" {', '.join(f'`{name}`' for name in CONVERSATION_COLUMNS)}",
+        hint=(
+            f"its columns are {', '.join(map(str, row))}; choose another `data.task` in the recipe"
+        ),
     )
 
 
-def _read_messages(messages: Any, where: str, other_roles: Mapping[str, str] = MappingProxyType({})) -> Conversation:
+def _read_messages(
+    messages: Any, where: str, other_roles: Mapping[str, str] = MappingProxyType({})
+) -> Conversation:
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError(f"{where}: expected a list of messages, found {describe_value(messages)}")
     roles = {**ROLES, **other_roles}
     conversation = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping):
-            raise DataError(f"{where}, message {number}: expected an object, found {describe_value(message)}")
+            raise DataError(
+                f"{where}, message {number}: expected an object, found {describe_value(message)}"
+            )
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(
-                f"{where}, message {number}: expected the texts `role` and `content` (or `from` and `value`), "
-                f"found {', '.join(f'{key}: {describe_value(value)}' for key, value in message.items()) or 'nothing'}"
+                f"{where}, message {number}: expected the texts `role` and `content` (or `from` and"
+                " `value`), "
+                "found"
+                f" {', '.join(f'{key}: {describe_value(value)}' for key, value in message.items()) or 'nothing'}"
             )
         conversation.append({"role": roles.get(role, role), "content": content})
     if not any(message["role"] == "assistant" for message in conversation):
@@ -174,7 +206,9 @@ def _read_label(row: Mapping[str, Any], column: str, where: str) -> int:
                 hint="use the rows of GLUE's validation split in `data.test`",
             )
         raise DataError(f"{where}: column `{column}` should be the label 0 or 1, found {label!r}")
-    raise DataError(f"{where}: column `{column}` should be the label 0 or 1, found {describe_value(label)}")
+    raise DataError(
+        f"{where}: column `{column}` should be the label 0 or 1, found {describe_value(label)}"
+    )
 
 
 def _read_answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -186,12 +220,19 @@ def _read_answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     elif isinstance(answers, Mapping) and isinstance(answers.get("text"), list | tuple):
         texts = list(answers["text"])
     else:
-        shape = "an object without a list `text`" if isinstance(answers, Mapping) else describe_value(answers)
+        shape = (
+            "an object without a list `text`"
+            if isinstance(answers, Mapping)
+            else describe_value(answers)
+        )
         raise DataError(f"{where}: column `answers`: {expected}, found {shape}")
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             found = repr(text) if isinstance(text, str) else describe_value(text)
-            raise DataError(f"{where}: column `answers`: {expected} with texts that are not blank, found {found}")
+            raise DataError(
+                f"{where}: column `answers`: {expected} with texts that are not blank, found"
+                f" {found}"
+            )
     return tuple(dict.fromkeys(texts))
 
 
@@ -210,7 +251,9 @@ def find_boxed(text: str) -> str | None:
 
 
 def _read_braces(text: str, start: int) -> str | None:
-    """The text from `start` to the brace that closes the one before it; an escaped brace is a character."""
+    """The text from `start` to the brace that closes the one before it; an escaped brace is a
+    character.
+    """
     depth, at = 1, start
     while at < len(text):
         if text[at] == "\\":

@@ -1,4 +1,6 @@
-"""The tokenizer of a recipe: its chat template and a pad token that is never silently the end-of-sequence token."""
+"""The tokenizer of a recipe: its chat template and a pad token that is never silently the
+end-of-sequence token.
+"""
 
 from __future__ import annotations
 
@@ -28,24 +30,34 @@ def load_tokenizer(model: ModelSection) -> Any:
     """The fast tokenizer with the recipe's chat template and pad token.
 
     Raises:
-        DataError: no such tokenizer, no chat template, or no pad token as `model.pad_token` asks for it.
+        DataError: no such tokenizer, no chat template, or no pad token as `model.pad_token` asks
+            for it.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
-    except Exception as error:  # whatever a folder holds, Transformers raises a dozen unrelated kinds for it
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=False
+        )
+    # Whatever a folder holds, Transformers raises a dozen unrelated kinds for it.
+    except Exception as error:
         raise DataError(
-            f"cannot load the tokenizer of {model.path!r}: {str(error).strip().partition(chr(10))[0]}",
-            hint="`model.path` is a local folder or a hub id; gated models need a token in the environment; models "
-            "that bring code of their own are not run",
+            f"cannot load the tokenizer of {model.path!r}:"
+            f" {str(error).strip().partition(chr(10))[0]}",
+            hint=(
+                "`model.path` is a local folder or a hub id; gated models need a token in the"
+                " environment; models that bring code of their own are not run"
+            ),
         ) from error
     if model.chat_template is not None:
         tokenizer.chat_template = Path(model.chat_template).read_text()
     if not tokenizer.chat_template:
         raise DataError(
             f"{model.path} has no chat template of its own",
-            hint="name one in `model.chat_template`, for example recipe_templates/chat/human_assistant.jinja",
+            hint=(
+                "name one in `model.chat_template`, for example"
+                " recipe_templates/chat/human_assistant.jinja"
+            ),
         )
     set_pad_token(tokenizer, model)
     tokenizer.padding_side = "right"
@@ -55,8 +67,9 @@ def load_tokenizer(model: ModelSection) -> Any:
 def set_pad_token(tokenizer: Any, model: ModelSection) -> None:
     """Give the tokenizer the pad token that `model.pad_token` asks for; in no case eos.
 
-    A token that the vocabulary lacks takes the next id. If the embedding has a spare row for it (Phi-2 has 51,200 rows
-    for 50,295 tokens) no weight changes; otherwise `model.add_pad_row` adds one.
+    A token that the vocabulary lacks takes the next id. If the embedding has a spare row for it
+    (Phi-2 has 51,200 rows for 50,295 tokens) no weight changes; otherwise `model.add_pad_row` adds
+    one.
 
     Raises:
         DataError: the token is eos, or `reserved` finds none.
@@ -71,7 +84,10 @@ def set_pad_token(tokenizer: Any, model: ModelSection) -> None:
     if policy == "reserved" and not usable:
         raise DataError(
             f"the vocabulary of {model.path} has no reserved token to pad with",
-            hint="name a token that your data never uses in `model.pad_token`, or set `model.pad_token: add`",
+            hint=(
+                "name a token that your data never uses in `model.pad_token`, or set"
+                " `model.pad_token: add`"
+            ),
         )
     if policy in ("auto", "reserved") and usable:
         token = usable[0]
@@ -81,12 +97,15 @@ def set_pad_token(tokenizer: Any, model: ModelSection) -> None:
         token = policy
     if token == tokenizer.eos_token:
         raise DataError(
-            f"`model.pad_token` {token!r} is the end-of-sequence token of {model.path}: what masks padding would mask "
-            "the ends of answers too",
+            f"`model.pad_token` {token!r} is the end-of-sequence token of {model.path}: what masks"
+            " padding would mask the ends of answers too",
             hint="`model.pad_token: auto` finds or adds another one",
         )
     tokenizer.add_special_tokens({"pad_token": token})
 
 
 def _new_names() -> Iterator[str]:
-    return (_NEW_PAD if number == 1 else _NEW_PAD.replace("pad", f"pad_{number}") for number in itertools.count(1))
+    return (
+        _NEW_PAD if number == 1 else _NEW_PAD.replace("pad", f"pad_{number}")
+        for number in itertools.count(1)
+    )

@@ -1,8 +1,10 @@
-"""Owns the general text that the demo's base models are pre-trained on, and the words it is made of.
+"""Owns the general text that the demo's base models are pre-trained on, and the words it is made
+of.
 
-Everything is generated from a seed, so no download is needed. The exchanges are everyday questions about who
-has what, where and when, and small requests. None of them is a chat with a shop and none asks for a summary:
-that task belongs to the demo data set (`data/make_demo.py`), which borrows only the words from here.
+Everything is generated from a seed, so no download is needed. The exchanges are everyday questions
+about who has what, where and when, and small requests. None of them is a chat with a shop and none
+asks for a summary: that task belongs to the demo data set (`data/make_demo.py`), which borrows only
+the words from here.
 """
 
 from __future__ import annotations
@@ -97,7 +99,10 @@ def _who_has_what(draw: _Draw) -> tuple[str, str]:
 def _when_does_it_come(draw: _Draw) -> tuple[str, str]:
     name, parcel, day = draw.one(NAMES), draw.one(PARCELS), draw.one(DAYS)
     question = draw.one(("When does the {parcel} come?", "Which day is it?")).format(parcel=parcel)
-    return f"{name} wrote: {draw.remark()}\nA {parcel} comes on {day}.\n{question}", f"It comes on {day}."
+    return (
+        f"{name} wrote: {draw.remark()}\nA {parcel} comes on {day}.\n{question}",
+        f"It comes on {day}.",
+    )
 
 
 def _where_is_it(draw: _Draw) -> tuple[str, str]:
@@ -123,18 +128,28 @@ def _say_it_again(draw: _Draw) -> tuple[str, str]:
 
 def _list_in_order(draw: _Draw) -> tuple[str, str]:
     words = draw.several(draw.rng.choice((NAMES, ITEMS, DAYS, CONDITIONS)), 3)
-    return f"Make a list: {words[0]}, {words[1]} and {words[2]}.", "\n".join(f"- {word}" for word in words)
+    return f"Make a list: {words[0]}, {words[1]} and {words[2]}.", "\n".join(
+        f"- {word}" for word in words
+    )
 
 
 def _write_a_note(draw: _Draw) -> tuple[str, str]:
     first, second = draw.several(NAMES, 2)
-    item, condition, parcel, day = draw.one(ITEMS), draw.one(CONDITIONS), draw.one(PARCELS), draw.one(DAYS)
+    item, condition, parcel, day = (
+        draw.one(ITEMS),
+        draw.one(CONDITIONS),
+        draw.one(PARCELS),
+        draw.one(DAYS),
+    )
     article = "an" if condition[0] in "aeiou" else "a"
-    lines = f"{first}: I saw {article} {condition} {item}.\n{second}: You will get a {parcel} on {day}."
+    lines = (
+        f"{first}: I saw {article} {condition} {item}.\n{second}: You will get a {parcel} on {day}."
+    )
     # Never "reports" about an item nor "promises" by the shop: that wording is the demo task's.
     first_deed, second_deed = draw.one((*_DEEDS, "promises")), draw.one((*_DEEDS, "reports"))
     note = (
-        f"{first} {first_deed} {article} {condition} {item}. The {draw.one(PLACES)} {second_deed} a {parcel} on {day}."
+        f"{first} {first_deed} {article} {condition} {item}. The {draw.one(PLACES)} {second_deed} a"
+        f" {parcel} on {day}."
     )
     return f"{lines}\nWrite a note.", note
 

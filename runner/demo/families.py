@@ -1,7 +1,7 @@
 """Owns how a model family looks to a tokenizer and to a chat: special tokens, BPE, chat template.
 
-A family has the special tokens, the kind of tokenizer and the chat format of the real one, and a vocabulary
-learned on the spot from any text. The weights are the business of `tiny_models`.
+A family has the special tokens, the kind of tokenizer and the chat format of the real one, and a
+vocabulary learned on the spot from any text. The weights are the business of `tiny_models`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class Family:
     """All tokens that end a generation: the end of a turn beside the end of the text."""
     chat_template: str | None
     is_byte_level: bool
-    """Byte-level BPE as in Llama 3, otherwise BPE with a visible space and byte fallback, as in Gemma."""
+    """Byte-level BPE as in Llama 3, otherwise BPE with a visible space and byte fallback, as in
+    Gemma.
+    """
     starts_with_space: bool = False
     """The first word of a text gets a space, as in Mistral; only where `is_byte_level` is false."""
     ties_embeddings: bool = False
@@ -173,7 +175,9 @@ FAMILIES: dict[str, Family] = {
 
 def _byte_level_bpe(family: Family, texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+")
+    words = Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(words, "isolated"),
@@ -192,10 +196,14 @@ def _byte_level_bpe(family: Family, texts: Iterable[str], vocab_size: int) -> To
 
 
 def _visible_space_bpe(family: Family, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """BPE as SentencePiece does it for Gemma and Mistral: `▁` for a space, lone digits, byte fallback."""
+    """BPE as SentencePiece does it for Gemma and Mistral: `▁` for a space, lone digits, byte
+    fallback.
+    """
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE())
-    space = pre_tokenizers.Metaspace(prepend_scheme="first" if family.starts_with_space else "never")
+    space = pre_tokenizers.Metaspace(
+        prepend_scheme="first" if family.starts_with_space else "never"
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             space,
@@ -212,7 +220,8 @@ def _visible_space_bpe(family: Family, texts: Iterable[str], vocab_size: int) ->
     )
     tokenizer.train_from_iterator(texts, trainer)
 
-    # The trainer would add the bytes as special tokens, which decoding then skips: put them in by hand.
+    # The trainer would add the bytes as special tokens, which decoding then skips: put them in by
+    # hand.
     trained = json.loads(tokenizer.to_str())["model"]
     num_special = len(family.special_tokens)
     learned = sorted(trained["vocab"], key=trained["vocab"].__getitem__)[num_special:]
@@ -231,8 +240,12 @@ def _visible_space_bpe(family: Family, texts: Iterable[str], vocab_size: int) ->
     return tokenizer
 
 
-def build_tokenizer(family_name: str, texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of a family, at most `vocab_size` tokens learned from `texts`, special ones first."""
+def build_tokenizer(
+    family_name: str, texts: Iterable[str], *, vocab_size: int
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a family, at most `vocab_size` tokens learned from `texts`, special ones
+    first.
+    """
     family = FAMILIES[family_name]
     build = _byte_level_bpe if family.is_byte_level else _visible_space_bpe
     tokenizer = build(family, texts, vocab_size)
@@ -252,7 +265,9 @@ def build_tokenizer(family_name: str, texts: Iterable[str], *, vocab_size: int) 
         tokenizer_object=tokenizer,
         model_max_length=MODEL_MAX_LENGTH,
         clean_up_tokenization_spaces=False,
-        additional_special_tokens=[token for token in family.special_tokens if token not in named.values()],
+        additional_special_tokens=[
+            token for token in family.special_tokens if token not in named.values()
+        ],
         **named,
     )
     fast.chat_template = family.chat_template

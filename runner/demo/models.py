@@ -1,10 +1,12 @@
-"""Owns the folder of the demo's three base models: builds what is missing, offline, in under a minute on two cores.
+"""Owns the folder of the demo's three base models: builds what is missing, offline, in under a
+minute on two cores.
 
-Run as `python -m runner.demo.models [--output demo_models]`. The same source gives the same bytes on the same
-machine. Each model is trained in a process of its own by `demo_pretraining`; this program imports no torch, so that
-finding everything built takes no time.
+Run as `python -m runner.demo.models [--output demo_models]`. The same source gives the same bytes
+on the same machine. Each model is trained in a process of its own by `demo_pretraining`; this
+program imports no torch, so that finding everything built takes no time.
 
-Owns the dimensions of the small models and how the demo's base models are trained; imports no torch.
+Owns the dimensions of the small models and how the demo's base models are trained; imports no
+torch.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ DEMO_SIZE = ModelSize(
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How a base model is made. Measured: two wide layers learn to copy sooner than four narrow ones."""
+    """How a base model is made. Measured: two wide layers learn to copy sooner than four narrow
+    ones.
+    """
 
     size: ModelSize = DEMO_SIZE
     num_steps: int = 300
@@ -70,7 +74,9 @@ class Pretraining:
     learning_rate: float = 3e-3
     num_warmup_steps: int = 20
     prompt_weight: float = 0.2
-    """Weight of a prompt token in the loss, where a completion token has 1: prompts are mostly random facts."""
+    """Weight of a prompt token in the loss, where a completion token has 1: prompts are mostly
+    random facts.
+    """
     seed: int = 0
 
 
@@ -80,8 +86,12 @@ BUILDER_SOURCES = ("corpus.py", "families.py", "models.py", "weights.py")
 
 
 def builder_digest(family: str, plan: Pretraining) -> str:
-    """A digest of everything that decides on the weights: the plan and the source of the builder."""
-    sources = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in BUILDER_SOURCES]
+    """A digest of everything that decides on the weights: the plan and the source of the
+    builder.
+    """
+    sources = [
+        Path(__file__).with_name(name).read_text(encoding="utf-8") for name in BUILDER_SOURCES
+    ]
     parts = [family, json.dumps(asdict(plan), sort_keys=True), *sources]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -113,7 +123,9 @@ def _build_in_child(family: str, built_dir: Path, plan: Pretraining, parent_pid:
 
 @contextmanager
 def _only_builder(output_dir: Path) -> Iterator[None]:
-    """Hold the lock of a folder of models; it is free as soon as its holder ends, however it ends."""
+    """Hold the lock of a folder of models; it is free as soon as its holder ends, however it
+    ends.
+    """
     with (output_dir / ".lock").open("w") as lock_file:
         fcntl.flock(lock_file, fcntl.LOCK_EX)
         yield
@@ -138,14 +150,18 @@ def _put_in_place(built_dir: Path, model_dir: Path) -> None:
 
 
 def _build(families: list[str], output_dir: Path, plan: Pretraining) -> None:
-    """Train `families` at once, one process each, and put each in place as soon as it is complete."""
+    """Train `families` at once, one process each, and put each in place as soon as it is
+    complete.
+    """
     context = multiprocessing.get_context("spawn")
     started = time.monotonic()
     children = {}
     for family in families:
         built_dir = Path(tempfile.mkdtemp(prefix=f".building-{family}-", dir=output_dir))
         built_dir.chmod(0o755)  # mkdtemp makes it private
-        child = context.Process(target=_build_in_child, args=(family, built_dir, plan, os.getpid()), name=family)
+        child = context.Process(
+            target=_build_in_child, args=(family, built_dir, plan, os.getpid()), name=family
+        )
         child.start()
         children[child.sentinel] = (child, built_dir)
     failed = []
@@ -162,12 +178,15 @@ def _build(families: list[str], output_dir: Path, plan: Pretraining) -> None:
             seconds = time.monotonic() - started
             print(
                 f"{child.name}: built, {manifest['num_parameters'] / 1e6:.1f}M parameters, "
-                f"loss {manifest['first_loss']:.2f} -> {manifest['last_loss']:.2f}, {seconds:.0f} s",
+                f"loss {manifest['first_loss']:.2f} -> {manifest['last_loss']:.2f},"
+                f" {seconds:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
     if failed:
-        raise RuntimeError(f"the base models {', '.join(failed)} were not built; their errors are above")
+        raise RuntimeError(
+            f"the base models {', '.join(failed)} were not built; their errors are above"
+        )
 
 
 def build_demo_models(
@@ -175,7 +194,8 @@ def build_demo_models(
 ) -> dict[str, Path]:
     """The folder of each family's base model, built where missing or outdated.
 
-    Safe to kill and to call twice at the same time: a model is built in a hidden folder and renamed when complete.
+    Safe to kill and to call twice at the same time: a model is built in a hidden folder and renamed
+    when complete.
 
     Raises:
         RuntimeError: a child process failed; the other models are in place.
@@ -198,7 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m runner.demo.models", description="Build the base models of the demo."
     )
-    parser.add_argument("--output", type=Path, default=Path("demo_models"), help="folder for the models")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo_models"), help="folder for the models"
+    )
     for model_dir in build_demo_models(parser.parse_args(arguments).output).values():
         print(model_dir)
 

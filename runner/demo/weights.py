@@ -3,10 +3,12 @@
 A tiny model is random and takes a fraction of a second to build, without a network. `demo_models`
 trains larger ones.
 
-Owns the training of one base model of the demo, in a process with one thread. `demo_models` starts that process.
+Owns the training of one base model of the demo, in a process with one thread. `demo_models` starts
+that process.
 
-A model learns the English of `demo_corpus` in the chat format of its family: enough to know the words, to follow the
-format and to copy a name from a prompt, and nothing about the task of the demo data set.
+A model learns the English of `demo_corpus` in the chat format of its family: enough to know the
+words, to follow the format and to copy a name from a prompt, and nothing about the task of the demo
+data set.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ from runner.demo.models import TINY, ModelSize, Pretraining
 def build_model(
     family_name: str, tokenizer: PreTrainedTokenizerFast, size: ModelSize, *, seed: int = 0
 ) -> PreTrainedModel:
-    """A float32 model with random weights that fits the tokenizer; global random state stays as it was."""
+    """A float32 model with random weights that fits the tokenizer; global random state stays as it
+    was.
+    """
     family = FAMILIES[family_name]
     head_dim = size.hidden_size // size.num_attention_heads
     settings: dict[str, Any] = {
@@ -73,7 +77,8 @@ def build_model(
 def build_tiny_model(family: str, output_dir: Path, *, seed: int = 0) -> Path:
     """`output_dir`, filled with a random model of under 0.3M parameters and its tokenizer.
 
-    `family` is one of `FAMILIES`. The same seed gives the same bytes; all seeds share one tokenizer.
+    `family` is one of `FAMILIES`. The same seed gives the same bytes; all seeds share one
+    tokenizer.
     """
     texts = [message["content"] for messages in general_exchanges(1000) for message in messages]
     tokenizer = build_tokenizer(family, texts, vocab_size=TINY.vocab_size)
@@ -84,7 +89,9 @@ def build_tiny_model(family: str, output_dir: Path, *, seed: int = 0) -> Path:
 
 @dataclass(frozen=True)
 class Example:
-    """One exchange in the chat format; the first `num_prompt_tokens` ids are not the model's to say."""
+    """One exchange in the chat format; the first `num_prompt_tokens` ids are not the model's to
+    say.
+    """
 
     input_ids: list[int]
     num_prompt_tokens: int
@@ -93,7 +100,9 @@ class Example:
 def _encode(tokenizer: PreTrainedTokenizerFast, exchanges: list[list[Message]]) -> list[Example]:
     def token_ids(count: int, add_generation_prompt: bool) -> list[list[int]]:
         texts = [
-            tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt)
+            tokenizer.apply_chat_template(
+                messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
             for messages in exchanges
         ]
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -103,7 +112,9 @@ def _encode(tokenizer: PreTrainedTokenizerFast, exchanges: list[list[Message]]) 
     return [Example(ids, len(prompt)) for ids, prompt in zip(whole, prompts, strict=True)]
 
 
-def _collate(examples: list[Example], pad_token_id: int, prompt_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _collate(
+    examples: list[Example], pad_token_id: int, prompt_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and loss weights, both [batch, longest example]; padding has weight 0."""
     longest = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), longest), pad_token_id)
@@ -121,15 +132,23 @@ def _batches(examples: list[Example], batch_size: int, seed: int) -> list[list[E
     rng = random.Random(seed)
     batches = []
     for start in range(0, len(examples), 4 * batch_size):
-        pool = sorted(examples[start : start + 4 * batch_size], key=lambda example: len(example.input_ids))
+        pool = sorted(
+            examples[start : start + 4 * batch_size], key=lambda example: len(example.input_ids)
+        )
         batches += [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
     rng.shuffle(batches)
     return batches
 
 
-def _pretrain(model: PreTrainedModel, batches: list[list[Example]], plan: Pretraining) -> tuple[float, float]:
-    """Train in place; the mean weighted losses (nats per token) of the first and of the last 20 steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+def _pretrain(
+    model: PreTrainedModel, batches: list[list[Example]], plan: Pretraining
+) -> tuple[float, float]:
+    """Train in place; the mean weighted losses (nats per token) of the first and of the last 20
+    steps.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     warmup = plan.num_warmup_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, max(0.05, 1 - step / plan.num_steps))
@@ -139,7 +158,9 @@ def _pretrain(model: PreTrainedModel, batches: list[list[Example]], plan: Pretra
     for batch in batches:
         input_ids, weights = _collate(batch, model.config.pad_token_id, plan.prompt_weight)
         logits = model(input_ids=input_ids).logits[:, :-1]
-        token_losses = cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
+        token_losses = cross_entropy(
+            logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
+        )
         token_weights = weights[:, 1:].flatten()
         loss = (token_losses * token_weights).sum() / token_weights.sum()
         optimizer.zero_grad()
@@ -154,9 +175,12 @@ def _pretrain(model: PreTrainedModel, batches: list[list[Example]], plan: Pretra
 
 
 def train_base_model(family: str, output_dir: Path, plan: Pretraining) -> dict[str, float]:
-    """Fill `output_dir` with a trained base model; its number of parameters and its loss before and after."""
+    """Fill `output_dir` with a trained base model; its number of parameters and its loss before and
+    after.
+    """
     disable_progress_bar()
-    torch.set_num_threads(1)  # the sums depend on the number of threads, and the models are too small for two
+    # The sums depend on the number of threads, and the models are too small for two.
+    torch.set_num_threads(1)
     exchanges = list(general_exchanges(plan.num_steps * plan.batch_size, seed=plan.seed))
     texts = [message["content"] for messages in exchanges for message in messages]
     tokenizer = build_tokenizer(family, texts, vocab_size=plan.size.vocab_size)

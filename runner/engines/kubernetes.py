@@ -1,6 +1,8 @@
-"""Pending runs become Indexed Jobs of Kubernetes (`batch/v1`), one index per run. Nothing here talks to a cluster.
+"""Pending runs become Indexed Jobs of Kubernetes (`batch/v1`), one index per run. Nothing here
+talks to a cluster.
 
-Fields and limits as the API server checks them, version 1.29 or newer (`backoffLimitPerIndex`, `FailIndex`).
+Fields and limits as the API server checks them, version 1.29 or newer (`backoffLimitPerIndex`,
+`FailIndex`).
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ _CONTAINER: Final = "runner"
 _LABELS: Final = {"app.kubernetes.io/name": "recipe-runner"}
 _WRONG_USAGE: Final = 2
 
-# `runner launch` has made its own retries before it gives up. What is left to the Job: another pod, perhaps on another
-# node, for what may go away by itself (counted, `backoffLimitPerIndex`) and for preemption (free).
+# `runner launch` has made its own retries before it gives up. What is left to the Job: another pod,
+# perhaps on another node, for what may go away by itself (counted, `backoffLimitPerIndex`) and for
+# preemption (free).
 Action = Literal["FailIndex", "Ignore", "Count"]
 _ACTIONS: Final[Mapping[FailureKind, Action]] = {
     "configuration": "FailIndex",
@@ -58,29 +61,37 @@ def build_jobs_file(submission: Submission) -> str:
         groups.setdefault(derive_machine(run), []).append(run)
     jobs = [_build_job(submission, runs, machine) for machine, runs in groups.items()]
     comment = (
-        f"{len(submission.runs)} runs. The claim {submission.storage} is the project folder: it holds recipes, "
-        f"data, models and {submission.output_root}/."
+        f"{len(submission.runs)} runs. The claim {submission.storage} is the project folder: it"
+        f" holds recipes, data, models and {submission.output_root}/."
     )
     return dump_documents(jobs, comment)
 
 
-def _build_job(submission: Submission, runs: list[PendingRun], machine: Resources) -> dict[str, Any]:
+def _build_job(
+    submission: Submission, runs: list[PendingRun], machine: Resources
+) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "completionMode": "Indexed",
         "completions": len(runs),
         "parallelism": min(submission.num_slots or len(runs), len(runs)),
         "backoffLimitPerIndex": max(run.launch.retries.transient for run in runs),
         **({"maxFailedIndexes": 0} if submission.fail_fast else {}),
-        "podReplacementPolicy": "Failed",  # never two pods of one run: the second waits until the first is gone
+        # Never two pods of one run: the second waits until the first is gone.
+        "podReplacementPolicy": "Failed",
         "podFailurePolicy": {"rules": _build_failure_rules()},
-        "template": {"metadata": {"labels": _LABELS}, "spec": _build_pod(submission, runs, machine)},
+        "template": {
+            "metadata": {"labels": _LABELS},
+            "spec": _build_pod(submission, runs, machine),
+        },
     }
     metadata = {"name": _build_name(submission, runs), "labels": _LABELS}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 
 def _build_name(submission: Submission, runs: list[PendingRun]) -> str:
-    """The same until an attempt of one of the runs begins, so that what is applied twice is one Job."""
+    """The same until an attempt of one of the runs begins, so that what is applied twice is one
+    Job.
+    """
     state = [[run.selected.full_name, run.num_attempts] for run in runs]
     return f"{build_label(submission.grid, 40)}-{hash_json(state)[:8]}"
 
@@ -88,11 +99,18 @@ def _build_name(submission: Submission, runs: list[PendingRun]) -> str:
 def _build_failure_rules() -> list[dict[str, Any]]:
     """What becomes of a failed pod; the first rule that fits counts, and what fits none is counted.
 
-    What the trainer is sure of comes before a disruption of the pod, what it could not name comes after: a pod that is
-    being evicted may well crash.
+    What the trainer is sure of comes before a disruption of the pod, what it could not name comes
+    after: a pod that is being evicted may well crash.
     """
-    sure = {EXIT_CODES[kind] for kind, action in _ACTIONS.items() if action == "FailIndex" and kind != "crashed"}
-    disrupted = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    sure = {
+        EXIT_CODES[kind]
+        for kind, action in _ACTIONS.items()
+        if action == "FailIndex" and kind != "crashed"
+    }
+    disrupted = {
+        "action": "Ignore",
+        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+    }
     return [
         _build_exit_rule("FailIndex", {_WRONG_USAGE, *sure}),
         disrupted,
@@ -111,9 +129,16 @@ def _build_exit_rule(action: Action, codes: set[int]) -> dict[str, Any]:
     return {"action": action, "onExitCodes": condition}
 
 
-def _build_pod(submission: Submission, runs: list[PendingRun], machine: Resources) -> dict[str, Any]:
-    """The pod of any index: the index picks its recipe, and `runner` becomes the process that gets TERM."""
-    script = f'shift "$JOB_COMPLETION_INDEX"; exec runner launch "$1" --output-root {_quote(submission.output_root)}'
+def _build_pod(
+    submission: Submission, runs: list[PendingRun], machine: Resources
+) -> dict[str, Any]:
+    """The pod of any index: the index picks its recipe, and `runner` becomes the process that gets
+    TERM.
+    """
+    script = (
+        'shift "$JOB_COMPLETION_INDEX"; exec runner launch "$1" --output-root'
+        f" {_quote(submission.output_root)}"
+    )
     resources = {
         **({"requests": {"cpu": machine.num_cores}} if machine.num_cores is not None else {}),
         **({"limits": {"nvidia.com/gpu": machine.num_gpus}} if machine.num_gpus else {}),
@@ -124,7 +149,10 @@ def _build_pod(submission: Submission, runs: list[PendingRun], machine: Resource
         "workingDir": _PROJECT_DIR,
         "command": ["sh", "-c", script, _CONTAINER, *map(_escape, list_recipe_words(runs))],
         **({"resources": resources} if resources else {}),
-        "volumeMounts": [{"name": "project", "mountPath": _PROJECT_DIR}, {"name": "shm", "mountPath": "/dev/shm"}],
+        "volumeMounts": [
+            {"name": "project", "mountPath": _PROJECT_DIR},
+            {"name": "shm", "mountPath": "/dev/shm"},
+        ],
     }
     return {
         "restartPolicy": "Never",
@@ -132,7 +160,8 @@ def _build_pod(submission: Submission, runs: list[PendingRun], machine: Resource
         "containers": [container],
         "volumes": [
             {"name": "project", "persistentVolumeClaim": {"claimName": submission.storage}},
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},  # a pod's own 64 MiB are too few for several processes
+            # A pod's own 64 MiB are too few for several processes.
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
         ],
     }
 
@@ -142,7 +171,8 @@ def _quote(path: object) -> str:
 
 
 def _escape(word: str) -> str:
-    """A word that Kubernetes gives to the container as it is: it reads `$(NAME)` as a variable and `$$` as `$`.
+    """A word that Kubernetes gives to the container as it is: it reads `$(NAME)` as a variable and
+    `$$` as `$`.
 
     >>> _escape("a$(HOME)$$b$c")
     'a$$(HOME)$$$b$c'

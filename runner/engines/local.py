@@ -1,6 +1,8 @@
-"""The local engine: runs several attempts at a time on one machine. Decides only where and when `execute` runs.
+"""The local engine: runs several attempts at a time on one machine. Decides only where and when
+`execute` runs.
 
-What a sweep shows on stderr while it runs: a bar over runs, and the step and loss of each current one.
+What a sweep shows on stderr while it runs: a bar over runs, and the step and loss of each current
+one.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ _LINE_SECONDS: Final = 5.0
 
 
 class SweepDisplay:
-    """Bars on a terminal; elsewhere one line per finished run and one every few seconds for the current ones."""
+    """Bars on a terminal; elsewhere one line per finished run and one every few seconds for the
+    current ones.
+    """
 
     def __init__(self, num_runs: int) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -44,7 +48,11 @@ class SweepDisplay:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[now]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                TextColumn("{task.fields[now]}"),
+            )
             self._bars = Progress(*columns, TimeElapsedColumn(), console=self._console)
             self._all = self._bars.add_task("runs", total=num_runs, now=f"0/{num_runs}")
 
@@ -60,7 +68,8 @@ class SweepDisplay:
     def say(self, line: str) -> None:
         """A line above the bars."""
         forget_closed_streams()
-        with contextlib.suppress(OSError):  # closed since, or a file on a full disk: no reason to end a sweep
+        # Closed since, or a file on a full disk: no reason to end a sweep.
+        with contextlib.suppress(OSError):
             if self._bars is None:
                 print(line, file=sys.stderr, flush=True)
             else:
@@ -72,7 +81,11 @@ class SweepDisplay:
         self.say(f"[{self._num_finished}/{self._num_runs}] {name}  {outcome}")
         if self._bars is not None:
             self._drop_bar(name)
-            self._bars.update(self._all, completed=self._num_finished, now=f"{self._num_finished}/{self._num_runs}")
+            self._bars.update(
+                self._all,
+                completed=self._num_finished,
+                now=f"{self._num_finished}/{self._num_runs}",
+            )
 
     def retried(self, name: str, why: str) -> None:
         """One run failed and will be tried again."""
@@ -104,7 +117,9 @@ class SweepDisplay:
 
 
 def forget_closed_streams() -> None:
-    """Send to nowhere what nobody reads any more: a sweep outlives its terminal, and the `tee` behind its pipe."""
+    """Send to nowhere what nobody reads any more: a sweep outlives its terminal, and the `tee`
+    behind its pipe.
+    """
     for descriptor in (1, 2):
         poll = select.poll()
         poll.register(descriptor, 0)
@@ -119,7 +134,11 @@ def _describe(files: AttemptPaths) -> tuple[str, int, int | None]:
     if progress.max_steps is None:
         return progress.phase, progress.step, None
     loss = "" if progress.loss is None else f" loss {progress.loss:.4f}"
-    return f"{progress.phase} step {progress.step}/{progress.max_steps}{loss}", progress.step, progress.max_steps
+    return (
+        f"{progress.phase} step {progress.step}/{progress.max_steps}{loss}",
+        progress.step,
+        progress.max_steps,
+    )
 
 
 _REFRESH_SECONDS: Final = 0.5
@@ -145,19 +164,25 @@ class Later:
 
 @dataclass
 class PoolResult:
-    """How the planned runs ended, by name: the last attempt of each counts, not those that were retried."""
+    """How the planned runs ended, by name: the last attempt of each counts, not those that were
+    retried.
+    """
 
     completed: list[str] = field(default_factory=list)
     failed: list[FailedRun] = field(default_factory=list)
-    elsewhere: list[str] = field(default_factory=list)  # taken over or finished by another sweep meanwhile
+    # Taken over or finished by another sweep meanwhile.
+    elsewhere: list[str] = field(default_factory=list)
     not_started: list[str] = field(default_factory=list)  # after `--fail-fast` or a signal
     stopped_by: int | None = None  # the signal that ended the sweep before everything was done
 
 
-def run_pool(planned: list[Planned], devices: Devices, display: SweepDisplay, *, fail_fast: bool = False) -> PoolResult:
+def run_pool(
+    planned: list[Planned], devices: Devices, display: SweepDisplay, *, fail_fast: bool = False
+) -> PoolResult:
     """Run everything that is planned, as many at a time as there is room.
 
-    The first signal asks what runs to checkpoint and to leave, a second one ends it at once; nothing more is started.
+    The first signal asks what runs to checkpoint and to leave, a second one ends it at once;
+    nothing more is started.
 
     All attempts are ended and recorded, also after an exception.
     """
@@ -170,7 +195,10 @@ def run_pool(planned: list[Planned], devices: Devices, display: SweepDisplay, *,
                 pool.take_up_due()
                 pool.wait(is_in_a_hurry=pool.start_next())
             if signals.received:
-                pool.leave(f"the runner was stopped by {signal.Signals(signals.received[0]).name}", num_signals=1)
+                pool.leave(
+                    f"the runner was stopped by {signal.Signals(signals.received[0]).name}",
+                    num_signals=1,
+                )
         except BaseException as error:
             pool.leave(f"the runner ended by {error!r}", num_signals=len(signals.received))
             raise
@@ -201,7 +229,9 @@ class _Pool:
         return bool(self.waiting) and not self.is_given_up()
 
     def is_given_up(self) -> bool:
-        return self.fail_fast and any(failed.failure.kind != "preempted" for failed in self.result.failed)
+        return self.fail_fast and any(
+            failed.failure.kind != "preempted" for failed in self.result.failed
+        )
 
     def take_up_due(self) -> None:
         """Put the runs whose time to wait is over in front of those that never began."""
@@ -220,7 +250,9 @@ class _Pool:
 
     def start_next(self) -> bool:
         """Start the next run if there is room; True when it is worth trying again at once."""
-        placement = self.devices.take(self.waiting[0].num_processes) if self.wants_to_start() else None
+        placement = (
+            self.devices.take(self.waiting[0].num_processes) if self.wants_to_start() else None
+        )
         if placement is None:
             return False
         run = self.waiting.pop(0)
@@ -245,15 +277,24 @@ class _Pool:
             return True
         except RunnerError as error:
             self.devices.give_back(placement)
-            self._record(FailedRun(run.name, Failure(kind="configuration", message=str(error)), None))
+            self._record(
+                FailedRun(run.name, Failure(kind="configuration", message=str(error)), None)
+            )
             return True
-        except OSError as error:  # no space, no permission: this run's directory may be the only one like that
+        # No space, no permission: this run's directory may be the only one like that.
+        except OSError as error:
             self.devices.give_back(placement)
-            self._retry_or_record(run, FailedRun(run.name, build_failure(error, selected.paths.run_dir), None), None)
+            self._retry_or_record(
+                run, FailedRun(run.name, build_failure(error, selected.paths.run_dir), None), None
+            )
             return True
         if attempt is None and run.retry > 0 and not selected.paths.result_path.exists():
-            self.devices.give_back(placement)  # a machine out of reach, say: its locks are not free yet
-            held = Failure(kind="transient", message="processes of an earlier attempt, or another sweep, hold the run")
+            # A machine out of reach, say: its locks are not free yet.
+            self.devices.give_back(placement)
+            held = Failure(
+                kind="transient",
+                message="processes of an earlier attempt, or another sweep, hold the run",
+            )
             self._retry_or_record(run, FailedRun(run.name, held, None), None)
             return True
         if attempt is None:
@@ -274,11 +315,18 @@ class _Pool:
             else:
                 self.finish(key)
         now = time.monotonic()
-        waiting = {one.run.name: f"is tried again in {max(0.0, one.due_at - now):.0f} s" for one in self.later}
-        self.display.update({run.name: attempt.files for run, attempt, _ in self.active.values()}, waiting)
+        waiting = {
+            one.run.name: f"is tried again in {max(0.0, one.due_at - now):.0f} s"
+            for one in self.later
+        }
+        self.display.update(
+            {run.name: attempt.files for run, attempt, _ in self.active.values()}, waiting
+        )
 
     def leave(self, why: str, *, num_signals: int) -> None:
-        """Ask what runs to checkpoint and to leave, and wait; any signal beyond `num_signals` ends it at once."""
+        """Ask what runs to checkpoint and to leave, and wait; any signal beyond `num_signals` ends
+        it at once.
+        """
         self.waiting += [one.run for one in self.later]
         self.later = []
         attempts = [attempt for _, attempt, _ in self.active.values()]
@@ -289,12 +337,17 @@ class _Pool:
                 attempt.kill(why)
         if attempts:
             runs = "1 run" if len(attempts) == 1 else f"{len(attempts)} runs"
-            self.display.say(f"stopping: waiting for {runs} to checkpoint and leave; a second Ctrl-C ends them at once")
+            self.display.say(
+                f"stopping: waiting for {runs} to checkpoint and leave; a second Ctrl-C ends them"
+                " at once"
+            )
         while self.active:
             if len(self.signals.received) > num_signals:
                 num_signals = len(self.signals.received)
                 for _, attempt, _ in self.active.values():
-                    attempt.kill(f"{why}, and at once by {signal.Signals(self.signals.received[-1]).name}")
+                    attempt.kill(
+                        f"{why}, and at once by {signal.Signals(self.signals.received[-1]).name}"
+                    )
             self.wait()
 
     def finish(self, key: selectors.SelectorKey) -> None:
@@ -305,7 +358,9 @@ class _Pool:
         failure = attempt.finish()
         self.devices.give_back(placement)
         if failure is not None:
-            self._retry_or_record(run, FailedRun(run.name, failure, attempt.files.log_path), attempt)
+            self._retry_or_record(
+                run, FailedRun(run.name, failure, attempt.files.log_path), attempt
+            )
         else:
             self.result.completed.append(run.name)
             self.display.finished(run.name, "completed")
@@ -316,9 +371,12 @@ class _Pool:
             if key.data is not None:
                 os.close(key.fd)
 
-    def _retry_or_record(self, run: Planned, failed: FailedRun, attempt: RunningAttempt | None) -> None:
+    def _retry_or_record(
+        self, run: Planned, failed: FailedRun, attempt: RunningAttempt | None
+    ) -> None:
         failures = self.failures.setdefault(run.name, [])
-        if attempt is not None and attempt.has_gone_on():  # a run of weeks may lose its network once a day
+        # A run of weeks may lose its network once a day.
+        if attempt is not None and attempt.has_gone_on():
             failures[:] = [failure for failure in failures if failure.kind == "out_of_memory"]
         failures.append(failed.failure)
         has_made_steps = attempt is not None and attempt.has_made_steps()
@@ -328,7 +386,9 @@ class _Pool:
                 run.selected.recipe,
                 failures,
                 num_processes=run.num_processes,
-                micro_batch_divisor=attempt.attempt.micro_batch_divisor if attempt else run.micro_batch_divisor or 1,
+                micro_batch_divisor=(
+                    attempt.attempt.micro_batch_divisor if attempt else run.micro_batch_divisor or 1
+                ),
                 has_made_steps=has_made_steps,
             )
         if retry is None:

@@ -1,6 +1,8 @@
-"""What the engines share that only write a file for machines elsewhere: which runs, and what only the user knows.
+"""What the engines share that only write a file for machines elsewhere: which runs, and what only
+the user knows.
 
-The other machines see the project folder as it is here: recipes, launch configs and data under the same relative paths.
+The other machines see the project folder as it is here: recipes, launch configs and data under the
+same relative paths.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from runner.errors import RefusedError
 from runner.plan.select import Selected
 from runner.recipe.schema import LaunchSection
 
-GRACE_SECONDS: Final = 300  # from TERM to KILL: the step that is under way, and a checkpoint, must fit
+# From TERM to KILL: the step that is under way, and a checkpoint, must fit.
+GRACE_SECONDS: Final = 300
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Submission:
     runs: tuple[PendingRun, ...]
     output_root: Path
     image: str  # container image with `runner` on its PATH
-    storage: str  # kubernetes: the claim of the project's volume; skypilot: the bucket that keeps the runs
+    # kubernetes: the claim of the project's volume; skypilot: the bucket that keeps the runs
+    storage: str
     num_slots: int | None = None  # runs at a time; None leaves it to the engine
     gpu_type: str | None = None  # as SkyPilot calls it
     fail_fast: bool = False
@@ -54,16 +58,25 @@ class Submission:
 
 
 def check_submission(submission: Submission) -> None:
-    """Raises: RefusedError for a run that could not be started from the project folder on one other machine."""
+    """Raises: RefusedError for a run that could not be started from the project folder on one other
+    machine.
+    """
     for run in submission.runs:
         path = run.selected.source_path
         if path.is_dir():
-            raise RefusedError(f"{path} is a run directory; another machine needs the recipe file that it came from")
+            raise RefusedError(
+                f"{path} is a run directory; another machine needs the recipe file that it came"
+                " from"
+            )
         _check_relative(path, "the recipe")
         if run.launch.num_machines > 1:
             raise RefusedError(
-                f"{run.selected.full_name} wants {run.launch.num_machines} machines, this engine gives each run one",
-                hint="`runner launch` inside a Slurm allocation starts a run on several machines; see docs/runs.md",
+                f"{run.selected.full_name} wants {run.launch.num_machines} machines, this engine"
+                " gives each run one",
+                hint=(
+                    "`runner launch` inside a Slurm allocation starts a run on several machines;"
+                    " see docs/runs.md"
+                ),
             )
 
 
@@ -95,7 +108,10 @@ def build_label(text: str, max_length: int) -> str:
 def dump_documents(documents: Sequence[dict[str, Any]], comment: str) -> str:
     """YAML with the keys in the order given; texts of several lines stay readable."""
     lines = [f"# {line}" for line in comment.splitlines()]
-    bodies = [yaml.dump(one, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120) for one in documents]
+    bodies = [
+        yaml.dump(one, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+        for one in documents
+    ]
     return "\n".join([*lines, "---\n".join(bodies)])
 
 
@@ -110,7 +126,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _dump_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    )
 
 
 _Dumper.add_representer(str, _dump_text)

@@ -1,8 +1,10 @@
-"""Pending runs become one SkyPilot task: one machine in some cloud that sweeps them. Nothing here talks to a cloud.
+"""Pending runs become one SkyPilot task: one machine in some cloud that sweeps them. Nothing here
+talks to a cloud.
 
-One task, and not one per run, because a sweep already is what a recovered machine needs: SkyPilot starts `run` again,
-and what is done is skipped. Its other ways fit less: a file of several tasks is a pipeline, one after the other, and a
-pool of workers would share the bucket between machines, which carries no locks from one to the other.
+One task, and not one per run, because a sweep already is what a recovered machine needs: SkyPilot
+starts `run` again, and what is done is skipped. Its other ways fit less: a file of several tasks is
+a pipeline, one after the other, and a pool of workers would share the bucket between machines,
+which carries no locks from one to the other.
 """
 
 from __future__ import annotations
@@ -33,9 +35,16 @@ def build_task_file(submission: Submission) -> str:
     slots = min(submission.num_slots or 1, len(submission.runs))
     num_gpus = slots * max(derive_machine(run).num_gpus for run in submission.runs)
     if num_gpus and submission.gpu_type is None:
-        raise RefusedError("the runs want GPUs, but of which kind?", hint="--gpu-type H100, or what your clouds have")
+        raise RefusedError(
+            "the runs want GPUs, but of which kind?",
+            hint="--gpu-type H100, or what your clouds have",
+        )
     cores = [derive_machine(run).num_cores or run.launch.num_processes for run in submission.runs]
-    machine = {"accelerators": f"{submission.gpu_type}:{num_gpus}"} if num_gpus else {"cpus": f"{slots * max(cores)}+"}
+    machine = (
+        {"accelerators": f"{submission.gpu_type}:{num_gpus}"}
+        if num_gpus
+        else {"cpus": f"{slots * max(cores)}+"}
+    )
     task: dict[str, Any] = {
         "name": build_label(submission.grid, 40),
         "workdir": ".",
@@ -45,7 +54,10 @@ def build_task_file(submission: Submission) -> str:
         "setup": "runner --help > /dev/null\n",  # an image without it fails here
         "run": _build_run(submission, num_gpus, slots),
     }
-    comment = f"{len(submission.runs)} runs, which {submission.storage} keeps. One machine, {slots} at a time."
+    comment = (
+        f"{len(submission.runs)} runs, which {submission.storage} keeps. One machine, {slots} at a"
+        " time."
+    )
     return dump_documents([task], comment)
 
 

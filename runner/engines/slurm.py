@@ -1,10 +1,13 @@
-"""The Slurm engine: array jobs over the pending runs, and what the queue says about runs that were submitted before.
+"""The Slurm engine: array jobs over the pending runs, and what the queue says about runs that were
+submitted before.
 
-Every task of an array executes `runner launch` of one run, so a run is what its directory says, however often it was
-submitted: the queue only tells which runs need not be submitted again. What was submitted stands below the output root,
-written before `sbatch` is called; a task is found again by the path of its script, which Slurm keeps with the job.
+Every task of an array executes `runner launch` of one run, so a run is what its directory says,
+however often it was submitted: the queue only tells which runs need not be submitted again. What
+was submitted stands below the output root, written before `sbatch` is called; a task is found again
+by the path of its script, which Slurm keeps with the job.
 
-Pure: runs that want equal machines become the batch script of one array job. Nothing here talks to Slurm.
+Pure: runs that want equal machines become the batch script of one array job. Nothing here talks to
+Slurm.
 """
 
 from __future__ import annotations
@@ -35,7 +38,17 @@ from runner.run.record import EXIT_CODES, Fact, now_utc
 
 # What the script itself decides; another value would lose runs or start them twice.
 _OWN_OPTIONS: Final = (
-    *("array", "chdir", "nodes", "no-requeue", "ntasks-per-node", "open-mode", "output", "parsable", "requeue"),
+    *(
+        "array",
+        "chdir",
+        "nodes",
+        "no-requeue",
+        "ntasks-per-node",
+        "open-mode",
+        "output",
+        "parsable",
+        "requeue",
+    ),
     *("signal", "test-only", "wait", "wrap"),
 )
 
@@ -90,12 +103,16 @@ class ClusterOptions:
 
 
 def derive_resources(recipe: Recipe) -> Resources:
-    """One GPU per process, none where the launch config asks for the CPU; cores where the recipe states threads."""
+    """One GPU per process, none where the launch config asks for the CPU; cores where the recipe
+    states threads.
+    """
     launch = recipe.launch
     try:
         config = yaml.safe_load(Path(launch.accelerate_config).read_text())
     except FileNotFoundError:
-        raise RunnerError(f"{recipe.run.grid}/{recipe.run.name}: there is no {launch.accelerate_config}") from None
+        raise RunnerError(
+            f"{recipe.run.grid}/{recipe.run.name}: there is no {launch.accelerate_config}"
+        ) from None
     num_processes = launch.num_processes // launch.num_machines
     uses_cpu = isinstance(config, dict) and config.get("use_cpu") is True
     threads = launch.num_cpu_threads_per_process
@@ -103,7 +120,9 @@ def derive_resources(recipe: Recipe) -> Resources:
     return Resources(launch.num_machines, 0 if uses_cpu else num_processes, num_cores)
 
 
-def group_runs(recipes: Iterable[Recipe], max_array_size: int) -> list[tuple[Resources, list[Recipe]]]:
+def group_runs(
+    recipes: Iterable[Recipe], max_array_size: int
+) -> list[tuple[Resources, list[Recipe]]]:
     """One array per kind of machine, in order, none larger than the cluster takes."""
     groups: dict[Resources, list[Recipe]] = {}
     for recipe in recipes:
@@ -116,21 +135,25 @@ def group_runs(recipes: Iterable[Recipe], max_array_size: int) -> list[tuple[Res
 
 
 def check_options(options: ClusterOptions) -> None:
-    """Raises: RefusedError for an option that the script decides or that is none, and for a limit without any time."""
+    """Raises: RefusedError for an option that the script decides or that is none, and for a limit
+    without any time.
+    """
     limit_seconds = _count_seconds(options.time_limit or "")
     if limit_seconds is not None and limit_seconds <= options.stop_before_seconds:
         raise RefusedError(
-            f"`--time-limit {options.time_limit}` is {limit_seconds} s, and a run is asked to leave "
-            f"{options.stop_before_seconds} s before that: it would never begin",
+            f"`--time-limit {options.time_limit}` is {limit_seconds} s, and a run is asked to leave"
+            f" {options.stop_before_seconds} s before that: it would never begin",
             hint="a longer `--time-limit`, or a shorter `--stop-before-seconds`",
         )
     for option in options.extra:
         name = option.partition("=")[0].removeprefix("--")
         if not option.startswith("--") or not name or "\n" in option:
             raise RefusedError(
-                f"`--slurm-option={option}` is not of the form --name or --name=value", hint="--slurm-option=--qos=long"
+                f"`--slurm-option={option}` is not of the form --name or --name=value",
+                hint="--slurm-option=--qos=long",
             )
-        if any(own.startswith(name) for own in _OWN_OPTIONS):  # sbatch takes the beginning of a name for the name
+        # Sbatch takes the beginning of a name for the name.
+        if any(own.startswith(name) for own in _OWN_OPTIONS):
             raise RefusedError(
                 f"`--slurm-option={option}`: --{name} is what `runner` itself decides",
                 hint="see `--slots`, `--time-limit` and `--stop-before-seconds`",
@@ -170,10 +193,13 @@ def build_script(
     """
     for path in (project_dir, submission.submission_dir, output_root):
         if "\n" in str(path):
-            raise RefusedError(f"{str(path)!r} has a line break in it, which no batch script can hold")
+            raise RefusedError(
+                f"{str(path)!r} has a line break in it, which no batch script can hold"
+            )
     if set(str(submission.submission_dir)) & set("%\\"):
         raise RefusedError(
-            f"{submission.submission_dir} holds a `%` or a backslash: Slurm would expand it, and not find its log",
+            f"{submission.submission_dir} holds a `%` or a backslash: Slurm would expand it, and"
+            " not find its log",
             hint="--output-root, on a path without them",
         )
     grids = dict.fromkeys(name.partition("/")[0] for name in full_names)
@@ -200,16 +226,29 @@ def build_script(
         options=shlex.quote(f"--output-root={output_root}"),
         preempted=EXIT_CODES["preempted"],
     )
-    return "\n".join(["#!/bin/bash", *(f"#SBATCH {shlex.quote(one)}" for one in directives), "", body])
+    return "\n".join(
+        ["#!/bin/bash", *(f"#SBATCH {shlex.quote(one)}" for one in directives), "", body]
+    )
 
 
 DEFAULT_MAX_ARRAY_SIZE: Final = 1001  # Slurm's own
 # Variables of the shell that would win over the script.
-_OVERRIDING: Final = ("ARRAY_INX", "NO_REQUEUE", "OPEN_MODE", "REQUEUE", "SIGNAL", "TEST_ONLY", "WAIT", "WRAP")
+_OVERRIDING: Final = (
+    "ARRAY_INX",
+    "NO_REQUEUE",
+    "OPEN_MODE",
+    "REQUEUE",
+    "SIGNAL",
+    "TEST_ONLY",
+    "WAIT",
+    "WRAP",
+)
 
 
 class Submission(Fact):
-    """`submission.json`: which run is which task of an array. Without a job, the submission may have been killed."""
+    """`submission.json`: which run is which task of an array. Without a job, the submission may
+    have been killed.
+    """
 
     submitted_at_utc: str
     runs: tuple[str, ...]  # grid and run name, by array index
@@ -245,7 +284,10 @@ def hold_submissions(output_root: Path) -> Iterator[Lease]:
     lease = Lease(submission_lock_path(output_root))
     try:
         if not lease.try_acquire():
-            raise RefusedError(f"another sweep is submitting runs of {output_root}", hint="wait for it, then repeat")
+            raise RefusedError(
+                f"another sweep is submitting runs of {output_root}",
+                hint="wait for it, then repeat",
+            )
         yield lease
     finally:
         lease.close()
@@ -257,7 +299,9 @@ def load_queue(output_root: Path) -> dict[str, QueuedRun]:
     Raises:
         RunnerError: Slurm does not answer.
     """
-    lines = _ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%r|%o").splitlines()
+    lines = _ask(
+        "squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%r|%o"
+    ).splitlines()
     queued: dict[str, QueuedRun] = {}
     for line in lines:
         array, index, state, reason, command = line.split("|", 4)
@@ -306,8 +350,8 @@ def build_arrays(
 def submit(array: ArrayJob, lease: Lease) -> str:
     """Submit one array; returns its job number. The caller holds `hold_submissions`.
 
-    A kill between any two instructions loses nothing: the record is there before the job, and `sbatch` has the lease as
-    its stdin, so that nobody asks the queue before it has ended.
+    A kill between any two instructions loses nothing: the record is there before the job, and
+    `sbatch` has the lease as its stdin, so that nobody asks the queue before it has ended.
 
     Raises:
         RunnerError: Slurm does not take it.
@@ -317,11 +361,21 @@ def submit(array: ArrayJob, lease: Lease) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(one.recipe.model_dump_json(indent=1))
         if load_recipe(path) != one.recipe:
-            raise RefusedError(f"{one.source_path} does not read the same once it is written as {path}")
+            raise RefusedError(
+                f"{one.source_path} does not read the same once it is written as {path}"
+            )
     write_text_atomic(array.paths.script_path, array.script)
-    submission = Submission(submitted_at_utc=now_utc(), runs=tuple(one.full_name for one in array.selected))
+    submission = Submission(
+        submitted_at_utc=now_utc(), runs=tuple(one.full_name for one in array.selected)
+    )
     write_json_atomic(array.paths.record_path, submission.model_dump(mode="json"))
-    answer = _ask("sbatch", "--parsable", str(array.paths.script_path), cwd=array.paths.submission_dir, stdin=lease)
+    answer = _ask(
+        "sbatch",
+        "--parsable",
+        str(array.paths.script_path),
+        cwd=array.paths.submission_dir,
+        stdin=lease,
+    )
     job = answer.strip().partition(";")[0]  # `17`, or `17;cluster`
     submitted = submission.model_copy(update={"job": job})
     write_json_atomic(array.paths.record_path, submitted.model_dump(mode="json"))
@@ -332,16 +386,22 @@ def load_max_array_size() -> int:
     """The most tasks that one array may have on this cluster."""
     config = _ask("scontrol", "show", "config")
     sizes = re.findall(r"^MaxArraySize\s*=\s*(\d+)|\bmax_array_tasks=(\d+)", config, re.MULTILINE)
-    return max(1, min((int(size or tasks) for size, tasks in sizes), default=DEFAULT_MAX_ARRAY_SIZE))
+    return max(
+        1, min((int(size or tasks) for size, tasks in sizes), default=DEFAULT_MAX_ARRAY_SIZE)
+    )
 
 
 def _load_submission(paths: SubmissionPaths) -> Submission | None:
-    """None where the folder is none of ours. Raises: CorruptFileError for a record of another shape."""
+    """None where the folder is none of ours. Raises: CorruptFileError for a record of another
+    shape.
+    """
     content = load_json(paths.record_path)
     try:
         return None if content is None else Submission.model_validate(content)
     except ValidationError as error:
-        raise CorruptFileError(f"{paths.record_path} cannot be read: {error.errors()[0]['msg']}") from None
+        raise CorruptFileError(
+            f"{paths.record_path} cannot be read: {error.errors()[0]['msg']}"
+        ) from None
 
 
 def _ask(*command: str, cwd: Path | None = None, stdin: Lease | None = None) -> str:
@@ -362,19 +422,25 @@ def _ask(*command: str, cwd: Path | None = None, stdin: Lease | None = None) -> 
         )
     except FileNotFoundError:
         raise RunnerError(
-            f"there is no {command[0]} on this machine", hint="run this where jobs are submitted, or `--engine local`"
+            f"there is no {command[0]} on this machine",
+            hint="run this where jobs are submitted, or `--engine local`",
         ) from None
     if result.returncode != 0:
         said = result.stderr.strip() or f"exit status {result.returncode}"
         raise RunnerError(
             f"{command[0]} failed: {said}",
-            hint="repeat the sweep once Slurm answers: what it took nevertheless is found in the queue",
+            hint=(
+                "repeat the sweep once Slurm answers: what it took nevertheless is found in the"
+                " queue"
+            ),
         )
     return result.stdout
 
 
 def _build_environment() -> dict[str, str]:
-    """Ours, without what would filter `squeue`, override the script, or describe a job that we may be in ourselves."""
+    """Ours, without what would filter `squeue`, override the script, or describe a job that we may
+    be in ourselves.
+    """
     dropped = {f"SBATCH_{name}" for name in _OVERRIDING}
     is_in_job = "SLURM_JOB_ID" in os.environ
     return {

@@ -1,7 +1,8 @@
-"""`runner init`: a folder from which every other verb works, with a starter grid or a copy of a stock grid.
+"""`runner init`: a folder from which every other verb works, with a starter grid or a copy of a
+stock grid.
 
-Owns the shape of a project. Everything is made and rendered once in a hidden folder, then renamed: a failure leaves
-nothing behind.
+Owns the shape of a project. Everything is made and rendered once in a hidden folder, then renamed:
+a failure leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from runner.recipe.parse import Recipe, parse_recipe
 
 _SAMPLE: Final = "data/demo.jsonl"
 _MAX_LISTED: Final = 8
-_IGNORED: Final = "# Runs are facts of this machine; recipes, templates and data belong to the record.\n/runs/\n"
+_IGNORED: Final = (
+    "# Runs are facts of this machine; recipes, templates and data belong to the record.\n/runs/\n"
+)
 _BUILD_DEMO_MODELS: Final = "python -m runner.demo.models"
 
 
@@ -54,7 +57,8 @@ class _Starter:
 class _Needs:
     """What else is in the project because recipes name it, and what they name that is not."""
 
-    missing_data: dict[str, None] = field(default_factory=dict)  # a dict keeps the order and has each once
+    # A dict keeps the order and has each once.
+    missing_data: dict[str, None] = field(default_factory=dict)
     shipped_data: dict[str, None] = field(default_factory=dict)
     samples: dict[str, None] = field(default_factory=dict)
     hub_data: dict[str, None] = field(default_factory=dict)
@@ -63,13 +67,17 @@ class _Needs:
 
 
 def run_init(target: Path, from_grid: str | None, data: Path | None, models: Sequence[str]) -> int:
-    """Make the project and print what to do next. Raises: RunnerError; then nothing is left behind."""
+    """Make the project and print what to do next. Raises: RunnerError; then nothing is left
+    behind.
+    """
     if from_grid is not None and (data is not None or models):
         option = "--data" if data is not None else "--model"
         raise RunnerError(
             f"{option} goes with the starter grid; --from {from_grid} copies that grid as it is",
-            hint=f"runner init {shlex.quote(str(target))} --from {from_grid}, then edit "
-            f"recipe_templates/{from_grid} and run `runner render`",
+            hint=(
+                f"runner init {shlex.quote(str(target))} --from {from_grid}, then edit "
+                f"recipe_templates/{from_grid} and run `runner render`"
+            ),
         )
     stock_dir = find_stock_dir()
     if from_grid is not None:
@@ -88,9 +96,13 @@ def run_init(target: Path, from_grid: str | None, data: Path | None, models: Seq
         rendered = render_grid(staging_dir / TEMPLATES, grid)
         recipes = [parse_recipe(text, where=name) for name, text in rendered.texts.items()]
         needs = _copy_samples(stock_dir, staging_dir, recipes)
-        project = _describe(target, rendered, recipes, needs, [] if starter is None else _describe_starter(starter))
+        project = _describe(
+            target, rendered, recipes, needs, [] if starter is None else _describe_starter(starter)
+        )
         (staging_dir / "README.md").write_text(_build_readme(target, project))
-        (staging_dir / ".gitignore").write_text(_IGNORED + ("/demo_models/\n" if needs.needs_demo_models else ""))
+        (staging_dir / ".gitignore").write_text(
+            _IGNORED + ("/demo_models/\n" if needs.needs_demo_models else "")
+        )
     print("\n".join(_build_message(target, project)))
     return 0
 
@@ -117,10 +129,11 @@ def _shorten(names: Sequence[str]) -> str:
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `target` when all went well, and is removed when anything did not.
+    """A hidden folder that becomes `target` when all went well, and is removed when anything did
+    not.
 
-    An empty `target` stays what it is, because a shell may stand in it or a disk be mounted on it: what was made moves
-    into it.
+    An empty `target` stays what it is, because a shell may stand in it or a disk be mounted on it:
+    what was made moves into it.
     """
     home = target if target.exists() else target.absolute().parent
     home.mkdir(parents=True, exist_ok=True)
@@ -144,9 +157,14 @@ def _staged(target: Path) -> Iterator[Path]:
 
 
 def _copy_shared(stock_dir: Path, project_dir: Path) -> None:
-    """Launch configs, and what templates share: cards, chat templates, and other folders that are no grid."""
+    """Launch configs, and what templates share: cards, chat templates, and other folders that are
+    no grid.
+    """
     grids = list_grids(stock_dir / TEMPLATES)
-    folders = [*SHARED_FOLDERS, *(f"{TEMPLATES}/{path.name}" for path in sorted((stock_dir / TEMPLATES).iterdir()))]
+    folders = [
+        *SHARED_FOLDERS,
+        *(f"{TEMPLATES}/{path.name}" for path in sorted((stock_dir / TEMPLATES).iterdir())),
+    ]
     for folder in folders:
         if Path(folder).name not in grids:
             _copy(stock_dir / folder, project_dir / folder)
@@ -160,7 +178,9 @@ def _copy_grid(stock_dir: Path, project_dir: Path, grid: str) -> None:
         _make_executable(project_dir / sweep)
 
 
-def _plan_starter(stock_dir: Path, target: Path, data: Path | None, models: Sequence[str]) -> _Starter:
+def _plan_starter(
+    stock_dir: Path, target: Path, data: Path | None, models: Sequence[str]
+) -> _Starter:
     source_path = data or stock_dir / _SAMPLE
     plan = init_starter.plan_data(source_path)
     cards = init_starter.build_cards(models, stock_dir / TEMPLATES, target)
@@ -174,7 +194,10 @@ def _describe_starter(starter: _Starter) -> list[str]:
     task = ": ".join([plan.task["name"], *([" -> ".join(columns)] if columns else [])])
     notes = [f"{path}: {plan.num_rows} different rows, read as {task}"]
     if starter.is_own:
-        notes.append(f"{path} is a copy of {starter.source_path}: edit the copy, or name another file in the template")
+        notes.append(
+            f"{path} is a copy of {starter.source_path}: edit the copy, or name another file in the"
+            " template"
+        )
     if plan.unused:
         notes.append(f"not read, columns of {path}: {', '.join(plan.unused)}")
     notes += [f"left out of {path}: {line}" for line in plan.left_out]
@@ -195,7 +218,9 @@ def _name_data(path: Path) -> str:
 
 
 def _copy_samples(stock_dir: Path, project_dir: Path, recipes: Sequence[Recipe]) -> _Needs:
-    """Copy what we ship of the rows that the recipes name, or in their schema; tell what else they name."""
+    """Copy what we ship of the rows that the recipes name, or in their schema; tell what else they
+    name.
+    """
     needs = _Needs()
     for recipe in recipes:
         for source in (recipe.data.train, recipe.data.validation, recipe.data.test):
@@ -223,7 +248,9 @@ def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
-        shutil.copytree(source, target, ignore=ignored, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        shutil.copytree(
+            source, target, ignore=ignored, copy_function=shutil.copyfile, dirs_exist_ok=True
+        )
         return
     shutil.copyfile(source, target)
 
@@ -233,47 +260,84 @@ def _make_executable(path: Path) -> None:
 
 
 def _describe(
-    target: Path, rendered: RenderedGrid, recipes: Sequence[Recipe], needs: _Needs, notes: Sequence[str]
+    target: Path,
+    rendered: RenderedGrid,
+    recipes: Sequence[Recipe],
+    needs: _Needs,
+    notes: Sequence[str],
 ) -> Project:
     grid, axes = rendered.grid, " x ".join(recipes[0].run.axes)
     more = []
     if needs.shipped_data:
         more.append(f"rows, a sample that comes with the runner: {', '.join(needs.shipped_data)}")
     if needs.missing_data:
-        more.append(f"rows that do not come with the runner, put yours there: {_shorten(list(needs.missing_data))}")
+        more.append(
+            "rows that do not come with the runner, put yours there:"
+            f" {_shorten(list(needs.missing_data))}"
+        )
     more += [f"rows come from the hub: {', '.join(needs.hub_data)}"] if needs.hub_data else []
     if needs.samples:
-        more.append(f"a few rows in the same schema, to try with `data.train.path=...`: {', '.join(needs.samples)}")
+        more.append(
+            "a few rows in the same schema, to try with `data.train.path=...`:"
+            f" {', '.join(needs.samples)}"
+        )
     if needs.hub_models:
-        more.append(f"models come from the hub: {', '.join(needs.hub_models)} (a gated one needs `hf auth login`)")
+        more.append(
+            f"models come from the hub: {', '.join(needs.hub_models)} (a gated one needs `hf auth"
+            " login`)"
+        )
     folder = os.path.relpath(target.absolute())
     commands = [(f"cd {shlex.quote(folder)}", "")] if folder != "." else []
     if needs.needs_demo_models:
-        commands.append((_BUILD_DEMO_MODELS, "small models to try things with: offline, about a minute"))
+        commands.append(
+            (_BUILD_DEMO_MODELS, "small models to try things with: offline, about a minute")
+        )
     commands += [
         ("runner render", f"recipe_templates/{grid} -> recipes/{grid}"),
-        (f"runner check recipes/{grid}", "rows, lengths, truncation, labels, before any device time"),
+        (
+            f"runner check recipes/{grid}",
+            "rows, lengths, truncation, labels, before any device time",
+        ),
         (f"runner sweep recipes/{grid} --dry-run", "what would be started"),
         (f"runner sweep recipes/{grid}", "again after an interruption: it goes on where it was"),
         (f"runner report recipes/{grid}", ""),
     ]
-    return Project(grid, f"the grid `{grid}`, {len(recipes)} recipes ({axes})", (*notes, *more), tuple(commands))
+    return Project(
+        grid,
+        f"the grid `{grid}`, {len(recipes)} recipes ({axes})",
+        (*notes, *more),
+        tuple(commands),
+    )
 
 
 def _build_message(target: Path, project: Project) -> list[str]:
-    lines = [f"{target} is ready: {project.summary}", *(f"  {note}" for note in project.notes), "", "next:"]
+    lines = [
+        f"{target} is ready: {project.summary}",
+        *(f"  {note}" for note in project.notes),
+        "",
+        "next:",
+    ]
     return lines + _list_commands(project.commands)
 
 
 def _list_commands(commands: Sequence[tuple[str, str]]) -> list[str]:
     width = max(len(command) for command, _ in commands)
-    return [f"  {command:<{width}}  # {why}" if why else f"  {command}" for command, why in commands]
+    return [
+        f"  {command:<{width}}  # {why}" if why else f"  {command}" for command, why in commands
+    ]
 
 
 def _build_readme(target: Path, project: Project) -> str:
-    commands = [line[2:] for line in _list_commands([one for one in project.commands if not one[0].startswith("cd ")])]
+    commands = [
+        line[2:]
+        for line in _list_commands(
+            [one for one in project.commands if not one[0].startswith("cd ")]
+        )
+    ]
     notes = "".join(f"- {note}\n" for note in project.notes)
-    return _README.format(title=target.absolute().name, grid=project.grid, notes=notes, commands="\n".join(commands))
+    return _README.format(
+        title=target.absolute().name, grid=project.grid, notes=notes, commands="\n".join(commands)
+    )
 
 
 _README: Final = """\

@@ -1,11 +1,13 @@
-"""A grid and its template become the texts of recipes, each loaded again and found to be the run that it is meant for.
+"""A grid and its template become the texts of recipes, each loaded again and found to be the run
+that it is meant for.
 
-`grid_cells` says which runs there are, `templating` what a template may do, `recipe` what a recipe means, and
-`recipe_files` what happens on disk.
+`grid_cells` says which runs there are, `templating` what a template may do, `recipe` what a recipe
+means, and `recipe_files` what happens on disk.
 
 The runs of a grid: the cells that its axes, exclusions and inclusions give, each under its name.
 
-The generated recipes on disk: how they differ from what the templates give, and what `runner render` does about it.
+The generated recipes on disk: how they differ from what the templates give, and what `runner
+render` does about it.
 
 Owns the folder `recipes/<grid>`; writes only what differs and removes only what it once generated.
 """
@@ -46,7 +48,9 @@ MAX_CELLS: Final = 20_000
 
 @dataclass(frozen=True)
 class RunKey:
-    """One cell under its run name. `values` are as in grid.yaml; an axis that does not apply is absent."""
+    """One cell under its run name. `values` are as in grid.yaml; an axis that does not apply is
+    absent.
+    """
 
     grid: str
     name: str
@@ -60,7 +64,9 @@ class RunKey:
 
 @dataclass(frozen=True)
 class KeyList:
-    """The runs of a grid; `num_excluded` has one count per exclusion, each cell counted under the first that fits."""
+    """The runs of a grid; `num_excluded` has one count per exclusion, each cell counted under the
+    first that fits.
+    """
 
     keys: tuple[RunKey, ...]
     num_cells: int
@@ -104,9 +110,15 @@ def _derive_cells(spec: GridSpec) -> list[dict[str, Any]]:
     for name, axis in spec.axes.items():
         longer: list[dict[str, Any]] = []
         for cell in cells:
-            longer += [{**cell, name: value} for value in axis.values] if applies(axis.when, cell) else [cell]
+            longer += (
+                [{**cell, name: value} for value in axis.values]
+                if applies(axis.when, cell)
+                else [cell]
+            )
         if len(longer) > MAX_CELLS:
-            raise GridError(f"the axes up to `{name}` give {len(longer):,} cells, more than {MAX_CELLS:,}")
+            raise GridError(
+                f"the axes up to `{name}` give {len(longer):,} cells, more than {MAX_CELLS:,}"
+            )
         cells = longer
     return cells
 
@@ -116,7 +128,9 @@ def _complete_cell(spec: GridSpec, cell: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, axis in spec.axes.items():
         if name in cell:
-            position = None if isinstance(cell[name], Mapping) else find_label(cell[name], axis.values)
+            position = (
+                None if isinstance(cell[name], Mapping) else find_label(cell[name], axis.values)
+            )
             values[name] = cell[name] if position is None else axis.values[position]
     return values
 
@@ -136,11 +150,16 @@ def _name_cells(spec: GridSpec, grid: str, cells: Sequence[Mapping[str, Any]]) -
         except Exception as error:  # an expression of the pattern may raise anything
             raise GridError(f"{pattern} fails for {cell}: {error}") from None
         if not re.fullmatch(NAME_PATTERN, name):
-            accepted = "at most 200 letters, digits, dots, dashes and underscores, starting with a letter or digit"
+            accepted = (
+                "at most 200 letters, digits, dots, dashes and underscores, starting with a letter"
+                " or digit"
+            )
             raise GridError(f"the grid {grid} names {cell} {name!r}, expected {accepted}")
-        if (other := cell_of_name.setdefault(name.lower(), cell)) is not cell:  # some file systems ignore case
+        # Some file systems ignore case.
+        if (other := cell_of_name.setdefault(name.lower(), cell)) is not cell:
             message = (
-                f"the grid {grid} gives the name {name!r} twice (letter case does not count):\n\n  {other}\n  {cell}"
+                f"the grid {grid} gives the name {name!r} twice (letter case does not count):\n\n "
+                f" {other}\n  {cell}"
             )
             raise GridError(message, hint="let the name pattern use every axis that differs")
         yield RunKey(grid, name, freeze(values))
@@ -148,7 +167,9 @@ def _name_cells(spec: GridSpec, grid: str, cells: Sequence[Mapping[str, Any]]) -
 
 @dataclass(frozen=True)
 class RenderedGrid:
-    """The recipes of a grid as they should be on disk: run name -> text, in the order of the cells."""
+    """The recipes of a grid as they should be on disk: run name -> text, in the order of the
+    cells.
+    """
 
     grid: str
     texts: Mapping[str, str]
@@ -171,7 +192,9 @@ def build_header(grid: str) -> str:
 
 
 def render_grid(templates_root: Path, grid: str) -> RenderedGrid:
-    """Every recipe of a grid, each loaded again and found to be the run that it was rendered for. Raises: GridError."""
+    """Every recipe of a grid, each loaded again and found to be the run that it was rendered for.
+    Raises: GridError.
+    """
     spec = load_grid(templates_root, grid)
     keys = derive_keys(spec, grid)
     cards = _Cards(load_cards(templates_root))
@@ -189,7 +212,9 @@ def render_grid(templates_root: Path, grid: str) -> RenderedGrid:
     return RenderedGrid(grid, texts, describe(spec, keys, grid))
 
 
-def _raise_template_error(error: Exception, templates_root: Path, spec: GridSpec, key: RunKey) -> NoReturn:
+def _raise_template_error(
+    error: Exception, templates_root: Path, spec: GridSpec, key: RunKey
+) -> NoReturn:
     path, line = locate_error(error, templates_root)
     place = f"{path or templates_root / key.grid / 'recipe.yaml.j2'}, line {line or 1}"
     what, hint = str(error), None
@@ -200,7 +225,10 @@ def _raise_template_error(error: Exception, templates_root: Path, spec: GridSpec
         what += suggest(name, known)
         hint = f"a template knows {', '.join(known)}"
         if name in spec.axes:
-            hint = f"`{name}` does not apply in every cell: put {{% if {name} is defined %}} around what uses it"
+            hint = (
+                f"`{name}` does not apply in every cell: put {{% if {name} is defined %}} around"
+                " what uses it"
+            )
     raise GridError(f"{place}: {what}\n\n  in the cell {name_cell(key.axes)}", hint=hint) from None
 
 
@@ -217,16 +245,25 @@ def _check_text(text: str, key: RunKey, templates_root: Path) -> None:
     expected = {"grid": key.grid, "name": key.name, "axes": key.axes}
     for part in expected:
         if json.dumps(found[part], sort_keys=True) != json.dumps(expected[part], sort_keys=True):
-            line = next((n for n, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*{part}:", row)), 1)
+            line = next(
+                (n for n, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*{part}:", row)),
+                1,
+            )
             place = _find_template_line(text, line, templates_root / key.grid)
-            what = f"`run.{part}` is {json.dumps(found[part])} where {json.dumps(expected[part])} was rendered"
+            what = (
+                f"`run.{part}` is {json.dumps(found[part])} where {json.dumps(expected[part])} was"
+                " rendered"
+            )
             hint = f"write `{part}: {{{{ {part} | yaml }}}}` there"
             raise GridError(f"{place}: {what}\n\n  in the cell {name_cell(key.axes)}", hint=hint)
 
 
 def _find_template_line(text: str, line: int, folder: Path) -> str:
-    """The place in a template that wrote a line of a recipe: a line that starts alike, the same one of several."""
-    if line == 1:  # the header, which no template wrote: the problem is that of the recipe as a whole
+    """The place in a template that wrote a line of a recipe: a line that starts alike, the same one
+    of several.
+    """
+    # The header, which no template wrote: the problem is that of the recipe as a whole.
+    if line == 1:
         return str(folder / "recipe.yaml.j2")
     rows = text.splitlines()
     row = rows[min(line, len(rows)) - 1]
@@ -249,11 +286,15 @@ def describe(spec: GridSpec, keys: KeyList, grid: str) -> str:
     """How the axes, exclusions and inclusions come to the number of recipes."""
     axes = []
     for name, axis in spec.axes.items():
-        where = " and ".join(f"{other}={'|'.join(map(show_label, labels))}" for other, labels in axis.when.items())
+        where = " and ".join(
+            f"{other}={'|'.join(map(show_label, labels))}" for other, labels in axis.when.items()
+        )
         axes.append(f"{name} ({len(axis.values)}{' where ' + where if where else ''})")
     rows = [f"{grid}", f"  {keys.num_cells:>5} cells     {' x '.join(axes)}"]
     for rule, count in zip(spec.exclude, keys.num_excluded, strict=True):
-        when = ", ".join(f"{name}={'|'.join(map(show_label, labels))}" for name, labels in rule.when.items())
+        when = ", ".join(
+            f"{name}={'|'.join(map(show_label, labels))}" for name, labels in rule.when.items()
+        )
         rows.append(f"  {f'-{count}':>5} excluded  {when}: {rule.why}")
     if keys.num_included:
         rows.append(f"  {f'+{keys.num_included}':>5} included")
@@ -265,7 +306,9 @@ _MAX_SHOWN_DIFFS: Final = 3
 
 @dataclass(frozen=True)
 class Drift:
-    """How a folder differs from its template, in run names; `foreign` are recipes there that nobody generated."""
+    """How a folder differs from its template, in run names; `foreign` are recipes there that nobody
+    generated.
+    """
 
     changed: tuple[str, ...]
     missing: tuple[str, ...]
@@ -278,14 +321,21 @@ class Drift:
 
 
 def compare(rendered: RenderedGrid, recipes_dir: Path) -> Drift:
-    """What differs, byte by byte, between the rendered texts and a folder; `diff` shows the first few."""
+    """What differs, byte by byte, between the rendered texts and a folder; `diff` shows the first
+    few.
+    """
     on_disk: dict[str, bytes] = {}
     for path in sorted(recipes_dir.glob("*.yaml")):
-        with contextlib.suppress(FileNotFoundError):  # pruned by another `runner render` at this instant
+        # Pruned by another `runner render` at this instant.
+        with contextlib.suppress(FileNotFoundError):
             on_disk[path.stem] = path.read_bytes()
     header = build_header(rendered.grid).encode()
     unknown = [name for name in on_disk if name not in rendered.texts]
-    changed = [name for name, text in rendered.texts.items() if on_disk.get(name, text.encode()) != text.encode()]
+    changed = [
+        name
+        for name, text in rendered.texts.items()
+        if on_disk.get(name, text.encode()) != text.encode()
+    ]
     rows: list[str] = []
     for name in changed[:_MAX_SHOWN_DIFFS]:
         path = recipes_dir / f"{name}.yaml"
@@ -302,7 +352,9 @@ def compare(rendered: RenderedGrid, recipes_dir: Path) -> Drift:
 
 
 def write_recipes(rendered: RenderedGrid, recipes_dir: Path, drift: Drift) -> None:
-    """Write what changed or is missing; a file that is right already keeps its modification time."""
+    """Write what changed or is missing; a file that is right already keeps its modification
+    time.
+    """
     for name in (*drift.changed, *drift.missing):
         write_text_atomic(recipes_dir / f"{name}.yaml", rendered.texts[name])
 
@@ -359,12 +411,15 @@ def _report_drift(drift: Drift, recipes_dir: Path, grid: str) -> int:
 def _bring_up_to_date(rendered: RenderedGrid, drift: Drift, recipes_dir: Path, prune: bool) -> None:
     write_recipes(rendered, recipes_dir, drift)
     num_written = len(drift.changed) + len(drift.missing)
-    print(f"  {num_written} written, {len(rendered.texts) - num_written} unchanged in {recipes_dir}")
+    print(
+        f"  {num_written} written, {len(rendered.texts) - num_written} unchanged in {recipes_dir}"
+    )
     if prune:
         prune_recipes(recipes_dir, drift)
     for name in drift.stale:
         print(
-            f"  {recipes_dir / name}.yaml {'removed' if prune else 'is stale: no cell gives it (--prune removes it)'}"
+            f"  {recipes_dir / name}.yaml"
+            f" {'removed' if prune else 'is stale: no cell gives it (--prune removes it)'}"
         )
     for name in drift.foreign:
         print(f"  {recipes_dir / name}.yaml was not generated; it is left as it is")

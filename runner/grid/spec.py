@@ -1,4 +1,5 @@
-"""What a person writes beside a template: `grid.yaml` and the model cards, read into frozen, typed objects.
+"""What a person writes beside a template: `grid.yaml` and the model cards, read into frozen, typed
+objects.
 
 Owns what such a file may say. `grid_cells` multiplies the axes, `render` fills the template.
 """
@@ -20,15 +21,50 @@ from yaml import YAMLError
 from runner.errors import GridError, Problem, RecipeError
 from runner.recipe.hf_fields import FrozenDict, freeze
 from runner.recipe.parse import MAX_RECIPE_BYTES
-from runner.recipe.problems import find_growth, find_hazards, find_lines, find_resolvers, find_unusable_values
+from runner.recipe.problems import (
+    find_growth,
+    find_hazards,
+    find_lines,
+    find_resolvers,
+    find_unusable_values,
+)
 from runner.recipe.schema import NAME_PATTERN, ModelSection, Scalar, Text
 from runner.strict import Section
 
 _AXIS_NAME: Final = r"[A-Za-z][A-Za-z0-9_]*"
 # Names that a template already gives a meaning to.
 _TAKEN_NAMES: Final = frozenset(
-    ("axes", "grid", "models", "name", "range", "loop", "self", "and", "else", "elif", "for", "if", "in", "is", "not")
-    + ("or", "set", "include", "true", "false", "none", "True", "False", "None", "recursive", "with", "without")
+    (
+        "axes",
+        "grid",
+        "models",
+        "name",
+        "range",
+        "loop",
+        "self",
+        "and",
+        "else",
+        "elif",
+        "for",
+        "if",
+        "in",
+        "is",
+        "not",
+    )
+    + (
+        "or",
+        "set",
+        "include",
+        "true",
+        "false",
+        "none",
+        "True",
+        "False",
+        "None",
+        "recursive",
+        "with",
+        "without",
+    )
 )
 
 
@@ -39,10 +75,13 @@ def get_label(value: Any) -> Scalar:
 
 
 def _check_label(label: Any) -> Any:
-    if isinstance(label, str) and not re.fullmatch(r"[^\s,]([^,\x00-\x1f\x7f]{0,198}[^\s,])?", label):
+    if isinstance(label, str) and not re.fullmatch(
+        r"[^\s,]([^,\x00-\x1f\x7f]{0,198}[^\s,])?", label
+    ):
         raise ValueError(
-            f"{label!r} cannot be chosen with --where: a label has no comma, no line break, no space at an end and at "
-            "most 200 characters; give a long value as a mapping with a short `name`"
+            f"{label!r} cannot be chosen with --where: a label has no comma, no line break, no"
+            " space at an end and at most 200 characters; give a long value as a mapping with a"
+            " short `name`"
         )
     if not isinstance(label, str | bool | int | float | None):
         raise ValueError(f"{label!r} is not a label: expected a text, number, boolean or null")
@@ -62,13 +101,17 @@ def _listed(value: Any) -> Any:
 
 AxisValue = Annotated[Any, AfterValidator(_check_axis_value)]
 Labels = Annotated[
-    tuple[Annotated[Any, AfterValidator(_check_label)], ...], Field(min_length=1), BeforeValidator(_listed)
+    tuple[Annotated[Any, AfterValidator(_check_label)], ...],
+    Field(min_length=1),
+    BeforeValidator(_listed),
 ]
 Conditions = Annotated[dict[str, Labels], AfterValidator(freeze)]
 
 
 class Axis(Section):
-    """The values of one axis; with `when`, only in cells whose earlier axes have one of those labels."""
+    """The values of one axis; with `when`, only in cells whose earlier axes have one of those
+    labels.
+    """
 
     values: Annotated[tuple[AxisValue, ...], Field(min_length=1)]
     when: Conditions = Field(default_factory=dict)
@@ -99,7 +142,9 @@ class GridSpec(Section):
 
 
 class ModelCard(ModelSection):
-    """One file of `recipe_templates/models`: the `model` section of a recipe, and where LoRA goes."""
+    """One file of `recipe_templates/models`: the `model` section of a recipe, and where LoRA
+    goes.
+    """
 
     target_modules: Text | tuple[Text, ...]
 
@@ -140,15 +185,22 @@ def load_cards(templates_root: Path) -> dict[str, dict[str, Any]]:
     for path in sorted((templates_root / "models").glob("*.yaml")):
         text, container = _load_mapping(path)
         try:
-            cards[path.stem] = ModelCard.model_validate_json(json.dumps(container)).model_dump(mode="json")
+            cards[path.stem] = ModelCard.model_validate_json(json.dumps(container)).model_dump(
+                mode="json"
+            )
         except ValidationError as error:
             raise _list_problems(path, text, error, ModelCard) from None
     return cards
 
 
 def applies(when: Mapping[str, Sequence[Scalar]], cell: Mapping[str, Any]) -> bool:
-    """Whether a cell has, for every axis named in `when`, one of the labels; an absent axis has none."""
-    return all(axis in cell and find_label(get_label(cell[axis]), labels) is not None for axis, labels in when.items())
+    """Whether a cell has, for every axis named in `when`, one of the labels; an absent axis has
+    none.
+    """
+    return all(
+        axis in cell and find_label(get_label(cell[axis]), labels) is not None
+        for axis, labels in when.items()
+    )
 
 
 def show_label(label: Any) -> str:
@@ -158,7 +210,9 @@ def show_label(label: Any) -> str:
 def find_label(label: Any, values: Sequence[Any]) -> int | None:
     """The position of a label among axis values; 1, 1.0, true and "1" are four labels."""
     wanted = json.dumps(label)
-    return next((n for n, value in enumerate(values) if json.dumps(get_label(value)) == wanted), None)
+    return next(
+        (n for n, value in enumerate(values) if json.dumps(get_label(value)) == wanted), None
+    )
 
 
 def _check_spec(spec: GridSpec) -> Iterator[tuple[str, str]]:
@@ -166,12 +220,17 @@ def _check_spec(spec: GridSpec) -> Iterator[tuple[str, str]]:
     names = list(spec.axes)
     for position, (name, axis) in enumerate(spec.axes.items()):
         if not re.fullmatch(_AXIS_NAME, name) or name in _TAKEN_NAMES:
-            yield f"axes.{name}", "is not an axis name: letters, digits, _; not a word that templates use"
+            yield (
+                f"axes.{name}",
+                "is not an axis name: letters, digits, _; not a word that templates use",
+            )
         for n, value in enumerate(axis.values):
             if find_label(get_label(value), axis.values) != n:
                 yield f"axes.{name}", f"has {show_label(get_label(value))} twice"
         earlier = {other: spec.axes[other] for other in names[:position]}
-        yield from _check_conditions(f"axes.{name}.when", axis.when, earlier, "an axis above this one")
+        yield from _check_conditions(
+            f"axes.{name}.when", axis.when, earlier, "an axis above this one"
+        )
     for n, rule in enumerate(spec.exclude):
         yield from _check_conditions(f"exclude.{n}.when", rule.when, spec.axes, "an axis")
     for n, cell in enumerate(spec.include):
@@ -189,10 +248,15 @@ def _check_conditions(
         for label in labels:
             if find_label(label, known) is None:
                 shown = ", ".join(json.dumps(item) for item in known[:8])
-                yield f"{key}.{name}", f"got {json.dumps(label)}, which is not a value of the axis: {shown}"
+                yield (
+                    f"{key}.{name}",
+                    f"got {json.dumps(label)}, which is not a value of the axis: {shown}",
+                )
 
 
-def _check_inclusion(spec: GridSpec, key: str, cell: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _check_inclusion(
+    spec: GridSpec, key: str, cell: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
     for name in cell:
         if name not in spec.axes:
             yield f"{key}.{name}", "is not an axis" + suggest(name, list(spec.axes))
@@ -207,19 +271,34 @@ def _check_inclusion(spec: GridSpec, key: str, cell: Mapping[str, Any]) -> Itera
             yield from _check_included_value(f"{key}.{name}", cell[name], axis)
             values[name] = cell[name]
         if applies(axis.when, values) != (name in cell):
-            yield f"{key}.{name}", "does not apply in this cell" if name in cell else "is missing: a cell is whole"
+            yield (
+                f"{key}.{name}",
+                "does not apply in this cell" if name in cell else "is missing: a cell is whole",
+            )
 
 
 def _check_included_value(key: str, value: Any, axis: Axis) -> Iterator[tuple[str, str]]:
     position = find_label(get_label(value), axis.values)
     if isinstance(value, Mapping) and position is not None:
-        yield key, f"gives another meaning to {show_label(get_label(value))}, a value of the axis: use the label alone"
-    elif position is None and not isinstance(value, Mapping) and any(isinstance(v, Mapping) for v in axis.values):
+        yield (
+            key,
+            (
+                f"gives another meaning to {show_label(get_label(value))}, a value of the axis: use"
+                " the label alone"
+            ),
+        )
+    elif (
+        position is None
+        and not isinstance(value, Mapping)
+        and any(isinstance(v, Mapping) for v in axis.values)
+    ):
         yield key, f"{show_label(value)} is no value of the axis: give a mapping with `name`"
 
 
 def _load_mapping(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text and content of a file that is read as a recipe is: `1e-5` is a number, no key stands twice."""
+    """The text and content of a file that is read as a recipe is: `1e-5` is a number, no key stands
+    twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         if len(text) > MAX_RECIPE_BYTES:
@@ -240,11 +319,17 @@ def _load_mapping(path: Path) -> tuple[str, dict[str, Any]]:
     except (OmegaConfBaseException, YAMLError, RecursionError, OSError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         what = str(getattr(error, "problem", None) or error).splitlines()[0]
-        problems = [Problem(getattr(error, "full_key", None) or "(file)", what, mark.line + 1 if mark else 1)]
+        problems = [
+            Problem(
+                getattr(error, "full_key", None) or "(file)", what, mark.line + 1 if mark else 1
+            )
+        ]
     raise GridError(RecipeError(str(path), problems).message)
 
 
-def _list_problems(path: Path, text: str, error: ValidationError, model: type[Section]) -> GridError:
+def _list_problems(
+    path: Path, text: str, error: ValidationError, model: type[Section]
+) -> GridError:
     lines, problems = find_lines(text), []
     for detail in error.errors():
         location = [str(part) for part in detail["loc"]]
@@ -260,11 +345,15 @@ def _list_problems(path: Path, text: str, error: ValidationError, model: type[Se
             what = f"got {json.dumps(detail['input'], ensure_ascii=False):.60}: {detail['msg']}"
         key = ".".join(location)
         problems.append(Problem(key, what, _nearest_line(key, lines)))
-    return GridError(RecipeError(str(path), sorted(problems, key=lambda problem: problem.line or 0)).message)
+    return GridError(
+        RecipeError(str(path), sorted(problems, key=lambda problem: problem.line or 0)).message
+    )
 
 
 def _nearest_line(key: str, lines: Mapping[str, int]) -> int:
-    """The line of a key, or of the closest one around it; a bare list of values has no key `values`."""
+    """The line of a key, or of the closest one around it; a bare list of values has no key
+    `values`.
+    """
     while key:
         if (line := lines.get(key) or lines.get(key.replace(".values.", ".", 1))) is not None:
             return line

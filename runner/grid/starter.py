@@ -1,11 +1,14 @@
-"""The starter grid of `runner init`: what fits a person's rows and models, written into the files of `starter/`.
+"""The starter grid of `runner init`: what fits a person's rows and models, written into the files
+of `starter/`.
 
-Owns what is read off a data file and a model folder. Imports the data part of the training process when called, because
-only the reader that trains knows what a file holds; none of it imports torch.
+Owns what is read off a data file and a model folder. Imports the data part of the training process
+when called, because only the reader that trains knows what a file holds; none of it imports torch.
 
-The files that come with the runner: stock grids, model cards, chat templates, launch configs, sweeps, data samples.
+The files that come with the runner: stock grids, model cards, chat templates, launch configs,
+sweeps, data samples.
 
-Owns where they are. They stand at the top of the source tree and nowhere else; a wheel holds them in `runner/stock`.
+Owns where they are. They stand at the top of the source tree and nowhere else; a wheel holds them
+in `runner/stock`.
 """
 
 from __future__ import annotations
@@ -34,12 +37,16 @@ def find_package_dir() -> Path:
 
 
 def find_stock_dir() -> Path:
-    """The folder with `recipe_templates` and the others: inside an installed package, around it in a source tree."""
+    """The folder with `recipe_templates` and the others: inside an installed package, around it in
+    a source tree.
+    """
     package_dir = find_package_dir()
     for folder in (package_dir / "stock", package_dir.parent):
         if (folder / TEMPLATES).is_dir():
             return folder
-    raise RunnerError(f"the stock files are missing beside {package_dir}", hint="pip install --force-reinstall .")
+    raise RunnerError(
+        f"the stock files are missing beside {package_dir}", hint="pip install --force-reinstall ."
+    )
 
 
 def list_stock_grids(stock_dir: Path) -> Mapping[str, str]:
@@ -57,13 +64,22 @@ def require_stock_grid(stock_dir: Path, grid: str) -> None:
     if grid not in titles:
         width = max(map(len, titles))
         listed = "\n".join(f"  {name:<{width}}  {title}" for name, title in titles.items())
-        raise RunnerError(f"there is no stock grid {grid!r}{suggest(grid, list(titles))}\n\n{listed}")
+        raise RunnerError(
+            f"there is no stock grid {grid!r}{suggest(grid, list(titles))}\n\n{listed}"
+        )
 
 
 GRID: Final = "first"
 DEMO_CARD: Final = "demo-gemma"
 DEMO_MODEL: Final = "demo_models/gemma"
-_CARD_KEYS: Final = ("path", "dtype", "attn_implementation", "chat_template", "pad_token", "target_modules")
+_CARD_KEYS: Final = (
+    "path",
+    "dtype",
+    "attn_implementation",
+    "chat_template",
+    "pad_token",
+    "target_modules",
+)
 _MIN_ROWS: Final = 4
 _MAX_HELD_OUT: Final = 100
 _MAX_TRAIN: Final = 1000
@@ -82,12 +98,21 @@ _TASKS: Final[tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]] = (
         ("context", "question", "answers"),
         {
             "name": "squad_v2",
-            "prompt": "Answer with words of the text, or with `unanswerable`.\n\n{context}\n\nQuestion: {question}",
+            "prompt": (
+                "Answer with words of the text, or with `unanswerable`.\n\n{context}\n\nQuestion:"
+                " {question}"
+            ),
         },
     ),
-    (("sentence", "label"), {"name": "sst2", "prompt": "Is this sentence positive or negative?\n\n{sentence}"}),
+    (
+        ("sentence", "label"),
+        {"name": "sst2", "prompt": "Is this sentence positive or negative?\n\n{sentence}"},
+    ),
     *(
-        (pair, {"name": "prompt_completion", "prompt_column": pair[0], "completion_column": pair[1]})
+        (
+            pair,
+            {"name": "prompt_completion", "prompt_column": pair[0], "completion_column": pair[1]},
+        )
         for pair in (
             ("prompt", "completion"),
             ("prompt", "response"),
@@ -107,14 +132,21 @@ _TASKS: Final[tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]] = (
                 "summary_column": pair[1],
             },
         )
-        for pair in (("document", "summary"), ("dialogue", "summary"), ("text", "summary"), ("article", "highlights"))
+        for pair in (
+            ("document", "summary"),
+            ("dialogue", "summary"),
+            ("text", "summary"),
+            ("article", "highlights"),
+        )
     ),
 )
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """A data file and the numbers that suit it. `num_rows` counts different rows; `unused` are columns nobody reads."""
+    """A data file and the numbers that suit it. `num_rows` counts different rows; `unused` are
+    columns nobody reads.
+    """
 
     task: Mapping[str, str]
     num_rows: int
@@ -126,7 +158,9 @@ class DataPlan:
 
 
 def plan_data(path: Path) -> DataPlan:
-    """What the rows of a file are and how they are split. Raises: RunnerError, also for a file that cannot be read."""
+    """What the rows of a file are and how they are split. Raises: RunnerError, also for a file that
+    cannot be read.
+    """
     from runner.data.rows import draw_splits
     from runner.data.sources import load_rows
     from runner.data.tasks import build_examples
@@ -135,7 +169,10 @@ def plan_data(path: Path) -> DataPlan:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise RunnerError(
             f"`--data {path}` {what}; expected one JSONL, JSON, CSV or Parquet file",
-            hint="start without --data, then name the folder or hub data set in recipe_templates/first/recipe.yaml.j2",
+            hint=(
+                "start without --data, then name the folder or hub data set in"
+                " recipe_templates/first/recipe.yaml.j2"
+            ),
         )
     source = DataSource(path=str(path))
     first = next(iter(load_rows(source)), None)
@@ -144,12 +181,21 @@ def plan_data(path: Path) -> DataPlan:
     task, unused = detect_task(first[1], first[0])
 
     def read(num_held_out: int) -> DataSection:
-        counts = {"num_validation_samples": num_held_out, "num_test_samples": num_held_out, "seed": 42, "max_length": 1}
-        return DataSection.model_validate_json(json.dumps({"train": source.model_dump(), "task": task, **counts}))
+        counts = {
+            "num_validation_samples": num_held_out,
+            "num_test_samples": num_held_out,
+            "seed": 42,
+            "max_length": 1,
+        }
+        return DataSection.model_validate_json(
+            json.dumps({"train": source.model_dump(), "task": task, **counts})
+        )
 
     examples = build_examples(load_rows(source), read(1).task).examples
     num_bytes = {
-        json.dumps(example.messages): sum(len(message["content"].encode()) for message in example.messages)
+        json.dumps(example.messages): sum(
+            len(message["content"].encode()) for message in example.messages
+        )
         for example in examples
     }
     if len(num_bytes) < _MIN_ROWS:
@@ -169,23 +215,33 @@ def plan_data(path: Path) -> DataPlan:
 
 
 def detect_task(row: Any, where: str) -> tuple[Mapping[str, str], tuple[str, ...]]:
-    """The task section for rows like this one, and the columns that it leaves aside. Raises: RunnerError."""
+    """The task section for rows like this one, and the columns that it leaves aside. Raises:
+    RunnerError.
+    """
     if isinstance(row, list):
         return {"name": "conversations"}, ()
     columns = list(row) if isinstance(row, Mapping) else []
     for needed, task in _TASKS:
         if all(name in columns for name in needed):
-            if task["name"] == "prompt_completion" and all(isinstance(row[name], list) for name in needed):
+            if task["name"] == "prompt_completion" and all(
+                isinstance(row[name], list) for name in needed
+            ):
                 task = {"name": "conversations"}  # both hold messages
-            known = ("label_texts", "id", "idx", *needed) if task["name"] != "oasst1" else tuple(columns)
+            known = (
+                ("label_texts", "id", "idx", *needed)
+                if task["name"] != "oasst1"
+                else tuple(columns)
+            )
             return task, tuple(name for name in columns if name not in known)
     found = ", ".join(map(str, columns)) or "no columns"
     known_columns = "; ".join(dict.fromkeys(", ".join(needed) for needed, _ in _TASKS))
     raise RunnerError(
         f"{where}: cannot tell the task from the columns: {found}",
-        hint=f"name the columns as one of these: {known_columns}\n"
-        "      or start without --data, and write `data.train.path` and `data.task` into "
-        "recipe_templates/first/recipe.yaml.j2",
+        hint=(
+            f"name the columns as one of these: {known_columns}\n"
+            "      or start without --data, and write `data.train.path` and `data.task` into "
+            "recipe_templates/first/recipe.yaml.j2"
+        ),
     )
 
 
@@ -200,7 +256,8 @@ def choose_train_counts(num_left: int) -> tuple[int, ...]:
 
 
 def guess_max_length(num_bytes: int) -> int:
-    """A `max_length` in tokens that holds a row of so many bytes, at two bytes a token, within what models take.
+    """A `max_length` in tokens that holds a row of so many bytes, at two bytes a token, within what
+    models take.
 
     >>> guess_max_length(300), guess_max_length(100_000)
     (256, 4096)
@@ -208,8 +265,12 @@ def guess_max_length(num_bytes: int) -> int:
     return next((length for length in _LENGTHS if 2 * length >= num_bytes + 64), _LENGTHS[-1])
 
 
-def build_cards(models: Sequence[str], templates_root: Path, project_dir: Path) -> dict[str, Mapping[str, Any]]:
-    """A card for every `--model`, by name: a stock card, or a new one from what the model's folder says."""
+def build_cards(
+    models: Sequence[str], templates_root: Path, project_dir: Path
+) -> dict[str, Mapping[str, Any]]:
+    """A card for every `--model`, by name: a stock card, or a new one from what the model's folder
+    says.
+    """
     if not models:
         return {DEMO_CARD: _new_card(DEMO_MODEL, "float32", None)}
     stock = load_cards(templates_root)
@@ -217,12 +278,17 @@ def build_cards(models: Sequence[str], templates_root: Path, project_dir: Path) 
     for model in models:
         name, card = _find_card(model, stock, project_dir)
         if name in cards:
-            raise RunnerError(f"two of the models would be called {name!r}; give one --model, and add a card by hand")
+            raise RunnerError(
+                f"two of the models would be called {name!r}; give one --model, and add a card by"
+                " hand"
+            )
         cards[name] = card
     return cards
 
 
-def _find_card(model: str, stock: Mapping[str, Mapping[str, Any]], project_dir: Path) -> tuple[str, Mapping[str, Any]]:
+def _find_card(
+    model: str, stock: Mapping[str, Mapping[str, Any]], project_dir: Path
+) -> tuple[str, Mapping[str, Any]]:
     folder = Path(model).expanduser()
     if not folder.exists():
         for name, card in stock.items():
@@ -230,7 +296,8 @@ def _find_card(model: str, stock: Mapping[str, Mapping[str, Any]], project_dir: 
                 return name, {key: card[key] for key in _CARD_KEYS}
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model):
             raise RunnerError(
-                f"`--model {model}`: there is no such folder, and it is not a hub id like google/gemma-2-2b-it",
+                f"`--model {model}`: there is no such folder, and it is not a hub id like"
+                " google/gemma-2-2b-it",
                 hint=f"a folder, a hub id, or one of the stock cards {', '.join(stock)}",
             )
         return _name_card(model, stock), _new_card(model, "bfloat16", None)
@@ -272,8 +339,12 @@ def _new_card(path: str, dtype: str, chat_template: str | None) -> dict[str, Any
     return dict(zip(_CARD_KEYS, values, strict=True))
 
 
-def write_starter(project_dir: Path, data_path: str, data: DataPlan, cards: Mapping[str, Mapping[str, Any]]) -> None:
-    """The starter grid, its cards and its sweep, into a project that has the stock templates already."""
+def write_starter(
+    project_dir: Path, data_path: str, data: DataPlan, cards: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The starter grid, its cards and its sweep, into a project that has the stock templates
+    already.
+    """
     counts = list(data.train_counts)
     values = {
         "DIGITS": str(max(3, len(str(counts[-1])))),

@@ -1,6 +1,8 @@
-"""One attempt of one run: takes the lease, opens the record, starts `accelerate launch`, closes the record.
+"""One attempt of one run: takes the lease, opens the record, starts `accelerate launch`, closes the
+record.
 
-What is written of a run, under its lease, before an attempt is started and after it has ended, or refuses it.
+What is written of a run, under its lease, before an attempt is started and after it has ended, or
+refuses it.
 """
 
 from __future__ import annotations
@@ -50,21 +52,30 @@ from runner.secrets import scrub_json, scrub_log
 
 
 def prepare_run(recipe: Recipe, contents: Mapping[str, str], paths: RunPaths) -> None:
-    """Write `recipe.json` of a run that is not complete; refuse a directory that holds another experiment.
+    """Write `recipe.json` of a run that is not complete; refuse a directory that holds another
+    experiment.
 
     The caller holds the lease. `contents` is whole.
     """
     digest = derive_digest(recipe, contents)
     differences = find_differences(paths, recipe, contents)
-    if not differences and (stored := load_stored_recipe(paths)) is not None and stored.recipe_digest != digest:
+    if (
+        not differences
+        and (stored := load_stored_recipe(paths)) is not None
+        and stored.recipe_digest != digest
+    ):
         gone = [path for path in stored.contents if path not in contents]
-        differences = [f"content of {path}: not there any more" for path in gone] or ["recipe_digest: another one"]
+        differences = [f"content of {path}: not there any more" for path in gone] or [
+            "recipe_digest: another one"
+        ]
     if differences:
         shown = "\n".join(f"  {line}" for line in differences)
         raise RefusedError(
             f"{paths.run_dir} holds another experiment, the recipe changed since:\n{shown}",
-            hint="change the recipe back, give the new one another name, or move the old run aside with "
-            "`runner launch RECIPE --fresh`",
+            hint=(
+                "change the recipe back, give the new one another name, or move the old run aside"
+                " with `runner launch RECIPE --fresh`"
+            ),
         )
     if load_result(paths) is None:
         content = StoredRecipe(recipe=recipe, recipe_digest=digest, contents=dict(contents))
@@ -80,18 +91,23 @@ def refuse_uncontinuable(
     resume: str,
     divisor: int,
 ) -> None:
-    """Refuse what the trainer would refuse once it has started: to continue a checkpoint of another launch.
+    """Refuse what the trainer would refuse once it has started: to continue a checkpoint of another
+    launch.
 
-    The caller holds the lease, and has written nothing yet: `recipe.json` still says how the run was launched before.
+    The caller holds the lease, and has written nothing yet: `recipe.json` still says how the run
+    was launched before.
 
     Raises:
         RefusedError: with what differs, and the ways out.
     """
     stored, digest = load_stored_recipe(paths), derive_digest(recipe, contents)
-    if stored is None or stored.recipe_digest != digest:  # a new run, or another experiment, which is refused as such
+    # A new run, or another experiment, which is refused as such.
+    if stored is None or stored.recipe_digest != digest:
         return
     threads = command.environment.get("OMP_NUM_THREADS")
-    found = look_ahead(paths, recipe, digest, num_processes, divisor=divisor, threads=threads, resume=resume)
+    found = look_ahead(
+        paths, recipe, digest, num_processes, divisor=divisor, threads=threads, resume=resume
+    )
     refuse_to_continue(found, recipe)
 
 
@@ -104,7 +120,8 @@ def open_attempt(
     retry: int = 0,
     micro_batch_divisor: int = 1,
 ) -> Attempt:
-    """Append an attempt to `run.json` and make its folder, before anything is started. The caller holds the lease.
+    """Append an attempt to `run.json` and make its folder, before anything is started. The caller
+    holds the lease.
 
     A request to stop an earlier attempt goes first, and what a kill left half written.
     """
@@ -141,7 +158,8 @@ def take_lease(paths: RunPaths) -> Lease | None:
     """The lease of a run, or None when somebody else holds it.
 
     Raises:
-        RefusedError: a part of the run directory is a link: what is written there would be written elsewhere.
+        RefusedError: a part of the run directory is a link: what is written there would be written
+            elsewhere.
     """
     for path in (paths.run_dir, *_list_parts(paths)):
         if path.is_symlink():
@@ -157,7 +175,11 @@ def take_lease(paths: RunPaths) -> Lease | None:
 
 
 def _list_parts(paths: RunPaths) -> list[Path]:
-    return [path for folder in (paths.run_dir, paths.attempts_dir, paths.checkpoints_dir) for path in folder.glob("*")]
+    return [
+        path
+        for folder in (paths.run_dir, paths.attempts_dir, paths.checkpoints_dir)
+        for path in folder.glob("*")
+    ]
 
 
 def request_stop(paths: RunPaths, attempt: int, why: str) -> None:
@@ -168,12 +190,15 @@ def request_stop(paths: RunPaths, attempt: int, why: str) -> None:
 def close_attempt(paths: RunPaths, exit_status: int, failure: Failure | None) -> None:
     """Write the end of the last attempt."""
     *earlier, last = load_record(paths).attempts
-    closed = last.model_copy(update={"ended_at_utc": now_utc(), "exit_status": exit_status, "failure": failure})
+    closed = last.model_copy(
+        update={"ended_at_utc": now_utc(), "exit_status": exit_status, "failure": failure}
+    )
     write_record(paths, RunRecord(attempts=(*earlier, closed)))
 
 
 def move_aside(paths: RunPaths) -> Path | None:
-    """`--fresh`: rename the run directory to a free name in a hidden folder beside it; nothing is deleted.
+    """`--fresh`: rename the run directory to a free name in a hidden folder beside it; nothing is
+    deleted.
 
     The caller holds the lease.
     """
@@ -190,8 +215,12 @@ def move_aside(paths: RunPaths) -> Path | None:
 def read_git_state() -> tuple[str | None, bool | None]:
     """Commit and whether the work tree differs from it; None outside a git checkout."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         return None, None
     if commit.returncode != 0:
@@ -200,13 +229,17 @@ def read_git_state() -> tuple[str | None, bool | None]:
 
 
 def name_owner(paths: RunPaths) -> str:
-    """The run in `OWNER_VARIABLE`: its lease, because a container may have another run under the same path."""
+    """The run in `OWNER_VARIABLE`: its lease, because a container may have another run under the
+    same path.
+    """
     lease = paths.lease_path.stat()
     return f"{lease.st_dev}.{lease.st_ino}@{paths.run_dir.resolve()}"
 
 
 class FailedElsewhere(Exception):
-    """Another process has tried the run since this one decided to: what came of it is its to retry or to leave."""
+    """Another process has tried the run since this one decided to: what came of it is its to retry
+    or to leave.
+    """
 
     def __init__(self, failure: Failure, files: AttemptPaths) -> None:
         super().__init__(failure.message)
@@ -215,7 +248,8 @@ class FailedElsewhere(Exception):
 
 
 def refuse_what_failed_since(paths: RunPaths, num_attempts: int | None) -> None:
-    """Refuse to repeat a failure that nobody has seen yet; what was killed or stopped meanwhile is free to go on.
+    """Refuse to repeat a failure that nobody has seen yet; what was killed or stopped meanwhile is
+    free to go on.
 
     The caller holds the lease.
 
@@ -263,10 +297,14 @@ class RunningAttempt:
     def was_asked_to_leave(self) -> bool:
         """Whether somebody wants this attempt to end, so that no other follows by itself."""
         request = load_stop_request(self.paths)
-        return self.stop_reason is not None or (request is not None and request.attempt == self.attempt.number)
+        return self.stop_reason is not None or (
+            request is not None and request.attempt == self.attempt.number
+        )
 
     def signal_group(self, number: signal.Signals) -> None:
-        """Send a signal to the launcher and what is in its session; the ranks of several processes are not."""
+        """Send a signal to the launcher and what is in its session; the ranks of several processes
+        are not.
+        """
         if self.process.returncode is None:  # once it is reaped, its id may be somebody else's
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
@@ -281,11 +319,14 @@ class RunningAttempt:
         self.signal_group(signal.SIGKILL)
 
     def finish(self) -> Failure | None:
-        """Wait for the launcher, close the record and let go of the lease; None when the run is complete."""
+        """Wait for the launcher, close the record and let go of the lease; None when the run is
+        complete.
+        """
         try:
             if self.process.returncode is None:
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-                self.signal_group(signal.SIGKILL)  # what the launcher may have left; its own id is not free yet
+                # What the launcher may have left; its own id is not free yet.
+                self.signal_group(signal.SIGKILL)
             status = self.process.wait()
             if self.launcher_lock is not None:
                 self.launcher_lock.close()
@@ -295,7 +336,9 @@ class RunningAttempt:
                 scrub_log(self.files.log_path)
             failure = self._find_failure(status)
             if failure is not None:
-                failure = failure.model_copy(update={"log_tail": read_log_tail(self.files.log_path)})
+                failure = failure.model_copy(
+                    update={"log_tail": read_log_tail(self.files.log_path)}
+                )
             self._close(status, failure)
         finally:
             self.lease.close()
@@ -304,21 +347,31 @@ class RunningAttempt:
     def _close(self, exit_status: int, failure: Failure | None) -> None:
         try:
             close_attempt(self.paths, exit_status, failure)
-        except (OSError, CorruptFileError) as error:  # the others go on; the next sweep sees by itself how it ended
+        # The others go on; the next sweep sees by itself how it ended.
+        except (OSError, CorruptFileError) as error:
             with contextlib.suppress(OSError):
-                print(f"warning: the end of {self.files.attempt_dir} is not recorded: {error}", file=sys.stderr)
+                print(
+                    f"warning: the end of {self.files.attempt_dir} is not recorded: {error}",
+                    file=sys.stderr,
+                )
 
     def _find_failure(self, exit_status: int) -> Failure | None:
         try:
             result, stored = load_result(self.paths), load_stored_recipe(self.paths)
-            if result is not None and stored is not None and result.recipe_digest == stored.recipe_digest:
+            if (
+                result is not None
+                and stored is not None
+                and result.recipe_digest == stored.recipe_digest
+            ):
                 return None
             failure = load_failure(self.files)
         except CorruptFileError as error:
             return Failure(kind="crashed", message=error.message)
         except OSError as error:
             return build_failure(error, self.paths.run_dir)
-        if self.stop_reason is not None and (failure is None or failure.kind not in DETERMINISTIC_KINDS):
+        if self.stop_reason is not None and (
+            failure is None or failure.kind not in DETERMINISTIC_KINDS
+        ):
             return Failure(kind="preempted", message=self.stop_reason)
         return failure or explain_silence(self.files.log_path, exit_status)
 
@@ -334,10 +387,11 @@ def start_attempt(
     micro_batch_divisor: int | None = None,
     num_attempts: int | None = None,
 ) -> RunningAttempt | None:
-    """Start one attempt under the run's lease; None when somebody else runs it or has just completed it.
+    """Start one attempt under the run's lease; None when somebody else runs it or has just
+    completed it.
 
-    `micro_batch_divisor` is that of the last attempt where it is None. `num_attempts` is how many there were when this
-    one was decided upon.
+    `micro_batch_divisor` is that of the last attempt where it is None. `num_attempts` is how many
+    there were when this one was decided upon.
 
     Raises:
         FailedElsewhere: there was another attempt since, which failed.
@@ -359,14 +413,18 @@ def start_attempt(
         refuse_what_failed_since(paths, num_attempts)
         owner = name_owner(paths)
         kill_processes_of(lambda value: value.rpartition(":")[0] == owner)  # what outlived a kill
-        attempt = open_attempt(paths, command, num_processes, read_git_state(), resume, retry, divisor)
+        attempt = open_attempt(
+            paths, command, num_processes, read_git_state(), resume, retry, divisor
+        )
         lock = hold_launcher_lock(paths.attempt(attempt.number)) if command.spans_machines else None
         owner = f"{owner}:{attempt.number}"
         process = _start_launcher(paths, attempt, command, lease, owner)
     except BaseException:
         lease.close()
         raise
-    return RunningAttempt(paths, attempt, process, lease, owner, lock, first_step=_find_newest_step(paths))
+    return RunningAttempt(
+        paths, attempt, process, lease, owner, lock, first_step=_find_newest_step(paths)
+    )
 
 
 def _find_newest_step(paths: RunPaths) -> int:
@@ -393,7 +451,11 @@ def _start_launcher(
     except OSError as error:
         message = f"{command.argv[0]} cannot be started: {error}"
         is_absent = isinstance(error, FileNotFoundError | PermissionError)
-        close_attempt(paths, 127, Failure(kind="configuration" if is_absent else "transient", message=message))
+        close_attempt(
+            paths, 127, Failure(kind="configuration" if is_absent else "transient", message=message)
+        )
         if not is_absent:  # no memory or no process is free
             raise
-        raise RunnerError(message, hint="pip install accelerate, into the Python that `runner` runs in") from None
+        raise RunnerError(
+            message, hint="pip install accelerate, into the Python that `runner` runs in"
+        ) from None

@@ -1,4 +1,6 @@
-"""Pure: a recipe, a run directory and a placement become the exact command and environment of one attempt."""
+"""Pure: a recipe, a run directory and a placement become the exact command and environment of one
+attempt.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,17 @@ from typing import Final
 from runner.errors import RefusedError
 from runner.recipe.parse import Recipe, derive_accumulation
 
-# Output that is seen at once, and no thread pool of the tokenizers beside the trainer's own threads.
-_ALWAYS: Final = {"ACCELERATE_LOG_LEVEL": "info", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Output that is seen at once, and no thread pool of the tokenizers beside the trainer's own
+# threads.
+_ALWAYS: Final = {
+    "ACCELERATE_LOG_LEVEL": "info",
+    "PYTHONUNBUFFERED": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
-MACHINE_RANK: Final = "MACHINE_RANK"  # on the command line of `runner.launch.placement`, for the number of each machine
+# On the command line of `runner.launch.placement`, for the number of each machine.
+MACHINE_RANK: Final = "MACHINE_RANK"
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class Machines:
     num: int
     first_address: str
     port: int
-    rank: int | None = None  # of the one machine that the command is for; None: `srun` starts it on all
+    # Of the one machine that the command is for; None: `srun` starts it on all.
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,8 @@ class Placement:
     """Where one attempt runs: nothing of it changes the experiment."""
 
     num_processes: int  # over all machines
-    devices: tuple[str, ...] | None = None  # of CUDA_VISIBLE_DEVICES; None leaves the variable alone
+    # Of CUDA_VISIBLE_DEVICES; None leaves the variable alone.
+    devices: tuple[str, ...] | None = None
     num_cores: int = 1  # cores this attempt may use, over all machines
     machines: Machines | None = None  # None: this one alone
 
@@ -45,16 +55,22 @@ class LaunchCommand:
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
-    spans_machines: bool = False  # its processes run on machines that no signal and no descriptor of ours reaches
+    # Its processes run on machines that no signal and no descriptor of ours reaches.
+    spans_machines: bool = False
 
     def as_shell(self) -> str:
         """One line that can be pasted into a shell."""
-        variables = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())]
+        variables = [
+            f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())
+        ]
         return " ".join([*variables, shlex.join(self.argv)])
 
 
-def build_launch_command(recipe: Recipe, run_dir: Path, placement: Placement, *, path: str) -> LaunchCommand:
-    """The `accelerate launch` of one attempt. `path` is the PATH to extend, so that this Python's tools are found.
+def build_launch_command(
+    recipe: Recipe, run_dir: Path, placement: Placement, *, path: str
+) -> LaunchCommand:
+    """The `accelerate launch` of one attempt. `path` is the PATH to extend, so that this Python's
+    tools are found.
 
     Raises:
         RefusedError: the global batch cannot be kept on that many processes.
@@ -70,10 +86,13 @@ def build_launch_command(recipe: Recipe, run_dir: Path, placement: Placement, *,
     spans_machines = placement.machines is not None and placement.machines.rank is None
     if placement.machines is not None and spans_machines:
         argv = [*_build_srun(placement, placement.machines), *argv]
-    threads = recipe.launch.num_cpu_threads_per_process or max(1, placement.num_cores // placement.num_processes)
+    threads = recipe.launch.num_cpu_threads_per_process or max(
+        1, placement.num_cores // placement.num_processes
+    )
     environment = {**_ALWAYS, "OMP_NUM_THREADS": str(threads)}
     tools_dir = str(Path(sys.executable).parent)
-    if tools_dir not in path.split(":"):  # `.venv/bin/runner` was called without activating; DeepSpeed needs ninja too
+    # `.venv/bin/runner` was called without activating; DeepSpeed needs ninja too
+    if tools_dir not in path.split(":"):
         environment["PATH"] = f"{tools_dir}:{path}"
     if placement.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(placement.devices)
@@ -103,10 +122,11 @@ def _build_meeting_point(placement: Placement) -> list[str]:
 
 
 def _build_srun(placement: Placement, machines: Machines) -> list[str]:
-    """`runner.launch.placement` once on each machine of the Slurm job, all ended as soon as one fails.
+    """`runner.launch.placement` once on each machine of the Slurm job, all ended as soon as one
+    fails.
 
-    `srun` reads nothing from the lease that it has as its stdin, and is told the cores: since Slurm 22.05 it no longer
-    takes them from the job.
+    `srun` reads nothing from the lease that it has as its stdin, and is told the cores: since Slurm
+    22.05 it no longer takes them from the job.
     """
     return [
         *("srun", f"--nodes={machines.num}", f"--ntasks={machines.num}", "--ntasks-per-node=1"),

@@ -1,10 +1,13 @@
 """What a machine has free for runs: slots or GPUs, and the placements made of them.
 
-What a cluster's environment variables say about the machine that an attempt got. Pure; one function per question.
+What a cluster's environment variables say about the machine that an attempt got. Pure; one function
+per question.
 
-Several machines for one attempt: what Slurm has allotted, and becoming `accelerate launch` on each of them.
+Several machines for one attempt: what Slurm has allotted, and becoming `accelerate launch` on each
+of them.
 
-Executed as `python -m runner.launch.placement accelerate launch ...`, which `srun` starts once on each machine.
+Executed as `python -m runner.launch.placement accelerate launch ...`, which `srun` starts once on
+each machine.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ class Planned:
     num_processes: int
     resume: str = "auto"  # `Attempt.resume`
     retry: int = 0  # `Attempt.retry`
-    micro_batch_divisor: int | None = None  # `Attempt.micro_batch_divisor`; None: as in the last attempt
+    # `Attempt.micro_batch_divisor`; None: as in the last attempt
+    micro_batch_divisor: int | None = None
     num_attempts: int | None = None  # that there were when it was planned, where that is known
 
     @property
@@ -59,7 +63,9 @@ def is_in_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def count_allotted_cores(environment: Mapping[str, str]) -> int:
-    """Cores that this process may use: those of its Slurm job on this machine, else all that it is bound to."""
+    """Cores that this process may use: those of its Slurm job on this machine, else all that it is
+    bound to.
+    """
     bound = len(os.sched_getaffinity(0))
     allotted = environment.get("SLURM_CPUS_ON_NODE", "")
     return min(bound, int(allotted)) if allotted.isdecimal() and int(allotted) else bound
@@ -78,15 +84,24 @@ def parse_gpus(text: str | None) -> list[str] | None:
     return gpus
 
 
-def list_placements(num_processes: int, num_machines: int, allocation: Allocation | None) -> list[Placement]:
-    """One, or, for several machines that Slurm does not give us, one for each, to be started there by hand."""
+def list_placements(
+    num_processes: int, num_machines: int, allocation: Allocation | None
+) -> list[Placement]:
+    """One, or, for several machines that Slurm does not give us, one for each, to be started there
+    by hand.
+    """
     if num_machines == 1:
         return [Placement(num_processes, num_cores=count_allotted_cores(os.environ))]
     if allocation is not None:
         return [allocation.place(num_processes)]
     num_cores = num_machines * (os.cpu_count() or 1)
     return [
-        Placement(num_processes, None, num_cores, Machines(num_machines, "FIRST_MACHINE", _PORT_BY_HAND, rank))
+        Placement(
+            num_processes,
+            None,
+            num_cores,
+            Machines(num_machines, "FIRST_MACHINE", _PORT_BY_HAND, rank),
+        )
         for rank in range(num_machines)
     ]
 
@@ -110,15 +125,20 @@ class Devices:
             if num_machines > 1 and self.allocation is None:
                 raise RefusedError(
                     f"{run.name} wants {num_machines} machines, this is one",
-                    hint=f"sbatch or salloc {num_machines} nodes and `runner launch` it there, or start it by hand: "
-                    f"runner launch {run.selected.source_path} --prepare",
+                    hint=(
+                        f"sbatch or salloc {num_machines} nodes and `runner launch` it there, or"
+                        f" start it by hand: runner launch {run.selected.source_path} --prepare"
+                    ),
                 )
             if self.gpus is not None and run.num_processes > len(self.gpus):
-                raise RefusedError(f"{run.name} wants {run.num_processes} GPUs, `--gpus` names {len(self.gpus)}")
+                raise RefusedError(
+                    f"{run.name} wants {run.num_processes} GPUs, `--gpus` names {len(self.gpus)}"
+                )
 
     def take(self, num_processes: int) -> Placement | None:
         """A placement, or None while there is no room."""
-        num_cores = max(1, count_allotted_cores(os.environ) // self.num_slots)  # of one slot, or of one GPU
+        # Of one slot, or of one GPU.
+        num_cores = max(1, count_allotted_cores(os.environ) // self.num_slots)
         if self.gpus is not None:
             if len(self.gpus) < num_processes:
                 return None
@@ -148,7 +168,9 @@ class Allocation:
     num_cores: int  # of the machine that has the fewest
 
     def place(self, num_processes: int) -> Placement:
-        """All machines for one attempt; the port is free on this one, which as a rule is the first."""
+        """All machines for one attempt; the port is free on this one, which as a rule is the
+        first.
+        """
         with socket.socket() as free:
             free.bind(("", 0))
             machines = Machines(self.num_machines, self.first_address, free.getsockname()[1])
@@ -170,7 +192,11 @@ def find_allocation(environment: Mapping[str, str], num_machines: int) -> Alloca
             hint=f"salloc --nodes={num_machines} --ntasks-per-node=1 ... runner launch ...",
         )
     first = _ask_slurm("show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()[0]
-    return Allocation(num_machines, _find_address(first), count_cores(environment.get("SLURM_JOB_CPUS_PER_NODE", "1")))
+    return Allocation(
+        num_machines,
+        _find_address(first),
+        count_cores(environment.get("SLURM_JOB_CPUS_PER_NODE", "1")),
+    )
 
 
 def count_cores(text: str) -> int:
@@ -197,9 +223,13 @@ def _ask_slurm(*arguments: str) -> str:
 
 
 def main() -> None:
-    """Become the command in the arguments, with this machine's rank in it; it dies with Slurm's step daemon."""
+    """Become the command in the arguments, with this machine's rank in it; it dies with Slurm's
+    step daemon.
+    """
     die_with_parent(os.getppid())
-    command = [os.environ["SLURM_PROCID"] if word == MACHINE_RANK else word for word in sys.argv[1:]]
+    command = [
+        os.environ["SLURM_PROCID"] if word == MACHINE_RANK else word for word in sys.argv[1:]
+    ]
     os.execvp(command[0], command)
 
 

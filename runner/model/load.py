@@ -1,4 +1,6 @@
-"""The base model of a recipe, quantised as it says and with a row for its pad token, and what LoRA puts on top."""
+"""The base model of a recipe, quantised as it says and with a row for its pad token, and what LoRA
+puts on top.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,29 @@ from runner.recipe.schema import EightBit, FourBit
 
 
 def load_model(recipe: Recipe, tokenizer: Any, weights_dir: Path | None = None) -> Any:
-    """The base model, or the whole model in `weights_dir`, ready for the tokenizer's pad token and ends of turns.
+    """The base model, or the whole model in `weights_dir`, ready for the tokenizer's pad token and
+    ends of turns.
 
-    Under ZeRO-3 the training arguments must exist before this is called: `from_pretrained` looks at them to
-    partition weights while loading.
+    Under ZeRO-3 the training arguments must exist before this is called: `from_pretrained` looks at
+    them to partition weights while loading.
     """
-    path, revision = (recipe.model.path, recipe.model.revision) if weights_dir is None else (str(weights_dir), None)
+    path, revision = (
+        (recipe.model.path, recipe.model.revision)
+        if weights_dir is None
+        else (str(weights_dir), None)
+    )
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, revision=revision, **build_load_arguments(recipe))
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, **build_load_arguments(recipe)
+        )
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
             f"cannot load the model {path!r}: {str(error).splitlines()[0]}",
-            hint="check `model.path`, `model.attn_implementation` and `quantization`; models that bring code of their "
-            "own, or weights in another format than safetensors, are not run",
+            hint=(
+                "check `model.path`, `model.attn_implementation` and `quantization`; models that"
+                " bring code of their own, or weights in another format than safetensors, are"
+                " not run"
+            ),
         ) from error
     add_pad_row(loaded, tokenizer)
     loaded.generation_config = build_generation_config(loaded.generation_config, tokenizer)
@@ -56,7 +68,9 @@ def build_load_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def load_tuned_model(recipe: Recipe, tokenizer: Any, weights_dir: Path) -> Any:
-    """The tuned model of an export or a checkpoint of the recipe's run; with an adapter, a `PeftModel`."""
+    """The tuned model of an export or a checkpoint of the recipe's run; with an adapter, a
+    `PeftModel`.
+    """
     if recipe.adapter.method == "none":
         return load_model(recipe, tokenizer, weights_dir).eval()
     return PeftModel.from_pretrained(load_model(recipe, tokenizer), weights_dir).eval()
@@ -70,26 +84,36 @@ def count_rows(embedding: Any) -> int:
 def add_pad_row(model: Any, tokenizer: Any) -> None:
     """Give input and output embedding a row for the tokenizer's pad token, where they have none.
 
-    A new row is the mean of all others, the least that a softmax over one more token can change: each negative
-    log-likelihood grows by at most log(1 + 1/rows), as the mean of the logits is below the logarithm of their mean
-    exponential. (Transformers draws random rows around the mean instead.) A row that the embedding has to spare stays
-    as it is: padding is never attended to, so its value is of no effect, and the base model keeps its scores.
+    A new row is the mean of all others, the least that a softmax over one more token can change:
+    each negative log-likelihood grows by at most log(1 + 1/rows), as the mean of the logits is
+    below the logarithm of their mean exponential. (Transformers draws random rows around the mean
+    instead.) A row that the embedding has to spare stays as it is: padding is never attended to, so
+    its value is of no effect, and the base model keeps its scores.
     """
     num_rows = count_rows(model.get_input_embeddings())
     if tokenizer.pad_token_id < num_rows:
         return
     with torch.random.fork_rng():  # the rows are first made at random
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    # Under ZeRO-3 what was just made is whole on every rank, and is partitioned when training starts.
+    # Under ZeRO-3 what was just made is whole on every rank, and is partitioned when training
+    # starts.
     output = model.get_output_embeddings()
     with torch.no_grad():
-        for tensor in (model.get_input_embeddings().weight, output.weight, getattr(output, "bias", None)):
+        for tensor in (
+            model.get_input_embeddings().weight,
+            output.weight,
+            getattr(output, "bias", None),
+        ):
             if tensor is not None:
-                tensor[num_rows:] = tensor[:num_rows].mean(dim=0, dtype=torch.float64).to(tensor.dtype)
+                tensor[num_rows:] = (
+                    tensor[:num_rows].mean(dim=0, dtype=torch.float64).to(tensor.dtype)
+                )
 
 
 def build_generation_config(base: GenerationConfig, tokenizer: Any) -> GenerationConfig:
-    """The base's settings, with every end of a turn of the chat template, and eos, as ends, and the right pad token."""
+    """The base's settings, with every end of a turn of the chat template, and eos, as ends, and the
+    right pad token.
+    """
     known = base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id]
     ends = dict.fromkeys([*end_of_turn_ids(tokenizer), tokenizer.eos_token_id, *known])
     settings = base.to_dict() | {
@@ -100,7 +124,8 @@ def build_generation_config(base: GenerationConfig, tokenizer: Any) -> Generatio
     config = GenerationConfig.from_dict(settings)
     try:
         config.validate(strict=True)
-    except ValueError:  # a published temperature without `do_sample`: Transformers loads that, but refuses to save it
+    # A published temperature without `do_sample`: Transformers loads that, but refuses to save it.
+    except ValueError:
         config.do_sample = True
     return config
 
@@ -116,15 +141,18 @@ def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
             bnb_4bit_compute_dtype=getattr(torch, quantization.bnb_4bit_compute_dtype),
         )
     if isinstance(quantization, EightBit):
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quantization.llm_int8_threshold)
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=quantization.llm_int8_threshold
+        )
     return None
 
 
 def keep_four_bit_gradients(model: torch.nn.Module) -> None:
     """Forbid the 4-bit layers' inference format for CPUs with AVX512-BF16.
 
-    Such a layer repacks its weight at its first evaluation and has no gradient from then on: the kernel
-    `bitsandbytes::gemv_4bit` has no autograd formula, and nothing raises (measured with bitsandbytes 0.50).
+    Such a layer repacks its weight at its first evaluation and has no gradient from then on: the
+    kernel `bitsandbytes::gemv_4bit` has no autograd formula, and nothing raises (measured with
+    bitsandbytes 0.50).
     """
     if sys.modules.get("bitsandbytes") is None:  # it is hidden where nothing is quantised
         return
@@ -139,14 +167,16 @@ def build_lora_config(recipe: Recipe) -> LoraConfig | None:
     """The PEFT configuration, None for a full fine-tune."""
     if recipe.adapter.method == "none":
         return None
-    return LoraConfig(task_type="CAUSAL_LM", revision=recipe.model.revision, **recipe.adapter.lora_arguments())
+    return LoraConfig(
+        task_type="CAUSAL_LM", revision=recipe.model.revision, **recipe.adapter.lora_arguments()
+    )
 
 
 def keep_adapters_in_float32(model: torch.nn.Module) -> None:
     """Cast the adapters of a quantised model to float32.
 
-    TRL makes them bfloat16, but a resume loads them as float32, so a resumed run would differ by 5e-4 in loss after
-    10 steps (measured with trl 1.16, peft 0.21).
+    TRL makes them bfloat16, but a resume loads them as float32, so a resumed run would differ by
+    5e-4 in loss after 10 steps (measured with trl 1.16, peft 0.21).
     """
     for parameter in model.parameters():
         if parameter.requires_grad:

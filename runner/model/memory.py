@@ -1,11 +1,13 @@
-"""An estimate of the memory that one process of a run needs on its device, from sizes and from nothing that ran.
+"""An estimate of the memory that one process of a run needs on its device, from sizes and from
+nothing that ran.
 
-Exact: weights, adapter, gradients, optimizer states. Traced: what autograd keeps (`model_size`). Assumed: the rest;
-`ASSUMPTIONS` says what. docs/preflight.md has it at length.
+Exact: weights, adapter, gradients, optimizer states. Traced: what autograd keeps (`model_size`).
+Assumed: the rest; `ASSUMPTIONS` says what. docs/preflight.md has it at length.
 
 The disk that a run needs: the checkpoints that it keeps, one being written, and its export.
 
-`runner check` estimates it for a whole grid; the trainer asks before it trains, and before each checkpoint.
+`runner check` estimates it for a whole grid; the trainer asks before it trains, and before each
+checkpoint.
 """
 
 from __future__ import annotations
@@ -32,14 +34,18 @@ from runner.run.paths import RunPaths
 GIB: Final = 2**30
 _CUDA_BYTES: Final = 800 * 2**20  # context, cuBLAS workspaces
 _FRAGMENTATION: Final = 0.1  # of activations
-# TRL's fused LM head: tiles of so many tokens by so many entries of the vocabulary, never all logits.
+# TRL's fused LM head: tiles of so many tokens by so many entries of the vocabulary, never all
+# logits.
 _TILE_TOKENS: Final = 4096
 _TILE_VOCABULARY: Final = 32768
 
 ASSUMPTIONS: Final = (
     "the longest training row fills every row of the micro-batch",
     "while a layer goes backward it needs as much again as autograd kept of it",
-    f"CUDA's own {_CUDA_BYTES / GIB:.1f} GiB, and {_FRAGMENTATION:.0%} of activations lost to fragmentation",
+    (
+        f"CUDA's own {_CUDA_BYTES / GIB:.1f} GiB, and {_FRAGMENTATION:.0%} of activations lost to"
+        " fragmentation"
+    ),
     "fused attention where the recipe names FlashAttention",
     "paged optimizer states stay on the device",
     "evaluation and generation need less than a training step",
@@ -93,9 +99,12 @@ def load_sharding(recipe: Recipe) -> Sharding:
 
 
 def optimizer_bytes(recipe: Recipe, size: ModelSize, sharding: Sharding) -> int:
-    """Bytes of the optimizer's states over all processes; two float32 an element where the optimizer is not known."""
+    """Bytes of the optimizer's states over all processes; two float32 an element where the
+    optimizer is not known.
+    """
     if sharding.zero_stage:
-        return 12 * size.num_trained_parameters  # DeepSpeed keeps a float32 copy and two float32 states
+        # DeepSpeed keeps a float32 copy and two float32 states.
+        return 12 * size.num_trained_parameters
     optim = str(recipe.training.hugging_face_arguments().get("optim") or "adamw_torch_fused")
     if optim in ("adamw_torch", "adamw_torch_fused"):
         return 2 * size.trained_bytes
@@ -105,14 +114,22 @@ def optimizer_bytes(recipe: Recipe, size: ModelSize, sharding: Sharding) -> int:
 
 
 def _eight_bit_bytes(num_elements: int) -> int:
-    """Two states of bitsandbytes: one byte an element and a float32 per 256; tensors below 4,096 stay in float32."""
-    return 8 * num_elements if num_elements < 4096 else 2 * (num_elements + 4 * math.ceil(num_elements / 256))
+    """Two states of bitsandbytes: one byte an element and a float32 per 256; tensors below 4,096
+    stay in float32.
+    """
+    return (
+        8 * num_elements
+        if num_elements < 4096
+        else 2 * (num_elements + 4 * math.ceil(num_elements / 256))
+    )
 
 
 def estimate_memory(
     recipe: Recipe, size: ModelSize, curve: ActivationCurve, sharding: Sharding, longest_row: int
 ) -> MemoryEstimate:
-    """The peak of one process. ZeRO-1 and up divide the optimizer, 2 and up gradients, 3 weights."""
+    """The peak of one process. ZeRO-1 and up divide the optimizer, 2 and up gradients, 3
+    weights.
+    """
     is_lora = recipe.adapter.method == "lora"
     share = sharding.num_processes
     weights = size.base_bytes + size.largest_dequantized_bytes
@@ -149,7 +166,9 @@ def _largest_layer_bytes(size: ModelSize) -> int:
     return size.base_bytes // max(1, size.num_layers)
 
 
-def _activation_bytes(recipe: Recipe, size: ModelSize, curve: ActivationCurve, longest_row: int) -> int:
+def _activation_bytes(
+    recipe: Recipe, size: ModelSize, curve: ActivationCurve, longest_row: int
+) -> int:
     layer = curve.layer_bytes(longest_row)
     if not recipe.training.gradient_checkpointing:
         return size.num_layers * layer + curve.rest_bytes(longest_row) + layer
@@ -159,7 +178,11 @@ def _activation_bytes(recipe: Recipe, size: ModelSize, curve: ActivationCurve, l
 
 
 def _activation_element_bytes(recipe: Recipe) -> int:
-    return 4 if recipe.model.dtype == "float32" and not (recipe.training.bf16 or recipe.training.fp16) else 2
+    return (
+        4
+        if recipe.model.dtype == "float32" and not (recipe.training.bf16 or recipe.training.fp16)
+        else 2
+    )
 
 
 def _logit_bytes(recipe: Recipe, size: ModelSize, longest_row: int) -> int:
@@ -178,12 +201,15 @@ _SMALL_FILES_BYTES = 32 * 2**20  # tokenizer, records, scores
 
 
 def estimate_disk(recipe: Recipe, size: ModelSize, sharding: Sharding, schedule: Schedule) -> int:
-    """Bytes of one run at its fullest: while the last checkpoint that it may keep is written, or exported."""
+    """Bytes of one run at its fullest: while the last checkpoint that it may keep is written, or
+    exported.
+    """
     checkpoints = recipe.checkpoints
     weights = size.trained_bytes
     states = optimizer_bytes(recipe, size, sharding)
     written = schedule.num_checkpoints + schedule.num_evaluations
-    num_kept = min(checkpoints.keep_latest + checkpoints.keep_best, written) + 1  # and the one being written
+    # And the one being written.
+    num_kept = min(checkpoints.keep_latest + checkpoints.keep_best, written) + 1
     num_with_states = num_kept if checkpoints.save_optimizer else min(2, num_kept)
     folders = num_kept * weights + num_with_states * states
     return folders * (2 if checkpoints.archive == "zip" else 1) + weights + _SMALL_FILES_BYTES
@@ -204,18 +230,26 @@ def require_room(
     num_rows: int,
     num_processes: int,
 ) -> None:
-    """Refuse to train where the checkpoints and the export cannot all be written, those that are there counted.
+    """Refuse to train where the checkpoints and the export cannot all be written, those that are
+    there counted.
 
     Raises:
         OSError: ENOSPC, with what is needed and what is free.
     """
     tensors = tuple(
-        TrainedTensor(name, int(getattr(one, "ds_numel", one.numel())), one.element_size()) for name, one in trained
+        TrainedTensor(name, int(getattr(one, "ds_numel", one.numel())), one.element_size())
+        for name, one in trained
     )
     size = ModelSize(0, 0, 0, tensors, 0, 0, 0, trains_output_embedding=False)
-    whole = estimate_disk(recipe, size, load_sharding(recipe), derive_schedule(recipe, num_rows, num_processes))
+    whole = estimate_disk(
+        recipe, size, load_sharding(recipe), derive_schedule(recipe, num_rows, num_processes)
+    )
     there = sum(path.stat().st_size for path in paths.checkpoints_dir.rglob("*") if path.is_file())
-    require_space(paths.run_dir, whole - _SMALL_FILES_BYTES - there, "the checkpoints that are kept, and the export,")
+    require_space(
+        paths.run_dir,
+        whole - _SMALL_FILES_BYTES - there,
+        "the checkpoints that are kept, and the export,",
+    )
 
 
 def require_room_for_checkpoint(recipe: Recipe, paths: RunPaths, step: int) -> None:
@@ -232,7 +266,9 @@ def require_room_for_checkpoint(recipe: Recipe, paths: RunPaths, step: int) -> N
         if not marker.is_stripped:
             num_bytes = sum(entry.num_bytes for entry in marker.files.values())
             num_copies = 2 if recipe.checkpoints.archive == "zip" else 1
-            require_space(paths.checkpoints_dir, num_bytes * num_copies, f"the checkpoint of step {step}")
+            require_space(
+                paths.checkpoints_dir, num_bytes * num_copies, f"the checkpoint of step {step}"
+            )
             return
 
 

@@ -1,8 +1,9 @@
-"""How large a recipe's model is, from its configuration alone: parameters and bytes exactly, activations as traced.
+"""How large a recipe's model is, from its configuration alone: parameters and bytes exactly,
+activations as traced.
 
-The model is built without memory (PyTorch's meta device) by Transformers and PEFT themselves, so any architecture and
-any choice of LoRA modules is counted as it will be. Activations are what autograd keeps of a forward under fake
-tensors, which compute shapes only.
+The model is built without memory (PyTorch's meta device) by Transformers and PEFT themselves, so
+any architecture and any choice of LoRA modules is counted as it will be. Activations are what
+autograd keeps of a forward under fake tensors, which compute shapes only.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from runner.model.load import build_lora_config
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import EightBit, FourBit
 
-# Two depths and three widths: what autograd keeps is a polynomial of degree 1 in layers and 2 in tokens, exactly. Steps
-# of two layers, because some models alternate two kinds of them.
+# Two depths and three widths: what autograd keeps is a polynomial of degree 1 in layers and 2 in
+# tokens, exactly. Steps of two layers, because some models alternate two kinds of them.
 _DEPTHS: Final = (2, 4)
 _WIDTHS: Final = (64, 128, 192)
 _BLOCK: Final = 64  # weights per scale in bitsandbytes' 4-bit formats
@@ -43,7 +44,9 @@ class TrainedTensor:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes in parameters and bytes. `base_bytes` are the weights as they are kept, quantised or not, without LoRA."""
+    """Sizes in parameters and bytes. `base_bytes` are the weights as they are kept, quantised or
+    not, without LoRA.
+    """
 
     num_base_parameters: int
     base_bytes: int
@@ -67,7 +70,9 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class ActivationCurve:
-    """Bytes that autograd keeps of a forward, at `_WIDTHS` tokens a row: of one layer, and of all else."""
+    """Bytes that autograd keeps of a forward, at `_WIDTHS` tokens a row: of one layer, and of all
+    else.
+    """
 
     per_layer: tuple[float, ...]
     rest: tuple[float, ...]
@@ -97,7 +102,9 @@ def _interpolate(values: Sequence[float], at: int) -> float:
 def load_config(recipe: Recipe, tokenizer: Any) -> Any:
     """The model's configuration, with the row that an added pad token takes. Raises: DataError."""
     try:
-        config = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            recipe.model.path, revision=recipe.model.revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise DataError(
             f"cannot load the configuration of {recipe.model.path!r}: {str(error).splitlines()[0]}"
@@ -124,7 +131,9 @@ def measure_model(recipe: Recipe, config: Any) -> ModelSize:
                 largest = max(largest, parameter.numel() * _compute_bytes(recipe))
             else:
                 base_bytes += parameter.numel() * parameter.element_size()
-        base_bytes += sum(buffer.numel() * buffer.element_size() for buffer in module.buffers(recurse=False))
+        base_bytes += sum(
+            buffer.numel() * buffer.element_size() for buffer in module.buffers(recurse=False)
+        )
     num_base = sum(parameter.numel() for parameter in model.parameters())
     adapted = _adapt(recipe, model)
     output = model.get_output_embeddings()
@@ -134,7 +143,11 @@ def measure_model(recipe: Recipe, config: Any) -> ModelSize:
         largest_dequantized_bytes=largest,
         trained=tuple(
             # The runner keeps adapters in float32, over weights of any dtype.
-            TrainedTensor(name, parameter.numel(), 4 if recipe.adapter.method == "lora" else parameter.element_size())
+            TrainedTensor(
+                name,
+                parameter.numel(),
+                4 if recipe.adapter.method == "lora" else parameter.element_size(),
+            )
             for name, parameter in adapted.named_parameters()
             if parameter.requires_grad
         ),
@@ -146,7 +159,9 @@ def measure_model(recipe: Recipe, config: Any) -> ModelSize:
 
 
 def _build(recipe: Recipe, config: Any, num_layers: int | None) -> Any:
-    """The base model on the meta device, in the recipe's dtype, with another number of layers where one is given."""
+    """The base model on the meta device, in the recipe's dtype, with another number of layers where
+    one is given.
+    """
     content = config.to_dict()
     if num_layers is not None:
         content["num_hidden_layers"] = num_layers
@@ -156,8 +171,11 @@ def _build(recipe: Recipe, config: Any, num_layers: int | None) -> Any:
         return AutoModelForCausalLM.from_config(
             type(config)(**content),
             dtype=getattr(torch, recipe.model.dtype),
-            # FlashAttention needs its package; PyTorch's own fused attention keeps the same tensors.
-            attn_implementation="sdpa" if attention and attention.startswith("flash") else attention,
+            # FlashAttention needs its package; PyTorch's own fused attention keeps the same
+            # tensors.
+            attn_implementation="sdpa"
+            if attention and attention.startswith("flash")
+            else attention,
         )
 
 
@@ -191,7 +209,8 @@ def _find_quantized(recipe: Recipe, model: Any) -> set[str]:
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not any(name == key or name.startswith(f"{key}.") for key in kept)
+        if isinstance(module, torch.nn.Linear)
+        and not any(name == key or name.startswith(f"{key}.") for key in kept)
     }
 
 
@@ -210,7 +229,11 @@ def _quantized_bytes(recipe: Recipe, weight: torch.Tensor) -> int:
 
 def _compute_bytes(recipe: Recipe) -> int:
     quantization = recipe.quantization
-    dtype = quantization.bnb_4bit_compute_dtype if isinstance(quantization, FourBit) else recipe.model.dtype
+    dtype = (
+        quantization.bnb_4bit_compute_dtype
+        if isinstance(quantization, FourBit)
+        else recipe.model.dtype
+    )
     return 4 if dtype == "float32" else 2
 
 
@@ -232,8 +255,12 @@ def _trace(recipe: Recipe, config: Any, num_layers: int, batch_size: int) -> lis
     return [_trace_width(recipe, model, backbone, mode, (batch_size, width)) for width in _WIDTHS]
 
 
-def _trace_width(recipe: Recipe, model: Any, backbone: Any, mode: FakeTensorMode, shape: tuple[int, int]) -> int:
-    """Bytes of the distinct storages, other than parameters, that one forward keeps for its backward."""
+def _trace_width(
+    recipe: Recipe, model: Any, backbone: Any, mode: FakeTensorMode, shape: tuple[int, int]
+) -> int:
+    """Bytes of the distinct storages, other than parameters, that one forward keeps for its
+    backward.
+    """
     training = recipe.training
     dtype = torch.float16 if training.fp16 else torch.bfloat16
     kept: list[torch.Tensor] = []
@@ -251,19 +278,25 @@ def _trace_width(recipe: Recipe, model: Any, backbone: Any, mode: FakeTensorMode
             _without_warnings(),
         ):
             output = backbone(input_ids=input_ids, use_cache=False)  # alive until all are counted
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+        storages = {
+            tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept
+        }
         del output
     return sum(size for key, size in storages.items() if key not in own)
 
 
 def _make_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """Turn meta tensors into fake ones of the CPU: autocast and attention kernels look at the device."""
+    """Turn meta tensors into fake ones of the CPU: autocast and attention kernels look at the
+    device.
+    """
     cpu = torch.device("cpu")
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 fake = FakeTensor(mode, parameter.data, cpu)
-                module._parameters[name] = torch.nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                module._parameters[name] = torch.nn.Parameter(
+                    fake, requires_grad=parameter.requires_grad
+                )
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = FakeTensor(mode, buffer, cpu)

@@ -1,7 +1,7 @@
 """Makes an export reproducible, reads it again and checks it.
 
-Every trained tensor is there, whole and finite; it is that of the best checkpoint; and the model scores what it scored
-when that checkpoint was written.
+Every trained tensor is there, whole and finite; it is that of the best checkpoint; and the model
+scores what it scored when that checkpoint was written.
 
 Loads the whole tensors of a checkpoint into a model that DeepSpeed may have partitioned.
 """
@@ -30,7 +30,8 @@ class ExportError(RunnerError):
     """An export that would not load or would load something else."""
 
 
-# The same weights, rows and code: equal to the last bit where kernels are deterministic. This leaves room for others.
+# The same weights, rows and code: equal to the last bit where kernels are deterministic. This
+# leaves room for others.
 _SCORE_TOLERANCE: Final = 1e-3
 # PEFT keeps these as sets and writes them in an order that differs from process to process.
 _SETS: Final = ("target_modules", "modules_to_save", "exclude_modules")
@@ -42,17 +43,24 @@ def sort_adapter_config(model_dir: Path) -> None:
     content = load_json(path)
     if content is not None:
         is_set = {name: isinstance(content.get(name), list) for name in _SETS}
-        write_json_atomic(path, content | {name: sorted(content[name]) for name in _SETS if is_set[name]})
+        write_json_atomic(
+            path, content | {name: sorted(content[name]) for name in _SETS if is_set[name]}
+        )
 
 
 def collect_resized_embeddings(model: Any, base: ModelSection) -> dict[str, torch.Tensor]:
-    """The frozen embeddings of a PEFT model, by their names, if a row was added to them; whole, on every rank.
+    """The frozen embeddings of a PEFT model, by their names, if a row was added to them; whole, on
+    every rank.
 
-    PEFT saves what it trains, and would guess the rest by asking the hub for the base's vocabulary size. Without these
-    an adapter with an added pad token could not be loaded again as it was.
+    PEFT saves what it trains, and would guess the rest by asking the hub for the base's vocabulary
+    size. Without these an adapter with an added pad token could not be loaded again as it was.
     """
-    layers = [getattr(one, "base_layer", one) for one in (model.get_input_embeddings(), model.get_output_embeddings())]
-    weights: dict[int, tuple[str, torch.nn.Parameter]] = {}  # tied ones once, under the name of the input
+    layers = [
+        getattr(one, "base_layer", one)
+        for one in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    # Tied ones once, under the name of the input.
+    weights: dict[int, tuple[str, torch.nn.Parameter]] = {}
     for name, module in model.named_modules():
         if module in layers:
             for key, weight in module.named_parameters(recurse=False):
@@ -97,7 +105,8 @@ def exported_name(parameter_name: str) -> str:
 
 
 def verify_export(model_dir: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Check the safetensors files of `model_dir` against `expected`, trained parameter names and their shapes.
+    """Check the safetensors files of `model_dir` against `expected`, trained parameter names and
+    their shapes.
 
     Raises:
         ExportError: a tensor is missing, empty, of another shape or not finite.
@@ -114,12 +123,14 @@ def verify_export(model_dir: Path, expected: Mapping[str, tuple[int, ...]]) -> N
         saved = shapes.get(exported_name(name))
         if saved != shape:
             raise ExportError(
-                f"{model_dir}: {exported_name(name)} should have the shape {shape}, the export has {saved or 'nothing'}"
+                f"{model_dir}: {exported_name(name)} should have the shape {shape}, the export has"
+                f" {saved or 'nothing'}"
             )
 
 
 def verify_same_weights(model_dir: Path, checkpoint_dir: Path) -> None:
-    """Check that an export holds every tensor of the checkpoint that it was made from; it may hold more.
+    """Check that an export holds every tensor of the checkpoint that it was made from; it may hold
+    more.
 
     A checkpoint whose weights only DeepSpeed's own files hold is not looked into.
 
@@ -130,40 +141,56 @@ def verify_same_weights(model_dir: Path, checkpoint_dir: Path) -> None:
         exported = _open_tensors(model_dir, files)
         for name, file in _open_tensors(checkpoint_dir, files).items():
             if name not in exported:
-                raise ExportError(f"{model_dir}: the export lacks {name}, which {checkpoint_dir} has")
+                raise ExportError(
+                    f"{model_dir}: the export lacks {name}, which {checkpoint_dir} has"
+                )
             one, other = exported[name].get_tensor(name), file.get_tensor(name)
             wider = torch.promote_types(one.dtype, other.dtype)
             if one.shape != other.shape or not torch.equal(one.to(wider), other.to(wider)):
-                raise ExportError(f"{model_dir}: the exported tensor {name} is not that of {checkpoint_dir}")
+                raise ExportError(
+                    f"{model_dir}: the exported tensor {name} is not that of {checkpoint_dir}"
+                )
 
 
 def _open_tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
     """The open file of every tensor of a folder, by the tensor's name."""
-    opened = [files.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))]
+    opened = [
+        files.enter_context(safe_open(path, framework="pt"))
+        for path in sorted(folder.glob("*.safetensors"))
+    ]
     return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
 def verify_score(score: SplitScore, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-    """Check the validation score of the best weights against the one recorded at their step in `metrics.jsonl`.
+    """Check the validation score of the best weights against the one recorded at their step in
+    `metrics.jsonl`.
 
     Raises:
         ExportError: it was not recorded, or is another one.
     """
-    recorded = next((row for row in rows if row["step"] == step and row.get("split") == "validation"), None)
+    recorded = next(
+        (row for row in rows if row["step"] == step and row.get("split") == "validation"), None
+    )
     if recorded is None:
-        raise ExportError(f"the best weights are those of step {step}, but metrics.jsonl holds no evaluation of it")
+        raise ExportError(
+            f"the best weights are those of step {step}, but metrics.jsonl holds no evaluation"
+            " of it"
+        )
     for name in ("completion_nll_sum", "nll_sum"):
         now, before = getattr(score, name), float(recorded[name])
         if not math.isclose(now, before, rel_tol=_SCORE_TOLERANCE):
             raise ExportError(
-                f"the weights of step {step} score another {name} than when they were saved: {before} -> {now}"
+                f"the weights of step {step} score another {name} than when they were saved:"
+                f" {before} -> {now}"
             )
 
 
 def load_gathered_weights(model: torch.nn.Module, checkpoint_dir: Path) -> None:
-    """Put the whole tensors of a checkpoint into a model of DeepSpeed, whose own files were stripped from it.
+    """Put the whole tensors of a checkpoint into a model of DeepSpeed, whose own files were
+    stripped from it.
 
-    Transformers only loads those. The optimizer's copy of the weights is left as it is: nothing is trained afterwards.
+    Transformers only loads those. The optimizer's copy of the weights is left as it is: nothing is
+    trained afterwards.
     """
     from deepspeed.runtime.zero import GatheredParameters
 

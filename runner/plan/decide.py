@@ -1,4 +1,6 @@
-"""Pure: for each run, launch, skip or refuse, and the reason in words; after a failure, whether to try again."""
+"""Pure: for each run, launch, skip or refuse, and the reason in words; after a failure, whether to
+try again.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,19 @@ class Decision:
     why: str
 
 
-def decide(status: RunStatus, *, retry_failed: bool = False, only_unfinished: bool = False) -> Decision:
+def decide(
+    status: RunStatus, *, retry_failed: bool = False, only_unfinished: bool = False
+) -> Decision:
     """The decision for a run in `status`.
 
-    `retry_failed` also launches what failed for a reason that will not go away by itself; `only_unfinished` (`rerun`)
-    leaves alone what was never started.
+    `retry_failed` also launches what failed for a reason that will not go away by itself;
+    `only_unfinished` (`rerun`) leaves alone what was never started.
 
     >>> decide(RunStatus(state="completed", why="stopped by max_steps"))
     Decision(action='skip', why='completed: stopped by max_steps')
     """
-    first_line = status.why.partition("\n")[0]  # of a failure: its hint would come before what is said here
+    # Of a failure: its hint would come before what is said here.
+    first_line = status.why.partition("\n")[0]
     why = f"{status.state}: {first_line}"
     if status.state in ("completed", "running"):
         return Decision("skip", why)
@@ -44,7 +49,11 @@ def decide(status: RunStatus, *, retry_failed: bool = False, only_unfinished: bo
         return Decision("refuse", f"{why} (`runner launch RECIPE --fresh` moves the run aside)")
     if status.state == "pending" and only_unfinished:
         return Decision("skip", f"{why} (rerun starts only what was begun)")
-    if status.failure is not None and status.failure.kind in DETERMINISTIC_KINDS and not retry_failed:
+    if (
+        status.failure is not None
+        and status.failure.kind in DETERMINISTIC_KINDS
+        and not retry_failed
+    ):
         return Decision("skip", f"{why} (would fail again; `--retry-failed` tries all the same)")
     if status.obstacles:
         return Decision("refuse", f"{why}; its checkpoint was written under another launch")
@@ -62,40 +71,61 @@ class Retry:
 
 
 def decide_retry(
-    recipe: Recipe, failures: Sequence[Failure], *, num_processes: int, micro_batch_divisor: int, has_made_steps: bool
+    recipe: Recipe,
+    failures: Sequence[Failure],
+    *,
+    num_processes: int,
+    micro_batch_divisor: int,
+    has_made_steps: bool,
 ) -> Retry | None:
     """The retry after the last of `failures`, or None when the run stays failed.
 
-    `failures` are those in a row since somebody asked for an attempt or a new checkpoint came, oldest first. Each kind
-    has a budget of its own, `launch.retries`. The other arguments are those of the last attempt.
+    `failures` are those in a row since somebody asked for an attempt or a new checkpoint came,
+    oldest first. Each kind has a budget of its own, `launch.retries`. The other arguments are those
+    of the last attempt.
     """
     kind, retries, number = failures[-1].kind, recipe.launch.retries, len(failures)
     num_alike = sum(failure.kind == kind for failure in failures)
     if kind == "preempted" and num_alike <= MAX_FRUITLESS:  # free: nothing is wrong with the run
         delay = 0.0 if has_made_steps else retries.backoff_seconds
         return Retry(number, delay, micro_batch_divisor, f"taken up again{_in_seconds(delay)}")
-    budget = {"transient": retries.transient, "lost": retries.lost, "out_of_memory": retries.out_of_memory}.get(kind, 0)
+    budget = {
+        "transient": retries.transient,
+        "lost": retries.lost,
+        "out_of_memory": retries.out_of_memory,
+    }.get(kind, 0)
     if num_alike > budget:
         return None
     if kind == "out_of_memory":
         halved = 2 * micro_batch_divisor
         if not can_divide(recipe, num_processes, halved):
             return None
-        sizes = f"{derive_micro_batch(recipe, micro_batch_divisor)} -> {derive_micro_batch(recipe, halved)}"
+        sizes = (
+            f"{derive_micro_batch(recipe, micro_batch_divisor)} ->"
+            f" {derive_micro_batch(recipe, halved)}"
+        )
         why = f"retry {num_alike} of {budget} from step 0, micro-batch {sizes}, same global batch"
         return Retry(number, 0.0, halved, why)
     is_immediate = num_alike == 1 and is_address_in_use(failures[-1])
-    delay = 0.0 if is_immediate else min(MAX_BACKOFF_SECONDS, retries.backoff_seconds * 2.0 ** min(num_alike - 1, 60))
-    return Retry(number, delay, micro_batch_divisor, f"retry {num_alike} of {budget}{_in_seconds(delay)}")
+    delay = (
+        0.0
+        if is_immediate
+        else min(MAX_BACKOFF_SECONDS, retries.backoff_seconds * 2.0 ** min(num_alike - 1, 60))
+    )
+    return Retry(
+        number, delay, micro_batch_divisor, f"retry {num_alike} of {budget}{_in_seconds(delay)}"
+    )
 
 
 def foresee_retry(recipe: Recipe, attempts: Sequence[Attempt]) -> Retry | None:
-    """What the sweep that made the last of these attempts does next with the run, as far as its record tells.
+    """What the sweep that made the last of these attempts does next with the run, as far as its
+    record tells.
 
-    None also where an attempt ended without a word: then its sweep was killed too. Nobody knows from the record whether
-    that sweep still lives.
+    None also where an attempt ended without a word: then its sweep was killed too. Nobody knows
+    from the record whether that sweep still lives.
     """
-    if not attempts or (failure := attempts[-1].failure) is None or failure.kind == "preempted":  # by whom is not known
+    # By whom is not known.
+    if not attempts or (failure := attempts[-1].failure) is None or failure.kind == "preempted":
         return None
     last = attempts[-1]
     failures = [one.failure for one in attempts[-(last.retry + 1) :] if one.failure is not None]
@@ -128,5 +158,8 @@ def decide_queued(task: str, state: str, differences: Sequence[str]) -> Decision
     Decision(action='skip', why='queued: slurm 17_3 is pending')
     """
     if differences:
-        return Decision("refuse", f"queued with another recipe; `scancel {task}` first, or change the recipe back")
+        return Decision(
+            "refuse",
+            f"queued with another recipe; `scancel {task}` first, or change the recipe back",
+        )
     return Decision("skip", f"queued: slurm {task} is {state}")

@@ -1,4 +1,6 @@
-"""Which recipes a command is about: files, folders, globs and run directories, narrowed down by axis values."""
+"""Which recipes a command is about: files, folders, globs and run directories, narrowed down by
+axis values.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,8 @@ def select_recipes(
     Run directories that cannot be read go to `unreadable`, unless a recipe of theirs is named too.
 
     Raises:
-        RunnerError: an argument names nothing, a recipe is wrong (all of them are listed), or `where` matches nothing;
-            without `unreadable`, also a run directory that cannot be read.
+        RunnerError: an argument names nothing, a recipe is wrong (all of them are listed), or
+            `where` matches nothing; without `unreadable`, also a run directory that cannot be read.
     """
     damaged: list[UnreadableRun] = []
     found: dict[Path, Selected] = {}
@@ -75,8 +77,8 @@ def select_recipes(
             continue
         if other.source_path != path and other.source_path.resolve() != path.resolve():
             raise RefusedError(
-                f"{other.source_path} and {path} are both named {selected.recipe.run.name!r} in the grid "
-                f"{selected.recipe.run.grid!r}, so they would share a run directory",
+                f"{other.source_path} and {path} are both named {selected.recipe.run.name!r} in the"
+                f" grid {selected.recipe.run.grid!r}, so they would share a run directory",
                 hint="give one of them another `run.name`",
             )
     if errors:
@@ -92,7 +94,9 @@ def combine_errors(errors: Sequence[RecipeError]) -> RunnerError:
         return errors[0]
     hints = list(dict.fromkeys(error.hint for error in errors if error.hint))
     text = "\n\n".join(error.message for error in errors)
-    return RunnerError(f"{len(errors)} recipes have problems\n\n{text}", hint="\n      ".join(hints) or None)
+    return RunnerError(
+        f"{len(errors)} recipes have problems\n\n{text}", hint="\n      ".join(hints) or None
+    )
 
 
 def run_paths(recipe: Recipe, output_root: Path) -> RunPaths:
@@ -104,7 +108,11 @@ def _expand(arguments: Sequence[str]) -> list[Path]:
     paths: list[Path] = []
     for argument in arguments:
         path = Path(argument)
-        named = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
+        named = (
+            [path]
+            if path.exists()
+            else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
+        )
         files = [file for one in named for file in _expand_folder(one)]
         if not files:
             raise RunnerError(f"{argument!r} names no recipe", hint=suggest_path(path))
@@ -113,7 +121,9 @@ def _expand(arguments: Sequence[str]) -> list[Path]:
 
 
 def _expand_folder(path: Path) -> list[Path]:
-    """The recipes in a folder, else the run directories in it; without hidden ones: those were moved aside."""
+    """The recipes in a folder, else the run directories in it; without hidden ones: those were
+    moved aside.
+    """
     if not path.is_dir() or RunPaths(path).recipe_path.exists():
         return [path]
     folders = list(_walk(path))
@@ -122,10 +132,14 @@ def _expand_folder(path: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """A folder and all below it, in order, but for hidden ones and the insides of run directories."""
+    """A folder and all below it, in order, but for hidden ones and the insides of run
+    directories.
+    """
     yield folder
     if not RunPaths(folder).recipe_path.exists():
-        for child in sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")):
+        for child in sorted(
+            child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
+        ):
             yield from _walk(child)
 
 
@@ -134,7 +148,9 @@ def suggest_path(path: Path) -> str:
     siblings = [str(sibling) for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
     close = difflib.get_close_matches(str(path), siblings, n=1)
     return (
-        f"did you mean {close[0]}?" if close else "give recipe files, folders of them, or globs, such as recipes/demo"
+        f"did you mean {close[0]}?"
+        if close
+        else "give recipe files, folders of them, or globs, such as recipes/demo"
     )
 
 
@@ -149,28 +165,40 @@ def _load_selected(path: Path, output_root: Path) -> Selected:
 
 
 def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected]:
-    """The recipes that meet every condition; names and values are looked up among all that were selected."""
+    """The recipes that meet every condition; names and values are looked up among all that were
+    selected.
+    """
     matching = selected
     for condition in where:
         axis, equals, values = condition.partition("=")
         if not equals or not values:
             raise RunnerError(f"`--where {condition}` is not of the form axis=value[,value]")
         known = list(
-            dict.fromkeys(label_value(one.recipe.run.axes.get(axis)) for one in selected if axis in one.recipe.run.axes)
+            dict.fromkeys(
+                label_value(one.recipe.run.axes.get(axis))
+                for one in selected
+                if axis in one.recipe.run.axes
+            )
         )
         if not known:
             axes = list(dict.fromkeys(name for one in selected for name in one.recipe.run.axes))
-            raise RunnerError(f"no selected recipe has the axis {axis!r}", hint=f"the axes are {', '.join(axes)}")
+            raise RunnerError(
+                f"no selected recipe has the axis {axis!r}", hint=f"the axes are {', '.join(axes)}"
+            )
         wanted = values.split(",")
         if unknown := [value for value in wanted if value not in known]:
             raise RunnerError(
-                f"the axis {axis!r} has no value {unknown[0]!r}", hint=f"its values are {', '.join(known)}"
+                f"the axis {axis!r} has no value {unknown[0]!r}",
+                hint=f"its values are {', '.join(known)}",
             )
         matching = [one for one in matching if label_value(one.recipe.run.axes.get(axis)) in wanted]
     if selected and not matching:
         raise RunnerError(
             f"no selected recipe has all of {' and '.join(where)}",
-            hint="conditions narrow each other down; values of one axis are alternatives: --where axis=value,value",
+            hint=(
+                "conditions narrow each other down; values of one axis are alternatives: --where"
+                " axis=value,value"
+            ),
         )
     return matching
 

@@ -1,4 +1,6 @@
-"""What a run is now: derived from its facts, its lease and the recipe each time it is asked for, and stored nowhere."""
+"""What a run is now: derived from its facts, its lease and the recipe each time it is asked for,
+and stored nowhere.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +49,12 @@ class RunStatus(Fact):
     seconds: float | None = None  # over all attempts that ended, plus the running one
     failure: Failure | None = None
     differences: tuple[Shown, ...] = ()  # dotted keys that changed since the run was made
-    checkpoint_step: int | None = None  # of the newest checkpoint of a run that is neither running nor completed
-    obstacles: tuple[Shown, ...] = ()  # dotted keys by which the launch is not that of the checkpoint
-    version_changes: tuple[Shown, ...] = ()  # of libraries since the checkpoint, where they are allowed
+    # Of the newest checkpoint of a run that is neither running nor completed.
+    checkpoint_step: int | None = None
+    # Dotted keys by which the launch is not that of the checkpoint.
+    obstacles: tuple[Shown, ...] = ()
+    # Of libraries since the checkpoint, where they are allowed.
+    version_changes: tuple[Shown, ...] = ()
     micro_batch_divisor: int = 1  # of the last attempt: above 1, the run has gone out of memory
     quarantined: tuple[Shown, ...] = ()  # checkpoints that were moved aside
     pending_uploads: tuple[Shown, ...] = ()  # archives that have not reached remote storage
@@ -60,9 +65,13 @@ class RunStatus(Fact):
         """What else somebody should know, empty where there is nothing."""
         notes = [f"{len(self.quarantined)} in quarantine"] if self.quarantined else []
         if self.obstacles:
-            notes.append(f"step {self.checkpoint_step} cannot be continued: {', '.join(self.obstacles)}")
+            notes.append(
+                f"step {self.checkpoint_step} cannot be continued: {', '.join(self.obstacles)}"
+            )
         elif self.version_changes:
-            notes.append(f"changed since step {self.checkpoint_step}: {', '.join(self.version_changes)}")
+            notes.append(
+                f"changed since step {self.checkpoint_step}: {', '.join(self.version_changes)}"
+            )
         if self.micro_batch_divisor > 1:
             notes.append(f"micro-batch / {self.micro_batch_divisor} since it ran out of memory")
         if self.pending_uploads:
@@ -75,15 +84,23 @@ Asked = ParamSpec("Asked")
 
 
 def find_differences(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) -> list[str]:
-    """What makes `recipe` another experiment than the one in the run directory; empty where there is no run.
+    """What makes `recipe` another experiment than the one in the run directory; empty where there
+    is no run.
 
     `contents` may leave files out: those are taken as unchanged.
     """
     stored, result = load_stored_recipe(paths), load_result(paths)
     if stored is None:
-        return [] if result is None else [f"{paths.recipe_path.name}: lost, but there is a {paths.result_path.name}"]
+        return (
+            []
+            if result is None
+            else [f"{paths.recipe_path.name}: lost, but there is a {paths.result_path.name}"]
+        )
     if result is not None and result.recipe_digest != stored.recipe_digest:
-        return [f"recipe_digest: {stored.recipe_digest[:12]}, but the result is of {result.recipe_digest[:12]}"]
+        return [
+            f"recipe_digest: {stored.recipe_digest[:12]}, but the result is of"
+            f" {result.recipe_digest[:12]}"
+        ]
     return diff_payloads(build_digest_payload(stored.recipe), build_digest_payload(recipe)) + [
         f"content of {path}: {stored.contents.get(path, '(not used)')[:12]} -> {digest[:12]}"
         for path, digest in contents.items()
@@ -92,7 +109,9 @@ def find_differences(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str
 
 
 def or_unreadable(derive: Callable[Asked, RunStatus]) -> Callable[Asked, RunStatus]:
-    """`derive`, for which a file that cannot be read is a state and no reason to say nothing of the other runs."""
+    """`derive`, for which a file that cannot be read is a state and no reason to say nothing of the
+    other runs.
+    """
 
     @functools.wraps(derive)
     def derive_whatever_is_there(*arguments: Asked.args, **keywords: Asked.kwargs) -> RunStatus:
@@ -117,9 +136,11 @@ def derive_status(
 ) -> RunStatus:
     """The status of one run, from its files, its lease and the recipe as it is now.
 
-    The launch that is thought of has `num_processes` (None: the recipe's own) and the `Attempt.resume` that is given.
+    The launch that is thought of has `num_processes` (None: the recipe's own) and the
+    `Attempt.resume` that is given.
     """
-    is_running = is_leased(paths.lease_path) or has_ranks(paths)  # first: without a holder, what is read is final
+    # first: without a holder, what is read is final
+    is_running = is_leased(paths.lease_path) or has_ranks(paths)
     record = load_record(paths)
     last = record.attempts[-1] if record.attempts else None
     progress = load_progress(paths.attempt(last.number).progress_path) if last else None
@@ -146,20 +167,32 @@ def derive_status(
         return RunStatus(state="pending", why="never started", **known)
     files = paths.attempt(last.number)
     failure = last.failure or load_failure(files)
-    if failure is None and progress is None and last.ended_at_utc is None and not files.log_path.exists():
+    if (
+        failure is None
+        and progress is None
+        and last.ended_at_utc is None
+        and not files.log_path.exists()
+    ):
         return RunStatus(state="pending", why="prepared, to be started by hand", **known)
     if failure is None or failure.kind in ("lost", "preempted"):
-        why = failure.message if failure else f"attempt {last.number} was killed together with its launcher"
+        why = (
+            failure.message
+            if failure
+            else f"attempt {last.number} was killed together with its launcher"
+        )
         return RunStatus(state="interrupted", why=why, failure=failure, **known)
     if failure.kind == "configuration" and last.resume not in ("auto", "none"):
         # What was asked for, not the recipe, was wrong.
         why = f"--resume {last.resume} was refused: {failure.message}"
         return RunStatus(state="interrupted", why=why, **known)
-    return RunStatus(state="failed", why=f"{failure.kind}: {failure.message}", failure=failure, **known)
+    return RunStatus(
+        state="failed", why=f"{failure.kind}: {failure.message}", failure=failure, **known
+    )
 
 
 def find_divisor(paths: RunPaths, recipe: Recipe) -> int:
-    """What the next attempt's micro-batch is divided by: as in the last one, while the recipe states the same one.
+    """What the next attempt's micro-batch is divided by: as in the last one, while the recipe
+    states the same one.
 
     Asked before the run is prepared: `recipe.json` still is that of the last attempt.
     """
@@ -176,7 +209,9 @@ def _look_ahead(paths: RunPaths, recipe: Recipe, num_processes: int, resume: str
         return {}
     divisor = find_divisor(paths, recipe)
     try:
-        found = look_ahead(paths, recipe, stored.recipe_digest, num_processes, divisor=divisor, resume=resume)
+        found = look_ahead(
+            paths, recipe, stored.recipe_digest, num_processes, divisor=divisor, resume=resume
+        )
     except RefusedError as error:  # the global batch cannot be kept like that
         return {"obstacles": (error.message,)}
     if found is None:
@@ -189,8 +224,12 @@ def _look_ahead(paths: RunPaths, recipe: Recipe, num_processes: int, resume: str
 def _look_at_checkpoints(paths: RunPaths, last: Attempt | None) -> dict[str, Any]:
     names = (path.name for path in paths.uploads_dir.glob("*.zip"))
     pending = tuple(sorted(names, key=lambda name: (len(name), name)))  # by step
-    rows = load_jsonl(paths.attempt(last.number).uploads_path) if last is not None and pending else []
-    messages = [str(row["message"]) for row in rows if row.get("outcome") != "uploaded" and "message" in row]
+    rows = (
+        load_jsonl(paths.attempt(last.number).uploads_path) if last is not None and pending else []
+    )
+    messages = [
+        str(row["message"]) for row in rows if row.get("outcome") != "uploaded" and "message" in row
+    ]
     quarantined = sorted(path.name for path in paths.quarantine_dir.glob("*"))
     return {
         "quarantined": tuple(quarantined),
@@ -204,7 +243,8 @@ def _sum_seconds(record: RunRecord, is_running: bool) -> float | None:
     if is_running and ends:
         ends[-1] = ends[-1] or now_utc()
     spans = [
-        datetime.datetime.fromisoformat(end) - datetime.datetime.fromisoformat(attempt.started_at_utc)
+        datetime.datetime.fromisoformat(end)
+        - datetime.datetime.fromisoformat(attempt.started_at_utc)
         for attempt, end in zip(record.attempts, ends, strict=True)
         if end
     ]

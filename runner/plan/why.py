@@ -35,7 +35,9 @@ RULES: Final[Mapping[State, str]] = {
     "changed": "`recipe.json` states another digest than the recipe and its files have now",
     "completed": "`result.json` is there, of the digest in `recipe.json`",
     "pending": "`run.json` holds no attempt that was started",
-    "interrupted": "the last attempt in `run.json` has no end, or one that says nothing against the run",
+    "interrupted": (
+        "the last attempt in `run.json` has no end, or one that says nothing against the run"
+    ),
     "failed": "the last attempt in `run.json` ended with a failure",
 }
 
@@ -62,7 +64,10 @@ class Facts:
 
     def as_json(self) -> dict[str, Any]:
         """For scripts: `next` is what `runner launch` does, `start_step` where it starts."""
-        plain = {name: getattr(self, name) for name in ("name", "run_dir", "num_processes", "missing", "holders")}
+        plain = {
+            name: getattr(self, name)
+            for name in ("name", "run_dir", "num_processes", "missing", "holders")
+        }
         return plain | {
             "next": self.next_action,
             "start_step": self.outlook.start_step or 0 if self.next_action == "launch" else None,
@@ -82,10 +87,18 @@ class Facts:
         return "refuse" if self.missing or self.impossible else self.decisions["launch"].action
 
 
-def gather_facts(recipe: Recipe, paths: RunPaths, hashes: ContentHashes, num_processes: int | None) -> Facts:
-    """Read all that decides; files that the recipe names are hashed, checkpoints verified, nothing is written."""
+def gather_facts(
+    recipe: Recipe, paths: RunPaths, hashes: ContentHashes, num_processes: int | None
+) -> Facts:
+    """Read all that decides; files that the recipe names are hashed, checkpoints verified, nothing
+    is written.
+    """
     missing, count = list_missing_files(recipe), num_processes or recipe.launch.num_processes
-    contents = {path: hashes.hash(Path(path)) for path in list_content_paths(recipe).values() if Path(path).exists()}
+    contents = {
+        path: hashes.hash(Path(path))
+        for path in list_content_paths(recipe).values()
+        if Path(path).exists()
+    }
     status = derive_status(paths, recipe, contents, num_processes=count)
     is_readable = status.state != "unreadable"
     attempts = load_record(paths).attempts if is_readable else ()
@@ -112,14 +125,21 @@ def gather_facts(recipe: Recipe, paths: RunPaths, hashes: ContentHashes, num_pro
         missing=missing,
         impossible=impossible,
         holders=list_holders(paths.lease_path) if is_leased(paths.lease_path) else {},
-        stop=stop.why if stop is not None and last is not None and stop.attempt == last.number else None,
+        stop=(
+            stop.why
+            if stop is not None and last is not None and stop.attempt == last.number
+            else None
+        ),
         attempt=last,
         log_path=str(log_path) if log_path is not None and log_path.exists() else None,
         log_tail=log_tail or (read_log_tail(log_path) if log_path is not None else ()),
         micro_batch_divisor=divisor,
-        outlook=_look_at_checkpoints(recipe, paths, count, divisor, contents)
-        if impossible is None and status.state not in ("running", "unreadable")  # a running trainer is writing them
-        else Outlook(None, False, ()),
+        outlook=(
+            _look_at_checkpoints(recipe, paths, count, divisor, contents)
+            # A running trainer is writing them.
+            if impossible is None and status.state not in ("running", "unreadable")
+            else Outlook(None, False, ())
+        ),
         remote_url=remote.url if remote is not None and remote.load else None,
     )
 
@@ -134,16 +154,24 @@ def _look_at_checkpoints(
 
 
 def build_lines(facts: Facts) -> list[str]:
-    """What a person reads: the answer first, then what it rests on, then what else there is to know."""
+    """What a person reads: the answer first, then what it rests on, then what else there is to
+    know.
+    """
     status = facts.status
     rows = [
         ("next", _describe_next(facts)),
-        *((verb, f"{decision.action}: {decision.why}") for verb, decision in facts.decisions.items()),
+        *(
+            (verb, f"{decision.action}: {decision.why}")
+            for verb, decision in facts.decisions.items()
+        ),
         ("state", f"{status.state}: {status.why}"),
         ("rule", RULES[status.state]),
         *(("differs", line) for line in status.differences),
         *(("differs", line) for line in status.obstacles),
-        *(("changed", f"{line} (launch.on_version_change: warn)") for line in status.version_changes),
+        *(
+            ("changed", f"{line} (launch.on_version_change: warn)")
+            for line in status.version_changes
+        ),
         *(("missing", f"{key}: {path}") for key, path in facts.missing.items()),
         ("lease", _describe_lease(facts)),
         *(_describe_attempt(facts)),
@@ -173,10 +201,16 @@ def _describe_next(facts: Facts) -> str:
         return f"{decision.action}: {decision.why}"
     processes = f"{facts.num_processes} process{'es' if facts.num_processes > 1 else ''}"
     if facts.micro_batch_divisor > 1:
-        processes += f", micro-batches divided by {facts.micro_batch_divisor} since it ran out of memory"
+        processes += (
+            f", micro-batches divided by {facts.micro_batch_divisor} since it ran out of memory"
+        )
     if facts.outlook.start_step is not None:
         return f"launch from step {facts.outlook.start_step}, {processes}"
-    asked = f"; {facts.remote_url} is asked for a checkpoint first" if facts.remote_url is not None else ""
+    asked = (
+        f"; {facts.remote_url} is asked for a checkpoint first"
+        if facts.remote_url is not None
+        else ""
+    )
     return f"launch from step 0, {processes}{asked}"
 
 
@@ -185,7 +219,9 @@ def _describe_lease(facts: Facts) -> str:
         return "free"
     holders = [f"held by {pid}  {command}" for pid, command in facts.holders.items()]
     asked = [f"asked to leave: {facts.stop}"] if facts.stop is not None else []
-    return "\n".join([*(holders or ["held, by a process that is not to be seen from here"]), *asked])
+    return "\n".join(
+        [*(holders or ["held, by a process that is not to be seen from here"]), *asked]
+    )
 
 
 def _describe_attempt(facts: Facts) -> list[tuple[str, str]]:
@@ -193,7 +229,8 @@ def _describe_attempt(facts: Facts) -> list[tuple[str, str]]:
     if attempt is None:
         return []
     started = (
-        f"{attempt.number}, started {attempt.started_at_utc} on {attempt.host}, {attempt.num_processes} process(es)"
+        f"{attempt.number}, started {attempt.started_at_utc} on {attempt.host},"
+        f" {attempt.num_processes} process(es)"
     )
     if attempt.retry:
         started += f", retry {attempt.retry} by itself"
@@ -201,7 +238,10 @@ def _describe_attempt(facts: Facts) -> list[tuple[str, str]]:
     if facts.status.state not in ("running", "completed"):
         failure = facts.status.failure or attempt.failure
         if failure is not None:
-            rows += [("failure", f"{failure.kind}: {failure.message}"), ("hint", HINTS[failure.kind])]
+            rows += [
+                ("failure", f"{failure.kind}: {failure.message}"),
+                ("hint", HINTS[failure.kind]),
+            ]
         rows += [("log", f"| {line}") for line in facts.log_tail]
     if facts.log_path is not None:
         rows.append(("log", facts.log_path))

@@ -1,7 +1,8 @@
-"""The data part of `runner check`: one pass over the distinct pairs of model and data, not one per recipe.
+"""The data part of `runner check`: one pass over the distinct pairs of model and data, not one per
+recipe.
 
-Owns which work recipes share, and what is collected. What is known of rows is `row_facts`, of updates `schedule`, how
-it is printed `check_report`.
+Owns which work recipes share, and what is collected. What is known of rows is `row_facts`, of
+updates `schedule`, how it is printed `check_report`.
 
 Prints what `runner check` found: blocks for people, or the whole as JSON (docs/preflight.md).
 """
@@ -28,14 +29,20 @@ from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError, RunnerError
 from runner.files import hash_json
 from runner.preflight.rows import RowFacts, SplitFacts, TokenizerFacts, find_row_doubts, sum_up
-from runner.recipe.identity import build_digest_payload, hint_at_missing, list_content_paths, list_missing_files
+from runner.recipe.identity import (
+    build_digest_payload,
+    hint_at_missing,
+    list_content_paths,
+    list_missing_files,
+)
 from runner.recipe.parse import Recipe
 from runner.recipe.schedule import Schedule, derive_schedule, find_doubts
 from runner.recipe.schema import DataSection
 from runner.recipe.trackers import require_trackers
 
 Value = TypeVar("Value")
-# What does not decide which rows are drawn, and in what order: smaller training sets are prefixes of larger ones.
+# What does not decide which rows are drawn, and in what order: smaller training sets are prefixes
+# of larger ones.
 _NOT_OF_THE_DRAW: Final = {"num_train_samples": None, "max_length": 1, "truncation": "refuse"}
 _PROGRESS_EVERY_SECONDS: Final = 5.0
 _NETWORK_TIMEOUT_SECONDS: Final = 5.0
@@ -63,7 +70,9 @@ def name_run(recipe: Recipe) -> str:
 
 @dataclass
 class CheckResult:
-    """Everything found. Warnings and errors map what is said once to the names of the runs that it is about."""
+    """Everything found. Warnings and errors map what is said once to the names of the runs that it
+    is about.
+    """
 
     num_recipes: int
     runs: list[CheckedRun] = field(default_factory=list)
@@ -81,7 +90,9 @@ class CheckResult:
 
 
 class _Once:
-    """Calls a function once per key, and gives its value, or raises its error, as often as asked."""
+    """Calls a function once per key, and gives its value, or raises its error, as often as
+    asked.
+    """
 
     def __init__(self) -> None:
         self._outcomes: dict[str, Any] = {}
@@ -112,11 +123,16 @@ class _Progress:
         self._num_done += 1
         if time.monotonic() - self._shown_at > _PROGRESS_EVERY_SECONDS:
             self._shown_at = time.monotonic()
-            print(f"checked {self._num_done} of {self._num_pairs} pairs of model and data: {name}", file=sys.stderr)
+            print(
+                f"checked {self._num_done} of {self._num_pairs} pairs of model and data: {name}",
+                file=sys.stderr,
+            )
 
 
 def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
-    """Load each tokenizer once, draw and mask each row once per tokenizer, and look at every recipe."""
+    """Load each tokenizer once, draw and mask each row once per tokenizer, and look at every
+    recipe.
+    """
     result = CheckResult(len(recipes))
     if any(not Path(recipe.model.path).exists() for recipe in recipes):
         go_offline_without_network()
@@ -125,7 +141,9 @@ def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
     once = _Once()
     pairs: dict[tuple[str, str], list[Recipe]] = {}
     for recipe in recipes:
-        pairs.setdefault((recipe.model.model_dump_json(), recipe.data.model_dump_json()), []).append(recipe)
+        pairs.setdefault(
+            (recipe.model.model_dump_json(), recipe.data.model_dump_json()), []
+        ).append(recipe)
         try:
             require_trackers(recipe)
             open_run_folder(recipe)
@@ -137,7 +155,9 @@ def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
         tokenizer, raw = None, None
         try:
             if not missing & set(_own_paths(group[0], "model")):
-                tokenizer = once(model_key, lambda model=model: TokenizerFacts(load_tokenizer(model)))  # type: ignore[misc]
+                tokenizer = once(
+                    model_key, lambda model=model: TokenizerFacts(load_tokenizer(model))
+                )  # type: ignore[misc]
         except RunnerError as error:
             _fail_all(result, error, group)
         try:
@@ -154,16 +174,21 @@ def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
 
 
 def go_offline_without_network() -> None:
-    """Look at cached models only where the hub cannot be reached: its client would retry for 46 s per model.
+    """Look at cached models only where the hub cannot be reached: its client would retry for 46 s
+    per model.
 
     Works before the client is imported, which reads the variable once.
     """
-    is_decided = any(name in os.environ for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"))
+    is_decided = any(
+        name in os.environ for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY")
+    )
     if is_decided or "huggingface_hub" in sys.modules:
         return
     url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
-        socket.create_connection((url.hostname or "", url.port or 443), timeout=_NETWORK_TIMEOUT_SECONDS).close()
+        socket.create_connection(
+            (url.hostname or "", url.port or 443), timeout=_NETWORK_TIMEOUT_SECONDS
+        ).close()
     except OSError as error:
         print(f"{url.hostname} cannot be reached ({error}): cached models only", file=sys.stderr)
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -175,7 +200,9 @@ def _fail_all(result: CheckResult, error: RunnerError, group: Sequence[Recipe]) 
 
 
 def _own_paths(recipe: Recipe, section: str) -> list[str]:
-    return [path for key, path in list_content_paths(recipe).items() if key.startswith(f"{section}.")]
+    return [
+        path for key, path in list_content_paths(recipe).items() if key.startswith(f"{section}.")
+    ]
 
 
 def _find_missing_files(recipes: Sequence[Recipe], result: CheckResult) -> set[str]:
@@ -188,7 +215,10 @@ def _find_missing_files(recipes: Sequence[Recipe], result: CheckResult) -> set[s
             keys[path] = key
     if concerned:
         width = max(map(len, concerned))
-        lines = [f"  {path:<{width}}  {keys[path]} of {len(names)} recipes" for path, names in concerned.items()]
+        lines = [
+            f"  {path:<{width}}  {keys[path]} of {len(names)} recipes"
+            for path, names in concerned.items()
+        ]
         error = DataError(
             f"{len(concerned)} files that recipes name are not there:\n" + "\n".join(lines),
             hint=hint_at_missing(concerned),
@@ -226,7 +256,9 @@ class _Draws:
         return self._once(f"{self._key(data)} {count}", lambda: draw_splits(wanted))
 
 
-def _check_pair(result: CheckResult, group: Sequence[Recipe], tokenizer: TokenizerFacts, raw: RawSplits) -> None:
+def _check_pair(
+    result: CheckResult, group: Sequence[Recipe], tokenizer: TokenizerFacts, raw: RawSplits
+) -> None:
     """All recipes of one model on the same rows."""
     facts: dict[str, list[RowFacts]] = {}
     try:
@@ -239,7 +271,10 @@ def _check_pair(result: CheckResult, group: Sequence[Recipe], tokenizer: Tokeniz
     doubts = find_row_doubts(group[0].model, tokenizer, facts, splits)
     for recipe in group:
         run = CheckedRun(
-            recipe, splits, tuple(raw.left_out.describe()), derive_schedule(recipe, splits["train"].num_rows)
+            recipe,
+            splits,
+            tuple(raw.left_out.describe()),
+            derive_schedule(recipe, splits["train"].num_rows),
         )
         result.runs.append(run)
         for doubt in [*doubts, *find_doubts(recipe, run.schedule)]:
@@ -247,21 +282,30 @@ def _check_pair(result: CheckResult, group: Sequence[Recipe], tokenizer: Tokeniz
 
 
 def _find_twins(result: CheckResult) -> None:
-    """Runs that would compute the same numbers: equal in all that matters, whatever their recipes call it."""
+    """Runs that would compute the same numbers: equal in all that matters, whatever their recipes
+    call it.
+    """
     twins: dict[str, list[CheckedRun]] = {}
     for run in result.runs:
         payload = build_digest_payload(run.recipe)
         del payload["data"], payload["loss"]
         payload["model"]["chat_template"] = None  # what it prints is in the ids
         rows = {
-            split: [facts.ids_hash, facts.mask_hashes[run.recipe.loss if split == "train" else "completion"]]
+            split: [
+                facts.ids_hash,
+                facts.mask_hashes[run.recipe.loss if split == "train" else "completion"],
+            ]
             for split, facts in run.splits.items()
         }
         twins.setdefault(hash_json({"recipe": payload, "rows": rows}), []).append(run)
     for group in twins.values():
         if len(group) > 1:
             labels = Counter(run.recipe.loss for run in group)
-            why = " although their losses differ: every token is part of a completion" if len(labels) == 2 else ""
+            why = (
+                " although their losses differ: every token is part of a completion"
+                if len(labels) == 2
+                else ""
+            )
             names = ", ".join(run.name for run in group)
             for run in group:
                 result.warn(f"these runs are the same experiment{why}: {names}", run.name)
@@ -270,7 +314,9 @@ def _find_twins(result: CheckResult) -> None:
 _MAX_NAMES: Final = 3
 
 
-def run_check(recipes: Sequence[Recipe], output_root: Path, finished: Sequence[str], *, is_json: bool) -> int:
+def run_check(
+    recipes: Sequence[Recipe], output_root: Path, finished: Sequence[str], *, is_json: bool
+) -> int:
     """Check and print; 2 if a recipe cannot be trained as it is, else 0: warnings do not fail.
 
     `finished` are runs (grid/name) that take no more disk.
@@ -281,7 +327,8 @@ def run_check(recipes: Sequence[Recipe], output_root: Path, finished: Sequence[s
     sizes: dict[str, dict[str, Any]] = {}
     size_lines: list[str] = []
     if result.runs:
-        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and Transformers, which nobody can act on
+        # Between PEFT and Transformers, which nobody can act on.
+        warnings.simplefilter("ignore", FutureWarning)
         from runner.preflight.sizes import as_json as size_as_json
         from runner.preflight.sizes import describe_sizes, estimate_sizes, warn_of_shortage
 
@@ -298,10 +345,16 @@ def run_check(recipes: Sequence[Recipe], output_root: Path, finished: Sequence[s
         print(f"\nerror: {name_runs(names)}: {text}", file=sys.stderr)
     num_failed = len({name for names in result.errors.values() for name in names})
     if num_failed:
-        print(f"\n{num_failed} of {len(recipes)} recipes cannot be trained as they are", file=sys.stderr)
+        print(
+            f"\n{num_failed} of {len(recipes)} recipes cannot be trained as they are",
+            file=sys.stderr,
+        )
         return 2
     num_warnings = len(result.warnings)
-    print(f"\n{len(recipes)} recipes can be trained, {num_warnings} warning{'' if num_warnings == 1 else 's'}")
+    print(
+        f"\n{len(recipes)} recipes can be trained, {num_warnings}"
+        f" warning{'' if num_warnings == 1 else 's'}"
+    )
     return 0
 
 
@@ -317,15 +370,17 @@ def name_runs(names: Sequence[str]) -> str:
 
 
 def format_result(result: CheckResult, size_lines: Sequence[str] = ()) -> Iterator[str]:
-    """Lines: a block per model, the updates of each kind of run, memory and disk, then what is doubtful."""
+    """Lines: a block per model, the updates of each kind of run, memory and disk, then what is
+    doubtful.
+    """
     for model_key, runs in group_runs(result.runs, lambda run: run.recipe.model.model_dump_json()):
         tokenizer = result.tokenizers[model_key]
         ends = " or ".join(tokenizer.end_tokens) or "plain text"
         own = tokenizer.tokenizer
         yield ""
         yield (
-            f"{runs[0].recipe.model.path}, {len(runs)} recipes: answers end in {ends}, which is trained; "
-            f"pad {own.pad_token}, eos {own.eos_token}"
+            f"{runs[0].recipe.model.path}, {len(runs)} recipes: answers end in {ends}, which is"
+            f" trained; pad {own.pad_token}, eos {own.eos_token}"
         )
         yield from _tabulate_rows(runs)
         yield from dict.fromkeys(f"  left out: {line}" for run in runs for line in run.left_out)
@@ -350,7 +405,9 @@ def group_runs(runs: Sequence[CheckedRun], key: Any) -> list[tuple[Any, list[Che
 
 
 def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
-    """One line per split and source of rows; where runs take more or fewer of them, the lengths are of the most."""
+    """One line per split and source of rows; where runs take more or fewer of them, the lengths are
+    of the most.
+    """
     lines: dict[tuple[str, ...], list[str]] = {}
     for split in SPLITS:
         for (source, _), group in group_runs(runs, lambda run, split=split: _source_of(run, split)):
@@ -359,9 +416,29 @@ def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
             lengths = [str(length) for length in facts.length_percentiles.values()]
             counts = [f"{facts.num_truncated}", f"{facts.num_dropped}", f"{facts.num_tokens:,}"]
             answers = f"{facts.num_labels['completion']:,}"
-            cells = [split, ", ".join(map(str, sorted(by_count))), *lengths, *counts, answers, source]
+            cells = [
+                split,
+                ", ".join(map(str, sorted(by_count))),
+                *lengths,
+                *counts,
+                answers,
+                source,
+            ]
             lines.setdefault(tuple(cells), cells)  # arms often share validation and test rows
-    header = ["split", "rows", "p50", "p90", "p95", "p99", "max", "cut", "dropped", "tokens", "completion", "from"]
+    header = [
+        "split",
+        "rows",
+        "p50",
+        "p90",
+        "p95",
+        "p99",
+        "max",
+        "cut",
+        "dropped",
+        "tokens",
+        "completion",
+        "from",
+    ]
     table = [header, *lines.values()]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     for row in table:
@@ -384,16 +461,21 @@ def _describe_schedule(run: CheckedRun) -> str:
     last = ""
     if schedule.last_batch_rows < schedule.global_batch_size:
         weight = schedule.global_batch_size / schedule.last_batch_rows
-        last = f", the last of {schedule.last_batch_rows} rows, each of which weighs {weight:.3g} times as much"
+        last = (
+            f", the last of {schedule.last_batch_rows} rows, each of which weighs {weight:.3g}"
+            " times as much"
+        )
     return (
-        f"{schedule.num_rows} rows at a global batch of {schedule.global_batch_size}: {schedule.updates_per_epoch} "
-        f"updates an epoch{last}; {schedule.num_epochs:g} epochs, {schedule.num_updates} updates, "
-        f"{schedule.num_warmup_updates} of warm-up, {schedule.num_evaluations} evaluations, "
-        f"{schedule.num_checkpoints} checkpoints"
+        f"{schedule.num_rows} rows at a global batch of {schedule.global_batch_size}:"
+        f" {schedule.updates_per_epoch} updates an epoch{last}; {schedule.num_epochs:g} epochs,"
+        f" {schedule.num_updates} updates, {schedule.num_warmup_updates} of warm-up,"
+        f" {schedule.num_evaluations} evaluations, {schedule.num_checkpoints} checkpoints"
     )
 
 
-def as_json(result: CheckResult, sizes: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> dict[str, Any]:
+def as_json(
+    result: CheckResult, sizes: Mapping[str, dict[str, Any]] = MappingProxyType({})
+) -> dict[str, Any]:
     """The whole result, one entry per run; `size` is null where the model could not be measured."""
     runs = []
     for run in result.runs:

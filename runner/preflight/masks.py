@@ -1,7 +1,8 @@
-"""What a model sees of a row and which of its tokens are trained, for people: the data behind `runner masks`.
+"""What a model sees of a row and which of its tokens are trained, for people: the data behind
+`runner masks`.
 
-Owns the step from a recipe to views of its rows, with the trainer's own functions. Does not own how they are printed:
-that is `mask_formats`. Loads a tokenizer, never a model.
+Owns the step from a recipe to views of its rows, with the trainer's own functions. Does not own how
+they are printed: that is `mask_formats`. Loads a tokenizer, never a model.
 
 Prints views of rows: for a terminal with or without colours, as one HTML page, as JSON.
 """
@@ -18,7 +19,16 @@ from itertools import groupby
 from typing import Any, Final, Literal
 
 from runner.data.masking import MaskedConversation, build_labels
-from runner.data.rows import SPLITS, RawRow, RawSplits, Row, build_masker, draw_splits, fit_row, mask_row
+from runner.data.rows import (
+    SPLITS,
+    RawRow,
+    RawSplits,
+    Row,
+    build_masker,
+    draw_splits,
+    fit_row,
+    mask_row,
+)
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import RunnerError
 from runner.recipe.parse import Recipe
@@ -33,7 +43,9 @@ _GLYPHS: Final = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 @dataclass(frozen=True)
 class TokenView:
-    """One token: its characters of the text, or of none where it continues a character that an earlier one began."""
+    """One token: its characters of the text, or of none where it continues a character that an
+    earlier one began.
+    """
 
     token_id: int
     piece: str  # as the tokenizer writes it
@@ -47,18 +59,23 @@ class TokenView:
 
 @dataclass(frozen=True)
 class TurnCount:
-    """Tokens of one message, or of the template's own text (`message` None); those that were cut count in neither."""
+    """Tokens of one message, or of the template's own text (`message` None); those that were cut
+    count in neither.
+    """
 
     message: int | None
     role: str
     num_tokens: int
     num_trained: int
-    last_trained: str  # the piece that ends what is trained on, of an assistant turn its end of turn
+    # The piece that ends what is trained on, of an assistant turn its end of turn.
+    last_trained: str
 
 
 @dataclass(frozen=True)
 class RowView:
-    """One row. `fate` says whether a run uses it; of a row that is not used the whole mask is shown all the same."""
+    """One row. `fate` says whether a run uses it; of a row that is not used the whole mask is shown
+    all the same.
+    """
 
     split: str
     number: int  # from 1, in the order in which the rows were drawn
@@ -86,11 +103,14 @@ class RowView:
 
     def special_tokens(self) -> Counter[str]:
         """How often each special token occurs among those that the model sees."""
-        return Counter(token.piece for token in self.tokens if token.is_special and not token.is_cut)
+        return Counter(
+            token.piece for token in self.tokens if token.is_special and not token.is_cut
+        )
 
 
 def build_views(recipe: Recipe, split: str, num_rows: int, row: str | None) -> list[RowView]:
-    """The first rows of a split, or the one that `row` names by number or by (the beginning of) its id.
+    """The first rows of a split, or the one that `row` names by number or by (the beginning of) its
+    id.
 
     Raises:
         DataError: rows, tokenizer or template are not fit to be trained on.
@@ -101,12 +121,22 @@ def build_views(recipe: Recipe, split: str, num_rows: int, row: str | None) -> l
     tokenizer = load_tokenizer(recipe.model)
     masker = build_masker(tokenizer)
     return [
-        build_view(raw, mask_row(raw, masker), recipe.data, recipe.loss, tokenizer, split=name, number=number)
+        build_view(
+            raw,
+            mask_row(raw, masker),
+            recipe.data,
+            recipe.loss,
+            tokenizer,
+            split=name,
+            number=number,
+        )
         for name, number, raw in chosen
     ]
 
 
-def _choose(splits: RawSplits, split: str, num_rows: int, row: str | None) -> list[tuple[str, int, RawRow]]:
+def _choose(
+    splits: RawSplits, split: str, num_rows: int, row: str | None
+) -> list[tuple[str, int, RawRow]]:
     rows: Sequence[RawRow] = getattr(splits, split)
     if row is None:
         return [(split, number, raw) for number, raw in enumerate(rows[:num_rows], start=1)]
@@ -122,29 +152,47 @@ def _choose(splits: RawSplits, split: str, num_rows: int, row: str | None) -> li
     if row.isdecimal() and 1 <= int(row) <= len(rows):
         return [(split, int(row), rows[int(row) - 1])]
     raise RunnerError(
-        f"no row {row!r}: the {split} split has the rows 1 to {len(rows)}, and no split has a row of that id",
-        hint=f"ids are those of samples.json, at least {_MIN_ID_CHARS} characters of them, such as {rows[0].row_id}",
+        f"no row {row!r}: the {split} split has the rows 1 to {len(rows)}, and no split has a row"
+        " of that id",
+        hint=(
+            f"ids are those of samples.json, at least {_MIN_ID_CHARS} characters of them, such as"
+            f" {rows[0].row_id}"
+        ),
     )
 
 
 def build_view(
-    raw: RawRow, masked: MaskedConversation, data: DataSection, loss: Loss, tokenizer: Any, *, split: str, number: int
+    raw: RawRow,
+    masked: MaskedConversation,
+    data: DataSection,
+    loss: Loss,
+    tokenizer: Any,
+    *,
+    split: str,
+    number: int,
 ) -> RowView:
     """The view of one row under a loss mode; what it shows as seen is what the trainer is given."""
     row = fit_row(raw, masked, data, tokenizer.bos_token_id)
     if row is None:
         fate: Fate = "dropped" if data.truncation == "drop" else "refused"
-        seen, labels = list(range(len(masked.input_ids))), build_labels(masked.input_ids, masked.spans, loss)
+        seen, labels = (
+            list(range(len(masked.input_ids))),
+            build_labels(masked.input_ids, masked.spans, loss),
+        )
     else:
         fate = "cut" if row.is_truncated else "whole"
         seen, labels = _find_seen(row, masked), row.labels(loss)
     trained = {at for at, label in zip(seen[1:], labels[1:], strict=True) if label >= 0}
     tokens = _build_tokens(masked, _find_messages(raw, masked), set(seen), trained, tokenizer)
-    return RowView(split, number, raw.row_id, raw.where, fate, masked.method, tokens, _count_turns(raw, tokens))
+    return RowView(
+        split, number, raw.row_id, raw.where, fate, masked.method, tokens, _count_turns(raw, tokens)
+    )
 
 
 def _find_seen(row: Row, masked: MaskedConversation) -> list[int]:
-    """Which tokens of the whole conversation are the row's: the end of it, behind its first token where that stayed."""
+    """Which tokens of the whole conversation are the row's: the end of it, behind its first token
+    where that stayed.
+    """
     num_cut = len(masked.input_ids) - len(row.input_ids)
     for head in (0, 1):
         seen = [*range(head), *range(head + num_cut, len(masked.input_ids))]
@@ -154,9 +202,13 @@ def _find_seen(row: Row, masked: MaskedConversation) -> list[int]:
 
 
 def _find_messages(raw: RawRow, masked: MaskedConversation) -> list[int | None]:
-    """The message of each token: a completion's by its span, another's by a character of its content."""
+    """The message of each token: a completion's by its span, another's by a character of its
+    content.
+    """
     owners: list[int | None] = [None] * len(masked.input_ids)
-    assistants = [index for index, message in enumerate(raw.messages) if message["role"] == "assistant"]
+    assistants = [
+        index for index, message in enumerate(raw.messages) if message["role"] == "assistant"
+    ]
     for index, chars in enumerate(masked.content_chars):
         if chars is not None and index not in assistants:
             for at, (start, end) in enumerate(masked.offsets):
@@ -168,13 +220,20 @@ def _find_messages(raw: RawRow, masked: MaskedConversation) -> list[int | None]:
 
 
 def _build_tokens(
-    masked: MaskedConversation, owners: Sequence[int | None], seen: set[int], trained: set[int], tokenizer: Any
+    masked: MaskedConversation,
+    owners: Sequence[int | None],
+    seen: set[int],
+    trained: set[int],
+    tokenizer: Any,
 ) -> tuple[TokenView, ...]:
     pieces = tokenizer.convert_ids_to_tokens(list(masked.input_ids))
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {
+        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
     special |= set(tokenizer.all_special_ids)
     views: list[TokenView] = []
-    covered = 0  # a character of several bytes can be spread over several tokens: the first one shows it
+    # A character of several bytes can be spread over several tokens: the first one shows it.
+    covered = 0
     for at, (start, end) in enumerate(masked.offsets):
         views.append(
             TokenView(
@@ -196,15 +255,20 @@ def _count_turns(raw: RawRow, tokens: Sequence[TokenView]) -> tuple[TurnCount, .
     num_tokens = Counter(token.message for token in tokens if not token.is_cut)
     num_trained = Counter(token.message for token in tokens if token.is_trained)
     last_trained = {token.message: token.piece for token in tokens if token.is_trained}
-    roles: list[tuple[int | None, str]] = [(at, message["role"]) for at, message in enumerate(raw.messages)]
+    roles: list[tuple[int | None, str]] = [
+        (at, message["role"]) for at, message in enumerate(raw.messages)
+    ]
     return tuple(
-        TurnCount(message, role, num_tokens[message], num_trained[message], last_trained.get(message, ""))
+        TurnCount(
+            message, role, num_tokens[message], num_trained[message], last_trained.get(message, "")
+        )
         for message, role in [*roles, (None, "template")]
     )
 
 
 def show(text: str) -> str:
-    """A text in which every character can be seen and none acts on a terminal; a newline keeps breaking the line.
+    """A text in which every character can be seen and none acts on a terminal; a newline keeps
+    breaking the line.
 
     >>> show("a\\tb\\n\\x1b[31m\\u202e")
     'a⇥b⏎\\n␛[31m\\\\u202e'
@@ -227,9 +291,14 @@ def _show_char(char: str) -> str:
 _FATES: Final = {
     "whole": "seen whole",
     "cut": "{cut} tokens were cut off the left (data.truncation: prompt_left)",
-    "dropped": "NOT USED, longer than data.max_length: {max_length} (data.truncation: drop); mask of the whole row",
-    "refused": "REFUSED, does not fit into data.max_length: {max_length} (data.truncation: {truncation}); "
-    "mask of the whole row",
+    "dropped": (
+        "NOT USED, longer than data.max_length: {max_length} (data.truncation: drop); mask of the"
+        " whole row"
+    ),
+    "refused": (
+        "REFUSED, does not fit into data.max_length: {max_length} (data.truncation: {truncation}); "
+        "mask of the whole row"
+    ),
 }
 _RESET: Final = "\x1b[0m"
 # Two shades each, so that neighbouring tokens can be told apart.
@@ -274,9 +343,15 @@ def _as_text(views: Sequence[RowView], recipe: Recipe, is_coloured: bool) -> Ite
     yield f"{recipe.run.grid}/{recipe.run.name}: {recipe.model.path}, loss: {recipe.loss}"
     if is_coloured:
         legend = [f"{_SHADES[state][0]}{state}{_RESET}" for state in ("trained", "seen", "cut")]
-        yield f"{legend[0]} tokens have a loss, {legend[1]} ones are context, {legend[2]} ones are not seen; ⏎ newline"
+        yield (
+            f"{legend[0]} tokens have a loss, {legend[1]} ones are context, {legend[2]} ones are"
+            " not seen; ⏎ newline"
+        )
     else:
-        yield "⟦trained⟧ tokens have a loss, others are context, ⟨cut: ...⟩ is not seen; ⏎ newline, ⇥ tab"
+        yield (
+            "⟦trained⟧ tokens have a loss, others are context, ⟨cut: ...⟩ is not seen; ⏎ newline,"
+            " ⇥ tab"
+        )
     for view in views:
         yield ""
         yield f"{view.split} row {view.number}  {view.row_id}  {show(view.where)}"
@@ -295,13 +370,17 @@ def _describe(view: RowView, recipe: Recipe) -> Iterator[str]:
         number = "-" if turn.message is None else str(turn.message)
         counts = f"{turn.num_tokens:>7} {turn.num_trained:>8}"
         yield f"{number:>4}  {turn.role:<10} {counts}  {show(turn.last_trained)}".rstrip()
-    special = ", ".join(f"{show(piece)} {count}" for piece, count in sorted(view.special_tokens().items()))
+    special = ", ".join(
+        f"{show(piece)} {count}" for piece, count in sorted(view.special_tokens().items())
+    )
     yield f"special tokens: {special or 'none'}"
 
 
 def _describe_fate(view: RowView, recipe: Recipe) -> str:
     data = recipe.data
-    return _FATES[view.fate].format(cut=view.num_cut, max_length=data.max_length, truncation=data.truncation)
+    return _FATES[view.fate].format(
+        cut=view.num_cut, max_length=data.max_length, truncation=data.truncation
+    )
 
 
 def _displays(view: RowView) -> Iterator[_Display]:
@@ -322,7 +401,9 @@ def _bracket(view: RowView) -> str:
         text = "".join(display.text for display in group)
         # A bracket that closes behind a line break would stand at the beginning of the next line.
         ends_line = text.endswith("\n") and bool(closing)
-        parts.append(f"{opening}{text[:-1]}{closing}\n" if ends_line else f"{opening}{text}{closing}")
+        parts.append(
+            f"{opening}{text[:-1]}{closing}\n" if ends_line else f"{opening}{text}{closing}"
+        )
     return "".join(parts)
 
 
@@ -334,9 +415,12 @@ def _colour(view: RowView) -> str:
             continue
         shade = 1 - shade
         style = _SHADES[display.state][shade] + (_SPECIAL if display.token.is_special else "")
-        # Colours end before a line break and begin anew behind it: pagers and gutters keep lines apart.
+        # Colours end before a line break and begin anew behind it: pagers and gutters keep lines
+        # apart.
         parts += [
-            f"{style}{piece}{_RESET}" if piece != "\n" else piece for piece in _split_lines(display.text) if piece
+            f"{style}{piece}{_RESET}" if piece != "\n" else piece
+            for piece in _split_lines(display.text)
+            if piece
         ]
     return "".join(parts)
 
@@ -353,25 +437,42 @@ def _as_html(views: Sequence[RowView], recipe: Recipe) -> str:
     parts = [
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
         f"<style>\n{_STYLE}</style></head><body><h1>{title}</h1>",
-        f"<p>{escape(recipe.model.path)}, loss: {recipe.loss}. <span class='trained'>Trained</span> tokens have a ",
-        "loss, others are context, <span class='cut'>cut</span> ones are not seen. ⏎ is a newline; hold the pointer ",
+        (
+            f"<p>{escape(recipe.model.path)}, loss: {recipe.loss}. <span"
+            " class='trained'>Trained</span> tokens have a "
+        ),
+        (
+            "loss, others are context, <span class='cut'>cut</span> ones are not seen. ⏎ is a"
+            " newline; hold the pointer "
+        ),
         "over a token for its id.</p>",
     ]
     for view in views:
-        parts.append(f"<h2>{view.split} row {view.number}</h2><p><code>{escape(view.row_id)}</code> ")
-        parts.append(f"{escape(show(view.where))}</p><p>{view.num_tokens} tokens, {view.num_trained} trained; ")
-        parts.append(f"{escape(_describe_fate(view, recipe))}. Mask proven by: {escape(view.method)}.</p>")
+        parts.append(
+            f"<h2>{view.split} row {view.number}</h2><p><code>{escape(view.row_id)}</code> "
+        )
+        parts.append(
+            f"{escape(show(view.where))}</p><p>{view.num_tokens} tokens, {view.num_trained}"
+            " trained; "
+        )
+        parts.append(
+            f"{escape(_describe_fate(view, recipe))}. Mask proven by: {escape(view.method)}.</p>"
+        )
         parts.append("<table><tr><th>turn<th>role<th>tokens<th>trained<th>last trained</tr>")
         for turn in view.turns:
             number = "-" if turn.message is None else turn.message
-            parts.append(f"<tr><td>{number}<td>{escape(turn.role)}<td>{turn.num_tokens}<td>{turn.num_trained}")
+            parts.append(
+                f"<tr><td>{number}<td>{escape(turn.role)}<td>{turn.num_tokens}<td>{turn.num_trained}"
+            )
             parts.append(f"<td>{escape(show(turn.last_trained))}</tr>")
         parts.append("</table>\n<pre>")
         for display in _displays(view):
             token = display.token
             names = f"t {display.state}{' special' if token.is_special else ''}"
             about = f"{token.token_id}  {show(token.piece)}"
-            parts.append(f'<span class="{names}" title="{escape(about)}">{escape(display.text)}</span>')
+            parts.append(
+                f'<span class="{names}" title="{escape(about)}">{escape(display.text)}</span>'
+            )
         parts.append("</pre>\n")
     return "".join([*parts, "</body></html>\n"])
 
@@ -391,11 +492,20 @@ def _as_json(views: Sequence[RowView], recipe: Recipe) -> dict[str, Any]:
             "special_tokens": dict(sorted(view.special_tokens().items())),
             "turns": [
                 {"message": turn.message, "role": turn.role}
-                | {"num_tokens": turn.num_tokens, "num_trained": turn.num_trained, "last_trained": turn.last_trained}
+                | {
+                    "num_tokens": turn.num_tokens,
+                    "num_trained": turn.num_trained,
+                    "last_trained": turn.last_trained,
+                }
                 for turn in view.turns
             ],
             "tokens": [
-                {"id": token.token_id, "piece": token.piece, "text": token.text, "skipped": token.skipped}
+                {
+                    "id": token.token_id,
+                    "piece": token.piece,
+                    "text": token.text,
+                    "skipped": token.skipped,
+                }
                 | {"message": token.message, "is_trained": token.is_trained}
                 | {"is_special": token.is_special, "is_cut": token.is_cut}
                 for token in view.tokens
@@ -403,7 +513,12 @@ def _as_json(views: Sequence[RowView], recipe: Recipe) -> dict[str, Any]:
         }
         for view in views
     ]
-    return {"grid": recipe.run.grid, "name": recipe.run.name, "model": recipe.model.path, "loss": recipe.loss} | {
+    return {
+        "grid": recipe.run.grid,
+        "name": recipe.run.name,
+        "model": recipe.model.path,
+        "loss": recipe.loss,
+    } | {
         "max_length": recipe.data.max_length,
         "truncation": recipe.data.truncation,
         "rows": rows,

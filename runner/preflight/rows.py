@@ -1,6 +1,7 @@
 """What the preflight knows of rows under one tokenizer: lengths, labels, ends of turns, beginnings.
 
-Every row is masked and fitted by the trainer's own functions, once per tokenizer, and only its counts and hashes stay.
+Every row is masked and fitted by the trainer's own functions, once per tokenizer, and only its
+counts and hashes stay.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _NUM_SHOWN: Final = 3
 class RowFacts:
     """One row: its length before and after truncation, and what is trained on under either loss.
 
-    `num_tokens` is 0 for a row that does not fit. The hashes are those of the ids and of the completions' places.
+    `num_tokens` is 0 for a row that does not fit. The hashes are those of the ids and of the
+    completions' places.
     """
 
     where: str
@@ -51,7 +53,9 @@ class RowFacts:
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """The rows of one split that a run uses. `num_labels` is per loss mode; hashes tell equal splits apart."""
+    """The rows of one split that a run uses. `num_labels` is per loss mode; hashes tell equal
+    splits apart.
+    """
 
     num_rows: int
     num_dropped: int
@@ -82,24 +86,34 @@ class TokenizerFacts:
             self._end_ids = end_of_turn_ids(tokenizer)
         self.end_tokens = tuple(tokenizer.convert_ids_to_tokens(list(self._end_ids)))
         self._bos_id: int | None = tokenizer.bos_token_id
-        self.begins_plain_text_with_bos = self._bos_id is not None and tokenizer("x")["input_ids"][:1] == [self._bos_id]
-        special = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
+        self.begins_plain_text_with_bos = self._bos_id is not None and tokenizer("x")["input_ids"][
+            :1
+        ] == [self._bos_id]
+        special = sorted(
+            {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        )
         self._special_pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def stop_tokens(self, model: ModelSection) -> list[str]:
-        """Where generation with the base model's own settings stops: eos, and what its generation config names."""
+        """Where generation with the base model's own settings stops: eos, and what its generation
+        config names.
+        """
         from transformers import GenerationConfig
 
         ids = {self.tokenizer.eos_token_id}
         try:
-            stated = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
+            stated = GenerationConfig.from_pretrained(
+                model.path, revision=model.revision
+            ).eos_token_id
         except (OSError, ValueError):
             stated = None
         ids |= set(stated) if isinstance(stated, list) else {stated}
         return [str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(ids - {None}))]
 
     def count_positions(self, model: ModelSection) -> int | None:
-        """Tokens that the base model has positions for, None where its configuration does not say."""
+        """Tokens that the base model has positions for, None where its configuration does not
+        say.
+        """
         from transformers import AutoConfig
 
         try:
@@ -114,7 +128,8 @@ class TokenizerFacts:
         """One entry per row, in order.
 
         Raises:
-            DataError: rows that cannot be rendered, proven or fitted; how many, and the first of them.
+            DataError: rows that cannot be rendered, proven or fitted; how many, and the first of
+                them.
         """
         facts: list[RowFacts] = []
         refusals: list[MaskError] = []
@@ -124,16 +139,23 @@ class TokenizerFacts:
             except MaskError as error:
                 refusals.append(error)
         if refusals:
-            shown = [refusals[0].message] if len(refusals) == 1 else [error.message for error in refusals[:_NUM_SHOWN]]
-            more = f"\n  and {len(refusals) - len(shown)} more" if len(refusals) > len(shown) else ""
+            shown = (
+                [refusals[0].message]
+                if len(refusals) == 1
+                else [error.message for error in refusals[:_NUM_SHOWN]]
+            )
+            more = (
+                f"\n  and {len(refusals) - len(shown)} more" if len(refusals) > len(shown) else ""
+            )
             raise DataError(
-                f"{len(refusals)} of {len(raw_rows)} rows of the {split} split cannot be trained on:\n  "
-                + "\n  ".join(shown)
-                + more,
+                f"{len(refusals)} of {len(raw_rows)} rows of the {split} split cannot be trained"
+                " on:\n  " + "\n  ".join(shown) + more,
                 hint=refusals[0].hint,
             )
         too_long = [
-            (raw, fact.num_tokens_before) for raw, fact in zip(raw_rows, facts, strict=True) if not fact.is_used
+            (raw, fact.num_tokens_before)
+            for raw, fact in zip(raw_rows, facts, strict=True)
+            if not fact.is_used
         ]
         refuse_too_long(too_long, len(facts) - len(too_long), split, data)
         return facts
@@ -149,7 +171,10 @@ class TokenizerFacts:
         for span in masked.spans:
             if self._end_ids and masked.input_ids[span.end - 1] not in self._end_ids:
                 found = self.tokenizer.convert_ids_to_tokens(masked.input_ids[span.end - 1])
-                raise MaskError(f"{raw.where}: an answer ends in {found!r}, not in one of {', '.join(self.end_tokens)}")
+                raise MaskError(
+                    f"{raw.where}: an answer ends in {found!r}, not in one of"
+                    f" {', '.join(self.end_tokens)}"
+                )
         row = fit_row(raw, masked, data, self._bos_id)
         kept = row or masked
         return RowFacts(
@@ -158,13 +183,18 @@ class TokenizerFacts:
             num_tokens=len(row.input_ids) if row else 0,
             num_completion_labels=sum(span.end - span.start for span in row.spans) if row else 0,
             is_truncated=bool(row and row.is_truncated),
-            holds_special_text=any(self._special_pattern.search(message["content"]) for message in raw.messages),
+            holds_special_text=any(
+                self._special_pattern.search(message["content"]) for message in raw.messages
+            ),
             has_blank_answer=any(
-                message["role"] == "assistant" and not message["content"].strip() for message in raw.messages
+                message["role"] == "assistant" and not message["content"].strip()
+                for message in raw.messages
             ),
             begins_with_bos=masked.input_ids[0] == self._bos_id,
             ids_hash=_hash_numbers(kept.input_ids),
-            spans_hash=_hash_numbers([number for span in kept.spans for number in (span.start, span.end)]),
+            spans_hash=_hash_numbers(
+                [number for span in kept.spans for number in (span.start, span.end)]
+            ),
         )
 
 
@@ -178,7 +208,8 @@ def sum_up(facts: Sequence[RowFacts]) -> SplitFacts:
     lengths = sorted(fact.num_tokens for fact in used)
     num_tokens = sum(lengths)
     num_completion_labels = sum(fact.num_completion_labels for fact in used)
-    # Under `full` the mask is the length, under `completion` the spans: equal hashes mean equal labels.
+    # Under `full` the mask is the length, under `completion` the spans: equal hashes mean equal
+    # labels.
     trains_everything = num_completion_labels == num_tokens
     full = hash_json([fact.num_tokens for fact in used])
     completion = full if trains_everything else hash_json([fact.spans_hash.hex() for fact in used])
@@ -189,7 +220,9 @@ def sum_up(facts: Sequence[RowFacts]) -> SplitFacts:
         num_tokens=num_tokens,
         num_labels={"full": num_tokens, "completion": num_completion_labels},
         length_percentiles={
-            f"p{percent}" if percent < 100 else "max": lengths[max(0, math.ceil(percent / 100 * len(lengths)) - 1)]
+            f"p{percent}" if percent < 100 else "max": lengths[
+                max(0, math.ceil(percent / 100 * len(lengths)) - 1)
+            ]
             for percent in PERCENTILES
         },
         num_with_special_text=sum(fact.holds_special_text for fact in used),
@@ -205,8 +238,13 @@ def find_row_doubts(
     facts: Mapping[str, Sequence[RowFacts]],
     splits: Mapping[str, SplitFacts],
 ) -> list[str]:
-    """What a user should look at before training on rows that can be trained on. `facts` and `splits` are per split."""
-    return [*_find_token_doubts(model, tokenizer, facts, splits), *_find_text_doubts(model.path, facts, splits)]
+    """What a user should look at before training on rows that can be trained on. `facts` and
+    `splits` are per split.
+    """
+    return [
+        *_find_token_doubts(model, tokenizer, facts, splits),
+        *_find_text_doubts(model.path, facts, splits),
+    ]
 
 
 def _find_token_doubts(
@@ -216,19 +254,30 @@ def _find_token_doubts(
     splits: Mapping[str, SplitFacts],
 ) -> Iterator[str]:
     path = model.path
-    if tokenizer.begins_plain_text_with_bos and not all(row.begins_with_bos for row in facts["train"]):
-        yield f"{path}: its tokenizer begins texts with {tokenizer.tokenizer.bos_token}, its chat template not"
+    if tokenizer.begins_plain_text_with_bos and not all(
+        row.begins_with_bos for row in facts["train"]
+    ):
+        yield (
+            f"{path}: its tokenizer begins texts with {tokenizer.tokenizer.bos_token}, its chat"
+            " template not"
+        )
     if not tokenizer.end_tokens:
-        yield f"{path}: plain text ends a turn under its chat template, so generation needs a stop string"
+        yield (
+            f"{path}: plain text ends a turn under its chat template, so generation needs a stop"
+            " string"
+        )
     elif not set(tokenizer.end_tokens) & set(tokenizer.stop_tokens(model)):
         yield (
-            f"{path}: training ends answers with {' or '.join(tokenizer.end_tokens)}, where the base model's own "
-            "generation settings do not stop"
+            f"{path}: training ends answers with {' or '.join(tokenizer.end_tokens)}, where the"
+            " base model's own generation settings do not stop"
         )
     longest = max(one.length_percentiles["max"] for one in splits.values())
     num_positions = tokenizer.count_positions(model)
     if num_positions is not None and longest > num_positions:
-        yield f"{path}: the longest row has {longest} tokens, the model has positions for {num_positions}"
+        yield (
+            f"{path}: the longest row has {longest} tokens, the model has positions for"
+            f" {num_positions}"
+        )
 
 
 def _find_text_doubts(
@@ -236,13 +285,20 @@ def _find_text_doubts(
 ) -> Iterator[str]:
     for split, one in splits.items():
         if one.num_dropped:
-            yield f"{one.num_dropped} {split} rows are longer than `data.max_length` and are dropped"
+            yield (
+                f"{one.num_dropped} {split} rows are longer than `data.max_length` and are dropped"
+            )
         if one.num_with_blank_answer:
             first = next(row.where for row in facts[split] if row.is_used and row.has_blank_answer)
-            yield f"{one.num_with_blank_answer} {split} rows have an answer without a word, the first is {first}"
-        if one.num_with_special_text:
-            first = next(row.where for row in facts[split] if row.is_used and row.holds_special_text)
             yield (
-                f"{path}: {one.num_with_special_text} {split} rows hold text that the tokenizer reads as a special "
-                f"token, the first is {first}"
+                f"{one.num_with_blank_answer} {split} rows have an answer without a word, the first"
+                f" is {first}"
+            )
+        if one.num_with_special_text:
+            first = next(
+                row.where for row in facts[split] if row.is_used and row.holds_special_text
+            )
+            yield (
+                f"{path}: {one.num_with_special_text} {split} rows hold text that the tokenizer"
+                f" reads as a special token, the first is {first}"
             )

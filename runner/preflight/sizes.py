@@ -1,4 +1,6 @@
-"""The part of the preflight that knows of memory and disk: one measurement per kind of model, an estimate per run."""
+"""The part of the preflight that knows of memory and disk: one measurement per kind of model, an
+estimate per run.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ from runner.model.memory import (
     free_bytes,
     load_sharding,
 )
-from runner.model.size import ActivationCurve, ModelSize, load_config, measure_model, trace_activations
+from runner.model.size import (
+    ActivationCurve,
+    ModelSize,
+    load_config,
+    measure_model,
+    trace_activations,
+)
 from runner.preflight.check import CheckedRun, CheckResult, group_runs
 from runner.recipe.parse import Recipe
 
@@ -54,12 +62,21 @@ def estimate_sizes(result: CheckResult) -> dict[str, RunSize]:
             curve = _once(
                 curves,
                 _activation_key(recipe),
-                partial(trace_activations, recipe, config, recipe.training.per_device_train_batch_size),
+                partial(
+                    trace_activations, recipe, config, recipe.training.per_device_train_batch_size
+                ),
             )
             sizes[run.name] = _estimate(run, size, curve)
-        except Exception as error:  # a model's configuration and code are a stranger's program: anything can be raised
-            text = error.message if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
-            result.warn(f"memory and disk of {recipe.model.path} are not estimated: {text}", run.name)
+        # A model's configuration and code are a stranger's program: anything can be raised.
+        except Exception as error:
+            text = (
+                error.message
+                if isinstance(error, RunnerError)
+                else f"{type(error).__name__}: {error}"
+            )
+            result.warn(
+                f"memory and disk of {recipe.model.path} are not estimated: {text}", run.name
+            )
     return sizes
 
 
@@ -84,34 +101,44 @@ def _estimate(run: CheckedRun, size: ModelSize, curve: ActivationCurve) -> RunSi
     sharding = load_sharding(run.recipe)
     longest_row = run.splits["train"].length_percentiles["max"]
     memory = estimate_memory(run.recipe, size, curve, sharding, longest_row)
-    return RunSize(size, sharding, memory, longest_row, estimate_disk(run.recipe, size, sharding, run.schedule))
+    return RunSize(
+        size, sharding, memory, longest_row, estimate_disk(run.recipe, size, sharding, run.schedule)
+    )
 
 
 def warn_of_shortage(
     result: CheckResult, sizes: Mapping[str, RunSize], finished: Iterable[str], output_root: Path
 ) -> None:
-    """Warn where the runs that are not `finished` need more disk than is free, or more memory than the device has."""
+    """Warn where the runs that are not `finished` need more disk than is free, or more memory than
+    the device has.
+    """
     pending = [name for name in sizes if name not in set(finished)]
     needed, free = sum(sizes[name].disk_bytes for name in pending), free_bytes(output_root)
     for name in pending if needed > free else ():
         result.warn(
-            f"the runs need up to {_format_bytes(needed)} of disk, {_format_bytes(free)} are free under {output_root}: "
-            "lower `checkpoints.keep_latest`, or name another --output-root",
+            f"the runs need up to {_format_bytes(needed)} of disk, {_format_bytes(free)} are free"
+            f" under {output_root}: lower `checkpoints.keep_latest`, or name another --output-root",
             name,
         )
     device_bytes = find_device_bytes()
     for name, one in sizes.items():
-        if device_bytes is not None and not one.sharding.uses_cpu and one.memory.total > device_bytes:
+        if (
+            device_bytes is not None
+            and not one.sharding.uses_cpu
+            and one.memory.total > device_bytes
+        ):
             result.warn(
-                f"a process needs about {_format_bytes(one.memory.total)} of device memory, the device has "
-                f"{_format_bytes(device_bytes)}",
+                f"a process needs about {_format_bytes(one.memory.total)} of device memory, the"
+                f" device has {_format_bytes(device_bytes)}",
                 name,
             )
 
 
 def find_device_bytes() -> int | None:
     """The memory of the first GPU; None where there is none."""
-    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+    return (
+        int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+    )
 
 
 def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> Iterator[str]:
@@ -121,22 +148,35 @@ def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> 
         return
     yield ""
     for _, group in group_runs(
-        measured, lambda run: (run.recipe.model.path, sizes[run.name].size, load_sharding(run.recipe))
+        measured,
+        lambda run: (run.recipe.model.path, sizes[run.name].size, load_sharding(run.recipe)),
     ):
         one = max(group, key=lambda run: sizes[run.name].memory.total)
         size, memory = sizes[one.name].size, sizes[one.name].memory
         batch = one.recipe.training.per_device_train_batch_size
-        parts = {field.name: getattr(memory, field.name) for field in fields(memory) if field.name != "offloaded"}
-        shown = " + ".join(f"{name} {_format_bytes(value)}" for name, value in parts.items() if value)
-        offloaded = f", {_format_bytes(memory.offloaded)} of host memory" if memory.offloaded else ""
+        parts = {
+            field.name: getattr(memory, field.name)
+            for field in fields(memory)
+            if field.name != "offloaded"
+        }
+        shown = " + ".join(
+            f"{name} {_format_bytes(value)}" for name, value in parts.items() if value
+        )
+        offloaded = (
+            f", {_format_bytes(memory.offloaded)} of host memory" if memory.offloaded else ""
+        )
         yield (
-            f"{one.recipe.model.path}, {size.num_base_parameters / 1e6:,.1f}M parameters, "
-            f"{size.num_trained_parameters / 1e6:,.2f}M trained, {batch} x {sizes[one.name].longest_row} tokens: about "
-            f"{_format_bytes(memory.total)} of memory a process{offloaded}"
+            f"{one.recipe.model.path}, {size.num_base_parameters / 1e6:,.1f}M parameters,"
+            f" {size.num_trained_parameters / 1e6:,.2f}M trained, {batch} x"
+            f" {sizes[one.name].longest_row} tokens: about {_format_bytes(memory.total)} of memory"
+            f" a process{offloaded}"
         )
         yield f"  {shown}"
     disk = [sizes[run.name].disk_bytes for run in measured]
-    yield f"disk: up to {_format_bytes(sum(disk))} for all runs, {_format_bytes(max(disk))} for the largest"
+    yield (
+        f"disk: up to {_format_bytes(sum(disk))} for all runs, {_format_bytes(max(disk))} for the"
+        " largest"
+    )
     yield f"memory is an estimate, never measured on a device. It assumes: {'; '.join(ASSUMPTIONS)}"
 
 

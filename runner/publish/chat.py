@@ -1,6 +1,8 @@
-"""`runner chat`: a conversation in the terminal with the tuned model of a run, and with its base beside it where asked.
+"""`runner chat`: a conversation in the terminal with the tuned model of a run, and with its base
+beside it where asked.
 
-Answers are greedy, so the same question gets the same answer. They go to stdout, everything else to stderr.
+Answers are greedy, so the same question gets the same answer. They go to stdout, everything else to
+stderr.
 """
 
 from __future__ import annotations
@@ -41,10 +43,13 @@ def chat(
     with open_tuned_run(run_dir, checkpoint) as run:
         asking = Asking(run.load_tokenizer(), max_new_tokens)
         opening = [] if system is None else [{"role": "system", "content": system}]
-        asking.encode([*opening, {"role": "user", "content": "?"}])  # a template that refuses does so before the model
+        # A template that refuses does so before the model.
+        asking.encode([*opening, {"role": "user", "content": "?"}])
         print(f"loading {run.weights_dir}", file=sys.stderr, flush=True)
         speakers = load_speakers(run, asking, with_base=with_base)
-    conversations = [Conversation(speaker, asking, opening, shows_label=with_base) for speaker in speakers]
+    conversations = [
+        Conversation(speaker, asking, opening, shows_label=with_base) for speaker in speakers
+    ]
     if prompt is not None:
         for conversation in conversations:
             if not conversation.ask(prompt):
@@ -55,7 +60,9 @@ def chat(
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model under the name that its answers carry. A base shares its weights with the tuned model under LoRA."""
+    """A model under the name that its answers carry. A base shares its weights with the tuned model
+    under LoRA.
+    """
 
     label: str
     generate: Callable[..., Any]
@@ -82,27 +89,43 @@ def load_speakers(run: TunedRun, asking: Asking, *, with_base: bool) -> list[Spe
 
 def _to_device(model: Any, recipe: Recipe) -> Any:
     """On the GPU where there is one; quantised weights are there already."""
-    return model.to("cuda") if torch.cuda.is_available() and recipe.quantization.method == "none" else model
+    return (
+        model.to("cuda")
+        if torch.cuda.is_available() and recipe.quantization.method == "none"
+        else model
+    )
 
 
 class Asking:
-    """How a conversation is put to the models: the tokens of the chat template, and where an answer ends."""
+    """How a conversation is put to the models: the tokens of the chat template, and where an answer
+    ends.
+    """
 
     def __init__(self, tokenizer: Any, max_new_tokens: int) -> None:
         self.tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
         shape: Shape = (("user", None), ("assistant", None))
         self._method = self._template.skeleton(shape).method
-        self._settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+        self._settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
+        )
 
     def encode(self, messages: list[dict[str, str]]) -> torch.Tensor:
-        """Token ids, (1, length). Raises: MaskError, with the words of a template that refuses the conversation."""
+        """Token ids, (1, length). Raises: MaskError, with the words of a template that refuses the
+        conversation.
+        """
         text = self._template.render(messages, self._method, add_generation_prompt=True)
-        ids: torch.Tensor = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids: torch.Tensor = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")[
+            "input_ids"
+        ]
         return ids
 
-    def answer(self, speaker: Speaker, messages: list[dict[str, str]], interrupted: threading.Event) -> str:
-        """The answer, also written piece by piece as it comes; `interrupted` ends it at its next token."""
+    def answer(
+        self, speaker: Speaker, messages: list[dict[str, str]], interrupted: threading.Event
+    ) -> str:
+        """The answer, also written piece by piece as it comes; `interrupted` ends it at its next
+        token.
+        """
         input_ids = self.encode(messages).to(speaker.device)
         streamer = _Streamer(self.tokenizer)
         speaker.generate(
@@ -123,7 +146,12 @@ class _Interruption(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Asked after each token."""
-        return torch.full((input_ids.shape[0],), self._interrupted.is_set(), device=input_ids.device, dtype=torch.bool)
+        return torch.full(
+            (input_ids.shape[0],),
+            self._interrupted.is_set(),
+            device=input_ids.device,
+            dtype=torch.bool,
+        )
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
@@ -141,7 +169,9 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _catching_interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets. As an exception it can get lost: raised in a callback, Python only prints it."""
+    """An event that Ctrl-C sets. As an exception it can get lost: raised in a callback, Python only
+    prints it.
+    """
     interrupted = threading.Event()
     previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:

@@ -1,8 +1,11 @@
-"""`runner export`: the tuned model of a run as a folder for others, loaded again and compared before it is there.
+"""`runner export`: the tuned model of a run as a folder for others, loaded again and compared
+before it is there.
 
-The README.md of an exported model: what it is, what it was made of, how it scores and how to load it. No clock.
+The README.md of an exported model: what it is, what it was made of, how it scores and how to load
+it. No clock.
 
-Sending an exported folder to the hub: where to, under which token, and in which words it is refused.
+Sending an exported folder to the hub: where to, under which token, and in which words it is
+refused.
 """
 
 from __future__ import annotations
@@ -59,7 +62,8 @@ def build_model_card(
         "## Scores\n\n" + _scores(run, result),
         "## Loading\n\n" + _loading(run, is_adapter=is_adapter),
         "## Recipe\n\n~~~~yaml\n" + _dump(build_digest_payload(run.recipe)) + "~~~~",
-        "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+        "## Versions\n\n"
+        + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -79,53 +83,94 @@ def _front_matter(run: TunedRun, *, is_adapter: bool) -> str:
 def _describe(run: TunedRun, *, is_adapter: bool) -> str:
     recipe, data, training = run.recipe, run.recipe.data, run.recipe.training
     lora = recipe.adapter.method == "lora"
-    what = "a LoRA adapter" if is_adapter else "all weights, a LoRA adapter merged into them" if lora else "all weights"
+    what = (
+        "a LoRA adapter"
+        if is_adapter
+        else "all weights, a LoRA adapter merged into them"
+        if lora
+        else "all weights"
+    )
     if lora:
         adapter = recipe.adapter.model_dump(mode="json")
-        method = f"LoRA, r {adapter['r']}, alpha {adapter['lora_alpha']}, dropout {adapter['lora_dropout']}"
+        method = (
+            f"LoRA, r {adapter['r']}, alpha {adapter['lora_alpha']}, dropout"
+            f" {adapter['lora_dropout']}"
+        )
     else:
         method = "full fine-tune"
     if recipe.quantization.method != "none":
         method += f", on {recipe.quantization.method} weights"
-    length = f"{training.max_steps} steps" if training.max_steps else f"{training.num_train_epochs:g} epochs"
+    length = (
+        f"{training.max_steps} steps"
+        if training.max_steps
+        else f"{training.num_train_epochs:g} epochs"
+    )
     stated = training.hugging_face_arguments()
     rows = {
-        "base model": f"`{recipe.model.path}`"
-        + (f", revision `{recipe.model.revision}`" if recipe.model.revision else ""),
-        "what this is": what + (f", of the checkpoint `{run.checkpoint}`" if run.checkpoint else ""),
-        "training data": f"`{data.train.path}`, {data.num_train_samples or 'all'} rows, seed {data.seed}",
+        "base model": (
+            f"`{recipe.model.path}`"
+            + (f", revision `{recipe.model.revision}`" if recipe.model.revision else "")
+        ),
+        "what this is": (
+            what + (f", of the checkpoint `{run.checkpoint}`" if run.checkpoint else "")
+        ),
+        "training data": (
+            f"`{data.train.path}`, {data.num_train_samples or 'all'} rows, seed {data.seed}"
+        ),
         "task": data.task.name,
         "loss": _LOSSES[recipe.loss],
         "method": method,
-        "training": f"{length}, global batch {recipe.global_batch_size}, learning rate "
-        f"{stated.get('learning_rate', 'of the library')}, {stated.get('lr_scheduler_type', 'default')} schedule, "
-        f"seed {training.seed}",
-        "chosen by": f"{recipe.checkpoints.metric} on the validation rows, {recipe.checkpoints.mode}",
+        "training": (
+            f"{length}, global batch {recipe.global_batch_size}, learning rate"
+            f" {stated.get('learning_rate', 'of the library')},"
+            f" {stated.get('lr_scheduler_type', 'default')} schedule, seed {training.seed}"
+        ),
+        "chosen by": (
+            f"{recipe.checkpoints.metric} on the validation rows, {recipe.checkpoints.mode}"
+        ),
         "recipe": f"{recipe.run.grid}/{recipe.run.name}, digest `{run.stored.recipe_digest}`",
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    )
 
 
 def _scores(run: TunedRun, result: TrainResult | None) -> str:
     if result is None:
-        return f"These are the weights of the checkpoint `{run.checkpoint}`; a run is scored at its end."
+        return (
+            f"These are the weights of the checkpoint `{run.checkpoint}`; a run is scored at its"
+            " end."
+        )
     lines = ["| split | metric | base model | tuned |", "|---|---|---:|---:|"]
     for split, base in result.base.items():
         tuned = result.tuned[split]
-        for metric, words in (("nll_per_completion_token", "completion token"), ("nll_per_token", "token")):
+        for metric, words in (
+            ("nll_per_completion_token", "completion token"),
+            ("nll_per_token", "token"),
+        ):
             values = f"{getattr(base, metric):.4f} | {getattr(tuned, metric):.4f}"
             lines.append(f"| {split} | negative log-likelihood per {words} | {values} |")
     generation = result.generation
     if "base" in generation and "tuned" in generation:
         for metric, value in generation["base"].metrics.items():
-            lines.append(f"| test | {metric} | {value:.4f} | {generation['tuned'].metrics[metric]:.4f} |")
-    steps = f"Step {result.best_step} of {result.num_steps}, trained on {result.num_train_rows} rows."
+            lines.append(
+                f"| test | {metric} | {value:.4f} | {generation['tuned'].metrics[metric]:.4f} |"
+            )
+    steps = (
+        f"Step {result.best_step} of {result.num_steps}, trained on {result.num_train_rows} rows."
+    )
     return "\n".join([*lines, "", steps])
 
 
 def _loading(run: TunedRun, *, is_adapter: bool) -> str:
-    kind, library = ("AutoPeftModelForCausalLM", "peft") if is_adapter else ("AutoModelForCausalLM", "transformers")
-    others = "AutoTokenizer, GenerationConfig" if is_adapter else "AutoModelForCausalLM, AutoTokenizer"
+    kind, library = (
+        ("AutoPeftModelForCausalLM", "peft")
+        if is_adapter
+        else ("AutoModelForCausalLM", "transformers")
+    )
+    others = (
+        "AutoTokenizer, GenerationConfig" if is_adapter else "AutoModelForCausalLM, AutoTokenizer"
+    )
     lines = [
         *([f"from {library} import {kind}"] if is_adapter else []),
         f"from transformers import {others}",
@@ -133,17 +178,30 @@ def _loading(run: TunedRun, *, is_adapter: bool) -> str:
         'folder = "."  # or the id on the hub',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         f'model = {kind}.from_pretrained(folder, dtype="{run.recipe.model.dtype}")',
-        *(["model.generation_config = GenerationConfig.from_pretrained(folder)"] if is_adapter else []),
+        *(
+            ["model.generation_config = GenerationConfig.from_pretrained(folder)"]
+            if is_adapter
+            else []
+        ),
         'messages = [{"role": "user", "content": "Hello"}]',
         "inputs = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
         ")",
         "output = model.generate(**inputs, max_new_tokens=200)",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        (
+            'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :],'
+            " skip_special_tokens=True))"
+        ),
     ]
     notes = []
     if is_adapter and "model.path" in list_content_paths(run.recipe):
-        notes = ["", f"The base model is looked for at `{run.recipe.model.path}`, relative to where this is started."]
+        notes = [
+            "",
+            (
+                f"The base model is looked for at `{run.recipe.model.path}`, relative to where this"
+                " is started."
+            ),
+        ]
     return "\n".join(["```python", *lines, "```", *notes])
 
 
@@ -152,8 +210,14 @@ def _dump(value: object) -> str:
     return text
 
 
-# What a push takes away from the repository unless it writes it anew: an adapter must not lie beside other weights.
-_WEIGHT_FILES: Final = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json")
+# What a push takes away from the repository unless it writes it anew: an adapter must not lie
+# beside other weights.
+_WEIGHT_FILES: Final = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "config.json",
+)
 
 
 class PushError(RunnerError):
@@ -173,18 +237,24 @@ class HubTarget:
 
     @classmethod
     def of(cls, recipe: Recipe, repo_id: str = "") -> HubTarget:
-        """The repository, by default the recipe's own. Raises: RefusedError, without a repository or a token."""
+        """The repository, by default the recipe's own. Raises: RefusedError, without a repository
+        or a token.
+        """
         repo_id = repo_id or recipe.tracking.hub_model_id or ""
         token = os.environ.get("HF_TOKEN", "").strip()
         if not repo_id:
             raise RefusedError(
-                f"the recipe of {recipe.run.name} has no `tracking.hub_model_id`, so there is nowhere to push to",
+                f"the recipe of {recipe.run.name} has no `tracking.hub_model_id`, so there is"
+                " nowhere to push to",
                 hint="name the repository: --push OWNER/NAME",
             )
         if not token:
             raise RefusedError(
                 f"pushing to {repo_id} needs a token with write access",
-                hint="set HF_TOKEN in the environment; it is read from nowhere else and stored nowhere",
+                hint=(
+                    "set HF_TOKEN in the environment; it is read from nowhere else and stored"
+                    " nowhere"
+                ),
             )
         return cls(repo_id, recipe.tracking.hub_private, token)
 
@@ -193,7 +263,8 @@ def push_folder(folder: Path, target: HubTarget, message: str) -> str:
     """The address of the commit that holds the folder.
 
     Raises:
-        PushError: the hub refuses, cannot be reached, or has a public repository under a name that should be private.
+        PushError: the hub refuses, cannot be reached, or has a public repository under a name that
+            should be private.
     """
     from huggingface_hub import HfApi
 
@@ -203,7 +274,8 @@ def push_folder(folder: Path, target: HubTarget, message: str) -> str:
         api.create_repo(target.repo_id, private=target.is_private, exist_ok=True)
         if target.is_private and not api.repo_info(target.repo_id).private:
             raise PushError(
-                f"{target.repo_id} is public, and `tracking.hub_private` is true: nothing was pushed",
+                f"{target.repo_id} is public, and `tracking.hub_private` is true: nothing was"
+                " pushed",
                 hint="make the repository private, or set `tracking.hub_private: false`",
             )
         commit = api.upload_folder(
@@ -227,12 +299,16 @@ def _in_our_words(folder: Path, target: HubTarget) -> Iterator[None]:
         text = " ".join(str(error).split()).replace(target.token, "***")
         raise PushError(
             f"{folder} was not pushed to {target.repo_id}: {text}",
-            hint=f"hf upload {target.repo_id} {folder}  # once the reason is gone: the folder is complete",
+            hint=(
+                f"hf upload {target.repo_id} {folder}  # once the reason is gone: the folder is"
+                " complete"
+            ),
         ) from None
 
 
 ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
-# The largest difference of a logit over the largest logit. Merging rounds each weight once to the model's dtype.
+# The largest difference of a logit over the largest logit. Merging rounds each weight once to the
+# model's dtype.
 TOLERANCES: Final = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 _PROBE: Final = (
     {"role": "user", "content": "What is 17 + 25? Answer in one sentence."},
@@ -243,17 +319,20 @@ _PROBE: Final = (
 def export_run(
     run_dir: Path, output_dir: Path, *, checkpoint: str | None, is_merged: bool, push_to: str | None
 ) -> float:
-    """Write the folder, and push it where asked; the largest difference of a logit that was found in it.
+    """Write the folder, and push it where asked; the largest difference of a logit that was found
+    in it.
 
     `push_to` is a repository, empty for the recipe's own, None for none.
 
     Raises:
-        RefusedError: the run has nothing to export, the folder is taken, or nothing says where to push to.
+        RefusedError: the run has nothing to export, the folder is taken, or nothing says where to
+            push to.
         ExportError: what was written does not give the logits of the run's model.
     """
     quieten()
     with open_tuned_run(run_dir, checkpoint) as run:
-        target = HubTarget.of(run.recipe, push_to) if push_to is not None else None  # or its error, before the work
+        # Or its error, before the work.
+        target = HubTarget.of(run.recipe, push_to) if push_to is not None else None
         _refuse_taken(output_dir)
         partial_dir = output_dir.absolute().with_name(f".{output_dir.name}.partial")
         shutil.rmtree(partial_dir, ignore_errors=True)
@@ -266,14 +345,20 @@ def export_run(
         finally:
             shutil.rmtree(partial_dir, ignore_errors=True)
         if target:
-            message = f"{run.recipe.run.grid}/{run.recipe.run.name}, recipe {run.stored.recipe_digest[:12]}"
+            message = (
+                f"{run.recipe.run.grid}/{run.recipe.run.name}, recipe"
+                f" {run.stored.recipe_digest[:12]}"
+            )
             print(push_folder(output_dir, target, message), file=sys.stderr)
     return difference
 
 
 def _refuse_taken(output_dir: Path) -> None:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise RefusedError(f"{output_dir} is not an empty folder", hint="export to a new one: nothing is overwritten")
+        raise RefusedError(
+            f"{output_dir} is not an empty folder",
+            hint="export to a new one: nothing is overwritten",
+        )
 
 
 def _write(run: TunedRun, target_dir: Path, *, is_merged: bool) -> float:
@@ -302,7 +387,10 @@ def _write(run: TunedRun, target_dir: Path, *, is_merged: bool) -> float:
     attempts = load_record(run.paths).attempts
     result = load_result(run.paths) if run.checkpoint is None else None
     card = build_model_card(
-        run, is_adapter=is_adapter, result=result, versions=attempts[-1].versions if attempts else {}
+        run,
+        is_adapter=is_adapter,
+        result=result,
+        versions=attempts[-1].versions if attempts else {},
     )
     write_text_atomic(target_dir / "README.md", card)
     verify_export(target_dir, {})
@@ -312,7 +400,9 @@ def _write(run: TunedRun, target_dir: Path, *, is_merged: bool) -> float:
 
 
 def _unquantised(recipe: Recipe) -> Recipe:
-    """The recipe on weights in the model's dtype: merging into 4-bit weights would round every one of them again."""
+    """The recipe on weights in the model's dtype: merging into 4-bit weights would round every one
+    of them again.
+    """
     return recipe.model_copy(update={"quantization": QuantizationOff(method="none")})
 
 
@@ -325,7 +415,9 @@ def load_plainly(model_dir: Path, recipe: Recipe, *, is_adapter: bool) -> Any:
 @torch.no_grad()
 def probe_logits(model: Any, tokenizer: Any) -> torch.Tensor:
     """Logits of a short chat, (tokens, vocabulary), in float32 on the CPU."""
-    inputs = tokenizer.apply_chat_template(list(_PROBE), return_dict=True, return_tensors="pt").to(model.device)
+    inputs = tokenizer.apply_chat_template(list(_PROBE), return_dict=True, return_tensors="pt").to(
+        model.device
+    )
     logits: torch.Tensor = model(**inputs).logits[0].float().cpu()
     return logits
 
@@ -336,11 +428,14 @@ def compare_logits(found: torch.Tensor, expected: torch.Tensor, dtype: str) -> f
     Raises: ExportError, if it is beyond what the dtype explains.
     """
     if found.shape != expected.shape:
-        raise ExportError(f"the export gives logits of the shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+        raise ExportError(
+            f"the export gives logits of the shape {tuple(found.shape)}, not"
+            f" {tuple(expected.shape)}"
+        )
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCES[dtype]:
         raise ExportError(
-            f"the export gives other logits than the run's model: they differ by {difference:.2g} of the largest one, "
-            f"and {TOLERANCES[dtype]:.0e} is allowed in {dtype}"
+            f"the export gives other logits than the run's model: they differ by {difference:.2g}"
+            f" of the largest one, and {TOLERANCES[dtype]:.0e} is allowed in {dtype}"
         )
     return difference

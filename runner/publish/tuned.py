@@ -1,4 +1,6 @@
-"""What a run directory holds for use: its recipe, and the folder with the tuned weights that a verb asks for."""
+"""What a run directory holds for use: its recipe, and the folder with the tuned weights that a verb
+asks for.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,16 @@ class TunedRun:
         return self.stored.recipe
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer that was saved with the weights: the chat template of the training, and its pad token."""
+        """The tokenizer that was saved with the weights: the chat template of the training, and its
+        pad token.
+        """
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.weights_dir, trust_remote_code=False)
         if not tokenizer.chat_template:
             raise DataError(
-                f"{self.weights_dir} has no chat template, so nobody can tell how the model was asked in training",
+                f"{self.weights_dir} has no chat template, so nobody can tell how the model was"
+                " asked in training",
                 hint="copy the template of the training to chat_template.jinja there",
             )
         return tokenizer
@@ -47,7 +52,8 @@ class TunedRun:
 
 @contextmanager
 def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
-    """The run, with the weights of its export or of a checkpoint: `best`, `latest`, or a folder or archive.
+    """The run, with the weights of its export or of a checkpoint: `best`, `latest`, or a folder or
+    archive.
 
     Raises:
         RefusedError: no such run, it is not completed, or the checkpoint does not verify.
@@ -55,7 +61,9 @@ def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
     paths = RunPaths(run_dir)
     stored = load_stored_recipe(paths) if run_dir.is_dir() else None
     if stored is None:
-        raise RefusedError(f"{run_dir} is not a run directory", hint="give one such as runs/demo/gemma_060_full")
+        raise RefusedError(
+            f"{run_dir} is not a run directory", hint="give one such as runs/demo/gemma_060_full"
+        )
     if checkpoint is None:
         status = derive_status(paths, stored.recipe, {})
         if status.state != "completed":
@@ -69,7 +77,9 @@ def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
     from runner.checkpoints.restore import resolve_checkpoint
 
     with tempfile.TemporaryDirectory() as scratch:
-        weights_dir = resolve_checkpoint(paths, stored.recipe.checkpoints, checkpoint, Path(scratch))
+        weights_dir = resolve_checkpoint(
+            paths, stored.recipe.checkpoints, checkpoint, Path(scratch)
+        )
         yield TunedRun(paths, stored, weights_dir, weights_dir.name)
 
 
@@ -81,5 +91,6 @@ def quieten() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # between PEFT and Transformers, at every load
-    if not torch.cuda.is_available():  # DeepSpeed, which accelerate imports to save a model, would print its guess
+    # DeepSpeed, which accelerate imports to save a model, would print its guess.
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,7 +1,9 @@
-"""Writes `runner/hf_fields.json`: names, types and choices of the fields of `trl.SFTConfig` and `peft.LoraConfig`.
+"""Writes `runner/hf_fields.json`: names, types and choices of the fields of `trl.SFTConfig` and
+`peft.LoraConfig`.
 
-The launch side checks recipes against that table without importing torch. Run `python -m runner.recipe.make_hf_fields`
-after an upgrade; a test compares the committed table with the installed libraries.
+The launch side checks recipes against that table without importing torch. Run `python -m
+runner.recipe.make_hf_fields` after an upgrade; a test compares the committed table with the
+installed libraries.
 """
 
 from __future__ import annotations
@@ -16,11 +18,19 @@ from typing import Any
 
 TABLE_PATH = Path(__file__).with_name("hf_fields.json")
 
-_JSON_TYPES = {bool: "bool", int: "int", float: "float", str: "str", dict: "dict", type(None): "null"}
+_JSON_TYPES = {
+    bool: "bool",
+    int: "int",
+    float: "float",
+    str: "str",
+    dict: "dict",
+    type(None): "null",
+}
 
 
 def describe_type(annotation: Any) -> tuple[list[str], list[str]]:
-    """The JSON type names and the string choices that an annotation admits; library classes admit nothing.
+    """The JSON type names and the string choices that an annotation admits; library classes admit
+    nothing.
 
     >>> describe_type(int | None)
     (['int', 'null'], [])
@@ -30,7 +40,9 @@ def describe_type(annotation: Any) -> tuple[list[str], list[str]]:
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
         parts = [describe_type(part) for part in typing.get_args(annotation)]
-        return [name for names, _ in parts for name in names], [c for _, choices in parts for c in choices]
+        return [name for names, _ in parts for name in names], [
+            c for _, choices in parts for c in choices
+        ]
     if origin is typing.Literal:
         texts = [value for value in typing.get_args(annotation) if isinstance(value, str)]
         kinds = {type(value) for value in typing.get_args(annotation) if not isinstance(value, str)}
@@ -48,7 +60,8 @@ def describe_fields(config: type) -> dict[str, tuple[tuple[str, ...], tuple[str,
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         kinds, choices = describe_type(hints[field.name])
-        if any("[" in choice for choice in choices):  # a pattern written as a choice: pissa_niter_[number of iters]
+        # A pattern written as a choice: pissa_niter_[number of iters]
+        if any("[" in choice for choice in choices):
             choices = []
         if kinds:
             described[field.name] = (tuple(dict.fromkeys(kinds)), tuple(dict.fromkeys(choices)))

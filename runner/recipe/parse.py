@@ -1,7 +1,9 @@
-"""The recipe: one frozen, typed object that says everything about one run, and the one place where it is parsed.
+"""The recipe: one frozen, typed object that says everything about one run, and the one place where
+it is parsed.
 
-Owns which sections go together and the few values derived from them. `recipe_sections` holds the parts,
-`recipe_problems` words the errors, `identity` hashes. Nobody downstream gives defaults, checks again or changes one.
+Owns which sections go together and the few values derived from them. `recipe_sections` holds the
+parts, `recipe_problems` words the errors, `identity` hashes. Nobody downstream gives defaults,
+checks again or changes one.
 """
 
 from __future__ import annotations
@@ -107,15 +109,24 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _combines_only_what_works(self) -> Self:
         if self.quantization.method != "none" and self.adapter.method == "none":
-            raise ValueError("quantised weights cannot be trained: `quantization` needs `adapter: {method: lora}`")
+            raise ValueError(
+                "quantised weights cannot be trained: `quantization` needs `adapter: {method:"
+                " lora}`"
+            )
         if self.early_stopping.enabled and self.evaluation.eval_strategy == "no":
             raise ValueError("`early_stopping` needs evaluations: set `evaluation.eval_strategy`")
         self._selects_by_what_is_measured()
-        if str(self.model.attn_implementation).startswith("flash") and self.model.dtype == "float32":
-            raise ValueError("FlashAttention needs `model.dtype: bfloat16` or `float16`, got float32")
+        if (
+            str(self.model.attn_implementation).startswith("flash")
+            and self.model.dtype == "float32"
+        ):
+            raise ValueError(
+                "FlashAttention needs `model.dtype: bfloat16` or `float16`, got float32"
+            )
         if self.training.fp16 and self.model.dtype == "bfloat16":
             raise ValueError(
-                "`training.fp16` cannot train bfloat16 weights: use `training.bf16` or change `model.dtype`"
+                "`training.fp16` cannot train bfloat16 weights: use `training.bf16` or change"
+                " `model.dtype`"
             )
         try:
             derive_accumulation(self, self.launch.num_processes)
@@ -125,21 +136,33 @@ class Recipe(Section):
 
     def _selects_by_what_is_measured(self) -> None:
         generation, task = self.evaluation.generation, self.data.task
-        generated = task.METRICS if isinstance(generation, GenerationOn) and generation.during_training else ()
+        generated = (
+            task.METRICS
+            if isinstance(generation, GenerationOn) and generation.during_training
+            else ()
+        )
         for section in (self.checkpoints, self.early_stopping):
-            if not isinstance(section, CheckpointsSection | EarlyStoppingOn) or section.metric in NLL_METRICS:
+            if (
+                not isinstance(section, CheckpointsSection | EarlyStoppingOn)
+                or section.metric in NLL_METRICS
+            ):
                 continue
             metric = section.metric
             if metric in task.METRICS and metric not in generated:
                 raise ValueError(
-                    f"the metric `{metric}` is never evaluated on the validation split: set "
-                    "`evaluation.generation: {enabled: true, max_new_tokens: ..., during_training: true}`"
+                    f"the metric `{metric}` is never evaluated on the validation split: set"
+                    " `evaluation.generation: {enabled: true, max_new_tokens: ...,"
+                    " during_training: true}`"
                 )
             if metric not in generated:
                 known = ", ".join([*NLL_METRICS, *task.METRICS])
-                raise ValueError(f"`{metric}` is no metric of the task `{task.name}`, expected one of {known}")
+                raise ValueError(
+                    f"`{metric}` is no metric of the task `{task.name}`, expected one of {known}"
+                )
             if section.mode == "min":
-                raise ValueError(f"`{metric}` is better when it is larger: its `mode` must be `max`")
+                raise ValueError(
+                    f"`{metric}` is better when it is larger: its `mode` must be `max`"
+                )
 
     @property
     def global_batch_size(self) -> int:
@@ -147,7 +170,9 @@ class Recipe(Section):
         if self.training.global_batch_size is not None:
             return self.training.global_batch_size
         assert self.training.gradient_accumulation_steps is not None
-        per_process = self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
+        per_process = (
+            self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
+        )
         return per_process * self.launch.num_processes
 
 
@@ -160,7 +185,8 @@ def derive_micro_batch(recipe: Recipe, divisor: int = 1) -> int:
     size, rest = divmod(recipe.training.per_device_train_batch_size, divisor)
     if rest:
         raise RefusedError(
-            f"`per_device_train_batch_size: {recipe.training.per_device_train_batch_size}` cannot be cut by {divisor}"
+            f"`per_device_train_batch_size: {recipe.training.per_device_train_batch_size}` cannot"
+            f" be cut by {divisor}"
         )
     return size
 
@@ -171,7 +197,8 @@ def derive_eval_batch(recipe: Recipe, divisor: int = 1) -> int:
 
 
 def derive_accumulation(recipe: Recipe, num_processes: int, divisor: int = 1) -> int:
-    """Micro-batches per optimizer step that keep the recipe's global batch on `num_processes` processes.
+    """Micro-batches per optimizer step that keep the recipe's global batch on `num_processes`
+    processes.
 
     Raises:
         RefusedError: the global batch does not divide.
@@ -180,14 +207,17 @@ def derive_accumulation(recipe: Recipe, num_processes: int, divisor: int = 1) ->
     accumulation, rest = divmod(recipe.global_batch_size, per_pass)
     if rest:
         raise RefusedError(
-            f"a global batch of {recipe.global_batch_size} cannot be made of {num_processes} processes x "
-            f"{recipe.training.per_device_train_batch_size} sequences each",
-            hint="choose `training.per_device_train_batch_size` so that both divide the global batch",
+            f"a global batch of {recipe.global_batch_size} cannot be made of {num_processes}"
+            f" processes x {recipe.training.per_device_train_batch_size} sequences each",
+            hint=(
+                "choose `training.per_device_train_batch_size` so that both divide the global batch"
+            ),
         )
     return accumulation
 
 
-# An override of one of these keys makes another kind of section, which starts empty: `adapter.method=none` is enough.
+# An override of one of these keys makes another kind of section, which starts empty:
+# `adapter.method=none` is enough.
 _KIND_KEYS: Final = (
     "adapter.method",
     "quantization.method",
@@ -202,7 +232,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     hint = None
     template_path = Path("recipe_templates") / path.parent.name / "recipe.yaml.j2"
     if path.parent.parent.name == "recipes" and template_path.exists():
-        hint = f"recipes are generated; fix {template_path}, then run `runner render {path.parent.name}`"
+        hint = (
+            f"recipes are generated; fix {template_path}, then run `runner render"
+            f" {path.parent.name}`"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -210,7 +243,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(text, where=str(path), overrides=overrides, hint=hint)
 
 
-def parse_recipe(text: str, *, where: str, overrides: Sequence[str] = (), hint: str | None = None) -> Recipe:
+def parse_recipe(
+    text: str, *, where: str, overrides: Sequence[str] = (), hint: str | None = None
+) -> Recipe:
     """The recipe that a YAML text and OmegaConf dotlist overrides describe.
 
     Raises:
@@ -235,8 +270,12 @@ def parse_recipe(text: str, *, where: str, overrides: Sequence[str] = (), hint: 
         raise RecipeError(where, problems, hint=hint if in_file else None) from None
 
 
-def _resolve(text: str, overrides: Sequence[str], overridden: frozenset[str]) -> tuple[Any, list[Problem]]:
-    """The text under its overrides as plain dicts and lists, every interpolation replaced; or what forbids that."""
+def _resolve(
+    text: str, overrides: Sequence[str], overridden: frozenset[str]
+) -> tuple[Any, list[Problem]]:
+    """The text under its overrides as plain dicts and lists, every interpolation replaced; or what
+    forbids that.
+    """
     from runner.recipe.problems import describe_syntax_error, find_growth, find_resolvers
 
     stage = "text"
@@ -247,28 +286,38 @@ def _resolve(text: str, overrides: Sequence[str], overridden: frozenset[str]) ->
         if config is None:
             return None, [Problem("(file)", "must be a mapping of sections", 1)]
         stage = "overrides"
-        merged = _merge_overrides(config, OmegaConf.from_dotlist(list(overrides))) if overrides else config
+        merged = (
+            _merge_overrides(config, OmegaConf.from_dotlist(list(overrides)))
+            if overrides
+            else config
+        )
         unresolved = OmegaConf.to_container(merged, resolve=False)
         if problems := find_resolvers(unresolved, text, overridden) or find_growth(unresolved):
             return None, problems
         stage = "interpolations"
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True), []
-    except Exception as error:  # OmegaConf lets AssertionError, IndexError and others out, next to its own
-        return None, [describe_syntax_error(error, text, overridden, is_in_text=stage != "overrides")]
+    # OmegaConf lets AssertionError, IndexError and others out, next to its own.
+    except Exception as error:
+        return None, [
+            describe_syntax_error(error, text, overridden, is_in_text=stage != "overrides")
+        ]
 
 
 def _load_plain(text: str) -> dict[str, Any] | None:
-    """What OmegaConf makes of a text in which it has nothing to do, in an eighth of the time; else None.
+    """What OmegaConf makes of a text in which it has nothing to do, in an eighth of the time; else
+    None.
 
-    The YAML loader is its own, so numbers, duplicates and limits are the same; what is left out is wrapping every value
-    into a node and unwrapping it again.
+    The YAML loader is its own, so numbers, duplicates and limits are the same; what is left out is
+    wrapping every value into a node and unwrapping it again.
     """
     container = yaml.load(text, Loader=get_yaml_loader())
     return container if type(container) is dict and _is_plain(container) else None
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value means itself to OmegaConf: no interpolation, nothing missing, no odd types or keys."""
+    """Whether a value means itself to OmegaConf: no interpolation, nothing missing, no odd types or
+    keys.
+    """
     if type(value) is str:
         return "${" not in value and value != "???"
     if type(value) is dict:

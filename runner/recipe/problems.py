@@ -1,9 +1,11 @@
-"""Words the problems of a recipe: line, dotted key, what was found, what is accepted, the nearest known name.
+"""Words the problems of a recipe: line, dotted key, what was found, what is accepted, the nearest
+known name.
 
-What a YAML text may not do to whoever reads it: hold a secret, overflow the parser's stack, or grow when resolved.
+What a YAML text may not do to whoever reads it: hold a secret, overflow the parser's stack, or grow
+when resolved.
 
-OmegaConf's own limits (aliases, duplicates, 10,000 values) stay in force; these are the gaps that it leaves (measured
-with omegaconf 2.4, libyaml 0.2.5).
+OmegaConf's own limits (aliases, duplicates, 10,000 values) stay in force; these are the gaps that
+it leaves (measured with omegaconf 2.4, libyaml 0.2.5).
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from runner.recipe.hf_fields import OWNED_TRAINING_FIELDS
 from runner.secrets import find_secret
 
 _MAX_DEPTH: Final = 100
-# Shorter texts cannot nest deep enough to matter. libyaml takes time with the square of the depth of brackets (0.6 s
-# for 20,000), and a few ten thousand question marks end the process: it parses them by recursion in C.
+# Shorter texts cannot nest deep enough to matter. libyaml takes time with the square of the depth
+# of brackets (0.6 s for 20,000), and a few ten thousand question marks end the process: it parses
+# them by recursion in C.
 _SURELY_SHALLOW_CHARACTERS: Final = 16_000
 # 480,000 parts of `1:1:1:...` are one number to base 60, which takes minutes to add up.
 _ENDLESS_NUMBER: Final = re.compile(r"[0-9:_.]{1000}")
@@ -40,12 +43,17 @@ _PARSER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def find_hazards(text: str, overrides: Sequence[str] = ()) -> list[Problem]:
-    """Why a text, or overrides, must not even be parsed. No problem repeats a secret; comments count too."""
+    """Why a text, or overrides, must not even be parsed. No problem repeats a secret; comments
+    count too.
+    """
     problems: list[Problem] = []
     for override in overrides:
         key = override.partition("=")[0]
         if len(override) > _SURELY_SHALLOW_CHARACTERS:
-            what = f"is longer than {_SURELY_SHALLOW_CHARACTERS:,} characters, which belongs into a recipe"
+            what = (
+                f"is longer than {_SURELY_SHALLOW_CHARACTERS:,} characters, which belongs into a"
+                " recipe"
+            )
             problems.append(Problem("(override)", what))
         elif hazard := _find_hazard(override):
             problems.append(Problem("(key)" if find_unusable_text(key) else key, hazard[0]))
@@ -56,7 +64,9 @@ def find_hazards(text: str, overrides: Sequence[str] = ()) -> list[Problem]:
 
 
 def find_unusable_text(text: str) -> str | None:
-    """What is wrong with a text for a recipe, which people read in terminals and commit; None if nothing is."""
+    """What is wrong with a text for a recipe, which people read in terminals and commit; None if
+    nothing is.
+    """
     if control := CONTROLS.search(text):
         return f"holds the character {ascii(control[0])[1:-1]}, which no recipe may"
     if secret := find_secret(text):
@@ -74,7 +84,8 @@ def calls_resolver(value: str) -> bool:
 
 
 def find_growth(container: Any) -> list[Problem]:
-    """A problem where the references of an unresolved recipe, all of them plain, would make it too long.
+    """A problem where the references of an unresolved recipe, all of them plain, would make it too
+    long.
 
     Forty keys of which each is twice the one before are a terabyte.
     """
@@ -83,9 +94,14 @@ def find_growth(container: Any) -> list[Problem]:
     def measure(value: Any, depth: int) -> int:
         if isinstance(value, str):
             names = _REFERENCE.findall(_ESCAPED.sub("", value)) if "${" in value else ()
-            return len(value) + sum(_CHARACTERS_PER_REFERENCE + measure_key(name, depth + 1) for name in names)
+            return len(value) + sum(
+                _CHARACTERS_PER_REFERENCE + measure_key(name, depth + 1) for name in names
+            )
         if isinstance(value, Mapping | list):
-            return 1 + sum(measure(item, depth) for item in (value.values() if isinstance(value, Mapping) else value))
+            return 1 + sum(
+                measure(item, depth)
+                for item in (value.values() if isinstance(value, Mapping) else value)
+            )
         return 1
 
     def measure_key(name: str, depth: int) -> int:
@@ -96,7 +112,10 @@ def find_growth(container: Any) -> list[Problem]:
         return sizes[name]
 
     if measure(container, 0) > MAX_RESOLVED_CHARACTERS:
-        what = f"its references refer in a circle, or would make more than {MAX_RESOLVED_CHARACTERS:,} characters of it"
+        what = (
+            f"its references refer in a circle, or would make more than {MAX_RESOLVED_CHARACTERS:,}"
+            " characters of it"
+        )
         return [Problem("(YAML)", what, 1)]
     return []
 
@@ -113,11 +132,15 @@ def _find_hazard(text: str) -> tuple[str, int] | None:
 
 
 def _find_depth(text: str) -> int | None:
-    """Where a text gets too deep, found without building anything; None also for what the parser refuses."""
+    """Where a text gets too deep, found without building anything; None also for what the parser
+    refuses.
+    """
     depth = 0
     try:
         for event in yaml.parse(text, Loader=_PARSER):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+                event, yaml.CollectionEndEvent
+            )
             if depth > _MAX_DEPTH:
                 return event.start_mark.index if event.start_mark else 0
     except (yaml.YAMLError, ValueError):
@@ -137,7 +160,12 @@ def _select(container: Any, name: str) -> Any:
     for part in name.split("."):
         if isinstance(value, Mapping):
             value = value.get(part)
-        elif isinstance(value, list) and part.isdecimal() and len(part) < 9 and int(part) < len(value):
+        elif (
+            isinstance(value, list)
+            and part.isdecimal()
+            and len(part) < 9
+            and int(part) < len(value)
+        ):
             value = value[int(part)]
         else:
             return None
@@ -192,16 +220,25 @@ def find_lines(text: str) -> dict[str, int]:
 
 
 def find_line(key: str, text: str, overridden: frozenset[str] = frozenset()) -> int | None:
-    """The line of a dotted key, or of the nearest section around it; None where an override set it."""
-    if any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden):
+    """The line of a dotted key, or of the nearest section around it; None where an override set
+    it.
+    """
+    if any(
+        name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.")
+        for name in overridden
+    ):
         return None
     lines, path = find_lines(text), key.split(".")
     candidates = [".".join(path[:length]) for length in range(len(path), 0, -1)]
     return next((lines[name] for name in candidates if name in lines), 1)
 
 
-def describe_syntax_error(error: Exception, text: str, overridden: frozenset[str], *, is_in_text: bool) -> Problem:
-    """A problem from what YAML or OmegaConf refuses; `is_in_text` False: it came up among the overrides."""
+def describe_syntax_error(
+    error: Exception, text: str, overridden: frozenset[str], *, is_in_text: bool
+) -> Problem:
+    """A problem from what YAML or OmegaConf refuses; `is_in_text` False: it came up among the
+    overrides.
+    """
     what = (str(getattr(error, "problem", None) or error) or "cannot be read").splitlines()[0]
     key = str(getattr(error, "full_key", None) or "")
     if not is_in_text:
@@ -212,8 +249,12 @@ def describe_syntax_error(error: Exception, text: str, overridden: frozenset[str
     return Problem(key or "(YAML)", what, find_line(key, text, overridden) if key else 1)
 
 
-def find_resolvers(value: Any, text: str, overridden: frozenset[str] = frozenset(), prefix: str = "") -> list[Problem]:
-    """A problem for every reference to something else than a key of the recipe by its whole name."""
+def find_resolvers(
+    value: Any, text: str, overridden: frozenset[str] = frozenset(), prefix: str = ""
+) -> list[Problem]:
+    """A problem for every reference to something else than a key of the recipe by its whole
+    name.
+    """
     what = "a recipe may refer to its own keys only, not to the environment or a resolver"
     return [
         Problem(key, f"got {item!r}: {what}", find_line(key, text, overridden))
@@ -222,31 +263,49 @@ def find_resolvers(value: Any, text: str, overridden: frozenset[str] = frozenset
     ]
 
 
-def find_unusable_values(value: Any, text: str, overridden: frozenset[str] = frozenset()) -> list[Problem]:
+def find_unusable_values(
+    value: Any, text: str, overridden: frozenset[str] = frozenset()
+) -> list[Problem]:
     """A problem for everything that YAML can say and a recipe may not.
 
-    That is what JSON cannot say (infinities, bytes, keys that are not texts), what is not for a terminal (recipes are
-    shown there), and secrets that the text spells in an unusual way.
+    That is what JSON cannot say (infinities, bytes, keys that are not texts), what is not for a
+    terminal (recipes are shown there), and secrets that the text spells in an unusual way.
     """
     problems: list[Problem] = []
     texts = "\n".join(list_texts(value))
-    is_suspect = find_unusable_text(texts) is not None  # all at once: one by one takes as long as everything else
+    # All at once: one by one takes as long as everything else.
+    is_suspect = find_unusable_text(texts) is not None
     for key, item in _leaves(value):
         if isinstance(item, float) and not math.isfinite(item):
-            problems.append(Problem(key, f"got {item}, expected a finite number", find_line(key, text, overridden)))
+            problems.append(
+                Problem(
+                    key, f"got {item}, expected a finite number", find_line(key, text, overridden)
+                )
+            )
         elif isinstance(item, int) and abs(item) >= 2**63:
-            problems.append(Problem(key, "got a number of more than 64 bits", find_line(key, text, overridden)))
+            problems.append(
+                Problem(key, "got a number of more than 64 bits", find_line(key, text, overridden))
+            )
         elif not isinstance(item, str | float | int | None):
-            what = f"got a value of the type {type(item).__name__}, expected a text, a number, true, false or null"
+            what = (
+                f"got a value of the type {type(item).__name__}, expected a text, a number, true,"
+                " false or null"
+            )
             problems.append(Problem(key, what, find_line(key, text, overridden)))
         elif is_suspect and isinstance(item, str) and (wrong := find_unusable_text(item)):
             problems.append(Problem(key, wrong, find_line(key, text, overridden)))
     for key, name in _keys(value):
         if not isinstance(name, str):
-            problems.append(Problem(key, f"got the key {name!r}, expected a text", find_line(key, text, overridden)))
+            problems.append(
+                Problem(
+                    key, f"got the key {name!r}, expected a text", find_line(key, text, overridden)
+                )
+            )
         elif is_suspect and (wrong := find_unusable_text(name)):
             place = key.removesuffix(name).removesuffix(".")
-            problems.append(Problem(place or "(YAML)", f"a key {wrong}", find_line(place, text, overridden)))
+            problems.append(
+                Problem(place or "(YAML)", f"a key {wrong}", find_line(place, text, overridden))
+            )
     return problems
 
 
@@ -277,21 +336,33 @@ def list_texts(value: Any) -> Iterator[str]:
 def list_problems(
     error: ValidationError, container: Any, text: str, overridden: frozenset[str] = frozenset()
 ) -> list[Problem]:
-    """One problem per mistake, in the order of the file; what comes after those that are shown is not worded well."""
+    """One problem per mistake, in the order of the file; what comes after those that are shown is
+    not worded well.
+    """
     placed = [
-        (path := _visible_path(detail, container), find_line(".".join(path), text, overridden), detail)
+        (
+            path := _visible_path(detail, container),
+            find_line(".".join(path), text, overridden),
+            detail,
+        )
         for detail in error.errors()
     ]
     problems: dict[tuple[str, str], Problem] = {}
     for path, line, detail in sorted(placed, key=lambda item: item[1] or 0):
         key = ".".join(path)
-        what = _describe(detail, path, container) if len(problems) < MAX_SHOWN_PROBLEMS else detail["msg"]
+        what = (
+            _describe(detail, path, container)
+            if len(problems) < MAX_SHOWN_PROBLEMS
+            else detail["msg"]
+        )
         problems.setdefault((key, what), Problem(key or "(recipe)", what, line))
     return list(problems.values())
 
 
 def _visible_path(detail: ErrorDetails, container: Any) -> tuple[str, ...]:
-    """The location without the tags that pydantic adds for unions: only parts that the file has, and a last new key."""
+    """The location without the tags that pydantic adds for unions: only parts that the file has,
+    and a last new key.
+    """
     path: list[str] = []
     value = container
     location = detail["loc"]
@@ -300,7 +371,9 @@ def _visible_path(detail: ErrorDetails, container: Any) -> tuple[str, ...]:
             value = value[part]
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
             value = value[part]
-        elif not (position == len(location) - 1 and detail["type"] in ("missing", "union_tag_not_found")):
+        elif not (
+            position == len(location) - 1 and detail["type"] in ("missing", "union_tag_not_found")
+        ):
             continue
         path.append(str(part))
     return tuple(path)
@@ -313,7 +386,9 @@ def _describe(detail: ErrorDetails, path: tuple[str, ...], container: Any) -> st
     if kind == "missing":
         return "is missing"
     if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'|\b(True|False|\d+)\b", str(detail.get("ctx", {}).get("expected", "")))
+        choices = re.findall(
+            r"'([^']*)'|\b(True|False|\d+)\b", str(detail.get("ctx", {}).get("expected", ""))
+        )
         names = [text or other.lower() for text, other in choices]
         return f"got {found}, expected {_list_names(names)}{_suggest(str(detail['input']), names)}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -322,7 +397,10 @@ def _describe(detail: ErrorDetails, path: tuple[str, ...], container: Any) -> st
         names = re.findall(r"'([^']*)'|\b(?:True|False)\b", str(context.get("expected_tags", "")))
         if kind == "union_tag_not_found":
             return f"needs the key `{field}`"
-        return f"`{field}` is {_name_value(context.get('tag'))}, expected {_list_names([n for n in names if n])}"
+        return (
+            f"`{field}` is {_name_value(context.get('tag'))}, expected"
+            f" {_list_names([n for n in names if n])}"
+        )
     if kind in _EXPECTED:
         return f"got {found}, expected {_EXPECTED[kind]}"
     if kind == "value_error":
@@ -351,12 +429,18 @@ def _known_names(model: Any, location: tuple[int | str, ...]) -> list[str]:
         if nested:
             models = [m for annotation in nested for m in _models_in(annotation)]
         else:  # a union tag: narrow down to the members that carry it
-            models = [m for m in models if any(_carries(field.annotation, part) for field in m.model_fields.values())]
+            models = [
+                m
+                for m in models
+                if any(_carries(field.annotation, part) for field in m.model_fields.values())
+            ]
     return [name for m in models for name in m.model_fields]
 
 
 def _carries(annotation: Any, tag: int | str) -> bool:
-    return [str(value).lower() for value in getattr(annotation, "__args__", ())] == [str(tag).lower()]
+    return [str(value).lower() for value in getattr(annotation, "__args__", ())] == [
+        str(tag).lower()
+    ]
 
 
 def _models_in(annotation: Any) -> list[Any]:
@@ -382,4 +466,8 @@ def _name_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return f"the text {value!r}" if len(value) <= 60 else f"the text {value[:57]!r}..."
-    return f"a {'mapping' if isinstance(value, Mapping) else 'list'}" if isinstance(value, dict | list) else repr(value)
+    return (
+        f"a {'mapping' if isinstance(value, Mapping) else 'list'}"
+        if isinstance(value, dict | list)
+        else repr(value)
+    )

@@ -1,4 +1,6 @@
-"""Pure: how many optimizer updates a run makes of how many rows, and when it warms up, evaluates and saves."""
+"""Pure: how many optimizer updates a run makes of how many rows, and when it warms up, evaluates
+and saves.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ _FEW_UPDATES: Final = 10
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a run does, in optimizer updates. `num_evaluations` are those of the validation split after step 0."""
+    """What a run does, in optimizer updates. `num_evaluations` are those of the validation split
+    after step 0.
+    """
 
     num_rows: int
     global_batch_size: int
@@ -29,9 +33,11 @@ class Schedule:
 
 
 def derive_schedule(recipe: Recipe, num_rows: int, num_processes: int | None = None) -> Schedule:
-    """The schedule as Transformers computes it: an epoch's incomplete last batch is an update of its own.
+    """The schedule as Transformers computes it: an epoch's incomplete last batch is an update of
+    its own.
 
-    60 rows at accumulation 16 and one row per device are 4 updates an epoch, the last one of 12 rows.
+    60 rows at accumulation 16 and one row per device are 4 updates an epoch, the last one of 12
+    rows.
     """
     training, evaluation, checkpoints = recipe.training, recipe.evaluation, recipe.checkpoints
     stated = training.hugging_face_arguments()
@@ -57,7 +63,9 @@ def derive_schedule(recipe: Recipe, num_rows: int, num_processes: int | None = N
         num_epochs=num_updates / per_epoch,
         num_updates=num_updates,
         num_warmup_updates=int(warmup) if warmup >= 1 else math.ceil(num_updates * warmup),
-        num_evaluations=_count_due(evaluation.eval_strategy, evaluation.eval_steps or per_epoch, num_updates),
+        num_evaluations=_count_due(
+            evaluation.eval_strategy, evaluation.eval_steps or per_epoch, num_updates
+        ),
         num_checkpoints=_count_due(
             checkpoints.save_strategy,
             checkpoints.save_steps or (checkpoints.save_epochs or 1) * per_epoch,
@@ -72,38 +80,47 @@ def _count_due(strategy: str, every: int, num_updates: int) -> int:
 
 
 def find_doubts(recipe: Recipe, schedule: Schedule) -> Iterator[str]:
-    """What is allowed, and seldom meant; each sentence is the same for all runs with the same numbers."""
+    """What is allowed, and seldom meant; each sentence is the same for all runs with the same
+    numbers.
+    """
     evaluation, checkpoints, stopping = recipe.evaluation, recipe.checkpoints, recipe.early_stopping
     updates, batch = schedule.num_updates, schedule.global_batch_size
     if schedule.num_warmup_updates >= updates:
         yield (
-            f"warm-up takes {schedule.num_warmup_updates} updates and the run has {updates}: the learning rate never "
-            "reaches `training.learning_rate`"
+            f"warm-up takes {schedule.num_warmup_updates} updates and the run has {updates}: the"
+            " learning rate never reaches `training.learning_rate`"
         )
     if updates < _FEW_UPDATES:
         yield f"only {updates} optimizer updates in the whole run"
     if schedule.num_rows < batch:
-        yield f"the global batch of {batch} is larger than the {schedule.num_rows} training rows: one update an epoch"
+        yield (
+            f"the global batch of {batch} is larger than the {schedule.num_rows} training rows: one"
+            " update an epoch"
+        )
     if schedule.num_epochs < 1:
-        yield f"`max_steps` ends within the first epoch: {updates * batch} of {schedule.num_rows} rows are seen"
+        yield (
+            f"`max_steps` ends within the first epoch: {updates * batch} of {schedule.num_rows}"
+            " rows are seen"
+        )
     if evaluation.eval_strategy == "steps" and (evaluation.eval_steps or 0) >= updates:
         yield (
-            f"`evaluation.eval_steps: {evaluation.eval_steps}` is not below the {updates} updates of the run: "
-            "nothing is evaluated before the end, so the best checkpoint is the last"
+            f"`evaluation.eval_steps: {evaluation.eval_steps}` is not below the {updates} updates"
+            " of the run: nothing is evaluated before the end, so the best checkpoint is the last"
         )
     if checkpoints.save_strategy == "steps" and (checkpoints.save_steps or 0) >= updates:
         yield (
-            f"`checkpoints.save_steps: {checkpoints.save_steps}` is not below the {updates} updates of the run: an "
-            "interrupted run resumes from its best checkpoint at most"
+            f"`checkpoints.save_steps: {checkpoints.save_steps}` is not below the {updates} updates"
+            " of the run: an interrupted run resumes from its best checkpoint at most"
         )
     if stopping.enabled and schedule.num_evaluations <= stopping.patience:
         yield (
-            f"`early_stopping.patience: {stopping.patience}` can never run out in {schedule.num_evaluations} "
-            "evaluations"
+            f"`early_stopping.patience: {stopping.patience}` can never run out in"
+            f" {schedule.num_evaluations} evaluations"
         )
     num_halvings = recipe.launch.retries.out_of_memory
     if num_halvings and recipe.training.per_device_train_batch_size % 2:
         yield (
-            f"`launch.retries.out_of_memory: {num_halvings}` cannot help: "
-            f"`per_device_train_batch_size: {recipe.training.per_device_train_batch_size}` cannot be halved"
+            f"`launch.retries.out_of_memory: {num_halvings}` cannot help:"
+            f" `per_device_train_batch_size: {recipe.training.per_device_train_batch_size}` cannot"
+            " be halved"
         )

@@ -1,6 +1,8 @@
-"""The sections of a recipe: frozen types, each with what it accepts and the choices that exclude each other within it.
+"""The sections of a recipe: frozen types, each with what it accepts and the choices that exclude
+each other within it.
 
-`recipe_data` has the section `data`. Owns no combination across sections; those and the parsing are in `recipe`.
+`recipe_data` has the section `data`. Owns no combination across sections; those and the parsing are
+in `recipe`.
 
 The section `data` of a recipe: sources, splits, and the tasks that turn rows into conversations.
 """
@@ -20,29 +22,40 @@ from pydantic import (
     model_validator,
 )
 
-from runner.recipe.hf_fields import OWNED_LORA_FIELDS, OWNED_TRAINING_FIELDS, FrozenDict, build_field_definitions
+from runner.recipe.hf_fields import (
+    OWNED_LORA_FIELDS,
+    OWNED_TRAINING_FIELDS,
+    FrozenDict,
+    build_field_definitions,
+)
 from runner.secrets import names_secret
 from runner.strict import Section
 
 SCHEMA_VERSION: Final = 1
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 
-NLL_METRICS: Final = ("nll_per_completion_token", "nll_per_token")  # of every task, smaller is better
+# Of every task, smaller is better.
+NLL_METRICS: Final = ("nll_per_completion_token", "nll_per_token")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Scalar = str | bool | int | float | None
-# What may name a metric: one of `NLL_METRICS`, or one of the task's `METRICS` where texts are generated while training.
+# What may name a metric: one of `NLL_METRICS`, or one of the task's `METRICS` where texts are
+# generated while training.
 Metric = Text
 
 
 class PassThrough(Section):
-    """A section with fields that go to a Hugging Face config unchanged, and only when the recipe states them."""
+    """A section with fields that go to a Hugging Face config unchanged, and only when the recipe
+    states them.
+    """
 
     @model_serializer(mode="wrap")
-    def _leave_out_what_is_not_stated(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _leave_out_what_is_not_stated(
+        self, handler: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
         stated = type(self)._declared_fields() | self.model_fields_set
         return {name: value for name, value in handler(self).items() if name in stated}
 
@@ -58,7 +71,11 @@ class PassThrough(Section):
     def hugging_face_arguments(self) -> dict[str, Any]:
         """What the recipe states of the generated fields, as plain JSON values."""
         dumped = self.model_dump(mode="json")
-        return {name: value for name, value in dumped.items() if name not in type(self)._declared_fields()}
+        return {
+            name: value
+            for name, value in dumped.items()
+            if name not in type(self)._declared_fields()
+        }
 
 
 class RunSection(Section):
@@ -77,10 +94,13 @@ class ModelSection(Section):
     path: Text
     revision: str | None = None
     dtype: Dtype
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
+    attn_implementation: (
+        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None
+    ) = None
     chat_template: Text | None = None  # path of a .jinja file; None: the tokenizer's own
-    # auto: the tokenizer's own unless it is eos, else a reserved token, else an added one; reserved: as auto, but never
-    # an added one; add: a new token; anything else: that token, added where the vocabulary lacks it.
+    # auto: the tokenizer's own unless it is eos, else a reserved token, else an added one;
+    # reserved: as auto, but never an added one; add: a new token; anything else: that token, added
+    # where the vocabulary lacks it.
     pad_token: Text = "auto"
 
 
@@ -129,7 +149,9 @@ class EightBit(Section):
 
 
 class TrainingBase(PassThrough):
-    """The training fields that the runner computes with; every other is a field of `trl.SFTConfig`."""
+    """The training fields that the runner computes with; every other is a field of
+    `trl.SFTConfig`.
+    """
 
     seed: int
     global_batch_size: Positive | None = None  # sequences per optimizer step, over all processes
@@ -145,7 +167,9 @@ class TrainingBase(PassThrough):
     @model_validator(mode="after")
     def _states_each_choice_once(self) -> Self:
         if (self.global_batch_size is None) == (self.gradient_accumulation_steps is None):
-            raise ValueError("state exactly one of `global_batch_size` and `gradient_accumulation_steps`")
+            raise ValueError(
+                "state exactly one of `global_batch_size` and `gradient_accumulation_steps`"
+            )
         if (self.num_train_epochs is None) == (self.max_steps is None):
             raise ValueError("state exactly one of `num_train_epochs` and `max_steps`")
         if self.bf16 and self.fp16:
@@ -160,7 +184,9 @@ class GenerationOff(Section):
 
 
 class GenerationOn(Section):
-    """The base and the tuned model also answer the test prompts, greedily; the task's metrics judge the answers."""
+    """The base and the tuned model also answer the test prompts, greedily; the task's metrics judge
+    the answers.
+    """
 
     enabled: Literal[True]
     max_new_tokens: Positive
@@ -174,7 +200,9 @@ class EvaluationSection(Section):
     eval_strategy: Literal["no", "steps", "epoch"]
     eval_steps: Positive | None = None
     per_device_eval_batch_size: Positive
-    generation: Annotated[GenerationOff | GenerationOn, Field(discriminator="enabled")] = GenerationOff(enabled=False)
+    generation: Annotated[GenerationOff | GenerationOn, Field(discriminator="enabled")] = (
+        GenerationOff(enabled=False)
+    )
 
     @model_validator(mode="after")
     def _has_steps_exactly_for_steps(self) -> Self:
@@ -190,7 +218,9 @@ class EarlyStoppingOff(Section):
 
 
 class EarlyStoppingOn(Section):
-    """Stops after `patience` evaluations in a row that do not better the best by more than `threshold`."""
+    """Stops after `patience` evaluations in a row that do not better the best by more than
+    `threshold`.
+    """
 
     enabled: Literal[True]
     metric: Metric
@@ -200,10 +230,15 @@ class EarlyStoppingOn(Section):
 
 
 class RemoteStorage(Section):
-    """Where committed checkpoints are copied in the background; credentials come from the environment."""
+    """Where committed checkpoints are copied in the background; credentials come from the
+    environment.
+    """
 
-    url: Text  # any fsspec URL: file://, memory://, s3://, gs://, ...; a run gets the folder <grid>/<run name> below it
-    options: FrozenDict = Field(default_factory=dict, validate_default=True)  # of the fsspec file system
+    # Any fsspec URL: file://, memory://, s3://, gs://, ...; a run gets the folder <grid>/<run name>
+    # below it.
+    url: Text
+    # Of the fsspec file system.
+    options: FrozenDict = Field(default_factory=dict, validate_default=True)
     num_retries: NotNegative = 5
     load: bool = False  # resume from the newest one there when the run directory has none
 
@@ -211,7 +246,10 @@ class RemoteStorage(Section):
     def _holds_no_secret(self) -> Self:
         for name in _names_at_any_depth(self.options):
             if names_secret(name):
-                raise ValueError(f"`options.{name}` would put a secret into the record: set it in the environment")
+                raise ValueError(
+                    f"`options.{name}` would put a secret into the record: set it in the"
+                    " environment"
+                )
         return self
 
 
@@ -252,15 +290,20 @@ class CheckpointsSection(Section):
 
 
 class RetriesSection(Section):
-    """How many retries in a row, with no new checkpoint between, a failed attempt gets by itself, by failure kind.
+    """How many retries in a row, with no new checkpoint between, a failed attempt gets by itself,
+    by failure kind.
 
-    What is not named here: preempted runs are taken up again without a limit, everything else fails at once.
+    What is not named here: preempted runs are taken up again without a limit, everything else fails
+    at once.
     """
 
     transient: NotNegative = 3  # ports, lost peers, file systems, storage that cannot be reached
-    lost: NotNegative = 1  # the trainer vanished without a word: perhaps killed by the system for its memory
-    out_of_memory: NotNegative = 0  # each halves the micro-batch, keeps the global batch and starts at step 0
-    backoff_seconds: Annotated[float, Field(ge=0)] = 10.0  # before the first retry; doubles, up to ten minutes
+    # The trainer vanished without a word: perhaps killed by the system for its memory.
+    lost: NotNegative = 1
+    # Each halves the micro-batch, keeps the global batch and starts at step 0.
+    out_of_memory: NotNegative = 0
+    # Before the first retry; doubles, up to ten minutes.
+    backoff_seconds: Annotated[float, Field(ge=0)] = 10.0
 
 
 class LaunchSection(Section):
@@ -269,9 +312,11 @@ class LaunchSection(Section):
     accelerate_config: Text
     num_processes: Positive = 1  # over all machines
     num_machines: Positive = 1
-    num_cpu_threads_per_process: Positive | None = None  # None: the cores shared among the processes
+    # None: the cores shared among the processes.
+    num_cpu_threads_per_process: Positive | None = None
     retries: RetriesSection = RetriesSection()
-    on_version_change: Literal["warn", "refuse"] = "warn"  # of a library, since the checkpoint that is continued
+    # Of a library, since the checkpoint that is continued.
+    on_version_change: Literal["warn", "refuse"] = "warn"
 
     @model_validator(mode="after")
     def _divides_among_machines(self) -> Self:
@@ -309,9 +354,11 @@ class TrackingSection(Section):
     project: str | None = None  # None: the grid's name
     run_name: str | None = None  # None: the run's own name
     tags: tuple[Text, ...] = ()
-    watch: Literal["none", "gradients", "parameters", "all"] = "none"  # what Weights & Biases records of the weights
+    # What Weights & Biases records of the weights.
+    watch: Literal["none", "gradients", "parameters", "all"] = "none"
     log_steps: Positive = 1  # trackers get every so many steps; metrics.jsonl has all
-    log_model: Literal["none", "end", "checkpoint"] = "none"  # what Weights & Biases gets of the model
+    # What Weights & Biases gets of the model.
+    log_model: Literal["none", "end", "checkpoint"] = "none"
     hub_model_id: str | None = None  # where `runner export --push` sends the model
     hub_private: bool = True
 
@@ -323,17 +370,23 @@ else:
     Lora = create_model(
         "GeneratedLora",
         __base__=LoraBase,
-        **build_field_definitions("LoraConfig", OWNED_LORA_FIELDS, exclude=frozenset(LoraBase.model_fields)),
+        **build_field_definitions(
+            "LoraConfig", OWNED_LORA_FIELDS, exclude=frozenset(LoraBase.model_fields)
+        ),
     )
     Training = create_model(
         "GeneratedTraining",
         __base__=TrainingBase,
-        **build_field_definitions("SFTConfig", OWNED_TRAINING_FIELDS, exclude=frozenset(TrainingBase.model_fields)),
+        **build_field_definitions(
+            "SFTConfig", OWNED_TRAINING_FIELDS, exclude=frozenset(TrainingBase.model_fields)
+        ),
     )
 
 
 class DataSource(Section):
-    """A local JSON, JSONL, CSV or Parquet file (or a folder of them), or a data set id on the hub."""
+    """A local JSON, JSONL, CSV or Parquet file (or a folder of them), or a data set id on the
+    hub.
+    """
 
     path: Text
     config_name: str | None = None
@@ -342,7 +395,9 @@ class DataSource(Section):
 
 
 class TaskSection(Section):
-    """How rows become conversations. `METRICS` are those of the texts that a model generates, larger is better."""
+    """How rows become conversations. `METRICS` are those of the texts that a model generates,
+    larger is better.
+    """
 
     METRICS: ClassVar[tuple[str, ...]] = ()
 
@@ -364,7 +419,9 @@ class PromptCompletionTask(TaskSection):
 
 
 class SummarizationTask(TaskSection):
-    """A document (or dialogue) and its summary; `prompt` holds the placeholder `{document}` exactly once."""
+    """A document (or dialogue) and its summary; `prompt` holds the placeholder `{document}` exactly
+    once.
+    """
 
     METRICS = ("rouge1", "rouge2", "rougeL")
 
@@ -386,7 +443,8 @@ class Sst2Task(TaskSection):
 
     name: Literal["sst2"]
     prompt: Text
-    label_texts: tuple[Text, Text] = ("negative", "positive")  # what the model answers for the labels 0 and 1
+    # What the model answers for the labels 0 and 1.
+    label_texts: tuple[Text, Text] = ("negative", "positive")
     sentence_column: Text = "sentence"
     label_column: Text = "label"
 
@@ -397,13 +455,16 @@ class Sst2Task(TaskSection):
 
 
 class SquadV2Task(TaskSection):
-    """SQuAD 2.0: context, question, and answers as `{"text": [...], "answer_start": [...]}`, empty if unanswerable."""
+    """SQuAD 2.0: context, question, and answers as `{"text": [...], "answer_start": [...]}`, empty
+    if unanswerable.
+    """
 
     METRICS = ("exact_match", "f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy")
 
     name: Literal["squad_v2"]
     prompt: Text  # holds {context} and {question} exactly once each
-    no_answer_text: Text = "unanswerable"  # what the model answers where the context holds no answer
+    # What the model answers where the context holds no answer.
+    no_answer_text: Text = "unanswerable"
 
     @model_validator(mode="after")
     def _has_its_placeholders(self) -> Self:
@@ -412,16 +473,22 @@ class SquadV2Task(TaskSection):
 
 
 class Oasst1Task(TaskSection):
-    """Message trees of OpenAssistant (one row per message, or one nested tree per row) -> conversations."""
+    """Message trees of OpenAssistant (one row per message, or one nested tree per row) ->
+    conversations.
+    """
 
     name: Literal["oasst1"]
     languages: tuple[Text, ...] = ("en",)  # of every message of a path; empty: all
-    paths: Literal["best", "all"] = "best"  # the best-ranked reply at every turn, or one conversation per leaf
-    include_unreviewed: bool = False  # messages without a finished review; deleted ones are never used
+    # The best-ranked reply at every turn, or one conversation per leaf.
+    paths: Literal["best", "all"] = "best"
+    # Messages without a finished review; deleted ones are never used.
+    include_unreviewed: bool = False
 
 
 class MathToolsTask(TaskSection):
-    """Mathematics in several turns: a tool's output is a user turn, the answer stands in the last `\\boxed{}`."""
+    """Mathematics in several turns: a tool's output is a user turn, the answer stands in the last
+    `\\boxed{}`.
+    """
 
     METRICS = ("final_answer_accuracy",)
 
@@ -435,13 +502,21 @@ def _require_placeholders(prompt: str, *names: str) -> None:
 
 
 AnyTask = (
-    ConversationsTask | PromptCompletionTask | SummarizationTask | Sst2Task | SquadV2Task | Oasst1Task | MathToolsTask
+    ConversationsTask
+    | PromptCompletionTask
+    | SummarizationTask
+    | Sst2Task
+    | SquadV2Task
+    | Oasst1Task
+    | MathToolsTask
 )
 Task = Annotated[AnyTask, Field(discriminator="name")]
 
 
 class DataSection(Section):
-    """Where the rows come from and which of them train, select and report; None counts mean all that are left."""
+    """Where the rows come from and which of them train, select and report; None counts mean all
+    that are left.
+    """
 
     train: DataSource
     validation: DataSource | None = None  # None: taken from `train`, before the training rows
@@ -450,7 +525,9 @@ class DataSection(Section):
     num_train_samples: Positive | None = None
     num_validation_samples: Positive | None = None
     num_test_samples: Positive | None = None
-    seed: int  # the order of the raw rows; training rows are a prefix, so smaller counts are nested in larger ones
+    # The order of the raw rows; training rows are a prefix, so smaller counts are nested in larger
+    # ones.
+    seed: int
     max_length: Positive  # tokens
     truncation: Literal["refuse", "prompt_left", "drop"] = "refuse"
 
@@ -458,5 +535,8 @@ class DataSection(Section):
     def _carved_splits_have_sizes(self) -> Self:
         for split in ("validation", "test"):
             if getattr(self, split) is None and getattr(self, f"num_{split}_samples") is None:
-                raise ValueError(f"`num_{split}_samples` is needed when `{split}` is taken from the training rows")
+                raise ValueError(
+                    f"`num_{split}_samples` is needed when `{split}` is taken from the training"
+                    " rows"
+                )
         return self

@@ -1,9 +1,11 @@
 """A report as Markdown that reads well in a terminal, as CSV and as JSON.
 
-Owns how numbers are written, never what they are: that is `report`. Markdown rounds, and says once above the table
-what is equal in every run; CSV (rows only) and JSON are complete and unrounded. What is missing is blank, in JSON null.
+Owns how numbers are written, never what they are: that is `report`. Markdown rounds, and says once
+above the table what is equal in every run; CSV (rows only) and JSON are complete and unrounded.
+What is missing is blank, in JSON null.
 
-Tables in Markdown that read well in a terminal: padded columns, cut in several where one would be too wide.
+Tables in Markdown that read well in a terminal: padded columns, cut in several where one would be
+too wide.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class Column:
     cells: tuple[str, ...]
     is_numeric: bool = True
     is_detail: bool = False  # goes to the second table when one would be too wide
-    equal_prefix: str | None = None  # what to say above the table when all runs have one value; None: never
+    # What to say above the table when all runs have one value; None: never.
+    equal_prefix: str | None = None
     may_be_blank: bool = False  # whether runs without a value count as having that value
 
     @property
@@ -68,7 +71,9 @@ class Column:
         return values.pop() if self.equal_prefix is not None and len(values) == 1 else None
 
 
-def build_column(header: str, items: Iterable[Item], text: Callable[[Item], str], **settings: Any) -> Column:
+def build_column(
+    header: str, items: Iterable[Item], text: Callable[[Item], str], **settings: Any
+) -> Column:
     """A column with one cell per item; `settings` are fields of `Column`."""
     return Column(header, tuple(text(item) for item in items), **settings)
 
@@ -78,7 +83,10 @@ def draw_tables(columns: Sequence[Column]) -> list[str]:
     if _measure(columns) <= MAX_WIDTH:
         return [draw_table(columns)]
     details = [column for column in columns if column.is_detail]
-    return [draw_table([column for column in columns if not column.is_detail]), draw_table([columns[0], *details])]
+    return [
+        draw_table([column for column in columns if not column.is_detail]),
+        draw_table([columns[0], *details]),
+    ]
 
 
 def draw_packed(columns: Sequence[Column]) -> list[str]:
@@ -121,28 +129,33 @@ MAX_NAMED: Final = 3  # names in one note; JSON has all
 HASH_CHARACTERS: Final = 12
 MODELS: Final[tuple[Literal["base", "tuned"], ...]] = ("base", "tuned")
 LEGEND: Final = (
-    "NLL: nats per completion token; full NLL: nats per token of the full text; comparable within one tokenizer.\n"
-    "bits/byte: of the completions, tuned; compares across tokenizers. All on the test split, lower is better.\n"
-    "base: step 0; change: tuned - base, so negative is better."
+    "NLL: nats per completion token; full NLL: nats per token of the full text; comparable within"
+    " one tokenizer.\nbits/byte: of the completions, tuned; compares across tokenizers. All on the"
+    " test split, lower is better.\nbase: step 0; change: tuned - base, so negative is better."
 )
 COMPARISON_LEGEND: Final = (
-    "difference: compared - reference, mean over pairs of completed runs that are equal in every other axis;\n"
-    "negative means that `compared` is better. 95% interval: paired t."
+    "difference: compared - reference, mean over pairs of completed runs that are equal in every"
+    " other axis;\nnegative means that `compared` is better. 95% interval: paired t."
 )
 ANSWERS_LEGEND: Final = (
-    "Of generated answers to the test prompts, larger is better; unfinished: reached `max_new_tokens`;\n"
-    "unreadable: no answer at all (neither label, no final result), counted as wrong."
+    "Of generated answers to the test prompts, larger is better; unfinished: reached"
+    " `max_new_tokens`;\nunreadable: no answer at all (neither label, no final result), counted as"
+    " wrong."
 )
 ANSWERS_COMPARISON_LEGEND: Final = (
     "Where the unit says that larger is better, positive means that `compared` is better."
 )
 
 
-def format_report(rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison], format: Format) -> str:
+def format_report(
+    rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison], format: Format
+) -> str:
     """The whole report, ending in a newline."""
     if format == "csv":
         return _format_csv(rows)
-    return _format_json(rows, comparisons) if format == "json" else _format_markdown(rows, comparisons)
+    return (
+        _format_json(rows, comparisons) if format == "json" else _format_markdown(rows, comparisons)
+    )
 
 
 def build_warnings(rows: Sequence[ReportRow]) -> list[str]:
@@ -152,18 +165,26 @@ def build_warnings(rows: Sequence[ReportRow]) -> list[str]:
     unknown = groups.pop(None, [])
     if len(groups) > 1:
         sets = "; ".join(
-            f"{str(ids_hash)[:HASH_CHARACTERS]} ({runs[0].num_test_rows} rows): {_name_some(run.name for run in runs)}"
+            f"{str(ids_hash)[:HASH_CHARACTERS]} ({runs[0].num_test_rows} rows):"
+            f" {_name_some(run.name for run in runs)}"
             for ids_hash, runs in groups.items()
         )
-        warnings.append(f"{len(groups)} different sets of test rows; numbers compare only within one set: {sets}")
+        warnings.append(
+            f"{len(groups)} different sets of test rows; numbers compare only within one set:"
+            f" {sets}"
+        )
     if unknown:
         names = _name_some(run.name for run in unknown)
-        warnings.append(f"no record of the test rows of {_count(len(unknown), 'completed run')}: {names}")
+        warnings.append(
+            f"no record of the test rows of {_count(len(unknown), 'completed run')}: {names}"
+        )
     return warnings
 
 
 def _build_fields(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
-    """Everything measured about a run, flat; what is said of answers only where some run has `metrics`."""
+    """Everything measured about a run, flat; what is said of answers only where some run has
+    `metrics`.
+    """
     fields = {
         "state": row.state,
         "num_test_rows": row.num_test_rows,
@@ -189,15 +210,21 @@ def _build_fields(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def _format_csv(rows: Sequence[ReportRow]) -> str:
-    """One line per run; axes are headed `axes.NAME`, so that an axis called `state` stays apart from the state."""
+    """One line per run; axes are headed `axes.NAME`, so that an axis called `state` stays apart
+    from the state.
+    """
     axes, metrics = list_axes(rows), list_metrics(rows)
     fields = [_build_fields(row, metrics) for row in rows]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["grid", "run", *(f"axes.{axis}" for axis in axes), *(fields[0] if fields else ())])
+    writer.writerow(
+        ["grid", "run", *(f"axes.{axis}" for axis in axes), *(fields[0] if fields else ())]
+    )
     for row, values in zip(rows, fields, strict=True):
         # The csv module writes None as a blank and floats by repr.
-        writer.writerow([row.grid, row.name, *(_axis_cell(row, axis) for axis in axes), *values.values()])
+        writer.writerow(
+            [row.grid, row.name, *(_axis_cell(row, axis) for axis in axes), *values.values()]
+        )
     return stream.getvalue()
 
 
@@ -206,7 +233,12 @@ def _format_json(rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison
     return dump_json(
         {
             "rows": [
-                {"grid": row.grid, "run": row.name, "axes": thaw(row.axes), **_build_fields(row, metrics)}
+                {
+                    "grid": row.grid,
+                    "run": row.name,
+                    "axes": thaw(row.axes),
+                    **_build_fields(row, metrics),
+                }
                 for row in rows
             ],
             "comparisons": [thaw(vars(comparison)) for comparison in comparisons],
@@ -218,19 +250,34 @@ def _format_json(rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison
 
 def _format_markdown(rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison]) -> str:
     columns = _build_columns(rows)
-    parts = [f"# {', '.join(dict.fromkeys(row.grid for row in rows)) or 'report'}: {_count_states(rows)}"]
-    if equal := [f"{column.equal_prefix}{value}" for column in columns if (value := column.equal_value()) is not None]:
+    parts = [
+        f"# {', '.join(dict.fromkeys(row.grid for row in rows)) or 'report'}: {_count_states(rows)}"
+    ]
+    if equal := [
+        f"{column.equal_prefix}{value}"
+        for column in columns
+        if (value := column.equal_value()) is not None
+    ]:
         parts.append(one_line(f"Equal in every run: {'; '.join(equal)}."))
     parts += [f"**warning:** {warning}" for warning in build_warnings(rows)]
     if rows:
-        parts += [LEGEND, *draw_tables([column for column in columns if column.equal_value() is None])]
+        parts += [
+            LEGEND,
+            *draw_tables([column for column in columns if column.equal_value() is None]),
+        ]
         parts.append(_describe_base(rows))
     if list_metrics(rows):
         parts += ["## Answers", ANSWERS_LEGEND, *draw_packed(_build_answer_columns(rows))]
     if comparisons:
         legend = [COMPARISON_LEGEND]
-        legend += [ANSWERS_COMPARISON_LEGEND] if any(item.is_of_answers for item in comparisons) else []
-        parts += ["## Paired comparisons", "\n".join(legend), draw_table(_build_comparison_columns(comparisons))]
+        legend += (
+            [ANSWERS_COMPARISON_LEGEND] if any(item.is_of_answers for item in comparisons) else []
+        )
+        parts += [
+            "## Paired comparisons",
+            "\n".join(legend),
+            draw_table(_build_comparison_columns(comparisons)),
+        ]
         parts += ["\n".join(f"- {one_line(note)}" for note in _build_notes(comparisons))]
     return "\n\n".join(parts).rstrip("\n") + "\n"
 
@@ -245,7 +292,9 @@ def _build_columns(rows: Sequence[ReportRow]) -> list[Column]:
         columns.append(Column(axis, cells, is_numeric=is_numeric, equal_prefix=f"{axis}="))
     if len({row.state for row in rows}) > 1:  # else the title says it
         columns.append(build_column("state", rows, lambda row: row.state, is_numeric=False))
-    test_rows = build_column("test rows", rows, lambda row: _integer(row.num_test_rows), may_be_blank=True)
+    test_rows = build_column(
+        "test rows", rows, lambda row: _integer(row.num_test_rows), may_be_blank=True
+    )
     stop_reason = build_column(
         "stop reason", rows, lambda row: row.stop_reason or "", is_numeric=False, may_be_blank=True
     )
@@ -255,8 +304,12 @@ def _build_columns(rows: Sequence[ReportRow]) -> list[Column]:
         build_column("tuned NLL", rows, lambda row: _decimal(row.tuned.nll_per_completion_token)),
         build_column("change", rows, lambda row: _signed(row.change)),
         build_column("bits/byte", rows, lambda row: _decimal(row.tuned.bits_per_byte)),
-        build_column("base full NLL", rows, lambda row: _decimal(row.base.nll_per_token), is_detail=True),
-        build_column("tuned full NLL", rows, lambda row: _decimal(row.tuned.nll_per_token), is_detail=True),
+        build_column(
+            "base full NLL", rows, lambda row: _decimal(row.base.nll_per_token), is_detail=True
+        ),
+        build_column(
+            "tuned full NLL", rows, lambda row: _decimal(row.tuned.nll_per_token), is_detail=True
+        ),
         build_column("best/steps", rows, _steps, is_detail=True),
         replace(stop_reason, equal_prefix="stop reason ", is_detail=True),
     ]
@@ -285,8 +338,12 @@ def _count_of(answers: Mapping[str, GenerationScore], name: str) -> str:
 def _build_comparison_columns(comparisons: Sequence[AxisComparison]) -> list[Column]:
     return [
         build_column("axis", comparisons, lambda item: item.axis, is_numeric=False),
-        build_column("reference", comparisons, lambda item: axis_text(item.reference), is_numeric=False),
-        build_column("compared", comparisons, lambda item: axis_text(item.compared), is_numeric=False),
+        build_column(
+            "reference", comparisons, lambda item: axis_text(item.reference), is_numeric=False
+        ),
+        build_column(
+            "compared", comparisons, lambda item: axis_text(item.compared), is_numeric=False
+        ),
         build_column("difference", comparisons, lambda item: _signed(item.mean_difference)),
         build_column("95% interval", comparisons, lambda item: _interval(item.interval)),
         build_column("unit", comparisons, lambda item: item.unit, is_numeric=False),
@@ -297,7 +354,10 @@ def _build_comparison_columns(comparisons: Sequence[AxisComparison]) -> list[Col
 
 def _describe_base(rows: Sequence[ReportRow]) -> str:
     base = compare_with_base(rows)
-    text = f"{base.num_better} of {_count(base.num_completed, 'completed run')} beat their base on test NLL"
+    text = (
+        f"{base.num_better} of {_count(base.num_completed, 'completed run')} beat their base on"
+        " test NLL"
+    )
     text += f"; not: {_name_some(base.not_better)}" if base.not_better else ""
     return text + (f"; not known: {_name_some(base.unknown)}" if base.unknown else "") + "."
 
@@ -309,22 +369,34 @@ def _build_notes(comparisons: Sequence[AxisComparison]) -> list[str]:
         by_axis.setdefault(comparison.axis, []).append(comparison)
     notes = []
     for axis, group in by_axis.items():
-        likelihoods = [item for item in group if not item.is_of_answers]  # the pairs of answers are among theirs
+        # The pairs of answers are among theirs.
+        likelihoods = [item for item in group if not item.is_of_answers]
         if group[0].is_with_first_only:
             first = axis_text(group[0].reference)
-            notes.append(f"`{axis}` has {len(likelihoods) + 1} values: each is compared with the first, {first}, only.")
+            notes.append(
+                f"`{axis}` has {len(likelihoods) + 1} values: each is compared with the first,"
+                f" {first}, only."
+            )
         notes += _describe_recipe_differences(axis, likelihoods)
         if num_different := sum(item.num_pairs_on_different_rows for item in likelihoods):
-            notes.append(f"**warning:** `{axis}`: {_count(num_different, 'pair')} scored on different test rows.")
+            notes.append(
+                f"**warning:** `{axis}`: {_count(num_different, 'pair')} scored on different test"
+                " rows."
+            )
         for item in group:
             if item.unpaired:
-                number, reasons = _count(len(item.unpaired), "cell"), _name_some(item.unpaired, "; ")
+                number, reasons = (
+                    _count(len(item.unpaired), "cell"),
+                    _name_some(item.unpaired, "; "),
+                )
                 notes.append(f"`{axis}`, {_values(item)}: {number} without a pair: {reasons}.")
     return list(dict.fromkeys(notes))
 
 
 def _describe_recipe_differences(axis: str, group: Sequence[AxisComparison]) -> list[str]:
-    """Which keys of the recipes the axis changes; one that it changes in only some cells is likely a mistake."""
+    """Which keys of the recipes the axis changes; one that it changes in only some cells is likely
+    a mistake.
+    """
     keys = dict.fromkeys(key for item in group for key in item.recipe_differences)
     if not any(item.num_pairs for item in group):
         return []
@@ -333,9 +405,16 @@ def _describe_recipe_differences(axis: str, group: Sequence[AxisComparison]) -> 
     notes = [f"`{axis}`: the paired recipes differ in {', '.join(keys)}."]
     for item in group:
         counts = item.recipe_differences.items()
-        uneven = [f"{key} ({count} of {item.num_pairs})" for key, count in counts if count < item.num_pairs]
+        uneven = [
+            f"{key} ({count} of {item.num_pairs})"
+            for key, count in counts
+            if count < item.num_pairs
+        ]
         if uneven:
-            notes.append(f"**warning:** `{axis}`, {_values(item)}: only some pairs differ in {', '.join(uneven)}.")
+            notes.append(
+                f"**warning:** `{axis}`, {_values(item)}: only some pairs differ in"
+                f" {', '.join(uneven)}."
+            )
     return notes
 
 

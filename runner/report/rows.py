@@ -1,8 +1,8 @@
 """What a report says of each run, and what makes the numbers of two runs incomparable.
 
-Owns the numbers; `report_comparisons` pairs them, `report_format` owns how they are written. Axes come from the recipe,
-scores from `result.json`.
-Nothing that differs between two identical runs (clock times, attempts, hosts) is read.
+Owns the numbers; `report_comparisons` pairs them, `report_format` owns how they are written. Axes
+come from the recipe, scores from `result.json`. Nothing that differs between two identical runs
+(clock times, attempts, hosts) is read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class ReportRow:
     test_rows_hash: str | None = None  # None also where `samples.json` does not say
     base: Scores = Scores()
     tuned: Scores = Scores()
-    answers: Mapping[str, GenerationScore] = field(default_factory=dict)  # of "base" and "tuned"; empty: none generated
+    # Of "base" and "tuned"; empty: none generated.
+    answers: Mapping[str, GenerationScore] = field(default_factory=dict)
     best_step: int | None = None
     num_steps: int | None = None
     stop_reason: str | None = None
@@ -73,7 +74,9 @@ class ReportRow:
     @property
     def is_scored(self) -> bool:
         """Whether the tuned model can be compared with another, in either unit."""
-        return self.tuned.nll_per_completion_token is not None and self.tuned.bits_per_byte is not None
+        return (
+            self.tuned.nll_per_completion_token is not None and self.tuned.bits_per_byte is not None
+        )
 
     def metric(self, model: Literal["base", "tuned"], name: str) -> float | None:
         """A metric of a model's answers on the test split; None where there is none."""
@@ -81,14 +84,20 @@ class ReportRow:
 
     def score(self, unit: LikelihoodUnit) -> float:
         """The tuned model on the test split; only where `is_scored`."""
-        score = self.tuned.bits_per_byte if unit == "bits per byte" else self.tuned.nll_per_completion_token
+        score = (
+            self.tuned.bits_per_byte
+            if unit == "bits per byte"
+            else self.tuned.nll_per_completion_token
+        )
         assert score is not None
         return score
 
 
 @dataclass(frozen=True)
 class BaseComparison:
-    """How many completed runs are better than their own base model, on test NLL per completion token."""
+    """How many completed runs are better than their own base model, on test NLL per completion
+    token.
+    """
 
     num_completed: int
     num_better: int
@@ -97,11 +106,14 @@ class BaseComparison:
 
 
 def build_rows(runs: Iterable[tuple[Recipe, RunPaths, RunStatus]]) -> list[ReportRow]:
-    """One row per run, sorted by grid, then by axes: numbers as numbers, all else in the order of the input."""
+    """One row per run, sorted by grid, then by axes: numbers as numbers, all else in the order of
+    the input.
+    """
     rows = [_build_row(position, *run) for position, run in enumerate(runs)]
     grids = list(dict.fromkeys(row.grid for row in rows))
     ranks = {
-        axis: {axis_key(value): rank for rank, value in enumerate(list_values(rows, axis))} for axis in list_axes(rows)
+        axis: {axis_key(value): rank for rank, value in enumerate(list_values(rows, axis))}
+        for axis in list_axes(rows)
     }
 
     def rank(row: ReportRow) -> tuple[int, ...]:
@@ -117,7 +129,9 @@ def list_axes(rows: Iterable[ReportRow]) -> list[str]:
 
 
 def list_values(rows: Iterable[ReportRow], axis: str) -> list[Any]:
-    """The different values of an axis: numbers first, ascending, then all else in the order of the input."""
+    """The different values of an axis: numbers first, ascending, then all else in the order of the
+    input.
+    """
     values: dict[str, Any] = {}
     for row in _in_input_order(rows):
         if axis in row.axes:
@@ -131,17 +145,26 @@ def is_number(value: Any) -> bool:
 
 
 def axis_text(value: Any) -> str:
-    """An axis value as people write it; never empty, because a blank means that a run lacks the axis.
+    """An axis value as people write it; never empty, because a blank means that a run lacks the
+    axis.
 
     >>> [axis_text(value) for value in ("full", 60, True, None, "", ("q", "v"))]
     ['full', '60', 'true', 'null', '""', '["q", "v"]']
     """
-    return value if isinstance(value, str) and value.strip() else json.dumps(thaw(value), ensure_ascii=False)
+    return (
+        value
+        if isinstance(value, str) and value.strip()
+        else json.dumps(thaw(value), ensure_ascii=False)
+    )
 
 
 def list_metrics(rows: Iterable[ReportRow]) -> list[str]:
     """Every metric of answers that some run has, each task's in its own order."""
-    return list(dict.fromkeys(name for row in rows for score in row.answers.values() for name in score.metrics))
+    return list(
+        dict.fromkeys(
+            name for row in rows for score in row.answers.values() for name in score.metrics
+        )
+    )
 
 
 def compare_with_base(rows: Iterable[ReportRow]) -> BaseComparison:
@@ -157,7 +180,9 @@ def compare_with_base(rows: Iterable[ReportRow]) -> BaseComparison:
 
 
 def group_by_test_rows(rows: Iterable[ReportRow]) -> dict[str | None, list[ReportRow]]:
-    """Completed runs by the hash of their test rows; under None those that do not say. Two hashes: not comparable."""
+    """Completed runs by the hash of their test rows; under None those that do not say. Two hashes:
+    not comparable.
+    """
     groups: dict[str | None, list[ReportRow]] = {}
     for row in rows:
         if row.state == "completed":

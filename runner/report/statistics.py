@@ -1,4 +1,6 @@
-"""Paired comparisons along each axis of the grids: which pairs there are, and what their differences say."""
+"""Paired comparisons along each axis of the grids: which pairs there are, and what their
+differences say.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +12,39 @@ from statistics import fmean, stdev
 from typing import Any, Final, get_args
 
 from runner.recipe.identity import build_digest_payload, diff_payloads
-from runner.report.rows import LikelihoodUnit, ReportRow, axis_key, axis_text, list_axes, list_metrics, list_values
+from runner.report.rows import (
+    LikelihoodUnit,
+    ReportRow,
+    axis_key,
+    axis_text,
+    list_axes,
+    list_metrics,
+    list_values,
+)
 
-MAX_VALUES_ALL_PAIRS: Final = 4  # 4 values make 6 pairs of values; with more, each is compared with the first only
+# 4 values make 6 pairs of values; with more, each is compared with the first only
+MAX_VALUES_ALL_PAIRS: Final = 4
 CONFIDENCE: Final = 0.95
 
 
 @dataclass(frozen=True)
 class AxisComparison:
-    """Two values of one axis over all cells that are equal in every other axis (and in the grid)."""
+    """Two values of one axis over all cells that are equal in every other axis (and in the
+    grid).
+    """
 
     axis: str
     reference: Any
     compared: Any
-    unit: str  # a `LikelihoodUnit`, smaller is better; or a metric of answers, which says that larger is better
+    # A `LikelihoodUnit`, smaller is better; or a metric of answers, which says that larger is
+    # better.
+    unit: str
     mean_difference: float | None  # compared minus reference
     interval: tuple[float, float] | None  # paired t; None with fewer than two pairs
     num_pairs: int
     unpaired: tuple[str, ...]  # one reason for each cell that gives no pair
-    recipe_differences: Mapping[str, int]  # dotted key -> number of pairs whose recipes differ there
+    # Dotted key -> number of pairs whose recipes differ there.
+    recipe_differences: Mapping[str, int]
     num_pairs_on_different_rows: int  # pairs whose two runs were scored on different test rows
     is_with_first_only: bool  # the axis has too many values to compare every two of them
 
@@ -39,7 +55,9 @@ class AxisComparison:
 
 
 def build_comparisons(rows: Sequence[ReportRow]) -> list[AxisComparison]:
-    """Pairs of values of every axis that has at least two; the earlier one in `list_values` is the reference."""
+    """Pairs of values of every axis that has at least two; the earlier one in `list_values` is the
+    reference.
+    """
     return [comparison for axis in list_axes(rows) for comparison in _compare_axis(rows, axis)]
 
 
@@ -56,7 +74,9 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     """The 95% interval of the mean difference by the paired t; None with fewer than two pairs."""
     if len(differences) < 2:
         return None
-    half_width = student_t_quantile(len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
+    half_width = (
+        student_t_quantile(len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
+    )
     mean = fmean(differences)
     return mean - half_width, mean + half_width
 
@@ -64,8 +84,9 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
 def student_t_quantile(degrees_of_freedom: int) -> float:
     """The t that |T| stays below with probability `CONFIDENCE`.
 
-    P(|T| > t) is the regularized incomplete beta I_x(df/2, 1/2) at x = df / (df + t^2), solved by bisection. mpmath
-    comes with torch; scipy, once installed, is imported by every trainer and costs each 0.3 s.
+    P(|T| > t) is the regularized incomplete beta I_x(df/2, 1/2) at x = df / (df + t^2), solved by
+    bisection. mpmath comes with torch; scipy, once installed, is imported by every trainer and
+    costs each 0.3 s.
 
     >>> round(student_t_quantile(5), 4), round(student_t_quantile(1), 3)
     (2.5706, 12.706)
@@ -84,10 +105,16 @@ def student_t_quantile(degrees_of_freedom: int) -> float:
 def _compare_axis(rows: Sequence[ReportRow], axis: str) -> list[AxisComparison]:
     values = list_values(rows, axis)
     is_with_first_only = len(values) > MAX_VALUES_ALL_PAIRS
-    chosen = [(values[0], value) for value in values[1:]] if is_with_first_only else list(combinations(values, 2))
+    chosen = (
+        [(values[0], value) for value in values[1:]]
+        if is_with_first_only
+        else list(combinations(values, 2))
+    )
     matches = [_match(rows, axis, reference, compared) for reference, compared in chosen]
     # One unit for the whole axis: token counts of two base models are not comparable, bytes are.
-    across_models = any(a.recipe.model.path != b.recipe.model.path for pairs, _ in matches for a, b in pairs)
+    across_models = any(
+        a.recipe.model.path != b.recipe.model.path for pairs, _ in matches for a, b in pairs
+    )
     unit: LikelihoodUnit = "bits per byte" if across_models else "nats per completion token"
     names = list_metrics(row for pairs, _ in matches for pair in pairs for row in pair)
     comparisons = []
@@ -100,14 +127,23 @@ def _compare_axis(rows: Sequence[ReportRow], axis: str) -> list[AxisComparison]:
             both = [pair for pair in pairs if _why_not_comparable(name, *pair) is None]
             if not both:
                 continue
-            differences = [b.answers["tuned"].metrics[name] - a.answers["tuned"].metrics[name] for a, b in both]
-            reasons = [*unpaired, *(reason for pair in pairs if (reason := _why_not_comparable(name, *pair)))]
-            comparisons.append(_compare_pairs(answer_unit(name), both, differences, reasons, values_compared))
+            differences = [
+                b.answers["tuned"].metrics[name] - a.answers["tuned"].metrics[name] for a, b in both
+            ]
+            reasons = [
+                *unpaired,
+                *(reason for pair in pairs if (reason := _why_not_comparable(name, *pair))),
+            ]
+            comparisons.append(
+                _compare_pairs(answer_unit(name), both, differences, reasons, values_compared)
+            )
     return comparisons
 
 
 def _why_not_comparable(metric: str, first: ReportRow, second: ReportRow) -> str | None:
-    """Why two runs give no difference in a metric of their answers, empty where neither has it; None where they do."""
+    """Why two runs give no difference in a metric of their answers, empty where neither has it;
+    None where they do.
+    """
     lacking = [row.name for row in (first, second) if row.metric("tuned", metric) is None]
     if lacking:
         return f"{lacking[0]} has no {metric}" if len(lacking) == 1 else ""
@@ -138,16 +174,26 @@ def _compare_pairs(
 def _match(
     rows: Sequence[ReportRow], axis: str, reference: Any, compared: Any
 ) -> tuple[list[tuple[ReportRow, ReportRow]], list[str]]:
-    """The pairs, and for each cell without one the reason. A cell is what two runs share: grid and all other axes."""
+    """The pairs, and for each cell without one the reason. A cell is what two runs share: grid and
+    all other axes.
+    """
     sides = {axis_key(reference): axis_text(reference), axis_key(compared): axis_text(compared)}
     cells: dict[tuple[str, ...], dict[str, list[ReportRow]]] = {}
     for row in rows:
         if axis in row.axes and (side := axis_key(row.axes[axis])) in sides:
-            others = (f"{name}={axis_key(value)}" for name, value in sorted(row.axes.items()) if name != axis)
+            others = (
+                f"{name}={axis_key(value)}"
+                for name, value in sorted(row.axes.items())
+                if name != axis
+            )
             cells.setdefault((row.grid, *others), {key: [] for key in sides})[side].append(row)
     pairs, unpaired = [], []
     for cell in cells.values():
-        reasons = [why for side, runs in cell.items() if (why := _why_no_partner(axis, sides[side], runs, cell))]
+        reasons = [
+            why
+            for side, runs in cell.items()
+            if (why := _why_no_partner(axis, sides[side], runs, cell))
+        ]
         if reasons:
             unpaired.append(", ".join(reasons))
         else:
@@ -166,7 +212,8 @@ def _why_no_partner(
         return f"{' and '.join(scored)} stand in the same cell"
     if runs:
         return ", ".join(
-            f"{row.name} {'has no test score' if row.state == 'completed' else f'is {row.state}'}" for row in runs
+            f"{row.name} {'has no test score' if row.state == 'completed' else f'is {row.state}'}"
+            for row in runs
         )
     others = " and ".join(row.name for other in cell.values() for row in other)
     return f"{others} has no partner with {axis} {value}"
@@ -177,6 +224,8 @@ def _count_recipe_differences(pairs: Sequence[tuple[ReportRow, ReportRow]]) -> d
     lines = (
         line
         for first, second in pairs
-        for line in diff_payloads(build_digest_payload(first.recipe), build_digest_payload(second.recipe))
+        for line in diff_payloads(
+            build_digest_payload(first.recipe), build_digest_payload(second.recipe)
+        )
     )
     return dict(Counter(line.partition(": ")[0] for line in lines))

@@ -1,7 +1,7 @@
 """Why an attempt failed: an exception or a log becomes a failure of a kind.
 
-Exceptions are told by the names of their types and by their texts, so that no library is imported for it. Owns the
-kinds' meaning for people (`HINTS`); what is retried is decided in `plan`.
+Exceptions are told by the names of their types and by their texts, so that no library is imported
+for it. Owns the kinds' meaning for people (`HINTS`); what is retried is decided in `plan`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,30 @@ from runner.secrets import scrub
 # What to do, per kind; one line each, that can be acted upon.
 HINTS: Final[Mapping[FailureKind, str]] = {
     "configuration": "mend what the message names, then `runner sweep PATH --retry-failed`",
-    "data": "`runner check PATH` names the rows; once they are mended, `runner sweep PATH --retry-failed`",
-    "out_of_memory": "`launch.retries.out_of_memory: 2` in the recipe halves the micro-batch by itself and keeps the "
-    "global batch; or make `training.per_device_train_batch_size` smaller",
-    "diverged": "lower `training.learning_rate`, clip gradients, or train in a wider dtype; nothing retries it",
+    "data": (
+        "`runner check PATH` names the rows; once they are mended, `runner sweep PATH"
+        " --retry-failed`"
+    ),
+    "out_of_memory": (
+        "`launch.retries.out_of_memory: 2` in the recipe halves the micro-batch by itself and keeps"
+        " the global batch; or make `training.per_device_train_batch_size` smaller"
+    ),
+    "diverged": (
+        "lower `training.learning_rate`, clip gradients, or train in a wider dtype; nothing"
+        " retries it"
+    ),
     "preempted": "the same command goes on from the newest checkpoint",
     "transient": "the same command goes on from the newest checkpoint",
-    "lost": "killed from outside, perhaps for its memory: look at `dmesg | tail` and at the machine's memory; the same "
-    "command goes on from the newest checkpoint",
+    "lost": (
+        "killed from outside, perhaps for its memory: look at `dmesg | tail` and at the machine's"
+        " memory; the same command goes on from the newest checkpoint"
+    ),
     "crashed": "the log's last lines say where; the same command tries again",
 }
 
-UNREADABLE_HINT: Final = "`runner launch RECIPE --fresh` moves the run aside and starts anew; nothing is deleted"
+UNREADABLE_HINT: Final = (
+    "`runner launch RECIPE --fresh` moves the run aside and starts anew; nothing is deleted"
+)
 
 
 _MAX_MESSAGE_CHARACTERS: Final = 4000
@@ -46,8 +58,12 @@ _NEXT_TO_NOTHING_BYTES: Final = 2**20
 # Kinds by text, the first that matches; libraries raise most of these as a plain RuntimeError.
 _TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
     (
-        "out_of_memory",  # CUDA, HIP, XPU, MPS, bitsandbytes; cuBLAS and cuDNN; the host's allocators
-        re.compile(r"out of memory|_ALLOC_FAILED|(can't|cannot) allocate memory|std::bad_alloc", re.IGNORECASE),
+        # CUDA, HIP, XPU, MPS, bitsandbytes; cuBLAS and cuDNN; the host's allocators.
+        "out_of_memory",
+        re.compile(
+            r"out of memory|_ALLOC_FAILED|(can't|cannot) allocate memory|std::bad_alloc",
+            re.IGNORECASE,
+        ),
     ),
     (
         "diverged",  # DeepSpeed's loss scaler, autograd's anomaly detection
@@ -56,8 +72,10 @@ _TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
     (
         "configuration",  # NCCL's misuse; the hub and Transformers about names that are not there
         re.compile(
-            r"ncclInvalidUsage|ncclInvalidArgument|Duplicate GPU detected|is not a valid model identifier"
-            r"|does not appear to have a file named|Can't load (the )?(configuration|tokenizer|model|feature)"
+            r"ncclInvalidUsage|ncclInvalidArgument|Duplicate GPU detected|is not a valid model"
+            r" identifier"
+            r"|does not appear to have a file named|Can't load (the"
+            r" )?(configuration|tokenizer|model|feature)"
             r"|offline mode is enabled|gated repo",
             re.IGNORECASE,
         ),
@@ -65,12 +83,18 @@ _TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
     (
         "transient",
         re.compile(
-            r"no space left on device|disk quota exceeded|stale (NFS )?file handle|input/output error"
-            r"|address already in use|EADDRINUSE|another process is utilizing it|failed to listen on"
-            r"|connection (reset|refused|closed|aborted)|socket (closed|timeout)|broken pipe|timed out|time-?out\b"
-            r"|temporary failure in name resolution|name or service not known|(couldn't|could not|failed to) connect"
-            r"|\bNCCL error|ncclSystemError|ncclRemoteError|ncclInternalError|connectFullMesh failed"
-            r"|(HTTP|status)[ a-z:_-]*(429|5\d\d)\b|\b(429|5\d\d) (Server Error|Too Many|Internal|Bad Gateway|Service)"
+            r"no space left on device|disk quota exceeded|stale (NFS )?file handle|input/output"
+            r" error"
+            r"|address already in use|EADDRINUSE|another process is utilizing it|failed to"
+            r" listen on"
+            r"|connection (reset|refused|closed|aborted)|socket (closed|timeout)|broken pipe|timed"
+            r" out|time-?out\b"
+            r"|temporary failure in name resolution|name or service not known|(couldn't|could"
+            r" not|failed to) connect"
+            r"|\bNCCL error|ncclSystemError|ncclRemoteError|ncclInternalError|connectFullMesh"
+            r" failed"
+            r"|(HTTP|status)[ a-z:_-]*(429|5\d\d)\b|\b(429|5\d\d) (Server Error|Too"
+            r" Many|Internal|Bad Gateway|Service)"
             r"|PytorchStreamWriter failed|file write failed|unexpected pos"  # torch, see below
             r"|busy or unavailable|uncorrectable (ECC|NVLink) error|fallen off the bus",
             re.IGNORECASE,
@@ -78,12 +102,18 @@ _TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
     ),
 )
 # All that torch says when the disk is full; it does not pass on what the system said.
-_TORCH_CANNOT_WRITE: Final = re.compile(r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+")
-_ADDRESS_IN_USE: Final = re.compile(r"address already in use|EADDRINUSE|another process is utilizing it", re.IGNORECASE)
+_TORCH_CANNOT_WRITE: Final = re.compile(
+    r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+"
+)
+_ADDRESS_IN_USE: Final = re.compile(
+    r"address already in use|EADDRINUSE|another process is utilizing it", re.IGNORECASE
+)
 # What the other ranks see when one has gone.
 _LOST_PEER: Final = re.compile(
-    r"DistBackendError|DistNetworkError|DistStoreError|DistError|connection (reset|refused|closed|aborted)|broken pipe"
-    r"|socket (closed|timeout)|timed out|timeout|connectFullMesh|ncclRemoteError|ncclSystemError|ncclInternalError"
+    r"DistBackendError|DistNetworkError|DistStoreError|DistError|connection"
+    r" (reset|refused|closed|aborted)|broken pipe"
+    r"|socket (closed|timeout)|timed"
+    r" out|timeout|connectFullMesh|ncclRemoteError|ncclSystemError|ncclInternalError"
     r"|NCCL error",
     re.IGNORECASE,
 )
@@ -105,18 +135,32 @@ _TYPES: Final[Mapping[str, FailureKind]] = {
     "OSError": "transient",
 }
 # Their texts hold names of anybody's choice, a file `timeout.json` or a key "connection refused".
-_PLAIN_ERRORS: Final = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NameError, SyntaxError)
+_PLAIN_ERRORS: Final = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    NameError,
+    SyntaxError,
+)
 _LAUNCHER_OVER_A_DEAD_CHILD: Final = ("CalledProcessError", "ChildFailedError")
-_EXCEPTION_LINE: Final = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Z]\w*(?:Error|Exception))\b(?:: (.*))?$")
+_EXCEPTION_LINE: Final = re.compile(
+    r"^(?:[A-Za-z_]\w*\.)*([A-Z]\w*(?:Error|Exception))\b(?:: (.*))?$"
+)
 
 
 def classify(error: BaseException) -> FailureKind:
-    """The failure kind of an exception, from itself or from what caused it; `crashed` when none is known.
+    """The failure kind of an exception, from itself or from what caused it; `crashed` when none is
+    known.
 
     >>> classify(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")), classify(ValueError("shapes differ"))
     ('out_of_memory', 'crashed')
     """
-    return next((kind for one in _list_causes(error) if (kind := _classify_one(one)) != "crashed"), "crashed")
+    return next(
+        (kind for one in _list_causes(error) if (kind := _classify_one(one)) != "crashed"),
+        "crashed",
+    )
 
 
 def _list_causes(error: BaseException) -> Iterator[BaseException]:
@@ -135,15 +179,21 @@ def _classify_one(error: BaseException) -> FailureKind:
             (DataError, "data"),
             (PreemptedError, "preempted"),
         )
-        return next((kind for kind_of_error, kind in own if isinstance(error, kind_of_error)), "configuration")
+        return next(
+            (kind for kind_of_error, kind in own if isinstance(error, kind_of_error)),
+            "configuration",
+        )
     if isinstance(error, KeyboardInterrupt):
         return "preempted"
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return "out_of_memory"
-    status = getattr(getattr(error, "response", None), "status_code", None)  # of the hub, or of any web server
+    # Of the hub, or of any web server.
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
         return "transient" if status >= 500 or status in (408, 429) else "configuration"
-    says_all_by_type = isinstance(error, _PLAIN_ERRORS) or (isinstance(error, OSError) and error.errno is not None)
+    says_all_by_type = isinstance(error, _PLAIN_ERRORS) or (
+        isinstance(error, OSError) and error.errno is not None
+    )
     if not says_all_by_type and (by_text := classify_text(str(error))) is not None:
         return by_text
     names = [base.__name__ for base in type(error).__mro__]
@@ -172,7 +222,9 @@ def build_failure(error: BaseException, run_dir: Path) -> Failure:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether the disk, or a quota, is full; safetensors and torch wrap the system's error in kinds of their own."""
+    """Whether the disk, or a quota, is full; safetensors and torch wrap the system's error in kinds
+    of their own.
+    """
     return any(
         (isinstance(one, OSError) and one.errno in _FULL_DISK)
         or any(os.strerror(number) in str(one) for number in _FULL_DISK)
@@ -183,7 +235,10 @@ def is_full_disk(error: BaseException) -> bool:
 
 def describe_full_disk(error: BaseException, run_dir: Path) -> str:
     """`disk full`, where, what is free, and what the system said."""
-    named = next((one.filename for one in _list_causes(error) if isinstance(one, OSError) and one.filename), None)
+    named = next(
+        (one.filename for one in _list_causes(error) if isinstance(one, OSError) and one.filename),
+        None,
+    )
     place = str(named) if named else str(run_dir)
     return f"disk full: {place} ({_format_free(run_dir)}): {type(error).__name__}: {error}"
 
@@ -197,10 +252,11 @@ def _format_free(folder: Path) -> str:
 
 
 def explain_silence(log_path: Path, exit_status: int) -> Failure:
-    """The failure of an attempt that wrote none: by the last lines of its log, else by the disk; else it is lost.
+    """The failure of an attempt that wrote none: by the last lines of its log, else by the disk;
+    else it is lost.
 
-    Three things leave only a log: a launcher that fails before a trainer lives, a library that ends the process by
-    itself (bitsandbytes, out of memory), and a full disk.
+    Three things leave only a log: a launcher that fails before a trainer lives, a library that ends
+    the process by itself (bitsandbytes, out of memory), and a full disk.
     """
     lines = _read_last_lines(log_path)
     for line in reversed(lines):
@@ -208,20 +264,33 @@ def explain_silence(log_path: Path, exit_status: int) -> Failure:
             return Failure(kind="out_of_memory", message=line)
     if (used := next((line for line in lines if _ADDRESS_IN_USE.search(line)), None)) is not None:
         return Failure(kind="transient", message=used)
-    full = next((line for line in lines if any(os.strerror(number) in line for number in _FULL_DISK)), None)
+    full = next(
+        (line for line in lines if any(os.strerror(number) in line for number in _FULL_DISK)), None
+    )
     if full is not None or _is_full(log_path.parent):
         place = f"disk full: {log_path.parent} ({_format_free(log_path.parent)})"
         return Failure(kind="transient", message=f"{place}: {full}" if full else place)
     raised = [(match[1], line) for line in lines if (match := _EXCEPTION_LINE.match(line))]
-    if raised and raised[-1][0] not in _LAUNCHER_OVER_A_DEAD_CHILD:  # its own words, not its report of a dead trainer
-        return Failure(kind=classify_text(raised[-1][1]) or "configuration", message=f"the launcher: {raised[-1][1]}")
-    return Failure(kind="lost", message=f"the trainer vanished (exit status {exit_status}) without a word")
+    # Its own words, not its report of a dead trainer.
+    if raised and raised[-1][0] not in _LAUNCHER_OVER_A_DEAD_CHILD:
+        return Failure(
+            kind=classify_text(raised[-1][1]) or "configuration",
+            message=f"the launcher: {raised[-1][1]}",
+        )
+    return Failure(
+        kind="lost", message=f"the trainer vanished (exit status {exit_status}) without a word"
+    )
 
 
 def read_log_tail(log_path: Path) -> tuple[str, ...]:
-    """The last lines of a log for a record: without secrets, each cut to a length; empty where there is no log."""
+    """The last lines of a log for a record: without secrets, each cut to a length; empty where
+    there is no log.
+    """
     lines = _read_last_lines(log_path)[-_TAIL_LINES:]
-    return tuple(line if len(line) <= _TAIL_CHARACTERS else f"{line[:_TAIL_CHARACTERS]} ..." for line in lines)
+    return tuple(
+        line if len(line) <= _TAIL_CHARACTERS else f"{line[:_TAIL_CHARACTERS]} ..."
+        for line in lines
+    )
 
 
 def _read_last_lines(log_path: Path) -> list[str]:

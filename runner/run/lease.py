@@ -1,12 +1,16 @@
-"""How the launcher and the ranks of an attempt on several machines know of each other: two locks in the run directory.
+"""How the launcher and the ranks of an attempt on several machines know of each other: two locks in
+the run directory.
 
-On one machine the trainer inherits the lease as its stdin and dies with its launcher. Neither reaches another one, so:
+On one machine the trainer inherits the lease as its stdin and dies with its launcher. Neither
+reaches another one, so:
 
-- the launcher holds `attempts/<n>/launcher` while the attempt may go on; a rank waits for it and ends when it has it;
+- the launcher holds `attempts/<n>/launcher` while the attempt may go on; a rank waits for it and
+  ends when it has it;
 - all ranks share `ranks`; while one of them lives, nobody else gets the lease of the run.
 
-Who is late finds the launcher's lock free and leaves before it has touched anything. The locks are the file system's
-(`flock`): they are free the moment their holder dies, in whatever way, and nothing is polled.
+Who is late finds the launcher's lock free and leaves before it has touched anything. The locks are
+the file system's (`flock`): they are free the moment their holder dies, in whatever way, and
+nothing is polled.
 """
 
 from __future__ import annotations
@@ -30,8 +34,9 @@ _LOOKING_SECONDS: Final = 5.0  # what a look at a lease may take on a slow file 
 class Lease:
     """An exclusive `flock` on a run directory.
 
-    The lock belongs to the open file, not to the process: a child that gets `fileno` as its stdin keeps it held
-    while it lives, also when the parent is killed, and it is free the moment the last holder dies.
+    The lock belongs to the open file, not to the process: a child that gets `fileno` as its stdin
+    keeps it held while it lives, also when the parent is killed, and it is free the moment the last
+    holder dies.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,9 +44,11 @@ class Lease:
         self._stream = _open_in_new_folder(path)
 
     def try_acquire(self) -> bool:
-        """True when the lease is now ours; False when a live process holds it or has moved the directory aside.
+        """True when the lease is now ours; False when a live process holds it or has moved the
+        directory aside.
 
-        Who only looks (`is_leased`) is waited for: a shared lock can be had beside theirs, beside a holder's it cannot.
+        Who only looks (`is_leased`) is waited for: a shared lock can be had beside theirs, beside a
+        holder's it cannot.
         """
         deadline = time.monotonic() + _LOOKING_SECONDS
         while not self._try_lock(fcntl.LOCK_EX):
@@ -50,7 +57,8 @@ class Lease:
             fcntl.flock(self._stream, fcntl.LOCK_UN)
             if time.monotonic() > deadline:
                 return False
-            time.sleep(random.uniform(0.001, 0.02))  # two takers that find each other looking part ways
+            # Two takers that find each other looking part ways.
+            time.sleep(random.uniform(0.001, 0.02))
         return self._is_in_place()
 
     def _try_lock(self, kind: int) -> bool:
@@ -83,7 +91,9 @@ def _open_in_new_folder(path: Path) -> BinaryIO:
 
 
 def is_leased(path: Path) -> bool:
-    """Whether a live process holds the lease. Takes a shared lock for an instant, so it never blocks a holder."""
+    """Whether a live process holds the lease. Takes a shared lock for an instant, so it never
+    blocks a holder.
+    """
     try:
         stream = path.open("rb")
     except FileNotFoundError:
@@ -100,7 +110,9 @@ ATTEMPT_VARIABLE: Final = "RUNNER_ATTEMPT"  # tells the ranks which attempt they
 
 
 def hold_launcher_lock(files: AttemptPaths) -> Lease:
-    """The launcher's lock of a new attempt, before any rank is started; closing it ends all ranks."""
+    """The launcher's lock of a new attempt, before any rank is started; closing it ends all
+    ranks.
+    """
     lock = Lease(files.launcher_lock_path)
     lock.try_acquire()  # nobody else knows the attempt yet
     return lock
@@ -113,7 +125,8 @@ def has_ranks(paths: RunPaths) -> bool:
     except FileNotFoundError:
         return False
     with stream:
-        for pause_seconds in (0.02, 0.05, 0.13, 0.0):  # another one that looks has it for an instant
+        # Another one that looks has it for an instant.
+        for pause_seconds in (0.02, 0.05, 0.13, 0.0):
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -124,22 +137,28 @@ def has_ranks(paths: RunPaths) -> bool:
 
 
 def wait_for_ranks(paths: RunPaths, timeout_seconds: float) -> None:
-    """Until no rank is alive, or for that long: a machine that is out of reach may take its file system's own time."""
+    """Until no rank is alive, or for that long: a machine that is out of reach may take its file
+    system's own time.
+    """
     if paths.ranks_lock_path.exists():
-        waiting = threading.Thread(target=_wait_for_lock, args=(paths.ranks_lock_path, fcntl.LOCK_EX), daemon=True)
+        waiting = threading.Thread(
+            target=_wait_for_lock, args=(paths.ranks_lock_path, fcntl.LOCK_EX), daemon=True
+        )
         waiting.start()
         waiting.join(timeout_seconds)
 
 
 def join_attempt(paths: RunPaths, number: int) -> Lease:
-    """In a rank: what tells others that it is alive. The process ends at once if its launcher is gone, now or later."""
+    """In a rank: what tells others that it is alive. The process ends at once if its launcher is
+    gone, now or later.
+    """
     lock_path = paths.attempt(number).launcher_lock_path
     ranks = Lease(paths.ranks_lock_path)
     fcntl.flock(ranks.fileno(), fcntl.LOCK_SH)
     if _is_free(lock_path):
         print(
-            f"error: nobody holds {lock_path}: `runner launch` is gone, or the locks of this file system do not reach "
-            "from one machine to another (Lustre: mount with `-o flock`)",
+            f"error: nobody holds {lock_path}: `runner launch` is gone, or the locks of this file"
+            " system do not reach from one machine to another (Lustre: mount with `-o flock`)",
             file=sys.stderr,
             flush=True,
         )

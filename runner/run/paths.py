@@ -17,7 +17,9 @@ class RunPaths:
 
     @property
     def recipe_path(self) -> Path:
-        """The resolved recipe, its digest and the content hashes behind it; written by `execute`."""
+        """The resolved recipe, its digest and the content hashes behind it; written by
+        `execute`.
+        """
         return self.run_dir / "recipe.json"
 
     @property
@@ -57,7 +59,9 @@ class RunPaths:
 
     @property
     def tracking_path(self) -> Path:
-        """What experiment trackers must find again in the next attempt: run ids, steps that they were told."""
+        """What experiment trackers must find again in the next attempt: run ids, steps that they
+        were told.
+        """
         return self.run_dir / "tracking.json"
 
     @property
@@ -67,7 +71,9 @@ class RunPaths:
 
     @property
     def predictions_path(self) -> Path:
-        """Per test row: what the base and the tuned model answered, and its scores; only where texts are generated."""
+        """Per test row: what the base and the tuned model answered, and its scores; only where
+        texts are generated.
+        """
         return self.run_dir / "predictions.jsonl"
 
     @property
@@ -139,7 +145,9 @@ class AttemptPaths:
 
     @property
     def launcher_lock_path(self) -> Path:
-        """Locked by the launcher of an attempt on several machines while it may go on; `ranks` says how."""
+        """Locked by the launcher of an attempt on several machines while it may go on; `ranks` says
+        how.
+        """
         return self.attempt_dir / "launcher"
 
     @property
@@ -188,7 +196,9 @@ def content_cache_path(output_root: Path) -> Path:
 
 
 def old_run_dir(run_dir: Path, number: int) -> Path:
-    """Where a run goes that is moved aside; hidden, so that no folder of runs counts it as one of its own."""
+    """Where a run goes that is moved aside; hidden, so that no folder of runs counts it as one of
+    its own.
+    """
     return run_dir.parent / ".old" / f"{run_dir.name}-{number}"
 
 
@@ -215,7 +225,9 @@ class SubmissionPaths:
 
     @property
     def record_path(self) -> Path:
-        """The runs by array index; written before the array is submitted, and with its job number afterwards."""
+        """The runs by array index; written before the array is submitted, and with its job number
+        afterwards.
+        """
         return self.submission_dir / "submission.json"
 
     @property

@@ -1,6 +1,8 @@
-"""Facts of a run as they stand on disk. Nothing here is intent, nothing is guessed; what they mean now is in `status`.
+"""Facts of a run as they stand on disk. Nothing here is intent, nothing is guessed; what they mean
+now is in `status`.
 
-`run.json` holds the attempts and is written by `attempts`; `result.json` is written last by the trainer.
+`run.json` holds the attempts and is written by `attempts`; `result.json` is written last by the
+trainer.
 """
 
 from __future__ import annotations
@@ -19,19 +21,41 @@ from runner.recipe.parse import Recipe
 from runner.recipe.problems import list_texts
 from runner.run.paths import AttemptPaths, RunPaths
 
-FailureKind = Literal["configuration", "data", "out_of_memory", "diverged", "preempted", "transient", "crashed", "lost"]
+FailureKind = Literal[
+    "configuration",
+    "data",
+    "out_of_memory",
+    "diverged",
+    "preempted",
+    "transient",
+    "crashed",
+    "lost",
+]
 # Kinds that happen again when nothing changes: a rerun would only burn device time.
-DETERMINISTIC_KINDS: Final[frozenset[FailureKind]] = frozenset({"configuration", "data", "diverged"})
+DETERMINISTIC_KINDS: Final[frozenset[FailureKind]] = frozenset(
+    {"configuration", "data", "diverged"}
+)
 
-# Of several ranks of one attempt, the first of these knows why. Preempted: the launcher ends the other ranks by TERM
-# when one has failed, which they take for a request to leave.
+# Of several ranks of one attempt, the first of these knows why. Preempted: the launcher ends the
+# other ranks by TERM when one has failed, which they take for a request to leave.
 _MOST_TELLING: Final[tuple[FailureKind, ...]] = (
-    *("diverged", "data", "configuration", "out_of_memory", "transient", "crashed", "preempted", "lost"),
+    *(
+        "diverged",
+        "data",
+        "configuration",
+        "out_of_memory",
+        "transient",
+        "crashed",
+        "preempted",
+        "lost",
+    ),
 )
 
 
 class Fact(BaseModel):
-    """A record on disk: frozen; fields that a newer version added are kept out, missing ones are an error."""
+    """A record on disk: frozen; fields that a newer version added are kept out, missing ones are an
+    error.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -63,7 +87,9 @@ class Failure(Fact):
 
 
 class StopRequest(Fact):
-    """`stop`: asks one attempt to checkpoint at the end of its step and to leave; any shell may write it."""
+    """`stop`: asks one attempt to checkpoint at the end of its step and to leave; any shell may
+    write it.
+    """
 
     attempt: int  # a request to an earlier attempt means nothing to a later one
     why: str
@@ -79,7 +105,9 @@ Moment = Annotated[str, AfterValidator(_require_zone)]  # ISO 8601, UTC
 
 
 class Attempt(Fact):
-    """One `accelerate launch` of a run. An attempt without an end was killed together with its launcher."""
+    """One `accelerate launch` of a run. An attempt without an end was killed together with its
+    launcher.
+    """
 
     number: int
     started_at_utc: Moment
@@ -88,11 +116,14 @@ class Attempt(Fact):
     environment: dict[str, str]
     num_processes: int
     host: str
-    retry: int = 0  # the how-manieth retry in a row this is, by itself; 0: somebody asked for this attempt
+    # The how-manieth retry in a row this is, by itself; 0: somebody asked for this attempt.
+    retry: int = 0
     # What `per_device_*_batch_size` are divided by, after running out of memory.
     micro_batch_divisor: int = Field(default=1, ge=1)
-    cluster_job: str | None = None  # the cluster engine's name for what runs this attempt, such as `slurm 17_3`
-    resume: str = "auto"  # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
+    # The cluster engine's name for what runs this attempt, such as `slurm 17_3`
+    cluster_job: str | None = None
+    # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
+    resume: str = "auto"
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
     git_commit: str | None = None
     git_is_dirty: bool | None = None
@@ -127,7 +158,9 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class SplitScore(Fact):
-    """Negative log-likelihood of one split, summed over all its rows, in nats, and what it was summed over."""
+    """Negative log-likelihood of one split, summed over all its rows, in nats, and what it was
+    summed over.
+    """
 
     num_rows: Count
     num_completion_tokens: Count
@@ -153,12 +186,15 @@ class GenerationScore(Fact):
     num_rows: int
     num_judged: int  # rows with something to judge an answer by
     num_unfinished: int  # texts that reached `max_new_tokens` without an end of turn
-    num_unreadable: int  # texts that are no answer: neither label, no final result; they count as wrong
+    # Texts that are no answer: neither label, no final result; they count as wrong.
+    num_unreadable: int
     metrics: dict[str, float]
 
 
 class TrainResult(Fact):
-    """`result.json`: written last, so its presence with the right digest means that the run is complete."""
+    """`result.json`: written last, so its presence with the right digest means that the run is
+    complete.
+    """
 
     recipe_digest: str
     outcome: Literal["completed"]
@@ -175,14 +211,17 @@ class TrainResult(Fact):
 
 
 class Progress(Fact):
-    """`progress.json`: where the trainer stands; drawn by `sweep` and `status`, never decided upon."""
+    """`progress.json`: where the trainer stands; drawn by `sweep` and `status`, never decided
+    upon.
+    """
 
     phase: Shown
     step: int = 0
     max_steps: int | None = None
     loss: float | None = None
     tokens_per_second: float | None = None  # of the last step
-    seconds_per_step: float | None = None  # by the clock, since this attempt began to train; evaluations count
+    # By the clock, since this attempt began to train; evaluations count.
+    seconds_per_step: float | None = None
 
 
 def now_utc() -> str:
@@ -206,9 +245,11 @@ def load_result(paths: RunPaths) -> TrainResult | None:
 
 
 def load_failure(files: AttemptPaths) -> Failure | None:
-    """What the trainer wrote about the failure of an attempt, or None; the most telling of what its ranks wrote.
+    """What the trainer wrote about the failure of an attempt, or None; the most telling of what its
+    ranks wrote.
 
-    Which one was written first does not count: a rank may see another one go before that one has said why.
+    Which one was written first does not count: a rank may see another one go before that one has
+    said why.
     """
     found = [_load_fact(path, Failure) for path in files.list_failure_paths()]
     return min(
@@ -227,7 +268,9 @@ def load_stop_request(paths: RunPaths) -> StopRequest | None:
 
 
 def load_progress(path: Path) -> Progress | None:
-    """Where an attempt stands; None before its first step, and for a file that a power loss cut off."""
+    """Where an attempt stands; None before its first step, and for a file that a power loss cut
+    off.
+    """
     try:
         return _load_fact(path, Progress)
     except CorruptFileError:
@@ -237,13 +280,16 @@ def load_progress(path: Path) -> Progress | None:
 def load_stored_recipe(paths: RunPaths) -> StoredRecipe | None:
     """The recipe that the run directory was made for, or None while there is none.
 
-    It is shown in terminals as others are, and may come from somebody who has not read it with `parse_recipe`.
+    It is shown in terminals as others are, and may come from somebody who has not read it with
+    `parse_recipe`.
     """
     stored = _load_fact(paths.recipe_path, StoredRecipe)
     texts = list_texts(stored.recipe.model_dump(mode="json")) if stored is not None else ()
     if control := CONTROLS.search("\n".join(texts)):
         character = ascii(control[0])[1:-1]
-        raise CorruptFileError(f"{paths.recipe_path} holds the character {character}, which no recipe may")
+        raise CorruptFileError(
+            f"{paths.recipe_path} holds the character {character}, which no recipe may"
+        )
     return stored
 
 
@@ -254,7 +300,8 @@ def _load_fact(path: Path, kind: type[Loaded]) -> Loaded | None:
     """Raises: CorruptFileError for a file of another shape."""
     try:
         content = path.read_bytes()
-    except FileNotFoundError:  # told from `null` by one look: another process may write the file at any moment
+    # Told from `null` by one look: another process may write the file at any moment.
+    except FileNotFoundError:
         return None
     try:
         return kind.model_validate_json(json.dumps(parse_json(content, path)))

@@ -26,7 +26,9 @@ from runner.sft.startup import find_unused_libraries, hide_libraries
 
 
 def main() -> int:
-    """Train; on failure leave its kind and message in the attempt, which is all that the launch side goes by."""
+    """Train; on failure leave its kind and message in the attempt, which is all that the launch
+    side goes by.
+    """
     if len(sys.argv) != 2:
         print("usage: accelerate launch ... -m runner.sft RUN_DIR", file=sys.stderr)
         return 2
@@ -54,10 +56,11 @@ def main() -> int:
 
 
 def _hold_lease(run_dir: Path) -> Lease | int | None:
-    """The lease of the run: inherited as stdin from the runner, or taken here when the command was typed by hand.
+    """The lease of the run: inherited as stdin from the runner, or taken here when the command was
+    typed by hand.
 
-    What this process executes later (a tracker's daemon, say) must not hold the run when it is over: the lease moves
-    to a descriptor that is closed on exec.
+    What this process executes later (a tracker's daemon, say) must not hold the run when it is
+    over: the lease moves to a descriptor that is closed on exec.
     """
     path = RunPaths(run_dir).lease_path
     if path.exists() and os.path.samestat(os.fstat(sys.stdin.fileno()), path.stat()):
@@ -91,23 +94,31 @@ def _listen(run_dir: Path) -> Preemption:
     """Hear what asks this attempt to leave, before anything heavy is imported."""
     paths = RunPaths(run_dir)
     rank, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    preemption = Preemption(paths, len(load_record(paths).attempts), rank=rank, num_processes=num_processes)
+    preemption = Preemption(
+        paths, len(load_record(paths).attempts), rank=rank, num_processes=num_processes
+    )
     preemption.listen(partial(_record_failure, run_dir))
     return preemption
 
 
 def _record_failure(run_dir: Path, failure: Failure) -> None:
-    """Each rank writes what it saw; the launch side chooses: most ranks only lose the one that knows why."""
+    """Each rank writes what it saw; the launch side chooses: most ranks only lose the one that
+    knows why.
+    """
     paths = RunPaths(run_dir)
     attempts = load_record(paths).attempts
     if not attempts:
         return
     files = paths.attempt(attempts[-1].number)
-    content, failure_path = failure.model_dump(mode="json"), files.failure_path(int(os.environ.get("RANK", "0")))
+    content, failure_path = (
+        failure.model_dump(mode="json"),
+        files.failure_path(int(os.environ.get("RANK", "0"))),
+    )
     try:
         write_json_atomic(failure_path, content)
     except OSError:
-        files.progress_path.unlink(missing_ok=True)  # only drawn; on a full disk it makes room for what counts
+        # Only drawn; on a full disk it makes room for what counts.
+        files.progress_path.unlink(missing_ok=True)
         write_json_atomic(failure_path, content)
 
 

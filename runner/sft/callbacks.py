@@ -1,4 +1,6 @@
-"""When a run evaluates, saves and stops. Each decision is taken once, at the end of a step, from restored state."""
+"""When a run evaluates, saves and stops. Each decision is taken once, at the end of a step, from
+restored state.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from runner.sft.context import RunContext
 
 
 def is_out_of_patience(values: Sequence[float], rule: EarlyStoppingOn) -> bool:
-    """Whether the last `patience` values in a row failed to better the best before them by more than `threshold`.
+    """Whether the last `patience` values in a row failed to better the best before them by more
+    than `threshold`.
 
     A function of the values alone, so patience cannot be lost or doubled by an interruption.
 
@@ -48,7 +51,9 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
         rule = self._recipe.early_stopping
         if not isinstance(rule, EarlyStoppingOn):
             return False
-        return is_out_of_patience([value for _, value in list_evaluations(state.log_history, rule.metric)], rule)
+        return is_out_of_patience(
+            [value for _, value in list_evaluations(state.log_history, rule.metric)], rule
+        )
 
     def best_step(self, state: TrainerState) -> int | None:
         """The step whose weights are the best so far."""
@@ -65,7 +70,9 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
         evaluation, checkpoints = self._recipe.evaluation, self._recipe.checkpoints
         is_last = state.global_step >= state.max_steps
         control.should_log = True
-        control.should_evaluate = is_last or _is_due(evaluation.eval_strategy, evaluation.eval_steps, 1, state)
+        control.should_evaluate = is_last or _is_due(
+            evaluation.eval_strategy, evaluation.eval_steps, 1, state
+        )
         control.should_save = is_last or _is_due(
             checkpoints.save_strategy, checkpoints.save_steps, checkpoints.save_epochs or 1, state
         )
@@ -77,7 +84,9 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
         """Save what is among the best that are kept, and stop when patience is out."""
         if state.global_step > 0:
             checkpoints = self._recipe.checkpoints
-            best_steps = rank_steps(self.evaluations(state), checkpoints.mode)[: checkpoints.keep_best]
+            best_steps = rank_steps(self.evaluations(state), checkpoints.mode)[
+                : checkpoints.keep_best
+            ]
             control.should_save |= state.global_step in best_steps
             if self.is_stopped_early(state):
                 control.should_training_stop = True
@@ -88,8 +97,8 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
 class PreemptionCallback(TrainerCallback):  # type: ignore[misc]
     """Ends the attempt where all ranks agree that it was asked to; comes after `FlowCallback`.
 
-    What is due at that step still happens, in Transformers' order: log, evaluate, save. Asked during an evaluation or
-    a save, the attempt ends right after it.
+    What is due at that step still happens, in Transformers' order: log, evaluate, save. Asked
+    during an evaluation or a save, the attempt ends right after it.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -139,16 +148,18 @@ def format_log_line(*cells: str) -> str:
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     """Tells the launch side, the log and `logs.txt` where training stands and how fast it goes.
 
-    A step's seconds are the time since the last thing that was not training (an evaluation, a checkpoint) or since the
-    step before, until its loss is known: fetching data counts. Its tokens are those of the global batch without
-    padding, as TRL counts them. Nothing waits for the device beyond what reading the loss does.
+    A step's seconds are the time since the last thing that was not training (an evaluation, a
+    checkpoint) or since the step before, until its loss is known: fetching data counts. Its tokens
+    are those of the global batch without padding, as TRL counts them. Nothing waits for the device
+    beyond what reading the loss does.
     """
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._since = time.perf_counter()
         self._num_seen_tokens = 0  # by TRL's count, which goes on where the last attempt left it
-        self._began: tuple[int, float] | None = None  # the step that this attempt went on from, and when
+        # The step that this attempt went on from, and when.
+        self._began: tuple[int, float] | None = None
         self.num_tokens = 0
         self.seconds = 0.0
 
@@ -157,14 +168,18 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         """Over all steps of this attempt, evaluations and checkpoints left out."""
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
+    ) -> None:
         """Head `logs.txt`."""
         counts = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
         self._num_seen_tokens = int(counts[-1]) if counts else 0
         if self._context.is_main:
             self._context.attempt.logs_path.write_text(format_log_line(*LOG_COLUMNS))
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
+    ) -> None:
         """Step 0 has been scored by now."""
         self._since = time.perf_counter()
         self._began = self._began or (state.global_step, self._since)
@@ -200,7 +215,9 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
                 seconds_per_step=(self._since - began) / (state.global_step - first_step),
             )
             self._context.report_progress(progress, is_forced=state.global_step >= state.max_steps)
-        shown = "  ".join(f"{key} {value:.6g}" for key, value in logs.items() if isinstance(value, int | float))
+        shown = "  ".join(
+            f"{key} {value:.6g}" for key, value in logs.items() if isinstance(value, int | float)
+        )
         print(f"step {state.global_step}/{state.max_steps}  {shown}", flush=True)
 
     def _log_step(self, state: TrainerState, logs: Mapping[str, Any]) -> float:

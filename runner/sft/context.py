@@ -1,4 +1,6 @@
-"""What belongs to one run inside the training process: recipe, files, seeds. Nothing of a run stands elsewhere."""
+"""What belongs to one run inside the training process: recipe, files, seeds. Nothing of a run
+stands elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from accelerate.utils import broadcast_object_list
 from runner.checkpoints.commit import restore_run_files
 from runner.checkpoints.remote import Uploader, open_run_folder
 from runner.errors import RefusedError, RunnerError
-from runner.files import append_jsonl, load_jsonl, write_json_atomic, write_json_unsynced, write_jsonl_atomic
+from runner.files import (
+    append_jsonl,
+    load_jsonl,
+    write_json_atomic,
+    write_json_unsynced,
+    write_jsonl_atomic,
+)
 from runner.recipe.identity import build_resume_fingerprint, derive_digest
 from runner.recipe.parse import Recipe
 from runner.run.paths import AttemptPaths, RunPaths
@@ -47,7 +55,8 @@ class RunContext:
 
     @classmethod
     def open(cls, run_dir: Path, preemption: Preemption) -> RunContext:
-        """Read the recipe and check it against its digest and against the processes that were really started.
+        """Read the recipe and check it against its digest and against the processes that were
+        really started.
 
         Raises:
             RefusedError: the run directory is not whole, or the launch does not match it.
@@ -57,18 +66,25 @@ class RunContext:
         if stored is None or not record.attempts:
             raise RefusedError(
                 f"{run_dir} is not a run directory: it needs recipe.json and run.json",
-                hint="runs are made by `runner launch RECIPE` (with `--prepare`, to start them by hand)",
+                hint=(
+                    "runs are made by `runner launch RECIPE` (with `--prepare`, to start them by"
+                    " hand)"
+                ),
             )
         recipe = stored.recipe
         if derive_digest(recipe, stored.contents) != stored.recipe_digest:
-            raise RefusedError(f"{paths.recipe_path} was changed by hand: its digest does not match")
+            raise RefusedError(
+                f"{paths.recipe_path} was changed by hand: its digest does not match"
+            )
         attempt = record.attempts[-1]
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size != attempt.num_processes:
             raise RefusedError(
                 f"{world_size} processes were started, {attempt.num_processes} were asked for",
-                hint=f"check that {recipe.launch.accelerate_config} starts several processes; "
-                "accelerate_configs/cpu.yaml and single_gpu.yaml start one",
+                hint=(
+                    f"check that {recipe.launch.accelerate_config} starts several processes; "
+                    "accelerate_configs/cpu.yaml and single_gpu.yaml start one"
+                ),
             )
         is_main = int(os.environ.get("RANK", "0")) == 0
         return cls(
@@ -112,7 +128,9 @@ class RunContext:
         try:
             yield
         finally:
-            self._phase_seconds[name] = self._phase_seconds.get(name, 0.0) + time.perf_counter() - started
+            self._phase_seconds[name] = (
+                self._phase_seconds.get(name, 0.0) + time.perf_counter() - started
+            )
 
     def report_progress(self, progress: Progress, *, is_forced: bool = False) -> None:
         """Write `progress.json`, at most five times a second."""
@@ -128,7 +146,9 @@ class RunContext:
             write_json_atomic(self.attempt.timing_path, {"phase_seconds": seconds, **measured})
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns on the main process, on every rank; its error is raised on every rank too."""
+        """What `function` returns on the main process, on every rank; its error is raised on every
+        rank too.
+        """
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -154,10 +174,14 @@ class RunContext:
             if last_step is not None:
                 restore_run_files(self.paths, last_step)
             rows = load_jsonl(self.paths.metrics_path) if last_step is not None else []
-            write_jsonl_atomic(self.paths.metrics_path, [row for row in rows if row["step"] <= (last_step or 0)])
+            write_jsonl_atomic(
+                self.paths.metrics_path, [row for row in rows if row["step"] <= (last_step or 0)]
+            )
 
     def uses_cpu(self) -> bool:
-        """Whether the accelerate config asks for the CPU; it alone decides, and the ranks are not told by it."""
+        """Whether the accelerate config asks for the CPU; it alone decides, and the ranks are not
+        told by it.
+        """
         import torch
 
         config = yaml.safe_load(Path(self.recipe.launch.accelerate_config).read_text())

@@ -1,7 +1,8 @@
-"""Scores a model on a split: negative log-likelihood per row, of the completions and of the full text, one forward.
+"""Scores a model on a split: negative log-likelihood per row, of the completions and of the full
+text, one forward.
 
-Sums are exact over rows (`math.fsum`) and count every row once, so a score does not depend on the batch size or on the
-number of processes but for the rounding inside a forward.
+Sums are exact over rows (`math.fsum`) and count every row once, so a score does not depend on the
+batch size or on the number of processes but for the rounding inside a forward.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class RowScore:
-    """One row's sums in nats and what they were summed over; the first token of a row has no prediction."""
+    """One row's sums in nats and what they were summed over; the first token of a row has no
+    prediction.
+    """
 
     row_id: str
     completion_nll_sum: float
@@ -38,7 +41,12 @@ class RowScore:
 
 
 def score_rows(
-    model: torch.nn.Module, rows: Sequence[Row], *, batch_size: int, pad_token_id: int, accelerator: Accelerator
+    model: torch.nn.Module,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    accelerator: Accelerator,
 ) -> list[RowScore]:
     """The score of every row, in the order of `rows`, on every rank.
 
@@ -51,7 +59,9 @@ def score_rows(
     try:
         for indices in share.batches:
             batch = [rows[index] for index in indices]
-            scored += zip(indices, _score_batch(model, batch, pad_token_id, accelerator.device), strict=True)
+            scored += zip(
+                indices, _score_batch(model, batch, pad_token_id, accelerator.device), strict=True
+            )
     finally:
         model.train(was_training)
     return share.gather(scored)
@@ -59,14 +69,18 @@ def score_rows(
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's batches of row indices. The last `num_extra` of them are repeated, and their results dropped."""
+    """One rank's batches of row indices. The last `num_extra` of them are repeated, and their
+    results dropped.
+    """
 
     batches: tuple[tuple[int, ...], ...]
     num_extra: int
     num_rows: int  # of all ranks
 
     def gather(self, results: Sequence[tuple[int, Value]]) -> list[Value]:
-        """`(index, result)` of every rank's batches -> all results in the order of the rows, on every rank."""
+        """`(index, result)` of every rank's batches -> all results in the order of the rows, on
+        every rank.
+        """
         by_index = dict(gather_object(list(results[: len(results) - self.num_extra])))
         assert len(by_index) == self.num_rows, "every row is worked on exactly once"
         return [by_index[index] for index in range(self.num_rows)]
@@ -75,8 +89,8 @@ class Share:
 def share_rows(lengths: Sequence[int], batch_size: int, accelerator: Accelerator) -> Share:
     """Spread rows over the ranks, the longest first, so that batches hold rows of similar length.
 
-    Every rank gets the same number of batches (ZeRO-3 gathers weights in each forward), so short ranks repeat their
-    last row.
+    Every rank gets the same number of batches (ZeRO-3 gathers weights in each forward), so short
+    ranks repeat their last row.
     """
     longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     mine = longest_first[accelerator.process_index :: accelerator.num_processes]
@@ -91,7 +105,9 @@ def _score_batch(
     model: torch.nn.Module, batch: Sequence[Row], pad_token_id: int, device: torch.device
 ) -> list[RowScore]:
     width = max(len(row.input_ids) for row in batch)
-    input_ids = torch.tensor([[*row.input_ids, *[pad_token_id] * (width - len(row.input_ids))] for row in batch])
+    input_ids = torch.tensor(
+        [[*row.input_ids, *[pad_token_id] * (width - len(row.input_ids))] for row in batch]
+    )
     lengths = torch.tensor([len(row.input_ids) for row in batch])
     attention_mask = (torch.arange(width)[None, :] < lengths[:, None]).long()  # (batch, width)
     labels = input_ids.masked_fill(attention_mask == 0, -100)
@@ -108,7 +124,9 @@ def _score_batch(
 
 def _sum_row(row: Row, nll: torch.Tensor) -> RowScore:
     values: list[float] = nll[: len(row.input_ids) - 1].tolist()
-    completion = [values[at - 1] for span in row.spans for at in range(max(span.start, 1), span.end)]
+    completion = [
+        values[at - 1] for span in row.spans for at in range(max(span.start, 1), span.end)
+    ]
     return RowScore(
         row_id=row.row_id,
         completion_nll_sum=math.fsum(completion),

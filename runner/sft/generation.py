@@ -1,7 +1,8 @@
 """Lets a model answer the prompts of a split, greedily, and has the answers judged.
 
-A prompt is what training saw before the last completion of a row, token for token. Rows are spread over the ranks as in
-`evaluate`; each rank judges its own answers, and every rank gets all of them, so all take the same decisions.
+A prompt is what training saw before the last completion of a row, token for token. Rows are spread
+over the ranks as in `evaluate`; each rank judges its own answers, and every rank gets all of them,
+so all take the same decisions.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from runner.sft.evaluate import share_rows
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered to one row. Finished means that it ended its turn before `max_new_tokens`."""
+    """What a model answered to one row. Finished means that it ended its turn before
+    `max_new_tokens`.
+    """
 
     row_id: str
     prediction: str
@@ -60,7 +63,10 @@ def build_prompt(row: Row) -> list[int]:
     if not prompt:
         raise DataError(
             f"row {row.row_id} begins with its completion, so there is nothing to answer",
-            hint="use a chat template that writes a beginning-of-sequence token or a role before each turn",
+            hint=(
+                "use a chat template that writes a beginning-of-sequence token or a role before"
+                " each turn"
+            ),
         )
     return prompt
 
@@ -89,18 +95,24 @@ def generate_answers(
     batch_size: int,
     accelerator: Accelerator,
 ) -> list[Answer]:
-    """The judged answer to every row, in the order of `rows`, on every rank. No random numbers are drawn.
+    """The judged answer to every row, in the order of `rows`, on every rank. No random numbers are
+    drawn.
 
-    Every rank makes the same number of calls, and under ZeRO-3, which gathers weights in each forward, the same number
-    of steps in each: Transformers goes on until the slowest rank is done.
+    Every rank makes the same number of calls, and under ZeRO-3, which gathers weights in each
+    forward, the same number of steps in each: Transformers goes on until the slowest rank is done.
     """
     prompts = [build_prompt(row) for row in rows]
     config = build_generation_config(tokenizer, max_new_tokens)
     share = share_rows([len(prompt) for prompt in prompts], batch_size, accelerator)
     found: list[tuple[int, Answer]] = []
-    with _ready_to_generate(accelerator.unwrap_model(model), config) as generator, open_judge(task) as judge:
+    with (
+        _ready_to_generate(accelerator.unwrap_model(model), config) as generator,
+        open_judge(task) as judge,
+    ):
         for batch in share.batches:
-            texts = _generate_batch(generator, [prompts[index] for index in batch], tokenizer, accelerator.device)
+            texts = _generate_batch(
+                generator, [prompts[index] for index in batch], tokenizer, accelerator.device
+            )
             for index, (text, is_finished) in zip(batch, texts, strict=True):
                 found.append((index, _judge_answer(rows[index], text, is_finished, judge)))
     return share.gather(found)
@@ -112,11 +124,12 @@ def _judge_answer(row: Row, text: str, is_finished: bool, judge: Judge) -> Answe
 
 @contextmanager
 def _ready_to_generate(model: Any, config: GenerationConfig) -> Iterator[Any]:
-    """The model that has `generate`, out of training mode and under no defaults but `config`; restored afterwards.
+    """The model that has `generate`, out of training mode and under no defaults but `config`;
+    restored afterwards.
 
-    Out of training mode, layers neither drop out nor checkpoint activations, and the cache stays on. LoRA's layers are
-    in the model that PEFT wraps. A model's own defaults (a repetition penalty, say) would fill what `config` leaves
-    open.
+    Out of training mode, layers neither drop out nor checkpoint activations, and the cache stays
+    on. LoRA's layers are in the model that PEFT wraps. A model's own defaults (a repetition
+    penalty, say) would fill what `config` leaves open.
     """
     was_training = model.training
     generator = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -134,20 +147,28 @@ def _ready_to_generate(model: Any, config: GenerationConfig) -> Iterator[Any]:
 def _generate_batch(
     generator: Any, prompts: Sequence[Sequence[int]], tokenizer: Any, device: torch.device
 ) -> list[tuple[str, bool]]:
-    """`(text, is_finished)` of each prompt; padded on the left, so that all answers begin at the same place."""
+    """`(text, is_finished)` of each prompt; padded on the left, so that all answers begin at the
+    same place.
+    """
     config = generator.generation_config
     width = max(len(prompt) for prompt in prompts)
     padding = [[config.pad_token_id] * (width - len(prompt)) for prompt in prompts]
-    input_ids = torch.tensor([[*pads, *prompt] for pads, prompt in zip(padding, prompts, strict=True)])
+    input_ids = torch.tensor(
+        [[*pads, *prompt] for pads, prompt in zip(padding, prompts, strict=True)]
+    )
     attention_mask = torch.tensor([[0] * len(pads) + [1] * (width - len(pads)) for pads in padding])
     output = generator.generate(
-        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        generation_config=config,
     )
     return [_read_answer(ids, config.eos_token_id, tokenizer) for ids in output[:, width:].tolist()]
 
 
 def _read_answer(new_ids: list[int], stop_ids: Sequence[int], tokenizer: Any) -> tuple[str, bool]:
-    """The text before the first stop token, without whitespace around it, and whether there is one."""
+    """The text before the first stop token, without whitespace around it, and whether there is
+    one.
+    """
     end = next((at for at, token in enumerate(new_ids) if token in stop_ids), None)
     text: str = tokenizer.decode(new_ids[:end], skip_special_tokens=True)
     return text.strip(), end is not None
@@ -166,9 +187,16 @@ def score_answers(task: AnyTask, answers: Sequence[Answer]) -> GenerationScore:
 
 
 def write_answers(path: Path, by_model: Mapping[str, Sequence[Answer]]) -> None:
-    """`predictions.jsonl`: the answers of each model, `base` or `tuned`, in the order of the split."""
+    """`predictions.jsonl`: the answers of each model, `base` or `tuned`, in the order of the
+    split.
+    """
     write_jsonl_atomic(
-        path, [{"model": model, **answer.as_json()} for model, answers in by_model.items() for answer in answers]
+        path,
+        [
+            {"model": model, **answer.as_json()}
+            for model, answers in by_model.items()
+            for answer in answers
+        ],
     )
 
 
@@ -191,12 +219,15 @@ def refuse_what_cannot_be_judged(recipe: Recipe, samples: Samples) -> None:
     """Find out before training whether the rows allow what the recipe asks of generation.
 
     Raises:
-        DataError: a row has no prompt, or a metric that selects is not defined on the validation rows.
+        DataError: a row has no prompt, or a metric that selects is not defined on the validation
+            rows.
     """
     generation, task = recipe.evaluation.generation, recipe.data.task
     if not isinstance(generation, GenerationOn):
         return
-    validation = samples.validation.rows[: generation.num_samples] if generation.during_training else ()
+    validation = (
+        samples.validation.rows[: generation.num_samples] if generation.during_training else ()
+    )
     for row in (*samples.test.rows[: generation.num_samples], *validation):
         build_prompt(row)
     selecting = {recipe.checkpoints.metric}
@@ -204,10 +235,12 @@ def refuse_what_cannot_be_judged(recipe: Recipe, samples: Samples) -> None:
         selecting.add(recipe.early_stopping.metric)
     if generated := selecting & set(task.METRICS):
         with open_judge(task) as judge:
-            defined = summarise(task, [(row.references, judge("", row.references)) for row in validation])
+            defined = summarise(
+                task, [(row.references, judge("", row.references)) for row in validation]
+            )
         if missing := sorted(generated - set(defined)):
             raise DataError(
-                f"no validation row can be judged by {', '.join(f'`{name}`' for name in missing)}, which chooses the "
-                "best checkpoint or stops training",
+                f"no validation row can be judged by {', '.join(f'`{name}`' for name in missing)},"
+                " which chooses the best checkpoint or stops training",
                 hint="choose another metric, or validation rows that have what it needs",
             )

@@ -1,4 +1,6 @@
-"""The order of training rows: a pure function of seed and epoch, the same for any number of processes."""
+"""The order of training rows: a pure function of seed and epoch, the same for any number of
+processes.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,16 @@ from typing import Final, Literal
 
 from torch.utils.data import Sampler
 
-_BATCHES_PER_POOL: Final = 8  # rows of similar length are gathered from pools of this many global batches
+# Rows of similar length are gathered from pools of this many global batches.
+_BATCHES_PER_POOL: Final = 8
 
 
 class EpochSampler(Sampler[int]):
     """Row indices of one epoch; `epoch` is set before each epoch begins.
 
-    The order depends on nothing that a kill could lose (no global random state), so a resumed epoch is the same epoch.
-    The last `num_padding` indices are rows without labels that fill up the last batch of several processes.
+    The order depends on nothing that a kill could lose (no global random state), so a resumed epoch
+    is the same epoch. The last `num_padding` indices are rows without labels that fill up the last
+    batch of several processes.
     """
 
     def __init__(
@@ -58,8 +62,9 @@ def order_rows(
 ) -> list[int]:
     """A permutation of the rows.
 
-    `group_by_length` shuffles, sorts pools of 8 global batches by length, and shuffles the batches, so batches hold
-    rows of similar length in an order that says nothing about length. The incomplete batch, if any, stays last.
+    `group_by_length` shuffles, sorts pools of 8 global batches by length, and shuffles the batches,
+    so batches hold rows of similar length in an order that says nothing about length. The
+    incomplete batch, if any, stays last.
     """
     order = list(range(len(lengths)))
     if strategy == "sequential":
@@ -72,7 +77,9 @@ def order_rows(
     batches: list[list[int]] = []
     for start in range(0, len(order), pool_size):
         pool = sorted(order[start : start + pool_size], key=lambda row: lengths[row])
-        batches += [pool[at : at + global_batch_size] for at in range(0, len(pool), global_batch_size)]
+        batches += [
+            pool[at : at + global_batch_size] for at in range(0, len(pool), global_batch_size)
+        ]
     incomplete = [batches.pop()] if len(batches[-1]) < global_batch_size else []
     generator.shuffle(batches)
     return [row for batch in [*batches, *incomplete] for row in batch]

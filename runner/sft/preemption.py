@@ -1,9 +1,9 @@
 """What asks an attempt to leave, and when it does: TERM, INT or USR1 to any rank, or the stop file.
 
-Inside training, all ranks agree at the end of a step, checkpoint, and leave together. Outside of it (loading, scores of
-the base, final scores, export, uploads) there is nothing that the next attempt would not do again, so a rank leaves at
-once, also while its main thread is inside a library. Imports neither torch nor transformers: it listens before they
-are loaded.
+Inside training, all ranks agree at the end of a step, checkpoint, and leave together. Outside of it
+(loading, scores of the base, final scores, export, uploads) there is nothing that the next attempt
+would not do again, so a rank leaves at once, also while its main thread is inside a library.
+Imports neither torch nor transformers: it listens before they are loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _LOOK_MILLISECONDS: Final = 500  # between two looks for the stop file, or for a
 class Preemption:
     """Asked or not, and whether training is under way; one per rank."""
 
-    def __init__(self, paths: RunPaths, attempt: int, *, rank: int = 0, num_processes: int = 1) -> None:
+    def __init__(
+        self, paths: RunPaths, attempt: int, *, rank: int = 0, num_processes: int = 1
+    ) -> None:
         self._paths, self._attempt = paths, attempt
         self._rank, self._num_processes = rank, num_processes
         self._lock = threading.Lock()
@@ -36,7 +38,8 @@ class Preemption:
         self._agreed_on: str | None = None  # all ranks
         self._is_training = False
         self._is_ignored = False
-        self.needs_peers = num_processes > 1  # False once the other ranks may have finished before this one
+        # False once the other ranks may have finished before this one.
+        self.needs_peers = num_processes > 1
 
     def listen(self, record: Callable[[Failure], None]) -> None:
         """From now on; `record` writes a failure down, right before the process ends."""
@@ -46,7 +49,9 @@ class Preemption:
                 signal.signal(number, _stay)
         signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_stop_listening)
-        threading.Thread(target=self._watch, args=(readable, record), name="preemption", daemon=True).start()
+        threading.Thread(
+            target=self._watch, args=(readable, record), name="preemption", daemon=True
+        ).start()
 
     def begin_training(self) -> None:
         """From now on there is a step to finish first."""
@@ -54,7 +59,8 @@ class Preemption:
             self._is_training = True
 
     def end_training(self, step: int) -> None:
-        """Leave where that was agreed on; training that has come to its own end leaves too, and is scored next time.
+        """Leave where that was agreed on; training that has come to its own end leaves too, and is
+        scored next time.
 
         Raises:
             PreemptedError: the attempt is over.
@@ -66,9 +72,15 @@ class Preemption:
             raise PreemptedError(f"{why}: left at step {step}, which is saved")
 
     def agree(self, device: Any) -> bool:
-        """Whether the attempt ends here, the same answer on every rank; all of them must ask at the same point."""
+        """Whether the attempt ends here, the same answer on every rank; all of them must ask at the
+        same point.
+        """
         if self._agreed_on is None:
-            self._agreed_on = self._asked_by if self._num_processes == 1 else _agree_on_first(self._asked_by, device)
+            self._agreed_on = (
+                self._asked_by
+                if self._num_processes == 1
+                else _agree_on_first(self._asked_by, device)
+            )
         return self._agreed_on is not None
 
     def ignore(self) -> None:
@@ -77,7 +89,9 @@ class Preemption:
             self._is_ignored = True
 
     def has_lost_peer(self) -> bool:
-        """Whether another rank on this machine is gone: then the launcher sends TERM to the rest, as if to ask them."""
+        """Whether another rank on this machine is gone: then the launcher sends TERM to the rest,
+        as if to ask them.
+        """
         return self.needs_peers and has_lost_sibling(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def _watch(self, readable: int, record: Callable[[Failure], None]) -> None:
@@ -85,7 +99,11 @@ class Preemption:
         poll.register(readable, select.POLLIN)
         while True:
             if poll.poll(_LOOK_MILLISECONDS):
-                names = [signal.Signals(number).name for number in os.read(readable, 64) if number in SIGNALS]
+                names = [
+                    signal.Signals(number).name
+                    for number in os.read(readable, 64)
+                    if number in SIGNALS
+                ]
                 if names and self._asked_by is None:
                     self._asked_by = f"{names[0]} on rank {self._rank}"
             elif self._asked_by is None and self._rank == 0:
@@ -100,15 +118,25 @@ class Preemption:
             if self._agreed_on is not None or self._is_ignored:
                 return
             if self.has_lost_peer():  # in training too: a collective may never end
-                _leave(record, Failure(kind="lost", message="another rank vanished without a word", has_lost_peer=True))
+                _leave(
+                    record,
+                    Failure(
+                        kind="lost",
+                        message="another rank vanished without a word",
+                        has_lost_peer=True,
+                    ),
+                )
             if not self._is_training:
-                os.write(2, f"leaving: {why}\n".encode())  # the main thread may hold the lock of a stream
+                # The main thread may hold the lock of a stream.
+                os.write(2, f"leaving: {why}\n".encode())
                 message = f"{why}: left outside training, nothing was to be saved"
                 _leave(record, Failure(kind="preempted", message=message))
 
 
 def _leave(record: Callable[[Failure], None], failure: Failure) -> None:
-    """End the process, whether or not there is room for the reason: nobody would listen any more."""
+    """End the process, whether or not there is room for the reason: nobody would listen any
+    more.
+    """
     try:
         record(failure)
     finally:
@@ -133,7 +161,9 @@ def _stay(number: int, frame: FrameType | None) -> None:
 
 
 def _stop_listening() -> None:
-    """In a forked child, such as a data loader's worker: its signals are its own, and not the trainer's."""
+    """In a forked child, such as a data loader's worker: its signals are its own, and not the
+    trainer's.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)

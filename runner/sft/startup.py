@@ -1,12 +1,15 @@
-"""Removes the lock that a killed compilation of a DeepSpeed extension leaves behind, for which every later start waits.
+"""Removes the lock that a killed compilation of a DeepSpeed extension leaves behind, for which
+every later start waits.
 
-torch's `FileBaton` is a file named `lock` in the extension's build folder. Who compiles has made it (`O_EXCL`) and has
-it open all that time, and no child inherits that; who finds it waits until it is gone, for ever if its maker is dead.
+torch's `FileBaton` is a file named `lock` in the extension's build folder. Who compiles has made it
+(`O_EXCL`) and has it open all that time, and no child inherits that; who finds it waits until it is
+gone, for ever if its maker is dead.
 
 Keeps libraries out of a training process that has no use for them.
 
-TRL imports Weights & Biases, and PEFT bitsandbytes (with torch's compiler behind it), whenever they are installed.
-Together they are a fourth of the processor time that a run's imports take (`python -X importtime`).
+TRL imports Weights & Biases, and PEFT bitsandbytes (with torch's compiler behind it), whenever they
+are installed. Together they are a fourth of the processor time that a run's imports take (`python
+-X importtime`).
 """
 
 from __future__ import annotations
@@ -28,16 +31,22 @@ from huggingface_hub import try_to_load_from_cache
 
 from runner.recipe.parse import Recipe
 
-# Where the kernel of this machine knows everybody who has a file open. Elsewhere it may know of this machine alone.
-_LOCAL_FILE_SYSTEMS: Final = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
+# Where the kernel of this machine knows everybody who has a file open. Elsewhere it may know of
+# this machine alone.
+_LOCAL_FILE_SYSTEMS: Final = frozenset(
+    {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
+)
 _ORPHAN_SECONDS: Final = 120.0
-_MINIMAL_AGE_SECONDS: Final = 1.0  # a maker that was just creating it may not be counted as having it open yet
+# A maker that was just creating it may not be counted as having it open yet.
+_MINIMAL_AGE_SECONDS: Final = 1.0
 
 
 def remove_stale_build_locks() -> None:
-    """Before DeepSpeed compiles or loads anything: remove what a killed process left, and say what had to stay.
+    """Before DeepSpeed compiles or loads anything: remove what a killed process left, and say what
+    had to stay.
 
-    Does nothing without DeepSpeed (accelerate's own sign for it), and nothing to folders of other extensions.
+    Does nothing without DeepSpeed (accelerate's own sign for it), and nothing to folders of other
+    extensions.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return
@@ -60,21 +69,27 @@ def list_build_folders(names: Iterable[str]) -> list[Path]:
 
 
 def remove_stale_lock(folder: Path) -> str | None:
-    """Remove the lock of a build folder if nobody compiles there; a line for the log, None where there is no lock.
+    """Remove the lock of a build folder if nobody compiles there; a line for the log, None where
+    there is no lock.
 
-    That nobody has it open is asked of the kernel: it grants a write lease (`fcntl(2)`, F_SETLEASE) only on a file that
-    nobody else has open, processes of other users and of other containers counted. A lock that cannot be judged stays:
-    on a network file system, of another user, or if what its maker had started still compiles after two minutes.
+    That nobody has it open is asked of the kernel: it grants a write lease (`fcntl(2)`, F_SETLEASE)
+    only on a file that nobody else has open, processes of other users and of other containers
+    counted. A lock that cannot be judged stays: on a network file system, of another user, or if
+    what its maker had started still compiles after two minutes.
     """
     path = folder / "lock"
     if not path.exists():
         return None
     if (kind := find_file_system(path)) not in _LOCAL_FILE_SYSTEMS:
-        return _say_stays(path, f"it lies on {kind or 'an unknown file system'}, where another machine may have it")
+        return _say_stays(
+            path,
+            f"it lies on {kind or 'an unknown file system'}, where another machine may have it",
+        )
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        # One at a time, so that nobody removes a lock made since its look. The others wait here, not for the lock: who
-        # waits for that takes the extension for compiled as soon as it is gone.
+        # One at a time, so that nobody removes a lock made since its look. The others wait here,
+        # not for the lock: who waits for that takes the extension for compiled as soon as it is
+        # gone.
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         return _remove_if_nobody_has_it(path)
     except FileNotFoundError:
@@ -86,7 +101,9 @@ def remove_stale_lock(folder: Path) -> str | None:
 
 
 def _say_stays(path: Path, reason: str) -> str:
-    return f"{path} stays: {reason}; if nobody compiles there, remove it, or DeepSpeed waits for ever"
+    return (
+        f"{path} stays: {reason}; if nobody compiles there, remove it, or DeepSpeed waits for ever"
+    )
 
 
 def _remove_if_nobody_has_it(path: Path) -> str:
@@ -108,8 +125,11 @@ def _remove_if_nobody_has_it(path: Path) -> str:
 
 
 def _is_ours_alone(descriptor: int) -> bool:
-    """Whether nobody else has the file open; nobody opens it, either, until the descriptor is closed."""
-    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)  # who wants it is announced; SIGIO would end this process
+    """Whether nobody else has the file open; nobody opens it, either, until the descriptor is
+    closed.
+    """
+    # Who wants it is announced; SIGIO would end this process.
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except BlockingIOError:
@@ -122,14 +142,18 @@ def find_file_system(path: Path) -> str | None:
     real, found = path.resolve(), (0, "")
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields, _, source = line.partition(" - ")
-        point = Path(fields.split(" ")[4].encode().decode("unicode_escape"))  # \040 stands for a space
+        # \040 stands for a space
+        point = Path(fields.split(" ")[4].encode().decode("unicode_escape"))
         if real.is_relative_to(point):
-            found = max((len(point.parts), source.split(" ")[0]), found, key=lambda one: one[0])  # the later of equals
+            # The later of equals.
+            found = max((len(point.parts), source.split(" ")[0]), found, key=lambda one: one[0])
     return found[1] or None
 
 
 def _wait_for_orphans(folder: Path) -> int | None:
-    """Wait for what a killed maker had started (ninja, compilers: they run in the folder); one that has not ended."""
+    """Wait for what a killed maker had started (ninja, compilers: they run in the folder); one that
+    has not ended.
+    """
     deadline = time.monotonic() + _ORPHAN_SECONDS
     while orphans := _list_processes_in(folder):
         for pid in orphans:
@@ -153,12 +177,23 @@ def _list_processes_in(folder: Path) -> list[int]:
 
 
 # Every other optimizer of Transformers is taken to need bitsandbytes.
-_TORCH_OPTIMIZERS: Final = (None, "adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd")
+_TORCH_OPTIMIZERS: Final = (
+    None,
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adafactor",
+    "adagrad",
+    "rmsprop",
+    "sgd",
+)
 
 
 def find_unused_libraries(recipe: Recipe) -> list[str]:
     """Which of them the recipe has no use for."""
-    is_used = {"wandb": "wandb" in recipe.tracking.report_to, "bitsandbytes": _uses_bitsandbytes(recipe)}
+    is_used = {
+        "wandb": "wandb" in recipe.tracking.report_to,
+        "bitsandbytes": _uses_bitsandbytes(recipe),
+    }
     return [name for name, used in is_used.items() if not used]
 
 
@@ -181,7 +216,9 @@ def _uses_bitsandbytes(recipe: Recipe) -> bool:
 
 
 def _may_be_quantized(path: str, revision: str | None) -> bool:
-    """Whether the base model's own configuration asks for quantised weights; also True where it is not here yet."""
+    """Whether the base model's own configuration asks for quantised weights; also True where it is
+    not here yet.
+    """
     config_path = Path(path) / "config.json"
     if not Path(path).is_dir():
         try:

@@ -1,8 +1,10 @@
-"""Experiment trackers: what they are told, how one tracked run spans all attempts, and that they never stop training.
+"""Experiment trackers: what they are told, how one tracked run spans all attempts, and that they
+never stop training.
 
-TensorBoard and Weights & Biases are driven here, because Transformers' callbacks would start another run with every
-attempt and upload other weights than those that the runner commits and exports; every other tracker gets Transformers'
-own callback. Trackers live on the main process only.
+TensorBoard and Weights & Biases are driven here, because Transformers' callbacks would start
+another run with every attempt and upload other weights than those that the runner commits and
+exports; every other tracker gets Transformers' own callback. Trackers live on the main process
+only.
 
 One Weights & Biases run per run of ours, across attempts: its id is kept in `tracking.json`.
 """
@@ -27,20 +29,31 @@ MAX_FAILURES_IN_A_ROW: Final = 3
 
 
 def describe_run(context: RunContext) -> dict[str, Any]:
-    """What trackers show as the configuration of a run: its recipe, which holds no secrets, and its identity."""
+    """What trackers show as the configuration of a run: its recipe, which holds no secrets, and its
+    identity.
+    """
     recipe = context.recipe.model_dump(mode="json")
     run = recipe.pop("run")
-    return {**recipe, "grid": run["grid"], "axes": run["axes"], "recipe_digest": context.recipe_digest}
+    return {
+        **recipe,
+        "grid": run["grid"],
+        "axes": run["axes"],
+        "recipe_digest": context.recipe_digest,
+    }
 
 
 def rewrite_names(logs: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a log under the names that Transformers gives them: `train/loss`, `eval/nll_per_token`."""
+    """The numbers of a log under the names that Transformers gives them: `train/loss`,
+    `eval/nll_per_token`.
+    """
     numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
     return dict(integration_utils.rewrite_logs(numbers))
 
 
 class TensorBoardRun(TrainerCallback):  # type: ignore[misc]
-    """Event files in `tensorboard/`; an attempt that resumes hides what was written after its checkpoint."""
+    """Event files in `tensorboard/`; an attempt that resumes hides what was written after its
+    checkpoint.
+    """
 
     def __init__(self, context: RunContext, resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -48,11 +61,19 @@ class TensorBoardRun(TrainerCallback):  # type: ignore[misc]
         first_step = 0 if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(context.paths.tensorboard_dir), purge_step=first_step)
         if resume_step is None:
-            lines = "".join(f"    {line}\n" for line in context.recipe.model_dump_json(indent=2).splitlines())
+            lines = "".join(
+                f"    {line}\n" for line in context.recipe.model_dump_json(indent=2).splitlines()
+            )
             self._writer.add_text("recipe", lines, 0)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: Any, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: Any,
+        **_: Any,
     ) -> None:
         """Written and flushed at once, so that a killed run loses nothing."""
         for name, value in rewrite_names(logs).items():
@@ -67,8 +88,8 @@ class TensorBoardRun(TrainerCallback):  # type: ignore[misc]
 class Trackers(TrainerCallback):  # type: ignore[misc]
     """All trackers of a run behind one fence: what they raise is a warning, and the run goes on.
 
-    They are told every `tracking.log_steps`-th step and every evaluation; Transformers' closing summary is left out,
-    because it describes an attempt and not the run.
+    They are told every `tracking.log_steps`-th step and every evaluation; Transformers' closing
+    summary is left out, because it describes an attempt and not the run.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -77,7 +98,8 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
         self._num_failures: dict[str, int] = {}
 
     def open(self, resume_step: int | None) -> None:
-        """Start every tracker that the recipe names, before `metrics.jsonl` is cut back to `resume_step`.
+        """Start every tracker that the recipe names, before `metrics.jsonl` is cut back to
+        `resume_step`.
 
         Raises:
             RunnerError: a tracker is not installed or refuses its configuration.
@@ -130,11 +152,21 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
         self._tell_all("on_train_begin", *args, **kwargs)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Passed on for the steps that the recipe asks for and for every evaluation."""
         if "loss" in logs:
-            told = dict(logs) if state.global_step % self._context.recipe.tracking.log_steps == 0 else {}
+            told = (
+                dict(logs)
+                if state.global_step % self._context.recipe.tracking.log_steps == 0
+                else {}
+            )
         else:
             told = {name: value for name, value in logs.items() if name.startswith("eval_")}
         if told:
@@ -144,8 +176,12 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
         """Passed on."""
         self._tell_all("on_evaluate", *args, **kwargs)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Only Weights & Biases hears of a checkpoint: the others would look for it where Transformers left it."""
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Only Weights & Biases hears of a checkpoint: the others would look for it where
+        Transformers left it.
+        """
         self._tell("wandb", "log_checkpoint", state.global_step)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
@@ -165,7 +201,9 @@ def open_trackers(context: RunContext, resume_step: int | None) -> Trackers:
 
 
 def read_sent_steps(context: RunContext) -> dict[str, int]:
-    """`"loss" and "eval" -> the last step` that `metrics.jsonl` holds, -1 for none: trackers were told those."""
+    """`"loss" and "eval" -> the last step` that `metrics.jsonl` holds, -1 for none: trackers were
+    told those.
+    """
     rows = load_jsonl(context.paths.metrics_path)
     last = {"loss": -1, "eval": -1}
     for row in rows:
@@ -185,18 +223,18 @@ def write_tracking(path: Path, tracker: str, facts: Mapping[str, Any]) -> None:
     write_json_atomic(path, {**load_tracking(path), tracker: dict(facts)})
 
 
-# Seconds to wait for uploads in the end (the result is written by then, and what is not uploaded stays in `wandb/`),
-# and between two writes of the run's file: what came since is lost when the process is killed. Older versions have
-# neither.
+# Seconds to wait for uploads in the end (the result is written by then, and what is not uploaded
+# stays in `wandb/`), and between two writes of the run's file: what came since is lost when the
+# process is killed. Older versions have neither.
 _SETTINGS: Final = {"finish_timeout": 600.0, "x_transaction_log_flush_interval": 1.0}
 
 
 class WandbRun(TrainerCallback):  # type: ignore[misc]
     """Sends each step and each evaluation once.
 
-    Weights & Biases cannot take back what it was sent, so the steps that an attempt repeats after its checkpoint are
-    left out: on the CPU they are the same to the bit, elsewhere the first telling stays. What it was told in the last
-    second before a kill may be missing there.
+    Weights & Biases cannot take back what it was sent, so the steps that an attempt repeats after
+    its checkpoint are left out: on the CPU they are the same to the bit, elsewhere the first
+    telling stays. What it was told in the last second before a kill may be missing there.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -231,20 +269,33 @@ class WandbRun(TrainerCallback):  # type: ignore[misc]
                 dir=str(self._context.paths.run_dir),
                 settings=wandb.Settings(
                     console="off",  # the attempt's log.txt holds what is printed
-                    **{name: value for name, value in _SETTINGS.items() if name in wandb.Settings.model_fields},
+                    **{
+                        name: value
+                        for name, value in _SETTINGS.items()
+                        if name in wandb.Settings.model_fields
+                    },
                 ),
             )
         except (AuthenticationError, UsageError) as error:
             raise RunnerError(
                 f"Weights & Biases refuses to start: {error}",
-                hint="run `wandb login`, set WANDB_API_KEY or WANDB_MODE=offline, or launch with tracking.report_to=[]",
+                hint=(
+                    "run `wandb login`, set WANDB_API_KEY or WANDB_MODE=offline, or launch with"
+                    " tracking.report_to=[]"
+                ),
             ) from error
         run.define_metric("train/global_step")
         run.define_metric("*", step_metric="train/global_step", step_sync=True)
         return run
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: Any,
+        **_: Any,
     ) -> None:
         """Watch the weights that the trainer was given."""
         if self._tracking.watch != "none":
@@ -256,7 +307,13 @@ class WandbRun(TrainerCallback):  # type: ignore[misc]
             self._run.unwatch(model)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, logs: Any, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: Any,
+        **_: Any,
     ) -> None:
         """One row of the run's history."""
         if state.global_step > self._sent["loss" if "loss" in logs else "eval"]:
@@ -265,10 +322,14 @@ class WandbRun(TrainerCallback):  # type: ignore[misc]
     def log_checkpoint(self, step: int) -> None:
         """Upload a committed checkpoint where the recipe asks for it."""
         if self._tracking.log_model == "checkpoint":
-            self._log_model(self._context.paths.checkpoint_dir(step), [f"step-{step}"], {"step": step})
+            self._log_model(
+                self._context.paths.checkpoint_dir(step), [f"step-{step}"], {"step": step}
+            )
 
     def finish(self, result: TrainResult) -> None:
-        """Upload the exported model where the recipe asks for it, record the result, and wait for the uploads."""
+        """Upload the exported model where the recipe asks for it, record the result, and wait for
+        the uploads.
+        """
         scores = {
             f"{split}/{model}_{name}": getattr(score, name)
             for model, split_scores in (("base", result.base), ("tuned", result.tuned))
@@ -277,7 +338,9 @@ class WandbRun(TrainerCallback):  # type: ignore[misc]
         }
         for model, answers in result.generation.items():
             scores |= {f"test/{model}_{name}": value for name, value in answers.metrics.items()}
-        self._run.summary.update({**scores, "best_step": result.best_step, "stop_reason": result.stop_reason})
+        self._run.summary.update(
+            {**scores, "best_step": result.best_step, "stop_reason": result.stop_reason}
+        )
         if self._tracking.log_model != "none":
             metadata = {"step": result.best_step, result.metric: result.best_metric}
             self._log_model(self._context.paths.model_dir, ["best"], metadata)
@@ -286,6 +349,9 @@ class WandbRun(TrainerCallback):  # type: ignore[misc]
     def _log_model(self, folder: Path, aliases: list[str], metadata: dict[str, Any]) -> None:
         import wandb
 
-        artifact = wandb.Artifact(f"model-{self._context.recipe.run.name}", type="model", metadata=metadata)
-        artifact.add_dir(str(folder))  # copied at once: the folder may be pruned before it is uploaded
+        artifact = wandb.Artifact(
+            f"model-{self._context.recipe.run.name}", type="model", metadata=metadata
+        )
+        # Copied at once: the folder may be pruned before it is uploaded.
+        artifact.add_dir(str(folder))
         self._run.log_artifact(artifact, aliases=aliases)

@@ -1,4 +1,6 @@
-"""One attempt, top to bottom: recipe, tokenizer, rows, model, training, best weights, scores, export, result."""
+"""One attempt, top to bottom: recipe, tokenizer, rows, model, training, best weights, scores,
+export, result.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ from runner.model.weights import (
 from runner.recipe.trackers import require_trackers
 from runner.run.record import GenerationScore, SplitScore, TrainResult
 from runner.sft.context import RunContext
-from runner.sft.generation import Answer, load_answers, refuse_what_cannot_be_judged, score_answers, write_answers
+from runner.sft.generation import (
+    Answer,
+    load_answers,
+    refuse_what_cannot_be_judged,
+    score_answers,
+    write_answers,
+)
 from runner.sft.preemption import Preemption
 from runner.sft.startup import remove_stale_build_locks
 from runner.sft.tracking import open_trackers
@@ -44,7 +52,8 @@ def train(run_dir: Path, preemption: Preemption) -> None:
     with context.phase("loading"):
         require_trackers(recipe)
         remove_stale_build_locks()  # before the arguments, which load DeepSpeed's first extension
-        args = build_training_args(context)  # before the model: ZeRO-3 partitions weights while they load
+        # Before the model: ZeRO-3 partitions weights while they load.
+        args = build_training_args(context)
         context.on_main(context.open_uploader)
         tokenizer = load_tokenizer(recipe.model)
         samples = build_samples(recipe.data, tokenizer)
@@ -64,7 +73,8 @@ def train(run_dir: Path, preemption: Preemption) -> None:
         )
         if context.uploader is not None:
             context.uploader.start()
-        trackers = open_trackers(context, resume_step)  # before the model, which takes long, and the cut
+        # Before the model, which takes long, and the cut.
+        trackers = open_trackers(context, resume_step)
         context.truncate_metrics(resume_step)
         model = load_model(recipe, tokenizer)
         trainer = RunTrainer(context, args, model, tokenizer, samples, trackers)
@@ -74,9 +84,14 @@ def train(run_dir: Path, preemption: Preemption) -> None:
             write_json_atomic(context.attempt.training_args_path, json.loads(text))
 
     first_step = resume_step or 0
-    print(f"resuming from step {resume_step}" if resume_step is not None else "starting at step 0", flush=True)
+    print(
+        f"resuming from step {resume_step}" if resume_step is not None else "starting at step 0",
+        flush=True,
+    )
     with context.phase("training"):
-        trainer.train(resume_from_checkpoint=str(paths.checkpoint_dir(first_step)) if first_step else None)
+        trainer.train(
+            resume_from_checkpoint=str(paths.checkpoint_dir(first_step)) if first_step else None
+        )
     num_steps = trainer.state.global_step
     preemption.end_training(num_steps)  # Transformers returns as if it had finished
     with context.phase("evaluating best"):
@@ -97,11 +112,16 @@ def train(run_dir: Path, preemption: Preemption) -> None:
     if context.is_main:
         write_json_atomic(paths.result_path, result.model_dump(mode="json"))
     trackers.finish(result)  # an upload that hangs costs nothing of the run
-    print(f"completed at step {num_steps} by {result.stop_reason}, best step {result.best_step}", flush=True)
+    print(
+        f"completed at step {num_steps} by {result.stop_reason}, best step {result.best_step}",
+        flush=True,
+    )
 
 
 def score_best(context: RunContext, trainer: RunTrainer) -> TrainResult:
-    """Load the best weights and score them on both splits; the base's scores were recorded at step 0."""
+    """Load the best weights and score them on both splits; the base's scores were recorded at step
+    0.
+    """
     recipe, state = context.recipe, trainer.state
     best_step = trainer.flow.best_step(state)
     assert best_step is not None, "the last step is always evaluated"
@@ -110,11 +130,15 @@ def score_best(context: RunContext, trainer: RunTrainer) -> TrainResult:
     limit = "max_steps" if recipe.training.max_steps is not None else "num_train_epochs"
     trainer.load_weights_of(best_step)
     validation = trainer.score_validation_of(best_step)
-    context.on_main(lambda: verify_score(validation, load_jsonl(context.paths.metrics_path), best_step))
+    context.on_main(
+        lambda: verify_score(validation, load_jsonl(context.paths.metrics_path), best_step)
+    )
     test, test_rows = trainer.score("test")
     base = context.on_main(lambda: _load_base_scores(context))
     if context.is_main:
-        base_rows = [row for row in load_jsonl(context.paths.eval_rows_path) if row["model"] == "base"]
+        base_rows = [
+            row for row in load_jsonl(context.paths.eval_rows_path) if row["model"] == "base"
+        ]
         tuned_rows = [{"model": "tuned", **row.as_json()} for row in test_rows]
         write_jsonl_atomic(context.paths.eval_rows_path, [*base_rows, *tuned_rows])
     answers = trainer.answer("test")
@@ -146,22 +170,31 @@ def _record_answers(context: RunContext, answers: list[Answer]) -> dict[str, Gen
     path = context.paths.predictions_path
     by_model = {"base": load_answers(path, "base"), "tuned": answers}
     write_answers(path, by_model)
-    return {model: score_answers(context.recipe.data.task, found) for model, found in by_model.items() if found}
+    return {
+        model: score_answers(context.recipe.data.task, found)
+        for model, found in by_model.items()
+        if found
+    }
 
 
 def export_model(
     context: RunContext, trainer: RunTrainer, tokenizer: Any, best_step: int, preemption: Preemption
 ) -> None:
-    """Write the weights in memory, those of `best_step`, to `model/`: saved beside it, checked, then renamed."""
+    """Write the weights in memory, those of `best_step`, to `model/`: saved beside it, checked,
+    then renamed.
+    """
     partial_dir, model_dir = context.paths.model_partial_dir, context.paths.model_dir
     if context.is_main:
         for leftover in (partial_dir, model_dir):  # of an attempt that was killed before its result
             shutil.rmtree(leftover, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.model.config.use_cache = True  # switched off by Transformers for the training, and saved like that
+    # Switched off by Transformers for the training, and saved like that.
+    trainer.model.config.use_cache = True
     trainer.save_model(str(partial_dir))
     is_adapter = context.recipe.adapter.method != "none"
-    embeddings = collect_resized_embeddings(trainer.model, context.recipe.model) if is_adapter else {}
+    embeddings = (
+        collect_resized_embeddings(trainer.model, context.recipe.model) if is_adapter else {}
+    )
     trainer.accelerator.wait_for_everyone()
     preemption.needs_peers = False  # the others end now
     if context.is_main:

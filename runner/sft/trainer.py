@@ -1,4 +1,6 @@
-"""`trl.SFTTrainer` with our order of rows, our evaluation and our checkpoints; everything else is TRL's."""
+"""`trl.SFTTrainer` with our order of rows, our evaluation and our checkpoints; everything else is
+TRL's.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ from runner.sft.generation import Answer, generate_answers, score_answers, write
 from runner.sft.order import EpochSampler
 from runner.sft.tracking import Trackers
 
-# The main process hashes, archives and fetches checkpoints while the others wait; Transformers' default is 1800.
+# The main process hashes, archives and fetches checkpoints while the others wait; Transformers'
+# default is 1800.
 _COLLECTIVE_TIMEOUT_SECONDS: Final = 3 * 3600
 
 
@@ -50,7 +53,9 @@ def build_training_args(context: RunContext) -> SFTConfig:
         output_dir=str(context.paths.checkpoints_dir),
         seed=training.seed,
         per_device_train_batch_size=derive_micro_batch(recipe, context.micro_batch_divisor),
-        gradient_accumulation_steps=derive_accumulation(recipe, context.num_processes, context.micro_batch_divisor),
+        gradient_accumulation_steps=derive_accumulation(
+            recipe, context.num_processes, context.micro_batch_divisor
+        ),
         num_train_epochs=training.num_train_epochs or 1.0,
         max_steps=training.max_steps or -1,
         bf16=training.bf16,
@@ -78,23 +83,31 @@ def build_training_args(context: RunContext) -> SFTConfig:
     return args
 
 
-def build_train_dataset(samples: Samples, context: RunContext, pad_token_id: int) -> tuple[Dataset, int]:
+def build_train_dataset(
+    samples: Samples, context: RunContext, pad_token_id: int
+) -> tuple[Dataset, int]:
     """The tokenised training rows, and how many rows without labels stand behind them.
 
-    Those fill up the last batch of several processes, which accelerate would otherwise fill with copies of real rows.
+    Those fill up the last batch of several processes, which accelerate would otherwise fill with
+    copies of real rows.
     """
     rows = samples.train.rows
-    per_pass = derive_micro_batch(context.recipe, context.micro_batch_divisor) * context.num_processes
+    per_pass = (
+        derive_micro_batch(context.recipe, context.micro_batch_divisor) * context.num_processes
+    )
     num_padding = -len(rows) % per_pass if context.num_processes > 1 else 0
     columns = {
         "input_ids": [list(row.input_ids) for row in rows] + [[pad_token_id] * 2] * num_padding,
-        "labels": [row.labels(context.recipe.loss) for row in rows] + [[IGNORE_INDEX] * 2] * num_padding,
+        "labels": [row.labels(context.recipe.loss) for row in rows]
+        + [[IGNORE_INDEX] * 2] * num_padding,
     }
     return Dataset.from_dict(columns), num_padding
 
 
 def describe_trained_parameters(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters that are trained, whole also where ZeRO-3 has partitioned them."""
+    """Names and shapes of the parameters that are trained, whole also where ZeRO-3 has partitioned
+    them.
+    """
     return {
         name: tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in model.named_parameters()
@@ -108,7 +121,13 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
     control: TrainerControl
 
     def __init__(
-        self, context: RunContext, args: SFTConfig, model: Any, tokenizer: Any, samples: Samples, trackers: Trackers
+        self,
+        context: RunContext,
+        args: SFTConfig,
+        model: Any,
+        tokenizer: Any,
+        samples: Samples,
+        trackers: Trackers,
     ) -> None:
         self.context = context
         self.samples = samples
@@ -133,24 +152,39 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             callbacks=[self.flow, PreemptionCallback(context), self.progress, trackers],
         )
         self.remove_callback(PrinterCallback)
-        if context.recipe.adapter.method != "none":  # else PEFT asks the hub whether the vocabulary has grown
-            self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)
+        # Else PEFT asks the hub whether the vocabulary has grown.
+        if context.recipe.adapter.method != "none":
+            self.model.save_pretrained = partial(
+                self.model.save_pretrained, save_embedding_layers=False
+            )
         if context.recipe.quantization.method != "none":
             keep_adapters_in_float32(self.model)
         self.trained_shapes = describe_trained_parameters(self.model)
 
     def require_room(self) -> None:
-        """Raises: OSError (ENOSPC) where the run's checkpoints and its export would not fit on the disk."""
+        """Raises: OSError (ENOSPC) where the run's checkpoints and its export would not fit on the
+        disk.
+        """
         trained = [(name, one) for name, one in self.model.named_parameters() if one.requires_grad]
         context = self.context
-        require_room(context.recipe, context.paths, trained, len(self.samples.train.rows), context.num_processes)
+        require_room(
+            context.recipe,
+            context.paths,
+            trained,
+            len(self.samples.train.rows),
+            context.num_processes,
+        )
 
     def is_finished(self) -> bool:
         """Whether the restored state needs no further step."""
-        return self.state.global_step >= self.state.max_steps or self.flow.is_stopped_early(self.state)
+        return self.state.global_step >= self.state.max_steps or self.flow.is_stopped_early(
+            self.state
+        )
 
     def score(self, split: str) -> tuple[SplitScore, list[RowScore]]:
-        """Score the model as it is now on `validation` or `test`; a score that is not finite is a divergence."""
+        """Score the model as it is now on `validation` or `test`; a score that is not finite is a
+        divergence.
+        """
         with self.compute_loss_context_manager():
             rows = score_rows(
                 self.model_wrapped,
@@ -165,12 +199,16 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         return score, rows
 
     def score_validation_of(self, step: int) -> SplitScore:
-        """The validation score of a step whose weights are loaded; the last evaluation is not computed once more."""
+        """The validation score of a step whose weights are loaded; the last evaluation is not
+        computed once more.
+        """
         known_step, score = self._validated or (None, None)
         return score if score is not None and known_step == step else self.score("validation")[0]
 
     def answer(self, split: str) -> list[Answer]:
-        """The judged answers of the model as it is now to the first rows of a split; none where generation is off."""
+        """The judged answers of the model as it is now to the first rows of a split; none where
+        generation is off.
+        """
         generation = self.context.recipe.evaluation.generation
         if not isinstance(generation, GenerationOn):
             return []
@@ -201,18 +239,25 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         return metrics
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Score the validation split, in place of Transformers' evaluation, which averages over batches."""
+        """Score the validation split, in place of Transformers' evaluation, which averages over
+        batches.
+        """
         recipe = self.context.recipe
         with self.context.phase("evaluating"):
             score, _rows = self.score("validation")
         self._validated = (self.state.global_step, score)
         generation = None
-        if isinstance(recipe.evaluation.generation, GenerationOn) and recipe.evaluation.generation.during_training:
+        if (
+            isinstance(recipe.evaluation.generation, GenerationOn)
+            and recipe.evaluation.generation.during_training
+        ):
             generation = score_answers(recipe.data.task, self.answer("validation"))
         recorded = self.record_score("validation", score, generation)
         metrics = {f"eval_{name}": value for name, value in recorded.items()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -239,7 +284,8 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         if self.is_finished():
             self.control.should_training_stop = True
             return
-        # TRL counts from zero in each process, which would stand in the log history of a resumed run.
+        # TRL counts from zero in each process, which would stand in the log history of a resumed
+        # run.
         counts = [row["num_tokens"] for row in self.state.log_history if "num_tokens" in row]
         self._total_train_tokens = int(counts[-1]) if counts else 0
         self._sampler.epoch = arguments["epoch"]
@@ -253,10 +299,13 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             self.record_score("test", score, None)
             if self.context.is_main:
                 write_jsonl_atomic(
-                    self.context.paths.eval_rows_path, [{"model": "base", **row.as_json()} for row in rows]
+                    self.context.paths.eval_rows_path,
+                    [{"model": "base", **row.as_json()} for row in rows],
                 )
         if answers := self.answer("test"):
-            self.context.on_main(lambda: write_answers(self.context.paths.predictions_path, {"base": answers}))
+            self.context.on_main(
+                lambda: write_answers(self.context.paths.predictions_path, {"base": answers})
+            )
         self.evaluate()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -269,7 +318,9 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             saved_dir = Path(self.args.output_dir) / f"checkpoint-{step}"
             if self.context.is_main:
                 require_room_for_checkpoint(self.context.recipe, paths, step)
-            with give_back_on_full_disk(saved_dir, paths.checkpoint_dir(step), is_main=self.context.is_main):
+            with give_back_on_full_disk(
+                saved_dir, paths.checkpoint_dir(step), is_main=self.context.is_main
+            ):
                 Trainer._save_checkpoint(self, model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.context.is_main:
@@ -278,14 +329,22 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
                     commit_checkpoint(saved_dir, paths, step, self.context.fingerprint)
             if self.context.is_main:
                 evaluations = self.flow.evaluations(self.state)
-                apply_retention(paths, self.context.recipe.checkpoints, evaluations, self.context.recipe_digest)
+                apply_retention(
+                    paths, self.context.recipe.checkpoints, evaluations, self.context.recipe_digest
+                )
                 if self.context.uploader is not None:
                     self.context.uploader.offer(step)
             self.accelerator.wait_for_everyone()
 
     def _refuse_weights_that_are_not_finite(self) -> None:
-        """A loss is known one step before the update that follows from it, so a finite loss does not vouch for it."""
-        local = (getattr(weight, "ds_tensor", weight) for weight in self.model.parameters() if weight.requires_grad)
+        """A loss is known one step before the update that follows from it, so a finite loss does
+        not vouch for it.
+        """
+        local = (
+            getattr(weight, "ds_tensor", weight)
+            for weight in self.model.parameters()
+            if weight.requires_grad
+        )
         if not all(gather_object([all(bool(torch.isfinite(weight).all()) for weight in local)])):
             raise DivergedError(
                 f"the weights after step {self.state.global_step} are not finite",
@@ -293,16 +352,20 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             )
 
     def load_weights_of(self, step: int) -> None:
-        """Put the weights of a committed checkpoint into the model, as Transformers does for the best one.
+        """Put the weights of a committed checkpoint into the model, as Transformers does for the
+        best one.
 
         Raises:
-            OSError: the checkpoint was damaged since; another attempt will see that before it trains.
+            OSError: the checkpoint was damaged since; another attempt will see that before it
+                trains.
         """
         if step == self.state.global_step:
             return
         checkpoint_dir = self.context.paths.checkpoint_dir(step)
         if not self.context.on_main(lambda: is_intact(checkpoint_dir)):
-            raise OSError(f"{checkpoint_dir} holds other files than were committed; launch again to mend it")
+            raise OSError(
+                f"{checkpoint_dir} holds other files than were committed; launch again to mend it"
+            )
         if self.is_deepspeed_enabled and load_marker(checkpoint_dir).is_stripped:
             load_gathered_weights(self.model, checkpoint_dir)
             return
@@ -311,5 +374,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
 
     def effective_arguments(self) -> Mapping[str, Any]:
         """Every field of the training arguments, without secrets."""
-        values = {key: value for key, value in self.args.to_dict().items() if not key.endswith("_token")}
+        values = {
+            key: value for key, value in self.args.to_dict().items() if not key.endswith("_token")
+        }
         return dict(scrub_json(values))

@@ -1,8 +1,10 @@
 """`runner logs`: what an attempt printed, and what it still prints.
 
-The bytes go to stdout as they are, colours and progress bars included, as with `cat`; what they are goes to stderr.
+The bytes go to stdout as they are, colours and progress bars included, as with `cat`; what they are
+goes to stderr.
 
-`runner stop`: asks running attempts to checkpoint and to leave, whoever started them and on whatever machine.
+`runner stop`: asks running attempts to checkpoint and to leave, whoever started them and on
+whatever machine.
 """
 
 from __future__ import annotations
@@ -30,20 +32,24 @@ _MAX_LISTED: Final = 5
 def run_logs(run: str, output_root: Path, number: int | None, *, follow: bool) -> int:
     """Print the log of one attempt, the last one by default.
 
-    `follow` goes on with what is written meanwhile and with the attempts after it, until the run is done, or nothing
-    tries it again by itself.
+    `follow` goes on with what is written meanwhile and with the attempts after it, until the run is
+    done, or nothing tries it again by itself.
 
     Raises:
-        RunnerError: there is no such run, attempt or log, or several runs and not exactly one of them running.
+        RunnerError: there is no such run, attempt or log, or several runs and not exactly one of
+            them running.
     """
     selected = find_run(select_recipes([run], output_root))
     attempts = load_record(selected.paths).attempts
     if not attempts:
         raise RunnerError(
-            f"{selected.full_name} has no attempt yet", hint=f"runner launch {selected.source_path}  # starts it"
+            f"{selected.full_name} has no attempt yet",
+            hint=f"runner launch {selected.source_path}  # starts it",
         )
     if number is not None and number > len(attempts):
-        raise RunnerError(f"{selected.full_name} has {len(attempts)} attempts, there is no attempt {number}")
+        raise RunnerError(
+            f"{selected.full_name} has {len(attempts)} attempts, there is no attempt {number}"
+        )
     number = number or len(attempts)
     if follow:
         try:
@@ -53,7 +59,8 @@ def run_logs(run: str, output_root: Path, number: int | None, *, follow: bool) -
         return 0
     if not selected.paths.attempt(number).log_path.exists():
         raise RunnerError(
-            f"attempt {number} of {selected.full_name} has no log: nothing was started by `runner` itself",
+            f"attempt {number} of {selected.full_name} has no log: nothing was started by `runner`"
+            " itself",
             hint=f"runner why {selected.paths.run_dir}",
         )
     _Log(selected.paths.attempt(number).log_path).print_on()
@@ -73,7 +80,9 @@ def find_run(selected: list[Selected]) -> Selected:
         return running[0]
     begun = [one for one in selected if one.paths.record_path.exists()]
     if not begun:
-        raise RunnerError(f"none of these {len(selected)} runs has an attempt yet", hint="runner status")
+        raise RunnerError(
+            f"none of these {len(selected)} runs has an attempt yet", hint="runner status"
+        )
     shown = [f"runner logs {one.paths.run_dir}" for one in running or begun]
     if len(shown) > _MAX_LISTED:
         shown[_MAX_LISTED:] = [f"... and {len(shown) - _MAX_LISTED} more"]
@@ -87,7 +96,8 @@ def _follow(selected: Selected, number: int) -> None:
     paths, is_told = selected.paths, False
     log = _Log(paths.attempt(number).log_path)
     while True:
-        # In this order: what is printed last was written before the lease was let go or the next attempt began.
+        # In this order: what is printed last was written before the lease was let go or the next
+        # attempt began.
         is_running = is_leased(paths.lease_path)
         attempts = load_record(paths).attempts
         log.print_on()
@@ -101,13 +111,18 @@ def _follow(selected: Selected, number: int) -> None:
                 _say(_describe_end(paths, attempts[-1]))
                 return
             if not is_told:
-                _say(f"{_describe_end(paths, attempts[-1])}; {retry.why}, while its sweep lives; Ctrl-C leaves")
+                _say(
+                    f"{_describe_end(paths, attempts[-1])}; {retry.why}, while its sweep lives;"
+                    " Ctrl-C leaves"
+                )
             is_told = True
         time.sleep(_LOOK_SECONDS)
 
 
 class _Log:
-    """A log that may not be there yet; it stays open, because one that ended may be replaced by a scrubbed copy."""
+    """A log that may not be there yet; it stays open, because one that ended may be replaced by a
+    scrubbed copy.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -138,19 +153,30 @@ def _say(text: str) -> None:
 
 
 def run_stop(arguments: argparse.Namespace) -> int:
-    """Ask every running attempt of what is selected; 1 when one could not be asked: it is just opening or closing."""
+    """Ask every running attempt of what is selected; 1 when one could not be asked: it is just
+    opening or closing.
+    """
     selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
     running = [one for one in selected if is_leased(one.paths.lease_path)]
     asked = [one for one in running if _ask(one)]
-    num_idle = len(selected) - len(running) - sum(_hold_back(one) for one in selected if one not in running)
+    num_idle = (
+        len(selected)
+        - len(running)
+        - sum(_hold_back(one) for one in selected if one not in running)
+    )
     if num_idle:
         what = "run is not running" if num_idle == 1 else "runs are not running"
-        print(f"{num_idle} {what}" if running else f"nothing to stop: {num_idle} {what}", file=sys.stderr)
+        print(
+            f"{num_idle} {what}" if running else f"nothing to stop: {num_idle} {what}",
+            file=sys.stderr,
+        )
     return 0 if len(asked) == len(running) else 1
 
 
 def _hold_back(one: Selected) -> bool:
-    """Whether the run waits for a retry, if its sweep still lives; that sweep will leave it alone now."""
+    """Whether the run waits for a retry, if its sweep still lives; that sweep will leave it alone
+    now.
+    """
     attempts = load_record(one.paths).attempts
     if foresee_retry(one.recipe, attempts) is None or one.paths.result_path.exists():
         return False
@@ -167,7 +193,14 @@ def _ask(one: Selected) -> bool:
     number = attempts[-1].number
     progress = load_progress(one.paths.attempt(number).progress_path)
     request_stop(one.paths, number, "asked by `runner stop`")
-    step = "" if progress is None or progress.max_steps is None else f", step {progress.step}/{progress.max_steps}"
+    step = (
+        ""
+        if progress is None or progress.max_steps is None
+        else f", step {progress.step}/{progress.max_steps}"
+    )
     where = "starting" if progress is None else f"{progress.phase}{step}"
-    print(f"{one.full_name}  asked attempt {number} to checkpoint and leave ({where}, on {attempts[-1].host})")
+    print(
+        f"{one.full_name}  asked attempt {number} to checkpoint and leave ({where}, on"
+        f" {attempts[-1].host})"
+    )
     return True

@@ -1,6 +1,8 @@
-"""Pure: what a live view says about runs in words and numbers: counts, speeds, time left, loss curves as text.
+"""Pure: what a live view says about runs in words and numbers: counts, speeds, time left, loss
+curves as text.
 
-`watch_table` draws the grid, `watch_screen` puts everything together; nothing here reads a file or knows a terminal.
+`watch_table` draws the grid, `watch_screen` puts everything together; nothing here reads a file or
+knows a terminal.
 """
 
 from __future__ import annotations
@@ -19,11 +21,24 @@ from runner.recipe.parse import Recipe
 from runner.recipe.schedule import derive_schedule
 from runner.run.record import Progress
 
-# Nothing more happens to these by itself; every other state, also one not known here, is work that is left.
+# Nothing more happens to these by itself; every other state, also one not known here, is work that
+# is left.
 _AT_REST: Final = frozenset({"completed", "failed", "changed", "unreadable"})
-# What somebody wants to see first, where there is not room for all; a state that is not named is the empty text.
+# What somebody wants to see first, where there is not room for all; a state that is not named is
+# the empty text.
 _URGENCY: Final = (
-    *("running", "failed", "unreadable", "waiting", "interrupted", "changed", "", "queued", "pending", "completed"),
+    *(
+        "running",
+        "failed",
+        "unreadable",
+        "waiting",
+        "interrupted",
+        "changed",
+        "",
+        "queued",
+        "pending",
+        "completed",
+    ),
 )
 
 
@@ -78,7 +93,9 @@ ASCII: Final = Glyphs(
 
 @dataclass(frozen=True)
 class RunView:
-    """All that the view says about one run. `progress`, `losses` and `elapsed_seconds` matter while it runs."""
+    """All that the view says about one run. `progress`, `losses` and `elapsed_seconds` matter while
+    it runs.
+    """
 
     recipe: Recipe
     status: RunStatus
@@ -120,12 +137,16 @@ def count_states(states: Iterable[str]) -> list[tuple[str, int]]:
     [('completed', 1), ('failed', 1), ('pending', 2)]
     """
     counts = Counter(states)
-    return sorted(counts.items(), key=lambda item: (item[0] != "completed", rank_urgency(item[0]), item[0]))
+    return sorted(
+        counts.items(), key=lambda item: (item[0] != "completed", rank_urgency(item[0]), item[0])
+    )
 
 
 @dataclass(frozen=True)
 class TimeLeft:
-    """Seconds until all is done, of the work itself and by the clock; None where one cannot know, and `why` not."""
+    """Seconds until all is done, of the work itself and by the clock; None where one cannot know,
+    and `why` not.
+    """
 
     work_seconds: float | None
     clock_seconds: float | None
@@ -135,8 +156,9 @@ class TimeLeft:
 class Speeds:
     """Seconds per trained row of each base model: what a step takes, whatever its batch.
 
-    From completed runs, whose time includes start-up and evaluations; the median. While a model has none, from the
-    running ones. A run that has trained for a while knows its own speed, which comes before both.
+    From completed runs, whose time includes start-up and evaluations; the median. While a model has
+    none, from the running ones. A run that has trained for a while knows its own speed, which comes
+    before both.
     """
 
     def __init__(self, views: Sequence[RunView]) -> None:
@@ -146,15 +168,25 @@ class Speeds:
             status, batch = view.status, view.recipe.global_batch_size
             if status.state == "completed" and status.seconds and status.step:
                 finished.setdefault(_model(view), []).append(status.seconds / status.step / batch)
-            elif status.state == "running" and view.progress is not None and view.progress.seconds_per_step:
+            elif (
+                status.state == "running"
+                and view.progress is not None
+                and view.progress.seconds_per_step
+            ):
                 running.setdefault(_model(view), []).append(view.progress.seconds_per_step / batch)
-        self._per_row = {model: statistics.median(speeds) for model, speeds in (running | finished).items()}
+        self._per_row = {
+            model: statistics.median(speeds) for model, speeds in (running | finished).items()
+        }
 
     def seconds_left(self, view: RunView) -> float | None:
         """Of one run that is not done."""
         steps = count_steps_left(view)
         speed = self._per_row.get(_model(view))
-        own = view.progress.seconds_per_step if view.progress is not None and view.state == "running" else None
+        own = (
+            view.progress.seconds_per_step
+            if view.progress is not None and view.state == "running"
+            else None
+        )
         per_step = own or (None if speed is None else speed * view.recipe.global_batch_size)
         return None if steps is None or per_step is None else steps * per_step
 
@@ -164,15 +196,21 @@ def _model(view: RunView) -> str:
 
 
 def count_steps_left(view: RunView) -> int | None:
-    """Optimizer steps that a run has still to make at most: it may stop early. None where the recipe does not say."""
+    """Optimizer steps that a run has still to make at most: it may stop early. None where the
+    recipe does not say.
+    """
     num_steps, recipe = view.status.max_steps, view.recipe
-    if num_steps is None and (recipe.training.max_steps is not None or recipe.data.num_train_samples is not None):
+    if num_steps is None and (
+        recipe.training.max_steps is not None or recipe.data.num_train_samples is not None
+    ):
         num_steps = derive_schedule(recipe, recipe.data.num_train_samples or 0).num_updates
     return None if num_steps is None else max(0, num_steps - (view.status.step or 0))
 
 
 def estimate_time_left(views: Sequence[RunView]) -> TimeLeft:
-    """The seconds of all that is left, divided by the number of runs that run now; at least the longest of those."""
+    """The seconds of all that is left, divided by the number of runs that run now; at least the
+    longest of those.
+    """
     left, speeds = [view for view in views if is_left(view.state)], Speeds(views)
     seconds = {view.full_name: speeds.seconds_left(view) for view in left}
     if unknown := next((view for view in left if seconds[view.full_name] is None), None):
@@ -220,7 +258,8 @@ def format_seconds(seconds: float) -> str:
 
 
 def draw_curve(values: Sequence[float], width: int, levels: str = UNICODE.levels) -> str:
-    """Values as a line of at most `width` bars, between their own least and greatest; several steps share a bar.
+    """Values as a line of at most `width` bars, between their own least and greatest; several steps
+    share a bar.
 
     >>> draw_curve([4, 3, 2, 1, 1], 5), draw_curve([1, 1], 5), draw_curve([], 5)
     ('█▆▃▁▁', '▄▄', '')
@@ -248,12 +287,16 @@ def draw_bar(part: float, width: int, glyphs: Glyphs = UNICODE) -> str:
 
 
 def clean(text: str) -> str:
-    """A text without line breaks and terminal controls: what a library says must not reach the terminal as commands.
+    """A text without line breaks and terminal controls: what a library says must not reach the
+    terminal as commands.
 
     >>> clean("out\\x1b[2J of\\tmemory")
     'out�[2J of memory'
     """
-    return "".join(character if character.isprintable() else " " if character.isspace() else "�" for character in text)
+    return "".join(
+        character if character.isprintable() else " " if character.isspace() else "�"
+        for character in text
+    )
 
 
 def measure(text: str) -> int:
@@ -261,7 +304,13 @@ def measure(text: str) -> int:
     if text.isascii():
         return len(text)
     return sum(
-        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        (
+            0
+            if unicodedata.combining(character)
+            else 2
+            if unicodedata.east_asian_width(character) in "WF"
+            else 1
+        )
         for character in text
     )
 

@@ -1,4 +1,5 @@
-"""Pure: one screen of the live view as lines of styled text, cut to a size; what is running or failed is cut last.
+"""Pure: one screen of the live view as lines of styled text, cut to a size; what is running or
+failed is cut last.
 
 Pure: a grid of runs as a table of states, some of its axes as columns and the others as rows.
 
@@ -37,12 +38,24 @@ Line = tuple[tuple[str, str], ...]  # (text, style): a state's name, "dim", "bol
 Key = tuple[str, ...]
 _GAP: Final = 2
 # Axis names, then values, are cut to these widths where nothing fits without it.
-_CUTS: Final = ((1000, 1000), (20, 1000), (12, 1000), (12, 20), (8, 12), (6, 12), (6, 8), (4, 8), (4, 6))
+_CUTS: Final = (
+    (1000, 1000),
+    (20, 1000),
+    (12, 1000),
+    (12, 20),
+    (8, 12),
+    (6, 12),
+    (6, 8),
+    (4, 8),
+    (4, 6),
+)
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """One way to lay a grid out: the axes that are columns, all columns and rows that have a run, and the size."""
+    """One way to lay a grid out: the axes that are columns, all columns and rows that have a run,
+    and the size.
+    """
 
     column_axes: tuple[int, ...]
     row_axes: tuple[int, ...]
@@ -69,25 +82,36 @@ class GridTable:
         self._glyphs = glyphs
         axes = list(dict.fromkeys(name for view in views for name in view.recipe.run.axes))
         values = {axis: _order([view.recipe.run.axes.get(axis) for view in views]) for axis in axes}
-        self.title = "  ".join(f"{axis} {found[0]}" for axis, found in values.items() if len(found) == 1)
+        self.title = "  ".join(
+            f"{axis} {found[0]}" for axis, found in values.items() if len(found) == 1
+        )
         self._axes = [axis for axis, found in values.items() if len(found) > 1]
         self._keys = {view.full_name: self._key(view) for view in views}
         if not self._axes:  # nothing tells the runs apart but their names
             self._axes = ["run"]
             self._keys = {view.full_name: (view.recipe.run.name,) for view in views}
         self._ranks = [
-            {label: place for place, label in enumerate(values[axis] if axis in values else self._names())}
+            {
+                label: place
+                for place, label in enumerate(values[axis] if axis in values else self._names())
+            }
             for axis in self._axes
         ]
         self._cell_width = 1 if len(set(self._keys.values())) == len(self._keys) else 3
         numbers = range(len(self._axes))
-        subsets = [chosen for count in range(len(self._axes) + 1) for chosen in itertools.combinations(numbers, count)]
+        subsets = [
+            chosen
+            for count in range(len(self._axes) + 1)
+            for chosen in itertools.combinations(numbers, count)
+        ]
         if len(self._axes) > 6:  # not every way to halve more axes: the last few as columns
             subsets = [tuple(numbers)[start:] for start in numbers] + [()]
         names = [measure(axis) for axis in self._axes]
         labels = [max(measure(key[number]) for key in self._keys.values()) for number in numbers]
         self._shapes = [
-            (place, shape) for chosen in subsets for place, shape in enumerate(self._list_shapes(chosen, names, labels))
+            (place, shape)
+            for chosen in subsets
+            for place, shape in enumerate(self._list_shapes(chosen, names, labels))
         ]
 
     def _names(self) -> list[str]:
@@ -96,18 +120,33 @@ class GridTable:
     def _key(self, view: RunView) -> Key:
         return tuple(_label(view.recipe.run.axes.get(axis)) for axis in self._axes)
 
-    def _list_shapes(self, column_axes: tuple[int, ...], names: list[int], labels: list[int]) -> Iterator[_Shape]:
-        """These axes as columns, once per way to cut; `names` and `labels`: the widths of each axis and its values."""
+    def _list_shapes(
+        self, column_axes: tuple[int, ...], names: list[int], labels: list[int]
+    ) -> Iterator[_Shape]:
+        """These axes as columns, once per way to cut; `names` and `labels`: the widths of each axis
+        and its values.
+        """
         row_axes = tuple(number for number in range(len(self._axes)) if number not in column_axes)
         columns, rows = self._list_keys(column_axes), self._list_keys(row_axes)
-        spans = {(measure(label), span) for depth in range(len(column_axes)) for label, span in _spans(columns, depth)}
+        spans = {
+            (measure(label), span)
+            for depth in range(len(column_axes))
+            for label, span in _spans(columns, depth)
+        }
         for max_name, max_label in _CUTS:
-            widths = tuple(max(min(max_name, names[axis]), min(max_label, labels[axis])) for axis in row_axes)
+            widths = tuple(
+                max(min(max_name, names[axis]), min(max_label, labels[axis])) for axis in row_axes
+            )
             cell = max(
-                [self._cell_width, *(-(-(min(max_label, label) + _GAP) // span) - _GAP for label, span in spans)]
+                [
+                    self._cell_width,
+                    *(-(-(min(max_label, label) + _GAP) // span) - _GAP for label, span in spans),
+                ]
             )
             name_width = min(max_name, max([0, *(names[axis] for axis in column_axes)]))
-            width = sum(width + _GAP for width in widths) + (name_width + _GAP if column_axes else 0)
+            width = sum(width + _GAP for width in widths) + (
+                name_width + _GAP if column_axes else 0
+            )
             width += len(columns) * (cell + _GAP) - _GAP
             yield _Shape(column_axes, row_axes, columns, rows, widths, name_width, cell, width)
 
@@ -115,11 +154,18 @@ class GridTable:
         """The combinations of values that some run has, in the order of the axes' values."""
         found = {tuple(key[axis] for axis in axes) for key in self._keys.values()}
         return tuple(
-            sorted(found, key=lambda key: [self._ranks[axis][label] for axis, label in zip(axes, key, strict=True)])
+            sorted(
+                found,
+                key=lambda key: [
+                    self._ranks[axis][label] for axis, label in zip(axes, key, strict=True)
+                ],
+            )
         )
 
     def choose(self, width: int, height: int) -> _Shape:
-        """What fits, with as few axes in the columns as fit, then with as few lines; a table has rows and columns."""
+        """What fits, with as few axes in the columns as fit, then with as few lines; a table has
+        rows and columns.
+        """
 
         def cost(candidate: tuple[int, _Shape]) -> tuple[int, ...]:
             how_cut, shape = candidate
@@ -140,17 +186,22 @@ class GridTable:
         return min(self._shapes, key=cost)[1]
 
     def draw(self, views: Sequence[RunView], width: int, height: int) -> list[Line]:
-        """At most `height` lines of at most `width` columns; rows that are hidden are counted in the last."""
+        """At most `height` lines of at most `width` columns; rows that are hidden are counted in
+        the last.
+        """
         if height <= 0:
             return []
         shape = self.choose(width, height)
         cells: dict[tuple[Key, Key], list[str]] = {}
         for view in views:
             key = self._keys[view.full_name]
-            row, column = (tuple(key[axis] for axis in axes) for axes in (shape.row_axes, shape.column_axes))
+            row, column = (
+                tuple(key[axis] for axis in axes) for axes in (shape.row_axes, shape.column_axes)
+            )
             cells.setdefault((row, column), []).append(view.state)
         states = {
-            row: [state for column in shape.columns for state in cells.get((row, column), ())] for row in shape.rows
+            row: [state for column in shape.columns for state in cells.get((row, column), ())]
+            for row in shape.rows
         }
         room = height - shape.num_header_lines
         kept = set(shape.rows)
@@ -180,15 +231,20 @@ class GridTable:
             if shape.column_axes:
                 labels.append((self._axes[shape.column_axes[depth]], shape.name_width))
                 labels += [
-                    (label, span * (shape.cell_width + _GAP) - _GAP) for label, span in _spans(shape.columns, depth)
+                    (label, span * (shape.cell_width + _GAP) - _GAP)
+                    for label, span in _spans(shape.columns, depth)
                 ]
-            lines.append((("".join(self._pad(label, width) for label, width in labels).rstrip(), "dim"),))
+            lines.append(
+                (("".join(self._pad(label, width) for label, width in labels).rstrip(), "dim"),)
+            )
         return lines
 
     def _pad(self, text: str, width: int) -> str:
         return pad(cut_middle(text, width, self._glyphs.ellipsis), width) + " " * _GAP
 
-    def _draw_row(self, shape: _Shape, row: Key, previous: Key, cells: dict[tuple[Key, Key], list[str]]) -> Line:
+    def _draw_row(
+        self, shape: _Shape, row: Key, previous: Key, cells: dict[tuple[Key, Key], list[str]]
+    ) -> Line:
         parts: list[tuple[str, str]] = []
         is_repeated = True
         for label, before, width in zip(row, previous, shape.label_widths, strict=True):
@@ -219,7 +275,9 @@ def _spans(columns: Sequence[Key], depth: int) -> list[tuple[str, int]]:
 def _order(values: Sequence[object]) -> list[str]:
     """Distinct labels: numbers by size, anything else as it comes."""
     labels = {_label(value): value for value in values}
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in labels.values()):
+    if all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in labels.values()
+    ):
         return sorted(labels, key=float)
     return list(labels)
 
@@ -244,7 +302,8 @@ def cut_line(line: Line, width: int, ellipsis: str) -> Line:
     return tuple(parts)
 
 
-_USUAL_HEIGHT: Final = 24  # of a table: a higher one gets more axes as columns, also where there is room
+# Of a table: a higher one gets more axes as columns, also where there is room.
+_USUAL_HEIGHT: Final = 24
 _MAX_CURVE: Final = 30
 _MIN_CURVE: Final = 6
 # What a narrow screen does without, in this order.
@@ -260,16 +319,25 @@ class Screen:
         self._glyphs = glyphs
         grids = dict.fromkeys(view.recipe.run.grid for view in views)
         self._tables = {
-            grid: GridTable([view for view in views if view.recipe.run.grid == grid], glyphs) for grid in grids
+            grid: GridTable([view for view in views if view.recipe.run.grid == grid], glyphs)
+            for grid in grids
         }
 
-    def draw(self, views: Sequence[RunView], *, width: int, height: int | None, now: str) -> list[Line]:
+    def draw(
+        self, views: Sequence[RunView], *, width: int, height: int | None, now: str
+    ) -> list[Line]:
         """The lines of one screen, `height` at most; None: as many as there is to say."""
         head = self._draw_head(views, width, now)
         running = [view for view in views if view.state == "running"]
         troubles = group_troubles(views)
-        needs = [len(running), sum(self._num_table_lines(grid, width) for grid in self._tables), 3 * len(troubles)]
-        room = sum(needs) if height is None else height - len(head) - sum(need > 0 for need in needs)
+        needs = [
+            len(running),
+            sum(self._num_table_lines(grid, width) for grid in self._tables),
+            3 * len(troubles),
+        ]
+        room = (
+            sum(needs) if height is None else height - len(head) - sum(need > 0 for need in needs)
+        )
         shares = share_lines(room, needs)
         sections = [
             self._draw_running(running, Speeds(views), width, shares[0]),
@@ -283,17 +351,27 @@ class Screen:
         grids = ", ".join(self._tables)
         title = f"{grids}: {len(views)} runs" if len(views) != 1 else views[0].full_name
         counts = count_states(view.state for view in views)
-        legend = [(f"{self._glyphs.of(state)} {clean(state)} {count}   ", state) for state, count in counts]
+        legend = [
+            (f"{self._glyphs.of(state)} {clean(state)} {count}   ", state)
+            for state, count in counts
+        ]
         legend_lines: list[list[tuple[str, str]]] = [[]]
         for part in legend:
-            if legend_lines[-1] and sum(measure(text) for text, _ in (*legend_lines[-1], part)) > width + 3:
+            if (
+                legend_lines[-1]
+                and sum(measure(text) for text, _ in (*legend_lines[-1], part)) > width + 3
+            ):
                 legend_lines.append([])
             legend_lines[-1].append(part)
         parts = [1.0 if view.state == "completed" else _part_done(view) for view in views]
         num_completed = sum(view.state == "completed" for view in views)
-        left = describe_time_left(estimate_time_left(views), sum(is_left(view.state) for view in views))
+        left = describe_time_left(
+            estimate_time_left(views), sum(is_left(view.state) for view in views)
+        )
         said = f"  {num_completed}/{len(views)} completed, {left}"
-        bar = draw_bar(sum(parts) / max(1, len(parts)), max(10, min(40, width - measure(said))), self._glyphs)
+        bar = draw_bar(
+            sum(parts) / max(1, len(parts)), max(10, min(40, width - measure(said))), self._glyphs
+        )
         title = cut(title, width - measure(now) - 2, self._glyphs.ellipsis)
         return [
             ((pad(title, max(0, width - measure(now))), "bold"), (now, "dim")),
@@ -301,7 +379,9 @@ class Screen:
             ((bar, "completed"), (said, "")),
         ]
 
-    def _draw_running(self, views: Sequence[RunView], speeds: Speeds, width: int, height: int) -> list[Line]:
+    def _draw_running(
+        self, views: Sequence[RunView], speeds: Speeds, width: int, height: int
+    ) -> list[Line]:
         shown = views if len(views) <= height else views[: max(0, height - 1)]
         rows = [self._describe_running(view, speeds) for view in shown]
         columns = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
@@ -318,8 +398,17 @@ class Screen:
         for view, row in zip(shown, rows, strict=True):
             parts = [(f"{self._glyphs.of('running')} ", "running")]
             for name in columns:
-                text = draw_curve(view.losses, curve, self._glyphs.levels) if name == "curve" else row[name]
-                parts.append((pad(text, curve if name == "curve" else widths[name]) + "  ", _STYLES.get(name, "")))
+                text = (
+                    draw_curve(view.losses, curve, self._glyphs.levels)
+                    if name == "curve"
+                    else row[name]
+                )
+                parts.append(
+                    (
+                        pad(text, curve if name == "curve" else widths[name]) + "  ",
+                        _STYLES.get(name, ""),
+                    )
+                )
             lines.append(tuple(parts))
         if hidden := len(views) - len(shown):
             lines.append(((f"{self._glyphs.ellipsis} {hidden} more running", "dim"),))
@@ -355,7 +444,9 @@ class Screen:
     def _draw_tables(self, views: Sequence[RunView], width: int, height: int) -> list[Line]:
         needs = [self._num_table_lines(grid, width) for grid in self._tables]
         lines: list[Line] = []
-        for (grid, table), share in zip(self._tables.items(), share_lines(height, needs), strict=True):
+        for (grid, table), share in zip(
+            self._tables.items(), share_lines(height, needs), strict=True
+        ):
             own = [view for view in views if view.recipe.run.grid == grid]
             if self._is_titled(grid) and share > 1:
                 lines.append(((f"{clean(grid)}  ", "bold"), (clean(table.title), "dim")))
@@ -370,7 +461,9 @@ class Screen:
         if hidden := max(0, len(blocks) - height):
             hidden += 1
             num_runs = sum(len(trouble.views) for trouble in troubles[-hidden:])
-            blocks[-hidden:] = [[((f"{self._glyphs.ellipsis} {num_runs} more runs need a look", "dim"),)]]
+            blocks[-hidden:] = [
+                [((f"{self._glyphs.ellipsis} {num_runs} more runs need a look", "dim"),)]
+            ]
         return [line for block in blocks for line in block][:height]
 
     def _describe_trouble(self, trouble: Trouble, width: int) -> list[Line]:
@@ -387,7 +480,13 @@ class Screen:
         return lines
 
 
-_STYLES: Final = {"name": "bold", "phase": "dim", "bar": "running", "curve": "running", "left": "dim"}
+_STYLES: Final = {
+    "name": "bold",
+    "phase": "dim",
+    "bar": "running",
+    "curve": "running",
+    "left": "dim",
+}
 
 
 @dataclass(frozen=True)
@@ -399,7 +498,9 @@ class Trouble:
 
 
 def group_troubles(views: Sequence[RunView]) -> list[Trouble]:
-    """What failed, waits for another try or cannot be judged; the most urgent first, alike ones together."""
+    """What failed, waits for another try or cannot be judged; the most urgent first, alike ones
+    together.
+    """
     found: dict[tuple[str, str], list[RunView]] = {}
     for view in views:
         if view.state in _SILENT or (view.state == "interrupted" and view.status.failure is None):
@@ -410,7 +511,8 @@ def group_troubles(views: Sequence[RunView]) -> list[Trouble]:
 
 
 def share_lines(room: int, needs: Sequence[int]) -> list[int]:
-    """Lines for each section: what it needs where there is room, else a fair part; what one leaves the others get.
+    """Lines for each section: what it needs where there is room, else a fair part; what one leaves
+    the others get.
 
     >>> share_lines(20, [4, 8, 3]), share_lines(10, [2, 50, 9]), share_lines(-1, [3])
     ([4, 8, 3], [2, 4, 4], [0])

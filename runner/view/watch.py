@@ -1,9 +1,12 @@
-"""`runner status --watch`: the screen of `watch_screen`, drawn again and again on a terminal, else printed once.
+"""`runner status --watch`: the screen of `watch_screen`, drawn again and again on a terminal, else
+printed once.
 
-What the live view reads: statuses and losses of many runs, each read again only when its files changed.
+What the live view reads: statuses and losses of many runs, each read again only when its files
+changed.
 
-Reads files only. A status is derived again when any name, size, time or inode in the run directory, its last attempt or
-its checkpoints changed, when the lease changed hands, or when a file that the recipe names did.
+Reads files only. A status is derived again when any name, size, time or inode in the run directory,
+its last attempt or its checkpoints changed, when the lease changed hands, or when a file that the
+recipe names did.
 """
 
 from __future__ import annotations
@@ -55,7 +58,10 @@ class RunsReader:
 
     def __init__(self, selected: Sequence[Selected], cache_path: Path) -> None:
         self._contents = _Contents(cache_path)
-        self._runs = [_RunReader(one, sorted(set(list_content_paths(one.recipe).values()))) for one in selected]
+        self._runs = [
+            _RunReader(one, sorted(set(list_content_paths(one.recipe).values())))
+            for one in selected
+        ]
 
     def read(self) -> list[Reading]:
         """How all runs stand now, in the order in which they were given."""
@@ -64,7 +70,9 @@ class RunsReader:
 
 
 class _Contents:
-    """`known_contents` for many recipes that name the same few files: each is looked at once per refresh."""
+    """`known_contents` for many recipes that name the same few files: each is looked at once per
+    refresh.
+    """
 
     def __init__(self, cache_path: Path) -> None:
         self._cache_path = cache_path
@@ -100,10 +108,13 @@ class _RunReader:
         seen = (is_leased(paths.lease_path), self._look(), contents)
         if self._status is None or seen != self._seen:
             self._status = derive_status(paths, self.selected.recipe, contents)
-            self._seen = seen  # from before: what changed while it was derived is seen the next time
+            # From before: what changed while it was derived is seen the next time.
+            self._seen = seen
             self._progress = self._retry = None
             if self._status.state == "running":
-                self._progress = load_progress(paths.attempt(self._status.num_attempts).progress_path)
+                self._progress = load_progress(
+                    paths.attempt(self._status.num_attempts).progress_path
+                )
             elif self._status.failure is not None:
                 self._retry = foresee_retry(self.selected.recipe, load_record(paths).attempts)
         if self._status.state != "running":
@@ -123,7 +134,9 @@ class _RunReader:
 
 @dataclass
 class LossReader:
-    """The training loss of every step in `metrics.jsonl`; what was read is not read again, but for a shorter file."""
+    """The training loss of every step in `metrics.jsonl`; what was read is not read again, but for
+    a shorter file.
+    """
 
     path: Path
     _losses: list[float] = field(default_factory=list)
@@ -142,7 +155,9 @@ class LossReader:
         except OSError:
             return []
         self._num_bytes += len(whole) + len(newline)
-        self._losses += [loss for line in whole.split(b"\n") if (loss := _find_loss(line)) is not None]
+        self._losses += [
+            loss for line in whole.split(b"\n") if (loss := _find_loss(line)) is not None
+        ]
         return self._losses
 
 
@@ -180,7 +195,8 @@ def _look_into(folder: Path) -> FolderState:
 
 
 _REFRESH_SECONDS: Final = 1.0
-_MAX_BUSY_PART: Final = 0.1  # of the time; with very many runs, or a slow file system, the screen is drawn less often
+# Of the time; with very many runs, or a slow file system, the screen is drawn less often.
+_MAX_BUSY_PART: Final = 0.1
 _PLAIN_WIDTH: Final = 120
 _STYLES: Final = {
     "completed": "green",
@@ -199,10 +215,13 @@ _STYLES: Final = {
 _SIGNALS: Final = (signal.SIGWINCH, signal.SIGTSTP, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def watch(selected: Sequence[Selected], cache_path: Path, unreadable: Sequence[UnreadableRun] = ()) -> int:
+def watch(
+    selected: Sequence[Selected], cache_path: Path, unreadable: Sequence[UnreadableRun] = ()
+) -> int:
     """Show the runs until Ctrl-C, or until all are completed; without a terminal, once.
 
-    It does not end when nothing runs any more: what is between two attempts, or in a queue, looks just like it.
+    It does not end when nothing runs any more: what is between two attempts, or in a queue, looks
+    just like it.
     """
     for lost in unreadable:  # nothing is known of these, not even a grid to show them in
         print(f"{lost.full_name}  unreadable: {lost.why}", file=sys.stderr)
@@ -211,7 +230,8 @@ def watch(selected: Sequence[Selected], cache_path: Path, unreadable: Sequence[U
     reader, console = RunsReader(selected, cache_path), Console(highlight=False)
     views = build_views(reader.read())
     screen = Screen(views, choose_glyphs(console.encoding))
-    is_live = sys.stdout.isatty() and not console.is_dumb_terminal  # rich calls a pipe a terminal under FORCE_COLOR
+    # Rich calls a pipe a terminal under FORCE_COLOR.
+    is_live = sys.stdout.isatty() and not console.is_dumb_terminal
     if is_live:
         views = _follow(console, screen, reader, views)
     width = console.width if is_live or "COLUMNS" in os.environ else _PLAIN_WIDTH
@@ -231,7 +251,9 @@ def build_views(readings: Sequence[Reading]) -> list[RunView]:
                 status,
                 log_path=None if log_path is None else str(log_path),
                 hint=find_hint(status),
-                retry=None if reading.retry is None else f"{reading.retry.why}, while its sweep lives",
+                retry=None
+                if reading.retry is None
+                else f"{reading.retry.why}, while its sweep lives",
                 progress=reading.progress,
                 losses=reading.losses,
             )
@@ -255,7 +277,9 @@ def paint(lines: Sequence[Line]) -> Text:
     return text
 
 
-def _follow(console: Console, screen: Screen, reader: RunsReader, views: list[RunView]) -> list[RunView]:
+def _follow(
+    console: Console, screen: Screen, reader: RunsReader, views: list[RunView]
+) -> list[RunView]:
     """Draw until all is completed or somebody ends it; the last views.
 
     Raises:
@@ -263,17 +287,24 @@ def _follow(console: Console, screen: Screen, reader: RunsReader, views: list[Ru
     """
     woken_by = None
     with _signals_kept():
-        while woken_by in (None, signal.SIGTSTP) and any(view.state != "completed" for view in views):
+        while woken_by in (None, signal.SIGTSTP) and any(
+            view.state != "completed" for view in views
+        ):
             woken_by = None
             with Live(console=console, screen=True, auto_refresh=False) as live:
-                while woken_by in (None, signal.SIGWINCH) and any(view.state != "completed" for view in views):
+                while woken_by in (None, signal.SIGWINCH) and any(
+                    view.state != "completed" for view in views
+                ):
                     started = time.monotonic()
                     views = build_views(reader.read())
                     now = f"{_now()}  Ctrl-C leaves"
                     lines = screen.draw(views, width=console.width, height=console.height, now=now)
                     live.update(paint(lines), refresh=True)
-                    woken_by = _wait(max(_REFRESH_SECONDS, (time.monotonic() - started) / _MAX_BUSY_PART))
-            if woken_by == signal.SIGTSTP:  # Ctrl-Z, with the terminal as it was before; `fg` goes on
+                    woken_by = _wait(
+                        max(_REFRESH_SECONDS, (time.monotonic() - started) / _MAX_BUSY_PART)
+                    )
+            # Ctrl-Z, with the terminal as it was before; `fg` goes on.
+            if woken_by == signal.SIGTSTP:
                 os.kill(os.getpid(), signal.SIGSTOP)
     if woken_by in (signal.SIGTERM, signal.SIGHUP):
         sys.exit(128 + woken_by)
@@ -288,7 +319,9 @@ def _wait(seconds: float) -> int | None:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Signals come to `_wait` and nowhere else: in the middle of drawing, one would leave half a screen behind."""
+    """Signals come to `_wait` and nowhere else: in the middle of drawing, one would leave half a
+    screen behind.
+    """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield

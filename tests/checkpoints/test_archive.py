@@ -1,4 +1,6 @@
-"""One checkpoint, one ZIP: the same bytes each time, and no file that somebody made can lead outside."""
+"""One checkpoint, one ZIP: the same bytes each time, and no file that somebody made can lead
+outside.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_what_is_packed_comes_out_again(paths: RunPaths, tmp_path: Path) -> None:
     marker = extract_archive(paths.archive_path(4), tmp_path / "out")
     assert marker == load_marker(paths.checkpoint_dir(4)) == verify_archive(paths.archive_path(4))
-    assert contents(tmp_path / "out") == contents(paths.checkpoint_dir(4)) and is_intact(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(paths.checkpoint_dir(4)) and is_intact(
+        tmp_path / "out"
+    )
     assert listing(paths.checkpoints_dir) == ["step-4", "step-4.zip"], "no temporary file is left"
 
 
@@ -68,7 +72,10 @@ def test_a_damaged_folder_is_never_archived(paths: RunPaths) -> None:
     flip_bit(paths.checkpoint_dir(4) / "model.safetensors")
     with pytest.raises(OSError, match="damaged since it was committed"):
         write_archive(paths.checkpoint_dir(4), paths.archive_path(4))
-    assert paths.archive_path(4).read_bytes() == before and listing(paths.checkpoints_dir) == ["step-4", "step-4.zip"]
+    assert paths.archive_path(4).read_bytes() == before and listing(paths.checkpoints_dir) == [
+        "step-4",
+        "step-4.zip",
+    ]
 
 
 def read_entries(archive_path: Path) -> list[Entry]:
@@ -88,7 +95,9 @@ def add(name: str, content: bytes = b"hostile") -> Callable[[list[Entry]], list[
 
 
 def rename_first_file(name: str) -> Callable[[list[Entry]], list[Entry]]:
-    """As `add`, and the marker agrees: its checksum is right, for whoever makes an archive can also make that."""
+    """As `add`, and the marker agrees: its checksum is right, for whoever makes an archive can also
+    make that.
+    """
 
     def change(entries: list[Entry]) -> list[Entry]:
         marker = json.loads(entries[0][1])
@@ -166,7 +175,9 @@ def test_a_hostile_archive_is_refused_and_leaves_nothing(
 
 
 def nest(num_entries: int) -> tuple[list[zipfile.ZipInfo], list[bytes]]:
-    """Entries of which each holds the next one, header and all, so that they share their bytes; the outermost first."""
+    """Entries of which each holds the next one, header and all, so that they share their bytes; the
+    outermost first.
+    """
     infos: list[zipfile.ZipInfo] = []
     contents = [b"x" * 1000]
     for number in range(num_entries):
@@ -178,8 +189,12 @@ def nest(num_entries: int) -> tuple[list[zipfile.ZipInfo], list[bytes]]:
     return infos, contents
 
 
-def test_entries_that_share_their_bytes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    """Everything agrees, checksums too; but what is stated together grows with the square of the file."""
+def test_entries_that_share_their_bytes_are_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    """Everything agrees, checksums too; but what is stated together grows with the square of the
+    file.
+    """
     infos, contents = nest(200)
     files = {
         info.filename.removeprefix("step-4/"): {
@@ -191,7 +206,9 @@ def test_entries_that_share_their_bytes_are_refused_before_anything_is_written(t
     marker = {"step": 4, "fingerprint": {}, "files": files, "stripped_files": []}
     bomb = tmp_path / "bomb.zip"
     with zipfile.ZipFile(bomb, "w") as archive:
-        archive.writestr("step-4/COMMITTED.json", json.dumps(marker | {"marker_sha256": hash_json(marker)}))
+        archive.writestr(
+            "step-4/COMMITTED.json", json.dumps(marker | {"marker_sha256": hash_json(marker)})
+        )
         start = archive.fp.tell()
         archive.fp.write(contents[0])
         archive.start_dir = archive.fp.tell()
@@ -220,7 +237,10 @@ def test_whatever_bytes_it_is_refused_in_words_or_holds_what_it_states(
 ) -> None:
     root = tmp_path_factory.mktemp("fuzz")
     content = bytearray(pristine.archive_path(1).read_bytes())
-    anywhere, directory = st.integers(0, len(content) - 1), st.integers(len(content) - 600, len(content) - 1)
+    anywhere, directory = (
+        st.integers(0, len(content) - 1),
+        st.integers(len(content) - 600, len(content) - 1),
+    )
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(anywhere | directory)] = data.draw(st.integers(0, 255))
     if data.draw(st.booleans()):
@@ -236,7 +256,9 @@ def test_whatever_bytes_it_is_refused_in_words_or_holds_what_it_states(
     assert set(listing(root)) <= {"fuzzed.zip", "out"}
 
 
-def test_an_entry_that_begins_before_the_file_is_refused_in_words(pristine: RunPaths, tmp_path: Path) -> None:
+def test_an_entry_that_begins_before_the_file_is_refused_in_words(
+    pristine: RunPaths, tmp_path: Path
+) -> None:
     content = bytearray(pristine.archive_path(1).read_bytes())
     content[-6] += 1  # where the directory begins, so all entries seem to begin one byte earlier
     (tmp_path / "shifted.zip").write_bytes(content)

@@ -1,4 +1,6 @@
-"""Whole runs that archive, strip, upload and come back from what they left: the same bytes as a run left alone."""
+"""Whole runs that archive, strip, upload and come back from what they left: the same bytes as a run
+left alone.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from runner.checkpoints.remote import RemoteFolder, list_pending
 from runner.run.paths import RunPaths
 from tests.conftest import Project
 from tests.support.remote_places import CREDENTIALS, closed_port, s3_server
-from tests.support.training_runs import RUNS, assert_same_outputs, launch, launch_killed_at, read_attempts, read_log
+from tests.support.training_runs import (
+    RUNS,
+    assert_same_outputs,
+    launch,
+    launch_killed_at,
+    read_attempts,
+    read_log,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -24,16 +33,26 @@ LORA = RUNS["gemma-lora"]
 def test_a_run_killed_while_it_archives_strips_and_prunes_ends_with_the_same_bytes(
     finished: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Limits change no result: the reference run has none of them. Nor does storage that cannot be reached."""
+    """Limits change no result: the reference run has none of them. Nor does storage that cannot be
+    reached.
+    """
     name, overrides = "kept", (*LORA, *KEEPING)
     paths = launch_killed_at(finished, name, *overrides, event="open", path=".step-4.zip.tmp")
     assert list_committed(paths) == [4] and list_archived(paths) == []
-    paths = launch_killed_at(finished, name, *overrides, event="os.remove", path="step-4/optimizer.pt")
+    paths = launch_killed_at(
+        finished, name, *overrides, event="os.remove", path="step-4/optimizer.pt"
+    )
     assert "resuming from step 4" in read_log(paths)
-    assert load_marker(paths.checkpoint_dir(4)).is_stripped and (paths.checkpoint_dir(4) / "optimizer.pt").exists()
+    assert (
+        load_marker(paths.checkpoint_dir(4)).is_stripped
+        and (paths.checkpoint_dir(4) / "optimizer.pt").exists()
+    )
     for variable, value in CREDENTIALS.items():
         monkeypatch.setenv(variable, value)
-    nowhere = {"endpoint_url": f"http://127.0.0.1:{closed_port()}", "config_kwargs": {"retries": {"max_attempts": 0}}}
+    nowhere = {
+        "endpoint_url": f"http://127.0.0.1:{closed_port()}",
+        "config_kwargs": {"retries": {"max_attempts": 0}},
+    }
     remote = json.dumps({"url": "s3://sft", "options": nowhere, "num_retries": 0})
     launch(finished, name, *overrides, f"checkpoints.remote={remote}")
     assert "resuming from step 8" in read_log(paths)
@@ -48,14 +67,23 @@ def test_a_run_killed_while_it_archives_strips_and_prunes_ends_with_the_same_byt
     assert not (paths.checkpoint_dir(4) / "optimizer.pt").exists()
 
 
-def test_an_empty_machine_continues_from_a_bucket_and_ends_with_the_same_bytes(finished: Project) -> None:
-    """Killed when all had arrived, its directory lost; then once more from an archive that somebody had saved."""
+def test_an_empty_machine_continues_from_a_bucket_and_ends_with_the_same_bytes(
+    finished: Project,
+) -> None:
+    """Killed when all had arrived, its directory lost; then once more from an archive that somebody
+    had saved.
+    """
     with s3_server("sft") as options:
         remote = {"url": "s3://sft/checkpoints", "options": options, "num_retries": 1, "load": True}
-        name, overrides = "remote", (*LORA, f"checkpoints={{archive: zip, remote: {json.dumps(remote)}}}")
+        name, overrides = (
+            "remote",
+            (*LORA, f"checkpoints={{archive: zip, remote: {json.dumps(remote)}}}"),
+        )
         paths = launch_killed_at(finished, name, *overrides, event="os.rename", path="result.json")
         folder = RemoteFolder(f"{remote['url']}/tests/{name}", options)
-        assert folder.list_steps() == list_committed(paths) == [12, 15] and list_pending(paths) == []
+        assert (
+            folder.list_steps() == list_committed(paths) == [12, 15] and list_pending(paths) == []
+        )
         folder.delete(15)
         lost = RunPaths(paths.run_dir.rename(paths.run_dir.with_name("lost")))
         launch(finished, name, *overrides)
@@ -71,7 +99,9 @@ def test_an_empty_machine_continues_from_a_bucket_and_ends_with_the_same_bytes(f
     shutil.rmtree(paths.run_dir)
     done = finished.cli("launch", "recipe.yaml", *LORA, "--name", name, "--resume", saved)
     assert done.returncode == 0, f"{done.stderr}\n{read_log(paths)}"
-    assert read_attempts(paths)[0]["resume"] == str(saved) and "resuming from step 12" in read_log(paths)
+    assert read_attempts(paths)[0]["resume"] == str(saved) and "resuming from step 12" in read_log(
+        paths
+    )
     assert_same_outputs(paths, finished.paths("gemma-lora"))
     kept = finished.paths("kept")  # killed at other moments, under other limits
     assert kept.archive_path(15).read_bytes() == archive_bytes, "equal runs, equal archives"

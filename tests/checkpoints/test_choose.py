@@ -1,5 +1,5 @@
-"""What is refused before any device time: every key of a recipe that changes between two attempts, every file, launch
-and library; and what a refusal leaves behind, which is nothing.
+"""What is refused before any device time: every key of a recipe that changes between two attempts,
+every file, launch and library; and what a refusal leaves behind, which is nothing.
 """
 
 from __future__ import annotations
@@ -55,10 +55,14 @@ MAY_CHANGE = {
     "run.overrides": "how the recipe came about, not what it says",
     "launch.retries.transient": "how often, not what",
     "launch.retries.lost": "how often, not what",
-    "launch.retries.out_of_memory": "permits a start at step 0 in smaller micro-batches; never a continuation in them",
+    "launch.retries.out_of_memory": (
+        "permits a start at step 0 in smaller micro-batches; never a continuation in them"
+    ),
     "launch.retries.backoff_seconds": "when, not what",
     "launch.on_version_change": "decides about a change, and is none",
-    "checkpoints.keep_latest": "the best one always stays, and nothing that is computed depends on others",
+    "checkpoints.keep_latest": (
+        "the best one always stays, and nothing that is computed depends on others"
+    ),
     "checkpoints.keep_best": "as above",
     "checkpoints.save_optimizer": "of older checkpoints; a stripped one is never continued",
     "checkpoints.archive": "a copy",
@@ -92,7 +96,9 @@ def contents_of(recipe: Recipe) -> dict[str, str]:
 
 
 def interrupt(recipe: Recipe, paths: RunPaths, step: int = 4, **changed: Any) -> RunPaths:
-    """A run that was killed after it had committed a checkpoint; `changed` differs in its fingerprint."""
+    """A run that was killed after it had committed a checkpoint; `changed` differs in its
+    fingerprint.
+    """
     contents = contents_of(recipe)
     prepare_run(recipe, contents, paths)
     paths.checkpoints_dir.mkdir(exist_ok=True)
@@ -133,13 +139,17 @@ def refusal_of(paths: RunPaths, recipe: Recipe) -> list[str] | None:
 
 
 def names(lines: list[str], key: str) -> bool:
-    """Whether one of the lines is about the key: by its dotted name, or as the fingerprint calls it."""
+    """Whether one of the lines is about the key: by its dotted name, or as the fingerprint calls
+    it.
+    """
     last = key.rpartition(".")[2]
     starts = (f"{key}:", f"{key}.", f"{last}:", f"{last}.")
     return any(line.startswith(starts) for line in lines)
 
 
-def test_every_key_that_changes_between_attempts_is_refused_and_named_but_for_a_short_list(tmp_path: Path) -> None:
+def test_every_key_that_changes_between_attempts_is_refused_and_named_but_for_a_short_list(
+    tmp_path: Path,
+) -> None:
     tried, keys = set(), set()
     for number, overrides in enumerate([*KINDS, *PLACEMENT_KINDS]):
         recipe = parse(*overrides)
@@ -164,7 +174,9 @@ def test_another_kind_of_section_is_refused_and_named(tmp_path: Path) -> None:
     paths = interrupt(parse(), RunPaths(tmp_path / "run"))
     for overrides in KINDS[1:]:
         lines = refusal_of(paths, parse(*overrides))
-        assert lines is not None and any(names(lines, override.partition("=")[0]) for override in overrides), lines
+        assert lines is not None and any(
+            names(lines, override.partition("=")[0]) for override in overrides
+        ), lines
 
 
 @pytest.mark.parametrize("path", ["data.jsonl", "models/toy/config.json", "chat.jinja"])
@@ -174,27 +186,34 @@ def test_other_content_of_a_file_is_refused_and_named(path: str, tmp_path: Path)
     Path(path).write_text("other content")
     lines = refusal_of(paths, recipe)
     assert lines is not None and any(
-        line.startswith("content of ") and line.split(":")[0].endswith("models/toy" if "toy" in path else path)
+        line.startswith("content of ")
+        and line.split(":")[0].endswith("models/toy" if "toy" in path else path)
         for line in lines
     )
     with pytest.raises(RefusedError, match="content of"):
         prepare_run(recipe, contents_of(recipe), paths)
 
 
-def test_how_processes_start_counts_by_what_the_files_say_and_not_by_their_names(tmp_path: Path) -> None:
+def test_how_processes_start_counts_by_what_the_files_say_and_not_by_their_names(
+    tmp_path: Path,
+) -> None:
     Path("ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    Path("zero.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds.json}\n")
+    Path("zero.yaml").write_text(
+        "distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds.json}\n"
+    )
     recipe = parse("launch.accelerate_config=zero.yaml")
     paths = interrupt(recipe, RunPaths(tmp_path / "run"))
     shutil.copy("ds.json", "moved.json")
     Path("moved.yaml").write_text(
-        "# with a comment, and where processes start\nnum_machines: 4\nmain_process_port: 0\n"
-        "deepspeed_config: {deepspeed_config_file: moved.json, deepspeed_multinode_launcher: standard}\n"
-        "distributed_type: DEEPSPEED\n"
+        "# with a comment, and where processes start\nnum_machines: 4\nmain_process_port:"
+        " 0\ndeepspeed_config: {deepspeed_config_file: moved.json, deepspeed_multinode_launcher:"
+        " standard}\ndistributed_type: DEEPSPEED\n"
     )
     assert refusal_of(paths, parse("launch.accelerate_config=moved.yaml")) is None
     Path("ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    stage = "accelerate_config.deepspeed_config.deepspeed_config_file.zero_optimization.stage: 3 -> 2"
+    stage = (
+        "accelerate_config.deepspeed_config.deepspeed_config_file.zero_optimization.stage: 3 -> 2"
+    )
     assert refusal_of(paths, recipe) == [stage]
     Path("ds.json").unlink()
     assert "ds.json is not there" in str(refusal_of(paths, recipe))
@@ -210,24 +229,46 @@ def test_another_number_of_processes_is_refused_where_it_is_asked_for(tmp_path: 
     recipe = parse()
     paths = interrupt(recipe, RunPaths(tmp_path / "run"))
     decision, status = judge(paths, recipe, num_processes=1)
-    assert decision.action == "refuse" and status.state == "interrupted" and status.checkpoint_step == 4
+    assert (
+        decision.action == "refuse"
+        and status.state == "interrupted"
+        and status.checkpoint_step == 4
+    )
     assert status.obstacles == ("gradient_accumulation_steps: 4 -> 12", "num_processes: 3 -> 1")
-    assert "step 4 cannot be continued: gradient_accumulation_steps: 4 -> 12, num_processes: 3 -> 1" in status.notes
+    assert (
+        "step 4 cannot be continued: gradient_accumulation_steps: 4 -> 12, num_processes: 3 -> 1"
+        in status.notes
+    )
     decision, status = judge(paths, recipe, num_processes=5)
-    assert decision.action == "refuse" and "24" in status.obstacles[0], "the global batch does not divide"
+    assert decision.action == "refuse" and "24" in status.obstacles[0], (
+        "the global batch does not divide"
+    )
 
 
 @pytest.mark.parametrize("policy", ["warn", "refuse"])
-def test_a_library_that_changed_since_the_checkpoint_warns_or_refuses(policy: str, tmp_path: Path) -> None:
+def test_a_library_that_changed_since_the_checkpoint_warns_or_refuses(
+    policy: str, tmp_path: Path
+) -> None:
     recipe = parse(f"launch.on_version_change={policy}")
     versions = build_resume_fingerprint(recipe, "d", 3, threads="1")["versions"]
-    paths = interrupt(recipe, RunPaths(tmp_path / "run"), versions=versions | {"torch": "2.0", "trl": "absent"})
+    paths = interrupt(
+        recipe, RunPaths(tmp_path / "run"), versions=versions | {"torch": "2.0", "trl": "absent"}
+    )
     decision, status = judge(paths, recipe)
-    lines = (f'versions.torch: "2.0" -> "{versions["torch"]}"', f'versions.trl: "absent" -> "{versions["trl"]}"')
+    lines = (
+        f'versions.torch: "2.0" -> "{versions["torch"]}"',
+        f'versions.trl: "absent" -> "{versions["trl"]}"',
+    )
     if policy == "refuse":
-        assert decision.action == "refuse" and (status.obstacles, status.version_changes) == (lines, ())
+        assert decision.action == "refuse" and (status.obstacles, status.version_changes) == (
+            lines,
+            (),
+        )
     else:
-        assert decision.action == "launch" and (status.obstacles, status.version_changes) == ((), lines)
+        assert decision.action == "launch" and (status.obstacles, status.version_changes) == (
+            (),
+            lines,
+        )
     assert all(line in status.notes for line in lines) and "step 4" in status.notes
 
 
@@ -278,23 +319,33 @@ def test_what_is_named_by_resume_decides_instead(tmp_path: Path) -> None:
         assert judge(paths, recipe, resume=resume)[0].action == action, resume
 
 
-def test_smaller_micro_batches_after_running_out_of_memory_are_a_new_start_and_no_obstacle(tmp_path: Path) -> None:
+def test_smaller_micro_batches_after_running_out_of_memory_are_a_new_start_and_no_obstacle(
+    tmp_path: Path,
+) -> None:
     recipe = parse()
     paths = interrupt(recipe, RunPaths(tmp_path / "run"))
     (attempt,) = load_record(paths).attempts
-    write_record(paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),)))
+    write_record(
+        paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
+    )
     assert refusal_of(paths, recipe) is None
     lines = refusal_of(paths, parse("launch.num_processes=1"))
-    assert lines is not None and "num_processes: 3 -> 1" in lines, "but nothing else may change with it"
+    assert lines is not None and "num_processes: 3 -> 1" in lines, (
+        "but nothing else may change with it"
+    )
     interrupt(recipe, paths, step=8, **_cut(recipe, 2))
-    write_record(paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),)))
+    write_record(
+        paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
+    )
     assert refusal_of(paths, recipe) is None, "continued in the same smaller ones"
     write_record(paths, RunRecord(attempts=(attempt,)))
     assert refusal_of(paths, recipe) is not None, "and never in larger ones again"
 
 
 def _cut(recipe: Recipe, divisor: int) -> Mapping[str, Any]:
-    return build_resume_fingerprint(recipe, derive_digest(recipe, contents_of(recipe)), 3, divisor, threads="1")
+    return build_resume_fingerprint(
+        recipe, derive_digest(recipe, contents_of(recipe)), 3, divisor, threads="1"
+    )
 
 
 def test_a_run_whose_record_is_lost_is_still_held_against_its_checkpoint(tmp_path: Path) -> None:
@@ -306,15 +357,37 @@ def test_a_run_whose_record_is_lost_is_still_held_against_its_checkpoint(tmp_pat
     assert (decision.action, status.state) == ("refuse", "pending")
 
 
-def test_completed_and_running_runs_are_skipped_whatever_they_were_launched_with(tmp_path: Path) -> None:
+def test_completed_and_running_runs_are_skipped_whatever_they_were_launched_with(
+    tmp_path: Path,
+) -> None:
     recipe = parse()
     paths = interrupt(recipe, RunPaths(tmp_path / "run"), num_processes=2)
-    score = dict(num_rows=1, num_completion_tokens=1, num_tokens=1, num_bytes=1, completion_nll_sum=1.0, nll_sum=1.0)
-    result = dict(outcome="completed", stop_reason="max_steps", num_steps=2, best_step=2, best_metric=1.0, metric="m")
+    score = dict(
+        num_rows=1,
+        num_completion_tokens=1,
+        num_tokens=1,
+        num_bytes=1,
+        completion_nll_sum=1.0,
+        nll_sum=1.0,
+    )
+    result = dict(
+        outcome="completed",
+        stop_reason="max_steps",
+        num_steps=2,
+        best_step=2,
+        best_metric=1.0,
+        metric="m",
+    )
     digest = derive_digest(recipe, contents_of(recipe))
     write_json_atomic(
         paths.result_path,
-        result | {"recipe_digest": digest, "num_train_rows": 1, "base": {"test": score}, "tuned": {"test": score}},
+        result
+        | {
+            "recipe_digest": digest,
+            "num_train_rows": 1,
+            "base": {"test": score},
+            "tuned": {"test": score},
+        },
     )
     decision, status = judge(paths, recipe)
     assert decision.action == "skip" and status.obstacles == () and status.checkpoint_step is None
@@ -348,7 +421,9 @@ def test_a_refused_launch_touches_nothing_and_names_what_to_type(fake: FakeLaunc
     assert done.wait() == 0 and fake.started() == ["a"] and len(fake.attempts("a")) == 2
 
 
-def test_a_sweep_refuses_one_run_launches_the_others_and_needs_no_retry_failed_later(fake: FakeLauncher) -> None:
+def test_a_sweep_refuses_one_run_launches_the_others_and_needs_no_retry_failed_later(
+    fake: FakeLauncher,
+) -> None:
     paths = interrupt_fake(fake, "a", num_machines=2)
     fake.add("b")
     process = fake.start("sweep", "recipes/toy")
@@ -363,13 +438,19 @@ def test_a_sweep_refuses_one_run_launches_the_others_and_needs_no_retry_failed_l
     assert again.wait() == 0 and fake.started() == ["b", "a"]
 
 
-def test_a_finished_grid_is_the_same_to_the_byte_however_often_it_is_run_again(fake: FakeLauncher) -> None:
+def test_a_finished_grid_is_the_same_to_the_byte_however_often_it_is_run_again(
+    fake: FakeLauncher,
+) -> None:
     fake.add("a", "b", "c")
     for path in ("data.jsonl", "models/toy/config.json"):
         os.utime(path, (1_600_000_000, 1_600_000_000))  # else its hash is not kept yet
     assert main(["sweep", "recipes/toy", "--slots", "2"]) == 0
     before, num_started = fake.tree(), len(fake.events())
-    for words in (["sweep", "recipes/toy"], ["rerun", "recipes/toy"], ["launch", "recipes/toy/b.yaml"]) * 3:
+    for words in (
+        ["sweep", "recipes/toy"],
+        ["rerun", "recipes/toy"],
+        ["launch", "recipes/toy/b.yaml"],
+    ) * 3:
         assert main(words) == 0 and fake.tree() == before, words
     assert len(fake.events()) == num_started
 
@@ -382,8 +463,16 @@ def test_a_start_is_refused_under_the_lease_too(fake: FakeLauncher) -> None:
     recipe = load_recipe(Path("recipes/toy/a.yaml"))
     command = LaunchCommand(("accelerate", "launch", str(paths.run_dir)), {"OMP_NUM_THREADS": "1"})
     recipe_bytes = paths.recipe_path.read_bytes()
-    changed = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"tags": ("new",)})})
+    changed = recipe.model_copy(
+        update={"tracking": recipe.tracking.model_copy(update={"tags": ("new",)})}
+    )
     with pytest.raises(RefusedError, match="num_processes: 2 -> 1"):
         start_attempt(changed, contents_of(recipe), paths, command, 1)
-    assert len(load_record(paths).attempts) == 1 and not is_leased(paths.lease_path) and not fake.events()
-    assert paths.recipe_path.read_bytes() == recipe_bytes, "nothing of the new launch was written down"
+    assert (
+        len(load_record(paths).attempts) == 1
+        and not is_leased(paths.lease_path)
+        and not fake.events()
+    )
+    assert paths.recipe_path.read_bytes() == recipe_bytes, (
+        "nothing of the new launch was written down"
+    )

@@ -1,4 +1,6 @@
-"""Which checkpoint counts: marked, whole, of this launch, and with the best weights that it would export."""
+"""Which checkpoint counts: marked, whole, of this launch, and with the best weights that it would
+export.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from runner.checkpoints.marker import is_intact, list_archived, list_committed, 
 from runner.checkpoints.retention import strip_checkpoint
 from runner.errors import RefusedError
 from runner.run.paths import RunPaths, marker_path
-from tests.support.fake_checkpoints import FINGERPRINT, STATE_FILES, commit, flip_bit, make_paths, quarantined, write
+from tests.support.fake_checkpoints import (
+    FINGERPRINT,
+    STATE_FILES,
+    commit,
+    flip_bit,
+    make_paths,
+    quarantined,
+    write,
+)
 
 
 @pytest.fixture
@@ -37,7 +47,9 @@ def test_a_committed_checkpoint_is_whole_and_holds_no_pickled_arguments(paths: R
     assert not (checkpoint_dir / "training_args.bin").exists()
     marker = json.loads(marker_path(checkpoint_dir).read_text())
     assert marker["step"] == 8 and marker["fingerprint"] == FINGERPRINT
-    assert sorted(marker["files"]) == sorted([*STATE_FILES, "model.safetensors", "trainer_state.json"])
+    assert sorted(marker["files"]) == sorted(
+        [*STATE_FILES, "model.safetensors", "trainer_state.json"]
+    )
     assert not quarantined(paths)
 
 
@@ -57,9 +69,10 @@ def test_any_damage_to_any_file_sets_the_checkpoint_aside_for_the_one_before(
     paths: RunPaths, damage: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commit(paths, 4, 8)
-    assert {str(path.relative_to(paths.checkpoint_dir(8))) for path in list_files(paths.checkpoint_dir(8))} == {
-        *COMMITTED_FILES
-    }
+    assert {
+        str(path.relative_to(paths.checkpoint_dir(8)))
+        for path in list_files(paths.checkpoint_dir(8))
+    } == {*COMMITTED_FILES}
     DAMAGES[damage](paths.checkpoint_dir(8) / name)
     assert find_resume_step(paths, FINGERPRINT) == 4
     assert quarantined(paths) == ["step-8.1"] and list_committed(paths) == [4]
@@ -79,12 +92,16 @@ def test_what_is_damaged_is_named(paths: RunPaths, capsys: pytest.CaptureFixture
 def test_a_folder_under_the_name_of_another_step_does_not_count(paths: RunPaths, how: str) -> None:
     """Else a stale one that was called a newer one would win at every resume from now on."""
     commit(paths, 4, 8)
-    (shutil.copytree if how == "copied" else shutil.move)(paths.checkpoint_dir(4), paths.checkpoint_dir(40))
+    (shutil.copytree if how == "copied" else shutil.move)(
+        paths.checkpoint_dir(4), paths.checkpoint_dir(40)
+    )
     assert find_resume_step(paths, FINGERPRINT) == 8
     assert quarantined(paths) == ["step-40.1"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"files": {"a": 1}}', '{"files": []}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "{}", '{"files": {"a": 1}}', '{"files": []}', "\x00"]
+)
 def test_a_marker_that_is_no_marker_does_not_count(paths: RunPaths, content: str) -> None:
     commit(paths, 4, 8)
     marker_path(paths.checkpoint_dir(8)).write_text(content)
@@ -100,17 +117,23 @@ def test_what_was_being_written_is_set_aside(paths: RunPaths) -> None:
     assert quarantined(paths) == ["checkpoint-8.1", "step-6.1"]
     write(paths, 8)
     assert find_resume_step(paths, FINGERPRINT) == 4
-    assert quarantined(paths) == ["checkpoint-8.1", "checkpoint-8.2", "step-6.1"], "nothing is overwritten"
+    assert quarantined(paths) == ["checkpoint-8.1", "checkpoint-8.2", "step-6.1"], (
+        "nothing is overwritten"
+    )
 
 
-def test_a_checkpoint_without_the_best_weights_it_would_export_does_not_count(paths: RunPaths) -> None:
+def test_a_checkpoint_without_the_best_weights_it_would_export_does_not_count(
+    paths: RunPaths,
+) -> None:
     commit(paths, 2, 4, 8, 12)
     best = {2: 2, 4: 4, 8: 4, 12: 4}
     find_best = lambda folder: best[int(folder.name.removeprefix("step-"))]  # noqa: E731
     assert find_resume_step(paths, FINGERPRINT, find_best) == 12
     flip_bit(paths.checkpoint_dir(4) / "model.safetensors")
     assert find_resume_step(paths, FINGERPRINT, find_best) == 2
-    assert quarantined(paths) == ["step-12.1", "step-4.1", "step-8.1"] and list_committed(paths) == [2]
+    assert quarantined(paths) == ["step-12.1", "step-4.1", "step-8.1"] and list_committed(
+        paths
+    ) == [2]
 
 
 def test_another_launch_is_refused_and_nothing_is_moved(paths: RunPaths) -> None:
@@ -130,7 +153,9 @@ def test_an_interrupted_deletion_is_finished_and_never_resumed(paths: RunPaths) 
     assert not doomed.exists() and not quarantined(paths)
 
 
-def test_a_damaged_folder_is_restored_from_its_archive(paths: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_folder_is_restored_from_its_archive(
+    paths: RunPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
     commit(paths, 4, 8)
     write_archive(paths.checkpoint_dir(8), paths.archive_path(8))
     flip_bit(paths.checkpoint_dir(8) / "optimizer.pt")
@@ -157,7 +182,9 @@ def test_an_archive_that_is_damaged_or_of_another_step_is_moved_aside(paths: Run
     assert quarantined(paths) == ["step-12.zip.1", "step-8.zip.1"]
 
 
-def test_a_stripped_checkpoint_is_never_resumed_from_but_holds_the_best_weights(paths: RunPaths) -> None:
+def test_a_stripped_checkpoint_is_never_resumed_from_but_holds_the_best_weights(
+    paths: RunPaths,
+) -> None:
     commit(paths, 4, 8, 12)
     strip_checkpoint(paths.checkpoint_dir(4))
     strip_checkpoint(paths.checkpoint_dir(8))
@@ -165,20 +192,31 @@ def test_a_stripped_checkpoint_is_never_resumed_from_but_holds_the_best_weights(
     assert list_committed(paths) == [4, 8, 12] and not quarantined(paths)
     flip_bit(paths.checkpoint_dir(12) / "model.safetensors")
     assert find_resume_step(paths, FINGERPRINT) is None, "nothing whole is left"
-    assert list_committed(paths) == [] and quarantined(paths) == ["step-12.1", "step-4.1", "step-8.1"]
+    assert list_committed(paths) == [] and quarantined(paths) == [
+        "step-12.1",
+        "step-4.1",
+        "step-8.1",
+    ]
 
 
-def test_a_stripped_checkpoint_newer_than_what_is_resumed_from_is_moved_aside(paths: RunPaths) -> None:
+def test_a_stripped_checkpoint_newer_than_what_is_resumed_from_is_moved_aside(
+    paths: RunPaths,
+) -> None:
     commit(paths, 4, 8, 12)
     strip_checkpoint(paths.checkpoint_dir(8))
     flip_bit(paths.checkpoint_dir(12) / "model.safetensors")
-    assert find_resume_step(paths, FINGERPRINT) == 4, "as after `save_optimizer` was turned off and on"
+    assert find_resume_step(paths, FINGERPRINT) == 4, (
+        "as after `save_optimizer` was turned off and on"
+    )
     assert list_committed(paths) == [4] and quarantined(paths) == ["step-12.1", "step-8.1"]
 
 
 def test_what_is_not_ours_stays(paths: RunPaths) -> None:
     commit(paths, 4, 8)
-    strangers = [paths.checkpoints_dir / name for name in ("my-notes", "step-by-step.txt", "step-one.zip", "old.zip")]
+    strangers = [
+        paths.checkpoints_dir / name
+        for name in ("my-notes", "step-by-step.txt", "step-one.zip", "old.zip")
+    ]
     for stranger in strangers:
         stranger.write_text("somebody's")
     assert find_resume_step(paths, FINGERPRINT) == 8

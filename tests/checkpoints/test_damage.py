@@ -1,6 +1,8 @@
-"""Whole matrices with real training: every damage to every file, a kill before every file operation, at every step.
+"""Whole matrices with real training: every damage to every file, a kill before every file
+operation, at every step.
 
-`test_resume` and `test_checkpoints` have one cell of each class. Hours; part of `make torture` only.
+`test_resume` and `test_checkpoints` have one cell of each class. Hours; part of `make torture`
+only.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_any_damage_to_any_file_costs_the_steps_since_the_checkpoint_before(finished: Project, damage: str) -> None:
+def test_any_damage_to_any_file_costs_the_steps_since_the_checkpoint_before(
+    finished: Project, damage: str
+) -> None:
     newest = finished.paths("gemma-lora").checkpoint_dir(15)
     names = [path.relative_to(newest) for path in list_files(newest)]
     assert len(names) > 8 and Path("COMMITTED.json") in names
@@ -54,12 +58,18 @@ def test_any_damage_to_any_file_costs_the_steps_since_the_checkpoint_before(fini
         assert_same_outputs(copy, finished.paths("gemma-lora"))
 
 
-def test_a_run_killed_before_every_operation_on_a_checkpoint_ends_with_the_same_bytes(finished: Project) -> None:
-    """In a chain: each attempt goes on from what the last one left, and comes one operation further before it dies."""
+def test_a_run_killed_before_every_operation_on_a_checkpoint_ends_with_the_same_bytes(
+    finished: Project,
+) -> None:
+    """In a chain: each attempt goes on from what the last one left, and comes one operation further
+    before it dies.
+    """
     name, overrides = "killed-at-each", RUNS["gemma-lora"]
     paths = finished.paths(name)
     for number in itertools.count(1):
-        done = try_launch_killed_at(finished, name, *overrides, at=f"* checkpoint-8|step-8 {number}")
+        done = try_launch_killed_at(
+            finished, name, *overrides, at=f"* checkpoint-8|step-8 {number}"
+        )
         if done.returncode == 0:
             break
         assert not paths.result_path.exists()

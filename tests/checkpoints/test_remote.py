@@ -1,4 +1,6 @@
-"""Uploads beside training: what is committed arrives, limits hold there too, and no place can stop or hang a run."""
+"""Uploads beside training: what is committed arrives, limits hold there too, and no place can stop
+or hang a run.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,15 @@ from runner.files import load_jsonl
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.run.paths import RunPaths
 from tests.conftest import RECIPE_TEXT, ROOT
-from tests.support.fake_checkpoints import DIGEST, FINGERPRINT, commit, flip_bit, listing, make_limits, make_paths
+from tests.support.fake_checkpoints import (
+    DIGEST,
+    FINGERPRINT,
+    commit,
+    flip_bit,
+    listing,
+    make_limits,
+    make_paths,
+)
 from tests.support.remote_places import CREDENTIALS, closed_port, s3_server
 
 VALUES = {4: 3.0, 8: 1.0, 12: 2.0, 16: 4.0, 20: 5.0}
@@ -53,7 +63,9 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
 
 def make_recipe(url: str, options: dict[str, Any] | None = None, *, load: str = "false") -> Recipe:
     remote = f"{{url: '{url}', options: {json.dumps(options or {})}, num_retries: 0, load: {load}}}"
-    return parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=(f"checkpoints.remote={remote}",))
+    return parse_recipe(
+        RECIPE_TEXT, where="recipe.yaml", overrides=(f"checkpoints.remote={remote}",)
+    )
 
 
 def make_uploader(paths: RunPaths, recipe: Recipe, attempt: int = 1) -> Uploader:
@@ -80,38 +92,58 @@ def train_on(paths: RunPaths, recipe: Recipe, *steps: int, attempt: int = 1) -> 
     uploader, limits = make_uploader(paths, recipe, attempt), make_limits(keep_latest=2)
     for step in steps:
         commit(paths, step, values=VALUES)
-        apply_retention(paths, limits, [(at, value) for at, value in VALUES.items() if at <= step], DIGEST)
+        apply_retention(
+            paths, limits, [(at, value) for at, value in VALUES.items() if at <= step], DIGEST
+        )
         uploader.offer(step)
     uploader.finish()
 
 
-def test_what_is_committed_arrives_and_the_limits_hold_there_too(paths: RunPaths, recipe: Recipe) -> None:
+def test_what_is_committed_arrives_and_the_limits_hold_there_too(
+    paths: RunPaths, recipe: Recipe
+) -> None:
     train_on(paths, recipe, 4, 8, 12, 16)
     assert remote_folder(recipe).list_steps() == list_committed(paths) == [8, 12, 16]
     assert listing(paths.uploads_dir) == [] and list_pending(paths) == []
     rows = read_rows(paths)
     assert {row["outcome"] for row in rows} == {"uploaded"} and rows[-1]["step"] == 16
-    assert rows[-1]["num_tries"] == 1 and rows[-1]["num_bytes"] > 0 and rows[-1]["url"].endswith("/tests/base")
+    assert (
+        rows[-1]["num_tries"] == 1
+        and rows[-1]["num_bytes"] > 0
+        and rows[-1]["url"].endswith("/tests/base")
+    )
 
 
-def test_an_empty_machine_goes_on_from_there(paths: RunPaths, recipe: Recipe, tmp_path: Path) -> None:
+def test_an_empty_machine_goes_on_from_there(
+    paths: RunPaths, recipe: Recipe, tmp_path: Path
+) -> None:
     train_on(paths, recipe, 4, 8, 12, 16)
     other = make_paths(tmp_path / "other-machine")
     folder = remote_folder(recipe)
-    assert choose_resume_step(other, recipe, FINGERPRINT, "none", folder) is None, "`--fresh` means it"
+    assert choose_resume_step(other, recipe, FINGERPRINT, "none", folder) is None, (
+        "`--fresh` means it"
+    )
     assert choose_resume_step(other, recipe, FINGERPRINT, "auto", folder) == 16
-    assert list_committed(other) == [8, 16] and is_intact(other.checkpoint_dir(8)), "the best one came along"
+    assert list_committed(other) == [8, 16] and is_intact(other.checkpoint_dir(8)), (
+        "the best one came along"
+    )
     assert listing(other.checkpoints_dir) == ["step-16", "step-8"]
     flip_bit(other.checkpoint_dir(16) / "optimizer.pt")
     strip_checkpoint(other.checkpoint_dir(8))
-    assert choose_resume_step(other, recipe, FINGERPRINT, "auto", folder) == 16, "what is left here is of no use"
+    assert choose_resume_step(other, recipe, FINGERPRINT, "auto", folder) == 16, (
+        "what is left here is of no use"
+    )
     shutil.rmtree(other.run_dir)
     url = f"{folder.url}/step-12.zip"
     other.run_dir.mkdir()
-    assert choose_resume_step(other, recipe, FINGERPRINT, url, None) == 12 and list_committed(other) == [8, 12]
+    assert choose_resume_step(other, recipe, FINGERPRINT, url, None) == 12 and list_committed(
+        other
+    ) == [8, 12]
 
 
-def test_what_is_damaged_there_is_passed_over(paths: RunPaths, recipe: Recipe, tmp_path: Path) -> None:
+def test_what_is_damaged_there_is_passed_over(
+    paths: RunPaths, recipe: Recipe, tmp_path: Path
+) -> None:
     train_on(paths, recipe, 4, 8, 12)
     folder = remote_folder(recipe)
     folder._fs.pipe_file(f"{folder._root}/step-12.zip", b"damaged")
@@ -139,20 +171,26 @@ def test_a_place_that_cannot_be_reached_fails_no_training_and_gets_everything_la
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     nowhere = make_recipe(
-        "s3://bucket/x", {"endpoint_url": f"http://127.0.0.1:{closed_port()}", **NO_RETRIES}, load="true"
+        "s3://bucket/x",
+        {"endpoint_url": f"http://127.0.0.1:{closed_port()}", **NO_RETRIES},
+        load="true",
     )
     train_on(paths, nowhere, 8)
     assert list_pending(paths) == list_committed(paths) == [8]
     assert {row["outcome"] for row in read_rows(paths)} == {"failed"}
     assert "EndpointConnectionError" in read_rows(paths)[0]["message"]
     with pytest.raises(OSError, match="cannot be read"):
-        choose_resume_step(make_paths(tmp_path / "other"), nowhere, FINGERPRINT, "auto", remote_folder(nowhere))
+        choose_resume_step(
+            make_paths(tmp_path / "other"), nowhere, FINGERPRINT, "auto", remote_folder(nowhere)
+        )
     reachable = make_recipe(f"file://{tmp_path}/place")
     train_on(paths, reachable, 12, attempt=2)
     assert remote_folder(reachable).list_steps() == [8, 12] and list_pending(paths) == []
 
 
-def test_an_older_one_stays_there_until_the_best_weights_have_arrived(paths: RunPaths, tmp_path: Path) -> None:
+def test_an_older_one_stays_there_until_the_best_weights_have_arrived(
+    paths: RunPaths, tmp_path: Path
+) -> None:
     """The upload of step 8, the best, fails; alone, step 12 could not be continued."""
     recipe = make_recipe(f"file://{tmp_path / 'place'}", load="true")
     folder = remote_folder(recipe)
@@ -161,7 +199,10 @@ def test_an_older_one_stays_there_until_the_best_weights_have_arrived(paths: Run
     in_the_way.mkdir()
     train_on(paths, recipe, 8, 12, 16, attempt=2)
     assert list_pending(paths) == [8] and folder.list_steps() == [4, 12, 16]
-    assert choose_resume_step(make_paths(tmp_path / "second"), recipe, FINGERPRINT, "auto", folder) == 4
+    assert (
+        choose_resume_step(make_paths(tmp_path / "second"), recipe, FINGERPRINT, "auto", folder)
+        == 4
+    )
     folder.delete(4)
     with pytest.raises(RefusedError, match="none can be continued"):
         choose_resume_step(make_paths(tmp_path / "third"), recipe, FINGERPRINT, "auto", folder)
@@ -171,7 +212,9 @@ def test_an_older_one_stays_there_until_the_best_weights_have_arrived(paths: Run
 
 
 def test_the_best_weights_must_be_of_the_same_course(paths: RunPaths, tmp_path: Path) -> None:
-    """The run went back to step 4 and trained on otherwise: its step 8 is not the one that step 12 knows."""
+    """The run went back to step 4 and trained on otherwise: its step 8 is not the one that step 12
+    knows.
+    """
     recipe = make_recipe(f"file://{tmp_path / 'place'}", load="true")
     folder = remote_folder(recipe)
     train_on(paths, recipe, 4, 8, 12)
@@ -180,7 +223,10 @@ def test_the_best_weights_must_be_of_the_same_course(paths: RunPaths, tmp_path: 
     write_archive(other.checkpoint_dir(8), tmp_path / "step-8.zip")
     folder.delete(8)
     folder.send(tmp_path / "step-8.zip", 8)
-    assert choose_resume_step(make_paths(tmp_path / "second"), recipe, FINGERPRINT, "auto", folder) == 8
+    assert (
+        choose_resume_step(make_paths(tmp_path / "second"), recipe, FINGERPRINT, "auto", folder)
+        == 8
+    )
 
 
 def test_a_place_of_another_experiment_is_left_alone(paths: RunPaths, recipe: Recipe) -> None:
@@ -190,7 +236,9 @@ def test_a_place_of_another_experiment_is_left_alone(paths: RunPaths, recipe: Re
     assert "another experiment" in read_rows(paths)[0]["message"]
 
 
-def test_what_was_committed_before_there_was_a_place_is_sent_as_well(paths: RunPaths, tmp_path: Path) -> None:
+def test_what_was_committed_before_there_was_a_place_is_sent_as_well(
+    paths: RunPaths, tmp_path: Path
+) -> None:
     recipe = make_recipe(f"file://{tmp_path}/place")
     commit(paths, 4, 8, values=VALUES)
     train_on(paths, recipe)
@@ -225,8 +273,16 @@ print("left")
         silent.listen()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         command = [sys.executable, "-c", code, str(tmp_path), url]
-        environment = {"PATH": "/usr/bin", "PYTHONPATH": ":".join(path for path in sys.path if path), **CREDENTIALS}
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        environment = {
+            "PATH": "/usr/bin",
+            "PYTHONPATH": ":".join(path for path in sys.path if path),
+            **CREDENTIALS,
+        }
+        result = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        )
     assert result.returncode == 0 and result.stdout.endswith("left\n"), result.stderr
     paths = RunPaths(tmp_path / "run")
-    assert [row["outcome"] for row in read_rows(paths)] == ["unfinished"] and list_pending(paths) == [4]
+    assert [row["outcome"] for row in read_rows(paths)] == ["unfinished"] and list_pending(
+        paths
+    ) == [4]

@@ -69,7 +69,9 @@ def refusal(paths: RunPaths, resume: str | Path) -> str:
 def test_auto_and_latest_go_on_from_the_newest(paths: RunPaths, empty: RunPaths) -> None:
     assert choose(paths, "auto") == choose(paths, "latest") == 12 and not quarantined(paths)
     assert choose(empty, "auto") is None
-    assert "holds no checkpoint" in refusal(empty, "latest") and "holds no checkpoint" in refusal(empty, "best")
+    assert "holds no checkpoint" in refusal(empty, "latest") and "holds no checkpoint" in refusal(
+        empty, "best"
+    )
 
 
 def test_latest_refuses_where_auto_takes_an_older_one(paths: RunPaths) -> None:
@@ -129,12 +131,16 @@ def test_a_copy_elsewhere_is_imported_with_its_best_weights(
     assert source.exists(), "the copy elsewhere stays"
 
 
-def test_a_name_says_nothing_about_the_step(elsewhere: RunPaths, empty: RunPaths, tmp_path: Path) -> None:
+def test_a_name_says_nothing_about_the_step(
+    elsewhere: RunPaths, empty: RunPaths, tmp_path: Path
+) -> None:
     write_archive(elsewhere.checkpoint_dir(8), tmp_path / "backup.zip")
     assert choose(empty, tmp_path / "backup.zip") == 8 and list_committed(empty) == [8]
 
 
-def test_an_import_needs_the_best_weights_it_would_export(elsewhere: RunPaths, empty: RunPaths) -> None:
+def test_an_import_needs_the_best_weights_it_would_export(
+    elsewhere: RunPaths, empty: RunPaths
+) -> None:
     shutil.rmtree(elsewhere.checkpoint_dir(8))
     message = refusal(empty, elsewhere.checkpoint_dir(12))
     assert "weights of step 8" in message and "step-8.zip" in message
@@ -142,7 +148,9 @@ def test_an_import_needs_the_best_weights_it_would_export(elsewhere: RunPaths, e
     assert choose(empty, elsewhere.checkpoint_dir(12)) == 12, "the run has them itself"
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs(paths: RunPaths, elsewhere: RunPaths) -> None:
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(
+    paths: RunPaths, elsewhere: RunPaths
+) -> None:
     other = {**FINGERPRINT, "recipe_digest": "e" * 64}
     with pytest.raises(RefusedError, match="recipe_digest") as refused:
         choose_resume_step(paths, RECIPE, other, str(elsewhere.checkpoint_dir(12)))
@@ -155,12 +163,17 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(paths: RunPath
 def test_another_version_is_a_warning_or_a_refusal_as_the_recipe_says(
     paths: RunPaths, policy: str, resume: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=(f"launch.on_version_change={policy}",))
+    recipe = parse_recipe(
+        RECIPE_TEXT, where="recipe.yaml", overrides=(f"launch.on_version_change={policy}",)
+    )
     updated = {**FINGERPRINT, "versions": {"torch": "2.14"}}
     if policy == "refuse":
         with pytest.raises(RefusedError, match=r'versions.torch: "2.13" -> "2.14"') as refused:
             choose_resume_step(paths, recipe, updated, resume)
-        assert refused.value.hint is not None and "launch.on_version_change: warn" in refused.value.hint
+        assert (
+            refused.value.hint is not None
+            and "launch.on_version_change: warn" in refused.value.hint
+        )
         return
     assert choose_resume_step(paths, recipe, updated, resume) == (12 if resume == "auto" else 8)
     warnings = [line for line in capsys.readouterr().out.splitlines() if "another version" in line]
@@ -169,11 +182,15 @@ def test_another_version_is_a_warning_or_a_refusal_as_the_recipe_says(
     assert "another version" not in capsys.readouterr().out
 
 
-def test_damage_elsewhere_is_refused_and_nothing_of_the_run_is_touched(paths: RunPaths, elsewhere: RunPaths) -> None:
+def test_damage_elsewhere_is_refused_and_nothing_of_the_run_is_touched(
+    paths: RunPaths, elsewhere: RunPaths
+) -> None:
     flip_bit(elsewhere.checkpoint_dir(4) / "model.safetensors")
     assert "not those that were committed" in refusal(paths, elsewhere.checkpoint_dir(4))
     (elsewhere.checkpoint_dir(4) / "model.safetensors").unlink()
-    (elsewhere.checkpoint_dir(4) / "model.safetensors").symlink_to(paths.checkpoint_dir(4) / "model.safetensors")
+    (elsewhere.checkpoint_dir(4) / "model.safetensors").symlink_to(
+        paths.checkpoint_dir(4) / "model.safetensors"
+    )
     assert "not a plain file" in refusal(paths, elsewhere.checkpoint_dir(4))
     assert "there is no checkpoint" in refusal(paths, elsewhere.checkpoint_dir(5))
     assert "marker" in refusal(paths, elsewhere.run_dir)
@@ -181,7 +198,9 @@ def test_damage_elsewhere_is_refused_and_nothing_of_the_run_is_touched(paths: Ru
     assert choose(paths, "auto") == 12 and len(listing(paths.checkpoints_dir)) == 3
 
 
-def test_another_checkpoint_of_the_same_step_is_moved_aside(paths: RunPaths, elsewhere: RunPaths) -> None:
+def test_another_checkpoint_of_the_same_step_is_moved_aside(
+    paths: RunPaths, elsewhere: RunPaths
+) -> None:
     shutil.rmtree(elsewhere.checkpoint_dir(4))
     commit(elsewhere, 4, values={4: 2.5})
     assert choose(paths, elsewhere.checkpoint_dir(4)) == 4
@@ -200,10 +219,14 @@ def test_an_import_killed_at_any_instant_is_done_by_asking_again(
         run = RunPaths(tmp_path / "killed")
         shutil.copytree(paths.run_dir, run.run_dir)
         is_killed = dies_at(
-            run.run_dir, number, lambda: choose(RunPaths(tmp_path / "killed"), elsewhere.checkpoint_dir(8))
+            run.run_dir,
+            number,
+            lambda: choose(RunPaths(tmp_path / "killed"), elsewhere.checkpoint_dir(8)),
         )
         step = choose(run, "auto")
-        assert step in (4, 8, 12) and is_intact(run.checkpoint_dir(step)), "the run can always go on"
+        assert step in (4, 8, 12) and is_intact(run.checkpoint_dir(step)), (
+            "the run can always go on"
+        )
         assert choose(run, elsewhere.checkpoint_dir(8)) == 8
         assert listing(run.checkpoints_dir) == ["step-4", "step-8"]
         assert load_marker(run.checkpoint_dir(8)) == load_marker(elsewhere.checkpoint_dir(8))
@@ -218,15 +241,32 @@ def test_weights_are_found_for_those_who_only_read(paths: RunPaths, tmp_path: Pa
     scratch.mkdir()
     assert resolve_checkpoint(paths, LIMITS, "latest", scratch) == paths.checkpoint_dir(12)
     assert resolve_checkpoint(paths, LIMITS, "best", scratch) == paths.checkpoint_dir(8)
-    assert resolve_checkpoint(paths, LIMITS, str(paths.checkpoint_dir(4)), scratch) == paths.checkpoint_dir(4)
+    assert resolve_checkpoint(
+        paths, LIMITS, str(paths.checkpoint_dir(4)), scratch
+    ) == paths.checkpoint_dir(4)
     write_archive(paths.checkpoint_dir(8), paths.archive_path(8))
     strip_checkpoint(paths.checkpoint_dir(8))
-    assert resolve_checkpoint(paths, LIMITS, "best", scratch) == paths.checkpoint_dir(8), "stripped ones hold weights"
+    assert resolve_checkpoint(paths, LIMITS, "best", scratch) == paths.checkpoint_dir(8), (
+        "stripped ones hold weights"
+    )
     flip_bit(paths.checkpoint_dir(8) / "model.safetensors")
-    assert resolve_checkpoint(paths, LIMITS, "best", scratch) == scratch / "step-8" and is_intact(scratch / "step-8")
-    assert resolve_checkpoint(paths, LIMITS, str(paths.archive_path(8)), scratch / "more").name == "step-8"
-    assert not quarantined(paths) and list_committed(paths) == [4, 8, 12], "nothing of the run was changed"
-    for damaged in (paths.checkpoint_dir(8), paths.run_dir / "nowhere", paths.checkpoint_dir(4) / "optimizer.pt"):
+    assert resolve_checkpoint(paths, LIMITS, "best", scratch) == scratch / "step-8" and is_intact(
+        scratch / "step-8"
+    )
+    assert (
+        resolve_checkpoint(paths, LIMITS, str(paths.archive_path(8)), scratch / "more").name
+        == "step-8"
+    )
+    assert not quarantined(paths) and list_committed(paths) == [
+        4,
+        8,
+        12,
+    ], "nothing of the run was changed"
+    for damaged in (
+        paths.checkpoint_dir(8),
+        paths.run_dir / "nowhere",
+        paths.checkpoint_dir(4) / "optimizer.pt",
+    ):
         with pytest.raises(RefusedError):
             resolve_checkpoint(paths, LIMITS, str(damaged), scratch / "no")
     with pytest.raises(RefusedError, match="no checkpoint that verifies"):
@@ -250,10 +290,18 @@ def test_checkpoints_of_before_it_went_out_of_memory_are_left_behind(tmp_path: P
         choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, "auto")
     shutil.rmtree(paths.checkpoint_dir(8))  # of which the archive is left
     for resume in ("none", "auto"):
-        assert choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, resume, has_run_out_of_memory=True) is None
+        assert (
+            choose_resume_step(
+                paths, RECIPE, FINGERPRINT | SMALLER, resume, has_run_out_of_memory=True
+            )
+            is None
+        )
     assert list_committed(paths) == [] and quarantined(paths) == ["step-4.1", "step-8.zip.1"]
     commit_cut(paths, SMALLER, 4, 8)
-    assert choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, "auto", has_run_out_of_memory=True) == 8
+    assert (
+        choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, "auto", has_run_out_of_memory=True)
+        == 8
+    )
     assert quarantined(paths) == ["step-4.1", "step-8.zip.1"], "its own stay"
     with pytest.raises(RefusedError, match="per_device_train_batch_size: 2 -> 1"):
         named = str(paths.quarantine_dir / "step-4.1")
@@ -261,7 +309,10 @@ def test_checkpoints_of_before_it_went_out_of_memory_are_left_behind(tmp_path: P
 
 
 def test_archives_of_before_it_went_out_of_memory_are_not_fetched(tmp_path: Path) -> None:
-    remote = f"checkpoints.remote={{url: 'file://{tmp_path}/remote', options: {{auto_mkdir: true}}, load: true}}"
+    remote = (
+        f"checkpoints.remote={{url: 'file://{tmp_path}/remote', options: {{auto_mkdir: true}},"
+        " load: true}"
+    )
     recipe = parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=(remote,))
     folder = open_run_folder(recipe)
     assert folder is not None
@@ -274,9 +325,14 @@ def test_archives_of_before_it_went_out_of_memory_are_not_fetched(tmp_path: Path
     paths, current = make_paths(tmp_path / "receiver"), FINGERPRINT | SMALLER
     with pytest.raises(RefusedError, match="per_device_train_batch_size"):
         choose_resume_step(paths, recipe, current, "auto", folder)
-    assert choose_resume_step(paths, recipe, current, "auto", folder, has_run_out_of_memory=True) is None
+    assert (
+        choose_resume_step(paths, recipe, current, "auto", folder, has_run_out_of_memory=True)
+        is None
+    )
     smaller = make_paths(tmp_path / "smaller")
     commit_cut(smaller, SMALLER, 4)
     write_archive(smaller.checkpoint_dir(4), smaller.archive_path(4))
     folder.send(smaller.archive_path(4), 4)
-    assert choose_resume_step(paths, recipe, current, "auto", folder, has_run_out_of_memory=True) == 4
+    assert (
+        choose_resume_step(paths, recipe, current, "auto", folder, has_run_out_of_memory=True) == 4
+    )

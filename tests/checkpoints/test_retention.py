@@ -1,4 +1,6 @@
-"""What stays, what is archived and what is stripped; and that a kill at any instant of it loses nothing."""
+"""What stays, what is archived and what is stripped; and that a kill at any instant of it loses
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +46,14 @@ def paths(tmp_path: Path) -> RunPaths:
         ({"keep_latest": 2, "keep_best": 1}, [8, 16, 20]),
         ({"keep_latest": 1, "keep_best": 3}, [4, 8, 12, 20]),
         ({"keep_latest": 2, "keep_best": 5}, [4, 8, 12, 16, 20]),
-        ({"keep_latest": 1, "keep_best": 2, "mode": "max"}, [16, 20]),  # both among the best and the newest
+        # Both among the best and the newest.
+        ({"keep_latest": 1, "keep_best": 2, "mode": "max"}, [16, 20]),
         ({"keep_latest": 9, "keep_best": 9}, [4, 8, 12, 16, 20]),
     ],
 )
-def test_the_newest_and_the_best_are_limits_of_their_own(keys: dict[str, Any], kept: list[int]) -> None:
+def test_the_newest_and_the_best_are_limits_of_their_own(
+    keys: dict[str, Any], kept: list[int]
+) -> None:
     assert choose_kept([4, 8, 12, 16, 20], list(VALUES.items()), make_limits(**keys)) == kept
 
 
@@ -56,21 +61,29 @@ def test_only_evaluated_steps_can_be_the_best() -> None:
     evaluations = [(4, 3.0), (12, 2.0), (14, 0.0)]  # 14 was evaluated, but never saved
     assert choose_kept([4, 6, 8, 12, 16], evaluations, make_limits(keep_best=2)) == [4, 12, 16]
     assert choose_kept([4, 6, 8], [], make_limits(keep_best=2)) == [8]
-    assert choose_kept([4, 8, 12], [(4, 1.0), (8, 1.0)], make_limits()) == [4, 12], "the first among equals"
+    assert choose_kept([4, 8, 12], [(4, 1.0), (8, 1.0)], make_limits()) == [4, 12], (
+        "the first among equals"
+    )
 
 
 def test_pruning_touches_nothing_but_committed_checkpoints(paths: RunPaths) -> None:
     commit(paths, 4, 8, 12)
-    strangers = [paths.checkpoints_dir / name for name in ("notes", "step-by-step", "step-2.zip", "step-6")]
+    strangers = [
+        paths.checkpoints_dir / name for name in ("notes", "step-by-step", "step-2.zip", "step-6")
+    ]
     for stranger in strangers:
         stranger.write_text("somebody's")
     apply_retention(paths, make_limits(), [], DIGEST)
     assert list_committed(paths) == [12]
-    assert listing(paths.checkpoints_dir) == sorted(["step-12", *(stranger.name for stranger in strangers)])
+    assert listing(paths.checkpoints_dir) == sorted(
+        ["step-12", *(stranger.name for stranger in strangers)]
+    )
 
 
 def test_times_of_folders_say_nothing(paths: RunPaths) -> None:
-    """As after a copy without times, or a clock that was set back: the newest is the one with the highest step."""
+    """As after a copy without times, or a clock that was set back: the newest is the one with the
+    highest step.
+    """
     commit(paths, 4, 8, 12, 16, values=VALUES)
     for age, step in enumerate((16, 8, 12, 4)):
         os.utime(paths.checkpoint_dir(step), (age, age))
@@ -80,36 +93,60 @@ def test_times_of_folders_say_nothing(paths: RunPaths) -> None:
 
 def test_what_this_run_has_not_written_is_neither_deleted_nor_counted(paths: RunPaths) -> None:
     commit(paths, 4, 8, 12, values=VALUES)
-    commit_under(paths, 2, {**FINGERPRINT, "recipe_digest": "e" * 64})  # somebody keeps another run's here
+    # Somebody keeps another run's here.
+    commit_under(paths, 2, {**FINGERPRINT, "recipe_digest": "e" * 64})
     commit_under(paths, 99, {**FINGERPRINT, "recipe_digest": "e" * 64})
-    shutil.copytree(paths.checkpoint_dir(4), paths.checkpoint_dir(6))  # a copy under another step's name
+    # A copy under another step's name.
+    shutil.copytree(paths.checkpoint_dir(4), paths.checkpoint_dir(6))
     paths.checkpoint_dir(12).rename(paths.checkpoint_dir(50))
     for name in ("step-1 (copy)", "step-008", "backup"):
         shutil.copytree(paths.checkpoint_dir(8), paths.checkpoints_dir / name)
     strangers = {"step-2", "step-6", "step-50", "step-99", "step-1 (copy)", "step-008", "backup"}
-    before = {path: path.read_bytes() for name in strangers for path in (paths.checkpoints_dir / name).rglob("*.pt")}
+    before = {
+        path: path.read_bytes()
+        for name in strangers
+        for path in (paths.checkpoints_dir / name).rglob("*.pt")
+    }
     apply_retention(paths, make_limits(archive="zip", save_optimizer=False), [(4, 3.0)], DIGEST)
-    assert set(listing(paths.checkpoints_dir)) == {*strangers, "step-4", "step-4.zip", "step-8", "step-8.zip"}
-    assert before and all(path.read_bytes() == content for path, content in before.items()) and not quarantined(paths)
+    assert set(listing(paths.checkpoints_dir)) == {
+        *strangers,
+        "step-4",
+        "step-4.zip",
+        "step-8",
+        "step-8.zip",
+    }
+    assert (
+        before
+        and all(path.read_bytes() == content for path, content in before.items())
+        and not quarantined(paths)
+    )
 
 
-def test_a_committed_one_whose_marker_was_damaged_is_moved_aside_and_never_deleted(paths: RunPaths) -> None:
+def test_a_committed_one_whose_marker_was_damaged_is_moved_aside_and_never_deleted(
+    paths: RunPaths,
+) -> None:
     commit(paths, 4, 8)
     flip_bit(paths.checkpoint_dir(4) / "COMMITTED.json")
     apply_retention(paths, make_limits(), [], DIGEST)
     assert list_committed(paths) == [8] and quarantined(paths) == ["step-4.1"]
 
 
-def test_each_checkpoint_that_stays_is_archived_and_goes_together_with_its_archive(paths: RunPaths) -> None:
+def test_each_checkpoint_that_stays_is_archived_and_goes_together_with_its_archive(
+    paths: RunPaths,
+) -> None:
     limits = make_limits(archive="zip", keep_latest=2)
     for step in VALUES:
         commit(paths, step, values=VALUES)
-        apply_retention(paths, limits, [(at, value) for at, value in VALUES.items() if at <= step], DIGEST)
+        apply_retention(
+            paths, limits, [(at, value) for at, value in VALUES.items() if at <= step], DIGEST
+        )
     assert list_committed(paths) == list_archived(paths) == [8, 16, 20]
     for step in (8, 16, 20):
         assert verify_archive(paths.archive_path(step)) == load_marker(paths.checkpoint_dir(step))
     apply_retention(paths, make_limits(archive="none"), list(VALUES.items()), DIGEST)
-    assert listing(paths.checkpoints_dir) == ["step-20", "step-20.zip", "step-8", "step-8.zip"], "older archives stay"
+    assert listing(paths.checkpoints_dir) == ["step-20", "step-20.zip", "step-8", "step-8.zip"], (
+        "older archives stay"
+    )
 
 
 def test_an_archive_that_is_missing_or_damaged_is_written_again(paths: RunPaths) -> None:
@@ -137,11 +174,23 @@ def test_optimizer_state_stays_in_the_newest_only(paths: RunPaths) -> None:
     limits = make_limits(save_optimizer=False, keep_latest=2, archive="zip")
     for step in VALUES:
         commit(paths, step, values=VALUES)
-        apply_retention(paths, limits, [(at, value) for at, value in VALUES.items() if at <= step], DIGEST)
-        assert is_intact(paths.checkpoint_dir(step)) and not load_marker(paths.checkpoint_dir(step)).is_stripped
+        apply_retention(
+            paths, limits, [(at, value) for at, value in VALUES.items() if at <= step], DIGEST
+        )
+        assert (
+            is_intact(paths.checkpoint_dir(step))
+            and not load_marker(paths.checkpoint_dir(step)).is_stripped
+        )
     for step in (8, 16):
-        assert is_intact(paths.checkpoint_dir(step)) and load_marker(paths.checkpoint_dir(step)).is_stripped
-        assert listing(paths.checkpoint_dir(step)) == ["COMMITTED.json", "model.safetensors", "trainer_state.json"]
+        assert (
+            is_intact(paths.checkpoint_dir(step))
+            and load_marker(paths.checkpoint_dir(step)).is_stripped
+        )
+        assert listing(paths.checkpoint_dir(step)) == [
+            "COMMITTED.json",
+            "model.safetensors",
+            "trainer_state.json",
+        ]
         assert verify_archive(paths.archive_path(step)).is_stripped
     assert find_resume_step(paths, FINGERPRINT, lambda _: 8) == 20
 
@@ -155,11 +204,15 @@ def test_weights_that_only_deepspeed_holds_are_not_stripped(paths: RunPaths) -> 
     (commit_again / "COMMITTED.json").unlink()
     commit_checkpoint(commit_again, paths, 4, FINGERPRINT)
     apply_retention(paths, make_limits(save_optimizer=False, keep_latest=2), [], DIGEST)
-    assert not load_marker(paths.checkpoint_dir(4)).is_stripped and is_intact(paths.checkpoint_dir(4))
+    assert not load_marker(paths.checkpoint_dir(4)).is_stripped and is_intact(
+        paths.checkpoint_dir(4)
+    )
 
 
 def test_a_kill_at_any_instant_loses_nothing(tmp_path: Path) -> None:
-    """Commit, archive, prune and strip: killed before every single change of a file, and done from what is left."""
+    """Commit, archive, prune and strip: killed before every single change of a file, and done from
+    what is left.
+    """
     limits = make_limits(save_optimizer=False, archive="zip", keep_latest=2)
     known = {step: [(at, value) for at, value in VALUES.items() if at <= step] for step in VALUES}
 
@@ -173,11 +226,17 @@ def test_a_kill_at_any_instant_loses_nothing(tmp_path: Path) -> None:
         commit(before, step, values=VALUES)
         apply_retention(before, limits, known.get(step, known[8]), DIGEST)
     write(before, 16, VALUES)  # all ranks have saved
-    assert list_committed(before) == [8, 10, 12] and not load_marker(before.checkpoint_dir(12)).is_stripped
+    assert (
+        list_committed(before) == [8, 10, 12]
+        and not load_marker(before.checkpoint_dir(12)).is_stripped
+    )
     expected = RunPaths(tmp_path / "expected")
     shutil.copytree(before.run_dir, expected.run_dir)
     work(expected)
-    assert list_committed(expected) == [8, 12, 16] and load_marker(expected.checkpoint_dir(12)).is_stripped
+    assert (
+        list_committed(expected) == [8, 12, 16]
+        and load_marker(expected.checkpoint_dir(12)).is_stripped
+    )
     for number in itertools.count(1):
         run = RunPaths(tmp_path / "killed")
         shutil.copytree(before.run_dir, run.run_dir)

@@ -1,4 +1,6 @@
-"""Archives at a remote place: whole or not there, never mixed with another experiment's, errors in words."""
+"""Archives at a remote place: whole or not there, never mixed with another experiment's, errors in
+words.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def test_what_is_sent_is_listed_fetched_and_deleted(folder: RemoteFolder, tmp_pa
         folder.fetch(4, tmp_path / "fetched.zip")
 
 
-def test_without_its_checksum_an_archive_does_not_count(folder: RemoteFolder, tmp_path: Path) -> None:
+def test_without_its_checksum_an_archive_does_not_count(
+    folder: RemoteFolder, tmp_path: Path
+) -> None:
     folder.send(archive(tmp_path, b"content"), 4)
     filesystem, root = raw(folder)
     filesystem.pipe_file(f"{root}/step-8.zip", b"still on its way")
@@ -80,7 +84,11 @@ def test_without_its_checksum_an_archive_does_not_count(folder: RemoteFolder, tm
 def test_the_checksum_is_one_that_sha256sum_reads(tmp_path: Path) -> None:
     folder = RemoteFolder(f"file://{tmp_path}/place", {})
     folder.send(archive(tmp_path, b"content"), 4)
-    subprocess.run(["sha256sum", "--check", "--strict", "step-4.zip.sha256"], cwd=tmp_path / "place", check=True)
+    subprocess.run(
+        ["sha256sum", "--check", "--strict", "step-4.zip.sha256"],
+        cwd=tmp_path / "place",
+        check=True,
+    )
 
 
 def test_a_place_belongs_to_one_experiment(folder: RemoteFolder) -> None:
@@ -92,7 +100,9 @@ def test_a_place_belongs_to_one_experiment(folder: RemoteFolder) -> None:
             folder.require_owner(DIGEST, claim=claim)
 
 
-def test_a_misspelt_bucket_is_an_error_and_no_new_bucket(s3: dict[str, Any], tmp_path: Path) -> None:
+def test_a_misspelt_bucket_is_an_error_and_no_new_bucket(
+    s3: dict[str, Any], tmp_path: Path
+) -> None:
     folder = RemoteFolder("s3://bucked/run", s3)
     with pytest.raises(OSError):
         folder.require_owner(DIGEST, claim=True)
@@ -117,14 +127,18 @@ try:
 except RefusedError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert "pip install 'recipe-runner[s3]'" in result.stdout and "s3://" in result.stdout
 
 
 def test_nothing_is_imported_before_a_place_is_opened() -> None:
     imports = "import sys, runner.checkpoints.remote, runner.checkpoints.restore"
     code = imports + "; print({'fsspec', 's3fs', 'torch'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout == "set()\n"
 
 
@@ -133,7 +147,9 @@ def test_a_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
         return parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=overrides)
 
     assert open_run_folder(parse()) is None
-    recipe = parse(f"checkpoints.remote={{url: 'file://{tmp_path}/', options: {{auto_mkdir: true}}}}")
+    recipe = parse(
+        f"checkpoints.remote={{url: 'file://{tmp_path}/', options: {{auto_mkdir: true}}}}"
+    )
     folder = open_run_folder(recipe)
     assert folder is not None and folder.url == f"file://{tmp_path}/tests/base"
     assert open_named_archive("memory://a/b/step-12.zip", recipe)[1] == 12

@@ -1,4 +1,6 @@
-"""What `runner why` says of checkpoints is what the trainer then does, and saying it changes nothing."""
+"""What `runner why` says of checkpoints is what the trainer then does, and saying it changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from runner.errors import RefusedError
 from runner.recipe.parse import parse_recipe
 from runner.run.paths import RunPaths, marker_path
 from tests.conftest import RECIPE_TEXT
-from tests.support.fake_checkpoints import FINGERPRINT, commit, flip_bit, make_limits, make_paths, write
+from tests.support.fake_checkpoints import (
+    FINGERPRINT,
+    commit,
+    flip_bit,
+    make_limits,
+    make_paths,
+    write,
+)
 
 LIMITS = make_limits(keep_latest=9)
 RECIPE = parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=("checkpoints.keep_latest=9",))
@@ -48,8 +57,15 @@ CASES: dict[str, Callable[[RunPaths], Any]] = {
     "all damaged": lambda run: [damage(run, step) for step in VALUES],
     "newest damaged, whole as an archive": lambda run: (pack(run, 12), damage(run, 12)),
     "newest lost, whole as an archive": lambda run: (pack(run, 12), lose(run, 12)),
-    "newest lost, archive damaged": lambda run: (pack(run, 12), lose(run, 12), flip_bit(run.archive_path(12))),
-    "archive of another step": lambda run: (pack(run, 4), shutil.copy(run.archive_path(4), run.archive_path(16))),
+    "newest lost, archive damaged": lambda run: (
+        pack(run, 12),
+        lose(run, 12),
+        flip_bit(run.archive_path(12)),
+    ),
+    "archive of another step": lambda run: (
+        pack(run, 4),
+        shutil.copy(run.archive_path(4), run.archive_path(16)),
+    ),
     "best lost, whole as an archive": lambda run: (pack(run, 8), lose(run, 8)),
     "newest stripped": lambda run: strip_checkpoint(run.checkpoint_dir(12)),
     "best stripped": lambda run: strip_checkpoint(run.checkpoint_dir(8)),
@@ -57,7 +73,9 @@ CASES: dict[str, Callable[[RunPaths], Any]] = {
         [strip_checkpoint(run.checkpoint_dir(step)) for step in (4, 8)],
         damage(run, 12),
     ),
-    "an older one under a newer name": lambda run: shutil.copytree(run.checkpoint_dir(4), run.checkpoint_dir(40)),
+    "an older one under a newer name": lambda run: shutil.copytree(
+        run.checkpoint_dir(4), run.checkpoint_dir(40)
+    ),
     "unfinished": lambda run: write(run, 16),
     "nothing": lambda run: shutil.rmtree(run.checkpoints_dir),
 }
@@ -90,7 +108,9 @@ def test_what_is_said_is_what_happens(case: str, num_processes: int, tmp_path: P
     except RefusedError:
         is_refused = True
     assert (outlook.start_step, outlook.is_refused) == (found, is_refused)
-    assert [verdict.name for verdict in outlook.verdicts if verdict.is_next] == [f"step-{found}"] * (found is not None)
+    assert [verdict.name for verdict in outlook.verdicts if verdict.is_next] == [
+        f"step-{found}"
+    ] * (found is not None)
     moved = {path.name.partition(".")[0] for path in paths.quarantine_dir.glob("*")}
     said = {verdict.name for verdict in outlook.verdicts if "quarantine" in verdict.what}
     assert said <= moved, "what is said to be moved is moved"
@@ -119,10 +139,15 @@ def test_each_reason_is_said(tmp_path: Path) -> None:
     refused = judge(make(tmp_path / "a", "whole"), num_processes=1)
     assert "of another launch: num_processes: 2 -> 1" in refused["step-12"]
     lost = judge(make(tmp_path / "b", "best lost"))
-    assert "its best weights, of step 8, are lost" in lost["step-12"] and "go on from here" in lost["step-4"]
+    assert (
+        "its best weights, of step 8, are lost" in lost["step-12"]
+        and "go on from here" in lost["step-4"]
+    )
     assert "without optimizer state" in judge(make(tmp_path / "c", "newest stripped"))["step-12"]
     packed = judge(make(tmp_path / "d", "newest damaged, whole as an archive"))
-    assert "but whole in step-12.zip" in packed["step-12"] and "go on from here" in packed["step-12"]
+    assert (
+        "but whole in step-12.zip" in packed["step-12"] and "go on from here" in packed["step-12"]
+    )
     assert "never finished" in judge(make(tmp_path / "e", "unfinished"))["checkpoint-16"]
     assert judge(make_paths(tmp_path / "f")) == {}
 

@@ -1,6 +1,8 @@
-"""Bad input is refused before any training, in words that name the file, the row, the key and the way out.
+"""Bad input is refused before any training, in words that name the file, the row, the key and the
+way out.
 
-Each case goes through `runner check`, all of them in one call, and through what training does before it loads a model.
+Each case goes through `runner check`, all of them in one call, and through what training does
+before it loads a model.
 """
 
 from __future__ import annotations
@@ -17,13 +19,20 @@ from runner.errors import DataError
 from runner.recipe.parse import load_recipe
 from tests.conftest import RECIPE_TEXT, Project, make_project, run_cli
 
-CHAT = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}
+CHAT = {
+    "messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
+}
 
 
 def rows_with(bad: Any, at: int = 3) -> list[Any]:
     """60 good conversations, one of them replaced."""
     rows: list[Any] = [
-        {"messages": [{"role": "user", "content": f"Is {n} even?"}, {"role": "assistant", "content": f"It is {n}."}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"Is {n} even?"},
+                {"role": "assistant", "content": f"It is {n}."},
+            ]
+        }
         for n in range(60)
     ]
     rows[at - 1] = bad
@@ -49,11 +58,25 @@ CASES = {
     ),
     "a role that no template knows": Case(
         ("rows.jsonl line 3", "message 0", "'wizard'", "this chat template takes user, assistant"),
-        rows=rows_with({"messages": [{"role": "wizard", "content": "Abra."}, {"role": "assistant", "content": "No."}]}),
+        rows=rows_with(
+            {
+                "messages": [
+                    {"role": "wizard", "content": "Abra."},
+                    {"role": "assistant", "content": "No."},
+                ]
+            }
+        ),
     ),
     "a role that this template refuses": Case(
-        ("rows.jsonl line 3", "the roles system, user, assistant", "System role not supported", "hint:"),
-        rows=rows_with({"messages": [{"role": "system", "content": "Be brief."}, *CHAT["messages"]]}),
+        (
+            "rows.jsonl line 3",
+            "the roles system, user, assistant",
+            "System role not supported",
+            "hint:",
+        ),
+        rows=rows_with(
+            {"messages": [{"role": "system", "content": "Be brief."}, *CHAT["messages"]]}
+        ),
     ),
     "a row that is not a list": Case(
         ("rows.jsonl line 3", "expected a list of messages, found a text"),
@@ -64,15 +87,29 @@ CASES = {
         rows=rows_with(7),
     ),
     "an empty split": Case(
-        ("0 different rows are left for the train split, at least 1 were asked for", "data.num_train_samples"),
-        overrides=("data.num_train_samples=null", "data.num_test_samples=30", "data.num_validation_samples=30"),
+        (
+            "0 different rows are left for the train split, at least 1 were asked for",
+            "data.num_train_samples",
+        ),
+        overrides=(
+            "data.num_train_samples=null",
+            "data.num_test_samples=30",
+            "data.num_validation_samples=30",
+        ),
     ),
     "a split that is too small": Case(
-        ("33 different rows are left for the train split, 100 were asked for", "lower `data.num_train_samples`"),
+        (
+            "33 different rows are left for the train split, 100 were asked for",
+            "lower `data.num_train_samples`",
+        ),
         overrides=("data.num_train_samples=100",),
     ),
     "a model without a chat template": Case(
-        ("models/phi has no chat template of its own", "`model.chat_template`", "human_assistant.jinja"),
+        (
+            "models/phi has no chat template of its own",
+            "`model.chat_template`",
+            "human_assistant.jinja",
+        ),
         overrides=("model.path=models/phi",),
     ),
     "a template that never ends a turn": Case(
@@ -81,19 +118,34 @@ CASES = {
         overrides=("data.num_train_samples=5",),
     ),
     "a template that prints BOS twice": Case(
-        ("rows.jsonl line ", "begins with the BOS token twice", "the chat template prints it twice"),
-        template="{{ bos_token * 2 }}{% for m in messages %}{{ m.content }}<end_of_turn>{% endfor %}",
+        (
+            "rows.jsonl line ",
+            "begins with the BOS token twice",
+            "the chat template prints it twice",
+        ),
+        template=(
+            "{{ bos_token * 2 }}{% for m in messages %}{{ m.content }}<end_of_turn>{% endfor %}"
+        ),
         overrides=("data.num_train_samples=5",),
     ),
     "a text that is no Unicode": Case(
         ("rows.jsonl line 3", "one half of a character"),
-        rows=rows_with({"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "Yes."}]}),
+        rows=rows_with(
+            {
+                "messages": [
+                    {"role": "user", "content": "\ud800"},
+                    {"role": "assistant", "content": "Yes."},
+                ]
+            }
+        ),
     ),
 }
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model: Callable[[str], Path]) -> Project:
+def broken(
+    tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model: Callable[[str], Path]
+) -> Project:
     """A project with one recipe per case, each with a data file of its own."""
     project = make_project(tmp_path_factory.mktemp("broken"), data_path, tiny_model)
     for family in ("gemma", "phi"):
@@ -114,7 +166,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model
 def test_training_refuses_it_before_it_loads_a_model(
     broken: Project, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """What `runner launch` does first: `train` builds tokenizer and rows before it loads weights."""
+    """What `runner launch` does first: `train` builds tokenizer and rows before it loads
+    weights.
+    """
     from runner.data.rows import build_samples
     from runner.data.tokenizer import load_tokenizer
 
@@ -140,8 +194,15 @@ def test_check_names_all_of_it_at_once(broken: Project) -> None:
 def test_a_metric_that_is_never_evaluated_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     text = RECIPE_TEXT.replace("{name: conversations}", "{name: prompt_completion}")
-    path.write_text(text.replace("keep_latest: 2}", "keep_latest: 2, metric: exact_match, mode: max}"))
+    path.write_text(
+        text.replace("keep_latest: 2}", "keep_latest: 2, metric: exact_match, mode: max}")
+    )
     done = run_cli(["check", path], tmp_path)
     assert done.returncode == 2
-    for words in ("recipe.yaml has 1 problem", "line ", "`exact_match` is never evaluated", "during_training: true"):
+    for words in (
+        "recipe.yaml has 1 problem",
+        "line ",
+        "`exact_match` is never evaluated",
+        "during_training: true",
+    ):
         assert words in done.stderr, done.stderr

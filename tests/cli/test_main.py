@@ -1,4 +1,6 @@
-"""The command line: fast, without torch, exit codes, errors in words, output for people and for scripts."""
+"""The command line: fast, without torch, exit codes, errors in words, output for people and for
+scripts.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,16 @@ from tests.support.fake_launcher import BIN_DIR, FakeLauncher, fake
 
 __all__ = ["fake"]
 
-HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "bitsandbytes",
+}
 LAUNCH_SIDE = ("", "recipe", "grid", "run", "plan", "launch", "engines", "view", "report", "cli")
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -36,7 +47,12 @@ def list_imports(program: str, cwd: Path) -> set[str]:
     """Top-level names of all modules that a Python program has imported when it ends."""
     tail = "\nimport sys; print('\\n' + ' '.join({name.partition('.')[0] for name in sys.modules}))"
     done = subprocess.run(
-        [sys.executable, "-c", program + tail], cwd=cwd, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program + tail],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     return set(done.stdout.splitlines()[-1].split())
 
@@ -54,7 +70,11 @@ def run(*arguments: str, cwd: Path, **options: str) -> subprocess.CompletedProce
 
 
 def test_no_module_of_the_launch_side_imports_torch() -> None:
-    assert "runner.cli.commands" in MODULES and "runner.launch.attempt" in MODULES and len(MODULES) > 15
+    assert (
+        "runner.cli.commands" in MODULES
+        and "runner.launch.attempt" in MODULES
+        and len(MODULES) > 15
+    )
     imports = list_imports(f"import {', '.join(MODULES)}", ROOT)
     assert "pydantic" in imports, "the look into the imports works"
     assert not imports & HEAVY
@@ -64,12 +84,16 @@ def test_the_trainer_does_not_launch() -> None:
     launch_side = ("launch", "plan", "engines", "cli", "view", "report", "grid")
     for path in (ROOT / "runner" / "sft").glob("*.py"):
         words = path.read_text().split()
-        assert not [word for word in words if word.startswith(tuple(f"runner.{name}." for name in launch_side))], (
-            path.name
-        )
+        assert not [
+            word
+            for word in words
+            if word.startswith(tuple(f"runner.{name}." for name in launch_side))
+        ], path.name
 
 
-@pytest.mark.parametrize("verb", [["--help"], ["sweep", "--help"], ["status"], ["sweep", "recipes/toy", "--dry-run"]])
+@pytest.mark.parametrize(
+    "verb", [["--help"], ["sweep", "--help"], ["status"], ["sweep", "recipes/toy", "--dry-run"]]
+)
 def test_verbs_do_not_import_torch(verb: list[str], fake: FakeLauncher) -> None:
     fake.add("a")
     program = f"from runner.cli.main import main\ntry: main({verb!r})\nexcept SystemExit: pass"
@@ -82,13 +106,25 @@ def test_help_is_quick_and_names_every_verb(fake: FakeLauncher) -> None:
     )
     done = run("--help", cwd=fake.root)
     assert done.returncode == 0
-    for verb in ("render", "check", "launch", "sweep", "rerun", "status", "report", "chat", "export"):
+    for verb in (
+        "render",
+        "check",
+        "launch",
+        "sweep",
+        "rerun",
+        "status",
+        "report",
+        "chat",
+        "export",
+    ):
         assert f"\n    {verb} " in done.stdout
 
 
 def test_python_dash_m_is_the_same(fake: FakeLauncher) -> None:
     fake.add("a")
-    done = subprocess.run([sys.executable, "-m", "runner", "status"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", "status"], capture_output=True, text=True, check=True
+    )
     assert done.stdout == run("status", cwd=fake.root).stdout
 
 
@@ -108,7 +144,9 @@ def test_python_dash_m_is_the_same(fake: FakeLauncher) -> None:
         ["check", "recipes/toy", "--schema-only", "--json"],
     ],
 )
-def test_a_usage_error_is_2(arguments: list[str], fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_usage_error_is_2(
+    arguments: list[str], fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a")
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -122,11 +160,20 @@ def test_a_usage_error_is_2(arguments: list[str], fake: FakeLauncher, capsys: py
         (["sweep", "recipes/tox"], "'recipes/tox' names no recipe"),
         (["sweep", "recipes/toy", "--where", "size=9"], "the axis 'size' has no value '9'"),
         (["launch", "recipes/toy"], "recipes/toy is a folder\n\nhint: runner sweep recipes/toy"),
-        (["launch", "recipes/toy/a.yaml", "loss"], "'loss' is not an override of the form key=value"),
-        (["launch", "recipes/toy/a.yaml", "loss=x"], "override  loss  got the text 'x', expected full or completion"),
+        (
+            ["launch", "recipes/toy/a.yaml", "loss"],
+            "'loss' is not an override of the form key=value",
+        ),
+        (
+            ["launch", "recipes/toy/a.yaml", "loss=x"],
+            "override  loss  got the text 'x', expected full or completion",
+        ),
         (["launch", "recipes/toy/a.yaml", "--name", "../up"], "the name '../up' may hold letters"),
         (["launch", "recipes/toy/a.yaml", "--name", "a\n"], "the name 'a\\n' may hold letters"),
-        (["launch", "recipes/toy/a.yaml", "data.train.path=none.jsonl"], "data.train.path: none.jsonl"),
+        (
+            ["launch", "recipes/toy/a.yaml", "data.train.path=none.jsonl"],
+            "data.train.path: none.jsonl",
+        ),
         (["launch", "recipes/toy/a.yaml", "--num-processes", "3"], "cannot be made of 3 processes"),
         (["status", "--output-root", "data.jsonl", "data.jsonl"], "data.jsonl has "),
         (["report", "nowhere"], "'nowhere' names no recipe"),
@@ -139,7 +186,11 @@ def test_an_error_of_the_user_is_2_and_words(
     before = fake.tree()
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and words in captured.err and "Traceback" not in captured.err
+    assert (
+        captured.err.startswith("error: ")
+        and words in captured.err
+        and "Traceback" not in captured.err
+    )
     assert captured.out == ""
     assert fake.tree() == before, "nothing was written"
 
@@ -150,12 +201,18 @@ def test_debug_shows_where_it_came_from(fake: FakeLauncher) -> None:
     assert "Traceback" not in run("sweep", "recipes/none", cwd=fake.root).stderr
 
 
-def test_what_the_machine_refuses_is_said_in_words(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_machine_refuses_is_said_in_words(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a")
     (fake.root / "runs").write_text("a file in the way")
     assert main(["sweep", "recipes/toy"]) == 1
     captured = capsys.readouterr()
-    assert "[Errno" in captured.out and "'runs/toy/a/lease'" in captured.out and "Traceback" not in captured.err
+    assert (
+        "[Errno" in captured.out
+        and "'runs/toy/a/lease'" in captured.out
+        and "Traceback" not in captured.err
+    )
 
 
 def test_nothing_to_do_is_0(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +239,9 @@ def test_list_is_for_bash(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
     assert fake.tree() == before and fake.events() == []
 
 
-def test_status_is_a_line_per_run_and_json_for_scripts(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_is_a_line_per_run_and_json_for_scripts(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a", "bb")
     fake.add("ccc", told="fail data row 7\nis empty")
     assert main(["sweep", "recipes/toy/a.yaml", "recipes/toy/ccc.yaml"]) == 1
@@ -192,7 +251,11 @@ def test_status_is_a_line_per_run_and_json_for_scripts(fake: FakeLauncher, capsy
     before = fake.tree()
     assert main(["status", "recipes/toy"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[:2] for line in lines] == [["toy/a", "completed"], ["toy/bb", "pending"], ["toy/ccc", "failed"]]
+    assert [line[:2] for line in lines] == [
+        ["toy/a", "completed"],
+        ["toy/bb", "pending"],
+        ["toy/ccc", "failed"],
+    ]
     assert lines[0][2] == "2/2" and lines[2][2:4] == ["1/2", "0.2500"]
     assert lines[2][-3:] == ["data:", "row", "7"], "the first line of a reason"
     assert main(["status", "recipes/toy", "--json"]) == 0
@@ -205,11 +268,17 @@ def test_status_is_a_line_per_run_and_json_for_scripts(fake: FakeLauncher, capsy
         "runs/toy/a",
     )
     assert (bb["state"], bb["step"], bb["num_attempts"]) == ("pending", None, 0)
-    assert (ccc["failure"]["kind"], ccc["failure"]["message"], ccc["loss"]) == ("data", "row 7\nis empty", 0.25)
+    assert (ccc["failure"]["kind"], ccc["failure"]["message"], ccc["loss"]) == (
+        "data",
+        "row 7\nis empty",
+        0.25,
+    )
     assert fake.tree() == before, "status writes nothing"
 
 
-def test_status_without_arguments_shows_all_there_is(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_without_arguments_shows_all_there_is(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["status"]) == 0
     (fake.root / "runs").mkdir()
     (fake.root / "runs" / ".content_hashes.json").write_text("{}")
@@ -228,11 +297,16 @@ def test_status_without_arguments_shows_all_there_is(fake: FakeLauncher, capsys:
 def test_an_output_root_of_ones_own(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
     fake.add("a")
     assert main(["sweep", "recipes/toy", "--output-root", "else where"]) == 0
-    assert (fake.root / "else where" / "toy" / "a" / "result.json").exists() and not (fake.root / "runs").exists()
+    assert (fake.root / "else where" / "toy" / "a" / "result.json").exists() and not (
+        fake.root / "runs"
+    ).exists()
     path = fake.root / "recipes" / "toy" / "a.yaml"
     path.write_text(path.read_text().replace("loss: full", "loss: completion"))
     assert main(["launch", "recipes/toy/a.yaml", "--output-root", "else where"]) == 2
-    assert "hint: runner launch recipes/toy/a.yaml --output-root 'else where' --fresh" in capsys.readouterr().err
+    assert (
+        "hint: runner launch recipes/toy/a.yaml --output-root 'else where' --fresh"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_to_resume_from_is_recorded_for_the_trainer(
@@ -244,7 +318,10 @@ def test_what_to_resume_from_is_recorded_for_the_trainer(
     for name, resume in wanted.items():
         assert main(["launch", f"recipes/toy/{name}.yaml", "--resume", resume]) == 0
     assert main(["launch", "recipes/toy/d.yaml", "--fresh"]) == 0
-    recorded = [load_record(RunPaths(fake.root / "runs" / "toy" / name)).attempts[0].resume for name in "abcd"]
+    recorded = [
+        load_record(RunPaths(fake.root / "runs" / "toy" / name)).attempts[0].resume
+        for name in "abcd"
+    ]
     assert recorded == ["best", str(fake.root / "step-4.zip"), wanted["c"], "none"]
     capsys.readouterr()
     assert main(["launch", "recipes/toy/a.yaml", "--resume", "best"]) == 0
@@ -264,16 +341,22 @@ def test_a_reader_that_leaves_is_no_traceback(fake: FakeLauncher) -> None:
         check=True,
     )
     assert done.stderr == ""
-    assert set(done.stdout.split()) <= {"141", "0"}, "0 where the pipe took all before it was closed"
+    assert set(done.stdout.split()) <= {"141", "0"}, (
+        "0 where the pipe took all before it was closed"
+    )
 
 
 def test_a_closed_output_is_141(fake: FakeLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.add("a")
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is left in the buffer is written at exit
+    # What is left in the buffer is written at exit.
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     readable, writable = os.pipe()
     os.close(readable)
     done = subprocess.run(
-        [str(BIN_DIR / "runner"), "sweep", "recipes/toy"], stdout=writable, stderr=subprocess.PIPE, check=False
+        [str(BIN_DIR / "runner"), "sweep", "recipes/toy"],
+        stdout=writable,
+        stderr=subprocess.PIPE,
+        check=False,
     )
     os.close(writable)
     assert (done.returncode, done.stderr) == (141, b"")
@@ -283,14 +366,26 @@ def test_a_closed_output_is_141(fake: FakeLauncher, monkeypatch: pytest.MonkeyPa
 def test_the_names_of_overridden_runs_differ_when_the_overrides_do() -> None:
     assert name_overridden("base", []) == "base"
     assert name_overridden("base", ["a.b=1e-4", "c=x"]) == "base--a.b-1e-4--c-x"
-    lists = [["p=a/b"], ["p=a-b"], ["p=a b"], ["p=[a,b]"], ["p=a", "b=1"], ["p=a--b-1"], ["p=-a"], ["p=a="], ["p=a"]]
+    lists = [
+        ["p=a/b"],
+        ["p=a-b"],
+        ["p=a b"],
+        ["p=[a,b]"],
+        ["p=a", "b=1"],
+        ["p=a--b-1"],
+        ["p=-a"],
+        ["p=a="],
+        ["p=a"],
+    ]
     lists += [["p-a=b"], ["p=" + "a" * 200], ["p=" + "a" * 201]]
     names = [name_overridden("base", overrides) for overrides in lists]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(NAME_PATTERN, name) and len(name) <= 150 for name in names)
 
 
-def test_status_says_what_to_do_once_for_each_kind(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_says_what_to_do_once_for_each_kind(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a", "b", told="fail out_of_memory CUDA out of memory")
     fake.add("c", told="exit 9")
     fake.add("d")
@@ -298,6 +393,9 @@ def test_status_says_what_to_do_once_for_each_kind(fake: FakeLauncher, capsys: p
     capsys.readouterr()
     assert main(["status", "recipes/toy"]) == 0
     shown = capsys.readouterr()
-    assert "out_of_memory: CUDA out of memory" in shown.out and "lost: the trainer vanished" in shown.out
+    assert (
+        "out_of_memory: CUDA out of memory" in shown.out
+        and "lost: the trainer vanished" in shown.out
+    )
     assert shown.err.count("hint: out_of_memory: `launch.retries.out_of_memory: 2`") == 1
     assert "hint: lost: killed from outside" in shown.err and len(shown.err.splitlines()) == 2

@@ -1,4 +1,6 @@
-"""Two commands at once on one grid and one output root: each run is executed once, whoever comes first."""
+"""Two commands at once on one grid and one output root: each run is executed once, whoever comes
+first.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,16 @@ NAMES: Final = ("a", "b", "c", "d", "e", "f")
 
 
 def assert_each_run_once(fake: FakeLauncher, printed: list[tuple[str, str]]) -> None:
-    """One attempt per run; one sweep says that it completed it, every other one that it was not its own to run."""
+    """One attempt per run; one sweep says that it completed it, every other one that it was not its
+    own to run.
+    """
     assert Counter(fake.started()) == Counter(NAMES)
     assert sorted(path.name for path in (fake.root / "runs" / "toy").iterdir()) == list(NAMES)
     for name in NAMES:
         [attempt] = fake.attempts(name)
-        assert attempt["failure"] is None and attempt["exit_status"] == 0 and attempt["ended_at_utc"]
+        assert (
+            attempt["failure"] is None and attempt["exit_status"] == 0 and attempt["ended_at_utc"]
+        )
         said = [say_of(name, stdout, stderr) for stdout, stderr in printed]
         assert sorted(said) == ["completed", *["elsewhere"] * (len(printed) - 1)], printed
 
@@ -39,7 +45,10 @@ def assert_each_run_once(fake: FakeLauncher, printed: list[tuple[str, str]]) -> 
 def say_of(name: str, stdout: str, stderr: str) -> str:
     if f"toy/{name}  completed\n" in stderr:
         return "completed"
-    is_elsewhere = f"toy/{name}  run or finished by another sweep" in stderr or f"skip    toy/{name}  " in stdout
+    is_elsewhere = (
+        f"toy/{name}  run or finished by another sweep" in stderr
+        or f"skip    toy/{name}  " in stdout
+    )
     return "elsewhere" if is_elsewhere else "nothing"
 
 
@@ -52,19 +61,25 @@ def run_sweeps_together(fake: FakeLauncher, num_sweeps: int) -> None:
 
 
 @pytest.mark.parametrize("attempt", range(2))
-def test_two_sweeps_started_together_execute_each_run_once(fake: FakeLauncher, attempt: int) -> None:
+def test_two_sweeps_started_together_execute_each_run_once(
+    fake: FakeLauncher, attempt: int
+) -> None:
     run_sweeps_together(fake, 2)
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("attempt", range(20))
 @pytest.mark.parametrize("num_sweeps", [2, 4])
-def test_sweeps_started_together_twenty_times(fake: FakeLauncher, num_sweeps: int, attempt: int) -> None:
+def test_sweeps_started_together_twenty_times(
+    fake: FakeLauncher, num_sweeps: int, attempt: int
+) -> None:
     run_sweeps_together(fake, num_sweeps)
 
 
 def kill_one_of_two(fake: FakeLauncher, chance: random.Random, num_kills: int) -> None:
-    """Two sweeps; again and again one of them is killed and started anew, until both end by themselves."""
+    """Two sweeps; again and again one of them is killed and started anew, until both end by
+    themselves.
+    """
     fake.add(*NAMES)
     sweeps = [fake.start("sweep", "recipes/toy", "--slots", "2") for _ in range(2)]
     for _ in range(num_kills):
@@ -78,13 +93,21 @@ def kill_one_of_two(fake: FakeLauncher, chance: random.Random, num_kills: int) -
     for sweep in sweeps:
         code, _, stderr = finish(sweep)
         assert code == 0, stderr
-    assert main(["sweep", "recipes/toy"]) == 0, "what a killed sweep was running while the other one passed by"
+    assert main(["sweep", "recipes/toy"]) == 0, (
+        "what a killed sweep was running while the other one passed by"
+    )
     for name in NAMES:
         attempts = fake.attempts(name)
         assert [attempt["number"] for attempt in attempts] == list(range(1, len(attempts) + 1))
-        assert all(attempt["ended_at_utc"] is None for attempt in attempts[:-1]), "a run that had ended was run again"
+        assert all(attempt["ended_at_utc"] is None for attempt in attempts[:-1]), (
+            "a run that had ended was run again"
+        )
         assert fake.paths(name).result_path.exists()
-        ended = [event["pid"] for event in fake.events() if event["name"] == name and event["event"] == "end"]
+        ended = [
+            event["pid"]
+            for event in fake.events()
+            if event["name"] == name and event["event"] == "end"
+        ]
         assert len(ended) <= 1, "completed twice"
 
 
@@ -99,7 +122,9 @@ def test_sweeps_that_are_killed_beside_another_one(fake: FakeLauncher, seed: int
 
 
 def start_between(fake: FakeLauncher, told: str) -> subprocess.Popen[str]:
-    """A sweep that has decided to run `b`, and has waited with `a` while another one was told something else of `b`."""
+    """A sweep that has decided to run `b`, and has waited with `a` while another one was told
+    something else of `b`.
+    """
     fake.add("a", told="wait")
     fake.add("b", told=told)
     late = fake.start("sweep", "recipes/toy")
@@ -134,7 +159,9 @@ def test_what_was_killed_in_one_sweep_goes_on_in_the_other(fake: FakeLauncher) -
     assert [attempt["ended_at_utc"] is None for attempt in fake.attempts("b")] == [True, False]
 
 
-def test_a_running_run_is_not_moved_aside(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_running_run_is_not_moved_aside(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a", told="wait")
     sweep = fake.start("sweep", "recipes/toy")
     fake.next_started()
@@ -153,26 +180,29 @@ def test_fresh_launches_and_sweeps_of_one_run_move_it_aside_whole(fake: FakeLaun
     processes = [fake.start(*command) for command in commands]
     ends = [finish(process) for process in processes]
     # A launch is refused while another process runs the very run that it wants to move.
-    assert all(code == 0 or (code == 2 and "is running; stop it" in stderr) for code, _, stderr in ends), ends
+    assert all(
+        code == 0 or (code == 2 and "is running; stop it" in stderr) for code, _, stderr in ends
+    ), ends
     moved = list((fake.root / "runs" / "toy" / ".old").iterdir())
     assert len(moved) == sum("moved runs/toy/a to" in stderr for _, _, stderr in ends)
     run_dirs = [fake.paths("a").run_dir, *moved]
     attempts = [load_json(run_dir / "run.json")["attempts"] for run_dir in run_dirs]
-    assert [len(found) for found in attempts] == [1] * len(run_dirs), "two attempts in one directory, or none"
+    assert [len(found) for found in attempts] == [1] * len(run_dirs), (
+        "two attempts in one directory, or none"
+    )
     assert all((run_dir / "result.json").exists() for run_dir in run_dirs)
     assert len(fake.started()) == len(run_dirs)
 
 
 def test_the_cache_of_hashes_survives_many_writers(tmp_path: Path) -> None:
-    """Each file is hashed rightly, whatever another process writes into the shared cache meanwhile."""
+    """Each file is hashed rightly, whatever another process writes into the shared cache
+    meanwhile.
+    """
     program = (
-        "import json, sys\nfrom pathlib import Path\nfrom runner.recipe.identity import ContentHashes\n"
-        "root = Path(sys.argv[1])\n"
-        "for number in range(40):\n"
-        "    hashes = ContentHashes(root / '.content_hashes.json')\n"
-        "    found = {file.name: hashes.hash(file) for file in sorted(root.glob(sys.argv[2]))}\n"
-        "    hashes.save()\n"
-        "print(json.dumps(found))"
+        "import json, sys\nfrom pathlib import Path\nfrom runner.recipe.identity import"
+        " ContentHashes\nroot = Path(sys.argv[1])\nfor number in range(40):\n    hashes ="
+        " ContentHashes(root / '.content_hashes.json')\n    found = {file.name: hashes.hash(file)"
+        " for file in sorted(root.glob(sys.argv[2]))}\n    hashes.save()\nprint(json.dumps(found))"
     )
     for number in range(6):
         path = tmp_path / f"{number}.txt"
@@ -180,7 +210,11 @@ def test_the_cache_of_hashes_survives_many_writers(tmp_path: Path) -> None:
         os.utime(path, (1, 1))
     patterns = ("[0-3].txt", "[2-5].txt", "*.txt")
     writers = [
-        subprocess.Popen([sys.executable, "-c", program, str(tmp_path), pattern], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path), pattern],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for pattern in patterns
     ]
     found: dict[str, str] = {}
@@ -201,9 +235,13 @@ def test_two_renders_and_a_prune_leave_the_recipes_of_one(tmp_path: Path) -> Non
     subprocess.run(render, cwd=root, check=True, stdout=subprocess.DEVNULL)
     expected = {path.name: path.read_bytes() for path in (root / "recipes" / "toy").iterdir()}
     build_toy(tmp_path)(grid=GRID.replace("180", "240"))
-    renders = [subprocess.Popen([*render, *more], cwd=root) for more in ([], ["--prune"], ["--prune"], [])]
+    renders = [
+        subprocess.Popen([*render, *more], cwd=root) for more in ([], ["--prune"], ["--prune"], [])
+    ]
     assert [one.wait() for one in renders] == [0] * 4
     found = {path.name: path.read_bytes() for path in (root / "recipes" / "toy").iterdir()}
     assert {name for name in expected if "060" in name} == {name for name in found if "060" in name}
-    assert len(found) == len(expected) and all("240" in name for name in found.keys() - expected.keys())
+    assert len(found) == len(expected) and all(
+        "240" in name for name in found.keys() - expected.keys()
+    )
     assert all(found[name] == expected[name] for name in found.keys() & expected.keys())

@@ -1,4 +1,6 @@
-"""Whatever stands in a data file: rows of conversations, or a refusal in words that says where; never a traceback."""
+"""Whatever stands in a data file: rows of conversations, or a refusal in words that says where;
+never a traceback.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,19 @@ TASKS: Final[dict[str, dict[str, Any]]] = {
     "math_tools": {},
 }
 NAMES: Final = (
-    *("messages", "role", "content", "text", "prompt", "completion", "sentence", "label", "idx", "id", "context"),
+    *(
+        "messages",
+        "role",
+        "content",
+        "text",
+        "prompt",
+        "completion",
+        "sentence",
+        "label",
+        "idx",
+        "id",
+        "context",
+    ),
     *(
         "question",
         "answers",
@@ -53,7 +67,14 @@ NAMES: Final = (
 )
 WORDS = st.one_of(st.sampled_from(NAMES), st.text(max_size=8), st.characters(categories=["Cs"]))
 VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), WORDS, st.sampled_from(["1" * 4400, "a" * 5000])),
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        WORDS,
+        st.sampled_from(["1" * 4400, "a" * 5000]),
+    ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=4),
         st.dictionaries(WORDS, inner, max_size=5),
@@ -64,7 +85,15 @@ VALUES = st.recursive(
 ROWS = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=8)
 GOOD: Final = {
     "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-    **{"prompt": "p", "completion": "c", "sentence": "s", "label": 1, "idx": 3, "id": "x", "context": "c"},
+    **{
+        "prompt": "p",
+        "completion": "c",
+        "sentence": "s",
+        "label": 1,
+        "idx": 3,
+        "id": "x",
+        "context": "c",
+    },
     **{"question": "q", "answers": {"text": ["c"], "answer_start": [0]}},
 }
 
@@ -95,7 +124,9 @@ def answer(task: str, content: bytes, folder: Path, suffix: str) -> None:
         assert str(error).encode()
         return
     for row in (*splits.train, *splits.validation, *splits.test):
-        assert row.messages and all(message["content"].encode() is not None for message in row.messages), row.where
+        assert row.messages and all(
+            message["content"].encode() is not None for message in row.messages
+        ), row.where
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -105,16 +136,31 @@ def answer(task: str, content: bytes, folder: Path, suffix: str) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(rows=st.lists(st.one_of(ROWS, st.builds(lambda row: GOOD | row, ROWS), VALUES), max_size=5))
-@example(rows=[GOOD | {"prompt": "\ud800", "sentence": "\udfff", "messages": [{"role": "user", "content": "\ud800"}]}])
+@example(
+    rows=[
+        GOOD
+        | {
+            "prompt": "\ud800",
+            "sentence": "\udfff",
+            "messages": [{"role": "user", "content": "\ud800"}],
+        }
+    ]
+)
 def test_any_rows_are_read_or_refused_in_words(task: str, rows: list[Any], tmp_path: Path) -> None:
     answer(task, "\n".join(json.dumps(row) for row in rows + MORE).encode(), tmp_path, ".jsonl")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-@settings(max_examples=30 * FACTOR, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30 * FACTOR,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(head=st.binary(max_size=40), tail=st.binary(max_size=40), at=st.integers(0, 200))
 @example(head=b"", tail=b'\n{"prompt": ' + b"1" * 5000 + b"}", at=10_000)
 @example(head=b"", tail=b"[" * 100_000, at=0)
-def test_any_bytes_are_read_or_refused_in_words(suffix: str, head: bytes, tail: bytes, at: int, tmp_path: Path) -> None:
+def test_any_bytes_are_read_or_refused_in_words(
+    suffix: str, head: bytes, tail: bytes, at: int, tmp_path: Path
+) -> None:
     whole = json.dumps(GOOD).encode()
     answer("prompt_completion", head + whole[:at] + tail + whole[at:], tmp_path, suffix)

@@ -1,4 +1,6 @@
-"""Masks against ground truths that are not of the code under test: TRL's marked templates, and renderers by hand."""
+"""Masks against ground truths that are not of the code under test: TRL's marked templates, and
+renderers by hand.
+"""
 
 from __future__ import annotations
 
@@ -43,15 +45,21 @@ Chat = list[dict[str, str]]
 Pieces = list[tuple[str, bool]]  # text, is it trained on
 
 KINDS = ["bytes", "pieces"]
-FEW = settings(max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(
+    max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
-# What TRL's markers enclose at either end of a completion beyond our definition (the turn from where the generation
-# prompt ends, to its end-of-turn token). Taken off their intervals, and never anything else:
+# What TRL's markers enclose at either end of a completion beyond our definition (the turn from
+# where the generation prompt ends, to its end-of-turn token). Taken off their intervals, and never
+# anything else:
 # - a newline behind the end-of-turn token: nobody generates it, generation has stopped;
-# - Phi-3's `\n<eos>` behind `<|end|>`: it ends the text, not the turn (a turn in the middle has none);
-# - Qwen2.5's newline of the role header, the whole header of DeepSeek, GPT-OSS and Muse: the generation prompt's;
+# - Phi-3's `\n<eos>` behind `<|end|>`: it ends the text, not the turn (a turn in the middle has
+# none);
+# - Qwen2.5's newline of the role header, the whole header of DeepSeek, GPT-OSS and Muse: the
+# generation prompt's;
 # - Qwen3.5's opened think block: likewise in the generation prompt;
-# - Nemotron's empty think block: it stands where the generation prompt opens a real one, so no model is asked for it.
+# - Nemotron's empty think block: it stands where the generation prompt opens a real one, so no
+# model is asked for it.
 NEWLINE = ("", "\n")
 TRL_EXCESS: dict[str, tuple[str, str]] = {
     "cohere": ("", ""),
@@ -87,7 +95,8 @@ TRL_EXCESS: dict[str, tuple[str, str]] = {
     "smolvlm": NEWLINE,
 }
 EXACT = [family for family, excess in TRL_EXCESS.items() if excess == ("", "")]
-PARTS_ONLY = {"idefics3", "llava_next", "smolvlm"}  # templates of vision models that print nothing of a plain string
+# Templates of vision models that print nothing of a plain string.
+PARTS_ONLY = {"idefics3", "llava_next", "smolvlm"}
 NO_SYSTEM = {"gemma"}
 
 # --- conversations
@@ -136,7 +145,9 @@ EDGES = ["", "", "", " ", "\n", "\t \n", "  \n\n", "\u2003"]
 
 
 def contents() -> st.SearchStrategy[str]:
-    """Texts as nobody would wish them: empty, whitespace at the ends, markers of every format, any script."""
+    """Texts as nobody would wish them: empty, whitespace at the ends, markers of every format, any
+    script.
+    """
     words = st.one_of(
         st.sampled_from(["Hello", " world", "the quick", "fox.", "1 + 1", "\n", " "]),
         st.sampled_from(HOSTILE),
@@ -149,8 +160,14 @@ def contents() -> st.SearchStrategy[str]:
 
 @st.composite
 def chats(draw: st.DrawFn, has_system: bool = True) -> Chat:
-    """An optional system turn, one to three exchanges, sometimes a user's turn without an answer."""
-    chat = [{"role": "system", "content": draw(contents())}] if has_system and draw(st.booleans()) else []
+    """An optional system turn, one to three exchanges, sometimes a user's turn without an
+    answer.
+    """
+    chat = (
+        [{"role": "system", "content": draw(contents())}]
+        if has_system and draw(st.booleans())
+        else []
+    )
     for _ in range(draw(st.integers(1, 3))):
         chat += [{"role": role, "content": draw(contents())} for role in ("user", "assistant")]
     if draw(st.integers(0, 4)) == 0:
@@ -160,14 +177,18 @@ def chats(draw: st.DrawFn, has_system: bool = True) -> Chat:
 
 def turns(*contents: str, system: str | None = None) -> Chat:
     chat = [] if system is None else [{"role": "system", "content": system}]
-    return chat + [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+    return chat + [
+        {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)
+    ]
 
 
 # --- ground truths
 
 
 def tokens_touching(mask: MaskedConversation, intervals: list[tuple[int, int]]) -> list[int]:
-    """The tokens that stand for at least one character of the intervals: the slow and obvious way."""
+    """The tokens that stand for at least one character of the intervals: the slow and obvious
+    way.
+    """
     return [
         index
         for index, (start, end) in enumerate(mask.offsets)
@@ -190,10 +211,15 @@ def tokenizer_of(template: str, kind: str) -> Any:
 
 
 def trl_intervals(family: str, tokenizer: Any, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
-    """The text of TRL's training copy and the characters that its markers enclose, less the known excess."""
+    """The text of TRL's training copy and the characters that its markers enclose, less the known
+    excess.
+    """
     messages: list[Any] = list(chat)
     if family in PARTS_ONLY:
-        messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
+        messages = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            for message in chat
+        ]
     texts, intervals = render_jinja_template(
         conversations=[messages],
         chat_template=tokenizer.chat_template,
@@ -211,27 +237,37 @@ def trl_intervals(family: str, tokenizer: Any, chat: Chat) -> tuple[str, list[tu
     trimmed = []
     for start, end in merged:
         excess = tail if text[start:end].endswith(tail) else tail.removesuffix("</s>")
-        assert text[start:end].startswith(head) and text[start:end].endswith(excess), (head, tail, text[start:end])
+        assert text[start:end].startswith(head) and text[start:end].endswith(excess), (
+            head,
+            tail,
+            text[start:end],
+        )
         trimmed.append((start + len(head), end - len(excess)))
     return text, trimmed
 
 
 def is_refused_by_right(family: str, chat: Chat) -> bool:
-    """Rows whose rendering depends on what the contents say, in a way that leaves no place for a proof."""
+    """Rows whose rendering depends on what the contents say, in a way that leaves no place for a
+    proof.
+    """
     answers = [message["content"] for message in chat if message["role"] == "assistant"]
     if family == "glm4moe":
-        return any(not answer.strip() for answer in answers)  # leaves out the newline before an empty answer, too
+        # Leaves out the newline before an empty answer, too.
+        return any(not answer.strip() for answer in answers)
     if family == "gptoss":
         return any("<|channel|>" in answer for answer in answers)  # raises on its own markup
     if family == "diffusion_gemma":
-        return any(re.search(r"<\|channel>|<channel\|>", answer) for answer in answers)  # removes its own markup
+        # Removes its own markup.
+        return any(re.search(r"<\|channel>|<channel\|>", answer) for answer in answers)
     return False
 
 
 def test_every_training_copy_of_trl_is_covered() -> None:
-    assert {name.removesuffix("_training") for name in trl_template_names() if name.endswith("_training")} == set(
-        TRL_EXCESS
-    )
+    assert {
+        name.removesuffix("_training")
+        for name in trl_template_names()
+        if name.endswith("_training")
+    } == set(TRL_EXCESS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,10 +285,12 @@ def test_masks_equal_those_of_the_marked_templates(family: str, kind: str) -> No
         text, intervals = trl_intervals(family, tokenizer_of(marked, kind), chat)
         assert mask.text == text
         assert trained_tokens(mask) == tokens_touching(mask, intervals)
-        if family == "glm4moe":  # the original prints nothing after an answer; see the test of refusals
+        # The original prints nothing after an answer; see the test of refusals.
+        if family == "glm4moe":
             return
         original = masker(trl_template(family), kind).mask(chat)
-        if original.text == text:  # training copies of thinking models print more than the originals
+        # Training copies of thinking models print more than the originals.
+        if original.text == text:
             num_same_text += 1
             assert (original.input_ids, original.spans) == (mask.input_ids, mask.spans)
 
@@ -262,7 +300,9 @@ def test_masks_equal_those_of_the_marked_templates(family: str, kind: str) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", EXACT)
-def test_masks_equal_those_of_transformers_where_the_definitions_agree(family: str, kind: str) -> None:
+def test_masks_equal_those_of_transformers_where_the_definitions_agree(
+    family: str, kind: str
+) -> None:
     template = trl_template(f"{family}_training")
 
     @FEW
@@ -271,7 +311,10 @@ def test_masks_equal_those_of_transformers_where_the_definitions_agree(family: s
         assume(not is_refused_by_right(family, chat))
         messages: list[Any] = list(chat)
         if family in PARTS_ONLY:
-            messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
+            messages = [
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                for message in chat
+            ]
         theirs = tokenizer_of(template, kind).apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -284,11 +327,14 @@ def test_masks_equal_those_of_transformers_where_the_definitions_agree(family: s
     check()
 
 
-# --- ground truths by hand: each writes the text of a conversation down and says what of it is trained on
+# --- ground truths by hand: each writes the text of a conversation down and says what of it is
+# trained on
 
 
 def chatml_by_hand(chat: Chat, default_system: str = "") -> Pieces:
-    pieces: Pieces = [] if chat[0]["role"] == "system" or not default_system else [(default_system, False)]
+    pieces: Pieces = (
+        [] if chat[0]["role"] == "system" or not default_system else [(default_system, False)]
+    )
     for message in chat:
         is_trained = message["role"] == "assistant"
         pieces += [
@@ -305,13 +351,19 @@ def qwen2_5_by_hand(chat: Chat) -> Pieces:
 
 
 def qwen3_by_hand(chat: Chat) -> Pieces:
-    """The last answer gets an empty think block, which the model writes, and loses its first newlines."""
+    """The last answer gets an empty think block, which the model writes, and loses its first
+    newlines.
+    """
     pieces: Pieces = []
     for number, message in enumerate(chat):
         is_trained, content = message["role"] == "assistant", message["content"]
         if is_trained and number == len(chat) - 1:
             content = "<think>\n\n</think>\n\n" + content.lstrip("\n")
-        pieces += [(f"<|im_start|>{message['role']}\n", False), (content + "<|im_end|>", is_trained), ("\n", False)]
+        pieces += [
+            (f"<|im_start|>{message['role']}\n", False),
+            (content + "<|im_end|>", is_trained),
+            ("\n", False),
+        ]
     return pieces
 
 
@@ -328,7 +380,9 @@ def gemma_by_hand(chat: Chat) -> Pieces:
 
 
 def llama3_1_by_hand(chat: Chat) -> Pieces:
-    """A system block is always there; it states two dates, and then the system text, if there is one."""
+    """A system block is always there; it states two dates, and then the system text, if there is
+    one.
+    """
     system = chat[0]["content"].strip() if chat[0]["role"] == "system" else ""
     dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
@@ -345,7 +399,11 @@ def phi3_by_hand(chat: Chat) -> Pieces:
     pieces: Pieces = []
     for message in chat:
         is_trained = message["role"] == "assistant"
-        pieces += [(f"<|{message['role']}|>\n", False), (message["content"] + "<|end|>", is_trained), ("\n", False)]
+        pieces += [
+            (f"<|{message['role']}|>\n", False),
+            (message["content"] + "<|end|>", is_trained),
+            ("\n", False),
+        ]
     return [*pieces, ("</s>", False)]
 
 
@@ -366,10 +424,15 @@ def mistral_system_last_by_hand(chat: Chat) -> Pieces:
     pieces: Pieces = [("<s>", False)]
     for number, message in enumerate(chat):
         if message["role"] == "user":
-            pieces.append((f"[INST] {system if number == last_user else ''}{message['content']}[/INST]", False))
+            pieces.append(
+                (
+                    f"[INST] {system if number == last_user else ''}{message['content']}[/INST]",
+                    False,
+                )
+            )
         else:
-            # Only where the text goes on from the prompt does the model write the space. It does not where the prompt
-            # carried the system text, which a later turn has taken over.
+            # Only where the text goes on from the prompt does the model write the space. It does
+            # not where the prompt carried the system text, which a later turn has taken over.
             is_continued = not system or number > last_user
             pieces += [(" ", is_continued), (message["content"].strip() + "</s>", True)]
     return pieces
@@ -383,7 +446,9 @@ def human_assistant_by_hand(chat: Chat) -> Pieces:
         if message["role"] == "assistant":
             pieces += [("Assistant:", False), (f" {text}</s>", True), ("\n\n", False)]
         else:
-            pieces.append((f"Human: {text}\n\n" if message["role"] == "user" else f"{text}\n\n", False))
+            pieces.append(
+                (f"Human: {text}\n\n" if message["role"] == "user" else f"{text}\n\n", False)
+            )
     return pieces
 
 
@@ -423,7 +488,8 @@ def test_masks_equal_those_written_by_hand(name: str, kind: str) -> None:
     @settings(FEW, max_examples=30)
     @given(chats(has_system=name not in WITHOUT_SYSTEM))
     def check(chat: Chat) -> None:
-        if name in ("Llama 2", "Mistral, system last"):  # these templates take an empty system text for a user's turn
+        # These templates take an empty system text for a user's turn.
+        if name in ("Llama 2", "Mistral, system last"):
             assume(chat[0]["role"] != "system" or chat[0]["content"])
         pieces = write(chat)
         mask = masker(template, kind).mask(chat)
@@ -439,13 +505,24 @@ def test_masks_equal_those_written_by_hand(name: str, kind: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", sorted(name for name in trl_template_names() if not name.startswith("glm4moe")))
+@pytest.mark.parametrize(
+    "name", sorted(name for name in trl_template_names() if not name.startswith("glm4moe"))
+)
 def test_no_text_at_all_makes_a_wrong_mask(name: str) -> None:
-    """Think tags and tool markup, which templates take apart: the mask is right, or the row is refused."""
-    markup = ["<think>", "</think>", "<think>\nwhy\n</think>\n\n", "<tool_call>", "<tool_response>", "</tool_response>"]
-    texts = st.lists(st.sampled_from([*markup, "Hello", "\n", " ", "<|channel|>final<|message|>"]), max_size=4).map(
-        "".join
-    )
+    """Think tags and tool markup, which templates take apart: the mask is right, or the row is
+    refused.
+    """
+    markup = [
+        "<think>",
+        "</think>",
+        "<think>\nwhy\n</think>\n\n",
+        "<tool_call>",
+        "<tool_response>",
+        "</tool_response>",
+    ]
+    texts = st.lists(
+        st.sampled_from([*markup, "Hello", "\n", " ", "<|channel|>final<|message|>"]), max_size=4
+    ).map("".join)
 
     @settings(FEW, max_examples=10)
     @given(st.lists(texts, min_size=4, max_size=4))
@@ -456,7 +533,9 @@ def test_no_text_at_all_makes_a_wrong_mask(name: str) -> None:
         except MaskError:
             return
         starts = [start for start, _ in mask.completion_chars]
-        for message, start, (begin, end) in zip(chat[1::2], starts, mask.content_chars[1::2], strict=True):  # type: ignore[misc]
+        for message, start, (begin, end) in zip(
+            chat[1::2], starts, mask.content_chars[1::2], strict=True
+        ):  # type: ignore[misc]
             assert start <= begin
             assert mask.text[begin:end].strip() == message["content"].strip()
 
@@ -482,29 +561,40 @@ def test_an_end_of_turn_token_within_an_answer_does_not_end_it() -> None:
     tokenizer = build_tokenizer("bytes", CHATML)
     mask = mask_conversation(tokenizer, turns("q", "a<|im_end|>\n<|im_start|>user\nb", "q2", "c"))
     span = mask.spans[0]
-    assert tokenizer.decode(mask.input_ids[span.start : span.end]) == "a<|im_end|>\n<|im_start|>user\nb<|im_end|>"
+    assert (
+        tokenizer.decode(mask.input_ids[span.start : span.end])
+        == "a<|im_end|>\n<|im_start|>user\nb<|im_end|>"
+    )
 
 
 def test_an_empty_answer_trains_its_end_of_turn_token() -> None:
     tokenizer = build_tokenizer("bytes", trl_template("gemma"))
     mask = mask_conversation(tokenizer, turns("q", " \n "))
     (span,) = mask.spans
-    assert tokenizer.convert_ids_to_tokens(mask.input_ids[span.start : span.end]) == ["<end_of_turn>"]
+    assert tokenizer.convert_ids_to_tokens(mask.input_ids[span.start : span.end]) == [
+        "<end_of_turn>"
+    ]
 
 
 def test_an_empty_system_text_that_the_template_leaves_out_is_no_obstacle() -> None:
-    mask = mask_conversation(build_tokenizer("bytes", trl_template("lfm2")), turns("q", "a", system=""))
+    mask = mask_conversation(
+        build_tokenizer("bytes", trl_template("lfm2")), turns("q", "a", system="")
+    )
     assert "system" not in mask.text
     assert mask.content_chars[0] is None
     assert [mask.text[begin:end] for begin, end in mask.completion_chars] == ["a<|im_end|>"]
 
 
 def test_a_header_token_that_swallows_whitespace_is_not_trained_on() -> None:
-    # Phi-3's control tokens have `rstrip`: `<|assistant|>` also stands for the newline and the content's spaces.
+    # Phi-3's control tokens have `rstrip`: `<|assistant|>` also stands for the newline and the
+    # content's spaces.
     tokenizer = build_tokenizer("bytes", trl_template("phi3"), rstrip=True)
     mask = mask_conversation(tokenizer, turns("q", "   a"))
     (span,) = mask.spans
-    assert tokenizer.convert_ids_to_tokens(mask.input_ids[span.start : span.end]) == ["a", "<|end|>"]
+    assert tokenizer.convert_ids_to_tokens(mask.input_ids[span.start : span.end]) == [
+        "a",
+        "<|end|>",
+    ]
 
 
 def test_a_role_header_is_not_trained_on_where_the_template_has_no_generation_prompt() -> None:
@@ -516,7 +606,9 @@ def test_a_role_header_is_not_trained_on_where_the_template_has_no_generation_pr
 def test_a_template_may_print_what_looks_like_a_sentinel() -> None:
     template = "Qx0turn0xQ Qx1turn1xQ Qx0turn1xQ\n" + CHATML
     mask = mask_conversation(build_tokenizer("bytes", template), turns("Qx2turn0xQ", "Qx2turn1xQ"))
-    assert [mask.text[begin:end] for begin, end in mask.completion_chars] == ["Qx2turn1xQ<|im_end|>"]
+    assert [mask.text[begin:end] for begin, end in mask.completion_chars] == [
+        "Qx2turn1xQ<|im_end|>"
+    ]
 
 
 def test_the_text_is_tokenised_once_without_a_second_bos() -> None:
@@ -531,20 +623,32 @@ def test_the_text_is_tokenised_once_without_a_second_bos() -> None:
 
 def test_template_arguments_reach_the_template() -> None:
     tokenizer = build_tokenizer("bytes", trl_template("llama3_1"))
-    mask = mask_conversation(tokenizer, turns("q", "a"), template_kwargs={"date_string": "1 Jan 2001"})
+    mask = mask_conversation(
+        tokenizer, turns("q", "a"), template_kwargs={"date_string": "1 Jan 2001"}
+    )
     assert "Today Date: 1 Jan 2001" in mask.text
 
 
 def test_plain_text_may_end_a_turn() -> None:
     # `<|im_end|>` is no token of this tokenizer, but the model can still learn to write it.
-    mask = mask_conversation(build_tokenizer("bytes", CHATML, special=[]), turns("q", "a", "q", "b"))
-    assert [mask.text[begin:end] for begin, end in mask.completion_chars] == ["a<|im_end|>", "b<|im_end|>"]
+    mask = mask_conversation(
+        build_tokenizer("bytes", CHATML, special=[]), turns("q", "a", "q", "b")
+    )
+    assert [mask.text[begin:end] for begin, end in mask.completion_chars] == [
+        "a<|im_end|>",
+        "b<|im_end|>",
+    ]
 
 
 def test_the_token_that_closes_the_conversation_is_not_that_of_a_turn() -> None:
-    mask = mask_conversation(build_tokenizer("bytes", trl_template("gptoss")), turns("q", "a", "q", "b"))
+    mask = mask_conversation(
+        build_tokenizer("bytes", trl_template("gptoss")), turns("q", "a", "q", "b")
+    )
     written = [mask.text[begin:end] for begin, end in mask.completion_chars]
-    assert written == ["<|channel|>final<|message|>a<|end|>", "<|channel|>final<|message|>b<|return|>"]
+    assert written == [
+        "<|channel|>final<|message|>a<|end|>",
+        "<|channel|>final<|message|>b<|return|>",
+    ]
 
 
 class CalendarTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
@@ -558,7 +662,9 @@ class CalendarTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
 
 def test_midnight_between_two_rows_is_no_mismatch() -> None:
     template = "{# strftime_now #}{{ today }}" + CHATML
-    tokenizer = CalendarTokenizer(tokenizer_object=build_tokenizer().backend_tokenizer, eos_token="</s>")
+    tokenizer = CalendarTokenizer(
+        tokenizer_object=build_tokenizer().backend_tokenizer, eos_token="</s>"
+    )
     tokenizer.chat_template = template
     masker = ConversationMasker(tokenizer)
     assert masker.reads_clock
@@ -590,25 +696,47 @@ REFUSALS = {
         turns("q", "a", "q2", "a2"),
         r"message 0 \(user\): the chat template leaves the content out",
     ),
-    "prints a content twice": (printing("message['content'] * 2"), turns("q", "a"), "more than once"),
-    "reorders": (CHATML.replace("in messages", "in messages[::-1]"), turns("q", "a"), r"in the order \[1, 0\]"),
+    "prints a content twice": (
+        printing("message['content'] * 2"),
+        turns("q", "a"),
+        "more than once",
+    ),
+    "reorders": (
+        CHATML.replace("in messages", "in messages[::-1]"),
+        turns("q", "a"),
+        r"in the order \[1, 0\]",
+    ),
     "upper case": (printing("message['content'] | upper"), turns("q", "a"), "changes letters"),
-    "escapes": (printing("message['content'] | escape"), turns("1 < 2", "a"), r"expected '1 < 2', found '1 &lt; 2"),
+    "escapes": (
+        printing("message['content'] | escape"),
+        turns("1 < 2", "a"),
+        r"expected '1 < 2', found '1 &lt; 2",
+    ),
     "collapses spaces": (
         printing("message['content'].split() | join(' ')"),
         turns("q", "a  b"),
         r"message 1 \(assistant\)",
     ),
-    "no end of turn": (HUMAN_ASSISTANT.replace(" + eos_token", ""), turns("q", "a"), "could never learn to stop"),
-    "no end of turn, last": (trl_template("glm4moe"), turns("q", "a", "q", "b"), "could never learn to stop"),
+    "no end of turn": (
+        HUMAN_ASSISTANT.replace(" + eos_token", ""),
+        turns("q", "a"),
+        "could never learn to stop",
+    ),
+    "no end of turn, last": (
+        trl_template("glm4moe"),
+        turns("q", "a", "q", "b"),
+        "could never learn to stop",
+    ),
     "end only of the conversation": (
         HUMAN_ASSISTANT.replace(" + eos_token", "") + "{{ eos_token }}",
         turns("q", "a", "q", "b"),
         r"message 1 \(assistant\) has no end-of-turn token",
     ),
     "end only of the conversation, headers are tokens": (
-        "{%- for message in messages %}{{- '<|' + message['role'] + '|>' + message['content'] }}{%- endfor %}"
-        "{{- eos_token }}",
+        (
+            "{%- for message in messages %}{{- '<|' + message['role'] + '|>' + message['content']"
+            " }}{%- endfor %}{{- eos_token }}"
+        ),
         turns("q", "a", "q", "b"),
         r"message 1 \(assistant\) has no end-of-turn token",
     ),
@@ -635,13 +763,27 @@ REFUSALS = {
         "must alternate",
     ),
     "clock that never stands still": (CHATML + "{{ strftime_now('%f') }}", turns("q", "a"), ""),
-    "unknown role": (CHATML, [{"role": "human", "content": "q"}, *turns("q", "a")], "'human', expected one of system"),
+    "unknown role": (
+        CHATML,
+        [{"role": "human", "content": "q"}, *turns("q", "a")],
+        "'human', expected one of system",
+    ),
     "no answer": (CHATML, turns("q"), "no assistant turn"),
-    "content is no text": (CHATML, [{"role": "user", "content": None}, *turns("q", "a")], "expected a text"),
-    "keys that nobody covers": (CHATML, [{"role": "user", "content": "q", "tool_calls": "x"}], "tool_calls"),
+    "content is no text": (
+        CHATML,
+        [{"role": "user", "content": None}, *turns("q", "a")],
+        "expected a text",
+    ),
+    "keys that nobody covers": (
+        CHATML,
+        [{"role": "user", "content": "q", "tool_calls": "x"}],
+        "tool_calls",
+    ),
     "nothing between turns": (
-        "{%- for message in messages %}{{- message['content'] }}"
-        "{%- if message['role'] == 'assistant' %}{{- eos_token }}{%- endif %}{%- endfor %}",
+        (
+            "{%- for message in messages %}{{- message['content'] }}"
+            "{%- if message['role'] == 'assistant' %}{{- eos_token }}{%- endif %}{%- endfor %}"
+        ),
         turns("the qui", "ck brown"),
         r"a token of message 1 \(assistant\) also holds characters of message 0 \(user\)",
     ),

@@ -1,4 +1,6 @@
-"""Equal answers under other looks are equal, others are not, and none of them can keep a run waiting."""
+"""Equal answers under other looks are equal, others are not, and none of them can keep a run
+waiting.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Trees become the paths that a reader would choose, and every message stands in one or under one reason."""
+"""Trees become the paths that a reader would choose, and every message stands in one or under one
+reason.
+"""
 
 from __future__ import annotations
 
@@ -73,11 +75,19 @@ def nest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same trees as the nested export has them."""
 
     def build(row: dict[str, Any]) -> dict[str, Any]:
-        own = {key: value for key, value in row.items() if key not in ("message_tree_id", "tree_state")}
-        return own | {"replies": [build(reply) for reply in rows if reply["parent_id"] == row["message_id"]]}
+        own = {
+            key: value for key, value in row.items() if key not in ("message_tree_id", "tree_state")
+        }
+        return own | {
+            "replies": [build(reply) for reply in rows if reply["parent_id"] == row["message_id"]]
+        }
 
     return [
-        {"message_tree_id": row["message_tree_id"], "tree_state": row["tree_state"], "prompt": build(row)}
+        {
+            "message_tree_id": row["message_tree_id"],
+            "tree_state": row["tree_state"],
+            "prompt": build(row),
+        }
         for row in rows
         if row["parent_id"] is None
     ]
@@ -85,7 +95,10 @@ def nest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_the_best_path_and_all_paths() -> None:
     assert names(TREE) == ["a ac ace acef"]
-    assert read(TREE).left_out == {"messages that no assistant answers": 1, "replies beside the best-ranked path": 2}
+    assert read(TREE).left_out == {
+        "messages that no assistant answers": 1,
+        "replies beside the best-ranked path": 2,
+    }
     assert names(TREE, ALL) == ["a ac ace acef", "a ab", "a ag"]
     assert read(TREE, ALL).left_out == {"messages that no assistant answers": 1}
 
@@ -98,7 +111,9 @@ def test_nested_trees_and_rows_in_any_order_are_the_same() -> None:
         expected = read(rows, task)
         for same in (nest(rows), shuffled, [*nest(rows[:7]), *rows[7:]]):
             found = read(same, task)
-            assert {name_path(path) for path in found.paths} == {name_path(path) for path in expected.paths}
+            assert {name_path(path) for path in found.paths} == {
+                name_path(path) for path in expected.paths
+            }
             assert found.left_out == expected.left_out
 
 
@@ -120,7 +135,9 @@ def test_roles_and_groups_of_the_conversations() -> None:
         ({"lang": "de"}, "messages in another language"),
     ],
 )
-def test_nothing_below_a_message_that_is_left_out_is_used(changes: dict[str, Any], reason: str) -> None:
+def test_nothing_below_a_message_that_is_left_out_is_used(
+    changes: dict[str, Any], reason: str
+) -> None:
     rows = [row | changes if row["message_id"] == "ac" else row for row in TREE]
     assert names(rows) == ["a ab"]
     assert read(rows).left_out == {
@@ -133,7 +150,9 @@ def test_nothing_below_a_message_that_is_left_out_is_used(changes: dict[str, Any
 def test_what_the_recipe_allows_is_used() -> None:
     unreviewed = [row | {"review_result": None} for row in TREE]
     assert names(unreviewed) == []
-    assert names(unreviewed, Oasst1Task(name="oasst1", include_unreviewed=True)) == ["a ac ace acef"]
+    assert names(unreviewed, Oasst1Task(name="oasst1", include_unreviewed=True)) == [
+        "a ac ace acef"
+    ]
     german = [row | {"lang": "de"} for row in TREE]
     assert names(german) == []
     for languages in ((), ("en", "de")):
@@ -154,7 +173,9 @@ def test_what_the_recipe_allows_is_used() -> None:
 def test_the_state_of_a_tree(state: str | None, is_ready: bool, is_unreviewed_used: bool) -> None:
     rows = [row | {"tree_state": state} for row in TREE]
     assert bool(names(rows)) == is_ready
-    assert bool(names(rows, Oasst1Task(name="oasst1", include_unreviewed=True))) == is_unreviewed_used
+    assert (
+        bool(names(rows, Oasst1Task(name="oasst1", include_unreviewed=True))) == is_unreviewed_used
+    )
     if not is_ready:
         assert sum(read(rows).left_out.values()) == len(rows)
 
@@ -167,7 +188,13 @@ def test_replies_without_a_rank_come_last_and_equals_by_id() -> None:
 
 def test_orphans_and_circles_are_counted() -> None:
     lost = [message("xy", "x"), message("xyz", "xy")]
-    circle = [message("p", "pr"), message("pq", "p"), message("pr", "pqs"), message("pqs", "pq"), message("s", "s")]
+    circle = [
+        message("p", "pr"),
+        message("pq", "p"),
+        message("pr", "pqs"),
+        message("pqs", "pq"),
+        message("s", "s"),
+    ]
     found = read([*TREE[:2], *lost, *circle])
     assert [name_path(path) for path in found.paths] == ["a ab"]
     assert found.left_out == {
@@ -179,7 +206,9 @@ def test_orphans_and_circles_are_counted() -> None:
 def test_a_message_that_stands_twice_counts_once_unless_it_differs() -> None:
     found = read([*TREE, *TREE[:3]])
     assert len(found.paths) == 1 and found.left_out["messages that stand twice"] == 3
-    with pytest.raises(DataError, match=r"^m\.jsonl line 8: the message id 'ab' is taken by another in .* line 2"):
+    with pytest.raises(
+        DataError, match=r"^m\.jsonl line 8: the message id 'ab' is taken by another in .* line 2"
+    ):
         read([*TREE, message("ab", "a", text="other")])
 
 
@@ -199,7 +228,9 @@ def test_a_wrong_field_is_refused_by_row(changes: dict[str, Any], what: str) -> 
         read([message("a"), message("ab", "a") | changes])
 
 
-@pytest.mark.parametrize("row", [{"text": "x"}, ["x"], {"prompt": "x"}, {"prompt": {"replies": []}}])
+@pytest.mark.parametrize(
+    "row", [{"text": "x"}, ["x"], {"prompt": "x"}, {"prompt": {"replies": []}}]
+)
 def test_rows_of_another_data_set_are_refused(row: Any) -> None:
     with pytest.raises(DataError, match=r"^m\.jsonl line 1: "):
         read([row])
@@ -211,7 +242,8 @@ def test_every_message_is_used_or_counted_once(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 14))
     rows = []
     for number in range(size):
-        parent = data.draw(st.none() | st.integers(0, size))  # `size` is missing; later ones and itself make circles
+        # `size` is missing; later ones and itself make circles
+        parent = data.draw(st.none() | st.integers(0, size))
         rows.append(
             message("m")
             | {

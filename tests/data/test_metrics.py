@@ -35,11 +35,15 @@ def judge_all(task: AnyTask, rows: Rows) -> tuple[list[Judgement], dict[str, flo
     """The judgement of each `(prediction, references)`, and the metrics of all."""
     with open_judge(task) as judge:
         judgements = [judge(prediction, references) for prediction, references in rows]
-    return judgements, summarise(task, [(row[1], judgement) for row, judgement in zip(rows, judgements, strict=True)])
+    return judgements, summarise(
+        task, [(row[1], judgement) for row, judgement in zip(rows, judgements, strict=True)]
+    )
 
 
 def test_sst2_by_hand() -> None:
-    """Two true positives, one false negative, one false positive, one true negative, one text that is no label."""
+    """Two true positives, one false negative, one false positive, one true negative, one text that
+    is no label.
+    """
     positive, negative = ("positive",), ("negative",)
     rows: Rows = [
         ("positive", positive),
@@ -52,8 +56,11 @@ def test_sst2_by_hand() -> None:
     judgements, metrics = judge_all(SST2, rows)
     assert [one.scores["accuracy"] for one in judgements] == [1, 1, 0, 0, 1, 0]
     assert [one.is_readable for one in judgements] == [True] * 5 + [False]
-    # The last one counts as the wrong label, positive: 2 of 4 answers and 2 of 3 rows are truly positive.
-    assert metrics == pytest.approx({"accuracy": 3 / 6, "f1": 2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3)})
+    # The last one counts as the wrong label, positive: 2 of 4 answers and 2 of 3 rows are truly
+    # positive.
+    assert metrics == pytest.approx(
+        {"accuracy": 3 / 6, "f1": 2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3)}
+    )
 
 
 def test_sst2_with_other_label_texts_and_without_any_positive() -> None:
@@ -75,8 +82,10 @@ def test_accuracy_and_f1_are_those_of_torchmetrics(pairs: list[tuple[bool, bool]
 
 def test_squad_by_hand() -> None:
     rows: Rows = [
-        ("The Norman dukes!", ("Norman dukes", "dukes")),  # articles, case and punctuation do not count
-        ("in the 10th century", ("10th and 11th centuries", "10th century")),  # 2 of 3 and 2 of 2: f1 4/5
+        # articles, case and punctuation do not count
+        ("The Norman dukes!", ("Norman dukes", "dukes")),
+        # 2 of 3 and 2 of 2: f1 4/5
+        ("in the 10th century", ("10th and 11th centuries", "10th century")),
         ("Unanswerable.", ("France",)),
         ("", ("France",)),
         ("unanswerable", ()),
@@ -118,7 +127,9 @@ TEXTS = st.lists(WORDS, min_size=1, max_size=6).map(" ".join)
 
 @settings(deadline=None)
 @given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3))
-def test_exact_match_and_f1_are_those_of_torchmetrics(prediction: str, references: list[str]) -> None:
+def test_exact_match_and_f1_are_those_of_torchmetrics(
+    prediction: str, references: list[str]
+) -> None:
     if not all(map(normalise_squad, references)):
         return  # torchmetrics is the script of SQuAD 1.1
     expected = squad(
@@ -126,12 +137,17 @@ def test_exact_match_and_f1_are_those_of_torchmetrics(prediction: str, reference
         {"answers": {"text": references, "answer_start": [0] * len(references)}, "id": "1"},
     )
     scores = judge_squad(SQUAD, prediction, tuple(references)).scores
-    assert scores == pytest.approx({name: float(value) / 100 for name, value in expected.items()}, abs=1e-6)
+    assert scores == pytest.approx(
+        {name: float(value) / 100 for name, value in expected.items()}, abs=1e-6
+    )
 
 
 def test_rouge_by_hand() -> None:
-    # Stemmed: "the cat sleep" and "the cat sleep on the mat": 3 of 3 and 3 of 6 words, 2 of 2 and 2 of 5 pairs.
-    judgements, metrics = judge_all(SUMMARIES, [("The cat sleeps.", ("the cat sleeping on the mat",))])
+    # Stemmed: "the cat sleep" and "the cat sleep on the mat": 3 of 3 and 3 of 6 words, 2 of 2 and 2
+    # of 5 pairs.
+    judgements, metrics = judge_all(
+        SUMMARIES, [("The cat sleeps.", ("the cat sleeping on the mat",))]
+    )
     assert metrics == pytest.approx({"rouge1": 2 / 3, "rouge2": 2 * 0.4 / 1.4, "rougeL": 2 / 3})
     assert judgements[0].scores == metrics
     # The same words in another order: the longest common subsequence is "on the mat".

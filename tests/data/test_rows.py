@@ -1,4 +1,6 @@
-"""Which rows train, select and report: disjoint, nested, independent of file order, format, model and loss mode."""
+"""Which rows train, select and report: disjoint, nested, independent of file order, format, model
+and loss mode.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ from runner.errors import DataError
 from runner.files import hash_json
 from runner.recipe.schema import DataSection, ModelSection
 
-ROWS = [{"prompt": f"What is {a} plus {b}?", "completion": f"It is {a + b}."} for a in range(8) for b in range(10)]
+ROWS = [
+    {"prompt": f"What is {a} plus {b}?", "completion": f"It is {a + b}."}
+    for a in range(8)
+    for b in range(10)
+]
 
 
 def section(path: Path, **changes: Any) -> DataSection:
@@ -65,7 +71,9 @@ def test_splits_are_disjoint_and_smaller_sets_are_prefixes(rows_path: Path) -> N
     assert ids(small, "test") == ids(large, "test")
 
 
-def test_the_order_of_the_file_does_not_matter_but_the_seed_does(rows_path: Path, tmp_path: Path) -> None:
+def test_the_order_of_the_file_does_not_matter_but_the_seed_does(
+    rows_path: Path, tmp_path: Path
+) -> None:
     shuffled = ROWS[:]
     random.Random(0).shuffle(shuffled)
     other_path = write_rows(tmp_path / "shuffled.jsonl", shuffled)
@@ -76,7 +84,9 @@ def test_the_order_of_the_file_does_not_matter_but_the_seed_does(rows_path: Path
 def test_rows_of_a_seed_are_the_same_for_ever(rows_path: Path) -> None:
     """Another order would change what every recorded recipe means; drawn by the first release."""
     splits = draw_splits(section(rows_path))
-    drawn = [[row.row_id for row in rows] for rows in (splits.train, splits.validation, splits.test)]
+    drawn = [
+        [row.row_id for row in rows] for rows in (splits.train, splits.validation, splits.test)
+    ]
     assert drawn[0][:2] == ["6302b6994a50a2be", "31a85aa04b3ca91d"]
     assert hash_json(drawn) == "332b46154143cc4b7353a4c2e3f59cf38cb28cc807175cb9914e667658c7e500"
 
@@ -85,14 +95,23 @@ def test_rows_of_one_group_never_stand_in_two_splits(tmp_path: Path) -> None:
     def tree(name: str) -> list[dict[str, Any]]:
         root = {"message_id": name, "parent_id": None, "text": name, "role": "prompter"}
         reply = {"parent_id": name, "role": "assistant"}
-        replies = [{**reply, "message_id": f"{name}-{n}", "text": f"{name} says {n}"} for n in range(5)]
-        return [{"lang": "en", "review_result": True, "message_tree_id": name, **row} for row in (root, *replies)]
+        replies = [
+            {**reply, "message_id": f"{name}-{n}", "text": f"{name} says {n}"} for n in range(5)
+        ]
+        return [
+            {"lang": "en", "review_result": True, "message_tree_id": name, **row}
+            for row in (root, *replies)
+        ]
 
-    path = write_rows(tmp_path / "rows.jsonl", [row for number in range(12) for row in tree(f"t{number}")])
+    path = write_rows(
+        tmp_path / "rows.jsonl", [row for number in range(12) for row in tree(f"t{number}")]
+    )
     task = {"name": "oasst1", "paths": "all"}
     counts = {"num_test_samples": 7, "num_validation_samples": 6, "num_train_samples": None}
     splits = draw_splits(section(path, task=task, **counts))
-    groups = [{row.group for row in rows} for rows in (splits.test, splits.validation, splits.train)]
+    groups = [
+        {row.group for row in rows} for rows in (splits.test, splits.validation, splits.train)
+    ]
     assert [len(rows) for rows in (splits.test, splits.validation, splits.train)] == [7, 6, 40]
     assert [len(one) for one in groups] == [2, 2, 8] and len(set.union(*groups)) == 12
     assert splits.left_out.num_left_out_by_group == 3 + 4
@@ -110,8 +129,15 @@ def test_what_a_task_leaves_out_is_counted_and_said(tmp_path: Path, tokenizer: A
     rows: list[dict[str, Any]] = []
     for number in range(10):
         shared = {"lang": "de" if number == 9 else "en", "review_result": True}
-        rows.append({"message_id": f"p{number}", "text": f"hi {number}", "role": "prompter", **shared})
-        reply = {"message_id": f"a{number}", "parent_id": f"p{number}", "text": "yes", "role": "assistant"}
+        rows.append(
+            {"message_id": f"p{number}", "text": f"hi {number}", "role": "prompter", **shared}
+        )
+        reply = {
+            "message_id": f"a{number}",
+            "parent_id": f"p{number}",
+            "text": "yes",
+            "role": "assistant",
+        }
         rows.append({**reply, **shared})
     counts = {"num_test_samples": 3, "num_validation_samples": 3, "num_train_samples": 3}
     data = section(write_rows(tmp_path / "rows.jsonl", rows), task={"name": "oasst1"}, **counts)
@@ -119,7 +145,9 @@ def test_what_a_task_leaves_out_is_counted_and_said(tmp_path: Path, tokenizer: A
     expected = {"messages in another language": 1, "messages below one that is left out": 1}
     assert described["left_out_by_task"] == {"train": expected}
     assert (described["num_duplicates"], described["num_left_out_by_group"]) == (0, 0)
-    with pytest.raises(DataError, match=r"3 different rows are left[\s\S]*left out: train: 1 messages in another"):
+    with pytest.raises(
+        DataError, match=r"3 different rows are left[\s\S]*left out: train: 1 messages in another"
+    ):
         draw_splits(data.model_copy(update={"num_train_samples": 4}))
 
 
@@ -145,12 +173,16 @@ def test_duplicates_are_counted_and_never_straddle_splits(tmp_path: Path) -> Non
     splits = draw_splits(section(path, test={"path": str(test_path)}, num_test_samples=None))
     assert splits.left_out.num_duplicates == 9 + 5
     assert len(splits.test) == 5
-    assert not {row.row_id for row in splits.test} & {row.row_id for row in (*splits.train, *splits.validation)}
+    assert not {row.row_id for row in splits.test} & {
+        row.row_id for row in (*splits.train, *splits.validation)
+    }
 
 
 def test_two_arms_have_equal_tokens_and_other_masks(rows_path: Path, tokenizer: Any) -> None:
     samples = build_samples(section(rows_path), tokenizer)
-    full, completion = (describe_samples(samples, loss)["splits"]["train"] for loss in ("full", "completion"))
+    full, completion = (
+        describe_samples(samples, loss)["splits"]["train"] for loss in ("full", "completion")
+    )
     assert full["input_ids_hash"] == completion["input_ids_hash"]
     assert full["ids_hash"] == completion["ids_hash"]
     assert full["mask_hash"] != completion["mask_hash"]
@@ -158,14 +190,19 @@ def test_two_arms_have_equal_tokens_and_other_masks(rows_path: Path, tokenizer: 
 
 
 def test_a_row_that_is_too_long_is_refused_cut_or_dropped(tmp_path: Path, tokenizer: Any) -> None:
-    long_prompt = {"prompt": "Please tell me this: " * 30 + "what is 1 plus 1?", "completion": "It is 2."}
+    long_prompt = {
+        "prompt": "Please tell me this: " * 30 + "what is 1 plus 1?",
+        "completion": "It is 2.",
+    }
     path = write_rows(tmp_path / "rows.jsonl", [*ROWS[:20], long_prompt])
     counts = {"num_train_samples": None, "num_validation_samples": 1, "num_test_samples": 1}
     test = {"path": str(write_rows(tmp_path / "test.jsonl", ROWS[30:40]))}
     validation = {"path": str(write_rows(tmp_path / "validation.jsonl", ROWS[40:50]))}
     base = {**counts, "test": test, "validation": validation, "max_length": 64}
 
-    with pytest.raises(DataError, match=r"1 rows of the train split .*max_length: 64[\s\S]*line 21: \d+ tokens"):
+    with pytest.raises(
+        DataError, match=r"1 rows of the train split .*max_length: 64[\s\S]*line 21: \d+ tokens"
+    ):
         build_samples(section(path, **base), tokenizer)
 
     dropped = build_samples(section(path, **base, truncation="drop"), tokenizer).train
@@ -181,7 +218,9 @@ def test_a_row_that_is_too_long_is_refused_cut_or_dropped(tmp_path: Path, tokeni
 
 
 def test_a_completion_that_alone_is_too_long_is_not_cut(tmp_path: Path, tokenizer: Any) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [*ROWS[:60], {"prompt": "hi", "completion": "It is 2. " * 40}])
+    path = write_rows(
+        tmp_path / "rows.jsonl", [*ROWS[:60], {"prompt": "hi", "completion": "It is 2. " * 40}]
+    )
     data = section(path, num_train_samples=None, max_length=64, truncation="prompt_left", seed=3)
     with pytest.raises(DataError, match="their last completion alone does not fit"):
         build_samples(data, tokenizer)
@@ -212,7 +251,8 @@ def test_a_missing_file_and_an_unknown_format_are_refused(tmp_path: Path) -> Non
 
 def test_an_error_of_the_mask_names_the_row(tmp_path: Path, tokenizer: Any) -> None:
     rows = [
-        {"messages": [{"role": "system", "content": str(n)}, {"role": "assistant", "content": "a"}]} for n in range(80)
+        {"messages": [{"role": "system", "content": str(n)}, {"role": "assistant", "content": "a"}]}
+        for n in range(80)
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,6 @@
-"""Reading data files: what spreadsheets and other tools write is read, what is damaged is refused in words."""
+"""Reading data files: what spreadsheets and other tools write is read, what is damaged is refused
+in words.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def load(path: Path) -> list[Any]:
         ("a.csv", "a\r\n1\r\n\r\nü\r\n"),
     ],
 )
-def test_a_byte_order_mark_and_windows_line_ends_are_read(name: str, text: str, tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_windows_line_ends_are_read(
+    name: str, text: str, tmp_path: Path
+) -> None:
     for encoding in ("utf-8", "utf-8-sig"):
         (tmp_path / name).write_bytes(text.encode(encoding))
         assert load(tmp_path / name) == [{"a": "1"}, {"a": "ü"}]
@@ -39,7 +43,11 @@ def test_a_csv_field_may_be_long_and_hold_anything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", b"q,a\nx,1\ny,2, and more\n", "row 2 (line 3): has 3 fields, but the header has 2"),
+        (
+            "a.csv",
+            b"q,a\nx,1\ny,2, and more\n",
+            "row 2 (line 3): has 3 fields, but the header has 2",
+        ),
         ("a.csv", b'q,a\n"x\ny",1\nz\n', "row 2 (line 4): has 1 fields, but the header has 2"),
         ("a.csv", b"q,a,a\nx,1,2\n", "two columns are called 'a'"),
         ("a.csv", "q,a\nwörd,1\n".encode("latin-1"), "is not UTF-8 text"),
@@ -51,7 +59,9 @@ def test_a_csv_field_may_be_long_and_hold_anything(tmp_path: Path) -> None:
         ("a.txt", b"", "cannot tell the format"),
     ],
 )
-def test_a_damaged_file_is_refused_in_words(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_in_words(
+    name: str, content: bytes, words: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
         load(tmp_path / name)

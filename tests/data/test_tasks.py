@@ -1,4 +1,6 @@
-"""Rows of every accepted shape become the same conversations; every other shape is refused by row and column."""
+"""Rows of every accepted shape become the same conversations; every other shape is refused by row
+and column.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from runner.recipe.schema import (
 CONVERSATIONS = ConversationsTask(name="conversations")
 MATH = MathToolsTask(name="math_tools")
 SST2 = Sst2Task(name="sst2", prompt="Sentiment of: {sentence}")
-SQUAD = SquadV2Task(name="squad_v2", prompt="{context}\n\n{question}", no_answer_text="unanswerable")
+SQUAD = SquadV2Task(
+    name="squad_v2", prompt="{context}\n\n{question}", no_answer_text="unanswerable"
+)
 EXPECTED = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"})
 
 
@@ -48,12 +52,18 @@ def test_conversations_of_every_shape(row: Any) -> None:
 
 
 def test_prompt_and_completion_from_named_columns() -> None:
-    task = PromptCompletionTask(name="prompt_completion", prompt_column="question", completion_column="answer")
-    assert build({"question": "hi", "answer": "hello"}, task) == Example("row 1", EXPECTED, ("hello",))
+    task = PromptCompletionTask(
+        name="prompt_completion", prompt_column="question", completion_column="answer"
+    )
+    assert build({"question": "hi", "answer": "hello"}, task) == Example(
+        "row 1", EXPECTED, ("hello",)
+    )
 
 
 def test_a_document_with_braces_goes_into_the_prompt_as_it_is() -> None:
-    task = SummarizationTask(name="summarization", prompt="Sum up: {document}!", document_column="dialogue")
+    task = SummarizationTask(
+        name="summarization", prompt="Sum up: {document}!", document_column="dialogue"
+    )
     example = build({"dialogue": "{document} {0} %s {{ x }}", "summary": "s"}, task)
     assert example.messages[0]["content"] == "Sum up: {document} {0} %s {{ x }}!"
     assert (example.messages[1]["content"], example.references) == ("s", ("s",))
@@ -104,7 +114,16 @@ def test_a_squad_question_without_answers_is_unanswerable(answers: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "answers", [None, "1990", ["1990"], {"text": "1990"}, {"answer_start": [1]}, {"text": [None]}, {"text": [" "]}]
+    "answers",
+    [
+        None,
+        "1990",
+        ["1990"],
+        {"text": "1990"},
+        {"answer_start": [1]},
+        {"text": [None]},
+        {"text": [" "]},
+    ],
 )
 def test_answers_of_another_shape_are_refused_by_row(answers: Any) -> None:
     with pytest.raises(DataError, match=r"^dev\.parquet row 9: column `answers`: expected"):
@@ -113,7 +132,9 @@ def test_answers_of_another_shape_are_refused_by_row(answers: Any) -> None:
 
 @pytest.mark.parametrize("role", ["user", "tool", "ipython", "observation", "function"])
 @pytest.mark.parametrize("column", ["messages", "conversations"])
-def test_tool_output_is_a_user_turn_and_the_last_boxed_answer_the_reference(column: str, role: str) -> None:
+def test_tool_output_is_a_user_turn_and_the_last_boxed_answer_the_reference(
+    column: str, role: str
+) -> None:
     turns = [
         ("user", "Halve 1."),
         ("assistant", "```python\nprint(1/2)\n```"),
@@ -121,7 +142,12 @@ def test_tool_output_is_a_user_turn_and_the_last_boxed_answer_the_reference(colu
         ("assistant", r"Not \boxed{2} but \boxed{\frac{1}{2}}."),
     ]
     example = build({column: [{"role": one, "content": text} for one, text in turns]}, MATH)
-    assert [message["role"] for message in example.messages] == ["user", "assistant", "user", "assistant"]
+    assert [message["role"] for message in example.messages] == [
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
     assert [message["content"] for message in example.messages] == [text for _, text in turns]
     assert example.references == (r"\frac{1}{2}",)
 
@@ -147,9 +173,15 @@ def test_the_reference_of_a_mathematical_answer(text: str, references: tuple[str
         ({"messages": []}, "expected a list of messages, found an empty list"),
         ({"messages": "hi"}, "expected a list of messages, found a text"),
         ({"messages": ["hi"]}, "message 1: expected an object, found a text"),
-        ({"messages": [{"role": "user", "content": 3}]}, "message 1: expected the texts `role` and `content`"),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            "message 1: expected the texts `role` and `content`",
+        ),
         ({"messages": [{"role": "user", "content": "hi"}]}, "has no assistant turn"),
-        ({"prompt": "hi", "completion": "hello"}, "has the columns `prompt` and `completion`, no messages"),
+        (
+            {"prompt": "hi", "completion": "hello"},
+            "has the columns `prompt` and `completion`, no messages",
+        ),
         ("hi", "expected a conversation, found a text"),
         (None, "found nothing (null)"),
     ],
@@ -177,7 +209,9 @@ def test_a_missing_or_wrong_column_is_named(name: str, row: dict[str, Any]) -> N
     task = TypeAdapter[AnyTask](AnyTask).validate_json(json.dumps(section))
     assert build(row, task).messages[0]["content"]
     for column in row:
-        with pytest.raises(DataError, match=rf"^row 3: the column `{column}` is missing[\s\S]*its columns are"):
+        with pytest.raises(
+            DataError, match=rf"^row 3: the column `{column}` is missing[\s\S]*its columns are"
+        ):
             build({key: value for key, value in row.items() if key != column}, task, "row 3")
         with pytest.raises(DataError, match=rf"^row 3: column `{column}`.*found nothing \(null\)"):
             build(row | {column: None}, task, "row 3")

@@ -33,7 +33,10 @@ def test_an_added_token_is_new_and_takes_the_next_id(tiny_model: TinyModel, tmp_
 def test_reserved_adds_nothing(tiny_model: TinyModel) -> None:
     def phi(policy: str) -> ModelSection:
         return ModelSection(
-            path=str(tiny_model("phi")), dtype="float32", chat_template=HUMAN_ASSISTANT, pad_token=policy
+            path=str(tiny_model("phi")),
+            dtype="float32",
+            chat_template=HUMAN_ASSISTANT,
+            pad_token=policy,
         )
 
     with pytest.raises(DataError, match="no reserved token to pad with") as caught:
@@ -41,7 +44,9 @@ def test_reserved_adds_nothing(tiny_model: TinyModel) -> None:
     assert "`model.pad_token: add`" in str(caught.value)
     assert load_tokenizer(phi("auto")).pad_token == "<|pad|>"
     assert load_tokenizer(phi("\u0100")).pad_token_id < 512, "a token of the vocabulary"
-    reserved = load_tokenizer(ModelSection(path=str(tiny_model("gemma")), dtype="float32", pad_token="reserved"))
+    reserved = load_tokenizer(
+        ModelSection(path=str(tiny_model("gemma")), dtype="float32", pad_token="reserved")
+    )
     assert reserved.pad_token == "<pad>"
 
 
@@ -60,7 +65,9 @@ def test_a_reserved_token_comes_before_eos_and_before_a_new_one(
 
 def test_eos_is_refused(tiny_model: TinyModel) -> None:
     with pytest.raises(DataError, match="is the end-of-sequence token"):
-        load_tokenizer(ModelSection(path=str(tiny_model("llama")), dtype="float32", pad_token="<|eot_id|>"))
+        load_tokenizer(
+            ModelSection(path=str(tiny_model("llama")), dtype="float32", pad_token="<|eot_id|>")
+        )
 
 
 def test_a_model_without_a_chat_template_needs_one(tiny_model: TinyModel) -> None:

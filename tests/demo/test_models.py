@@ -1,4 +1,6 @@
-"""The demo's base models are built once, whole, the same every time, and know nothing yet of the demo's task."""
+"""The demo's base models are built once, whole, the same every time, and know nothing yet of the
+demo's task.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ BRIEF = Pretraining(size=TINY, num_steps=40, num_warmup_steps=2)
 
 
 def _rows() -> list[list[dict[str, str]]]:
-    return [json.loads(line)["messages"] for line in DATA_PATH.read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)["messages"] for line in DATA_PATH.read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -60,7 +64,9 @@ def test_models_load_and_have_learned_something(demo_dir: Path, family: str) -> 
 
 
 @pytest.mark.slow
-def test_second_build_skips_and_keeps_the_files(demo_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_second_build_skips_and_keeps_the_files(
+    demo_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     weights_path = demo_dir / "llama" / "model.safetensors"
     modified_before = weights_path.stat().st_mtime_ns
     build_demo_models(demo_dir, plan=BRIEF)
@@ -96,7 +102,10 @@ def test_torn_model_is_replaced(demo_dir: Path, tmp_path: Path) -> None:
 def test_two_builders_at_once_build_one_model(demo_dir: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     arguments = {"families": ("gemma",), "plan": BRIEF}
-    builders = [context.Process(target=build_demo_models, args=(tmp_path,), kwargs=arguments) for _ in range(2)]
+    builders = [
+        context.Process(target=build_demo_models, args=(tmp_path,), kwargs=arguments)
+        for _ in range(2)
+    ]
     for builder in builders:
         builder.start()
     for builder in builders:
@@ -119,7 +128,8 @@ def test_kill_leaves_no_model_and_the_next_build_is_whole(demo_dir: Path, tmp_pa
         time.sleep(0.05)
     builder.send_signal(signal.SIGKILL)
     builder.wait()
-    os.killpg(builder.pid, signal.SIGKILL)  # its children, which would end by themselves when trained
+    # Its children, which would end by themselves when trained.
+    os.killpg(builder.pid, signal.SIGKILL)
     assert not (tmp_path / "mistral").exists()
     build_demo_models(tmp_path, families=("mistral",), plan=BRIEF)
     assert _contents(tmp_path / "mistral") == _contents(demo_dir / "mistral")
@@ -152,13 +162,16 @@ def test_pretraining_never_meets_the_task() -> None:
     summaries = [summary["content"] for _, summary in _rows()]
     sentences = {sentence.rstrip(".") for summary in summaries for sentence in summary.split(". ")}
     assert not any("ummar" in text for text in general)
-    assert not any(sentence.rstrip(".") in sentences for text in general for sentence in text.split(". "))
+    assert not any(
+        sentence.rstrip(".") in sentences for text in general for sentence in text.split(". ")
+    )
     assert general.isdisjoint(message["content"] for row in _rows() for message in row)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", DEMO_FAMILIES)
 def test_rows_fit_the_demo_length(demo_dir: Path, family: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(demo_dir / family)  # a smaller vocabulary than in the demo
+    # A smaller vocabulary than in the demo.
+    tokenizer = AutoTokenizer.from_pretrained(demo_dir / family)
     lengths = [len(tokenizer.apply_chat_template(row, return_dict=False)) for row in _rows()]
     assert max(lengths) <= 256

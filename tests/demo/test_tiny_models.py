@@ -1,4 +1,6 @@
-"""The tiny models look to `from_pretrained`, to a tokenizer and to a chat template like the real families."""
+"""The tiny models look to `from_pretrained`, to a tokenizer and to a chat template like the real
+families.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,11 @@ def test_model_loads_and_is_small(tiny_dirs: dict[str, Path], family: str) -> No
     assert type(model).__name__.lower() == f"{family}forcausallm"
     assert sum(parameter.numel() for parameter in model.parameters()) < 300_000
     assert model.dtype == torch.float32
-    assert all(layer.weight.numel() % 64 == 0 for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    assert all(
+        layer.weight.numel() % 64 == 0
+        for layer in model.modules()
+        if isinstance(layer, torch.nn.Linear)
+    )
     assert len(tokenizer) <= model.config.vocab_size
     ids = tokenizer("Anna has a lamp.", return_tensors="pt")["input_ids"]
     assert torch.isfinite(model(ids).logits).all()
@@ -69,9 +75,14 @@ def test_chat_template_renders_the_public_format(tiny_dirs: dict[str, Path], fam
     tokenizer = AutoTokenizer.from_pretrained(tiny_dirs[family])
     prompt, completion = RENDERED[family]
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == prompt + completion
-    assert tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True) == prompt
+    assert (
+        tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)
+        == prompt
+    )
     ids = tokenizer.apply_chat_template(CHAT, return_dict=False)
-    prompt_ids = tokenizer.apply_chat_template(CHAT[:1], add_generation_prompt=True, return_dict=False)
+    prompt_ids = tokenizer.apply_chat_template(
+        CHAT[:1], add_generation_prompt=True, return_dict=False
+    )
     assert ids[: len(prompt_ids)] == prompt_ids
     assert tokenizer.decode(ids) == prompt + completion
     assert ids.count(tokenizer.bos_token_id) == 1
@@ -87,11 +98,16 @@ def test_gemma_refuses_a_system_message(tiny_dirs: dict[str, Path], family: str)
 @pytest.mark.parametrize(
     ("family", "beginning"),
     [
-        ("llama", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"),
+        (
+            "llama",
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>",
+        ),
         ("mistral", "<s>[INST] Be brief.\n\nIs the lamp"),
     ],
 )
-def test_others_accept_a_system_message(tiny_dirs: dict[str, Path], family: str, beginning: str) -> None:
+def test_others_accept_a_system_message(
+    tiny_dirs: dict[str, Path], family: str, beginning: str
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_dirs[family])
     assert tokenizer.apply_chat_template([SYSTEM, *CHAT], tokenize=False).startswith(beginning)
 

@@ -1,4 +1,6 @@
-"""`docs/experiments.md`: it maps every key of the earlier projects, and every key that it maps to exists."""
+"""`docs/experiments.md`: it maps every key of the earlier projects, and every key that it maps to
+exists.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def list_named_keys(text: str) -> list[str]:
     """What stands in backticks and begins as a recipe key does."""
     sections = "|".join(Recipe.model_fields)
     quoted = re.findall(r"`([^`]+)`", text)
-    return [match[0] for one in quoted if (match := re.match(rf"(?:{sections})(\.\w+)*(?=$|[:=])", one))]
+    return [
+        match[0] for one in quoted if (match := re.match(rf"(?:{sections})(\.\w+)*(?=$|[:=])", one))
+    ]
 
 
 def test_the_parameter_table_is_mapped_whole() -> None:
@@ -69,7 +73,9 @@ def test_the_parameter_table_is_mapped_whole() -> None:
     assert unmapped == ["`lora_task_type`", "`framework`"]
 
 
-@pytest.mark.parametrize("heading", ["`secret_word`", "`math_tools`", "`oasst_phi2`", "`glue_squad`", "`summaries`"])
+@pytest.mark.parametrize(
+    "heading", ["`secret_word`", "`math_tools`", "`oasst_phi2`", "`glue_squad`", "`summaries`"]
+)
 def test_every_key_and_flag_that_is_mapped_to_exists(heading: str) -> None:
     ours = " ".join(row[-1] for row in list_rows(heading))
     named = list_named_keys(ours)
@@ -79,11 +85,15 @@ def test_every_key_and_flag_that_is_mapped_to_exists(heading: str) -> None:
 
 
 def test_every_verb_and_script_on_the_page_exists() -> None:
-    [verbs] = [action.choices for action in build_parser()._actions if isinstance(action.choices, dict)]
+    [verbs] = [
+        action.choices for action in build_parser()._actions if isinstance(action.choices, dict)
+    ]
     assert set(re.findall(r"\brunner ([a-z]+)", PAGE)) <= set(verbs)
     assert all(
         (ROOT / path).exists()
-        for path in re.findall(r"\b(?:sweeps|recipes|data|docs)/[\w./-]*\w", PAGE.replace("data/summaries/", ""))
+        for path in re.findall(
+            r"\b(?:sweeps|recipes|data|docs)/[\w./-]*\w", PAGE.replace("data/summaries/", "")
+        )
     )
 
 

@@ -17,12 +17,16 @@ NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`( \*t\*)?")
 def find_marks(path: Path, test: str) -> set[str]:
     """The names of the marks of a test, those of its module included."""
     tree = ast.parse(path.read_text())
-    [function] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == test]
+    [function] = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == test
+    ]
     marks = re.findall(r"pytest\.mark\.(\w+)", " ".join(map(ast.unparse, function.decorator_list)))
     own = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
     return {
         *marks,
-        *re.findall(r"pytest\.mark\.(\w+)", " ".join(line for line in own if line.startswith("pytestmark"))),
+        *re.findall(
+            r"pytest\.mark\.(\w+)", " ".join(line for line in own if line.startswith("pytestmark"))
+        ),
     }
 
 

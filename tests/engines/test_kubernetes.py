@@ -1,4 +1,6 @@
-"""Indexed Jobs: accepted by Kubernetes' own schemas, each index starts its run, and each ending has its consequence."""
+"""Indexed Jobs: accepted by Kubernetes' own schemas, each index starts its run, and each ending has
+its consequence.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from hypothesis import strategies as st
 from runner.engines.kubernetes import _escape, build_jobs_file
 from runner.engines.manifests import Submission
 from runner.run.record import EXIT_CODES
-from tests.support.submissions import DEMO, DEMO_2, EIGHT_GPUS, ROOT, compare_with_golden, make_submission
+from tests.support.submissions import (
+    DEMO,
+    DEMO_2,
+    EIGHT_GPUS,
+    ROOT,
+    compare_with_golden,
+    make_submission,
+)
 
 OLDEST, NEWEST = "1.29", kubernetes_validate.latest_version()
 
@@ -51,13 +60,18 @@ def test_kubernetes_own_schema_accepts_the_jobs(version: str) -> None:
 
 
 def test_the_api_server_s_further_rules_are_met() -> None:
-    """What no schema says: Kubernetes' `pkg/apis/batch/validation`, which is not to be had without a cluster."""
+    """What no schema says: Kubernetes' `pkg/apis/batch/validation`, which is not to be had without
+    a cluster.
+    """
     for job in build(make_submission(DEMO, EIGHT_GPUS, fail_fast=True)):
         spec = job["spec"]
         pod = spec["template"]["spec"]
         assert spec["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
         assert spec["podReplacementPolicy"] == "Failed", "the only one beside a failure policy"
-        assert 0 <= spec["maxFailedIndexes"] <= spec["completions"] and spec["backoffLimitPerIndex"] >= 0
+        assert (
+            0 <= spec["maxFailedIndexes"] <= spec["completions"]
+            and spec["backoffLimitPerIndex"] >= 0
+        )
         name = job["metadata"]["name"]
         assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name) and len(f"{name}-99999") <= 63
         for rule in spec["podFailurePolicy"]["rules"]:
@@ -71,7 +85,9 @@ def test_the_api_server_s_further_rules_are_met() -> None:
 
 
 def find_action(job: dict[str, Any], exit_code: int, *conditions: str) -> str:
-    """What Kubernetes does with a pod that failed: the first rule that fits, otherwise the failure is counted."""
+    """What Kubernetes does with a pod that failed: the first rule that fits, otherwise the failure
+    is counted.
+    """
     for rule in job["spec"]["podFailurePolicy"]["rules"]:
         is_code = exit_code in rule.get("onExitCodes", {}).get("values", [])
         if is_code or any(one["type"] in conditions for one in rule.get("onPodConditions", [])):
@@ -96,15 +112,22 @@ def test_each_way_to_fail_has_its_consequence() -> None:
     for code in (1, 13, 14, 137, 143):
         assert find_action(job, code, "DisruptionTarget") == "Ignore"
     for code in (2, 10, 11, 12):
-        assert find_action(job, code, "DisruptionTarget") == "FailIndex", "the trainer was sure before"
+        assert find_action(job, code, "DisruptionTarget") == "FailIndex", (
+            "the trainer was sure before"
+        )
 
 
 def test_runs_that_want_other_machines_get_a_job_of_their_own() -> None:
     on_cpu, on_gpus = build(make_submission(DEMO, EIGHT_GPUS, DEMO_2, num_slots=2))
     pods = [job["spec"]["template"]["spec"]["containers"][0] for job in (on_cpu, on_gpus)]
     assert [pod["command"][4:] for pod in pods] == [[DEMO, DEMO_2], [EIGHT_GPUS]]
-    assert [pod["resources"] for pod in pods] == [{"requests": {"cpu": 1}}, {"limits": {"nvidia.com/gpu": 8}}]
-    assert [(job["spec"]["completions"], job["spec"]["parallelism"]) for job in (on_cpu, on_gpus)] == [(2, 2), (1, 1)]
+    assert [pod["resources"] for pod in pods] == [
+        {"requests": {"cpu": 1}},
+        {"limits": {"nvidia.com/gpu": 8}},
+    ]
+    assert [
+        (job["spec"]["completions"], job["spec"]["parallelism"]) for job in (on_cpu, on_gpus)
+    ] == [(2, 2), (1, 1)]
     assert on_cpu["metadata"]["name"] != on_gpus["metadata"]["name"]
     assert "maxFailedIndexes" not in on_cpu["spec"], "one failed run does not end the others"
 
@@ -118,8 +141,12 @@ def test_a_job_is_named_alike_until_an_attempt_begins() -> None:
 
 
 def expand(word: str) -> str:
-    """What the kubelet makes of a word of `command` where no variable is set: `$$` is `$`, `$(NAME)` stays."""
-    return re.sub(r"\$\$|\$\([^)]*\)", lambda found: "$" if found.group() == "$$" else "EXPANDED", word)
+    """What the kubelet makes of a word of `command` where no variable is set: `$$` is `$`,
+    `$(NAME)` stays.
+    """
+    return re.sub(
+        r"\$\$|\$\([^)]*\)", lambda found: "$" if found.group() == "$$" else "EXPANDED", word
+    )
 
 
 @given(st.text(st.sampled_from("$()ab/ '\n")))
@@ -127,7 +154,9 @@ def test_a_path_reaches_the_container_as_it_is(path: str) -> None:
     assert expand(_escape(path)) == path
 
 
-def test_each_index_starts_its_run_whatever_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_index_starts_its_run_whatever_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ["$(HOME)", "a b$$c'd\"", "-x", "`touch pwned`;touch pwned"]
     text = (ROOT / DEMO).read_text()
     (tmp_path / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")
@@ -138,12 +167,19 @@ def test_each_index_starts_its_run_whatever_its_path(tmp_path: Path, monkeypatch
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     tool.chmod(0o755)
-    submission = make_submission(*(f"./{name}.yaml" for name in names), output_root=Path("my $(RUNS)"))
+    submission = make_submission(
+        *(f"./{name}.yaml" for name in names), output_root=Path("my $(RUNS)")
+    )
     (job,) = build(submission)
     command = [expand(word) for word in job["spec"]["template"]["spec"]["containers"][0]["command"]]
     for index, name in enumerate(names):
-        environment = {"PATH": f"{tool.parent}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": str(index)}
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        environment = {
+            "PATH": f"{tool.parent}:{os.environ['PATH']}",
+            "JOB_COMPLETION_INDEX": str(index),
+        }
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
         recipe = f"./{name}.yaml" if name.startswith("-") else f"{name}.yaml"
         assert done.stdout.splitlines() == ["launch", recipe, "--output-root", "my $(RUNS)"]
     assert not (tmp_path / "pwned").exists()

@@ -1,4 +1,6 @@
-"""Sweeps over real processes: how many at a time, on which devices, and what is left when one is stopped or killed."""
+"""Sweeps over real processes: how many at a time, on which devices, and what is left when one is
+stopped or killed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from runner.processes import StopSignals
 from runner.recipe.identity import ContentHashes, known_contents
 from runner.recipe.parse import load_recipe
 from runner.run.lease import is_leased
-from tests.support.fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish, wait_until_dead
+from tests.support.fake_launcher import (
+    PATIENCE_SECONDS,
+    FakeLauncher,
+    fake,
+    finish,
+    wait_until_dead,
+)
 
 __all__ = ["fake"]
 
@@ -27,7 +35,8 @@ def list_states(fake: FakeLauncher, *names: str) -> list[str]:
     recipes = [load_recipe(fake.root / "recipes" / "toy" / f"{name}.yaml") for name in names]
     hashes = ContentHashes(fake.root / "none.json")
     return [
-        derive_status(fake.paths(recipe.run.name), recipe, known_contents(recipe, hashes)).state for recipe in recipes
+        derive_status(fake.paths(recipe.run.name), recipe, known_contents(recipe, hashes)).state
+        for recipe in recipes
     ]
 
 
@@ -63,13 +72,17 @@ def test_each_attempt_has_its_own_devices(fake: FakeLauncher) -> None:
     assert finish(sweep)[0] == 0
     devices = {e["name"]: e["environment"]["CUDA_VISIBLE_DEVICES"] for e in fake.events()}
     assert {devices["a"], devices["b"]} == {"0", "1"} and devices["c"] == devices["a"]
-    assert [fake.attempts(name)[0]["devices"] for name in "abc"] == [devices[name] for name in "abc"]
+    assert [fake.attempts(name)[0]["devices"] for name in "abc"] == [
+        devices[name] for name in "abc"
+    ]
 
 
 def test_a_run_of_two_processes_takes_two_devices(fake: FakeLauncher) -> None:
     fake.add("a", "b", num_processes=2)
     assert main(["sweep", "recipes/toy", "--gpus", "3,5"]) == 0
-    assert [e["environment"]["CUDA_VISIBLE_DEVICES"] for e in fake.events() if e["event"] == "start"] == ["3,5", "3,5"]
+    assert [
+        e["environment"]["CUDA_VISIBLE_DEVICES"] for e in fake.events() if e["event"] == "start"
+    ] == ["3,5", "3,5"]
     assert all(e["argv"][e["argv"].index("--num_processes") + 1] == "2" for e in fake.events())
 
 
@@ -138,7 +151,8 @@ def test_a_stopped_sweep_lets_its_runs_checkpoint_and_starts_nothing_more(
         [attempt] = fake.attempts(name)
         assert attempt["failure"]["kind"] == "preempted"
         assert (
-            attempt["failure"]["message"] == f"the runner was stopped by {number.name}: left at step 1, which is saved"
+            attempt["failure"]["message"]
+            == f"the runner was stopped by {number.name}: left at step 1, which is saved"
         )
         assert attempt["ended_at_utc"] and attempt["exit_status"] == 0
     assert not fake.paths("c").run_dir.exists()
@@ -166,7 +180,8 @@ def test_a_second_signal_ends_at_once_what_does_not_leave(fake: FakeLauncher) ->
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 13), (signal.SIGHUP, 13), (signal.SIGUSR1, 13)]
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 13), (signal.SIGHUP, 13), (signal.SIGUSR1, 13)],
 )
 def test_launch_tells_by_its_exit_code_that_it_was_preempted(
     number: signal.Signals, code: int, fake: FakeLauncher
@@ -179,7 +194,9 @@ def test_launch_tells_by_its_exit_code_that_it_was_preempted(
 
 
 @pytest.mark.parametrize("verb", ["launch", "sweep"])
-def test_a_run_that_completes_in_spite_of_a_signal_is_complete(verb: str, fake: FakeLauncher) -> None:
+def test_a_run_that_completes_in_spite_of_a_signal_is_complete(
+    verb: str, fake: FakeLauncher
+) -> None:
     fake.add("a", told="obey too late")
     process = fake.start(verb, "recipes/toy/a.yaml")
     fake.next_started()
@@ -197,7 +214,10 @@ def test_a_terminal_that_goes_away_takes_no_checkpoint_with_it(fake: FakeLaunche
     sweep.wait(PATIENCE_SECONDS)
     assert sweep.returncode == 130
     [attempt] = fake.attempts("a")
-    assert attempt["failure"]["message"] == "the runner was stopped by SIGHUP: left at step 1, which is saved"
+    assert (
+        attempt["failure"]["message"]
+        == "the runner was stopped by SIGHUP: left at step 1, which is saved"
+    )
 
 
 def test_a_broken_pipe_takes_no_checkpoint_with_it(fake: FakeLauncher) -> None:
@@ -210,7 +230,10 @@ def test_a_broken_pipe_takes_no_checkpoint_with_it(fake: FakeLauncher) -> None:
     sweep.send_signal(signal.SIGINT)
     assert sweep.wait(PATIENCE_SECONDS) == 130
     [attempt] = fake.attempts("a")
-    assert attempt["failure"]["kind"] == "preempted" and "SIGINT: left at step 1" in attempt["failure"]["message"]
+    assert (
+        attempt["failure"]["kind"] == "preempted"
+        and "SIGINT: left at step 1" in attempt["failure"]["message"]
+    )
 
 
 def test_what_was_stopped_goes_on_with_the_same_command(fake: FakeLauncher) -> None:
@@ -221,10 +244,14 @@ def test_what_was_stopped_goes_on_with_the_same_command(fake: FakeLauncher) -> N
     assert finish(sweep)[0] == 130
     fake.tell("a", "complete")
     assert main(["sweep", "recipes/toy"]) == 0
-    assert [attempt["failure"] and attempt["failure"]["kind"] for attempt in fake.attempts("a")] == ["preempted", None]
+    assert [
+        attempt["failure"] and attempt["failure"]["kind"] for attempt in fake.attempts("a")
+    ] == ["preempted", None]
 
 
-def test_a_sweep_in_the_background_keeps_ignoring_what_its_shell_ignores(fake: FakeLauncher) -> None:
+def test_a_sweep_in_the_background_keeps_ignoring_what_its_shell_ignores(
+    fake: FakeLauncher,
+) -> None:
     """`nohup runner sweep` and `runner sweep &` in a script start with HUP or INT ignored."""
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -253,7 +280,9 @@ def test_killing_the_sweep_leaves_nothing_alive_and_no_lease(fake: FakeLauncher)
     assert main(["status", "recipes/toy", "--json"]) == 0
 
 
-def test_failures_do_not_stop_the_others(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_do_not_stop_the_others(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a", told="exit 3")
     fake.add("b")
     fake.add("c", told="fail data row 7 has no messages")
@@ -267,7 +296,9 @@ def test_failures_do_not_stop_the_others(fake: FakeLauncher, capsys: pytest.Capt
     assert list_states(fake, "a", "b", "c") == ["interrupted", "completed", "failed"]
 
 
-def test_fail_fast_starts_nothing_more(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fail_fast_starts_nothing_more(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a", told="fail crashed boom")
     fake.add("b", "c")
     assert main(["sweep", "recipes/toy", "--fail-fast"]) == 1
@@ -290,7 +321,10 @@ def test_a_lasting_failure_is_named_and_skipped_until_it_is_asked_for(
     assert main(["sweep", "recipes/toy"]) == 1
     stdout = capsys.readouterr().out
     for name, kind in (("a", "configuration"), ("b", "data"), ("c", "diverged")):
-        assert f"skip    toy/{name}  failed: {kind}: because (would fail again; `--retry-failed` tries all" in stdout
+        assert (
+            f"skip    toy/{name}  failed: {kind}: because (would fail again; `--retry-failed`"
+            " tries all" in stdout
+        )
     assert fake.started()[7:] == ["d", "e", "f", "g"]
     assert main(["sweep", "recipes/toy", "--retry-failed"]) == 0
     assert fake.started()[11:] == ["a", "b", "c"]
@@ -308,11 +342,18 @@ def test_rerun_takes_up_what_was_begun_and_nothing_else(fake: FakeLauncher) -> N
     fake.tell("b", "complete")
     assert main(["rerun", "recipes/toy"]) == 0
     assert fake.started()[3:] == ["a", "b"]
-    assert list_states(fake, "a", "b", "c", "d") == ["completed", "completed", "completed", "pending"]
+    assert list_states(fake, "a", "b", "c", "d") == [
+        "completed",
+        "completed",
+        "completed",
+        "pending",
+    ]
 
 
 def test_a_run_that_is_refused_when_its_turn_comes_fails_alone(fake: FakeLauncher) -> None:
-    """Between the plan and its turn, somebody else made the directory of `b` for another experiment."""
+    """Between the plan and its turn, somebody else made the directory of `b` for another
+    experiment.
+    """
     fake.add("a", "b", "c", told="exit 1")
     main(["sweep", "recipes/toy/b.yaml"])
     fake.tell("a", "wait")
@@ -324,7 +365,9 @@ def test_a_run_that_is_refused_when_its_turn_comes_fails_alone(fake: FakeLaunche
     write_json_atomic(fake.paths("b").recipe_path, stored)
     fake.let_go("a")
     code, _, stderr = finish(sweep)
-    assert code == 1 and "toy/b failed, configuration: runs/toy/b holds another experiment" in stderr
+    assert (
+        code == 1 and "toy/b failed, configuration: runs/toy/b holds another experiment" in stderr
+    )
     assert fake.started() == ["b", "a", "c"]
     assert list_states(fake, "a", "c") == ["completed", "completed"]
 
@@ -336,12 +379,17 @@ def test_dry_run_touches_nothing(fake: FakeLauncher, capsys: pytest.CaptureFixtu
     assert main(["launch", "recipes/toy/a.yaml", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:2]] == [["launch", "toy/a"], ["launch", "toy/b"]]
-    assert all("accelerate launch --config_file cpu.yaml" in line for line in lines[2:]) and len(lines) == 5
+    assert (
+        all("accelerate launch --config_file cpu.yaml" in line for line in lines[2:])
+        and len(lines) == 5
+    )
     assert fake.tree() == before and fake.events() == []
 
 
 def test_a_run_that_cannot_be_prepared_fails_alone(fake: FakeLauncher) -> None:
-    """The record of `b` cannot be written, as on a full disk: `a`, which runs, and `c`, which waits, go on."""
+    """The record of `b` cannot be written, as on a full disk: `a`, which runs, and `c`, which
+    waits, go on.
+    """
     fake.add("a", told="wait")
     fake.add("b", "c")
     fake.paths("b").run_dir.mkdir(parents=True)
@@ -350,7 +398,11 @@ def test_a_run_that_cannot_be_prepared_fails_alone(fake: FakeLauncher) -> None:
     fake.next_started()
     fake.let_go("a")
     code, _, stderr = finish(sweep)
-    assert code == 1 and "toy/b failed, transient: NotADirectoryError" in stderr and "Traceback" not in stderr
+    assert (
+        code == 1
+        and "toy/b failed, transient: NotADirectoryError" in stderr
+        and "Traceback" not in stderr
+    )
     assert list_states(fake, "a", "c") == ["completed", "completed"]
     fake.paths("b").attempts_dir.unlink()
     assert main(["sweep", "recipes/toy"]) == 0

@@ -1,4 +1,6 @@
-"""The cluster that the Slurm tests run on gives each task devices of its own, and is gone when it is over."""
+"""The cluster that the Slurm tests run on gives each task devices of its own, and is gone when it
+is over.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,16 @@ pytestmark = [needs_slurm, pytest.mark.slow]
 
 def test_tasks_that_run_together_see_different_gpus(shared_slurm: LocalSlurm) -> None:
     script = shared_slurm.root / "show.sh"
-    script.write_text("#!/bin/bash\necho $CUDA_VISIBLE_DEVICES; until [ -e go ]; do read -t 0.1 <> <(:); done\n")
-    array = shared_slurm.run("sbatch", "--parsable", "--array=0-1", "--gres=gpu:1", str(script)).strip()
+    script.write_text(
+        "#!/bin/bash\necho $CUDA_VISIBLE_DEVICES; until [ -e go ]; do read -t 0.1 <> <(:); done\n"
+    )
+    array = shared_slurm.run(
+        "sbatch", "--parsable", "--array=0-1", "--gres=gpu:1", str(script)
+    ).strip()
     outputs = [shared_slurm.root / f"slurm-{array}_{task}.out" for task in (0, 1)]
-    wait_until(lambda: all(path.exists() and path.read_text() for path in outputs), "both tasks run")
+    wait_until(
+        lambda: all(path.exists() and path.read_text() for path in outputs), "both tasks run"
+    )
     (shared_slurm.root / "go").touch()
     wait_until(lambda: shared_slurm.list_jobs() == {}, "both tasks end")
     assert sorted(path.read_text() for path in outputs) == ["0\n", "1\n"]
@@ -23,7 +31,9 @@ def test_tasks_that_run_together_see_different_gpus(shared_slurm: LocalSlurm) ->
 
 def test_a_cluster_of_two_nodes_ends_with_its_jobs() -> None:
     with local_slurm(num_nodes=2) as cluster:
-        job = cluster.run("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--wrap=srun sleep 1000").strip()
+        job = cluster.run(
+            "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--wrap=srun sleep 1000"
+        ).strip()
         wait_until(lambda: cluster.list_jobs().get(job) == "RUNNING", "the job runs")
         wait_until(lambda: len(cluster.list_steps("node1")) == 1, "its second machine takes part")
         assert len(cluster.list_steps("node0")) == 2, "the script, and the step of this machine"

@@ -1,4 +1,6 @@
-"""What is asked of engines that write a file: runs that another machine finds, and a file with nothing else in it."""
+"""What is asked of engines that write a file: runs that another machine finds, and a file with
+nothing else in it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,27 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runner.engines.manifests import build_label, check_output_root, check_submission, derive_machine
+from runner.engines.manifests import (
+    build_label,
+    check_output_root,
+    check_submission,
+    derive_machine,
+)
 from runner.errors import RefusedError, RunnerError
 from tests.support.fake_launcher import FakeLauncher, fake, finish
 from tests.support.submissions import DEMO, ROOT, make_submission
 
 __all__ = ["fake"]
 
-KUBERNETES = ("--engine", "kubernetes", "--dry-run", "--image", "some/image", "--storage", "my-claim")
+KUBERNETES = (
+    "--engine",
+    "kubernetes",
+    "--dry-run",
+    "--image",
+    "some/image",
+    "--storage",
+    "my-claim",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +37,9 @@ def project_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def test_a_launch_config_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_launch_config_that_is_not_there_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (run,) = make_submission(DEMO).runs
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunnerError, match=r"there is no accelerate_configs/cpu\.yaml"):
@@ -44,7 +61,9 @@ def test_a_run_directory_and_a_run_on_several_machines_are_refused(fake: FakeLau
     with pytest.raises(RefusedError, match="runs/toy/one is a run directory"):
         check_submission(make_submission("runs/toy/one"))
     path = fake.root / "recipes" / "toy" / "two.yaml"
-    path.write_text(path.read_text().replace("num_processes: 2", "num_processes: 2\n  num_machines: 2"))
+    path.write_text(
+        path.read_text().replace("num_processes: 2", "num_processes: 2\n  num_machines: 2")
+    )
     with pytest.raises(RefusedError, match="toy/two wants 2 machines"):
         check_submission(make_submission("recipes/toy/two.yaml"))
 
@@ -66,25 +85,45 @@ def test_stdout_is_the_file_and_holds_what_a_sweep_would_launch(fake: FakeLaunch
     (job,) = yaml.safe_load_all(stdout)
     assert job["spec"]["template"]["spec"]["containers"][0]["command"][-1] == "recipes/toy/new.yaml"
     assert job["spec"]["completions"] == 1
-    assert "skip    toy/done" in stderr and "skip    toy/failed" in stderr and "launch  toy/new" in stderr
+    assert (
+        "skip    toy/done" in stderr
+        and "skip    toy/failed" in stderr
+        and "launch  toy/new" in stderr
+    )
     _, again, _ = finish(fake.start("sweep", "recipes/toy", *KUBERNETES, "--retry-failed"))
     assert yaml.safe_load(again)["spec"]["completions"] == 2
-    code, stdout, stderr = finish(fake.start("sweep", "recipes/toy", "--where", "size=4", *KUBERNETES))
+    code, stdout, stderr = finish(
+        fake.start("sweep", "recipes/toy", "--where", "size=4", *KUBERNETES)
+    )
     assert (code, stdout) == (0, "") and "nothing to launch" in stderr
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--engine", "kubernetes"), "`--engine kubernetes` starts nothing: with `--dry-run` it prints the file"),
-        (("--engine", "skypilot", "--image", "i", "--storage", "s"), "`--engine skypilot` starts nothing"),
-        (("--engine", "kubernetes", "--dry-run", "--storage", "s"), "needs `--image`: a container image"),
-        (("--engine", "kubernetes", "--dry-run", "--image", "i"), "needs `--storage`: the claim of the volume"),
+        (
+            ("--engine", "kubernetes"),
+            "`--engine kubernetes` starts nothing: with `--dry-run` it prints the file",
+        ),
+        (
+            ("--engine", "skypilot", "--image", "i", "--storage", "s"),
+            "`--engine skypilot` starts nothing",
+        ),
+        (
+            ("--engine", "kubernetes", "--dry-run", "--storage", "s"),
+            "needs `--image`: a container image",
+        ),
+        (
+            ("--engine", "kubernetes", "--dry-run", "--image", "i"),
+            "needs `--storage`: the claim of the volume",
+        ),
         (("--engine", "skypilot", "--dry-run", "--image", "i"), "needs `--storage`: the bucket"),
         ((*KUBERNETES, "--gpus", "0"), "`--gpus` names GPUs of this machine"),
     ],
 )
-def test_what_a_file_cannot_be_made_of_is_told(fake: FakeLauncher, options: tuple[str, ...], message: str) -> None:
+def test_what_a_file_cannot_be_made_of_is_told(
+    fake: FakeLauncher, options: tuple[str, ...], message: str
+) -> None:
     fake.add("one")
     before = fake.tree()
     code, stdout, stderr = finish(fake.start("sweep", "recipes/toy", *options))

@@ -1,4 +1,6 @@
-"""What is tried again by itself, after how long, and what the others do meanwhile; over real processes."""
+"""What is tried again by itself, after how long, and what the others do meanwhile; over real
+processes.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,27 @@ AT_ONCE = "transient: 3, lost: 1, backoff_seconds: 0"
 
 def list_ends(fake: FakeLauncher, name: str) -> list[tuple[int, str | None]]:
     """`(retry, kind)` of each attempt."""
-    return [(one["retry"], one["failure"] and one["failure"]["kind"]) for one in fake.attempts(name)]
+    return [
+        (one["retry"], one["failure"] and one["failure"]["kind"]) for one in fake.attempts(name)
+    ]
 
 
-def test_what_may_pass_is_tried_again_until_it_does(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
-    fake.add("a", told="fail transient stale\nthen fail transient again\nthen exit 7\nthen complete", retries=AT_ONCE)
+def test_what_may_pass_is_tried_again_until_it_does(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add(
+        "a",
+        told="fail transient stale\nthen fail transient again\nthen exit 7\nthen complete",
+        retries=AT_ONCE,
+    )
     assert main(["sweep", "recipes/toy"]) == 0
     assert list_ends(fake, "a") == [(0, "transient"), (1, "transient"), (2, "lost"), (3, None)]
     stderr = capsys.readouterr().err
     assert "toy/a  transient: stale; retry 1 of 3 at once" in stderr
-    assert "toy/a  lost: the trainer vanished (exit status 7) without a word; retry 1 of 1 at once" in stderr
+    assert (
+        "toy/a  lost: the trainer vanished (exit status 7) without a word; retry 1 of 1 at once"
+        in stderr
+    )
     assert "[1/1] toy/a  completed" in stderr and " failed" not in stderr
 
 
@@ -48,7 +61,9 @@ def test_each_kind_has_a_budget_and_the_last_outcome_counts(
     assert [retry for retry, _ in list_ends(fake, "a")] == [0, 1, 2] * 2
 
 
-@pytest.mark.parametrize("kind", ["configuration", "data", "diverged", "crashed", "out_of_memory", "transient"])
+@pytest.mark.parametrize(
+    "kind", ["configuration", "data", "diverged", "crashed", "out_of_memory", "transient"]
+)
 def test_launch_returns_a_code_for_each_kind(kind: FailureKind, fake: FakeLauncher) -> None:
     fake.add("a", told=f"fail {kind} because")
     assert main(["launch", "recipes/toy/a.yaml"]) == EXIT_CODES[kind]
@@ -61,13 +76,22 @@ def test_launch_tries_again_too(fake: FakeLauncher) -> None:
     assert list_ends(fake, "a") == [(0, "transient"), (1, None)]
 
 
-def test_preempted_runs_are_taken_up_free_of_charge(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
-    told = ["fail preempted by the cluster", *["stepped committed fail preempted by the cluster"] * 6, "complete"]
+def test_preempted_runs_are_taken_up_free_of_charge(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = [
+        "fail preempted by the cluster",
+        *["stepped committed fail preempted by the cluster"] * 6,
+        "complete",
+    ]
     fake.add("a", told="\nthen ".join(told), retries="transient: 0, lost: 0, backoff_seconds: 0.01")
     assert main(["sweep", "recipes/toy"]) == 0
     assert [kind for _, kind in list_ends(fake, "a")] == ["preempted"] * 7 + [None]
     stderr = capsys.readouterr().err
-    assert stderr.count("taken up again in 0.01 s") == 1 and stderr.count("taken up again at once") == 6
+    assert (
+        stderr.count("taken up again in 0.01 s") == 1
+        and stderr.count("taken up again at once") == 6
+    )
 
 
 def test_what_somebody_asked_to_leave_is_not_taken_up_again(fake: FakeLauncher) -> None:
@@ -94,7 +118,9 @@ def test_others_go_on_while_one_waits_and_a_stop_ends_the_wait(fake: FakeLaunche
     assert list_ends(fake, "a") == [(0, "transient")]
 
 
-def test_fail_fast_gives_up_what_waits(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fail_fast_gives_up_what_waits(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a", told="fail transient x", retries="transient: 1, backoff_seconds: 500")
     fake.add("b", told="fail data y")
     fake.add("c")
@@ -104,8 +130,13 @@ def test_fail_fast_gives_up_what_waits(fake: FakeLauncher, capsys: pytest.Captur
     assert "1 runs were not started" in stderr and fake.started() == ["a", "b"]
 
 
-def test_a_port_that_is_taken_is_tried_again_at_once(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
-    said = "speak torch.distributed.DistNetworkError: failed to listen. code: EADDRINUSE, address already in use"
+def test_a_port_that_is_taken_is_tried_again_at_once(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = (
+        "speak torch.distributed.DistNetworkError: failed to listen. code: EADDRINUSE, address"
+        " already in use"
+    )
     fake.add("a", told=f"{said}\nthen complete", retries="transient: 1, backoff_seconds: 500")
     assert main(["sweep", "recipes/toy"]) == 0
     assert list_ends(fake, "a") == [(0, "transient"), (1, None)]
@@ -117,7 +148,9 @@ def test_a_launcher_that_fails_by_itself_is_not_a_trainer_that_vanished(fake: Fa
     fake.add("b", told="complete")
     log = "x\nTraceback (most recent call last):\nValueError: 'NOPE' is not a valid DistributedType"
     launcher = (fake.home / "accelerate").read_text()
-    (fake.home / "accelerate").write_text(launcher.replace('note("end")', f"print({log!r})\nnote('end')"))
+    (fake.home / "accelerate").write_text(
+        launcher.replace('note("end")', f"print({log!r})\nnote('end')")
+    )
     assert main(["sweep", "recipes/toy"]) == 1
     assert list_ends(fake, "a") == [(0, "configuration")] and list_ends(fake, "b") == [(0, None)]
 
@@ -130,7 +163,9 @@ def test_out_of_memory_halves_the_micro_batch_if_the_recipe_allows_it(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     oom = "fail out_of_memory CUDA out of memory"
-    fake.add("a", told=f"{oom}\nthen {oom}\nthen complete", retries="out_of_memory: 2", micro_batch=4)
+    fake.add(
+        "a", told=f"{oom}\nthen {oom}\nthen complete", retries="out_of_memory: 2", micro_batch=4
+    )
     fake.add("b", told=f"{oom}\nthen complete", retries="out_of_memory: 0", micro_batch=4)
     fake.add("c", told=f"{oom}\nthen complete", retries="out_of_memory: 2", micro_batch=1)
     fake.add("d", told=oom, retries="out_of_memory: 1", micro_batch=4)
@@ -162,8 +197,12 @@ def test_the_divisor_stays_until_the_run_or_the_micro_batch_is_another(fake: Fak
 def test_a_divisor_that_does_not_fit_other_processes_is_refused(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A global batch of 4 as 2 processes x 2; with the micro-batch halved twice nothing is left to divide."""
-    fake.add("a", told="fail out_of_memory x", retries="out_of_memory: 9", micro_batch=2, num_processes=2)
+    """A global batch of 4 as 2 processes x 2; with the micro-batch halved twice nothing is left to
+    divide.
+    """
+    fake.add(
+        "a", told="fail out_of_memory x", retries="out_of_memory: 9", micro_batch=2, num_processes=2
+    )
     assert main(["launch", "recipes/toy/a.yaml"]) == EXIT_CODES["out_of_memory"]
     assert list_divisors(fake, "a") == [1, 2]
 
@@ -196,7 +235,9 @@ def test_a_new_checkpoint_between_two_failures_renews_the_budget(fake: FakeLaunc
 
 def test_preempted_again_and_again_before_a_checkpoint_is_a_failure(fake: FakeLauncher) -> None:
     fake.add("a", told="fail preempted by the cluster", retries="backoff_seconds: 0")
-    assert main(["launch", "recipes/toy/a.yaml"]) == EXIT_CODES["transient"], "not 13, which is queued again for ever"
+    assert main(["launch", "recipes/toy/a.yaml"]) == EXIT_CODES["transient"], (
+        "not 13, which is queued again for ever"
+    )
     assert [kind for _, kind in list_ends(fake, "a")] == ["preempted"] * 4
 
 
@@ -214,7 +255,9 @@ def test_a_retry_whose_run_is_still_held_is_no_success(fake: FakeLauncher) -> No
     assert fake.started() == ["a"]
 
 
-def test_a_cluster_is_not_told_that_a_held_run_is_done(fake: FakeLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_is_not_told_that_a_held_run_is_done(
+    fake: FakeLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake.add("a", told="wait")
     launch = fake.start("launch", "recipes/toy/a.yaml")
     fake.next_started()

@@ -1,4 +1,6 @@
-"""SkyPilot tasks: one machine that sweeps the pending runs; where SkyPilot is installed, its own parser reads them."""
+"""SkyPilot tasks: one machine that sweeps the pending runs; where SkyPilot is installed, its own
+parser reads them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ import yaml
 from runner.engines.manifests import Submission
 from runner.engines.skypilot import build_task_file
 from runner.errors import RefusedError
-from tests.support.submissions import DEMO, DEMO_2, EIGHT_GPUS, ROOT, compare_with_golden, make_submission
+from tests.support.submissions import (
+    DEMO,
+    DEMO_2,
+    EIGHT_GPUS,
+    ROOT,
+    compare_with_golden,
+    make_submission,
+)
 
 BUCKET = "s3://my-bucket/runs"
 
@@ -26,7 +35,9 @@ def project_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 def submissions() -> list[Submission]:
     return [
         make_submission(DEMO, DEMO_2, storage=BUCKET, num_slots=2),
-        make_submission(DEMO, EIGHT_GPUS, storage=BUCKET, gpu_type="H100", fail_fast=True, retry_failed=True),
+        make_submission(
+            DEMO, EIGHT_GPUS, storage=BUCKET, gpu_type="H100", fail_fast=True, retry_failed=True
+        ),
     ]
 
 
@@ -43,17 +54,23 @@ def test_a_machine_has_gpus_for_all_slots() -> None:
         build_task_file(make_submission(EIGHT_GPUS, storage=BUCKET))
 
 
-def test_the_machine_sweeps_every_run_whatever_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_sweeps_every_run_whatever_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ["$HOME", "a b$(touch pwned)'\"", "-x", "`touch pwned`;touch pwned"]
     (tmp_path / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")
     for number, name in enumerate(names):
-        (tmp_path / f"{name}.yaml").write_text((ROOT / DEMO).read_text().replace("gemma_060_full", f"run{number}", 1))
+        (tmp_path / f"{name}.yaml").write_text(
+            (ROOT / DEMO).read_text().replace("gemma_060_full", f"run{number}", 1)
+        )
     monkeypatch.chdir(tmp_path)
     tool = tmp_path / "bin" / "runner"
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     tool.chmod(0o755)
-    task = yaml.safe_load(build_task_file(make_submission(*(f"./{name}.yaml" for name in names), storage=BUCKET)))
+    task = yaml.safe_load(
+        build_task_file(make_submission(*(f"./{name}.yaml" for name in names), storage=BUCKET))
+    )
     done = subprocess.run(
         ["bash", "-c", task["run"]],
         env={"PATH": f"{tool.parent}:{os.environ['PATH']}"},
@@ -69,7 +86,9 @@ def test_the_machine_sweeps_every_run_whatever_its_path(tmp_path: Path, monkeypa
 
 
 def test_skypilot_reads_the_tasks(tmp_path: Path) -> None:
-    """SkyPilot and its dependencies are too heavy to be installed for this: see docs/engines.md for the command."""
+    """SkyPilot and its dependencies are too heavy to be installed for this: see docs/engines.md for
+    the command.
+    """
     sky: Any = pytest.importorskip("sky")
     for submission in submissions():
         path = tmp_path / "task.yaml"

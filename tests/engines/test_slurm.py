@@ -1,4 +1,5 @@
-"""Batch scripts: exactly what is submitted, and what one does with signals and exit codes; no Slurm is needed.
+"""Batch scripts: exactly what is submitted, and what one does with signals and exit codes; no Slurm
+is needed.
 
 `UPDATE_GOLDEN=1` rewrites `golden/slurm_job.sh`.
 """
@@ -33,10 +34,12 @@ __all__ = ["fake"]
 
 GOLDEN = ROOT / "tests" / "golden" / "slurm_job.sh"
 HOSTILE = "a 'b' \"c\" $(touch hacked) `touch hacked` %j \\x;&|é"
-OPTIONS = ClusterOptions(2, "2:00:00", 300, ("--partition=long", '--comment=it\'s "mine" \\ here', "--exclusive"))
+OPTIONS = ClusterOptions(
+    2, "2:00:00", 300, ("--partition=long", '--comment=it\'s "mine" \\ here', "--exclusive")
+)
 
-# Stands for `python -P -m runner launch RECIPE --output-root=DIR`: notes its words, and ends as it is told when it is
-# signalled, or at once.
+# Stands for `python -P -m runner launch RECIPE --output-root=DIR`: notes its words, and ends as it
+# is told when it is signalled, or at once.
 PYTHON = """\
 #!/bin/bash
 printf '%s\\n' "$PWD" "$@" > "$NOTES/words"
@@ -51,7 +54,9 @@ echo "$@" >> "$NOTES/scontrol"
 """
 
 
-def build(root: Path, *names: str, project: Path | None = None, options: ClusterOptions = OPTIONS) -> str:
+def build(
+    root: Path, *names: str, project: Path | None = None, options: ClusterOptions = OPTIONS
+) -> str:
     return build_script(
         names,
         Resources(num_machines=1, num_gpus=2, num_cores=8),
@@ -117,14 +122,17 @@ class Job:
 def test_a_task_executes_its_run_and_ends_with_its_code(code: int, tmp_path: Path) -> None:
     job = Job(tmp_path, code=code)
     assert job.wait() == code
-    recipe = tmp_path / "runs" / ".slurm" / "20260101T000000-0a1b2c3d" / "recipes" / "toy" / "b.json"
+    recipe = (
+        tmp_path / "runs" / ".slurm" / "20260101T000000-0a1b2c3d" / "recipes" / "toy" / "b.json"
+    )
     words = ["-P", "-m", "runner", "launch", str(recipe), "--output-root=runs"]
     assert job.read("words") == [str(tmp_path / HOSTILE), *words]
     assert job.read("scontrol") == [] and not list(tmp_path.rglob("hacked"))
 
 
 @pytest.mark.parametrize(
-    ("code", "requeues"), [(13, True), (138, True), (137, True), (0, False), (1, False), (14, False)]
+    ("code", "requeues"),
+    [(13, True), (138, True), (137, True), (0, False), (1, False), (14, False)],
 )
 def test_a_task_that_was_asked_to_leave_is_queued_again_only_if_it_left(
     code: int, requeues: bool, tmp_path: Path
@@ -140,7 +148,8 @@ def test_scancel_never_queues_again(tmp_path: Path) -> None:
     job = Job(tmp_path, code=13, end_at="TERM")
     job.send(signal.SIGTERM)  # Slurm sends it to all processes, not to the script alone
     os.kill(find_child(job.process.pid), signal.SIGTERM)
-    assert job.wait() in (13, 255)  # bash 5.2 loses the code of what ends while a trap interrupts its `wait`
+    # Bash 5.2 loses the code of what ends while a trap interrupts its `wait`
+    assert job.wait() in (13, 255)
     assert job.read("signals") == ["TERM"] and job.read("scontrol") == []
 
 
@@ -149,10 +158,12 @@ def test_scancel_after_the_warning_does_not_queue_again_either(tmp_path: Path) -
     job.send(signal.SIGUSR1)
     while job.read("signals") != ["USR1"]:
         os.sched_yield()
-    job.send(signal.SIGUSR1)  # a second warning must not reach the run, for which it would mean: at once
+    # A second warning must not reach the run, for which it would mean: at once.
+    job.send(signal.SIGUSR1)
     job.send(signal.SIGTERM)
     os.kill(find_child(job.process.pid), signal.SIGTERM)
-    assert job.wait() in (13, 255)  # bash 5.2 loses the code of what ends while a trap interrupts its `wait`
+    # Bash 5.2 loses the code of what ends while a trap interrupts its `wait`
+    assert job.wait() in (13, 255)
     assert job.read("signals") == ["USR1", "TERM"] and job.read("scontrol") == []
 
 
@@ -181,7 +192,11 @@ def test_what_a_run_asks_of_its_machines(in_project: None) -> None:
 def test_one_array_per_kind_of_machine_none_too_large(in_project: None) -> None:
     runs = [recipe(f"launch.num_processes={number}") for number in (8, 4, 8, 8)]
     groups = group_runs(runs, 2)
-    assert [(resources.num_gpus, len(group)) for resources, group in groups] == [(8, 2), (8, 1), (4, 1)]
+    assert [(resources.num_gpus, len(group)) for resources, group in groups] == [
+        (8, 2),
+        (8, 1),
+        (4, 1),
+    ]
     assert groups[0][1] == [runs[0], runs[2]] and groups[1][1] == [runs[3]]
 
 
@@ -213,7 +228,9 @@ def test_a_time_limit_that_leaves_no_time_is_refused() -> None:
 
 
 def test_options_of_the_site_are_taken() -> None:
-    check_options(ClusterOptions(extra=("--partition=a,b", "--account=x", "--gres=gpu:a100:4", "--exclusive")))
+    check_options(
+        ClusterOptions(extra=("--partition=a,b", "--account=x", "--gres=gpu:a100:4", "--exclusive"))
+    )
 
 
 def test_paths_that_slurm_cannot_hold_are_refused(tmp_path: Path) -> None:
@@ -227,7 +244,10 @@ def test_paths_that_slurm_cannot_hold_are_refused(tmp_path: Path) -> None:
 def add_silent_slurm(fake: FakeLauncher) -> None:
     """Slurm's programs, without a controller that answers them."""
     failing = "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact controller' >&2; exit 1\n"
-    for name, text in (("squeue", failing), ("sbatch", f"#!/bin/sh\ntouch {fake.home}/submitted\n")):
+    for name, text in (
+        ("squeue", failing),
+        ("sbatch", f"#!/bin/sh\ntouch {fake.home}/submitted\n"),
+    ):
         (fake.home / name).write_text(text)
         (fake.home / name).chmod(0o755)
 
@@ -252,11 +272,18 @@ def test_a_slurm_that_does_not_answer_is_told_and_nothing_is_submitted(
     add_silent_slurm(fake)
     fake.add("a")
     assert main(["sweep", "recipes/toy", "--engine", "slurm"]) == 2
-    assert "squeue failed: slurm_load_jobs error: Unable to contact controller" in capsys.readouterr().err
-    assert not (fake.home / "submitted").exists() and os.listdir(submissions_dir(fake.root / "runs")) == ["lock"]
+    assert (
+        "squeue failed: slurm_load_jobs error: Unable to contact controller"
+        in capsys.readouterr().err
+    )
+    assert not (fake.home / "submitted").exists() and os.listdir(
+        submissions_dir(fake.root / "runs")
+    ) == ["lock"]
 
 
-def test_only_one_sweep_submits_at_a_time(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_one_sweep_submits_at_a_time(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a")
     with hold_submissions(fake.root / "runs"):
         assert main(["sweep", "recipes/toy", "--engine", "slurm"]) == 2
@@ -264,7 +291,9 @@ def test_only_one_sweep_submits_at_a_time(fake: FakeLauncher, capsys: pytest.Cap
     assert submission_lock_path(fake.root / "runs").exists()
 
 
-@pytest.mark.parametrize("words", [["--gpus", "0,1"], ["--fail-fast"], ["--slurm-option=--array=1"]])
+@pytest.mark.parametrize(
+    "words", [["--gpus", "0,1"], ["--fail-fast"], ["--slurm-option=--array=1"]]
+)
 def test_what_is_not_for_slurm_is_refused(words: list[str], fake: FakeLauncher) -> None:
     fake.add("a")
     assert main(["sweep", "recipes/toy", "--engine", "slurm", *words]) == 2
@@ -274,4 +303,8 @@ def test_what_is_not_for_slurm_is_refused(words: list[str], fake: FakeLauncher) 
 def test_a_job_has_the_cores_that_slurm_gave_it() -> None:
     all_of_them = len(os.sched_getaffinity(0))
     assert count_allotted_cores({"SLURM_CPUS_ON_NODE": "1"}) == 1
-    assert count_allotted_cores({"SLURM_CPUS_ON_NODE": "10000"}) == count_allotted_cores({}) == all_of_them
+    assert (
+        count_allotted_cores({"SLURM_CPUS_ON_NODE": "10000"})
+        == count_allotted_cores({})
+        == all_of_them
+    )

@@ -1,4 +1,6 @@
-"""Sweeps on a real Slurm: each run is executed once, whatever happens to jobs, daemons and machines."""
+"""Sweeps on a real Slurm: each run is executed once, whatever happens to jobs, daemons and
+machines.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ import pytest
 from runner.cli.main import main
 from runner.files import load_json
 from tests.support.fake_launcher import FakeLauncher, fake, finish, make_fake_launcher
-from tests.support.local_slurm import MAX_ARRAY_SIZE, LocalSlurm, needs_slurm, own_slurm, shared_slurm, wait_until
+from tests.support.local_slurm import (
+    MAX_ARRAY_SIZE,
+    LocalSlurm,
+    needs_slurm,
+    own_slurm,
+    shared_slurm,
+    wait_until,
+)
 
 __all__ = ["fake", "own_slurm", "shared_slurm"]
 pytestmark = [needs_slurm, pytest.mark.slow]
@@ -20,7 +29,9 @@ SWEEP = ("sweep", "recipes/toy", "--engine", "slurm")
 
 
 @pytest.fixture
-def slurm(shared_slurm: LocalSlurm, fake: FakeLauncher, monkeypatch: pytest.MonkeyPatch) -> LocalSlurm:
+def slurm(
+    shared_slurm: LocalSlurm, fake: FakeLauncher, monkeypatch: pytest.MonkeyPatch
+) -> LocalSlurm:
     """The shared cluster, to which everything submits that is started here."""
     use(shared_slurm, monkeypatch)
     return shared_slurm
@@ -32,7 +43,10 @@ def use(cluster: LocalSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def submissions(fake: FakeLauncher, output_root: str = "runs") -> list[dict[str, Any]]:
     """What was submitted below an output root, in order."""
-    return [load_json(path) for path in sorted(fake.root.glob(f"{output_root}/.slurm/*/submission.json"))]
+    return [
+        load_json(path)
+        for path in sorted(fake.root.glob(f"{output_root}/.slurm/*/submission.json"))
+    ]
 
 
 def wait_until_done(cluster: LocalSlurm) -> None:
@@ -89,11 +103,19 @@ def test_what_is_queued_is_not_submitted_again(
     output = capsys.readouterr().out
     other = ({"a", "b"} - {running}).pop()
     assert f"skip    toy/{running}  running" in output
-    assert f"skip    toy/{other}  queued: slurm {array}_{'ab'.index(other)} is pending (JobArrayTaskLimit)" in output
-    assert "launch  toy/c" in output and [one["runs"] for one in submissions(fake)] == [["toy/a", "toy/b"], ["toy/c"]]
+    assert (
+        f"skip    toy/{other}  queued: slurm {array}_{'ab'.index(other)} is pending"
+        " (JobArrayTaskLimit)" in output
+    )
+    assert "launch  toy/c" in output and [one["runs"] for one in submissions(fake)] == [
+        ["toy/a", "toy/b"],
+        ["toy/c"],
+    ]
 
     # Runs of the same names below another output root are other runs.
-    assert main([*SWEEP, "--output-root", "elsewhere", "--slots", "1", "--slurm-option=--hold"]) == 0
+    assert (
+        main([*SWEEP, "--output-root", "elsewhere", "--slots", "1", "--slurm-option=--hold"]) == 0
+    )
     assert [one["runs"] for one in submissions(fake, "elsewhere")] == [["toy/a", "toy/b", "toy/c"]]
     slurm.run("scancel", submissions(fake, "elsewhere")[0]["job"])
     for name in ("a", "b", "c"):
@@ -129,7 +151,9 @@ def test_arrays_are_split_where_the_cluster_wants_it(slurm: LocalSlurm, fake: Fa
     assert is_completed(fake, *names) and sorted(fake.started()) == names
 
 
-def test_a_cancelled_run_is_interrupted_and_goes_on_with_the_next_sweep(slurm: LocalSlurm, fake: FakeLauncher) -> None:
+def test_a_cancelled_run_is_interrupted_and_goes_on_with_the_next_sweep(
+    slurm: LocalSlurm, fake: FakeLauncher
+) -> None:
     fake.add("a", told="hang\nthen complete")
     assert main(SWEEP) == 0
     fake.next_started()
@@ -143,7 +167,9 @@ def test_a_cancelled_run_is_interrupted_and_goes_on_with_the_next_sweep(slurm: L
 
 
 @pytest.mark.parametrize("is_taken", [True, False])
-def test_a_sweep_killed_while_it_submits_loses_nothing(is_taken: bool, slurm: LocalSlurm, fake: FakeLauncher) -> None:
+def test_a_sweep_killed_while_it_submits_loses_nothing(
+    is_taken: bool, slurm: LocalSlurm, fake: FakeLauncher
+) -> None:
     fake.add("a", "b", told="wait")
     sbatch = fake.home / "sbatch"
     submit = '/usr/bin/sbatch "$@"' if is_taken else ":"
@@ -160,14 +186,18 @@ def test_a_sweep_killed_while_it_submits_loses_nothing(is_taken: bool, slurm: Lo
     assert is_completed(fake, "a", "b") and sorted(fake.started()) == ["a", "b"]
 
 
-def test_a_run_that_was_submitted_twice_is_executed_once(slurm: LocalSlurm, fake: FakeLauncher) -> None:
+def test_a_run_that_was_submitted_twice_is_executed_once(
+    slurm: LocalSlurm, fake: FakeLauncher
+) -> None:
     fake.add("a", told="wait")
     assert main(SWEEP) == 0
     fake.next_started()
     script = next(fake.root.glob("runs/.slurm/*/job.sh"))
     again = slurm.run("sbatch", "--parsable", f"--chdir={script.parent}", str(script)).strip()
     wait_until(lambda: f"{again}_0" not in slurm.list_jobs(), "the second task ends")
-    assert "ExitCode=14:0" in slurm.run("scontrol", "show", "job", again), "0 would say that the run is done"
+    assert "ExitCode=14:0" in slurm.run("scontrol", "show", "job", again), (
+        "0 would say that the run is done"
+    )
     assert "toy/a  running" in (script.parent / f"{again}_0.txt").read_text()
     fake.let_go("a")
     wait_until_done(slurm)
@@ -185,7 +215,9 @@ def test_paths_and_options_with_strange_letters_arrive(
     monkeypatch.chdir(root)
     fake.add("a")
     comment = 'it\'s "mine" and $HOME #1'
-    assert main([*SWEEP, "--output-root", "my 'runs' $A", f"--slurm-option=--comment={comment}"]) == 0
+    assert (
+        main([*SWEEP, "--output-root", "my 'runs' $A", f"--slurm-option=--comment={comment}"]) == 0
+    )
     wait_until_done(slurm)
     assert (root / "my 'runs' $A" / "toy" / "a" / "result.json").exists()
     submission = next(root.glob("*/.slurm/*/submission.json"))
@@ -206,7 +238,9 @@ def test_a_killed_node_comes_back_and_its_run_goes_on(
     own_slurm.wait_until_idle()
     assert is_completed(fake, "a") and len(fake.attempts("a")) == 2
     assert fake.attempts("a")[0]["ended_at_utc"] is None
-    assert len({attempt["cluster_job"] for attempt in fake.attempts("a")}) == 1, "Slurm itself queued it again"
+    assert len({attempt["cluster_job"] for attempt in fake.attempts("a")}) == 1, (
+        "Slurm itself queued it again"
+    )
 
 
 def test_a_controller_that_is_away_loses_nothing(
@@ -227,7 +261,9 @@ def test_a_controller_that_is_away_loses_nothing(
 def test_a_controller_that_is_killed_as_a_run_starts_doubles_nothing(
     own_slurm: LocalSlurm, fake: FakeLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slurm 22.05 may not know any more that the task began: it starts it again, or holds it and drains its node."""
+    """Slurm 22.05 may not know any more that the task began: it starts it again, or holds it and
+    drains its node.
+    """
     use(own_slurm, monkeypatch)
     first, second = start_one_of_two(fake)
     own_slurm.kill("slurmctld")
@@ -261,14 +297,18 @@ def test_a_power_loss_of_everything_loses_nothing(
     assert main(SWEEP) == 0
     own_slurm.wait_until_idle()
     assert is_completed(fake, "a", "b", "c")
-    assert {name: len(fake.attempts(name)) for name in "abc"} == {name: 2 if name in begun else 1 for name in "abc"}
+    assert {name: len(fake.attempts(name)) for name in "abc"} == {
+        name: 2 if name in begun else 1 for name in "abc"
+    }
 
 
 def test_a_run_that_is_preempted_is_queued_again(slurm: LocalSlurm, fake: FakeLauncher) -> None:
     fake.add("a", told="obey\nthen complete")
     assert main([*SWEEP, "--slurm-option=--gres=gpu:2"]) == 0
     fake.next_started()
-    urgent = slurm.run("sbatch", "--parsable", "--partition=high", "--gres=gpu:2", "--wrap=:").strip()
+    urgent = slurm.run(
+        "sbatch", "--parsable", "--partition=high", "--gres=gpu:2", "--wrap=:"
+    ).strip()
     wait_until_done(slurm)
     assert "JobState=COMPLETED" in slurm.run("scontrol", "show", "job", urgent)
     assert is_completed(fake, "a") and len(fake.attempts("a")) == 2
@@ -276,7 +316,9 @@ def test_a_run_that_is_preempted_is_queued_again(slurm: LocalSlurm, fake: FakeLa
     assert len({attempt["cluster_job"] for attempt in fake.attempts("a")}) == 1
 
 
-def test_a_run_that_reaches_its_time_limit_is_queued_again(slurm: LocalSlurm, fake: FakeLauncher) -> None:
+def test_a_run_that_reaches_its_time_limit_is_queued_again(
+    slurm: LocalSlurm, fake: FakeLauncher
+) -> None:
     fake.add("a", told="obey\nthen complete")
     assert main([*SWEEP, "--time-limit", "1", "--stop-before-seconds", "59"]) == 0
     fake.next_started()

@@ -1,4 +1,6 @@
-"""`runner init`: what it makes works at once, fits the rows and models given, and is all there or not at all."""
+"""`runner init`: what it makes works at once, fits the rows and models given, and is all there or
+not at all.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +49,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_printed_commands_work(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_the_printed_commands_work(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     assert main(["init", "my study"]) == 0
     message = capsys.readouterr().out
-    commands = [shlex.split(line.partition("#")[0]) for line in message.partition("next:\n")[2].splitlines()]
+    commands = [
+        shlex.split(line.partition("#")[0]) for line in message.partition("next:\n")[2].splitlines()
+    ]
     assert commands[:2] == [["cd", "my study"], ["python", "-m", "runner.demo.models"]]
     monkeypatch.chdir("my study")
     verbs = [command[1:] for command in commands[2:]]
@@ -60,27 +66,41 @@ def test_the_printed_commands_work(place: Path, capsys: pytest.CaptureFixture[st
     recipes = load_rendered()
     assert len(recipes) == 4 and {recipe.loss for recipe in recipes} == {"full", "completion"}
     for recipe in recipes:
-        assert Path(recipe.launch.accelerate_config).is_file() and Path(recipe.data.train.path).is_file()
+        assert (
+            Path(recipe.launch.accelerate_config).is_file()
+            and Path(recipe.data.train.path).is_file()
+        )
         assert len(draw_splits(recipe.data).train) == recipe.data.num_train_samples
     readme = Path("README.md").read_text()
-    assert all(" ".join(command) in readme for command in commands[1:]) and readme.startswith("# my study\n")
+    assert all(" ".join(command) in readme for command in commands[1:]) and readme.startswith(
+        "# my study\n"
+    )
     assert os.access("sweeps/first.sh", os.X_OK) and "/runs/" in Path(".gitignore").read_text()
-    done = subprocess.run(["sweeps/first.sh", "--dry-run"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["sweeps/first.sh", "--dry-run"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and done.stdout.count("accelerate launch") == 4, done.stderr
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_stock_grid_gives_the_same_recipes(grid: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stock_grid_gives_the_same_recipes(
+    grid: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["init", "copy", "--from", grid]) == 0
     message = capsys.readouterr().out
     os.chdir("copy")
     assert main(["render"]) == 0
     committed = sorted((ROOT / "recipes" / grid).glob("*.yaml"))
-    assert [path.name for path in committed] == sorted(path.name for path in Path("recipes", grid).iterdir())
-    assert all(path.read_bytes() == Path("recipes", grid, path.name).read_bytes() for path in committed)
+    assert [path.name for path in committed] == sorted(
+        path.name for path in Path("recipes", grid).iterdir()
+    )
+    assert all(
+        path.read_bytes() == Path("recipes", grid, path.name).read_bytes() for path in committed
+    )
     assert list_grids(Path("recipe_templates")) == [grid]
     assert list(Path("data").rglob("*.json*")), "rows to try it with"
-    for recipe in map(load_recipe, sorted(Path("recipes", grid).iterdir())[::7]):  # 7 divides no number of values
+    # 7 divides no number of values
+    for recipe in map(load_recipe, sorted(Path("recipes", grid).iterdir())[::7]):
         for source in (recipe.data.train, recipe.data.validation, recipe.data.test):
             if source is not None and source.path.startswith("data/"):
                 assert Path(source.path).exists() == (ROOT / source.path).exists()
@@ -93,24 +113,52 @@ def test_a_stock_grid_gives_the_same_recipes(grid: str, place: Path, capsys: pyt
     ("row", "task", "unread"),
     [
         ({"messages": CHAT, "source": "x"}, {"name": "conversations"}, "source"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {}, None),
-        ({"prompt": "a", "completion": "b"}, {"prompt_column": "prompt", "completion_column": "completion"}, None),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            {},
+            None,
+        ),
+        (
+            {"prompt": "a", "completion": "b"},
+            {"prompt_column": "prompt", "completion_column": "completion"},
+            None,
+        ),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, {"name": "conversations"}, None),
-        ({"instruction": "a", "input": "c", "output": "b"}, {"completion_column": "output"}, "input"),
+        (
+            {"instruction": "a", "input": "c", "output": "b"},
+            {"completion_column": "output"},
+            "input",
+        ),
         ({"question": "a", "answer": "b"}, {"prompt_column": "question"}, None),
         ({"sentence": "a", "label": 1}, {"name": "sst2"}, None),
         (
-            {"id": "7", "context": "a", "question": "b", "answers": {"text": [], "answer_start": []}},
+            {
+                "id": "7",
+                "context": "a",
+                "question": "b",
+                "answers": {"text": [], "answer_start": []},
+            },
             {"name": "squad_v2"},
             None,
         ),
-        ({"dialogue": "a", "summary": "b"}, {"name": "summarization", "document_column": "dialogue"}, None),
+        (
+            {"dialogue": "a", "summary": "b"},
+            {"name": "summarization", "document_column": "dialogue"},
+            None,
+        ),
     ],
 )
 def test_the_task_is_read_off_the_columns(
-    row: dict[str, Any], task: dict[str, str], unread: str | None, place: Path, capsys: pytest.CaptureFixture[str]
+    row: dict[str, Any],
+    task: dict[str, str],
+    unread: str | None,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rows = [json.loads(json.dumps(row).replace('"a"', f'"a{n}"').replace('"one"', f'"one {n}"')) for n in range(30)]
+    rows = [
+        json.loads(json.dumps(row).replace('"a"', f'"a{n}"').replace('"one"', f'"one {n}"'))
+        for n in range(30)
+    ]
     data_path = write_rows(place / "my rows!.jsonl", [*rows, rows[0]])
     assert main(["init", "study", "--data", str(data_path)]) == 0
     message = capsys.readouterr().out
@@ -126,24 +174,48 @@ def test_the_task_is_read_off_the_columns(
 
 @pytest.mark.parametrize("num_rows", [4, 5, 9, 1400])
 def test_any_number_of_rows_is_split(num_rows: int, place: Path) -> None:
-    write_rows(place / "rows.jsonl", [{"prompt": str(n), "completion": "x"} for n in range(num_rows)])
+    write_rows(
+        place / "rows.jsonl", [{"prompt": str(n), "completion": "x"} for n in range(num_rows)]
+    )
     assert main(["init", "study", "--data", "rows.jsonl"]) == 0
     os.chdir("study")
     assert main(["render"]) == 0
     counts = {len(draw_splits(recipe.data).train) for recipe in load_rendered()}
-    assert max(counts) == min(1000, num_rows - 2 * max(1, min(100, num_rows // 6))) and len(counts) == 2
+    assert (
+        max(counts) == min(1000, num_rows - 2 * max(1, min(100, num_rows // 6)))
+        and len(counts) == 2
+    )
 
 
 def test_models_become_cards(place: Path) -> None:
     plain = write_model(place / "models" / "My model", {"torch_dtype": "float16"})
-    chatty = write_model(place / "chatty", {"dtype": "float32"}, tokenizer_config__json='{"chat_template": "x"}')
-    models = ["--model", "models/My model", "--model", str(chatty), "--model", "acme/Small-1b", "--model", "phi-2"]
+    chatty = write_model(
+        place / "chatty", {"dtype": "float32"}, tokenizer_config__json='{"chat_template": "x"}'
+    )
+    models = [
+        "--model",
+        "models/My model",
+        "--model",
+        str(chatty),
+        "--model",
+        "acme/Small-1b",
+        "--model",
+        "phi-2",
+    ]
     assert main(["init", "study", *models]) == 0
     os.chdir("study")
     assert main(["render"]) == 0
     found = {recipe.run.axes["model"]: recipe.model for recipe in load_rendered()}
-    assert list(found) == sorted(found) and set(found) == {"My-model", "chatty", "Small-1b", "phi-2"}
-    assert Path(found["My-model"].path).samefile(plain) and not Path(found["My-model"].path).is_absolute()
+    assert list(found) == sorted(found) and set(found) == {
+        "My-model",
+        "chatty",
+        "Small-1b",
+        "phi-2",
+    }
+    assert (
+        Path(found["My-model"].path).samefile(plain)
+        and not Path(found["My-model"].path).is_absolute()
+    )
     human = "recipe_templates/chat/human_assistant.jinja"
     assert (found["My-model"].dtype, found["My-model"].chat_template) == ("float16", human)
     assert (found["chatty"].path, found["chatty"].dtype) == (str(chatty), "float32")
@@ -179,7 +251,11 @@ def test_what_is_refused_leaves_nothing(
     row = {"prompt": "a", "completion": "b"}
     write_rows(place / "few.jsonl", [row, row, row | {"prompt": "c"}, row | {"prompt": "d"}])
     write_rows(place / "odd.jsonl", [{"left": 1, "right": 2}])
-    for name, text in {"rows.txt": "a", "torn.jsonl": f"{json.dumps(row)}\n\n{{", "empty.jsonl": ""}.items():
+    for name, text in {
+        "rows.txt": "a",
+        "torn.jsonl": f"{json.dumps(row)}\n\n{{",
+        "empty.jsonl": "",
+    }.items():
         (place / name).write_text(text)
     if exists:
         (place / "study").mkdir()
@@ -189,17 +265,25 @@ def test_what_is_refused_leaves_nothing(
     assert sorted(place.rglob("*")) == before
 
 
-def test_a_folder_in_use_is_refused_and_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_in_use_is_refused_and_named(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (place / "study").mkdir()
     (place / "study" / ".git").mkdir()
     (place / "file").touch()
-    for target, words in (("study", "in the way: .git"), ("file", "file is a file"), ("file/x", "File exists")):
+    for target, words in (
+        ("study", "in the way: .git"),
+        ("file", "file is a file"),
+        ("file/x", "File exists"),
+    ):
         assert main(["init", target]) == 2
         assert words in capsys.readouterr().err
     assert sorted(place.rglob("*")) == [place / "file", place / "study", place / "study" / ".git"]
 
 
-def test_an_empty_folder_is_filled_where_it_stands(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_folder_is_filled_where_it_stands(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     inode = place.stat().st_ino
     assert main(["init", "."]) == 0
     assert "  cd " not in capsys.readouterr().out
@@ -209,24 +293,33 @@ def test_an_empty_folder_is_filled_where_it_stands(place: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_full_disk_leaves_nothing(exists: bool, place: Path) -> None:
-    """A limit on the size of files stands for the disk: the data sample is larger, and is copied late."""
+    """A limit on the size of files stands for the disk: the data sample is larger, and is copied
+    late.
+    """
     if exists:
         (place / "study").mkdir()
     before = sorted(place.rglob("*"))
     done = subprocess.run(
-        ["bash", "-c", "ulimit -f 64; exec python -m runner init study"], capture_output=True, text=True, check=False
+        ["bash", "-c", "ulimit -f 64; exec python -m runner init study"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2 and "error: [Errno 27] File too large" in done.stderr
     assert sorted(place.rglob("*")) == before
 
 
 def test_init_does_not_import_torch(place: Path) -> None:
-    assert not list_imports("from runner.cli.main import main; main(['init', 'study'])", place) & HEAVY
+    assert (
+        not list_imports("from runner.cli.main import main; main(['init', 'study'])", place) & HEAVY
+    )
     assert (place / "study" / "README.md").exists()
 
 
 def test_the_starter_writes_what_the_yaml_filter_would() -> None:
-    """Values are put into the template as text: none of those that `init` puts there may mean something to Jinja."""
+    """Values are put into the template as text: none of those that `init` puts there may mean
+    something to Jinja.
+    """
     from runner.grid.starter import _TASKS
 
     text = "".join(quote_yaml(value) for _, task in _TASKS for value in task.values())

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from runner.errors import GridError, RunnerError
-from runner.grid.render import build_header, compare, prune_recipes, render_grid, run_render, write_recipes
+from runner.grid.render import (
+    build_header,
+    compare,
+    prune_recipes,
+    render_grid,
+    run_render,
+    write_recipes,
+)
 from tests.support.toy_grid import GRID, Toy, build_toy
 
 
@@ -21,14 +28,18 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
-def test_a_second_run_writes_nothing_and_gives_the_same_bytes(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_writes_nothing_and_gives_the_same_bytes(
+    toy: Toy, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = toy()
     assert run_render("toy", check=False, prune=False, root=root) == 0
     assert "8 written, 0 unchanged" in capsys.readouterr().out
     before = snapshot(root / "recipes/toy")
     assert len(before) == 8
     assert all(content.startswith(build_header("toy").encode()) for content, _ in before.values())
-    assert all(content.endswith(b"\n") and not content.endswith(b"\n\n") for content, _ in before.values())
+    assert all(
+        content.endswith(b"\n") and not content.endswith(b"\n\n") for content, _ in before.values()
+    )
 
     assert run_render(None, check=False, prune=True, root=root) == 0
     assert snapshot(root / "recipes/toy") == before
@@ -37,7 +48,9 @@ def test_a_second_run_writes_nothing_and_gives_the_same_bytes(toy: Toy, capsys: 
     assert "is up to date" in capsys.readouterr().out
 
 
-def test_check_shows_each_kind_of_drift_and_writes_nothing(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_shows_each_kind_of_drift_and_writes_nothing(
+    toy: Toy, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = toy()
     run_render("toy", check=False, prune=False, root=root)
     recipes = root / "recipes/toy"
@@ -79,7 +92,9 @@ def test_each_kind_of_drift_alone_fails_the_check(toy: Toy, change: str) -> None
     assert run_render("toy", check=True, prune=False, root=root) == 1
 
 
-def test_stale_recipes_are_named_and_removed_only_on_request(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stale_recipes_are_named_and_removed_only_on_request(
+    toy: Toy, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = toy()
     run_render("toy", check=False, prune=False, root=root)
     recipes = root / "recipes/toy"
@@ -113,11 +128,15 @@ def test_only_the_file_that_changed_is_written(toy: Toy) -> None:
     assert (drift.changed, drift.missing) == (("phi_full_060",), ())
     write_recipes(rendered, recipes, drift)
     prune_recipes(recipes, drift)
-    assert [path.stem for path in recipes.iterdir() if path.stat().st_mtime_ns != 1] == ["phi_full_060"]
+    assert [path.stem for path in recipes.iterdir() if path.stat().st_mtime_ns != 1] == [
+        "phi_full_060"
+    ]
     assert not compare(rendered, recipes)
 
 
-def test_a_long_list_of_changes_shows_a_few_diffs_and_every_name(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_list_of_changes_shows_a_few_diffs_and_every_name(
+    toy: Toy, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = toy()
     run_render("toy", check=False, prune=False, root=root)
     toy(old="max_steps: 2", new="max_steps: 3")
@@ -129,7 +148,9 @@ def test_a_long_list_of_changes_shows_a_few_diffs_and_every_name(toy: Toy, capsy
 
 
 def test_nothing_is_written_when_one_cell_fails(toy: Toy) -> None:
-    root = toy(old="{{ num_train_samples | yaml }}", new="{{ (60 - num_train_samples + 1) | yaml }}")
+    root = toy(
+        old="{{ num_train_samples | yaml }}", new="{{ (60 - num_train_samples + 1) | yaml }}"
+    )
     with pytest.raises(GridError, match="num_train_samples=180"):
         run_render("toy", check=False, prune=False, root=root)
     assert not (root / "recipes").exists()

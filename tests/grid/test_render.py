@@ -1,4 +1,6 @@
-"""What a template gives and how its mistakes are told; `test_templating` has the filter and the sandbox."""
+"""What a template gives and how its mistakes are told; `test_templating` has the filter and the
+sandbox.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,31 @@ def toy(tmp_path: Path) -> Toy:
         ("{{ loss | yaml }}", "{% include '../secret' %}", 19, "secret"),
         ("{{ loss | yaml }}", "{% macro x() %}{% endmacro %}", 19, "`macro` is not for recipes"),
         ("1e-5", "fast", 25, "training.learning_rate  got the text 'fast', expected a number"),
-        ("  seed: 1\n  max_length", "  sed: 1\n  max_length", 17, "data.sed  unknown key, did you mean `seed`?"),
-        ("  learning_rate: 1e-5", "  learning_rate: 1e-5\n  learning_rate: 2e-5", 26, "duplicate key"),
+        (
+            "  seed: 1\n  max_length",
+            "  sed: 1\n  max_length",
+            17,
+            "data.sed  unknown key, did you mean `seed`?",
+        ),
+        (
+            "  learning_rate: 1e-5",
+            "  learning_rate: 1e-5\n  learning_rate: 2e-5",
+            26,
+            "duplicate key",
+        ),
         ("loss: {{ loss | yaml }}", "loss: full: x", 19, "(YAML)"),
-        ("grid: {{ grid | yaml }}", "grid: other", 2, '`run.grid` is "other" where "toy" was rendered'),
-        ("name: {{ name | yaml }}", "name: x", 3, '`run.name` is "x" where "gemma_full_060" was rendered'),
+        (
+            "grid: {{ grid | yaml }}",
+            "grid: other",
+            2,
+            '`run.grid` is "other" where "toy" was rendered',
+        ),
+        (
+            "name: {{ name | yaml }}",
+            "name: x",
+            3,
+            '`run.name` is "x" where "gemma_full_060" was rendered',
+        ),
         ("axes: {{ axes | yaml }}", "axes: {loss: full}", 4, '`run.axes` is {"loss": "full"}'),
     ],
 )
@@ -59,7 +81,8 @@ def test_a_mistake_of_the_whole_recipe_names_no_line(toy: Toy) -> None:
 
 def test_the_axes_of_a_recipe_keep_their_types(toy: Toy) -> None:
     one_cell = (
-        GRID.replace("full, completion", "full").replace("60, 180", "1") + "exclude: [{when: {model: phi}, why: x}]"
+        GRID.replace("full, completion", "full").replace("60, 180", "1")
+        + "exclude: [{when: {model: phi}, why: x}]"
     )
     for wrong in ('"1"', "1.0", "true"):
         axes = f"{{model: gemma, loss: full, num_train_samples: {wrong}}}"
@@ -85,19 +108,30 @@ def test_a_missing_template_is_named(toy: Toy) -> None:
 
 
 def test_a_text_without_end_is_refused(toy: Toy) -> None:
-    loop = "{% for a in range(9999) %}{% for b in range(9999) %}\n# xxxxxxxxxx{% endfor %}{% endfor %}\n"
+    loop = (
+        "{% for a in range(9999) %}{% for b in range(9999) %}\n# xxxxxxxxxx{% endfor %}{% endfor"
+        " %}\n"
+    )
     assert "longer than 1,000,000 characters" in grid_error(toy(template=TEMPLATE + loop))
 
 
 def test_a_mapping_axis_stands_for_its_content_and_axes_for_its_label(toy: Toy) -> None:
-    root = toy(old="loss: {{ loss | yaml }}", new="loss: {{ axes.loss | yaml }} # {{ axes.model | yaml }}")
-    assert 'loss: "full" # "gemma"\n' in render_grid(root / "recipe_templates", "toy").texts["gemma_full_060"]
+    root = toy(
+        old="loss: {{ loss | yaml }}", new="loss: {{ axes.loss | yaml }} # {{ axes.model | yaml }}"
+    )
+    assert (
+        'loss: "full" # "gemma"\n'
+        in render_grid(root / "recipe_templates", "toy").texts["gemma_full_060"]
+    )
 
 
 # Model cards
 
 
-CARD = "path: hub/phi\ndtype: float16\nchat_template: null\npad_token: auto\ntarget_modules: [q_proj, dense]\n"
+CARD = (
+    "path: hub/phi\ndtype: float16\nchat_template: null\npad_token: auto\ntarget_modules: [q_proj,"
+    " dense]\n"
+)
 
 
 def test_cards_are_known_by_their_file_names(toy: Toy) -> None:
@@ -138,5 +172,7 @@ def test_an_interpolation_inside_a_recipe_is_still_resolved(toy: Toy) -> None:
     root = toy(old="max_steps: 2", new="max_steps: ${data.max_length}")
     text = render_grid(root / "recipe_templates", "toy").texts["phi_full_060"]
     assert parse_recipe(text, where="").training.max_steps == 64
-    assert "not to the environment" in grid_error(toy(old="max_steps: 2", new="max_steps: ${oc.env:HOME}"))
+    assert "not to the environment" in grid_error(
+        toy(old="max_steps: 2", new="max_steps: ${oc.env:HOME}")
+    )
     assert "not to the environment" in grid_error(toy(old="data/demo.jsonl", new="${oc.env:HOME}"))

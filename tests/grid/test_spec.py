@@ -30,10 +30,17 @@ def names_of(root: Path) -> list[str]:
 def test_every_cell_gives_one_recipe_in_the_order_of_the_axes(toy: Toy) -> None:
     rendered = render_grid(toy() / "recipe_templates", "toy")
     assert list(rendered.texts) == [
-        f"{m}_{o}_{n}" for m in ("gemma", "phi") for o in ("full", "completion") for n in ("060", "180")
+        f"{m}_{o}_{n}"
+        for m in ("gemma", "phi")
+        for o in ("full", "completion")
+        for n in ("060", "180")
     ]
     recipe = parse_recipe(rendered.texts["phi_full_060"], where="")
-    assert (recipe.run.grid, recipe.run.name, recipe.model.path) == ("toy", "phi_full_060", "models/phi")
+    assert (recipe.run.grid, recipe.run.name, recipe.model.path) == (
+        "toy",
+        "phi_full_060",
+        "models/phi",
+    )
     assert dict(recipe.run.axes) == {"model": "phi", "loss": "full", "num_train_samples": 60}
     assert recipe.data.num_train_samples == 60
 
@@ -48,7 +55,12 @@ exclude:
 """
     )
     keys = keys_of(root)
-    assert (keys.num_cells, keys.num_excluded, keys.num_included, len(keys.keys)) == (8, (2, 2), 0, 4)
+    assert (keys.num_cells, keys.num_excluded, keys.num_included, len(keys.keys)) == (
+        8,
+        (2, 2),
+        0,
+        4,
+    )
     assert all(key.axes["loss"] == "completion" for key in keys.keys)
     summary = render_grid(root / "recipe_templates", "toy").summary
     assert "8 cells     model (2) x loss (2) x num_train_samples (2)" in summary
@@ -87,7 +99,12 @@ def test_a_conditional_axis_is_absent_where_it_does_not_apply(toy: Toy) -> None:
         "b_lora_16",
     ]
     assert keys_of(root).keys[0].axes == {"model": "a", "adapter": "none"}
-    assert keys_of(root).keys[2].axes == {"model": "a", "adapter": "lora", "lora_r": 16, "tied": True}
+    assert keys_of(root).keys[2].axes == {
+        "model": "a",
+        "adapter": "lora",
+        "lora_r": 16,
+        "tied": True,
+    }
 
 
 def test_a_template_that_uses_an_absent_axis_is_told_how_to_ask(toy: Toy) -> None:
@@ -112,7 +129,9 @@ def test_labels_that_only_look_alike_are_different(toy: Toy) -> None:
         with pytest.raises(GridError, match="twice"):  # 1 and "1" print alike
             keys_of(root)
         spec = load_grid(root / "recipe_templates", "toy")
-        assert [applies(spec.exclude[0].when, {"b": label}) for label in (1, "1", 1.0, True)].index(True) == position
+        assert [applies(spec.exclude[0].when, {"b": label}) for label in (1, "1", 1.0, True)].index(
+            True
+        ) == position
 
 
 def test_small_numbers_in_a_grid_are_numbers(toy: Toy) -> None:
@@ -128,26 +147,59 @@ def test_small_numbers_in_a_grid_are_numbers(toy: Toy) -> None:
     ("grid", "expected"),
     [
         (GRID.replace("axes:", "axis:"), ["line 2", "axis", "did you mean `axes`?", "is missing"]),
-        (GRID + "exclude: [{when: {modle: phi}, why: x}]", ["line 8", "is not an axis, did you mean `model`?"]),
-        (GRID + "exclude:\n  - when: {model: phy}\n    why: x", ["line 9", 'got "phy"', '"gemma", "phi"']),
+        (
+            GRID + "exclude: [{when: {modle: phi}, why: x}]",
+            ["line 8", "is not an axis, did you mean `model`?"],
+        ),
+        (
+            GRID + "exclude:\n  - when: {model: phy}\n    why: x",
+            ["line 9", 'got "phy"', '"gemma", "phi"'],
+        ),
         (GRID + "exclude: [{when: {num_train_samples: '60'}, why: x}]", ['got "60"', "60, 180"]),
         (GRID + "exclude: [{when: {model: phi}}]", ["exclude.0.why", "is missing"]),
-        (GRID + "exclude: [{when: {model: phi}, why: x, wyh: y}]", ["unknown key, did you mean `why`?"]),
+        (
+            GRID + "exclude: [{when: {model: phi}, why: x, wyh: y}]",
+            ["unknown key, did you mean `why`?"],
+        ),
         (GRID + "exclude: [{when: {}, why: x}]", ["exclude.0.when", "at least 1"]),
         (GRID + "exclude: [{when: {model: []}, why: x}]", ["exclude.0.when.model", "at least 1"]),
-        (GRID + "include: [{model: phi, loss: full}]", ["include.0.num_train_samples", "is missing"]),
-        (GRID + "include: [{model: phi, loss: full, num_train_samples: 1, x: 2}]", ["include.0.x", "is not an axis"]),
-        (GRID + "include: [{model: llama, loss: full, num_train_samples: 1}]", ["llama is no value of the axis"]),
+        (
+            GRID + "include: [{model: phi, loss: full}]",
+            ["include.0.num_train_samples", "is missing"],
+        ),
+        (
+            GRID + "include: [{model: phi, loss: full, num_train_samples: 1, x: 2}]",
+            ["include.0.x", "is not an axis"],
+        ),
+        (
+            GRID + "include: [{model: llama, loss: full, num_train_samples: 1}]",
+            ["llama is no value of the axis"],
+        ),
         (
             GRID + "include: [{model: {name: phi, path: x}, loss: full, num_train_samples: 1}]",
             ["another meaning to phi"],
         ),
-        (GRID + "include: [{model: {path: x}, loss: full, num_train_samples: 1}]", ["needs the key `name`"]),
-        (CONDITIONAL + "include: [{model: c, adapter: none, lora_r: 3}]", ["include.0.lora_r", "does not apply"]),
+        (
+            GRID + "include: [{model: {path: x}, loss: full, num_train_samples: 1}]",
+            ["needs the key `name`"],
+        ),
+        (
+            CONDITIONAL + "include: [{model: c, adapter: none, lora_r: 3}]",
+            ["include.0.lora_r", "does not apply"],
+        ),
         (CONDITIONAL + "include: [{model: c, adapter: lora}]", ["include.0.lora_r", "is missing"]),
-        (CONDITIONAL.replace("{adapter: lora}", "{tied: true}"), ["line 5", "is not an axis above this one"]),
-        (CONDITIONAL.replace("{adapter: lora}", "{adapter: lora, extra: 1}"), ["is not an axis above"]),
-        (CONDITIONAL.replace("when: {adapter: lora}", "if: {adapter: lora}"), ["axes.lora_r.if", "unknown key"]),
+        (
+            CONDITIONAL.replace("{adapter: lora}", "{tied: true}"),
+            ["line 5", "is not an axis above this one"],
+        ),
+        (
+            CONDITIONAL.replace("{adapter: lora}", "{adapter: lora, extra: 1}"),
+            ["is not an axis above"],
+        ),
+        (
+            CONDITIONAL.replace("when: {adapter: lora}", "if: {adapter: lora}"),
+            ["axes.lora_r.if", "unknown key"],
+        ),
         (GRID.replace("[60, 180]", "[60, 60]"), ["line 7", "has 60 twice"]),
         (GRID.replace("name: phi,", "name: gemma,"), ["axes.model", "has gemma twice"]),
         (GRID.replace("name: phi,", ""), ["line 5", "needs the key `name`"]),
@@ -171,14 +223,18 @@ def test_small_numbers_in_a_grid_are_numbers(toy: Toy) -> None:
         ("a: [1", ["expected ',' or ']'"]),
     ],
 )
-def test_a_wrong_grid_file_is_refused_with_its_line(toy: Toy, grid: str, expected: list[str]) -> None:
+def test_a_wrong_grid_file_is_refused_with_its_line(
+    toy: Toy, grid: str, expected: list[str]
+) -> None:
     message = grid_error(toy(grid))
     for part in [*expected, "toy/grid.yaml has"]:
         assert part in message, message
 
 
 def test_all_problems_of_a_grid_file_come_at_once(toy: Toy) -> None:
-    message = grid_error(toy(GRID.replace("[60, 180]", "[60, 60]") + "exclude: [{when: {x: 1}, why: y}]\n"))
+    message = grid_error(
+        toy(GRID.replace("[60, 180]", "[60, 60]") + "exclude: [{when: {x: 1}, why: y}]\n")
+    )
     assert "2 problems" in message and "line 7" in message and "line 8" in message
 
 
@@ -216,7 +272,8 @@ def test_a_name_ends_where_its_line_does(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["same", "{{ model }}_{{ loss }}", "{{ model }}_{{ loss }}_{{ num_train_samples > 0 }}"]
+    "pattern",
+    ["same", "{{ model }}_{{ loss }}", "{{ model }}_{{ loss }}_{{ num_train_samples > 0 }}"],
 )
 def test_two_cells_with_one_name_are_refused(toy: Toy, pattern: str) -> None:
     message = grid_error(toy(GRID.replace(GRID.splitlines()[0], f'name: "{pattern}"')))
@@ -224,7 +281,9 @@ def test_two_cells_with_one_name_are_refused(toy: Toy, pattern: str) -> None:
 
 
 def test_names_that_differ_in_case_only_are_refused(toy: Toy) -> None:
-    assert "twice (letter case does not count)" in grid_error(toy("name: '{{ a }}'\naxes: {a: [x, X]}"))
+    assert "twice (letter case does not count)" in grid_error(
+        toy("name: '{{ a }}'\naxes: {a: [x, X]}")
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,19 @@ from omegaconf import OmegaConf
 from runner.errors import GridError
 from runner.grid.template import build_sandbox, locate_error, quote_yaml, render_text
 
-texts = st.text(st.characters(exclude_categories=["Cs"])) | st.text("\\${}?:. ab\n\"'#-[],&*!|>%@`~", max_size=30)
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
-values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=12)
+texts = st.text(st.characters(exclude_categories=["Cs"])) | st.text(
+    "\\${}?:. ab\n\"'#-[],&*!|>%@`~", max_size=30
+)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=12
+)
 
 
 def read_back(text: str) -> Any:
@@ -29,7 +39,9 @@ def read_back(text: str) -> Any:
     return json.loads(json.dumps(container))["a"]
 
 
-def render_value(folder: Path, value: Any, template: str = "a: {{ value | yaml }}\nb: after\n") -> str:
+def render_value(
+    folder: Path, value: Any, template: str = "a: {{ value | yaml }}\nb: after\n"
+) -> str:
     (folder / "t.j2").write_text(template)
     return render_text(build_sandbox(folder), "t.j2", {"value": value})
 
@@ -95,7 +107,9 @@ def test_a_number_is_a_number_for_every_yaml_reader(value: float) -> None:
     assert isinstance(yaml.safe_load(quote_yaml(value)), float)
 
 
-@pytest.mark.parametrize("value", [object(), {1: 2}, float("nan"), float("inf"), b"x", {"a"}, "\ud800", ["\udfff"]])
+@pytest.mark.parametrize(
+    "value", [object(), {1: 2}, float("nan"), float("inf"), b"x", {"a"}, "\ud800", ["\udfff"]]
+)
 def test_what_yaml_cannot_hold_is_refused(value: Any) -> None:
     with pytest.raises(GridError):
         quote_yaml(value)
@@ -104,7 +118,9 @@ def test_what_yaml_cannot_hold_is_refused(value: Any) -> None:
 def test_a_template_writes_what_the_filter_gives(tmp_path: Path) -> None:
     for value in ("a\nb: 1", "${x}", 1e-5, ["no", {"k": None}]):
         assert read_back(render_value(tmp_path, value)) == value
-    assert render_value(tmp_path, "x\ny: 1", "# {{ value | yaml }}\na: 1\n") == '# "x\\ny: 1"\na: 1\n'
+    assert (
+        render_value(tmp_path, "x\ny: 1", "# {{ value | yaml }}\na: 1\n") == '# "x\\ny: 1"\na: 1\n'
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +177,9 @@ def test_templates_that_are_allowed(tmp_path: Path, template: str) -> None:
         ("{% with a = 1 %}{% endwith %}", 1),
     ],
 )
-def test_templates_that_are_refused_before_they_run(tmp_path: Path, template: str, line: int) -> None:
+def test_templates_that_are_refused_before_they_run(
+    tmp_path: Path, template: str, line: int
+) -> None:
     with pytest.raises(TemplateSyntaxError) as caught:
         render_value(tmp_path, "v", template)
     assert locate_error(caught.value, tmp_path) == (tmp_path / "t.j2", line)
@@ -195,16 +213,28 @@ def test_an_escape_from_the_sandbox_fails(tmp_path: Path, expression: str) -> No
 
 DOUBLED = "{% set a = 'x' %}" + "{% set a = a OP a %}" * 40
 GROWING = {
-    "loops in loops": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
-    "loops with output": "{% for i in range(90000) %}{% for j in range(90000) %}#\n{% endfor %}{% endfor %}",
+    "loops in loops": (
+        "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+    ),
+    "loops with output": (
+        "{% for i in range(90000) %}{% for j in range(90000) %}#\n{% endfor %}{% endfor %}"
+    ),
     "texts joined": DOUBLED.replace("OP", "~") + "a: {{ a | yaml }}",
     "texts added": DOUBLED.replace("OP", "+") + "a: {{ a | yaml }}",
     "lists added": DOUBLED.replace("'x'", "[1]").replace("OP", "+") + "a: {{ a | yaml }}",
     "lists in lists": "{% set a = [1] %}" + "{% set a = [a, a] %}" * 40 + "a: {{ a | yaml }}",
-    "lists in lists as text": "{% set a = [1] %}" + "{% set a = [a, a] %}" * 40 + "a: {{ (a | string) | yaml }}",
-    "lists in lists in a text": "{% set a = [1] %}" + "{% set a = [a, a] %}" * 40 + "a: {{ (a ~ '') | yaml }}",
-    "replaced": "{% set a = 'xxxxxxxxxx' %}" + "{% set a = a | replace('x', a) %}" * 9 + "a: {{ a | yaml }}",
-    "joined by long texts": "{% set a = range(9000) | join('x') %}a: {{ (range(9000) | list | join(a)) | yaml }}",
+    "lists in lists as text": (
+        "{% set a = [1] %}" + "{% set a = [a, a] %}" * 40 + "a: {{ (a | string) | yaml }}"
+    ),
+    "lists in lists in a text": (
+        "{% set a = [1] %}" + "{% set a = [a, a] %}" * 40 + "a: {{ (a ~ '') | yaml }}"
+    ),
+    "replaced": (
+        "{% set a = 'xxxxxxxxxx' %}" + "{% set a = a | replace('x', a) %}" * 9 + "a: {{ a | yaml }}"
+    ),
+    "joined by long texts": (
+        "{% set a = range(9000) | join('x') %}a: {{ (range(9000) | list | join(a)) | yaml }}"
+    ),
     "a wide format": "a: {{ ('%999999999s' % 1) | yaml }}",
     "a starred format": "a: {{ ('%*s' % (999999999, 1)) | yaml }}",
     "a padded text": "a: {{ ('x'.ljust(999999999)) | yaml }}",
@@ -219,7 +249,9 @@ def test_nothing_grows_without_end(tmp_path: Path, name: str) -> None:
 
 
 def test_a_long_loop_leaves_the_next_text_its_rounds(tmp_path: Path) -> None:
-    (tmp_path / "t.j2").write_text("{% for i in range(90000) %}{% endfor %}a: {{ ('x'.upper() ~ '%03d' % 7) | yaml }}")
+    (tmp_path / "t.j2").write_text(
+        "{% for i in range(90000) %}{% endfor %}a: {{ ('x'.upper() ~ '%03d' % 7) | yaml }}"
+    )
     sandbox = build_sandbox(tmp_path)
     assert {render_text(sandbox, "t.j2", {}) for _ in range(4)} == {'a: "X007"'}
 

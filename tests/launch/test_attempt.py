@@ -1,4 +1,6 @@
-"""One attempt: its lease, its record, its end; run directories that are moved, damaged or of another experiment."""
+"""One attempt: its lease, its record, its end; run directories that are moved, damaged or of
+another experiment.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,13 @@ from runner.recipe.parse import Recipe, load_recipe
 from runner.run.lease import is_leased
 from runner.run.paths import RunPaths
 from runner.run.record import Failure, StopRequest, load_record, load_stop_request
-from tests.support.fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish, wait_until_dead
+from tests.support.fake_launcher import (
+    PATIENCE_SECONDS,
+    FakeLauncher,
+    fake,
+    finish,
+    wait_until_dead,
+)
 
 __all__ = ["fake"]
 
@@ -53,7 +61,9 @@ def load_toy(fake: FakeLauncher, name: str = "a") -> tuple[Recipe, Mapping[str, 
     return recipe, hash_contents(recipe, ContentHashes(fake.root / "cache.json")), fake.paths(name)
 
 
-def start(fake: FakeLauncher, started: list[RunningAttempt], name: str = "a") -> RunningAttempt | None:
+def start(
+    fake: FakeLauncher, started: list[RunningAttempt], name: str = "a"
+) -> RunningAttempt | None:
     recipe, contents, paths = load_toy(fake, name)
     command = build_launch_command(recipe, paths.run_dir, Placement(1), path=os.environ["PATH"])
     attempt = start_attempt(recipe, contents, paths, command, 1)
@@ -61,7 +71,9 @@ def start(fake: FakeLauncher, started: list[RunningAttempt], name: str = "a") ->
     return attempt
 
 
-def test_the_lease_is_the_stdin_of_the_child(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+def test_the_lease_is_the_stdin_of_the_child(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
     fake.add("a", told="wait")
     attempt = start(fake, started)
     assert attempt is not None
@@ -75,7 +87,9 @@ def test_the_lease_is_the_stdin_of_the_child(fake: FakeLauncher, started: list[R
     assert not is_leased(attempt.paths.lease_path)
 
 
-def test_the_record_says_what_was_started(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+def test_the_record_says_what_was_started(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
     fake.add("a")
     attempt = start(fake, started)
     assert attempt is not None and attempt.finish() is None
@@ -84,7 +98,12 @@ def test_the_record_says_what_was_started(fake: FakeLauncher, started: list[Runn
     assert record.command[0] == "accelerate" and list(record.command[1:]) == event["argv"][1:]
     assert record.environment.items() <= event["environment"].items()
     assert record.started_at_utc <= (record.ended_at_utc or "")
-    assert (record.number, record.num_processes, record.exit_status, record.failure) == (1, 1, 0, None)
+    assert (record.number, record.num_processes, record.exit_status, record.failure) == (
+        1,
+        1,
+        0,
+        None,
+    )
     assert record.versions["torch"] and record.host
     assert "told to complete" in attempt.files.log_path.read_text()
 
@@ -98,7 +117,9 @@ def test_devices_of_the_surroundings_are_recorded(
     assert attempt is not None and attempt.attempt.devices == "7"
 
 
-def test_what_outlives_the_launcher_is_ended(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+def test_what_outlives_the_launcher_is_ended(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
     fake.add("a", told="leave")
     attempt = start(fake, started)
     assert attempt is not None
@@ -118,7 +139,10 @@ def test_a_request_to_stop_names_one_attempt_and_is_gone_with_the_next(
     fake.next_started()
     first.request_stop("enough")
     failure = first.finish()
-    assert failure is not None and (failure.kind, failure.message.partition(":")[0]) == ("preempted", "enough")
+    assert failure is not None and (failure.kind, failure.message.partition(":")[0]) == (
+        "preempted",
+        "enough",
+    )
     assert load_stop_request(first.paths) == StopRequest(attempt=1, why="enough")
     fake.tell("a", "complete")
     second = start(fake, started)
@@ -177,9 +201,12 @@ def test_what_is_left_of_earlier_attempts_is_ended_by_the_next(
         fake.paths(name).run_dir.mkdir(parents=True, exist_ok=True)
         fake.paths(name).lease_path.touch()
         owners.append(name_owner(fake.paths(name)))
-    owners.append(f"0.0@{fake.paths('a').run_dir.resolve()}")  # another container's run of the same path
+    # Another container's run of the same path.
+    owners.append(f"0.0@{fake.paths('a').run_dir.resolve()}")
     environments = [{**os.environ, OWNER_VARIABLE: f"{owner}:7"} for owner in owners]
-    own, *foreign = (subprocess.Popen(["sleep", "1000"], env=environment) for environment in environments)
+    own, *foreign = (
+        subprocess.Popen(["sleep", "1000"], env=environment) for environment in environments
+    )
     try:
         attempt = start(fake, started)
         assert attempt is not None and attempt.finish() is None
@@ -191,7 +218,9 @@ def test_what_is_left_of_earlier_attempts_is_ended_by_the_next(
             process.wait()
 
 
-def test_a_lasting_failure_is_not_called_a_preemption(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+def test_a_lasting_failure_is_not_called_a_preemption(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
     fake.add("a", told="fail data because")
     attempt = start(fake, started)
     assert attempt is not None
@@ -201,7 +230,9 @@ def test_a_lasting_failure_is_not_called_a_preemption(fake: FakeLauncher, starte
     assert failure is not None and (failure.kind, failure.message) == ("data", "because")
 
 
-def test_a_result_of_another_digest_is_no_success(fake: FakeLauncher, started: list[RunningAttempt]) -> None:
+def test_a_result_of_another_digest_is_no_success(
+    fake: FakeLauncher, started: list[RunningAttempt]
+) -> None:
     fake.add("a")
     attempt = start(fake, started)
     assert attempt is not None and attempt.finish() is None
@@ -234,7 +265,15 @@ def test_a_damaged_file_of_the_trainer_is_a_failure(
 @pytest.mark.parametrize("name", ["recipe.json", "run.json", "result.json"])
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[1]", '{"attempts": [{"number": "one"}], "recipe": {}}', "\xff", "[" * 100_000, "null"],
+    [
+        "",
+        "{",
+        "[1]",
+        '{"attempts": [{"number": "one"}], "recipe": {}}',
+        "\xff",
+        "[" * 100_000,
+        "null",
+    ],
     ids=["empty", "cut", "list", "types", "bytes", "deep", "null"],
 )
 def test_a_damaged_record_stops_its_own_run_only(
@@ -253,7 +292,11 @@ def test_a_damaged_record_stops_its_own_run_only(
     for named in ("recipes/toy", "runs"):
         assert main(["status", named]) == 1
         shown = capsys.readouterr()
-        assert "toy/b  completed" in shown.out and "toy/a  unreadable" in shown.out and name in shown.out
+        assert (
+            "toy/b  completed" in shown.out
+            and "toy/a  unreadable" in shown.out
+            and name in shown.out
+        )
         assert "hint: unreadable: `runner launch RECIPE --fresh`" in shown.err
         assert main(["status", named, "--json"]) == 1
         states = {row["name"]: row["state"] for row in json.loads(capsys.readouterr().out)}
@@ -281,7 +324,9 @@ def test_attempts_that_cannot_be_are_unreadable(
     fake.add("a", told="exit 1")
     main(["sweep", "recipes/toy"])
     [attempt] = fake.attempts("a")
-    write_json_atomic(fake.paths("a").record_path, {"attempts": [attempt | one for one in json.loads(attempts)]})
+    write_json_atomic(
+        fake.paths("a").record_path, {"attempts": [attempt | one for one in json.loads(attempts)]}
+    )
     capsys.readouterr()
     assert main(["status", "recipes/toy"]) == 1
     assert why in capsys.readouterr().out
@@ -300,13 +345,19 @@ def test_a_launcher_that_cannot_be_started_is_recorded(fake: FakeLauncher) -> No
     with pytest.raises(RunnerError, match="nowhere/accelerate cannot be started"):
         start_attempt(recipe, contents, paths, command, 1)
     [attempt] = load_record(paths).attempts
-    assert attempt.ended_at_utc and attempt.failure is not None and "cannot be started" in attempt.failure.message
+    assert (
+        attempt.ended_at_utc
+        and attempt.failure is not None
+        and "cannot be started" in attempt.failure.message
+    )
     assert not is_leased(paths.lease_path)
     assert derive_status(paths, recipe, contents).state == "failed"
 
 
 def test_the_record_is_opened_before_anything_starts(fake: FakeLauncher) -> None:
-    """A launcher that is killed at once leaves an attempt without an end, which is an interrupted run."""
+    """A launcher that is killed at once leaves an attempt without an end, which is an interrupted
+    run.
+    """
     fake.add("a")
     recipe, contents, paths = load_toy(fake)
     lease = take_lease(paths)
@@ -326,10 +377,17 @@ def test_close_attempt_ends_the_last_one_only(fake: FakeLauncher) -> None:
     close_attempt(paths, 5, None)
     first, second = load_record(paths).attempts
     assert (first.exit_status, second.exit_status) == (None, 5)
-    assert (first.number, second.number, second.git_commit, second.git_is_dirty) == (1, 2, "c0ffee", True)
+    assert (first.number, second.number, second.git_commit, second.git_is_dirty) == (
+        1,
+        2,
+        "c0ffee",
+        True,
+    )
 
 
-def test_a_changed_recipe_is_refused_with_a_diff(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_recipe_is_refused_with_a_diff(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a")
     assert main(["launch", "recipes/toy/a.yaml"]) == 0
     recipe_path = fake.root / "recipes" / "toy" / "a.yaml"
@@ -345,7 +403,9 @@ def test_a_changed_recipe_is_refused_with_a_diff(fake: FakeLauncher, capsys: pyt
     assert fake.tree() == before and len(fake.started()) == 1
 
 
-def test_changed_data_is_refused_and_lost_data_too(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_data_is_refused_and_lost_data_too(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a", told="exit 1")
     assert main(["launch", "recipes/toy/a.yaml"]) == 14
     capsys.readouterr()
@@ -353,7 +413,8 @@ def test_changed_data_is_refused_and_lost_data_too(fake: FakeLauncher, capsys: p
     assert main(["launch", "recipes/toy/a.yaml"]) == 2
     assert "content of data.jsonl: " in capsys.readouterr().err
     (fake.root / "data.jsonl").write_text("{}\n")
-    (fake.root / "models" / "toy").rename(fake.root / "models" / "moved")  # now it could be an id on the hub
+    # Now it could be an id on the hub.
+    (fake.root / "models" / "toy").rename(fake.root / "models" / "moved")
     assert main(["launch", "recipes/toy/a.yaml"]) == 10
     assert "content of models/toy: not there any more" in capsys.readouterr().err
     assert len(fake.started()) == 1
@@ -375,7 +436,9 @@ def test_fresh_moves_the_old_run_aside_and_loses_nothing(
     assert len(capsys.readouterr().out.splitlines()) == 1, "what was moved aside is not listed"
 
 
-def test_fresh_refuses_a_running_run(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fresh_refuses_a_running_run(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a", told="wait")
     launch = fake.start("launch", "recipes/toy/a.yaml")
     fake.next_started()
@@ -388,7 +451,9 @@ def test_fresh_refuses_a_running_run(fake: FakeLauncher, capsys: pytest.CaptureF
 
 
 def test_a_lease_of_a_directory_that_was_moved_aside_is_worth_nothing(fake: FakeLauncher) -> None:
-    """Between opening and locking the lease, `--fresh` in another process may move the directory."""
+    """Between opening and locking the lease, `--fresh` in another process may move the
+    directory.
+    """
     from runner.run.lease import Lease
 
     fake.add("a")
@@ -417,7 +482,9 @@ def test_prepare_writes_the_run_and_its_command_works_when_pasted(
     status = derive_status(paths, recipe, contents)
     assert (status.state, status.why) == ("pending", "prepared, to be started by hand")
     assert fake.events() == []
-    subprocess.run(["bash", "-c", command], env=fake.environment, stdin=subprocess.DEVNULL, check=True)
+    subprocess.run(
+        ["bash", "-c", command], env=fake.environment, stdin=subprocess.DEVNULL, check=True
+    )
     assert fake.started() == ["a"]
     assert derive_status(paths, recipe, contents).state == "completed"
 
@@ -460,5 +527,7 @@ def test_placement_may_change_between_attempts(fake: FakeLauncher, tmp_path: Pat
     fake.add("a", told="exit 1")
     assert main(["launch", "recipes/toy/a.yaml"]) == 14
     assert main(["launch", "recipes/toy/a.yaml", "--num-processes", "2"]) == 14
-    assert main(["launch", "recipes/toy/a.yaml", "--num-processes", "3"]) == 2, "4 sequences cannot be cut in 3"
+    assert main(["launch", "recipes/toy/a.yaml", "--num-processes", "3"]) == 2, (
+        "4 sequences cannot be cut in 3"
+    )
     assert [attempt["num_processes"] for attempt in fake.attempts("a")] == [1, 2]

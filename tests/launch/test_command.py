@@ -1,4 +1,6 @@
-"""The launch command of a recipe, exactly; `UPDATE_GOLDEN=1` rewrites `golden/launch_commands.txt`."""
+"""The launch command of a recipe, exactly; `UPDATE_GOLDEN=1` rewrites
+`golden/launch_commands.txt`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ GOLDEN = ROOT / "tests" / "golden" / "launch_commands.txt"
 TOOLS_DIR = str(Path(sys.executable).parent)
 
 MULTI_GPU = ("launch.accelerate_config=accelerate_configs/multi_gpu.yaml",)
-ZERO3 = ("launch.accelerate_config=accelerate_configs/zero3.yaml", "launch.num_cpu_threads_per_process=4")
+ZERO3 = (
+    "launch.accelerate_config=accelerate_configs/zero3.yaml",
+    "launch.num_cpu_threads_per_process=4",
+)
 SUMMARIES = "recipes/summaries/gemma-2-9b-it_task-1_auto_060_completion_acc16.yaml"
 MATH = "recipes/math_tools/gemma-7b-it_lr5e-6.yaml"
 COMMANDS: list[tuple[str, tuple[str, ...], Placement]] = [
@@ -34,7 +39,11 @@ COMMANDS: list[tuple[str, tuple[str, ...], Placement]] = [
     (MATH, (), Placement(8, None, 64)),
     (MATH, ("launch.num_processes=4",), Placement(4, ("0", "1", "2", "3"), 64)),
     (MATH, ("launch.num_machines=2",), Placement(8, None, 64, Machines(2, "node7", 40123))),
-    (MATH, ("launch.num_machines=2",), Placement(8, None, 64, Machines(2, "FIRST_MACHINE", 29500, rank=1))),
+    (
+        MATH,
+        ("launch.num_machines=2",),
+        Placement(8, None, 64, Machines(2, "FIRST_MACHINE", 29500, rank=1)),
+    ),
 ]
 
 
@@ -51,8 +60,12 @@ def test_commands_of_committed_recipes() -> None:
     for name, overrides, placement in COMMANDS:
         recipe = load_recipe(ROOT / name, overrides)
         command = build(recipe, Path("runs") / recipe.run.grid / recipe.run.name, placement)
-        shown = "\n".join([f"# {' '.join([name, *overrides])}", f"# {placement}", command.as_shell(), ""])
-        blocks.append(shown.replace(f"{TOOLS_DIR}:", "TOOLS_DIR:").replace(sys.executable, "PYTHON"))
+        shown = "\n".join(
+            [f"# {' '.join([name, *overrides])}", f"# {placement}", command.as_shell(), ""]
+        )
+        blocks.append(
+            shown.replace(f"{TOOLS_DIR}:", "TOOLS_DIR:").replace(sys.executable, "PYTHON")
+        )
     text = "\n".join(blocks)
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(text)
@@ -78,14 +91,29 @@ def test_the_experiment_is_not_on_the_command_line() -> None:
     for change in changes:
         assert build(parse(change), Path("runs/toy/base"), Placement(3)) == command, change
     words = " ".join([*command.argv, *command.environment]).lower()
-    for word in ("batch", "precision", "bf16", "fp16", "learning", "accumulation", "clip", "zero", "seed", "mixed"):
+    for word in (
+        "batch",
+        "precision",
+        "bf16",
+        "fp16",
+        "learning",
+        "accumulation",
+        "clip",
+        "zero",
+        "seed",
+        "mixed",
+    ):
         assert word not in words
 
 
 def test_what_only_says_where_is_on_the_command_line() -> None:
     run_dir = Path("runs/toy/base")
     command = build(parse(), run_dir, Placement(3, ("4", "5", "6"), 12))
-    assert command.argv[:2] == ("accelerate", "launch") and command.argv[-3:] == ("-m", "runner.sft", "runs/toy/base")
+    assert command.argv[:2] == ("accelerate", "launch") and command.argv[-3:] == (
+        "-m",
+        "runner.sft",
+        "runs/toy/base",
+    )
     assert command.argv[command.argv.index("--num_processes") + 1] == "3"
     assert command.argv[command.argv.index("--config_file") + 1] == "cpu.yaml"
     assert command.environment["CUDA_VISIBLE_DEVICES"] == "4,5,6"
@@ -110,18 +138,28 @@ def test_the_tools_of_this_python_are_found_without_activating_it() -> None:
     recipe, run_dir = parse(), Path("runs/toy/base")
     without = build_launch_command(recipe, run_dir, Placement(3), path="/usr/bin:/bin")
     assert without.environment["PATH"] == f"{TOOLS_DIR}:/usr/bin:/bin"
-    assert "PATH" not in build_launch_command(recipe, run_dir, Placement(3), path=f"/bin:{TOOLS_DIR}").environment
+    assert (
+        "PATH"
+        not in build_launch_command(
+            recipe, run_dir, Placement(3), path=f"/bin:{TOOLS_DIR}"
+        ).environment
+    )
 
 
 @settings(deadline=None, max_examples=25)
-@given(name=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30))
+@given(
+    name=st.text(
+        st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30
+    )
+)
 def test_a_command_survives_being_pasted_whatever_the_names(name: str) -> None:
     command = build(parse(), Path("runs") / name, Placement(3, (name,)))
     assert shlex.split(command.as_shell())[-len(command.argv) :] == list(command.argv)
 
 
 @pytest.mark.parametrize(
-    "name", ["a b", "$(touch pwned)", "`touch pwned`", "a'b\"c", "; touch pwned #", "*", "a\nb", "-x"]
+    "name",
+    ["a b", "$(touch pwned)", "`touch pwned`", "a'b\"c", "; touch pwned #", "*", "a\nb", "-x"],
 )
 def test_a_shell_reads_a_hostile_name_as_a_name(name: str, tmp_path: Path) -> None:
     tool = tmp_path / "bin" / "accelerate"

@@ -1,4 +1,6 @@
-"""Every setting of a launch has one owner: the recipe, `accelerate_configs/` or `ds_configs/`; the table says which."""
+"""Every setting of a launch has one owner: the recipe, `accelerate_configs/` or `ds_configs/`; the
+table says which.
+"""
 
 import json
 import shutil
@@ -12,11 +14,18 @@ import yaml
 from runner.recipe.schema import LaunchSection, Training
 from tests.conftest import ROOT
 
-RECIPE, ACCELERATE, DEEPSPEED, ARGV = "the recipe", "accelerate_configs/", "ds_configs/", "the command line"
+RECIPE, ACCELERATE, DEEPSPEED, ARGV = (
+    "the recipe",
+    "accelerate_configs/",
+    "ds_configs/",
+    "the command line",
+)
 
 
 class Knob(NamedTuple):
-    """One setting: its owner, and what it is called in each place. A name covers everything below it."""
+    """One setting: its owner, and what it is called in each place. A name covers everything below
+    it.
+    """
 
     owner: str
     recipe: tuple[str, ...] = ()
@@ -31,9 +40,14 @@ KNOBS = {
         ("gradient_accumulation_steps", "deepspeed_config.gradient_accumulation_steps"),
         ("train_batch_size", "gradient_accumulation_steps"),
     ),
-    "per-device batch": Knob(RECIPE, ("per_device_train_batch_size",), (), ("train_micro_batch_size_per_gpu",)),
+    "per-device batch": Knob(
+        RECIPE, ("per_device_train_batch_size",), (), ("train_micro_batch_size_per_gpu",)
+    ),
     "clipping": Knob(
-        RECIPE, ("max_grad_norm",), ("gradient_clipping", "deepspeed_config.gradient_clipping"), ("gradient_clipping",)
+        RECIPE,
+        ("max_grad_norm",),
+        ("gradient_clipping", "deepspeed_config.gradient_clipping"),
+        ("gradient_clipping",),
     ),
     "precision": Knob(
         RECIPE,
@@ -42,10 +56,17 @@ KNOBS = {
         ("bf16.enabled", "fp16.enabled"),
     ),
     "learning rate and optimizer": Knob(
-        RECIPE, ("learning_rate", "optim", "weight_decay", "lr_scheduler_type"), (), ("optimizer", "scheduler")
+        RECIPE,
+        ("learning_rate", "optim", "weight_decay", "lr_scheduler_type"),
+        (),
+        ("optimizer", "scheduler"),
     ),
-    "activation checkpointing": Knob(RECIPE, ("gradient_checkpointing",), (), ("activation_checkpointing",)),
-    "compilation": Knob(RECIPE, ("torch_compile",), ("dynamo_config", "dynamo_backend"), ("compile",)),
+    "activation checkpointing": Knob(
+        RECIPE, ("gradient_checkpointing",), (), ("activation_checkpointing",)
+    ),
+    "compilation": Knob(
+        RECIPE, ("torch_compile",), ("dynamo_config", "dynamo_backend"), ("compile",)
+    ),
     "ZeRO stage": Knob(
         DEEPSPEED,
         (),
@@ -69,7 +90,9 @@ KNOBS = {
         ("deepspeed_config.zero3_save_16bit_model",),
         ("zero_optimization.stage3_gather_16bit_weights_on_model_save",),
     ),
-    "path of the ds file": Knob(ACCELERATE, ("deepspeed",), ("deepspeed_config.deepspeed_config_file",)),
+    "path of the ds file": Knob(
+        ACCELERATE, ("deepspeed",), ("deepspeed_config.deepspeed_config_file",)
+    ),
     "distributed type": Knob(
         ACCELERATE,
         ("use_cpu", "fsdp", "fsdp_config", "ddp_backend", "parallelism_config"),
@@ -104,7 +127,9 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def owner_of(key: str, place: str) -> tuple[str | None, str]:
-    """The knob that `key` turns in `place` ("recipe", "accelerate" or "deepspeed"), and the knob's owner."""
+    """The knob that `key` turns in `place` ("recipe", "accelerate" or "deepspeed"), and the knob's
+    owner.
+    """
     for name, knob in KNOBS.items():
         if any(key == known or key.startswith(f"{known}.") for known in getattr(knob, place)):
             return name, knob.owner
@@ -126,12 +151,16 @@ def list_second_owners(root: Path) -> list[str]:
                 continue
             if owner == RECIPE and value == "auto":
                 continue
-            problems.append(f"{path.relative_to(root)}: `{key}` is {value!r}, but {knob} belongs to {owner}")
+            problems.append(
+                f"{path.relative_to(root)}: `{key}` is {value!r}, but {knob} belongs to {owner}"
+            )
     return problems
 
 
 def list_missing_ds_files(root: Path) -> list[str]:
-    """Every ds file that an accelerate config names and that does not exist, and every one that none names."""
+    """Every ds file that an accelerate config names and that does not exist, and every one that
+    none names.
+    """
     named = {}
     for path in (root / "accelerate_configs").rglob("*.yaml"):
         config = yaml.safe_load(path.read_text())
@@ -141,7 +170,9 @@ def list_missing_ds_files(root: Path) -> list[str]:
             return [f"{path.name}: DEEPSPEED and `deepspeed_config_file` go together"]
         if ds_file is not None:
             named[ds_file] = path.name
-    present = {str(path.relative_to(root)) for path in (root / "ds_configs").rglob("*") if path.is_file()}
+    present = {
+        str(path.relative_to(root)) for path in (root / "ds_configs").rglob("*") if path.is_file()
+    }
     return sorted(set(named) ^ present)
 
 
@@ -168,19 +199,25 @@ def test_every_file_says_what_it_is_for(name: str) -> None:
 
 
 def test_every_ds_file_leaves_the_recipe_its_values() -> None:
-    """A value that is absent from a ds file is DeepSpeed's default, not the recipe's: each must be `auto`."""
+    """A value that is absent from a ds file is DeepSpeed's default, not the recipe's: each must be
+    `auto`.
+    """
     handed_over = {key for knob in KNOBS.values() if knob.owner == RECIPE for key in knob.deepspeed}
     handed_over -= {"optimizer", "scheduler", "activation_checkpointing", "compile"}
     for path in sorted((ROOT / "ds_configs").iterdir()):
         config = dict(leaves(json.loads(path.read_text())))
-        assert {key: config.get(key) for key in handed_over} == dict.fromkeys(handed_over, "auto"), path.name
+        assert {key: config.get(key) for key in handed_over} == dict.fromkeys(
+            handed_over, "auto"
+        ), path.name
 
 
 def test_zero3_gathers_weights_on_save() -> None:
     """Without it, a full fine-tune ends with exit code 0 and a model folder without weights."""
     for path in sorted((ROOT / "ds_configs").iterdir()):
         zero = json.loads(path.read_text())["zero_optimization"]
-        assert zero["stage"] != 3 or zero["stage3_gather_16bit_weights_on_model_save"] is True, path.name
+        assert zero["stage"] != 3 or zero["stage3_gather_16bit_weights_on_model_save"] is True, (
+            path.name
+        )
 
 
 def test_recipe_has_the_fields_it_owns_and_no_other() -> None:
@@ -192,14 +229,24 @@ def test_recipe_has_the_fields_it_owns_and_no_other() -> None:
 
 BREAKS = {
     "accelerate_configs/zero3.yaml": ("num_processes: 2\n", "`num_processes`"),
-    "accelerate_configs/multi_gpu.yaml": ("mixed_precision: bf16\n", "`mixed_precision` (precision)"),
+    "accelerate_configs/multi_gpu.yaml": (
+        "mixed_precision: bf16\n",
+        "`mixed_precision` (precision)",
+    ),
     "accelerate_configs/cpu.yaml": ("colour: red\n", "`colour` (None) belongs to nobody"),
-    "accelerate_configs/zero2.yaml": ("  zero_stage: 2\n", "`deepspeed_config.zero_stage` (ZeRO stage)"),
+    "accelerate_configs/zero2.yaml": (
+        "  zero_stage: 2\n",
+        "`deepspeed_config.zero_stage` (ZeRO stage)",
+    ),
 }
 
 
-@pytest.mark.parametrize(("file", "line", "expected"), [(file, *rest) for file, rest in BREAKS.items()])
-def test_a_second_owner_in_an_accelerate_config_is_found(file: str, line: str, expected: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "line", "expected"), [(file, *rest) for file, rest in BREAKS.items()]
+)
+def test_a_second_owner_in_an_accelerate_config_is_found(
+    file: str, line: str, expected: str, tmp_path: Path
+) -> None:
     copy_configs(tmp_path)
     with (tmp_path / file).open("a") as stream:
         stream.write(line)
@@ -210,13 +257,18 @@ def test_a_second_owner_in_an_accelerate_config_is_found(file: str, line: str, e
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"gradient_clipping": 1.0}, "`gradient_clipping` is 1.0, but clipping belongs to the recipe"),
+        (
+            {"gradient_clipping": 1.0},
+            "`gradient_clipping` is 1.0, but clipping belongs to the recipe",
+        ),
         ({"optimizer": {"params": {"lr": 1e-4}}}, "`optimizer.params.lr`"),
         ({"zero_optimization": {"stage": "auto"}}, "`zero_optimization.stage` is 'auto'"),
         ({"wall_clock_breakdown": False}, "belongs to nobody"),
     ],
 )
-def test_a_second_owner_in_a_ds_file_is_found(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
+def test_a_second_owner_in_a_ds_file_is_found(
+    change: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
     copy_configs(tmp_path)
     path = tmp_path / "ds_configs" / "zero3.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -232,15 +284,31 @@ def test_a_missing_or_unnamed_ds_file_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ACCELERATE_CONFIGS)
 def test_accelerate_accepts_every_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through accelerate's own loader and its own checks of a launch, with the number of processes from the command."""
+    """Through accelerate's own loader and its own checks of a launch, with the number of processes
+    from the command.
+    """
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     monkeypatch.chdir(ROOT)
-    command = ["--config_file", f"accelerate_configs/{name}", "--num_processes", "2", "-m", "runner.sft", "somewhere"]
-    args, config, has_its_own_precision = _validate_launch_command(launch_command_parser().parse_args(command))
+    command = [
+        "--config_file",
+        f"accelerate_configs/{name}",
+        "--num_processes",
+        "2",
+        "-m",
+        "runner.sft",
+        "somewhere",
+    ]
+    args, config, has_its_own_precision = _validate_launch_command(
+        launch_command_parser().parse_args(command)
+    )
     assert args.num_processes == 2
     assert args.mixed_precision == "no" and not has_its_own_precision
-    assert args.use_deepspeed == (config.distributed_type.value == "DEEPSPEED") == name.startswith("zero")
+    assert (
+        args.use_deepspeed
+        == (config.distributed_type.value == "DEEPSPEED")
+        == name.startswith("zero")
+    )
     if args.use_deepspeed:
         assert Path(args.deepspeed_config_file).is_file()
         from accelerate.utils import DeepSpeedPlugin

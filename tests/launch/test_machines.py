@@ -1,4 +1,6 @@
-"""Several machines of one run: what Slurm must have given, what is started there, and what is refused elsewhere."""
+"""Several machines of one run: what Slurm must have given, what is started there, and what is
+refused elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def two(fake: FakeLauncher) -> FakeLauncher:
     """A recipe of four processes on two machines, and Slurm's commands on PATH."""
     fake.add("two", num_processes=4)
     path = fake.root / "recipes" / "toy" / "two.yaml"
-    path.write_text(path.read_text().replace("num_processes: 4", "num_processes: 4\n  num_machines: 2"))
+    path.write_text(
+        path.read_text().replace("num_processes: 4", "num_processes: 4\n  num_machines: 2")
+    )
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (fake.home / name).write_text(text)
         (fake.home / name).chmod(0o755)
@@ -49,13 +53,21 @@ def in_slurm(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_srun_starts_accelerate_once_on_each_machine(two: FakeLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_srun_starts_accelerate_once_on_each_machine(
+    two: FakeLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     in_slurm(monkeypatch)
     code, _, stderr = finish(two.start("launch", "recipes/toy/two.yaml"))
     assert code == 0, stderr
     told = (two.home / "srun").read_text().splitlines()
     options = told[: told.index("accelerate")]
-    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=6", "--kill-on-bad-exit=1"} <= {*options}
+    assert {
+        "--nodes=2",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=6",
+        "--kill-on-bad-exit=1",
+    } <= {*options}
     assert told[-1] == "1", "the ranks know their attempt"
     starts = [event for event in two.events() if event["event"] == "start"]
     ports = set()
@@ -68,7 +80,11 @@ def test_srun_starts_accelerate_once_on_each_machine(two: FakeLauncher, monkeypa
         assert not event["is_stdin_the_lease"]
     assert len(starts) == 2 and len(ports) == 1 and int(ports.pop()) > 0
     (attempt,) = two.attempts("two")
-    assert attempt["command"][0] == "srun" and attempt["num_processes"] == 4 and attempt["failure"] is None
+    assert (
+        attempt["command"][0] == "srun"
+        and attempt["num_processes"] == 4
+        and attempt["failure"] is None
+    )
 
 
 @pytest.mark.parametrize("verb", ["launch", "sweep"])
@@ -77,7 +93,9 @@ def test_outside_slurm_it_is_refused(two: FakeLauncher, verb: str) -> None:
     code, _, stderr = finish(two.start(verb, "recipes/toy/two.yaml"))
     assert code == 2 and "toy/two wants 2 machines" in stderr and "--prepare" in stderr
     assert {
-        name: content for name, content in two.tree().items() if ".content_hashes" not in name and name != "runs"
+        name: content
+        for name, content in two.tree().items()
+        if ".content_hashes" not in name and name != "runs"
     } == before
 
 
@@ -102,11 +120,15 @@ def test_by_hand_there_is_one_command_for_each_machine(two: FakeLauncher) -> Non
 
 @pytest.mark.parametrize("num_nodes", ["1", "3"])
 def test_a_job_of_another_size_is_refused(num_nodes: str) -> None:
-    with pytest.raises(RefusedError, match=f"the recipe wants 2 machines, this Slurm job has {num_nodes}"):
+    with pytest.raises(
+        RefusedError, match=f"the recipe wants 2 machines, this Slurm job has {num_nodes}"
+    ):
         find_allocation({**SLURM, "SLURM_JOB_NUM_NODES": num_nodes}, 2)
 
 
-def test_slurm_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_that_does_not_answer_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tool = tmp_path / "scontrol"
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RunnerError, match=r"`scontrol show hostnames b\[1-2\]`: .*No such file"):
@@ -118,10 +140,15 @@ def test_slurm_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.
     assert find_allocation({}, 2) is None
 
 
-def test_a_failed_srun_is_a_failed_attempt(two: FakeLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_srun_is_a_failed_attempt(
+    two: FakeLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     in_slurm(monkeypatch)
     two.tell("two", "fail data no rows")
     code, _, stderr = finish(two.start("launch", "recipes/toy/two.yaml"))
     assert code == 10 and "no rows" in stderr
-    assert json.loads(two.paths("two").record_path.read_text())["attempts"][0]["failure"]["kind"] == "data"
+    assert (
+        json.loads(two.paths("two").record_path.read_text())["attempts"][0]["failure"]["kind"]
+        == "data"
+    )
     assert os.path.exists(two.paths("two").attempt(1).launcher_lock_path)

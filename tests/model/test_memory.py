@@ -1,4 +1,6 @@
-"""The static parts of the memory estimate against real tensors of a real step; how processes share; what is warned."""
+"""The static parts of the memory estimate against real tensors of a real step; how processes share;
+what is warned.
+"""
 
 from __future__ import annotations
 
@@ -68,12 +70,15 @@ def test_weights_gradients_and_optimizer_are_those_of_a_real_step(
         value
         for state in optimizer.state.values()
         for name, value in state.items()
-        if isinstance(value, torch.Tensor) and value.numel() > 1 and not name.startswith("qmap")  # shared by all
+        # Shared by all.
+        if isinstance(value, torch.Tensor) and value.numel() > 1 and not name.startswith("qmap")
     ]
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     assert estimate.weights == pytest.approx(base_bytes, abs=1024)  # rotary frequencies
     assert estimate.adapter == (sum(p.numel() * p.element_size() for p in trained) if lora else 0)
-    assert estimate.gradients == sum(gradient.numel() * gradient.element_size() for gradient in gradients)
+    assert estimate.gradients == sum(
+        gradient.numel() * gradient.element_size() for gradient in gradients
+    )
     assert estimate.optimizer == sum(state.numel() * state.element_size() for state in states)
 
 
@@ -84,18 +89,29 @@ def test_processes_share_as_the_launch_config_says(
 
     def sharding(name: str, num_processes: int) -> Sharding:
         path = f"launch.accelerate_config=accelerate_configs/{name}.yaml"
-        return load_sharding(recipe_of(tiny_model("llama"), path, f"launch.num_processes={num_processes}"))
+        return load_sharding(
+            recipe_of(tiny_model("llama"), path, f"launch.num_processes={num_processes}")
+        )
 
     assert sharding("cpu", 1) == Sharding(uses_cpu=True)
     assert sharding("single_gpu", 1) == Sharding()
     assert sharding("zero2", 2) == Sharding(num_processes=2, zero_stage=2)
-    assert sharding("zero3_offload", 2).offloads_parameters and sharding("zero3_offload", 2).offloads_optimizer
+    assert (
+        sharding("zero3_offload", 2).offloads_parameters
+        and sharding("zero3_offload", 2).offloads_optimizer
+    )
 
     recipe = recipe_of(tiny_model("llama"), "adapter.method=none")
     size, _ = measured(recipe)
     one, ddp, zero2, zero3, offload = (
         estimate_memory(recipe, size, NO_ACTIVATIONS, sharding(name, count), longest_row=0)
-        for name, count in (("single_gpu", 1), ("multi_gpu", 2), ("zero2", 2), ("zero3", 2), ("zero3_offload", 2))
+        for name, count in (
+            ("single_gpu", 1),
+            ("multi_gpu", 2),
+            ("zero2", 2),
+            ("zero3", 2),
+            ("zero3_offload", 2),
+        )
     )
     assert ddp.gradients == 2 * one.gradients and ddp.weights == one.weights, "DDP shares nothing"
     assert zero2.gradients == one.gradients // 2 and zero2.weights == one.weights
@@ -113,7 +129,9 @@ def test_gradient_checkpointing_keeps_less(tiny_model: Callable[[str], Path]) ->
         size, _ = measured(recipe)
         kept.append(estimate_memory(recipe, size, curve, Sharding(), longest_row=100).activations)
     assert kept[0] == 3 * 100 * 10**6, "two layers, and one that goes backward"
-    assert kept[1] == 2 * 100 * 10**6 + 2 * 2 * 100 * 64 * 4, "and the inputs of two layers, 2 rows of 100 tokens"
+    assert kept[1] == 2 * 100 * 10**6 + 2 * 2 * 100 * 64 * 4, (
+        "and the inputs of two layers, 2 rows of 100 tokens"
+    )
 
 
 def test_sizes_of_a_checked_grid(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,12 +140,17 @@ def test_sizes_of_a_checked_grid(project: Project, monkeypatch: pytest.MonkeyPat
     recipes = [
         project.recipe("run.name=lora"),
         project.recipe("run.name=full", "adapter.method=none"),
-        project.recipe("run.name=huge", "checkpoints.keep_latest=1000000000", "training.num_train_epochs=1e9"),
+        project.recipe(
+            "run.name=huge", "checkpoints.keep_latest=1000000000", "training.num_train_epochs=1e9"
+        ),
     ]
     result = check_recipes(recipes)
     sizes = estimate_sizes(result)
     assert set(sizes) == {"tests/lora", "tests/full", "tests/huge"}
-    assert sizes["tests/full"].size.num_base_parameters == sizes["tests/full"].size.num_trained_parameters
+    assert (
+        sizes["tests/full"].size.num_base_parameters
+        == sizes["tests/full"].size.num_trained_parameters
+    )
     text = "\n".join(describe_sizes(result.runs, sizes))
     assert text.count("of memory a process") == 2 and "estimate, never measured" in text
     warn_of_shortage(result, sizes, finished=["tests/lora"], output_root=Path("runs"))
@@ -136,7 +159,9 @@ def test_sizes_of_a_checked_grid(project: Project, monkeypatch: pytest.MonkeyPat
     assert free_bytes(Path("not/there/yet")) > 0
 
 
-def test_a_model_that_cannot_be_measured_is_a_warning(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_measured_is_a_warning(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model_dir = project.root / "models" / "unknown"
     project.add_model("gemma")
     model_dir.mkdir()
@@ -148,7 +173,9 @@ def test_a_model_that_cannot_be_measured_is_a_warning(project: Project, monkeypa
     result = check_recipes([project.recipe("model.path=models/unknown")])
     assert len(result.runs) == 1, result.errors
     assert estimate_sizes(result) == {}
-    assert any("memory and disk of models/unknown are not estimated" in text for text in result.warnings)
+    assert any(
+        "memory and disk of models/unknown are not estimated" in text for text in result.warnings
+    )
 
 
 @pytest.mark.slow
@@ -162,7 +189,9 @@ def test_a_finished_run_takes_the_disk_that_was_estimated(
     recipe = finished.recipe(*RUNS[name])
     size, _ = measured(recipe)
     paths = finished.paths(name)
-    newest = max(paths.checkpoints_dir.iterdir(), key=lambda folder: int(folder.name.removeprefix("step-")))
+    newest = max(
+        paths.checkpoints_dir.iterdir(), key=lambda folder: int(folder.name.removeprefix("step-"))
+    )
     optimizer = (newest / "optimizer.pt").stat().st_size
     weights = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
     names = 2_000 * len(size.trained)  # the file formats' own bytes a tensor

@@ -1,4 +1,6 @@
-"""Sizes from configurations alone, against real models, real adapters, real quantised weights and a real forward."""
+"""Sizes from configurations alone, against real models, real adapters, real quantised weights and a
+real forward.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ def recipe_of(model_dir: Path, folder: Path, *overrides: str) -> Recipe:
     return parse_recipe(
         RECIPE_TEXT,
         where="recipe.yaml",
-        overrides=(f"model.path={model_dir}", f"model.chat_template={folder / 'chat.jinja'}", *overrides),
+        overrides=(
+            f"model.path={model_dir}",
+            f"model.chat_template={folder / 'chat.jinja'}",
+            *overrides,
+        ),
     )
 
 
@@ -57,7 +63,9 @@ def stored_bytes(model: torch.nn.Module) -> int:
             total += tensor_bytes(state.absmax) + tensor_bytes(state.code)
             if state.nested:
                 total += (
-                    tensor_bytes(state.offset) + tensor_bytes(state.state2.absmax) + tensor_bytes(state.state2.code)
+                    tensor_bytes(state.offset)
+                    + tensor_bytes(state.state2.absmax)
+                    + tensor_bytes(state.state2.code)
                 )
     return total
 
@@ -104,7 +112,9 @@ def test_activations_are_those_that_a_real_forward_keeps(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         backbone = (model if lora is None else model.get_base_model()).base_model
         output = backbone(input_ids=torch.ones((2, 300), dtype=torch.long), use_cache=False)
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept
+    }
     real = sum(size for key, size in storages.items() if key not in own)
     assert output is not None
     assert estimated == pytest.approx(real, rel=0.1)

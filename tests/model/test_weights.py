@@ -1,4 +1,6 @@
-"""What a run leaves in `model/`: it stops where a turn ends, and holds every tensor that it needs to load again."""
+"""What a run leaves in `model/`: it stops where a turn ends, and holds every tensor that it needs
+to load again.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ from tests.support.training_runs import RUNS
 HUMAN_ASSISTANT = ROOT / "recipe_templates" / "chat" / "human_assistant.jinja"
 CHATS = [
     [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    for question, answer in (("Where is the parcel?", "It is on its way."), ("Is it late?", "No, it is not."))
+    for question, answer in (
+        ("Where is the parcel?", "It is on its way."),
+        ("Is it late?", "No, it is not."),
+    )
 ]
 
 
@@ -55,10 +60,15 @@ def overfit(model: Any, tokenizer: Any, num_steps: int = 60) -> None:
     masker = ConversationMasker(tokenizer)
     rows = [masker.mask(chat) for chat in CHATS]
     batches = [
-        (torch.tensor([row.input_ids]), torch.tensor([build_labels(row.input_ids, row.spans, "completion")]))
+        (
+            torch.tensor([row.input_ids]),
+            torch.tensor([build_labels(row.input_ids, row.spans, "completion")]),
+        )
         for row in rows
     ]
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=3e-3)
+    optimizer = torch.optim.AdamW(
+        [weight for weight in model.parameters() if weight.requires_grad], lr=3e-3
+    )
     model.train()
     for _ in range(num_steps):
         for input_ids, labels in batches:
@@ -69,17 +79,24 @@ def overfit(model: Any, tokenizer: Any, num_steps: int = 60) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma", "llama", "phi"])
-def test_a_tuned_model_stops_by_itself(recipe_of: Callable[..., Recipe], family: str, tmp_path: Path) -> None:
-    recipe = recipe_of(family, f"model.chat_template={HUMAN_ASSISTANT if family == 'phi' else 'null'}")
+def test_a_tuned_model_stops_by_itself(
+    recipe_of: Callable[..., Recipe], family: str, tmp_path: Path
+) -> None:
+    recipe = recipe_of(
+        family, f"model.chat_template={HUMAN_ASSISTANT if family == 'phi' else 'null'}"
+    )
     base_dir = tmp_path / "base"
     shutil.copytree(recipe.model.path, base_dir)
     settings = load_json(base_dir / "generation_config.json")
     eos = AutoTokenizer.from_pretrained(base_dir).convert_tokens_to_ids(
         {"llama": "<|end_of_text|>"}.get(family, "<eos>")
     )
-    if family != "phi":  # as base models are published: they know the end of a text, not that of a turn
+    # As base models are published: they know the end of a text, not that of a turn.
+    if family != "phi":
         write_json_atomic(base_dir / "generation_config.json", settings | {"eos_token_id": eos})
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(base_dir)})})
+    recipe = recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"path": str(base_dir)})}
+    )
     tokenizer = load_tokenizer(recipe.model)
     model = load_model(recipe, tokenizer)
     torch.manual_seed(0)
@@ -88,17 +105,23 @@ def test_a_tuned_model_stops_by_itself(recipe_of: Callable[..., Recipe], family:
     model.save_pretrained(exported_dir)
     tokenizer.save_pretrained(exported_dir)
 
-    plain, plain_tokenizer = (kind.from_pretrained(exported_dir) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    plain, plain_tokenizer = (
+        kind.from_pretrained(exported_dir) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
     for question, answer in CHATS:
         inputs = plain_tokenizer.apply_chat_template(
             [question], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
-        new = plain.generate(**inputs, max_new_tokens=60, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+        new = plain.generate(**inputs, max_new_tokens=60, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ].tolist()
         assert plain_tokenizer.decode(new, skip_special_tokens=True).strip() == answer["content"]
         assert len(new) < 60 and new[-1] in end_of_turn_ids(plain_tokenizer)
     if family == "gemma":
         runaway = plain.generate(**inputs, max_new_tokens=60, do_sample=False, eos_token_id=eos)
-        assert runaway.shape[1] - inputs["input_ids"].shape[1] == 60, "its eos alone would never have stopped it"
+        assert runaway.shape[1] - inputs["input_ids"].shape[1] == 60, (
+            "its eos alone would never have stopped it"
+        )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +129,8 @@ def test_a_tuned_model_stops_by_itself(recipe_of: Callable[..., Recipe], family:
     [
         ("gemma", (), ["embed_tokens.weight"]),  # tied
         ("llama", (), ["embed_tokens.weight", "lm_head.weight"]),
-        ("llama", ("adapter.modules_to_save=[lm_head]",), ["embed_tokens.weight"]),  # the other is saved as trained
+        # The other is saved as trained.
+        ("llama", ("adapter.modules_to_save=[lm_head]",), ["embed_tokens.weight"]),
         (
             "llama",
             ("adapter.target_modules=[embed_tokens, q_proj]",),
@@ -115,7 +139,11 @@ def test_a_tuned_model_stops_by_itself(recipe_of: Callable[..., Recipe], family:
     ],
 )
 def test_resized_embeddings_travel_with_the_adapter(
-    recipe_of: Callable[..., Recipe], tmp_path: Path, family: str, more: tuple[str, ...], names: list[str]
+    recipe_of: Callable[..., Recipe],
+    tmp_path: Path,
+    family: str,
+    more: tuple[str, ...],
+    names: list[str],
 ) -> None:
     recipe = recipe_of(family, "model.pad_token=add", *more)
     tokenizer = load_tokenizer(recipe.model)
@@ -124,7 +152,9 @@ def test_resized_embeddings_travel_with_the_adapter(
     overfit(model, tokenizer, num_steps=2)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     embeddings = collect_resized_embeddings(model, recipe.model)
-    assert [name.removeprefix("base_model.model.").removeprefix("model.") for name in embeddings] == names
+    assert [
+        name.removeprefix("base_model.model.").removeprefix("model.") for name in embeddings
+    ] == names
     add_to_adapter(tmp_path, embeddings)
     verify_export(tmp_path, {name: tuple(tensor.shape) for name, tensor in embeddings.items()})
 
@@ -133,12 +163,16 @@ def test_resized_embeddings_travel_with_the_adapter(
     again = PeftModel.from_pretrained(base, tmp_path).eval()
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits) and again(ids).logits.shape[-1] == 513
+        assert (
+            torch.equal(again(ids).logits, model(ids).logits) and again(ids).logits.shape[-1] == 513
+        )
 
 
 def test_embeddings_of_the_base_size_stay_out(recipe_of: Callable[..., Recipe]) -> None:
     recipe = recipe_of("llama")
-    model = get_peft_model(load_model(recipe, load_tokenizer(recipe.model)), build_lora_config(recipe))
+    model = get_peft_model(
+        load_model(recipe, load_tokenizer(recipe.model)), build_lora_config(recipe)
+    )
     assert collect_resized_embeddings(model, recipe.model) == {}
 
 
@@ -146,7 +180,9 @@ def test_an_export_with_another_tensor_is_refused(tmp_path: Path) -> None:
     weights = {"a.weight": torch.ones(2, 3), "b.weight": torch.tensor([1.0, float("nan")])}
     save_file({"a.weight": weights["a.weight"]}, tmp_path / "model.safetensors")
     verify_export(tmp_path, {"a.weight": (2, 3)})
-    with pytest.raises(ExportError, match=r"should have the shape \(3, 2\), the export has \(2, 3\)"):
+    with pytest.raises(
+        ExportError, match=r"should have the shape \(3, 2\), the export has \(2, 3\)"
+    ):
         verify_export(tmp_path, {"a.weight": (3, 2)})
     with pytest.raises(ExportError, match="the export has nothing"):
         verify_export(tmp_path, {"c.weight": (1,)})
@@ -200,7 +236,10 @@ def test_sets_of_the_adapter_config_are_written_in_order(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_exports_where_its_answers_end(finished: Project, name: str) -> None:
     model_dir = finished.paths(name).model_dir
-    settings, tokenizer = load_json(model_dir / "generation_config.json"), AutoTokenizer.from_pretrained(model_dir)
+    settings, tokenizer = (
+        load_json(model_dir / "generation_config.json"),
+        AutoTokenizer.from_pretrained(model_dir),
+    )
     assert set(settings["eos_token_id"]) >= {*end_of_turn_ids(tokenizer), tokenizer.eos_token_id}
     assert settings["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
     assert settings["bos_token_id"] == tokenizer.bos_token_id

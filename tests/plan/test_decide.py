@@ -71,8 +71,16 @@ def make_recipe(**retries: float) -> Recipe:
     return parse_recipe(TEXT, where="r.yaml", overrides=[f"launch.retries={{{stated}}}"])
 
 
-def retry_after(recipe: Recipe, *failures: Failure, divisor: int = 1, has_made_steps: bool = False) -> Retry | None:
-    return decide_retry(recipe, failures, num_processes=1, micro_batch_divisor=divisor, has_made_steps=has_made_steps)
+def retry_after(
+    recipe: Recipe, *failures: Failure, divisor: int = 1, has_made_steps: bool = False
+) -> Retry | None:
+    return decide_retry(
+        recipe,
+        failures,
+        num_processes=1,
+        micro_batch_divisor=divisor,
+        has_made_steps=has_made_steps,
+    )
 
 
 @given(
@@ -104,7 +112,11 @@ def test_retries_are_bounded_by_kind_in_number_and_in_time(
         assert retry is None or (retry.micro_batch_divisor, retry.delay_seconds) == (2, 0)
         return
     assert retry is not None and retry.number == len(failures) and retry.micro_batch_divisor == 1
-    assert 0 <= retry.delay_seconds <= max(MAX_BACKOFF_SECONDS, backoff_seconds if kind == "preempted" else 0)
+    assert (
+        0
+        <= retry.delay_seconds
+        <= max(MAX_BACKOFF_SECONDS, backoff_seconds if kind == "preempted" else 0)
+    )
     if kind == "preempted":
         assert retry.delay_seconds == (0 if has_made_steps else backoff_seconds)
 
@@ -112,7 +124,11 @@ def test_retries_are_bounded_by_kind_in_number_and_in_time(
 def test_the_pause_doubles_up_to_ten_minutes() -> None:
     recipe = make_recipe(transient=2000, backoff_seconds=10)
     failure = Failure(kind="transient", message="because")
-    pauses = [retry.delay_seconds for n in range(1, 10) if (retry := retry_after(recipe, *[failure] * n)) is not None]
+    pauses = [
+        retry.delay_seconds
+        for n in range(1, 10)
+        if (retry := retry_after(recipe, *[failure] * n)) is not None
+    ]
     assert pauses == [10, 20, 40, 80, 160, 320, 600, 600, 600]
     last = retry_after(recipe, *[failure] * 2000)
     assert last is not None and last.delay_seconds == 600

@@ -29,7 +29,11 @@ def test_files_folders_and_globs_in_the_order_given_and_each_once(fake: FakeLaun
     assert names_of("recipes/toy/c.yaml", "recipes/toy/a.yaml") == ["c", "a"]
     assert names_of("recipes/toy/[ac].yaml") == names_of("recipes/**/[ac].yaml") == ["a", "c"]
     assert names_of("recipes/*") == ["a", "bb", "c"], "a glob may name folders"
-    assert names_of("recipes/toy/bb.yaml", "recipes/toy", "./recipes/toy/../toy") == ["bb", "a", "c"]
+    assert names_of("recipes/toy/bb.yaml", "recipes/toy", "./recipes/toy/../toy") == [
+        "bb",
+        "a",
+        "c",
+    ]
 
 
 def test_a_run_directory_stands_for_its_recipe(fake: FakeLauncher) -> None:
@@ -59,8 +63,15 @@ def test_what_lies_inside_a_run_or_is_hidden_is_no_recipe(fake: FakeLauncher) ->
 def test_two_recipes_may_not_share_a_run_directory(fake: FakeLauncher) -> None:
     fake.add("a")
     other = fake.root / "recipes" / "toy" / "other.yaml"
-    other.write_text((fake.root / "recipes" / "toy" / "a.yaml").read_text().replace("loss: full", "loss: completion"))
-    with pytest.raises(RefusedError, match=r"a\.yaml and recipes/toy/other\.yaml are both named 'a' in the grid 'toy'"):
+    other.write_text(
+        (fake.root / "recipes" / "toy" / "a.yaml")
+        .read_text()
+        .replace("loss: full", "loss: completion")
+    )
+    with pytest.raises(
+        RefusedError,
+        match=r"a\.yaml and recipes/toy/other\.yaml are both named 'a' in the grid 'toy'",
+    ):
         select("recipes")
 
 
@@ -73,10 +84,15 @@ def test_every_wrong_recipe_is_named_at_once(fake: FakeLauncher) -> None:
         select("recipes")
     message = str(caught.value)
     assert message.startswith("2 recipes have problems")
-    assert "recipes/toy/a.yaml has 1 problem" in message and "recipes/toy/c.yaml has 1 problem" in message
+    assert (
+        "recipes/toy/a.yaml has 1 problem" in message
+        and "recipes/toy/c.yaml has 1 problem" in message
+    )
 
 
-@pytest.mark.parametrize("argument", ["recipes/toi", "recipes/toy/x.yaml", "recipes/*.yaml", "fake/told", ""])
+@pytest.mark.parametrize(
+    "argument", ["recipes/toi", "recipes/toy/x.yaml", "recipes/*.yaml", "fake/told", ""]
+)
 def test_an_argument_that_names_nothing_is_an_error(argument: str, fake: FakeLauncher) -> None:
     fake.add("a")
     if not argument:
@@ -109,7 +125,9 @@ def test_axes_narrow_down(fake: FakeLauncher) -> None:
         ("size=1,7", "the axis 'size' has no value '7'"),
     ],
 )
-def test_a_condition_that_matches_nothing_is_an_error(condition: str, words: str, fake: FakeLauncher) -> None:
+def test_a_condition_that_matches_nothing_is_an_error(
+    condition: str, words: str, fake: FakeLauncher
+) -> None:
     fake.add("a")
     with pytest.raises(RunnerError) as caught:
         select("recipes", where=(condition,))

@@ -54,7 +54,10 @@ def interrupted(fake: FakeLauncher, **changed: Any) -> RunPaths:
 def end_with(paths: RunPaths, kind: Any, message: str) -> None:
     (attempt,) = load_record(paths).attempts
     failure = Failure(kind=kind, message=message, log_tail=("last words",))
-    write_record(paths, RunRecord(attempts=(attempt.model_copy(update={"failure": failure, "exit_status": 1}),)))
+    write_record(
+        paths,
+        RunRecord(attempts=(attempt.model_copy(update={"failure": failure, "exit_status": 1}),)),
+    )
 
 
 RECIPE = "recipes/toy/a.yaml"
@@ -65,12 +68,16 @@ def test_a_run_that_was_never_started(fake: FakeLauncher, why: Any) -> None:
     lines = why(RECIPE)
     assert lines[0] == "toy/a  runs/toy/a"
     assert value_of(lines, "next") == "launch from step 0, 1 process"
-    assert value_of(lines, "rerun").startswith("skip: pending") and value_of(lines, "sweep").startswith("launch")
+    assert value_of(lines, "rerun").startswith("skip: pending") and value_of(
+        lines, "sweep"
+    ).startswith("launch")
     assert value_of(lines, "rule") == "`run.json` holds no attempt that was started"
     assert value_of(lines, "lease") == "free"
 
 
-def test_an_interrupted_run_goes_on_from_its_newest_whole_checkpoint(fake: FakeLauncher, why: Any) -> None:
+def test_an_interrupted_run_goes_on_from_its_newest_whole_checkpoint(
+    fake: FakeLauncher, why: Any
+) -> None:
     paths = interrupted(fake)
     interrupt(load_recipe(Path(RECIPE)), paths, step=8)
     assert value_of(why(RECIPE), "next") == "launch from step 8, 1 process"
@@ -82,18 +89,25 @@ def test_an_interrupted_run_goes_on_from_its_newest_whole_checkpoint(fake: FakeL
     for lines in (why(RECIPE), why(paths.run_dir)):
         assert value_of(lines, "next") == "launch from step 4, 1 process"
         newest, older = value_of(lines, "checkpoint").splitlines()
-        assert newest.startswith("step-8  damaged: optimizer.pt holds other bytes") and "would move it" in newest
+        assert (
+            newest.startswith("step-8  damaged: optimizer.pt holds other bytes")
+            and "would move it" in newest
+        )
         assert older == "step-4  whole; an attempt would go on from here"
         assert value_of(lines, "quarantine") == "step-12.1"
         assert value_of(lines, "upload") == "step-4.zip has not reached remote storage"
         assert "killed together with its launcher" in value_of(lines, "state")
 
 
-def test_a_launch_that_is_refused_names_the_field_of_the_marker(fake: FakeLauncher, why: Any) -> None:
+def test_a_launch_that_is_refused_names_the_field_of_the_marker(
+    fake: FakeLauncher, why: Any
+) -> None:
     interrupted(fake)
     lines = why(RECIPE, "--num-processes", "2")
     assert value_of(lines, "next").startswith("refuse: interrupted")
-    assert value_of(lines, "differs") == "gradient_accumulation_steps: 4 -> 2\nnum_processes: 1 -> 2"
+    assert (
+        value_of(lines, "differs") == "gradient_accumulation_steps: 4 -> 2\nnum_processes: 1 -> 2"
+    )
     assert "of another launch: gradient_accumulation_steps" in value_of(lines, "checkpoint")
     assert value_of(why(RECIPE, "--num-processes", "3"), "next").startswith("refuse: ")
     assert value_of(why(RECIPE), "next") == "launch from step 4, 1 process"
@@ -103,9 +117,9 @@ def test_a_changed_recipe_file_and_a_missing_one(fake: FakeLauncher, why: Any) -
     interrupted(fake)
     Path("data.jsonl").write_text("{}\n{}\n")
     lines = why(RECIPE)
-    assert value_of(lines, "next").startswith("refuse: changed") and "content of data.jsonl" in value_of(
-        lines, "differs"
-    )
+    assert value_of(lines, "next").startswith(
+        "refuse: changed"
+    ) and "content of data.jsonl" in value_of(lines, "differs")
     Path("data.jsonl").unlink()
     lines = why(RECIPE)
     assert value_of(lines, "next") == "refuse: files that the recipe names are not there"
@@ -116,14 +130,20 @@ def test_a_library_of_another_version_is_told(fake: FakeLauncher, why: Any) -> N
     interrupted(fake, versions={"torch": "1.0"})
     lines = why(RECIPE)
     assert value_of(lines, "next") == "launch from step 4, 1 process"
-    assert 'versions.torch: "1.0" -> ' in value_of(lines, "changed") and "warn" in value_of(lines, "changed")
+    assert 'versions.torch: "1.0" -> ' in value_of(lines, "changed") and "warn" in value_of(
+        lines, "changed"
+    )
 
 
-def test_a_lasting_failure_is_skipped_by_a_sweep_and_tried_by_a_launch(fake: FakeLauncher, why: Any) -> None:
+def test_a_lasting_failure_is_skipped_by_a_sweep_and_tried_by_a_launch(
+    fake: FakeLauncher, why: Any
+) -> None:
     paths = interrupted(fake)
     end_with(paths, "diverged", "the loss of step 5 is nan\n\nhint: a lower learning rate")
     lines = why(RECIPE)
-    assert value_of(lines, "sweep").startswith("skip: failed") and "--retry-failed" in value_of(lines, "sweep")
+    assert value_of(lines, "sweep").startswith("skip: failed") and "--retry-failed" in value_of(
+        lines, "sweep"
+    )
     assert value_of(lines, "next") == "launch from step 4, 1 process"
     assert value_of(lines, "failure").startswith("diverged: the loss of step 5 is nan")
     assert value_of(lines, "log") == "| last words\nruns/toy/a/attempts/1/log.txt"
@@ -135,7 +155,9 @@ def test_smaller_micro_batches_after_running_out_of_memory(fake: FakeLauncher, w
     paths = interrupt(load_recipe(Path(RECIPE)), fake.paths("a"))
     end_with(paths, "out_of_memory", "CUDA out of memory")
     (attempt,) = load_record(paths).attempts
-    write_record(paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),)))
+    write_record(
+        paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
+    )
     lines = why(RECIPE)
     assert (
         value_of(lines, "next")
@@ -144,13 +166,17 @@ def test_smaller_micro_batches_after_running_out_of_memory(fake: FakeLauncher, w
     assert "in larger micro-batches" in value_of(lines, "checkpoint")
 
 
-def test_a_running_run_is_told_with_its_process_and_a_completed_one_by_its_result(fake: FakeLauncher, why: Any) -> None:
+def test_a_running_run_is_told_with_its_process_and_a_completed_one_by_its_result(
+    fake: FakeLauncher, why: Any
+) -> None:
     fake.add("a", told="wait")
     process = fake.start("launch", RECIPE)
     _, pid = fake.next_started()
     lines = why(RECIPE)
     assert value_of(lines, "next").startswith("skip: running")
-    assert f"held by {pid}  " in value_of(lines, "lease") and f"held by {process.pid}  " in value_of(lines, "lease")
+    assert f"held by {pid}  " in value_of(
+        lines, "lease"
+    ) and f"held by {process.pid}  " in value_of(lines, "lease")
     assert f"held by {os.getpid()} " not in value_of(lines, "lease")
     write_json_atomic(fake.paths("a").stop_path, {"attempt": 1, "why": "dinner"})
     assert "asked to leave: dinner" in value_of(why(RECIPE), "lease")
@@ -158,19 +184,29 @@ def test_a_running_run_is_told_with_its_process_and_a_completed_one_by_its_resul
     assert process.wait() == 0
     lines = why(RECIPE)
     assert value_of(lines, "next") == "skip: completed: stopped by max_steps"
-    assert "`result.json` is there" in value_of(lines, "rule") and value_of(lines, "lease") == "free"
+    assert (
+        "`result.json` is there" in value_of(lines, "rule") and value_of(lines, "lease") == "free"
+    )
 
 
-def test_overrides_and_names_lead_to_the_same_run_as_for_launch(fake: FakeLauncher, why: Any) -> None:
+def test_overrides_and_names_lead_to_the_same_run_as_for_launch(
+    fake: FakeLauncher, why: Any
+) -> None:
     fake.add("a")
-    assert why(RECIPE, "training.seed=2")[0] == "toy/a--training.seed-2  runs/toy/a--training.seed-2"
+    assert (
+        why(RECIPE, "training.seed=2")[0] == "toy/a--training.seed-2  runs/toy/a--training.seed-2"
+    )
     assert why(RECIPE, "training.seed=2", "--name", "b")[0] == "toy/b  runs/toy/b"
 
 
 def test_json_for_scripts(fake: FakeLauncher, why: Any) -> None:
     paths = interrupted(fake)
     known = json.loads("\n".join(why(RECIPE, "--json")))
-    assert (known["next"], known["start_step"], known["status"]["state"]) == ("launch", 4, "interrupted")
+    assert (known["next"], known["start_step"], known["status"]["state"]) == (
+        "launch",
+        4,
+        "interrupted",
+    )
     assert known["checkpoints"] == [
         {"name": "step-4", "is_next": True, "what": "whole; an attempt would go on from here"}
     ]
@@ -190,11 +226,18 @@ def test_a_record_that_cannot_be_read_is_named(fake: FakeLauncher, why: Any, nam
     paths = interrupted(fake)
     (paths.run_dir / name).write_text("{")
     lines = why(RECIPE)
-    assert value_of(lines, "next").startswith("refuse: unreadable: ") and name in value_of(lines, "state")
-    assert "--fresh" in value_of(lines, "next") and json.loads("\n".join(why(RECIPE, "--json")))["next"] == "refuse"
+    assert value_of(lines, "next").startswith("refuse: unreadable: ") and name in value_of(
+        lines, "state"
+    )
+    assert (
+        "--fresh" in value_of(lines, "next")
+        and json.loads("\n".join(why(RECIPE, "--json")))["next"] == "refuse"
+    )
 
 
-def test_what_is_no_run_is_an_error_in_words(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run_is_an_error_in_words(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a")
     interrupted(fake)
     for arguments in (["recipes/none.yaml"], ["runs/toy/a", "training.seed=1"], ["fake"]):

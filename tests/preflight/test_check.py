@@ -1,4 +1,6 @@
-"""`runner check`: every recipe, and each row once per tokenizer; what it says of rows is what training does."""
+"""`runner check`: every recipe, and each row once per tokenizer; what it says of rows is what
+training does.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,20 @@ def test_a_grid_is_described_by_one_block_per_model(project: Project) -> None:
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[1] for line in lines if line[:1] == ["train"]] == ["22"], done.stdout
-    for text in ("2 recipes are well-formed", "6 updates an epoch, the last of 2 rows", "2 recipes can be trained"):
+    for text in (
+        "2 recipes are well-formed",
+        "6 updates an epoch, the last of 2 rows",
+        "2 recipes can be trained",
+    ):
         assert text in done.stdout, text
 
 
 def test_one_mistake_of_many_recipes_is_said_once(project: Project) -> None:
     project.add_model("gemma")
     for seed in (1, 2):
-        project.write_recipe(f"recipes/tests/seed-{seed}.yaml", f"training.seed={seed}", "data.max_length=8")
+        project.write_recipe(
+            f"recipes/tests/seed-{seed}.yaml", f"training.seed={seed}", "data.max_length=8"
+        )
     done = project.cli("check", "recipes/tests")
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
@@ -69,7 +77,11 @@ def test_what_is_counted_is_what_training_uses(here: Project, truncation: str) -
         for count in (9, 22)
     ]
     recipes = [
-        recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 50, "truncation": truncation})})
+        recipe.model_copy(
+            update={
+                "data": recipe.data.model_copy(update={"max_length": 50, "truncation": truncation})
+            }
+        )
         for recipe in recipes
     ]
     content = as_json(check_recipes(recipes))
@@ -82,7 +94,10 @@ def test_what_is_counted_is_what_training_uses(here: Project, truncation: str) -
             for key in ("num_rows", "num_truncated", "num_dropped", "num_tokens"):
                 assert facts[key] == used[split][key], (split, key)
             assert facts["num_labels"][recipe.loss] == used[split]["num_labels"]
-    full, completion = by_name["full-22"]["splits"]["train"], by_name["completion-22"]["splits"]["train"]
+    full, completion = (
+        by_name["full-22"]["splits"]["train"],
+        by_name["completion-22"]["splits"]["train"],
+    )
     assert full == completion, "which rows are used, cut and dropped does not depend on the loss"
     assert full["num_truncated"] + full["num_dropped"] > 0
 
@@ -90,7 +105,9 @@ def test_what_is_counted_is_what_training_uses(here: Project, truncation: str) -
 def test_arms_that_are_the_same_experiment_are_named(here: Project) -> None:
     rows = [{"messages": [{"role": "assistant", "content": f"Number {n}."}]} for n in range(60)]
     (here.root / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (here.root / "bare.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    (here.root / "bare.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
     bare = ("data.train.path=bare.jsonl", "model.chat_template=bare.jinja")
     result = check_recipes(
         [
@@ -104,12 +121,16 @@ def test_arms_that_are_the_same_experiment_are_named(here: Project) -> None:
     )
     text = warnings_of(result)
     assert "these runs are the same experiment: tests/a, tests/same, tests/cut" in text
-    assert "although their losses differ: every token is part of a completion: tests/bare-full" in text
+    assert (
+        "although their losses differ: every token is part of a completion: tests/bare-full" in text
+    )
     assert "tests/other" not in text
 
 
 def test_too_few_rows_for_the_largest_arm_leave_the_others_alone(here: Project) -> None:
-    recipes = [named(here, f"n{count}", f"data.num_train_samples={count}") for count in (22, 100, 5000)]
+    recipes = [
+        named(here, f"n{count}", f"data.num_train_samples={count}") for count in (22, 100, 5000)
+    ]
     result = check_recipes(recipes)
     assert [run.recipe.run.name for run in result.runs] == ["n22", "n100"]
     ((text, names),) = result.errors.items()
@@ -118,37 +139,58 @@ def test_too_few_rows_for_the_largest_arm_leave_the_others_alone(here: Project) 
 
 def test_doubts_about_tokens_are_raised(here: Project) -> None:
     lines = (here.root / "data.jsonl").read_text().splitlines()
-    silent = {"messages": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": " "}]}
+    silent = {
+        "messages": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": " "}]
+    }
     (here.root / "silent.jsonl").write_text("\n".join([*lines, json.dumps(silent)]))
     (here.root / "models" / "short").mkdir()
     for file in (here.root / "models" / "gemma").iterdir():
         (here.root / "models" / "short" / file.name).symlink_to(file.resolve())
     config = json.loads((here.root / "models/short/config.json").read_text())
     (here.root / "models/short/config.json").unlink()
-    (here.root / "models/short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
-    pasted = {"messages": [{"role": "user", "content": "Say <eos>."}, {"role": "assistant", "content": "No."}]}
+    (here.root / "models/short/config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 20})
+    )
+    pasted = {
+        "messages": [
+            {"role": "user", "content": "Say <eos>."},
+            {"role": "assistant", "content": "No."},
+        ]
+    }
     (here.root / "pasted.jsonl").write_text("\n".join([json.dumps(pasted), *lines]))
     (here.root / "bare.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}{{ '<start_of_turn>' if m.role == 'assistant' }}{% endfor %}"
+        "{% for m in messages %}{{ m.content }}{{ '<start_of_turn>' if m.role == 'assistant' }}{%"
+        " endfor %}"
     )
     text = warnings_of(
         check_recipes(
             [
-                named(here, "pasted", "data.train.path=pasted.jsonl", "data.num_train_samples=null"),
+                named(
+                    here, "pasted", "data.train.path=pasted.jsonl", "data.num_train_samples=null"
+                ),
                 named(here, "bare", "model.chat_template=bare.jinja"),
-                named(here, "silent", "data.train.path=silent.jsonl", "data.num_train_samples=null"),
+                named(
+                    here, "silent", "data.train.path=silent.jsonl", "data.num_train_samples=null"
+                ),
                 named(here, "short", "model.path=models/short"),
             ]
         )
     )
     assert (
-        "1 train rows hold text that the tokenizer reads as a special token, the first is pasted.jsonl line 1" in text
+        "1 train rows hold text that the tokenizer reads as a special token, the first is"
+        " pasted.jsonl line 1" in text
     )
-    assert f"1 train rows have an answer without a word, the first is silent.jsonl line {len(lines) + 1}" in text
-    assert re.search(r"models/short: the longest row has \d+ tokens, the model has positions for 20", text)
+    assert (
+        "1 train rows have an answer without a word, the first is silent.jsonl line"
+        f" {len(lines) + 1}" in text
+    )
+    assert re.search(
+        r"models/short: the longest row has \d+ tokens, the model has positions for 20", text
+    )
     assert "its tokenizer begins texts with <bos>, its chat template not" in text
     assert (
-        "training ends answers with <start_of_turn>, where the base model's own generation settings do not stop" in text
+        "training ends answers with <start_of_turn>, where the base model's own generation settings"
+        " do not stop" in text
     )
 
 
@@ -157,14 +199,18 @@ def test_all_missing_files_and_models_are_one_summary(project: Project) -> None:
     for model in ("models/gemma", "owner/a-model", "./models/none"):
         for data in ("data", "missing/x", "missing/y"):
             name = f"{Path(model).name}-{Path(data).name}"
-            project.write_recipe(f"recipes/{name}.yaml", f"model.path={model}", f"data.train.path={data}.jsonl")
+            project.write_recipe(
+                f"recipes/{name}.yaml", f"model.path={model}", f"data.train.path={data}.jsonl"
+            )
     done = project.cli("check", "recipes", "--json")
     assert done.returncode == 2, done.stderr
     content = json.loads(done.stdout)
     assert content["num_recipes"] == 9
     assert [run["run"] for run in content["runs"]] == ["tests/gemma-data"]
     missing, hub = content["errors"]
-    assert "3 files that recipes name are not there" in missing["text"] and len(missing["runs"]) == 7
+    assert (
+        "3 files that recipes name are not there" in missing["text"] and len(missing["runs"]) == 7
+    )
     assert "missing/x.jsonl  data.train.path of 3 recipes" in missing["text"]
     assert "./models/none    model.path of 3 recipes" in missing["text"]
     assert "cannot load the tokenizer of 'owner/a-model'" in hub["text"] and len(hub["runs"]) == 3
@@ -183,7 +229,15 @@ def test_216_recipes_on_three_tokenizers_are_checked_in_one_pass(
     assert not result.errors and not result.warnings
     assert len(result.runs) == 216
     assert {run.splits["train"].num_rows for run in result.runs} == {60, 120, 180}
-    assert all(facts.num_rows == 40 for run in result.runs for name, facts in run.splits.items() if name != "train")
+    assert all(
+        facts.num_rows == 40
+        for run in result.runs
+        for name, facts in run.splits.items()
+        if name != "train"
+    )
     lines = list(format_result(result))
-    assert any("60 rows at a global batch of 16: 4 updates an epoch, the last of 12 rows" in line for line in lines)
+    assert any(
+        "60 rows at a global batch of 16: 4 updates an epoch, the last of 12 rows" in line
+        for line in lines
+    )
     assert len(lines) < 80, "216 recipes are summed up"

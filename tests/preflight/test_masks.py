@@ -1,4 +1,6 @@
-"""`runner masks`: what it shows as seen and trained is what the trainer is given, and no row can act on the reader."""
+"""`runner masks`: what it shows as seen and trained is what the trainer is given, and no row can
+act on the reader.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,20 @@ from runner.data.rows import SPLITS, build_samples
 from runner.preflight.masks import build_views, format_views
 from tests.conftest import Project
 
-HOSTILE = "Is <script>alert('x')</script> & \"q\" \x1b[31m\u202e 😀 日本 fine?\n\tSay <start_of_turn>model"
+HOSTILE = (
+    "Is <script>alert('x')</script> & \"q\" \x1b[31m\u202e 😀 日本 fine?\n\tSay"
+    " <start_of_turn>model"
+)
 ANSWER = "Yes 😀\nof course ⟧ </span>"
 
 
 def seen_and_trained(views: list[Any]) -> list[tuple[str, list[int], list[bool]]]:
     return [
-        (view.row_id, [t.token_id for t in view.tokens if not t.is_cut], [t.is_trained for t in view.tokens])
+        (
+            view.row_id,
+            [t.token_id for t in view.tokens if not t.is_cut],
+            [t.is_trained for t in view.tokens],
+        )
         for view in views
     ]
 
@@ -36,7 +45,10 @@ def test_what_is_shown_is_what_is_trained(
     project.add_model(family)
     monkeypatch.chdir(project.root)
     recipe = project.recipe(
-        f"model.path=models/{family}", f"loss={loss}", "data.max_length=40", "data.truncation=prompt_left"
+        f"model.path=models/{family}",
+        f"loss={loss}",
+        "data.max_length=40",
+        "data.truncation=prompt_left",
     )
     samples = build_samples(recipe.data, load_tokenizer(recipe.model))
     num_cut = 0
@@ -62,7 +74,9 @@ def hostile(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A project whose first row is written by an attacker."""
     project.add_model("gemma")
     lines = (project.root / "data.jsonl").read_text().splitlines()
-    row = {"messages": [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": ANSWER}]}
+    row = {
+        "messages": [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": ANSWER}]
+    }
     (project.root / "data.jsonl").unlink()
     (project.root / "data.jsonl").write_text("\n".join([json.dumps(row), *lines[1:]]))
     monkeypatch.chdir(project.root)
@@ -108,21 +122,37 @@ def test_the_command_line(hostile: Project, tiny_model: Callable[[str], Path]) -
     done = hostile.cli(*arguments, "--rows", "2", "--split", "eval")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation row ") == 2 and "\x1b" not in done.stdout
-    for text in ("loss: completion", "mask proven by: sentinel", "last trained", "<end_of_turn>⟧", "data.jsonl line"):
+    for text in (
+        "loss: completion",
+        "mask proven by: sentinel",
+        "last trained",
+        "<end_of_turn>⟧",
+        "data.jsonl line",
+    ):
         assert text in done.stdout, text
     coloured = hostile.cli(*arguments, "--rows", "1", environment={"FORCE_COLOR": "1"})
     assert "\x1b[30;42m" in coloured.stdout and "⟦" not in coloured.stdout
-    told_not_to = hostile.cli(*arguments, "--rows", "1", environment={"FORCE_COLOR": "1", "NO_COLOR": "1"})
+    told_not_to = hostile.cli(
+        *arguments, "--rows", "1", environment={"FORCE_COLOR": "1", "NO_COLOR": "1"}
+    )
     assert "\x1b" not in told_not_to.stdout
 
-    whole = json.loads(hostile.cli(*arguments, "loss=full", "--format", "json", "--row", "3").stdout)
+    whole = json.loads(
+        hostile.cli(*arguments, "loss=full", "--format", "json", "--row", "3").stdout
+    )
     (row,) = whole["rows"]
     assert (row["number"], row["fate"], whole["loss"]) == (3, "whole", "full")
     assert row["num_trained"] == row["num_tokens"] - 1, "nothing predicts the first token"
-    by_id = json.loads(hostile.cli(*arguments, "--format", "json", "--row", row["row_id"][:8]).stdout)
+    by_id = json.loads(
+        hostile.cli(*arguments, "--format", "json", "--row", row["row_id"][:8]).stdout
+    )
     assert [one["number"] for one in by_id["rows"]] == [3]
     missing = hostile.cli(*arguments, "--row", "99999")
-    assert missing.returncode == 2 and "no row '99999'" in missing.stderr and "1 to 22" in missing.stderr
+    assert (
+        missing.returncode == 2
+        and "no row '99999'" in missing.stderr
+        and "1 to 22" in missing.stderr
+    )
     refused = hostile.cli(*arguments, "data.max_length=8", "--rows", "1")
     assert refused.returncode == 0 and "REFUSED" in refused.stdout
 

@@ -1,4 +1,6 @@
-"""The chat in a real terminal and through pipes, its answers compared with plain greedy generation."""
+"""The chat in a real terminal and through pipes, its answers compared with plain greedy
+generation.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class Terminal:
         """What was shown since the last call, up to where its end matches."""
         shown, deadline = b"", time.monotonic() + DEADLINE_SECONDS
         while not pattern.search(shown):
-            assert select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))[0], shown
+            assert select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))[
+                0
+            ], shown
             shown += os.read(self._master, 4096).replace(b"\r\n", b"\n")
         return shown.decode(errors="replace")
 
@@ -90,7 +94,9 @@ def generate_plainly(model_dir: Path, tokenizer_dir: Path, questions: tuple[str,
         )
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)
-        answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        answers.append(
+            tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        )
         messages.append({"role": "assistant", "content": answers[-1]})
     return answers
 
@@ -103,16 +109,23 @@ def test_a_terminal_session(finished: Project) -> None:
     options = ("--base", "--max-new-tokens", str(NUM_TOKENS))
     with terminal(finished.root, "chat", "runs/tests/llama-lora", *options) as chat:
         answers = [chat.ask(question) for question in QUESTIONS]
-        assert [answer.partition("\ntuned: ")[0] for answer in answers] == [f"base: {first}", f"base: {second}"]
+        assert [answer.partition("\ntuned: ")[0] for answer in answers] == [
+            f"base: {first}",
+            f"base: {second}",
+        ]
         assert all(answer.partition("\ntuned: ")[2].strip() for answer in answers)
         assert chat.ask("/reset") == ""
-        assert chat.ask(QUESTIONS[1]).partition("\ntuned: ")[0] == f"base: {alone}", "the history is forgotten"
+        assert chat.ask(QUESTIONS[1]).partition("\ntuned: ")[0] == f"base: {alone}", (
+            "the history is forgotten"
+        )
         chat.type("\x04")
         assert chat.process.wait(timeout=DEADLINE_SECONDS) == 0
 
 
 def test_ctrl_c_stops_one_answer(finished: Project) -> None:
-    with terminal(finished.root, "chat", "runs/tests/llama-lora", "--base", "--max-new-tokens", "1800") as chat:
+    with terminal(
+        finished.root, "chat", "runs/tests/llama-lora", "--base", "--max-new-tokens", "1800"
+    ) as chat:
         chat.type(f"{QUESTIONS[0]}\n")
         shown = chat.read_until(re.compile(rb"base: "))
         chat.type("\x03")
@@ -140,7 +153,11 @@ def test_a_checkpoint_of_a_run_that_is_not_completed(finished: Project) -> None:
     shutil.copytree(finished.paths("llama-lora").run_dir, run_dir)
     (run_dir / "result.json").unlink()
     refused = run_cli(["chat", run_dir, "--prompt", "Hello"], finished.root)
-    assert refused.returncode == 2 and "is not completed, it is" in refused.stderr and refused.stdout == ""
+    assert (
+        refused.returncode == 2
+        and "is not completed, it is" in refused.stderr
+        and refused.stdout == ""
+    )
     lines = f"{QUESTIONS[0]}\n\n{QUESTIONS[1]}\n/exit\n{QUESTIONS[0]}\n"
     piped = subprocess.run(
         [str(RUNNER), "chat", str(run_dir), "--checkpoint", "best", "--max-new-tokens", "4"],
@@ -156,5 +173,11 @@ def test_a_checkpoint_of_a_run_that_is_not_completed(finished: Project) -> None:
 
 
 def test_a_template_that_refuses_says_so_before_the_model_is_loaded(finished: Project) -> None:
-    done = finished.cli("chat", "runs/tests/gemma-full", "--system", "Be brief.", "--prompt", "Hello")
-    assert done.returncode == 2 and "System role not supported" in done.stderr and "loading" not in done.stderr
+    done = finished.cli(
+        "chat", "runs/tests/gemma-full", "--system", "Be brief.", "--prompt", "Hello"
+    )
+    assert (
+        done.returncode == 2
+        and "System role not supported" in done.stderr
+        and "loading" not in done.stderr
+    )

@@ -1,4 +1,6 @@
-"""`runner export`: folders that load as their README says, give the run's logits, and reach a hub whole."""
+"""`runner export`: folders that load as their README says, give the run's logits, and reach a hub
+whole.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def test_logits_that_differ_are_refused() -> None:
     expected = torch.tensor([[1.0, -4.0]])
     assert compare_logits(expected + 1e-5, expected, "float32") == pytest.approx(2.5e-6, rel=0.1)
     assert compare_logits(expected + 0.1, expected, "bfloat16") == pytest.approx(0.025)
-    for other, dtype in ((expected + 1e-3, "float32"), (expected * float("nan"), "bfloat16"), (expected.T, "float32")):
+    for other, dtype in (
+        (expected + 1e-3, "float32"),
+        (expected * float("nan"), "bfloat16"),
+        (expected.T, "float32"),
+    ):
         with pytest.raises(ExportError, match="logits"):
             compare_logits(other, expected, dtype)
 
@@ -36,7 +42,11 @@ def run_readme(project: Project, export_dir: Path) -> str:
     program = re.search(r"```python\n(.*?)```", (export_dir / "README.md").read_text(), re.DOTALL)
     assert program is not None
     done = subprocess.run(
-        [sys.executable, "-c", program.group(1).replace('folder = "."', f"folder = {str(export_dir)!r}")],
+        [
+            sys.executable,
+            "-c",
+            program.group(1).replace('folder = "."', f"folder = {str(export_dir)!r}"),
+        ],
         cwd=project.root,
         env=build_environment(),
         capture_output=True,
@@ -51,12 +61,28 @@ def run_readme(project: Project, export_dir: Path) -> str:
 @pytest.mark.slow
 def test_export_of_an_adapter(finished: Project) -> None:
     done = finished.cli("export", "runs/tests/llama-lora", "--output", "exports/adapter")
-    export_dir, model_dir = finished.root / "exports" / "adapter", finished.paths("llama-lora").model_dir
+    export_dir, model_dir = (
+        finished.root / "exports" / "adapter",
+        finished.paths("llama-lora").model_dir,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "exports/adapter: loaded again, its logits differ from the run's by at most 0\n"
-    for name in ("adapter_model.safetensors", "adapter_config.json", "generation_config.json", "tokenizer.json"):
+    assert (
+        done.stdout
+        == "exports/adapter: loaded again, its logits differ from the run's by at most 0\n"
+    )
+    for name in (
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "generation_config.json",
+        "tokenizer.json",
+    ):
         assert (export_dir / name).read_bytes() == (model_dir / name).read_bytes()
-    assert {path.suffix for path in export_dir.iterdir()} == {".json", ".safetensors", ".md", ".jinja"}, "no pickles"
+    assert {path.suffix for path in export_dir.iterdir()} == {
+        ".json",
+        ".safetensors",
+        ".md",
+        ".jinja",
+    }, "no pickles"
     assert sorted(path.name for path in export_dir.parent.iterdir()) == ["adapter"]
     card, result = (export_dir / "README.md").read_text(), read_result(finished.paths("llama-lora"))
     base, tuned = (score["test"].nll_per_completion_token for score in (result.base, result.tuned))
@@ -91,20 +117,28 @@ def test_export_of_a_whole_model_and_its_push(finished: Project, name: str) -> N
     assert done.returncode == 0, done.stderr
     assert hub.token not in done.stdout + done.stderr
     repository = hub.repositories[f"lab/{name}"]
-    assert repository.is_private and repository.files == {path.name: path.read_bytes() for path in export_dir.iterdir()}
+    assert repository.is_private and repository.files == {
+        path.name: path.read_bytes() for path in export_dir.iterdir()
+    }
     assert repository.messages[0].startswith(f"tests/{name}, recipe ")
     model, report = AutoModelForCausalLM.from_pretrained(export_dir, output_loading_info=True)
     assert not report["missing_keys"] and model.config.use_cache and model.config.vocab_size == 513
     run_readme(finished, export_dir)
     recipe_path = load_json(finished.paths(name).recipe_path)["recipe"]["model"]["path"]
-    base = AutoModelForCausalLM.from_pretrained(finished.root / recipe_path, attn_implementation="eager")
+    base = AutoModelForCausalLM.from_pretrained(
+        finished.root / recipe_path, attn_implementation="eager"
+    )
     base.resize_token_embeddings(513)
     weights_dir = finished.paths(name).model_dir
     tuned = PeftModel.from_pretrained(base, weights_dir) if name == "llama-lora" else None
-    expected = tuned or AutoModelForCausalLM.from_pretrained(weights_dir, attn_implementation="eager")
+    expected = tuned or AutoModelForCausalLM.from_pretrained(
+        weights_dir, attn_implementation="eager"
+    )
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, expected.eval()(ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            model(ids).logits, expected.eval()(ids).logits, rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.slow

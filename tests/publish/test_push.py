@@ -1,4 +1,6 @@
-"""Pushing a folder to a hub that listens on loopback: what arrives, what is refused, and that no token is shown."""
+"""Pushing a folder to a hub that listens on loopback: what arrives, what is refused, and that no
+token is shown.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def push(
-    hub: FakeHub, folder: Path, visibility: str = "private", token: str | None = None, **environment: str
+    hub: FakeHub,
+    folder: Path,
+    visibility: str = "private",
+    token: str | None = None,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, "-c", _PUSH, str(folder), visibility],
@@ -63,10 +69,17 @@ def test_a_push_is_one_private_commit(hub: FakeHub, folder: Path) -> None:
 
 
 def test_other_weights_do_not_stay_beside_new_ones(hub: FakeHub, folder: Path) -> None:
-    old = {"model-00001-of-00002.safetensors": b"", "config.json": b"", "README.md": b"", "notes.md": b"mine"}
+    old = {
+        "model-00001-of-00002.safetensors": b"",
+        "config.json": b"",
+        "README.md": b"",
+        "notes.md": b"mine",
+    }
     hub.repositories["lab/model"] = Repository(is_private=True, files=dict(old))
     assert push(hub, folder).returncode == 0
-    assert hub.repositories["lab/model"].files.keys() == {path.name for path in folder.iterdir()} | {"notes.md"}
+    assert hub.repositories["lab/model"].files.keys() == {
+        path.name for path in folder.iterdir()
+    } | {"notes.md"}
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub: FakeHub, folder: Path) -> None:
@@ -79,7 +92,11 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub: FakeHub, folder
 
 def test_a_refusal_of_the_hub_is_told_without_the_token(hub: FakeHub, folder: Path) -> None:
     done = push(hub, folder, token="hf_wrong")
-    assert "PushError" in done.stderr and "401" in done.stderr and f"hf upload lab/model {folder}" in done.stderr
+    assert (
+        "PushError" in done.stderr
+        and "401" in done.stderr
+        and f"hf upload lab/model {folder}" in done.stderr
+    )
     assert hub.repositories == {}
 
 
@@ -88,7 +105,9 @@ def test_a_hub_that_is_not_there_or_not_allowed(hub: FakeHub, folder: Path) -> N
     assert "PushError" in push(hub, folder, HF_ENDPOINT="http://127.0.0.1:9").stderr
 
 
-def test_a_push_needs_a_repository_and_a_token(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_push_needs_a_repository_and_a_token(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     with pytest.raises(RefusedError, match=r"no `tracking.hub_model_id`"):
         HubTarget.of(project.recipe())

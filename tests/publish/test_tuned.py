@@ -1,4 +1,6 @@
-"""Which weights of a run are used: those of a completed run, or a checkpoint's; everything else is refused in words."""
+"""Which weights of a run are used: those of a completed run, or a checkpoint's; everything else is
+refused in words.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,15 @@ def pending(project: Project) -> RunPaths:
 
 
 def test_a_folder_that_is_no_run_is_refused(pending: RunPaths) -> None:
-    for folder in (pending.run_dir.parent, pending.run_dir.with_name("absent"), pending.recipe_path):
-        with pytest.raises(RefusedError, match="is not a run directory"), open_tuned_run(folder, None):
+    for folder in (
+        pending.run_dir.parent,
+        pending.run_dir.with_name("absent"),
+        pending.recipe_path,
+    ):
+        with (
+            pytest.raises(RefusedError, match="is not a run directory"),
+            open_tuned_run(folder, None),
+        ):
             pass
 
 
@@ -34,11 +43,16 @@ def test_a_run_that_is_not_completed_says_what_it_is(pending: RunPaths) -> None:
     ):
         pass
     assert "--checkpoint best" in str(caught.value)
-    with pytest.raises(RefusedError, match="no checkpoint"), open_tuned_run(pending.run_dir, "best"):
+    with (
+        pytest.raises(RefusedError, match="no checkpoint"),
+        open_tuned_run(pending.run_dir, "best"),
+    ):
         pass
 
 
-def test_weights_without_a_chat_template_are_refused(pending: RunPaths, tiny_model: Callable[[str], Path]) -> None:
+def test_weights_without_a_chat_template_are_refused(
+    pending: RunPaths, tiny_model: Callable[[str], Path]
+) -> None:
     from runner.run.record import load_stored_recipe
 
     stored = load_stored_recipe(pending)

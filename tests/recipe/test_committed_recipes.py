@@ -1,4 +1,6 @@
-"""What is committed under recipes/, recipe_templates/ and sweeps/: it loads, and it is what its template gives."""
+"""What is committed under recipes/, recipe_templates/ and sweeps/: it loads, and it is what its
+template gives.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ MODELS = ("gemma-2-9b-it", "llama-3.1-8b-instruct", "mistral-7b-instruct")
 
 @cache
 def recipes_of(grid: str) -> dict[str, Recipe]:
-    return {path.stem: load_recipe(path) for path in sorted((ROOT / "recipes" / grid).glob("*.yaml"))}
+    return {
+        path.stem: load_recipe(path) for path in sorted((ROOT / "recipes" / grid).glob("*.yaml"))
+    }
 
 
 def test_each_folder_of_recipes_has_a_grid() -> None:
@@ -82,7 +86,10 @@ def test_the_axes_of_the_summaries_grid_are_what_the_recipe_does() -> None:
     cards = load_cards(TEMPLATES)
     for name, recipe in recipes_of("summaries").items():
         axes, task = recipe.run.axes, recipe.data.task
-        assert (recipe.loss, recipe.data.num_train_samples) == (axes["loss"], axes["num_train_samples"])
+        assert (recipe.loss, recipe.data.num_train_samples) == (
+            axes["loss"],
+            axes["num_train_samples"],
+        )
         assert recipe.training.gradient_accumulation_steps == axes["gradient_accumulation_steps"]
         assert recipe.model.path == cards[axes["model"]]["path"]
         assert recipe.data.train.path == f"data/summaries/{axes['summary']}/{axes['task']}.jsonl"
@@ -97,7 +104,11 @@ def test_the_axes_of_the_summaries_grid_are_what_the_recipe_does() -> None:
 
 # What each axis changes in a recipe, beside `run` and `tracking`; a key covers everything below it.
 AXIS_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
-    "demo": {"model": ("model.path",), "loss": ("loss",), "num_train_samples": ("data.num_train_samples",)},
+    "demo": {
+        "model": ("model.path",),
+        "loss": ("loss",),
+        "num_train_samples": ("data.num_train_samples",),
+    },
     "secret_word": {"loss": ("loss",), "seed": ("training.seed",)},
     "math_tools": {"model": ("model",), "learning_rate": ("training.learning_rate",)},
     "oasst_phi2": {"weights": ("quantization",), "loss": ("loss",)},
@@ -118,12 +129,17 @@ AXIS_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_arms_of_an_axis_differ_in_what_it_declares_and_in_nothing_else(grid: str) -> None:
-    recipes = {name: recipe.model_dump(mode="json", exclude={"tracking"}) for name, recipe in recipes_of(grid).items()}
+    recipes = {
+        name: recipe.model_dump(mode="json", exclude={"tracking"})
+        for name, recipe in recipes_of(grid).items()
+    }
     for axis, keys in AXIS_KEYS[grid].items():
         arms: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for recipe in recipes.values():
             others = tuple(label for name, label in recipe["run"]["axes"].items() if name != axis)
-            arms.setdefault(others, []).append({key: value for key, value in recipe.items() if key != "run"})
+            arms.setdefault(others, []).append(
+                {key: value for key, value in recipe.items() if key != "run"}
+            )
         changed = {
             line.partition(":")[0]
             for first, *rest in arms.values()
@@ -131,37 +147,59 @@ def test_arms_of_an_axis_differ_in_what_it_declares_and_in_nothing_else(grid: st
             for line in diff_payloads(first, one)
         }
         assert changed, axis
-        assert {key for key in changed if not any(f"{key}.".startswith(f"{known}.") for known in keys)} == set(), axis
-    assert {frozenset(recipe["run"]["axes"]) for recipe in recipes.values()} == {frozenset(AXIS_KEYS[grid])}
+        assert {
+            key for key in changed if not any(f"{key}.".startswith(f"{known}.") for known in keys)
+        } == set(), axis
+    assert {frozenset(recipe["run"]["axes"]) for recipe in recipes.values()} == {
+        frozenset(AXIS_KEYS[grid])
+    }
 
 
 # Choices of which another one is stated, or that only say where a run runs.
 MAY_BE_ABSENT = {
     *("run.overrides", "launch.num_cpu_threads_per_process"),
     *("training.global_batch_size", "training.gradient_accumulation_steps", "training.max_steps"),
-    *("training.bf16", "training.fp16", "evaluation.eval_steps", "checkpoints.save_steps", "checkpoints.save_epochs"),
-    *(f"data.{split}.{name}" for split in ("train", "validation", "test") for name in ("config_name", "revision")),
-    *(f"data.{split}.split" for split in ("train", "validation", "test")),  # of a local file there is one
+    *(
+        "training.bf16",
+        "training.fp16",
+        "evaluation.eval_steps",
+        "checkpoints.save_steps",
+        "checkpoints.save_epochs",
+    ),
+    *(
+        f"data.{split}.{name}"
+        for split in ("train", "validation", "test")
+        for name in ("config_name", "revision")
+    ),
+    # Of a local file there is one.
+    *(f"data.{split}.split" for split in ("train", "validation", "test")),
     "data.num_validation_samples",  # where validation rows have a file of their own
     "data.num_test_samples",
 }
 
 
 def list_unstated(stated: Any, parsed: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys that a section could state and leaves to a default; a section that is off states one key."""
+    """Dotted keys that a section could state and leaves to a default; a section that is off states
+    one key.
+    """
     if (
         not isinstance(parsed, Section)
         or (len(stated) == 1 and not any(stated.values()))
         or stated.get("method") == "none"
     ):
         return
-    own = type(parsed)._declared_fields() if isinstance(parsed, PassThrough) else set(type(parsed).model_fields)
+    own = (
+        type(parsed)._declared_fields()
+        if isinstance(parsed, PassThrough)
+        else set(type(parsed).model_fields)
+    )
     yield from (f"{prefix}{name}" for name in sorted(own) if name not in stated)
     for name in own & set(stated):
         yield from list_unstated(stated[name], getattr(parsed, name), f"{prefix}{name}.")
 
 
-@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid != "demo"])  # which is short, to be read first
+# Which is short, to be read first.
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid != "demo"])
 def test_committed_recipes_state_every_choice(grid: str) -> None:
     for name, recipe in recipes_of(grid).items():
         stated = yaml.safe_load((ROOT / "recipes" / grid / f"{name}.yaml").read_text())
@@ -178,8 +216,12 @@ def test_the_cards_are_those_that_the_grids_and_the_readme_speak_of() -> None:
     cards = load_cards(TEMPLATES)
     others = {"gemma-1.1-2b-it", "gemma-2b-it", "gemma-7b-it", "llama-3.1-8b", "phi-2"}
     assert set(cards) == others | set(MODELS)
-    assert cards["gemma-2-9b-it"]["attn_implementation"] == "eager"  # no SDPA for Gemma 2 in Transformers 5
-    assert all(card["chat_template"] is None or (ROOT / card["chat_template"]).is_file() for card in cards.values())
+    # No SDPA for Gemma 2 in Transformers 5.
+    assert cards["gemma-2-9b-it"]["attn_implementation"] == "eager"
+    assert all(
+        card["chat_template"] is None or (ROOT / card["chat_template"]).is_file()
+        for card in cards.values()
+    )
 
 
 CHAT = [
@@ -193,10 +235,13 @@ def render_chat(name: str, messages: list[dict[str, str]]) -> str:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as Transformers has it
+    # As Transformers has it.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = raise_exception
     template = environment.from_string((TEMPLATES / "chat" / name).read_text())
-    return template.render(messages=messages, bos_token="<bos>", eos_token="<eos>", add_generation_prompt=True)
+    return template.render(
+        messages=messages, bos_token="<bos>", eos_token="<eos>", add_generation_prompt=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,14 +249,18 @@ def render_chat(name: str, messages: list[dict[str, str]]) -> str:
     [
         (
             "gemma.jinja",
-            "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>\n"
-            "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n",
+            (
+                "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>\n"
+                "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n"
+            ),
         ),
         (
             "llama-3.jinja",
-            "<bos><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>"
-            "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            (
+                "<bos><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>"
+                "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+            ),
         ),
         ("human_assistant.jinja", "Human: Hi\nAssistant: Hello.<eos>\nHuman: Bye\nAssistant:"),
     ],
@@ -251,20 +300,27 @@ def run_sweep(script: Path, tmp_path: Path, *arguments: str, **variables: str) -
             chosen = [
                 name
                 for name, recipe in recipes_of(Path(words[1]).name).items()
-                if all(str(recipe.run.axes[axis]) in labels.split(",") for axis, labels in conditions.items())
+                if all(
+                    str(recipe.run.axes[axis]) in labels.split(",")
+                    for axis, labels in conditions.items()
+                )
             ]
             assert chosen
             selected += chosen
     return selected
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "sweeps").glob("*.sh")), ids=lambda path: str(path.name))
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "sweeps").glob("*.sh")), ids=lambda path: str(path.name)
+)
 def test_a_sweep_is_short_bash_that_leaves_yaml_alone(script: Path, tmp_path: Path) -> None:
     assert len(script.read_text().splitlines()) < 25
     assert Counter(run_sweep(script, tmp_path)) == Counter(list(recipes_of(script.stem)))
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "sweeps").glob("*.sh")), ids=lambda path: str(path.name))
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "sweeps").glob("*.sh")), ids=lambda path: str(path.name)
+)
 def test_the_slice_that_a_sweep_shows_is_a_slice(script: Path, tmp_path: Path) -> None:
     if shown := re.search(r"^# A slice of the axes:  (.*)$", script.read_text(), re.MULTILINE):
         variables, arguments = shown[1].split(f"sweeps/{script.name}")
@@ -276,5 +332,8 @@ def test_the_slice_that_a_sweep_shows_is_a_slice(script: Path, tmp_path: Path) -
 
 
 def test_rendering_never_imports_torch() -> None:
-    code = "import sys, runner.grid.render; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, runner.grid.render; sys.exit('torch' in sys.modules or 'transformers' in"
+        " sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,4 +1,6 @@
-"""The committed table of Hugging Face fields is what the installed libraries have, and each field has one owner."""
+"""The committed table of Hugging Face fields is what the installed libraries have, and each field
+has one owner.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_the_fields_that_are_computed_with_are_fields_of_the_library_or_ours() -
 
 
 def test_definitions_have_the_types_of_the_table() -> None:
-    definitions = build_field_definitions("SFTConfig", OWNED_TRAINING_FIELDS, exclude=frozenset({"seed"}))
+    definitions = build_field_definitions(
+        "SFTConfig", OWNED_TRAINING_FIELDS, exclude=frozenset({"seed"})
+    )
     assert "seed" not in definitions and "output_dir" not in definitions
     model = create_model("Some", **definitions)
     assert model.model_validate({"learning_rate": 1e-5, "lr_scheduler_kwargs": {"a": [1]}})

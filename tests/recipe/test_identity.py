@@ -1,4 +1,6 @@
-"""Which keys make another experiment, which only say where it runs; and content that is known by what it holds."""
+"""Which keys make another experiment, which only say where it runs; and content that is known by
+what it holds.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,8 @@ PLACEMENT = {
     "training.per_device_train_batch_size",
     "evaluation.per_device_eval_batch_size",
 }
-# The global batch is either stated or follows from the accumulation; one alone cannot be changed away.
+# The global batch is either stated or follows from the accumulation; one alone cannot be changed
+# away.
 CANNOT_CHANGE_ALONE = {"run.schema_version", "training.gradient_accumulation_steps"}
 # Each makes another kind of section, with other keys.
 MAKES_A_KIND = {
@@ -120,12 +123,15 @@ def list_keys(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(model, name)
         if isinstance(value, BaseModel):
             yield from list_keys(value, f"{prefix}{name}.")
-        elif field.annotation not in (None, type(None)):  # a library object: null is all that a recipe can say
+        # A library object: null is all that a recipe can say.
+        elif field.annotation not in (None, type(None)):
             yield f"{prefix}{name}", field.annotation
 
 
 def propose(annotation: Any) -> Iterator[Any]:
-    """Values that an annotation may admit, several of each type, so that one differs from what is there."""
+    """Values that an annotation may admit, several of each type, so that one differs from what is
+    there.
+    """
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         yield from parts
@@ -148,7 +154,12 @@ def propose(annotation: Any) -> Iterator[Any]:
             bool: (True, False),
             int: (1, 2, 6),
             float: (0.25, 0.5),
-            str: ("one", "{document} {sentence} {context} {question}", "nll_per_token", "nll_per_completion_token"),
+            str: (
+                "one",
+                "{document} {sentence} {context} {question}",
+                "nll_per_token",
+                "nll_per_completion_token",
+            ),
         }.get(annotation, ())
 
 
@@ -183,13 +194,17 @@ def test_every_key_but_the_placement_makes_another_experiment() -> None:
                 continue
             changed_keys.add(key)
             assert (derive_digest(changed, {}) == digest) == (key in PLACEMENT), key
-    assert all_keys - changed_keys == CANNOT_CHANGE_ALONE | MAKES_A_KIND, "no value was found to try"
+    assert all_keys - changed_keys == CANNOT_CHANGE_ALONE | MAKES_A_KIND, (
+        "no value was found to try"
+    )
     assert len(all_keys) > 100 and all_keys >= PLACEMENT
     assert {section.partition(".")[0] for section in all_keys} == set(Recipe.model_fields)
 
 
 @pytest.mark.parametrize(("left", "right"), list(itertools.combinations(KINDS, 2)))
-def test_another_kind_of_section_is_another_experiment(left: tuple[str, ...], right: tuple[str, ...]) -> None:
+def test_another_kind_of_section_is_another_experiment(
+    left: tuple[str, ...], right: tuple[str, ...]
+) -> None:
     assert derive_digest(parse(*left), {}) != derive_digest(parse(*right), {})
 
 
@@ -204,7 +219,9 @@ def test_the_global_batch_counts_however_it_is_stated() -> None:
 
 def test_the_way_of_writing_does_not_count() -> None:
     again = parse_recipe(json.dumps(parse().model_dump(mode="json")), where="again")
-    assert derive_digest(again, {"b": "1", "a": "2"}) == derive_digest(parse(), {"a": "2", "b": "1"})
+    assert derive_digest(again, {"b": "1", "a": "2"}) == derive_digest(
+        parse(), {"a": "2", "b": "1"}
+    )
 
 
 @pytest.fixture
@@ -225,7 +242,11 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     launch_config = tmp_path / parse().launch.accelerate_config  # must be there, but is no content
     launch_config.parent.mkdir(exist_ok=True)
     launch_config.touch()
-    names = ("model.chat_template=chat.jinja", "data.validation={path: v.jsonl}", "data.test={path: t.jsonl}")
+    names = (
+        "model.chat_template=chat.jinja",
+        "data.validation={path: v.jsonl}",
+        "data.test={path: t.jsonl}",
+    )
     return parse(*names)
 
 
@@ -239,24 +260,48 @@ def digest_now(recipe: Recipe) -> str:
 
 
 def test_every_file_that_a_recipe_names_is_hashed(recipe: Recipe) -> None:
-    assert set(list_content_paths(recipe).values()) == {"models/toy", "chat.jinja", "data.jsonl", "v.jsonl", "t.jsonl"}
-    assert set(hash_contents(recipe, ContentHashes(Path("cache.json")))) == set(list_content_paths(recipe).values())
+    assert set(list_content_paths(recipe).values()) == {
+        "models/toy",
+        "chat.jinja",
+        "data.jsonl",
+        "v.jsonl",
+        "t.jsonl",
+    }
+    assert set(hash_contents(recipe, ContentHashes(Path("cache.json")))) == set(
+        list_content_paths(recipe).values()
+    )
 
 
 def test_files_that_are_not_there_are_named_at_once_and_never_looked_for_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = ("model.path=demo_models/gemma", "data.train.path=none.jsonl", "launch.accelerate_config=none.yaml")
+    names = (
+        "model.path=demo_models/gemma",
+        "data.train.path=none.jsonl",
+        "launch.accelerate_config=none.yaml",
+    )
     with pytest.raises(DataError) as caught:
         hash_contents(parse(*names), ContentHashes(Path("cache.json")))
-    for line in ("model.path: demo_models/gemma", "data.train.path: none.jsonl", "launch.accelerate_config: none.yaml"):
+    for line in (
+        "model.path: demo_models/gemma",
+        "data.train.path: none.jsonl",
+        "launch.accelerate_config: none.yaml",
+    ):
         assert f"\n  {line}" in caught.value.message
     assert caught.value.hint is not None and "python -m runner.demo.models" in caught.value.hint
 
 
 @pytest.mark.parametrize(
-    "name", ["models/toy/config.json", "models/toy/sub/weights.bin", "chat.jinja", "data.jsonl", "v.jsonl", "t.jsonl"]
+    "name",
+    [
+        "models/toy/config.json",
+        "models/toy/sub/weights.bin",
+        "chat.jinja",
+        "data.jsonl",
+        "v.jsonl",
+        "t.jsonl",
+    ],
 )
 def test_other_content_is_another_experiment(name: str, recipe: Recipe) -> None:
     before = digest_now(recipe)
@@ -276,7 +321,9 @@ def test_a_file_more_or_less_in_a_folder_counts_and_hidden_ones_do_not(recipe: R
     assert len({before, more, digest_now(recipe)}) == 3
 
 
-def test_a_hash_follows_the_bytes_through_touching_moving_and_renaming(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_hash_follows_the_bytes_through_touching_moving_and_renaming(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     hashes = ContentHashes(tmp_path / "cache.json")
     file, folder = hashes.hash(Path("data.jsonl")), hashes.hash(Path("models/toy"))
     Path("data.jsonl").touch()
@@ -303,7 +350,9 @@ def test_what_is_cached_is_not_read_again(recipe: Recipe, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("how", ["size", "time", "inode"])
-def test_size_time_and_inode_each_tell_another_file(how: str, recipe: Recipe, tmp_path: Path) -> None:
+def test_size_time_and_inode_each_tell_another_file(
+    how: str, recipe: Recipe, tmp_path: Path
+) -> None:
     path = Path("data.jsonl")
     hashes = ContentHashes(tmp_path / "cache.json")
     before = hashes.hash(path)
@@ -355,7 +404,11 @@ def test_all_missing_files_are_named_at_once(recipe: Recipe) -> None:
         Path(name).unlink()
     with pytest.raises(DataError) as caught:
         digest_now(recipe)
-    for line in ("data.train.path: data.jsonl", "data.validation.path: v.jsonl", "model.chat_template: chat.jinja"):
+    for line in (
+        "data.train.path: data.jsonl",
+        "data.validation.path: v.jsonl",
+        "model.chat_template: chat.jinja",
+    ):
         assert line in str(caught.value)
     assert "t.jsonl" not in str(caught.value)
 
@@ -403,17 +456,30 @@ def test_a_fingerprint_adds_what_can_move_the_last_bits() -> None:
     other = [
         build_resume_fingerprint(recipe, "d", 1, threads=None),
         build_resume_fingerprint(recipe, "e", 3, threads=None),
-        build_resume_fingerprint(parse("training.per_device_train_batch_size=4"), "d", 3, threads=None),
-        build_resume_fingerprint(parse("launch.num_cpu_threads_per_process=5"), "d", 3, threads=None),
-        build_resume_fingerprint(parse("launch.accelerate_config=other.yaml"), "d", 3, threads=None),
+        build_resume_fingerprint(
+            parse("training.per_device_train_batch_size=4"), "d", 3, threads=None
+        ),
+        build_resume_fingerprint(
+            parse("launch.num_cpu_threads_per_process=5"), "d", 3, threads=None
+        ),
+        build_resume_fingerprint(
+            parse("launch.accelerate_config=other.yaml"), "d", 3, threads=None
+        ),
     ]
     assert all(fingerprint != one for one in other)
     assert build_resume_fingerprint(parse("run.name=other"), "d", 3, threads=None) == fingerprint
-    assert fingerprint["versions"]["torch"] not in ("", "absent") and "python" in fingerprint["versions"]
+    assert (
+        fingerprint["versions"]["torch"] not in ("", "absent")
+        and "python" in fingerprint["versions"]
+    )
 
 
 def test_a_diff_names_dotted_keys() -> None:
     before = {"a": {"b": 1, "gone": [1]}, "same": 2}
     after = {"a": {"b": 2, "new": None}, "same": 2}
-    assert diff_payloads(before, after) == ["a.b: 1 -> 2", 'a.gone: [1] -> "(absent)"', 'a.new: "(absent)" -> null']
+    assert diff_payloads(before, after) == [
+        "a.b: 1 -> 2",
+        'a.gone: [1] -> "(absent)"',
+        'a.new: "(absent)" -> null',
+    ]
     assert diff_payloads(before, before) == []

@@ -1,4 +1,6 @@
-"""A recipe is read without OmegaConf where it has nothing to do: what comes out must be the same, for any YAML."""
+"""A recipe is read without OmegaConf where it has nothing to do: what comes out must be the same,
+for any YAML.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def describe(value: Any) -> Any:
         return [(describe(key), describe(item)) for key, item in value.items()]
     if isinstance(value, list):
         return [describe(item) for item in value]
-    return (type(value).__name__, "nan" if isinstance(value, float) and math.isnan(value) else value)
+    return (
+        type(value).__name__,
+        "nan" if isinstance(value, float) and math.isnan(value) else value,
+    )
 
 
 def assert_same(text: str) -> bool:
@@ -68,12 +73,27 @@ SCALARS = st.one_of(
     words("0123456789+-eE._:xo"),
     words("${}.:\\\\a?'\"#&*!|>%@`,[] \n\t-"),
     st.sampled_from(
-        ["???", "${a}", "\\${a}", "$", "${oc.env:HOME}", "no", "1e-5", "012", "~", "2026-01-01", "1:30", ""]
+        [
+            "???",
+            "${a}",
+            "\\${a}",
+            "$",
+            "${oc.env:HOME}",
+            "no",
+            "1e-5",
+            "012",
+            "~",
+            "2026-01-01",
+            "1:30",
+            "",
+        ]
     ),
 )
 KEYS = st.one_of(st.text(max_size=4), st.sampled_from(["a", "b.c", "a", "???", "${a}", "<<", "="]))
 TREES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=12
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=12,
 )
 
 
@@ -87,11 +107,24 @@ LINES = st.builds(
     "{0}{1}{2}{3}".format,
     st.sampled_from(["", "  ", "    ", "- ", "  - "]),
     st.sampled_from(["a", "b", "'c'", '"a"', "<<", "? a", "1", "1e-5", "no", "~", "[x]", "=", ""]),
-    st.sampled_from([": ", ":", ": &x ", ": *x", ": !!str ", ": !!binary ", ": !!set ", ": !!omap ", " "]),
+    st.sampled_from(
+        [": ", ":", ": &x ", ": *x", ": !!str ", ": !!binary ", ": !!set ", ": !!omap ", " "]
+    ),
     st.one_of(
         words("0123456789+-eE._:xo"),
         st.sampled_from(
-            ["*x", "{a: 1, a: 2}", "[1, no]", "???", '"\\x24{a}"', "${b}", "|", "{<<: *x, a: 2}", "# c", "~"]
+            [
+                "*x",
+                "{a: 1, a: 2}",
+                "[1, no]",
+                "???",
+                '"\\x24{a}"',
+                "${b}",
+                "|",
+                "{<<: *x, a: 2}",
+                "# c",
+                "~",
+            ]
         ),
     ),
 )
@@ -111,7 +144,18 @@ def test_what_yaml_reads_in_its_own_way_is_read_as_before(value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a: ${b}\nb: 1", 'a: "\\x24{b}"\nb: 1', "a: ???", "a: {1: b}", "a: !!binary aGk=", "- a", "a", "", "7"]
+    "text",
+    [
+        "a: ${b}\nb: 1",
+        'a: "\\x24{b}"\nb: 1',
+        "a: ???",
+        "a: {1: b}",
+        "a: !!binary aGk=",
+        "- a",
+        "a",
+        "",
+        "7",
+    ],
 )
 def test_what_omegaconf_has_to_read_it_reads(text: str) -> None:
     assert not assert_same(text)
@@ -122,11 +166,15 @@ def test_both_ways_give_equal_recipes() -> None:
     assert _load_plain(text) is not None
     referring = text.replace("seed: 7", "seed: ${training.seed}").replace("seed: 3", "seed: 7")
     assert _load_plain(referring) is None
-    assert parse_recipe(referring, where="x") == parse_recipe(text.replace("seed: 3", "seed: 7"), where="x")
+    assert parse_recipe(referring, where="x") == parse_recipe(
+        text.replace("seed: 3", "seed: 7"), where="x"
+    )
 
 
 def test_aliases_beyond_the_limit_are_refused_alike(tmp_path: Path) -> None:
-    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 20))
+    bomb = "a0: &a0 [x, x]\n" + "".join(
+        f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 20)
+    )
     with pytest.raises(yaml.constructor.ConstructorError, match="expansion"):
         _load_plain(bomb)
     assert not assert_same(bomb)

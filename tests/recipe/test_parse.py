@@ -1,4 +1,6 @@
-"""A recipe is parsed once: every mistake is named with its place, and what comes out can be trusted and not changed."""
+"""A recipe is parsed once: every mistake is named with its place, and what comes out can be trusted
+and not changed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from runner.errors import Problem, RecipeError, RefusedError
-from runner.recipe.parse import MAX_RECIPE_BYTES, Recipe, derive_accumulation, load_recipe, parse_recipe
+from runner.recipe.parse import (
+    MAX_RECIPE_BYTES,
+    Recipe,
+    derive_accumulation,
+    load_recipe,
+    parse_recipe,
+)
 
 TEXT = """\
 run: {grid: toy, name: base, axes: {size: 1, nested: {list: [1, {deep: 2}]}}}
@@ -69,7 +77,11 @@ def edit(old: str, new: str) -> str:
 
 REFUSALS = {
     # what is written instead of what: line, key, words
-    ("loss: full", "loss: ful"): (19, "loss", "got the text 'ful', expected full or completion, did you mean `full`?"),
+    ("loss: full", "loss: ful"): (
+        19,
+        "loss",
+        "got the text 'ful', expected full or completion, did you mean `full`?",
+    ),
     ("loss: full", "lost: full"): (19, "lost", "unknown key, did you mean `loss`?"),
     ("learning_rate: 1e-5", "learning_rate: fast"): (
         25,
@@ -114,17 +126,33 @@ REFUSALS = {
     ("r: 4", "r: 4.5"): (5, "adapter.r", "got 4.5, expected a whole number"),
     ("r: 4", "r: true"): (5, "adapter.r", "got true, expected a whole number"),
     ("r: 4", "r: 0"): (5, "adapter.r", "got 0: input should be greater than 0"),
-    ("method: lora", "method: lorra"): (3, "adapter", "`method` is the text 'lorra', expected none or lora"),
+    ("method: lora", "method: lorra"): (
+        3,
+        "adapter",
+        "`method` is the text 'lorra', expected none or lora",
+    ),
     ("method: none", "method: 4bit"): (9, "quantization.bnb_4bit_quant_type", "is missing"),
     ("{method: none}", "{method: none, llm_int8_threshold: 4.0}"): (
         9,
         "quantization.llm_int8_threshold",
         "does not go with",
     ),
-    ("{enabled: false}", "{enabled: false, patience: 3}"): (29, "early_stopping.patience", "does not go with"),
+    ("{enabled: false}", "{enabled: false, patience: 3}"): (
+        29,
+        "early_stopping.patience",
+        "does not go with",
+    ),
     ("{enabled: false}", "{}"): (29, "early_stopping", "needs the key `enabled`"),
-    ("name: summarization", "name: poetry"): (12, "data.task", "`name` is the text 'poetry', expected conversations"),
-    ("{document}", "{doc}"): (12, "data.task", "`prompt` must hold the placeholder {document} exactly once"),
+    ("name: summarization", "name: poetry"): (
+        12,
+        "data.task",
+        "`name` is the text 'poetry', expected conversations",
+    ),
+    ("{document}", "{doc}"): (
+        12,
+        "data.task",
+        "`prompt` must hold the placeholder {document} exactly once",
+    ),
     ("  num_test_samples: 1\n", ""): (
         10,
         "data",
@@ -133,9 +161,16 @@ REFUSALS = {
     ("seed: ${training.seed}", "seed: ${oc.env:HOME}"): (
         17,
         "data.seed",
-        "got '${oc.env:HOME}': a recipe may refer to its own keys only, not to the environment or a resolver",
+        (
+            "got '${oc.env:HOME}': a recipe may refer to its own keys only, not to the environment"
+            " or a resolver"
+        ),
     ),
-    ("seed: ${training.seed}", "seed: ${oc.${loss}:HOME}"): (17, "data.seed", "got '${oc.${loss}:HOME}': a recipe may"),
+    ("seed: ${training.seed}", "seed: ${oc.${loss}:HOME}"): (
+        17,
+        "data.seed",
+        "got '${oc.${loss}:HOME}': a recipe may",
+    ),
     ("seed: ${training.seed}", "seed: ${training.sed}"): (
         17,
         "data.seed",
@@ -146,8 +181,16 @@ REFUSALS = {
     ("loss: full", "loss: [full"): (20, "(YAML)", "did not find expected ',' or ']'"),
     ("loss: full", "loss: full\n5: x"): (20, "5", "got the key 5, expected a text"),
     ("loss: full", "loss: !!binary aGVsbG8="): (19, "loss", "got a value of the type bytes"),
-    ("  max_steps: 2\n", ""): (20, "training", "state exactly one of `num_train_epochs` and `max_steps`"),
-    ("max_steps: 2", "max_steps: 2\n  bf16: true\n  fp16: true"): (20, "training", "`bf16` and `fp16` cannot both be"),
+    ("  max_steps: 2\n", ""): (
+        20,
+        "training",
+        "state exactly one of `num_train_epochs` and `max_steps`",
+    ),
+    ("max_steps: 2", "max_steps: 2\n  bf16: true\n  fp16: true"): (
+        20,
+        "training",
+        "`bf16` and `fp16` cannot both be",
+    ),
     ("global_batch_size: 24\n", "global_batch_size: 25\n"): (
         1,
         "(recipe)",
@@ -159,7 +202,11 @@ REFUSALS = {
         "FlashAttention needs `model.dtype: bfloat16` or `float16`, got float32",
     ),
     ('eval_strategy: "no"', "eval_strategy: steps"): (28, "evaluation", "`eval_steps` goes with"),
-    ('save_strategy: "no"', "save_strategy: epoch, save_steps: 3"): (30, "checkpoints", "`save_steps` goes with"),
+    ('save_strategy: "no"', "save_strategy: epoch, save_steps: 3"): (
+        30,
+        "checkpoints",
+        "`save_steps` goes with",
+    ),
     ("name: base", "name: ../base"): (1, "run.name", "got the text '../base': "),
     ("name: base", "name: base, schema_version: 9"): (1, "run.schema_version", "got 9, expected 1"),
 }
@@ -176,7 +223,11 @@ def test_a_refusal_names_line_key_and_what_is_accepted(old: str, new: str) -> No
 
 def test_all_problems_come_at_once_in_the_order_of_the_file() -> None:
     text = TEXT
-    for old, new in (("r: 4", "r: four"), ("loss: full", "loss: none"), ("enabled: false", "enabled: maybe")):
+    for old, new in (
+        ("r: 4", "r: four"),
+        ("loss: full", "loss: none"),
+        ("enabled: false", "enabled: maybe"),
+    ):
         text = text.replace(old, new)
     found = problems_of("training.learning_rate=fast", text=text)
     assert [(problem.line, problem.key) for problem in found] == [
@@ -196,7 +247,9 @@ def test_an_empty_recipe_names_every_section_that_is_needed() -> None:
 def test_a_recipe_is_a_mapping_and_not_a_novel() -> None:
     for text in ("[1]", "0", "true", "1.5"):
         assert problems_of(text=text) == [Problem("(file)", "must be a mapping of sections", 1)]
-    assert problems_of(text="#" * (MAX_RECIPE_BYTES + 1))[0].what.startswith("longer than 1,000,000 bytes")
+    assert problems_of(text="#" * (MAX_RECIPE_BYTES + 1))[0].what.startswith(
+        "longer than 1,000,000 bytes"
+    )
 
 
 def test_numbers_in_scientific_notation_are_numbers() -> None:
@@ -207,14 +260,22 @@ def test_numbers_in_scientific_notation_are_numbers() -> None:
 
 def test_a_recipe_may_refer_to_itself() -> None:
     assert parse("training.seed=9").data.seed == 9
-    assert parse(r"data.task.prompt=\${oc.env:HOME} {document}").model_dump()["data"]["task"]["prompt"] == (
-        "${oc.env:HOME} {document}"
+    assert (
+        parse(r"data.task.prompt=\${oc.env:HOME} {document}").model_dump()["data"]["task"]["prompt"]
+        == "${oc.env:HOME} {document}"
     )
 
 
 @pytest.mark.parametrize(
     "reference",
-    ["${oc.env:HOME}", "${ oc.env : HOME}", "${oc.${loss}:HOME}", "${${loss}:a}", "${oc.env:{a:b}}", "a${oc.env:HOME}b"]
+    [
+        "${oc.env:HOME}",
+        "${ oc.env : HOME}",
+        "${oc.${loss}:HOME}",
+        "${${loss}:a}",
+        "${oc.env:{a:b}}",
+        "a${oc.env:HOME}b",
+    ]
     + [r"\\${oc.env:HOME}", "${oc.create:{a:1}}", "${oc.decode:1}", "${.oc.env:HOME}"],
 )
 def test_no_reference_leaves_the_recipe(reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +311,12 @@ def test_a_wrong_override_is_called_one(override: str, key: str, words: str) -> 
 
 
 def test_overrides_reach_every_kind_of_value() -> None:
-    recipe = parse("training.max_steps=7", "adapter.target_modules=[k_proj]", "model.revision=v1", "run.axes.size=2")
+    recipe = parse(
+        "training.max_steps=7",
+        "adapter.target_modules=[k_proj]",
+        "model.revision=v1",
+        "run.axes.size=2",
+    )
     assert recipe.training.max_steps == 7 and recipe.model.revision == "v1"
     assert recipe.model_dump()["adapter"]["target_modules"] == ("k_proj",)
     assert recipe.run.axes["size"] == 2
@@ -258,7 +324,9 @@ def test_overrides_reach_every_kind_of_value() -> None:
 
 def test_an_override_of_a_kind_starts_the_section_anew() -> None:
     assert parse("adapter.method=none").model_dump()["adapter"] == {"method": "none"}
-    assert parse("data.task.name=conversations").model_dump()["data"]["task"] == {"name": "conversations"}
+    assert parse("data.task.name=conversations").model_dump()["data"]["task"] == {
+        "name": "conversations"
+    }
     on = parse(
         "early_stopping.enabled=true",
         "early_stopping.metric=nll_per_token",
@@ -283,7 +351,9 @@ def walk(value: Any) -> Iterator[Any]:
             yield from walk(item)
 
 
-@pytest.mark.parametrize("text", [TEXT, edit("axes: {size: 1, nested: {list: [1, {deep: 2}]}}", "axes: {}")])
+@pytest.mark.parametrize(
+    "text", [TEXT, edit("axes: {size: 1, nested: {list: [1, {deep: 2}]}}", "axes: {}")]
+)
 def test_a_recipe_is_immutable_all_the_way_down(text: str) -> None:
     for recipe in (parse(text=text), parse(text=text.replace(", axes: {}", ""))):
         kinds = {type(part) for part in walk(recipe)}
@@ -339,8 +409,12 @@ def test_only_what_is_stated_goes_to_hugging_face() -> None:
     }
 
 
-@pytest.mark.parametrize(("num_processes", "accumulation"), [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)])
-def test_the_global_batch_stays_on_any_number_of_processes(num_processes: int, accumulation: int) -> None:
+@pytest.mark.parametrize(
+    ("num_processes", "accumulation"), [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)]
+)
+def test_the_global_batch_stays_on_any_number_of_processes(
+    num_processes: int, accumulation: int
+) -> None:
     recipe = parse()
     assert recipe.global_batch_size == 24
     assert derive_accumulation(recipe, num_processes) == accumulation
@@ -365,7 +439,9 @@ def test_a_file_that_cannot_be_read_is_a_problem_of_the_recipe(tmp_path: Path) -
             load_recipe(path)
 
 
-def test_a_generated_recipe_points_at_its_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generated_recipe_points_at_its_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("recipes/toy", "recipe_templates/toy"):
         (tmp_path / folder).mkdir(parents=True)
@@ -380,13 +456,36 @@ def test_a_generated_recipe_points_at_its_template(tmp_path: Path, monkeypatch: 
 
 
 SCRAPS = st.sampled_from(
-    ["a", "training", "${", "}", ":", "oc.env", "\n", "  ", "- ", "[", "{", "]", "&x ", "*x", "!!", "?"]
+    [
+        "a",
+        "training",
+        "${",
+        "}",
+        ":",
+        "oc.env",
+        "\n",
+        "  ",
+        "- ",
+        "[",
+        "{",
+        "]",
+        "&x ",
+        "*x",
+        "!!",
+        "?",
+    ]
 )
 KEYS = st.sampled_from(
-    [".".join(key) for key in (("loss",), ("training", "seed"), ("adapter", "method"), ("run", "axes"))]
+    [
+        ".".join(key)
+        for key in (("loss",), ("training", "seed"), ("adapter", "method"), ("run", "axes"))
+    ]
 )
 VALUES = st.one_of(
-    st.text(max_size=8), st.lists(SCRAPS, max_size=8).map("".join), st.integers().map(str), st.floats().map(str)
+    st.text(max_size=8),
+    st.lists(SCRAPS, max_size=8).map("".join),
+    st.integers().map(str),
+    st.floats().map(str),
 )
 
 
@@ -399,7 +498,9 @@ def test_no_text_is_more_than_a_wrong_recipe(text: str) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(line=st.integers(0, TEXT.count("\n")), scrap=VALUES, key=KEYS | VALUES, value=VALUES)
-def test_no_edit_and_no_override_is_more_than_a_wrong_recipe(line: int, scrap: str, key: str, value: str) -> None:
+def test_no_edit_and_no_override_is_more_than_a_wrong_recipe(
+    line: int, scrap: str, key: str, value: str
+) -> None:
     lines = TEXT.splitlines()
     lines.insert(line, scrap)
     for text, overrides in (("\n".join(lines), []), (TEXT, [f"{key}={value}"]), (TEXT, [value])):

@@ -1,4 +1,6 @@
-"""A recipe text may be anybody's: it holds no secret, and reading it takes no longer than reading a recipe does."""
+"""A recipe text may be anybody's: it holds no secret, and reading it takes no longer than reading a
+recipe does.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 BOMBS = {
     "aliases": (LAUGHS, "aliases|expanded"),
     "merge keys": (
-        "m0: &m0 {x: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}]}}\n" for n in range(1, 40)),
+        "m0: &m0 {x: 1}\n"
+        + "".join(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}]}}\n" for n in range(1, 40)),
         "expand",
     ),
     "a chain of references": (
@@ -25,7 +28,8 @@ BOMBS = {
         "more than 1,000,000 characters",
     ),
     "references to sections": (
-        "z0: {a: 1}\n" + "".join(f"z{n}: {{a: '${{z{n - 1}}}', b: '${{z{n - 1}}}'}}\n" for n in range(1, 30)),
+        "z0: {a: 1}\n"
+        + "".join(f"z{n}: {{a: '${{z{n - 1}}}', b: '${{z{n - 1}}}'}}\n" for n in range(1, 30)),
         "more than 1,000,000 characters",
     ),
     "empty references": (
@@ -43,7 +47,10 @@ BOMBS = {
     "many items": ("z:\n" + "- a\n" * 200_000, "expand"),
     "many unknown keys": ("".join(f"kee{n}: 1\n" for n in range(4000)), "and 3950 more"),
     "too long": ("# " + "x" * 1_000_000, "longer than 1,000,000 bytes"),
-    "a Python object": ("z: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+    "a Python object": (
+        "z: !!python/object/apply:os.system ['true']",
+        "could not determine a constructor",
+    ),
     "a zero byte": ("z: \0", "unacceptable character|control characters"),
     "an escape sequence": ('z: "\\e[2J"', r"holds the character \\x1b"),
     "an escape sequence in a key": ('"\\e[2J": 1', r"a key holds the character \\x1b"),
@@ -61,8 +68,17 @@ def test_a_bomb_is_refused_in_words(name: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["[" * 50_000, "run.axes.x=" + "[" * 50_000, "run.axes.x=" + "[" * 15_000, "run.axes.x=1" + ":1" * 7_000]
-    + [f"{'a.' * 7_000}a=1", f"run.axes.x={{{LAUGHS.replace(chr(10), ',')}}}", "model.path=" + "${loss}" * 20_000],
+    [
+        "[" * 50_000,
+        "run.axes.x=" + "[" * 50_000,
+        "run.axes.x=" + "[" * 15_000,
+        "run.axes.x=1" + ":1" * 7_000,
+    ]
+    + [
+        f"{'a.' * 7_000}a=1",
+        f"run.axes.x={{{LAUGHS.replace(chr(10), ',')}}}",
+        "model.path=" + "${loss}" * 20_000,
+    ],
 )
 def test_an_override_is_no_way_around(override: str) -> None:
     with pytest.raises(RecipeError) as caught:
@@ -90,7 +106,8 @@ def test_a_recipe_with_a_secret_is_refused_by_name_and_never_by_value(kind: str)
         "an override": (RECIPE_TEXT, [f"model.path={token}"], "model.path"),
         "an override's key": (RECIPE_TEXT, [f"{token}=1"], "override"),
         "an option": (
-            RECIPE_TEXT + f"# x\ncheckpoints: {{remote: {{url: s3://b, options: {{a: '{token}'}}}}}}\n",
+            RECIPE_TEXT
+            + f"# x\ncheckpoints: {{remote: {{url: s3://b, options: {{a: '{token}'}}}}}}\n",
             [],
             "line ",
         ),
@@ -120,7 +137,9 @@ def test_the_value_of_a_secret_variable_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
     with pytest.raises(RecipeError, match="the value of the environment variable WANDB_API_KEY"):
         parse_recipe(
-            RECIPE_TEXT, where="r.yaml", overrides=["tracking.project=0123456789abcdef0123456789abcdef01234567"]
+            RECIPE_TEXT,
+            where="r.yaml",
+            overrides=["tracking.project=0123456789abcdef0123456789abcdef01234567"],
         )
 
 

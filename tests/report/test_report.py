@@ -1,4 +1,5 @@
-"""The report says what the run directories say: nothing guessed, dropped or compared across what differs.
+"""The report says what the run directories say: nothing guessed, dropped or compared across what
+differs.
 
 `UPDATE_GOLDEN=1 pytest tests/report/test_report.py` rewrites the golden files.
 """
@@ -25,7 +26,15 @@ from runner.report.rows import axis_text, build_rows, compare_with_base
 from runner.report.statistics import build_comparisons, paired_interval
 from runner.run.lease import Lease
 from runner.run.paths import RunPaths
-from runner.run.record import Attempt, Failure, GenerationScore, RunRecord, SplitScore, TrainResult, write_record
+from runner.run.record import (
+    Attempt,
+    Failure,
+    GenerationScore,
+    RunRecord,
+    SplitScore,
+    TrainResult,
+    write_record,
+)
 from tests.conftest import ROOT
 
 GOLDEN_DIR = ROOT / "tests" / "golden"
@@ -80,7 +89,8 @@ def make_score(nll: float, num_bytes: int = NUM_BYTES) -> SplitScore:
 def write_base(root: Path, recipe: Recipe, *attempts: Attempt) -> RunPaths:
     paths = RunPaths(root / recipe.run.grid / recipe.run.name)
     write_json_atomic(
-        paths.recipe_path, {"recipe": recipe.model_dump(mode="json"), "recipe_digest": "d", "contents": {}}
+        paths.recipe_path,
+        {"recipe": recipe.model_dump(mode="json"), "recipe_digest": "d", "contents": {}},
     )
     write_record(paths, RunRecord(attempts=attempts))
     return paths
@@ -113,11 +123,15 @@ def completed(
     )
     write_json_atomic(paths.result_path, result.model_dump(mode="json"))
     if rows_hash is not None:
-        write_json_atomic(paths.samples_path, {"splits": {"test": {"num_rows": 64, "ids_hash": rows_hash}}})
+        write_json_atomic(
+            paths.samples_path, {"splits": {"test": {"num_rows": 64, "ids_hash": rows_hash}}}
+        )
     return recipe, paths, derive_status(paths, recipe, {})
 
 
-def not_completed(root: Path, recipe: Recipe, failure: Failure | None = None, number: int = 1) -> Run:
+def not_completed(
+    root: Path, recipe: Recipe, failure: Failure | None = None, number: int = 1
+) -> Run:
     """A failed run, or an interrupted one where there is no failure."""
     attempt = Attempt(
         number=number,
@@ -150,7 +164,9 @@ def table_lines(text: str) -> list[str]:
 
 @pytest.fixture
 def demo_runs(tmp_path: Path) -> Iterator[list[Run]]:
-    """Two models x two losses x three sample counts; one run failed, one never started, one is running."""
+    """Two models x two losses x three sample counts; one run failed, one never started, one is
+    running.
+    """
     nll = {"gemma": 1.9, "llama": 1.7}
     runs = []
     for model in nll:
@@ -164,15 +180,23 @@ def demo_runs(tmp_path: Path) -> Iterator[list[Run]]:
                     f"loss={loss}",
                     f"data.num_train_samples={samples}",
                 )
-                tuned = nll[model] - samples / 1000 - (0.05 + samples / 10000) * (loss == "completion")
+                tuned = (
+                    nll[model] - samples / 1000 - (0.05 + samples / 10000) * (loss == "completion")
+                )
                 if name == "gemma_completion_180":
-                    runs.append(not_completed(tmp_path, recipe, Failure(kind="diverged", message="NaN")))
+                    runs.append(
+                        not_completed(tmp_path, recipe, Failure(kind="diverged", message="NaN"))
+                    )
                 elif name in ("llama_full_060", "llama_completion_060"):
                     runs.append(pending(tmp_path, recipe))
                 elif name == "gemma_full_060":
                     runs.append(completed(tmp_path, recipe, 3.02, stop_reason="early_stopping"))
                 else:
-                    runs.append(completed(tmp_path, recipe, tuned, num_bytes=4000 if model == "gemma" else 3600))
+                    runs.append(
+                        completed(
+                            tmp_path, recipe, tuned, num_bytes=4000 if model == "gemma" else 3600
+                        )
+                    )
     recipe, paths, _ = runs[-2]
     paths.result_path.unlink()
     with closing(Lease(paths.lease_path)) as lease:
@@ -194,7 +218,9 @@ def test_golden(demo_runs: list[Run], format: Format) -> None:
 def make_answers(*metrics: dict[str, float]) -> dict[str, GenerationScore]:
     """Of the base and of the tuned model."""
     return {
-        model: GenerationScore(num_rows=64, num_judged=64, num_unfinished=7 * at, num_unreadable=at, metrics=values)
+        model: GenerationScore(
+            num_rows=64, num_judged=64, num_unfinished=7 * at, num_unreadable=at, metrics=values
+        )
         for at, (model, values) in enumerate(zip(("tuned", "base"), reversed(metrics), strict=True))
     }
 
@@ -228,21 +254,33 @@ def test_golden_of_answers(answering_runs: list[Run]) -> None:
     assert max(cell_len(line) for line in table_lines(text)) <= MAX_WIDTH
 
 
-def test_answers_are_compared_where_both_runs_have_them_and_larger_is_better(answering_runs: list[Run]) -> None:
+def test_answers_are_compared_where_both_runs_have_them_and_larger_is_better(
+    answering_runs: list[Run],
+) -> None:
     comparisons = {
-        (item.axis, item.unit): item for item in build_comparisons(build_rows(answering_runs)) if item.is_of_answers
+        (item.axis, item.unit): item
+        for item in build_comparisons(build_rows(answering_runs))
+        if item.is_of_answers
     }
-    assert list(comparisons) == [("loss", f"{name}, larger is better") for name in ("accuracy", "f1")]
+    assert list(comparisons) == [
+        ("loss", f"{name}, larger is better") for name in ("accuracy", "f1")
+    ]
     accuracy = comparisons["loss", "accuracy, larger is better"]
     assert accuracy.mean_difference == pytest.approx(0.75 - 0.375)
-    assert (accuracy.num_pairs, accuracy.unpaired) == (1, ()), "SQuAD has no accuracy, so nothing is missing there"
+    assert (accuracy.num_pairs, accuracy.unpaired) == (
+        1,
+        (),
+    ), "SQuAD has no accuracy, so nothing is missing there"
     f1 = comparisons["loss", "f1, larger is better"]
     assert (f1.num_pairs, f1.unpaired) == (1, ("squad_v2_full has no f1",))
 
 
 def test_answers_in_csv_and_json_are_complete(answering_runs: list[Run]) -> None:
     rows = {row["run"]: row for row in csv.DictReader(io.StringIO(report(answering_runs, "csv")))}
-    assert rows["sst2_full"]["tuned_accuracy"] == "0.375" and rows["sst2_full"]["base_num_unfinished"] == "7"
+    assert (
+        rows["sst2_full"]["tuned_accuracy"] == "0.375"
+        and rows["sst2_full"]["base_num_unfinished"] == "7"
+    )
     assert rows["sst2_full"]["tuned_no_answer_accuracy"] == rows["squad_v2_full"]["tuned_f1"] == ""
     parsed = {row["run"]: row for row in json.loads(report(answering_runs, "json"))["rows"]}
     assert parsed["sst2_completion"]["base_f1"] == 0.25
@@ -268,7 +306,11 @@ def test_a_result_counts_only_while_its_run_is_completed(tmp_path: Path) -> None
     _, paths, _ = completed(tmp_path, recipe, 2.0)
     changed = make_recipe("a", {"lr": 1}, "training.learning_rate=0.5")
     [row] = build_rows([(changed, paths, derive_status(paths, changed, {}))])
-    assert (row.state, row.tuned.nll_per_completion_token, row.num_test_rows) == ("changed", None, None)
+    assert (row.state, row.tuned.nll_per_completion_token, row.num_test_rows) == (
+        "changed",
+        None,
+        None,
+    )
 
 
 def test_scores_are_sums_over_counts(tmp_path: Path) -> None:
@@ -278,14 +320,18 @@ def test_scores_are_sums_over_counts(tmp_path: Path) -> None:
     # 2 nats x 1000 tokens / ln 2 nats per bit / 4000 bytes
     assert row.tuned.bits_per_byte == pytest.approx(2000 / 0.6931471805599453 / 4000)
     assert row.change == -1.0
-    [json_row] = json.loads(report([completed(tmp_path, make_recipe("b", {}), tuned=2 / 3)], "json"))["rows"]
+    [json_row] = json.loads(
+        report([completed(tmp_path, make_recipe("b", {}), tuned=2 / 3)], "json")
+    )["rows"]
     assert json_row["tuned_nll_per_completion_token"] == 2 / 3 * 1000 / 1000
 
 
 def test_nothing_to_divide_by_is_blank(tmp_path: Path) -> None:
     runs = [completed(tmp_path, make_recipe(f"a{x}", {"x": x}), 2.0, num_bytes=0) for x in (1, 2)]
     assert "nan" not in report(runs).lower()
-    assert [row["tuned_bits_per_byte"] for row in csv.DictReader(io.StringIO(report(runs, "csv")))] == ["", ""]
+    assert [
+        row["tuned_bits_per_byte"] for row in csv.DictReader(io.StringIO(report(runs, "csv")))
+    ] == ["", ""]
     [comparison] = build_comparisons(build_rows(runs))
     assert (comparison.num_pairs, comparison.mean_difference) == (0, None)
     assert comparison.unpaired == ("a1 has no test score, a2 has no test score",)
@@ -308,7 +354,8 @@ def test_a_change_that_rounds_to_zero_has_no_minus(tmp_path: Path) -> None:
 
 
 def test_interval_by_hand() -> None:
-    # mean -0.2, s = 0.1, s / sqrt(3) = 0.0577350; t(0.975, 2 degrees of freedom) = 4.3026527; half width 0.2484138
+    # mean -0.2, s = 0.1, s / sqrt(3) = 0.0577350; t(0.975, 2 degrees of freedom) = 4.3026527; half
+    # width 0.2484138
     interval = paired_interval([-0.1, -0.2, -0.3])
     assert interval == pytest.approx((-0.4484138, 0.0484138), abs=1e-6)
     assert paired_interval([-0.1]) is None
@@ -320,9 +367,14 @@ def test_pairs_are_equal_in_every_other_axis(tmp_path: Path) -> None:
     for samples, full, completion in ((60, 2.0, 1.9), (120, 1.8, 1.6), (180, 1.9, 1.6)):
         for loss, nll in (("full", full), ("completion", completion)):
             axes = {"samples": samples, "loss": loss}
-            recipe = make_recipe(f"{loss}{samples}", axes, f"loss={loss}", f"data.num_train_samples={samples}")
+            recipe = make_recipe(
+                f"{loss}{samples}", axes, f"loss={loss}", f"data.num_train_samples={samples}"
+            )
             runs.append(completed(tmp_path, recipe, nll))
-    comparisons = {(item.axis, item.reference, item.compared): item for item in build_comparisons(build_rows(runs))}
+    comparisons = {
+        (item.axis, item.reference, item.compared): item
+        for item in build_comparisons(build_rows(runs))
+    }
     assert set(comparisons) == {
         ("samples", 60, 120),
         ("samples", 60, 180),
@@ -338,9 +390,16 @@ def test_pairs_are_equal_in_every_other_axis(tmp_path: Path) -> None:
 
 
 def test_one_pair_has_a_difference_and_no_interval(tmp_path: Path) -> None:
-    runs = [completed(tmp_path, make_recipe(loss, {"loss": loss}), 2.0 + (loss == "full")) for loss in ("full", "x")]
+    runs = [
+        completed(tmp_path, make_recipe(loss, {"loss": loss}), 2.0 + (loss == "full"))
+        for loss in ("full", "x")
+    ]
     [comparison] = build_comparisons(build_rows(runs))
-    assert (comparison.num_pairs, comparison.mean_difference, comparison.interval) == (1, -1.0, None)
+    assert (comparison.num_pairs, comparison.mean_difference, comparison.interval) == (
+        1,
+        -1.0,
+        None,
+    )
     line = table_lines(report(runs))[-1]
     assert [cell.strip() for cell in line.split("|")][4:6] == ["-1.0000", ""]
 
@@ -381,8 +440,12 @@ def test_runs_of_two_grids_are_never_a_pair(tmp_path: Path) -> None:
 
 
 def test_across_base_models_the_unit_is_bits_per_byte(tmp_path: Path) -> None:
-    gemma = completed(tmp_path, make_recipe("g", {"model": "g"}, "model.path=m/g"), 2.0, num_bytes=4000)
-    llama = completed(tmp_path, make_recipe("l", {"model": "l"}, "model.path=m/l"), 1.0, num_bytes=1000)
+    gemma = completed(
+        tmp_path, make_recipe("g", {"model": "g"}, "model.path=m/g"), 2.0, num_bytes=4000
+    )
+    llama = completed(
+        tmp_path, make_recipe("l", {"model": "l"}, "model.path=m/l"), 1.0, num_bytes=1000
+    )
     [comparison] = build_comparisons(build_rows([gemma, llama]))
     assert comparison.unit == "bits per byte"
     # per token llama looks better (1 < 2), per byte it is worse: 1 nat/byte against 0.5
@@ -393,7 +456,12 @@ def test_across_base_models_the_unit_is_bits_per_byte(tmp_path: Path) -> None:
 def test_many_values_are_compared_with_the_first_only(tmp_path: Path) -> None:
     runs = [completed(tmp_path, make_recipe(f"s{seed}", {"seed": seed}), 2.0) for seed in range(5)]
     comparisons = build_comparisons(build_rows(runs))
-    assert [(item.reference, item.compared) for item in comparisons] == [(0, 1), (0, 2), (0, 3), (0, 4)]
+    assert [(item.reference, item.compared) for item in comparisons] == [
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (0, 4),
+    ]
     assert "`seed` has 5 values: each is compared with the first, 0, only." in report(runs)
     assert len(build_comparisons(build_rows(runs[:4]))) == 6
     assert "compared with the first" not in report(runs[:4])
@@ -401,13 +469,23 @@ def test_many_values_are_compared_with_the_first_only(tmp_path: Path) -> None:
 
 def test_what_an_axis_changes_is_named_and_warned_of_when_uneven(tmp_path: Path) -> None:
     def run(samples: int, loss: str, *more: str) -> Run:
-        recipe = make_recipe(f"{loss}{samples}", {"samples": samples, "loss": loss}, f"loss={loss}", *more)
+        recipe = make_recipe(
+            f"{loss}{samples}", {"samples": samples, "loss": loss}, f"loss={loss}", *more
+        )
         return completed(tmp_path, recipe, 2.0)
 
-    runs = [run(1, "full"), run(1, "completion"), run(2, "full"), run(2, "completion", "training.learning_rate=0.1")]
+    runs = [
+        run(1, "full"),
+        run(1, "completion"),
+        run(2, "full"),
+        run(2, "completion", "training.learning_rate=0.1"),
+    ]
     text = report(runs)
     assert "`loss`: the paired recipes differ in loss, training.learning_rate." in text
-    assert "**warning:** `loss`, full and completion: only some pairs differ in training.learning_rate (1 of 2)" in text
+    assert (
+        "**warning:** `loss`, full and completion: only some pairs differ in training.learning_rate"
+        " (1 of 2)" in text
+    )
     runs[3] = run(2, "completion")
     assert "**warning:** `loss`" not in report(runs)
     assert "**warning:** `samples`: the recipes of its pairs are the same." in report(runs)
@@ -418,7 +496,9 @@ def test_different_test_rows_are_a_warning(tmp_path: Path) -> None:
         return completed(tmp_path, make_recipe(name, {"task": name}), 2.0, rows_hash=rows_hash)
 
     same = report([run("a", "f" * 64), run("b", "f" * 64)])
-    assert "test rows;" not in same and "different test rows" not in same and "no record" not in same
+    assert (
+        "test rows;" not in same and "different test rows" not in same and "no record" not in same
+    )
     text = report([run("a", "f" * 64), run("b", "0" * 64)])
     assert "**warning:** 2 different sets of test rows" in text
     assert "ffffffffffff (64 rows): a; 000000000000 (64 rows): b" in text
@@ -445,7 +525,9 @@ def test_each_run_is_compared_with_its_base(tmp_path: Path) -> None:
 
 def test_rows_are_sorted_by_axes(tmp_path: Path) -> None:
     cells = [("full", 180), ("full", 60), ("completion", 1000), ("full", 1000), ("completion", 60)]
-    runs = [pending(tmp_path, make_recipe(f"{loss}{n}", {"loss": loss, "n": n})) for loss, n in cells]
+    runs = [
+        pending(tmp_path, make_recipe(f"{loss}{n}", {"loss": loss, "n": n})) for loss, n in cells
+    ]
     names = ["full60", "full180", "full1000", "completion60", "completion1000"]
     assert [row.name for row in build_rows(runs)] == names
 
@@ -453,20 +535,29 @@ def test_rows_are_sorted_by_axes(tmp_path: Path) -> None:
 def test_axis_values_keep_their_types_apart(tmp_path: Path) -> None:
     values = ["1", 1, True, 1.0, None, ""]
     runs = [pending(tmp_path, make_recipe(f"r{i}", {"x": value})) for i, value in enumerate(values)]
-    compared = [(axis_text(item.reference), axis_text(item.compared)) for item in build_comparisons(build_rows(runs))]
-    assert compared == [("1", "1"), ("1", "true"), ("1", "null"), ("1", '""')]  # 1 and 1.0 are one value
+    compared = [
+        (axis_text(item.reference), axis_text(item.compared))
+        for item in build_comparisons(build_rows(runs))
+    ]
+    # 1 and 1.0 are one value
+    assert compared == [("1", "1"), ("1", "true"), ("1", "null"), ("1", '""')]
 
 
 def test_an_axis_that_only_some_runs_have_is_blank_in_the_others(tmp_path: Path) -> None:
     runs = [pending(tmp_path, make_recipe("a", {"x": 1})), pending(tmp_path, make_recipe("b", {}))]
-    header, _, without, with_value = [[cell.strip() for cell in line.split("|")] for line in table_lines(report(runs))]
+    header, _, without, with_value = [
+        [cell.strip() for cell in line.split("|")] for line in table_lines(report(runs))
+    ]
     assert [dict(zip(header, row, strict=True))["x"] for row in (without, with_value)] == ["", "1"]
     assert "Equal in every run" not in report(runs)
 
 
 def test_table_survives_hostile_and_wide_values(tmp_path: Path) -> None:
     values = ["a|b", "c\\|d", "two\nlines", "日本語モデル", "naïve é", "[x](y)"]
-    runs = [completed(tmp_path, make_recipe(f"r{i}", {"tag|s": value}), 2.0) for i, value in enumerate(values)]
+    runs = [
+        completed(tmp_path, make_recipe(f"r{i}", {"tag|s": value}), 2.0)
+        for i, value in enumerate(values)
+    ]
     rows = build_rows(runs)
     lines = table_lines(format_report(rows, [], "md"))
     assert len(lines) == len(values) + 2
@@ -505,7 +596,9 @@ def test_no_line_is_wider_than_a_terminal(tmp_path: Path) -> None:
 def test_report_does_not_depend_on_attempts_or_clocks(tmp_path: Path, format: Format) -> None:
     def runs(root: Path, number: int) -> list[Run]:
         first = completed(root, make_recipe("a", {"x": 1}), 2.0)
-        failed = not_completed(root, make_recipe("b", {"x": 2}), Failure(kind="data", message=str(root)), number)
+        failed = not_completed(
+            root, make_recipe("b", {"x": 2}), Failure(kind="data", message=str(root)), number
+        )
         return [first, failed]
 
     assert report(runs(tmp_path / "1", 1), format) == report(runs(tmp_path / "2", 2), format)

@@ -1,4 +1,6 @@
-"""A run directory may be anybody's: whatever stands in it, the verbs answer in words and write nothing elsewhere."""
+"""A run directory may be anybody's: whatever stands in it, the verbs answer in words and write
+nothing elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -86,17 +88,26 @@ DAMAGE: dict[str, tuple[Damage, ...]] = {
         put("result.json", "tuned.test.num_completion_tokens", 10**400),
     ),
     "no scores": (put("result.json", "tuned", {}), put("result.json", "base", {})),
-    "metrics nobody knows": (put("result.json", "generation", {ESCAPES: {"metrics": {ESCAPES: 1.0}}}),),
+    "metrics nobody knows": (
+        put("result.json", "generation", {ESCAPES: {"metrics": {ESCAPES: 1.0}}}),
+    ),
     "a metric of escapes": (put("result.json", "metric", ESCAPES),),
     "no date": (INTERRUPTED, put("run.json", f"{ATTEMPT}.ended_at_utc", "yesterday")),
-    "a date without a zone": (INTERRUPTED, put("run.json", f"{ATTEMPT}.started_at_utc", "2026-01-01T00:00:00")),
+    "a date without a zone": (
+        INTERRUPTED,
+        put("run.json", f"{ATTEMPT}.started_at_utc", "2026-01-01T00:00:00"),
+    ),
     "an attempt below zero": (INTERRUPTED, put("run.json", f"{ATTEMPT}.number", -5)),
     "an attempt of another size": (INTERRUPTED, put("run.json", f"{ATTEMPT}.number", 10**30)),
     "no divisor": (INTERRUPTED, put("run.json", f"{ATTEMPT}.micro_batch_divisor", 0)),
     "no processes": (INTERRUPTED, put("run.json", f"{ATTEMPT}.num_processes", 0)),
     "a failure of escapes": (
         INTERRUPTED,
-        put("run.json", f"{ATTEMPT}.failure", {"kind": "crashed", "message": ESCAPES, "log_tail": [ESCAPES]}),
+        put(
+            "run.json",
+            f"{ATTEMPT}.failure",
+            {"kind": "crashed", "message": ESCAPES, "log_tail": [ESCAPES]},
+        ),
     ),
     "progress of escapes": (INTERRUPTED, put("attempts/1/progress.json", "phase", ESCAPES)),
     "progress without end": (
@@ -112,7 +123,9 @@ DAMAGE: dict[str, tuple[Damage, ...]] = {
     "uploads of escapes": (
         INTERRUPTED,
         write(f"checkpoints/.uploads/step-{ESCAPES}.zip", ""),
-        write("attempts/1/uploads.jsonl", json.dumps({"outcome": "failed", "message": ESCAPES}) + "\n"),
+        write(
+            "attempts/1/uploads.jsonl", json.dumps({"outcome": "failed", "message": ESCAPES}) + "\n"
+        ),
     ),
     "uploads that are no rows": (
         INTERRUPTED,
@@ -128,7 +141,10 @@ DAMAGE: dict[str, tuple[Damage, ...]] = {
         ),
     ),
     "a step of other digits": (INTERRUPTED, write("checkpoints/step-\u0664/COMMITTED.json", "{}")),
-    "a step without end": (INTERRUPTED, write(f"checkpoints/step-{'9' * 200}/COMMITTED.json", "{}")),
+    "a step without end": (
+        INTERRUPTED,
+        write(f"checkpoints/step-{'9' * 200}/COMMITTED.json", "{}"),
+    ),
     "quarantine of escapes": (INTERRUPTED, write(f"quarantine/{ESCAPES}/x", "")),
     "a record that is a folder": (INTERRUPTED, replace_by_folder("run.json")),
     "a result that is a folder": (replace_by_folder("result.json"),),
@@ -136,7 +152,9 @@ DAMAGE: dict[str, tuple[Damage, ...]] = {
     "a recipe that is no text": (write("recipe.json", b"\xff\xfe"),),
     "a recipe too deep": (write("recipe.json", "[" * 100_000),),
     "a recipe of escapes": (put("recipe.json", "recipe.run.axes", {"a": ESCAPES}),),
-    "axes that look like a table": (put("recipe.json", "recipe.run.axes", {"a|b": "x|y\nz", "=1+1": "=cmd()"}),),
+    "axes that look like a table": (
+        put("recipe.json", "recipe.run.axes", {"a|b": "x|y\nz", "=1+1": "=cmd()"}),
+    ),
     "a stop request of noise": (INTERRUPTED, write("stop", "[" * 100_000)),
     "a link for a result": (replace_by_link("result.json"),),
     "a link for a log": (INTERRUPTED, replace_by_link("metrics.jsonl")),

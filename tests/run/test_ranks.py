@@ -1,4 +1,6 @@
-"""Two locks: ranks end with their launcher wherever they run, and a run with a living rank is nobody else's."""
+"""Two locks: ranks end with their launcher wherever they run, and a run with a living rank is
+nobody else's.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def paths(tmp_path: Path) -> RunPaths:
     return RunPaths(tmp_path / "runs" / "toy" / "one")
 
 
-def test_ranks_end_when_the_launcher_lets_go_and_the_run_is_taken_until_then(paths: RunPaths) -> None:
+def test_ranks_end_when_the_launcher_lets_go_and_the_run_is_taken_until_then(
+    paths: RunPaths,
+) -> None:
     assert not has_ranks(paths)
     launcher = hold_launcher_lock(paths.attempt(1))
     with rank(paths) as one, rank(paths) as other:
@@ -85,7 +89,9 @@ def test_ranks_end_when_the_launcher_lets_go_and_the_run_is_taken_until_then(pat
 
 
 def test_ranks_end_with_a_launcher_that_is_killed(paths: RunPaths) -> None:
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(paths.run_dir)], stdout=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(paths.run_dir)], stdout=subprocess.PIPE, text=True
+    )
     assert read_line(launcher) == "holds\n"
     with rank(paths) as one:
         assert read_line(one) == "joined\n"
@@ -102,7 +108,9 @@ def test_a_rank_that_comes_late_touches_nothing(paths: RunPaths) -> None:
     newer.close()
     assert (late.returncode, stdout) == (1, "")
     assert "`runner launch` is gone, or the locks of this file system do not reach" in stderr
-    assert sorted(str(path.relative_to(paths.run_dir)) for path in paths.run_dir.rglob("*") if path.is_file()) == [
+    assert sorted(
+        str(path.relative_to(paths.run_dir)) for path in paths.run_dir.rglob("*") if path.is_file()
+    ) == [
         *("attempts/1/launcher", "attempts/2/launcher", "ranks"),
     ]
 

@@ -44,7 +44,9 @@ class Run:
     recipe: Recipe
 
     def status(self, *overrides: str, contents: Mapping[str, str] = CONTENTS) -> RunStatus:
-        recipe = parse_recipe(TEXT, where="r.yaml", overrides=overrides) if overrides else self.recipe
+        recipe = (
+            parse_recipe(TEXT, where="r.yaml", overrides=overrides) if overrides else self.recipe
+        )
         return derive_status(self.paths, recipe, contents)
 
     def attempt(self, **fields: Any) -> Attempt:
@@ -66,7 +68,12 @@ class Run:
         stored = load_stored_recipe(self.paths)
         assert stored is not None
         score = SplitScore(
-            num_rows=1, num_completion_tokens=2, num_tokens=4, num_bytes=8, completion_nll_sum=1.0, nll_sum=6.0
+            num_rows=1,
+            num_completion_tokens=2,
+            num_tokens=4,
+            num_bytes=8,
+            completion_nll_sum=1.0,
+            nll_sum=6.0,
         )
         assert (score.nll_per_completion_token, score.nll_per_token) == (0.5, 1.5)
         result = TrainResult(
@@ -117,8 +124,16 @@ def test_running_while_the_lease_is_held_whatever_else_is_there(run: Run) -> Non
     progress = {"phase": "training", "step": 4, "max_steps": 9, "loss": 1.5}
     write_json_atomic(run.paths.attempt(attempt.number).progress_path, progress)
     status = run.status("loss=completion")
-    assert (status.state, status.why, status.step, status.max_steps, status.loss) == ("running", "training", 4, 9, 1.5)
-    assert status.seconds is not None and status.seconds > 0, "the time of the running attempt counts"
+    assert (status.state, status.why, status.step, status.max_steps, status.loss) == (
+        "running",
+        "training",
+        4,
+        9,
+        1.5,
+    )
+    assert status.seconds is not None and status.seconds > 0, (
+        "the time of the running attempt counts"
+    )
     lease.close()
     assert run.status().state == "interrupted" and run.status().seconds is None
 
@@ -143,26 +158,44 @@ def test_interrupted_by_what_is_nobodys_fault(kind: FailureKind, run: Run) -> No
     failure = Failure(kind=kind, message="the sweep was stopped")
     run.attempt(ended_at_utc="2026-01-01T00:00:05+00:00", failure=failure)
     status = run.status()
-    assert (status.state, status.why, status.failure) == ("interrupted", "the sweep was stopped", failure)
+    assert (status.state, status.why, status.failure) == (
+        "interrupted",
+        "the sweep was stopped",
+        failure,
+    )
 
 
 def test_interrupted_when_an_attempt_has_no_end(run: Run) -> None:
     run.attempt()
-    assert (run.status().state, run.status().why) == ("interrupted", "attempt 1 was killed together with its launcher")
+    assert (run.status().state, run.status().why) == (
+        "interrupted",
+        "attempt 1 was killed together with its launcher",
+    )
 
 
-@pytest.mark.parametrize("kind", ["configuration", "data", "out_of_memory", "diverged", "transient", "crashed"])
+@pytest.mark.parametrize(
+    "kind", ["configuration", "data", "out_of_memory", "diverged", "transient", "crashed"]
+)
 def test_failed(kind: FailureKind, run: Run) -> None:
-    run.attempt(ended_at_utc="2026-01-01T00:00:05+00:00", failure=Failure(kind=kind, message="because"))
+    run.attempt(
+        ended_at_utc="2026-01-01T00:00:05+00:00", failure=Failure(kind=kind, message="because")
+    )
     assert (run.status().state, run.status().why) == ("failed", f"{kind}: because")
 
 
 def test_a_refused_resume_is_no_failure_of_the_recipe(run: Run) -> None:
-    """A sweep must take such a run up again: one wrong `--resume` of one launch says nothing of the next."""
+    """A sweep must take such a run up again: one wrong `--resume` of one launch says nothing of the
+    next.
+    """
     failure = Failure(kind="configuration", message="not of this run")
-    run.attempt(ended_at_utc="2026-01-01T00:00:05+00:00", failure=failure, resume="/other/step-3.zip")
+    run.attempt(
+        ended_at_utc="2026-01-01T00:00:05+00:00", failure=failure, resume="/other/step-3.zip"
+    )
     status = run.status()
-    assert (status.state, status.why) == ("interrupted", "--resume /other/step-3.zip was refused: not of this run")
+    assert (status.state, status.why) == (
+        "interrupted",
+        "--resume /other/step-3.zip was refused: not of this run",
+    )
     assert decide(status).action == "launch"
     run.attempt(ended_at_utc="2026-01-01T00:00:07+00:00", failure=failure)
     assert (run.status().state, decide(run.status()).action) == ("failed", "skip")
@@ -177,8 +210,13 @@ def test_failed_when_only_the_trainer_could_say_so(run: Run) -> None:
 
 
 def test_only_the_last_attempt_decides(run: Run) -> None:
-    run.attempt(ended_at_utc="2026-01-01T00:00:05+00:00", failure=Failure(kind="data", message="because"))
-    run.attempt(ended_at_utc="2026-01-01T00:00:07+00:00", failure=Failure(kind="preempted", message="stopped"))
+    run.attempt(
+        ended_at_utc="2026-01-01T00:00:05+00:00", failure=Failure(kind="data", message="because")
+    )
+    run.attempt(
+        ended_at_utc="2026-01-01T00:00:07+00:00",
+        failure=Failure(kind="preempted", message="stopped"),
+    )
     status = run.status()
     assert (status.state, status.num_attempts, status.seconds) == ("interrupted", 2, 12.0)
 
@@ -190,13 +228,17 @@ def test_changed_recipe(is_completed: bool, run: Run) -> None:
     status = run.status("loss=completion", "training.max_steps=5")
     assert status.state == "changed"
     assert status.differences == ('loss: "full" -> "completion"', "training.max_steps: 2 -> 5")
-    assert run.status("launch.num_processes=1", "tracking.project=x").state != "changed", "placement is no change"
+    assert run.status("launch.num_processes=1", "tracking.project=x").state != "changed", (
+        "placement is no change"
+    )
 
 
 def test_changed_content(run: Run) -> None:
     status = run.status(contents={**CONTENTS, "data.jsonl": "c" * 64})
     assert status.differences == (f"content of data.jsonl: {'a' * 12} -> {'c' * 12}",)
-    assert run.status(contents={}).state == "pending", "what was not looked at is taken as unchanged"
+    assert run.status(contents={}).state == "pending", (
+        "what was not looked at is taken as unchanged"
+    )
     assert run.status(contents={"new.jsonl": "d" * 64}).differences == (
         f"content of new.jsonl: (not used) -> {'d' * 12}",
     )
@@ -218,8 +260,13 @@ def test_quarantine_and_uploads_that_did_not_arrive_are_told_in_every_state(run:
     run.paths.uploads_dir.mkdir(parents=True)
     (run.paths.uploads_dir / "step-12.zip").touch()
     (run.paths.uploads_dir / ".step-16.zip.tmp").touch()
-    assert run.status().notes == "2 in quarantine; not in remote storage: step-12.zip", "on its way, as far as we know"
-    for outcome in ({"outcome": "failed", "message": "ConnectionError: no\nroute"}, {"outcome": "uploaded"}):
+    assert run.status().notes == "2 in quarantine; not in remote storage: step-12.zip", (
+        "on its way, as far as we know"
+    )
+    for outcome in (
+        {"outcome": "failed", "message": "ConnectionError: no\nroute"},
+        {"outcome": "uploaded"},
+    ):
         append_jsonl(files.uploads_path, {"step": 12, "url": "s3://bucket", **outcome})
     status = run.status()
     assert status.notes.endswith("step-12.zip (ConnectionError: no)")

@@ -1,4 +1,6 @@
-"""Runs whose models answer: interrupted and uninterrupted alike, on any number of ranks, trained as if they did not."""
+"""Runs whose models answer: interrupted and uninterrupted alike, on any number of ranks, trained as
+if they did not.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +25,31 @@ from tests.support.training_runs import (
 
 pytestmark = pytest.mark.slow
 
-# One-letter labels and a high learning rate: the tiny model learns to answer with one of them in 8 steps.
+# One-letter labels and a high learning rate: the tiny model learns to answer with one of them in 8
+# steps.
 SST2 = (
     f"data.train.path={ROOT}/data/sst2/train.jsonl",
     f"data.test={{path: {ROOT}/data/sst2/validation.jsonl}}",
     "data.task={name: sst2, prompt: 'Review: {sentence}', label_texts: [n, p]}",
     "data={num_train_samples: 40, num_test_samples: null}",
     "adapter.r=16",
-    "training={learning_rate: 3e-2, num_train_epochs: null, max_steps: 16, gradient_checkpointing: true}",
-    "evaluation={eval_steps: 8, generation: {enabled: true, max_new_tokens: 6, during_training: true}}",
+    (
+        "training={learning_rate: 3e-2, num_train_epochs: null, max_steps: 16,"
+        " gradient_checkpointing: true}"
+    ),
+    (
+        "evaluation={eval_steps: 8, generation: {enabled: true, max_new_tokens: 6, during_training:"
+        " true}}"
+    ),
     "checkpoints={save_steps: 8, metric: accuracy, mode: max}",
 )
 
 
 @pytest.fixture(scope="module")
 def answered(workplace: Project) -> RunPaths:
-    """An uninterrupted run on SST-2, whose best checkpoint is chosen by the accuracy of its answers."""
+    """An uninterrupted run on SST-2, whose best checkpoint is chosen by the accuracy of its
+    answers.
+    """
     workplace.add_model("gemma")
     return launch(workplace, "sst2", *SST2)
 
@@ -46,15 +57,23 @@ def answered(workplace: Project) -> RunPaths:
 def test_answers_are_stored_and_scored(answered: RunPaths) -> None:
     result = read_result(answered)
     answers = {model: load_answers(answered.predictions_path, model) for model in ("base", "tuned")}
-    test_rows = [row["row_id"] for row in load_jsonl(answered.eval_rows_path) if row["model"] == "base"]
+    test_rows = [
+        row["row_id"] for row in load_jsonl(answered.eval_rows_path) if row["model"] == "base"
+    ]
     for model, found in answers.items():
         score = result.generation[model]
         assert [answer.row_id for answer in found] == test_rows
-        assert score.metrics["accuracy"] == sum(answer.judgement.scores["accuracy"] for answer in found) / 24
+        assert (
+            score.metrics["accuracy"]
+            == sum(answer.judgement.scores["accuracy"] for answer in found) / 24
+        )
         assert (score.num_rows, score.num_judged) == (24, 24)
         assert score.num_unfinished == sum(not answer.is_finished for answer in found)
     assert result.generation["base"].num_unfinished > 0 == result.generation["tuned"].num_unfinished
-    assert result.generation["tuned"].metrics["accuracy"] > result.generation["base"].metrics["accuracy"]
+    assert (
+        result.generation["tuned"].metrics["accuracy"]
+        > result.generation["base"].metrics["accuracy"]
+    )
 
 
 def test_the_best_checkpoint_is_chosen_by_the_answers(answered: RunPaths) -> None:
@@ -63,13 +82,20 @@ def test_the_best_checkpoint_is_chosen_by_the_answers(answered: RunPaths) -> Non
     assert list(evaluations) == [0, 8, 16]
     assert all(row["generation"]["num_rows"] == 12 and "f1" in row for row in evaluations.values())
     values = {step: row["accuracy"] for step, row in evaluations.items() if step > 0}
-    assert (result.metric, result.best_metric) == ("accuracy", max(values.values()) or pytest.fail("nothing learned"))
+    assert (result.metric, result.best_metric) == (
+        "accuracy",
+        max(values.values()) or pytest.fail("nothing learned"),
+    )
     assert values[result.best_step] == result.best_metric
 
 
 def test_an_interrupted_run_answers_the_same(workplace: Project, answered: RunPaths) -> None:
-    paths = launch_killed_at(workplace, "sst2-killed", *SST2, event="os.rename", path="step-16/COMMITTED.json")
-    assert load_answers(paths.predictions_path, "base") and not load_answers(paths.predictions_path, "tuned")
+    paths = launch_killed_at(
+        workplace, "sst2-killed", *SST2, event="os.rename", path="step-16/COMMITTED.json"
+    )
+    assert load_answers(paths.predictions_path, "base") and not load_answers(
+        paths.predictions_path, "tuned"
+    )
     launch(workplace, "sst2-killed", *SST2)
     assert "resuming from step 8" in read_log(paths)
     assert_same_outputs(paths, answered)
@@ -84,15 +110,25 @@ def test_two_ranks_under_zero_3_answer_the_same(workplace: Project, answered: Ru
 
 def test_a_run_that_answers_trains_as_one_that_does_not(finished: Project) -> None:
     """With dropout, so that a random number drawn while answering would change every later step."""
-    generation = "evaluation.generation={enabled: true, max_new_tokens: 4, num_samples: 5, during_training: true}"
-    paths, silent = launch(finished, "answering", generation, *RUNS["gemma-lora"]), finished.paths("gemma-lora")
-    assert load_jsonl(silent.metrics_path) == [without_generation(row) for row in load_jsonl(paths.metrics_path)]
+    generation = (
+        "evaluation.generation={enabled: true, max_new_tokens: 4, num_samples: 5, during_training:"
+        " true}"
+    )
+    paths, silent = (
+        launch(finished, "answering", generation, *RUNS["gemma-lora"]),
+        finished.paths("gemma-lora"),
+    )
+    assert load_jsonl(silent.metrics_path) == [
+        without_generation(row) for row in load_jsonl(paths.metrics_path)
+    ]
     assert paths.eval_rows_path.read_bytes() == silent.eval_rows_path.read_bytes()
     assert [path.read_bytes() for path in list_files(paths.model_dir)] == [
         path.read_bytes() for path in list_files(silent.model_dir)
     ]
     assert not silent.predictions_path.exists() and read_result(silent).generation == {}
-    assert [answer.judgement.scores for answer in load_answers(paths.predictions_path, "tuned")] == [{}] * 5
+    assert [
+        answer.judgement.scores for answer in load_answers(paths.predictions_path, "tuned")
+    ] == [{}] * 5
 
 
 def without_generation(row: dict[str, Any]) -> dict[str, Any]:

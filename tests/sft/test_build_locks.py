@@ -1,4 +1,6 @@
-"""The lock of a killed compilation is removed, that of a live one never. Torch's own FileBaton, real processes."""
+"""The lock of a killed compilation is removed, that of a live one never. Torch's own FileBaton,
+real processes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ import pytest
 from runner.sft.startup import find_file_system, list_build_folders, remove_stale_lock
 from tests.conftest import Project
 from tests.sft.test_distributed import ZERO_3
-from tests.support.training_runs import RUNS, add_what_runs_need, launch, read_log, try_launch_killed_at
+from tests.support.training_runs import (
+    RUNS,
+    add_what_runs_need,
+    launch,
+    read_log,
+    try_launch_killed_at,
+)
 
 MAKER = """\
 import sys
@@ -33,7 +41,10 @@ baton.release()
 def holding(path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that has made the lock as torch does, and keeps it until its stdin is closed."""
     process = subprocess.Popen(
-        [sys.executable, "-c", MAKER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", MAKER, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "made\n"
     try:
@@ -73,13 +84,17 @@ def test_what_a_killed_maker_had_started_is_waited_for(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.touch()
     make_old(lock)
-    compiler = subprocess.Popen(["cat"], cwd=tmp_path, stdin=subprocess.PIPE)  # cwd as torch gives it to ninja
+    # Cwd as torch gives it to ninja.
+    compiler = subprocess.Popen(["cat"], cwd=tmp_path, stdin=subprocess.PIPE)
     cleaner = subprocess.Popen(
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from runner.sft.startup import remove_stale_lock\n"
-            "print('looking', flush=True); print(remove_stale_lock(Path(sys.argv[1])))",
+            (
+                "import sys; from pathlib import Path; from runner.sft.startup import"
+                " remove_stale_lock\nprint('looking', flush=True);"
+                " print(remove_stale_lock(Path(sys.argv[1])))"
+            ),
             str(tmp_path),
         ],
         stdout=subprocess.PIPE,
@@ -114,7 +129,9 @@ def test_a_lock_that_another_machine_may_have_is_told_from_its_file_system() -> 
     assert find_file_system(Path("/dev/shm")) == "tmpfs"
 
 
-def test_only_folders_of_the_named_extensions_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_folders_of_the_named_extensions_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("cpu_adam", "mine"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -130,7 +147,8 @@ def test_a_run_that_was_killed_while_deepspeed_compiled_completes(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
     overrides = (ZERO_3, *RUNS["gemma-full"])
-    at = "subprocess.Popen /deepspeed_shm_comm 1"  # ninja is started in the build folder, under the lock
+    # Ninja is started in the build folder, under the lock.
+    at = "subprocess.Popen /deepspeed_shm_comm 1"
     killed = try_launch_killed_at(project, "zero", *overrides, at=at, num_processes=2)
     assert killed.returncode == 14 and lock.exists(), read_log(project.paths("zero"))
     paths = launch(project, "zero", *overrides, num_processes=2)

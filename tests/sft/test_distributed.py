@@ -1,7 +1,8 @@
-"""Two processes on the CPU, DDP and ZeRO-3: the same experiment as one process, whole weights, an exact resume.
+"""Two processes on the CPU, DDP and ZeRO-3: the same experiment as one process, whole weights, an
+exact resume.
 
-22 training rows in micro-batches of 2 on 2 processes leave two rows short of a full pass, so each epoch ends with rows
-without labels on one rank.
+22 training rows in micro-batches of 2 on 2 processes leave two rows short of a full pass, so each
+epoch ends with rows without labels on one rank.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ DDP = "launch.accelerate_config=accelerate_configs/cpu_ddp.yaml"
 ZERO_3 = "launch.accelerate_config=accelerate_configs/zero3.yaml"
 ACCUMULATING = "training.per_device_train_batch_size=1"
 
-# Two processes add the same float32 numbers in another order. Measured, relative to one process: DDP nothing at all;
-# ZeRO-3 1.6e-7 in a loss, 3e-9 in a split's score, 3e-8 in a row's; 3.2e-7 absolute in a weight. Ten times that.
+# Two processes add the same float32 numbers in another order. Measured, relative to one process:
+# DDP nothing at all; ZeRO-3 1.6e-7 in a loss, 3e-9 in a split's score, 3e-8 in a row's; 3.2e-7
+# absolute in a weight. Ten times that.
 TOLERANCE = 2e-6
 WEIGHT_TOLERANCE = 4e-6
 
@@ -57,30 +59,47 @@ def ddp_full(finished: Project) -> RunPaths:
 
 @pytest.fixture(scope="session")
 def zero_lora(finished: Project) -> RunPaths:
-    """LoRA under ZeRO-3 with two micro-batches per step; exports a checkpoint that is not the last, and stripped."""
+    """LoRA under ZeRO-3 with two micro-batches per step; exports a checkpoint that is not the last,
+    and stripped.
+    """
     stripping = "checkpoints.save_optimizer=false"
-    return launch(finished, "zero-lora", ZERO_3, ACCUMULATING, stripping, *RUNS["llama-lora"], num_processes=2)
+    return launch(
+        finished, "zero-lora", ZERO_3, ACCUMULATING, stripping, *RUNS["llama-lora"], num_processes=2
+    )
 
 
 def assert_same_experiment(found: RunPaths, reference: RunPaths) -> None:
     """The same rows, losses, scores and choice of checkpoint, but for the order of float32 sums."""
     one, other = read_result(found), read_result(reference)
     assert load_json(found.samples_path) == load_json(reference.samples_path)
-    assert (one.recipe_digest, one.num_steps, one.best_step) == (other.recipe_digest, other.num_steps, other.best_step)
+    assert (one.recipe_digest, one.num_steps, one.best_step) == (
+        other.recipe_digest,
+        other.num_steps,
+        other.best_step,
+    )
     assert read_losses(found) == pytest.approx(read_losses(reference), rel=TOLERANCE)
     for split in ("validation", "test"):
         for before, after in ((one.base, other.base), (one.tuned, other.tuned)):
             counts = {"num_rows", "num_tokens", "num_completion_tokens", "num_bytes"}
-            assert before[split].model_dump(include=counts) == after[split].model_dump(include=counts)
+            assert before[split].model_dump(include=counts) == after[split].model_dump(
+                include=counts
+            )
             assert before[split].nll_sum == pytest.approx(after[split].nll_sum, rel=TOLERANCE)
-            assert before[split].completion_nll_sum == pytest.approx(after[split].completion_nll_sum, rel=TOLERANCE)
+            assert before[split].completion_nll_sum == pytest.approx(
+                after[split].completion_nll_sum, rel=TOLERANCE
+            )
     assert load_json(found.attempt(1).training_args_path)["use_cpu"] is True
-    found_rows, reference_rows = load_jsonl(found.eval_rows_path), load_jsonl(reference.eval_rows_path)
+    found_rows, reference_rows = (
+        load_jsonl(found.eval_rows_path),
+        load_jsonl(reference.eval_rows_path),
+    )
     assert [(row["model"], row["row_id"]) for row in found_rows] == [
         (row["model"], row["row_id"]) for row in reference_rows
     ]
     for row, expected in zip(found_rows, reference_rows, strict=True):
-        assert row["completion_nll_sum"] == pytest.approx(expected["completion_nll_sum"], rel=TOLERANCE)
+        assert row["completion_nll_sum"] == pytest.approx(
+            expected["completion_nll_sum"], rel=TOLERANCE
+        )
     assert read_evaluations(found).keys() == read_evaluations(reference).keys()
 
 
@@ -103,7 +122,9 @@ def test_zero_3_full_fine_tune_is_the_same_experiment_and_exports_whole_weights(
 ) -> None:
     assert_same_experiment(zero_full, finished.paths("gemma-full"))
     assert_same_weights(zero_full, finished.paths("gemma-full"), "model.safetensors")
-    model, report = AutoModelForCausalLM.from_pretrained(zero_full.model_dir, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        zero_full.model_dir, output_loading_info=True
+    )
     assert not report["missing_keys"] and all(parameter.numel() for parameter in model.parameters())
     assert_export_gives_recorded_scores(finished, zero_full)
 
@@ -120,27 +141,37 @@ def test_zero_3_lora_is_the_same_experiment_and_exports_the_chosen_checkpoint(
     assert_export_gives_recorded_scores(finished, zero_lora)
 
 
-def test_a_checkpoint_that_one_rank_has_not_finished_never_counts(finished: Project, ddp_full: RunPaths) -> None:
-    """The second rank is killed before it writes its random state, which the first one waits for before the marker."""
+def test_a_checkpoint_that_one_rank_has_not_finished_never_counts(
+    finished: Project, ddp_full: RunPaths
+) -> None:
+    """The second rank is killed before it writes its random state, which the first one waits for
+    before the marker.
+    """
     name, overrides = "ddp-rank-killed", (DDP, *RUNS["gemma-full"])
     at = "os.mkdir /checkpoint-8 1"
     killed = try_launch_killed_at(finished, name, *overrides, at=at, rank="1", num_processes=2)
     paths = finished.paths(name)
     assert killed.returncode not in (0, 2) and not paths.result_path.exists()
-    assert list_committed(paths) == [4] and (paths.checkpoints_dir / "checkpoint-8").exists(), "the first rank's part"
+    assert list_committed(paths) == [4] and (paths.checkpoints_dir / "checkpoint-8").exists(), (
+        "the first rank's part"
+    )
     launch(finished, name, *overrides, num_processes=2)
     assert "resuming from step 4" in read_log(paths) and "checkpoint-8.1" in quarantined(paths)
     assert_same_outputs(paths, ddp_full)
 
 
-def test_zero_3_resumes_exactly_and_refuses_another_number_of_processes(finished: Project, zero_full: RunPaths) -> None:
+def test_zero_3_resumes_exactly_and_refuses_another_number_of_processes(
+    finished: Project, zero_full: RunPaths
+) -> None:
     name, overrides = "zero-killed", (ZERO_3, *RUNS["gemma-full"])
     paths = launch_killed_at(
         finished, name, *overrides, event="os.rename", path="step-8/COMMITTED.json", num_processes=2
     )
     before = outputs_of_checkpoint(paths, 4)
     refused = try_launch(finished, name, *overrides, num_processes=1)
-    assert refused.returncode == 2 and len(read_attempts(paths)) == 1, "before any process was started"
+    assert refused.returncode == 2 and len(read_attempts(paths)) == 1, (
+        "before any process was started"
+    )
     assert "num_processes: 2 -> 1" in refused.stderr and "--num-processes 2" in refused.stderr
     assert outputs_of_checkpoint(paths, 4) == before
     launch(finished, name, *overrides, num_processes=2)
@@ -149,4 +180,8 @@ def test_zero_3_resumes_exactly_and_refuses_another_number_of_processes(finished
 
 
 def outputs_of_checkpoint(paths: RunPaths, step: int) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in paths.checkpoint_dir(step).rglob("*") if path.is_file()}
+    return {
+        path.name: path.read_bytes()
+        for path in paths.checkpoint_dir(step).rglob("*")
+        if path.is_file()
+    }

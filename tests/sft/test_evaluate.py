@@ -23,9 +23,10 @@ from tests.conftest import Project
 FAMILIES = ("gemma", "gemma2", "llama", "mistral")
 PAD = 0
 
-# Log-probabilities come out of the model in float32. Measured over the four families and batches of 1, 8 and 64 rows,
-# against one row at a time in float64: at most 4.1e-8 of a row's sum and 4.4e-9 of a split's; ten times that.
-# Batches of 1 and of 8 or 64 rows: equal to the last bit, but for 2 of 21 rows of gemma2, which differ by 3.8e-8.
+# Log-probabilities come out of the model in float32. Measured over the four families and batches of
+# 1, 8 and 64 rows, against one row at a time in float64: at most 4.1e-8 of a row's sum and 4.4e-9
+# of a split's; ten times that. Batches of 1 and of 8 or 64 rows: equal to the last bit, but for 2
+# of 21 rows of gemma2, which differ by 3.8e-8.
 ROW_TOLERANCE = 4e-7
 SPLIT_TOLERANCE = 4e-8
 
@@ -36,7 +37,8 @@ def models(tiny_model: Callable[[str], Path]) -> Callable[[str], tuple[Any, Any]
 
     def load(family: str) -> tuple[Any, Any]:
         fused, plain = (
-            AutoModelForCausalLM.from_pretrained(tiny_model(family), attn_implementation="eager") for _ in range(2)
+            AutoModelForCausalLM.from_pretrained(tiny_model(family), attn_implementation="eager")
+            for _ in range(2)
         )
         add_fused_lm_head(fused, outputs=("log_probs", "entropy", "is_top1"))
         return fused.train(), plain.eval()
@@ -63,42 +65,64 @@ def score_plainly(model: Any, row: Row) -> tuple[float, float]:
     ids = torch.tensor([row.input_ids])
     log_probs = torch.log_softmax(model(input_ids=ids).logits[0].double(), dim=-1)
     nll = [-log_probs[at - 1, row.input_ids[at]].item() for at in range(1, len(row.input_ids))]
-    return math.fsum(nll[at - 1] for span in row.spans for at in range(span.start, span.end)), math.fsum(nll)
+    return math.fsum(
+        nll[at - 1] for span in row.spans for at in range(span.start, span.end)
+    ), math.fsum(nll)
 
 
 def score(model: Any, rows: Sequence[Row], batch_size: int) -> list[RowScore]:
-    return score_rows(model, rows, batch_size=batch_size, pad_token_id=PAD, accelerator=Accelerator(cpu=True))
+    return score_rows(
+        model, rows, batch_size=batch_size, pad_token_id=PAD, accelerator=Accelerator(cpu=True)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_are_those_of_plain_logits_for_any_batch_size(models: Callable[[str], Any], family: str) -> None:
+def test_scores_are_those_of_plain_logits_for_any_batch_size(
+    models: Callable[[str], Any], family: str
+) -> None:
     fused, plain = models(family)
     rows = make_rows(21)
     expected = [score_plainly(plain, row) for row in rows]
     for batch_size in (1, 8, 64):
         scores = score(fused, rows, batch_size)
-        assert [one.row_id for one in scores] == [row.row_id for row in rows], "in the order of the rows"
+        assert [one.row_id for one in scores] == [row.row_id for row in rows], (
+            "in the order of the rows"
+        )
         for one, (completion_nll_sum, nll_sum) in zip(scores, expected, strict=True):
             assert one.completion_nll_sum == pytest.approx(completion_nll_sum, rel=ROW_TOLERANCE)
             assert one.nll_sum == pytest.approx(nll_sum, rel=ROW_TOLERANCE)
         split = sum_scores(scores)
-        assert split.nll_sum == pytest.approx(math.fsum(nll for _, nll in expected), rel=SPLIT_TOLERANCE)
-        assert split.completion_nll_sum == pytest.approx(math.fsum(nll for nll, _ in expected), rel=SPLIT_TOLERANCE)
+        assert split.nll_sum == pytest.approx(
+            math.fsum(nll for _, nll in expected), rel=SPLIT_TOLERANCE
+        )
+        assert split.completion_nll_sum == pytest.approx(
+            math.fsum(nll for nll, _ in expected), rel=SPLIT_TOLERANCE
+        )
         assert split.num_tokens == sum(len(row.input_ids) - 1 for row in rows)
         assert split.num_completion_tokens == sum(row.num_completion_tokens for row in rows)
-        assert split.nll_per_completion_token == split.completion_nll_sum / split.num_completion_tokens
+        assert (
+            split.nll_per_completion_token == split.completion_nll_sum / split.num_completion_tokens
+        )
         assert split.nll_per_token == split.nll_sum / split.num_tokens
     assert fused.training, "the mode of the model is restored"
 
 
 def test_what_is_not_in_a_row_does_not_count(models: Callable[[str], Any]) -> None:
-    """A pad token inside a row is a token; one behind it is not; a first token that is a completion has no score."""
+    """A pad token inside a row is a token; one behind it is not; a first token that is a completion
+    has no score.
+    """
     fused, plain = models("llama")
     row = Row("one", (7, PAD, 9, PAD, 11), (CompletionSpan(0, 2), CompletionSpan(3, 5)), 1, False)
     alone, beside = score(fused, [row], 1)[0], score(fused, [row, *make_rows(3)], 4)[0]
-    nll = [score_plainly(plain, Row("", row.input_ids, (CompletionSpan(at, at + 1),), 0, False))[0] for at in (1, 3, 4)]
+    nll = [
+        score_plainly(plain, Row("", row.input_ids, (CompletionSpan(at, at + 1),), 0, False))[0]
+        for at in (1, 3, 4)
+    ]
     for one in (alone, beside):
-        assert (one.num_completion_tokens, one.num_tokens) == (3, 4) and row.num_completion_tokens == 3
+        assert (one.num_completion_tokens, one.num_tokens) == (
+            3,
+            4,
+        ) and row.num_completion_tokens == 3
         assert one.completion_nll_sum == pytest.approx(math.fsum(nll), rel=ROW_TOLERANCE)
 
 

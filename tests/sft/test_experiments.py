@@ -1,7 +1,8 @@
-"""A committed recipe of every experiment, end to end: tiny model, sample data, killed, resumed, exported, loaded again.
+"""A committed recipe of every experiment, end to end: tiny model, sample data, killed, resumed,
+exported, loaded again.
 
-What is overridden is the model and data, how many rows and steps there are, and what `FORCED_BY_CPU` names; a test
-compares the recipe that ran with the committed one, key by key.
+What is overridden is the model and data, how many rows and steps there are, and what
+`FORCED_BY_CPU` names; a test compares the recipe that ran with the committed one, key by key.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ FORCED_BY_CPU: Final = {
 # The run is started again by the test, as by somebody who finds it interrupted.
 NO_RETRY: Final = "launch.retries.lost=0"
 ON_ONE_CPU: Final = tuple(FORCED_BY_CPU)[:2]
-ON_TWO_RANKS: Final = tuple(FORCED_BY_CPU)[1:3]  # accelerate_configs/zero3.yaml takes the CPU where there is no GPU
+# accelerate_configs/zero3.yaml takes the CPU where there is no GPU
+ON_TWO_RANKS: Final = tuple(FORCED_BY_CPU)[1:3]
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,16 @@ EXPERIMENTS: Final = {
         "math_tools/mistral-7b-instruct_lr1e-5",
         "mistral",
         (
-            *("data.train.path=data/math_tools", "data.num_validation_samples=4", "data.num_test_samples=4"),
+            *(
+                "data.train.path=data/math_tools",
+                "data.num_validation_samples=4",
+                "data.num_test_samples=4",
+            ),
             *("evaluation.eval_steps=2", "training.max_steps=4", "training.num_train_epochs=null"),
-            *("training.global_batch_size=8", "evaluation.generation={max_new_tokens: 8, num_samples: 2}"),
+            *(
+                "training.global_batch_size=8",
+                "evaluation.generation={max_new_tokens: 8, num_samples: 2}",
+            ),
         ),
         killed_at=4,
         resumed_from=2,
@@ -89,8 +98,15 @@ EXPERIMENTS: Final = {
         "oasst_phi2/4bit_full",
         "phi",
         (
-            *("data.train.path=data/oasst1/train.jsonl", "data.test.path=data/oasst1/validation.jsonl"),
-            *("data.num_validation_samples=4", "evaluation.eval_steps=1", "checkpoints.save_steps=1"),
+            *(
+                "data.train.path=data/oasst1/train.jsonl",
+                "data.test.path=data/oasst1/validation.jsonl",
+            ),
+            *(
+                "data.num_validation_samples=4",
+                "evaluation.eval_steps=1",
+                "checkpoints.save_steps=1",
+            ),
             *("training.max_steps=4", "training.num_train_epochs=null"),
         ),
         killed_at=4,
@@ -114,7 +130,10 @@ EXPERIMENTS: Final = {
         "glue_squad/squad_v2_qv",
         "gemma",
         (
-            *("data.train.path=data/squad_v2/train.jsonl", "data.test.path=data/squad_v2/validation.jsonl"),
+            *(
+                "data.train.path=data/squad_v2/train.jsonl",
+                "data.test.path=data/squad_v2/validation.jsonl",
+            ),
             *("data.num_validation_samples=8", "evaluation.eval_steps=2"),
             *("training.max_steps=6", "training.num_train_epochs=null"),
         ),
@@ -126,8 +145,15 @@ EXPERIMENTS: Final = {
         "summaries/llama-3.1-8b-instruct_task-2_manual_120_full_acc16",
         "llama",
         (
-            *(f"data.{split}.path=data/summaries_sample/{split}.jsonl" for split in ("train", "validation", "test")),
-            *("data.num_train_samples=30", "training.num_train_epochs=2", "evaluation.generation.max_new_tokens=16"),
+            *(
+                f"data.{split}.path=data/summaries_sample/{split}.jsonl"
+                for split in ("train", "validation", "test")
+            ),
+            *(
+                "data.num_train_samples=30",
+                "training.num_train_epochs=2",
+                "evaluation.generation.max_new_tokens=16",
+            ),
         ),
         killed_at=4,
         resumed_from=2,
@@ -138,7 +164,9 @@ EXPERIMENTS: Final = {
 
 @dataclass(frozen=True)
 class GridProject(Project):
-    """A folder in which the committed recipe of an experiment is `recipe.yaml`, under its own grid."""
+    """A folder in which the committed recipe of an experiment is `recipe.yaml`, under its own
+    grid.
+    """
 
     grid: str = ""
 
@@ -165,13 +193,17 @@ def list_kept(paths: RunPaths) -> dict[int, Path]:
     }
 
 
-# The others stand for every class: a second LoRA of a classifier, and ZeRO-3, which `test_distributed` has runs of.
+# The others stand for every class: a second LoRA of a classifier, and ZeRO-3, which
+# `test_distributed` has runs of.
 _WHOLE_MATRIX: Final = frozenset({"squad_v2", "math_tools"})
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.torture if name in _WHOLE_MATRIX else ()) for name in EXPERIMENTS],
+    params=[
+        pytest.param(name, marks=pytest.mark.torture if name in _WHOLE_MATRIX else ())
+        for name in EXPERIMENTS
+    ],
 )
 def finished(
     request: pytest.FixtureRequest,
@@ -179,7 +211,9 @@ def finished(
     data_path: Path,
     tiny_model: Callable[[str], Path],
 ) -> Finished:
-    """Each experiment in turn, killed before a commit and brought to its end by the same command."""
+    """Each experiment in turn, killed before a commit and brought to its end by the same
+    command.
+    """
     experiment = EXPERIMENTS[request.param]
     made = make_project(tmp_path_factory.mktemp(request.param), data_path, tiny_model)
     project = GridProject(made.root, tiny_model, experiment.recipe.split("/")[0])
@@ -187,7 +221,12 @@ def finished(
         (project.root / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "recipes" / f"{experiment.recipe}.yaml", project.recipe_path)
     project.add_model(experiment.family)
-    overrides = (f"model.path=models/{experiment.family}", *experiment.overrides, *experiment.forced, NO_RETRY)
+    overrides = (
+        f"model.path=models/{experiment.family}",
+        *experiment.overrides,
+        *experiment.forced,
+        NO_RETRY,
+    )
     launch_killed_at(
         project,
         "run",
@@ -195,26 +234,39 @@ def finished(
         event="os.rename",
         path=f"step-{experiment.killed_at}/COMMITTED.json",
     )
-    if load_recipe(project.recipe_path).checkpoints.archive == "zip":  # the newest is only in its archive
+    # The newest is only in its archive.
+    if load_recipe(project.recipe_path).checkpoints.archive == "zip":
         shutil.rmtree(list_kept(project.paths("run"))[experiment.resumed_from])
     paths = launch(project, "run", *overrides)
     return Finished(experiment, project, paths, overrides)
 
 
 def test_it_ran_as_committed_but_for_the_overrides(finished: Finished) -> None:
-    committed = load_recipe(ROOT / "recipes" / f"{finished.experiment.recipe}.yaml").model_dump(mode="json")
+    committed = load_recipe(ROOT / "recipes" / f"{finished.experiment.recipe}.yaml").model_dump(
+        mode="json"
+    )
     ran = load_json(finished.paths.recipe_path)["recipe"]
     changed = {line.partition(":")[0] for line in diff_payloads(committed, ran)}
     overridden = {override.partition("=")[0] for override in finished.overrides}
     assert {key for key in changed if not key.startswith(("run.", *overridden))} == set()
     effective = load_json(finished.paths.attempt(2).training_args_path)
-    for name in ("optim", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16", "seed", "learning_rate"):
+    for name in (
+        "optim",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "max_grad_norm",
+        "bf16",
+        "seed",
+        "learning_rate",
+    ):
         assert effective[name] == ran["training"].get(name, effective[name]), name
     assert effective["gradient_checkpointing"] == committed["training"]["gradient_checkpointing"]
 
 
 def test_every_forced_override_is_named_with_its_reason() -> None:
-    assert {override for experiment in EXPERIMENTS.values() for override in experiment.forced} == set(FORCED_BY_CPU)
+    assert {
+        override for experiment in EXPERIMENTS.values() for override in experiment.forced
+    } == set(FORCED_BY_CPU)
 
 
 def test_it_resumed_and_every_step_and_evaluation_stands_once(finished: Finished) -> None:
@@ -223,10 +275,18 @@ def test_it_resumed_and_every_step_and_evaluation_stands_once(finished: Finished
     assert len(read_attempts(paths)) == 2
     assert read_result(paths).num_steps == experiment.num_steps >= 3
     rows = load_jsonl(paths.metrics_path)
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, experiment.num_steps + 1))
+    assert [row["step"] for row in rows if "loss" in row] == list(
+        range(1, experiment.num_steps + 1)
+    )
     evaluations = [row["step"] for row in rows if row.get("split") == "validation"]
-    assert evaluations == sorted(set(evaluations)) and evaluations[0] == 0 and evaluations[-1] == experiment.num_steps
-    assert len(read_losses(paths)) == experiment.num_steps and len(read_evaluations(paths)) == len(evaluations)
+    assert (
+        evaluations == sorted(set(evaluations))
+        and evaluations[0] == 0
+        and evaluations[-1] == experiment.num_steps
+    )
+    assert len(read_losses(paths)) == experiment.num_steps and len(read_evaluations(paths)) == len(
+        evaluations
+    )
 
 
 def test_it_keeps_the_checkpoints_that_the_recipe_asks_for(finished: Finished) -> None:
@@ -236,15 +296,21 @@ def test_it_keeps_the_checkpoints_that_the_recipe_asks_for(finished: Finished) -
     assert {num_steps, read_result(paths).best_step} <= set(kept)
     assert len(kept) <= checkpoints.keep_latest + checkpoints.keep_best
     archived = {path.stem for path in paths.checkpoints_dir.glob("*.zip")}
-    assert archived == ({folder.name for folder in kept.values()} if checkpoints.archive == "zip" else set())
+    assert archived == (
+        {folder.name for folder in kept.values()} if checkpoints.archive == "zip" else set()
+    )
     if finished.experiment.forced != ON_TWO_RANKS:  # DeepSpeed has files of its own
-        with_optimizer = {step for step, folder in kept.items() if (folder / "optimizer.pt").exists()}
+        with_optimizer = {
+            step for step, folder in kept.items() if (folder / "optimizer.pt").exists()
+        }
         assert with_optimizer == (set(kept) if checkpoints.save_optimizer else {num_steps})
 
 
 @pytest.mark.parametrize("finished", ["oasst_phi2", "sst2"], indirect=True)
 def test_it_ended_as_a_run_that_was_left_alone(finished: Finished) -> None:
-    """QLoRA under a paged optimizer with archives; and checkpoints of which only the newest has its optimizer state."""
+    """QLoRA under a paged optimizer with archives; and checkpoints of which only the newest has its
+    optimizer state.
+    """
     assert_same_outputs(finished.paths, launch(finished.project, "left-alone", *finished.overrides))
 
 
@@ -254,24 +320,38 @@ def test_its_export_loads_again_and_is_another_model_than_the_base(finished: Fin
     assert tokenizer.pad_token not in (None, tokenizer.eos_token)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     batch = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    base = AutoModelForCausalLM.from_pretrained(finished.project.root / "models" / finished.experiment.family)
+    base = AutoModelForCausalLM.from_pretrained(
+        finished.project.root / "models" / finished.experiment.family
+    )
     with torch.no_grad():
         before = base(**batch).logits.float()
         if (paths.model_dir / "adapter_config.json").exists():
-            tuned, wanted = PeftModel.from_pretrained(base, paths.model_dir), json.loads(paths.recipe_path.read_text())
+            tuned, wanted = (
+                PeftModel.from_pretrained(base, paths.model_dir),
+                json.loads(paths.recipe_path.read_text()),
+            )
             assert tuned.peft_config["default"].r == wanted["recipe"]["adapter"]["r"]
         else:
-            tuned, report = AutoModelForCausalLM.from_pretrained(paths.model_dir, output_loading_info=True)
-            assert not report["missing_keys"] and all(weight.numel() for weight in tuned.parameters())
+            tuned, report = AutoModelForCausalLM.from_pretrained(
+                paths.model_dir, output_loading_info=True
+            )
+            assert not report["missing_keys"] and all(
+                weight.numel() for weight in tuned.parameters()
+            )
         after = tuned(**batch).logits.float()[..., : before.shape[-1]]
     assert torch.isfinite(after).all() and not torch.equal(before, after)
 
 
 def test_the_answers_of_base_and_tuned_model_are_judged(finished: Finished) -> None:
     recipe, result = load_recipe(finished.project.recipe_path), read_result(finished.paths)
-    rows = load_jsonl(finished.paths.predictions_path) if recipe.evaluation.generation.enabled else []
+    rows = (
+        load_jsonl(finished.paths.predictions_path) if recipe.evaluation.generation.enabled else []
+    )
     scores = result.generation
     assert set(scores) == {row["model"] for row in rows} == ({"base", "tuned"} if rows else set())
     for model, score in scores.items():
         assert set(score.metrics) == set(recipe.data.task.METRICS)
-        assert score.num_rows == sum(row["model"] == model for row in rows) > 0 and score.num_judged > 0
+        assert (
+            score.num_rows == sum(row["model"] == model for row in rows) > 0
+            and score.num_judged > 0
+        )

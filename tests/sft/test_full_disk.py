@@ -19,7 +19,13 @@ from runner.run.paths import RunPaths
 from tests.conftest import RECIPE_TEXT, Project
 from tests.support.fake_checkpoints import commit, listing, make_paths
 from tests.support.faulty_runs import launch_faulty, make_fault
-from tests.support.training_runs import assert_same_outputs, launch, read_attempts, read_log, try_launch
+from tests.support.training_runs import (
+    assert_same_outputs,
+    launch,
+    read_attempts,
+    read_log,
+    try_launch,
+)
 
 SHORT = (
     "training={max_steps: 4, num_train_epochs: null}",
@@ -36,12 +42,16 @@ def test_what_does_not_fit_is_refused_with_what_is_free(tmp_path: Path) -> None:
     assert refused.value.errno == errno.ENOSPC and refused.value.filename == str(tmp_path)
 
 
-def test_a_checkpoint_is_not_begun_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_not_begun_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = make_paths(tmp_path)
     require_room_for_checkpoint(RECIPE, paths, 4)
     commit(paths, 4)
     require_room_for_checkpoint(RECIPE, paths, 8)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10, 10))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10, 10)
+    )
     with pytest.raises(OSError, match="the checkpoint of step 8 would take"):
         require_room_for_checkpoint(RECIPE, paths, 8)
 
@@ -49,7 +59,9 @@ def test_a_checkpoint_is_not_begun_that_does_not_fit(tmp_path: Path, monkeypatch
 def test_a_run_is_not_begun_that_does_not_fit(
     project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Three checkpoints and the one being written, each with two states an element, and the export."""
+    """Three checkpoints and the one being written, each with two states an element, and the
+    export.
+    """
     monkeypatch.chdir(project.root)
     paths = make_paths(tmp_path)
     weight = torch.nn.Parameter(torch.zeros(1000, 1000))
@@ -60,19 +72,26 @@ def test_a_run_is_not_begun_that_does_not_fit(
         if is_enough:
             require_room(RECIPE, paths, [("weight", weight)], 22, 1)
         else:
-            with pytest.raises(OSError, match=r"the checkpoints that are kept, and the export, would take 49\.6"):
+            with pytest.raises(
+                OSError, match=r"the checkpoints that are kept, and the export, would take 49\.6"
+            ):
                 require_room(RECIPE, paths, [("weight", weight)], 22, 1)
     (paths.checkpoints_dir / "there").write_bytes(b"x")
     require_room(RECIPE, paths, [("weight", weight)], 22, 1)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "x"), OSError(errno.EDQUOT, "x"), OSError(errno.EIO, "x")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "x"), OSError(errno.EDQUOT, "x"), OSError(errno.EIO, "x")]
+)
 def test_a_partial_checkpoint_gives_its_room_back(error: OSError, tmp_path: Path) -> None:
     paths = make_paths(tmp_path)
     commit(paths, 4)
     partial = paths.checkpoints_dir / "checkpoint-8"
     partial.mkdir()
-    with pytest.raises(OSError), give_back_on_full_disk(partial, paths.checkpoint_dir(4), is_main=True):
+    with (
+        pytest.raises(OSError),
+        give_back_on_full_disk(partial, paths.checkpoint_dir(4), is_main=True),
+    ):
         raise error
     is_full = error.errno != errno.EIO
     assert listing(paths.checkpoints_dir) == (["step-4"] if is_full else ["checkpoint-8", "step-4"])
@@ -80,7 +99,9 @@ def test_a_partial_checkpoint_gives_its_room_back(error: OSError, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_a_retry_and_no_bit(project: Project) -> None:
-    """While a marker, the metrics and the result are written: each once, then there is space again."""
+    """While a marker, the metrics and the result are written: each once, then there is space
+    again.
+    """
     project.add_model()
     reference = launch(project, "reference", *SHORT)
     full = (errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -109,7 +130,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 24 MiB."""
     mount = tmp_path / "small"
     mount.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(mount)], check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(mount)], check=False
+    )
     if made.returncode != 0:
         pytest.skip("mounting is not allowed here")
     yield mount
@@ -137,7 +160,10 @@ def test_a_small_disk_at_any_fill(small_disk: Path, project: Project) -> None:
         assert "\nTraceback" not in f"\n{first.stderr}", "the log's own is indented"
         ballast.unlink()
         if first.returncode != 0:
-            assert (first.returncode, "disk full" in first.stderr) == (14, True), f"{free_kib}: {first.stderr}"
+            assert (first.returncode, "disk full" in first.stderr) == (
+                14,
+                True,
+            ), f"{free_kib}: {first.stderr}"
             num_failed += 1
             launch(project, name, *SHORT)
         paths = project.paths(name)

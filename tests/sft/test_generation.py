@@ -1,4 +1,6 @@
-"""Answers are those of plain greedy decoding, whatever the batch, and nothing of the model or the dice is changed."""
+"""Answers are those of plain greedy decoding, whatever the batch, and nothing of the model or the
+dice is changed.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,20 @@ def load(tiny_model: Callable[[str], Path]) -> Callable[[str], Loaded]:
 
     def build(family: str) -> Loaded:
         template = HUMAN if family == "phi" else None
-        tokenizer = load_tokenizer(ModelSection(path=str(tiny_model(family)), dtype="float32", chat_template=template))
-        data: dict[str, Any] = {"train": {"path": str(ROOT / "data" / "demo.jsonl")}, "task": {"name": "conversations"}}
+        tokenizer = load_tokenizer(
+            ModelSection(path=str(tiny_model(family)), dtype="float32", chat_template=template)
+        )
+        data: dict[str, Any] = {
+            "train": {"path": str(ROOT / "data" / "demo.jsonl")},
+            "task": {"name": "conversations"},
+        }
         counts = {"num_train_samples": 1, "num_validation_samples": 1, "num_test_samples": 9}
-        section = DataSection.model_validate_json(json.dumps({**data, **counts, "seed": 1, "max_length": 1000}))
-        model = AutoModelForCausalLM.from_pretrained(tiny_model(family), attn_implementation="eager").train()
+        section = DataSection.model_validate_json(
+            json.dumps({**data, **counts, "seed": 1, "max_length": 1000})
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny_model(family), attn_implementation="eager"
+        ).train()
         model.config.use_cache = False
         return model, tokenizer, build_samples(section, tokenizer).test.rows
 
@@ -91,15 +102,21 @@ def test_answers_are_those_of_plain_greedy_decoding_for_any_batch_size(
     found = {size: answer(model, tokenizer, rows, size) for size in (1, 4, 64)}
     expected = [answer_plainly(model, tokenizer, row) for row in rows]
     for answers in found.values():
-        assert [one.row_id for one in answers] == [row.row_id for row in rows], "in the order of the rows"
+        assert [one.row_id for one in answers] == [row.row_id for row in rows], (
+            "in the order of the rows"
+        )
         assert [(one.prediction, one.is_finished) for one in answers] == expected
 
 
 def test_an_answer_ends_with_the_turn(load: Callable[[str], Loaded]) -> None:
-    """A model that always says one token: any other goes on to the limit, the end of turn ends at once."""
+    """A model that always says one token: any other goes on to the limit, the end of turn ends at
+    once.
+    """
     model, tokenizer, rows = load("gemma")
     end_of_turn, word = tokenizer.convert_tokens_to_ids(["<end_of_turn>", "▁the"])
-    assert build_generation_config(tokenizer, 1).eos_token_id == sorted({end_of_turn, tokenizer.eos_token_id})
+    assert build_generation_config(tokenizer, 1).eos_token_id == sorted(
+        {end_of_turn, tokenizer.eos_token_id}
+    )
     head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
     torch.nn.init.zeros_(head.weight)
     model.lm_head = head
@@ -116,8 +133,13 @@ def test_nothing_of_the_model_or_the_dice_is_changed(load: Callable[[str], Loade
     model = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear"))
     model.gradient_checkpointing_enable()
     model.train()
-    base.generation_config.repetition_penalty = 50.0  # a default of the model that is not greedy decoding
-    before = torch.get_rng_state(), base.generation_config, {k: v.clone() for k, v in model.state_dict().items()}
+    # A default of the model that is not greedy decoding.
+    base.generation_config.repetition_penalty = 50.0
+    before = (
+        torch.get_rng_state(),
+        base.generation_config,
+        {k: v.clone() for k, v in model.state_dict().items()},
+    )
     answers = answer(model, tokenizer, rows)
     assert model.training and all(module.training for module in model.modules())
     assert base.is_gradient_checkpointing and base.config.use_cache is False
@@ -136,7 +158,9 @@ def test_the_mode_is_restored_after_a_failure(load: Callable[[str], Loaded]) -> 
     assert model.training and model.generation_config is defaults
 
 
-def test_a_prompt_is_what_training_saw_before_the_last_completion(load: Callable[[str], Loaded]) -> None:
+def test_a_prompt_is_what_training_saw_before_the_last_completion(
+    load: Callable[[str], Loaded],
+) -> None:
     row = Row("two", (1, 2, 3, 4, 5, 6, 7), (CompletionSpan(1, 3), CompletionSpan(5, 7)), 1, False)
     assert build_prompt(row) == [1, 2, 3, 4, 5]
     _, tokenizer, rows = load("gemma")
@@ -157,17 +181,26 @@ def test_scores_count_what_is_unfinished_unreadable_and_judged(tmp_path: Path) -
     assert (load_answers(path, "base"), load_answers(path, "tuned")) == (answers[:1], answers)
     assert load_answers(tmp_path / "none.jsonl", "base") == []
     score = score_answers(task, answers)
-    assert (score.num_rows, score.num_judged, score.num_unfinished, score.num_unreadable) == (3, 2, 1, 1)
+    assert (score.num_rows, score.num_judged, score.num_unfinished, score.num_unreadable) == (
+        3,
+        2,
+        1,
+        1,
+    )
     assert score.metrics["exact_match"] == 0.5
 
 
 def test_a_metric_that_chooses_must_be_defined_on_the_validation_rows(project: Project) -> None:
     recipe = project.recipe(
         "data.task={name: squad_v2, prompt: '{context} {question}'}",
-        "evaluation.generation={enabled: true, max_new_tokens: 8, num_samples: 2, during_training: true}",
+        "evaluation.generation={enabled: true, max_new_tokens: 8, num_samples: 2, during_training:"
+        " true}",
         "checkpoints={metric: no_answer_accuracy, mode: max}",
     )
-    rows = [Row(str(n), (1, 2, 3), (CompletionSpan(2, 3),), 1, False, ("x",) if n < 2 else ()) for n in range(3)]
+    rows = [
+        Row(str(n), (1, 2, 3), (CompletionSpan(2, 3),), 1, False, ("x",) if n < 2 else ())
+        for n in range(3)
+    ]
 
     def samples(*chosen: Row) -> Samples:
         split = Split(tuple(chosen), ())
@@ -175,6 +208,9 @@ def test_a_metric_that_chooses_must_be_defined_on_the_validation_rows(project: P
 
     refuse_what_cannot_be_judged(recipe, samples(*reversed(rows)))
     with pytest.raises(DataError, match="no validation row can be judged by `no_answer_accuracy`"):
-        refuse_what_cannot_be_judged(recipe, samples(*rows))  # the only one without an answer is the third
+        # The only one without an answer is the third.
+        refuse_what_cannot_be_judged(recipe, samples(*rows))
     with pytest.raises(DataError, match="begins with its completion"):
-        refuse_what_cannot_be_judged(recipe, samples(Row("r", (1, 2), (CompletionSpan(0, 2),), 1, False)))
+        refuse_what_cannot_be_judged(
+            recipe, samples(Row("r", (1, 2), (CompletionSpan(0, 2),), 1, False))
+        )

@@ -1,4 +1,6 @@
-"""Canaries in the environment of real runs, one that completes and one that fails over them: none is found anywhere."""
+"""Canaries in the environment of real runs, one that completes and one that fails over them: none
+is found anywhere.
+"""
 
 from __future__ import annotations
 
@@ -56,16 +58,27 @@ def test_no_secret_of_the_environment_is_found_in_what_is_left(project: Project)
         "PYTHONPATH": f"{careless_dir}:{os.environ.get('PYTHONPATH', '')}",
         "WANDB_MODE": "offline",
     }
-    tracked = ("tracking.report_to=[tensorboard,wandb]", "training.max_steps=2", "training.num_train_epochs=null")
-    stored = (f"checkpoints.remote={{url: 'file://{project.root}/store'}}", "checkpoints.archive=zip")
-    done = project.cli("launch", "recipe.yaml", *tracked, *stored, "--name", "completes", environment=environment)
+    tracked = (
+        "tracking.report_to=[tensorboard,wandb]",
+        "training.max_steps=2",
+        "training.num_train_epochs=null",
+    )
+    stored = (
+        f"checkpoints.remote={{url: 'file://{project.root}/store'}}",
+        "checkpoints.archive=zip",
+    )
+    done = project.cli(
+        "launch", "recipe.yaml", *tracked, *stored, "--name", "completes", environment=environment
+    )
     assert done.returncode == 0, done.stderr
     log = (project.paths("completes").attempt(1).log_path).read_text()
     assert "careless *** *** ***" in log and "past Python ***" in log, "the library did tell"
 
     (project.root / "forged.jsonl").write_text(f"{rows}{json.dumps(forged)}\n")
     overrides = ("data.train.path=forged.jsonl", "data.num_train_samples=null")
-    failing = project.cli("launch", "recipe.yaml", *overrides, "--name", "fails", environment=environment)
+    failing = project.cli(
+        "launch", "recipe.yaml", *overrides, "--name", "fails", environment=environment
+    )
     assert failing.returncode not in (0, 2), failing.stderr
     (project.root / "forged.jsonl").unlink()
     printed = [done.stdout, done.stderr, failing.stdout, failing.stderr]

@@ -1,4 +1,6 @@
-"""An attempt that is asked to leave: when it does, what it says, what it leaves alone. Real processes and signals."""
+"""An attempt that is asked to leave: when it does, what it says, what it leaves alone. Real
+processes and signals.
+"""
 
 from __future__ import annotations
 
@@ -71,16 +73,23 @@ class Rank:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_outside_training_it_leaves_at_once_also_from_inside_a_library(number: signal.Signals, tmp_path: Path) -> None:
+def test_outside_training_it_leaves_at_once_also_from_inside_a_library(
+    number: signal.Signals, tmp_path: Path
+) -> None:
     rank = Rank(tmp_path)
     rank.tell(BUSY_IN_C, "busy")
     rank.process.send_signal(number)
-    assert rank.failure() == ("preempted", f"{number.name} on rank 0: left outside training, nothing was to be saved")
+    assert rank.failure() == (
+        "preempted",
+        f"{number.name} on rank 0: left outside training, nothing was to be saved",
+    )
     assert rank.process.returncode == 1
     rank.end()
 
 
-def test_the_stop_file_asks_the_attempt_that_it_names_and_rank_0_alone_looks(tmp_path: Path) -> None:
+def test_the_stop_file_asks_the_attempt_that_it_names_and_rank_0_alone_looks(
+    tmp_path: Path,
+) -> None:
     paths = RunPaths(tmp_path)
     write_json_atomic(paths.stop_path, StopRequest(attempt=2, why="stale").model_dump())
     ranks = [Rank(tmp_path, rank, 2) for rank in (0, 1)]
@@ -134,7 +143,9 @@ def test_a_process_that_fails_by_itself_is_left_to_say_so(tmp_path: Path) -> Non
 
 
 def test_a_launcher_that_ends_the_rest_after_a_kill_is_no_preemption(tmp_path: Path) -> None:
-    """torchrun sends TERM to the other ranks when one has gone; what was killed from outside is lost, not preempted."""
+    """torchrun sends TERM to the other ranks when one has gone; what was killed from outside is
+    lost, not preempted.
+    """
     launcher = f"""\
 import os, signal, subprocess, sys
 command = [sys.executable, "-c", {RANK!r}, {str(tmp_path)!r}]
@@ -159,15 +170,22 @@ ranks[1].kill()
         subprocess.run([sys.executable, "-c", launcher, where, peer], check=True)
         failure_path = RunPaths(tmp_path).attempt(3).failure_path(0)
         found = load_json(failure_path)
-        assert found["kind"] == expected[peer] and found["has_lost_peer"] == (peer == "killed"), (where, found)
+        assert found["kind"] == expected[peer] and found["has_lost_peer"] == (peer == "killed"), (
+            where,
+            found,
+        )
         failure_path.unlink()
 
 
 def test_children_do_not_speak_for_their_parent(tmp_path: Path) -> None:
-    """A data loader's worker is ended by TERM; the trainer's wake-up pipe, which it inherits, must not hear of it."""
+    """A data loader's worker is ended by TERM; the trainer's wake-up pipe, which it inherits, must
+    not hear of it.
+    """
     rank = Rank(tmp_path)
     rank.tell("import signal; work = lambda: signal.raise_signal(signal.SIGTERM)")
-    rank.tell("import multiprocessing; child = multiprocessing.get_context('fork').Process(target=work)")
+    rank.tell(
+        "import multiprocessing; child = multiprocessing.get_context('fork').Process(target=work)"
+    )
     rank.tell("child.start(); child.join(); print(child.exitcode)", "-15")
     rank.expect("done")
     rank.tell("threading.Event().wait(1)")
@@ -177,5 +195,7 @@ def test_children_do_not_speak_for_their_parent(tmp_path: Path) -> None:
 
 def test_listening_needs_nothing_heavy() -> None:
     code = "import runner.sft.preemption, sys; print(json.dumps([name for name in sys.modules]))"
-    result = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True
+    )
     assert not {"torch", "transformers", "accelerate", "numpy"} & set(json.loads(result.stdout))

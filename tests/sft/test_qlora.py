@@ -1,4 +1,6 @@
-"""QLoRA on the CPU: NF4 weights, double quantization, bfloat16 compute, paged optimizers, evaluations in the middle."""
+"""QLoRA on the CPU: NF4 weights, double quantization, bfloat16 compute, paged optimizers,
+evaluations in the middle.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def four_bit_model(project: Project, monkeypatch: pytest.MonkeyPatch) -> Any:
     project.add_model("llama")
     monkeypatch.chdir(project.root)
     recipe = project.recipe(*QLORA)
-    model = get_peft_model(load_model(recipe, load_tokenizer(recipe.model)), build_lora_config(recipe))
+    model = get_peft_model(
+        load_model(recipe, load_tokenizer(recipe.model)), build_lora_config(recipe)
+    )
     assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 14
     return model
 
@@ -63,7 +67,11 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)  # of the dropout
     ids = torch.arange(3, 40)[None]
     model(input_ids=ids, labels=ids).loss.backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return {
+        name: weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
 
 
 def evaluate_once(model: torch.nn.Module) -> None:
@@ -73,9 +81,12 @@ def evaluate_once(model: torch.nn.Module) -> None:
 
 
 def test_gradients_survive_an_evaluation(four_bit_model: Any) -> None:
-    """On a CPU with AVX512-BF16 bitsandbytes repacks a 4-bit layer at its first evaluation; no gradient passes then."""
+    """On a CPU with AVX512-BF16 bitsandbytes repacks a 4-bit layer at its first evaluation; no
+    gradient passes then.
+    """
     for name, module in four_bit_model.named_modules():
-        if name.endswith("lora_B.default"):  # zero at first, which would hide what lies below from the gradient
+        # Zero at first, which would hide what lies below from the gradient.
+        if name.endswith("lora_B.default"):
             torch.nn.init.normal_(module.weight, std=0.1)
     before = gradients(four_bit_model)
     evaluate_once(four_bit_model)
@@ -97,7 +108,9 @@ def test_qlora_trains_and_exports_a_float32_adapter(workplace: Project, qlora: R
     assert len(adapter) == 28 and {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     embeddings = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
     assert tensors.keys() - adapter.keys() == embeddings, "with the row of the added pad token"
-    assert {(tensors[name].shape[0], tensors[name].dtype) for name in embeddings} == {(513, torch.bfloat16)}
+    assert {(tensors[name].shape[0], tensors[name].dtype) for name in embeddings} == {
+        (513, torch.bfloat16)
+    }
     recipe = workplace.recipe(*QLORA)
     base = AutoModelForCausalLM.from_pretrained(
         workplace.root / recipe.model.path,
@@ -110,11 +123,15 @@ def test_qlora_trains_and_exports_a_float32_adapter(workplace: Project, qlora: R
     loaded = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
     assert len(loaded) == 28
     for name, weight in loaded.items():
-        torch.testing.assert_close(weight.float(), adapter[name.replace(".default", "")], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(
+            weight.float(), adapter[name.replace(".default", "")], rtol=1e-2, atol=1e-3
+        )
 
 
 @pytest.mark.slow
-def test_qlora_merges_into_weights_that_are_not_quantised(workplace: Project, qlora: RunPaths) -> None:
+def test_qlora_merges_into_weights_that_are_not_quantised(
+    workplace: Project, qlora: RunPaths
+) -> None:
     done = workplace.cli("export", qlora.run_dir, "--output", "merged-qlora", "--merge")
     assert done.returncode == 0, done.stderr
     weights = load_file(workplace.root / "merged-qlora" / "model.safetensors")
@@ -126,7 +143,9 @@ def test_qlora_merges_into_weights_that_are_not_quantised(workplace: Project, ql
 
 @pytest.mark.slow
 def test_qlora_resumes_exactly(workplace: Project, qlora: RunPaths) -> None:
-    paths = launch_killed_at(workplace, "qlora-killed", *QLORA, event="os.rename", path="step-8/COMMITTED.json")
+    paths = launch_killed_at(
+        workplace, "qlora-killed", *QLORA, event="os.rename", path="step-8/COMMITTED.json"
+    )
     launch(workplace, "qlora-killed", *QLORA)
     assert "resuming from step 4" in read_log(paths)
     assert_same_outputs(paths, qlora)
@@ -134,7 +153,13 @@ def test_qlora_resumes_exactly(workplace: Project, qlora: RunPaths) -> None:
 
 @pytest.mark.slow
 def test_other_paged_optimizer(workplace: Project, qlora: RunPaths) -> None:
-    paths = launch(workplace, "qlora-32bit", *QLORA, "training.optim=paged_adamw_32bit", "training.max_grad_norm=0.3")
+    paths = launch(
+        workplace,
+        "qlora-32bit",
+        *QLORA,
+        "training.optim=paged_adamw_32bit",
+        "training.max_grad_norm=0.3",
+    )
     result = read_result(paths)
     assert result.best_metric < result.base["validation"].nll_per_completion_token - 0.02
     assert result.base == read_result(qlora).base

@@ -1,4 +1,6 @@
-"""A run that is killed at any instant, by SIGKILL, ends with the same bytes as one that never was."""
+"""A run that is killed at any instant, by SIGKILL, ends with the same bytes as one that never
+was.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,12 @@ def quarantined(paths: RunPaths) -> list[str]:
     return sorted(path.name for path in paths.quarantine_dir.iterdir())
 
 
-def test_killed_launcher_takes_the_trainer_with_it_and_the_run_goes_on_exactly(finished: Project) -> None:
-    """LoRA with dropout, rows grouped by length, accumulation, and an incomplete last batch in each epoch."""
+def test_killed_launcher_takes_the_trainer_with_it_and_the_run_goes_on_exactly(
+    finished: Project,
+) -> None:
+    """LoRA with dropout, rows grouped by length, accumulation, and an incomplete last batch in each
+    epoch.
+    """
     paths = finished.paths("killed-lora")
     with started(finished, "killed-lora", *RUNS["gemma-lora"]) as process:
         wait_for_path(marker_path(paths.checkpoint_dir(4)), process)
@@ -58,10 +64,16 @@ def test_killed_launcher_takes_the_trainer_with_it_and_the_run_goes_on_exactly(f
 
 
 def test_kills_while_saving_scoring_and_exporting(finished: Project) -> None:
-    """One run, killed five times; each attempt goes on where the last one left a whole checkpoint."""
+    """One run, killed five times; each attempt goes on where the last one left a whole
+    checkpoint.
+    """
     name, overrides = "killed-often", RUNS["gemma-lora"]
-    paths = launch_killed_at(finished, name, *overrides, event="open", path="checkpoint-8/trainer_state.json")
-    assert (paths.checkpoints_dir / "checkpoint-8" / "adapter_model.safetensors").exists(), "half a checkpoint"
+    paths = launch_killed_at(
+        finished, name, *overrides, event="open", path="checkpoint-8/trainer_state.json"
+    )
+    assert (paths.checkpoints_dir / "checkpoint-8" / "adapter_model.safetensors").exists(), (
+        "half a checkpoint"
+    )
     launch_killed_at(finished, name, *overrides, event="os.rename", path="step-12/COMMITTED.json")
     log = read_log(paths)
     assert "resuming from step 4" in log and quarantined(paths) == ["checkpoint-8.1"]
@@ -84,7 +96,9 @@ def test_patience_of_early_stopping_spans_a_kill(finished: Project) -> None:
     reference = read_result(finished.paths("llama-early"))
     assert (reference.best_step, reference.num_steps) == (4, 10)
     name, overrides = "killed-early", RUNS["llama-early"]
-    paths = launch_killed_at(finished, name, *overrides, event="open", path="checkpoint-8/trainer_state.json")
+    paths = launch_killed_at(
+        finished, name, *overrides, event="open", path="checkpoint-8/trainer_state.json"
+    )
     launch(finished, name, *overrides)
     assert "resuming from step 6" in read_log(paths)
     assert_same_outputs(paths, finished.paths("llama-early"))
@@ -98,7 +112,9 @@ def test_damaged_newest_checkpoint_is_set_aside_for_the_one_before(finished: Pro
     assert_same_outputs(copy, finished.paths("gemma-lora"))
 
 
-def test_damaged_best_checkpoint_takes_those_with_it_that_would_export_it(finished: Project) -> None:
+def test_damaged_best_checkpoint_takes_those_with_it_that_would_export_it(
+    finished: Project,
+) -> None:
     copy = copy_unfinished(finished, "llama-early", "damaged-best")
     weights_path = copy.checkpoint_dir(4) / "model.safetensors"
     weights_path.write_bytes(weights_path.read_bytes()[:-1])

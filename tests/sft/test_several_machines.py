@@ -1,6 +1,8 @@
-"""One run on two machines of a real Slurm: the same bytes as on one, and whatever is killed, no rank trains on.
+"""One run on two machines of a real Slurm: the same bytes as on one, and whatever is killed, no
+rank trains on.
 
-The two machines are two slurmd of this one: what the ranks have in common is the file system, the job and a port.
+The two machines are two slurmd of this one: what the ranks have in common is the file system, the
+job and a port.
 """
 
 from __future__ import annotations
@@ -19,12 +21,22 @@ from runner.run.lease import has_ranks, is_leased
 from runner.run.paths import RunPaths
 from runner.run.record import EXIT_CODES
 from tests.conftest import RUNNER, Project, build_environment
-from tests.support.local_slurm import LocalSlurm, list_descendants, local_slurm, needs_slurm, read, wait_until
+from tests.support.local_slurm import (
+    LocalSlurm,
+    list_descendants,
+    local_slurm,
+    needs_slurm,
+    read,
+    wait_until,
+)
 from tests.support.training_runs import assert_same_outputs, launch, read_attempts, read_log
 
 pytestmark = [needs_slurm, pytest.mark.slow]
 
-DDP: Final = ("launch.accelerate_config=accelerate_configs/cpu_ddp.yaml", "training.num_train_epochs=6")
+DDP: Final = (
+    "launch.accelerate_config=accelerate_configs/cpu_ddp.yaml",
+    "training.num_train_epochs=6",
+)
 DEATH_SECONDS: Final = 60.0
 
 
@@ -47,13 +59,20 @@ def submit(cluster: LocalSlurm, project: Project, name: str) -> str:
     project.write_recipe(f"recipes/{name}.yaml", *DDP, *machines)
     script = project.root / f"{name}.sh"
     script.write_text(
-        f"#!/bin/bash\ncd {project.root}; echo $$ > {name}.pid; exec {RUNNER} launch recipes/{name}.yaml\n"
+        f"#!/bin/bash\ncd {project.root}; echo $$ > {name}.pid; exec {RUNNER} launch"
+        f" recipes/{name}.yaml\n"
     )
-    environment = {name: value for name, value in build_environment().items() if not name.startswith("SLURM_")}
-    exported = (
-        f"--export=ALL,{','.join(f'{key}={environment[key]}' for key in ('PATH', 'OMP_NUM_THREADS', 'HF_HUB_OFFLINE'))}"
+    environment = {
+        name: value for name, value in build_environment().items() if not name.startswith("SLURM_")
+    }
+    exported = f"--export=ALL,{','.join(f'{key}={environment[key]}' for key in ('PATH', 'OMP_NUM_THREADS', 'HF_HUB_OFFLINE'))}"
+    options = (
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--no-requeue",
+        f"--output={project.root}/{name}.out",
+        exported,
     )
-    options = ("--nodes=2", "--ntasks-per-node=1", "--no-requeue", f"--output={project.root}/{name}.out", exported)
     return cluster.run("sbatch", "--parsable", *options, str(script)).strip()
 
 
@@ -75,7 +94,9 @@ def find_ranks(run_dir: Path) -> dict[int, int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         words = read(path).split("\0")
         if "runner.sft" in words or any(word.endswith("runner/sft/__main__.py") for word in words):
-            environment = dict(line.partition("=")[::2] for line in read(path.parent / "environ").split("\0"))
+            environment = dict(
+                line.partition("=")[::2] for line in read(path.parent / "environ").split("\0")
+            )
             if "RANK" in environment and str(run_dir.name) in " ".join(words):
                 ranks[int(environment["RANK"])] = int(path.parent.name)
     return ranks
@@ -94,7 +115,9 @@ def kill_srun(_: LocalSlurm, runner: int, __: dict[int, int]) -> None:
 
 
 def lose_second_machine(cluster: LocalSlurm, _: int, __: dict[int, int]) -> None:
-    """As in a power loss: Slurm's own daemon is gone too, until somebody switches the machine on again."""
+    """As in a power loss: Slurm's own daemon is gone too, until somebody switches the machine on
+    again.
+    """
     cluster.kill("node1")
     cluster.kill_jobs("node1")
 
@@ -108,7 +131,9 @@ KILLS: Final[dict[str, Kill]] = {
     "everything on the second machine": lambda cluster, runner, ranks: cluster.kill_jobs("node1"),
     "the second machine": lose_second_machine,
 }
-MATRIX: Final = [pytest.param(name, marks=[] if name == "runner" else pytest.mark.torture) for name in KILLS]
+MATRIX: Final = [
+    pytest.param(name, marks=[] if name == "runner" else pytest.mark.torture) for name in KILLS
+]
 
 
 @pytest.mark.parametrize("victim", MATRIX)
@@ -118,18 +143,25 @@ def test_no_rank_outlives_a_kill_and_the_next_launch_ends_with_the_same_bytes(
     name = f"killed-{victim.replace(' ', '-')}"
     job, paths = submit(cluster, workplace, name), workplace.paths(name)
     marker = paths.checkpoint_dir(4) / "COMMITTED.json"
-    wait_until(lambda: marker.exists() or job not in cluster.list_jobs(), f"{marker} is written, or the job ends")
+    wait_until(
+        lambda: marker.exists() or job not in cluster.list_jobs(),
+        f"{marker} is written, or the job ends",
+    )
     ranks = find_ranks(paths.run_dir)
     assert ranks.keys() == {0, 1}, (workplace.root / f"{name}.out").read_text() + read_log(paths)
     pidfds = [os.pidfd_open(pid) for pid in ranks.values()]
     KILLS[victim](cluster, int((workplace.root / f"{name}.pid").read_text()), ranks)
     deadline = time.monotonic() + DEATH_SECONDS
     for pidfd in pidfds:
-        assert select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0], "a rank trains on"
+        assert select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0], (
+            "a rank trains on"
+        )
         os.close(pidfd)
     if victim == "everything on the second machine":
         cluster.run("scancel", job)  # its Slurm is alive, has lost the tasks and never tells `srun`
-    wait_until(lambda: not has_ranks(paths) and not is_leased(paths.lease_path), "the run is let go of")
+    wait_until(
+        lambda: not has_ranks(paths) and not is_leased(paths.lease_path), "the run is let go of"
+    )
     assert not paths.result_path.exists()
     cluster.start_node("node1")  # nothing, where it was not lost
     cluster.run("scancel", job)
@@ -140,7 +172,10 @@ def test_no_rank_outlives_a_kill_and_the_next_launch_ends_with_the_same_bytes(
     if victim in ("runner", "everything on the first machine"):
         assert killed["ended_at_utc"] is None
     elif "second machine" not in victim:
-        assert killed["failure"]["kind"] in ("lost", "transient"), "recorded by the launcher that lived on"
+        assert killed["failure"]["kind"] in (
+            "lost",
+            "transient",
+        ), "recorded by the launcher that lived on"
 
 
 @pytest.mark.torture
@@ -149,12 +184,17 @@ def test_all_ranks_leave_at_the_same_step_when_the_launcher_is_asked_to_stop(
 ) -> None:
     job, paths = submit(cluster, workplace, "stopped"), workplace.paths("stopped")
     marker = paths.checkpoint_dir(4) / "COMMITTED.json"
-    wait_until(lambda: marker.exists() or job not in cluster.list_jobs(), f"{marker} is written, or the job ends")
+    wait_until(
+        lambda: marker.exists() or job not in cluster.list_jobs(),
+        f"{marker} is written, or the job ends",
+    )
     os.kill(int((workplace.root / "stopped.pid").read_text()), signal.SIGUSR1)
     wait_for_end(cluster, job)
     (attempt,) = read_attempts(paths)
     assert attempt["failure"]["kind"] == "preempted" and not paths.result_path.exists()
     assert f"ExitCode={EXIT_CODES['preempted']}:0" in cluster.run("scontrol", "show", "job", job)
-    left_at = max(int(path.name.removeprefix("step-")) for path in paths.checkpoints_dir.glob("step-*"))
+    left_at = max(
+        int(path.name.removeprefix("step-")) for path in paths.checkpoints_dir.glob("step-*")
+    )
     assert_same_outputs(finish(cluster, workplace, "stopped"), reference)
     assert f"resuming from step {left_at}" in read_log(paths)

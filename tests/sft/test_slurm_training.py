@@ -1,4 +1,6 @@
-"""A real run that a real Slurm asks to leave is queued again, and ends with the bits of one that was left alone."""
+"""A real run that a real Slurm asks to leave is queued again, and ends with the bits of one that
+was left alone.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ def test_a_requeued_run_ends_with_the_same_bits(shared_slurm: LocalSlurm, projec
     paths = project.paths("queued")
     wait_until(marker_path(paths.checkpoint_dir(2)).exists, "the run trains")
     (task,) = shared_slurm.list_jobs()
-    shared_slurm.run("scancel", "--batch", "--signal=USR1", task)  # as Slurm does near the time limit
+    # As Slurm does near the time limit.
+    shared_slurm.run("scancel", "--batch", "--signal=USR1", task)
     wait_until(lambda: shared_slurm.list_jobs() == {}, "the task ends")
-    assert [(one["failure"] or {}).get("kind") for one in read_attempts(paths)] == ["preempted", None]
+    assert [(one["failure"] or {}).get("kind") for one in read_attempts(paths)] == [
+        "preempted",
+        None,
+    ]
     assert_same_outputs(paths, reference)

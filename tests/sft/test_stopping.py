@@ -1,5 +1,5 @@
-"""Real runs that are asked to leave, or whose processes are signalled: all ranks at the same step, nothing left alive,
-and what was interrupted ends with the same bytes.
+"""Real runs that are asked to leave, or whose processes are signalled: all ranks at the same step,
+nothing left alive, and what was interrupted ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from tests.support.training_runs import (
 
 pytestmark = pytest.mark.slow
 
-# LoRA with dropout and accumulation. Seconds of training, of which a request to stop may take half of one to be seen.
+# LoRA with dropout and accumulation. Seconds of training, of which a request to stop may take half
+# of one to be seen.
 LONG: Final = (*RUNS["gemma-lora"], "training.num_train_epochs=30")
 DDP: Final = (*LONG, "launch.accelerate_config=accelerate_configs/cpu_ddp.yaml")
 ZERO_3: Final = (
@@ -81,7 +82,9 @@ def start(project: Project, *arguments: str) -> subprocess.Popen[bytes]:
 def started_in_training(
     project: Project, paths: RunPaths, *arguments: str, steps: int = 2
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Such a process once its attempt has made some steps more; it is killed in the end if it still runs."""
+    """Such a process once its attempt has made some steps more; it is killed in the end if it still
+    runs.
+    """
     number = len(load_record(paths).attempts) + 1
     process = start(project, *arguments)
     try:
@@ -92,14 +95,17 @@ def started_in_training(
         process.wait()
 
 
-def wait_for_steps(paths: RunPaths, attempt: int, steps: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for_steps(
+    paths: RunPaths, attempt: int, steps: int, process: subprocess.Popen[bytes]
+) -> None:
     """Until an attempt has made some steps, counted from the first one that it tells of."""
     deadline, first = time.monotonic() + DEADLINE_SECONDS, None
     while True:
         assert process.poll() is None, f"the run ended too early:\n{read_log(paths)}"
         assert time.monotonic() < deadline, f"it never trained:\n{read_log(paths)}"
         progress = load_progress(paths.attempt(attempt).progress_path)
-        if progress is not None and progress.step > 0:  # whatever its phase: a step takes less than a report
+        # Whatever its phase: a step takes less than a report.
+        if progress is not None and progress.step > 0:
             first = progress.step if first is None else first
             if progress.step >= first + steps:
                 return
@@ -147,7 +153,9 @@ def test_ctrl_c_and_runner_stop_save_the_step_and_the_run_ends_with_the_same_byt
     assert 2 <= first < second < LAST_STEP
     launch(workplace, name, *LONG)
     assert f"resuming from step {second}" in read_log(paths)
-    said = [attempt["failure"] and attempt["failure"]["message"] for attempt in read_attempts(paths)]
+    said = [
+        attempt["failure"] and attempt["failure"]["message"] for attempt in read_attempts(paths)
+    ]
     assert said[0].startswith("the runner was stopped by SIGINT: left at step ")
     assert said[1].startswith("asked by `runner stop`: left at step ") and said[2] is None
     assert_same_outputs(paths, alone)
@@ -162,9 +170,13 @@ def test_term_to_one_rank_ends_both_at_the_same_step_and_the_run_goes_on_exactly
 
 @pytest.mark.torture
 @pytest.mark.parametrize("number", range(20))
-def test_term_to_one_rank_twenty_times(workplace: Project, ddp_alone: RunPaths, number: int) -> None:
+def test_term_to_one_rank_twenty_times(
+    workplace: Project, ddp_alone: RunPaths, number: int
+) -> None:
     """At another step each time."""
-    assert_ranks_leave_together(workplace, f"ddp-term-{number}", DDP, ddp_alone, steps=2 + number, rank=number % 2)
+    assert_ranks_leave_together(
+        workplace, f"ddp-term-{number}", DDP, ddp_alone, steps=2 + number, rank=number % 2
+    )
 
 
 @pytest.mark.torture
@@ -175,17 +187,28 @@ def test_term_to_one_rank_of_zero_3(workplace: Project) -> None:
 
 
 def assert_ranks_leave_together(
-    project: Project, name: str, overrides: tuple[str, ...], reference: RunPaths, *, steps: int = 2, rank: int = 1
+    project: Project,
+    name: str,
+    overrides: tuple[str, ...],
+    reference: RunPaths,
+    *,
+    steps: int = 2,
+    rank: int = 1,
 ) -> None:
     """What was not asked for through `runner` is taken up again by itself, in the same launch."""
     paths = project.paths(name)
-    with started_in_training(project, paths, *launch_arguments(name, overrides, 2), steps=steps) as process:
+    with started_in_training(
+        project, paths, *launch_arguments(name, overrides, 2), steps=steps
+    ) as process:
         os.kill(find_processes(process.pid)[str(rank)], signal.SIGTERM)
         assert process.wait(DEADLINE_SECONDS) == 0, read_log(paths)
     step = step_left(paths, 1, rank=0)
     assert step == step_left(paths, 1, rank=1) and step >= steps
     first, second = read_attempts(paths)
-    assert first["failure"]["message"].startswith(f"SIGTERM on rank {rank}: ") and second["failure"] is None
+    assert (
+        first["failure"]["message"].startswith(f"SIGTERM on rank {rank}: ")
+        and second["failure"] is None
+    )
     assert f"resuming from step {step}" in read_log(paths)
     assert_same_outputs(paths, reference)
 
@@ -198,7 +221,11 @@ SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGUSR1)
 @pytest.mark.parametrize("victim", ["sweep", "launcher", "worker"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_any_signal_to_any_process_leaves_nothing_alive_and_no_trace(
-    workplace: Project, request: pytest.FixtureRequest, ranks: int, victim: str, number: signal.Signals
+    workplace: Project,
+    request: pytest.FixtureRequest,
+    ranks: int,
+    victim: str,
+    number: signal.Signals,
 ) -> None:
     reference = request.getfixturevalue("alone" if ranks == 1 else "ddp_alone")
     name = f"grid-{ranks}-{victim}-{number.name.lower()}"
@@ -211,14 +238,21 @@ def test_any_signal_to_any_process_leaves_nothing_alive_and_no_trace(
         found = find_processes(process.pid)
         pidfds = [os.pidfd_open(pid) for pid in list_descendants(process.pid)]
         assert sum(role.isdecimal() for role in found) == ranks and list_owned(paths)
-        os.kill({"sweep": process.pid, "launcher": found["launcher"], "worker": found[str(ranks - 1)]}[victim], number)
+        os.kill(
+            {"sweep": process.pid, "launcher": found["launcher"], "worker": found[str(ranks - 1)]}[
+                victim
+            ],
+            number,
+        )
         status = process.wait(DEADLINE_SECONDS)
     assert_dies(pidfds, seconds=10)
     assert list_owned(paths) == []
     if victim == "sweep":
         assert status == (-signal.SIGKILL if number == signal.SIGKILL else 130)
     else:
-        assert status == (0 if read_attempts(paths)[0]["failure"]["kind"] == "preempted" else 1), read_attempts(paths)
+        assert status == (0 if read_attempts(paths)[0]["failure"]["kind"] == "preempted" else 1), (
+            read_attempts(paths)
+        )
     before = snapshot(paths.run_dir)
     time.sleep(1.5)
     assert snapshot(paths.run_dir) == before
@@ -227,8 +261,14 @@ def test_any_signal_to_any_process_leaves_nothing_alive_and_no_trace(
     again = workplace.cli("sweep", recipe)
     assert again.returncode == 0, f"{again.stdout}\n{again.stderr}\n{read_log(paths)}"
     first, *_, last = read_attempts(paths)
-    assert len(read_attempts(paths)) == 2 and last["failure"] is None and "resuming from step" in read_log(paths)
-    print(name, status, first["failure"] and (first["failure"]["kind"], first["failure"]["message"]))
+    assert (
+        len(read_attempts(paths)) == 2
+        and last["failure"] is None
+        and "resuming from step" in read_log(paths)
+    )
+    print(
+        name, status, first["failure"] and (first["failure"]["kind"], first["failure"]["message"])
+    )
     assert_same_outputs(paths, reference)
 
 
@@ -237,6 +277,8 @@ def list_owned(paths: RunPaths) -> list[int]:
     needle, found = f"{OWNER_VARIABLE}={name_owner(paths)}:".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if any(one.startswith(needle) for one in (folder / "environ").read_bytes().split(b"\0")):
+            if any(
+                one.startswith(needle) for one in (folder / "environ").read_bytes().split(b"\0")
+            ):
                 found.append(int(folder.name))
     return found

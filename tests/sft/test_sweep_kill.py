@@ -1,4 +1,6 @@
-"""The headline: a sweep that is killed again and again, and started again, ends as one that was left alone."""
+"""The headline: a sweep that is killed again and again, and started again, ends as one that was
+left alone.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ from tests.conftest import Project
 from tests.support.killed_sweeps import KilledSweep, Run, Victim, choose_seed, sweep_under_kills
 from tests.support.training_runs import RUNS, add_what_runs_need, read_attempts
 
-# LoRA and full fine-tunes, both losses, one that stops early, one that is archived, one that answers.
+# LoRA and full fine-tunes, both losses, one that stops early, one that is archived, one that
+# answers.
 NAMES: Final = ("gemma-lora", "gemma-full", "llama-early", "llama-lora", "mistral-full", "phi-full")
-# About eight seconds of training each, so that most of the kills come while something is computed or saved.
+# About eight seconds of training each, so that most of the kills come while something is computed
+# or saved.
 LONG: Final = {
     "gemma-lora": ("training.num_train_epochs=12.5",),
     "gemma-full": ("training.num_train_epochs=12", "checkpoints.keep_best=2"),
@@ -48,7 +52,9 @@ def tell(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_sweep_killed_at_random_moments_ends_as_one_left_alone(finished: Project) -> None:
     seed = choose_seed()
     print(f"KILL_SEED={seed}")
-    sweep = KilledSweep(finished, finished.root / "killed", list_runs(finished, "recipes", "killed", "runs"))
+    sweep = KilledSweep(
+        finished, finished.root / "killed", list_runs(finished, "recipes", "killed", "runs")
+    )
     sweep_under_kills(sweep, num_kills=5, spread=1.5, chance=random.Random(seed))
     print("\n".join(sweep.render_kills()))
     assert sweep.kills, "it was done before the first kill"
@@ -85,18 +91,24 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory, workplace: Project) -> 
 def test_sweeps_killed_many_times(
     left_alone: Project, victim: Victim, num_kills: int, spread: float, tell: Tell
 ) -> None:
-    """As many sweeps as it takes for so many kills; after each third one, what goes on is a copy of the files."""
+    """As many sweeps as it takes for so many kills; after each third one, what goes on is a copy of
+    the files.
+    """
     seed, sweeps = choose_seed(), []
     chance, lines = random.Random(seed), [f"SIGKILL to {victim}, KILL_SEED={seed}"]
     try:
         while (num_done := sum(len(sweep.kills) for sweep in sweeps)) < num_kills:
             root = f"killed-{victim}-{len(sweeps) + 1}"
-            sweep = KilledSweep(left_alone, left_alone.root / root, list_runs(left_alone, "long", root, "alone"))
+            sweep = KilledSweep(
+                left_alone, left_alone.root / root, list_runs(left_alone, "long", root, "alone")
+            )
             sweeps.append(sweep)
             is_whole = victim == "everything"
             sweep_under_kills(sweep, num_kills - num_done, spread, chance, victim, moves=is_whole)
     finally:
-        lines.append(f"{'kill':>4}  {'after':>9}  {'whom':<31}  {'  '.join(f'{name:<25}' for name in NAMES)}".rstrip())
+        lines.append(
+            f"{'kill':>4}  {'after':>9}  {'whom':<31}  {'  '.join(f'{name:<25}' for name in NAMES)}".rstrip()
+        )
         for sweep in sweeps:
             num_before = sum(len(other.kills) for other in sweeps[: sweeps.index(sweep)])
             lines += sweep.render_kills(num_before + 1)
@@ -107,8 +119,13 @@ def test_sweeps_killed_many_times(
 @pytest.mark.torture
 @pytest.mark.slow
 def test_two_sweeps_at_once_train_each_run_once(finished: Project) -> None:
-    sweep = KilledSweep(finished, finished.root / "together", list_runs(finished, "recipes", "together", "runs"))
-    assert [process.wait() for process in (sweep.start(), sweep.start())] == [0, 0], sweep.printed_path.read_text()
+    sweep = KilledSweep(
+        finished, finished.root / "together", list_runs(finished, "recipes", "together", "runs")
+    )
+    assert [process.wait() for process in (sweep.start(), sweep.start())] == [
+        0,
+        0,
+    ], sweep.printed_path.read_text()
     sweep.check()
     assert [len(read_attempts(run.paths)) for run in sweep.runs] == [1] * 6
     assert sweep.printed_path.read_text().count("completed\n") == 6
@@ -118,4 +135,7 @@ def list_runs(project: Project, recipes: str, output_root: str, reference_root: 
     def paths(root: str, name: str) -> RunPaths:
         return RunPaths(project.root / root / "tests" / name)
 
-    return [Run(Path(recipes, f"{name}.yaml"), paths(output_root, name), paths(reference_root, name)) for name in NAMES]
+    return [
+        Run(Path(recipes, f"{name}.yaml"), paths(output_root, name), paths(reference_root, name))
+        for name in NAMES
+    ]

@@ -1,4 +1,6 @@
-"""Trackers get each step once across attempts, cannot stop training, and stay off where nobody asked for them."""
+"""Trackers get each step once across attempts, cannot stop training, and stay off where nobody
+asked for them.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ ARGUMENTS: Any = None  # our trackers do not look at them
 
 
 SCORE: Any = SplitScore(
-    num_rows=1, num_completion_tokens=1, num_tokens=2, num_bytes=3, completion_nll_sum=1.0, nll_sum=2.0
+    num_rows=1,
+    num_completion_tokens=1,
+    num_tokens=2,
+    num_bytes=3,
+    completion_nll_sum=1.0,
+    nll_sum=2.0,
 )
 RESULT = TrainResult(
     recipe_digest="digest",
@@ -78,9 +85,16 @@ def tell_steps(trackers: Trackers, steps: range, *, evaluate_every: int = 4) -> 
     """As the trainer tells them; the loss of a step is a tenth of it."""
     for step in steps:
         state = TrainerState(global_step=step, max_steps=12, epoch=step / 6)
-        trackers.on_log(ARGUMENTS, state, TrainerControl(), logs={"loss": step / 10, "epoch": step / 6})
+        trackers.on_log(
+            ARGUMENTS, state, TrainerControl(), logs={"loss": step / 10, "epoch": step / 6}
+        )
         if step % evaluate_every == 0:
-            trackers.on_log(ARGUMENTS, state, TrainerControl(), logs={"eval_nll_per_token": step / 5, "epoch": 0.5})
+            trackers.on_log(
+                ARGUMENTS,
+                state,
+                TrainerControl(),
+                logs={"eval_nll_per_token": step / 5, "epoch": 0.5},
+            )
     trackers.on_train_end(ARGUMENTS, TrainerState(global_step=12), TrainerControl())
 
 
@@ -90,11 +104,16 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def read_wandb_records(run_dir: Path) -> list[list[Any]]:
-    """The records of each offline run below a run directory, oldest first: a log in blocks of 32 KiB, as LevelDB's."""
+    """The records of each offline run below a run directory, oldest first: a log in blocks of 32
+    KiB, as LevelDB's.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     def scan(content: bytes) -> Iterator[Any]:
@@ -112,21 +131,31 @@ def read_wandb_records(run_dir: Path) -> list[list[Any]]:
                 parts.clear()
                 yield record
 
-    return [list(scan(path.read_bytes())) for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))]
+    return [
+        list(scan(path.read_bytes()))
+        for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    ]
 
 
 def read_wandb_history(records: list[Any]) -> list[dict[str, Any]]:
     """Rows of the history, by key."""
     rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
-    return [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in row.item} for row in rows]
+    return [
+        {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in row.item}
+        for row in rows
+    ]
 
 
 def digest_of(content: bytes | str) -> str:
     """As Weights & Biases writes it into an artifact."""
-    return base64.b64encode(hashlib.md5(content.encode() if isinstance(content, str) else content).digest()).decode()
+    return base64.b64encode(
+        hashlib.md5(content.encode() if isinstance(content, str) else content).digest()
+    ).decode()
 
 
-def test_nothing_is_tracked_unless_the_recipe_asks(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_tracked_unless_the_recipe_asks(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(project.root)
     for name, value in {
         "WANDB_PROJECT": "x",
@@ -142,13 +171,18 @@ def test_nothing_is_tracked_unless_the_recipe_asks(project: Project, monkeypatch
 
 def test_tensorboard_shows_each_step_once_after_a_resume(project: Project) -> None:
     context = open_context(project, "tracking.report_to=[tensorboard]")
-    tell_steps(open_trackers(context, None), range(1, 11))  # killed at step 10, with a checkpoint of step 8
+    # Killed at step 10, with a checkpoint of step 8.
+    tell_steps(open_trackers(context, None), range(1, 11))
     tell_steps(open_trackers(context, 8), range(9, 13))
     scalars = read_scalars(context.paths.tensorboard_dir)
     assert [step for step, _ in scalars["train/loss"]] == list(range(1, 13))
-    assert [value for _, value in scalars["train/loss"]] == pytest.approx([step / 10 for step in range(1, 13)])
+    assert [value for _, value in scalars["train/loss"]] == pytest.approx(
+        [step / 10 for step in range(1, 13)]
+    )
     assert [step for step, _ in scalars["eval/nll_per_token"]] == [4, 8, 12]
-    assert [step for step, _ in scalars["train/epoch"]] == list(range(1, 13)), "not once more with an evaluation"
+    assert [step for step, _ in scalars["train/epoch"]] == list(range(1, 13)), (
+        "not once more with an evaluation"
+    )
     tell_steps(open_trackers(context, None), range(1, 3))  # every checkpoint was lost
     assert [step for step, _ in read_scalars(context.paths.tensorboard_dir)["train/loss"]] == [1, 2]
 
@@ -187,7 +221,9 @@ def test_a_tracker_that_fails_does_not_stop_training(
     tell_steps(open_trackers(context, None), range(1, 13), evaluate_every=100)
     assert len(FlakyTracker.told) == told, "given up after three failures in a row"
     assert len(read_scalars(context.paths.tensorboard_dir)["train/loss"]) == 12
-    assert "warning: the tracker dvclive failed at on_log, training goes on" in capsys.readouterr().out
+    assert (
+        "warning: the tracker dvclive failed at on_log, training goes on" in capsys.readouterr().out
+    )
 
 
 def test_a_tracker_that_cannot_start_does_not_stop_training(
@@ -202,21 +238,31 @@ def test_a_tracker_that_cannot_start_does_not_stop_training(
 def test_sent_steps_are_those_of_the_metrics(project: Project) -> None:
     context = open_context(project)
     assert read_sent_steps(context) == {"loss": -1, "eval": -1}
-    for row in ({"step": 0, "split": "test"}, {"step": 4, "loss": 1.0}, {"step": 4, "split": "validation"}):
+    for row in (
+        {"step": 0, "split": "test"},
+        {"step": 4, "loss": 1.0},
+        {"step": 4, "split": "validation"},
+    ):
         append_jsonl(context.paths.metrics_path, row)
     append_jsonl(context.paths.metrics_path, {"step": 5, "loss": 1.0})
     assert read_sent_steps(context) == {"loss": 5, "eval": 4}
 
 
-def test_wandb_run_goes_on_where_the_last_attempt_ended(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_run_goes_on_where_the_last_attempt_ended(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     context = open_context(project, "tracking={report_to: [wandb], log_model: checkpoint}")
-    for name, path in {"weights of step 8": context.paths.checkpoint_dir(8), "best": context.paths.model_dir}.items():
+    for name, path in {
+        "weights of step 8": context.paths.checkpoint_dir(8),
+        "best": context.paths.model_dir,
+    }.items():
         path.mkdir(parents=True)
         (path / "model.safetensors").write_text(name)
-    for first, last, resume_step in ((1, 10, None), (9, 10, 8), (9, 12, 8)):  # killed twice at step 10
+    # Killed twice at step 10.
+    for first, last, resume_step in ((1, 10, None), (9, 10, 8), (9, 12, 8)):
         trackers = open_trackers(context, resume_step)
         context.truncate_metrics(resume_step)
         for step in range(first, last + 1):
@@ -229,11 +275,41 @@ def test_wandb_run_goes_on_where_the_last_attempt_ended(project: Project, monkey
         trackers.finish(RESULT)
         wandb.teardown()  # its service, as with the process of an attempt
     attempts = read_wandb_records(context.paths.run_dir)
-    assert len({record.run.run_id for records in attempts for record in records if record.HasField("run")}) == 1
+    assert (
+        len(
+            {
+                record.run.run_id
+                for records in attempts
+                for record in records
+                if record.HasField("run")
+            }
+        )
+        == 1
+    )
     sent = [row["train/global_step"] for records in attempts for row in read_wandb_history(records)]
-    assert sorted(sent) == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12], "an evaluation is a row of its own"
-    artifacts = [record.artifact for records in attempts for record in records if record.HasField("artifact")]
-    assert {(*({*one.aliases} - {"latest"}), one.manifest.contents[0].digest) for one in artifacts} == {
+    assert sorted(sent) == [
+        1,
+        2,
+        3,
+        4,
+        4,
+        5,
+        6,
+        7,
+        8,
+        8,
+        9,
+        10,
+        11,
+        12,
+        12,
+    ], "an evaluation is a row of its own"
+    artifacts = [
+        record.artifact for records in attempts for record in records if record.HasField("artifact")
+    ]
+    assert {
+        (*({*one.aliases} - {"latest"}), one.manifest.contents[0].digest) for one in artifacts
+    } == {
         ("step-8", digest_of("weights of step 8")),
         ("best", digest_of("best")),
     }
@@ -250,13 +326,18 @@ def test_a_resumed_attempt_counts_its_own_tokens_only(project: Project) -> None:
     callback.on_train_begin(ARGUMENTS, state)
     callback.on_epoch_begin(ARGUMENTS, TrainerState(global_step=2))
     callback.on_log(
-        ARGUMENTS, state, TrainerControl(), logs={"loss": 1.0, "learning_rate": 0.1, "num_tokens": 1040.0, "epoch": 0.5}
+        ARGUMENTS,
+        state,
+        TrainerControl(),
+        logs={"loss": 1.0, "learning_rate": 0.1, "num_tokens": 1040.0, "epoch": 0.5},
     )
     assert callback.num_tokens == 40
     progress = load_progress(project.paths("base").attempt(1).progress_path)
     assert progress is not None and (progress.step, progress.max_steps) == (3, 4)
     assert progress.tokens_per_second and progress.seconds_per_step
-    assert progress.tokens_per_second * progress.seconds_per_step == pytest.approx(40), "both of this one step"
+    assert progress.tokens_per_second * progress.seconds_per_step == pytest.approx(40), (
+        "both of this one step"
+    )
 
 
 def test_wandb_without_credentials_is_a_configuration_error(project: Project) -> None:
@@ -269,7 +350,9 @@ def test_wandb_without_credentials_is_a_configuration_error(project: Project) ->
         "try:\n    open_trackers(open_context(project, 'tracking.report_to=[wandb]'), None)\n"
         "except RunnerError as error:\n    print(error)\n"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("WANDB_")
+    }
     environment |= {
         "HOME": str(project.root),
         "PYTHONPATH": f"{ROOT}:{environment.get('PYTHONPATH', '')}",
@@ -284,21 +367,30 @@ def test_wandb_without_credentials_is_a_configuration_error(project: Project) ->
         check=False,
         timeout=120,
     )
-    assert "Weights & Biases refuses to start" in done.stdout and "WANDB_MODE=offline" in done.stdout, done.stderr
+    assert (
+        "Weights & Biases refuses to start" in done.stdout and "WANDB_MODE=offline" in done.stdout
+    ), done.stderr
 
 
 @pytest.fixture(scope="module")
 def tracked(finished: Project) -> RunPaths:
-    """A LoRA run that is killed while it saves step 8 and goes on from step 4, with two trackers."""
+    """A LoRA run that is killed while it saves step 8 and goes on from step 4, with two
+    trackers.
+    """
     overrides = (
         *RUNS["gemma-lora"],
-        "tracking={report_to: [tensorboard, wandb], project: lab, run_name: shown, tags: [one, two]}",
+        (
+            "tracking={report_to: [tensorboard, wandb], project: lab, run_name: shown, tags: [one,"
+            " two]}"
+        ),
         "tracking.watch=gradients",
         "tracking.log_model=end",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        launch_killed_at(finished, "tracked", *overrides, event="open", path="checkpoint-8/trainer_state.json")
+        launch_killed_at(
+            finished, "tracked", *overrides, event="open", path="checkpoint-8/trainer_state.json"
+        )
         return launch(finished, "tracked", *overrides)
 
 
@@ -312,7 +404,9 @@ def test_tracking_changes_no_byte_of_a_run(finished: Project, tracked: RunPaths)
 def test_tensorboard_of_a_killed_run_equals_its_metrics(tracked: RunPaths) -> None:
     scalars, losses = read_scalars(tracked.tensorboard_dir), read_losses(tracked)
     assert len(list(tracked.tensorboard_dir.iterdir())) == 2, "one event file per attempt"
-    assert dict(scalars["train/loss"]) == pytest.approx(losses) and len(scalars["train/loss"]) == len(losses)
+    assert dict(scalars["train/loss"]) == pytest.approx(losses) and len(
+        scalars["train/loss"]
+    ) == len(losses)
     evaluations = {step: row["nll_per_token"] for step, row in read_evaluations(tracked).items()}
     shown = scalars["eval/nll_per_token"]
     assert dict(shown) == pytest.approx(evaluations) and len(shown) == len(evaluations)
@@ -322,15 +416,22 @@ def test_tensorboard_of_a_killed_run_equals_its_metrics(tracked: RunPaths) -> No
 def test_wandb_of_a_killed_run_is_one_run_with_each_step_once(tracked: RunPaths) -> None:
     attempts = read_wandb_records(tracked.run_dir)
     runs = [record.run for records in attempts for record in records if record.HasField("run")]
-    assert len(attempts) == 2 and {run.run_id for run in runs} == {load_json(tracked.tracking_path)["wandb"]["run_id"]}
+    assert len(attempts) == 2 and {run.run_id for run in runs} == {
+        load_json(tracked.tracking_path)["wandb"]["run_id"]
+    }
     for run in runs:
         assert (run.project, run.display_name, list(run.tags)) == ("lab", "shown", ["one", "two"])
         config = {update.key: json.loads(update.value_json) for update in run.config.update}
-        assert config["axes"] == {"model": "gemma", "loss": "completion"} and config["adapter"]["r"] == 4
+        assert (
+            config["axes"] == {"model": "gemma", "loss": "completion"}
+            and config["adapter"]["r"] == 4
+        )
     rows = [row for records in attempts for row in read_wandb_history(records)]
     losses = read_losses(tracked)
     sent = [(row["train/global_step"], row["train/loss"]) for row in rows if "train/loss" in row]
-    assert sent == [(step, losses[step]) for step, _ in sent] and sorted(set(sent)) == sent, "none twice, in order"
+    assert sent == [(step, losses[step]) for step, _ in sent] and sorted(set(sent)) == sent, (
+        "none twice, in order"
+    )
     evaluated = [row["train/global_step"] for row in rows if "eval/nll_per_token" in row]
     assert sorted(set(evaluated)) == evaluated
     # killed at step 8; what it was told in the second before may be lost
@@ -343,11 +444,15 @@ def test_wandb_of_a_killed_run_is_one_run_with_each_step_once(tracked: RunPaths)
 
 @pytest.mark.slow
 def test_wandb_gets_the_exported_model(tracked: RunPaths) -> None:
-    artifacts = [record.artifact for records in read_wandb_records(tracked.run_dir) for record in records]
+    artifacts = [
+        record.artifact for records in read_wandb_records(tracked.run_dir) for record in records
+    ]
     (model,) = [artifact for artifact in artifacts if artifact.name]
     assert model.name == "model-tracked" and "best" in model.aliases
     digests = {entry.path: entry.digest for entry in model.manifest.contents}
-    assert digests == {path.name: digest_of(path.read_bytes()) for path in tracked.model_dir.iterdir()}
+    assert digests == {
+        path.name: digest_of(path.read_bytes()) for path in tracked.model_dir.iterdir()
+    }
 
 
 @pytest.mark.slow
@@ -358,6 +463,8 @@ def test_logs_hold_every_step_of_an_attempt(finished: Project) -> None:
     assert {len(line) for line in (header, *lines)} == {len(header)}, "aligned"
     cells = [line.split() for line in lines]
     losses = read_losses(paths)
-    assert [(row[0], row[2]) for row in cells] == [(f"{step}/12", f"{loss:.6f}") for step, loss in losses.items()]
+    assert [(row[0], row[2]) for row in cells] == [
+        (f"{step}/12", f"{loss:.6f}") for step, loss in losses.items()
+    ]
     assert all(float(row[4]) > 0 for row in cells)
     assert load_json(paths.attempt(1).timing_path)["tokens_per_second"] > 0

@@ -1,4 +1,6 @@
-"""What a finished run holds, for five model families, full fine-tunes and LoRA: results, scores and loadable models."""
+"""What a finished run holds, for five model families, full fine-tunes and LoRA: results, scores and
+loadable models.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_exported_model_loads_plainly_and_gives_the_recorded_scores(finished: Project, name: str) -> None:
+def test_exported_model_loads_plainly_and_gives_the_recorded_scores(
+    finished: Project, name: str
+) -> None:
     assert_export_gives_recorded_scores(finished, finished.paths(name))
 
 
@@ -42,17 +46,24 @@ def test_result_is_complete(finished: Project, name: str) -> None:
     assert result.recipe_digest == load_json(paths.recipe_path)["recipe_digest"]
     assert list(losses) == list(range(1, result.num_steps + 1)), "each step once"
     assert min(evaluations) == 0 and max(evaluations) == result.num_steps
-    for split, row in (("validation", evaluations[0]), ("test", read_evaluations(paths, "test")[0])):
+    for split, row in (
+        ("validation", evaluations[0]),
+        ("test", read_evaluations(paths, "test")[0]),
+    ):
         assert result.base[split].nll_sum == row["nll_sum"], "step 0 is the base model"
     # scored again after its weights were loaded from the checkpoint
     assert result.tuned["validation"].nll_sum == evaluations[result.best_step]["nll_sum"]
-    values = {step: row["nll_per_completion_token"] for step, row in evaluations.items() if step > 0}
+    values = {
+        step: row["nll_per_completion_token"] for step, row in evaluations.items() if step > 0
+    }
     choose = min if recipe.checkpoints.mode == "min" else max
     assert values[result.best_step] == choose(values.values()) == result.best_metric
     base_rows = [row for row in load_jsonl(paths.eval_rows_path) if row["model"] == "base"]
     assert math.fsum(row["nll_sum"] for row in base_rows) == result.base["test"].nll_sum
     assert not paths.model_partial_dir.exists() and not paths.quarantine_dir.exists()
-    assert not list(paths.run_dir.rglob("training_args.bin")), "a pickle that can hold the hub token"
+    assert not list(paths.run_dir.rglob("training_args.bin")), (
+        "a pickle that can hold the hub token"
+    )
     arguments = load_json(paths.attempt(1).training_args_path)
     assert arguments["gradient_accumulation_steps"] == 2 and arguments["use_cpu"] is True
 
@@ -60,7 +71,10 @@ def test_result_is_complete(finished: Project, name: str) -> None:
 def test_each_epoch_has_the_same_rows_in_another_order(finished: Project) -> None:
     paths = finished.paths("gemma-full")
     history = load_json(paths.checkpoint_dir(12) / "trainer_state.json")["log_history"]
-    totals = [0, *(int(row["num_tokens"]) for row in history if "num_tokens" in row and "loss" in row)]
+    totals = [
+        0,
+        *(int(row["num_tokens"]) for row in history if "num_tokens" in row and "loss" in row),
+    ]
     per_step = [after - before for before, after in pairwise(totals)]
     num_tokens = load_json(paths.samples_path)["splits"]["train"]["num_tokens"]
     assert sum(per_step[:6]) == sum(per_step[6:]) == num_tokens and per_step[:6] != per_step[6:]
@@ -73,7 +87,9 @@ def test_training_learns(finished: Project) -> None:
 
 
 def test_arms_of_one_cell_see_the_same_tokens_under_different_masks(finished: Project) -> None:
-    completion, full = (load_json(finished.paths(name).samples_path) for name in ("gemma-lora", "gemma-full"))
+    completion, full = (
+        load_json(finished.paths(name).samples_path) for name in ("gemma-lora", "gemma-full")
+    )
     assert (completion["loss"], full["loss"]) == ("completion", "full")
     for split in ("train", "validation", "test"):
         one, other = completion["splits"][split], full["splits"][split]
@@ -84,7 +100,10 @@ def test_arms_of_one_cell_see_the_same_tokens_under_different_masks(finished: Pr
 
 
 def test_samples_are_nested_across_models_and_splits_are_disjoint(finished: Project) -> None:
-    small, large = (load_json(finished.paths(name).samples_path)["splits"] for name in ("gemma-full", "mistral-full"))
+    small, large = (
+        load_json(finished.paths(name).samples_path)["splits"]
+        for name in ("gemma-full", "mistral-full")
+    )
     assert large["train"]["ids"][: small["train"]["num_rows"]] == small["train"]["ids"]
     assert (small["train"]["num_rows"], large["train"]["num_rows"]) == (22, 44)
     assert [small[split]["ids"] for split in ("validation", "test")] == [
@@ -97,13 +116,22 @@ def test_samples_are_nested_across_models_and_splits_are_disjoint(finished: Proj
 def test_early_stopping_stops_after_its_patience_and_exports_the_best(finished: Project) -> None:
     paths = finished.paths("llama-early")
     result, evaluations = read_result(paths), read_evaluations(paths)
-    values = {step: row["nll_per_completion_token"] for step, row in evaluations.items() if step > 0}
+    values = {
+        step: row["nll_per_completion_token"] for step, row in evaluations.items() if step > 0
+    }
     best = min(values, key=values.__getitem__)
-    assert result.best_step == best and result.num_steps == best + 3 * 2, "three evaluations, two steps apart"
+    assert result.best_step == best and result.num_steps == best + 3 * 2, (
+        "three evaluations, two steps apart"
+    )
     assert result.stop_reason == "early_stopping" and result.num_steps < 40
     exported = load_file(paths.model_dir / "model.safetensors")
-    kept = {step: load_file(paths.checkpoint_dir(step) / "model.safetensors") for step in (best, result.num_steps)}
-    assert sorted(path.name for path in paths.checkpoints_dir.iterdir()) == sorted(f"step-{step}" for step in kept)
+    kept = {
+        step: load_file(paths.checkpoint_dir(step) / "model.safetensors")
+        for step in (best, result.num_steps)
+    }
+    assert sorted(path.name for path in paths.checkpoints_dir.iterdir()) == sorted(
+        f"step-{step}" for step in kept
+    )
     assert all(torch.equal(exported[name], kept[best][name]) for name in exported)
     assert not all(torch.equal(exported[name], kept[result.num_steps][name]) for name in exported)
 
@@ -115,7 +143,9 @@ def test_lora_exports_the_checkpoint_that_was_chosen(finished: Project) -> None:
     exported = load_file(paths.model_dir / "adapter_model.safetensors")
     chosen = load_file(paths.checkpoint_dir(result.best_step) / "adapter_model.safetensors")
     embeddings = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
-    assert exported.keys() == chosen.keys() | embeddings, "a checkpoint does without: the base gets its row each time"
+    assert exported.keys() == chosen.keys() | embeddings, (
+        "a checkpoint does without: the base gets its row each time"
+    )
     assert all(torch.equal(exported[name], chosen[name]) for name in chosen)
 
 
@@ -130,15 +160,27 @@ def test_launching_a_completed_run_again_changes_nothing(finished: Project) -> N
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_what_a_checkpoint_restores_is_what_the_recipe_says_of_the_metrics(finished: Project, name: str) -> None:
-    """Patience, best step and stop are functions of the evaluations in it and of the recipe, and of nothing else."""
+def test_what_a_checkpoint_restores_is_what_the_recipe_says_of_the_metrics(
+    finished: Project, name: str
+) -> None:
+    """Patience, best step and stop are functions of the evaluations in it and of the recipe, and of
+    nothing else.
+    """
     paths = finished.paths(name)
     recipe, result, flow = recipe_of(paths), read_result(paths), FlowCallback(recipe_of(paths))
-    values = {step: row[recipe.checkpoints.metric] for step, row in read_evaluations(paths).items() if step > 0}
+    values = {
+        step: row[recipe.checkpoints.metric]
+        for step, row in read_evaluations(paths).items()
+        if step > 0
+    }
     for step in list_committed(paths):
         state = TrainerState.load_from_json(str(paths.checkpoint_dir(step) / "trainer_state.json"))
-        assert flow.evaluations(state) == [(at, value) for at, value in values.items() if at <= step]
-        assert flow.is_stopped_early(state) == (step == result.num_steps and result.stop_reason == "early_stopping")
+        assert flow.evaluations(state) == [
+            (at, value) for at, value in values.items() if at <= step
+        ]
+        assert flow.is_stopped_early(state) == (
+            step == result.num_steps and result.stop_reason == "early_stopping"
+        )
     assert flow.best_step(state) == result.best_step and state.global_step == result.num_steps
 
 
@@ -147,14 +189,18 @@ def test_a_wrong_number_of_processes_is_a_configuration_failure(finished: Projec
     paths = finished.paths("wrong-world")
     failure = load_json(paths.attempt(1).failure_path())
     assert result.returncode == 10 and failure["kind"] == "configuration"
-    assert "1 processes were started, 2 were asked for" in failure["message"] and "cpu.yaml" in failure["message"]
+    assert (
+        "1 processes were started, 2 were asked for" in failure["message"]
+        and "cpu.yaml" in failure["message"]
+    )
     status = finished.cli("status", str(paths.run_dir), "--json")
     assert [row["failure"]["kind"] for row in json.loads(status.stdout)] == ["configuration"]
     assert "1 processes were started" in finished.cli("status", str(paths.run_dir)).stdout
 
 
 def test_divergence_is_named_and_never_committed(finished: Project) -> None:
-    # Adam moves each weight by the learning rate: after one step they are about 1e30, whose squares overflow.
+    # Adam moves each weight by the learning rate: after one step they are about 1e30, whose squares
+    # overflow.
     finished.write_recipe(
         "diverging/diverged.yaml",
         "adapter.method=none",

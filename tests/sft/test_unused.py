@@ -1,4 +1,6 @@
-"""A training process imports Weights & Biases and bitsandbytes exactly when its recipe needs them."""
+"""A training process imports Weights & Biases and bitsandbytes exactly when its recipe needs
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from runner.sft.startup import find_unused_libraries
 from tests.conftest import Project
 
 
-def test_what_a_recipe_needs_is_not_hidden(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_recipe_needs_is_not_hidden(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(project.root)
     model_dir = project.root / "models" / "gemma"
     model_dir.mkdir(parents=True)
@@ -26,23 +30,31 @@ def test_what_a_recipe_needs_is_not_hidden(project: Project, monkeypatch: pytest
     for optimizer in ("paged_adamw_32bit", "adamw_8bit", "ademamix", "lion_32bit", "rmsprop_bnb"):
         assert find_unused_libraries(project.recipe(f"training.optim={optimizer}")) == ["wandb"]
     for optimizer in ("adamw_torch", "adafactor"):
-        assert "bitsandbytes" in find_unused_libraries(project.recipe(f"training.optim={optimizer}"))
-    (model_dir / "config.json").write_text(json.dumps({"quantization_config": {"load_in_4bit": True}}))
+        assert "bitsandbytes" in find_unused_libraries(
+            project.recipe(f"training.optim={optimizer}")
+        )
+    (model_dir / "config.json").write_text(
+        json.dumps({"quantization_config": {"load_in_4bit": True}})
+    )
     assert find_unused_libraries(project.recipe()) == ["wandb"]
-    for path in ("no/such-model", "a/folder/that/is/not/there"):  # a hub id that is not here yet, and a mistake
+    # A hub id that is not here yet, and a mistake.
+    for path in ("no/such-model", "a/folder/that/is/not/there"):
         assert find_unused_libraries(project.recipe(f"model.path={path}")) == ["wandb"]
 
 
 def test_hidden_libraries_are_not_imported_by_others(tmp_path: Path) -> None:
     code = (
-        "import sys\n"
-        "from runner.sft.startup import hide_libraries\n"
-        "assert 'trl' not in sys.modules and 'peft' not in sys.modules, 'too late to hide anything'\n"
-        "hide_libraries(['wandb', 'bitsandbytes'])\n"
-        "import runner.sft.train\n"
-        "print([name for name in sys.modules if name.startswith(('wandb.', 'bitsandbytes.'))])\n"
+        "import sys\nfrom runner.sft.startup import hide_libraries\nassert 'trl' not in sys.modules"
+        " and 'peft' not in sys.modules, 'too late to hide anything'\nhide_libraries(['wandb',"
+        " 'bitsandbytes'])\nimport runner.sft.train\nprint([name for name in sys.modules if"
+        " name.startswith(('wandb.', 'bitsandbytes.'))])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -1,4 +1,6 @@
-"""Chat templates and small real tokenizers for the tests of masks: TRL's real templates, and formats of our own."""
+"""Chat templates and small real tokenizers for the tests of masks: TRL's real templates, and
+formats of our own.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,8 @@ OUR_TEMPLATES = {
     "ours: Mistral, system last": MISTRAL_SYSTEM_LAST,
 }
 
-# The control tokens of all families at once: what matters to a mask is that they are special, not whose they are.
+# The control tokens of all families at once: what matters to a mask is that they are special, not
+# whose they are.
 SPECIAL_TOKENS = [
     "<s>", "</s>", "<bos>", "<eos>", "<|begin_of_text|>",
     "<|endoftext|>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>",
@@ -94,17 +97,22 @@ def trl_template_names() -> list[str]:
 
 @cache
 def _trained_bpe(kind: str) -> str:
-    """A BPE as JSON, learned from the templates' words: headers, spaces and newlines do merge with the text."""
+    """A BPE as JSON, learned from the templates' words: headers, spaces and newlines do merge with
+    the text.
+    """
     texts = [re.sub(r"[^\w\s:,.<>]", " ", template) for template in OUR_TEMPLATES.values()]
     texts += [
-        "Assistant: Hello world\n\nHuman: the quick brown fox\n\n  user model assistant 你好 é ü\n" for _ in range(20)
+        "Assistant: Hello world\n\nHuman: the quick brown fox\n\n  user model assistant 你好 é ü\n"
+        for _ in range(20)
     ]
     if kind == "bytes":
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=700, initial_alphabet=alphabet, show_progress=False
+        )
     else:
         alphabet = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -115,9 +123,14 @@ def _trained_bpe(kind: str) -> str:
 
 
 def build_tokenizer(
-    kind: str = "bytes", chat_template: str | None = None, *, special: list[str] | None = None, rstrip: bool = False
+    kind: str = "bytes",
+    chat_template: str | None = None,
+    *,
+    special: list[str] | None = None,
+    rstrip: bool = False,
 ) -> Any:
-    """A fast tokenizer: kind `bytes` is byte-level BPE, `pieces` is like SentencePiece, with byte fallback.
+    """A fast tokenizer: kind `bytes` is byte-level BPE, `pieces` is like SentencePiece, with byte
+    fallback.
 
     `rstrip` lets every control token swallow the whitespace to its right, as Phi-3's do.
     """

@@ -21,7 +21,8 @@ from runner.run.record import load_stored_recipe
 from tests.conftest import Project
 from tests.support.training_runs import read_result
 
-# Measured over all of `RUNS`: at most 5.1e-8 relative, of float32 log-probabilities; ten times that.
+# Measured over all of `RUNS`: at most 5.1e-8 relative, of float32 log-probabilities; ten times
+# that.
 ROW_TOLERANCE = 5e-7
 
 
@@ -33,7 +34,10 @@ def recipe_of(paths: RunPaths) -> Recipe:
 
 def load_exported(project: Project, paths: RunPaths) -> Any:
     recipe = recipe_of(paths)
-    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": recipe.model.attn_implementation}
+    settings: dict[str, Any] = {
+        "dtype": torch.float32,
+        "attn_implementation": recipe.model.attn_implementation,
+    }
     if recipe.adapter.method == "none":
         return AutoModelForCausalLM.from_pretrained(paths.model_dir, **settings).eval()
     base = AutoModelForCausalLM.from_pretrained(project.root / recipe.model.path, **settings)
@@ -50,19 +54,26 @@ def score_plainly(model: Any, rows: Sequence[Row]) -> list[tuple[float, float]]:
         ids = torch.tensor([row.input_ids])
         log_probs = torch.log_softmax(model(input_ids=ids).logits[0, :-1].double(), dim=-1)
         nll = -log_probs[torch.arange(len(row.input_ids) - 1), ids[0, 1:]]
-        completion = [nll[at - 1].item() for span in row.spans for at in range(span.start, span.end)]
+        completion = [
+            nll[at - 1].item() for span in row.spans for at in range(span.start, span.end)
+        ]
         scores.append((math.fsum(completion), math.fsum(nll.tolist())))
     return scores
 
 
 def assert_export_gives_recorded_scores(project: Project, paths: RunPaths) -> None:
-    """The export loads plainly, its tokenizer gives the rows' tokens, and each row scores what was recorded."""
+    """The export loads plainly, its tokenizer gives the rows' tokens, and each row scores what was
+    recorded.
+    """
     with contextlib.chdir(project.root):
         recipe, result = recipe_of(paths), read_result(paths)
         tokenizer = AutoTokenizer.from_pretrained(paths.model_dir)
         rows = build_samples(recipe.data, load_tokenizer(recipe.model)).test.rows
         for raw, row in zip(draw_splits(recipe.data).test, rows, strict=True):
-            assert tuple(tokenizer.apply_chat_template(list(raw.messages))["input_ids"]) == row.input_ids
+            assert (
+                tuple(tokenizer.apply_chat_template(list(raw.messages))["input_ids"])
+                == row.input_ids
+            )
         assert tokenizer.pad_token != tokenizer.eos_token
 
         recorded = [row for row in load_jsonl(paths.eval_rows_path) if row["model"] == "tuned"]

@@ -1,4 +1,6 @@
-"""Checkpoints as Transformers and DeepSpeed leave them, without any training; shared by several tests."""
+"""Checkpoints as Transformers and DeepSpeed leave them, without any training; shared by several
+tests.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ from runner.recipe.schema import CheckpointsSection
 from runner.run.paths import RunPaths
 
 DIGEST: Final = "d" * 64
-FINGERPRINT: Final[dict[str, Any]] = {"recipe_digest": DIGEST, "num_processes": 2, "versions": {"torch": "2.13"}}
+FINGERPRINT: Final[dict[str, Any]] = {
+    "recipe_digest": DIGEST,
+    "num_processes": 2,
+    "versions": {"torch": "2.13"},
+}
 STATE_FILES: Final = ("global_step1/deep/rank_1.pt", "optimizer.pt", "rng_state_0.pth")
 
 
@@ -34,7 +40,9 @@ def make_limits(**keys: Any) -> CheckpointsSection:
 def write(paths: RunPaths, step: int, values: Mapping[int, float] | None = None) -> Path:
     """What stands there when all ranks have saved; `values` are the evaluations so far, by step."""
     saved_dir = paths.checkpoints_dir / f"checkpoint-{step}"
-    history = [{"step": at, "eval_nll_per_completion_token": value} for at, value in (values or {}).items()]
+    history = [
+        {"step": at, "eval_nll_per_completion_token": value} for at, value in (values or {}).items()
+    ]
     files = {
         "model.safetensors": bytes(range(256)) * step,
         "training_args.bin": b"a pickle with the hub token",
@@ -62,7 +70,11 @@ def commit_under(paths: RunPaths, step: int, fingerprint: Mapping[str, Any]) -> 
 
 def quarantined(paths: RunPaths) -> list[str]:
     """Names of what was moved aside."""
-    return sorted(path.name for path in paths.quarantine_dir.iterdir()) if paths.quarantine_dir.exists() else []
+    return (
+        sorted(path.name for path in paths.quarantine_dir.iterdir())
+        if paths.quarantine_dir.exists()
+        else []
+    )
 
 
 def listing(folder: Path) -> list[str]:
@@ -79,17 +91,22 @@ def flip_bit(path: Path) -> None:
 
 def _changes_a_file(event: str, arguments: tuple[Any, ...], root: Path) -> bool:
     """Whether an audit event is a change below `root`; Python raises them before the change."""
-    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # `shutil.rmtree`, relative to an open folder
+    # `shutil.rmtree`, relative to an open folder
+    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:
         return True
     if not arguments or not str(arguments[0]).startswith(str(root)):
         return False
     if event == "open":
-        return bool(set(arguments[1] or "") & set("wax")) or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        return bool(set(arguments[1] or "") & set("wax")) or bool(
+            arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
     return event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")
 
 
 def dies_at(root: Path, number: int, work: Callable[[], None]) -> bool:
-    """Whether a forked child dies before its n-th change below `root`, as by a power cut: no `finally` runs."""
+    """Whether a forked child dies before its n-th change below `root`, as by a power cut: no
+    `finally` runs.
+    """
     pid = os.fork()
     if pid == 0:
         changes = itertools.count(1)

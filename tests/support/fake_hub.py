@@ -1,4 +1,6 @@
-"""A hub of models on loopback, as far as `huggingface_hub` needs one to take an upload. Written from its requests."""
+"""A hub of models on loopback, as far as `huggingface_hub` needs one to take an upload. Written
+from its requests.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class FakeHub:
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
-            self.repositories.setdefault(name, Repository(is_private=asked.get("visibility") == "private"))
+            self.repositories.setdefault(
+                name, Repository(is_private=asked.get("visibility") == "private")
+            )
             return {"url": f"{self.url}/{name}", "name": name}
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
@@ -75,8 +79,16 @@ class FakeHub:
             return {"commitUrl": f"{self.url}/{name}/commit/c0ffee", "commitOid": "c0ffee"}
         if action == "tree":
             files = self.repositories[name].files
-            return [{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40} for path in files]
-        return {"id": name, "private": self.repositories[name].is_private, "sha": "0" * 40, "siblings": []}
+            return [
+                {"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40}
+                for path in files
+            ]
+        return {
+            "id": name,
+            "private": self.repositories[name].is_private,
+            "sha": "0" * 40,
+            "siblings": [],
+        }
 
     def _commit(self, repository: Repository, body: bytes) -> None:
         for line in body.splitlines():
@@ -103,7 +115,9 @@ def fake_hub() -> Iterator[FakeHub]:
             path = self.path.partition("?")[0]
             shown = self.headers.get("Authorization")
             is_known = path.startswith("/lfs/") or shown == f"Bearer {hub.token}"
-            answer = hub.answer(path, body) if is_known else {"error": f"nobody has the token {shown}"}
+            answer = (
+                hub.answer(path, body) if is_known else {"error": f"nobody has the token {shown}"}
+            )
             content = json.dumps(answer).encode()
             self.send_response(200 if is_known else 401)
             self.send_header("Content-Type", "application/json")

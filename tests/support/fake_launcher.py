@@ -1,4 +1,6 @@
-"""A folder to start `runner` from, with an `accelerate` on PATH that does as it is told instead of training."""
+"""A folder to start `runner` from, with an `accelerate` on PATH that does as it is told instead of
+training.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,9 @@ launch:
   retries: {{{retries}}}
 """
 
-# What it is told stands in `told/<run name>`: a verb and its words, and after `then` on a new line those of the next
-# attempt, the last ones for all others; without such a file it completes the run. `stepped` before:
-# after a step; `committed`: after a checkpoint.
+# What it is told stands in `told/<run name>`: a verb and its words, and after `then` on a new line
+# those of the next attempt, the last ones for all others; without such a file it completes the run.
+# `stepped` before: after a step; `committed`: after a checkpoint.
 ACCELERATE: Final = """\
 #!{python} -IS
 import json, os, signal, subprocess, sys, time
@@ -136,7 +138,9 @@ sys.exit(int(words) if verb == "exit" else 0)
 
 @dataclass
 class FakeLauncher:
-    """The folder, and the two ends of the pipes by which the fake says that it runs and is let go."""
+    """The folder, and the two ends of the pipes by which the fake says that it runs and is let
+    go.
+    """
 
     root: Path
     _started: int
@@ -207,7 +211,9 @@ class FakeLauncher:
         """Run name and process id of the next fake that says that it runs."""
         line = b""
         while not line.endswith(b"\n"):
-            assert select.select([self._started], [], [], PATIENCE_SECONDS)[0], "nothing was started"
+            assert select.select([self._started], [], [], PATIENCE_SECONDS)[0], (
+                "nothing was started"
+            )
             line += os.read(self._started, 1)
         name, pid = line.split()
         return name.decode(), int(pid)
@@ -227,13 +233,18 @@ class FakeLauncher:
     def tree(self) -> Mapping[str, tuple[int, bytes]]:
         """Modification time and content of every file, but for the fake's own."""
         return {
-            str(path.relative_to(self.root)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+            str(path.relative_to(self.root)): (
+                path.stat().st_mtime_ns,
+                path.read_bytes() if path.is_file() else b"",
+            )
             for path in sorted(self.root.rglob("*"))
             if self.home not in path.parents
         }
 
     def attempts(self, name: str) -> list[dict[str, Any]]:
-        attempts: list[dict[str, Any]] = json.loads(self.paths(name).record_path.read_text())["attempts"]
+        attempts: list[dict[str, Any]] = json.loads(self.paths(name).record_path.read_text())[
+            "attempts"
+        ]
         return attempts
 
 
@@ -252,7 +263,9 @@ def make_fake_launcher(root: Path) -> FakeLauncher:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLauncher:
-    """The folder is the current one, and its `accelerate` the first on PATH, also for what runs in this process."""
+    """The folder is the current one, and its `accelerate` the first on PATH, also for what runs in
+    this process.
+    """
     launcher = make_fake_launcher(tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("PATH", "FAKE_HOME"):

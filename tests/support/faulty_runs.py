@@ -1,4 +1,6 @@
-"""Runs in whose trainer a real exception is raised at a chosen file operation; shared by the slow tests of failures."""
+"""Runs in whose trainer a real exception is raised at a chosen file operation; shared by the slow
+tests of failures.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import subprocess
 from tests.conftest import Project
 from tests.support.training_runs import launch_arguments
 
-# Runs inside the trainer: Python's audit events come before the operation and may raise, so nothing of the runner is
-# replaced. Each fault is raised in one attempt only, unless it says otherwise.
+# Runs inside the trainer: Python's audit events come before the operation and may raise, so nothing
+# of the runner is replaced. Each fault is raised in one attempt only, unless it says otherwise.
 _FAULTY = """\
 import importlib, json, os, sys
 from pathlib import Path
@@ -57,11 +59,22 @@ def make_fault(
 
     `nan` is none: what is trained becomes NaN, and the trainer goes on.
     """
-    return {"event": event, "path": path, "error": error, "arguments": arguments, "count": count, "rank": rank}
+    return {
+        "event": event,
+        "path": path,
+        "error": error,
+        "arguments": arguments,
+        "count": count,
+        "rank": rank,
+    }
 
 
 def launch_faulty(
-    project: Project, name: str, *overrides: str, faults: list[dict[str, object]], num_processes: int | None = None
+    project: Project,
+    name: str,
+    *overrides: str,
+    faults: list[dict[str, object]],
+    num_processes: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Launch a run with faults; retries are those of the overrides."""
     hook_dir = project.root / f"faulty-{name}"

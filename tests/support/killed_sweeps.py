@@ -1,4 +1,6 @@
-"""Sweeps that are killed at random moments and started again until they are done; what was shown, as a table."""
+"""Sweeps that are killed at random moments and started again until they are done; what was shown,
+as a table.
+"""
 
 from __future__ import annotations
 
@@ -83,37 +85,56 @@ class KilledSweep:
     def printed_path(self) -> Path:
         return self.output_root.with_suffix(".printed")
 
-    def kill(self, sweep: subprocess.Popen[bytes], victim: Victim, seconds: float, chance: random.Random) -> None:
-        """SIGKILL for some or all of the sweep's processes; waits until what must follow them is gone."""
+    def kill(
+        self, sweep: subprocess.Popen[bytes], victim: Victim, seconds: float, chance: random.Random
+    ) -> None:
+        """SIGKILL for some or all of the sweep's processes; waits until what must follow them is
+        gone.
+        """
         found = list_tagged(self.tag)
         if victim in ("launcher", "worker"):
-            wanted = sorted(pid for pid, argv in found.items() if pid != sweep.pid and name_role(argv) == victim)
+            wanted = sorted(
+                pid for pid, argv in found.items() if pid != sweep.pid and name_role(argv) == victim
+            )
             doomed = [chance.choice(wanted)] if wanted else []
         else:
             doomed = [sweep.pid] if victim == "sweep" else sorted(found)
         names = [name_role(found.get(pid, [])) if pid != sweep.pid else "sweep" for pid in doomed]
         pidfds = [pidfd for pid in doomed if (pidfd := _open_pidfd(pid)) is not None]
-        for pidfd in pidfds:  # opened before the first is killed: none can take another with it and free its number
+        # Opened before the first is killed: none can take another with it and free its number.
+        for pidfd in pidfds:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         for pidfd in pidfds:
-            assert select.select([pidfd], [], [], _DEATH_SECONDS)[0], "a killed process is still there"
+            assert select.select([pidfd], [], [], _DEATH_SECONDS)[0], (
+                "a killed process is still there"
+            )
             os.close(pidfd)
         if victim in ("everything", "sweep"):
             sweep.wait()
             assert_nothing_alive(self.tag)
-        victims = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "nobody there"
-        self.kills.append(Kill(seconds, victims, {run.name: describe(run.paths) for run in self.runs}))
+        victims = (
+            ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+            or "nobody there"
+        )
+        self.kills.append(
+            Kill(seconds, victims, {run.name: describe(run.paths) for run in self.runs})
+        )
 
     def note_finished(self) -> None:
-        """Remember the runs that are complete and left alone: from now on, not one of their files may change."""
+        """Remember the runs that are complete and left alone: from now on, not one of their files
+        may change.
+        """
         for run in self.runs:
-            is_over = run.paths.result_path.exists() and not is_leased(run.paths.lease_path)  # else its log still grows
+            # Else its log still grows.
+            is_over = run.paths.result_path.exists() and not is_leased(run.paths.lease_path)
             if run.name not in self._finished and is_over:
                 self._finished[run.name] = snapshot_finished(run.paths)
 
     def move(self) -> None:
-        """Copy the runs, contents only, and go on with the copy: what the next sweep knows, it knows from files."""
+        """Copy the runs, contents only, and go on with the copy: what the next sweep knows, it
+        knows from files.
+        """
         aside = self.output_root.with_suffix(".moved")
         self.output_root.rename(aside)
         shutil.copytree(aside, self.output_root, symlinks=True, copy_function=shutil.copyfile)
@@ -122,7 +143,9 @@ class KilledSweep:
         self.note_finished()
 
     def check(self) -> None:
-        """Each run completed once, as if it had been left alone; nothing lost, doubled, mixed up or left running."""
+        """Each run completed once, as if it had been left alone; nothing lost, doubled, mixed up or
+        left running.
+        """
         assert_nothing_alive(self.tag)
         grids = {run.paths.run_dir.parent for run in self.runs}
         for grid_dir in grids:
@@ -140,26 +163,38 @@ class KilledSweep:
             assert same_files <= {run.paths.quarantine_dir.name}, f"{run.name}: {same_files}"
         for run in self.runs:
             if run.name in self._finished:
-                assert snapshot_finished(run.paths) == self._finished[run.name], f"{run.name} was touched again"
+                assert snapshot_finished(run.paths) == self._finished[run.name], (
+                    f"{run.name} was touched again"
+                )
         self.is_checked = True
 
     def render_kills(self, first_number: int = 1) -> list[str]:
-        """One line per kill: where each run stood and, behind the arrow, what its next attempt went on from."""
+        """One line per kill: where each run stood and, behind the arrow, what its next attempt went
+        on from.
+        """
         lines = []
         for number, kill in enumerate(self.kills, first_number):
-            stood = "  ".join(f"{self._render_stood(run, *kill.stood[run.name]):<25}" for run in self.runs)
-            lines.append(f"{number:>4}  {kill.seconds:>7.2f} s  {kill.victims:<31}  {stood}".rstrip())
+            stood = "  ".join(
+                f"{self._render_stood(run, *kill.stood[run.name]):<25}" for run in self.runs
+            )
+            lines.append(
+                f"{number:>4}  {kill.seconds:>7.2f} s  {kill.victims:<31}  {stood}".rstrip()
+            )
         return lines
 
     def summarize(self) -> str:
         """What there was after the last start, in a line; `check` has shown the rest."""
-        attempts = sum(len(read_attempts(run.paths)) for run in self.runs if run.paths.record_path.exists())
+        attempts = sum(
+            len(read_attempts(run.paths)) for run in self.runs if run.paths.record_path.exists()
+        )
         results = sum(run.paths.result_path.exists() for run in self.runs)
         aside = sum(len(list(run.paths.quarantine_dir.glob("*"))) for run in self.runs)
-        verdict = "each once, every output bit-identical" if self.is_checked else "NOT AS LEFT ALONE"
+        verdict = (
+            "each once, every output bit-identical" if self.is_checked else "NOT AS LEFT ALONE"
+        )
         return (
-            f"{self.output_root.name}: {len(self.kills)} kills, {attempts} attempts, {results} of {len(self.runs)} "
-            f"runs completed, {aside} unfinished checkpoints set aside: {verdict}"
+            f"{self.output_root.name}: {len(self.kills)} kills, {attempts} attempts, {results} of"
+            f" {len(self.runs)} runs completed, {aside} unfinished checkpoints set aside: {verdict}"
         )
 
     def _render_stood(self, run: Run, words: str, num_attempts: int) -> str:
@@ -180,10 +215,11 @@ def sweep_under_kills(
     *,
     moves: bool = False,
 ) -> None:
-    """Start the sweep again and again until it is done, after at most so many kills, and `check` it.
+    """Start the sweep again and again until it is done, after at most so many kills, and `check`
+    it.
 
-    The moments of the kills are drawn evenly between the start and `spread` times what an attempt took that was left
-    alone, on this machine and as busy as it is now.
+    The moments of the kills are drawn evenly between the start and `spread` times what an attempt
+    took that was left alone, on this machine and as busy as it is now.
     """
     longest_seconds = spread * find_typical_seconds([run.reference for run in sweep.runs])
     process = sweep.start()
@@ -199,10 +235,11 @@ def sweep_under_kills(
                 continue  # a launcher or a worker was killed: the sweep goes on with the others
             if process.returncode == 0:
                 break
-            # A sweep that lost a worker says so and asks to be started again; what was killed says nothing.
-            assert process.returncode == (1 if victim in ("launcher", "worker") else -signal.SIGKILL), (
-                sweep.printed_path.read_text()
-            )
+            # A sweep that lost a worker says so and asks to be started again; what was killed says
+            # nothing.
+            assert process.returncode == (
+                1 if victim in ("launcher", "worker") else -signal.SIGKILL
+            ), sweep.printed_path.read_text()
             if moves and len(sweep.kills) % 3 == 0:
                 sweep.move()
             process = sweep.start()
@@ -226,7 +263,9 @@ def find_typical_seconds(references: Sequence[RunPaths]) -> float:
 
 
 def list_tagged(tag: str) -> dict[int, list[str]]:
-    """`process id -> argv` of every living process that was started with the tag, whoever its parent is now."""
+    """`process id -> argv` of every living process that was started with the tag, whoever its
+    parent is now.
+    """
     needle, found = f"{_TAG}={tag}".encode(), {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -249,20 +288,26 @@ def assert_nothing_alive(tag: str) -> None:
     for pid, argv in list_tagged(tag).items():
         pidfd = _open_pidfd(pid)
         if pidfd is not None:
-            assert select.select([pidfd], [], [], _DEATH_SECONDS)[0], f"{pid} lives on: {' '.join(argv)}"
+            assert select.select([pidfd], [], [], _DEATH_SECONDS)[0], (
+                f"{pid} lives on: {' '.join(argv)}"
+            )
             os.close(pidfd)
     assert list_tagged(tag) == {}
 
 
 def assert_completed_once(paths: RunPaths) -> None:
-    """Attempts are counted without a gap; none but the last can have ended well, and it did not fail."""
+    """Attempts are counted without a gap; none but the last can have ended well, and it did not
+    fail.
+    """
     attempts = read_attempts(paths)
     assert [attempt["number"] for attempt in attempts] == list(range(1, len(attempts) + 1))
     folders = sorted(int(path.name) for path in paths.attempts_dir.iterdir())
     assert folders == [attempt["number"] for attempt in attempts]
     *earlier, last = attempts
     for attempt in earlier:
-        assert attempt["ended_at_utc"] is None or attempt["failure"] is not None, "two attempts ended with a result"
+        assert attempt["ended_at_utc"] is None or attempt["failure"] is not None, (
+            "two attempts ended with a result"
+        )
     assert last["failure"] is None
     said = [n for n in folders if "\ncompleted at step " in _read_text(paths.attempt(n).log_path)]
     assert said in ([], [len(attempts)]), "it was completed by another attempt than the last"
@@ -276,9 +321,15 @@ def assert_only_unfinished_in_quarantine(paths: RunPaths) -> None:
 
 
 def snapshot_finished(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
-    """The files of a complete run that nobody may write again: all but the record, whose attempt may yet be closed."""
+    """The files of a complete run that nobody may write again: all but the record, whose attempt
+    may yet be closed.
+    """
     found = {Path(name): state for name, state in snapshot(paths.run_dir).items()}
-    return {str(path): state for path, state in found.items() if path not in (paths.record_path, paths.lease_path)}
+    return {
+        str(path): state
+        for path, state in found.items()
+        if path not in (paths.record_path, paths.lease_path)
+    }
 
 
 def describe(paths: RunPaths) -> tuple[str, int]:

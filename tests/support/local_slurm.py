@@ -1,6 +1,8 @@
-"""A Slurm cluster of this machine alone: munged, slurmctld and one slurmd per node, as the user that runs the tests.
+"""A Slurm cluster of this machine alone: munged, slurmctld and one slurmd per node, as the user
+that runs the tests.
 
-Nothing is installed or configured outside its folder. The GPUs are two device files that every machine has.
+Nothing is installed or configured outside its folder. The GPUs are two device files that every
+machine has.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ import pytest
 
 from runner.processes import die_with_parent
 
-PROGRAMS: Final = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
+PROGRAMS: Final = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "munged": "munge",
+}
 SEARCH_PATH: Final = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 PATIENCE_SECONDS: Final = 120.0
 NUM_CPUS: Final = 4  # of each node, whatever the machine has
@@ -74,10 +81,17 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10
 
 def list_missing_packages() -> list[str]:
     """Debian packages of the programs that are not there."""
-    return sorted({package for name, package in PROGRAMS.items() if shutil.which(name, path=SEARCH_PATH) is None})
+    return sorted(
+        {
+            package
+            for name, package in PROGRAMS.items()
+            if shutil.which(name, path=SEARCH_PATH) is None
+        }
+    )
 
 
-# Where every machine that runs the tests has Slurm, `REQUIRE_SLURM=1` makes its absence an error of the fixtures.
+# Where every machine that runs the tests has Slurm, `REQUIRE_SLURM=1` makes its absence an error of
+# the fixtures.
 needs_slurm: Final = pytest.mark.skipif(
     bool(list_missing_packages()) and not os.environ.get("REQUIRE_SLURM"),
     reason=f"not installed: {', '.join(list_missing_packages())}",
@@ -108,7 +122,11 @@ class LocalSlurm:
     @property
     def environment(self) -> dict[str, str]:
         """What a command needs to talk to this cluster."""
-        others = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        others = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "SBATCH_"))
+        }
         return {**others, "PATH": SEARCH_PATH, "SLURM_CONF": str(self.root / "slurm.conf")}
 
     def configure(self) -> None:
@@ -134,7 +152,9 @@ class LocalSlurm:
             slurmd_timeout=self.slurmd_timeout,
         )
         (self.root / "slurm.conf").write_text(text)
-        (self.root / "gres.conf").write_text(f"NodeName={nodes} Name=gpu File=/dev/null,/dev/zero\n")
+        (self.root / "gres.conf").write_text(
+            f"NodeName={nodes} Name=gpu File=/dev/null,/dev/zero\n"
+        )
 
     def start_all(self) -> None:
         """Start every daemon that does not run, and wait until the nodes take jobs."""
@@ -146,7 +166,13 @@ class LocalSlurm:
     def start_munged(self) -> None:
         folder = self.root / "munge"
         (folder / "socket").unlink(missing_ok=True)
-        files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+        files = {
+            "key-file": "key",
+            "socket": "socket",
+            "pid-file": "pid",
+            "seed-file": "seed",
+            "log-file": "log",
+        }
         options = [f"--{option}={folder / name}" for option, name in files.items()]
         self._start("munged", "munged", "--foreground", *options)
         answers = ["munge", "--no-input", f"--socket={folder / 'socket'}"]
@@ -179,7 +205,9 @@ class LocalSlurm:
 
     def node_state(self, name: str) -> str:
         """As `sinfo` says it, `*` included where the node does not answer."""
-        return self.run("sinfo", "--noheader", "--Node", "--nodes", name, "--partition=low", "--format=%T").strip()
+        return self.run(
+            "sinfo", "--noheader", "--Node", "--nodes", name, "--partition=low", "--format=%T"
+        ).strip()
 
     def list_jobs(self) -> dict[str, str]:
         """States of all jobs that are not over, by `<job>` or `<array>_<task>`."""
@@ -187,7 +215,9 @@ class LocalSlurm:
         return dict(line.split() for line in lines)
 
     def wait_until_idle(self) -> None:
-        """Until no job is left, those included that a killed node has lost: its daemon is asked what it runs."""
+        """Until no job is left, those included that a killed node has lost: its daemon is asked
+        what it runs.
+        """
 
         def is_idle() -> bool:
             jobs = self.list_jobs()
@@ -220,7 +250,9 @@ class LocalSlurm:
     def logs(self) -> str:
         """The end of every daemon's log."""
         paths = sorted((self.root / "log").glob("*.txt"))
-        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in paths)
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in paths
+        )
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
         """End one daemon, by default as in a power loss; jobs live on."""
@@ -230,20 +262,29 @@ class LocalSlurm:
 
     def kill_jobs(self, node: str | None = None) -> None:
         """SIGKILL for everything that jobs run on a node (or on all), their step daemons first."""
-        for pid in [one for step in self.list_steps(node) for one in (step, *list_descendants(step))]:
+        for pid in [
+            one for step in self.list_steps(node) for one in (step, *list_descendants(step))
+        ]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def list_steps(self, node: str | None = None) -> list[int]:
-        """Process ids of this cluster's slurmstepd, found by their environment or that of what they run."""
+        """Process ids of this cluster's slurmstepd, found by their environment or that of what they
+        run.
+        """
         wanted = {f"SLURM_CONF={self.root / 'slurm.conf'}"}
         wanted |= set() if node is None else {f"SLURMD_NODENAME={node}"}
-        steps = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/comm") if read(path) == "slurmstepd\n"]
+        steps = [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/comm")
+            if read(path) == "slurmstepd\n"
+        ]
         return [
             step
             for step in steps
             if any(
-                wanted <= set(read(Path(f"/proc/{pid}/environ")).split("\0")) for pid in (step, *list_descendants(step))
+                wanted <= set(read(Path(f"/proc/{pid}/environ")).split("\0"))
+                for pid in (step, *list_descendants(step))
             )
         ]
 
@@ -267,7 +308,11 @@ def read(path: Path) -> str:
 
 def list_descendants(pid: int) -> list[int]:
     """Children, their children and so on, of every thread."""
-    children = [int(one) for path in Path(f"/proc/{pid}/task").glob("*/children") for one in read(path).split()]
+    children = [
+        int(one)
+        for path in Path(f"/proc/{pid}/task").glob("*/children")
+        for one in read(path).split()
+    ]
     return children + [below for child in children for below in list_descendants(child)]
 
 
@@ -284,7 +329,8 @@ def find_free_ports(count: int) -> list[int]:
 def local_slurm(num_nodes: int = 1, slurmd_timeout: int = 30) -> Iterator[LocalSlurm]:
     """A cluster that takes jobs, and that is gone afterwards with all its jobs.
 
-    Its folder lies directly below the system's temporary folder: a socket's path holds 107 characters.
+    Its folder lies directly below the system's temporary folder: a socket's path holds 107
+    characters.
     """
     missing = list_missing_packages()
     assert not missing, f"apt-get install {' '.join(missing)}"

@@ -1,4 +1,6 @@
-"""Real places for archives: a folder, memory, and an S3 server on the loopback; and one where nobody listens."""
+"""Real places for archives: a folder, memory, and an S3 server on the loopback; and one where
+nobody listens.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 
 
 @contextmanager
 def s3_server(bucket: str) -> Iterator[dict[str, Any]]:
-    """An S3 server with one bucket and its credentials in the environment; the options that find it."""
+    """An S3 server with one bucket and its credentials in the environment; the options that find
+    it.
+    """
     import fsspec
     from moto.server import ThreadedMotoServer
 

@@ -1,4 +1,6 @@
-"""Submissions of committed recipes, for the tests of engines that write a file; golden files of what they write."""
+"""Submissions of committed recipes, for the tests of engines that write a file; golden files of
+what they write.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ def make_submission(*recipes: str, num_attempts: int = 0, **options: Any) -> Sub
     """Of recipes below the current folder, none of which has a run directory."""
     selected = select_recipes(recipes, Path("nowhere"))
     runs = tuple(PendingRun(one, num_attempts) for one in selected)
-    given = {"output_root": Path("runs"), "image": "registry.example/runner:1", "storage": "my-project"}
+    given = {
+        "output_root": Path("runs"),
+        "image": "registry.example/runner:1",
+        "storage": "my-project",
+    }
     return Submission(runs=runs, **{**given, **options})
 
 

@@ -1,4 +1,5 @@
-"""Prints the table of docs/chat_templates.md: what the masks make of every chat template that TRL ships, and of ours.
+"""Prints the table of docs/chat_templates.md: what the masks make of every chat template that TRL
+ships, and of ours.
 
     python tests/support/template_table.py
 
@@ -12,7 +13,12 @@ from collections.abc import Iterator
 
 from runner.data.chat_template import MaskError
 from runner.data.masking import ConversationMasker
-from tests.support.chat_formats import OUR_TEMPLATES, build_tokenizer, trl_template, trl_template_names
+from tests.support.chat_formats import (
+    OUR_TEMPLATES,
+    build_tokenizer,
+    trl_template,
+    trl_template_names,
+)
 
 SHAPES = {
     "single": ["user", "assistant"],
@@ -23,7 +29,9 @@ WORDS = {"system": "Rules", "user": "Question", "assistant": "Answer"}
 
 
 def describe(masker: ConversationMasker, roles: list[str]) -> tuple[bool, str]:
-    """Whether a conversation of these roles is accepted; the text of its last completion, or the refusal."""
+    """Whether a conversation of these roles is accepted; the text of its last completion, or the
+    refusal.
+    """
     try:
         mask = masker.mask([{"role": role, "content": WORDS[role]} for role in roles])
     except MaskError as error:
@@ -39,14 +47,19 @@ def code(text: str) -> str:
 
 def table_lines() -> Iterator[str]:
     templates = {name: trl_template(name) for name in trl_template_names()} | OUR_TEMPLATES
-    yield "| chat template | single turn | two rounds | with a system turn | the last completion, or why refused |"
+    yield (
+        "| chat template | single turn | two rounds | with a system turn | the last completion, or"
+        " why refused |"
+    )
     yield "|---|---|---|---|---|"
     for name, template in templates.items():
         masker = ConversationMasker(build_tokenizer("bytes", template))
         found = {shape: describe(masker, roles) for shape, roles in SHAPES.items()}
         verdicts = ["yes" if is_accepted else "refused" for is_accepted, _ in found.values()]
         notes = [code(found["rounds"][1])] if found["rounds"][0] else []
-        notes += [text.replace("|", "\\|") for is_accepted, text in found.values() if not is_accepted][:1]
+        notes += [
+            text.replace("|", "\\|") for is_accepted, text in found.values() if not is_accepted
+        ][:1]
         if masker.reads_clock:
             notes.append("can print today's date")
         yield f"| {name} | {' | '.join(verdicts)} | {'; '.join(notes)} |"

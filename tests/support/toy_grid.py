@@ -68,7 +68,9 @@ Toy = Callable[..., Path]
 
 
 def build_toy(folder: Path) -> Toy:
-    """A function that writes the grid `toy` and gives the root of its project; `old` in the template becomes `new`."""
+    """A function that writes the grid `toy` and gives the root of its project; `old` in the
+    template becomes `new`.
+    """
 
     def build(grid: str = GRID, template: str = TEMPLATE, old: str = "", new: str = "") -> Path:
         toy = folder / "recipe_templates" / "toy"

@@ -20,14 +20,20 @@ from tests.conftest import RUNNER, Project, build_environment
 
 DEADLINE_SECONDS: Final = 300
 
-# The uninterrupted runs that the slow tests look at and compare with, all of one process on the CPU.
-# 22 rows in micro-batches of 2 and global batches of 4: the last batch of an epoch is incomplete.
+# The uninterrupted runs that the slow tests look at and compare with, all of one process on the
+# CPU. 22 rows in micro-batches of 2 and global batches of 4: the last batch of an epoch is
+# incomplete.
 RUNS: Final[dict[str, tuple[str, ...]]] = {
     "gemma-lora": ("adapter.lora_dropout=0.1", "training.num_train_epochs=2.5"),
     # An added pad token: the embedding, tied in Gemma, gets a row.
-    "gemma-full": ("adapter.method=none", "loss=full", "training.learning_rate=1e-3", "model.pad_token=add"),
-    # The worst checkpoint instead of the best: what is exported is not what stands in memory after the last step.
-    # Its added pad token grows both embeddings, which are saved with the adapter.
+    "gemma-full": (
+        "adapter.method=none",
+        "loss=full",
+        "training.learning_rate=1e-3",
+        "model.pad_token=add",
+    ),
+    # The worst checkpoint instead of the best: what is exported is not what stands in memory after
+    # the last step. Its added pad token grows both embeddings, which are saved with the adapter.
     "llama-lora": (
         "model.path=models/llama",
         "model.pad_token=add",
@@ -38,7 +44,10 @@ RUNS: Final[dict[str, tuple[str, ...]]] = {
         "model.path=models/llama",
         "adapter.method=none",
         "data.num_train_samples=8",  # few rows and a high learning rate: overfits at once
-        "training={max_steps: 40, num_train_epochs: null, learning_rate: 1e-2, lr_scheduler_type: constant}",
+        (
+            "training={max_steps: 40, num_train_epochs: null, learning_rate: 1e-2,"
+            " lr_scheduler_type: constant}"
+        ),
         "early_stopping={enabled: true, metric: nll_per_completion_token, patience: 3}",
         "evaluation.eval_steps=2",
         "checkpoints={save_steps: 2, keep_latest: 1}",
@@ -49,7 +58,11 @@ RUNS: Final[dict[str, tuple[str, ...]]] = {
         "data.num_train_samples=44",
         "checkpoints.archive=zip",
     ),
-    "gemma2-lora": ("model.path=models/gemma2", "evaluation.eval_strategy=epoch", "evaluation.eval_steps=null"),
+    "gemma2-lora": (
+        "model.path=models/gemma2",
+        "evaluation.eval_strategy=epoch",
+        "evaluation.eval_steps=null",
+    ),
     # Phi has neither template nor pad token; Ā stands for the byte 0.
     "phi-full": (
         "model.path=models/phi",
@@ -68,9 +81,9 @@ _HUMAN_TEMPLATE: Final = """\
 {%- if add_generation_prompt %}{{- 'Assistant:' }}{% endif -%}
 """
 
-# Runs inside the trainer: SIGKILL for its launcher and itself right before the n-th file operation of a kind. Python's
-# audit events come before the operation, so the instant is exact and nothing of the runner is replaced. Where a rank is
-# named, it dies alone.
+# Runs inside the trainer: SIGKILL for its launcher and itself right before the n-th file operation
+# of a kind. Python's audit events come before the operation, so the instant is exact and nothing of
+# the runner is replaced. Where a rank is named, it dies alone.
 _KILLER: Final = """\
 import itertools, os, signal, sys
 
@@ -111,10 +124,14 @@ def add_what_runs_need(project: Project) -> None:
     write_text_atomic(project.root / "human.jinja", _HUMAN_TEMPLATE)
 
 
-def launch(project: Project, name: str, *overrides: str, num_processes: int | None = None) -> RunPaths:
+def launch(
+    project: Project, name: str, *overrides: str, num_processes: int | None = None
+) -> RunPaths:
     """Launch a run to its end under a name, and demand that it completes."""
     result = try_launch(project, name, *overrides, num_processes=num_processes)
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{read_log(project.paths(name))}"
+    assert result.returncode == 0, (
+        f"{result.stdout}\n{result.stderr}\n{read_log(project.paths(name))}"
+    )
     assert load_json(project.paths(name).result_path)["outcome"] == "completed"
     return project.paths(name)
 
@@ -126,7 +143,9 @@ def try_launch(
     return project.cli(*launch_arguments(name, overrides, num_processes))
 
 
-def launch_arguments(name: str, overrides: tuple[str, ...], num_processes: int | None = None) -> list[str]:
+def launch_arguments(
+    name: str, overrides: tuple[str, ...], num_processes: int | None = None
+) -> list[str]:
     """Arguments of `runner` for one run under a name of its own."""
     processes = [] if num_processes is None else ["--num-processes", str(num_processes)]
     return ["launch", "recipe.yaml", *overrides, "--name", name, *processes]
@@ -141,7 +160,8 @@ def launch_killed_at(
     number: int = 1,
     num_processes: int | None = None,
 ) -> RunPaths:
-    """Launch a run whose processes are all killed the moment before `event` touches a file that ends in `path`.
+    """Launch a run whose processes are all killed the moment before `event` touches a file that
+    ends in `path`.
 
     The `number`-th time that it does.
     """
@@ -154,17 +174,25 @@ def launch_killed_at(
 
 
 def try_launch_killed_at(
-    project: Project, name: str, *overrides: str, at: str, rank: str = "all", num_processes: int | None = None
+    project: Project,
+    name: str,
+    *overrides: str,
+    at: str,
+    rank: str = "all",
+    num_processes: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """As `launch_killed_at`, without a look at what came of it; `at` is `event path number`.
 
-    The event `*` is any that has to do with a path that contains one of the parts of `path`, which `|` separates. One
-    `rank` alone is killed where it is named.
+    The event `*` is any that has to do with a path that contains one of the parts of `path`, which
+    `|` separates. One `rank` alone is killed where it is named.
     """
     hook_dir = project.root / "killer"
     hook_dir.mkdir(exist_ok=True)
     (hook_dir / "sitecustomize.py").write_text(_KILLER)
-    environment = {"KILL_AT": f"{at} {rank}", "PYTHONPATH": f"{hook_dir}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = {
+        "KILL_AT": f"{at} {rank}",
+        "PYTHONPATH": f"{hook_dir}:{os.environ.get('PYTHONPATH', '')}",
+    }
     return project.cli(*launch_arguments(name, overrides, num_processes), environment=environment)
 
 
@@ -198,7 +226,9 @@ def wait_for_path(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 def list_descendants(pid: int) -> list[int]:
     """Process ids of the children, their children and so on, the nearest first."""
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    children = [
+        int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ]
     return children + [below for child in children for below in list_descendants(child)]
 
 
@@ -226,7 +256,10 @@ def outputs_of(paths: RunPaths) -> dict[str, bytes]:
     """Every file that an interrupted and an uninterrupted run must have in common, to the byte."""
     single = [paths.result_path, paths.metrics_path, paths.eval_rows_path, paths.samples_path]
     single += [paths.predictions_path] if paths.predictions_path.exists() else []
-    return {str(path.relative_to(paths.run_dir)): path.read_bytes() for path in [*single, *list_files(paths.model_dir)]}
+    return {
+        str(path.relative_to(paths.run_dir)): path.read_bytes()
+        for path in [*single, *list_files(paths.model_dir)]
+    }
 
 
 def assert_same_outputs(paths: RunPaths, reference: RunPaths) -> None:

@@ -24,11 +24,20 @@ def make_recipe(axes: Mapping[str, Scalar], name: str | None = None, grid: str =
 
 
 def make_view(
-    state: str, axes: Mapping[str, Scalar], *, name: str | None = None, grid: str = "demo", **known: Any
+    state: str,
+    axes: Mapping[str, Scalar],
+    *,
+    name: str | None = None,
+    grid: str = "demo",
+    **known: Any,
 ) -> RunView:
     """A run in a state of any name; `known` goes to its status or to the view."""
     recipe = make_recipe(axes, name, grid)
-    own = {key: known.pop(key) for key in ("log_path", "hint", "retry", "progress", "losses") if key in known}
+    own = {
+        key: known.pop(key)
+        for key in ("log_path", "hint", "retry", "progress", "losses")
+        if key in known
+    }
     known = {"why": state, "num_attempts": 0 if state == "pending" else 1, **known}
     return RunView(recipe, RunStatus.model_construct(state=state, **known), **own)
 

@@ -1,4 +1,6 @@
-"""`runner logs` beside real sweeps: the bytes as they are, the right run, and what is still to come."""
+"""`runner logs` beside real sweeps: the bytes as they are, the right run, and what is still to
+come.
+"""
 
 from __future__ import annotations
 
@@ -76,15 +78,27 @@ def test_the_last_attempt_is_printed_byte_by_byte(fake: FakeLauncher) -> None:
         assert (done.returncode, done.stdout) == (0, content)
         assert done.stderr == b"==> runs/toy/a/attempts/2/log.txt <==\n"
     first = print_logs(fake, "runs/toy/a", "--attempt", "1")
-    assert first.stdout == b"the fake was told to exit 3\n" and b"attempts/1/log.txt" in first.stderr
+    assert (
+        first.stdout == b"the fake was told to exit 3\n" and b"attempts/1/log.txt" in first.stderr
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["recipes/toy/new.yaml"], ["toy/new has no attempt yet", "hint: runner launch recipes/toy/new.yaml"]),
+        (
+            ["recipes/toy/new.yaml"],
+            ["toy/new has no attempt yet", "hint: runner launch recipes/toy/new.yaml"],
+        ),
         (["runs/toy/a", "--attempt", "2"], ["toy/a has 1 attempts, there is no attempt 2"]),
-        (["recipes/toy"], ["these are 3 runs, none of them running", "hint: runner logs runs/toy/a", "runs/toy/b"]),
+        (
+            ["recipes/toy"],
+            [
+                "these are 3 runs, none of them running",
+                "hint: runner logs runs/toy/a",
+                "runs/toy/b",
+            ],
+        ),
         (["recipes/other"], ["names no recipe"]),
     ],
 )
@@ -100,7 +114,9 @@ def test_what_cannot_be_printed_is_told(
     assert all(word in error for word in words), error
 
 
-def test_a_run_that_was_prepared_by_hand_has_no_log(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_was_prepared_by_hand_has_no_log(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a")
     assert main(["launch", "recipes/toy/a.yaml", "--prepare"]) == 0
     assert main(["logs", "runs/toy/a"]) == 2
@@ -120,7 +136,11 @@ def test_of_a_folder_the_one_that_runs_is_meant(fake: FakeLauncher) -> None:
     assert fake.next_started()[0] == "d"
     both = print_logs(fake, "recipes/toy")
     assert both.returncode == 2
-    assert b"2 of them running" in both.stderr and b"runs/toy/d" in both.stderr and b"runs/toy/a" not in both.stderr
+    assert (
+        b"2 of them running" in both.stderr
+        and b"runs/toy/d" in both.stderr
+        and b"runs/toy/a" not in both.stderr
+    )
     for name, process in (("d", other), ("b", sweep)):
         fake.let_go(name)
         assert finish(process)[0] == 0
@@ -138,7 +158,10 @@ def test_following_prints_what_comes_and_ends_with_the_run(fake: FakeLauncher) -
         fake.let_go("a")
         code, stdout, stderr = finish(logs)
         assert code == 0 and stdout.endswith("x" * 300_000 + "the fake was told to wait \n")
-        assert stderr.splitlines() == ["==> runs/toy/a/attempts/1/log.txt <==", "==> the run is completed <=="]
+        assert stderr.splitlines() == [
+            "==> runs/toy/a/attempts/1/log.txt <==",
+            "==> the run is completed <==",
+        ]
     assert finish(sweep)[0] == 0
 
 
@@ -164,7 +187,10 @@ def test_following_says_that_another_attempt_is_due(fake: FakeLauncher) -> None:
     read_until(sweep.stderr, "retry 1 of 1")
     with following(fake, "runs/toy/a") as logs:
         told = read_until(logs.stderr, "Ctrl-C leaves")
-        assert "attempt 1 ended, transient: the network; retry 1 of 1 in 600 s, while its sweep lives" in told
+        assert (
+            "attempt 1 ended, transient: the network; retry 1 of 1 in 600 s, while its sweep lives"
+            in told
+        )
         logs.send_signal(signal.SIGINT)
         assert finish(logs)[0] == 0
     sweep.send_signal(signal.SIGINT)
@@ -175,10 +201,15 @@ def test_following_says_that_another_attempt_is_due(fake: FakeLauncher) -> None:
     ("told", "last_line"),
     [
         ("fail data no rows", "==> attempt 1 ended, data: no rows <=="),
-        ("exit 3", "==> attempt 1 ended, lost: the trainer vanished (exit status 3) without a word <=="),
+        (
+            "exit 3",
+            "==> attempt 1 ended, lost: the trainer vanished (exit status 3) without a word <==",
+        ),
     ],
 )
-def test_following_ends_where_nothing_is_tried_again(fake: FakeLauncher, told: str, last_line: str) -> None:
+def test_following_ends_where_nothing_is_tried_again(
+    fake: FakeLauncher, told: str, last_line: str
+) -> None:
     fake.add("a", told=told)
     assert main(["sweep", "recipes/toy"]) == 1
     code, stdout, stderr = finish(fake.start("logs", "--follow", "runs/toy/a"))

@@ -28,11 +28,15 @@ BATCH = RECIPE.global_batch_size
 
 
 def completed(name: str, seconds: float, num_steps: int = 10) -> RunView:
-    return make_view("completed", {"model": name}, seconds=seconds, step=num_steps, max_steps=num_steps)
+    return make_view(
+        "completed", {"model": name}, seconds=seconds, step=num_steps, max_steps=num_steps
+    )
 
 
 def test_what_is_left_takes_the_median_speed_of_completed_runs_over_the_running_ones() -> None:
-    """Ten steps took 20, 30 and 900 s, so a step takes 3 s; 11 + 2 steps are left, on two runs at a time."""
+    """Ten steps took 20, 30 and 900 s, so a step takes 3 s; 11 + 2 steps are left, on two runs at a
+    time.
+    """
     views = [completed("a", 20), completed("b", 30), completed("c", 900)]
     views += [
         make_view("running", {"model": "d"}, step=9, max_steps=11),
@@ -71,7 +75,10 @@ def test_another_model_tells_nothing() -> None:
     other = type(other)(other.recipe.model_copy(update={"model": model}), other.status)
     left = estimate_time_left([completed("b", 30), other])
     assert left.clock_seconds is None
-    assert describe_time_left(left, 1) == "time left unknown: nothing is known yet of the speed of models/other"
+    assert (
+        describe_time_left(left, 1)
+        == "time left unknown: nothing is known yet of the speed of models/other"
+    )
 
 
 def test_steps_come_from_the_recipe_until_the_run_says_them() -> None:
@@ -86,15 +93,21 @@ def test_steps_come_from_the_recipe_until_the_run_says_them() -> None:
 
 
 def test_what_is_at_rest_takes_no_time() -> None:
-    views = [completed("a", 30), make_view("failed", {"model": "b"}, **make_failure("data", "no rows"))]
+    views = [
+        completed("a", 30),
+        make_view("failed", {"model": "b"}, **make_failure("data", "no rows")),
+    ]
     assert estimate_time_left(views).work_seconds == 0
     assert [
-        is_left(state) for state in ("completed", "failed", "changed", "running", "waiting", "of a later version")
+        is_left(state)
+        for state in ("completed", "failed", "changed", "running", "waiting", "of a later version")
     ] == [*(False, False, False, True, True, True)]
 
 
 def test_work_without_anything_that_runs_has_no_end_by_the_clock() -> None:
-    left = estimate_time_left([completed("a", 600), make_view("pending", {"model": "b"}, max_steps=60)])
+    left = estimate_time_left(
+        [completed("a", 600), make_view("pending", {"model": "b"}, max_steps=60)]
+    )
     assert describe_time_left(left, 1) == "nothing runs; about 1 h 0 min of work left"
     assert describe_time_left(estimate_time_left([completed("a", 600)]), 0) == "nothing left to do"
 
@@ -113,7 +126,9 @@ def test_a_bar_has_its_width_and_is_full_at_the_end_only(part: float, width: int
 
 
 @given(st.text(), st.integers(0, 12))
-def test_texts_are_cut_and_padded_to_a_width_and_never_command_the_terminal(text: str, width: int) -> None:
+def test_texts_are_cut_and_padded_to_a_width_and_never_command_the_terminal(
+    text: str, width: int
+) -> None:
     shown = clean(text)
     assert shown.isprintable() and "\x1b" not in shown
     assert measure(cut(shown, width)) <= width

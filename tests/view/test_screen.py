@@ -1,4 +1,6 @@
-"""The live view, exactly; `UPDATE_GOLDEN=1 pytest tests/view/test_screen.py` rewrites `golden/watch_*.txt`."""
+"""The live view, exactly; `UPDATE_GOLDEN=1 pytest tests/view/test_screen.py` rewrites
+`golden/watch_*.txt`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ GOLDEN: Final = ROOT / "tests" / "golden"
 NOW: Final = "10:31:05"
 
 
-def draw(views: list[RunView], width: int, height: int | None, glyphs: Glyphs = UNICODE) -> list[str]:
+def draw(
+    views: list[RunView], width: int, height: int | None, glyphs: Glyphs = UNICODE
+) -> list[str]:
     lines = Screen(views, glyphs).draw(views, width=width, height=height, now=NOW)
     return ["".join(text for text, _ in line) for line in lines]
 
@@ -41,7 +45,12 @@ def a_sweep() -> list[RunView]:
     return [
         *(make_view("completed", cell(number), **done) for number in range(2)),
         make_view(
-            "failed", cell(2), **oom, log_path=log, hint="lower training.per_device_train_batch_size", num_attempts=2
+            "failed",
+            cell(2),
+            **oom,
+            log_path=log,
+            hint="lower training.per_device_train_batch_size",
+            num_attempts=2,
         ),
         make_running(cell(3), 43, 92, seconds_per_step=1.5),
         make_running(cell(4), 7, 32, seconds_per_step=2.5, num_attempts=3),
@@ -54,7 +63,11 @@ def a_sweep() -> list[RunView]:
             log_path="runs/demo/llama_full_60/attempts/1/log.txt",
         ),
         make_view("interrupted", cell(7), step=4, max_steps=12),
-        make_view("changed", cell(8), why='the recipe changed since the run was made: loss: "full" -> "completion"'),
+        make_view(
+            "changed",
+            cell(8),
+            why='the recipe changed since the run was made: loss: "full" -> "completion"',
+        ),
         make_view("queued", cell(9)),
         make_view("of a later version", cell(10)),
         make_view("pending", cell(11)),
@@ -90,10 +103,17 @@ def test_one_run_has_a_screen_too() -> None:
 
 
 def test_several_grids_have_a_table_each() -> None:
-    views = make_grid(["pending"], "first", a=[1, 2], b=[1, 2]) + make_grid(["running"], "second", c=["x", "y"])
+    views = make_grid(["pending"], "first", a=[1, 2], b=[1, 2]) + make_grid(
+        ["running"], "second", c=["x", "y"]
+    )
     text = "\n".join(draw(views, 80, None))
     assert "first, second: 6 runs" in text
-    assert text.index("\nfirst") < text.index("b  a  1  2") < text.index("\nsecond") < text.index("\nx  ▶")
+    assert (
+        text.index("\nfirst")
+        < text.index("b  a  1  2")
+        < text.index("\nsecond")
+        < text.index("\nx  ▶")
+    )
 
 
 def test_alike_failures_are_told_once() -> None:
@@ -124,7 +144,11 @@ def test_what_a_library_says_cannot_command_the_terminal() -> None:
 
 
 @given(
-    st.lists(st.sampled_from(["completed", "running", "failed", "waiting", "pending", "?"]), min_size=1, max_size=80),
+    st.lists(
+        st.sampled_from(["completed", "running", "failed", "waiting", "pending", "?"]),
+        min_size=1,
+        max_size=80,
+    ),
     st.integers(20, 150),
     st.integers(4, 60),
 )
@@ -144,7 +168,11 @@ def test_a_screen_keeps_to_its_size_and_hides_nothing_without_saying_so(
     num_running = states.count("running")
     if height >= 15 and num_running:
         shown = sum(line.startswith("▶") and "3/9" in line for line in lines)
-        hidden = [int(line.split()[1]) for line in lines if line.endswith("more running") or "more running" in line]
+        hidden = [
+            int(line.split()[1])
+            for line in lines
+            if line.endswith("more running") or "more running" in line
+        ]
         assert shown + sum(hidden) == num_running
 
 
@@ -154,4 +182,6 @@ def test_lines_are_shared_fully_and_fairly(room: int, needs: list[int]) -> None:
     assert all(0 <= share <= need for share, need in zip(shares, needs, strict=True))
     assert sum(shares) == max(0, min(room, sum(needs)))
     for share, need in zip(shares, needs, strict=True):
-        assert share == need or share >= max(shares) - 1, "nobody goes short for the sake of one who has more"
+        assert share == need or share >= max(shares) - 1, (
+            "nobody goes short for the sake of one who has more"
+        )

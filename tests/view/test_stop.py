@@ -50,7 +50,9 @@ def test_only_what_is_meant_is_asked(fake: FakeLauncher) -> None:
     assert finish(sweep)[0] == 1
 
 
-def test_nothing_to_stop_is_said_and_nothing_is_written(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_stop_is_said_and_nothing_is_written(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a", "b")
     assert main(["launch", "recipes/toy/a.yaml"]) == 0
     capsys.readouterr()

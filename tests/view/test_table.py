@@ -1,4 +1,6 @@
-"""The grid as a table: every run is in it or counted as hidden, whatever the axes and the size of the screen."""
+"""The grid as a table: every run is in it or counted as hidden, whatever the axes and the size of
+the screen.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from runner.view.progress import ASCII, UNICODE, RunView, measure
 from runner.view.screen import GridTable, Line
 from tests.support.watch_views import make_grid, make_view
 
-STATES = ("completed", "running", "failed", "waiting", "pending", "interrupted", "changed", "a new one")
+STATES = (
+    "completed",
+    "running",
+    "failed",
+    "waiting",
+    "pending",
+    "interrupted",
+    "changed",
+    "a new one",
+)
 
 
 def texts(lines: Sequence[Line]) -> list[str]:
@@ -27,17 +38,31 @@ def draw(views: list[RunView], width: int = 100, height: int = 24) -> str:
 
 
 def test_two_axes_are_rows_and_columns() -> None:
-    views = make_grid(["completed", "running", "pending"], model=["gemma", "phi"], size=[60, 120, 180])
-    assert draw(views) == "model  size  60   120  180\ngemma        ✓    ▶    ·\nphi          ✓    ▶    ·"
+    views = make_grid(
+        ["completed", "running", "pending"], model=["gemma", "phi"], size=[60, 120, 180]
+    )
+    assert (
+        draw(views)
+        == "model  size  60   120  180\ngemma        ✓    ▶    ·\nphi          ✓    ▶    ·"
+    )
 
 
 def test_numbers_are_ordered_by_size_and_words_as_they_come() -> None:
     views = make_grid(["pending"], size=[180, 60, 120], model=["phi", "gemma"])
-    assert draw(views) == "model  size  60   120  180\nphi          ·    ·    ·\ngemma        ·    ·    ·"
+    assert (
+        draw(views)
+        == "model  size  60   120  180\nphi          ·    ·    ·\ngemma        ·    ·    ·"
+    )
 
 
 def test_more_axes_move_into_the_columns_when_the_screen_is_low() -> None:
-    views = make_grid(["pending"], model=["a", "b", "c"], loss=["full", "completion"], size=[60, 120, 180], seed=[1, 2])
+    views = make_grid(
+        ["pending"],
+        model=["a", "b", "c"],
+        loss=["full", "completion"],
+        size=[60, 120, 180],
+        seed=[1, 2],
+    )
     lines = {height: draw(views, 100, height).count("\n") + 1 for height in (40, 14, 9, 6)}
     assert lines == {40: 13, 14: 13, 9: 6, 6: 6}, "never cut while another shape fits"
     assert "more rows" not in draw(views, 100, 6)
@@ -45,7 +70,9 @@ def test_more_axes_move_into_the_columns_when_the_screen_is_low() -> None:
 
 
 def test_long_labels_are_cut_before_a_run_is_lost() -> None:
-    views = make_grid(["running"], a_model_with_a_long_name=["the first of them", "the second"], size=[60, 120])
+    views = make_grid(
+        ["running"], a_model_with_a_long_name=["the first of them", "the second"], size=[60, 120]
+    )
     assert draw(views, 24).splitlines()[1:] == [
         "the fir…them  60    ▶",
         "              120   ▶",
@@ -66,7 +93,9 @@ def test_runs_without_axes_are_told_apart_by_name() -> None:
 
 
 def test_runs_of_one_cell_show_the_most_urgent_and_how_many() -> None:
-    views = make_grid(["completed"], model=["a", "b"]) + [make_view("failed", {"model": "a"}, name="a--again")]
+    views = make_grid(["completed"], model=["a", "b"]) + [
+        make_view("failed", {"model": "a"}, name="a--again")
+    ]
     assert draw(views) == "model\na      ✗2\nb      ✓"
 
 
@@ -78,7 +107,9 @@ def test_a_cell_without_a_run_is_empty() -> None:
 def test_what_runs_or_failed_is_hidden_last() -> None:
     states = ["completed"] * 40
     states[17], states[33] = "running", "failed"
-    shown = draw(make_grid(states, model=[f"m{number:02}" for number in range(40)], size=[1]), 12, 5)
+    shown = draw(
+        make_grid(states, model=[f"m{number:02}" for number in range(40)], size=[1]), 12, 5
+    )
     assert shown == "model\nm00    ✓\nm17    ▶\nm33    ✗\n… 37 more r…"
 
 
@@ -98,18 +129,24 @@ VALUES = st.lists(
 
 @st.composite
 def grids(draw: st.DrawFn) -> list[RunView]:
-    axes: Mapping[str, list[Scalar]] = {f"axis{n}": draw(VALUES) for n in range(draw(st.integers(0, 6)))}
+    axes: Mapping[str, list[Scalar]] = {
+        f"axis{n}": draw(VALUES) for n in range(draw(st.integers(0, 6)))
+    }
     cells = list(itertools.islice(itertools.product(*axes.values()), 200))
     kept = draw(st.lists(st.sampled_from(cells), min_size=1, max_size=60))
     return [
-        make_view(draw(st.sampled_from(STATES)), dict(zip(axes, cell, strict=True)), name=f"run-{number}")
+        make_view(
+            draw(st.sampled_from(STATES)), dict(zip(axes, cell, strict=True)), name=f"run-{number}"
+        )
         for number, cell in enumerate(kept)
     ]
 
 
 @given(grids(), st.integers(1, 200), st.integers(1, 40))
 @settings(max_examples=150, deadline=None)
-def test_every_run_is_shown_or_counted_within_the_size(views: list[RunView], width: int, height: int) -> None:
+def test_every_run_is_shown_or_counted_within_the_size(
+    views: list[RunView], width: int, height: int
+) -> None:
     table = GridTable(views)
     lines = table.draw(views, width, height)
     assert len(lines) <= height
@@ -131,5 +168,7 @@ def test_every_run_is_shown_or_counted_within_the_size(views: list[RunView], wid
 @pytest.mark.parametrize("num_axes", [1, 2, 3, 6, 9])
 def test_a_thousand_runs_fit_a_small_screen(num_axes: int) -> None:
     sizes = {1: [1000], 2: [25, 40], 3: [10] * 3, 6: [3, 3, 3, 3, 3, 4], 9: [2] * 9 + [2]}[num_axes]
-    views = make_grid(STATES, **{f"axis{number}": list(range(size)) for number, size in enumerate(sizes)})[:1000]
+    views = make_grid(
+        STATES, **{f"axis{number}": list(range(size)) for number, size in enumerate(sizes)}
+    )[:1000]
     assert len(draw(views, 80, 20).splitlines()) <= 20

@@ -1,4 +1,6 @@
-"""`runner status --watch` on a real terminal, beside a real sweep; and what it prints where there is none."""
+"""`runner status --watch` on a real terminal, beside a real sweep; and what it prints where there
+is none.
+"""
 
 from __future__ import annotations
 
@@ -69,10 +71,14 @@ class Terminal:
 
 @contextmanager
 def on_terminal(fake: FakeLauncher, *arguments: str) -> Iterator[tuple[Terminal, int]]:
-    """`runner ARGUMENTS` on a terminal of 100 x 30, and our own descriptor of the terminal's other end."""
+    """`runner ARGUMENTS` on a terminal of 100 x 30, and our own descriptor of the terminal's other
+    end.
+    """
     master, slave = pty.openpty()
     environment = {
-        name: value for name, value in fake.environment.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")
+        name: value
+        for name, value in fake.environment.items()
+        if name not in ("COLUMNS", "LINES", "NO_COLOR")
     }
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     process = subprocess.Popen(
@@ -103,28 +109,40 @@ def test_it_follows_a_sweep_and_leaves_the_terminal_as_it_was(fake: FakeLauncher
         terminal.read_until(lambda: "· pending 3" in terminal.screen())
         sweep = fake.start("sweep", "recipes/toy")
         assert fake.next_started()[0] == "a"
-        terminal.read_until(lambda: "▶ running 1" in terminal.screen() and "▶ a" in terminal.screen())
+        terminal.read_until(
+            lambda: "▶ running 1" in terminal.screen() and "▶ a" in terminal.screen()
+        )
         fake.let_go("a")
         assert fake.next_started()[0] == "b"
-        terminal.read_until(lambda: "✓ completed 1" in terminal.screen() and "▶ b" in terminal.screen())
+        terminal.read_until(
+            lambda: "✓ completed 1" in terminal.screen() and "▶ b" in terminal.screen()
+        )
         fake.let_go("b")
         assert finish(sweep)[0] == 1
         terminal.read_until(lambda: "✗ ccc  data: the rows are gone" in terminal.screen())
         os.write(terminal.master, b"\x03")
         terminal.read_until(
-            lambda: LEAVE in terminal.written and "nothing left to do" in after(terminal.written, LEAVE)
+            lambda: (
+                LEAVE in terminal.written and "nothing left to do" in after(terminal.written, LEAVE)
+            )
         )
         assert terminal.process.wait(PATIENCE_SECONDS) == 0
         assert termios.tcgetattr(slave) == before
         assert terminal.written.count(ENTER) == terminal.written.count(LEAVE) == 1
         assert terminal.written.rindex(SHOW_CURSOR) > terminal.written.rindex(HIDE_CURSOR)
-        assert "✓ completed 2" in after(terminal.written, LEAVE), "the last state stays on the screen"
+        assert "✓ completed 2" in after(terminal.written, LEAVE), (
+            "the last state stays on the screen"
+        )
         assert "Traceback" not in terminal.screen()
 
 
 def after(written: bytes, mark: bytes) -> str:
     """What was written after the last mark; empty where there is none."""
-    return CONTROLS.sub(b"", written.rpartition(mark)[2]).decode(errors="replace") if mark in written else ""
+    return (
+        CONTROLS.sub(b"", written.rpartition(mark)[2]).decode(errors="replace")
+        if mark in written
+        else ""
+    )
 
 
 def test_it_ends_by_itself_when_every_run_is_completed(fake: FakeLauncher) -> None:
@@ -142,7 +160,9 @@ def test_it_ends_by_itself_when_every_run_is_completed(fake: FakeLauncher) -> No
 def test_it_fills_the_terminal_and_follows_its_size(fake: FakeLauncher) -> None:
     fake.add(*(f"run-{number:02}" for number in range(40)))
     with on_terminal(fake, "status", "--watch", "recipes/toy") as (terminal, _):
-        terminal.read_until(lambda: "pending 40" in terminal.screen() and terminal.screen().count("\n") == 29)
+        terminal.read_until(
+            lambda: "pending 40" in terminal.screen() and terminal.screen().count("\n") == 29
+        )
         terminal.resize(60, 12)
         terminal.read_until(lambda: terminal.screen().count("\n") == 11)
         assert all(len(line) <= 60 for line in terminal.screen().splitlines())
@@ -166,7 +186,9 @@ def test_ctrl_z_gives_the_terminal_back_until_it_goes_on(fake: FakeLauncher) -> 
         assert terminal.process.wait(PATIENCE_SECONDS) == 0
 
 
-def test_without_a_terminal_it_prints_one_snapshot(fake: FakeLauncher, capfd: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_it_prints_one_snapshot(
+    fake: FakeLauncher, capfd: pytest.CaptureFixture[str]
+) -> None:
     fake.add("a", "bb")
     before = fake.tree()
     done = fake.start("status", "--watch", "recipes/toy")
@@ -187,7 +209,9 @@ def test_a_pipe_is_no_terminal_whatever_the_environment_says(
     assert code == 0 and ENTER.decode() not in stdout
 
 
-def test_nothing_to_watch_prints_nothing(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_watch_prints_nothing(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["status", "--watch"]) == 0
     assert capsys.readouterr().out == ""
 

@@ -1,4 +1,6 @@
-"""What the live view reads is what `runner status` derives, after any change, and little is read twice."""
+"""What the live view reads is what `runner status` derives, after any change, and little is read
+twice.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def select(fake: FakeLauncher) -> list[Selected]:
 
 def derive(selected: list[Selected]) -> list[RunStatus]:
     hashes = ContentHashes(content_cache_path(Path("runs")))
-    return [derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)) for one in selected]
+    return [
+        derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)) for one in selected
+    ]
 
 
 def without_clock(statuses: list[RunStatus]) -> list[RunStatus]:
@@ -52,7 +56,8 @@ def test_statuses_follow_every_change(fake: FakeLauncher) -> None:
     assert main(["rerun", "recipes/toy"]) == 1
     assert states() == ["completed", "completed", "completed", "interrupted"]
     write_json_atomic(
-        fake.paths("a").result_path, {**json.loads(fake.paths("a").result_path.read_text()), "num_steps": 7}
+        fake.paths("a").result_path,
+        {**json.loads(fake.paths("a").result_path.read_text()), "num_steps": 7},
     )
     assert states()[0] == "completed" and reader.read()[0].status.step == 7
     (fake.paths("b").quarantine_dir / "step-1").mkdir(parents=True)
@@ -62,7 +67,9 @@ def test_statuses_follow_every_change(fake: FakeLauncher) -> None:
     (fake.paths("b").uploads_dir / "step-1.zip").touch()
     assert reader.read()[1].status.pending_uploads == ("step-1.zip",)
     before, after = reader.read(), reader.read()
-    assert all(one.status is other.status for one, other in zip(before, after, strict=True)), "nothing is read again"
+    assert all(one.status is other.status for one, other in zip(before, after, strict=True)), (
+        "nothing is read again"
+    )
     shutil.rmtree(fake.paths("b").run_dir)
     assert states() == ["completed", "pending", "completed", "interrupted"]
 
@@ -94,7 +101,10 @@ def test_a_failed_run_that_its_sweep_tries_again_is_said_to_wait(fake: FakeLaunc
     for path in Path("recipes/toy").iterdir():  # not part of the experiment
         path.write_text(path.read_text().replace("transient: 0", "transient: 2"))
     waiting, failed = build_views(RunsReader(select(fake), content_cache_path(Path("runs"))).read())
-    assert (waiting.state, waiting.retry) == ("waiting", "retry 1 of 2 in 10 s, while its sweep lives")
+    assert (waiting.state, waiting.retry) == (
+        "waiting",
+        "retry 1 of 2 in 10 s, while its sweep lives",
+    )
     assert (failed.state, failed.retry) == ("failed", None)
     assert failed.hint == HINTS["data"]
     fake.paths("b").record_path.write_text("no JSON")
@@ -111,7 +121,8 @@ def test_a_data_file_that_changed_changes_its_runs(fake: FakeLauncher) -> None:
     assert reader.read()[0].status is before[0].status
     cache = content_cache_path(Path("runs"))
     state = Path("data.jsonl").stat()
-    entry = [state.st_size, state.st_mtime_ns, state.st_ino, "f" * 64]  # as another sweep would write it
+    # As another sweep would write it.
+    entry = [state.st_size, state.st_mtime_ns, state.st_ino, "f" * 64]
     write_json_atomic(cache, {str(Path("data.jsonl").resolve()): entry})
     assert [reading.status.state for reading in reader.read()] == ["changed"] * 2
 
@@ -134,7 +145,8 @@ def test_losses_are_read_on_and_anew_after_a_resume(tmp_path: Path) -> None:
     assert list(reader.read()) == [1, 2]
     append_jsonl(path, {"step": 3, "loss": 9.0})
     assert list(reader.read()) == [1, 2, 9]
-    write_jsonl_atomic(path, [{"step": step, "loss": 7.0} for step in range(50)])  # another file, and a longer one
+    # Another file, and a longer one.
+    write_jsonl_atomic(path, [{"step": step, "loss": 7.0} for step in range(50)])
     assert list(reader.read()) == [7.0] * 50
     path.write_bytes(b"not json\n[1]\n" + b'{"step": 1, "loss": 2.5}\n')
     assert list(reader.read()) == [2.5]
