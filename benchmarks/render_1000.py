@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runner.grid.render import (
+from runner.grid.render import (  # noqa: E402
     RenderedGrid,
     compare,
     render_grid,

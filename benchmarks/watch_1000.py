@@ -33,7 +33,7 @@ from runner.grid.render import (  # noqa: E402
 from runner.launch.attempt import prepare_run  # noqa: E402
 from runner.plan.select import Selected, select_recipes  # noqa: E402
 from runner.plan.status import derive_status  # noqa: E402
-from runner.recipe.identity import (
+from runner.recipe.identity import (  # noqa: E402
     ContentHashes,
     derive_digest,
     hash_contents,
@@ -41,7 +41,7 @@ from runner.recipe.identity import (
 )
 from runner.run.lease import Lease  # noqa: E402
 from runner.run.paths import content_cache_path  # noqa: E402
-from runner.run.record import (
+from runner.run.record import (  # noqa: E402
     Attempt,
     Failure,
     Progress,
@@ -135,15 +135,17 @@ def build_run(one: Selected, contents: dict[str, str], state: str) -> None:
         else None
     )
     attempt = Attempt(
-        number=1, started_at_utc="2026-01-01T10:00:00+00:00", command=("accelerate", "launch"), environment={},
-        num_processes=1, host="node", failure=failure,
-        ended_at_utc="2026-01-01T10:10:00+00:00" if state in ("completed", "failed", "changed") else None,
+        number=1, started_at_utc="2026-01-01T10:00:00+00:00", command=("accelerate", "launch"),
+        environment={}, num_processes=1, host="node", failure=failure,
+        ended_at_utc="2026-01-01T10:10:00+00:00"
+        if state in ("completed", "failed", "changed") else None,
     )  # fmt: skip
     write_record(paths, RunRecord(attempts=(attempt,)))
     if state == "completed":
         result = TrainResult(
-            recipe_digest=derive_digest(recipe, contents), outcome="completed", stop_reason="num_train_epochs",
-            num_steps=60, best_step=60, best_metric=0.7, metric="nll_per_completion_token", num_train_rows=120,
+            recipe_digest=derive_digest(recipe, contents), outcome="completed",
+            stop_reason="num_train_epochs", num_steps=60, best_step=60, best_metric=0.7,
+            metric="nll_per_completion_token", num_train_rows=120,
             base={"test": SCORE}, tuned={"test": SCORE},
         )  # fmt: skip
         write_json_unsynced(paths.result_path, result.model_dump(mode="json"))

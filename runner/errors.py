@@ -25,7 +25,8 @@ _COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def escape_controls(text: str) -> str:
-    r"""`text` as it may be shown in a terminal, whoever wrote it: no colours, control characters as Python writes them.
+    r"""`text` as it may be shown in a terminal, whoever wrote it: no colours, control characters as
+    Python writes them.
 
     >>> print(escape_controls("\x1b[1;31ma\x1b[0m\x1b[2J"))
     a\x1b[2J

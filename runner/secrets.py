@@ -110,8 +110,10 @@ def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
     """`text` with every secret masked: those of the environment, and whatever looks like a token or
     follows its name.
 
-    >>> scrub("401 for hf_" + "a1B2" * 8, {}), scrub("s3cr3t-value!", {"STORE_PASSWORD": "s3cr3t-value!"})
-    ('401 for ***', '***')
+    >>> scrub("401 for hf_" + "a1B2" * 8, {})
+    '401 for ***'
+    >>> scrub("s3cr3t-value!", {"STORE_PASSWORD": "s3cr3t-value!"})
+    '***'
     >>> scrub("sftp://me:pw@host/folder, api_key=0123456789, pad_token=eos", {})
     'sftp://***@host/folder, ***, pad_token=eos'
     """
@@ -152,8 +154,9 @@ def find_secret(text: str, environment: Mapping[str, str] | None = None) -> tupl
     """What a secret in `text` is, in words that do not hold it, and where it begins; None where
     there is none.
 
-    >>> find_secret("see sftp://me:pw@host", {}), find_secret("sftp://me@host/a:b, task-1_060_completion_8_auto", {})
-    (('a URL with a password', 11), None)
+    >>> find_secret("see sftp://me:pw@host", {})
+    ('a URL with a password', 11)
+    >>> find_secret("sftp://me@host/a:b, task-1_060_completion_8_auto", {})
     """
     for kind, shape in _SHAPES.items():
         if shape.may_be_in(text) and (found := shape.pattern.search(text)):
@@ -167,7 +170,8 @@ def find_secret(text: str, environment: Mapping[str, str] | None = None) -> tupl
 def names_secret(key: str) -> bool:
     """Whether a key is what people call a secret by.
 
-    >>> [names_secret(key) for key in ("aws_secret_access_key", "key", "token", "endpoint_url", "keyed")]
+    >>> keys = ("aws_secret_access_key", "key", "token", "endpoint_url", "keyed")
+    >>> [names_secret(key) for key in keys]
     [True, True, True, False, False]
     """
     return _SECRET_KEY.search(key) is not None

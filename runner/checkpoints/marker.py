@@ -68,7 +68,8 @@ class Marker(BaseModel):
 def is_inner_name(name: str) -> bool:
     """Whether a name is relative, in its shortest form, and stays below the folder it is joined to.
 
-    >>> [is_inner_name(name) for name in ("a/b.pt", "/a", "a/../b", "a//b", "", "a\\\\b", "COMMITTED.json")]
+    >>> names = ("a/b.pt", "/a", "a/../b", "a//b", "", "a\\\\b", "COMMITTED.json")
+    >>> [is_inner_name(name) for name in names]
     [True, False, False, False, False, False, False]
     """
     path = PurePosixPath(name)
@@ -215,7 +216,8 @@ TRAINER_STATE_NAME: Final = "trainer_state.json"
 def list_evaluations(history: LogHistory, metric: str) -> list[tuple[int, float]]:
     """`(step, value)` of every evaluation of trained weights; step 0, the base model, is left out.
 
-    >>> list_evaluations([{"step": 0, "eval_m": 9.0}, {"step": 5, "loss": 1.0}, {"step": 5, "eval_m": 2.0}], "m")
+    >>> history = [{"step": 0, "eval_m": 9.0}, {"step": 5, "loss": 1.0}, {"step": 5, "eval_m": 2.0}]
+    >>> list_evaluations(history, "m")
     [(5, 2.0)]
     """
     key = f"eval_{metric}"

@@ -288,7 +288,10 @@ def _put_in_place(staged_dir: Path, paths: RunPaths) -> None:
     fsync_dir(paths.checkpoints_dir)
 
 
-_TRY_AUTO: Final = "launch without `--resume`: what is damaged is moved aside, and the newest that verifies is used"
+_TRY_AUTO: Final = (
+    "launch without `--resume`: what is damaged is moved aside, and the newest that verifies is"
+    " used"
+)
 
 
 def choose_resume_step(

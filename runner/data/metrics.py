@@ -122,8 +122,10 @@ def judge_label(task: Sst2Task, prediction: str, references: References) -> Judg
     it.
 
     >>> task = Sst2Task(name="sst2", prompt="{sentence}")
-    >>> judge_label(task, "Positive.", ("positive",)), judge_label(task, "good", ("positive",)).is_readable
-    (Judgement(scores={'accuracy': 1.0}, is_readable=True), False)
+    >>> judge_label(task, "Positive.", ("positive",))
+    Judgement(scores={'accuracy': 1.0}, is_readable=True)
+    >>> judge_label(task, "good", ("positive",)).is_readable
+    False
     """
     label = _bare(prediction)
     is_right = label in {_bare(reference) for reference in references}
@@ -159,11 +161,14 @@ def judge_squad(task: SquadV2Task, prediction: str, references: References) -> J
     The task's `no_answer_text`, and an answer without any word, say that the context holds no
     answer.
 
-    >>> task = SquadV2Task(name="squad_v2", prompt="{context} {question}", no_answer_text="unanswerable")
+    >>> prompt = "{context} {question}"
+    >>> task = SquadV2Task(name="squad_v2", prompt=prompt, no_answer_text="unanswerable")
     >>> judge_squad(task, "the cat sat", ("A cat", "dogs")).scores
     {'exact_match': 0.0, 'f1': 0.6666666666666666}
-    >>> judge_squad(task, "Unanswerable.", ()).scores, judge_squad(task, "Unanswerable.", ("x",)).scores
-    ({'exact_match': 1.0, 'f1': 1.0}, {'exact_match': 0.0, 'f1': 0.0})
+    >>> judge_squad(task, "Unanswerable.", ()).scores
+    {'exact_match': 1.0, 'f1': 1.0}
+    >>> judge_squad(task, "Unanswerable.", ("x",)).scores
+    {'exact_match': 0.0, 'f1': 0.0}
     """
     answer = normalise_squad(prediction)
     if answer == normalise_squad(task.no_answer_text):
@@ -199,7 +204,8 @@ def _token_f1(answer: list[str], reference: list[str]) -> float:
 def judge_final_answer(
     is_equal: Callable[[str, str], bool], prediction: str, references: References
 ) -> Judgement:
-    r"""Whether what the last `\boxed{}` holds equals the reference, mathematically by `is_equal(reference, answer)`.
+    r"""Whether what the last `\boxed{}` holds equals the reference, mathematically by
+    `is_equal(reference, answer)`.
 
     An answer without a box is not read: it scores 0. A row without a reference is not judged.
     """

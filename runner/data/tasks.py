@@ -182,11 +182,10 @@ def _read_messages(
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
+            found = ", ".join(f"{key}: {describe_value(value)}" for key, value in message.items())
             raise DataError(
                 f"{where}, message {number}: expected the texts `role` and `content` (or `from` and"
-                " `value`), "
-                "found"
-                f" {', '.join(f'{key}: {describe_value(value)}' for key, value in message.items()) or 'nothing'}"
+                f" `value`), found {found or 'nothing'}"
             )
         conversation.append({"role": roles.get(role, role), "content": content})
     if not any(message["role"] == "assistant" for message in conversation):
@@ -239,8 +238,10 @@ def _read_answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
 def find_boxed(text: str) -> str | None:
     r"""What stands in the last `\boxed{}` whose braces close; None without one.
 
-    >>> find_boxed(r"so \boxed{1} or rather \boxed{\frac{1}{2}}."), find_boxed(r"\boxed{1"), find_boxed("1")
-    ('\\frac{1}{2}', None, None)
+    >>> find_boxed(r"so \boxed{1} or rather \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    >>> find_boxed(r"\boxed{1"), find_boxed("1")
+    (None, None)
     """
     end = len(text)
     while (start := text.rfind(_BOXED, 0, end)) >= 0:

@@ -19,8 +19,9 @@ NAMES = (
     "Kate", "Leo", "Maria", "Nina", "Oscar", "Paula", "Rosa", "Simon", "Tom", "Vera",
 )  # fmt: skip
 ITEMS = (
-    "backpack", "blanket", "blender", "camera", "chair", "clock", "fan", "heater", "jacket", "kettle",
-    "keyboard", "lamp", "mirror", "phone", "printer", "radio", "table", "tent", "toaster", "watch",
+    "backpack", "blanket", "blender", "camera", "chair", "clock", "fan", "heater", "jacket",
+    "kettle", "keyboard", "lamp", "mirror", "phone", "printer", "radio", "table", "tent", "toaster",
+    "watch",
 )  # fmt: skip
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 COLORS = ("blue", "red", "green", "white", "black", "grey")

@@ -56,8 +56,10 @@ _BODY: Final = """\
 runs=(
 {runs}
 )
-# USR1: the time limit is near, or a job of higher priority wants the machine. The run is asked to checkpoint, and the
-# task is queued again. TERM (`scancel`, or the time limit itself) reaches all processes; it ends the task for good.
+# USR1: the time limit is near, or a job of higher priority wants the machine. \
+The run is asked to checkpoint, and the
+# task is queued again. TERM (`scancel`, or the time limit itself) reaches all processes; \
+it ends the task for good.
 wants_requeue= runner=
 trap 'trap : USR1; wants_requeue=yes; [ -z "$runner" ] || kill -USR1 "$runner"' USR1
 trap 'wants_requeue=' TERM
@@ -68,13 +70,17 @@ cd -- {project_dir} || exit
 {command} "$submission/recipes/$run.json" {options} &
 runner=$!
 [ -z "$wants_requeue" ] || kill -USR1 "$runner"
-while wait "$runner"; kill -0 "$runner" 2>/dev/null; do :; done  # a signal ends the `wait`, not the run
+while wait "$runner"; kill -0 "$runner" 2>/dev/null; do :; done  \
+# a signal ends the `wait`, not the run
 wait "$runner"
 code=$?
 
-# {preempted}: the run has checkpointed. Above 128: it had not begun, or was killed; below 0: bash missed how it ended.
-if [ -n "$wants_requeue" ] && {{ [ "$code" = {preempted} ] || [ "$code" -gt 128 ] || [ "$code" -lt 0 ]; }}; then
-  for pause in 5 15 30 0; do  # many tasks reach their limit together, and the controller may be busy
+# {preempted}: the run has checkpointed. Above 128: it had not begun, or was killed; \
+below 0: bash missed how it ended.
+if [ -n "$wants_requeue" ] && \
+{{ [ "$code" = {preempted} ] || [ "$code" -gt 128 ] || [ "$code" -lt 0 ]; }}; then
+  for pause in 5 15 30 0; do  \
+# many tasks reach their limit together, and the controller may be busy
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" && exit 0
     sleep "$pause"
   done

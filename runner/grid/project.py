@@ -348,9 +348,12 @@ _README: Final = """\
 {commands}
 ```
 
-- `recipe_templates/{grid}/grid.yaml`: the axes. `recipe.yaml.j2` beside it: everything else that a recipe says.
-- `recipe_templates/models/`: one card per base model. `recipe_templates/chat/`: chat templates for models without.
-- `recipes/{grid}/`: one recipe per run, generated: change the template, then `runner render`. Commit them.
+- `recipe_templates/{grid}/grid.yaml`: the axes. `recipe.yaml.j2` beside it: \
+everything else that a recipe says.
+- `recipe_templates/models/`: one card per base model. \
+`recipe_templates/chat/`: chat templates for models without.
+- `recipes/{grid}/`: one recipe per run, generated: change the template, then `runner render`. \
+Commit them.
 - `runs/{grid}/`: logs, checkpoints, scores and models, one folder per run. Not committed.
 - `accelerate_configs/`, `ds_configs/`: how processes start. `sweeps/{grid}.sh`: the grid from bash.
 """

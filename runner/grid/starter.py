@@ -248,8 +248,8 @@ def detect_task(row: Any, where: str) -> tuple[Mapping[str, str], tuple[str, ...
 def choose_train_counts(num_left: int) -> tuple[int, ...]:
     """A quarter and all of the rows that are left for training, within bounds.
 
-    >>> choose_train_counts(320), choose_train_counts(2), choose_train_counts(1), choose_train_counts(100_000)
-    ((80, 320), (1, 2), (1,), (250, 1000))
+    >>> [choose_train_counts(num_left) for num_left in (320, 2, 1, 100_000)]
+    [(80, 320), (1, 2), (1,), (250, 1000)]
     """
     largest = min(_MAX_TRAIN, num_left)
     return tuple(sorted({max(1, largest // 4), largest}))

@@ -152,8 +152,8 @@ def quote_yaml(value: Any) -> str:
 def escape_omegaconf(text: str) -> str:
     r"""`text` as OmegaConf must read it to give `text` back.
 
-    Of backslashes, only those right before `${` count: n of them must be 2n + 1. `???` means "missing", and with one
-    backslash more than the text has it does not (OmegaConf 2.4).
+    Of backslashes, only those right before `${` count: n of them must be 2n + 1. `???` means
+    "missing", and with one backslash more than the text has it does not (OmegaConf 2.4).
 
     >>> print(escape_omegaconf(r"\${x} \n ${y}"), escape_omegaconf("???"))
     \\\${x} \n \${y} \???

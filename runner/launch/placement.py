@@ -49,7 +49,8 @@ class Planned:
 def name_cluster_job(environment: Mapping[str, str]) -> str | None:
     """`Attempt.cluster_job`: the job that this process belongs to, None outside a cluster.
 
-    >>> name_cluster_job({"SLURM_JOB_ID": "18", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"})
+    >>> ids = {"SLURM_JOB_ID": "18", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    >>> name_cluster_job(ids)
     'slurm 17_3'
     """
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")

@@ -77,7 +77,8 @@ def find_unusable_text(text: str) -> str | None:
 def calls_resolver(value: str) -> bool:
     """Whether a text refers to anything else than keys by their whole names.
 
-    >>> [calls_resolver(text) for text in ("${a.b}", "${a.${b}}", "${oc.env:HOME}", "${.a}", r"\\${a:b}")]
+    >>> texts = ("${a.b}", "${a.${b}}", "${oc.env:HOME}", "${.a}", r"\\${a:b}")
+    >>> [calls_resolver(text) for text in texts]
     [False, True, True, True, False]
     """
     return "${" in _REFERENCE.sub("", _ESCAPED.sub("", value))

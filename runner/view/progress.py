@@ -119,7 +119,8 @@ class RunView:
 def rank_urgency(state: str) -> int:
     """The place of a state among those that somebody wants to see first.
 
-    >>> sorted(["completed", "of another version", "running", "pending", "failed"], key=rank_urgency)
+    >>> states = ["completed", "of another version", "running", "pending", "failed"]
+    >>> sorted(states, key=rank_urgency)
     ['running', 'failed', 'of another version', 'pending', 'completed']
     """
     return _URGENCY.index(state if state in _URGENCY else "")

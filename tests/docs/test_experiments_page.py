@@ -20,12 +20,13 @@ PAGE = (ROOT / "docs" / "experiments.md").read_text()
 OLD_KEYS = re.findall(
     r"\w+",
     """
-    dataset_id model_name max_length dtype learning_rate batch_size gradient_checkpointing num_epochs
-    optim log_level use_wandb wandb_project wandb_run_name wandb_tags wandb_watch_mode wandb_log_freq
-    model_to_wandb steps_freq epoch_freq val_steps_freq resume_from_checkpoint resume_option
-    checkpoint_path checkpoint_metric checkpoint_metric_mode keep_last_n keep_best_n save_strategy
-    project_dir save_optim storage_backend sync_to_storage load_from_storage remote_path seed
-    deterministic lora_r lora_alpha lora_target_modules lora_task_type framework use_tt
+    dataset_id model_name max_length dtype learning_rate batch_size gradient_checkpointing
+    num_epochs optim log_level use_wandb wandb_project wandb_run_name wandb_tags wandb_watch_mode
+    wandb_log_freq model_to_wandb steps_freq epoch_freq val_steps_freq resume_from_checkpoint
+    resume_option checkpoint_path checkpoint_metric checkpoint_metric_mode keep_last_n keep_best_n
+    save_strategy project_dir save_optim storage_backend sync_to_storage load_from_storage
+    remote_path seed deterministic lora_r lora_alpha lora_target_modules lora_task_type framework
+    use_tt
     """,
 )
 

@@ -43,7 +43,9 @@ OPTIONS = ClusterOptions(
 PYTHON = """\
 #!/bin/bash
 printf '%s\\n' "$PWD" "$@" > "$NOTES/words"
-for one in USR1 TERM; do trap "echo $one >> '$NOTES/signals'; [ $one != \\"$END_AT\\" ] || exit $CODE" $one; done
+for one in USR1 TERM; do
+  trap "echo $one >> '$NOTES/signals'; [ $one != \\"$END_AT\\" ] || exit $CODE" $one
+done
 echo > "$NOTES/started"
 [ -n "$END_AT" ] || exit $CODE
 while :; do read -t 0.05 <> "$NOTES/never"; done

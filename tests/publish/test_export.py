@@ -111,8 +111,8 @@ def test_export_of_a_whole_model_and_its_push(finished: Project, name: str) -> N
     export_dir.mkdir(parents=True)  # an empty folder is as good as none
     with fake_hub() as hub:
         done = finished.cli(
-            "export", f"runs/tests/{name}", "--output", export_dir, "--merge", "--push", f"lab/{name}",
-            environment=hub.environment(),
+            "export", f"runs/tests/{name}", "--output", export_dir, "--merge",
+            "--push", f"lab/{name}", environment=hub.environment(),
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert hub.token not in done.stdout + done.stderr

@@ -28,7 +28,9 @@ from runner.sft.preemption import Preemption
 
 paths, rank = RunPaths(Path(sys.argv[1])), int(sys.argv[2])
 preemption = Preemption(paths, 3, rank=rank, num_processes=int(sys.argv[3]))
-preemption.listen(lambda failure: write_json_atomic(paths.attempt(3).failure_path(rank), failure.model_dump()))
+preemption.listen(
+    lambda failure: write_json_atomic(paths.attempt(3).failure_path(rank), failure.model_dump())
+)
 print("listening", flush=True)
 for line in sys.stdin:
     exec(line)

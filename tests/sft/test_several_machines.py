@@ -65,7 +65,8 @@ def submit(cluster: LocalSlurm, project: Project, name: str) -> str:
     environment = {
         name: value for name, value in build_environment().items() if not name.startswith("SLURM_")
     }
-    exported = f"--export=ALL,{','.join(f'{key}={environment[key]}' for key in ('PATH', 'OMP_NUM_THREADS', 'HF_HUB_OFFLINE'))}"
+    keys = ("PATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
+    exported = "--export=ALL," + ",".join(f"{key}={environment[key]}" for key in keys)
     options = (
         "--nodes=2",
         "--ntasks-per-node=1",

@@ -106,9 +106,8 @@ def test_sweeps_killed_many_times(
             is_whole = victim == "everything"
             sweep_under_kills(sweep, num_kills - num_done, spread, chance, victim, moves=is_whole)
     finally:
-        lines.append(
-            f"{'kill':>4}  {'after':>9}  {'whom':<31}  {'  '.join(f'{name:<25}' for name in NAMES)}".rstrip()
-        )
+        names = "  ".join(f"{name:<25}" for name in NAMES)
+        lines.append(f"{'kill':>4}  {'after':>9}  {'whom':<31}  {names}".rstrip())
         for sweep in sweeps:
             num_before = sum(len(other.kills) for other in sweeps[: sweeps.index(sweep)])
             lines += sweep.render_kills(num_before + 1)

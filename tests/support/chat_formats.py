@@ -30,10 +30,13 @@ MISTRAL_SYSTEM_LAST = """\
 {%- set system = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}
 {%- set turns = messages[1:] if system else messages %}
 {%- set last = namespace(user=-1) %}
-{%- for turn in turns %}{%- if turn['role'] == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for turn in turns %}\
+{%- if turn['role'] == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}\
+{%- endfor %}
 {%- for turn in turns %}
     {%- if turn['role'] == 'user' %}
-        {{- '[INST] ' + (system if loop.index0 == last.user else '') + turn['content'] + '[/INST]' }}
+        {{- '[INST] ' + (system if loop.index0 == last.user else '') \
++ turn['content'] + '[/INST]' }}
     {%- else %}{{- ' ' + turn['content'] | trim + eos_token }}
     {%- endif %}
 {%- endfor %}"""
@@ -41,7 +44,8 @@ MISTRAL_SYSTEM_LAST = """\
 HUMAN_ASSISTANT = """\
 {%- for message in messages %}
     {%- if message['role'] == 'user' %}{{- 'Human: ' + message['content'] + '\\n\\n' }}
-    {%- elif message['role'] == 'assistant' %}{{- 'Assistant: ' + message['content'] + eos_token + '\\n\\n' }}
+    {%- elif message['role'] == 'assistant' %}\
+{{- 'Assistant: ' + message['content'] + eos_token + '\\n\\n' }}
     {%- else %}{{- message['content'] + '\\n\\n' }}
     {%- endif %}
 {%- endfor %}
@@ -57,7 +61,8 @@ LLAMA_2 = """\
 {%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}
 {%- for turn in (messages[1:] if system else messages) %}
     {%- set text = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if loop.first and system else '' %}
-    {%- if turn['role'] == 'user' %}{{- bos_token + '[INST] ' + text + turn['content'] | trim + ' [/INST]' }}
+    {%- if turn['role'] == 'user' %}\
+{{- bos_token + '[INST] ' + text + turn['content'] | trim + ' [/INST]' }}
     {%- else %}{{- ' ' + turn['content'] | trim + ' ' + eos_token }}
     {%- endif %}
 {%- endfor %}"""
@@ -77,8 +82,9 @@ SPECIAL_TOKENS = [
     "<s>", "</s>", "<bos>", "<eos>", "<|begin_of_text|>",
     "<|endoftext|>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>",
     "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|START_OF_TURN_TOKEN|>",
-    "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>",
-    "<|END_RESPONSE|>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
+    "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>",
+    "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
+    "<｜User｜>", "<｜Assistant｜>",
     "<turn|>", "<|turn>", "<|channel>", "<channel|>", "[gMASK]",
     "<sop>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>",
     "<|call|>", "<|startoftext|>", "<end_of_utterance>", "<|start_header_id|>", "<|end_header_id|>",

@@ -77,7 +77,8 @@ lease, stdin = (run_dir / "lease").stat(), os.fstat(0)
 
 def note(event):
     line = json.dumps({{
-        "event": event, "name": run_dir.name, "pid": os.getpid(), "argv": sys.argv, "environment": dict(os.environ),
+        "event": event, "name": run_dir.name, "pid": os.getpid(), "argv": sys.argv,
+        "environment": dict(os.environ),
         "is_stdin_the_lease": (lease.st_dev, lease.st_ino) == (stdin.st_dev, stdin.st_ino),
     }})
     with open(home / "events.jsonl", "a") as stream:
@@ -90,9 +91,10 @@ def tell_started(pid):
 
 
 def complete(digest):
-    score = dict(num_rows=1, num_completion_tokens=1, num_tokens=1, num_bytes=1, completion_nll_sum=1.0, nll_sum=1.0)
-    result = dict(recipe_digest=digest, outcome="completed", stop_reason="max_steps", num_steps=2, best_step=2,
-                  best_metric=1.0, metric="nll_per_completion_token", num_train_rows=1,
+    score = dict(num_rows=1, num_completion_tokens=1, num_tokens=1, num_bytes=1,
+                 completion_nll_sum=1.0, nll_sum=1.0)
+    result = dict(recipe_digest=digest, outcome="completed", stop_reason="max_steps", num_steps=2,
+                  best_step=2, best_metric=1.0, metric="nll_per_completion_token", num_train_rows=1,
                   base={{"test": score}}, tuned={{"test": score}})
     (run_dir / "result.json").write_text(json.dumps(result))
 
@@ -114,11 +116,13 @@ elif verb == "obey":  # the stop file, as the trainer does; with words, it compl
     request = dict(attempt=None)
     while request["attempt"] != number:
         time.sleep(0.01)
-        request = json.loads((run_dir / "stop").read_text()) if (run_dir / "stop").exists() else request
+        if (run_dir / "stop").exists():
+            request = json.loads((run_dir / "stop").read_text())
     if words == "too late":
         complete(digest)
     else:
-        failure = dict(kind="preempted", message=request["why"] + ": left at step 1, which is saved")
+        message = request["why"] + ": left at step 1, which is saved"
+        failure = dict(kind="preempted", message=message)
         (run_dir / "attempts" / str(number) / "failure.json").write_text(json.dumps(failure))
 elif verb == "leave":  # a process of its group that outlives it
     child = subprocess.Popen(["sleep", "1000"], start_new_session=words == "elsewhere")

@@ -33,7 +33,10 @@ def _hook(name, arguments):
     for index, fault in enumerate(faults):
         if name != fault["event"] or os.environ.get("RANK", "0") != str(fault["rank"]):
             continue
-        if not any(isinstance(one, (str, os.PathLike)) and str(one).endswith(fault["path"]) for one in arguments):
+        if not any(
+            isinstance(one, (str, os.PathLike)) and str(one).endswith(fault["path"])
+            for one in arguments
+        ):
             continue
         seen[index] += 1
         spent = Path(os.environ["FAULTS_DIR"]) / f"spent-{index}"
@@ -46,7 +49,8 @@ def _hook(name, arguments):
             module, _, kind = fault["error"].rpartition(".")
             raise getattr(importlib.import_module(module), kind)(*fault["arguments"])
 
-if "RANK" in os.environ or "LOCAL_RANK" in os.environ or "-m" in sys.orig_argv and "runner.sft" in sys.orig_argv:
+is_trainer = "-m" in sys.orig_argv and "runner.sft" in sys.orig_argv
+if "RANK" in os.environ or "LOCAL_RANK" in os.environ or is_trainer:
     if "accelerate" not in " ".join(sys.orig_argv[:2]):
         sys.addaudithook(_hook)
 """

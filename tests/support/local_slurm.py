@@ -73,7 +73,8 @@ SlurmdTimeout={slurmd_timeout}
 InactiveLimit=0
 GresTypes=gpu
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports} CPUs={num_cpus} Boards=1 \
-SocketsPerBoard=1 CoresPerSocket={num_cpus} ThreadsPerCore=1 RealMemory=1000 Gres=gpu:{num_gpus} State=UNKNOWN
+SocketsPerBoard=1 CoresPerSocket={num_cpus} ThreadsPerCore=1 RealMemory=1000 \
+Gres=gpu:{num_gpus} State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10
 """

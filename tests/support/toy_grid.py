@@ -55,7 +55,8 @@ axes:
 """
 
 CONDITIONAL = """\
-name: "{{ [model, adapter, lora_r | default(''), tied | default('') | lower] | select | join('_') }}"
+name: "{{ [model, adapter, lora_r | default(''), tied | default('') | lower] \
+| select | join('_') }}"
 axes:
   model: [a, b]
   adapter: [none, lora]

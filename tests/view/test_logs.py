@@ -236,8 +236,8 @@ def test_a_reader_that_leaves_is_no_error(fake: FakeLauncher) -> None:
     assert main(["sweep", "recipes/toy"]) == 0
     fake.paths("a").attempt(1).log_path.write_bytes(b"line\n" * 100_000)
     done = subprocess.run(
-        ["bash", "-c", "runner logs runs/toy/a | head -1"], cwd=fake.root, env=fake.environment, capture_output=True,
-        check=False, timeout=PATIENCE_SECONDS,
+        ["bash", "-c", "runner logs runs/toy/a | head -1"], cwd=fake.root, env=fake.environment,
+        capture_output=True, check=False, timeout=PATIENCE_SECONDS,
     )  # fmt: skip
     assert done.stdout == b"line\n" and b"Traceback" not in done.stderr
 

@@ -122,8 +122,8 @@ def test_states_are_told_apart_without_colour() -> None:
 
 
 VALUES = st.lists(
-    st.one_of(st.integers(-9, 999), st.text(max_size=9), st.booleans(), st.floats(0, 1)), min_size=1, max_size=5,
-    unique_by=lambda value: str(value).lower(),
+    st.one_of(st.integers(-9, 999), st.text(max_size=9), st.booleans(), st.floats(0, 1)),
+    min_size=1, max_size=5, unique_by=lambda value: str(value).lower(),
 )  # fmt: skip
 
 
