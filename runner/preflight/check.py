@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
@@ -37,7 +38,7 @@ from runner.recipe.identity import (
 )
 from runner.recipe.parse import Recipe
 from runner.recipe.schedule import Schedule, derive_schedule, find_doubts
-from runner.recipe.schema import DataSection
+from runner.recipe.schema import DataSection, ModelSection
 from runner.recipe.trackers import require_trackers
 
 Value = TypeVar("Value")
@@ -155,9 +156,7 @@ def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
         tokenizer, raw = None, None
         try:
             if not missing & set(_own_paths(group[0], "model")):
-                tokenizer = once(
-                    model_key, lambda model=model: TokenizerFacts(load_tokenizer(model))
-                )  # type: ignore[misc]
+                tokenizer = once(model_key, partial(_load_tokenizer_facts, model))
         except RunnerError as error:
             _fail_all(result, error, group)
         try:
@@ -171,6 +170,10 @@ def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
         progress.step(f"{model.path} on {data.train.path}")
     _find_twins(result)
     return result
+
+
+def _load_tokenizer_facts(model: ModelSection) -> TokenizerFacts:
+    return TokenizerFacts(load_tokenizer(model))
 
 
 def go_offline_without_network() -> None:
