@@ -162,9 +162,7 @@ def open_run_folder(recipe: Recipe) -> RemoteFolder | None:
     remote = recipe.checkpoints.remote
     if remote is None:
         return None
-    return RemoteFolder(
-        f"{remote.url.rstrip('/')}/{recipe.run.grid}/{recipe.run.name}", _plain_options(remote)
-    )
+    return RemoteFolder(f"{remote.url.rstrip('/')}/{recipe.run.full_name}", _plain_options(remote))
 
 
 def open_named_archive(url: str, recipe: Recipe) -> tuple[RemoteFolder, int]:

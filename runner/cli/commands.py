@@ -206,7 +206,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     print(format_report(rows, build_comparisons(rows), arguments.format), end="")
     whys = [(lost.full_name, lost.why) for lost in unreadable]
     whys += [
-        (f"{row.grid}/{row.name}", "see `runner status`")
+        (row.recipe.run.full_name, "see `runner status`")
         for row in rows
         if row.state == "unreadable"
     ]

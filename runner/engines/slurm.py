@@ -117,7 +117,7 @@ def derive_resources(recipe: Recipe) -> Resources:
         config = yaml.safe_load(Path(launch.accelerate_config).read_text())
     except FileNotFoundError:
         raise RunnerError(
-            f"{recipe.run.grid}/{recipe.run.name}: there is no {launch.accelerate_config}"
+            f"{recipe.run.full_name}: there is no {launch.accelerate_config}"
         ) from None
     num_processes = launch.num_processes // launch.num_machines
     uses_cpu = isinstance(config, dict) and config.get("use_cpu") is True
@@ -337,7 +337,7 @@ def build_arrays(
     by_name = {one.full_name: one for one in selected}
     arrays = []
     for resources, recipes in group_runs([one.recipe for one in selected], max_array_size):
-        names = [f"{recipe.run.grid}/{recipe.run.name}" for recipe in recipes]
+        names = [recipe.run.full_name for recipe in recipes]
         number = f"{now_utc()[:19].replace(':', '').replace('-', '')}-{secrets.token_hex(4)}"
         paths = SubmissionPaths(submissions_dir(output_root).resolve() / number)
         script = build_script(

@@ -27,7 +27,7 @@ class Selected:
     @property
     def full_name(self) -> str:
         """`<grid>/<run name>`."""
-        return f"{self.recipe.run.grid}/{self.recipe.run.name}"
+        return self.recipe.run.full_name
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def gather_facts(
     except RefusedError as error:
         impossible = error.message
     return Facts(
-        name=f"{recipe.run.grid}/{recipe.run.name}",
+        name=recipe.run.full_name,
         run_dir=str(paths.run_dir),
         num_processes=count,
         status=status,

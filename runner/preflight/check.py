@@ -61,12 +61,7 @@ class CheckedRun:
     @property
     def name(self) -> str:
         """How it is called in warnings and errors."""
-        return name_run(self.recipe)
-
-
-def name_run(recipe: Recipe) -> str:
-    """Grid and name."""
-    return f"{recipe.run.grid}/{recipe.run.name}"
+        return self.recipe.run.full_name
 
 
 @dataclass
@@ -199,7 +194,7 @@ def go_offline_without_network() -> None:
 
 def _fail_all(result: CheckResult, error: RunnerError, group: Sequence[Recipe]) -> None:
     for recipe in group:
-        result.fail(error, name_run(recipe))
+        result.fail(error, recipe.run.full_name)
 
 
 def _own_paths(recipe: Recipe, section: str) -> list[str]:
@@ -214,7 +209,7 @@ def _find_missing_files(recipes: Sequence[Recipe], result: CheckResult) -> set[s
     keys: dict[str, str] = {}
     for recipe in recipes:
         for key, path in list_missing_files(recipe).items():
-            concerned.setdefault(path, []).append(name_run(recipe))
+            concerned.setdefault(path, []).append(recipe.run.full_name)
             keys[path] = key
     if concerned:
         width = max(map(len, concerned))

@@ -340,7 +340,7 @@ def format_views(views: Sequence[RowView], recipe: Recipe, how: str, *, is_colou
 
 
 def _as_text(views: Sequence[RowView], recipe: Recipe, is_coloured: bool) -> Iterator[str]:
-    yield f"{recipe.run.grid}/{recipe.run.name}: {recipe.model.path}, loss: {recipe.loss}"
+    yield f"{recipe.run.full_name}: {recipe.model.path}, loss: {recipe.loss}"
     if is_coloured:
         legend = [f"{_SHADES[state][0]}{state}{_RESET}" for state in ("trained", "seen", "cut")]
         yield (
@@ -433,7 +433,7 @@ def _split_lines(text: str) -> Iterable[str]:
 
 
 def _as_html(views: Sequence[RowView], recipe: Recipe) -> str:
-    title = escape(f"{recipe.run.grid}/{recipe.run.name}")
+    title = escape(recipe.run.full_name)
     parts = [
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
         f"<style>\n{_STYLE}</style></head><body><h1>{title}</h1>",

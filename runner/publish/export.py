@@ -128,7 +128,7 @@ def _describe(run: TunedRun, *, is_adapter: bool) -> str:
         "chosen by": (
             f"{recipe.checkpoints.metric} on the validation rows, {recipe.checkpoints.mode}"
         ),
-        "recipe": f"{recipe.run.grid}/{recipe.run.name}, digest `{run.stored.recipe_digest}`",
+        "recipe": f"{recipe.run.full_name}, digest `{run.stored.recipe_digest}`",
     }
     return "\n".join(
         ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
@@ -345,10 +345,7 @@ def export_run(
         finally:
             shutil.rmtree(partial_dir, ignore_errors=True)
         if target:
-            message = (
-                f"{run.recipe.run.grid}/{run.recipe.run.name}, recipe"
-                f" {run.stored.recipe_digest[:12]}"
-            )
+            message = f"{run.recipe.run.full_name}, recipe {run.stored.recipe_digest[:12]}"
             print(push_folder(output_dir, target, message), file=sys.stderr)
     return difference
 

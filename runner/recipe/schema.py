@@ -87,6 +87,11 @@ class RunSection(Section):
     overrides: tuple[str, ...] = ()  # what the command line changed, where it did
     schema_version: Literal[1] = SCHEMA_VERSION
 
+    @property
+    def full_name(self) -> str:
+        """`<grid>/<run name>`."""
+        return f"{self.grid}/{self.name}"
+
 
 class ModelSection(Section):
     """The base model, as `from_pretrained` takes it, and how its conversations are written."""

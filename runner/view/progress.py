@@ -108,7 +108,7 @@ class RunView:
     @property
     def full_name(self) -> str:
         """`<grid>/<run name>`."""
-        return f"{self.recipe.run.grid}/{self.recipe.run.name}"
+        return self.recipe.run.full_name
 
     @property
     def state(self) -> str:
