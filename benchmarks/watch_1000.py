@@ -39,6 +39,7 @@ from runner.recipe.identity import (  # noqa: E402
     hash_contents,
     known_contents,
 )
+from runner.run.facts import read_facts  # noqa: E402
 from runner.run.lease import Lease  # noqa: E402
 from runner.run.paths import content_cache_path  # noqa: E402
 from runner.run.record import (  # noqa: E402
@@ -109,7 +110,7 @@ def build_run(one: Selected, contents: dict[str, str], state: str) -> None:
         recipe = recipe.model_copy(
             update={"loss": "full" if recipe.loss == "completion" else "completion"}
         )
-    prepare_run(recipe, contents, paths)
+    prepare_run(recipe, contents, read_facts(paths))
     files = paths.attempt(1)
     files.attempt_dir.mkdir(parents=True)
     for path in (
@@ -174,7 +175,7 @@ def derive_all(selected: list[Selected]) -> list[str]:
     """What plain `runner status` does after it has loaded the recipes."""
     hashes = ContentHashes(content_cache_path(Path("runs")))
     return [
-        derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)).state
+        derive_status(one.read_facts(), one.recipe, known_contents(one.recipe, hashes)).state
         for one in selected
     ]
 

@@ -98,7 +98,7 @@ def run_status(arguments: argparse.Namespace) -> int:
         return watch(selected, content_cache_path(arguments.output_root), unreadable)
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     rows = [
-        (one, derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)))
+        (one, derive_status(one.read_facts(), one.recipe, known_contents(one.recipe, hashes)))
         for one in selected
     ]
     if arguments.json:
@@ -167,13 +167,13 @@ def run_why(arguments: argparse.Namespace) -> int:
     """`runner why`."""
     import json
 
-    from runner.plan.why import build_lines, gather_facts
+    from runner.plan.why import build_lines, explain
 
     selected = select_run(arguments)
     hashes = ContentHashes(content_cache_path(arguments.output_root))
-    facts = gather_facts(selected.recipe, selected.paths, hashes, arguments.num_processes)
+    found = explain(selected.read_facts(), selected.recipe, hashes, arguments.num_processes)
     print(
-        json.dumps(facts.as_json(), indent=2) if arguments.json else "\n".join(build_lines(facts))
+        json.dumps(found.as_json(), indent=2) if arguments.json else "\n".join(build_lines(found))
     )
     return 0
 
@@ -194,14 +194,11 @@ def run_report(arguments: argparse.Namespace) -> int:
     unreadable: list[UnreadableRun] = []
     selected = select_recipes(arguments.paths, arguments.output_root, arguments.where, unreadable)
     hashes = ContentHashes(content_cache_path(arguments.output_root))
-    runs = [
-        (
-            one.recipe,
-            one.paths,
-            derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)),
-        )
-        for one in selected
-    ]
+    runs = []
+    for one in selected:
+        facts = one.read_facts(with_samples=True)
+        status = derive_status(facts, one.recipe, known_contents(one.recipe, hashes))
+        runs.append((one.recipe, facts, status))
     rows = build_rows(runs)
     print(format_report(rows, build_comparisons(rows), arguments.format), end="")
     whys = [(lost.full_name, lost.why) for lost in unreadable]

@@ -13,7 +13,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from runner.checkpoints.choose import describe_obstacles, suggest_ways_out
 from runner.cli.sweep import STOPPED, run_planned
@@ -21,19 +21,16 @@ from runner.errors import RefusedError, RunnerError
 from runner.files import hash_json
 from runner.launch.command import LaunchCommand
 from runner.launch.placement import is_in_cluster, list_placements
-from runner.plan.decide import MAX_FRUITLESS, decide
+from runner.plan.decide import MAX_FRUITLESS, Launch, decide
 from runner.plan.select import Selected, run_paths, select_recipes, suggest_path
 from runner.plan.status import RunStatus, derive_status, find_divisor
 from runner.recipe.identity import ContentHashes, hash_contents
 from runner.recipe.parse import load_recipe
 from runner.recipe.schema import NAME_PATTERN
+from runner.run.facts import read_facts
 from runner.run.paths import RunPaths, content_cache_path
 from runner.run.record import EXIT_CODES, load_progress, load_record
 from runner.secrets import find_secret
-
-if TYPE_CHECKING:
-    from runner.launch.placement import Planned
-
 
 _PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
 
@@ -41,7 +38,7 @@ _PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9.
 def run_launch(arguments: argparse.Namespace) -> int:
     """`runner launch`."""
     from runner.engines.local import build_command
-    from runner.launch.placement import Planned, find_allocation
+    from runner.launch.placement import find_allocation
 
     selected, resume = _select_one(arguments), _parse_resume(arguments.resume)
     recipe, paths = selected.recipe, selected.paths
@@ -50,19 +47,23 @@ def run_launch(arguments: argparse.Namespace) -> int:
     allocation = find_allocation(os.environ, num_machines) if num_machines > 1 else None
     placements = list_placements(num_processes, num_machines, allocation)
     commands = [
-        build_command(Planned(selected, {}, num_processes), placement) for placement in placements
+        build_command(Launch(selected, {}, num_processes), placement) for placement in placements
     ]
     if arguments.dry_run:
         print("\n".join(command.as_shell() for command in commands))
         return 0
     contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
-    planned = Planned(selected, contents, num_processes, resume)
-    status = derive_status(paths, recipe, contents, num_processes=num_processes, resume=resume)
+    planned = Launch(selected, contents, num_processes, resume)
+    status = derive_status(
+        selected.read_facts(), recipe, contents, num_processes=num_processes, resume=resume
+    )
     if arguments.fresh and resume == "auto":
         planned = replace(planned, resume="none")  # nor from remote storage
     if arguments.fresh and status.state != "pending":
         _move_aside(selected)
-        status = derive_status(paths, recipe, contents, num_processes=num_processes, resume=resume)
+        status = derive_status(
+            selected.read_facts(), recipe, contents, num_processes=num_processes, resume=resume
+        )
     planned = replace(planned, num_attempts=status.num_attempts)
     decision = decide(status, retry_failed=True)
     if decision.action == "refuse":
@@ -73,7 +74,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
             if resume == "auto"
             else "; `--resume` goes on with unfinished runs only, `--fresh` starts one anew"
         )
-        print(f"{planned.name}  {decision.why}{advice}")
+        print(f"{planned.full_name}  {decision.why}{advice}")
         # A cluster takes 0 for a run that is done: not known of one that something else holds, a
         # lost machine perhaps.
         is_held = status.state == "running" and is_in_cluster(os.environ)
@@ -242,7 +243,7 @@ def _move_aside(selected: Selected) -> None:
         print(f"moved {selected.paths.run_dir} to {target}", file=sys.stderr)
 
 
-def _prepare(planned: Planned, command: LaunchCommand) -> None:
+def _prepare(planned: Launch, command: LaunchCommand) -> None:
     from runner.launch.attempt import (
         open_attempt,
         prepare_run,
@@ -251,27 +252,13 @@ def _prepare(planned: Planned, command: LaunchCommand) -> None:
         take_lease,
     )
 
-    paths = planned.selected.paths
+    paths = planned.paths
     lease = take_lease(paths)
     if lease is None:
         raise RefusedError(f"{paths.run_dir} is running")
     with contextlib.closing(lease):
-        divisor = find_divisor(paths, planned.selected.recipe)
-        refuse_uncontinuable(
-            planned.selected.recipe,
-            planned.contents,
-            paths,
-            command,
-            planned.num_processes,
-            planned.resume,
-            divisor,
-        )
-        prepare_run(planned.selected.recipe, planned.contents, paths)
-        open_attempt(
-            paths,
-            command,
-            planned.num_processes,
-            read_git_state(),
-            planned.resume,
-            micro_batch_divisor=divisor,
-        )
+        facts = read_facts(paths, lease=lease)
+        divisor = find_divisor(facts, planned.recipe)
+        refuse_uncontinuable(planned, command, facts, divisor)
+        prepare_run(planned.recipe, planned.contents, facts)
+        open_attempt(planned, command, facts, divisor, read_git_state())

@@ -30,7 +30,7 @@ from runner.engines.slurm import (
 )
 from runner.errors import RunnerError
 from runner.launch.placement import Devices, list_placements, parse_gpus
-from runner.plan.decide import Decision, decide, decide_queued
+from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import Selected, UnreadableRun, select_recipes
 from runner.plan.status import derive_status
 from runner.recipe.identity import ContentHashes, hash_contents, known_contents
@@ -40,7 +40,7 @@ from runner.run.record import load_record
 
 if TYPE_CHECKING:
     from runner.engines.local import PoolResult
-    from runner.launch.placement import Allocation, Planned
+    from runner.launch.placement import Allocation
     from runner.run.lease import Lease
 
 
@@ -79,7 +79,7 @@ def check_file_engine(arguments: argparse.Namespace) -> None:
         )
 
 
-def print_cluster_file(planned: list[Planned], arguments: argparse.Namespace) -> int:
+def print_cluster_file(planned: list[Launch], arguments: argparse.Namespace) -> int:
     """The file that a scheduler beyond this machine takes, on stdout."""
     from runner.engines.kubernetes import build_jobs_file
     from runner.engines.manifests import PendingRun, Submission
@@ -144,14 +144,12 @@ def _decide_all(
     queued: Mapping[str, QueuedRun],
     *,
     only_unfinished: bool,
-) -> tuple[list[Planned], int]:
+) -> tuple[list[Launch], int]:
     """What is to be launched, and how many of the others are failed or changed; each decision is
     printed.
     """
-    from runner.launch.placement import Planned
-
     hashes = ContentHashes(content_cache_path(arguments.output_root))
-    planned: list[Planned] = []
+    planned: list[Launch] = []
     num_unhappy = 0
     is_talk = arguments.engine in FILE_ENGINES or (
         arguments.engine == "slurm" and arguments.dry_run
@@ -162,7 +160,7 @@ def _decide_all(
             if not arguments.dry_run
             else known_contents(one.recipe, hashes)
         )
-        status = derive_status(one.paths, one.recipe, contents)
+        status = derive_status(one.read_facts(), one.recipe, contents)
         decision = decide(
             status, retry_failed=arguments.retry_failed, only_unfinished=only_unfinished
         )
@@ -177,7 +175,7 @@ def _decide_all(
         )
         if decision.action == "launch":
             num_processes = one.recipe.launch.num_processes
-            planned.append(Planned(one, contents, num_processes, num_attempts=status.num_attempts))
+            planned.append(Launch(one, contents, num_processes, num_attempts=status.num_attempts))
         elif decision.action == "refuse" or (
             status.state == "failed" and one.full_name not in queued
         ):
@@ -185,7 +183,7 @@ def _decide_all(
     return planned, num_unhappy
 
 
-def _sweep_here(planned: list[Planned], arguments: argparse.Namespace) -> int:
+def _sweep_here(planned: list[Launch], arguments: argparse.Namespace) -> int:
     from runner.engines.local import build_command
 
     gpus = parse_gpus(arguments.gpus)
@@ -205,7 +203,7 @@ def _sweep_here(planned: list[Planned], arguments: argparse.Namespace) -> int:
 
 
 # Each decides only where and when the planned runs are launched, and returns an exit code.
-_ENGINES: Final[Mapping[str, Callable[[list[Planned], argparse.Namespace], int]]] = {
+_ENGINES: Final[Mapping[str, Callable[[list[Launch], argparse.Namespace], int]]] = {
     "local": _sweep_here,
     "kubernetes": print_cluster_file,
     "skypilot": print_cluster_file,
@@ -218,7 +216,7 @@ def run_rerun(arguments: argparse.Namespace) -> int:
 
 
 def run_planned(
-    planned: list[Planned],
+    planned: list[Launch],
     *,
     num_slots: int,
     gpus: list[str] | None,
@@ -299,7 +297,7 @@ def hold_queue(arguments: argparse.Namespace) -> Iterator[Queue]:
     yield queue
 
 
-def sweep_on_slurm(planned: list[Planned], arguments: argparse.Namespace, queue: Queue) -> int:
+def sweep_on_slurm(planned: list[Launch], arguments: argparse.Namespace, queue: Queue) -> int:
     """Submit what is planned, or print the scripts in a dry run; returns an exit code."""
     selected, options = [run.selected for run in planned], _parse_options(arguments)
     arrays = build_arrays(selected, options, arguments.output_root, queue.max_array_size)

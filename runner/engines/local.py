@@ -25,8 +25,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from runner.errors import RunnerError
 from runner.launch.attempt import FailedElsewhere, RunningAttempt, start_attempt
 from runner.launch.command import LaunchCommand, Placement, build_launch_command
-from runner.launch.placement import Devices, Planned
-from runner.plan.decide import decide_retry
+from runner.launch.placement import Devices
+from runner.plan.decide import Launch, decide_retry
 from runner.processes import StopSignals
 from runner.run.failures import build_failure
 from runner.run.paths import AttemptPaths
@@ -157,7 +157,7 @@ class FailedRun:
 class Later:
     """A run that waits for its retry, and what it failed of."""
 
-    run: Planned
+    run: Launch
     due_at: float  # `time.monotonic`
     failed: FailedRun
 
@@ -177,7 +177,7 @@ class PoolResult:
 
 
 def run_pool(
-    planned: list[Planned], devices: Devices, display: SweepDisplay, *, fail_fast: bool = False
+    planned: list[Launch], devices: Devices, display: SweepDisplay, *, fail_fast: bool = False
 ) -> PoolResult:
     """Run everything that is planned, as many at a time as there is room.
 
@@ -204,7 +204,7 @@ def run_pool(
             raise
         finally:
             pool.close()
-    pool.result.not_started += [run.name for run in pool.waiting]
+    pool.result.not_started += [run.full_name for run in pool.waiting]
     if signals.received and (pool.waiting or pool.result.failed):  # else it came when all was done
         pool.result.stopped_by = signals.received[0]
     return pool.result
@@ -214,13 +214,13 @@ def run_pool(
 class _Pool:
     """What waits, what runs (by process id) and what became of the rest."""
 
-    waiting: list[Planned]
+    waiting: list[Launch]
     devices: Devices
     display: SweepDisplay
     fail_fast: bool
     selector: selectors.BaseSelector
     signals: StopSignals
-    active: dict[int, tuple[Planned, RunningAttempt, Placement]] = field(default_factory=dict)
+    active: dict[int, tuple[Launch, RunningAttempt, Placement]] = field(default_factory=dict)
     later: list[Later] = field(default_factory=list)
     failures: dict[str, list[Failure]] = field(default_factory=dict)  # in a row, of each run
     result: PoolResult = field(default_factory=PoolResult)
@@ -257,50 +257,39 @@ class _Pool:
             return False
         run = self.waiting.pop(0)
         try:
-            selected, command = run.selected, build_command(run, placement)
-            attempt = start_attempt(
-                selected.recipe,
-                run.contents,
-                selected.paths,
-                command,
-                run.num_processes,
-                run.resume,
-                run.retry,
-                run.micro_batch_divisor,
-                run.num_attempts,
-            )
+            attempt = start_attempt(run, build_command(run, placement))
         except FailedElsewhere as error:
             self.devices.give_back(placement)
             message = f"(by another sweep) {error.failure.message}"
             failure = error.failure.model_copy(update={"message": message})
-            self._record(FailedRun(run.name, failure, error.files.log_path))
+            self._record(FailedRun(run.full_name, failure, error.files.log_path))
             return True
         except RunnerError as error:
             self.devices.give_back(placement)
             self._record(
-                FailedRun(run.name, Failure(kind="configuration", message=str(error)), None)
+                FailedRun(run.full_name, Failure(kind="configuration", message=str(error)), None)
             )
             return True
         # No space, no permission: this run's directory may be the only one like that.
         except OSError as error:
             self.devices.give_back(placement)
             self._retry_or_record(
-                run, FailedRun(run.name, build_failure(error, selected.paths.run_dir), None), None
+                run, FailedRun(run.full_name, build_failure(error, run.paths.run_dir), None), None
             )
             return True
-        if attempt is None and run.retry > 0 and not selected.paths.result_path.exists():
+        if attempt is None and run.retry > 0 and not run.paths.result_path.exists():
             # A machine out of reach, say: its locks are not free yet.
             self.devices.give_back(placement)
             held = Failure(
                 kind="transient",
                 message="processes of an earlier attempt, or another sweep, hold the run",
             )
-            self._retry_or_record(run, FailedRun(run.name, held, None), None)
+            self._retry_or_record(run, FailedRun(run.full_name, held, None), None)
             return True
         if attempt is None:
             self.devices.give_back(placement)
-            self.result.elsewhere.append(run.name)
-            self.display.finished(run.name, "run or finished by another sweep")
+            self.result.elsewhere.append(run.full_name)
+            self.display.finished(run.full_name, "run or finished by another sweep")
             return True
         pid = attempt.process.pid
         self.active[pid] = (run, attempt, placement)
@@ -316,11 +305,11 @@ class _Pool:
                 self.finish(key)
         now = time.monotonic()
         waiting = {
-            one.run.name: f"is tried again in {max(0.0, one.due_at - now):.0f} s"
+            one.run.full_name: f"is tried again in {max(0.0, one.due_at - now):.0f} s"
             for one in self.later
         }
         self.display.update(
-            {run.name: attempt.files for run, attempt, _ in self.active.values()}, waiting
+            {run.full_name: attempt.files for run, attempt, _ in self.active.values()}, waiting
         )
 
     def leave(self, why: str, *, num_signals: int) -> None:
@@ -359,11 +348,11 @@ class _Pool:
         self.devices.give_back(placement)
         if failure is not None:
             self._retry_or_record(
-                run, FailedRun(run.name, failure, attempt.files.log_path), attempt
+                run, FailedRun(run.full_name, failure, attempt.files.log_path), attempt
             )
         else:
-            self.result.completed.append(run.name)
-            self.display.finished(run.name, "completed")
+            self.result.completed.append(run.full_name)
+            self.display.finished(run.full_name, "completed")
 
     def close(self) -> None:
         """Let go of what watches the processes."""
@@ -372,9 +361,9 @@ class _Pool:
                 os.close(key.fd)
 
     def _retry_or_record(
-        self, run: Planned, failed: FailedRun, attempt: RunningAttempt | None
+        self, run: Launch, failed: FailedRun, attempt: RunningAttempt | None
     ) -> None:
-        failures = self.failures.setdefault(run.name, [])
+        failures = self.failures.setdefault(run.full_name, [])
         # A run of weeks may lose its network once a day.
         if attempt is not None and attempt.has_gone_on():
             failures[:] = [failure for failure in failures if failure.kind == "out_of_memory"]
@@ -383,7 +372,7 @@ class _Pool:
         retry = None
         if attempt is None or not attempt.was_asked_to_leave():
             retry = decide_retry(
-                run.selected.recipe,
+                run.recipe,
                 failures,
                 num_processes=run.num_processes,
                 micro_batch_divisor=(
@@ -403,7 +392,7 @@ class _Pool:
         )
         self.later.append(Later(again, time.monotonic() + retry.delay_seconds, failed))
         first_line = failed.failure.message.partition("\n")[0]
-        self.display.retried(run.name, f"{failed.failure.kind}: {first_line}; {retry.why}")
+        self.display.retried(run.full_name, f"{failed.failure.kind}: {first_line}; {retry.why}")
 
     def _record(self, failed: FailedRun) -> None:
         self.result.failed.append(failed)
@@ -413,7 +402,7 @@ class _Pool:
 
 def _is_stopped(one: Later) -> bool:
     """Whether `runner stop` asked, while the run waited, for no further attempt."""
-    request = load_stop_request(one.run.selected.paths)
+    request = load_stop_request(one.run.paths)
     return request is not None and request.attempt == one.run.num_attempts
 
 
@@ -424,9 +413,8 @@ def _resume_again(resume: str, failure: Failure, *, has_made_steps: bool) -> str
     return "auto" if has_made_steps else resume
 
 
-def build_command(run: Planned, placement: Placement) -> LaunchCommand:
+def build_command(run: Launch, placement: Placement) -> LaunchCommand:
     """The command of one planned run at a placement."""
-    selected = run.selected
     return build_launch_command(
-        selected.recipe, selected.paths.run_dir, placement, path=os.environ.get("PATH", os.defpath)
+        run.recipe, run.paths.run_dir, placement, path=os.environ.get("PATH", os.defpath)
     )

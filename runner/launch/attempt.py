@@ -25,10 +25,12 @@ from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import write_json_atomic
 from runner.launch.command import LaunchCommand
 from runner.launch.placement import name_cluster_job
+from runner.plan.decide import Launch
 from runner.plan.status import find_differences, find_divisor
 from runner.processes import OWNER_VARIABLE, die_with_parent, kill_processes_of
 from runner.recipe.identity import derive_digest, list_library_versions
 from runner.recipe.parse import Recipe, derive_accumulation
+from runner.run.facts import RunFacts, read_facts
 from runner.run.failures import build_failure, explain_silence, read_log_tail
 from runner.run.lease import ATTEMPT_VARIABLE, Lease, has_ranks, hold_launcher_lock, wait_for_ranks
 from runner.run.paths import AttemptPaths, RunPaths, old_run_dir
@@ -36,34 +38,28 @@ from runner.run.record import (
     DETERMINISTIC_KINDS,
     Attempt,
     Failure,
+    FailureKind,
     RunRecord,
     StopRequest,
     StoredRecipe,
     load_failure,
     load_progress,
-    load_record,
-    load_result,
     load_stop_request,
-    load_stored_recipe,
     now_utc,
     write_record,
 )
 from runner.secrets import scrub_json, scrub_log
 
 
-def prepare_run(recipe: Recipe, contents: Mapping[str, str], paths: RunPaths) -> None:
+def prepare_run(recipe: Recipe, contents: Mapping[str, str], facts: RunFacts) -> None:
     """Write `recipe.json` of a run that is not complete; refuse a directory that holds another
     experiment.
 
-    The caller holds the lease. `contents` is whole.
+    The caller holds the lease, under which the facts were read. `contents` is whole.
     """
-    digest = derive_digest(recipe, contents)
-    differences = find_differences(paths, recipe, contents)
-    if (
-        not differences
-        and (stored := load_stored_recipe(paths)) is not None
-        and stored.recipe_digest != digest
-    ):
+    paths, stored, digest = facts.paths, facts.stored, derive_digest(recipe, contents)
+    differences = find_differences(facts, recipe, contents)
+    if not differences and stored is not None and stored.recipe_digest != digest:
         gone = [path for path in stored.contents if path not in contents]
         differences = [f"content of {path}: not there any more" for path in gone] or [
             "recipe_digest: another one"
@@ -77,80 +73,79 @@ def prepare_run(recipe: Recipe, contents: Mapping[str, str], paths: RunPaths) ->
                 " with `runner launch RECIPE --fresh`"
             ),
         )
-    if load_result(paths) is None:
+    if facts.result is None:
         content = StoredRecipe(recipe=recipe, recipe_digest=digest, contents=dict(contents))
         write_json_atomic(paths.recipe_path, content.model_dump(mode="json"))
 
 
 def refuse_uncontinuable(
-    recipe: Recipe,
-    contents: Mapping[str, str],
-    paths: RunPaths,
-    command: LaunchCommand,
-    num_processes: int,
-    resume: str,
-    divisor: int,
+    launch: Launch, command: LaunchCommand, facts: RunFacts, divisor: int
 ) -> None:
     """Refuse what the trainer would refuse once it has started: to continue a checkpoint of another
     launch.
 
-    The caller holds the lease, and has written nothing yet: `recipe.json` still says how the run
-    was launched before.
+    The caller holds the lease, under which the facts were read, and has written nothing yet:
+    `recipe.json` still says how the run was launched before.
 
     Raises:
         RefusedError: with what differs, and the ways out.
     """
-    stored, digest = load_stored_recipe(paths), derive_digest(recipe, contents)
+    recipe, stored = launch.recipe, facts.stored
+    digest = derive_digest(recipe, launch.contents)
     # A new run, or another experiment, which is refused as such.
     if stored is None or stored.recipe_digest != digest:
         return
     threads = command.environment.get("OMP_NUM_THREADS")
     found = look_ahead(
-        paths, recipe, digest, num_processes, divisor=divisor, threads=threads, resume=resume
+        facts.paths,
+        recipe,
+        digest,
+        launch.num_processes,
+        divisor=divisor,
+        threads=threads,
+        resume=launch.resume,
     )
     refuse_to_continue(found, recipe)
 
 
 def open_attempt(
-    paths: RunPaths,
+    launch: Launch,
     command: LaunchCommand,
-    num_processes: int,
+    facts: RunFacts,
+    divisor: int,
     git_state: tuple[str | None, bool | None],
-    resume: str = "auto",
-    retry: int = 0,
-    micro_batch_divisor: int = 1,
 ) -> Attempt:
     """Append an attempt to `run.json` and make its folder, before anything is started. The caller
-    holds the lease.
+    holds the lease, under which the facts were read.
 
     A request to stop an earlier attempt goes first, and what a kill left half written.
     """
+    paths, attempts = facts.paths, facts.attempts
     paths.stop_path.unlink(missing_ok=True)
     for leftover in paths.list_temporaries():
         leftover.unlink(missing_ok=True)
-    record = load_record(paths)
-    for earlier in record.attempts:
+    for earlier in attempts:
         if earlier.ended_at_utc is None:  # its launcher was killed before it could do this
             with contextlib.suppress(OSError):
                 scrub_log(paths.attempt(earlier.number).log_path)
     attempt = Attempt(
-        number=record.attempts[-1].number + 1 if record.attempts else 1,
+        number=attempts[-1].number + 1 if attempts else 1,
         started_at_utc=now_utc(),
         command=command.argv,
         environment=scrub_json(dict(command.environment)),
-        num_processes=num_processes,
+        num_processes=launch.num_processes,
         host=socket.gethostname(),
         cluster_job=name_cluster_job(os.environ),
-        resume=resume,
-        retry=retry,
-        micro_batch_divisor=micro_batch_divisor,
+        resume=launch.resume,
+        retry=launch.retry,
+        micro_batch_divisor=divisor,
         devices={**os.environ, **command.environment}.get("CUDA_VISIBLE_DEVICES"),
         git_commit=git_state[0],
         git_is_dirty=git_state[1],
         versions=list_library_versions(),
     )
     paths.attempt(attempt.number).attempt_dir.mkdir(parents=True, exist_ok=True)
-    write_record(paths, RunRecord(attempts=(*record.attempts, attempt)))
+    write_record(paths, RunRecord(attempts=(*attempts, attempt)))
     return attempt
 
 
@@ -187,13 +182,15 @@ def request_stop(paths: RunPaths, attempt: int, why: str) -> None:
     write_json_atomic(paths.stop_path, StopRequest(attempt=attempt, why=why).model_dump())
 
 
-def close_attempt(paths: RunPaths, exit_status: int, failure: Failure | None) -> None:
-    """Write the end of the last attempt."""
-    *earlier, last = load_record(paths).attempts
+def close_attempt(facts: RunFacts, exit_status: int, failure: Failure | None) -> None:
+    """Write the end of the last attempt. The caller holds the lease, under which the facts were
+    read.
+    """
+    *earlier, last = facts.attempts
     closed = last.model_copy(
         update={"ended_at_utc": now_utc(), "exit_status": exit_status, "failure": failure}
     )
-    write_record(paths, RunRecord(attempts=(*earlier, closed)))
+    write_record(facts.paths, RunRecord(attempts=(*earlier, closed)))
 
 
 def move_aside(paths: RunPaths) -> Path | None:
@@ -247,21 +244,21 @@ class FailedElsewhere(Exception):
         self.files = files
 
 
-def refuse_what_failed_since(paths: RunPaths, num_attempts: int | None) -> None:
+def refuse_what_failed_since(facts: RunFacts, num_attempts: int | None) -> None:
     """Refuse to repeat a failure that nobody has seen yet; what was killed or stopped meanwhile is
     free to go on.
 
-    The caller holds the lease.
+    The caller holds the lease, under which the facts were read.
 
     Raises:
         FailedElsewhere: with how the last attempt failed.
     """
-    attempts = load_record(paths).attempts
+    attempts = facts.attempts
     if num_attempts is None or len(attempts) <= num_attempts:
         return
     failure = attempts[-1].failure
     if failure is not None and failure.kind != "preempted":
-        raise FailedElsewhere(failure, paths.attempt(attempts[-1].number))
+        raise FailedElsewhere(failure, facts.paths.attempt(attempts[-1].number))
 
 
 _RANKS_SECONDS: Final = 10.0  # for the ranks on other machines to see that their launcher is gone
@@ -334,19 +331,20 @@ class RunningAttempt:
             kill_processes_of(self.owner.__eq__)
             with contextlib.suppress(OSError):  # no room for a second copy of it
                 scrub_log(self.files.log_path)
-            failure = self._find_failure(status)
+            facts = read_facts(self.paths, lease=self.lease)
+            failure = self._find_failure(facts, status)
             if failure is not None:
                 failure = failure.model_copy(
                     update={"log_tail": read_log_tail(self.files.log_path)}
                 )
-            self._close(status, failure)
+            self._close(facts, status, failure)
         finally:
             self.lease.close()
         return failure
 
-    def _close(self, exit_status: int, failure: Failure | None) -> None:
+    def _close(self, facts: RunFacts, exit_status: int, failure: Failure | None) -> None:
         try:
-            close_attempt(self.paths, exit_status, failure)
+            close_attempt(facts, exit_status, failure)
         # The others go on; the next sweep sees by itself how it ended.
         except (OSError, CorruptFileError) as error:
             with contextlib.suppress(OSError):
@@ -355,9 +353,9 @@ class RunningAttempt:
                     file=sys.stderr,
                 )
 
-    def _find_failure(self, exit_status: int) -> Failure | None:
+    def _find_failure(self, facts: RunFacts, exit_status: int) -> Failure | None:
         try:
-            result, stored = load_result(self.paths), load_stored_recipe(self.paths)
+            result, stored = facts.result, facts.stored
             if (
                 result is not None
                 and stored is not None
@@ -376,46 +374,33 @@ class RunningAttempt:
         return failure or explain_silence(self.files.log_path, exit_status)
 
 
-def start_attempt(
-    recipe: Recipe,
-    contents: Mapping[str, str],
-    paths: RunPaths,
-    command: LaunchCommand,
-    num_processes: int,
-    resume: str = "auto",
-    retry: int = 0,
-    micro_batch_divisor: int | None = None,
-    num_attempts: int | None = None,
-) -> RunningAttempt | None:
+def start_attempt(launch: Launch, command: LaunchCommand) -> RunningAttempt | None:
     """Start one attempt under the run's lease; None when somebody else runs it or has just
     completed it.
-
-    `micro_batch_divisor` is that of the last attempt where it is None. `num_attempts` is how many
-    there were when this one was decided upon.
 
     Raises:
         FailedElsewhere: there was another attempt since, which failed.
         RefusedError: the directory holds another experiment, or the micro-batch cannot be divided.
         OSError: the run cannot be prepared, or the launcher not be started.
     """
+    recipe, paths = launch.recipe, launch.paths
     lease = take_lease(paths)
     if lease is None:
         return None
     try:
-        divisor = micro_batch_divisor or find_divisor(paths, recipe)
-        derive_accumulation(recipe, num_processes, divisor)
-        if load_result(paths) is None:
-            refuse_uncontinuable(recipe, contents, paths, command, num_processes, resume, divisor)
-        prepare_run(recipe, contents, paths)
-        if load_result(paths) is not None:
+        facts = read_facts(paths, lease=lease)
+        divisor = launch.micro_batch_divisor or find_divisor(facts, recipe)
+        derive_accumulation(recipe, launch.num_processes, divisor)
+        if facts.result is None:
+            refuse_uncontinuable(launch, command, facts, divisor)
+        prepare_run(recipe, launch.contents, facts)
+        if facts.result is not None:
             lease.close()
             return None
-        refuse_what_failed_since(paths, num_attempts)
+        refuse_what_failed_since(facts, launch.num_attempts)
         owner = name_owner(paths)
         kill_processes_of(lambda value: value.rpartition(":")[0] == owner)  # what outlived a kill
-        attempt = open_attempt(
-            paths, command, num_processes, read_git_state(), resume, retry, divisor
-        )
+        attempt = open_attempt(launch, command, facts, divisor, read_git_state())
         lock = hold_launcher_lock(paths.attempt(attempt.number)) if command.spans_machines else None
         owner = f"{owner}:{attempt.number}"
         process = _start_launcher(paths, attempt, command, lease, owner)
@@ -451,9 +436,9 @@ def _start_launcher(
     except OSError as error:
         message = f"{command.argv[0]} cannot be started: {error}"
         is_absent = isinstance(error, FileNotFoundError | PermissionError)
-        close_attempt(
-            paths, 127, Failure(kind="configuration" if is_absent else "transient", message=message)
-        )
+        kind: FailureKind = "configuration" if is_absent else "transient"
+        facts = read_facts(paths, lease=lease)
+        close_attempt(facts, 127, Failure(kind=kind, message=message))
         if not is_absent:  # no memory or no process is free
             raise
         raise RunnerError(

@@ -23,27 +23,8 @@ from typing import Final
 
 from runner.errors import RefusedError, RunnerError
 from runner.launch.command import MACHINE_RANK, Machines, Placement
-from runner.plan.select import Selected
+from runner.plan.decide import Launch
 from runner.processes import die_with_parent
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One run to launch, with the content hashes that belong to its digest."""
-
-    selected: Selected
-    contents: Mapping[str, str]
-    num_processes: int
-    resume: str = "auto"  # `Attempt.resume`
-    retry: int = 0  # `Attempt.retry`
-    # `Attempt.micro_batch_divisor`; None: as in the last attempt
-    micro_batch_divisor: int | None = None
-    num_attempts: int | None = None  # that there were when it was planned, where that is known
-
-    @property
-    def name(self) -> str:
-        """Grid and run name."""
-        return f"{self.selected.recipe.run.grid}/{self.selected.recipe.run.name}"
 
 
 def name_cluster_job(environment: Mapping[str, str]) -> str | None:
@@ -119,21 +100,22 @@ class Devices:
     def __post_init__(self) -> None:
         self._num_free_slots = self.num_slots
 
-    def check(self, planned: Iterable[Planned]) -> None:
+    def check(self, launches: Iterable[Launch]) -> None:
         """Raises: RefusedError for a run that could never start."""
-        for run in planned:
-            num_machines = run.selected.recipe.launch.num_machines
+        for launch in launches:
+            num_machines = launch.recipe.launch.num_machines
             if num_machines > 1 and self.allocation is None:
                 raise RefusedError(
-                    f"{run.name} wants {num_machines} machines, this is one",
+                    f"{launch.full_name} wants {num_machines} machines, this is one",
                     hint=(
                         f"sbatch or salloc {num_machines} nodes and `runner launch` it there, or"
-                        f" start it by hand: runner launch {run.selected.source_path} --prepare"
+                        f" start it by hand: runner launch {launch.selected.source_path} --prepare"
                     ),
                 )
-            if self.gpus is not None and run.num_processes > len(self.gpus):
+            if self.gpus is not None and launch.num_processes > len(self.gpus):
                 raise RefusedError(
-                    f"{run.name} wants {run.num_processes} GPUs, `--gpus` names {len(self.gpus)}"
+                    f"{launch.full_name} wants {launch.num_processes} GPUs, `--gpus` names"
+                    f" {len(self.gpus)}"
                 )
 
     def take(self, num_processes: int) -> Placement | None:

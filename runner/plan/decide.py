@@ -4,19 +4,50 @@ try again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from runner.errors import RefusedError
+from runner.plan.select import Selected
 from runner.plan.status import RunStatus
 from runner.recipe.parse import Recipe, derive_accumulation, derive_micro_batch
 from runner.run.failures import is_address_in_use
+from runner.run.paths import RunPaths
 from runner.run.record import DETERMINISTIC_KINDS, Attempt, Failure
 
 Action = Literal["launch", "skip", "refuse"]
 MAX_BACKOFF_SECONDS: Final = 600.0
 MAX_FRUITLESS: Final = 3  # preempted attempts in a row of which none left a newer checkpoint
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A planned attempt of one run: everything that is decided before it has a place to run."""
+
+    selected: Selected
+    contents: Mapping[str, str]  # content hashes of what the recipe names by path
+    num_processes: int
+    resume: str = "auto"  # `Attempt.resume`
+    retry: int = 0  # `Attempt.retry`
+    # `Attempt.micro_batch_divisor`; None: as in the last attempt
+    micro_batch_divisor: int | None = None
+    num_attempts: int | None = None  # of the run when this one was planned; None: not known
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run."""
+        return self.selected.recipe
+
+    @property
+    def paths(self) -> RunPaths:
+        """The files of the run."""
+        return self.selected.paths
+
+    @property
+    def full_name(self) -> str:
+        """`<grid>/<run name>`."""
+        return self.selected.full_name
 
 
 @dataclass(frozen=True)

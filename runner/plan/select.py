@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.errors import CorruptFileError, RecipeError, RefusedError, RunnerError
 from runner.recipe.parse import Recipe, load_recipe
+from runner.run.facts import Found, RunFacts, read_facts, read_stored_recipe
 from runner.run.paths import RunPaths
-from runner.run.record import load_stored_recipe
+from runner.run.record import StoredRecipe
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,17 @@ class Selected:
     recipe: Recipe
     source_path: Path
     paths: RunPaths
+    # What was read of the run directory to select it.
+    known: Mapping[Path, Found] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def full_name(self) -> str:
         """`<grid>/<run name>`."""
         return self.recipe.run.full_name
+
+    def read_facts(self, *, with_samples: bool = False) -> RunFacts:
+        """What the run directory says now."""
+        return read_facts(self.paths, self.known, with_samples=with_samples)
 
 
 @dataclass(frozen=True)
@@ -156,10 +163,12 @@ def suggest_path(path: Path) -> str:
 
 def _load_selected(path: Path, output_root: Path) -> Selected:
     if path.is_dir():
-        stored = load_stored_recipe(RunPaths(path))
+        paths = RunPaths(path)
+        found = read_stored_recipe(paths)
+        stored: StoredRecipe | None = found.get()
         if stored is None:
             raise RefusedError(f"{path} is no longer a run directory: its recipe.json is gone")
-        return Selected(stored.recipe, path, RunPaths(path))
+        return Selected(stored.recipe, path, paths, {paths.recipe_path: found})
     recipe = load_recipe(path)
     return Selected(recipe, path, run_paths(recipe, output_root))
 

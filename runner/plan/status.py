@@ -1,38 +1,20 @@
-"""What a run is now: derived from its facts, its lease and the recipe each time it is asked for,
-and stored nowhere.
+"""What a run is now: derived from its facts and the recipe each time it is asked for, and stored
+nowhere.
 """
 
 from __future__ import annotations
 
 import datetime
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, ParamSpec
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from runner.checkpoints.choose import list_obstacles, look_ahead
-from runner.errors import (
-    CorruptFileError,
-    RefusedError,
-)
-from runner.files import load_jsonl
+from runner.errors import CorruptFileError, RefusedError
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe
+from runner.run.facts import RunFacts
 from runner.run.failures import HINTS, UNREADABLE_HINT
-from runner.run.lease import has_ranks, is_leased
-from runner.run.paths import RunPaths
-from runner.run.record import (
-    Attempt,
-    Fact,
-    Failure,
-    RunRecord,
-    Shown,
-    load_failure,
-    load_progress,
-    load_record,
-    load_result,
-    load_stored_recipe,
-    now_utc,
-)
+from runner.run.record import Fact, Failure, Shown
 
 State = Literal["pending", "running", "completed", "interrupted", "failed", "changed", "unreadable"]
 
@@ -80,16 +62,13 @@ class RunStatus(Fact):
         return "; ".join(notes)
 
 
-Asked = ParamSpec("Asked")
-
-
-def find_differences(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str]) -> list[str]:
+def find_differences(facts: RunFacts, recipe: Recipe, contents: Mapping[str, str]) -> list[str]:
     """What makes `recipe` another experiment than the one in the run directory; empty where there
     is no run.
 
     `contents` may leave files out: those are taken as unchanged.
     """
-    stored, result = load_stored_recipe(paths), load_result(paths)
+    stored, result, paths = facts.stored, facts.result, facts.paths
     if stored is None:
         return (
             []
@@ -108,71 +87,59 @@ def find_differences(paths: RunPaths, recipe: Recipe, contents: Mapping[str, str
     ]
 
 
-def or_unreadable(derive: Callable[Asked, RunStatus]) -> Callable[Asked, RunStatus]:
-    """`derive`, for which a file that cannot be read is a state and no reason to say nothing of the
-    other runs.
-    """
-
-    @functools.wraps(derive)
-    def derive_whatever_is_there(*arguments: Asked.args, **keywords: Asked.kwargs) -> RunStatus:
-        try:
-            return derive(*arguments, **keywords)
-        except CorruptFileError as error:
-            return RunStatus(state="unreadable", why=error.message)
-        except OSError as error:
-            return RunStatus(state="unreadable", why=str(error))
-
-    return derive_whatever_is_there
-
-
-@or_unreadable
 def derive_status(
-    paths: RunPaths,
+    facts: RunFacts,
     recipe: Recipe,
     contents: Mapping[str, str],
     *,
     num_processes: int | None = None,
     resume: str = "auto",
 ) -> RunStatus:
-    """The status of one run, from its files, its lease and the recipe as it is now.
+    """The status of one run, from its facts and the recipe as it is now.
 
     The launch that is thought of has `num_processes` (None: the recipe's own) and the
-    `Attempt.resume` that is given.
+    `Attempt.resume` that is given. A file that cannot be read is a state, and no reason to say
+    nothing of the other runs.
     """
-    # first: without a holder, what is read is final
-    is_running = is_leased(paths.lease_path) or has_ranks(paths)
-    record = load_record(paths)
-    last = record.attempts[-1] if record.attempts else None
-    progress = load_progress(paths.attempt(last.number).progress_path) if last else None
+    try:
+        return _derive_readable(
+            facts, recipe, contents, num_processes or recipe.launch.num_processes, resume
+        )
+    except CorruptFileError as error:
+        return RunStatus(state="unreadable", why=error.message)
+    except OSError as error:
+        return RunStatus(state="unreadable", why=str(error))
+
+
+def _derive_readable(
+    facts: RunFacts, recipe: Recipe, contents: Mapping[str, str], num_processes: int, resume: str
+) -> RunStatus:
+    is_running, last, progress = facts.is_running, facts.last, facts.progress
     known: dict[str, Any] = {
-        "num_attempts": len(record.attempts),
+        "num_attempts": len(facts.attempts),
         "micro_batch_divisor": last.micro_batch_divisor if last else 1,
-        "seconds": _sum_seconds(record, is_running),
+        "seconds": _sum_seconds(facts),
         "step": progress.step if progress else None,
         "max_steps": progress.max_steps if progress else None,
         "loss": progress.loss if progress else None,
-        **_look_at_checkpoints(paths, last),
+        "quarantined": facts.quarantined,
+        "pending_uploads": facts.pending_uploads,
+        "upload_failure": facts.upload_failure,
     }
     if is_running:
         phase = progress.phase if progress else "starting"
         return RunStatus(state="running", why=phase, **known)
-    if differences := find_differences(paths, recipe, contents):
+    if differences := find_differences(facts, recipe, contents):
         why = f"the recipe changed since the run was made: {differences[0]}"
         return RunStatus(state="changed", why=why, differences=tuple(differences), **known)
-    if (result := load_result(paths)) is not None:
+    if (result := facts.result) is not None:
         known |= {"step": result.num_steps, "max_steps": result.num_steps}
         return RunStatus(state="completed", why=f"stopped by {result.stop_reason}", **known)
-    known |= _look_ahead(paths, recipe, num_processes or recipe.launch.num_processes, resume)
+    known |= _look_ahead(facts, recipe, num_processes, resume)
     if last is None:
         return RunStatus(state="pending", why="never started", **known)
-    files = paths.attempt(last.number)
-    failure = last.failure or load_failure(files)
-    if (
-        failure is None
-        and progress is None
-        and last.ended_at_utc is None
-        and not files.log_path.exists()
-    ):
+    failure = facts.failure
+    if failure is None and progress is None and last.ended_at_utc is None and not facts.has_log:
         return RunStatus(state="pending", why="prepared, to be started by hand", **known)
     if failure is None or failure.kind in ("lost", "preempted"):
         why = (
@@ -190,27 +157,27 @@ def derive_status(
     )
 
 
-def find_divisor(paths: RunPaths, recipe: Recipe) -> int:
+def find_divisor(facts: RunFacts, recipe: Recipe) -> int:
     """What the next attempt's micro-batch is divided by: as in the last one, while the recipe
     states the same one.
 
     Asked before the run is prepared: `recipe.json` still is that of the last attempt.
     """
-    attempts, stored = load_record(paths).attempts, load_stored_recipe(paths)
+    attempts, stored = facts.attempts, facts.stored
     if not attempts or stored is None:
         return 1
     sizes = [one.training.per_device_train_batch_size for one in (stored.recipe, recipe)]
     return attempts[-1].micro_batch_divisor if sizes[0] == sizes[1] else 1
 
 
-def _look_ahead(paths: RunPaths, recipe: Recipe, num_processes: int, resume: str) -> dict[str, Any]:
-    stored = load_stored_recipe(paths)
+def _look_ahead(facts: RunFacts, recipe: Recipe, num_processes: int, resume: str) -> dict[str, Any]:
+    stored = facts.stored
     if stored is None:
         return {}
-    divisor = find_divisor(paths, recipe)
+    divisor = find_divisor(facts, recipe)
     try:
         found = look_ahead(
-            paths, recipe, stored.recipe_digest, num_processes, divisor=divisor, resume=resume
+            facts.paths, recipe, stored.recipe_digest, num_processes, divisor=divisor, resume=resume
         )
     except RefusedError as error:  # the global batch cannot be kept like that
         return {"obstacles": (error.message,)}
@@ -221,31 +188,14 @@ def _look_ahead(paths: RunPaths, recipe: Recipe, num_processes: int, resume: str
     return {"checkpoint_step": found.step, "obstacles": obstacles, "version_changes": changes}
 
 
-def _look_at_checkpoints(paths: RunPaths, last: Attempt | None) -> dict[str, Any]:
-    names = (path.name for path in paths.uploads_dir.glob("*.zip"))
-    pending = tuple(sorted(names, key=lambda name: (len(name), name)))  # by step
-    rows = (
-        load_jsonl(paths.attempt(last.number).uploads_path) if last is not None and pending else []
-    )
-    messages = [
-        str(row["message"]) for row in rows if row.get("outcome") != "uploaded" and "message" in row
-    ]
-    quarantined = sorted(path.name for path in paths.quarantine_dir.glob("*"))
-    return {
-        "quarantined": tuple(quarantined),
-        "pending_uploads": pending,
-        "upload_failure": messages[-1].partition("\n")[0] if messages else None,
-    }
-
-
-def _sum_seconds(record: RunRecord, is_running: bool) -> float | None:
-    ends = [attempt.ended_at_utc for attempt in record.attempts]
-    if is_running and ends:
-        ends[-1] = ends[-1] or now_utc()
+def _sum_seconds(facts: RunFacts) -> float | None:
+    ends = [attempt.ended_at_utc for attempt in facts.attempts]
+    if facts.is_running and ends:
+        ends[-1] = ends[-1] or facts.read_at_utc
     spans = [
         datetime.datetime.fromisoformat(end)
         - datetime.datetime.fromisoformat(attempt.started_at_utc)
-        for attempt, end in zip(record.attempts, ends, strict=True)
+        for attempt, end in zip(facts.attempts, ends, strict=True)
         if end
     ]
     return sum(span.total_seconds() for span in spans) if spans else None

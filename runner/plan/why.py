@@ -23,10 +23,9 @@ from runner.recipe.identity import (
     list_missing_files,
 )
 from runner.recipe.parse import Recipe, derive_accumulation
+from runner.run.facts import RunFacts
 from runner.run.failures import HINTS, read_log_tail
-from runner.run.lease import is_leased
-from runner.run.paths import RunPaths
-from runner.run.record import Attempt, load_record, load_stop_request, load_stored_recipe
+from runner.run.record import Attempt
 
 # What makes a state, as `derive_status` asks: the first that is true.
 RULES: Final[Mapping[State, str]] = {
@@ -43,7 +42,7 @@ RULES: Final[Mapping[State, str]] = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class Explanation:
     """All that decides about one run."""
 
     name: str
@@ -87,23 +86,23 @@ class Facts:
         return "refuse" if self.missing or self.impossible else self.decisions["launch"].action
 
 
-def gather_facts(
-    recipe: Recipe, paths: RunPaths, hashes: ContentHashes, num_processes: int | None
-) -> Facts:
-    """Read all that decides; files that the recipe names are hashed, checkpoints verified, nothing
-    is written.
+def explain(
+    facts: RunFacts, recipe: Recipe, hashes: ContentHashes, num_processes: int | None
+) -> Explanation:
+    """All that decides; files that the recipe names are hashed, checkpoints verified, nothing is
+    written.
     """
-    missing, count = list_missing_files(recipe), num_processes or recipe.launch.num_processes
+    paths, count = facts.paths, num_processes or recipe.launch.num_processes
+    missing = list_missing_files(recipe)
     contents = {
         path: hashes.hash(Path(path))
         for path in list_content_paths(recipe).values()
         if Path(path).exists()
     }
-    status = derive_status(paths, recipe, contents, num_processes=count)
+    status = derive_status(facts, recipe, contents, num_processes=count)
     is_readable = status.state != "unreadable"
-    attempts = load_record(paths).attempts if is_readable else ()
-    divisor, stop = find_divisor(paths, recipe) if is_readable else 1, load_stop_request(paths)
-    last = attempts[-1] if attempts else None
+    divisor, stop = find_divisor(facts, recipe) if is_readable else 1, facts.stop_request
+    last = facts.last if is_readable else None
     log_path = paths.attempt(last.number).log_path if last else None
     log_tail = last.failure.log_tail if last is not None and last.failure is not None else ()
     remote = recipe.checkpoints.remote
@@ -112,7 +111,7 @@ def gather_facts(
         impossible = None
     except RefusedError as error:
         impossible = error.message
-    return Facts(
+    return Explanation(
         name=recipe.run.full_name,
         run_dir=str(paths.run_dir),
         num_processes=count,
@@ -124,18 +123,18 @@ def gather_facts(
         },
         missing=missing,
         impossible=impossible,
-        holders=list_holders(paths.lease_path) if is_leased(paths.lease_path) else {},
+        holders=list_holders(paths.lease_path) if facts.is_leased else {},
         stop=(
             stop.why
             if stop is not None and last is not None and stop.attempt == last.number
             else None
         ),
         attempt=last,
-        log_path=str(log_path) if log_path is not None and log_path.exists() else None,
+        log_path=str(log_path) if log_path is not None and facts.has_log else None,
         log_tail=log_tail or (read_log_tail(log_path) if log_path is not None else ()),
         micro_batch_divisor=divisor,
         outlook=(
-            _look_at_checkpoints(recipe, paths, count, divisor, contents)
+            _look_at_checkpoints(facts, recipe, count, divisor, contents)
             # A running trainer is writing them.
             if impossible is None and status.state not in ("running", "unreadable")
             else Outlook(None, False, ())
@@ -145,15 +144,15 @@ def gather_facts(
 
 
 def _look_at_checkpoints(
-    recipe: Recipe, paths: RunPaths, num_processes: int, divisor: int, contents: Mapping[str, str]
+    facts: RunFacts, recipe: Recipe, num_processes: int, divisor: int, contents: Mapping[str, str]
 ) -> Outlook:
-    stored = load_stored_recipe(paths)
+    stored = facts.stored
     digest = stored.recipe_digest if stored else derive_digest(recipe, contents)
     current = build_resume_fingerprint(recipe, digest, num_processes, divisor, threads=None)
-    return judge_checkpoints(paths, recipe.checkpoints, current, divisor)
+    return judge_checkpoints(facts.paths, recipe.checkpoints, current, divisor)
 
 
-def build_lines(facts: Facts) -> list[str]:
+def build_lines(facts: Explanation) -> list[str]:
     """What a person reads: the answer first, then what it rests on, then what else there is to
     know.
     """
@@ -191,7 +190,7 @@ def build_lines(facts: Facts) -> list[str]:
     return shown
 
 
-def _describe_next(facts: Facts) -> str:
+def _describe_next(facts: Explanation) -> str:
     if facts.missing:
         return "refuse: files that the recipe names are not there"
     if facts.impossible is not None:
@@ -214,7 +213,7 @@ def _describe_next(facts: Facts) -> str:
     return f"launch from step 0, {processes}{asked}"
 
 
-def _describe_lease(facts: Facts) -> str:
+def _describe_lease(facts: Explanation) -> str:
     if facts.status.state != "running":
         return "free"
     holders = [f"held by {pid}  {command}" for pid, command in facts.holders.items()]
@@ -224,7 +223,7 @@ def _describe_lease(facts: Facts) -> str:
     )
 
 
-def _describe_attempt(facts: Facts) -> list[tuple[str, str]]:
+def _describe_attempt(facts: Explanation) -> list[tuple[str, str]]:
     attempt = facts.attempt
     if attempt is None:
         return []

@@ -16,8 +16,9 @@ from typing import Any
 from runner.errors import DataError, RefusedError
 from runner.plan.status import derive_status
 from runner.recipe.parse import Recipe
+from runner.run.facts import read_facts
 from runner.run.paths import RunPaths
-from runner.run.record import StoredRecipe, load_stored_recipe
+from runner.run.record import StoredRecipe
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,14 @@ def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
         RefusedError: no such run, it is not completed, or the checkpoint does not verify.
     """
     paths = RunPaths(run_dir)
-    stored = load_stored_recipe(paths) if run_dir.is_dir() else None
+    facts = read_facts(paths)
+    stored = facts.stored if run_dir.is_dir() else None
     if stored is None:
         raise RefusedError(
             f"{run_dir} is not a run directory", hint="give one such as runs/demo/gemma_060_full"
         )
     if checkpoint is None:
-        status = derive_status(paths, stored.recipe, {})
+        status = derive_status(facts, stored.recipe, {})
         if status.state != "completed":
             first_line = status.why.partition("\n")[0]  # what follows may be a hint of its own
             raise RefusedError(

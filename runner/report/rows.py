@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from runner.errors import CorruptFileError, escape_controls
-from runner.files import load_json
 from runner.plan.status import RunStatus, State
 from runner.recipe.hf_fields import thaw
 from runner.recipe.parse import Recipe
-from runner.run.paths import RunPaths
-from runner.run.record import GenerationScore, SplitScore, load_result
+from runner.run.facts import RunFacts
+from runner.run.record import GenerationScore, SplitScore
 
 LikelihoodUnit = Literal["nats per completion token", "bits per byte"]
 
@@ -105,9 +104,9 @@ class BaseComparison:
     unknown: tuple[str, ...]  # completed, but without both scores
 
 
-def build_rows(runs: Iterable[tuple[Recipe, RunPaths, RunStatus]]) -> list[ReportRow]:
+def build_rows(runs: Iterable[tuple[Recipe, RunFacts, RunStatus]]) -> list[ReportRow]:
     """One row per run, sorted by grid, then by axes: numbers as numbers, all else in the order of
-    the input.
+    the input. The facts are those that were read `with_samples`.
     """
     rows = [_build_row(position, *run) for position, run in enumerate(runs)]
     grids = list(dict.fromkeys(row.grid for row in rows))
@@ -200,10 +199,10 @@ def axis_key(value: Any) -> str:
     return json.dumps(int(value) if is_whole else thaw(value), sort_keys=True)
 
 
-def _build_row(position: int, recipe: Recipe, paths: RunPaths, status: RunStatus) -> ReportRow:
+def _build_row(position: int, recipe: Recipe, facts: RunFacts, status: RunStatus) -> ReportRow:
     try:
-        result = load_result(paths) if status.state == "completed" else None
-        samples = load_json(paths.samples_path) if result is not None else None
+        result = facts.result if status.state == "completed" else None
+        samples = facts.samples if result is not None else None
     except (CorruptFileError, OSError):
         return ReportRow(recipe, position, "unreadable")
     if result is None:

@@ -21,9 +21,8 @@ from runner.errors import RunnerError
 from runner.launch.attempt import request_stop
 from runner.plan.decide import foresee_retry
 from runner.plan.select import Selected, select_recipes
+from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
-from runner.run.paths import RunPaths
-from runner.run.record import Attempt, load_progress, load_record
 
 _LOOK_SECONDS: Final = 0.25  # between two looks at a log that grows
 _MAX_LISTED: Final = 5
@@ -40,20 +39,21 @@ def run_logs(run: str, output_root: Path, number: int | None, *, follow: bool) -
             them running.
     """
     selected = find_run(select_recipes([run], output_root))
-    attempts = load_record(selected.paths).attempts
-    if not attempts:
+    facts = selected.read_facts()
+    if not facts.attempts:
         raise RunnerError(
             f"{selected.full_name} has no attempt yet",
             hint=f"runner launch {selected.source_path}  # starts it",
         )
-    if number is not None and number > len(attempts):
+    num_attempts = len(facts.attempts)
+    if number is not None and number > num_attempts:
         raise RunnerError(
-            f"{selected.full_name} has {len(attempts)} attempts, there is no attempt {number}"
+            f"{selected.full_name} has {num_attempts} attempts, there is no attempt {number}"
         )
-    number = number or len(attempts)
+    number = number or num_attempts
     if follow:
         try:
-            _follow(selected, number)
+            _follow(selected, facts, number)
         except KeyboardInterrupt:
             print(file=sys.stderr)
         return 0
@@ -92,29 +92,25 @@ def find_run(selected: list[Selected]) -> Selected:
     )
 
 
-def _follow(selected: Selected, number: int) -> None:
+def _follow(selected: Selected, facts: RunFacts, number: int) -> None:
     paths, is_told = selected.paths, False
     log = _Log(paths.attempt(number).log_path)
     while True:
         # In this order: what is printed last was written before the lease was let go or the next
         # attempt began.
-        is_running = is_leased(paths.lease_path)
-        attempts = load_record(paths).attempts
+        facts = read_facts(paths, facts.found)
         log.print_on()
-        if number < len(attempts):
+        if number < len(facts.attempts):
             number, is_told = number + 1, False
             log = _Log(paths.attempt(number).log_path)
             continue
-        if not is_running:
-            retry = foresee_retry(selected.recipe, attempts)
-            if retry is None or paths.result_path.exists():
-                _say(_describe_end(paths, attempts[-1]))
+        if not facts.is_leased:
+            retry = foresee_retry(selected.recipe, facts.attempts)
+            if retry is None or facts.has_result:
+                _say(_describe_end(facts))
                 return
             if not is_told:
-                _say(
-                    f"{_describe_end(paths, attempts[-1])}; {retry.why}, while its sweep lives;"
-                    " Ctrl-C leaves"
-                )
+                _say(f"{_describe_end(facts)}; {retry.why}, while its sweep lives; Ctrl-C leaves")
             is_told = True
         time.sleep(_LOOK_SECONDS)
 
@@ -139,8 +135,9 @@ class _Log:
             sys.stdout.buffer.flush()
 
 
-def _describe_end(paths: RunPaths, attempt: Attempt) -> str:
-    if paths.result_path.exists():
+def _describe_end(facts: RunFacts) -> str:
+    attempt = facts.attempts[-1]
+    if facts.has_result:
         return "the run is completed"
     if attempt.failure is None:
         return f"attempt {attempt.number} was killed together with its launcher"
@@ -157,42 +154,44 @@ def run_stop(arguments: argparse.Namespace) -> int:
     opening or closing.
     """
     selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
-    running = [one for one in selected if is_leased(one.paths.lease_path)]
-    asked = [one for one in running if _ask(one)]
-    num_idle = (
-        len(selected)
-        - len(running)
-        - sum(_hold_back(one) for one in selected if one not in running)
-    )
+    asked: list[bool] = []
+    idle: list[tuple[Selected, RunFacts]] = []
+    for one in selected:
+        facts = one.read_facts()
+        if facts.is_leased:
+            asked.append(_ask(one, facts))
+        else:
+            idle.append((one, facts))
+    # What changed is read again: its sweep may have taken a run up while the others were asked.
+    held_back = [_hold_back(one, read_facts(one.paths, facts.found)) for one, facts in idle]
+    num_idle = len(idle) - sum(held_back)
     if num_idle:
         what = "run is not running" if num_idle == 1 else "runs are not running"
         print(
-            f"{num_idle} {what}" if running else f"nothing to stop: {num_idle} {what}",
+            f"{num_idle} {what}" if asked else f"nothing to stop: {num_idle} {what}",
             file=sys.stderr,
         )
-    return 0 if len(asked) == len(running) else 1
+    return 0 if all(asked) else 1
 
 
-def _hold_back(one: Selected) -> bool:
+def _hold_back(one: Selected, facts: RunFacts) -> bool:
     """Whether the run waits for a retry, if its sweep still lives; that sweep will leave it alone
     now.
     """
-    attempts = load_record(one.paths).attempts
-    if foresee_retry(one.recipe, attempts) is None or one.paths.result_path.exists():
+    if foresee_retry(one.recipe, facts.attempts) is None or facts.has_result:
         return False
-    request_stop(one.paths, attempts[-1].number, "asked by `runner stop`")
+    request_stop(one.paths, facts.attempts[-1].number, "asked by `runner stop`")
     print(f"{one.full_name}  is not running; its sweep, if it lives, does not try it again")
     return True
 
 
-def _ask(one: Selected) -> bool:
-    attempts = load_record(one.paths).attempts
-    if not attempts or attempts[-1].ended_at_utc is not None:
+def _ask(one: Selected, facts: RunFacts) -> bool:
+    last = facts.last
+    if last is None or last.ended_at_utc is not None:
         print(f"{one.full_name}  is just ending or being started: ask again")
         return False
-    number = attempts[-1].number
-    progress = load_progress(one.paths.attempt(number).progress_path)
-    request_stop(one.paths, number, "asked by `runner stop`")
+    progress = facts.progress
+    request_stop(one.paths, last.number, "asked by `runner stop`")
     step = (
         ""
         if progress is None or progress.max_steps is None
@@ -200,7 +199,7 @@ def _ask(one: Selected) -> bool:
     )
     where = "starting" if progress is None else f"{progress.phase}{step}"
     print(
-        f"{one.full_name}  asked attempt {number} to checkpoint and leave ({where}, on"
-        f" {attempts[-1].host})"
+        f"{one.full_name}  asked attempt {last.number} to checkpoint and leave ({where}, on"
+        f" {last.host})"
     )
     return True

@@ -6,7 +6,7 @@ changed.
 
 Reads files only. A status is derived again when any name, size, time or inode in the run directory,
 its last attempt or its checkpoints changed, when the lease changed hands, or when a file that the
-recipe names did.
+recipe names did. Of the run's facts, those files are then read again that changed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from runner.plan.decide import Retry, foresee_retry
 from runner.plan.select import Selected, UnreadableRun
 from runner.plan.status import RunStatus, derive_status, find_hint
 from runner.recipe.identity import ContentHashes, list_content_paths
+from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
-from runner.run.record import Progress, load_progress, load_record
+from runner.run.record import Progress
 from runner.view.progress import ASCII, UNICODE, Glyphs, RunView
 from runner.view.screen import Line, Screen
 
@@ -98,30 +99,28 @@ class _RunReader:
     selected: Selected
     content_paths: Sequence[str]
     _seen: object = None
+    _facts: RunFacts | None = None
     _status: RunStatus | None = None
-    _progress: Progress | None = None
     _retry: Retry | None = None
     _losses: LossReader | None = None
 
     def read(self, contents: Mapping[str, str]) -> Reading:
         paths = self.selected.paths
         seen = (is_leased(paths.lease_path), self._look(), contents)
-        if self._status is None or seen != self._seen:
-            self._status = derive_status(paths, self.selected.recipe, contents)
+        if self._facts is None or self._status is None or seen != self._seen:
+            known = self.selected.known if self._facts is None else self._facts.found
+            self._facts = read_facts(paths, known)
+            self._status = derive_status(self._facts, self.selected.recipe, contents)
             # From before: what changed while it was derived is seen the next time.
             self._seen = seen
-            self._progress = self._retry = None
-            if self._status.state == "running":
-                self._progress = load_progress(
-                    paths.attempt(self._status.num_attempts).progress_path
-                )
-            elif self._status.failure is not None:
-                self._retry = foresee_retry(self.selected.recipe, load_record(paths).attempts)
+            self._retry = None
+            if self._status.failure is not None:
+                self._retry = foresee_retry(self.selected.recipe, self._facts.attempts)
         if self._status.state != "running":
             self._losses = None
             return Reading(self.selected, self._status, retry=self._retry)
         self._losses = self._losses or LossReader(paths.metrics_path)
-        return Reading(self.selected, self._status, self._progress, self._losses.read())
+        return Reading(self.selected, self._status, self._facts.progress, self._losses.read())
 
     def _look(self) -> tuple[FolderState, ...]:
         paths = self.selected.paths

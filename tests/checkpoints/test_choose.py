@@ -20,7 +20,8 @@ from runner.errors import DataError, RefusedError
 from runner.files import write_json_atomic
 from runner.launch.attempt import prepare_run, start_attempt
 from runner.launch.command import LaunchCommand
-from runner.plan.decide import Decision, decide
+from runner.plan.decide import Decision, Launch, decide
+from runner.plan.select import Selected
 from runner.plan.status import RunStatus, derive_status
 from runner.recipe.identity import (
     ContentHashes,
@@ -30,6 +31,7 @@ from runner.recipe.identity import (
     load_launch_settings,
 )
 from runner.recipe.parse import Recipe
+from runner.run.facts import read_facts
 from runner.run.lease import is_leased
 from runner.run.paths import RunPaths, marker_path
 from runner.run.record import Attempt, RunRecord, load_record, write_record
@@ -100,7 +102,7 @@ def interrupt(recipe: Recipe, paths: RunPaths, step: int = 4, **changed: Any) ->
     fingerprint.
     """
     contents = contents_of(recipe)
-    prepare_run(recipe, contents, paths)
+    prepare_run(recipe, contents, read_facts(paths))
     paths.checkpoints_dir.mkdir(exist_ok=True)
     fingerprint = build_resume_fingerprint(
         recipe, derive_digest(recipe, contents), recipe.launch.num_processes, threads="1"
@@ -121,7 +123,7 @@ def interrupt(recipe: Recipe, paths: RunPaths, step: int = 4, **changed: Any) ->
 
 
 def judge(paths: RunPaths, recipe: Recipe, **asked: Any) -> tuple[Decision, RunStatus]:
-    status = derive_status(paths, recipe, contents_of(recipe), **asked)
+    status = derive_status(read_facts(paths), recipe, contents_of(recipe), **asked)
     return decide(status), status
 
 
@@ -191,7 +193,7 @@ def test_other_content_of_a_file_is_refused_and_named(path: str, tmp_path: Path)
         for line in lines
     )
     with pytest.raises(RefusedError, match="content of"):
-        prepare_run(recipe, contents_of(recipe), paths)
+        prepare_run(recipe, contents_of(recipe), read_facts(paths))
 
 
 def test_how_processes_start_counts_by_what_the_files_say_and_not_by_their_names(
@@ -467,7 +469,9 @@ def test_a_start_is_refused_under_the_lease_too(fake: FakeLauncher) -> None:
         update={"tracking": recipe.tracking.model_copy(update={"tags": ("new",)})}
     )
     with pytest.raises(RefusedError, match="num_processes: 2 -> 1"):
-        start_attempt(changed, contents_of(recipe), paths, command, 1)
+        start_attempt(
+            Launch(Selected(changed, Path("a.yaml"), paths), contents_of(recipe), 1), command
+        )
     assert (
         len(load_record(paths).attempts) == 1
         and not is_leased(paths.lease_path)

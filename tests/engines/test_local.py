@@ -13,12 +13,14 @@ from runner.cli.main import main
 from runner.errors import RefusedError
 from runner.files import load_json, write_json_atomic
 from runner.launch.command import Placement
-from runner.launch.placement import Devices, Planned
+from runner.launch.placement import Devices
+from runner.plan.decide import Launch
 from runner.plan.select import select_recipes
 from runner.plan.status import derive_status
 from runner.processes import StopSignals
 from runner.recipe.identity import ContentHashes, known_contents
 from runner.recipe.parse import load_recipe
+from runner.run.facts import read_facts
 from runner.run.lease import is_leased
 from tests.support.fake_launcher import (
     PATIENCE_SECONDS,
@@ -35,7 +37,9 @@ def list_states(fake: FakeLauncher, *names: str) -> list[str]:
     recipes = [load_recipe(fake.root / "recipes" / "toy" / f"{name}.yaml") for name in names]
     hashes = ContentHashes(fake.root / "none.json")
     return [
-        derive_status(fake.paths(recipe.run.name), recipe, known_contents(recipe, hashes)).state
+        derive_status(
+            read_facts(fake.paths(recipe.run.name)), recipe, known_contents(recipe, hashes)
+        ).state
         for recipe in recipes
     ]
 
@@ -413,4 +417,4 @@ def test_refusals_of_devices_name_the_run(fake: FakeLauncher) -> None:
     fake.add("a")
     [selected] = select_recipes(["recipes/toy"], fake.root / "runs")
     with pytest.raises(RefusedError, match="toy/a wants 3 GPUs"):
-        Devices(1, ["0"]).check([Planned(selected, {}, 3)])
+        Devices(1, ["0"]).check([Launch(selected, {}, 3)])

@@ -27,10 +27,13 @@ from runner.launch.attempt import (
     take_lease,
 )
 from runner.launch.command import LaunchCommand, Placement, build_launch_command
+from runner.plan.decide import Launch
+from runner.plan.select import Selected
 from runner.plan.status import derive_status
 from runner.processes import OWNER_VARIABLE
 from runner.recipe.identity import ContentHashes, hash_contents
 from runner.recipe.parse import Recipe, load_recipe
+from runner.run.facts import read_facts
 from runner.run.lease import is_leased
 from runner.run.paths import RunPaths
 from runner.run.record import Failure, StopRequest, load_record, load_stop_request
@@ -61,12 +64,19 @@ def load_toy(fake: FakeLauncher, name: str = "a") -> tuple[Recipe, Mapping[str, 
     return recipe, hash_contents(recipe, ContentHashes(fake.root / "cache.json")), fake.paths(name)
 
 
+def load_launch(fake: FakeLauncher, name: str = "a") -> Launch:
+    recipe, contents, paths = load_toy(fake, name)
+    return Launch(Selected(recipe, Path("recipes", "toy", f"{name}.yaml"), paths), contents, 1)
+
+
 def start(
     fake: FakeLauncher, started: list[RunningAttempt], name: str = "a"
 ) -> RunningAttempt | None:
-    recipe, contents, paths = load_toy(fake, name)
-    command = build_launch_command(recipe, paths.run_dir, Placement(1), path=os.environ["PATH"])
-    attempt = start_attempt(recipe, contents, paths, command, 1)
+    launch = load_launch(fake, name)
+    command = build_launch_command(
+        launch.recipe, launch.paths.run_dir, Placement(1), path=os.environ["PATH"]
+    )
+    attempt = start_attempt(launch, command)
     started += [attempt] if attempt is not None else []
     return attempt
 
@@ -243,7 +253,7 @@ def test_a_result_of_another_digest_is_no_success(
     assert again is not None
     failure = again.finish()
     assert failure is not None and failure.kind == "lost"
-    status = derive_status(again.paths, *load_toy(fake)[:2])
+    status = derive_status(read_facts(again.paths), *load_toy(fake)[:2])
     assert status.state == "changed" and "the result is of another" in status.why
     with pytest.raises(RefusedError, match="the result is of another"):
         start(fake, started)
@@ -343,7 +353,7 @@ def test_a_launcher_that_cannot_be_started_is_recorded(fake: FakeLauncher) -> No
     recipe, contents, paths = load_toy(fake)
     command = LaunchCommand(("nowhere/accelerate", "launch"), {})
     with pytest.raises(RunnerError, match="nowhere/accelerate cannot be started"):
-        start_attempt(recipe, contents, paths, command, 1)
+        start_attempt(load_launch(fake), command)
     [attempt] = load_record(paths).attempts
     assert (
         attempt.ended_at_utc
@@ -351,7 +361,7 @@ def test_a_launcher_that_cannot_be_started_is_recorded(fake: FakeLauncher) -> No
         and "cannot be started" in attempt.failure.message
     )
     assert not is_leased(paths.lease_path)
-    assert derive_status(paths, recipe, contents).state == "failed"
+    assert derive_status(read_facts(paths), recipe, contents).state == "failed"
 
 
 def test_the_record_is_opened_before_anything_starts(fake: FakeLauncher) -> None:
@@ -362,19 +372,27 @@ def test_the_record_is_opened_before_anything_starts(fake: FakeLauncher) -> None
     recipe, contents, paths = load_toy(fake)
     lease = take_lease(paths)
     assert lease is not None
-    prepare_run(recipe, contents, paths)
-    attempt = open_attempt(paths, LaunchCommand(("accelerate",), {}), 1, (None, None))
+    prepare_run(recipe, contents, read_facts(paths))
+    attempt = open_attempt(
+        load_launch(fake), LaunchCommand(("accelerate",), {}), read_facts(paths), 1, (None, None)
+    )
     paths.attempt(attempt.number).log_path.touch()
     lease.close()
-    assert derive_status(paths, recipe, contents).state == "interrupted"
+    assert derive_status(read_facts(paths), recipe, contents).state == "interrupted"
 
 
 def test_close_attempt_ends_the_last_one_only(fake: FakeLauncher) -> None:
     fake.add("a")
     paths = fake.paths("a")
     for _ in range(2):
-        open_attempt(paths, LaunchCommand(("accelerate",), {}), 1, ("c0ffee", True))
-    close_attempt(paths, 5, None)
+        open_attempt(
+            load_launch(fake),
+            LaunchCommand(("accelerate",), {}),
+            read_facts(paths),
+            1,
+            ("c0ffee", True),
+        )
+    close_attempt(read_facts(paths), 5, None)
     first, second = load_record(paths).attempts
     assert (first.exit_status, second.exit_status) == (None, 5)
     assert (first.number, second.number, second.git_commit, second.git_is_dirty) == (
@@ -479,14 +497,14 @@ def test_prepare_writes_the_run_and_its_command_works_when_pasted(
     assert main(["launch", "recipes/toy/a.yaml", "--prepare"]) == 0
     [command] = capsys.readouterr().out.splitlines()
     recipe, contents, paths = load_toy(fake)
-    status = derive_status(paths, recipe, contents)
+    status = derive_status(read_facts(paths), recipe, contents)
     assert (status.state, status.why) == ("pending", "prepared, to be started by hand")
     assert fake.events() == []
     subprocess.run(
         ["bash", "-c", command], env=fake.environment, stdin=subprocess.DEVNULL, check=True
     )
     assert fake.started() == ["a"]
-    assert derive_status(paths, recipe, contents).state == "completed"
+    assert derive_status(read_facts(paths), recipe, contents).state == "completed"
 
 
 def test_what_was_prepared_can_be_swept_and_its_failure_by_hand_counts(fake: FakeLauncher) -> None:
@@ -495,7 +513,7 @@ def test_what_was_prepared_can_be_swept_and_its_failure_by_hand_counts(fake: Fak
         assert main(["launch", f"recipes/toy/{name}.yaml", "--prepare"]) == 0
     failure = Failure(kind="data", message="because")
     write_json_atomic(fake.paths("b").attempt(1).failure_path(), failure.model_dump())
-    assert derive_status(fake.paths("b"), *load_toy(fake, "b")[:2]).state == "failed"
+    assert derive_status(read_facts(fake.paths("b")), *load_toy(fake, "b")[:2]).state == "failed"
     assert main(["sweep", "recipes/toy"]) == 1
     assert fake.started() == ["a"] and len(fake.attempts("a")) == 2
 
@@ -515,12 +533,12 @@ def test_overrides_make_a_run_of_their_own(fake: FakeLauncher) -> None:
 def test_preparing_twice_changes_nothing_but_the_attempts(fake: FakeLauncher) -> None:
     fake.add("a")
     recipe, contents, paths = load_toy(fake)
-    prepare_run(recipe, contents, paths)
+    prepare_run(recipe, contents, read_facts(paths))
     before = paths.recipe_path.read_bytes()
-    prepare_run(recipe, contents, paths)
+    prepare_run(recipe, contents, read_facts(paths))
     assert paths.recipe_path.read_bytes() == before
     with pytest.raises(RefusedError, match=r"content of data\.jsonl"):
-        prepare_run(recipe, {**contents, "data.jsonl": "0" * 64}, paths)
+        prepare_run(recipe, {**contents, "data.jsonl": "0" * 64}, read_facts(paths))
 
 
 def test_placement_may_change_between_attempts(fake: FakeLauncher, tmp_path: Path) -> None:

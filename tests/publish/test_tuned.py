@@ -12,6 +12,7 @@ import pytest
 from runner.errors import DataError, RefusedError
 from runner.launch.attempt import prepare_run
 from runner.publish.tuned import TunedRun, open_tuned_run
+from runner.run.facts import read_facts
 from runner.run.paths import RunPaths
 from tests.conftest import Project
 
@@ -19,7 +20,7 @@ from tests.conftest import Project
 @pytest.fixture
 def pending(project: Project) -> RunPaths:
     paths = project.paths("base")
-    prepare_run(project.recipe(), {}, paths)
+    prepare_run(project.recipe(), {}, read_facts(paths))
     return paths
 
 

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from runner.plan.status import RunStatus, derive_status
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.recipe.schema import SquadV2Task, Sst2Task
 from runner.report.format import FORMATS, MAX_WIDTH, Format, format_report
-from runner.report.rows import axis_text, build_rows, compare_with_base
+from runner.report.rows import ReportRow, axis_text, build_rows, compare_with_base
 from runner.report.statistics import build_comparisons, paired_interval
+from runner.run.facts import read_facts
 from runner.run.lease import Lease
 from runner.run.paths import RunPaths
 from runner.run.record import (
@@ -126,7 +127,7 @@ def completed(
         write_json_atomic(
             paths.samples_path, {"splits": {"test": {"num_rows": 64, "ids_hash": rows_hash}}}
         )
-    return recipe, paths, derive_status(paths, recipe, {})
+    return recipe, paths, derive_status(read_facts(paths), recipe, {})
 
 
 def not_completed(
@@ -145,16 +146,22 @@ def not_completed(
     )
     paths = write_base(root, recipe, attempt)
     write_text_atomic(paths.attempt(number).log_path, f"started on host-{number}\n")
-    return recipe, paths, derive_status(paths, recipe, {})
+    return recipe, paths, derive_status(read_facts(paths), recipe, {})
 
 
 def pending(root: Path, recipe: Recipe) -> Run:
     paths = RunPaths(root / recipe.run.grid / recipe.run.name)
-    return recipe, paths, derive_status(paths, recipe, {})
+    return recipe, paths, derive_status(read_facts(paths), recipe, {})
+
+
+def rows_of(runs: Iterable[Run]) -> list[ReportRow]:
+    return build_rows(
+        (recipe, read_facts(paths, with_samples=True), status) for recipe, paths, status in runs
+    )
 
 
 def report(runs: Sequence[Run], format: Format = "md") -> str:
-    rows = build_rows(runs)
+    rows = rows_of(runs)
     return format_report(rows, build_comparisons(rows), format)
 
 
@@ -201,7 +208,7 @@ def demo_runs(tmp_path: Path) -> Iterator[list[Run]]:
     paths.result_path.unlink()
     with closing(Lease(paths.lease_path)) as lease:
         assert lease.try_acquire()
-        runs[-2] = (recipe, paths, derive_status(paths, recipe, {}))
+        runs[-2] = (recipe, paths, derive_status(read_facts(paths), recipe, {}))
         yield runs
 
 
@@ -259,7 +266,7 @@ def test_answers_are_compared_where_both_runs_have_them_and_larger_is_better(
 ) -> None:
     comparisons = {
         (item.axis, item.unit): item
-        for item in build_comparisons(build_rows(answering_runs))
+        for item in build_comparisons(rows_of(answering_runs))
         if item.is_of_answers
     }
     assert list(comparisons) == [
@@ -305,7 +312,7 @@ def test_a_result_counts_only_while_its_run_is_completed(tmp_path: Path) -> None
     recipe = make_recipe("a", {"lr": 1})
     _, paths, _ = completed(tmp_path, recipe, 2.0)
     changed = make_recipe("a", {"lr": 1}, "training.learning_rate=0.5")
-    [row] = build_rows([(changed, paths, derive_status(paths, changed, {}))])
+    [row] = rows_of([(changed, paths, derive_status(read_facts(paths), changed, {}))])
     assert (row.state, row.tuned.nll_per_completion_token, row.num_test_rows) == (
         "changed",
         None,
@@ -314,7 +321,7 @@ def test_a_result_counts_only_while_its_run_is_completed(tmp_path: Path) -> None
 
 
 def test_scores_are_sums_over_counts(tmp_path: Path) -> None:
-    [row] = build_rows([completed(tmp_path, make_recipe("a", {}), tuned=2.0, base=3.0)])
+    [row] = rows_of([completed(tmp_path, make_recipe("a", {}), tuned=2.0, base=3.0)])
     assert row.tuned.nll_per_completion_token == 2.0
     assert row.tuned.nll_per_token == 3.0
     # 2 nats x 1000 tokens / ln 2 nats per bit / 4000 bytes
@@ -332,7 +339,7 @@ def test_nothing_to_divide_by_is_blank(tmp_path: Path) -> None:
     assert [
         row["tuned_bits_per_byte"] for row in csv.DictReader(io.StringIO(report(runs, "csv")))
     ] == ["", ""]
-    [comparison] = build_comparisons(build_rows(runs))
+    [comparison] = build_comparisons(rows_of(runs))
     assert (comparison.num_pairs, comparison.mean_difference) == (0, None)
     assert comparison.unpaired == ("a1 has no test score, a2 has no test score",)
 
@@ -345,7 +352,7 @@ def test_a_score_that_is_no_number_is_blank(tmp_path: Path, format: Format) -> N
     run[1].result_path.write_text(content.replace(" 2000.0", " NaN"))
     text = report([run], format)
     assert "nan" not in text.lower()
-    assert build_rows([run])[0].tuned.nll_per_token == 3.0
+    assert rows_of([run])[0].tuned.nll_per_token == 3.0
 
 
 def test_a_change_that_rounds_to_zero_has_no_minus(tmp_path: Path) -> None:
@@ -373,7 +380,7 @@ def test_pairs_are_equal_in_every_other_axis(tmp_path: Path) -> None:
             runs.append(completed(tmp_path, recipe, nll))
     comparisons = {
         (item.axis, item.reference, item.compared): item
-        for item in build_comparisons(build_rows(runs))
+        for item in build_comparisons(rows_of(runs))
     }
     assert set(comparisons) == {
         ("samples", 60, 120),
@@ -394,7 +401,7 @@ def test_one_pair_has_a_difference_and_no_interval(tmp_path: Path) -> None:
         completed(tmp_path, make_recipe(loss, {"loss": loss}), 2.0 + (loss == "full"))
         for loss in ("full", "x")
     ]
-    [comparison] = build_comparisons(build_rows(runs))
+    [comparison] = build_comparisons(rows_of(runs))
     assert (comparison.num_pairs, comparison.mean_difference, comparison.interval) == (
         1,
         -1.0,
@@ -418,7 +425,7 @@ def test_no_cell_is_dropped_silently(tmp_path: Path) -> None:
         completed(tmp_path, recipe("c4", 4, "completion"), 1.0),
         completed(tmp_path, recipe("c4_again", 4, "completion"), 0.5),
     ]
-    loss = build_comparisons(build_rows(runs))[-1]
+    loss = build_comparisons(rows_of(runs))[-1]
     assert loss.num_pairs == 1
     assert loss.unpaired == (
         "c2 is interrupted",
@@ -434,7 +441,7 @@ def test_runs_of_two_grids_are_never_a_pair(tmp_path: Path) -> None:
         completed(tmp_path, make_recipe("a", {"loss": "full"}, grid="one"), 2.0),
         completed(tmp_path, make_recipe("b", {"loss": "completion"}, grid="two"), 1.0),
     ]
-    [comparison] = build_comparisons(build_rows(runs))
+    [comparison] = build_comparisons(rows_of(runs))
     assert (comparison.num_pairs, len(comparison.unpaired)) == (0, 2)
     assert table_lines(report(runs))[0].split()[:5] == ["|", "run", "|", "grid", "|"]
 
@@ -446,7 +453,7 @@ def test_across_base_models_the_unit_is_bits_per_byte(tmp_path: Path) -> None:
     llama = completed(
         tmp_path, make_recipe("l", {"model": "l"}, "model.path=m/l"), 1.0, num_bytes=1000
     )
-    [comparison] = build_comparisons(build_rows([gemma, llama]))
+    [comparison] = build_comparisons(rows_of([gemma, llama]))
     assert comparison.unit == "bits per byte"
     # per token llama looks better (1 < 2), per byte it is worse: 1 nat/byte against 0.5
     assert comparison.mean_difference == pytest.approx(0.5 / math.log(2))
@@ -455,7 +462,7 @@ def test_across_base_models_the_unit_is_bits_per_byte(tmp_path: Path) -> None:
 
 def test_many_values_are_compared_with_the_first_only(tmp_path: Path) -> None:
     runs = [completed(tmp_path, make_recipe(f"s{seed}", {"seed": seed}), 2.0) for seed in range(5)]
-    comparisons = build_comparisons(build_rows(runs))
+    comparisons = build_comparisons(rows_of(runs))
     assert [(item.reference, item.compared) for item in comparisons] == [
         (0, 1),
         (0, 2),
@@ -463,7 +470,7 @@ def test_many_values_are_compared_with_the_first_only(tmp_path: Path) -> None:
         (0, 4),
     ]
     assert "`seed` has 5 values: each is compared with the first, 0, only." in report(runs)
-    assert len(build_comparisons(build_rows(runs[:4]))) == 6
+    assert len(build_comparisons(rows_of(runs[:4]))) == 6
     assert "compared with the first" not in report(runs[:4])
 
 
@@ -518,7 +525,7 @@ def test_each_run_is_compared_with_its_base(tmp_path: Path) -> None:
         completed(tmp_path, make_recipe("worse", {"x": 3}), tuned=3.1, base=3.0),
         pending(tmp_path, make_recipe("later", {"x": 4})),
     ]
-    base = compare_with_base(build_rows(runs))
+    base = compare_with_base(rows_of(runs))
     assert (base.num_completed, base.num_better, base.not_better) == (3, 1, ("same", "worse"))
     assert "1 of 3 completed runs beat their base on test NLL; not: same, worse." in report(runs)
 
@@ -529,7 +536,7 @@ def test_rows_are_sorted_by_axes(tmp_path: Path) -> None:
         pending(tmp_path, make_recipe(f"{loss}{n}", {"loss": loss, "n": n})) for loss, n in cells
     ]
     names = ["full60", "full180", "full1000", "completion60", "completion1000"]
-    assert [row.name for row in build_rows(runs)] == names
+    assert [row.name for row in rows_of(runs)] == names
 
 
 def test_axis_values_keep_their_types_apart(tmp_path: Path) -> None:
@@ -537,7 +544,7 @@ def test_axis_values_keep_their_types_apart(tmp_path: Path) -> None:
     runs = [pending(tmp_path, make_recipe(f"r{i}", {"x": value})) for i, value in enumerate(values)]
     compared = [
         (axis_text(item.reference), axis_text(item.compared))
-        for item in build_comparisons(build_rows(runs))
+        for item in build_comparisons(rows_of(runs))
     ]
     # 1 and 1.0 are one value
     assert compared == [("1", "1"), ("1", "true"), ("1", "null"), ("1", '""')]
@@ -558,7 +565,7 @@ def test_table_survives_hostile_and_wide_values(tmp_path: Path) -> None:
         completed(tmp_path, make_recipe(f"r{i}", {"tag|s": value}), 2.0)
         for i, value in enumerate(values)
     ]
-    rows = build_rows(runs)
+    rows = rows_of(runs)
     lines = table_lines(format_report(rows, [], "md"))
     assert len(lines) == len(values) + 2
     assert len({cell_len(line) for line in lines}) == 1

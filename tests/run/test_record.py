@@ -15,6 +15,7 @@ from runner.launch.attempt import prepare_run
 from runner.plan.decide import decide
 from runner.plan.status import RunStatus, derive_status, find_differences
 from runner.recipe.parse import Recipe, parse_recipe
+from runner.run.facts import read_facts
 from runner.run.lease import Lease
 from runner.run.paths import AttemptPaths, RunPaths
 from runner.run.record import (
@@ -47,7 +48,7 @@ class Run:
         recipe = (
             parse_recipe(TEXT, where="r.yaml", overrides=overrides) if overrides else self.recipe
         )
-        return derive_status(self.paths, recipe, contents)
+        return derive_status(read_facts(self.paths), recipe, contents)
 
     def attempt(self, **fields: Any) -> Attempt:
         earlier = load_record(self.paths).attempts
@@ -99,14 +100,14 @@ def empty(tmp_path: Path) -> Run:
 @pytest.fixture
 def run(empty: Run) -> Run:
     """With its recipe, and nothing else."""
-    prepare_run(empty.recipe, CONTENTS, empty.paths)
+    prepare_run(empty.recipe, CONTENTS, read_facts(empty.paths))
     return empty
 
 
 def test_pending(empty: Run) -> None:
     assert empty.status() == RunStatus(state="pending", why="never started")
     assert not empty.paths.run_dir.exists(), "asking makes nothing"
-    prepare_run(empty.recipe, CONTENTS, empty.paths)
+    prepare_run(empty.recipe, CONTENTS, read_facts(empty.paths))
     assert empty.status().state == "pending"
 
 
@@ -285,7 +286,7 @@ def test_absent_files_are_nothing_and_damaged_ones_are_errors(empty: Run, tmp_pa
     assert load_record(empty.paths) == RunRecord()
     assert load_result(empty.paths) is None and load_stored_recipe(empty.paths) is None
     assert load_failure(AttemptPaths(tmp_path)) is None and load_progress(path) is None
-    assert find_differences(empty.paths, empty.recipe, CONTENTS) == []
+    assert find_differences(read_facts(empty.paths), empty.recipe, CONTENTS) == []
     damaged: list[Any] = [None, [], {}, {"kind": "tired", "message": "x"}, 3]
     for content in damaged:
         write_json_atomic(tmp_path / "failure.json", content)
@@ -297,4 +298,4 @@ def test_absent_files_are_nothing_and_damaged_ones_are_errors(empty: Run, tmp_pa
 def test_a_stored_recipe_comes_back_whole(run: Run) -> None:
     stored = load_stored_recipe(run.paths)
     assert stored is not None and stored.recipe == run.recipe and stored.contents == CONTENTS
-    assert find_differences(run.paths, run.recipe, CONTENTS) == []
+    assert find_differences(read_facts(run.paths), run.recipe, CONTENTS) == []

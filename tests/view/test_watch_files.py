@@ -29,7 +29,8 @@ def select(fake: FakeLauncher) -> list[Selected]:
 def derive(selected: list[Selected]) -> list[RunStatus]:
     hashes = ContentHashes(content_cache_path(Path("runs")))
     return [
-        derive_status(one.paths, one.recipe, known_contents(one.recipe, hashes)) for one in selected
+        derive_status(one.read_facts(), one.recipe, known_contents(one.recipe, hashes))
+        for one in selected
     ]
 
 

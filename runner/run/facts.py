@@ -1,0 +1,235 @@
+"""Everything that a run directory says, read once: what `status`, `why`, `watch`, `report`, `stop`
+and `logs` answer from, and what a launch decides by under the lease.
+
+The lease is looked at first: a run without a holder does not change while it is read, so what is
+read after "nobody holds it" is final. What the facts mean is in `plan`; checkpoints are in
+`checkpoints`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from runner.errors import CorruptFileError
+from runner.files import load_json, load_jsonl
+from runner.run.lease import Lease, has_ranks, is_leased
+from runner.run.paths import RunPaths
+from runner.run.record import (
+    Attempt,
+    Failure,
+    Progress,
+    RunRecord,
+    StopRequest,
+    StoredRecipe,
+    TrainResult,
+    load_failure,
+    load_progress,
+    load_record,
+    load_result,
+    load_stop_request,
+    load_stored_recipe,
+    now_utc,
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found at one path: its content, or why that cannot be read."""
+
+    content: Any = None
+    error: CorruptFileError | OSError | None = None
+    # Of the file just before it was read: size, modification time, inode; None: there was none.
+    state: tuple[int, int, int] | None = None
+
+    def get(self) -> Any:
+        """The content.
+
+        Raises:
+            CorruptFileError, OSError: it could not be read.
+        """
+        if self.error is not None:
+            raise self.error.with_traceback(None)  # else each raise would make it longer
+        return self.content
+
+
+NOTHING_KNOWN: Final[Mapping[Path, Found]] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What one run directory said.
+
+    A property whose file cannot be read raises what the reading raised (CorruptFileError or
+    OSError), so that nobody takes what is unreadable for absent.
+    """
+
+    paths: RunPaths
+    read_at_utc: str
+    found: Mapping[Path, Found]  # by file; of the lease, whether it is held
+
+    @property
+    def is_leased(self) -> bool:
+        """Whether a live process holds the lease; False also where it is the reader's own."""
+        return bool(self._get(self.paths.lease_path))
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process holds the lease, or a rank on any machine is alive."""
+        return self.is_leased or bool(self._get(self.paths.ranks_lock_path))
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """The attempts so far."""
+        record: RunRecord = self._get(self.paths.record_path)
+        return record.attempts
+
+    @property
+    def last(self) -> Attempt | None:
+        """The last attempt."""
+        return self.attempts[-1] if self.attempts else None
+
+    @property
+    def stored(self) -> StoredRecipe | None:
+        """The recipe that the directory was made for."""
+        stored: StoredRecipe | None = self._get(self.paths.recipe_path)
+        return stored
+
+    @property
+    def result(self) -> TrainResult | None:
+        """The result of a run that is complete."""
+        result: TrainResult | None = self._get(self.paths.result_path)
+        return result
+
+    @property
+    def has_result(self) -> bool:
+        """Whether there is a result, readable or not."""
+        found = self.found[self.paths.result_path]
+        return found.content is not None or found.error is not None
+
+    @property
+    def stop_request(self) -> StopRequest | None:
+        """What somebody asked an attempt for; None also where that cannot be read."""
+        request: StopRequest | None = self._get(self.paths.stop_path)
+        return request
+
+    @property
+    def progress(self) -> Progress | None:
+        """Where the last attempt is; None before its first step."""
+        if self.last is None:
+            return None
+        progress: Progress | None = self._get(self.paths.attempt(self.last.number).progress_path)
+        return progress
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why the last attempt failed: as its launcher recorded it, else as its trainer did."""
+        if self.last is None:
+            return None
+        if self.last.failure is not None:
+            return self.last.failure
+        failure: Failure | None = self._get(self.paths.attempt(self.last.number).failure_path())
+        return failure
+
+    @property
+    def has_log(self) -> bool:
+        """Whether the last attempt has a log: one that was only prepared has none."""
+        return self.last is not None and bool(
+            self._get(self.paths.attempt(self.last.number).log_path)
+        )
+
+    @property
+    def quarantined(self) -> tuple[str, ...]:
+        """Names of the checkpoints that were moved aside."""
+        return tuple(sorted(self._get(self.paths.quarantine_dir)))
+
+    @property
+    def pending_uploads(self) -> tuple[str, ...]:
+        """Names of the archives that have not reached remote storage, by step."""
+        names: list[str] = self._get(self.paths.uploads_dir)
+        return tuple(sorted(names, key=lambda name: (len(name), name)))
+
+    @property
+    def upload_failure(self) -> str | None:
+        """First line of the newest failure to upload, while any archive is pending."""
+        if self.last is None or not self.pending_uploads:
+            return None
+        rows: list[dict[str, Any]] = self._get(self.paths.attempt(self.last.number).uploads_path)
+        failed = [row for row in rows if row.get("outcome") != "uploaded" and "message" in row]
+        return str(failed[-1]["message"]).partition("\n")[0] if failed else None
+
+    @property
+    def samples(self) -> Any:
+        """`samples.json`, where it was read `with_samples`."""
+        return self._get(self.paths.samples_path)
+
+    def _get(self, path: Path) -> Any:
+        return self.found[path].get()
+
+
+def read_facts(
+    paths: RunPaths,
+    known: Mapping[Path, Found] = NOTHING_KNOWN,
+    *,
+    lease: Lease | None = None,
+    with_samples: bool = False,
+) -> RunFacts:
+    """The facts of a run; every file is opened at most once, and raises only when it is asked for.
+
+    A file in `known` whose size, time and inode are the same is not opened. `lease` is that of the
+    run where the caller holds it: then nobody else does. `samples.json` is as long as the data is,
+    and read only `with_samples`.
+    """
+    # First, see above. The second is not tried where the first is held: see `RunFacts.is_running`.
+    is_held = _find(lambda: lease is None and is_leased(paths.lease_path))
+    is_asked = lease is None and not is_held.content
+    found = {
+        paths.lease_path: is_held,
+        paths.ranks_lock_path: _find(lambda: is_asked and has_ranks(paths)),
+        paths.record_path: _read(paths.record_path, known, lambda _: load_record(paths)),
+        paths.recipe_path: read_stored_recipe(paths, known),
+        paths.result_path: _read(paths.result_path, known, lambda _: load_result(paths)),
+        paths.stop_path: _read(paths.stop_path, known, lambda _: load_stop_request(paths)),
+        paths.uploads_dir: _find(lambda: [path.name for path in paths.uploads_dir.glob("*.zip")]),
+        paths.quarantine_dir: _find(lambda: [path.name for path in paths.quarantine_dir.glob("*")]),
+    }
+    record: RunRecord | None = found[paths.record_path].content
+    if record is not None and record.attempts:
+        files = paths.attempt(record.attempts[-1].number)
+        found[files.progress_path] = _read(files.progress_path, known, load_progress)
+        found[files.log_path] = _find(files.log_path.exists)
+        if record.attempts[-1].failure is None:
+            found[files.failure_path()] = _find(lambda: load_failure(files))
+        if found[paths.uploads_dir].content:
+            found[files.uploads_path] = _read(files.uploads_path, known, load_jsonl)
+    if with_samples:
+        found[paths.samples_path] = _read(paths.samples_path, known, load_json)
+    return RunFacts(paths, now_utc(), found)
+
+
+def read_stored_recipe(paths: RunPaths, known: Mapping[Path, Found] = NOTHING_KNOWN) -> Found:
+    """`recipe.json`, as `read_facts` keeps it."""
+    return _read(paths.recipe_path, known, lambda _: load_stored_recipe(paths))
+
+
+def _read(path: Path, known: Mapping[Path, Found], load: Callable[[Path], Any]) -> Found:
+    """What a file holds, from `known` where it is the same file; None where there is none."""
+    try:
+        stat = os.stat(path)
+    except OSError:  # absent, or not to be looked at: loading tells which
+        return _find(lambda: load(path))
+    state = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    if path in known and known[path].state == state:
+        return known[path]
+    return _find(lambda: load(path), state)
+
+
+def _find(load: Callable[[], Any], state: tuple[int, int, int] | None = None) -> Found:
+    try:
+        return Found(load(), state=state)
+    except (CorruptFileError, OSError) as error:
+        return Found(error=error, state=state)
