@@ -12,7 +12,7 @@ from pathlib import Path
 
 from runner.errors import CorruptFileError, RecipeError, RefusedError, RunnerError
 from runner.recipe.parse import Recipe, load_recipe
-from runner.run.facts import Found, RunFacts, read_facts, read_stored_recipe
+from runner.run.facts import Found, Part, RunFacts, read_facts, read_stored_recipe
 from runner.run.paths import RunPaths
 from runner.run.record import StoredRecipe
 
@@ -25,7 +25,7 @@ class Selected:
     source_path: Path
     paths: RunPaths
     # What was read of the run directory to select it.
-    known: Mapping[Path, Found] = field(default_factory=dict, compare=False, repr=False)
+    known: Mapping[Part, Found] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def full_name(self) -> str:
@@ -168,7 +168,7 @@ def _load_selected(path: Path, output_root: Path) -> Selected:
         stored: StoredRecipe | None = found.get()
         if stored is None:
             raise RefusedError(f"{path} is no longer a run directory: its recipe.json is gone")
-        return Selected(stored.recipe, path, paths, {paths.recipe_path: found})
+        return Selected(stored.recipe, path, paths, {"recipe": found})
     recipe = load_recipe(path)
     return Selected(recipe, path, run_paths(recipe, output_root))
 

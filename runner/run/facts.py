@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from runner.errors import CorruptFileError
 from runner.files import load_json, load_jsonl
@@ -57,7 +57,10 @@ class Found:
         return self.content
 
 
-NOTHING_KNOWN: Final[Mapping[Path, Found]] = MappingProxyType({})
+RunPart = Literal["lease", "ranks", "record", "recipe", "result", "stop", "uploads", "quarantine"]
+LastAttemptPart = Literal["log", "progress", "failure", "upload_rows"]
+Part = RunPart | LastAttemptPart | Literal["samples"]
+NOTHING_KNOWN: Final[Mapping[Part, Found]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -70,22 +73,22 @@ class RunFacts:
 
     paths: RunPaths
     read_at_utc: str
-    found: Mapping[Path, Found]  # by file; of the lease, whether it is held
+    found: Mapping[Part, Found]
 
     @property
     def is_leased(self) -> bool:
         """Whether a live process holds the lease; False also where it is the reader's own."""
-        return bool(self._get(self.paths.lease_path))
+        return bool(self._get("lease"))
 
     @property
     def is_running(self) -> bool:
         """Whether a process holds the lease, or a rank on any machine is alive."""
-        return self.is_leased or bool(self._get(self.paths.ranks_lock_path))
+        return self.is_leased or bool(self._get("ranks"))
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
         """The attempts so far."""
-        record: RunRecord = self._get(self.paths.record_path)
+        record: RunRecord = self._get("record")
         return record.attempts
 
     @property
@@ -96,25 +99,25 @@ class RunFacts:
     @property
     def stored(self) -> StoredRecipe | None:
         """The recipe that the directory was made for."""
-        stored: StoredRecipe | None = self._get(self.paths.recipe_path)
+        stored: StoredRecipe | None = self._get("recipe")
         return stored
 
     @property
     def result(self) -> TrainResult | None:
         """The result of a run that is complete."""
-        result: TrainResult | None = self._get(self.paths.result_path)
+        result: TrainResult | None = self._get("result")
         return result
 
     @property
     def has_result(self) -> bool:
         """Whether there is a result, readable or not."""
-        found = self.found[self.paths.result_path]
+        found = self.found["result"]
         return found.content is not None or found.error is not None
 
     @property
     def stop_request(self) -> StopRequest | None:
         """What somebody asked an attempt for; None also where that cannot be read."""
-        request: StopRequest | None = self._get(self.paths.stop_path)
+        request: StopRequest | None = self._get("stop")
         return request
 
     @property
@@ -122,7 +125,7 @@ class RunFacts:
         """Where the last attempt is; None before its first step."""
         if self.last is None:
             return None
-        progress: Progress | None = self._get(self.paths.attempt(self.last.number).progress_path)
+        progress: Progress | None = self._get("progress")
         return progress
 
     @property
@@ -132,25 +135,23 @@ class RunFacts:
             return None
         if self.last.failure is not None:
             return self.last.failure
-        failure: Failure | None = self._get(self.paths.attempt(self.last.number).failure_path())
+        failure: Failure | None = self._get("failure")
         return failure
 
     @property
     def has_log(self) -> bool:
         """Whether the last attempt has a log: one that was only prepared has none."""
-        return self.last is not None and bool(
-            self._get(self.paths.attempt(self.last.number).log_path)
-        )
+        return self.last is not None and bool(self._get("log"))
 
     @property
     def quarantined(self) -> tuple[str, ...]:
         """Names of the checkpoints that were moved aside."""
-        return tuple(sorted(self._get(self.paths.quarantine_dir)))
+        return tuple(sorted(self._get("quarantine")))
 
     @property
     def pending_uploads(self) -> tuple[str, ...]:
         """Names of the archives that have not reached remote storage, by step."""
-        names: list[str] = self._get(self.paths.uploads_dir)
+        names: list[str] = self._get("uploads")
         return tuple(sorted(names, key=lambda name: (len(name), name)))
 
     @property
@@ -158,22 +159,22 @@ class RunFacts:
         """First line of the newest failure to upload, while any archive is pending."""
         if self.last is None or not self.pending_uploads:
             return None
-        rows: list[dict[str, Any]] = self._get(self.paths.attempt(self.last.number).uploads_path)
+        rows: list[dict[str, Any]] = self._get("upload_rows")
         failed = [row for row in rows if row.get("outcome") != "uploaded" and "message" in row]
         return str(failed[-1]["message"]).partition("\n")[0] if failed else None
 
     @property
     def samples(self) -> Any:
         """`samples.json`, where it was read `with_samples`."""
-        return self._get(self.paths.samples_path)
+        return self._get("samples")
 
-    def _get(self, path: Path) -> Any:
-        return self.found[path].get()
+    def _get(self, part: Part) -> Any:
+        return self.found[part].get()
 
 
 def read_facts(
     paths: RunPaths,
-    known: Mapping[Path, Found] = NOTHING_KNOWN,
+    known: Mapping[Part, Found] = NOTHING_KNOWN,
     *,
     lease: Lease | None = None,
     with_samples: bool = False,
@@ -184,48 +185,56 @@ def read_facts(
     run where the caller holds it: then nobody else does. `samples.json` is as long as the data is,
     and read only `with_samples`.
     """
-    # First, see above. The second is not tried where the first is held: see `RunFacts.is_running`.
+
+    def read(part: Part, path: Path, load: Callable[[], Any]) -> Found:
+        return _read(path, load, known.get(part))
+
+    # First, see above. A held lease says enough: then the lock of the ranks is left alone.
     is_held = _find(lambda: lease is None and is_leased(paths.lease_path))
     is_asked = lease is None and not is_held.content
-    found = {
-        paths.lease_path: is_held,
-        paths.ranks_lock_path: _find(lambda: is_asked and has_ranks(paths)),
-        paths.record_path: _read(paths.record_path, known, lambda _: load_record(paths)),
-        paths.recipe_path: read_stored_recipe(paths, known),
-        paths.result_path: _read(paths.result_path, known, lambda _: load_result(paths)),
-        paths.stop_path: _read(paths.stop_path, known, lambda _: load_stop_request(paths)),
-        paths.uploads_dir: _find(lambda: [path.name for path in paths.uploads_dir.glob("*.zip")]),
-        paths.quarantine_dir: _find(lambda: [path.name for path in paths.quarantine_dir.glob("*")]),
+    found: dict[Part, Found] = {
+        "lease": is_held,
+        "ranks": _find(lambda: is_asked and has_ranks(paths)),
+        "record": read("record", paths.record_path, lambda: load_record(paths)),
+        "recipe": read_stored_recipe(paths, known.get("recipe")),
+        "result": read("result", paths.result_path, lambda: load_result(paths)),
+        "stop": read("stop", paths.stop_path, lambda: load_stop_request(paths)),
+        "uploads": _find(lambda: [path.name for path in paths.uploads_dir.glob("*.zip")]),
+        "quarantine": _find(lambda: [path.name for path in paths.quarantine_dir.glob("*")]),
     }
-    record: RunRecord | None = found[paths.record_path].content
+    record: RunRecord | None = found["record"].content
     if record is not None and record.attempts:
-        files = paths.attempt(record.attempts[-1].number)
-        found[files.progress_path] = _read(files.progress_path, known, load_progress)
-        found[files.log_path] = _find(files.log_path.exists)
-        if record.attempts[-1].failure is None:
-            found[files.failure_path()] = _find(lambda: load_failure(files))
-        if found[paths.uploads_dir].content:
-            found[files.uploads_path] = _read(files.uploads_path, known, load_jsonl)
+        files, last = paths.attempt(record.attempts[-1].number), record.attempts[-1]
+        found["log"] = _find(files.log_path.exists)
+        path = files.progress_path
+        found["progress"] = read("progress", path, lambda: load_progress(path))
+        if last.failure is None:
+            found["failure"] = _find(lambda: load_failure(files))
+        if found["uploads"].content:
+            rows_path = files.uploads_path
+            found["upload_rows"] = read("upload_rows", rows_path, lambda: load_jsonl(rows_path))
     if with_samples:
-        found[paths.samples_path] = _read(paths.samples_path, known, load_json)
+        found["samples"] = read(
+            "samples", paths.samples_path, lambda: load_json(paths.samples_path)
+        )
     return RunFacts(paths, now_utc(), found)
 
 
-def read_stored_recipe(paths: RunPaths, known: Mapping[Path, Found] = NOTHING_KNOWN) -> Found:
+def read_stored_recipe(paths: RunPaths, known: Found | None = None) -> Found:
     """`recipe.json`, as `read_facts` keeps it."""
-    return _read(paths.recipe_path, known, lambda _: load_stored_recipe(paths))
+    return _read(paths.recipe_path, lambda: load_stored_recipe(paths), known)
 
 
-def _read(path: Path, known: Mapping[Path, Found], load: Callable[[Path], Any]) -> Found:
-    """What a file holds, from `known` where it is the same file; None where there is none."""
+def _read(path: Path, load: Callable[[], Any], known: Found | None) -> Found:
+    """What a file holds, as `known` where it is the same file as then."""
     try:
         stat = os.stat(path)
     except OSError:  # absent, or not to be looked at: loading tells which
-        return _find(lambda: load(path))
+        return _find(load)
     state = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    if path in known and known[path].state == state:
-        return known[path]
-    return _find(lambda: load(path), state)
+    if known is not None and known.error is None and known.state == state:
+        return known
+    return _find(load, state)
 
 
 def _find(load: Callable[[], Any], state: tuple[int, int, int] | None = None) -> Found:
