@@ -30,6 +30,7 @@ from runner.model.size import ActivationCurve, ModelSize, TrainedTensor
 from runner.recipe.parse import Recipe
 from runner.recipe.schedule import Schedule, derive_schedule
 from runner.run.paths import RunPaths
+from runner.text import format_mib
 
 GIB: Final = 2**30
 _CUDA_BYTES: Final = 800 * 2**20  # context, cuBLAS workspaces
@@ -276,5 +277,5 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
     """Raises: OSError (ENOSPC) where fewer bytes are free."""
     free = free_bytes(folder)
     if free < num_bytes:
-        words = f"{what} would take {num_bytes / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free"
+        words = f"{what} would take {format_mib(num_bytes)}, {format_mib(free)} are free"
         raise OSError(errno.ENOSPC, words, str(folder))

@@ -40,6 +40,7 @@ from runner.recipe.parse import Recipe
 from runner.recipe.schedule import Schedule, derive_schedule, find_doubts
 from runner.recipe.schema import DataSection, ModelSection
 from runner.recipe.trackers import require_trackers
+from runner.text import align
 
 Value = TypeVar("Value")
 # What does not decide which rows are drawn, and in what order: smaller training sets are prefixes
@@ -442,14 +443,8 @@ def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
         "completion",
         "from",
     ]
-    table = [header, *lines.values()]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    for row in table:
-        cells = [
-            cell.ljust(width) if column in (0, len(header) - 1) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield f"  {'  '.join(cells)}".rstrip()
+    for line in align([header, *lines.values()], left=[0, len(header) - 1]):
+        yield f"  {line}"
 
 
 def _source_of(run: CheckedRun, split: str) -> tuple[str, str]:

@@ -14,23 +14,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from runner.plan.select import label_value
+from runner.text import clean, cut, cut_middle, format_seconds, measure, pad
 from runner.view.progress import (
     UNICODE,
     Glyphs,
     RunView,
     Speeds,
-    clean,
     count_states,
-    cut,
-    cut_middle,
     describe_time_left,
     draw_bar,
     draw_curve,
     estimate_time_left,
-    format_seconds,
     is_left,
-    measure,
-    pad,
     rank_urgency,
 )
 
