@@ -1,4 +1,5 @@
-"""Text as terminals and Markdown show it: widths, cutting, table cells, sizes and seconds.
+"""Text as terminals and Markdown show it: widths, cutting, table cells, sizes and seconds; numbers
+as a command line takes them.
 
 Pure. Which control characters may be shown at all is decided in `errors`.
 """
@@ -141,3 +142,12 @@ def format_bytes(num_bytes: int) -> str:
     ('3.00 GiB', '4.8 MiB')
     """
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def positive(text: str) -> int:
+    """A whole number above zero, as argparse's `type`."""
+    if not text.isdecimal() or int(text) < 1:
+        from argparse import ArgumentTypeError  # here: most of what needs this file has no options
+
+        raise ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)

@@ -17,14 +17,18 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from pathlib import Path
+from typing import Final, TextIO
+
+import yaml
 
 from runner.errors import RefusedError, RunnerError
 from runner.launch.command import MACHINE_RANK, Machines, Placement
-from runner.plan.select import Selected
+from runner.plan.select import QueuedRun, Selected
 from runner.processes import die_with_parent
+from runner.recipe.parse import Recipe
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,38 @@ class Planned:
     def name(self) -> str:
         """Grid and run name."""
         return f"{self.selected.recipe.run.grid}/{self.selected.recipe.run.name}"
+
+
+# Returns what to launch. An engine calls it once, with the runs that it has queued already and the
+# stream on which to print what is decided about each run.
+PlanRuns = Callable[[Mapping[str, QueuedRun], TextIO], list[Planned]]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one run needs of each of its machines."""
+
+    num_machines: int
+    num_gpus: int
+    num_cores: int | None  # None leaves it to the cluster
+
+
+def derive_resources(recipe: Recipe) -> Resources:
+    """One GPU per process, none where the launch config asks for the CPU; cores where the recipe
+    states threads.
+    """
+    launch = recipe.launch
+    try:
+        config = yaml.safe_load(Path(launch.accelerate_config).read_text())
+    except FileNotFoundError:
+        raise RunnerError(
+            f"{recipe.run.grid}/{recipe.run.name}: there is no {launch.accelerate_config}"
+        ) from None
+    num_processes = launch.num_processes // launch.num_machines
+    uses_cpu = isinstance(config, dict) and config.get("use_cpu") is True
+    threads = launch.num_cpu_threads_per_process
+    num_cores = threads * num_processes if threads is not None else None
+    return Resources(launch.num_machines, 0 if uses_cpu else num_processes, num_cores)
 
 
 def name_cluster_job(environment: Mapping[str, str]) -> str | None:

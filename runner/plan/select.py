@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import CorruptFileError, RecipeError, RefusedError, RunnerError
+from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe, load_recipe
 from runner.run.paths import RunPaths
 from runner.run.record import load_stored_recipe
@@ -28,6 +29,20 @@ class Selected:
     def full_name(self) -> str:
         """`<grid>/<run name>`."""
         return f"{self.recipe.run.grid}/{self.recipe.run.name}"
+
+
+@dataclass(frozen=True)
+class QueuedRun:
+    """A run that a cluster has a task for."""
+
+    task: str  # such as `17_3`
+    state: str  # as squeue says it, with its reason where there is one
+    recipe_path: Path  # as it was submitted
+
+    def find_differences(self, selected: Selected) -> list[str]:
+        """What makes the recipe another experiment than the one that was submitted."""
+        submitted = load_recipe(self.recipe_path)
+        return diff_payloads(build_digest_payload(submitted), build_digest_payload(selected.recipe))
 
 
 @dataclass(frozen=True)

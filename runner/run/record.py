@@ -224,6 +224,16 @@ class Progress(Fact):
     seconds_per_step: float | None = None
 
 
+class SubmissionRecord(Fact):
+    """`submission.json`: which run is which task of an array. Without a job, the submission may
+    have been killed.
+    """
+
+    submitted_at_utc: str
+    runs: tuple[str, ...]  # grid and run name, by array index
+    job: str | None = None
+
+
 def now_utc() -> str:
     """ISO 8601, whole seconds, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
