@@ -1,5 +1,4 @@
-"""The lease of a run, and the two locks by which a launcher and the ranks on several machines know of
-each other.
+"""The lease of a run, and the two locks by which a launcher and its ranks elsewhere find each other.
 
 On one machine the trainer inherits the lease as its stdin and dies with its launcher. Neither
 reaches another machine, so:
@@ -47,8 +46,8 @@ class Lease:
         """True when the lease is now ours; False when a live process holds it or has moved the
         directory aside.
 
-        A probe (`is_leased`) holds only a shared lock, so we wait and retry; a real holder's lock is
-        exclusive, so we give up.
+        A probe (`is_leased`) holds only a shared lock, so we wait and retry; a real holder's lock
+        is exclusive, so we give up.
         """
         deadline = time.monotonic() + _LOOKING_SECONDS
         while not self._try_lock(fcntl.LOCK_EX):
