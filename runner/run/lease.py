@@ -1,4 +1,4 @@
-"""The lease of a run, and the two locks by which a launcher and its ranks elsewhere find each other.
+"""The lease of a run, and two locks by which a launcher and its ranks elsewhere find each other.
 
 On one machine the trainer inherits the lease as its stdin and dies with its launcher. Neither
 reaches another machine, so:
