@@ -1,14 +1,8 @@
-"""The starter grid of `runner init`: what fits a person's rows and models, written into the files
-of `starter/`.
+"""The starter grid of `runner init`, fitted to a user's rows and models, and the stock files.
 
-Owns what is read off a data file and a model folder. Imports the data part of the training process
-when called, because only the reader that trains knows what a file holds; none of it imports torch.
-
-The files that come with the runner: stock grids, model cards, chat templates, launch configs,
-sweeps, data samples.
-
-Owns where they are. They stand at the top of the source tree and nowhere else; a wheel holds them
-in `runner/stock`.
+Stock files (grids, model cards, chat templates, launch configs, sweeps, data samples) are at the
+top of the source tree; a wheel holds them in `runner/stock`. What a data file holds is asked of
+`data`, which reads it for training too.
 """
 
 from __future__ import annotations

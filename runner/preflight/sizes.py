@@ -29,7 +29,7 @@ from runner.model.size import (
     measure_model,
     trace_activations,
 )
-from runner.preflight.check import CheckedRun, CheckResult, group_runs
+from runner.preflight.survey import CheckedRun, CheckResult, group_runs
 from runner.recipe.parse import Recipe
 from runner.text import format_bytes
 

@@ -1,11 +1,8 @@
 """A report as Markdown that reads well in a terminal, as CSV and as JSON.
 
-Owns how numbers are written, never what they are: that is `report`. Markdown rounds, and says once
-above the table what is equal in every run; CSV (rows only) and JSON are complete and unrounded.
-What is missing is blank, in JSON null.
-
-Tables in Markdown that read well in a terminal: padded columns, cut in several where one would be
-too wide.
+Owns how numbers are written, never their values: those are in `rows`. Markdown rounds, says once
+above the table what is equal in every run, and splits a table that would be too wide. CSV (rows
+only) and JSON are complete and unrounded. What is missing is blank, in JSON null.
 """
 
 from __future__ import annotations

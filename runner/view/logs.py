@@ -1,9 +1,7 @@
-"""`runner logs`: what an attempt printed, and what it still prints.
+"""`runner logs` prints what an attempt printed, and follows it; `runner stop` asks runs to leave.
 
-The bytes go to stdout as they are, colours and progress bars included, as with `cat`; what they are
-goes to stderr.
-
-`runner stop`: asks running attempts to checkpoint and to leave, whoever started them and on
+The bytes of a log go to stdout as they are, colours and progress bars included, as with `cat`;
+which run they belong to goes to stderr. A request to stop reaches a run whoever started it, and on
 whatever machine.
 """
 

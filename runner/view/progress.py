@@ -1,8 +1,6 @@
-"""Pure: what a live view says about runs in words and numbers: counts, speeds, time left, loss
-curves as text.
+"""The live view's words and numbers: counts, speeds, time left, loss curves as text; pure.
 
-`watch_table` draws the grid, `watch_screen` puts everything together; nothing here reads a file or
-knows a terminal.
+Reads no file and knows no terminal; `screen` puts everything together.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Pure: one screen of the live view as lines of styled text, cut to a size; what is running or
-failed is cut last.
+"""One screen of the live view as lines of styled text, cut to a size; pure.
 
-Pure: a grid of runs as a table of states, some of its axes as columns and the others as rows.
-
-An axis with one value only, and an empty row, are not drawn.
+What is running or failed is cut last. A grid of runs is drawn as a table of states, some of its
+axes as columns and the others as rows. An axis with one value only, and an empty row, are left out.
 """
 
 from __future__ import annotations
