@@ -32,7 +32,7 @@ from runner.processes import die_with_parent
 
 
 @dataclass(frozen=True)
-class ModelSize:
+class ModelShape:
     """The dimensions of a model. Multiples of 64 let 4-bit NF4 quantize every linear layer."""
 
     vocab_size: int
@@ -43,7 +43,7 @@ class ModelSize:
     num_key_value_heads: int
 
 
-TINY = ModelSize(
+TINY = ModelShape(
     vocab_size=512,
     hidden_size=64,
     intermediate_size=128,
@@ -52,7 +52,7 @@ TINY = ModelSize(
     num_key_value_heads=2,
 )
 
-DEMO_SIZE = ModelSize(
+DEMO_SIZE = ModelShape(
     vocab_size=768,
     hidden_size=192,
     intermediate_size=576,
@@ -68,7 +68,7 @@ class Pretraining:
     ones.
     """
 
-    size: ModelSize = DEMO_SIZE
+    size: ModelShape = DEMO_SIZE
     num_steps: int = 300
     batch_size: int = 16
     learning_rate: float = 3e-3

@@ -32,11 +32,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from runner.demo.corpus import Message, general_exchanges
 from runner.demo.families import FAMILIES, MODEL_MAX_LENGTH, build_tokenizer
-from runner.demo.models import TINY, ModelSize, Pretraining
+from runner.demo.models import TINY, ModelShape, Pretraining
 
 
 def build_model(
-    family_name: str, tokenizer: PreTrainedTokenizerFast, size: ModelSize, *, seed: int = 0
+    family_name: str, tokenizer: PreTrainedTokenizerFast, size: ModelShape, *, seed: int = 0
 ) -> PreTrainedModel:
     """A float32 model with random weights that fits the tokenizer; global random state stays as it
     was.

@@ -66,7 +66,9 @@ class _Needs:
     needs_demo_models: bool = False
 
 
-def run_init(target: Path, from_grid: str | None, data: Path | None, models: Sequence[str]) -> int:
+def init_project(
+    target: Path, from_grid: str | None, data: Path | None, models: Sequence[str]
+) -> int:
     """Make the project and print what to do next. Raises: RunnerError; then nothing is left
     behind.
     """

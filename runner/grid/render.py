@@ -358,7 +358,7 @@ def prune_recipes(recipes_dir: Path, drift: Drift) -> None:
         (recipes_dir / f"{name}.yaml").unlink(missing_ok=True)
 
 
-def run_render(grid: str | None, *, check: bool, prune: bool, root: Path) -> int:
+def render_grids(grid: str | None, *, check: bool, prune: bool, root: Path) -> int:
     """The exit code of `runner render`, after printing what was found and done.
 
     `grid` None means every grid. With `check` nothing is written and any difference gives 1.

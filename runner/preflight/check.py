@@ -19,7 +19,7 @@ from runner.text import align
 _MAX_NAMES: Final = 3
 
 
-def run_check(
+def print_check(
     recipes: Sequence[Recipe], output_root: Path, finished: Sequence[str], *, is_json: bool
 ) -> int:
     """Check and print; 2 if a recipe cannot be trained as it is, else 0: warnings do not fail.

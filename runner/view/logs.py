@@ -7,11 +7,11 @@ whatever machine.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -27,7 +27,7 @@ _LOOK_SECONDS: Final = 0.25  # between two looks at a log that grows
 _MAX_LISTED: Final = 5
 
 
-def run_logs(run: str, output_root: Path, number: int | None, *, follow: bool) -> int:
+def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) -> int:
     """Print the log of one attempt, the last one by default.
 
     `follow` goes on with what is written meanwhile and with the attempts after it, until the run is
@@ -150,11 +150,10 @@ def _say(text: str) -> None:
     print(f"==> {text} <==", file=sys.stderr, flush=True)
 
 
-def run_stop(arguments: argparse.Namespace) -> int:
+def stop_runs(selected: Sequence[Selected]) -> int:
     """Ask every running attempt of what is selected; 1 when one could not be asked: it is just
     opening or closing.
     """
-    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
     running = [one for one in selected if is_leased(one.paths.lease_path)]
     asked = [one for one in running if _ask(one)]
     num_idle = (
