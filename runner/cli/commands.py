@@ -1,6 +1,6 @@
 """What each verb of the command line does, from parsed arguments to an exit code.
 
-What launches runs is in `launch_verbs` and `sweep_verbs`.
+What launches runs is in `launch` and `sweep`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from runner.run.record import load_stored_recipe
 __all__ = [
     "run_chat",
     "run_check",
+    "run_demo_models",
     "run_export",
     "run_init",
     "run_launch",
@@ -46,6 +47,19 @@ def run_init(arguments: argparse.Namespace) -> int:
     from runner.grid.project import init_project
 
     return init_project(arguments.folder, arguments.from_grid, arguments.data, arguments.models)
+
+
+def run_demo_models(arguments: argparse.Namespace) -> int:
+    """`runner demo-models`: prints the folders of the models, one a line."""
+    from runner.demo.models import build_demo_models
+
+    try:
+        model_dirs = build_demo_models(arguments.output)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(map(str, model_dirs.values())))
+    return 0
 
 
 def run_render(arguments: argparse.Namespace) -> int:

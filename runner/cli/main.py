@@ -62,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
 def _call(arguments: argparse.Namespace) -> int:
     from runner.cli import commands as verbs
 
-    code: int = getattr(verbs, f"run_{arguments.verb}")(arguments)
+    code: int = getattr(verbs, f"run_{arguments.verb.replace('-', '_')}")(arguments)
     sys.stdout.flush()
     return code
 
@@ -120,6 +120,17 @@ def build_parser() -> argparse.ArgumentParser:
             "folder, hub id or name of a stock card; may be repeated; default: a small demo model,"
             " built offline"
         ),
+    )
+
+    demo_models = verbs.add_parser(
+        "demo-models", help="the demo's base models, built offline where they are missing"
+    )
+    demo_models.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo_models"),
+        metavar="DIR",
+        help="default: demo_models",
     )
 
     render = verbs.add_parser("render", help="recipe_templates/GRID -> recipes/GRID/*.yaml")

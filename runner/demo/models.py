@@ -1,17 +1,12 @@
-"""Owns the folder of the demo's three base models: builds what is missing, offline, in under a
-minute on two cores.
+"""Owns the folder of the demo's three base models, their dimensions and how they are trained.
+Builds what is missing, offline, in under a minute on two cores.
 
-Run as `python -m runner.demo.models [--output demo_models]`. The same source gives the same bytes
-on the same machine. Each model is trained in a process of its own by `demo_pretraining`; this
-program imports no torch, so that finding everything built takes no time.
-
-Owns the dimensions of the small models and how the demo's base models are trained; imports no
-torch.
+The same source gives the same bytes on the same machine. Each model is trained in a process of its
+own by `weights`; this module imports no torch, so that finding everything built takes no time.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -211,19 +206,3 @@ def build_demo_models(
             print(f"{family}: {state} {model_dirs[family]}", file=sys.stderr, flush=True)
         _build(missing, output_dir, plan)
     return model_dirs
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Build what is missing and print the folders, one a line, on stdout."""
-    parser = argparse.ArgumentParser(
-        prog="python -m runner.demo.models", description="Build the base models of the demo."
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo_models"), help="folder for the models"
-    )
-    for model_dir in build_demo_models(parser.parse_args(arguments).output).values():
-        print(model_dir)
-
-
-if __name__ == "__main__":
-    main()

@@ -29,7 +29,7 @@ _MAX_LISTED: Final = 8
 _IGNORED: Final = (
     "# Runs are facts of this machine; recipes, templates and data belong to the record.\n/runs/\n"
 )
-_BUILD_DEMO_MODELS: Final = "python -m runner.demo.models"
+_BUILD_DEMO_MODELS: Final = "runner demo-models"
 
 
 @dataclass(frozen=True)
