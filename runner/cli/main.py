@@ -93,7 +93,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_project_verbs(verbs)
+    _add_check_verbs(verbs)
+    _add_launch_verb(verbs)
+    _add_sweep_verbs(verbs)
+    _add_view_verbs(verbs)
+    _add_model_verbs(verbs)
+    return parser
 
+
+def _add_project_verbs(verbs: Any) -> None:
+    """What makes the files of a project."""
     init = verbs.add_parser(
         "init", help="a new project folder: a starter grid on your rows and models, or a stock grid"
     )
@@ -142,6 +152,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--prune", action="store_true", help="remove recipes that the grid no longer has"
     )
 
+
+def _add_check_verbs(verbs: Any) -> None:
+    """What looks at recipes and their data before anything is launched."""
     check = verbs.add_parser(
         "check", help="validate recipes, then their data: rows, lengths, truncation, labels"
     )
@@ -183,6 +196,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="html: one page, to stdout",
     )
 
+
+def _add_launch_verb(verbs: Any) -> None:
     launch = verbs.add_parser("launch", help="one run, now")
     launch.add_argument("recipe", type=Path, metavar="RECIPE")
     launch.add_argument(
@@ -220,6 +235,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_output_root(launch)
 
+
+def _add_sweep_verbs(verbs: Any) -> None:
+    """What launches many runs."""
     sweep = verbs.add_parser(
         "sweep", help="many runs: what is done is skipped, what is pending is launched"
     )
@@ -239,6 +257,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_engine_options(rerun, writes_files=False)
     rerun.set_defaults(dry_run=False, list=False, retry_failed=True)
 
+
+def _add_view_verbs(verbs: Any) -> None:
+    """What looks at runs, or asks them to stop."""
     status = verbs.add_parser("status", help="one line per run: status, step, loss, time, why")
     _add_paths(status, nargs="*")
     how = status.add_mutually_exclusive_group()
@@ -280,8 +301,6 @@ def build_parser() -> argparse.ArgumentParser:
     report = verbs.add_parser("report", help="the comparison: one row per run, the axes as columns")
     _add_paths(report)
     report.add_argument("--format", choices=("md", "csv", "json"), default="md")
-    _add_model_verbs(verbs)
-    return parser
 
 
 def _add_model_verbs(verbs: Any) -> None:
