@@ -283,6 +283,25 @@ def test_only_one_sweep_submits_at_a_time(
     assert submission_lock_path(fake.root / "runs").exists()
 
 
+def test_the_lock_is_held_from_the_queue_to_the_last_submission(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = submission_lock_path(fake.root / "runs")
+    for name in ("squeue", "scontrol", "sbatch"):
+        look = f"flock --nonblock '{lock}' true && state=free || state=held"
+        note = f"echo {name} $state >> '{fake.home}/looks'"
+        answer = f"[ {name} = sbatch ] && echo 17; [ {name} != scontrol ] || echo MaxArraySize = 2"
+        (fake.home / name).write_text(f"#!/bin/bash\n{look}\n{note}\n{answer}\ntrue\n")
+        (fake.home / name).chmod(0o755)
+    fake.add("a", "b", "c")
+    assert main(["sweep", "recipes/toy", "--engine", "slurm"]) == 0
+    looks = (fake.home / "looks").read_text().splitlines()
+    assert looks == ["squeue held", "scontrol held", "sbatch held", "sbatch held"]
+    output = capsys.readouterr().out
+    assert output.count("launch  toy/") == 3 and output.count("as slurm 17") == 2
+    subprocess.run(["flock", "--nonblock", str(lock), "true"], check=True)
+
+
 @pytest.mark.parametrize(
     "words", [["--gpus", "0,1"], ["--fail-fast"], ["--slurm-option=--array=1"]]
 )
