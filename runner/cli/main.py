@@ -11,7 +11,8 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,6 +55,24 @@ def _print_error(text: str) -> None:
 
 class _Parser(argparse.ArgumentParser):
     """Repeats wrong arguments without what must not be shown."""
+
+    # Adds options of this verb that take time to find; called when the verb is used.
+    add_more: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's."""
+        self._complete()
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        """As argparse's."""
+        self._complete()
+        return super().format_help()
+
+    def _complete(self) -> None:
+        if self.add_more is not None:
+            add_more, self.add_more = self.add_more, None
+            add_more(self)
 
     def error(self, message: str) -> NoReturn:
         super().error(escape_controls(scrub(message)))
@@ -250,11 +269,11 @@ def _add_sweep_verbs(verbs: Any) -> None:
     sweep.add_argument(
         "--retry-failed", action="store_true", help="launch also what failed for a lasting reason"
     )
-    add_engine_options(sweep, writes_files=True)
+    sweep.add_more = partial(add_engine_options, writes_files=True)
 
     rerun = verbs.add_parser("rerun", help="a sweep over the interrupted and failed runs only")
     _add_sweep_options(rerun)
-    add_engine_options(rerun, writes_files=False)
+    rerun.add_more = partial(add_engine_options, writes_files=False)
     rerun.set_defaults(dry_run=False, list=False, retry_failed=True)
 
 
