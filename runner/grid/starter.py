@@ -157,7 +157,6 @@ def plan_data(path: Path) -> DataPlan:
     """
     from runner.data.rows import draw_splits
     from runner.data.sources import load_rows
-    from runner.data.tasks import build_examples
 
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -185,7 +184,7 @@ def plan_data(path: Path) -> DataPlan:
             json.dumps({"train": source.model_dump(), "task": task, **counts})
         )
 
-    examples = build_examples(load_rows(source), read(1).task).examples
+    examples = read(1).task.build_examples(load_rows(source)).examples
     num_bytes = {
         json.dumps(example.messages): sum(
             len(message["content"].encode()) for message in example.messages
