@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """One file in `runner/engines`. It is imported by `runner --help`, so that it imports what is
-    slow in its functions only.
+    """One file in `runner/engines`. `runner sweep --help` imports it for its options, so that it
+    imports what is slow in its functions only.
     """
 
     @property

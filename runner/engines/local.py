@@ -4,7 +4,7 @@
 What a sweep shows on stderr while it runs: a bar over runs, and the step and loss of each current
 one.
 
-`runner --help` imports this file for its options: what is slow to import is imported in functions.
+The help of `sweep` imports this file for its options: what is slow is imported in functions.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ the user knows.
 The other machines see the project folder as it is here: recipes, launch configs and data under the
 same relative paths.
 
-No engine itself. `runner --help` imports this file: what is slow is imported in functions.
+No engine itself. The help of `sweep` imports this file: what is slow is imported in functions.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ however often it was submitted: the queue only tells which runs need not be subm
 was submitted stands below the output root, written before `sbatch` is called; a task is found again
 by the path of its script, which Slurm keeps with the job.
 
-`runner --help` imports this file for its options: what is slow to import is imported in functions.
+The help of `sweep` imports this file for its options: what is slow is imported in functions.
 """
 
 from __future__ import annotations
