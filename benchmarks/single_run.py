@@ -115,7 +115,7 @@ def build_model_in_child(folder: Path) -> None:
     imports no torch.
     """
     code = (
-        "import json; from pathlib import Path\nfrom runner.demo.models import ModelShape\nfrom"
+        "import json; from pathlib import Path\nfrom runner.demo.plans import ModelShape\nfrom"
         " runner.demo.families import build_tokenizer\nfrom runner.demo.weights import"
         " build_model\nrows = [json.loads(line) for line in"
         " Path('rows.jsonl').read_text().splitlines()]\ntexts = [message['content'] for row in rows"

@@ -1,5 +1,5 @@
-"""Owns the folder of the demo's three base models, their dimensions and how they are trained.
-Builds what is missing, offline, in under a minute on two cores.
+"""Owns the folder of the demo's three base models: builds what is missing, offline, in under a
+minute on two cores.
 
 The same source gives the same bytes on the same machine. Each model is trained in a process of its
 own by `weights`; this module imports no torch, so that finding everything built takes no time.
@@ -18,66 +18,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from runner.demo.plans import Pretraining
 from runner.processes import die_with_parent
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The dimensions of a model. Multiples of 64 let 4-bit NF4 quantize every linear layer."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-
-
-TINY = ModelShape(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
-
-DEMO_SIZE = ModelShape(
-    vocab_size=768,
-    hidden_size=192,
-    intermediate_size=576,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-)
-
-
-@dataclass(frozen=True)
-class Pretraining:
-    """How a base model is made. Measured: two wide layers learn to copy sooner than four narrow
-    ones.
-    """
-
-    size: ModelShape = DEMO_SIZE
-    num_steps: int = 300
-    batch_size: int = 16
-    learning_rate: float = 3e-3
-    num_warmup_steps: int = 20
-    prompt_weight: float = 0.2
-    """Weight of a prompt token in the loss, where a completion token has 1: prompts are mostly
-    random facts.
-    """
-    seed: int = 0
-
 
 DEMO_FAMILIES = ("gemma", "llama", "mistral")
 MANIFEST_NAME = ".demo_model.json"  # hidden: it holds times, and is no part of the model's content
-BUILDER_SOURCES = ("corpus.py", "families.py", "models.py", "weights.py")
+BUILDER_SOURCES = ("corpus.py", "families.py", "plans.py", "weights.py")
 
 
 def builder_digest(family: str, plan: Pretraining) -> str:

@@ -22,13 +22,12 @@ from runner.demo.corpus import general_exchanges
 from runner.demo.models import (
     DEMO_FAMILIES,
     MANIFEST_NAME,
-    TINY,
-    Pretraining,
     build_demo_models,
     builder_digest,
     is_built,
     load_manifest,
 )
+from runner.demo.plans import TINY, Pretraining
 from tests.conftest import ROOT
 
 REPOSITORY = ROOT
