@@ -31,6 +31,7 @@ from runner.recipe.parse import Recipe
 from runner.run.paths import AttemptPaths, RunPaths
 from runner.run.record import Progress, load_record, load_stored_recipe
 from runner.sft.preemption import Preemption
+from runner.sft.startup import WorldPlace
 
 Result = TypeVar("Result")
 
@@ -43,8 +44,7 @@ class RunContext:
     recipe_digest: str
     paths: RunPaths
     attempt: AttemptPaths
-    num_processes: int
-    is_main: bool
+    place: WorldPlace
     resume: str  # `Attempt.resume`
     micro_batch_divisor: int  # `Attempt.micro_batch_divisor`
     preemption: Preemption
@@ -54,7 +54,7 @@ class RunContext:
     _last_progress_at: float = 0.0
 
     @classmethod
-    def open(cls, run_dir: Path, preemption: Preemption) -> RunContext:
+    def open(cls, run_dir: Path, place: WorldPlace, preemption: Preemption) -> RunContext:
         """Read the recipe and check it against its digest and against the processes that were
         really started.
 
@@ -77,27 +77,35 @@ class RunContext:
                 f"{paths.recipe_path} was changed by hand: its digest does not match"
             )
         attempt = record.attempts[-1]
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size != attempt.num_processes:
+        if place.world_size != attempt.num_processes:
             raise RefusedError(
-                f"{world_size} processes were started, {attempt.num_processes} were asked for",
+                f"{place.world_size} processes were started,"
+                f" {attempt.num_processes} were asked for",
                 hint=(
                     f"check that {recipe.launch.accelerate_config} starts several processes; "
                     "accelerate_configs/cpu.yaml and single_gpu.yaml start one"
                 ),
             )
-        is_main = int(os.environ.get("RANK", "0")) == 0
         return cls(
             recipe,
             stored.recipe_digest,
             paths,
             paths.attempt(attempt.number),
-            world_size,
-            is_main,
+            place,
             attempt.resume,
             attempt.micro_batch_divisor,
             preemption,
         )
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the attempt, on all machines."""
+        return self.place.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes."""
+        return self.place.rank == 0
 
     @property
     def fingerprint(self) -> dict[str, Any]:

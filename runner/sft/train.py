@@ -35,18 +35,18 @@ from runner.sft.generation import (
     write_answers,
 )
 from runner.sft.preemption import Preemption
-from runner.sft.startup import remove_stale_build_locks
+from runner.sft.startup import WorldPlace, remove_stale_build_locks
 from runner.sft.tracking import open_trackers
 from runner.sft.trainer import RunTrainer, build_training_args
 
 
-def train(run_dir: Path, preemption: Preemption) -> None:
+def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
     """Bring the run to its result, from its newest verified checkpoint where there is one.
 
     Raises:
         PreemptedError: the attempt was asked to leave while it trained; what it has is saved.
     """
-    context = RunContext.open(run_dir, preemption)
+    context = RunContext.open(run_dir, place, preemption)
     recipe, paths = context.recipe, context.paths
     started = time.perf_counter()
     with context.phase("loading"):
@@ -76,7 +76,7 @@ def train(run_dir: Path, preemption: Preemption) -> None:
         # Before the model, which takes long, and the cut.
         trackers = open_trackers(context, resume_step)
         context.truncate_metrics(resume_step)
-        model = load_model(recipe, tokenizer)
+        model = load_model(recipe, tokenizer, local_rank=place.local_rank)
         trainer = RunTrainer(context, args, model, tokenizer, samples, trackers)
         if context.is_main:
             trainer.require_room()

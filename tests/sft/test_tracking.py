@@ -25,6 +25,7 @@ from runner.run.record import SplitScore, TrainResult, load_progress
 from runner.sft.callbacks import ProgressCallback
 from runner.sft.context import RunContext
 from runner.sft.preemption import Preemption
+from runner.sft.startup import WorldPlace
 from runner.sft.tracking import Trackers, open_trackers, read_sent_steps
 from runner.sft.trainer import build_training_args
 from tests.conftest import ROOT, Project
@@ -73,11 +74,10 @@ def open_context(project: Project, *overrides: str) -> RunContext:
         "digest",
         paths,
         paths.attempt(1),
-        num_processes=1,
-        is_main=True,
+        WorldPlace(),
         resume="auto",
         micro_batch_divisor=1,
-        preemption=Preemption(paths, 1),
+        preemption=Preemption(paths, 1, WorldPlace()),
     )
 
 
