@@ -31,6 +31,7 @@ FailureKind = Literal[
     "crashed",
     "lost",
 ]
+StopReason = Literal["num_train_epochs", "max_steps", "early_stopping"]
 # Kinds that happen again when nothing changes: a rerun would only burn device time.
 DETERMINISTIC_KINDS: Final[frozenset[FailureKind]] = frozenset(
     {"configuration", "data", "diverged"}
@@ -198,7 +199,7 @@ class TrainResult(Fact):
 
     recipe_digest: str
     outcome: Literal["completed"]
-    stop_reason: Literal["num_train_epochs", "max_steps", "early_stopping"]
+    stop_reason: StopReason
     num_steps: int
     best_step: int
     best_metric: float
