@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test check torture fuzz golden fix clean-demo
 
 demo: .venv/installed
-	@python -m runner.demo.models --output demo_models
+	@runner demo-models
 	@runner render demo --check
 	@runner sweep recipes/demo --slots 2
 	@runner report recipes/demo

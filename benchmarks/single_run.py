@@ -115,14 +115,14 @@ def build_model_in_child(folder: Path) -> None:
     imports no torch.
     """
     code = (
-        "import json; from pathlib import Path\nfrom runner.demo.models import ModelSize\nfrom"
+        "import json; from pathlib import Path\nfrom runner.demo.plans import ModelShape\nfrom"
         " runner.demo.families import build_tokenizer\nfrom runner.demo.weights import"
         " build_model\nrows = [json.loads(line) for line in"
         " Path('rows.jsonl').read_text().splitlines()]\ntexts = [message['content'] for row in rows"
         " for message in row['messages']]\ntokenizer = build_tokenizer('gemma', texts,"
-        " vocab_size=2048)\nmodel = build_model('gemma', tokenizer, ModelSize(2048, 256, 768, 4, 8,"
-        " 4))\nmodel.save_pretrained('model'); tokenizer.save_pretrained('model')\nprint(f'model:"
-        " {model.num_parameters() / 1e6:.1f}M parameters, vocabulary {len(tokenizer)}')\n"
+        " vocab_size=2048)\nmodel = build_model('gemma', tokenizer, ModelShape(2048, 256, 768, 4,"
+        " 8, 4))\nmodel.save_pretrained('model'); tokenizer.save_pretrained('model')\nprint(f'"
+        "model: {model.num_parameters() / 1e6:.1f}M parameters, vocabulary {len(tokenizer)}')\n"
     )
     subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=build_environment(folder), check=True

@@ -1,7 +1,5 @@
-"""Which processes belong to an attempt and end with it, so that nothing goes on alone; and who has
-a file open.
-
-The signals by which a person or a cluster asks `runner launch` and `runner sweep` to stop.
+"""Sessions, parents and signals: which processes belong to an attempt and end with it, who has a
+file open, and which signals ask `runner launch` and `runner sweep` to stop.
 """
 
 from __future__ import annotations

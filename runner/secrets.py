@@ -1,16 +1,10 @@
-"""Secrets: what a token looks like, which variables of the environment hold one, and texts without
-them.
+"""Secrets: how one is recognised, which environment variables hold one, and text without them.
 
-Secrets come from the environment and from nowhere else. What somebody writes (recipes, grids,
-templates, arguments) is refused when it holds one, by name and never by value; what is printed or
-recorded is scrubbed. Nothing here can know a secret that neither looks like one nor stands in the
-environment.
-
-Logs without secrets: what a trainer prints is scrubbed as it is printed, what libraries write past
-it afterwards.
-
-The log of an attempt is the trainer's stdout and stderr, with nothing in between that could filter
-it. So for as long as the attempt runs, only what goes through Python is surely clean.
+Secrets come from the environment and from nowhere else. What a user writes (recipes, grids,
+templates, arguments) is refused when it holds one, by name and never by value. What is printed or
+recorded is scrubbed: a trainer's output as it is printed, and what libraries write past Python to
+the attempt's log after the attempt has ended. Until then only what goes through Python is surely
+clean. A secret that neither looks like one nor stands in the environment cannot be recognised.
 """
 
 from __future__ import annotations

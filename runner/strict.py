@@ -1,11 +1,12 @@
-"""The frozen base of all typed records."""
+"""The frozen base of all typed records, and the texts that they hold."""
 
 from __future__ import annotations
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-)
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, StringConstraints
+
+Text = Annotated[str, StringConstraints(min_length=1)]
 
 
 class Section(BaseModel):

@@ -1,9 +1,7 @@
-"""The marker that makes a checkpoint folder count: what it states, how it is written, whether a
-folder agrees with it.
+"""The marker that makes a checkpoint folder count, and what a checkpoint knows of evaluations.
 
-And which checkpoints of a run carry one. Owns no decision about which of them is used or deleted.
-
-Which steps were evaluated, and which of them are the best, from recorded values alone.
+Owns how a marker is written, read and compared with the files that it states, and the list of the
+checkpoints of a run. Does not decide which of them is used (`choose`) or deleted (`retention`).
 """
 
 from __future__ import annotations

@@ -1,15 +1,9 @@
-"""Sends archives to remote storage in the background: training never waits for it and never fails
-by it.
+"""Archives of checkpoints in remote storage: listed, fetched, deleted, and sent in the background.
 
-What still has to go lies in `checkpoints/.uploads/`: an archive leaves that folder when it has
-arrived. So an attempt that is killed, or a place that cannot be reached, leaves there what the next
-attempt sends.
-
-Archives of one run at a remote place that fsspec can reach: listed, sent, fetched, deleted.
-
-An archive counts there only with its `.sha256` beside it, which is written last. Owns no thread and
-no decision; those are in `uploads`. fsspec and what it needs are imported when a place is opened,
-not before.
+Training never waits for an upload and never fails because of one. What still has to be sent is in
+`checkpoints/.uploads/`; an archive leaves that folder when it has arrived, so an attempt that is
+killed leaves there what the next attempt sends. In remote storage an archive counts only with its
+`.sha256` beside it, which is written last. fsspec is imported when a place is opened, not before.
 """
 
 from __future__ import annotations

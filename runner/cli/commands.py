@@ -1,6 +1,6 @@
 """What each verb of the command line does, from parsed arguments to an exit code.
 
-What launches runs is in `launch_verbs` and `sweep_verbs`.
+What launches runs is in `launch` and `sweep`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from runner.run.record import load_stored_recipe
 __all__ = [
     "run_chat",
     "run_check",
+    "run_demo_models",
     "run_export",
     "run_init",
     "run_launch",
@@ -43,16 +44,29 @@ __all__ = [
 
 def run_init(arguments: argparse.Namespace) -> int:
     """`runner init`."""
-    from runner.grid.project import run_init
+    from runner.grid.project import init_project
 
-    return run_init(arguments.folder, arguments.from_grid, arguments.data, arguments.models)
+    return init_project(arguments.folder, arguments.from_grid, arguments.data, arguments.models)
+
+
+def run_demo_models(arguments: argparse.Namespace) -> int:
+    """`runner demo-models`: prints the folders of the models, one a line."""
+    from runner.demo.models import build_demo_models
+
+    try:
+        model_dirs = build_demo_models(arguments.output)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(map(str, model_dirs.values())))
+    return 0
 
 
 def run_render(arguments: argparse.Namespace) -> int:
     """`runner render`."""
-    from runner.grid.render import run_render
+    from runner.grid.render import render_grids
 
-    return run_render(arguments.grid, check=arguments.check, prune=arguments.prune, root=Path())
+    return render_grids(arguments.grid, check=arguments.check, prune=arguments.prune, root=Path())
 
 
 def run_check(arguments: argparse.Namespace) -> int:
@@ -63,10 +77,10 @@ def run_check(arguments: argparse.Namespace) -> int:
     if arguments.schema_only:
         print(f"{len(selected)} recipes are well-formed")
         return 0
-    from runner.preflight.check import run_check
+    from runner.preflight.check import print_check
 
     finished = [one.full_name for one in selected if one.paths.result_path.exists()]
-    return run_check(
+    return print_check(
         [one.recipe for one in selected], arguments.output_root, finished, is_json=arguments.json
     )
 
@@ -156,9 +170,9 @@ def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
 
 def run_logs(arguments: argparse.Namespace) -> int:
     """`runner logs`."""
-    from runner.view.logs import run_logs
+    from runner.view.logs import print_log
 
-    return run_logs(
+    return print_log(
         arguments.run, arguments.output_root, arguments.attempt, follow=arguments.follow
     )
 
@@ -180,9 +194,9 @@ def run_why(arguments: argparse.Namespace) -> int:
 
 def run_stop(arguments: argparse.Namespace) -> int:
     """`runner stop`."""
-    from runner.view.logs import run_stop
+    from runner.view.logs import stop_runs
 
-    return run_stop(arguments)
+    return stop_runs(select_recipes(arguments.paths, arguments.output_root, arguments.where))
 
 
 def run_report(arguments: argparse.Namespace) -> int:

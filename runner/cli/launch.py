@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from runner.checkpoints.choose import describe_obstacles, suggest_ways_out
-from runner.cli.sweep import STOPPED, run_planned
+from runner.engines.local import STOPPED, build_command, run_planned
 from runner.errors import RefusedError, RunnerError
 from runner.files import hash_json
 from runner.launch.command import LaunchCommand
@@ -37,7 +37,6 @@ _PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9.
 
 def run_launch(arguments: argparse.Namespace) -> int:
     """`runner launch`."""
-    from runner.engines.local import build_command
     from runner.launch.placement import find_allocation
 
     selected, resume = _select_one(arguments), _parse_resume(arguments.resume)

@@ -3,8 +3,6 @@ called.
 
 Exit codes: 0 all done or nothing to do, 1 a run failed (or drift was found), 2 usage or recipe
 error, 130 stopped, 141 nobody reads the output any more.
-
-The options of `sweep` and `rerun` that say where runs execute.
 """
 
 from __future__ import annotations
@@ -13,61 +11,15 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from runner.cli.engines import add_engine_options
 from runner.errors import RunnerError, escape_controls
 from runner.secrets import scrub
-
-
-def add_engine_options(parser: argparse.ArgumentParser, *, writes_files: bool) -> None:
-    """`--engine` and what belongs to each; `writes_files`: also the engines that only write a file
-    (`--dry-run`).
-    """
-    engines = ["local", "slurm", *(["kubernetes", "skypilot"] if writes_files else [])]
-    group = parser.add_argument_group(
-        "engines",
-        "with --dry-run, kubernetes and skypilot print a file to submit" if writes_files else None,
-    )
-    group.add_argument("--engine", choices=engines, default="local", help="default: local")
-    group.add_argument(
-        "--time-limit",
-        metavar="TIME",
-        help="slurm: of one run, as `sbatch --time`; default: the partition's",
-    )
-    group.add_argument(
-        "--stop-before-seconds",
-        type=positive,
-        default=120,
-        metavar="N",
-        help="slurm: a run is asked to checkpoint so long before its time limit; default 120",
-    )
-    group.add_argument(
-        "--slurm-option",
-        dest="slurm_options",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="slurm: of sbatch, such as --slurm-option=--partition=long; may be repeated",
-    )
-    if writes_files:
-        group.add_argument(
-            "--image", metavar="IMAGE", help="container image with `runner` on its PATH"
-        )
-        group.add_argument(
-            "--storage",
-            metavar="NAME",
-            help="kubernetes: the project's volume claim; skypilot: a bucket",
-        )
-        group.add_argument("--gpu-type", metavar="TYPE", help="skypilot: kind of GPU, such as H100")
-
-
-def positive(text: str) -> int:
-    """A whole number above zero."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
-    return int(text)
+from runner.text import positive
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,6 +56,24 @@ def _print_error(text: str) -> None:
 class _Parser(argparse.ArgumentParser):
     """Repeats wrong arguments without what must not be shown."""
 
+    # Adds options of this verb that take time to find; called when the verb is used.
+    add_more: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's."""
+        self._complete()
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        """As argparse's."""
+        self._complete()
+        return super().format_help()
+
+    def _complete(self) -> None:
+        if self.add_more is not None:
+            add_more, self.add_more = self.add_more, None
+            add_more(self)
+
     def error(self, message: str) -> NoReturn:
         super().error(escape_controls(scrub(message)))
 
@@ -111,7 +81,7 @@ class _Parser(argparse.ArgumentParser):
 def _call(arguments: argparse.Namespace) -> int:
     from runner.cli import commands as verbs
 
-    code: int = getattr(verbs, f"run_{arguments.verb}")(arguments)
+    code: int = getattr(verbs, f"run_{arguments.verb.replace('-', '_')}")(arguments)
     sys.stdout.flush()
     return code
 
@@ -142,7 +112,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_project_verbs(verbs)
+    _add_check_verbs(verbs)
+    _add_launch_verb(verbs)
+    _add_sweep_verbs(verbs)
+    _add_view_verbs(verbs)
+    _add_model_verbs(verbs)
+    return parser
 
+
+def _add_project_verbs(verbs: Any) -> None:
+    """What makes the files of a project."""
     init = verbs.add_parser(
         "init", help="a new project folder: a starter grid on your rows and models, or a stock grid"
     )
@@ -171,6 +151,17 @@ def build_parser() -> argparse.ArgumentParser:
         ),
     )
 
+    demo_models = verbs.add_parser(
+        "demo-models", help="the demo's base models, built offline where they are missing"
+    )
+    demo_models.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo_models"),
+        metavar="DIR",
+        help="default: demo_models",
+    )
+
     render = verbs.add_parser("render", help="recipe_templates/GRID -> recipes/GRID/*.yaml")
     render.add_argument("grid", metavar="GRID", nargs="?", help="default: every grid")
     render.add_argument(
@@ -180,6 +171,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--prune", action="store_true", help="remove recipes that the grid no longer has"
     )
 
+
+def _add_check_verbs(verbs: Any) -> None:
+    """What looks at recipes and their data before anything is launched."""
     check = verbs.add_parser(
         "check", help="validate recipes, then their data: rows, lengths, truncation, labels"
     )
@@ -221,6 +215,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="html: one page, to stdout",
     )
 
+
+def _add_launch_verb(verbs: Any) -> None:
     launch = verbs.add_parser("launch", help="one run, now")
     launch.add_argument("recipe", type=Path, metavar="RECIPE")
     launch.add_argument(
@@ -258,6 +254,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_output_root(launch)
 
+
+def _add_sweep_verbs(verbs: Any) -> None:
+    """What launches many runs."""
     sweep = verbs.add_parser(
         "sweep", help="many runs: what is done is skipped, what is pending is launched"
     )
@@ -270,13 +269,16 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--retry-failed", action="store_true", help="launch also what failed for a lasting reason"
     )
-    add_engine_options(sweep, writes_files=True)
+    sweep.add_more = partial(add_engine_options, writes_files=True)
 
     rerun = verbs.add_parser("rerun", help="a sweep over the interrupted and failed runs only")
     _add_sweep_options(rerun)
-    add_engine_options(rerun, writes_files=False)
+    rerun.add_more = partial(add_engine_options, writes_files=False)
     rerun.set_defaults(dry_run=False, list=False, retry_failed=True)
 
+
+def _add_view_verbs(verbs: Any) -> None:
+    """What looks at runs, or asks them to stop."""
     status = verbs.add_parser("status", help="one line per run: status, step, loss, time, why")
     _add_paths(status, nargs="*")
     how = status.add_mutually_exclusive_group()
@@ -318,8 +320,6 @@ def build_parser() -> argparse.ArgumentParser:
     report = verbs.add_parser("report", help="the comparison: one row per run, the axes as columns")
     _add_paths(report)
     report.add_argument("--format", choices=("md", "csv", "json"), default="md")
-    _add_model_verbs(verbs)
-    return parser
 
 
 def _add_model_verbs(verbs: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 from runner.data.chat_template import MaskError
 from runner.data.masking import CompletionSpan, ConversationMasker, MaskedConversation, build_labels
 from runner.data.sources import load_rows
-from runner.data.tasks import Conversation, build_examples
+from runner.data.tasks.base import Conversation
 from runner.errors import DataError
 from runner.files import hash_json
 from runner.recipe.schema import DataSection
@@ -146,7 +146,7 @@ def draw_splits(data: DataSection) -> RawSplits:
         if source is None:
             continue
         pools[split] = []
-        read = build_examples(load_rows(source), data.task)
+        read = data.task.build_examples(load_rows(source))
         if read.left_out:
             by_task[split] = read.left_out
         for example in read.examples:

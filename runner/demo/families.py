@@ -1,7 +1,7 @@
 """Owns how a model family looks to a tokenizer and to a chat: special tokens, BPE, chat template.
 
 A family has the special tokens, the kind of tokenizer and the chat format of the real one, and a
-vocabulary learned on the spot from any text. The weights are the business of `tiny_models`.
+vocabulary learned on the spot from any text. `weights` owns the weights.
 """
 
 from __future__ import annotations

@@ -1,17 +1,12 @@
 """Owns the folder of the demo's three base models: builds what is missing, offline, in under a
 minute on two cores.
 
-Run as `python -m runner.demo.models [--output demo_models]`. The same source gives the same bytes
-on the same machine. Each model is trained in a process of its own by `demo_pretraining`; this
-program imports no torch, so that finding everything built takes no time.
-
-Owns the dimensions of the small models and how the demo's base models are trained; imports no
-torch.
+The same source gives the same bytes on the same machine. Each model is trained in a process of its
+own by `weights`; this module imports no torch, so that finding everything built takes no time.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -23,66 +18,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from runner.demo.plans import Pretraining
 from runner.processes import die_with_parent
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """The dimensions of a model. Multiples of 64 let 4-bit NF4 quantize every linear layer."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-
-
-TINY = ModelSize(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
-
-DEMO_SIZE = ModelSize(
-    vocab_size=768,
-    hidden_size=192,
-    intermediate_size=576,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-)
-
-
-@dataclass(frozen=True)
-class Pretraining:
-    """How a base model is made. Measured: two wide layers learn to copy sooner than four narrow
-    ones.
-    """
-
-    size: ModelSize = DEMO_SIZE
-    num_steps: int = 300
-    batch_size: int = 16
-    learning_rate: float = 3e-3
-    num_warmup_steps: int = 20
-    prompt_weight: float = 0.2
-    """Weight of a prompt token in the loss, where a completion token has 1: prompts are mostly
-    random facts.
-    """
-    seed: int = 0
-
 
 DEMO_FAMILIES = ("gemma", "llama", "mistral")
 MANIFEST_NAME = ".demo_model.json"  # hidden: it holds times, and is no part of the model's content
-BUILDER_SOURCES = ("corpus.py", "families.py", "models.py", "weights.py")
+BUILDER_SOURCES = ("corpus.py", "families.py", "plans.py", "weights.py")
 
 
 def builder_digest(family: str, plan: Pretraining) -> str:
@@ -211,19 +157,3 @@ def build_demo_models(
             print(f"{family}: {state} {model_dirs[family]}", file=sys.stderr, flush=True)
         _build(missing, output_dir, plan)
     return model_dirs
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Build what is missing and print the folders, one a line, on stdout."""
-    parser = argparse.ArgumentParser(
-        prog="python -m runner.demo.models", description="Build the base models of the demo."
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo_models"), help="folder for the models"
-    )
-    for model_dir in build_demo_models(parser.parse_args(arguments).output).values():
-        print(model_dir)
-
-
-if __name__ == "__main__":
-    main()

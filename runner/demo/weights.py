@@ -1,14 +1,9 @@
-"""Owns the weights of the small models of the tests and of the demo, before any training.
+"""The weights of the small models: random ones for tests, trained ones for the demo.
 
-A tiny model is random and takes a fraction of a second to build, without a network. `demo_models`
-trains larger ones.
-
-Owns the training of one base model of the demo, in a process with one thread. `demo_models` starts
-that process.
-
-A model learns the English of `demo_corpus` in the chat format of its family: enough to know the
-words, to follow the format and to copy a name from a prompt, and nothing about the task of the demo
-data set.
+A tiny model is random and takes a fraction of a second to build, without a network. A base model of
+the demo is trained in a process with one thread, which `models` starts: it learns the English of
+`corpus` in the chat format of its family, enough to know the words, to follow the format and to
+copy a name from a prompt, and nothing about the task of the demo data set.
 """
 
 from __future__ import annotations
@@ -32,11 +27,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from runner.demo.corpus import Message, general_exchanges
 from runner.demo.families import FAMILIES, MODEL_MAX_LENGTH, build_tokenizer
-from runner.demo.models import TINY, ModelSize, Pretraining
+from runner.demo.plans import TINY, ModelShape, Pretraining
 
 
 def build_model(
-    family_name: str, tokenizer: PreTrainedTokenizerFast, size: ModelSize, *, seed: int = 0
+    family_name: str, tokenizer: PreTrainedTokenizerFast, size: ModelShape, *, seed: int = 0
 ) -> PreTrainedModel:
     """A float32 model with random weights that fits the tokenizer; global random state stays as it
     was.

@@ -1,5 +1,5 @@
-"""Pending runs become Indexed Jobs of Kubernetes (`batch/v1`), one index per run. Nothing here
-talks to a cluster.
+"""The Kubernetes engine: pending runs become Indexed Jobs (`batch/v1`), one index per run. Nothing
+here talks to a cluster.
 
 Fields and limits as the API server checks them, version 1.29 or newer (`backoffLimitPerIndex`,
 `FailIndex`).
@@ -9,23 +9,32 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
-from typing import Any, Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from runner.engines.manifests import (
     GRACE_SECONDS,
+    SHARED_OPTIONS,
+    ManifestOptions,
     PendingRun,
-    Submission,
     build_label,
+    check_arguments,
     check_output_root,
-    check_submission,
-    derive_machine,
+    check_runs,
     dump_documents,
     list_recipe_words,
+    plan_pending,
 )
-from runner.engines.slurm import Resources
 from runner.files import hash_json
-from runner.run.record import EXIT_CODES, FailureKind
+
+if TYPE_CHECKING:
+    import argparse
+
+    from runner.launch.placement import PlanRuns, Resources
+    from runner.run.record import FailureKind
+
+ONLY_WRITES_FILES: Final = True
+OPTIONS: Final = SHARED_OPTIONS
 
 _PROJECT_DIR: Final = "/project"
 _CONTAINER: Final = "runner"
@@ -48,52 +57,79 @@ _ACTIONS: Final[Mapping[FailureKind, Action]] = {
 }
 
 
-def build_jobs_file(submission: Submission) -> str:
+def parse_options(arguments: argparse.Namespace) -> ManifestOptions:
+    """Raises: RunnerError for options that no file can be made of."""
+    check_arguments(
+        arguments,
+        submit="| kubectl apply -f -",
+        storage="the claim of the volume that holds the project folder, such as my-project",
+    )
+    return ManifestOptions(
+        output_root=arguments.output_root,
+        image=arguments.image,
+        storage=arguments.storage,
+        num_slots=arguments.slots,
+        fail_fast=arguments.fail_fast,
+    )
+
+
+def submit(plan: PlanRuns, options: ManifestOptions) -> int:
+    """The file that a cluster takes, on stdout; returns an exit code."""
+    runs = plan_pending(plan)
+    if runs:
+        print(build_jobs_file(runs, options), end="")
+    return 0
+
+
+def build_jobs_file(runs: Sequence[PendingRun], options: ManifestOptions) -> str:
     """One Job for all runs that want equal machines, as YAML for `kubectl apply -f -`.
 
     Raises:
         RefusedError: a run, or the folder of runs, would not be found on the project's volume.
     """
-    check_submission(submission)
-    check_output_root(submission.output_root)
+    from runner.launch.placement import derive_resources
+
+    check_runs(runs)
+    check_output_root(options.output_root)
     groups: dict[Resources, list[PendingRun]] = {}
-    for run in submission.runs:
-        groups.setdefault(derive_machine(run), []).append(run)
-    jobs = [_build_job(submission, runs, machine) for machine, runs in groups.items()]
+    for run in runs:
+        groups.setdefault(derive_resources(run.selected.recipe), []).append(run)
+    grid = runs[0].selected.recipe.run.grid
+    jobs = [_build_job(grid, group, machine, options) for machine, group in groups.items()]
     comment = (
-        f"{len(submission.runs)} runs. The claim {submission.storage} is the project folder: it"
-        f" holds recipes, data, models and {submission.output_root}/."
+        f"{len(runs)} runs. The claim {options.storage} is the project folder: it"
+        f" holds recipes, data, models and {options.output_root}/."
     )
     return dump_documents(jobs, comment)
 
 
 def _build_job(
-    submission: Submission, runs: list[PendingRun], machine: Resources
+    grid: str, runs: list[PendingRun], machine: Resources, options: ManifestOptions
 ) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "completionMode": "Indexed",
         "completions": len(runs),
-        "parallelism": min(submission.num_slots or len(runs), len(runs)),
+        "parallelism": min(options.num_slots or len(runs), len(runs)),
         "backoffLimitPerIndex": max(run.launch.retries.transient for run in runs),
-        **({"maxFailedIndexes": 0} if submission.fail_fast else {}),
+        **({"maxFailedIndexes": 0} if options.fail_fast else {}),
         # Never two pods of one run: the second waits until the first is gone.
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": {"rules": _build_failure_rules()},
         "template": {
             "metadata": {"labels": _LABELS},
-            "spec": _build_pod(submission, runs, machine),
+            "spec": _build_pod(runs, machine, options),
         },
     }
-    metadata = {"name": _build_name(submission, runs), "labels": _LABELS}
+    metadata = {"name": _build_name(grid, runs), "labels": _LABELS}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 
-def _build_name(submission: Submission, runs: list[PendingRun]) -> str:
+def _build_name(grid: str, runs: list[PendingRun]) -> str:
     """The same until an attempt of one of the runs begins, so that what is applied twice is one
     Job.
     """
     state = [[run.selected.full_name, run.num_attempts] for run in runs]
-    return f"{build_label(submission.grid, 40)}-{hash_json(state)[:8]}"
+    return f"{build_label(grid, 40)}-{hash_json(state)[:8]}"
 
 
 def _build_failure_rules() -> list[dict[str, Any]]:
@@ -102,6 +138,8 @@ def _build_failure_rules() -> list[dict[str, Any]]:
     What the trainer is sure of comes before a disruption of the pod, what it could not name comes
     after: a pod that is being evicted may well crash.
     """
+    from runner.run.record import EXIT_CODES
+
     sure = {
         EXIT_CODES[kind]
         for kind, action in _ACTIONS.items()
@@ -121,6 +159,8 @@ def _build_failure_rules() -> list[dict[str, Any]]:
 
 
 def _codes_of(action: Action) -> set[int]:
+    from runner.run.record import EXIT_CODES
+
     return {EXIT_CODES[kind] for kind, its_action in _ACTIONS.items() if its_action == action}
 
 
@@ -130,14 +170,14 @@ def _build_exit_rule(action: Action, codes: set[int]) -> dict[str, Any]:
 
 
 def _build_pod(
-    submission: Submission, runs: list[PendingRun], machine: Resources
+    runs: list[PendingRun], machine: Resources, options: ManifestOptions
 ) -> dict[str, Any]:
     """The pod of any index: the index picks its recipe, and `runner` becomes the process that gets
     TERM.
     """
     script = (
         'shift "$JOB_COMPLETION_INDEX"; exec runner launch "$1" --output-root'
-        f" {_quote(submission.output_root)}"
+        f" {_quote(options.output_root)}"
     )
     resources = {
         **({"requests": {"cpu": machine.num_cores}} if machine.num_cores is not None else {}),
@@ -145,7 +185,7 @@ def _build_pod(
     }
     container = {
         "name": _CONTAINER,
-        "image": submission.image,
+        "image": options.image,
         "workingDir": _PROJECT_DIR,
         "command": ["sh", "-c", script, _CONTAINER, *map(_escape, list_recipe_words(runs))],
         **({"resources": resources} if resources else {}),
@@ -159,7 +199,7 @@ def _build_pod(
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "containers": [container],
         "volumes": [
-            {"name": "project", "persistentVolumeClaim": {"claimName": submission.storage}},
+            {"name": "project", "persistentVolumeClaim": {"claimName": options.storage}},
             # A pod's own 64 MiB are too few for several processes.
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
         ],

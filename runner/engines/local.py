@@ -3,6 +3,8 @@
 
 What a sweep shows on stderr while it runs: a bar over runs, and the step and loss of each current
 one.
+
+The help of `sweep` imports this file for its options: what is slow is imported in functions.
 """
 
 from __future__ import annotations
@@ -17,22 +19,121 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, Any, Final
 
 from runner.errors import RunnerError
-from runner.launch.attempt import FailedElsewhere, RunningAttempt, start_attempt
-from runner.launch.command import LaunchCommand, Placement, build_launch_command
-from runner.launch.placement import Devices
-from runner.plan.decide import Launch, decide_retry
 from runner.processes import StopSignals
-from runner.run.failures import build_failure
 from runner.run.paths import AttemptPaths
-from runner.run.record import Failure, load_progress, load_stop_request
+
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.progress import Progress, TaskID
+
+    from runner.launch.attempt import RunningAttempt
+    from runner.launch.command import LaunchCommand, Placement
+    from runner.launch.placement import Allocation, Devices, PlanRuns
+    from runner.plan.decide import Launch
+    from runner.run.record import Failure
+
+ONLY_WRITES_FILES: Final = False
+OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {}  # beyond those of every sweep
+STOPPED: Final = 130  # by Ctrl-C or another signal, as shells count it
 
 _LINE_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """What the command line says about this machine."""
+
+    num_slots: int
+    gpus: tuple[str, ...] | None  # each run gets its own of these; None: not asked for
+    fail_fast: bool
+    is_dry_run: bool
+
+
+def parse_options(arguments: argparse.Namespace) -> LocalOptions:
+    """Raises: RunnerError for `--gpus` that are not different devices."""
+    from runner.launch.placement import parse_gpus
+
+    gpus = parse_gpus(arguments.gpus)
+    return LocalOptions(
+        num_slots=len(gpus) if gpus is not None else arguments.slots or 1,
+        gpus=tuple(gpus) if gpus is not None else None,
+        fail_fast=arguments.fail_fast,
+        is_dry_run=arguments.dry_run,
+    )
+
+
+def submit(plan: PlanRuns, options: LocalOptions) -> int:
+    """Run what is planned until all of it has ended, or print the commands in a dry run; returns an
+    exit code.
+    """
+    from runner.launch.placement import list_placements
+
+    planned = plan({}, sys.stdout)
+    if options.is_dry_run:
+        for run in planned:
+            for placement in list_placements(
+                run.num_processes, run.recipe.launch.num_machines, None
+            ):
+                print(build_command(run, placement).as_shell())
+        return 0
+    sys.stdout.flush()
+    result = run_planned(
+        planned,
+        num_slots=options.num_slots,
+        gpus=list(options.gpus) if options.gpus is not None else None,
+        fail_fast=options.fail_fast,
+    )
+    if result.stopped_by is not None:
+        return STOPPED
+    return 1 if result.failed else 0
+
+
+def run_planned(
+    planned: list[Launch],
+    *,
+    num_slots: int,
+    gpus: list[str] | None,
+    fail_fast: bool,
+    allocation: Allocation | None = None,
+    again: str = "the same command",
+) -> PoolResult:
+    """How the runs ended; failures are printed. `again` is what goes on with them after a stop."""
+    from runner.launch.placement import Devices
+
+    if not planned:
+        print("nothing to launch", file=sys.stderr)
+        return PoolResult()
+    with SweepDisplay(len(planned)) as display:
+        result = run_pool(
+            planned, Devices(num_slots, gpus, allocation), display, fail_fast=fail_fast
+        )
+    _print_failures(result)
+    if result.stopped_by is not None:
+        print(f"stopped; {again} goes on from the newest checkpoints", file=sys.stderr)
+    return result
+
+
+def _print_failures(result: PoolResult) -> None:
+    for failed in result.failed:
+        what = "left" if failed.failure.kind == "preempted" else "failed"
+        print(
+            f"\n{failed.name} {what}, {failed.failure.kind}: {failed.failure.message}",
+            file=sys.stderr,
+        )
+        if failed.log_path is None:
+            continue
+        if failed.failure.kind in ("crashed", "lost", "transient", "out_of_memory"):
+            print("\n".join(f"  | {line}" for line in failed.failure.log_tail), file=sys.stderr)
+        print(f"  log: {failed.log_path}", file=sys.stderr)
+    if result.not_started and result.stopped_by is None:
+        print(
+            f"{len(result.not_started)} runs were not started because of --fail-fast",
+            file=sys.stderr,
+        )
 
 
 class SweepDisplay:
@@ -41,6 +142,9 @@ class SweepDisplay:
     """
 
     def __init__(self, num_runs: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
         self._console = Console(stderr=True, highlight=False)
         self._num_runs = num_runs
         self._num_finished = 0
@@ -128,6 +232,8 @@ def forget_closed_streams() -> None:
 
 
 def _describe(files: AttemptPaths) -> tuple[str, int, int | None]:
+    from runner.run.record import load_progress
+
     progress = load_progress(files.progress_path)
     if progress is None:
         return "starting", 0, None
@@ -250,6 +356,10 @@ class _Pool:
 
     def start_next(self) -> bool:
         """Start the next run if there is room; True when it is worth trying again at once."""
+        from runner.launch.attempt import FailedElsewhere, start_attempt
+        from runner.run.failures import build_failure
+        from runner.run.record import Failure
+
         placement = (
             self.devices.take(self.waiting[0].num_processes) if self.wants_to_start() else None
         )
@@ -363,6 +473,8 @@ class _Pool:
     def _retry_or_record(
         self, run: Launch, failed: FailedRun, attempt: RunningAttempt | None
     ) -> None:
+        from runner.plan.decide import decide_retry
+
         failures = self.failures.setdefault(run.full_name, [])
         # A run of weeks may lose its network once a day.
         if attempt is not None and attempt.has_gone_on():
@@ -402,6 +514,8 @@ class _Pool:
 
 def _is_stopped(one: Later) -> bool:
     """Whether `runner stop` asked, while the run waited, for no further attempt."""
+    from runner.run.record import load_stop_request
+
     request = load_stop_request(one.run.paths)
     return request is not None and request.attempt == one.run.num_attempts
 
@@ -415,6 +529,8 @@ def _resume_again(resume: str, failure: Failure, *, has_made_steps: bool) -> str
 
 def build_command(run: Launch, placement: Placement) -> LaunchCommand:
     """The command of one planned run at a placement."""
+    from runner.launch.command import build_launch_command
+
     return build_launch_command(
         run.recipe, run.paths.run_dir, placement, path=os.environ.get("PATH", os.defpath)
     )

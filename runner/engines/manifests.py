@@ -3,22 +3,30 @@ the user knows.
 
 The other machines see the project folder as it is here: recipes, launch configs and data under the
 same relative paths.
+
+No engine itself. The help of `sweep` imports this file: what is slow is imported in functions.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import yaml
+from runner.errors import RefusedError, RunnerError
 
-from runner.engines.slurm import Resources, derive_resources
-from runner.errors import RefusedError
-from runner.plan.select import Selected
-from runner.recipe.schema import LaunchSection
+if TYPE_CHECKING:
+    import argparse
+
+    import yaml
+
+    from runner.launch.placement import PlanRuns
+    from runner.plan.select import Selected
+    from runner.recipe.schema import LaunchSection
 
 # From TERM to KILL: the step that is under way, and a checkpoint, must fit.
 GRACE_SECONDS: Final = 300
@@ -38,30 +46,67 @@ class PendingRun:
 
 
 @dataclass(frozen=True)
-class Submission:
-    """The runs to launch, in order, and what is asked for beside them."""
+class ManifestOptions:
+    """What is asked for beside the runs."""
 
-    runs: tuple[PendingRun, ...]
     output_root: Path
     image: str  # container image with `runner` on its PATH
     # kubernetes: the claim of the project's volume; skypilot: the bucket that keeps the runs
     storage: str
     num_slots: int | None = None  # runs at a time; None leaves it to the engine
-    gpu_type: str | None = None  # as SkyPilot calls it
     fail_fast: bool = False
-    retry_failed: bool = False
-
-    @property
-    def grid(self) -> str:
-        """The grid of the first run, which names what is submitted."""
-        return self.runs[0].selected.recipe.run.grid
 
 
-def check_submission(submission: Submission) -> None:
+SHARED_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "--image": {"metavar": "IMAGE", "help": "container image with `runner` on its PATH"},
+    "--storage": {
+        "metavar": "NAME",
+        "help": "kubernetes: the project's volume claim; skypilot: a bucket",
+    },
+}
+
+
+def check_arguments(arguments: argparse.Namespace, *, submit: str, storage: str) -> None:
+    """`submit` is what a shell does with the file, `storage` what `--storage` means.
+
+    Raises:
+        RunnerError: no file can be made of these options.
+    """
+    engine = arguments.engine
+    if not arguments.dry_run:
+        raise RunnerError(
+            f"`--engine {engine}` starts nothing: with `--dry-run` it prints the file that you"
+            " submit",
+            hint=(
+                f"runner sweep {shlex.join(arguments.paths)} --engine {engine} --dry-run ..."
+                f" {submit}"
+            ),
+        )
+    for option, value, what in (
+        ("image", arguments.image, "a container image with `runner` on its PATH"),
+        ("storage", arguments.storage, storage),
+    ):
+        if value is None:
+            raise RunnerError(f"`--engine {engine}` needs `--{option}`: {what}")
+    if arguments.gpus is not None:
+        raise RunnerError(
+            f"`--gpus` names GPUs of this machine; `--engine {engine}` counts them itself"
+        )
+
+
+def plan_pending(plan: PlanRuns) -> tuple[PendingRun, ...]:
+    """What is planned, in order; stdout stays free for the file."""
+    planned = plan({}, sys.stderr)
+    if not planned:
+        print("nothing to launch", file=sys.stderr)
+    return tuple(PendingRun(run.selected, run.num_attempts or 0) for run in planned)
+
+
+def check_runs(runs: Iterable[PendingRun]) -> None:
     """Raises: RefusedError for a run that could not be started from the project folder on one other
     machine.
     """
-    for run in submission.runs:
+    for run in runs:
         path = run.selected.source_path
         if path.is_dir():
             raise RefusedError(
@@ -85,11 +130,6 @@ def check_output_root(output_root: Path) -> None:
     _check_relative(output_root, "`--output-root`")
 
 
-def derive_machine(run: PendingRun) -> Resources:
-    """What the one machine of a run must have."""
-    return derive_resources(run.selected.recipe)
-
-
 def list_recipe_words(runs: Iterable[PendingRun]) -> list[str]:
     """The recipe files as words of a command line, never to be taken for an option."""
     paths = [str(run.selected.source_path) for run in runs]
@@ -107,31 +147,37 @@ def build_label(text: str, max_length: int) -> str:
 
 def dump_documents(documents: Sequence[dict[str, Any]], comment: str) -> str:
     """YAML with the keys in the order given; texts of several lines stay readable."""
+    import yaml
+
     lines = [f"# {line}" for line in comment.splitlines()]
+    dumper = _build_dumper()
     bodies = [
-        yaml.dump(one, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+        yaml.dump(one, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
         for one in documents
     ]
     return "\n".join([*lines, "---\n".join(bodies)])
 
 
-class _Dumper(yaml.SafeDumper):
-    """No anchors: what occurs twice is written twice."""
+def _build_dumper() -> type[yaml.SafeDumper]:
+    import yaml
 
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+    class Dumper(yaml.SafeDumper):
+        """No anchors: what occurs twice is written twice."""
 
-    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        super().increase_indent(flow, False)
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+        def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+            super().increase_indent(flow, False)
+
+    Dumper.add_representer(str, _represent_text)
+    return Dumper
 
 
-def _dump_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar(
         "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
     )
-
-
-_Dumper.add_representer(str, _dump_text)
 
 
 def _check_relative(path: Path, what: str) -> None:

@@ -1,5 +1,5 @@
-"""Pending runs become one SkyPilot task: one machine in some cloud that sweeps them. Nothing here
-talks to a cloud.
+"""The SkyPilot engine: pending runs become one task, one machine in some cloud that sweeps them.
+Nothing here talks to a cloud.
 
 One task, and not one per run, because a sweep already is what a recovered machine needs: SkyPilot
 starts `run` again, and what is done is skipped. Its other ways fit less: a file of several tasks is
@@ -10,60 +10,115 @@ which carries no locks from one to the other.
 from __future__ import annotations
 
 import shlex
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from runner.engines.manifests import (
-    Submission,
+    SHARED_OPTIONS,
+    ManifestOptions,
+    PendingRun,
     build_label,
-    check_submission,
-    derive_machine,
+    check_arguments,
+    check_runs,
     dump_documents,
     list_recipe_words,
+    plan_pending,
 )
 from runner.errors import RefusedError
 
+if TYPE_CHECKING:
+    import argparse
+
+    from runner.launch.placement import PlanRuns
+
 _RUNS_DIR: Final = "/recipe-runner-runs"
 
+ONLY_WRITES_FILES: Final = True
+OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+    **SHARED_OPTIONS,
+    "--gpu-type": {"metavar": "TYPE", "help": "skypilot: kind of GPU, such as H100"},
+}
 
-def build_task_file(submission: Submission) -> str:
+
+@dataclass(frozen=True)
+class SkypilotOptions(ManifestOptions):
+    """What is asked for beside the runs; the last two of it by SkyPilot alone."""
+
+    gpu_type: str | None = None  # as SkyPilot calls it
+    retry_failed: bool = False
+
+
+def parse_options(arguments: argparse.Namespace) -> SkypilotOptions:
+    """Raises: RunnerError for options that no file can be made of."""
+    check_arguments(
+        arguments,
+        submit="> task.yaml; sky jobs launch task.yaml",
+        storage="the bucket that keeps the runs, such as s3://my-bucket/runs",
+    )
+    return SkypilotOptions(
+        output_root=arguments.output_root,
+        image=arguments.image,
+        storage=arguments.storage,
+        num_slots=arguments.slots,
+        fail_fast=arguments.fail_fast,
+        gpu_type=arguments.gpu_type,
+        retry_failed=arguments.retry_failed,
+    )
+
+
+def submit(plan: PlanRuns, options: SkypilotOptions) -> int:
+    """The file that `sky` takes, on stdout; returns an exit code."""
+    runs = plan_pending(plan)
+    if runs:
+        print(build_task_file(runs, options), end="")
+    return 0
+
+
+def build_task_file(runs: Sequence[PendingRun], options: SkypilotOptions) -> str:
     """The task as YAML for `sky jobs launch`.
 
     Raises:
         RefusedError: a run would not be found in the project folder, or the kind of GPU is missing.
     """
-    check_submission(submission)
-    slots = min(submission.num_slots or 1, len(submission.runs))
-    num_gpus = slots * max(derive_machine(run).num_gpus for run in submission.runs)
-    if num_gpus and submission.gpu_type is None:
+    from runner.launch.placement import derive_resources
+
+    check_runs(runs)
+    machines = [derive_resources(run.selected.recipe) for run in runs]
+    slots = min(options.num_slots or 1, len(runs))
+    num_gpus = slots * max(machine.num_gpus for machine in machines)
+    if num_gpus and options.gpu_type is None:
         raise RefusedError(
             "the runs want GPUs, but of which kind?",
             hint="--gpu-type H100, or what your clouds have",
         )
-    cores = [derive_machine(run).num_cores or run.launch.num_processes for run in submission.runs]
-    machine = (
-        {"accelerators": f"{submission.gpu_type}:{num_gpus}"}
+    cores = [
+        machine.num_cores or run.launch.num_processes
+        for run, machine in zip(runs, machines, strict=True)
+    ]
+    resources = (
+        {"accelerators": f"{options.gpu_type}:{num_gpus}"}
         if num_gpus
         else {"cpus": f"{slots * max(cores)}+"}
     )
     task: dict[str, Any] = {
-        "name": build_label(submission.grid, 40),
+        "name": build_label(runs[0].selected.recipe.run.grid, 40),
         "workdir": ".",
-        "resources": {**machine, "image_id": f"docker:{submission.image}"},
+        "resources": {**resources, "image_id": f"docker:{options.image}"},
         # Written to a local cache first, so that renames, appends and locks work as on a disk.
-        "file_mounts": {_RUNS_DIR: {"source": submission.storage, "mode": "MOUNT_CACHED"}},
+        "file_mounts": {_RUNS_DIR: {"source": options.storage, "mode": "MOUNT_CACHED"}},
         "setup": "runner --help > /dev/null\n",  # an image without it fails here
-        "run": _build_run(submission, num_gpus, slots),
+        "run": _build_run(runs, options, num_gpus, slots),
     }
-    comment = (
-        f"{len(submission.runs)} runs, which {submission.storage} keeps. One machine, {slots} at a"
-        " time."
-    )
+    comment = f"{len(runs)} runs, which {options.storage} keeps. One machine, {slots} at a time."
     return dump_documents([task], comment)
 
 
-def _build_run(submission: Submission, num_gpus: int, slots: int) -> str:
+def _build_run(
+    runs: Sequence[PendingRun], options: SkypilotOptions, num_gpus: int, slots: int
+) -> str:
     room = ["--gpus", ",".join(map(str, range(num_gpus)))] if num_gpus else ["--slots", str(slots)]
-    flags = ["--fail-fast"] * submission.fail_fast + ["--retry-failed"] * submission.retry_failed
-    words = [shlex.quote(word) for word in list_recipe_words(submission.runs)]
-    options = shlex.join(["--output-root", _RUNS_DIR, *room, *flags])
-    return " \\\n  ".join(["runner sweep", *words, options]) + "\n"
+    flags = ["--fail-fast"] * options.fail_fast + ["--retry-failed"] * options.retry_failed
+    words = [shlex.quote(word) for word in list_recipe_words(runs)]
+    tail = shlex.join(["--output-root", _RUNS_DIR, *room, *flags])
+    return " \\\n  ".join(["runner sweep", *words, tail]) + "\n"

@@ -6,8 +6,7 @@ however often it was submitted: the queue only tells which runs need not be subm
 was submitted stands below the output root, written before `sbatch` is called; a task is found again
 by the path of its script, which Slurm keeps with the job.
 
-Pure: runs that want equal machines become the batch script of one array job. Nothing here talks to
-Slurm.
+The help of `sweep` imports this file for its options: what is slow is imported in functions.
 """
 
 from __future__ import annotations
@@ -18,23 +17,27 @@ import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-import yaml
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, Final
 
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import load_json, write_json_atomic, write_text_atomic
-from runner.plan.select import Selected, run_paths
-from runner.recipe.identity import build_digest_payload, diff_payloads
-from runner.recipe.parse import Recipe, load_recipe
 from runner.run.lease import Lease
 from runner.run.paths import SubmissionPaths, submission_lock_path, submissions_dir
-from runner.run.record import EXIT_CODES, Fact, now_utc
+from runner.text import positive
+
+if TYPE_CHECKING:
+    import argparse
+
+    from runner.launch.placement import PlanRuns, Resources
+    from runner.plan.select import QueuedRun, Selected
+    from runner.recipe.parse import Recipe
+    from runner.run.record import SubmissionRecord
+
+ONLY_WRITES_FILES: Final = False
 
 # What the script itself decides; another value would lose runs or start them twice.
 _OWN_OPTIONS: Final = (
@@ -90,46 +93,111 @@ exit "$code"
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What one run needs of each of its machines."""
-
-    num_machines: int
-    num_gpus: int
-    num_cores: int | None  # None leaves it to the cluster
-
-
-@dataclass(frozen=True)
-class ClusterOptions:
+class SlurmOptions:
     """What the command line says about the jobs; nothing of it changes an experiment."""
 
+    output_root: Path
+    is_dry_run: bool = False
     num_slots: int | None = None  # tasks of one array at a time
     time_limit: str | None = None  # as `sbatch --time` takes it
     stop_before_seconds: int = 120  # between the request to checkpoint and the time limit
     extra: tuple[str, ...] = ()  # further options of `sbatch`, each `--name` or `--name=value`
 
 
-def derive_resources(recipe: Recipe) -> Resources:
-    """One GPU per process, none where the launch config asks for the CPU; cores where the recipe
-    states threads.
+OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "--time-limit": {
+        "metavar": "TIME",
+        "help": "slurm: of one run, as `sbatch --time`; default: the partition's",
+    },
+    "--stop-before-seconds": {
+        "type": positive,
+        "default": SlurmOptions.stop_before_seconds,
+        "metavar": "N",
+        "help": (
+            "slurm: a run is asked to checkpoint so long before its time limit; default"
+            f" {SlurmOptions.stop_before_seconds}"
+        ),
+    },
+    "--slurm-option": {
+        "dest": "slurm_options",
+        "action": "append",
+        "default": [],
+        "metavar": "OPTION",
+        "help": "slurm: of sbatch, such as --slurm-option=--partition=long; may be repeated",
+    },
+}
+
+
+def parse_options(arguments: argparse.Namespace) -> SlurmOptions:
+    """Raises: RunnerError for options that are not for Slurm, or that would lose runs."""
+    from runner.launch.placement import parse_gpus
+
+    parse_gpus(arguments.gpus)  # a wrong word is told first
+    for name, value in (("--gpus", arguments.gpus), ("--fail-fast", arguments.fail_fast)):
+        if value:
+            raise RunnerError(
+                f"`{name}` is for the local engine; Slurm gives GPUs to runs, and starts them"
+            )
+    options = SlurmOptions(
+        output_root=arguments.output_root,
+        is_dry_run=arguments.dry_run,
+        num_slots=arguments.slots,
+        time_limit=arguments.time_limit,
+        stop_before_seconds=arguments.stop_before_seconds,
+        extra=tuple(arguments.slurm_options),
+    )
+    check_options(options)
+    return options
+
+
+def submit(plan: PlanRuns, options: SlurmOptions) -> int:
+    """Submit what is planned, or print the scripts in a dry run; returns an exit code.
+
+    Nobody else looks at the queue and submits for this output root meanwhile. A dry run does
+    without that, and without Slurm.
     """
-    launch = recipe.launch
+    root = options.output_root
+    if options.is_dry_run:
+        queued, max_array_size = _load_queue_if_any(root)
+        for array in _plan_arrays(plan, queued, options, max_array_size):
+            print(array.script)
+        return 0
+    with hold_submissions(root) as lease:
+        queued, max_array_size = load_queue(root), load_max_array_size()
+        for array in _plan_arrays(plan, queued, options, max_array_size):
+            job = submit_array(array, lease)
+            print(
+                f"submitted {len(array.selected)} runs as slurm {job}: {array.paths.script_path}",
+                flush=True,
+            )
+    return 0
+
+
+def _load_queue_if_any(output_root: Path) -> tuple[dict[str, QueuedRun], int]:
     try:
-        config = yaml.safe_load(Path(launch.accelerate_config).read_text())
-    except FileNotFoundError:
-        raise RunnerError(
-            f"{recipe.run.full_name}: there is no {launch.accelerate_config}"
-        ) from None
-    num_processes = launch.num_processes // launch.num_machines
-    uses_cpu = isinstance(config, dict) and config.get("use_cpu") is True
-    threads = launch.num_cpu_threads_per_process
-    num_cores = threads * num_processes if threads is not None else None
-    return Resources(launch.num_machines, 0 if uses_cpu else num_processes, num_cores)
+        return load_queue(output_root), load_max_array_size()
+    except RunnerError as error:
+        print(f"without what Slurm has queued already: {error.message}", file=sys.stderr)
+        return {}, DEFAULT_MAX_ARRAY_SIZE
 
 
-def group_runs(
+def _plan_arrays(
+    plan: PlanRuns, queued: Mapping[str, QueuedRun], options: SlurmOptions, max_array_size: int
+) -> list[ArrayJob]:
+    # In a dry run, stdout is the script.
+    planned = plan(queued, sys.stderr if options.is_dry_run else sys.stdout)
+    arrays = build_arrays([run.selected for run in planned], options, max_array_size)
+    if not arrays:
+        print("nothing to submit", file=sys.stderr)
+    return arrays
+
+
+def divide_into_arrays(
     recipes: Iterable[Recipe], max_array_size: int
 ) -> list[tuple[Resources, list[Recipe]]]:
     """One array per kind of machine, in order, none larger than the cluster takes."""
+    from runner.launch.placement import derive_resources
+
     groups: dict[Resources, list[Recipe]] = {}
     for recipe in recipes:
         groups.setdefault(derive_resources(recipe), []).append(recipe)
@@ -140,7 +208,7 @@ def group_runs(
     ]
 
 
-def check_options(options: ClusterOptions) -> None:
+def check_options(options: SlurmOptions) -> None:
     """Raises: RefusedError for an option that the script decides or that is none, and for a limit
     without any time.
     """
@@ -185,19 +253,20 @@ def _count_seconds(time_limit: str) -> int | None:
 def build_script(
     full_names: Sequence[str],
     resources: Resources,
-    options: ClusterOptions,
+    options: SlurmOptions,
     *,
     python: str,
     project_dir: Path,
     submission: SubmissionPaths,
-    output_root: Path,
 ) -> str:
     """The script of one array job: task i executes run i.
 
     Raises:
         RefusedError: a path that no script can hold.
     """
-    for path in (project_dir, submission.submission_dir, output_root):
+    from runner.run.record import EXIT_CODES
+
+    for path in (project_dir, submission.submission_dir, options.output_root):
         if "\n" in str(path):
             raise RefusedError(
                 f"{str(path)!r} has a line break in it, which no batch script can hold"
@@ -229,7 +298,7 @@ def build_script(
         submission_dir=shlex.quote(str(submission.submission_dir)),
         project_dir=shlex.quote(str(project_dir)),
         command=shlex.join([python, "-P", "-m", "runner", "launch"]),
-        options=shlex.quote(f"--output-root={output_root}"),
+        options=shlex.quote(f"--output-root={options.output_root}"),
         preempted=EXIT_CODES["preempted"],
     )
     return "\n".join(
@@ -249,30 +318,6 @@ _OVERRIDING: Final = (
     "WAIT",
     "WRAP",
 )
-
-
-class Submission(Fact):
-    """`submission.json`: which run is which task of an array. Without a job, the submission may
-    have been killed.
-    """
-
-    submitted_at_utc: str
-    runs: tuple[str, ...]  # grid and run name, by array index
-    job: str | None = None
-
-
-@dataclass(frozen=True)
-class QueuedRun:
-    """A run that Slurm has a task for."""
-
-    task: str  # such as `17_3`
-    state: str  # as squeue says it, with its reason where there is one
-    recipe_path: Path  # as it was submitted
-
-    def find_differences(self, selected: Selected) -> list[str]:
-        """What makes the recipe another experiment than the one that was submitted."""
-        submitted = load_recipe(self.recipe_path)
-        return diff_payloads(build_digest_payload(submitted), build_digest_payload(selected.recipe))
 
 
 @dataclass(frozen=True)
@@ -305,6 +350,8 @@ def load_queue(output_root: Path) -> dict[str, QueuedRun]:
     Raises:
         RunnerError: Slurm does not answer.
     """
+    from runner.plan.select import QueuedRun
+
     lines = _ask(
         "squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%T|%r|%o"
     ).splitlines()
@@ -321,13 +368,17 @@ def load_queue(output_root: Path) -> dict[str, QueuedRun]:
 
 
 def build_arrays(
-    selected: Sequence[Selected], options: ClusterOptions, output_root: Path, max_array_size: int
+    selected: Sequence[Selected], options: SlurmOptions, max_array_size: int
 ) -> list[ArrayJob]:
     """What is to be submitted; touches nothing.
 
     Raises:
         RefusedError: a run directory elsewhere, or a path that no script can hold.
     """
+    from runner.plan.select import run_paths
+    from runner.run.record import now_utc
+
+    output_root = options.output_root
     for one in selected:
         if one.paths.run_dir.resolve() != run_paths(one.recipe, output_root).run_dir.resolve():
             raise RefusedError(
@@ -336,7 +387,7 @@ def build_arrays(
             )
     by_name = {one.full_name: one for one in selected}
     arrays = []
-    for resources, recipes in group_runs([one.recipe for one in selected], max_array_size):
+    for resources, recipes in divide_into_arrays([one.recipe for one in selected], max_array_size):
         names = [recipe.run.full_name for recipe in recipes]
         number = f"{now_utc()[:19].replace(':', '').replace('-', '')}-{secrets.token_hex(4)}"
         paths = SubmissionPaths(submissions_dir(output_root).resolve() / number)
@@ -347,13 +398,12 @@ def build_arrays(
             python=sys.executable,
             project_dir=Path.cwd(),
             submission=paths,
-            output_root=output_root,
         )
         arrays.append(ArrayJob(tuple(by_name[name] for name in names), paths, script))
     return arrays
 
 
-def submit(array: ArrayJob, lease: Lease) -> str:
+def submit_array(array: ArrayJob, lease: Lease) -> str:
     """Submit one array; returns its job number. The caller holds `hold_submissions`.
 
     A kill between any two instructions loses nothing: the record is there before the job, and
@@ -362,6 +412,9 @@ def submit(array: ArrayJob, lease: Lease) -> str:
     Raises:
         RunnerError: Slurm does not take it.
     """
+    from runner.recipe.parse import load_recipe
+    from runner.run.record import SubmissionRecord, now_utc
+
     for one in array.selected:
         path = array.paths.recipe_path(one.full_name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +424,7 @@ def submit(array: ArrayJob, lease: Lease) -> str:
                 f"{one.source_path} does not read the same once it is written as {path}"
             )
     write_text_atomic(array.paths.script_path, array.script)
-    submission = Submission(
+    submission = SubmissionRecord(
         submitted_at_utc=now_utc(), runs=tuple(one.full_name for one in array.selected)
     )
     write_json_atomic(array.paths.record_path, submission.model_dump(mode="json"))
@@ -397,13 +450,17 @@ def load_max_array_size() -> int:
     )
 
 
-def _load_submission(paths: SubmissionPaths) -> Submission | None:
+def _load_submission(paths: SubmissionPaths) -> SubmissionRecord | None:
     """None where the folder is none of ours. Raises: CorruptFileError for a record of another
     shape.
     """
+    from pydantic import ValidationError
+
+    from runner.run.record import SubmissionRecord
+
     content = load_json(paths.record_path)
     try:
-        return None if content is None else Submission.model_validate(content)
+        return None if content is None else SubmissionRecord.model_validate(content)
     except ValidationError as error:
         raise CorruptFileError(
             f"{paths.record_path} cannot be read: {error.errors()[0]['msg']}"

@@ -29,7 +29,7 @@ _MAX_LISTED: Final = 8
 _IGNORED: Final = (
     "# Runs are facts of this machine; recipes, templates and data belong to the record.\n/runs/\n"
 )
-_BUILD_DEMO_MODELS: Final = "python -m runner.demo.models"
+_BUILD_DEMO_MODELS: Final = "runner demo-models"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class _Needs:
     needs_demo_models: bool = False
 
 
-def run_init(target: Path, from_grid: str | None, data: Path | None, models: Sequence[str]) -> int:
+def init_project(
+    target: Path, from_grid: str | None, data: Path | None, models: Sequence[str]
+) -> int:
     """Make the project and print what to do next. Raises: RunnerError; then nothing is left
     behind.
     """

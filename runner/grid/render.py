@@ -1,15 +1,8 @@
-"""A grid and its template become the texts of recipes, each loaded again and found to be the run
-that it is meant for.
+"""A grid and its template become recipes: the cells and their names, the texts, and the files.
 
-`grid_cells` says which runs there are, `templating` what a template may do, `recipe` what a recipe
-means, and `recipe_files` what happens on disk.
-
-The runs of a grid: the cells that its axes, exclusions and inclusions give, each under its name.
-
-The generated recipes on disk: how they differ from what the templates give, and what `runner
-render` does about it.
-
-Owns the folder `recipes/<grid>`; writes only what differs and removes only what it once generated.
+Each text is loaded again and must be the run that it was rendered for. Owns the folder
+`recipes/<grid>`: writes only what differs and removes only what it once generated. `template` says
+what a template may do, `recipe.parse` what a recipe means.
 """
 
 from __future__ import annotations
@@ -365,7 +358,7 @@ def prune_recipes(recipes_dir: Path, drift: Drift) -> None:
         (recipes_dir / f"{name}.yaml").unlink(missing_ok=True)
 
 
-def run_render(grid: str | None, *, check: bool, prune: bool, root: Path) -> int:
+def render_grids(grid: str | None, *, check: bool, prune: bool, root: Path) -> int:
     """The exit code of `runner render`, after printing what was found and done.
 
     `grid` None means every grid. With `check` nothing is written and any difference gives 1.

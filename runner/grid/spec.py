@@ -28,8 +28,8 @@ from runner.recipe.problems import (
     find_resolvers,
     find_unusable_values,
 )
-from runner.recipe.schema import NAME_PATTERN, ModelSection, Scalar, Text
-from runner.strict import Section
+from runner.recipe.schema import NAME_PATTERN, ModelSection, Scalar
+from runner.strict import Section, Text
 
 _AXIS_NAME: Final = r"[A-Za-z][A-Za-z0-9_]*"
 # Names that a template already gives a meaning to.

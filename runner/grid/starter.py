@@ -1,14 +1,8 @@
-"""The starter grid of `runner init`: what fits a person's rows and models, written into the files
-of `starter/`.
+"""The starter grid of `runner init`, fitted to a user's rows and models, and the stock files.
 
-Owns what is read off a data file and a model folder. Imports the data part of the training process
-when called, because only the reader that trains knows what a file holds; none of it imports torch.
-
-The files that come with the runner: stock grids, model cards, chat templates, launch configs,
-sweeps, data samples.
-
-Owns where they are. They stand at the top of the source tree and nowhere else; a wheel holds them
-in `runner/stock`.
+Stock files (grids, model cards, chat templates, launch configs, sweeps, data samples) are at the
+top of the source tree; a wheel holds them in `runner/stock`. What a data file holds is asked of
+`data`, which reads it for training too.
 """
 
 from __future__ import annotations
@@ -163,7 +157,6 @@ def plan_data(path: Path) -> DataPlan:
     """
     from runner.data.rows import draw_splits
     from runner.data.sources import load_rows
-    from runner.data.tasks import build_examples
 
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -191,7 +184,7 @@ def plan_data(path: Path) -> DataPlan:
             json.dumps({"train": source.model_dump(), "task": task, **counts})
         )
 
-    examples = build_examples(load_rows(source), read(1).task).examples
+    examples = read(1).task.build_examples(load_rows(source)).examples
     num_bytes = {
         json.dumps(example.messages): sum(
             len(message["content"].encode()) for message in example.messages

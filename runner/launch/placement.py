@@ -17,14 +17,50 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from pathlib import Path
+from typing import Final, TextIO
+
+import yaml
 
 from runner.errors import RefusedError, RunnerError
 from runner.launch.command import MACHINE_RANK, Machines, Placement
 from runner.plan.decide import Launch
+from runner.plan.select import QueuedRun
 from runner.processes import die_with_parent
+from runner.recipe.parse import Recipe
+
+# Returns what to launch. An engine calls it once, with the runs that it has queued already and the
+# stream on which to print what is decided about each run.
+PlanRuns = Callable[[Mapping[str, QueuedRun], TextIO], list[Launch]]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one run needs of each of its machines."""
+
+    num_machines: int
+    num_gpus: int
+    num_cores: int | None  # None leaves it to the cluster
+
+
+def derive_resources(recipe: Recipe) -> Resources:
+    """One GPU per process, none where the launch config asks for the CPU; cores where the recipe
+    states threads.
+    """
+    launch = recipe.launch
+    try:
+        config = yaml.safe_load(Path(launch.accelerate_config).read_text())
+    except FileNotFoundError:
+        raise RunnerError(
+            f"{recipe.run.full_name}: there is no {launch.accelerate_config}"
+        ) from None
+    num_processes = launch.num_processes // launch.num_machines
+    uses_cpu = isinstance(config, dict) and config.get("use_cpu") is True
+    threads = launch.num_cpu_threads_per_process
+    num_cores = threads * num_processes if threads is not None else None
+    return Resources(launch.num_machines, 0 if uses_cpu else num_processes, num_cores)
 
 
 def name_cluster_job(environment: Mapping[str, str]) -> str | None:

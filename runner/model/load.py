@@ -4,7 +4,6 @@ puts on top.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,13 @@ from runner.recipe.parse import Recipe
 from runner.recipe.schema import EightBit, FourBit
 
 
-def load_model(recipe: Recipe, tokenizer: Any, weights_dir: Path | None = None) -> Any:
+def load_model(
+    recipe: Recipe, tokenizer: Any, weights_dir: Path | None = None, *, local_rank: int = 0
+) -> Any:
     """The base model, or the whole model in `weights_dir`, ready for the tokenizer's pad token and
     ends of turns.
+
+    Quantised weights go to the GPU of `local_rank`, the process's number on its machine.
 
     Under ZeRO-3 the training arguments must exist before this is called: `from_pretrained` looks at
     them to partition weights while loading.
@@ -33,7 +36,7 @@ def load_model(recipe: Recipe, tokenizer: Any, weights_dir: Path | None = None) 
     )
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, **build_load_arguments(recipe)
+            path, revision=revision, **build_load_arguments(recipe, local_rank)
         )
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
@@ -50,7 +53,7 @@ def load_model(recipe: Recipe, tokenizer: Any, weights_dir: Path | None = None) 
     return loaded
 
 
-def build_load_arguments(recipe: Recipe) -> dict[str, Any]:
+def build_load_arguments(recipe: Recipe, local_rank: int = 0) -> dict[str, Any]:
     """What `from_pretrained` needs for the recipe's dtype, attention and quantisation."""
     quantization = build_quantization_config(recipe)
     arguments: dict[str, Any] = {
@@ -63,7 +66,7 @@ def build_load_arguments(recipe: Recipe) -> dict[str, Any]:
     if quantization is not None:
         arguments["quantization_config"] = quantization
         if torch.cuda.is_available():
-            arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+            arguments["device_map"] = {"": local_rank}
     return arguments
 
 

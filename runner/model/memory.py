@@ -1,13 +1,9 @@
-"""An estimate of the memory that one process of a run needs on its device, from sizes and from
-nothing that ran.
+"""Estimates of the device memory and the disk that a run needs; nothing is run to get them.
 
-Exact: weights, adapter, gradients, optimizer states. Traced: what autograd keeps (`model_size`).
-Assumed: the rest; `ASSUMPTIONS` says what. docs/preflight.md has it at length.
-
-The disk that a run needs: the checkpoints that it keeps, one being written, and its export.
-
-`runner check` estimates it for a whole grid; the trainer asks before it trains, and before each
-checkpoint.
+Memory: weights, adapter, gradients and optimizer states are exact, what autograd keeps is traced
+(`size`), the rest is assumed (`ASSUMPTIONS`; docs/preflight.md explains all three). Disk: the
+checkpoints that are kept, the one being written, and the export. `runner check` asks for a whole
+grid, the trainer before it trains and before each checkpoint.
 """
 
 from __future__ import annotations
@@ -30,6 +26,7 @@ from runner.model.size import ActivationCurve, ModelSize, TrainedTensor
 from runner.recipe.parse import Recipe
 from runner.recipe.schedule import Schedule, derive_schedule
 from runner.run.paths import RunPaths
+from runner.text import format_mib
 
 GIB: Final = 2**30
 _CUDA_BYTES: Final = 800 * 2**20  # context, cuBLAS workspaces
@@ -276,5 +273,5 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
     """Raises: OSError (ENOSPC) where fewer bytes are free."""
     free = free_bytes(folder)
     if free < num_bytes:
-        words = f"{what} would take {num_bytes / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free"
+        words = f"{what} would take {format_mib(num_bytes)}, {format_mib(free)} are free"
         raise OSError(errno.ENOSPC, words, str(folder))

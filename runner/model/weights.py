@@ -1,9 +1,8 @@
-"""Makes an export reproducible, reads it again and checks it.
+"""Weights on disk: makes an export reproducible, reads it again and checks it.
 
-Every trained tensor is there, whole and finite; it is that of the best checkpoint; and the model
-scores what it scored when that checkpoint was written.
-
-Loads the whole tensors of a checkpoint into a model that DeepSpeed may have partitioned.
+Every trained tensor is there, whole and finite; it equals that of the best checkpoint; the model
+scores what it scored when that checkpoint was written. Also loads the whole tensors of a checkpoint
+into a model that DeepSpeed may have partitioned.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.errors import CorruptFileError, RecipeError, RefusedError, RunnerError
+from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe, load_recipe
 from runner.run.facts import Found, Part, RunFacts, read_facts, read_stored_recipe
 from runner.run.paths import RunPaths
@@ -35,6 +36,20 @@ class Selected:
     def read_facts(self, *, with_samples: bool = False) -> RunFacts:
         """What the run directory says now."""
         return read_facts(self.paths, self.known, with_samples=with_samples)
+
+
+@dataclass(frozen=True)
+class QueuedRun:
+    """A run that a cluster has a task for."""
+
+    task: str  # such as `17_3`
+    state: str  # as squeue says it, with its reason where there is one
+    recipe_path: Path  # as it was submitted
+
+    def find_differences(self, selected: Selected) -> list[str]:
+        """What makes the recipe another experiment than the one that was submitted."""
+        submitted = load_recipe(self.recipe_path)
+        return diff_payloads(build_digest_payload(submitted), build_digest_payload(selected.recipe))
 
 
 @dataclass(frozen=True)

@@ -1,318 +1,25 @@
-"""The data part of `runner check`: one pass over the distinct pairs of model and data, not one per
-recipe.
-
-Owns which work recipes share, and what is collected. What is known of rows is `row_facts`, of
-updates `schedule`, how it is printed `check_report`.
-
-Prints what `runner check` found: blocks for people, or the whole as JSON (docs/preflight.md).
-"""
+"""`runner check`: what the survey of a grid found, for people or as JSON (docs/preflight.md)."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import sys
-import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, Final
 
-from runner.checkpoints.remote import open_run_folder
-from runner.data.rows import SPLITS, RawSplits, draw_splits
-from runner.data.tokenizer import load_tokenizer
-from runner.errors import DataError, RunnerError
-from runner.files import hash_json
-from runner.preflight.rows import RowFacts, SplitFacts, TokenizerFacts, find_row_doubts, sum_up
-from runner.recipe.identity import (
-    build_digest_payload,
-    hint_at_missing,
-    list_content_paths,
-    list_missing_files,
-)
+from runner.data.rows import SPLITS
+from runner.preflight.survey import CheckedRun, CheckResult, check_recipes, group_runs
 from runner.recipe.parse import Recipe
-from runner.recipe.schedule import Schedule, derive_schedule, find_doubts
-from runner.recipe.schema import DataSection, ModelSection
-from runner.recipe.trackers import require_trackers
-
-Value = TypeVar("Value")
-# What does not decide which rows are drawn, and in what order: smaller training sets are prefixes
-# of larger ones.
-_NOT_OF_THE_DRAW: Final = {"num_train_samples": None, "max_length": 1, "truncation": "refuse"}
-_PROGRESS_EVERY_SECONDS: Final = 5.0
-_NETWORK_TIMEOUT_SECONDS: Final = 5.0
-
-
-@dataclass(frozen=True)
-class CheckedRun:
-    """One recipe whose rows are fit to be trained on."""
-
-    recipe: Recipe
-    splits: dict[str, SplitFacts]
-    left_out: tuple[str, ...]
-    schedule: Schedule
-
-    @property
-    def name(self) -> str:
-        """How it is called in warnings and errors."""
-        return self.recipe.run.full_name
-
-
-@dataclass
-class CheckResult:
-    """Everything found. Warnings and errors map what is said once to the names of the runs that it
-    is about.
-    """
-
-    num_recipes: int
-    runs: list[CheckedRun] = field(default_factory=list)
-    tokenizers: dict[str, TokenizerFacts] = field(default_factory=dict)  # by the model section
-    warnings: dict[str, list[str]] = field(default_factory=dict)
-    errors: dict[str, list[str]] = field(default_factory=dict)
-
-    def warn(self, text: str, name: str) -> None:
-        """A doubt about one run; the same doubt about several is said once."""
-        self.warnings.setdefault(text, []).append(name)
-
-    def fail(self, error: RunnerError, name: str) -> None:
-        """What keeps one run from being trained."""
-        self.errors.setdefault(str(error), []).append(name)
-
-
-class _Once:
-    """Calls a function once per key, and gives its value, or raises its error, as often as
-    asked.
-    """
-
-    def __init__(self) -> None:
-        self._outcomes: dict[str, Any] = {}
-
-    def __call__(self, key: str, function: Callable[[], Value]) -> Value:
-        if key not in self._outcomes:
-            try:
-                self._outcomes[key] = function()
-            except RunnerError as error:
-                self._outcomes[key] = error
-        outcome = self._outcomes[key]
-        if isinstance(outcome, RunnerError):
-            raise outcome
-        value: Value = outcome
-        return value
-
-
-class _Progress:
-    """A line on stderr every few seconds: silence of a minute looks like a hang."""
-
-    def __init__(self, num_pairs: int) -> None:
-        self._num_pairs = num_pairs
-        self._num_done = 0
-        self._shown_at = time.monotonic()
-
-    def step(self, name: str) -> None:
-        """One more pair of model and data is done."""
-        self._num_done += 1
-        if time.monotonic() - self._shown_at > _PROGRESS_EVERY_SECONDS:
-            self._shown_at = time.monotonic()
-            print(
-                f"checked {self._num_done} of {self._num_pairs} pairs of model and data: {name}",
-                file=sys.stderr,
-            )
-
-
-def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
-    """Load each tokenizer once, draw and mask each row once per tokenizer, and look at every
-    recipe.
-    """
-    result = CheckResult(len(recipes))
-    if any(not Path(recipe.model.path).exists() for recipe in recipes):
-        go_offline_without_network()
-    missing = _find_missing_files(recipes, result)
-    draws = _Draws([recipe.data for recipe in recipes])
-    once = _Once()
-    pairs: dict[tuple[str, str], list[Recipe]] = {}
-    for recipe in recipes:
-        pairs.setdefault(
-            (recipe.model.model_dump_json(), recipe.data.model_dump_json()), []
-        ).append(recipe)
-        try:
-            require_trackers(recipe)
-            open_run_folder(recipe)
-        except RunnerError as error:
-            _fail_all(result, error, [recipe])
-    progress = _Progress(len(pairs))
-    for (model_key, _), group in pairs.items():
-        model, data = group[0].model, group[0].data
-        tokenizer, raw = None, None
-        try:
-            if not missing & set(_own_paths(group[0], "model")):
-                tokenizer = once(model_key, partial(_load_tokenizer_facts, model))
-        except RunnerError as error:
-            _fail_all(result, error, group)
-        try:
-            if not missing & set(_own_paths(group[0], "data")):
-                raw = draws.draw(data)
-        except RunnerError as error:
-            _fail_all(result, error, group)
-        if tokenizer is not None and raw is not None:
-            result.tokenizers[model_key] = tokenizer
-            _check_pair(result, group, tokenizer, raw)
-        progress.step(f"{model.path} on {data.train.path}")
-    _find_twins(result)
-    return result
-
-
-def _load_tokenizer_facts(model: ModelSection) -> TokenizerFacts:
-    return TokenizerFacts(load_tokenizer(model))
-
-
-def go_offline_without_network() -> None:
-    """Look at cached models only where the hub cannot be reached: its client would retry for 46 s
-    per model.
-
-    Works before the client is imported, which reads the variable once.
-    """
-    is_decided = any(
-        name in os.environ for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY")
-    )
-    if is_decided or "huggingface_hub" in sys.modules:
-        return
-    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        socket.create_connection(
-            (url.hostname or "", url.port or 443), timeout=_NETWORK_TIMEOUT_SECONDS
-        ).close()
-    except OSError as error:
-        print(f"{url.hostname} cannot be reached ({error}): cached models only", file=sys.stderr)
-        os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def _fail_all(result: CheckResult, error: RunnerError, group: Sequence[Recipe]) -> None:
-    for recipe in group:
-        result.fail(error, recipe.run.full_name)
-
-
-def _own_paths(recipe: Recipe, section: str) -> list[str]:
-    return [
-        path for key, path in list_content_paths(recipe).items() if key.startswith(f"{section}.")
-    ]
-
-
-def _find_missing_files(recipes: Sequence[Recipe], result: CheckResult) -> set[str]:
-    """Every named file that is not there, in one error."""
-    concerned: dict[str, list[str]] = {}
-    keys: dict[str, str] = {}
-    for recipe in recipes:
-        for key, path in list_missing_files(recipe).items():
-            concerned.setdefault(path, []).append(recipe.run.full_name)
-            keys[path] = key
-    if concerned:
-        width = max(map(len, concerned))
-        lines = [
-            f"  {path:<{width}}  {keys[path]} of {len(names)} recipes"
-            for path, names in concerned.items()
-        ]
-        error = DataError(
-            f"{len(concerned)} files that recipes name are not there:\n" + "\n".join(lines),
-            hint=hint_at_missing(concerned),
-        )
-        for name in dict.fromkeys(name for names in concerned.values() for name in names):
-            result.fail(error, name)
-    return set(concerned)
-
-
-class _Draws:
-    """Draws the rows of all data sections that differ in nothing but counts and lengths at once."""
-
-    def __init__(self, sections: Sequence[DataSection]) -> None:
-        self._once = _Once()
-        self._counts: dict[str, set[int | None]] = {}
-        for data in sections:
-            self._counts.setdefault(self._key(data), set()).add(data.num_train_samples)
-
-    @staticmethod
-    def _key(data: DataSection) -> str:
-        return data.model_copy(update=_NOT_OF_THE_DRAW).model_dump_json()
-
-    def draw(self, data: DataSection) -> RawSplits:
-        """The rows of one section. Raises: DataError, as `draw_splits` does."""
-        counts = self._counts[self._key(data)]
-        widest = None if None in counts else max(count for count in counts if count is not None)
-        try:
-            raw = self._draw(data, widest)
-        except DataError:  # perhaps too few for the widest only
-            return self._draw(data, data.num_train_samples)
-        return replace(raw, train=raw.train[: data.num_train_samples])
-
-    def _draw(self, data: DataSection, count: int | None) -> RawSplits:
-        wanted = data.model_copy(update={"num_train_samples": count})
-        return self._once(f"{self._key(data)} {count}", lambda: draw_splits(wanted))
-
-
-def _check_pair(
-    result: CheckResult, group: Sequence[Recipe], tokenizer: TokenizerFacts, raw: RawSplits
-) -> None:
-    """All recipes of one model on the same rows."""
-    facts: dict[str, list[RowFacts]] = {}
-    try:
-        for split in SPLITS:
-            facts[split] = tokenizer.facts_of(getattr(raw, split), split, group[0].data)
-    except RunnerError as error:
-        _fail_all(result, error, group)
-        return
-    splits = {split: sum_up(rows) for split, rows in facts.items()}
-    doubts = find_row_doubts(group[0].model, tokenizer, facts, splits)
-    for recipe in group:
-        run = CheckedRun(
-            recipe,
-            splits,
-            tuple(raw.left_out.describe()),
-            derive_schedule(recipe, splits["train"].num_rows),
-        )
-        result.runs.append(run)
-        for doubt in [*doubts, *find_doubts(recipe, run.schedule)]:
-            result.warn(doubt, run.name)
-
-
-def _find_twins(result: CheckResult) -> None:
-    """Runs that would compute the same numbers: equal in all that matters, whatever their recipes
-    call it.
-    """
-    twins: dict[str, list[CheckedRun]] = {}
-    for run in result.runs:
-        payload = build_digest_payload(run.recipe)
-        del payload["data"], payload["loss"]
-        payload["model"]["chat_template"] = None  # what it prints is in the ids
-        rows = {
-            split: [
-                facts.ids_hash,
-                facts.mask_hashes[run.recipe.loss if split == "train" else "completion"],
-            ]
-            for split, facts in run.splits.items()
-        }
-        twins.setdefault(hash_json({"recipe": payload, "rows": rows}), []).append(run)
-    for group in twins.values():
-        if len(group) > 1:
-            labels = Counter(run.recipe.loss for run in group)
-            why = (
-                " although their losses differ: every token is part of a completion"
-                if len(labels) == 2
-                else ""
-            )
-            names = ", ".join(run.name for run in group)
-            for run in group:
-                result.warn(f"these runs are the same experiment{why}: {names}", run.name)
-
+from runner.text import align
 
 _MAX_NAMES: Final = 3
 
 
-def run_check(
+def print_check(
     recipes: Sequence[Recipe], output_root: Path, finished: Sequence[str], *, is_json: bool
 ) -> int:
     """Check and print; 2 if a recipe cannot be trained as it is, else 0: warnings do not fail.
@@ -394,14 +101,6 @@ def format_result(result: CheckResult, size_lines: Sequence[str] = ()) -> Iterat
             yield f"  {name_runs(names)}"
 
 
-def group_runs(runs: Sequence[CheckedRun], key: Any) -> list[tuple[Any, list[CheckedRun]]]:
-    """`(value, runs)` for each value of `key`, in the order in which they come first."""
-    groups: dict[Any, list[CheckedRun]] = {}
-    for run in runs:
-        groups.setdefault(key(run), []).append(run)
-    return list(groups.items())
-
-
 def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
     """One line per split and source of rows; where runs take more or fewer of them, the lengths are
     of the most.
@@ -437,14 +136,8 @@ def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
         "completion",
         "from",
     ]
-    table = [header, *lines.values()]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    for row in table:
-        cells = [
-            cell.ljust(width) if column in (0, len(header) - 1) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield f"  {'  '.join(cells)}".rstrip()
+    for line in align([header, *lines.values()], left=[0, len(header) - 1]):
+        yield f"  {line}"
 
 
 def _source_of(run: CheckedRun, split: str) -> tuple[str, str]:

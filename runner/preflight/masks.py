@@ -1,10 +1,7 @@
-"""What a model sees of a row and which of its tokens are trained, for people: the data behind
-`runner masks`.
+"""`runner masks`: the tokens of a row as the model sees them, and which of them are trained.
 
-Owns the step from a recipe to views of its rows, with the trainer's own functions. Does not own how
-they are printed: that is `mask_formats`. Loads a tokenizer, never a model.
-
-Prints views of rows: for a terminal with or without colours, as one HTML page, as JSON.
+Views are made by the trainer's own functions and printed for a terminal, as one HTML page or as
+JSON. Loads a tokenizer, never a model.
 """
 
 from __future__ import annotations

@@ -29,8 +29,9 @@ from runner.model.size import (
     measure_model,
     trace_activations,
 )
-from runner.preflight.check import CheckedRun, CheckResult, group_runs
+from runner.preflight.survey import CheckedRun, CheckResult, group_runs
 from runner.recipe.parse import Recipe
+from runner.text import format_bytes
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def warn_of_shortage(
     needed, free = sum(sizes[name].disk_bytes for name in pending), free_bytes(output_root)
     for name in pending if needed > free else ():
         result.warn(
-            f"the runs need up to {_format_bytes(needed)} of disk, {_format_bytes(free)} are free"
+            f"the runs need up to {format_bytes(needed)} of disk, {format_bytes(free)} are free"
             f" under {output_root}: lower `checkpoints.keep_latest`, or name another --output-root",
             name,
         )
@@ -128,8 +129,8 @@ def warn_of_shortage(
             and one.memory.total > device_bytes
         ):
             result.warn(
-                f"a process needs about {_format_bytes(one.memory.total)} of device memory, the"
-                f" device has {_format_bytes(device_bytes)}",
+                f"a process needs about {format_bytes(one.memory.total)} of device memory, the"
+                f" device has {format_bytes(device_bytes)}",
                 name,
             )
 
@@ -160,33 +161,22 @@ def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> 
             if field.name != "offloaded"
         }
         shown = " + ".join(
-            f"{name} {_format_bytes(value)}" for name, value in parts.items() if value
+            f"{name} {format_bytes(value)}" for name, value in parts.items() if value
         )
-        offloaded = (
-            f", {_format_bytes(memory.offloaded)} of host memory" if memory.offloaded else ""
-        )
+        offloaded = f", {format_bytes(memory.offloaded)} of host memory" if memory.offloaded else ""
         yield (
             f"{one.recipe.model.path}, {size.num_base_parameters / 1e6:,.1f}M parameters,"
             f" {size.num_trained_parameters / 1e6:,.2f}M trained, {batch} x"
-            f" {sizes[one.name].longest_row} tokens: about {_format_bytes(memory.total)} of memory"
+            f" {sizes[one.name].longest_row} tokens: about {format_bytes(memory.total)} of memory"
             f" a process{offloaded}"
         )
         yield f"  {shown}"
     disk = [sizes[run.name].disk_bytes for run in measured]
     yield (
-        f"disk: up to {_format_bytes(sum(disk))} for all runs, {_format_bytes(max(disk))} for the"
+        f"disk: up to {format_bytes(sum(disk))} for all runs, {format_bytes(max(disk))} for the"
         " largest"
     )
     yield f"memory is an estimate, never measured on a device. It assumes: {'; '.join(ASSUMPTIONS)}"
-
-
-def _format_bytes(count: int) -> str:
-    """A size to three digits.
-
-    >>> _format_bytes(3 * 2**30), _format_bytes(5_000_000)
-    ('3.00 GiB', '4.8 MiB')
-    """
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def as_json(one: RunSize) -> dict[str, Any]:

@@ -1,11 +1,7 @@
-"""`runner export`: the tuned model of a run as a folder for others, loaded again and compared
-before it is there.
+"""`runner export`: the tuned model of a run as a folder for others, compared before it is there.
 
-The README.md of an exported model: what it is, what it was made of, how it scores and how to load
-it. No clock.
-
-Sending an exported folder to the hub: where to, under which token, and in which words it is
-refused.
+Owns the model card (the folder's README.md, without clock times) and sending the folder to the
+hub: to which repository, under which token, and the words of a refusal.
 """
 
 from __future__ import annotations

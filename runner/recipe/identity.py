@@ -55,7 +55,7 @@ _PLACEMENT_SETTINGS: Final = frozenset(
     }
 )
 _DEMO_MODELS: Final = (
-    # Built by `runner.demo.models`; never to be asked of the hub, where such a name is free.
+    # Built by `runner demo-models`; never to be asked of the hub, where such a name is free.
     "demo_models/"
 )
 # A file that was written this recently may be written again under the same modification time.
@@ -191,7 +191,7 @@ def list_missing_files(recipe: Recipe) -> dict[str, str]:
 def hint_at_missing(paths: Iterable[str]) -> str:
     """How files come to be there that a recipe names."""
     if any(path.startswith(_DEMO_MODELS) for path in paths):
-        return "python -m runner.demo.models  # builds the demo's models"
+        return "runner demo-models  # builds the demo's models"
     return (
         "paths are relative to the folder where `runner` is started; replace them in the recipe"
         " template, or for one launch with an override such as data.train.path=FILE"

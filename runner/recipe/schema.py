@@ -1,17 +1,18 @@
 """The sections of a recipe: frozen types, each with what it accepts and the choices that exclude
 each other within it.
 
-`recipe_data` has the section `data`. Owns no combination across sections; those and the parsing are
-in `recipe`.
-
-The section `data` of a recipe: sources, splits, and the tasks that turn rows into conversations.
+The section `data.task` is that of a task: a file in `data/tasks` defines it, and is found there.
+Owns no combination across sections; those and the parsing are in `parse`.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
+from functools import cache, reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     Field,
@@ -22,6 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from runner.data import tasks
+from runner.data.tasks.base import Task
 from runner.recipe.hf_fields import (
     OWNED_LORA_FIELDS,
     OWNED_TRAINING_FIELDS,
@@ -29,7 +32,7 @@ from runner.recipe.hf_fields import (
     build_field_definitions,
 )
 from runner.secrets import names_secret
-from runner.strict import Section
+from runner.strict import Section, Text
 
 SCHEMA_VERSION: Final = 1
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
@@ -38,7 +41,6 @@ NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 NLL_METRICS: Final = ("nll_per_completion_token", "nll_per_token")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-Text = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Scalar = str | bool | int | float | None
@@ -399,123 +401,21 @@ class DataSource(Section):
     revision: str | None = None
 
 
-class TaskSection(Section):
-    """How rows become conversations. `METRICS` are those of the texts that a model generates,
-    larger is better.
-    """
-
-    METRICS: ClassVar[tuple[str, ...]] = ()
-
-
-class ConversationsTask(TaskSection):
-    """Rows with a list of messages in `messages` or `conversations`; role/content or from/value."""
-
-    name: Literal["conversations"]
+def find_tasks() -> list[type[Task]]:
+    """The task that each file of `data/tasks` defines, in the order in which errors list them."""
+    found: list[type[Task]] = []
+    for file in pkgutil.iter_modules(tasks.__path__, f"{tasks.__name__}."):
+        for value in vars(importlib.import_module(file.name)).values():
+            is_task = isinstance(value, type) and issubclass(value, Task) and value is not Task
+            if is_task and value.__module__ == file.name:  # defined there, not imported
+                found.append(value)
+    return sorted(found, key=lambda task: (task.ORDER, task.__module__))
 
 
-class PromptCompletionTask(TaskSection):
-    """One user turn and one assistant turn from two columns."""
-
-    METRICS = ("exact_match",)
-
-    name: Literal["prompt_completion"]
-    prompt_column: Text = "prompt"
-    completion_column: Text = "completion"
-
-
-class SummarizationTask(TaskSection):
-    """A document (or dialogue) and its summary; `prompt` holds the placeholder `{document}` exactly
-    once.
-    """
-
-    METRICS = ("rouge1", "rouge2", "rougeL")
-
-    name: Literal["summarization"]
-    prompt: Text
-    document_column: Text = "document"
-    summary_column: Text = "summary"
-
-    @model_validator(mode="after")
-    def _has_its_placeholders(self) -> Self:
-        _require_placeholders(self.prompt, "document")
-        return self
-
-
-class Sst2Task(TaskSection):
-    """SST-2 of GLUE: a sentence and its label, 0 or 1; `prompt` holds `{sentence}` exactly once."""
-
-    METRICS = ("accuracy", "f1")
-
-    name: Literal["sst2"]
-    prompt: Text
-    # What the model answers for the labels 0 and 1.
-    label_texts: tuple[Text, Text] = ("negative", "positive")
-    sentence_column: Text = "sentence"
-    label_column: Text = "label"
-
-    @model_validator(mode="after")
-    def _has_its_placeholders(self) -> Self:
-        _require_placeholders(self.prompt, "sentence")
-        return self
-
-
-class SquadV2Task(TaskSection):
-    """SQuAD 2.0: context, question, and answers as `{"text": [...], "answer_start": [...]}`, empty
-    if unanswerable.
-    """
-
-    METRICS = ("exact_match", "f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy")
-
-    name: Literal["squad_v2"]
-    prompt: Text  # holds {context} and {question} exactly once each
-    # What the model answers where the context holds no answer.
-    no_answer_text: Text = "unanswerable"
-
-    @model_validator(mode="after")
-    def _has_its_placeholders(self) -> Self:
-        _require_placeholders(self.prompt, "context", "question")
-        return self
-
-
-class Oasst1Task(TaskSection):
-    """Message trees of OpenAssistant (one row per message, or one nested tree per row) ->
-    conversations.
-    """
-
-    name: Literal["oasst1"]
-    languages: tuple[Text, ...] = ("en",)  # of every message of a path; empty: all
-    # The best-ranked reply at every turn, or one conversation per leaf.
-    paths: Literal["best", "all"] = "best"
-    # Messages without a finished review; deleted ones are never used.
-    include_unreviewed: bool = False
-
-
-class MathToolsTask(TaskSection):
-    """Mathematics in several turns: a tool's output is a user turn, the answer stands in the last
-    `\\boxed{}`.
-    """
-
-    METRICS = ("final_answer_accuracy",)
-
-    name: Literal["math_tools"]
-
-
-def _require_placeholders(prompt: str, *names: str) -> None:
-    for name in names:
-        if prompt.count(f"{{{name}}}") != 1:
-            raise ValueError(f"`prompt` must hold the placeholder {{{name}}} exactly once")
-
-
-AnyTask = (
-    ConversationsTask
-    | PromptCompletionTask
-    | SummarizationTask
-    | Sst2Task
-    | SquadV2Task
-    | Oasst1Task
-    | MathToolsTask
-)
-Task = Annotated[AnyTask, Field(discriminator="name")]
+if TYPE_CHECKING:  # the members of the union are known at run time only
+    AnyTask = Task
+else:
+    AnyTask = Annotated[reduce(or_, find_tasks()), Field(discriminator="name")]
 
 
 class DataSection(Section):
@@ -526,7 +426,7 @@ class DataSection(Section):
     train: DataSource
     validation: DataSource | None = None  # None: taken from `train`, before the training rows
     test: DataSource | None = None
-    task: Task
+    task: AnyTask
     num_train_samples: Positive | None = None
     num_validation_samples: Positive | None = None
     num_test_samples: Positive | None = None

@@ -1,11 +1,8 @@
 """A report as Markdown that reads well in a terminal, as CSV and as JSON.
 
-Owns how numbers are written, never what they are: that is `report`. Markdown rounds, and says once
-above the table what is equal in every run; CSV (rows only) and JSON are complete and unrounded.
-What is missing is blank, in JSON null.
-
-Tables in Markdown that read well in a terminal: padded columns, cut in several where one would be
-too wide.
+Owns how numbers are written, never their values: those are in `rows`. Markdown rounds, says once
+above the table what is equal in every run, and splits a table that would be too wide. CSV (rows
+only) and JSON are complete and unrounded. What is missing is blank, in JSON null.
 """
 
 from __future__ import annotations
@@ -16,8 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal, TypeVar, get_args
-
-from rich.cells import cell_len
 
 from runner.files import dump_json
 from runner.plan.status import State
@@ -34,6 +29,7 @@ from runner.report.rows import (
 )
 from runner.report.statistics import AxisComparison
 from runner.run.record import GenerationScore
+from runner.text import escape_cell, fill, measure, one_line
 
 MAX_WIDTH: Final = 140  # terminal columns; a wider table is cut
 Item = TypeVar("Item")
@@ -54,15 +50,15 @@ class Column:
     @property
     def width(self) -> int:
         """Terminal columns; Markdown wants three dashes at least."""
-        return max(3, *(cell_len(escape(cell)) for cell in (self.header, *self.cells)))
+        return max(3, *(measure(escape_cell(cell)) for cell in (self.header, *self.cells)))
 
     def draw(self) -> list[str]:
         """Header, rule and cells, padded to one width."""
         width = self.width
-        padded = []
-        for cell in map(escape, (self.header, *self.cells)):
-            blanks = " " * (width - cell_len(cell))
-            padded.append(blanks + cell if self.is_numeric else cell + blanks)
+        padded = [
+            fill(escape_cell(cell), width, is_right=self.is_numeric)
+            for cell in (self.header, *self.cells)
+        ]
         return [padded[0], "-" * (width - 1) + (":" if self.is_numeric else "-"), *padded[1:]]
 
     def equal_value(self) -> str | None:
@@ -107,20 +103,6 @@ def draw_table(columns: Sequence[Column]) -> str:
     """One table, whatever its width."""
     lines = zip(*(column.draw() for column in columns), strict=True)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def one_line(text: str) -> str:
-    """The text without line breaks."""
-    return " ".join(text.splitlines())
-
-
-def escape(cell: str) -> str:
-    """A cell that cannot end its column or its row.
-
-    >>> escape("a|b")
-    'a\\\\|b'
-    """
-    return one_line(cell).replace("\\", "\\\\").replace("|", "\\|")
 
 
 Format = Literal["md", "csv", "json"]

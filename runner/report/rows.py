@@ -1,8 +1,7 @@
-"""What a report says of each run, and what makes the numbers of two runs incomparable.
+"""The numbers of each run in a report, and what makes those of two runs incomparable.
 
-Owns the numbers; `report_comparisons` pairs them, `report_format` owns how they are written. Axes
-come from the recipe, scores from `result.json`. Nothing that differs between two identical runs
-(clock times, attempts, hosts) is read.
+Axes come from the recipe, scores from `result.json`. Nothing that differs between two identical
+runs (clock times, attempts, hosts) is read. `statistics` pairs the rows, `format` writes them.
 """
 
 from __future__ import annotations

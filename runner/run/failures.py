@@ -1,7 +1,7 @@
-"""Why an attempt failed: an exception or a log becomes a failure of a kind.
+"""Classifies exceptions and logs into failure kinds.
 
-Exceptions are told by the names of their types and by their texts, so that no library is imported
-for it. Owns the kinds' meaning for people (`HINTS`); what is retried is decided in `plan`.
+Exceptions are recognised by the names of their types and by their texts, so that no library is
+imported for it. Owns what each kind means for people (`HINTS`); `plan.decide` decides on retries.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""How the launcher and the ranks of an attempt on several machines know of each other: two locks in
-the run directory.
+"""The lease of a run, and two locks by which a launcher and its ranks elsewhere find each other.
 
 On one machine the trainer inherits the lease as its stdin and dies with its launcher. Neither
-reaches another one, so:
+reaches another machine, so:
 
-- the launcher holds `attempts/<n>/launcher` while the attempt may go on; a rank waits for it and
-  ends when it has it;
+- the launcher holds `attempts/<n>/launcher` while the attempt may go on; a rank waits for that lock
+  and ends when it gets it;
 - all ranks share `ranks`; while one of them lives, nobody else gets the lease of the run.
 
-Who is late finds the launcher's lock free and leaves before it has touched anything. The locks are
-the file system's (`flock`): they are free the moment their holder dies, in whatever way, and
-nothing is polled.
+A rank that starts after its launcher died finds the lock free and exits without touching the run.
+The locks are the file system's (`flock`): they are free the moment their holder dies, in whatever
+way, and nothing is polled.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ class Lease:
         """True when the lease is now ours; False when a live process holds it or has moved the
         directory aside.
 
-        Who only looks (`is_leased`) is waited for: a shared lock can be had beside theirs, beside a
-        holder's it cannot.
+        A probe (`is_leased`) holds only a shared lock, so we wait and retry; a real holder's lock
+        is exclusive, so we give up.
         """
         deadline = time.monotonic() + _LOOKING_SECONDS
         while not self._try_lock(fcntl.LOCK_EX):

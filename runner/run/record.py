@@ -31,6 +31,7 @@ FailureKind = Literal[
     "crashed",
     "lost",
 ]
+StopReason = Literal["num_train_epochs", "max_steps", "early_stopping"]
 # Kinds that happen again when nothing changes: a rerun would only burn device time.
 DETERMINISTIC_KINDS: Final[frozenset[FailureKind]] = frozenset(
     {"configuration", "data", "diverged"}
@@ -198,7 +199,7 @@ class TrainResult(Fact):
 
     recipe_digest: str
     outcome: Literal["completed"]
-    stop_reason: Literal["num_train_epochs", "max_steps", "early_stopping"]
+    stop_reason: StopReason
     num_steps: int
     best_step: int
     best_metric: float
@@ -222,6 +223,16 @@ class Progress(Fact):
     tokens_per_second: float | None = None  # of the last step
     # By the clock, since this attempt began to train; evaluations count.
     seconds_per_step: float | None = None
+
+
+class SubmissionRecord(Fact):
+    """`submission.json`: which run is which task of an array. Without a job, the submission may
+    have been killed.
+    """
+
+    submitted_at_utc: str
+    runs: tuple[str, ...]  # grid and run name, by array index
+    job: str | None = None
 
 
 def now_utc() -> str:

@@ -22,7 +22,7 @@ from runner.run.paths import RunPaths
 from runner.run.record import Failure, load_record, load_stored_recipe
 from runner.secrets import scrub_output
 from runner.sft.preemption import Preemption
-from runner.sft.startup import find_unused_libraries, hide_libraries
+from runner.sft.startup import WorldPlace, find_unused_libraries, hide_libraries
 
 
 def main() -> int:
@@ -33,29 +33,29 @@ def main() -> int:
         print("usage: accelerate launch ... -m runner.sft RUN_DIR", file=sys.stderr)
         return 2
     scrub_output()
-    run_dir = Path(sys.argv[1])
+    run_dir, place = Path(sys.argv[1]), WorldPlace.read(os.environ)
     preemption: Preemption | None = None
     try:
-        lease = _hold_lease(run_dir)
-        preemption = _listen(run_dir)
+        lease = _hold_lease(run_dir, place)
+        preemption = _listen(run_dir, place)
         if (stored := load_stored_recipe(RunPaths(run_dir))) is not None:
             hide_libraries(find_unused_libraries(stored.recipe))
         from runner.sft.train import train
 
-        train(run_dir, preemption)
+        train(run_dir, place, preemption)
     except BaseException as error:
         try:
             _say(error)
             if preemption is not None:
                 preemption.ignore()
-            _record_failure(run_dir, build_failure(error, run_dir))
+            _record_failure(run_dir, place, build_failure(error, run_dir))
         finally:
             os._exit(1)  # other ranks may be inside a collective: leave without waiting for them
     del lease
     return 0
 
 
-def _hold_lease(run_dir: Path) -> Lease | int | None:
+def _hold_lease(run_dir: Path, place: WorldPlace) -> Lease | int | None:
     """The lease of the run: inherited as stdin from the runner, or taken here when the command was
     typed by hand.
 
@@ -72,7 +72,7 @@ def _hold_lease(run_dir: Path) -> Lease | int | None:
         ranks = join_attempt(RunPaths(run_dir), int(number))
         bind_forks(ranks.fileno())
         return ranks
-    if int(os.environ.get("RANK", "0")) != 0 or not run_dir.is_dir():
+    if place.rank != 0 or not run_dir.is_dir():
         return None
     lease = Lease(path)
     if not lease.try_acquire():
@@ -90,18 +90,15 @@ def _say(error: BaseException) -> None:
         sys.stdout.flush()
 
 
-def _listen(run_dir: Path) -> Preemption:
+def _listen(run_dir: Path, place: WorldPlace) -> Preemption:
     """Hear what asks this attempt to leave, before anything heavy is imported."""
     paths = RunPaths(run_dir)
-    rank, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    preemption = Preemption(
-        paths, len(load_record(paths).attempts), rank=rank, num_processes=num_processes
-    )
-    preemption.listen(partial(_record_failure, run_dir))
+    preemption = Preemption(paths, len(load_record(paths).attempts), place)
+    preemption.listen(partial(_record_failure, run_dir, place))
     return preemption
 
 
-def _record_failure(run_dir: Path, failure: Failure) -> None:
+def _record_failure(run_dir: Path, place: WorldPlace, failure: Failure) -> None:
     """Each rank writes what it saw; the launch side chooses: most ranks only lose the one that
     knows why.
     """
@@ -110,10 +107,7 @@ def _record_failure(run_dir: Path, failure: Failure) -> None:
     if not attempts:
         return
     files = paths.attempt(attempts[-1].number)
-    content, failure_path = (
-        failure.model_dump(mode="json"),
-        files.failure_path(int(os.environ.get("RANK", "0"))),
-    )
+    content, failure_path = failure.model_dump(mode="json"), files.failure_path(place.rank)
     try:
         write_json_atomic(failure_path, content)
     except OSError:

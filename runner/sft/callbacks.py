@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from runner.checkpoints.marker import find_best_step, list_evaluations, rank_steps
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import EarlyStoppingOn
-from runner.run.record import Progress
+from runner.run.record import Progress, StopReason
 from runner.sft.context import RunContext
 
 
@@ -57,9 +57,17 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
             [value for _, value in list_evaluations(state.log_history, rule.metric)], rule
         )
 
-    def best_step(self, state: TrainerState) -> int | None:
-        """The step whose weights are the best so far."""
-        return find_best_step(self.evaluations(state), self._recipe.checkpoints.mode)
+    def stop_reason(self, state: TrainerState) -> StopReason:
+        """The reason for which training ended where it did."""
+        if self.is_stopped_early(state) and state.global_step < state.max_steps:
+            return "early_stopping"
+        return "max_steps" if self._recipe.training.max_steps is not None else "num_train_epochs"
+
+    def best_step(self, state: TrainerState) -> int:
+        """The step whose weights are the best so far; there is one from the first evaluation on."""
+        best = find_best_step(self.evaluations(state), self._recipe.checkpoints.mode)
+        assert best is not None, "the last step is always evaluated"
+        return best
 
     def evaluations(self, state: TrainerState) -> list[tuple[int, float]]:
         """What the checkpoints are judged by, so far."""

@@ -1,12 +1,12 @@
-"""What belongs to one run inside the training process: recipe, files, seeds. Nothing of a run
-stands elsewhere.
+"""One run as this process sees it: its recipe, its files, the process's place among the ranks, and
+the phase that it is in.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,21 +16,15 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from runner.checkpoints.commit import restore_run_files
 from runner.checkpoints.remote import Uploader, open_run_folder
 from runner.errors import RefusedError, RunnerError
-from runner.files import (
-    append_jsonl,
-    load_jsonl,
-    write_json_atomic,
-    write_json_unsynced,
-    write_jsonl_atomic,
-)
+from runner.files import write_json_atomic, write_json_unsynced
 from runner.recipe.identity import build_resume_fingerprint, derive_digest
 from runner.recipe.parse import Recipe
 from runner.run.paths import AttemptPaths, RunPaths
 from runner.run.record import Progress, load_record, load_stored_recipe
 from runner.sft.preemption import Preemption
+from runner.sft.startup import WorldPlace
 
 Result = TypeVar("Result")
 
@@ -43,18 +37,18 @@ class RunContext:
     recipe_digest: str
     paths: RunPaths
     attempt: AttemptPaths
-    num_processes: int
-    is_main: bool
+    place: WorldPlace
     resume: str  # `Attempt.resume`
     micro_batch_divisor: int  # `Attempt.micro_batch_divisor`
     preemption: Preemption
     uploader: Uploader | None = None  # of the main process, where the recipe names remote storage
+    _opened_at: float = field(default_factory=time.perf_counter)
     _phase_seconds: dict[str, float] = field(default_factory=dict)
     _progress: Progress = field(default_factory=lambda: Progress(phase="starting"))
     _last_progress_at: float = 0.0
 
     @classmethod
-    def open(cls, run_dir: Path, preemption: Preemption) -> RunContext:
+    def open(cls, run_dir: Path, place: WorldPlace, preemption: Preemption) -> RunContext:
         """Read the recipe and check it against its digest and against the processes that were
         really started.
 
@@ -77,27 +71,35 @@ class RunContext:
                 f"{paths.recipe_path} was changed by hand: its digest does not match"
             )
         attempt = record.attempts[-1]
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size != attempt.num_processes:
+        if place.world_size != attempt.num_processes:
             raise RefusedError(
-                f"{world_size} processes were started, {attempt.num_processes} were asked for",
+                f"{place.world_size} processes were started,"
+                f" {attempt.num_processes} were asked for",
                 hint=(
                     f"check that {recipe.launch.accelerate_config} starts several processes; "
                     "accelerate_configs/cpu.yaml and single_gpu.yaml start one"
                 ),
             )
-        is_main = int(os.environ.get("RANK", "0")) == 0
         return cls(
             recipe,
             stored.recipe_digest,
             paths,
             paths.attempt(attempt.number),
-            world_size,
-            is_main,
+            place,
             attempt.resume,
             attempt.micro_batch_divisor,
             preemption,
         )
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the attempt, on all machines."""
+        return self.place.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes."""
+        return self.place.rank == 0
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -139,11 +141,17 @@ class RunContext:
             self._last_progress_at = now
             write_json_unsynced(self.attempt.progress_path, progress.model_dump())
 
-    def write_timing(self, measured: Mapping[str, float]) -> None:
-        """Seconds per phase of this attempt, and what else was measured."""
+    def write_timing(self, num_steps: int, tokens_per_second: float) -> None:
+        """Write `timing.json`: the seconds of this attempt and of its phases, and its speed."""
         if self.is_main:
             seconds = {name: round(value, 3) for name, value in self._phase_seconds.items()}
-            write_json_atomic(self.attempt.timing_path, {"phase_seconds": seconds, **measured})
+            timing = {
+                "phase_seconds": seconds,
+                "num_steps": num_steps,
+                "total_seconds": round(time.perf_counter() - self._opened_at, 3),
+                "tokens_per_second": round(tokens_per_second, 1),
+            }
+            write_json_atomic(self.attempt.timing_path, timing)
 
     def on_main(self, function: Callable[[], Result]) -> Result:
         """What `function` returns on the main process, on every rank; its error is raised on every
@@ -162,21 +170,6 @@ class RunContext:
             raise outcome[1]
         result: Result = outcome[0]
         return result
-
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """One row of `metrics.jsonl`."""
-        if self.is_main:
-            append_jsonl(self.paths.metrics_path, row)
-
-    def truncate_metrics(self, last_step: int | None) -> None:
-        """Keep the rows up to the step that is resumed from, none when the run starts anew."""
-        if self.is_main:
-            if last_step is not None:
-                restore_run_files(self.paths, last_step)
-            rows = load_jsonl(self.paths.metrics_path) if last_step is not None else []
-            write_jsonl_atomic(
-                self.paths.metrics_path, [row for row in rows if row["step"] <= (last_step or 0)]
-            )
 
     def uses_cpu(self) -> bool:
         """Whether the accelerate config asks for the CPU; it alone decides, and the ranks are not

@@ -19,12 +19,12 @@ from peft import PeftModel
 from transformers import GenerationConfig
 
 from runner.data.masking import end_of_turn_ids
-from runner.data.metrics import Judge, Judgement, open_judge, summarise
 from runner.data.rows import Row, Samples
+from runner.data.tasks.base import Judge, Judgement, Task
 from runner.errors import DataError
 from runner.files import load_jsonl, write_jsonl_atomic
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import AnyTask, EarlyStoppingOn, GenerationOn
+from runner.recipe.schema import EarlyStoppingOn, GenerationOn
 from runner.run.record import GenerationScore
 from runner.sft.evaluate import share_rows
 
@@ -89,7 +89,7 @@ def generate_answers(
     model: torch.nn.Module,
     rows: Sequence[Row],
     *,
-    task: AnyTask,
+    task: Task,
     tokenizer: Any,
     max_new_tokens: int,
     batch_size: int,
@@ -107,7 +107,7 @@ def generate_answers(
     found: list[tuple[int, Answer]] = []
     with (
         _ready_to_generate(accelerator.unwrap_model(model), config) as generator,
-        open_judge(task) as judge,
+        task.open_judge() as judge,
     ):
         for batch in share.batches:
             texts = _generate_batch(
@@ -174,9 +174,9 @@ def _read_answer(new_ids: list[int], stop_ids: Sequence[int], tokenizer: Any) ->
     return text.strip(), end is not None
 
 
-def score_answers(task: AnyTask, answers: Sequence[Answer]) -> GenerationScore:
+def score_answers(task: Task, answers: Sequence[Answer]) -> GenerationScore:
     """The task's metrics of a split."""
-    metrics = summarise(task, [(answer.references, answer.judgement) for answer in answers])
+    metrics = task.summarise([(answer.references, answer.judgement) for answer in answers])
     return GenerationScore(
         num_rows=len(answers),
         num_unfinished=sum(not answer.is_finished for answer in answers),
@@ -234,9 +234,9 @@ def refuse_what_cannot_be_judged(recipe: Recipe, samples: Samples) -> None:
     if isinstance(recipe.early_stopping, EarlyStoppingOn):
         selecting.add(recipe.early_stopping.metric)
     if generated := selecting & set(task.METRICS):
-        with open_judge(task) as judge:
-            defined = summarise(
-                task, [(row.references, judge("", row.references)) for row in validation]
+        with task.open_judge() as judge:
+            defined = task.summarise(
+                [(row.references, judge("", row.references)) for row in validation]
             )
         if missing := sorted(generated - set(defined)):
             raise DataError(

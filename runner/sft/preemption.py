@@ -20,26 +20,24 @@ from runner.errors import PreemptedError
 from runner.processes import has_lost_sibling
 from runner.run.paths import RunPaths
 from runner.run.record import Failure, load_stop_request
+from runner.sft.startup import WorldPlace
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LOOK_MILLISECONDS: Final = 500  # between two looks for the stop file, or for a peer that has gone
 
 
 class Preemption:
-    """Asked or not, and whether training is under way; one per rank."""
+    """Knows whether this rank was asked to stop, and whether it is training."""
 
-    def __init__(
-        self, paths: RunPaths, attempt: int, *, rank: int = 0, num_processes: int = 1
-    ) -> None:
-        self._paths, self._attempt = paths, attempt
-        self._rank, self._num_processes = rank, num_processes
+    def __init__(self, paths: RunPaths, attempt: int, place: WorldPlace) -> None:
+        self._paths, self._attempt, self._place = paths, attempt, place
         self._lock = threading.Lock()
         self._asked_by: str | None = None  # this rank
         self._agreed_on: str | None = None  # all ranks
         self._is_training = False
         self._is_ignored = False
         # False once the other ranks may have finished before this one.
-        self.needs_peers = num_processes > 1
+        self.needs_peers = place.world_size > 1
 
     def listen(self, record: Callable[[Failure], None]) -> None:
         """From now on; `record` writes a failure down, right before the process ends."""
@@ -78,7 +76,7 @@ class Preemption:
         if self._agreed_on is None:
             self._agreed_on = (
                 self._asked_by
-                if self._num_processes == 1
+                if self._place.world_size == 1
                 else _agree_on_first(self._asked_by, device)
             )
         return self._agreed_on is not None
@@ -92,7 +90,7 @@ class Preemption:
         """Whether another rank on this machine is gone: then the launcher sends TERM to the rest,
         as if to ask them.
         """
-        return self.needs_peers and has_lost_sibling(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return self.needs_peers and has_lost_sibling(self._place.local_world_size)
 
     def _watch(self, readable: int, record: Callable[[Failure], None]) -> None:
         poll = select.poll()
@@ -105,8 +103,8 @@ class Preemption:
                     if number in SIGNALS
                 ]
                 if names and self._asked_by is None:
-                    self._asked_by = f"{names[0]} on rank {self._rank}"
-            elif self._asked_by is None and self._rank == 0:
+                    self._asked_by = f"{names[0]} on rank {self._place.rank}"
+            elif self._asked_by is None and self._place.rank == 0:
                 request = load_stop_request(self._paths)
                 if request is not None and request.attempt == self._attempt:
                     self._asked_by = request.why

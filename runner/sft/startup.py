@@ -1,15 +1,5 @@
-"""Removes the lock that a killed compilation of a DeepSpeed extension leaves behind, for which
-every later start waits.
-
-torch's `FileBaton` is a file named `lock` in the extension's build folder. Who compiles has made it
-(`O_EXCL`) and has it open all that time, and no child inherits that; who finds it waits until it is
-gone, for ever if its maker is dead.
-
-Keeps libraries out of a training process that has no use for them.
-
-TRL imports Weights & Biases, and PEFT bitsandbytes (with torch's compiler behind it), whenever they
-are installed. Together they are a fourth of the processor time that a run's imports take (`python
--X importtime`).
+"""The first steps of a rank: it learns its place among the ranks, hides libraries that its recipe
+does not need, and removes the build locks of a killed compilation.
 """
 
 from __future__ import annotations
@@ -23,7 +13,8 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -41,9 +32,35 @@ _ORPHAN_SECONDS: Final = 120.0
 _MINIMAL_AGE_SECONDS: Final = 1.0
 
 
+@dataclass(frozen=True)
+class WorldPlace:
+    """The place of this process among the ranks of its attempt."""
+
+    rank: int = 0
+    local_rank: int = 0  # on this machine
+    world_size: int = 1
+    local_world_size: int = 1  # on this machine
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> WorldPlace:
+        """The place that the launcher wrote into the environment; a process that it started alone
+        finds nothing there.
+        """
+        return cls(
+            rank=int(environment.get("RANK", "0")),
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            world_size=int(environment.get("WORLD_SIZE", "1")),
+            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
+        )
+
+
 def remove_stale_build_locks() -> None:
     """Before DeepSpeed compiles or loads anything: remove what a killed process left, and say what
     had to stay.
+
+    torch's `FileBaton` is a file named `lock` in the extension's build folder. The process that
+    compiles makes it (`O_EXCL`) and keeps it open, and no child inherits that; every other process
+    waits until it is gone, for ever if its maker is dead.
 
     Does nothing without DeepSpeed (accelerate's own sign for it), and nothing to folders of other
     extensions.
@@ -189,7 +206,12 @@ _TORCH_OPTIMIZERS: Final = (
 
 
 def find_unused_libraries(recipe: Recipe) -> list[str]:
-    """Which of them the recipe has no use for."""
+    """The libraries of these two that the recipe has no use for.
+
+    TRL imports Weights & Biases, and PEFT bitsandbytes (with torch's compiler behind it), whenever
+    they are installed. Together they are a fourth of the processor time that a run's imports take
+    (`python -X importtime`).
+    """
     is_used = {
         "wandb": "wandb" in recipe.tracking.report_to,
         "bitsandbytes": _uses_bitsandbytes(recipe),

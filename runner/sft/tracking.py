@@ -1,12 +1,10 @@
-"""Experiment trackers: what they are told, how one tracked run spans all attempts, and that they
+"""Experiment trackers: what they are sent, how one tracked run spans all attempts, and that they
 never stop training.
 
 TensorBoard and Weights & Biases are driven here, because Transformers' callbacks would start
 another run with every attempt and upload other weights than those that the runner commits and
 exports; every other tracker gets Transformers' own callback. Trackers live on the main process
-only.
-
-One Weights & Biases run per run of ours, across attempts: its id is kept in `tracking.json`.
+only. The id of a Weights & Biases run is kept in `tracking.json`, so that it spans all attempts.
 """
 
 from __future__ import annotations

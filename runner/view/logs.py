@@ -1,19 +1,17 @@
-"""`runner logs`: what an attempt printed, and what it still prints.
+"""`runner logs` prints what an attempt printed, and follows it; `runner stop` asks runs to leave.
 
-The bytes go to stdout as they are, colours and progress bars included, as with `cat`; what they are
-goes to stderr.
-
-`runner stop`: asks running attempts to checkpoint and to leave, whoever started them and on
+The bytes of a log go to stdout as they are, colours and progress bars included, as with `cat`;
+which run they belong to goes to stderr. A request to stop reaches a run whoever started it, and on
 whatever machine.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -28,7 +26,7 @@ _LOOK_SECONDS: Final = 0.25  # between two looks at a log that grows
 _MAX_LISTED: Final = 5
 
 
-def run_logs(run: str, output_root: Path, number: int | None, *, follow: bool) -> int:
+def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) -> int:
     """Print the log of one attempt, the last one by default.
 
     `follow` goes on with what is written meanwhile and with the attempts after it, until the run is
@@ -149,11 +147,10 @@ def _say(text: str) -> None:
     print(f"==> {text} <==", file=sys.stderr, flush=True)
 
 
-def run_stop(arguments: argparse.Namespace) -> int:
+def stop_runs(selected: Sequence[Selected]) -> int:
     """Ask every running attempt of what is selected; 1 when one could not be asked: it is just
     opening or closing.
     """
-    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
     asked: list[bool] = []
     idle: list[tuple[Selected, RunFacts]] = []
     for one in selected:

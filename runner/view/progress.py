@@ -1,8 +1,6 @@
-"""Pure: what a live view says about runs in words and numbers: counts, speeds, time left, loss
-curves as text.
+"""The live view's words and numbers: counts, speeds, time left, loss curves as text; pure.
 
-`watch_table` draws the grid, `watch_screen` puts everything together; nothing here reads a file or
-knows a terminal.
+Reads no file and knows no terminal; `screen` puts everything together.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from runner.plan.status import RunStatus
 from runner.recipe.parse import Recipe
 from runner.recipe.schedule import derive_schedule
 from runner.run.record import Progress
+from runner.text import format_seconds
 
 # Nothing more happens to these by itself; every other state, also one not known here, is work that
 # is left.
@@ -239,25 +237,6 @@ def describe_time_left(left: TimeLeft, num_left: int) -> str:
     return f"about {format_seconds(left.clock_seconds)} left"
 
 
-def format_seconds(seconds: float) -> str:
-    """In the two largest units that matter.
-
-    >>> [format_seconds(seconds) for seconds in (0.4, 59.6, 3540, 3601, 200_000)]
-    ['0 s', '1 min', '59 min', '1 h 0 min', '2 d 8 h']
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    days, hours = divmod(round(seconds / 3600), 24)
-    return f"{days} d {hours} h"
-
-
 def draw_curve(values: Sequence[float], width: int, levels: str = UNICODE.levels) -> str:
     """Values as a line of at most `width` bars, between their own least and greatest; several steps
     share a bar.
@@ -285,66 +264,3 @@ def draw_bar(part: float, width: int, glyphs: Glyphs = UNICODE) -> str:
     """
     filled = min(width, max(0, math.floor(part * width)))
     return glyphs.bar[0] * filled + glyphs.bar[1] * (width - filled)
-
-
-def clean(text: str) -> str:
-    """A text without line breaks and terminal controls: what a library says must not reach the
-    terminal as commands.
-
-    >>> clean("out\\x1b[2J of\\tmemory")
-    'out�[2J of memory'
-    """
-    return "".join(
-        character if character.isprintable() else " " if character.isspace() else "�"
-        for character in text
-    )
-
-
-def measure(text: str) -> int:
-    """The columns that a text takes."""
-    if text.isascii():
-        return len(text)
-    return sum(
-        (
-            0
-            if unicodedata.combining(character)
-            else 2
-            if unicodedata.east_asian_width(character) in "WF"
-            else 1
-        )
-        for character in text
-    )
-
-
-def cut(text: str, width: int, ellipsis: str = UNICODE.ellipsis) -> str:
-    """A text that takes at most `width` columns.
-
-    >>> cut("a long name", 6), cut("short", 6), cut("x", 0)
-    ('a lon…', 'short', '')
-    """
-    if measure(text) <= width:
-        return text
-    kept = ""
-    for character in text:
-        if measure(kept + character) > width - measure(ellipsis):
-            break
-        kept += character
-    return kept + ellipsis if width > 0 else ""
-
-
-def cut_middle(text: str, width: int, ellipsis: str = UNICODE.ellipsis) -> str:
-    """As `cut`, but the end stays: values of an axis often differ there.
-
-    >>> cut_middle("gemma-2-9b-it", 8), cut_middle("task-12", 5), cut_middle("task", 2)
-    ('gemm…-it', 'ta…12', '…k')
-    """
-    if measure(text) <= width:
-        return text
-    end = text[len(text) - len(cut(text[::-1], max(1, (width + 1) // 3), "")) :]
-    return cut(text, width - measure(end), ellipsis) + end
-
-
-def pad(text: str, width: int, ellipsis: str = UNICODE.ellipsis) -> str:
-    """A text that takes `width` columns exactly."""
-    shown = cut(text, width, ellipsis)
-    return shown + " " * (width - measure(shown))

@@ -1,9 +1,7 @@
-"""Pure: one screen of the live view as lines of styled text, cut to a size; what is running or
-failed is cut last.
+"""One screen of the live view as lines of styled text, cut to a size; pure.
 
-Pure: a grid of runs as a table of states, some of its axes as columns and the others as rows.
-
-An axis with one value only, and an empty row, are not drawn.
+What is running or failed is cut last. A grid of runs is drawn as a table of states, some of its
+axes as columns and the others as rows. An axis with one value only, and an empty row, are left out.
 """
 
 from __future__ import annotations
@@ -14,23 +12,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from runner.plan.select import label_value
+from runner.text import clean, cut, cut_middle, format_seconds, measure, pad
 from runner.view.progress import (
     UNICODE,
     Glyphs,
     RunView,
     Speeds,
-    clean,
     count_states,
-    cut,
-    cut_middle,
     describe_time_left,
     draw_bar,
     draw_curve,
     estimate_time_left,
-    format_seconds,
     is_left,
-    measure,
-    pad,
     rank_urgency,
 )
 

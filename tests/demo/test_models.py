@@ -22,12 +22,12 @@ from runner.demo.corpus import general_exchanges
 from runner.demo.models import (
     DEMO_FAMILIES,
     MANIFEST_NAME,
-    TINY,
-    Pretraining,
     build_demo_models,
+    builder_digest,
     is_built,
     load_manifest,
 )
+from runner.demo.plans import TINY, Pretraining
 from tests.conftest import ROOT
 
 REPOSITORY = ROOT
@@ -117,7 +117,7 @@ def test_two_builders_at_once_build_one_model(demo_dir: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_kill_leaves_no_model_and_the_next_build_is_whole(demo_dir: Path, tmp_path: Path) -> None:
     builder = subprocess.Popen(
-        [sys.executable, "-m", "runner.demo.models", "--output", str(tmp_path)],
+        [sys.executable, "-m", "runner", "demo-models", "--output", str(tmp_path)],
         cwd=REPOSITORY,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -140,6 +140,42 @@ def test_failed_build_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no-such-family"):
         build_demo_models(tmp_path, families=("no-such-family",), plan=BRIEF)
     assert not (tmp_path / "no-such-family").exists()
+
+
+def run_verb(output_dir: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "runner", "demo-models", "--output", str(output_dir)],
+        cwd=REPOSITORY,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def make_broken_torch(folder: Path) -> str:
+    """A search path on which nothing can import torch."""
+    (folder / "torch.py").write_text("raise ImportError('no torch here')")
+    return os.pathsep.join([str(folder), str(REPOSITORY)])
+
+
+def test_the_verb_finds_everything_built_without_torch(tmp_path: Path) -> None:
+    models_dir = tmp_path / "models"
+    for family in DEMO_FAMILIES:
+        (models_dir / family).mkdir(parents=True)
+        manifest = {"builder_digest": builder_digest(family, Pretraining())}
+        (models_dir / family / MANIFEST_NAME).write_text(json.dumps(manifest))
+    done = run_verb(models_dir, PYTHONPATH=make_broken_torch(tmp_path))
+    assert done.returncode == 0 and done.stderr.count("already built") == 3
+    assert done.stdout.splitlines() == [str(models_dir / family) for family in DEMO_FAMILIES]
+
+
+def test_a_failed_build_is_exit_code_1(tmp_path: Path) -> None:
+    done = run_verb(tmp_path / "models", PYTHONPATH=make_broken_torch(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "") and "no torch here" in done.stderr
+    assert "were not built; their errors are above" in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "models").glob("[!.]*"))
 
 
 def test_data_set_is_what_its_script_writes() -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.engines.kubernetes import _escape, build_jobs_file
-from runner.engines.manifests import Submission
+from runner.engines.manifests import PendingRun
 from runner.run.record import EXIT_CODES
 from tests.support.submissions import (
     DEMO,
     DEMO_2,
     EIGHT_GPUS,
+    OPTIONS,
     ROOT,
     compare_with_golden,
-    make_submission,
+    make_pending,
 )
 
 OLDEST, NEWEST = "1.29", kubernetes_validate.latest_version()
@@ -36,18 +39,19 @@ def project_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def build(submission: Submission) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all(build_jobs_file(submission)))
+def build(runs: Sequence[PendingRun], **changes: Any) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(build_jobs_file(runs, replace(OPTIONS, **changes))))
 
 
 def test_files_of_committed_recipes() -> None:
-    mixed = make_submission(DEMO, EIGHT_GPUS, DEMO_2, num_slots=2)
-    compare_with_golden([build_jobs_file(mixed)], "kubernetes_jobs.yaml")
+    mixed = make_pending(DEMO, EIGHT_GPUS, DEMO_2)
+    text = build_jobs_file(mixed, replace(OPTIONS, num_slots=2))
+    compare_with_golden([text], "kubernetes_jobs.yaml")
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_kubernetes_own_schema_accepts_the_jobs(version: str) -> None:
-    jobs = build(make_submission(DEMO, EIGHT_GPUS, num_slots=1, fail_fast=True))
+    jobs = build(make_pending(DEMO, EIGHT_GPUS), num_slots=1, fail_fast=True)
     assert len(jobs) == 2
     for job in jobs:
         kubernetes_validate.validate(job, version, strict=True)
@@ -63,7 +67,7 @@ def test_the_api_server_s_further_rules_are_met() -> None:
     """What no schema says: Kubernetes' `pkg/apis/batch/validation`, which is not to be had without
     a cluster.
     """
-    for job in build(make_submission(DEMO, EIGHT_GPUS, fail_fast=True)):
+    for job in build(make_pending(DEMO, EIGHT_GPUS), fail_fast=True):
         spec = job["spec"]
         pod = spec["template"]["spec"]
         assert spec["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
@@ -96,7 +100,7 @@ def find_action(job: dict[str, Any], exit_code: int, *conditions: str) -> str:
 
 
 def test_each_way_to_fail_has_its_consequence() -> None:
-    (job,) = build(make_submission(DEMO))
+    (job,) = build(make_pending(DEMO))
     assert {kind: find_action(job, code) for kind, code in EXIT_CODES.items()} == {
         "configuration": "FailIndex",
         "data": "FailIndex",
@@ -118,7 +122,7 @@ def test_each_way_to_fail_has_its_consequence() -> None:
 
 
 def test_runs_that_want_other_machines_get_a_job_of_their_own() -> None:
-    on_cpu, on_gpus = build(make_submission(DEMO, EIGHT_GPUS, DEMO_2, num_slots=2))
+    on_cpu, on_gpus = build(make_pending(DEMO, EIGHT_GPUS, DEMO_2), num_slots=2)
     pods = [job["spec"]["template"]["spec"]["containers"][0] for job in (on_cpu, on_gpus)]
     assert [pod["command"][4:] for pod in pods] == [[DEMO, DEMO_2], [EIGHT_GPUS]]
     assert [pod["resources"] for pod in pods] == [
@@ -134,8 +138,8 @@ def test_runs_that_want_other_machines_get_a_job_of_their_own() -> None:
 
 def test_a_job_is_named_alike_until_an_attempt_begins() -> None:
     names = [
-        build(make_submission(DEMO, **options))[0]["metadata"]["name"]
-        for options in ({}, {"image": "another"}, {"num_attempts": 1})
+        build(make_pending(DEMO, num_attempts=num_attempts), image=image)[0]["metadata"]["name"]
+        for num_attempts, image in ((0, "one"), (0, "another"), (1, "one"))
     ]
     assert names[0] == names[1] != names[2]
 
@@ -167,10 +171,8 @@ def test_each_index_starts_its_run_whatever_its_path(
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     tool.chmod(0o755)
-    submission = make_submission(
-        *(f"./{name}.yaml" for name in names), output_root=Path("my $(RUNS)")
-    )
-    (job,) = build(submission)
+    runs = make_pending(*(f"./{name}.yaml" for name in names))
+    (job,) = build(runs, output_root=Path("my $(RUNS)"))
     command = [expand(word) for word in job["spec"]["template"]["spec"]["containers"][0]["command"]]
     for index, name in enumerate(names):
         environment = {

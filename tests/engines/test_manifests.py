@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runner.engines.manifests import (
-    build_label,
-    check_output_root,
-    check_submission,
-    derive_machine,
-)
-from runner.errors import RefusedError, RunnerError
+from runner.engines.manifests import build_label, check_output_root, check_runs
+from runner.errors import RefusedError
 from tests.support.fake_launcher import FakeLauncher, fake, finish
-from tests.support.submissions import DEMO, ROOT, make_submission
+from tests.support.submissions import DEMO, ROOT, make_pending
 
 __all__ = ["fake"]
 
@@ -37,21 +32,12 @@ def project_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def test_a_launch_config_that_is_not_there_is_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (run,) = make_submission(DEMO).runs
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunnerError, match=r"there is no accelerate_configs/cpu\.yaml"):
-        derive_machine(run)
-
-
 @pytest.mark.parametrize("path", ["/elsewhere/runs", "../runs", "a/../../runs"])
 def test_what_is_outside_the_project_folder_is_refused(path: str) -> None:
     with pytest.raises(RefusedError, match="outside the folder that other machines get to see"):
         check_output_root(Path(path))
     with pytest.raises(RefusedError, match="outside the folder"):
-        check_submission(make_submission(str(ROOT / DEMO)))
+        check_runs(make_pending(str(ROOT / DEMO)))
     check_output_root(Path("runs/more"))
 
 
@@ -59,13 +45,13 @@ def test_a_run_directory_and_a_run_on_several_machines_are_refused(fake: FakeLau
     fake.add("one", "two", num_processes=2)
     assert finish(fake.start("launch", "recipes/toy/one.yaml"))[0] == 0
     with pytest.raises(RefusedError, match="runs/toy/one is a run directory"):
-        check_submission(make_submission("runs/toy/one"))
+        check_runs(make_pending("runs/toy/one"))
     path = fake.root / "recipes" / "toy" / "two.yaml"
     path.write_text(
         path.read_text().replace("num_processes: 2", "num_processes: 2\n  num_machines: 2")
     )
     with pytest.raises(RefusedError, match="toy/two wants 2 machines"):
-        check_submission(make_submission("recipes/toy/two.yaml"))
+        check_runs(make_pending("recipes/toy/two.yaml"))
 
 
 def test_labels_are_what_dns_has() -> None:

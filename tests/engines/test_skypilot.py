@@ -6,25 +6,27 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from runner.engines.manifests import Submission
-from runner.engines.skypilot import build_task_file
+from runner.engines.manifests import PendingRun
+from runner.engines.skypilot import SkypilotOptions, build_task_file
 from runner.errors import RefusedError
 from tests.support.submissions import (
     DEMO,
     DEMO_2,
     EIGHT_GPUS,
+    OPTIONS,
     ROOT,
     compare_with_golden,
-    make_submission,
+    make_pending,
 )
 
-BUCKET = "s3://my-bucket/runs"
+BUCKET = SkypilotOptions(OPTIONS.output_root, OPTIONS.image, storage="s3://my-bucket/runs")
 
 
 @pytest.fixture(autouse=True)
@@ -32,26 +34,26 @@ def project_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def submissions() -> list[Submission]:
+def list_tasks() -> list[tuple[tuple[PendingRun, ...], SkypilotOptions]]:
+    on_gpus = replace(BUCKET, gpu_type="H100", fail_fast=True, retry_failed=True)
     return [
-        make_submission(DEMO, DEMO_2, storage=BUCKET, num_slots=2),
-        make_submission(
-            DEMO, EIGHT_GPUS, storage=BUCKET, gpu_type="H100", fail_fast=True, retry_failed=True
-        ),
+        (make_pending(DEMO, DEMO_2), replace(BUCKET, num_slots=2)),
+        (make_pending(DEMO, EIGHT_GPUS), on_gpus),
     ]
 
 
 def test_files_of_committed_recipes() -> None:
-    compare_with_golden([build_task_file(one) for one in submissions()], "skypilot_tasks.yaml")
+    texts = [build_task_file(runs, options) for runs, options in list_tasks()]
+    compare_with_golden(texts, "skypilot_tasks.yaml")
 
 
 def test_a_machine_has_gpus_for_all_slots() -> None:
-    submission = make_submission(EIGHT_GPUS, DEMO, storage=BUCKET, num_slots=2, gpu_type="A100")
-    task = yaml.safe_load(build_task_file(submission))
+    options = replace(BUCKET, num_slots=2, gpu_type="A100")
+    task = yaml.safe_load(build_task_file(make_pending(EIGHT_GPUS, DEMO), options))
     assert task["resources"]["accelerators"] == "A100:16"
     assert f"--gpus {','.join(map(str, range(16)))}" in task["run"]
     with pytest.raises(RefusedError, match="of which kind"):
-        build_task_file(make_submission(EIGHT_GPUS, storage=BUCKET))
+        build_task_file(make_pending(EIGHT_GPUS), BUCKET)
 
 
 def test_the_machine_sweeps_every_run_whatever_its_path(
@@ -68,9 +70,8 @@ def test_the_machine_sweeps_every_run_whatever_its_path(
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     tool.chmod(0o755)
-    task = yaml.safe_load(
-        build_task_file(make_submission(*(f"./{name}.yaml" for name in names), storage=BUCKET))
-    )
+    runs = make_pending(*(f"./{name}.yaml" for name in names))
+    task = yaml.safe_load(build_task_file(runs, BUCKET))
     done = subprocess.run(
         ["bash", "-c", task["run"]],
         env={"PATH": f"{tool.parent}:{os.environ['PATH']}"},
@@ -90,11 +91,11 @@ def test_skypilot_reads_the_tasks(tmp_path: Path) -> None:
     the command.
     """
     sky: Any = pytest.importorskip("sky")
-    for submission in submissions():
+    for runs, options in list_tasks():
         path = tmp_path / "task.yaml"
-        path.write_text(build_task_file(submission))
+        path.write_text(build_task_file(runs, options))
         task = sky.Task.from_yaml(str(path))
         (resources,) = task.resources
         assert task.num_nodes == 1 and resources.image_id
-        assert bool(resources.accelerators) == (submission.gpu_type is not None)
+        assert bool(resources.accelerators) == (options.gpu_type is not None)
         assert list(task.storage_mounts) == list(yaml.safe_load(path.read_text())["file_mounts"])

@@ -9,22 +9,21 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from runner.cli.main import main
 from runner.engines.slurm import (
-    ClusterOptions,
-    Resources,
+    SlurmOptions,
     build_script,
     check_options,
-    derive_resources,
-    group_runs,
+    divide_into_arrays,
     hold_submissions,
 )
 from runner.errors import RefusedError
-from runner.launch.placement import count_allotted_cores
+from runner.launch.placement import Resources, count_allotted_cores
 from runner.recipe.parse import Recipe, load_recipe
 from runner.run.paths import SubmissionPaths, submission_lock_path, submissions_dir
 from tests.conftest import ROOT
@@ -34,8 +33,12 @@ __all__ = ["fake"]
 
 GOLDEN = ROOT / "tests" / "golden" / "slurm_job.sh"
 HOSTILE = "a 'b' \"c\" $(touch hacked) `touch hacked` %j \\x;&|é"
-OPTIONS = ClusterOptions(
-    2, "2:00:00", 300, ("--partition=long", '--comment=it\'s "mine" \\ here', "--exclusive")
+OPTIONS = SlurmOptions(
+    Path("runs"),
+    num_slots=2,
+    time_limit="2:00:00",
+    stop_before_seconds=300,
+    extra=("--partition=long", '--comment=it\'s "mine" \\ here', "--exclusive"),
 )
 
 # Stands for `python -P -m runner launch RECIPE --output-root=DIR`: notes its words, and ends as it
@@ -56,17 +59,14 @@ echo "$@" >> "$NOTES/scontrol"
 """
 
 
-def build(
-    root: Path, *names: str, project: Path | None = None, options: ClusterOptions = OPTIONS
-) -> str:
+def build(root: Path, *names: str, project: Path | None = None) -> str:
     return build_script(
         names,
         Resources(num_machines=1, num_gpus=2, num_cores=8),
-        options,
+        OPTIONS,
         python=str(root / "python"),
         project_dir=project or root,
         submission=SubmissionPaths(root / "runs" / ".slurm" / "20260101T000000-0a1b2c3d"),
-        output_root=Path("runs"),
     )
 
 
@@ -182,18 +182,9 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe(ROOT / "recipes/math_tools/gemma-7b-it_lr5e-6.yaml", overrides)
 
 
-def test_what_a_run_asks_of_its_machines(in_project: None) -> None:
-    assert derive_resources(recipe()) == Resources(1, 8, None)
-    assert derive_resources(recipe("launch.num_machines=2")) == Resources(2, 4, None)
-    threads = "launch.num_cpu_threads_per_process=3"
-    on_cpu = "launch.accelerate_config=accelerate_configs/cpu_ddp.yaml"
-    assert derive_resources(recipe("launch.num_machines=2", threads)) == Resources(2, 4, 12)
-    assert derive_resources(recipe(on_cpu, "launch.num_processes=2", threads)) == Resources(1, 0, 6)
-
-
 def test_one_array_per_kind_of_machine_none_too_large(in_project: None) -> None:
     runs = [recipe(f"launch.num_processes={number}") for number in (8, 4, 8, 8)]
-    groups = group_runs(runs, 2)
+    groups = divide_into_arrays(runs, 2)
     assert [(resources.num_gpus, len(group)) for resources, group in groups] == [
         (8, 2),
         (8, 1),
@@ -219,20 +210,19 @@ def test_one_array_per_kind_of_machine_none_too_large(in_project: None) -> None:
 )
 def test_options_that_would_lose_runs_are_refused(option: str) -> None:
     with pytest.raises(RefusedError):
-        check_options(ClusterOptions(extra=(option,)))
+        check_options(replace(OPTIONS, extra=(option,)))
 
 
 def test_a_time_limit_that_leaves_no_time_is_refused() -> None:
     with pytest.raises(RefusedError, match="120 s before that"):
-        check_options(ClusterOptions(time_limit="2"))
+        check_options(SlurmOptions(Path("runs"), time_limit="2"))
     for limit in ("3", "2:01", "1-0", "0:02:01", "UNLIMITED"):
-        check_options(ClusterOptions(time_limit=limit))
+        check_options(SlurmOptions(Path("runs"), time_limit=limit))
 
 
 def test_options_of_the_site_are_taken() -> None:
-    check_options(
-        ClusterOptions(extra=("--partition=a,b", "--account=x", "--gres=gpu:a100:4", "--exclusive"))
-    )
+    extra = ("--partition=a,b", "--account=x", "--gres=gpu:a100:4", "--exclusive")
+    check_options(SlurmOptions(Path("runs"), extra=extra))
 
 
 def test_paths_that_slurm_cannot_hold_are_refused(tmp_path: Path) -> None:
@@ -291,6 +281,25 @@ def test_only_one_sweep_submits_at_a_time(
         assert main(["sweep", "recipes/toy", "--engine", "slurm"]) == 2
     assert "another sweep is submitting" in capsys.readouterr().err
     assert submission_lock_path(fake.root / "runs").exists()
+
+
+def test_the_lock_is_held_from_the_queue_to_the_last_submission(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = submission_lock_path(fake.root / "runs")
+    for name in ("squeue", "scontrol", "sbatch"):
+        look = f"flock --nonblock '{lock}' true && state=free || state=held"
+        note = f"echo {name} $state >> '{fake.home}/looks'"
+        answer = f"[ {name} = sbatch ] && echo 17; [ {name} != scontrol ] || echo MaxArraySize = 2"
+        (fake.home / name).write_text(f"#!/bin/bash\n{look}\n{note}\n{answer}\ntrue\n")
+        (fake.home / name).chmod(0o755)
+    fake.add("a", "b", "c")
+    assert main(["sweep", "recipes/toy", "--engine", "slurm"]) == 0
+    looks = (fake.home / "looks").read_text().splitlines()
+    assert looks == ["squeue held", "scontrol held", "sbatch held", "sbatch held"]
+    output = capsys.readouterr().out
+    assert output.count("launch  toy/") == 3 and output.count("as slurm 17") == 2
+    subprocess.run(["flock", "--nonblock", str(lock), "true"], check=True)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_the_printed_commands_work(
     commands = [
         shlex.split(line.partition("#")[0]) for line in message.partition("next:\n")[2].splitlines()
     ]
-    assert commands[:2] == [["cd", "my study"], ["python", "-m", "runner.demo.models"]]
+    assert commands[:2] == [["cd", "my study"], ["runner", "demo-models"]]
     monkeypatch.chdir("my study")
     verbs = [command[1:] for command in commands[2:]]
     assert [verb[0] for verb in verbs] == ["render", "check", "sweep", "sweep", "report"]

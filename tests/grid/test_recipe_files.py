@@ -13,7 +13,7 @@ from runner.grid.render import (
     compare,
     prune_recipes,
     render_grid,
-    run_render,
+    render_grids,
     write_recipes,
 )
 from tests.support.toy_grid import GRID, Toy, build_toy
@@ -32,7 +32,7 @@ def test_a_second_run_writes_nothing_and_gives_the_same_bytes(
     toy: Toy, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = toy()
-    assert run_render("toy", check=False, prune=False, root=root) == 0
+    assert render_grids("toy", check=False, prune=False, root=root) == 0
     assert "8 written, 0 unchanged" in capsys.readouterr().out
     before = snapshot(root / "recipes/toy")
     assert len(before) == 8
@@ -41,10 +41,10 @@ def test_a_second_run_writes_nothing_and_gives_the_same_bytes(
         content.endswith(b"\n") and not content.endswith(b"\n\n") for content, _ in before.values()
     )
 
-    assert run_render(None, check=False, prune=True, root=root) == 0
+    assert render_grids(None, check=False, prune=True, root=root) == 0
     assert snapshot(root / "recipes/toy") == before
     assert "0 written, 8 unchanged" in capsys.readouterr().out
-    assert run_render("toy", check=True, prune=False, root=root) == 0
+    assert render_grids("toy", check=True, prune=False, root=root) == 0
     assert "is up to date" in capsys.readouterr().out
 
 
@@ -52,7 +52,7 @@ def test_check_shows_each_kind_of_drift_and_writes_nothing(
     toy: Toy, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = toy()
-    run_render("toy", check=False, prune=False, root=root)
+    render_grids("toy", check=False, prune=False, root=root)
     recipes = root / "recipes/toy"
     edited = recipes / "phi_full_060.yaml"
     edited.write_text(edited.read_text().replace("max_steps: 2", "max_steps: 3"))
@@ -62,7 +62,7 @@ def test_check_shows_each_kind_of_drift_and_writes_nothing(
     before = snapshot(recipes)
     capsys.readouterr()
 
-    assert run_render("toy", check=True, prune=False, root=root) == 1
+    assert render_grids("toy", check=True, prune=False, root=root) == 1
     assert snapshot(recipes) == before
     out = capsys.readouterr().out
     assert f"{edited} differs from its template" in out
@@ -76,7 +76,7 @@ def test_check_shows_each_kind_of_drift_and_writes_nothing(
 @pytest.mark.parametrize("change", ["edit", "remove", "stale", "foreign", "newlines"])
 def test_each_kind_of_drift_alone_fails_the_check(toy: Toy, change: str) -> None:
     root = toy()
-    run_render("toy", check=False, prune=False, root=root)
+    render_grids("toy", check=False, prune=False, root=root)
     path = root / "recipes/toy/phi_full_060.yaml"
     match change:
         case "edit":
@@ -89,22 +89,22 @@ def test_each_kind_of_drift_alone_fails_the_check(toy: Toy, change: str) -> None
             path.with_name("mine.yaml").write_text("")
         case "newlines":
             path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert run_render("toy", check=True, prune=False, root=root) == 1
+    assert render_grids("toy", check=True, prune=False, root=root) == 1
 
 
 def test_stale_recipes_are_named_and_removed_only_on_request(
     toy: Toy, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = toy()
-    run_render("toy", check=False, prune=False, root=root)
+    render_grids("toy", check=False, prune=False, root=root)
     recipes = root / "recipes/toy"
     (recipes / "mine.yaml").write_text("by: hand\n")
     toy(GRID.replace("[60, 180]", "[60]"))
 
-    assert run_render("toy", check=False, prune=False, root=root) == 0
+    assert render_grids("toy", check=False, prune=False, root=root) == 0
     assert "phi_full_180.yaml is stale" in capsys.readouterr().out
     assert len(list(recipes.iterdir())) == 9
-    assert run_render("toy", check=False, prune=True, root=root) == 0
+    assert render_grids("toy", check=False, prune=True, root=root) == 0
     out = capsys.readouterr().out
     assert "phi_full_180.yaml removed" in out and "mine.yaml was not generated" in out
     assert sorted(path.stem for path in recipes.iterdir()) == [
@@ -138,10 +138,10 @@ def test_a_long_list_of_changes_shows_a_few_diffs_and_every_name(
     toy: Toy, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = toy()
-    run_render("toy", check=False, prune=False, root=root)
+    render_grids("toy", check=False, prune=False, root=root)
     toy(old="max_steps: 2", new="max_steps: 3")
     capsys.readouterr()
-    assert run_render("toy", check=True, prune=False, root=root) == 1
+    assert render_grids("toy", check=True, prune=False, root=root) == 1
     out = capsys.readouterr().out
     assert out.count("differs from its template") == 8
     assert out.count("+  max_steps: 3") == 3 and "(5 more files differ)" in out
@@ -152,10 +152,10 @@ def test_nothing_is_written_when_one_cell_fails(toy: Toy) -> None:
         old="{{ num_train_samples | yaml }}", new="{{ (60 - num_train_samples + 1) | yaml }}"
     )
     with pytest.raises(GridError, match="num_train_samples=180"):
-        run_render("toy", check=False, prune=False, root=root)
+        render_grids("toy", check=False, prune=False, root=root)
     assert not (root / "recipes").exists()
 
 
 def test_check_and_prune_contradict_each_other(toy: Toy) -> None:
     with pytest.raises(RunnerError, match="does not go with --prune"):
-        run_render("toy", check=True, prune=True, root=toy())
+        render_grids("toy", check=True, prune=True, root=toy())

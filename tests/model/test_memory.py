@@ -16,8 +16,8 @@ from runner.data.tokenizer import load_tokenizer
 from runner.model.load import build_lora_config, load_model
 from runner.model.memory import Sharding, estimate_disk, estimate_memory, free_bytes, load_sharding
 from runner.model.size import ActivationCurve, load_config, measure_model
-from runner.preflight.check import check_recipes
 from runner.preflight.sizes import describe_sizes, estimate_sizes, warn_of_shortage
+from runner.preflight.survey import check_recipes
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.recipe.schedule import derive_schedule
 from tests.conftest import RECIPE_TEXT, ROOT, Project

@@ -13,7 +13,8 @@ import pytest
 
 from runner.data.rows import build_samples, describe_samples
 from runner.data.tokenizer import load_tokenizer
-from runner.preflight.check import CheckResult, as_json, check_recipes, format_result
+from runner.preflight.check import as_json, format_result
+from runner.preflight.survey import CheckResult, check_recipes
 from runner.recipe.parse import Recipe, load_recipe
 from tests.conftest import ROOT, Project
 

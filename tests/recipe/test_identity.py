@@ -289,7 +289,7 @@ def test_files_that_are_not_there_are_named_at_once_and_never_looked_for_on_the_
         "launch.accelerate_config: none.yaml",
     ):
         assert f"\n  {line}" in caught.value.message
-    assert caught.value.hint is not None and "python -m runner.demo.models" in caught.value.hint
+    assert caught.value.hint is not None and "runner demo-models" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
+from runner.data.tasks.squad_v2 import SquadV2Task
+from runner.data.tasks.sst2 import Sst2Task
 from runner.files import write_json_atomic, write_text_atomic
 from runner.plan.status import RunStatus, derive_status
 from runner.recipe.parse import Recipe, parse_recipe
-from runner.recipe.schema import SquadV2Task, Sst2Task
 from runner.report.format import FORMATS, MAX_WIDTH, Format, format_report
 from runner.report.rows import ReportRow, axis_text, build_rows, compare_with_base
 from runner.report.statistics import build_comparisons, paired_interval

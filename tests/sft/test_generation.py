@@ -16,11 +16,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from runner.data.masking import CompletionSpan
-from runner.data.metrics import Judgement
 from runner.data.rows import LeftOut, Row, Samples, Split, build_samples
+from runner.data.tasks.base import Judgement
+from runner.data.tasks.squad_v2 import SquadV2Task
+from runner.data.tasks.sst2 import Sst2Task
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError
-from runner.recipe.schema import DataSection, ModelSection, SquadV2Task, Sst2Task
+from runner.recipe.schema import DataSection, ModelSection
 from runner.sft.generation import (
     Answer,
     build_generation_config,

@@ -17,6 +17,7 @@ from runner.files import load_json, write_json_atomic
 from runner.run.paths import RunPaths
 from runner.run.record import StopRequest
 from runner.sft.preemption import Preemption
+from runner.sft.startup import WorldPlace
 
 # One rank: listens, says that it does, and does what it is told, line by line, until it is ended.
 RANK = """\
@@ -25,9 +26,11 @@ from pathlib import Path
 from runner.run.paths import RunPaths
 from runner.files import write_json_atomic
 from runner.sft.preemption import Preemption
+from runner.sft.startup import WorldPlace
 
 paths, rank = RunPaths(Path(sys.argv[1])), int(sys.argv[2])
-preemption = Preemption(paths, 3, rank=rank, num_processes=int(sys.argv[3]))
+place = WorldPlace.read({**os.environ, "RANK": sys.argv[2], "WORLD_SIZE": sys.argv[3]})
+preemption = Preemption(paths, 3, place)
 preemption.listen(
     lambda failure: write_json_atomic(paths.attempt(3).failure_path(rank), failure.model_dump())
 )
@@ -125,7 +128,7 @@ def test_inside_training_it_stays_until_the_end_of_the_step(tmp_path: Path) -> N
 
 
 def test_training_that_ends_by_itself_while_it_is_asked_leaves_too(tmp_path: Path) -> None:
-    preemption = Preemption(RunPaths(tmp_path), 1)
+    preemption = Preemption(RunPaths(tmp_path), 1, WorldPlace())
     preemption.begin_training()
     preemption.end_training(4)
     preemption.begin_training()

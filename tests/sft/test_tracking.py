@@ -23,11 +23,10 @@ from runner.files import append_jsonl, load_json
 from runner.run.paths import RunPaths
 from runner.run.record import SplitScore, TrainResult, load_progress
 from runner.sft.callbacks import ProgressCallback
-from runner.sft.context import RunContext
-from runner.sft.preemption import Preemption
 from runner.sft.tracking import Trackers, open_trackers, read_sent_steps
 from runner.sft.trainer import build_training_args
 from tests.conftest import ROOT, Project
+from tests.support.contexts import make_recorder, open_context
 from tests.support.training_runs import (
     RUNS,
     assert_same_outputs,
@@ -61,24 +60,6 @@ RESULT = TrainResult(
     base={"test": SCORE},
     tuned={"test": SCORE},
 )
-
-
-def open_context(project: Project, *overrides: str) -> RunContext:
-    """One rank of the first attempt of a run, without a trainer."""
-    paths = project.paths("base")
-    paths.attempt(1).attempt_dir.mkdir(parents=True, exist_ok=True)
-    recipe = project.recipe(*overrides)
-    return RunContext(
-        recipe,
-        "digest",
-        paths,
-        paths.attempt(1),
-        num_processes=1,
-        is_main=True,
-        resume="auto",
-        micro_batch_divisor=1,
-        preemption=Preemption(paths, 1),
-    )
 
 
 def tell_steps(trackers: Trackers, steps: range, *, evaluate_every: int = 4) -> None:
@@ -264,7 +245,7 @@ def test_wandb_run_goes_on_where_the_last_attempt_ended(
     # Killed twice at step 10.
     for first, last, resume_step in ((1, 10, None), (9, 10, 8), (9, 12, 8)):
         trackers = open_trackers(context, resume_step)
-        context.truncate_metrics(resume_step)
+        make_recorder(context).rewind(resume_step)
         for step in range(first, last + 1):
             append_jsonl(context.paths.metrics_path, {"step": step, "loss": 1.0})
             if step % 4 == 0:

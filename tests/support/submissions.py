@@ -1,4 +1,4 @@
-"""Submissions of committed recipes, for the tests of engines that write a file; golden files of
+"""Pending runs of committed recipes, for the tests of engines that write a file; golden files of
 what they write.
 """
 
@@ -7,9 +7,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from runner.engines.manifests import PendingRun, Submission
+from runner.engines.manifests import ManifestOptions, PendingRun
 from runner.plan.select import select_recipes
 from tests.conftest import ROOT
 
@@ -18,16 +17,13 @@ DEMO_2 = "recipes/demo/llama_060_full.yaml"
 EIGHT_GPUS = "recipes/math_tools/gemma-7b-it_lr5e-6.yaml"
 
 
-def make_submission(*recipes: str, num_attempts: int = 0, **options: Any) -> Submission:
+OPTIONS = ManifestOptions(Path("runs"), image="registry.example/runner:1", storage="my-project")
+
+
+def make_pending(*recipes: str, num_attempts: int = 0) -> tuple[PendingRun, ...]:
     """Of recipes below the current folder, none of which has a run directory."""
     selected = select_recipes(recipes, Path("nowhere"))
-    runs = tuple(PendingRun(one, num_attempts) for one in selected)
-    given = {
-        "output_root": Path("runs"),
-        "image": "registry.example/runner:1",
-        "storage": "my-project",
-    }
-    return Submission(runs=runs, **{**given, **options})
+    return tuple(PendingRun(one, num_attempts) for one in selected)
 
 
 def compare_with_golden(texts: Sequence[str], name: str) -> None:

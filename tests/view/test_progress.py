@@ -8,19 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.text import clean, cut, measure, pad
 from runner.view.progress import (
     RunView,
     Speeds,
-    clean,
     count_steps_left,
-    cut,
     describe_time_left,
     draw_bar,
     draw_curve,
     estimate_time_left,
     is_left,
-    measure,
-    pad,
 )
 from tests.support.watch_views import RECIPE, make_failure, make_running, make_view
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.view.progress import ASCII, UNICODE, Glyphs, RunView, measure
+from runner.text import measure
+from runner.view.progress import ASCII, UNICODE, Glyphs, RunView
 from runner.view.screen import Screen, group_troubles, share_lines
 from tests.conftest import ROOT
 from tests.support.watch_views import make_failure, make_grid, make_running, make_view

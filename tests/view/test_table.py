@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.recipe.schema import Scalar
-from runner.view.progress import ASCII, UNICODE, RunView, measure
+from runner.text import measure
+from runner.view.progress import ASCII, UNICODE, RunView
 from runner.view.screen import GridTable, Line
 from tests.support.watch_views import make_grid, make_view
 

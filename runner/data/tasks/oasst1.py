@@ -1,5 +1,5 @@
-"""Message trees of OpenAssistant -> the paths through them that become conversations, and a count
-of what is left out.
+"""The task `oasst1`: message trees of OpenAssistant -> the paths through them that become
+conversations, and a count of what is left out.
 
 Rows are single messages (as on the hub) or whole nested trees (as in the project's own export).
 Schema and the states of a tree: https://huggingface.co/datasets/OpenAssistant/oasst1. Every message
@@ -11,17 +11,45 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from runner.data.sources import describe_value, read_text, require_object
+from runner.data.tasks.base import (
+    Example,
+    Examples,
+    Task,
+    describe_value,
+    read_text,
+    require_object,
+)
+from runner.data.tasks.conversations import ROLES
 from runner.errors import DataError
-from runner.recipe.schema import Oasst1Task
+from runner.strict import Text
 
 READY: Final = "ready_for_export"
 # States of trees that reviewers or moderators gave up; the others between these and `READY` are
 # still being collected.
 GIVEN_UP: Final = ("aborted_low_grade", "halted_by_moderator")
 SPEAKERS: Final = ("prompter", "assistant")
+
+
+class Oasst1Task(Task):
+    """Message trees of OpenAssistant (one row per message, or one nested tree per row) ->
+    conversations.
+    """
+
+    ORDER = 6
+
+    name: Literal["oasst1"]
+    languages: tuple[Text, ...] = ("en",)  # of every message of a path; empty: all
+    # The best-ranked reply at every turn, or one conversation per leaf.
+    paths: Literal["best", "all"] = "best"
+    # Messages without a finished review; deleted ones are never used.
+    include_unreviewed: bool = False
+
+    def build_examples(self, rows: Iterable[tuple[str, Any]]) -> Examples:
+        """One example per path; an example is not one row, so there is no `build_example`."""
+        trees = read_trees(rows, self)
+        return Examples(tuple(_build_example(path) for path in trees.paths), trees.left_out)
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,16 @@ class TreePaths:
 
     paths: tuple[TreePath, ...]
     left_out: Mapping[str, int]
+
+
+def _build_example(path: TreePath) -> Example:
+    root = path.messages[0]
+    messages = tuple(
+        {"role": ROLES.get(one.role, one.role), "content": one.text} for one in path.messages
+    )
+    return Example(
+        f"{root.where} (message {root.message_id})", messages, group=path.message_tree_id
+    )
 
 
 def read_trees(rows: Iterable[tuple[str, Any]], task: Oasst1Task) -> TreePaths:

@@ -1,9 +1,10 @@
-"""Whether two mathematical answers are equal, decided by math-verify in a process of its own.
+"""The task `math_tools`: mathematics with tools, judged by the final answers.
 
-The process has a limit of CPU time and memory for each pair: a generated `9^{9^{9^9}}` keeps a
-computer algebra system busy for ever, inside C code that no signal handler can interrupt, and
-math-verify's own timeouts are signals of wall clock time, which would let a busy machine change a
-score. A pair that exceeds the limit is unequal.
+Two answers are equal as texts, or else by math-verify, in a process of its own: this module, run as
+a program. The process has a limit of CPU time and memory for each pair: a generated `9^{9^{9^9}}`
+keeps a computer algebra system busy for ever, inside C code that no signal handler can interrupt,
+and math-verify's own timeouts are signals of wall clock time, which would let a busy machine change
+a score. A pair that exceeds the limit is unequal.
 """
 
 from __future__ import annotations
@@ -15,13 +16,93 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
-from types import TracebackType
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import MappingProxyType, TracebackType
+from typing import Any, Final, Literal
 
+from runner.data.tasks.base import Example, Judge, Judgement, References, Task
+from runner.data.tasks.conversations import read_conversation
 from runner.processes import die_with_parent
 
+# What speaks for a tool: no template of Gemma, Mistral or a plain base model has such a role.
+TOOL_ROLES: Final[Mapping[str, str]] = MappingProxyType(
+    {role: "user" for role in ("tool", "ipython", "observation", "function")}
+)
+_BOXED: Final = "\\boxed{"
 _MEMORY_BYTES: Final = 4 << 30  # of address space; sympy alone takes a tenth
+
+
+class MathToolsTask(Task):
+    """Mathematics in several turns: a tool's output is a user turn, the answer stands in the last
+    `\\boxed{}`.
+    """
+
+    METRICS = ("final_answer_accuracy",)
+    ORDER = 7
+
+    name: Literal["math_tools"]
+
+    def build_example(self, row: Any, where: str) -> Example:
+        messages = read_conversation(row, where, TOOL_ROLES)
+        spoken = [message["content"] for message in messages if message["role"] == "assistant"]
+        answer = find_boxed(spoken[-1])
+        return Example(where, messages, () if answer is None else (answer,))
+
+    @contextmanager
+    def open_judge(self) -> Iterator[Judge]:
+        """A judge of final answers; its process starts with the first hard question."""
+        with MathJudge() as is_equal:
+            yield partial(judge_final_answer, is_equal)
+
+
+def judge_final_answer(
+    is_equal: Callable[[str, str], bool], prediction: str, references: References
+) -> Judgement:
+    r"""1 if what the last `\boxed{}` holds equals a reference by `is_equal(reference, answer)`.
+
+    An answer without a box is not read: it scores 0. A row without a reference is not judged.
+    """
+    if not references:
+        return Judgement()
+    answer = find_boxed(prediction)
+    if answer is None:
+        return Judgement({"final_answer_accuracy": 0.0}, is_readable=False)
+    is_right = any(is_equal(reference, answer) for reference in references)
+    return Judgement({"final_answer_accuracy": float(is_right)})
+
+
+def find_boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{}` whose braces close; None without one.
+
+    >>> find_boxed(r"so \boxed{1} or rather \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    >>> find_boxed(r"\boxed{1"), find_boxed("1")
+    (None, None)
+    """
+    end = len(text)
+    while (start := text.rfind(_BOXED, 0, end)) >= 0:
+        if (inside := _read_braces(text, start + len(_BOXED))) is not None:
+            return inside.strip()
+        end = start
+    return None
+
+
+def _read_braces(text: str, start: int) -> str | None:
+    """The text from `start` to the brace that closes the one before it; an escaped brace is a
+    character.
+    """
+    depth, at = 1, start
+    while at < len(text):
+        if text[at] == "\\":
+            at += 1
+        elif text[at] in "{}":
+            depth += 1 if text[at] == "{" else -1
+            if depth == 0:
+                return text[start:at]
+        at += 1
+    return None
 
 
 class MathJudge:
@@ -56,7 +137,7 @@ class MathJudge:
                 [
                     sys.executable,
                     "-m",
-                    "runner.data.math_judge",
+                    __name__,
                     str(os.getpid()),
                     str(self._cpu_seconds),
                 ],

@@ -11,10 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.data.message_trees import TreePath, TreePaths, read_trees
-from runner.data.tasks import build_examples
+from runner.data.tasks.oasst1 import Oasst1Task, TreePath, TreePaths, read_trees
 from runner.errors import DataError
-from runner.recipe.schema import Oasst1Task
 
 BEST = Oasst1Task(name="oasst1")
 ALL = Oasst1Task(name="oasst1", paths="all")
@@ -119,7 +117,7 @@ def test_nested_trees_and_rows_in_any_order_are_the_same() -> None:
 
 def test_roles_and_groups_of_the_conversations() -> None:
     rows = [(f"m.jsonl line {n}", row) for n, row in enumerate(TREE, start=1)]
-    first, *others = build_examples(rows, ALL).examples
+    first, *others = ALL.build_examples(rows).examples
     assert [one["role"] for one in first.messages] == ["user", "assistant", "user", "assistant"]
     assert [one["content"] for one in first.messages][-1] == "text of acef"
     assert (first.where, first.group, first.references) == ("m.jsonl line 1 (message a)", "a", ())

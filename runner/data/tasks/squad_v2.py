@@ -1,0 +1,135 @@
+"""The task `squad_v2`: questions about a context, judged by exact match and token F1."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from runner.data.tasks.base import (
+    Example,
+    Judged,
+    Judgement,
+    References,
+    Task,
+    build_answered,
+    describe_value,
+    fill_prompt,
+    mean_scores,
+    read_text,
+    require_column,
+    require_object,
+    require_placeholders,
+)
+from runner.errors import DataError
+from runner.strict import Text
+
+
+class SquadV2Task(Task):
+    """SQuAD 2.0: context, question, and answers as `{"text": [...], "answer_start": [...]}`, empty
+    if unanswerable.
+    """
+
+    METRICS = ("exact_match", "f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy")
+    ORDER = 5
+
+    name: Literal["squad_v2"]
+    prompt: Text  # holds {context} and {question} exactly once each
+    # What the model answers where the context holds no answer.
+    no_answer_text: Text = "unanswerable"
+
+    @model_validator(mode="after")
+    def _has_its_placeholders(self) -> Self:
+        require_placeholders(self.prompt, "context", "question")
+        return self
+
+    def build_example(self, row: Any, where: str) -> Example:
+        columns = require_object(row, where)
+        context = read_text(columns, "context", where)
+        question = read_text(columns, "question", where)
+        prompt = fill_prompt(self.prompt, context=context, question=question)
+        answers = _read_answers(columns, where)
+        completion = answers[0] if answers else self.no_answer_text
+        return build_answered(where, prompt, completion, answers)
+
+    def judge(self, prediction: str, references: References) -> Judgement:
+        """Exact match and token F1 against the best reference, as the official script of SQuAD 2.0
+        counts them.
+
+        The task's `no_answer_text`, and an answer without any word, say that the context holds no
+        answer.
+
+        >>> task = SquadV2Task(name="squad_v2", prompt="{context} {question}")
+        >>> task.judge("the cat sat", ("A cat", "dogs")).scores
+        {'exact_match': 0.0, 'f1': 0.6666666666666666}
+        >>> task.judge("Unanswerable.", ()).scores, task.judge("Unanswerable.", ("x",)).scores
+        ({'exact_match': 1.0, 'f1': 1.0}, {'exact_match': 0.0, 'f1': 0.0})
+        """
+        answer = normalise_squad(prediction)
+        if answer == normalise_squad(self.no_answer_text):
+            answer = ""
+        normalised = [normalise_squad(reference) for reference in references]
+        expected = [text for text in normalised if text] or [""]
+        return Judgement(
+            {
+                "exact_match": float(answer in expected),
+                "f1": max(_token_f1(answer.split(), reference.split()) for reference in expected),
+            }
+        )
+
+    def combine_scores(self, judged: Sequence[Judged]) -> dict[str, float]:
+        metrics = super().combine_scores(judged)
+        answerable = mean_scores([scores for references, scores in judged if references])
+        unanswerable = mean_scores([scores for references, scores in judged if not references])
+        metrics |= {f"has_answer_{name}": value for name, value in answerable.items()}
+        if unanswerable:
+            metrics["no_answer_accuracy"] = unanswerable["exact_match"]
+        return metrics
+
+
+def _read_answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The different answers of a SQuAD question, empty where the context holds none."""
+    answers = require_column(row, "answers", where)
+    expected = 'expected {"text": [...], "answer_start": [...]}'
+    if isinstance(answers, list) and all(isinstance(answer, Mapping) for answer in answers):
+        texts = [answer.get("text") for answer in answers]
+    elif isinstance(answers, Mapping) and isinstance(answers.get("text"), list | tuple):
+        texts = list(answers["text"])
+    else:
+        shape = (
+            "an object without a list `text`"
+            if isinstance(answers, Mapping)
+            else describe_value(answers)
+        )
+        raise DataError(f"{where}: column `answers`: {expected}, found {shape}")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            found = repr(text) if isinstance(text, str) else describe_value(text)
+            raise DataError(
+                f"{where}: column `answers`: {expected} with texts that are not blank, found"
+                f" {found}"
+            )
+    return tuple(dict.fromkeys(texts))
+
+
+def normalise_squad(text: str) -> str:
+    """Lower case, without punctuation, articles and surplus whitespace.
+
+    >>> normalise_squad(" The  U.S. of A, an end")
+    'us of end'
+    """
+    bare = "".join(
+        character for character in text.lower() if character not in set(string.punctuation)
+    )
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def _token_f1(answer: list[str], reference: list[str]) -> float:
+    if not answer or not reference:
+        return float(answer == reference)
+    num_same = sum((Counter(answer) & Counter(reference)).values())
+    return 2 * num_same / (len(answer) + len(reference))

@@ -1,0 +1,107 @@
+"""The task `sst2`: the sentiment of a sentence, judged by accuracy and F1."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from runner.data.tasks.base import (
+    Example,
+    Judged,
+    Judgement,
+    References,
+    Task,
+    build_answered,
+    describe_value,
+    fill_prompt,
+    read_text,
+    require_column,
+    require_object,
+    require_placeholders,
+)
+from runner.errors import DataError
+from runner.strict import Text
+
+
+class Sst2Task(Task):
+    """SST-2 of GLUE: a sentence and its label, 0 or 1; `prompt` holds `{sentence}` exactly once."""
+
+    METRICS = ("accuracy", "f1")
+    ORDER = 4
+
+    name: Literal["sst2"]
+    prompt: Text
+    # What the model answers for the labels 0 and 1.
+    label_texts: tuple[Text, Text] = ("negative", "positive")
+    sentence_column: Text = "sentence"
+    label_column: Text = "label"
+
+    @model_validator(mode="after")
+    def _has_its_placeholders(self) -> Self:
+        require_placeholders(self.prompt, "sentence")
+        return self
+
+    def build_example(self, row: Any, where: str) -> Example:
+        columns = require_object(row, where)
+        prompt = fill_prompt(self.prompt, sentence=read_text(columns, self.sentence_column, where))
+        label = self.label_texts[_read_label(columns, self.label_column, where)]
+        return build_answered(where, prompt, label, (label,))
+
+    def judge(self, prediction: str, references: References) -> Judgement:
+        """1 if the answer is the right label text, but for case, whitespace and punctuation around
+        it.
+
+        >>> task = Sst2Task(name="sst2", prompt="{sentence}")
+        >>> task.judge("Positive.", ("positive",)), task.judge("good", ("positive",)).is_readable
+        (Judgement(scores={'accuracy': 1.0}, is_readable=True), False)
+        """
+        label = _bare(prediction)
+        is_right = label in {_bare(reference) for reference in references}
+        return Judgement(
+            {"accuracy": float(is_right)},
+            is_readable=label in {_bare(text) for text in self.label_texts},
+        )
+
+    def combine_scores(self, judged: Sequence[Judged]) -> dict[str, float]:
+        metrics = super().combine_scores(judged)
+        if judged:
+            metrics["f1"] = self._f1_of_positives(judged)
+        return metrics
+
+    def _f1_of_positives(self, judged: Sequence[Judged]) -> float:
+        """F1 of label 1, as GLUE counts it; an answer that is neither label counts as the wrong
+        one.
+        """
+        pairs = [
+            (references[0] == self.label_texts[1], scores["accuracy"] == 1)
+            for references, scores in judged
+        ]
+        true_positives = sum(is_positive and is_right for is_positive, is_right in pairs)
+        num_positive = sum(is_positive for is_positive, _ in pairs)
+        num_answered_positive = sum(is_positive == is_right for is_positive, is_right in pairs)
+        total = num_positive + num_answered_positive
+        return 2 * true_positives / total if total else 0.0
+
+
+def _read_label(row: Mapping[str, Any], column: str, where: str) -> int:
+    """0 or 1; a CSV file gives them as texts."""
+    label = require_column(row, column, where)
+    if (isinstance(label, int) and not isinstance(label, bool)) or isinstance(label, str):
+        if str(label) in ("0", "1"):
+            return int(label)
+        if str(label) == "-1":
+            raise DataError(
+                f"{where}: the label is -1: GLUE hides the labels of its test split",
+                hint="use the rows of GLUE's validation split in `data.test`",
+            )
+        raise DataError(f"{where}: column `{column}` should be the label 0 or 1, found {label!r}")
+    raise DataError(
+        f"{where}: column `{column}` should be the label 0 or 1, found {describe_value(label)}"
+    )
+
+
+def _bare(text: str) -> str:
+    return text.casefold().strip(string.punctuation + string.whitespace)

@@ -1,0 +1,371 @@
+"""The run's bookkeeping in the training process: its scores, metrics, answers, checkpoints, export
+and result.
+
+The recorder decides what the run keeps and when; `trainer` calls it from TRL's hooks. Files are
+written by the main process alone, but every rank must call the same methods in the same order,
+because most of them wait for the other ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerState
+
+from runner.checkpoints.commit import (
+    carry_run_files,
+    commit_checkpoint,
+    give_back_on_full_disk,
+    restore_run_files,
+)
+from runner.checkpoints.marker import is_intact, list_evaluations, sync_folder
+from runner.checkpoints.retention import apply_retention
+from runner.data.rows import Samples, Split, describe_samples
+from runner.errors import DivergedError
+from runner.files import (
+    append_jsonl,
+    fsync_dir,
+    load_jsonl,
+    write_json_atomic,
+    write_jsonl_atomic,
+)
+from runner.model.memory import require_room, require_room_for_checkpoint
+from runner.model.weights import (
+    add_to_adapter,
+    collect_resized_embeddings,
+    sort_adapter_config,
+    verify_export,
+    verify_same_weights,
+    verify_score,
+)
+from runner.recipe.schema import GenerationOn
+from runner.run.paths import marker_path
+from runner.run.record import GenerationScore, SplitScore, StopReason, TrainResult
+from runner.secrets import scrub_json
+from runner.sft.context import RunContext
+from runner.sft.evaluate import RowScore, score_rows, sum_scores
+from runner.sft.generation import (
+    Answer,
+    generate_answers,
+    load_answers,
+    score_answers,
+    write_answers,
+)
+
+_DIVERGED_HINT: Final = "lower `training.learning_rate`, or train in a wider dtype"
+
+
+class Recorder:
+    """Scores the model of one run and writes what the run keeps."""
+
+    def __init__(self, context: RunContext, samples: Samples) -> None:
+        self.context, self.samples = context, samples
+        # The step of the newest validation score, and the score.
+        self._validated: tuple[int, SplitScore] | None = None
+        self._trained_shapes: dict[str, tuple[int, ...]] = {}
+
+    def record_samples(self) -> None:
+        """Write `samples.json`."""
+        if self.context.is_main:
+            facts = describe_samples(self.samples, self.context.recipe.loss)
+            write_json_atomic(self.context.paths.samples_path, facts)
+
+    def rewind(self, resume_step: int | None) -> None:
+        """Keep the rows of `metrics.jsonl` up to the step to resume from, none without one."""
+        if not self.context.is_main:
+            return
+        paths, rows = self.context.paths, []
+        if resume_step is not None:
+            restore_run_files(paths, resume_step)
+            rows = [row for row in load_jsonl(paths.metrics_path) if row["step"] <= resume_step]
+        write_jsonl_atomic(paths.metrics_path, rows)
+
+    def begin(self, trainer: Trainer) -> None:
+        """Record the effective training arguments, and the parameters that are trained.
+
+        Raises:
+            OSError: (ENOSPC) the run's checkpoints and its export would not fit on the disk.
+        """
+        context = self.context
+        parameters = trainer.model.named_parameters()
+        trained = [(name, one) for name, one in parameters if one.requires_grad]
+        # ZeRO-3 leaves an empty tensor where it has partitioned a parameter.
+        self._trained_shapes = {
+            name: tuple(getattr(one, "ds_shape", one.shape)) for name, one in trained
+        }
+        if context.is_main:
+            num_rows = len(self.samples.train.rows)
+            require_room(context.recipe, context.paths, trained, num_rows, context.num_processes)
+            text = json.dumps(describe_arguments(trainer.args), default=str)
+            write_json_atomic(context.attempt.training_args_path, json.loads(text))
+
+    def record_base(self, trainer: Trainer) -> None:
+        """Score the base model on the test split, at step 0 and by the code that scores the tuned
+        model.
+        """
+        context = self.context
+        with context.phase("evaluating base"):
+            score, rows = self.score(trainer, "test")
+            self._append_score(trainer.state, "test", score)
+            if context.is_main:
+                base_rows = [{"model": "base", **row.as_json()} for row in rows]
+                write_jsonl_atomic(context.paths.eval_rows_path, base_rows)
+        if answers := self.answer(trainer, "test"):
+            context.on_main(
+                lambda: write_answers(context.paths.predictions_path, {"base": answers})
+            )
+
+    def record_validation(self, trainer: Trainer) -> dict[str, float]:
+        """Score the validation split and write its row; returns the metrics of the row."""
+        recipe = self.context.recipe
+        with self.context.phase("evaluating"):
+            score, _ = self.score(trainer, "validation")
+        self._validated = (trainer.state.global_step, score)
+        generation = None
+        settings = recipe.evaluation.generation
+        if isinstance(settings, GenerationOn) and settings.during_training:
+            generation = score_answers(recipe.data.task, self.answer(trainer, "validation"))
+        return self._append_score(trainer.state, "validation", score, generation)
+
+    def record_step(self, state: TrainerState, logs: Mapping[str, float]) -> None:
+        """Write the row of a training step.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        if not math.isfinite(logs["loss"]):
+            raise DivergedError(
+                f"the loss of step {state.global_step} is {logs['loss']}", hint=_DIVERGED_HINT
+            )
+        row: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
+        for key in ("loss", "grad_norm", "learning_rate"):
+            value = logs.get(key)
+            row[key] = value if value is not None and math.isfinite(value) else None
+        self._append_metrics(row)
+
+    def save_checkpoint(self, trainer: Trainer, write: Callable[[], None]) -> None:
+        """Commit what `write` saves for this step once all ranks have written, prune older
+        checkpoints and offer this one for upload.
+        """
+        context, paths, step = self.context, self.context.paths, trainer.state.global_step
+        if marker_path(paths.checkpoint_dir(step)).exists():
+            return
+        with context.phase("saving"):
+            _refuse_weights_that_are_not_finite(trainer)
+            saved_dir = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+            if context.is_main:
+                require_room_for_checkpoint(context.recipe, paths, step)
+            with give_back_on_full_disk(
+                saved_dir, paths.checkpoint_dir(step), is_main=context.is_main
+            ):
+                write()
+                trainer.accelerator.wait_for_everyone()
+                if context.is_main:
+                    sort_adapter_config(saved_dir)
+                    carry_run_files(paths, saved_dir)
+                    commit_checkpoint(saved_dir, paths, step, context.fingerprint)
+            if context.is_main:
+                checkpoints = context.recipe.checkpoints
+                evaluations = list_evaluations(trainer.state.log_history, checkpoints.metric)
+                apply_retention(paths, checkpoints, evaluations, context.recipe_digest)
+                if context.uploader is not None:
+                    context.uploader.offer(step)
+            trainer.accelerator.wait_for_everyone()
+
+    def require_intact(self, step: int) -> Path:
+        """The folder of a committed checkpoint.
+
+        Raises:
+            OSError: it was damaged since; another attempt will see that before it trains.
+        """
+        checkpoint_dir = self.context.paths.checkpoint_dir(step)
+        if not self.context.on_main(lambda: is_intact(checkpoint_dir)):
+            raise OSError(
+                f"{checkpoint_dir} holds other files than were committed; launch again to mend it"
+            )
+        return checkpoint_dir
+
+    def score_best(self, trainer: Trainer, best_step: int, stop_reason: StopReason) -> TrainResult:
+        """Score the weights in memory, those of `best_step`, on both splits; the base's scores were
+        recorded at step 0.
+        """
+        context, metric = self.context, self.context.recipe.checkpoints.metric
+        # The last evaluation, if it is of this step, is not computed once more.
+        if self._validated is not None and self._validated[0] == best_step:
+            validation = self._validated[1]
+        else:
+            validation, _ = self.score(trainer, "validation")
+        context.on_main(
+            lambda: verify_score(validation, load_jsonl(context.paths.metrics_path), best_step)
+        )
+        test, test_rows = self.score(trainer, "test")
+        base = context.on_main(self._load_base_scores)
+        if context.is_main:
+            self._record_tuned_rows(test_rows)
+        answers = self.answer(trainer, "test")
+        generation = context.on_main(lambda: self._record_answers(answers))
+        return TrainResult(
+            recipe_digest=context.recipe_digest,
+            outcome="completed",
+            stop_reason=stop_reason,
+            num_steps=trainer.state.global_step,
+            best_step=best_step,
+            best_metric=dict(list_evaluations(trainer.state.log_history, metric))[best_step],
+            metric=metric,
+            num_train_rows=len(self.samples.train.rows),
+            base={split: SplitScore.model_validate(score) for split, score in base.items()},
+            tuned={"validation": validation, "test": test},
+            generation=generation,
+        )
+
+    def export_model(self, trainer: Trainer, best_step: int) -> None:
+        """Write the weights in memory, those of `best_step`, to `model/`: saved beside it, checked,
+        then renamed.
+        """
+        context = self.context
+        partial_dir, model_dir = context.paths.model_partial_dir, context.paths.model_dir
+        if context.is_main:
+            for leftover in (partial_dir, model_dir):  # of an attempt killed before its result
+                shutil.rmtree(leftover, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        # Transformers switches the cache off for training, and would save it like that.
+        trainer.model.config.use_cache = True
+        trainer.save_model(str(partial_dir))
+        embeddings = {}
+        if context.recipe.adapter.method != "none":
+            embeddings = collect_resized_embeddings(trainer.model, context.recipe.model)
+        trainer.accelerator.wait_for_everyone()
+        context.preemption.needs_peers = False  # the other ranks end now
+        if context.is_main:
+            # a pickle that can hold the hub token, and PEFT's empty model card
+            for name in ("training_args.bin", "README.md"):
+                (partial_dir / name).unlink(missing_ok=True)
+            trainer.processing_class.save_pretrained(partial_dir)
+            trainer.model.generation_config.save_pretrained(partial_dir)
+            sort_adapter_config(partial_dir)
+            add_to_adapter(partial_dir, embeddings)
+            shapes = {name: tuple(tensor.shape) for name, tensor in embeddings.items()}
+            verify_export(partial_dir, self._trained_shapes | shapes)
+            verify_same_weights(partial_dir, context.paths.checkpoint_dir(best_step))
+            sync_folder(partial_dir)
+            partial_dir.rename(model_dir)
+            fsync_dir(model_dir.parent)
+
+    def record_result(self, result: TrainResult) -> None:
+        """Write `result.json`, the last file of a run: with it the run is completed."""
+        if self.context.is_main:
+            write_json_atomic(self.context.paths.result_path, result.model_dump(mode="json"))
+
+    def score(self, trainer: Trainer, split: str) -> tuple[SplitScore, list[RowScore]]:
+        """The score of `validation` or `test`, and of each of its rows.
+
+        Raises:
+            DivergedError: the score is not finite.
+        """
+        with trainer.compute_loss_context_manager():
+            rows = score_rows(
+                trainer.model_wrapped,
+                self._split(split).rows,
+                batch_size=trainer.args.per_device_eval_batch_size,
+                pad_token_id=trainer.processing_class.pad_token_id,
+                accelerator=trainer.accelerator,
+            )
+        score = sum_scores(rows)
+        if not math.isfinite(score.nll_sum):
+            step = trainer.state.global_step
+            raise DivergedError(f"the {split} score at step {step} is not finite")
+        return score, rows
+
+    def answer(self, trainer: Trainer, split: str) -> list[Answer]:
+        """The judged answers to the first rows of a split; none where generation is off."""
+        recipe = self.context.recipe
+        generation = recipe.evaluation.generation
+        if not isinstance(generation, GenerationOn):
+            return []
+        with self.context.phase("generating"), trainer.compute_loss_context_manager():
+            return generate_answers(
+                trainer.model_wrapped,
+                self._split(split).rows[: generation.num_samples],
+                task=recipe.data.task,
+                tokenizer=trainer.processing_class,
+                max_new_tokens=generation.max_new_tokens,
+                batch_size=trainer.args.per_device_eval_batch_size,
+                accelerator=trainer.accelerator,
+            )
+
+    def _split(self, name: str) -> Split:
+        split: Split = getattr(self.samples, name)
+        return split
+
+    def _append_score(
+        self,
+        state: TrainerState,
+        split: str,
+        score: SplitScore,
+        generation: GenerationScore | None = None,
+    ) -> dict[str, float]:
+        """Write one evaluation row of `metrics.jsonl`; returns its metrics."""
+        metrics = {
+            "nll_per_completion_token": score.nll_per_completion_token,
+            "nll_per_token": score.nll_per_token,
+            **(generation.metrics if generation else {}),
+        }
+        row = {"step": state.global_step, "split": split, **metrics, **score.model_dump()}
+        if generation:
+            row["generation"] = generation.model_dump(exclude={"metrics"})
+        self._append_metrics(row)
+        return metrics
+
+    def _append_metrics(self, row: Mapping[str, Any]) -> None:
+        if self.context.is_main:
+            append_jsonl(self.context.paths.metrics_path, row)
+
+    def _load_base_scores(self) -> dict[str, dict[str, Any]]:
+        rows = load_jsonl(self.context.paths.metrics_path)
+        return {row["split"]: row for row in rows if row["step"] == 0 and "split" in row}
+
+    def _record_tuned_rows(self, test_rows: list[RowScore]) -> None:
+        """Put the tuned model's rows after the base's."""
+        path = self.context.paths.eval_rows_path
+        base_rows = [row for row in load_jsonl(path) if row["model"] == "base"]
+        tuned_rows = [{"model": "tuned", **row.as_json()} for row in test_rows]
+        write_jsonl_atomic(path, [*base_rows, *tuned_rows])
+
+    def _record_answers(self, answers: list[Answer]) -> dict[str, GenerationScore]:
+        """Put the tuned model's answers after the base's, and score both."""
+        if not answers:
+            return {}
+        path = self.context.paths.predictions_path
+        by_model = {"base": load_answers(path, "base"), "tuned": answers}
+        write_answers(path, by_model)
+        task = self.context.recipe.data.task
+        return {model: score_answers(task, found) for model, found in by_model.items() if found}
+
+
+def describe_arguments(args: Any) -> dict[str, Any]:
+    """Every field of the training arguments, without secrets."""
+    values = {key: value for key, value in args.to_dict().items() if not key.endswith("_token")}
+    return dict(scrub_json(values))
+
+
+def _refuse_weights_that_are_not_finite(trainer: Trainer) -> None:
+    """Check weights too: the loss is computed before the update, so a finite loss does not prove
+    finite weights.
+    """
+    are_finite = True
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:
+            local = getattr(weight, "ds_tensor", weight)  # under ZeRO-3 the part of this rank
+            are_finite = are_finite and bool(torch.isfinite(local).all())
+    if not all(gather_object([are_finite])):
+        raise DivergedError(
+            f"the weights after step {trainer.state.global_step} are not finite",
+            hint=_DIVERGED_HINT,
+        )
