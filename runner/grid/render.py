@@ -29,11 +29,11 @@ from runner.grid.spec import (
     load_cards,
     load_grid,
     show_label,
-    suggest,
 )
 from runner.grid.template import build_sandbox, compile_name, locate_error, render_text
 from runner.recipe.hf_fields import freeze
 from runner.recipe.parse import parse_recipe
+from runner.recipe.problems import suggest
 from runner.recipe.schema import NAME_PATTERN, Scalar
 
 MAX_CELLS: Final = 20_000

@@ -32,6 +32,7 @@ from jinja2.runtime import Context, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runner.errors import GridError
+from runner.recipe.problems import escape_text
 from runner.secrets import find_secret
 
 MAX_OUTPUT_CHARACTERS: Final = 1_000_000
@@ -133,7 +134,7 @@ def quote_yaml(value: Any) -> str:
     if isinstance(value, Undefined):
         str(value)  # raises UndefinedError, which knows the name
     if isinstance(value, str):
-        return _quote_text(escape_omegaconf(value))
+        return _quote_text(escape_text(value))
     if value is None or isinstance(value, bool | int):
         return json.dumps(value)
     if isinstance(value, float) and math.isfinite(value):
@@ -147,20 +148,6 @@ def quote_yaml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(quote_yaml(item) for item in value) + "]"
     raise GridError(f"{value!r} ({type(value).__name__}) cannot be written to a recipe")
-
-
-def escape_omegaconf(text: str) -> str:
-    r"""`text` as OmegaConf must read it to give `text` back.
-
-    Of backslashes, only those right before `${` count: n of them must be 2n + 1. `???` means
-    "missing", and with one backslash more than the text has it does not (OmegaConf 2.4).
-
-    >>> print(escape_omegaconf(r"\${x} \n ${y}"), escape_omegaconf("???"))
-    \\\${x} \n \${y} \???
-    """
-    if re.fullmatch(r"\\*\?\?\?", text):
-        return "\\" + text
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _quote_text(text: str) -> str:

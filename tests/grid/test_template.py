@@ -32,7 +32,7 @@ values = st.recursive(
 
 
 def read_back(text: str) -> Any:
-    """The value of the key `a`, as `parse_recipe` reads a file."""
+    """The value of the key `a`, as OmegaConf reads a file; so is a recipe, says `test_loading`."""
     config = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist([]))
     container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
