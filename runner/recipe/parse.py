@@ -29,12 +29,10 @@ from runner.recipe.problems import (
     read_escapes,
 )
 from runner.recipe.schema import (
-    NAME_PATTERN,
     NLL_METRICS,
     AdapterOff,
     CheckpointsSection,
     DataSection,
-    DataSource,
     EarlyStoppingOff,
     EarlyStoppingOn,
     EightBit,
@@ -45,38 +43,11 @@ from runner.recipe.schema import (
     Lora,
     ModelSection,
     QuantizationOff,
-    RemoteStorage,
     RunSection,
-    Scalar,
     TrackingSection,
     Training,
 )
 from runner.strict import Section
-
-# What others use of a recipe: itself, and its parts.
-__all__ = [
-    "MAX_RECIPE_BYTES",
-    "NAME_PATTERN",
-    "NLL_METRICS",
-    "DataSection",
-    "DataSource",
-    "EarlyStoppingOn",
-    "EightBit",
-    "FourBit",
-    "GenerationOn",
-    "LaunchSection",
-    "ModelSection",
-    "Recipe",
-    "RemoteStorage",
-    "Scalar",
-    "Section",
-    "Training",
-    "derive_accumulation",
-    "derive_eval_batch",
-    "derive_micro_batch",
-    "load_recipe",
-    "parse_recipe",
-]
 
 MAX_RECIPE_BYTES: Final = 1_000_000
 _MAX_VALUES: Final = 10_000
