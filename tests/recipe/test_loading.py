@@ -151,7 +151,7 @@ def test_any_dumped_tree_is_read_alike(tree: dict[str, Any], is_flow: bool | Non
 LINES = st.builds(
     "{0}{1}{2}{3}".format,
     st.sampled_from(["", "  ", "    ", "- ", "  - "]),
-    st.sampled_from(["a", "b", "'c'", '"a"', "<<", "? a", "1", "1e-5", "no", "~", "[x]", "=", ""]),
+    st.sampled_from(["a", "b", "'c'", '"a"', "<<", "? a", "1", "1e-5", "no", "~", "[x]", ""]),
     st.sampled_from(
         [": ", ":", ": &x ", ": *x", ": !!str ", ": !!binary ", ": !!set ", ": !!omap ", " "]
     ),
@@ -202,6 +202,7 @@ def test_what_yaml_reads_in_its_own_way_is_read_as_before(value: str) -> None:
         "a: !!omap [b: 1]",
         "a: &a [*a]",
         "a: 1\nb: {c: 2, c: 2}",
+        "a: 1\nb: {c: 2, 'c': 2}",
         "- a",
         "a",
         "7",
@@ -233,6 +234,11 @@ def test_many_backslashes_take_no_time() -> None:
     backslashes, before = "\\" * 100_000, time.process_time()
     assert read(f"a: {backslashes} \\${{a}}") == {"a": f"{backslashes} ${{a}}"}
     assert time.process_time() - before < 2  # with the square of their number, a minute
+
+
+def test_no_key_comes_twice_not_even_where_omegaconf_takes_the_last() -> None:
+    with pytest.raises(RecipeError, match="line 2 .*found duplicate key ="):
+        read("=: 1\n=: 2\n")
 
 
 def test_values_are_counted_as_often_as_aliases_repeat_them() -> None:
