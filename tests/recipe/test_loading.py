@@ -237,7 +237,7 @@ def test_many_backslashes_take_no_time() -> None:
 
 
 def test_no_key_comes_twice_not_even_where_omegaconf_takes_the_last() -> None:
-    with pytest.raises(RecipeError, match="line 2 .*found duplicate key ="):
+    with pytest.raises(RecipeError, match=r"line 2 .*found duplicate key ="):
         read("=: 1\n=: 2\n")
 
 
