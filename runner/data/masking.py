@@ -33,17 +33,6 @@ from runner.data.chat_template import (
     quote,
 )
 
-__all__ = [
-    "IGNORE_INDEX",
-    "CompletionSpan",
-    "ConversationMasker",
-    "MaskError",
-    "MaskedConversation",
-    "build_labels",
-    "end_of_turn_ids",
-    "mask_conversation",
-]
-
 IGNORE_INDEX = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")
 

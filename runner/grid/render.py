@@ -29,11 +29,17 @@ from runner.grid.spec import (
     load_cards,
     load_grid,
     show_label,
-    suggest,
 )
-from runner.grid.template import build_sandbox, compile_name, locate_error, render_text
+from runner.grid.template import (
+    build_sandbox,
+    compile_name,
+    locate_error,
+    run_limited,
+    word_error,
+)
 from runner.recipe.hf_fields import freeze
 from runner.recipe.parse import parse_recipe
+from runner.recipe.problems import suggest
 from runner.recipe.schema import NAME_PATTERN, Scalar
 
 MAX_CELLS: Final = 20_000
@@ -141,13 +147,13 @@ def _name_cells(spec: GridSpec, grid: str, cells: Sequence[Mapping[str, Any]]) -
         try:
             name = build_name(labels)
         except Exception as error:  # an expression of the pattern may raise anything
-            raise GridError(f"{pattern} fails for {cell}: {error}") from None
+            raise GridError(f"{pattern} fails for {cell}: {word_error(error)}") from None
         if not re.fullmatch(NAME_PATTERN, name):
             accepted = (
                 "at most 200 letters, digits, dots, dashes and underscores, starting with a letter"
                 " or digit"
             )
-            raise GridError(f"the grid {grid} names {cell} {name!r}, expected {accepted}")
+            raise GridError(f"the grid {grid} names {cell} {name[:200]!r}, expected {accepted}")
         # Some file systems ignore case.
         if (other := cell_of_name.setdefault(name.lower(), cell)) is not cell:
             message = (
@@ -184,11 +190,24 @@ def build_header(grid: str) -> str:
     return f"# Generated from recipe_templates/{grid} by `runner render {grid}`; do not edit.\n"
 
 
-def render_grid(templates_root: Path, grid: str) -> RenderedGrid:
+def render_grid(templates_root: Path, grid: str, *, base_seconds: int = 10) -> RenderedGrid:
     """Every recipe of a grid, each loaded again and found to be the run that it was rendered for.
+
+    A child process renders them, with `base_seconds` of CPU time, 10 ms more a cell, and 2 GiB.
+
     Raises: GridError.
     """
     spec = load_grid(templates_root, grid)
+    cpu_seconds = base_seconds + (len(_derive_cells(spec)) + len(spec.include)) // 100
+    place = f"{templates_root / grid / 'recipe.yaml.j2'}, or the name pattern beside it,"
+    texts, summary = run_limited(
+        lambda: _render_cells(spec, templates_root, grid), cpu_seconds, place
+    )
+    return RenderedGrid(grid, texts, summary)
+
+
+def _render_cells(spec: GridSpec, templates_root: Path, grid: str) -> tuple[Mapping[str, str], str]:
+    """The texts and the summary of a grid, from templates that may be anybody's."""
     keys = derive_keys(spec, grid)
     cards = _Cards(load_cards(templates_root))
     sandbox = build_sandbox(templates_root)
@@ -196,13 +215,14 @@ def render_grid(templates_root: Path, grid: str) -> RenderedGrid:
     for key in keys.keys:
         own = {"axes": key.axes, "grid": grid, "name": key.name, "models": cards}
         try:
-            body = render_text(sandbox, f"{grid}/recipe.yaml.j2", {**key.values, **own})
+            template = sandbox.get_template(f"{grid}/recipe.yaml.j2")
+            body = template.render({**key.values, **own})
         except Exception as error:  # an expression in a template may raise anything
             _raise_template_error(error, templates_root, spec, key)
         text = f"{build_header(grid)}{body.rstrip()}\n"
         _check_text(text, key, templates_root)
         texts[key.name] = text
-    return RenderedGrid(grid, texts, describe(spec, keys, grid))
+    return texts, describe(spec, keys, grid)
 
 
 def _raise_template_error(
@@ -210,7 +230,7 @@ def _raise_template_error(
 ) -> NoReturn:
     path, line = locate_error(error, templates_root)
     place = f"{path or templates_root / key.grid / 'recipe.yaml.j2'}, line {line or 1}"
-    what, hint = str(error), None
+    what, hint = word_error(error), None
     if isinstance(error, RunnerError):
         what, hint = error.message, error.hint
     elif isinstance(error, UndefinedError) and (match := re.match(r"'(\w+)' is undefined", what)):

@@ -6,31 +6,22 @@ Owns what such a file may say. `grid_cells` multiplies the axes, `render` fills 
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
-from yaml import YAMLError
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from runner.errors import GridError, Problem, RecipeError
 from runner.recipe.hf_fields import FrozenDict, freeze
-from runner.recipe.parse import MAX_RECIPE_BYTES
-from runner.recipe.problems import (
-    find_growth,
-    find_hazards,
-    find_lines,
-    find_resolvers,
-    find_unusable_values,
-)
+from runner.recipe.parse import read_yaml
+from runner.recipe.problems import find_line, suggest
 from runner.recipe.schema import NAME_PATTERN, ModelSection, Scalar
 from runner.strict import Section, Text
 
+_Model = TypeVar("_Model", bound=Section)
 _AXIS_NAME: Final = r"[A-Za-z][A-Za-z0-9_]*"
 # Names that a template already gives a meaning to.
 _TAKEN_NAMES: Final = frozenset(
@@ -120,7 +111,11 @@ class Axis(Section):
     @classmethod
     def _take_a_bare_list(cls, value: Any) -> Any:
         definition = {"values": value} if isinstance(value, list) else value
-        if isinstance(definition, dict) and isinstance(definition.get("values"), list):
+        if not isinstance(definition, dict):
+            raise ValueError(
+                f"got {json.dumps(value)}, expected a list, or a mapping with `values`"
+            )
+        if isinstance(definition.get("values"), list):
             return {**definition, "values": tuple(definition["values"])}
         return definition
 
@@ -149,12 +144,6 @@ class ModelCard(ModelSection):
     target_modules: Text | tuple[Text, ...]
 
 
-def suggest(name: str, known: Sequence[str]) -> str:
-    """A question that ends an error message, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean `{close[0]}`?" if close else ""
-
-
 def list_grids(templates_root: Path) -> list[str]:
     """The names of all grids."""
     return sorted(path.parent.name for path in templates_root.glob("*/grid.yaml"))
@@ -167,30 +156,18 @@ def load_grid(templates_root: Path, grid: str) -> GridSpec:
         message = f"no grid {grid!r} in {templates_root}{suggest(grid, known)}"
         raise GridError(message, hint=f"the grids are {', '.join(known)}" if known else None)
     path = templates_root / grid / "grid.yaml"
-    text, container = _load_mapping(path)
-    try:
-        spec = GridSpec.model_validate_json(json.dumps(container))
-    except ValidationError as error:
-        raise _list_problems(path, text, error, GridSpec) from None
-    lines = find_lines(text)
-    problems = [Problem(key, what, _nearest_line(key, lines)) for key, what in _check_spec(spec)]
-    if problems:
+    spec = _read(path, GridSpec)
+    if wrong := list(_check_spec(spec)):
+        text = path.read_text(encoding="utf-8")
+        problems = [Problem(key, what, find_line(key, text)) for key, what in wrong]
         raise GridError(RecipeError(str(path), problems).message)
     return spec
 
 
 def load_cards(templates_root: Path) -> dict[str, dict[str, Any]]:
     """All model cards by file stem, as plain values. Raises: GridError."""
-    cards: dict[str, dict[str, Any]] = {}
-    for path in sorted((templates_root / "models").glob("*.yaml")):
-        text, container = _load_mapping(path)
-        try:
-            cards[path.stem] = ModelCard.model_validate_json(json.dumps(container)).model_dump(
-                mode="json"
-            )
-        except ValidationError as error:
-            raise _list_problems(path, text, error, ModelCard) from None
-    return cards
+    paths = sorted((templates_root / "models").glob("*.yaml"))
+    return {path.stem: _read(path, ModelCard).model_dump(mode="json") for path in paths}
 
 
 def applies(when: Mapping[str, Sequence[Scalar]], cell: Mapping[str, Any]) -> bool:
@@ -295,67 +272,8 @@ def _check_included_value(key: str, value: Any, axis: Axis) -> Iterator[tuple[st
         yield key, f"{show_label(value)} is no value of the axis: give a mapping with `name`"
 
 
-def _load_mapping(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text and content of a file that is read as a recipe is: `1e-5` is a number, no key stands
-    twice.
-    """
+def _read(path: Path, model: type[_Model]) -> _Model:
     try:
-        text = path.read_text(encoding="utf-8")
-        if len(text) > MAX_RECIPE_BYTES:
-            raise ValueError(f"longer than {MAX_RECIPE_BYTES:,} characters")
-        if hazards := find_hazards(text):
-            raise GridError(RecipeError(str(path), hazards).message)
-        config = OmegaConf.create(text)
-        if not isinstance(config, DictConfig):
-            raise ValueError("must be a mapping")
-        unresolved = OmegaConf.to_container(config, resolve=False)
-        problems = find_resolvers(unresolved, text) or find_growth(unresolved)
-        if not problems:
-            container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-            assert isinstance(container, dict)
-            problems = find_unusable_values(container, text)
-            if not problems:
-                return text, {str(key): value for key, value in container.items()}
-    except (OmegaConfBaseException, YAMLError, RecursionError, OSError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        what = str(getattr(error, "problem", None) or error).splitlines()[0]
-        problems = [
-            Problem(
-                getattr(error, "full_key", None) or "(file)", what, mark.line + 1 if mark else 1
-            )
-        ]
-    raise GridError(RecipeError(str(path), problems).message)
-
-
-def _list_problems(
-    path: Path, text: str, error: ValidationError, model: type[Section]
-) -> GridError:
-    lines, problems = find_lines(text), []
-    for detail in error.errors():
-        location = [str(part) for part in detail["loc"]]
-        if detail["type"] == "extra_forbidden":
-            parts: dict[str, type[Section]] = {"axes": Axis, "exclude": Exclusion}
-            known = list(parts.get(location[0] if len(location) > 1 else "", model).model_fields)
-            what = "unknown key" + suggest(location[-1], known)
-        elif detail["type"] == "missing":
-            what = "is missing"
-        elif detail["type"] == "value_error":
-            what = str(detail["ctx"]["error"])
-        else:
-            what = f"got {json.dumps(detail['input'], ensure_ascii=False):.60}: {detail['msg']}"
-        key = ".".join(location)
-        problems.append(Problem(key, what, _nearest_line(key, lines)))
-    return GridError(
-        RecipeError(str(path), sorted(problems, key=lambda problem: problem.line or 0)).message
-    )
-
-
-def _nearest_line(key: str, lines: Mapping[str, int]) -> int:
-    """The line of a key, or of the closest one around it; a bare list of values has no key
-    `values`.
-    """
-    while key:
-        if (line := lines.get(key) or lines.get(key.replace(".values.", ".", 1))) is not None:
-            return line
-        key = key.rpartition(".")[0]
-    return 1
+        return read_yaml(path, model)
+    except RecipeError as error:
+        raise GridError(error.message) from None

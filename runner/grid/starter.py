@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from runner.errors import RunnerError
-from runner.grid.spec import list_grids, load_cards, suggest
+from runner.grid.spec import list_grids, load_cards
 from runner.grid.template import quote_yaml
+from runner.recipe.problems import suggest
 from runner.recipe.schema import DataSection, DataSource
 
 SHARED_FOLDERS: Final = ("accelerate_configs", "ds_configs")

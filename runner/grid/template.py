@@ -1,23 +1,26 @@
 """Jinja as recipes may use it: a sandbox, strict about names, in which every interpolation is
 quoted for YAML.
 
-Owns the `yaml` filter, what a template may do, and where a template went wrong. Knows nothing of
-grids.
+Owns the `yaml` filter, what a template may do, how much time and memory it may take, and where a
+template went wrong. Knows nothing of grids.
 
-The sandbox keeps borrowed templates away from everything but their variables. Loops, texts and
-lists have limits, so that none of them takes minutes or gigabytes by accident or by one trick;
-hundreds of tricks may still take long.
+Jinja's sandbox keeps borrowed templates away from everything but their variables. What they compute
+there is not looked at: a child process renders them, and the kernel limits it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import wraps
+import resource
+import signal
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from types import FrameType
+from typing import Any, Final, NoReturn
 
 from jinja2 import (
     Environment,
@@ -27,79 +30,47 @@ from jinja2 import (
     Undefined,
     nodes,
 )
-from jinja2.exceptions import SecurityError
-from jinja2.runtime import Context, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from runner.errors import GridError
+from runner.errors import GridError, RunnerError
+from runner.processes import die_with_parent
+from runner.recipe.problems import escape_text
 from runner.secrets import find_secret
 
-MAX_OUTPUT_CHARACTERS: Final = 1_000_000
-MAX_ROUNDS: Final = 200_000  # of all loops of one text together
-_MAX_EXPONENT: Final = 100
-_MAX_VALUE: Final = 1_000_000  # characters and items of one value, at every depth
-# Of texts, lists and mappings; `format`, `ljust` and others make texts of any length.
-_METHODS: Final = frozenset(
-    (
-        "upper",
-        "lower",
-        "capitalize",
-        "title",
-        "strip",
-        "lstrip",
-        "rstrip",
-        "removeprefix",
-        "removesuffix",
-        "startswith",
-    )
-    + (
-        "endswith",
-        "split",
-        "rsplit",
-        "partition",
-        "rpartition",
-        "find",
-        "count",
-        "index",
-        "isdigit",
-        "items",
-        "keys",
-    )
-    + ("values", "get")
-)
-_WIDE_FORMAT: Final = re.compile(r"%[^%a-zA-Z]*(\d{4}|\*)")
+_MEMORY_GIB: Final = 2
+_WORDING_SECONDS: Final = 2  # from the limit of CPU time to the end, to word the error
+_MAX_ANSWER_BYTES: Final = 2**28
+_MAX_ERROR_CHARACTERS: Final = 10_000
+
 # Jinja's own filters without those that are random, that write markup, or that put text around a
 # quoted value.
-_FILTERS: Final = frozenset(
-    (
-        "abs",
-        "default",
-        "first",
-        "float",
-        "int",
-        "items",
-        "join",
-        "last",
-        "length",
-        "list",
-        "lower",
-        "map",
-        "max",
-    )
-    + (
-        "min",
-        "reject",
-        "rejectattr",
-        "replace",
-        "round",
-        "select",
-        "selectattr",
-        "sort",
-        "string",
-        "sum",
-        "trim",
-    )
-    + ("unique", "upper")
+_FILTERS: Final = (
+    "abs",
+    "default",
+    "first",
+    "float",
+    "int",
+    "items",
+    "join",
+    "last",
+    "length",
+    "list",
+    "lower",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "replace",
+    "round",
+    "select",
+    "selectattr",
+    "sort",
+    "string",
+    "sum",
+    "trim",
+    "unique",
+    "upper",
 )
 _STATEMENTS: Final = (nodes.Output, nodes.If, nodes.For, nodes.Include, nodes.Assign)
 # A quoted value must be a whole YAML value, not a part of one: `data/{{ task | yaml }}` would keep
@@ -133,7 +104,7 @@ def quote_yaml(value: Any) -> str:
     if isinstance(value, Undefined):
         str(value)  # raises UndefinedError, which knows the name
     if isinstance(value, str):
-        return _quote_text(escape_omegaconf(value))
+        return _quote_text(escape_text(value))
     if value is None or isinstance(value, bool | int):
         return json.dumps(value)
     if isinstance(value, float) and math.isfinite(value):
@@ -147,20 +118,6 @@ def quote_yaml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(quote_yaml(item) for item in value) + "]"
     raise GridError(f"{value!r} ({type(value).__name__}) cannot be written to a recipe")
-
-
-def escape_omegaconf(text: str) -> str:
-    r"""`text` as OmegaConf must read it to give `text` back.
-
-    Of backslashes, only those right before `${` count: n of them must be 2n + 1. `???` means
-    "missing", and with one backslash more than the text has it does not (OmegaConf 2.4).
-
-    >>> print(escape_omegaconf(r"\${x} \n ${y}"), escape_omegaconf("???"))
-    \\\${x} \n \${y} \???
-    """
-    if re.fullmatch(r"\\*\?\?\?", text):
-        return "\\" + text
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _quote_text(text: str) -> str:
@@ -181,9 +138,7 @@ def _quote_key(key: str) -> str:
 
 
 class TemplateSandbox(ImmutableSandboxedEnvironment):
-    """Templates of one folder. What could fill the memory, or never end, is refused."""
-
-    intercepted_binops = frozenset({"*", "**", "+", "%"})
+    """Templates of one folder: strict about names, few filters, no function but `range`."""
 
     def __init__(self, folder: Path | None = None) -> None:
         super().__init__(
@@ -193,122 +148,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             keep_trailing_newline=True,
         )
-        self.filters = {name: _limit(name, self.filters[name]) for name in _FILTERS}
-        self.filters |= {_COUNTED: self._count_rounds, _JOINED: _join}
+        self.filters = {name: self.filters[name] for name in _FILTERS}
         self.globals = {"range": self.globals["range"]}
-        self.num_rounds = 0
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Loops count their rounds and `~` looks at lengths: both become filters of ours,
-        unreachable by name.
-        """
-        tree = super()._parse(source, name, filename)
-        for loop in list(tree.find_all(nodes.For)):
-            loop.iter = nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
-        _replace_concatenations(tree)
-        return tree
-
-    def _count_rounds(self, items: Any) -> Iterator[Any]:
-        for item in items:
-            self.num_rounds += 1
-            if self.num_rounds > MAX_ROUNDS:
-                raise SecurityError(f"loops of more than {MAX_ROUNDS:,} rounds together")
-            yield item
-
-    def is_safe_callable(self, obj: Any) -> bool:
-        """`range`, and the methods of plain values that make nothing longer."""
-        owner = getattr(obj, "__self__", None)
-        is_plain = isinstance(owner, str | list | tuple | Mapping | dict)
-        return obj is self.globals["range"] or (
-            is_plain and getattr(obj, "__name__", "") in _METHODS
-        )
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """`left * right` or `left ** right` for numbers of a sensible size, `left + right` and
-        `left % right`.
-        """
-        if operator in "+%":
-            measure(left, right)
-            if operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
-                raise SecurityError(f"the format {left!r} is wider than 999 characters")
-            return super().call_binop(context, operator, left, right)
-        if not all(isinstance(side, int | float) for side in (left, right)):
-            raise SecurityError(
-                f"`{operator}` is for numbers, got {type(left).__name__} and {type(right).__name__}"
-            )
-        if operator == "**" and abs(right) > _MAX_EXPONENT:
-            raise SecurityError(f"the exponent {right} is larger than {_MAX_EXPONENT}")
-        return super().call_binop(context, operator, left, right)
-
-
-# No template can spell these names.
-_COUNTED: Final = "-counted"
-_JOINED: Final = "-joined"
-
-
-def measure(*values: Any) -> int:
-    """Characters and items of values at every depth. Raises: SecurityError, beyond `_MAX_VALUE`."""
-    size, waiting = 0, list(values)
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            size += len(value)
-        elif isinstance(value, Mapping):
-            waiting += [*value, *value.values()]
-        elif isinstance(value, list | tuple | set):
-            waiting += value
-        size += 1
-        if size + len(waiting) > _MAX_VALUE:
-            raise SecurityError(f"a value of more than {_MAX_VALUE:,} characters and items")
-    return size
-
-
-def _limit(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that takes no large value, and joins and replaces to none."""
-
-    @wraps(function)  # Jinja's own marks, such as that it wants the environment, stay
-    def limited(*args: Any, **kwargs: Any) -> Any:
-        plain = [
-            value
-            for value in (*args, *kwargs.values())
-            if not isinstance(value, Environment | Context)
-        ]
-        plain = [value for value in plain if not isinstance(value, nodes.EvalContext)]
-        size = measure(*plain)
-        if (
-            name == "replace"
-            and len(texts := [str(value) for value in plain if not isinstance(value, Undefined)])
-            > 2
-        ):
-            size += texts[0].count(texts[1]) * len(texts[2])
-        elif name == "join" and len(plain) > 1 and hasattr(plain[0], "__len__"):
-            size += len(plain[0]) * len(str(plain[1]))
-        if size > _MAX_VALUE:
-            raise SecurityError(f"`{name}` would give more than {_MAX_VALUE:,} characters")
-        return function(*args, **kwargs)
-
-    return limited
-
-
-def _join(parts: list[Any]) -> str:
-    """What `~` gives."""
-    measure(*parts)
-    return str_join(parts)
-
-
-def _replace_concatenations(node: nodes.Node) -> None:
-    for name, value in node.iter_fields():
-        for position, child in enumerate(value if isinstance(value, list) else [value]):
-            if not isinstance(child, nodes.Node):
-                continue
-            _replace_concatenations(child)
-            if isinstance(child, nodes.Concat):
-                parts = nodes.List(child.nodes, lineno=child.lineno)
-                joined = nodes.Filter(parts, _JOINED, [], [], None, None, lineno=child.lineno)
-                if isinstance(value, list):
-                    value[position] = joined
-                else:
-                    setattr(node, name, joined)
 
 
 class _CheckedLoader(FileSystemLoader):
@@ -378,7 +219,7 @@ def _list_output_problems(parts: Sequence[nodes.Expr]) -> list[tuple[int, str]]:
 def build_sandbox(folder: Path) -> TemplateSandbox:
     """The environment of recipe templates, with the one filter that writes values."""
     sandbox = TemplateSandbox(folder)
-    sandbox.filters["yaml"] = _limit("yaml", quote_yaml)
+    sandbox.filters["yaml"] = quote_yaml
     return sandbox
 
 
@@ -390,27 +231,7 @@ def compile_name(pattern: str) -> Callable[[Mapping[str, Any]], str]:
     sandbox.finalize = lambda value: (
         json.dumps(value) if value is None or isinstance(value, bool) else value
     )
-    template = sandbox.from_string(pattern)
-
-    def build_name(labels: Mapping[str, Any]) -> str:
-        sandbox.num_rounds = 0
-        return template.render(labels)
-
-    return build_name
-
-
-def render_text(sandbox: TemplateSandbox, template: str, variables: Mapping[str, Any]) -> str:
-    """The text of one template. Raises: `jinja2.TemplateError`, or what an expression in it
-    raises.
-    """
-    pieces: list[str] = []
-    length = sandbox.num_rounds = 0
-    for piece in sandbox.get_template(template).generate(variables):
-        length += len(piece)
-        if length > MAX_OUTPUT_CHARACTERS:
-            raise SecurityError(f"the text is longer than {MAX_OUTPUT_CHARACTERS:,} characters")
-        pieces.append(piece)
-    return "".join(pieces)
+    return sandbox.from_string(pattern).render
 
 
 def locate_error(error: Exception, folder: Path) -> tuple[Path | None, int | None]:
@@ -420,10 +241,107 @@ def locate_error(error: Exception, folder: Path) -> tuple[Path | None, int | Non
     if isinstance(error, TemplateSyntaxError) and error.filename:
         return Path(error.filename), error.lineno
     found: tuple[Path | None, int | None] = (None, None)
-    traceback = error.__traceback__
-    while traceback is not None:
-        path = Path(traceback.tb_frame.f_code.co_filename)
+    step = error.__traceback__
+    while step is not None:
+        path = Path(step.tb_frame.f_code.co_filename)
         if path.is_relative_to(folder):
-            found = (path, traceback.tb_lineno)
-        traceback = traceback.tb_next
+            found = (path, step.tb_lineno)
+        step = step.tb_next
     return found
+
+
+def word_error(error: Exception) -> str:
+    """The message of what an expression of a template raised."""
+    if isinstance(error, MemoryError):
+        return f"needs more than {_MEMORY_GIB} GiB of memory"
+    return str(error)
+
+
+class _OutOfTime(Exception):
+    """The limit of CPU time is reached."""
+
+
+def run_limited(work: Callable[[], Any], cpu_seconds: int, place: str) -> Any:
+    """The JSON value that `work` returns in a child process, which has so much CPU time and 2 GiB.
+
+    `work` meets both limits as exceptions, like whatever else an expression raises, and may say
+    where. The kernel ends a child that does not come to that, or has no memory left for it.
+
+    Raises:
+        GridError: `work` raised a RunnerError, or a limit was reached at `place`.
+    """
+    parent_pid = os.getpid()
+    readable, writable = os.pipe()
+    child_pid = os.fork()
+    if child_pid == 0:
+        _answer(work, cpu_seconds, writable, parent_pid)
+    os.close(writable)
+    try:
+        with open(readable, "rb") as pipe:
+            text = pipe.read()
+    except BaseException:  # Ctrl-C
+        os.kill(child_pid, signal.SIGKILL)
+        raise
+    finally:
+        os.waitpid(child_pid, 0)
+    try:
+        answer = json.loads(text)
+    except ValueError:  # cut off, or none
+        raise GridError(
+            f"{place} takes more than {cpu_seconds} seconds of CPU time or {_MEMORY_GIB} GiB of"
+            " memory"
+        ) from None
+    if "refusal" in answer:
+        message, hint = answer["refusal"]
+        raise GridError(message, hint=hint)
+    if "defect" in answer:
+        raise RuntimeError(answer["defect"])
+    return answer["value"]
+
+
+def _answer(work: Callable[[], Any], cpu_seconds: int, writable: int, parent_pid: int) -> NoReturn:
+    """The life of the child: it leaves nothing but its answer, and none at a limit."""
+    try:
+        die_with_parent(parent_pid)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+        _limit_this_process(cpu_seconds)
+        try:
+            answer: dict[str, Any] = {"value": work()}
+        except RunnerError as error:
+            answer = {"refusal": [error.message[:_MAX_ERROR_CHARACTERS], error.hint]}
+        except OSError as error:
+            answer = {"refusal": [str(error), None]}
+        except Exception as error:
+            if isinstance(error, MemoryError | _OutOfTime):
+                os._exit(1)
+            answer = {"defect": traceback.format_exc()}
+        text = json.dumps(answer).encode()
+        if len(text) > _MAX_ANSWER_BYTES:
+            what = f"the recipes of the grid take more than {_MAX_ANSWER_BYTES >> 20} MiB together"
+            text = json.dumps({"refusal": [what, None]}).encode()
+        with open(writable, "wb") as pipe:
+            pipe.write(text)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def _limit_this_process(cpu_seconds: int) -> None:
+    def run_out(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # it comes every second from now on
+        raise _OutOfTime(f"takes more than {cpu_seconds} seconds of CPU time")
+
+    signal.signal(signal.SIGXCPU, run_out)
+    _lower_limit(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + _WORDING_SECONDS)
+    # On top of what the parent had: a test's has torch in it, which maps more than 2 GiB.
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    num_bytes = num_pages * resource.getpagesize() + _MEMORY_GIB * 2**30
+    _lower_limit(resource.RLIMIT_AS, num_bytes, num_bytes)
+    _lower_limit(resource.RLIMIT_CORE, 0, 0)
+
+
+def _lower_limit(kind: int, soft: int, hard: int) -> None:
+    ceiling = resource.getrlimit(kind)[1]
+    if ceiling != resource.RLIM_INFINITY:  # what `ulimit` has set
+        soft, hard = min(soft, ceiling), min(hard, ceiling)
+    resource.setrlimit(kind, (soft, hard))

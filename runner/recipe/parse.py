@@ -1,31 +1,38 @@
-"""The recipe: one frozen, typed object that says everything about one run, and the one place where
-it is parsed.
+"""The recipe: one frozen, typed object that says everything about one run, and the one YAML reader
+of the project, for recipes, grids and model cards.
 
-Owns which sections go together and the few values derived from them. `recipe_sections` holds the
-parts, `recipe_problems` words the errors, `identity` hashes. Nobody downstream gives defaults,
-checks again or changes one.
+Owns which sections go together and the few values derived from them. `schema` holds the parts,
+`problems` words the errors, `identity` hashes. Nobody downstream gives defaults, checks again or
+changes one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf._yaml import get_yaml_loader
 from pydantic import Field, ValidationError, model_validator
 
 from runner.errors import Problem, RecipeError, RefusedError
+from runner.recipe.problems import (
+    SAFE_LOADER,
+    describe_error,
+    escape_missing,
+    find_hazards,
+    find_unusable_values,
+    list_problems,
+    read_escapes,
+)
 from runner.recipe.schema import (
-    NAME_PATTERN,
     NLL_METRICS,
     AdapterOff,
     CheckpointsSection,
     DataSection,
-    DataSource,
     EarlyStoppingOff,
     EarlyStoppingOn,
     EightBit,
@@ -36,40 +43,14 @@ from runner.recipe.schema import (
     Lora,
     ModelSection,
     QuantizationOff,
-    RemoteStorage,
     RunSection,
-    Scalar,
     TrackingSection,
     Training,
 )
 from runner.strict import Section
 
-# What others use of a recipe: itself, and its parts.
-__all__ = [
-    "MAX_RECIPE_BYTES",
-    "NAME_PATTERN",
-    "NLL_METRICS",
-    "DataSection",
-    "DataSource",
-    "EarlyStoppingOn",
-    "EightBit",
-    "FourBit",
-    "GenerationOn",
-    "LaunchSection",
-    "ModelSection",
-    "Recipe",
-    "RemoteStorage",
-    "Scalar",
-    "Section",
-    "Training",
-    "derive_accumulation",
-    "derive_eval_batch",
-    "derive_micro_batch",
-    "load_recipe",
-    "parse_recipe",
-]
-
 MAX_RECIPE_BYTES: Final = 1_000_000
+_MAX_VALUES: Final = 10_000
 
 
 class Recipe(Section):
@@ -218,11 +199,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             f"recipes are generated; fix {template_path}, then run `runner render"
             f" {path.parent.name}`"
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(str(path), [Problem("(file)", f"cannot be read: {error}", 1)]) from None
-    return parse_recipe(text, where=str(path), overrides=overrides, hint=hint)
+    return read_yaml(path, Recipe, overrides, hint=hint)
 
 
 def parse_recipe(
@@ -233,89 +210,134 @@ def parse_recipe(
     Raises:
         RecipeError: all problems at once, with lines and dotted keys.
     """
-    from runner.recipe.problems import find_hazards, find_unusable_values, list_problems
+    return parse_yaml(text, Recipe, where=where, overrides=overrides, hint=hint)
 
+
+_Model = TypeVar("_Model", bound=Section)
+
+
+def read_yaml(
+    path: Path, model: type[_Model], overrides: Sequence[str] = (), *, hint: str | None = None
+) -> _Model:
+    """A YAML file under overrides as the typed object that it describes.
+
+    Raises:
+        RecipeError: all problems at once, with lines and dotted keys.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), [Problem("(file)", f"cannot be read: {error}", 1)]) from None
+    return parse_yaml(text, model, where=str(path), overrides=overrides, hint=hint)
+
+
+def parse_yaml(
+    text: str,
+    model: type[_Model],
+    *,
+    where: str,
+    overrides: Sequence[str] = (),
+    hint: str | None = None,
+) -> _Model:
+    """`read_yaml` of a text; `where` names it in errors."""
     overridden = frozenset(override.partition("=")[0] for override in overrides)
     if len(text) > MAX_RECIPE_BYTES:
         raise RecipeError(where, [Problem("(file)", f"longer than {MAX_RECIPE_BYTES:,} bytes", 1)])
     if problems := find_hazards(text, overrides):
         raise RecipeError(where, problems, hint=hint)
-    container, problems = _resolve(text, overrides, overridden)
+    container, problems = _load(text, overrides, overridden)
     problems = problems or find_unusable_values(container, text, overridden)
     if problems:
         raise RecipeError(where, problems, hint=hint)
+    container = _map_texts(read_escapes, container)
     try:
-        return Recipe.model_validate_json(json.dumps(container))
+        return model.model_validate_json(json.dumps(container))
     except ValidationError as error:
-        problems = list_problems(error, container, text, overridden)
+        problems = list_problems(error, model, container, text, overridden)
         in_file = any(problem.line is not None for problem in problems)
         raise RecipeError(where, problems, hint=hint if in_file else None) from None
 
 
-def _resolve(
+class _Loader(SAFE_LOADER):  # type: ignore[misc]
+    """YAML 1.1 as OmegaConf reads it: `1e-5` is a number, a date is a text, no key comes twice, and
+    aliases make nothing large.
+    """
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """The value of a document that holds nothing large. Raises: yaml.YAMLError."""
+        _count_values(node, {})
+        return super().construct_document(node)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(_[0-9]+)*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """The values at and below a node, each counted as often as aliases repeat it.
+
+    `counts` has them by the identity of nodes that are done, and 0 for those that are under way.
+    """
+    if id(node) in counts:
+        if not counts[id(node)]:
+            raise _refuse("an alias stands inside what it stands for", node)
+        return counts[id(node)]
+    counts[id(node)], total = 0, 1
+    if isinstance(node, yaml.MappingNode):
+        names: set[tuple[str, str]] = set()
+        for key, value in node.value:
+            total += _count_values(key, counts) + _count_values(value, counts)
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in names:
+                    raise _refuse(f"found duplicate key {key.value}", key)
+                names.add((key.tag, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        total += sum(_count_values(item, counts) for item in node.value)
+    if total > _MAX_VALUES:
+        raise _refuse(f"holds more than {_MAX_VALUES:,} values, aliases expanded", node)
+    counts[id(node)] = total
+    return total
+
+
+def _refuse(what: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+
+
+def _load(
     text: str, overrides: Sequence[str], overridden: frozenset[str]
 ) -> tuple[Any, list[Problem]]:
-    """The text under its overrides as plain dicts and lists, every interpolation replaced; or what
-    forbids that.
-    """
-    from runner.recipe.problems import describe_syntax_error, find_growth, find_resolvers
-
-    stage = "text"
+    """The text under its overrides as plain dicts and lists, or what forbids that."""
+    is_in_text = True
     try:
-        if not overrides and (plain := _load_plain(text)) is not None:
-            return plain, []
-        config = _create(text)
-        if config is None:
+        container = yaml.load(text, Loader=_Loader)
+        container = {} if container is None else container
+        if type(container) is not dict:
             return None, [Problem("(file)", "must be a mapping of sections", 1)]
-        stage = "overrides"
-        merged = (
-            _merge_overrides(config, OmegaConf.from_dotlist(list(overrides)))
-            if overrides
-            else config
-        )
-        unresolved = OmegaConf.to_container(merged, resolve=False)
-        if problems := find_resolvers(unresolved, text, overridden) or find_growth(unresolved):
-            return None, problems
-        stage = "interpolations"
-        return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True), []
+        if overrides:
+            is_in_text = False
+            changes = OmegaConf.from_dotlist(list(overrides))
+            merged = _merge_overrides(OmegaConf.create(container), changes)
+            container = OmegaConf.to_container(merged, resolve=False, throw_on_missing=True)
+            container = _map_texts(escape_missing, container)  # OmegaConf has taken that off
+        return container, []
     # OmegaConf lets AssertionError, IndexError and others out, next to its own.
     except Exception as error:
-        return None, [
-            describe_syntax_error(error, text, overridden, is_in_text=stage != "overrides")
-        ]
+        return None, [describe_error(error, text, overridden, is_in_text=is_in_text)]
 
 
-def _load_plain(text: str) -> dict[str, Any] | None:
-    """What OmegaConf makes of a text in which it has nothing to do, in an eighth of the time; else
-    None.
-
-    The YAML loader is its own, so numbers, duplicates and limits are the same; what is left out is
-    wrapping every value into a node and unwrapping it again.
-    """
-    container = yaml.load(text, Loader=get_yaml_loader())
-    return container if type(container) is dict and _is_plain(container) else None
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value means itself to OmegaConf: no interpolation, nothing missing, no odd types or
-    keys.
-    """
-    if type(value) is str:
-        return "${" not in value and value != "???"
-    if type(value) is dict:
-        return all(type(key) is str and _is_plain(item) for key, item in value.items())
-    if type(value) is list:
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float)
-
-
-def _create(text: str) -> DictConfig | None:
-    """None for a text that is a list or a single value."""
-    try:
-        config = OmegaConf.create(text)
-    except AssertionError:  # its answer to a number
-        return None
-    return config if isinstance(config, DictConfig) else None
+def _map_texts(function: Callable[[str], Any], value: Any) -> Any:
+    """A value with each of its texts replaced, but for keys, which mean themselves."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map_texts(function, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(function, item) for item in value]
+    return value
 
 
 def _merge_overrides(config: DictConfig, overrides: DictConfig) -> DictConfig:

@@ -1,11 +1,8 @@
-"""Words the problems of a recipe: line, dotted key, what was found, what is accepted, the nearest
-known name.
+"""Words the problems of a recipe, grid or model card: line, dotted key, what was found, what is
+accepted, the nearest known name.
 
-What a YAML text may not do to whoever reads it: hold a secret, overflow the parser's stack, or grow
-when resolved.
-
-OmegaConf's own limits (aliases, duplicates, 10,000 values) stay in force; these are the gaps that
-it leaves (measured with omegaconf 2.4, libyaml 0.2.5).
+What a YAML text may not hold: a secret, a reference to something else, what overflows the parser's
+stack (measured with libyaml 0.2.5). `parse` has the limits of what is read from it.
 """
 
 from __future__ import annotations
@@ -18,7 +15,8 @@ from functools import lru_cache
 from typing import Any, Final
 
 import yaml
-from pydantic import ValidationError
+from omegaconf.errors import GrammarParseError, MissingMandatoryValue
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from runner.errors import CONTROLS, MAX_SHOWN_PROBLEMS, Problem
@@ -33,13 +31,15 @@ _SURELY_SHALLOW_CHARACTERS: Final = 16_000
 # 480,000 parts of `1:1:1:...` are one number to base 60, which takes minutes to add up.
 _ENDLESS_NUMBER: Final = re.compile(r"[0-9:_.]{1000}")
 
-MAX_RESOLVED_CHARACTERS: Final = 1_000_000
-_CHARACTERS_PER_REFERENCE: Final = 100  # what one costs besides its text
-_MAX_CHAIN: Final = 30  # references to keys that are references
-_ESCAPED: Final = re.compile(r"(?<!\\)(\\\\)*\\\$\{")
-_REFERENCE: Final = re.compile(r"\$\{\s*([A-Za-z_][\w-]*(?:\.[\w-]+)*)\s*\}")
+# Backslashes, then `${`. Tried only where they begin: a text of backslashes alone is read once.
+_DOLLAR_BRACE: Final = re.compile(r"(?<!\\)(\\*)\$\{")
+_REFERENCE: Final = (
+    r"holds `${`, but nothing is looked up here: write the value itself, or `\${` for that text"
+)
+_MISSING: Final = r"is `???`, a missing value: write the value itself, or `\???` for that text"
 
-_PARSER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# The one that OmegaConf prefers: the one in Python refuses some texts that this one takes.
+SAFE_LOADER: Final[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def find_hazards(text: str, overrides: Sequence[str] = ()) -> list[Problem]:
@@ -74,51 +74,36 @@ def find_unusable_text(text: str) -> str | None:
     return None
 
 
-def calls_resolver(value: str) -> bool:
-    """Whether a text refers to anything else than keys by their whole names.
+def escape_text(text: str) -> str:
+    r"""`text` as a file must hold it to mean it, in OmegaConf's notation: see `read_escapes`.
 
-    >>> texts = ("${a.b}", "${a.${b}}", "${oc.env:HOME}", "${.a}", r"\\${a:b}")
-    >>> [calls_resolver(text) for text in texts]
-    [False, True, True, True, False]
+    >>> print(escape_text(r"\${x} \n ${y}"), escape_text("???"))
+    \\\${x} \n \${y} \???
     """
-    return "${" in _REFERENCE.sub("", _ESCAPED.sub("", value))
+    return _DOLLAR_BRACE.sub(r"\1\1\\${", text) if "${" in text else escape_missing(text)
 
 
-def find_growth(container: Any) -> list[Problem]:
-    """A problem where the references of an unresolved recipe, all of them plain, would make it too
-    long.
+def escape_missing(text: str) -> str:
+    """`escape_text` of `???` alone."""
+    return "\\" + text if re.fullmatch(r"\\*\?\?\?", text) else text
 
-    Forty keys of which each is twice the one before are a terabyte.
+
+def read_escapes(text: str) -> str | None:
+    r"""The text that a value means; None for a reference (`${...}`) and a missing value (`???`).
+
+    Of backslashes, only those right before `${` count: 2n + 1 of them mean n and the text `${`.
+    `???` with a backslash before it means `???`.
+
+    >>> [read_escapes(text) for text in (r"\${x} \n", r"\\\${x}", r"\???", "${x}", r"\\${x}")]
+    ['${x} \\n', '\\${x}', '???', None, None]
     """
-    sizes: dict[str, int] = {}
-
-    def measure(value: Any, depth: int) -> int:
-        if isinstance(value, str):
-            names = _REFERENCE.findall(_ESCAPED.sub("", value)) if "${" in value else ()
-            return len(value) + sum(
-                _CHARACTERS_PER_REFERENCE + measure_key(name, depth + 1) for name in names
-            )
-        if isinstance(value, Mapping | list):
-            return 1 + sum(
-                measure(item, depth)
-                for item in (value.values() if isinstance(value, Mapping) else value)
-            )
-        return 1
-
-    def measure_key(name: str, depth: int) -> int:
-        if depth > _MAX_CHAIN:
-            return MAX_RESOLVED_CHARACTERS + 1
-        if name not in sizes:
-            sizes[name] = measure(_select(container, name), depth)
-        return sizes[name]
-
-    if measure(container, 0) > MAX_RESOLVED_CHARACTERS:
-        what = (
-            f"its references refer in a circle, or would make more than {MAX_RESOLVED_CHARACTERS:,}"
-            " characters of it"
-        )
-        return [Problem("(YAML)", what, 1)]
-    return []
+    if re.fullmatch(r"\\*\?\?\?", text):
+        return text[1:] if text[0] == "\\" else None
+    if "${" not in text:
+        return text
+    if any(len(match[1]) % 2 == 0 for match in _DOLLAR_BRACE.finditer(text)):
+        return None
+    return _DOLLAR_BRACE.sub(lambda match: "\\" * (len(match[1]) // 2) + "${", text)
 
 
 def _find_hazard(text: str) -> tuple[str, int] | None:
@@ -138,7 +123,7 @@ def _find_depth(text: str) -> int | None:
     """
     depth = 0
     try:
-        for event in yaml.parse(text, Loader=_PARSER):
+        for event in yaml.parse(text, Loader=SAFE_LOADER):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
                 event, yaml.CollectionEndEvent
             )
@@ -156,23 +141,6 @@ def _name_line(text: str, line: int) -> str:
     return key[1] if key and len(key[1]) <= 60 and find_unusable_text(key[1]) is None else "(YAML)"
 
 
-def _select(container: Any, name: str) -> Any:
-    value = container
-    for part in name.split("."):
-        if isinstance(value, Mapping):
-            value = value.get(part)
-        elif (
-            isinstance(value, list)
-            and part.isdecimal()
-            and len(part) < 9
-            and int(part) < len(value)
-        ):
-            value = value[int(part)]
-        else:
-            return None
-    return value
-
-
 _EXPECTED: Final = {
     "float_type": "a number",
     "int_type": "a whole number",
@@ -185,8 +153,6 @@ _EXPECTED: Final = {
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
 }
-# The loader that OmegaConf prefers: the one in Python refuses some texts that this one takes.
-_LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Old names that people still type.
 _RENAMED: Final = {
     "group_by_length": "train_sampling_strategy: group_by_length",
@@ -216,7 +182,7 @@ def find_lines(text: str) -> dict[str, int]:
                 lines[f"{prefix}{index}"] = item.start_mark.line + 1
                 walk(item, f"{prefix}{index}.")
 
-    walk(yaml.compose(text, Loader=_LOADER), "")
+    walk(yaml.compose(text, Loader=SAFE_LOADER), "")
     return lines
 
 
@@ -234,34 +200,23 @@ def find_line(key: str, text: str, overridden: frozenset[str] = frozenset()) -> 
     return next((lines[name] for name in candidates if name in lines), 1)
 
 
-def describe_syntax_error(
+def describe_error(
     error: Exception, text: str, overridden: frozenset[str], *, is_in_text: bool
 ) -> Problem:
     """A problem from what YAML or OmegaConf refuses; `is_in_text` False: it came up among the
     overrides.
     """
     what = (str(getattr(error, "problem", None) or error) or "cannot be read").splitlines()[0]
+    if is_in_text:
+        mark = getattr(error, "problem_mark", None)
+        return Problem("(YAML)", what, mark.line + 1 if mark else 1)
+    if isinstance(error, GrammarParseError):
+        what = _REFERENCE
+    elif isinstance(error, MissingMandatoryValue):
+        what = _MISSING
     key = str(getattr(error, "full_key", None) or "")
-    if not is_in_text:
-        return Problem(key or ", ".join(sorted(overridden)), what)
-    mark = getattr(error, "problem_mark", None)
-    if mark is not None:
-        return Problem("(YAML)", what, mark.line + 1)
-    return Problem(key or "(YAML)", what, find_line(key, text, overridden) if key else 1)
-
-
-def find_resolvers(
-    value: Any, text: str, overridden: frozenset[str] = frozenset(), prefix: str = ""
-) -> list[Problem]:
-    """A problem for every reference to something else than a key of the recipe by its whole
-    name.
-    """
-    what = "a recipe may refer to its own keys only, not to the environment or a resolver"
-    return [
-        Problem(key, f"got {item!r}: {what}", find_line(key, text, overridden))
-        for key, item in _leaves(value, prefix)
-        if isinstance(item, str) and calls_resolver(item)
-    ]
+    names = ", ".join(sorted(overridden))
+    return Problem(key or names, what, find_line(key, text, overridden) if key else None)
 
 
 def find_unusable_values(
@@ -275,7 +230,7 @@ def find_unusable_values(
     problems: list[Problem] = []
     texts = "\n".join(list_texts(value))
     # All at once: one by one takes as long as everything else.
-    is_suspect = find_unusable_text(texts) is not None
+    is_suspect = "${" in texts or "???" in texts or find_unusable_text(texts) is not None
     for key, item in _leaves(value):
         if isinstance(item, float) and not math.isfinite(item):
             problems.append(
@@ -293,7 +248,7 @@ def find_unusable_values(
                 " false or null"
             )
             problems.append(Problem(key, what, find_line(key, text, overridden)))
-        elif is_suspect and isinstance(item, str) and (wrong := find_unusable_text(item)):
+        elif is_suspect and isinstance(item, str) and (wrong := _find_unusable_value(item)):
             problems.append(Problem(key, wrong, find_line(key, text, overridden)))
     for key, name in _keys(value):
         if not isinstance(name, str):
@@ -308,6 +263,15 @@ def find_unusable_values(
                 Problem(place or "(YAML)", f"a key {wrong}", find_line(place, text, overridden))
             )
     return problems
+
+
+def _find_unusable_value(item: str) -> str | None:
+    plain = read_escapes(item)
+    if wrong := find_unusable_text(item if plain is None else plain):
+        return wrong
+    if plain is not None:
+        return None
+    return _MISSING if item == "???" else _REFERENCE
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -335,10 +299,14 @@ def list_texts(value: Any) -> Iterator[str]:
 
 
 def list_problems(
-    error: ValidationError, container: Any, text: str, overridden: frozenset[str] = frozenset()
+    error: ValidationError,
+    model: type[BaseModel],
+    container: Any,
+    text: str,
+    overridden: frozenset[str] = frozenset(),
 ) -> list[Problem]:
-    """One problem per mistake, in the order of the file; what comes after those that are shown is
-    not worded well.
+    """One problem per mistake against `model`, in the order of the file; what comes after those
+    that are shown is not worded well.
     """
     placed = [
         (
@@ -352,9 +320,7 @@ def list_problems(
     for path, line, detail in sorted(placed, key=lambda item: item[1] or 0):
         key = ".".join(path)
         what = (
-            _describe(detail, path, container)
-            if len(problems) < MAX_SHOWN_PROBLEMS
-            else detail["msg"]
+            _describe(detail, path, model) if len(problems) < MAX_SHOWN_PROBLEMS else detail["msg"]
         )
         problems.setdefault((key, what), Problem(key or "(recipe)", what, line))
     return list(problems.values())
@@ -380,10 +346,10 @@ def _visible_path(detail: ErrorDetails, container: Any) -> tuple[str, ...]:
     return tuple(path)
 
 
-def _describe(detail: ErrorDetails, path: tuple[str, ...], container: Any) -> str:
+def _describe(detail: ErrorDetails, path: tuple[str, ...], model: type[BaseModel]) -> str:
     kind, found = detail["type"], _name_value(detail["input"])
     if kind == "extra_forbidden":
-        return _describe_unknown_key(path[-1], detail)
+        return _describe_unknown_key(path[-1], detail, model)
     if kind == "missing":
         return "is missing"
     if kind == "literal_error":
@@ -391,7 +357,7 @@ def _describe(detail: ErrorDetails, path: tuple[str, ...], container: Any) -> st
             r"'([^']*)'|\b(True|False|\d+)\b", str(detail.get("ctx", {}).get("expected", ""))
         )
         names = [text or other.lower() for text, other in choices]
-        return f"got {found}, expected {_list_names(names)}{_suggest(str(detail['input']), names)}"
+        return f"got {found}, expected {_list_names(names)}{suggest(str(detail['input']), names)}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         context = detail.get("ctx", {})
         field = str(context.get("discriminator", "")).strip("'")
@@ -409,32 +375,31 @@ def _describe(detail: ErrorDetails, path: tuple[str, ...], container: Any) -> st
     return f"got {found}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 
-def _describe_unknown_key(name: str, detail: ErrorDetails) -> str:
-    from runner.recipe.parse import Recipe
-
+def _describe_unknown_key(name: str, detail: ErrorDetails, model: type[BaseModel]) -> str:
     if "training" in detail["loc"] and name in OWNED_TRAINING_FIELDS:
         return f"is not set here: it is decided by {OWNED_TRAINING_FIELDS[name]}"
     if name in _RENAMED:
         return f"unknown key, today it is {_RENAMED[name]}"
-    known, section = _known_names(Recipe, detail["loc"][:-1]), detail["loc"][:-2]
-    if name in _known_names(Recipe, section):
+    known, section = _known_names(model, detail["loc"][:-1]), detail["loc"][:-2]
+    if name in _known_names(model, section):
         return f"does not go with `{detail['loc'][-2]}`, which takes {_list_names(known)}"
-    return "unknown key" + _suggest(name, known)
+    return "unknown key" + suggest(name, known)
 
 
-def _known_names(model: Any, location: tuple[int | str, ...]) -> list[str]:
+def _known_names(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """The field names that are accepted at a location, over all members of a union."""
-    models = [model]
+    models: list[Any] = [model]
     for part in location:
         nested = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         if nested:
             models = [m for annotation in nested for m in _models_in(annotation)]
-        else:  # a union tag: narrow down to the members that carry it
-            models = [
+        else:  # a union tag narrows down to the members that carry it; a name or index does not
+            tagged = [
                 m
                 for m in models
                 if any(_carries(field.annotation, part) for field in m.model_fields.values())
             ]
+            models = tagged or models
     return [name for m in models for name in m.model_fields]
 
 
@@ -450,7 +415,8 @@ def _models_in(annotation: Any) -> list[Any]:
     return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]
 
 
-def _suggest(name: str, known: list[str]) -> str:
+def suggest(name: str, known: Sequence[str]) -> str:
+    """A question that ends an error message, or nothing."""
     close = difflib.get_close_matches(name, known, n=1)
     return f", did you mean `{close[0]}`?" if close else ""
 

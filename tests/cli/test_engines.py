@@ -10,9 +10,9 @@ import pytest
 
 from runner.cli.engines import load_engines
 from runner.cli.main import main
-from tests.cli.test_main import list_imports
 from tests.conftest import ROOT
 from tests.support.fake_launcher import FakeLauncher, fake
+from tests.test_imports import list_loaded
 
 __all__ = ["fake"]
 
@@ -88,9 +88,9 @@ def test_engines_are_imported_in_a_moment(tmp_path: Path) -> None:
     names = [path.stem for path in (ROOT / "runner" / "engines").glob("[!_]*.py")]
     program = f"import {', '.join(f'runner.engines.{name}' for name in names)}"
     slow = {"pydantic", "yaml", "omegaconf", "jinja2", "rich"}
-    assert len(names) > len(load_engines()) and not list_imports(program, tmp_path) & slow
+    assert len(names) > len(load_engines()) and not list_loaded(program, tmp_path) & slow
     usage = "from runner.cli.main import main\ntry: main(['sweep', '--help'])\nexcept SystemExit: 0"
-    assert not list_imports(usage, tmp_path) & slow
+    assert not list_loaded(usage, tmp_path) & slow
 
 
 @pytest.mark.parametrize(

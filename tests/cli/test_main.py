@@ -19,42 +19,10 @@ from runner.files import write_json_atomic
 from runner.recipe.schema import NAME_PATTERN
 from runner.run.paths import RunPaths
 from runner.run.record import load_record
-from tests.conftest import ROOT
 from tests.support.fake_launcher import BIN_DIR, FakeLauncher, fake
+from tests.test_imports import HEAVY, list_loaded
 
 __all__ = ["fake"]
-
-HEAVY = {
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "bitsandbytes",
-}
-LAUNCH_SIDE = ("", "recipe", "grid", "run", "plan", "launch", "engines", "view", "report", "cli")
-MODULES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for package in LAUNCH_SIDE
-    for path in (ROOT / "runner" / package).glob("*.py")
-    if not path.stem.startswith("__") and path.stem != "make_hf_fields"
-)
-
-
-def list_imports(program: str, cwd: Path) -> set[str]:
-    """Top-level names of all modules that a Python program has imported when it ends."""
-    tail = "\nimport sys; print('\\n' + ' '.join({name.partition('.')[0] for name in sys.modules}))"
-    done = subprocess.run(
-        [sys.executable, "-c", program + tail],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    return set(done.stdout.splitlines()[-1].split())
 
 
 def run(*arguments: str, cwd: Path, **options: str) -> subprocess.CompletedProcess[str]:
@@ -69,39 +37,17 @@ def run(*arguments: str, cwd: Path, **options: str) -> subprocess.CompletedProce
     )
 
 
-def test_no_module_of_the_launch_side_imports_torch() -> None:
-    assert (
-        "runner.cli.commands" in MODULES
-        and "runner.launch.attempt" in MODULES
-        and len(MODULES) > 15
-    )
-    imports = list_imports(f"import {', '.join(MODULES)}", ROOT)
-    assert "pydantic" in imports, "the look into the imports works"
-    assert not imports & HEAVY
-
-
-def test_the_trainer_does_not_launch() -> None:
-    launch_side = ("launch", "plan", "engines", "cli", "view", "report", "grid")
-    for path in (ROOT / "runner" / "sft").glob("*.py"):
-        words = path.read_text().split()
-        assert not [
-            word
-            for word in words
-            if word.startswith(tuple(f"runner.{name}." for name in launch_side))
-        ], path.name
-
-
 @pytest.mark.parametrize(
     "verb", [["--help"], ["sweep", "--help"], ["status"], ["sweep", "recipes/toy", "--dry-run"]]
 )
 def test_verbs_do_not_import_torch(verb: list[str], fake: FakeLauncher) -> None:
     fake.add("a")
     program = f"from runner.cli.main import main\ntry: main({verb!r})\nexcept SystemExit: pass"
-    assert not list_imports(program, fake.root) & HEAVY
+    assert not list_loaded(program, fake.root) & HEAVY
 
 
 def test_help_is_quick_and_names_every_verb(fake: FakeLauncher) -> None:
-    assert "pydantic" not in list_imports(
+    assert "pydantic" not in list_loaded(
         "import runner.cli.main\nrunner.cli.main.build_parser().format_help()", fake.root
     )
     done = run("--help", cwd=fake.root)

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from runner.engines.kubernetes import _escape, build_jobs_file
 from runner.engines.manifests import PendingRun
 from runner.run.record import EXIT_CODES
+from tests.conftest import ROOT
 from tests.support.submissions import (
     DEMO,
     DEMO_2,
     EIGHT_GPUS,
     OPTIONS,
-    ROOT,
     compare_with_golden,
     make_pending,
 )

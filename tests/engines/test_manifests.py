@@ -11,8 +11,9 @@ import yaml
 
 from runner.engines.manifests import build_label, check_output_root, check_runs
 from runner.errors import RefusedError
+from tests.conftest import ROOT
 from tests.support.fake_launcher import FakeLauncher, fake, finish
-from tests.support.submissions import DEMO, ROOT, make_pending
+from tests.support.submissions import DEMO, make_pending
 
 __all__ = ["fake"]
 

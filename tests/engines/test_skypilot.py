@@ -16,12 +16,12 @@ import yaml
 from runner.engines.manifests import PendingRun
 from runner.engines.skypilot import SkypilotOptions, build_task_file
 from runner.errors import RefusedError
+from tests.conftest import ROOT
 from tests.support.submissions import (
     DEMO,
     DEMO_2,
     EIGHT_GPUS,
     OPTIONS,
-    ROOT,
     compare_with_golden,
     make_pending,
 )

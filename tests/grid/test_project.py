@@ -19,8 +19,8 @@ from runner.data.rows import draw_splits
 from runner.grid.spec import list_grids
 from runner.grid.template import quote_yaml
 from runner.recipe.parse import Recipe, load_recipe
-from tests.cli.test_main import HEAVY, list_imports
 from tests.conftest import ROOT
+from tests.test_imports import HEAVY, list_loaded
 
 GRIDS = list_grids(ROOT / "recipe_templates")
 CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_nothing(exists: bool, place: Path) -> None:
 
 def test_init_does_not_import_torch(place: Path) -> None:
     assert (
-        not list_imports("from runner.cli.main import main; main(['init', 'study'])", place) & HEAVY
+        not list_loaded("from runner.cli.main import main; main(['init', 'study'])", place) & HEAVY
     )
     assert (place / "study" / "README.md").exists()
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import GridError
+from runner.errors import GridError, RecipeError, RunnerError
 from runner.grid.render import KeyList, derive_keys, render_grid
 from runner.grid.spec import applies, load_grid
-from runner.recipe.parse import parse_recipe
+from runner.recipe.parse import load_recipe, parse_recipe
+from tests.conftest import RECIPE_TEXT
 from tests.support.toy_grid import CONDITIONAL, GRID, Toy, build_toy, grid_error
 
 
@@ -216,9 +217,9 @@ def test_small_numbers_in_a_grid_are_numbers(toy: Toy) -> None:
         (GRID.replace("  loss:", "  models:"), ["line 6", "is not an axis name"]),
         (GRID.replace("  loss:", "  1:"), ["axes.1", "expected a text"]),
         (GRID.replace("  loss:", "  model:"), ["line 6", "duplicate key model"]),
-        (GRID.replace("full,", "'${oc.env:HOME}',"), ["line 6", "not to the environment"]),
-        (GRID.replace("full,", "'${nothing}',"), ["nothing"]),
-        (GRID.replace("full,", "'???',"), ["axes.loss", "issing"]),
+        (GRID.replace("full,", "'${oc.env:HOME}',"), ["line 6", "nothing is looked up"]),
+        (GRID.replace("full,", "'${name}',"), ["line 6", "nothing is looked up"]),
+        (GRID.replace("full,", "'???',"), ["line 6", "axes.loss", "missing"]),
         ("- a list", ["must be a mapping"]),
         ("a: [1", ["expected ',' or ']'"]),
     ],
@@ -236,6 +237,82 @@ def test_all_problems_of_a_grid_file_come_at_once(toy: Toy) -> None:
         toy(GRID.replace("[60, 180]", "[60, 60]") + "exclude: [{when: {x: 1}, why: y}]\n")
     )
     assert "2 problems" in message and "line 7" in message and "line 8" in message
+
+
+EXCLUDING = GRID + "exclude:\n  - {when: {model: phi}, why: slow}\n"
+CARD = """\
+path: hub/phi
+dtype: float16
+chat_template: null
+pad_token: auto
+target_modules: [q_proj]
+"""
+# Of each kind of file: its path, a whole one, and what is written instead of what, with the answer.
+FILES = {
+    "recipe": (
+        "recipe.yaml",
+        RECIPE_TEXT,
+        {
+            "misspelt": ("\nloss:", "\nlost:", ["line 13 ", "lost", "did you mean `loss`?"]),
+            "type": ("seed: 7", "seed: x", ["line 11 ", "data.seed", "expected a whole number"]),
+            "duplicate": ("seed: 7", "seed: 7\n  seed: 8", ["line 12 ", "duplicate key seed"]),
+            "syntax": ("seed: 7", "seed: [7", ["line 12 ", "did not find expected ',' or ']'"]),
+        },
+    ),
+    "grid": (
+        "recipe_templates/toy/grid.yaml",
+        EXCLUDING,
+        {
+            "misspelt": ("why:", "wyh:", ["line 9 ", "exclude.0.wyh", "did you mean `why`?"]),
+            "type": ("[60, 180]", "60", ["line 7 ", "num_train_samples", "expected a list"]),
+            "duplicate": ("exclude:", "name: x\nexclude:", ["line 8 ", "duplicate key name"]),
+            "syntax": ("[60, 180]", "[60", ["line 8 ", "did not find expected ',' or ']'"]),
+        },
+    ),
+    "card": (
+        "recipe_templates/models/phi.yaml",
+        CARD,
+        {
+            "misspelt": ("pad_token:", "padtoken:", ["line 4 ", "did you mean `pad_token`?"]),
+            "type": ("[q_proj]", "[4]", ["line 5 ", "target_modules.0", "expected a text"]),
+            "duplicate": ("dtype:", "path: x\ndtype:", ["line 2 ", "duplicate key path"]),
+            "syntax": ("[q_proj]", "[q_proj", ["line 6 ", "did not find expected ',' or ']'"]),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_recipes_grids_and_cards_name_mistakes_alike(toy: Toy, kind: str) -> None:
+    name, text, mistakes = FILES[kind]
+    root = toy()
+    path = root / name
+    path.parent.mkdir(exist_ok=True)
+
+    def message_of(content: str) -> str:
+        path.write_text(content)
+        with pytest.raises(RunnerError) as caught:
+            if kind == "recipe":
+                load_recipe(path)
+            else:
+                render_grid(root / "recipe_templates", "toy")
+        assert type(caught.value) is (RecipeError if kind == "recipe" else GridError)
+        assert f"{path} has " in str(caught.value)
+        return str(caught.value)
+
+    for old, new, expected in mistakes.values():
+        assert text.count(old) == 1
+        message = message_of(text.replace(old, new))
+        assert [part for part in expected if part not in message] == [], message
+    both = text
+    for old, new, _ in (mistakes["misspelt"], mistakes["type"]):
+        both = both.replace(old, new)
+    for part in mistakes["misspelt"][2] + mistakes["type"][2]:
+        assert part in message_of(both)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RunnerError, match="cannot be read"):
+        load_recipe(path) if kind == "recipe" else render_grid(root / "recipe_templates", "toy")
 
 
 def test_too_many_cells_are_refused_before_they_are_built(toy: Toy) -> None:
@@ -293,10 +370,11 @@ def test_names_that_differ_in_case_only_are_refused(toy: Toy) -> None:
         ("{{ model", "is wrong"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ 'x' * 10 ** 9 }}", "`*` is for numbers"),
+        ("{{ '/' * 10 ** 8 }}", "expected at most 200 letters"),
+        ("{{ [0] * 10 ** 9 }}", "needs more than 2 GiB of memory"),
         ("{% include 'toy/grid.yaml' %}", "no loader"),
     ],
 )
 def test_a_name_pattern_that_fails_is_named(toy: Toy, pattern: str, expected: str) -> None:
     message = grid_error(toy(GRID.replace(GRID.splitlines()[0], f'name: "{pattern}"')))
-    assert expected in message and "name pattern of the grid toy" in message
+    assert expected in message and "the grid toy" in message and len(message) < 2_000

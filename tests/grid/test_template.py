@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +18,10 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError, TemplateSyntaxError
 from omegaconf import OmegaConf
 
-from runner.errors import GridError
-from runner.grid.template import build_sandbox, locate_error, quote_yaml, render_text
+from runner.errors import GridError, RunnerError
+from runner.grid.render import render_grid
+from runner.grid.template import build_sandbox, locate_error, quote_yaml, run_limited
+from tests.support.toy_grid import GRID, build_toy
 
 texts = st.text(st.characters(exclude_categories=["Cs"])) | st.text(
     "\\${}?:. ab\n\"'#-[],&*!|>%@`~", max_size=30
@@ -32,7 +39,7 @@ values = st.recursive(
 
 
 def read_back(text: str) -> Any:
-    """The value of the key `a`, as `parse_recipe` reads a file."""
+    """The value of the key `a`, as OmegaConf reads a file; so is a recipe, says `test_loading`."""
     config = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist([]))
     container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
@@ -43,7 +50,7 @@ def render_value(
     folder: Path, value: Any, template: str = "a: {{ value | yaml }}\nb: after\n"
 ) -> str:
     (folder / "t.j2").write_text(template)
-    return render_text(build_sandbox(folder), "t.j2", {"value": value})
+    return build_sandbox(folder).get_template("t.j2").render({"value": value})
 
 
 @settings(max_examples=150, deadline=None)
@@ -194,9 +201,6 @@ def test_templates_that_are_refused_before_they_run(
         "''.format.__self__",
         "'{0.__class__.__mro__}'.format(value)",
         "range(10 ** 9) | list",
-        "'a' * 10 ** 9",
-        "[0] * 10 ** 9",
-        "9 ** 999",
         "cycler.__init__",
         "lipsum()",
         "[1, 2] | random",
@@ -239,21 +243,95 @@ GROWING = {
     "a starred format": "a: {{ ('%*s' % (999999999, 1)) | yaml }}",
     "a padded text": "a: {{ ('x'.ljust(999999999)) | yaml }}",
     "a formatted text": "a: {{ ('{:>999999999}'.format(1)) | yaml }}",
+    "a repeated text": "a: {{ ('a' * 10 ** 9) | yaml }}",
+    "a repeated list": "a: {{ ([0] * 10 ** 9) | yaml }}",
+    "a large number": "a: {{ (9 ** 999) | yaml }}",
+    "a number that takes minutes": "a: {{ ((9 ** 9999999) ** 99 > 1) | yaml }}",
+    "brackets": "a: {{ " + "(" * 20_000 + "1" + ")" * 20_000 + " | yaml }}",
 }
 
 
 @pytest.mark.parametrize("name", GROWING)
 def test_nothing_grows_without_end(tmp_path: Path, name: str) -> None:
-    with pytest.raises((TemplateError, GridError)):
-        render_value(tmp_path, 1, GROWING[name])
+    """With 1 s instead of 10, at which the kernel ends what no exception can."""
+    root = build_toy(tmp_path)(template=GROWING[name])
+    with pytest.raises(GridError, match=r"toy/recipe\.yaml\.j2") as caught:
+        render_grid(root / "recipe_templates", "toy", base_seconds=1)
+    assert len(str(caught.value)) < 20_000
 
 
-def test_a_long_loop_leaves_the_next_text_its_rounds(tmp_path: Path) -> None:
-    (tmp_path / "t.j2").write_text(
-        "{% for i in range(90000) %}{% endfor %}a: {{ ('x'.upper() ~ '%03d' % 7) | yaml }}"
-    )
-    sandbox = build_sandbox(tmp_path)
-    assert {render_text(sandbox, "t.j2", {}) for _ in range(4)} == {'a: "X007"'}
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (
+            GROWING["loops in loops"],
+            "j2, line 1: takes more than 1 seconds of CPU time\n\n  in",
+        ),
+        (
+            GROWING["a repeated list"],
+            "j2, line 1: needs more than 2 GiB of memory\n\n  in the",
+        ),
+        (
+            GROWING["a number that takes minutes"],
+            "or the name pattern beside it, takes more than 1 seconds of CPU time or 2 GiB",
+        ),
+    ],
+)
+def test_a_limit_is_named(tmp_path: Path, template: str, words: str) -> None:
+    root = build_toy(tmp_path)(template=template)
+    with pytest.raises(GridError, match=words):
+        render_grid(root / "recipe_templates", "toy", base_seconds=1)
+
+
+def test_a_name_pattern_has_the_same_limits(tmp_path: Path) -> None:
+    root = build_toy(tmp_path)(GRID.replace('name: "', f'name: "{GROWING["loops in loops"]}'))
+    with pytest.raises(GridError, match=r"the grid toy, .* takes more than 1 seconds"):
+        render_grid(root / "recipe_templates", "toy", base_seconds=1)
+
+
+@pytest.mark.slow
+def test_a_template_without_end_ends(tmp_path: Path) -> None:
+    """As anybody meets it: after 10 s, in words, with exit code 2 and nothing written."""
+    root = build_toy(tmp_path)(template=GROWING["loops in loops"])
+    words = [Path(sys.executable).parent / "runner", "render", "toy"]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and not (root / "recipes").exists()
+    assert done.stderr.startswith("error: recipe_templates/toy/recipe.yaml.j2, line 1: takes more")
+    assert "10 seconds of CPU time" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_answer_of_a_limited_process_is_that_of_the_work() -> None:
+    def refuse() -> Any:
+        raise RunnerError("no", hint="yes")
+
+    def fail() -> Any:
+        raise KeyError("a defect")
+
+    assert run_limited(lambda: {"a": [1, None, "\u20ac"]}, 5, "here") == {"a": [1, None, "\u20ac"]}
+    with pytest.raises(GridError, match="no\n\nhint: yes"):
+        run_limited(refuse, 5, "here")
+    with pytest.raises(RuntimeError, match=r"Traceback[\s\S]*KeyError: 'a defect'"):
+        run_limited(fail, 5, "here")
+    with pytest.raises(GridError, match="more than 256 MiB together"):
+        run_limited(lambda: "x" * 2**28, 5, "here")
+    for number in (signal.SIGKILL, signal.SIGXCPU):
+        with pytest.raises(GridError, match="here takes more than 5 seconds of CPU time or 2 GiB"):
+            run_limited(lambda sent=number: os.kill(os.getpid(), sent), 5, "here")
+
+
+def test_ctrl_c_ends_the_child(tmp_path: Path) -> None:
+    started = tmp_path / "pid"
+
+    def wait() -> None:
+        started.write_text(str(os.getpid()))
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(60)
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_limited(wait, 5, "here")
+    assert time.monotonic() - began < 30
+    assert not Path("/proc", started.read_text()).exists()
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..\\secret"])

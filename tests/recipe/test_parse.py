@@ -42,7 +42,7 @@ data:
     prompt: "Sum up: {document}"
   num_validation_samples: 1
   num_test_samples: 1
-  seed: ${training.seed}
+  seed: 3
   max_length: 64
 loss: full
 training:
@@ -158,25 +158,17 @@ REFUSALS = {
         "data",
         "`num_test_samples` is needed when `test` is taken from the training rows",
     ),
-    ("seed: ${training.seed}", "seed: ${oc.env:HOME}"): (
+    ("seed: 3", "seed: ${training.seed}"): (
         17,
         "data.seed",
-        (
-            "got '${oc.env:HOME}': a recipe may refer to its own keys only, not to the environment"
-            " or a resolver"
-        ),
+        "holds `${`, but nothing is looked up here: write the value itself, or `\\${` for that",
     ),
-    ("seed: ${training.seed}", "seed: ${oc.${loss}:HOME}"): (
+    ("seed: 3", "seed: '\\\\${oc.env:HOME}'"): (17, "data.seed", "holds `${`, but"),
+    ("seed: 3", "seed: ???"): (
         17,
         "data.seed",
-        "got '${oc.${loss}:HOME}': a recipe may",
+        r"is `???`, a missing value: write the value itself, or `\???` for that text",
     ),
-    ("seed: ${training.seed}", "seed: ${training.sed}"): (
-        17,
-        "data.seed",
-        "Interpolation key 'training.sed' not found",
-    ),
-    ("seed: ${training.seed}", "seed: ???"): (17, "data.seed", "Missing mandatory value"),
     ("loss: full", "loss: full\nloss: completion"): (20, "(YAML)", "found duplicate key loss"),
     ("loss: full", "loss: [full"): (20, "(YAML)", "did not find expected ',' or ']'"),
     ("loss: full", "loss: full\n5: x"): (20, "5", "got the key 5, expected a text"),
@@ -245,7 +237,7 @@ def test_an_empty_recipe_names_every_section_that_is_needed() -> None:
 
 
 def test_a_recipe_is_a_mapping_and_not_a_novel() -> None:
-    for text in ("[1]", "0", "true", "1.5"):
+    for text in ("[1]", "0", "true", "1.5", "a"):
         assert problems_of(text=text) == [Problem("(file)", "must be a mapping of sections", 1)]
     assert problems_of(text="#" * (MAX_RECIPE_BYTES + 1))[0].what.startswith(
         "longer than 1,000,000 bytes"
@@ -258,19 +250,42 @@ def test_numbers_in_scientific_notation_are_numbers() -> None:
     assert parse("training.learning_rate=1").training.model_dump()["learning_rate"] == 1.0
 
 
-def test_a_recipe_may_refer_to_itself() -> None:
-    assert parse("training.seed=9").data.seed == 9
-    assert (
-        parse(r"data.task.prompt=\${oc.env:HOME} {document}").model_dump()["data"]["task"]["prompt"]
-        == "${oc.env:HOME} {document}"
-    )
+def test_a_text_may_hold_what_would_be_a_reference() -> None:
+    for prompt, meant in (
+        (r"\${oc.env:HOME} {document}", "${oc.env:HOME} {document}"),
+        (r"\\\${a} \ {document}", r"\${a} \ {document}"),
+        ("$ {document} ???", "$ {document} ???"),
+    ):
+        for recipe in (
+            parse(f"data.task.prompt={prompt}"),
+            parse(text=edit('"Sum up: {document}"', f"'{prompt}'")),
+        ):
+            assert recipe.model_dump()["data"]["task"]["prompt"] == meant
+    assert parse(r"model.path=\???").model.path == "???"
+
+
+def test_a_missing_value_may_come_from_an_override() -> None:
+    text = edit("seed: 3", "seed: ???")
+    assert parse("data.seed=9", text=text).data.seed == 9
+    [problem] = problems_of("training.seed=9", text=text)
+    assert (problem.line, problem.key) == (17, "data.seed") and "missing value" in problem.what
+
+
+def test_a_reference_is_refused_under_overrides_as_without() -> None:
+    for value in ("${training.seed}", "'${.a:b}'", "'${'"):
+        for overrides in ((), ("training.max_steps=3",)):
+            [problem] = problems_of(*overrides, text=edit("seed: 3", f"seed: {value}"))
+            assert (problem.line, problem.key) == (17, "data.seed")
+            assert problem.what.startswith("holds `${`, but nothing is looked up here")
+    fixed = parse("data.task.prompt=a {document}", text=edit("Sum up:", "${a}"))
+    assert fixed.model_dump()["data"]["task"]["prompt"] == "a {document}"
 
 
 @pytest.mark.parametrize(
     "reference",
     [
         "${oc.env:HOME}",
-        "${ oc.env : HOME}",
+        "${ oc.env :HOME}",
         "${oc.${loss}:HOME}",
         "${${loss}:a}",
         "${oc.env:{a:b}}",
@@ -278,14 +293,14 @@ def test_a_recipe_may_refer_to_itself() -> None:
     ]
     + [r"\\${oc.env:HOME}", "${oc.create:{a:1}}", "${oc.decode:1}", "${.oc.env:HOME}"],
 )
-def test_no_reference_leaves_the_recipe(reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_reference_is_looked_up(reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "secret")
     for text, overrides in (
         (edit("path: data.jsonl", f"path: '{reference}'"), ()),
         (TEXT, (f"model.path={reference}",)),
     ):
         found = problems_of(*overrides, text=text)
-        assert "secret" not in str(found)
+        assert "secret" not in str(found) and "nothing is looked up here" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -296,18 +311,18 @@ def test_no_reference_leaves_the_recipe(reference: str, monkeypatch: pytest.Monk
         ("training=3", "training", "got 3, expected a mapping"),
         ("training.learning_rate=[1", "training.learning_rate", "did not find expected"),
         ("adapter.target_modules=[1]", "adapter.target_modules.0", "got 1, expected a text"),
-        ("model.path=${oc.env:HOME}", "model.path", "got '${oc.env:HOME}'"),
-        ("training.seed=${nope}", "training.seed", "Interpolation key 'nope' not found"),
+        ("model.path=${oc.env:HOME}", "model.path", "holds `${`, but nothing"),
+        ("training.seed=${data.seed}", "training.seed", "holds `${`, but nothing"),
+        ("training.seed=${.a:b}", "training.seed", "holds `${`, but nothing"),
         ("training.max_grad_norm=.inf", "training.max_grad_norm", "got inf"),
     ],
 )
 def test_a_wrong_override_is_called_one(override: str, key: str, words: str) -> None:
-    text = edit("${training.seed}", "1")
-    found = problems_of(override, text=text)
+    found = problems_of(override)
     assert {problem.line for problem in found} == {None}
     assert [p for p in found if p.key == key and p.what.startswith(words)], found
     with pytest.raises(RecipeError, match=rf"override +{key}"):
-        parse(override, text=text)
+        parse(override)
 
 
 def test_overrides_reach_every_kind_of_value() -> None:
