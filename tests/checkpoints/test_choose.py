@@ -329,15 +329,28 @@ def test_smaller_micro_batches_after_running_out_of_memory_are_a_new_start_and_n
         paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
     )
     assert refusal_of(paths, recipe) is None
-    lines = refusal_of(paths, parse("launch.num_processes=1"))
-    assert lines is not None and "num_processes: 3 -> 1" in lines, (
-        "but nothing else may change with it"
+    assert refusal_of(paths, parse("launch.num_processes=1")) is None, (
+        "nothing of before is continued, whatever else changed"
     )
     interrupt(recipe, paths, step=8, **_cut(recipe, 2))
     write_record(
         paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
     )
     assert refusal_of(paths, recipe) is None, "continued in the same smaller ones"
+    lines = refusal_of(paths, parse("launch.num_processes=1"))
+    assert lines is not None and "num_processes: 3 -> 1" in lines, (
+        "and nothing else may change with them"
+    )
+    changed = {**_cut(recipe, 2), "per_device_eval_batch_size": 7}
+    interrupt(recipe, paths, step=12, **changed)
+    write_record(
+        paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
+    )
+    lines = refusal_of(paths, recipe)
+    assert lines is not None and names(lines, "per_device_eval_batch_size"), (
+        "only other micro-batches of training are left behind"
+    )
+    shutil.rmtree(paths.checkpoint_dir(12))
     write_record(paths, RunRecord(attempts=(attempt,)))
     assert refusal_of(paths, recipe) is not None, "and never in larger ones again"
 
