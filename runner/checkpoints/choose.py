@@ -54,7 +54,9 @@ class Kept:
 
     has_folder: bool
     has_archive: bool
-    marker: Marker | None  # of the folder, else of the archive; None: neither can be read
+    # Of the folder, else of the archive; of another step where both have wrong names. None: neither
+    # can be read.
+    marker: Marker | None
 
 
 @dataclass(frozen=True)
@@ -255,10 +257,15 @@ def _judge_all(draft: _Draft, next_step: int | None) -> tuple[Verdict, ...]:
     verdicts: list[Verdict] = []
     for step in reversed(draft.inventory.kept):
         seen = draft.look(step)
-        how = seen.how if seen.opened is not None else f"damaged: {seen.how}"
-        reason = draft.reasons.get(step, "; older than what decides")
+        what = seen.how + draft.reasons.get(step, "; older than what decides")
+        if seen.opened is None:
+            is_moved = step in draft.reasons
+            end = (
+                "an attempt would move it to quarantine" if is_moved else "older than what decides"
+            )
+            what = f"damaged: {seen.how}; {end}"
         name = draft.inventory.paths.checkpoint_dir(step).name
-        verdicts.append(Verdict(name, step == next_step, how + reason))
+        verdicts.append(Verdict(name, step == next_step, what))
     for name in draft.inventory.unfinished:
         what = "never finished: an attempt would move it to quarantine"
         verdicts.append(Verdict(name, False, what))
@@ -421,7 +428,9 @@ class _Draft:
         """The folder of a step, or what is wrong with it."""
         kept, name = self.inventory.kept[step], self.inventory.paths.checkpoint_dir(step).name
         if self.verification is None:
-            return Opened(kept.marker, None) if kept.marker else "its marker cannot be read"
+            if kept.marker is None or kept.marker.step != step:
+                return "its marker cannot be read"
+            return Opened(kept.marker, None)
         if not kept.has_folder and name not in self.inventory.unfinished:
             return "its folder is missing"
         try:
@@ -441,11 +450,13 @@ def read_inventory(paths: RunPaths) -> Inventory:
 
 
 def _read_marker_of(paths: RunPaths, step: int) -> Marker | None:
+    found = None
     for path in (paths.checkpoint_dir(step), paths.archive_path(step)):
         marker = _read_marker(path)
         if marker is not None and marker.step == step:
             return marker
-    return None
+        found = found or marker
+    return found
 
 
 def _read_marker(path: Path) -> Marker | None:
