@@ -113,6 +113,7 @@ class Choice:
     moves: tuple[Move | Restore, ...] = ()  # in order; made before a refusal is raised
     refusal: RefusedError | None = None
     comparison: Comparison | None = None  # of the checkpoint that is continued or refused
+    newest_step: int | None = None  # of those that verify, also where nothing continues from it
     version_warnings: tuple[str, ...] = ()
     verdicts: tuple[Verdict, ...] = ()  # where all are judged; the newest checkpoint comes first
 
@@ -143,7 +144,7 @@ def choose(
     step = found.step if found is not None and not found.differences else None
     verdicts = _judge_all(draft, step) if policy.judges_all else ()
     if found is None:
-        return Choice(moves=moves, verdicts=verdicts)
+        return Choice(moves=moves, newest_step=draft.newest_step, verdicts=verdicts)
     refusal = None
     if found.differences:
         message = describe_obstacles(found.step, found.differences)
@@ -156,6 +157,7 @@ def choose(
         moves=moves,
         refusal=refusal,
         comparison=found,
+        newest_step=draft.newest_step,
         version_warnings=() if refusal else found.version_changes,
         verdicts=verdicts,
     )
@@ -213,6 +215,8 @@ def _find_decisive(draft: _Draft, fingerprint: Mapping[str, Any]) -> Comparison 
         if opened is None:
             draft.reasons[step] = "; an attempt would move it to quarantine"
             continue
+        if draft.newest_step is None:
+            draft.newest_step = step
         comparison = compare_fingerprints(opened.marker, fingerprint)
         if comparison.differences:
             draft.reasons[step] = f", but of another launch: {', '.join(comparison.differences)}"
@@ -340,6 +344,7 @@ class _Draft:
     verification: Verification | None
     moves: list[Move | Restore] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)  # by step, for the verdicts
+    newest_step: int | None = None
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _opened: set[int] = field(default_factory=set)
     _gone: set[int] = field(default_factory=set)
@@ -481,27 +486,30 @@ def look_ahead(
     divisor: int = 1,
     threads: str | None = None,
     resume: str = "auto",
-) -> Comparison | None:
-    """What an attempt would go on from, held against its launch; None where it starts at step 0 or
-    nobody can tell yet.
+) -> Choice:
+    """The choice of an attempt, as far as markers tell; an empty one where nobody can tell yet.
 
     `divisor` is `Attempt.micro_batch_divisor` of that attempt, `threads` its OMP_NUM_THREADS (None:
     not known yet), `resume` its `Attempt.resume`. Reads markers and no weights.
     """
     if resume == "none" or "://" in resume:  # remote storage is not asked here
-        return None
+        return Choice()
     build_current = partial(
         build_resume_fingerprint, recipe, recipe_digest, num_processes, divisor, threads=threads
     )
     if resume not in ("auto", "latest", "best"):
-        marker = _read_marker(Path(resume))  # the trainer says what is wrong with a path
-        return compare_fingerprints(marker, build_current()) if marker is not None else None
+        # What else is wrong with a path is for the trainer to find out.
+        marker = _read_marker(Path(resume))
+        if marker is None:
+            return Choice()
+        found = compare_fingerprints(marker, build_current())
+        return Choice(comparison=found, newest_step=found.step)
     inventory = read_inventory(paths)
     if all(kept.marker is None for kept in inventory.kept.values()):
-        return None
+        return Choice()
     # Whether the latest or the best one verifies is for the trainer to find out.
     policy = Policy(has_run_out_of_memory=divisor > 1 and resume == "auto")
-    return choose(inventory, "auto", build_current(), policy).comparison
+    return choose(inventory, "auto", build_current(), policy)
 
 
 def list_obstacles(comparison: Comparison, recipe: Recipe) -> tuple[str, ...]:
@@ -510,9 +518,9 @@ def list_obstacles(comparison: Comparison, recipe: Recipe) -> tuple[str, ...]:
     return comparison.differences + (comparison.version_changes if is_strict else ())
 
 
-def refuse_to_continue(comparison: Comparison | None, recipe: Recipe) -> None:
+def refuse_to_continue(choice: Choice, recipe: Recipe) -> None:
     """Raises: RefusedError where `look_ahead` found what forbids the launch."""
-    if comparison is not None and (obstacles := list_obstacles(comparison, recipe)):
-        raise RefusedError(
-            describe_obstacles(comparison.step, obstacles), hint=suggest_ways_out(obstacles)
-        )
+    found = choice.comparison
+    if found is not None and (obstacles := list_obstacles(found, recipe)):
+        message = describe_obstacles(found.step, obstacles)
+        raise RefusedError(message, hint=suggest_ways_out(obstacles))

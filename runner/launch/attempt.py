@@ -105,10 +105,10 @@ def refuse_uncontinuable(
     if stored is None or stored.recipe_digest != digest:
         return
     threads = command.environment.get("OMP_NUM_THREADS")
-    found = look_ahead(
+    choice = look_ahead(
         paths, recipe, digest, num_processes, divisor=divisor, threads=threads, resume=resume
     )
-    refuse_to_continue(found, recipe)
+    refuse_to_continue(choice, recipe)
 
 
 def open_attempt(
