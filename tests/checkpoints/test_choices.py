@@ -23,6 +23,7 @@ from runner.checkpoints.choose import (
     choose,
     read_inventory,
 )
+from runner.checkpoints.commit import commit_checkpoint
 from runner.checkpoints.retention import strip_checkpoint
 from runner.errors import RefusedError
 from runner.run.paths import RunPaths, marker_path
@@ -117,6 +118,9 @@ CASES: dict[str, Case] = {
         8,
         {**BACK_TO_8, "step-12": UNFINISHED},
         (("step-12", "it was still being written when its attempt died"),),
+    ),
+    "oldest damaged": Case(
+        lambda run: damage(run, 4), 12, {**WHOLE, "step-4": f"damaged: {FLIPPED}{OLDER}"}
     ),
     "best damaged": Case(
         lambda run: damage(run, 8),
@@ -328,6 +332,17 @@ def test_only_other_micro_batches_of_training_are_left_behind(tmp_path: Path) ->
     assert choice.refusal is not None and not choice.moves
 
 
+def test_best_weights_that_are_left_behind_are_lost(tmp_path: Path) -> None:
+    paths = make(tmp_path, "whole")
+    lose(paths, 12)
+    smaller = {"per_device_train_batch_size": 1}
+    commit_checkpoint(write(paths, 12, VALUES), paths, 12, {**FINGERPRINT, **smaller})
+    choice = decide(paths, has_run_out_of_memory=True, **smaller)
+    assert (choice.step, choice.refusal) == (None, None)
+    assert [name for name, _ in list_moves(paths, choice)] == ["step-4", "step-8", "step-12"]
+    assert list_moves(paths, choice)[-1] == ("step-12", LOST_BEST)
+
+
 def test_an_unfinished_folder_is_moved_aside_before_its_archive_is_restored(tmp_path: Path) -> None:
     paths = make(tmp_path, "whole")
     pack(paths, 12)
@@ -347,8 +362,9 @@ def test_no_more_is_read_than_the_answer_needs(tmp_path: Path) -> None:
     assert choice.step == 12 and [move.name for move in choice.moves if isinstance(move, Move)] == [
         "step-12"
     ]
+    shutil.copytree(paths.checkpoint_dir(4), paths.checkpoint_dir(40))
     by_markers = choose(read_inventory(paths), "auto", FINGERPRINT, Policy())
-    assert (by_markers.step, by_markers.moves) == (12, ()), "no byte of a checkpoint is read"
+    assert by_markers.step == 12, "no byte is read but for the markers"
 
 
 def test_weights_are_chosen_without_a_launch(tmp_path: Path) -> None:
