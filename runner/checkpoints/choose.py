@@ -1,215 +1,98 @@
-"""May a checkpoint be continued bit for bit under a launch? Told from its marker, before anything
-is started.
+"""The checkpoint that a launch continues from: one decision, for everybody who asks.
 
-The trainer asks the same once more, of the processes and libraries that it really has. Owns no
-checksum: whether a checkpoint is whole is the trainer's to find out, and `why`'s.
-
-What each checkpoint of a run is worth to a launch: what the trainer will find, told without
-changing anything.
-
-The trainer decides by itself, in `sft/checkpoints`; a test holds this against it.
+`choose` decides and changes nothing. `runner why` prints its verdicts, a launch refuses by it
+before anything is started, the trainer carries out its moves, export and chat take its weights.
+Moving and restoring is `commit`'s, importing from elsewhere is `restore`'s.
 """
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from runner.checkpoints.archive import ArchiveError, extract_archive, load_archived_marker
+from runner.checkpoints.compare import (
+    LAUNCH_AS_BEFORE,
+    Comparison,
+    compare_fingerprints,
+    describe_obstacles,
+    has_other_micro_batch,
+    require_continuable,
+    suggest_ways_out,
+)
 from runner.checkpoints.marker import (
     Marker,
     find_damage,
-    is_step,
     list_archived,
-    list_checkpoint_dirs,
     list_committed,
+    list_unfinished,
     load_marker,
     read_best_step,
 )
 from runner.errors import CorruptFileError, RefusedError
-from runner.recipe.identity import build_resume_fingerprint, diff_payloads
+from runner.recipe.identity import build_resume_fingerprint
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import CheckpointsSection
-from runner.run.paths import RunPaths, marker_path
+from runner.run.paths import STEP_PREFIX, RunPaths
 
-LAUNCH_AS_BEFORE: Final = (
-    "launch as before, or start over with `--fresh`, which moves the old run aside"
-)
-# Follow from the recipe's global batch, the number of processes and `Attempt.micro_batch_divisor`.
-_MICRO_BATCH: Final = frozenset(
-    {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
+Wanted = Literal["auto", "latest", "best"]
+
+WAS_BEING_WRITTEN: Final = "it was still being written when its attempt died"
+_TRY_AUTO: Final = (
+    "launch without `--resume`: what is damaged is moved aside, and the newest that verifies is"
+    " used"
 )
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What a checkpoint was written under, held against a launch."""
+class Kept:
+    """One step's checkpoint as it is on disk: a committed folder, an archive, or both."""
+
+    has_folder: bool
+    has_archive: bool
+    # Of the folder, else of the archive; of another step where both have wrong names. None: neither
+    # can be read.
+    marker: Marker | None
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The checkpoints of a run, unverified."""
+
+    paths: RunPaths
+    kept: dict[int, Kept]  # by step, oldest first
+    unfinished: tuple[str, ...]  # folders that were never committed
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a choice depends on besides the checkpoints and the launch."""
+
+    verification: Verification | None = None  # None: every marker that can be read is believed
+    # Leave behind what was written in larger micro-batches, and start at step 0 if need be.
+    has_run_out_of_memory: bool = False
+    refuses_other_versions: bool = False  # else they are a warning
+    judges_all: bool = False  # verify also what is older than what decides
+
+
+@dataclass(frozen=True)
+class Move:
+    """A folder or archive that goes to quarantine."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Restore:
+    """A folder that is put back from what its archive held."""
 
     step: int
-    differences: tuple[str, ...]  # one line per dotted key; any of them forbids to continue
-    # Allowed or not, as the recipe's `launch.on_version_change` says.
-    version_changes: tuple[str, ...]
-
-    @property
-    def is_only_cut_otherwise(self) -> bool:
-        """Whether the same global batch is cut into other micro-batches by as many processes, and
-        nothing else.
-        """
-        return bool(self.differences) and _keys_of(self.differences) <= _MICRO_BATCH
-
-
-def compare_fingerprints(marker: Marker, current: Mapping[str, Any]) -> Comparison:
-    """A checkpoint's marker against `build_resume_fingerprint`; what `current` does not know is not
-    compared.
-    """
-    stored, versions = marker.fingerprint, current["versions"]
-    stored_versions = stored.get("versions", {})
-    return Comparison(
-        marker.step,
-        tuple(diff_payloads(_without_versions(stored), _without_versions(current))),
-        tuple(
-            diff_payloads(
-                {name: stored_versions.get(name, "(absent)") for name in versions},
-                versions,
-                "versions.",
-            )
-        ),
-    )
-
-
-def refuse_other_fingerprint(marker: Marker, current: Mapping[str, Any], hint: str) -> None:
-    """Raises: RefusedError where a checkpoint is of another experiment or launch; versions are left
-    to others.
-    """
-    if differences := compare_fingerprints(marker, current).differences:
-        raise RefusedError(describe_obstacles(marker.step, differences), hint=hint)
-
-
-def refuse_or_warn_of_versions(marker: Marker, current: Mapping[str, Any], recipe: Recipe) -> None:
-    """Say in the log that libraries changed since the checkpoint.
-
-    Raises:
-        RefusedError: they did, and the recipe forbids it.
-    """
-    changes = compare_fingerprints(marker, current).version_changes
-    if changes and recipe.launch.on_version_change == "refuse":
-        raise RefusedError(describe_obstacles(marker.step, changes), hint=suggest_ways_out(changes))
-    for line in changes:
-        print(
-            "warning: resuming under another version, the result may differ in the last bits:"
-            f" {line}",
-            flush=True,
-        )
-
-
-def look_ahead(
-    paths: RunPaths,
-    recipe: Recipe,
-    recipe_digest: str,
-    num_processes: int,
-    *,
-    divisor: int = 1,
-    threads: str | None = None,
-    resume: str = "auto",
-) -> Comparison | None:
-    """What an attempt would go on from, held against its launch; None where it starts at step 0 or
-    nobody can tell yet.
-
-    `divisor` is `Attempt.micro_batch_divisor` of that attempt, `threads` its OMP_NUM_THREADS (None:
-    not known yet), `resume` its `Attempt.resume`. Reads one marker and no weights.
-    """
-    marker = _find_marker(paths, resume)
-    if marker is None:
-        return None
-    current = build_resume_fingerprint(
-        recipe, recipe_digest, num_processes, divisor, threads=threads
-    )
-    comparison = compare_fingerprints(marker, current)
-    # After running out of memory, a run starts at step 0 in smaller micro-batches: that much is
-    # meant.
-    is_meant = divisor > 1 and resume in ("auto", "none") and comparison.is_only_cut_otherwise
-    return None if is_meant else comparison
-
-
-def list_obstacles(comparison: Comparison, recipe: Recipe) -> tuple[str, ...]:
-    """What forbids to go on from the checkpoint, one line per dotted key."""
-    is_strict = recipe.launch.on_version_change == "refuse"
-    return comparison.differences + (comparison.version_changes if is_strict else ())
-
-
-def refuse_to_continue(comparison: Comparison | None, recipe: Recipe) -> None:
-    """Raises: RefusedError where `look_ahead` found what forbids the launch."""
-    if comparison is not None and (obstacles := list_obstacles(comparison, recipe)):
-        raise RefusedError(
-            describe_obstacles(comparison.step, obstacles), hint=suggest_ways_out(obstacles)
-        )
-
-
-def describe_obstacles(step: int | None, obstacles: tuple[str, ...]) -> str:
-    """Why a checkpoint is not continued."""
-    shown = "\n".join(f"  {line}" for line in obstacles)
-    return (
-        f"the checkpoint of step {step} cannot be continued exactly, something changed"
-        f" since:\n{shown}"
-    )
-
-
-def suggest_ways_out(obstacles: tuple[str, ...], command: str = "runner launch RECIPE") -> str:
-    """What to do instead: the launch as before where a flag can say it, and a start from scratch.
-
-    >>> print(suggest_ways_out(("num_processes: 2 -> 1",), "runner launch r.yaml"))
-    runner launch r.yaml --num-processes 2  # as before
-          runner launch r.yaml --fresh  # moves the old run aside and starts anew
-    """
-    keys, ways = _keys_of(obstacles), []
-    others = {key for key in keys if not key.startswith("versions.")}
-    if "num_processes" in others and others <= {"num_processes", *_MICRO_BATCH}:
-        before = next(line for line in obstacles if line.startswith("num_processes: "))
-        ways.append(f"{command} --num-processes {before.split()[1]}  # as before")
-    elif others:
-        ways.append("change back what is named above")
-    if keys > others:
-        ways.append(
-            "install the versions named above again, or set `launch.on_version_change: warn` in the"
-            " recipe"
-        )
-    return "\n      ".join([*ways, f"{command} --fresh  # moves the old run aside and starts anew"])
-
-
-def _find_marker(paths: RunPaths, resume: str) -> Marker | None:
-    """The marker of what would be continued if it is whole; None for remote storage, which is not
-    asked here.
-    """
-    if resume == "none" or "://" in resume:
-        return None
-    if resume not in ("auto", "latest", "best"):
-        return _load_either(Path(resume))
-    for step in sorted({*list_committed(paths), *list_archived(paths)}, reverse=True):
-        for path in (paths.checkpoint_dir(step), paths.archive_path(step)):
-            if (marker := _load_either(path)) is not None and marker.step == step:
-                return marker
-    return None
-
-
-def _load_either(path: Path) -> Marker | None:
-    """The marker of a folder or an archive, None for one that cannot be read: the trainer says what
-    is wrong.
-    """
-    try:
-        return load_marker(path) if path.is_dir() else load_archived_marker(path)
-    except (CorruptFileError, OSError):
-        return None
-
-
-def _without_versions(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fingerprint.items() if key != "versions"}
-
-
-def _keys_of(lines: tuple[str, ...]) -> set[str]:
-    return {line.partition(":")[0] for line in lines}
+    unpacked_dir: Path
 
 
 @dataclass(frozen=True)
@@ -222,116 +105,422 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """Where the next attempt starts; the newest checkpoint comes first."""
+class Choice:
+    """The checkpoint to continue from, and what follows from it."""
 
-    start_step: int | None  # None: at step 0, or nowhere when it is refused
-    is_refused: bool
-    verdicts: tuple[Verdict, ...]
+    step: int | None = None  # None: start at step 0, unless that is refused
+    weights_dir: Path | None = None  # verified, where only weights were wanted
+    moves: tuple[Move | Restore, ...] = ()  # in order; made before a refusal is raised
+    refusal: RefusedError | None = None
+    comparison: Comparison | None = None  # of the checkpoint that is continued or refused
+    newest_step: int | None = None  # of those that verify, also where nothing continues from it
+    version_warnings: tuple[str, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()  # where all are judged; the newest checkpoint comes first
 
 
-def judge_checkpoints(
-    paths: RunPaths, checkpoints: CheckpointsSection, current: Mapping[str, Any], divisor: int
-) -> Outlook:
-    """What an attempt with `resume: auto` finds; `current` is its fingerprint, `divisor` its
-    micro-batch divisor.
+def choose(
+    inventory: Inventory, wanted: Wanted, fingerprint: Mapping[str, Any] | None, policy: Policy
+) -> Choice:
+    """The newest checkpoint that verifies and that a launch with this fingerprint may continue.
 
-    Reads every byte of every checkpoint; what is only there as an archive is unpacked elsewhere for
-    a moment.
+    Where the `latest` or the `best` one is wanted, a damaged one is refused instead of passed over.
+    Without a fingerprint only weights are wanted: nothing is compared, and a damaged checkpoint is
+    passed over. Nothing is changed, and no more is verified than the answer needs.
     """
-    with tempfile.TemporaryDirectory(prefix="runner-why-") as scratch:
-        judge = _Judge(paths, checkpoints, current, divisor, Path(scratch))
-        committed, archived = list_committed(paths), list_archived(paths)
-        for step in sorted({*committed, *archived}, reverse=True):
-            judge.look_at(step)
-    for folder in list_checkpoint_dirs(paths):
-        if not (is_step(folder.name) and marker_path(folder).exists()):
-            judge.add(folder.name, "never finished: an attempt would move it to quarantine")
-    return Outlook(judge.start_step, judge.is_refused, tuple(judge.verdicts))
+    draft = _Draft(inventory, policy.verification)
+    for name in inventory.unfinished:
+        draft.moves.append(Move(name, WAS_BEING_WRITTEN))
+    if fingerprint is None:
+        return _choose_weights(draft, wanted)
+    if policy.has_run_out_of_memory:
+        _leave_other_micro_batches(draft, fingerprint)
+    if wanted != "auto":
+        try:
+            _rewind(draft, wanted, fingerprint)
+        except RefusedError as error:
+            return Choice(moves=tuple(draft.moves), refusal=error)
+    found = _find_decisive(draft, fingerprint)
+    moves = tuple(draft.moves)
+    step = found.step if found is not None and not found.differences else None
+    verdicts = _judge_all(draft, step) if policy.judges_all else ()
+    if found is None:
+        return Choice(moves=moves, newest_step=draft.newest_step, verdicts=verdicts)
+    refusal = None
+    if found.differences:
+        message = describe_obstacles(found.step, found.differences)
+        refusal = RefusedError(message, hint=LAUNCH_AS_BEFORE)
+    elif found.version_changes and policy.refuses_other_versions:
+        message = describe_obstacles(found.step, found.version_changes)
+        refusal = RefusedError(message, hint=suggest_ways_out(found.version_changes))
+    return Choice(
+        step=step,
+        moves=moves,
+        refusal=refusal,
+        comparison=found,
+        newest_step=draft.newest_step,
+        version_warnings=() if refusal else found.version_changes,
+        verdicts=verdicts,
+    )
+
+
+def _leave_other_micro_batches(draft: _Draft, fingerprint: Mapping[str, Any]) -> None:
+    """Set aside what was written in other micro-batches: to continue it is not bit-identical."""
+    for step, kept in draft.inventory.kept.items():
+        if kept.marker is not None and has_other_micro_batch(kept.marker, fingerprint):
+            draft.set_aside(
+                step, "it was written in larger micro-batches, before the run went out of memory"
+            )
+            draft.reasons[step] = (
+                ", in larger micro-batches, which ran out of memory; an attempt would set it aside"
+            )
+
+
+def _rewind(draft: _Draft, wanted: Wanted, fingerprint: Mapping[str, Any]) -> None:
+    """Set aside whatever is newer than the checkpoint that is named.
+
+    Raises:
+        RefusedError: there is none, it does not verify, or nothing can be continued from it.
+    """
+    steps = draft.list_left()
+    if not steps:
+        raise RefusedError(
+            f"{draft.inventory.paths.checkpoints_dir} holds no checkpoint",
+            hint="launch without `--resume`",
+        )
+    step = steps[0]
+    opened = best_opened = draft.require(step)
+    best = draft.read_best_step(opened)
+    if best is not None and best != step:
+        best_opened = draft.require(best)
+    if wanted == "best":
+        if best is None:
+            raise RefusedError(f"nothing was evaluated up to step {step}", hint="--resume latest")
+        step, opened = best, best_opened
+    require_continuable(opened.marker, fingerprint, LAUNCH_AS_BEFORE)
+    for newer in reversed(steps):
+        if newer > step:
+            draft.set_aside(newer, describe_rewind(step))
+
+
+def _find_decisive(draft: _Draft, fingerprint: Mapping[str, Any]) -> Comparison | None:
+    """The newest checkpoint that is continued, or refused for what differs; None to start anew.
+
+    The best weights so far are exported in the end, so a checkpoint is of use only while the one
+    that holds them verifies too. A stripped checkpoint can only be that other one.
+    """
+    stripped: list[int] = []
+    found = None
+    for step in draft.list_left():
+        opened = draft.open(step)
+        if opened is None:
+            draft.reasons[step] = "; an attempt would move it to quarantine"
+            continue
+        if draft.newest_step is None:
+            draft.newest_step = step
+        comparison = compare_fingerprints(opened.marker, fingerprint)
+        if comparison.differences:
+            draft.reasons[step] = f", but of another launch: {', '.join(comparison.differences)}"
+            return comparison
+        if opened.marker.is_stripped:
+            stripped.append(step)
+            draft.reasons[step] = (
+                ", but without optimizer state: its weights can be used, nothing continues from it"
+            )
+            continue
+        best = draft.read_best_step(opened)
+        if best is None or best == step or draft.open(best) is not None:
+            found = comparison
+            draft.reasons[step] = "; an attempt would go on from here"
+            break
+        draft.set_aside(step, f"the best weights so far, of step {best}, are lost")
+        draft.reasons[step] = (
+            f", but its best weights, of step {best}, are lost; an attempt would move it to"
+            " quarantine"
+        )
+    for step in stripped:
+        draft.set_aside(
+            step, "it was stripped of its optimizer state, and nothing newer can be continued"
+        )
+    return found
+
+
+def _choose_weights(draft: _Draft, wanted: Wanted) -> Choice:
+    """The newest checkpoint that verifies, or its best one; an older one where that is lost."""
+    for step in draft.list_left():
+        found, opened = step, draft.open(step)
+        if opened is not None and wanted == "best":
+            best = draft.read_best_step(opened)
+            if best is not None and best != step:
+                found, opened = best, draft.open(best)
+        if opened is not None:
+            return Choice(step=found, weights_dir=opened.folder, moves=tuple(draft.moves))
+    return Choice(moves=tuple(draft.moves))
+
+
+def _judge_all(draft: _Draft, next_step: int | None) -> tuple[Verdict, ...]:
+    verdicts: list[Verdict] = []
+    for step in reversed(draft.inventory.kept):
+        seen = draft.look(step)
+        what = seen.how + draft.reasons.get(step, "; older than what decides")
+        if seen.opened is None:
+            is_moved = step in draft.reasons
+            end = (
+                "an attempt would move it to quarantine" if is_moved else "older than what decides"
+            )
+            what = f"damaged: {seen.how}; {end}"
+        name = draft.inventory.paths.checkpoint_dir(step).name
+        verdicts.append(Verdict(name, step == next_step, what))
+    for name in draft.inventory.unfinished:
+        what = "never finished: an attempt would move it to quarantine"
+        verdicts.append(Verdict(name, False, what))
+    return tuple(verdicts)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that counts as whole."""
+
+    marker: Marker
+    folder: Path | None  # with its verified files; None where only the marker was read
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Reads every byte of the checkpoints that it is asked for, and unpacks archives elsewhere."""
+
+    paths: RunPaths
+    checkpoints: CheckpointsSection
+    scratch_dir: Path
+    prefix: str = ""  # of the names in `scratch_dir`
+
+    def open_folder(self, step: int) -> Opened:
+        """The folder of a step.
+
+        Raises:
+            CorruptFileError: with the first damage that was found.
+        """
+        folder = self.paths.checkpoint_dir(step)
+        damage = find_damage(folder, step)
+        if damage is not None:
+            raise CorruptFileError(damage)
+        return Opened(load_marker(folder), folder)
+
+    def unpack(self, step: int) -> Opened | None:
+        """The unpacked archive of a step, None where it holds the checkpoint of another one.
+
+        Raises:
+            ArchiveError: it is not sound.
+        """
+        folder = self.unpacked_dir(step)
+        marker = extract_archive(self.paths.archive_path(step), folder)
+        if marker.step == step:
+            return Opened(marker, folder)
+        shutil.rmtree(folder)
+        return None
+
+    def unpacked_dir(self, step: int) -> Path:
+        """The folder into which the archive of a step is unpacked."""
+        return self.scratch_dir / f"{self.prefix}{STEP_PREFIX}{step}"
+
+    def read_best_step(self, opened: Opened) -> int | None:
+        """The step of the best weights as a checkpoint knows it, None before any evaluation."""
+        return read_best_step(opened.folder, self.checkpoints) if opened.folder else None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One checkpoint after verification."""
+
+    opened: Opened | None  # None: no whole copy is left
+    how: str  # it is there, or what is wrong with it
+    moves: tuple[Move | Restore, ...]  # to have a whole folder, or nothing, under its name
 
 
 @dataclass
-class _Judge:
-    paths: RunPaths
-    checkpoints: CheckpointsSection
-    current: Mapping[str, Any]
-    divisor: int
-    scratch_dir: Path
-    start_step: int | None = None
-    is_refused: bool = False
-    verdicts: list[Verdict] = field(default_factory=list)
-    _opened: dict[int, tuple[Path | None, str]] = field(default_factory=dict)
+class _Draft:
+    """A choice in the making: what was verified, what is moved so far, and why."""
 
-    def add(self, name: str, what: str, *, is_next: bool = False) -> None:
-        self.verdicts.append(Verdict(name, is_next, what))
+    inventory: Inventory
+    verification: Verification | None
+    moves: list[Move | Restore] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)  # by step, for the verdicts
+    newest_step: int | None = None
+    _seen: dict[int, _Seen] = field(default_factory=dict)
+    _opened: set[int] = field(default_factory=set)
+    _gone: set[int] = field(default_factory=set)
 
-    def look_at(self, step: int) -> None:
-        """The same questions in the same order as `find_resume_step` asks them."""
-        name = self.paths.checkpoint_dir(step).name
-        folder, how = self._open(step)
-        if self.start_step is not None or self.is_refused:
-            self.add(name, f"{how if folder else f'damaged: {how}'}; older than what decides")
-            return
-        if folder is None:
-            self.add(name, f"damaged: {how}; an attempt would move it to quarantine")
-            return
-        marker = load_marker(folder)
-        comparison = compare_fingerprints(marker, self.current)
-        if comparison.differences and self.divisor > 1 and comparison.is_only_cut_otherwise:
-            self.add(
-                name,
-                f"{how}, in larger micro-batches, which ran out of memory; an attempt would set it"
-                " aside",
-            )
-        elif comparison.differences:
-            self.is_refused = True
-            self.add(name, f"{how}, but of another launch: {', '.join(comparison.differences)}")
-        elif marker.is_stripped:
-            self.add(
-                name,
-                f"{how}, but without optimizer state: its weights can be used, nothing continues"
-                " from it",
-            )
-        elif (lost := self._find_lost_best(folder, step)) is not None:
-            self.add(
-                name,
-                f"{how}, but its best weights, of step {lost}, are lost; an attempt would move it"
-                " to quarantine",
-            )
-        else:
-            self.start_step = step
-            self.add(name, f"{how}; an attempt would go on from here", is_next=True)
+    def list_left(self) -> list[int]:
+        """The steps that were not set aside, newest first."""
+        return [step for step in reversed(self.inventory.kept) if step not in self._gone]
 
-    def _find_lost_best(self, folder: Path, step: int) -> int | None:
-        best = read_best_step(folder, self.checkpoints)
-        return best if best not in (None, step) and self._open(best or step)[0] is None else None
-
-    def _open(self, step: int) -> tuple[Path | None, str]:
-        """A verified folder with the checkpoint, and how it is there; or None, and what is
-        wrong.
-        """
+    def open(self, step: int) -> Opened | None:
+        """A whole checkpoint, restored if need be; a damaged one is moved aside."""
+        if step in self._gone:
+            return None
+        seen = self.look(step)
         if step not in self._opened:
-            self._opened[step] = self._verify(step)
-        return self._opened[step]
+            self._opened.add(step)
+            self.moves += seen.moves
+        return seen.opened
 
-    def _verify(self, step: int) -> tuple[Path | None, str]:
-        checkpoint_dir, archive_path = (
-            self.paths.checkpoint_dir(step),
-            self.paths.archive_path(step),
-        )
-        damage = (
-            find_damage(checkpoint_dir, step)
-            if checkpoint_dir.exists()
-            else "its folder is missing"
-        )
-        if damage is None:
-            return checkpoint_dir, "whole"
-        if not archive_path.exists():
-            return None, damage
-        target_dir = self.scratch_dir / checkpoint_dir.name
+    def require(self, step: int) -> Opened:
+        """A whole checkpoint.
+
+        Raises:
+            RefusedError: its folder is damaged, or it is lost; a damaged folder stays where it is.
+        """
+        folder, kept = self.inventory.paths.checkpoint_dir(step), self.inventory.kept.get(step)
+        if kept is not None and kept.has_folder:
+            opened = self._open_folder(step)
+            if isinstance(opened, str):
+                raise RefusedError(
+                    f"{folder} does not verify: its files are not those of its marker",
+                    hint=_TRY_AUTO,
+                )
+            self._seen[step] = _Seen(opened, "whole", ())
+        restored = self.open(step)
+        if restored is None:
+            raise RefusedError(f"{folder} is lost", hint=_TRY_AUTO)
+        return restored
+
+    def set_aside(self, step: int, why: str) -> None:
+        """Move a checkpoint out of the way, and its archive with it."""
+        kept, paths = self.inventory.kept[step], self.inventory.paths
+        if kept.has_archive:
+            self.moves.append(Move(paths.archive_path(step).name, why))
+        if kept.has_folder or step in self._opened:  # there, or restored
+            self.moves.append(Move(paths.checkpoint_dir(step).name, why))
+        self._gone.add(step)
+
+    def read_best_step(self, opened: Opened) -> int | None:
+        """The step of the best weights as a checkpoint knows it; None where nobody looks."""
+        return self.verification.read_best_step(opened) if self.verification else None
+
+    def look(self, step: int) -> _Seen:
+        """One checkpoint, verified once."""
+        if step not in self._seen:
+            self._seen[step] = self._verify(step)
+        return self._seen[step]
+
+    def _verify(self, step: int) -> _Seen:
+        """The folder, else the archive."""
+        kept, paths = self.inventory.kept.get(step), self.inventory.paths
+        if kept is None:
+            return _Seen(None, "its folder is missing", ())
+        folder = self._open_folder(step)
+        if isinstance(folder, Opened):
+            return _Seen(folder, "whole", ())
+        moves: list[Move | Restore] = []
+        if kept.has_folder:
+            why = f"its files are not those that were committed: {folder}"
+            moves.append(Move(paths.checkpoint_dir(step).name, why))
+        if self.verification is None or not kept.has_archive:
+            return _Seen(None, folder, tuple(moves))
+        archive_name = paths.archive_path(step).name
         try:
-            if extract_archive(archive_path, target_dir).step == step:
-                return target_dir, f"damaged ({damage}), but whole in {archive_path.name}"
-            return None, f"{damage}, and {archive_path.name} holds the checkpoint of another step"
+            unpacked = self.verification.unpack(step)
         except ArchiveError as error:
-            return None, f"{damage}, and {error.message}"
+            moves.append(Move(archive_name, error.message))
+            return _Seen(None, f"{folder}, and {error.message}", tuple(moves))
+        if unpacked is None:
+            what = "holds the checkpoint of another step"
+            moves.append(Move(archive_name, f"it {what}"))
+            return _Seen(None, f"{folder}, and {archive_name} {what}", tuple(moves))
+        moves.append(Restore(step, self.verification.unpacked_dir(step)))
+        return _Seen(unpacked, f"damaged ({folder}), but whole in {archive_name}", tuple(moves))
+
+    def _open_folder(self, step: int) -> Opened | str:
+        """The folder of a step, or what is wrong with it."""
+        kept, name = self.inventory.kept[step], self.inventory.paths.checkpoint_dir(step).name
+        if self.verification is None:
+            if kept.marker is None or kept.marker.step != step:
+                return "its marker cannot be read"
+            return Opened(kept.marker, None)
+        if not kept.has_folder and name not in self.inventory.unfinished:
+            return "its folder is missing"
+        try:
+            return self.verification.open_folder(step)
+        except CorruptFileError as error:
+            return error.message
+
+
+def read_inventory(paths: RunPaths) -> Inventory:
+    """What the run has in `checkpoints/`; reads markers and nothing else."""
+    committed, archived = set(list_committed(paths)), set(list_archived(paths))
+    kept = {
+        step: Kept(step in committed, step in archived, _read_marker_of(paths, step))
+        for step in sorted(committed | archived)
+    }
+    return Inventory(paths, kept, tuple(folder.name for folder in list_unfinished(paths)))
+
+
+def _read_marker_of(paths: RunPaths, step: int) -> Marker | None:
+    found = None
+    for path in (paths.checkpoint_dir(step), paths.archive_path(step)):
+        marker = _read_marker(path)
+        if marker is not None and marker.step == step:
+            return marker
+        found = found or marker
+    return found
+
+
+def _read_marker(path: Path) -> Marker | None:
+    """The marker of a folder or an archive, None for one that cannot be read."""
+    try:
+        return load_marker(path) if path.is_dir() else load_archived_marker(path)
+    except (CorruptFileError, OSError):
+        return None
+
+
+def describe_rewind(step: int) -> str:
+    """The reason to set aside what is newer than the checkpoint that is asked for."""
+    return f"the run goes on from step {step}"
+
+
+def look_ahead(
+    paths: RunPaths,
+    recipe: Recipe,
+    recipe_digest: str,
+    num_processes: int,
+    *,
+    divisor: int = 1,
+    threads: str | None = None,
+    resume: str = "auto",
+) -> Choice:
+    """The choice of an attempt, as far as markers tell; an empty one where nobody can tell yet.
+
+    `divisor` is `Attempt.micro_batch_divisor` of that attempt, `threads` its OMP_NUM_THREADS (None:
+    not known yet), `resume` its `Attempt.resume`. Reads markers and no weights.
+    """
+    if resume == "none" or "://" in resume:  # remote storage is not asked here
+        return Choice()
+    build_current = partial(
+        build_resume_fingerprint, recipe, recipe_digest, num_processes, divisor, threads=threads
+    )
+    if resume not in ("auto", "latest", "best"):
+        # What else is wrong with a path is for the trainer to find out.
+        marker = _read_marker(Path(resume))
+        if marker is None:
+            return Choice()
+        found = compare_fingerprints(marker, build_current())
+        return Choice(comparison=found, newest_step=found.step)
+    inventory = read_inventory(paths)
+    if all(kept.marker is None for kept in inventory.kept.values()):
+        return Choice()
+    # Whether the latest or the best one verifies is for the trainer to find out.
+    policy = Policy(has_run_out_of_memory=divisor > 1 and resume == "auto")
+    return choose(inventory, "auto", build_current(), policy)
+
+
+def list_obstacles(comparison: Comparison, recipe: Recipe) -> tuple[str, ...]:
+    """What forbids to go on from the checkpoint, one line per dotted key."""
+    is_strict = recipe.launch.on_version_change == "refuse"
+    return comparison.differences + (comparison.version_changes if is_strict else ())
+
+
+def refuse_to_continue(choice: Choice, recipe: Recipe) -> None:
+    """Raises: RefusedError where `look_ahead` found what forbids the launch."""
+    found = choice.comparison
+    if found is not None and (obstacles := list_obstacles(found, recipe)):
+        message = describe_obstacles(found.step, obstacles)
+        raise RefusedError(message, hint=suggest_ways_out(obstacles))

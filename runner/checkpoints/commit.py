@@ -1,8 +1,7 @@
-"""Checkpoints that count only with a marker, written last; finding the newest one that verifies and
-can be continued.
+"""Checkpoints that count only with a marker, written last; moving aside and restoring them.
 
 Owns nothing of what Transformers writes into a checkpoint: only whether it counts. How long it
-stays is in `retention`.
+stays is in `retention`, which one is continued in `choose`.
 
 What the run has written so far travels inside each checkpoint, so that it can be continued on an
 empty machine.
@@ -11,24 +10,14 @@ empty machine.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from runner.checkpoints.archive import TEMPORARY_GLOB, ArchiveError, extract_archive
-from runner.checkpoints.choose import LAUNCH_AS_BEFORE, refuse_other_fingerprint
-from runner.checkpoints.marker import (
-    build_marker,
-    find_damage,
-    is_step,
-    list_archived,
-    list_checkpoint_dirs,
-    list_committed,
-    load_marker,
-    sync_folder,
-    write_marker,
-)
+from runner.checkpoints.archive import TEMPORARY_GLOB
+from runner.checkpoints.choose import WAS_BEING_WRITTEN, Move, Restore
+from runner.checkpoints.marker import build_marker, list_unfinished, sync_folder, write_marker
 from runner.files import fsync_dir, write_bytes_atomic
 from runner.run.failures import is_full_disk
 from runner.run.paths import STEP_PREFIX, RunPaths, marker_path
@@ -77,79 +66,27 @@ def give_back_on_full_disk(*folders: Path, is_main: bool) -> Iterator[None]:
         raise
 
 
-def find_resume_step(
-    paths: RunPaths,
-    fingerprint: Mapping[str, Any],
-    find_best: Callable[[Path], int | None] = lambda _: None,
-) -> int | None:
-    """The step of the newest checkpoint that verifies, None where there is none. Everything newer
-    is moved aside.
-
-    A damaged or missing folder is restored from its archive where there is one. `find_best` gives
-    the step of the best weights as one checkpoint knows it: those are exported in the end, so a
-    checkpoint is of use only while that other one verifies too. A stripped checkpoint can only be
-    that other one.
-
-    Raises:
-        RefusedError: the checkpoint was written under another world size, micro-batch or recipe, so
-            that continuing it would not be the same run.
-    """
-    clean_up(paths)
-    stripped: list[int] = []
-    chosen: int | None = None
-    for step in sorted({*list_committed(paths), *list_archived(paths)}, reverse=True):
-        if not ensure_intact(paths, step):
+def carry_out(paths: RunPaths, moves: Iterable[Move | Restore]) -> None:
+    """Move aside and restore what `choose` says, in its order."""
+    for move in moves:
+        if isinstance(move, Move):
+            quarantine(paths.checkpoints_dir / move.name, paths, move.why)
             continue
-        checkpoint_dir = paths.checkpoint_dir(step)
-        marker = load_marker(checkpoint_dir)
-        refuse_other_fingerprint(marker, fingerprint, LAUNCH_AS_BEFORE)
-        if marker.is_stripped:
-            stripped.append(step)
-            continue
-        best = find_best(checkpoint_dir)
-        if best is None or best == step or ensure_intact(paths, best):
-            chosen = step
-            break
-        set_aside(paths, step, f"the best weights so far, of step {best}, are lost")
-    for step in stripped:
-        set_aside(
-            paths,
-            step,
-            "it was stripped of its optimizer state, and nothing newer can be continued",
-        )
-    return chosen
-
-
-def ensure_intact(paths: RunPaths, step: int) -> bool:
-    """Whether the checkpoint of `step` verifies; a damaged folder is moved aside, and restored from
-    its archive.
-    """
-    checkpoint_dir, archive_path = paths.checkpoint_dir(step), paths.archive_path(step)
-    if checkpoint_dir.exists():
-        damage = find_damage(checkpoint_dir, step)
-        if damage is None:
-            return True
-        quarantine(checkpoint_dir, paths, f"its files are not those that were committed: {damage}")
-    if not archive_path.exists():
-        return False
-    staged_dir = paths.checkpoints_dir / f"{IMPORTING_PREFIX}{STEP_PREFIX}{step}"
-    try:
-        if extract_archive(archive_path, staged_dir).step != step:
-            shutil.rmtree(staged_dir)
-            raise ArchiveError("it holds the checkpoint of another step")
-    except ArchiveError as error:
-        quarantine(archive_path, paths, error.message)
-        return False
-    staged_dir.rename(checkpoint_dir)
-    fsync_dir(paths.checkpoints_dir)
-    print(f"restored checkpoint {checkpoint_dir.name} from {archive_path}", flush=True)
-    return True
+        checkpoint_dir = paths.checkpoint_dir(move.step)
+        move.unpacked_dir.rename(checkpoint_dir)
+        fsync_dir(paths.checkpoints_dir)
+        archive_path = paths.archive_path(move.step)
+        print(f"restored checkpoint {checkpoint_dir.name} from {archive_path}", flush=True)
 
 
 def clean_up(paths: RunPaths) -> None:
-    """Finish what a killed attempt had begun to delete, drop what it had not finished to write;
-    lose nothing.
-    """
+    """Drop leftovers, and move aside what was never finished; lose nothing."""
+    drop_leftovers(paths)
+    carry_out(paths, [Move(folder.name, WAS_BEING_WRITTEN) for folder in list_unfinished(paths)])
+
+
+def drop_leftovers(paths: RunPaths) -> None:
+    """Finish what a killed attempt had begun to delete, and drop its temporary files."""
     for doomed in paths.checkpoints_dir.glob(f"{DELETING_PREFIX}{STEP_PREFIX}*"):
         shutil.rmtree(doomed)
     # A copy of what is whole elsewhere.
@@ -159,10 +96,6 @@ def clean_up(paths: RunPaths) -> None:
     for pattern in (TEMPORARY_GLOB, unfinished_markers):
         for temporary in paths.checkpoints_dir.glob(pattern):
             temporary.unlink()
-    committed = set(list_committed(paths))
-    for folder in list_checkpoint_dirs(paths):
-        if not is_step(folder.name) or int(folder.name.removeprefix(STEP_PREFIX)) not in committed:
-            quarantine(folder, paths, "it was still being written when its attempt died")
 
 
 def set_aside(paths: RunPaths, step: int, why: str) -> None:

@@ -200,6 +200,15 @@ def list_checkpoint_dirs(paths: RunPaths) -> list[Path]:
     ]
 
 
+def list_unfinished(paths: RunPaths) -> list[Path]:
+    """Our folders that do not count: no marker, or still under the name that Transformers gives."""
+    return [
+        folder
+        for folder in list_checkpoint_dirs(paths)
+        if not (is_step(folder.name) and marker_path(folder).exists())
+    ]
+
+
 def is_step(name: str) -> bool:
     """Whether a name is `step-N`, as we write it."""
     number = name.removeprefix(STEP_PREFIX)

@@ -1,42 +1,45 @@
-"""Which checkpoint an attempt goes on from: its own, a named one, or one that lies elsewhere.
+"""Carries out what `choose` decides for an attempt, and brings in checkpoints from elsewhere.
 
-What lies elsewhere (a folder, an archive) is copied into the run's own checkpoints after it
-verified, and only if it is of this run. Whatever is newer than what is resumed from is moved aside.
-
-Brings in a checkpoint that lies elsewhere: a folder, an archive, or an archive in remote storage.
-
-It is copied beside the run's own, verified, held against the run's fingerprint, and only then given
-a name that counts.
+A folder, an archive, or an archive in remote storage is copied beside the run's own, verified, held
+against the run's fingerprint, and only then given a name that counts. Whatever is newer is moved
+aside, and `choose` finds it as the newest one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from runner.checkpoints.archive import ArchiveError, extract_archive, load_archived_marker
+from runner.checkpoints.archive import ArchiveError, extract_archive
 from runner.checkpoints.choose import (
-    LAUNCH_AS_BEFORE,
-    refuse_or_warn_of_versions,
-    refuse_other_fingerprint,
+    Choice,
+    Policy,
+    Verification,
+    Wanted,
+    choose,
+    describe_rewind,
+    read_inventory,
 )
 from runner.checkpoints.commit import (
     IMPORTING_PREFIX,
+    carry_out,
     clean_up,
-    ensure_intact,
-    find_resume_step,
+    drop_leftovers,
     set_aside,
 )
+from runner.checkpoints.compare import (
+    OtherMicroBatchError,
+    UnusableError,
+    refuse_other_fingerprint,
+    require_continuable,
+)
 from runner.checkpoints.marker import (
-    Marker,
     is_intact,
-    list_archived,
-    list_committed,
     load_marker,
     read_best_step,
     read_evaluations,
@@ -56,14 +59,6 @@ _OTHER_RUN: Final = (
 )
 
 Result = TypeVar("Result")
-
-
-class UnusableError(RefusedError):
-    """A checkpoint of this run from which nothing can be continued; an older one may still do."""
-
-
-class OtherMicroBatchError(RefusedError):
-    """A checkpoint of this run in other micro-batches."""
 
 
 def import_checkpoint(
@@ -95,7 +90,7 @@ def import_checkpoint(
             staged.insert(0, _stage(best_source, paths, "best"))
             refuse_other_fingerprint(load_marker(staged[0]), fingerprint, _OTHER_RUN)
             _require_same_course(staged[0], staged_dir, best, checkpoints)
-        elif ensure_intact(paths, best):
+        elif _restore_own(paths, checkpoints, best):
             _require_same_course(paths.checkpoint_dir(best), staged_dir, best, checkpoints)
         else:
             raise UnusableError(
@@ -122,6 +117,24 @@ def _require_same_course(
         raise UnusableError(
             f"the checkpoint of step {best} beside it is of another course of the run"
         )
+
+
+def _restore_own(paths: RunPaths, checkpoints: CheckpointsSection, step: int) -> bool:
+    """Whether the run has a whole checkpoint of a step; a damaged folder is moved aside, and
+    restored from its archive.
+    """
+    found = read_inventory(paths)
+    kept = {step: found.kept[step]} if step in found.kept else {}
+    choice = choose(
+        replace(found, kept=kept), "latest", None, Policy(_build_verification(paths, checkpoints))
+    )
+    carry_out(paths, choice.moves)
+    return choice.step is not None
+
+
+def _build_verification(paths: RunPaths, checkpoints: CheckpointsSection) -> Verification:
+    """Unpacks where an archive's folder can be renamed into its place."""
+    return Verification(paths, checkpoints, paths.checkpoints_dir, IMPORTING_PREFIX)
 
 
 def find_beside(source: Path, step: int | None) -> Path | None:
@@ -210,32 +223,10 @@ def _insist(function: Callable[[], Result], recipe: Recipe) -> Result:
         raise OSError(f"remote storage cannot be read: {type(error).__name__}: {error}") from error
 
 
-def has_other_micro_batch(marker: Marker, fingerprint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint was written with another number of sequences per process and forward
-    pass.
-    """
-    key = "per_device_train_batch_size"
-    return marker.fingerprint.get(key) != fingerprint.get(key)
-
-
-def require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: str) -> None:
-    try:
-        refuse_other_fingerprint(marker, fingerprint, hint)
-    except RefusedError as error:
-        kind = OtherMicroBatchError if has_other_micro_batch(marker, fingerprint) else RefusedError
-        raise kind(error.message, hint=error.hint) from None
-    if marker.is_stripped:
-        raise UnusableError(
-            f"the checkpoint of step {marker.step} was stripped of its optimizer state and cannot"
-            " be continued",
-            hint="with `checkpoints.save_optimizer: true` every checkpoint can be continued",
-        )
-
-
 def set_aside_after(paths: RunPaths, step: int) -> None:
-    for newer in sorted({*list_committed(paths), *list_archived(paths)}):
+    for newer in read_inventory(paths).kept:
         if newer > step:
-            set_aside(paths, newer, f"the run goes on from step {step}")
+            set_aside(paths, newer, describe_rewind(step))
 
 
 def _stage(source: Path, paths: RunPaths, name: str) -> Path:
@@ -288,12 +279,6 @@ def _put_in_place(staged_dir: Path, paths: RunPaths) -> None:
     fsync_dir(paths.checkpoints_dir)
 
 
-_TRY_AUTO: Final = (
-    "launch without `--resume`: what is damaged is moved aside, and the newest that verifies is"
-    " used"
-)
-
-
 def choose_resume_step(
     paths: RunPaths,
     recipe: Recipe,
@@ -315,110 +300,53 @@ def choose_resume_step(
             loss.
     """
     checkpoints = recipe.checkpoints
-    if has_run_out_of_memory and resume in ("auto", "none"):
-        set_aside_other_micro_batches(paths, fingerprint)
-    if resume in ("latest", "best"):
-        rewind_to_named(paths, checkpoints, fingerprint, resume)
-    elif "://" in resume:
-        folder, wanted = open_named_archive(resume, recipe)
-        import_checkpoint(
-            paths, checkpoints, fingerprint, build_fetch(folder, wanted, recipe, paths)
-        )
-    elif resume not in ("auto", "none"):
+    named: dict[str, Wanted] = {"latest": "latest", "best": "best"}
+    wanted = named.get(resume, "auto")  # what is imported is the newest one then
+    if "://" in resume:
+        folder, step = open_named_archive(resume, recipe)
+        import_checkpoint(paths, checkpoints, fingerprint, build_fetch(folder, step, recipe, paths))
+    elif resume not in ("auto", "none", *named):
         import_checkpoint(paths, checkpoints, fingerprint, partial(find_beside, Path(resume)))
-    step = find_auto_step(paths, checkpoints, fingerprint)
-    if (
-        step is None
-        and resume == "auto"
-        and remote is not None
-        and checkpoints.remote
-        and checkpoints.remote.load
-    ):
-        remote_step = import_newest(
+    policy = Policy(
+        _build_verification(paths, checkpoints),
+        has_run_out_of_memory=has_run_out_of_memory and resume in ("auto", "none"),
+        refuses_other_versions=recipe.launch.on_version_change == "refuse",
+    )
+    choice = _choose_own(paths, wanted, fingerprint, policy)
+    may_load = resume == "auto" and checkpoints.remote is not None and checkpoints.remote.load
+    if choice.step is None and remote is not None and may_load:
+        imported = import_newest(
             paths, recipe, fingerprint, remote, skip_other_micro_batches=has_run_out_of_memory
         )
-        step = find_auto_step(paths, checkpoints, fingerprint) if remote_step is not None else None
-    if step is not None:
-        refuse_or_warn_of_versions(load_marker(paths.checkpoint_dir(step)), fingerprint, recipe)
+        if imported is not None:
+            choice = _choose_own(paths, wanted, fingerprint, policy)
+    for line in choice.version_warnings:
+        print(
+            "warning: resuming under another version, the result may differ in the last bits:"
+            f" {line}",
+            flush=True,
+        )
+    if choice.step is not None:
         # What a killed attempt had not come to, under the limits of today's recipe.
-        evaluations = read_evaluations(paths.checkpoint_dir(step), checkpoints)
+        evaluations = read_evaluations(paths.checkpoint_dir(choice.step), checkpoints)
         apply_retention(paths, checkpoints, evaluations, fingerprint["recipe_digest"])
-    return step
+    return choice.step
 
 
-def set_aside_other_micro_batches(paths: RunPaths, fingerprint: Mapping[str, Any]) -> None:
-    """Move aside what was written in other micro-batches: to go on from it would not be
-    bit-identical.
-    """
-    clean_up(paths)
-    for step in sorted({*list_committed(paths), *list_archived(paths)}):
-        marker = _load_either_marker(paths, step)
-        if marker is not None and has_other_micro_batch(marker, fingerprint):
-            set_aside(
-                paths,
-                step,
-                "it was written in larger micro-batches, before the run went out of memory",
-            )
-
-
-def _load_either_marker(paths: RunPaths, step: int) -> Marker | None:
-    """None where neither folder nor archive can be read; that is found out again, and moved aside
-    for that.
-    """
-    for load, path in (
-        (load_marker, paths.checkpoint_dir(step)),
-        (load_archived_marker, paths.archive_path(step)),
-    ):
-        with contextlib.suppress(CorruptFileError, OSError):
-            return load(path)
-    return None
-
-
-def find_auto_step(
-    paths: RunPaths, checkpoints: CheckpointsSection, fingerprint: Mapping[str, Any]
-) -> int | None:
-    """`find_resume_step`, with the best step as the recipe's `checkpoints` choose it."""
-    return find_resume_step(paths, fingerprint, lambda folder: read_best_step(folder, checkpoints))
-
-
-def rewind_to_named(
-    paths: RunPaths, checkpoints: CheckpointsSection, fingerprint: Mapping[str, Any], which: str
-) -> int:
-    """The step of the `latest` or the `best` committed checkpoint; what is newer is moved aside.
+def _choose_own(
+    paths: RunPaths, wanted: Wanted, fingerprint: Mapping[str, Any], policy: Policy
+) -> Choice:
+    """Choose among the run's own checkpoints, and carry the choice out.
 
     Raises:
-        RefusedError: there is none, it does not verify, or nothing can be continued from it.
+        RefusedError: as the choice says.
     """
-    clean_up(paths)
-    steps = sorted({*list_committed(paths), *list_archived(paths)})
-    if not steps:
-        raise RefusedError(
-            f"{paths.checkpoints_dir} holds no checkpoint", hint="launch without `--resume`"
-        )
-    step = steps[-1]
-    _require_intact(paths, step)
-    best = read_best_step(paths.checkpoint_dir(step), checkpoints)
-    if best is not None and best != step:
-        _require_intact(paths, best)
-    if which == "best":
-        if best is None:
-            raise RefusedError(f"nothing was evaluated up to step {step}", hint="--resume latest")
-        step = best
-    require_continuable(load_marker(paths.checkpoint_dir(step)), fingerprint, LAUNCH_AS_BEFORE)
-    set_aside_after(paths, step)
-    return step
-
-
-def _require_intact(paths: RunPaths, step: int) -> None:
-    checkpoint_dir = paths.checkpoint_dir(step)
-    if checkpoint_dir.exists():
-        if not is_intact(checkpoint_dir, step):
-            raise RefusedError(
-                f"{checkpoint_dir} does not verify: its files are not those of its marker",
-                hint=_TRY_AUTO,
-            )
-    elif not ensure_intact(paths, step):
-        raise RefusedError(f"{checkpoint_dir} is lost", hint=_TRY_AUTO)
+    drop_leftovers(paths)
+    choice = choose(read_inventory(paths), wanted, fingerprint, policy)
+    carry_out(paths, choice.moves)
+    if choice.refusal is not None:
+        raise choice.refusal
+    return choice
 
 
 def resolve_checkpoint(
@@ -436,17 +364,12 @@ def resolve_checkpoint(
     """
     if which not in ("best", "latest"):
         return _resolve_path(Path(which), scratch_dir)
-    steps = sorted({*list_committed(paths), *list_archived(paths)}, reverse=True)
-    for step in steps:
-        folder = _find_sound(paths, step, scratch_dir)
-        if folder is not None and which == "best":
-            best = read_best_step(folder, checkpoints)
-            folder = (
-                folder if best in (None, step) else _find_sound(paths, best or step, scratch_dir)
-            )
-        if folder is not None:
-            return folder
-    raise RefusedError(f"{paths.checkpoints_dir} holds no checkpoint that verifies")
+    policy = Policy(Verification(paths, checkpoints, scratch_dir))
+    wanted: Wanted = "best" if which == "best" else "latest"
+    choice = choose(read_inventory(paths), wanted, None, policy)
+    if choice.weights_dir is None:
+        raise RefusedError(f"{paths.checkpoints_dir} holds no checkpoint that verifies")
+    return choice.weights_dir
 
 
 def _resolve_path(path: Path, scratch_dir: Path) -> Path:
@@ -464,18 +387,3 @@ def _resolve_path(path: Path, scratch_dir: Path) -> Path:
     except ArchiveError as error:
         raise RefusedError(error.message) from None
     return target_dir
-
-
-def _find_sound(paths: RunPaths, step: int, scratch_dir: Path) -> Path | None:
-    if is_intact(paths.checkpoint_dir(step), step):
-        return paths.checkpoint_dir(step)
-    target_dir = scratch_dir / f"{STEP_PREFIX}{step}"
-    try:
-        if (
-            target_dir.exists()
-            or extract_archive(paths.archive_path(step), target_dir).step == step
-        ):
-            return target_dir
-    except (ArchiveError, FileNotFoundError):
-        pass
-    return None

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from runner.checkpoints.choose import describe_obstacles, suggest_ways_out
+from runner.checkpoints.compare import describe_obstacles, suggest_ways_out
 from runner.engines.local import STOPPED, build_command, run_planned
 from runner.errors import RefusedError, RunnerError
 from runner.files import hash_json

@@ -96,7 +96,7 @@ def refuse_uncontinuable(
     if stored is None or stored.recipe_digest != digest:
         return
     threads = command.environment.get("OMP_NUM_THREADS")
-    found = look_ahead(
+    choice = look_ahead(
         facts.paths,
         recipe,
         digest,
@@ -105,7 +105,7 @@ def refuse_uncontinuable(
         threads=threads,
         resume=launch.resume,
     )
-    refuse_to_continue(found, recipe)
+    refuse_to_continue(choice, recipe)
 
 
 def open_attempt(

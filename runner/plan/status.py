@@ -176,16 +176,17 @@ def _look_ahead(facts: RunFacts, recipe: Recipe, num_processes: int, resume: str
         return {}
     divisor = find_divisor(facts, recipe)
     try:
-        found = look_ahead(
+        choice = look_ahead(
             facts.paths, recipe, stored.recipe_digest, num_processes, divisor=divisor, resume=resume
         )
     except RefusedError as error:  # the global batch cannot be kept like that
         return {"obstacles": (error.message,)}
-    if found is None:
-        return {}
-    obstacles = list_obstacles(found, recipe)
-    changes = () if obstacles else found.version_changes
-    return {"checkpoint_step": found.step, "obstacles": obstacles, "version_changes": changes}
+    found = choice.comparison
+    obstacles = list_obstacles(found, recipe) if found is not None else ()
+    changes = found.version_changes if found is not None and not obstacles else ()
+    # What stands in the way is that of the checkpoint that decides, perhaps an older one.
+    step = found.step if found is not None and (obstacles or changes) else choice.newest_step
+    return {"checkpoint_step": step, "obstacles": obstacles, "version_changes": changes}
 
 
 def _sum_seconds(facts: RunFacts) -> float | None:

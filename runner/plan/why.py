@@ -5,12 +5,13 @@ Reads everything, checksums too, and changes nothing.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from runner.checkpoints.choose import Outlook, judge_checkpoints
+from runner.checkpoints.choose import Choice, Policy, Verification, choose, read_inventory
 from runner.errors import RefusedError
 from runner.plan.decide import Decision, decide
 from runner.plan.status import RunStatus, State, derive_status, find_divisor
@@ -58,7 +59,7 @@ class Explanation:
     log_path: str | None
     log_tail: tuple[str, ...]
     micro_batch_divisor: int
-    outlook: Outlook
+    choice: Choice
     remote_url: str | None  # asked for checkpoints where the run has none
 
     def as_json(self) -> dict[str, Any]:
@@ -69,14 +70,14 @@ class Explanation:
         }
         return plain | {
             "next": self.next_action,
-            "start_step": self.outlook.start_step or 0 if self.next_action == "launch" else None,
+            "start_step": self.choice.step or 0 if self.next_action == "launch" else None,
             "decisions": {verb: asdict(decision) for verb, decision in self.decisions.items()},
             "rule": RULES[self.status.state],
             "status": self.status.model_dump(mode="json"),
             "attempt": self.attempt and self.attempt.model_dump(mode="json"),
             "log_path": self.log_path,
             "log_tail": self.log_tail,
-            "checkpoints": [asdict(verdict) for verdict in self.outlook.verdicts],
+            "checkpoints": [asdict(verdict) for verdict in self.choice.verdicts],
             "stop": self.stop,
         }
 
@@ -133,11 +134,11 @@ def explain(
         log_path=str(log_path) if log_path is not None and facts.has_log else None,
         log_tail=log_tail or (read_log_tail(log_path) if log_path is not None else ()),
         micro_batch_divisor=divisor,
-        outlook=(
+        choice=(
             _look_at_checkpoints(facts, recipe, count, divisor, contents)
             # A running trainer is writing them.
             if impossible is None and status.state not in ("running", "unreadable")
-            else Outlook(None, False, ())
+            else Choice()
         ),
         remote_url=remote.url if remote is not None and remote.load else None,
     )
@@ -145,11 +146,17 @@ def explain(
 
 def _look_at_checkpoints(
     facts: RunFacts, recipe: Recipe, num_processes: int, divisor: int, contents: Mapping[str, str]
-) -> Outlook:
-    stored = facts.stored
+) -> Choice:
+    stored, paths = facts.stored, facts.paths
     digest = stored.recipe_digest if stored else derive_digest(recipe, contents)
     current = build_resume_fingerprint(recipe, digest, num_processes, divisor, threads=None)
-    return judge_checkpoints(facts.paths, recipe.checkpoints, current, divisor)
+    with tempfile.TemporaryDirectory(prefix="runner-why-") as scratch:
+        policy = Policy(
+            Verification(paths, recipe.checkpoints, Path(scratch)),
+            has_run_out_of_memory=divisor > 1,
+            judges_all=True,
+        )
+        return choose(read_inventory(paths), "auto", current, policy)
 
 
 def build_lines(facts: Explanation) -> list[str]:
@@ -174,7 +181,7 @@ def build_lines(facts: Explanation) -> list[str]:
         *(("missing", f"{key}: {path}") for key, path in facts.missing.items()),
         ("lease", _describe_lease(facts)),
         *(_describe_attempt(facts)),
-        *(("checkpoint", f"{verdict.name}  {verdict.what}") for verdict in facts.outlook.verdicts),
+        *(("checkpoint", f"{verdict.name}  {verdict.what}") for verdict in facts.choice.verdicts),
         *(("quarantine", name) for name in status.quarantined),
         *(("upload", f"{name} has not reached remote storage") for name in status.pending_uploads),
     ]
@@ -203,8 +210,8 @@ def _describe_next(facts: Explanation) -> str:
         processes += (
             f", micro-batches divided by {facts.micro_batch_divisor} since it ran out of memory"
         )
-    if facts.outlook.start_step is not None:
-        return f"launch from step {facts.outlook.start_step}, {processes}"
+    if facts.choice.step is not None:
+        return f"launch from step {facts.choice.step}, {processes}"
     asked = (
         f"; {facts.remote_url} is asked for a checkpoint first"
         if facts.remote_url is not None

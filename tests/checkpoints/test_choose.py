@@ -15,6 +15,7 @@ import pytest
 
 from runner.checkpoints.archive import write_archive
 from runner.checkpoints.choose import look_ahead
+from runner.checkpoints.retention import strip_checkpoint
 from runner.cli.main import main
 from runner.errors import DataError, RefusedError
 from runner.files import write_json_atomic
@@ -280,7 +281,7 @@ def test_threads_count_once_they_are_known(tmp_path: Path) -> None:
     digest = derive_digest(recipe, contents_of(recipe))
 
     def changes(recipe: Recipe, threads: str | None) -> tuple[str, ...]:
-        comparison = look_ahead(paths, recipe, digest, 3, threads=threads)
+        comparison = look_ahead(paths, recipe, digest, 3, threads=threads).comparison
         assert comparison is not None
         return comparison.version_changes
 
@@ -300,6 +301,20 @@ def test_the_newest_marker_that_can_be_read_decides(tmp_path: Path) -> None:
     assert refusal_of(paths, recipe) == ["num_processes: 2 -> 3"]
     flip_bit(marker_path(paths.checkpoint_dir(4)))
     assert refusal_of(paths, recipe) is None, "nothing to continue: the trainer starts at step 0"
+
+
+def test_a_stripped_one_is_shown_and_the_one_before_it_decides(tmp_path: Path) -> None:
+    recipe = parse()
+    paths = interrupt(recipe, RunPaths(tmp_path / "run"))
+    interrupt(recipe, paths, step=8)
+    strip_checkpoint(paths.checkpoint_dir(8))
+    decision, status = judge(paths, recipe)
+    assert (decision.action, status.checkpoint_step) == ("launch", 8)
+    shutil.rmtree(paths.checkpoint_dir(4))
+    interrupt(recipe, paths, num_processes=2)
+    decision, status = judge(paths, recipe)
+    assert (decision.action, status.checkpoint_step) == ("refuse", 4), "as the trainer does"
+    assert status.obstacles == ("num_processes: 2 -> 3",)
 
 
 def test_what_is_named_by_resume_decides_instead(tmp_path: Path) -> None:
@@ -331,15 +346,28 @@ def test_smaller_micro_batches_after_running_out_of_memory_are_a_new_start_and_n
         paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
     )
     assert refusal_of(paths, recipe) is None
-    lines = refusal_of(paths, parse("launch.num_processes=1"))
-    assert lines is not None and "num_processes: 3 -> 1" in lines, (
-        "but nothing else may change with it"
+    assert refusal_of(paths, parse("launch.num_processes=1")) is None, (
+        "nothing of before is continued, whatever else changed"
     )
     interrupt(recipe, paths, step=8, **_cut(recipe, 2))
     write_record(
         paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
     )
     assert refusal_of(paths, recipe) is None, "continued in the same smaller ones"
+    lines = refusal_of(paths, parse("launch.num_processes=1"))
+    assert lines is not None and "num_processes: 3 -> 1" in lines, (
+        "and nothing else may change with them"
+    )
+    changed = {**_cut(recipe, 2), "per_device_eval_batch_size": 7}
+    interrupt(recipe, paths, step=12, **changed)
+    write_record(
+        paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
+    )
+    lines = refusal_of(paths, recipe)
+    assert lines is not None and names(lines, "per_device_eval_batch_size"), (
+        "only other micro-batches of training are left behind"
+    )
+    shutil.rmtree(paths.checkpoint_dir(12))
     write_record(paths, RunRecord(attempts=(attempt,)))
     assert refusal_of(paths, recipe) is not None, "and never in larger ones again"
 

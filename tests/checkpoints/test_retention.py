@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from runner.checkpoints.archive import load_archived_marker, verify_archive
-from runner.checkpoints.commit import commit_checkpoint, find_resume_step
+from runner.checkpoints.commit import commit_checkpoint
 from runner.checkpoints.marker import is_intact, list_archived, list_committed, load_marker
 from runner.checkpoints.retention import apply_retention, choose_kept
 from runner.run.paths import RunPaths
@@ -28,6 +28,7 @@ from tests.support.fake_checkpoints import (
     make_limits,
     make_paths,
     quarantined,
+    resume,
     write,
 )
 
@@ -192,7 +193,7 @@ def test_optimizer_state_stays_in_the_newest_only(paths: RunPaths) -> None:
             "trainer_state.json",
         ]
         assert verify_archive(paths.archive_path(step)).is_stripped
-    assert find_resume_step(paths, FINGERPRINT, lambda _: 8) == 20
+    assert resume(paths) == 20
 
 
 def test_weights_that_only_deepspeed_holds_are_not_stripped(paths: RunPaths) -> None:
@@ -245,7 +246,7 @@ def test_a_kill_at_any_instant_loses_nothing(tmp_path: Path) -> None:
         assert newest >= 12 and is_intact(run.checkpoint_dir(newest)), "never without a whole one"
         assert not load_marker(run.checkpoint_dir(newest)).is_stripped
         assert is_intact(run.checkpoint_dir(8)), "never without the best one"
-        assert find_resume_step(run, FINGERPRINT, lambda _: 8) == newest
+        assert resume(run) == newest
         if newest == 12:  # the resumed attempt trains and saves again
             write(run, 16, VALUES)
         work(run)

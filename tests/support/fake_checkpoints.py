@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from runner.checkpoints.commit import commit_checkpoint
+from runner.checkpoints.restore import choose_resume_step
+from runner.recipe.parse import parse_recipe
 from runner.recipe.schema import CheckpointsSection
 from runner.run.paths import RunPaths
+from tests.conftest import RECIPE_TEXT
 
 DIGEST: Final = "d" * 64
 FINGERPRINT: Final[dict[str, Any]] = {
@@ -22,6 +25,10 @@ FINGERPRINT: Final[dict[str, Any]] = {
     "num_processes": 2,
     "versions": {"torch": "2.13"},
 }
+# Of which nothing is deleted for being too many.
+_RECIPE: Final = parse_recipe(
+    RECIPE_TEXT, where="recipe.yaml", overrides=("checkpoints.keep_latest=9",)
+)
 STATE_FILES: Final = ("global_step1/deep/rank_1.pt", "optimizer.pt", "rng_state_0.pth")
 
 
@@ -66,6 +73,11 @@ def commit(paths: RunPaths, *steps: int, values: Mapping[int, float] | None = No
 def commit_under(paths: RunPaths, step: int, fingerprint: Mapping[str, Any]) -> None:
     """A committed checkpoint that was written under a fingerprint of one's own."""
     commit_checkpoint(write(paths, step), paths, step, fingerprint)
+
+
+def resume(paths: RunPaths, **changed: Any) -> int | None:
+    """The step from which an attempt continues; `changed` differs in its fingerprint."""
+    return choose_resume_step(paths, _RECIPE, {**FINGERPRINT, **changed}, "auto")
 
 
 def quarantined(paths: RunPaths) -> list[str]:

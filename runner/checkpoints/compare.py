@@ -1,0 +1,130 @@
+"""What a checkpoint was written under, held against a launch: may it be continued bit for bit?
+
+Owns the words for what differs and what to do about it. Which checkpoint is asked about is decided
+in `choose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from runner.checkpoints.marker import Marker
+from runner.errors import RefusedError
+from runner.recipe.identity import diff_payloads
+
+LAUNCH_AS_BEFORE: Final = (
+    "launch as before, or start over with `--fresh`, which moves the old run aside"
+)
+# Follow from the recipe's global batch, the number of processes and `Attempt.micro_batch_divisor`.
+_MICRO_BATCH: Final = frozenset(
+    {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
+)
+
+
+class UnusableError(RefusedError):
+    """A checkpoint of this run from which nothing can be continued; an older one may still do."""
+
+
+class OtherMicroBatchError(RefusedError):
+    """A checkpoint of this run in other micro-batches."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a checkpoint was written under, held against a launch."""
+
+    step: int
+    differences: tuple[str, ...]  # one line per dotted key; any of them forbids to continue
+    # Allowed or not, as the recipe's `launch.on_version_change` says.
+    version_changes: tuple[str, ...]
+
+
+def compare_fingerprints(marker: Marker, current: Mapping[str, Any]) -> Comparison:
+    """A checkpoint's marker against `build_resume_fingerprint`; what `current` does not know is not
+    compared.
+    """
+    stored, versions = marker.fingerprint, current["versions"]
+    stored_versions = stored.get("versions", {})
+    return Comparison(
+        marker.step,
+        tuple(diff_payloads(_without_versions(stored), _without_versions(current))),
+        tuple(
+            diff_payloads(
+                {name: stored_versions.get(name, "(absent)") for name in versions},
+                versions,
+                "versions.",
+            )
+        ),
+    )
+
+
+def refuse_other_fingerprint(marker: Marker, current: Mapping[str, Any], hint: str) -> None:
+    """Raises: RefusedError where a checkpoint is of another experiment or launch; versions are left
+    to others.
+    """
+    if differences := compare_fingerprints(marker, current).differences:
+        raise RefusedError(describe_obstacles(marker.step, differences), hint=hint)
+
+
+def has_other_micro_batch(marker: Marker, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was written with another number of sequences per process and forward
+    pass.
+    """
+    key = "per_device_train_batch_size"
+    return marker.fingerprint.get(key) != fingerprint.get(key)
+
+
+def require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: str) -> None:
+    """Raises: RefusedError where a launch cannot continue a checkpoint, for whatever reason."""
+    try:
+        refuse_other_fingerprint(marker, fingerprint, hint)
+    except RefusedError as error:
+        kind = OtherMicroBatchError if has_other_micro_batch(marker, fingerprint) else RefusedError
+        raise kind(error.message, hint=error.hint) from None
+    if marker.is_stripped:
+        raise UnusableError(
+            f"the checkpoint of step {marker.step} was stripped of its optimizer state and cannot"
+            " be continued",
+            hint="with `checkpoints.save_optimizer: true` every checkpoint can be continued",
+        )
+
+
+def describe_obstacles(step: int | None, obstacles: tuple[str, ...]) -> str:
+    """Why a checkpoint is not continued."""
+    shown = "\n".join(f"  {line}" for line in obstacles)
+    return (
+        f"the checkpoint of step {step} cannot be continued exactly, something changed"
+        f" since:\n{shown}"
+    )
+
+
+def suggest_ways_out(obstacles: tuple[str, ...], command: str = "runner launch RECIPE") -> str:
+    """What to do instead: the launch as before where a flag can say it, and a start from scratch.
+
+    >>> print(suggest_ways_out(("num_processes: 2 -> 1",), "runner launch r.yaml"))
+    runner launch r.yaml --num-processes 2  # as before
+          runner launch r.yaml --fresh  # moves the old run aside and starts anew
+    """
+    keys, ways = _keys_of(obstacles), []
+    others = {key for key in keys if not key.startswith("versions.")}
+    if "num_processes" in others and others <= {"num_processes", *_MICRO_BATCH}:
+        before = next(line for line in obstacles if line.startswith("num_processes: "))
+        ways.append(f"{command} --num-processes {before.split()[1]}  # as before")
+    elif others:
+        ways.append("change back what is named above")
+    if keys > others:
+        ways.append(
+            "install the versions named above again, or set `launch.on_version_change: warn` in the"
+            " recipe"
+        )
+    return "\n      ".join([*ways, f"{command} --fresh  # moves the old run aside and starts anew"])
+
+
+def _without_versions(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fingerprint.items() if key != "versions"}
+
+
+def _keys_of(lines: tuple[str, ...]) -> set[str]:
+    return {line.partition(":")[0] for line in lines}
