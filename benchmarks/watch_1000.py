@@ -32,7 +32,7 @@ from runner.grid.render import (  # noqa: E402
 )
 from runner.launch.attempt import prepare_run  # noqa: E402
 from runner.plan.select import Selected, select_recipes  # noqa: E402
-from runner.plan.status import derive_status  # noqa: E402
+from runner.plan.status import read_status  # noqa: E402
 from runner.recipe.identity import (  # noqa: E402
     ContentHashes,
     derive_digest,
@@ -175,7 +175,7 @@ def derive_all(selected: list[Selected]) -> list[str]:
     """What plain `runner status` does after it has loaded the recipes."""
     hashes = ContentHashes(content_cache_path(Path("runs")))
     return [
-        derive_status(one.read_facts(), one.recipe, known_contents(one.recipe, hashes)).state
+        read_status(one.read_facts(), one.recipe, known_contents(one.recipe, hashes)).state
         for one in selected
     ]
 

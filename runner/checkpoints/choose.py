@@ -64,8 +64,8 @@ class Inventory:
     """The checkpoints of a run, unverified."""
 
     paths: RunPaths
-    kept: dict[int, Kept]  # by step, oldest first
-    unfinished: tuple[str, ...]  # folders that were never committed
+    kept: dict[int, Kept] = field(default_factory=dict)  # by step, oldest first
+    unfinished: tuple[str, ...] = ()  # folders that were never committed
 
 
 @dataclass(frozen=True)
@@ -478,7 +478,7 @@ def describe_rewind(step: int) -> str:
 
 
 def look_ahead(
-    paths: RunPaths,
+    inventory: Inventory,
     recipe: Recipe,
     recipe_digest: str,
     num_processes: int,
@@ -490,7 +490,8 @@ def look_ahead(
     """The choice of an attempt, as far as markers tell; an empty one where nobody can tell yet.
 
     `divisor` is `Attempt.micro_batch_divisor` of that attempt, `threads` its OMP_NUM_THREADS (None:
-    not known yet), `resume` its `Attempt.resume`. Reads markers and no weights.
+    not known yet), `resume` its `Attempt.resume`. Reads nothing but the marker of a path that is to
+    be resumed from.
     """
     if resume == "none" or "://" in resume:  # remote storage is not asked here
         return Choice()
@@ -504,7 +505,6 @@ def look_ahead(
             return Choice()
         found = compare_fingerprints(marker, build_current())
         return Choice(comparison=found, newest_step=found.step)
-    inventory = read_inventory(paths)
     if all(kept.marker is None for kept in inventory.kept.values()):
         return Choice()
     # Whether the latest or the best one verifies is for the trainer to find out.

@@ -16,7 +16,7 @@ from runner.cli.launch import run_launch, select_run
 from runner.cli.sweep import run_rerun, run_sweep
 from runner.errors import RunnerError
 from runner.plan.select import UnreadableRun, select_recipes, suggest_path
-from runner.plan.status import RunStatus, derive_status
+from runner.plan.status import RunStatus, read_status
 from runner.recipe.identity import ContentHashes, known_contents
 from runner.recipe.parse import Recipe, load_recipe, parse_recipe
 from runner.run.failures import HINTS, UNREADABLE_HINT
@@ -112,7 +112,7 @@ def run_status(arguments: argparse.Namespace) -> int:
         return watch(selected, content_cache_path(arguments.output_root), unreadable)
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     rows = [
-        (one, derive_status(one.read_facts(), one.recipe, known_contents(one.recipe, hashes)))
+        (one, read_status(one.read_facts(), one.recipe, known_contents(one.recipe, hashes)))
         for one in selected
     ]
     if arguments.json:
@@ -211,7 +211,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     runs = []
     for one in selected:
         facts = one.read_facts(with_samples=True)
-        status = derive_status(facts, one.recipe, known_contents(one.recipe, hashes))
+        status = read_status(facts, one.recipe, known_contents(one.recipe, hashes))
         runs.append((one.recipe, facts, status))
     rows = build_rows(runs)
     print(format_report(rows, build_comparisons(rows), arguments.format), end="")

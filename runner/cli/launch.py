@@ -23,7 +23,7 @@ from runner.launch.command import LaunchCommand
 from runner.launch.placement import is_in_cluster, list_placements
 from runner.plan.decide import MAX_FRUITLESS, Launch, decide
 from runner.plan.select import Selected, run_paths, select_recipes, suggest_path
-from runner.plan.status import RunStatus, derive_status, find_divisor
+from runner.plan.status import RunStatus, find_divisor, read_status
 from runner.recipe.identity import ContentHashes, hash_contents
 from runner.recipe.parse import load_recipe
 from runner.recipe.schema import NAME_PATTERN
@@ -53,14 +53,14 @@ def run_launch(arguments: argparse.Namespace) -> int:
         return 0
     contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
     planned = Launch(selected, contents, num_processes, resume)
-    status = derive_status(
+    status = read_status(
         selected.read_facts(), recipe, contents, num_processes=num_processes, resume=resume
     )
     if arguments.fresh and resume == "auto":
         planned = replace(planned, resume="none")  # nor from remote storage
     if arguments.fresh and status.state != "pending":
         _move_aside(selected)
-        status = derive_status(
+        status = read_status(
             selected.read_facts(), recipe, contents, num_processes=num_processes, resume=resume
         )
     planned = replace(planned, num_attempts=status.num_attempts)

@@ -13,7 +13,7 @@ from typing import TextIO
 from runner.cli.engines import load_engines
 from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipes
-from runner.plan.status import derive_status
+from runner.plan.status import read_status
 from runner.recipe.identity import ContentHashes, hash_contents, known_contents
 from runner.run.failures import UNREADABLE_HINT
 from runner.run.paths import content_cache_path
@@ -66,7 +66,7 @@ def _decide_all(
             if not arguments.dry_run
             else known_contents(one.recipe, hashes)
         )
-        status = derive_status(one.read_facts(), one.recipe, contents)
+        status = read_status(one.read_facts(), one.recipe, contents)
         decision = decide(
             status, retry_failed=arguments.retry_failed, only_unfinished=only_unfinished
         )

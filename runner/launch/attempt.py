@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from runner.checkpoints.choose import look_ahead, refuse_to_continue
+from runner.checkpoints.choose import look_ahead, read_inventory, refuse_to_continue
 from runner.checkpoints.marker import list_committed
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import write_json_atomic
@@ -97,7 +97,7 @@ def refuse_uncontinuable(
         return
     threads = command.environment.get("OMP_NUM_THREADS")
     choice = look_ahead(
-        facts.paths,
+        read_inventory(facts.paths),
         recipe,
         digest,
         launch.num_processes,

@@ -8,7 +8,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from runner.checkpoints.choose import list_obstacles, look_ahead
+from runner.checkpoints.choose import Inventory, list_obstacles, look_ahead, read_inventory
 from runner.errors import CorruptFileError, RefusedError
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe
@@ -87,7 +87,7 @@ def find_differences(facts: RunFacts, recipe: Recipe, contents: Mapping[str, str
     ]
 
 
-def derive_status(
+def read_status(
     facts: RunFacts,
     recipe: Recipe,
     contents: Mapping[str, str],
@@ -95,24 +95,54 @@ def derive_status(
     num_processes: int | None = None,
     resume: str = "auto",
 ) -> RunStatus:
-    """The status of one run, from its facts and the recipe as it is now.
+    """`derive_status`, with the run's checkpoints, which are read where they can matter: not of a
+    run that is running or has its result.
+    """
+    try:
+        is_asked = not facts.is_running and not facts.has_result
+        inventory = read_inventory(facts.paths) if is_asked else Inventory(facts.paths)
+    except (CorruptFileError, OSError) as error:
+        return describe_unreadable(error)
+    return derive_status(
+        facts, inventory, recipe, contents, num_processes=num_processes, resume=resume
+    )
+
+
+def derive_status(
+    facts: RunFacts,
+    inventory: Inventory,
+    recipe: Recipe,
+    contents: Mapping[str, str],
+    *,
+    num_processes: int | None = None,
+    resume: str = "auto",
+) -> RunStatus:
+    """The status of one run, from what was read of it and the recipe as it is now. Pure.
 
     The launch that is thought of has `num_processes` (None: the recipe's own) and the
     `Attempt.resume` that is given. A file that cannot be read is a state, and no reason to say
     nothing of the other runs.
     """
     try:
-        return _derive_readable(
-            facts, recipe, contents, num_processes or recipe.launch.num_processes, resume
-        )
-    except CorruptFileError as error:
-        return RunStatus(state="unreadable", why=error.message)
-    except OSError as error:
-        return RunStatus(state="unreadable", why=str(error))
+        count = num_processes or recipe.launch.num_processes
+        return _derive_readable(facts, inventory, recipe, contents, count, resume)
+    except (CorruptFileError, OSError) as error:
+        return describe_unreadable(error)
+
+
+def describe_unreadable(error: CorruptFileError | OSError) -> RunStatus:
+    """The status of a run of which something cannot be read."""
+    why = error.message if isinstance(error, CorruptFileError) else str(error)
+    return RunStatus(state="unreadable", why=why)
 
 
 def _derive_readable(
-    facts: RunFacts, recipe: Recipe, contents: Mapping[str, str], num_processes: int, resume: str
+    facts: RunFacts,
+    inventory: Inventory,
+    recipe: Recipe,
+    contents: Mapping[str, str],
+    num_processes: int,
+    resume: str,
 ) -> RunStatus:
     is_running, last, progress = facts.is_running, facts.last, facts.progress
     known: dict[str, Any] = {
@@ -135,7 +165,7 @@ def _derive_readable(
     if (result := facts.result) is not None:
         known |= {"step": result.num_steps, "max_steps": result.num_steps}
         return RunStatus(state="completed", why=f"stopped by {result.stop_reason}", **known)
-    known |= _look_ahead(facts, recipe, num_processes, resume)
+    known |= _look_ahead(facts, inventory, recipe, num_processes, resume)
     if last is None:
         return RunStatus(state="pending", why="never started", **known)
     failure = facts.failure
@@ -170,14 +200,16 @@ def find_divisor(facts: RunFacts, recipe: Recipe) -> int:
     return attempts[-1].micro_batch_divisor if sizes[0] == sizes[1] else 1
 
 
-def _look_ahead(facts: RunFacts, recipe: Recipe, num_processes: int, resume: str) -> dict[str, Any]:
+def _look_ahead(
+    facts: RunFacts, inventory: Inventory, recipe: Recipe, num_processes: int, resume: str
+) -> dict[str, Any]:
     stored = facts.stored
     if stored is None:
         return {}
     divisor = find_divisor(facts, recipe)
     try:
         choice = look_ahead(
-            facts.paths, recipe, stored.recipe_digest, num_processes, divisor=divisor, resume=resume
+            inventory, recipe, stored.recipe_digest, num_processes, divisor=divisor, resume=resume
         )
     except RefusedError as error:  # the global batch cannot be kept like that
         return {"obstacles": (error.message,)}

@@ -11,10 +11,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from runner.checkpoints.choose import Choice, Policy, Verification, choose, read_inventory
-from runner.errors import RefusedError
+from runner.checkpoints.choose import (
+    Choice,
+    Inventory,
+    Policy,
+    Verification,
+    choose,
+    read_inventory,
+)
+from runner.errors import CorruptFileError, RefusedError
 from runner.plan.decide import Decision, decide
-from runner.plan.status import RunStatus, State, derive_status, find_divisor
+from runner.plan.status import (
+    RunStatus,
+    State,
+    derive_status,
+    describe_unreadable,
+    find_divisor,
+)
 from runner.processes import list_holders
 from runner.recipe.identity import (
     ContentHashes,
@@ -100,7 +113,12 @@ def explain(
         for path in list_content_paths(recipe).values()
         if Path(path).exists()
     }
-    status = derive_status(facts, recipe, contents, num_processes=count)
+    try:
+        # A running trainer is writing them.
+        inventory = Inventory(paths) if facts.is_running else read_inventory(paths)
+        status = derive_status(facts, inventory, recipe, contents, num_processes=count)
+    except (CorruptFileError, OSError) as error:
+        inventory, status = Inventory(paths), describe_unreadable(error)
     is_readable = status.state != "unreadable"
     divisor, stop = find_divisor(facts, recipe) if is_readable else 1, facts.stop_request
     last = facts.last if is_readable else None
@@ -135,8 +153,7 @@ def explain(
         log_tail=log_tail or (read_log_tail(log_path) if log_path is not None else ()),
         micro_batch_divisor=divisor,
         choice=(
-            _look_at_checkpoints(facts, recipe, count, divisor, contents)
-            # A running trainer is writing them.
+            _look_at_checkpoints(facts, inventory, recipe, count, divisor, contents)
             if impossible is None and status.state not in ("running", "unreadable")
             else Choice()
         ),
@@ -145,7 +162,12 @@ def explain(
 
 
 def _look_at_checkpoints(
-    facts: RunFacts, recipe: Recipe, num_processes: int, divisor: int, contents: Mapping[str, str]
+    facts: RunFacts,
+    inventory: Inventory,
+    recipe: Recipe,
+    num_processes: int,
+    divisor: int,
+    contents: Mapping[str, str],
 ) -> Choice:
     stored, paths = facts.stored, facts.paths
     digest = stored.recipe_digest if stored else derive_digest(recipe, contents)
@@ -156,19 +178,19 @@ def _look_at_checkpoints(
             has_run_out_of_memory=divisor > 1,
             judges_all=True,
         )
-        return choose(read_inventory(paths), "auto", current, policy)
+        return choose(inventory, "auto", current, policy)
 
 
-def build_lines(facts: Explanation) -> list[str]:
+def build_lines(found: Explanation) -> list[str]:
     """What a person reads: the answer first, then what it rests on, then what else there is to
     know.
     """
-    status = facts.status
+    status = found.status
     rows = [
-        ("next", _describe_next(facts)),
+        ("next", _describe_next(found)),
         *(
             (verb, f"{decision.action}: {decision.why}")
-            for verb, decision in facts.decisions.items()
+            for verb, decision in found.decisions.items()
         ),
         ("state", f"{status.state}: {status.why}"),
         ("rule", RULES[status.state]),
@@ -178,16 +200,16 @@ def build_lines(facts: Explanation) -> list[str]:
             ("changed", f"{line} (launch.on_version_change: warn)")
             for line in status.version_changes
         ),
-        *(("missing", f"{key}: {path}") for key, path in facts.missing.items()),
-        ("lease", _describe_lease(facts)),
-        *(_describe_attempt(facts)),
-        *(("checkpoint", f"{verdict.name}  {verdict.what}") for verdict in facts.choice.verdicts),
+        *(("missing", f"{key}: {path}") for key, path in found.missing.items()),
+        ("lease", _describe_lease(found)),
+        *(_describe_attempt(found)),
+        *(("checkpoint", f"{verdict.name}  {verdict.what}") for verdict in found.choice.verdicts),
         *(("quarantine", name) for name in status.quarantined),
         *(("upload", f"{name} has not reached remote storage") for name in status.pending_uploads),
     ]
     if status.upload_failure is not None:
         rows.append(("upload", status.upload_failure))
-    shown = [f"{facts.name}  {facts.run_dir}"]
+    shown = [f"{found.name}  {found.run_dir}"]
     last_label = ""
     for label, text in rows:
         first, *more = text.splitlines() or [""]
@@ -197,41 +219,41 @@ def build_lines(facts: Explanation) -> list[str]:
     return shown
 
 
-def _describe_next(facts: Explanation) -> str:
-    if facts.missing:
+def _describe_next(found: Explanation) -> str:
+    if found.missing:
         return "refuse: files that the recipe names are not there"
-    if facts.impossible is not None:
-        return f"refuse: {facts.impossible}"
-    decision = facts.decisions["launch"]
+    if found.impossible is not None:
+        return f"refuse: {found.impossible}"
+    decision = found.decisions["launch"]
     if decision.action != "launch":
         return f"{decision.action}: {decision.why}"
-    processes = f"{facts.num_processes} process{'es' if facts.num_processes > 1 else ''}"
-    if facts.micro_batch_divisor > 1:
+    processes = f"{found.num_processes} process{'es' if found.num_processes > 1 else ''}"
+    if found.micro_batch_divisor > 1:
         processes += (
-            f", micro-batches divided by {facts.micro_batch_divisor} since it ran out of memory"
+            f", micro-batches divided by {found.micro_batch_divisor} since it ran out of memory"
         )
-    if facts.choice.step is not None:
-        return f"launch from step {facts.choice.step}, {processes}"
+    if found.choice.step is not None:
+        return f"launch from step {found.choice.step}, {processes}"
     asked = (
-        f"; {facts.remote_url} is asked for a checkpoint first"
-        if facts.remote_url is not None
+        f"; {found.remote_url} is asked for a checkpoint first"
+        if found.remote_url is not None
         else ""
     )
     return f"launch from step 0, {processes}{asked}"
 
 
-def _describe_lease(facts: Explanation) -> str:
-    if facts.status.state != "running":
+def _describe_lease(found: Explanation) -> str:
+    if found.status.state != "running":
         return "free"
-    holders = [f"held by {pid}  {command}" for pid, command in facts.holders.items()]
-    asked = [f"asked to leave: {facts.stop}"] if facts.stop is not None else []
+    holders = [f"held by {pid}  {command}" for pid, command in found.holders.items()]
+    asked = [f"asked to leave: {found.stop}"] if found.stop is not None else []
     return "\n".join(
         [*(holders or ["held, by a process that is not to be seen from here"]), *asked]
     )
 
 
-def _describe_attempt(facts: Explanation) -> list[tuple[str, str]]:
-    attempt = facts.attempt
+def _describe_attempt(found: Explanation) -> list[tuple[str, str]]:
+    attempt = found.attempt
     if attempt is None:
         return []
     started = (
@@ -241,14 +263,14 @@ def _describe_attempt(facts: Explanation) -> list[tuple[str, str]]:
     if attempt.retry:
         started += f", retry {attempt.retry} by itself"
     rows = [("attempt", started)]
-    if facts.status.state not in ("running", "completed"):
-        failure = facts.status.failure or attempt.failure
+    if found.status.state not in ("running", "completed"):
+        failure = found.status.failure or attempt.failure
         if failure is not None:
             rows += [
                 ("failure", f"{failure.kind}: {failure.message}"),
                 ("hint", HINTS[failure.kind]),
             ]
-        rows += [("log", f"| {line}") for line in facts.log_tail]
-    if facts.log_path is not None:
-        rows.append(("log", facts.log_path))
+        rows += [("log", f"| {line}") for line in found.log_tail]
+    if found.log_path is not None:
+        rows.append(("log", found.log_path))
     return rows

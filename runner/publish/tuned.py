@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import DataError, RefusedError
-from runner.plan.status import derive_status
+from runner.plan.status import read_status
 from runner.recipe.parse import Recipe
 from runner.run.facts import read_facts
 from runner.run.paths import RunPaths
@@ -67,7 +67,7 @@ def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
             f"{run_dir} is not a run directory", hint="give one such as runs/demo/gemma_060_full"
         )
     if checkpoint is None:
-        status = derive_status(facts, stored.recipe, {})
+        status = read_status(facts, stored.recipe, {})
         if status.state != "completed":
             first_line = status.why.partition("\n")[0]  # what follows may be a hint of its own
             raise RefusedError(

@@ -29,7 +29,7 @@ from rich.text import Text
 
 from runner.plan.decide import Retry, foresee_retry
 from runner.plan.select import Selected, UnreadableRun
-from runner.plan.status import RunStatus, derive_status, find_hint
+from runner.plan.status import RunStatus, find_hint, read_status
 from runner.recipe.identity import ContentHashes, list_content_paths
 from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
@@ -110,7 +110,7 @@ class _RunReader:
         if self._facts is None or self._status is None or seen != self._seen:
             known = self.selected.known if self._facts is None else self._facts.found
             self._facts = read_facts(paths, known)
-            self._status = derive_status(self._facts, self.selected.recipe, contents)
+            self._status = read_status(self._facts, self.selected.recipe, contents)
             # From before: what changed while it was derived is seen the next time.
             self._seen = seen
             self._retry = None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from runner.checkpoints.archive import write_archive
-from runner.checkpoints.choose import look_ahead
+from runner.checkpoints.choose import look_ahead, read_inventory
 from runner.checkpoints.retention import strip_checkpoint
 from runner.cli.main import main
 from runner.errors import DataError, RefusedError
@@ -23,7 +23,7 @@ from runner.launch.attempt import prepare_run, start_attempt
 from runner.launch.command import LaunchCommand
 from runner.plan.decide import Decision, Launch, decide
 from runner.plan.select import Selected
-from runner.plan.status import RunStatus, derive_status
+from runner.plan.status import RunStatus, read_status
 from runner.recipe.identity import (
     ContentHashes,
     build_resume_fingerprint,
@@ -124,7 +124,7 @@ def interrupt(recipe: Recipe, paths: RunPaths, step: int = 4, **changed: Any) ->
 
 
 def judge(paths: RunPaths, recipe: Recipe, **asked: Any) -> tuple[Decision, RunStatus]:
-    status = derive_status(read_facts(paths), recipe, contents_of(recipe), **asked)
+    status = read_status(read_facts(paths), recipe, contents_of(recipe), **asked)
     return decide(status), status
 
 
@@ -281,7 +281,9 @@ def test_threads_count_once_they_are_known(tmp_path: Path) -> None:
     digest = derive_digest(recipe, contents_of(recipe))
 
     def changes(recipe: Recipe, threads: str | None) -> tuple[str, ...]:
-        comparison = look_ahead(paths, recipe, digest, 3, threads=threads).comparison
+        comparison = look_ahead(
+            read_inventory(paths), recipe, digest, 3, threads=threads
+        ).comparison
         assert comparison is not None
         return comparison.version_changes
 

@@ -16,7 +16,7 @@ from runner.launch.command import Placement
 from runner.launch.placement import Devices
 from runner.plan.decide import Launch
 from runner.plan.select import select_recipes
-from runner.plan.status import derive_status
+from runner.plan.status import read_status
 from runner.processes import StopSignals
 from runner.recipe.identity import ContentHashes, known_contents
 from runner.recipe.parse import load_recipe
@@ -37,7 +37,7 @@ def list_states(fake: FakeLauncher, *names: str) -> list[str]:
     recipes = [load_recipe(fake.root / "recipes" / "toy" / f"{name}.yaml") for name in names]
     hashes = ContentHashes(fake.root / "none.json")
     return [
-        derive_status(
+        read_status(
             read_facts(fake.paths(recipe.run.name)), recipe, known_contents(recipe, hashes)
         ).state
         for recipe in recipes

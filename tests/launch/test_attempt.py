@@ -29,7 +29,7 @@ from runner.launch.attempt import (
 from runner.launch.command import LaunchCommand, Placement, build_launch_command
 from runner.plan.decide import Launch
 from runner.plan.select import Selected
-from runner.plan.status import derive_status
+from runner.plan.status import read_status
 from runner.processes import OWNER_VARIABLE
 from runner.recipe.identity import ContentHashes, hash_contents
 from runner.recipe.parse import Recipe, load_recipe
@@ -253,7 +253,7 @@ def test_a_result_of_another_digest_is_no_success(
     assert again is not None
     failure = again.finish()
     assert failure is not None and failure.kind == "lost"
-    status = derive_status(read_facts(again.paths), *load_toy(fake)[:2])
+    status = read_status(read_facts(again.paths), *load_toy(fake)[:2])
     assert status.state == "changed" and "the result is of another" in status.why
     with pytest.raises(RefusedError, match="the result is of another"):
         start(fake, started)
@@ -361,7 +361,7 @@ def test_a_launcher_that_cannot_be_started_is_recorded(fake: FakeLauncher) -> No
         and "cannot be started" in attempt.failure.message
     )
     assert not is_leased(paths.lease_path)
-    assert derive_status(read_facts(paths), recipe, contents).state == "failed"
+    assert read_status(read_facts(paths), recipe, contents).state == "failed"
 
 
 def test_the_record_is_opened_before_anything_starts(fake: FakeLauncher) -> None:
@@ -378,7 +378,7 @@ def test_the_record_is_opened_before_anything_starts(fake: FakeLauncher) -> None
     )
     paths.attempt(attempt.number).log_path.touch()
     lease.close()
-    assert derive_status(read_facts(paths), recipe, contents).state == "interrupted"
+    assert read_status(read_facts(paths), recipe, contents).state == "interrupted"
 
 
 def test_close_attempt_ends_the_last_one_only(fake: FakeLauncher) -> None:
@@ -497,14 +497,14 @@ def test_prepare_writes_the_run_and_its_command_works_when_pasted(
     assert main(["launch", "recipes/toy/a.yaml", "--prepare"]) == 0
     [command] = capsys.readouterr().out.splitlines()
     recipe, contents, paths = load_toy(fake)
-    status = derive_status(read_facts(paths), recipe, contents)
+    status = read_status(read_facts(paths), recipe, contents)
     assert (status.state, status.why) == ("pending", "prepared, to be started by hand")
     assert fake.events() == []
     subprocess.run(
         ["bash", "-c", command], env=fake.environment, stdin=subprocess.DEVNULL, check=True
     )
     assert fake.started() == ["a"]
-    assert derive_status(read_facts(paths), recipe, contents).state == "completed"
+    assert read_status(read_facts(paths), recipe, contents).state == "completed"
 
 
 def test_what_was_prepared_can_be_swept_and_its_failure_by_hand_counts(fake: FakeLauncher) -> None:
@@ -513,7 +513,7 @@ def test_what_was_prepared_can_be_swept_and_its_failure_by_hand_counts(fake: Fak
         assert main(["launch", f"recipes/toy/{name}.yaml", "--prepare"]) == 0
     failure = Failure(kind="data", message="because")
     write_json_atomic(fake.paths("b").attempt(1).failure_path(), failure.model_dump())
-    assert derive_status(read_facts(fake.paths("b")), *load_toy(fake, "b")[:2]).state == "failed"
+    assert read_status(read_facts(fake.paths("b")), *load_toy(fake, "b")[:2]).state == "failed"
     assert main(["sweep", "recipes/toy"]) == 1
     assert fake.started() == ["a"] and len(fake.attempts("a")) == 2
 

@@ -20,7 +20,7 @@ from rich.cells import cell_len
 from runner.data.tasks.squad_v2 import SquadV2Task
 from runner.data.tasks.sst2 import Sst2Task
 from runner.files import write_json_atomic, write_text_atomic
-from runner.plan.status import RunStatus, derive_status
+from runner.plan.status import RunStatus, read_status
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.report.format import FORMATS, MAX_WIDTH, Format, format_report
 from runner.report.rows import ReportRow, axis_text, build_rows, compare_with_base
@@ -128,7 +128,7 @@ def completed(
         write_json_atomic(
             paths.samples_path, {"splits": {"test": {"num_rows": 64, "ids_hash": rows_hash}}}
         )
-    return recipe, paths, derive_status(read_facts(paths), recipe, {})
+    return recipe, paths, read_status(read_facts(paths), recipe, {})
 
 
 def not_completed(
@@ -147,12 +147,12 @@ def not_completed(
     )
     paths = write_base(root, recipe, attempt)
     write_text_atomic(paths.attempt(number).log_path, f"started on host-{number}\n")
-    return recipe, paths, derive_status(read_facts(paths), recipe, {})
+    return recipe, paths, read_status(read_facts(paths), recipe, {})
 
 
 def pending(root: Path, recipe: Recipe) -> Run:
     paths = RunPaths(root / recipe.run.grid / recipe.run.name)
-    return recipe, paths, derive_status(read_facts(paths), recipe, {})
+    return recipe, paths, read_status(read_facts(paths), recipe, {})
 
 
 def rows_of(runs: Iterable[Run]) -> list[ReportRow]:
@@ -209,7 +209,7 @@ def demo_runs(tmp_path: Path) -> Iterator[list[Run]]:
     paths.result_path.unlink()
     with closing(Lease(paths.lease_path)) as lease:
         assert lease.try_acquire()
-        runs[-2] = (recipe, paths, derive_status(read_facts(paths), recipe, {}))
+        runs[-2] = (recipe, paths, read_status(read_facts(paths), recipe, {}))
         yield runs
 
 
@@ -313,7 +313,7 @@ def test_a_result_counts_only_while_its_run_is_completed(tmp_path: Path) -> None
     recipe = make_recipe("a", {"lr": 1})
     _, paths, _ = completed(tmp_path, recipe, 2.0)
     changed = make_recipe("a", {"lr": 1}, "training.learning_rate=0.5")
-    [row] = rows_of([(changed, paths, derive_status(read_facts(paths), changed, {}))])
+    [row] = rows_of([(changed, paths, read_status(read_facts(paths), changed, {}))])
     assert (row.state, row.tuned.nll_per_completion_token, row.num_test_rows) == (
         "changed",
         None,

@@ -15,7 +15,7 @@ import pytest
 
 from runner.errors import CorruptFileError
 from runner.files import append_jsonl, write_json_atomic
-from runner.plan.status import derive_status
+from runner.plan.status import read_status
 from runner.recipe.parse import load_recipe
 from runner.run.facts import Part, read_facts
 from runner.run.lease import Lease
@@ -118,7 +118,7 @@ def test_what_cannot_be_read_is_a_value_until_it_is_asked_for(paths: RunPaths) -
     for _ in range(2):
         with pytest.raises(CorruptFileError, match=r"result\.json is not JSON"):
             _ = facts.result
-    assert derive_status(facts, recipe, {}).state == "unreadable"
+    assert read_status(facts, recipe, {}).state == "unreadable"
     paths.result_path.unlink()
     paths.record_path.unlink()
     paths.record_path.mkdir()
@@ -132,14 +132,14 @@ def test_what_cannot_be_read_is_a_value_until_it_is_asked_for(paths: RunPaths) -
 def test_facts_do_not_change_with_the_directory(paths: RunPaths) -> None:
     facts = read_facts(paths)
     recipe = load_recipe(Path(RECIPE))
-    before = derive_status(facts, recipe, {})
+    before = read_status(facts, recipe, {})
     paths.result_path.write_text("{")
     write_record(paths, RunRecord())
     (paths.uploads_dir / "step-4.zip").unlink()
     paths.attempt(1).failure_path().unlink()
     with closing(Lease(paths.lease_path)) as lease:
         assert lease.try_acquire()
-        assert derive_status(facts, recipe, {}) == before
+        assert read_status(facts, recipe, {}) == before
     assert (before.state, before.upload_failure) == ("interrupted", "no network")
 
 

@@ -13,7 +13,7 @@ from runner.errors import CorruptFileError
 from runner.files import append_jsonl, write_json_atomic
 from runner.launch.attempt import prepare_run
 from runner.plan.decide import decide
-from runner.plan.status import RunStatus, derive_status, find_differences
+from runner.plan.status import RunStatus, find_differences, read_status
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.run.facts import read_facts
 from runner.run.lease import Lease
@@ -48,7 +48,7 @@ class Run:
         recipe = (
             parse_recipe(TEXT, where="r.yaml", overrides=overrides) if overrides else self.recipe
         )
-        return derive_status(read_facts(self.paths), recipe, contents)
+        return read_status(read_facts(self.paths), recipe, contents)
 
     def attempt(self, **fields: Any) -> Attempt:
         earlier = load_record(self.paths).attempts

@@ -11,7 +11,7 @@ from pathlib import Path
 from runner.cli.main import main
 from runner.files import append_jsonl, write_json_atomic, write_jsonl_atomic
 from runner.plan.select import Selected, select_recipes
-from runner.plan.status import RunStatus, derive_status
+from runner.plan.status import RunStatus, read_status
 from runner.recipe.identity import ContentHashes, known_contents
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.paths import content_cache_path
@@ -29,7 +29,7 @@ def select(fake: FakeLauncher) -> list[Selected]:
 def derive(selected: list[Selected]) -> list[RunStatus]:
     hashes = ContentHashes(content_cache_path(Path("runs")))
     return [
-        derive_status(one.read_facts(), one.recipe, known_contents(one.recipe, hashes))
+        read_status(one.read_facts(), one.recipe, known_contents(one.recipe, hashes))
         for one in selected
     ]
 
