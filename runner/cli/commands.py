@@ -18,7 +18,7 @@ from runner.errors import RunnerError
 from runner.plan.select import UnreadableRun, select_recipes, suggest_path
 from runner.plan.status import RunStatus, read_status
 from runner.recipe.identity import ContentHashes, known_contents
-from runner.recipe.parse import Recipe, load_recipe, parse_recipe
+from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.paths import RunPaths, content_cache_path
 from runner.run.record import load_stored_recipe
@@ -266,7 +266,7 @@ def _load_recipe_or_run(path: Path, overrides: list[str]) -> Recipe:
             raise RunnerError(
                 f"{path} is a folder, but no run directory", hint="name one recipe file, or one run"
             )
-        return parse_recipe(stored.recipe.model_dump_json(), where=str(path), overrides=overrides)
+        return parse_recipe(dump_recipe(stored.recipe), where=str(path), overrides=overrides)
     if not path.exists():
         raise RunnerError(f"there is no recipe {path}", hint=suggest_path(path))
     return load_recipe(path, overrides)

@@ -412,13 +412,13 @@ def submit_array(array: ArrayJob, lease: Lease) -> str:
     Raises:
         RunnerError: Slurm does not take it.
     """
-    from runner.recipe.parse import load_recipe
+    from runner.recipe.parse import dump_recipe, load_recipe
     from runner.run.record import SubmissionRecord, now_utc
 
     for one in array.selected:
         path = array.paths.recipe_path(one.full_name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(one.recipe.model_dump_json(indent=1))
+        path.write_text(dump_recipe(one.recipe, indent=1))
         if load_recipe(path) != one.recipe:
             raise RefusedError(
                 f"{one.source_path} does not read the same once it is written as {path}"

@@ -23,6 +23,7 @@ from runner.recipe.problems import (
     SAFE_LOADER,
     describe_error,
     escape_missing,
+    escape_text,
     find_hazards,
     find_unusable_values,
     list_problems,
@@ -211,6 +212,12 @@ def parse_recipe(
         RecipeError: all problems at once, with lines and dotted keys.
     """
     return parse_yaml(text, Recipe, where=where, overrides=overrides, hint=hint)
+
+
+def dump_recipe(recipe: Recipe, indent: int | None = None) -> str:
+    """The text that `parse_recipe` reads as the same recipe, whatever its texts hold."""
+    escaped = _map_texts(escape_text, recipe.model_dump(mode="json"))
+    return json.dumps(escaped, indent=indent, ensure_ascii=False)
 
 
 _Model = TypeVar("_Model", bound=Section)

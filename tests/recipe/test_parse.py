@@ -21,6 +21,7 @@ from runner.recipe.parse import (
     MAX_RECIPE_BYTES,
     Recipe,
     derive_accumulation,
+    dump_recipe,
     load_recipe,
     parse_recipe,
 )
@@ -262,6 +263,16 @@ def test_a_text_may_hold_what_would_be_a_reference() -> None:
         ):
             assert recipe.model_dump()["data"]["task"]["prompt"] == meant
     assert parse(r"model.path=\???").model.path == "???"
+
+
+def test_what_is_written_of_a_recipe_reads_as_the_same_one() -> None:
+    """As a submission to Slurm and an override of a stored run need it."""
+    for prompt in (r"\${oc.env:HOME} {document}", r"\\\${a} \ {document}", "é {document}\n???"):
+        recipe = parse(text=edit('"Sum up: {document}"', json.dumps(prompt, ensure_ascii=False)))
+        assert parse(text=dump_recipe(recipe)) == recipe
+        assert parse("data.seed=9", text=dump_recipe(recipe, indent=1)).data.seed == 9
+    odd = parse(r"model.path=\???")
+    assert odd.model.path == "???" and parse(text=dump_recipe(odd)) == odd
 
 
 def test_a_missing_value_may_come_from_an_override() -> None:
