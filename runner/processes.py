@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-# `<run>:<attempt>`, the run as `execute` names it, in the environment of everything that `execute`
-# starts.
+# `<run>:<attempt>`, the run as `launch.attempt` names it, in the environment of everything that an
+# attempt starts.
 OWNER_VARIABLE: Final = "RUNNER_OWNER"
 
 _PATIENCE_SECONDS: Final = 30.0  # a process that the kernel cannot end waits for a disk
@@ -127,8 +127,8 @@ def has_lost_sibling(num_siblings: int) -> bool:
         siblings = [pid for children in tasks for pid in children.read_text().split()]
     except OSError:
         return False  # the parent cannot be looked at, or is gone
-    # A kernel that does not tell, or a parent between the launcher and this rank: then nothing is
-    # known of the others.
+    # If the kernel does not list children, or another process sits between launcher and rank,
+    # assume all ranks are alive.
     return str(os.getpid()) in siblings and sum(map(_is_alive, siblings)) < num_siblings
 
 

@@ -1,10 +1,8 @@
-"""Checkpoints that count only with a marker, written last; moving aside and restoring them.
+"""Makes a saved checkpoint count: marker last; moves checkpoints aside and puts them back.
 
-Owns nothing of what Transformers writes into a checkpoint: only whether it counts. How long it
-stays is in `retention`, which one is continued in `choose`.
-
-What the run has written so far travels inside each checkpoint, so that it can be continued on an
-empty machine.
+Owns whether a checkpoint counts, nothing of what Transformers writes into it. `retention` decides
+how long it stays, `choose` which one is continued. The run's metrics and scores so far travel
+inside each checkpoint, so that it can be continued on an empty machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a checkpoint was written under, held against a launch: may it be continued bit for bit?
+"""Compares a checkpoint's marker with a launch: may it be continued bit for bit?
 
-Owns the words for what differs and what to do about it. Which checkpoint is asked about is decided
-in `choose`.
+Owns the words for what differs and what to do about it. `choose` decides which checkpoint is asked
+about.
 """
 
 from __future__ import annotations

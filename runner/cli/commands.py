@@ -1,6 +1,6 @@
-"""What each verb of the command line does, from parsed arguments to an exit code.
+"""The verbs of the command line, from parsed arguments to an exit code.
 
-What launches runs is in `launch` and `sweep`.
+The verbs that launch runs are in `launch` and `sweep`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The verb that starts one run, `launch`, from parsed arguments to an exit code; and how every verb
-finds one run.
-"""
+"""`runner launch`, from arguments to an exit code; and finding the one run that a verb is about."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
-"""Which tokens of a chat are trained on: proven from the chat template itself, or refused with a
-reason.
+"""Labels: which tokens of a chat are trained on, proven from the chat template itself or refused.
 
 Owns the step from messages to `input_ids`, completion spans and `labels`, in pure Python. Does not
 own where the messages come from, truncation, or batching. A *completion* is one assistant turn up
 to and including its end-of-turn token.
 
-How a mask is found: rendering the template with a unique sentinel for every content yields the
-template's own text between the contents, the skeleton (`chat_skeleton.py`). A row is accepted only
-if its real rendering is exactly skeleton and contents laid end to end. Every position is then a sum
-of known lengths: no content is ever searched, so nothing that a user writes can move the mask.
-`docs/chat_templates.md` tells it at length.
+A mask is found by rendering the template with a unique sentinel for every content. That yields the
+template's own text between the contents, the skeleton (`chat_template`). A row is accepted only if
+its real rendering is exactly skeleton and contents laid end to end. Every position is then a sum of
+known lengths: no content is ever searched, so nothing that a user writes can move the mask.
+`docs/chat_templates.md` explains it at length.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""The local engine: runs several attempts at a time on one machine. Decides only where and when
-`execute` runs.
+"""The local engine: runs several attempts at a time on this machine, and shows where they are.
 
-What a sweep shows on stderr while it runs: a bar over runs, and the step and loss of each current
-one.
-
-The help of `sweep` imports this file for its options: what is slow is imported in functions.
+Owns when an attempt starts and on which slot or GPUs, the retries of failed runs, and the bars or
+lines on stderr. One attempt is `launch.attempt`. `sweep --help` imports this file for its options:
+what is slow is imported in functions.
 """
 
 from __future__ import annotations

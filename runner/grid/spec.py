@@ -1,7 +1,7 @@
 """What a person writes beside a template: `grid.yaml` and the model cards, read into frozen, typed
 objects.
 
-Owns what such a file may say. `grid_cells` multiplies the axes, `render` fills the template.
+Owns what such a file may say. `render` multiplies the axes and fills the template.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One attempt of one run: takes the lease, opens the record, starts `accelerate launch`, closes the
 record.
 
-What is written of a run, under its lease, before an attempt is started and after it has ended, or
-refuses it.
+Owns everything that is written of a run under its lease on the launch side: before an attempt is
+started, after it has ended, and when it is refused.
 """
 
 from __future__ import annotations
@@ -234,8 +234,8 @@ def name_owner(paths: RunPaths) -> str:
 
 
 class FailedElsewhere(Exception):
-    """Another process has tried the run since this one decided to: what came of it is its to retry
-    or to leave.
+    """Another process ran this run after we planned it. Whether to retry is that process's
+    decision.
     """
 
     def __init__(self, failure: Failure, files: AttemptPaths) -> None:

@@ -1,5 +1,6 @@
-"""Pure: a recipe, a run directory and a placement become the exact command and environment of one
-attempt.
+"""The exact command and environment of one attempt, from a recipe, a run directory and a placement.
+
+Pure.
 """
 
 from __future__ import annotations

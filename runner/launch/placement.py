@@ -1,13 +1,7 @@
-"""What a machine has free for runs: slots or GPUs, and the placements made of them.
+"""Placements: the slots, GPUs, cores and machines that a run gets, on this machine or from Slurm.
 
-What a cluster's environment variables say about the machine that an attempt got. Pure; one function
-per question.
-
-Several machines for one attempt: what Slurm has allotted, and becoming `accelerate launch` on each
-of them.
-
-Executed as `python -m runner.launch.placement accelerate launch ...`, which `srun` starts once on
-each machine.
+Also a program: `srun` executes `python -m runner.launch.placement accelerate launch ...` once on
+each machine of an attempt, which becomes that command with the machine's rank in it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Pure: for each run, launch, skip or refuse, and the reason in words; after a failure, whether to
-try again.
+"""Launch, skip or refuse, for each run and with the reason; after a failure, whether to try again.
+
+Pure. `Launch` is what a decision to launch hands on.
 """
 
 from __future__ import annotations
@@ -149,11 +150,10 @@ def decide_retry(
 
 
 def foresee_retry(recipe: Recipe, attempts: Sequence[Attempt]) -> Retry | None:
-    """What the sweep that made the last of these attempts does next with the run, as far as its
-    record tells.
+    """The retry that the sweep which made the last attempt will start, if that sweep is still
+    alive; the record does not tell whether it is.
 
-    None also where an attempt ended without a word: then its sweep was killed too. Nobody knows
-    from the record whether that sweep still lives.
+    None also where an attempt ended without a record: then its sweep was killed too.
     """
     # By whom is not known.
     if not attempts or (failure := attempts[-1].failure) is None or failure.kind == "preempted":

@@ -1,5 +1,5 @@
-"""Which recipes a command is about: files, folders, globs and run directories, narrowed down by
-axis values.
+"""Selects the recipes that a command is about: files, folders, globs and run directories, narrowed
+by axis values.
 """
 
 from __future__ import annotations

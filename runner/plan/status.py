@@ -119,7 +119,7 @@ def derive_status(
 ) -> RunStatus:
     """The status of one run, from what was read of it and the recipe as it is now. Pure.
 
-    The launch that is thought of has `num_processes` (None: the recipe's own) and the
+    The launch being considered has `num_processes` (None: the recipe's own) and the
     `Attempt.resume` that is given. A file that cannot be read is a state, and no reason to say
     nothing of the other runs.
     """

@@ -61,7 +61,7 @@ class Explanation:
 
     name: str
     run_dir: str
-    num_processes: int  # of the launch that is thought of
+    num_processes: int  # of the launch being considered
     status: RunStatus
     decisions: dict[str, Decision]  # by verb
     missing: dict[str, str]  # dotted key -> path that is not there

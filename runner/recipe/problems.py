@@ -1,8 +1,8 @@
 """Words the problems of a recipe, grid or model card: line, dotted key, what was found, what is
 accepted, the nearest known name.
 
-What a YAML text may not hold: a secret, a reference to something else, what overflows the parser's
-stack (measured with libyaml 0.2.5). `parse` has the limits of what is read from it.
+Finds what a YAML text may not hold: a secret, a reference to something else, what overflows the
+parser's stack (measured with libyaml 0.2.5). `parse` limits the size of what is read from it.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ class RunPaths:
     @property
     def recipe_path(self) -> Path:
         """The resolved recipe, its digest and the content hashes behind it; written by
-        `execute`.
+        `launch.attempt`.
         """
         return self.run_dir / "recipe.json"
 
     @property
     def record_path(self) -> Path:
-        """All attempts; written by `execute`."""
+        """All attempts; written by `launch.attempt`."""
         return self.run_dir / "run.json"
 
     @property
@@ -78,7 +78,7 @@ class RunPaths:
 
     @property
     def ranks_lock_path(self) -> Path:
-        """Shared by all living ranks of an attempt on several machines; `ranks` says how."""
+        """Shared by all living ranks of an attempt on several machines; `lease` says how."""
         return self.run_dir / "ranks"
 
     @property
@@ -145,7 +145,7 @@ class AttemptPaths:
 
     @property
     def launcher_lock_path(self) -> Path:
-        """Locked by the launcher of an attempt on several machines while it may go on; `ranks` says
+        """Locked by the launcher of an attempt on several machines while it may go on; `lease` says
         how.
         """
         return self.attempt_dir / "launcher"

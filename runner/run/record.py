@@ -1,8 +1,7 @@
-"""Facts of a run as they stand on disk. Nothing here is intent, nothing is guessed; what they mean
-now is in `status`.
+"""The records in a run directory, typed: attempts, result, failures, progress. No intent, no guess.
 
-`run.json` holds the attempts and is written by `attempts`; `result.json` is written last by the
-trainer.
+`run.json` holds the attempts and is written by `launch.attempt`; `result.json` is written last by
+the trainer. `plan.status` derives what the records mean now.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ class Attempt(Fact):
     environment: dict[str, str]
     num_processes: int
     host: str
-    # The how-manieth retry in a row this is, by itself; 0: somebody asked for this attempt.
+    # Consecutive automatic retries so far; 0 if a user started this attempt.
     retry: int = 0
     # What `per_device_*_batch_size` are divided by, after running out of memory.
     micro_batch_divisor: int = Field(default=1, ge=1)

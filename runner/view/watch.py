@@ -1,12 +1,8 @@
-"""`runner status --watch`: the screen of `watch_screen`, drawn again and again on a terminal, else
-printed once.
+"""`runner status --watch`: draws `screen` again and again on a terminal, or prints it once.
 
-What the live view reads: statuses and losses of many runs, each read again only when its files
-changed.
-
-Reads files only. A status is derived again when any name, size, time or inode in the run directory,
-its last attempt or its checkpoints changed, when the lease changed hands, or when a file that the
-recipe names did. Of the run's facts, those files are then read again that changed.
+Reads files only. The status of a run is derived again when any name, size, time or inode in its
+directory, its last attempt or its checkpoints changed, when the lease changed hands, or when a file
+that the recipe names changed. Of the run's facts, only the files that changed are read again.
 """
 
 from __future__ import annotations
