@@ -162,7 +162,7 @@ def test_the_command_line_imports_what_is_slow_only_when_it_is_called() -> None:
 
 def test_a_package_file_holds_one_sentence() -> None:
     for module, path in MODULES.items():
-        if path.name == "__init__.py" and module != "runner":
+        if path.name == "__init__.py" and module != "runner":  # which holds the version
             body = ast.parse(path.read_text()).body
             assert len(body) == 1 and isinstance(body[0], ast.Expr), f"{path} holds more"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from runner.cli.launch import run_launch, select_run
 from runner.cli.sweep import run_rerun, run_sweep
-from runner.errors import RunnerError
+from runner.errors import RunnerError, hide_bitsandbytes_warning
 from runner.plan.select import UnreadableRun, select_recipes, suggest_path
 from runner.plan.status import RunStatus, read_status
 from runner.recipe.identity import ContentHashes, known_contents
@@ -77,6 +77,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     if arguments.schema_only:
         print(f"{len(selected)} recipes are well-formed")
         return 0
+    hide_bitsandbytes_warning()
     from runner.preflight.check import print_check
 
     finished = [one.full_name for one in selected if one.paths.result_path.exists()]
@@ -228,6 +229,7 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 def run_chat(arguments: argparse.Namespace) -> int:
     """`runner chat`."""
+    hide_bitsandbytes_warning()
     from runner.publish.chat import chat
 
     return chat(
@@ -242,6 +244,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """`runner export`."""
+    hide_bitsandbytes_warning()
     from runner.publish.export import export_run
 
     difference = export_run(

@@ -14,7 +14,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-from runner.errors import RunnerError
+from runner.errors import RunnerError, hide_bitsandbytes_warning
 from runner.files import write_json_atomic
 from runner.run.failures import build_failure
 from runner.run.lease import ATTEMPT_VARIABLE, Lease, join_attempt
@@ -40,6 +40,7 @@ def main() -> int:
         preemption = _listen(run_dir, place)
         if (stored := load_stored_recipe(RunPaths(run_dir))) is not None:
             hide_libraries(find_unused_libraries(stored.recipe))
+        hide_bitsandbytes_warning()
         from runner.sft.train import train
 
         train(run_dir, place, preemption)
