@@ -141,10 +141,9 @@ def find_beside(source: Path, step: int | None) -> Path | None:
     """What `import_checkpoint` fetches where the source is a local folder or archive."""
     if step is None:
         return source
-    names = (f"{STEP_PREFIX}{step}", f"{STEP_PREFIX}{step}.zip")
-    return next(
-        (path for name in names if (path := source.absolute().parent / name).exists()), None
-    )
+    folder = source.absolute().parent
+    paths = (folder / f"{STEP_PREFIX}{step}", folder / f"{STEP_PREFIX}{step}.zip")
+    return next((path for path in paths if path.exists()), None)
 
 
 def import_newest(

@@ -106,18 +106,15 @@ def run_launch(arguments: argparse.Namespace) -> int:
 
 def _count_fruitless(paths: RunPaths) -> int:
     """The last attempts in a row that were preempted before their first step."""
-    attempts = load_record(paths).attempts
-    fruitful = (
-        number
-        for number, one in enumerate(reversed(attempts))
-        if one.failure is None
-        or one.failure.kind != "preempted"
-        or (
-            (progress := load_progress(paths.attempt(one.number).progress_path)) is not None
-            and progress.step > 0
-        )
-    )
-    return next(fruitful, len(attempts))
+    count = 0
+    for attempt in reversed(load_record(paths).attempts):
+        if attempt.failure is None or attempt.failure.kind != "preempted":
+            break
+        progress = load_progress(paths.attempt(attempt.number).progress_path)
+        if progress is not None and progress.step > 0:
+            break
+        count += 1
+    return count
 
 
 def name_overridden(name: str, overrides: list[str]) -> str:

@@ -186,12 +186,10 @@ def plan_data(path: Path) -> DataPlan:
         )
 
     examples = read(1).task.build_examples(load_rows(source)).examples
-    num_bytes = {
-        json.dumps(example.messages): sum(
-            len(message["content"].encode()) for message in example.messages
-        )
-        for example in examples
-    }
+    num_bytes: dict[str, int] = {}  # of each different conversation
+    for example in examples:
+        contents = "".join(message["content"] for message in example.messages)
+        num_bytes[json.dumps(example.messages)] = len(contents.encode())
     if len(num_bytes) < _MIN_ROWS:
         found = f"{len(num_bytes)} different {'row' if len(num_bytes) == 1 else 'rows'}"
         raise RunnerError(f"{path} holds {found}; {_MIN_ROWS} are needed to train, select and test")

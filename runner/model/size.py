@@ -205,13 +205,14 @@ def _find_quantized(recipe: Recipe, model: Any) -> set[str]:
     """Names of the linear layers that bitsandbytes quantises."""
     if recipe.quantization.method == "none":
         return set()
-    kept = get_keys_to_not_convert(model)
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and not any(name == key or name.startswith(f"{key}.") for key in kept)
-    }
+    kept = tuple(get_keys_to_not_convert(model))
+    below_kept = tuple(f"{key}." for key in kept)
+    names = set()
+    for name, module in model.named_modules():
+        is_kept = name in kept or name.startswith(below_kept)
+        if isinstance(module, torch.nn.Linear) and not is_kept:
+            names.add(name)
+    return names
 
 
 def _quantized_bytes(recipe: Recipe, weight: torch.Tensor) -> int:

@@ -141,11 +141,8 @@ def _files_in(folder: Path) -> list[Path]:
     there.
     """
     files = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    return [
-        folder / file
-        for file in sorted(files)
-        if not any(part.startswith(".") for part in file.parts)
-    ]
+    # A hidden part shows as a dot at the start, or behind a slash.
+    return [folder / file for file in sorted(files) if "/." not in f"/{file.as_posix()}"]
 
 
 def list_content_paths(recipe: Recipe) -> dict[str, str]:

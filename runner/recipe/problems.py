@@ -308,14 +308,10 @@ def list_problems(
     """One problem per mistake against `model`, in the order of the file; what comes after those
     that are shown is not worded well.
     """
-    placed = [
-        (
-            path := _visible_path(detail, container),
-            find_line(".".join(path), text, overridden),
-            detail,
-        )
-        for detail in error.errors()
-    ]
+    placed = []
+    for detail in error.errors():
+        path = _visible_path(detail, container)
+        placed.append((path, find_line(".".join(path), text, overridden), detail))
     problems: dict[tuple[str, str], Problem] = {}
     for path, line, detail in sorted(placed, key=lambda item: item[1] or 0):
         key = ".".join(path)
@@ -394,13 +390,12 @@ def _known_names(model: type[BaseModel], location: tuple[int | str, ...]) -> lis
         if nested:
             models = [m for annotation in nested for m in _models_in(annotation)]
         else:  # a union tag narrows down to the members that carry it; a name or index does not
-            tagged = [
-                m
-                for m in models
-                if any(_carries(field.annotation, part) for field in m.model_fields.values())
-            ]
-            models = tagged or models
+            models = [m for m in models if _is_tagged(m, part)] or models
     return [name for m in models for name in m.model_fields]
+
+
+def _is_tagged(model: Any, tag: int | str) -> bool:
+    return any(_carries(field.annotation, tag) for field in model.model_fields.values())
 
 
 def _carries(annotation: Any, tag: int | str) -> bool:

@@ -146,14 +146,14 @@ def build_warnings(rows: Sequence[ReportRow]) -> list[str]:
     warnings = []
     unknown = groups.pop(None, [])
     if len(groups) > 1:
-        sets = "; ".join(
-            f"{str(ids_hash)[:HASH_CHARACTERS]} ({runs[0].num_test_rows} rows):"
-            f" {_name_some(run.name for run in runs)}"
-            for ids_hash, runs in groups.items()
-        )
+        sets = []
+        for ids_hash, runs in groups.items():
+            names = _name_some(run.name for run in runs)
+            shown = str(ids_hash)[:HASH_CHARACTERS]
+            sets.append(f"{shown} ({runs[0].num_test_rows} rows): {names}")
         warnings.append(
             f"{len(groups)} different sets of test rows; numbers compare only within one set:"
-            f" {sets}"
+            f" {'; '.join(sets)}"
         )
     if unknown:
         names = _name_some(run.name for run in unknown)
@@ -235,11 +235,12 @@ def _format_markdown(rows: Sequence[ReportRow], comparisons: Sequence[AxisCompar
     parts = [
         f"# {', '.join(dict.fromkeys(row.grid for row in rows)) or 'report'}: {_count_states(rows)}"
     ]
-    if equal := [
-        f"{column.equal_prefix}{value}"
-        for column in columns
-        if (value := column.equal_value()) is not None
-    ]:
+    equal = []
+    for column in columns:
+        value = column.equal_value()
+        if value is not None:
+            equal.append(f"{column.equal_prefix}{value}")
+    if equal:
         parts.append(one_line(f"Equal in every run: {'; '.join(equal)}."))
     parts += [f"**warning:** {warning}" for warning in build_warnings(rows)]
     if rows:

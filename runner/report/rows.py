@@ -109,13 +109,12 @@ def build_rows(runs: Iterable[tuple[Recipe, RunFacts, RunStatus]]) -> list[Repor
     """
     rows = [_build_row(position, *run) for position, run in enumerate(runs)]
     grids = list(dict.fromkeys(row.grid for row in rows))
-    ranks = {
-        axis: {axis_key(value): rank for rank, value in enumerate(list_values(rows, axis))}
-        for axis in list_axes(rows)
-    }
+    keys = {axis: list(map(axis_key, list_values(rows, axis))) for axis in list_axes(rows)}
 
     def rank(row: ReportRow) -> tuple[int, ...]:
-        cell = (ranks[axis][axis_key(row.axes[axis])] if axis in row.axes else -1 for axis in ranks)
+        cell = []
+        for axis, values in keys.items():
+            cell.append(values.index(axis_key(row.axes[axis])) if axis in row.axes else -1)
         return grids.index(row.grid), *cell, row.position
 
     return sorted(rows, key=rank)

@@ -130,10 +130,8 @@ def _compare_axis(rows: Sequence[ReportRow], axis: str) -> list[AxisComparison]:
             differences = [
                 b.answers["tuned"].metrics[name] - a.answers["tuned"].metrics[name] for a, b in both
             ]
-            reasons = [
-                *unpaired,
-                *(reason for pair in pairs if (reason := _why_not_comparable(name, *pair))),
-            ]
+            others = (_why_not_comparable(name, *pair) for pair in pairs)
+            reasons = [*unpaired, *filter(None, others)]
             comparisons.append(
                 _compare_pairs(answer_unit(name), both, differences, reasons, values_compared)
             )
@@ -189,15 +187,16 @@ def _match(
             cells.setdefault((row.grid, *others), {key: [] for key in sides})[side].append(row)
     pairs, unpaired = [], []
     for cell in cells.values():
-        reasons = [
-            why
-            for side, runs in cell.items()
-            if (why := _why_no_partner(axis, sides[side], runs, cell))
-        ]
+        reasons: list[str] = []
+        scored: list[ReportRow] = []
+        for side, runs in cell.items():
+            why = _why_no_partner(axis, sides[side], runs, cell)
+            reasons += [why] if why else []
+            scored += [row for row in runs if row.is_scored][:1]
         if reasons:
             unpaired.append(", ".join(reasons))
         else:
-            first, second = (next(row for row in runs if row.is_scored) for runs in cell.values())
+            first, second = scored
             pairs.append((first, second))
     return pairs, unpaired
 

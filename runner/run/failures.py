@@ -159,10 +159,8 @@ def classify(error: BaseException) -> FailureKind:
     >>> classify(ValueError("shapes differ"))
     'crashed'
     """
-    return next(
-        (kind for one in _list_causes(error) if (kind := _classify_one(one)) != "crashed"),
-        "crashed",
-    )
+    kinds = map(_classify_one, _list_causes(error))
+    return next((kind for kind in kinds if kind != "crashed"), "crashed")
 
 
 def _list_causes(error: BaseException) -> Iterator[BaseException]:
@@ -227,12 +225,18 @@ def is_full_disk(error: BaseException) -> bool:
     """Whether the disk, or a quota, is full; safetensors and torch wrap the system's error in kinds
     of their own.
     """
-    return any(
-        (isinstance(one, OSError) and one.errno in _FULL_DISK)
-        or any(os.strerror(number) in str(one) for number in _FULL_DISK)
-        or (isinstance(one, RuntimeError) and _TORCH_CANNOT_WRITE.search(str(one)) is not None)
-        for one in _list_causes(error)
-    )
+    for one in _list_causes(error):
+        if isinstance(one, OSError) and one.errno in _FULL_DISK:
+            return True
+        if isinstance(one, RuntimeError) and _TORCH_CANNOT_WRITE.search(str(one)) is not None:
+            return True
+        if _says_full_disk(str(one)):
+            return True
+    return False
+
+
+def _says_full_disk(text: str) -> bool:
+    return any(os.strerror(number) in text for number in _FULL_DISK)
 
 
 def describe_full_disk(error: BaseException, run_dir: Path) -> str:
@@ -266,19 +270,15 @@ def explain_silence(log_path: Path, exit_status: int) -> Failure:
             return Failure(kind="out_of_memory", message=line)
     if (used := next((line for line in lines if _ADDRESS_IN_USE.search(line)), None)) is not None:
         return Failure(kind="transient", message=used)
-    full = next(
-        (line for line in lines if any(os.strerror(number) in line for number in _FULL_DISK)), None
-    )
+    full = next(filter(_says_full_disk, lines), None)
     if full is not None or _is_full(log_path.parent):
         place = f"disk full: {log_path.parent} ({_format_free(log_path.parent)})"
         return Failure(kind="transient", message=f"{place}: {full}" if full else place)
-    raised = [(match[1], line) for line in lines if (match := _EXCEPTION_LINE.match(line))]
+    raised = next(filter(None, map(_EXCEPTION_LINE.match, reversed(lines))), None)
     # Its own words, not its report of a dead trainer.
-    if raised and raised[-1][0] not in _LAUNCHER_OVER_A_DEAD_CHILD:
-        return Failure(
-            kind=classify_text(raised[-1][1]) or "configuration",
-            message=f"the launcher: {raised[-1][1]}",
-        )
+    if raised is not None and raised[1] not in _LAUNCHER_OVER_A_DEAD_CHILD:
+        line = raised.string
+        return Failure(kind=classify_text(line) or "configuration", message=f"the launcher: {line}")
     return Failure(
         kind="lost", message=f"the trainer vanished (exit status {exit_status}) without a word"
     )
@@ -306,7 +306,8 @@ def _read_last_lines(log_path: Path) -> list[str]:
         return []
     lines = scrub(text).splitlines()
     whole = lines if size <= _READ_BYTES else lines[1:]
-    return [stripped for line in whole if (stripped := escape_controls(line).strip())]
+    stripped = (escape_controls(line).strip() for line in whole)
+    return [line for line in stripped if line]
 
 
 def _is_full(folder: Path) -> bool:

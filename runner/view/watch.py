@@ -84,10 +84,14 @@ class _Contents:
         self._known.clear()
 
     def known(self, paths: Sequence[str]) -> dict[str, str]:
+        found = {}
         for path in paths:
             if path not in self._known:
                 self._known[path] = self._hashes.known(Path(path)) if Path(path).exists() else None
-        return {path: digest for path in paths if (digest := self._known[path]) is not None}
+            digest = self._known[path]
+            if digest is not None:
+                found[path] = digest
+        return found
 
 
 @dataclass
@@ -150,9 +154,8 @@ class LossReader:
         except OSError:
             return []
         self._num_bytes += len(whole) + len(newline)
-        self._losses += [
-            loss for line in whole.split(b"\n") if (loss := _find_loss(line)) is not None
-        ]
+        losses = map(_find_loss, whole.split(b"\n"))
+        self._losses += [loss for loss in losses if loss is not None]
         return self._losses
 
 

@@ -122,10 +122,10 @@ class Task(Section):
 
 def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean of each score; none without rows."""
-    return {
-        name: math.fsum(scores[name] for scores in rows) / len(rows)
-        for name in (rows[0] if rows else ())
-    }
+    means = {}
+    for name in rows[0] if rows else ():
+        means[name] = math.fsum(scores[name] for scores in rows) / len(rows)
+    return means
 
 
 def build_answered(
