@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -79,6 +78,23 @@ class Policy:
     judges_all: bool = False  # verify also what is older than what decides
 
 
+def build_policy(
+    recipe: Recipe,
+    resume: str,
+    divisor: int,
+    verification: Verification | None = None,
+    *,
+    judges_all: bool = False,
+) -> Policy:
+    """The policy of an attempt with this `Attempt.resume` and `Attempt.micro_batch_divisor`."""
+    return Policy(
+        verification,
+        has_run_out_of_memory=divisor > 1 and resume in ("auto", "none"),
+        refuses_other_versions=recipe.launch.on_version_change == "refuse",
+        judges_all=judges_all,
+    )
+
+
 @dataclass(frozen=True)
 class Move:
     """A folder or archive that goes to quarantine."""
@@ -112,9 +128,10 @@ class Choice:
     weights_dir: Path | None = None  # verified, where only weights were wanted
     moves: tuple[Move | Restore, ...] = ()  # in order; made before a refusal is raised
     refusal: RefusedError | None = None
-    comparison: Comparison | None = None  # of the checkpoint that is continued or refused
+    obstacles: tuple[str, ...] = ()  # differences that forbid to continue, one line per dotted key
+    version_warnings: tuple[str, ...] = ()  # differences of versions that do not
+    decisive_step: int | None = None  # of the checkpoint that is continued or refused
     newest_step: int | None = None  # of those that verify, also where nothing continues from it
-    version_warnings: tuple[str, ...] = ()
     verdicts: tuple[Verdict, ...] = ()  # where all are judged; the newest checkpoint comes first
 
 
@@ -145,22 +162,24 @@ def choose(
     verdicts = _judge_all(draft, step) if policy.judges_all else ()
     if found is None:
         return Choice(moves=moves, newest_step=draft.newest_step, verdicts=verdicts)
-    refusal = None
-    if found.differences:
-        message = describe_obstacles(found.step, found.differences)
-        refusal = RefusedError(message, hint=LAUNCH_AS_BEFORE)
-    elif found.version_changes and policy.refuses_other_versions:
-        message = describe_obstacles(found.step, found.version_changes)
-        refusal = RefusedError(message, hint=suggest_ways_out(found.version_changes))
-    return Choice(
+    return replace(
+        _allow_or_refuse(found, policy),
         step=step,
         moves=moves,
-        refusal=refusal,
-        comparison=found,
         newest_step=draft.newest_step,
-        version_warnings=() if refusal else found.version_changes,
         verdicts=verdicts,
     )
+
+
+def _allow_or_refuse(found: Comparison, policy: Policy) -> Choice:
+    """The part of a choice that follows from what the decisive checkpoint was written under."""
+    changes = found.version_changes
+    obstacles = found.differences + (changes if policy.refuses_other_versions else ())
+    if not obstacles:
+        return Choice(decisive_step=found.step, version_warnings=changes)
+    message = describe_obstacles(found.step, obstacles)
+    refusal = RefusedError(message, hint=suggest_ways_out(obstacles))
+    return Choice(decisive_step=found.step, obstacles=obstacles, refusal=refusal)
 
 
 def _leave_other_micro_batches(draft: _Draft, fingerprint: Mapping[str, Any]) -> None:
@@ -493,34 +512,21 @@ def look_ahead(
     not known yet), `resume` its `Attempt.resume`. Reads nothing but the marker of a path that is to
     be resumed from.
     """
+    is_named = resume not in ("auto", "latest", "best")
     if resume == "none" or "://" in resume:  # remote storage is not asked here
         return Choice()
-    build_current = partial(
-        build_resume_fingerprint, recipe, recipe_digest, num_processes, divisor, threads=threads
+    if not is_named and all(kept.marker is None for kept in inventory.kept.values()):
+        return Choice()
+    current = build_resume_fingerprint(
+        recipe, recipe_digest, num_processes, divisor, threads=threads
     )
-    if resume not in ("auto", "latest", "best"):
-        # What else is wrong with a path is for the trainer to find out.
+    policy = build_policy(recipe, resume, divisor)
+    if is_named:
+        # Anything else that is wrong with a path is for the trainer to find out.
         marker = _read_marker(Path(resume))
         if marker is None:
             return Choice()
-        found = compare_fingerprints(marker, build_current())
-        return Choice(comparison=found, newest_step=found.step)
-    if all(kept.marker is None for kept in inventory.kept.values()):
-        return Choice()
+        found = compare_fingerprints(marker, current)
+        return replace(_allow_or_refuse(found, policy), newest_step=found.step)
     # Whether the latest or the best one verifies is for the trainer to find out.
-    policy = Policy(has_run_out_of_memory=divisor > 1 and resume == "auto")
-    return choose(inventory, "auto", build_current(), policy)
-
-
-def list_obstacles(comparison: Comparison, recipe: Recipe) -> tuple[str, ...]:
-    """What forbids to go on from the checkpoint, one line per dotted key."""
-    is_strict = recipe.launch.on_version_change == "refuse"
-    return comparison.differences + (comparison.version_changes if is_strict else ())
-
-
-def refuse_to_continue(choice: Choice, recipe: Recipe) -> None:
-    """Raises: RefusedError where `look_ahead` found what forbids the launch."""
-    found = choice.comparison
-    if found is not None and (obstacles := list_obstacles(found, recipe)):
-        message = describe_obstacles(found.step, obstacles)
-        raise RefusedError(message, hint=suggest_ways_out(obstacles))
+    return choose(inventory, "auto", current, policy)

@@ -21,6 +21,7 @@ from runner.checkpoints.choose import (
     Policy,
     Verification,
     Wanted,
+    build_policy,
     choose,
     describe_rewind,
     read_inventory,
@@ -285,13 +286,13 @@ def choose_resume_step(
     resume: str,
     remote: RemoteFolder | None = None,
     *,
-    has_run_out_of_memory: bool = False,
+    divisor: int = 1,
 ) -> int | None:
     """The step that this attempt goes on from, `resume` being `Attempt.resume`; None to start at
     step 0.
 
-    A run that `has_run_out_of_memory` and goes on in smaller micro-batches leaves behind what it
-    wrote before.
+    With a `divisor` (`Attempt.micro_batch_divisor`) above 1 the run has gone out of memory, and
+    leaves behind what it wrote in larger micro-batches.
 
     Raises:
         RefusedError: what was asked for cannot be continued.
@@ -306,16 +307,12 @@ def choose_resume_step(
         import_checkpoint(paths, checkpoints, fingerprint, build_fetch(folder, step, recipe, paths))
     elif resume not in ("auto", "none", *named):
         import_checkpoint(paths, checkpoints, fingerprint, partial(find_beside, Path(resume)))
-    policy = Policy(
-        _build_verification(paths, checkpoints),
-        has_run_out_of_memory=has_run_out_of_memory and resume in ("auto", "none"),
-        refuses_other_versions=recipe.launch.on_version_change == "refuse",
-    )
+    policy = build_policy(recipe, resume, divisor, _build_verification(paths, checkpoints))
     choice = _choose_own(paths, wanted, fingerprint, policy)
     may_load = resume == "auto" and checkpoints.remote is not None and checkpoints.remote.load
     if choice.step is None and remote is not None and may_load:
         imported = import_newest(
-            paths, recipe, fingerprint, remote, skip_other_micro_batches=has_run_out_of_memory
+            paths, recipe, fingerprint, remote, skip_other_micro_batches=divisor > 1
         )
         if imported is not None:
             choice = _choose_own(paths, wanted, fingerprint, policy)

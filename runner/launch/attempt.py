@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from runner.checkpoints.choose import look_ahead, read_inventory, refuse_to_continue
+from runner.checkpoints.choose import look_ahead, read_inventory
 from runner.checkpoints.marker import list_committed
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import write_json_atomic
@@ -105,7 +105,8 @@ def refuse_uncontinuable(
         threads=threads,
         resume=launch.resume,
     )
-    refuse_to_continue(choice, recipe)
+    if choice.refusal is not None:
+        raise choice.refusal
 
 
 def open_attempt(

@@ -8,7 +8,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from runner.checkpoints.choose import Inventory, list_obstacles, look_ahead, read_inventory
+from runner.checkpoints.choose import Inventory, look_ahead, read_inventory
 from runner.errors import CorruptFileError, RefusedError
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe
@@ -213,12 +213,13 @@ def _look_ahead(
         )
     except RefusedError as error:  # the global batch cannot be kept like that
         return {"obstacles": (error.message,)}
-    found = choice.comparison
-    obstacles = list_obstacles(found, recipe) if found is not None else ()
-    changes = found.version_changes if found is not None and not obstacles else ()
     # What stands in the way is that of the checkpoint that decides, perhaps an older one.
-    step = found.step if found is not None and (obstacles or changes) else choice.newest_step
-    return {"checkpoint_step": step, "obstacles": obstacles, "version_changes": changes}
+    is_told = choice.obstacles or choice.version_warnings
+    return {
+        "checkpoint_step": choice.decisive_step if is_told else choice.newest_step,
+        "obstacles": choice.obstacles,
+        "version_changes": choice.version_warnings,
+    }
 
 
 def _sum_seconds(facts: RunFacts) -> float | None:

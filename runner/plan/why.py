@@ -14,8 +14,8 @@ from typing import Any, Final
 from runner.checkpoints.choose import (
     Choice,
     Inventory,
-    Policy,
     Verification,
+    build_policy,
     choose,
     read_inventory,
 )
@@ -97,7 +97,10 @@ class Explanation:
     @property
     def next_action(self) -> str:
         """What `runner launch` does."""
-        return "refuse" if self.missing or self.impossible else self.decisions["launch"].action
+        if self.missing or self.impossible:
+            return "refuse"
+        action = self.decisions["launch"].action
+        return "refuse" if action == "launch" and self.choice.refusal is not None else action
 
 
 def explain(
@@ -173,11 +176,8 @@ def _look_at_checkpoints(
     digest = stored.recipe_digest if stored else derive_digest(recipe, contents)
     current = build_resume_fingerprint(recipe, digest, num_processes, divisor, threads=None)
     with tempfile.TemporaryDirectory(prefix="runner-why-") as scratch:
-        policy = Policy(
-            Verification(paths, recipe.checkpoints, Path(scratch)),
-            has_run_out_of_memory=divisor > 1,
-            judges_all=True,
-        )
+        verification = Verification(paths, recipe.checkpoints, Path(scratch))
+        policy = build_policy(recipe, "auto", divisor, verification, judges_all=True)
         return choose(inventory, "auto", current, policy)
 
 
@@ -227,6 +227,8 @@ def _describe_next(found: Explanation) -> str:
     decision = found.decisions["launch"]
     if decision.action != "launch":
         return f"{decision.action}: {decision.why}"
+    if found.choice.refusal is not None:
+        return f"refuse: {found.choice.refusal.message}"
     processes = f"{found.num_processes} process{'es' if found.num_processes > 1 else ''}"
     if found.micro_batch_divisor > 1:
         processes += (

@@ -47,7 +47,7 @@ def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
                 context.fingerprint,
                 context.resume,
                 remote,
-                has_run_out_of_memory=context.micro_batch_divisor > 1,
+                divisor=context.micro_batch_divisor,
             )
         )
         if context.uploader is not None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from runner.errors import RunnerError
+from runner.errors import CorruptFileError, RunnerError
 from runner.launch.attempt import request_stop
 from runner.plan.decide import foresee_retry
 from runner.plan.select import Selected, select_recipes
@@ -137,10 +137,14 @@ def _describe_end(facts: RunFacts) -> str:
     attempt = facts.attempts[-1]
     if facts.has_result:
         return "the run is completed"
-    if attempt.failure is None:
+    try:
+        failure = facts.failure
+    except (CorruptFileError, OSError) as error:
+        return f"attempt {attempt.number} ended, and why cannot be read: {error}"
+    if failure is None:
         return f"attempt {attempt.number} was killed together with its launcher"
-    first_line = attempt.failure.message.partition("\n")[0]
-    return f"attempt {attempt.number} ended, {attempt.failure.kind}: {first_line}"
+    first_line = failure.message.partition("\n")[0]
+    return f"attempt {attempt.number} ended, {failure.kind}: {first_line}"
 
 
 def _say(text: str) -> None:

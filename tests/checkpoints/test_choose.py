@@ -281,11 +281,9 @@ def test_threads_count_once_they_are_known(tmp_path: Path) -> None:
     digest = derive_digest(recipe, contents_of(recipe))
 
     def changes(recipe: Recipe, threads: str | None) -> tuple[str, ...]:
-        comparison = look_ahead(
-            read_inventory(paths), recipe, digest, 3, threads=threads
-        ).comparison
-        assert comparison is not None
-        return comparison.version_changes
+        choice = look_ahead(read_inventory(paths), recipe, digest, 3, threads=threads)
+        assert choice.decisive_step is not None
+        return choice.version_warnings or choice.obstacles
 
     assert changes(recipe, None) == changes(recipe, "1") == ()
     assert changes(recipe, "7") == ('versions.OMP_NUM_THREADS: "1" -> "7"',)

@@ -290,22 +290,14 @@ def test_checkpoints_of_before_it_went_out_of_memory_are_left_behind(tmp_path: P
         choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, "auto")
     shutil.rmtree(paths.checkpoint_dir(8))  # of which the archive is left
     for resume in ("none", "auto"):
-        assert (
-            choose_resume_step(
-                paths, RECIPE, FINGERPRINT | SMALLER, resume, has_run_out_of_memory=True
-            )
-            is None
-        )
+        assert choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, resume, divisor=2) is None
     assert list_committed(paths) == [] and quarantined(paths) == ["step-4.1", "step-8.zip.1"]
     commit_cut(paths, SMALLER, 4, 8)
-    assert (
-        choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, "auto", has_run_out_of_memory=True)
-        == 8
-    )
+    assert choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, "auto", divisor=2) == 8
     assert quarantined(paths) == ["step-4.1", "step-8.zip.1"], "its own stay"
     with pytest.raises(RefusedError, match="per_device_train_batch_size: 2 -> 1"):
         named = str(paths.quarantine_dir / "step-4.1")
-        choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, named, has_run_out_of_memory=True)
+        choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, named, divisor=2)
 
 
 def test_archives_of_before_it_went_out_of_memory_are_not_fetched(tmp_path: Path) -> None:
@@ -325,14 +317,9 @@ def test_archives_of_before_it_went_out_of_memory_are_not_fetched(tmp_path: Path
     paths, current = make_paths(tmp_path / "receiver"), FINGERPRINT | SMALLER
     with pytest.raises(RefusedError, match="per_device_train_batch_size"):
         choose_resume_step(paths, recipe, current, "auto", folder)
-    assert (
-        choose_resume_step(paths, recipe, current, "auto", folder, has_run_out_of_memory=True)
-        is None
-    )
+    assert choose_resume_step(paths, recipe, current, "auto", folder, divisor=2) is None
     smaller = make_paths(tmp_path / "smaller")
     commit_cut(smaller, SMALLER, 4)
     write_archive(smaller.checkpoint_dir(4), smaller.archive_path(4))
     folder.send(smaller.archive_path(4), 4)
-    assert (
-        choose_resume_step(paths, recipe, current, "auto", folder, has_run_out_of_memory=True) == 4
-    )
+    assert choose_resume_step(paths, recipe, current, "auto", folder, divisor=2) == 4
