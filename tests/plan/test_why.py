@@ -113,6 +113,38 @@ def test_a_launch_that_is_refused_names_the_field_of_the_marker(
     assert value_of(why(RECIPE), "next") == "launch from step 4, 1 process"
 
 
+def test_behind_a_damaged_checkpoint_the_older_one_is_refused_too(
+    fake: FakeLauncher, why: Any
+) -> None:
+    """What only a look at every byte tells: the trainer would refuse once it has started."""
+    paths = interrupted(fake, num_processes=2)
+    interrupt(load_recipe(Path(RECIPE)), paths, step=8)
+    assert value_of(why(RECIPE), "next") == "launch from step 8, 1 process"
+    flip_bit(paths.checkpoint_dir(8) / "optimizer.pt")
+    assert value_of(why(RECIPE), "next") == (
+        "refuse: the checkpoint of step 4 cannot be continued exactly, something changed since:\n"
+        "  num_processes: 2 -> 1"
+    )
+    known = json.loads("\n".join(why(RECIPE, "--json")))
+    assert (known["next"], known["start_step"]) == ("refuse", None)
+
+
+def test_behind_a_damaged_checkpoint_versions_are_compared_too(
+    fake: FakeLauncher, why: Any
+) -> None:
+    fake.add("a", num_processes=1)
+    text = Path(RECIPE).read_text().replace("launch:", "launch:\n  on_version_change: refuse", 1)
+    Path(RECIPE).write_text(text)
+    recipe = load_recipe(Path(RECIPE))
+    paths = interrupt(recipe, fake.paths("a"), versions={"torch": "1.0"})
+    interrupt(recipe, paths, step=8)
+    assert value_of(why(RECIPE), "next") == "launch from step 8, 1 process"
+    flip_bit(paths.checkpoint_dir(8) / "optimizer.pt")
+    lines = why(RECIPE)
+    assert value_of(lines, "next").startswith("refuse: the checkpoint of step 4 cannot be")
+    assert 'versions.torch: "1.0" -> ' in value_of(lines, "next")
+
+
 def test_a_changed_recipe_file_and_a_missing_one(fake: FakeLauncher, why: Any) -> None:
     interrupted(fake)
     Path("data.jsonl").write_text("{}\n{}\n")
