@@ -73,7 +73,7 @@ def _decide_all(
         differences = (*status.differences, *status.obstacles)
         if decision.action == "launch" and (task := queued.get(one.full_name)) is not None:
             differences = tuple(task.find_differences(one))
-            decision = decide_queued(task.task, task.state, differences)
+            decision = decide_queued(task, differences)
         print(_describe_decision(one, decision, differences), file=stream)
         if decision.action == "launch":
             num_processes = one.recipe.launch.num_processes

@@ -363,7 +363,12 @@ def load_queue(output_root: Path) -> dict[str, QueuedRun]:
             continue
         full_name = submission.runs[int(index)]
         why = state.lower() if reason in ("", "None") else f"{state.lower()} ({reason})"
-        queued[full_name] = QueuedRun(f"{array}_{index}", why, paths.recipe_path(full_name))
+        queued[full_name] = QueuedRun(
+            task=f"slurm {array}_{index}",
+            cancel=f"scancel {array}_{index}",
+            state=why,
+            recipe_path=paths.recipe_path(full_name),
+        )
     return queued
 
 

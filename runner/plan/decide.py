@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from runner.errors import RefusedError
-from runner.plan.select import Selected
+from runner.plan.select import QueuedRun, Selected
 from runner.plan.status import RunStatus
 from runner.recipe.parse import Recipe, derive_accumulation, derive_micro_batch
 from runner.run.failures import is_address_in_use
@@ -182,15 +182,16 @@ def _in_seconds(delay: float) -> str:
     return f" in {delay:g} s" if delay else " at once"
 
 
-def decide_queued(task: str, state: str, differences: Sequence[str]) -> Decision:
-    """The decision for a run that is to be launched, but for which Slurm has a task already.
+def decide_queued(queued: QueuedRun, differences: Sequence[str]) -> Decision:
+    """The decision for a run that is to be launched, but for which a cluster has a task already.
 
-    >>> decide_queued("17_3", "pending", [])
+    >>> from pathlib import Path
+    >>> decide_queued(QueuedRun("slurm 17_3", "scancel 17_3", "pending", Path("a.json")), [])
     Decision(action='skip', why='queued: slurm 17_3 is pending')
     """
     if differences:
         return Decision(
             "refuse",
-            f"queued with another recipe; `scancel {task}` first, or change the recipe back",
+            f"queued with another recipe; `{queued.cancel}` first, or change the recipe back",
         )
-    return Decision("skip", f"queued: slurm {task} is {state}")
+    return Decision("skip", f"queued: {queued.task} is {queued.state}")

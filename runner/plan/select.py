@@ -42,8 +42,9 @@ class Selected:
 class QueuedRun:
     """A run that a cluster has a task for."""
 
-    task: str  # such as `17_3`
-    state: str  # as squeue says it, with its reason where there is one
+    task: str  # as people name it, such as `slurm 17_3`
+    cancel: str  # the command that takes it out of the queue
+    state: str  # as the queue says it, with its reason where there is one
     recipe_path: Path  # as it was submitted
 
     def find_differences(self, selected: Selected) -> list[str]:
