@@ -1,18 +1,21 @@
 """One screen of the live view as lines of styled text, cut to a size; pure.
 
-What is running or failed is cut last. A grid of runs is drawn as a table of states, some of its
-axes as columns and the others as rows. An axis with one value only, and an empty row, are left out.
+What is running or failed is cut last. A grid of runs is drawn as a table of states: its last axis
+is the columns, or as many of its last axes as make the table fit; the others are the rows. An axis
+with one value only, and an empty row, are left out.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from runner.plan.select import label_value
-from runner.text import clean, cut, cut_middle, format_seconds, measure, pad
+from runner.text import clean, cut, cut_middle, fill, format_seconds, measure, pad
 from runner.view.progress import (
     UNICODE,
     Glyphs,
@@ -28,44 +31,40 @@ from runner.view.progress import (
 )
 
 Line = tuple[tuple[str, str], ...]  # (text, style): a state's name, "dim", "bold" or ""
-Key = tuple[str, ...]
+Key = tuple[int, ...]  # for each axis, the place of a value among its values
 _GAP: Final = 2
 # Axis names, then values, are cut to these widths where nothing fits without it.
-_CUTS: Final = (
-    (1000, 1000),
-    (20, 1000),
-    (12, 1000),
-    (12, 20),
-    (8, 12),
-    (6, 12),
-    (6, 8),
-    (4, 8),
-    (4, 6),
-)
+_CUTS: Final = ((1000, 1000), (12, 1000), (12, 20), (12, 12), (8, 12), (8, 8), (6, 8), (4, 6))
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """One way to lay a grid out: the axes that are columns, all columns and rows that have a run,
-    and the size.
-    """
+class _Layout:
+    """The first axes as rows and the others as columns; those without a run are left out."""
 
-    column_axes: tuple[int, ...]
-    row_axes: tuple[int, ...]
-    columns: tuple[Key, ...]
-    rows: tuple[Key, ...]
-    label_widths: tuple[int, ...]  # of the row labels
-    name_width: int  # of the names of the column axes
+    row_axes: list[str]
+    column_axes: list[str]
+    rows: list[Key]
+    columns: list[Key]
+    header: list[list[tuple[str, int]]]  # per column axis: labels, and the columns below each
+    label_widths: list[int]  # of the row axes
     cell_width: int
-    width: int
 
     @property
     def num_header_lines(self) -> int:
-        return max(1, len(self.column_axes))
+        return len(self.column_axes) + 1
 
     @property
     def num_lines(self) -> int:
         return self.num_header_lines + len(self.rows)
+
+    @property
+    def label_width(self) -> int:
+        """Of all row labels of a line, and of the name of a column axis above them."""
+        return sum(self.label_widths) + (len(self.label_widths) - 1) * _GAP
+
+    @property
+    def width(self) -> int:
+        return self.label_width + len(self.columns) * (_GAP + self.cell_width)
 
 
 class GridTable:
@@ -73,110 +72,62 @@ class GridTable:
 
     def __init__(self, views: Sequence[RunView], glyphs: Glyphs = UNICODE) -> None:
         self._glyphs = glyphs
-        axes = list(dict.fromkeys(name for view in views for name in view.recipe.run.axes))
-        values = {axis: _order([view.recipe.run.axes.get(axis) for view in views]) for axis in axes}
-        self.title = "  ".join(
-            f"{axis} {found[0]}" for axis, found in values.items() if len(found) == 1
-        )
-        self._axes = [axis for axis, found in values.items() if len(found) > 1]
-        self._keys = {view.full_name: self._key(view) for view in views}
-        if not self._axes:  # nothing tells the runs apart but their names
-            self._axes = ["run"]
-            self._keys = {view.full_name: (view.recipe.run.name,) for view in views}
-        self._ranks = [
-            {
-                label: place
-                for place, label in enumerate(values[axis] if axis in values else self._names())
-            }
-            for axis in self._axes
-        ]
-        self._cell_width = 1 if len(set(self._keys.values())) == len(self._keys) else 3
-        numbers = range(len(self._axes))
-        subsets = [
-            chosen
-            for count in range(len(self._axes) + 1)
-            for chosen in itertools.combinations(numbers, count)
-        ]
-        if len(self._axes) > 6:  # not every way to halve more axes: the last few as columns
-            subsets = [tuple(numbers)[start:] for start in numbers] + [()]
-        names = [measure(axis) for axis in self._axes]
-        labels = [max(measure(key[number]) for key in self._keys.values()) for number in numbers]
-        self._shapes = [
-            (place, shape)
-            for chosen in subsets
-            for place, shape in enumerate(self._list_shapes(chosen, names, labels))
-        ]
+        self._labels: dict[str, list[str]] = {}  # of each axis that tells runs apart
+        single = []
+        for axis in dict.fromkeys(axis for view in views for axis in view.recipe.run.axes):
+            labels = _order([view.recipe.run.axes.get(axis) for view in views])
+            if len(labels) > 1:
+                self._labels[axis] = labels
+            else:
+                single.append(f"{axis} {labels[0]}")
+        self.title = "  ".join(single)
+        self._keys = {view.full_name: self._find_key(view) for view in views}
+        if not self._labels:  # nothing tells the runs apart but their names
+            self._labels["run"] = [view.recipe.run.name for view in views]
+            self._keys = {view.full_name: (place,) for place, view in enumerate(views)}
+        num_axes = len(self._labels)
+        # All axes as rows is the narrowest layout, and so the last resort.
+        splits = [*range(num_axes - 1, 0, -1), num_axes]
+        self._layouts = [self._lay_out(split, *cut) for cut in _CUTS for split in splits]
 
-    def _names(self) -> list[str]:
-        return [key[0] for key in self._keys.values()]
+    def _find_key(self, view: RunView) -> Key:
+        axes = view.recipe.run.axes
+        return tuple(labels.index(_label(axes.get(axis))) for axis, labels in self._labels.items())
 
-    def _key(self, view: RunView) -> Key:
-        return tuple(_label(view.recipe.run.axes.get(axis)) for axis in self._axes)
+    def _lay_out(self, split: int, max_name: int, max_label: int) -> _Layout:
+        """The axes before `split` as rows; names and labels that are longer are cut."""
+        axes, keys = list(self._labels), set(self._keys.values())
+        rows = sorted({key[:split] for key in keys})
+        columns = sorted({key[split:] for key in keys})
+        widths = []
+        for axis in axes[:split]:
+            longest = max(map(measure, self._labels[axis]))
+            widths.append(max(min(max_name, measure(axis)), min(max_label, longest)))
+        # The names of the column axes are written above the row labels.
+        longest = max(map(measure, axes[split:]), default=0)
+        widths[-1] += max(0, min(max_name, longest) - sum(widths) - (len(widths) - 1) * _GAP)
+        header = []
+        cell_width = 1 if len(keys) == len(self._keys) else 3  # a mark, and a number of runs
+        for depth, axis in enumerate(axes[split:], 1):
+            spans = Counter(column[:depth] for column in columns)  # in the order of the columns
+            header.append([(self._labels[axis][key[-1]], span) for key, span in spans.items()])
+            for label, span in header[-1]:
+                needed = math.ceil((min(max_label, measure(label)) + _GAP) / span)
+                cell_width = max(cell_width, needed - _GAP)
+        return _Layout(axes[:split], axes[split:], rows, columns, header, widths, cell_width)
 
-    def _list_shapes(
-        self, column_axes: tuple[int, ...], names: list[int], labels: list[int]
-    ) -> Iterator[_Shape]:
-        """These axes as columns, once per way to cut; `names` and `labels`: the widths of each axis
-        and its values.
-        """
-        row_axes = tuple(number for number in range(len(self._axes)) if number not in column_axes)
-        columns, rows = self._list_keys(column_axes), self._list_keys(row_axes)
-        spans = {
-            (measure(label), span)
-            for depth in range(len(column_axes))
-            for label, span in _spans(columns, depth)
-        }
-        for max_name, max_label in _CUTS:
-            widths = tuple(
-                max(min(max_name, names[axis]), min(max_label, labels[axis])) for axis in row_axes
-            )
-            cell = max(
-                [
-                    self._cell_width,
-                    *(-(-(min(max_label, label) + _GAP) // span) - _GAP for label, span in spans),
-                ]
-            )
-            name_width = min(max_name, max([0, *(names[axis] for axis in column_axes)]))
-            width = sum(width + _GAP for width in widths) + (
-                name_width + _GAP if column_axes else 0
-            )
-            width += len(columns) * (cell + _GAP) - _GAP
-            yield _Shape(column_axes, row_axes, columns, rows, widths, name_width, cell, width)
-
-    def _list_keys(self, axes: tuple[int, ...]) -> tuple[Key, ...]:
-        """The combinations of values that some run has, in the order of the axes' values."""
-        found = {tuple(key[axis] for axis in axes) for key in self._keys.values()}
-        return tuple(
-            sorted(
-                found,
-                key=lambda key: [
-                    self._ranks[axis][label] for axis, label in zip(axes, key, strict=True)
-                ],
-            )
-        )
-
-    def choose(self, width: int, height: int) -> _Shape:
-        """What fits, with as few axes in the columns as fit, then with as few lines; a table has
-        rows and columns.
+    def choose(self, width: int, height: int) -> _Layout:
+        """The first layout that fits, else the one that comes closest: rows that are hidden are
+        counted, columns are not.
         """
 
-        def cost(candidate: tuple[int, _Shape]) -> tuple[int, ...]:
-            how_cut, shape = candidate
-            is_flat = len(self._axes) > 1 and not (shape.column_axes and shape.row_axes)
-            too_wide, too_high = max(0, shape.width - width), max(0, shape.num_lines - height)
-            has_no_room = shape.num_header_lines >= height
-            return (
-                too_wide,
-                has_no_room,
-                too_high,
-                how_cut,
-                is_flat,
-                len(shape.column_axes),
-                shape.num_lines,
-                shape.width,
-            )
+        def measure_excess(layout: _Layout) -> tuple[int, bool, int]:
+            too_wide, too_high = layout.width - width, layout.num_lines - height
+            # A row needs a line more where others are hidden: their count.
+            has_no_row = layout.num_header_lines + min(2, len(layout.rows)) > height
+            return max(0, too_wide), has_no_row, max(0, too_high)
 
-        return min(self._shapes, key=cost)[1]
+        return min(self._layouts, key=measure_excess)
 
     def draw(self, views: Sequence[RunView], width: int, height: int) -> list[Line]:
         """At most `height` lines of at most `width` columns; rows that are hidden are counted in
@@ -184,70 +135,53 @@ class GridTable:
         """
         if height <= 0:
             return []
-        shape = self.choose(width, height)
-        cells: dict[tuple[Key, Key], list[str]] = {}
+        layout = self.choose(width, height)
+        split = len(layout.row_axes)
+        cells: dict[Key, dict[Key, list[str]]] = {row: {} for row in layout.rows}
         for view in views:
             key = self._keys[view.full_name]
-            row, column = (
-                tuple(key[axis] for axis in axes) for axes in (shape.row_axes, shape.column_axes)
-            )
-            cells.setdefault((row, column), []).append(view.state)
-        states = {
-            row: [state for column in shape.columns for state in cells.get((row, column), ())]
-            for row in shape.rows
-        }
-        room = height - shape.num_header_lines
-        kept = set(shape.rows)
-        if len(kept) > room:
-            urgent = sorted(shape.rows, key=lambda row: min(map(rank_urgency, states[row])))
-            kept = set(urgent[: max(0, room - 1)])
-        lines = self._draw_header(shape) if room > 0 else []
-        hidden = [row for row in shape.rows if row not in kept]
-        previous: Key = ("",) * len(shape.row_axes)
-        for row in (row for row in shape.rows if row in kept):
-            lines.append(self._draw_row(shape, row, previous, cells))
+            cells[key[:split]].setdefault(key[split:], []).append(view.state)
+        states = {row: list(itertools.chain(*found.values())) for row, found in cells.items()}
+        room = height - layout.num_header_lines
+        hidden: list[Key] = []
+        if len(cells) > room:
+            urgent = sorted(cells, key=lambda row: min(map(rank_urgency, states[row])))
+            hidden = urgent[max(0, room - 1) :]
+        lines = self._draw_header(layout) if room > 0 else []
+        previous: Key = ()
+        for row in sorted(cells.keys() - set(hidden)):
+            lines.append(self._draw_row(layout, row, previous, cells[row]))
             previous = row
         if hidden:
             counts = count_states(state for row in hidden for state in states[row])
             counted = ", ".join(f"{count} {state}" for state, count in counts)
             lines.append(((f"{self._glyphs.ellipsis} {len(hidden)} more rows: {counted}", "dim"),))
-        return [cut_line(line, width, self._glyphs.ellipsis) for line in lines[:height]]
+        return [cut_line(line, width, self._glyphs.ellipsis) for line in lines]
 
-    def _draw_header(self, shape: _Shape) -> list[Line]:
+    def _draw_header(self, layout: _Layout) -> list[Line]:
+        """A line for each column axis with its name and labels, then the names of the row axes."""
         lines: list[Line] = []
-        for depth in range(shape.num_header_lines):
-            is_last = depth == shape.num_header_lines - 1
-            labels = [
-                (self._axes[axis] if is_last else "", width)
-                for axis, width in zip(shape.row_axes, shape.label_widths, strict=True)
-            ]
-            if shape.column_axes:
-                labels.append((self._axes[shape.column_axes[depth]], shape.name_width))
-                labels += [
-                    (label, span * (shape.cell_width + _GAP) - _GAP)
-                    for label, span in _spans(shape.columns, depth)
-                ]
-            lines.append(
-                (("".join(self._pad(label, width) for label, width in labels).rstrip(), "dim"),)
-            )
-        return lines
-
-    def _pad(self, text: str, width: int) -> str:
-        return pad(cut_middle(text, width, self._glyphs.ellipsis), width) + " " * _GAP
+        for axis, spans in zip(layout.column_axes, layout.header, strict=True):
+            name = cut_middle(axis, layout.label_width, self._glyphs.ellipsis)
+            text = fill(name, layout.label_width, is_right=True) + " " * _GAP
+            for label, span in spans:
+                text += self._pad(label, span * (layout.cell_width + _GAP) - _GAP)
+            lines.append(((text, "dim"),))
+        names = map(self._pad, layout.row_axes, layout.label_widths)
+        return [*lines, (("".join(names), "dim"),)]
 
     def _draw_row(
-        self, shape: _Shape, row: Key, previous: Key, cells: dict[tuple[Key, Key], list[str]]
+        self, layout: _Layout, row: Key, previous: Key, cells: Mapping[Key, Sequence[str]]
     ) -> Line:
-        parts: list[tuple[str, str]] = []
-        is_repeated = True
-        for label, before, width in zip(row, previous, shape.label_widths, strict=True):
-            is_repeated = is_repeated and label == before
-            parts.append((self._pad("" if is_repeated else label, width), ""))
-        if shape.column_axes:
-            parts.append((self._pad("", shape.name_width), ""))
-        for column in shape.columns:
-            text, style = self._draw_cell(cells.get((row, column), []))
-            parts.append((self._pad(text, shape.cell_width), style))
+        """The labels that differ from the row above, and a mark for each column."""
+        labels = [""] * len(row)
+        for depth, axis in enumerate(layout.row_axes):
+            if row[: depth + 1] != previous[: depth + 1]:
+                labels[depth] = self._labels[axis][row[depth]]
+        parts = [("".join(map(self._pad, labels, layout.label_widths)), "")]
+        for column in layout.columns:
+            text, style = self._draw_cell(cells.get(column, ()))
+            parts.append((self._pad(text, layout.cell_width), style))
         return tuple(parts)
 
     def _draw_cell(self, states: Sequence[str]) -> tuple[str, str]:
@@ -256,13 +190,8 @@ class GridTable:
         state = min(states, key=rank_urgency)
         return self._glyphs.of(state) + (str(len(states)) if len(states) > 1 else ""), state
 
-
-def _spans(columns: Sequence[Key], depth: int) -> list[tuple[str, int]]:
-    """The labels of one header line with the number of columns below each."""
-    return [
-        (prefix[-1], sum(1 for _ in group))
-        for prefix, group in itertools.groupby(columns, key=lambda column: column[: depth + 1])
-    ]
+    def _pad(self, text: str, width: int) -> str:
+        return pad(cut_middle(text, width, self._glyphs.ellipsis), width) + " " * _GAP
 
 
 def _order(values: Sequence[object]) -> list[str]:
@@ -310,11 +239,10 @@ class Screen:
 
     def __init__(self, views: Sequence[RunView], glyphs: Glyphs = UNICODE) -> None:
         self._glyphs = glyphs
-        grids = dict.fromkeys(view.recipe.run.grid for view in views)
-        self._tables = {
-            grid: GridTable([view for view in views if view.recipe.run.grid == grid], glyphs)
-            for grid in grids
-        }
+        grids: dict[str, list[RunView]] = {}
+        for view in views:
+            grids.setdefault(view.recipe.run.grid, []).append(view)
+        self._tables = {grid: GridTable(own, glyphs) for grid, own in grids.items()}
 
     def draw(
         self, views: Sequence[RunView], *, width: int, height: int | None, now: str
@@ -323,21 +251,27 @@ class Screen:
         head = self._draw_head(views, width, now)
         running = [view for view in views if view.state == "running"]
         troubles = group_troubles(views)
-        needs = [
-            len(running),
-            sum(self._num_table_lines(grid, width) for grid in self._tables),
-            3 * len(troubles),
-        ]
-        room = (
-            sum(needs) if height is None else height - len(head) - sum(need > 0 for need in needs)
-        )
+        num_table_lines = sum(self._num_table_lines(grid, width) for grid in self._tables)
+        needs = [len(running), num_table_lines, 3 * len(troubles)]
+        blank_lines: list[Line] = [()]
+        if height is None:
+            room = sum(needs)
+        else:
+            room = height - len(head) - sum(need > 0 for need in needs)
+            if len(running) + num_table_lines + len(troubles) > room:
+                # Not a line for each: blank lines and the hints of troubles are left out first.
+                blank_lines, needs[2] = [], len(troubles)
+                room = height - len(head)
         shares = share_lines(room, needs)
         sections = [
             self._draw_running(running, Speeds(views), width, shares[0]),
             self._draw_tables(views, width, shares[1]),
             self._draw_troubles(troubles, width, shares[2]),
         ]
-        lines = [*head, *(line for section in sections if section for line in ((), *section))]
+        lines = head
+        for section in sections:
+            if section:
+                lines += [*blank_lines, *section]
         return [cut_line(line, width, self._glyphs.ellipsis) for line in lines[:height]]
 
     def _draw_head(self, views: Sequence[RunView], width: int, now: str) -> list[Line]:
@@ -377,8 +311,10 @@ class Screen:
     ) -> list[Line]:
         shown = views if len(views) <= height else views[: max(0, height - 1)]
         rows = [self._describe_running(view, speeds) for view in shown]
-        columns = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
-        widths = {name: max(measure(row[name]) for row in rows) for name in columns}
+        widths = {}
+        for name in rows[0] if rows else ():
+            widths[name] = max(measure(row[name]) for row in rows)
+        columns = [name for name, needed in widths.items() if needed > 0]
         curve = 0
         for dropped in (None, *_DROPPED):
             if dropped in columns:
@@ -387,21 +323,13 @@ class Screen:
             curve = min(_MAX_CURVE, width - fixed - 2) if "curve" in columns else 0
             if fixed <= width and ("curve" not in columns or curve >= _MIN_CURVE):
                 break
+        widths["curve"] = curve
         lines: list[Line] = []
         for view, row in zip(shown, rows, strict=True):
+            row["curve"] = draw_curve(view.losses, curve, self._glyphs.levels)
             parts = [(f"{self._glyphs.of('running')} ", "running")]
             for name in columns:
-                text = (
-                    draw_curve(view.losses, curve, self._glyphs.levels)
-                    if name == "curve"
-                    else row[name]
-                )
-                parts.append(
-                    (
-                        pad(text, curve if name == "curve" else widths[name]) + "  ",
-                        _STYLES.get(name, ""),
-                    )
-                )
+                parts.append((pad(row[name], widths[name]) + "  ", _STYLES.get(name, "")))
             lines.append(tuple(parts))
         if hidden := len(views) - len(shown):
             lines.append(((f"{self._glyphs.ellipsis} {hidden} more running", "dim"),))

@@ -98,6 +98,13 @@ def test_the_documentation_shows_that_very_screen() -> None:
     assert (GOLDEN / "watch_100.txt").read_text() in page
 
 
+def test_blank_lines_and_hints_are_left_out_before_a_run_is() -> None:
+    for height in (24, 20):
+        lines = draw(a_sweep(), 60, height)
+        assert ("" in lines) == (height == 24)
+        assert not any(" more " in line for line in lines)
+
+
 def test_one_run_has_a_screen_too() -> None:
     lines = draw([make_running({}, 3, 4, seconds_per_step=1)], 80, 20)
     assert lines[0].startswith("demo/only") and "▶ running 1" in lines[1] and "1 s left" in lines[2]
@@ -111,7 +118,7 @@ def test_several_grids_have_a_table_each() -> None:
     assert "first, second: 6 runs" in text
     assert (
         text.index("\nfirst")
-        < text.index("b  a  1  2")
+        < text.index("b  1  2")
         < text.index("\nsecond")
         < text.index("\nx  ▶")
     )

@@ -42,18 +42,22 @@ def test_two_axes_are_rows_and_columns() -> None:
     views = make_grid(
         ["completed", "running", "pending"], model=["gemma", "phi"], size=[60, 120, 180]
     )
-    assert (
-        draw(views)
-        == "model  size  60   120  180\ngemma        ✓    ▶    ·\nphi          ✓    ▶    ·"
-    )
+    assert draw(views).splitlines() == [
+        " size  60   120  180",
+        "model",
+        "gemma  ✓    ▶    ·",
+        "phi    ✓    ▶    ·",
+    ]
 
 
 def test_numbers_are_ordered_by_size_and_words_as_they_come() -> None:
-    views = make_grid(["pending"], size=[180, 60, 120], model=["phi", "gemma"])
-    assert (
-        draw(views)
-        == "model  size  60   120  180\nphi          ·    ·    ·\ngemma        ·    ·    ·"
-    )
+    views = make_grid(["pending"], model=["phi", "gemma"], size=[180, 60, 120])
+    assert draw(views).splitlines() == [
+        " size  60   120  180",
+        "model",
+        "phi    ·    ·    ·",
+        "gemma  ·    ·    ·",
+    ]
 
 
 def test_more_axes_move_into_the_columns_when_the_screen_is_low() -> None:
@@ -64,21 +68,43 @@ def test_more_axes_move_into_the_columns_when_the_screen_is_low() -> None:
         size=[60, 120, 180],
         seed=[1, 2],
     )
-    lines = {height: draw(views, 100, height).count("\n") + 1 for height in (40, 14, 9, 6)}
-    assert lines == {40: 13, 14: 13, 9: 6, 6: 6}, "never cut while another shape fits"
-    assert "more rows" not in draw(views, 100, 6)
-    assert "more rows" in draw(views, 28, 6)
+    lines = {height: draw(views, 100, height).count("\n") + 1 for height in (40, 14, 9, 8, 7)}
+    assert lines == {40: 20, 14: 9, 9: 9, 8: 7, 7: 7}, "never cut while another layout fits"
+    assert "more rows" not in draw(views, 100, 7)
+    assert "more rows" in draw(views, 28, 7)
+    assert draw(views, 100, 4).splitlines()[2].startswith("a"), "a header alone says nothing"
+
+
+def test_the_last_axes_are_columns_as_few_as_fit() -> None:
+    views = make_grid(["pending"], model=["a", "b"], loss=["full", "part"], size=[60, 120])
+    assert draw(views, 100, 6).splitlines() == [
+        "       size  60   120",
+        "model  loss",
+        "a      full  ·    ·",
+        "       part  ·    ·",
+        "b      full  ·    ·",
+        "       part  ·    ·",
+    ]
+    assert draw(views, 100, 5).splitlines() == [
+        " loss  full      part",
+        " size  60   120  60   120",
+        "model",
+        "a      ·    ·    ·    ·",
+        "b      ·    ·    ·    ·",
+    ]
+    narrow = draw(views, 20, 12).splitlines()
+    assert narrow[:2] == ["model  loss  size", "a      full  60    ·"], "no room for columns"
 
 
 def test_long_labels_are_cut_before_a_run_is_lost() -> None:
     views = make_grid(
         ["running"], a_model_with_a_long_name=["the first of them", "the second"], size=[60, 120]
     )
-    assert draw(views, 24).splitlines()[1:] == [
-        "the fir…them  60    ▶",
-        "              120   ▶",
-        "the second    60    ▶",
-        "              120   ▶",
+    assert draw(views, 24).splitlines() == [
+        "        size  60   120",
+        "a_model…name",
+        "the fir…them  ▶    ▶",
+        "the second    ▶    ▶",
     ]
 
 
@@ -90,7 +116,7 @@ def test_axes_of_one_value_stand_in_the_title() -> None:
 def test_runs_without_axes_are_told_apart_by_name() -> None:
     views = [make_view("completed", {}, name="first"), make_view("failed", {}, name="second")]
     assert draw(views) == "run\nfirst   ✓\nsecond  ✗"
-    assert draw(views, 20, 2) == "run  first   second\n     ✓       ✗"
+    assert draw(views, 100, 2) == "run\n… 2 more rows: 1 completed, 1 failed"
 
 
 def test_runs_of_one_cell_show_the_most_urgent_and_how_many() -> None:
@@ -102,7 +128,12 @@ def test_runs_of_one_cell_show_the_most_urgent_and_how_many() -> None:
 
 def test_a_cell_without_a_run_is_empty() -> None:
     views = make_grid(["completed"], model=["a", "b"], size=[1, 2])[1:]
-    assert draw(views) == "size  model  a  b\n1               ✓\n2            ✓  ✓"
+    assert draw(views).splitlines() == [
+        " size  1  2",
+        "model",
+        "a         ✓",
+        "b      ✓  ✓",
+    ]
 
 
 def test_what_runs_or_failed_is_hidden_last() -> None:
