@@ -18,12 +18,12 @@ from runner.engines.manifests import (
     ManifestOptions,
     PendingRun,
     build_label,
-    check_arguments,
     check_output_root,
     check_runs,
     dump_documents,
     list_recipe_words,
     plan_pending,
+    read_shared_options,
 )
 from runner.files import hash_json
 
@@ -59,18 +59,12 @@ _ACTIONS: Final[Mapping[FailureKind, Action]] = {
 
 def parse_options(arguments: argparse.Namespace) -> ManifestOptions:
     """Raises: RunnerError for options that no file can be made of."""
-    check_arguments(
+    shared = read_shared_options(
         arguments,
         submit="| kubectl apply -f -",
         storage="the claim of the volume that holds the project folder, such as my-project",
     )
-    return ManifestOptions(
-        output_root=arguments.output_root,
-        image=arguments.image,
-        storage=arguments.storage,
-        num_slots=arguments.slots,
-        fail_fast=arguments.fail_fast,
-    )
+    return ManifestOptions(**shared)
 
 
 def submit(plan: PlanRuns, options: ManifestOptions) -> int:

@@ -66,8 +66,11 @@ SHARED_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 
 
-def check_arguments(arguments: argparse.Namespace, *, submit: str, storage: str) -> None:
-    """`submit` is what a shell does with the file, `storage` what `--storage` means.
+def read_shared_options(
+    arguments: argparse.Namespace, *, submit: str, storage: str
+) -> dict[str, Any]:
+    """The fields of `ManifestOptions`. `submit` is what a shell does with the file, `storage` what
+    `--storage` means.
 
     Raises:
         RunnerError: no file can be made of these options.
@@ -92,6 +95,13 @@ def check_arguments(arguments: argparse.Namespace, *, submit: str, storage: str)
         raise RunnerError(
             f"`--gpus` names GPUs of this machine; `--engine {engine}` counts them itself"
         )
+    return {
+        "output_root": arguments.output_root,
+        "image": arguments.image,
+        "storage": arguments.storage,
+        "num_slots": arguments.slots,
+        "fail_fast": arguments.fail_fast,
+    }
 
 
 def plan_pending(plan: PlanRuns) -> tuple[PendingRun, ...]:

@@ -19,11 +19,11 @@ from runner.engines.manifests import (
     ManifestOptions,
     PendingRun,
     build_label,
-    check_arguments,
     check_runs,
     dump_documents,
     list_recipe_words,
     plan_pending,
+    read_shared_options,
 )
 from runner.errors import RefusedError
 
@@ -51,19 +51,13 @@ class SkypilotOptions(ManifestOptions):
 
 def parse_options(arguments: argparse.Namespace) -> SkypilotOptions:
     """Raises: RunnerError for options that no file can be made of."""
-    check_arguments(
+    shared = read_shared_options(
         arguments,
         submit="> task.yaml; sky jobs launch task.yaml",
         storage="the bucket that keeps the runs, such as s3://my-bucket/runs",
     )
     return SkypilotOptions(
-        output_root=arguments.output_root,
-        image=arguments.image,
-        storage=arguments.storage,
-        num_slots=arguments.slots,
-        fail_fast=arguments.fail_fast,
-        gpu_type=arguments.gpu_type,
-        retry_failed=arguments.retry_failed,
+        **shared, gpu_type=arguments.gpu_type, retry_failed=arguments.retry_failed
     )
 
 
