@@ -16,7 +16,6 @@ from typing import Any, Final, Literal, TypeVar, get_args
 
 from runner.files import dump_json
 from runner.plan.status import State
-from runner.recipe.hf_fields import thaw
 from runner.report.rows import (
     ReportRow,
     axis_text,
@@ -29,6 +28,7 @@ from runner.report.rows import (
 )
 from runner.report.statistics import AxisComparison
 from runner.run.record import GenerationScore
+from runner.strict import thaw
 from runner.text import escape_cell, fill, measure, one_line
 
 MAX_WIDTH: Final = 140  # terminal columns; a wider table is cut
