@@ -17,7 +17,7 @@ from runner.cli.sweep import run_rerun, run_sweep
 from runner.errors import RunnerError, hide_bitsandbytes_warning
 from runner.plan.select import UnreadableRun, select_recipes, suggest_path
 from runner.plan.status import RunStatus, read_status
-from runner.recipe.identity import ContentHashes, known_contents
+from runner.recipe.contents import ContentHashes, known_contents
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.paths import RunPaths, content_cache_path
