@@ -202,7 +202,7 @@ def run_stop(arguments: argparse.Namespace) -> int:
 
 def run_report(arguments: argparse.Namespace) -> int:
     """`runner report`."""
-    from runner.report.format import format_report
+    from runner.report.format import FORMATS
     from runner.report.rows import build_rows
     from runner.report.statistics import build_comparisons
 
@@ -215,7 +215,7 @@ def run_report(arguments: argparse.Namespace) -> int:
         status = read_status(facts, one.recipe, known_contents(one.recipe, hashes))
         runs.append((one.recipe, facts, status))
     rows = build_rows(runs)
-    print(format_report(rows, build_comparisons(rows), arguments.format), end="")
+    print(FORMATS[arguments.format](rows, build_comparisons(rows)), end="")
     whys = [(lost.full_name, lost.why) for lost in unreadable]
     whys += [
         (row.recipe.run.full_name, "see `runner status`")
