@@ -33,12 +33,8 @@ from runner.grid.render import (  # noqa: E402
 from runner.launch.attempt import prepare_run  # noqa: E402
 from runner.plan.select import Selected, select_recipes  # noqa: E402
 from runner.plan.status import read_status  # noqa: E402
-from runner.recipe.identity import (  # noqa: E402
-    ContentHashes,
-    derive_digest,
-    hash_contents,
-    known_contents,
-)
+from runner.recipe.contents import ContentHashes, hash_contents, known_contents  # noqa: E402
+from runner.recipe.identity import derive_digest  # noqa: E402
 from runner.run.facts import read_facts  # noqa: E402
 from runner.run.lease import Lease  # noqa: E402
 from runner.run.paths import content_cache_path  # noqa: E402

@@ -1,10 +1,14 @@
-"""The frozen base of all typed records, and the texts that they hold."""
+"""The frozen base of all typed records, and what they hold: texts, and mappings and lists that
+cannot be changed.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, StringConstraints
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 
@@ -13,3 +17,21 @@ class Section(BaseModel):
     """A part of a recipe: frozen, no unknown keys, no coercion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+def freeze(value: Any) -> Any:
+    """`value` with every mapping read-only and every list a tuple, all the way down."""
+    if isinstance(value, Mapping):
+        return MappingProxyType({key: freeze(item) for key, item in value.items()})
+    return tuple(freeze(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def thaw(value: Any) -> Any:
+    """The reverse of `freeze`: plain dicts and lists, for JSON and for Hugging Face."""
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in value.items()}
+    return [thaw(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+FrozenDict = Annotated[dict[str, Any], AfterValidator(freeze), PlainSerializer(thaw)]
+FrozenList = Annotated[list[Any], AfterValidator(freeze), PlainSerializer(thaw)]

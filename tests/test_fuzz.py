@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from runner.cli.main import main
 from runner.errors import CONTROLS, RunnerError
-from runner.recipe.identity import ContentHashes, derive_digest, hash_contents
+from runner.recipe.contents import ContentHashes, hash_contents
+from runner.recipe.identity import derive_digest
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.run.record import EXIT_CODES
 from tests.conftest import RECIPE_TEXT, ROOT

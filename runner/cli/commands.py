@@ -17,7 +17,7 @@ from runner.cli.sweep import run_rerun, run_sweep
 from runner.errors import RunnerError, hide_bitsandbytes_warning
 from runner.plan.select import UnreadableRun, select_recipes, suggest_path
 from runner.plan.status import RunStatus, read_status
-from runner.recipe.identity import ContentHashes, known_contents
+from runner.recipe.contents import ContentHashes, known_contents
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.paths import RunPaths, content_cache_path
@@ -202,7 +202,7 @@ def run_stop(arguments: argparse.Namespace) -> int:
 
 def run_report(arguments: argparse.Namespace) -> int:
     """`runner report`."""
-    from runner.report.format import format_report
+    from runner.report.format import FORMATS
     from runner.report.rows import build_rows
     from runner.report.statistics import build_comparisons
 
@@ -215,7 +215,7 @@ def run_report(arguments: argparse.Namespace) -> int:
         status = read_status(facts, one.recipe, known_contents(one.recipe, hashes))
         runs.append((one.recipe, facts, status))
     rows = build_rows(runs)
-    print(format_report(rows, build_comparisons(rows), arguments.format), end="")
+    print(FORMATS[arguments.format](rows, build_comparisons(rows)), end="")
     whys = [(lost.full_name, lost.why) for lost in unreadable]
     whys += [
         (row.recipe.run.full_name, "see `runner status`")

@@ -22,7 +22,7 @@ from runner.launch.placement import is_in_cluster, list_placements
 from runner.plan.decide import MAX_FRUITLESS, Launch, decide
 from runner.plan.select import Selected, run_paths, select_recipes, suggest_path
 from runner.plan.status import RunStatus, find_divisor, read_status
-from runner.recipe.identity import ContentHashes, hash_contents
+from runner.recipe.contents import ContentHashes, hash_contents
 from runner.recipe.parse import load_recipe
 from runner.recipe.schema import NAME_PATTERN
 from runner.run.facts import read_facts

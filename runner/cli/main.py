@@ -319,7 +319,14 @@ def _add_view_verbs(verbs: Any) -> None:
 
     report = verbs.add_parser("report", help="the comparison: one row per run, the axes as columns")
     _add_paths(report)
-    report.add_argument("--format", choices=("md", "csv", "json"), default="md")
+    report.add_more = _add_report_formats
+
+
+def _add_report_formats(report: argparse.ArgumentParser) -> None:
+    from runner.report.format import FORMATS
+
+    names = list(FORMATS)
+    report.add_argument("--format", choices=names, default=names[0])
 
 
 def _add_model_verbs(verbs: Any) -> None:

@@ -14,7 +14,7 @@ from runner.cli.engines import load_engines
 from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipes
 from runner.plan.status import read_status
-from runner.recipe.identity import ContentHashes, hash_contents, known_contents
+from runner.recipe.contents import ContentHashes, hash_contents, known_contents
 from runner.run.failures import UNREADABLE_HINT
 from runner.run.paths import content_cache_path
 

@@ -37,10 +37,10 @@ from runner.grid.template import (
     run_limited,
     word_error,
 )
-from runner.recipe.hf_fields import freeze
 from runner.recipe.parse import parse_recipe
 from runner.recipe.problems import suggest
 from runner.recipe.schema import NAME_PATTERN, Scalar
+from runner.strict import freeze
 
 MAX_CELLS: Final = 20_000
 

@@ -15,11 +15,10 @@ from typing import Annotated, Any, Final, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from runner.errors import GridError, Problem, RecipeError
-from runner.recipe.hf_fields import FrozenDict, freeze
 from runner.recipe.parse import read_yaml
 from runner.recipe.problems import find_line, suggest
 from runner.recipe.schema import NAME_PATTERN, ModelSection, Scalar
-from runner.strict import Section, Text
+from runner.strict import FrozenDict, Section, Text, freeze
 
 _Model = TypeVar("_Model", bound=Section)
 _AXIS_NAME: Final = r"[A-Za-z][A-Za-z0-9_]*"

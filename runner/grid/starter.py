@@ -20,7 +20,7 @@ from runner.errors import RunnerError
 from runner.grid.spec import list_grids, load_cards
 from runner.grid.template import quote_yaml
 from runner.recipe.problems import suggest
-from runner.recipe.schema import DataSection, DataSource
+from runner.recipe.schema import DataSection, DataSource, find_tasks
 
 SHARED_FOLDERS: Final = ("accelerate_configs", "ds_configs")
 TEMPLATES: Final = "recipe_templates"
@@ -80,61 +80,7 @@ _MAX_HELD_OUT: Final = 100
 _MAX_TRAIN: Final = 1000
 _LENGTHS: Final = (128, 256, 512, 1024, 2048, 4096)
 _NO_TEMPLATE: Final = "recipe_templates/chat/human_assistant.jinja"
-_SUMMARY_PROMPT: Final = "Summarize this text.\n\n{document}"
-
-# Columns that tell the task, the first that are all there; what the task section then says.
-_TASKS: Final[tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]] = (
-    (("messages",), {"name": "conversations"}),
-    (("conversations",), {"name": "conversations"}),
-    (("conversation",), {"name": "conversations"}),
-    (("message_id", "parent_id", "role", "text"), {"name": "oasst1"}),
-    (("message_tree_id", "prompt"), {"name": "oasst1"}),
-    (
-        ("context", "question", "answers"),
-        {
-            "name": "squad_v2",
-            "prompt": (
-                "Answer with words of the text, or with `unanswerable`.\n\n{context}\n\nQuestion:"
-                " {question}"
-            ),
-        },
-    ),
-    (
-        ("sentence", "label"),
-        {"name": "sst2", "prompt": "Is this sentence positive or negative?\n\n{sentence}"},
-    ),
-    *(
-        (
-            pair,
-            {"name": "prompt_completion", "prompt_column": pair[0], "completion_column": pair[1]},
-        )
-        for pair in (
-            ("prompt", "completion"),
-            ("prompt", "response"),
-            ("instruction", "response"),
-            ("instruction", "output"),
-            ("question", "answer"),
-            ("input", "output"),
-        )
-    ),
-    *(
-        (
-            pair,
-            {
-                "name": "summarization",
-                "prompt": _SUMMARY_PROMPT,
-                "document_column": pair[0],
-                "summary_column": pair[1],
-            },
-        )
-        for pair in (
-            ("document", "summary"),
-            ("dialogue", "summary"),
-            ("text", "summary"),
-            ("article", "highlights"),
-        )
-    ),
-)
+_UNREMARKABLE_COLUMNS: Final = ("label_texts", "id", "idx")  # that nobody reads them is no news
 
 
 @dataclass(frozen=True)
@@ -210,27 +156,19 @@ def detect_task(row: Any, where: str) -> tuple[Mapping[str, str], tuple[str, ...
     """The task section for rows like this one, and the columns that it leaves aside. Raises:
     RunnerError.
     """
-    if isinstance(row, list):
-        return {"name": "conversations"}, ()
+    tasks = sorted(find_tasks(), key=lambda task: task.RECOGNITION_ORDER)
     columns = list(row) if isinstance(row, Mapping) else []
-    for needed, task in _TASKS:
-        if all(name in columns for name in needed):
-            if task["name"] == "prompt_completion" and all(
-                isinstance(row[name], list) for name in needed
-            ):
-                task = {"name": "conversations"}  # both hold messages
-            known = (
-                ("label_texts", "id", "idx", *needed)
-                if task["name"] != "oasst1"
-                else tuple(columns)
-            )
-            return task, tuple(name for name in columns if name not in known)
-    found = ", ".join(map(str, columns)) or "no columns"
-    known_columns = "; ".join(dict.fromkeys(", ".join(needed) for needed, _ in _TASKS))
+    for task in tasks:
+        found = task.recognise(row)
+        if found is not None:
+            known = (*_UNREMARKABLE_COLUMNS, *found.columns)
+            return found.section, tuple(name for name in columns if name not in known)
+    names = ", ".join(map(str, columns))
+    recognised = [", ".join(needed) for task in tasks for needed, _ in task.RECOGNISED_BY]
     raise RunnerError(
-        f"{where}: cannot tell the task from the columns: {found}",
+        f"{where}: cannot tell the task from the columns: {names or 'no columns'}",
         hint=(
-            f"name the columns as one of these: {known_columns}\n"
+            f"name the columns as one of these: {'; '.join(dict.fromkeys(recognised))}\n"
             "      or start without --data, and write `data.train.path` and `data.task` into "
             "recipe_templates/first/recipe.yaml.j2"
         ),

@@ -29,13 +29,8 @@ from runner.plan.status import (
     find_divisor,
 )
 from runner.processes import list_holders
-from runner.recipe.identity import (
-    ContentHashes,
-    build_resume_fingerprint,
-    derive_digest,
-    list_content_paths,
-    list_missing_files,
-)
+from runner.recipe.contents import ContentHashes, list_content_paths, list_missing_files
+from runner.recipe.identity import build_resume_fingerprint, derive_digest
 from runner.recipe.parse import Recipe, derive_accumulation
 from runner.run.facts import RunFacts
 from runner.run.failures import HINTS, read_log_tail

@@ -34,15 +34,19 @@ def print_check(
     if result.runs:
         # Between PEFT and Transformers, which nobody can act on.
         warnings.simplefilter("ignore", FutureWarning)
-        from runner.preflight.sizes import as_json as size_as_json
-        from runner.preflight.sizes import describe_sizes, estimate_sizes, warn_of_shortage
+        from runner.preflight.sizes import (
+            build_size_entry,
+            describe_sizes,
+            estimate_sizes,
+            warn_of_shortage,
+        )
 
         estimated = estimate_sizes(result)
         warn_of_shortage(result, estimated, finished, output_root)
-        sizes = {name: size_as_json(one) for name, one in estimated.items()}
+        sizes = {name: build_size_entry(one) for name, one in estimated.items()}
         size_lines = list(describe_sizes(result.runs, estimated))
     if is_json:
-        print(json.dumps(as_json(result, sizes), indent=1))
+        print(json.dumps(build_json(result, sizes), indent=1))
         return 2 if result.errors else 0
     for line in format_result(result, size_lines):
         print(line)
@@ -164,7 +168,7 @@ def _describe_schedule(run: CheckedRun) -> str:
     )
 
 
-def as_json(
+def build_json(
     result: CheckResult, sizes: Mapping[str, dict[str, Any]] = MappingProxyType({})
 ) -> dict[str, Any]:
     """The whole result, one entry per run; `size` is null where the model could not be measured."""

@@ -179,7 +179,7 @@ def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> 
     yield f"memory is an estimate, never measured on a device. It assumes: {'; '.join(ASSUMPTIONS)}"
 
 
-def as_json(one: RunSize) -> dict[str, Any]:
+def build_size_entry(one: RunSize) -> dict[str, Any]:
     """The part of one run in `runner check --json`."""
     return {
         "num_base_parameters": one.size.num_base_parameters,

@@ -24,12 +24,8 @@ from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError, RunnerError
 from runner.files import hash_json
 from runner.preflight.rows import RowFacts, SplitFacts, TokenizerFacts, find_row_doubts, sum_up
-from runner.recipe.identity import (
-    build_digest_payload,
-    hint_at_missing,
-    list_content_paths,
-    list_missing_files,
-)
+from runner.recipe.contents import hint_at_missing, list_content_paths, list_missing_files
+from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe
 from runner.recipe.schedule import Schedule, derive_schedule, find_doubts
 from runner.recipe.schema import DataSection, ModelSection

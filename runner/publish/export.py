@@ -33,7 +33,8 @@ from runner.model.weights import (
     verify_export,
 )
 from runner.publish.tuned import TunedRun, open_tuned_run, quieten
-from runner.recipe.identity import build_digest_payload, list_content_paths
+from runner.recipe.contents import list_content_paths
+from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import QuantizationOff
 from runner.run.record import TrainResult, load_record, load_result

@@ -12,28 +12,11 @@ from collections.abc import Mapping
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from pydantic import AfterValidator, Field, PlainSerializer
+from pydantic import Field
 
-
-def freeze(value: Any) -> Any:
-    """`value` with every mapping read-only and every list a tuple, all the way down."""
-    if isinstance(value, Mapping):
-        return MappingProxyType({key: freeze(item) for key, item in value.items()})
-    return tuple(freeze(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def thaw(value: Any) -> Any:
-    """The reverse of `freeze`: plain dicts and lists, for JSON and for Hugging Face."""
-    if isinstance(value, Mapping):
-        return {key: thaw(item) for key, item in value.items()}
-    return [thaw(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-FrozenDict = Annotated[dict[str, Any], AfterValidator(freeze), PlainSerializer(thaw)]
-FrozenList = Annotated[list[Any], AfterValidator(freeze), PlainSerializer(thaw)]
+from runner.strict import FrozenDict, FrozenList
 
 _TYPES: Final[dict[str, Any]] = {
     "bool": bool,

@@ -28,11 +28,10 @@ from runner.data.tasks.base import Task
 from runner.recipe.hf_fields import (
     OWNED_LORA_FIELDS,
     OWNED_TRAINING_FIELDS,
-    FrozenDict,
     build_field_definitions,
 )
 from runner.secrets import names_secret
-from runner.strict import Section, Text
+from runner.strict import FrozenDict, Section, Text
 
 SCHEMA_VERSION: Final = 1
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"

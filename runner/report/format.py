@@ -16,7 +16,6 @@ from typing import Any, Final, Literal, TypeVar, get_args
 
 from runner.files import dump_json
 from runner.plan.status import State
-from runner.recipe.hf_fields import thaw
 from runner.report.rows import (
     ReportRow,
     axis_text,
@@ -29,6 +28,7 @@ from runner.report.rows import (
 )
 from runner.report.statistics import AxisComparison
 from runner.run.record import GenerationScore
+from runner.strict import thaw
 from runner.text import escape_cell, fill, measure, one_line
 
 MAX_WIDTH: Final = 140  # terminal columns; a wider table is cut
@@ -105,8 +105,6 @@ def draw_table(columns: Sequence[Column]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-Format = Literal["md", "csv", "json"]
-FORMATS: Final[tuple[Format, ...]] = get_args(Format)
 MAX_NAMED: Final = 3  # names in one note; JSON has all
 HASH_CHARACTERS: Final = 12
 MODELS: Final[tuple[Literal["base", "tuned"], ...]] = ("base", "tuned")
@@ -127,17 +125,6 @@ ANSWERS_LEGEND: Final = (
 ANSWERS_COMPARISON_LEGEND: Final = (
     "Where the unit says that larger is better, positive means that `compared` is better."
 )
-
-
-def format_report(
-    rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison], format: Format
-) -> str:
-    """The whole report, ending in a newline."""
-    if format == "csv":
-        return _format_csv(rows)
-    return (
-        _format_json(rows, comparisons) if format == "json" else _format_markdown(rows, comparisons)
-    )
 
 
 def build_warnings(rows: Sequence[ReportRow]) -> list[str]:
@@ -191,7 +178,7 @@ def _build_fields(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
     return fields
 
 
-def _format_csv(rows: Sequence[ReportRow]) -> str:
+def _format_csv(rows: Sequence[ReportRow], _: Sequence[AxisComparison]) -> str:
     """One line per run; axes are headed `axes.NAME`, so that an axis called `state` stays apart
     from the state.
     """
@@ -443,3 +430,11 @@ def _name_some(names: Iterable[str], separator: str = ", ") -> str:
     listed = list(names)
     more = [f"and {len(listed) - MAX_NAMED} more"] if len(listed) > MAX_NAMED else []
     return separator.join(listed[:MAX_NAMED] + more)
+
+
+# Each returns the whole report, ending in a newline; the first is the default.
+FORMATS: Final[Mapping[str, Callable[[Sequence[ReportRow], Sequence[AxisComparison]], str]]] = {
+    "md": _format_markdown,
+    "csv": _format_csv,
+    "json": _format_json,
+}

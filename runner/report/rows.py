@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from runner.errors import CorruptFileError, escape_controls
 from runner.plan.status import RunStatus, State
-from runner.recipe.hf_fields import thaw
 from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
 from runner.run.record import GenerationScore, SplitScore
+from runner.strict import thaw
 
 LikelihoodUnit = Literal["nats per completion token", "bits per byte"]
 

@@ -26,7 +26,7 @@ from rich.text import Text
 from runner.plan.decide import Retry, foresee_retry
 from runner.plan.select import Selected, UnreadableRun
 from runner.plan.status import RunStatus, find_hint, read_status
-from runner.recipe.identity import ContentHashes, list_content_paths
+from runner.recipe.contents import ContentHashes, list_content_paths
 from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
 from runner.run.record import Progress

@@ -24,13 +24,8 @@ from runner.launch.command import LaunchCommand
 from runner.plan.decide import Decision, Launch, decide
 from runner.plan.select import Selected
 from runner.plan.status import RunStatus, read_status
-from runner.recipe.identity import (
-    ContentHashes,
-    build_resume_fingerprint,
-    derive_digest,
-    hash_contents,
-    load_launch_settings,
-)
+from runner.recipe.contents import ContentHashes, hash_contents
+from runner.recipe.identity import build_resume_fingerprint, derive_digest, load_launch_settings
 from runner.recipe.parse import Recipe
 from runner.run.facts import read_facts
 from runner.run.lease import is_leased

@@ -17,7 +17,7 @@ import pytest
 
 from runner.cli.main import main
 from runner.files import load_json
-from runner.recipe.identity import ContentHashes
+from runner.recipe.contents import ContentHashes
 from tests.conftest import RUNNER
 from tests.support.fake_launcher import FakeLauncher, fake, finish, wait_until_dead
 from tests.support.toy_grid import GRID, build_toy
@@ -199,7 +199,7 @@ def test_the_cache_of_hashes_survives_many_writers(tmp_path: Path) -> None:
     meanwhile.
     """
     program = (
-        "import json, sys\nfrom pathlib import Path\nfrom runner.recipe.identity import"
+        "import json, sys\nfrom pathlib import Path\nfrom runner.recipe.contents import"
         " ContentHashes\nroot = Path(sys.argv[1])\nfor number in range(40):\n    hashes ="
         " ContentHashes(root / '.content_hashes.json')\n    found = {file.name: hashes.hash(file)"
         " for file in sorted(root.glob(sys.argv[2]))}\n    hashes.save()\nprint(json.dumps(found))"

@@ -18,7 +18,7 @@ from runner.plan.decide import Launch
 from runner.plan.select import select_recipes
 from runner.plan.status import read_status
 from runner.processes import StopSignals
-from runner.recipe.identity import ContentHashes, known_contents
+from runner.recipe.contents import ContentHashes, known_contents
 from runner.recipe.parse import load_recipe
 from runner.run.facts import read_facts
 from runner.run.lease import is_leased

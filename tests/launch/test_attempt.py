@@ -31,7 +31,7 @@ from runner.plan.decide import Launch
 from runner.plan.select import Selected
 from runner.plan.status import read_status
 from runner.processes import OWNER_VARIABLE
-from runner.recipe.identity import ContentHashes, hash_contents
+from runner.recipe.contents import ContentHashes, hash_contents
 from runner.recipe.parse import Recipe, load_recipe
 from runner.run.facts import read_facts
 from runner.run.lease import is_leased

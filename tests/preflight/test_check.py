@@ -13,7 +13,7 @@ import pytest
 
 from runner.data.rows import build_samples, describe_samples
 from runner.data.tokenizer import load_tokenizer
-from runner.preflight.check import as_json, format_result
+from runner.preflight.check import build_json, format_result
 from runner.preflight.survey import CheckResult, check_recipes
 from runner.recipe.parse import Recipe, load_recipe
 from tests.conftest import ROOT, Project
@@ -85,7 +85,7 @@ def test_what_is_counted_is_what_training_uses(here: Project, truncation: str) -
         )
         for recipe in recipes
     ]
-    content = as_json(check_recipes(recipes))
+    content = build_json(check_recipes(recipes))
     tokenizer = load_tokenizer(recipes[0].model)
     by_name = {run["run"].removeprefix("tests/"): run for run in content["runs"]}
     assert set(by_name) == {recipe.run.name for recipe in recipes}, content["errors"]

@@ -13,9 +13,7 @@ from runner.recipe.hf_fields import (
     OWNED_LORA_FIELDS,
     OWNED_TRAINING_FIELDS,
     build_field_definitions,
-    freeze,
     load_table,
-    thaw,
 )
 from runner.recipe.schema import Lora, LoraBase, Training, TrainingBase
 
@@ -62,14 +60,3 @@ def test_definitions_have_the_types_of_the_table() -> None:
     assert model.model_validate({"learning_rate": 1e-5, "lr_scheduler_kwargs": {"a": [1]}})
     with pytest.raises(ValueError):
         model.model_validate({"lr_scheduler_type": "sideways"})
-
-
-def test_frozen_values_thaw_to_what_they_were() -> None:
-    value = {"a": [1, {"b": [2]}], "c": None}
-    frozen = freeze(value)
-    assert thaw(frozen) == value
-    with pytest.raises(TypeError):
-        frozen["a"] = 1
-    with pytest.raises(TypeError):
-        frozen["a"][1]["b"] = 1
-    assert frozen["a"][1]["b"] == (2,)

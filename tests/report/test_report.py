@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
+from runner.cli.main import main
 from runner.data.tasks.squad_v2 import SquadV2Task
 from runner.data.tasks.sst2 import Sst2Task
 from runner.files import write_json_atomic, write_text_atomic
 from runner.plan.status import RunStatus, read_status
 from runner.recipe.parse import Recipe, parse_recipe
-from runner.report.format import FORMATS, MAX_WIDTH, Format, format_report
+from runner.report.format import FORMATS, MAX_WIDTH
 from runner.report.rows import ReportRow, axis_text, build_rows, compare_with_base
 from runner.report.statistics import build_comparisons, paired_interval
 from runner.run.facts import read_facts
@@ -161,9 +162,9 @@ def rows_of(runs: Iterable[Run]) -> list[ReportRow]:
     )
 
 
-def report(runs: Sequence[Run], format: Format = "md") -> str:
+def report(runs: Sequence[Run], format: str = "md") -> str:
     rows = rows_of(runs)
-    return format_report(rows, build_comparisons(rows), format)
+    return FORMATS[format](rows, build_comparisons(rows))
 
 
 def table_lines(text: str) -> list[str]:
@@ -214,7 +215,7 @@ def demo_runs(tmp_path: Path) -> Iterator[list[Run]]:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_golden(demo_runs: list[Run], format: Format) -> None:
+def test_golden(demo_runs: list[Run], format: str) -> None:
     path = GOLDEN_DIR / f"report_demo.{format}"
     text = report(demo_runs, format)
     if os.environ.get("UPDATE_GOLDEN"):
@@ -346,7 +347,7 @@ def test_nothing_to_divide_by_is_blank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_score_that_is_no_number_is_blank(tmp_path: Path, format: Format) -> None:
+def test_a_score_that_is_no_number_is_blank(tmp_path: Path, format: str) -> None:
     run = completed(tmp_path, make_recipe("a", {}), 2.0)
     content = run[1].result_path.read_text()
     assert content.count(" 2000.0") == 1
@@ -567,7 +568,7 @@ def test_table_survives_hostile_and_wide_values(tmp_path: Path) -> None:
         for i, value in enumerate(values)
     ]
     rows = rows_of(runs)
-    lines = table_lines(format_report(rows, [], "md"))
+    lines = table_lines(FORMATS["md"](rows, []))
     assert len(lines) == len(values) + 2
     assert len({cell_len(line) for line in lines}) == 1
     text = "\n".join(lines)
@@ -601,7 +602,7 @@ def test_no_line_is_wider_than_a_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_report_does_not_depend_on_attempts_or_clocks(tmp_path: Path, format: Format) -> None:
+def test_report_does_not_depend_on_attempts_or_clocks(tmp_path: Path, format: str) -> None:
     def runs(root: Path, number: int) -> list[Run]:
         first = completed(root, make_recipe("a", {"x": 1}), 2.0)
         failed = not_completed(
@@ -613,5 +614,11 @@ def test_report_does_not_depend_on_attempts_or_clocks(tmp_path: Path, format: Fo
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_no_runs_is_a_report_too(format: Format) -> None:
+def test_no_runs_is_a_report_too(format: str) -> None:
     assert report([], format).endswith("\n")
+
+
+def test_the_command_line_offers_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", "recipes", "--format", "xls"])
+    assert f"(choose from {', '.join(map(repr, FORMATS))})" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from runner.cli.main import main
 from runner.files import append_jsonl, write_json_atomic, write_jsonl_atomic
 from runner.plan.select import Selected, select_recipes
 from runner.plan.status import RunStatus, read_status
-from runner.recipe.identity import ContentHashes, known_contents
+from runner.recipe.contents import ContentHashes, known_contents
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.paths import content_cache_path
 from runner.run.record import Progress

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from runner.errors import DataError
 from runner.strict import Section
@@ -61,6 +61,14 @@ class Judgement:
     is_readable: bool = True
 
 
+@dataclass(frozen=True)
+class Recognised:
+    """A task for rows of some shape: the section `data.task`, and the columns that it reads."""
+
+    section: Mapping[str, str]
+    columns: tuple[str, ...]
+
+
 Judge = Callable[[str, References], Judgement]
 Judged = tuple[References, dict[str, float]]  # a row's references, and the scores of its answer
 
@@ -72,15 +80,30 @@ class Task(Section):
     A task defines its `name` as a literal and overrides `build_example`, or `build_examples` where
     an example is not one row. A task that judges answers states its `METRICS` and overrides
     `judge`, or `open_judge` where judging needs something built or started first; and
-    `combine_scores` where a metric is more than the mean of a score.
+    `combine_scores` where a metric is more than the mean of a score. `runner init` proposes
+    a task for rows with columns that it is `RECOGNISED_BY`.
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ()
     # Its place where an error lists the tasks; those with the same number go by the names of their
     # files.
     ORDER: ClassVar[int] = 100
+    # Sets of columns, the preferred ones first, and what the section says for each beside the name.
+    RECOGNISED_BY: ClassVar[tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]] = ()
+    # Its place where several tasks recognise a row: the lowest is proposed.
+    RECOGNITION_ORDER: ClassVar[int] = 100
 
     name: str
+
+    @classmethod
+    def recognise(cls, row: Any) -> Recognised | None:
+        """The section that reads rows like this one; None if the row is another task's."""
+        if isinstance(row, Mapping):
+            (name,) = get_args(cls.model_fields["name"].annotation)
+            for columns, settings in cls.RECOGNISED_BY:
+                if all(column in row for column in columns):
+                    return Recognised({"name": name, **settings}, columns)
+        return None
 
     def build_examples(self, rows: Iterable[tuple[str, Any]]) -> Examples:
         """The examples of all rows of a source, given as `(where, row)`.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from runner.data.tasks.base import Conversation, Example, Task, describe_value
+from runner.data.tasks.base import Conversation, Example, Recognised, Task, describe_value
 from runner.errors import DataError
 
 CONVERSATION_COLUMNS: Final = ("messages", "conversations", "conversation")
@@ -26,8 +26,16 @@ class ConversationsTask(Task):
     """Rows with a list of messages in `messages` or `conversations`; role/content or from/value."""
 
     ORDER = 1
+    RECOGNISED_BY = tuple(((column,), {}) for column in CONVERSATION_COLUMNS)
+    RECOGNITION_ORDER = 1
 
     name: Literal["conversations"]
+
+    @classmethod
+    def recognise(cls, row: Any) -> Recognised | None:
+        if isinstance(row, list):  # the messages themselves
+            return Recognised({"name": "conversations"}, ())
+        return super().recognise(row)
 
     def build_example(self, row: Any, where: str) -> Example:
         return Example(where, read_conversation(row, where))

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from runner.data.tasks.base import (
     Example,
     Examples,
+    Recognised,
     Task,
     describe_value,
     read_text,
@@ -38,6 +39,11 @@ class Oasst1Task(Task):
     """
 
     ORDER = 6
+    RECOGNISED_BY = (
+        (("message_id", "parent_id", "role", "text"), {}),
+        (("message_tree_id", "prompt"), {}),
+    )
+    RECOGNITION_ORDER = 2
 
     name: Literal["oasst1"]
     languages: tuple[Text, ...] = ("en",)  # of every message of a path; empty: all
@@ -45,6 +51,12 @@ class Oasst1Task(Task):
     paths: Literal["best", "all"] = "best"
     # Messages without a finished review; deleted ones are never used.
     include_unreviewed: bool = False
+
+    @classmethod
+    def recognise(cls, row: Any) -> Recognised | None:
+        found = super().recognise(row)
+        # Every column of a message decides whether it is used.
+        return found and replace(found, columns=tuple(row))
 
     def build_examples(self, rows: Iterable[tuple[str, Any]]) -> Examples:
         """One example per path; an example is not one row, so there is no `build_example`."""

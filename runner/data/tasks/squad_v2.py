@@ -36,6 +36,18 @@ class SquadV2Task(Task):
 
     METRICS = ("exact_match", "f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy")
     ORDER = 5
+    RECOGNISED_BY = (
+        (
+            ("context", "question", "answers"),
+            {
+                "prompt": (
+                    "Answer with words of the text, or with `unanswerable`.\n\n{context}\n\n"
+                    "Question: {question}"
+                )
+            },
+        ),
+    )
+    RECOGNITION_ORDER = 3
 
     name: Literal["squad_v2"]
     prompt: Text  # holds {context} and {question} exactly once each

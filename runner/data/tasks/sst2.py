@@ -31,6 +31,13 @@ class Sst2Task(Task):
 
     METRICS = ("accuracy", "f1")
     ORDER = 4
+    RECOGNISED_BY = (
+        (
+            ("sentence", "label"),
+            {"prompt": "Is this sentence positive or negative?\n\n{sentence}"},
+        ),
+    )
+    RECOGNITION_ORDER = 4
 
     name: Literal["sst2"]
     prompt: Text

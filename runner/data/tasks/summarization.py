@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import model_validator
 
@@ -22,6 +22,13 @@ from runner.data.tasks.base import (
 )
 from runner.strict import Text
 
+_COLUMN_PAIRS: Final = (
+    ("document", "summary"),
+    ("dialogue", "summary"),
+    ("text", "summary"),
+    ("article", "highlights"),
+)
+
 
 class SummarizationTask(Task):
     """A document (or dialogue) and its summary; `prompt` holds the placeholder `{document}` exactly
@@ -30,6 +37,18 @@ class SummarizationTask(Task):
 
     METRICS = ("rouge1", "rouge2", "rougeL")
     ORDER = 3
+    RECOGNISED_BY = tuple(
+        (
+            pair,
+            {
+                "prompt": "Summarize this text.\n\n{document}",
+                "document_column": pair[0],
+                "summary_column": pair[1],
+            },
+        )
+        for pair in _COLUMN_PAIRS
+    )
+    RECOGNITION_ORDER = 6
 
     name: Literal["summarization"]
     prompt: Text

@@ -10,6 +10,7 @@ from typing import Final
 import pytest
 
 from runner.files import load_json
+from runner.grid.starter import SHARED_FOLDERS
 from runner.sft.generation import load_answers
 from tests.conftest import ROOT, Project
 
@@ -24,6 +25,7 @@ from runner.strict import Text
 
 class ParityTask(Task):
     METRICS = ("brevity", "most_brevity")
+    RECOGNISED_BY = ((("number",), {"even_text": "straight"}),)
 
     name: Literal["parity"]
     even_text: Text = "even"
@@ -56,6 +58,8 @@ def with_parity(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
         ROOT / "runner", folder / "runner", ignore=shutil.ignore_patterns("__pycache__")
     )
     (folder / "runner" / "data" / "tasks" / "parity.py").write_text(TASK_FILE)
+    for name in ("recipe_templates", "sweeps", "data", *SHARED_FOLDERS):  # the stock files
+        (folder / name).symlink_to(ROOT / name)
     return {"PYTHONPATH": str(folder)}
 
 
@@ -81,6 +85,18 @@ def test_the_file_is_all_that_a_recipe_needs_to_name_the_task(
     assert "oasst1, math_tools or parity" in done.stderr, "new tasks are listed last"
     done = numbers.cli(*dry, f"data.task={TASK}")
     assert "`name` is the text 'parity', expected conversations," in done.stderr
+
+
+def test_the_file_is_all_that_init_needs_to_recognise_its_rows(
+    numbers: Project, with_parity: Mapping[str, str]
+) -> None:
+    init = ("init", "study", "--data", "data.jsonl")
+    done = numbers.cli(*init)
+    assert done.returncode == 2 and "cannot tell the task from the columns: number" in done.stderr
+    done = numbers.cli(*init, environment=with_parity)
+    assert done.returncode == 0, done.stderr
+    template = numbers.root / "study" / "recipe_templates" / "first" / "recipe.yaml.j2"
+    assert '    name: "parity"\n    even_text: "straight"\n' in template.read_text()
 
 
 @pytest.mark.slow

@@ -1,0 +1,239 @@
+"""Files that a recipe names: known by what they hold, hashed once, missed by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from runner.errors import DataError
+from runner.recipe.contents import ContentHashes, hash_contents, known_contents, list_content_paths
+from runner.recipe.identity import derive_digest
+from runner.recipe.parse import Recipe
+from tests.recipe.test_identity import parse
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A recipe in the current folder that names a file of every sort; all were written long ago."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "toy" / "sub").mkdir(parents=True)
+    for name in (
+        "models/toy/config.json",
+        "models/toy/sub/weights.bin",
+        "chat.jinja",
+        "data.jsonl",
+        "v.jsonl",
+        "t.jsonl",
+    ):
+        (tmp_path / name).write_text(name)
+    settle(tmp_path)
+    launch_config = tmp_path / parse().launch.accelerate_config  # must be there, but is no content
+    launch_config.parent.mkdir(exist_ok=True)
+    launch_config.touch()
+    names = (
+        "model.chat_template=chat.jinja",
+        "data.validation={path: v.jsonl}",
+        "data.test={path: t.jsonl}",
+    )
+    return parse(*names)
+
+
+def settle(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+
+
+def digest_now(recipe: Recipe) -> str:
+    return derive_digest(recipe, hash_contents(recipe, ContentHashes(Path("cache.json"))))
+
+
+def test_every_file_that_a_recipe_names_is_hashed(recipe: Recipe) -> None:
+    assert set(list_content_paths(recipe).values()) == {
+        "models/toy",
+        "chat.jinja",
+        "data.jsonl",
+        "v.jsonl",
+        "t.jsonl",
+    }
+    assert set(hash_contents(recipe, ContentHashes(Path("cache.json")))) == set(
+        list_content_paths(recipe).values()
+    )
+
+
+def test_files_that_are_not_there_are_named_at_once_and_never_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = (
+        "model.path=demo_models/gemma",
+        "data.train.path=none.jsonl",
+        "launch.accelerate_config=none.yaml",
+    )
+    with pytest.raises(DataError) as caught:
+        hash_contents(parse(*names), ContentHashes(Path("cache.json")))
+    for line in (
+        "model.path: demo_models/gemma",
+        "data.train.path: none.jsonl",
+        "launch.accelerate_config: none.yaml",
+    ):
+        assert f"\n  {line}" in caught.value.message
+    assert caught.value.hint is not None and "runner demo-models" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "models/toy/config.json",
+        "models/toy/sub/weights.bin",
+        "chat.jinja",
+        "data.jsonl",
+        "v.jsonl",
+        "t.jsonl",
+    ],
+)
+def test_other_content_is_another_experiment(name: str, recipe: Recipe) -> None:
+    before = digest_now(recipe)
+    Path(name).write_text("other " + name)
+    assert digest_now(recipe) != before
+
+
+def test_a_file_more_or_less_in_a_folder_counts_and_hidden_ones_do_not(recipe: Recipe) -> None:
+    before = digest_now(recipe)
+    (Path("models/toy/.cache/download")).mkdir(parents=True)
+    Path("models/toy/.cache/download/stamp").write_text("12:00")
+    Path("models/toy/.gitattributes").write_text("x")
+    assert digest_now(recipe) == before
+    Path("models/toy/adapter.json").write_text("{}")
+    more = digest_now(recipe)
+    Path("models/toy/adapter.json").rename("models/toy/renamed.json")
+    assert len({before, more, digest_now(recipe)}) == 3
+
+
+def test_a_hash_follows_the_bytes_through_touching_moving_and_renaming(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    hashes = ContentHashes(tmp_path / "cache.json")
+    file, folder = hashes.hash(Path("data.jsonl")), hashes.hash(Path("models/toy"))
+    Path("data.jsonl").touch()
+    assert hashes.hash(Path("data.jsonl")) == file
+    Path("data.jsonl").rename("moved.jsonl")
+    Path("models/toy").rename("elsewhere")
+    Path("linked").symlink_to("elsewhere")
+    assert hashes.hash(Path("moved.jsonl")) == file
+    assert hashes.hash(Path("elsewhere")) == hashes.hash(Path("linked")) == folder
+
+
+def test_what_is_cached_is_not_read_again(recipe: Recipe, tmp_path: Path) -> None:
+    path, cache_path = Path("data.jsonl"), tmp_path / "cache.json"
+    hashes = ContentHashes(cache_path)
+    assert hashes.known(path) is None
+    before = hashes.hash(path)
+    hashes.save()
+    again = ContentHashes(cache_path)
+    assert again.known(path) == before == again.known(path.absolute())
+    state = path.stat()
+    path.write_text("DATA.JSONL")  # in place: as long as before, and as old
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert again.hash(path) == before, "size, time and inode say that it is the same"
+
+
+@pytest.mark.parametrize("how", ["size", "time", "inode"])
+def test_size_time_and_inode_each_tell_another_file(
+    how: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    path = Path("data.jsonl")
+    hashes = ContentHashes(tmp_path / "cache.json")
+    before = hashes.hash(path)
+    state = path.stat()
+    if how == "inode":
+        Path("new").write_text("DATA.JSONL")
+        Path("new").rename(path)
+    else:
+        path.write_text("DATA.JSONL" + ("!" if how == "size" else ""))
+    ns = state.st_mtime_ns + (how == "time")
+    os.utime(path, ns=(ns, ns))
+    assert hashes.known(path) is None
+    assert hashes.hash(path) != before
+
+
+def test_a_file_that_may_be_written_again_in_the_same_instant_is_not_cached(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("one")
+    hashes = ContentHashes(tmp_path / "cache.json")
+    before = hashes.hash(path)
+    assert hashes.known(path) is None
+    state = path.stat()
+    path.write_text("two")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert hashes.hash(path) != before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"a": 1, "b": [1, 2, 3], "c": null}'])
+def test_a_damaged_cache_only_costs_time(content: str, recipe: Recipe, tmp_path: Path) -> None:
+    cache_path = tmp_path / "cache.json"
+    cache_path.write_text(content)
+    hashes = ContentHashes(cache_path)
+    hash_contents(recipe, hashes)
+    assert ContentHashes(cache_path).known(Path("data.jsonl")) == hashes.hash(Path("data.jsonl"))
+
+
+def test_two_processes_that_save_keep_each_others_hashes(recipe: Recipe, tmp_path: Path) -> None:
+    first, second = ContentHashes(tmp_path / "cache.json"), ContentHashes(tmp_path / "cache.json")
+    first.hash(Path("data.jsonl"))
+    second.hash(Path("v.jsonl"))
+    first.save()
+    second.save()
+    both = ContentHashes(tmp_path / "cache.json")
+    assert both.known(Path("data.jsonl")) and both.known(Path("v.jsonl"))
+
+
+def test_all_missing_files_are_named_at_once(recipe: Recipe) -> None:
+    for name in ("data.jsonl", "v.jsonl", "chat.jinja"):
+        Path(name).unlink()
+    with pytest.raises(DataError) as caught:
+        digest_now(recipe)
+    for line in (
+        "data.train.path: data.jsonl",
+        "data.validation.path: v.jsonl",
+        "model.chat_template: chat.jinja",
+    ):
+        assert line in str(caught.value)
+    assert "t.jsonl" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_in_words(recipe: Recipe) -> None:
+    Path("models/toy/broken").symlink_to("nowhere")
+    with pytest.raises(DataError, match="cannot be read"):
+        digest_now(recipe)
+    assert "models/toy" not in known_contents(recipe, ContentHashes(Path("cache.json")))
+
+
+@pytest.mark.parametrize(
+    ("path", "is_local"),
+    [
+        ("google/gemma-2-2b", False),
+        ("gpt2", False),
+        ("./gemma", True),
+        ("/models/gemma", True),
+        ("~/gemma", True),
+        ("a/b/c", True),
+        ("data/train.jsonl", True),
+    ],
+)
+def test_a_hub_id_is_not_taken_for_a_missing_file(
+    path: str, is_local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ("data.train.path" in list_content_paths(parse(f"data.train.path={path}"))) == is_local
+
+
+def test_known_contents_reads_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    hashes = ContentHashes(tmp_path / "cache.json")
+    assert known_contents(recipe, hashes) == {}
+    contents = hash_contents(recipe, hashes)
+    assert known_contents(recipe, hashes) == contents
+    Path("v.jsonl").unlink()
+    Path("t.jsonl").touch()
+    assert set(contents) - set(known_contents(recipe, hashes)) == {"v.jsonl", "t.jsonl"}
