@@ -1,505 +1,380 @@
-"""What is refused before any device time: every key of a recipe that changes between two attempts,
-every file, launch and library; and what a refusal leaves behind, which is nothing.
+"""One decision: each way in which checkpoints can be damaged, with the step that is continued, what
+is moved aside for it and why, and the verdict on every checkpoint.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
 from runner.checkpoints.archive import write_archive
-from runner.checkpoints.choose import look_ahead, read_inventory
-from runner.checkpoints.retention import strip_checkpoint
-from runner.cli.main import main
-from runner.errors import DataError, RefusedError
-from runner.files import write_json_atomic
-from runner.launch.attempt import prepare_run, start_attempt
-from runner.launch.command import LaunchCommand
-from runner.plan.decide import Decision, Launch, decide
-from runner.plan.select import Selected
-from runner.plan.status import RunStatus, read_status
-from runner.recipe.contents import ContentHashes, hash_contents
-from runner.recipe.identity import build_resume_fingerprint, derive_digest, load_launch_settings
-from runner.recipe.parse import Recipe
-from runner.run.facts import read_facts
-from runner.run.lease import is_leased
-from runner.run.paths import RunPaths, marker_path
-from runner.run.record import Attempt, RunRecord, load_record, write_record
-from tests.recipe.test_identity import (
-    CANNOT_CHANGE_ALONE,
-    KINDS,
-    MAKES_A_KIND,
-    PLACEMENT_KINDS,
-    change,
-    list_keys,
-    parse,
+from runner.checkpoints.choose import (
+    Choice,
+    Move,
+    Policy,
+    Restore,
+    Verification,
+    Wanted,
+    choose,
+    read_inventory,
 )
-from tests.support.fake_checkpoints import commit_under, flip_bit
-from tests.support.fake_launcher import FakeLauncher, fake
+from runner.checkpoints.commit import commit_checkpoint
+from runner.checkpoints.retention import strip_checkpoint
+from runner.errors import RefusedError
+from runner.run.paths import RunPaths, marker_path
+from tests.support.fake_checkpoints import (
+    FINGERPRINT,
+    commit,
+    flip_bit,
+    make_limits,
+    make_paths,
+    quarantined,
+    resume,
+    write,
+)
 
-__all__ = ["fake"]
+LIMITS = make_limits(keep_latest=9)
+VALUES = {4: 3.0, 8: 1.0, 12: 2.0}  # step 8 is the best
 
-# What may change between two attempts of a run, and why that cannot show in its results.
-MAY_CHANGE = {
-    "run.grid": "names the directory: another grid is another run",
-    "run.name": "names the directory: another name is another run",
-    "run.axes": "labels for reports; what they stand for is elsewhere in the recipe",
-    "run.overrides": "how the recipe came about, not what it says",
-    "launch.retries.transient": "how often, not what",
-    "launch.retries.lost": "how often, not what",
-    "launch.retries.out_of_memory": (
-        "permits a start at step 0 in smaller micro-batches; never a continuation in them"
+
+def lose(paths: RunPaths, *steps: int) -> None:
+    for step in steps:
+        shutil.rmtree(paths.checkpoint_dir(step))
+
+
+def damage(paths: RunPaths, step: int, name: str = "optimizer.pt") -> None:
+    flip_bit(paths.checkpoint_dir(step) / name)
+
+
+def pack(paths: RunPaths, *steps: int) -> None:
+    for step in steps:
+        write_archive(paths.checkpoint_dir(step), paths.archive_path(step))
+
+
+def strip(paths: RunPaths, *steps: int) -> None:
+    for step in steps:
+        strip_checkpoint(paths.checkpoint_dir(step))
+
+
+NEXT: Final = "; an attempt would go on from here"
+OLDER: Final = "; older than what decides"
+MOVED: Final = "; an attempt would move it to quarantine"
+FLIPPED: Final = "optimizer.pt holds other bytes than were committed"
+BAD_MARKER: Final = (
+    "checkpoints/step-12/COMMITTED.json is not as it was written: its checksum does not match"
+)
+BAD_ARCHIVE: Final = (
+    "checkpoints/step-12.zip is not a readable ZIP archive: Bad CRC-32 for file"
+    " 'step-12/model.safetensors'"
+)
+UNCOMMITTED: Final = "its files are not those that were committed: "
+UNFINISHED: Final = "never finished: an attempt would move it to quarantine"
+LOST_BEST: Final = "the best weights so far, of step 8, are lost"
+NO_BEST: Final = ", but its best weights, of step 8, are lost" + MOVED
+STRIPPED: Final = "it was stripped of its optimizer state, and nothing newer can be continued"
+NO_STATE: Final = (
+    "whole, but without optimizer state: its weights can be used, nothing continues from it"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What happens to checkpoints 4, 8 and 12, and what is right then."""
+
+    happen: Callable[[RunPaths], Any]
+    step: int | None
+    verdicts: dict[str, str]
+    moves: tuple[tuple[str, str], ...] = ()
+    restored: tuple[int, ...] = ()
+
+
+WHOLE: Final = {"step-12": "whole" + NEXT, "step-8": "whole" + OLDER, "step-4": "whole" + OLDER}
+BACK_TO_8: Final = {"step-8": "whole" + NEXT, "step-4": "whole" + OLDER}
+
+
+def newest_damaged(happen: Callable[[RunPaths], Any], what: str) -> Case:
+    """The step before is continued."""
+    verdicts = {"step-12": f"damaged: {what}{MOVED}", **BACK_TO_8}
+    return Case(happen, 8, verdicts, (("step-12", UNCOMMITTED + what),))
+
+
+CASES: dict[str, Case] = {
+    "whole": Case(lambda run: None, 12, WHOLE),
+    "newest damaged": newest_damaged(lambda run: damage(run, 12), FLIPPED),
+    "newest marker damaged": newest_damaged(
+        lambda run: damage(run, 12, "COMMITTED.json"), BAD_MARKER
     ),
-    "launch.retries.backoff_seconds": "when, not what",
-    "launch.on_version_change": "decides about a change, and is none",
-    "checkpoints.keep_latest": (
-        "the best one always stays, and nothing that is computed depends on others"
+    "newest cut": newest_damaged(
+        lambda run: (run.checkpoint_dir(12) / "model.safetensors").write_bytes(b"x"),
+        "model.safetensors has 1 bytes, 3072 were committed",
     ),
-    "checkpoints.keep_best": "as above",
-    "checkpoints.save_optimizer": "of older checkpoints; a stripped one is never continued",
-    "checkpoints.archive": "a copy",
-    "checkpoints.remote": "a copy",
-    "checkpoints.remote.url": "a copy",
-    "checkpoints.remote.options": "a copy",
-    "checkpoints.remote.num_retries": "how often, not what",
-    "checkpoints.remote.load": "what is loaded is held against the same fingerprint",
-    "tracking.report_to": "who is told, not what",
-    "tracking.project": "where it is shown",
-    "tracking.run_name": "where it is shown",
-    "tracking.tags": "where it is shown",
-    "tracking.watch": "reads gradients, changes none",
-    "tracking.log_steps": "how often trackers are told",
-    "tracking.log_model": "a copy",
-    "tracking.hub_model_id": "where `runner export` sends the model",
-    "tracking.hub_private": "where `runner export` sends the model",
+    "newest marker missing": Case(
+        lambda run: marker_path(run.checkpoint_dir(12)).unlink(),
+        8,
+        {**BACK_TO_8, "step-12": UNFINISHED},
+        (("step-12", "it was still being written when its attempt died"),),
+    ),
+    "oldest damaged": Case(
+        lambda run: damage(run, 4), 12, {**WHOLE, "step-4": f"damaged: {FLIPPED}{OLDER}"}
+    ),
+    "best damaged": Case(
+        lambda run: damage(run, 8),
+        4,
+        {
+            "step-12": "whole" + NO_BEST,
+            "step-8": f"damaged: {FLIPPED}{MOVED}",
+            "step-4": "whole" + NEXT,
+        },
+        (("step-8", UNCOMMITTED + FLIPPED), ("step-12", LOST_BEST)),
+    ),
+    "best lost": Case(
+        lambda run: lose(run, 8),
+        4,
+        {"step-12": "whole" + NO_BEST, "step-4": "whole" + NEXT},
+        (("step-12", LOST_BEST),),
+    ),
+    "best lost, newest restored": Case(
+        lambda run: (pack(run, 12), damage(run, 12), lose(run, 8)),
+        4,
+        {
+            "step-12": f"damaged ({FLIPPED}), but whole in step-12.zip" + NO_BEST,
+            "step-4": "whole" + NEXT,
+        },
+        (
+            ("step-12", UNCOMMITTED + FLIPPED),
+            ("step-12.zip", LOST_BEST),
+            ("step-12", LOST_BEST),
+        ),
+        restored=(12,),
+    ),
+    "all damaged": Case(
+        lambda run: [damage(run, step) for step in VALUES],
+        None,
+        {f"step-{step}": f"damaged: {FLIPPED}{MOVED}" for step in (12, 8, 4)},
+        tuple((f"step-{step}", UNCOMMITTED + FLIPPED) for step in (12, 8, 4)),
+    ),
+    "newest damaged, whole as an archive": Case(
+        lambda run: (pack(run, 12), damage(run, 12)),
+        12,
+        {**WHOLE, "step-12": f"damaged ({FLIPPED}), but whole in step-12.zip{NEXT}"},
+        (("step-12", UNCOMMITTED + FLIPPED),),
+        restored=(12,),
+    ),
+    "newest lost, whole as an archive": Case(
+        lambda run: (pack(run, 12), lose(run, 12)),
+        12,
+        {**WHOLE, "step-12": f"damaged (its folder is missing), but whole in step-12.zip{NEXT}"},
+        restored=(12,),
+    ),
+    "newest lost, archive damaged": Case(
+        lambda run: (pack(run, 12), lose(run, 12), flip_bit(run.archive_path(12))),
+        8,
+        {
+            "step-12": f"damaged: its folder is missing, and {BAD_ARCHIVE}{MOVED}",
+            **BACK_TO_8,
+        },
+        (("step-12.zip", BAD_ARCHIVE),),
+    ),
+    "archive of another step": Case(
+        lambda run: (pack(run, 4), shutil.copy(run.archive_path(4), run.archive_path(16))),
+        12,
+        {
+            "step-16": "damaged: its folder is missing, and step-16.zip holds the checkpoint of"
+            f" another step{MOVED}",
+            **WHOLE,
+        },
+        (("step-16.zip", "it holds the checkpoint of another step"),),
+    ),
+    "best lost, whole as an archive": Case(
+        lambda run: (pack(run, 8), lose(run, 8)),
+        12,
+        {**WHOLE, "step-8": f"damaged (its folder is missing), but whole in step-8.zip{OLDER}"},
+        restored=(8,),
+    ),
+    "newest stripped": Case(
+        lambda run: strip(run, 12),
+        8,
+        {"step-12": NO_STATE, **BACK_TO_8},
+        (("step-12", STRIPPED),),
+    ),
+    "best stripped": Case(lambda run: strip(run, 8), 12, WHOLE),
+    "all but the damaged newest stripped": Case(
+        lambda run: (strip(run, 4, 8), damage(run, 12)),
+        None,
+        {"step-12": f"damaged: {FLIPPED}{MOVED}", "step-8": NO_STATE, "step-4": NO_STATE},
+        (("step-12", UNCOMMITTED + FLIPPED), ("step-8", STRIPPED), ("step-4", STRIPPED)),
+    ),
+    "an older one under a newer name": Case(
+        lambda run: shutil.copytree(run.checkpoint_dir(4), run.checkpoint_dir(40)),
+        12,
+        {"step-40": f"damaged: it is the checkpoint of step 4{MOVED}", **WHOLE},
+        (("step-40", UNCOMMITTED + "it is the checkpoint of step 4"),),
+    ),
+    "unfinished": Case(
+        lambda run: write(run, 16),
+        12,
+        {**WHOLE, "checkpoint-16": UNFINISHED},
+        (("checkpoint-16", "it was still being written when its attempt died"),),
+    ),
+    "nothing": Case(lambda run: shutil.rmtree(run.checkpoints_dir), None, {}),
 }
 
 
-@pytest.fixture(autouse=True)
-def files(fake: FakeLauncher) -> None:
-    """What the recipes name more than the fake's own, and what the proposed values name."""
-    for name in ("chat.jinja", "one.jsonl", "two.jsonl"):
-        (fake.root / name).write_text(name)
-    (fake.root / "one").write_text("use_cpu: false\n")
-
-
-def contents_of(recipe: Recipe) -> dict[str, str]:
-    return hash_contents(recipe, ContentHashes(Path("cache.json")))
-
-
-def interrupt(recipe: Recipe, paths: RunPaths, step: int = 4, **changed: Any) -> RunPaths:
-    """A run that was killed after it had committed a checkpoint; `changed` differs in its
-    fingerprint.
-    """
-    contents = contents_of(recipe)
-    prepare_run(recipe, contents, read_facts(paths))
-    paths.checkpoints_dir.mkdir(exist_ok=True)
-    fingerprint = build_resume_fingerprint(
-        recipe, derive_digest(recipe, contents), recipe.launch.num_processes, threads="1"
-    )
-    commit_under(paths, step, {**fingerprint, **changed})
-    attempt = Attempt(
-        number=1,
-        started_at_utc="2026-01-01T00:00:00+00:00",
-        command=("accelerate",),
-        environment={},
-        num_processes=recipe.launch.num_processes,
-        host="here",
-    )
-    paths.attempt(1).attempt_dir.mkdir(parents=True, exist_ok=True)
-    paths.attempt(1).log_path.write_text("")
-    write_record(paths, RunRecord(attempts=(attempt,)))
+def make(root: Path, case: str) -> RunPaths:
+    paths = make_paths(root)
+    commit(paths, 4, 8, 12, values=VALUES)
+    CASES[case].happen(paths)
     return paths
 
 
-def judge(paths: RunPaths, recipe: Recipe, **asked: Any) -> tuple[Decision, RunStatus]:
-    status = read_status(read_facts(paths), recipe, contents_of(recipe), **asked)
-    return decide(status), status
+def contents(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
+    files = (path for path in paths.run_dir.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def refusal_of(paths: RunPaths, recipe: Recipe) -> list[str] | None:
-    """What the launch side names when it refuses, None where it launches."""
+def decide(
+    paths: RunPaths, wanted: Wanted = "auto", *, has_run_out_of_memory: bool = False, **changed: Any
+) -> Choice:
+    """Every checkpoint is judged, every byte read; what is unpacked goes beside the run."""
+    scratch_dir = paths.run_dir.with_name("scratch")
+    policy = Policy(
+        Verification(paths, LIMITS, scratch_dir),
+        has_run_out_of_memory=has_run_out_of_memory,
+        judges_all=True,
+    )
     try:
-        decision, status = judge(paths, recipe)
-    except DataError as error:
-        return [line.strip() for line in error.message.splitlines()[1:]]
-    if decision.action == "launch":
-        assert not status.differences and not status.obstacles
-        return None
-    assert decision.action == "refuse", decision
-    return [*status.differences, *status.obstacles]
+        return choose(read_inventory(paths), wanted, {**FINGERPRINT, **changed}, policy)
+    finally:
+        shutil.rmtree(scratch_dir, ignore_errors=True)
 
 
-def names(lines: list[str], key: str) -> bool:
-    """Whether one of the lines is about the key: by its dotted name, or as the fingerprint calls
-    it.
-    """
-    last = key.rpartition(".")[2]
-    starts = (f"{key}:", f"{key}.", f"{last}:", f"{last}.")
-    return any(line.startswith(starts) for line in lines)
+def list_verdicts(paths: RunPaths, choice: Choice) -> dict[str, str]:
+    here = f"{paths.run_dir}/"
+    return {verdict.name: verdict.what.replace(here, "") for verdict in choice.verdicts}
 
 
-def test_every_key_that_changes_between_attempts_is_refused_and_named_but_for_a_short_list(
-    tmp_path: Path,
+def list_moves(paths: RunPaths, choice: Choice) -> list[tuple[str, str]]:
+    here = f"{paths.run_dir}/"
+    return [
+        (move.name, move.why.replace(here, "")) for move in choice.moves if isinstance(move, Move)
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_continued_and_moved_aside_and_said(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tried, keys = set(), set()
-    for number, overrides in enumerate([*KINDS, *PLACEMENT_KINDS]):
-        recipe = parse(*overrides)
-        paths = interrupt(recipe, RunPaths(tmp_path / f"run-{number}"))
-        assert refusal_of(paths, recipe) is None, "nothing changed"
-        for key, annotation in list_keys(recipe):
-            keys.add(key)
-            changed = None if key in tried else change(recipe, key, annotation)
-            if changed is None:
-                continue
-            tried.add(key)
-            lines = refusal_of(paths, changed)
-            if key in MAY_CHANGE:
-                assert lines is None, f"{key}: {lines}"
-            else:
-                assert lines is not None and names(lines, key), f"{key}: {lines}"
-    assert keys - tried == CANNOT_CHANGE_ALONE | MAKES_A_KIND, "a new key has to be tried"
-    assert keys >= MAY_CHANGE.keys() and all(MAY_CHANGE.values())
-
-
-def test_another_kind_of_section_is_refused_and_named(tmp_path: Path) -> None:
-    paths = interrupt(parse(), RunPaths(tmp_path / "run"))
-    for overrides in KINDS[1:]:
-        lines = refusal_of(paths, parse(*overrides))
-        assert lines is not None and any(
-            names(lines, override.partition("=")[0]) for override in overrides
-        ), lines
-
-
-@pytest.mark.parametrize("path", ["data.jsonl", "models/toy/config.json", "chat.jinja"])
-def test_other_content_of_a_file_is_refused_and_named(path: str, tmp_path: Path) -> None:
-    recipe = parse("model.chat_template=chat.jinja")
-    paths = interrupt(recipe, RunPaths(tmp_path / "run"))
-    Path(path).write_text("other content")
-    lines = refusal_of(paths, recipe)
-    assert lines is not None and any(
-        line.startswith("content of ")
-        and line.split(":")[0].endswith("models/toy" if "toy" in path else path)
-        for line in lines
+    paths, right = make(tmp_path, case), CASES[case]
+    before = contents(paths)
+    choice = decide(paths)
+    assert contents(paths) == before, "to choose changes nothing"
+    assert (choice.step, choice.refusal) == (right.step, None)
+    assert list_verdicts(paths, choice) == right.verdicts
+    assert [verdict.name for verdict in choice.verdicts] == list(right.verdicts), "newest first"
+    assert [verdict.name for verdict in choice.verdicts if verdict.is_next] == (
+        [] if right.step is None else [f"step-{right.step}"]
     )
-    with pytest.raises(RefusedError, match="content of"):
-        prepare_run(recipe, contents_of(recipe), read_facts(paths))
+    assert list_moves(paths, choice) == list(right.moves)
+    assert [move.step for move in choice.moves if not isinstance(move, Move)] == [*right.restored]
+    capsys.readouterr()
+    assert resume(paths) == right.step, "as the trainer does"
+    printed = capsys.readouterr().out.splitlines()
+    moved = [line.split()[3] for line in printed if line.startswith("warning: moved checkpoint")]
+    assert moved == [name for name, _ in right.moves]
+    assert sorted(name.rpartition(".")[0] for name in quarantined(paths)) == sorted(moved)
+    restored = [line.split()[2] for line in printed if line.startswith("restored checkpoint")]
+    assert restored == [f"step-{step}" for step in right.restored]
 
 
-def test_how_processes_start_counts_by_what_the_files_say_and_not_by_their_names(
-    tmp_path: Path,
-) -> None:
-    Path("ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    Path("zero.yaml").write_text(
-        "distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds.json}\n"
-    )
-    recipe = parse("launch.accelerate_config=zero.yaml")
-    paths = interrupt(recipe, RunPaths(tmp_path / "run"))
-    shutil.copy("ds.json", "moved.json")
-    Path("moved.yaml").write_text(
-        "# with a comment, and where processes start\nnum_machines: 4\nmain_process_port:"
-        " 0\ndeepspeed_config: {deepspeed_config_file: moved.json, deepspeed_multinode_launcher:"
-        " standard}\ndistributed_type: DEEPSPEED\n"
-    )
-    assert refusal_of(paths, parse("launch.accelerate_config=moved.yaml")) is None
-    Path("ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    stage = (
-        "accelerate_config.deepspeed_config.deepspeed_config_file.zero_optimization.stage: 3 -> 2"
-    )
-    assert refusal_of(paths, recipe) == [stage]
-    Path("ds.json").unlink()
-    assert "ds.json is not there" in str(refusal_of(paths, recipe))
-
-
-@pytest.mark.parametrize("content", [b"", b"[1]", b"a: [", b"\xff\x00", b"deepspeed_config: 3"])
-def test_a_strange_launch_config_is_no_traceback(content: bytes) -> None:
-    Path("strange.yaml").write_bytes(content)
-    load_launch_settings(Path("strange.yaml"))
-
-
-def test_another_number_of_processes_is_refused_where_it_is_asked_for(tmp_path: Path) -> None:
-    recipe = parse()
-    paths = interrupt(recipe, RunPaths(tmp_path / "run"))
-    decision, status = judge(paths, recipe, num_processes=1)
-    assert (
-        decision.action == "refuse"
-        and status.state == "interrupted"
-        and status.checkpoint_step == 4
-    )
-    assert status.obstacles == ("gradient_accumulation_steps: 4 -> 12", "num_processes: 3 -> 1")
-    assert (
-        "step 4 cannot be continued: gradient_accumulation_steps: 4 -> 12, num_processes: 3 -> 1"
-        in status.notes
-    )
-    decision, status = judge(paths, recipe, num_processes=5)
-    assert decision.action == "refuse" and "24" in status.obstacles[0], (
-        "the global batch does not divide"
+@pytest.mark.parametrize("case", CASES)
+def test_the_newest_that_verifies_is_refused_to_another_launch(case: str, tmp_path: Path) -> None:
+    paths, right = make(tmp_path, case), CASES[case]
+    sound = [
+        name for name, what in right.verdicts.items() if what.startswith(("whole", "damaged ("))
+    ]
+    choice = decide(paths, num_processes=1)
+    assert choice.step is None
+    if not sound:
+        assert choice.refusal is None
+        assert resume(paths, num_processes=1) is None
+        return
+    said = list_verdicts(paths, choice)
+    assert [name for name in said if "of another launch: num_processes: 2 -> 1" in said[name]] == [
+        sound[0]
+    ]
+    assert choice.refusal is not None and f"of {sound[0].replace('-', ' ')} " in str(choice.refusal)
+    with pytest.raises(RefusedError) as refused:
+        resume(paths, num_processes=1)
+    assert str(refused.value) == str(choice.refusal)
+    assert [name.rpartition(".")[0] for name in quarantined(paths)] == sorted(
+        name for name, _ in list_moves(paths, choice)
     )
 
 
-@pytest.mark.parametrize("policy", ["warn", "refuse"])
-def test_a_library_that_changed_since_the_checkpoint_warns_or_refuses(
-    policy: str, tmp_path: Path
-) -> None:
-    recipe = parse(f"launch.on_version_change={policy}")
-    versions = build_resume_fingerprint(recipe, "d", 3, threads="1")["versions"]
-    paths = interrupt(
-        recipe, RunPaths(tmp_path / "run"), versions=versions | {"torch": "2.0", "trl": "absent"}
-    )
-    decision, status = judge(paths, recipe)
-    lines = (
-        f'versions.torch: "2.0" -> "{versions["torch"]}"',
-        f'versions.trl: "absent" -> "{versions["trl"]}"',
-    )
-    if policy == "refuse":
-        assert decision.action == "refuse" and (status.obstacles, status.version_changes) == (
-            lines,
-            (),
-        )
-    else:
-        assert decision.action == "launch" and (status.obstacles, status.version_changes) == (
-            (),
-            lines,
-        )
-    assert all(line in status.notes for line in lines) and "step 4" in status.notes
+def test_only_other_micro_batches_of_training_are_left_behind(tmp_path: Path) -> None:
+    paths = make(tmp_path, "whole")
+    larger = "it was written in larger micro-batches, before the run went out of memory"
+    for changed in ({}, {"num_processes": 1}):  # nothing of before is continued
+        choice = decide(paths, has_run_out_of_memory=True, per_device_train_batch_size=1, **changed)
+        assert (choice.step, choice.refusal) == (None, None)
+        assert list_moves(paths, choice) == [(f"step-{step}", larger) for step in (4, 8, 12)]
+        assert set(list_verdicts(paths, choice).values()) == {
+            "whole, in larger micro-batches, which ran out of memory; an attempt would set it aside"
+        }
+    choice = decide(paths, has_run_out_of_memory=True, per_device_eval_batch_size=1)
+    assert choice.refusal is not None and not choice.moves
+    choice = decide(paths, per_device_train_batch_size=1)
+    assert choice.refusal is not None and not choice.moves
 
 
-def test_threads_count_once_they_are_known(tmp_path: Path) -> None:
-    recipe = parse()
-    paths = interrupt(recipe, RunPaths(tmp_path / "run"))
-    digest = derive_digest(recipe, contents_of(recipe))
-
-    def changes(recipe: Recipe, threads: str | None) -> tuple[str, ...]:
-        choice = look_ahead(read_inventory(paths), recipe, digest, 3, threads=threads)
-        assert choice.decisive_step is not None
-        return choice.version_warnings or choice.obstacles
-
-    assert changes(recipe, None) == changes(recipe, "1") == ()
-    assert changes(recipe, "7") == ('versions.OMP_NUM_THREADS: "1" -> "7"',)
+def test_best_weights_that_are_left_behind_are_lost(tmp_path: Path) -> None:
+    paths = make(tmp_path, "whole")
+    lose(paths, 12)
+    smaller = {"per_device_train_batch_size": 1}
+    commit_checkpoint(write(paths, 12, VALUES), paths, 12, {**FINGERPRINT, **smaller})
+    choice = decide(paths, has_run_out_of_memory=True, **smaller)
+    assert (choice.step, choice.refusal) == (None, None)
+    assert [name for name, _ in list_moves(paths, choice)] == ["step-4", "step-8", "step-12"]
+    assert list_moves(paths, choice)[-1] == ("step-12", LOST_BEST)
 
 
-def test_the_newest_marker_that_can_be_read_decides(tmp_path: Path) -> None:
-    recipe = parse()
-    paths = interrupt(recipe, RunPaths(tmp_path / "run"), num_processes=2)
-    interrupt(recipe, paths, step=8)
-    assert refusal_of(paths, recipe) is None
-    write_archive(paths.checkpoint_dir(8), paths.archive_path(8))
-    shutil.rmtree(paths.checkpoint_dir(8))
-    assert refusal_of(paths, recipe) is None, "an archive alone is restored"
-    paths.archive_path(8).write_bytes(b"no archive")
-    assert refusal_of(paths, recipe) == ["num_processes: 2 -> 3"]
-    flip_bit(marker_path(paths.checkpoint_dir(4)))
-    assert refusal_of(paths, recipe) is None, "nothing to continue: the trainer starts at step 0"
+def test_an_unfinished_folder_is_moved_aside_before_its_archive_is_restored(tmp_path: Path) -> None:
+    paths = make(tmp_path, "whole")
+    pack(paths, 12)
+    marker_path(paths.checkpoint_dir(12)).unlink()
+    first, second = decide(paths).moves
+    assert first == Move("step-12", "it was still being written when its attempt died")
+    assert isinstance(second, Restore) and second.step == 12
+    assert resume(paths) == 12 and quarantined(paths) == ["step-12.1"]
 
 
-def test_a_stripped_one_is_shown_and_the_one_before_it_decides(tmp_path: Path) -> None:
-    recipe = parse()
-    paths = interrupt(recipe, RunPaths(tmp_path / "run"))
-    interrupt(recipe, paths, step=8)
-    strip_checkpoint(paths.checkpoint_dir(8))
-    decision, status = judge(paths, recipe)
-    assert (decision.action, status.checkpoint_step) == ("launch", 8)
-    shutil.rmtree(paths.checkpoint_dir(4))
-    interrupt(recipe, paths, num_processes=2)
-    decision, status = judge(paths, recipe)
-    assert (decision.action, status.checkpoint_step) == ("refuse", 4), "as the trainer does"
-    assert status.obstacles == ("num_processes: 2 -> 3",)
+def test_no_more_is_read_than_the_answer_needs(tmp_path: Path) -> None:
+    """What is older than the step that is continued may be damaged: nobody looks."""
+    paths = make(tmp_path, "newest damaged, whole as an archive")
+    damage(paths, 4)
+    policy = Policy(Verification(paths, LIMITS, tmp_path / "scratch"))
+    choice = choose(read_inventory(paths), "auto", FINGERPRINT, policy)
+    assert choice.step == 12 and [move.name for move in choice.moves if isinstance(move, Move)] == [
+        "step-12"
+    ]
+    shutil.copytree(paths.checkpoint_dir(4), paths.checkpoint_dir(40))
+    by_markers = choose(read_inventory(paths), "auto", FINGERPRINT, Policy())
+    assert by_markers.step == 12, "no byte is read but for the markers"
 
 
-def test_what_is_named_by_resume_decides_instead(tmp_path: Path) -> None:
-    recipe = parse()
-    paths = interrupt(recipe, RunPaths(tmp_path / "run"), num_processes=2)
-    elsewhere = interrupt(recipe, RunPaths(tmp_path / "copy"))
-    write_archive(elsewhere.checkpoint_dir(4), elsewhere.archive_path(4))
-    for resume, action in {
-        "auto": "refuse",
-        "latest": "refuse",
-        "best": "refuse",
-        "none": "launch",
-        "s3://bucket/step-4.zip": "launch",  # the trainer looks at it
-        str(elsewhere.checkpoint_dir(4)): "launch",
-        str(elsewhere.archive_path(4)): "launch",
-        str(paths.checkpoint_dir(4)): "refuse",
-        str(tmp_path / "nowhere"): "launch",  # the trainer says what is wrong
-    }.items():
-        assert judge(paths, recipe, resume=resume)[0].action == action, resume
-
-
-def test_smaller_micro_batches_after_running_out_of_memory_are_a_new_start_and_no_obstacle(
-    tmp_path: Path,
-) -> None:
-    recipe = parse()
-    paths = interrupt(recipe, RunPaths(tmp_path / "run"))
-    (attempt,) = load_record(paths).attempts
-    write_record(
-        paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
-    )
-    assert refusal_of(paths, recipe) is None
-    assert refusal_of(paths, parse("launch.num_processes=1")) is None, (
-        "nothing of before is continued, whatever else changed"
-    )
-    interrupt(recipe, paths, step=8, **_cut(recipe, 2))
-    write_record(
-        paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
-    )
-    assert refusal_of(paths, recipe) is None, "continued in the same smaller ones"
-    lines = refusal_of(paths, parse("launch.num_processes=1"))
-    assert lines is not None and "num_processes: 3 -> 1" in lines, (
-        "and nothing else may change with them"
-    )
-    changed = {**_cut(recipe, 2), "per_device_eval_batch_size": 7}
-    interrupt(recipe, paths, step=12, **changed)
-    write_record(
-        paths, RunRecord(attempts=(attempt.model_copy(update={"micro_batch_divisor": 2}),))
-    )
-    lines = refusal_of(paths, recipe)
-    assert lines is not None and names(lines, "per_device_eval_batch_size"), (
-        "only other micro-batches of training are left behind"
-    )
-    shutil.rmtree(paths.checkpoint_dir(12))
-    write_record(paths, RunRecord(attempts=(attempt,)))
-    assert refusal_of(paths, recipe) is not None, "and never in larger ones again"
-
-
-def _cut(recipe: Recipe, divisor: int) -> Mapping[str, Any]:
-    return build_resume_fingerprint(
-        recipe, derive_digest(recipe, contents_of(recipe)), 3, divisor, threads="1"
-    )
-
-
-def test_a_run_whose_record_is_lost_is_still_held_against_its_checkpoint(tmp_path: Path) -> None:
-    recipe = parse()
-    paths = interrupt(recipe, RunPaths(tmp_path / "run"))
-    paths.record_path.unlink()
-    assert judge(paths, recipe)[0].action == "launch"
-    decision, status = judge(paths, recipe, num_processes=1)
-    assert (decision.action, status.state) == ("refuse", "pending")
-
-
-def test_completed_and_running_runs_are_skipped_whatever_they_were_launched_with(
-    tmp_path: Path,
-) -> None:
-    recipe = parse()
-    paths = interrupt(recipe, RunPaths(tmp_path / "run"), num_processes=2)
-    score = dict(
-        num_rows=1,
-        num_completion_tokens=1,
-        num_tokens=1,
-        num_bytes=1,
-        completion_nll_sum=1.0,
-        nll_sum=1.0,
-    )
-    result = dict(
-        outcome="completed",
-        stop_reason="max_steps",
-        num_steps=2,
-        best_step=2,
-        best_metric=1.0,
-        metric="m",
-    )
-    digest = derive_digest(recipe, contents_of(recipe))
-    write_json_atomic(
-        paths.result_path,
-        result
-        | {
-            "recipe_digest": digest,
-            "num_train_rows": 1,
-            "base": {"test": score},
-            "tuned": {"test": score},
-        },
-    )
-    decision, status = judge(paths, recipe)
-    assert decision.action == "skip" and status.obstacles == () and status.checkpoint_step is None
-
-
-# With an `accelerate` that would do as it is told, if it were called.
-
-
-def interrupt_fake(fake: FakeLauncher, name: str, **changed: Any) -> RunPaths:
-    from runner.recipe.parse import load_recipe
-
-    fake.add(name, num_processes=1)
-    return interrupt(load_recipe(Path("recipes/toy", f"{name}.yaml")), fake.paths(name), **changed)
-
-
-def test_a_refused_launch_touches_nothing_and_names_what_to_type(fake: FakeLauncher) -> None:
-    interrupt_fake(fake, "a", num_processes=2, gradient_accumulation_steps=2)
-    before = fake.tree()
-    for more in ((), ("--prepare",)):
-        process = fake.start("launch", "recipes/toy/a.yaml", *more)
-        _, errors = process.communicate()
-        assert process.returncode == 2
-        assert "step 4 cannot be continued exactly" in errors
-        assert "\n  gradient_accumulation_steps: 2 -> 4\n  num_processes: 2 -> 1\n" in errors
-        assert "hint: runner launch recipes/toy/a.yaml --num-processes 2  # as before\n" in errors
-        assert "runner launch recipes/toy/a.yaml --fresh  # moves" in errors
-    after = fake.tree()
-    changed = {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)}
-    assert changed <= {"runs", "runs/.content_hashes.json"} and not fake.events()
-    done = fake.start("launch", "recipes/toy/a.yaml", "--num-processes", "2")
-    assert done.wait() == 0 and fake.started() == ["a"] and len(fake.attempts("a")) == 2
-
-
-def test_a_sweep_refuses_one_run_launches_the_others_and_needs_no_retry_failed_later(
-    fake: FakeLauncher,
-) -> None:
-    paths = interrupt_fake(fake, "a", num_machines=2)
-    fake.add("b")
-    process = fake.start("sweep", "recipes/toy")
-    output, _ = process.communicate()
-    assert process.returncode == 1 and fake.started() == ["b"]
-    assert "refuse  toy/a  interrupted" in output and "\n          num_machines: 2 -> 1" in output
-    assert len(fake.attempts("a")) == 1, "no failed attempt was left behind"
-    status = fake.start("status", "recipes/toy/a.yaml").communicate()[0]
-    assert "interrupted" in status and "step 4 cannot be continued: num_machines: 2 -> 1" in status
-    shutil.rmtree(paths.checkpoints_dir)
-    again = fake.start("sweep", "recipes/toy")
-    assert again.wait() == 0 and fake.started() == ["b", "a"]
-
-
-def test_a_finished_grid_is_the_same_to_the_byte_however_often_it_is_run_again(
-    fake: FakeLauncher,
-) -> None:
-    fake.add("a", "b", "c")
-    for path in ("data.jsonl", "models/toy/config.json"):
-        os.utime(path, (1_600_000_000, 1_600_000_000))  # else its hash is not kept yet
-    assert main(["sweep", "recipes/toy", "--slots", "2"]) == 0
-    before, num_started = fake.tree(), len(fake.events())
-    for words in (
-        ["sweep", "recipes/toy"],
-        ["rerun", "recipes/toy"],
-        ["launch", "recipes/toy/b.yaml"],
-    ) * 3:
-        assert main(words) == 0 and fake.tree() == before, words
-    assert len(fake.events()) == num_started
-
-
-def test_a_start_is_refused_under_the_lease_too(fake: FakeLauncher) -> None:
-    """As by an engine whose plan is older than what another launch has done meanwhile."""
-    from runner.recipe.parse import load_recipe
-
-    paths = interrupt_fake(fake, "a", num_processes=2)
-    recipe = load_recipe(Path("recipes/toy/a.yaml"))
-    command = LaunchCommand(("accelerate", "launch", str(paths.run_dir)), {"OMP_NUM_THREADS": "1"})
-    recipe_bytes = paths.recipe_path.read_bytes()
-    changed = recipe.model_copy(
-        update={"tracking": recipe.tracking.model_copy(update={"tags": ("new",)})}
-    )
-    with pytest.raises(RefusedError, match="num_processes: 2 -> 1"):
-        start_attempt(
-            Launch(Selected(changed, Path("a.yaml"), paths), contents_of(recipe), 1), command
-        )
-    assert (
-        len(load_record(paths).attempts) == 1
-        and not is_leased(paths.lease_path)
-        and not fake.events()
-    )
-    assert paths.recipe_path.read_bytes() == recipe_bytes, (
-        "nothing of the new launch was written down"
-    )
+def test_weights_are_chosen_without_a_launch(tmp_path: Path) -> None:
+    paths = make(tmp_path, "best damaged")
+    verification = Verification(paths, LIMITS, tmp_path / "scratch")
+    chosen = {
+        wanted: choose(read_inventory(paths), wanted, None, Policy(verification)).step
+        for wanted in ("latest", "best")
+    }
+    assert chosen == {"latest": 12, "best": 4}
+    strip(paths, 4, 12)
+    assert choose(read_inventory(paths), "latest", None, Policy(verification)).step == 12
+    assert choose(read_inventory(paths), "best", None, Policy(verification)).step == 4

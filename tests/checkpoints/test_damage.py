@@ -1,8 +1,7 @@
 """Whole matrices with real training: every damage to every file, a kill before every file
 operation, at every step.
 
-`test_resume` and `test_checkpoints` have one cell of each class. Hours; part of `make torture`
-only.
+`test_resume` and `test_commit` have one cell of each class. Hours; part of `make torture` only.
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ from runner.files import write_json_atomic
 from runner.recipe.parse import load_recipe
 from runner.run.paths import RunPaths
 from runner.run.record import Failure, RunRecord, load_record, write_record
-from tests.checkpoints.test_choose import interrupt
-from tests.support.fake_checkpoints import flip_bit
+from tests.support.fake_checkpoints import flip_bit, interrupt
 from tests.support.fake_launcher import FakeLauncher, fake
 
 __all__ = ["fake"]

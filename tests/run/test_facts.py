@@ -28,7 +28,7 @@ from runner.run.record import (
     load_record,
     write_record,
 )
-from tests.checkpoints.test_choose import interrupt
+from tests.support.fake_checkpoints import interrupt
 from tests.support.fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake
 
 __all__ = ["fake"]

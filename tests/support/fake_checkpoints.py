@@ -14,9 +14,14 @@ from typing import Any, Final
 
 from runner.checkpoints.commit import commit_checkpoint
 from runner.checkpoints.restore import choose_resume_step
-from runner.recipe.parse import parse_recipe
+from runner.launch.attempt import prepare_run
+from runner.recipe.contents import ContentHashes, hash_contents
+from runner.recipe.identity import build_resume_fingerprint, derive_digest
+from runner.recipe.parse import Recipe, parse_recipe
 from runner.recipe.schema import CheckpointsSection
+from runner.run.facts import read_facts
 from runner.run.paths import RunPaths
+from runner.run.record import Attempt, RunRecord, write_record
 from tests.conftest import RECIPE_TEXT
 
 DIGEST: Final = "d" * 64
@@ -73,6 +78,31 @@ def commit(paths: RunPaths, *steps: int, values: Mapping[int, float] | None = No
 def commit_under(paths: RunPaths, step: int, fingerprint: Mapping[str, Any]) -> None:
     """A committed checkpoint that was written under a fingerprint of one's own."""
     commit_checkpoint(write(paths, step), paths, step, fingerprint)
+
+
+def interrupt(recipe: Recipe, paths: RunPaths, step: int = 4, **changed: Any) -> RunPaths:
+    """A run that was killed after it had committed a checkpoint; `changed` differs in its
+    fingerprint.
+    """
+    contents = hash_contents(recipe, ContentHashes(Path("cache.json")))
+    prepare_run(recipe, contents, read_facts(paths))
+    paths.checkpoints_dir.mkdir(exist_ok=True)
+    fingerprint = build_resume_fingerprint(
+        recipe, derive_digest(recipe, contents), recipe.launch.num_processes, threads="1"
+    )
+    commit_under(paths, step, {**fingerprint, **changed})
+    attempt = Attempt(
+        number=1,
+        started_at_utc="2026-01-01T00:00:00+00:00",
+        command=("accelerate",),
+        environment={},
+        num_processes=recipe.launch.num_processes,
+        host="here",
+    )
+    paths.attempt(1).attempt_dir.mkdir(parents=True, exist_ok=True)
+    paths.attempt(1).log_path.write_text("")
+    write_record(paths, RunRecord(attempts=(attempt,)))
+    return paths
 
 
 def resume(paths: RunPaths, **changed: Any) -> int | None:
