@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from runner.cli.launch import run_launch, select_run
 from runner.cli.sweep import run_rerun, run_sweep
@@ -22,24 +22,6 @@ from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.paths import RunPaths, content_cache_path
 from runner.run.record import load_stored_recipe
-
-__all__ = [
-    "run_chat",
-    "run_check",
-    "run_demo_models",
-    "run_export",
-    "run_init",
-    "run_launch",
-    "run_logs",
-    "run_masks",
-    "run_render",
-    "run_report",
-    "run_rerun",
-    "run_status",
-    "run_stop",
-    "run_sweep",
-    "run_why",
-]
 
 
 def run_init(arguments: argparse.Namespace) -> int:
@@ -145,8 +127,8 @@ def run_status(arguments: argparse.Namespace) -> int:
         why = ": ".join(filter(None, (kind, status.why.partition("\n")[0])))
         why = "; ".join(filter(None, (why, status.notes)))
         print(
-            f"{one.full_name:<{width}}  {status.state:<11}  {step:>9}  {loss:>8}  {seconds:>7} "
-            f" {why}"
+            f"{one.full_name:<{width}}  {status.state:<11}  {step:>9}"
+            f"  {loss:>8}  {seconds:>7}  {why}"
         )
     for lost in unreadable:
         print(
@@ -255,8 +237,8 @@ def run_export(arguments: argparse.Namespace) -> int:
         push_to=arguments.push,
     )
     print(
-        f"{arguments.output}: loaded again, its logits differ from the run's by at most"
-        f" {difference:.2g}"
+        f"{arguments.output}: loaded again,"
+        f" its logits differ from the run's by at most {difference:.2g}"
     )
     return 0
 
@@ -283,3 +265,23 @@ def _everything(arguments: argparse.Namespace) -> list[str]:
         for folder, found in ((Path("recipes"), recipes), (arguments.output_root, runs))
         if next(found, None) is not None
     ]
+
+
+# By the name of the verb; each returns the exit code.
+VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
+    "init": run_init,
+    "demo-models": run_demo_models,
+    "render": run_render,
+    "check": run_check,
+    "masks": run_masks,
+    "launch": run_launch,
+    "sweep": run_sweep,
+    "rerun": run_rerun,
+    "status": run_status,
+    "why": run_why,
+    "logs": run_logs,
+    "stop": run_stop,
+    "report": run_report,
+    "chat": run_chat,
+    "export": run_export,
+}

@@ -79,9 +79,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _call(arguments: argparse.Namespace) -> int:
-    from runner.cli import commands as verbs
+    from runner.cli.commands import VERBS
 
-    code: int = getattr(verbs, f"run_{arguments.verb.replace('-', '_')}")(arguments)
+    code = VERBS[arguments.verb](arguments)
     sys.stdout.flush()
     return code
 
@@ -146,8 +146,8 @@ def _add_project_verbs(verbs: Any) -> None:
         default=[],
         metavar="MODEL",
         help=(
-            "folder, hub id or name of a stock card; may be repeated; default: a small demo model,"
-            " built offline"
+            "folder, hub id or name of a stock card; may be repeated;"
+            " default: a small demo model, built offline"
         ),
     )
 
@@ -248,8 +248,8 @@ def _add_launch_verb(verbs: Any) -> None:
         metavar="auto|latest|best|PATH|URL",
         help=(
             "what to go on from: the newest checkpoint that verifies (auto), the newest or the best"
-            " one, a folder or archive, or an archive in remote storage; what is newer is moved"
-            " aside"
+            " one, a folder or archive, or an archive in remote storage;"
+            " what is newer is moved aside"
         ),
     )
     _add_output_root(launch)

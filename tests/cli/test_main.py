@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.cli.commands import VERBS
 from runner.cli.launch import name_overridden
 from runner.cli.main import main
 from runner.files import write_json_atomic
@@ -52,18 +53,7 @@ def test_help_is_quick_and_names_every_verb(fake: FakeLauncher) -> None:
     )
     done = run("--help", cwd=fake.root)
     assert done.returncode == 0
-    for verb in (
-        "render",
-        "check",
-        "launch",
-        "sweep",
-        "rerun",
-        "status",
-        "report",
-        "chat",
-        "export",
-    ):
-        assert f"\n    {verb} " in done.stdout
+    assert re.findall(r"^    ([a-z-]+)\b", done.stdout, re.MULTILINE) == list(VERBS)
 
 
 def test_python_dash_m_is_the_same(fake: FakeLauncher) -> None:
