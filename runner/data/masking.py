@@ -84,16 +84,6 @@ def build_labels(
     return labels
 
 
-def mask_conversation(
-    tokenizer: Any, messages: Messages, *, template_kwargs: Mapping[str, Any] | None = None
-) -> MaskedConversation:
-    """The tokens and completions of one conversation; for many rows, keep one `ConversationMasker`.
-
-    Raises: MaskError, if the completions cannot be proven.
-    """
-    return ConversationMasker(tokenizer, template_kwargs=template_kwargs).mask(messages)
-
-
 def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end an assistant's turn under the tokenizer's chat template: the last ones of
     completions.
@@ -126,8 +116,8 @@ class ConversationMasker:
                 f"{type(tokenizer).__name__} is a slow tokenizer: it cannot tell which characters a"
                 " token stands for",
                 hint=(
-                    "give the model a tokenizer.json, which AutoTokenizer.from_pretrained(model)"
-                    " then loads"
+                    "give the model a tokenizer.json,"
+                    " which AutoTokenizer.from_pretrained(model) then loads"
                 ),
             )
         self._tokenizer = tokenizer
@@ -197,8 +187,8 @@ class ConversationMasker:
         offsets: list[Interval] = [(start, end) for start, end in encoding["offset_mapping"]]
         if any(left[0] > right[0] or left[1] > right[1] for left, right in pairwise(offsets)):
             raise MaskError(
-                "the tokenizer reports characters out of order, so tokens cannot be placed in the"
-                " text"
+                "the tokenizer reports characters out of order,"
+                " so tokens cannot be placed in the text"
             )
         masked = [
             (start - turn.num_lead_chars, end + turn.num_tail_chars, turn)
@@ -231,8 +221,8 @@ class ConversationMasker:
                         f" {describe(messages, other)}: the chat template prints nothing between"
                         " that keeps them apart",
                         hint=(
-                            "in the chat template, put a special token or a newline between the"
-                            " turns"
+                            "in the chat template, put a special token"
+                            " or a newline between the turns"
                         ),
                     )
             spans.append(span)
@@ -267,11 +257,10 @@ class ConversationMasker:
             return
         expected = self._tokenizer.convert_tokens_to_ids(turn.end_token)
         if input_ids[span.end - 1] != expected:
+            found = self._tokenizer.convert_ids_to_tokens(input_ids[span.end - 1])
             raise MaskError(
-                f"{who} should end in the token {turn.end_token!r} (id {expected}), but the"
-                " tokenizer makes"
-                f" {self._tokenizer.convert_ids_to_tokens(input_ids[span.end - 1])!r} of the text"
-                " there",
+                f"{who} should end in the token {turn.end_token!r} (id {expected}),"
+                f" but the tokenizer makes {found!r} of the text there",
                 hint=(
                     f"register {turn.end_token!r} as a special token, and look at the last"
                     " characters of the content"
@@ -287,21 +276,21 @@ def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> No
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise MaskError(
-                f"message {index} has the role {role!r}, expected one of {', '.join(ROLES)};"
-                f" {describe_roles()}",
+                f"message {index} has the role {role!r},"
+                f" expected one of {', '.join(ROLES)}; {describe_roles()}",
                 hint="rename the role in the data; who uses a tool or sets a scene can be a user",
             )
         if not isinstance(content, str):
             raise MaskError(
-                f"{describe(messages, index)} has the content {quote(repr(content))}, expected a"
-                " text"
+                f"{describe(messages, index)} has the content"
+                f" {quote(repr(content))}, expected a text"
             )
         if (
             surrogate := next((char for char in content if "\ud800" <= char <= "\udfff"), None)
         ) is not None:
             raise MaskError(
-                f"{describe(messages, index)} holds {surrogate!r}, half of a character, which is no"
-                " text",
+                f"{describe(messages, index)} holds {surrogate!r},"
+                " half of a character, which is no text",
                 hint=(
                     "the file was written from text that was cut or decoded wrongly: write it again"
                 ),
@@ -309,8 +298,8 @@ def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> No
         extra = sorted(set(message) - {"role", "content"})
         if extra:
             raise MaskError(
-                f"{describe(messages, index)} has the keys {', '.join(extra)}, which a mask does"
-                " not cover",
+                f"{describe(messages, index)} has the keys {', '.join(extra)},"
+                " which a mask does not cover",
                 hint="put everything that is to be trained on in `content`",
             )
     if all(message["role"] != "assistant" for message in messages):

@@ -24,7 +24,6 @@ from runner.data.masking import (
     MaskedConversation,
     build_labels,
     end_of_turn_ids,
-    mask_conversation,
 )
 from tests.conftest import ROOT
 from tests.support.chat_formats import (
@@ -540,6 +539,12 @@ def test_no_text_at_all_makes_a_wrong_mask(name: str) -> None:
             assert mask.text[begin:end].strip() == message["content"].strip()
 
     check()
+
+
+def mask_conversation(
+    tokenizer: Any, messages: Chat, *, template_kwargs: dict[str, Any] | None = None
+) -> MaskedConversation:
+    return ConversationMasker(tokenizer, template_kwargs=template_kwargs).mask(messages)
 
 
 # --- what nobody can say to move a mask
