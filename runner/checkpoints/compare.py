@@ -33,7 +33,7 @@ class OtherMicroBatchError(RefusedError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a checkpoint was written under, held against a launch."""
+    """The fingerprint of a checkpoint, held against that of a launch."""
 
     step: int
     differences: tuple[str, ...]  # one line per dotted key; any of them forbids to continue
@@ -69,8 +69,8 @@ def refuse_other_fingerprint(marker: Marker, current: Mapping[str, Any], hint: s
 
 
 def has_other_micro_batch(marker: Marker, fingerprint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint was written with another number of sequences per process and forward
-    pass.
+    """True where a checkpoint was written with another number of sequences per process and
+    forward pass.
     """
     key = "per_device_train_batch_size"
     return marker.fingerprint.get(key) != fingerprint.get(key)
@@ -85,8 +85,8 @@ def require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: st
         raise kind(error.message, hint=error.hint) from None
     if marker.is_stripped:
         raise UnusableError(
-            f"the checkpoint of step {marker.step} was stripped of its optimizer state and cannot"
-            " be continued",
+            f"the checkpoint of step {marker.step} was stripped"
+            " of its optimizer state and cannot be continued",
             hint="with `checkpoints.save_optimizer: true` every checkpoint can be continued",
         )
 
@@ -95,13 +95,13 @@ def describe_obstacles(step: int | None, obstacles: tuple[str, ...]) -> str:
     """Why a checkpoint is not continued."""
     shown = "\n".join(f"  {line}" for line in obstacles)
     return (
-        f"the checkpoint of step {step} cannot be continued exactly, something changed"
-        f" since:\n{shown}"
+        f"the checkpoint of step {step} cannot be continued exactly,"
+        f" something changed since:\n{shown}"
     )
 
 
 def suggest_ways_out(obstacles: tuple[str, ...], command: str = "runner launch RECIPE") -> str:
-    """What to do instead: the launch as before where a flag can say it, and a start from scratch.
+    """The ways on: the launch as before where a flag can say it, and a start from scratch.
 
     >>> print(suggest_ways_out(("num_processes: 2 -> 1",), "runner launch r.yaml"))
     runner launch r.yaml --num-processes 2  # as before
@@ -116,8 +116,8 @@ def suggest_ways_out(obstacles: tuple[str, ...], command: str = "runner launch R
         ways.append("change back what is named above")
     if keys > others:
         ways.append(
-            "install the versions named above again, or set `launch.on_version_change: warn` in the"
-            " recipe"
+            "install the versions named above again,"
+            " or set `launch.on_version_change: warn` in the recipe"
         )
     return "\n      ".join([*ways, f"{command} --fresh  # moves the old run aside and starts anew"])
 

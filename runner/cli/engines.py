@@ -21,7 +21,7 @@ class Engine(Protocol):
 
     @property
     def ONLY_WRITES_FILES(self) -> bool:
-        """Whether it starts nothing, and prints what a person submits; then only in a dry run."""
+        """True for an engine that prints what a person submits; it works in a dry run only."""
 
     @property
     def OPTIONS(self) -> Mapping[str, Mapping[str, Any]]:

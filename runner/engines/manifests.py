@@ -1,4 +1,4 @@
-"""What the engines share that only write a file for machines elsewhere: which runs, and what only
+"""Shared by the engines that write a job file instead of submitting it: which runs, and what only
 the user knows.
 
 The other machines see the project folder as it is here: recipes, launch configs and data under the
@@ -78,11 +78,11 @@ def read_shared_options(
     engine = arguments.engine
     if not arguments.dry_run:
         raise RunnerError(
-            f"`--engine {engine}` starts nothing: with `--dry-run` it prints the file that you"
-            " submit",
+            f"`--engine {engine}` starts nothing:"
+            " with `--dry-run` it prints the file that you submit",
             hint=(
-                f"runner sweep {shlex.join(arguments.paths)} --engine {engine} --dry-run ..."
-                f" {submit}"
+                f"runner sweep {shlex.join(arguments.paths)}"
+                f" --engine {engine} --dry-run ... {submit}"
             ),
         )
     for option, value, what in (
@@ -120,8 +120,8 @@ def check_runs(runs: Iterable[PendingRun]) -> None:
         path = run.selected.source_path
         if path.is_dir():
             raise RefusedError(
-                f"{path} is a run directory; another machine needs the recipe file that it came"
-                " from"
+                f"{path} is a run directory;"
+                " another machine needs the recipe file that it came from"
             )
         _check_relative(path, "the recipe")
         if run.launch.num_machines > 1:
@@ -129,8 +129,8 @@ def check_runs(runs: Iterable[PendingRun]) -> None:
                 f"{run.selected.full_name} wants {run.launch.num_machines} machines, this engine"
                 " gives each run one",
                 hint=(
-                    "`runner launch` inside a Slurm allocation starts a run on several machines;"
-                    " see docs/runs.md"
+                    "`runner launch` inside a Slurm allocation starts a run"
+                    " on several machines; see docs/runs.md"
                 ),
             )
 

@@ -39,7 +39,7 @@ from runner.run.record import (
 
 @dataclass(frozen=True)
 class Found:
-    """What was found at one path: its content, or why that cannot be read."""
+    """The content found at one path, or why that cannot be read."""
 
     content: Any = None
     error: CorruptFileError | OSError | None = None
@@ -65,7 +65,7 @@ NOTHING_KNOWN: Final[Mapping[Part, Found]] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What one run directory said.
+    """The content of one run directory, read once.
 
     A property whose file cannot be read raises what the reading raised (CorruptFileError or
     OSError), so that nobody takes what is unreadable for absent.
@@ -77,12 +77,12 @@ class RunFacts:
 
     @property
     def is_leased(self) -> bool:
-        """Whether a live process holds the lease; False also where it is the reader's own."""
+        """True where a live process holds the lease, but for the reader itself."""
         return bool(self._get("lease"))
 
     @property
     def is_running(self) -> bool:
-        """Whether a process holds the lease, or a rank on any machine is alive."""
+        """True where a process holds the lease, or a rank on any machine is alive."""
         return self.is_leased or bool(self._get("ranks"))
 
     @property
@@ -110,13 +110,13 @@ class RunFacts:
 
     @property
     def has_result(self) -> bool:
-        """Whether there is a result, readable or not."""
+        """True where there is a result, readable or not."""
         found = self.found["result"]
         return found.content is not None or found.error is not None
 
     @property
     def stop_request(self) -> StopRequest | None:
-        """What somebody asked an attempt for; None also where that cannot be read."""
+        """The request to stop an attempt; None also where it cannot be read."""
         request: StopRequest | None = self._get("stop")
         return request
 
@@ -140,7 +140,7 @@ class RunFacts:
 
     @property
     def has_log(self) -> bool:
-        """Whether the last attempt has a log: one that was only prepared has none."""
+        """True where the last attempt has a log: one that was only prepared has none."""
         return self.last is not None and bool(self._get("log"))
 
     @property
@@ -226,7 +226,7 @@ def read_stored_recipe(paths: RunPaths, known: Found | None = None) -> Found:
 
 
 def _read(path: Path, load: Callable[[], Any], known: Found | None) -> Found:
-    """What a file holds, as `known` where it is the same file as then."""
+    """The content of a file; `known` where it is the same file as then."""
     try:
         stat = os.stat(path)
     except OSError:  # absent, or not to be looked at: loading tells which

@@ -74,8 +74,8 @@ Judged = tuple[References, dict[str, float]]  # a row's references, and the scor
 
 
 class Task(Section):
-    """How rows become conversations. `METRICS` are those of the texts that a model generates,
-    larger is better.
+    """Makes conversations of rows. `METRICS` are those of the texts that a model generates, larger
+    is better.
 
     A task defines its `name` as a literal and overrides `build_example`, or `build_examples` where
     an example is not one row. A task that judges answers states its `METRICS` and overrides

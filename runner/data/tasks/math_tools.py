@@ -74,7 +74,7 @@ def judge_final_answer(
 
 
 def find_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{}` whose braces close; None without one.
+    r"""The content of the last `\boxed{}` whose braces close; None without one.
 
     >>> find_boxed(r"so \boxed{1} or rather \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -128,7 +128,7 @@ class MathJudge:
         self._stop()
 
     def __call__(self, reference: str, answer: str) -> bool:
-        """Whether the two are equal: as texts, or else as mathematics."""
+        """True where the two are equal: as texts, or else as mathematics."""
         return normalise_latex(reference) == normalise_latex(answer) or self._ask(reference, answer)
 
     def _ask(self, reference: str, answer: str) -> bool:
