@@ -28,8 +28,8 @@ _MIN_MASKED_CHARACTERS: Final = 8
 _MIN_REFUSED_CHARACTERS: Final = 16
 
 _SECRET_VARIABLE: Final = re.compile(
-    r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|CONNECTION_STRING|APIKEY|ACCESSKEY|(^|_)(KEY|KEYS|PASS|PAT)(_|$)"
-    r"|_PWD$",
+    r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|CONNECTION_STRING|APIKEY|ACCESSKEY"
+    r"|(^|_)(KEY|KEYS|PASS|PAT)(_|$)|_PWD$",
     re.IGNORECASE,
 )
 _HARMLESS_VARIABLE: Final = re.compile(r"_(PATH|FILE|DIR|TYPE|PARALLELISM)$", re.IGNORECASE)
@@ -75,8 +75,8 @@ _SHAPES: Final[Mapping[str, _Shape]] = {
     ),
     "a private key": _Shape(
         ("PRIVATE KEY-----",),
-        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----(?:[\s\S]{0,20000}?-----END [A-Z0-9"
-        r" ]{0,40}KEY-----)?",
+        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----"
+        r"(?:[\s\S]{0,20000}?-----END [A-Z0-9 ]{0,40}KEY-----)?",
     ),
     "a URL with a password": _Shape(("://",), r"(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)"),
 }
@@ -87,7 +87,8 @@ _AFTER_WORDS: Final = (
     ),
     _Shape(
         ("passw", "passphrase", "secret", "key", "token"),
-        r"(?:password|passwd|passphrase|secret|secret_?(?:access_?)?key|api_?key|access_?key|account_?key"
+        r"(?:password|passwd|passphrase|secret"
+        r"|secret_?(?:access_?)?key|api_?key|access_?key|account_?key"
         r"|access_?token|auth_?token|session_?token|hub_?token)"
         r"[\"']?\s{0,9}[=:]\s{0,9}[\"']?[^\s\"',;&)}\]]{8,}",
         re.IGNORECASE,

@@ -318,8 +318,8 @@ def choose_resume_step(
             choice = _choose_own(paths, wanted, fingerprint, policy)
     for line in choice.version_warnings:
         print(
-            "warning: resuming under another version, the result may differ in the last bits:"
-            f" {line}",
+            "warning: resuming under another version,"
+            f" the result may differ in the last bits: {line}",
             flush=True,
         )
     if choice.step is not None:

@@ -27,7 +27,8 @@ from runner.run.paths import STEP_PREFIX, RunPaths
 
 # What only a continuation needs, as Transformers and DeepSpeed name it.
 _STATE_FILES: Final = re.compile(
-    r"optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth|latest|zero_to_fp32\.py|global_step\d+/.*"
+    r"optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth"
+    r"|latest|zero_to_fp32\.py|global_step\d+/.*"
 )
 
 

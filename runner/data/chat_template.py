@@ -113,16 +113,16 @@ class ChatTemplate:
             raise MaskError(
                 f"the chat template refuses a conversation of the roles {roles}: {error}",
                 hint=(
-                    "change the roles in the data (a system text can open the first user turn), or"
-                    " the chat template"
+                    "change the roles in the data (a system text can open the first user turn),"
+                    " or the chat template"
                 ),
             ) from error
         if len(text) > MAX_RENDERED_CHARACTERS + 8 * sum(
             len(message["content"]) for message in messages
         ):
             raise MaskError(
-                f"the chat template makes {len(text):,} characters of a conversation that is far"
-                " shorter",
+                f"the chat template makes {len(text):,} characters"
+                " of a conversation that is far shorter",
                 hint="name another chat template in `model.chat_template`",
             )
         return text
@@ -363,16 +363,16 @@ def _find_order(text: str, chat: Messages, marks: Sequence[str | None]) -> list[
         else:
             what = "leaves the content out, or changes it beyond recognition"
         raise MaskError(
-            f"{describe(chat, index)}: the chat template {what}, so its place in the text cannot be"
-            " proven",
+            f"{describe(chat, index)}: the chat template {what},"
+            " so its place in the text cannot be proven",
             hint="use a chat template that prints every content exactly once and unchanged",
         )
     order = [index for index, _ in sorted(marked, key=lambda item: text.index(item[1]))]
     fixed = [index for index in order if chat[index]["role"] not in ("system", "developer")]
     if fixed != sorted(fixed):
         raise MaskError(
-            f"the chat template prints the messages in the order {fixed}: a completion would not"
-            " follow its prompt",
+            f"the chat template prints the messages in the order {fixed}:"
+            " a completion would not follow its prompt",
             hint="use a chat template that keeps the order of the turns",
         )
     return order

@@ -192,8 +192,8 @@ def _draw(
             f"{len(pool)} different rows are left for the {split} split, {wanted or 'at least 1'}"
             " were asked for" + reasons,
             hint=(
-                f"lower `data.num_{split}_samples`, or those of the splits drawn before it (test,"
-                " then validation)"
+                f"lower `data.num_{split}_samples`,"
+                " or those of the splits drawn before it (test, then validation)"
             ),
         )
     return tuple(pool[:count])
@@ -224,11 +224,11 @@ def build_masker(tokenizer: Any) -> ConversationMasker:
     masker = ConversationMasker(tokenizer)
     if masker.reads_clock:
         raise DataError(
-            "the chat template prints today's date, so the same recipe would train on other tokens"
-            " tomorrow",
+            "the chat template prints today's date,"
+            " so the same recipe would train on other tokens tomorrow",
             hint=(
-                "copy the template to a file with the date written out, and name it in"
-                " `model.chat_template`"
+                "copy the template to a file with the date written out,"
+                " and name it in `model.chat_template`"
             ),
         )
     return masker
@@ -252,8 +252,8 @@ def fit_row(
     """
     if bos_token_id is not None and masked.input_ids[:2] == (bos_token_id, bos_token_id):
         raise MaskError(
-            f"{raw.where}: begins with the BOS token twice, as no text does that a model was"
-            " trained on",
+            f"{raw.where}: begins with the BOS token twice,"
+            " as no text does that a model was trained on",
             hint="the content begins with it, or the chat template prints it twice",
         )
     completions = [message["content"] for message in raw.messages if message["role"] == "assistant"]

@@ -39,8 +39,8 @@ def load_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
         raise DataError(
             f"the data file {path} does not exist",
             hint=(
-                "put your rows there, or name another file, such as data.train.path=FILE on the"
-                " command line"
+                "put your rows there, or name another file,"
+                " such as data.train.path=FILE on the command line"
             ),
         )
     else:
@@ -149,8 +149,8 @@ def _load_hub(source: DataSource) -> Iterator[tuple[str, Any]]:
             f"cannot load the data set {source.path!r}, split {source.split!r}:"
             f" {type(error).__name__}: {error}",
             hint=(
-                "give a local file in `data.train.path`, or check the hub id, its split, and the"
-                " network"
+                "give a local file in `data.train.path`, or check the hub id,"
+                " its split, and the network"
             ),
         ) from error
     yield from (

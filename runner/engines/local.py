@@ -435,8 +435,8 @@ class _Pool:
         if attempts:
             runs = "1 run" if len(attempts) == 1 else f"{len(attempts)} runs"
             self.display.say(
-                f"stopping: waiting for {runs} to checkpoint and leave; a second Ctrl-C ends them"
-                " at once"
+                f"stopping: waiting for {runs} to checkpoint and leave;"
+                " a second Ctrl-C ends them at once"
             )
         while self.active:
             if len(self.signals.received) > num_signals:

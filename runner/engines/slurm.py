@@ -41,18 +41,19 @@ ONLY_WRITES_FILES: Final = False
 
 # What the script itself decides; another value would lose runs or start them twice.
 _OWN_OPTIONS: Final = (
-    *(
-        "array",
-        "chdir",
-        "nodes",
-        "no-requeue",
-        "ntasks-per-node",
-        "open-mode",
-        "output",
-        "parsable",
-        "requeue",
-    ),
-    *("signal", "test-only", "wait", "wrap"),
+    "array",
+    "chdir",
+    "nodes",
+    "no-requeue",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "parsable",
+    "requeue",
+    "signal",
+    "test-only",
+    "wait",
+    "wrap",
 )
 
 _BODY: Final = """\
@@ -498,8 +499,8 @@ def _ask(*command: str, cwd: Path | None = None, stdin: Lease | None = None) -> 
         raise RunnerError(
             f"{command[0]} failed: {said}",
             hint=(
-                "repeat the sweep once Slurm answers: what it took nevertheless is found in the"
-                " queue"
+                "repeat the sweep once Slurm answers:"
+                " what it took nevertheless is found in the queue"
             ),
         )
     return result.stdout

@@ -197,8 +197,8 @@ def _describe_starter(starter: _Starter) -> list[str]:
     notes = [f"{path}: {plan.num_rows} different rows, read as {task}"]
     if starter.is_own:
         notes.append(
-            f"{path} is a copy of {starter.source_path}: edit the copy, or name another file in the"
-            " template"
+            f"{path} is a copy of {starter.source_path}:"
+            " edit the copy, or name another file in the template"
         )
     if plan.unused:
         notes.append(f"not read, columns of {path}: {', '.join(plan.unused)}")
@@ -285,8 +285,8 @@ def _describe(
         )
     if needs.hub_models:
         more.append(
-            f"models come from the hub: {', '.join(needs.hub_models)} (a gated one needs `hf auth"
-            " login`)"
+            f"models come from the hub: {', '.join(needs.hub_models)}"
+            " (a gated one needs `hf auth login`)"
         )
     folder = os.path.relpath(target.absolute())
     commands = [(f"cd {shlex.quote(folder)}", "")] if folder != "." else []

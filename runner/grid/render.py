@@ -150,15 +150,15 @@ def _name_cells(spec: GridSpec, grid: str, cells: Sequence[Mapping[str, Any]]) -
             raise GridError(f"{pattern} fails for {cell}: {word_error(error)}") from None
         if not re.fullmatch(NAME_PATTERN, name):
             accepted = (
-                "at most 200 letters, digits, dots, dashes and underscores, starting with a letter"
-                " or digit"
+                "at most 200 letters, digits, dots, dashes and underscores,"
+                " starting with a letter or digit"
             )
             raise GridError(f"the grid {grid} names {cell} {name[:200]!r}, expected {accepted}")
         # Some file systems ignore case.
         if (other := cell_of_name.setdefault(name.lower(), cell)) is not cell:
             message = (
-                f"the grid {grid} gives the name {name!r} twice (letter case does not count):\n\n "
-                f" {other}\n  {cell}"
+                f"the grid {grid} gives the name {name!r} twice"
+                f" (letter case does not count):\n\n  {other}\n  {cell}"
             )
             raise GridError(message, hint="let the name pattern use every axis that differs")
         yield RunKey(grid, name, freeze(values))
@@ -264,8 +264,8 @@ def _check_text(text: str, key: RunKey, templates_root: Path) -> None:
             )
             place = _find_template_line(text, line, templates_root / key.grid)
             what = (
-                f"`run.{part}` is {json.dumps(found[part])} where {json.dumps(expected[part])} was"
-                " rendered"
+                f"`run.{part}` is {json.dumps(found[part])}"
+                f" where {json.dumps(expected[part])} was rendered"
             )
             hint = f"write `{part}: {{{{ {part} | yaml }}}}` there"
             raise GridError(f"{place}: {what}\n\n  in the cell {name_cell(key.axes)}", hint=hint)

@@ -40,8 +40,6 @@ _TAKEN_NAMES: Final = frozenset(
         "in",
         "is",
         "not",
-    )
-    + (
         "or",
         "set",
         "include",
@@ -70,8 +68,8 @@ def _check_label(label: Any) -> Any:
     ):
         raise ValueError(
             f"{label!r} cannot be chosen with --where: a label has no comma, no line break, no"
-            " space at an end and at most 200 characters; give a long value as a mapping with a"
-            " short `name`"
+            " space at an end and at most 200 characters;"
+            " give a long value as a mapping with a short `name`"
         )
     if not isinstance(label, str | bool | int | float | None):
         raise ValueError(f"{label!r} is not a label: expected a text, number, boolean or null")

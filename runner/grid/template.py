@@ -84,7 +84,8 @@ _AFTER_VALUE: Final = re.compile(r" *($|[,\]}]|: )| +#")
 # Control characters, no-break space, zero-width and direction marks, line and paragraph separators,
 # BOM, noncharacters: YAML refuses some and folds others, and nobody sees the rest.
 _ESCAPED: Final = re.compile(
-    '[\x00-\x1f"\\\\\x7f-\xa0\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff\U000e0000-\U000e0fff]'
+    '[\x00-\x1f"\\\\\x7f-\xa0\xad\u061c\u200b-\u200f'
+    "\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff\U000e0000-\U000e0fff]"
 )
 _SHORT_ESCAPES: Final = {"\n": "\\n", "\t": "\\t", "\r": "\\r", '"': '\\"', "\\": "\\\\"}
 _PLAIN_KEY: Final = re.compile(
@@ -179,8 +180,8 @@ def _list_template_problems(tree: nodes.Template) -> list[tuple[int, str]]:
     for statement in tree.find_all(nodes.Stmt):
         if not isinstance(statement, _STATEMENTS):
             what = (
-                f"`{type(statement).__name__.lower()}` is not for recipes: use if, for, set and"
-                " include"
+                f"`{type(statement).__name__.lower()}` is not for recipes:"
+                " use if, for, set and include"
             )
             problems.append((statement.lineno, what))
         elif isinstance(statement, nodes.Include) and statement.ignore_missing:
@@ -200,8 +201,8 @@ def _list_output_problems(parts: Sequence[nodes.Expr]) -> list[tuple[int, str]]:
         after = "".join(text[position + 1 :]).partition("\n")[0]
         if not (isinstance(part, nodes.Filter) and part.name == "yaml"):
             what = (
-                "an interpolation that is not quoted: end it with `| yaml`, and put ( ) around what"
-                " stands before"
+                "an interpolation that is not quoted:"
+                " end it with `| yaml`, and put ( ) around what stands before"
             )
             problems.append((part.lineno, what))
         elif not (
@@ -288,8 +289,8 @@ def run_limited(work: Callable[[], Any], cpu_seconds: int, place: str) -> Any:
         answer = json.loads(text)
     except ValueError:  # cut off, or none
         raise GridError(
-            f"{place} takes more than {cpu_seconds} seconds of CPU time or {_MEMORY_GIB} GiB of"
-            " memory"
+            f"{place} takes more than {cpu_seconds} seconds of CPU time"
+            f" or {_MEMORY_GIB} GiB of memory"
         ) from None
     if "refusal" in answer:
         message, hint = answer["refusal"]

@@ -144,8 +144,8 @@ class Devices:
                 )
             if self.gpus is not None and launch.num_processes > len(self.gpus):
                 raise RefusedError(
-                    f"{launch.full_name} wants {launch.num_processes} GPUs, `--gpus` names"
-                    f" {len(self.gpus)}"
+                    f"{launch.full_name} wants {launch.num_processes} GPUs,"
+                    f" `--gpus` names {len(self.gpus)}"
                 )
 
     def take(self, num_processes: int) -> Placement | None:

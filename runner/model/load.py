@@ -43,8 +43,8 @@ def load_model(
             f"cannot load the model {path!r}: {str(error).splitlines()[0]}",
             hint=(
                 "check `model.path`, `model.attn_implementation` and `quantization`; models that"
-                " bring code of their own, or weights in another format than safetensors, are"
-                " not run"
+                " bring code of their own, or weights in another format"
+                " than safetensors, are not run"
             ),
         ) from error
     add_pad_row(loaded, tokenizer)

@@ -40,8 +40,8 @@ ASSUMPTIONS: Final = (
     "the longest training row fills every row of the micro-batch",
     "while a layer goes backward it needs as much again as autograd kept of it",
     (
-        f"CUDA's own {_CUDA_BYTES / GIB:.1f} GiB, and {_FRAGMENTATION:.0%} of activations lost to"
-        " fragmentation"
+        f"CUDA's own {_CUDA_BYTES / GIB:.1f} GiB,"
+        f" and {_FRAGMENTATION:.0%} of activations lost to fragmentation"
     ),
     "fused attention where the recipe names FlashAttention",
     "paged optimizer states stay on the device",

@@ -172,8 +172,8 @@ def verify_score(score: SplitScore, rows: Sequence[Mapping[str, Any]], step: int
     )
     if recorded is None:
         raise ExportError(
-            f"the best weights are those of step {step}, but metrics.jsonl holds no evaluation"
-            " of it"
+            f"the best weights are those of step {step},"
+            " but metrics.jsonl holds no evaluation of it"
         )
     for name in ("completion_nll_sum", "nll_sum"):
         now, before = getattr(score, name), float(recorded[name])

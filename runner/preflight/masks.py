@@ -152,8 +152,8 @@ def _choose(
         f"no row {row!r}: the {split} split has the rows 1 to {len(rows)}, and no split has a row"
         " of that id",
         hint=(
-            f"ids are those of samples.json, at least {_MIN_ID_CHARS} characters of them, such as"
-            f" {rows[0].row_id}"
+            f"ids are those of samples.json, at least {_MIN_ID_CHARS} characters of them,"
+            f" such as {rows[0].row_id}"
         ),
     )
 
@@ -289,8 +289,8 @@ _FATES: Final = {
     "whole": "seen whole",
     "cut": "{cut} tokens were cut off the left (data.truncation: prompt_left)",
     "dropped": (
-        "NOT USED, longer than data.max_length: {max_length} (data.truncation: drop); mask of the"
-        " whole row"
+        "NOT USED, longer than data.max_length: {max_length} (data.truncation: drop);"
+        " mask of the whole row"
     ),
     "refused": (
         "REFUSED, does not fit into data.max_length: {max_length} (data.truncation: {truncation}); "
@@ -341,13 +341,13 @@ def _as_text(views: Sequence[RowView], recipe: Recipe, is_coloured: bool) -> Ite
     if is_coloured:
         legend = [f"{_SHADES[state][0]}{state}{_RESET}" for state in ("trained", "seen", "cut")]
         yield (
-            f"{legend[0]} tokens have a loss, {legend[1]} ones are context, {legend[2]} ones are"
-            " not seen; ⏎ newline"
+            f"{legend[0]} tokens have a loss, {legend[1]} ones are context,"
+            f" {legend[2]} ones are not seen; ⏎ newline"
         )
     else:
         yield (
-            "⟦trained⟧ tokens have a loss, others are context, ⟨cut: ...⟩ is not seen; ⏎ newline,"
-            " ⇥ tab"
+            "⟦trained⟧ tokens have a loss, others are context, ⟨cut: ...⟩ is not seen;"
+            " ⏎ newline, ⇥ tab"
         )
     for view in views:
         yield ""
@@ -449,8 +449,8 @@ def _as_html(views: Sequence[RowView], recipe: Recipe) -> str:
             f"<h2>{view.split} row {view.number}</h2><p><code>{escape(view.row_id)}</code> "
         )
         parts.append(
-            f"{escape(show(view.where))}</p><p>{view.num_tokens} tokens, {view.num_trained}"
-            " trained; "
+            f"{escape(show(view.where))}</p><p>{view.num_tokens}"
+            f" tokens, {view.num_trained} trained; "
         )
         parts.append(
             f"{escape(_describe_fate(view, recipe))}. Mask proven by: {escape(view.method)}.</p>"
@@ -459,7 +459,8 @@ def _as_html(views: Sequence[RowView], recipe: Recipe) -> str:
         for turn in view.turns:
             number = "-" if turn.message is None else turn.message
             parts.append(
-                f"<tr><td>{number}<td>{escape(turn.role)}<td>{turn.num_tokens}<td>{turn.num_trained}"
+                f"<tr><td>{number}<td>{escape(turn.role)}"
+                f"<td>{turn.num_tokens}<td>{turn.num_trained}"
             )
             parts.append(f"<td>{escape(show(turn.last_trained))}</tr>")
         parts.append("</table>\n<pre>")

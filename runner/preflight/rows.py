@@ -258,13 +258,13 @@ def _find_token_doubts(
         row.begins_with_bos for row in facts["train"]
     ):
         yield (
-            f"{path}: its tokenizer begins texts with {tokenizer.tokenizer.bos_token}, its chat"
-            " template not"
+            f"{path}: its tokenizer begins texts with {tokenizer.tokenizer.bos_token},"
+            " its chat template not"
         )
     if not tokenizer.end_tokens:
         yield (
-            f"{path}: plain text ends a turn under its chat template, so generation needs a stop"
-            " string"
+            f"{path}: plain text ends a turn under its chat template,"
+            " so generation needs a stop string"
         )
     elif not set(tokenizer.end_tokens) & set(tokenizer.stop_tokens(model)):
         yield (
@@ -275,8 +275,8 @@ def _find_token_doubts(
     num_positions = tokenizer.count_positions(model)
     if num_positions is not None and longest > num_positions:
         yield (
-            f"{path}: the longest row has {longest} tokens, the model has positions for"
-            f" {num_positions}"
+            f"{path}: the longest row has {longest} tokens,"
+            f" the model has positions for {num_positions}"
         )
 
 
@@ -291,8 +291,8 @@ def _find_text_doubts(
         if one.num_with_blank_answer:
             first = next(row.where for row in facts[split] if row.is_used and row.has_blank_answer)
             yield (
-                f"{one.num_with_blank_answer} {split} rows have an answer without a word, the first"
-                f" is {first}"
+                f"{one.num_with_blank_answer} {split} rows have an answer without a word,"
+                f" the first is {first}"
             )
         if one.num_with_special_text:
             first = next(

@@ -167,14 +167,14 @@ def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> 
         yield (
             f"{one.recipe.model.path}, {size.num_base_parameters / 1e6:,.1f}M parameters,"
             f" {size.num_trained_parameters / 1e6:,.2f}M trained, {batch} x"
-            f" {sizes[one.name].longest_row} tokens: about {format_bytes(memory.total)} of memory"
-            f" a process{offloaded}"
+            f" {sizes[one.name].longest_row} tokens:"
+            f" about {format_bytes(memory.total)} of memory a process{offloaded}"
         )
         yield f"  {shown}"
     disk = [sizes[run.name].disk_bytes for run in measured]
     yield (
-        f"disk: up to {format_bytes(sum(disk))} for all runs, {format_bytes(max(disk))} for the"
-        " largest"
+        f"disk: up to {format_bytes(sum(disk))} for all runs,"
+        f" {format_bytes(max(disk))} for the largest"
     )
     yield f"memory is an estimate, never measured on a device. It assumes: {'; '.join(ASSUMPTIONS)}"
 

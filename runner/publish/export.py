@@ -288,7 +288,9 @@ def push_folder(folder: Path, target: HubTarget, message: str) -> str:
 def _in_our_words(folder: Path, target: HubTarget) -> Iterator[None]:
     """Errors of the hub, the token cut out of them should they hold it."""
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
-    from huggingface_hub.errors import HTTPError as HttpError  # type: ignore[attr-defined]  # the library below may change
+
+    # Of the library that the hub's calls HTTP by, which may be another one some day.
+    from huggingface_hub.errors import HTTPError as HttpError  # type: ignore[attr-defined]
 
     try:
         yield

@@ -74,8 +74,8 @@ class Recipe(Section):
     def _combines_only_what_works(self) -> Self:
         if self.quantization.method != "none" and self.adapter.method == "none":
             raise ValueError(
-                "quantised weights cannot be trained: `quantization` needs `adapter: {method:"
-                " lora}`"
+                "quantised weights cannot be trained:"
+                " `quantization` needs `adapter: {method: lora}`"
             )
         if self.early_stopping.enabled and self.evaluation.eval_strategy == "no":
             raise ValueError("`early_stopping` needs evaluations: set `evaluation.eval_strategy`")
@@ -89,8 +89,8 @@ class Recipe(Section):
             )
         if self.training.fp16 and self.model.dtype == "bfloat16":
             raise ValueError(
-                "`training.fp16` cannot train bfloat16 weights: use `training.bf16` or change"
-                " `model.dtype`"
+                "`training.fp16` cannot train bfloat16 weights:"
+                " use `training.bf16` or change `model.dtype`"
             )
         try:
             derive_accumulation(self, self.launch.num_processes)
@@ -197,8 +197,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     template_path = Path("recipe_templates") / path.parent.name / "recipe.yaml.j2"
     if path.parent.parent.name == "recipes" and template_path.exists():
         hint = (
-            f"recipes are generated; fix {template_path}, then run `runner render"
-            f" {path.parent.name}`"
+            f"recipes are generated; fix {template_path},"
+            f" then run `runner render {path.parent.name}`"
         )
     return read_yaml(path, Recipe, overrides, hint=hint)
 

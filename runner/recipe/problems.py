@@ -51,8 +51,8 @@ def find_hazards(text: str, overrides: Sequence[str] = ()) -> list[Problem]:
         key = override.partition("=")[0]
         if len(override) > _SURELY_SHALLOW_CHARACTERS:
             what = (
-                f"is longer than {_SURELY_SHALLOW_CHARACTERS:,} characters, which belongs into a"
-                " recipe"
+                f"is longer than {_SURELY_SHALLOW_CHARACTERS:,} characters,"
+                " which belongs into a recipe"
             )
             problems.append(Problem("(override)", what))
         elif hazard := _find_hazard(override):

@@ -253,8 +253,8 @@ class RemoteStorage(Section):
         for name in _names_at_any_depth(self.options):
             if names_secret(name):
                 raise ValueError(
-                    f"`options.{name}` would put a secret into the record: set it in the"
-                    " environment"
+                    f"`options.{name}` would put a secret into the record:"
+                    " set it in the environment"
                 )
         return self
 
@@ -440,7 +440,7 @@ class DataSection(Section):
         for split in ("validation", "test"):
             if getattr(self, split) is None and getattr(self, f"num_{split}_samples") is None:
                 raise ValueError(
-                    f"`num_{split}_samples` is needed when `{split}` is taken from the training"
-                    " rows"
+                    f"`num_{split}_samples` is needed when `{split}` is taken"
+                    " from the training rows"
                 )
         return self

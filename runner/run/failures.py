@@ -22,16 +22,16 @@ from runner.secrets import scrub
 HINTS: Final[Mapping[FailureKind, str]] = {
     "configuration": "mend what the message names, then `runner sweep PATH --retry-failed`",
     "data": (
-        "`runner check PATH` names the rows; once they are mended, `runner sweep PATH"
-        " --retry-failed`"
+        "`runner check PATH` names the rows;"
+        " once they are mended, `runner sweep PATH --retry-failed`"
     ),
     "out_of_memory": (
         "`launch.retries.out_of_memory: 2` in the recipe halves the micro-batch by itself and keeps"
         " the global batch; or make `training.per_device_train_batch_size` smaller"
     ),
     "diverged": (
-        "lower `training.learning_rate`, clip gradients, or train in a wider dtype; nothing"
-        " retries it"
+        "lower `training.learning_rate`, clip gradients, or train in a wider dtype;"
+        " nothing retries it"
     ),
     "preempted": "the same command goes on from the newest checkpoint",
     "transient": "the same command goes on from the newest checkpoint",
@@ -72,10 +72,10 @@ _TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
     (
         "configuration",  # NCCL's misuse; the hub and Transformers about names that are not there
         re.compile(
-            r"ncclInvalidUsage|ncclInvalidArgument|Duplicate GPU detected|is not a valid model"
-            r" identifier"
-            r"|does not appear to have a file named|Can't load (the"
-            r" )?(configuration|tokenizer|model|feature)"
+            r"ncclInvalidUsage|ncclInvalidArgument|Duplicate GPU detected"
+            r"|is not a valid model identifier"
+            r"|does not appear to have a file named"
+            r"|Can't load (the )?(configuration|tokenizer|model|feature)"
             r"|offline mode is enabled|gated repo",
             re.IGNORECASE,
         ),
@@ -83,18 +83,18 @@ _TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
     (
         "transient",
         re.compile(
-            r"no space left on device|disk quota exceeded|stale (NFS )?file handle|input/output"
-            r" error"
-            r"|address already in use|EADDRINUSE|another process is utilizing it|failed to"
-            r" listen on"
-            r"|connection (reset|refused|closed|aborted)|socket (closed|timeout)|broken pipe|timed"
-            r" out|time-?out\b"
-            r"|temporary failure in name resolution|name or service not known|(couldn't|could"
-            r" not|failed to) connect"
-            r"|\bNCCL error|ncclSystemError|ncclRemoteError|ncclInternalError|connectFullMesh"
-            r" failed"
-            r"|(HTTP|status)[ a-z:_-]*(429|5\d\d)\b|\b(429|5\d\d) (Server Error|Too"
-            r" Many|Internal|Bad Gateway|Service)"
+            r"no space left on device|disk quota exceeded"
+            r"|stale (NFS )?file handle|input/output error"
+            r"|address already in use|EADDRINUSE|another process is utilizing it"
+            r"|failed to listen on"
+            r"|connection (reset|refused|closed|aborted)|socket (closed|timeout)|broken pipe"
+            r"|timed out|time-?out\b"
+            r"|temporary failure in name resolution|name or service not known"
+            r"|(couldn't|could not|failed to) connect"
+            r"|\bNCCL error|ncclSystemError|ncclRemoteError|ncclInternalError"
+            r"|connectFullMesh failed"
+            r"|(HTTP|status)[ a-z:_-]*(429|5\d\d)\b"
+            r"|\b(429|5\d\d) (Server Error|Too Many|Internal|Bad Gateway|Service)"
             r"|PytorchStreamWriter failed|file write failed|unexpected pos"  # torch, see below
             r"|busy or unavailable|uncorrectable (ECC|NVLink) error|fallen off the bus",
             re.IGNORECASE,
@@ -110,11 +110,10 @@ _ADDRESS_IN_USE: Final = re.compile(
 )
 # What the other ranks see when one has gone.
 _LOST_PEER: Final = re.compile(
-    r"DistBackendError|DistNetworkError|DistStoreError|DistError|connection"
-    r" (reset|refused|closed|aborted)|broken pipe"
-    r"|socket (closed|timeout)|timed"
-    r" out|timeout|connectFullMesh|ncclRemoteError|ncclSystemError|ncclInternalError"
-    r"|NCCL error",
+    r"DistBackendError|DistNetworkError|DistStoreError|DistError"
+    r"|connection (reset|refused|closed|aborted)|broken pipe|socket (closed|timeout)"
+    r"|timed out|timeout"
+    r"|connectFullMesh|ncclRemoteError|ncclSystemError|ncclInternalError|NCCL error",
     re.IGNORECASE,
 )
 # Kinds by the name of a type or of one of its bases, in the libraries' own words.

@@ -39,16 +39,14 @@ DETERMINISTIC_KINDS: Final[frozenset[FailureKind]] = frozenset(
 # Of several ranks of one attempt, the first of these knows why. Preempted: the launcher ends the
 # other ranks by TERM when one has failed, which they take for a request to leave.
 _MOST_TELLING: Final[tuple[FailureKind, ...]] = (
-    *(
-        "diverged",
-        "data",
-        "configuration",
-        "out_of_memory",
-        "transient",
-        "crashed",
-        "preempted",
-        "lost",
-    ),
+    "diverged",
+    "data",
+    "configuration",
+    "out_of_memory",
+    "transient",
+    "crashed",
+    "preempted",
+    "lost",
 )
 
 

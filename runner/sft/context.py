@@ -61,8 +61,8 @@ class RunContext:
             raise RefusedError(
                 f"{run_dir} is not a run directory: it needs recipe.json and run.json",
                 hint=(
-                    "runs are made by `runner launch RECIPE` (with `--prepare`, to start them by"
-                    " hand)"
+                    "runs are made by `runner launch RECIPE`"
+                    " (with `--prepare`, to start them by hand)"
                 ),
             )
         recipe = stored.recipe

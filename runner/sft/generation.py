@@ -64,8 +64,8 @@ def build_prompt(row: Row) -> list[int]:
         raise DataError(
             f"row {row.row_id} begins with its completion, so there is nothing to answer",
             hint=(
-                "use a chat template that writes a beginning-of-sequence token or a role before"
-                " each turn"
+                "use a chat template that writes a beginning-of-sequence token"
+                " or a role before each turn"
             ),
         )
     return prompt

@@ -225,7 +225,8 @@ def hide_libraries(names: Iterable[str]) -> None:
     Called before the first import of TRL or PEFT; what has been imported already stays.
     """
     for name in names:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type] # Python's way to say that there is none
+        # Python's way to say that there is none.
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def _uses_bitsandbytes(recipe: Recipe) -> bool:

@@ -278,8 +278,8 @@ class WandbRun(TrainerCallback):  # type: ignore[misc]
             raise RunnerError(
                 f"Weights & Biases refuses to start: {error}",
                 hint=(
-                    "run `wandb login`, set WANDB_API_KEY or WANDB_MODE=offline, or launch with"
-                    " tracking.report_to=[]"
+                    "run `wandb login`, set WANDB_API_KEY or WANDB_MODE=offline,"
+                    " or launch with tracking.report_to=[]"
                 ),
             ) from error
         run.define_metric("train/global_step")

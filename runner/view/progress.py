@@ -25,18 +25,16 @@ _AT_REST: Final = frozenset({"completed", "failed", "changed", "unreadable"})
 # What somebody wants to see first, where there is not room for all; a state that is not named is
 # the empty text.
 _URGENCY: Final = (
-    *(
-        "running",
-        "failed",
-        "unreadable",
-        "waiting",
-        "interrupted",
-        "changed",
-        "",
-        "queued",
-        "pending",
-        "completed",
-    ),
+    "running",
+    "failed",
+    "unreadable",
+    "waiting",
+    "interrupted",
+    "changed",
+    "",
+    "queued",
+    "pending",
+    "completed",
 )
 
 
