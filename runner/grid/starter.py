@@ -209,8 +209,8 @@ def build_cards(
         name, card = _find_card(model, stock, project_dir)
         if name in cards:
             raise RunnerError(
-                f"two of the models would be called {name!r}; give one --model, and add a card by"
-                " hand"
+                f"two of the models would be called {name!r};"
+                " give one --model, and add a card by hand"
             )
         cards[name] = card
     return cards
@@ -226,8 +226,8 @@ def _find_card(
                 return name, {key: card[key] for key in _CARD_KEYS}
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model):
             raise RunnerError(
-                f"`--model {model}`: there is no such folder, and it is not a hub id like"
-                " google/gemma-2-2b-it",
+                f"`--model {model}`: there is no such folder,"
+                " and it is not a hub id like google/gemma-2-2b-it",
                 hint=f"a folder, a hub id, or one of the stock cards {', '.join(stock)}",
             )
         return _name_card(model, stock), _new_card(model, "bfloat16", None)

@@ -14,10 +14,8 @@ from runner.errors import CorruptFileError, DataError
 from runner.files import hash_file, hash_json, load_json, write_json_atomic
 from runner.recipe.parse import Recipe
 
-_DEMO_MODELS: Final = (
-    # Built by `runner demo-models`; never to be asked of the hub, where such a name is free.
-    "demo_models/"
-)
+# Built by `runner demo-models`; never to be asked of the hub, where such a name is free.
+_DEMO_MODELS: Final = "demo_models/"
 # A file that was written this recently may be written again under the same modification time.
 _SETTLED_AFTER_NANOSECONDS: Final = 2_000_000_000
 

@@ -45,8 +45,6 @@ OWNED_TRAINING_FIELDS: Final[dict[str, str]] = {
             "prediction_loss_only",
             "eval_do_concat_batches",
             "eval_use_gather_object",
-        )
-        + (
             "eval_accumulation_steps",
             "include_for_metrics",
             "batch_eval_metrics",
@@ -62,8 +60,6 @@ OWNED_TRAINING_FIELDS: Final[dict[str, str]] = {
             "save_total_limit",
             "save_only_model",
             "load_best_model_at_end",
-        )
-        + (
             "metric_for_best_model",
             "greater_is_better",
             "save_on_each_node",
@@ -80,16 +76,15 @@ OWNED_TRAINING_FIELDS: Final[dict[str, str]] = {
             "push_to_hub",
             "hub_token",
             "hub_private_repo",
-        )
-        + (
             "hub_model_id",
             "hub_strategy",
             "hub_always_push",
             "hub_revision",
             "trackio_space_id",
             "log_on_each_node",
-        )
-        + ("trackio_bucket_id", "trackio_static_space_id"),
+            "trackio_bucket_id",
+            "trackio_static_space_id",
+        ),
         "`tracking`",
     ),
     **dict.fromkeys(
@@ -110,8 +105,10 @@ OWNED_TRAINING_FIELDS: Final[dict[str, str]] = {
             "dataset_num_proc",
             "shuffle_dataset",
             "remove_unused_columns",
-        )
-        + ("label_names", "length_column_name", "pad_to_multiple_of"),
+            "label_names",
+            "length_column_name",
+            "pad_to_multiple_of",
+        ),
         "the runner's own data set (see `data`)",
     ),
     **dict.fromkeys(
@@ -148,8 +145,11 @@ OWNED_LORA_FIELDS: Final[dict[str, str]] = dict.fromkeys(
         "peft_version",
         "base_model_name_or_path",
         "revision",
-    )
-    + ("inference_mode", "megatron_config", "megatron_core", "runtime_config"),
+        "inference_mode",
+        "megatron_config",
+        "megatron_core",
+        "runtime_config",
+    ),
     "the runner",
 )
 

@@ -118,9 +118,9 @@ COMPARISON_LEGEND: Final = (
     " other axis;\nnegative means that `compared` is better. 95% interval: paired t."
 )
 ANSWERS_LEGEND: Final = (
-    "Of generated answers to the test prompts, larger is better; unfinished: reached"
-    " `max_new_tokens`;\nunreadable: no answer at all (neither label, no final result), counted as"
-    " wrong."
+    "Of generated answers to the test prompts, larger is better;"
+    " unfinished: reached `max_new_tokens`;\n"
+    "unreadable: no answer at all (neither label, no final result), counted as wrong."
 )
 ANSWERS_COMPARISON_LEGEND: Final = (
     "Where the unit says that larger is better, positive means that `compared` is better."
@@ -139,8 +139,8 @@ def build_warnings(rows: Sequence[ReportRow]) -> list[str]:
             shown = str(ids_hash)[:HASH_CHARACTERS]
             sets.append(f"{shown} ({runs[0].num_test_rows} rows): {names}")
         warnings.append(
-            f"{len(groups)} different sets of test rows; numbers compare only within one set:"
-            f" {'; '.join(sets)}"
+            f"{len(groups)} different sets of test rows;"
+            f" numbers compare only within one set: {'; '.join(sets)}"
         )
     if unknown:
         names = _name_some(run.name for run in unknown)
@@ -325,8 +325,8 @@ def _build_comparison_columns(comparisons: Sequence[AxisComparison]) -> list[Col
 def _describe_base(rows: Sequence[ReportRow]) -> str:
     base = compare_with_base(rows)
     text = (
-        f"{base.num_better} of {_count(base.num_completed, 'completed run')} beat their base on"
-        " test NLL"
+        f"{base.num_better} of {_count(base.num_completed, 'completed run')}"
+        " beat their base on test NLL"
     )
     text += f"; not: {_name_some(base.not_better)}" if base.not_better else ""
     return text + (f"; not known: {_name_some(base.unknown)}" if base.unknown else "") + "."
@@ -344,14 +344,14 @@ def _build_notes(comparisons: Sequence[AxisComparison]) -> list[str]:
         if group[0].is_with_first_only:
             first = axis_text(group[0].reference)
             notes.append(
-                f"`{axis}` has {len(likelihoods) + 1} values: each is compared with the first,"
-                f" {first}, only."
+                f"`{axis}` has {len(likelihoods) + 1} values:"
+                f" each is compared with the first, {first}, only."
             )
         notes += _describe_recipe_differences(axis, likelihoods)
         if num_different := sum(item.num_pairs_on_different_rows for item in likelihoods):
             notes.append(
-                f"**warning:** `{axis}`: {_count(num_different, 'pair')} scored on different test"
-                " rows."
+                f"**warning:** `{axis}`: {_count(num_different, 'pair')} scored"
+                " on different test rows."
             )
         for item in group:
             if item.unpaired:
@@ -382,8 +382,8 @@ def _describe_recipe_differences(axis: str, group: Sequence[AxisComparison]) -> 
         ]
         if uneven:
             notes.append(
-                f"**warning:** `{axis}`, {_values(item)}: only some pairs differ in"
-                f" {', '.join(uneven)}."
+                f"**warning:** `{axis}`, {_values(item)}:"
+                f" only some pairs differ in {', '.join(uneven)}."
             )
     return notes
 

@@ -122,8 +122,8 @@ def read_trees(rows: Iterable[tuple[str, Any]], task: Oasst1Task) -> TreePaths:
                 continue
             if (known.text, known.parent_id) != (message.text, message.parent_id):
                 raise DataError(
-                    f"{where}: the message id {message.message_id!r} is taken by another in"
-                    f" {known.where}"
+                    f"{where}: the message id {message.message_id!r} is taken"
+                    f" by another in {known.where}"
                 )
             left_out["messages that stand twice"] += 1
     forest = _Forest(messages, task, left_out)

@@ -41,8 +41,8 @@ class SquadV2Task(Task):
             ("context", "question", "answers"),
             {
                 "prompt": (
-                    "Answer with words of the text, or with `unanswerable`.\n\n{context}\n\n"
-                    "Question: {question}"
+                    "Answer with words of the text, or with `unanswerable`."
+                    "\n\n{context}\n\nQuestion: {question}"
                 )
             },
         ),
@@ -122,8 +122,8 @@ def _read_answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
         if not isinstance(text, str) or not text.strip():
             found = repr(text) if isinstance(text, str) else describe_value(text)
             raise DataError(
-                f"{where}: column `answers`: {expected} with texts that are not blank, found"
-                f" {found}"
+                f"{where}: column `answers`: {expected}"
+                f" with texts that are not blank, found {found}"
             )
     return tuple(dict.fromkeys(texts))
 
