@@ -42,8 +42,8 @@ Wanted = Literal["auto", "latest", "best"]
 
 WAS_BEING_WRITTEN: Final = "it was still being written when its attempt died"
 _TRY_AUTO: Final = (
-    "launch without `--resume`: what is damaged is moved aside, and the newest that verifies is"
-    " used"
+    "launch without `--resume`: what is damaged is moved aside,"
+    " and the newest that verifies is used"
 )
 
 
@@ -253,8 +253,8 @@ def _find_decisive(draft: _Draft, fingerprint: Mapping[str, Any]) -> Comparison 
             break
         draft.set_aside(step, f"the best weights so far, of step {best}, are lost")
         draft.reasons[step] = (
-            f", but its best weights, of step {best}, are lost; an attempt would move it to"
-            " quarantine"
+            f", but its best weights, of step {best}, are lost;"
+            " an attempt would move it to quarantine"
         )
     for step in stripped:
         draft.set_aside(

@@ -92,8 +92,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
     ):
         print(
             f"error: the last {MAX_FRUITLESS + 1} attempts were preempted before their first"
-            " step\n\nhint: give the run more time, say by `runner sweep ... --engine slurm"
-            " --time-limit`",
+            " step\n\nhint: give the run more time,"
+            " say by `runner sweep ... --engine slurm --time-limit`",
             file=sys.stderr,
         )
         return EXIT_CODES["transient"]

@@ -124,8 +124,8 @@ def _build(families: list[str], output_dir: Path, plan: Pretraining) -> None:
             seconds = time.monotonic() - started
             print(
                 f"{child.name}: built, {manifest['num_parameters'] / 1e6:.1f}M parameters,"
-                f" loss {manifest['first_loss']:.2f} -> {manifest['last_loss']:.2f},"
-                f" {seconds:.0f} s",
+                f" loss {manifest['first_loss']:.2f} ->"
+                f" {manifest['last_loss']:.2f}, {seconds:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )

@@ -221,8 +221,8 @@ def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected
         raise RunnerError(
             f"no selected recipe has all of {' and '.join(where)}",
             hint=(
-                "conditions narrow each other down; values of one axis are alternatives: --where"
-                " axis=value,value"
+                "conditions narrow each other down;"
+                " values of one axis are alternatives: --where axis=value,value"
             ),
         )
     return matching

@@ -135,8 +135,8 @@ def _describe(run: TunedRun, *, is_adapter: bool) -> str:
 def _scores(run: TunedRun, result: TrainResult | None) -> str:
     if result is None:
         return (
-            f"These are the weights of the checkpoint `{run.checkpoint}`; a run is scored at its"
-            " end."
+            f"These are the weights of the checkpoint `{run.checkpoint}`;"
+            " a run is scored at its end."
         )
     lines = ["| split | metric | base model | tuned |", "|---|---|---:|---:|"]
     for split, base in result.base.items():
@@ -195,8 +195,8 @@ def _loading(run: TunedRun, *, is_adapter: bool) -> str:
         notes = [
             "",
             (
-                f"The base model is looked for at `{run.recipe.model.path}`, relative to where this"
-                " is started."
+                f"The base model is looked for at `{run.recipe.model.path}`,"
+                " relative to where this is started."
             ),
         ]
     return "\n".join(["```python", *lines, "```", *notes])
@@ -249,8 +249,8 @@ class HubTarget:
             raise RefusedError(
                 f"pushing to {repo_id} needs a token with write access",
                 hint=(
-                    "set HF_TOKEN in the environment; it is read from nowhere else and stored"
-                    " nowhere"
+                    "set HF_TOKEN in the environment;"
+                    " it is read from nowhere else and stored nowhere"
                 ),
             )
         return cls(repo_id, recipe.tracking.hub_private, token)
@@ -271,8 +271,8 @@ def push_folder(folder: Path, target: HubTarget, message: str) -> str:
         api.create_repo(target.repo_id, private=target.is_private, exist_ok=True)
         if target.is_private and not api.repo_info(target.repo_id).private:
             raise PushError(
-                f"{target.repo_id} is public, and `tracking.hub_private` is true: nothing was"
-                " pushed",
+                f"{target.repo_id} is public, and `tracking.hub_private` is true:"
+                " nothing was pushed",
                 hint="make the repository private, or set `tracking.hub_private: false`",
             )
         commit = api.upload_folder(
@@ -299,8 +299,8 @@ def _in_our_words(folder: Path, target: HubTarget) -> Iterator[None]:
         raise PushError(
             f"{folder} was not pushed to {target.repo_id}: {text}",
             hint=(
-                f"hf upload {target.repo_id} {folder}  # once the reason is gone: the folder is"
-                " complete"
+                f"hf upload {target.repo_id} {folder}  # once the reason is gone:"
+                " the folder is complete"
             ),
         ) from None
 

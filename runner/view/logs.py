@@ -57,8 +57,8 @@ def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) 
         return 0
     if not selected.paths.attempt(number).log_path.exists():
         raise RunnerError(
-            f"attempt {number} of {selected.full_name} has no log: nothing was started by `runner`"
-            " itself",
+            f"attempt {number} of {selected.full_name} has no log:"
+            " nothing was started by `runner` itself",
             hint=f"runner why {selected.paths.run_dir}",
         )
     _Log(selected.paths.attempt(number).log_path).print_on()
@@ -200,7 +200,7 @@ def _ask(one: Selected, facts: RunFacts) -> bool:
     )
     where = "starting" if progress is None else f"{progress.phase}{step}"
     print(
-        f"{one.full_name}  asked attempt {last.number} to checkpoint and leave ({where}, on"
-        f" {last.host})"
+        f"{one.full_name}  asked attempt {last.number} to checkpoint"
+        f" and leave ({where}, on {last.host})"
     )
     return True
