@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from runner.checkpoints.compare import describe_obstacles, suggest_ways_out
-from runner.engines.local import STOPPED, build_command, run_planned
+from runner.engines.local import STOPPED, PoolResult, build_command, run_planned
 from runner.errors import RefusedError, RunnerError
 from runner.files import hash_json
 from runner.launch.command import LaunchCommand
-from runner.launch.placement import is_in_cluster, list_placements
+from runner.launch.placement import find_allocation, is_in_cluster, list_placements
 from runner.plan.decide import MAX_FRUITLESS, Launch, decide
 from runner.plan.select import Selected, run_paths, select_recipes, suggest_path
 from runner.plan.status import RunStatus, find_divisor, read_status
@@ -35,8 +35,6 @@ _PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9.
 
 def run_launch(arguments: argparse.Namespace) -> int:
     """`runner launch`."""
-    from runner.launch.placement import find_allocation
-
     selected, resume = _select_one(arguments), _parse_resume(arguments.resume)
     recipe, paths = selected.recipe, selected.paths
     num_processes = arguments.num_processes or recipe.launch.num_processes
@@ -85,6 +83,11 @@ def run_launch(arguments: argparse.Namespace) -> int:
     result = run_planned(
         [planned], num_slots=1, gpus=None, fail_fast=False, allocation=allocation, again=again
     )
+    return _derive_exit_code(result, paths)
+
+
+def _derive_exit_code(result: PoolResult, paths: RunPaths) -> int:
+    """For a cluster engine: why the run ended without a result, 0 where it has one."""
     if (
         result.failed
         and result.failed[0].failure.kind == "preempted"
