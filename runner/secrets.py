@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from runner.files import fsync_dir
-
 MASK: Final = "***"
 # Of a variable's value: shorter ones are switches and names, and stand in every second line.
 _MIN_MASKED_CHARACTERS: Final = 8
@@ -245,6 +243,8 @@ def scrub_log(path: Path) -> bool:
 
     A kill leaves the old file or the new one.
     """
+    from runner.files import fsync_dir  # here: `--help` imports this module, and needs no hashes
+
     if not path.is_file() or not any(scrub(piece) != piece for piece in _read_pieces(path)):
         return False
     temporary = path.with_name(f".{path.name}.scrubbed.tmp")
