@@ -20,9 +20,10 @@ import yaml
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from runner.files import hash_json
 from runner.grid.render import compare, render_grid
 from runner.grid.spec import list_grids, load_cards
-from runner.recipe.identity import diff_payloads
+from runner.recipe.identity import build_resume_fingerprint, derive_digest, diff_payloads
 from runner.recipe.parse import Recipe, load_recipe
 from runner.recipe.schema import PassThrough
 from runner.strict import Section
@@ -54,6 +55,24 @@ def test_committed_recipes_are_what_their_template_gives(grid: str) -> None:
 def test_committed_recipes_load_under_their_own_names(grid: str) -> None:
     for name, recipe in recipes_of(grid).items():
         assert (recipe.run.grid, recipe.run.name) == (grid, name)
+
+
+def test_committed_recipes_keep_their_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run of yesterday would be another experiment today. The second number is of what else
+    must be equal for a checkpoint to be continued, but for versions; both are of 0.1.0.
+    """
+    monkeypatch.chdir(ROOT)
+    lines = []
+    for path in sorted(Path("recipes").rglob("*.yaml")):
+        recipe = load_recipe(path)
+        digest = derive_digest(recipe, {})
+        fingerprint = build_resume_fingerprint(
+            recipe, digest, recipe.launch.num_processes, threads=None
+        )
+        del fingerprint["versions"], fingerprint["recipe_digest"]
+        lines.append(f"{digest} {hash_json(fingerprint)[:16]} {path}")
+    kept = (ROOT / "tests" / "golden" / "digests.txt").read_text().splitlines()
+    assert lines == kept, "if this is meant, CHANGELOG says which runs must be started anew"
 
 
 @pytest.mark.parametrize("grid", GRIDS)
