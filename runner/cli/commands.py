@@ -164,11 +164,13 @@ def run_why(arguments: argparse.Namespace) -> int:
     """`runner why`."""
     import json
 
-    from runner.plan.why import build_lines, explain
+    from runner.plan.why import build_lines, explain, gather_evidence
 
     selected = select_run(arguments)
     hashes = ContentHashes(content_cache_path(arguments.output_root))
-    found = explain(selected.read_facts(), selected.recipe, hashes, arguments.num_processes)
+    recipe, facts = selected.recipe, selected.read_facts()
+    count = arguments.num_processes or recipe.launch.num_processes
+    found = explain(facts, gather_evidence(facts, recipe, hashes, count), recipe, count)
     print(
         json.dumps(found.as_json(), indent=2) if arguments.json else "\n".join(build_lines(found))
     )

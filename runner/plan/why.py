@@ -5,6 +5,7 @@ Reads everything, checksums too, and changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -98,76 +99,101 @@ class Explanation:
         return "refuse" if action == "launch" and self.choice.refusal is not None else action
 
 
-def explain(
-    facts: RunFacts, recipe: Recipe, hashes: ContentHashes, num_processes: int | None
-) -> Explanation:
-    """All that decides; files that the recipe names are hashed, checkpoints verified, nothing is
-    written.
+@dataclass(frozen=True)
+class Evidence:
+    """What `explain` rests on besides the facts of the run; gathered by reading."""
+
+    contents: Mapping[str, str]  # path -> SHA-256 of what the recipe names
+    missing: dict[str, str]  # dotted key -> path that is not there
+    inventory: Inventory | CorruptFileError | OSError  # or why it cannot be read
+    holders: dict[int, str]  # processes that have the lease open, where it is held
+    log_tail: tuple[str, ...]  # of the last attempt's log
+    choice: Choice  # every checkpoint verified, where an attempt may come next
+
+
+def gather_evidence(
+    facts: RunFacts, recipe: Recipe, hashes: ContentHashes, num_processes: int
+) -> Evidence:
+    """Read all else that decides: files that the recipe names are hashed, checkpoints verified.
+    Nothing is written.
     """
-    paths, count = facts.paths, num_processes or recipe.launch.num_processes
-    missing = list_missing_files(recipe)
+    paths = facts.paths
     contents = {
         path: hashes.hash(Path(path))
         for path in list_content_paths(recipe).values()
         if Path(path).exists()
     }
+    inventory: Inventory | CorruptFileError | OSError
+    choice, holders = Choice(), {}
+    log_tail: tuple[str, ...] = ()
     try:
+        if facts.is_leased:
+            holders = list_holders(paths.lease_path)
         # A running trainer is writing them.
         inventory = Inventory(paths) if facts.is_running else read_inventory(paths)
-        status = derive_status(facts, inventory, recipe, contents, num_processes=count)
+        status = derive_status(facts, inventory, recipe, contents, num_processes=num_processes)
+        if facts.last is not None:
+            log_tail = read_log_tail(paths.attempt(facts.last.number).log_path)
+        if status.state not in ("running", "unreadable"):
+            with contextlib.suppress(RefusedError):  # the global batch cannot be kept like that
+                choice = _verify_checkpoints(facts, inventory, recipe, num_processes, contents)
     except (CorruptFileError, OSError) as error:
-        inventory, status = Inventory(paths), describe_unreadable(error)
+        inventory = error
+    missing = list_missing_files(recipe)
+    return Evidence(contents, missing, inventory, holders, log_tail, choice)
+
+
+def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: int) -> Explanation:
+    """All that decides, and what follows from it. Pure."""
+    if isinstance(evidence.inventory, Inventory):
+        status = derive_status(
+            facts, evidence.inventory, recipe, evidence.contents, num_processes=num_processes
+        )
+    else:
+        status = describe_unreadable(evidence.inventory)
     is_readable = status.state != "unreadable"
     divisor, stop = find_divisor(facts, recipe) if is_readable else 1, facts.stop_request
     last = facts.last if is_readable else None
-    log_path = paths.attempt(last.number).log_path if last else None
-    log_tail = last.failure.log_tail if last is not None and last.failure is not None else ()
+    recorded_tail = last.failure.log_tail if last is not None and last.failure is not None else ()
     remote = recipe.checkpoints.remote
     try:
-        derive_accumulation(recipe, count, divisor)
+        derive_accumulation(recipe, num_processes, divisor)
         impossible = None
     except RefusedError as error:
         impossible = error.message
+    is_asked = stop is not None and last is not None and stop.attempt == last.number
+    log_path = facts.paths.attempt(last.number).log_path if last is not None else None
     return Explanation(
         name=recipe.run.full_name,
-        run_dir=str(paths.run_dir),
-        num_processes=count,
+        run_dir=str(facts.paths.run_dir),
+        num_processes=num_processes,
         status=status,
         decisions={
             "sweep": decide(status),
             "rerun": decide(status, retry_failed=True, only_unfinished=True),
             "launch": decide(status, retry_failed=True),
         },
-        missing=missing,
+        missing=evidence.missing,
         impossible=impossible,
-        holders=list_holders(paths.lease_path) if facts.is_leased else {},
-        stop=(
-            stop.why
-            if stop is not None and last is not None and stop.attempt == last.number
-            else None
-        ),
+        holders=evidence.holders,
+        stop=stop.why if stop is not None and is_asked else None,
         attempt=last,
         log_path=str(log_path) if log_path is not None and facts.has_log else None,
-        log_tail=log_tail or (read_log_tail(log_path) if log_path is not None else ()),
+        log_tail=recorded_tail or (evidence.log_tail if last is not None else ()),
         micro_batch_divisor=divisor,
-        choice=(
-            _look_at_checkpoints(facts, inventory, recipe, count, divisor, contents)
-            if impossible is None and status.state not in ("running", "unreadable")
-            else Choice()
-        ),
+        choice=evidence.choice,
         remote_url=remote.url if remote is not None and remote.load else None,
     )
 
 
-def _look_at_checkpoints(
+def _verify_checkpoints(
     facts: RunFacts,
     inventory: Inventory,
     recipe: Recipe,
     num_processes: int,
-    divisor: int,
     contents: Mapping[str, str],
 ) -> Choice:
-    stored, paths = facts.stored, facts.paths
+    stored, paths, divisor = facts.stored, facts.paths, find_divisor(facts, recipe)
     digest = stored.recipe_digest if stored else derive_digest(recipe, contents)
     current = build_resume_fingerprint(recipe, digest, num_processes, divisor, threads=None)
     with tempfile.TemporaryDirectory(prefix="runner-why-") as scratch:
