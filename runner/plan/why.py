@@ -124,21 +124,24 @@ def gather_evidence(
         if Path(path).exists()
     }
     inventory: Inventory | CorruptFileError | OSError
-    choice, holders = Choice(), {}
+    holders: dict[int, str] = {}
     log_tail: tuple[str, ...] = ()
+    is_verified = False
     try:
         if facts.is_leased:
             holders = list_holders(paths.lease_path)
         # A running trainer is writing them.
         inventory = Inventory(paths) if facts.is_running else read_inventory(paths)
         status = derive_status(facts, inventory, recipe, contents, num_processes=num_processes)
+        is_verified = status.state not in ("running", "unreadable")
         if facts.last is not None:
             log_tail = read_log_tail(paths.attempt(facts.last.number).log_path)
-        if status.state not in ("running", "unreadable"):
-            with contextlib.suppress(RefusedError):  # the global batch cannot be kept like that
-                choice = _verify_checkpoints(facts, inventory, recipe, num_processes, contents)
     except (CorruptFileError, OSError) as error:
         inventory = error
+    choice = Choice()
+    if is_verified and isinstance(inventory, Inventory):
+        with contextlib.suppress(RefusedError):  # the global batch cannot be kept like that
+            choice = _verify_checkpoints(facts, inventory, recipe, num_processes, contents)
     missing = list_missing_files(recipe)
     return Evidence(contents, missing, inventory, holders, log_tail, choice)
 
