@@ -47,6 +47,23 @@ class CompletionSpan:
 
 
 @dataclass(frozen=True)
+class Completion:
+    """One assistant turn among the tokens. `content` are the tokens that hold at least one byte of
+    what the row says, `num_bytes` the bytes that they were printed as; the rest of `span` is the
+    template's.
+
+    `rewritten` is None where the template prints the turn as it prints it when the conversation
+    ends there, but for its end; else it says what differs.
+    """
+
+    message: int
+    span: CompletionSpan
+    content: CompletionSpan
+    num_bytes: int
+    rewritten: str | None = None
+
+
+@dataclass(frozen=True)
 class MaskedConversation:
     """One tokenised chat and its completions.
 
@@ -62,6 +79,7 @@ class MaskedConversation:
     offsets: tuple[Interval, ...]
     content_chars: tuple[Interval | None, ...]
     completion_chars: tuple[Interval, ...]
+    completions: tuple[Completion, ...] = ()
 
 
 def build_labels(
@@ -237,7 +255,28 @@ class ConversationMasker:
             offsets=tuple(offsets),
             content_chars=tuple(by_message.get(index) for index in range(len(messages))),
             completion_chars=tuple((start, end) for start, end, _ in masked),
+            completions=tuple(
+                self._build_completion(turn, span, by_message[turn.message], text, starts, ends)
+                for (_, _, turn), span in zip(masked, spans, strict=True)
+            ),
         )
+
+    @staticmethod
+    def _build_completion(
+        turn: Turn,
+        span: CompletionSpan,
+        content: Interval,
+        text: str,
+        starts: Sequence[int],
+        ends: Sequence[int],
+    ) -> Completion:
+        """The completion with the tokens of its content, of which an empty content has none."""
+        first = min(max(bisect_right(ends, content[0]), span.start), span.end)
+        last = max(first, min(bisect_left(starts, content[1]), span.end))
+        if content[0] == content[1]:
+            last = first
+        num_bytes = len(text[content[0] : content[1]].encode())
+        return Completion(turn.message, span, CompletionSpan(first, last), num_bytes)
 
     def _check_span(
         self,

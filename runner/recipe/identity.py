@@ -9,7 +9,7 @@ micro-batch, threads and library versions.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +31,10 @@ _PLACEMENT_KEYS: Final = {
     # computed depends on it.
     "checkpoints": frozenset({"keep_latest", "keep_best", "save_optimizer", "archive", "remote"}),
 }
+# Keys that were added after recipes were first hashed, by dotted name: the value that gives the
+# behaviour of before. A key with this value is left out of the digest, so that older runs keep
+# theirs.
+_BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {}
 # Of an accelerate config: where processes start and how they find each other.
 _PLACEMENT_SETTINGS: Final = frozenset(
     {
@@ -74,7 +78,19 @@ def build_digest_payload(recipe: Recipe) -> dict[str, Any]:
             key: value for key, value in payload[section].items() if key not in keys
         }
     payload["training"]["global_batch_size"] = recipe.global_batch_size
+    for name, value in _BEHAVIOUR_BEFORE.items():
+        _leave_out(payload, name.split("."), value)
     return payload
+
+
+def _leave_out(section: Any, names: Sequence[str], value: Any) -> None:
+    """Remove the key at a path where it has this value; a path that is not there is none."""
+    for name in names[:-1]:
+        if not isinstance(section, dict) or name not in section:
+            return
+        section = section[name]
+    if isinstance(section, dict) and names[-1] in section and section[names[-1]] == value:
+        del section[names[-1]]
 
 
 def derive_digest(recipe: Recipe, contents: Mapping[str, str]) -> str:

@@ -14,15 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Final, get_args
 
 from runner.errors import DataError
+from runner.files import hash_json
 from runner.strict import Section
 
-Message = Mapping[str, str]
+# `role` and `content`, a text; where the row has them also `reasoning_content`, `tool_calls`,
+# `tool_call_id` and `name`, as chat templates take them.
+Message = Mapping[str, Any]
 Conversation = tuple[Message, ...]
 References = tuple[str, ...]
+# Columns that say nothing of a row's content.
+NEUTRAL_COLUMNS: Final = ("id", "name", "source")
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,20 @@ class Example:
 
     A generated answer is judged against `references`: any of them counts. They are empty where a
     SQuAD question has no answer, and in tasks that judge nothing. Rows of one `group` never stand
-    in two splits; None: its own content.
+    in two splits; None: the example is a group of its own.
+
+    `key` decides order, row id and duplicates (`derive_row_key`); `Task.build_examples` sets it.
+    `tools` are the functions that the assistant may call, as JSON schemas. `untrained` are the
+    indices of assistant messages of weight 0: context, and neither trained nor scored.
     """
 
     where: str
     messages: Conversation
     references: References = ()
     group: str | None = None
+    key: str = field(default="", compare=False)
+    tools: tuple[Mapping[str, Any], ...] = ()
+    untrained: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,11 @@ class Task(Section):
         Raises:
             DataError: a column is missing or has another shape than the task expects.
         """
-        return Examples(tuple(self.build_example(row, where) for where, row in rows), {})
+        examples = []
+        for where, row in rows:
+            example = self.build_example(row, where)
+            examples.append(replace(example, key=derive_row_key(row)))
+        return Examples(tuple(examples), {})
 
     def build_example(self, row: Any, where: str) -> Example:
         """The example of one row."""
@@ -141,6 +157,32 @@ class Task(Section):
     def combine_scores(self, judged: Sequence[Judged]) -> dict[str, float]:
         """The metrics of rows that all have scores: the mean of each score."""
         return mean_scores([scores for _, scores in judged])
+
+
+def derive_row_key(row: Any) -> str:
+    """The SHA-256 of a row's columns as canonical JSON: names sorted, without null values and
+    without the columns `id`, `name` and `source`; texts stripped at both ends, `\\r\\n` as `\\n`.
+
+    >>> derive_row_key({"q": "2+2? ", "id": 7, "note": None}) == derive_row_key({"q": "2+2?"})
+    True
+    """
+    if isinstance(row, Mapping):
+        row = {name: value for name, value in row.items() if name not in NEUTRAL_COLUMNS}
+    return hash_json(_canonicalise(row))
+
+
+def _canonicalise(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n").strip()
+    if isinstance(value, Mapping):
+        return {str(name): _canonicalise(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_canonicalise(item) for item in value]
+    if isinstance(value, bool | int) or value is None:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return str(value)  # NaN; dates and the like, of Arrow files
 
 
 def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:

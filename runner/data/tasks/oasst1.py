@@ -18,6 +18,7 @@ from runner.data.tasks.base import (
     Examples,
     Recognised,
     Task,
+    derive_row_key,
     describe_value,
     read_text,
     require_object,
@@ -103,7 +104,10 @@ def _build_example(path: TreePath) -> Example:
         {"role": ROLES.get(one.role, one.role), "content": one.text} for one in path.messages
     )
     return Example(
-        f"{root.where} (message {root.message_id})", messages, group=path.message_tree_id
+        f"{root.where} (message {root.message_id})",
+        messages,
+        group=path.message_tree_id,
+        key=derive_row_key([[one.role, one.text] for one in path.messages]),
     )
 
 
