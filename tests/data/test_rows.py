@@ -16,7 +16,8 @@ import pyarrow.parquet
 import pytest
 
 from runner.data.chat_template import MaskError
-from runner.data.rows import build_samples, describe_samples, draw_splits
+from runner.data.draw import draw_splits
+from runner.data.rows import build_samples, describe_samples
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError
 from runner.files import hash_json

@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from runner.data.draw import LeftOut
 from runner.data.masking import CompletionSpan
-from runner.data.rows import LeftOut, Row, Samples, Split, build_samples
+from runner.data.rows import Row, Samples, Split, build_samples
 from runner.data.tasks.base import Judgement
 from runner.data.tasks.squad_v2 import SquadV2Task
 from runner.data.tasks.sst2 import Sst2Task
