@@ -50,7 +50,7 @@ def test_the_order_of_the_file_does_not_matter_but_the_seed_does(
 
 
 def test_rows_of_a_seed_are_the_same_for_ever(rows_path: Path) -> None:
-    """Another order would change what every recorded recipe means; drawn by the rules of version 2."""
+    """Another order would change what recorded recipes mean; drawn by version 2 of the rules."""
     splits = draw_splits(section(rows_path))
     drawn = [
         [row.row_id for row in rows] for rows in (splits.train, splits.validation, splits.test)
