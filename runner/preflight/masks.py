@@ -57,6 +57,8 @@ class TurnCount:
     num_trained: int
     # The piece that ends what is trained on, of an assistant turn its end of turn.
     last_trained: str
+    # Besides its text: `reasoning`, `2 calls`, `weight 0`, `context only`.
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def build_views(recipe: Recipe, split: str, num_rows: int, row: str | None) -> l
     views = []
     for name, number, conversation in chosen:
         for raw in expand_turns([conversation], recipe.data.turns):
+            if row is not None and "." in row and row.rpartition(".")[2] != str(raw.turn):
+                continue
             fitted = fit_row(raw, masker, recipe.data, tokenizer.bos_token_id)
             views.append(build_view(fitted, recipe, tokenizer, split=name, number=number))
     return views
@@ -123,12 +127,13 @@ def _choose(
     rows: Sequence[RawRow] = getattr(splits, split)
     if row is None:
         return [(split, number, raw) for number, raw in enumerate(rows[:num_rows], start=1)]
-    if len(row) >= _MIN_ID_CHARS:
+    conversation, _, _ = row.partition(".")  # the rest is a turn of one that is split
+    if len(conversation) >= _MIN_ID_CHARS:
         named = [
             (name, number, raw)
             for name in SPLITS
             for number, raw in enumerate(getattr(splits, name), start=1)
-            if raw.row_id.startswith(row)
+            if raw.row_id.startswith(conversation)
         ]
         if named:
             return named
@@ -237,10 +242,29 @@ def _count_turns(raw: RawRow, tokens: Sequence[TokenView]) -> tuple[TurnCount, .
     ]
     return tuple(
         TurnCount(
-            message, role, num_tokens[message], num_trained[message], last_trained.get(message, "")
+            message,
+            role,
+            num_tokens[message],
+            num_trained[message],
+            last_trained.get(message, ""),
+            () if message is None else _note(raw, message),
         )
         for message, role in [*roles, (None, "template")]
     )
+
+
+def _note(raw: RawRow, index: int) -> tuple[str, ...]:
+    """What a message holds besides its text, and why an assistant's is no completion."""
+    message, notes = raw.messages[index], []
+    if message.get("reasoning_content"):
+        notes.append("reasoning")
+    if calls := message.get("tool_calls"):
+        notes.append("1 call" if len(calls) == 1 else f"{len(calls)} calls")
+    if index in raw.untrained:
+        notes.append("weight 0")
+    elif message["role"] == "assistant" and index not in raw.completions:
+        notes.append("context only")
+    return tuple(notes)
 
 
 def show(text: str) -> str:
@@ -346,7 +370,8 @@ def _describe(view: RowView, recipe: Recipe) -> Iterator[str]:
     for turn in view.turns:
         number = "-" if turn.message is None else str(turn.message)
         counts = f"{turn.num_tokens:>7} {turn.num_trained:>8}"
-        yield f"{number:>4}  {turn.role:<10} {counts}  {show(turn.last_trained)}".rstrip()
+        notes = f"  ({', '.join(turn.notes)})" if turn.notes else ""
+        yield f"{number:>4}  {turn.role:<10} {counts}  {show(turn.last_trained)}{notes}".rstrip()
     special = ", ".join(
         f"{show(piece)} {count}" for piece, count in sorted(view.special_tokens().items())
     )
@@ -357,9 +382,7 @@ def _describe_fate(view: RowView, recipe: Recipe) -> str:
     data = recipe.data
     is_whole = bool(view.num_cut_messages)
     cut = f"{view.num_cut_messages} messages" if is_whole else f"{view.num_cut} tokens"
-    return _FATES[view.fate].format(
-        cut=cut, max_length=data.max_length, truncation=data.truncation
-    )
+    return _FATES[view.fate].format(cut=cut, max_length=data.max_length, truncation=data.truncation)
 
 
 def _displays(view: RowView) -> Iterator[_Display]:
@@ -437,14 +460,17 @@ def _as_html(views: Sequence[RowView], recipe: Recipe) -> str:
         parts.append(
             f"{escape(_describe_fate(view, recipe))}. Mask proven by: {escape(view.method)}.</p>"
         )
-        parts.append("<table><tr><th>turn<th>role<th>tokens<th>trained<th>last trained</tr>")
+        parts.append(
+            "<table><tr><th>turn<th>role<th>tokens<th>trained<th>last trained<th>holds</tr>"
+        )
         for turn in view.turns:
             number = "-" if turn.message is None else turn.message
             parts.append(
                 f"<tr><td>{number}<td>{escape(turn.role)}"
                 f"<td>{turn.num_tokens}<td>{turn.num_trained}"
             )
-            parts.append(f"<td>{escape(show(turn.last_trained))}</tr>")
+            notes = ", ".join(turn.notes)
+            parts.append(f"<td>{escape(show(turn.last_trained))}<td>{escape(notes)}</tr>")
         parts.append("</table>\n<pre>")
         for display in _displays(view):
             token = display.token
@@ -476,6 +502,7 @@ def _as_json(views: Sequence[RowView], recipe: Recipe) -> dict[str, Any]:
                     "num_tokens": turn.num_tokens,
                     "num_trained": turn.num_trained,
                     "last_trained": turn.last_trained,
+                    "notes": list(turn.notes),
                 }
                 for turn in view.turns
             ],
