@@ -38,6 +38,9 @@ _BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {
     "data.group_column": None,
     "data.ignore": [],
     "data.turns": "all",
+    "model.chat_template_kwargs": {},
+    "model.template_date": None,
+    "model.end_of_turn": None,
 }
 # Of an accelerate config: where processes start and how they find each other.
 _PLACEMENT_SETTINGS: Final = frozenset(
