@@ -216,7 +216,9 @@ def _read_group(row: Any, column: str, where: str) -> str:
 
 
 def _ignore(row: Any, names: Sequence[str], counts: Counter[str]) -> Any:
-    """The row without the columns, and its messages without the keys, that `names` holds."""
+    """The row without the columns, and its messages without the keys (`messages.KEY`), that `names`
+    holds; counts the rows that have one of them.
+    """
     if not names:
         return row
     if isinstance(row, list):
@@ -239,8 +241,9 @@ def _ignore_in_messages(messages: list[Any], names: Sequence[str], counts: Count
     found = set()
     for message in messages:
         if isinstance(message, Mapping):
-            found |= {key for key in message if key in names and message[key] is not None}
-            message = {key: value for key, value in message.items() if key not in names}
+            ignored = [key for key in message if f"messages.{key}" in names]
+            found |= {f"messages.{key}" for key in ignored if message[key] is not None}
+            message = {key: value for key, value in message.items() if key not in ignored}
         kept.append(message)
     counts.update(found)
     return kept

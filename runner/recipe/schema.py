@@ -501,7 +501,8 @@ class DataSection(Section):
     # The order of the training rows; those that are used are a prefix, so smaller counts are nested
     # in larger ones.
     seed: int
-    # Columns, and keys of messages, that say nothing of a row: left out before it is read.
+    # Columns, and keys of messages (`messages.KEY`), that say nothing of a row: left out before it
+    # is read.
     ignore: tuple[Text, ...] = ()
     # Rows with the same value in this column never stand in two splits.
     group_column: Text | None = None

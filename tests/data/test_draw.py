@@ -191,10 +191,12 @@ def test_ignored_columns_and_keys_do_not_tell_rows_apart_and_are_counted(tmp_pat
         rows.append({"messages": messages, "worker": f"w{n}", "note": None if n % 4 else "x"})
     path = write_rows(tmp_path / "rows.jsonl", rows)
     counts = {"num_train_samples": 8, "num_validation_samples": 1, "num_test_samples": 1}
-    data = section(path, task={"name": "conversations"}, ignore=["worker", "at", "note"], **counts)
+    data = section(
+        path, task={"name": "conversations"}, ignore=["worker", "messages.at", "note"], **counts
+    )
     left_out = draw_splits(data).left_out
     assert left_out.num_duplicates == 10
-    assert left_out.columns == {"train": {"at": 20, "note": 5, "worker": 20}}
+    assert left_out.columns == {"train": {"messages.at": 20, "note": 5, "worker": 20}}
 
 
 def test_a_group_column_keeps_groups_in_one_split(tmp_path: Path) -> None:
