@@ -202,6 +202,8 @@ def _describe_starter(starter: _Starter) -> list[str]:
         )
     if plan.unused:
         notes.append(f"not read, columns of {path}: {', '.join(plan.unused)}")
+    if plan.ignored:
+        notes.append(f"the recipe says so: `data.ignore: [{', '.join(plan.ignored)}]`")
     notes += [f"left out of {path}: {line}" for line in plan.left_out]
     notes.append(
         f"rows: {plan.num_held_out} for validation, {plan.num_held_out} for test, "

@@ -417,7 +417,7 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 
 def _list_names(names: list[str]) -> str:
-    shown = names if len(names) <= 8 else [*names[:7], f"{len(names) - 7} more"]
+    shown = names if len(names) <= 12 else [*names[:11], f"{len(names) - 11} more"]
     return " or ".join(", ".join(shown).rsplit(", ", 1)) if shown else "another value"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import date
 from functools import cache, reduce
 from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     Field,
@@ -474,9 +474,10 @@ def find_tasks() -> list[type[Task]]:
     found: list[type[Task]] = []
     for file in pkgutil.iter_modules(tasks.__path__, f"{tasks.__name__}."):
         for value in vars(importlib.import_module(file.name)).values():
-            is_task = isinstance(value, type) and issubclass(value, Task) and value is not Task
-            if is_task and value.__module__ == file.name:  # defined there, not imported
-                found.append(value)
+            if isinstance(value, type) and issubclass(value, Task):
+                has_name = bool(get_args(value.model_fields["name"].annotation))  # bases have none
+                if has_name and value.__module__ == file.name:  # defined there, not imported
+                    found.append(value)
     return sorted(found, key=lambda task: (task.ORDER, task.__module__))
 
 

@@ -196,6 +196,7 @@ MAY_BE_ABSENT = {
     "data.num_test_samples",
     # Of rows that need none.
     *("data.ignore", "data.group_column", "data.turns"),
+    "data.task.system",  # of a task whose prompt says it all
 }
 
 
