@@ -29,7 +29,6 @@ from tests.support.chat_formats import (
 from tests.support.chats import HOSTILE, KINDS, Chat, turns
 from tests.support.template_table import table_lines
 
-
 DAY = datetime(2026, 1, 31)
 
 
