@@ -607,8 +607,10 @@ class _Places:
             return 0
         if lead.startswith(header):
             return len(header)
-        length = self._cut(common_prefix(lead, header))
-        if not length:
+        # A role header is what all turns begin with: where they share nothing, it stands before.
+        shared = common_prefix(lead, header)
+        length = self._cut(shared)
+        if shared and not length:
             raise MaskError(
                 f"{describe(self._chat, index)}: the chat template has no generation prompt, and"
                 " prints this turn with another header than a plain answer",
