@@ -25,7 +25,10 @@ MAX_RENDERED_CHARACTERS: Final = 1_000_000  # besides the contents
 PROBE: Final = "Qprobe"
 
 # Two moments that differ in every part: a text that both give is the same on any day.
-ANY_MOMENTS: Final = (datetime(2001, 2, 3, 4, 5, 6), datetime(2022, 11, 18, 19, 47, 58))
+ANY_MOMENTS: Final = (
+    datetime(2001, 2, 3, 4, 5, 6, 789),
+    datetime(2022, 11, 18, 19, 47, 58, 901234),
+)
 # The directives of strftime, those without padding first: `%-d` must not be read as `%` and `-d`.
 _DIRECTIVES: Final = (
     *("-d", "-e", "-H", "-I", "-j", "-m", "-M", "-S", "-y"),
@@ -106,6 +109,11 @@ class ChatTemplate:
         """The tokenizer's end of a text."""
         token: str | None = self._tokenizer.eos_token
         return token
+
+    @property
+    def appends_end(self) -> bool:
+        """Whether the recipe's end of turn is appended, as the template prints none."""
+        return self._appended is not None
 
     def holds(self, text: str) -> bool:
         """Whether the template's source holds a text."""

@@ -135,6 +135,11 @@ def _prove(
     if not has_json_arguments:
         _refuse_python_source(marked, rendered)
     _refuse_unprinted_tools(marking.leaves, rendered)
+    if "'type': 'text'" in rendered:
+        raise MaskError(
+            "the chat template prints a content as Python source",
+            hint="name another chat template in `model.chat_template`",
+        )
     walk = _Walk(marking.leaves, rendered)
     turns = []
     places = _Places(template, marked, marked_tools, method, walk)
@@ -143,6 +148,7 @@ def _prove(
     for index in range(len(messages)):
         if index not in wanted:
             places.require_context(index)
+    places.require_order()
     walk.follow(text, messages)
     for index in wanted:
         turns.append(places.find_turn(index, text))
@@ -506,6 +512,23 @@ class _Places:
                     hint=f"{_OTHER_TEMPLATE}, or take it out of the rows",
                 )
 
+    def require_order(self) -> None:
+        """Raises: MaskError, where the template prints the messages in another order; a system text
+        may move.
+        """
+        order = [
+            index
+            for index, message in enumerate(self._chat)
+            if message["role"] not in ("system", "developer") and self._walk.pieces_of(index)
+        ]
+        order.sort(key=lambda index: self._walk.pieces_of(index)[0])
+        if order != sorted(order):
+            raise MaskError(
+                f"the chat template prints the messages in the order {order}:"
+                " a completion would not follow its prompt",
+                hint="use a chat template that keeps the order of the turns",
+            )
+
     def find_turn(self, index: int, text: str) -> ProvenTurn:
         """One completion in the real text, which follows the rendering of marks."""
         walk = self._walk
@@ -559,12 +582,8 @@ class _Places:
         shared = len(common_prefix(rendered, prompt))
         if first.leaf.what == "`content`":
             return first.start
-        # The last whole special token, or line, that both begin the turn with.
-        cuts = [
-            lowest + found.end() for found in self._template.find_specials(rendered[lowest:shared])
-        ]
-        cuts += [lowest + at + 1 for at, char in enumerate(rendered[lowest:shared]) if char == "\n"]
-        if not cuts or not rendered.startswith(without[:lowest]):
+        length = self._cut(rendered[lowest:shared])
+        if not length:
             raise MaskError(
                 f"{describe(self._chat, index)} does not go on from the generation prompt, so"
                 " nobody can tell where the model would begin to write; the prompt ends in"
@@ -574,7 +593,7 @@ class _Places:
                     " `model.chat_template_kwargs: {enable_thinking: false}`"
                 ),
             )
-        return max(cuts)
+        return lowest + length
 
     def _find_header(self, index: int, lead: str) -> int:
         """The length of the role header in what is printed before a turn's first leaf, under a
@@ -586,13 +605,23 @@ class _Places:
         header = before.removeprefix(self._render(self._chat[:index]) if index else "")
         if PROBE not in text or header.isspace() or not header:
             return 0
-        if not lead.startswith(header):
+        if lead.startswith(header):
+            return len(header)
+        # A role header is what all turns begin with: where they share nothing, it stands before.
+        shared = common_prefix(lead, header)
+        length = self._cut(shared)
+        if shared and not length:
             raise MaskError(
                 f"{describe(self._chat, index)}: the chat template has no generation prompt, and"
                 " prints this turn with another header than a plain answer",
                 hint="use a chat template with a generation prompt",
             )
-        return len(header)
+        return length
+
+    def _cut(self, shared: str) -> int:
+        """The length of a text up to its last whole special token or line, 0 where it has none."""
+        cuts = [found.end() for found in self._template.find_specials(shared)]
+        return max([*cuts, shared.rfind("\n") + 1])
 
     def _find_rewriting(self, index: int, first: _Piece, last: _Piece) -> str | None:
         """How the turn differs from the same one at the end of a conversation, None if it does
