@@ -372,5 +372,6 @@ def describe_samples(samples: Samples, loss: Loss) -> dict[str, Any]:
         "num_left_out_by_group": left_out.num_left_out_by_group,
         "left_out_by_task": {split: dict(reasons) for split, reasons in left_out.by_task.items()},
         "left_out_columns": {split: dict(columns) for split, columns in left_out.columns.items()},
+        "skipped_files": {split: dict(reasons) for split, reasons in left_out.skipped.items()},
         "splits": splits,
     }
