@@ -197,18 +197,19 @@ def close_attempt(facts: RunFacts, exit_status: int, failure: Failure | None) ->
     write_record(facts.paths, RunRecord(attempts=(*earlier, closed)))
 
 
-def move_aside(paths: RunPaths) -> Path | None:
-    """`--fresh`: rename the run directory to a free name in a hidden folder beside it; nothing is
-    deleted.
+def move_aside(paths: RunPaths, target: Path | None = None) -> Path | None:
+    """`--fresh`: rename the run directory to `target`, else to a free name in a hidden folder
+    beside it; nothing is deleted. Returns the new name, None where there is nothing to move.
 
     The caller holds the lease.
     """
     if not paths.run_dir.exists() or set(paths.run_dir.iterdir()) <= {paths.lease_path}:
         return None  # never begun, or another process has just moved it aside
     number = 1
-    while (target := old_run_dir(paths.run_dir, number)).exists():
+    while target is None or target.exists():
+        target = old_run_dir(paths.run_dir, number)
         number += 1
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     paths.run_dir.rename(target)
     return target
 
