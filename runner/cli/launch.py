@@ -21,7 +21,7 @@ from runner.launch.command import LaunchCommand
 from runner.launch.placement import find_allocation, is_in_cluster, list_placements
 from runner.plan.decide import MAX_FRUITLESS, Launch, decide
 from runner.plan.select import Selected, run_paths, select_recipes, suggest_path
-from runner.plan.status import RunStatus, find_divisor, read_status
+from runner.plan.status import RunStatus, describe_change, find_divisor, read_status
 from runner.recipe.contents import ContentHashes, hash_contents
 from runner.recipe.parse import load_recipe
 from runner.recipe.schema import NAME_PATTERN
@@ -188,7 +188,7 @@ def _select_one(arguments: argparse.Namespace) -> Selected:
 def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedError:
     if status.state == "changed":
         return RefusedError(
-            f"{paths.run_dir} holds another experiment, the recipe changed since:\n"
+            f"{paths.run_dir} holds another experiment, {describe_change(status.differences)}:\n"
             + "\n".join(f"  {line}" for line in status.differences),
             hint=f"{same_launch} --fresh  # moves the old run aside and starts anew",
         )

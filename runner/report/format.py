@@ -20,6 +20,7 @@ from runner.report.rows import (
     ReportRow,
     axis_text,
     compare_with_base,
+    group_by_rules,
     group_by_test_rows,
     is_number,
     list_axes,
@@ -129,8 +130,17 @@ ANSWERS_COMPARISON_LEGEND: Final = (
 
 def build_warnings(rows: Sequence[ReportRow]) -> list[str]:
     """What makes the numbers of these runs incomparable."""
-    groups = group_by_test_rows(rows)
     warnings = []
+    if len(by_rules := group_by_rules(rows)) > 1:
+        sets = [
+            f"rules {rules}: {_name_some(run.name for run in runs)}"
+            for rules, runs in by_rules.items()
+        ]
+        warnings.append(
+            f"{len(by_rules)} different rules of rows and masks;"
+            f" runs are compared only within one: {'; '.join(sets)}"
+        )
+    groups = group_by_test_rows(rows)
     unknown = groups.pop(None, [])
     if len(groups) > 1:
         sets = []
@@ -150,12 +160,15 @@ def build_warnings(rows: Sequence[ReportRow]) -> list[str]:
     return warnings
 
 
-def _build_fields(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
+def _build_fields(
+    row: ReportRow, metrics: Sequence[str], *, has_other_rules: bool
+) -> dict[str, Any]:
     """Everything measured about a run, flat; what is said of answers only where some run has
-    `metrics`.
+    `metrics`, and the rules of its rows only where the runs' differ.
     """
     fields = {
         "state": row.state,
+        **({"rules": row.rules} if has_other_rules else {}),
         "num_test_rows": row.num_test_rows,
         "test_rows_hash": row.test_rows_hash,
         "base_nll_per_completion_token": row.base.nll_per_completion_token,
@@ -183,7 +196,8 @@ def _format_csv(rows: Sequence[ReportRow], _: Sequence[AxisComparison]) -> str:
     from the state.
     """
     axes, metrics = list_axes(rows), list_metrics(rows)
-    fields = [_build_fields(row, metrics) for row in rows]
+    has_other_rules = len(group_by_rules(rows)) > 1
+    fields = [_build_fields(row, metrics, has_other_rules=has_other_rules) for row in rows]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
@@ -198,7 +212,7 @@ def _format_csv(rows: Sequence[ReportRow], _: Sequence[AxisComparison]) -> str:
 
 
 def _format_json(rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison]) -> str:
-    metrics = list_metrics(rows)
+    metrics, has_other_rules = list_metrics(rows), len(group_by_rules(rows)) > 1
     return dump_json(
         {
             "rows": [
@@ -206,7 +220,7 @@ def _format_json(rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison
                     "grid": row.grid,
                     "run": row.name,
                     "axes": thaw(row.axes),
-                    **_build_fields(row, metrics),
+                    **_build_fields(row, metrics, has_other_rules=has_other_rules),
                 }
                 for row in rows
             ],
@@ -262,6 +276,8 @@ def _build_columns(rows: Sequence[ReportRow]) -> list[Column]:
         columns.append(Column(axis, cells, is_numeric=is_numeric, equal_prefix=f"{axis}="))
     if len({row.state for row in rows}) > 1:  # else the title says it
         columns.append(build_column("state", rows, lambda row: row.state, is_numeric=False))
+    if len(group_by_rules(rows)) > 1:
+        columns.append(build_column("rules", rows, lambda row: _integer(row.rules)))
     test_rows = build_column(
         "test rows", rows, lambda row: _integer(row.num_test_rows), may_be_blank=True
     )

@@ -38,6 +38,8 @@ class ReportRow:
     recipe: Recipe
     position: int  # in the input, from 0
     state: State
+    rules: int | None = None  # by which its rows were drawn and masked
+    contents: Mapping[str, str] = field(default_factory=dict)  # path -> SHA-256, as recorded
     num_test_rows: int | None = None
     test_rows_hash: str | None = None  # None also where `samples.json` does not say
     base: Scores = Scores()
@@ -187,6 +189,17 @@ def group_by_test_rows(rows: Iterable[ReportRow]) -> dict[str | None, list[Repor
     return groups
 
 
+def group_by_rules(rows: Iterable[ReportRow]) -> dict[int, list[ReportRow]]:
+    """Completed runs by the rules of their rows and masks, ascending. Two of them: not
+    comparable.
+    """
+    groups: dict[int, list[ReportRow]] = {}
+    for row in rows:
+        if row.rules is not None:
+            groups.setdefault(row.rules, []).append(row)
+    return dict(sorted(groups.items()))
+
+
 def _in_input_order(rows: Iterable[ReportRow]) -> list[ReportRow]:
     return sorted(rows, key=lambda row: row.position)
 
@@ -201,6 +214,7 @@ def _build_row(position: int, recipe: Recipe, facts: RunFacts, status: RunStatus
     try:
         result = facts.result if status.state == "completed" else None
         samples = facts.samples if result is not None else None
+        stored = facts.stored if result is not None else None
     except (CorruptFileError, OSError):
         return ReportRow(recipe, position, "unreadable")
     if result is None:
@@ -210,6 +224,8 @@ def _build_row(position: int, recipe: Recipe, facts: RunFacts, status: RunStatus
         recipe,
         position,
         status.state,
+        rules=stored.rules if stored else None,
+        contents=stored.contents if stored else {},
         num_test_rows=tuned.num_rows if tuned else None,
         test_rows_hash=_find_ids_hash(samples),
         base=_build_scores(base),

@@ -193,11 +193,13 @@ def _match(
             why = _why_no_partner(axis, sides[side], runs, cell)
             reasons += [why] if why else []
             scored += [row for row in runs if row.is_scored][:1]
+        if not reasons and scored[0].rules != scored[1].rules:
+            first, second = (f"{row.name} (rules {row.rules})" for row in scored)
+            reasons.append(f"{first} and {second} follow different rules of rows and masks")
         if reasons:
             unpaired.append(", ".join(reasons))
         else:
-            first, second = scored
-            pairs.append((first, second))
+            pairs.append((scored[0], scored[1]))
     return pairs, unpaired
 
 
@@ -219,12 +221,17 @@ def _why_no_partner(
 
 
 def _count_recipe_differences(pairs: Sequence[tuple[ReportRow, ReportRow]]) -> dict[str, int]:
-    """`dotted key -> number of pairs` whose recipes differ there, in the order of the recipe."""
-    lines = (
-        line
-        for first, second in pairs
-        for line in diff_payloads(
-            build_digest_payload(first.recipe), build_digest_payload(second.recipe)
-        )
-    )
+    """`dotted key -> number of pairs` whose recipes differ there, in the order of the recipe, then
+    the files that both name and that held something else.
+    """
+    lines: list[str] = []
+    for first, second in pairs:
+        payloads = build_digest_payload(first.recipe), build_digest_payload(second.recipe)
+        lines += diff_payloads(*payloads)
+        shared = [path for path in first.contents if path in second.contents]
+        lines += [
+            f"content of {path}: "
+            for path in shared
+            if first.contents[path] != second.contents[path]
+        ]
     return dict(Counter(line.partition(": ")[0] for line in lines))

@@ -202,6 +202,13 @@ def old_run_dir(run_dir: Path, number: int) -> Path:
     return run_dir.parent / ".old" / f"{run_dir.name}-{number}"
 
 
+def changed_runs_dir(output_root: Path, date: str, number: int) -> Path:
+    """Where `sweep --fresh` puts changed runs, by grid; hidden as above, and read where it is
+    named. `number` tells those of one day apart.
+    """
+    return output_root / (f".changed-{date}" if number == 1 else f".changed-{date}-{number}")
+
+
 def submissions_dir(output_root: Path) -> Path:
     """What was submitted to a cluster, one folder per submission; hidden: it is no grid."""
     return output_root / ".slurm"
