@@ -23,7 +23,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from runner.files import hash_json
 from runner.grid.render import compare, render_grid
 from runner.grid.spec import list_grids, load_cards
-from runner.recipe.identity import build_resume_fingerprint, derive_digest, diff_payloads
+from runner.recipe.identity import (
+    _BEHAVIOUR_BEFORE,
+    build_resume_fingerprint,
+    derive_digest,
+    diff_payloads,
+)
 from runner.recipe.parse import Recipe, load_recipe
 from runner.recipe.schema import PassThrough
 from runner.strict import Section
@@ -195,8 +200,7 @@ MAY_BE_ABSENT = {
     *(f"data.{split}.split" for split in ("train", "validation", "test")),
     "data.num_validation_samples",  # where validation rows have a file of their own
     "data.num_test_samples",
-    # Of rows that need none.
-    *("data.ignore", "data.group_column", "data.turns"),
+    *_BEHAVIOUR_BEFORE,  # what was added since the recipes were written
     "data.task.system",  # of a task whose prompt says it all
 }
 

@@ -13,6 +13,7 @@ def test_each_file_gives_its_task_in_the_order_that_errors_list() -> None:
     assert names == [
         "conversations",
         "prompt_completion",
+        "alpaca",
         "summarization",
         "sst2",
         "squad_v2",
@@ -20,6 +21,6 @@ def test_each_file_gives_its_task_in_the_order_that_errors_list() -> None:
         "math_tools",
     ]
     files = {path.stem for path in Path(tasks.__path__[0]).glob("*.py")}
-    assert files == {*names, "base", "__init__"}
+    assert files == {*names, "base", "messages", "prompts", "__init__"}
     for name, task in zip(names, find_tasks(), strict=True):
         assert task.model_fields["name"].annotation.__args__ == (name,), "a file is named after it"
