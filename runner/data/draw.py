@@ -160,7 +160,11 @@ class _Reader:
         groups: dict[str, str] = {}
         loaded = load_rows(source)
         rows = self._prepare(loaded.rows, columns, groups)
-        examples = self._data.task.build_examples(rows)
+        group_column = self._data.group_column
+        examples = self._data.task.build_examples(
+            rows, used=frozenset() if group_column is None else frozenset({group_column})
+        )
+        columns.update(examples.unused)
         if loaded.skipped:
             self._skipped[split] = loaded.count_skipped()
         if examples.left_out:

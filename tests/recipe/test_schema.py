@@ -13,6 +13,7 @@ def test_each_file_gives_its_task_in_the_order_that_errors_list() -> None:
     assert names == [
         "conversations",
         "prompt_completion",
+        "alpaca",
         "summarization",
         "sst2",
         "squad_v2",
