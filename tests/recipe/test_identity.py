@@ -90,6 +90,7 @@ KINDS: list[tuple[str, ...]] = [
     ("data.task.name=prompt_completion",),
     ("data.task.name=sst2", "data.task.prompt='{sentence}'"),
     ("data.task.name=squad_v2", "data.task.prompt='{context} {question}'"),
+    ("data.task.name=alpaca",),
     ("data.task.name=oasst1",),
     ("data.task.name=math_tools",),
     ("evaluation.generation={enabled: true, max_new_tokens: 8}",),
