@@ -448,7 +448,7 @@ def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> No
                 f"{describe(messages, index)} has the content"
                 f" {quote(repr(content))}, expected a text"
             )
-        texts = list(_list_texts(message))
+        texts = list(list_texts(message))
         surrogate = next((char for text in texts for char in text if _is_surrogate(char)), None)
         if surrogate is not None:
             raise MaskError(
@@ -485,17 +485,17 @@ def _is_surrogate(char: str) -> bool:
     return "\ud800" <= char <= "\udfff"
 
 
-def _list_texts(value: Any) -> Iterator[str]:
+def list_texts(value: Any) -> Iterator[str]:
     """All texts within a value of JSON's kinds."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield str(key)
-            yield from _list_texts(item)
+            yield from list_texts(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _list_texts(item)
+            yield from list_texts(item)
 
 
 def _prove(skeleton: Skeleton, messages: Messages, text: str) -> list[Interval]:

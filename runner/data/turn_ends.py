@@ -89,11 +89,14 @@ def _find_witness(template: ChatTemplate, turn: TurnText) -> str | None:
         if "id" in calls[-1]:
             answer["tool_call_id"] = calls[-1]["id"]
         following.insert(0, answer)
-    for message in following:
-        found = _text_after(template, turn, [*turn.chat[: turn.index + 1], message])
-        if found is not None:
-            return found
-    return None
+    found = [
+        _text_after(template, turn, [*turn.chat[: turn.index + 1], message])
+        for message in following
+    ]
+    for text in found:
+        if text is not None and template.find_specials(common_prefix(turn.own, text)):
+            return text
+    return next((text for text in found if text is not None), None)
 
 
 def _find_user_end(template: ChatTemplate, turn: TurnText) -> list[Any]:
