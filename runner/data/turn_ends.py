@@ -64,9 +64,10 @@ def find_end(template: ChatTemplate, turn: TurnText) -> tuple[int, str | None]:
     elif not ends and template.find_specials(ending or ""):
         ends = _find_user_end(template, turn)
     if not ends:
-        # A token that stops the model and is also the next speaker's header (GLM).
-        first = template.find_specials(turn.own)[:1]
-        ends = [one for one in first if template.appends_end or one.group() in template.stop_tokens]
+        # A token that stops the model and is also the next speaker's header (GLM, Gemma 4).
+        here = template.find_specials(turn.own)
+        stops = [one for one in here if one.group() in template.stop_tokens]
+        ends = here[:1] if template.appends_end else stops[:1]
     if ends:
         return ends[0].end(), ends[0].group()
     plain = (ending or "").rstrip()
