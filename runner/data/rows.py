@@ -178,8 +178,7 @@ def fit_row(
 
 
 def _mask(raw: RawRow, masker: ConversationMasker, data: DataSection) -> MaskedConversation:
-    wanted = sorted({*raw.completions, *raw.untrained})
-    masked = masker.mask(raw.messages, raw.tools, turns=wanted)
+    masked = masker.mask(raw.messages, raw.tools, turns=raw.completions, untrained=raw.untrained)
     for completion in masked.completions:
         if completion.rewritten is not None and completion.message in raw.completions:
             raise MaskError(

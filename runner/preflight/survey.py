@@ -307,7 +307,8 @@ def _find_twins(result: CheckResult) -> None:
     for run in result.runs:
         payload = build_digest_payload(run.recipe)
         del payload["data"], payload["loss"]
-        payload["model"]["chat_template"] = None  # what it prints is in the ids
+        for name in ("chat_template", "chat_template_kwargs", "template_date", "end_of_turn"):
+            payload["model"].pop(name, None)  # what they print is in the ids
         rows = {
             split: [
                 facts.ids_hash,

@@ -191,6 +191,7 @@ MAY_BE_ABSENT = {
         "checkpoints.save_steps",
         "checkpoints.save_epochs",
     ),
+    *("model.chat_template_kwargs", "model.template_date", "model.end_of_turn"),
     *(
         f"data.{split}.{name}"
         for split in ("train", "validation", "test")
