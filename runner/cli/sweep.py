@@ -118,8 +118,8 @@ def _decide_all(
         num_unhappy += len(changed)
     if planned and num_of_other_rules:
         print(
-            f"note: {num_of_other_rules} completed runs of this sweep follow older rules of rows"
-            f" and masks than the {len(planned)} that are launched now (rules {RULES}):"
+            f"note: {num_of_other_rules} completed runs of this sweep follow other rules of rows"
+            f" and masks than what is launched now (rules {RULES}):"
             " a report compares runs of the same rules only",
             file=sys.stderr,
         )

@@ -28,7 +28,7 @@ from runner.errors import CorruptFileError
 from runner.files import hash_json
 from runner.recipe.identity import RULES, list_library_versions
 from runner.run.paths import RunPaths
-from runner.run.record import load_stored_recipe
+from runner.run.record import load_stored_recipe, now_utc
 from tests.conftest import ROOT
 
 GOLDEN: Final = ROOT / "tests" / "golden" / "kept_runs"
@@ -164,6 +164,20 @@ def test_the_report_of_completed_runs_of_rules_1_is_the_same(
 ) -> None:
     main(["report", "recipes/compared", "--format", "json"])
     compare("report_compared.json", capsys.readouterr().out)
+
+
+def test_a_sweep_tells_once_what_rules_1_change_and_fresh_moves_it(
+    as_written: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "rules of rows and masks: 1 -> 2 (only a runner of rules 1 can continue it)"
+    assert main(["sweep", "recipes/states", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("rules of rows and masks") == 1 and f" 32 runs  {line}\n" in said
+    assert "refuse  34 runs are changed: " in said and "runner report runs/states\n" in said
+    assert main(["sweep", "recipes/states", "--dry-run", "--fresh"]) == 0
+    said = capsys.readouterr().out
+    assert f"fresh   34 runs would be moved into runs/.changed-{now_utc()[:10]}\n" in said
+    assert "launch  states/killed  pending: never started\n" in said
 
 
 def test_nothing_of_a_run_of_rules_1_is_continued_and_why_and_launch_say_so_in_the_same_words(
