@@ -14,6 +14,7 @@ from typing import Any, Final
 from runner.data.draw import SPLITS
 from runner.preflight.survey import CheckedRun, CheckResult, check_recipes, group_runs
 from runner.recipe.parse import Recipe
+from runner.sft.startup import hide_libraries
 from runner.text import align
 
 _MAX_NAMES: Final = 3
@@ -29,11 +30,15 @@ def print_check(
     if not is_json:
         print(f"{len(recipes)} recipes are well-formed", flush=True)
     result = check_recipes(recipes)
+    # Between PEFT and Transformers, which nobody can act on.
+    warnings.simplefilter("ignore", FutureWarning)
+    hide_libraries(("wandb",))  # TRL would import it; whether it is installed has been looked at
+    from runner.preflight.trainer import check_trainers
+
+    check_trainers(recipes, result)
     sizes: dict[str, dict[str, Any]] = {}
     size_lines: list[str] = []
     if result.runs:
-        # Between PEFT and Transformers, which nobody can act on.
-        warnings.simplefilter("ignore", FutureWarning)
         from runner.preflight.sizes import (
             build_size_entry,
             describe_sizes,
@@ -98,6 +103,11 @@ def format_result(result: CheckResult, size_lines: Sequence[str] = ()) -> Iterat
         for line, runs in group_runs(result.runs, _describe_schedule):
             yield f"{line}  [{len(runs)} runs]" if len(runs) > 1 else line
     yield from size_lines
+    if result.unchecked:
+        yield ""
+        yield "not checked, because it needs the run's own device or model:"
+        for text, names in result.unchecked.items():
+            yield f"  {text}  [{len(names)} runs]" if len(names) > 1 else f"  {text}"
     for kind, said in (("note", result.notes), ("warning", result.warnings)):
         yield from _list_said(kind, said, len(result.runs))
 
@@ -203,4 +213,5 @@ def build_json(
         "notes": [{"text": text, "runs": names} for text, names in result.notes.items()],
         "warnings": [{"text": text, "runs": names} for text, names in result.warnings.items()],
         "errors": [{"text": text, "runs": names} for text, names in result.errors.items()],
+        "not_checked": [{"text": text, "runs": names} for text, names in result.unchecked.items()],
     }

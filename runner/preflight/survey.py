@@ -70,6 +70,8 @@ class CheckResult:
     errors: dict[str, list[str]] = field(default_factory=dict)
     # Keys of recipes that have no effect, which is nobody's mistake.
     notes: dict[str, list[str]] = field(default_factory=dict)
+    # What was not looked at, because only the run's own device or model can tell.
+    unchecked: dict[str, list[str]] = field(default_factory=dict)
 
     def warn(self, text: str, name: str) -> None:
         """A doubt about one run; the same doubt about several is said once."""
@@ -78,6 +80,10 @@ class CheckResult:
     def fail(self, error: RunnerError, name: str) -> None:
         """What keeps one run from being trained."""
         self.errors.setdefault(str(error), []).append(name)
+
+    def leave_unchecked(self, text: str, name: str) -> None:
+        """What a run uses and nobody could look at."""
+        self.unchecked.setdefault(text, []).append(name)
 
 
 class _Once:

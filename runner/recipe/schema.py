@@ -230,7 +230,7 @@ class TrainingBase(PassThrough):
     `trl.SFTConfig`.
     """
 
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # as NumPy takes it
     global_batch_size: Positive | None = None  # sequences per optimizer step, over all processes
     gradient_accumulation_steps: Positive | None = None  # instead of `global_batch_size`
     per_device_train_batch_size: Positive

@@ -160,6 +160,7 @@ def propose(annotation: Any) -> Iterator[Any]:
                 "{document} {sentence} {context} {question}",
                 "nll_per_token",
                 "nll_per_completion_token",
+                "momentum=0.9",
             ),
         }.get(annotation, ())
 
