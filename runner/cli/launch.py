@@ -25,6 +25,7 @@ from runner.plan.status import RunStatus, describe_change, find_divisor, read_st
 from runner.recipe.contents import ContentHashes, hash_contents
 from runner.recipe.parse import load_recipe
 from runner.recipe.schema import NAME_PATTERN
+from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.facts import read_facts
 from runner.run.paths import RunPaths, content_cache_path
 from runner.run.record import EXIT_CODES, load_progress, load_record
@@ -37,6 +38,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
     """`runner launch`."""
     selected, resume = _select_one(arguments), _parse_resume(arguments.resume)
     recipe, paths = selected.recipe, selected.paths
+    allow = suggest_allowing([str(arguments.recipe)], arguments.output_root)
+    require_allowed([recipe], arguments.output_root, allow)
     num_processes = arguments.num_processes or recipe.launch.num_processes
     num_machines = recipe.launch.num_machines
     allocation = find_allocation(os.environ, num_machines) if num_machines > 1 else None

@@ -183,6 +183,11 @@ def _add_check_verbs(verbs: Any) -> None:
         "--json", action="store_true", help="everything found, per run; see docs/preflight.md"
     )
     how.add_argument("--schema-only", action="store_true", help="do not load tokenizers and data")
+    check.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="let the Python functions that these recipes name run, as they are now",
+    )
 
     masks = verbs.add_parser(
         "masks", help="rows as the model sees them: every token, the trained ones coloured"
@@ -214,6 +219,7 @@ def _add_check_verbs(verbs: Any) -> None:
         default="ansi",
         help="html: one page, to stdout",
     )
+    _add_output_root(masks)
 
 
 def _add_launch_verb(verbs: Any) -> None:

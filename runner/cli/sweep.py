@@ -26,6 +26,7 @@ from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipe
 from runner.plan.status import read_status
 from runner.recipe.contents import ContentHashes, hash_contents, known_contents
 from runner.recipe.identity import RULES
+from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.failures import UNREADABLE_HINT
 from runner.run.paths import content_cache_path
 
@@ -109,6 +110,11 @@ def _decide_all(
             status.state == "failed" and one.full_name not in queued
         ):
             num_unhappy += 1
+    to_launch = [launch.recipe for launch in planned.values()]
+    if arguments.fresh:
+        to_launch += [one.selected.recipe for one in changed]
+    allow = suggest_allowing(arguments.paths, arguments.output_root, arguments.where)
+    require_allowed(to_launch, arguments.output_root, allow)  # before a run is moved aside
     if changed and arguments.fresh:
         fresh, num_refused = _start_anew(changed, arguments, queued, stream)
         planned |= {launch.full_name: launch for launch in fresh}

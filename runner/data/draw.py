@@ -48,6 +48,8 @@ class RawRow:
     completions: tuple[int, ...] = ()
     untrained: frozenset[int] = frozenset()
     turn: int | None = None  # of a conversation that is split: the message that this row ends with
+    # What the row says, for metrics of the project; empty where it is made of several.
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def row_id(self) -> str:
@@ -246,6 +248,7 @@ def _build_raw_row(example: Example, group: str) -> RawRow:
         example.references,
         tuple(completions),
         example.untrained,
+        columns=example.columns,
     )
 
 

@@ -21,15 +21,21 @@ _MAX_NAMES: Final = 3
 
 
 def print_check(
-    recipes: Sequence[Recipe], output_root: Path, finished: Sequence[str], *, is_json: bool
+    recipes: Sequence[Recipe],
+    output_root: Path,
+    finished: Sequence[str],
+    *,
+    is_json: bool,
+    allow_hint: str = "runner check --allow-code",
 ) -> int:
     """Check and print; 2 if a recipe cannot be trained as it is, else 0: warnings do not fail.
 
-    `finished` are runs (grid/name) that take no more disk.
+    `finished` are runs (grid/name) that take no more disk; `allow_hint` is the command that allows
+    the functions of the recipes.
     """
     if not is_json:
         print(f"{len(recipes)} recipes are well-formed", flush=True)
-    result = check_recipes(recipes)
+    result = check_recipes(recipes, output_root, allow_hint)
     # Between PEFT and Transformers, which nobody can act on.
     warnings.simplefilter("ignore", FutureWarning)
     hide_libraries(("wandb",))  # TRL would import it; whether it is installed has been looked at
@@ -98,6 +104,7 @@ def format_result(result: CheckResult, size_lines: Sequence[str] = ()) -> Iterat
         )
         yield from _tabulate_rows(runs)
         yield from dict.fromkeys(f"  left out: {line}" for run in runs for line in run.left_out)
+        yield from dict.fromkeys(f"  {one.describe()}" for run in runs for one in run.metrics)
     if result.runs:
         yield ""
         for line, runs in group_runs(result.runs, _describe_schedule):
@@ -200,6 +207,7 @@ def build_json(
                 "loss": run.recipe.loss,
                 "splits": {split: asdict(facts) for split, facts in run.splits.items()},
                 "left_out": list(run.left_out),
+                "metrics": [asdict(one) for one in run.metrics],
                 "schedule": asdict(run.schedule),
                 "end_of_turn": list(tokenizer.end_tokens),
                 "pad_token": tokenizer.tokenizer.pad_token,

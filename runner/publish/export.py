@@ -159,10 +159,14 @@ def _scores(run: TunedRun, result: TrainResult | None) -> str:
             lines.append(f"| {split} | negative log-likelihood per {words} | {values} |")
     generation = result.generation
     if "base" in generation and "tuned" in generation:
-        for metric, value in generation["base"].metrics.items():
-            lines.append(
-                f"| test | {metric} | {value:.4f} | {generation['tuned'].metrics[metric]:.4f} |"
-            )
+        base_metrics, tuned_metrics = generation["base"].metrics, generation["tuned"].metrics
+        for metric in dict.fromkeys([*base_metrics, *tuned_metrics]):
+            # A metric of the project's own may judge no answer of one of them.
+            cells = [
+                f"{metrics[metric]:.4f}" if metric in metrics else "none judged"
+                for metrics in (base_metrics, tuned_metrics)
+            ]
+            lines.append(f"| test | {metric} | {cells[0]} | {cells[1]} |")
     steps = (
         f"Step {result.best_step} of {result.num_steps}, trained on {result.num_train_rows} rows."
     )

@@ -40,6 +40,7 @@ _BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {
     "data.task.prompt": None,
     "data.task.system": None,
     "data.turns": "all",
+    "evaluation.metrics": [],
     "model.chat_template_kwargs": {},
     "model.template_date": None,
     "model.end_of_turn": None,

@@ -25,6 +25,7 @@ from runner.report.rows import (
     is_number,
     list_axes,
     list_metrics,
+    list_smaller_is_better,
     list_values,
 )
 from runner.report.statistics import AxisComparison
@@ -119,7 +120,7 @@ COMPARISON_LEGEND: Final = (
     " other axis;\nnegative means that `compared` is better. 95% interval: paired t."
 )
 ANSWERS_LEGEND: Final = (
-    "Of generated answers to the test prompts, larger is better;"
+    "Of generated answers to the test prompts, larger is better{but};"
     " unfinished: reached `max_new_tokens`;\n"
     "unreadable: no answer at all (neither label, no final result), counted as wrong."
 )
@@ -251,7 +252,10 @@ def _format_markdown(rows: Sequence[ReportRow], comparisons: Sequence[AxisCompar
         ]
         parts.append(_describe_base(rows))
     if list_metrics(rows):
-        parts += ["## Answers", ANSWERS_LEGEND, *draw_packed(_build_answer_columns(rows))]
+        smaller = list_smaller_is_better(rows)
+        but = f" (smaller: {', '.join(smaller)})" if smaller else ""
+        legend_of_answers = ANSWERS_LEGEND.format(but=but)
+        parts += ["## Answers", legend_of_answers, *draw_packed(_build_answer_columns(rows))]
     if comparisons:
         legend = [COMPARISON_LEGEND]
         legend += (
@@ -309,6 +313,10 @@ def _build_answer_columns(rows: Sequence[ReportRow]) -> list[Column]:
         for model in MODELS:
             cells = tuple(_decimal(row.metric(model, name)) for row in answering)
             columns.append(Column(f"{model} {name}", cells))
+        counts = [score for row in answering for score in row.answers.values()]
+        if any(one.num_judged_by.get(name, one.num_rows) < one.num_rows for one in counts):
+            cells = tuple(_count_judged(row.answers, name) for row in answering)
+            columns.append(Column(f"judged by {name} (base, tuned)", cells))
     for what in ("unfinished", "unreadable"):
         cells = tuple(_count_of(row.answers, f"num_{what}") for row in answering)
         columns.append(Column(f"{what} (base, tuned)", cells))
@@ -318,6 +326,15 @@ def _build_answer_columns(rows: Sequence[ReportRow]) -> list[Column]:
 def _count_of(answers: Mapping[str, GenerationScore], name: str) -> str:
     """Base and tuned, of how many: `3, 0 of 24`."""
     counts = [str(getattr(answers[model], name)) if model in answers else "?" for model in MODELS]
+    return f"{', '.join(counts)} of {answers['tuned'].num_rows}"
+
+
+def _count_judged(answers: Mapping[str, GenerationScore], name: str) -> str:
+    """Rows that one of the project's own metrics judged, of how many."""
+    counts = [
+        str(answers[model].num_judged_by.get(name, "?")) if model in answers else "?"
+        for model in MODELS
+    ]
     return f"{', '.join(counts)} of {answers['tuned'].num_rows}"
 
 

@@ -232,7 +232,9 @@ class GenerationScore(Fact):
     num_unfinished: int  # texts that reached `max_new_tokens` without an end of turn
     # Texts that are no answer: neither label, no final result; they count as wrong.
     num_unreadable: int
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # of the task, and the project's own
+    # Of each of the project's own metrics: the rows that it judged.
+    num_judged_by: dict[str, int] = Field(default_factory=dict)
 
 
 class TrainResult(Fact):

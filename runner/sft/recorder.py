@@ -56,6 +56,7 @@ from runner.sft.generation import (
     Answer,
     generate_answers,
     load_answers,
+    refuse_unjudged,
     score_answers,
     write_answers,
 )
@@ -163,6 +164,7 @@ class Recorder:
         settings = recipe.evaluation.generation
         if isinstance(settings, GenerationOn) and settings.during_training:
             generation = score_answers(recipe.data.task, self.answer(trainer, "validation"))
+            refuse_unjudged(recipe, generation, trainer.state.global_step)
         return self._append_score(trainer.state, "validation", score, generation)
 
     def record_step(self, state: TrainerState, logs: Mapping[str, float]) -> None:
@@ -325,6 +327,7 @@ class Recorder:
                 trainer.model_wrapped,
                 self._split(split).rows[: generation.num_samples],
                 task=recipe.data.task,
+                metrics=recipe.evaluation.metrics,
                 tokenizer=trainer.processing_class,
                 max_new_tokens=generation.max_new_tokens,
                 batch_size=trainer.args.per_device_eval_batch_size,

@@ -182,6 +182,7 @@ def test_arms_of_an_axis_differ_in_what_it_declares_and_in_nothing_else(grid: st
 
 # Choices of which another one is stated, or that only say where a run runs.
 MAY_BE_ABSENT = {
+    "evaluation.metrics",
     *("run.overrides", "launch.num_cpu_threads_per_process"),
     *("training.global_batch_size", "training.gradient_accumulation_steps", "training.max_steps"),
     *(

@@ -93,7 +93,12 @@ KINDS: list[tuple[str, ...]] = [
     ("data.task.name=alpaca",),
     ("data.task.name=oasst1",),
     ("data.task.name=math_tools",),
+    ("data.task.name=python", "data.task.function='rows.py:build'"),
     ("evaluation.generation={enabled: true, max_new_tokens: 8}",),
+    (
+        "evaluation.generation={enabled: true, max_new_tokens: 8}",
+        "evaluation.metrics=[{name: short, function: 'scores.py:score', mode: max}]",
+    ),
     ("checkpoints.save_strategy=epoch", "checkpoints.save_epochs=3", "checkpoints.save_steps=null"),
     (
         "early_stopping.enabled=true",
@@ -149,6 +154,7 @@ def propose(annotation: Any) -> Iterator[Any]:
         yield from (["one"], [2])
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield from ({"path": "one.jsonl"}, {"path": "two.jsonl"}, {"url": "memory://one"})
+        yield {"name": "one", "function": "one.py:score", "mode": "min"}
     else:
         yield from {
             bool: (True, False),
@@ -157,6 +163,8 @@ def propose(annotation: Any) -> Iterator[Any]:
             str: (
                 "one",
                 "2026-01-01",
+                "one.py",
+                "one.py:build",
                 "{document} {sentence} {context} {question}",
                 "nll_per_token",
                 "nll_per_completion_token",

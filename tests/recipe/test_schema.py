@@ -19,6 +19,7 @@ def test_each_file_gives_its_task_in_the_order_that_errors_list() -> None:
         "squad_v2",
         "oasst1",
         "math_tools",
+        "python",
     ]
     files = {path.stem for path in Path(tasks.__path__[0]).glob("*.py")}
     assert files == {*names, "base", "messages", "prompts", "__init__"}
