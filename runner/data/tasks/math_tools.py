@@ -43,8 +43,12 @@ class MathToolsTask(Task):
 
     def build_example(self, row: Any, where: str) -> Example:
         read = read_conversation(row, where, TOOL_ROLES)
-        spoken = [one["content"] for one in read.messages if one["role"] == "assistant"]
-        answer = find_boxed(spoken[-1])
+        last = max(
+            index
+            for index, message in enumerate(read.messages)
+            if message["role"] == "assistant" and index not in read.untrained
+        )
+        answer = find_boxed(read.messages[last]["content"])
         return replace(read, references=() if answer is None else (answer,))
 
     @contextmanager

@@ -72,19 +72,16 @@ def read_message(message: Any, place: str) -> ReadMessage:
     if not isinstance(message, Mapping):
         raise DataError(f"{place}: expected an object, found {describe_value(message)}")
     said = _read_either(message, ("role", "from"), place)
-    content = _read_content(_read_either(message, ("content", "value"), place), place)
+    given = _read_either(message, ("content", "value"), place)
     role = said.strip().lower() if isinstance(said, str) else None
-    calls: list[dict[str, Any]] = []
-    is_call = role in _CALL_ROLES
     unused = find_unused(message, _KEYS)
-    if is_call and isinstance(content, str):
-        calls, content, role = _read_call_list(content, place), "", "assistant"
-    elif "tool_calls" in message or "function_call" in message:
-        calls = _read_calls(message, place)
-        if calls and content is None:
-            content = ""
-        if _has_nulls(message.get("tool_calls")):
-            unused.append(f"tool_calls{EMPTY}")
+    calls = _read_calls(message, place)
+    if _has_nulls(message.get("tool_calls")):
+        unused.append(f"tool_calls{EMPTY}")
+    is_call = role in _CALL_ROLES and not is_empty(given) and not calls
+    if is_call:
+        calls, role, given = _read_call_list(given, place), "assistant", ""
+    content = "" if calls and given is None else _read_content(given, place)
     if role is None or content is None:
         found = ", ".join(f"{key}: {describe_value(value)}" for key, value in message.items())
         raise DataError(

@@ -117,3 +117,11 @@ def test_an_answer_without_end_is_unequal_and_the_next_one_is_judged() -> None:
         second = find_child_pid(judge)
     with pytest.raises(ProcessLookupError):
         os.kill(second, 0)
+
+
+def test_the_answer_is_that_of_the_last_trained_turn() -> None:
+    said = [{"role": "assistant", "content": rf"\boxed{{{n}}}", "weight": n} for n in (1, 0)]
+    messages = [{"role": "user", "content": "1?"}, said[0], {"role": "user", "content": "Sure?"}]
+    assert build(
+        {"messages": [*messages, said[1]]}, MathToolsTask(name="math_tools")
+    ).references == ("1",)

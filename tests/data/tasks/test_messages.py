@@ -12,19 +12,10 @@ import pytest
 from runner.data.tasks.conversations import ConversationsTask
 from runner.data.tasks.math_tools import MathToolsTask
 from runner.errors import DataError
+from tests.support.refused_rows import ANSWER, FUNCTION, READ, REFUSED, RESULT, SCHEMA, USER, row
 from tests.support.tasks import build
 
 CONVERSATIONS: Final = ConversationsTask(name="conversations")
-USER: Final = {"role": "user", "content": "Weather?"}
-ANSWER: Final = {"role": "assistant", "content": "4 C."}
-RESULT: Final = {"role": "tool", "content": "4 C"}
-FUNCTION: Final = {"name": "get", "arguments": {"city": "Oslo"}}
-READ: Final = {"type": "function", "function": FUNCTION}
-
-
-def row(**message: Any) -> dict[str, Any]:
-    """A conversation whose second message is an assistant's with these keys."""
-    return {"messages": [USER, {"role": "assistant", **message}, RESULT, ANSWER]}
 
 
 @pytest.mark.parametrize(
@@ -38,11 +29,12 @@ def row(**message: Any) -> dict[str, Any]:
             "content": "",
             "tool_calls": [{"function": {**FUNCTION, "arguments": '{"city": "Oslo"}'}}],
         },
-        {"content": "", "tool_calls": [{**READ, "id": None, "index": None}]},
+        {"content": "", "tool_calls": [{**READ, "id": None, "index": None}], "function_call": {}},
         {"content": None, "function_call": {"name": "get", "arguments": '{"city": "Oslo"}'}},
         {"content": "", "function_call": FUNCTION, "tool_calls": None},
         {"role": "function_call", "content": json.dumps(FUNCTION)},
         {"role": "tool_call", "content": json.dumps([READ])},
+        {"role": "function_call", "content": FUNCTION},
     ],
 )
 def test_calls_of_every_form(message: dict[str, Any]) -> None:
@@ -87,9 +79,6 @@ def test_what_a_tool_answers_has_one_role(role: str) -> None:
     assert build(rows, math).messages[2]["role"] == "user"
 
 
-SCHEMA: Final = {"name": "get", "parameters": {"type": "object", "properties": {}}}
-
-
 @pytest.mark.parametrize(
     "columns",
     [
@@ -126,63 +115,6 @@ def test_weights_of_0_are_not_trained(key: str) -> None:
         assert build(rows, CONVERSATIONS).untrained == {1}
         assert build({"system": "Be brief.", **rows}, CONVERSATIONS).untrained == {2}
     assert build(row(content="x", **{key: None}), CONVERSATIONS).untrained == frozenset()
-
-
-REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
-    (row(content="", weight="high"), 'message 2: `weight` is "high"; 0 and 1 only'),
-    (row(content="", weight=2), "message 2: `weight` is 2; 0 and 1 only"),
-    (row(content="", weight=0, train=True), "message 2: `weight` and `train` contradict"),
-    (
-        {"messages": [{**USER, "weight": 1}, ANSWER]},
-        "message 1: `weight` is 1, but the role is 'user': only an assistant's messages are",
-    ),
-    (
-        {"messages": [USER, {**ANSWER, "train": False}]},
-        "every assistant turn has weight 0, so there is nothing to learn from it",
-    ),
-    (row(content="", tool_calls="get()"), "message 2, `tool_calls`: is not JSON"),
-    (row(content="", tool_calls=[{"name": 3}]), 'found {"name": 3}'),
-    (row(content="", tool_calls=[{**READ, "type": "code"}]), '"type": "code"'),
-    (row(content="", tool_calls=[{**FUNCTION, "result": 4}]), '"result": 4'),
-    (
-        row(content="", tool_calls=[{"name": "get", "arguments": "{city: Oslo}"}]),
-        "message 2, `tool_calls`, `arguments`: is not JSON",
-    ),
-    (
-        row(content="", tool_calls=[{"name": "get", "arguments": '{"a": 1, "a": 2}'}]),
-        "the key 'a' stands twice",
-    ),
-    (
-        row(content="", tool_calls=[{"name": "get", "arguments": ["Oslo"]}]),
-        "`arguments`: expected an object or its JSON text, found a list",
-    ),
-    (row(content="", tool_calls=[READ], function_call=FUNCTION), "has both `tool_calls` and"),
-    ({"messages": [{**USER, "tool_calls": [READ]}, ANSWER]}, "message 1: has `tool_calls`, but"),
-    ({"messages": [{**USER, "thinking": "Hm."}, ANSWER]}, "has `reasoning_content`, but the role"),
-    (row(content="x", tool_call_id="c1"), "message 2: has `tool_call_id`, but the role"),
-    (row(content="x", thinking=["Hm."]), "message 2: `thinking` should be a text, found a list"),
-    (row(content="x", thinking="a", reasoning="b"), "`thinking` and `reasoning` say different"),
-    (row(content="x", value="y"), "message 2: `content` and `value` say different things"),
-    (row(content=None), "message 2: expected the texts `role` and `content`"),
-    (row(role="function_call", content="get()"), "message 2: is not JSON"),
-    (
-        row(content=[{"type": "image_url", "image_url": {"url": "x"}}]),
-        'message 2: the content holds a part of the type "image_url" with `image_url`',
-    ),
-    (row(content=[{"type": "text", "text": 3}]), "a part of the content should be a text"),
-    ({"messages": [USER, ANSWER], "tools": "get"}, "column `tools`: is not JSON"),
-    ({"messages": [USER, ANSWER], "tools": {"a": 1}}, "column `tools`: expected a list of"),
-    ({"messages": [USER, ANSWER], "functions": [3]}, "column `functions`, function 1: expected"),
-    (
-        {"messages": [USER, ANSWER], "tools": [{"type": "code", "function": SCHEMA}]},
-        'function 1: the type is "code", only `function` is accepted',
-    ),
-    ({"messages": [USER, ANSWER], "system": 3}, "column `system` should be a text"),
-    (
-        {"messages": [{"role": "System", "content": "a"}, USER, ANSWER], "system": "b"},
-        "the column `system` and the first message are two different system texts",
-    ),
-]
 
 
 @pytest.mark.parametrize(("bad", "words"), REFUSED)

@@ -1,0 +1,158 @@
+"""Rows, columns and prompts that the reader refuses: `runner check` names all of them in one call,
+before any device time, with the way on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.conftest import Project, make_project
+from tests.support.refused_rows import ANSWER, REFUSED, USER
+
+CASES: Final = Path(__file__).parents[1] / "data" / "cases"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows, the task that reads them, and the words that a user needs."""
+
+    rows: list[Any]
+    words: tuple[str, ...]
+    task: str = "{name: conversations}"
+    overrides: tuple[str, ...] = ()
+
+
+def load_case(name: str) -> list[Any]:
+    return [json.loads(line) for line in (CASES / f"{name}.jsonl").read_text().splitlines()]
+
+
+QUESTION: Final = {"question": "Which?", "answer": "This."}
+BY_COLUMNS: Final = "{name: prompt_completion, prompt_column: question, completion_column: answer}"
+BY_PROMPT: Final = (
+    "{name: prompt_completion, prompt: '{contxt} {question}', completion_column: answer}"
+)
+MESSAGES: Final = [
+    Case([{"messages": [USER, {**ANSWER, "content": n}]} for n in "ab"] + [bad], ("line 3", words))
+    for bad, words in REFUSED
+]
+COLUMNS: Final = [
+    Case(
+        load_case("images"),
+        ("line 1: the column `images` is not used", "`data.ignore: [images]`", "only texts"),
+    ),
+    Case(load_case("weights"), ("line 3, message 2: `weight` is 0.5; 0 and 1 only are accepted",)),
+    Case(
+        load_case("question_context"),
+        ("line 1: the column `context` is not used", "`{context}` in `data.task.prompt`"),
+        BY_COLUMNS,
+    ),
+    Case(
+        load_case("alpaca"),
+        ("line 1: the column `input` is not used", "the task `alpaca` reads it"),
+        "{name: alpaca, prompt: '{instruction}'}",
+    ),
+    Case(
+        load_case("question_context"),
+        ("line 1: `data.task.prompt` holds {contxt}", "mean {context}?", "written {!contxt}"),
+        BY_PROMPT,
+    ),
+    Case(
+        load_case("question_context"),
+        ("line 1: `data.task.system` holds {languag}",),
+        BY_COLUMNS[:-1] + ", system: 'In {languag}.'}",
+    ),
+    Case(
+        [QUESTION, QUESTION | {"weight": 0.5}, QUESTION | {"tools": "[]x", "weight": 1}],
+        (
+            "these are not used by the task `prompt_completion`",
+            "line 2: the column `weight`",
+            "line 3: the column `tools`",
+            "`data.ignore: [weight, tools]`",
+            "`tools`: the task `conversations` reads it",
+        ),
+        BY_COLUMNS,
+    ),
+    Case(
+        [{"messages": [USER, {**ANSWER, "toxic": True}]}],
+        ("line 1: the message key `toxic` is not used", "`data.ignore: [toxic]`"),
+    ),
+    Case(
+        [{"prompt": "a", "chosen": "b", "rejected": "c", "completion": "b"}],
+        ("the column `chosen`", "the column `rejected`", "pairs of preferences"),
+        "{name: prompt_completion}",
+    ),
+    Case(
+        [{"context": "", "question": None, "answer": "a"}],
+        ("line 1: the prompt is empty, as there is no text in `context`, `question`",),
+        BY_PROMPT.replace("contxt", "context"),
+    ),
+    Case(
+        [{"context": "a", "question": "b", "answers": {"text": ["c"]}, "is_impossible": True}],
+        ("line 1: column `is_impossible` is true, but `answers` holds 1 answers",),
+        "{name: squad_v2, prompt: '{context} {question}'}",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def refused(
+    tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model: Callable[[str], Path]
+) -> Project:
+    """A project with one recipe per case, each with a data file of its own."""
+    project = make_project(tmp_path_factory.mktemp("refused"), data_path, tiny_model)
+    project.add_model("gemma")
+    for number, case in enumerate([*MESSAGES, *COLUMNS]):
+        path = f"{number}.jsonl"
+        (project.root / path).write_text("".join(json.dumps(row) + "\n" for row in case.rows))
+        task = (f"data.task={case.task}", f"data.train.path={path}", *case.overrides)
+        project.write_recipe(f"recipes/case-{number:02}.yaml", *task)
+    return project
+
+
+def test_check_refuses_each_by_name(refused: Project) -> None:
+    done = refused.cli("check", "recipes")
+    assert done.returncode == 2, done.stdout
+    assert "Traceback" not in done.stderr
+    cases = [*MESSAGES, *COLUMNS]
+    assert f"{len(cases)} of {len(cases)} recipes cannot be trained as they are" in done.stderr
+    errors = {text.split(": ")[0]: text for text in done.stderr.split("\nerror: ")[1:]}
+    for number, case in enumerate(cases):
+        for words in case.words:
+            assert words in errors[f"tests/case-{number:02}"], done.stderr
+
+
+def test_columns_of_no_meaning_are_named_once(refused: Project) -> None:
+    rows = [{"id": n, "messages": [USER, {**ANSWER, "content": f"{n}."}]} for n in range(80)]
+    (refused.root / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused.write_recipe("one.yaml", "data.train.path=ids.jsonl")
+    done = refused.cli("check", "one.yaml")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("`id` (80 rows)") == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("{name: prompt_completion, prompt: Say it.}", "`prompt` holds no column in braces"),
+        (
+            "{name: prompt_completion, prompt: '{a} {completion}'}",
+            "must not hold {completion}, the column of the answer; the text {completion} is",
+        ),
+        ("{name: alpaca, prompt: '{input}'}", "the placeholder {instruction} exactly once"),
+        (
+            "{name: prompt_completion, prompt: '{a}', prompt_column: b}",
+            "`prompt` does not hold {b}, the column that `prompt_column` names",
+        ),
+    ],
+)
+def test_prompts_are_refused_as_recipes_are_read(
+    refused: Project, section: str, words: str
+) -> None:
+    done = refused.cli("launch", "recipe.yaml", "--dry-run", f"data.task={section}")
+    assert done.returncode == 2 and words in done.stderr, done.stderr
