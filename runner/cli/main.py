@@ -135,9 +135,13 @@ def _add_project_verbs(verbs: Any) -> None:
     )
     init.add_argument(
         "--data",
-        type=Path,
-        metavar="FILE",
-        help="your rows: JSONL, JSON, CSV or Parquet; default: a sample",
+        action="append",
+        default=[],
+        metavar="DATA",
+        help=(
+            "your rows: a file (JSONL, JSON, CSV, Parquet, ...), a folder, a hub id; may be"
+            " repeated for files; default: a sample"
+        ),
     )
     init.add_argument(
         "--model",

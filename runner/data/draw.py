@@ -189,7 +189,10 @@ class _Reader:
         """The different rows of one source."""
         columns: Counter[str] = Counter()
         groups: dict[str, str] = {}
-        loaded = load_rows(source)
+        try:
+            loaded = load_rows(source)
+        except DataError as error:  # of the source, and not yet of a row
+            raise DataError(f"data.{split}: {error.message}", hint=error.hint) from None
         rows = self._prepare(loaded.rows, columns, groups)
         column = self._data.group_column
         used = frozenset() if column is None else frozenset({column})

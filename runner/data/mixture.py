@@ -55,8 +55,9 @@ def interleave(
     if short:
         largest = _count_possible(pools, order)
         raise DataError(
-            "sources of `data.train` run out:\n" + "\n".join(f"  {line}" for line in short),
-            hint=f"lower `data.num_train_samples` to {largest}, or the shares of these sources",
+            f"sources run out before there are {count} rows:\n"
+            + "\n".join(f"  {line}" for line in short),
+            hint=f"ask for {largest} rows or fewer, or lower the shares of these sources",
         )
     rows = [iter(pool) for pool in pools]
     return [(source, next(rows[source])) for source in order]

@@ -6,15 +6,21 @@ columns mean.
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 from runner.data.formats import Rows, load_file
 from runner.errors import DataError
 from runner.recipe.data_files import describe_files, find_source_files, name_format
 from runner.recipe.schema import DataSource
+
+_NETWORK_TIMEOUT_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,40 @@ def load_rows(source: DataSource) -> SourceRows:
     if found.saved_dir is not None:
         return SourceRows(_load_saved(found.saved_dir), skipped)
     return SourceRows((row for file in found.files for row in load_file(file, skipped)), skipped)
+
+
+def list_hub_splits(name: str) -> list[str]:
+    """The splits of a data set on the hub. Raises: DataError, also without a network."""
+    go_offline_without_network()
+    import datasets
+
+    try:
+        return [str(split) for split in datasets.get_dataset_split_names(name)]
+    except Exception as error:  # of a dozen kinds, as below
+        raise DataError(
+            f"the data set {name!r} cannot be looked up on the hub: {type(error).__name__}: {error}"
+        ) from None
+
+
+def go_offline_without_network() -> None:
+    """Look at what is cached only where the hub cannot be reached: its client would retry for 46 s
+    per model.
+
+    Works before the client is imported, which reads the variable once.
+    """
+    is_decided = any(
+        name in os.environ for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY")
+    )
+    if is_decided or "huggingface_hub" in sys.modules:
+        return
+    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection(
+            (url.hostname or "", url.port or 443), timeout=_NETWORK_TIMEOUT_SECONDS
+        ).close()
+    except OSError as error:
+        print(f"{url.hostname} cannot be reached ({error}): only what is cached", file=sys.stderr)
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _load_saved(folder: Path) -> Rows:

@@ -8,7 +8,6 @@ a failure leaves nothing behind.
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Final
 
 from runner.errors import RefusedError, RunnerError
 from runner.grid import starter as init_starter
+from runner.grid.given_data import GivenData, open_given_data
 from runner.grid.render import RenderedGrid, render_grid
 from runner.grid.spec import list_grids
 from runner.grid.starter import SHARED_FOLDERS, TEMPLATES, find_stock_dir, require_stock_grid
@@ -44,10 +44,9 @@ class Project:
 
 @dataclass(frozen=True)
 class _Starter:
-    """The starter grid as it will be written; `data_path` counts from the project."""
+    """The starter grid as it will be written."""
 
-    source_path: Path
-    data_path: str
+    given: GivenData
     is_own: bool  # a person's rows, not our sample
     data: init_starter.DataPlan
     cards: Mapping[str, Mapping[str, Any]]
@@ -67,13 +66,13 @@ class _Needs:
 
 
 def init_project(
-    target: Path, from_grid: str | None, data: Path | None, models: Sequence[str]
+    target: Path, from_grid: str | None, data: Sequence[str], models: Sequence[str]
 ) -> int:
     """Make the project and print what to do next. Raises: RunnerError; then nothing is left
     behind.
     """
-    if from_grid is not None and (data is not None or models):
-        option = "--data" if data is not None else "--model"
+    if from_grid is not None and (data or models):
+        option = "--data" if data else "--model"
         raise RunnerError(
             f"{option} goes with the starter grid; --from {from_grid} copies that grid as it is",
             hint=(
@@ -85,15 +84,29 @@ def init_project(
     if from_grid is not None:
         require_stock_grid(stock_dir, from_grid)
     _refuse_occupied(target)
-    starter = _plan_starter(stock_dir, target, data, models) if from_grid is None else None
+    if from_grid is not None:
+        _make_project(stock_dir, target, from_grid, None)
+        return 0
+    with open_given_data(data or [str(stock_dir / _SAMPLE)]) as given:
+        plan = init_starter.plan_data(given)
+        cards = init_starter.build_cards(models, stock_dir / TEMPLATES, target)
+        starter = _Starter(given, bool(data), plan, cards)
+        _make_project(stock_dir, target, init_starter.GRID, starter)
+    return 0
+
+
+def _make_project(stock_dir: Path, target: Path, grid: str, starter: _Starter | None) -> None:
+    """Make and render the project, with a starter grid or a copy of a stock grid, and print what to
+    do next.
+    """
     with _staged(target) as staging_dir:
         _copy_shared(stock_dir, staging_dir)
-        grid = from_grid or init_starter.GRID
         if starter is None:
             _copy_grid(stock_dir, staging_dir, grid)
         else:
-            _copy(starter.source_path, staging_dir / starter.data_path)
-            init_starter.write_starter(staging_dir, starter.data_path, starter.data, starter.cards)
+            for path, source_path in starter.given.copies.items():
+                _copy(source_path, staging_dir / path)
+            init_starter.write_starter(staging_dir, starter.data, starter.cards)
             _make_executable(staging_dir / "sweeps" / f"{grid}.sh")
         rendered = render_grid(staging_dir / TEMPLATES, grid)
         recipes = [parse_recipe(text, where=name) for name, text in rendered.texts.items()]
@@ -106,7 +119,6 @@ def init_project(
             _IGNORED + ("/demo_models/\n" if needs.needs_demo_models else "")
         )
     print("\n".join(_build_message(target, project)))
-    return 0
 
 
 def _refuse_occupied(target: Path) -> None:
@@ -180,45 +192,32 @@ def _copy_grid(stock_dir: Path, project_dir: Path, grid: str) -> None:
         _make_executable(project_dir / sweep)
 
 
-def _plan_starter(
-    stock_dir: Path, target: Path, data: Path | None, models: Sequence[str]
-) -> _Starter:
-    source_path = data or stock_dir / _SAMPLE
-    plan = init_starter.plan_data(source_path)
-    cards = init_starter.build_cards(models, stock_dir / TEMPLATES, target)
-    return _Starter(source_path, f"data/{_name_data(source_path)}", data is not None, plan, cards)
-
-
 def _describe_starter(starter: _Starter) -> list[str]:
     """What the starter grid does with the rows and the models, a line each."""
-    path, plan = starter.data_path, starter.data
+    given, plan = starter.given, starter.data
+    path = given.path
     columns = [value for key, value in plan.task.items() if key.endswith("_column")]
     task = ": ".join([plan.task["name"], *([" -> ".join(columns)] if columns else [])])
     notes = [f"{path}: {plan.num_rows} different rows, read as {task}"]
-    if starter.is_own:
+    if starter.is_own and given.copies:
         notes.append(
-            f"{path} is a copy of {starter.source_path}:"
-            " edit the copy, or name another file in the template"
+            f"{path} is a copy of {given.name}: edit the copy, or name another file in the template"
         )
     if plan.unused:
         notes.append(f"not read, columns of {path}: {', '.join(plan.unused)}")
     if plan.ignored:
         notes.append(f"the recipe says so: `data.ignore: [{', '.join(plan.ignored)}]`")
     notes += [f"left out of {path}: {line}" for line in plan.left_out]
+    own = [split for split in plan.sources if split != "train"]
     notes.append(
-        f"rows: {plan.num_held_out} for validation, {plan.num_held_out} for test, "
+        f"rows: {plan.num_validation} for validation, {plan.num_test} for test, "
         f"{' or '.join(map(str, plan.train_counts))} to train on"
+        + (f"; rows of their own: {', '.join(own)}" if own else "")
     )
     for name, card in starter.cards.items():
         template = card["chat_template"] or "the tokenizer's own"
         notes.append(f"model {name}: {card['path']}, {card['dtype']}, chat template: {template}")
     return notes
-
-
-def _name_data(path: Path) -> str:
-    """The name of a data file in the project: plain characters, the same suffix."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:100] or "rows"
-    return f"{stem}{path.suffix}"
 
 
 def _copy_samples(stock_dir: Path, project_dir: Path, recipes: Sequence[Recipe]) -> _Needs:

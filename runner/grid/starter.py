@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from runner.data.tasks.base import EMPTY, MEANINGS, Example, Examples, Task, UnusedColumnsError
 from runner.errors import RunnerError
+from runner.grid.given_data import GivenData
 from runner.grid.spec import list_grids, load_cards
 from runner.grid.template import quote_yaml
 from runner.recipe.problems import suggest
@@ -86,91 +87,97 @@ _UNREMARKABLE_COLUMNS: Final = ("id", "idx")  # that nobody reads them is no new
 
 @dataclass(frozen=True)
 class DataPlan:
-    """A data file and the numbers that suit it. `num_rows` counts different rows; `unused` are
-    columns and keys of messages that nobody reads, `ignored` those of them that the recipe has to
-    leave out by name.
+    """The numbers that suit some rows. `num_rows` counts different rows to train on, and to take
+    splits from that have no rows of their own; `unused` are columns and keys of messages that
+    nobody reads, `ignored` those of them that the recipe has to leave out by name. `sources` is
+    what recipes say of each split that has rows of its own.
     """
 
+    sources: Mapping[str, Mapping[str, str]]
     task: Mapping[str, str]
     num_rows: int
     unused: tuple[str, ...]
     ignored: tuple[str, ...]
     left_out: tuple[str, ...]  # what the task or the splits leave out, a line each
-    num_held_out: int  # rows each of validation and test
+    num_validation: int
+    num_test: int
     train_counts: tuple[int, ...]
     max_length: int  # tokens
 
 
-def plan_data(path: Path) -> DataPlan:
-    """What the rows of a file are and how they are split. Raises: RunnerError, also for a file that
-    cannot be read.
+def plan_data(given: GivenData) -> DataPlan:
+    """What the rows are and how they are split. Raises: RunnerError, also for rows that cannot be
+    read.
     """
     from runner.data.draw import draw_splits
     from runner.data.sources import load_rows
 
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise RunnerError(
-            f"`--data {path}` {what}; expected one JSONL, JSON, CSV or Parquet file",
-            hint=(
-                "start without --data, then name the folder or hub data set in"
-                " recipe_templates/first/recipe.yaml.j2"
-            ),
-        )
-    source = DataSource(path=str(path))
-    first = next(iter(load_rows(source)), None)
+    first = next(iter(load_rows(given.sources["train"])), None)
     if first is None:
-        raise RunnerError(f"{path} holds no rows")
+        raise RunnerError(f"{given.name} holds no rows")
     task = detect_task(first[1], first[0])
 
     def read(num_held_out: int, ignored: Sequence[str] = ()) -> DataSection:
+        sources = {split: source.model_dump() for split, source in given.sources.items()}
+        # Of a split with rows of its own, all.
         counts = {
-            "num_validation_samples": num_held_out,
-            "num_test_samples": num_held_out,
-            "seed": 42,
-            "max_length": 1,
+            f"num_{split}_samples": num_held_out
+            for split in ("validation", "test")
+            if split not in sources
         }
-        return DataSection.model_validate_json(
-            json.dumps(
-                {"train": source.model_dump(), "task": task, "ignore": list(ignored), **counts}
-            )
-        )
+        rest = {"task": task, "ignore": list(ignored), "seed": 42, "max_length": 1}
+        section = DataSection.model_validate_json(json.dumps({**sources, **counts, **rest}))
+        return section.model_copy(update=dict(given.sources))  # with what they state
 
-    examples, ignored = _build_examples(read(1).task, source)
-    num_bytes: dict[str, int] = {}  # of each different row
-    for example in examples.examples:
-        num_bytes[example.key] = _count_bytes(example)
-    if len(num_bytes) < _MIN_ROWS:
-        found = f"{len(num_bytes)} different {'row' if len(num_bytes) == 1 else 'rows'}"
-        raise RunnerError(f"{path} holds {found}; {_MIN_ROWS} are needed to train, select and test")
-    num_held_out = max(1, min(_MAX_HELD_OUT, len(num_bytes) // 6))
+    examples, ignored = _build_examples(read(1).task, given.sources)
+    num_bytes = {
+        split: {one.key: _count_bytes(one) for one in examples[split].examples}
+        for split in examples
+    }  # of each different row
+    num_rows = len(num_bytes["train"])
+    if num_rows < _MIN_ROWS:
+        found = f"{num_rows} different {'row' if num_rows == 1 else 'rows'}"
+        raise RunnerError(
+            f"{given.name} holds {found}; {_MIN_ROWS} are needed to train, select and test"
+        )
     # Rows of one group stay together: fewer may be left.
-    splits = draw_splits(read(num_held_out, ignored))
+    splits = draw_splits(read(max(1, min(_MAX_HELD_OUT, num_rows // 6)), ignored))
+    unused = dict.fromkeys(
+        name for those in examples.values() for name in those.unused if _is_news(name)
+    )
     return DataPlan(
+        sources=given.describe_sources(),
         task=task,
-        num_rows=len(num_bytes),
-        unused=(*(name for name in examples.unused if _is_news(name)), *ignored),
+        num_rows=num_rows,
+        unused=(*unused, *ignored),
         ignored=ignored,
         left_out=tuple(splits.left_out.describe()),
-        num_held_out=num_held_out,
+        num_validation=min(_MAX_TRAIN, len(splits.validation)),
+        num_test=min(_MAX_TRAIN, len(splits.test)),
         train_counts=choose_train_counts(len(splits.train)),
-        max_length=guess_max_length(max(num_bytes.values())),
+        max_length=guess_max_length(max(max(sizes.values()) for sizes in num_bytes.values())),
     )
 
 
-def _build_examples(task: Task, source: DataSource) -> tuple[Examples, tuple[str, ...]]:
-    """The examples of a file, and the names that its recipe has to ignore. Raises: DataError, also
-    where one of them has a meaning: to leave that out is for the user to say.
+def _build_examples(
+    task: Task, sources: Mapping[str, DataSource]
+) -> tuple[dict[str, Examples], tuple[str, ...]]:
+    """The examples of each split, and the names that its recipe has to ignore. Raises: DataError,
+    also where one of them has a meaning: to leave that out is for the user to say.
     """
     from runner.data.sources import load_rows
 
-    try:
-        return task.build_examples(load_rows(source)), ()
-    except UnusedColumnsError as error:
-        if any(name in MEANINGS for name in error.names):
-            raise
-        examples = task.build_examples(load_rows(source), used=frozenset(error.names))
-        return examples, error.names
+    examples: dict[str, Examples] = {}
+    ignored: dict[str, None] = {}
+    for split, source in sources.items():
+        try:
+            examples[split] = task.build_examples(load_rows(source), used=frozenset(ignored))
+        except UnusedColumnsError as error:
+            if any(name in MEANINGS for name in error.names):
+                raise
+            ignored |= dict.fromkeys(error.names)
+            examples[split] = task.build_examples(load_rows(source), used=frozenset(ignored))
+    return examples, tuple(ignored)
 
 
 def _count_bytes(example: Example) -> int:
@@ -309,8 +316,20 @@ def _write_task(data: DataPlan) -> list[str]:
     return lines
 
 
+def _write_sources(sources: Mapping[str, Mapping[str, str]]) -> str:
+    """The sources of a recipe as YAML, below `data`."""
+    lines = []
+    for split in ("train", "validation", "test"):
+        if split in sources:
+            lines.append(f"  {split}:")
+            lines += [f"    {key}: {quote_yaml(text)}" for key, text in sources[split].items()]
+        else:
+            lines.append(f"  {split}: null # taken from `train`")
+    return "\n".join(lines)
+
+
 def write_starter(
-    project_dir: Path, data_path: str, data: DataPlan, cards: Mapping[str, Mapping[str, Any]]
+    project_dir: Path, data: DataPlan, cards: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """The starter grid, its cards and its sweep, into a project that has the stock templates
     already.
@@ -321,9 +340,10 @@ def write_starter(
         "MODELS": quote_yaml(list(cards)),
         "TRAIN_COUNTS": quote_yaml(counts),
         "TRAIN_COUNTS_WORDS": " ".join(map(str, counts)),
-        "DATA_PATH": data_path,
+        "SOURCES": _write_sources(data.sources),
         "TASK": "\n".join(_write_task(data)),
-        "NUM_HELD_OUT": str(data.num_held_out),
+        "NUM_VALIDATION": str(data.num_validation),
+        "NUM_TEST": str(data.num_test),
         "MAX_LENGTH": str(data.max_length),
         # A model of a million parameters learns nothing at the rate that suits a real one.
         "LEARNING_RATE": "4e-3" if list(cards) == [DEMO_CARD] else "2e-4",

@@ -6,8 +6,6 @@ Owns which work recipes share, and what is collected. `rows` knows what is said 
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
 import time
 from collections import Counter
@@ -17,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 from runner.checkpoints.remote import open_run_folder
 from runner.data.draw import SPLITS, RawSplits, draw_splits
 from runner.data.rows import refuse_same_tokens
+from runner.data.sources import go_offline_without_network
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError, RunnerError
 from runner.files import hash_json
@@ -45,7 +43,6 @@ Value = TypeVar("Value")
 # of larger ones.
 _NOT_OF_THE_DRAW: Final = {"num_train_samples": None, "max_length": 1, "truncation": "refuse"}
 _PROGRESS_EVERY_SECONDS: Final = 5.0
-_NETWORK_TIMEOUT_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True)
@@ -224,27 +221,6 @@ def _load_functions(
 
 def _load_tokenizer_facts(model: ModelSection) -> TokenizerFacts:
     return TokenizerFacts(load_tokenizer(model))
-
-
-def go_offline_without_network() -> None:
-    """Look at cached models only where the hub cannot be reached: its client would retry for 46 s
-    per model.
-
-    Works before the client is imported, which reads the variable once.
-    """
-    is_decided = any(
-        name in os.environ for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY")
-    )
-    if is_decided or "huggingface_hub" in sys.modules:
-        return
-    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        socket.create_connection(
-            (url.hostname or "", url.port or 443), timeout=_NETWORK_TIMEOUT_SECONDS
-        ).close()
-    except OSError as error:
-        print(f"{url.hostname} cannot be reached ({error}): cached models only", file=sys.stderr)
-        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _fail_all(result: CheckResult, error: RunnerError, group: Sequence[Recipe]) -> None:

@@ -202,6 +202,12 @@ def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
             + "\n".join(f"  {key}: {path}" for key, path in missing.items()),
             hint=hint_at_missing(missing.values()),
         )
+    for key, source in recipe.data.sources.items():
+        try:
+            if Path(source.path).exists():
+                find_source_files(source)
+        except DataError as error:
+            raise DataError(f"data.{key}: {error.message}", hint=error.hint) from None
     try:
         contents = {
             content.path: hashes.hash(Path(content.path), _find_files(content))

@@ -333,7 +333,8 @@ def _list_saved(folder: Path) -> _Folder | None:
         )
         for split, saved_dir in dirs.items()
     }
-    return _Folder(by_split, hidden, dirs)
+    read_for_choice = () if dirs == {None: folder} else (dict_path,)
+    return _Folder(by_split, hidden, dirs, read_for_choice)
 
 
 def name_split(name: PurePath) -> str | None:

@@ -255,3 +255,16 @@ def test_counts_of_sources_are_kept_and_none_is_topped_up(tmp_path: Path) -> Non
     assert count_by_source(data, draw_splits(data).train) == [20, 5]
     with pytest.raises(DataError, match=r"the train split: sources[\s\S]*source1.jsonl has \d+ r"):
         draw_splits(mixed(tmp_path, {"num_samples": 5}, {"num_samples": 30}))
+
+
+def test_a_source_of_several_is_drawn_as_it_would_be_alone(tmp_path: Path) -> None:
+    """Its share decides how many of its rows are used, and neither it nor the others which."""
+    held_out = {
+        split: {"path": str(write_rows(tmp_path / f"{split}.jsonl", rows))}
+        for split, rows in (("test", ROWS[:9]), ("validation", ROWS[45:50]))
+    }
+    counts = {"num_test_samples": None, "num_validation_samples": None, "num_train_samples": 20}
+    data = mixed(tmp_path, {"weight": 1}, {"weight": 1}, **held_out, **counts)
+    used = [row.row_id for row in draw_splits(data).train if "source1" in row.where]
+    alone = section(tmp_path / "source1.jsonl", **held_out, **counts | {"num_train_samples": 10})
+    assert used == ids(alone)

@@ -62,11 +62,11 @@ def test_a_source_that_runs_out_is_refused_and_never_topped_up() -> None:
     with pytest.raises(DataError) as caught:
         interleave(pools, [1, 1, 2], 60, names=["a.jsonl", "b.jsonl", "c.jsonl"])
     assert caught.value.message.splitlines() == [
-        "sources of `data.train` run out:",
+        "sources run out before there are 60 rows:",
         "  b.jsonl has 9 rows, its share of 60 is 15",
     ]
     largest = 38
-    assert f"lower `data.num_train_samples` to {largest}," in str(caught.value.hint)
+    assert f"ask for {largest} rows or fewer" in str(caught.value.hint)
     assert len(interleave(pools, [1, 1, 2], largest)) == largest
     with pytest.raises(DataError):
         interleave(pools, [1, 1, 2], largest + 1)

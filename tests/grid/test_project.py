@@ -8,19 +8,20 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runner.cli.main import main
-from runner.data.draw import draw_splits
+from runner.data.draw import RawSplits, draw_splits
 from runner.grid.spec import list_grids
 from runner.grid.template import quote_yaml
 from runner.recipe.parse import Recipe, load_recipe
 from runner.recipe.schema import find_tasks
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_cli
+from tests.support.data_hub import serve_data_sets
 from tests.test_imports import HEAVY, list_loaded
 
 GRIDS = list_grids(ROOT / "recipe_templates")
@@ -188,6 +189,113 @@ def test_the_task_is_read_off_the_columns(
         assert (len(splits.test), len(splits.validation)) == (5, 5) and len(splits.train) in (5, 20)
 
 
+def pairs(name: str, count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"{name} {number}?", "completion": "x"} for number in range(count)]
+
+
+def draw_rendered() -> list[RawSplits]:
+    """The rows of each rendered recipe, in the project that is the current folder."""
+    assert main(["render"]) == 0
+    return [draw_splits(recipe.data) for recipe in load_rendered()]
+
+
+def test_a_folder_with_splits_gives_each_its_source(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "my rows" / "data").mkdir(parents=True)
+    for name, count in (("train-00000-of-00002", 9), ("train-00001-of-00002", 7), ("test", 3)):
+        write_rows(place / "my rows" / "data" / f"{name}.jsonl", pairs(name, count))
+    for name in (".cache/train.jsonl", "data/._train.jsonl", "README.md"):
+        (place / "my rows" / name).parent.mkdir(exist_ok=True)
+        (place / "my rows" / name).write_text("{")
+    assert main(["init", "study", "--data", "my rows"]) == 0
+    message = capsys.readouterr().out
+    assert "data/my-rows: 16 different rows" in message
+    assert "left out of data/my-rows: train: 2 hidden files (.cache/train.jsonl, " in message
+    assert "2 for validation, 3 for test, 3 or 14 to train on; rows of their own: test" in message
+    os.chdir("study")
+    copied = sorted(str(path.relative_to("data")) for path in Path("data").rglob("*.*"))
+    assert copied == [
+        f"my-rows/data/{name}.jsonl"
+        for name in ("test", "train-00000-of-00002", "train-00001-of-00002")
+    ]
+    for splits in draw_rendered():
+        assert len(splits.test) == 3 and len(splits.validation) == 2
+        assert all("/test.jsonl" in row.where for row in splits.test)
+        assert not [row for row in (*splits.train, *splits.validation) if "test" in row.where]
+    template = Path("recipe_templates/first/recipe.yaml.j2").read_text()
+    for line in (
+        '  train:\n    path: "data/my-rows"\n    split: "train"\n  validation: null # taken',
+        '  test:\n    path: "data/my-rows"\n    split: "test"\n',
+    ):
+        assert line in template
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("train", "dev", "test"), ("my-train", "x_test")])
+def test_several_files_become_one_folder(names: Sequence[str], place: Path) -> None:
+    arguments = []
+    for name in names:
+        write_rows(place / f"{name}.jsonl", pairs(name, 12))
+        arguments += ["--data", f"{name}.jsonl"]
+    assert main(["init", "study", *arguments]) == 0
+    os.chdir("study")
+    assert sorted(path.stem for path in Path("data/rows").iterdir()) == sorted(names)
+    *_, splits = draw_rendered()
+    where = {
+        split: {Path(row.where.split()[0]).stem for row in getattr(splits, split)}
+        for split in ("train", "validation", "test")
+    }
+    if names == ("a", "b"):
+        assert where["train"] == {"a", "b"} and len(splits.train) == 24 - 8
+    else:
+        assert where["train"] == {names[0]} and where["test"] == {names[-1]}
+        assert where["validation"] == {names[1] if len(names) == 3 else names[0]}
+
+
+def test_a_folder_without_splits_is_copied_and_read_whole(place: Path) -> None:
+    for name in ("a", "b/c"):
+        (place / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(place / "rows" / f"{name}.jsonl", pairs(name, 12))
+    assert main(["init", "rows/study", "--data", "rows"]) == 0
+    os.chdir("rows/study")
+    assert Path("data/rows/b/c.jsonl").is_file()
+    assert {len(splits.train) for splits in draw_rendered()} == {4, 16}
+    assert (
+        "split"
+        not in Path("recipe_templates/first/recipe.yaml.j2").read_text().partition("task:")[0]
+    )
+
+
+def test_a_data_set_of_the_hub_is_named_by_its_splits(place: Path) -> None:
+    def file(name: str) -> bytes:
+        return "".join(json.dumps(row) + "\n" for row in pairs(name, 12)).encode()
+
+    names = ("train-00000-of-00001", "test-00000-of-00001")
+    files = {f"data/{name}.jsonl": file(name) for name in names}
+    with serve_data_sets({"own/rows": files}, place / "cache") as environment:
+        done = run_cli(["init", "study", "--data", "own/rows"], place, environment=environment)
+        assert done.returncode == 0, done.stderr
+        for words in (
+            "own/rows: 12 different rows, read as prompt_completion",
+            "2 for validation, 12 for test, 2 or 10 to train on; rows of their own: test",
+            "rows come from the hub: own/rows",
+        ):
+            assert words in done.stdout
+        assert not (place / "study" / "data").exists() or not list((place / "study/data").iterdir())
+        other = run_cli(["init", "other", "--data", "own/none"], place, environment=environment)
+    assert other.returncode == 2 and "the data set 'own/none' cannot be looked up" in other.stderr
+    template = (place / "study/recipe_templates/first/recipe.yaml.j2").read_text()
+    assert '  test:\n    path: "own/rows"\n    split: "test"\n' in template
+
+
+def test_a_name_on_the_hub_without_a_network_is_an_error_in_words(place: Path) -> None:
+    done = run_cli(["init", "study", "--data", "own/rows"], place)
+    assert done.returncode == 2 and not (place / "study").exists()
+    assert "`--data own/rows` is no file or folder here, and the data set" in done.stderr
+    assert "cannot be looked up on the hub" in done.stderr
+    assert "hint: check the path or the id, and the network; or start without" in done.stderr
+
+
 @pytest.mark.parametrize("num_rows", [4, 5, 9, 1400])
 def test_any_number_of_rows_is_split(num_rows: int, place: Path) -> None:
     write_rows(
@@ -248,7 +356,16 @@ def test_models_become_cards(place: Path) -> None:
         (["--from", "demo", "--data", "rows.jsonl"], "--data goes with the starter grid"),
         (["--from", "demo", "--model", "m"], "--model goes with the starter grid"),
         (["--data", "none.jsonl"], "`--data none.jsonl` does not exist"),
-        (["--data", "."], "`--data .` is a folder"),
+        (["--data", "."], ". holds no rows"),
+        (["--data", "a/b/c"], "`--data a/b/c` does not exist, and it is not a hub id"),
+        (["--data", "few.jsonl", "--data", "tests"], "`--data tests` is a folder; several are"),
+        (["--data", "few.jsonl", "--data", "none"], "`--data none` does not exist; several"),
+        (["--data", "few.jsonl", "--data", "few.jsonl"], "would both be called few.jsonl"),
+        (["--data", "few.jsonl", "--data", "odd.jsonl"], "odd.jsonl line 1: the column `prompt`"),
+        (["--data", "few.jsonl", "--data", "tests/test.jsonl"], "none that are called train"),
+        (["--data", "tests/train.csv", "--data", "odd.jsonl"], "that of odd.jsonl says none"),
+        (["--data", "tests/test.jsonl", "--data", "tests/x.y"], "the split test, and none that"),
+        (["--data", "tests/x.y", "--data", "tests/empty.z"], "these files hold no .jsonl, .json"),
         (["--data", "rows.txt"], "cannot tell the format"),
         (["--data", "torn.jsonl"], "torn.jsonl line 3: is not JSON"),
         (["--data", "empty.jsonl"], "holds no rows"),
@@ -267,6 +384,10 @@ def test_what_is_refused_leaves_nothing(
     row = {"prompt": "a", "completion": "b"}
     write_rows(place / "few.jsonl", [row, row, row | {"prompt": "c"}, row | {"prompt": "d"}])
     write_rows(place / "odd.jsonl", [{"left": 1, "right": 2}])
+    (place / "tests").mkdir()
+    write_rows(place / "tests" / "test.jsonl", [row])
+    for name in ("x.y", "empty.z", "train.csv"):
+        (place / "tests" / name).touch()
     for name, text in {
         "rows.txt": "a",
         "torn.jsonl": f"{json.dumps(row)}\n\n{{",

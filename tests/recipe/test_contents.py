@@ -13,8 +13,10 @@ from runner.recipe.contents import (
     ContentHashes,
     hash_contents,
     hash_what_is_there,
+    known_content,
     known_contents,
     list_content_paths,
+    list_contents,
 )
 from runner.recipe.identity import derive_digest
 from runner.recipe.parse import Recipe
@@ -313,3 +315,15 @@ def test_known_contents_reads_nothing(recipe: Recipe, tmp_path: Path) -> None:
     Path("v.jsonl").unlink()
     Path("t.jsonl").touch()
     assert set(contents) - set(known_contents(recipe, hashes)) == {"v.jsonl", "t.jsonl"}
+
+
+def test_all_ways_to_ask_for_a_folder_of_rows_give_one_hash(recipe: Recipe) -> None:
+    """What a launch records, and `status`, `why` and the watch compare with it."""
+    write_rows("train.jsonl", "test.jsonl", "README.md", ".cache/train.jsonl")
+    named = parse("data.train.path=rows", "data.train.split=train")
+    hashes = ContentHashes(Path("cache.json"))
+    launched = hash_contents(named, hashes)["rows"]
+    assert hash_what_is_there(named, hashes)["rows"] == launched
+    assert known_contents(named, hashes)["rows"] == launched
+    (content,) = [one for one in list_contents(named) if one.path == "rows"]
+    assert known_content(content, hashes) == launched

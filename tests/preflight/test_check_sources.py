@@ -1,0 +1,207 @@
+"""`runner check` on the layouts in which people keep rows: what is read, what is told, what is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.conftest import RECIPE_TEXT, ROOT, Project, make_project
+
+CASES: Final = ROOT / "tests" / "data" / "cases"
+CHAT: Final = {
+    "messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
+}
+# The `data` section but for what all share; the folders of the cases lie in the project.
+GOOD: Final = {
+    "hidden": "train: {path: hidden_files}\n  num_train_samples: 4",
+    "split": (
+        "train: {path: split_files, split: train}\n"
+        "  validation: {path: split_files, split: valid}\n"
+        "  test: {path: split_files, split: test}\n"
+        "  num_train_samples: null"
+    ),
+    "hub": (
+        "train: {path: hub_layout, split: train}\n"
+        "  test: {path: hub_layout, split: test}\n"
+        "  num_train_samples: 11"
+    ),
+    "lines": "train: {path: json_lines_named_json.json, split: train}\n  num_train_samples: 3",
+    "key": "train: {path: data_key.json}\n  num_train_samples: 3",
+    "union": "train: {path: nulls_of_a_union.jsonl}\n  num_train_samples: 4",
+    "mixed": (
+        "train: [{path: split_files, split: train, num_samples: 4},"
+        " {path: hub_layout, split: train, num_samples: 8}]\n"
+        "  validation: {path: split_files, split: validation}\n"
+        "  test: {path: split_files, split: test}\n"
+        "  num_train_samples: 6"
+    ),
+}
+BAD: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "split unstated": (
+        "train: {path: split_files}",
+        (
+            "data.train: the folder",
+            "train (1 file), validation (1 file), test (1 file)",
+            "hint: write `split: train`",
+        ),
+    ),
+    "hub unstated": (
+        "train: {path: hub_layout}",
+        ("hub_layout holds train (2 files), test (1 file)", "hint: write `split: train`"),
+    ),
+    "no such split": (
+        "train: {path: hub_layout, split: validation}",
+        ("and no split 'validation'", "or `split: test`"),
+    ),
+    "a split of a file": (
+        "train: {path: data_key.json, split: test}",
+        ("`split: test` chooses among the files of a folder", "data_key.json is one file"),
+    ),
+    "a config of a file": (
+        "train: {path: data_key.json, config_name: main}",
+        ("`config_name: main`", "hint: leave it out"),
+    ),
+    "a revision of a folder": (
+        "train: {path: hub_layout, split: train, revision: main}",
+        ("`revision: main` is a commit of a data set on the hub", "write `revision: null`"),
+    ),
+    "a key twice": (
+        "train: {path: twice.jsonl}",
+        ("twice.jsonl line 2: the key `content` stands twice in one object",),
+    ),
+    "several lists": (
+        "train: {path: lists.json}",
+        ("lists.json: expected a JSON list of rows", "several lists: a, b"),
+    ),
+    "packed and damaged": ("train: {path: torn.jsonl.gz}", ("torn.jsonl.gz: cannot be unpacked",)),
+    "a source that runs out": (
+        "train: [{path: split_files, split: train, weight: 1},"
+        " {path: hub_layout, split: train, weight: 1}]\n  num_train_samples: 24",
+        ("split_files has 4 rows, its share of 24 is 12", "ask for "),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(
+    tmp_path_factory: pytest.TempPathFactory, data_path: Path, tiny_model: Callable[[str], Path]
+) -> Project:
+    """A project with the cases, and one recipe for each `data` section."""
+    project = make_project(tmp_path_factory.mktemp("sources"), data_path, tiny_model)
+    project.add_model("gemma")
+    shutil.copytree(CASES, project.root, dirs_exist_ok=True)
+    message = '{"role": "user", "content": "a", "content": "b"}'
+    (project.root / "twice.jsonl").write_text(f'{json.dumps(CHAT)}\n{{"messages": [{message}]}}')
+    (project.root / "lists.json").write_text('{"a": [{}], "b": [{}]}')
+    (project.root / "torn.jsonl.gz").write_bytes(b"\x1f\x8b nope")
+    bad = {name: section for name, (section, _) in BAD.items()}
+    for folder, sections in (("good", GOOD), ("bad", bad)):
+        for name, section in sections.items():
+            write_recipe(project, f"recipes/{folder}/{name.replace(' ', '-')}.yaml", section)
+    return project
+
+
+def write_recipe(project: Project, path: str, section: str) -> None:
+    """A recipe whose `data` is this; one row each selects and reports where it says no other."""
+    has_own = [f"{split}:" in section for split in ("validation", "test")]
+    counts = [
+        f"  num_{split}_samples: {'null' if own else 1}\n"
+        for split, own in zip(("validation", "test"), has_own, strict=True)
+    ]
+    start, end = RECIPE_TEXT.split("  train: {path: data.jsonl}\n")
+    end = "".join(line for line in end.splitlines(keepends=True) if "_samples:" not in line)
+    target = project.root / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = f"{start}  {section}\n{''.join(counts)}{end}"
+    target.write_text(text.replace("name: base", f"name: {target.stem}"))
+
+
+@pytest.fixture(scope="module")
+def good(sources: Project) -> Mapping[str, Any]:
+    """What `check --json` says of the recipes that can be trained."""
+    done = sources.cli("check", "recipes/good", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    content: Mapping[str, Any] = json.loads(done.stdout)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("hidden", (4, 1, 1)),
+        ("split", (6, 6, 6)),
+        ("hub", (11, 1, 6)),
+        ("lines", (3, 1, 1)),
+        ("key", (3, 1, 1)),
+        ("union", (4, 1, 1)),
+        ("mixed", (6, 6, 6)),
+    ],
+)
+def test_the_rows_of_a_layout_are_read(
+    good: Mapping[str, Any], name: str, counts: tuple[int, ...]
+) -> None:
+    (run,) = [run for run in good["runs"] if run["run"] == f"tests/{name}"]
+    splits = ("train", "validation", "test")
+    assert tuple(run["splits"][split]["num_rows"] for split in splits) == counts
+
+
+def test_what_has_no_effect_is_a_note_and_no_warning(good: Mapping[str, Any]) -> None:
+    (note,) = good["notes"]
+    assert note["runs"] == ["tests/lines"]
+    assert note["text"] == (
+        "`split: train` has no effect: json_lines_named_json.json is one file: all of its rows are"
+        " read"
+    )
+    assert not [one for one in good["warnings"] if "no effect" in one["text"]]
+
+
+def test_what_was_skipped_is_told(sources: Project) -> None:
+    done = sources.cli("check", "recipes/good")
+    names = ".ipynb_checkpoints/train-checkpoint.jsonl, __MACOSX/._train.jsonl"
+    assert f"  left out: train: 2 hidden files ({names}), not read\n" in done.stdout
+    assert "\nnote: `split: train` has no effect" in done.stdout
+    assert "  split_files, hub_layout\n" in done.stdout, "where rows of several sources come from"
+
+
+def test_samples_json_counts_what_was_skipped(
+    sources: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runner.data.rows import build_samples, describe_samples
+    from runner.data.tokenizer import load_tokenizer
+    from runner.recipe.parse import load_recipe
+
+    monkeypatch.chdir(sources.root)
+    recipe = load_recipe(Path("recipes/good/hidden.yaml"))
+    samples = build_samples(recipe.data, load_tokenizer(recipe.model))
+    (counted,) = describe_samples(samples, "full")["skipped_files"]["train"].items()
+    assert counted[0].startswith("hidden files (.ipynb_checkpoints/") and counted[1] == 2
+
+
+@pytest.fixture(scope="module")
+def refused(sources: Project) -> Mapping[str, str]:
+    """Run -> what `check --json` refuses it for."""
+    done = sources.cli("check", "recipes/bad", "--json")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    errors = json.loads(done.stdout)["errors"]
+    return {name: one["text"] for one in errors for name in one["runs"]}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_source_that_is_not_clear_is_refused(refused: Mapping[str, str], name: str) -> None:
+    text = refused[f"tests/{name.replace(' ', '-')}"]
+    for words in BAD[name][1]:
+        assert words in text, text
+
+
+@pytest.mark.parametrize("name", ["split unstated", "a revision of a folder"])
+def test_a_launch_refuses_it_before_it_starts(sources: Project, name: str) -> None:
+    done = sources.cli("launch", f"recipes/bad/{name.replace(' ', '-')}.yaml")
+    assert done.returncode == 2 and BAD[name][1][0] in done.stderr
+    assert not (sources.root / "runs" / "tests").exists()
