@@ -42,6 +42,8 @@ def changed(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> FakeLaunc
     another loss too.
     """
     fake.add("a", "b", "c", "d", "e")
+    for path in ("data.jsonl", "models/toy/config.json"):
+        os.utime(fake.root / path, (1, 1))  # so that their hashes are kept now, and not later
     assert main(["sweep", "recipes/toy"]) == 0
     edit(fake, "a", "b", "c", "d", old="max_steps: 2", new="max_steps: 3")
     edit(fake, "d", old="loss: full", new="loss: completion")

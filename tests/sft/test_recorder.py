@@ -75,7 +75,8 @@ def test_a_resume_takes_the_rows_that_its_checkpoint_carries(project: Project) -
 
 
 def make_rows(*ids: str, length: int = 3) -> Split:
-    rows = [Row(one, tuple(range(length)), (CompletionSpan(1, 3),), 5, False) for one in ids]
+    spans = (CompletionSpan(1, 3),)
+    rows = [Row(one, one, tuple(range(length)), spans, spans, 5, False) for one in ids]
     return Split(tuple(rows), ())
 
 
