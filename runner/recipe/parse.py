@@ -30,6 +30,7 @@ from runner.recipe.problems import (
     list_problems,
     read_escapes,
 )
+from runner.recipe.scalars import find_changed_scalars
 from runner.recipe.schema import (
     NLL_METRICS,
     AdapterOff,
@@ -311,14 +312,7 @@ def parse_yaml(
 
 
 class _Loader(SAFE_LOADER):  # type: ignore[misc]
-    """YAML 1.1 as OmegaConf reads it: `1e-5` is a number, a date is a text, no key comes twice, and
-    aliases make nothing large.
-    """
-
-    def construct_document(self, node: yaml.Node) -> Any:
-        """The value of a document that holds nothing large. Raises: yaml.YAMLError."""
-        _count_values(node, {})
-        return super().construct_document(node)
+    """YAML 1.1 as OmegaConf reads it: `1e-5` is a number, a date is a text."""
 
 
 _Loader.add_implicit_resolver(
@@ -327,6 +321,25 @@ _Loader.add_implicit_resolver(
     list("-+0123456789"),
 )
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
+
+
+def _read_plainly(text: str) -> tuple[Any, list[Problem]]:
+    """The value of a text in which no key comes twice and aliases make nothing large, or a problem
+    for each plain value that YAML would change.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, []
+        _count_values(node, {})
+        problems = find_changed_scalars(node, loader.construct_object)
+        return (None, problems) if problems else (loader.construct_document(node), [])
+    finally:
+        loader.dispose()
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
@@ -365,7 +378,10 @@ def _load(
     """The text under its overrides as plain dicts and lists, or what forbids that."""
     is_in_text = True
     try:
-        container = yaml.load(text, Loader=_Loader)
+        container, problems = _read_plainly(text)
+        problems += _find_changed_overrides(overrides)
+        if problems:
+            return None, problems
         container = {} if container is None else container
         if type(container) is not dict:
             return None, [Problem("(file)", "must be a mapping of sections", 1)]
@@ -381,6 +397,21 @@ def _load(
     # OmegaConf lets AssertionError, IndexError and others out, next to its own.
     except Exception as error:
         return None, [describe_error(error, text, overridden, is_in_text=is_in_text)]
+
+
+def _find_changed_overrides(overrides: Sequence[str]) -> list[Problem]:
+    """The problems of `_read_plainly` in what overrides say; what YAML refuses, OmegaConf does."""
+    problems: list[Problem] = []
+    for override in overrides:
+        key, _, text = override.partition("=")
+        try:
+            found = _read_plainly(text)[1]
+        except (yaml.YAMLError, ValueError):
+            continue
+        for one in found:
+            place = f"{key}.{one.key}" if one.key else key
+            problems.append(Problem(place, one.what))
+    return problems
 
 
 def _map_texts(function: Callable[[str], Any], value: Any) -> Any:

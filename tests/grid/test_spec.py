@@ -159,7 +159,7 @@ def test_small_numbers_in_a_grid_are_numbers(toy: Toy) -> None:
         (GRID + "exclude: [{when: {num_train_samples: '60'}, why: x}]", ['got "60"', "60, 180"]),
         (GRID + "exclude: [{when: {model: phi}}]", ["exclude.0.why", "is missing"]),
         (
-            GRID + "exclude: [{when: {model: phi}, why: x, wyh: y}]",
+            GRID + "exclude: [{when: {model: phi}, why: x, wyh: odd}]",
             ["unknown key, did you mean `why`?"],
         ),
         (GRID + "exclude: [{when: {}, why: x}]", ["exclude.0.when", "at least 1"]),
@@ -234,7 +234,7 @@ def test_a_wrong_grid_file_is_refused_with_its_line(
 
 def test_all_problems_of_a_grid_file_come_at_once(toy: Toy) -> None:
     message = grid_error(
-        toy(GRID.replace("[60, 180]", "[60, 60]") + "exclude: [{when: {x: 1}, why: y}]\n")
+        toy(GRID.replace("[60, 180]", "[60, 60]") + "exclude: [{when: {x: 1}, why: odd}]\n")
     )
     assert "2 problems" in message and "line 7" in message and "line 8" in message
 
