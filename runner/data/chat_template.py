@@ -1,35 +1,49 @@
-"""What a chat template prints around the contents of a conversation, found by rendering sentinels
-in their place.
+"""A chat template as programs use it: one tokenizer's, rendered as the recipe says.
 
-Owns the questions put to a template: its text between the contents, what it strips from them, where
-a completion starts and what ends a turn. Does not own the proof that a row follows the answers, nor
-tokens: that is `masking.py`.
+Owns the arguments, the date and the appended end of turn that every rendering shares, and the words
+for what a template refuses. Does not own what is found out by rendering: `skeleton.py` asks for the
+text around contents, `structure_proof.py` for that around calls and thoughts, `turn_ends.py` for
+what ends a turn.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
+from typing import Any, Final
 
 from runner.errors import DataError
 
-METHOD_TEXT = "sentinel"
-METHOD_PARTS = "sentinel, content as a list of parts"
+METHOD_TEXT: Final = "sentinel"
+METHOD_PARTS: Final = "sentinel, content as a list of parts"
+MAX_RENDERED_CHARACTERS: Final = 1_000_000  # besides the contents
+PROBE: Final = "Qprobe"
 
-# Whitespace laid around a sentinel to see what the template strips; the outermost character is a
-# newline, so that `strip()` and `strip('\n')` leave different remains.
-_LEFT_PAD, _RIGHT_PAD = "\n \t", " \t\n"
-MAX_RENDERED_CHARACTERS = 1_000_000  # besides the contents
-# Arguments of str.lstrip and str.rstrip: nothing, all whitespace, newlines only.
-_STRIP_CHARS: tuple[str | None, ...] = ("", None, "\n")
-_PROBE = "Qprobe"
+# Two moments that differ in every part: a text that both give is the same on any day.
+ANY_MOMENTS: Final = (datetime(2001, 2, 3, 4, 5, 6), datetime(2022, 11, 18, 19, 47, 58))
+# The directives of strftime, those without padding first: `%-d` must not be read as `%` and `-d`.
+_DIRECTIVES: Final = (
+    *("-d", "-e", "-H", "-I", "-j", "-m", "-M", "-S", "-y"),
+    *"aAbBcCdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZf",
+)
+# What a template is shown to find out whether it renders nothing without tools.
+_ANY_TOOL: Final = {
+    "type": "function",
+    "function": {
+        "name": "lookup",
+        "description": "Looks a word up.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
+    },
+}
 
-Messages = Sequence[Mapping[str, str]]
-# One entry per message: its role, and its content where that stands as it is, None where a sentinel
-# stands for it.
-Shape = tuple[tuple[str, str | None], ...]
+Message = Mapping[str, Any]
+Messages = Sequence[Message]
+Tools = Sequence[Mapping[str, Any]]
 
 
 class MaskError(DataError):
@@ -37,269 +51,170 @@ class MaskError(DataError):
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One message's place in a skeleton, and how much template text around its content is trained
-    on.
+class ChatFormat:
+    """How a recipe has its chats written, beside the template itself. `load_tokenizer` lays it into
+    the tokenizer as `chat_format`, where every rendering finds it.
+
+    `moment` is where `strftime_now` stands still, None for the clock. `end_of_turn` is appended
+    where the template prints none behind the last answer. `stop_tokens` are known to stop the
+    model, beside eos.
     """
 
-    message: int
-    strip_left: str | None = ""
-    strip_right: str | None = ""
-    num_lead_chars: int = 0
-    num_tail_chars: int = 0
-    end_token: str | None = None
-
-    def printed(self, content: str) -> str:
-        """The content as the template prints it.
-
-        >>> Turn(0, strip_left=None).printed("  hi ")
-        'hi '
-        """
-        return content.lstrip(self.strip_left).rstrip(self.strip_right)
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    moment: datetime | None = None
+    end_of_turn: str | None = None
+    stop_tokens: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
-class Skeleton:
-    """The template's own text around n contents: `texts[0]`, content, `texts[1]`, ..., content,
-    `texts[n]`.
-    """
-
-    texts: tuple[str, ...]
-    turns: tuple[Turn, ...]
-    method: str
+def get_chat_format(tokenizer: Any) -> ChatFormat:
+    """The format that was laid into the tokenizer; one that adds nothing, where none was."""
+    chat_format: ChatFormat | None = getattr(tokenizer, "chat_format", None)
+    return chat_format or ChatFormat()
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer, with the skeletons found so far, one per sequence of
-    roles.
-    """
+    """The chat template of one tokenizer, rendered in one format, by default the tokenizer's."""
 
-    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, tokenizer: Any, chat_format: ChatFormat | None = None) -> None:
         if not tokenizer.chat_template:
             raise MaskError(
                 "the tokenizer has no chat template, so there is no chat format to train on",
                 hint="name a chat template in the model card (chat_template: chat/<name>.jinja)",
             )
         self._tokenizer = tokenizer
-        self._template_kwargs = dict(template_kwargs or {})
-        self._source: str = tokenizer.get_chat_template()
-        self._skeletons: dict[Shape, Skeleton] = {}
+        self.format = chat_format or get_chat_format(tokenizer)
+        # A tokenizer may keep a template of its own for conversations with tools.
+        self._sources: dict[bool, str] = {
+            False: tokenizer.get_chat_template(),
+            True: tokenizer.get_chat_template(tools=[_ANY_TOOL]),
+        }
         special = {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
-        longest_first = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self._special = special | set(tokenizer.all_special_tokens)
+        longest_first = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self.reads_clock = "strftime_now" in self._source
+        self.reads_clock = any("strftime_now" in source for source in self._sources.values())
+        self.stop_tokens = self.format.stop_tokens | {
+            token for token in (tokenizer.eos_token, self.format.end_of_turn) if token is not None
+        }
+        self._appended: str | None = None
+        self._appended = self._find_appended()
+
+    @property
+    def eos_token(self) -> str | None:
+        """The tokenizer's end of a text."""
+        token: str | None = self._tokenizer.eos_token
+        return token
+
+    def holds(self, text: str) -> bool:
+        """Whether the template's source holds a text."""
+        return any(text in source for source in self._sources.values())
+
+    def is_special(self, text: str) -> bool:
+        """Whether a text is a special token."""
+        return text in self._special
+
+    def find_specials(self, text: str) -> list[re.Match[str]]:
+        """The special tokens of a text, in order."""
+        return list(self._special_pattern.finditer(text))
 
     def render(
-        self, messages: Messages, method: str, *, add_generation_prompt: bool = False
+        self,
+        messages: Messages,
+        method: str,
+        *,
+        tools: Tools = (),
+        add_generation_prompt: bool = False,
     ) -> str:
         """The rendered text; whatever the template raises becomes a MaskError with the template's
         own words.
         """
-        chat: list[dict[str, Any]] = [dict(message) for message in messages]
+        chat = [dict(message) for message in messages]
         if method == METHOD_PARTS:
             for message in chat:
-                message["content"] = [{"type": "text", "text": message["content"]}]
+                if "content" in message:
+                    message["content"] = [{"type": "text", "text": message["content"]}]
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                chat,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self._template_kwargs,
-            )
+            text = self._apply(chat, tools, add_generation_prompt)
         except Exception as error:  # a template is a stranger's program: it can raise anything
-            roles = ", ".join(message["role"] for message in messages)
-            raise MaskError(
-                f"the chat template refuses a conversation of the roles {roles}: {error}",
-                hint=(
-                    "change the roles in the data (a system text can open the first user turn),"
-                    " or the chat template"
-                ),
-            ) from error
-        if len(text) > MAX_RENDERED_CHARACTERS + 8 * sum(
-            len(message["content"]) for message in messages
-        ):
-            raise MaskError(
-                f"the chat template makes {len(text):,} characters"
-                " of a conversation that is far shorter",
-                hint="name another chat template in `model.chat_template`",
-            )
+            raise self._explain(error, chat, tools, add_generation_prompt) from error
+        if len(text) > MAX_RENDERED_CHARACTERS:
+            said = len(repr(messages)) + len(repr(tools))
+            if len(text) > MAX_RENDERED_CHARACTERS + 8 * said:
+                raise MaskError(
+                    f"the chat template makes {len(text):,} characters"
+                    " of a conversation that is far shorter",
+                    hint="name another chat template in `model.chat_template`",
+                )
+        if self._appended and not add_generation_prompt and chat[-1]["role"] == "assistant":
+            text += self._appended
         return text
 
-    def forget(self) -> None:
-        """Drop the skeletons: the template printed something that has changed since, such as the
-        date.
-        """
-        self._skeletons.clear()
-
-    def skeleton(self, shape: Shape) -> Skeleton:
-        """The skeleton of a sequence of roles, found once. Raises: MaskError, if the template has
-        none.
-        """
-        if shape not in self._skeletons:
-            self._skeletons[shape] = self._find_skeleton(shape)
-        return self._skeletons[shape]
-
-    def _find_skeleton(self, shape: Shape) -> Skeleton:
-        try:
-            return self._build_skeleton(shape, METHOD_TEXT)
-        except MaskError as error:
-            refusal = error
-        # Templates of vision models print nothing of a plain string. One that prints a list as
-        # Python source is not theirs.
-        try:
-            skeleton = self._build_skeleton(shape, METHOD_PARTS)
-        except MaskError:
-            raise refusal from None
-        if any("'type': 'text'" in text for text in skeleton.texts):
-            raise refusal
-        return skeleton
-
-    def _build_skeleton(self, shape: Shape, method: str) -> Skeleton:
-        salt = next(n for n in range(len(self._source) + 1) if f"Qx{n}turn" not in self._source)
-        marks = [f"Qx{salt}turn{index}xQ" for index in range(len(shape))]
-        chat = [
-            {"role": role, "content": mark if literal is None else literal}
-            for mark, (role, literal) in zip(marks, shape, strict=True)
-        ]
-        text = self.render(chat, method)
-        order = _find_order(
-            text, chat, [marks[n] if shape[n][1] is None else None for n in range(len(shape))]
+    def _apply(self, chat: list[dict[str, Any]], tools: Tools, add_generation_prompt: bool) -> str:
+        source = self._sources[bool(tools)]
+        if self.format.moment is not None and "strftime_now" in source:
+            source = _freeze_clock(self.format.moment) + source
+        text: str = self._tokenizer.apply_chat_template(
+            chat,
+            tools=[dict(tool) for tool in tools] or None,
+            chat_template=source,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **self.format.template_kwargs,
         )
-        texts = _gaps(text, [marks[index] for index in order])
-        turns = self._find_strips(chat, marks, order, texts, method)
-        for rank, turn in enumerate(turns):
-            if chat[turn.message]["role"] == "assistant":
-                start = text.index(marks[turn.message])
-                gap = (start - len(texts[rank]), start)
-                num_lead_chars = self._num_lead_chars(chat, turn.message, text, gap, method)
-                num_tail_chars, end_token = self._find_end(
-                    chat, turn.message, texts[rank + 1], method
-                )
-                turns[rank] = replace(
-                    turn,
-                    num_lead_chars=num_lead_chars,
-                    num_tail_chars=num_tail_chars,
-                    end_token=end_token,
-                )
-        return Skeleton(texts, tuple(turns), method)
+        return text
 
-    def _find_strips(
-        self,
-        chat: Messages,
-        marks: Sequence[str],
-        order: Sequence[int],
-        texts: tuple[str, ...],
-        method: str,
-    ) -> list[Turn]:
-        """The turns in printed order, with what the template strips of each, seen from padded
-        sentinels.
-
-        Every second turn is padded at a time, so that a gap between sentinels shows the remains of
-        one pad only. A template that does anything else to whitespace counts as verbatim here; the
-        proof of each row decides.
-        """
-        turns = [Turn(index) for index in order]
-        for parity in (0, 1):
-            padded = [dict(message) for message in chat]
-            for index in order[parity::2]:
-                padded[index]["content"] = _LEFT_PAD + marks[index] + _RIGHT_PAD
-            text = self.render(padded, method)
-            if any(text.count(marks[index]) != 1 for index in order):
-                continue
-            gaps = _gaps(text, [marks[index] for index in order])
-            for rank in range(parity, len(order), 2):
-                left = gaps[rank].removeprefix(texts[rank])
-                right = gaps[rank + 1].removesuffix(texts[rank + 1])
-                turns[rank] = replace(
-                    turns[rank],
-                    strip_left=next(
-                        (chars for chars in _STRIP_CHARS if _LEFT_PAD.lstrip(chars) == left), ""
-                    ),
-                    strip_right=next(
-                        (chars for chars in _STRIP_CHARS if _RIGHT_PAD.rstrip(chars) == right), ""
+    def _explain(
+        self, error: Exception, chat: list[dict[str, Any]], tools: Tools, has_prompt: bool
+    ) -> MaskError:
+        """The refusal in the template's words, or in ours where it is tools that it lacks."""
+        if not tools:
+            with suppress(Exception):
+                self._apply(chat, [_ANY_TOOL], has_prompt)
+                return MaskError(
+                    f"the chat template renders no conversation without `tools`: {error}",
+                    hint=(
+                        "give each row a `tools` column,"
+                        " or name another template in `model.chat_template`"
                     ),
                 )
-        return turns
-
-    def _num_lead_chars(
-        self, chat: Messages, index: int, text: str, gap: tuple[int, int], method: str
-    ) -> int:
-        """How many characters before an assistant content the model writes itself; `gap` is the
-        text before it.
-
-        Generation starts behind the generation prompt, so what the template prints between that and
-        the content (an empty think block, a channel header) is the model's to write. Where the
-        template has no generation prompt that can only be a space: anything else is a role header.
-        Where the text does not go on from the generation prompt, the completion starts with its
-        content.
-        """
-        try:
-            prompt = self.render(chat[:index], method, add_generation_prompt=True)
-            without = self.render(chat[:index], method)
-        except MaskError:
-            return 0
-        if not (text.startswith(prompt) and gap[0] <= len(prompt) <= gap[1]):
-            return 0
-        lead = text[len(prompt) : gap[1]]
-        return len(lead) if lead.isspace() or not without.startswith(prompt) else 0
-
-    def _find_end(
-        self, chat: Messages, index: int, own: str, method: str
-    ) -> tuple[int, str | None]:
-        """How many characters behind an assistant content belong to its turn, and the special token
-        that ends it.
-
-        `own` is what the template prints there. What ends a turn is printed both where the
-        conversation stops and where a user speaks next: the end-of-turn token is the last special
-        token that the two have in common. What follows it is a separator, the end of the whole
-        text, or the next header. None as token: plain text ends the turn.
-        """
-        is_last = index == len(chat) - 1
-        ending = own if is_last else self._text_after(chat[: index + 1], index, method)
-        followed = [*chat, {"role": "user", "content": _PROBE}]
-        witness = self._text_after(followed, index, method) if is_last else ending
-        ends = self._specials(common_prefix(own, witness or ""))[-1:]
-        if not ends and is_last:
-            # The end of a conversation may differ from the end of a turn (GPT-OSS). One special
-            # token leaves no doubt.
-            candidates = self._specials(own)
-            ends = candidates if len(candidates) == 1 else []
-        elif not ends and self._specials(ending or ""):
-            # The same from the other side: the end of a turn within a conversation is that of the
-            # user's turns.
-            users = [n for n in range(index) if chat[n]["role"] == "user"]
-            asked = [*chat[: users[-1]], {"role": "user", "content": _PROBE}] if users else []
-            closing = self._text_after(asked, users[-1], method) if users else None
-            ends = self._specials(common_prefix(own, closing or ""))[-1:]
-        if ends:
-            return ends[0].end(), ends[0].group()
-        plain = (ending or "").rstrip()
-        if plain and not self._specials(plain) and own.startswith(plain):
-            return len(plain), None
-        raise MaskError(
-            f"{describe(chat, index)} has no end-of-turn token: the template goes on with"
-            f" {quote(own)}, so a model trained on the completion could never learn to stop",
+        roles = ", ".join(message["role"] for message in chat)
+        return MaskError(
+            f"the chat template refuses a conversation of the roles {roles}: {error}",
             hint=(
-                "in the chat template, print {{ eos_token }}, or another special token of the"
-                " tokenizer, right after every assistant content"
+                "change the roles in the data (a system text can open the first user turn),"
+                " or the chat template"
             ),
         )
 
-    def _text_after(self, chat: Messages, index: int, method: str) -> str | None:
-        """What the template prints after a sentinel; None where it will not render that, or not the
-        sentinel once.
-        """
-        mark = chat[index]["content"]
-        try:
-            text = self.render(chat, method)
-        except MaskError:
+    def _find_appended(self) -> str | None:
+        """The end of turn to append: None where the template prints it by itself."""
+        wanted = self.format.end_of_turn
+        if wanted is None:
             return None
-        return text.partition(mark)[2] if mark.strip() and text.count(mark) == 1 else None
+        chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE * 2}]
+        for method in (METHOD_TEXT, METHOD_PARTS):
+            with suppress(MaskError):
+                text = self.render(chat, method)
+                if PROBE * 2 in text:
+                    return None if wanted in text.rpartition(PROBE * 2)[2] else wanted
+        return wanted
 
-    def _specials(self, text: str) -> list[re.Match[str]]:
-        return list(self._special_pattern.finditer(text))
+
+@cache
+def _freeze_clock(moment: datetime) -> str:
+    """The beginning of a template in which `strftime_now` knows one moment only.
+
+    Transformers gives templates a function that reads the clock, and lets nobody pass another; a
+    macro of the same name hides it, in this rendering and in no other.
+    """
+    values = [("%%", "\ue000")]
+    values += [(f"%{directive}", moment.strftime(f"%{directive}")) for directive in _DIRECTIVES]
+    values += [("\ue000", "%")]
+    replaced = "".join(f" | replace({json.dumps(a)}, {json.dumps(b)})" for a, b in values)
+    # Jinja drops the newline behind the macro, so that the template's own first line stays.
+    return f"{{%- macro strftime_now(format) -%}}{{{{- format{replaced} -}}}}{{%- endmacro %}}\n"
 
 
 def describe(messages: Messages, index: int) -> str:
@@ -330,49 +245,3 @@ def common_prefix(left: str, right: str) -> str:
         (n for n, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), None
     )
     return min(left, right, key=len) if length is None else left[:length]
-
-
-def _gaps(text: str, marks: Sequence[str]) -> tuple[str, ...]:
-    """The texts before, between and behind sentinels that stand in `text` once each, in this order.
-
-    >>> _gaps("<u>A<m>B.", ["A", "B"])
-    ('<u>', '<m>', '.')
-    """
-    gaps = []
-    for mark in marks:
-        gap, _, text = text.partition(mark)
-        gaps.append(gap)
-    return (*gaps, text)
-
-
-def _find_order(text: str, chat: Messages, marks: Sequence[str | None]) -> list[int]:
-    """The messages that have a sentinel, in the order in which the template prints them; a system
-    text may move.
-
-    Raises: MaskError, if one is missing, changed or printed twice, or if the others are not in
-    order.
-    """
-    marked = [(index, mark) for index, mark in enumerate(marks) if mark is not None]
-    for index, mark in marked:
-        if text.count(mark) == 1:
-            continue
-        if text.count(mark) > 1:
-            what = "prints the content more than once"
-        elif mark.lower() in text.lower():
-            what = "changes letters of the content"
-        else:
-            what = "leaves the content out, or changes it beyond recognition"
-        raise MaskError(
-            f"{describe(chat, index)}: the chat template {what},"
-            " so its place in the text cannot be proven",
-            hint="use a chat template that prints every content exactly once and unchanged",
-        )
-    order = [index for index, _ in sorted(marked, key=lambda item: text.index(item[1]))]
-    fixed = [index for index in order if chat[index]["role"] not in ("system", "developer")]
-    if fixed != sorted(fixed):
-        raise MaskError(
-            f"the chat template prints the messages in the order {fixed}:"
-            " a completion would not follow its prompt",
-            hint="use a chat template that keeps the order of the turns",
-        )
-    return order

@@ -5,32 +5,36 @@ own where the messages come from, truncation, or batching. A *completion* is one
 to and including its end-of-turn token.
 
 A mask is found by rendering the template with a unique sentinel for every content. That yields the
-template's own text between the contents, the skeleton (`chat_template`). A row is accepted only if
-its real rendering is exactly skeleton and contents laid end to end. Every position is then a sum of
+template's own text between the contents, the skeleton (`skeleton`). A row is accepted only if its
+real rendering is exactly skeleton and contents laid end to end. Every position is then a sum of
 known lengths: no content is ever searched, so nothing that a user writes can move the mask.
-`docs/chat_templates.md` explains it at length.
+Rows with tools, calls or thoughts, and contents that a template takes apart, have a second proof of
+the same kind (`structure_proof`). `docs/chat_templates.md` explains both at length.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from runner.data.chat_template import (
+    ANY_MOMENTS,
+    ChatFormat,
     ChatTemplate,
     MaskError,
     Messages,
-    Shape,
-    Skeleton,
-    Turn,
+    Tools,
     common_prefix,
     describe,
+    get_chat_format,
     quote,
 )
+from runner.data.skeleton import Shape, Skeleton, Skeletons
+from runner.data.structure_proof import ProvenText, ProvenTurn, UnprintedError, prove_structure
 
 IGNORE_INDEX = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -104,7 +108,7 @@ def build_labels(
 
 def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end an assistant's turn under the tokenizer's chat template: the last ones of
-    completions.
+    completions, of those that end in a call too.
 
     Two where a template closes a conversation otherwise than a turn (GPT-OSS); none where plain
     text ends a turn.
@@ -112,23 +116,51 @@ def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
     Raises: MaskError, if the template has no end of turn, or no chat template is there.
     """
     template = ChatTemplate(tokenizer)
+    skeletons = Skeletons(template)
     pair: Shape = (("user", None), ("assistant", None))
-    turns = list(template.skeleton(pair).turns)
+    turns = list(skeletons.find(pair).turns)
     with suppress(MaskError):  # a template for single questions is one too
-        turns += template.skeleton(pair + pair).turns
-    tokens = dict.fromkeys(turn.end_token for turn in turns if turn.end_token is not None)
+        turns += skeletons.find(pair + pair).turns
+    if turns[1].refusal:
+        raise turns[1].refusal
+    ends: dict[str | None, None] = dict.fromkeys(turn.end_token for turn in turns)
+    with suppress(MaskError):  # a template that knows no calls
+        ends |= dict.fromkeys(
+            turn.end_token for turn in prove_structure(template, _CALLING, (_TOOL,), (1,)).turns
+        )
+    tokens = [token for token in ends if token is not None]
     return tuple(int(tokenizer.convert_tokens_to_ids(token)) for token in tokens)
 
 
-class ConversationMasker:
-    """Masks conversations under one tokenizer and its chat template, as it is at this moment.
+_TOOL: Final = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a word up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "The word."}},
+            "required": ["word"],
+        },
+    },
+}
+_CALL: Final = {
+    "type": "function",
+    "id": "call00000",  # Mistral's are nine letters and digits
+    "function": {"name": "look_up", "arguments": {"word": "tree"}},
+}
+_CALLING: Final = (
+    {"role": "user", "content": "What is a tree?"},
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+)
 
-    `template_kwargs` go to the template as they are (`enable_thinking`, `date_string`, ...).
-    `reads_clock` says that the template can print today's date, which makes the same row another
-    one tomorrow.
+
+class ConversationMasker:
+    """Masks conversations under one tokenizer and its chat template, as it is at this moment, in
+    one format, by default the tokenizer's (`load_tokenizer`).
     """
 
-    def __init__(self, tokenizer: Any, *, template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, tokenizer: Any, chat_format: ChatFormat | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise MaskError(
                 f"{type(tokenizer).__name__} is a slow tokenizer: it cannot tell which characters a"
@@ -140,20 +172,60 @@ class ConversationMasker:
             )
         self._tokenizer = tokenizer
         self._added_ids = frozenset(tokenizer.added_tokens_decoder)
-        self._template = ChatTemplate(tokenizer, template_kwargs)
-        self.reads_clock = self._template.reads_clock
+        chat_format = chat_format or get_chat_format(tokenizer)
+        moments = ANY_MOMENTS if chat_format.moment is None else (chat_format.moment,)
+        self._template, *others = [
+            ChatTemplate(tokenizer, replace(chat_format, moment=moment)) for moment in moments
+        ]
+        # On another day.
+        self._other = others[0] if others and self._template.reads_clock else None
+        self._skeletons = Skeletons(self._template)
 
-    def mask(self, messages: Messages) -> MaskedConversation:
-        """The tokens and proven completions of one conversation. Raises: MaskError."""
+    def mask(
+        self, messages: Messages, tools: Tools = (), *, turns: Collection[int] | None = None
+    ) -> MaskedConversation:
+        """The tokens and proven completions of one conversation.
+
+        `tools` are the functions that the assistant may call, as JSON schemas. `turns` are the
+        indices of the assistant messages that are completions, None for all of them: what stands
+        in others is context, of which thoughts may be left out by the template.
+
+        Raises: MaskError.
+        """
         _check_messages(messages, self._describe_roles)
-        try:
-            return self._mask(messages)
-        except MaskError:
-            if not self.reads_clock:
-                raise
-        # Midnight may lie between the skeleton's rendering and the row's: render both anew, once.
-        self._template.forget()
-        return self._mask(messages)
+        wanted = _list_wanted(messages, turns)
+        if tools or any(set(message) - {"role", "content"} for message in messages):
+            proven = prove_structure(self._template, messages, tools, wanted)
+        else:
+            try:
+                proven = self._prove_texts(messages, wanted)
+            except MaskError as refusal:
+                try:
+                    proven = prove_structure(self._template, messages, (), wanted)
+                except UnprintedError:
+                    raise
+                except MaskError:
+                    raise refusal from None
+        masked = self._tokenise(messages, proven)
+        self._refuse_dates(proven)
+        return masked
+
+    def _refuse_dates(self, proven: ProvenText) -> None:
+        """Raises: MaskError, where the template prints the date in this conversation, and the
+        recipe does not say which.
+        """
+        if self._other is None:
+            return
+        other = proven.render(self._other)
+        if other == proven.text:
+            return
+        begin = max(0, len(common_prefix(proven.text, other)) - 20)
+        raise MaskError(
+            f"the chat template prints today's date ({quote(proven.text[begin:], 40)} on one day,"
+            f" {quote(other[begin:], 40)} on another), so the same recipe would train on other"
+            " tokens tomorrow",
+            hint="let it stand still: `model.template_date: 2026-01-01`, or the day you like",
+        )
 
     def _describe_roles(self) -> str:
         """The roles that the chat template renders in a place where they are usual, found by
@@ -169,12 +241,13 @@ class ConversationMasker:
         accepted = []
         for role in ROLES:
             with suppress(MaskError):
-                self._template.skeleton(tuple((each, None) for each in usual[role]))
+                self._skeletons.find(tuple((each, None) for each in usual[role]))
                 accepted.append(role)
         return f"this chat template takes {', '.join(accepted) or 'none of them'}"
 
-    def _mask(self, messages: Messages) -> MaskedConversation:
-        skeleton = self._template.skeleton(tuple((message["role"], None) for message in messages))
+    def _prove_texts(self, messages: Messages, wanted: Sequence[int]) -> ProvenText:
+        """The first proof, of conversations that are plain texts."""
+        skeleton = self._skeletons.find(tuple((message["role"], None) for message in messages))
         text = self._template.render(messages, skeleton.method)
         try:
             contents = _prove(skeleton, messages, text)
@@ -185,19 +258,44 @@ class ConversationMasker:
             blank = [m["role"] != "assistant" and not m["content"].strip() for m in messages]
             if not any(blank):
                 raise
-            skeleton = self._template.skeleton(
+            skeleton = self._skeletons.find(
                 tuple(
                     (m["role"], m["content"] if blank[index] else None)
                     for index, m in enumerate(messages)
                 )
             )
             contents = _prove(skeleton, messages, text)
-        return self._tokenise(skeleton, messages, text, contents)
+        places: dict[int, Interval] = {}
+        turns = []
+        for turn, (start, end) in zip(skeleton.turns, contents, strict=True):
+            places[turn.message] = (start, end)
+            if turn.message not in wanted:
+                continue
+            if turn.refusal is not None:
+                raise turn.refusal
+            turns.append(
+                ProvenTurn(
+                    message=turn.message,
+                    start=start - turn.num_lead_chars,
+                    end=end + turn.num_tail_chars,
+                    content=(start, end),
+                    end_token=turn.end_token,
+                    rewritten=turn.rewritten,
+                )
+            )
+        content_chars = tuple(places.get(index) for index in range(len(messages)))
+        method = skeleton.method
+        return ProvenText(
+            text,
+            method,
+            tuple(turns),
+            content_chars,
+            lambda template: template.render(messages, method),
+        )
 
-    def _tokenise(
-        self, skeleton: Skeleton, messages: Messages, text: str, contents: Sequence[Interval]
-    ) -> MaskedConversation:
+    def _tokenise(self, messages: Messages, proven: ProvenText) -> MaskedConversation:
         """Tokens of the whole text, tokenised once, and the completions among them."""
+        text = proven.text
         encoding = self._tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -208,80 +306,59 @@ class ConversationMasker:
                 "the tokenizer reports characters out of order,"
                 " so tokens cannot be placed in the text"
             )
-        masked = [
-            (start - turn.num_lead_chars, end + turn.num_tail_chars, turn)
-            for turn, (start, end) in zip(skeleton.turns, contents, strict=True)
-            if messages[turn.message]["role"] == "assistant"
-        ]
-        others = [
-            (*interval, turn.message)
-            for turn, interval in zip(skeleton.turns, contents, strict=True)
-            if messages[turn.message]["role"] != "assistant"
-        ]
         starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-        spans: list[CompletionSpan] = []
-        for start, end, turn in masked:
-            first, last = bisect_right(ends, start), bisect_left(starts, end)
+        completions: list[Completion] = []
+        for turn in proven.turns:
+            first, last = bisect_right(ends, turn.start), bisect_left(starts, turn.end)
             # A header token that swallows whitespace to its right (`rstrip`) reaches into the
             # completion: still a header.
-            while first < last and starts[first] < start and input_ids[first] in self._added_ids:
+            while (
+                first < last and starts[first] < turn.start and input_ids[first] in self._added_ids
+            ):
                 first += 1
             span = CompletionSpan(first, last)
-            self._check_span(span, turn, messages, input_ids, spans[-1].end if spans else 0)
-            for other_start, other_end, other in others:
-                if (
-                    other_start < other_end
-                    and starts[first] < other_end
-                    and other_start < ends[last - 1]
-                ):
-                    raise MaskError(
-                        f"a token of {describe(messages, turn.message)} also holds characters of"
-                        f" {describe(messages, other)}: the chat template prints nothing between"
-                        " that keeps them apart",
-                        hint=(
-                            "in the chat template, put a special token"
-                            " or a newline between the turns"
-                        ),
-                    )
-            spans.append(span)
-        by_message = {
-            turn.message: interval for turn, interval in zip(skeleton.turns, contents, strict=True)
-        }
+            previous_end = completions[-1].span.end if completions else 0
+            self._check_span(span, turn, messages, input_ids, previous_end)
+            seen = (starts[first], ends[last - 1])
+            self._check_others(messages, turn.message, seen, proven.content_chars)
+            content = _find_content_tokens(turn.content, span, starts, ends)
+            num_bytes = len(text[turn.content[0] : turn.content[1]].encode())
+            completions.append(Completion(turn.message, span, content, num_bytes, turn.rewritten))
         return MaskedConversation(
             input_ids=tuple(input_ids),
-            spans=tuple(spans),
-            method=skeleton.method,
+            spans=tuple(completion.span for completion in completions),
+            method=proven.method,
             text=text,
             offsets=tuple(offsets),
-            content_chars=tuple(by_message.get(index) for index in range(len(messages))),
-            completion_chars=tuple((start, end) for start, end, _ in masked),
-            completions=tuple(
-                self._build_completion(turn, span, by_message[turn.message], text, starts, ends)
-                for (_, _, turn), span in zip(masked, spans, strict=True)
-            ),
+            content_chars=proven.content_chars,
+            completion_chars=tuple((turn.start, turn.end) for turn in proven.turns),
+            completions=tuple(completions),
         )
 
     @staticmethod
-    def _build_completion(
-        turn: Turn,
-        span: CompletionSpan,
-        content: Interval,
-        text: str,
-        starts: Sequence[int],
-        ends: Sequence[int],
-    ) -> Completion:
-        """The completion with the tokens of its content, of which an empty content has none."""
-        first = min(max(bisect_right(ends, content[0]), span.start), span.end)
-        last = max(first, min(bisect_left(starts, content[1]), span.end))
-        if content[0] == content[1]:
-            last = first
-        num_bytes = len(text[content[0] : content[1]].encode())
-        return Completion(turn.message, span, CompletionSpan(first, last), num_bytes)
+    def _check_others(
+        messages: Messages, index: int, seen: Interval, contents: Sequence[Interval | None]
+    ) -> None:
+        """Raises: MaskError, if characters of another message are among those of a completion's
+        tokens.
+        """
+        for other, content in enumerate(contents):
+            if content is None or other == index or content[0] == content[1]:
+                continue
+            if seen[0] < content[1] and content[0] < seen[1]:
+                raise MaskError(
+                    f"a token of {describe(messages, index)} also holds characters of"
+                    f" {describe(messages, other)}: the chat template prints nothing between that"
+                    " keeps them apart",
+                    hint=(
+                        "in the chat template, put a special token or a newline between the turns"
+                    ),
+                )
 
     def _check_span(
         self,
         span: CompletionSpan,
-        turn: Turn,
+        turn: ProvenTurn,
         messages: Messages,
         input_ids: Sequence[int],
         previous_end: int,
@@ -307,9 +384,40 @@ class ConversationMasker:
             )
 
 
+def _find_content_tokens(
+    content: Interval, span: CompletionSpan, starts: Sequence[int], ends: Sequence[int]
+) -> CompletionSpan:
+    """The tokens of a completion's content, of which an empty content has none."""
+    first = min(max(bisect_right(ends, content[0]), span.start), span.end)
+    last = max(first, min(bisect_left(starts, content[1]), span.end))
+    return CompletionSpan(first, first if content[0] == content[1] else last)
+
+
+def _list_wanted(messages: Messages, turns: Collection[int] | None) -> list[int]:
+    """The assistant messages whose places are to be proven, in order."""
+    assistants = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if not assistants:
+        raise MaskError(
+            "the conversation has no assistant turn, so there is no completion to train on"
+        )
+    if turns is None:
+        return assistants
+    assert set(turns) <= set(assistants), "completions are the assistant's"
+    return sorted(turns)
+
+
+# Keys of a message besides role and content -> the kinds of value that they have.
+_KEYS: Final[Mapping[str, type | tuple[type, ...]]] = {
+    "reasoning_content": str,
+    "tool_calls": (list, tuple),
+    "tool_call_id": str,
+    "name": str,
+}
+
+
 def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> None:
-    """Raises: MaskError, if a message is not a known role and a text, or if nobody is the
-    assistant.
+    """Raises: MaskError, if a message is not a known role and a text, or holds what no mask
+    covers.
     """
     for index, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
@@ -324,9 +432,9 @@ def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> No
                 f"{describe(messages, index)} has the content"
                 f" {quote(repr(content))}, expected a text"
             )
-        if (
-            surrogate := next((char for char in content if "\ud800" <= char <= "\udfff"), None)
-        ) is not None:
+        texts = list(_list_texts(message))
+        surrogate = next((char for text in texts for char in text if _is_surrogate(char)), None)
+        if surrogate is not None:
             raise MaskError(
                 f"{describe(messages, index)} holds {surrogate!r},"
                 " half of a character, which is no text",
@@ -334,17 +442,44 @@ def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> No
                     "the file was written from text that was cut or decoded wrongly: write it again"
                 ),
             )
-        extra = sorted(set(message) - {"role", "content"})
-        if extra:
-            raise MaskError(
-                f"{describe(messages, index)} has the keys {', '.join(extra)},"
-                " which a mask does not cover",
-                hint="put everything that is to be trained on in `content`",
-            )
-    if all(message["role"] != "assistant" for message in messages):
+        _check_keys(messages, index)
+
+
+def _check_keys(messages: Messages, index: int) -> None:
+    message = messages[index]
+    wrong = sorted(
+        key
+        for key in set(message) - {"role", "content"}
+        if key not in _KEYS or not isinstance(message[key], _KEYS[key])
+    )
+    if message["role"] != "assistant":
+        wrong += sorted({"tool_calls", "reasoning_content"} & set(message) - set(wrong))
+    if wrong:
         raise MaskError(
-            "the conversation has no assistant turn, so there is no completion to train on"
+            f"{describe(messages, index)} has the keys {', '.join(wrong)},"
+            " which a mask does not cover there",
+            hint=(
+                "the assistant's are `reasoning_content`, a text, and `tool_calls`, a list;"
+                " anyone's `name`, and a tool's `tool_call_id`, texts"
+            ),
         )
+
+
+def _is_surrogate(char: str) -> bool:
+    return "\ud800" <= char <= "\udfff"
+
+
+def _list_texts(value: Any) -> Iterator[str]:
+    """All texts within a value of JSON's kinds."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _list_texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _list_texts(item)
 
 
 def _prove(skeleton: Skeleton, messages: Messages, text: str) -> list[Interval]:

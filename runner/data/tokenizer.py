@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from runner.data.chat_template import ChatFormat
 from runner.errors import DataError
 from runner.recipe.schema import ModelSection
+from runner.strict import thaw
 
 # Tokens that model families reserve and never train, in the order in which they are tried.
 _RESERVED_PAD_TOKENS: Final = (
@@ -27,7 +30,7 @@ _NEW_PAD: Final = "<|pad|>"
 
 
 def load_tokenizer(model: ModelSection) -> Any:
-    """The fast tokenizer with the recipe's chat template and pad token.
+    """The fast tokenizer with the recipe's chat template and pad token, and its chat format.
 
     Raises:
         DataError: no such tokenizer, no chat template, or no pad token as `model.pad_token` asks
@@ -61,7 +64,45 @@ def load_tokenizer(model: ModelSection) -> Any:
         )
     set_pad_token(tokenizer, model)
     tokenizer.padding_side = "right"
+    set_chat_format(tokenizer, model)
     return tokenizer
+
+
+def set_chat_format(tokenizer: Any, model: ModelSection) -> None:
+    """Lay into the tokenizer how the recipe has its chats written, for every rendering to find.
+
+    Raises:
+        DataError: `model.end_of_turn` is no token of the tokenizer, or only a part of a text.
+    """
+    end = model.end_of_turn
+    if end is not None and tokenizer.tokenize(end) != [end]:
+        raise DataError(
+            f"`model.end_of_turn` {end!r} is no token of {model.path}: a model could not learn to"
+            " stop at it",
+            hint=f"its end of a text is {tokenizer.eos_token!r}",
+        )
+    day = model.template_date
+    tokenizer.chat_format = ChatFormat(
+        template_kwargs=thaw(model.chat_template_kwargs),
+        moment=None if day is None else datetime.fromisoformat(day),
+        end_of_turn=end,
+        stop_tokens=frozenset(load_stop_tokens(tokenizer, model)),
+    )
+
+
+def load_stop_tokens(tokenizer: Any, model: ModelSection) -> list[str]:
+    """Where generation with the base model's own settings stops: eos, and what its generation
+    config names.
+    """
+    from transformers import GenerationConfig
+
+    ids = {tokenizer.eos_token_id}
+    try:
+        stated = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
+    except (OSError, ValueError):
+        stated = None
+    ids |= set(stated) if isinstance(stated, list) else {stated}
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(ids - {None}))]
 
 
 def set_pad_token(tokenizer: Any, model: ModelSection) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from runner.data.chat_template import ChatTemplate, Shape
+from runner.data.chat_template import ChatTemplate
+from runner.data.skeleton import Shape, Skeletons
 from runner.errors import DataError
 from runner.model.load import load_model, load_tuned_model
 from runner.publish.tuned import TunedRun, open_tuned_run, quieten
@@ -105,7 +106,7 @@ class Asking:
         self.tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
         shape: Shape = (("user", None), ("assistant", None))
-        self._method = self._template.skeleton(shape).method
+        self._method = Skeletons(self._template).find(shape).method
         self._settings = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.data.tokenizer import set_chat_format
 from runner.errors import DataError, RefusedError
 from runner.plan.status import read_status
 from runner.recipe.parse import Recipe
@@ -36,8 +37,8 @@ class TunedRun:
         return self.stored.recipe
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer that was saved with the weights: the chat template of the training, and its
-        pad token.
+        """The tokenizer that was saved with the weights: the chat template of the training, its pad
+        token, and the recipe's chat format.
         """
         from transformers import AutoTokenizer
 
@@ -48,6 +49,7 @@ class TunedRun:
                 " asked in training",
                 hint="copy the template of the training to chat_template.jinja there",
             )
+        set_chat_format(tokenizer, self.recipe.model)
         return tokenizer
 
 

@@ -34,7 +34,11 @@ _PLACEMENT_KEYS: Final = {
 # Keys that were added after recipes were first hashed, by dotted name: the value that gives the
 # behaviour of before. A key with this value is left out of the digest, so that older runs keep
 # theirs.
-_BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {}
+_BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {
+    "model.chat_template_kwargs": {},
+    "model.template_date": None,
+    "model.end_of_turn": None,
+}
 # Of an accelerate config: where processes start and how they find each other.
 _PLACEMENT_SETTINGS: Final = frozenset(
     {

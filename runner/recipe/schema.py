@@ -8,8 +8,10 @@ Owns no combination across sections; those and the parsing are in `parse`.
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Mapping
+from datetime import date
 from functools import cache, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
@@ -19,6 +21,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     StringConstraints,
     create_model,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -31,7 +34,7 @@ from runner.recipe.hf_fields import (
     build_field_definitions,
 )
 from runner.secrets import names_secret
-from runner.strict import FrozenDict, Section, Text
+from runner.strict import FrozenDict, Section, Text, thaw
 
 SCHEMA_VERSION: Final = 1
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
@@ -42,6 +45,28 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+# Arguments that `apply_chat_template` has for other things.
+_TEMPLATE_ARGUMENTS: Final = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "strftime_now",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
 Scalar = str | bool | int | float | None
 # What may name a metric: one of `NLL_METRICS`, or one of the task's `METRICS` where texts are
 # generated while training.
@@ -104,10 +129,48 @@ class ModelSection(Section):
         Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None
     ) = None
     chat_template: Text | None = None  # path of a .jinja file; None: the tokenizer's own
+    # What the template takes besides the messages: `enable_thinking`, `date_string` and the like.
+    chat_template_kwargs: FrozenDict = Field(default_factory=dict, validate_default=True)
+    # The day on which the template's `strftime_now` stands still; None: no row may show the date.
+    template_date: Text | None = None
+    # A token to append to the last answer under a template that prints none there.
+    end_of_turn: Text | None = None
     # auto: the tokenizer's own unless it is eos, else a reserved token, else an added one;
     # reserved: as auto, but never an added one; add: a new token; anything else: that token, added
     # where the vocabulary lacks it.
     pad_token: Text = "auto"
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_arguments(cls, value: Any) -> Any:
+        taken = sorted(set(value) & _TEMPLATE_ARGUMENTS)
+        if taken:
+            raise ValueError(
+                f"{', '.join(f'`{name}`' for name in taken)}: rows and the trainer say these, no"
+                " template argument does"
+            )
+        try:
+            json.dumps(thaw(value), allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError(
+                "expected plain values: texts, numbers, true, false, null, lists and mappings;"
+                " quote what YAML reads as a date"
+            ) from None
+        return value
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _is_a_day(cls, value: Any) -> Any:
+        # YAML reads a day that is not quoted as a date.
+        text = value.isoformat() if type(value) is date else value
+        if text is not None:
+            try:
+                is_day = date.fromisoformat(text).isoformat() == text
+            except (TypeError, ValueError):
+                is_day = False
+            if not is_day:
+                raise ValueError(f"expected a day such as 2026-01-31, got {text!r}")
+        return text
 
 
 class AdapterOff(Section):

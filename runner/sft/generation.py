@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import GenerationConfig
 
+from runner.data.chat_template import get_chat_format
 from runner.data.masking import end_of_turn_ids
 from runner.data.rows import Row, Samples
 from runner.data.tasks.base import Judge, Judgement, Task
@@ -72,8 +73,11 @@ def build_prompt(row: Row) -> list[int]:
 
 
 def build_generation_config(tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding up to the end of the turn or of the text."""
-    stop_ids = {*end_of_turn_ids(tokenizer), tokenizer.eos_token_id} - {None}
+    """Greedy decoding up to the end of the turn or of the text, or to where the base model's own
+    settings stop: a call may end otherwise than an answer.
+    """
+    known = tokenizer.convert_tokens_to_ids(sorted(get_chat_format(tokenizer).stop_tokens))
+    stop_ids = {*end_of_turn_ids(tokenizer), tokenizer.eos_token_id, *known} - {None}
     return GenerationConfig(
         do_sample=False,
         num_beams=1,

@@ -1,0 +1,619 @@
+"""The second proof of a mask: for conversations with tools, calls and thoughts, and for contents
+that a template takes apart.
+
+Every text that a row says is a *leaf*: a content, a thought, a call's name, each value of its
+arguments. The conversation is rendered a second time with a sentinel, a *mark*, in the place of
+each. What stands between the marks is the template's own text, and the row's real rendering must be
+that text and the leaves laid end to end, each as it is or escaped as JSON escapes it. Every place
+is then a sum of known lengths, as in the first proof: nothing is searched in what a row says.
+
+A completion begins where the generation prompt ends: the rendering of what stands before the turn,
+with generation prompt, is the beginning of the whole. It ends where `turn_ends` says. Whitespace
+around a leaf, and the tags that a template takes contents apart by (`<think>`), stay as they are in
+the rendering of marks, so that the template treats both renderings alike.
+
+Refused by name is what the template does not print of a turn that is to be trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+from runner.data.chat_template import (
+    METHOD_PARTS,
+    METHOD_TEXT,
+    PROBE,
+    ChatTemplate,
+    MaskError,
+    Message,
+    Messages,
+    Tools,
+    common_prefix,
+    describe,
+    quote,
+)
+from runner.data.skeleton import describe_rewriting
+from runner.data.turn_ends import TurnText, find_end
+from runner.strict import thaw
+
+METHOD_MARKS: Final = "marks in every text, call and thought"
+
+_THINK_TAGS: Final = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
+_TAGS: Final = re.compile(r"</?[^\s<>]{1,30}>|\[/?[A-Z_]{2,30}\]")
+_OTHER_TEMPLATE: Final = "name a chat template that prints it in `model.chat_template`"
+
+
+class UnprintedError(MaskError):
+    """A conversation of which the chat template leaves something out that the row says."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One text of a row: where it stands (`what` names it in errors), and the mark that stood for
+    it. `variants` are the ways in which a template may print it.
+    """
+
+    message: int | None  # None: of the tools
+    what: str
+    mark: str
+    variants: tuple[str, ...]
+    is_repeatable: bool = False  # a call's name may be repeated where a tool answers
+
+
+@dataclass(frozen=True)
+class ProvenTurn:
+    """One completion, in characters of the text: `content` reaches from the first of the turn's
+    leaves to the last.
+    """
+
+    message: int
+    start: int
+    end: int
+    content: tuple[int, int]
+    end_token: str | None
+    rewritten: str | None
+
+
+@dataclass(frozen=True)
+class ProvenText:
+    """A conversation as the template prints it: the places of its wanted turns, and of each
+    message's leaves. `render` prints it under another template in the same way.
+    """
+
+    text: str
+    method: str
+    turns: tuple[ProvenTurn, ...]
+    content_chars: tuple[tuple[int, int] | None, ...]
+    render: Callable[[ChatTemplate], str]
+
+
+def prove_structure(
+    template: ChatTemplate, messages: Messages, tools: Tools, wanted: Sequence[int]
+) -> ProvenText:
+    """The places of the wanted turns.
+
+    Raises: MaskError, where they cannot be proven; UnprintedError, where the template leaves out
+        what a turn says.
+    """
+    refusals: list[MaskError] = []
+    for method in (METHOD_TEXT, METHOD_PARTS):
+        for has_json_arguments in (False, True):
+            try:
+                return _prove(template, messages, tools, wanted, method, has_json_arguments)
+            except MaskError as error:
+                refusals.append(error)
+            if not any(message.get("tool_calls") for message in messages):
+                break
+    raise refusals[0]
+
+
+def _prove(
+    template: ChatTemplate,
+    messages: Messages,
+    tools: Tools,
+    wanted: Sequence[int],
+    method: str,
+    has_json_arguments: bool,
+) -> ProvenText:
+    shape = (lambda call: json.dumps(call, ensure_ascii=False)) if has_json_arguments else None
+    real = [_with_arguments(thaw(message), shape) for message in messages]
+    real_tools = [thaw(tool) for tool in tools]
+    text = template.render(real, method, tools=real_tools)
+    marking = _Marking(template, text, repr(real_tools))
+    marked = [
+        _with_arguments(marking.mark_message(index, thaw(message)), shape)
+        for index, message in enumerate(messages)
+    ]
+    marked_tools = [marking.mark_tool(tool) for tool in real_tools]
+    rendered = template.render(marked, method, tools=marked_tools)
+    if not has_json_arguments:
+        _refuse_python_source(marked, rendered)
+    _refuse_unprinted_tools(marking.leaves, rendered)
+    walk = _Walk(marking.leaves, rendered)
+    turns = []
+    places = _Places(template, marked, marked_tools, method, walk)
+    for index in wanted:
+        places.require_printed(index, messages[index])
+    for index in range(len(messages)):
+        if index not in wanted:
+            places.require_context(index)
+    walk.follow(text, messages)
+    for index in wanted:
+        turns.append(places.find_turn(index, text))
+    for earlier, later in pairwise(turns):
+        if earlier.end > later.start:
+            raise MaskError(
+                f"the chat template prints {describe(messages, later.message)} before the end of"
+                f" {describe(messages, earlier.message)}: their completions would overlap",
+                hint="use a chat template that keeps the order of the turns",
+            )
+    return ProvenText(
+        text,
+        f"{METHOD_MARKS}{', content as a list of parts' if method == METHOD_PARTS else ''}",
+        tuple(turns),
+        tuple(walk.find_content(index) for index in range(len(messages))),
+        lambda other: other.render(real, method, tools=real_tools),
+    )
+
+
+def _with_arguments(message: dict[str, Any], dump: Callable[[Any], str] | None) -> dict[str, Any]:
+    """The message with its calls' arguments as JSON text, where `dump` makes it."""
+    if dump is None or not message.get("tool_calls"):
+        return message
+    calls = [
+        call | {"function": call["function"] | {"arguments": dump(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return message | {"tool_calls": calls}
+
+
+class _Marking:
+    """Puts a mark, unique and absent from the real rendering, in the place of every leaf."""
+
+    def __init__(self, template: ChatTemplate, *texts: str) -> None:
+        self._template = template
+        self.leaves: list[Leaf] = []
+        salt = 0
+        while template.holds(f"Qx{salt}m") or any(f"Qx{salt}m" in text for text in texts):
+            salt += 1
+        self._word = f"Qx{salt}m"
+        number = 70000
+        while any(str(number) in text for text in texts):
+            number += 1
+        self._number = str(number)
+
+    def mark_message(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of the message with marks for leaves."""
+        marked = dict(message)
+        for key in ("reasoning_content", "content"):
+            if isinstance(marked.get(key), str):
+                marked[key] = self._mark_text(index, f"`{key}`", marked[key])
+        calls = []
+        for call in marked.get("tool_calls") or ():
+            function = call["function"]
+            what = f"call of `{function['name']}`"
+            name = self._add(index, f"the {what}", function["name"], is_repeatable=True)
+            arguments = self._mark_value(index, f"the {what}", function["arguments"])
+            calls.append(call | {"function": function | {"name": name, "arguments": arguments}})
+        if calls:
+            marked["tool_calls"] = calls
+        return marked
+
+    def mark_tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of the tool with marks for its name and its description."""
+        function = tool.get("function")
+        if not isinstance(function, Mapping):
+            return dict(tool)
+        marked = dict(function)
+        for key in ("name", "description"):
+            if isinstance(marked.get(key), str) and marked[key].strip():
+                what = f"the {key} of the tool `{function.get('name')}`"
+                marked[key] = self._add(None, what, marked[key], is_repeatable=True)
+        return {**tool, "function": marked}
+
+    def _mark_text(self, index: int, what: str, text: str) -> str:
+        """The text with its tags and the whitespace around its pieces, and a mark for each
+        piece.
+        """
+        parts: list[str] = []
+        position = 0
+        for start, end in [*self._find_tags(text), (len(text), len(text))]:
+            piece = text[position:start]
+            core = piece.strip()
+            if core:
+                begin = piece.index(core)
+                is_thought = text.startswith(("</think", "[/THINK"), start)
+                name = f"the think block in the {what}" if is_thought else what
+                mark = self._add(index, name, core)
+                piece = piece[:begin] + mark + piece[begin + len(core) :]
+            parts += [piece, text[start:end]]
+            position = end
+        return "".join(parts)
+
+    def _find_tags(self, text: str) -> Iterator[tuple[int, int]]:
+        """What templates take contents apart by: think tags, and tags of the template's source
+        that are no special tokens.
+        """
+        for tag in _TAGS.finditer(text):
+            name = tag.group()
+            is_known = self._template.holds(name) and not self._template.is_special(name)
+            if _THINK_TAGS.fullmatch(name) or is_known:
+                yield tag.span()
+
+    def _mark_value(self, index: int, what: str, value: Any) -> Any:
+        if isinstance(value, str):
+            core = value.strip()
+            if not core:
+                return value
+            begin = value.index(core)
+            mark = self._add(index, what, core)
+            return value[:begin] + mark + value[begin + len(core) :]
+        if isinstance(value, bool) or value is None:
+            return value
+        if isinstance(value, int | float):
+            mark = f"{self._number}{len(self.leaves):05}"
+            self.leaves.append(Leaf(index, what, mark, (json.dumps(value), str(value))))
+            return int(mark)
+        if isinstance(value, Mapping):
+            return {
+                key: self._mark_value(index, f"argument `{key}` of {what}", item)
+                for key, item in value.items()
+            }
+        return [self._mark_value(index, what, item) for item in value]
+
+    def _add(self, index: int | None, what: str, text: str, *, is_repeatable: bool = False) -> str:
+        mark = f"{self._word}{len(self.leaves)}xQ"
+        self.leaves.append(Leaf(index, what, mark, _list_variants(text), is_repeatable))
+        return mark
+
+
+def _list_variants(text: str) -> tuple[str, ...]:
+    """The text as it is, and as JSON prints it, once or twice, in Unicode or in ASCII."""
+    once = json.dumps(text, ensure_ascii=False)[1:-1]
+    in_ascii = json.dumps(text)[1:-1]
+    twice = (json.dumps(once, ensure_ascii=False)[1:-1], json.dumps(in_ascii)[1:-1])
+    return tuple(dict.fromkeys((text, once, in_ascii, *twice)))
+
+
+def _refuse_python_source(marked: Messages, rendered: str) -> None:
+    """Raises: MaskError, where the template prints arguments as Python writes a dict."""
+    for index, message in enumerate(marked):
+        for call in message.get("tool_calls") or ():
+            arguments = call["function"]["arguments"]
+            source = str(arguments)
+            if source in rendered and source != json.dumps(arguments, ensure_ascii=False):
+                raise MaskError(
+                    f"{describe(marked, index)}: the chat template prints the arguments of a call"
+                    f" as Python source, {quote(source)}",
+                    hint="use a chat template that prints them as JSON",
+                )
+
+
+def _refuse_unprinted_tools(leaves: Sequence[Leaf], rendered: str) -> None:
+    for leaf in leaves:
+        if leaf.message is None and leaf.mark not in rendered:
+            raise UnprintedError(
+                f"the chat template does not print {leaf.what}:"
+                " the model would not know what it may call",
+                hint=f"{_OTHER_TEMPLATE}, or leave the tools out of the rows (`data.ignore`)",
+            )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One mark in the rendering of marks, and the template's text before it."""
+
+    before: str
+    leaf: Leaf
+    start: int  # of the mark, there
+    end: int
+
+
+class _Walk:
+    """The rendering of marks taken apart, and the real text followed along it."""
+
+    def __init__(self, leaves: Sequence[Leaf], rendered: str) -> None:
+        self.rendered = rendered
+        by_mark = {leaf.mark: leaf for leaf in leaves}
+        pattern = re.compile("|".join(map(re.escape, by_mark)) or "(?!)")
+        self.pieces: list[_Piece] = []
+        position = 0
+        for found in pattern.finditer(rendered):
+            leaf = by_mark[found.group()]
+            self.pieces.append(_Piece(rendered[position : found.start()], leaf, *found.span()))
+            position = found.end()
+        self.tail = rendered[position:]
+        self.leaves = leaves
+        self._places: list[tuple[int, int]] = []  # of each piece's leaf in the real text
+
+    def unmark(self, text: str) -> str:
+        """The text with an ellipsis for each mark, for errors."""
+        for leaf in self.leaves:
+            text = text.replace(leaf.mark, "…")
+        return text
+
+    def leaves_of(self, index: int) -> list[Leaf]:
+        """The leaves of a message."""
+        return [leaf for leaf in self.leaves if leaf.message == index]
+
+    def pieces_of(self, index: int) -> list[int]:
+        """The pieces of a message's own text, in printed order: a name that is repeated where a
+        tool answers counts where it is printed first.
+        """
+        seen: set[str] = set()
+        found = []
+        for rank, piece in enumerate(self.pieces):
+            if piece.leaf.message == index and piece.leaf.mark not in seen:
+                seen.add(piece.leaf.mark)
+                found.append(rank)
+        return found
+
+    def text_behind(self, rank: int) -> str:
+        """The template's own text behind a piece's mark."""
+        return self.pieces[rank + 1].before if rank + 1 < len(self.pieces) else self.tail
+
+    def follow(self, text: str, messages: Messages) -> None:
+        """Prove that the text is the template's own text and the leaves, laid end to end.
+
+        Raises: MaskError, naming the first place where it is not.
+        """
+        places: list[tuple[int, int]] = []
+        position = 0
+        rests = [piece.before for piece in self.pieces[1:]] + [self.tail]
+        for piece, rest in zip(self.pieces, rests, strict=True):
+            position += self._step(text, position, piece.before, piece.leaf, messages)
+            # Where one variant is the beginning of another, what follows tells them apart.
+            fitting = [
+                variant
+                for variant in piece.leaf.variants
+                if text.startswith(variant + rest, position)
+            ] or [v for v in piece.leaf.variants if text.startswith(v, position)]
+            if not fitting:
+                raise _mismatch(piece.leaf, piece.leaf.variants[0], text[position:], messages)
+            length = max(map(len, fitting))
+            places.append((position, position + length))
+            position += length
+        if text[position:] != self.tail:
+            last = self.pieces[-1].leaf if self.pieces else None
+            raise _mismatch(last, self.tail, text[position:], messages)
+        self._places = places
+
+    @staticmethod
+    def _step(text: str, position: int, own: str, leaf: Leaf, messages: Messages) -> int:
+        if not text.startswith(own, position):
+            raise _mismatch(leaf, own, text[position:], messages)
+        return len(own)
+
+    def translate(self, position: int) -> int:
+        """Where a place within the template's own text of the rendering of marks lies in the real
+        text.
+        """
+        shift = 0
+        for piece, (_, end) in zip(self.pieces, self._places, strict=True):
+            if piece.end > position:
+                break
+            shift = end - piece.end
+        return position + shift
+
+    def find_content(self, index: int) -> tuple[int, int] | None:
+        """The characters of the real text from a message's first leaf to its last."""
+        ranks = self.pieces_of(index)
+        if not ranks:
+            return None
+        return self._places[ranks[0]][0], self._places[ranks[-1]][1]
+
+
+def _mismatch(leaf: Leaf | None, expected: str, found: str, messages: Messages) -> MaskError:
+    begin = max(0, len(common_prefix(expected, found)) - 20)
+    where = "the end of the text"
+    if leaf is not None:
+        where = leaf.what
+        if leaf.message is not None:
+            where += f" of {describe(messages, leaf.message)}"
+    return MaskError(
+        f"{where}: the chat template does not print this conversation as it prints others of the"
+        f" same form, so no mask can be proven; expected {quote(expected[begin:])}, found"
+        f" {quote(found[begin:])}",
+        hint="the template changes the text, or looks into it: change the row or the template",
+    )
+
+
+class _Places:
+    """Where the turns of a rendering of marks begin and end."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        chat: list[dict[str, Any]],
+        tools: Tools,
+        method: str,
+        walk: _Walk,
+    ) -> None:
+        self._template = template
+        self._chat = chat
+        self._tools = tools
+        self._method = method
+        self._walk = walk
+
+    def require_printed(self, index: int, message: Message) -> None:
+        """Raises: UnprintedError, where the template leaves out a leaf of a turn that is to be
+        trained on, or a think tag of it; MaskError, where it prints one twice.
+        """
+        leaves = self._walk.leaves_of(index)
+        who = describe(self._chat, index)
+        if not leaves:
+            raise UnprintedError(
+                f"{who} has neither text nor call nor thought:"
+                " nothing would be trained on but its end",
+                hint="remove the message from the row",
+            )
+        rendered = self._walk.rendered
+        for leaf in leaves:
+            count = rendered.count(leaf.mark)
+            if count == 0:
+                raise self._refuse_unprinted(index, leaf.what)
+            if count > 1 and not leaf.is_repeatable:
+                raise MaskError(
+                    f"{who}: the chat template prints {leaf.what} more than once, so its place in"
+                    " the text cannot be proven",
+                    hint="use a chat template that prints every text exactly once",
+                )
+        ranks = self._walk.pieces_of(index)
+        own = "".join(self._walk.pieces[rank].before for rank in range(ranks[0], ranks[-1] + 1))
+        own += self._walk.text_behind(ranks[-1])
+        for tag in set(_THINK_TAGS.findall(str(message.get("content", "")))):
+            if own.count(tag) < str(message["content"]).count(tag):
+                raise self._refuse_unprinted(index, f"the {tag} in the `content`")
+
+    def _refuse_unprinted(self, index: int, what: str) -> UnprintedError:
+        hint = f"{_OTHER_TEMPLATE}, or take it out of the rows"
+        if index < len(self._chat) - 1 and self._prints_alone(index):
+            hint = (
+                "the template prints it where the conversation ends with this turn:"
+                " `data.turns: split` trains on each turn so, `data.turns: last` on the last one"
+            )
+        return UnprintedError(
+            f"the chat template does not print {what} of {describe(self._chat, index)}",
+            hint=hint,
+        )
+
+    def _prints_alone(self, index: int) -> bool:
+        with suppress(MaskError):
+            text = self._render(self._chat[: index + 1])
+            return all(leaf.mark in text for leaf in self._walk.leaves_of(index))
+        return False
+
+    def require_context(self, index: int) -> None:
+        """Raises: UnprintedError, where the template leaves out what a message says that is not
+        trained on. Earlier thoughts may be left out: so they are at inference.
+        """
+        leaves = [
+            leaf
+            for leaf in self._walk.leaves_of(index)
+            if "think block" not in leaf.what and leaf.what != "`reasoning_content`"
+        ]
+        for leaf in leaves:
+            if leaf.mark not in self._walk.rendered:
+                raise UnprintedError(
+                    f"the chat template does not print {leaf.what} of"
+                    f" {describe(self._chat, index)}",
+                    hint=f"{_OTHER_TEMPLATE}, or take it out of the rows",
+                )
+
+    def find_turn(self, index: int, text: str) -> ProvenTurn:
+        """One completion in the real text, which follows the rendering of marks."""
+        walk = self._walk
+        ranks = walk.pieces_of(index)
+        first, last = walk.pieces[ranks[0]], walk.pieces[ranks[-1]]
+        others = [
+            piece.leaf
+            for piece in walk.pieces[ranks[0] : ranks[-1] + 1]
+            if piece.leaf.message != index
+        ]
+        if others:
+            raise MaskError(
+                f"{describe(self._chat, index)}: the chat template prints another message within"
+                " it",
+                hint="use a chat template that keeps the order of the turns",
+            )
+        own = walk.text_behind(ranks[-1])
+        place = TurnText(
+            self._chat, index, last.leaf.mark, first.before, own, self._method, self._tools
+        )
+        num_tail_chars, end_token = find_end(self._template, place)
+        start = self._find_start(index, first)
+        content = walk.find_content(index)
+        assert content is not None
+        return ProvenTurn(
+            message=index,
+            start=walk.translate(start),
+            end=content[1] + num_tail_chars,
+            content=content,
+            end_token=end_token,
+            rewritten=self._find_rewriting(index, first, last),
+        )
+
+    def _find_start(self, index: int, first: _Piece) -> int:
+        """Where the turn begins in the rendering of marks: behind the generation prompt, which the
+        model is given.
+
+        Where the text does not go on from it (DeepSeek R1, Nemotron), a turn that begins with its
+        content begins there, as in the first proof; a call or a thought behind what the text and
+        the prompt share of the role header.
+        """
+        rendered = self._walk.rendered
+        lowest = first.start - len(first.before)
+        prompt = self._render(self._chat[:index], add_generation_prompt=True) if index else ""
+        without = self._render(self._chat[:index]) if index else ""
+        if rendered.startswith(prompt) and lowest <= len(prompt) <= first.start:
+            lead = rendered[len(prompt) : first.start]
+            if lead.isspace() or not without.startswith(prompt):
+                return len(prompt)
+            return len(prompt) + self._find_header(index, lead)
+        shared = len(common_prefix(rendered, prompt))
+        if first.leaf.what == "`content`":
+            return first.start
+        # The last whole special token, or line, that both begin the turn with.
+        cuts = [
+            lowest + found.end() for found in self._template.find_specials(rendered[lowest:shared])
+        ]
+        cuts += [lowest + at + 1 for at, char in enumerate(rendered[lowest:shared]) if char == "\n"]
+        if not cuts or not rendered.startswith(without[:lowest]):
+            raise MaskError(
+                f"{describe(self._chat, index)} does not go on from the generation prompt, so"
+                " nobody can tell where the model would begin to write; the prompt ends in"
+                f" {quote(prompt[-40:])}, the turn begins with {quote(first.before[-40:])}",
+                hint=(
+                    "template arguments may change the prompt, such as"
+                    " `model.chat_template_kwargs: {enable_thinking: false}`"
+                ),
+            )
+        return max(cuts)
+
+    def _find_header(self, index: int, lead: str) -> int:
+        """The length of the role header in what is printed before a turn's first leaf, under a
+        template that has no generation prompt: what a plain answer has there too.
+        """
+        plain = [*self._chat[:index], {"role": "assistant", "content": PROBE}]
+        text = self._render(plain)
+        before = text.partition(PROBE)[0]
+        header = before.removeprefix(self._render(self._chat[:index]) if index else "")
+        if PROBE not in text or header.isspace() or not header:
+            return 0
+        if not lead.startswith(header):
+            raise MaskError(
+                f"{describe(self._chat, index)}: the chat template has no generation prompt, and"
+                " prints this turn with another header than a plain answer",
+                hint="use a chat template with a generation prompt",
+            )
+        return len(header)
+
+    def _find_rewriting(self, index: int, first: _Piece, last: _Piece) -> str | None:
+        """How the turn differs from the same one at the end of a conversation, None if it does
+        not.
+        """
+        if index == len(self._chat) - 1:
+            return None
+        with suppress(MaskError):
+            alone = _Walk(self._walk.leaves, self._render(self._chat[: index + 1]))
+            ranks = alone.pieces_of(index)
+            if not ranks:
+                return None
+            begin = alone.pieces[ranks[0]]
+            end = alone.pieces[ranks[-1]]
+            here = self._walk.rendered[first.start - len(first.before) : last.end]
+            there = alone.rendered[begin.start - len(begin.before) : end.end]
+            if here != there:
+                return describe_rewriting(self._walk.unmark(here), self._walk.unmark(there))
+        return None
+
+    def _render(self, chat: Messages, *, add_generation_prompt: bool = False) -> str:
+        return self._template.render(
+            chat, self._method, tools=self._tools, add_generation_prompt=add_generation_prompt
+        )
