@@ -25,7 +25,10 @@ MAX_RENDERED_CHARACTERS: Final = 1_000_000  # besides the contents
 PROBE: Final = "Qprobe"
 
 # Two moments that differ in every part: a text that both give is the same on any day.
-ANY_MOMENTS: Final = (datetime(2001, 2, 3, 4, 5, 6), datetime(2022, 11, 18, 19, 47, 58))
+ANY_MOMENTS: Final = (
+    datetime(2001, 2, 3, 4, 5, 6, 789),
+    datetime(2022, 11, 18, 19, 47, 58, 901234),
+)
 # The directives of strftime, those without padding first: `%-d` must not be read as `%` and `-d`.
 _DIRECTIVES: Final = (
     *("-d", "-e", "-H", "-I", "-j", "-m", "-M", "-S", "-y"),

@@ -197,15 +197,7 @@ class ConversationMasker:
         if tools or any(set(message) - {"role", "content"} for message in messages):
             proven = prove_structure(self._template, messages, tools, wanted)
         else:
-            try:
-                proven = self._prove_texts(messages, wanted)
-            except MaskError as refusal:
-                try:
-                    proven = prove_structure(self._template, messages, (), wanted)
-                except UnprintedError:
-                    raise
-                except MaskError:
-                    raise refusal from None
+            proven = self._prove_texts(messages, wanted)
         masked = self._tokenise(messages, proven)
         self._refuse_dates(proven)
         return masked
@@ -251,20 +243,23 @@ class ConversationMasker:
         text = self._template.render(messages, skeleton.method)
         try:
             contents = _prove(skeleton, messages, text)
-        except MaskError:
+        except MaskError as refusal:
             # Templates leave a system block out when its text is empty. Such a message has no
             # characters to place: it may stand as it is in the skeleton. Not so an assistant's,
             # whose end of turn must be placed.
             blank = [m["role"] != "assistant" and not m["content"].strip() for m in messages]
             if not any(blank):
-                raise
+                return self._prove_otherwise(messages, wanted, refusal)
             skeleton = self._skeletons.find(
                 tuple(
                     (m["role"], m["content"] if blank[index] else None)
                     for index, m in enumerate(messages)
                 )
             )
-            contents = _prove(skeleton, messages, text)
+            try:
+                contents = _prove(skeleton, messages, text)
+            except MaskError as still:
+                return self._prove_otherwise(messages, wanted, still)
         places: dict[int, Interval] = {}
         turns = []
         for turn, (start, end) in zip(skeleton.turns, contents, strict=True):
@@ -292,6 +287,19 @@ class ConversationMasker:
             content_chars,
             lambda template: template.render(messages, method),
         )
+
+    def _prove_otherwise(
+        self, messages: Messages, wanted: Sequence[int], refusal: MaskError
+    ) -> ProvenText:
+        """The second proof, of texts that the template takes apart. Raises: the first's refusal,
+        unless the second can name what is not printed.
+        """
+        try:
+            return prove_structure(self._template, messages, (), wanted)
+        except UnprintedError:
+            raise
+        except MaskError:
+            raise refusal from None
 
     def _tokenise(self, messages: Messages, proven: ProvenText) -> MaskedConversation:
         """Tokens of the whole text, tokenised once, and the completions among them."""

@@ -135,6 +135,11 @@ def _prove(
     if not has_json_arguments:
         _refuse_python_source(marked, rendered)
     _refuse_unprinted_tools(marking.leaves, rendered)
+    if "'type': 'text'" in rendered:
+        raise MaskError(
+            "the chat template prints a content as Python source",
+            hint="name another chat template in `model.chat_template`",
+        )
     walk = _Walk(marking.leaves, rendered)
     turns = []
     places = _Places(template, marked, marked_tools, method, walk)
@@ -143,6 +148,7 @@ def _prove(
     for index in range(len(messages)):
         if index not in wanted:
             places.require_context(index)
+    places.require_order()
     walk.follow(text, messages)
     for index in wanted:
         turns.append(places.find_turn(index, text))
@@ -505,6 +511,23 @@ class _Places:
                     f" {describe(self._chat, index)}",
                     hint=f"{_OTHER_TEMPLATE}, or take it out of the rows",
                 )
+
+    def require_order(self) -> None:
+        """Raises: MaskError, where the template prints the messages in another order; a system text
+        may move.
+        """
+        order = [
+            index
+            for index, message in enumerate(self._chat)
+            if message["role"] not in ("system", "developer") and self._walk.pieces_of(index)
+        ]
+        order.sort(key=lambda index: self._walk.pieces_of(index)[0])
+        if order != sorted(order):
+            raise MaskError(
+                f"the chat template prints the messages in the order {order}:"
+                " a completion would not follow its prompt",
+                hint="use a chat template that keeps the order of the turns",
+            )
 
     def find_turn(self, index: int, text: str) -> ProvenTurn:
         """One completion in the real text, which follows the rendering of marks."""

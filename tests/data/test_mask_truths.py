@@ -472,6 +472,10 @@ def test_no_text_at_all_makes_a_wrong_mask(name: str) -> None:
             chat[1::2], starts, mask.content_chars[1::2], strict=True
         ):  # type: ignore[misc]
             assert start <= begin
-            assert mask.text[begin:end].strip() == message["content"].strip()
+            if mask.method.startswith("sentinel"):
+                assert mask.text[begin:end].strip() == message["content"].strip()
+        # A template that takes thoughts apart may lay other whitespace around them.
+        for message, (start, end) in zip(chat[1::2], mask.completion_chars, strict=True):
+            assert "".join(message["content"].split()) in "".join(mask.text[start:end].split())
 
     check()

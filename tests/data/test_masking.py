@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
-from runner.data.chat_template import MaskError
+from runner.data.chat_template import ChatFormat, MaskError
 from runner.data.masking import (
     IGNORE_INDEX,
     CompletionSpan,
@@ -30,10 +30,14 @@ from tests.support.chats import HOSTILE, KINDS, Chat, turns
 from tests.support.template_table import table_lines
 
 
+DAY = datetime(2026, 1, 31)
+
+
 def mask_conversation(
     tokenizer: Any, messages: Chat, *, template_kwargs: dict[str, Any] | None = None
 ) -> MaskedConversation:
-    return ConversationMasker(tokenizer, template_kwargs=template_kwargs).mask(messages)
+    chat_format = ChatFormat(template_kwargs=template_kwargs or {}, moment=DAY)
+    return ConversationMasker(tokenizer, chat_format).mask(messages)
 
 
 # --- what nobody can say to move a mask
@@ -145,30 +149,6 @@ def test_the_token_that_closes_the_conversation_is_not_that_of_a_turn() -> None:
     ]
 
 
-class CalendarTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
-    """A tokenizer whose template prints the day that the test says it is."""
-
-    today = "Monday"
-
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-        return super().apply_chat_template(*args, today=self.today, **kwargs)
-
-
-def test_midnight_between_two_rows_is_no_mismatch() -> None:
-    template = "{# strftime_now #}{{ today }}" + CHATML
-    tokenizer = CalendarTokenizer(
-        tokenizer_object=build_tokenizer().backend_tokenizer, eos_token="</s>"
-    )
-    tokenizer.chat_template = template
-    masker = ConversationMasker(tokenizer)
-    assert masker.reads_clock
-    monday = masker.mask(turns("q", "a"))
-    tokenizer.today = "Tuesday"
-    tuesday = masker.mask(turns("q", "a"))
-    assert tuesday.text.startswith("Tuesday")
-    assert len(monday.spans) == len(tuesday.spans) == 1
-
-
 # --- refusals
 
 
@@ -249,14 +229,12 @@ REFUSALS = {
         [*turns("q", "a"), {"role": "assistant", "content": "b"}],
         r"message 1 \(assistant\) has no end-of-turn token",
     ),
-    "takes think tags apart": (trl_template("qwen3"), turns("q", "<think>\nx</think>y"), "prove"),
     "raises": (trl_template("gemma"), turns("q", "a", system="s"), "System role not supported"),
     "raises on roles": (
         trl_template("gemma"),
         [*turns("q"), *turns("q", "a")],
         "must alternate",
     ),
-    "clock that never stands still": (CHATML + "{{ strftime_now('%f') }}", turns("q", "a"), ""),
     "unknown role": (
         CHATML,
         [{"role": "human", "content": "q"}, *turns("q", "a")],
@@ -334,7 +312,7 @@ def test_the_documented_table_is_what_the_templates_give() -> None:
         ("gemma", ["<end_of_turn>"]),
         ("llama3", ["<|eot_id|>"]),
         ("phi3", ["<|end|>"]),
-        ("gptoss", ["<|return|>", "<|end|>"]),
+        ("gptoss", ["<|return|>", "<|end|>", "<|call|>"]),
         ("ours: Human/Assistant text", ["</s>"]),
         ("ours: Mistral [INST]", ["</s>"]),
     ],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from functools import cache
 from typing import Any
 
+from runner.data.chat_template import ChatFormat
 from runner.data.masking import (
     ConversationMasker,
     MaskedConversation,
@@ -60,7 +62,9 @@ def trained_tokens(mask: MaskedConversation) -> list[int]:
 
 @cache
 def masker(template: str, kind: str) -> ConversationMasker:
-    return ConversationMasker(build_tokenizer(kind, template))
+    # The ground truths of TRL's templates read the clock.
+    chat_format = ChatFormat(moment=datetime.now())
+    return ConversationMasker(build_tokenizer(kind, template), chat_format)
 
 
 @cache

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
 
-from runner.data.chat_template import MaskError
+from runner.data.chat_template import ChatFormat, MaskError
 from runner.data.masking import ConversationMasker
 from tests.support.chat_formats import (
     OUR_TEMPLATES,
@@ -40,6 +42,12 @@ def describe(masker: ConversationMasker, roles: list[str]) -> tuple[bool, str]:
     return True, mask.text[start:end]
 
 
+def prints_date(tokenizer: Any) -> bool:
+    """Whether a plain conversation shows the date, so that `model.template_date` must be said."""
+    is_accepted, refusal = describe(ConversationMasker(tokenizer), SHAPES["single"])
+    return not is_accepted and "prints today's date" in refusal
+
+
 def code(text: str) -> str:
     """Text as inline code of one table cell."""
     return f"`{text.replace(chr(10), '⏎').replace('|', chr(92) + '|')}`"
@@ -53,15 +61,16 @@ def table_lines() -> Iterator[str]:
     )
     yield "|---|---|---|---|---|"
     for name, template in templates.items():
-        masker = ConversationMasker(build_tokenizer("bytes", template))
+        tokenizer = build_tokenizer("bytes", template)
+        masker = ConversationMasker(tokenizer, ChatFormat(moment=datetime(2026, 1, 31)))
         found = {shape: describe(masker, roles) for shape, roles in SHAPES.items()}
         verdicts = ["yes" if is_accepted else "refused" for is_accepted, _ in found.values()]
         notes = [code(found["rounds"][1])] if found["rounds"][0] else []
         notes += [
             text.replace("|", "\\|") for is_accepted, text in found.values() if not is_accepted
         ][:1]
-        if masker.reads_clock:
-            notes.append("can print today's date")
+        if prints_date(tokenizer):
+            notes.append("prints the date")
         yield f"| {name} | {' | '.join(verdicts)} | {'; '.join(notes)} |"
 
 
