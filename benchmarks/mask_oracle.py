@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.mask_oracle_chats import build_tokenizer, conversations  # noqa: E402
+from benchmarks.mask_oracle_chats import MOMENT, build_tokenizer, conversations  # noqa: E402
 from benchmarks.mask_oracle_judge import (  # noqa: E402
     REFUSED,
     RIGHT,
@@ -49,10 +49,16 @@ from benchmarks.mask_oracle_judge import (  # noqa: E402
     guess_eos,
     judge,
 )
+from runner.data.chat_template import ChatFormat  # noqa: E402
 from runner.data.masking import ConversationMasker  # noqa: E402
 
 MAX_MEMORY_GIB: Final = 6  # of address space, for a template that prints without end
 MaskerBuilder = Callable[[Any], Any]
+
+
+def build_masker(tokenizer: Any) -> ConversationMasker:
+    """The masker that runs use, with the clock at the moment of the oracle's renderings."""
+    return ConversationMasker(tokenizer, ChatFormat(moment=MOMENT))
 
 
 @dataclass(frozen=True)
@@ -75,13 +81,13 @@ class TemplateResult:
 
 
 def judge_template(
-    template: str, bos: str = "", eos: str = "", build_masker: MaskerBuilder = ConversationMasker
+    template: str, bos: str = "", eos: str = "", build: MaskerBuilder = build_masker
 ) -> dict[str, Verdict]:
-    """The verdict on each conversation under one template; `build_masker` is what is judged."""
+    """The verdict on each conversation under one template; `build` makes what is judged."""
     oracle = Oracle(build_tokenizer(template, bos, eos))
     if not eos and "eos_token" not in template and (guessed := guess_eos(oracle)):
         oracle = Oracle(build_tokenizer(template, bos, guessed))
-    masker = build_masker(oracle.tokenizer)
+    masker = build(oracle.tokenizer)
     return {chat.name: judge(oracle, masker.mask, chat) for chat in conversations()}
 
 
@@ -178,8 +184,10 @@ def report_lines(results: Sequence[TemplateResult]) -> Iterator[str]:
     yield f"\ntemplates that could not be judged: {len(failed)}"
     yield from (f"  {result.name}: {result.failure}" for result in failed)
     for result in results:
+        shown: set[str] = set()
         for chat, verdict in result.verdicts.items():
-            if verdict.verdict == WRONG:
+            if verdict.verdict == WRONG and verdict.why not in shown:  # the first of its kind
+                shown.add(verdict.why)
                 yield f"\nwrong: {result.name}, {chat}: {verdict.why}\n  {verdict.detail[:600]}"
 
 

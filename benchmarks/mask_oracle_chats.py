@@ -10,15 +10,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, tzinfo
 from functools import cache
 from itertools import product
 from typing import Any, Final
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 MAX_RENDERED_CHARACTERS: Final = 1_000_000
+MOMENT: Final = datetime(2026, 1, 2, 3, 4, 5)  # the clock of all templates stands still there
 
 # Markup in the usual brackets of control tokens; tags in lower case, such as <think>, are text.
 _CONTROL: Final = re.compile(
@@ -26,7 +30,7 @@ _CONTROL: Final = re.compile(
     r"|<｜[^<>｜'\"+~]{1,40}｜>"
     r"|<\|[^<>|\s'\"+~]{1,30}>|<[^<>|\s'\"+~/]{1,30}\|>"
     r"|</?s>|<(?:bos|eos|pad|unk|sop|eop|eod|image|video|audio|im_end|im_start)>"
-    r"|<(?:start|end)_of_[a-z]+>|<[A-Z][A-Z_]{2,}>|<extra_id_\d+>|<reserved_\d+>|<SPECIAL_\d+>"
+    r"|<(?:start|end|begin|beginning)_of_[a-z]+>|<[A-Z][A-Z_]{2,}>|<extra_id_\d+>|<reserved_\d+>|<SPECIAL_\d+>"
     r"|<seed:[a-z_]+>|<\]?[a-z~_]+\]?>?\[(?=>)|\]~b\]|\]~!b\[|\[e~\["
     r"|\[/?[A-Z][A-Z_]{2,}\]|\[gMASK\]"
 )
@@ -300,6 +304,23 @@ def in_form(messages: Sequence[Mapping[str, Any]], form: Form) -> list[dict[str,
     return shaped
 
 
+class _StoppedClock(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> _StoppedClock:
+        return cls.fromtimestamp(MOMENT.timestamp(), tz)
+
+
+@contextmanager
+def _clock_stopped() -> Iterator[None]:
+    """Transformers' own `strftime_now`, which takes no other clock, at `MOMENT`."""
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = _StoppedClock
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
+
+
 def render(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
@@ -311,12 +332,13 @@ def render(
     """The template's own rendering. Raises whatever the template raises, and ValueError where it
     prints far more than it was given.
     """
-    text: str = tokenizer.apply_chat_template(
-        in_form(messages, form),
-        tools=list(tools) or None,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-    )
+    with _clock_stopped():
+        text: str = tokenizer.apply_chat_template(
+            in_form(messages, form),
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
     if len(text) > MAX_RENDERED_CHARACTERS:
         raise ValueError(f"renders {len(text):,} characters")
     return text
@@ -370,7 +392,11 @@ def build_tokenizer(template: str, bos: str = "", eos: str = "") -> Any:
     """
     if not bos:
         bos = next(
-            (name for name in ("<|begin_of_text|>", "<bos>", "<|startoftext|>") if name in template),
+            (
+                name
+                for name in ("<|begin_of_text|>", "<bos>", "<|startoftext|>")
+                if name in template
+            ),
             "<bos>" if "<start_of_turn>" in template else "<s>",
         )
     guessed = eos or ("</s>" if "eos_token" in template else "<|endoftext|>")

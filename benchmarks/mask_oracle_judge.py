@@ -91,27 +91,26 @@ class Oracle:
         before anybody's words: nothing can be closed before something was opened.
         """
         found: set[str] = set()
-        for chat in conversations():
+        # The one with a system text comes last: templates print none of their own before it.
+        first: list[str] = []
+        for chat in sorted(conversations(), key=lambda chat: chat.name == "system"):
             if chat.name not in ("single", "two rounds", "system"):
                 continue
-            for form in FORMS[:3]:
-                text = self.try_render(chat.messages, [], form)
-                first_words = [word for word in (w.text for w in chat.words) if word in (text or "")]
-                if text is None or not first_words:
-                    continue
-                asked = chat.messages[:-1]
-                bare = self.try_render(asked, [], form)
-                prompt = self.try_render(asked, [], form, generate=True)
+            for text, form in self.renderings(chat).items():
+                bare = self.try_render(chat.messages[:-1], [], form)
+                prompt = self.try_render(chat.messages[:-1], [], form, generate=True)
                 if bare is not None and prompt is not None and prompt.startswith(bare):
                     found |= set(self.specials(prompt[len(bare) :]))
-                before = self.specials(text[: min(map(text.index, first_words))])
-                found |= set(before[: 2 if before[:1] == [self.tokenizer.bos_token] else 1])
-                if chat.name == "two rounds" and all(word.text in text for word in chat.words):
-                    (user,) = {text.index(chat.words_of(2)[0])}
-                    answer = text.index(chat.words_of(1)[1])
+                if any(word.text not in text for word in chat.words):
+                    continue
+                before = self.specials(text[: min(text.index(word.text) for word in chat.words)])
+                first = before[: 2 if before[:1] == [self.tokenizer.bos_token] else 1]
+                if chat.name == "two rounds":
+                    answer, user = (text.index(chat.words_of(n)[0]) for n in (1, 2))
                     behind = self.specials(text[answer:user])
                     if behind and before[-1:] == behind[-1:]:
                         found.add(behind[-1])
+        found |= set(first)
         return found - {self.tokenizer.eos_token}
 
     def stops(self, chat: Conversation, index: int, form: Form) -> set[str]:
@@ -165,21 +164,24 @@ class Oracle:
             return None
         return not text[:end_text].endswith(head[len(prompt) : end_head])
 
-    def generation_start(
-        self, chat: Conversation, index: int, text: str, form: Form
-    ) -> int | None:
-        """The character at which generation of a turn starts, None where the rendering does not go
-        on from the generation prompt or there is none.
+    def prompt_end(self, chat: Conversation, index: int, text: str, form: Form) -> int | None:
+        """The character at which the prompt of a turn ends, None where the rendering does not begin
+        with the prompt.
         """
-        head = chat.messages[:index]
-        prompt = self.try_render(head, chat.tools, form, generate=True)
-        bare = self.try_render(head, chat.tools, form)
-        if prompt is None or bare is None or not text.startswith(prompt):
-            return None
+        prompt = self.try_render(chat.messages[:index], chat.tools, form, generate=True)
         words = [text.find(word) for word in chat.words_of(index) if word in text]
-        if prompt == bare or not words or min(words) < len(prompt):
+        if prompt is None or not text.startswith(prompt) or not words or min(words) < len(prompt):
             return None
         return len(prompt)
+
+    def generation_start(self, chat: Conversation, index: int, text: str, form: Form) -> int | None:
+        """As `prompt_end`, but None where the template has no generation prompt: the header of the
+        turn follows there.
+        """
+        end = self.prompt_end(chat, index, text, form)
+        return (
+            None if text[:end] == self.try_render(chat.messages[:index], chat.tools, form) else end
+        )
 
     # --- what the template does to a conversation, whoever masks it
 
@@ -189,7 +191,9 @@ class Oracle:
         """
         if not texts:
             return "the template refuses the conversation"
-        return min((self._why_not(chat, *each) for each in texts.items()), key=lambda why: why != "")
+        return min(
+            (self._why_not(chat, *each) for each in texts.items()), key=lambda why: why != ""
+        )
 
     def _why_not(self, chat: Conversation, text: str, form: Form) -> str:
         wanted = chat.wanted
@@ -205,13 +209,16 @@ class Oracle:
         if any(self.is_rewritten(chat, index, text, form) for index in wanted):
             return "an earlier turn is printed otherwise than it was written"
         for index in wanted:
-            start, end = self.generation_start(chat, index, text, form), self._turn_end(chat, index, text)
+            start = self.prompt_end(chat, index, text, form)
+            end = self._turn_end(chat, index, text)
             if start is None:
-                return "a turn does not go on from the generation prompt"
+                return "the rendering does not begin with the prompt of a turn"
             if any(start <= text.find(w.text) < end for w in chat.words if w.message != index):
                 return "turns are printed in another order"
             gap = text[end : _next_word(chat, index, text, end)]
-            if not (self.stops(chat, index, form) | {self.tokenizer.eos_token}) & set(self.specials(gap)):
+            if not (self.stops(chat, index, form) | {self.tokenizer.eos_token}) & set(
+                self.specials(gap)
+            ):
                 return "no token ends a turn"
         return ""
 
@@ -295,7 +302,9 @@ def _grade(
     left = {f"the assistant's {word.part}" for word in missing if word.message in chat.wanted}
     left |= {w.part for w in missing if w.message is None or oracle._is_other(chat, w)}
     if left:
-        return Verdict(WRONG, f"accepted although the template leaves out {_join(left)}", repr(text))
+        return Verdict(
+            WRONG, f"accepted although the template leaves out {_join(left)}", repr(text)
+        )
     return Verdict(RIGHT, notes=tuple(notes))
 
 
@@ -344,7 +353,9 @@ def _judge_start(
     if start is None:
         return ""
     first = bisect_right([end for _, end in offsets], start)
-    if span.start < first:
+    header = text[offsets[span.start][0] : start]
+    # Think tags that the row itself says are its own, although a generation prompt holds them, too.
+    if span.start < first and not chat.messages[index]["content"].startswith(header.strip()):
         return "trains the header of a turn"
     own = min(text.index(word) for word in chat.words_of(index) if word in text)
     if span.start > first and text[offsets[first][0] : min(own, offsets[span.start][0])].strip():
@@ -368,11 +379,10 @@ def _judge_end(
     last_start, end = offsets[span.end - 1]
     gap = text[own_end : _next_word(chat, index, text, own_end)]
     stops = oracle.stops(chat, index, form) | {oracle.tokenizer.eos_token}
-    tail = text[own_end:end]
-    if opened := [token for token in oracle.specials(tail) if token in oracle.openers]:
-        return f"trains {opened[0]!r}, which opens a turn"
     if text[last_start:end] in stops:
         return ""
+    if text[last_start:end] in oracle.openers:
+        return f"ends at {text[last_start:end]!r}, which opens a turn"
     if possible := [token for token in oracle.specials(gap) if token in stops]:
         return f"ends at {text[last_start:end]!r}, not at {possible[-1]!r}"
     notes.append("a turn ends in text that stops nothing")
