@@ -110,6 +110,11 @@ class ChatTemplate:
         token: str | None = self._tokenizer.eos_token
         return token
 
+    @property
+    def appends_end(self) -> bool:
+        """Whether the recipe's end of turn is appended, as the template prints none."""
+        return self._appended is not None
+
     def holds(self, text: str) -> bool:
         """Whether the template's source holds a text."""
         return any(text in source for source in self._sources.values())

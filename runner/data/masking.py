@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from runner.data.chat_template import (
     ANY_MOMENTS,
@@ -35,6 +35,7 @@ from runner.data.chat_template import (
 )
 from runner.data.skeleton import Shape, Skeleton, Skeletons
 from runner.data.structure_proof import ProvenText, ProvenTurn, UnprintedError, prove_structure
+from runner.recipe.schema import Loss
 
 IGNORE_INDEX = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -87,21 +88,28 @@ class MaskedConversation:
 
 
 def build_labels(
-    input_ids: Sequence[int], spans: Sequence[CompletionSpan], loss: Literal["full", "completion"]
+    input_ids: Sequence[int],
+    spans: Sequence[CompletionSpan],
+    loss: Loss,
+    untrained: Sequence[CompletionSpan] = (),
 ) -> list[int]:
-    """One label per token: its id where it is trained on, `IGNORE_INDEX` elsewhere.
+    """One label per token: its id where it is trained on, `IGNORE_INDEX` elsewhere. `untrained`
+    turns, those of weight 0, have none under any loss.
 
     >>> build_labels([5, 6, 7, 8], [CompletionSpan(1, 3)], "completion")
     [-100, 6, 7, -100]
     >>> build_labels([5, 6, 7, 8], [CompletionSpan(1, 3)], "full")
     [5, 6, 7, 8]
+    >>> build_labels([5, 6, 7, 8], [CompletionSpan(0, 1), CompletionSpan(3, 4)], "last_completion")
+    [-100, -100, -100, 8]
     """
     if loss == "full":
-        return list(input_ids)
-    if loss != "completion":
-        raise ValueError(f"loss is {loss!r}, expected 'full' or 'completion'")
+        labels = list(input_ids)
+        for span in untrained:
+            labels[span.start : span.end] = [IGNORE_INDEX] * (span.end - span.start)
+        return labels
     labels = [IGNORE_INDEX] * len(input_ids)
-    for span in spans:
+    for span in spans[-1:] if loss == "last_completion" else spans:
         labels[span.start : span.end] = input_ids[span.start : span.end]
     return labels
 

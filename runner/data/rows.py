@@ -1,97 +1,47 @@
-"""Picks, splits, tokenises and masks rows; what comes out is the same for every loss mode but for
-the labels.
-
-Rows are ordered by a seeded hash of their group (the content itself, where the task knows no
-groups), then of their content. Test rows come first, then validation, then training, so splits are
-disjoint by content and by group, independent of the order of the file, and smaller training sets
-are prefixes of larger ones.
+"""Tokenises and masks the rows of a run and fits them into `data.max_length`; what comes out is the
+same for every loss mode but for the labels.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
-from runner.data.chat_template import MaskError
-from runner.data.masking import CompletionSpan, ConversationMasker, MaskedConversation, build_labels
-from runner.data.sources import load_rows
-from runner.data.tasks.base import Conversation
+from runner.data.chat_template import MaskError, describe
+from runner.data.draw import SPLITS, LeftOut, RawRow, RawSplits, draw_splits
+from runner.data.masking import (
+    Completion,
+    CompletionSpan,
+    ConversationMasker,
+    MaskedConversation,
+    build_labels,
+)
 from runner.errors import DataError
 from runner.files import hash_json
-from runner.recipe.schema import DataSection
+from runner.recipe.schema import DataSection, Loss, Turns
 
-SPLITS: Final = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """One conversation, where it came from, a hash of its content, and what an answer to it is
-    judged against.
-    """
-
-    where: str
-    messages: Conversation
-    content_hash: str
-    references: tuple[str, ...]
-    group: str  # the content hash where the task knows no groups
-
-    @property
-    def row_id(self) -> str:
-        """Stable id: the start of the content hash."""
-        return self.content_hash[:16]
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """What no split was drawn from, and why; nothing else is missing but rows that were not asked
-    for.
-    """
-
-    num_duplicates: int = 0
-    # Another row of their group stands in a split that is drawn earlier.
-    num_left_out_by_group: int = 0
-    # Split of the source -> reason -> count.
-    by_task: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-
-    def describe(self) -> list[str]:
-        """One line for each reason."""
-        lines = [
-            f"{split}: {count} {reason}"
-            for split, left in self.by_task.items()
-            for reason, count in left.items()
-        ]
-        if self.num_left_out_by_group:
-            lines.append(f"{self.num_left_out_by_group} rows of groups that stand in another split")
-        if self.num_duplicates:
-            lines.append(f"{self.num_duplicates} duplicate rows")
-        return lines
-
-
-@dataclass(frozen=True)
-class RawSplits:
-    """The rows drawn for each split, before anything model-specific."""
-
-    train: tuple[RawRow, ...]
-    validation: tuple[RawRow, ...]
-    test: tuple[RawRow, ...]
-    left_out: LeftOut
+_NUM_SHOWN: Final = 5
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised row. `spans` are the completions in `input_ids`; `num_bytes` counts their
-    contents in UTF-8.
+    """One tokenised row of a split.
 
-    A generated last completion is judged against `references`.
+    `spans` are its completions in `input_ids`: trained and scored turns with their ends; `contents`
+    are the tokens of each that hold at least one byte of what the row says, `num_bytes` counts
+    these bytes in UTF-8. `untrained` are turns of weight 0. A generated last completion is judged
+    against `references`.
     """
 
     row_id: str
+    group: str
     input_ids: tuple[int, ...]
     spans: tuple[CompletionSpan, ...]
+    contents: tuple[CompletionSpan, ...]
     num_bytes: int
     is_truncated: bool
+    untrained: tuple[CompletionSpan, ...] = ()
     references: tuple[str, ...] = ()
 
     @property
@@ -101,9 +51,9 @@ class Row:
         """
         return sum(span.end - max(span.start, 1) for span in self.spans)
 
-    def labels(self, loss: Literal["full", "completion"]) -> list[int]:
+    def labels(self, loss: Loss) -> list[int]:
         """One label per token."""
-        return build_labels(self.input_ids, self.spans, loss)
+        return build_labels(self.input_ids, self.spans, loss, self.untrained)
 
 
 @dataclass(frozen=True)
@@ -126,77 +76,22 @@ class Samples:
     left_out: LeftOut
 
 
-def draw_splits(data: DataSection) -> RawSplits:
-    """The rows of each split: the same for every model, loss mode and training seed.
+@dataclass(frozen=True)
+class FittedRow:
+    """One row as it is cut to `data.max_length`, and the conversation that it was cut from.
 
-    A row whose content occurred before, in a split that comes first or earlier in its own, is a
-    duplicate: it is counted and left out. So are rows of a group of which another row stands in a
-    split that comes first. Raises DataError for a split that is empty or has fewer rows than asked
-    for.
+    `row` is None where the row does not fit. `raw` and `masked` are what `data.truncation:
+    turns_left` left of the conversation, else the whole of it; `prompt_left` takes `num_cut` tokens
+    behind the first `num_kept`.
     """
-    seen: set[str] = set()
-    pools: dict[str, list[RawRow]] = {}
-    by_task: dict[str, Mapping[str, int]] = {}
-    num_duplicates = 0
-    for split, source in (
-        ("test", data.test),
-        ("validation", data.validation),
-        ("train", data.train),
-    ):
-        if source is None:
-            continue
-        pools[split] = []
-        read = data.task.build_examples(load_rows(source))
-        if read.left_out:
-            by_task[split] = read.left_out
-        for example in read.examples:
-            content_hash = hash_json(
-                [[message["role"], message["content"]] for message in example.messages]
-            )
-            if content_hash in seen:
-                num_duplicates += 1
-                continue
-            seen.add(content_hash)
-            group = content_hash if example.group is None else example.group
-            pools[split].append(
-                RawRow(example.where, example.messages, content_hash, example.references, group)
-            )
-        pools[split].sort(
-            key=lambda raw: (_rank(data.seed, raw.group), _rank(data.seed, raw.content_hash))
-        )
-    drawn: dict[str, tuple[RawRow, ...]] = {}
-    num_left_out_by_group = 0
-    for split in ("test", "validation", "train"):
-        pool = pools.get(split, pools["train"])
-        groups = {raw.group for rows in drawn.values() for raw in rows}
-        allowed = [raw for raw in pool if raw.group not in groups]
-        num_left_out_by_group += len(pool) - len(allowed)
-        left_out = LeftOut(num_duplicates, num_left_out_by_group, by_task)
-        drawn[split] = _draw(allowed, split, getattr(data, f"num_{split}_samples"), left_out)
-        pool[:] = allowed[len(drawn[split]) :]
-    return RawSplits(drawn["train"], drawn["validation"], drawn["test"], left_out)
 
-
-def _rank(seed: int, text: str) -> str:
-    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
-
-
-def _draw(
-    pool: Sequence[RawRow], split: str, wanted: int | None, left_out: LeftOut
-) -> tuple[RawRow, ...]:
-    """The first rows of what is left for a split."""
-    count = len(pool) if wanted is None else wanted
-    if len(pool) < count or count == 0:
-        reasons = "".join(f"\n  left out: {line}" for line in left_out.describe())
-        raise DataError(
-            f"{len(pool)} different rows are left for the {split} split, {wanted or 'at least 1'}"
-            " were asked for" + reasons,
-            hint=(
-                f"lower `data.num_{split}_samples`,"
-                " or those of the splits drawn before it (test, then validation)"
-            ),
-        )
-    return tuple(pool[:count])
+    row: Row | None
+    raw: RawRow
+    masked: MaskedConversation
+    num_tokens: int  # of the whole conversation
+    num_cut: int = 0
+    num_kept: int = 0
+    num_cut_messages: int = 0
 
 
 def build_samples(data: DataSection, tokenizer: Any, raw: RawSplits | None = None) -> Samples:
@@ -205,16 +100,44 @@ def build_samples(data: DataSection, tokenizer: Any, raw: RawSplits | None = Non
     `raw` saves drawing the rows again where several models share them.
 
     Raises:
-        DataError: a row cannot be rendered, masked or fitted into `data.max_length`; the first few
-            are named.
+        DataError: a row cannot be rendered, masked or fitted into `data.max_length`, or is the same
+            text as one of another split; the first few are named.
     """
     masker = build_masker(tokenizer)
     raw = raw or draw_splits(data)
-    train, validation, test = (
-        _tokenize_split(getattr(raw, name), name, data, masker, tokenizer.bos_token_id)
-        for name in SPLITS
-    )
-    return Samples(train, validation, test, raw.left_out)
+    origins: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    splits: dict[str, Split] = {}
+    for name in SPLITS:
+        rows = expand_turns(getattr(raw, name), data.turns)
+        splits[name], origins[name] = _tokenize_split(
+            rows, name, data, masker, tokenizer.bos_token_id
+        )
+    refuse_same_tokens(origins)
+    return Samples(**splits, left_out=raw.left_out)
+
+
+def expand_turns(rows: Iterable[RawRow], turns: Turns) -> list[RawRow]:
+    """The rows under `data.turns`, which says what of a conversation is a completion: `all` turns
+    of weight 1, the `last` of them, or each in a row of its own that ends with it (`split`).
+    """
+    if turns == "all":
+        return list(rows)
+    expanded = []
+    for raw in rows:
+        for turn in raw.completions if turns == "split" else raw.completions[-1:]:
+            is_last = turn == raw.completions[-1]
+            whole = turns == "last"
+            expanded.append(
+                replace(
+                    raw,
+                    messages=raw.messages if whole else raw.messages[: turn + 1],
+                    completions=(turn,),
+                    untrained=frozenset(n for n in raw.untrained if whole or n < turn),
+                    references=raw.references if is_last else (),
+                    turn=None if whole else turn,
+                )
+            )
+    return expanded
 
 
 def build_masker(tokenizer: Any) -> ConversationMasker:
@@ -222,39 +145,123 @@ def build_masker(tokenizer: Any) -> ConversationMasker:
     return ConversationMasker(tokenizer)
 
 
-def mask_row(raw: RawRow, masker: ConversationMasker) -> MaskedConversation:
-    """The tokens and completions of one row, whole. Raises: MaskError, which names the row."""
+def fit_row(
+    raw: RawRow, masker: ConversationMasker, data: DataSection, bos_token_id: int | None
+) -> FittedRow:
+    """The row as a run uses it, after `data.truncation`.
+
+    Raises:
+        MaskError: the row cannot be proven, begins with BOS twice, or has an earlier turn that the
+            template does not print as the model would write it; names the row.
+    """
     try:
-        return masker.mask(raw.messages)
+        masked = _mask(raw, masker, data)
     except MaskError as error:
         raise MaskError(f"{raw.where}: {error.message}", hint=error.hint) from None
-
-
-def fit_row(
-    raw: RawRow, masked: MaskedConversation, data: DataSection, bos_token_id: int | None
-) -> Row | None:
-    """The row as a run uses it, after `data.truncation`; None where it does not fit into
-    `data.max_length`.
-
-    Raises: MaskError, for a row that begins with BOS twice.
-    """
     if bos_token_id is not None and masked.input_ids[:2] == (bos_token_id, bos_token_id):
         raise MaskError(
             f"{raw.where}: begins with the BOS token twice,"
             " as no text does that a model was trained on",
             hint="the content begins with it, or the chat template prints it twice",
         )
-    completions = [message["content"] for message in raw.messages if message["role"] == "assistant"]
-    assert len(completions) == len(masked.spans)
-    kept = list(zip(masked.spans, completions, strict=True))
-    ids, cut = masked.input_ids, max(0, len(masked.input_ids) - data.max_length)
-    if cut and data.truncation == "prompt_left":
-        ids, kept = _cut_prompt(ids, kept, data.max_length, bos_token_id)
-    if len(ids) > data.max_length or not kept:
+    num_tokens = len(masked.input_ids)
+    if num_tokens <= data.max_length or data.truncation not in ("prompt_left", "turns_left"):
+        row = _build_row(raw, masked, masked.input_ids, 0, 0)
+        return FittedRow(row if num_tokens <= data.max_length else None, raw, masked, num_tokens)
+    if data.truncation == "turns_left":
+        return _cut_turns(raw, masker, data, masked)
+    num_kept = 1 if bos_token_id is not None and masked.input_ids[0] == bos_token_id else 0
+    cut = num_tokens - data.max_length
+    ids = masked.input_ids[:num_kept] + masked.input_ids[cut + num_kept :]
+    row = _build_row(raw, masked, ids, cut, num_kept)
+    return FittedRow(row, raw, masked, num_tokens, cut, num_kept)
+
+
+def _mask(raw: RawRow, masker: ConversationMasker, data: DataSection) -> MaskedConversation:
+    wanted = sorted({*raw.completions, *raw.untrained})
+    masked = masker.mask(raw.messages, raw.tools, turns=wanted)
+    for completion in masked.completions:
+        if completion.rewritten is not None and completion.message in raw.completions:
+            raise MaskError(
+                f"{describe(raw.messages, completion.message)} is not printed as the model would"
+                f" write it: {completion.rewritten}",
+                hint=(
+                    "`data.turns: last` trains and scores the last answer only, `data.turns: split`"
+                    " makes each answer a row of its own, with its history as the template prints"
+                    " it then"
+                    if data.turns == "all"
+                    else "end the conversation with the turn that is to be trained"
+                ),
+            )
+    return masked
+
+
+def _build_row(
+    raw: RawRow, masked: MaskedConversation, ids: tuple[int, ...], cut: int, num_kept: int
+) -> Row | None:
+    """The row of what is left of a conversation when `cut` tokens behind the first `num_kept` are
+    gone; None where no completion is.
+
+    Completions that lose a token or their whole prompt are not trained on.
+    """
+    completions: list[Completion] = []
+    untrained: list[CompletionSpan] = []
+    for one in masked.completions:
+        if one.message in raw.untrained:
+            start, end = max(one.span.start - cut, num_kept), one.span.end - cut
+            untrained += [CompletionSpan(start, end)] if start < end else []
+        elif one.message in raw.completions and (not cut or one.span.start - cut > num_kept):
+            completions.append(one)
+    if not completions:
         return None
-    num_bytes = sum(len(text.encode()) for _, text in kept)
-    spans = tuple(span for span, _ in kept)
-    return Row(raw.row_id, ids, spans, num_bytes, bool(cut), raw.references)
+    return Row(
+        row_id=raw.row_id,
+        group=raw.key[:16] if raw.group == raw.key else raw.group,
+        input_ids=ids,
+        spans=tuple(_shift(one.span, cut) for one in completions),
+        contents=tuple(_shift(one.content, cut) for one in completions),
+        num_bytes=sum(one.num_bytes for one in completions),
+        is_truncated=cut > 0,
+        untrained=tuple(untrained),
+        references=raw.references,
+    )
+
+
+def _shift(span: CompletionSpan, cut: int) -> CompletionSpan:
+    return CompletionSpan(span.start - cut, span.end - cut)
+
+
+def _cut_turns(
+    raw: RawRow, masker: ConversationMasker, data: DataSection, whole: MaskedConversation
+) -> FittedRow:
+    """The row without its first rounds: the fewest whole rounds (a user's message and what answers
+    it) whose loss lets it fit. A system text stays.
+    """
+    num_head = 0
+    while raw.messages[num_head]["role"] in ("system", "developer"):
+        num_head += 1
+    users = [n for n, message in enumerate(raw.messages) if message["role"] == "user"]
+    for first in (n for n in users if num_head < n < raw.completions[-1]):
+        cut = first - num_head
+        rest = replace(
+            raw,
+            messages=raw.messages[:num_head] + raw.messages[first:],
+            completions=tuple(n - cut for n in raw.completions if n >= first),
+            untrained=frozenset(n - cut for n in raw.untrained if n >= first),
+        )
+        try:
+            masked = _mask(rest, masker, data)
+        except MaskError as error:
+            raise MaskError(
+                f"{raw.where}, without the {cut} messages before message {first}: {error.message}",
+                hint=error.hint,
+            ) from None
+        if len(masked.input_ids) <= data.max_length:
+            row = _build_row(rest, masked, masked.input_ids, 0, 0)
+            assert row is not None, "the last completion stays"
+            row = replace(row, is_truncated=True)
+            return FittedRow(row, rest, masked, len(whole.input_ids), num_cut_messages=cut)
+    return FittedRow(None, raw, whole, len(whole.input_ids))
 
 
 def _tokenize_split(
@@ -263,41 +270,44 @@ def _tokenize_split(
     data: DataSection,
     masker: ConversationMasker,
     bos_token_id: int | None,
-) -> Split:
+) -> tuple[Split, list[tuple[str, tuple[int, ...]]]]:
+    """The split, and where each of its rows comes from with its tokens."""
     rows: list[Row] = []
+    origins: list[tuple[str, tuple[int, ...]]] = []
     too_long: list[tuple[RawRow, int]] = []
     for raw in raw_rows:
-        masked = mask_row(raw, masker)
-        row = fit_row(raw, masked, data, bos_token_id)
-        if row is None:
-            too_long.append((raw, len(masked.input_ids)))
+        fitted = fit_row(raw, masker, data, bos_token_id)
+        if fitted.row is None:
+            too_long.append((raw, fitted.num_tokens))
         else:
-            rows.append(row)
+            rows.append(fitted.row)
+            origins.append((raw.where, fitted.row.input_ids))
     refuse_too_long(too_long, len(rows), split, data)
-    return Split(tuple(rows), tuple(raw.row_id for raw, _ in too_long))
+    return Split(tuple(rows), tuple(raw.row_id for raw, _ in too_long)), origins
 
 
-def _cut_prompt(
-    ids: tuple[int, ...],
-    kept: list[tuple[CompletionSpan, str]],
-    max_length: int,
-    bos_token_id: int | None,
-) -> tuple[tuple[int, ...], list[tuple[CompletionSpan, str]]]:
-    """Cut tokens off the left, but for BOS. Completions that lose a token or their whole prompt are
-    not trained on.
-
-    >>> span = CompletionSpan(4, 6)
-    >>> _cut_prompt((1, 5, 6, 7, 8, 9), [(span, "x")], 4, 1)
-    ((1, 7, 8, 9), [(CompletionSpan(start=2, end=4), 'x')])
+def refuse_same_tokens(origins: Mapping[str, Iterable[tuple[str, Hashable]]]) -> None:
+    """Raises: DataError, if rows of two splits are the same tokens, though their columns differ:
+    what is tested would have been trained on. `origins` has `(where, tokens)` of each row.
     """
-    head = ids[:1] if bos_token_id is not None and ids[0] == bos_token_id else ()
-    cut = len(ids) - max_length
-    shifted = [
-        (CompletionSpan(span.start - cut, span.end - cut), text)
-        for span, text in kept
-        if span.start - cut > len(head)
-    ]
-    return head + ids[cut + len(head) :], shifted
+    seen: dict[Hashable, tuple[str, str]] = {}
+    same: list[str] = []
+    for split, rows in origins.items():
+        for where, tokens in rows:
+            first_split, first_where = seen.setdefault(tokens, (split, where))
+            if first_split != split:
+                same.append(f"  {first_where} ({first_split}) and {where} ({split})")
+    if same:
+        shown = "\n".join(same[:_NUM_SHOWN])
+        more = f"\n  and {len(same) - _NUM_SHOWN} more" if len(same) > _NUM_SHOWN else ""
+        raise DataError(
+            f"{len(same)} rows of one split become the same tokens as a row of another:\n{shown}"
+            + more,
+            hint=(
+                "remove one of each pair from the data, name the columns that tell them apart in"
+                " `data.ignore`, or give both the same value in `data.group_column`"
+            ),
+        )
 
 
 def refuse_too_long(
@@ -310,17 +320,18 @@ def refuse_too_long(
         shown = "\n".join(f"  {raw.where}: {length} tokens" for raw, length in too_long[:5])
         more = f"\n  and {len(too_long) - 5} more" if len(too_long) > 5 else ""
         longest = max(length for _, length in too_long)
-        reason = (
-            "their last completion alone does not fit"
-            if data.truncation == "prompt_left"
-            else "and `data.truncation` is `refuse`"
-        )
+        reasons = {
+            "prompt_left": "their last completion alone does not fit",
+            "turns_left": "their last round alone does not fit",
+        }
+        reason = reasons.get(data.truncation, "and `data.truncation` is `refuse`")
         raise DataError(
             f"{len(too_long)} rows of the {split} split are longer than `data.max_length:"
             f" {data.max_length}`, {reason}:\n{shown}{more}",
             hint=(
-                f"set `data.max_length: {longest}`, or `data.truncation: prompt_left` (cuts"
-                " prompts, keeps completions) or `drop` (leaves such rows out, counted)"
+                f"set `data.max_length: {longest}`, or `data.truncation: turns_left` (cuts the"
+                " first rounds), `prompt_left` (cuts prompts, keeps completions) or `drop` (leaves"
+                " such rows out, counted)"
             ),
         )
     if not num_fitting:
@@ -329,9 +340,9 @@ def refuse_too_long(
         )
 
 
-def describe_samples(samples: Samples, loss: Literal["full", "completion"]) -> dict[str, Any]:
+def describe_samples(samples: Samples, loss: Loss) -> dict[str, Any]:
     """The content of `samples.json`: two arms saw the same rows exactly when their `input_ids_hash`
-    are equal.
+    are equal. `ids_hash` does not depend on the order.
     """
     splits = {}
     for name in SPLITS:
@@ -340,15 +351,18 @@ def describe_samples(samples: Samples, loss: Literal["full", "completion"]) -> d
         ids = [row.row_id for row in split.rows]
         splits[name] = {
             "num_rows": len(split.rows),
+            "num_groups": len({row.group for row in split.rows}),
             "num_truncated": sum(row.is_truncated for row in split.rows),
             "num_dropped": len(split.dropped),
             "num_tokens": sum(len(row.input_ids) for row in split.rows),
             "num_completion_tokens": sum(row.num_completion_tokens for row in split.rows),
+            "num_bytes": sum(row.num_bytes for row in split.rows),
             "num_labels": sum(label >= 0 for row_labels in labels for label in row_labels),
-            "ids_hash": hash_json(ids),
+            "ids_hash": hash_json(sorted(ids)),
             "input_ids_hash": hash_json([row.input_ids for row in split.rows]),
             "mask_hash": hash_json([[label >= 0 for label in row_labels] for row_labels in labels]),
             "ids": ids,
+            "groups": [row.group for row in split.rows],
             "dropped": list(split.dropped),
         }
     left_out = samples.left_out
@@ -357,5 +371,6 @@ def describe_samples(samples: Samples, loss: Literal["full", "completion"]) -> d
         "num_duplicates": left_out.num_duplicates,
         "num_left_out_by_group": left_out.num_left_out_by_group,
         "left_out_by_task": {split: dict(reasons) for split, reasons in left_out.by_task.items()},
+        "left_out_columns": {split: dict(columns) for split, columns in left_out.columns.items()},
         "splits": splits,
     }

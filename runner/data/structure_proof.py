@@ -582,12 +582,8 @@ class _Places:
         shared = len(common_prefix(rendered, prompt))
         if first.leaf.what == "`content`":
             return first.start
-        # The last whole special token, or line, that both begin the turn with.
-        cuts = [
-            lowest + found.end() for found in self._template.find_specials(rendered[lowest:shared])
-        ]
-        cuts += [lowest + at + 1 for at, char in enumerate(rendered[lowest:shared]) if char == "\n"]
-        if not cuts or not rendered.startswith(without[:lowest]):
+        length = self._cut(rendered[lowest:shared])
+        if not length:
             raise MaskError(
                 f"{describe(self._chat, index)} does not go on from the generation prompt, so"
                 " nobody can tell where the model would begin to write; the prompt ends in"
@@ -597,7 +593,7 @@ class _Places:
                     " `model.chat_template_kwargs: {enable_thinking: false}`"
                 ),
             )
-        return max(cuts)
+        return lowest + length
 
     def _find_header(self, index: int, lead: str) -> int:
         """The length of the role header in what is printed before a turn's first leaf, under a
@@ -609,13 +605,23 @@ class _Places:
         header = before.removeprefix(self._render(self._chat[:index]) if index else "")
         if PROBE not in text or header.isspace() or not header:
             return 0
-        if not lead.startswith(header):
+        if lead.startswith(header):
+            return len(header)
+        # A role header is what all turns begin with: where they share nothing, it stands before.
+        shared = common_prefix(lead, header)
+        length = self._cut(shared)
+        if shared and not length:
             raise MaskError(
                 f"{describe(self._chat, index)}: the chat template has no generation prompt, and"
                 " prints this turn with another header than a plain answer",
                 hint="use a chat template with a generation prompt",
             )
-        return len(header)
+        return length
+
+    def _cut(self, shared: str) -> int:
+        """The length of a text up to its last whole special token or line, 0 where it has none."""
+        cuts = [found.end() for found in self._template.find_specials(shared)]
+        return max([*cuts, shared.rfind("\n") + 1])
 
     def _find_rewriting(self, index: int, first: _Piece, last: _Piece) -> str | None:
         """How the turn differs from the same one at the end of a conversation, None if it does

@@ -66,13 +66,16 @@ def find_end(template: ChatTemplate, turn: TurnText) -> tuple[int, str | None]:
     if not ends:
         # A token that stops the model and is also the next speaker's header (GLM).
         first = template.find_specials(turn.own)[:1]
-        ends = [one for one in first if one.group() in template.stop_tokens]
+        ends = [one for one in first if template.appends_end or one.group() in template.stop_tokens]
     if ends:
         return ends[0].end(), ends[0].group()
     plain = (ending or "").rstrip()
     if plain and not template.find_specials(plain) and turn.own.startswith(plain):
-        return len(plain), None
-    raise _refuse_endless(template, turn, witness)
+        # What closes a call is no end: it stops nothing.
+        closing = _find_plain_end(template, turn)
+        if not turn.chat[turn.index].get("tool_calls") or (closing and plain.endswith(closing)):
+            return len(plain), None
+    raise _refuse_endless(template, turn)
 
 
 def _find_witness(template: ChatTemplate, turn: TurnText) -> str | None:
@@ -123,18 +126,31 @@ def _refuse_generation_prompt(
     )
 
 
-def _refuse_endless(template: ChatTemplate, turn: TurnText, witness: str | None) -> MaskError:
+def _find_plain_end(template: ChatTemplate, turn: TurnText) -> str:
+    """What the template prints behind a plain answer at the end of a conversation, but for
+    whitespace.
+    """
+    answered = [*turn.chat[: turn.index], {"role": "assistant", "content": PROBE}]
+    return (_text_after(template, turn, answered, PROBE) or "").strip()
+
+
+def _refuse_endless(template: ChatTemplate, turn: TurnText) -> MaskError:
     """The refusal of a turn that nothing ends, and the line to paste where one may help."""
-    between = template.find_specials(witness or turn.own)[:1]
     hint = (
         "in the chat template, print {{ eos_token }}, or another special token of the"
         " tokenizer, right after every assistant content"
     )
-    is_last = turn.index == len(turn.chat) - 1
-    if is_last and template.format.end_of_turn is None and not template.find_specials(turn.own):
-        token = between[0].group() if between else template.eos_token
-        if token:
-            found = f"{token!r} stands there where a user speaks next; " if between else ""
+    if template.format.end_of_turn is None and not _find_plain_end(template, turn):
+        answered = [
+            {"role": "user", "content": PROBE * 2},
+            {"role": "assistant", "content": PROBE * 3},
+            {"role": "user", "content": PROBE * 2},
+        ]
+        behind = (_text_after(template, turn, answered, PROBE * 3) or "").lstrip()
+        between = [one.group() for one in template.find_specials(behind) if one.start() == 0]
+        found = "".join(f"{token!r} stands there where a user speaks next; " for token in between)
+        token = between[0] if between else template.eos_token
+        if between or turn.index == len(turn.chat) - 1:
             hint = (
                 f'{found}`model.end_of_turn: "{token}"` appends it to the last answer; or, {hint}'
             )

@@ -102,7 +102,7 @@ def plan_data(path: Path) -> DataPlan:
     """What the rows of a file are and how they are split. Raises: RunnerError, also for a file that
     cannot be read.
     """
-    from runner.data.rows import draw_splits
+    from runner.data.draw import draw_splits
     from runner.data.sources import load_rows
 
     if not path.is_file():

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from runner.data.rows import SPLITS
+from runner.data.draw import SPLITS
 from runner.preflight.survey import CheckedRun, CheckResult, check_recipes, group_runs
 from runner.recipe.parse import Recipe
 from runner.text import align

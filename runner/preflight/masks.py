@@ -15,23 +15,14 @@ from html import escape
 from itertools import groupby
 from typing import Any, Final, Literal
 
+from runner.data.draw import SPLITS, RawRow, RawSplits, draw_splits
 from runner.data.masking import MaskedConversation, build_labels
-from runner.data.rows import (
-    SPLITS,
-    RawRow,
-    RawSplits,
-    Row,
-    build_masker,
-    draw_splits,
-    fit_row,
-    mask_row,
-)
+from runner.data.rows import FittedRow, build_masker, expand_turns, fit_row
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import RunnerError
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import DataSection
+from runner.recipe.schema import Loss
 
-Loss = Literal["full", "completion"]
 Fate = Literal["whole", "cut", "dropped", "refused"]
 
 _MIN_ID_CHARS: Final = 6
@@ -66,6 +57,8 @@ class TurnCount:
     num_trained: int
     # The piece that ends what is trained on, of an assistant turn its end of turn.
     last_trained: str
+    # Besides its text: `reasoning`, `2 calls`, `weight 0`, `context only`.
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +75,7 @@ class RowView:
     method: str
     tokens: tuple[TokenView, ...]
     turns: tuple[TurnCount, ...]
+    num_cut_messages: int = 0  # by `data.truncation: turns_left`; they are not shown
 
     @property
     def num_tokens(self) -> int:
@@ -117,18 +111,14 @@ def build_views(recipe: Recipe, split: str, num_rows: int, row: str | None) -> l
     chosen = _choose(splits, split, num_rows, row)
     tokenizer = load_tokenizer(recipe.model)
     masker = build_masker(tokenizer)
-    return [
-        build_view(
-            raw,
-            mask_row(raw, masker),
-            recipe.data,
-            recipe.loss,
-            tokenizer,
-            split=name,
-            number=number,
-        )
-        for name, number, raw in chosen
-    ]
+    views = []
+    for name, number, conversation in chosen:
+        for raw in expand_turns([conversation], recipe.data.turns):
+            if row is not None and "." in row and row.rpartition(".")[2] != str(raw.turn):
+                continue
+            fitted = fit_row(raw, masker, recipe.data, tokenizer.bos_token_id)
+            views.append(build_view(fitted, recipe, tokenizer, split=name, number=number))
+    return views
 
 
 def _choose(
@@ -137,12 +127,13 @@ def _choose(
     rows: Sequence[RawRow] = getattr(splits, split)
     if row is None:
         return [(split, number, raw) for number, raw in enumerate(rows[:num_rows], start=1)]
-    if len(row) >= _MIN_ID_CHARS:
+    conversation, _, _ = row.partition(".")  # the rest is a turn of one that is split
+    if len(conversation) >= _MIN_ID_CHARS:
         named = [
             (name, number, raw)
             for name in SPLITS
             for number, raw in enumerate(getattr(splits, name), start=1)
-            if raw.row_id.startswith(row)
+            if raw.row_id.startswith(conversation)
         ]
         if named:
             return named
@@ -159,60 +150,54 @@ def _choose(
 
 
 def build_view(
-    raw: RawRow,
-    masked: MaskedConversation,
-    data: DataSection,
-    loss: Loss,
-    tokenizer: Any,
-    *,
-    split: str,
-    number: int,
+    fitted: FittedRow, recipe: Recipe, tokenizer: Any, *, split: str, number: int
 ) -> RowView:
-    """The view of one row under a loss mode; what it shows as seen is what the trainer is given."""
-    row = fit_row(raw, masked, data, tokenizer.bos_token_id)
+    """The view of one row under the recipe's loss; what it shows as seen is what the trainer is
+    given.
+    """
+    raw, masked, row = fitted.raw, fitted.masked, fitted.row
+    seen = list(range(len(masked.input_ids)))
     if row is None:
-        fate: Fate = "dropped" if data.truncation == "drop" else "refused"
-        seen, labels = (
-            list(range(len(masked.input_ids))),
-            build_labels(masked.input_ids, masked.spans, loss),
-        )
+        fate: Fate = "dropped" if recipe.data.truncation == "drop" else "refused"
+        labels = _label_whole(raw, masked, recipe.loss)
     else:
         fate = "cut" if row.is_truncated else "whole"
-        seen, labels = _find_seen(row, masked), row.labels(loss)
+        del seen[fitted.num_kept : fitted.num_kept + fitted.num_cut]
+        labels = row.labels(recipe.loss)
     trained = {at for at, label in zip(seen[1:], labels[1:], strict=True) if label >= 0}
-    tokens = _build_tokens(masked, _find_messages(raw, masked), set(seen), trained, tokenizer)
+    tokens = _build_tokens(masked, _find_messages(masked), set(seen), trained, tokenizer)
     return RowView(
-        split, number, raw.row_id, raw.where, fate, masked.method, tokens, _count_turns(raw, tokens)
+        split,
+        number,
+        raw.row_id,
+        raw.where,
+        fate,
+        masked.method,
+        tokens,
+        _count_turns(raw, tokens),
+        fitted.num_cut_messages,
     )
 
 
-def _find_seen(row: Row, masked: MaskedConversation) -> list[int]:
-    """Which tokens of the whole conversation are the row's: the end of it, behind its first token
-    where that stayed.
-    """
-    num_cut = len(masked.input_ids) - len(row.input_ids)
-    for head in (0, 1):
-        seen = [*range(head), *range(head + num_cut, len(masked.input_ids))]
-        if tuple(masked.input_ids[at] for at in seen) == row.input_ids:
-            return seen
-    raise AssertionError("truncation cuts one piece off the left, behind BOS at most")
+def _label_whole(raw: RawRow, masked: MaskedConversation, loss: Loss) -> list[int]:
+    """The labels that a row would have if it fitted."""
+    completions = [one.span for one in masked.completions if one.message in raw.completions]
+    untrained = [one.span for one in masked.completions if one.message in raw.untrained]
+    return build_labels(masked.input_ids, completions, loss, untrained)
 
 
-def _find_messages(raw: RawRow, masked: MaskedConversation) -> list[int | None]:
+def _find_messages(masked: MaskedConversation) -> list[int | None]:
     """The message of each token: a completion's by its span, another's by a character of its
     content.
     """
     owners: list[int | None] = [None] * len(masked.input_ids)
-    assistants = [
-        index for index, message in enumerate(raw.messages) if message["role"] == "assistant"
-    ]
     for index, chars in enumerate(masked.content_chars):
-        if chars is not None and index not in assistants:
+        if chars is not None:
             for at, (start, end) in enumerate(masked.offsets):
                 if start < chars[1] and chars[0] < end:
                     owners[at] = index
-    for index, span in zip(assistants, masked.spans, strict=True):
-        owners[span.start : span.end] = [index] * (span.end - span.start)
+    for one in masked.completions:
+        owners[one.span.start : one.span.end] = [one.message] * (one.span.end - one.span.start)
     return owners
 
 
@@ -257,10 +242,29 @@ def _count_turns(raw: RawRow, tokens: Sequence[TokenView]) -> tuple[TurnCount, .
     ]
     return tuple(
         TurnCount(
-            message, role, num_tokens[message], num_trained[message], last_trained.get(message, "")
+            message,
+            role,
+            num_tokens[message],
+            num_trained[message],
+            last_trained.get(message, ""),
+            () if message is None else _note(raw, message),
         )
         for message, role in [*roles, (None, "template")]
     )
+
+
+def _note(raw: RawRow, index: int) -> tuple[str, ...]:
+    """What a message holds besides its text, and why an assistant's is no completion."""
+    message, notes = raw.messages[index], []
+    if message.get("reasoning_content"):
+        notes.append("reasoning")
+    if calls := message.get("tool_calls"):
+        notes.append("1 call" if len(calls) == 1 else f"{len(calls)} calls")
+    if index in raw.untrained:
+        notes.append("weight 0")
+    elif message["role"] == "assistant" and index not in raw.completions:
+        notes.append("context only")
+    return tuple(notes)
 
 
 def show(text: str) -> str:
@@ -287,7 +291,7 @@ def _show_char(char: str) -> str:
 
 _FATES: Final = {
     "whole": "seen whole",
-    "cut": "{cut} tokens were cut off the left (data.truncation: prompt_left)",
+    "cut": "{cut} were cut off the left (data.truncation: {truncation})",
     "dropped": (
         "NOT USED, longer than data.max_length: {max_length} (data.truncation: drop);"
         " mask of the whole row"
@@ -366,7 +370,8 @@ def _describe(view: RowView, recipe: Recipe) -> Iterator[str]:
     for turn in view.turns:
         number = "-" if turn.message is None else str(turn.message)
         counts = f"{turn.num_tokens:>7} {turn.num_trained:>8}"
-        yield f"{number:>4}  {turn.role:<10} {counts}  {show(turn.last_trained)}".rstrip()
+        notes = f"  ({', '.join(turn.notes)})" if turn.notes else ""
+        yield f"{number:>4}  {turn.role:<10} {counts}  {show(turn.last_trained)}{notes}".rstrip()
     special = ", ".join(
         f"{show(piece)} {count}" for piece, count in sorted(view.special_tokens().items())
     )
@@ -375,9 +380,9 @@ def _describe(view: RowView, recipe: Recipe) -> Iterator[str]:
 
 def _describe_fate(view: RowView, recipe: Recipe) -> str:
     data = recipe.data
-    return _FATES[view.fate].format(
-        cut=view.num_cut, max_length=data.max_length, truncation=data.truncation
-    )
+    is_whole = bool(view.num_cut_messages)
+    cut = f"{view.num_cut_messages} messages" if is_whole else f"{view.num_cut} tokens"
+    return _FATES[view.fate].format(cut=cut, max_length=data.max_length, truncation=data.truncation)
 
 
 def _displays(view: RowView) -> Iterator[_Display]:
@@ -455,14 +460,17 @@ def _as_html(views: Sequence[RowView], recipe: Recipe) -> str:
         parts.append(
             f"{escape(_describe_fate(view, recipe))}. Mask proven by: {escape(view.method)}.</p>"
         )
-        parts.append("<table><tr><th>turn<th>role<th>tokens<th>trained<th>last trained</tr>")
+        parts.append(
+            "<table><tr><th>turn<th>role<th>tokens<th>trained<th>last trained<th>holds</tr>"
+        )
         for turn in view.turns:
             number = "-" if turn.message is None else turn.message
             parts.append(
                 f"<tr><td>{number}<td>{escape(turn.role)}"
                 f"<td>{turn.num_tokens}<td>{turn.num_trained}"
             )
-            parts.append(f"<td>{escape(show(turn.last_trained))}</tr>")
+            notes = ", ".join(turn.notes)
+            parts.append(f"<td>{escape(show(turn.last_trained))}<td>{escape(notes)}</tr>")
         parts.append("</table>\n<pre>")
         for display in _displays(view):
             token = display.token
@@ -494,6 +502,7 @@ def _as_json(views: Sequence[RowView], recipe: Recipe) -> dict[str, Any]:
                     "num_tokens": turn.num_tokens,
                     "num_trained": turn.num_trained,
                     "last_trained": turn.last_trained,
+                    "notes": list(turn.notes),
                 }
                 for turn in view.turns
             ],

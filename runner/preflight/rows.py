@@ -13,17 +13,20 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from runner.data.chat_template import MaskError
+from runner.data.draw import RawRow
 from runner.data.masking import end_of_turn_ids
-from runner.data.rows import RawRow, build_masker, fit_row, mask_row, refuse_too_long
+from runner.data.rows import FittedRow, build_masker, expand_turns, fit_row, refuse_too_long
 from runner.errors import DataError
 from runner.files import hash_json
-from runner.recipe.schema import DataSection, ModelSection
+from runner.recipe.schema import DataSection, Loss, ModelSection
 
 PERCENTILES: Final = (50, 90, 95, 99, 100)
+LOSSES: Final = get_args(Loss)
 _NUM_SHOWN: Final = 3
+_ANSWER_TEXTS: Final = ("content", "reasoning_content")
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,15 @@ class RowFacts:
     where: str
     num_tokens_before: int
     num_tokens: int
-    num_completion_labels: int
+    num_labels: dict[str, int]  # per loss
     is_truncated: bool
+    cuts_system: bool  # `prompt_left` takes characters of a system text
+    cuts_message: bool  # or leaves a part of a message
     holds_special_text: bool
     has_blank_answer: bool
     begins_with_bos: bool
     ids_hash: bytes
-    spans_hash: bytes
+    mask_hashes: dict[str, bytes]  # per loss
 
     @property
     def is_used(self) -> bool:
@@ -60,6 +65,8 @@ class SplitFacts:
     num_rows: int
     num_dropped: int
     num_truncated: int
+    num_cutting_system: int
+    num_cutting_message: int
     num_tokens: int
     num_labels: dict[str, int]
     length_percentiles: dict[str, int]
@@ -124,13 +131,16 @@ class TokenizerFacts:
             return None
         return getattr(config, "max_position_embeddings", None)
 
-    def facts_of(self, raw_rows: Sequence[RawRow], split: str, data: DataSection) -> list[RowFacts]:
-        """One entry per row, in order.
+    def facts_of(
+        self, conversations: Sequence[RawRow], split: str, data: DataSection
+    ) -> list[RowFacts]:
+        """One entry per row, in order; under `data.turns: split` several of one conversation.
 
         Raises:
             DataError: rows that cannot be rendered, proven or fitted; how many, and the first of
                 them.
         """
+        raw_rows = expand_turns(conversations, data.turns)
         facts: list[RowFacts] = []
         refusals: list[MaskError] = []
         for raw in raw_rows:
@@ -167,7 +177,8 @@ class TokenizerFacts:
         return self._rows[key]
 
     def _measure(self, raw: RawRow, data: DataSection) -> RowFacts:
-        masked = mask_row(raw, self._masker)
+        fitted = fit_row(raw, self._masker, data, self._bos_id)
+        row, masked = fitted.row, fitted.masked
         for span in masked.spans:
             if self._end_ids and masked.input_ids[span.end - 1] not in self._end_ids:
                 found = self.tokenizer.convert_ids_to_tokens(masked.input_ids[span.end - 1])
@@ -175,27 +186,44 @@ class TokenizerFacts:
                     f"{raw.where}: an answer ends in {found!r}, not in one of"
                     f" {', '.join(self.end_tokens)}"
                 )
-        row = fit_row(raw, masked, data, self._bos_id)
-        kept = row or masked
+        cut = find_cut(fitted)
+        labels = {loss: row.labels(loss) if row else [] for loss in LOSSES}
+        masks = {loss: [label >= 0 for label in labels[loss]] for loss in LOSSES}
         return RowFacts(
             where=raw.where,
-            num_tokens_before=len(masked.input_ids),
+            num_tokens_before=fitted.num_tokens,
             num_tokens=len(row.input_ids) if row else 0,
-            num_completion_labels=sum(span.end - span.start for span in row.spans) if row else 0,
+            num_labels={loss: sum(mask) for loss, mask in masks.items()},
             is_truncated=bool(row and row.is_truncated),
+            cuts_system=any(raw.messages[n]["role"] in ("system", "developer") for n in cut),
+            cuts_message=any(cut.values()),
             holds_special_text=any(
                 self._special_pattern.search(message["content"]) for message in raw.messages
             ),
             has_blank_answer=any(
-                message["role"] == "assistant" and not message["content"].strip()
-                for message in raw.messages
+                not any(raw.messages[n].get(key, "").strip() for key in _ANSWER_TEXTS)
+                and not raw.messages[n].get("tool_calls")
+                for n in raw.completions
             ),
             begins_with_bos=masked.input_ids[0] == self._bos_id,
-            ids_hash=_hash_numbers(kept.input_ids),
-            spans_hash=_hash_numbers(
-                [number for span in kept.spans for number in (span.start, span.end)]
-            ),
+            ids_hash=_hash_numbers(row.input_ids if row else masked.input_ids),
+            mask_hashes={loss: _hash_numbers(mask) for loss, mask in masks.items()},
         )
+
+
+def find_cut(fitted: FittedRow) -> dict[int, bool]:
+    """The messages that `data.truncation: prompt_left` takes characters of, and whether it leaves
+    others of their characters.
+    """
+    masked = fitted.masked
+    if fitted.row is None or not fitted.num_cut:
+        return {}
+    first_char = masked.offsets[fitted.num_cut + fitted.num_kept][0]
+    return {
+        message: chars[1] > first_char
+        for message, chars in enumerate(masked.content_chars)
+        if chars is not None and chars[0] < min(chars[1], first_char)
+    }
 
 
 def _hash_numbers(numbers: Sequence[int]) -> bytes:
@@ -206,19 +234,14 @@ def sum_up(facts: Sequence[RowFacts]) -> SplitFacts:
     """The facts of a split, from those of its rows, dropped ones included."""
     used = [fact for fact in facts if fact.is_used]
     lengths = sorted(fact.num_tokens for fact in used)
-    num_tokens = sum(lengths)
-    num_completion_labels = sum(fact.num_completion_labels for fact in used)
-    # Under `full` the mask is the length, under `completion` the spans: equal hashes mean equal
-    # labels.
-    trains_everything = num_completion_labels == num_tokens
-    full = hash_json([fact.num_tokens for fact in used])
-    completion = full if trains_everything else hash_json([fact.spans_hash.hex() for fact in used])
     return SplitFacts(
         num_rows=len(used),
         num_dropped=len(facts) - len(used),
         num_truncated=sum(fact.is_truncated for fact in used),
-        num_tokens=num_tokens,
-        num_labels={"full": num_tokens, "completion": num_completion_labels},
+        num_cutting_system=sum(fact.cuts_system for fact in used),
+        num_cutting_message=sum(fact.cuts_message for fact in used),
+        num_tokens=sum(lengths),
+        num_labels={loss: sum(fact.num_labels[loss] for fact in used) for loss in LOSSES},
         length_percentiles={
             f"p{percent}" if percent < 100 else "max": lengths[
                 max(0, math.ceil(percent / 100 * len(lengths)) - 1)
@@ -228,7 +251,9 @@ def sum_up(facts: Sequence[RowFacts]) -> SplitFacts:
         num_with_special_text=sum(fact.holds_special_text for fact in used),
         num_with_blank_answer=sum(fact.has_blank_answer for fact in used),
         ids_hash=hash_json([fact.ids_hash.hex() for fact in used]),
-        mask_hashes={"full": full, "completion": completion},
+        mask_hashes={
+            loss: hash_json([fact.mask_hashes[loss].hex() for fact in used]) for loss in LOSSES
+        },
     )
 
 
@@ -287,6 +312,16 @@ def _find_text_doubts(
         if one.num_dropped:
             yield (
                 f"{one.num_dropped} {split} rows are longer than `data.max_length` and are dropped"
+            )
+        if one.num_cutting_system:
+            yield (
+                f"{one.num_cutting_system} {split} rows lose characters of their system text to"
+                " `data.truncation: prompt_left`; `turns_left` cuts whole rounds and keeps it"
+            )
+        if one.num_cutting_message:
+            yield (
+                f"{one.num_cutting_message} {split} rows begin inside a message, cut by"
+                " `data.truncation: prompt_left`; `turns_left` cuts whole rounds"
             )
         if one.num_with_blank_answer:
             first = next(row.where for row in facts[split] if row.is_used and row.has_blank_answer)

@@ -19,7 +19,8 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from runner.checkpoints.remote import open_run_folder
-from runner.data.rows import SPLITS, RawSplits, draw_splits
+from runner.data.draw import SPLITS, RawSplits, draw_splits
+from runner.data.rows import refuse_same_tokens
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError, RunnerError
 from runner.files import hash_json
@@ -252,6 +253,10 @@ def _check_pair(
     try:
         for split in SPLITS:
             facts[split] = tokenizer.facts_of(getattr(raw, split), split, group[0].data)
+        used = {split: [row for row in rows if row.is_used] for split, rows in facts.items()}
+        refuse_same_tokens(
+            {split: [(row.where, row.ids_hash) for row in rows] for split, rows in used.items()}
+        )
     except RunnerError as error:
         _fail_all(result, error, group)
         return
@@ -290,8 +295,8 @@ def _find_twins(result: CheckResult) -> None:
         if len(group) > 1:
             labels = Counter(run.recipe.loss for run in group)
             why = (
-                " although their losses differ: every token is part of a completion"
-                if len(labels) == 2
+                " although their losses differ: they train the same tokens"
+                if len(labels) > 1
                 else ""
             )
             names = ", ".join(run.name for run in group)

@@ -35,6 +35,9 @@ _PLACEMENT_KEYS: Final = {
 # behaviour of before. A key with this value is left out of the digest, so that older runs keep
 # theirs.
 _BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {
+    "data.group_column": None,
+    "data.ignore": [],
+    "data.turns": "all",
     "model.chat_template_kwargs": {},
     "model.template_date": None,
     "model.end_of_turn": None,

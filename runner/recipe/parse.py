@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Self, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -42,6 +42,7 @@ from runner.recipe.schema import (
     GenerationOn,
     LaunchSection,
     Lora,
+    Loss,
     ModelSection,
     QuantizationOff,
     RunSection,
@@ -62,7 +63,7 @@ class Recipe(Section):
     adapter: Annotated[AdapterOff | Lora, Field(discriminator="method")]
     quantization: Annotated[QuantizationOff | FourBit | EightBit, Field(discriminator="method")]
     data: DataSection
-    loss: Literal["full", "completion"]
+    loss: Loss
     training: Training
     evaluation: EvaluationSection
     early_stopping: Annotated[EarlyStoppingOff | EarlyStoppingOn, Field(discriminator="enabled")]

@@ -45,6 +45,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+# Which labels are trained; scores never depend on it. `full`: every token; `completion`: all
+# completions; `last_completion`: the last one of each row.
+Loss = Literal["full", "completion", "last_completion"]
+# Which assistant turns of a conversation are completions, for training and scoring alike: all of
+# them, the last one, or each in a row of its own.
+Turns = Literal["all", "last", "split"]
 # Arguments that `apply_chat_template` has for other things.
 _TEMPLATE_ARGUMENTS: Final = frozenset(
     {
@@ -492,11 +498,25 @@ class DataSection(Section):
     num_train_samples: Positive | None = None
     num_validation_samples: Positive | None = None
     num_test_samples: Positive | None = None
-    # The order of the raw rows; training rows are a prefix, so smaller counts are nested in larger
-    # ones.
+    # The order of the training rows; those that are used are a prefix, so smaller counts are nested
+    # in larger ones.
     seed: int
+    # Columns, and keys of messages (`messages.KEY`), that say nothing of a row: left out before it
+    # is read.
+    ignore: tuple[Text, ...] = ()
+    # Rows with the same value in this column never stand in two splits.
+    group_column: Text | None = None
+    turns: Turns = "all"
     max_length: Positive  # tokens
-    truncation: Literal["refuse", "prompt_left", "drop"] = "refuse"
+    truncation: Literal["refuse", "prompt_left", "turns_left", "drop"] = "refuse"
+
+    @model_validator(mode="after")
+    def _groups_by_what_is_read(self) -> Self:
+        if self.group_column is not None and self.group_column in self.ignore:
+            raise ValueError(
+                f"`ignore` leaves out the column `{self.group_column}` that `group_column` names"
+            )
+        return self
 
     @model_validator(mode="after")
     def _carved_splits_have_sizes(self) -> Self:

@@ -234,7 +234,7 @@ def _build_scores(score: SplitScore | None) -> Scores:
     return Scores(
         nll_per_completion_token=_divide(score.completion_nll_sum, score.num_completion_tokens),
         nll_per_token=_divide(score.nll_sum, score.num_tokens),
-        bits_per_byte=_divide(score.completion_nll_sum / math.log(2), score.num_bytes),
+        bits_per_byte=score.bits_per_byte if math.isfinite(score.completion_nll_sum) else None,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
@@ -163,14 +164,26 @@ class SplitScore(Fact):
     num_rows: Count
     num_completion_tokens: Count
     num_tokens: Count  # of the full text, the first token of each row excluded
-    num_bytes: Count  # UTF-8 bytes of the completions, for bits per byte
+    num_bytes: Count  # UTF-8 bytes of what the rows say in their completions
     completion_nll_sum: float
+    # Of the completion tokens without a byte of that; None: an older run did not tell them apart.
+    template_nll_sum: float | None = None
     nll_sum: float
 
     @property
     def nll_per_completion_token(self) -> float:
         """Nats per completion token, end-of-turn tokens included."""
         return self.completion_nll_sum / self.num_completion_tokens
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits of the completion tokens that hold what the rows say, per byte of it; comparable
+        across tokenizers and templates. None where the completions are empty.
+        """
+        if not self.num_bytes:
+            return None
+        nll_sum = self.completion_nll_sum - (self.template_nll_sum or 0.0)
+        return nll_sum / math.log(2) / self.num_bytes
 
     @property
     def nll_per_token(self) -> float:

@@ -25,11 +25,16 @@ Value = TypeVar("Value")
 @dataclass(frozen=True)
 class RowScore:
     """One row's sums in nats and what they were summed over; the first token of a row has no
-    prediction.
+    prediction, and turns of weight 0 are in no sum.
+
+    `template_nll_sum` is of the completion tokens that hold no byte of what the row says, such as
+    ends of turns; the others hold its `num_bytes`.
     """
 
     row_id: str
+    group: str
     completion_nll_sum: float
+    template_nll_sum: float
     num_completion_tokens: int
     nll_sum: float
     num_tokens: int
@@ -124,15 +129,18 @@ def _score_batch(
 
 def _sum_row(row: Row, nll: torch.Tensor) -> RowScore:
     values: list[float] = nll[: len(row.input_ids) - 1].tolist()
-    completion = [
-        values[at - 1] for span in row.spans for at in range(max(span.start, 1), span.end)
-    ]
+    completion = {at for span in row.spans for at in range(max(span.start, 1), span.end)}
+    content = {at for span in row.contents for at in range(span.start, span.end)}
+    untrained = {at for span in row.untrained for at in range(span.start, span.end)}
+    scored = [at for at in range(1, len(row.input_ids)) if at not in untrained]
     return RowScore(
         row_id=row.row_id,
-        completion_nll_sum=math.fsum(completion),
+        group=row.group,
+        completion_nll_sum=math.fsum(values[at - 1] for at in completion),
+        template_nll_sum=math.fsum(values[at - 1] for at in completion - content),
         num_completion_tokens=len(completion),
-        nll_sum=math.fsum(values),
-        num_tokens=len(values),
+        nll_sum=math.fsum(values[at - 1] for at in scored),
+        num_tokens=len(scored),
         num_bytes=row.num_bytes,
     )
 
@@ -145,5 +153,6 @@ def sum_scores(scores: Sequence[RowScore]) -> SplitScore:
         num_tokens=sum(score.num_tokens for score in scores),
         num_bytes=sum(score.num_bytes for score in scores),
         completion_nll_sum=math.fsum(score.completion_nll_sum for score in scores),
+        template_nll_sum=math.fsum(score.template_nll_sum for score in scores),
         nll_sum=math.fsum(score.nll_sum for score in scores),
     )

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from runner.data.rows import draw_splits
+from runner.data.draw import draw_splits
 from runner.errors import DataError
 from runner.recipe.schema import DataSection
 

@@ -29,6 +29,8 @@ from tests.support.chat_formats import (
 from tests.support.chats import HOSTILE, KINDS, Chat, turns
 from tests.support.template_table import table_lines
 
+DAY = datetime(2026, 1, 31)
+
 
 DAY = datetime(2026, 1, 31)
 
@@ -290,12 +292,14 @@ def test_an_end_of_turn_token_that_melts_into_the_answer_is_refused() -> None:
 # --- labels
 
 
-def test_labels_of_the_two_losses() -> None:
+def test_labels_of_each_loss() -> None:
     spans = (CompletionSpan(1, 3), CompletionSpan(4, 5))
     assert build_labels((7, 8, 9, 10, 11, 12), spans, "completion") == [-100, 8, 9, -100, 11, -100]
     assert build_labels((7, 8, 9, 10, 11, 12), spans, "full") == [7, 8, 9, 10, 11, 12]
-    with pytest.raises(ValueError, match="'both'"):
-        build_labels((7,), (), "both")  # type: ignore[arg-type]
+    last = build_labels((7, 8, 9, 10, 11, 12), spans, "last_completion")
+    assert last == [-100, -100, -100, -100, 11, -100]
+    untrained = build_labels((7, 8, 9, 10, 11, 12), spans[1:], "full", spans[:1])
+    assert untrained == [7, -100, -100, 10, 11, 12], "a turn of weight 0 has no label"
 
 
 # --- documentation

@@ -1,51 +1,23 @@
-"""Which rows train, select and report: disjoint, nested, independent of file order, format, model
-and loss mode.
+"""What the model sees of each row: tokens, labels, cuts; the same for every loss mode but for the
+labels.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from runner.data.chat_template import MaskError
-from runner.data.rows import build_samples, describe_samples, draw_splits
+from runner.data.draw import draw_splits
+from runner.data.rows import build_samples, describe_samples
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError
-from runner.files import hash_json
-from runner.recipe.schema import DataSection, ModelSection
-
-ROWS = [
-    {"prompt": f"What is {a} plus {b}?", "completion": f"It is {a + b}."}
-    for a in range(8)
-    for b in range(10)
-]
-
-
-def section(path: Path, **changes: Any) -> DataSection:
-    """80 arithmetic rows: 30 to train on, 10 to select, 15 to report."""
-    content: dict[str, Any] = {
-        "train": {"path": str(path)},
-        "task": {"name": "prompt_completion"},
-        "num_train_samples": 30,
-        "num_validation_samples": 10,
-        "num_test_samples": 15,
-        "seed": 7,
-        "max_length": 128,
-    }
-    return DataSection.model_validate_json(json.dumps(content | changes))
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+from runner.recipe.schema import ModelSection
+from tests.support.row_files import ROWS, section, write_rows
 
 
 @pytest.fixture
@@ -56,73 +28,6 @@ def rows_path(tmp_path: Path) -> Path:
 @pytest.fixture
 def tokenizer(tiny_model: Callable[[str], Path]) -> Any:
     return load_tokenizer(ModelSection(path=str(tiny_model("gemma")), dtype="float32"))
-
-
-def ids(data: DataSection, split: str = "train") -> list[str]:
-    return [row.row_id for row in getattr(draw_splits(data), split)]
-
-
-def test_splits_are_disjoint_and_smaller_sets_are_prefixes(rows_path: Path) -> None:
-    large, small = section(rows_path), section(rows_path, num_train_samples=12)
-    splits = [set(ids(large, split)) for split in ("train", "validation", "test")]
-    assert [len(split) for split in splits] == [30, 10, 15]
-    assert not set.union(splits[0] & splits[1], splits[0] & splits[2], splits[1] & splits[2])
-    assert ids(small) == ids(large)[:12]
-    assert ids(small, "test") == ids(large, "test")
-
-
-def test_the_order_of_the_file_does_not_matter_but_the_seed_does(
-    rows_path: Path, tmp_path: Path
-) -> None:
-    shuffled = ROWS[:]
-    random.Random(0).shuffle(shuffled)
-    other_path = write_rows(tmp_path / "shuffled.jsonl", shuffled)
-    assert ids(section(other_path)) == ids(section(rows_path))
-    assert ids(section(rows_path, seed=8)) != ids(section(rows_path))
-
-
-def test_rows_of_a_seed_are_the_same_for_ever(rows_path: Path) -> None:
-    """Another order would change what every recorded recipe means; drawn by the first release."""
-    splits = draw_splits(section(rows_path))
-    drawn = [
-        [row.row_id for row in rows] for rows in (splits.train, splits.validation, splits.test)
-    ]
-    assert drawn[0][:2] == ["6302b6994a50a2be", "31a85aa04b3ca91d"]
-    assert hash_json(drawn) == "332b46154143cc4b7353a4c2e3f59cf38cb28cc807175cb9914e667658c7e500"
-
-
-def test_rows_of_one_group_never_stand_in_two_splits(tmp_path: Path) -> None:
-    def tree(name: str) -> list[dict[str, Any]]:
-        root = {"message_id": name, "parent_id": None, "text": name, "role": "prompter"}
-        reply = {"parent_id": name, "role": "assistant"}
-        replies = [
-            {**reply, "message_id": f"{name}-{n}", "text": f"{name} says {n}"} for n in range(5)
-        ]
-        return [
-            {"lang": "en", "review_result": True, "message_tree_id": name, **row}
-            for row in (root, *replies)
-        ]
-
-    path = write_rows(
-        tmp_path / "rows.jsonl", [row for number in range(12) for row in tree(f"t{number}")]
-    )
-    task = {"name": "oasst1", "paths": "all"}
-    counts = {"num_test_samples": 7, "num_validation_samples": 6, "num_train_samples": None}
-    splits = draw_splits(section(path, task=task, **counts))
-    groups = [
-        {row.group for row in rows} for rows in (splits.test, splits.validation, splits.train)
-    ]
-    assert [len(rows) for rows in (splits.test, splits.validation, splits.train)] == [7, 6, 40]
-    assert [len(one) for one in groups] == [2, 2, 8] and len(set.union(*groups)) == 12
-    assert splits.left_out.num_left_out_by_group == 3 + 4
-    small = section(path, task=task, **counts | {"num_train_samples": 11})
-    assert ids(small) == [row.row_id for row in splits.train][:11]
-
-    # A training file that repeats the tree of a test row under other words.
-    other = {"path": str(write_rows(tmp_path / "test.jsonl", tree("t0")))}
-    apart = draw_splits(section(path, task=task, **counts | {"num_test_samples": 1}, test=other))
-    assert apart.left_out.num_duplicates == 5
-    assert "t0" not in {row.group for row in (*apart.train, *apart.validation)}
 
 
 def test_what_a_task_leaves_out_is_counted_and_said(tmp_path: Path, tokenizer: Any) -> None:
@@ -149,33 +54,6 @@ def test_what_a_task_leaves_out_is_counted_and_said(tmp_path: Path, tokenizer: A
         DataError, match=r"3 different rows are left[\s\S]*left out: train: 1 messages in another"
     ):
         draw_splits(data.model_copy(update={"num_train_samples": 4}))
-
-
-def test_every_file_format_gives_the_same_rows(rows_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
-    with (tmp_path / "rows.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, ["prompt", "completion"])
-        writer.writeheader()
-        writer.writerows(ROWS)
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write_rows(folder / "a.jsonl", ROWS[:40])
-    write_rows(folder / "b.jsonl", ROWS[40:])
-    expected = ids(section(rows_path))
-    for name in ("rows.json", "rows.parquet", "rows.csv", "folder"):
-        assert ids(section(tmp_path / name)) == expected, name
-
-
-def test_duplicates_are_counted_and_never_straddle_splits(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", ROWS + ROWS[:9])
-    test_path = write_rows(tmp_path / "test.jsonl", ROWS[:5])
-    splits = draw_splits(section(path, test={"path": str(test_path)}, num_test_samples=None))
-    assert splits.left_out.num_duplicates == 9 + 5
-    assert len(splits.test) == 5
-    assert not {row.row_id for row in splits.test} & {
-        row.row_id for row in (*splits.train, *splits.validation)
-    }
 
 
 def test_two_arms_have_equal_tokens_and_other_masks(rows_path: Path, tokenizer: Any) -> None:
@@ -226,29 +104,6 @@ def test_a_completion_that_alone_is_too_long_is_not_cut(tmp_path: Path, tokenize
         build_samples(data, tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', r"line 2: is not JSON"),
-        ("\n", "0 different rows are left for the test split, 15 were asked for"),
-        ('{"prompt": "a", "completion": "b"}\n', "1 different rows are left for the test split"),
-    ],
-)
-def test_a_damaged_or_short_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(text)
-    with pytest.raises(DataError, match=message):
-        draw_splits(section(path))
-
-
-def test_a_missing_file_and_an_unknown_format_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
-        draw_splits(section(tmp_path / "none.jsonl"))
-    (tmp_path / "rows.txt").write_text("x")
-    with pytest.raises(DataError, match="cannot tell the format"):
-        draw_splits(section(tmp_path / "rows.txt"))
-
-
 def test_an_error_of_the_mask_names_the_row(tmp_path: Path, tokenizer: Any) -> None:
     rows = [
         {"messages": [{"role": "system", "content": str(n)}, {"role": "assistant", "content": "a"}]}
@@ -271,3 +126,131 @@ def test_bytes_are_those_of_the_completions(rows_path: Path, tokenizer: Any) -> 
     by_id = {raw.row_id: raw for raw in draw_splits(section(rows_path)).test}
     for row in samples.test.rows:
         assert row.num_bytes == len(by_id[row.row_id].messages[1]["content"].encode())
+
+
+def conversation(number: int, num_rounds: int = 2, **of_answers: list[Any]) -> dict[str, Any]:
+    messages: list[dict[str, Any]] = []
+    for turn in range(num_rounds):
+        answer = {"role": "assistant", "content": f"Answer {number}, {turn}."}
+        answer |= {key: values[turn] for key, values in of_answers.items()}
+        messages += [{"role": "user", "content": f"Question {number}, {turn}?"}, answer]
+    return {"messages": messages}
+
+
+def write_conversations(tmp_path: Path, rows: list[dict[str, Any]], **changes: Any) -> Any:
+    counts = {"num_train_samples": 4, "num_validation_samples": 1, "num_test_samples": 1}
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    return section(path, task={"name": "conversations"}, **counts | changes)
+
+
+def trained_texts(row: Any, tokenizer: Any, loss: Any) -> str:
+    return str(tokenizer.decode([label for label in row.labels(loss) if label >= 0]))
+
+
+def test_turns_say_what_a_row_is(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [conversation(n, 3) for n in range(6)]
+    by_turns = {
+        turns: build_samples(write_conversations(tmp_path, rows, turns=turns), tokenizer).train
+        for turns in ("all", "last", "split")
+    }
+    assert [len(split.rows) for split in by_turns.values()] == [4, 4, 12]
+    whole, last = by_turns["all"].rows[0], by_turns["last"].rows[0]
+    first, second, third = by_turns["split"].rows[:3]
+    assert whole.input_ids == last.input_ids == third.input_ids
+    assert (len(whole.spans), last.spans) == (3, whole.spans[-1:])
+    assert (first.row_id, third.row_id) == (f"{whole.row_id}.1", f"{whole.row_id}.5")
+    assert {row.group for row in (first, second, third)} == {whole.group}
+    number = trained_texts(last, tokenizer, "completion").split()[1]
+    for turn, row in enumerate((first, second, third)):
+        expected = f"Answer {number} {turn}.<end_of_turn>"
+        assert trained_texts(row, tokenizer, "completion") == expected
+        assert len(row.input_ids) == row.spans[0].end + 1, "a newline ends the text"
+    assert whole.num_completion_tokens == sum(
+        row.num_completion_tokens for row in (first, second, third)
+    )
+
+
+def test_a_turn_of_weight_0_has_no_label_and_no_score(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [conversation(n, weight=[0, 1]) for n in range(6)]
+    samples = build_samples(write_conversations(tmp_path, rows), tokenizer)
+    row = samples.train.rows[0]
+    assert len(row.spans) == len(row.untrained) == 1
+    end = "<end_of_turn>"
+    for loss in ("full", "completion", "last_completion"):
+        text = trained_texts(row, tokenizer, loss)
+        assert ", 0." not in text and text.count(", 1.") == 1, loss
+        assert text.count(end) == (3 if loss == "full" else 1)
+    split = build_samples(write_conversations(tmp_path, rows, turns="split"), tokenizer).train
+    assert [row.row_id[-2:] for row in split.rows] == [".3"] * 4
+
+
+def test_the_last_completion_trains_less_and_scores_the_same(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    samples = build_samples(
+        write_conversations(tmp_path, [conversation(n) for n in range(6)]), tokenizer
+    )
+    row = samples.train.rows[0]
+    number = trained_texts(row, tokenizer, "completion").split()[1]
+    assert trained_texts(row, tokenizer, "last_completion") == f"Answer {number} 1.<end_of_turn>"
+    one, other = (
+        describe_samples(samples, loss)["splits"]["train"]
+        for loss in ("completion", "last_completion")
+    )
+    assert one["num_labels"] == 2 * other["num_labels"]
+    same = ("ids_hash", "input_ids_hash", "num_completion_tokens", "num_bytes")
+    assert all(one[key] == other[key] for key in same)
+
+
+def test_turns_left_cuts_the_first_rounds_and_keeps_the_system_text(
+    tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    llama = load_tokenizer(ModelSection(path=str(tiny_model("llama")), dtype="float32"))
+    rows = [conversation(n, 4) for n in range(6)]
+    for row in rows:
+        row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    data = write_conversations(tmp_path, rows, max_length=512)
+    whole = build_samples(data, llama).train.rows[0]
+    data = data.model_copy(
+        update={"max_length": len(whole.input_ids) - 1, "truncation": "turns_left"}
+    )
+    cut = build_samples(data, llama).train.rows[0]
+    assert (whole.is_truncated, cut.is_truncated) == (False, True)
+    text = llama.decode(cut.input_ids)
+    assert "Be brief." in text and ", 0" not in text and text.count("Question") == 3
+    assert len(cut.spans) == 3 and cut.num_bytes == sum(
+        len(llama.decode(cut.input_ids[span.start : span.end]).encode()) for span in cut.contents
+    )
+    with pytest.raises(DataError, match="their last round alone does not fit"):
+        build_samples(data.model_copy(update={"max_length": 12}), llama)
+
+
+def test_rows_of_other_columns_may_not_become_the_same_tokens_in_two_splits(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    rows = [{"prompt": f"Question {n // 2}?", "completion": "Yes.", "part": n} for n in range(12)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    counts = {"num_train_samples": None, "num_validation_samples": 3, "num_test_samples": 3}
+    data = section(path, group_column="part", **counts)
+    with pytest.raises(
+        DataError, match=r"become the same tokens[\s\S]*rows.jsonl line \d+ \(train\) and"
+    ):
+        build_samples(data, tokenizer)
+
+
+def test_hashes_and_groups_of_a_split(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{**row, "document": n // 4} for n, row in enumerate(ROWS)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    one, other = (
+        describe_samples(
+            build_samples(
+                section(path, group_column="document", seed=seed, num_train_samples=None),
+                tokenizer,
+            ),
+            "completion",
+        )["splits"]["train"]
+        for seed in (7, 8)
+    )
+    assert one["ids"] != other["ids"] and one["ids_hash"] == other["ids_hash"]
+    assert one["input_ids_hash"] != other["input_ids_hash"], "which depends on the order"
+    assert len(one["groups"]) == one["num_rows"] and one["num_groups"] == len(set(one["groups"]))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from runner.cli.main import main
-from runner.data.rows import draw_splits
+from runner.data.draw import draw_splits
 from runner.grid.spec import list_grids
 from runner.grid.template import quote_yaml
 from runner.recipe.parse import Recipe, load_recipe

@@ -122,9 +122,7 @@ def test_arms_that_are_the_same_experiment_are_named(here: Project) -> None:
     )
     text = warnings_of(result)
     assert "these runs are the same experiment: tests/a, tests/same, tests/cut" in text
-    assert (
-        "although their losses differ: every token is part of a completion: tests/bare-full" in text
-    )
+    assert "although their losses differ: they train the same tokens: tests/bare-full" in text
     assert "tests/other" not in text
 
 
@@ -177,13 +175,15 @@ def test_doubts_about_tokens_are_raised(here: Project) -> None:
             ]
         )
     )
-    assert (
-        "1 train rows hold text that the tokenizer reads as a special token, the first is"
-        " pasted.jsonl line 1" in text
+    assert re.search(
+        r"1 \w+ rows hold text that the tokenizer reads as a special token, the first is"
+        " pasted.jsonl line 1",
+        text,
     )
-    assert (
-        "1 train rows have an answer without a word, the first is silent.jsonl line"
-        f" {len(lines) + 1}" in text
+    assert re.search(
+        r"1 \w+ rows have an answer without a word, the first is silent.jsonl line"
+        f" {len(lines) + 1}",
+        text,
     )
     assert re.search(
         r"models/short: the longest row has \d+ tokens, the model has positions for 20", text

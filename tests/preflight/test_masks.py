@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from runner.data.rows import SPLITS, build_samples
+from runner.data.draw import SPLITS
+from runner.data.rows import build_samples
 from runner.preflight.masks import build_views, format_views
 from tests.conftest import Project
 

@@ -194,6 +194,8 @@ MAY_BE_ABSENT = {
     *(f"data.{split}.split" for split in ("train", "validation", "test")),
     "data.num_validation_samples",  # where validation rows have a file of their own
     "data.num_test_samples",
+    # Of rows that need none.
+    *("data.ignore", "data.group_column", "data.turns"),
 }
 
 

@@ -81,7 +81,7 @@ REFUSALS = {
     ("loss: full", "loss: ful"): (
         19,
         "loss",
-        "got the text 'ful', expected full or completion, did you mean `full`?",
+        "got the text 'ful', expected full, completion or last_completion, did you mean `full`?",
     ),
     ("loss: full", "lost: full"): (19, "lost", "unknown key, did you mean `loss`?"),
     ("learning_rate: 1e-5", "learning_rate: fast"): (

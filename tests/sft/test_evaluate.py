@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from runner.data.masking import CompletionSpan
 from runner.data.rows import Row, build_samples
 from runner.data.tokenizer import load_tokenizer
 from runner.sft.evaluate import RowScore, score_rows, sum_scores
 from tests.conftest import Project
+from tests.support.token_rows import make_row
 
 FAMILIES = ("gemma", "gemma2", "llama", "mistral")
 PAD = 0
@@ -53,10 +53,10 @@ def make_rows(count: int) -> list[Row]:
     for number in range(count):
         length = generator.randint(6, 70)
         ids = tuple(generator.randrange(3, 500) for _ in range(length))
-        spans = [CompletionSpan(length - 3, length - 1)]
+        spans = [(length - 3, length - 1)]
         if length > 20:
-            spans.insert(0, CompletionSpan(5, 11))
-        rows.append(Row(f"row-{number}", ids, tuple(spans), length, False))
+            spans.insert(0, (5, 11))
+        rows.append(make_row(f"row-{number}", ids, *spans, num_bytes=length))
     return rows
 
 
@@ -112,18 +112,31 @@ def test_what_is_not_in_a_row_does_not_count(models: Callable[[str], Any]) -> No
     has no score.
     """
     fused, plain = models("llama")
-    row = Row("one", (7, PAD, 9, PAD, 11), (CompletionSpan(0, 2), CompletionSpan(3, 5)), 1, False)
+    row = make_row("one", (7, PAD, 9, PAD, 11), (0, 2), (3, 5))
     alone, beside = score(fused, [row], 1)[0], score(fused, [row, *make_rows(3)], 4)[0]
-    nll = [
-        score_plainly(plain, Row("", row.input_ids, (CompletionSpan(at, at + 1),), 0, False))[0]
-        for at in (1, 3, 4)
-    ]
+    nll = [score_plainly(plain, make_row("", row.input_ids, (at, at + 1)))[0] for at in (1, 3, 4)]
     for one in (alone, beside):
         assert (one.num_completion_tokens, one.num_tokens) == (
             3,
             4,
         ) and row.num_completion_tokens == 3
         assert one.completion_nll_sum == pytest.approx(math.fsum(nll), rel=ROW_TOLERANCE)
+
+
+def test_ends_of_turns_are_no_content_and_turns_of_weight_0_are_in_no_sum(
+    models: Callable[[str], Any],
+) -> None:
+    fused, plain = models("llama")
+    ids = (7, 8, 9, 10, 11, 12, 13)
+    nll = {at: score_plainly(plain, make_row("", ids, (at, at + 1)))[0] for at in range(1, 7)}
+    row = make_row("r", ids, (4, 7), untrained=[(1, 3)], num_bytes=5)
+    (one,) = score(fused, [row], 1)
+    assert one.completion_nll_sum == pytest.approx(nll[4] + nll[5] + nll[6], rel=ROW_TOLERANCE)
+    assert one.template_nll_sum == pytest.approx(nll[6], rel=ROW_TOLERANCE)
+    assert one.nll_sum == pytest.approx(sum(nll.values()) - nll[1] - nll[2], rel=ROW_TOLERANCE)
+    assert (one.num_completion_tokens, one.num_tokens) == (3, 4)
+    bits = (nll[4] + nll[5]) / math.log(2) / 5
+    assert sum_scores([one]).bits_per_byte == pytest.approx(bits, rel=ROW_TOLERANCE)
 
 
 def test_dropout_does_not_reach_a_score(models: Callable[[str], Any]) -> None:
@@ -137,7 +150,7 @@ def test_dropout_does_not_reach_a_score(models: Callable[[str], Any]) -> None:
 def test_mode_is_restored_after_a_failure(models: Callable[[str], Any]) -> None:
     fused, _ = models("llama")
     with pytest.raises(IndexError):
-        score(fused, [Row("bad", (3, 10**6), (CompletionSpan(1, 2),), 1, False)], 1)
+        score(fused, [make_row("bad", (3, 10**6), (1, 2))], 1)
     assert fused.training
 
 
@@ -157,6 +170,9 @@ def test_scores_of_real_rows_count_completions_with_their_end_of_turn(
 
 
 def test_split_sums_do_not_depend_on_the_order_of_rows() -> None:
-    rows = [RowScore(str(n), 10.0 ** (n % 17), 1, 10.0 ** (-n % 23), 2, 3) for n in range(200)]
+    rows = [
+        RowScore(str(n), "group", 10.0 ** (n % 17), 10.0 ** (n % 5), 1, 10.0 ** (-n % 23), 2, 3)
+        for n in range(200)
+    ]
     shuffled = random.Random(1).sample(rows, len(rows))
     assert sum_scores(rows) == sum_scores(shuffled)

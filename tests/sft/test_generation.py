@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from runner.data.masking import CompletionSpan
-from runner.data.rows import LeftOut, Row, Samples, Split, build_samples
+from runner.data.draw import LeftOut
+from runner.data.rows import Row, Samples, Split, build_samples
 from runner.data.tasks.base import Judgement
 from runner.data.tasks.squad_v2 import SquadV2Task
 from runner.data.tasks.sst2 import Sst2Task
@@ -34,6 +34,7 @@ from runner.sft.generation import (
     write_answers,
 )
 from tests.conftest import ROOT, Project
+from tests.support.token_rows import make_row
 
 FAMILIES = ("gemma", "gemma2", "llama", "mistral", "phi")
 NUM_NEW = 12
@@ -156,19 +157,19 @@ def test_the_mode_is_restored_after_a_failure(load: Callable[[str], Loaded]) -> 
     model, tokenizer, _ = load("llama")
     defaults = model.generation_config
     with pytest.raises(IndexError):
-        answer(model, tokenizer, (Row("bad", (3, 10**6, 5), (CompletionSpan(2, 3),), 1, False),))
+        answer(model, tokenizer, (make_row("bad", (3, 10**6, 5), (2, 3)),))
     assert model.training and model.generation_config is defaults
 
 
 def test_a_prompt_is_what_training_saw_before_the_last_completion(
     load: Callable[[str], Loaded],
 ) -> None:
-    row = Row("two", (1, 2, 3, 4, 5, 6, 7), (CompletionSpan(1, 3), CompletionSpan(5, 7)), 1, False)
+    row = make_row("two", (1, 2, 3, 4, 5, 6, 7), (1, 3), (5, 7))
     assert build_prompt(row) == [1, 2, 3, 4, 5]
     _, tokenizer, rows = load("gemma")
     assert tokenizer.decode(build_prompt(rows[0])).endswith("<end_of_turn>\n<start_of_turn>model\n")
     with pytest.raises(DataError, match="row one begins with its completion"):
-        build_prompt(Row("one", (1, 2), (CompletionSpan(0, 2),), 1, False))
+        build_prompt(make_row("one", (1, 2), (0, 2)))
 
 
 def test_scores_count_what_is_unfinished_unreadable_and_judged(tmp_path: Path) -> None:
@@ -200,8 +201,7 @@ def test_a_metric_that_chooses_must_be_defined_on_the_validation_rows(project: P
         "checkpoints={metric: no_answer_accuracy, mode: max}",
     )
     rows = [
-        Row(str(n), (1, 2, 3), (CompletionSpan(2, 3),), 1, False, ("x",) if n < 2 else ())
-        for n in range(3)
+        make_row(str(n), (1, 2, 3), (2, 3), references=("x",) if n < 2 else ()) for n in range(3)
     ]
 
     def samples(*chosen: Row) -> Samples:
@@ -213,6 +213,4 @@ def test_a_metric_that_chooses_must_be_defined_on_the_validation_rows(project: P
         # The only one without an answer is the third.
         refuse_what_cannot_be_judged(recipe, samples(*rows))
     with pytest.raises(DataError, match="begins with its completion"):
-        refuse_what_cannot_be_judged(
-            recipe, samples(Row("r", (1, 2), (CompletionSpan(0, 2),), 1, False))
-        )
+        refuse_what_cannot_be_judged(recipe, samples(make_row("r", (1, 2), (0, 2))))

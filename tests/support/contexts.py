@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from runner.data.rows import LeftOut, Samples, Split
+from runner.data.draw import LeftOut
+from runner.data.rows import Samples, Split
 from runner.sft.context import RunContext
 from runner.sft.preemption import Preemption
 from runner.sft.recorder import Recorder

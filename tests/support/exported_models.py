@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runner.data.rows import Row, build_samples, draw_splits
+from runner.data.draw import draw_splits
+from runner.data.rows import Row, build_samples
 from runner.data.tokenizer import load_tokenizer
 from runner.files import load_jsonl
 from runner.recipe.parse import Recipe

@@ -12,7 +12,7 @@ launch side imports all tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final, get_args
@@ -28,6 +28,7 @@ Conversation = tuple[Message, ...]
 References = tuple[str, ...]
 # Columns that say nothing of a row's content.
 NEUTRAL_COLUMNS: Final = ("id", "name", "source")
+EMPTY: Final = " (empty)"  # ends the name of an unused column that holds nothing
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Example:
 
     `key` decides order, row id and duplicates (`derive_row_key`); `Task.build_examples` sets it.
     `tools` are the functions that the assistant may call, as JSON schemas. `untrained` are the
-    indices of assistant messages of weight 0: context, and neither trained nor scored.
+    indices of assistant messages of weight 0: context, and neither trained nor scored. `unused` are
+    keys of messages, and columns, that the task read past (`find_unused`); `Task.build_examples`
+    decides on them.
     """
 
     where: str
@@ -50,6 +53,7 @@ class Example:
     key: str = field(default="", compare=False)
     tools: tuple[Mapping[str, Any], ...] = ()
     untrained: frozenset[int] = frozenset()
+    unused: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,12 @@ class Task(Section):
             examples.append(replace(example, key=derive_row_key(row)))
         return Examples(tuple(examples), {})
 
+    def list_used_columns(self, row: Mapping[str, Any]) -> Collection[str]:
+        """The columns of a row that its example is built from: by default those that the task is
+        `RECOGNISED_BY`.
+        """
+        return {column for columns, _ in self.RECOGNISED_BY for column in columns}
+
     def build_example(self, row: Any, where: str) -> Example:
         """The example of one row."""
         raise NotImplementedError
@@ -183,6 +193,29 @@ def _canonicalise(value: Any) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         return value
     return str(value)  # NaN; dates and the like, of Arrow files
+
+
+def is_empty(value: Any) -> bool:
+    """True of what holds nothing: null, a blank text, an empty list or object.
+
+    >>> [is_empty(value) for value in (None, " ", [], 0, False)]
+    [True, True, True, False, False]
+    """
+    return value is None or value in ([], {}, ()) or (isinstance(value, str) and not value.strip())
+
+
+def find_unused(row: Mapping[str, Any], used: Container[str], prefix: str = "") -> list[str]:
+    """The names of a row, or of a message, that are not among `used`; those that hold nothing are
+    marked.
+
+    >>> find_unused({"a": 1, "b": 2, "c": None}, ("a",), "messages.")
+    ['messages.b', 'messages.c (empty)']
+    """
+    names = []
+    for name, value in row.items():
+        if name not in used:
+            names.append(f"{prefix}{name}{EMPTY if is_empty(value) else ''}")
+    return names
 
 
 def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -249,6 +282,15 @@ def read_text(row: Mapping[str, Any], column: str, where: str) -> str:
             f"{where}: column `{column}` should be a text, found {describe_value(value)}"
         )
     return value
+
+
+def list_names(names: Iterable[str]) -> str:
+    """The names as an error lists them.
+
+    >>> list_names(["a", "b"])
+    '`a`, `b`'
+    """
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def describe_value(value: Any) -> str:

@@ -16,20 +16,19 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Literal
 
 from runner.data.tasks.base import Example, Judge, Judgement, References, Task
-from runner.data.tasks.conversations import read_conversation
+from runner.data.tasks.conversations import list_conversation_columns, read_conversation
 from runner.processes import die_with_parent
 
-# What speaks for a tool: no template of Gemma, Mistral or a plain base model has such a role.
-TOOL_ROLES: Final[Mapping[str, str]] = MappingProxyType(
-    {role: "user" for role in ("tool", "ipython", "observation", "function")}
-)
+# No template of Gemma, Mistral or a plain base model has a role for a tool.
+TOOL_ROLES: Final[Mapping[str, str]] = MappingProxyType({"tool": "user"})
 _BOXED: Final = "\\boxed{"
 _MEMORY_BYTES: Final = 4 << 30  # of address space; sympy alone takes a tenth
 
@@ -44,11 +43,14 @@ class MathToolsTask(Task):
 
     name: Literal["math_tools"]
 
+    def list_used_columns(self, row: Mapping[str, Any]) -> Collection[str]:
+        return list_conversation_columns(row)
+
     def build_example(self, row: Any, where: str) -> Example:
-        messages = read_conversation(row, where, TOOL_ROLES)
-        spoken = [message["content"] for message in messages if message["role"] == "assistant"]
+        read = read_conversation(row, where, TOOL_ROLES)
+        spoken = [one["content"] for one in read.messages if one["role"] == "assistant"]
         answer = find_boxed(spoken[-1])
-        return Example(where, messages, () if answer is None else (answer,))
+        return replace(read, references=() if answer is None else (answer,))
 
     @contextmanager
     def open_judge(self) -> Iterator[Judge]:

@@ -23,7 +23,7 @@ from runner.data.tasks.base import (
     read_text,
     require_object,
 )
-from runner.data.tasks.conversations import ROLES
+from runner.data.tasks.messages import ROLES
 from runner.errors import DataError
 from runner.strict import Text
 

@@ -1,0 +1,275 @@
+"""Draws the rows of each split: the same for every model, prompt, template and loss mode.
+
+Rows are ordered by a seeded hash of their group (the row's own key, where the task knows no
+groups), then of their key. Test rows come first, then validation, both under a fixed seed, then
+training rows under `data.seed`. So splits are disjoint by row and by group, independent of the
+order of the file, smaller training sets are prefixes of larger ones, and `data.seed` moves training
+rows only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final
+
+from runner.data.sources import load_rows
+from runner.data.tasks.base import Conversation, Example
+from runner.data.tasks.conversations import CONVERSATION_COLUMNS
+from runner.errors import DataError
+from runner.files import hash_json
+from runner.recipe.schema import DataSection, DataSource
+
+SPLITS: Final = ("train", "validation", "test")
+# Of the splits that select and report, whatever `data.seed` says.
+_HELD_OUT_SEED: Final = 0
+# Whose elements are messages, so that `data.ignore` names their keys too.
+_MESSAGE_COLUMNS: Final = (*CONVERSATION_COLUMNS, "prompt", "completion")
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One conversation as it was drawn, before anything model-specific.
+
+    `completions` are the indices of the assistant messages that are trained and scored, `untrained`
+    those of weight 0.
+    """
+
+    where: str
+    key: str
+    group: str
+    messages: Conversation
+    tools: tuple[Mapping[str, Any], ...] = ()
+    references: tuple[str, ...] = ()
+    completions: tuple[int, ...] = ()
+    untrained: frozenset[int] = frozenset()
+    turn: int | None = None  # of a conversation that is split: the message that this row ends with
+
+    @property
+    def row_id(self) -> str:
+        """Stable id: the start of the row's key, and the turn of a conversation that is split."""
+        return self.key[:16] if self.turn is None else f"{self.key[:16]}.{self.turn}"
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Of all that a mask depends on; two prompts make two contents of one key."""
+        turns = [list(self.completions), sorted(self.untrained)]
+        return hash_json([list(self.messages), list(self.tools), turns])
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What was left out of rows, splits and sources, and why; nothing else is missing but rows that
+    were not asked for.
+    """
+
+    num_duplicates: int = 0
+    # Another row of their group stands in a split that is drawn earlier.
+    num_left_out_by_group: int = 0
+    # Split of the source -> reason -> count.
+    by_task: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    # Split of the source -> column that says nothing of the rows' content -> rows that have it.
+    columns: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def describe(self) -> list[str]:
+        """One line for each reason."""
+        lines = [
+            f"{split}: {count} {reason}"
+            for split, left in self.by_task.items()
+            for reason, count in left.items()
+        ]
+        for split, columns in self.columns.items():
+            named = ", ".join(f"`{column}` ({count} rows)" for column, count in columns.items())
+            lines.append(f"{split}: what no row's text is made of: {named}")
+        if self.num_left_out_by_group:
+            lines.append(f"{self.num_left_out_by_group} rows of groups that stand in another split")
+        if self.num_duplicates:
+            lines.append(f"{self.num_duplicates} duplicate rows")
+        return lines
+
+
+@dataclass(frozen=True)
+class RawSplits:
+    """The rows drawn for each split, before anything model-specific."""
+
+    train: tuple[RawRow, ...]
+    validation: tuple[RawRow, ...]
+    test: tuple[RawRow, ...]
+    left_out: LeftOut
+
+
+def draw_splits(data: DataSection) -> RawSplits:
+    """The rows of each split: the same for every model, prompt, loss mode and training seed.
+
+    A row whose key occurred before, in a split that comes first or earlier in its own, is a
+    duplicate: it is counted and left out. So are rows of a group of which another row stands in a
+    split that comes first. Raises DataError for a split that is empty or has fewer rows than asked
+    for.
+    """
+    reader = _Reader(data)
+    pools: dict[str, list[RawRow]] = {}
+    for split in ("test", "validation", "train"):
+        source: DataSource | None = getattr(data, split)
+        if source is not None:
+            pools[split] = reader.read(source, split)
+    drawn: dict[str, tuple[RawRow, ...]] = {}
+    num_left_out_by_group = 0
+    for split in ("test", "validation", "train"):
+        pool = pools.get(split, pools["train"])
+        groups = {raw.group for rows in drawn.values() for raw in rows}
+        allowed = [raw for raw in pool if raw.group not in groups]
+        num_left_out_by_group += len(pool) - len(allowed)
+        _sort(allowed, data.seed if split == "train" else _HELD_OUT_SEED)
+        left_out = reader.describe(num_left_out_by_group)
+        drawn[split] = _draw(allowed, split, getattr(data, f"num_{split}_samples"), left_out)
+        pool[:] = allowed[len(drawn[split]) :]
+    return RawSplits(drawn["train"], drawn["validation"], drawn["test"], left_out)
+
+
+class _Reader:
+    """Reads the sources of one recipe; a row of a key that was read before is a duplicate."""
+
+    def __init__(self, data: DataSection) -> None:
+        self._data = data
+        self._seen: set[str] = set()
+        self._num_duplicates = 0
+        self._by_task: dict[str, Mapping[str, int]] = {}
+        self._columns: dict[str, Mapping[str, int]] = {}
+
+    def describe(self, num_left_out_by_group: int) -> LeftOut:
+        """What was left out so far."""
+        return LeftOut(self._num_duplicates, num_left_out_by_group, self._by_task, self._columns)
+
+    def read(self, source: DataSource, split: str) -> list[RawRow]:
+        """The different rows of one source."""
+        columns: Counter[str] = Counter()
+        groups: dict[str, str] = {}
+        rows = self._prepare(load_rows(source), columns, groups)
+        examples = self._data.task.build_examples(rows)
+        if examples.left_out:
+            self._by_task[split] = examples.left_out
+        if columns:
+            self._columns[split] = dict(sorted(columns.items()))
+        found = []
+        for example in examples.examples:
+            if example.key in self._seen:
+                self._num_duplicates += 1
+                continue
+            self._seen.add(example.key)
+            found.append(_build_raw_row(example, self._find_group(example, groups)))
+        return found
+
+    def _prepare(
+        self, rows: Iterator[tuple[str, Any]], columns: Counter[str], groups: dict[str, str]
+    ) -> Iterator[tuple[str, Any]]:
+        """The rows without what `data.ignore` names; counts that, and notes each row's group."""
+        column = self._data.group_column
+        for where, row in rows:
+            if column is not None:
+                groups[where] = _read_group(row, column, where)
+            yield where, _ignore(row, self._data.ignore, columns)
+
+    def _find_group(self, example: Example, groups: Mapping[str, str]) -> str:
+        if self._data.group_column is None:
+            return example.key if example.group is None else example.group
+        if example.where not in groups:
+            raise DataError(
+                f"{example.where}: the task `{self._data.task.name}` makes one conversation of"
+                " several rows, and groups of its own",
+                hint="leave `data.group_column` out of the recipe",
+            )
+        return groups[example.where]
+
+
+def _build_raw_row(example: Example, group: str) -> RawRow:
+    completions = (
+        index
+        for index, message in enumerate(example.messages)
+        if message["role"] == "assistant" and index not in example.untrained
+    )
+    return RawRow(
+        example.where,
+        example.key,
+        group,
+        example.messages,
+        example.tools,
+        example.references,
+        tuple(completions),
+        example.untrained,
+    )
+
+
+def _read_group(row: Any, column: str, where: str) -> str:
+    """The group that `data.group_column` gives a row."""
+    value = row.get(column) if isinstance(row, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        found = "no such column" if value is None else f"{value!r}"
+        raise DataError(
+            f"{where}: `data.group_column: {column}` names the column of a text or a whole number"
+            f" that all rows of a group share, found {found}",
+            hint="give every row a group, or leave `data.group_column` out of the recipe",
+        )
+    return f"{column}: {value}"
+
+
+def _ignore(row: Any, names: Sequence[str], counts: Counter[str]) -> Any:
+    """The row without the columns, and its messages without the keys (`messages.KEY`), that `names`
+    holds; counts the rows that have one of them.
+    """
+    if not names:
+        return row
+    if isinstance(row, list):
+        return _ignore_in_messages(row, names, counts)
+    if not isinstance(row, Mapping):
+        return row
+    kept = {}
+    for column, value in row.items():
+        if column in names:
+            counts[column] += value is not None
+        elif column in _MESSAGE_COLUMNS and isinstance(value, list):
+            kept[column] = _ignore_in_messages(value, names, counts)
+        else:
+            kept[column] = value
+    return kept
+
+
+def _ignore_in_messages(messages: list[Any], names: Sequence[str], counts: Counter[str]) -> Any:
+    kept = []
+    found = set()
+    for message in messages:
+        if isinstance(message, Mapping):
+            ignored = [key for key in message if f"messages.{key}" in names]
+            found |= {f"messages.{key}" for key in ignored if message[key] is not None}
+            message = {key: value for key, value in message.items() if key not in ignored}
+        kept.append(message)
+    counts.update(found)
+    return kept
+
+
+def _sort(rows: list[RawRow], seed: int) -> None:
+    rows.sort(key=lambda raw: (_rank(seed, raw.group), _rank(seed, raw.key)))
+
+
+def _rank(seed: int, text: str) -> str:
+    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
+
+
+def _draw(
+    pool: Sequence[RawRow], split: str, wanted: int | None, left_out: LeftOut
+) -> tuple[RawRow, ...]:
+    """The first rows of what is left for a split."""
+    count = len(pool) if wanted is None else wanted
+    if len(pool) < count or count == 0:
+        reasons = "".join(f"\n  left out: {line}" for line in left_out.describe())
+        raise DataError(
+            f"{len(pool)} different rows are left for the {split} split, {wanted or 'at least 1'}"
+            " were asked for" + reasons,
+            hint=(
+                f"lower `data.num_{split}_samples`,"
+                " or those of the splits drawn before it (test, then validation)"
+            ),
+        )
+    return tuple(pool[:count])
