@@ -15,8 +15,10 @@ from typing import Any, Final
 
 from benchmarks.mask_oracle_chats import (
     FORMS,
+    Call,
     Conversation,
     Form,
+    Word,
     control_tokens,
     conversations,
     render,
@@ -54,6 +56,7 @@ class Oracle:
         self._errors: dict[Form, str] = {}
         by_length = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, by_length)))
+        self._unasked_prompt = self._find_unasked_prompt()
         self.openers = self._find_openers()
 
     def specials(self, text: str) -> list[str]:
@@ -147,8 +150,8 @@ class Oracle:
         return both or set().union(*ends)
 
     def is_rewritten(self, chat: Conversation, index: int, text: str, form: Form) -> bool | None:
-        """Whether the template prints a turn otherwise than when the conversation ended there; None
-        where that is not to be seen.
+        """Whether the template prints what a turn writes otherwise than when the conversation ended
+        there; None where that is not to be seen, or only the prompt of the turn differs.
         """
         if index == len(chat.messages) - 1:
             return False
@@ -162,7 +165,9 @@ class Oracle:
         end_head, end_text = _last_end(head, words), _last_end(text, words)
         if not head.startswith(prompt) or end_head is None or end_text is None:
             return None
-        return not text[:end_text].endswith(head[len(prompt) : end_head])
+        if not text[:end_text].endswith(head[len(prompt) : end_head]):
+            return True
+        return False if text.startswith(head[:end_head]) else None
 
     def prompt_end(self, chat: Conversation, index: int, text: str, form: Form) -> int | None:
         """The character at which the prompt of a turn ends, None where the rendering does not begin
@@ -179,9 +184,28 @@ class Oracle:
         turn follows there.
         """
         end = self.prompt_end(chat, index, text, form)
-        return (
-            None if text[:end] == self.try_render(chat.messages[:index], chat.tools, form) else end
-        )
+        bare = self.try_render(chat.messages[:index], chat.tools, form)
+        if end is None or bare is None or text[:end] != bare:
+            return end
+        return end if self._unasked_prompt and bare.endswith(self._unasked_prompt) else None
+
+    def _find_unasked_prompt(self) -> str:
+        """The end of a generation prompt that the template prints always, asked for or not: what
+        stands behind a last answer, from where it parts with what a user's turn is opened by, if
+        a user's last turn ends so, too.
+        """
+        for chat in conversations():
+            if chat.name == "two rounds":
+                for text, form in self.renderings(chat).items():
+                    answered = self.try_render(chat.messages[:2], [], form)
+                    asked = self.try_render(chat.messages[:3], [], form)
+                    own = _last_end(text, chat.words_of(1))
+                    if answered is None or asked is None or own is None:
+                        continue
+                    rest = answered[_num_shared(answered, text) :]
+                    if rest and asked.endswith(rest):
+                        return rest
+        return ""
 
     # --- what the template does to a conversation, whoever masks it
 
@@ -202,8 +226,10 @@ class Oracle:
             if any(self.is_rewritten(chat, n, text, form) for n in wanted):
                 return "an earlier turn is printed otherwise than it was written"
             return f"the template leaves out the assistant's {_join(own)}"
-        if others := {w.part for w in missing if w.message is None or self._is_other(chat, w)}:
+        if others := _needed_by_others(chat, missing):
             return f"the template leaves out {_join(others)}"
+        if any(_place_of_name(chat, call, name, text) is None for call, name in _names(chat)):
+            return "the template leaves out the name of a call"
         if any(text.count(word.text) > 1 for word in chat.words):
             return "the template prints a text twice"
         if any(self.is_rewritten(chat, index, text, form) for index in wanted):
@@ -221,10 +247,6 @@ class Oracle:
             ):
                 return "no token ends a turn"
         return ""
-
-    @staticmethod
-    def _is_other(chat: Conversation, word: Any) -> bool:
-        return word.message is not None and chat.messages[word.message]["role"] != "assistant"
 
     @staticmethod
     def _turn_end(chat: Conversation, index: int, text: str) -> int:
@@ -300,7 +322,7 @@ def _grade(
         return Verdict(REFUSED, why, f"messages {refused}", is_avoidable=False in seen)
     missing = [word for word in chat.words if word.text not in text]
     left = {f"the assistant's {word.part}" for word in missing if word.message in chat.wanted}
-    left |= {w.part for w in missing if w.message is None or oracle._is_other(chat, w)}
+    left |= _needed_by_others(chat, missing)
     if left:
         return Verdict(
             WRONG, f"accepted although the template leaves out {_join(left)}", repr(text)
@@ -322,21 +344,47 @@ def _judge_calls(chat: Conversation, text: str, trained: bytearray, index: int) 
     """A call's name and keys are trained where they stand by its value; tools, results and other
     calls may name them, too.
     """
-    marks = sorted((at, w) for w in chat.words for at in _places(text, w.text))
-    for call in chat.calls:
-        if call.message != index or call.value not in text:
-            continue
-        value = text.index(call.value)
-        own = [at for at, word in marks if word.message == index]
-        begin = max((at + 9 for at, word in marks if at < value and at not in own), default=0)
-        end = min((at for at, word in marks if at > value and at not in own), default=len(text))
-        for name in call.names:
-            start = text.rfind(name, begin, value)
-            if start < 0:
-                start = text.find(name, value, end)
-            if start >= 0 and 0 in trained[start : start + len(name)]:
+    for call, name in _names(chat):
+        if call.message == index and call.value in text:
+            start = _place_of_name(chat, call, name, text)
+            if start is None:
+                return "accepted although the template leaves out a call's name or key"
+            if 0 in trained[start : start + len(name)]:
                 return "does not train a call's name or key"
     return ""
+
+
+def _names(chat: Conversation) -> list[tuple[Call, str]]:
+    return [(call, name) for call in chat.calls for name in call.names]
+
+
+def _place_of_name(chat: Conversation, call: Call, name: str, text: str) -> int | None:
+    """Where a call's name or key stands by the call's value, nobody else's word between them; 0
+    where the value is not printed at all.
+    """
+    if call.value not in text:
+        return 0
+    value = text.index(call.value)
+    others = [w.text for w in chat.words if w.message != call.message]
+    places = [at for word in others for at in _places(text, word)]
+    begin = max((at for at in places if at < value), default=0)
+    end = min((at for at in places if at > value), default=len(text))
+    start = text.rfind(name, begin, value)
+    start = text.find(name, value, end) if start < 0 else start
+    return None if start < 0 else start
+
+
+def _needed_by_others(chat: Conversation, missing: Sequence[Word]) -> set[str]:
+    """What is not printed of tools, of others, and of assistant turns that are context; templates
+    leave out the thoughts of those by intention.
+    """
+    assistants = _assistants(chat)
+    return {
+        word.part if word.message not in assistants else f"an earlier turn's {word.part}"
+        for word in missing
+        if word.message not in chat.wanted
+        and not (word.message in assistants and word.part.startswith("thought"))
+    }
 
 
 def _judge_start(
@@ -412,6 +460,16 @@ def _last_end(text: str, words: Sequence[str]) -> int | None:
     """Where the last of the words that are printed ends."""
     ends = [text.rfind(word) + len(word) for word in words if word in text]
     return max(ends, default=None)
+
+
+def _num_shared(left: str, right: str) -> int:
+    """How many characters the two texts begin with in common.
+
+    >>> _num_shared("<end><user>", "<end>")
+    5
+    """
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((n for n, pair in pairs if pair[0] != pair[1]), min(len(left), len(right)))
 
 
 def _next_word(chat: Conversation, index: int, text: str, position: int) -> int:
