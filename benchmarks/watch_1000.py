@@ -83,8 +83,7 @@ def build_project(root: Path) -> list[Selected]:
     for source in {
         source
         for one in selected
-        for source in (one.recipe.data.train, one.recipe.data.validation, one.recipe.data.test)
-        if source
+        for source in one.recipe.data.sources.values()
     }:
         path = Path(source.path)
         path.parent.mkdir(parents=True, exist_ok=True)

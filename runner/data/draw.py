@@ -73,6 +73,8 @@ class LeftOut:
     by_task: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     # Split of the source -> column that says nothing of the rows' content -> rows that have it.
     columns: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    # Split of the source -> reason, with names -> files beside the rows that nobody reads.
+    skipped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         """One line for each reason."""
@@ -81,6 +83,8 @@ class LeftOut:
             for split, left in self.by_task.items()
             for reason, count in left.items()
         ]
+        for split, skipped in self.skipped.items():
+            lines += [f"{split}: {count} {reason}, not read" for reason, count in skipped.items()]
         for split, columns in self.columns.items():
             named = ", ".join(f"`{column}` ({count} rows)" for column, count in columns.items())
             lines.append(f"{split}: what no row's text is made of: {named}")
@@ -138,17 +142,27 @@ class _Reader:
         self._num_duplicates = 0
         self._by_task: dict[str, Mapping[str, int]] = {}
         self._columns: dict[str, Mapping[str, int]] = {}
+        self._skipped: dict[str, Mapping[str, int]] = {}
 
     def describe(self, num_left_out_by_group: int) -> LeftOut:
         """What was left out so far."""
-        return LeftOut(self._num_duplicates, num_left_out_by_group, self._by_task, self._columns)
+        return LeftOut(
+            self._num_duplicates,
+            num_left_out_by_group,
+            self._by_task,
+            self._columns,
+            self._skipped,
+        )
 
     def read(self, source: DataSource, split: str) -> list[RawRow]:
         """The different rows of one source."""
         columns: Counter[str] = Counter()
         groups: dict[str, str] = {}
-        rows = self._prepare(load_rows(source), columns, groups)
+        loaded = load_rows(source)
+        rows = self._prepare(loaded.rows, columns, groups)
         examples = self._data.task.build_examples(rows)
+        if loaded.skipped:
+            self._skipped[split] = loaded.count_skipped()
         if examples.left_out:
             self._by_task[split] = examples.left_out
         if columns:

@@ -190,22 +190,28 @@ class ConversationMasker:
         self._skeletons = Skeletons(self._template)
 
     def mask(
-        self, messages: Messages, tools: Tools = (), *, turns: Collection[int] | None = None
+        self,
+        messages: Messages,
+        tools: Tools = (),
+        *,
+        turns: Collection[int] | None = None,
+        untrained: Collection[int] = (),
     ) -> MaskedConversation:
         """The tokens and proven completions of one conversation.
 
         `tools` are the functions that the assistant may call, as JSON schemas. `turns` are the
         indices of the assistant messages that are completions, None for all of them: what stands
-        in others is context, of which thoughts may be left out by the template.
+        in others is context, of which thoughts may be left out by the template. `untrained` are
+        assistant messages of that kind whose places are asked for all the same.
 
         Raises: MaskError.
         """
         _check_messages(messages, self._describe_roles)
-        wanted = _list_wanted(messages, turns)
+        wanted = _list_wanted(messages, turns, untrained)
         if tools or any(set(message) - {"role", "content"} for message in messages):
-            proven = prove_structure(self._template, messages, tools, wanted)
+            proven = prove_structure(self._template, messages, tools, wanted, untrained)
         else:
-            proven = self._prove_texts(messages, wanted)
+            proven = self._prove_texts(messages, wanted, untrained)
         masked = self._tokenise(messages, proven)
         self._refuse_dates(proven)
         return masked
@@ -245,7 +251,9 @@ class ConversationMasker:
                 accepted.append(role)
         return f"this chat template takes {', '.join(accepted) or 'none of them'}"
 
-    def _prove_texts(self, messages: Messages, wanted: Sequence[int]) -> ProvenText:
+    def _prove_texts(
+        self, messages: Messages, wanted: Sequence[int], untrained: Collection[int]
+    ) -> ProvenText:
         """The first proof, of conversations that are plain texts."""
         skeleton = self._skeletons.find(tuple((message["role"], None) for message in messages))
         text = self._template.render(messages, skeleton.method)
@@ -257,7 +265,7 @@ class ConversationMasker:
             # whose end of turn must be placed.
             blank = [m["role"] != "assistant" and not m["content"].strip() for m in messages]
             if not any(blank):
-                return self._prove_otherwise(messages, wanted, refusal)
+                return self._prove_otherwise(messages, wanted, untrained, refusal)
             skeleton = self._skeletons.find(
                 tuple(
                     (m["role"], m["content"] if blank[index] else None)
@@ -267,7 +275,7 @@ class ConversationMasker:
             try:
                 contents = _prove(skeleton, messages, text)
             except MaskError as still:
-                return self._prove_otherwise(messages, wanted, still)
+                return self._prove_otherwise(messages, wanted, untrained, still)
         places: dict[int, Interval] = {}
         turns = []
         for turn, (start, end) in zip(skeleton.turns, contents, strict=True):
@@ -297,13 +305,17 @@ class ConversationMasker:
         )
 
     def _prove_otherwise(
-        self, messages: Messages, wanted: Sequence[int], refusal: MaskError
+        self,
+        messages: Messages,
+        wanted: Sequence[int],
+        untrained: Collection[int],
+        refusal: MaskError,
     ) -> ProvenText:
         """The second proof, of texts that the template takes apart. Raises: the first's refusal,
         unless the second can name what is not printed.
         """
         try:
-            return prove_structure(self._template, messages, (), wanted)
+            return prove_structure(self._template, messages, (), wanted, untrained)
         except UnprintedError:
             raise
         except MaskError:
@@ -409,7 +421,9 @@ def _find_content_tokens(
     return CompletionSpan(first, first if content[0] == content[1] else last)
 
 
-def _list_wanted(messages: Messages, turns: Collection[int] | None) -> list[int]:
+def _list_wanted(
+    messages: Messages, turns: Collection[int] | None, untrained: Collection[int]
+) -> list[int]:
     """The assistant messages whose places are to be proven, in order."""
     assistants = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     if not assistants:
@@ -418,8 +432,8 @@ def _list_wanted(messages: Messages, turns: Collection[int] | None) -> list[int]
         )
     if turns is None:
         return assistants
-    assert set(turns) <= set(assistants), "completions are the assistant's"
-    return sorted(turns)
+    assert {*turns, *untrained} <= set(assistants), "completions are the assistant's"
+    return sorted({*turns, *untrained})
 
 
 # Keys of a message besides role and content -> the kinds of value that they have.
@@ -448,7 +462,7 @@ def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> No
                 f"{describe(messages, index)} has the content"
                 f" {quote(repr(content))}, expected a text"
             )
-        texts = list(_list_texts(message))
+        texts = list(list_texts(message))
         surrogate = next((char for text in texts for char in text if _is_surrogate(char)), None)
         if surrogate is not None:
             raise MaskError(
@@ -485,17 +499,17 @@ def _is_surrogate(char: str) -> bool:
     return "\ud800" <= char <= "\udfff"
 
 
-def _list_texts(value: Any) -> Iterator[str]:
+def list_texts(value: Any) -> Iterator[str]:
     """All texts within a value of JSON's kinds."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield str(key)
-            yield from _list_texts(item)
+            yield from list_texts(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _list_texts(item)
+            yield from list_texts(item)
 
 
 def _prove(skeleton: Skeleton, messages: Messages, text: str) -> list[Interval]:

@@ -178,8 +178,7 @@ def fit_row(
 
 
 def _mask(raw: RawRow, masker: ConversationMasker, data: DataSection) -> MaskedConversation:
-    wanted = sorted({*raw.completions, *raw.untrained})
-    masked = masker.mask(raw.messages, raw.tools, turns=wanted)
+    masked = masker.mask(raw.messages, raw.tools, turns=raw.completions, untrained=raw.untrained)
     for completion in masked.completions:
         if completion.rewritten is not None and completion.message in raw.completions:
             raise MaskError(
@@ -372,5 +371,6 @@ def describe_samples(samples: Samples, loss: Loss) -> dict[str, Any]:
         "num_left_out_by_group": left_out.num_left_out_by_group,
         "left_out_by_task": {split: dict(reasons) for split, reasons in left_out.by_task.items()},
         "left_out_columns": {split: dict(columns) for split, columns in left_out.columns.items()},
+        "skipped_files": {split: dict(reasons) for split, reasons in left_out.skipped.items()},
         "splits": splits,
     }

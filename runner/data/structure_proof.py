@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,6 +46,8 @@ METHOD_MARKS: Final = "marks in every text, call and thought"
 
 _THINK_TAGS: Final = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
 _TAGS: Final = re.compile(r"</?[^\s<>]{1,30}>|\[/?[A-Z_]{2,30}\]")
+# Leaves that the recipe can leave out.
+_IGNORABLE: Final = {"`reasoning_content`": "messages.reasoning_content"}
 _OTHER_TEMPLATE: Final = "name a chat template that prints it in `model.chat_template`"
 
 
@@ -94,9 +96,13 @@ class ProvenText:
 
 
 def prove_structure(
-    template: ChatTemplate, messages: Messages, tools: Tools, wanted: Sequence[int]
+    template: ChatTemplate,
+    messages: Messages,
+    tools: Tools,
+    wanted: Sequence[int],
+    untrained: Collection[int] = (),
 ) -> ProvenText:
-    """The places of the wanted turns.
+    """The places of the wanted turns; those among them that are untrained may lack their thoughts.
 
     Raises: MaskError, where they cannot be proven; UnprintedError, where the template leaves out
         what a turn says.
@@ -105,12 +111,17 @@ def prove_structure(
     for method in (METHOD_TEXT, METHOD_PARTS):
         for has_json_arguments in (False, True):
             try:
-                return _prove(template, messages, tools, wanted, method, has_json_arguments)
+                return _prove(
+                    template, messages, tools, wanted, untrained, method, has_json_arguments
+                )
             except MaskError as error:
                 refusals.append(error)
             if not any(message.get("tool_calls") for message in messages):
                 break
-    raise refusals[0]
+    # What is left out says more than what a template raises on another form of the arguments.
+    by_name = [refusal for refusal in refusals if isinstance(refusal, UnprintedError)]
+    not_raised = [refusal for refusal in refusals if refusal.__cause__ is None]
+    raise (by_name or not_raised or refusals)[0]
 
 
 def _prove(
@@ -118,6 +129,7 @@ def _prove(
     messages: Messages,
     tools: Tools,
     wanted: Sequence[int],
+    untrained: Collection[int],
     method: str,
     has_json_arguments: bool,
 ) -> ProvenText:
@@ -143,10 +155,11 @@ def _prove(
     walk = _Walk(marking.leaves, rendered)
     turns = []
     places = _Places(template, marked, marked_tools, method, walk)
-    for index in wanted:
+    trained = [index for index in wanted if index not in untrained]
+    for index in trained:
         places.require_printed(index, messages[index])
     for index in range(len(messages)):
-        if index not in wanted:
+        if index not in trained:
             places.require_context(index)
     places.require_order()
     walk.follow(text, messages)
@@ -307,7 +320,7 @@ def _refuse_unprinted_tools(leaves: Sequence[Leaf], rendered: str) -> None:
             raise UnprintedError(
                 f"the chat template does not print {leaf.what}:"
                 " the model would not know what it may call",
-                hint=f"{_OTHER_TEMPLATE}, or leave the tools out of the rows (`data.ignore`)",
+                hint=f"{_OTHER_TEMPLATE}, or leave the tools out: `data.ignore: [tools]`",
             )
 
 
@@ -479,6 +492,8 @@ class _Places:
 
     def _refuse_unprinted(self, index: int, what: str) -> UnprintedError:
         hint = f"{_OTHER_TEMPLATE}, or take it out of the rows"
+        if what in _IGNORABLE:
+            hint = f"{_OTHER_TEMPLATE}, or leave it out: `data.ignore: [{_IGNORABLE[what]}]`"
         if index < len(self._chat) - 1 and self._prints_alone(index):
             hint = (
                 "the template prints it where the conversation ends with this turn:"
@@ -533,6 +548,11 @@ class _Places:
         """One completion in the real text, which follows the rendering of marks."""
         walk = self._walk
         ranks = walk.pieces_of(index)
+        if not ranks:
+            raise UnprintedError(
+                f"the chat template prints nothing of {describe(self._chat, index)}",
+                hint="remove the message from the row",
+            )
         first, last = walk.pieces[ranks[0]], walk.pieces[ranks[-1]]
         others = [
             piece.leaf
@@ -579,9 +599,11 @@ class _Places:
             if lead.isspace() or not without.startswith(prompt):
                 return len(prompt)
             return len(prompt) + self._find_header(index, lead)
-        shared = len(common_prefix(rendered, prompt))
         if first.leaf.what == "`content`":
             return first.start
+        shared = len(common_prefix(rendered, prompt))
+        thought = _THINK_TAGS.search(rendered, lowest, shared)
+        shared = thought.start() if thought else shared
         length = self._cut(rendered[lowest:shared])
         if not length:
             raise MaskError(

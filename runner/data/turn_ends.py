@@ -64,9 +64,10 @@ def find_end(template: ChatTemplate, turn: TurnText) -> tuple[int, str | None]:
     elif not ends and template.find_specials(ending or ""):
         ends = _find_user_end(template, turn)
     if not ends:
-        # A token that stops the model and is also the next speaker's header (GLM).
-        first = template.find_specials(turn.own)[:1]
-        ends = [one for one in first if template.appends_end or one.group() in template.stop_tokens]
+        # A token that stops the model and is also the next speaker's header (GLM, Gemma 4).
+        here = template.find_specials(turn.own)
+        stops = [one for one in here if one.group() in template.stop_tokens]
+        ends = here[:1] if template.appends_end else stops[:1]
     if ends:
         return ends[0].end(), ends[0].group()
     plain = (ending or "").rstrip()
@@ -89,11 +90,14 @@ def _find_witness(template: ChatTemplate, turn: TurnText) -> str | None:
         if "id" in calls[-1]:
             answer["tool_call_id"] = calls[-1]["id"]
         following.insert(0, answer)
-    for message in following:
-        found = _text_after(template, turn, [*turn.chat[: turn.index + 1], message])
-        if found is not None:
-            return found
-    return None
+    found = [
+        _text_after(template, turn, [*turn.chat[: turn.index + 1], message])
+        for message in following
+    ]
+    for text in found:
+        if text is not None and template.find_specials(common_prefix(turn.own, text)):
+            return text
+    return next((text for text in found if text is not None), None)
 
 
 def _find_user_end(template: ChatTemplate, turn: TurnText) -> list[Any]:

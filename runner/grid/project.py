@@ -202,6 +202,8 @@ def _describe_starter(starter: _Starter) -> list[str]:
         )
     if plan.unused:
         notes.append(f"not read, columns of {path}: {', '.join(plan.unused)}")
+    if plan.ignored:
+        notes.append(f"the recipe says so: `data.ignore: [{', '.join(plan.ignored)}]`")
     notes += [f"left out of {path}: {line}" for line in plan.left_out]
     notes.append(
         f"rows: {plan.num_held_out} for validation, {plan.num_held_out} for test, "
@@ -225,8 +227,8 @@ def _copy_samples(stock_dir: Path, project_dir: Path, recipes: Sequence[Recipe])
     """
     needs = _Needs()
     for recipe in recipes:
-        for source in (recipe.data.train, recipe.data.validation, recipe.data.test):
-            if source is None or (project_dir / source.path).exists():
+        for source in recipe.data.sources.values():
+            if (project_dir / source.path).exists():
                 continue
             is_local = source.path.startswith("data/") and ".." not in Path(source.path).parts
             if is_local and (stock_dir / source.path).exists():

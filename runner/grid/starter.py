@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
+from runner.data.tasks.base import EMPTY, MEANINGS, Example, Examples, Task, UnusedColumnsError
 from runner.errors import RunnerError
 from runner.grid.spec import list_grids, load_cards
 from runner.grid.template import quote_yaml
@@ -80,18 +81,20 @@ _MAX_HELD_OUT: Final = 100
 _MAX_TRAIN: Final = 1000
 _LENGTHS: Final = (128, 256, 512, 1024, 2048, 4096)
 _NO_TEMPLATE: Final = "recipe_templates/chat/human_assistant.jinja"
-_UNREMARKABLE_COLUMNS: Final = ("label_texts", "id", "idx")  # that nobody reads them is no news
+_UNREMARKABLE_COLUMNS: Final = ("id", "idx")  # that nobody reads them is no news
 
 
 @dataclass(frozen=True)
 class DataPlan:
     """A data file and the numbers that suit it. `num_rows` counts different rows; `unused` are
-    columns nobody reads.
+    columns and keys of messages that nobody reads, `ignored` those of them that the recipe has to
+    leave out by name.
     """
 
     task: Mapping[str, str]
     num_rows: int
     unused: tuple[str, ...]
+    ignored: tuple[str, ...]
     left_out: tuple[str, ...]  # what the task or the splits leave out, a line each
     num_held_out: int  # rows each of validation and test
     train_counts: tuple[int, ...]
@@ -118,9 +121,9 @@ def plan_data(path: Path) -> DataPlan:
     first = next(iter(load_rows(source)), None)
     if first is None:
         raise RunnerError(f"{path} holds no rows")
-    task, unused = detect_task(first[1], first[0])
+    task = detect_task(first[1], first[0])
 
-    def read(num_held_out: int) -> DataSection:
+    def read(num_held_out: int, ignored: Sequence[str] = ()) -> DataSection:
         counts = {
             "num_validation_samples": num_held_out,
             "num_test_samples": num_held_out,
@@ -128,23 +131,27 @@ def plan_data(path: Path) -> DataPlan:
             "max_length": 1,
         }
         return DataSection.model_validate_json(
-            json.dumps({"train": source.model_dump(), "task": task, **counts})
+            json.dumps(
+                {"train": source.model_dump(), "task": task, "ignore": list(ignored), **counts}
+            )
         )
 
-    examples = read(1).task.build_examples(load_rows(source)).examples
-    num_bytes: dict[str, int] = {}  # of each different conversation
-    for example in examples:
-        contents = "".join(message["content"] for message in example.messages)
-        num_bytes[json.dumps(example.messages)] = len(contents.encode())
+    examples, ignored = _build_examples(read(1).task, source)
+    num_bytes: dict[str, int] = {}  # of each different row
+    for example in examples.examples:
+        num_bytes[example.key] = _count_bytes(example)
     if len(num_bytes) < _MIN_ROWS:
         found = f"{len(num_bytes)} different {'row' if len(num_bytes) == 1 else 'rows'}"
         raise RunnerError(f"{path} holds {found}; {_MIN_ROWS} are needed to train, select and test")
     num_held_out = max(1, min(_MAX_HELD_OUT, len(num_bytes) // 6))
-    splits = draw_splits(read(num_held_out))  # rows of one group stay together: fewer may be left
+    splits = draw_splits(
+        read(num_held_out, ignored)
+    )  # rows of one group stay together: fewer may be left
     return DataPlan(
         task=task,
         num_rows=len(num_bytes),
-        unused=unused,
+        unused=(*(name for name in examples.unused if _is_news(name)), *ignored),
+        ignored=ignored,
         left_out=tuple(splits.left_out.describe()),
         num_held_out=num_held_out,
         train_counts=choose_train_counts(len(splits.train)),
@@ -152,17 +159,43 @@ def plan_data(path: Path) -> DataPlan:
     )
 
 
-def detect_task(row: Any, where: str) -> tuple[Mapping[str, str], tuple[str, ...]]:
-    """The task section for rows like this one, and the columns that it leaves aside. Raises:
-    RunnerError.
+def _build_examples(task: Task, source: DataSource) -> tuple[Examples, tuple[str, ...]]:
+    """The examples of a file, and the names that its recipe has to ignore. Raises: DataError, also
+    where one of them has a meaning: to leave that out is for the user to say.
     """
+    from runner.data.sources import load_rows
+
+    try:
+        return task.build_examples(load_rows(source)), ()
+    except UnusedColumnsError as error:
+        if any(name in MEANINGS for name in error.names):
+            raise
+        examples = task.build_examples(load_rows(source), used=frozenset(error.names))
+        return examples, error.names
+
+
+def _count_bytes(example: Example) -> int:
+    """The bytes of all texts of an example, and of its calls and tools as JSON."""
+    texts = [json.dumps(example.tools)] if example.tools else []
+    for message in example.messages:
+        for key, value in message.items():
+            if key != "role":
+                texts.append(value if isinstance(value, str) else json.dumps(value, default=str))
+    return len("".join(texts).encode())
+
+
+def _is_news(name: str) -> bool:
+    return name not in _UNREMARKABLE_COLUMNS and not name.endswith(EMPTY)
+
+
+def detect_task(row: Any, where: str) -> Mapping[str, str]:
+    """The task section for rows like this one. Raises: RunnerError."""
     tasks = sorted(find_tasks(), key=lambda task: task.RECOGNITION_ORDER)
     columns = list(row) if isinstance(row, Mapping) else []
     for task in tasks:
         found = task.recognise(row)
         if found is not None:
-            known = (*_UNREMARKABLE_COLUMNS, *found.columns)
-            return found.section, tuple(name for name in columns if name not in known)
+            return found.section
     names = ", ".join(map(str, columns))
     recognised = [", ".join(needed) for task in tasks for needed, _ in task.RECOGNISED_BY]
     raise RunnerError(
@@ -269,6 +302,14 @@ def _new_card(path: str, dtype: str, chat_template: str | None) -> dict[str, Any
     return dict(zip(_CARD_KEYS, values, strict=True))
 
 
+def _write_task(data: DataPlan) -> list[str]:
+    """The lines of the recipe below `data.task:`."""
+    lines = [f"    {key}: {quote_yaml(value)}" for key, value in data.task.items()]
+    if data.ignored:
+        lines.append(f"  ignore: {quote_yaml(list(data.ignored))} # no row's text is made of these")
+    return lines
+
+
 def write_starter(
     project_dir: Path, data_path: str, data: DataPlan, cards: Mapping[str, Mapping[str, Any]]
 ) -> None:
@@ -282,7 +323,7 @@ def write_starter(
         "TRAIN_COUNTS": quote_yaml(counts),
         "TRAIN_COUNTS_WORDS": " ".join(map(str, counts)),
         "DATA_PATH": data_path,
-        "TASK": "\n".join(f"    {key}: {quote_yaml(value)}" for key, value in data.task.items()),
+        "TASK": "\n".join(_write_task(data)),
         "NUM_HELD_OUT": str(data.num_held_out),
         "MAX_LENGTH": str(data.max_length),
         # A model of a million parameters learns nothing at the rate that suits a real one.

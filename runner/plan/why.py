@@ -30,7 +30,7 @@ from runner.plan.status import (
     find_divisor,
 )
 from runner.processes import list_holders
-from runner.recipe.contents import ContentHashes, list_content_paths, list_missing_files
+from runner.recipe.contents import ContentHashes, hash_what_is_there, list_missing_files
 from runner.recipe.identity import build_resume_fingerprint, derive_digest
 from runner.recipe.parse import Recipe, derive_accumulation
 from runner.run.facts import RunFacts
@@ -118,11 +118,7 @@ def gather_evidence(
     Nothing is written.
     """
     paths = facts.paths
-    contents = {
-        path: hashes.hash(Path(path))
-        for path in list_content_paths(recipe).values()
-        if Path(path).exists()
-    }
+    contents = hash_what_is_there(recipe, hashes)
     inventory: Inventory | CorruptFileError | OSError
     holders: dict[int, str] = {}
     log_tail: tuple[str, ...] = ()

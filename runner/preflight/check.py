@@ -98,10 +98,15 @@ def format_result(result: CheckResult, size_lines: Sequence[str] = ()) -> Iterat
         for line, runs in group_runs(result.runs, _describe_schedule):
             yield f"{line}  [{len(runs)} runs]" if len(runs) > 1 else line
     yield from size_lines
-    for text, names in result.warnings.items():
+    for kind, said in (("note", result.notes), ("warning", result.warnings)):
+        yield from _list_said(kind, said, len(result.runs))
+
+
+def _list_said(kind: str, said: Mapping[str, Sequence[str]], num_runs: int) -> Iterator[str]:
+    for text, names in said.items():
         yield ""
-        yield f"warning: {text}"
-        if len(result.runs) > 1:
+        yield f"{kind}: {text}"
+        if num_runs > 1:
             yield f"  {name_runs(names)}"
 
 
@@ -147,8 +152,10 @@ def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
 def _source_of(run: CheckedRun, split: str) -> tuple[str, str]:
     """The file of a split's rows, and all that decides which rows they are but how many train."""
     data = run.recipe.data
-    source = getattr(data, split) or data.train
-    return source.path, data.model_copy(update={"num_train_samples": None}).model_dump_json()
+    own = getattr(data, split)
+    sources = data.train_sources if split == "train" or own is None else (own,)
+    named = ", ".join(source.path for source in sources)
+    return named, data.model_copy(update={"num_train_samples": None}).model_dump_json()
 
 
 def _describe_schedule(run: CheckedRun) -> str:
@@ -193,6 +200,7 @@ def build_json(
     return {
         "num_recipes": result.num_recipes,
         "runs": runs,
+        "notes": [{"text": text, "runs": names} for text, names in result.notes.items()],
         "warnings": [{"text": text, "runs": names} for text, names in result.warnings.items()],
         "errors": [{"text": text, "runs": names} for text, names in result.errors.items()],
     }

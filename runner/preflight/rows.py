@@ -11,14 +11,14 @@ import math
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, get_args
 
 from runner.data.chat_template import MaskError
 from runner.data.draw import RawRow
-from runner.data.masking import end_of_turn_ids
-from runner.data.rows import FittedRow, build_masker, expand_turns, fit_row, refuse_too_long
+from runner.data.masking import list_texts
+from runner.data.rows import FittedRow, Row, build_masker, expand_turns, fit_row, refuse_too_long
+from runner.data.tokenizer import load_stop_tokens
 from runner.errors import DataError
 from runner.files import hash_json
 from runner.recipe.schema import DataSection, Loss, ModelSection
@@ -46,6 +46,7 @@ class RowFacts:
     cuts_message: bool  # or leaves a part of a message
     holds_special_text: bool
     has_blank_answer: bool
+    ends: tuple[str | None, ...]  # the special tokens that end completions; None: plain text
     begins_with_bos: bool
     ids_hash: bytes
     mask_hashes: dict[str, bytes]  # per loss
@@ -81,17 +82,12 @@ class TokenizerFacts:
     """One tokenizer, and the facts of every row that was shown to it so far."""
 
     tokenizer: Any
-    end_tokens: tuple[str, ...] = ()
     begins_plain_text_with_bos: bool = False
     _rows: dict[tuple[str, int, str], RowFacts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tokenizer = self.tokenizer
         self._masker = build_masker(tokenizer)
-        self._end_ids: tuple[int, ...] = ()
-        with suppress(MaskError):  # rows will say it, and which of them
-            self._end_ids = end_of_turn_ids(tokenizer)
-        self.end_tokens = tuple(tokenizer.convert_ids_to_tokens(list(self._end_ids)))
         self._bos_id: int | None = tokenizer.bos_token_id
         self.begins_plain_text_with_bos = self._bos_id is not None and tokenizer("x")["input_ids"][
             :1
@@ -100,22 +96,13 @@ class TokenizerFacts:
             {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         )
         self._special_pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self._special_ids = {*tokenizer.convert_tokens_to_ids(special), *tokenizer.all_special_ids}
 
-    def stop_tokens(self, model: ModelSection) -> list[str]:
-        """Where generation with the base model's own settings stops: eos, and what its generation
-        config names.
-        """
-        from transformers import GenerationConfig
-
-        ids = {self.tokenizer.eos_token_id}
-        try:
-            stated = GenerationConfig.from_pretrained(
-                model.path, revision=model.revision
-            ).eos_token_id
-        except (OSError, ValueError):
-            stated = None
-        ids |= set(stated) if isinstance(stated, list) else {stated}
-        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(ids - {None}))]
+    @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """The special tokens that end completions of the rows so far."""
+        ends = (token for fact in self._rows.values() for token in fact.ends)
+        return tuple(dict.fromkeys(token for token in ends if token is not None))
 
     def count_positions(self, model: ModelSection) -> int | None:
         """Tokens that the base model has positions for, None where its configuration does not
@@ -179,13 +166,6 @@ class TokenizerFacts:
     def _measure(self, raw: RawRow, data: DataSection) -> RowFacts:
         fitted = fit_row(raw, self._masker, data, self._bos_id)
         row, masked = fitted.row, fitted.masked
-        for span in masked.spans:
-            if self._end_ids and masked.input_ids[span.end - 1] not in self._end_ids:
-                found = self.tokenizer.convert_ids_to_tokens(masked.input_ids[span.end - 1])
-                raise MaskError(
-                    f"{raw.where}: an answer ends in {found!r}, not in one of"
-                    f" {', '.join(self.end_tokens)}"
-                )
         cut = find_cut(fitted)
         labels = {loss: row.labels(loss) if row else [] for loss in LOSSES}
         masks = {loss: [label >= 0 for label in labels[loss]] for loss in LOSSES}
@@ -198,17 +178,25 @@ class TokenizerFacts:
             cuts_system=any(raw.messages[n]["role"] in ("system", "developer") for n in cut),
             cuts_message=any(cut.values()),
             holds_special_text=any(
-                self._special_pattern.search(message["content"]) for message in raw.messages
+                self._special_pattern.search(text)
+                for message in raw.messages
+                for text in list_texts(message)
             ),
             has_blank_answer=any(
                 not any(raw.messages[n].get(key, "").strip() for key in _ANSWER_TEXTS)
                 and not raw.messages[n].get("tool_calls")
                 for n in raw.completions
             ),
+            ends=tuple(self._find_ends(row)) if row else (),
             begins_with_bos=masked.input_ids[0] == self._bos_id,
             ids_hash=_hash_numbers(row.input_ids if row else masked.input_ids),
             mask_hashes={loss: _hash_numbers(mask) for loss, mask in masks.items()},
         )
+
+    def _find_ends(self, row: Row) -> Iterator[str | None]:
+        for last in dict.fromkeys(row.input_ids[span.end - 1] for span in row.spans):
+            token = str(self.tokenizer.convert_ids_to_tokens(last))
+            yield token if last in self._special_ids else None
 
 
 def find_cut(fitted: FittedRow) -> dict[int, bool]:
@@ -286,22 +274,31 @@ def _find_token_doubts(
             f"{path}: its tokenizer begins texts with {tokenizer.tokenizer.bos_token},"
             " its chat template not"
         )
-    if not tokenizer.end_tokens:
-        yield (
-            f"{path}: plain text ends a turn under its chat template,"
-            " so generation needs a stop string"
-        )
-    elif not set(tokenizer.end_tokens) & set(tokenizer.stop_tokens(model)):
-        yield (
-            f"{path}: training ends answers with {' or '.join(tokenizer.end_tokens)}, where the"
-            " base model's own generation settings do not stop"
-        )
+    yield from _find_end_doubts(model, tokenizer, facts)
     longest = max(one.length_percentiles["max"] for one in splits.values())
     num_positions = tokenizer.count_positions(model)
     if num_positions is not None and longest > num_positions:
         yield (
             f"{path}: the longest row has {longest} tokens,"
             f" the model has positions for {num_positions}"
+        )
+
+
+def _find_end_doubts(
+    model: ModelSection, tokenizer: TokenizerFacts, facts: Mapping[str, Sequence[RowFacts]]
+) -> Iterator[str]:
+    ends = dict.fromkeys(end for rows in facts.values() for row in rows for end in row.ends)
+    if None in ends:
+        yield (
+            f"{model.path}: plain text ends a turn under its chat template,"
+            " so generation needs a stop string"
+        )
+    stops = load_stop_tokens(tokenizer.tokenizer, model)
+    idle = [end for end in ends if end is not None and end not in stops]
+    if idle:
+        yield (
+            f"{model.path}: training ends answers with {' or '.join(idle)}, where the"
+            " base model's own generation settings do not stop"
         )
 
 

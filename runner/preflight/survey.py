@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from runner.errors import DataError, RunnerError
 from runner.files import hash_json
 from runner.preflight.rows import RowFacts, SplitFacts, TokenizerFacts, find_row_doubts, sum_up
 from runner.recipe.contents import hint_at_missing, list_content_paths, list_missing_files
+from runner.recipe.data_files import find_source_files
 from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe
 from runner.recipe.schedule import Schedule, derive_schedule, find_doubts
@@ -57,8 +59,8 @@ class CheckedRun:
 
 @dataclass
 class CheckResult:
-    """Everything found. Warnings and errors map what is said once to the names of the runs that it
-    is about.
+    """Everything found. Warnings, errors and notes map what is said once to the names of the runs
+    that it is about.
     """
 
     num_recipes: int
@@ -66,6 +68,8 @@ class CheckResult:
     tokenizers: dict[str, TokenizerFacts] = field(default_factory=dict)  # by the model section
     warnings: dict[str, list[str]] = field(default_factory=dict)
     errors: dict[str, list[str]] = field(default_factory=dict)
+    # Keys of recipes that have no effect, which is nobody's mistake.
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     def warn(self, text: str, name: str) -> None:
         """A doubt about one run; the same doubt about several is said once."""
@@ -121,16 +125,17 @@ def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
     recipe.
     """
     result = CheckResult(len(recipes))
-    if any(not Path(recipe.model.path).exists() for recipe in recipes):
+    if any(not Path(path).exists() for recipe in recipes for path in _list_hub_names(recipe)):
         go_offline_without_network()
     missing = _find_missing_files(recipes, result)
     draws = _Draws([recipe.data for recipe in recipes])
     once = _Once()
     pairs: dict[tuple[str, str], list[Recipe]] = {}
     for recipe in recipes:
-        pairs.setdefault(
-            (recipe.model.model_dump_json(), recipe.data.model_dump_json()), []
-        ).append(recipe)
+        pairs.setdefault((recipe.model.model_dump_json(), _describe_data(recipe.data)), []).append(
+            recipe
+        )
+        _note_what_has_no_effect(result, recipe)
         try:
             require_trackers(recipe)
             open_run_folder(recipe)
@@ -153,9 +158,29 @@ def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
         if tokenizer is not None and raw is not None:
             result.tokenizers[model_key] = tokenizer
             _check_pair(result, group, tokenizer, raw)
-        progress.step(f"{model.path} on {data.train.path}")
+        progress.step(f"{model.path} on {data.train_sources[0].path}")
     _find_twins(result)
     return result
+
+
+def _list_hub_names(recipe: Recipe) -> list[str]:
+    """What may be a name on the hub, if no file is called so."""
+    return [recipe.model.path, *(source.path for source in recipe.data.sources.values())]
+
+
+def _describe_data(data: DataSection) -> str:
+    """All that decides which rows a section means, also which of its splits are stated."""
+    stated = [source.states_split for source in data.sources.values()]
+    return f"{data.model_dump_json()} {stated}"
+
+
+def _note_what_has_no_effect(result: CheckResult, recipe: Recipe) -> None:
+    for source in recipe.data.sources.values():
+        # What is wrong with a source is said when its rows are drawn.
+        with suppress(DataError):
+            notes = find_source_files(source).notes if Path(source.path).exists() else ()
+            for note in notes:
+                result.notes.setdefault(note, []).append(recipe.run.full_name)
 
 
 def _load_tokenizer_facts(model: ModelSection) -> TokenizerFacts:
@@ -228,7 +253,7 @@ class _Draws:
 
     @staticmethod
     def _key(data: DataSection) -> str:
-        return data.model_copy(update=_NOT_OF_THE_DRAW).model_dump_json()
+        return _describe_data(data.model_copy(update=_NOT_OF_THE_DRAW))
 
     def draw(self, data: DataSection) -> RawSplits:
         """The rows of one section. Raises: DataError, as `draw_splits` does."""
@@ -282,7 +307,8 @@ def _find_twins(result: CheckResult) -> None:
     for run in result.runs:
         payload = build_digest_payload(run.recipe)
         del payload["data"], payload["loss"]
-        payload["model"]["chat_template"] = None  # what it prints is in the ids
+        for name in ("chat_template", "chat_template_kwargs", "template_date", "end_of_turn"):
+            payload["model"].pop(name, None)  # what they print is in the ids
         rows = {
             split: [
                 facts.ids_hash,

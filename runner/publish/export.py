@@ -36,7 +36,7 @@ from runner.publish.tuned import TunedRun, open_tuned_run, quieten
 from runner.recipe.contents import list_content_paths
 from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import QuantizationOff
+from runner.recipe.schema import DataSection, QuantizationOff
 from runner.run.record import TrainResult, load_record, load_result
 
 _LOSSES: Final = {
@@ -112,7 +112,7 @@ def _describe(run: TunedRun, *, is_adapter: bool) -> str:
             what + (f", of the checkpoint `{run.checkpoint}`" if run.checkpoint else "")
         ),
         "training data": (
-            f"`{data.train.path}`, {data.num_train_samples or 'all'} rows, seed {data.seed}"
+            f"{_name_sources(data)}, {data.num_train_rows or 'all'} rows, seed {data.seed}"
         ),
         "task": data.task.name,
         "loss": _LOSSES[recipe.loss],
@@ -130,6 +130,14 @@ def _describe(run: TunedRun, *, is_adapter: bool) -> str:
     return "\n".join(
         ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     )
+
+
+def _name_sources(data: DataSection) -> str:
+    shares = data.train_shares
+    if shares is None:
+        return f"`{data.train_sources[0].path}`"
+    named = zip(data.train_sources, shares, strict=True)
+    return ", ".join(f"`{source.path}` (share {share:g})" for source, share in named)
 
 
 def _scores(run: TunedRun, result: TrainResult | None) -> str:

@@ -7,12 +7,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from runner.errors import CorruptFileError, DataError
 from runner.files import hash_file, hash_json, load_json, write_json_atomic
+from runner.recipe.data_files import find_source_files, name_format
 from runner.recipe.parse import Recipe
+from runner.recipe.schema import DataSource
 
 # Built by `runner demo-models`; never to be asked of the hub, where such a name is free.
 _DEMO_MODELS: Final = "demo_models/"
@@ -28,10 +31,11 @@ class ContentHashes:
         self._cache = _load_cache(cache_path)
         self._is_changed = False
 
-    def known(self, path: Path) -> str | None:
+    def known(self, path: Path, files: Iterable[Path] | None = None) -> str | None:
         """The hash if it is cached for the file as it is now; nothing is read."""
         if path.is_dir():
-            parts = {str(file.relative_to(path)): self.known(file) for file in _files_in(path)}
+            files = _files_in(path) if files is None else files
+            parts = {str(file.relative_to(path)): self.known(file) for file in files}
             return None if None in parts.values() else hash_json(parts)
         try:
             state = path.stat()
@@ -44,12 +48,14 @@ class ContentHashes:
             else None
         )
 
-    def hash(self, path: Path) -> str:
-        """The hash of a file's bytes, or of a folder's relative names and their bytes."""
+    def hash(self, path: Path, files: Iterable[Path] | None = None) -> str:
+        """The hash of a file's bytes, or of a folder's relative names and their bytes.
+
+        `files` are those of the folder that are read; None: all but hidden ones.
+        """
         if path.is_dir():
-            return hash_json(
-                {str(file.relative_to(path)): self.hash(file) for file in _files_in(path)}
-            )
+            files = _files_in(path) if files is None else files
+            return hash_json({str(file.relative_to(path)): self.hash(file) for file in files})
         if (known := self.known(path)) is not None:
             return known
         state, digest = path.stat(), hash_file(path)
@@ -94,6 +100,16 @@ def _files_in(folder: Path) -> list[Path]:
     return [folder / file for file in sorted(files) if "/." not in f"/{file.as_posix()}"]
 
 
+@dataclass(frozen=True)
+class Content:
+    """A path that recipes name, and the sources that read rows of it; none for models and
+    templates.
+    """
+
+    path: str
+    sources: tuple[DataSource, ...] = ()
+
+
 def list_content_paths(recipe: Recipe) -> dict[str, str]:
     """`dotted key -> relative path` of what the recipe names by path; hub ids name themselves by
     revision.
@@ -101,9 +117,7 @@ def list_content_paths(recipe: Recipe) -> dict[str, str]:
     named = {
         "model.path": recipe.model.path,
         "model.chat_template": recipe.model.chat_template,
-        "data.train.path": recipe.data.train.path,
-        "data.validation.path": recipe.data.validation and recipe.data.validation.path,
-        "data.test.path": recipe.data.test and recipe.data.test.path,
+        **{f"data.{key}.path": source.path for key, source in recipe.data.sources.items()},
     }
     return {
         key: path
@@ -112,9 +126,38 @@ def list_content_paths(recipe: Recipe) -> dict[str, str]:
     }
 
 
+def list_contents(recipe: Recipe) -> list[Content]:
+    """Everything that the recipe names by path, sorted by path; each path once."""
+    sources = recipe.data.sources.values()
+    return [
+        Content(path, tuple(source for source in sources if source.path == path))
+        for path in sorted(set(list_content_paths(recipe).values()))
+    ]
+
+
+def known_content(content: Content, hashes: ContentHashes) -> str | None:
+    """The hash of what is named, if it is cached and still there; reads no file."""
+    path = Path(content.path)
+    try:
+        return hashes.known(path, _find_files(content)) if path.exists() else None
+    except DataError:  # it is for `check` and a launch to say so
+        return None
+
+
+def _find_files(content: Content) -> set[Path] | None:
+    """The files of a folder of rows that the sources read; None where no source reads it.
+
+    Raises: DataError, where a source leaves open which files it means.
+    """
+    if not content.sources:
+        return None
+    found = map(find_source_files, content.sources)
+    return {file for one in found for file in (*one.files, *one.read_for_choice)}
+
+
 def _is_surely_local(key: str, path: str) -> bool:
     """A hub id is `name` or `owner/name`; anything else is a path, whether or not it is there."""
-    has_file_suffix = Path(path).suffix in (".json", ".jsonl", ".csv", ".parquet", ".jinja")
+    has_file_suffix = Path(path).suffix == ".jinja" or name_format(Path(path)) is not None
     if path.startswith(_DEMO_MODELS):
         return True
     return (
@@ -145,10 +188,12 @@ def hint_at_missing(paths: Iterable[str]) -> str:
 
 
 def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
-    """`relative path -> SHA-256` of everything that the recipe names by path.
+    """`relative path -> SHA-256` of everything that the recipe names by path; of a folder of rows,
+    of the files that are read.
 
     Raises:
-        DataError: a file is missing (all missing ones are named) or cannot be read.
+        DataError: a file is missing (all missing ones are named) or cannot be read, or a source of
+            rows leaves open which files are meant.
     """
     if missing := list_missing_files(recipe):
         raise DataError(
@@ -156,9 +201,11 @@ def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
             + "\n".join(f"  {key}: {path}" for key, path in missing.items()),
             hint=hint_at_missing(missing.values()),
         )
-    paths = list_content_paths(recipe)
     try:
-        contents = {path: hashes.hash(Path(path)) for path in sorted(set(paths.values()))}
+        contents = {
+            content.path: hashes.hash(Path(content.path), _find_files(content))
+            for content in list_contents(recipe)
+        }
     except OSError as error:
         raise DataError(
             f"recipe {recipe.run.name} names a file that cannot be read: {error}"
@@ -167,11 +214,18 @@ def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
     return contents
 
 
+def hash_what_is_there(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
+    """As `hash_contents`, without what is missing or leaves open which files are meant."""
+    contents = {}
+    for content in list_contents(recipe):
+        path = Path(content.path)
+        with contextlib.suppress(DataError):
+            if path.exists():
+                contents[content.path] = hashes.hash(path, _find_files(content))
+    return contents
+
+
 def known_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
     """As `hash_contents`, for what is cached and still there; reads no file."""
-    known = {
-        path: hashes.known(Path(path))
-        for path in list_content_paths(recipe).values()
-        if Path(path).exists()
-    }
+    known = {content.path: known_content(content, hashes) for content in list_contents(recipe)}
     return {path: digest for path, digest in known.items() if digest is not None}

@@ -37,6 +37,8 @@ _PLACEMENT_KEYS: Final = {
 _BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {
     "data.group_column": None,
     "data.ignore": [],
+    "data.task.prompt": None,
+    "data.task.system": None,
     "data.turns": "all",
     "model.chat_template_kwargs": {},
     "model.template_date": None,

@@ -328,7 +328,9 @@ def _load(
         if overrides:
             is_in_text = False
             changes = OmegaConf.from_dotlist(list(overrides))
-            merged = _merge_overrides(OmegaConf.create(container), changes)
+            if problems := _refuse_parts_of_lists(container, overridden):
+                return None, problems
+            merged = _merge_overrides(OmegaConf.create(container), changes, overridden)
             container = OmegaConf.to_container(merged, resolve=False, throw_on_missing=True)
             container = _map_texts(escape_missing, container)  # OmegaConf has taken that off
         return container, []
@@ -348,7 +350,34 @@ def _map_texts(function: Callable[[str], Any], value: Any) -> Any:
     return value
 
 
-def _merge_overrides(config: DictConfig, overrides: DictConfig) -> DictConfig:
+# What may be one section or a list of several.
+_ONE_OR_MANY_KEYS: Final = ("data.train",)
+
+
+def _refuse_parts_of_lists(container: Any, overridden: frozenset[str]) -> list[Problem]:
+    """A problem for an override of a key of a list of sections: of which one, it does not say."""
+    problems = []
+    for key in _ONE_OR_MANY_KEYS:
+        value = container
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        parts = sorted(name for name in overridden if name.startswith((f"{key}.", f"{key}[")))
+        if isinstance(value, list) and parts and key not in overridden:
+            problems += [
+                Problem(name, f"`{key}` is a list here: override all of it, {key}=[...]")
+                for name in parts
+            ]
+    return problems
+
+
+def _merge_overrides(
+    config: DictConfig, overrides: DictConfig, overridden: frozenset[str]
+) -> DictConfig:
+    for key in _ONE_OR_MANY_KEYS:
+        before, after = OmegaConf.select(config, key), OmegaConf.select(overrides, key)
+        # One in place of several, or several in place of one: OmegaConf cannot merge those.
+        if key in overridden and OmegaConf.is_list(before) != OmegaConf.is_list(after):
+            OmegaConf.update(config, key, after, merge=False)
     for key in _KIND_KEYS:
         kind = OmegaConf.select(overrides, key)
         if kind is not None and kind != OmegaConf.select(config, key):

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import yaml
 from omegaconf.errors import GrammarParseError, MissingMandatoryValue
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from runner.errors import CONTROLS, MAX_SHOWN_PROBLEMS, Problem
@@ -385,13 +385,22 @@ def _describe_unknown_key(name: str, detail: ErrorDetails, model: type[BaseModel
 def _known_names(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """The field names that are accepted at a location, over all members of a union."""
     models: list[Any] = [model]
+    members: list[Any] = []  # of the unions that the last part names
     for part in location:
         nested = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        if not nested:
+            nested = [member for member in members if _has_tag(member, part)]
         if nested:
+            members = [m for annotation in nested for m in getattr(annotation, "__args__", ())]
             models = [m for annotation in nested for m in _models_in(annotation)]
         else:  # a union tag narrows down to the members that carry it; a name or index does not
             models = [m for m in models if _is_tagged(m, part)] or models
     return [name for m in models for name in m.model_fields]
+
+
+def _has_tag(annotation: Any, tag: int | str) -> bool:
+    metadata = getattr(annotation, "__metadata__", ())
+    return any(isinstance(one, Tag) and one.tag == tag for one in metadata)
 
 
 def _is_tagged(model: Any, tag: int | str) -> bool:
@@ -417,7 +426,7 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 
 def _list_names(names: list[str]) -> str:
-    shown = names if len(names) <= 8 else [*names[:7], f"{len(names) - 7} more"]
+    shown = names if len(names) <= 12 else [*names[:11], f"{len(names) - 11} more"]
     return " or ".join(", ".join(shown).rsplit(", ", 1)) if shown else "another value"
 
 

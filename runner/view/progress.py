@@ -198,9 +198,9 @@ def count_steps_left(view: RunView) -> int | None:
     """
     num_steps, recipe = view.status.max_steps, view.recipe
     if num_steps is None and (
-        recipe.training.max_steps is not None or recipe.data.num_train_samples is not None
+        recipe.training.max_steps is not None or recipe.data.num_train_rows is not None
     ):
-        num_steps = derive_schedule(recipe, recipe.data.num_train_samples or 0).num_updates
+        num_steps = derive_schedule(recipe, recipe.data.num_train_rows or 0).num_updates
     return None if num_steps is None else max(0, num_steps - (view.status.step or 0))
 
 

@@ -26,7 +26,7 @@ from rich.text import Text
 from runner.plan.decide import Retry, foresee_retry
 from runner.plan.select import Selected, UnreadableRun
 from runner.plan.status import RunStatus, find_hint, read_status
-from runner.recipe.contents import ContentHashes, list_content_paths
+from runner.recipe.contents import Content, ContentHashes, known_content, list_contents
 from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
 from runner.run.record import Progress
@@ -55,15 +55,12 @@ class RunsReader:
 
     def __init__(self, selected: Sequence[Selected], cache_path: Path) -> None:
         self._contents = _Contents(cache_path)
-        self._runs = [
-            _RunReader(one, sorted(set(list_content_paths(one.recipe).values())))
-            for one in selected
-        ]
+        self._runs = [_RunReader(one, list_contents(one.recipe)) for one in selected]
 
     def read(self) -> list[Reading]:
         """How all runs stand now, in the order in which they were given."""
         self._contents.refresh()
-        return [run.read(self._contents.known(run.content_paths)) for run in self._runs]
+        return [run.read(self._contents.known(run.contents)) for run in self._runs]
 
 
 class _Contents:
@@ -75,7 +72,7 @@ class _Contents:
         self._cache_path = cache_path
         self._cache_state: object = ()
         self._hashes = ContentHashes(cache_path)
-        self._known: dict[str, str | None] = {}
+        self._known: dict[Content, str | None] = {}
 
     def refresh(self) -> None:
         state = _look_at(self._cache_path)
@@ -83,21 +80,21 @@ class _Contents:
             self._cache_state, self._hashes = state, ContentHashes(self._cache_path)
         self._known.clear()
 
-    def known(self, paths: Sequence[str]) -> dict[str, str]:
+    def known(self, contents: Sequence[Content]) -> dict[str, str]:
         found = {}
-        for path in paths:
-            if path not in self._known:
-                self._known[path] = self._hashes.known(Path(path)) if Path(path).exists() else None
-            digest = self._known[path]
+        for content in contents:
+            if content not in self._known:
+                self._known[content] = known_content(content, self._hashes)
+            digest = self._known[content]
             if digest is not None:
-                found[path] = digest
+                found[content.path] = digest
         return found
 
 
 @dataclass
 class _RunReader:
     selected: Selected
-    content_paths: Sequence[str]
+    contents: Sequence[Content]
     _seen: object = None
     _facts: RunFacts | None = None
     _status: RunStatus | None = None

@@ -127,8 +127,23 @@ def test_a_stock_grid_gives_the_same_recipes(
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, {"name": "conversations"}, None),
         (
             {"instruction": "a", "input": "c", "output": "b"},
-            {"completion_column": "output"},
-            "input",
+            {"name": "alpaca"},
+            None,
+        ),
+        (
+            {"context": "c", "question": "a", "answer": "b"},
+            {"prompt": "{context}\n\n{question}", "completion_column": "answer"},
+            None,
+        ),
+        (
+            {"system_prompt": "c", "question": "a", "response": "b"},
+            {"system": "{system_prompt}", "completion_column": "response"},
+            None,
+        ),
+        (
+            {"question": "a", "answer": "b", "difficulty": 3},
+            {"prompt_column": "question"},
+            "difficulty",
         ),
         ({"question": "a", "answer": "b"}, {"prompt_column": "question"}, None),
         ({"sentence": "a", "label": 1}, {"name": "sst2"}, None),

@@ -185,6 +185,7 @@ MAY_BE_ABSENT = {
         "checkpoints.save_steps",
         "checkpoints.save_epochs",
     ),
+    *("model.chat_template_kwargs", "model.template_date", "model.end_of_turn"),
     *(
         f"data.{split}.{name}"
         for split in ("train", "validation", "test")
@@ -196,6 +197,7 @@ MAY_BE_ABSENT = {
     "data.num_test_samples",
     # Of rows that need none.
     *("data.ignore", "data.group_column", "data.turns"),
+    "data.task.system",  # of a task whose prompt says it all
 }
 
 

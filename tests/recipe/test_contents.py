@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from runner.errors import DataError
-from runner.recipe.contents import ContentHashes, hash_contents, known_contents, list_content_paths
+from runner.files import hash_file, hash_json
+from runner.recipe.contents import (
+    ContentHashes,
+    hash_contents,
+    hash_what_is_there,
+    known_contents,
+    list_content_paths,
+)
 from runner.recipe.identity import derive_digest
 from runner.recipe.parse import Recipe
 from tests.recipe.test_identity import parse
@@ -208,6 +215,75 @@ def test_a_file_that_cannot_be_read_is_an_error_in_words(recipe: Recipe) -> None
     with pytest.raises(DataError, match="cannot be read"):
         digest_now(recipe)
     assert "models/toy" not in known_contents(recipe, ContentHashes(Path("cache.json")))
+
+
+def digest_of(*overrides: str) -> str:
+    hashes = ContentHashes(Path("cache.json"))
+    recipe = parse("data.validation={path: v.jsonl}", "data.test={path: t.jsonl}", *overrides)
+    return hash_contents(recipe, hashes)["rows"]
+
+
+def write_rows(*names: str) -> None:
+    for name in names:
+        Path("rows", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("rows", name).write_text(name)
+    settle(Path("rows"))
+
+
+def test_a_folder_of_rows_is_hashed_as_ever_and_without_what_nobody_reads(recipe: Recipe) -> None:
+    write_rows("a.jsonl", "b/c.csv")
+    before = digest_of("data.train.path=rows")
+    assert before == hash_json(
+        {name: hash_file(Path("rows", name)) for name in ("a.jsonl", "b/c.csv")}
+    ), "recipes that were hashed before keep their digests"
+    write_rows("README.md", ".ipynb_checkpoints/a.jsonl", "__MACOSX/a.jsonl", "notes.txt")
+    assert digest_of("data.train.path=rows") == before
+    write_rows("c.jsonl")
+    assert digest_of("data.train.path=rows") != before
+
+
+def test_of_a_folder_with_splits_those_that_are_read_are_hashed(recipe: Recipe) -> None:
+    write_rows("train.jsonl", "test.jsonl", "dev.jsonl")
+    train = ("data.train.path=rows", "data.train.split=train")
+    both = (*train, "data.test={path: rows, split: test}")
+    before = digest_of(*train), digest_of(*both)
+    assert before[0] != before[1]
+    Path("rows/test.jsonl").write_text("another")
+    assert digest_of(*train) == before[0] and digest_of(*both) != before[1]
+    Path("rows/dev.jsonl").unlink()
+    assert digest_of(*train) == before[0]
+
+
+def test_a_folder_that_leaves_open_what_is_meant_is_refused_before_anything_starts(
+    recipe: Recipe,
+) -> None:
+    write_rows("train.jsonl", "test.jsonl")
+    ambiguous = parse("data.train.path=rows")
+    with pytest.raises(DataError, match="does not say which split to read"):
+        hash_contents(ambiguous, ContentHashes(Path("cache.json")))
+    assert "rows" not in known_contents(ambiguous, ContentHashes(Path("cache.json")))
+    assert "rows" not in hash_what_is_there(ambiguous, ContentHashes(Path("cache.json")))
+
+
+def test_what_a_readme_says_of_splits_is_hashed_too(recipe: Recipe) -> None:
+    write_rows("a.jsonl", "b.jsonl")
+    text = "---\nconfigs:\n- config_name: x\n  data_files: [{split: train, path: a.jsonl}]\n---\n"
+    Path("rows/README.md").write_text(text)
+    settle(Path("rows"))
+    before = digest_of("data.train.path=rows")
+    Path("rows/README.md").write_text(text.replace("a.jsonl", "b.jsonl"))
+    assert digest_of("data.train.path=rows") != before
+
+
+def test_every_one_of_several_sources_is_hashed(recipe: Recipe) -> None:
+    write_rows("a.jsonl", "b.jsonl")
+    several = "data.train=[{path: rows/a.jsonl, weight: 1}, {path: rows/b.jsonl, weight: 2}]"
+    mixed = parse(several, "data.num_train_samples=3")
+    paths = list_content_paths(mixed)
+    assert paths["data.train.0.path"] == "rows/a.jsonl"
+    assert paths["data.train.1.path"] == "rows/b.jsonl"
+    found = hash_contents(mixed, ContentHashes(Path("cache.json")))
+    assert {"rows/a.jsonl", "rows/b.jsonl"} <= set(found)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ launch side imports all tasks.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, get_args
 
 from runner.errors import DataError
@@ -29,6 +31,31 @@ References = tuple[str, ...]
 # Columns that say nothing of a row's content.
 NEUTRAL_COLUMNS: Final = ("id", "name", "source")
 EMPTY: Final = " (empty)"  # ends the name of an unused column that holds nothing
+_READS_CONVERSATIONS: Final = "the task `conversations` reads it"
+_TEXTS_ONLY: Final = "only texts are trained on; leave such rows out of the file"
+_WEIGHTS: Final = (
+    "the task `conversations` reads `weight` or `train`, 0 or 1, of a message; leave rows of weight"
+    " 0 out of the file"
+)
+_PREFERENCES: Final = "pairs of preferences are not trained on; name the right answer alone"
+# Names to which some well-known format gives a meaning, and the way on for each.
+MEANINGS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("tools", "functions", "tool_calls", "function_call"), _READS_CONVERSATIONS
+        ),
+        **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), _READS_CONVERSATIONS),
+        **dict.fromkeys(("weight", "train", "trainable", "loss", "loss_mask"), _WEIGHTS),
+        **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _TEXTS_ONLY),
+        **dict.fromkeys(("chosen", "rejected"), _PREFERENCES),
+        "messages": _READS_CONVERSATIONS,
+        "conversations": _READS_CONVERSATIONS,
+        "system": "`data.task.system` may hold `{system}`, and the task `conversations` reads it",
+        "input": "the task `alpaca` reads it",
+        "context": "the prompt of the task `prompt_completion` may hold `{context}`",
+        "history": "the task `conversations` reads turns as a list of messages",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -58,10 +85,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """All examples of a source, and what was left out of them: reason -> count."""
+    """All examples of a source, and what was left out of them: reason -> count.
+
+    `unused` are columns and keys of messages that say nothing: name -> rows that have it.
+    """
 
     examples: tuple[Example, ...]
     left_out: Mapping[str, int]
+    unused: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +137,8 @@ class Task(Section):
     ORDER: ClassVar[int] = 100
     # Sets of columns, the preferred ones first, and what the section says for each beside the name.
     RECOGNISED_BY: ClassVar[tuple[tuple[tuple[str, ...], Mapping[str, str]], ...]] = ()
+    # Columns of the task's own data set that say nothing of a row's content.
+    BOOKKEEPING: ClassVar[tuple[str, ...]] = ()
     # Its place where several tasks recognise a row: the lowest is proposed.
     RECOGNITION_ORDER: ClassVar[int] = 100
 
@@ -121,17 +154,27 @@ class Task(Section):
                     return Recognised({"name": name, **settings}, columns)
         return None
 
-    def build_examples(self, rows: Iterable[tuple[str, Any]]) -> Examples:
-        """The examples of all rows of a source, given as `(where, row)`.
+    def build_examples(
+        self, rows: Iterable[tuple[str, Any]], *, used: frozenset[str] = frozenset()
+    ) -> Examples:
+        """The examples of all rows of a source, given as `(where, row)`; `used` are names of
+        columns, and of keys of messages, that somebody else decides on.
 
         Raises:
-            DataError: a column is missing or has another shape than the task expects.
+            DataError: a column is missing or has another shape than the task expects, or is not
+                used (`UnusedColumnsError`).
         """
         examples = []
+        leftovers = Leftovers(self, used)
         for where, row in rows:
             example = self.build_example(row, where)
-            examples.append(replace(example, key=derive_row_key(row)))
-        return Examples(tuple(examples), {})
+            columns: list[str] = []
+            if isinstance(row, Mapping):
+                columns = find_unused(row, self.list_used_columns(row))
+            leftovers.add(where, columns, example.unused)
+            examples.append(replace(example, key=derive_row_key(row, self.BOOKKEEPING)))
+        leftovers.refuse()
+        return Examples(tuple(examples), {}, leftovers.count())
 
     def list_used_columns(self, row: Mapping[str, Any]) -> Collection[str]:
         """The columns of a row that its example is built from: by default those that the task is
@@ -169,15 +212,17 @@ class Task(Section):
         return mean_scores([scores for _, scores in judged])
 
 
-def derive_row_key(row: Any) -> str:
+def derive_row_key(row: Any, bookkeeping: Sequence[str] = ()) -> str:
     """The SHA-256 of a row's columns as canonical JSON: names sorted, without null values and
-    without the columns `id`, `name` and `source`; texts stripped at both ends, `\\r\\n` as `\\n`.
+    without the columns `id`, `name`, `source` and `bookkeeping`; texts stripped at both ends,
+    `\\r\\n` as `\\n`.
 
     >>> derive_row_key({"q": "2+2? ", "id": 7, "note": None}) == derive_row_key({"q": "2+2?"})
     True
     """
     if isinstance(row, Mapping):
-        row = {name: value for name, value in row.items() if name not in NEUTRAL_COLUMNS}
+        left_out = (*NEUTRAL_COLUMNS, *bookkeeping)
+        row = {name: value for name, value in row.items() if name not in left_out}
     return hash_json(_canonicalise(row))
 
 
@@ -204,18 +249,88 @@ def is_empty(value: Any) -> bool:
     return value is None or value in ([], {}, ()) or (isinstance(value, str) and not value.strip())
 
 
-def find_unused(row: Mapping[str, Any], used: Container[str], prefix: str = "") -> list[str]:
+def find_unused(row: Mapping[str, Any], used: Container[str]) -> list[str]:
     """The names of a row, or of a message, that are not among `used`; those that hold nothing are
     marked.
 
-    >>> find_unused({"a": 1, "b": 2, "c": None}, ("a",), "messages.")
-    ['messages.b', 'messages.c (empty)']
+    >>> find_unused({"a": 1, "b": 2, "c": None}, ("a",))
+    ['b', 'c (empty)']
     """
     names = []
     for name, value in row.items():
         if name not in used:
-            names.append(f"{prefix}{name}{EMPTY if is_empty(value) else ''}")
+            names.append(f"{name}{EMPTY}" if is_empty(value) else name)
     return names
+
+
+class Leftovers:
+    """Columns, and keys of messages, that the examples of one source are not built from.
+
+    Those that say nothing are counted; every other one is refused, all of them at once.
+    """
+
+    def __init__(self, task: Task, used: frozenset[str]) -> None:
+        self._task = task
+        self._used = used
+        self._harmless = {*NEUTRAL_COLUMNS, *task.BOOKKEEPING}
+        self._refused: dict[str, str] = {}  # name -> where it was found first
+        self._num_rows: Counter[str] = Counter()
+
+    def add(self, where: str, columns: Iterable[str], keys: Iterable[str]) -> None:
+        """Take the unused names of one row, as `find_unused` gives them."""
+        harmless = set()
+        for kind, names in (("the column", columns), ("the message key", keys)):
+            for name in names:
+                if name.endswith(EMPTY) or name in self._harmless:
+                    harmless.add(name)
+                elif name not in self._used:
+                    self._refused.setdefault(name, f"{where}: {kind} `{name}`")
+        self._num_rows.update(harmless)
+
+    def count(self) -> Mapping[str, int]:
+        """Harmless name -> rows that have it."""
+        return dict(sorted(self._num_rows.items()))
+
+    def refuse(self) -> None:
+        """Raises UnusedColumnsError for names that may mean something."""
+        if not self._refused:
+            return
+        names = tuple(self._refused)
+        task = f"not used by the task `{self._task.name}`"
+        if len(names) == 1:
+            message = f"{self._refused[names[0]]} is {task}"
+        else:
+            message = "\n  ".join([f"these are {task}:", *self._refused.values()])
+        raise UnusedColumnsError(message, names, hint=self._name_ways_on(names))
+
+    def _name_ways_on(self, names: tuple[str, ...]) -> str:
+        ways = [f"`data.ignore: [{', '.join(names)}]` leaves what you do not need out of the rows"]
+        if "prompt" in type(self._task).model_fields:
+            ways.append(f"`{{{names[0]}}}` in `data.task.prompt` puts its text into the prompt")
+        for name in names:
+            if name in MEANINGS:
+                ways.append(f"`{name}`: {MEANINGS[name]}")
+        return "\n      ".join(ways)
+
+
+class UnusedColumnsError(DataError):
+    """Columns, and keys of messages, that no example is built from although they may mean
+    something; `names` are theirs.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...], *, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.names = names
+
+
+def judge_exact_match(prediction: str, references: References) -> Judgement:
+    """1 if the answer is a reference, but for whitespace around it.
+
+    >>> judge_exact_match("It is 2. ", ("It is 2.",)).scores
+    {'exact_match': 1.0}
+    """
+    is_equal = prediction.strip() in {reference.strip() for reference in references}
+    return Judgement({"exact_match": float(is_equal)})
 
 
 def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -232,26 +347,6 @@ def build_answered(
     """One user turn and the assistant's answer to it."""
     turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
     return Example(where, turns, references)
-
-
-def require_placeholders(prompt: str, *names: str) -> None:
-    """Raises ValueError for a `prompt` that does not hold each placeholder exactly once."""
-    for name in names:
-        if prompt.count(f"{{{name}}}") != 1:
-            raise ValueError(f"`prompt` must hold the placeholder {{{name}}} exactly once")
-
-
-def fill_prompt(prompt: str, **texts: str) -> str:
-    """The prompt with its placeholders replaced; one inside a replacement stays as it is.
-
-    >>> fill_prompt("{context} Q: {question}", context="a {question}", question="b")
-    'a {question} Q: b'
-    """
-    # The last one first.
-    for name in sorted(texts, key=lambda name: prompt.index(f"{{{name}}}"), reverse=True):
-        before, _, after = prompt.partition(f"{{{name}}}")
-        prompt = before + texts[name] + after
-    return prompt
 
 
 def require_object(row: Any, where: str) -> Mapping[str, Any]:

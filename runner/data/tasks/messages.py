@@ -76,7 +76,7 @@ def read_message(message: Any, place: str) -> ReadMessage:
     role = said.strip().lower() if isinstance(said, str) else None
     calls: list[dict[str, Any]] = []
     is_call = role in _CALL_ROLES
-    unused = find_unused(message, _KEYS, "messages.")
+    unused = find_unused(message, _KEYS)
     if is_call and isinstance(content, str):
         calls, content, role = _read_call_list(content, place), "", "assistant"
     elif "tool_calls" in message or "function_call" in message:
@@ -84,7 +84,7 @@ def read_message(message: Any, place: str) -> ReadMessage:
         if calls and content is None:
             content = ""
         if _has_nulls(message.get("tool_calls")):
-            unused.append(f"messages.tool_calls{EMPTY}")
+            unused.append(f"tool_calls{EMPTY}")
     if role is None or content is None:
         found = ", ".join(f"{key}: {describe_value(value)}" for key, value in message.items())
         raise DataError(
@@ -151,7 +151,7 @@ def _read_either(message: Mapping[str, Any], names: tuple[str, ...], place: str)
         both = " and ".join(f"`{name}`" for name in found)
         raise DataError(
             f"{place}: {both} say different things",
-            hint=f"leave one of them out: `data.ignore: [messages.{list(found)[-1]}]`",
+            hint=f"leave one of them out: `data.ignore: [{list(found)[-1]}]`",
         )
     return values[0] if values else None
 
@@ -183,7 +183,7 @@ def _read_calls(message: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
     if not is_empty(calls) and not is_empty(old):
         raise DataError(
             f"{place}: has both `tool_calls` and `function_call`",
-            hint="leave one of them out: `data.ignore: [messages.function_call]`",
+            hint="leave one of them out: `data.ignore: [function_call]`",
         )
     if not is_empty(calls):
         return _read_call_list(calls, f"{place}, `tool_calls`")

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from runner.data.tasks.base import (
     Example,
     Examples,
-    Recognised,
+    Leftovers,
     Task,
     derive_row_key,
     describe_value,
+    find_unused,
     read_text,
     require_object,
 )
@@ -31,6 +32,21 @@ READY: Final = "ready_for_export"
 # States of trees that reviewers or moderators gave up; the others between these and `READY` are
 # still being collected.
 GIVEN_UP: Final = ("aborted_low_grade", "halted_by_moderator")
+_MESSAGE_COLUMNS: Final = frozenset(
+    {
+        "message_id",
+        "parent_id",
+        "text",
+        "role",
+        "lang",
+        "review_result",
+        "deleted",
+        "rank",
+        "message_tree_id",
+        "tree_state",
+        "replies",
+    }
+)
 SPEAKERS: Final = ("prompter", "assistant")
 
 
@@ -45,6 +61,18 @@ class Oasst1Task(Task):
         (("message_tree_id", "prompt"), {}),
     )
     RECOGNITION_ORDER = 2
+    BOOKKEEPING = (
+        "user_id",
+        "created_date",
+        "review_count",
+        "synthetic",
+        "model_name",
+        "detoxify",
+        "emojis",
+        "labels",
+        "events",
+        "origin",
+    )
 
     name: Literal["oasst1"]
     languages: tuple[Text, ...] = ("en",)  # of every message of a path; empty: all
@@ -53,16 +81,34 @@ class Oasst1Task(Task):
     # Messages without a finished review; deleted ones are never used.
     include_unreviewed: bool = False
 
-    @classmethod
-    def recognise(cls, row: Any) -> Recognised | None:
-        found = super().recognise(row)
-        # Every column of a message decides whether it is used.
-        return found and replace(found, columns=tuple(row))
-
-    def build_examples(self, rows: Iterable[tuple[str, Any]]) -> Examples:
+    def build_examples(
+        self, rows: Iterable[tuple[str, Any]], *, used: frozenset[str] = frozenset()
+    ) -> Examples:
         """One example per path; an example is not one row, so there is no `build_example`."""
-        trees = read_trees(rows, self)
-        return Examples(tuple(_build_example(path) for path in trees.paths), trees.left_out)
+        leftovers = Leftovers(self, used)
+        trees = read_trees(_look_for_leftovers(rows, leftovers), self)
+        leftovers.refuse()
+        examples = tuple(_build_example(path) for path in trees.paths)
+        return Examples(examples, trees.left_out, leftovers.count())
+
+
+def _look_for_leftovers(
+    rows: Iterable[tuple[str, Any]], leftovers: Leftovers
+) -> Iterator[tuple[str, Any]]:
+    """The rows, after their columns and the keys of nested messages were noted."""
+    for where, row in rows:
+        if isinstance(row, Mapping):
+            is_nested = "message_id" not in row and "prompt" in row
+            pending = [row["prompt"]] if is_nested else []
+            keys: dict[str, None] = {}
+            for node in pending:  # grows as it goes
+                if isinstance(node, Mapping):
+                    keys |= dict.fromkeys(find_unused(node, _MESSAGE_COLUMNS))
+                    replies = node.get("replies")
+                    pending += replies if isinstance(replies, list) else []
+            known = (*_MESSAGE_COLUMNS, "prompt") if is_nested else _MESSAGE_COLUMNS
+            leftovers.add(where, find_unused(row, known), keys)
+        yield where, row
 
 
 @dataclass(frozen=True)

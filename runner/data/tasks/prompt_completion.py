@@ -1,34 +1,42 @@
-"""The task `prompt_completion`: a question and its answer in two columns, judged by exact match."""
+"""The task `prompt_completion`: a prompt and its answer from columns, judged by exact match."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
+
+from pydantic import model_validator
 
 from runner.data.tasks.base import (
     Example,
     Judgement,
     Recognised,
     References,
-    Task,
-    build_answered,
+    judge_exact_match,
     read_text,
     require_object,
 )
+from runner.data.tasks.prompts import PromptTask, list_placeholders
 from runner.strict import Text
 
 _COLUMN_PAIRS: Final = (
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "response"),
-    ("instruction", "output"),
     ("question", "answer"),
+    ("question", "response"),
     ("input", "output"),
 )
+# Columns that belong to the prompt where a row has them, and where they stand in it.
+_BEFORE: Final = ("context",)
+_AFTER: Final = ("input",)
+_SYSTEM: Final = ("system", "system_prompt")
+_PROMPT_COLUMN: Final = "prompt"
 
 
-class PromptCompletionTask(Task):
-    """One user turn and one assistant turn from two columns."""
+class PromptCompletionTask(PromptTask):
+    """One user turn and one assistant turn: two columns, or a prompt that names several."""
 
     METRICS = ("exact_match",)
     ORDER = 2
@@ -38,28 +46,66 @@ class PromptCompletionTask(Task):
     RECOGNITION_ORDER = 5
 
     name: Literal["prompt_completion"]
-    prompt_column: Text = "prompt"
+    prompt_column: Text = _PROMPT_COLUMN  # in a `prompt` that holds it, it must not be empty
     completion_column: Text = "completion"
 
     @classmethod
     def recognise(cls, row: Any) -> Recognised | None:
         found = super().recognise(row)
-        if found and all(isinstance(row[column], list) for column in found.columns):
+        if found is None:
+            return None
+        if all(isinstance(row[column], list) for column in found.columns):
             return replace(found, section={"name": "conversations"})  # both hold messages
-        return found
+        return _recognise_more(found, row)
+
+    @model_validator(mode="after")
+    def _prompt_names_columns(self) -> Self:
+        if self.prompt is None:
+            return self
+        names = list_placeholders(self.prompt)
+        if not names:
+            raise ValueError(
+                "`prompt` holds no column in braces, such as {question}: all rows would ask the"
+                " same; for a text that stands before all prompts set `system`"
+            )
+        if self.prompt_column not in (_PROMPT_COLUMN, *names):
+            raise ValueError(
+                f"`prompt` does not hold {{{self.prompt_column}}}, the column that `prompt_column`"
+                " names; leave `prompt_column` out, or put it into the prompt"
+            )
+        return self
+
+    def get_prompt(self) -> str:
+        return f"{{{self.prompt_column}}}" if self.prompt is None else self.prompt
+
+    def list_read_columns(self) -> Collection[str]:
+        return (self.completion_column, *([self.prompt_column] if self.prompt is None else []))
+
+    def list_answer_columns(self) -> Collection[str]:
+        return (self.completion_column,)
 
     def build_example(self, row: Any, where: str) -> Example:
         columns = require_object(row, where)
-        prompt = read_text(columns, self.prompt_column, where)
+        texts: dict[str, str] = {}
+        if self.prompt is None or self.prompt_column in list_placeholders(self.prompt):
+            texts[self.prompt_column] = read_text(columns, self.prompt_column, where)
         completion = read_text(columns, self.completion_column, where)
-        return build_answered(where, prompt, completion, (completion,))
+        return self.build_prompted(columns, where, texts, completion, (completion,))
 
     def judge(self, prediction: str, references: References) -> Judgement:
-        """1 if the answer is a reference, but for whitespace around it.
+        return judge_exact_match(prediction, references)
 
-        >>> task = PromptCompletionTask(name="prompt_completion")
-        >>> task.judge("It is 2. ", ("It is 2.",)).scores
-        {'exact_match': 1.0}
-        """
-        is_equal = prediction.strip() in {reference.strip() for reference in references}
-        return Judgement({"exact_match": float(is_equal)})
+
+def _recognise_more(found: Recognised, row: Mapping[str, Any]) -> Recognised:
+    """The section with a prompt of several columns, and a system text, where the row has them."""
+    column = found.columns[0]
+    before = [name for name in _BEFORE if name in row and name not in found.columns]
+    after = [name for name in _AFTER if name in row and name not in found.columns]
+    system = [name for name in _SYSTEM if name in row][:1]
+    section = dict(found.section)
+    if before or after:
+        names = (*before, column, *after)
+        section["prompt"] = "\n\n".join(f"{{{name}}}" for name in names)
+    if system:
+        section["system"] = f"{{{system[0]}}}"
+    return Recognised(section, (*found.columns, *before, *after, *system))

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
-
-from pydantic import model_validator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 from runner.data.tasks.base import (
     Example,
     Judged,
     Judgement,
     References,
-    Task,
-    build_answered,
+    derive_row_key,
     describe_value,
-    fill_prompt,
     mean_scores,
     read_text,
     require_column,
     require_object,
-    require_placeholders,
 )
+from runner.data.tasks.prompts import PromptTask
 from runner.errors import DataError
 from runner.strict import Text
 
 
-class SquadV2Task(Task):
+class SquadV2Task(PromptTask):
     """SQuAD 2.0: context, question, and answers as `{"text": [...], "answer_start": [...]}`, empty
-    if unanswerable.
+    if unanswerable. Questions about one context are a group.
     """
 
     METRICS = ("exact_match", "f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy")
@@ -48,25 +46,30 @@ class SquadV2Task(Task):
         ),
     )
     RECOGNITION_ORDER = 3
+    # Answers that only seem right say nothing of the one that is asked for.
+    BOOKKEEPING = ("title", "plausible_answers")
+    PLACEHOLDERS = ("context", "question")
 
     name: Literal["squad_v2"]
     prompt: Text  # holds {context} and {question} exactly once each
     # What the model answers where the context holds no answer.
     no_answer_text: Text = "unanswerable"
 
-    @model_validator(mode="after")
-    def _has_its_placeholders(self) -> Self:
-        require_placeholders(self.prompt, "context", "question")
-        return self
+    def list_read_columns(self) -> Collection[str]:
+        return ("context", "question", "answers", "is_impossible")
+
+    def list_answer_columns(self) -> Collection[str]:
+        return ("answers", "is_impossible", "plausible_answers")
 
     def build_example(self, row: Any, where: str) -> Example:
         columns = require_object(row, where)
         context = read_text(columns, "context", where)
         question = read_text(columns, "question", where)
-        prompt = fill_prompt(self.prompt, context=context, question=question)
         answers = _read_answers(columns, where)
         completion = answers[0] if answers else self.no_answer_text
-        return build_answered(where, prompt, completion, answers)
+        texts = {"context": context, "question": question}
+        example = self.build_prompted(columns, where, texts, completion, answers)
+        return replace(example, group=derive_row_key(context))
 
     def judge(self, prediction: str, references: References) -> Judgement:
         """Exact match and token F1 against the best reference, as the official script of SQuAD 2.0
@@ -118,6 +121,13 @@ def _read_answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
             else describe_value(answers)
         )
         raise DataError(f"{where}: column `answers`: {expected}, found {shape}")
+    is_impossible = row.get("is_impossible")
+    if is_impossible is not None and is_impossible is not (not texts):
+        raise DataError(
+            f"{where}: column `is_impossible` is {json.dumps(is_impossible)}, but `answers` holds"
+            f" {len(texts)} answers",
+            hint="an impossible question has no answers; or `data.ignore: [is_impossible]`",
+        )
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             found = repr(text) if isinstance(text, str) else describe_value(text)

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
-
-from pydantic import model_validator
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
 
 from runner.data.tasks.base import (
     Example,
     Judged,
     Judgement,
     References,
-    Task,
-    build_answered,
     describe_value,
-    fill_prompt,
     read_text,
     require_column,
     require_object,
-    require_placeholders,
 )
+from runner.data.tasks.prompts import PromptTask
 from runner.errors import DataError
 from runner.strict import Text
 
 
-class Sst2Task(Task):
+class Sst2Task(PromptTask):
     """SST-2 of GLUE: a sentence and its label, 0 or 1; `prompt` holds `{sentence}` exactly once."""
 
     METRICS = ("accuracy", "f1")
@@ -38,6 +33,8 @@ class Sst2Task(Task):
         ),
     )
     RECOGNITION_ORDER = 4
+    BOOKKEEPING = ("idx",)
+    PLACEHOLDERS = ("sentence",)
 
     name: Literal["sst2"]
     prompt: Text
@@ -46,16 +43,17 @@ class Sst2Task(Task):
     sentence_column: Text = "sentence"
     label_column: Text = "label"
 
-    @model_validator(mode="after")
-    def _has_its_placeholders(self) -> Self:
-        require_placeholders(self.prompt, "sentence")
-        return self
+    def list_read_columns(self) -> Collection[str]:
+        return (self.sentence_column, self.label_column)
+
+    def list_answer_columns(self) -> Collection[str]:
+        return (self.label_column,)
 
     def build_example(self, row: Any, where: str) -> Example:
         columns = require_object(row, where)
-        prompt = fill_prompt(self.prompt, sentence=read_text(columns, self.sentence_column, where))
+        sentence = read_text(columns, self.sentence_column, where)
         label = self.label_texts[_read_label(columns, self.label_column, where)]
-        return build_answered(where, prompt, label, (label,))
+        return self.build_prompted(columns, where, {"sentence": sentence}, label, (label,))
 
     def judge(self, prediction: str, references: References) -> Judgement:
         """1 if the answer is the right label text, but for case, whitespace and punctuation around

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, Literal, Self
-
-from pydantic import model_validator
+from typing import Any, Final, Literal
 
 from runner.data.tasks.base import (
     Example,
     Judge,
     Judgement,
     References,
-    Task,
-    build_answered,
-    fill_prompt,
     read_text,
     require_object,
-    require_placeholders,
 )
+from runner.data.tasks.prompts import PromptTask
 from runner.strict import Text
 
 _COLUMN_PAIRS: Final = (
@@ -30,7 +25,7 @@ _COLUMN_PAIRS: Final = (
 )
 
 
-class SummarizationTask(Task):
+class SummarizationTask(PromptTask):
     """A document (or dialogue) and its summary; `prompt` holds the placeholder `{document}` exactly
     once.
     """
@@ -49,22 +44,24 @@ class SummarizationTask(Task):
         for pair in _COLUMN_PAIRS
     )
     RECOGNITION_ORDER = 6
+    PLACEHOLDERS = ("document",)
 
     name: Literal["summarization"]
     prompt: Text
     document_column: Text = "document"
     summary_column: Text = "summary"
 
-    @model_validator(mode="after")
-    def _has_its_placeholders(self) -> Self:
-        require_placeholders(self.prompt, "document")
-        return self
+    def list_read_columns(self) -> Collection[str]:
+        return (self.document_column, self.summary_column)
+
+    def list_answer_columns(self) -> Collection[str]:
+        return (self.summary_column,)
 
     def build_example(self, row: Any, where: str) -> Example:
         columns = require_object(row, where)
-        prompt = fill_prompt(self.prompt, document=read_text(columns, self.document_column, where))
+        document = read_text(columns, self.document_column, where)
         summary = read_text(columns, self.summary_column, where)
-        return build_answered(where, prompt, summary, (summary,))
+        return self.build_prompted(columns, where, {"document": document}, summary, (summary,))
 
     @contextmanager
     def open_judge(self) -> Iterator[Judge]:

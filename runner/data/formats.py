@@ -1,0 +1,297 @@
+"""Reads the rows of one file, as they are: JSON, JSON lines, CSV, Parquet and Arrow, the first
+three also packed. Nothing here knows what the columns mean, or which files a recipe reads.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Final
+
+from runner.errors import DataError
+from runner.recipe.data_files import ACCEPTED, COMPRESSIONS, name_format
+
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+# Whatever the locale; spreadsheets open their files with a byte order mark.
+_ENCODING: Final = "utf-8-sig"
+# Python's own limit, 131,072, is less than a long document.
+_MAX_FIELD_CHARACTERS: Final = 2**31 - 1
+# Texts shrink to a third or a tenth, a file of one repeated row to less than a hundredth; what
+# unpacks to more, and is large, was made to fill a memory.
+_MAX_UNPACKED_RATIO: Final = 200
+_MAX_UNPACKED_BYTES: Final = 2**28  # a small file may unpack to as much, whatever it shrank to
+_TABLE_ROWS: Final = 1000  # at a time
+# Columns whose lists are the turns of one conversation, and so no rows.
+_CONVERSATION_COLUMNS: Final = ("messages", "conversations")
+
+Rows = Iterator[tuple[str, Any]]
+
+
+def load_file(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
+    """`(where, row)` for every row of a file, in its order.
+
+    What a file holds beside its rows is added to `aside`: reason -> names.
+    """
+    try:
+        yield from _load(path, aside)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text ({error})") from None
+
+
+def _load(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
+    match name_format(path):
+        case ".jsonl":
+            with _open_text(path) as stream:
+                yield from _load_lines(stream, path)
+        case ".json":
+            yield from _load_json(path, aside)
+        case ".csv":
+            yield from _load_csv(path)
+        case ".parquet":
+            yield from _load_parquet(path)
+        case ".arrow":
+            yield from _load_arrow(path)
+        case _:
+            raise DataError(f"{path}: cannot tell the format, expected one of {ACCEPTED}")
+
+
+class _Unpacked(io.RawIOBase):
+    """What a packed file unpacks to, as a stream of bytes that ends in an error where it is far too
+    much or cannot be unpacked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+
+        self._path = path
+        size = path.stat().st_size
+        self._num_left = max(_MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO * size)
+        codec = "gzip" if path.suffix.lower() == ".gz" else "zstd"
+        self._stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), codec)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self._stream.read(len(buffer))
+        except OSError as error:
+            if error.errno is not None:  # the disk's fault; those of the library have no number
+                raise
+            raise DataError(f"{self._path}: cannot be unpacked: {error}") from None
+        self._num_left -= len(content)
+        if self._num_left < 0:
+            raise DataError(
+                f"{self._path}: unpacks to more than {_MAX_UNPACKED_RATIO} times its size, as no"
+                " rows of text do",
+                hint="unpack it yourself and name what comes out, if it is what you expect",
+            )
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def _open_text(path: Path, newline: str | None = None) -> IO[str]:
+    if path.suffix.lower() not in COMPRESSIONS:
+        return path.open(encoding=_ENCODING, newline=newline)
+    return io.TextIOWrapper(
+        io.BufferedReader(_Unpacked(path), 2**16), encoding=_ENCODING, newline=newline
+    )
+
+
+def _load_lines(lines: Iterable[str], path: Path) -> Rows:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{path} line {number}"
+            yield where, _parse_json(line, where)
+
+
+def _load_json(path: Path, aside: dict[str, tuple[str, ...]]) -> Rows:
+    """The rows of a JSON list, or of the one list in a JSON object; or of JSON lines under another
+    name.
+    """
+    with _open_text(path) as stream:
+        text = stream.read()
+    try:
+        value = _parse_json(text, str(path), is_file=True)
+    except _MoreThanOneValue:
+        yield from _load_lines(io.StringIO(text), path)
+        return
+    del text
+    if isinstance(value, list):
+        yield from ((f"{path} row {number}", row) for number, row in enumerate(value, start=1))
+        return
+    if not isinstance(value, Mapping):
+        raise DataError(f"{path}: expected a JSON list of rows")
+    lists = [key for key, item in value.items() if isinstance(item, list)]
+    if lists and all(key in _CONVERSATION_COLUMNS for key in lists):
+        yield f"{path} row 1", value
+        return
+    if len(lists) != 1:
+        found = "nothing in it"
+        if value:
+            kind, names = ("several lists", lists) if lists else ("no list", list(value))
+            found = f"{kind}: {', '.join(names)}"
+        raise DataError(
+            f"{path}: expected a JSON list of rows, or an object with one; found an object with"
+            f" {found}",
+            hint="keep the list of rows alone in the file, or write one row a line (.jsonl)",
+        )
+    (key,) = lists
+    if beside := tuple(f"{path}: `{name}`" for name in value if name != key):
+        aside["keys beside the rows"] = (*aside.get("keys beside the rows", ()), *beside)
+    for number, row in enumerate(value[key], start=1):
+        yield f"{path} `{key}` row {number}", row
+
+
+class _MoreThanOneValue(Exception):
+    """A text that goes on after a first JSON object, as JSON lines do."""
+
+
+def _parse_json(text: str, where: str, *, is_file: bool = False) -> Any:
+    """The value of a JSON text: a row, or a whole file, of which an error names the row.
+
+    Raises: _MoreThanOneValue, for a file that goes on after an object.
+    """
+    repeats: list[tuple[dict[str, Any], str]] = []
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        built = dict(pairs)
+        if len(built) != len(pairs):
+            names = [name for name, _ in pairs]
+            repeats.append((built, next(name for name in names if names.count(name) > 1)))
+        return built
+
+    try:
+        value = json.loads(text, object_pairs_hook=build)
+    except ValueError as error:  # also of a number with thousands of digits
+        is_extra = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        if is_file and is_extra and text.lstrip().startswith("{"):
+            raise _MoreThanOneValue from None
+        raise DataError(f"{where}: is not JSON: {error}") from None
+    except RecursionError:
+        raise DataError(f"{where}: is nested too deeply to be a row") from None
+    if repeats:
+        built, name = repeats[0]
+        place = _find_row(value, built, where) if is_file else where
+        raise DataError(
+            f"{place}: the key `{name}` stands twice in one object, and JSON does not say which of"
+            " the two counts",
+            hint="rename one of them or take it out",
+        )
+    if (found := _SURROGATE.search(text)) and not _is_text(value):
+        raise DataError(
+            f"{where}: {found[0]} is one half of a character: no tokenizer can read that"
+        )
+    return value
+
+
+def _find_row(value: Any, wanted: dict[str, Any], where: str) -> str:
+    """The place of the row of a file that holds this very object."""
+    lists = {"": value} if isinstance(value, list) else value
+    for key, rows in lists.items() if lists is not wanted else ():
+        for number, row in enumerate(rows if isinstance(rows, list) else (), start=1):
+            if _holds(row, wanted):
+                return f"{where} `{key}` row {number}" if key else f"{where} row {number}"
+    return where
+
+
+def _holds(value: Any, wanted: dict[str, Any]) -> bool:
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if item is wanted:
+            return True
+        if isinstance(item, Mapping):
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+    return False
+
+
+def _is_text(value: Any) -> bool:
+    """Whether every text of a JSON value can be written as UTF-8: JSON may spell halves of
+    surrogate pairs.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _load_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows as mappings. `csv.DictReader` would drop a field too many, such as what follows a comma
+    without quotes.
+    """
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
+    with _open_text(path, newline="") as stream:
+        reader = csv.reader(stream)
+        try:
+            header = next(reader, [])
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise DataError(f"{path}: two columns are called {twice[0]!r}")
+            for number, fields in enumerate(filter(None, reader), start=1):
+                if len(fields) != len(header):
+                    raise DataError(
+                        f"{path} row {number} (line {reader.line_num}): has {len(fields)} fields,"
+                        f" but the header has {len(header)}",
+                        hint=(
+                            "a text that holds a comma, a quote or a line break stands in double"
+                            ' quotes: "..."'
+                        ),
+                    )
+                yield f"{path} row {number}", dict(zip(header, fields, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path} line {reader.line_num}: is not CSV: {error}") from None
+
+
+def _load_parquet(path: Path) -> Rows:
+    import pyarrow.parquet
+
+    def read() -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=_TABLE_ROWS)
+
+    return _load_table(read(), path, "Parquet")
+
+
+def _load_arrow(path: Path) -> Rows:
+    """The rows of an Arrow file, or of an Arrow stream, which is what `datasets` writes."""
+    import pyarrow.ipc
+
+    def read() -> Iterator[Any]:
+        with pyarrow.memory_map(str(path)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            if is_file:
+                file = pyarrow.ipc.open_file(source)
+                yield from (file.get_batch(number) for number in range(file.num_record_batches))
+            else:
+                yield from pyarrow.ipc.open_stream(source)
+
+    return _load_table(read(), path, "Arrow")
+
+
+def _load_table(batches: Iterator[Any], path: Path, kind: str) -> Rows:
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in batches:
+            for start in range(0, batch.num_rows, _TABLE_ROWS):
+                for row in batch.slice(start, _TABLE_ROWS).to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        # The disk's fault; pyarrow's own have no number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(f"{path}: cannot be read as {kind}: {error}") from None
