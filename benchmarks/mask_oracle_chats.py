@@ -70,6 +70,7 @@ class Conversation:
     messages: list[dict[str, Any]] = field(default_factory=list)
     tools: list[dict[str, Any]] = field(default_factory=list)
     turns: tuple[int, ...] | None = None
+    functions: list[dict[str, Any]] = field(default_factory=list)
     words: list[Word] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
@@ -88,7 +89,7 @@ def _word(index: int) -> str:
     """A word of nine letters that no other index has and no template says.
 
     >>> _word(0), _word(21)
-    ('zukbabaka', 'zukbabeke')
+    ('zukbababa', 'zukbabane')
     """
     vowels, consonants = "aeiou", "bdfgklmnprstvz"
     syllables = []
@@ -118,7 +119,8 @@ class _Writer:
         message = len(self.chat.messages)
         return self._new_word(part, message) + join + self._new_word(part, message)
 
-    def offer_tools(self) -> None:
+    def add_tools(self, *, are_offered: bool) -> None:
+        """Two functions to call. Where the row does not offer them, nobody says their words."""
         for _ in range(2):
             key = self._new_word("key", is_shared=True)
             parameters = {
@@ -133,7 +135,11 @@ class _Writer:
                 "description": self._new_word("tool") + " it.",
                 "parameters": parameters,
             }
-            self.chat.tools.append({"type": "function", "function": function})
+            self.chat.functions.append(function)
+            if are_offered:
+                self.chat.tools.append({"type": "function", "function": function})
+        if not are_offered:
+            self.chat.words.clear()
 
     def say(self, role: str, join: str, edges: str) -> None:
         self.chat.messages.append(
@@ -141,7 +147,7 @@ class _Writer:
         )
 
     def answer(self, parts: Sequence[str], join: str, edges: str) -> None:
-        """An assistant turn: any of `think`, `tags`, `text`, `call`, `nested`."""
+        """An assistant turn: any of `think`, `tags`, `text` and kinds of calls (`_call`)."""
         index = len(self.chat.messages)
         message: dict[str, Any] = {"role": "assistant", "content": ""}
         if "think" in parts:
@@ -150,20 +156,25 @@ class _Writer:
             message["content"] = f"<think>\n{self._text('thought in tags')}\n</think>\n\n"
         if "text" in parts or "tags" in parts:
             message["content"] += edges + self._text("answer", join) + edges[::-1]
-        calls = [part for part in parts if part in ("call", "nested")]
+        calls = [part for part in parts if part not in ("think", "tags", "text")]
         if calls:
             message["tool_calls"] = [
-                self._call(index, number, part == "nested") for number, part in enumerate(calls)
+                self._call(index, number, kind) for number, kind in enumerate(calls)
             ]
         self.chat.messages.append(message)
 
-    def _call(self, message: int, number: int, is_nested: bool) -> dict[str, Any]:
-        function = self.chat.tools[number]["function"]
+    def _call(self, message: int, number: int, kind: str) -> dict[str, Any]:
+        """The call of a tool: the n-th one as the n-th `call`, the first one as `again`, with
+        `nested` arguments, or with a value that is `hard` to write in JSON.
+        """
+        function = self.chat.functions[0 if kind == "again" else number]
         (key,) = function["parameters"]["properties"]
         value = self._new_word("argument", message)
         arguments: dict[str, Any] = {key: value}
-        if is_nested:
+        if kind == "nested":
             arguments["more"] = {"flag": True, "list": [1, self._new_word("argument", message)]}
+        if kind == "hard":
+            arguments[key] = f'{value} "é"\n<b>\'\\{self._new_word("argument", message)}'
         self.chat.calls.append(Call(message, (function["name"], key), value))
         call_id = f"call{message:02d}{number:03d}"  # nine letters and digits, as Mistral wants
         self._open_calls.append((call_id, function["name"]))
@@ -173,14 +184,15 @@ class _Writer:
             "function": {"name": function["name"], "arguments": arguments},
         }
 
-    def return_result(self) -> None:
+    def return_result(self, is_json: bool) -> None:
         call_id, name = self._open_calls.pop(0)
+        text = self._text("tool result")
         self.chat.messages.append(
             {
                 "role": "tool",
                 "name": name,
                 "tool_call_id": call_id,
-                "content": self._text("tool result"),
+                "content": json.dumps({"result": text}) if is_json else text,
             }
         )
 
@@ -221,10 +233,14 @@ _TOOL_CHATS: Final[dict[str, str]] = {
     "two calls, results, answer": "u a:call,call t t a",
     "call after call": "u a:call t a:call t a",
     "call, answer, another round": "u a:call t a u a",
+    "the same tool twice": "u a:call,again t t a",
     "nested arguments": "u a:nested t a",
+    "hard arguments": "u a:hard t a",
+    "result in JSON": "u a:call t:json a",
     "reasoning and call": "u a:think,call t a",
     "reasoning and call, reasoned answer": "u a:think,call t a:think,text",
     "reasoning, text and call": "u a:think,text,call t a:think,text",
+    "think tags and call": "u a:tags,call t a:tags",
 }
 _CHOSEN: Final = {  # conversation: the assistant messages that are trained
     "two rounds": ((3,), (1,)),
@@ -249,14 +265,13 @@ def _write(
     edges: str = "",
 ) -> Conversation:
     writer = _Writer(name, turns)
-    if tools:
-        writer.offer_tools()
+    writer.add_tools(are_offered=tools)
     for step in plan.split():
         kind, _, parts = step.partition(":")
         if kind in _ROLES:
             writer.say(_ROLES[kind], join, edges)
         elif kind == "t":
-            writer.return_result()
+            writer.return_result(parts == "json")
         else:
             writer.answer((parts or "text").split(","), join, edges)
     return writer.chat
@@ -270,6 +285,7 @@ def conversations() -> Iterator[Conversation]:
             for turns in _CHOSEN.get(name, ()):
                 label = f"{name}, trained {', '.join(map(str, turns))}"
                 yield _write(label, plan, tools=tools, turns=turns)
+    yield _write("call of a tool that is not offered", "u a:call t a", tools=False)
     yield _write("blanks at the ends", "s u a u a", tools=False, edges=" \n")
     yield _write("paragraphs", "u a u a", tools=False, join="\n\n- ")
     yield _write("reasoning in paragraphs", "u a:think,text", tools=False, join="\n\n- ")

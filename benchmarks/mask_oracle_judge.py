@@ -290,6 +290,8 @@ def _judge_mask(
             return Verdict(WRONG, "a completion has no tokens")
         for start, end in offsets[span.start : span.end]:
             trained[start:end] = b"\1" * (end - start)
+    if foreign := _foreign_words(chat, text, trained):
+        return Verdict(WRONG, f"trains {_join(foreign)}", repr(text))
     notes: list[str] = []
     rewritten = {each.message for each in masked.completions if each.rewritten}
     for index, span in done.items():
@@ -302,8 +304,6 @@ def _judge_mask(
         if problem:
             start, end = offsets[span.start][0], offsets[span.end - 1][1]
             return Verdict(WRONG, problem, f"message {index}: {text[start:end]!r} of {text!r}")
-    if foreign := _foreign_words(chat, text, trained):
-        return Verdict(WRONG, f"trains {_join(foreign)}", repr(text))
     return _grade(oracle, chat, text, form, rewritten, notes)
 
 
@@ -401,9 +401,10 @@ def _judge_start(
     if start is None:
         return ""
     first = bisect_right([end for _, end in offsets], start)
-    header = text[offsets[span.start][0] : start]
+    header = text[offsets[span.start][0] : start].strip()
     # Think tags that the row itself says are its own, although a generation prompt holds them, too.
-    if span.start < first and not chat.messages[index]["content"].startswith(header.strip()):
+    is_own = header != "" and chat.messages[index]["content"].startswith(header)
+    if span.start < first and not is_own:
         return "trains the header of a turn"
     own = min(text.index(word) for word in chat.words_of(index) if word in text)
     if span.start > first and text[offsets[first][0] : min(own, offsets[span.start][0])].strip():
