@@ -30,7 +30,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
@@ -39,26 +39,30 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.mask_oracle_chats import MOMENT, build_tokenizer, conversations  # noqa: E402
+from benchmarks.mask_oracle_chats import MOMENT, Setting, build_tokenizer, conversations  # noqa: E402
 from benchmarks.mask_oracle_judge import (  # noqa: E402
+    NO_END,
     REFUSED,
     RIGHT,
     WRONG,
     Oracle,
     Verdict,
+    guess_end_of_turn,
     guess_eos,
     judge,
 )
 from runner.data.chat_template import ChatFormat  # noqa: E402
 from runner.data.masking import ConversationMasker  # noqa: E402
 
+DEFAULT_SETTING: Final = Setting()
 MAX_MEMORY_GIB: Final = 6  # of address space, for a template that prints without end
-MaskerBuilder = Callable[[Any], Any]
+MaskerBuilder = Callable[[Any, Setting], Any]
 
 
-def build_masker(tokenizer: Any) -> ConversationMasker:
+def build_masker(tokenizer: Any, setting: Setting) -> ConversationMasker:
     """The masker that runs use, with the clock at the moment of the oracle's renderings."""
-    return ConversationMasker(tokenizer, ChatFormat(moment=MOMENT))
+    chat_format = ChatFormat(setting.template_kwargs, MOMENT, setting.end_of_turn)
+    return ConversationMasker(tokenizer, chat_format)
 
 
 @dataclass(frozen=True)
@@ -81,29 +85,47 @@ class TemplateResult:
 
 
 def judge_template(
-    template: str, bos: str = "", eos: str = "", build: MaskerBuilder = build_masker
+    template: str,
+    bos: str = "",
+    eos: str = "",
+    setting: Setting = DEFAULT_SETTING,
+    build: MaskerBuilder = build_masker,
 ) -> dict[str, Verdict]:
-    """The verdict on each conversation under one template; `build` makes what is judged."""
-    oracle = Oracle(build_tokenizer(template, bos, eos))
+    """The verdict on each conversation under one template; `build` makes what is judged.
+
+    Where the template ends no turn, the conversations are judged once more with `end_of_turn`.
+    """
+    oracle = Oracle(build_tokenizer(template, bos, eos), setting)
     if not eos and "eos_token" not in template and (guessed := guess_eos(oracle)):
-        oracle = Oracle(build_tokenizer(template, bos, guessed))
-    masker = build(oracle.tokenizer)
-    return {chat.name: judge(oracle, masker.mask, chat) for chat in conversations()}
+        oracle = Oracle(build_tokenizer(template, bos, guessed), setting)
+    masker = build(oracle.tokenizer, setting)
+    verdicts = {chat.name: judge(oracle, masker.mask, chat) for chat in conversations()}
+    endless = {chat for chat, verdict in verdicts.items() if verdict.why == NO_END}
+    if endless and setting.end_of_turn is None:
+        setting = replace(setting, end_of_turn=guess_end_of_turn(oracle))
+        oracle = Oracle(oracle.tokenizer, setting)
+        masker = build(oracle.tokenizer, setting)
+        for chat in conversations():
+            if chat.name in endless:
+                verdicts[f"{chat.name}, end_of_turn"] = judge(oracle, masker.mask, chat)
+    return verdicts
 
 
-def _judge_file(path: Path, bos: str, eos: str, connection: Connection) -> None:
+def _judge_file(path: Path, bos: str, eos: str, setting: Setting, connection: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_GIB << 30, MAX_MEMORY_GIB << 30))
     try:
-        connection.send(judge_template(path.read_text(encoding="utf-8"), bos, eos))
+        connection.send(judge_template(path.read_text(encoding="utf-8"), bos, eos, setting))
     except Exception as error:  # whatever a stranger's template does ends this process only
         connection.send(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
-def judge_file(path: Path, bos: str, eos: str, time_limit_seconds: float) -> TemplateResult:
+def judge_file(
+    path: Path, bos: str, eos: str, setting: Setting, time_limit_seconds: float
+) -> TemplateResult:
     """The verdicts on one template, found by a child process."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(
-        target=_judge_file, args=(path, bos, eos, sender), daemon=True
+        target=_judge_file, args=(path, bos, eos, setting, sender), daemon=True
     )
     child.start()
     sender.close()
@@ -133,14 +155,19 @@ def read_index(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def judge_folder(
-    folder: Path, *, time_limit_seconds: float, num_jobs: int, only: str = ""
+    folder: Path,
+    *,
+    time_limit_seconds: float,
+    num_jobs: int,
+    only: str = "",
+    setting: Setting = DEFAULT_SETTING,
 ) -> list[TemplateResult]:
     """The verdicts on every template of the folder whose name holds `only`, by name."""
     index = read_index(folder)
     paths = sorted(path for path in folder.glob("*.jinja") if only in path.stem)
 
     def run(path: Path) -> TemplateResult:
-        return judge_file(path, *index.get(path.name, ("", "")), time_limit_seconds)
+        return judge_file(path, *index.get(path.name, ("", "")), setting, time_limit_seconds)
 
     with ThreadPoolExecutor(num_jobs) as pool:
         results = []
@@ -198,12 +225,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="templates at a time")
     parser.add_argument("--only", default="", help="templates whose name holds this text")
     parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for a template")
+    parser.add_argument(
+        "--template-kwargs", type=json.loads, default={}, help="arguments of the templates, as JSON"
+    )
     options = parser.parse_args(arguments)
     results = judge_folder(
         options.folder,
         time_limit_seconds=options.time_limit,
         num_jobs=options.jobs,
         only=options.only,
+        setting=Setting(options.template_kwargs),
     )
     if not results:
         parser.error(f"{options.folder} holds no .jinja file whose name holds {options.only!r}")

@@ -311,7 +311,7 @@ def in_form(messages: Sequence[Mapping[str, Any]], form: Form) -> list[dict[str,
                     **call,
                     "function": {
                         **call["function"],
-                        "arguments": json.dumps(call["function"]["arguments"]),
+                        "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
                     },
                 }
                 for call in message["tool_calls"]
@@ -337,11 +337,22 @@ def _clock_stopped() -> Iterator[None]:
         chat_template_utils.datetime = clock
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a recipe says beside the template: its arguments, and the token that ends an answer
+    where the template prints none.
+    """
+
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    end_of_turn: str | None = None
+
+
 def render(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]],
     form: Form,
+    setting: Setting,
     *,
     add_generation_prompt: bool = False,
 ) -> str:
@@ -354,9 +365,12 @@ def render(
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
+            **setting.template_kwargs,
         )
     if len(text) > MAX_RENDERED_CHARACTERS:
         raise ValueError(f"renders {len(text):,} characters")
+    if setting.end_of_turn and not add_generation_prompt and messages[-1]["role"] == "assistant":
+        text += setting.end_of_turn
     return text
 
 
@@ -422,7 +436,7 @@ def build_tokenizer(template: str, bos: str = "", eos: str = "") -> Any:
         if chat.name in ("system", "two rounds", "two calls, results, answer", "reasoning"):
             for form in FORMS[:2]:
                 try:
-                    seen += render(bare, chat.messages, chat.tools, form)
+                    seen += render(bare, chat.messages, chat.tools, form, Setting())
                 except Exception:  # any template may refuse any conversation
                     continue
     control = [name for name in control_tokens(seen) if name not in (bos, guessed)]

@@ -18,6 +18,7 @@ from benchmarks.mask_oracle_chats import (
     Call,
     Conversation,
     Form,
+    Setting,
     Word,
     control_tokens,
     conversations,
@@ -29,6 +30,7 @@ Messages = Sequence[Mapping[str, Any]]
 RIGHT: Final = "right"
 REFUSED: Final = "refused"
 WRONG: Final = "wrong"
+NO_END: Final = "no token ends a turn"
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ class Verdict:
 class Oracle:
     """The renderings of one tokenizer's chat template, and what follows from them."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, setting: Setting) -> None:
         self.tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_tokens)
+        self.setting = setting
+        self.ends = {tokenizer.eos_token, setting.end_of_turn}  # stop the model, wherever printed
         self._errors: dict[Form, str] = {}
-        by_length = sorted(self._special, key=len, reverse=True)
+        by_length = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, by_length)))
         self._unasked_prompt = self._find_unasked_prompt()
         self.openers = self._find_openers()
@@ -68,7 +71,14 @@ class Oracle:
     ) -> str | None:
         """The rendering, None where the template refuses."""
         try:
-            return render(self.tokenizer, messages, tools, form, add_generation_prompt=generate)
+            return render(
+                self.tokenizer,
+                messages,
+                tools,
+                form,
+                self.setting,
+                add_generation_prompt=generate,
+            )
         except Exception as error:  # a template is a stranger's program: it can raise anything
             self._errors[form] = str(error).partition("\n")[0] or type(error).__name__
             return None
@@ -114,7 +124,7 @@ class Oracle:
                     if behind and before[-1:] == behind[-1:]:
                         found.add(behind[-1])
         found |= set(first)
-        return found - {self.tokenizer.eos_token}
+        return found - self.ends
 
     def stops(self, chat: Conversation, index: int, form: Form) -> set[str]:
         """The special tokens at which the template lets an assistant turn end.
@@ -242,10 +252,8 @@ class Oracle:
             if any(start <= text.find(w.text) < end for w in chat.words if w.message != index):
                 return "turns are printed in another order"
             gap = text[end : _next_word(chat, index, text, end)]
-            if not (self.stops(chat, index, form) | {self.tokenizer.eos_token}) & set(
-                self.specials(gap)
-            ):
-                return "no token ends a turn"
+            if not (self.stops(chat, index, form) | self.ends) & set(self.specials(gap)):
+                return NO_END
         return ""
 
     @staticmethod
@@ -427,7 +435,7 @@ def _judge_end(
     assert own_end is not None
     last_start, end = offsets[span.end - 1]
     gap = text[own_end : _next_word(chat, index, text, own_end)]
-    stops = oracle.stops(chat, index, form) | {oracle.tokenizer.eos_token}
+    stops = oracle.stops(chat, index, form) | oracle.ends
     if text[last_start:end] in stops:
         return ""
     if text[last_start:end] in oracle.openers:
@@ -494,11 +502,23 @@ def guess_eos(oracle: Oracle) -> str:
     """The last token at which the template lets an answer end; empty where it names none."""
     for chat in conversations():
         if chat.name == "single":
-            for form in FORMS[:3]:
-                text = oracle.try_render(chat.messages, [], form)
-                end = _last_end(text or "", chat.words_of(1))
+            for text, form in oracle.renderings(chat).items():
+                end = _last_end(text, chat.words_of(1))
                 stops = oracle.stops(chat, 1, form)
-                if text is not None and end is not None and stops:
+                if end is not None and stops:
                     printed = [t for t in control_tokens(text[end:]) if t in stops]
                     return printed[-1] if printed else ""
     return ""
+
+
+def guess_end_of_turn(oracle: Oracle) -> str:
+    """The token that a recipe would name as the end of a turn: the first one that the template
+    prints between an answer and a question, else EOS.
+    """
+    for chat in conversations():
+        if chat.name == "two rounds":
+            for text in oracle.renderings(chat):
+                answer, question = _last_end(text, chat.words_of(1)), text.find(chat.words_of(2)[0])
+                if answer is not None and (between := oracle.specials(text[answer:question])):
+                    return between[0]
+    return str(oracle.tokenizer.eos_token)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.mask_oracle import ROOT, TemplateResult, build_masker, judge_template, report_lines
+from benchmarks.mask_oracle_chats import Setting
 from benchmarks.mask_oracle_judge import REFUSED, RIGHT, WRONG, Verdict
 from runner.data.masking import CompletionSpan, MaskedConversation
 from tests.support.chat_formats import CHATML, LLAMA_2, MISTRAL, trl_template
@@ -45,7 +46,7 @@ def test_what_the_masker_refuses_without_need_is_counted() -> None:
 
             raise DataError("no")
 
-    verdicts = judge_template(trl_template("qwen3"), build=lambda tokenizer: Refusing())
+    verdicts = judge_template(trl_template("qwen3"), build=lambda *_: Refusing())
     assert verdicts["single"] == Verdict(REFUSED, "avoidable: no", "no", is_avoidable=True)
     assert not verdicts["reasoning, two rounds"].is_avoidable
 
@@ -119,8 +120,8 @@ def test_a_broken_masker_is_seen(name: str) -> None:
     damage, chat, why = BREAKS[name]
 
     class Broken:
-        def __init__(self, tokenizer: Any) -> None:
-            self._masker = build_masker(tokenizer)
+        def __init__(self, tokenizer: Any, setting: Setting) -> None:
+            self._masker = build_masker(tokenizer, setting)
 
         def mask(self, *args: Any, **kwargs: Any) -> MaskedConversation:
             return damage(self._masker.mask(*args, **kwargs))
@@ -132,8 +133,8 @@ def test_a_broken_masker_is_seen(name: str) -> None:
 
 def test_a_masker_that_trains_another_turn_is_seen() -> None:
     class Deaf:
-        def __init__(self, tokenizer: Any) -> None:
-            self._masker = build_masker(tokenizer)
+        def __init__(self, tokenizer: Any, setting: Setting) -> None:
+            self._masker = build_masker(tokenizer, setting)
 
         def mask(self, messages: Any, tools: Any, *, turns: Any) -> MaskedConversation:
             masked = self._masker.mask(messages, tools)
@@ -152,7 +153,7 @@ def test_a_crash_of_the_masker_is_wrong() -> None:
         def mask(self, *args: Any, **kwargs: Any) -> MaskedConversation:
             raise KeyError("content")
 
-    verdict = judge_template(CHATML, build=lambda tokenizer: Crashing())["single"]
+    verdict = judge_template(CHATML, build=lambda *_: Crashing())["single"]
     assert (verdict.verdict, verdict.detail) == (WRONG, "KeyError: 'content'")
 
 
@@ -160,8 +161,8 @@ def test_what_a_template_leaves_out_may_not_be_accepted() -> None:
     """A masker that renders without the calls which the template does not print."""
 
     class Dropping:
-        def __init__(self, tokenizer: Any) -> None:
-            self._masker = build_masker(tokenizer)
+        def __init__(self, tokenizer: Any, setting: Setting) -> None:
+            self._masker = build_masker(tokenizer, setting)
 
         def mask(self, messages: Any, tools: Any, *, turns: Any) -> MaskedConversation:
             kept = [{key: each[key] for key in ("role", "content")} for each in messages]
