@@ -32,6 +32,9 @@ from tests.support.template_table import table_lines
 DAY = datetime(2026, 1, 31)
 
 
+DAY = datetime(2026, 1, 31)
+
+
 def mask_conversation(
     tokenizer: Any, messages: Chat, *, template_kwargs: dict[str, Any] | None = None
 ) -> MaskedConversation:
