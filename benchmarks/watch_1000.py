@@ -80,11 +80,7 @@ def build_project(root: Path) -> list[Selected]:
     write_recipes(rendered, recipes_dir, compare(rendered, recipes_dir))
     os.symlink(ROOT / "accelerate_configs", "accelerate_configs")
     selected = select_recipes(["recipes/summaries"], Path("runs"))
-    for source in {
-        source
-        for one in selected
-        for source in one.recipe.data.sources.values()
-    }:
+    for source in {source for one in selected for source in one.recipe.data.sources.values()}:
         path = Path(source.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"document": source.path, "summary": "short"}) + "\n")
