@@ -16,7 +16,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from runner.data.tasks.base import EMPTY, MEANINGS, Example, Examples, Task, UnusedColumnsError
+from runner.data.tasks.base import (
+    EMPTY,
+    Example,
+    Examples,
+    Task,
+    UnusedColumnsError,
+    find_meaning,
+)
 from runner.errors import RunnerError
 from runner.grid.given_data import GivenData
 from runner.grid.spec import list_grids, load_cards
@@ -173,7 +180,7 @@ def _build_examples(
         try:
             examples[split] = task.build_examples(load_rows(source), used=frozenset(ignored))
         except UnusedColumnsError as error:
-            if any(name in MEANINGS for name in error.names):
+            if any(find_meaning(name) for name in error.names):
                 raise
             ignored |= dict.fromkeys(error.names)
             examples[split] = task.build_examples(load_rows(source), used=frozenset(ignored))

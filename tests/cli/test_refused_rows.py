@@ -80,7 +80,7 @@ COLUMNS: Final = [
     ),
     Case(
         [{"messages": [USER, {**ANSWER, "toxic": True}]}],
-        ("line 1: the message key `toxic` is not used", "`data.ignore: [toxic]`"),
+        ("line 1: the message key `toxic` is not used", "`data.ignore: [messages.toxic]`"),
     ),
     Case(
         [{"prompt": "a", "chosen": "b", "rejected": "c", "completion": "b"}],

@@ -296,6 +296,27 @@ def test_a_name_on_the_hub_without_a_network_is_an_error_in_words(place: Path) -
     assert "hint: check the path or the id, and the network; or start without" in done.stderr
 
 
+def test_columns_that_may_mean_something_are_the_users_to_leave_out(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`init` lets the recipe ignore what no format gives a meaning, and says so; the rest it
+    refuses.
+    """
+    rows = [
+        {"messages": [{**CHAT[0], "toxic": n}, {**CHAT[1], "content": f"{n}"}], "language": "en"}
+        for n in range(30)
+    ]
+    assert main(["init", "study", "--data", str(write_rows(place / "a.jsonl", rows))]) == 0
+    said = capsys.readouterr().out
+    assert "the recipe says so: `data.ignore: [language, messages.toxic]`" in said
+    template = (place / "study" / "recipe_templates" / "first" / "recipe.yaml.j2").read_text()
+    assert '  ignore: ["language", "messages.toxic"] # no row' in template
+    rows[7]["weight"] = 0
+    assert main(["init", "other", "--data", str(write_rows(place / "b.jsonl", rows))]) == 2
+    message = capsys.readouterr().err
+    assert "b.jsonl line 8: the column `weight`" in message and "data.ignore" in message
+
+
 @pytest.mark.parametrize("num_rows", [4, 5, 9, 1400])
 def test_any_number_of_rows_is_split(num_rows: int, place: Path) -> None:
     write_rows(

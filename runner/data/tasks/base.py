@@ -30,6 +30,7 @@ Conversation = tuple[Message, ...]
 References = tuple[str, ...]
 # Columns that say nothing of a row's content.
 NEUTRAL_COLUMNS: Final = ("id", "name", "source")
+KEY_PREFIX: Final = "messages."  # opens the name of a key of messages, as in `data.ignore`
 EMPTY: Final = " (empty)"  # ends the name of an unused column that holds nothing
 _READS_CONVERSATIONS: Final = "the task `conversations` reads it"
 _TEXTS_ONLY: Final = "only texts are trained on; leave such rows out of the file"
@@ -69,8 +70,8 @@ class Example:
     `key` decides order, row id and duplicates (`derive_row_key`); `Task.build_examples` sets it.
     `tools` are the functions that the assistant may call, as JSON schemas. `untrained` are the
     indices of assistant messages of weight 0: context, and neither trained nor scored. `unused` are
-    keys of messages, and columns, that the task read past (`find_unused`); `Task.build_examples`
-    decides on them.
+    keys of messages (`messages.KEY`), and columns, that the task read past (`find_unused`);
+    `Task.build_examples` decides on them.
     """
 
     where: str
@@ -174,7 +175,7 @@ class Task(Section):
             columns: list[str] = []
             if isinstance(row, Mapping):
                 columns = find_unused(row, self.list_used_columns(row))
-            leftovers.add(where, columns, example.unused)
+            leftovers.add(where, [*columns, *example.unused])
             example = replace(example, key=derive_row_key(row, self.BOOKKEEPING))
             examples.append(replace(example, columns=_name_columns(row)))
         leftovers.refuse()
@@ -261,9 +262,9 @@ def is_empty(value: Any) -> bool:
     return value is None or value in ([], {}, ()) or (isinstance(value, str) and not value.strip())
 
 
-def find_unused(row: Mapping[str, Any], used: Container[str]) -> list[str]:
-    """The names of a row, or of a message, that are not among `used`; those that hold nothing are
-    marked.
+def find_unused(row: Mapping[str, Any], used: Container[str], prefix: str = "") -> list[str]:
+    """The names of a row, or with `KEY_PREFIX` of a message, that are not among `used`; those that
+    hold nothing are marked.
 
     >>> find_unused({"a": 1, "b": 2, "c": None}, ("a",))
     ['b', 'c (empty)']
@@ -271,8 +272,15 @@ def find_unused(row: Mapping[str, Any], used: Container[str]) -> list[str]:
     names = []
     for name, value in row.items():
         if name not in used:
-            names.append(f"{name}{EMPTY}" if is_empty(value) else name)
+            names.append(f"{prefix}{name}{EMPTY if is_empty(value) else ''}")
     return names
+
+
+def find_meaning(name: str) -> str | None:
+    """The way on for a column or a key of messages to which some well-known format gives a
+    meaning.
+    """
+    return MEANINGS.get(name.removeprefix(KEY_PREFIX))
 
 
 class Leftovers:
@@ -288,15 +296,18 @@ class Leftovers:
         self._refused: dict[str, str] = {}  # name -> where it was found first
         self._num_rows: Counter[str] = Counter()
 
-    def add(self, where: str, columns: Iterable[str], keys: Iterable[str]) -> None:
+    def add(self, where: str, names: Iterable[str]) -> None:
         """Take the unused names of one row, as `find_unused` gives them."""
         harmless = set()
-        for kind, names in (("the column", columns), ("the message key", keys)):
-            for name in names:
-                if name.endswith(EMPTY) or name in self._harmless:
-                    harmless.add(name)
-                elif name not in self._used:
-                    self._refused.setdefault(name, f"{where}: {kind} `{name}`")
+        for name in names:
+            bare = name.removeprefix(KEY_PREFIX)
+            if name.removesuffix(EMPTY) in self._used:
+                continue
+            if name.endswith(EMPTY) or bare in self._harmless:
+                harmless.add(name)
+            else:
+                kind = "column" if bare == name else "message key"
+                self._refused.setdefault(name, f"{where}: the {kind} `{bare}`")
         self._num_rows.update(harmless)
 
     def count(self) -> Mapping[str, int]:
@@ -320,8 +331,8 @@ class Leftovers:
         if "prompt" in type(self._task).model_fields:
             ways.append(f"`{{{names[0]}}}` in `data.task.prompt` puts its text into the prompt")
         for name in names:
-            if name in MEANINGS:
-                ways.append(f"`{name}`: {MEANINGS[name]}")
+            if meaning := find_meaning(name):
+                ways.append(f"`{name}`: {meaning}")
         return "\n      ".join(ways)
 
 

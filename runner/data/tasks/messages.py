@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from runner.data.tasks.base import EMPTY, describe_value, find_unused, is_empty
+from runner.data.tasks.base import EMPTY, KEY_PREFIX, describe_value, find_unused, is_empty
 from runner.errors import DataError
 from runner.text import cut
 
@@ -74,10 +74,10 @@ def read_message(message: Any, place: str) -> ReadMessage:
     said = _read_either(message, ("role", "from"), place)
     given = _read_either(message, ("content", "value"), place)
     role = said.strip().lower() if isinstance(said, str) else None
-    unused = find_unused(message, _KEYS)
+    unused = find_unused(message, _KEYS, KEY_PREFIX)
     calls = _read_calls(message, place)
     if _has_nulls(message.get("tool_calls")):
-        unused.append(f"tool_calls{EMPTY}")
+        unused.append(f"{KEY_PREFIX}tool_calls{EMPTY}")
     is_call = role in _CALL_ROLES and not is_empty(given) and not calls
     if is_call:
         calls, role, given = _read_call_list(given, place), "assistant", ""
@@ -148,7 +148,7 @@ def _read_either(message: Mapping[str, Any], names: tuple[str, ...], place: str)
         both = " and ".join(f"`{name}`" for name in found)
         raise DataError(
             f"{place}: {both} say different things",
-            hint=f"leave one of them out: `data.ignore: [{list(found)[-1]}]`",
+            hint=f"leave one of them out: `data.ignore: [{KEY_PREFIX}{list(found)[-1]}]`",
         )
     return values[0] if values else None
 
@@ -180,7 +180,7 @@ def _read_calls(message: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
     if not is_empty(calls) and not is_empty(old):
         raise DataError(
             f"{place}: has both `tool_calls` and `function_call`",
-            hint="leave one of them out: `data.ignore: [function_call]`",
+            hint="leave one of them out: `data.ignore: [messages.function_call]`",
         )
     if not is_empty(calls):
         return _read_call_list(calls, f"{place}, `tool_calls`")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from runner.data.tasks.base import (
+    KEY_PREFIX,
     Example,
     Examples,
     Leftovers,
@@ -103,11 +104,11 @@ def _look_for_leftovers(
             keys: dict[str, None] = {}
             for node in pending:  # grows as it goes
                 if isinstance(node, Mapping):
-                    keys |= dict.fromkeys(find_unused(node, _MESSAGE_COLUMNS))
+                    keys |= dict.fromkeys(find_unused(node, _MESSAGE_COLUMNS, KEY_PREFIX))
                     replies = node.get("replies")
                     pending += replies if isinstance(replies, list) else []
             known = (*_MESSAGE_COLUMNS, "prompt") if is_nested else _MESSAGE_COLUMNS
-            leftovers.add(where, find_unused(row, known), keys)
+            leftovers.add(where, [*find_unused(row, known), *keys])
         yield where, row
 
 

@@ -105,6 +105,7 @@ def test_every_column_is_used_refused_or_counted(name: str) -> None:
         assert caught.value.names == (column,)
         assert f"`data.ignore: [{column}]`" in str(caught.value)
         list_unused(task, [row | {column: "x"}], used=frozenset({column}))
+    assert list_unused(task, [row | {"id": 7}], used=frozenset({"id"})) == {}, "the group's column"
 
 
 def list_unused(
@@ -124,10 +125,12 @@ def test_all_columns_and_keys_are_refused_at_once() -> None:
         "  row 2: the message key `toxic`",
         "  row 3: the column `weight`",
         "",
-        "hint: `data.ignore: [toxic, weight]` leaves what you do not need out of the rows",
+        "hint: `data.ignore: [messages.toxic, weight]` leaves what you do not need out of the rows",
     ]
-    counted = list_unused(parse("conversations"), rows, used=frozenset({"toxic", "weight"}))
-    assert counted == {"id": 1, "refusal (empty)": 1}
+    counted = list_unused(
+        parse("conversations"), rows, used=frozenset({"messages.toxic", "weight"})
+    )
+    assert counted == {"messages.id": 1, "messages.refusal (empty)": 1}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ EXPECTED = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": 
         {"messages": list(EXPECTED)},
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
         {"prompt": [EXPECTED[0]], "completion": [EXPECTED[1]]},
+        {"prompt": [EXPECTED[0]], "completion": [EXPECTED[1]], "messages": None},
+        {"messages": [], "conversation": list(EXPECTED)},
         list(EXPECTED),
     ],
 )

@@ -61,7 +61,7 @@ def test_nulls_of_arrow_are_no_arguments_and_nulls_of_a_text_are() -> None:
     arrow = {"name": "get", "arguments": {"city": "Oslo", "query": None}}
     found = CONVERSATIONS.build_examples([("row 1", row(content="", tool_calls=[arrow]))])
     assert found.examples[0].messages[1]["tool_calls"] == [READ]
-    assert found.unused == {"tool_calls (empty)": 1}
+    assert found.unused == {"messages.tool_calls (empty)": 1}
     text = {"name": "get", "arguments": '{"city": null}'}
     (call,) = build(row(content="", tool_calls=[text]), CONVERSATIONS).messages[1]["tool_calls"]
     assert call["function"]["arguments"] == {"city": None}

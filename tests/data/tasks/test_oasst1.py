@@ -278,7 +278,7 @@ def test_keys_of_nested_messages_are_known_or_refused() -> None:
         "prompt": {**root, "replies": [{**reply, "lang": "en", "emojis": {"+1": 1}}]},
     }
     found = BEST.build_examples([("row 1", tree)])
-    assert len(found.examples) == 1 and found.unused == {"emojis": 1}
+    assert len(found.examples) == 1 and found.unused == {"messages.emojis": 1}
     tree["prompt"]["replies"][0]["weight"] = 0
     with pytest.raises(DataError, match="row 1: the message key `weight` is not used"):
         BEST.build_examples([("row 1", tree)])

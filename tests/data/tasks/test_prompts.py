@@ -83,10 +83,12 @@ def test_a_prompt_that_gives_the_answer_away_is_refused(name: str, answer: str) 
 
 
 def test_other_braces_are_text() -> None:
-    text = '{document} {"a": 1} {x y} {} {0} {{document}} {{title}} \\boxed{!!x} {!document}'
+    text = (
+        '{document} {"a": 1} {x y} {} {0} {{document}} {{title}} {{a} {a}} \\boxed{!!x} {!document}'
+    )
     task = SummarizationTask(name="summarization", prompt=text.replace("{{document}}", ""))
     (prompt,) = ask(task, {"document": "{title}", "summary": "s"})
-    assert prompt == '{title} {"a": 1} {x y} {} {0}  {{title}} \\boxed{!x} {document}'
+    assert prompt == '{title} {"a": 1} {x y} {} {0}  {{title}} {{a} {a}} \\boxed{!x} {document}'
     one = SummarizationTask(name="summarization", prompt="a {{document}} b")
     assert ask(one, {"document": "x", "summary": "s"}) == ["a {x} b"], "as it was before columns"
 
