@@ -96,7 +96,7 @@ class UserFunction(Section):
 
     def list_files(self) -> dict[str, str]:
         """`key of this section -> path` of all its files."""
-        others = {f"python_files[{at}]": path for at, path in enumerate(self.python_files)}
+        others = {f"python_files.{at}": path for at, path in enumerate(self.python_files)}
         return {"function": self.function.rpartition(":")[0], **others}
 
     def with_sources(self, sources: Mapping[str, str]) -> Self:
@@ -131,10 +131,11 @@ class FunctionProcess:
         path: str,
         name: str,
         *,
+        cpu_seconds: int = CPU_SECONDS,
         wall_seconds: float = WALL_SECONDS,
     ) -> None:
         self._sources, self._path, self._name = sources, path, name
-        self._wall_seconds = wall_seconds
+        self._cpu_seconds, self._wall_seconds = cpu_seconds, wall_seconds
         self._child = LimitedChild(
             "runner.function_child", wall_seconds=wall_seconds + _GRACE_SECONDS
         )
@@ -159,7 +160,7 @@ class FunctionProcess:
         if not self._child.is_running:  # lost in an earlier call
             self._load()
         request = {"arguments": [_as_json(argument, where) for argument in arguments]}
-        return self._ask(request, where, CPU_SECONDS)
+        return self._ask(request, where, self._cpu_seconds)
 
     def _load(self) -> None:
         request = {"sources": dict(self._sources), "path": self._path, "name": self._name}
@@ -182,9 +183,9 @@ class FunctionProcess:
 
     def _fail(self, where: str | None, said: str, missing_module: str | None = None) -> DataError:
         hint = (
-            f"a call may use {CPU_SECONDS} s of CPU time, {self._wall_seconds:g} s by the clock and"
-            " 4 GiB; no row is left out and no answer counted as 0 because a function fails: mend"
-            " the function, or the row"
+            f"a call may use {self._cpu_seconds} s of CPU time, {self._wall_seconds:g} s by the"
+            " clock and 4 GiB; no row is left out and no answer counted as 0 because a function"
+            " fails: mend the function, or the row"
         )
         if missing_module is not None:
             path = missing_module.replace(".", "/")

@@ -133,21 +133,17 @@ def test_whatever_ends_a_call_is_an_error_of_its_row(text: str, words: str) -> N
     assert message.startswith(f"{WHERE}: ") and words in message
 
 
-def test_a_call_that_computes_for_ever_is_ended_by_its_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("runner.functions.CPU_SECONDS", 1)
-    error = fail("def build(row):\n    while True:\n        pass\n", {})
+def test_a_call_that_computes_for_ever_is_ended_by_its_line() -> None:
+    error = fail("def build(row):\n    while True:\n        pass\n", {}, cpu_seconds=1)
     assert "rows.py line" in error.message and "used more CPU time than a call may" in error.message
 
 
-def test_a_call_that_hides_its_limit_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.functions.CPU_SECONDS", 1)
+def test_a_call_that_hides_its_limit_is_killed() -> None:
     text = (
         "def build(row):\n    while True:\n        try:\n"
         "            for _ in iter(int, 1): len('x')\n        except BaseException: pass\n"
     )
-    assert "used more CPU time than it may" in fail(text, {}).message
+    assert "used more CPU time than it may" in fail(text, {}, cpu_seconds=1).message
 
 
 def test_a_call_that_sleeps_for_ever_is_ended_by_its_line() -> None:

@@ -162,7 +162,7 @@ class Recipe(Section):
             files = {f"data.task.{key}": path for key, path in task.list_files().items()}
         for at, metric in enumerate(self.evaluation.metrics):
             for key, path in metric.list_files().items():
-                files[f"evaluation.metrics[{at}].{key}"] = path
+                files[f"evaluation.metrics.{at}.{key}"] = path
         return files
 
     def with_sources(self, sources: Mapping[str, str]) -> Self:

@@ -124,9 +124,10 @@ def _compare_axis(rows: Sequence[ReportRow], axis: str) -> list[AxisComparison]:
         comparisons.append(_compare_pairs(unit, pairs, differences, unpaired, values_compared))
         for name in names:
             both = [pair for pair in pairs if _why_not_comparable(name, *pair) is None]
-            if not both:
+            are_own = any(_is_own(name, row) for pair in pairs for row in pair)
+            if not both and not are_own:  # different tasks; their names need not mean the same
                 continue
-            unit_of_answers = answer_unit(name, both[0][0].recipe.metric_modes.get(name, "max"))
+            unit_of_answers = answer_unit(name, _find_mode(name, pairs))
             differences = [
                 b.answers["tuned"].metrics[name] - a.answers["tuned"].metrics[name] for a, b in both
             ]
@@ -146,10 +147,20 @@ def _why_not_comparable(metric: str, first: ReportRow, second: ReportRow) -> str
     if lacking:
         return f"{lacking[0]} has no {metric}" if len(lacking) == 1 else ""
     if first.metric_keys.get(metric) != second.metric_keys.get(metric):
-        is_own = any(metric == one.name for one in first.recipe.evaluation.metrics)
+        is_own = _is_own(metric, first) or _is_own(metric, second)
         what = f"functions for {metric}" if is_own else "tasks"
         return f"{first.name} and {second.name} have different {what}"
     return None
+
+
+def _is_own(metric: str, row: ReportRow) -> bool:
+    """Whether a function of the project computes it."""
+    return any(metric == one.name for one in row.recipe.evaluation.metrics)
+
+
+def _find_mode(metric: str, pairs: Sequence[tuple[ReportRow, ReportRow]]) -> Literal["min", "max"]:
+    modes = [row.recipe.metric_modes for pair in pairs for row in pair]
+    return next(mode[metric] for mode in modes if metric in mode)
 
 
 def _compare_pairs(

@@ -11,6 +11,7 @@ from runner.report.statistics import build_comparisons, paired_interval
 from tests.support.reports import (
     Run,
     completed,
+    make_answers,
     make_recipe,
     not_completed,
     report,
@@ -38,6 +39,47 @@ def test_answers_are_compared_where_both_runs_have_them_and_larger_is_better(
     ), "SQuAD has no accuracy, so nothing is missing there"
     f1 = comparisons["loss", "f1, larger is better"]
     assert (f1.num_pairs, f1.unpaired) == (1, ("squad_v2_full has no f1",))
+
+
+METRIC = "{name: miss, function: 'scores.py:miss', mode: min}"
+
+
+def run_with_own_metric(root: Path, loss: str, code: str, *judged: int) -> Run:
+    """A run whose base and tuned models answer, judged by a function of the project."""
+    recipe = make_recipe(
+        loss,
+        {"loss": loss},
+        f"loss={loss}",
+        "evaluation.generation={enabled: true, max_new_tokens: 4}",
+        f"evaluation.metrics=[{METRIC}]",
+    )
+    value = 1.0 if loss == "full" else 0.25
+    answers = {
+        model: score.model_copy(update={"num_judged_by": {"miss": judged[0] if judged else 64}})
+        for model, score in make_answers({"miss": 4.0}, {"miss": value}).items()
+    }
+    return completed(root, recipe, 2.0, answers=answers, contents={"scores.py": code})
+
+
+def test_a_metric_of_the_project_says_which_way_is_better(tmp_path: Path) -> None:
+    runs = [run_with_own_metric(tmp_path, loss, "hash") for loss in ("full", "completion")]
+    (miss,) = [item for item in build_comparisons(rows_of(runs)) if item.is_of_answers]
+    assert (miss.unit, miss.mean_difference) == ("miss, smaller is better", -0.75)
+    text = report(runs)
+    assert "larger is better (smaller: miss)" in text and "judged by miss" not in text
+    assert any("tuned miss" in line for line in table_lines(text))
+
+
+def test_rows_that_a_metric_does_not_judge_are_shown(tmp_path: Path) -> None:
+    runs = [run_with_own_metric(tmp_path, "full", "hash", 60)]
+    assert "judged by miss (base, tuned)" in report(runs) and "60, 60 of 64" in report(runs)
+
+
+def test_two_functions_of_one_name_are_not_compared(tmp_path: Path) -> None:
+    runs = [run_with_own_metric(tmp_path, loss, loss) for loss in ("full", "completion")]
+    (miss,) = [item for item in build_comparisons(rows_of(runs)) if item.is_of_answers]
+    assert (miss.num_pairs, miss.mean_difference) == (0, None)
+    assert miss.unpaired == ("full and completion have different functions for miss",)
 
 
 def test_interval_by_hand() -> None:

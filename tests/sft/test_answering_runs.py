@@ -4,6 +4,7 @@ if they did not.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -133,3 +134,53 @@ def test_a_run_that_answers_trains_as_one_that_does_not(finished: Project) -> No
 
 def without_generation(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "generation"}
+
+
+def test_a_metric_of_the_project_chooses_the_checkpoint_and_stops_training(
+    workplace: Project,
+) -> None:
+    """One that is better when it is smaller; another one, which never gets better, stops the run
+    after two evaluations.
+    """
+    workplace.add_model("gemma")
+    rows = [{"q": f"What is {n}+{n}?", "a": f"It is {2 * n}.", "most": 5} for n in range(60)]
+    (workplace.root / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workplace.root / "own.py").write_text(
+        "def build(row):\n"
+        "    print('built')\n"
+        "    return [{'role': 'user', 'content': row['q']},\n"
+        "            {'role': 'assistant', 'content': row['a']}]\n"
+        "def words_off(prediction, references, row):\n"
+        "    return abs(len(prediction.split()) - row['most'])\n"
+        "def flat(prediction, references, row):\n"
+        "    return None if row['q'] == 'What is 1+1?' else 1\n"
+    )
+    metrics = ", ".join(
+        f"{{name: {n}, function: 'own.py:{n}', mode: min}}" for n in ("words_off", "flat")
+    )
+    own = (
+        "data.train.path=sums.jsonl",
+        "data.task={name: python, function: 'own.py:build'}",
+        f"evaluation.metrics=[{metrics}]",
+        "evaluation.generation={enabled: true, max_new_tokens: 8, during_training: true}",
+        "checkpoints={metric: words_off, mode: min}",
+        "early_stopping={enabled: true, metric: flat, mode: min, patience: 1}",
+    )
+    recipe = workplace.write_recipe("own.json", *own)
+    assert workplace.cli("check", recipe, "--allow-code").returncode == 0
+    paths = launch(workplace, "own", *own)
+    result, evaluations = read_result(paths), read_evaluations(paths)
+    assert list(evaluations) == [0, 4, 8] and result.stop_reason == "early_stopping"
+    values = {step: row["words_off"] for step, row in evaluations.items() if step > 0}
+    assert result.best_metric == min(values.values()) == values[result.best_step]
+    for model in ("base", "tuned"):
+        answers = load_answers(paths.predictions_path, model)
+        off = [abs(len(answer.prediction.split()) - 5) for answer in answers]
+        assert [answer.own_scores["words_off"] for answer in answers] == off
+        score = result.generation[model]
+        assert score.metrics["words_off"] == sum(off) / 15
+        assert score.metrics["flat"] == 1 and score.num_judged_by["words_off"] == 15
+    log = read_log(paths)
+    assert "built" in log and "eval_words_off" in log
+    report = workplace.cli("report", paths.run_dir)
+    assert "larger is better (smaller: words_off, flat)" in report.stdout

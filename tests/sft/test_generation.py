@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from runner.data.draw import LeftOut
@@ -22,13 +24,15 @@ from runner.data.tasks.squad_v2 import SquadV2Task
 from runner.data.tasks.sst2 import Sst2Task
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError
-from runner.recipe.schema import DataSection, ModelSection
+from runner.recipe.schema import DataSection, EvaluationSection, ModelSection
+from runner.run.record import GenerationScore, SplitScore
 from runner.sft.generation import (
     Answer,
     build_generation_config,
     build_prompt,
     generate_answers,
     load_answers,
+    refuse_unjudged,
     refuse_what_cannot_be_judged,
     score_answers,
     write_answers,
@@ -191,6 +195,72 @@ def test_scores_count_what_is_unfinished_unreadable_and_judged(tmp_path: Path) -
         1,
     )
     assert score.metrics["exact_match"] == 0.5
+
+
+def test_the_projects_own_scores_are_kept_and_averaged_over_the_rows_they_judge(
+    tmp_path: Path,
+) -> None:
+    def answer(row_id: str, **scores: float | None) -> Answer:
+        return Answer(row_id, "x", (), True, Judgement(), scores)
+
+    answers = [answer("a", long=2.0, none=None), answer("b", long=None, none=None)]
+    answers.append(answer("c", long=5.0, none=None))
+    path = tmp_path / "predictions.jsonl"
+    write_answers(path, {"tuned": answers})
+    assert load_answers(path, "tuned") == answers
+    score = score_answers(TASK, answers)
+    assert score.metrics == {"long": 3.5}, "a metric that judged nothing has no value"
+    assert (score.num_judged, score.num_judged_by) == (0, {"long": 2, "none": 0})
+
+
+def test_a_metric_that_chooses_must_judge_something(project: Project) -> None:
+    metrics = ", ".join(
+        f"{{name: {name}, function: 'scores.py:score', mode: min}}" for name in ("long", "none")
+    )
+    recipe = project.recipe(
+        "evaluation.generation={enabled: true, max_new_tokens: 8, during_training: true}",
+        f"evaluation.metrics=[{metrics}]",
+        "checkpoints={metric: long, mode: min}",
+        "early_stopping={enabled: true, metric: none, mode: min, patience: 1}",
+    )
+    judged = [Answer("a", "x", (), True, Judgement(), {"long": 1.0, "none": 2.0})]
+    refuse_unjudged(recipe, score_answers(TASK, judged), 4)
+    unjudged = [Answer("a", "x", (), True, Judgement(), {"long": 1.0, "none": None})]
+    with pytest.raises(DataError, match=r"`none` judged none of the 1 answers .* at step 4"):
+        refuse_unjudged(recipe, score_answers(TASK, unjudged), 4)
+
+
+def test_a_function_that_fails_on_an_empty_answer_is_found_before_training(
+    project: Project,
+) -> None:
+    recipe = project.recipe(
+        "evaluation.generation={enabled: true, max_new_tokens: 8}",
+        "evaluation.metrics=[{name: share, function: 'scores.py:score', mode: max}]",
+    )
+    row = replace(make_row("r", (1, 2, 3), (2, 3)), where="d.jsonl line 4", columns={"n": 6})
+    split = Split((row,), ())
+    samples = Samples(split, split, split, LeftOut())
+
+    def refuse(body: str) -> None:
+        source = f"def score(prediction, references, row):\n    return {body}\n"
+        refuse_what_cannot_be_judged(recipe.with_sources({"scores.py": source}), samples)
+
+    refuse("len(prediction) / row['n']")
+    with pytest.raises(DataError, match=r"d\.jsonl line 4: scores\.py line 2, in `score`: Zero"):
+        refuse("row['n'] / len(prediction)")
+
+
+def test_no_metric_of_the_project_is_called_as_what_an_evaluation_says() -> None:
+    said = {*SplitScore.model_fields, *GenerationScore.model_fields} - {"num_judged", "metrics"}
+    for name in (*said - {"num_judged_by"}, "split", "step", "loss", "nll_per_token"):
+        with pytest.raises(ValidationError, match="is measured already"):
+            EvaluationSection.model_validate(
+                {
+                    "eval_strategy": "no",
+                    "per_device_eval_batch_size": 1,
+                    "metrics": ({"name": name, "function": "s.py:s", "mode": "max"},),
+                }
+            )
 
 
 def test_a_metric_that_chooses_must_be_defined_on_the_validation_rows(project: Project) -> None:

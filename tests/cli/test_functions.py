@@ -1,0 +1,248 @@
+"""Functions of the project through the command line: asked for once per content, run by `check` and
+`masks`, refused before anything starts, and in words that name the row.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runner.cli.main import main
+from runner.errors import RefusedError
+from runner.sft.context import RunContext
+from runner.sft.preemption import Preemption
+from runner.sft.startup import WorldPlace
+from tests.conftest import Project
+
+ROWS = """\
+def build(row):
+    print("building a row")
+    turns = [("user", row["q"]), ("assistant", row["a"])]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return {"messages": messages, "references": [row["a"]]}
+"""
+SCORES = """\
+def words_off(prediction, references, row):
+    return abs(len(prediction.split()) - row["words"])
+
+
+def flat(prediction, references, row):
+    return 1
+"""
+GENERATION = "generation: {enabled: true, max_new_tokens: 6, during_training: true}"
+METRICS = (
+    "[{name: words_off, function: 'scores.py:words_off', mode: min},"
+    " {name: flat, function: 'scores.py:flat', mode: min}]"
+)
+OVERRIDES = (
+    "data.task={name: python, function: 'rows.py:build'}",
+    f"evaluation={{{GENERATION}, metrics: {METRICS}}}",
+    "checkpoints={metric: words_off, mode: min}",
+)
+
+
+@pytest.fixture
+def study(project: Project) -> Project:
+    """A project with rows that no other task reads, a function that does, and two metrics."""
+    project.add_model()
+    (project.root / "data.jsonl").unlink()
+    write_rows(project)
+    (project.root / "rows.py").write_text(ROWS)
+    (project.root / "scores.py").write_text(SCORES)
+    project.write_recipe("study.json", *OVERRIDES)
+    return project
+
+
+def write_rows(project: Project) -> None:
+    rows = [{"q": f"What is {n}?", "a": f"It is {n}.", "words": 3} for n in range(80)]
+    (project.root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def refuse(project: Project, *arguments: str) -> str:
+    """What a command says that ends with 2."""
+    done = project.cli(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    return done.stderr
+
+
+def test_nothing_runs_before_it_was_allowed(study: Project) -> None:
+    recipe = "study.json"
+    for arguments in (
+        ("check", recipe),
+        ("masks", recipe),
+        ("launch", recipe, "--dry-run"),
+        ("launch", recipe, "--prepare"),
+        ("launch", recipe),
+        ("sweep", recipe, "--dry-run"),
+        ("sweep", recipe),
+    ):
+        said = refuse(study, *arguments)
+        assert "rows.py  was not allowed yet, 235 bytes, sha256 " in said, arguments
+        assert "hint: runner check --allow-code study.json  # after you have read them" in said
+        assert "building a row" not in said
+    assert not (study.root / "runs" / "tests").exists(), "no attempt began"
+    for arguments in (("status", recipe), ("why", recipe), ("report", recipe), ("stop", recipe)):
+        done = study.cli(*arguments)
+        assert done.returncode == 0 and "building a row" not in done.stderr, arguments
+
+
+def test_what_was_allowed_runs_until_it_changes(study: Project) -> None:
+    done = study.cli("check", "study.json", "--allow-code")
+    assert done.returncode == 0, done.stderr
+    assert "allowed rows.py, 235 bytes, sha256 " in done.stdout
+    assert "building a row" in done.stderr and "building a row" not in done.stdout
+    assert "metric words_off: 0 on the own answers of the test rows, 15 of 15 judged" in done.stdout
+    done = study.cli("check", "study.json", "--json")
+    assert done.returncode == 0
+    facts = json.loads(done.stdout)["runs"][0]["metrics"]
+    assert [(one["name"], one["split"], one["mean"]) for one in facts] == [
+        ("words_off", "validation", 0.0),
+        ("flat", "validation", 1.0),
+        ("words_off", "test", 0.0),
+        ("flat", "test", 1.0),
+    ]
+    assert study.cli("masks", "study.json", "--rows", "1").returncode == 0
+    assert study.cli("launch", "study.json", "--dry-run").returncode == 0
+    (study.root / "rows.py").write_text(ROWS + "# changed\n")
+    for arguments in (("check", "study.json"), ("launch", "study.json"), ("sweep", "study.json")):
+        assert "rows.py  changed since it was allowed" in refuse(study, *arguments)
+    assert "hint: runner check --allow-code study.json --output-root others" in refuse(
+        study, "check", "study.json", "--output-root", "others"
+    )
+
+
+def test_the_trainer_refuses_by_itself(study: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(study.root)
+    study.cli("check", "study.json", "--allow-code", "--schema-only")
+    assert study.cli("launch", "study.json", "--prepare").returncode == 0
+    run_dir = Path("runs/tests/study")
+
+    def open_run() -> RunContext:
+        place = WorldPlace()
+        return RunContext.open(run_dir, place, Preemption(study.paths("study"), 1, place))
+
+    open_run()
+    (study.root / "scores.py").write_text(SCORES + "\n")
+    with pytest.raises(RefusedError, match=r"scores\.py  changed since it was allowed"):
+        open_run()
+    study.cli("check", "study.json", "--allow-code", "--schema-only")
+    with pytest.raises(RefusedError, match=r"scores\.py changed since the run was prepared"):
+        open_run()
+    (study.root / "runs/.allowed_code.json").unlink()
+    with pytest.raises(RefusedError) as raised:
+        open_run()
+    assert raised.value.hint is not None
+    assert raised.value.hint.startswith("runner check --allow-code runs/tests/study  #")
+
+
+BAD_CODE = {
+    "an exception": (
+        "rows.py",
+        "def build(row):\n    return row['question']\n",
+        "data.jsonl line 1: rows.py line 2, in `build`: KeyError: 'question'",
+    ),
+    "no function": ("rows.py", "", "rows.py: defines no function `build`"),
+    "a mistake": ("rows.py", "def build(row)\n", "rows.py line 1: SyntaxError: expected ':'"),
+    "a dropped row": (
+        "rows.py",
+        "def build(row):\n    return None\n",
+        "data.jsonl line 1, what rows.py:build returned: found nothing (None)",
+    ),
+    "chance": (
+        "rows.py",
+        ROWS.replace('row["q"]', 'row["q"] + str(random.random())') + "import random\n",
+        "data.jsonl line 1: rows.py:build returned other messages when it was asked again",
+    ),
+    "an unnamed file": (
+        "rows.py",
+        "import scores\n",
+        "hint: name the file beside the function: python_files: [scores.py]",
+    ),
+    "no number": (
+        "scores.py",
+        SCORES.replace("return 1", "return 'good'"),
+        'scores.py:flat returned "good" for the metric `flat`',
+    ),
+    "a metric that fails on no answer": (
+        "scores.py",
+        SCORES.replace("return 1", "return 1 / len(prediction)"),
+        "scores.py line 6, in `flat`: ZeroDivisionError: division by zero",
+    ),
+    "a metric of chance": (
+        "scores.py",
+        SCORES.replace("return 1", "return random.random()") + "import random\n",
+        "scores.py:flat returned 0.",
+    ),
+}
+
+
+def test_check_names_what_is_wrong_with_a_function(study: Project) -> None:
+    """All in one call: each case is a recipe with a file of its own."""
+    (study.root / "study.json").unlink()
+    for number, (replaced, text, _) in enumerate(BAD_CODE.values()):
+        (study.root / f"bad{number}.py").write_text(text)
+        overrides = [one.replace(f"'{replaced}:", f"'bad{number}.py:") for one in OVERRIDES]
+        study.write_recipe(f"bad/case{number}.yaml", *overrides)
+    said = refuse(study, "check", "bad", "--allow-code")
+    for number, (name, (replaced, _, words)) in enumerate(BAD_CODE.items()):
+        assert words.replace(replaced, f"bad{number}.py", 1) in said or words in said, (name, said)
+
+
+BAD_RECIPES = {
+    "a path out of the project": (
+        "data.task={name: python, function: '../rows.py:build'}",
+        "relative to the folder where `runner` is started",
+    ),
+    "no function": ("data.task={name: python, function: rows.py}", "such as rows.py:build"),
+    "a name of the library": (
+        "data.task={name: python, function: 'rows.py:build', python_files: [json.py]}",
+        "would hide Python's module `json`",
+    ),
+    "no direction": (
+        "evaluation.metrics=[{name: short, function: 'scores.py:flat'}]",
+        "evaluation.metrics.0.mode",
+    ),
+    "a name that is taken": (
+        "evaluation.metrics=[{name: nll_per_token, function: 'scores.py:flat', mode: min}]",
+        "`nll_per_token` is measured already",
+    ),
+    "a name twice": (f"evaluation.metrics={METRICS.replace('flat,', 'words_off,')}", "two metrics"),
+    "no answers": ("evaluation.generation={enabled: false}", "judge generated answers"),
+    "answers too late": (
+        "evaluation.generation={enabled: true, max_new_tokens: 4, during_training: false}",
+        "never evaluated on the validation split",
+    ),
+    "the wrong direction": ("checkpoints.mode=max", "better when it is smaller: its `mode` must"),
+    "an unknown metric": ("checkpoints.metric=words", "expected one of nll_per_completion_token"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECIPES)
+def test_a_recipe_that_cannot_work_is_refused(
+    study: Project, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(study.root)
+    override, words = BAD_RECIPES[case]
+    assert main(["launch", "study.json", "--dry-run", override]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_link_is_refused(study: Project) -> None:
+    (study.root / "rows.py").rename(study.root / "elsewhere.py")
+    (study.root / "rows.py").symlink_to("elsewhere.py")
+    for arguments in (("check", "study.json", "--allow-code"), ("launch", "study.json")):
+        assert "rows.py is a link to elsewhere.py" in refuse(study, *arguments)
+    (study.root / "rows.py").unlink()
+    said = refuse(study, "check", "study.json")
+    assert "data.task.function" in said and "rows.py" in said
+
+
+def test_a_metric_of_a_task_keeps_its_name(study: Project) -> None:
+    said = refuse(
+        study,
+        *("launch", "study.json", "--dry-run", "data.task={name: prompt_completion}"),
+        "evaluation.metrics=[{name: exact_match, function: 'scores.py:flat', mode: max}]",
+    )
+    assert "`exact_match` is a metric of the task `prompt_completion`" in said
