@@ -16,7 +16,13 @@ from runner.data.chat_template import ChatFormat, MaskError
 from runner.data.masking import Completion, ConversationMasker, MaskedConversation, build_labels
 from runner.data.tasks.base import Example
 from runner.data.tasks.conversations import ConversationsTask
-from tests.support.chat_formats import CHATML, SPECIAL_TOKENS, build_tokenizer, trl_template
+from tests.support.chat_formats import (
+    CHATML,
+    HUMAN_ASSISTANT,
+    SPECIAL_TOKENS,
+    build_tokenizer,
+    trl_template,
+)
 from tests.support.chats import turns
 
 CASES = Path(__file__).parent / "cases"
@@ -393,6 +399,13 @@ def test_an_end_that_the_template_does_not_print_is_appended() -> None:
 def test_an_end_that_the_template_prints_is_not_appended() -> None:
     masked = mask(CHATML, turns("q", "a"), end_of_turn="<|im_end|>")
     assert masked.text.endswith("a<|im_end|>\n")
+
+
+def test_of_several_tokens_at_the_end_one_that_stops_the_model_is_the_end() -> None:
+    template = HUMAN_ASSISTANT.replace(" + eos_token", "") + (
+        "{% if not add_generation_prompt %}{{ '<|end|>' + eos_token + '<|eot|>' }}{% endif %}"
+    )
+    assert trained(mask(template, turns("q", "a"))) == [" a\n\n<|end|></s>"]
 
 
 def test_what_closes_a_call_is_no_end() -> None:
