@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from runner.cli.main import main
 from runner.errors import CONTROLS, RunnerError
 from runner.recipe.contents import ContentHashes, hash_contents
-from runner.recipe.identity import derive_digest
+from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.run.record import EXIT_CODES
 from tests.conftest import RECIPE_TEXT, ROOT
@@ -376,6 +376,7 @@ def make_run(place: Place) -> Path:
             "recipe": recipe.model_dump(mode="json"),
             "recipe_digest": digest,
             "contents": contents,
+            "rules": RULES,
         },
         "run.json": {"attempts": [attempt]},
         "result.json": {

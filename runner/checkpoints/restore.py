@@ -154,17 +154,21 @@ def import_newest(
     remote: RemoteFolder,
     *,
     skip_other_micro_batches: bool = False,
+    before_resuming: Callable[[], None],
 ) -> int | None:
     """Import the newest checkpoint of this run from remote storage that can be continued; None
     where it holds none.
 
     `skip_other_micro_batches`: those do not count, in a run that was cut otherwise since.
+    `before_resuming` is that of `choose_resume_step`.
 
     Raises:
         RefusedError: there are checkpoints, and none can be continued.
     """
     _insist(partial(remote.require_owner, fingerprint["recipe_digest"], claim=False), recipe)
     steps = _insist(remote.list_steps, recipe)
+    if steps:
+        before_resuming()
     skipped: list[int] = []
     for step in reversed(steps):
         try:
@@ -287,12 +291,16 @@ def choose_resume_step(
     remote: RemoteFolder | None = None,
     *,
     divisor: int = 1,
+    before_resuming: Callable[[], None] = lambda: None,
 ) -> int | None:
     """The step that this attempt goes on from, `resume` being `Attempt.resume`; None to start at
     step 0.
 
     With a `divisor` (`Attempt.micro_batch_divisor`) above 1 the run has gone out of memory, and
     leaves behind what it wrote in larger micro-batches.
+
+    `before_resuming` is called when it is known that a checkpoint is to be continued, and before
+    any checkpoint is moved or brought in: what it raises leaves the run as it is.
 
     Raises:
         RefusedError: what was asked for cannot be continued.
@@ -302,20 +310,27 @@ def choose_resume_step(
     checkpoints = recipe.checkpoints
     named: dict[str, Wanted] = {"latest": "latest", "best": "best"}
     wanted = named.get(resume, "auto")  # what is imported is the newest one then
+    if resume not in ("auto", "none", *named):
+        before_resuming()
     if "://" in resume:
         folder, step = open_named_archive(resume, recipe)
         import_checkpoint(paths, checkpoints, fingerprint, build_fetch(folder, step, recipe, paths))
     elif resume not in ("auto", "none", *named):
         import_checkpoint(paths, checkpoints, fingerprint, partial(find_beside, Path(resume)))
     policy = build_policy(recipe, resume, divisor, _build_verification(paths, checkpoints))
-    choice = _choose_own(paths, wanted, fingerprint, policy)
+    choice = _choose_own(paths, wanted, fingerprint, policy, before_resuming)
     may_load = resume == "auto" and checkpoints.remote is not None and checkpoints.remote.load
     if choice.step is None and remote is not None and may_load:
         imported = import_newest(
-            paths, recipe, fingerprint, remote, skip_other_micro_batches=divisor > 1
+            paths,
+            recipe,
+            fingerprint,
+            remote,
+            skip_other_micro_batches=divisor > 1,
+            before_resuming=before_resuming,
         )
         if imported is not None:
-            choice = _choose_own(paths, wanted, fingerprint, policy)
+            choice = _choose_own(paths, wanted, fingerprint, policy, before_resuming)
     for line in choice.version_warnings:
         print(
             "warning: resuming under another version,"
@@ -330,7 +345,11 @@ def choose_resume_step(
 
 
 def _choose_own(
-    paths: RunPaths, wanted: Wanted, fingerprint: Mapping[str, Any], policy: Policy
+    paths: RunPaths,
+    wanted: Wanted,
+    fingerprint: Mapping[str, Any],
+    policy: Policy,
+    before_resuming: Callable[[], None],
 ) -> Choice:
     """Choose among the run's own checkpoints, and carry the choice out.
 
@@ -339,6 +358,8 @@ def _choose_own(
     """
     drop_leftovers(paths)
     choice = choose(read_inventory(paths), wanted, fingerprint, policy)
+    if choice.step is not None:
+        before_resuming()
     carry_out(paths, choice.moves)
     if choice.refusal is not None:
         raise choice.refusal

@@ -19,8 +19,9 @@ from runner.plan.select import UnreadableRun, select_recipes, suggest_path
 from runner.plan.status import RunStatus, read_status
 from runner.recipe.contents import ContentHashes, known_contents
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
+from runner.run.allowed_code import allow_code, load_code, suggest_allowing
 from runner.run.failures import HINTS, UNREADABLE_HINT
-from runner.run.paths import RunPaths, content_cache_path
+from runner.run.paths import RunPaths, content_cache_path, find_output_root
 from runner.run.record import load_stored_recipe
 
 
@@ -56,6 +57,12 @@ def run_check(arguments: argparse.Namespace) -> int:
     data sections.
     """
     selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
+    recipes = [one.recipe for one in selected]
+    if arguments.allow_code:
+        stream = sys.stderr if arguments.json else sys.stdout
+        for file in allow_code(recipes, arguments.output_root):
+            size = f"{len(file.content):,} bytes"
+            print(f"allowed {file.path}, {size}, sha256 {file.sha256}", file=stream)
     if arguments.schema_only:
         print(f"{len(selected)} recipes are well-formed")
         return 0
@@ -63,8 +70,9 @@ def run_check(arguments: argparse.Namespace) -> int:
     from runner.preflight.check import print_check
 
     finished = [one.full_name for one in selected if one.paths.result_path.exists()]
+    allow = suggest_allowing(arguments.paths, arguments.output_root, arguments.where)
     return print_check(
-        [one.recipe for one in selected], arguments.output_root, finished, is_json=arguments.json
+        recipes, arguments.output_root, finished, is_json=arguments.json, allow_hint=allow
     )
 
 
@@ -72,7 +80,13 @@ def run_masks(arguments: argparse.Namespace) -> int:
     """`runner masks`: loads the tokenizer, never the model."""
     from runner.preflight.masks import build_views, format_views
 
-    recipe = _load_recipe_or_run(arguments.recipe, arguments.overrides)
+    path = arguments.recipe
+    output_root = find_output_root(path) if path.is_dir() else arguments.output_root
+    recipe = load_code(
+        _load_recipe_or_run(path, arguments.overrides),
+        output_root,
+        suggest_allowing([str(path)], output_root),
+    )
     split = "validation" if arguments.split == "eval" else arguments.split
     views = build_views(recipe, split, arguments.rows, arguments.row)
     is_coloured = "NO_COLOR" not in os.environ and (
@@ -196,7 +210,10 @@ def run_report(arguments: argparse.Namespace) -> int:
     runs = []
     for one in selected:
         facts = one.read_facts(with_samples=True)
-        status = read_status(facts, one.recipe, known_contents(one.recipe, hashes))
+        # Of a run directory the numbers are asked for, whatever became of its files since.
+        is_named_itself = one.source_path == one.paths.run_dir
+        contents = {} if is_named_itself else known_contents(one.recipe, hashes)
+        status = read_status(facts, one.recipe, contents)
         runs.append((one.recipe, facts, status))
     rows = build_rows(runs)
     print(FORMATS[arguments.format](rows, build_comparisons(rows)), end="")

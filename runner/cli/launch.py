@@ -21,10 +21,11 @@ from runner.launch.command import LaunchCommand
 from runner.launch.placement import find_allocation, is_in_cluster, list_placements
 from runner.plan.decide import MAX_FRUITLESS, Launch, decide
 from runner.plan.select import Selected, run_paths, select_recipes, suggest_path
-from runner.plan.status import RunStatus, find_divisor, read_status
+from runner.plan.status import RunStatus, describe_change, find_divisor, read_status
 from runner.recipe.contents import ContentHashes, hash_contents
 from runner.recipe.parse import load_recipe
 from runner.recipe.schema import NAME_PATTERN
+from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.facts import read_facts
 from runner.run.paths import RunPaths, content_cache_path
 from runner.run.record import EXIT_CODES, load_progress, load_record
@@ -37,6 +38,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
     """`runner launch`."""
     selected, resume = _select_one(arguments), _parse_resume(arguments.resume)
     recipe, paths = selected.recipe, selected.paths
+    allow = suggest_allowing([str(arguments.recipe)], arguments.output_root)
+    require_allowed([recipe], arguments.output_root, allow)
     num_processes = arguments.num_processes or recipe.launch.num_processes
     num_machines = recipe.launch.num_machines
     allocation = find_allocation(os.environ, num_machines) if num_machines > 1 else None
@@ -188,7 +191,7 @@ def _select_one(arguments: argparse.Namespace) -> Selected:
 def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedError:
     if status.state == "changed":
         return RefusedError(
-            f"{paths.run_dir} holds another experiment, the recipe changed since:\n"
+            f"{paths.run_dir} holds another experiment, {describe_change(status.differences)}:\n"
             + "\n".join(f"  {line}" for line in status.differences),
             hint=f"{same_launch} --fresh  # moves the old run aside and starts anew",
         )

@@ -183,6 +183,11 @@ def _add_check_verbs(verbs: Any) -> None:
         "--json", action="store_true", help="everything found, per run; see docs/preflight.md"
     )
     how.add_argument("--schema-only", action="store_true", help="do not load tokenizers and data")
+    check.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="let the Python functions that these recipes name run, as they are now",
+    )
 
     masks = verbs.add_parser(
         "masks", help="rows as the model sees them: every token, the trained ones coloured"
@@ -214,6 +219,7 @@ def _add_check_verbs(verbs: Any) -> None:
         default="ansi",
         help="html: one page, to stdout",
     )
+    _add_output_root(masks)
 
 
 def _add_launch_verb(verbs: Any) -> None:
@@ -267,6 +273,12 @@ def _add_sweep_verbs(verbs: Any) -> None:
     )
     what.add_argument("--list", action="store_true", help="print one selected recipe path per line")
     sweep.add_argument(
+        "--fresh",
+        action="store_true",
+        help="move the changed runs into one dated folder and start them anew; asks first",
+    )
+    sweep.add_argument("--yes", action="store_true", help="with --fresh: do not ask")
+    sweep.add_argument(
         "--retry-failed", action="store_true", help="launch also what failed for a lasting reason"
     )
     sweep.add_more = partial(add_engine_options, writes_files=True)
@@ -274,7 +286,7 @@ def _add_sweep_verbs(verbs: Any) -> None:
     rerun = verbs.add_parser("rerun", help="a sweep over the interrupted and failed runs only")
     _add_sweep_options(rerun)
     rerun.add_more = partial(add_engine_options, writes_files=False)
-    rerun.set_defaults(dry_run=False, list=False, retry_failed=True)
+    rerun.set_defaults(dry_run=False, list=False, retry_failed=True, fresh=False, yes=False)
 
 
 def _add_view_verbs(verbs: Any) -> None:

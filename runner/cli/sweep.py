@@ -6,15 +6,27 @@ Decides what is launched; where and when is up to the engine.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
+from runner.cli.changed import (
+    ChangedRun,
+    choose_folders,
+    confirm,
+    describe_changed,
+    describe_remote,
+    move_changed,
+)
 from runner.cli.engines import load_engines
+from runner.errors import RefusedError
 from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipes
 from runner.plan.status import read_status
 from runner.recipe.contents import ContentHashes, hash_contents, known_contents
+from runner.recipe.identity import RULES
+from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.failures import UNREADABLE_HINT
 from runner.run.paths import content_cache_path
 
@@ -32,6 +44,13 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
         print("\n".join(str(one.source_path) for one in selected))
         return 0
     engine = load_engines()[arguments.engine]
+    if arguments.yes and not arguments.fresh:
+        raise RefusedError("`--yes` answers what `--fresh` asks, and goes with it only")
+    if arguments.fresh and engine.ONLY_WRITES_FILES:
+        raise RefusedError(
+            f"`--engine {arguments.engine}` only prints a file, and `--fresh` moves runs",
+            hint="runner launch RECIPE --fresh  # where the runs are",
+        )
     options = engine.parse_options(arguments)
     num_unhappy = 0
 
@@ -55,34 +74,113 @@ def _decide_all(
     only_unfinished: bool,
 ) -> tuple[list[Launch], int]:
     """What is to be launched, and how many of the others are failed or changed; each decision is
-    printed.
+    printed, that on changed runs once for all of them.
     """
     hashes = ContentHashes(content_cache_path(arguments.output_root))
-    planned: list[Launch] = []
-    num_unhappy = 0
+    planned: dict[str, Launch] = {}
+    changed: list[ChangedRun] = []
+    num_unhappy = num_of_other_rules = 0
     for one in selected:
         contents = (
             hash_contents(one.recipe, hashes)
             if not arguments.dry_run
             else known_contents(one.recipe, hashes)
         )
-        status = read_status(one.read_facts(), one.recipe, contents)
+        facts = one.read_facts()
+        status = read_status(facts, one.recipe, contents)
+        if status.state == "changed":
+            changed.append(ChangedRun(one, contents, status))
+            continue
+        if status.state == "completed" and facts.stored is not None:
+            num_of_other_rules += facts.stored.rules != RULES
         decision = decide(
             status, retry_failed=arguments.retry_failed, only_unfinished=only_unfinished
         )
-        differences = (*status.differences, *status.obstacles)
+        differences = status.obstacles
         if decision.action == "launch" and (task := queued.get(one.full_name)) is not None:
             differences = tuple(task.find_differences(one))
             decision = decide_queued(task, differences)
-        print(_describe_decision(one, decision, differences), file=stream)
+        print(_describe_decision(one.full_name, decision, differences), file=stream)
         if decision.action == "launch":
             num_processes = one.recipe.launch.num_processes
-            planned.append(Launch(one, contents, num_processes, num_attempts=status.num_attempts))
+            planned[one.full_name] = Launch(
+                one, contents, num_processes, num_attempts=status.num_attempts
+            )
         elif decision.action == "refuse" or (
             status.state == "failed" and one.full_name not in queued
         ):
             num_unhappy += 1
-    return planned, num_unhappy
+    to_launch = [launch.recipe for launch in planned.values()]
+    if arguments.fresh:
+        to_launch += [one.selected.recipe for one in changed]
+    allow = suggest_allowing(arguments.paths, arguments.output_root, arguments.where)
+    require_allowed(to_launch, arguments.output_root, allow)  # before a run is moved aside
+    if changed and arguments.fresh:
+        fresh, num_refused = _start_anew(changed, arguments, queued, stream)
+        planned |= {launch.full_name: launch for launch in fresh}
+        num_unhappy += num_refused
+    elif changed:
+        print(_describe_changed(changed, arguments), file=stream)
+        num_unhappy += len(changed)
+    if planned and num_of_other_rules:
+        print(
+            f"note: {num_of_other_rules} completed runs of this sweep follow other rules of rows"
+            f" and masks than what is launched now (rules {RULES}):"
+            " a report compares runs of the same rules only",
+            file=sys.stderr,
+        )
+    return [planned[one.full_name] for one in selected if one.full_name in planned], num_unhappy
+
+
+def _start_anew(
+    changed: Sequence[ChangedRun],
+    arguments: argparse.Namespace,
+    queued: Mapping[str, QueuedRun],
+    stream: TextIO,
+) -> tuple[list[Launch], int]:
+    """`--fresh`: the launches of the changed runs, once they are out of the way, and how many of
+    them cannot be moved.
+
+    Raises:
+        RefusedError: nobody said yes.
+    """
+    num_refused = 0
+    movable: list[ChangedRun] = []
+    for one in changed:
+        if (task := queued.get(one.full_name)) is None:
+            movable.append(one)
+            continue
+        num_refused += 1
+        why = f"queued: {task.task} is {task.state}; `{task.cancel}` first"
+        print(_describe_decision(one.full_name, Decision("refuse", why), ()), file=stream)
+    if not movable:
+        return [], num_refused
+    folders = choose_folders(movable)
+    about = [*describe_changed(movable, arguments), *describe_remote(movable)]
+    where = ", ".join(str(folder) for folder in folders.values())
+    what = "would be moved into" if arguments.dry_run else "to be moved into"
+    print(_describe_block("fresh", f"{_count(movable)} {what} {where}", about), file=stream)
+    stream.flush()
+    moved = movable
+    if not arguments.dry_run:
+        confirm(movable, folders, is_sure=arguments.yes)
+        moved = []
+        for one in movable:
+            obstacle = move_changed(one, folders[one.output_root])
+            if obstacle is None:
+                moved.append(one)
+                continue
+            num_refused += obstacle.action == "refuse"
+            print(_describe_decision(one.full_name, obstacle, ()), file=stream)
+        report = shlex.join(["runner", "report", *map(str, folders.values())])
+        print(f"moved   {_count(moved)}; the numbers: {report}", file=stream)
+    decision = Decision("launch", "pending: never started")
+    launches = []
+    for one in moved:
+        print(_describe_decision(one.full_name, decision, ()), file=stream)
+        count = one.selected.recipe.launch.num_processes
+        launches.append(Launch(one.selected, one.contents, count, resume="none", num_attempts=0))
+    return launches, num_refused
 
 
 def run_rerun(arguments: argparse.Namespace) -> int:
@@ -90,9 +188,25 @@ def run_rerun(arguments: argparse.Namespace) -> int:
     return run_sweep(arguments, only_unfinished=True)
 
 
-def _describe_decision(one: Selected, decision: Decision, differences: Sequence[str]) -> str:
+def _describe_changed(changed: Sequence[ChangedRun], arguments: argparse.Namespace) -> str:
+    first, *more = changed
+    what = (
+        f"{first.full_name}  {decide(first.status).why}"
+        if not more
+        else (f"{_count(changed)} are changed: their directories hold another experiment")
+    )
+    return _describe_block("refuse", what, describe_changed(changed, arguments))
+
+
+def _count(runs: Sequence[ChangedRun]) -> str:
+    return "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+
+
+def _describe_decision(full_name: str, decision: Decision, differences: Sequence[str]) -> str:
     why = decision.why.partition("\n")[0]
-    lines = [f"{decision.action:<7} {one.full_name}  {why}"]
-    if decision.action == "refuse":
-        lines += [f"          {line}" for line in differences]
-    return "\n".join(lines)
+    more = differences if decision.action == "refuse" else ()
+    return _describe_block(decision.action, f"{full_name}  {why}", more)
+
+
+def _describe_block(action: str, what: str, more: Sequence[str]) -> str:
+    return "\n".join([f"{action:<7} {what}", *(f"          {line}" for line in more)])

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
 
+from runner.data.mixture import interleave
 from runner.data.sources import load_rows
 from runner.data.tasks.base import Conversation, Example
 from runner.data.tasks.conversations import CONVERSATION_COLUMNS
@@ -47,6 +48,8 @@ class RawRow:
     completions: tuple[int, ...] = ()
     untrained: frozenset[int] = frozenset()
     turn: int | None = None  # of a conversation that is split: the message that this row ends with
+    # What the row says, for metrics of the project; empty where it is made of several.
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def row_id(self) -> str:
@@ -114,23 +117,50 @@ def draw_splits(data: DataSection) -> RawSplits:
     for.
     """
     reader = _Reader(data)
-    pools: dict[str, list[RawRow]] = {}
+    pools: dict[str, list[list[RawRow]]] = {}  # one for each source of a split
     for split in ("test", "validation", "train"):
-        source: DataSource | None = getattr(data, split)
-        if source is not None:
-            pools[split] = reader.read(source, split)
+        pools[split] = [reader.read(source, split) for source in _list_sources(data, split)]
     drawn: dict[str, tuple[RawRow, ...]] = {}
     num_left_out_by_group = 0
     for split in ("test", "validation", "train"):
-        pool = pools.get(split, pools["train"])
+        own = pools[split] or pools["train"]
         groups = {raw.group for rows in drawn.values() for raw in rows}
-        allowed = [raw for raw in pool if raw.group not in groups]
-        num_left_out_by_group += len(pool) - len(allowed)
-        _sort(allowed, data.seed if split == "train" else _HELD_OUT_SEED)
+        for pool in own:
+            allowed = [raw for raw in pool if raw.group not in groups]
+            num_left_out_by_group += len(pool) - len(allowed)
+            _sort(allowed, data.seed if split == "train" else _HELD_OUT_SEED)
+            pool[:] = allowed
         left_out = reader.describe(num_left_out_by_group)
-        drawn[split] = _draw(allowed, split, getattr(data, f"num_{split}_samples"), left_out)
-        pool[:] = allowed[len(drawn[split]) :]
+        wanted = data.num_train_rows if split == "train" else getattr(data, f"num_{split}_samples")
+        if own is pools["train"] and data.train_shares is not None:
+            drawn[split] = _draw_mixed(own, data, split, wanted)
+        else:
+            drawn[split] = _draw(own[0], split, wanted, left_out)
+        taken = {raw.key for raw in drawn[split]}
+        for pool in own:
+            pool[:] = [raw for raw in pool if raw.key not in taken]
     return RawSplits(drawn["train"], drawn["validation"], drawn["test"], left_out)
+
+
+def _list_sources(data: DataSection, split: str) -> tuple[DataSource, ...]:
+    """The sources of a split's own, none where it is taken from the training rows."""
+    if split == "train":
+        return data.train_sources
+    source: DataSource | None = getattr(data, split)
+    return () if source is None else (source,)
+
+
+def _draw_mixed(
+    pools: Sequence[Sequence[RawRow]], data: DataSection, split: str, wanted: int | None
+) -> tuple[RawRow, ...]:
+    """The first rows of several sources of training rows, in their shares."""
+    assert data.train_shares is not None and wanted is not None, "the schema asks for both"
+    names = [source.path for source in data.train_sources]
+    try:
+        rows = interleave(pools, data.train_shares, wanted, names=names)
+    except DataError as error:
+        raise DataError(f"the {split} split: {error.message}", hint=error.hint) from None
+    return tuple(raw for _, raw in rows)
 
 
 class _Reader:
@@ -140,9 +170,10 @@ class _Reader:
         self._data = data
         self._seen: set[str] = set()
         self._num_duplicates = 0
-        self._by_task: dict[str, Mapping[str, int]] = {}
-        self._columns: dict[str, Mapping[str, int]] = {}
-        self._skipped: dict[str, Mapping[str, int]] = {}
+        # Split -> what -> how many; several sources of a split are added up.
+        self._by_task: dict[str, Counter[str]] = {}
+        self._columns: dict[str, Counter[str]] = {}
+        self._skipped: dict[str, Counter[str]] = {}
 
     def describe(self, num_left_out_by_group: int) -> LeftOut:
         """What was left out so far."""
@@ -160,21 +191,25 @@ class _Reader:
         groups: dict[str, str] = {}
         loaded = load_rows(source)
         rows = self._prepare(loaded.rows, columns, groups)
-        examples = self._data.task.build_examples(rows)
-        if loaded.skipped:
-            self._skipped[split] = loaded.count_skipped()
-        if examples.left_out:
-            self._by_task[split] = examples.left_out
-        if columns:
-            self._columns[split] = dict(sorted(columns.items()))
-        found = []
+        column = self._data.group_column
+        used = frozenset() if column is None else frozenset({column})
+        examples = self._data.task.build_examples(rows, used=used)
+        columns.update(examples.unused)
+        for counts, found in (
+            (self._skipped, loaded.count_skipped()),
+            (self._by_task, examples.left_out),
+            (self._columns, columns),
+        ):
+            if found:
+                counts.setdefault(split, Counter()).update(found)
+        kept = []
         for example in examples.examples:
             if example.key in self._seen:
                 self._num_duplicates += 1
                 continue
             self._seen.add(example.key)
-            found.append(_build_raw_row(example, self._find_group(example, groups)))
-        return found
+            kept.append(_build_raw_row(example, self._find_group(example, groups)))
+        return kept
 
     def _prepare(
         self, rows: Iterator[tuple[str, Any]], columns: Counter[str], groups: dict[str, str]
@@ -213,6 +248,7 @@ def _build_raw_row(example: Example, group: str) -> RawRow:
         example.references,
         tuple(completions),
         example.untrained,
+        columns=example.columns,
     )
 
 

@@ -14,6 +14,7 @@ the same kind (`structure_proof`). `docs/chat_templates.md` explains both at len
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -421,6 +422,9 @@ def _find_content_tokens(
     return CompletionSpan(first, first if content[0] == content[1] else last)
 
 
+_HALF_CHARACTER: Final = re.compile("[\ud800-\udfff]")
+
+
 def _list_wanted(
     messages: Messages, turns: Collection[int] | None, untrained: Collection[int]
 ) -> list[int]:
@@ -462,11 +466,11 @@ def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> No
                 f"{describe(messages, index)} has the content"
                 f" {quote(repr(content))}, expected a text"
             )
-        texts = list(list_texts(message))
-        surrogate = next((char for text in texts for char in text if _is_surrogate(char)), None)
-        if surrogate is not None:
+        halves = (_HALF_CHARACTER.search(text) for text in list_texts(message))
+        half = next((found for found in halves if found), None)
+        if half is not None:
             raise MaskError(
-                f"{describe(messages, index)} holds {surrogate!r},"
+                f"{describe(messages, index)} holds {half.group()!r},"
                 " half of a character, which is no text",
                 hint=(
                     "the file was written from text that was cut or decoded wrongly: write it again"
@@ -493,10 +497,6 @@ def _check_keys(messages: Messages, index: int) -> None:
                 " anyone's `name`, and a tool's `tool_call_id`, texts"
             ),
         )
-
-
-def _is_surrogate(char: str) -> bool:
-    return "\ud800" <= char <= "\udfff"
 
 
 def list_texts(value: Any) -> Iterator[str]:

@@ -5,7 +5,7 @@ same for every loss mode but for the labels.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from runner.data.chat_template import MaskError, describe
@@ -31,7 +31,8 @@ class Row:
     `spans` are its completions in `input_ids`: trained and scored turns with their ends; `contents`
     are the tokens of each that hold at least one byte of what the row says, `num_bytes` counts
     these bytes in UTF-8. `untrained` are turns of weight 0. A generated last completion is judged
-    against `references`.
+    against `references`, and by metrics of the project that see `columns`, all that the row says;
+    `where` names file and row in errors.
     """
 
     row_id: str
@@ -43,6 +44,8 @@ class Row:
     is_truncated: bool
     untrained: tuple[CompletionSpan, ...] = ()
     references: tuple[str, ...] = ()
+    where: str = field(default="", compare=False)
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def num_completion_tokens(self) -> int:
@@ -223,6 +226,8 @@ def _build_row(
         is_truncated=cut > 0,
         untrained=tuple(untrained),
         references=raw.references,
+        where=raw.where,
+        columns=raw.columns,
     )
 
 

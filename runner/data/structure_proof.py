@@ -630,7 +630,7 @@ class _Places:
         if lead.startswith(header):
             return len(header)
         # A role header is what all turns begin with: where they share nothing, it stands before.
-        shared = common_prefix(lead, header)
+        shared = self._leave_whole(common_prefix(lead, header), lead, header)
         length = self._cut(shared)
         if shared and not length:
             raise MaskError(
@@ -639,6 +639,14 @@ class _Places:
                 hint="use a chat template with a generation prompt",
             )
         return length
+
+    def _leave_whole(self, shared: str, *texts: str) -> str:
+        """What texts begin with in common, up to a special token of one that it breaks."""
+        for text in texts:
+            for special in self._template.find_specials(text):
+                if special.start() < len(shared) < special.end():
+                    shared = shared[: special.start()]
+        return shared
 
     def _cut(self, shared: str) -> int:
         """The length of a text up to its last whole special token or line, 0 where it has none."""

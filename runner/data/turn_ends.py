@@ -64,10 +64,12 @@ def find_end(template: ChatTemplate, turn: TurnText) -> tuple[int, str | None]:
     elif not ends and template.find_specials(ending or ""):
         ends = _find_user_end(template, turn)
     if not ends:
-        # A token that stops the model and is also the next speaker's header (GLM, Gemma 4).
+        # A token that stops the model and is also the next speaker's header (GLM, Gemma 4). Where
+        # the recipe says so of an answer's end, a call ends in the tool's header.
         here = template.find_specials(turn.own)
         stops = [one for one in here if one.group() in template.stop_tokens]
-        ends = here[:1] if template.appends_end else stops[:1]
+        is_call = bool(turn.chat[turn.index].get("tool_calls"))
+        ends = here[:1] if template.appends_end and is_call else stops[:1]
     if ends:
         return ends[0].end(), ends[0].group()
     plain = (ending or "").rstrip()

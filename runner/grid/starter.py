@@ -144,9 +144,8 @@ def plan_data(path: Path) -> DataPlan:
         found = f"{len(num_bytes)} different {'row' if len(num_bytes) == 1 else 'rows'}"
         raise RunnerError(f"{path} holds {found}; {_MIN_ROWS} are needed to train, select and test")
     num_held_out = max(1, min(_MAX_HELD_OUT, len(num_bytes) // 6))
-    splits = draw_splits(
-        read(num_held_out, ignored)
-    )  # rows of one group stay together: fewer may be left
+    # Rows of one group stay together: fewer may be left.
+    splits = draw_splits(read(num_held_out, ignored))
     return DataPlan(
         task=task,
         num_rows=len(num_bytes),

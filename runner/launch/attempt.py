@@ -26,9 +26,9 @@ from runner.files import write_json_atomic
 from runner.launch.command import LaunchCommand
 from runner.launch.placement import name_cluster_job
 from runner.plan.decide import Launch
-from runner.plan.status import find_differences, find_divisor
+from runner.plan.status import describe_change, find_differences, find_divisor
 from runner.processes import OWNER_VARIABLE, die_with_parent, kill_processes_of
-from runner.recipe.identity import derive_digest, list_library_versions
+from runner.recipe.identity import RULES, derive_digest, list_library_versions
 from runner.recipe.parse import Recipe, derive_accumulation
 from runner.run.facts import RunFacts, read_facts
 from runner.run.failures import build_failure, explain_silence, read_log_tail
@@ -57,24 +57,27 @@ def prepare_run(recipe: Recipe, contents: Mapping[str, str], facts: RunFacts) ->
 
     The caller holds the lease, under which the facts were read. `contents` is whole.
     """
-    paths, stored, digest = facts.paths, facts.stored, derive_digest(recipe, contents)
-    differences = find_differences(facts, recipe, contents)
-    if not differences and stored is not None and stored.recipe_digest != digest:
-        gone = [path for path in stored.contents if path not in contents]
-        differences = [f"content of {path}: not there any more" for path in gone] or [
-            "recipe_digest: another one"
-        ]
+    paths = facts.paths
+    has_checkpoints = bool(read_inventory(paths).kept)
+    differences = find_differences(
+        facts, recipe, contents, has_checkpoints=has_checkpoints, is_whole=True
+    )
     if differences:
         shown = "\n".join(f"  {line}" for line in differences)
         raise RefusedError(
-            f"{paths.run_dir} holds another experiment, the recipe changed since:\n{shown}",
+            f"{paths.run_dir} holds another experiment, {describe_change(differences)}:\n{shown}",
             hint=(
                 "change the recipe back, give the new one another name, or move the old run aside"
                 " with `runner launch RECIPE --fresh`"
             ),
         )
     if facts.result is None:
-        content = StoredRecipe(recipe=recipe, recipe_digest=digest, contents=dict(contents))
+        content = StoredRecipe(
+            recipe=recipe,
+            recipe_digest=derive_digest(recipe, contents),
+            contents=dict(contents),
+            rules=RULES,
+        )
         write_json_atomic(paths.recipe_path, content.model_dump(mode="json"))
 
 
@@ -93,7 +96,7 @@ def refuse_uncontinuable(
     recipe, stored = launch.recipe, facts.stored
     digest = derive_digest(recipe, launch.contents)
     # A new run, or another experiment, which is refused as such.
-    if stored is None or stored.recipe_digest != digest:
+    if stored is None or stored.digest_today != digest:
         return
     threads = command.environment.get("OMP_NUM_THREADS")
     choice = look_ahead(
@@ -194,18 +197,19 @@ def close_attempt(facts: RunFacts, exit_status: int, failure: Failure | None) ->
     write_record(facts.paths, RunRecord(attempts=(*earlier, closed)))
 
 
-def move_aside(paths: RunPaths) -> Path | None:
-    """`--fresh`: rename the run directory to a free name in a hidden folder beside it; nothing is
-    deleted.
+def move_aside(paths: RunPaths, target: Path | None = None) -> Path | None:
+    """`--fresh`: rename the run directory to `target`, else to a free name in a hidden folder
+    beside it; nothing is deleted. Returns the new name, None where there is nothing to move.
 
     The caller holds the lease.
     """
     if not paths.run_dir.exists() or set(paths.run_dir.iterdir()) <= {paths.lease_path}:
         return None  # never begun, or another process has just moved it aside
     number = 1
-    while (target := old_run_dir(paths.run_dir, number)).exists():
+    while target is None or target.exists():
+        target = old_run_dir(paths.run_dir, number)
         number += 1
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     paths.run_dir.rename(target)
     return target
 

@@ -5,7 +5,7 @@ nowhere.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from runner.checkpoints.choose import Inventory, look_ahead, read_inventory
@@ -14,7 +14,7 @@ from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
 from runner.run.failures import HINTS, UNREADABLE_HINT
-from runner.run.record import Fact, Failure, Shown
+from runner.run.record import RULES_KEY, Fact, Failure, Shown
 
 State = Literal["pending", "running", "completed", "interrupted", "failed", "changed", "unreadable"]
 
@@ -62,11 +62,20 @@ class RunStatus(Fact):
         return "; ".join(notes)
 
 
-def find_differences(facts: RunFacts, recipe: Recipe, contents: Mapping[str, str]) -> list[str]:
+def find_differences(
+    facts: RunFacts,
+    recipe: Recipe,
+    contents: Mapping[str, str],
+    *,
+    has_checkpoints: bool,
+    is_whole: bool = False,
+) -> list[str]:
     """What makes `recipe` another experiment than the one in the run directory; empty where there
     is no run.
 
-    `contents` may leave files out: those are taken as unchanged.
+    `contents` may leave files out, unless it `is_whole`: those are taken as unchanged. Other rules
+    of rows and masks, or a digest that no key explains, count where a checkpoint would be
+    continued: a run that is complete stays so, and one without a checkpoint starts at step 0.
     """
     stored, result, paths = facts.stored, facts.result, facts.paths
     if stored is None:
@@ -80,11 +89,28 @@ def find_differences(facts: RunFacts, recipe: Recipe, contents: Mapping[str, str
             f"recipe_digest: {stored.recipe_digest[:12]}, but the result is of"
             f" {result.recipe_digest[:12]}"
         ]
-    return diff_payloads(build_digest_payload(stored.recipe), build_digest_payload(recipe)) + [
+    lines = diff_payloads(build_digest_payload(stored.recipe), build_digest_payload(recipe))
+    lines += [
         f"content of {path}: {stored.contents.get(path, '(not used)')[:12]} -> {digest[:12]}"
         for path, digest in contents.items()
         if stored.contents.get(path) != digest
     ]
+    if is_whole and not lines:
+        gone = [path for path in stored.contents if path not in contents]
+        lines += [f"content of {path}: not there any more" for path in gone]
+    if result is not None or not has_checkpoints:
+        return lines
+    return lines + (stored.find_other_rules() or ([] if lines else stored.find_other_digest()))
+
+
+def describe_change(differences: Sequence[str]) -> str:
+    """What changed since the run was made, in a few words.
+
+    >>> describe_change(["training.max_steps: 2 -> 3"])
+    'the recipe changed since'
+    """
+    is_of_runner = all(line.startswith(RULES_KEY) for line in differences)
+    return f"the {'runner' if is_of_runner else 'recipe'} changed since"
 
 
 def read_status(
@@ -159,8 +185,10 @@ def _derive_readable(
     if is_running:
         phase = progress.phase if progress else "starting"
         return RunStatus(state="running", why=phase, **known)
-    if differences := find_differences(facts, recipe, contents):
-        why = f"the recipe changed since the run was made: {differences[0]}"
+    has_checkpoints = bool(inventory.kept)
+    differences = find_differences(facts, recipe, contents, has_checkpoints=has_checkpoints)
+    if differences:
+        why = f"{describe_change(differences)} the run was made: {differences[0]}"
         return RunStatus(state="changed", why=why, differences=tuple(differences), **known)
     if (result := facts.result) is not None:
         known |= {"step": result.num_steps, "max_steps": result.num_steps}
@@ -209,7 +237,7 @@ def _look_ahead(
     divisor = find_divisor(facts, recipe)
     try:
         choice = look_ahead(
-            inventory, recipe, stored.recipe_digest, num_processes, divisor=divisor, resume=resume
+            inventory, recipe, stored.digest_today, num_processes, divisor=divisor, resume=resume
         )
     except RefusedError as error:  # the global batch cannot be kept like that
         return {"obstacles": (error.message,)}

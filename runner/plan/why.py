@@ -193,7 +193,7 @@ def _verify_checkpoints(
     contents: Mapping[str, str],
 ) -> Choice:
     stored, paths, divisor = facts.stored, facts.paths, find_divisor(facts, recipe)
-    digest = stored.recipe_digest if stored else derive_digest(recipe, contents)
+    digest = stored.digest_today if stored else derive_digest(recipe, contents)
     current = build_resume_fingerprint(recipe, digest, num_processes, divisor, threads=None)
     with tempfile.TemporaryDirectory(prefix="runner-why-") as scratch:
         verification = Verification(paths, recipe.checkpoints, Path(scratch))

@@ -14,26 +14,37 @@ from typing import Any, Final
 from runner.data.draw import SPLITS
 from runner.preflight.survey import CheckedRun, CheckResult, check_recipes, group_runs
 from runner.recipe.parse import Recipe
+from runner.sft.startup import hide_libraries
 from runner.text import align
 
 _MAX_NAMES: Final = 3
 
 
 def print_check(
-    recipes: Sequence[Recipe], output_root: Path, finished: Sequence[str], *, is_json: bool
+    recipes: Sequence[Recipe],
+    output_root: Path,
+    finished: Sequence[str],
+    *,
+    is_json: bool,
+    allow_hint: str = "runner check --allow-code",
 ) -> int:
     """Check and print; 2 if a recipe cannot be trained as it is, else 0: warnings do not fail.
 
-    `finished` are runs (grid/name) that take no more disk.
+    `finished` are runs (grid/name) that take no more disk; `allow_hint` is the command that allows
+    the functions of the recipes.
     """
     if not is_json:
         print(f"{len(recipes)} recipes are well-formed", flush=True)
-    result = check_recipes(recipes)
+    result = check_recipes(recipes, output_root, allow_hint)
+    # Between PEFT and Transformers, which nobody can act on.
+    warnings.simplefilter("ignore", FutureWarning)
+    hide_libraries(("wandb",))  # TRL would import it; whether it is installed has been looked at
+    from runner.preflight.trainer import check_trainers
+
+    check_trainers(recipes, result)
     sizes: dict[str, dict[str, Any]] = {}
     size_lines: list[str] = []
     if result.runs:
-        # Between PEFT and Transformers, which nobody can act on.
-        warnings.simplefilter("ignore", FutureWarning)
         from runner.preflight.sizes import (
             build_size_entry,
             describe_sizes,
@@ -93,11 +104,17 @@ def format_result(result: CheckResult, size_lines: Sequence[str] = ()) -> Iterat
         )
         yield from _tabulate_rows(runs)
         yield from dict.fromkeys(f"  left out: {line}" for run in runs for line in run.left_out)
+        yield from dict.fromkeys(f"  {one.describe()}" for run in runs for one in run.metrics)
     if result.runs:
         yield ""
         for line, runs in group_runs(result.runs, _describe_schedule):
             yield f"{line}  [{len(runs)} runs]" if len(runs) > 1 else line
     yield from size_lines
+    if result.unchecked:
+        yield ""
+        yield "not checked, because it needs the run's own device or model:"
+        for text, names in result.unchecked.items():
+            yield f"  {text}  [{len(names)} runs]" if len(names) > 1 else f"  {text}"
     for kind, said in (("note", result.notes), ("warning", result.warnings)):
         yield from _list_said(kind, said, len(result.runs))
 
@@ -190,6 +207,7 @@ def build_json(
                 "loss": run.recipe.loss,
                 "splits": {split: asdict(facts) for split, facts in run.splits.items()},
                 "left_out": list(run.left_out),
+                "metrics": [asdict(one) for one in run.metrics],
                 "schedule": asdict(run.schedule),
                 "end_of_turn": list(tokenizer.end_tokens),
                 "pad_token": tokenizer.tokenizer.pad_token,
@@ -203,4 +221,5 @@ def build_json(
         "notes": [{"text": text, "runs": names} for text, names in result.notes.items()],
         "warnings": [{"text": text, "runs": names} for text, names in result.warnings.items()],
         "errors": [{"text": text, "runs": names} for text, names in result.errors.items()],
+        "not_checked": [{"text": text, "runs": names} for text, names in result.unchecked.items()],
     }

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +25,11 @@ from runner.data.rows import refuse_same_tokens
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError, RunnerError
 from runner.files import hash_json
+from runner.preflight.metrics import (
+    MetricFacts,
+    find_metric_doubts,
+    measure_metrics,
+)
 from runner.preflight.rows import RowFacts, SplitFacts, TokenizerFacts, find_row_doubts, sum_up
 from runner.recipe.contents import hint_at_missing, list_content_paths, list_missing_files
 from runner.recipe.data_files import find_source_files
@@ -33,6 +38,7 @@ from runner.recipe.parse import Recipe
 from runner.recipe.schedule import Schedule, derive_schedule, find_doubts
 from runner.recipe.schema import DataSection, ModelSection
 from runner.recipe.trackers import require_trackers
+from runner.run.allowed_code import load_code
 
 Value = TypeVar("Value")
 # What does not decide which rows are drawn, and in what order: smaller training sets are prefixes
@@ -50,6 +56,7 @@ class CheckedRun:
     splits: dict[str, SplitFacts]
     left_out: tuple[str, ...]
     schedule: Schedule
+    metrics: tuple[MetricFacts, ...] = ()
 
     @property
     def name(self) -> str:
@@ -70,6 +77,8 @@ class CheckResult:
     errors: dict[str, list[str]] = field(default_factory=dict)
     # Keys of recipes that have no effect, which is nobody's mistake.
     notes: dict[str, list[str]] = field(default_factory=dict)
+    # What was not looked at, because only the run's own device or model can tell.
+    unchecked: dict[str, list[str]] = field(default_factory=dict)
 
     def warn(self, text: str, name: str) -> None:
         """A doubt about one run; the same doubt about several is said once."""
@@ -78,6 +87,10 @@ class CheckResult:
     def fail(self, error: RunnerError, name: str) -> None:
         """What keeps one run from being trained."""
         self.errors.setdefault(str(error), []).append(name)
+
+    def leave_unchecked(self, text: str, name: str) -> None:
+        """What a run uses and nobody could look at."""
+        self.unchecked.setdefault(text, []).append(name)
 
 
 class _Once:
@@ -120,14 +133,22 @@ class _Progress:
             )
 
 
-def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
+def check_recipes(
+    recipes: Sequence[Recipe],
+    output_root: Path = Path("runs"),
+    allow_hint: str = "runner check --allow-code",
+) -> CheckResult:
     """Load each tokenizer once, draw and mask each row once per tokenizer, and look at every
     recipe.
+
+    The functions that recipes name run where they were allowed to under `output_root`; `allow_hint`
+    is the command that allows them.
     """
     result = CheckResult(len(recipes))
     if any(not Path(path).exists() for recipe in recipes for path in _list_hub_names(recipe)):
         go_offline_without_network()
     missing = _find_missing_files(recipes, result)
+    recipes = _load_functions(recipes, output_root, allow_hint, missing, result)
     draws = _Draws([recipe.data for recipe in recipes])
     once = _Once()
     pairs: dict[tuple[str, str], list[Recipe]] = {}
@@ -157,7 +178,7 @@ def check_recipes(recipes: Sequence[Recipe]) -> CheckResult:
             _fail_all(result, error, group)
         if tokenizer is not None and raw is not None:
             result.tokenizers[model_key] = tokenizer
-            _check_pair(result, group, tokenizer, raw)
+            _check_pair(result, group, tokenizer, raw, once)
         progress.step(f"{model.path} on {data.train_sources[0].path}")
     _find_twins(result)
     return result
@@ -181,6 +202,24 @@ def _note_what_has_no_effect(result: CheckResult, recipe: Recipe) -> None:
             notes = find_source_files(source).notes if Path(source.path).exists() else ()
             for note in notes:
                 result.notes.setdefault(note, []).append(recipe.run.full_name)
+
+
+def _load_functions(
+    recipes: Sequence[Recipe],
+    output_root: Path,
+    allow_hint: str,
+    missing: Set[str],
+    result: CheckResult,
+) -> list[Recipe]:
+    """The recipes whose functions are all there and may run."""
+    ready = []
+    for recipe in recipes:
+        if missing.isdisjoint(recipe.list_python_files().values()):
+            try:
+                ready.append(load_code(recipe, output_root, allow_hint))
+            except RunnerError as error:
+                _fail_all(result, error, [recipe])
+    return ready
 
 
 def _load_tokenizer_facts(model: ModelSection) -> TokenizerFacts:
@@ -266,12 +305,17 @@ class _Draws:
         return replace(raw, train=raw.train[: data.num_train_samples])
 
     def _draw(self, data: DataSection, count: int | None) -> RawSplits:
-        wanted = data.model_copy(update={"num_train_samples": count})
+        task = data.task.for_check()
+        wanted = data.model_copy(update={"num_train_samples": count, "task": task})
         return self._once(f"{self._key(data)} {count}", lambda: draw_splits(wanted))
 
 
 def _check_pair(
-    result: CheckResult, group: Sequence[Recipe], tokenizer: TokenizerFacts, raw: RawSplits
+    result: CheckResult,
+    group: Sequence[Recipe],
+    tokenizer: TokenizerFacts,
+    raw: RawSplits,
+    once: _Once,
 ) -> None:
     """All recipes of one model on the same rows."""
     facts: dict[str, list[RowFacts]] = {}
@@ -288,14 +332,21 @@ def _check_pair(
     splits = {split: sum_up(rows) for split, rows in facts.items()}
     doubts = find_row_doubts(group[0].model, tokenizer, facts, splits)
     for recipe in group:
+        key = f"{_describe_data(recipe.data)} {recipe.evaluation.model_dump_json()}"
+        try:
+            measured = once(key, partial(measure_metrics, recipe, raw))
+        except RunnerError as error:
+            _fail_all(result, error, [recipe])
+            continue
         run = CheckedRun(
             recipe,
             splits,
             tuple(raw.left_out.describe()),
             derive_schedule(recipe, splits["train"].num_rows),
+            measured,
         )
         result.runs.append(run)
-        for doubt in [*doubts, *find_doubts(recipe, run.schedule)]:
+        for doubt in [*doubts, *find_doubts(recipe, run.schedule), *find_metric_doubts(measured)]:
             result.warn(doubt, run.name)
 
 

@@ -22,6 +22,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from runner.checkpoints.marker import sync_folder
+from runner.data.chat_template import METHOD_TEXT, ChatTemplate
 from runner.errors import RefusedError, RunnerError
 from runner.files import fsync_dir, write_text_atomic
 from runner.model.load import build_load_arguments, load_tuned_model
@@ -38,6 +39,7 @@ from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import DataSection, QuantizationOff
 from runner.run.record import TrainResult, load_record, load_result
+from runner.strict import thaw
 
 _LOSSES: Final = {
     "completion": "completion: the assistant's turns with their end-of-turn tokens",
@@ -157,10 +159,14 @@ def _scores(run: TunedRun, result: TrainResult | None) -> str:
             lines.append(f"| {split} | negative log-likelihood per {words} | {values} |")
     generation = result.generation
     if "base" in generation and "tuned" in generation:
-        for metric, value in generation["base"].metrics.items():
-            lines.append(
-                f"| test | {metric} | {value:.4f} | {generation['tuned'].metrics[metric]:.4f} |"
-            )
+        base_metrics, tuned_metrics = generation["base"].metrics, generation["tuned"].metrics
+        for metric in dict.fromkeys([*base_metrics, *tuned_metrics]):
+            # A metric of the project's own may judge no answer of one of them.
+            cells = [
+                f"{metrics[metric]:.4f}" if metric in metrics else "none judged"
+                for metrics in (base_metrics, tuned_metrics)
+            ]
+            lines.append(f"| test | {metric} | {cells[0]} | {cells[1]} |")
     steps = (
         f"Step {result.best_step} of {result.num_steps}, trained on {result.num_train_rows} rows."
     )
@@ -176,6 +182,7 @@ def _loading(run: TunedRun, *, is_adapter: bool) -> str:
     others = (
         "AutoTokenizer, GenerationConfig" if is_adapter else "AutoModelForCausalLM, AutoTokenizer"
     )
+    template_kwargs = thaw(run.recipe.model.chat_template_kwargs)
     lines = [
         *([f"from {library} import {kind}"] if is_adapter else []),
         f"from transformers import {others}",
@@ -190,7 +197,9 @@ def _loading(run: TunedRun, *, is_adapter: bool) -> str:
         ),
         'messages = [{"role": "user", "content": "Hello"}]',
         "inputs = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        + ("," if template_kwargs else ""),
+        *([f"    **{template_kwargs!r},"] if template_kwargs else []),
         ")",
         "output = model.generate(**inputs, max_new_tokens=200)",
         (
@@ -205,6 +214,14 @@ def _loading(run: TunedRun, *, is_adapter: bool) -> str:
             (
                 f"The base model is looked for at `{run.recipe.model.path}`,"
                 " relative to where this is started."
+            ),
+        ]
+    if run.recipe.model.template_date is not None:
+        notes += [
+            "",
+            (
+                "In training the chat template printed the date"
+                f" {run.recipe.model.template_date}; `apply_chat_template` prints today's."
             ),
         ]
     return "\n".join(["```python", *lines, "```", *notes])
@@ -419,9 +436,8 @@ def load_plainly(model_dir: Path, recipe: Recipe, *, is_adapter: bool) -> Any:
 @torch.no_grad()
 def probe_logits(model: Any, tokenizer: Any) -> torch.Tensor:
     """Logits of a short chat, (tokens, vocabulary), in float32 on the CPU."""
-    inputs = tokenizer.apply_chat_template(list(_PROBE), return_dict=True, return_tensors="pt").to(
-        model.device
-    )
+    text = ChatTemplate(tokenizer).render(_PROBE, METHOD_TEXT)
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
     logits: torch.Tensor = model(**inputs).logits[0].float().cpu()
     return logits
 

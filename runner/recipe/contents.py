@@ -119,11 +119,12 @@ def list_content_paths(recipe: Recipe) -> dict[str, str]:
         "model.chat_template": recipe.model.chat_template,
         **{f"data.{key}.path": source.path for key, source in recipe.data.sources.items()},
     }
-    return {
+    local = {
         key: path
         for key, path in named.items()
         if path and (Path(path).exists() or _is_surely_local(key, path))
     }
+    return local | recipe.list_python_files()
 
 
 def list_contents(recipe: Recipe) -> list[Content]:

@@ -8,13 +8,14 @@ sets itself.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from runner.strict import FrozenDict, FrozenList
 
@@ -153,6 +154,47 @@ OWNED_LORA_FIELDS: Final[dict[str, str]] = dict.fromkeys(
     "the runner",
 )
 
+# Choices that the libraries know by no type: they look at the text when training starts.
+_TEXT_CHOICES: Final[dict[str, tuple[str, ...]]] = {
+    "loss_type": ("nll", "dft", "chunked_nll"),
+    **dict.fromkeys(
+        ("log_level", "log_level_replica"),
+        ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    ),
+}
+_NEEDS_EVALUATION: Final = (
+    "follows the scores of Transformers' own evaluation, in place of which the runner has its own"
+)
+_STATE_IS_LOST: Final = (
+    "updates weights during the backward pass: its state would be in no checkpoint, so that an"
+    " interrupted run could not be continued, and gradients are not clipped"
+)
+_NEEDS_SWITCHING: Final = (
+    "scores and saves other weights than it trains, which the runner's evaluation does not switch"
+    " to"
+)
+# Values that the libraries accept and that cannot work under our trainer, with the reason.
+REFUSED_VALUES: Final[dict[str, dict[str, str]]] = {
+    "lr_scheduler_type": dict.fromkeys(("reduce_lr_on_plateau", "greedy"), _NEEDS_EVALUATION),
+    "optim": {
+        **dict.fromkeys(
+            (
+                "galore_adamw_layerwise",
+                "galore_adamw_8bit_layerwise",
+                "galore_adafactor_layerwise",
+                "apollo_adamw_layerwise",
+                "lomo",
+                "adalomo",
+            ),
+            _STATE_IS_LOST,
+        ),
+        **dict.fromkeys(
+            ("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"), _NEEDS_SWITCHING
+        ),
+    },
+}
+_OPTIM_ARGS: Final = re.compile(r"\s*[A-Za-z_]\w*\s*=[^,=]+(,\s*[A-Za-z_]\w*\s*=[^,=]+)*")
+
 
 def load_table(config: Literal["SFTConfig", "LoraConfig"]) -> dict[str, dict[str, list[str]]]:
     """`name -> {types, choices}` as generated from the pinned libraries."""
@@ -174,12 +216,24 @@ def build_field_definitions(
     for name, field in load_table(config).items():
         if name in owned or name in exclude:
             continue
+        choices = field["choices"] or _TEXT_CHOICES.get(name)
         kinds = [
-            Literal[tuple(field["choices"])] if kind == "str" and field["choices"] else _TYPES[kind]
+            Literal[tuple(choices)] if kind == "str" and choices else _TYPES[kind]
             for kind in field["types"]
         ]
+        accepted = reduce(or_, kinds) if len(kinds) > 1 else kinds[0]
         definitions[name] = (
-            reduce(or_, kinds) if len(kinds) > 1 else kinds[0],
+            Annotated[accepted, AfterValidator(partial(_refuse_value, name))],
             Field(default=None),
         )
     return definitions
+
+
+def _refuse_value(name: str, value: Any) -> Any:
+    """The value, where it can work under our trainer. Raises: ValueError."""
+    reasons = REFUSED_VALUES.get(name, {})
+    if isinstance(value, str) and value in reasons:
+        raise ValueError(f"`{value}` cannot be used here: it {reasons[value]}")
+    if name == "optim_args" and value is not None and not _OPTIM_ARGS.fullmatch(value):
+        raise ValueError(f"got the text {value!r}, expected `name=value, name=value`")
+    return value

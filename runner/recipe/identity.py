@@ -9,7 +9,7 @@ micro-batch, threads and library versions.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,17 +33,22 @@ _PLACEMENT_KEYS: Final = {
 }
 # Keys that were added after recipes were first hashed, by dotted name: the value that gives the
 # behaviour of before. A key with this value is left out of the digest, so that older runs keep
-# theirs.
+# theirs. A section that was added goes by its own name, with all its keys.
 _BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {
     "data.group_column": None,
     "data.ignore": [],
     "data.task.prompt": None,
     "data.task.system": None,
     "data.turns": "all",
+    "evaluation.metrics": [],
     "model.chat_template_kwargs": {},
     "model.template_date": None,
     "model.end_of_turn": None,
 }
+# The version of the rules by which rows are drawn, rendered and masked. It is raised when the same
+# recipe gives other rows, tokens or labels than before; a `recipe.json` without it was written
+# under 1.
+RULES: Final = 2
 # Of an accelerate config: where processes start and how they find each other.
 _PLACEMENT_SETTINGS: Final = frozenset(
     {
@@ -87,24 +92,36 @@ def build_digest_payload(recipe: Recipe) -> dict[str, Any]:
             key: value for key, value in payload[section].items() if key not in keys
         }
     payload["training"]["global_batch_size"] = recipe.global_batch_size
-    for name, value in _BEHAVIOUR_BEFORE.items():
-        _leave_out(payload, name.split("."), value)
-    return payload
+    return leave_out(payload, _BEHAVIOUR_BEFORE)
 
 
-def _leave_out(section: Any, names: Sequence[str], value: Any) -> None:
-    """Remove the key at a path where it has this value; a path that is not there is none."""
-    for name in names[:-1]:
-        if not isinstance(section, dict) or name not in section:
-            return
-        section = section[name]
-    if isinstance(section, dict) and names[-1] in section and section[names[-1]] == value:
-        del section[names[-1]]
+def leave_out(payload: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The payload without the keys that have the given values, by dotted name.
+
+    >>> leave_out({"data": {"path": "a", "turns": "all"}}, {"data.turns": "all", "data.tools": {}})
+    {'data': {'path': 'a'}}
+    """
+    kept = {}
+    for name, value in payload.items():
+        if name in values and value == values[name]:
+            continue
+        below = {
+            key.removeprefix(f"{name}."): given
+            for key, given in values.items()
+            if key.startswith(f"{name}.")
+        }
+        kept[name] = leave_out(value, below) if below and isinstance(value, Mapping) else value
+    return kept
 
 
-def derive_digest(recipe: Recipe, contents: Mapping[str, str]) -> str:
-    """`recipe_digest`: equal for two recipes exactly when they are the same experiment."""
-    return hash_json({"recipe": build_digest_payload(recipe), "contents": dict(contents)})
+def derive_digest(recipe: Recipe, contents: Mapping[str, str], rules: int = RULES) -> str:
+    """`recipe_digest`: equal for two recipes exactly when they are the same experiment.
+
+    `rules` is the version under which the rows were drawn, or will be; digests of version 1 do not
+    hold it.
+    """
+    stated = {"recipe": build_digest_payload(recipe), "contents": dict(contents)}
+    return hash_json(stated if rules == 1 else {**stated, "rules": rules})
 
 
 def list_library_versions() -> dict[str, str]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
 from runner.errors import Problem, RecipeError, RefusedError
+from runner.functions import UserFunction
 from runner.recipe.problems import (
     SAFE_LOADER,
     describe_error,
@@ -80,6 +81,7 @@ class Recipe(Section):
             )
         if self.early_stopping.enabled and self.evaluation.eval_strategy == "no":
             raise ValueError("`early_stopping` needs evaluations: set `evaluation.eval_strategy`")
+        self._measures_what_it_names()
         self._selects_by_what_is_measured()
         if (
             str(self.model.attn_implementation).startswith("flash")
@@ -99,12 +101,25 @@ class Recipe(Section):
             raise ValueError(error.message) from None
         return self
 
+    def _measures_what_it_names(self) -> None:
+        metrics = self.evaluation.metrics
+        if metrics and not isinstance(self.evaluation.generation, GenerationOn):
+            raise ValueError(
+                "`evaluation.metrics` judge generated answers: set `evaluation.generation:"
+                " {enabled: true, max_new_tokens: ...}`"
+            )
+        for metric in metrics:
+            if metric.name in self.data.task.METRICS:
+                raise ValueError(
+                    f"`{metric.name}` is a metric of the task `{self.data.task.name}`: give yours"
+                    " another name"
+                )
+
     def _selects_by_what_is_measured(self) -> None:
         generation, task = self.evaluation.generation, self.data.task
+        modes = self.metric_modes
         generated = (
-            task.METRICS
-            if isinstance(generation, GenerationOn) and generation.during_training
-            else ()
+            modes if isinstance(generation, GenerationOn) and generation.during_training else ()
         )
         for section in (self.checkpoints, self.early_stopping):
             if (
@@ -113,21 +128,50 @@ class Recipe(Section):
             ):
                 continue
             metric = section.metric
-            if metric in task.METRICS and metric not in generated:
+            if metric in modes and metric not in generated:
                 raise ValueError(
                     f"the metric `{metric}` is never evaluated on the validation split: set"
                     " `evaluation.generation: {enabled: true, max_new_tokens: ...,"
                     " during_training: true}`"
                 )
             if metric not in generated:
-                known = ", ".join([*NLL_METRICS, *task.METRICS])
+                known = ", ".join([*NLL_METRICS, *modes])
                 raise ValueError(
                     f"`{metric}` is no metric of the task `{task.name}`, expected one of {known}"
                 )
-            if section.mode == "min":
+            if section.mode != modes[metric]:
+                better = "larger" if modes[metric] == "max" else "smaller"
                 raise ValueError(
-                    f"`{metric}` is better when it is larger: its `mode` must be `max`"
+                    f"`{metric}` is better when it is {better}: its `mode` must be"
+                    f" `{modes[metric]}`"
                 )
+
+    @property
+    def metric_modes(self) -> dict[str, Literal["min", "max"]]:
+        """Every metric of generated answers, and whether it is better when it is larger (`max`) or
+        smaller.
+        """
+        modes: dict[str, Literal["min", "max"]] = dict.fromkeys(self.data.task.METRICS, "max")
+        return modes | {metric.name: metric.mode for metric in self.evaluation.metrics}
+
+    def list_python_files(self) -> dict[str, str]:
+        """`dotted key -> path` of the files of the project's own code."""
+        task, files = self.data.task, {}
+        if isinstance(task, UserFunction):
+            files = {f"data.task.{key}": path for key, path in task.list_files().items()}
+        for at, metric in enumerate(self.evaluation.metrics):
+            for key, path in metric.list_files().items():
+                files[f"evaluation.metrics[{at}].{key}"] = path
+        return files
+
+    def with_sources(self, sources: Mapping[str, str]) -> Self:
+        """The same recipe, whose functions may be called: `path -> text` of all their files."""
+        data, evaluation = self.data, self.evaluation
+        if isinstance(data.task, UserFunction):
+            data = data.model_copy(update={"task": data.task.with_sources(sources)})
+        metrics = tuple(metric.with_sources(sources) for metric in evaluation.metrics)
+        evaluation = evaluation.model_copy(update={"metrics": metrics})
+        return self.model_copy(update={"data": data, "evaluation": evaluation})
 
     @property
     def global_batch_size(self) -> int:

@@ -53,7 +53,7 @@ def derive_schedule(recipe: Recipe, num_rows: int, num_processes: int | None = N
         num_updates = training.max_steps
     else:
         num_updates = math.ceil((training.num_train_epochs or 0) * per_epoch)
-    warmup = stated.get("warmup_steps") or 0
+    warmup = 0 if _ignores_warmup(recipe) else stated.get("warmup_steps") or 0
     return Schedule(
         num_rows=num_rows,
         global_batch_size=batch,
@@ -74,6 +74,10 @@ def derive_schedule(recipe: Recipe, num_rows: int, num_processes: int | None = N
     )
 
 
+def _ignores_warmup(recipe: Recipe) -> bool:
+    return recipe.training.hugging_face_arguments().get("lr_scheduler_type") == "constant"
+
+
 def _count_due(strategy: str, every: int, num_updates: int) -> int:
     """How often something is due, the end of the run included."""
     return 1 if strategy == "no" else math.ceil(num_updates / every)
@@ -89,6 +93,11 @@ def find_doubts(recipe: Recipe, schedule: Schedule) -> Iterator[str]:
         yield (
             f"warm-up takes {schedule.num_warmup_updates} updates and the run has {updates}: the"
             " learning rate never reaches `training.learning_rate`"
+        )
+    if _ignores_warmup(recipe) and recipe.training.hugging_face_arguments().get("warmup_steps"):
+        yield (
+            "`training.warmup_steps` has no effect under `lr_scheduler_type: constant`:"
+            " `constant_with_warmup` warms up"
         )
     if updates < _FEW_UPDATES:
         yield f"only {updates} optimizer updates in the whole run"

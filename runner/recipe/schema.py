@@ -30,6 +30,7 @@ from pydantic import (
 
 from runner.data import tasks
 from runner.data.tasks.base import Task
+from runner.functions import Metric
 from runner.recipe.hf_fields import (
     OWNED_LORA_FIELDS,
     OWNED_TRAINING_FIELDS,
@@ -76,9 +77,9 @@ _TEMPLATE_ARGUMENTS: Final = frozenset(
     }
 )
 Scalar = str | bool | int | float | None
-# What may name a metric: one of `NLL_METRICS`, or one of the task's `METRICS` where texts are
-# generated while training.
-Metric = Text
+# What may name a metric: one of `NLL_METRICS`; where texts are generated while training, one of the
+# task's `METRICS` or of `evaluation.metrics`.
+MetricName = Text
 
 
 class PassThrough(Section):
@@ -230,7 +231,7 @@ class TrainingBase(PassThrough):
     `trl.SFTConfig`.
     """
 
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # as NumPy takes it
     global_batch_size: Positive | None = None  # sequences per optimizer step, over all processes
     gradient_accumulation_steps: Positive | None = None  # instead of `global_batch_size`
     per_device_train_batch_size: Positive
@@ -271,6 +272,18 @@ class GenerationOn(Section):
     during_training: bool = False  # also on the validation split, at every evaluation
 
 
+# What evaluations and reports say by these names.
+_TAKEN_METRIC_NAMES: Final = frozenset(
+    {
+        *NLL_METRICS,
+        *("bits_per_byte", "completion_nll_sum", "epoch", "generation", "grad_norm"),
+        *("learning_rate", "loss", "nll_sum", "num_bytes", "num_completion_tokens"),
+        *("num_rows", "num_tokens", "num_unfinished", "num_unreadable", "runtime", "split", "step"),
+        "template_nll_sum",
+    }
+)
+
+
 class EvaluationSection(Section):
     """When the validation rows are scored; step 0 and the last step always are."""
 
@@ -280,6 +293,17 @@ class EvaluationSection(Section):
     generation: Annotated[GenerationOff | GenerationOn, Field(discriminator="enabled")] = (
         GenerationOff(enabled=False)
     )
+    metrics: tuple[Metric, ...] = ()  # of the generated answers, beside the task's own
+
+    @model_validator(mode="after")
+    def _names_each_metric_once(self) -> Self:
+        names = [metric.name for metric in self.metrics]
+        for name in names:
+            if name in _TAKEN_METRIC_NAMES:
+                raise ValueError(f"`{name}` is measured already: give your metric another name")
+            if names.count(name) > 1:
+                raise ValueError(f"two metrics are called `{name}`")
+        return self
 
     @model_validator(mode="after")
     def _has_steps_exactly_for_steps(self) -> Self:
@@ -300,7 +324,7 @@ class EarlyStoppingOn(Section):
     """
 
     enabled: Literal[True]
-    metric: Metric
+    metric: MetricName
     mode: Literal["min", "max"] = "min"
     patience: Positive
     threshold: Annotated[float, Field(ge=0)] = 0.0
@@ -351,7 +375,7 @@ class CheckpointsSection(Section):
     save_epochs: Positive | None = None  # with `epoch`: every so many epochs; None: every epoch
     keep_latest: Positive = 1
     keep_best: Positive = 1  # besides the newest
-    metric: Metric = "nll_per_completion_token"
+    metric: MetricName = "nll_per_completion_token"
     mode: Literal["min", "max"] = "min"
     save_optimizer: bool = True  # False: optimizer state stays in the newest checkpoint only
     archive: Literal["none", "zip"] = "none"  # besides the folder

@@ -20,10 +20,12 @@ from runner.report.rows import (
     ReportRow,
     axis_text,
     compare_with_base,
+    group_by_rules,
     group_by_test_rows,
     is_number,
     list_axes,
     list_metrics,
+    list_smaller_is_better,
     list_values,
 )
 from runner.report.statistics import AxisComparison
@@ -118,7 +120,7 @@ COMPARISON_LEGEND: Final = (
     " other axis;\nnegative means that `compared` is better. 95% interval: paired t."
 )
 ANSWERS_LEGEND: Final = (
-    "Of generated answers to the test prompts, larger is better;"
+    "Of generated answers to the test prompts, larger is better{but};"
     " unfinished: reached `max_new_tokens`;\n"
     "unreadable: no answer at all (neither label, no final result), counted as wrong."
 )
@@ -129,8 +131,17 @@ ANSWERS_COMPARISON_LEGEND: Final = (
 
 def build_warnings(rows: Sequence[ReportRow]) -> list[str]:
     """What makes the numbers of these runs incomparable."""
-    groups = group_by_test_rows(rows)
     warnings = []
+    if len(by_rules := group_by_rules(rows)) > 1:
+        sets = [
+            f"rules {rules}: {_name_some(run.name for run in runs)}"
+            for rules, runs in by_rules.items()
+        ]
+        warnings.append(
+            f"{len(by_rules)} different rules of rows and masks;"
+            f" runs are compared only within one: {'; '.join(sets)}"
+        )
+    groups = group_by_test_rows(rows)
     unknown = groups.pop(None, [])
     if len(groups) > 1:
         sets = []
@@ -150,12 +161,15 @@ def build_warnings(rows: Sequence[ReportRow]) -> list[str]:
     return warnings
 
 
-def _build_fields(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
+def _build_fields(
+    row: ReportRow, metrics: Sequence[str], *, has_other_rules: bool
+) -> dict[str, Any]:
     """Everything measured about a run, flat; what is said of answers only where some run has
-    `metrics`.
+    `metrics`, and the rules of its rows only where the runs' differ.
     """
     fields = {
         "state": row.state,
+        **({"rules": row.rules} if has_other_rules else {}),
         "num_test_rows": row.num_test_rows,
         "test_rows_hash": row.test_rows_hash,
         "base_nll_per_completion_token": row.base.nll_per_completion_token,
@@ -183,7 +197,8 @@ def _format_csv(rows: Sequence[ReportRow], _: Sequence[AxisComparison]) -> str:
     from the state.
     """
     axes, metrics = list_axes(rows), list_metrics(rows)
-    fields = [_build_fields(row, metrics) for row in rows]
+    has_other_rules = len(group_by_rules(rows)) > 1
+    fields = [_build_fields(row, metrics, has_other_rules=has_other_rules) for row in rows]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
@@ -198,7 +213,7 @@ def _format_csv(rows: Sequence[ReportRow], _: Sequence[AxisComparison]) -> str:
 
 
 def _format_json(rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison]) -> str:
-    metrics = list_metrics(rows)
+    metrics, has_other_rules = list_metrics(rows), len(group_by_rules(rows)) > 1
     return dump_json(
         {
             "rows": [
@@ -206,7 +221,7 @@ def _format_json(rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison
                     "grid": row.grid,
                     "run": row.name,
                     "axes": thaw(row.axes),
-                    **_build_fields(row, metrics),
+                    **_build_fields(row, metrics, has_other_rules=has_other_rules),
                 }
                 for row in rows
             ],
@@ -237,7 +252,10 @@ def _format_markdown(rows: Sequence[ReportRow], comparisons: Sequence[AxisCompar
         ]
         parts.append(_describe_base(rows))
     if list_metrics(rows):
-        parts += ["## Answers", ANSWERS_LEGEND, *draw_packed(_build_answer_columns(rows))]
+        smaller = list_smaller_is_better(rows)
+        but = f" (smaller: {', '.join(smaller)})" if smaller else ""
+        legend_of_answers = ANSWERS_LEGEND.format(but=but)
+        parts += ["## Answers", legend_of_answers, *draw_packed(_build_answer_columns(rows))]
     if comparisons:
         legend = [COMPARISON_LEGEND]
         legend += (
@@ -262,6 +280,8 @@ def _build_columns(rows: Sequence[ReportRow]) -> list[Column]:
         columns.append(Column(axis, cells, is_numeric=is_numeric, equal_prefix=f"{axis}="))
     if len({row.state for row in rows}) > 1:  # else the title says it
         columns.append(build_column("state", rows, lambda row: row.state, is_numeric=False))
+    if len(group_by_rules(rows)) > 1:
+        columns.append(build_column("rules", rows, lambda row: _integer(row.rules)))
     test_rows = build_column(
         "test rows", rows, lambda row: _integer(row.num_test_rows), may_be_blank=True
     )
@@ -293,6 +313,10 @@ def _build_answer_columns(rows: Sequence[ReportRow]) -> list[Column]:
         for model in MODELS:
             cells = tuple(_decimal(row.metric(model, name)) for row in answering)
             columns.append(Column(f"{model} {name}", cells))
+        counts = [score for row in answering for score in row.answers.values()]
+        if any(one.num_judged_by.get(name, one.num_rows) < one.num_rows for one in counts):
+            cells = tuple(_count_judged(row.answers, name) for row in answering)
+            columns.append(Column(f"judged by {name} (base, tuned)", cells))
     for what in ("unfinished", "unreadable"):
         cells = tuple(_count_of(row.answers, f"num_{what}") for row in answering)
         columns.append(Column(f"{what} (base, tuned)", cells))
@@ -302,6 +326,15 @@ def _build_answer_columns(rows: Sequence[ReportRow]) -> list[Column]:
 def _count_of(answers: Mapping[str, GenerationScore], name: str) -> str:
     """Base and tuned, of how many: `3, 0 of 24`."""
     counts = [str(getattr(answers[model], name)) if model in answers else "?" for model in MODELS]
+    return f"{', '.join(counts)} of {answers['tuned'].num_rows}"
+
+
+def _count_judged(answers: Mapping[str, GenerationScore], name: str) -> str:
+    """Rows that one of the project's own metrics judged, of how many."""
+    counts = [
+        str(answers[model].num_judged_by.get(name, "?")) if model in answers else "?"
+        for model in MODELS
+    ]
     return f"{', '.join(counts)} of {answers['tuned'].num_rows}"
 
 

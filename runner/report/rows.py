@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from runner.errors import CorruptFileError, escape_controls
+from runner.files import hash_json
 from runner.plan.status import RunStatus, State
 from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
@@ -38,12 +39,16 @@ class ReportRow:
     recipe: Recipe
     position: int  # in the input, from 0
     state: State
+    rules: int | None = None  # by which its rows were drawn and masked
+    contents: Mapping[str, str] = field(default_factory=dict)  # path -> SHA-256, as recorded
     num_test_rows: int | None = None
     test_rows_hash: str | None = None  # None also where `samples.json` does not say
     base: Scores = Scores()
     tuned: Scores = Scores()
     # Of "base" and "tuned"; empty: none generated.
     answers: Mapping[str, GenerationScore] = field(default_factory=dict)
+    # Metric of answers -> what computes it; two numbers compare only where this is equal.
+    metric_keys: Mapping[str, str] = field(default_factory=dict)
     best_step: int | None = None
     num_steps: int | None = None
     stop_reason: str | None = None
@@ -164,6 +169,12 @@ def list_metrics(rows: Iterable[ReportRow]) -> list[str]:
     )
 
 
+def list_smaller_is_better(rows: Iterable[ReportRow]) -> list[str]:
+    """The metrics of answers that are better when they are smaller."""
+    modes = {name: mode for row in rows for name, mode in row.recipe.metric_modes.items()}
+    return [name for name, mode in modes.items() if mode == "min"]
+
+
 def compare_with_base(rows: Iterable[ReportRow]) -> BaseComparison:
     """Each completed run against its step 0."""
     completed = [row for row in rows if row.state == "completed"]
@@ -187,6 +198,17 @@ def group_by_test_rows(rows: Iterable[ReportRow]) -> dict[str | None, list[Repor
     return groups
 
 
+def group_by_rules(rows: Iterable[ReportRow]) -> dict[int, list[ReportRow]]:
+    """Completed runs by the rules of their rows and masks, ascending. Two of them: not
+    comparable.
+    """
+    groups: dict[int, list[ReportRow]] = {}
+    for row in rows:
+        if row.rules is not None:
+            groups.setdefault(row.rules, []).append(row)
+    return dict(sorted(groups.items()))
+
+
 def _in_input_order(rows: Iterable[ReportRow]) -> list[ReportRow]:
     return sorted(rows, key=lambda row: row.position)
 
@@ -201,6 +223,7 @@ def _build_row(position: int, recipe: Recipe, facts: RunFacts, status: RunStatus
     try:
         result = facts.result if status.state == "completed" else None
         samples = facts.samples if result is not None else None
+        stored = facts.stored if result is not None else None
     except (CorruptFileError, OSError):
         return ReportRow(recipe, position, "unreadable")
     if result is None:
@@ -210,15 +233,27 @@ def _build_row(position: int, recipe: Recipe, facts: RunFacts, status: RunStatus
         recipe,
         position,
         status.state,
+        rules=stored.rules if stored else None,
+        contents=stored.contents if stored else {},
         num_test_rows=tuned.num_rows if tuned else None,
         test_rows_hash=_find_ids_hash(samples),
         base=_build_scores(base),
         tuned=_build_scores(tuned),
         answers=result.generation,
+        metric_keys=_key_metrics(recipe, stored.contents if stored is not None else {}),
         best_step=result.best_step,
         num_steps=result.num_steps,
         stop_reason=result.stop_reason,
     )
+
+
+def _key_metrics(recipe: Recipe, contents: Mapping[str, str]) -> dict[str, str]:
+    """What computes each metric: the task, or a function by the content of its files."""
+    keys = dict.fromkeys(recipe.data.task.METRICS, f"the task {recipe.data.task.name}")
+    for metric in recipe.evaluation.metrics:
+        hashes = [contents.get(path) for path in metric.list_files().values()]
+        keys[metric.name] = hash_json([metric.model_dump(mode="json"), hashes])
+    return keys
 
 
 def _find_ids_hash(samples: Any) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean, stdev
-from typing import Any, Final, get_args
+from typing import Any, Final, Literal, get_args
 
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.report.rows import (
@@ -36,8 +36,7 @@ class AxisComparison:
     axis: str
     reference: Any
     compared: Any
-    # A `LikelihoodUnit`, smaller is better; or a metric of answers, which says that larger is
-    # better.
+    # A `LikelihoodUnit`, smaller is better; or a metric of answers, which says what is better.
     unit: str
     mean_difference: float | None  # compared minus reference
     interval: tuple[float, float] | None  # paired t; None with fewer than two pairs
@@ -50,7 +49,7 @@ class AxisComparison:
 
     @property
     def is_of_answers(self) -> bool:
-        """Whether a metric of answers is compared, so that larger is better."""
+        """Whether a metric of answers is compared, whose unit says what is better."""
         return self.unit not in get_args(LikelihoodUnit)
 
 
@@ -61,13 +60,13 @@ def build_comparisons(rows: Sequence[ReportRow]) -> list[AxisComparison]:
     return [comparison for axis in list_axes(rows) for comparison in _compare_axis(rows, axis)]
 
 
-def answer_unit(metric: str) -> str:
+def answer_unit(metric: str, mode: Literal["min", "max"] = "max") -> str:
     """A metric of answers as the unit of a comparison.
 
-    >>> answer_unit("f1")
-    'f1, larger is better'
+    >>> answer_unit("f1"), answer_unit("num_errors", "min")
+    ('f1, larger is better', 'num_errors, smaller is better')
     """
-    return f"{metric}, larger is better"
+    return f"{metric}, {'larger' if mode == 'max' else 'smaller'} is better"
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
@@ -127,13 +126,14 @@ def _compare_axis(rows: Sequence[ReportRow], axis: str) -> list[AxisComparison]:
             both = [pair for pair in pairs if _why_not_comparable(name, *pair) is None]
             if not both:
                 continue
+            unit_of_answers = answer_unit(name, both[0][0].recipe.metric_modes.get(name, "max"))
             differences = [
                 b.answers["tuned"].metrics[name] - a.answers["tuned"].metrics[name] for a, b in both
             ]
             others = (_why_not_comparable(name, *pair) for pair in pairs)
             reasons = [*unpaired, *filter(None, others)]
             comparisons.append(
-                _compare_pairs(answer_unit(name), both, differences, reasons, values_compared)
+                _compare_pairs(unit_of_answers, both, differences, reasons, values_compared)
             )
     return comparisons
 
@@ -145,8 +145,10 @@ def _why_not_comparable(metric: str, first: ReportRow, second: ReportRow) -> str
     lacking = [row.name for row in (first, second) if row.metric("tuned", metric) is None]
     if lacking:
         return f"{lacking[0]} has no {metric}" if len(lacking) == 1 else ""
-    if first.recipe.data.task.name != second.recipe.data.task.name:
-        return f"{first.name} and {second.name} have different tasks"
+    if first.metric_keys.get(metric) != second.metric_keys.get(metric):
+        is_own = any(metric == one.name for one in first.recipe.evaluation.metrics)
+        what = f"functions for {metric}" if is_own else "tasks"
+        return f"{first.name} and {second.name} have different {what}"
     return None
 
 
@@ -193,11 +195,13 @@ def _match(
             why = _why_no_partner(axis, sides[side], runs, cell)
             reasons += [why] if why else []
             scored += [row for row in runs if row.is_scored][:1]
+        if not reasons and scored[0].rules != scored[1].rules:
+            first, second = (f"{row.name} (rules {row.rules})" for row in scored)
+            reasons.append(f"{first} and {second} follow different rules of rows and masks")
         if reasons:
             unpaired.append(", ".join(reasons))
         else:
-            first, second = scored
-            pairs.append((first, second))
+            pairs.append((scored[0], scored[1]))
     return pairs, unpaired
 
 
@@ -219,12 +223,17 @@ def _why_no_partner(
 
 
 def _count_recipe_differences(pairs: Sequence[tuple[ReportRow, ReportRow]]) -> dict[str, int]:
-    """`dotted key -> number of pairs` whose recipes differ there, in the order of the recipe."""
-    lines = (
-        line
-        for first, second in pairs
-        for line in diff_payloads(
-            build_digest_payload(first.recipe), build_digest_payload(second.recipe)
-        )
-    )
+    """`dotted key -> number of pairs` whose recipes differ there, in the order of the recipe, then
+    the files that both name and that held something else.
+    """
+    lines: list[str] = []
+    for first, second in pairs:
+        payloads = build_digest_payload(first.recipe), build_digest_payload(second.recipe)
+        lines += diff_payloads(*payloads)
+        shared = [path for path in first.contents if path in second.contents]
+        lines += [
+            f"content of {path}: "
+            for path in shared
+            if first.contents[path] != second.contents[path]
+        ]
     return dict(Counter(line.partition(": ")[0] for line in lines))

@@ -195,11 +195,28 @@ def content_cache_path(output_root: Path) -> Path:
     return output_root / ".content_hashes.json"
 
 
+def allowed_code_path(output_root: Path) -> Path:
+    """The hashes of the Python files that were allowed to run; written by `run.allowed_code`."""
+    return output_root / ".allowed_code.json"
+
+
+def find_output_root(run_dir: Path) -> Path:
+    """The folder of all runs, of which `run_dir` is one: `<output root>/<grid>/<run name>`."""
+    return run_dir.absolute().parent.parent
+
+
 def old_run_dir(run_dir: Path, number: int) -> Path:
     """Where a run goes that is moved aside; hidden, so that no folder of runs counts it as one of
     its own.
     """
     return run_dir.parent / ".old" / f"{run_dir.name}-{number}"
+
+
+def changed_runs_dir(output_root: Path, date: str, number: int) -> Path:
+    """Where `sweep --fresh` puts changed runs, by grid; hidden as above, and read where it is
+    named. `number` tells those of one day apart.
+    """
+    return output_root / (f".changed-{date}" if number == 1 else f".changed-{date}-{number}")
 
 
 def submissions_dir(output_root: Path) -> Path:

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from runner.errors import CONTROLS, CorruptFileError, escape_controls
 from runner.files import parse_json, write_json_atomic
+from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe
 from runner.recipe.problems import list_texts
 from runner.run.paths import AttemptPaths, RunPaths
@@ -145,12 +146,44 @@ class RunRecord(Fact):
         return attempts
 
 
+# In a difference, where a dotted key would be.
+RULES_KEY: Final = "rules of rows and masks"
+
+
 class StoredRecipe(Fact):
     """`recipe.json`: the resolved recipe and what its digest was made of."""
 
     recipe: Recipe
     recipe_digest: str
     contents: dict[str, str]  # relative path -> SHA-256
+    rules: Annotated[int, Field(ge=1)] = 1  # `identity.RULES` of the runner that wrote it
+
+    @property
+    def digest_today(self) -> str:
+        """The digest of the same recipe and contents under today's rules."""
+        is_of_today = self.rules == RULES
+        return self.recipe_digest if is_of_today else derive_digest(self.recipe, self.contents)
+
+    def find_other_rules(self) -> list[str]:
+        """The line that says so where this version of the runner draws or masks other rows."""
+        if self.rules == RULES:
+            return []
+        return [
+            f"{RULES_KEY}: {self.rules} -> {RULES}"
+            f" (only a runner of rules {self.rules} can continue it)"
+        ]
+
+    def find_other_digest(self) -> list[str]:
+        """The line that says so where the recorded digest is not that of what is recorded with it:
+        a key cannot be named then.
+        """
+        derived = derive_digest(self.recipe, self.contents, self.rules)
+        if derived == self.recipe_digest:
+            return []
+        return [
+            f"recipe_digest: {self.recipe_digest[:12]} -> {derived[:12]}, and no key differs:"
+            " recipe.json was changed by hand, or another version of the runner wrote it"
+        ]
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -199,7 +232,9 @@ class GenerationScore(Fact):
     num_unfinished: int  # texts that reached `max_new_tokens` without an end of turn
     # Texts that are no answer: neither label, no final result; they count as wrong.
     num_unreadable: int
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # of the task, and the project's own
+    # Of each of the project's own metrics: the rows that it judged.
+    num_judged_by: dict[str, int] = Field(default_factory=dict)
 
 
 class TrainResult(Fact):

@@ -19,9 +19,10 @@ from accelerate.utils import broadcast_object_list
 from runner.checkpoints.remote import Uploader, open_run_folder
 from runner.errors import RefusedError, RunnerError
 from runner.files import write_json_atomic, write_json_unsynced
-from runner.recipe.identity import build_resume_fingerprint, derive_digest
+from runner.recipe.identity import build_resume_fingerprint
 from runner.recipe.parse import Recipe
-from runner.run.paths import AttemptPaths, RunPaths
+from runner.run.allowed_code import load_code, suggest_allowing
+from runner.run.paths import AttemptPaths, RunPaths, find_output_root
 from runner.run.record import Progress, load_record, load_stored_recipe
 from runner.sft.preemption import Preemption
 from runner.sft.startup import WorldPlace
@@ -65,11 +66,15 @@ class RunContext:
                     " (with `--prepare`, to start them by hand)"
                 ),
             )
-        recipe = stored.recipe
-        if derive_digest(recipe, stored.contents) != stored.recipe_digest:
+        if differences := stored.find_other_rules() + stored.find_other_digest():
+            shown = "\n".join(f"  {line}" for line in differences)
             raise RefusedError(
-                f"{paths.recipe_path} was changed by hand: its digest does not match"
+                f"{paths.recipe_path} is not what this version of the runner would train:\n{shown}",
+                hint="start the run by `runner launch`, which says what can be done about it",
             )
+        output_root = find_output_root(run_dir)
+        allow = suggest_allowing([str(run_dir)], output_root)
+        recipe = load_code(stored.recipe, output_root, allow, stored.contents)
         attempt = record.attempts[-1]
         if place.world_size != attempt.num_processes:
             raise RefusedError(

@@ -7,9 +7,10 @@ so all take the same decisions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from transformers import GenerationConfig
 from runner.data.chat_template import get_chat_format
 from runner.data.masking import end_of_turn_ids
 from runner.data.rows import Row, Samples
-from runner.data.tasks.base import Judge, Judgement, Task
+from runner.data.tasks.base import Judgement, Task
 from runner.errors import DataError
 from runner.files import load_jsonl, write_jsonl_atomic
+from runner.functions import Metric
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import EarlyStoppingOn, GenerationOn
 from runner.run.record import GenerationScore
@@ -41,9 +43,12 @@ class Answer:
     references: tuple[str, ...]
     is_finished: bool
     judgement: Judgement
+    # Of the project's own metrics; None: not judged.
+    own_scores: Mapping[str, float | None] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """For `predictions.jsonl`."""
+        own = {"own_scores": dict(self.own_scores)} if self.own_scores else {}
         return {
             "row_id": self.row_id,
             "prediction": self.prediction,
@@ -51,6 +56,7 @@ class Answer:
             "is_finished": self.is_finished,
             "is_readable": self.judgement.is_readable,
             "scores": self.judgement.scores,
+            **own,
         }
 
 
@@ -94,6 +100,7 @@ def generate_answers(
     rows: Sequence[Row],
     *,
     task: Task,
+    metrics: Sequence[Metric] = (),
     tokenizer: Any,
     max_new_tokens: int,
     batch_size: int,
@@ -112,18 +119,42 @@ def generate_answers(
     with (
         _ready_to_generate(accelerator.unwrap_model(model), config) as generator,
         task.open_judge() as judge,
+        open_scores(metrics) as score,
     ):
         for batch in share.batches:
             texts = _generate_batch(
                 generator, [prompts[index] for index in batch], tokenizer, accelerator.device
             )
             for index, (text, is_finished) in zip(batch, texts, strict=True):
-                found.append((index, _judge_answer(rows[index], text, is_finished, judge)))
+                row = rows[index]
+                judgement = judge(text, row.references)
+                answer = Answer(
+                    row.row_id, text, row.references, is_finished, judgement, score(text, row)
+                )
+                found.append((index, answer))
     return share.gather(found)
 
 
-def _judge_answer(row: Row, text: str, is_finished: bool, judge: Judge) -> Answer:
-    return Answer(row.row_id, text, row.references, is_finished, judge(text, row.references))
+@contextmanager
+def open_scores(
+    metrics: Sequence[Metric],
+) -> Iterator[Callable[[str, Row], dict[str, float | None]]]:
+    """The scores of `(prediction, row)` by every metric of the project.
+
+    Raises:
+        DataError: a function cannot be loaded; or, of a call, that it fails.
+    """
+    with ExitStack() as stack:
+        opened = {metric.name: stack.enter_context(metric.open_score()) for metric in metrics}
+
+        def score(prediction: str, row: Row) -> dict[str, float | None]:
+            where = row.where or f"row {row.row_id}"
+            return {
+                name: one(prediction, row.references, row.columns, where)
+                for name, one in opened.items()
+            }
+
+        yield score
 
 
 @contextmanager
@@ -179,14 +210,24 @@ def _read_answer(new_ids: list[int], stop_ids: Sequence[int], tokenizer: Any) ->
 
 
 def score_answers(task: Task, answers: Sequence[Answer]) -> GenerationScore:
-    """The task's metrics of a split."""
+    """The metrics of a split: the task's, and the means of the project's own over the rows that
+    they judge.
+    """
     metrics = task.summarise([(answer.references, answer.judgement) for answer in answers])
+    num_judged_by = {}
+    for name in answers[0].own_scores if answers else ():
+        scores = [answer.own_scores[name] for answer in answers]
+        judged = [score for score in scores if score is not None]
+        num_judged_by[name] = len(judged)
+        if judged:
+            metrics[name] = math.fsum(judged) / len(judged)
     return GenerationScore(
         num_rows=len(answers),
         num_unfinished=sum(not answer.is_finished for answer in answers),
         num_unreadable=sum(not answer.judgement.is_readable for answer in answers),
         num_judged=sum(bool(answer.judgement.scores) for answer in answers),
         metrics=metrics,
+        num_judged_by=num_judged_by,
     )
 
 
@@ -213,18 +254,37 @@ def load_answers(path: Path, model: str) -> list[Answer]:
             references=tuple(row["references"]),
             is_finished=row["is_finished"],
             judgement=Judgement(row["scores"], row["is_readable"]),
+            own_scores=row.get("own_scores", {}),
         )
         for row in load_jsonl(path)
         if row["model"] == model
     ]
 
 
+def refuse_unjudged(recipe: Recipe, score: GenerationScore, step: int) -> None:
+    """Raises: DataError, if a metric that selects has no value because no answer was judged."""
+    for name in sorted(_list_selecting(recipe)):
+        if name in score.num_judged_by and name not in score.metrics:
+            raise DataError(
+                f"`{name}` judged none of the {score.num_rows} answers to the validation rows at"
+                f" step {step}, and it chooses the best checkpoint or stops training",
+                hint="let it return a number for every answer, or choose another metric",
+            )
+
+
+def _list_selecting(recipe: Recipe) -> set[str]:
+    """The metrics that choose the best checkpoint or stop training."""
+    stopping = recipe.early_stopping
+    stops_by = {stopping.metric} if isinstance(stopping, EarlyStoppingOn) else set()
+    return {recipe.checkpoints.metric} | stops_by
+
+
 def refuse_what_cannot_be_judged(recipe: Recipe, samples: Samples) -> None:
     """Find out before training whether the rows allow what the recipe asks of generation.
 
     Raises:
-        DataError: a row has no prompt, or a metric that selects is not defined on the validation
-            rows.
+        DataError: a row has no prompt, a metric that selects is not defined on the validation
+            rows, or one of the project fails on an empty answer, which any model may give.
     """
     generation, task = recipe.evaluation.generation, recipe.data.task
     if not isinstance(generation, GenerationOn):
@@ -232,12 +292,11 @@ def refuse_what_cannot_be_judged(recipe: Recipe, samples: Samples) -> None:
     validation = (
         samples.validation.rows[: generation.num_samples] if generation.during_training else ()
     )
-    for row in (*samples.test.rows[: generation.num_samples], *validation):
-        build_prompt(row)
-    selecting = {recipe.checkpoints.metric}
-    if isinstance(recipe.early_stopping, EarlyStoppingOn):
-        selecting.add(recipe.early_stopping.metric)
-    if generated := selecting & set(task.METRICS):
+    with open_scores(recipe.evaluation.metrics) as score:
+        for row in (*samples.test.rows[: generation.num_samples], *validation):
+            build_prompt(row)
+            score("", row)
+    if generated := _list_selecting(recipe) & set(task.METRICS):
         with task.open_judge() as judge:
             defined = task.summarise(
                 [(row.references, judge("", row.references)) for row in validation]

@@ -28,10 +28,11 @@ from runner.checkpoints.commit import (
 from runner.checkpoints.marker import is_intact, list_evaluations, sync_folder
 from runner.checkpoints.retention import apply_retention
 from runner.data.rows import Samples, Split, describe_samples
-from runner.errors import DivergedError
+from runner.errors import CorruptFileError, DataError, DivergedError
 from runner.files import (
     append_jsonl,
     fsync_dir,
+    load_json,
     load_jsonl,
     write_json_atomic,
     write_jsonl_atomic,
@@ -55,6 +56,7 @@ from runner.sft.generation import (
     Answer,
     generate_answers,
     load_answers,
+    refuse_unjudged,
     score_answers,
     write_answers,
 )
@@ -71,11 +73,41 @@ class Recorder:
         self._validated: tuple[int, SplitScore] | None = None
         self._trained_shapes: dict[str, tuple[int, ...]] = {}
 
-    def record_samples(self) -> None:
-        """Write `samples.json`."""
-        if self.context.is_main:
-            facts = describe_samples(self.samples, self.context.recipe.loss)
-            write_json_atomic(self.context.paths.samples_path, facts)
+    def require_same_samples(self) -> None:
+        """Look at `samples.json` before a checkpoint is continued; only the main process does.
+
+        Raises:
+            DataError: the checkpoint was trained on other rows, tokens or labels than are drawn
+                now, or nobody can tell.
+        """
+        path = self.context.paths.samples_path
+        try:
+            before = load_json(path)
+        except CorruptFileError as error:
+            raise DataError(
+                f"{error.message}: nobody can tell on which rows the checkpoint was trained",
+                hint="`runner launch RECIPE --fresh` moves the run aside and starts anew",
+            ) from None
+        if before is None:
+            print(f"warning: there is no {path}: the rows are taken as unchanged", flush=True)
+            return
+        now = describe_samples(self.samples, self.context.recipe.loss)
+        if differences := find_sample_differences(before, now):
+            shown = "\n".join(f"  {line}" for line in differences)
+            raise DataError(
+                f"the rows are not those of {path}, which the checkpoint was trained on:\n{shown}",
+                hint=(
+                    "something that the recipe does not name changed since, such as a library or a"
+                    " data set on the hub: bring it back, or start anew with"
+                    " `runner launch RECIPE --fresh`"
+                ),
+            )
+
+    def record_samples(self, resume_step: int | None = None) -> None:
+        """Write `samples.json`, unless the one that is there is that of the step to resume from."""
+        path = self.context.paths.samples_path
+        if self.context.is_main and (resume_step is None or not path.exists()):
+            write_json_atomic(path, describe_samples(self.samples, self.context.recipe.loss))
 
     def rewind(self, resume_step: int | None) -> None:
         """Keep the rows of `metrics.jsonl` up to the step to resume from, none without one."""
@@ -132,6 +164,7 @@ class Recorder:
         settings = recipe.evaluation.generation
         if isinstance(settings, GenerationOn) and settings.during_training:
             generation = score_answers(recipe.data.task, self.answer(trainer, "validation"))
+            refuse_unjudged(recipe, generation, trainer.state.global_step)
         return self._append_score(trainer.state, "validation", score, generation)
 
     def record_step(self, state: TrainerState, logs: Mapping[str, float]) -> None:
@@ -294,6 +327,7 @@ class Recorder:
                 trainer.model_wrapped,
                 self._split(split).rows[: generation.num_samples],
                 task=recipe.data.task,
+                metrics=recipe.evaluation.metrics,
                 tokenizer=trainer.processing_class,
                 max_new_tokens=generation.max_new_tokens,
                 batch_size=trainer.args.per_device_eval_batch_size,
@@ -347,6 +381,32 @@ class Recorder:
         write_answers(path, by_model)
         task = self.context.recipe.data.task
         return {model: score_answers(task, found) for model, found in by_model.items() if found}
+
+
+# Of each split of `samples.json`: which rows, their tokens, and which of those have labels.
+_COMPARED: Final = ("ids", "input_ids_hash", "mask_hash")
+
+
+def find_sample_differences(before: Any, now: Mapping[str, Any]) -> list[str]:
+    """One line for each split whose rows, tokens or labels are not those of another
+    `samples.json`.
+
+    >>> split = {"ids": ["a"], "input_ids_hash": "1", "mask_hash": "2"}
+    >>> other = split | {"mask_hash": "3"}
+    >>> find_sample_differences({"splits": {"test": split}}, {"splits": {"test": other}})
+    ['test: other mask_hash']
+    """
+    recorded = before.get("splits") if isinstance(before, Mapping) else None
+    lines = []
+    for split, facts in now["splits"].items():
+        known = recorded.get(split) if isinstance(recorded, Mapping) else None
+        if not isinstance(known, Mapping):
+            lines.append(f"{split}: not recorded")
+            continue
+        other = [key for key in _COMPARED if known.get(key) != facts[key]]
+        if other:
+            lines.append(f"{split}: other {', '.join(other)}")
+    return lines
 
 
 def describe_arguments(args: Any) -> dict[str, Any]:

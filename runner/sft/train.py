@@ -38,7 +38,6 @@ def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
         samples = build_samples(recipe.data, tokenizer)
         refuse_what_cannot_be_judged(recipe, samples)
         recorder = Recorder(context, samples)
-        recorder.record_samples()
         remote = context.uploader.folder if context.uploader is not None else None
         resume_step = context.on_main(
             lambda: choose_resume_step(
@@ -48,8 +47,10 @@ def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
                 context.resume,
                 remote,
                 divisor=context.micro_batch_divisor,
+                before_resuming=recorder.require_same_samples,
             )
         )
+        recorder.record_samples(resume_step)
         if context.uploader is not None:
             context.uploader.start()
         # Before the model, which takes long, and before the metrics are cut.

@@ -7,7 +7,7 @@ The hooks call `recorder`, which does what is the run's and not TRL's.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerControl
@@ -19,55 +19,25 @@ from runner.data.masking import IGNORE_INDEX
 from runner.data.rows import Samples
 from runner.model.load import build_lora_config, keep_adapters_in_float32
 from runner.model.weights import load_gathered_weights
-from runner.recipe.parse import derive_accumulation, derive_eval_batch, derive_micro_batch
+from runner.recipe.parse import derive_micro_batch
+from runner.sft.arguments import build_config, list_arguments
 from runner.sft.callbacks import FlowCallback, PreemptionCallback, ProgressCallback
 from runner.sft.context import RunContext
 from runner.sft.order import EpochSampler
 from runner.sft.recorder import Recorder
 from runner.sft.tracking import Trackers
 
-# The main process hashes, archives and fetches checkpoints while the others wait; Transformers'
-# default is 1800.
-_COLLECTIVE_TIMEOUT_SECONDS: Final = 3 * 3600
-
 
 def build_training_args(context: RunContext) -> SFTConfig:
-    """The effective arguments of the trainer; what the runner does itself is switched off."""
-    recipe, training = context.recipe, context.recipe.training
-    uses_cpu = context.uses_cpu()
-    args = SFTConfig(
-        **training.hugging_face_arguments(),
-        output_dir=str(context.paths.checkpoints_dir),
-        seed=training.seed,
-        per_device_train_batch_size=derive_micro_batch(recipe, context.micro_batch_divisor),
-        gradient_accumulation_steps=derive_accumulation(
-            recipe, context.num_processes, context.micro_batch_divisor
-        ),
-        num_train_epochs=training.num_train_epochs or 1.0,
-        max_steps=training.max_steps or -1,
-        bf16=training.bf16,
-        fp16=training.fp16,
-        gradient_checkpointing=training.gradient_checkpointing,
-        per_device_eval_batch_size=derive_eval_batch(recipe, context.micro_batch_divisor),
-        metric_for_best_model=recipe.checkpoints.metric,
-        greater_is_better=recipe.checkpoints.mode == "max",
-        use_cpu=uses_cpu,
-        dataloader_pin_memory=not uses_cpu,
-        eval_strategy="no",
-        save_strategy="no",
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        ddp_timeout=_COLLECTIVE_TIMEOUT_SECONDS,
-        report_to="none",  # `tracking` starts the trackers
-        run_name=recipe.tracking.run_name or recipe.run.name,
-        project=recipe.tracking.project or recipe.run.grid,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
+    """The effective arguments of the trainer."""
+    arguments = list_arguments(
+        context.recipe,
+        context.paths.checkpoints_dir,
+        num_processes=context.num_processes,
+        divisor=context.micro_batch_divisor,
+        uses_cpu=context.uses_cpu(),
     )
-    args.report_to = []  # Kubeflow's adds itself where its environment is set
-    return args
+    return build_config(arguments)
 
 
 def build_train_dataset(

@@ -14,7 +14,7 @@ from runner.checkpoints.marker import is_intact, list_committed, load_marker
 from runner.checkpoints.remote import open_run_folder
 from runner.checkpoints.restore import choose_resume_step, resolve_checkpoint
 from runner.checkpoints.retention import strip_checkpoint
-from runner.errors import RefusedError
+from runner.errors import DataError, RefusedError
 from runner.recipe.parse import parse_recipe
 from runner.run.paths import RunPaths
 from tests.conftest import RECIPE_TEXT
@@ -72,6 +72,37 @@ def test_auto_and_latest_go_on_from_the_newest(paths: RunPaths, empty: RunPaths)
     assert "holds no checkpoint" in refusal(empty, "latest") and "holds no checkpoint" in refusal(
         empty, "best"
     )
+
+
+def test_what_is_asked_before_resuming_can_leave_everything_as_it_is(
+    paths: RunPaths, elsewhere: RunPaths
+) -> None:
+    """Also a damaged one, which would be moved aside first."""
+    before = sorted(path for path in paths.run_dir.rglob("*"))
+
+    def refuse() -> None:
+        raise DataError("other rows")
+
+    for resume in ("best", str(elsewhere.checkpoint_dir(12)), "latest", "auto"):
+        if resume == "auto":
+            flip_bit(paths.checkpoint_dir(12) / "optimizer.pt")
+        with pytest.raises(DataError, match="other rows"):
+            choose_resume_step(paths, RECIPE, FINGERPRINT, resume, before_resuming=refuse)
+        assert sorted(path for path in paths.run_dir.rglob("*")) == before
+    assert choose_resume_step(paths, RECIPE, FINGERPRINT, "auto") == 8
+
+
+def test_nothing_is_asked_before_a_start_at_step_0(paths: RunPaths, empty: RunPaths) -> None:
+    asked: list[None] = []
+    empty.run_dir.mkdir()
+    for step in (4, 8, 12):
+        flip_bit(paths.checkpoint_dir(step) / "model.safetensors")
+    for run in (empty, paths):
+        chosen = choose_resume_step(
+            run, RECIPE, FINGERPRINT, "auto", before_resuming=lambda: asked.append(None)
+        )
+        assert chosen is None
+    assert asked == [] and len(quarantined(paths)) == 3
 
 
 def test_latest_refuses_where_auto_takes_an_older_one(paths: RunPaths) -> None:

@@ -19,8 +19,24 @@ from runner.errors import DataError
 from runner.recipe.parse import load_recipe
 from tests.conftest import RECIPE_TEXT, Project, make_project, run_cli
 
-CHAT = {
+CHAT: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
+}
+
+
+CHATML = (
+    "{% for m in messages %}{{- '<start_of_turn>' + m.role + '\n' + m.content }}"
+    "{{- '<end_of_turn>\n' }}{% endfor %}"
+)
+FUNCTION = {"name": "get_weather", "arguments": {"city": "Oslo"}}
+CALLING = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": FUNCTION}],
+}
+TOOL = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "Weather", "parameters": {"type": "object"}},
 }
 
 
@@ -117,6 +133,60 @@ CASES = {
         template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
         overrides=("data.num_train_samples=5",),
     ),
+    "a template that prints no call": Case(
+        (
+            "rows.jsonl line 3",
+            "the chat template does not print the call of `get_weather` of message 1 (assistant)",
+            "`model.chat_template`",
+        ),
+        rows=rows_with({"messages": [CHAT["messages"][0], CALLING, CHAT["messages"][1]]}),
+        template=CHATML,
+    ),
+    "a template that prints no tools": Case(
+        (
+            "rows.jsonl line 3",
+            "does not print the name of the tool `get_weather`",
+            "`data.ignore: [tools]`",
+        ),
+        rows=rows_with({**CHAT, "tools": [TOOL]}),
+        template=CHATML,
+    ),
+    "a template that prints no thought": Case(
+        (
+            "rows.jsonl line 3",
+            "does not print `reasoning_content` of message 1 (assistant)",
+            "`data.ignore: [messages.reasoning_content]`",
+        ),
+        rows=rows_with(
+            {
+                "messages": [
+                    CHAT["messages"][0],
+                    {"role": "assistant", "content": "5", "reasoning_content": "2 + 3"},
+                ]
+            }
+        ),
+        template=CHATML,
+    ),
+    "a template that renders nothing without tools": Case(
+        ("rows.jsonl line ", "renders no conversation without `tools`", "a `tools` column"),
+        template="{% for tool in tools %}{{- tool | tojson }}{% endfor %}" + CHATML,
+    ),
+    "a template that prints the date": Case(
+        ("rows.jsonl line ", "prints today's date", "`model.template_date: "),
+        template="{{ strftime_now('%d %B %Y') }}" + CHATML,
+    ),
+    "a template without an end of turn": Case(
+        (
+            "rows.jsonl line ",
+            "could never learn to stop",
+            '`model.end_of_turn: "<start_of_turn>"` appends it to the last answer',
+        ),
+        template="{% for m in messages %}{{- '<start_of_turn>' + m.content }}{% endfor %}",
+    ),
+    "an end of turn that is no token": Case(
+        ("`model.end_of_turn` '<|never|>' is no token of models/gemma",),
+        overrides=("model.end_of_turn=<|never|>",),
+    ),
     "a template that prints BOS twice": Case(
         (
             "rows.jsonl line ",
@@ -154,7 +224,9 @@ def broken(
         folder = project.root / str(number)
         folder.mkdir()
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in case.rows))
-        overrides = [f"data.train.path={number}/rows.jsonl", *case.overrides]
+        # Every row is drawn.
+        drawn = (f"data.train.path={number}/rows.jsonl", "data.num_train_samples=null")
+        overrides = [*drawn, *case.overrides]
         if case.template is not None:
             (folder / "chat.jinja").write_text(case.template)
             overrides.append(f"model.chat_template={number}/chat.jinja")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,44 @@ def test_a_group_column_keeps_groups_in_one_split(tmp_path: Path) -> None:
 def test_a_group_column_that_is_ignored_is_refused(rows_path: Path) -> None:
     with pytest.raises(ValueError, match="`ignore` leaves out the column `document`"):
         section(rows_path, group_column="document", ignore=["document"])
+
+
+def mixed(tmp_path: Path, *shares: Mapping[str, Any], **changes: Any) -> DataSection:
+    """Three sources of 40, 20 and 20 rows."""
+    sources = []
+    for number, (rows, share) in enumerate(
+        zip((ROWS[:40], ROWS[40:60], ROWS[60:]), shares, strict=False)
+    ):
+        path = write_rows(tmp_path / f"source{number}.jsonl", rows)
+        sources.append({"path": str(path), **share})
+    counts = {"num_validation_samples": 4, "num_test_samples": 4, "num_train_samples": None}
+    return section(tmp_path, train=sources, **counts | changes)
+
+
+def count_by_source(data: DataSection, rows: Sequence[Any]) -> list[int]:
+    paths = [source.path for source in data.train_sources]
+    return [sum(row.where.startswith(path) for row in rows) for path in paths]
+
+
+def test_several_sources_keep_their_shares_in_every_prefix_and_split(tmp_path: Path) -> None:
+    data = mixed(tmp_path, {"weight": 2}, {"weight": 1}, {"weight": 1}, num_train_samples=40)
+    splits = draw_splits(data)
+    assert count_by_source(data, splits.test) == [2, 1, 1]
+    assert count_by_source(data, splits.train) == [20, 10, 10]
+    for count in range(1, 40):
+        for found, share in zip(
+            count_by_source(data, splits.train[:count]), (0.5, 0.25, 0.25), strict=True
+        ):
+            assert abs(found - share * count) < 1
+    small = draw_splits(data.model_copy(update={"num_train_samples": 17}))
+    assert small.train == splits.train[:17]
+    moved = draw_splits(data.model_copy(update={"seed": 8}))
+    assert moved.train != splits.train and moved.test == splits.test
+
+
+def test_counts_of_sources_are_kept_and_none_is_topped_up(tmp_path: Path) -> None:
+    counts = ({"num_samples": 20}, {"num_samples": 5})
+    data = mixed(tmp_path, *counts)
+    assert count_by_source(data, draw_splits(data).train) == [20, 5]
+    with pytest.raises(DataError, match=r"the train split: sources[\s\S]*source1.jsonl has \d+ r"):
+        draw_splits(mixed(tmp_path, {"num_samples": 5}, {"num_samples": 30}))

@@ -217,7 +217,7 @@ REFUSALS = {
         r"message 1 \(assistant\) has no end-of-turn token",
     ),
     "two tokens end the conversation, none a turn": (
-        HUMAN_ASSISTANT.replace(" + eos_token", "") + "{{ '<|end|>' + eos_token }}",
+        HUMAN_ASSISTANT.replace(" + eos_token", "") + "{{ '<|end|><|eot|>' }}",
         turns("q", "a"),
         r"message 1 \(assistant\) has no end-of-turn token",
     ),

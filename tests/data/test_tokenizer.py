@@ -1,12 +1,15 @@
-"""Which pad token each policy gives; never eos."""
+"""Which pad token each policy gives, never eos; and the format that chats are written in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from runner.data.chat_template import METHOD_TEXT, ChatFormat, ChatTemplate
+from runner.data.masking import ConversationMasker, end_of_turn_ids
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError
 from runner.recipe.schema import ModelSection
@@ -79,3 +82,55 @@ def test_a_model_without_a_chat_template_needs_one(tiny_model: TinyModel) -> Non
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot load the tokenizer of"):
         load_tokenizer(ModelSection(path=str(tmp_path), dtype="float32"))
+
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+DATED = (
+    "{{- mood ~ ' ' ~ strftime_now('%d.%m.%Y') }}"
+    "{% for m in messages %}{{- '<start_of_turn>' + m.content }}{% endfor %}"
+)
+
+
+def test_every_rendering_of_a_recipes_tokenizer_is_in_its_format(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    (tmp_path / "chat.jinja").write_text(DATED)
+    model = ModelSection(
+        path=str(tiny_model("gemma")),
+        dtype="float32",
+        chat_template=str(tmp_path / "chat.jinja"),
+        chat_template_kwargs={"mood": "fine"},
+        template_date="2001-02-03",
+        end_of_turn="<end_of_turn>",
+    )
+    tokenizer = load_tokenizer(model)
+    assert tokenizer.chat_format == ChatFormat(
+        {"mood": "fine"},
+        datetime(2001, 2, 3),
+        "<end_of_turn>",
+        frozenset({"<eos>", "<end_of_turn>"}),
+    )
+    expected = "fine 03.02.2001<start_of_turn>q<start_of_turn>a<end_of_turn>"
+    masked = ConversationMasker(tokenizer).mask(CHAT)
+    assert masked.text == expected == ChatTemplate(tokenizer).render(CHAT, METHOD_TEXT)
+    assert masked.text[slice(*masked.completion_chars[0])] == "a<end_of_turn>"
+    assert end_of_turn_ids(tokenizer) == (tokenizer.convert_tokens_to_ids("<end_of_turn>"),)
+    prompt = ChatTemplate(tokenizer).render(CHAT[:1], METHOD_TEXT, add_generation_prompt=True)
+    assert prompt == "fine 03.02.2001<start_of_turn>q"
+    # What is saved is the template of the file, and nothing of the recipe.
+    tokenizer.save_pretrained(tmp_path / "saved")
+    files = [file.read_text() for file in (tmp_path / "saved").glob("*.json*")]
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == DATED
+    assert not any("mood" in text or "chat_format" in text for text in files)
+
+
+def test_an_end_of_turn_is_a_token(tiny_model: TinyModel) -> None:
+    def load(end_of_turn: str) -> None:
+        path = str(tiny_model("gemma"))
+        load_tokenizer(ModelSection(path=path, dtype="float32", end_of_turn=end_of_turn))
+
+    load("<end_of_turn>")
+    for text in ("<|never|>", "<eos><eos>"):
+        with pytest.raises(DataError, match=r"`model.end_of_turn` .* is no token of") as caught:
+            load(text)
+        assert "its end of a text is '<eos>'" in str(caught.value)

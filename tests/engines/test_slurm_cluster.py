@@ -142,6 +142,30 @@ def test_a_queued_run_whose_recipe_has_changed_is_refused(
     assert load_json(fake.paths("a").recipe_path)["recipe"]["training"]["max_steps"] == 2
 
 
+def test_a_changed_run_that_is_queued_is_not_moved(
+    slurm: LocalSlurm, fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its task would find the directory gone, and begin with the recipe of before."""
+    fake.add("a", told="exit 1")
+    assert main(["sweep", "recipes/toy"]) == 1
+    fake.tell("a", "complete")
+    assert main([*SWEEP, "--slurm-option=--hold"]) == 0
+    array = submissions(fake)[0]["job"]
+    path = fake.root / "recipes" / "toy" / "a.yaml"
+    path.write_text(path.read_text().replace("max_steps: 2", "max_steps: 3"))
+    capsys.readouterr()
+    assert main([*SWEEP, "--fresh", "--yes"]) == 1
+    output = capsys.readouterr().out
+    assert f"refuse  toy/a  queued: slurm {array}_0 is pending" in output
+    assert f"`scancel {array}_0` first" in output
+    slurm.run("scancel", array)
+    wait_until_done(slurm)
+    assert main([*SWEEP, "--fresh", "--yes"]) == 0
+    wait_until_done(slurm)
+    assert is_completed(fake, "a")
+    assert load_json(fake.paths("a").recipe_path)["recipe"]["training"]["max_steps"] == 3
+
+
 def test_arrays_are_split_where_the_cluster_wants_it(slurm: LocalSlurm, fake: FakeLauncher) -> None:
     names = [f"run{number:02}" for number in range(MAX_ARRAY_SIZE + 2)]
     fake.add(*names)

@@ -242,3 +242,30 @@ def test_216_recipes_on_three_tokenizers_are_checked_in_one_pass(
         for line in lines
     )
     assert len(lines) < 80, "216 recipes are summed up"
+
+
+def test_any_end_of_a_turn_that_stops_nothing_is_warned_of(here: Project) -> None:
+    """As GPT-OSS's: the conversation ends in a token that stops the model, earlier turns do not."""
+    rows = [
+        {
+            "messages": [
+                {"role": role, "content": f"{role} {n} {turn}"}
+                for turn in range(2)
+                for role in ("user", "assistant")
+            ]
+        }
+        for n in range(60)
+    ]
+    (here.root / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    end = "'<eos>' if loop.last and m.role == 'assistant' else '<start_of_turn>'"
+    template = "{% for m in messages %}{{ m.content }}{{ " + end + " }}{% endfor %}"
+    (here.root / "ends.jinja").write_text(template)
+    rounds = ("data.train.path=rounds.jsonl", "model.chat_template=ends.jinja")
+    result = check_recipes([named(here, "all", *rounds)])
+    assert (
+        "training ends answers with <start_of_turn>, where the base model's own generation settings"
+        " do not stop" in warnings_of(result)
+    )
+    assert "answers end in <start_of_turn> or <eos>" in "\n".join(format_result(result))
+    last = check_recipes([named(here, "last", *rounds, "data.turns=last")])
+    assert "training ends answers" not in warnings_of(last)

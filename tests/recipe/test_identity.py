@@ -7,13 +7,25 @@ import json
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from runner.recipe.identity import build_resume_fingerprint, derive_digest, diff_payloads
+from runner.files import hash_json
+from runner.recipe.identity import (
+    _BEHAVIOUR_BEFORE,
+    RULES,
+    build_digest_payload,
+    build_resume_fingerprint,
+    derive_digest,
+    diff_payloads,
+    leave_out,
+)
 from runner.recipe.parse import Recipe, parse_recipe
+from runner.run.paths import RunPaths
+from runner.run.record import load_stored_recipe
 from tests.recipe.test_parse import TEXT
 
 # Everything else is the experiment.
@@ -78,9 +90,15 @@ KINDS: list[tuple[str, ...]] = [
     ("data.task.name=prompt_completion",),
     ("data.task.name=sst2", "data.task.prompt='{sentence}'"),
     ("data.task.name=squad_v2", "data.task.prompt='{context} {question}'"),
+    ("data.task.name=alpaca",),
     ("data.task.name=oasst1",),
     ("data.task.name=math_tools",),
+    ("data.task.name=python", "data.task.function='rows.py:build'"),
     ("evaluation.generation={enabled: true, max_new_tokens: 8}",),
+    (
+        "evaluation.generation={enabled: true, max_new_tokens: 8}",
+        "evaluation.metrics=[{name: short, function: 'scores.py:score', mode: max}]",
+    ),
     ("checkpoints.save_strategy=epoch", "checkpoints.save_epochs=3", "checkpoints.save_steps=null"),
     (
         "early_stopping.enabled=true",
@@ -136,6 +154,7 @@ def propose(annotation: Any) -> Iterator[Any]:
         yield from (["one"], [2])
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield from ({"path": "one.jsonl"}, {"path": "two.jsonl"}, {"url": "memory://one"})
+        yield {"name": "one", "function": "one.py:score", "mode": "min"}
     else:
         yield from {
             bool: (True, False),
@@ -143,9 +162,13 @@ def propose(annotation: Any) -> Iterator[Any]:
             float: (0.25, 0.5),
             str: (
                 "one",
+                "2026-01-01",
+                "one.py",
+                "one.py:build",
                 "{document} {sentence} {context} {question}",
                 "nll_per_token",
                 "nll_per_completion_token",
+                "momentum=0.9",
             ),
         }.get(annotation, ())
 
@@ -169,6 +192,18 @@ def change(recipe: Recipe, key: str, annotation: Any) -> Recipe | None:
     return None
 
 
+MISSING = object()
+
+
+def find(section: Any, name: str) -> Any:
+    """The value of a dotted key, or MISSING."""
+    for part in name.split("."):
+        if not isinstance(section, dict) or part not in section:
+            return MISSING
+        section = section[part]
+    return section
+
+
 def test_every_key_but_the_placement_makes_another_experiment() -> None:
     changed_keys, all_keys = set(), set()
     for overrides in KINDS + PLACEMENT_KINDS:
@@ -186,6 +221,72 @@ def test_every_key_but_the_placement_makes_another_experiment() -> None:
     )
     assert len(all_keys) > 100 and all_keys >= PLACEMENT
     assert {section.partition(".")[0] for section in all_keys} == set(Recipe.model_fields)
+
+
+def test_a_key_that_was_added_enters_the_digest_only_with_another_value() -> None:
+    """Else runs of before would be other experiments; that other values enter, the test above
+    shows of every key.
+    """
+    left_out, recipes = set(), [parse(*overrides) for overrides in KINDS]
+    for recipe in recipes:
+        dumped, payload = recipe.model_dump(mode="json"), build_digest_payload(recipe)
+        for name, value in _BEHAVIOUR_BEFORE.items():
+            if find(dumped, name) == value:
+                assert find(payload, name) is MISSING, name
+                left_out.add(name)
+    assert left_out == set(_BEHAVIOUR_BEFORE), "the value of before is a key's default"
+
+
+def test_keys_are_left_out_where_they_have_the_value_of_before() -> None:
+    before: dict[str, Any] = {"data.turns": "all", "model.kwargs": {}, "python": []}
+    before["data.train.weight"] = None
+    old: dict[str, Any] = {"model": {"path": "a"}, "loss": "full"}
+    old["data"] = {"train": {"path": "b"}, "test": None}
+    new: dict[str, Any] = {
+        "model": {"path": "a", "kwargs": {}},
+        "data": {"train": {"path": "b", "weight": None}, "test": None, "turns": "all"},
+        "loss": "full",
+        "python": [],
+    }
+    assert leave_out(new, before) == leave_out(old, before) == old
+    for key, value in {
+        "turns": "split",
+        "train": [{"path": "b"}],
+        "test": {"weight": None},
+    }.items():
+        other = {**new, "data": {**new["data"], key: value}}
+        assert leave_out(other, before) == {**old, "data": {**old["data"], key: value}}
+    assert leave_out({"turns": "all"}, before) == {"turns": "all"}, "the same name elsewhere"
+
+
+def test_an_older_recipe_json_is_read_and_hashed_by_the_same_table(tmp_path: Path) -> None:
+    """It lacks the keys that were added since, and `rules`."""
+    recipe = parse()
+    content = recipe.model_dump(mode="json")
+    for name, value in _BEHAVIOUR_BEFORE.items():
+        *sections, last = name.split(".")
+        section = content
+        for part in sections:
+            section = section.get(part) or {}
+        if section.get(last, MISSING) == value:
+            del section[last]
+    paths = RunPaths(tmp_path)
+    digest = derive_digest(recipe, {"data.jsonl": "1"}, rules=1)
+    stated = {"recipe": content, "recipe_digest": digest, "contents": {"data.jsonl": "1"}}
+    paths.recipe_path.write_text(json.dumps(stated))
+    stored = load_stored_recipe(paths)
+    assert stored is not None and (stored.recipe, stored.rules) == (recipe, 1)
+    assert stored.find_other_digest() == []
+    assert stored.digest_today == derive_digest(recipe, {"data.jsonl": "1"}) != digest
+
+
+def test_the_rules_of_rows_and_masks_are_part_of_the_digest_from_2_on() -> None:
+    recipe, contents = parse(), {"data.jsonl": "1"}
+    without = hash_json({"recipe": build_digest_payload(recipe), "contents": contents})
+    assert derive_digest(recipe, contents, rules=1) == without
+    digests = {derive_digest(recipe, contents, rules) for rules in (1, 2, 3)}
+    assert len(digests) == 3 and derive_digest(recipe, contents) in digests
+    assert derive_digest(recipe, contents, RULES) == derive_digest(recipe, contents)
 
 
 @pytest.mark.parametrize(("left", "right"), list(itertools.combinations(KINDS, 2)))

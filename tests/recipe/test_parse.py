@@ -397,7 +397,12 @@ def test_one_source_has_no_shares() -> None:
         ("num_samples: 20", "num_samples: 0", "data.train.1.num_samples", "got 0"),
         ("num_samples: 20", "wieght: 2", "data.train.1.wieght", "did you mean `weight`?"),
         ("path: a.jsonl, num_samples: 10", "num_samples: 10", "data.train.0.path", "is missing"),
-        ("seed: 3", "seed: 3\n  num_train_samples: 31", "data", "is more than the sources of `train` give"),
+        (
+            "seed: 3",
+            "seed: 3\n  num_train_samples: 31",
+            "data",
+            "is more than the sources of `train` give",
+        ),
     ],
 )
 def test_wrong_shares_are_refused(old: str, new: str, key: str, words: str) -> None:

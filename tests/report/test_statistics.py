@@ -1,5 +1,6 @@
 """Paired comparisons: nothing is compared across what differs."""
 
+import json
 import math
 from pathlib import Path
 
@@ -113,6 +114,45 @@ def test_no_cell_is_dropped_silently(tmp_path: Path) -> None:
     )
     note = "`loss`, full and completion: 3 cells without a pair: " + "; ".join(loss.unpaired)
     assert note in report(runs)
+
+
+def test_runs_of_different_rules_are_never_a_pair_and_the_report_says_so(tmp_path: Path) -> None:
+    runs = [
+        completed(tmp_path, make_recipe("f1", {"n": 1, "loss": "full"}), 2.0, rules=1),
+        completed(tmp_path, make_recipe("c1", {"n": 1, "loss": "x"}), 1.0, rules=1),
+        completed(tmp_path, make_recipe("f2", {"n": 2, "loss": "full"}), 2.0, rules=1),
+        completed(tmp_path, make_recipe("c2", {"n": 2, "loss": "x"}), 1.0),
+        completed(tmp_path, make_recipe("f3", {"n": 3, "loss": "full"}), 2.0),
+        completed(tmp_path, make_recipe("c3", {"n": 3, "loss": "x"}), 1.0),
+    ]
+    loss = build_comparisons(rows_of(runs))[-1]
+    assert (loss.axis, loss.num_pairs) == ("loss", 2)
+    assert loss.unpaired == (
+        "f2 (rules 1) and c2 (rules 2) follow different rules of rows and masks",
+    )
+    text = report(runs)
+    assert (
+        "**warning:** 2 different rules of rows and masks; runs are compared only within one:"
+        " rules 1: f1, c1, f2; rules 2: c2, f3, c3"
+    ) in text
+    assert f"`loss`, full and x: 1 cell without a pair: {loss.unpaired[0]}." in text
+    header, _, first, *_ = table_lines(text)
+    cells = [[cell.strip() for cell in line.split("|")] for line in (header, first)]
+    assert dict(zip(*cells, strict=True))["rules"] == "1"
+    [row, *_] = json.loads(report(runs, "json"))["rows"]
+    assert row["rules"] == 1
+    assert report(runs, "csv").splitlines()[0].split(",")[4:6] == ["state", "rules"]
+    assert "rules" not in report(runs[:3]) + report(runs[:3], "csv") + report(runs[:3], "json")
+
+
+def test_another_content_of_a_file_that_both_name_is_told_with_the_keys(tmp_path: Path) -> None:
+    files = {"data/demo.jsonl": "a" * 64, "models/x": "b" * 64}
+    other = {"data/demo.jsonl": "c" * 64, "models/y": "d" * 64}
+    runs = [
+        completed(tmp_path, make_recipe("f", {"loss": "full"}), 2.0, contents=files),
+        completed(tmp_path, make_recipe("c", {"loss": "x"}), 1.0, contents=other),
+    ]
+    assert "`loss`: the paired recipes differ in content of data/demo.jsonl." in report(runs)
 
 
 def test_runs_of_two_grids_are_never_a_pair(tmp_path: Path) -> None:

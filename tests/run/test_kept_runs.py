@@ -4,6 +4,10 @@
 failed of each kind, changed, unreadable, with checkpoints that are damaged, stripped, archived,
 renamed or of another launch. Their answers are kept as they were printed; `UPDATE_GOLDEN=1`
 rewrites the answers, never the runs.
+
+The rows of these runs were drawn by rules 1, under which nothing can be continued any more: what is
+said of them as they are is in `rules_1.json`. All other answers are of the same runs with today's
+rules in their records.
 """
 
 from __future__ import annotations
@@ -12,15 +16,19 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from runner.checkpoints.archive import extract_archive, write_archive
+from runner.checkpoints.archive import ArchiveError, extract_archive, write_archive
 from runner.cli.main import main
+from runner.errors import CorruptFileError
 from runner.files import hash_json
-from runner.recipe.identity import list_library_versions
+from runner.recipe.identity import RULES, list_library_versions
+from runner.run.paths import RunPaths
+from runner.run.record import load_stored_recipe, now_utc
 from tests.conftest import ROOT
 
 GOLDEN: Final = ROOT / "tests" / "golden" / "kept_runs"
@@ -37,12 +45,45 @@ VERSIONS: Final = {
 }
 
 
-def bring_marker_up_to_date(path: Path) -> None:
-    """Put today's library versions where the marker has those of its time, and sign it again."""
+def bring_rules_up_to_date(run_dir: Path) -> None:
+    """Put today's rules and the digest under them wherever the run has those of its time."""
+    paths = RunPaths(run_dir)
+    try:
+        stored = load_stored_recipe(paths)
+    except CorruptFileError:
+        return  # and to stay so
+    if stored is None:
+        return
+    for path in (paths.recipe_path, paths.result_path):
+        if path.exists():
+            path.write_text(path.read_text().replace(stored.recipe_digest, stored.digest_today))
+    content = json.loads(paths.recipe_path.read_text())
+    paths.recipe_path.write_text(json.dumps({**content, "rules": RULES}))
+    digests = {stored.recipe_digest: stored.digest_today}
+    for path in paths.checkpoints_dir.rglob("COMMITTED.json"):
+        bring_marker_up_to_date(path, digests)
+    for path in paths.checkpoints_dir.glob("*.zip"):
+        opened_dir = run_dir / "opened"
+        try:
+            extract_archive(path, opened_dir)
+        except ArchiveError:
+            continue
+        bring_marker_up_to_date(opened_dir / "COMMITTED.json", digests)
+        path.unlink()
+        write_archive(opened_dir, path)
+        shutil.rmtree(opened_dir)
+
+
+def bring_marker_up_to_date(path: Path, digests: Mapping[str, str]) -> None:
+    """Put today's digest and library versions where the marker has those of its time, and sign it
+    again.
+    """
     content = json.loads(path.read_text())
-    signature, versions = content.pop("marker_sha256"), content["fingerprint"]["versions"]
+    signature, fingerprint = content.pop("marker_sha256"), content["fingerprint"]
     if signature != hash_json(content):
         return  # damaged, and to stay so
+    versions, digest = fingerprint["versions"], fingerprint["recipe_digest"]
+    fingerprint["recipe_digest"] = digests.get(digest, digest)
     versions |= {
         name: version
         for name, version in list_library_versions().items()
@@ -52,22 +93,20 @@ def bring_marker_up_to_date(path: Path) -> None:
 
 
 @pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The project folder, as the current one, under today's library versions."""
+def as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project folder, as the current one; its runs are of rules 1."""
     with zipfile.ZipFile(GOLDEN / "runs.zip") as archive:
         archive.extractall(tmp_path)
     monkeypatch.chdir(tmp_path)
-    if list_library_versions() != VERSIONS:
-        for path in tmp_path.rglob("COMMITTED.json"):
-            bring_marker_up_to_date(path)
-        for name in ("archived", "archive_mends"):
-            path = tmp_path / "runs" / "states" / name / "checkpoints" / "step-8.zip"
-            extract_archive(path, tmp_path / "opened")
-            bring_marker_up_to_date(tmp_path / "opened" / "COMMITTED.json")
-            path.unlink()
-            write_archive(tmp_path / "opened", path)
-            shutil.rmtree(tmp_path / "opened")
     return tmp_path
+
+
+@pytest.fixture
+def kept(as_written: Path) -> Path:
+    """The project folder, as the current one, under today's rules and library versions."""
+    for run_dir in (as_written / "runs").glob("*/*"):
+        bring_rules_up_to_date(run_dir)
+    return as_written
 
 
 def compare(name: str, said: str) -> None:
@@ -98,3 +137,60 @@ def test_the_report_says_what_it_said(
 ) -> None:
     main(["report", f"recipes/{grid}", "--format", "json"])
     compare(f"report_{grid}.json", capsys.readouterr().out)
+
+
+def test_runs_of_rules_1_stay_completed_and_what_has_a_checkpoint_is_changed(
+    as_written: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing else is said otherwise: what has no checkpoint starts at step 0 anyway."""
+    assert main(["status", "--json"]) == 1
+    now: list[Any] = json.loads(capsys.readouterr().out)
+    lines = [f"{one['grid']}/{one['name']}  {one['state']}: {one['why']}\n" for one in now]
+    compare("rules_1.txt", "".join(lines))
+    line = "rules of rows and masks: 1 -> 2 (only a runner of rules 1 can continue it)"
+    before = json.loads((GOLDEN / "status.json").read_text())
+    for one, other in zip(now, before, strict=True):
+        paths = RunPaths(Path(one["run_dir"]))
+        has_checkpoint = any(paths.checkpoints_dir.glob("step-*"))
+        is_asked = other["state"] in ("interrupted", "failed", "changed") and has_checkpoint
+        if is_asked and not paths.result_path.exists():
+            assert (one["state"], one["differences"][-1]) == ("changed", line)
+        else:
+            assert one["state"] == other["state"]
+
+
+def test_the_report_of_completed_runs_of_rules_1_is_the_same(
+    as_written: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["report", "recipes/compared", "--format", "json"])
+    compare("report_compared.json", capsys.readouterr().out)
+
+
+def test_a_sweep_tells_once_what_rules_1_change_and_fresh_moves_it(
+    as_written: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "rules of rows and masks: 1 -> 2 (only a runner of rules 1 can continue it)"
+    assert main(["sweep", "recipes/states", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("rules of rows and masks") == 1 and f" 32 runs  {line}\n" in said
+    assert "refuse  34 runs are changed: " in said and "runner report runs/states\n" in said
+    assert main(["sweep", "recipes/states", "--dry-run", "--fresh"]) == 0
+    said = capsys.readouterr().out
+    assert f"fresh   34 runs would be moved into runs/.changed-{now_utc()[:10]}\n" in said
+    assert "launch  states/killed  pending: never started\n" in said
+
+
+def test_nothing_of_a_run_of_rules_1_is_continued_and_why_and_launch_say_so_in_the_same_words(
+    as_written: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    line = "rules of rows and masks: 1 -> 2 (only a runner of rules 1 can continue it)"
+    assert main(["why", "recipes/states/killed.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert f"next        refuse: changed: the runner changed since the run was made: {line}" in said
+    assert "whole, but of another launch: recipe_digest: " in said
+    assert main(["launch", "recipes/states/killed.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert line in said and "hint: runner launch recipes/states/killed.yaml --fresh" in said
+    for path, content in before.items():
+        assert path.read_bytes() == content, path

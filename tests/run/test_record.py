@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from runner.errors import CorruptFileError
+from runner.errors import CorruptFileError, RefusedError
 from runner.files import append_jsonl, write_json_atomic
 from runner.launch.attempt import prepare_run
 from runner.plan.decide import decide
 from runner.plan.status import RunStatus, find_differences, read_status
+from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.run.facts import read_facts
 from runner.run.lease import Lease
-from runner.run.paths import AttemptPaths, RunPaths
+from runner.run.paths import AttemptPaths, RunPaths, marker_path
 from runner.run.record import (
     Attempt,
     Failure,
@@ -253,6 +255,90 @@ def test_changed_when_result_and_recipe_are_of_two_experiments(run: Run) -> None
     assert run.status().state == "changed" and "lost" in run.status().why
 
 
+def put_checkpoint(run: Run) -> None:
+    """A committed one, as far as anybody looks who does not verify it."""
+    folder = run.paths.checkpoint_dir(4)
+    folder.mkdir(parents=True)
+    marker_path(folder).write_text("{}")
+
+
+def write_under_rules(run: Run, rules: int) -> None:
+    """`recipe.json` as a runner of these rules wrote it; of 1, the file does not say so."""
+    digest = derive_digest(run.recipe, CONTENTS, rules)
+    content = json.loads(run.paths.recipe_path.read_text()) | {"recipe_digest": digest}
+    content |= {"rules": rules}
+    if rules == 1:
+        del content["rules"]
+    write_json_atomic(run.paths.recipe_path, content)
+
+
+@pytest.mark.parametrize("rules", [1, 3])
+def test_completed_stays_completed_under_other_rules(rules: int, run: Run) -> None:
+    put_checkpoint(run)
+    write_under_rules(run, rules)
+    run.result()
+    assert run.status().state == "completed"
+    assert run.status("loss=completion").differences == ('loss: "full" -> "completion"',)
+
+
+@pytest.mark.parametrize("rules", [1, 3])
+@pytest.mark.parametrize("kind", ["preempted", "crashed"])
+def test_a_checkpoint_of_other_rules_is_not_continued(
+    kind: FailureKind, rules: int, run: Run
+) -> None:
+    write_under_rules(run, rules)
+    put_checkpoint(run)
+    run.attempt(
+        ended_at_utc="2026-01-01T00:00:05+00:00", failure=Failure(kind=kind, message="because")
+    )
+    line = (
+        f"rules of rows and masks: {rules} -> {RULES} (only a runner of rules {rules} can continue"
+        " it)"
+    )
+    status = run.status()
+    assert (status.state, status.differences) == ("changed", (line,))
+    assert status.why == f"the runner changed since the run was made: {line}"
+    before = run.paths.recipe_path.read_bytes()
+    with pytest.raises(RefusedError) as refused:
+        prepare_run(run.recipe, CONTENTS, read_facts(run.paths))
+    assert f"the runner changed since:\n  {line}" in refused.value.message
+    assert run.paths.recipe_path.read_bytes() == before
+    both = run.status("loss=completion")
+    assert both.differences == ('loss: "full" -> "completion"', line)
+    assert both.why.startswith("the recipe changed since the run was made: loss: ")
+
+
+def test_without_a_checkpoint_a_run_of_rules_1_starts_anew(run: Run) -> None:
+    """It has nothing that could be mixed up with other rows."""
+    write_under_rules(run, 1)
+    run.attempt()
+    assert run.status().state == "interrupted"
+    prepare_run(run.recipe, CONTENTS, read_facts(run.paths))
+    stored = load_stored_recipe(run.paths)
+    assert stored is not None and stored.rules == RULES == 2
+    assert stored.recipe_digest == derive_digest(run.recipe, CONTENTS)
+    assert json.loads(run.paths.recipe_path.read_text())["rules"] == 2
+
+
+def test_a_digest_that_no_key_explains_is_told_in_the_same_words_everywhere(run: Run) -> None:
+    digest = derive_digest(run.recipe, CONTENTS)
+    content = json.loads(run.paths.recipe_path.read_text()) | {"recipe_digest": "e" * 64}
+    write_json_atomic(run.paths.recipe_path, content)
+    run.attempt()
+    assert run.status().state == "interrupted", "it would start at step 0"
+    put_checkpoint(run)
+    status = run.status()
+    line = (
+        f"recipe_digest: {'e' * 12} -> {digest[:12]}, and no key differs: recipe.json was changed"
+        " by hand, or another version of the runner wrote it"
+    )
+    assert (status.state, status.differences) == ("changed", (line,))
+    with pytest.raises(RefusedError) as refused:
+        prepare_run(run.recipe, CONTENTS, read_facts(run.paths))
+    assert f"  {line}" in refused.value.message
+    assert run.status("loss=completion").differences == ('loss: "full" -> "completion"',)
+
+
 def test_quarantine_and_uploads_that_did_not_arrive_are_told_in_every_state(run: Run) -> None:
     assert run.status().notes == "" and run.status().quarantined == ()
     files = run.paths.attempt(run.attempt(resume="best").number)
@@ -286,7 +372,10 @@ def test_absent_files_are_nothing_and_damaged_ones_are_errors(empty: Run, tmp_pa
     assert load_record(empty.paths) == RunRecord()
     assert load_result(empty.paths) is None and load_stored_recipe(empty.paths) is None
     assert load_failure(AttemptPaths(tmp_path)) is None and load_progress(path) is None
-    assert find_differences(read_facts(empty.paths), empty.recipe, CONTENTS) == []
+    assert (
+        find_differences(read_facts(empty.paths), empty.recipe, CONTENTS, has_checkpoints=False)
+        == []
+    )
     damaged: list[Any] = [None, [], {}, {"kind": "tired", "message": "x"}, 3]
     for content in damaged:
         write_json_atomic(tmp_path / "failure.json", content)
@@ -298,4 +387,6 @@ def test_absent_files_are_nothing_and_damaged_ones_are_errors(empty: Run, tmp_pa
 def test_a_stored_recipe_comes_back_whole(run: Run) -> None:
     stored = load_stored_recipe(run.paths)
     assert stored is not None and stored.recipe == run.recipe and stored.contents == CONTENTS
-    assert find_differences(read_facts(run.paths), run.recipe, CONTENTS) == []
+    assert (
+        find_differences(read_facts(run.paths), run.recipe, CONTENTS, has_checkpoints=False) == []
+    )

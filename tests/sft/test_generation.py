@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from runner.data.chat_template import ChatFormat
 from runner.data.draw import LeftOut
 from runner.data.rows import Row, Samples, Split, build_samples
 from runner.data.tasks.base import Judgement
@@ -129,6 +130,15 @@ def test_an_answer_ends_with_the_turn(load: Callable[[str], Loaded]) -> None:
         for one in answer(model, tokenizer, rows):
             assert one.is_finished is is_finished
             assert one.prediction == ("" if is_finished else " ".join(["the"] * NUM_NEW))
+
+
+def test_generation_stops_where_the_base_model_stops_too(load: Callable[[str], Loaded]) -> None:
+    """A call may end in another token than an answer, which the generation config names."""
+    _, tokenizer, _ = load("gemma")
+    word = tokenizer.convert_tokens_to_ids("▁the")
+    assert word not in build_generation_config(tokenizer, 1).eos_token_id
+    tokenizer.chat_format = ChatFormat(stop_tokens=frozenset({"▁the"}))
+    assert word in build_generation_config(tokenizer, 1).eos_token_id
 
 
 def test_nothing_of_the_model_or_the_dice_is_changed(load: Callable[[str], Loaded]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import TrainerState
 
-from runner.data.rows import describe_samples
-from runner.errors import DivergedError
+from runner.data.masking import CompletionSpan
+from runner.data.rows import LeftOut, Row, Samples, Split, describe_samples
+from runner.errors import DataError, DivergedError
 from runner.files import append_jsonl, load_json, load_jsonl
+from runner.sft.recorder import Recorder
 from runner.sft.startup import WorldPlace
 from tests.conftest import Project
 from tests.support.contexts import make_recorder, open_context
@@ -69,6 +72,71 @@ def test_a_resume_takes_the_rows_that_its_checkpoint_carries(project: Project) -
     append_jsonl(context.paths.metrics_path, {"step": 4, "loss": 9.0})
     make_recorder(context).rewind(4)
     assert load_jsonl(context.paths.metrics_path) == [{"step": 4, "loss": 1.0}]
+
+
+def make_rows(*ids: str, length: int = 3) -> Split:
+    rows = [Row(one, tuple(range(length)), (CompletionSpan(1, 3),), 5, False) for one in ids]
+    return Split(tuple(rows), ())
+
+
+def record(project: Project, samples: Samples) -> Recorder:
+    return Recorder(open_context(project), samples)
+
+
+def test_a_resume_compares_the_rows_of_each_split_and_names_what_differs(project: Project) -> None:
+    ours = Samples(make_rows("a", "b"), make_rows("c"), make_rows("d"), LeftOut())
+    recorder = record(project, ours)
+    recorder.record_samples(None)
+    recorder.require_same_samples()
+    path = recorder.context.paths.samples_path
+    before = path.read_bytes()
+    others: dict[str, tuple[Samples, str]] = {
+        "order": (replace(ours, train=make_rows("b", "a")), "  train: other ids"),
+        "row": (
+            replace(ours, test=make_rows("d", "e")),
+            "  test: other ids, input_ids_hash, mask_hash",
+        ),
+        "token": (
+            replace(ours, validation=make_rows("c", length=4)),
+            "  validation: other input_ids_hash, mask_hash",
+        ),
+    }
+    for other, line in others.values():
+        with pytest.raises(DataError) as refused:
+            record(project, other).require_same_samples()
+        assert refused.value.message.splitlines()[1:] == [line]
+        assert str(path) in refused.value.message and "--fresh" in str(refused.value.hint)
+        assert path.read_bytes() == before
+    full = open_context(project, "loss=full")
+    with pytest.raises(DataError, match="train: other mask_hash\n  validation: other mask_hash"):
+        Recorder(full, ours).require_same_samples()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"splits": {"train": [1]}}', "3"])
+def test_a_record_of_rows_that_cannot_be_read_is_told_and_left_alone(
+    project: Project, content: str
+) -> None:
+    recorder = record(project, Samples(make_rows("a"), make_rows("b"), make_rows("c"), LeftOut()))
+    path = recorder.context.paths.samples_path
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"cannot|not JSON|train: not recorded"):
+        recorder.require_same_samples()
+    recorder.record_samples(4)
+    assert path.read_text() == content
+    recorder.record_samples(None)
+    recorder.require_same_samples()
+
+
+def test_without_a_record_of_rows_a_resume_says_so_and_writes_one(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a checkpoint was brought in from elsewhere."""
+    recorder = record(project, Samples(make_rows("a"), make_rows("b"), make_rows("c"), LeftOut()))
+    recorder.require_same_samples()
+    assert "samples.json: the rows are taken as unchanged" in capsys.readouterr().out
+    recorder.record_samples(4)
+    recorder.require_same_samples()
+    assert capsys.readouterr().out == ""
 
 
 def test_the_main_process_alone_writes(project: Project) -> None:

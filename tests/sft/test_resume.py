@@ -4,11 +4,13 @@ was.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from runner.files import load_json
 from runner.run.paths import RunPaths, marker_path
 from tests.conftest import Project
 from tests.support.training_runs import (
@@ -20,7 +22,9 @@ from tests.support.training_runs import (
     read_attempts,
     read_log,
     read_result,
+    snapshot,
     started,
+    try_launch,
     wait_for_path,
 )
 
@@ -110,6 +114,36 @@ def test_damaged_newest_checkpoint_is_set_aside_for_the_one_before(finished: Pro
     launch(finished, "damaged-newest", *RUNS["gemma-lora"])
     assert quarantined(copy) == ["step-15.1"] and "resuming from step 12" in read_log(copy)
     assert_same_outputs(copy, finished.paths("gemma-lora"))
+
+
+def test_a_checkpoint_of_other_rows_is_not_continued_and_nothing_is_changed(
+    finished: Project,
+) -> None:
+    """As where a library or a data set on the hub changed between two attempts."""
+    name, overrides = "other-rows", RUNS["gemma-lora"]
+    paths = copy_unfinished(finished, "gemma-lora", name)
+    samples = load_json(paths.samples_path)
+    was = samples["splits"]["validation"]["mask_hash"]
+    samples["splits"]["validation"]["mask_hash"] = "0" * 64
+    paths.samples_path.write_text(json.dumps(samples))
+    before = snapshot_without_attempts(paths)
+    result = try_launch(finished, name, *overrides)
+    assert result.returncode == 10 and "other-rows failed, data: the rows are not" in result.stderr
+    assert "\n  validation: other mask_hash\n" in result.stderr
+    assert read_attempts(paths)[-1]["failure"]["kind"] == "data"
+    assert snapshot_without_attempts(paths) == before
+    shutil.rmtree(paths.checkpoints_dir)  # so that the run starts at step 0
+    launch(finished, name, *overrides)
+    assert load_json(paths.samples_path)["splits"]["validation"]["mask_hash"] == was
+    assert_same_outputs(paths, finished.paths("gemma-lora"))
+
+
+def snapshot_without_attempts(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
+    return {
+        path: state
+        for path, state in snapshot(paths.run_dir).items()
+        if "/attempts/" not in path and not path.endswith(("/run.json", "/recipe.json"))
+    }
 
 
 def test_damaged_best_checkpoint_takes_those_with_it_that_would_export_it(

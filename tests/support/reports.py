@@ -7,6 +7,7 @@ from typing import Any
 
 from runner.files import write_json_atomic, write_text_atomic
 from runner.plan.status import RunStatus, read_status
+from runner.recipe.identity import RULES
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.report.format import FORMATS
 from runner.report.rows import ReportRow, build_rows
@@ -71,12 +72,16 @@ def make_score(nll: float, num_bytes: int = NUM_BYTES) -> SplitScore:
     )
 
 
-def write_base(root: Path, recipe: Recipe, *attempts: Attempt) -> RunPaths:
+def write_base(
+    root: Path,
+    recipe: Recipe,
+    *attempts: Attempt,
+    rules: int = RULES,
+    contents: dict[str, str] | None = None,
+) -> RunPaths:
     paths = RunPaths(root / recipe.run.grid / recipe.run.name)
-    write_json_atomic(
-        paths.recipe_path,
-        {"recipe": recipe.model_dump(mode="json"), "recipe_digest": "d", "contents": {}},
-    )
+    stated = {"recipe": recipe.model_dump(mode="json"), "recipe_digest": "d"}
+    write_json_atomic(paths.recipe_path, stated | {"contents": contents or {}, "rules": rules})
     write_record(paths, RunRecord(attempts=attempts))
     return paths
 
@@ -91,8 +96,10 @@ def completed(
     num_bytes: int = NUM_BYTES,
     stop_reason: str = "num_train_epochs",
     answers: dict[str, GenerationScore] | None = None,
+    rules: int = RULES,
+    contents: dict[str, str] | None = None,
 ) -> Run:
-    paths = write_base(root, recipe)
+    paths = write_base(root, recipe, rules=rules, contents=contents)
     result = TrainResult(
         recipe_digest="d",
         outcome="completed",

@@ -81,6 +81,9 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] = ()
     untrained: frozenset[int] = frozenset()
     unused: tuple[str, ...] = field(default=(), compare=False)
+    # What the row says, for metrics of the project; `Task.build_examples` sets it, and it is empty
+    # where an example is not one row.
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ class Task(Section):
             if isinstance(row, Mapping):
                 columns = find_unused(row, self.list_used_columns(row))
             leftovers.add(where, columns, example.unused)
-            examples.append(replace(example, key=derive_row_key(row, self.BOOKKEEPING)))
+            example = replace(example, key=derive_row_key(row, self.BOOKKEEPING))
+            examples.append(replace(example, columns=_name_columns(row)))
         leftovers.refuse()
         return Examples(tuple(examples), {}, leftovers.count())
 
@@ -181,6 +185,10 @@ class Task(Section):
         `RECOGNISED_BY`.
         """
         return {column for columns, _ in self.RECOGNISED_BY for column in columns}
+
+    def for_check(self) -> Task:
+        """The task as `check` reads rows with it, which may take twice as long."""
+        return self
 
     def build_example(self, row: Any, where: str) -> Example:
         """The example of one row."""
@@ -210,6 +218,10 @@ class Task(Section):
     def combine_scores(self, judged: Sequence[Judged]) -> dict[str, float]:
         """The metrics of rows that all have scores: the mean of each score."""
         return mean_scores([scores for _, scores in judged])
+
+
+def _name_columns(row: Any) -> Mapping[str, Any]:
+    return row if isinstance(row, Mapping) else {"messages": row}
 
 
 def derive_row_key(row: Any, bookkeeping: Sequence[str] = ()) -> str:

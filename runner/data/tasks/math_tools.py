@@ -9,28 +9,23 @@ a score. A pair that exceeds the limit is unequal.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-import resource
-import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
+from runner.child import ChildLostError, LimitedChild, serve
 from runner.data.tasks.base import Example, Judge, Judgement, References, Task
 from runner.data.tasks.conversations import list_conversation_columns, read_conversation
-from runner.processes import die_with_parent
 
 # No template of Gemma, Mistral or a plain base model has a role for a tool.
 TOOL_ROLES: Final[Mapping[str, str]] = MappingProxyType({"tool": "user"})
 _BOXED: Final = "\\boxed{"
-_MEMORY_BYTES: Final = 4 << 30  # of address space; sympy alone takes a tenth
 
 
 class MathToolsTask(Task):
@@ -116,56 +111,25 @@ class MathJudge:
 
     def __init__(self, cpu_seconds: int = 5) -> None:
         self._cpu_seconds = cpu_seconds
-        self._process: subprocess.Popen[str] | None = None
+        # No limit by the clock: a busy machine would change a score.
+        self._child = LimitedChild(__name__, is_silent=True)
 
     def __enter__(self) -> MathJudge:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stop()
+    def __exit__(self, *_: object) -> None:
+        self._child.close()
 
     def __call__(self, reference: str, answer: str) -> bool:
         """True where the two are equal: as texts, or else as mathematics."""
         return normalise_latex(reference) == normalise_latex(answer) or self._ask(reference, answer)
 
     def _ask(self, reference: str, answer: str) -> bool:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    __name__,
-                    str(os.getpid()),
-                    str(self._cpu_seconds),
-                ],
-                # Sympy walks through sets: the same way each time.
-                env={**os.environ, "PYTHONHASHSEED": "0"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                encoding="utf-8",
-            )
-        assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            print(json.dumps([reference, answer]), file=self._process.stdin, flush=True)
-            reply = self._process.stdout.readline()
-        except BrokenPipeError:
-            reply = ""
-        if not reply:  # ended by a limit
-            self._stop()
-        return reply == "true\n"
-
-    def _stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+            reply = self._child.ask([reference, answer], cpu_seconds=self._cpu_seconds)
+        except ChildLostError:  # ended by a limit
+            return False
+        return reply is True
 
 
 def normalise_latex(text: str) -> str:
@@ -181,33 +145,18 @@ def normalise_latex(text: str) -> str:
 
 
 def main() -> int:
-    """Answer pairs of texts from stdin, one JSON line each, with `true` or `false`, until a limit
-    ends the process.
-    """
-    parent_pid, cpu_seconds = map(int, sys.argv[1:])
-    die_with_parent(parent_pid)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    replies, sys.stdout = sys.stdout, sys.stderr
-    is_equal = load_comparison()
-    for line in sys.stdin:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        limit = int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-        print(json.dumps(is_equal(*json.loads(line))), file=replies, flush=True)
-    return 0
+    """Answer pairs of texts with true or false, until a limit ends the process."""
+    return serve(load_comparison)
 
 
-def load_comparison() -> Callable[[str, str], bool]:
-    """math-verify's comparison of two LaTeX texts, without its timeouts."""
+def load_comparison() -> Callable[[Sequence[str]], bool]:
+    """math-verify's comparison of a pair of LaTeX texts, without its timeouts."""
     from math_verify import parse, verify
 
     logging.disable(logging.CRITICAL)  # it warns that its timeouts are off
 
-    def is_equal(reference: str, answer: str) -> bool:
-        expected, found = (
-            parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer)
-        )
+    def is_equal(pair: Sequence[str]) -> bool:
+        expected, found = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in pair)
         return bool(verify(expected, found, timeout_seconds=None))
 
     return is_equal

@@ -82,7 +82,7 @@ def test_the_file_is_all_that_a_recipe_needs_to_name_the_task(
     done = numbers.cli(*dry, "data.task={name: parity, evem_text: x}", environment=with_parity)
     assert done.returncode == 2 and "did you mean `even_text`?" in done.stderr
     done = numbers.cli(*dry, "data.task={name: parities}", environment=with_parity)
-    assert "oasst1, math_tools or parity" in done.stderr, "new tasks are listed last"
+    assert "math_tools, python or parity" in done.stderr, "new tasks are listed last"
     done = numbers.cli(*dry, f"data.task={TASK}")
     assert "`name` is the text 'parity', expected conversations," in done.stderr
 

@@ -267,3 +267,18 @@ def test_every_message_is_used_or_counted_once(data: st.DataObject) -> None:
     for path in found.paths:
         assert path.messages[-1].role == "assistant" and path.messages[0].parent_id is None
         assert not any(one.deleted or one.review_result is False for one in path.messages)
+
+
+def test_keys_of_nested_messages_are_known_or_refused() -> None:
+    reply = {"message_id": "b", "text": "b", "role": "assistant", "review_result": True}
+    root = {"message_id": "a", "text": "a", "role": "prompter", "review_result": True, "lang": "en"}
+    tree = {
+        "message_tree_id": "a",
+        "tree_state": "ready_for_export",
+        "prompt": {**root, "replies": [{**reply, "lang": "en", "emojis": {"+1": 1}}]},
+    }
+    found = BEST.build_examples([("row 1", tree)])
+    assert len(found.examples) == 1 and found.unused == {"emojis": 1}
+    tree["prompt"]["replies"][0]["weight"] = 0
+    with pytest.raises(DataError, match="row 1: the message key `weight` is not used"):
+        BEST.build_examples([("row 1", tree)])

@@ -126,3 +126,21 @@ def test_exact_match_and_f1_are_those_of_torchmetrics(
     assert scores == pytest.approx(
         {name: float(value) / 100 for name, value in expected.items()}, abs=1e-6
     )
+
+
+def test_questions_about_one_paragraph_are_a_group() -> None:
+    rows = [
+        {"context": context, "question": question, "answers": {"text": ["x"]}}
+        for context in ("One.", "One. \r\n", "Two.")
+        for question in ("a", "b")
+    ]
+    groups = [build(row, SQUAD).group for row in rows]
+    assert len(set(groups)) == 2 and len(set(groups[:4])) == 1 and None not in groups
+
+
+@pytest.mark.parametrize(("is_impossible", "texts"), [(True, ["x"]), (False, []), ("no", ["x"])])
+def test_an_impossible_question_has_no_answers(is_impossible: Any, texts: list[str]) -> None:
+    row = {"context": "One.", "question": "a", "answers": {"text": texts}}
+    assert build(row | {"is_impossible": not texts}, SQUAD) == build(row, SQUAD)
+    with pytest.raises(DataError, match="row 1: column `is_impossible` is"):
+        build(row | {"is_impossible": is_impossible}, SQUAD)

@@ -1,0 +1,183 @@
+"""Changed runs in a sweep: what is said of them, once for all, and `--fresh`, which moves them into
+one dated folder so that they are started anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from runner.errors import RefusedError
+from runner.plan.decide import Decision
+from runner.plan.select import Selected
+from runner.plan.status import RunStatus, read_status
+from runner.run.facts import read_facts
+from runner.run.paths import RunPaths, changed_runs_dir
+from runner.run.record import now_utc
+
+_MAX_NAMED: Final = 3
+_MAX_KEYS: Final = 8
+
+
+@dataclass(frozen=True)
+class ChangedRun:
+    """A run whose directory holds another experiment, and where `--fresh` puts it."""
+
+    selected: Selected
+    contents: Mapping[str, str]
+    status: RunStatus
+
+    @property
+    def full_name(self) -> str:
+        """`<grid>/<run name>`."""
+        return self.selected.full_name
+
+    @property
+    def paths(self) -> RunPaths:
+        """The files of the run."""
+        return self.selected.paths
+
+    @property
+    def output_root(self) -> Path:
+        """The folder of all grids."""
+        return self.paths.run_dir.parent.parent
+
+    def target(self, folder: Path) -> Path:
+        """Where it goes in the dated folder."""
+        return folder / self.paths.run_dir.parent.name / self.paths.run_dir.name
+
+
+def describe_changed(changed: Sequence[ChangedRun], arguments: argparse.Namespace) -> list[str]:
+    """How many runs are changed and by which keys, where their numbers are, and what to do."""
+    command = ["runner", "sweep", *map(str, arguments.paths)]
+    command += [word for condition in arguments.where for word in ("--where", condition)]
+    if arguments.output_root != Path("runs"):
+        command += ["--output-root", str(arguments.output_root)]
+    if len(changed) == 1:
+        lines = list(changed[0].status.differences)
+    else:
+        lines = [*_count_keys(changed), _name_some(changed, ["runner", "status", *command[2:]])]
+    if not arguments.fresh:
+        grids = dict.fromkeys(str(one.paths.run_dir.parent) for one in changed)
+        lines.append(f"the numbers: {shlex.join(['runner', 'report', *grids])}")
+        lines.append(
+            f"{shlex.join([*command, '--fresh'])}"
+            "  # moves what is changed into one dated folder and starts it anew"
+        )
+    return lines
+
+
+def _count_keys(changed: Sequence[ChangedRun]) -> list[str]:
+    """One line for each key, the most frequent ones first, with its values where they are the same
+    in all runs.
+    """
+    by_key: dict[str, Counter[str]] = {}
+    for one in changed:
+        for line in one.status.differences:
+            by_key.setdefault(line.partition(": ")[0], Counter())[line] += 1
+    ranked = sorted(by_key.items(), key=lambda item: -item[1].total())
+    lines = []
+    for key, found in ranked[:_MAX_KEYS]:
+        count = found.total()
+        shown = next(iter(found)) if len(found) == 1 else f"{key}: different values"
+        lines.append(f"{count:>3} {'run ' if count == 1 else 'runs'}  {shown}")
+    if len(ranked) > _MAX_KEYS:
+        lines.append(f"and {len(ranked) - _MAX_KEYS} more keys")
+    return lines
+
+
+def _name_some(changed: Sequence[ChangedRun], status: Sequence[str]) -> str:
+    names = [one.full_name for one in changed]
+    named = ", ".join(names[:_MAX_NAMED])
+    if len(names) <= _MAX_NAMED:
+        return named
+    return f"{named} and {len(names) - _MAX_NAMED} more; `{shlex.join(status)}` names all"
+
+
+def choose_folders(changed: Sequence[ChangedRun]) -> dict[Path, Path]:
+    """`output root -> dated folder` for runs to be moved there: the first one of today in which
+    none of their names is taken.
+
+    Raises:
+        RefusedError: a run is on another file system than its output root, so that it cannot be
+            moved in one step.
+    """
+    date, folders = now_utc()[:10], {}
+    for one in changed:
+        if one.paths.run_dir.exists() and (
+            one.paths.run_dir.stat().st_dev != one.output_root.stat().st_dev
+        ):
+            raise RefusedError(
+                f"{one.paths.run_dir} is on another file system than {one.output_root}:"
+                " it cannot be moved in one step",
+                hint=f"runner launch {one.selected.source_path} --fresh  # moves it aside in place",
+            )
+        folders[one.output_root] = one.output_root
+    for root in folders:
+        for number in itertools.count(1):
+            folder = changed_runs_dir(root, date, number)
+            if not any(one.target(folder).exists() for one in changed if one.output_root == root):
+                folders[root] = folder
+                break
+    return folders
+
+
+def confirm(changed: Sequence[ChangedRun], folders: Mapping[Path, Path], *, is_sure: bool) -> None:
+    """Ask on the terminal whether to move the runs.
+
+    Raises:
+        RefusedError: the answer is no, or there is nobody to ask and `is_sure` does not say so.
+    """
+    if is_sure:
+        return
+    where = ", ".join(str(folder) for folder in folders.values())
+    runs = "1 changed run" if len(changed) == 1 else f"{len(changed)} changed runs"
+    if not sys.stdin.isatty():
+        raise RefusedError(
+            f"`--fresh` moves {runs} into {where}, and there is nobody to ask",
+            hint="add `--yes`; `--dry-run` shows what would be done",
+        )
+    print(f"move {runs} into {where} and start anew? (y/N) ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise RefusedError("nothing was moved, and nothing started")
+
+
+def describe_remote(changed: Sequence[ChangedRun]) -> list[str]:
+    """A line about runs that keep checkpoints in remote storage, where nothing is moved."""
+    num_remote = sum(one.selected.recipe.checkpoints.remote is not None for one in changed)
+    if not num_remote:
+        return []
+    return [
+        f"{num_remote} with `checkpoints.remote`: what is stored there stays, and the new runs"
+        " neither load nor overwrite it, nor store anything beside it;"
+        " first give `checkpoints.remote.url` another place"
+    ]
+
+
+def move_changed(one: ChangedRun, folder: Path) -> Decision | None:
+    """Rename a run into the dated folder under its lease; why it was left alone, None where it was
+    not.
+    """
+    from runner.launch.attempt import move_aside, take_lease
+
+    try:
+        lease = take_lease(one.paths)
+    except RefusedError as error:
+        return Decision("refuse", error.message)
+    if lease is None:
+        return Decision("skip", "running: it is never moved")
+    with contextlib.closing(lease):
+        # Another sweep may have moved it and begun anew since it was looked at.
+        facts = read_facts(one.paths, lease=lease)
+        if read_status(facts, one.selected.recipe, one.contents).state != "changed":
+            return Decision("skip", "no longer changed: another sweep was faster")
+        move_aside(one.paths, one.target(folder))
+    return None

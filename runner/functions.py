@@ -1,0 +1,281 @@
+"""Python functions of the user's project that a recipe names: the section, reading the files, and
+calling a function in a process of its own.
+
+Nothing runs before `with_sources` has been given the texts of all files, and that is done by
+`run.allowed_code` alone, which knows what was allowed. What a function gets and returns is JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import AfterValidator, PrivateAttr, StringConstraints
+
+from runner.child import ChildLostError, LimitedChild
+from runner.errors import DataError, RefusedError
+from runner.strict import Section
+
+CPU_SECONDS: Final = 5  # of one call
+WALL_SECONDS: Final = 120.0  # of one call; a busy machine takes long for a second of CPU time
+_LOAD_CPU_SECONDS: Final = 60  # of the imports, before the first call
+_GRACE_SECONDS: Final = 10.0  # for the process to say by itself where it was
+_FILE_BYTES: Final = 1 << 20
+
+Score = Callable[[str, Sequence[str], Mapping[str, Any], str], float | None]
+
+
+def _check_path(path: str) -> str:
+    parts = path.split("/")
+    if path.startswith(("/", "~")) or "\\" in path or {"", ".", ".."} & set(parts):
+        raise ValueError(
+            f"{path!r} should be the path of a file of the project: relative to the folder where"
+            " `runner` is started, with `/`, without `.` and `..`, such as functions/rows.py"
+        )
+    if not path.endswith(".py"):
+        raise ValueError(f"{path!r} should be a Python file, with a name that ends in .py")
+    return path
+
+
+def _check_function(function: str) -> str:
+    path, colon, name = function.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise ValueError(
+            f"{function!r} should name a file and a function in it, such as rows.py:build"
+        )
+    _check_path(path)
+    return function
+
+
+def _check_module(path: str) -> str:
+    parts = PurePosixPath(_check_path(path)).with_suffix("").parts
+    if not all(part.isidentifier() for part in parts):
+        raise ValueError(
+            f"{path!r} cannot be imported: the names of its folders and its own may hold letters,"
+            " digits and _ only"
+        )
+    if parts[0] in sys.stdlib_module_names or parts[0] == "runner":
+        raise ValueError(f"{path!r} would hide Python's module `{parts[0]}`: give it another name")
+    return path
+
+
+FunctionName = Annotated[str, AfterValidator(_check_function)]
+ModulePath = Annotated[str, AfterValidator(_check_module)]
+
+
+@dataclass(frozen=True)
+class PythonFile:
+    """One file of the project, as it was read."""
+
+    path: str
+    content: bytes
+
+    @property
+    def sha256(self) -> str:
+        """What is allowed, and what the digest of a recipe holds."""
+        return hashlib.sha256(self.content).hexdigest()
+
+
+class UserFunction(Section):
+    """A function of the project: `FILE.py:NAME`, and the other files of the project that it may
+    import, each by its path (`lib/text.py` as `lib.text`).
+    """
+
+    function: FunctionName
+    python_files: tuple[ModulePath, ...] = ()
+    _sources: Mapping[str, str] | None = PrivateAttr(None)
+
+    def list_files(self) -> dict[str, str]:
+        """`key of this section -> path` of all its files."""
+        others = {f"python_files[{at}]": path for at, path in enumerate(self.python_files)}
+        return {"function": self.function.rpartition(":")[0], **others}
+
+    def with_sources(self, sources: Mapping[str, str]) -> Self:
+        """The same section, which may be called: `path -> text` of all its files."""
+        allowed = self.model_copy()
+        allowed._sources = {path: sources[path] for path in self.list_files().values()}
+        return allowed
+
+    @contextmanager
+    def open_function(self) -> Iterator[FunctionProcess]:
+        """The function, loaded in a process of its own, which ends with the context.
+
+        Raises:
+            DataError: it cannot be loaded.
+        """
+        if self._sources is None:
+            raise RefusedError(
+                f"{self.function} was not allowed to run",
+                hint="runner check --allow-code RECIPE",
+            )
+        path, _, name = self.function.rpartition(":")
+        with FunctionProcess(self._sources, path, name) as process:
+            yield process
+
+
+class FunctionProcess:
+    """One function in a process of its own."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        path: str,
+        name: str,
+        *,
+        wall_seconds: float = WALL_SECONDS,
+    ) -> None:
+        self._sources, self._path, self._name = sources, path, name
+        self._wall_seconds = wall_seconds
+        self._child = LimitedChild(
+            "runner.function_child", wall_seconds=wall_seconds + _GRACE_SECONDS
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            self._load()
+        except BaseException:
+            self._child.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.close()
+
+    def __call__(self, where: str, *arguments: Any) -> Any:
+        """What the function returns for one row; `where` names the row in errors.
+
+        Raises:
+            DataError: it failed, exceeded a limit, or returned what JSON cannot say.
+        """
+        if not self._child.is_running:  # lost in an earlier call
+            self._load()
+        request = {"arguments": [_as_json(argument, where) for argument in arguments]}
+        return self._ask(request, where, CPU_SECONDS)
+
+    def _load(self) -> None:
+        request = {"sources": dict(self._sources), "path": self._path, "name": self._name}
+        self._ask(request, None, _LOAD_CPU_SECONDS)
+
+    def _ask(self, request: Mapping[str, Any], where: str | None, cpu_seconds: int) -> Any:
+        limits = {"cpu_seconds": cpu_seconds, "wall_seconds": self._wall_seconds}
+        try:
+            # The process says by itself where it was when it may still run Python.
+            reply = self._child.ask({**request, **limits}, cpu_seconds=cpu_seconds + 1)
+        except ChildLostError as error:
+            raise self._fail(where, f"{self._path}, in `{self._name}`: {error}") from None
+        if (failure := reply.get("failure")) is not None:
+            path, line = failure["path"] or self._path, failure["line"]
+            place = path if line is None else f"{path} line {line}"
+            said = ": ".join(filter(None, (failure["kind"], failure["text"])))
+            within = f", in `{self._name}`" if where is not None else ""
+            raise self._fail(where, f"{place}{within}: {said}", failure["missing_module"])
+        return reply["value"]
+
+    def _fail(self, where: str | None, said: str, missing_module: str | None = None) -> DataError:
+        hint = (
+            f"a call may use {CPU_SECONDS} s of CPU time, {self._wall_seconds:g} s by the clock and"
+            " 4 GiB; no row is left out and no answer counted as 0 because a function fails: mend"
+            " the function, or the row"
+        )
+        if missing_module is not None:
+            path = missing_module.replace(".", "/")
+            hint = f"a package has to be installed in the Python of `runner`: {missing_module}"
+            if os.path.exists(f"{path}.py"):
+                hint = f"name the file beside the function: python_files: [{path}.py]"
+            elif os.path.isdir(path):
+                hint = f"name what is needed of {path}/ in `python_files`, beside the function"
+        elif where is None:
+            hint = f"`{self._name}` has to be a function that {self._path} defines"
+        row = "" if where is None else f"{where}: "
+        return DataError(f"{row}{said}", hint=hint)
+
+
+class Metric(UserFunction):
+    """A metric of generated answers: `NAME(prediction, references, row)` returns one number, or
+    None where the answer is not judged.
+    """
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
+    mode: Literal["min", "max"]  # min: smaller is better
+
+    @contextmanager
+    def open_score(self) -> Iterator[Score]:
+        """The score of `(prediction, references, row, where)`; `where` names the row in errors.
+
+        Raises:
+            DataError: the function cannot be loaded; or, of a call, that it fails or returns
+                anything but a finite number or None.
+        """
+        with self.open_function() as function:
+
+            def score(
+                prediction: str, references: Sequence[str], row: Mapping[str, Any], where: str
+            ) -> float | None:
+                value = function(where, prediction, list(references), row)
+                if value is None:
+                    return None
+                if not isinstance(value, int | float) or not math.isfinite(value):
+                    raise DataError(
+                        f"{where}: {self.function} returned {json.dumps(value)[:100]} for the"
+                        f" metric `{self.name}`",
+                        hint="return one finite number, or None where an answer is not judged",
+                    )
+                return float(value)
+
+            yield score
+
+
+def read_python_file(path: str) -> PythonFile:
+    """A file of the project, below the working directory.
+
+    Raises:
+        RefusedError: it, or a folder on the way, is a link, or it is no file of at most 1 MiB.
+        DataError: it is not there, or no UTF-8.
+    """
+    place = Path()
+    for part in PurePosixPath(path).parts:
+        place /= part
+        if place.is_symlink():
+            raise RefusedError(
+                f"{place} is a link to {os.readlink(place)}: the code of a project lies in it",
+                hint="copy the file into the project",
+            )
+    try:
+        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as stream:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > _FILE_BYTES:
+                raise RefusedError(f"{place} is no file of at most {_FILE_BYTES >> 20} MiB")
+            content = stream.read()
+    except OSError as error:
+        raise DataError(f"{place} cannot be read: {error.strerror}") from None
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: is not UTF-8 text ({error})") from None
+    return PythonFile(path, content)
+
+
+def _as_json(value: Any, where: str) -> Any:
+    """A value as JSON says it: dates and the like, of Arrow files, as texts."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(item, where) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item, where) for item in value]
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise DataError(
+            f"{where}: holds bytes, which no function can be given",
+            hint="leave the column out of the file",
+        )
+    return str(value)

@@ -1,0 +1,213 @@
+"""Masks of random conversations with tools, calls, thoughts and weights, under every template of
+TRL's that prints them, against what any right mask has in common.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from runner.data.chat_template import ChatFormat, MaskError
+from runner.data.masking import ConversationMasker
+from tests.support.chat_formats import (
+    SPECIAL_TOKENS,
+    build_tokenizer,
+    trl_template,
+    trl_template_names,
+)
+from tests.support.chats import HOSTILE
+
+DAY = datetime(2026, 1, 31)
+FEW = settings(
+    max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
+# Control tokens of calls, which SPECIAL_TOKENS leave out.
+SPECIAL = [*SPECIAL_TOKENS, "<|tool_response>", "<|observation|>", "<|assistant_end|>"]
+# What a generation config of the family names beside eos.
+STOPS = frozenset({"<|tool_response>", "<|observation|>", "<|user|>"})
+
+# Of TRL's templates those that print calls, and those that print thoughts.
+PRINTING_CALLS = [
+    *("diffusion_gemma", "gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5"),
+    *("glm4moe", "gptoss", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl", "lfm2_v2"),
+    *("llama3_1", "llama3_2", "muse_glimmer", "nemotron_3_5_lightning", "nemotron_3_nano"),
+    *("nemotron_3_super", "nemotron_3_ultra", "qwen2_5", "qwen3", "qwen3_5_nothink"),
+    *("qwen3_5_think", "qwen3_6", "qwen3_8", "qwen3_instruct_2507", "qwen3_vl"),
+]
+PRINTING_THOUGHTS = [
+    *("diffusion_gemma", "gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5", "lfm2_2_5_v2"),
+    *("lfm2_2_5_vl", "muse_glimmer", "nemotron_3_5_lightning", "nemotron_3_nano"),
+    *("nemotron_3_super", "nemotron_3_ultra", "qwen3", "qwen3_5_nothink", "qwen3_5_think"),
+    *("qwen3_6", "qwen3_8"),
+]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a word up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "The word."}},
+            "required": ["word"],
+        },
+    },
+}
+Chat = list[dict[str, Any]]
+
+
+@cache
+def masker(name: str) -> ConversationMasker:
+    end_of_turn = "<|user|>" if name == "glm4moe" else None
+    chat_format = ChatFormat(moment=DAY, end_of_turn=end_of_turn, stop_tokens=STOPS)
+    return ConversationMasker(
+        build_tokenizer("bytes", trl_template(name), special=SPECIAL), chat_format
+    )
+
+
+def call(arguments: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": "look_up", "arguments": arguments}
+    return {"type": "function", "id": "call00001", "function": function}
+
+
+CALLING: Chat = [
+    {"role": "user", "content": "A tree?"},
+    {"role": "assistant", "content": "", "tool_calls": [call({"word": "tree"})]},
+    {"role": "tool", "name": "look_up", "tool_call_id": "call00001", "content": "a plant"},
+    {"role": "assistant", "content": "A plant."},
+]
+THINKING: Chat = [
+    {"role": "user", "content": "2 x 7?"},
+    {"role": "assistant", "content": "14", "reasoning_content": "twice seven"},
+]
+
+
+def is_masked(name: str, chat: Chat, tools: list[Any]) -> bool:
+    try:
+        masker(name).mask(chat, tools)
+    except MaskError:
+        return False
+    return True
+
+
+def test_the_templates_that_print_calls_and_thoughts_are_these() -> None:
+    names = [name for name in trl_template_names() if not name.endswith("_training")]
+    assert [name for name in names if is_masked(name, CALLING, [TOOL])] == PRINTING_CALLS
+    assert [name for name in names if is_masked(name, THINKING, [])] == PRINTING_THOUGHTS
+
+
+# --- random conversations: every text begins with a word of its own
+
+texts = st.lists(
+    st.one_of(
+        st.sampled_from(["Hello", " world", "fox.", "\n", " ", "é 😀", 'say "x"', "back\\slash"]),
+        st.sampled_from([text for text in HOSTILE if "<|channel|>" not in text]),
+        st.text(max_size=5),
+    ),
+    max_size=3,
+).map("".join)
+
+
+@st.composite
+def conversations(draw: st.DrawFn, has_calls: bool, has_thoughts: bool) -> tuple[Chat, set[int]]:
+    """A chat of one to three rounds, and the assistant's messages of weight 0."""
+    chat: Chat = []
+
+    def word() -> str:
+        return f"zq{len(chat)}w{draw(texts)}"
+
+    def answer(**more: Any) -> None:
+        message = {"role": "assistant", "content": "", **more}
+        if has_thoughts and draw(st.booleans()):
+            message["reasoning_content"] = f"thought{word()}"
+        chat.append(message)
+
+    for _ in range(draw(st.integers(1, 3))):
+        chat.append({"role": "user", "content": word()})
+        if has_calls and draw(st.booleans()):
+            answer(tool_calls=[call({"word": word()})])
+            tool = {"role": "tool", "name": "look_up", "tool_call_id": "call00001"}
+            chat.append({**tool, "content": word()})
+        answer(content=word())
+    assistants = [n for n, message in enumerate(chat) if message["role"] == "assistant"]
+    untrained = set(draw(st.lists(st.sampled_from(assistants), max_size=2)))
+    return chat, untrained - {assistants[-1]}
+
+
+def says(text: str, wanted: str) -> bool:
+    """Whether a text holds another, as it is or as JSON escapes it, but for whitespace around."""
+    wanted = wanted.strip()
+    return any(
+        form in text
+        for form in (wanted, json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1])
+    )
+
+
+def leaves(message: dict[str, Any]) -> list[str]:
+    calls = [one["function"]["arguments"]["word"] for one in message.get("tool_calls", ())]
+    return [
+        text for text in (message["content"], message.get("reasoning_content", ""), *calls) if text
+    ]
+
+
+def check_mask(name: str, chat: Chat, tools: list[Any], untrained: set[int]) -> bool:
+    """Whether the conversation is accepted; asserts what any right mask of it has in common."""
+    assistants = [n for n, message in enumerate(chat) if message["role"] == "assistant"]
+    wanted = [n for n in assistants if n not in untrained]
+    try:
+        mask = masker(name).mask(chat, tools, turns=wanted, untrained=untrained)
+    except MaskError:
+        return False
+    assert [one.message for one in mask.completions] == assistants
+    tokenizer = masker(name)._tokenizer
+    assert list(mask.input_ids) == tokenizer(mask.text, add_special_tokens=False)["input_ids"]
+    previous = 0
+    for one, (start, end) in zip(mask.completions, mask.completion_chars, strict=True):
+        assert previous <= one.span.start < one.span.end
+        assert one.span.start <= one.content.start < one.content.end <= one.span.end
+        previous = one.span.end
+        said = mask.text[start:end]
+        if one.message in wanted:
+            assert all(says(said, text) for text in leaves(chat[one.message])), said
+        for other, message in enumerate(chat):
+            if other != one.message:
+                assert f"zq{other}w" not in said
+                assert not any(says(said, text) for text in leaves(message) if len(text) > 8)
+        last = tokenizer.convert_ids_to_tokens(mask.input_ids[one.span.end - 1])
+        assert last in SPECIAL or last == "</s>", last
+        # Each label is a token that the characters of the completion hold.
+        assert mask.offsets[one.span.end - 1][1] == end
+    return True
+
+
+@pytest.mark.parametrize("name", PRINTING_CALLS)
+def test_masks_of_calls_hold_what_the_assistant_says_and_nothing_else(name: str) -> None:
+    num_accepted = 0
+
+    @FEW
+    @given(conversations(has_calls=True, has_thoughts=name in PRINTING_THOUGHTS))
+    def check(drawn: tuple[Chat, set[int]]) -> None:
+        nonlocal num_accepted
+        num_accepted += check_mask(name, drawn[0], [TOOL], drawn[1])
+
+    check()
+    assert num_accepted > 0
+
+
+@pytest.mark.parametrize("name", PRINTING_THOUGHTS)
+def test_masks_of_thoughts_hold_what_the_assistant_says_and_nothing_else(name: str) -> None:
+    num_accepted = 0
+
+    @FEW
+    @given(conversations(has_calls=False, has_thoughts=True))
+    def check(drawn: tuple[Chat, set[int]]) -> None:
+        nonlocal num_accepted
+        num_accepted += check_mask(name, drawn[0], [], drawn[1])
+
+    check()
+    assert num_accepted > 0
