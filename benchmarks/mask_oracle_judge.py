@@ -195,7 +195,9 @@ class Oracle:
         """
         end = self.prompt_end(chat, index, text, form)
         bare = self.try_render(chat.messages[:index], chat.tools, form)
-        if end is None or bare is None or text[:end] != bare:
+        if end is None or bare is None:
+            return end
+        if text[:end] != bare.removesuffix(self.setting.end_of_turn or ""):
             return end
         return end if self._unasked_prompt and bare.endswith(self._unasked_prompt) else None
 
