@@ -47,6 +47,7 @@ _NUM_NAMED: Final = 3
 
 HIDDEN: Final = "hidden files"
 _OTHER_FORMATS: Final = "files that are no rows"
+_LINKED: Final = "links to folders"
 _NO_SPLIT: Final = "files whose names say no split"
 
 Files = tuple[Path, ...]
@@ -116,7 +117,7 @@ def find_source_files(source: DataSource) -> SourceFiles:
         raise DataError(
             f"`split: {source.split}` chooses among the files of a folder or the splits of a data"
             f" set on the hub, and {path} is one file",
-            hint="leave `split` out: all rows of the file are read",
+            hint="leave `split` out, or write `split: train`: all rows of the file are read",
         )
     return SourceFiles((path,), notes=_note_split(source, "is one file: all of its rows are read"))
 
@@ -295,10 +296,12 @@ def _walk(folder: Path) -> tuple[list[Path], dict[str, tuple[str, ...]]]:
     """The data files below a folder, sorted, and the others by the reason that they are not."""
     files: list[Path] = []
     skipped: dict[str, list[str]] = {}
-    for file in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+    for file in sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file()):
         name = file.relative_to(folder)
         if _is_hidden(name):
             skipped.setdefault(HIDDEN, []).append(str(name))
+        elif file.is_dir():  # `rglob` does not enter those, which may lead back here
+            skipped.setdefault(_LINKED, []).append(str(name))
         elif name_format(name) is None or name.name in _METADATA:
             skipped.setdefault(_OTHER_FORMATS, []).append(str(name))
         else:

@@ -153,6 +153,16 @@ def test_a_folder_without_splits_is_read_whole(tmp_path: Path) -> None:
     assert "has no files for `split: test`" in refusal(tmp_path, split="test")
 
 
+def test_a_link_is_read_as_a_file_and_told_as_a_folder(tmp_path: Path) -> None:
+    """A downloaded snapshot links each file; a link to a folder may lead back to where it is."""
+    write(tmp_path / "blobs", "x", "rows.jsonl")
+    write(tmp_path / "snapshot", "a.jsonl")
+    (tmp_path / "snapshot" / "b.jsonl").symlink_to("../blobs/x")
+    (tmp_path / "snapshot" / "more").symlink_to("../blobs")
+    assert read(tmp_path / "snapshot") == ["a.jsonl", "b.jsonl"]
+    assert find(tmp_path / "snapshot", None).skipped == {"links to folders": ("more",)}
+
+
 def test_a_folder_without_rows_says_what_it_holds(tmp_path: Path) -> None:
     write(tmp_path, "README.md", ".rows.jsonl")
     message = refusal(tmp_path)
