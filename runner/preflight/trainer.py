@@ -14,7 +14,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -80,8 +80,10 @@ class _Failure:
     stage: int
     error: Exception
 
-    def is_same_as(self, other: _Failure) -> bool:
-        return (self.stage, str(self.error)) == (other.stage, str(other.error))
+    @property
+    def key(self) -> tuple[int, str]:
+        """Equal for failures that read the same."""
+        return self.stage, str(self.error)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def check_trainers(recipes: Sequence[Recipe], result: CheckResult) -> None:
     """
     schedules = {run.name: run.schedule for run in result.runs}
     findings: dict[str, _Findings] = {}
+    known: dict[tuple[int, str], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, _silence():
         for recipe in recipes:
             name = recipe.run.full_name
@@ -109,7 +112,7 @@ def check_trainers(recipes: Sequence[Recipe], result: CheckResult) -> None:
             key = json.dumps([shared, schedule.num_updates])
             if key not in findings:
                 stated = _list_stated(recipe)
-                errors = tuple(_find_errors(arguments, stated, schedule.num_updates))
+                errors = tuple(_find_errors(arguments, stated, schedule.num_updates, known))
                 doubts = () if errors else tuple(_find_doubts(arguments, stated))
                 findings[key] = _Findings(errors, doubts)
             for error in findings[key].errors:
@@ -139,12 +142,7 @@ def replace_arguments(recipe: Recipe, output_dir: Path) -> tuple[dict[str, Any],
     if arguments.get("optim_target_modules"):
         unchecked.append("which modules `training.optim_target_modules` finds")
         arguments["optim_target_modules"] = _ALL_MODULES
-    for name in (
-        "torch_compile",
-        "torch_compile_backend",
-        "torch_compile_mode",
-        "use_liger_kernel",
-    ):
+    for name in _NOT_UNTIL_TRAINING:
         if arguments.get(name):
             unchecked.append(f"`training.{name}`")
     kind = str(settings.get("distributed_type", "NO"))
@@ -176,13 +174,21 @@ def _check_router(recipe: Recipe, result: CheckResult) -> None:
 
 
 def _find_errors(
-    arguments: Arguments, stated: Sequence[str], num_updates: int
+    arguments: Arguments,
+    stated: Sequence[str],
+    num_updates: int,
+    known: dict[tuple[int, str], dict[str, Any]],
 ) -> Iterator[RunnerError]:
     """One error per mistake: what was found to cause one is left out before the next is looked
     for.
+
+    `known` remembers the causes of each failure: runs that differ elsewhere share their mistakes.
     """
     while (failure := _try_to_build(arguments, num_updates)) is not None:
-        causes = _find_causes(arguments, stated, num_updates, failure)
+        causes = known.get(failure.key)
+        if causes is None or any(arguments.get(name) != causes[name] for name in causes):
+            found = _find_causes(arguments, stated, num_updates, failure)
+            known[failure.key] = causes = {name: arguments[name] for name in found}
         yield _word_failure(arguments, causes, failure.error)
         if not causes:
             return
@@ -200,7 +206,7 @@ def _find_causes(
         other = _try_to_build(_leave_out(arguments, name), num_updates)
         if other is None:
             reached[name] = math.inf
-        elif not other.is_same_as(failure):
+        elif other.key != failure.key:
             reached[name] = other.stage
     furthest = max(reached.values(), default=0)
     return [name for name in stated if reached.get(name) == furthest]
@@ -212,7 +218,7 @@ def _leave_out(arguments: Arguments, name: str) -> dict[str, Any]:
     return without | {name: False} if name in ("bf16", "fp16") else without
 
 
-def _word_failure(arguments: Arguments, causes: Sequence[str], error: Exception) -> RunnerError:
+def _word_failure(arguments: Arguments, causes: Collection[str], error: Exception) -> RunnerError:
     reason = str(error).strip() or type(error).__name__
     if isinstance(error, KeyError):
         reason = f"{error.args[0]!r} is not known"
@@ -252,7 +258,7 @@ def _try_to_build(arguments: Arguments, num_updates: int) -> _Failure | None:
     """What the trainer fails with between its configuration and its first batch."""
     stage = 0
     try:
-        config = build_config(arguments)
+        config = build_config(copy.deepcopy(dict(arguments)))  # the libraries change mappings
         stage = 1
         trainer = _build_trainer(config)
         _require_liger(config)

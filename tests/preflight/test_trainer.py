@@ -212,6 +212,21 @@ def test_a_mistake_is_found_under_its_key(name: str) -> None:
     assert any(words in error for error in errors), errors
 
 
+def test_runs_that_share_a_mistake_share_its_error_whatever_else_differs() -> None:
+    recipes = [
+        recipe_of(
+            "training.adam_beta1=1.5", f"training.learning_rate={rate}", f"run.name=rate-{rate}"
+        )
+        for rate in (0.1, 0.2, 0.3)
+    ]
+    other = recipe_of("training.adam_beta1=1.5", "training.adam_beta2=2.5", "run.name=other")
+    result = check(*recipes, other)
+    assert [(text.partition("`:")[0], len(names)) for text, names in result.errors.items()] == [
+        ("`training.adam_beta1: 1.5", 4),
+        ("`training.adam_beta2: 2.5", 1),
+    ]
+
+
 def test_where_each_of_two_keys_would_mend_it_both_are_named() -> None:
     (error,) = errors_of(
         "training.lr_scheduler_type=polynomial",
@@ -337,7 +352,7 @@ def test_the_same_mistake_of_many_runs_is_built_and_said_once(project: Project) 
     ],
 )
 def test_the_command_line_names_the_line(project: Project, line: str, words: str) -> None:
-    text = RECIPE_TEXT.replace("training:\n", f"training:\n  {line}\n")
+    text = RECIPE_TEXT.replace("  lr_scheduler_type: linear\n", f"  {line}\n")
     (project.root / "recipes" / "tests").mkdir(parents=True)
     (project.root / "recipes" / "tests" / "a.yaml").write_text(text)
     done = project.cli("check", "recipes/tests")
