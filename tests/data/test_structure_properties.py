@@ -16,8 +16,12 @@ from hypothesis import strategies as st
 from runner.data.chat_template import ChatFormat, MaskError
 from runner.data.masking import ConversationMasker
 from tests.support.chat_formats import (
+    CALL_STOPS,
+    CALL_TOKENS,
+    LOOK_UP,
     SPECIAL_TOKENS,
     build_tokenizer,
+    call_look_up,
     trl_template,
     trl_template_names,
 )
@@ -27,10 +31,7 @@ DAY = datetime(2026, 1, 31)
 FEW = settings(
     max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
 )
-# Control tokens of calls, which SPECIAL_TOKENS leave out.
-SPECIAL = [*SPECIAL_TOKENS, "<|tool_response>", "<|observation|>", "<|assistant_end|>"]
-# What a generation config of the family names beside eos.
-STOPS = frozenset({"<|tool_response>", "<|observation|>", "<|user|>"})
+SPECIAL = [*SPECIAL_TOKENS, *CALL_TOKENS]
 
 # Of TRL's templates those that print calls, and those that print thoughts.
 PRINTING_CALLS = [
@@ -46,38 +47,21 @@ PRINTING_THOUGHTS = [
     *("nemotron_3_super", "nemotron_3_ultra", "qwen3", "qwen3_5_nothink", "qwen3_5_think"),
     *("qwen3_6", "qwen3_8"),
 ]
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "look_up",
-        "description": "Looks a word up.",
-        "parameters": {
-            "type": "object",
-            "properties": {"word": {"type": "string", "description": "The word."}},
-            "required": ["word"],
-        },
-    },
-}
 Chat = list[dict[str, Any]]
 
 
 @cache
 def masker(name: str) -> ConversationMasker:
     end_of_turn = "<|user|>" if name == "glm4moe" else None
-    chat_format = ChatFormat(moment=DAY, end_of_turn=end_of_turn, stop_tokens=STOPS)
+    chat_format = ChatFormat(moment=DAY, end_of_turn=end_of_turn, stop_tokens=CALL_STOPS)
     return ConversationMasker(
         build_tokenizer("bytes", trl_template(name), special=SPECIAL), chat_format
     )
 
 
-def call(arguments: dict[str, Any]) -> dict[str, Any]:
-    function = {"name": "look_up", "arguments": arguments}
-    return {"type": "function", "id": "call00001", "function": function}
-
-
 CALLING: Chat = [
     {"role": "user", "content": "A tree?"},
-    {"role": "assistant", "content": "", "tool_calls": [call({"word": "tree"})]},
+    {"role": "assistant", "content": "", "tool_calls": [call_look_up(word="tree")]},
     {"role": "tool", "name": "look_up", "tool_call_id": "call00001", "content": "a plant"},
     {"role": "assistant", "content": "A plant."},
 ]
@@ -97,7 +81,7 @@ def is_masked(name: str, chat: Chat, tools: list[Any]) -> bool:
 
 def test_the_templates_that_print_calls_and_thoughts_are_these() -> None:
     names = [name for name in trl_template_names() if not name.endswith("_training")]
-    assert [name for name in names if is_masked(name, CALLING, [TOOL])] == PRINTING_CALLS
+    assert [name for name in names if is_masked(name, CALLING, [LOOK_UP])] == PRINTING_CALLS
     assert [name for name in names if is_masked(name, THINKING, [])] == PRINTING_THOUGHTS
 
 
@@ -130,7 +114,7 @@ def conversations(draw: st.DrawFn, has_calls: bool, has_thoughts: bool) -> tuple
     for _ in range(draw(st.integers(1, 3))):
         chat.append({"role": "user", "content": word()})
         if has_calls and draw(st.booleans()):
-            answer(tool_calls=[call({"word": word()})])
+            answer(tool_calls=[call_look_up(word=word())])
             tool = {"role": "tool", "name": "look_up", "tool_call_id": "call00001"}
             chat.append({**tool, "content": word()})
         answer(content=word())
@@ -193,7 +177,7 @@ def test_masks_of_calls_hold_what_the_assistant_says_and_nothing_else(name: str)
     @given(conversations(has_calls=True, has_thoughts=name in PRINTING_THOUGHTS))
     def check(drawn: tuple[Chat, set[int]]) -> None:
         nonlocal num_accepted
-        num_accepted += check_mask(name, drawn[0], [TOOL], drawn[1])
+        num_accepted += check_mask(name, drawn[0], [LOOK_UP], drawn[1])
 
     check()
     assert num_accepted > 0

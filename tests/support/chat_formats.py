@@ -91,6 +91,28 @@ SPECIAL_TOKENS = [
     "<|eot_id|>", "<|eot|>", "<|eom|>",
 ]  # fmt: skip
 
+# Those that stand around calls only; all but the last are ends in the families' generation configs.
+CALL_TOKENS = ["<|tool_response>", "<|observation|>", "<|assistant_end|>"]
+CALL_STOPS = frozenset({"<|tool_response>", "<|observation|>", "<|user|>"})
+LOOK_UP = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a word up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "The word."}},
+            "required": ["word"],
+        },
+    },
+}
+
+
+def call_look_up(**arguments: Any) -> dict[str, Any]:
+    """A call of the tool `LOOK_UP`."""
+    function = {"name": "look_up", "arguments": arguments}
+    return {"type": "function", "id": "call00001", "function": function}
+
 
 def trl_template(name: str) -> str:
     """The text of one of TRL's templates, as TRL ships it."""

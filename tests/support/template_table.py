@@ -16,26 +16,44 @@ from typing import Any
 from runner.data.chat_template import ChatFormat, MaskError
 from runner.data.masking import ConversationMasker
 from tests.support.chat_formats import (
+    CALL_STOPS,
+    CALL_TOKENS,
+    LOOK_UP,
     OUR_TEMPLATES,
+    SPECIAL_TOKENS,
     build_tokenizer,
+    call_look_up,
     trl_template,
     trl_template_names,
 )
 
-SHAPES = {
-    "single": ["user", "assistant"],
-    "rounds": ["user", "assistant", "user", "assistant"],
-    "system": ["system", "user", "assistant"],
+CHATS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "single": (
+        [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}],
+        [],
+    ),
 }
-WORDS = {"system": "Rules", "user": "Question", "assistant": "Answer"}
+_USER, _ANSWER = CHATS["single"][0]
+CHATS["rounds"] = ([_USER, _ANSWER, _USER, _ANSWER], [])
+CHATS["system"] = ([{"role": "system", "content": "Rules"}, _USER, _ANSWER], [])
+CHATS["call"] = (
+    [
+        _USER,
+        {"role": "assistant", "content": "", "tool_calls": [call_look_up(word="tree")]},
+        {"role": "tool", "name": "look_up", "tool_call_id": "call00001", "content": "A plant."},
+        _ANSWER,
+    ],
+    [LOOK_UP],
+)
+CHATS["thought"] = ([_USER, {**_ANSWER, "reasoning_content": "Thought"}], [])
 
 
-def describe(masker: ConversationMasker, roles: list[str]) -> tuple[bool, str]:
-    """Whether a conversation of these roles is accepted; the text of its last completion, or the
-    refusal.
-    """
+def describe(
+    masker: ConversationMasker, chat: list[dict[str, Any]], tools: list[dict[str, Any]]
+) -> tuple[bool, str]:
+    """Whether a conversation is accepted; the text of its last completion, or the refusal."""
     try:
-        mask = masker.mask([{"role": role, "content": WORDS[role]} for role in roles])
+        mask = masker.mask(chat, tools)
     except MaskError as error:
         return False, error.message
     start, end = mask.completion_chars[-1]
@@ -44,7 +62,7 @@ def describe(masker: ConversationMasker, roles: list[str]) -> tuple[bool, str]:
 
 def prints_date(tokenizer: Any) -> bool:
     """Whether a plain conversation shows the date, so that `model.template_date` must be said."""
-    is_accepted, refusal = describe(ConversationMasker(tokenizer), SHAPES["single"])
+    is_accepted, refusal = describe(ConversationMasker(tokenizer), *CHATS["single"])
     return not is_accepted and "prints today's date" in refusal
 
 
@@ -56,19 +74,19 @@ def code(text: str) -> str:
 def table_lines() -> Iterator[str]:
     templates = {name: trl_template(name) for name in trl_template_names()} | OUR_TEMPLATES
     yield (
-        "| chat template | single turn | two rounds | with a system turn | the last completion, or"
-        " why refused |"
+        "| chat template | single turn | two rounds | with a system turn | a call | a thought |"
+        " the last completion, or why refused |"
     )
-    yield "|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|"
     for name, template in templates.items():
-        tokenizer = build_tokenizer("bytes", template)
-        masker = ConversationMasker(tokenizer, ChatFormat(moment=datetime(2026, 1, 31)))
-        found = {shape: describe(masker, roles) for shape, roles in SHAPES.items()}
+        tokenizer = build_tokenizer("bytes", template, special=[*SPECIAL_TOKENS, *CALL_TOKENS])
+        chat_format = ChatFormat(moment=datetime(2026, 1, 31), stop_tokens=CALL_STOPS)
+        masker = ConversationMasker(tokenizer, chat_format)
+        found = {kind: describe(masker, *chat) for kind, chat in CHATS.items()}
         verdicts = ["yes" if is_accepted else "refused" for is_accepted, _ in found.values()]
         notes = [code(found["rounds"][1])] if found["rounds"][0] else []
-        notes += [
-            text.replace("|", "\\|") for is_accepted, text in found.values() if not is_accepted
-        ][:1]
+        plain = [found[kind] for kind in ("single", "rounds", "system")]
+        notes += [text.replace("|", "\\|") for is_accepted, text in plain if not is_accepted][:1]
         if prints_date(tokenizer):
             notes.append("prints the date")
         yield f"| {name} | {' | '.join(verdicts)} | {'; '.join(notes)} |"
