@@ -31,7 +31,7 @@ _CONTROL: Final = re.compile(
     r"|<\|[^<>|\s'\"+~]{1,30}>|<[^<>|\s'\"+~/]{1,30}\|>"
     r"|</?s>|<(?:bos|eos|pad|unk|sop|eop|eod|image|video|audio|im_end|im_start)>"
     r"|<(?:start|end|begin|beginning)_of_[a-z]+>|<[A-Z][A-Z_]{2,}>|<extra_id_\d+>|<reserved_\d+>|<SPECIAL_\d+>"
-    r"|<seed:[a-z_]+>|<\]?[a-z~_]+\]?>?\[(?=>)|\]~b\]|\]~!b\[|\[e~\["
+    r"|<seed:[a-z_]+>|\]~b\]|\]~!b\[|\[e~\[|\[\|[a-z]+\|\]|<(?:sep|step|eo[a-z])>|</?assistant>"
     r"|\[/?[A-Z][A-Z_]{2,}\]|\[gMASK\]"
 )
 # Added to the vocabulary of some models as they are, but no control tokens there.
@@ -441,5 +441,5 @@ def build_tokenizer(template: str, bos: str = "", eos: str = "") -> Any:
                     continue
     control = [name for name in control_tokens(seen) if name not in (bos, guessed)]
     if not any(name in seen for name in _MISTRAL_CONTROL):
-        control = [name for name in control if not name.startswith("[") or name == "[gMASK]"]
+        control = [name for name in control if not re.fullmatch(r"\[/?[A-Z_]+\]", name)]
     return _build(template, bos, guessed, control)
