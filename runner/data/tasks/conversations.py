@@ -59,7 +59,11 @@ def read_conversation(
     given = _find_messages(row, where)
     if not isinstance(given, list | tuple) or not given:
         raise DataError(f"{where}: expected a list of messages, found {describe_value(given)}")
-    messages, untrained, unused = _read_messages(given, where)
+    # A completion answers a prompt, whose own answers are context.
+    has_prompt = isinstance(row, Mapping) and len(_find_columns(row)) == 2
+    messages, untrained, unused = _read_messages(
+        given, where, num_context=len(row["prompt"]) if has_prompt else 0
+    )
     if isinstance(row, Mapping):
         tools = tuple(
             tool
@@ -95,10 +99,10 @@ def list_conversation_columns(row: Mapping[str, Any]) -> Collection[str]:
 
 
 def _read_messages(
-    given: list[Any] | tuple[Any, ...], where: str
+    given: list[Any] | tuple[Any, ...], where: str, *, num_context: int
 ) -> tuple[list[dict[str, Any]], set[int], list[str]]:
-    """The messages, the indices of assistant messages of weight 0, and the names of unused keys,
-    each once.
+    """The messages, the indices of assistant messages of weight 0 or among the first `num_context`,
+    and the names of unused keys, each once.
     """
     messages: list[dict[str, Any]] = []
     untrained: set[int] = set()
@@ -115,7 +119,7 @@ def _read_messages(
                 )
             messages[-1] = join_call(messages[-1], read.message)
             continue
-        if read.message["role"] == "assistant" and not read.is_trained:
+        if read.message["role"] == "assistant" and (not read.is_trained or number <= num_context):
             untrained.add(len(messages))
         messages.append(read.message)
     return messages, untrained, list(unused)

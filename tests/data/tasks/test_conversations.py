@@ -65,3 +65,10 @@ def test_other_rows_are_refused_by_name(task: Task, row: Any, message: str) -> N
 def test_conversations_are_judged_by_nobody() -> None:
     judgements, metrics = judge_all(ConversationsTask(name="conversations"), [("x", ())])
     assert judgements == [Judgement()] and metrics == {}
+
+
+def test_answers_in_a_list_of_prompt_messages_are_context() -> None:
+    task = ConversationsTask(name="conversations")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    example = task.build_example({"prompt": [*turns, turns[0]], "completion": turns[1:]}, "row 1")
+    assert len(example.messages) == 4 and example.untrained == {1}
