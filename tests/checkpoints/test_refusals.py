@@ -5,6 +5,7 @@ every file, launch and library; and what a refusal leaves behind, which is nothi
 from __future__ import annotations
 
 import json
+import re
 import os
 import shutil
 from collections.abc import Mapping
@@ -103,7 +104,8 @@ def refusal_of(paths: RunPaths, recipe: Recipe) -> list[str] | None:
     try:
         decision, status = judge(paths, recipe)
     except DataError as error:
-        return [line.strip() for line in error.message.splitlines()[1:]]
+        quoted = re.findall(r"`(\w+: [^`]*)`", error.message)  # a key that means nothing there
+        return [*quoted, *(line.strip() for line in error.message.splitlines()[1:])]
     if decision.action == "launch":
         assert not status.differences and not status.obstacles
         return None
