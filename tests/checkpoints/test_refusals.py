@@ -5,8 +5,8 @@ every file, launch and library; and what a refusal leaves behind, which is nothi
 from __future__ import annotations
 
 import json
-import re
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
