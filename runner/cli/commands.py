@@ -85,7 +85,7 @@ def run_masks(arguments: argparse.Namespace) -> int:
     recipe = load_code(
         _load_recipe_or_run(path, arguments.overrides),
         output_root,
-        suggest_allowing([str(path)], output_root),
+        suggest_allowing([str(path)], output_root, overrides=arguments.overrides),
     )
     split = "validation" if arguments.split == "eval" else arguments.split
     views = build_views(recipe, split, arguments.rows, arguments.row)

@@ -38,7 +38,9 @@ def run_launch(arguments: argparse.Namespace) -> int:
     """`runner launch`."""
     selected, resume = _select_one(arguments), _parse_resume(arguments.resume)
     recipe, paths = selected.recipe, selected.paths
-    allow = suggest_allowing([str(arguments.recipe)], arguments.output_root)
+    allow = suggest_allowing(
+        [str(arguments.recipe)], arguments.output_root, overrides=arguments.overrides
+    )
     require_allowed([recipe], arguments.output_root, allow)
     num_processes = arguments.num_processes or recipe.launch.num_processes
     num_machines = recipe.launch.num_machines

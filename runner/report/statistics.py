@@ -160,7 +160,7 @@ def _is_own(metric: str, row: ReportRow) -> bool:
 
 def _find_mode(metric: str, pairs: Sequence[tuple[ReportRow, ReportRow]]) -> Literal["min", "max"]:
     modes = [row.recipe.metric_modes for pair in pairs for row in pair]
-    return next(mode[metric] for mode in modes if metric in mode)
+    return next((mode[metric] for mode in modes if metric in mode), "max")
 
 
 def _compare_pairs(

@@ -20,18 +20,27 @@ from runner.recipe.parse import Recipe
 from runner.run.paths import allowed_code_path
 
 
-def suggest_allowing(paths: Sequence[str], output_root: Path, where: Sequence[str] = ()) -> str:
-    """The command that allows the functions of these recipes.
+def suggest_allowing(
+    paths: Sequence[str],
+    output_root: Path,
+    where: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> str:
+    """The hint at the command that allows the functions of these recipes.
 
     >>> suggest_allowing(["recipes/my study"], Path("runs"))
-    "runner check --allow-code 'recipes/my study'"
+    "runner check --allow-code 'recipes/my study'  # after you have read them"
     """
     words = ["runner", "check", "--allow-code", *paths]
     for one in where:
         words += ["--where", one]
     if output_root.absolute() != Path("runs").absolute():
         words += ["--output-root", str(output_root)]
-    return shlex.join(words)
+    if any(".py" in override for override in overrides):
+        return (
+            f"`{shlex.join(words)}` takes no overrides: let a recipe name the files, and allow it"
+        )
+    return f"{shlex.join(words)}  # after you have read them"
 
 
 def list_code_paths(recipes: Iterable[Recipe]) -> list[str]:
@@ -61,8 +70,8 @@ def allow_code(recipes: Iterable[Recipe], output_root: Path) -> list[PythonFile]
 
 
 def require_allowed(recipes: Iterable[Recipe], output_root: Path, hint: str) -> None:
-    """Refuse recipes with functions that were not allowed as they are now; `hint` is the command
-    that allows them.
+    """Refuse recipes with functions that were not allowed as they are now; `hint` says how to
+    allow them.
 
     Raises:
         RefusedError: with all files that were not.
@@ -113,7 +122,7 @@ def _refuse_others(files: Sequence[PythonFile], output_root: Path, hint: str) ->
         lines.append(f"  {file.path}  {why}, {size}, sha256 {file.sha256[:12]}...")
     raise RefusedError(
         "recipes name Python files that would run with your rights:\n" + "\n".join(lines),
-        hint=f"{hint}  # after you have read them",
+        hint=hint,
     )
 
 

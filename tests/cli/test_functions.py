@@ -67,7 +67,10 @@ def refuse(project: Project, *arguments: str) -> str:
     return done.stderr
 
 
-def test_nothing_runs_before_it_was_allowed(study: Project) -> None:
+def test_nothing_runs_before_it_was_allowed(
+    study: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(study.root)
     recipe = "study.json"
     for arguments in (
         ("check", recipe),
@@ -78,45 +81,48 @@ def test_nothing_runs_before_it_was_allowed(study: Project) -> None:
         ("sweep", recipe, "--dry-run"),
         ("sweep", recipe),
     ):
-        said = refuse(study, *arguments)
+        assert main(arguments) == 2
+        said = capfd.readouterr().err
         assert "rows.py  was not allowed yet, 235 bytes, sha256 " in said, arguments
         assert "hint: runner check --allow-code study.json  # after you have read them" in said
         assert "building a row" not in said
     assert not (study.root / "runs" / "tests").exists(), "no attempt began"
     for arguments in (("status", recipe), ("why", recipe), ("report", recipe), ("stop", recipe)):
-        done = study.cli(*arguments)
-        assert done.returncode == 0 and "building a row" not in done.stderr, arguments
+        assert main(arguments) == 0 and "building a row" not in capfd.readouterr().err, arguments
 
 
-def test_what_was_allowed_runs_until_it_changes(study: Project) -> None:
+def test_what_was_allowed_runs_until_it_changes(
+    study: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(study.root)
     done = study.cli("check", "study.json", "--allow-code")
     assert done.returncode == 0, done.stderr
     assert "allowed rows.py, 235 bytes, sha256 " in done.stdout
     assert "building a row" in done.stderr and "building a row" not in done.stdout
     assert "metric words_off: 0 on the own answers of the test rows, 15 of 15 judged" in done.stdout
-    done = study.cli("check", "study.json", "--json")
-    assert done.returncode == 0
-    facts = json.loads(done.stdout)["runs"][0]["metrics"]
+    assert main(["check", "study.json", "--json"]) == 0
+    facts = json.loads(capfd.readouterr().out)["runs"][0]["metrics"]
     assert [(one["name"], one["split"], one["mean"]) for one in facts] == [
         ("words_off", "validation", 0.0),
         ("flat", "validation", 1.0),
         ("words_off", "test", 0.0),
         ("flat", "test", 1.0),
     ]
-    assert study.cli("masks", "study.json", "--rows", "1").returncode == 0
-    assert study.cli("launch", "study.json", "--dry-run").returncode == 0
+    assert main(["masks", "study.json", "--rows", "1"]) == 0
+    assert main(["launch", "study.json", "--dry-run"]) == 0
     (study.root / "rows.py").write_text(ROWS + "# changed\n")
     for arguments in (("check", "study.json"), ("launch", "study.json"), ("sweep", "study.json")):
-        assert "rows.py  changed since it was allowed" in refuse(study, *arguments)
-    assert "hint: runner check --allow-code study.json --output-root others" in refuse(
-        study, "check", "study.json", "--output-root", "others"
-    )
+        assert main(arguments) == 2
+        assert "rows.py  changed since it was allowed" in capfd.readouterr().err
+    assert main(["check", "study.json", "--output-root", "others"]) == 2
+    said = capfd.readouterr().err
+    assert "hint: runner check --allow-code study.json --output-root others" in said
 
 
 def test_the_trainer_refuses_by_itself(study: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(study.root)
-    study.cli("check", "study.json", "--allow-code", "--schema-only")
-    assert study.cli("launch", "study.json", "--prepare").returncode == 0
+    main(["check", "study.json", "--allow-code", "--schema-only"])
+    assert main(["launch", "study.json", "--prepare"]) == 0
     run_dir = Path("runs/tests/study")
 
     def open_run() -> RunContext:
@@ -127,7 +133,7 @@ def test_the_trainer_refuses_by_itself(study: Project, monkeypatch: pytest.Monke
     (study.root / "scores.py").write_text(SCORES + "\n")
     with pytest.raises(RefusedError, match=r"scores\.py  changed since it was allowed"):
         open_run()
-    study.cli("check", "study.json", "--allow-code", "--schema-only")
+    main(["check", "study.json", "--allow-code", "--schema-only"])
     with pytest.raises(RefusedError, match=r"scores\.py changed since the run was prepared"):
         open_run()
     (study.root / "runs/.allowed_code.json").unlink()
@@ -135,6 +141,34 @@ def test_the_trainer_refuses_by_itself(study: Project, monkeypatch: pytest.Monke
         open_run()
     assert raised.value.hint is not None
     assert raised.value.hint.startswith("runner check --allow-code runs/tests/study  #")
+
+
+def test_a_run_is_not_moved_aside_for_code_that_may_not_run(
+    study: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(study.root)
+    main(["check", "study.json", "--allow-code", "--schema-only"])
+    assert main(["launch", "study.json", "--prepare"]) == 0
+    (study.root / "rows.py").write_text(ROWS + "# changed\n")
+    for arguments in (
+        ["sweep", "study.json", "--fresh", "--yes"],
+        ["launch", "study.json", "--fresh"],
+    ):
+        assert main(arguments) == 2
+        assert "rows.py  changed since it was allowed" in capsys.readouterr().err
+    assert study.paths("study").recipe_path.exists()
+
+
+def test_a_file_that_only_an_override_names_needs_a_recipe(
+    study: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(study.root)
+    (study.root / "other.py").write_text(ROWS)
+    for verb in (["launch", "study.json", "--dry-run"], ["masks", "study.json"]):
+        assert main([*verb, "data.task.function='other.py:build'"]) == 2
+        said = capsys.readouterr().err
+        assert "other.py  was not allowed yet" in said
+        assert "takes no overrides: let a recipe name the files, and allow it" in said
 
 
 BAD_CODE = {
