@@ -85,7 +85,7 @@ MAY_CHANGE = {
 @pytest.fixture(autouse=True)
 def files(fake: FakeLauncher) -> None:
     """What the recipes name more than the fake's own, and what the proposed values name."""
-    for name in ("chat.jinja", "one.jsonl", "two.jsonl"):
+    for name in ("chat.jinja", "one.jsonl", "two.jsonl", "rows.py", "scores.py", "one.py"):
         (fake.root / name).write_text(name)
     (fake.root / "one").write_text("use_cpu: false\n")
 

@@ -438,7 +438,7 @@ def test_an_override_of_sources_says_which() -> None:
     assert parse("data.train.path=x", "data.train.split=b").data.sources["train"].split == "b"
     one = parse("data.train=[{path: x, num_samples: 1}]").data
     assert one.train_shares == (1,) and one.num_train_rows == 1
-    two = "data.train=[{path: x, num_samples: 1}, {path: y, num_samples: 1}]"
+    two = "data.train=[{path: x, num_samples: 1}, {path: b, num_samples: 1}]"
     assert parse(two, text=SEVERAL).data.num_train_rows == 2
 
 
