@@ -435,10 +435,10 @@ def test_an_override_of_sources_says_which() -> None:
         assert (problem.key, problem.line) == (f"{name}{part}", None)
         assert "`data.train` is a list here: override all of it" in problem.what
     assert parse("data.train={path: x}", text=SEVERAL).data.train_sources[0].path == "x"
-    assert parse("data.train.path=x", "data.train.split=y").data.sources["train"].split == "y"
+    assert parse("data.train.path=x", "data.train.split=dev").data.sources["train"].split == "dev"
     one = parse("data.train=[{path: x, num_samples: 1}]").data
     assert one.train_shares == (1,) and one.num_train_rows == 1
-    two = "data.train=[{path: x, num_samples: 1}, {path: y, num_samples: 1}]"
+    two = "data.train=[{path: x, num_samples: 1}, {path: z, num_samples: 1}]"
     assert parse(two, text=SEVERAL).data.num_train_rows == 2
 
 
