@@ -231,7 +231,7 @@ class ConversationMasker:
             f"the chat template prints today's date ({quote(proven.text[begin:], 40)} on one day,"
             f" {quote(other[begin:], 40)} on another), so the same recipe would train on other"
             " tokens tomorrow",
-            hint="let it stand still: `model.template_date: 2026-01-01`, or the day you like",
+            hint="let it stand still: `model.template_date: '2026-01-01'`, or the day you like",
         )
 
     def _describe_roles(self) -> str:

@@ -167,18 +167,16 @@ class ModelSection(Section):
             ) from None
         return value
 
-    @field_validator("template_date", mode="before")
+    @field_validator("template_date")
     @classmethod
-    def _is_a_day(cls, value: Any) -> Any:
-        # YAML reads a day that is not quoted as a date.
-        text = value.isoformat() if type(value) is date else value
+    def _is_a_day(cls, text: str | None) -> str | None:
         if text is not None:
             try:
                 is_day = date.fromisoformat(text).isoformat() == text
-            except (TypeError, ValueError):
+            except ValueError:
                 is_day = False
             if not is_day:
-                raise ValueError(f"expected a day such as 2026-01-31, got {text!r}")
+                raise ValueError(f"expected a day such as '2026-01-31', got {text!r}")
         return text
 
 

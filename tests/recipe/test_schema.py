@@ -4,7 +4,7 @@ values.
 
 from __future__ import annotations
 
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,6 @@ def test_what_rows_and_the_trainer_say_is_no_template_argument(name: str) -> Non
 
 def test_the_date_of_a_template_is_a_day() -> None:
     assert model(template_date="2026-01-31").template_date == "2026-01-31"
-    # YAML's own reading of an unquoted day.
-    assert model(template_date=date(2026, 1, 31)).template_date == "2026-01-31"
-    for value in ("2026-02-30", "31.01.2026", "20260131", "today", 20260131, datetime(2026, 1, 31)):
-        with pytest.raises(ValidationError, match="expected a day such as 2026-01-31"):
+    for value in ("2026-02-30", "31.01.2026", "20260131", "today"):
+        with pytest.raises(ValidationError, match="expected a day such as '2026-01-31'"):
             model(template_date=value)
