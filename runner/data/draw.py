@@ -22,7 +22,7 @@ from runner.data.tasks.base import Conversation, Example
 from runner.data.tasks.conversations import CONVERSATION_COLUMNS
 from runner.errors import DataError
 from runner.files import hash_json
-from runner.recipe.schema import DataSection, DataSource
+from runner.recipe.data_section import DataSection, DataSource
 
 SPLITS: Final = ("train", "validation", "test")
 # Of the splits that select and report, whatever `data.seed` says.

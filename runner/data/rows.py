@@ -19,7 +19,8 @@ from runner.data.masking import (
 )
 from runner.errors import DataError
 from runner.files import hash_json
-from runner.recipe.schema import DataSection, Loss, Turns
+from runner.recipe.data_section import DataSection
+from runner.recipe.schema import Loss, Turns
 
 _NUM_SHOWN: Final = 5
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from runner.data.formats import Rows, load_file
 from runner.errors import DataError
 from runner.recipe.data_files import describe_files, find_source_files, name_format
-from runner.recipe.schema import DataSource
+from runner.recipe.data_section import DataSource
 
 _NETWORK_TIMEOUT_SECONDS: Final = 5.0
 

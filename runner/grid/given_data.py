@@ -17,7 +17,7 @@ from typing import Final
 
 from runner.errors import DataError, RunnerError
 from runner.recipe.data_files import find_source_files, find_split, list_splits, name_format
-from runner.recipe.schema import DataSource
+from runner.recipe.data_section import DataSource
 
 _SPLITS: Final = ("train", "validation", "test")
 _BY_HAND: Final = (

@@ -28,8 +28,8 @@ from runner.errors import RunnerError
 from runner.grid.given_data import GivenData
 from runner.grid.spec import list_grids, load_cards
 from runner.grid.template import quote_yaml
+from runner.recipe.data_section import DataSection, DataSource, find_tasks
 from runner.recipe.problems import suggest
-from runner.recipe.schema import DataSection, DataSource, find_tasks
 
 SHARED_FOLDERS: Final = ("accelerate_configs", "ds_configs")
 TEMPLATES: Final = "recipe_templates"

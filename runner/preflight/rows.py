@@ -21,7 +21,8 @@ from runner.data.rows import FittedRow, Row, build_masker, expand_turns, fit_row
 from runner.data.tokenizer import load_stop_tokens
 from runner.errors import DataError
 from runner.files import hash_json
-from runner.recipe.schema import DataSection, Loss, ModelSection
+from runner.recipe.data_section import DataSection
+from runner.recipe.schema import Loss, ModelSection
 
 PERCENTILES: Final = (50, 90, 95, 99, 100)
 LOSSES: Final = get_args(Loss)

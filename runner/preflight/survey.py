@@ -31,10 +31,11 @@ from runner.preflight.metrics import (
 from runner.preflight.rows import RowFacts, SplitFacts, TokenizerFacts, find_row_doubts, sum_up
 from runner.recipe.contents import hint_at_missing, list_content_paths, list_missing_files
 from runner.recipe.data_files import find_source_files
+from runner.recipe.data_section import DataSection
 from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe
 from runner.recipe.schedule import Schedule, derive_schedule, find_doubts
-from runner.recipe.schema import DataSection, ModelSection
+from runner.recipe.schema import ModelSection
 from runner.recipe.trackers import require_trackers
 from runner.run.allowed_code import load_code
 

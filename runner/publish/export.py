@@ -35,9 +35,10 @@ from runner.model.weights import (
 )
 from runner.publish.tuned import TunedRun, open_tuned_run, quieten
 from runner.recipe.contents import list_content_paths
+from runner.recipe.data_section import DataSection
 from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import DataSection, QuantizationOff
+from runner.recipe.schema import QuantizationOff
 from runner.run.record import TrainResult, load_record, load_result
 from runner.strict import thaw
 

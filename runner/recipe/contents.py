@@ -14,8 +14,8 @@ from typing import Any, Final
 from runner.errors import CorruptFileError, DataError
 from runner.files import hash_file, hash_json, load_json, write_json_atomic
 from runner.recipe.data_files import find_source_files, name_format
+from runner.recipe.data_section import DataSource
 from runner.recipe.parse import Recipe
-from runner.recipe.schema import DataSource
 
 # Built by `runner demo-models`; never to be asked of the hub, where such a name is free.
 _DEMO_MODELS: Final = "demo_models/"

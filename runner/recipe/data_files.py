@@ -17,8 +17,8 @@ from typing import Any, Final
 import yaml
 
 from runner.errors import DataError
+from runner.recipe.data_section import DataSource
 from runner.recipe.problems import suggest
-from runner.recipe.schema import DataSource
 
 COMPRESSIONS: Final = (".gz", ".zst")
 _TEXT_FORMATS: Final = (".jsonl", ".json", ".csv")

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from runner.errors import Problem, RecipeError, RefusedError
 from runner.functions import UserFunction
+from runner.recipe.data_section import DataSection
 from runner.recipe.problems import (
     SAFE_LOADER,
     describe_error,
@@ -35,7 +36,6 @@ from runner.recipe.schema import (
     NLL_METRICS,
     AdapterOff,
     CheckpointsSection,
-    DataSection,
     EarlyStoppingOff,
     EarlyStoppingOn,
     EightBit,

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from runner.data.sources import load_rows
 from runner.data.tasks.base import Example, Examples
 from runner.errors import DataError
-from runner.recipe.schema import AnyTask, DataSource
+from runner.recipe.data_section import AnyTask, DataSource
 
 CASES: Final = Path(__file__).parent / "cases"
 CALL: Final = {

@@ -18,7 +18,7 @@ import pytest
 from runner.data.draw import draw_splits
 from runner.errors import DataError
 from runner.files import hash_json
-from runner.recipe.schema import DataSection
+from runner.recipe.data_section import DataSection
 from tests.support.row_files import ROWS, section, write_rows
 
 

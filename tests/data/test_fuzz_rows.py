@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from runner.data.draw import draw_splits
 from runner.errors import DataError
-from runner.recipe.schema import DataSection
+from runner.recipe.data_section import DataSection
 
 FACTOR: Final = int(os.environ.get("FUZZ_FACTOR", "1"))
 TASKS: Final[dict[str, dict[str, Any]]] = {

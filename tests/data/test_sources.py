@@ -12,7 +12,7 @@ import pytest
 
 from runner.data.sources import load_rows
 from runner.errors import DataError
-from runner.recipe.schema import DataSource
+from runner.recipe.data_section import DataSource
 
 CASES: Final = Path(__file__).with_name("cases")
 

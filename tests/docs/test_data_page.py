@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from runner.data.tasks.base import Example, Task
-from runner.recipe.schema import AnyTask
+from runner.recipe.data_section import AnyTask
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

@@ -18,8 +18,8 @@ from runner.cli.main import main
 from runner.data.draw import RawSplits, draw_splits
 from runner.grid.spec import list_grids
 from runner.grid.template import quote_yaml
+from runner.recipe.data_section import find_tasks
 from runner.recipe.parse import Recipe, load_recipe
-from runner.recipe.schema import find_tasks
 from tests.conftest import ROOT, run_cli
 from tests.support.data_hub import serve_data_sets
 from tests.test_imports import HEAVY, list_loaded

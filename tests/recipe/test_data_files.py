@@ -12,7 +12,7 @@ import pytest
 
 from runner.errors import DataError
 from runner.recipe.data_files import find_source_files, list_splits, name_split
-from runner.recipe.schema import DataSource
+from runner.recipe.data_section import DataSource
 
 
 def write(folder: Path, *names: str) -> Path:

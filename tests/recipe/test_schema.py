@@ -12,7 +12,8 @@ import pytest
 from pydantic import ValidationError
 
 from runner.data import tasks
-from runner.recipe.schema import ModelSection, find_tasks
+from runner.recipe.data_section import find_tasks
+from runner.recipe.schema import ModelSection
 
 
 def test_each_file_gives_its_task_in_the_order_that_errors_list() -> None:

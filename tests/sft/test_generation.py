@@ -25,7 +25,8 @@ from runner.data.tasks.squad_v2 import SquadV2Task
 from runner.data.tasks.sst2 import Sst2Task
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError
-from runner.recipe.schema import DataSection, EvaluationSection, ModelSection
+from runner.recipe.data_section import DataSection
+from runner.recipe.schema import EvaluationSection, ModelSection
 from runner.run.record import GenerationScore, SplitScore
 from runner.sft.generation import (
     Answer,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner.recipe.schema import DataSection
+from runner.recipe.data_section import DataSection
 
 ROWS = [
     {"prompt": f"What is {a} plus {b}?", "completion": f"It is {a + b}."}

@@ -4,8 +4,8 @@ A task turns the rows of a data set into examples: a conversation, and what a ge
 judged against. Nothing here knows tokens, splits or models. A row that cannot be read is an error
 that names it; what a task leaves out on purpose is counted by reason.
 
-Every other file of this folder defines one task, a subclass of `Task`; `recipe.schema` finds it
-there, and nothing else has to name it. A task imports what is heavy inside its functions: the
+Every other file of this folder defines one task, a subclass of `Task`; `recipe.data_section` finds
+it there, and nothing else has to name it. A task imports what is heavy inside its functions: the
 launch side imports all tasks.
 """
 

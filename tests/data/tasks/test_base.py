@@ -20,7 +20,7 @@ from runner.data.tasks.squad_v2 import SquadV2Task
 from runner.data.tasks.sst2 import Sst2Task
 from runner.data.tasks.summarization import SummarizationTask
 from runner.errors import DataError
-from runner.recipe.schema import AnyTask, find_tasks
+from runner.recipe.data_section import AnyTask, find_tasks
 from tests.support.tasks import Rows, build, judge_all
 
 SST2 = Sst2Task(name="sst2", prompt="{sentence}")

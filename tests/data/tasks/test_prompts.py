@@ -14,7 +14,7 @@ from runner.data.tasks.prompt_completion import PromptCompletionTask
 from runner.data.tasks.prompts import fill_prompt
 from runner.data.tasks.summarization import SummarizationTask
 from runner.errors import DataError
-from runner.recipe.schema import AnyTask
+from runner.recipe.data_section import AnyTask
 from tests.support.tasks import build
 
 ROWS = {
