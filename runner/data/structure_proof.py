@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,14 +38,13 @@ from runner.data.chat_template import (
     describe,
     quote,
 )
+from runner.data.leaves import THINK_TAGS, Leaf, Marking
 from runner.data.skeleton import describe_rewriting
 from runner.data.turn_ends import TurnText, find_end
 from runner.strict import thaw
 
 METHOD_MARKS: Final = "marks in every text, call and thought"
 
-_THINK_TAGS: Final = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
-_TAGS: Final = re.compile(r"</?[^\s<>]{1,30}>|\[/?[A-Z_]{2,30}\]")
 # Leaves that the recipe can leave out.
 _IGNORABLE: Final = {"`reasoning_content`": "messages.reasoning_content"}
 _OTHER_TEMPLATE: Final = "name a chat template that prints it in `model.chat_template`"
@@ -53,19 +52,6 @@ _OTHER_TEMPLATE: Final = "name a chat template that prints it in `model.chat_tem
 
 class UnprintedError(MaskError):
     """A conversation of which the chat template leaves something out that the row says."""
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One text of a row: where it stands (`what` names it in errors), and the mark that stood for
-    it. `variants` are the ways in which a template may print it.
-    """
-
-    message: int | None  # None: of the tools
-    what: str
-    mark: str
-    variants: tuple[str, ...]
-    is_repeatable: bool = False  # a call's name may be repeated where a tool answers
 
 
 @dataclass(frozen=True)
@@ -137,7 +123,7 @@ def _prove(
     real = [_with_arguments(thaw(message), shape) for message in messages]
     real_tools = [thaw(tool) for tool in tools]
     text = template.render(real, method, tools=real_tools)
-    marking = _Marking(template, text, repr(real_tools))
+    marking = Marking(template, text, repr(real_tools))
     marked = [
         _with_arguments(marking.mark_message(index, thaw(message)), shape)
         for index, message in enumerate(messages)
@@ -190,114 +176,6 @@ def _with_arguments(message: dict[str, Any], dump: Callable[[Any], str] | None) 
         for call in message["tool_calls"]
     ]
     return message | {"tool_calls": calls}
-
-
-class _Marking:
-    """Puts a mark, unique and absent from the real rendering, in the place of every leaf."""
-
-    def __init__(self, template: ChatTemplate, *texts: str) -> None:
-        self._template = template
-        self.leaves: list[Leaf] = []
-        salt = 0
-        while template.holds(f"Qx{salt}m") or any(f"Qx{salt}m" in text for text in texts):
-            salt += 1
-        self._word = f"Qx{salt}m"
-        number = 70000
-        while any(str(number) in text for text in texts):
-            number += 1
-        self._number = str(number)
-
-    def mark_message(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy of the message with marks for leaves."""
-        marked = dict(message)
-        for key in ("reasoning_content", "content"):
-            if isinstance(marked.get(key), str):
-                marked[key] = self._mark_text(index, f"`{key}`", marked[key])
-        calls = []
-        for call in marked.get("tool_calls") or ():
-            function = call["function"]
-            what = f"call of `{function['name']}`"
-            name = self._add(index, f"the {what}", function["name"], is_repeatable=True)
-            arguments = self._mark_value(index, f"the {what}", function["arguments"])
-            calls.append(call | {"function": function | {"name": name, "arguments": arguments}})
-        if calls:
-            marked["tool_calls"] = calls
-        return marked
-
-    def mark_tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy of the tool with marks for its name and its description."""
-        function = tool.get("function")
-        if not isinstance(function, Mapping):
-            return dict(tool)
-        marked = dict(function)
-        for key in ("name", "description"):
-            if isinstance(marked.get(key), str) and marked[key].strip():
-                what = f"the {key} of the tool `{function.get('name')}`"
-                marked[key] = self._add(None, what, marked[key], is_repeatable=True)
-        return {**tool, "function": marked}
-
-    def _mark_text(self, index: int, what: str, text: str) -> str:
-        """The text with its tags and the whitespace around its pieces, and a mark for each
-        piece.
-        """
-        parts: list[str] = []
-        position = 0
-        for start, end in [*self._find_tags(text), (len(text), len(text))]:
-            piece = text[position:start]
-            core = piece.strip()
-            if core:
-                begin = piece.index(core)
-                is_thought = text.startswith(("</think", "[/THINK"), start)
-                name = f"the think block in the {what}" if is_thought else what
-                mark = self._add(index, name, core)
-                piece = piece[:begin] + mark + piece[begin + len(core) :]
-            parts += [piece, text[start:end]]
-            position = end
-        return "".join(parts)
-
-    def _find_tags(self, text: str) -> Iterator[tuple[int, int]]:
-        """What templates take contents apart by: think tags, and tags of the template's source
-        that are no special tokens.
-        """
-        for tag in _TAGS.finditer(text):
-            name = tag.group()
-            is_known = self._template.holds(name) and not self._template.is_special(name)
-            if _THINK_TAGS.fullmatch(name) or is_known:
-                yield tag.span()
-
-    def _mark_value(self, index: int, what: str, value: Any) -> Any:
-        if isinstance(value, str):
-            core = value.strip()
-            if not core:
-                return value
-            begin = value.index(core)
-            mark = self._add(index, what, core)
-            return value[:begin] + mark + value[begin + len(core) :]
-        if isinstance(value, bool) or value is None:
-            return value
-        if isinstance(value, int | float):
-            mark = f"{self._number}{len(self.leaves):05}"
-            self.leaves.append(Leaf(index, what, mark, (json.dumps(value), str(value))))
-            return int(mark)
-        if isinstance(value, Mapping):
-            return {
-                key: self._mark_value(index, f"argument `{key}` of {what}", item)
-                for key, item in value.items()
-            }
-        return [self._mark_value(index, what, item) for item in value]
-
-    def _add(self, index: int | None, what: str, text: str, *, is_repeatable: bool = False) -> str:
-        mark = f"{self._word}{len(self.leaves)}xQ"
-        self.leaves.append(Leaf(index, what, mark, _list_variants(text), is_repeatable))
-        return mark
-
-
-def _list_variants(text: str) -> tuple[str, ...]:
-    """The text as it is, and as JSON prints it, once or twice, in Unicode or in ASCII."""
-    once = json.dumps(text, ensure_ascii=False)[1:-1]
-    in_ascii = json.dumps(text)[1:-1]
-    twice = (json.dumps(once, ensure_ascii=False)[1:-1], json.dumps(in_ascii)[1:-1])
-    return tuple(dict.fromkeys((text, once, in_ascii, *twice)))
 
 
 def _refuse_python_source(marked: Messages, rendered: str) -> None:
@@ -486,7 +364,7 @@ class _Places:
         ranks = self._walk.pieces_of(index)
         own = "".join(self._walk.pieces[rank].before for rank in range(ranks[0], ranks[-1] + 1))
         own += self._walk.text_behind(ranks[-1])
-        for tag in set(_THINK_TAGS.findall(str(message.get("content", "")))):
+        for tag in set(THINK_TAGS.findall(str(message.get("content", "")))):
             if own.count(tag) < str(message["content"]).count(tag):
                 raise self._refuse_unprinted(index, f"the {tag} in the `content`")
 
@@ -602,7 +480,7 @@ class _Places:
         if first.leaf.what == "`content`":
             return first.start
         shared = len(common_prefix(rendered, prompt))
-        thought = _THINK_TAGS.search(rendered, lowest, shared)
+        thought = THINK_TAGS.search(rendered, lowest, shared)
         shared = thought.start() if thought else shared
         length = self._cut(rendered[lowest:shared])
         if not length:
