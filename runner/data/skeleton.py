@@ -7,7 +7,7 @@ Does not own the proof that a row follows its skeleton: that is `masking.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -15,6 +15,7 @@ from typing import Final
 from runner.data.chat_template import (
     METHOD_PARTS,
     METHOD_TEXT,
+    PROBE,
     ChatTemplate,
     MaskError,
     Messages,
@@ -220,7 +221,27 @@ class Skeletons:
         if not (text.startswith(prompt) and gap[0] <= len(prompt) <= gap[1]):
             return 0
         lead = text[len(prompt) : gap[1]]
-        return len(lead) if lead.isspace() or not without.startswith(prompt) else 0
+        if lead.isspace() or not without.startswith(prompt):
+            return len(lead)
+        has_prompt = prints_prompt_unasked(
+            lambda chat: self._template.render(chat, method), chat[:index]
+        )
+        return len(lead) if has_prompt else 0
+
+
+def prints_prompt_unasked(render: Callable[[Messages], str], chat: Messages) -> bool:
+    """True where a template ends a conversation with its generation prompt although nobody asked
+    for one (Cohere's Command R7B and Command A): what is printed behind the last text is another
+    thing as soon as a user speaks next.
+    """
+    last = chat[-1]["content"] if chat else ""
+    try:
+        alone = render(chat)
+        followed = render([*chat, {"role": "user", "content": PROBE}])
+    except MaskError:
+        return False
+    end = alone.rfind(last) + len(last)
+    return bool(last.strip()) and end <= len(common_prefix(alone, followed)) < len(alone)
 
 
 def describe_rewriting(here: str, alone: str) -> str:

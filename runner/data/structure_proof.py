@@ -39,7 +39,7 @@ from runner.data.chat_template import (
     quote,
 )
 from runner.data.leaves import THINK_TAGS, Leaf, Marking
-from runner.data.skeleton import describe_rewriting
+from runner.data.skeleton import describe_rewriting, prints_prompt_unasked
 from runner.data.turn_ends import TurnText, find_end
 from runner.strict import thaw
 
@@ -475,6 +475,8 @@ class _Places:
         if rendered.startswith(prompt) and lowest <= len(prompt) <= first.start:
             lead = rendered[len(prompt) : first.start]
             if lead.isspace() or not without.startswith(prompt):
+                return len(prompt)
+            if prints_prompt_unasked(self._render, self._chat[:index]):
                 return len(prompt)
             return len(prompt) + self._find_header(index, lead)
         if first.leaf.what == "`content`":
