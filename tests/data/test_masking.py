@@ -103,6 +103,21 @@ def test_a_role_header_is_not_trained_on_where_the_template_has_no_generation_pr
     assert [mask.text[begin:end] for begin, end in mask.completion_chars] == ["a<|im_end|>"]
 
 
+def test_a_generation_prompt_that_is_printed_unasked_is_no_part_of_the_turn() -> None:
+    """As under Cohere's Command R7B: the model itself opens its response."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>"
+        "{% if m.role == 'assistant' %}<|open|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if messages[-1].role != 'assistant' %}<|im_start|>assistant<|im_end|>{% endif %}"
+    )
+    tokenizer = build_tokenizer(
+        "bytes", template, special=["<|im_start|>", "<|im_end|>", "<|open|>"]
+    )
+    mask = mask_conversation(tokenizer, turns("a", "b", "c", "d"))
+    written = [mask.text[begin:end] for begin, end in mask.completion_chars]
+    assert written == ["<|open|>b<|im_end|>", "<|open|>d<|im_end|>"]
+
+
 def test_a_template_may_print_what_looks_like_a_sentinel() -> None:
     template = "Qx0turn0xQ Qx1turn1xQ Qx0turn1xQ\n" + CHATML
     mask = mask_conversation(build_tokenizer("bytes", template), turns("Qx2turn0xQ", "Qx2turn1xQ"))
