@@ -268,3 +268,13 @@ def test_a_source_of_several_is_drawn_as_it_would_be_alone(tmp_path: Path) -> No
     used = [row.row_id for row in draw_splits(data).train if "source1" in row.where]
     alone = section(tmp_path / "source1.jsonl", **held_out, **counts | {"num_train_samples": 10})
     assert used == ids(alone)
+
+
+def test_rows_that_differ_in_blanks_are_one() -> None:
+    path = Path(__file__).parent / "cases" / "same_tokens.jsonl"
+    counts = {"num_train_samples": 2, "num_validation_samples": 2, "num_test_samples": 2}
+    splits = draw_splits(section(path, task={"name": "conversations"}, **counts))
+    assert splits.left_out.num_duplicates == 3
+    rows = (*splits.train, *splits.validation, *splits.test)
+    questions = [row.messages[0]["content"].strip() for row in rows]
+    assert len(set(questions)) == 6 and questions.count("Same question?") == 1
