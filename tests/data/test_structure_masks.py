@@ -478,3 +478,11 @@ def test_a_thought_that_is_nothing_but_a_tag_is_missed_where_it_is_not_printed(
     ]
     found = refusal(trl_template("qwen2_5"), chat)
     assert "does not print `reasoning_content` of message 1 (assistant)" in found
+
+
+def test_half_a_character_in_a_tool_is_refused() -> None:
+    function = {"name": "f", "description": "x \ud800", "parameters": {}}
+    found = refusal(
+        trl_template("qwen3"), turns("q", "a"), [{"type": "function", "function": function}]
+    )
+    assert "a tool holds '\\ud800', half of a character" in found
