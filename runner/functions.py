@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import stat
 import sys
@@ -224,7 +223,7 @@ class Metric(UserFunction):
                 value = function(where, prediction, list(references), row)
                 if value is None:
                     return None
-                if not isinstance(value, int | float) or not math.isfinite(value):
+                if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
                     raise DataError(
                         f"{where}: {self.function} returned {json.dumps(value)[:100]} for the"
                         f" metric `{self.name}`",

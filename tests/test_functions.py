@@ -328,6 +328,6 @@ def test_a_metric_is_one_finite_number_or_none(scored: Any) -> None:
         ("float([prediction, references] == ['p', ['r']])", 1.0),
     ):
         assert scored(text) == value, text
-    for text in ("float('nan')", "float('inf')", "'1'", "[1]", "{}"):
+    for text in ("float('nan')", "float('inf')", "10**400", "'1'", "[1]", "{}"):
         with pytest.raises(DataError, match="for the metric `given`"):
             scored(text)

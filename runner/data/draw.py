@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
 
+from runner.data.masking import list_texts
 from runner.data.mixture import interleave
 from runner.data.sources import load_rows
-from runner.data.tasks.base import Conversation, Example
+from runner.data.tasks.base import NEUTRAL_COLUMNS, Conversation, Example, list_names
 from runner.data.tasks.conversations import CONVERSATION_COLUMNS
 from runner.errors import DataError
 from runner.files import hash_json
@@ -168,7 +169,7 @@ class _Reader:
 
     def __init__(self, data: DataSection) -> None:
         self._data = data
-        self._seen: set[str] = set()
+        self._seen: dict[str, tuple[str, str]] = {}  # key -> hash of what is said, and its place
         self._num_duplicates = 0
         # Split -> what -> how many; several sources of a split are added up.
         self._by_task: dict[str, Counter[str]] = {}
@@ -207,10 +208,12 @@ class _Reader:
                 counts.setdefault(split, Counter()).update(found)
         kept = []
         for example in examples.examples:
+            said = _hash_words(example)
             if example.key in self._seen:
                 self._num_duplicates += 1
+                _require_same_words(self._seen[example.key], said, example)
                 continue
-            self._seen.add(example.key)
+            self._seen[example.key] = (said, example.where)
             kept.append(_build_raw_row(example, self._find_group(example, groups)))
         return kept
 
@@ -234,6 +237,23 @@ class _Reader:
                 hint="leave `data.group_column` out of the recipe",
             )
         return groups[example.where]
+
+
+def _hash_words(example: Example) -> str:
+    """Of what a row says, but for blanks: two rows of one key may differ in those."""
+    texts = "".join(list_texts([example.messages, example.tools]))
+    return hash_json("".join(texts.split()))
+
+
+def _require_same_words(first: tuple[str, str], said: str, example: Example) -> None:
+    """Raises: DataError, where a duplicate says something else than the row of its key."""
+    known, where = first
+    if said != known:
+        raise DataError(
+            f"{where} and {example.where} differ only in columns that say nothing of a row"
+            f" ({list_names(NEUTRAL_COLUMNS)}), but become different conversations",
+            hint="give the column that the function reads another name in the file",
+        )
 
 
 def _build_raw_row(example: Example, group: str) -> RawRow:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -51,7 +51,8 @@ class Marking:
         marked = dict(message)
         for key in ("reasoning_content", "content"):
             if isinstance(marked.get(key), str):
-                marked[key] = self._mark_text(index, f"`{key}`", marked[key])
+                has_thoughts = key == "content" and message["role"] == "assistant"
+                marked[key] = self._mark_text(index, f"`{key}`", marked[key], has_thoughts)
         calls = []
         for call in marked.get("tool_calls") or ():
             function = call["function"]
@@ -75,13 +76,22 @@ class Marking:
                 marked[key] = self._add(None, what, marked[key], is_repeatable=True)
         return {**tool, "function": marked}
 
-    def _mark_text(self, index: int, what: str, text: str) -> str:
-        """The text with its tags and the whitespace around its pieces, and a mark for each
-        piece.
+    def _mark_text(self, index: int, what: str, text: str, has_thoughts: bool) -> str:
+        """The text with its tags and the whitespace around its pieces, and a mark for each piece.
+
+        Think tags are taken apart in an assistant's content only: anywhere else they are words. A
+        text that is nothing but other tags is a piece: left out, it would not be missed.
         """
+        tags = [
+            span
+            for span in self._find_tags(text)
+            if has_thoughts or not THINK_TAGS.fullmatch(text, *span)
+        ]
+        if not (has_thoughts and THINK_TAGS.search(text)) and not _cut_out(text, tags).strip():
+            tags = []
         parts: list[str] = []
         position = 0
-        for start, end in [*self._find_tags(text), (len(text), len(text))]:
+        for start, end in [*tags, (len(text), len(text))]:
             piece = text[position:start]
             core = piece.strip()
             if core:
@@ -129,6 +139,13 @@ class Marking:
         mark = f"{self._word}{len(self.leaves)}xQ"
         self.leaves.append(Leaf(index, what, mark, _list_variants(text), is_repeatable))
         return mark
+
+
+def _cut_out(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """The text without these parts of it, which follow each other."""
+    ends = [0, *(end for _, end in spans)]
+    starts = [*(start for start, _ in spans), len(text)]
+    return "".join(text[end:start] for end, start in zip(ends, starts, strict=True))
 
 
 def _list_variants(text: str) -> tuple[str, ...]:

@@ -208,6 +208,8 @@ class ConversationMasker:
         Raises: MaskError.
         """
         _check_messages(messages, self._describe_roles)
+        for tool in tools:
+            _check_characters(tool, "a tool")
         wanted = _list_wanted(messages, turns, untrained)
         if tools or any(set(message) - {"role", "content"} for message in messages):
             proven = prove_structure(self._template, messages, tools, wanted, untrained)
@@ -466,17 +468,18 @@ def _check_messages(messages: Messages, describe_roles: Callable[[], str]) -> No
                 f"{describe(messages, index)} has the content"
                 f" {quote(repr(content))}, expected a text"
             )
-        halves = (_HALF_CHARACTER.search(text) for text in list_texts(message))
-        half = next((found for found in halves if found), None)
-        if half is not None:
-            raise MaskError(
-                f"{describe(messages, index)} holds {half.group()!r},"
-                " half of a character, which is no text",
-                hint=(
-                    "the file was written from text that was cut or decoded wrongly: write it again"
-                ),
-            )
+        _check_characters(message, describe(messages, index))
         _check_keys(messages, index)
+
+
+def _check_characters(value: Any, what: str) -> None:
+    halves = (_HALF_CHARACTER.search(text) for text in list_texts(value))
+    half = next((found for found in halves if found), None)
+    if half is not None:
+        raise MaskError(
+            f"{what} holds {half.group()!r}, half of a character, which is no text",
+            hint="the file was written from text that was cut or decoded wrongly: write it again",
+        )
 
 
 def _check_keys(messages: Messages, index: int) -> None:

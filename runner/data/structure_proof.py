@@ -482,7 +482,9 @@ class _Places:
         if first.leaf.what == "`content`":
             return first.start
         shared = len(common_prefix(rendered, prompt))
-        thought = THINK_TAGS.search(rendered, lowest, shared)
+        # Not one of the message before, whose last words may be a think tag.
+        begin = max(lowest, len(common_prefix(rendered, without)))
+        thought = THINK_TAGS.search(rendered, begin, shared)
         shared = thought.start() if thought else shared
         length = self._cut(rendered[lowest:shared])
         if not length:

@@ -11,7 +11,7 @@ import math
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, get_args
 
 from runner.data.chat_template import MaskError
@@ -162,7 +162,8 @@ class TokenizerFacts:
         key = (raw.content_hash, data.max_length, data.truncation)
         if key not in self._rows:
             self._rows[key] = self._measure(raw, data)
-        return self._rows[key]
+        # Rows of one content may stand in several places.
+        return replace(self._rows[key], where=raw.where)
 
     def _measure(self, raw: RawRow, data: DataSection) -> RowFacts:
         fitted = fit_row(raw, self._masker, data, self._bos_id)

@@ -388,6 +388,8 @@ def _read_configs(folder: Path) -> list[Mapping[str, Any]]:
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, KeyError) as error:
         line = str(error).partition("\n")[0]
         raise DataError(f"{folder}/README.md: its `configs` cannot be read: {line}") from None
+    if not isinstance(configs, list | None):
+        raise DataError(f"{folder}/README.md: its `configs` are no list")
     named = [one for one in configs or [] if isinstance(one, Mapping) and "config_name" in one]
     if len(named) != len(configs or []):
         raise DataError(f"{folder}/README.md: one of its `configs` has no `config_name`")
@@ -423,8 +425,7 @@ def _list_patterns(folder: Path, base: Path, data_files: Any) -> _Folder:
     for split, patterns in _read_patterns(data_files):
         found: dict[Path, None] = {}
         for pattern in patterns:
-            _inside(base, pattern)
-            for path in sorted(base.glob(str(pattern))):
+            for path in _glob(base, pattern):
                 if path.is_file() and not _is_hidden(path.relative_to(folder)):
                     found[path] = None
         if found:
@@ -438,6 +439,17 @@ def _list_patterns(folder: Path, base: Path, data_files: Any) -> _Folder:
     if others:
         skipped["files that are of no split of the README"] = tuple(others)
     return _Folder(by_split, skipped)
+
+
+def _glob(base: Path, pattern: Any) -> list[Path]:
+    """What a pattern finds below a folder. Raises: DataError, for one that is none."""
+    _inside(base, pattern)
+    try:
+        return sorted(base.glob(str(pattern)))
+    except (ValueError, IndexError, NotImplementedError) as error:
+        raise DataError(
+            f"{base}: the README's pattern {str(pattern)!r} finds nothing: {error}"
+        ) from None
 
 
 def _read_patterns(data_files: Any) -> Iterator[tuple[str, Sequence[Any]]]:

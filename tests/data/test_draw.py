@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from runner.data.draw import draw_splits
+from runner.data.tasks.python import PythonTask
 from runner.errors import DataError
 from runner.files import hash_json
 from runner.recipe.data_section import DataSection
@@ -180,6 +181,36 @@ def test_a_row_is_known_by_its_columns_and_not_by_blanks_nulls_and_names(tmp_pat
     ]
     splits = draw_splits(section(write_rows(tmp_path / "rows.jsonl", [*ROWS, *twins, *twins[:1]])))
     assert splits.left_out.num_duplicates == 3
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"prompt_column": "source", "completion_column": "label"},
+        {"prompt": "What is {name}?", "completion_column": "label"},
+    ],
+)
+def test_a_column_that_is_read_tells_rows_apart_whatever_its_name(
+    tmp_path: Path, task: Mapping[str, str]
+) -> None:
+    name = "name" if "prompt" in task else "source"
+    rows = [{name: f"Text {n}", "label": ("yes", "no")[n % 2], "id": n // 30} for n in range(60)]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, {**rows[0], "id": 99}])
+    splits = draw_splits(section(path, task={"name": "prompt_completion", **task}))
+    assert splits.left_out.num_duplicates == 1
+    assert len({row.key for row in (*splits.train, *splits.validation, *splits.test)}) == 55
+
+
+def test_a_function_that_reads_a_name_is_refused_where_rows_differ_in_it_alone(
+    tmp_path: Path,
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"name": f"n{n}", "a": "b"} for n in range(3)])
+    turns = "[{'role': 'user', 'content': row['name']}, {'role': 'assistant', 'content': 'b'}]"
+    task = PythonTask(name="python", function="rows.py:build")
+    task = task.with_sources({"rows.py": f"def build(row):\n    return {turns}\n"})
+    data = section(path).model_copy(update={"task": task})
+    with pytest.raises(DataError, match=r"line 1 and .*line 2 differ only in .*`name`"):
+        draw_splits(data)
 
 
 def test_ignored_columns_and_keys_do_not_tell_rows_apart_and_are_counted(tmp_path: Path) -> None:

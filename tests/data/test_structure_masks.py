@@ -446,3 +446,43 @@ def test_the_clock_of_others_goes_on() -> None:
     ConversationMasker(tokenizer, ChatFormat(moment=datetime(1999, 1, 1))).mask(turns("q", "a"))
     text = tokenizer.apply_chat_template(turns("q", "a"), tokenize=False)
     assert text.startswith(str(datetime.now().year))
+
+
+@pytest.mark.parametrize("question", ["<think>", "Why <think>?</think>", "<tool_response>", "a"])
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("nemotron_3_nano", "<think></think>\n" + NEMOTRON_CALL + "\n<|im_end|>"),
+        ("qwen3", "<think>\n\n</think>\n\n" + QWEN_CALL + "<|im_end|>"),
+    ],
+)
+def test_a_tag_in_a_question_begins_no_turn(template: str, expected: str, question: str) -> None:
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+    chat = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    assert trained(mask(trl_template(template), chat)) == [expected]
+
+
+@pytest.mark.parametrize("thought", ["<tool_call>", "<tool_response></tool_response>", "<think>"])
+def test_a_thought_that_is_nothing_but_a_tag_is_missed_where_it_is_not_printed(
+    thought: str,
+) -> None:
+    chat = [
+        {"role": "user", "content": "2 x 7?"},
+        {"role": "assistant", "content": "14", "reasoning_content": thought},
+    ]
+    assert trained(mask(trl_template("qwen3"), chat)) == [
+        f"<think>\n{thought}\n</think>\n\n14<|im_end|>"
+    ]
+    found = refusal(trl_template("qwen2_5"), chat)
+    assert "does not print `reasoning_content` of message 1 (assistant)" in found
+
+
+def test_half_a_character_in_a_tool_is_refused() -> None:
+    function = {"name": "f", "description": "x \ud800", "parameters": {}}
+    found = refusal(
+        trl_template("qwen3"), turns("q", "a"), [{"type": "function", "function": function}]
+    )
+    assert "a tool holds '\\ud800', half of a character" in found

@@ -80,6 +80,10 @@ BAD: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
         "train: {path: lists.json}",
         ("lists.json: expected a JSON list of rows", "several lists: a, b"),
     ),
+    "one text under two keys": (
+        "train: {path: one.jsonl}\n  test: {path: other.jsonl}",
+        ("one.jsonl line 1 (train) and other.jsonl line 1 (test)",),
+    ),
     "packed and damaged": ("train: {path: torn.jsonl.gz}", ("torn.jsonl.gz: cannot be unpacked",)),
     "a source that runs out": (
         "train: [{path: split_files, split: train, weight: 1},"
@@ -100,6 +104,12 @@ def sources(
     message = '{"role": "user", "content": "a", "content": "b"}'
     (project.root / "twice.jsonl").write_text(f'{json.dumps(CHAT)}\n{{"messages": [{message}]}}')
     (project.root / "lists.json").write_text('{"a": [{}], "b": [{}]}')
+    others = (
+        {"messages": [{**CHAT["messages"][0], "content": text}, CHAT["messages"][1]]}
+        for text in "ab"
+    )
+    (project.root / "one.jsonl").write_text("\n".join(map(json.dumps, [CHAT, *others])))
+    (project.root / "other.jsonl").write_text(json.dumps({**CHAT, "tools": []}))
     (project.root / "torn.jsonl.gz").write_bytes(b"\x1f\x8b nope")
     bad = {name: section for name, (section, _) in BAD.items()}
     for folder, sections in (("good", GOOD), ("bad", bad)):

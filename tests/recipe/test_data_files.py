@@ -253,6 +253,9 @@ def test_a_readme_says_which_files_a_config_has(tmp_path: Path) -> None:
         ("configs:\n- {config_name: a, data_files: /etc/*}", "leads out of the folder"),
         ("configs:\n- {config_name: a, data_files: '*.txt'}", "x.txt: cannot tell the format"),
         ("configs:\n- {config_name: a, data_files: none.csv}", "holds no .jsonl"),
+        ("configs: 3", "its `configs` are no list"),
+        ("configs:\n- {config_name: a, data_files: .}", "pattern '.' finds nothing"),
+        ("configs:\n- {config_name: a, data_files: '**a/x'}", "pattern '**a/x' finds nothing"),
         (f"configs: {'[' * 50_000}", "its `configs` cannot be read"),
     ],
 )

@@ -173,10 +173,12 @@ class Task(Section):
         for where, row in rows:
             example = self.build_example(row, where)
             columns: list[str] = []
+            texts: Collection[str] = ()
             if isinstance(row, Mapping):
                 columns = find_unused(row, self.list_used_columns(row))
+                texts = self.list_text_columns(row)
             leftovers.add(where, [*columns, *example.unused])
-            example = replace(example, key=derive_row_key(row, self.BOOKKEEPING))
+            example = replace(example, key=derive_row_key(row, self.BOOKKEEPING, texts))
             examples.append(replace(example, columns=_name_columns(row)))
         leftovers.refuse()
         return Examples(tuple(examples), {}, leftovers.count())
@@ -186,6 +188,10 @@ class Task(Section):
         `RECOGNISED_BY`.
         """
         return {column for columns, _ in self.RECOGNISED_BY for column in columns}
+
+    def list_text_columns(self, row: Mapping[str, Any]) -> Collection[str]:
+        """The columns of a row that say something, whatever their names: those that are used."""
+        return self.list_used_columns(row)
 
     def for_check(self) -> Task:
         """The task as `check` reads rows with it, which may take twice as long."""
@@ -225,16 +231,16 @@ def _name_columns(row: Any) -> Mapping[str, Any]:
     return row if isinstance(row, Mapping) else {"messages": row}
 
 
-def derive_row_key(row: Any, bookkeeping: Sequence[str] = ()) -> str:
+def derive_row_key(row: Any, bookkeeping: Sequence[str] = (), texts: Collection[str] = ()) -> str:
     """The SHA-256 of a row's columns as canonical JSON: names sorted, without null values and
-    without the columns `id`, `name`, `source` and `bookkeeping`; texts stripped at both ends,
-    `\\r\\n` as `\\n`.
+    without the columns `id`, `name`, `source` and `bookkeeping`, but for those among `texts`, which
+    say something; texts stripped at both ends, `\\r\\n` as `\\n`.
 
     >>> derive_row_key({"q": "2+2? ", "id": 7, "note": None}) == derive_row_key({"q": "2+2?"})
     True
     """
     if isinstance(row, Mapping):
-        left_out = (*NEUTRAL_COLUMNS, *bookkeeping)
+        left_out = {*NEUTRAL_COLUMNS, *bookkeeping} - set(texts)
         row = {name: value for name, value in row.items() if name not in left_out}
     return hash_json(_canonicalise(row))
 

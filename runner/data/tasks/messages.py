@@ -134,7 +134,7 @@ def read_tools(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
                 f"{place}, function {number}: the type is {_show(tool['type'])},"
                 " only `function` is accepted"
             )
-        read.append({"type": "function", **tool})
+        read.append({"type": "function", **_require_json(tool, f"{place}, function {number}")})
     return tuple(read)
 
 
@@ -216,9 +216,10 @@ def _read_call(call: Any, place: str) -> dict[str, Any]:
             f"{place}, `arguments`: expected an object or its JSON text, found"
             f" {describe_value(arguments)}"
         )
+    arguments = _require_json(arguments, f"{place}, `arguments`")
     read: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if call_id is not None:
-        read["id"] = call_id
+        read["id"] = _require_json(call_id, f"{place}, `id`")
     return read
 
 
@@ -274,6 +275,17 @@ def _parse_if_text(value: Any, place: str) -> Any:
         return json.loads(value, object_pairs_hook=_build_object, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: is not JSON ({error}), found {_show(value)}") from None
+
+
+def _require_json(value: Any, place: str) -> Any:
+    """The value, if JSON can say it: no NaN, and no date or bytes of an Arrow file."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{place}: cannot be written as JSON ({error}), found {_show(value)}"
+        ) from None
+    return value
 
 
 def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -43,6 +43,10 @@ class PythonTask(UserFunction, Task):
         """All of them: what a function makes of a column, nobody knows."""
         return set(row)
 
+    def list_text_columns(self, row: Mapping[str, Any]) -> Collection[str]:
+        """None by its name: `draw` finds out where a function makes texts of `id` and the like."""
+        return ()
+
     def build_examples(
         self, rows: Iterable[tuple[str, Any]], *, used: frozenset[str] = frozenset()
     ) -> Examples:

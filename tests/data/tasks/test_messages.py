@@ -5,12 +5,14 @@ form is refused with its message.
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any, Final
 
 import pytest
 
 from runner.data.tasks.conversations import ConversationsTask
 from runner.data.tasks.math_tools import MathToolsTask
+from runner.data.tasks.messages import read_message, read_tools
 from runner.errors import DataError
 from tests.support.refused_rows import ANSWER, FUNCTION, READ, REFUSED, RESULT, SCHEMA, USER, row
 from tests.support.tasks import build
@@ -128,3 +130,13 @@ def test_one_system_text_may_be_said_twice() -> None:
     messages = [{"role": "developer", "content": "Be brief."}, USER, ANSWER]
     example = build({"messages": messages, "system": "Be brief.\n"}, CONVERSATIONS)
     assert [message["role"] for message in example.messages] == ["developer", "user", "assistant"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), datetime(2026, 1, 31), b"x", [{"a": {1}}]])
+def test_what_json_cannot_say_is_no_argument_and_no_schema(value: Any) -> None:
+    call = {"name": "f", "arguments": {"a": value}}
+    with pytest.raises(DataError, match="message 2, `tool_calls`, `arguments`: cannot be written"):
+        read_message({"role": "assistant", "tool_calls": [call]}, "line 1, message 2")
+    tool = {"name": "f", "parameters": {"default": value}}
+    with pytest.raises(DataError, match="column `tools`, function 1: cannot be written as JSON"):
+        read_tools([tool], "line 1, column `tools`")
