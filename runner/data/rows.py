@@ -92,10 +92,15 @@ class FittedRow:
     row: Row | None
     raw: RawRow
     masked: MaskedConversation
-    num_tokens: int  # of the whole conversation
+    whole_ids: tuple[int, ...]  # of the whole conversation
     num_cut: int = 0
     num_kept: int = 0
     num_cut_messages: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole conversation."""
+        return len(self.whole_ids)
 
 
 def build_samples(data: DataSection, tokenizer: Any, raw: RawSplits | None = None) -> Samples:
@@ -168,17 +173,17 @@ def fit_row(
             " as no text does that a model was trained on",
             hint="the content begins with it, or the chat template prints it twice",
         )
-    num_tokens = len(masked.input_ids)
-    if num_tokens <= data.max_length or data.truncation not in ("prompt_left", "turns_left"):
+    whole = masked.input_ids
+    if len(whole) <= data.max_length or data.truncation not in ("prompt_left", "turns_left"):
         row = _build_row(raw, masked, masked.input_ids, 0, 0)
-        return FittedRow(row if num_tokens <= data.max_length else None, raw, masked, num_tokens)
+        return FittedRow(row if len(whole) <= data.max_length else None, raw, masked, whole)
     if data.truncation == "turns_left":
         return _cut_turns(raw, masker, data, masked)
     num_kept = 1 if bos_token_id is not None and masked.input_ids[0] == bos_token_id else 0
-    cut = num_tokens - data.max_length
+    cut = len(whole) - data.max_length
     ids = masked.input_ids[:num_kept] + masked.input_ids[cut + num_kept :]
     row = _build_row(raw, masked, ids, cut, num_kept)
-    return FittedRow(row, raw, masked, num_tokens, cut, num_kept)
+    return FittedRow(row, raw, masked, whole, cut, num_kept)
 
 
 def _mask(raw: RawRow, masker: ConversationMasker, data: DataSection) -> MaskedConversation:
@@ -265,8 +270,8 @@ def _cut_turns(
             row = _build_row(rest, masked, masked.input_ids, 0, 0)
             assert row is not None, "the last completion stays"
             row = replace(row, is_truncated=True)
-            return FittedRow(row, rest, masked, len(whole.input_ids), num_cut_messages=cut)
-    return FittedRow(None, raw, whole, len(whole.input_ids))
+            return FittedRow(row, rest, masked, whole.input_ids, num_cut_messages=cut)
+    return FittedRow(None, raw, whole, whole.input_ids)
 
 
 def _tokenize_split(
@@ -286,7 +291,7 @@ def _tokenize_split(
             too_long.append((raw, fitted.num_tokens))
         else:
             rows.append(fitted.row)
-            origins.append((raw.where, fitted.row.input_ids))
+            origins.append((raw.where, fitted.whole_ids))
     refuse_too_long(too_long, len(rows), split, data)
     return Split(tuple(rows), tuple(raw.row_id for raw, _ in too_long)), origins
 

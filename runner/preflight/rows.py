@@ -50,6 +50,7 @@ class RowFacts:
     ends: tuple[str | None, ...]  # the special tokens that end completions; None: plain text
     begins_with_bos: bool
     ids_hash: bytes
+    whole_hash: bytes  # of the ids before truncation
     mask_hashes: dict[str, bytes]  # per loss
 
     @property
@@ -192,6 +193,7 @@ class TokenizerFacts:
             ends=tuple(self._find_ends(row)) if row else (),
             begins_with_bos=masked.input_ids[0] == self._bos_id,
             ids_hash=_hash_numbers(row.input_ids if row else masked.input_ids),
+            whole_hash=_hash_numbers(fitted.whole_ids),
             mask_hashes={loss: _hash_numbers(mask) for loss, mask in masks.items()},
         )
 
@@ -307,6 +309,11 @@ def _find_end_doubts(
 def _find_text_doubts(
     path: str, facts: Mapping[str, Sequence[RowFacts]], splits: Mapping[str, SplitFacts]
 ) -> Iterator[str]:
+    if num_same := _count_same_when_cut(facts):
+        yield (
+            f"{path}: {num_same} rows are, once they are cut to `data.max_length`, the same tokens"
+            " as a row of another split"
+        )
     for split, one in splits.items():
         if one.num_dropped:
             yield (
@@ -336,3 +343,14 @@ def _find_text_doubts(
                 f"{path}: {one.num_with_special_text} {split} rows hold text that the tokenizer"
                 f" reads as a special token, the first is {first}"
             )
+
+
+def _count_same_when_cut(facts: Mapping[str, Sequence[RowFacts]]) -> int:
+    """Rows whose ids are those of a row of another split; whole ones have been refused."""
+    seen: dict[bytes, str] = {}
+    num_same = 0
+    for split, rows in facts.items():
+        for row in rows:
+            if row.is_used:
+                num_same += seen.setdefault(row.ids_hash, split) != split
+    return num_same

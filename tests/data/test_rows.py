@@ -254,3 +254,17 @@ def test_hashes_and_groups_of_a_split(tmp_path: Path, tokenizer: Any) -> None:
     assert one["ids"] != other["ids"] and one["ids_hash"] == other["ids_hash"]
     assert one["input_ids_hash"] != other["input_ids_hash"], "which depends on the order"
     assert len(one["groups"]) == one["num_rows"] and one["num_groups"] == len(set(one["groups"]))
+
+
+def test_rows_that_only_a_cut_makes_equal_may_stand_in_two_splits(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    rows = [
+        {"prompt": f"Number {n}. " + "Please tell me this: " * 30, "completion": "Yes."}
+        for n in range(12)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    counts = {"num_train_samples": None, "num_validation_samples": 3, "num_test_samples": 3}
+    data = section(path, max_length=32, truncation="prompt_left", **counts)
+    samples = build_samples(data, tokenizer)
+    assert len({row.input_ids for row in (*samples.train.rows, *samples.test.rows)}) == 1

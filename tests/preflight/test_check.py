@@ -269,3 +269,16 @@ def test_any_end_of_a_turn_that_stops_nothing_is_warned_of(here: Project) -> Non
     assert "answers end in <start_of_turn> or <eos>" in "\n".join(format_result(result))
     last = check_recipes([named(here, "last", *rounds, "data.turns=last")])
     assert "training ends answers" not in warnings_of(last)
+
+
+def test_rows_that_a_cut_makes_equal_are_counted(here: Project) -> None:
+    lines = []
+    for number in range(60):
+        question = {"role": "user", "content": f"Number {number}. " + "Tell me this please. " * 20}
+        answer = {"role": "assistant", "content": "Yes."}
+        lines.append(json.dumps({"messages": [question, answer]}))
+    (here.root / "long.jsonl").write_text("\n".join(lines))
+    changes = ("data.train.path=long.jsonl", "data.max_length=24", "data.truncation=prompt_left")
+    text = warnings_of(check_recipes([named(here, "cut", *changes)]))
+    assert re.search(r"\d+ rows are, once they are cut to `data.max_length`, the same tokens", text)
+    assert "rows begin inside a message, cut by `data.truncation: prompt_left`" in text
