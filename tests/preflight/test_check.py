@@ -269,3 +269,18 @@ def test_any_end_of_a_turn_that_stops_nothing_is_warned_of(here: Project) -> Non
     assert "answers end in <start_of_turn> or <eos>" in "\n".join(format_result(result))
     last = check_recipes([named(here, "last", *rounds, "data.turns=last")])
     assert "training ends answers" not in warnings_of(last)
+
+
+def test_what_the_template_does_not_look_at_is_warned_of(here: Project) -> None:
+    (here.root / "thinks.jinja").write_text(
+        "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if enable_thinking %}{% endif %}"
+    )
+    own = ("model.chat_template=thinks.jinja", "model.template_date='2026-01-31'")
+    arguments = "{enable_thinking: true, enable_thinkng: false}"
+    result = check_recipes([named(here, "typo", *own, f"model.chat_template_kwargs={arguments}")])
+    assert not result.errors
+    text = warnings_of(result)
+    assert "`model.chat_template_kwargs.enable_thinkng` has no effect: the chat template" in text
+    assert "`model.template_date` has no effect" in text
+    assert "enable_thinking`" not in text
