@@ -299,3 +299,22 @@ def test_a_source_of_several_is_drawn_as_it_would_be_alone(tmp_path: Path) -> No
     used = [row.row_id for row in draw_splits(data).train if "source1" in row.where]
     alone = section(tmp_path / "source1.jsonl", **held_out, **counts | {"num_train_samples": 10})
     assert used == ids(alone)
+
+
+def test_a_group_column_may_not_tear_a_paragraph_apart(tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": f"q{n}",
+            "title": f"t{n // 6}",
+            "context": f"Paragraph {n // 3}.",
+            "question": f"Question {n}?",
+            "answers": {"text": [f"Paragraph {n // 3}"], "answer_start": [0]},
+        }
+        for n in range(60)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    task = {"name": "squad_v2", "prompt": "{context} {question}", "no_answer_text": "none"}
+    drawn = draw_splits(section(path, task=task, group_column="title", num_train_samples=10))
+    assert len({row.group for row in drawn.train}) < 10
+    with pytest.raises(DataError, match="puts it into another group than a row that the task"):
+        draw_splits(section(path, task=task, group_column="id", num_train_samples=10))
