@@ -170,6 +170,7 @@ class _Reader:
     def __init__(self, data: DataSection) -> None:
         self._data = data
         self._seen: dict[str, tuple[str, str]] = {}  # key -> hash of what is said, and its place
+        self._holders: dict[str, str] = {}  # group of the task -> that of `data.group_column`
         self._num_duplicates = 0
         # Split -> what -> how many; several sources of a split are added up.
         self._by_task: dict[str, Counter[str]] = {}
@@ -236,7 +237,15 @@ class _Reader:
                 " several rows, and groups of its own",
                 hint="leave `data.group_column` out of the recipe",
             )
-        return groups[example.where]
+        group = groups[example.where]
+        if example.group is not None and self._holders.setdefault(example.group, group) != group:
+            raise DataError(
+                f"{example.where}: `data.group_column: {self._data.group_column}` puts it into"
+                f" another group than a row that the task `{self._data.task.name}` keeps together"
+                " with it",
+                hint="name a column of larger groups, or leave `data.group_column` out",
+            )
+        return group
 
 
 def _hash_words(example: Example) -> str:
@@ -279,7 +288,8 @@ def _read_group(row: Any, column: str, where: str) -> str:
     """The group that `data.group_column` gives a row."""
     value = row.get(column) if isinstance(row, Mapping) else None
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        found = "no such column" if value is None else f"{value!r}"
+        is_there = isinstance(row, Mapping) and column in row
+        found = f"{value!r}" if is_there else "no such column"
         raise DataError(
             f"{where}: `data.group_column: {column}` names the column of a text or a whole number"
             f" that all rows of a group share, found {found}",

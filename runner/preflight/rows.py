@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, get_args
 
-from runner.data.chat_template import MaskError
+from runner.data.chat_template import ChatTemplate, MaskError
 from runner.data.draw import RawRow
 from runner.data.masking import list_texts
 from runner.data.rows import FittedRow, Row, build_masker, expand_turns, fit_row, refuse_too_long
@@ -271,6 +271,7 @@ def _find_token_doubts(
     splits: Mapping[str, SplitFacts],
 ) -> Iterator[str]:
     path = model.path
+    yield from _find_idle_settings(model, tokenizer)
     if tokenizer.begins_plain_text_with_bos and not all(
         row.begins_with_bos for row in facts["train"]
     ):
@@ -285,6 +286,21 @@ def _find_token_doubts(
         yield (
             f"{path}: the longest row has {longest} tokens,"
             f" the model has positions for {num_positions}"
+        )
+
+
+def _find_idle_settings(model: ModelSection, tokenizer: TokenizerFacts) -> Iterator[str]:
+    template = ChatTemplate(tokenizer.tokenizer)
+    for name in model.chat_template_kwargs:
+        if not template.holds(name):
+            yield (
+                f"`model.chat_template_kwargs.{name}` has no effect: the chat template of"
+                f" {model.path} does not hold that name"
+            )
+    if model.template_date is not None and not template.reads_clock:
+        yield (
+            f"`model.template_date` has no effect: the chat template of {model.path} does not ask"
+            " for the date by `strftime_now`"
         )
 
 

@@ -309,3 +309,22 @@ def test_rows_that_differ_in_blanks_are_one() -> None:
     rows = (*splits.train, *splits.validation, *splits.test)
     questions = [row.messages[0]["content"].strip() for row in rows]
     assert len(set(questions)) == 6 and questions.count("Same question?") == 1
+
+
+def test_a_group_column_may_not_tear_a_paragraph_apart(tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": f"q{n}",
+            "title": f"t{n // 6}",
+            "context": f"Paragraph {n // 3}.",
+            "question": f"Question {n}?",
+            "answers": {"text": [f"Paragraph {n // 3}"], "answer_start": [0]},
+        }
+        for n in range(60)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    task = {"name": "squad_v2", "prompt": "{context} {question}", "no_answer_text": "none"}
+    drawn = draw_splits(section(path, task=task, group_column="title", num_train_samples=10))
+    assert len({row.group for row in drawn.train}) < 10
+    with pytest.raises(DataError, match="puts it into another group than a row that the task"):
+        draw_splits(section(path, task=task, group_column="id", num_train_samples=10))

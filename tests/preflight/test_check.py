@@ -282,3 +282,18 @@ def test_rows_that_a_cut_makes_equal_are_counted(here: Project) -> None:
     text = warnings_of(check_recipes([named(here, "cut", *changes)]))
     assert re.search(r"\d+ rows are, once they are cut to `data.max_length`, the same tokens", text)
     assert "rows begin inside a message, cut by `data.truncation: prompt_left`" in text
+
+
+def test_what_the_template_does_not_look_at_is_warned_of(here: Project) -> None:
+    (here.root / "thinks.jinja").write_text(
+        "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if enable_thinking %}{% endif %}"
+    )
+    own = ("model.chat_template=thinks.jinja", "model.template_date='2026-01-31'")
+    arguments = "{enable_thinking: true, enable_thinkng: false}"
+    result = check_recipes([named(here, "typo", *own, f"model.chat_template_kwargs={arguments}")])
+    assert not result.errors
+    text = warnings_of(result)
+    assert "`model.chat_template_kwargs.enable_thinkng` has no effect: the chat template" in text
+    assert "`model.template_date` has no effect" in text
+    assert "enable_thinking`" not in text

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 SST2 = (
     f"data.train.path={ROOT}/data/sst2/train.jsonl",
     f"data.test={{path: {ROOT}/data/sst2/validation.jsonl}}",
-    "data.task={name: sst2, prompt: 'Review: {sentence}', label_texts: [n, p]}",
+    "data.task={name: sst2, prompt: 'Review: {sentence}', label_texts: ['n', p]}",
     "data={num_train_samples: 40, num_test_samples: null}",
     "adapter.r=16",
     (
