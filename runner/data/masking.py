@@ -55,8 +55,8 @@ class CompletionSpan:
 @dataclass(frozen=True)
 class Completion:
     """One assistant turn among the tokens. `content` are the tokens that hold at least one byte of
-    what the row says, `num_bytes` the bytes that they were printed as; the rest of `span` is the
-    template's.
+    what the row says, `num_bytes` the bytes that they were printed as, without those of a text's
+    first token; the rest of `span` is the template's.
 
     `rewritten` is None where the template prints the turn as it prints it when the conversation
     ends there, but for its end; else it says what differs.
@@ -353,7 +353,9 @@ class ConversationMasker:
             seen = (starts[first], ends[last - 1])
             self._check_others(messages, turn.message, seen, proven.content_chars)
             content = _find_content_tokens(turn.content, span, starts, ends)
-            num_bytes = len(text[turn.content[0] : turn.content[1]].encode())
+            # Nobody predicts the first token of a text.
+            begin = turn.content[0] if span.start else max(turn.content[0], ends[0])
+            num_bytes = len(text[begin : turn.content[1]].encode())
             completions.append(Completion(turn.message, span, content, num_bytes, turn.rewritten))
         return MaskedConversation(
             input_ids=tuple(input_ids),

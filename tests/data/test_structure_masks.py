@@ -486,3 +486,11 @@ def test_half_a_character_in_a_tool_is_refused() -> None:
         trl_template("qwen3"), turns("q", "a"), [{"type": "function", "function": function}]
     )
     assert "a tool holds '\\ud800', half of a character" in found
+
+
+def test_the_first_token_of_a_text_is_scored_by_nobody_and_its_bytes_do_not_count() -> None:
+    bare = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (completion,) = mask(bare, [{"role": "assistant", "content": "abc"}]).completions
+    assert (completion.span.start, completion.num_bytes) == (0, 2)
+    completions = mask(bare, turns("q", "abc")).completions
+    assert [one.num_bytes for one in completions] == [3]
