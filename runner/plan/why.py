@@ -288,10 +288,10 @@ def _describe_attempt(found: Explanation) -> list[tuple[str, str]]:
     if found.status.state not in ("running", "completed"):
         failure = found.status.failure or attempt.failure
         if failure is not None:
-            rows += [
-                ("failure", f"{failure.kind}: {failure.message}"),
-                ("hint", HINTS[failure.kind]),
-            ]
+            rows.append(("failure", f"{failure.kind}: {failure.message}"))
+            # Of a run that is refused, "the same command goes on" would be false.
+            if found.decisions["launch"].action != "refuse":
+                rows.append(("hint", HINTS[failure.kind]))
         rows += [("log", f"| {line}") for line in found.log_tail]
     if found.log_path is not None:
         rows.append(("log", found.log_path))

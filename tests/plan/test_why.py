@@ -157,6 +157,15 @@ def test_a_changed_recipe_file_and_a_missing_one(fake: FakeLauncher, why: Any) -
     assert value_of(lines, "missing") == "data.train.path: data.jsonl"
 
 
+def test_a_run_that_is_refused_is_not_said_to_go_on(fake: FakeLauncher, why: Any) -> None:
+    end_with(interrupted(fake), "preempted", "left at step 4, which is saved")
+    assert "the same command goes on" in value_of(why(RECIPE), "hint")
+    Path("data.jsonl").write_text("{}\n{}\n")
+    lines = why(RECIPE)
+    assert value_of(lines, "failure").startswith("preempted")
+    assert "the same command goes on" not in "\n".join(lines)
+
+
 def test_a_library_of_another_version_is_told(fake: FakeLauncher, why: Any) -> None:
     interrupted(fake, versions={"torch": "1.0"})
     lines = why(RECIPE)
