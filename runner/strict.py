@@ -6,11 +6,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    PlainSerializer,
+    StringConstraints,
+    ValidationInfo,
+)
 
 Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+# Given as `context` where a recipe is read from a run directory: what was accepted when the run was
+# made stays readable.
+STORED: Final = {"is_stored": True}
+
+
+def is_stored(info: ValidationInfo) -> bool:
+    """True while a recipe is read from a run directory."""
+    return bool(info.context and info.context.get("is_stored"))
 
 
 class Section(BaseModel):

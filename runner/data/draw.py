@@ -49,6 +49,7 @@ class RawRow:
     completions: tuple[int, ...] = ()
     untrained: frozenset[int] = frozenset()
     turn: int | None = None  # of a conversation that is split: the message that this row ends with
+    is_last_turn: bool = True  # of these
     # What the row says, for metrics of the project; empty where it is made of several.
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -134,7 +135,7 @@ def draw_splits(data: DataSection) -> RawSplits:
         left_out = reader.describe(num_left_out_by_group)
         wanted = data.num_train_rows if split == "train" else getattr(data, f"num_{split}_samples")
         if own is pools["train"] and data.train_shares is not None:
-            drawn[split] = _draw_mixed(own, data, split, wanted)
+            drawn[split] = _draw_mixed(own, data, split, wanted, left_out)
         else:
             drawn[split] = _draw(own[0], split, wanted, left_out)
         taken = {raw.key for raw in drawn[split]}
@@ -152,7 +153,11 @@ def _list_sources(data: DataSection, split: str) -> tuple[DataSource, ...]:
 
 
 def _draw_mixed(
-    pools: Sequence[Sequence[RawRow]], data: DataSection, split: str, wanted: int | None
+    pools: Sequence[Sequence[RawRow]],
+    data: DataSection,
+    split: str,
+    wanted: int | None,
+    left_out: LeftOut,
 ) -> tuple[RawRow, ...]:
     """The first rows of several sources of training rows, in their shares."""
     assert data.train_shares is not None and wanted is not None, "the schema asks for both"
@@ -160,7 +165,8 @@ def _draw_mixed(
     try:
         rows = interleave(pools, data.train_shares, wanted, names=names)
     except DataError as error:
-        raise DataError(f"the {split} split: {error.message}", hint=error.hint) from None
+        reasons = "".join(f"\n  left out: {line}" for line in left_out.describe())
+        raise DataError(f"the {split} split: {error.message}{reasons}", hint=error.hint) from None
     return tuple(raw for _, raw in rows)
 
 

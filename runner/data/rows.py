@@ -144,6 +144,7 @@ def expand_turns(rows: Iterable[RawRow], turns: Turns) -> list[RawRow]:
                     untrained=frozenset(n for n in raw.untrained if whole or n < turn),
                     references=raw.references if is_last else (),
                     turn=None if whole else turn,
+                    is_last_turn=is_last,
                 )
             )
     return expanded
@@ -291,7 +292,8 @@ def _tokenize_split(
             too_long.append((raw, fitted.num_tokens))
         else:
             rows.append(fitted.row)
-            origins.append((raw.where, fitted.whole_ids))
+            if raw.is_last_turn:  # many conversations begin alike
+                origins.append((raw.where, fitted.whole_ids))
     refuse_too_long(too_long, len(rows), split, data)
     return Split(tuple(rows), tuple(raw.row_id for raw, _ in too_long)), origins
 

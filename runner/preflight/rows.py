@@ -39,6 +39,7 @@ class RowFacts:
     """
 
     where: str
+    is_last_turn: bool  # of a conversation, where `data.turns: split` makes several rows of it
     num_tokens_before: int
     num_tokens: int
     num_labels: dict[str, int]  # per loss
@@ -164,7 +165,7 @@ class TokenizerFacts:
         if key not in self._rows:
             self._rows[key] = self._measure(raw, data)
         # Rows of one content may stand in several places.
-        return replace(self._rows[key], where=raw.where)
+        return replace(self._rows[key], where=raw.where, is_last_turn=raw.is_last_turn)
 
     def _measure(self, raw: RawRow, data: DataSection) -> RowFacts:
         fitted = fit_row(raw, self._masker, data, self._bos_id)
@@ -174,6 +175,7 @@ class TokenizerFacts:
         masks = {loss: [label >= 0 for label in labels[loss]] for loss in LOSSES}
         return RowFacts(
             where=raw.where,
+            is_last_turn=raw.is_last_turn,
             num_tokens_before=fitted.num_tokens,
             num_tokens=len(row.input_ids) if row else 0,
             num_labels={loss: sum(mask) for loss, mask in masks.items()},
@@ -327,8 +329,8 @@ def _find_text_doubts(
 ) -> Iterator[str]:
     if num_same := _count_same_when_cut(facts):
         yield (
-            f"{path}: {num_same} rows are, once they are cut to `data.max_length`, the same tokens"
-            " as a row of another split"
+            f"{path}: {num_same} rows are the same tokens as a row of another split, once they are"
+            " cut to `data.max_length` or split into turns"
         )
     for split, one in splits.items():
         if one.num_dropped:

@@ -301,7 +301,10 @@ def _check_pair(
             facts[split] = tokenizer.facts_of(getattr(raw, split), split, group[0].data)
         used = {split: [row for row in rows if row.is_used] for split, rows in facts.items()}
         refuse_same_tokens(
-            {split: [(row.where, row.whole_hash) for row in rows] for split, rows in used.items()}
+            {
+                split: [(row.where, row.whole_hash) for row in rows if row.is_last_turn]
+                for split, rows in used.items()
+            }
         )
     except RunnerError as error:
         _fail_all(result, error, group)

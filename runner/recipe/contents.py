@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from runner.errors import CorruptFileError, DataError
 from runner.files import hash_file, hash_json, load_json, write_json_atomic
-from runner.recipe.data_files import find_source_files, name_format
+from runner.recipe.data_files import find_source_files, list_splits, name_format
 from runner.recipe.data_section import DataSource
 from runner.recipe.parse import Recipe
 
@@ -146,11 +146,17 @@ def known_content(content: Content, hashes: ContentHashes) -> str | None:
 
 
 def _find_files(content: Content) -> set[Path] | None:
-    """The files of a folder of rows that the sources read; None where no source reads it.
+    """The files of a folder of rows that the sources choose there; None where they read all of its
+    rows: then everything in it counts, as it did before files could be chosen.
 
     Raises: DataError, where a source leaves open which files it means.
     """
     if not content.sources:
+        return None
+    folder = Path(content.path)
+    if folder.is_dir() and all(
+        list_splits(folder, source.config_name) == (None,) for source in content.sources
+    ):
         return None
     found = map(find_source_files, content.sources)
     return {file for one in found for file in (*one.files, *one.read_for_choice)}

@@ -15,9 +15,9 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
-from runner.strict import FrozenDict, FrozenList
+from runner.strict import FrozenDict, FrozenList, is_stored
 
 _TYPES: Final[dict[str, Any]] = {
     "bool": bool,
@@ -229,8 +229,10 @@ def build_field_definitions(
     return definitions
 
 
-def _refuse_value(name: str, value: Any) -> Any:
+def _refuse_value(name: str, value: Any, info: ValidationInfo) -> Any:
     """The value, where it can work under our trainer. Raises: ValueError."""
+    if is_stored(info):
+        return value
     reasons = REFUSED_VALUES.get(name, {})
     if isinstance(value, str) and value in reasons:
         raise ValueError(f"`{value}` cannot be used here: it {reasons[value]}")

@@ -21,6 +21,7 @@ from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe
 from runner.recipe.problems import list_texts
 from runner.run.paths import AttemptPaths, RunPaths
+from runner.strict import STORED
 
 FailureKind = Literal[
     "configuration",
@@ -360,7 +361,8 @@ def _load_fact(path: Path, kind: type[Loaded]) -> Loaded | None:
     except FileNotFoundError:
         return None
     try:
-        return kind.model_validate_json(json.dumps(parse_json(content, path)))
+        text = json.dumps(parse_json(content, path))
+        return kind.model_validate_json(text, context=STORED)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "its content"

@@ -280,7 +280,7 @@ def test_rows_that_a_cut_makes_equal_are_counted(here: Project) -> None:
     (here.root / "long.jsonl").write_text("\n".join(lines))
     changes = ("data.train.path=long.jsonl", "data.max_length=24", "data.truncation=prompt_left")
     text = warnings_of(check_recipes([named(here, "cut", *changes)]))
-    assert re.search(r"\d+ rows are, once they are cut to `data.max_length`, the same tokens", text)
+    assert re.search(r"\d+ rows are the same tokens as a row of another split, once they", text)
     assert "rows begin inside a message, cut by `data.truncation: prompt_left`" in text
 
 

@@ -390,3 +390,17 @@ def test_a_stored_recipe_comes_back_whole(run: Run) -> None:
     assert (
         find_differences(read_facts(run.paths), run.recipe, CONTENTS, has_checkpoints=False) == []
     )
+
+
+def test_a_stored_recipe_stays_readable_when_a_value_is_refused_since(tmp_path: Path) -> None:
+    """Else a completed run would be unreadable after an update."""
+    paths = RunPaths(tmp_path)
+    recipe = parse_recipe(TEXT, where="r.yaml").model_dump(mode="json")
+    recipe["training"]["optim"] = "adalomo"
+    recipe["data"]["task"] = {"name": "summarization", "prompt": "{document} {summary}"}
+    stored = {"recipe": recipe, "recipe_digest": "0" * 64, "contents": {}}
+    paths.recipe_path.write_text(json.dumps(stored))
+    read = load_stored_recipe(paths)
+    assert read is not None and read.recipe.training.model_dump()["optim"] == "adalomo"
+    with pytest.raises(ValueError, match="cannot be used here"):
+        Recipe.model_validate_json(json.dumps(recipe))

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar, Final, Self
 
-from pydantic import model_validator
+from pydantic import ValidationInfo, model_validator
 
 from runner.data.tasks.base import (
     EMPTY,
@@ -25,7 +25,7 @@ from runner.data.tasks.base import (
     read_text,
 )
 from runner.errors import DataError
-from runner.strict import Text
+from runner.strict import Text, is_stored
 
 _NAME: Final = r"[^\W\d]\w*"
 
@@ -42,7 +42,9 @@ class PromptTask(Task):
     system: Text | None = None  # the text of a system message; None: there is none
 
     @model_validator(mode="after")
-    def _names_what_may_be_asked(self) -> Self:
+    def _names_what_may_be_asked(self, info: ValidationInfo) -> Self:
+        if is_stored(info):
+            return self
         if self.prompt is not None:
             require_placeholders(self.prompt, *self.PLACEHOLDERS)
         for key, name in self._list_placeholders():
