@@ -154,7 +154,10 @@ def run_status(arguments: argparse.Namespace) -> int:
 def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
     """What to do, once for each kind of failure, on stderr; the exit code of `runner status`."""
     for kind in dict.fromkeys(
-        status.failure.kind for status in statuses if status.failure is not None
+        status.failure.kind
+        for status in statuses
+        if status.failure is not None
+        and status.state != "changed"  # refused, whatever it failed of
     ):
         print(f"hint: {kind}: {HINTS[kind]}", file=sys.stderr)
     is_any_unreadable = num_unreadable > 0 or any(

@@ -267,4 +267,6 @@ def find_hint(status: RunStatus) -> str | None:
     """What to do about a run in this status, None where nothing is wrong with it."""
     if status.state == "unreadable":
         return UNREADABLE_HINT
-    return HINTS[status.failure.kind] if status.failure is not None else None
+    if status.state == "changed" or status.failure is None:
+        return None  # what is changed is refused: the hint of its last failure would be false
+    return HINTS[status.failure.kind]

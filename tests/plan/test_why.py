@@ -157,13 +157,20 @@ def test_a_changed_recipe_file_and_a_missing_one(fake: FakeLauncher, why: Any) -
     assert value_of(lines, "missing") == "data.train.path: data.jsonl"
 
 
-def test_a_run_that_is_refused_is_not_said_to_go_on(fake: FakeLauncher, why: Any) -> None:
+def test_a_run_that_is_refused_is_not_said_to_go_on(
+    fake: FakeLauncher, why: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     end_with(interrupted(fake), "preempted", "left at step 4, which is saved")
     assert "the same command goes on" in value_of(why(RECIPE), "hint")
     Path("data.jsonl").write_text("{}\n{}\n")
     lines = why(RECIPE)
     assert value_of(lines, "failure").startswith("preempted")
     assert "the same command goes on" not in "\n".join(lines)
+    text = Path(RECIPE).read_text()
+    Path(RECIPE).write_text(text.replace("seed: 1", "seed: 2"))
+    assert main(["status", RECIPE]) == 0
+    told = capsys.readouterr()
+    assert "changed" in told.out and "the same command goes on" not in told.err
 
 
 def test_a_library_of_another_version_is_told(fake: FakeLauncher, why: Any) -> None:
