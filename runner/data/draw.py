@@ -80,6 +80,7 @@ class LeftOut:
     columns: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     # Split of the source -> reason, with names -> files beside the rows that nobody reads.
     skipped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()  # names in `data.ignore` that no row has
 
     def describe(self) -> list[str]:
         """One line for each reason."""
@@ -93,6 +94,8 @@ class LeftOut:
         for split, columns in self.columns.items():
             named = ", ".join(f"`{column}` ({count} rows)" for column, count in columns.items())
             lines.append(f"{split}: what no row's text is made of: {named}")
+        for name in self.unknown:
+            lines.append(f"nothing for `{name}` in `data.ignore`: no row has it")
         if self.num_left_out_by_group:
             lines.append(f"{self.num_left_out_by_group} rows of groups that stand in another split")
         if self.num_duplicates:
@@ -184,13 +187,15 @@ class _Reader:
         self._skipped: dict[str, Counter[str]] = {}
 
     def describe(self, num_left_out_by_group: int) -> LeftOut:
-        """What was left out so far."""
+        """What was left out, when all sources have been read."""
+        known = {name for columns in self._columns.values() for name in columns}
         return LeftOut(
             self._num_duplicates,
             num_left_out_by_group,
             self._by_task,
             self._columns,
             self._skipped,
+            tuple(name for name in self._data.ignore if name not in known),
         )
 
     def read(self, source: DataSource, split: str) -> list[RawRow]:
@@ -204,7 +209,10 @@ class _Reader:
         rows = self._prepare(loaded.rows, columns, groups)
         column = self._data.group_column
         used = frozenset() if column is None else frozenset({column})
-        examples = self._data.task.build_examples(rows, used=used)
+        try:
+            examples = self._data.task.build_examples(rows, used=used)
+        except RecursionError:
+            raise DataError(f"{source.path}: a row is nested too deeply") from None
         columns.update(examples.unused)
         for counts, found in (
             (self._skipped, loaded.count_skipped()),

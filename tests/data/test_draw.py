@@ -229,6 +229,10 @@ def test_ignored_columns_and_keys_do_not_tell_rows_apart_and_are_counted(tmp_pat
     left_out = draw_splits(data).left_out
     assert left_out.num_duplicates == 10
     assert left_out.columns == {"train": {"messages.at": 20, "note": 5, "worker": 20}}
+    misspelt = data.model_copy(update={"ignore": (*data.ignore, "messages.att")})
+    assert "`messages.att` in `data.ignore`: no row has it" in str(
+        draw_splits(misspelt).left_out.describe()
+    )
 
 
 def test_a_group_column_keeps_groups_in_one_split(tmp_path: Path) -> None:
@@ -328,3 +332,11 @@ def test_a_group_column_may_not_tear_a_paragraph_apart(tmp_path: Path) -> None:
     assert len({row.group for row in drawn.train}) < 10
     with pytest.raises(DataError, match="puts it into another group than a row that the task"):
         draw_splits(section(path, task=task, group_column="id", num_train_samples=10))
+
+
+def test_a_row_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    calls = '[{"name": "f", "arguments": {"a": ' + "[" * 700 + "]" * 700 + "}}]"
+    message = '{"role": "assistant", "content": "a", "tool_calls": ' + calls + "}"
+    (tmp_path / "rows.jsonl").write_text('{"messages": [' + message + "]}\n")
+    with pytest.raises(DataError, match="nested too deeply"):
+        draw_splits(section(tmp_path / "rows.jsonl", task={"name": "conversations"}))
