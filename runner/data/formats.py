@@ -236,6 +236,7 @@ def _load_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         reader = csv.reader(stream)
         try:
             header = next(reader, [])
+            _refuse_other_separator(header, path)
             if twice := [name for name in header if header.count(name) > 1]:
                 raise DataError(f"{path}: two columns are called {twice[0]!r}")
             for number, fields in enumerate(filter(None, reader), start=1):
@@ -251,6 +252,20 @@ def _load_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 yield f"{path} row {number}", dict(zip(header, fields, strict=True))
         except csv.Error as error:
             raise DataError(f"{path} line {reader.line_num}: is not CSV: {error}") from None
+
+
+def _refuse_other_separator(header: list[str], path: Path) -> None:
+    """Raises: DataError, where the only column is a row of names with another separator."""
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and separator in header[0]:
+            raise DataError(
+                f"{path}: the header has {name} between its names, expected commas",
+                hint=(
+                    f'write the file with commas: python -c "import csv, sys;'
+                    f" csv.writer(sys.stdout).writerows(csv.reader(sys.stdin,"
+                    f' delimiter={separator!r}))" < {path} > NEW.csv'
+                ),
+            )
 
 
 def _load_parquet(path: Path) -> Rows:

@@ -214,7 +214,9 @@ def detect_task(row: Any, where: str) -> Mapping[str, str]:
     raise RunnerError(
         f"{where}: cannot tell the task from the columns: {names or 'no columns'}",
         hint=(
-            f"name the columns as one of these: {'; '.join(dict.fromkeys(recognised))}\n"
+            "with a prompt of your own any columns do: start without --data, and write `data.task:"
+            ' {name: prompt_completion, prompt: "{QUESTION}", completion_column: ANSWER}`\n'
+            f"      or name the columns as one of these: {'; '.join(dict.fromkeys(recognised))}\n"
             "      or start without --data, and write `data.train.path` and `data.task` into "
             "recipe_templates/first/recipe.yaml.j2"
         ),

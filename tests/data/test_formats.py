@@ -219,3 +219,13 @@ def test_values_of_tables_are_those_of_python(tmp_path: Path) -> None:
     rows = [{"a": math.inf, "b": [1, 2], "c": {"d": None}}, {"a": None, "b": [], "c": None}]
     for path in write_tables(rows, tmp_path):
         assert load(path) == rows
+
+
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_table_with_another_separator_is_told_as_such(
+    tmp_path: Path, separator: str, name: str
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"prompt{separator}completion\nWhat, now?{separator}Yes.\n")
+    with pytest.raises(DataError, match=f"the header has {name} between its names"):
+        list(load_file(path, {}))

@@ -86,7 +86,11 @@ def read_message(message: Any, place: str) -> ReadMessage:
         found = ", ".join(f"{key}: {describe_value(value)}" for key, value in message.items())
         raise DataError(
             f"{place}: expected the texts `role` and `content` (or `from` and"
-            f" `value`), found {found or 'nothing'}"
+            f" `value`), found {found or 'nothing'}",
+            hint=(
+                "a turn without a text is read where it has `tool_calls`: leave such rows out of"
+                " the file, or leave their calls in"
+            ),
         )
     role = ROLES.get(role, role)
     read: dict[str, Any] = {"role": role, "content": content}
