@@ -36,6 +36,9 @@ def test_a_cluster_of_two_nodes_ends_with_its_jobs() -> None:
         ).strip()
         wait_until(lambda: cluster.list_jobs().get(job) == "RUNNING", "the job runs")
         wait_until(lambda: len(cluster.list_steps("node1")) == 1, "its second machine takes part")
-        assert len(cluster.list_steps("node0")) == 2, "the script, and the step of this machine"
+        wait_until(
+            lambda: len(cluster.list_steps("node0")) == 2,
+            "the script, and the step of this machine",
+        )
         root = cluster.root
     assert cluster.list_steps() == [] and not root.exists()
