@@ -4,7 +4,7 @@ cannot be changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Final
 
@@ -52,3 +52,16 @@ def thaw(value: Any) -> Any:
 
 FrozenDict = Annotated[dict[str, Any], AfterValidator(freeze), PlainSerializer(thaw)]
 FrozenList = Annotated[list[Any], AfterValidator(freeze), PlainSerializer(thaw)]
+
+
+def list_texts(value: Any) -> Iterator[str]:
+    """All texts within a value of JSON's kinds."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from list_texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from list_texts(item)

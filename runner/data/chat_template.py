@@ -243,6 +243,16 @@ def quote(text: str, limit: int = 60) -> str:
     return repr(text) if len(text) <= limit else repr(text[:limit]) + "..."
 
 
+def describe_difference(expected: str, found: str) -> str:
+    """Both texts, from shortly before they part.
+
+    >>> describe_difference("<a>x", "<a>y")
+    "expected '<a>x', found '<a>y'"
+    """
+    begin = max(0, len(common_prefix(expected, found)) - 20)
+    return f"expected {quote(expected[begin:])}, found {quote(found[begin:])}"
+
+
 def common_prefix(left: str, right: str) -> str:
     """What both texts begin with.
 

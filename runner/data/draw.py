@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
 
-from runner.data.masking import list_texts
 from runner.data.mixture import interleave
 from runner.data.sources import load_rows
 from runner.data.tasks.base import NEUTRAL_COLUMNS, Conversation, Example, list_names
@@ -24,6 +23,7 @@ from runner.data.tasks.conversations import CONVERSATION_COLUMNS
 from runner.errors import DataError
 from runner.files import hash_json
 from runner.recipe.data_section import DataSection, DataSource
+from runner.strict import list_texts
 
 SPLITS: Final = ("train", "validation", "test")
 # Of the splits that select and report, whatever `data.seed` says.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -31,12 +31,14 @@ from runner.data.chat_template import (
     Tools,
     common_prefix,
     describe,
+    describe_difference,
     get_chat_format,
     quote,
 )
 from runner.data.skeleton import Shape, Skeleton, Skeletons
 from runner.data.structure_proof import ProvenText, ProvenTurn, UnprintedError, prove_structure
 from runner.recipe.schema import Loss
+from runner.strict import list_texts
 
 IGNORE_INDEX = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -504,19 +506,6 @@ def _check_keys(messages: Messages, index: int) -> None:
         )
 
 
-def list_texts(value: Any) -> Iterator[str]:
-    """All texts within a value of JSON's kinds."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield str(key)
-            yield from list_texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from list_texts(item)
-
-
 def _prove(skeleton: Skeleton, messages: Messages, text: str) -> list[Interval]:
     """The characters of each turn's content, in printed order, if `text` is skeleton and contents
     laid end to end.
@@ -543,11 +532,9 @@ def _mismatch(what: str, expected: str, found: str) -> MaskError:
     """The refusal of a text that does not follow its skeleton, showing both from shortly before
     they part.
     """
-    begin = max(0, len(common_prefix(expected, found)) - 20)
     return MaskError(
         f"{what}: the chat template does not print this conversation as it prints others of the"
-        f" same roles, so no mask can be proven; expected {quote(expected[begin:])}, found"
-        f" {quote(found[begin:])}",
+        f" same roles, so no mask can be proven; {describe_difference(expected, found)}",
         hint=(
             "the template looks into the content (think tags, tool markup, an empty turn): change"
             " the row or template"

@@ -112,7 +112,7 @@ def build_samples(data: DataSection, tokenizer: Any, raw: RawSplits | None = Non
         DataError: a row cannot be rendered, masked or fitted into `data.max_length`, or is the same
             text as one of another split; the first few are named.
     """
-    masker = build_masker(tokenizer)
+    masker = ConversationMasker(tokenizer)
     raw = raw or draw_splits(data)
     origins: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     splits: dict[str, Split] = {}
@@ -148,11 +148,6 @@ def expand_turns(rows: Iterable[RawRow], turns: Turns) -> list[RawRow]:
                 )
             )
     return expanded
-
-
-def build_masker(tokenizer: Any) -> ConversationMasker:
-    """What masks rows under the tokenizer's chat template."""
-    return ConversationMasker(tokenizer)
 
 
 def fit_row(

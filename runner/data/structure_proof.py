@@ -36,6 +36,7 @@ from runner.data.chat_template import (
     Tools,
     common_prefix,
     describe,
+    describe_difference,
     quote,
 )
 from runner.data.leaves import THINK_TAGS, Leaf, Marking
@@ -307,7 +308,6 @@ class _Walk:
 
 
 def _mismatch(leaf: Leaf | None, expected: str, found: str, messages: Messages) -> MaskError:
-    begin = max(0, len(common_prefix(expected, found)) - 20)
     where = "the end of the text"
     if leaf is not None:
         where = leaf.what
@@ -315,8 +315,7 @@ def _mismatch(leaf: Leaf | None, expected: str, found: str, messages: Messages) 
             where += f" of {describe(messages, leaf.message)}"
     return MaskError(
         f"{where}: the chat template does not print this conversation as it prints others of the"
-        f" same form, so no mask can be proven; expected {quote(expected[begin:])}, found"
-        f" {quote(found[begin:])}",
+        f" same form, so no mask can be proven; {describe_difference(expected, found)}",
         hint="the template changes the text, or looks into it: change the row or the template",
     )
 

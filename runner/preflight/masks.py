@@ -16,8 +16,8 @@ from itertools import groupby
 from typing import Any, Final, Literal
 
 from runner.data.draw import SPLITS, RawRow, RawSplits, draw_splits
-from runner.data.masking import MaskedConversation, build_labels
-from runner.data.rows import FittedRow, build_masker, expand_turns, fit_row
+from runner.data.masking import ConversationMasker, MaskedConversation, build_labels
+from runner.data.rows import FittedRow, expand_turns, fit_row
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import RunnerError
 from runner.recipe.parse import Recipe
@@ -110,7 +110,7 @@ def build_views(recipe: Recipe, split: str, num_rows: int, row: str | None) -> l
     splits = draw_splits(recipe.data)
     chosen = _choose(splits, split, num_rows, row)
     tokenizer = load_tokenizer(recipe.model)
-    masker = build_masker(tokenizer)
+    masker = ConversationMasker(tokenizer)
     views = []
     for name, number, conversation in chosen:
         for raw in expand_turns([conversation], recipe.data.turns):

@@ -16,13 +16,14 @@ from typing import Any, Final, get_args
 
 from runner.data.chat_template import ChatTemplate, MaskError
 from runner.data.draw import RawRow
-from runner.data.masking import list_texts
-from runner.data.rows import FittedRow, Row, build_masker, expand_turns, fit_row, refuse_too_long
+from runner.data.masking import ConversationMasker
+from runner.data.rows import FittedRow, Row, expand_turns, fit_row, refuse_too_long
 from runner.data.tokenizer import load_stop_tokens
 from runner.errors import DataError
 from runner.files import hash_json
 from runner.recipe.data_section import DataSection
 from runner.recipe.schema import Loss, ModelSection
+from runner.strict import list_texts
 
 PERCENTILES: Final = (50, 90, 95, 99, 100)
 LOSSES: Final = get_args(Loss)
@@ -90,7 +91,7 @@ class TokenizerFacts:
 
     def __post_init__(self) -> None:
         tokenizer = self.tokenizer
-        self._masker = build_masker(tokenizer)
+        self._masker = ConversationMasker(tokenizer)
         self._bos_id: int | None = tokenizer.bos_token_id
         self.begins_plain_text_with_bos = self._bos_id is not None and tokenizer("x")["input_ids"][
             :1

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from runner.errors import CONTROLS, MAX_SHOWN_PROBLEMS, Problem
 from runner.recipe.hf_fields import OWNED_TRAINING_FIELDS
 from runner.secrets import find_secret
+from runner.strict import list_texts
 
 _MAX_DEPTH: Final = 100
 # Shorter texts cannot nest deep enough to matter. libyaml takes time with the square of the depth
@@ -290,12 +291,6 @@ def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             if isinstance(value, Mapping):
                 yield f"{prefix}{name}", name
             yield from _keys(item, f"{prefix}{name}.")
-
-
-def list_texts(value: Any) -> Iterator[str]:
-    """Every text, keys included."""
-    yield from (item for _, item in _leaves(value) if isinstance(item, str))
-    yield from (name for _, name in _keys(value) if isinstance(name, str))
 
 
 def list_problems(

@@ -19,9 +19,8 @@ from runner.errors import CONTROLS, CorruptFileError, escape_controls
 from runner.files import parse_json, write_json_atomic
 from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe
-from runner.recipe.problems import list_texts
 from runner.run.paths import AttemptPaths, RunPaths
-from runner.strict import STORED
+from runner.strict import STORED, list_texts
 
 FailureKind = Literal[
     "configuration",
