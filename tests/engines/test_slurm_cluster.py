@@ -5,6 +5,7 @@ machines.
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ SWEEP = ("sweep", "recipes/toy", "--engine", "slurm")
 @pytest.fixture
 def slurm(
     shared_slurm: LocalSlurm, fake: FakeLauncher, monkeypatch: pytest.MonkeyPatch
-) -> LocalSlurm:
-    """The shared cluster, to which everything submits that is started here."""
+) -> Iterator[LocalSlurm]:
+    """The shared cluster, to which everything submits that is started here; what a failed test
+    leaves in it does not reach the next one.
+    """
     use(shared_slurm, monkeypatch)
-    return shared_slurm
+    yield shared_slurm
+    shared_slurm.cancel_all()
 
 
 def use(cluster: LocalSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,11 +46,11 @@ def use(cluster: LocalSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def submissions(fake: FakeLauncher, output_root: str = "runs") -> list[dict[str, Any]]:
-    """What was submitted below an output root, in order."""
-    return [
-        load_json(path)
-        for path in sorted(fake.root.glob(f"{output_root}/.slurm/*/submission.json"))
-    ]
+    """What was submitted below an output root, in the order of the cluster's job numbers: two
+    folders of one second are told apart by a random name.
+    """
+    found = map(load_json, fake.root.glob(f"{output_root}/.slurm/*/submission.json"))
+    return sorted(found, key=lambda one: int(one["job"] or 0))
 
 
 def wait_until_done(cluster: LocalSlurm) -> None:

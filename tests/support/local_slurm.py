@@ -228,6 +228,12 @@ class LocalSlurm:
 
         wait_until(is_idle, "all jobs end", pause_seconds=0.5)
 
+    def cancel_all(self) -> None:
+        """Take out of the cluster what is still in it, and wait until it is gone."""
+        if self.list_jobs():
+            self.run("scancel", "--user", pwd.getpwuid(os.getuid()).pw_name)
+            self.wait_until_idle()
+
     def succeeds(self, *command: str) -> bool:
         return self._call(*command).returncode == 0
 
