@@ -50,7 +50,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
         build_command(Launch(selected, {}, num_processes), placement) for placement in placements
     ]
     if arguments.dry_run:
-        print("\n".join(command.as_shell() for command in commands))
+        print("\n".join(command.as_shell(os.environ) for command in commands))
         return 0
     contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
     planned = Launch(selected, contents, num_processes, resume)
@@ -81,7 +81,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
         return EXIT_CODES["transient"] if is_held else 0
     if arguments.prepare:
         _prepare(planned, commands[0])
-        print("\n".join(command.as_shell() for command in commands))
+        print("\n".join(command.as_shell(os.environ) for command in commands))
         return 0
     # Without --fresh and --resume, which would start over or rewind.
     again = f"`{_same_launch(arguments)}`"

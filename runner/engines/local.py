@@ -76,7 +76,7 @@ def submit(plan: PlanRuns, options: LocalOptions) -> int:
             for placement in list_placements(
                 run.num_processes, run.recipe.launch.num_machines, None
             ):
-                print(build_command(run, placement).as_shell())
+                print(build_command(run, placement).as_shell(os.environ))
         return 0
     sys.stdout.flush()
     result = run_planned(

@@ -417,6 +417,11 @@ def start_attempt(launch: Launch, command: LaunchCommand) -> RunningAttempt | No
     )
 
 
+def _say_removed(names: list[str]) -> bytes:
+    line = f"removed from the environment of this attempt: {', '.join(names)}\n"
+    return line.encode(errors="surrogateescape")
+
+
 def _find_newest_step(paths: RunPaths) -> int:
     return max(list_committed(paths), default=0)
 
@@ -429,9 +434,12 @@ def _start_launcher(
         told[ATTEMPT_VARIABLE] = str(attempt.number)
     try:
         with paths.attempt(attempt.number).log_path.open("ab") as log:
+            if removed := command.list_removed(os.environ):
+                log.write(_say_removed(removed))
+                log.flush()
             return subprocess.Popen(
                 command.argv,
-                env={**os.environ, **command.environment, **told},
+                env={**command.derive_environment(os.environ), **told},
                 stdin=lease.fileno(),
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -5,6 +5,7 @@ Pure.
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,18 @@ _ALWAYS: Final = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+# What tells a process that it is one rank of several, or how it is to train: left by another
+# launcher in whose job or shell we are. `accelerate launch` sets what its own children need. The
+# names are those that accelerate, torch's launcher (PET_*) and DeepSpeed read; the precision of a
+# run, say, follows ACCELERATE_MIXED_PRECISION.
+_OF_OTHER_LAUNCHERS: Final = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|NODE_RANK"
+    r"|MPI_LOCALRANKID|MPI_LOCALNRANKS"
+    r"|(ROLE|MASTER|TORCHELASTIC|PET|FSDP|PMI|OMPI|MV2_COMM_WORLD)_.*"
+    r"|ACCELERATE_(?!LOG_LEVEL$).*"
+)
+# On several machines `srun` gives each of them its own.
+_OF_SLURM_STEPS: Final = frozenset({"SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"})
 
 # On the command line of `runner.launch.placement`, for the number of each machine.
 MACHINE_RANK: Final = "MACHINE_RANK"
@@ -52,19 +65,39 @@ class Placement:
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """What is executed: `argv`, and the variables that are set on top of the environment."""
+    """What is executed: `argv`, the variables that are set on top of the environment, and those
+    that are removed from it.
+    """
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     # Its processes run on machines that no signal and no descriptor of ours reaches.
     spans_machines: bool = False
+    is_one_machine: bool = True  # False also for the part of one machine that is started by hand
 
-    def as_shell(self) -> str:
-        """One line that can be pasted into a shell."""
+    def list_removed(self, surroundings: Mapping[str, str]) -> list[str]:
+        """The sorted names of the surroundings that an attempt must not see."""
+        return sorted(
+            name
+            for name in surroundings
+            if _OF_OTHER_LAUNCHERS.fullmatch(name)
+            or (self.is_one_machine and name in _OF_SLURM_STEPS)
+        )
+
+    def derive_environment(self, surroundings: Mapping[str, str]) -> dict[str, str]:
+        """The whole environment that the command is started with."""
+        removed = self.list_removed(surroundings)
+        kept = {name: value for name, value in surroundings.items() if name not in removed}
+        return {**kept, **self.environment}
+
+    def as_shell(self, surroundings: Mapping[str, str]) -> str:
+        """One line that starts the same when it is pasted into a shell with these surroundings."""
+        removed = [f"-u {shlex.quote(name)}" for name in self.list_removed(surroundings)]
         variables = [
             f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())
         ]
-        return " ".join([*variables, shlex.join(self.argv)])
+        tool = ["env", *removed] if removed else []
+        return " ".join([*tool, *variables, shlex.join(self.argv)])
 
 
 def build_launch_command(
@@ -97,7 +130,9 @@ def build_launch_command(
         environment["PATH"] = f"{tools_dir}:{path}"
     if placement.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(placement.devices)
-    return LaunchCommand(tuple(argv), environment, spans_machines)
+    return LaunchCommand(
+        tuple(argv), environment, spans_machines, is_one_machine=placement.machines is None
+    )
 
 
 def _build_meeting_point(placement: Placement) -> list[str]:

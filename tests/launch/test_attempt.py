@@ -118,6 +118,33 @@ def test_the_record_says_what_was_started(
     assert "told to complete" in attempt.files.log_path.read_text()
 
 
+def test_what_another_launcher_left_is_removed_and_named(
+    fake: FakeLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, "secret-value")
+    fake.add("a")
+    assert finish(fake.start("launch", "recipes/toy/a.yaml"))[0] == 0
+    [event] = [event for event in fake.events() if event["event"] == "start"]
+    assert not {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "SLURM_NTASKS"} & {
+        *event["environment"]
+    }
+    assert event["environment"]["ACCELERATE_LOG_LEVEL"] == "info"
+    log = fake.paths("a").attempt(1).log_path.read_text()
+    names = "ACCELERATE_MIXED_PRECISION, SLURM_NTASKS, WORLD_SIZE"
+    assert log.startswith(f"removed from the environment of this attempt: {names}\n")
+    assert "secret-value" not in log
+    fake.add("b")
+    shown = finish(fake.start("launch", "recipes/toy/b.yaml", "--dry-run"))[1]
+    assert shown.startswith(f"env -u {names.replace(', ', ' -u ')} ACCELERATE_LOG_LEVEL=info ")
+
+
+def test_where_nothing_is_removed_the_log_says_nothing(fake: FakeLauncher) -> None:
+    fake.add("a")
+    assert finish(fake.start("launch", "recipes/toy/a.yaml"))[0] == 0
+    assert fake.paths("a").attempt(1).log_path.read_text().startswith("the fake was told")
+
+
 def test_devices_of_the_surroundings_are_recorded(
     fake: FakeLauncher, started: list[RunningAttempt], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ def test_commands_of_committed_recipes() -> None:
         recipe = load_recipe(ROOT / name, overrides)
         command = build(recipe, Path("runs") / recipe.run.grid / recipe.run.name, placement)
         shown = "\n".join(
-            [f"# {' '.join([name, *overrides])}", f"# {placement}", command.as_shell(), ""]
+            [f"# {' '.join([name, *overrides])}", f"# {placement}", command.as_shell({}), ""]
         )
         blocks.append(
             shown.replace(f"{TOOLS_DIR}:", "TOOLS_DIR:").replace(sys.executable, "PYTHON")
@@ -154,7 +154,7 @@ def test_the_tools_of_this_python_are_found_without_activating_it() -> None:
 )
 def test_a_command_survives_being_pasted_whatever_the_names(name: str) -> None:
     command = build(parse(), Path("runs") / name, Placement(3, (name,)))
-    assert shlex.split(command.as_shell())[-len(command.argv) :] == list(command.argv)
+    assert shlex.split(command.as_shell({}))[-len(command.argv) :] == list(command.argv)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_shell_reads_a_hostile_name_as_a_name(name: str, tmp_path: Path) -> No
     tool.parent.mkdir()
     tool.write_text('#!/bin/bash\nprintf "%s\\0" "$CUDA_VISIBLE_DEVICES" "${@: -1}"\n')
     tool.chmod(0o755)
-    line = build(parse(), Path(name), Placement(3, (name,))).as_shell()
+    line = build(parse(), Path(name), Placement(3, (name,))).as_shell({})
     shell = subprocess.run(
         ["bash", "-c", line],
         cwd=tmp_path,
@@ -177,3 +177,78 @@ def test_a_shell_reads_a_hostile_name_as_a_name(name: str, tmp_path: Path) -> No
     )
     assert shell.stdout.split("\0")[:2] == [name, name]
     assert not (tmp_path / "pwned").exists()
+
+
+# Two that are removed for a reason of their own, and two that stay though they look alike.
+SURROUNDINGS = {
+    "WORLD_SIZE": "2",
+    "PET_NNODES": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_JOB_ID": "17",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_LOG_LEVEL": "debug",
+    "MY_RANK": "3",
+    "OMP_NUM_THREADS": "64",
+}
+
+
+def test_what_other_launchers_left_is_removed_from_the_environment() -> None:
+    command = build(parse(), Path("runs/toy/base"), Placement(3))
+    assert command.list_removed(SURROUNDINGS) == [
+        "ACCELERATE_MIXED_PRECISION",
+        "PET_NNODES",
+        "SLURM_PROCID",
+        "WORLD_SIZE",
+    ]
+    assert command.derive_environment(SURROUNDINGS) == {
+        "SLURM_JOB_ID": "17",
+        "MY_RANK": "3",
+        **command.environment,
+    }
+    assert command.environment["ACCELERATE_LOG_LEVEL"] == "info"
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_machines_keep_what_slurm_tells_each_of_them(rank: int | None) -> None:
+    machines = Machines(3, "node7", 40123, rank)
+    command = build(parse(), Path("runs/toy/base"), Placement(3, None, 64, machines))
+    names = ["ACCELERATE_MIXED_PRECISION", "PET_NNODES", "WORLD_SIZE"]
+    assert command.list_removed(SURROUNDINGS) == names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+        *("ROLE_RANK", "ROLE_NAME", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+        *("TORCHELASTIC_RUN_ID", "ACCELERATE_USE_FSDP", "FSDP_VERSION", "PMI_SIZE"),
+        *("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        *("SLURM_LOCALID", "SLURM_NTASKS"),
+    ],
+)
+def test_each_of_them_is_known(name: str) -> None:
+    command = build(parse(), Path("runs/toy/base"), Placement(3))
+    assert command.list_removed({name: "1", f"X{name}": "1"}) == [name]
+
+
+def test_a_pasted_line_starts_with_the_same_environment(tmp_path: Path) -> None:
+    tool = tmp_path / "bin" / "accelerate"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/bash\nenv -0\n")
+    tool.chmod(0o755)
+    surroundings = {**SURROUNDINGS, "PATH": f"{tool.parent}:/usr/bin:/bin"}
+    command = build(parse(), Path("runs/toy/base"), Placement(3, ("a b'$(c)",)))
+    shell = subprocess.run(
+        ["bash", "--norc", "-c", command.as_shell(surroundings)],
+        env=surroundings,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = dict(entry.split("=", 1) for entry in shell.stdout.split("\0") if entry)
+    found["PATH"] = command.environment.get("PATH", found["PATH"])
+    of_bash = {"_", "PWD", "SHLVL", "OLDPWD"}
+    expected = command.derive_environment(surroundings)
+    assert {name: value for name, value in found.items() if name not in of_bash} == {
+        name: value for name, value in expected.items() if name not in of_bash
+    }

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -108,11 +109,28 @@ def test_patience_of_early_stopping_spans_a_kill(finished: Project) -> None:
     assert_same_outputs(paths, finished.paths("llama-early"))
 
 
+# As in a shell that `torchrun` or `accelerate launch` has started, on the second of two machines.
+OF_ANOTHER_LAUNCHER: Final = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "192.0.2.1",
+    "MASTER_PORT": "1",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_USE_FSDP": "true",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "SLURM_PROCID": "1",
+}
+
+
 def test_damaged_newest_checkpoint_is_set_aside_for_the_one_before(finished: Project) -> None:
+    """Also in the environment of another launcher, which changes nothing."""
     copy = copy_unfinished(finished, "gemma-lora", "damaged-newest")
     flip_one_bit(copy.checkpoint_dir(15) / "optimizer.pt")
-    launch(finished, "damaged-newest", *RUNS["gemma-lora"])
+    launch(finished, "damaged-newest", *RUNS["gemma-lora"], environment=OF_ANOTHER_LAUNCHER)
     assert quarantined(copy) == ["step-15.1"] and "resuming from step 12" in read_log(copy)
+    names = ", ".join(sorted(OF_ANOTHER_LAUNCHER))
+    assert read_log(copy).startswith(f"removed from the environment of this attempt: {names}\n")
     assert_same_outputs(copy, finished.paths("gemma-lora"))
 
 

@@ -8,7 +8,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -125,10 +125,16 @@ def add_what_runs_need(project: Project) -> None:
 
 
 def launch(
-    project: Project, name: str, *overrides: str, num_processes: int | None = None
+    project: Project,
+    name: str,
+    *overrides: str,
+    num_processes: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> RunPaths:
     """Launch a run to its end under a name, and demand that it completes."""
-    result = try_launch(project, name, *overrides, num_processes=num_processes)
+    result = try_launch(
+        project, name, *overrides, num_processes=num_processes, environment=environment
+    )
     assert result.returncode == 0, (
         f"{result.stdout}\n{result.stderr}\n{read_log(project.paths(name))}"
     )
@@ -137,10 +143,14 @@ def launch(
 
 
 def try_launch(
-    project: Project, name: str, *overrides: str, num_processes: int | None = None
+    project: Project,
+    name: str,
+    *overrides: str,
+    num_processes: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """As `launch`, for runs that may fail."""
-    return project.cli(*launch_arguments(name, overrides, num_processes))
+    return project.cli(*launch_arguments(name, overrides, num_processes), environment=environment)
 
 
 def launch_arguments(
