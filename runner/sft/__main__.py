@@ -21,6 +21,7 @@ from runner.run.lease import ATTEMPT_VARIABLE, Lease, join_attempt
 from runner.run.paths import RunPaths
 from runner.run.record import Failure, load_record, load_stored_recipe
 from runner.secrets import scrub_output
+from runner.sft.leave import leave
 from runner.sft.preemption import Preemption
 from runner.sft.startup import WorldPlace, find_unused_libraries, hide_libraries
 
@@ -53,7 +54,8 @@ def main() -> int:
         finally:
             os._exit(1)  # other ranks may be inside a collective: leave without waiting for them
     del lease
-    return 0
+    assert stored is not None, "else there was nothing to train"
+    leave(0, stored.recipe, place)
 
 
 def _hold_lease(run_dir: Path, place: WorldPlace) -> Lease | int | None:

@@ -1,0 +1,116 @@
+"""The end of a trainer whose run is complete: what is open is closed, and the process leaves
+without taking the interpreter apart.
+
+Taking apart torch, transformers and the rest module by module costs about as much as ten steps of a
+small model, and nothing of a run depends on it.
+"""
+
+from __future__ import annotations
+
+import _io
+import atexit
+import contextlib
+import ctypes
+import gc
+import os
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn
+
+from runner.recipe.parse import Recipe
+from runner.sft.startup import WorldPlace
+
+# Files of anybody's that Python would close, or delete, when it collects them. `io.IOBase` itself
+# would be asked of every object there is, and asks some of them in turn.
+_CLOSED_WHEN_COLLECTED: Final = (
+    _io._IOBase,
+    tempfile._TemporaryFileWrapper,
+    zipfile.ZipFile,
+)
+_STANDARD_DESCRIPTORS: Final = (0, 1, 2)
+
+
+def leave(status: int, recipe: Recipe, place: WorldPlace) -> NoReturn:
+    """End this process once the result is on disk: at once where that is safe, else as any Python
+    program.
+    """
+    if may_leave_at_once(recipe, place, os.environ):
+        leave_at_once(status)
+    sys.exit(status)
+
+
+def may_leave_at_once(recipe: Recipe, place: WorldPlace, environment: Mapping[str, str]) -> bool:
+    """Whether nothing in this process is known to do its last work while the interpreter ends.
+
+    Trackers upload there, process groups and DeepSpeed end their threads there, and coverage and
+    debuggers write there what they have seen.
+    """
+    is_alone = place.world_size == 1 and not _has_process_group()
+    uses_deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return is_alone and not uses_deepspeed and not recipe.tracking.report_to and not _is_traced()
+
+
+def _has_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _is_traced() -> bool:
+    if "coverage" in sys.modules or "COVERAGE_PROCESS_START" in os.environ:
+        return True
+    monitoring = getattr(sys, "monitoring", None)  # since Python 3.12
+    tools = [monitoring.get_tool(number) for number in range(6)] if monitoring is not None else []
+    return sys.gettrace() is not None or sys.getprofile() is not None or any(tools)
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """End this process as Python would, up to what it does for its own sake.
+
+    Threads are waited for, functions of `atexit` called (logging closes its files there), and files
+    closed, Python's and those of C.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    _close_files()
+    ctypes.CDLL(None).fflush(None)
+    os._exit(status)
+
+
+def _close_files() -> None:
+    """Flush what is open for writing; close it too, which is when archives get their end and
+    temporary files go.
+    """
+    found = [one for one in gc.get_objects() if issubclass(type(one), _CLOSED_WHEN_COLLECTED)]
+    # From the outside inwards: the end of a `GzipFile` goes into the buffered file below it.
+    found.sort(key=_rank)
+    for file in found:
+        # Python is as silent about a full disk here.
+        with contextlib.suppress(Exception):
+            if _is_standard(file):
+                file.flush()
+            elif not _is_read_only(file):
+                file.close()
+
+
+def _rank(file: Any) -> int:
+    if isinstance(file, _io.TextIOWrapper):
+        return 0
+    if isinstance(file, zipfile.ZipFile):
+        return 2  # after the member that is being written
+    if isinstance(file, _io._IOBase) and type(file).__module__ == "_io":
+        return 4 if isinstance(file, _io.FileIO) else 3
+    return 1
+
+
+def _is_standard(file: Any) -> bool:
+    try:
+        return file.fileno() in _STANDARD_DESCRIPTORS
+    except (AttributeError, OSError, ValueError):  # of an archive, in memory, or closed
+        return False
+
+
+def _is_read_only(file: Any) -> bool:
+    return isinstance(file, _io._IOBase) and not file.writable()
