@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,8 @@ _OTHER_RUN: Final = (
 )
 
 Result = TypeVar("Result")
+# Shows by its name what is being waited for.
+Phase = Callable[[str], AbstractContextManager[object]]
 
 
 def import_checkpoint(
@@ -155,12 +158,13 @@ def import_newest(
     *,
     skip_other_micro_batches: bool = False,
     before_resuming: Callable[[], None],
+    phase: Phase = nullcontext,
 ) -> int | None:
     """Import the newest checkpoint of this run from remote storage that can be continued; None
     where it holds none.
 
     `skip_other_micro_batches`: those do not count, in a run that was cut otherwise since.
-    `before_resuming` is that of `choose_resume_step`.
+    `before_resuming` and `phase` are those of `choose_resume_step`.
 
     Raises:
         RefusedError: there are checkpoints, and none can be continued.
@@ -172,9 +176,8 @@ def import_newest(
     skipped: list[int] = []
     for step in reversed(steps):
         try:
-            return import_checkpoint(
-                paths, recipe.checkpoints, fingerprint, build_fetch(remote, step, recipe, paths)
-            )
+            fetch = build_fetch(remote, step, recipe, paths, phase)
+            return import_checkpoint(paths, recipe.checkpoints, fingerprint, fetch)
         except UnusableError as error:
             print(f"warning: {remote.url}, step {step}: {error.message}", flush=True)
         except OtherMicroBatchError:
@@ -194,7 +197,11 @@ def import_newest(
 
 
 def build_fetch(
-    folder: RemoteFolder, wanted: int, recipe: Recipe, paths: RunPaths
+    folder: RemoteFolder,
+    wanted: int,
+    recipe: Recipe,
+    paths: RunPaths,
+    phase: Phase = nullcontext,
 ) -> Callable[[int | None], Path | None]:
     """What `import_checkpoint` fetches where the source is remote storage; `clean_up` removes what
     was fetched.
@@ -205,7 +212,8 @@ def build_fetch(
         target = paths.checkpoints_dir / f"{IMPORTING_PREFIX}fetched" / f"{STEP_PREFIX}{number}.zip"
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _insist(partial(folder.fetch, number, target), recipe)
+            with phase(f"downloading step {number} from {folder.url}"):
+                _insist(partial(folder.fetch, number, target), recipe)
         except CorruptFileError as error:
             raise UnusableError(error.message) from None
         except FileNotFoundError as error:
@@ -292,6 +300,7 @@ def choose_resume_step(
     *,
     divisor: int = 1,
     before_resuming: Callable[[], None] = lambda: None,
+    phase: Phase = nullcontext,
 ) -> int | None:
     """The step that this attempt goes on from, `resume` being `Attempt.resume`; None to start at
     step 0.
@@ -300,7 +309,8 @@ def choose_resume_step(
     leaves behind what it wrote in larger micro-batches.
 
     `before_resuming` is called when it is known that a checkpoint is to be continued, and before
-    any checkpoint is moved or brought in: what it raises leaves the run as it is.
+    any checkpoint is moved or brought in: what it raises leaves the run as it is. `phase` is
+    entered, by its name, while an archive is downloaded.
 
     Raises:
         RefusedError: what was asked for cannot be continued.
@@ -314,7 +324,8 @@ def choose_resume_step(
         before_resuming()
     if "://" in resume:
         folder, step = open_named_archive(resume, recipe)
-        import_checkpoint(paths, checkpoints, fingerprint, build_fetch(folder, step, recipe, paths))
+        fetch = build_fetch(folder, step, recipe, paths, phase)
+        import_checkpoint(paths, checkpoints, fingerprint, fetch)
     elif resume not in ("auto", "none", *named):
         import_checkpoint(paths, checkpoints, fingerprint, partial(find_beside, Path(resume)))
     policy = build_policy(recipe, resume, divisor, _build_verification(paths, checkpoints))
@@ -328,6 +339,7 @@ def choose_resume_step(
             remote,
             skip_other_micro_batches=divisor > 1,
             before_resuming=before_resuming,
+            phase=phase,
         )
         if imported is not None:
             choice = _choose_own(paths, wanted, fingerprint, policy, before_resuming)

@@ -230,16 +230,18 @@ def forget_closed_streams() -> None:
 
 
 def _describe(files: AttemptPaths) -> tuple[str, int, int | None]:
-    from runner.run.record import load_progress
+    from runner.run.record import describe_phase, load_progress, now_utc
 
     progress = load_progress(files.progress_path)
     if progress is None:
         return "starting", 0, None
+    phase = describe_phase(progress.phase, progress.phase_began_at_utc, now_utc())
     if progress.max_steps is None:
-        return progress.phase, progress.step, None
+        return phase, progress.step, None
     loss = "" if progress.loss is None else f" loss {progress.loss:.4f}"
+    comma = "" if phase == progress.phase else ","
     return (
-        f"{progress.phase} step {progress.step}/{progress.max_steps}{loss}",
+        f"{phase}{comma} step {progress.step}/{progress.max_steps}{loss}",
         progress.step,
         progress.max_steps,
     )

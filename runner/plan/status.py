@@ -14,7 +14,7 @@ from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
 from runner.run.failures import HINTS, UNREADABLE_HINT
-from runner.run.record import RULES_KEY, Fact, Failure, Shown
+from runner.run.record import RULES_KEY, Fact, Failure, Shown, describe_phase
 
 State = Literal["pending", "running", "completed", "interrupted", "failed", "changed", "unreadable"]
 
@@ -183,8 +183,7 @@ def _derive_readable(
         "upload_failure": facts.upload_failure,
     }
     if is_running:
-        phase = progress.phase if progress else "starting"
-        return RunStatus(state="running", why=phase, **known)
+        return RunStatus(state="running", why=describe_running(facts, facts.read_at_utc), **known)
     has_checkpoints = bool(inventory.kept)
     differences = find_differences(facts, recipe, contents, has_checkpoints=has_checkpoints)
     if differences:
@@ -226,6 +225,16 @@ def find_divisor(facts: RunFacts, recipe: Recipe) -> int:
         return 1
     sizes = [one.training.per_device_train_batch_size for one in (stored.recipe, recipe)]
     return attempts[-1].micro_batch_divisor if sizes[0] == sizes[1] else 1
+
+
+def describe_running(facts: RunFacts, at_utc: str) -> str:
+    """`RunStatus.why` of a run that is running: its phase, and how long a long one has lasted."""
+    last, progress = facts.last, facts.progress
+    if progress is not None:
+        phase, began_at_utc = progress.phase, progress.phase_began_at_utc
+    else:  # `accelerate launch` itself is being loaded
+        phase, began_at_utc = "starting", last.started_at_utc if last else None
+    return describe_phase(phase, began_at_utc, at_utc)
 
 
 def _look_ahead(

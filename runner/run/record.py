@@ -21,6 +21,7 @@ from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe
 from runner.run.paths import AttemptPaths, RunPaths
 from runner.strict import STORED, list_texts
+from runner.text import format_seconds
 
 FailureKind = Literal[
     "configuration",
@@ -262,12 +263,32 @@ class Progress(Fact):
     """
 
     phase: Shown
+    phase_began_at_utc: Shown | None = None  # absent in older records
     step: int = 0
     max_steps: int | None = None
     loss: float | None = None
     tokens_per_second: float | None = None  # of the last step
     # By the clock, since this attempt began to train; evaluations count.
     seconds_per_step: float | None = None
+
+
+_LONG_PHASE_SECONDS: Final = 5.0  # shorter ones come and go
+
+
+def describe_phase(phase: str, began_at_utc: str | None, at_utc: str) -> str:
+    """A phase for people, with how long it has lasted: steps tell that of training.
+
+    >>> describe_phase("saving", "2026-01-01T00:00:00+00:00", "2026-01-01T00:00:40+00:00")
+    'saving, 40 s'
+    """
+    if phase == "training" or began_at_utc is None:
+        return phase
+    try:
+        began, now = map(datetime.datetime.fromisoformat, (began_at_utc, at_utc))
+        seconds = (now - began).total_seconds()
+    except (TypeError, ValueError):  # a record that somebody else wrote
+        return phase
+    return phase if seconds < _LONG_PHASE_SECONDS else f"{phase}, {format_seconds(seconds)}"
 
 
 class SubmissionRecord(Fact):

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 
 from runner.errors import RunnerError, hide_bitsandbytes_warning
-from runner.files import write_json_atomic
+from runner.files import write_json_atomic, write_json_unsynced
 from runner.run.failures import build_failure
 from runner.run.lease import ATTEMPT_VARIABLE, Lease, join_attempt
 from runner.run.paths import RunPaths
-from runner.run.record import Failure, load_record, load_stored_recipe
+from runner.run.record import Failure, Progress, load_record, load_stored_recipe, now_utc
 from runner.secrets import scrub_output
 from runner.sft.leave import leave
 from runner.sft.preemption import Preemption
@@ -41,6 +41,7 @@ def main() -> int:
         preemption = _listen(run_dir, place)
         if (stored := load_stored_recipe(RunPaths(run_dir))) is not None:
             hide_libraries(find_unused_libraries(stored.recipe))
+        _announce_imports(run_dir, place)
         hide_bitsandbytes_warning()
         from runner.sft.train import train
 
@@ -99,6 +100,14 @@ def _listen(run_dir: Path, place: WorldPlace) -> Preemption:
     preemption = Preemption(paths, len(load_record(paths).attempts), place)
     preemption.listen(partial(_record_failure, run_dir, place))
     return preemption
+
+
+def _announce_imports(run_dir: Path, place: WorldPlace) -> None:
+    """Show the first phase in `progress.json`, which lasts minutes on a cold or slow disk."""
+    paths = RunPaths(run_dir)
+    if place.rank == 0 and (attempts := load_record(paths).attempts):
+        progress = Progress(phase="importing libraries", phase_began_at_utc=now_utc())
+        write_json_unsynced(paths.attempt(len(attempts)).progress_path, progress.model_dump())
 
 
 def _record_failure(run_dir: Path, place: WorldPlace, failure: Failure) -> None:

@@ -4,6 +4,7 @@ the phase that it is in.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from runner.recipe.identity import build_resume_fingerprint
 from runner.recipe.parse import Recipe
 from runner.run.allowed_code import load_code, suggest_allowing
 from runner.run.paths import AttemptPaths, RunPaths, find_output_root
-from runner.run.record import Progress, load_record, load_stored_recipe
+from runner.run.record import Progress, load_record, load_stored_recipe, now_utc
 from runner.sft.preemption import Preemption
 from runner.sft.startup import WorldPlace
 
@@ -45,6 +46,8 @@ class RunContext:
     uploader: Uploader | None = None  # of the main process, where the recipe names remote storage
     _opened_at: float = field(default_factory=time.perf_counter)
     _phase_seconds: dict[str, float] = field(default_factory=dict)
+    _phase: str | None = None
+    _phase_began: float = 0.0
     _progress: Progress = field(default_factory=lambda: Progress(phase="starting"))
     _last_progress_at: float = 0.0
 
@@ -129,18 +132,40 @@ class RunContext:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Show a phase in `progress.json` and add up its seconds for `timing.json`."""
-        self.report_progress(self._progress.model_copy(update={"phase": name}), is_forced=True)
-        started = time.perf_counter()
+        """Show a phase in `progress.json` and add up its seconds for `timing.json`, without those
+        of phases within it.
+        """
+        outer = self._phase
+        self.enter_phase(name)
         try:
             yield
         finally:
-            self._phase_seconds[name] = (
-                self._phase_seconds.get(name, 0.0) + time.perf_counter() - started
-            )
+            if outer is None:
+                self._count_phase()
+                self._phase = None
+            else:
+                with contextlib.suppress(OSError):  # what went wrong inside says more
+                    self.enter_phase(outer)
+
+    def enter_phase(self, name: str) -> None:
+        """As `phase`, to its end or until another one is entered."""
+        if name == self._phase:
+            return
+        self._count_phase()
+        self._phase, self._phase_began = name, time.perf_counter()
+        begun = {"phase": name, "phase_began_at_utc": now_utc()}
+        self.report_progress(self._progress.model_copy(update=begun), is_forced=True)
+
+    def _count_phase(self) -> None:
+        if self._phase is not None:
+            seconds = time.perf_counter() - self._phase_began
+            self._phase_seconds[self._phase] = self._phase_seconds.get(self._phase, 0.0) + seconds
 
     def report_progress(self, progress: Progress, *, is_forced: bool = False) -> None:
         """Write `progress.json`, at most five times a second."""
+        began = {"phase_began_at_utc": self._progress.phase_began_at_utc}
+        if progress.phase_began_at_utc is None:
+            progress = progress.model_copy(update=began)
         self._progress, now = progress, time.monotonic()
         if self.is_main and (is_forced or now - self._last_progress_at > 0.2):
             self._last_progress_at = now

@@ -17,11 +17,10 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
 from runner.recipe.parse import Recipe
-from runner.sft.startup import WorldPlace
+from runner.sft.startup import WorldPlace, uses_deepspeed
 
 # Files of anybody's that Python would close, or delete, when it collects them. `io.IOBase` itself
 # would be asked of every object there is, and asks some of them in turn.
@@ -37,20 +36,20 @@ def leave(status: int, recipe: Recipe, place: WorldPlace) -> NoReturn:
     """End this process once the result is on disk: at once where that is safe, else as any Python
     program.
     """
-    if may_leave_at_once(recipe, place, os.environ):
+    if may_leave_at_once(recipe, place):
         leave_at_once(status)
     sys.exit(status)
 
 
-def may_leave_at_once(recipe: Recipe, place: WorldPlace, environment: Mapping[str, str]) -> bool:
+def may_leave_at_once(recipe: Recipe, place: WorldPlace) -> bool:
     """Whether nothing in this process is known to do its last work while the interpreter ends.
 
     Trackers upload there, process groups and DeepSpeed end their threads there, and coverage and
     debuggers write there what they have seen.
     """
     is_alone = place.world_size == 1 and not _has_process_group()
-    uses_deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    return is_alone and not uses_deepspeed and not recipe.tracking.report_to and not _is_traced()
+    has_others = bool(recipe.tracking.report_to) or uses_deepspeed()
+    return is_alone and not has_others and not _is_traced()
 
 
 def _has_process_group() -> bool:

@@ -54,6 +54,11 @@ class WorldPlace:
         )
 
 
+def uses_deepspeed() -> bool:
+    """Whether `accelerate launch` has started this process for DeepSpeed; its own sign for it."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 def remove_stale_build_locks() -> None:
     """Before DeepSpeed compiles or loads anything: remove what a killed process left, and say what
     had to stay.
@@ -62,10 +67,9 @@ def remove_stale_build_locks() -> None:
     compiles makes it (`O_EXCL`) and keeps it open, and no child inherits that; every other process
     waits until it is gone, for ever if its maker is dead.
 
-    Does nothing without DeepSpeed (accelerate's own sign for it), and nothing to folders of other
-    extensions.
+    Does nothing without DeepSpeed, and nothing to folders of other extensions.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+    if not uses_deepspeed():
         return
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
 

@@ -4,19 +4,28 @@ export, result.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from runner.checkpoints.restore import choose_resume_step
+from runner.data.draw import draw_splits
 from runner.data.rows import build_samples
 from runner.data.tokenizer import load_tokenizer
 from runner.model.load import load_model
 from runner.recipe.trackers import require_trackers
 from runner.sft.context import RunContext
 from runner.sft.generation import refuse_what_cannot_be_judged
+from runner.sft.phases import (
+    announce_compilations,
+    name_model_phase,
+    name_rows_phase,
+    name_tokenizer_phase,
+)
 from runner.sft.preemption import Preemption
 from runner.sft.recorder import Recorder
-from runner.sft.startup import WorldPlace, remove_stale_build_locks
-from runner.sft.tracking import open_trackers
+from runner.sft.startup import WorldPlace, remove_stale_build_locks, uses_deepspeed
+from runner.sft.tracking import Trackers, open_trackers
 from runner.sft.trainer import RunTrainer, build_training_args
 
 
@@ -27,58 +36,84 @@ def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
         PreemptedError: the attempt was asked to leave while it trained; what it has is saved.
     """
     context = RunContext.open(run_dir, place, preemption)
-    recipe, paths = context.recipe, context.paths
-    with context.phase("loading"):
-        require_trackers(recipe)
-        remove_stale_build_locks()  # before the arguments, which load DeepSpeed's first extension
-        # Before the model: ZeRO-3 partitions weights while they load.
-        args = build_training_args(context)
-        context.on_main(context.open_uploader)
-        tokenizer = load_tokenizer(recipe.model)
-        samples = build_samples(recipe.data, tokenizer)
-        refuse_what_cannot_be_judged(recipe, samples)
-        recorder = Recorder(context, samples)
-        remote = context.uploader.folder if context.uploader is not None else None
-        resume_step = context.on_main(
-            lambda: choose_resume_step(
-                paths,
-                recipe,
-                context.fingerprint,
-                context.resume,
-                remote,
-                divisor=context.micro_batch_divisor,
-                before_resuming=recorder.require_same_samples,
-            )
-        )
-        recorder.record_samples(resume_step)
-        if context.uploader is not None:
-            context.uploader.start()
-        # Before the model, which takes long, and before the metrics are cut.
-        trackers = open_trackers(context, resume_step)
-        recorder.rewind(resume_step)
-        model = load_model(recipe, tokenizer, local_rank=place.local_rank)
-        trainer = RunTrainer(recorder, args, model, tokenizer, trackers)
-        recorder.begin(trainer)
-
+    recipe, paths, phase = context.recipe, context.paths, context.phase
+    trainer, trackers, resume_step = _prepare(context)
+    recorder = trainer.recorder
     first_step = resume_step or 0
     what = "starting at step 0" if resume_step is None else f"resuming from step {resume_step}"
     print(what, flush=True)
-    with context.phase("training"):
+    # Until the first epoch begins, which enters the phase "training".
+    with phase(f"restoring step {first_step}" if first_step else "preparing to train"):
         resume_dir = str(paths.checkpoint_dir(first_step)) if first_step else None
         trainer.train(resume_from_checkpoint=resume_dir)
     num_steps = trainer.state.global_step
     preemption.end_training(num_steps)  # Transformers returns as if it had finished
-    with context.phase("evaluating best"):
+    with phase("evaluating best"):
         best_step = trainer.flow.best_step(trainer.state)
         trainer.load_weights_of(best_step)
         stop_reason = trainer.flow.stop_reason(trainer.state)
         result = recorder.score_best(trainer, best_step, stop_reason)
-    with context.phase("exporting"):
+    with phase("exporting"):
         recorder.export_model(trainer, best_step)
     if context.uploader is not None:
-        with context.phase("uploading"):
+        with phase("uploading"):
             context.uploader.finish()
     context.write_timing(num_steps - first_step, trainer.progress.tokens_per_second)
     recorder.record_result(result)
-    trackers.finish(result)  # an upload that hangs costs nothing of the run
+    with phase("uploading to trackers") if recipe.tracking.report_to else nullcontext():
+        trackers.finish(result)  # an upload that hangs costs nothing of the run
     print(f"completed at step {num_steps} by {stop_reason}, best step {best_step}", flush=True)
+
+
+def _prepare(context: RunContext) -> tuple[RunTrainer, Trackers, int | None]:
+    """The trainer with rows and model, the open trackers, and the step to resume from."""
+    recipe, phase = context.recipe, context.phase
+    require_trackers(recipe)
+    if uses_deepspeed():
+        with phase("loading DeepSpeed"):
+            remove_stale_build_locks()  # before the arguments, which load its first extension
+            announce_compilations(phase)
+    is_alone = context.num_processes == 1
+    with phase("setting up" if is_alone else "waiting for the other processes"):
+        # Before the model: ZeRO-3 partitions weights while they load.
+        args = build_training_args(context)
+    if recipe.checkpoints.remote is not None:
+        with phase("opening the remote storage"):
+            context.on_main(context.open_uploader)
+    with phase(name_tokenizer_phase(recipe.model)):
+        tokenizer = load_tokenizer(recipe.model)
+    with phase(name_rows_phase(recipe.data)):
+        raw = draw_splits(recipe.data)
+    with phase("masking rows"):
+        samples = build_samples(recipe.data, tokenizer, raw)
+        refuse_what_cannot_be_judged(recipe, samples)
+        recorder = Recorder(context, samples)
+    with phase("choosing a checkpoint"):
+        resume_step = context.on_main(partial(_choose_resume_step, context, recorder))
+        recorder.record_samples(resume_step)
+        if context.uploader is not None:
+            context.uploader.start()
+    # Before the model, which takes long, and before the metrics are cut.
+    with phase("starting trackers") if recipe.tracking.report_to else nullcontext():
+        trackers = open_trackers(context, resume_step)
+    recorder.rewind(resume_step)
+    with phase(name_model_phase(recipe.model)):
+        model = load_model(recipe, tokenizer, local_rank=context.place.local_rank)
+    with phase("building the trainer"):
+        trainer = RunTrainer(recorder, args, model, tokenizer, trackers)
+        recorder.begin(trainer)
+    return trainer, trackers, resume_step
+
+
+def _choose_resume_step(context: RunContext, recorder: Recorder) -> int | None:
+    remote = context.uploader.folder if context.uploader is not None else None
+    return choose_resume_step(
+        context.paths,
+        context.recipe,
+        context.fingerprint,
+        context.resume,
+        remote,
+        divisor=context.micro_batch_divisor,
+        before_resuming=recorder.require_same_samples,
+        phase=context.phase,
+    )

@@ -127,6 +127,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         return self._sampler
 
     def _run_epoch(self, **arguments: Any) -> None:
+        self.context.enter_phase("training")
         if self.state.global_step == 0:
             self.recorder.record_base(self)
             self.evaluate()

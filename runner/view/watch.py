@@ -25,11 +25,11 @@ from rich.text import Text
 
 from runner.plan.decide import Retry, foresee_retry
 from runner.plan.select import Selected, UnreadableRun
-from runner.plan.status import RunStatus, find_hint, read_status
+from runner.plan.status import RunStatus, describe_running, find_hint, read_status
 from runner.recipe.contents import Content, ContentHashes, known_content, list_contents
 from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
-from runner.run.record import Progress
+from runner.run.record import Progress, now_utc
 from runner.view.progress import ASCII, UNICODE, Glyphs, RunView
 from runner.view.screen import Line, Screen
 
@@ -117,7 +117,10 @@ class _RunReader:
             self._losses = None
             return Reading(self.selected, self._status, retry=self._retry)
         self._losses = self._losses or LossReader(paths.metrics_path)
-        return Reading(self.selected, self._status, self._facts.progress, self._losses.read())
+        # A phase grows longer while no file changes.
+        why = describe_running(self._facts, now_utc())
+        status = self._status.model_copy(update={"why": why})
+        return Reading(self.selected, status, self._facts.progress, self._losses.read())
 
     def _look(self) -> tuple[FolderState, ...]:
         paths = self.selected.paths

@@ -27,6 +27,7 @@ from runner.run.record import (
     RunRecord,
     SplitScore,
     TrainResult,
+    describe_phase,
     load_failure,
     load_progress,
     load_record,
@@ -123,7 +124,8 @@ def test_running_while_the_lease_is_held_whatever_else_is_there(run: Run) -> Non
     lease = Lease(run.paths.lease_path)
     assert run.status().state == "interrupted", "a lease file alone means nothing"
     assert lease.try_acquire()
-    assert (run.status().state, run.status().why) == ("running", "starting")
+    assert run.status().state == "running"
+    assert run.status().why.startswith("starting, "), "the launcher itself takes that long"
     progress = {"phase": "training", "step": 4, "max_steps": 9, "loss": 1.5}
     write_json_atomic(run.paths.attempt(attempt.number).progress_path, progress)
     status = run.status("loss=completion")
@@ -139,6 +141,35 @@ def test_running_while_the_lease_is_held_whatever_else_is_there(run: Run) -> Non
     )
     lease.close()
     assert run.status().state == "interrupted" and run.status().seconds is None
+
+
+@pytest.mark.parametrize(
+    ("phase", "began", "shown"),
+    [
+        ("loading the model", "2026-01-01T00:00:00+00:00", "loading the model, 40 s"),
+        ("evaluating", "2025-12-31T23:46:55+00:00", "evaluating, 14 min"),
+        ("evaluating", "2026-01-01T00:00:36+00:00", "evaluating"),
+        ("evaluating", "2026-01-01T00:00:50+00:00", "evaluating"),  # by another machine's clock
+        ("training", "2026-01-01T00:00:00+00:00", "training"),
+        ("loading", None, "loading"),
+        ("loading", "yesterday", "loading"),
+        ("loading", "2026-01-01T00:00:00", "loading"),  # of no time zone
+    ],
+)
+def test_a_phase_that_lasts_says_how_long(phase: str, began: str | None, shown: str) -> None:
+    assert describe_phase(phase, began, "2026-01-01T00:00:40+00:00") == shown
+
+
+def test_the_progress_of_an_older_version_is_read(run: Run) -> None:
+    attempt = run.attempt()
+    path = run.paths.attempt(attempt.number).progress_path
+    write_json_atomic(path, {"phase": "loading", "step": 0, "max_steps": None, "loss": None})
+    progress = load_progress(path)
+    assert progress is not None and progress.phase_began_at_utc is None
+    lease = Lease(run.paths.lease_path)
+    assert lease.try_acquire()
+    assert run.status().why == "loading"
+    lease.close()
 
 
 def test_completed_is_a_result_of_the_same_digest_and_nothing_else(run: Run) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.files import load_json
 from runner.sft.startup import find_file_system, list_build_folders, remove_stale_lock
 from tests.conftest import Project
 from tests.sft.test_distributed import ZERO_3
@@ -153,3 +154,7 @@ def test_a_run_that_was_killed_while_deepspeed_compiled_completes(
     assert killed.returncode == 14 and lock.exists(), read_log(project.paths("zero"))
     paths = launch(project, "zero", *overrides, num_processes=2)
     assert f"removed {lock}" in read_log(paths) and not lock.exists()
+    seconds = load_json(paths.attempt(2).timing_path)["phase_seconds"]
+    compiling = ("compiling DeepSpeed's extension", "waiting for another process that compiles")
+    spent = [value for name, value in seconds.items() if name.startswith(compiling)]
+    assert spent and max(spent) > 1, seconds

@@ -121,11 +121,9 @@ def load(*overrides: str) -> Recipe:
 
 def test_a_plain_run_of_one_process_may_leave_at_once() -> None:
     if sys.gettrace() is None and "coverage" not in sys.modules:
-        assert may_leave_at_once(load(), WorldPlace(), {})
-    assert not may_leave_at_once(load(), WorldPlace(world_size=2), {})
-    assert not may_leave_at_once(load(), WorldPlace(), {"ACCELERATE_USE_DEEPSPEED": "true"})
-    tracked = load("tracking.report_to=[tensorboard]")
-    assert not may_leave_at_once(tracked, WorldPlace(), {})
+        assert may_leave_at_once(load(), WorldPlace())
+    assert not may_leave_at_once(load(), WorldPlace(world_size=2))
+    assert not may_leave_at_once(load("tracking.report_to=[tensorboard]"), WorldPlace())
 
 
 @pytest.mark.parametrize(
@@ -136,6 +134,7 @@ def test_a_plain_run_of_one_process_may_leave_at_once() -> None:
         ("sys.setprofile(lambda *_: None)", False),
         ("sys.modules['coverage'] = sys", False),
         ("os.environ['COVERAGE_PROCESS_START'] = 'x'", False),
+        ("os.environ['ACCELERATE_USE_DEEPSPEED'] = 'true'", False),
         ("import torch.distributed", True),
         (
             "import torch.distributed as d; d.init_process_group("
@@ -153,7 +152,7 @@ def test_who_is_watched_leaves_as_any_program(begun: str, may: bool, tmp_path: P
         "from runner.sft.startup import WorldPlace\n"
         "from pathlib import Path\n"
         f"{begun}\n"
-        "answer = may_leave_at_once(load_recipe(Path('recipe.yaml')), WorldPlace(), os.environ)\n"
+        "answer = may_leave_at_once(load_recipe(Path('recipe.yaml')), WorldPlace())\n"
         "sys.settrace(None); sys.setprofile(None)\n"
         "print(json.dumps(answer))"
     )

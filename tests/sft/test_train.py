@@ -68,6 +68,19 @@ def test_result_is_complete(finished: Project, name: str) -> None:
     assert arguments["gradient_accumulation_steps"] == 2 and arguments["use_cpu"] is True
 
 
+def test_every_second_of_an_attempt_is_of_one_phase(finished: Project) -> None:
+    timing = load_json(finished.paths("gemma-lora").attempt(1).timing_path)
+    seconds = timing["phase_seconds"]
+    # What is uploaded or downloaded, and what DeepSpeed compiles, is of no such run.
+    assert set(seconds) == {
+        *("setting up", "loading the tokenizer", "reading rows", "masking rows"),
+        *("choosing a checkpoint", "loading the model", "building the trainer"),
+        *("preparing to train", "evaluating base", "training", "evaluating", "saving"),
+        *("evaluating best", "exporting"),
+    }
+    assert 0.8 * timing["total_seconds"] < sum(seconds.values()) <= timing["total_seconds"] + 0.01
+
+
 def test_each_epoch_has_the_same_rows_in_another_order(finished: Project) -> None:
     paths = finished.paths("gemma-full")
     history = load_json(paths.checkpoint_dir(12) / "trainer_state.json")["log_history"]

@@ -4,11 +4,17 @@ twice.
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 import shutil
+import time
 from pathlib import Path
 
+import pytest
+
 from runner.cli.main import main
+from runner.engines import local
 from runner.files import append_jsonl, write_json_atomic, write_jsonl_atomic
 from runner.plan.select import Selected, select_recipes
 from runner.plan.status import RunStatus, read_status
@@ -17,7 +23,7 @@ from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.paths import content_cache_path
 from runner.run.record import Progress
 from runner.view.watch import LossReader, RunsReader, build_views
-from tests.support.fake_launcher import FakeLauncher, fake, finish
+from tests.support.fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish
 
 __all__ = ["fake"]
 
@@ -93,6 +99,36 @@ def test_a_running_attempt_is_read_with_its_progress_and_losses(fake: FakeLaunch
     assert finish(sweep)[0] == 0
     (reading,) = reader.read()
     assert (reading.status.state, reading.progress, list(reading.losses)) == ("completed", None, [])
+
+
+def test_a_long_phase_grows_while_no_file_changes(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", told="wait")
+    sweep = fake.start("sweep", "recipes/toy")
+    fake.next_started()
+    files = fake.paths("a").attempt(1)
+    began = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=40)
+    progress = Progress(phase="compiling", phase_began_at_utc=began.isoformat(timespec="seconds"))
+    write_json_atomic(files.progress_path, progress.model_dump())
+    reader = RunsReader(select(fake), content_cache_path(Path("runs")))
+    why = reader.read()[0].status.why
+    assert re.fullmatch(r"compiling, 4\d s", why)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while reader.read()[0].status.why == why:
+        assert time.monotonic() < deadline
+    assert main(["status", "recipes/toy"]) == 0
+    assert re.search(r"running .* compiling, 4\d s", capsys.readouterr().out)
+    assert main(["status", "recipes/toy", "--watch"]) == 0
+    assert re.search(r"compiling, 4\d s", capsys.readouterr().out)
+    assert re.fullmatch(r"compiling, 4\d s", local._describe(files)[0]), "the sweep's line and bar"
+    training = progress.model_copy(update={"phase": "saving", "step": 1, "max_steps": 2})
+    write_json_atomic(files.progress_path, training.model_dump())
+    assert re.fullmatch(r"saving, \d+ s, step 1/2", local._describe(files)[0])
+    assert main(["stop", "recipes/toy"]) == 0
+    assert re.search(r"leave \(saving, \d+ s, step 1/2, on ", capsys.readouterr().out)
+    fake.let_go("a")
+    assert finish(sweep)[0] == 0
 
 
 def test_a_failed_run_that_its_sweep_tries_again_is_said_to_wait(fake: FakeLauncher) -> None:
