@@ -168,7 +168,9 @@ def build_folder(folder: Path, grids: Sequence[SmallGrid]) -> str:
         num_rows = grid.num_train_rows + 2 * NUM_EVAL_ROWS
         write_rows(folder / f"{grid.name}.jsonl", num_rows, grid)
         write_recipes(folder, grid)
-    return run_python(_BUILD_MODEL, folder, f"{grids[0].name}.jsonl")
+    # The tokenizer, and with it the model, is the same whichever grids are measured.
+    write_rows(folder / "vocabulary.jsonl", 144, list_grids(1, 1)[0])
+    return run_python(_BUILD_MODEL, folder, "vocabulary.jsonl")
 
 
 def write_recipes(folder: Path, grid: SmallGrid) -> None:

@@ -24,7 +24,8 @@ lies between two of these moments:
 | exit | the directory of the next attempt exists, or the sweep is over |
 
 `--imports` prints what the trainer's imports cost by package: own time of all modules below a name,
-from `python -X importtime`. Weights & Biases and bitsandbytes are hidden there as in a run.
+from `python -X importtime`. Weights & Biases, bitsandbytes and DeepSpeed are hidden there as in a
+run.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ _IMPORT: Final = """
 import sys
 from runner.errors import hide_bitsandbytes_warning
 from runner.sft.startup import hide_libraries
-hide_libraries(["wandb", "bitsandbytes"])
+hide_libraries(["wandb", "bitsandbytes", "deepspeed"])
 hide_bitsandbytes_warning()
 import runner.sft.train
 """
