@@ -20,6 +20,7 @@ from typing import Final
 
 from huggingface_hub import try_to_load_from_cache
 
+from runner.recipe.identity import load_launch_settings
 from runner.recipe.parse import Recipe
 
 # Where the kernel of this machine knows everybody who has a file open. Elsewhere it may know of
@@ -210,15 +211,17 @@ _TORCH_OPTIMIZERS: Final = (
 
 
 def find_unused_libraries(recipe: Recipe) -> list[str]:
-    """The libraries of these two that the recipe has no use for.
+    """The libraries of these three that the recipe has no use for.
 
     TRL imports Weights & Biases, and PEFT bitsandbytes (with torch's compiler behind it), whenever
     they are installed. Together they are a fourth of the processor time that a run's imports take
-    (`python -X importtime`).
+    (`python -X importtime`). accelerate imports DeepSpeed to ask if a model is one of its engines,
+    0.14 s in every run.
     """
     is_used = {
         "wandb": "wandb" in recipe.tracking.report_to,
         "bitsandbytes": _uses_bitsandbytes(recipe),
+        "deepspeed": _may_use_deepspeed(recipe),
     }
     return [name for name, used in is_used.items() if not used]
 
@@ -240,6 +243,16 @@ def _uses_bitsandbytes(recipe: Recipe) -> bool:
         or optimizer not in _TORCH_OPTIMIZERS
         or _may_be_quantized(recipe.model.path, recipe.model.revision)
     )
+
+
+def _may_use_deepspeed(recipe: Recipe) -> bool:
+    """Whether the launch asks for DeepSpeed; also True where its config cannot be read."""
+    settings = load_launch_settings(Path(recipe.launch.accelerate_config))
+    if not isinstance(settings, dict) or "deepspeed_config" in settings:
+        return True
+    # A command typed by hand may name another config.
+    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return asked or str(settings.get("distributed_type")).upper() == "DEEPSPEED"
 
 
 def _may_be_quantized(path: str, revision: str | None) -> bool:

@@ -1,5 +1,5 @@
-"""A training process imports Weights & Biases and bitsandbytes exactly when its recipe needs
-them.
+"""A training process imports Weights & Biases, bitsandbytes and DeepSpeed exactly when its recipe
+needs them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,20 @@ def test_what_a_recipe_needs_is_not_hidden(
     (model_dir / "config.json").write_text("{}")
     four_bit = "{method: 4bit, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: true}"
     dtype = "quantization.bnb_4bit_compute_dtype=float32"
-    assert find_unused_libraries(project.recipe()) == ["wandb", "bitsandbytes"]
-    assert find_unused_libraries(project.recipe("tracking.report_to=[wandb]")) == ["bitsandbytes"]
-    assert find_unused_libraries(project.recipe(f"quantization={four_bit}", dtype)) == ["wandb"]
+    assert find_unused_libraries(project.recipe()) == ["wandb", "bitsandbytes", "deepspeed"]
+    assert find_unused_libraries(project.recipe("tracking.report_to=[wandb]")) == [
+        "bitsandbytes",
+        "deepspeed",
+    ]
+    assert find_unused_libraries(project.recipe(f"quantization={four_bit}", dtype)) == [
+        "wandb",
+        "deepspeed",
+    ]
     for optimizer in ("paged_adamw_32bit", "adamw_8bit", "ademamix", "lion_32bit", "rmsprop_bnb"):
-        assert find_unused_libraries(project.recipe(f"training.optim={optimizer}")) == ["wandb"]
+        assert find_unused_libraries(project.recipe(f"training.optim={optimizer}")) == [
+            "wandb",
+            "deepspeed",
+        ]
     for optimizer in ("adamw_torch", "adafactor"):
         assert "bitsandbytes" in find_unused_libraries(
             project.recipe(f"training.optim={optimizer}")
@@ -36,18 +45,39 @@ def test_what_a_recipe_needs_is_not_hidden(
     (model_dir / "config.json").write_text(
         json.dumps({"quantization_config": {"load_in_4bit": True}})
     )
-    assert find_unused_libraries(project.recipe()) == ["wandb"]
+    assert find_unused_libraries(project.recipe()) == ["wandb", "deepspeed"]
     # A hub id that is not here yet, and a mistake.
     for path in ("no/such-model", "a/folder/that/is/not/there"):
-        assert find_unused_libraries(project.recipe(f"model.path={path}")) == ["wandb"]
+        assert find_unused_libraries(project.recipe(f"model.path={path}")) == ["wandb", "deepspeed"]
+
+
+def test_deepspeed_is_not_hidden_where_it_may_be_asked_for(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.root)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    config = project.root / "accelerate.yaml"
+    recipe = project.recipe("launch.accelerate_config=accelerate.yaml")
+    config.write_text("distributed_type: MULTI_GPU\n")
+    assert "deepspeed" in find_unused_libraries(recipe)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # by a command typed by hand
+    assert "deepspeed" not in find_unused_libraries(recipe)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    for text in ("distributed_type: DEEPSPEED\n", "deepspeed_config: {}\n", "[", "- no mapping\n"):
+        config.write_text(text)
+        assert "deepspeed" not in find_unused_libraries(recipe), text
+    config.unlink()
+    assert "deepspeed" not in find_unused_libraries(recipe)
 
 
 def test_hidden_libraries_are_not_imported_by_others(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom runner.sft.startup import hide_libraries\nassert 'trl' not in sys.modules"
         " and 'peft' not in sys.modules, 'too late to hide anything'\nhide_libraries(['wandb',"
-        " 'bitsandbytes'])\nimport runner.sft.train\nprint([name for name in sys.modules if"
-        " name.startswith(('wandb.', 'bitsandbytes.'))])\n"
+        " 'bitsandbytes', 'deepspeed'])\nimport runner.sft.train\nfrom accelerate.utils import"
+        " extract_model_from_parallel\nfrom torch.nn import Linear\nextract_model_from_parallel("
+        "Linear(1, 1))\nprint([name for name in"
+        " sys.modules if name.startswith(('wandb.', 'bitsandbytes.', 'deepspeed.'))])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
