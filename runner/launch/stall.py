@@ -173,8 +173,8 @@ class StallWatch:
 
     def _name(self, pid: int) -> str:
         parent = _read_parent(pid)
-        forked = f", forked by process {parent}" if parent in self._asked else ""
-        return f"rank {_read_rank(pid)}, process {pid}{forked}"
+        child = f", a child of process {parent}" if parent in self._asked else ""
+        return f"rank {_read_rank(pid)}, process {pid}{child}"
 
     def _tell(self, line: str) -> None:
         self._note(line)

@@ -121,10 +121,12 @@ def test_a_long_phase_grows_while_no_file_changes(
     assert re.search(r"running .* compiling, 4\d s", capsys.readouterr().out)
     assert main(["status", "recipes/toy", "--watch"]) == 0
     assert re.search(r"compiling, 4\d s", capsys.readouterr().out)
-    assert re.fullmatch(r"compiling, 4\d s", local._describe(files)[0]), "the sweep's line and bar"
+    assert re.fullmatch(r"compiling, 4\d s", local._describe(files, 40.0)[0]), (
+        "the sweep's line and bar"
+    )
     training = progress.model_copy(update={"phase": "saving", "step": 1, "max_steps": 2})
     write_json_atomic(files.progress_path, training.model_dump())
-    assert re.fullmatch(r"saving, \d+ s, step 1/2", local._describe(files)[0])
+    assert re.fullmatch(r"saving, \d+ s, step 1/2", local._describe(files, 40.0)[0])
     assert main(["stop", "recipes/toy"]) == 0
     assert re.search(r"leave \(saving, \d+ s, step 1/2, on ", capsys.readouterr().out)
     fake.let_go("a")
