@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import select
 import signal
@@ -118,6 +119,52 @@ def kill_processes_of(is_meant: Callable[[str], bool]) -> int:
     return len(killed)
 
 
+def find_processes_of(is_meant: Callable[[str], bool]) -> list[int]:
+    """Ids of the processes on this machine whose attempt is meant, ascending."""
+    found = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdecimal()]
+    return sorted(pid for pid in found if _carries(pid, is_meant))
+
+
+def signal_process_of(pid: int, is_meant: Callable[[str], bool], number: signal.Signals) -> None:
+    """Send a signal to a process that was found, unless it has ended and its id is another's."""
+    with contextlib.suppress(OSError):  # gone meanwhile
+        pidfd = os.pidfd_open(pid)
+        try:
+            if _carries(pid, is_meant):
+                signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal, so that only SIGCONT makes it go on."""
+    return _read_state(pid) == "T"
+
+
+# Asks a trainer for the stacks of all its threads.
+STACKS_SIGNAL: Final = signal.SIGUSR2
+
+
+def write_stacks_on_request() -> None:
+    """From now on `STACKS_SIGNAL` writes the stacks of this process, or of one that it forks, to
+    its standard error.
+
+    The C code of `faulthandler` writes them at once, also where Python would not run a handler: in
+    a collective, or waiting for a device.
+    """
+    faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
+
+
+def writes_stacks(pid: int) -> bool:
+    """Whether a process handles `STACKS_SIGNAL`: any other would die of it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
+    return bool(int(caught.split()[1], 16) >> (STACKS_SIGNAL - 1) & 1)
+
+
 def has_lost_sibling(num_siblings: int) -> bool:
     """Whether fewer than `num_siblings` children of this process's parent are alive, this one
     counted.
@@ -133,11 +180,15 @@ def has_lost_sibling(num_siblings: int) -> bool:
 
 
 def _is_alive(pid: str) -> bool:
+    return _read_state(pid) not in ("", "Z", "X")
+
+
+def _read_state(pid: int | str) -> str:
+    """The letter of `/proc/PID/stat`, empty where the process is gone."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
     except OSError:
-        return False
-    return state not in ("Z", "X")
+        return ""
 
 
 def _carries(pid: int, is_meant: Callable[[str], bool]) -> bool | None:

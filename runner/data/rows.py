@@ -4,7 +4,7 @@ same for every loss mode but for the labels.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -103,10 +103,17 @@ class FittedRow:
         return len(self.whole_ids)
 
 
-def build_samples(data: DataSection, tokenizer: Any, raw: RawSplits | None = None) -> Samples:
+def build_samples(
+    data: DataSection,
+    tokenizer: Any,
+    raw: RawSplits | None = None,
+    *,
+    sign_of_life: Callable[[], None] = lambda: None,
+) -> Samples:
     """Everything that a run trains and evaluates on, tokenised under the tokenizer's chat template.
 
-    `raw` saves drawing the rows again where several models share them.
+    `raw` saves drawing the rows again where several models share them. `sign_of_life` is called for
+    each row.
 
     Raises:
         DataError: a row cannot be rendered, masked or fitted into `data.max_length`, or is the same
@@ -119,7 +126,7 @@ def build_samples(data: DataSection, tokenizer: Any, raw: RawSplits | None = Non
     for name in SPLITS:
         rows = expand_turns(getattr(raw, name), data.turns)
         splits[name], origins[name] = _tokenize_split(
-            rows, name, data, masker, tokenizer.bos_token_id
+            _with_signs(rows, sign_of_life), name, data, masker, tokenizer.bos_token_id
         )
     refuse_same_tokens(origins)
     return Samples(**splits, left_out=raw.left_out)
@@ -270,8 +277,14 @@ def _cut_turns(
     return FittedRow(None, raw, whole, whole.input_ids)
 
 
+def _with_signs(rows: Iterable[RawRow], sign_of_life: Callable[[], None]) -> Iterator[RawRow]:
+    for row in rows:
+        sign_of_life()
+        yield row
+
+
 def _tokenize_split(
-    raw_rows: Sequence[RawRow],
+    raw_rows: Iterable[RawRow],
     split: str,
     data: DataSection,
     masker: ConversationMasker,

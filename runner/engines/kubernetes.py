@@ -53,6 +53,7 @@ _ACTIONS: Final[Mapping[FailureKind, Action]] = {
     "preempted": "Ignore",
     "transient": "Count",
     "lost": "Count",
+    "stalled": "Count",
     "crashed": "FailIndex",
 }
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from runner.launch.attempt import RunningAttempt
     from runner.launch.command import LaunchCommand, Placement
     from runner.launch.placement import Allocation, Devices, PlanRuns
+    from runner.launch.stall import StallWatch
     from runner.plan.decide import Launch
     from runner.run.record import Failure
 
@@ -124,7 +125,7 @@ def _print_failures(result: PoolResult) -> None:
         )
         if failed.log_path is None:
             continue
-        if failed.failure.kind in ("crashed", "lost", "transient", "out_of_memory"):
+        if failed.failure.kind in ("crashed", "lost", "stalled", "transient", "out_of_memory"):
             print("\n".join(f"  | {line}" for line in failed.failure.log_tail), file=sys.stderr)
         print(f"  log: {failed.log_path}", file=sys.stderr)
     if result.not_started and result.stopped_by is None:
@@ -194,17 +195,27 @@ class SweepDisplay:
         self.say(f"[{self._num_finished}/{self._num_runs}] {name}  {why}")
         self._drop_bar(name)
 
-    def update(self, current: Mapping[str, AttemptPaths], waiting: Mapping[str, str]) -> None:
-        """Where the current runs stand, and which ones wait for what."""
+    def update(
+        self,
+        current: Mapping[str, AttemptPaths],
+        waiting: Mapping[str, str],
+        silent_seconds: Mapping[str, float],
+    ) -> None:
+        """Where the current runs stand, how long each has shown no sign of life, and which ones
+        wait for what.
+        """
         if self._bars is None:
             if time.monotonic() - self._last_line_at > _LINE_SECONDS:
                 self._last_line_at = time.monotonic()
-                now = [f"{name} {_describe(files)[0]}" for name, files in current.items()]
+                now = [
+                    f"{name} {_describe(files, silent_seconds[name])[0]}"
+                    for name, files in current.items()
+                ]
                 now += [f"{name} {text}" for name, text in waiting.items()]
                 self.say(f"[{self._num_finished}/{self._num_runs}] now: {'; '.join(now)}")
             return
         for name, files in current.items():
-            text, step, max_steps = _describe(files)
+            text, step, max_steps = _describe(files, silent_seconds[name])
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task(name, total=max_steps, now=text)
             self._bars.update(self._tasks[name], completed=step, total=max_steps or 1, now=text)
@@ -229,13 +240,13 @@ def forget_closed_streams() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), descriptor)
 
 
-def _describe(files: AttemptPaths) -> tuple[str, int, int | None]:
+def _describe(files: AttemptPaths, silent_seconds: float) -> tuple[str, int, int | None]:
     from runner.run.record import describe_phase, load_progress, now_utc
 
     progress = load_progress(files.progress_path)
     if progress is None:
-        return "starting", 0, None
-    phase = describe_phase(progress.phase, progress.phase_began_at_utc, now_utc())
+        return describe_phase("starting", None, now_utc(), silent_seconds), 0, None
+    phase = describe_phase(progress.phase, progress.phase_began_at_utc, now_utc(), silent_seconds)
     if progress.max_steps is None:
         return phase, progress.step, None
     loss = "" if progress.loss is None else f" loss {progress.loss:.4f}"
@@ -327,6 +338,7 @@ class _Pool:
     selector: selectors.BaseSelector
     signals: StopSignals
     active: dict[int, tuple[Launch, RunningAttempt, Placement]] = field(default_factory=dict)
+    watches: dict[int, StallWatch] = field(default_factory=dict)  # over what is active
     later: list[Later] = field(default_factory=list)
     failures: dict[str, list[Failure]] = field(default_factory=dict)  # in a row, of each run
     result: PoolResult = field(default_factory=PoolResult)
@@ -403,8 +415,21 @@ class _Pool:
             return True
         pid = attempt.process.pid
         self.active[pid] = (run, attempt, placement)
+        self.watches[pid] = self._watch(run, attempt)
         self.selector.register(os.pidfd_open(pid), selectors.EVENT_READ, data=pid)
         return True
+
+    def _watch(self, run: Launch, attempt: RunningAttempt) -> StallWatch:
+        from runner.launch.stall import Silence, StallWatch
+
+        minutes = run.recipe.launch.stall_minutes
+        return StallWatch(
+            attempt.files,
+            attempt.owner.__eq__,
+            lambda line: self.display.say(f"{run.full_name}  {line}"),
+            attempt.kill_stalled,
+            Silence(None if minutes is None else 60 * minutes, time.monotonic(), None),
+        )
 
     def wait(self, *, is_in_a_hurry: bool = False) -> None:
         """Until something ends, a signal comes, or it is time to show where the runs stand."""
@@ -414,12 +439,19 @@ class _Pool:
             else:
                 self.finish(key)
         now = time.monotonic()
+        for watch in self.watches.values():
+            watch.look(now)
         waiting = {
             one.run.full_name: f"is tried again in {max(0.0, one.due_at - now):.0f} s"
             for one in self.later
         }
         self.display.update(
-            {run.full_name: attempt.files for run, attempt, _ in self.active.values()}, waiting
+            {run.full_name: attempt.files for run, attempt, _ in self.active.values()},
+            waiting,
+            {
+                run.full_name: self.watches[pid].silence.seconds
+                for pid, (run, _, _) in self.active.items()
+            },
         )
 
     def leave(self, why: str, *, num_signals: int) -> None:
@@ -454,6 +486,7 @@ class _Pool:
         self.selector.unregister(key.fd)
         os.close(key.fd)
         run, attempt, placement = self.active.pop(key.data)
+        del self.watches[key.data]
         failure = attempt.finish()
         self.devices.give_back(placement)
         if failure is not None:

@@ -280,6 +280,7 @@ class RunningAttempt:
     owner: str  # of all its processes on this machine, in `OWNER_VARIABLE`
     launcher_lock: Lease | None = None  # of an attempt on several machines
     stop_reason: str | None = None
+    stall: str | None = None  # why it was ended for want of a sign of life
     first_step: int = 0  # of the newest checkpoint when it was started
 
     @property
@@ -318,6 +319,11 @@ class RunningAttempt:
     def kill(self, why: str) -> None:
         """End it now; the record will say why."""
         self.stop_reason = why
+        self.signal_group(signal.SIGKILL)
+
+    def kill_stalled(self, why: str) -> None:
+        """End it now, because it hangs."""
+        self.stall = why
         self.signal_group(signal.SIGKILL)
 
     def finish(self) -> Failure | None:
@@ -376,6 +382,11 @@ class RunningAttempt:
             failure is None or failure.kind not in DETERMINISTIC_KINDS
         ):
             return Failure(kind="preempted", message=self.stop_reason)
+        # What a rank wrote when its peers were killed with it says less.
+        if self.stall is not None and (
+            failure is None or failure.has_lost_peer or failure.kind in ("lost", "preempted")
+        ):
+            return Failure(kind="stalled", message=self.stall)
         return failure or explain_silence(self.files.log_path, exit_status)
 
 

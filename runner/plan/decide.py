@@ -124,6 +124,7 @@ def decide_retry(
     budget = {
         "transient": retries.transient,
         "lost": retries.lost,
+        "stalled": retries.stalled,
         "out_of_memory": retries.out_of_memory,
     }.get(kind, 0)
     if num_alike > budget:

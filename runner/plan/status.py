@@ -228,13 +228,15 @@ def find_divisor(facts: RunFacts, recipe: Recipe) -> int:
 
 
 def describe_running(facts: RunFacts, at_utc: str) -> str:
-    """`RunStatus.why` of a run that is running: its phase, and how long a long one has lasted."""
+    """`RunStatus.why` of a run that is running: its phase, and how long a long one has lasted, or
+    how long there was no sign of life.
+    """
     last, progress = facts.last, facts.progress
     if progress is not None:
         phase, began_at_utc = progress.phase, progress.phase_began_at_utc
     else:  # `accelerate launch` itself is being loaded
         phase, began_at_utc = "starting", last.started_at_utc if last else None
-    return describe_phase(phase, began_at_utc, at_utc)
+    return describe_phase(phase, began_at_utc, at_utc, facts.measure_silence(at_utc))
 
 
 def _look_ahead(

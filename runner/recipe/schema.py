@@ -392,6 +392,7 @@ class RetriesSection(Section):
     transient: NotNegative = 3  # ports, lost peers, file systems, storage that cannot be reached
     # The trainer vanished without a word: perhaps killed by the system for its memory.
     lost: NotNegative = 1
+    stalled: NotNegative = 1  # ended by `launch.stall_minutes`
     # Each halves the micro-batch, keeps the global batch and starts at step 0.
     out_of_memory: NotNegative = 0
     # Before the first retry; doubles, up to ten minutes.
@@ -406,6 +407,9 @@ class LaunchSection(Section):
     num_machines: Positive = 1
     # None: the cores shared among the processes.
     num_cpu_threads_per_process: Positive | None = None
+    # Without a sign of life (a micro-batch, a batch that is scored or answered, another phase)
+    # before whoever waits for an attempt ends it; None: never.
+    stall_minutes: Annotated[float, Field(gt=0)] | None = 30.0
     retries: RetriesSection = RetriesSection()
     # Of a library, since the checkpoint that is continued.
     on_version_change: Literal["warn", "refuse"] = "warn"

@@ -8,6 +8,7 @@ read after "nobody holds it" is final. What the facts mean is in `plan`; checkpo
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -127,6 +128,17 @@ class RunFacts:
             return None
         progress: Progress | None = self._get("progress")
         return progress
+
+    def measure_silence(self, at_utc: str) -> float | None:
+        """Seconds since the last sign of life of the last attempt, or since its start; never
+        negative, whatever the clocks of its machine and of its file system say.
+        """
+        if self.last is None:
+            return None
+        began = datetime.datetime.fromisoformat(self.last.started_at_utc).timestamp()
+        state = self.found["progress"].state
+        sign = began if state is None else state[1] / 1e9
+        return max(0.0, datetime.datetime.fromisoformat(at_utc).timestamp() - sign)
 
     @property
     def failure(self) -> Failure | None:

@@ -40,6 +40,11 @@ HINTS: Final[Mapping[FailureKind, str]] = {
         " memory; the same command goes on from the newest checkpoint"
     ),
     "crashed": "the log's last lines say where; the same command tries again",
+    "stalled": (
+        "the stacks in the log say what hung; the same command goes on from the newest checkpoint;"
+        " for work that is silent for longer, raise `launch.stall_minutes` in the recipe (null: no"
+        " limit)"
+    ),
 }
 
 UNREADABLE_HINT: Final = (

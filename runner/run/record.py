@@ -32,6 +32,7 @@ FailureKind = Literal[
     "transient",
     "crashed",
     "lost",
+    "stalled",
 ]
 StopReason = Literal["num_train_epochs", "max_steps", "early_stopping"]
 # Kinds that happen again when nothing changes: a rerun would only burn device time.
@@ -49,6 +50,7 @@ _MOST_TELLING: Final[tuple[FailureKind, ...]] = (
     "transient",
     "crashed",
     "preempted",
+    "stalled",
     "lost",
 )
 
@@ -70,6 +72,7 @@ EXIT_CODES: Final[Mapping[FailureKind, int]] = {
     "preempted": 13,
     "transient": 14,
     "lost": 14,
+    "stalled": 14,
     "crashed": 1,
 }
 
@@ -273,14 +276,36 @@ class Progress(Fact):
 
 
 _LONG_PHASE_SECONDS: Final = 5.0  # shorter ones come and go
+_LONG_SILENCE_SECONDS: Final = 60.0
+# First words of phases that wait for a compiler, a network or another process: no sign of life
+# comes from there, and none is missed for a while.
+_SILENT_PHASES: Final = ("compiling", "downloading", "uploading", "waiting")
 
 
-def describe_phase(phase: str, began_at_utc: str | None, at_utc: str) -> str:
+def is_silent_phase(phase: str) -> bool:
+    """Whether no sign of life is to be expected during a phase.
+
+    >>> is_silent_phase("compiling DeepSpeed's extension"), is_silent_phase("training")
+    (True, False)
+    """
+    return phase.startswith(_SILENT_PHASES)
+
+
+def describe_phase(
+    phase: str, began_at_utc: str | None, at_utc: str, silent_seconds: float | None = None
+) -> str:
     """A phase for people, with how long it has lasted: steps tell that of training.
+
+    `silent_seconds` since the last sign of life are told instead where one is missed.
 
     >>> describe_phase("saving", "2026-01-01T00:00:00+00:00", "2026-01-01T00:00:40+00:00")
     'saving, 40 s'
+    >>> describe_phase("training", None, "2026-01-01T00:00:40+00:00", 240)
+    'training, no progress for 4 min'
     """
+    is_missed = silent_seconds is not None and silent_seconds >= _LONG_SILENCE_SECONDS
+    if silent_seconds is not None and is_missed and not is_silent_phase(phase):
+        return f"{phase}, no progress for {format_seconds(silent_seconds)}"
     if phase == "training" or began_at_utc is None:
         return phase
     try:

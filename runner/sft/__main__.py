@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from runner.processes import bind_forks, die_with_launcher
+from runner.processes import bind_forks, die_with_launcher, write_stacks_on_request
 
 if __name__ == "__main__":
     die_with_launcher()  # before the imports, which take a good part of a second
+    write_stacks_on_request()  # an import may hang too
 
 import contextlib
 import os

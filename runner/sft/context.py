@@ -50,6 +50,7 @@ class RunContext:
     _phase_began: float = 0.0
     _progress: Progress = field(default_factory=lambda: Progress(phase="starting"))
     _last_progress_at: float = 0.0
+    _last_sign_at: float = 0.0
 
     @classmethod
     def open(cls, run_dir: Path, place: WorldPlace, preemption: Preemption) -> RunContext:
@@ -170,6 +171,16 @@ class RunContext:
         if self.is_main and (is_forced or now - self._last_progress_at > 0.2):
             self._last_progress_at = now
             write_json_unsynced(self.attempt.progress_path, progress.model_dump())
+
+    def sign_of_life(self) -> None:
+        """Touch `progress.json`, at most once a second: whoever waits for this attempt sees that it
+        does something. Called from the work itself; a thread would beat while the work hangs.
+        """
+        now = time.monotonic()
+        if self.is_main and now - self._last_sign_at > 1.0:
+            self._last_sign_at = now
+            with contextlib.suppress(OSError):  # it makes room on a full disk
+                os.utime(self.attempt.progress_path)
 
     def write_timing(self, num_steps: int, tokens_per_second: float) -> None:
         """Write `timing.json`: the seconds of this attempt and of its phases, and its speed."""

@@ -8,7 +8,7 @@ batch size or on the number of processes but for the rounding inside a forward.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -52,8 +52,10 @@ def score_rows(
     batch_size: int,
     pad_token_id: int,
     accelerator: Accelerator,
+    sign_of_life: Callable[[], None] = lambda: None,
 ) -> list[RowScore]:
-    """The score of every row, in the order of `rows`, on every rank.
+    """The score of every row, in the order of `rows`, on every rank. `sign_of_life` is called for
+    each batch.
 
     `model` carries TRL's fused LM head, which gives log-probabilities without building logits.
     """
@@ -63,6 +65,7 @@ def score_rows(
     model.eval()
     try:
         for indices in share.batches:
+            sign_of_life()
             batch = [rows[index] for index in indices]
             scored += zip(
                 indices, _score_batch(model, batch, pad_token_id, accelerator.device), strict=True

@@ -105,9 +105,10 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     accelerator: Accelerator,
+    sign_of_life: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """The judged answer to every row, in the order of `rows`, on every rank. No random numbers are
-    drawn.
+    drawn. `sign_of_life` is called for each batch and each answer.
 
     Every rank makes the same number of calls, and under ZeRO-3, which gathers weights in each
     forward, the same number of steps in each: Transformers goes on until the slowest rank is done.
@@ -122,11 +123,13 @@ def generate_answers(
         open_scores(metrics) as score,
     ):
         for batch in share.batches:
+            sign_of_life()
             texts = _generate_batch(
                 generator, [prompts[index] for index in batch], tokenizer, accelerator.device
             )
             for index, (text, is_finished) in zip(batch, texts, strict=True):
                 row = rows[index]
+                sign_of_life()
                 judgement = judge(text, row.references)
                 answer = Answer(
                     row.row_id, text, row.references, is_finished, judgement, score(text, row)

@@ -309,6 +309,7 @@ class Recorder:
                 batch_size=trainer.args.per_device_eval_batch_size,
                 pad_token_id=trainer.processing_class.pad_token_id,
                 accelerator=trainer.accelerator,
+                sign_of_life=self.context.sign_of_life,
             )
         score = sum_scores(rows)
         if not math.isfinite(score.nll_sum):
@@ -332,6 +333,7 @@ class Recorder:
                 max_new_tokens=generation.max_new_tokens,
                 batch_size=trainer.args.per_device_eval_batch_size,
                 accelerator=trainer.accelerator,
+                sign_of_life=self.context.sign_of_life,
             )
 
     def _split(self, name: str) -> Split:

@@ -89,7 +89,7 @@ def _prepare(context: RunContext) -> tuple[RunTrainer, Trackers, int | None]:
     with phase(name_rows_phase(recipe.data)):
         raw = draw_splits(recipe.data)
     with phase("masking rows"):
-        samples = build_samples(recipe.data, tokenizer, raw)
+        samples = build_samples(recipe.data, tokenizer, raw, sign_of_life=context.sign_of_life)
         refuse_what_cannot_be_judged(recipe, samples)
         recorder = Recorder(context, samples)
     with phase("choosing a checkpoint"):

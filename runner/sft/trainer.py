@@ -105,6 +105,11 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
             self.state
         )
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch, which is a sign of life."""
+        self.context.sign_of_life()
+        return super().training_step(*args, **kwargs)
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation split, in place of Transformers' evaluation, which averages over
         batches.

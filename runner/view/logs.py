@@ -19,9 +19,9 @@ from runner.errors import CorruptFileError, RunnerError
 from runner.launch.attempt import request_stop
 from runner.plan.decide import foresee_retry
 from runner.plan.select import Selected, select_recipes
+from runner.plan.status import describe_running
 from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
-from runner.run.record import describe_phase
 
 _LOOK_SECONDS: Final = 0.25  # between two looks at a log that grows
 _MAX_LISTED: Final = 5
@@ -199,10 +199,7 @@ def _ask(one: Selected, facts: RunFacts) -> bool:
         if progress is None or progress.max_steps is None
         else f", step {progress.step}/{progress.max_steps}"
     )
-    where = "starting"
-    if progress is not None:
-        began = progress.phase_began_at_utc
-        where = describe_phase(progress.phase, began, facts.read_at_utc) + step
+    where = "starting" if progress is None else describe_running(facts, facts.read_at_utc) + step
     print(
         f"{one.full_name}  asked attempt {last.number} to checkpoint"
         f" and leave ({where}, on {last.host})"

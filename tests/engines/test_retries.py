@@ -62,7 +62,8 @@ def test_each_kind_has_a_budget_and_the_last_outcome_counts(
 
 
 @pytest.mark.parametrize(
-    "kind", ["configuration", "data", "diverged", "crashed", "out_of_memory", "transient"]
+    "kind",
+    ["configuration", "data", "diverged", "crashed", "out_of_memory", "transient", "stalled"],
 )
 def test_launch_returns_a_code_for_each_kind(kind: FailureKind, fake: FakeLauncher) -> None:
     fake.add("a", told=f"fail {kind} because")

@@ -95,6 +95,7 @@ def retry_after(
     transient=st.integers(0, 5),
     lost=st.integers(0, 5),
     out_of_memory=st.integers(0, 5),
+    stalled=st.integers(0, 5),
     backoff_seconds=st.floats(0, 1e6),
     has_made_steps=st.booleans(),
 )
@@ -104,10 +105,16 @@ def test_retries_are_bounded_by_kind_in_number_and_in_time(
     transient: int,
     lost: int,
     out_of_memory: int,
+    stalled: int,
     backoff_seconds: float,
     has_made_steps: bool,
 ) -> None:
-    budgets = {"transient": transient, "lost": lost, "out_of_memory": out_of_memory}
+    budgets = {
+        "transient": transient,
+        "lost": lost,
+        "out_of_memory": out_of_memory,
+        "stalled": stalled,
+    }
     recipe = make_recipe(**budgets, backoff_seconds=backoff_seconds)
     retry = retry_after(recipe, *failures, has_made_steps=has_made_steps)
     kind = failures[-1].kind

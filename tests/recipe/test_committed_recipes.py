@@ -203,6 +203,8 @@ MAY_BE_ABSENT = {
     "data.num_validation_samples",  # where validation rows have a file of their own
     "data.num_test_samples",
     *_BEHAVIOUR_BEFORE,  # what was added since the recipes were written
+    "launch.stall_minutes",
+    "launch.retries.stalled",
     "data.task.system",  # of a task whose prompt says it all
 }
 

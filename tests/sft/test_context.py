@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import pytest
@@ -92,6 +93,26 @@ def test_only_the_main_process_tells_its_phase(project: Project) -> None:
     context = open_context(project, place=WorldPlace(rank=1, world_size=2))
     with context.phase("evaluating"):
         assert not context.attempt.progress_path.exists()
+
+
+def test_a_sign_of_life_touches_the_file_at_most_once_a_second(project: Project) -> None:
+    context = open_context(project)
+    path = context.attempt.progress_path
+    context.sign_of_life()  # before there is a file, or where a full disk has taken it
+    assert not path.exists()
+    context = open_context(project)
+    with context.phase("evaluating"):
+        content = path.read_bytes()
+        touched = []
+        for _ in range(3):
+            os.utime(path, (1, 1))
+            context.sign_of_life()
+            touched.append(path.stat().st_mtime != 1)
+    assert touched == [True, False, False] and path.read_bytes() == content
+    other = open_context(project, place=WorldPlace(rank=1, world_size=2))
+    os.utime(path, (1, 1))
+    other.sign_of_life()
+    assert path.stat().st_mtime == 1
 
 
 def spend(seconds: float) -> None:

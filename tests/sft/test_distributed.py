@@ -7,6 +7,10 @@ epoch ends with rows without labels on one rank.
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +22,7 @@ from runner.run.paths import RunPaths
 from tests.conftest import Project
 from tests.support.exported_models import assert_export_gives_recorded_scores
 from tests.support.fake_checkpoints import quarantined
+from tests.support.hanging_ranks import Watched, find_rank, start_hanging, wait_for_phase
 from tests.support.training_runs import (
     RUNS,
     assert_same_outputs,
@@ -158,6 +163,42 @@ def test_a_checkpoint_that_one_rank_has_not_finished_never_counts(
     launch(finished, name, *overrides, num_processes=2)
     assert "resuming from step 4" in read_log(paths) and "checkpoint-8.1" in quarantined(paths)
     assert_same_outputs(paths, ddp_full)
+
+
+def test_ranks_that_hang_are_continued_then_ended_with_their_stacks_and_the_run_goes_on_exactly(
+    finished: Project, ddp_full: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second rank is stopped, and later never comes to a collective for which the first one
+    waits.
+    """
+    name, overrides = "ddp-stalled", (DDP, *RUNS["gemma-full"])
+    attempt = start_hanging(finished, name, *overrides, at="/checkpoint-8", monkeypatch=monkeypatch)
+    try:
+        wait_for_phase(attempt, "evaluating base", "evaluating", "training", "saving")
+        stopped = find_rank(attempt, 1)
+        os.kill(stopped, signal.SIGSTOP)
+        watched = Watched(attempt, limit_seconds=3.0)
+        watched.look_until_it_ends()
+    finally:
+        attempt.signal_group(signal.SIGKILL)
+        failure = attempt.finish()
+    assert f"process {stopped} was stopped; continued" in watched.said[0]
+    assert list_committed(attempt.paths) == [4], "it went on, and hung later"
+    assert failure is not None and failure.kind == "stalled"
+    assert re.fullmatch(
+        r"no sign of life for \d+ s while saving, step \d+/12; the stacks of 2 processes are in the"
+        r" log",
+        failure.message,
+    )
+    log = read_log(attempt.paths)
+    parts = re.split(r"runner: stacks of rank (\d), process [^:]*:", log)
+    stacks = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert "never_comes_back" in stacks["1"] and "never_comes_back" not in stacks["0"]
+    assert "wait_for_everyone" in stacks["0"]
+    monkeypatch.undo()
+    launch(finished, name, *overrides, num_processes=2)
+    assert "resuming from step 4" in read_log(attempt.paths)
+    assert_same_outputs(attempt.paths, ddp_full)
 
 
 def test_zero_3_resumes_exactly_and_refuses_another_number_of_processes(

@@ -48,15 +48,16 @@ launch:
   accelerate_config: cpu.yaml
   num_processes: {num_processes}
   num_cpu_threads_per_process: 1
+  stall_minutes: {stall_minutes}
   retries: {{{retries}}}
 """
 
 # What it is told stands in `told/<run name>`: a verb and its words, and after `then` on a new line
 # those of the next attempt, the last ones for all others; without such a file it completes the run.
-# `stepped` before: after a step; `committed`: after a checkpoint.
+# `phase NAME` before: in a phase; `stepped`: after a step; `committed`: after a checkpoint.
 ACCELERATE: Final = """\
 #!{python} -IS
-import json, os, signal, subprocess, sys, time
+import faulthandler, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 home, run_dir = Path(os.environ["FAKE_HOME"]), Path(sys.argv[-1])
@@ -64,14 +65,32 @@ told_path = home / "told" / run_dir.name
 number = len(json.loads((run_dir / "run.json").read_text())["attempts"])
 lines = told_path.read_text().split("\\nthen ") if told_path.exists() else ["complete"]
 verb, _, words = lines[min(number, len(lines)) - 1].partition(" ")
+progress_path = run_dir / "attempts" / str(number) / "progress.json"
+if verb == "phase":
+    phase, verb, words = (*words.split(" ", 2), "")[:3]
+    progress_path.write_text(json.dumps(dict(phase=phase)))
 if verb == "stepped":
     progress = dict(phase="training", step=1, max_steps=2)
-    (run_dir / "attempts" / str(number) / "progress.json").write_text(json.dumps(progress))
+    progress_path.write_text(json.dumps(progress))
     verb, _, words = words.partition(" ")
 if verb == "committed":
     (run_dir / "checkpoints" / f"step-{{number}}").mkdir(parents=True)
     (run_dir / "checkpoints" / f"step-{{number}}" / "COMMITTED.json").write_text("{{}}")
     verb, _, words = words.partition(" ")
+HANGING_RANK = (
+    "import faulthandler, signal\\n"
+    "faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)\\n"
+    "def in_a_collective():\\n"
+    "    while True: signal.pause()\\n"
+    "in_a_collective()"
+)
+
+
+def never_ends():
+    while True:
+        signal.pause()
+
+
 lease, stdin = (run_dir / "lease").stat(), os.fstat(0)
 
 
@@ -111,6 +130,19 @@ elif verb == "wait":  # until the test opens the pipe
 elif verb == "hang":
     tell_started(os.getpid())
     signal.pause()
+elif verb == "stall":  # as a trainer that hangs; with words, a rank in a session of its own too
+    if words:
+        subprocess.Popen([sys.executable, "-IS", "-c", HANGING_RANK], start_new_session=True,
+                         env={{**os.environ, "RANK": "1"}})
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+    tell_started(os.getpid())
+    never_ends()
+elif verb == "live":  # so many signs of life, five a second
+    tell_started(os.getpid())
+    for _ in range(int(words)):
+        progress_path.touch()
+        time.sleep(0.2)
+    complete(digest)
 elif verb == "obey":  # the stop file, as the trainer does; with words, it completes nevertheless
     tell_started(os.getpid())
     request = dict(attempt=None)
@@ -166,12 +198,18 @@ class FakeLauncher:
         told: str | None = None,
         retries: str = "transient: 0, lost: 0",
         micro_batch: int = 1,
+        stall_seconds: float | None = None,
     ) -> None:
         """Recipes `recipes/toy/<name>.yaml`, and what the fake is to do with each."""
         for name in names:
             path = self.root / "recipes" / "toy" / f"{name}.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
-            known = {"num_processes": num_processes, "retries": retries, "micro_batch": micro_batch}
+            known = {
+                "num_processes": num_processes,
+                "retries": retries,
+                "micro_batch": micro_batch,
+                "stall_minutes": "null" if stall_seconds is None else stall_seconds / 60,
+            }
             path.write_text(RECIPE.format(name=name, size=len(name), **known))
             if told is not None:
                 self.tell(name, told)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 import shutil
 import time
@@ -121,10 +122,23 @@ def test_a_long_phase_grows_while_no_file_changes(
     assert re.search(r"running .* compiling, 4\d s", capsys.readouterr().out)
     assert main(["status", "recipes/toy", "--watch"]) == 0
     assert re.search(r"compiling, 4\d s", capsys.readouterr().out)
-    assert re.fullmatch(r"compiling, 4\d s", local._describe(files)[0]), "the sweep's line and bar"
+    assert re.fullmatch(r"compiling, 4\d s", local._describe(files, 40.0)[0]), (
+        "the sweep's line and bar"
+    )
+    os.utime(files.progress_path, (time.time() + 500, time.time() - 240))
+    silent = r"compiling, 4\d s"
+    assert re.fullmatch(silent, reader.read()[0].status.why), "none is missed in such a phase"
+    masking = progress.model_copy(update={"phase": "masking rows"})
+    write_json_atomic(files.progress_path, masking.model_dump())
+    for seconds, shown in ((-240, "masking rows, no progress for 4 min"), (500, "masking rows, 4")):
+        os.utime(files.progress_path, (1, time.time() + seconds))
+        assert reader.read()[0].status.why.startswith(shown)
+        assert main(["status", "recipes/toy"]) == 0
+        assert shown in capsys.readouterr().out
+    assert local._describe(files, 240.0)[0] == "masking rows, no progress for 4 min"
     training = progress.model_copy(update={"phase": "saving", "step": 1, "max_steps": 2})
     write_json_atomic(files.progress_path, training.model_dump())
-    assert re.fullmatch(r"saving, \d+ s, step 1/2", local._describe(files)[0])
+    assert re.fullmatch(r"saving, \d+ s, step 1/2", local._describe(files, 40.0)[0])
     assert main(["stop", "recipes/toy"]) == 0
     assert re.search(r"leave \(saving, \d+ s, step 1/2, on ", capsys.readouterr().out)
     fake.let_go("a")
