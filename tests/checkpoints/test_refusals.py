@@ -57,7 +57,9 @@ MAY_CHANGE = {
     "launch.retries.out_of_memory": (
         "permits a start at step 0 in smaller micro-batches; never a continuation in them"
     ),
+    "launch.retries.stalled": "how often, not what",
     "launch.retries.backoff_seconds": "when, not what",
+    "launch.stall_minutes": "how long a silence is waited for",
     "launch.on_version_change": "decides about a change, and is none",
     "checkpoints.keep_latest": (
         "the best one always stays, and nothing that is computed depends on others"
