@@ -115,15 +115,18 @@ def test_what_is_slow_is_no_hang(fake: FakeLauncher) -> None:
 def test_a_watcher_that_was_stopped_has_watched_nobody(fake: FakeLauncher) -> None:
     """It is stopped for longer than the limit, which the hanging run beside it shows."""
     limit = 2.5
-    fake.add("a", told="wait", stall_seconds=limit)
-    sweep = fake.start("sweep", "recipes/toy")
-    fake.next_started()
+    fake.add("a", "c", told="wait", stall_seconds=limit)
+    sweep = fake.start("sweep", "recipes/toy", "--slots", "2")
+    fake.next_started(), fake.next_started()
     os.kill(sweep.pid, signal.SIGSTOP)
     fake.add("b", told="stall", retries="stalled: 0", stall_seconds=limit)
     assert main(["launch", "recipes/toy/b.yaml"]) == EXIT_CODES["stalled"]
-    fake.let_go("a")
+    fake.let_go("c")
     os.kill(sweep.pid, signal.SIGCONT)
-    assert finish(sweep)[0] == 0
+    read_until(sweep, "toy/c  completed")  # and then it looks at the other one
+    fake.let_go("a")
+    assert sweep.stderr is not None
+    assert "no sign of life" not in sweep.stderr.read() and finish(sweep)[0] == 0
     assert [one["failure"] for one in fake.attempts("a")] == [None]
 
 
