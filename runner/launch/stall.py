@@ -138,7 +138,8 @@ class StallWatch:
             return
         self._to_ask = [pid for pid in pids if writes_stacks(pid)]
         self._asked, self._asked_at, self._log_size = [], now, -1
-        self._tell(f"{self._describe()}: asking {len(self._to_ask)} processes for their stacks")
+        stacks = f"stacks of {_count_processes(len(self._to_ask))}"
+        self._tell(f"{self._describe()}: asking for the {stacks}")
 
     def _ask_next(self, now: float, to_ask: list[int]) -> None:
         """Ask one process after the other, each under a heading of its own; then end the attempt.
@@ -158,9 +159,8 @@ class StallWatch:
             self._asked_at = now
             return
         self._is_over = True
-        number = len(self._asked)
-        stacks = f"{number} process" if number == 1 else f"{number} processes"
-        why = f"{self._describe()}; the stacks of {stacks} are in the log"
+        stacks = f"stacks of {_count_processes(len(self._asked))}"
+        why = f"{self._describe()}; the {stacks} are in the log"
         self._note(f"{why}; the attempt is ended")
         self.end(why)
 
@@ -198,6 +198,10 @@ def look_at_sign(progress_path: Path) -> object:
     except OSError:
         return None
     return state.st_mtime_ns, state.st_ino, state.st_size
+
+
+def _count_processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
 
 
 def _read_parent(pid: int) -> int | None:

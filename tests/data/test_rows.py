@@ -56,6 +56,13 @@ def test_what_a_task_leaves_out_is_counted_and_said(tmp_path: Path, tokenizer: A
         draw_splits(data.model_copy(update={"num_train_samples": 4}))
 
 
+def test_each_row_is_a_sign_of_life(rows_path: Path, tokenizer: Any) -> None:
+    signs: list[None] = []
+    samples = build_samples(section(rows_path), tokenizer, sign_of_life=lambda: signs.append(None))
+    splits = (samples.train, samples.validation, samples.test)
+    assert len(signs) == sum(len(split.rows) for split in splits)
+
+
 def test_two_arms_have_equal_tokens_and_other_masks(rows_path: Path, tokenizer: Any) -> None:
     samples = build_samples(section(rows_path), tokenizer)
     full, completion = (

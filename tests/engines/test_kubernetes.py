@@ -109,6 +109,7 @@ def test_each_way_to_fail_has_its_consequence() -> None:
         "preempted": "Ignore",
         "transient": "Count",
         "lost": "Count",
+        "stalled": "Count",
         "crashed": "FailIndex",
     }
     assert find_action(job, 2) == "FailIndex", "wrong usage, or a wrong recipe"

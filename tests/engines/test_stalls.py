@@ -54,7 +54,9 @@ def test_what_hangs_is_ended_with_its_stacks_and_tried_again(
     assert "never_ends" in stacks["0"] and "in_a_collective" in stacks["1"]
     assert "in_a_collective" not in stacks["0"], "each under its own heading"
     stderr = capsys.readouterr().err
-    assert "toy/a  no sign of life for" in stderr and "asking 2 processes" in stderr
+    assert (
+        "toy/a  no sign of life for" in stderr and "asking for the stacks of 2 processes" in stderr
+    )
     assert "toy/a  stalled: no sign of life" in stderr and "retry 1 of 1 at once" in stderr
     assert find_processes_of(lambda owner: str(fake.root) in owner) == []
 
@@ -115,15 +117,18 @@ def test_what_is_slow_is_no_hang(fake: FakeLauncher) -> None:
 def test_a_watcher_that_was_stopped_has_watched_nobody(fake: FakeLauncher) -> None:
     """It is stopped for longer than the limit, which the hanging run beside it shows."""
     limit = 2.5
-    fake.add("a", told="wait", stall_seconds=limit)
-    sweep = fake.start("sweep", "recipes/toy")
-    fake.next_started()
+    fake.add("a", "c", told="wait", stall_seconds=limit)
+    sweep = fake.start("sweep", "recipes/toy", "--slots", "2")
+    fake.next_started(), fake.next_started()
     os.kill(sweep.pid, signal.SIGSTOP)
     fake.add("b", told="stall", retries="stalled: 0", stall_seconds=limit)
     assert main(["launch", "recipes/toy/b.yaml"]) == EXIT_CODES["stalled"]
-    fake.let_go("a")
+    fake.let_go("c")
     os.kill(sweep.pid, signal.SIGCONT)
+    read_until(sweep, "toy/c  completed")  # and then it looks at the other one
+    fake.let_go("a")
     assert finish(sweep)[0] == 0
+    assert "no sign of life" not in fake.paths("a").attempt(1).log_path.read_text()
     assert [one["failure"] for one in fake.attempts("a")] == [None]
 
 

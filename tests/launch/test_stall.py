@@ -108,8 +108,8 @@ def test_a_sign_of_life_while_stacks_are_asked_for_ends_the_asking(tmp_path: Pat
     watched.pass_time(0.5)
     watched.pass_time(2.0)
     assert watched.said == [
-        "no sign of life for 2 s while evaluating base, step 0/8: asking 0 processes for their"
-        " stacks"
+        "no sign of life for 2 s while evaluating base, step 0/8: asking for the stacks of"
+        " 0 processes"
     ]
     os.utime(watched.files.progress_path, (1, 1))
     watched.pass_time(1.5)

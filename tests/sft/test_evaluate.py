@@ -70,10 +70,26 @@ def score_plainly(model: Any, row: Row) -> tuple[float, float]:
     ), math.fsum(nll)
 
 
-def score(model: Any, rows: Sequence[Row], batch_size: int) -> list[RowScore]:
+def score(
+    model: Any,
+    rows: Sequence[Row],
+    batch_size: int,
+    sign_of_life: Callable[[], None] = lambda: None,
+) -> list[RowScore]:
     return score_rows(
-        model, rows, batch_size=batch_size, pad_token_id=PAD, accelerator=Accelerator(cpu=True)
+        model,
+        rows,
+        batch_size=batch_size,
+        pad_token_id=PAD,
+        accelerator=Accelerator(cpu=True),
+        sign_of_life=sign_of_life,
     )
+
+
+def test_each_batch_is_a_sign_of_life(models: Callable[[str], Any]) -> None:
+    signs: list[None] = []
+    score(models("gemma")[0], make_rows(21), 8, lambda: signs.append(None))
+    assert len(signs) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

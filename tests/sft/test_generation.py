@@ -76,7 +76,13 @@ def load(tiny_model: Callable[[str], Path]) -> Callable[[str], Loaded]:
     return build
 
 
-def answer(model: Any, tokenizer: Any, rows: tuple[Row, ...], batch_size: int = 4) -> list[Answer]:
+def answer(
+    model: Any,
+    tokenizer: Any,
+    rows: tuple[Row, ...],
+    batch_size: int = 4,
+    sign_of_life: Callable[[], None] = lambda: None,
+) -> list[Answer]:
     return generate_answers(
         model,
         rows,
@@ -85,7 +91,14 @@ def answer(model: Any, tokenizer: Any, rows: tuple[Row, ...], batch_size: int = 
         max_new_tokens=NUM_NEW,
         batch_size=batch_size,
         accelerator=Accelerator(cpu=True),
+        sign_of_life=sign_of_life,
     )
+
+
+def test_each_batch_and_each_answer_is_a_sign_of_life(load: Callable[[str], Loaded]) -> None:
+    (model, tokenizer, rows), signs = load("gemma"), list[None]()
+    answers = answer(model, tokenizer, rows[:5], 4, lambda: signs.append(None))
+    assert len(answers) == 5 and len(signs) == 2 + 5
 
 
 @torch.no_grad()

@@ -196,7 +196,7 @@ class FakeLauncher:
         *names: str,
         num_processes: int = 1,
         told: str | None = None,
-        retries: str = "transient: 0, lost: 0",
+        retries: str = "transient: 0, lost: 0, stalled: 0",
         micro_batch: int = 1,
         stall_seconds: float | None = None,
     ) -> None:

@@ -22,7 +22,7 @@ from runner.plan.status import RunStatus, read_status
 from runner.recipe.contents import ContentHashes, known_contents
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.paths import content_cache_path
-from runner.run.record import Progress
+from runner.run.record import Progress, now_utc
 from runner.view.watch import LossReader, RunsReader, build_views
 from tests.support.fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish
 
@@ -126,8 +126,8 @@ def test_a_long_phase_grows_while_no_file_changes(
         "the sweep's line and bar"
     )
     os.utime(files.progress_path, (time.time() + 500, time.time() - 240))
-    silent = r"compiling, 4\d s"
-    assert re.fullmatch(silent, reader.read()[0].status.why), "none is missed in such a phase"
+    why = reader.read()[0].status.why
+    assert re.fullmatch(r"compiling, 4\d s", why), "none is missed in such a phase"
     masking = progress.model_copy(update={"phase": "masking rows"})
     write_json_atomic(files.progress_path, masking.model_dump())
     for seconds, shown in ((-240, "masking rows, no progress for 4 min"), (500, "masking rows, 4")):
@@ -135,6 +135,7 @@ def test_a_long_phase_grows_while_no_file_changes(
         assert reader.read()[0].status.why.startswith(shown)
         assert main(["status", "recipes/toy"]) == 0
         assert shown in capsys.readouterr().out
+    assert select(fake)[0].read_facts().measure_silence(now_utc()) == 0, "by a clock that is ahead"
     assert local._describe(files, 240.0)[0] == "masking rows, no progress for 4 min"
     training = progress.model_copy(update={"phase": "saving", "step": 1, "max_steps": 2})
     write_json_atomic(files.progress_path, training.model_dump())
