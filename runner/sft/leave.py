@@ -82,6 +82,7 @@ def _close_files() -> None:
     """Flush what is open for writing; close it too, which is when archives get their end and
     temporary files go.
     """
+    gc.unfreeze()  # what the training has set aside is asked too
     found = [one for one in gc.get_objects() if issubclass(type(one), _CLOSED_WHEN_COLLECTED)]
     # From the outside inwards: the end of a `GzipFile` goes into the buffered file below it.
     found.sort(key=_rank)
