@@ -36,6 +36,9 @@ def leave(status: int, recipe: Recipe, place: WorldPlace) -> NoReturn:
     """End this process once the result is on disk: at once where that is safe, else as any Python
     program.
     """
+    # Training set aside what was there before it: else that is neither found here nor closed by the
+    # interpreter.
+    gc.unfreeze()
     if may_leave_at_once(recipe, place):
         leave_at_once(status)
     sys.exit(status)
@@ -82,7 +85,6 @@ def _close_files() -> None:
     """Flush what is open for writing; close it too, which is when archives get their end and
     temporary files go.
     """
-    gc.unfreeze()  # what the training has set aside is asked too
     found = [one for one in gc.get_objects() if issubclass(type(one), _CLOSED_WHEN_COLLECTED)]
     # From the outside inwards: the end of a `GzipFile` goes into the buffered file below it.
     found.sort(key=_rank)
