@@ -75,7 +75,7 @@ PHASES: Final = (
 _IMPORT: Final = """
 import sys
 from runner.errors import hide_bitsandbytes_warning
-from runner.sft.startup import hide_libraries
+from runner.recipe.libraries import hide_libraries
 hide_libraries(["wandb", "bitsandbytes", "deepspeed"])
 hide_bitsandbytes_warning()
 import runner.sft.train

@@ -20,9 +20,14 @@ from typing import Any, Final
 # attempt starts.
 OWNER_VARIABLE: Final = "RUNNER_OWNER"
 
+# Of an owner in an environment that leaves room for those of forks: a path has up to 4,096.
+_OWNER_BYTES: Final = 4608
+
 _PATIENCE_SECONDS: Final = 30.0  # a process that the kernel cannot end waits for a disk
 _PR_SET_PDEATHSIG: Final = 1
 _PRCTL: Final = ctypes.CDLL(None, use_errno=True).prctl  # looked up before any fork
+_GETENV: Final = ctypes.CDLL(None).getenv
+_GETENV.restype = ctypes.c_void_p
 
 
 def die_with_parent(parent_pid: int | None = None) -> None:
@@ -34,6 +39,28 @@ def die_with_parent(parent_pid: int | None = None) -> None:
     _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent_pid is not None and os.getppid() != parent_pid:
         os._exit(1)
+
+
+def leave_room_for_owners(name: str) -> str:
+    """A value of `OWNER_VARIABLE` for a process whose forks will each carry another one."""
+    return name.ljust(_OWNER_BYTES, ".")
+
+
+def carry_owner(owner: str) -> None:
+    """Make this fork, and what it starts, processes of an attempt.
+
+    `/proc/PID/environ` shows the strings with which the process that forked was executed, whatever
+    has been set since; so the owner is written over the one of `leave_room_for_owners`.
+
+    Raises:
+        ValueError: there is no such room.
+    """
+    value = os.fsencode(owner)
+    address = _GETENV(OWNER_VARIABLE.encode())
+    if address is None or len(value) >= (room := len(ctypes.string_at(address))):
+        raise ValueError(f"the environment has no room for {owner!r}")
+    ctypes.memmove(address, value.ljust(room, b"\0"), room)
+    os.environ[OWNER_VARIABLE] = owner
 
 
 def list_holders(path: Path) -> dict[int, str]:

@@ -222,10 +222,13 @@ def scrub_output() -> None:
     """From now on, whatever this process prints through `sys.stdout` and `sys.stderr` holds no
     secret.
 
-    Called before libraries are imported: their loggers keep the stream that they find.
+    Called before libraries are imported: their loggers keep the stream that they find. A second
+    call changes nothing, also in a fork.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if isinstance(stream, _ScrubbedStream):
+            continue
         stream.flush()
         scrubbed = _ScrubbedStream(
             stream.buffer,

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from runner.checkpoints.compare import describe_obstacles, suggest_ways_out
-from runner.engines.local import STOPPED, PoolResult, build_command, run_planned
 from runner.errors import RefusedError, RunnerError
 from runner.files import hash_json
 from runner.launch.command import LaunchCommand
 from runner.launch.placement import find_allocation, is_in_cluster, list_placements
+from runner.launch.pool import STOPPED, PoolResult, build_command, run_planned
 from runner.plan.decide import MAX_FRUITLESS, Launch, decide
 from runner.plan.select import Selected, run_paths, select_recipes, suggest_path
 from runner.plan.status import RunStatus, describe_change, find_divisor, read_status

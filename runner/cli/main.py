@@ -415,3 +415,6 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fail-fast", action="store_true", help="start nothing more after a failure"
     )
+    parser.add_argument(
+        "--cold", action="store_true", help="fork no runs: each imports its libraries itself"
+    )

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from runner.checkpoints.choose import look_ahead, read_inventory
 from runner.checkpoints.marker import list_committed
@@ -25,10 +25,17 @@ from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import write_json_atomic
 from runner.launch.command import LaunchCommand
 from runner.launch.placement import name_cluster_job
+from runner.launch.process import AttemptProcess, LauncherProcess
+from runner.launch.worker import Worker
 from runner.plan.decide import Launch
 from runner.plan.status import describe_change, find_differences, find_divisor
 from runner.processes import OWNER_VARIABLE, die_with_parent, kill_processes_of
-from runner.recipe.identity import RULES, derive_digest, list_library_versions
+from runner.recipe.identity import (
+    RULES,
+    derive_digest,
+    list_library_versions,
+    look_again_at_versions,
+)
 from runner.recipe.parse import Recipe, derive_accumulation
 from runner.run.facts import RunFacts, read_facts
 from runner.run.failures import build_failure, explain_silence, read_log_tail
@@ -118,6 +125,8 @@ def open_attempt(
     facts: RunFacts,
     divisor: int,
     git_state: tuple[str | None, bool | None],
+    *,
+    is_warm: bool = False,
 ) -> Attempt:
     """Append an attempt to `run.json` and make its folder, before anything is started. The caller
     holds the lease, under which the facts were read.
@@ -134,6 +143,7 @@ def open_attempt(
                 scrub_log(paths.attempt(earlier.number).log_path)
     attempt = Attempt(
         number=attempts[-1].number + 1 if attempts else 1,
+        started="warm" if is_warm else "cold",
         started_at_utc=now_utc(),
         command=command.argv,
         environment=scrub_json(dict(command.environment)),
@@ -186,7 +196,7 @@ def request_stop(paths: RunPaths, attempt: int, why: str) -> None:
     write_json_atomic(paths.stop_path, StopRequest(attempt=attempt, why=why).model_dump())
 
 
-def close_attempt(facts: RunFacts, exit_status: int, failure: Failure | None) -> None:
+def close_attempt(facts: RunFacts, exit_status: int | None, failure: Failure | None) -> None:
     """Write the end of the last attempt. The caller holds the lease, under which the facts were
     read.
     """
@@ -275,7 +285,7 @@ class RunningAttempt:
 
     paths: RunPaths
     attempt: Attempt
-    process: subprocess.Popen[bytes]
+    process: AttemptProcess
     lease: Lease
     owner: str  # of all its processes on this machine, in `OWNER_VARIABLE`
     launcher_lock: Lease | None = None  # of an attempt on several machines
@@ -304,14 +314,6 @@ class RunningAttempt:
             request is not None and request.attempt == self.attempt.number
         )
 
-    def signal_group(self, number: signal.Signals) -> None:
-        """Send a signal to the launcher and what is in its session; the ranks of several processes
-        are not.
-        """
-        if self.process.returncode is None:  # once it is reaped, its id may be somebody else's
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-
     def request_stop(self, why: str) -> None:
         """Ask it to checkpoint at the end of its step and to leave."""
         request_stop(self.paths, self.attempt.number, why)
@@ -319,22 +321,18 @@ class RunningAttempt:
     def kill(self, why: str) -> None:
         """End it now; the record will say why."""
         self.stop_reason = why
-        self.signal_group(signal.SIGKILL)
+        self.process.signal_group(signal.SIGKILL)
 
     def kill_stalled(self, why: str) -> None:
         """End it now, because it hangs."""
         self.stall = why
-        self.signal_group(signal.SIGKILL)
+        self.process.signal_group(signal.SIGKILL)
 
     def finish(self) -> Failure | None:
-        """Wait for the launcher, close the record and let go of the lease; None when the run is
+        """Wait for its process, close the record and let go of the lease; None when the run is
         complete.
         """
         try:
-            if self.process.returncode is None:
-                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-                # What the launcher may have left; its own id is not free yet.
-                self.signal_group(signal.SIGKILL)
             status = self.process.wait()
             if self.launcher_lock is not None:
                 self.launcher_lock.close()
@@ -353,7 +351,7 @@ class RunningAttempt:
             self.lease.close()
         return failure
 
-    def _close(self, facts: RunFacts, exit_status: int, failure: Failure | None) -> None:
+    def _close(self, facts: RunFacts, exit_status: int | None, failure: Failure | None) -> None:
         try:
             close_attempt(facts, exit_status, failure)
         # The others go on; the next sweep sees by itself how it ended.
@@ -364,7 +362,7 @@ class RunningAttempt:
                     file=sys.stderr,
                 )
 
-    def _find_failure(self, facts: RunFacts, exit_status: int) -> Failure | None:
+    def _find_failure(self, facts: RunFacts, exit_status: int | None) -> Failure | None:
         try:
             result, stored = facts.result, facts.stored
             if (
@@ -390,9 +388,11 @@ class RunningAttempt:
         return failure or explain_silence(self.files.log_path, exit_status)
 
 
-def start_attempt(launch: Launch, command: LaunchCommand) -> RunningAttempt | None:
-    """Start one attempt under the run's lease; None when somebody else runs it or has just
-    completed it.
+def start_attempt(
+    launch: Launch, command: LaunchCommand, worker: Worker | None = None
+) -> RunningAttempt | None:
+    """Start one attempt under the run's lease, from a worker that has begun or cold; None when
+    somebody else runs it or has just completed it.
 
     Raises:
         FailedElsewhere: there was another attempt since, which failed.
@@ -403,6 +403,7 @@ def start_attempt(launch: Launch, command: LaunchCommand) -> RunningAttempt | No
     lease = take_lease(paths)
     if lease is None:
         return None
+    look_again_at_versions()
     try:
         facts = read_facts(paths, lease=lease)
         divisor = launch.micro_batch_divisor or find_divisor(facts, recipe)
@@ -416,10 +417,11 @@ def start_attempt(launch: Launch, command: LaunchCommand) -> RunningAttempt | No
         refuse_what_failed_since(facts, launch.num_attempts)
         owner = name_owner(paths)
         kill_processes_of(lambda value: value.rpartition(":")[0] == owner)  # what outlived a kill
-        attempt = open_attempt(launch, command, facts, divisor, read_git_state())
+        is_warm = worker is not None
+        attempt = open_attempt(launch, command, facts, divisor, read_git_state(), is_warm=is_warm)
         lock = hold_launcher_lock(paths.attempt(attempt.number)) if command.spans_machines else None
         owner = f"{owner}:{attempt.number}"
-        process = _start_launcher(paths, attempt, command, lease, owner)
+        process = _start_process(paths, attempt, command, lease, owner, worker)
     except BaseException:
         lease.close()
         raise
@@ -437,28 +439,30 @@ def _find_newest_step(paths: RunPaths) -> int:
     return max(list_committed(paths), default=0)
 
 
-def _start_launcher(
-    paths: RunPaths, attempt: Attempt, command: LaunchCommand, lease: Lease, owner: str
-) -> subprocess.Popen[bytes]:
-    told = {OWNER_VARIABLE: owner}
-    if command.spans_machines:
-        told[ATTEMPT_VARIABLE] = str(attempt.number)
+def _start_process(
+    paths: RunPaths,
+    attempt: Attempt,
+    command: LaunchCommand,
+    lease: Lease,
+    owner: str,
+    worker: Worker | None,
+) -> AttemptProcess:
     try:
         with paths.attempt(attempt.number).log_path.open("ab") as log:
             if removed := command.list_removed(os.environ):
                 log.write(_say_removed(removed))
                 log.flush()
-            return subprocess.Popen(
-                command.argv,
-                env={**command.derive_environment(os.environ), **told},
-                stdin=lease.fileno(),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=partial(die_with_parent, os.getpid()),
-            )
+            if worker is None:
+                return _start_launcher(attempt, command, lease, owner, log)
+            if said := worker.read_output():
+                shown = "".join(f"  | {line}\n" for line in said.splitlines())
+                log.write(f"while its worker imported the libraries:\n{shown}".encode())
+                log.flush()
+            return worker.fork(paths.run_dir, owner, lease.fileno(), log.fileno())
     except OSError as error:
-        message = f"{command.argv[0]} cannot be started: {error}"
+        if worker is not None:
+            worker.end()  # and with it a child of which we have not heard
+        message = f"{command.argv[0] if worker is None else 'it'} cannot be started: {error}"
         is_absent = isinstance(error, FileNotFoundError | PermissionError)
         kind: FailureKind = "configuration" if is_absent else "transient"
         facts = read_facts(paths, lease=lease)
@@ -468,3 +472,22 @@ def _start_launcher(
         raise RunnerError(
             message, hint="pip install accelerate, into the Python that `runner` runs in"
         ) from None
+
+
+def _start_launcher(
+    attempt: Attempt, command: LaunchCommand, lease: Lease, owner: str, log: BinaryIO
+) -> LauncherProcess:
+    told = {OWNER_VARIABLE: owner}
+    if command.spans_machines:
+        told[ATTEMPT_VARIABLE] = str(attempt.number)
+    return LauncherProcess(
+        subprocess.Popen(
+            command.argv,
+            env={**command.derive_environment(os.environ), **told},
+            stdin=lease.fileno(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
+    )

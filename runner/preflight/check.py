@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from runner.data.draw import SPLITS
 from runner.preflight.survey import CheckedRun, CheckResult, check_recipes, group_runs
+from runner.recipe.libraries import hide_libraries
 from runner.recipe.parse import Recipe
-from runner.sft.startup import hide_libraries
 from runner.text import align
 
 _MAX_NAMES: Final = 3

@@ -125,8 +125,15 @@ def derive_digest(recipe: Recipe, contents: Mapping[str, str], rules: int = RULE
 
 
 def list_library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that can move a loss."""
+    """Versions of Python and of the libraries that can move a loss, as they were when this process
+    first asked.
+    """
     return dict(_read_library_versions())
+
+
+def look_again_at_versions() -> None:
+    """Forget them: a sweep lasts for weeks, and an upgrade holds from the next attempt on."""
+    _read_library_versions.cache_clear()
 
 
 @cache

@@ -261,7 +261,7 @@ def _format_free(folder: Path) -> str:
     return f"{usage.free / 2**20:,.1f} of {usage.total / 2**20:,.1f} MiB are free there"
 
 
-def explain_silence(log_path: Path, exit_status: int) -> Failure:
+def explain_silence(log_path: Path, exit_status: int | None) -> Failure:
     """The failure of an attempt that wrote none: by the last lines of its log, else by the disk;
     else it is lost.
 
@@ -283,8 +283,9 @@ def explain_silence(log_path: Path, exit_status: int) -> Failure:
     if raised is not None and raised[1] not in _LAUNCHER_OVER_A_DEAD_CHILD:
         line = raised.string
         return Failure(kind=classify_text(line) or "configuration", message=f"the launcher: {line}")
+    status = "not known" if exit_status is None else exit_status  # its worker is gone too
     return Failure(
-        kind="lost", message=f"the trainer vanished (exit status {exit_status}) without a word"
+        kind="lost", message=f"the trainer vanished (exit status {status}) without a word"
     )
 
 

@@ -114,6 +114,8 @@ class Attempt(Fact):
     """
 
     number: int
+    # warm: forked by a worker of the sweep, which comes to what `command` would have started
+    started: Literal["cold", "warm"] = "cold"
     started_at_utc: Moment
     ended_at_utc: Moment | None = None
     command: tuple[str, ...]

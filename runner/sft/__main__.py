@@ -17,6 +17,7 @@ from pathlib import Path
 
 from runner.errors import RunnerError, hide_bitsandbytes_warning
 from runner.files import write_json_atomic, write_json_unsynced
+from runner.recipe.libraries import find_unused_libraries, hide_libraries
 from runner.run.failures import build_failure
 from runner.run.lease import ATTEMPT_VARIABLE, Lease, join_attempt
 from runner.run.paths import RunPaths
@@ -24,7 +25,7 @@ from runner.run.record import Failure, Progress, load_record, load_stored_recipe
 from runner.secrets import scrub_output
 from runner.sft.leave import leave
 from runner.sft.preemption import Preemption
-from runner.sft.startup import WorldPlace, find_unused_libraries, hide_libraries
+from runner.sft.startup import WorldPlace, uses_deepspeed
 
 
 def main() -> int:
@@ -41,7 +42,8 @@ def main() -> int:
         lease = _hold_lease(run_dir, place)
         preemption = _listen(run_dir, place)
         if (stored := load_stored_recipe(RunPaths(run_dir))) is not None:
-            hide_libraries(find_unused_libraries(stored.recipe))
+            unused = find_unused_libraries(stored.recipe, uses_deepspeed=uses_deepspeed())
+            hide_libraries(unused)
         _announce_imports(run_dir, place)
         hide_bitsandbytes_warning()
         from runner.sft.train import train

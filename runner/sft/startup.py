@@ -1,27 +1,20 @@
-"""The first steps of a rank: it learns its place among the ranks, hides libraries that its recipe
-does not need, and removes the build locks of a killed compilation.
+"""The first steps of a rank: it learns its place among the ranks, and removes the build locks of a
+killed compilation.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import select
 import signal
 import stat
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-from huggingface_hub import try_to_load_from_cache
-
-from runner.recipe.identity import load_launch_settings
-from runner.recipe.parse import Recipe
 
 # Where the kernel of this machine knows everybody who has a file open. Elsewhere it may know of
 # this machine alone.
@@ -196,76 +189,3 @@ def _list_processes_in(folder: Path) -> list[int]:
             if os.path.samestat((process / "cwd").stat(), wanted):
                 found.append(int(process.name))
     return found
-
-
-# Every other optimizer of Transformers is taken to need bitsandbytes.
-_TORCH_OPTIMIZERS: Final = (
-    None,
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adafactor",
-    "adagrad",
-    "rmsprop",
-    "sgd",
-)
-
-
-def find_unused_libraries(recipe: Recipe) -> list[str]:
-    """The libraries of these three that the recipe has no use for.
-
-    TRL imports Weights & Biases, and PEFT bitsandbytes (with torch's compiler behind it), whenever
-    they are installed. Together they are a fourth of the processor time that a run's imports take
-    (`python -X importtime`). accelerate imports DeepSpeed to ask if a model is one of its engines,
-    0.14 s in every run.
-    """
-    is_used = {
-        "wandb": "wandb" in recipe.tracking.report_to,
-        "bitsandbytes": _uses_bitsandbytes(recipe),
-        "deepspeed": _may_use_deepspeed(recipe),
-    }
-    return [name for name, used in is_used.items() if not used]
-
-
-def hide_libraries(names: Iterable[str]) -> None:
-    """Make libraries look as if they were not installed, in this process and until it ends.
-
-    Called before the first import of TRL or PEFT; what has been imported already stays.
-    """
-    for name in names:
-        # Python's way to say that there is none.
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
-
-
-def _uses_bitsandbytes(recipe: Recipe) -> bool:
-    optimizer = recipe.training.hugging_face_arguments().get("optim")
-    return (
-        recipe.quantization.method != "none"
-        or optimizer not in _TORCH_OPTIMIZERS
-        or _may_be_quantized(recipe.model.path, recipe.model.revision)
-    )
-
-
-def _may_use_deepspeed(recipe: Recipe) -> bool:
-    """Whether the launch asks for DeepSpeed; also True where its config cannot be read."""
-    settings = load_launch_settings(Path(recipe.launch.accelerate_config))
-    if not isinstance(settings, dict) or "deepspeed_config" in settings:
-        return True
-    # A command typed by hand may name another config.
-    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    return asked or str(settings.get("distributed_type")).upper() == "DEEPSPEED"
-
-
-def _may_be_quantized(path: str, revision: str | None) -> bool:
-    """Whether the base model's own configuration asks for quantised weights; also True where it is
-    not here yet.
-    """
-    config_path = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        try:
-            cached = try_to_load_from_cache(path, "config.json", revision=revision)
-        except ValueError:  # neither a folder nor a hub id
-            return True
-        config_path = Path(cached) if isinstance(cached, str) else config_path
-    if not config_path.exists():
-        return True
-    return "quantization_config" in json.loads(config_path.read_text(encoding="utf-8"))

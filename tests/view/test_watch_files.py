@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from runner.cli.main import main
-from runner.engines import local
 from runner.files import append_jsonl, write_json_atomic, write_jsonl_atomic
+from runner.launch import display
 from runner.plan.select import Selected, select_recipes
 from runner.plan.status import RunStatus, read_status
 from runner.recipe.contents import ContentHashes, known_contents
@@ -122,7 +122,7 @@ def test_a_long_phase_grows_while_no_file_changes(
     assert re.search(r"running .* compiling, 4\d s", capsys.readouterr().out)
     assert main(["status", "recipes/toy", "--watch"]) == 0
     assert re.search(r"compiling, 4\d s", capsys.readouterr().out)
-    assert re.fullmatch(r"compiling, 4\d s", local._describe(files, 40.0)[0]), (
+    assert re.fullmatch(r"compiling, 4\d s", display._describe(files, 40.0)[0]), (
         "the sweep's line and bar"
     )
     os.utime(files.progress_path, (time.time() + 500, time.time() - 240))
@@ -136,10 +136,10 @@ def test_a_long_phase_grows_while_no_file_changes(
         assert main(["status", "recipes/toy"]) == 0
         assert shown in capsys.readouterr().out
     assert select(fake)[0].read_facts().measure_silence(now_utc()) == 0, "by a clock that is ahead"
-    assert local._describe(files, 240.0)[0] == "masking rows, no progress for 4 min"
+    assert display._describe(files, 240.0)[0] == "masking rows, no progress for 4 min"
     training = progress.model_copy(update={"phase": "saving", "step": 1, "max_steps": 2})
     write_json_atomic(files.progress_path, training.model_dump())
-    assert re.fullmatch(r"saving, \d+ s, step 1/2", local._describe(files, 40.0)[0])
+    assert re.fullmatch(r"saving, \d+ s, step 1/2", display._describe(files, 40.0)[0])
     assert main(["stop", "recipes/toy"]) == 0
     assert re.search(r"leave \(saving, \d+ s, step 1/2, on ", capsys.readouterr().out)
     fake.let_go("a")

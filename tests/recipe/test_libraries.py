@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.sft.startup import find_unused_libraries
+from runner.recipe.libraries import find_unused_libraries
 from tests.conftest import Project
 
 
@@ -55,14 +55,12 @@ def test_deepspeed_is_not_hidden_where_it_may_be_asked_for(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project.root)
-    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
     config = project.root / "accelerate.yaml"
     recipe = project.recipe("launch.accelerate_config=accelerate.yaml")
     config.write_text("distributed_type: MULTI_GPU\n")
     assert "deepspeed" in find_unused_libraries(recipe)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # by a command typed by hand
-    assert "deepspeed" not in find_unused_libraries(recipe)
-    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    # As a command typed by hand may ask.
+    assert "deepspeed" not in find_unused_libraries(recipe, uses_deepspeed=True)
     for text in ("distributed_type: DEEPSPEED\n", "deepspeed_config: {}\n", "[", "- no mapping\n"):
         config.write_text(text)
         assert "deepspeed" not in find_unused_libraries(recipe), text
@@ -72,7 +70,8 @@ def test_deepspeed_is_not_hidden_where_it_may_be_asked_for(
 
 def test_hidden_libraries_are_not_imported_by_others(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom runner.sft.startup import hide_libraries\nassert 'trl' not in sys.modules"
+        "import sys\nfrom runner.recipe.libraries import hide_libraries\n"
+        "assert 'trl' not in sys.modules"
         " and 'peft' not in sys.modules, 'too late to hide anything'\nhide_libraries(['wandb',"
         " 'bitsandbytes', 'deepspeed'])\nimport runner.sft.train\nfrom accelerate.utils import"
         " extract_model_from_parallel\nfrom torch.nn import Linear\nextract_model_from_parallel("

@@ -1,0 +1,137 @@
+"""Where the runs of a sweep stand, as bars on a terminal or lines elsewhere, on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from runner.run.paths import AttemptPaths
+from runner.run.record import describe_phase, load_progress, now_utc
+
+_LINE_SECONDS: Final = 5.0
+
+
+class SweepDisplay:
+    """Bars on a terminal; elsewhere one line per finished run and one every few seconds for the
+    current ones.
+    """
+
+    def __init__(self, num_runs: int) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._num_runs = num_runs
+        self._num_finished = 0
+        self._last_line_at = time.monotonic()
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                TextColumn("{task.fields[now]}"),
+            )
+            self._bars = Progress(*columns, TimeElapsedColumn(), console=self._console)
+            self._all = self._bars.add_task("runs", total=num_runs, now=f"0/{num_runs}")
+
+    def __enter__(self) -> SweepDisplay:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def say(self, line: str) -> None:
+        """A line above the bars."""
+        forget_closed_streams()
+        # Closed since, or a file on a full disk: no reason to end a sweep.
+        with contextlib.suppress(OSError):
+            if self._bars is None:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                self._console.print(line, markup=False)
+
+    def finished(self, name: str, outcome: str) -> None:
+        """One run is done, for better or worse."""
+        self._num_finished += 1
+        self.say(f"[{self._num_finished}/{self._num_runs}] {name}  {outcome}")
+        if self._bars is not None:
+            self._drop_bar(name)
+            self._bars.update(
+                self._all,
+                completed=self._num_finished,
+                now=f"{self._num_finished}/{self._num_runs}",
+            )
+
+    def retried(self, name: str, why: str) -> None:
+        """One run failed and will be tried again."""
+        self.say(f"[{self._num_finished}/{self._num_runs}] {name}  {why}")
+        self._drop_bar(name)
+
+    def update(
+        self,
+        current: Mapping[str, AttemptPaths],
+        waiting: Mapping[str, str],
+        silent_seconds: Mapping[str, float],
+    ) -> None:
+        """Where the current runs stand, how long each has shown no sign of life, and which ones
+        wait for what.
+        """
+        if self._bars is None:
+            if time.monotonic() - self._last_line_at > _LINE_SECONDS:
+                self._last_line_at = time.monotonic()
+                now = [
+                    f"{name} {_describe(files, silent_seconds[name])[0]}"
+                    for name, files in current.items()
+                ]
+                now += [f"{name} {text}" for name, text in waiting.items()]
+                self.say(f"[{self._num_finished}/{self._num_runs}] now: {'; '.join(now)}")
+            return
+        for name, files in current.items():
+            text, step, max_steps = _describe(files, silent_seconds[name])
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=max_steps, now=text)
+            self._bars.update(self._tasks[name], completed=step, total=max_steps or 1, now=text)
+        for name, text in waiting.items():
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=1, now=text)
+            self._bars.update(self._tasks[name], completed=0, total=1, now=text)
+
+    def _drop_bar(self, name: str) -> None:
+        if self._bars is not None and name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))
+
+
+def forget_closed_streams() -> None:
+    """Send to nowhere what nobody reads any more: a sweep outlives its terminal, and the `tee`
+    behind its pipe.
+    """
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), descriptor)
+
+
+def _describe(files: AttemptPaths, silent_seconds: float) -> tuple[str, int, int | None]:
+    progress = load_progress(files.progress_path)
+    if progress is None:
+        return describe_phase("starting", None, now_utc(), silent_seconds), 0, None
+    phase = describe_phase(progress.phase, progress.phase_began_at_utc, now_utc(), silent_seconds)
+    if progress.max_steps is None:
+        return phase, progress.step, None
+    loss = "" if progress.loss is None else f" loss {progress.loss:.4f}"
+    comma = "" if phase == progress.phase else ","
+    return (
+        f"{phase}{comma} step {progress.step}/{progress.max_steps}{loss}",
+        progress.step,
+        progress.max_steps,
+    )

@@ -1,0 +1,299 @@
+"""Warm starts: a worker of the sweep has imported what a trainer needs, and forks one per attempt.
+
+A worker is started like a trainer, by `accelerate launch` in the same environment, and is
+`runner.sft.worker`; this is the sweep's side of it. They talk over a socket pair that is the
+worker's stdin, in whole messages of JSON, of which three carry open files:
+
+    sweep                                          worker
+                                               <-  {"versions": {...}, "why_not": null}, imported
+    {"run_dir", "owner", "environment"}, lease, log  ->
+                                               <-  {"pid"}, a pidfd, or {"error"}
+    {"reap": true}, once the pidfd says so         ->
+                                               <-  {"status", "is_worn"}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import runner
+from runner.launch.command import LaunchCommand
+from runner.processes import OWNER_VARIABLE, die_with_parent, leave_room_for_owners
+from runner.recipe.identity import (
+    list_library_versions,
+    load_launch_settings,
+    look_again_at_versions,
+)
+from runner.recipe.libraries import find_unused_libraries
+from runner.recipe.parse import Recipe
+from runner.secrets import scrub
+
+# For the imports, minutes on a cold disk. Then its runs start cold, each under a watch of its own.
+START_SECONDS: Final = 900.0
+# For a fork and its answer: a machine without free memory takes its time.
+_ANSWER_SECONDS: Final = 60.0
+_MESSAGE_BYTES: Final = 65536
+_SHOWN_LINES: Final = 5
+_SAID_BYTES: Final = 16384
+
+# Set for the imports, so that they start no thread and do not touch a GPU, neither of which a fork
+# survives; as it was before for the attempts.
+_FOR_IMPORTS: Final = {
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+
+
+@dataclass(frozen=True)
+class Imports:
+    """What of a recipe decides how a trainer imports its libraries."""
+
+    launch_config: str  # a hash of the file's bytes
+    hidden: tuple[str, ...]  # libraries that look as if they were not installed
+
+
+@dataclass(frozen=True)
+class WorkerKey:
+    """What a worker is started for: attempts with equal keys may be forked from it."""
+
+    argv: tuple[str, ...]  # of `accelerate launch`, without the module and its run
+    environment: tuple[tuple[str, str], ...]  # on top of the sweep's
+    imports: Imports
+
+
+def find_imports(recipe: Recipe) -> Imports | None:
+    """None for runs that cannot be forked, and have to start cold: those of several processes or
+    machines, under DeepSpeed, or with a launch config that starts a group of ranks.
+    """
+    config_path = Path(recipe.launch.accelerate_config)
+    settings = load_launch_settings(config_path)
+    if recipe.launch.num_processes != 1 or recipe.launch.num_machines != 1:
+        return None
+    if not isinstance(settings, dict) or "deepspeed_config" in settings:
+        return None
+    if str(settings.get("distributed_type", "NO")).upper() != "NO":
+        return None
+    launch_config = hashlib.sha256(config_path.read_bytes()).hexdigest()
+    return Imports(launch_config, tuple(find_unused_libraries(recipe)))
+
+
+class WorkerError(Exception):
+    """A worker that cannot fork anything, and why."""
+
+
+@dataclass
+class Worker:
+    """One worker process, with its launcher, and at most one attempt at a time."""
+
+    key: WorkerKey
+    popen: subprocess.Popen[bytes]  # `accelerate launch`, the leader of their session
+    control: socket.socket
+    output: BinaryIO  # what they print; nobody else can open it
+    versions: Mapping[str, str]  # of the libraries, as they were before it was started
+    sources: Mapping[Path, tuple[int, int]]
+    deadline: float = field(default_factory=lambda: time.monotonic() + START_SECONDS)
+
+    @classmethod
+    def start(cls, key: WorkerKey, command: LaunchCommand) -> Worker:
+        """A worker that begins to import; `control` becomes readable when it has something to say.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        look_again_at_versions()
+        versions, sources = list_library_versions(), _list_sources()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(_ANSWER_SECONDS)
+        output = os.fdopen(os.memfd_create("worker's output"), "w+b")
+        environment = command.derive_environment(os.environ)
+        told = {OWNER_VARIABLE: leave_room_for_owners(f"worker of process {os.getpid()}")}
+        with theirs:
+            try:
+                popen = subprocess.Popen(
+                    [*key.argv, "-m", "runner.sft.worker", *key.imports.hidden],
+                    env={**_FOR_IMPORTS, **environment, **told},
+                    stdin=theirs.fileno(),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=partial(die_with_parent, os.getpid()),
+                )
+            except BaseException:
+                ours.close()
+                output.close()
+                raise
+        return cls(key, popen, ours, output, versions, sources)
+
+    def fileno(self) -> int:
+        """Readable when the worker has something to say, or has ended."""
+        return self.control.fileno()
+
+    def is_overdue(self, now: float) -> bool:
+        """Whether it should have imported everything long ago."""
+        return now > self.deadline
+
+    def begin(self) -> None:
+        """Hear what it says after its imports.
+
+        Raises:
+            WorkerError: it has ended, or found that it must not fork.
+        """
+        try:
+            said, _ = self._receive()
+        except OSError as error:
+            lines = self.read_output().splitlines()[-_SHOWN_LINES:]
+            shown = "".join(f"\n  | {line}" for line in lines)
+            raise WorkerError(f"{error}{shown}") from None
+        if (why_not := said["why_not"]) is not None:
+            raise WorkerError(why_not)
+        if said["versions"] != self.versions:
+            raise WorkerError(_describe_versions(self.versions, said["versions"]))
+
+    def find_change(self) -> str | None:
+        """Why a new worker is needed: what has been installed or edited since this one imported."""
+        if not self.is_alive():
+            return "it has ended"
+        look_again_at_versions()
+        if (versions := list_library_versions()) != self.versions:
+            return _describe_versions(self.versions, versions)
+        sources = _list_sources()
+        for path in sorted({*sources, *self.sources}):
+            if sources.get(path) != self.sources.get(path):
+                return f"{path} has changed"
+        return None
+
+    def is_alive(self) -> bool:
+        """False once its end of the socket is closed. It says nothing unasked, so that nothing
+        else makes the socket readable.
+        """
+        if self.popen.returncode is not None:
+            return False
+        poll = select.poll()
+        poll.register(self.control, select.POLLIN)
+        return not poll.poll(0)
+
+    def fork(self, run_dir: Path, owner: str, lease: int, log: int) -> ForkedProcess:
+        """A process that trains the run: it has the lease as its stdin and prints to the log.
+
+        Raises:
+            OSError: it could not be forked, or the worker is gone.
+        """
+        environment = {name: os.environ.get(name) for name in _FOR_IMPORTS}
+        self._send(
+            {"run_dir": str(run_dir), "owner": owner, "environment": environment}, [lease, log]
+        )
+        answer, descriptors = self._receive()
+        if "error" in answer:
+            raise OSError(f"its worker cannot fork: {answer['error']}")
+        return ForkedProcess(self, answer["pid"], descriptors[0])
+
+    def reap(self) -> tuple[int, bool] | None:
+        """The exit status of its child, which has ended, and whether the worker should end too.
+
+        None if the worker is gone, and the status with it.
+        """
+        try:
+            self._send({"reap": True})
+            answer, _ = self._receive()
+        except OSError:
+            return None
+        return answer["status"], answer["is_worn"]
+
+    def read_output(self) -> str:
+        """What the worker and its launcher have printed, without secrets; of much, the end."""
+        size = self.output.seek(0, os.SEEK_END)
+        self.output.seek(max(0, size - _SAID_BYTES))
+        return scrub(self.output.read().decode(errors="replace")).strip()
+
+    def end(self) -> None:
+        """End it at once: nothing is lost, as it writes no file. Its child, if any, dies too."""
+        if self.popen.returncode is None:  # not reaped yet, so that the id is its own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.popen.pid, signal.SIGKILL)
+            self.popen.wait()
+        self.control.close()
+        self.output.close()
+
+    def _send(self, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
+        socket.send_fds(self.control, [json.dumps(message).encode()], descriptors)
+
+    def _receive(self) -> tuple[dict[str, Any], list[int]]:
+        message, descriptors, _, _ = socket.recv_fds(
+            self.control, _MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+        )
+        if not message:
+            raise ConnectionResetError("the worker has ended")
+        return json.loads(message), descriptors
+
+
+@dataclass
+class ForkedProcess:
+    """The trainer of one attempt, a child of a worker: a warm start."""
+
+    worker: Worker
+    pid: int
+    _pidfd: int
+    is_worker_worn: bool = False
+    _is_reaped: bool = False
+
+    def open_pidfd(self) -> int:
+        """See `AttemptProcess`."""
+        return os.dup(self._pidfd)
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """See `AttemptProcess`.
+
+        Only its worker reaps it, and only when asked: while the worker lives, the id is its own.
+        """
+        if self._is_reaped:
+            return
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(self._pidfd, number)
+        if self.worker.is_alive():
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, number)
+
+    def wait(self) -> int | None:
+        """See `AttemptProcess`."""
+        select.select([self._pidfd], [], [])
+        self.signal_group(signal.SIGKILL)
+        reaped = self.worker.reap()
+        self._is_reaped = True
+        os.close(self._pidfd)
+        if reaped is None:
+            self.is_worker_worn = True
+            return None
+        status, self.is_worker_worn = reaped
+        return status
+
+
+def _list_sources() -> dict[Path, tuple[int, int]]:
+    """Size and time of every file of this program, as far as they can be seen."""
+    found = {}
+    for path in Path(runner.__file__).parent.rglob("*.py"):
+        with contextlib.suppress(OSError):
+            state = path.stat()
+            found[path] = (state.st_size, state.st_mtime_ns)
+    return found
+
+
+def _describe_versions(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    changed = [
+        f"{name} {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+    return f"{', '.join(changed)} has been installed meanwhile"

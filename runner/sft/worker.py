@@ -1,0 +1,206 @@
+"""`python -m runner.sft.worker HIDDEN...`, started by `accelerate launch` for a sweep: imports what
+a trainer needs, and forks one trainer per attempt.
+
+This process imports and forks, nothing else: it reads no file of a run, runs no code of a user,
+starts no thread and never touches a GPU. `runner.launch.worker` is the sweep's side, and says what
+the messages are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from runner.processes import (
+    carry_owner,
+    die_with_launcher,
+    die_with_parent,
+    write_stacks_on_request,
+)
+
+# Then the worker is replaced: what a fork leaves behind in it, if anything, stays small.
+MAX_CHILDREN: Final = 100
+_MAX_GROWTH: Final = 1.5  # of its memory since the imports
+_MESSAGE_BYTES: Final = 65536
+_STANDARD: Final = (0, 1, 2)
+
+
+def main() -> int:
+    """Serve until the sweep lets go; in a child, train."""
+    die_with_launcher()
+    write_stacks_on_request()
+    control = take_control()
+    versions, why_not = _import(sys.argv[1:])
+    run_dir = serve(control, {"versions": versions, "why_not": why_not})
+    if run_dir is None:
+        os._exit(0)  # nothing here is worth taking apart
+    from runner.sft import __main__ as trainer
+
+    sys.argv = [trainer.__file__, run_dir]
+    return trainer.main()
+
+
+def _import(hidden: Sequence[str]) -> tuple[dict[str, str], str | None]:
+    """The versions of what was imported, and why nothing may be forked here, if so."""
+    from runner.recipe.identity import list_library_versions
+    from runner.recipe.libraries import hide_libraries
+    from runner.secrets import scrub_output
+
+    scrub_output()
+    versions = list_library_versions()  # the children will say the same, whatever is installed then
+    hide_libraries(hidden)
+    from runner.errors import hide_bitsandbytes_warning
+
+    hide_bitsandbytes_warning()
+    import torch
+
+    import runner.sft.train  # noqa: F401
+
+    _let_go_of_threads()
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page
+    if (count := count_threads()) > 1:
+        return versions, f"after the imports there are {count} threads, and a fork keeps one"
+    is_initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if is_initialized or _has_cuda_open():
+        return versions, "an import has begun to use the GPU, which does not survive a fork"
+    if "RANK" in os.environ:
+        return versions, "its launch config starts ranks of a group"
+    return versions, None
+
+
+def take_control() -> socket.socket:
+    """The socket that came as stdin; stdin is empty from now on."""
+    control = socket.socket(fileno=os.dup(0))
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    return control
+
+
+def serve(control: socket.socket, first_words: Mapping[str, Any]) -> str | None:
+    """Fork whenever the sweep asks.
+
+    Returns None once it has let go; and in each child the run directory, as soon as the child is a
+    process like one that was started for the run alone.
+    """
+    kept = _list_descriptors()
+    num_children, size, pid = 0, _measure_memory(), 0
+    _send(control, first_words)
+    while True:
+        request, descriptors = _receive(control)
+        if request is None:
+            return None
+        if "reap" in request:
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            is_worn = (
+                num_children >= MAX_CHILDREN
+                or _measure_memory() > _MAX_GROWTH * size
+                or count_threads() > 1
+            )
+            _send(control, {"status": status, "is_worn": is_worn})
+            continue
+        parent_pid = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            _send(control, {"error": str(error)})
+        else:
+            if pid == 0:
+                keep = {*_STANDARD, *kept} - {control.detach()}
+                _become_attempt(request, descriptors, parent_pid, keep)
+                return str(request["run_dir"])
+            num_children += 1
+            pidfd = os.pidfd_open(pid)
+            _send(control, {"pid": pid}, [pidfd])
+            os.close(pidfd)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _become_attempt(
+    request: Mapping[str, Any], descriptors: Sequence[int], parent_pid: int, keep: set[int]
+) -> None:
+    """In the child: session, end, stdin, output and environment of a process of its own."""
+    die_with_parent(parent_pid)
+    os.setsid()
+    lease, log = descriptors
+    os.dup2(lease, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    for descriptor in _list_descriptors() - keep:  # else it would hold the lease twice
+        os.close(descriptor)
+    for name, value in request["environment"].items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    carry_owner(request["owner"])
+
+
+def count_threads() -> int:
+    """Threads of this process, also those that Python does not know."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def _let_go_of_threads() -> None:
+    """OpenBLAS, which NumPy brings, ends its threads before any fork and starts them when it next
+    has something to do: here never.
+    """
+    if (pid := os.fork()) == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def _has_cuda_open() -> bool:
+    """Whether CUDA's driver was started in this process, by whichever library."""
+    for number in _list_descriptors():
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}").startswith("/dev/nvidia-uvm"):
+                return True
+    return False
+
+
+def _list_descriptors() -> set[int]:
+    """What is open, but for the descriptor by which the list was read."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            os.fstat(int(name))
+            found.add(int(name))
+    return found
+
+
+def _measure_memory() -> int:
+    """Resident pages of this process."""
+    with open("/proc/self/statm") as stream:
+        return int(stream.read().split()[1])
+
+
+def _send(
+    control: socket.socket, message: Mapping[str, Any], descriptors: Sequence[int] = ()
+) -> None:
+    socket.send_fds(control, [json.dumps(message).encode()], descriptors)
+
+
+def _receive(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """The next message with its files; None once the sweep has let go."""
+    try:
+        message, descriptors, _, _ = socket.recv_fds(
+            control, _MESSAGE_BYTES, 2, socket.MSG_CMSG_CLOEXEC
+        )
+    except ConnectionError:  # it was killed before it had read everything
+        return None, []
+    return (json.loads(message) if message else None), descriptors
+
+
+if __name__ == "__main__":
+    sys.exit(main())
