@@ -151,7 +151,9 @@ def run_pool(
 
 @dataclass
 class _Pool:
-    """What waits, what runs (by process id) and what became of the rest."""
+    """What waits, what runs (by the descriptor that tells of its end) and what became of the
+    rest.
+    """
 
     waiting: list[Launch]
     devices: Devices
@@ -235,10 +237,10 @@ class _Pool:
             self.devices.give_back(placement)
             self._keep(worker, is_worn=False)
             return
-        pid = attempt.process.pid
-        self.active[pid] = (run, attempt, placement)
-        self.watches[pid] = self._watch(run, attempt)
-        self.selector.register(attempt.process.open_pidfd(), selectors.EVENT_READ, data=pid)
+        pidfd = attempt.process.open_pidfd()
+        self.active[pidfd] = (run, attempt, placement)
+        self.watches[pidfd] = self._watch(run, attempt)
+        self.selector.register(pidfd, selectors.EVENT_READ)
 
     def _start(
         self, run: Launch, placement: Placement, worker: Worker | None
@@ -298,7 +300,7 @@ class _Pool:
             elif isinstance(key.data, Worker):
                 self._hear(key.data)
             else:
-                self.finish(key)
+                self.finish(key.fd)
         now = time.monotonic()
         for worker in [one for _, one, _ in self.starting.values() if one.is_overdue(now)]:
             self._hear(worker)
@@ -316,8 +318,8 @@ class _Pool:
             {run.full_name: attempt.files for run, attempt, _ in self.active.values()},
             waiting,
             {
-                run.full_name: self.watches[pid].silence.seconds
-                for pid, (run, _, _) in self.active.items()
+                run.full_name: self.watches[pidfd].silence.seconds
+                for pidfd, (run, _, _) in self.active.items()
             },
         )
 
@@ -353,12 +355,12 @@ class _Pool:
                     )
             self.wait()
 
-    def finish(self, key: selectors.SelectorKey) -> None:
-        """Close the record of a run whose launcher has ended."""
-        self.selector.unregister(key.fd)
-        os.close(key.fd)
-        run, attempt, placement = self.active.pop(key.data)
-        del self.watches[key.data]
+    def finish(self, pidfd: int) -> None:
+        """Close the record of a run whose process has ended."""
+        self.selector.unregister(pidfd)
+        os.close(pidfd)
+        run, attempt, placement = self.active.pop(pidfd)
+        del self.watches[pidfd]
         failure = attempt.finish()
         self.devices.give_back(placement)
         if failure is not None:
@@ -374,9 +376,8 @@ class _Pool:
     def close(self) -> None:
         """Let go of the workers, and of what watches the processes."""
         self.workers.close()
-        for key in self.selector.get_map().values():
-            if isinstance(key.data, int):
-                os.close(key.fd)
+        for pidfd in self.active:
+            os.close(pidfd)
 
     def _retry_or_record(
         self, run: Launch, failed: FailedRun, attempt: RunningAttempt | None

@@ -69,7 +69,7 @@ def _may_use_deepspeed(recipe: Recipe) -> bool:
 
 def _may_be_quantized(path: str, revision: str | None) -> bool:
     """Whether the base model's own configuration asks for quantised weights; also True where it is
-    not here yet.
+    not here yet, or cannot be read.
     """
     config_path = Path(path) / "config.json"
     if not Path(path).is_dir():
@@ -82,6 +82,7 @@ def _may_be_quantized(path: str, revision: str | None) -> bool:
         except ValueError:  # neither a folder nor a hub id
             return True
         config_path = Path(cached) if isinstance(cached, str) else config_path
-    if not config_path.exists():
+    try:
+        return "quantization_config" in json.loads(config_path.read_bytes())
+    except (OSError, ValueError):  # what is wrong with it is said when the model is loaded
         return True
-    return "quantization_config" in json.loads(config_path.read_text(encoding="utf-8"))

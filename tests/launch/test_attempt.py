@@ -54,9 +54,9 @@ def started() -> Iterator[list[RunningAttempt]]:
     attempts: list[RunningAttempt] = []
     yield attempts
     for attempt in attempts:
-        if attempt.process.returncode is None:
-            attempt.signal_group(signal.SIGKILL)
-            attempt.finish()
+        attempt.process.signal_group(signal.SIGKILL)
+        attempt.process.wait()
+        attempt.lease.close()
 
 
 def load_toy(fake: FakeLauncher, name: str = "a") -> tuple[Recipe, Mapping[str, str], RunPaths]:

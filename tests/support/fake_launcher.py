@@ -20,7 +20,9 @@ from typing import Any, Final
 
 import pytest
 
+from runner.recipe.identity import list_library_versions
 from runner.run.paths import RunPaths
+from tests.conftest import ROOT
 
 BIN_DIR: Final = Path(sys.executable).parent
 PATIENCE_SECONDS: Final = 60.0
@@ -60,7 +62,37 @@ ACCELERATE: Final = """\
 import faulthandler, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
-home, run_dir = Path(os.environ["FAKE_HOME"]), Path(sys.argv[-1])
+home = Path(os.environ["FAKE_HOME"])
+
+
+def is_worker():
+    return "runner.sft.worker" in sys.argv
+
+
+if is_worker():  # what is told to it is `serve`, or why it must not fork, or `exit`
+    sys.path.insert(0, {source!r})
+    from runner.sft.worker import serve, take_control
+
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+    told_path = home / "told" / "worker"
+    lines = told_path.read_text().split("\\nthen ") if told_path.exists() else ["serve"]
+    with open(home / "workers", "a") as stream:
+        stream.write(f"{{os.getpid()}}\\n")
+    number = len((home / "workers").read_text().splitlines())
+    told, why_not = lines[min(number, len(lines)) - 1], None
+    if told == "exit":
+        sys.exit("no module named torch")
+    if told == "hang":
+        signal.pause()
+    if told != "serve":
+        why_not = told
+    versions = json.loads(os.environ["FAKE_VERSIONS"])
+    served = serve(take_control(), {{"versions": versions, "why_not": why_not}})
+    if served is None:
+        os._exit(0)
+    attempt = json.loads((Path(served) / "run.json").read_text())["attempts"][-1]
+    sys.argv[1:] = attempt["command"][1:]
+run_dir = Path(sys.argv[-1])
 told_path = home / "told" / run_dir.name
 number = len(json.loads((run_dir / "run.json").read_text())["attempts"])
 lines = told_path.read_text().split("\\nthen ") if told_path.exists() else ["complete"]
@@ -189,7 +221,13 @@ class FakeLauncher:
     @property
     def environment(self) -> dict[str, str]:
         path = f"{self.home}:{BIN_DIR}:{os.environ['PATH']}"
-        return {**os.environ, "PATH": path, "FAKE_HOME": str(self.home), "COLUMNS": "200"}
+        return {
+            **os.environ,
+            "PATH": path,
+            "FAKE_HOME": str(self.home),
+            "FAKE_VERSIONS": json.dumps(list_library_versions()),
+            "COLUMNS": "200",
+        }
 
     def add(
         self,
@@ -294,7 +332,8 @@ def make_fake_launcher(root: Path) -> FakeLauncher:
     home = root / "fake"
     for folder in (home / "told", home / "go", root / "models" / "toy"):
         folder.mkdir(parents=True)
-    (home / "accelerate").write_text(ACCELERATE.format(python=sys.executable))
+    script = ACCELERATE.format(python=sys.executable, source=str(ROOT))
+    (home / "accelerate").write_text(script)
     (home / "accelerate").chmod(0o755)
     os.mkfifo(home / "started")
     (root / "models" / "toy" / "config.json").write_text("{}")
@@ -310,7 +349,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLauncher:
     """
     launcher = make_fake_launcher(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("PATH", "FAKE_HOME"):
+    for name in ("PATH", "FAKE_HOME", "FAKE_VERSIONS"):
         monkeypatch.setenv(name, launcher.environment[name])
     return launcher
 
