@@ -268,7 +268,9 @@ class ForkedProcess:
 
     def wait(self) -> int | None:
         """See `AttemptProcess`."""
-        select.select([self._pidfd], [], [])
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        poll.poll()
         self.signal_group(signal.SIGKILL)
         reaped = self.worker.reap()
         self._is_reaped = True

@@ -38,7 +38,12 @@ class Workers:
 
     def _find_imports(self, run: Launch) -> Imports | None:
         # A retry shares nothing with what it may have failed of.
-        return None if self.is_cold or run.retry > 0 else find_imports(run.recipe)
+        if self.is_cold or run.retry > 0:
+            return None
+        try:
+            return find_imports(run.recipe)
+        except OSError:  # the run says itself what cannot be read
+            return None
 
     def take(self, key: WorkerKey) -> Worker | None:
         """One that has nothing to do; those that time has made useless are ended and told of."""

@@ -14,7 +14,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from runner.processes import (
@@ -29,6 +29,8 @@ MAX_CHILDREN: Final = 100
 _MAX_GROWTH: Final = 1.5  # of its memory since the imports
 _MESSAGE_BYTES: Final = 65536
 _STANDARD: Final = (0, 1, 2)
+# Not opened by NVML, which only counts devices.
+_GPU_FILES: Final = ("/dev/nvidia-uvm", "/dev/kfd")
 
 
 def main() -> int:
@@ -62,13 +64,12 @@ def _import(hidden: Sequence[str]) -> tuple[dict[str, str], str | None]:
 
     import runner.sft.train  # noqa: F401
 
-    _let_go_of_threads()
+    has_cuda = _try_fork(torch.cuda._is_in_bad_fork) or _has_gpu_open()
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page
     if (count := count_threads()) > 1:
         return versions, f"after the imports there are {count} threads, and a fork keeps one"
-    is_initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if is_initialized or _has_cuda_open():
+    if has_cuda:
         return versions, "an import has begun to use the GPU, which does not survive a fork"
     if "RANK" in os.environ:
         return versions, "its launch config starts ranks of a group"
@@ -151,20 +152,22 @@ def count_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def _let_go_of_threads() -> None:
-    """OpenBLAS, which NumPy brings, ends its threads before any fork and starts them when it next
-    has something to do: here never.
+def _try_fork(is_bad: Callable[[], bool]) -> bool:
+    """Whether something is bad in a fork.
+
+    OpenBLAS, which NumPy brings, ends its threads before any fork, and starts them when it next has
+    something to do: here never.
     """
     if (pid := os.fork()) == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
+        os._exit(int(is_bad()))
+    return os.waitpid(pid, 0)[1] != 0
 
 
-def _has_cuda_open() -> bool:
-    """Whether CUDA's driver was started in this process, by whichever library."""
+def _has_gpu_open() -> bool:
+    """Whether the driver of CUDA or ROCm was started in this process, by whichever library."""
     for number in _list_descriptors():
         with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{number}").startswith("/dev/nvidia-uvm"):
+            if os.readlink(f"/proc/self/fd/{number}").startswith(_GPU_FILES):
                 return True
     return False
 
