@@ -59,6 +59,18 @@ def test_files_that_differ_are_found_on_either_side(
     assert scripts["grid"].find_differences(one, other) == (4, expected)
 
 
+def test_the_scores_of_each_sweep_are_compared_with_the_loop(
+    scripts: dict[str, ModuleType],
+) -> None:
+    worst = {"step_loss": 0.0, "base_score": 2e-7, "tuned_score": 3e-7}
+    agreement = {"cold": worst, "warm": {**worst, "tuned_score": 4e-6}}
+    measured = {"agreement": agreement, "files": 9, "differing": ["B/run/samples.json"]}
+    cold, warm, files = scripts["grid"].describe_agreement("B", measured)
+    assert "trl against cold" in cold and cold.endswith("tuned score 3.0e-07")
+    assert "trl against warm" in warm and warm.endswith("tuned score 4.0e-06")
+    assert files == "grid B, cold against warm: 9 files, 1 differ: B/run/samples.json"
+
+
 def test_scores_that_differ_are_no_measurement(
     scripts: dict[str, ModuleType], tmp_path: Path
 ) -> None:
