@@ -292,11 +292,15 @@ def measure_grid(
             shown = f"{usage.cpu_seconds:.1f} CPU s, {usage.wall_seconds:.1f} s"
             print(f"  round {number} {arm}: {shown}", flush=True)
         if LOOP in arms:
-            ours = roots[COLD if COLD in arms else WARM]
-            found["agreement"] = asdict(compare_scores(grid, roots[LOOP], ours))
+            found["agreement"] = {
+                arm: asdict(compare_scores(grid, roots[LOOP], roots[arm]))
+                for arm in arms
+                if arm != LOOP
+            }
         if COLD in arms and WARM in arms:
             num_files, differing = find_differences(roots[COLD], roots[WARM])
-            found["files"], found["differing"] = num_files, differing
+            found["files"] = num_files
+            found["differing"] = sorted({*found.get("differing", ()), *differing})  # in any round
         for output_root in roots.values():
             shutil.rmtree(output_root)
     return {"mean_tokens": int(mean_tokens), "cpu_seconds": seconds, "wall_seconds": walls, **found}
@@ -305,10 +309,9 @@ def measure_grid(
 def describe_agreement(name: str, measured: Mapping[str, Any]) -> list[str]:
     """How far the arms of a grid agree, in words."""
     lines = []
-    if "agreement" in measured:
-        worst = measured["agreement"]
+    for arm, worst in measured.get("agreement", {}).items():
         lines.append(
-            f"grid {name}, full loss, trl against ours: largest difference of a step's loss"
+            f"grid {name}, full loss, trl against {arm}: largest difference of a step's loss"
             f" {worst['step_loss']:.1e}, of the base score {worst['base_score']:.1e}, of the tuned"
             f" score {worst['tuned_score']:.1e}"
         )

@@ -12,7 +12,7 @@ lies between two of these moments:
 | phase | ends when |
 |---|---|
 | launcher | a process `python -m runner.sft RUN_DIR` exists: the sweep and `accelerate launch` |
-| imports | `progress.json` says `loading`: the interpreter and its imports, or a fork |
+| imports | `progress.json` names a later phase: the interpreter and its imports, or a fork |
 | tokenizer, rows | `samples.json` exists |
 | model, trainer | `training_args.json` exists |
 | step 0 | `metrics.jsonl` has the base model's scores of test and validation |
@@ -141,12 +141,14 @@ class Timeline:
 
 
 def read_phase(path: Path) -> str | None:
-    """The phase in `progress.json`, None before there is one."""
+    """The phase in `progress.json`, None before there is one behind the imports."""
     try:
         progress = load_json(path)
     except (OSError, CorruptFileError):
         return None
-    return None if progress is None or progress["phase"] == "starting" else progress["phase"]
+    if progress is None or progress["phase"] in ("starting", "importing libraries"):
+        return None
+    return progress["phase"]
 
 
 def count_lines(path: Path) -> int:

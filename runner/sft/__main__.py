@@ -100,7 +100,8 @@ def _say(error: BaseException) -> None:
 def _listen(run_dir: Path, place: WorldPlace) -> Preemption:
     """Hear what asks this attempt to leave, before anything heavy is imported."""
     paths = RunPaths(run_dir)
-    preemption = Preemption(paths, len(load_record(paths).attempts), place)
+    attempts = load_record(paths).attempts
+    preemption = Preemption(paths, attempts[-1].number if attempts else 0, place)
     preemption.listen(partial(_record_failure, run_dir, place))
     return preemption
 
@@ -110,7 +111,8 @@ def _announce_imports(run_dir: Path, place: WorldPlace) -> None:
     paths = RunPaths(run_dir)
     if place.rank == 0 and (attempts := load_record(paths).attempts):
         progress = Progress(phase="importing libraries", phase_began_at_utc=now_utc())
-        write_json_unsynced(paths.attempt(len(attempts)).progress_path, progress.model_dump())
+        progress_path = paths.attempt(attempts[-1].number).progress_path
+        write_json_unsynced(progress_path, progress.model_dump())
 
 
 def _record_failure(run_dir: Path, place: WorldPlace, failure: Failure) -> None:

@@ -7,19 +7,17 @@ The first word says what kind of waiting it is: who watches an attempt gives `co
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+from runner.checkpoints.restore import Phase
 from runner.recipe.data_files import name_format
 from runner.recipe.data_section import DataSection
 from runner.recipe.schema import ModelSection
 from runner.sft.startup import uses_deepspeed
-
-Phase = Callable[[str], AbstractContextManager[None]]
 
 _WEIGHTS: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json")
 

@@ -44,12 +44,12 @@ def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) 
             f"{selected.full_name} has no attempt yet",
             hint=f"runner launch {selected.source_path}  # starts it",
         )
-    num_attempts = len(facts.attempts)
-    if number is not None and number > num_attempts:
+    numbers = [attempt.number for attempt in facts.attempts]
+    number = number or numbers[-1]
+    if number not in numbers:
         raise RunnerError(
-            f"{selected.full_name} has {num_attempts} attempts, there is no attempt {number}"
+            f"{selected.full_name} has {len(numbers)} attempts, there is no attempt {number}"
         )
-    number = number or num_attempts
     if follow:
         try:
             _follow(selected, facts, number)
@@ -99,8 +99,9 @@ def _follow(selected: Selected, facts: RunFacts, number: int) -> None:
         # attempt began.
         facts = read_facts(paths, facts.found)
         log.print_on()
-        if number < len(facts.attempts):
-            number, is_told = number + 1, False
+        later = [attempt.number for attempt in facts.attempts if attempt.number > number]
+        if later:
+            number, is_told = later[0], False
             log = _Log(paths.attempt(number).log_path)
             continue
         if not facts.is_leased:

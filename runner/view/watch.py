@@ -45,6 +45,7 @@ class Reading:
 
     selected: Selected
     status: RunStatus
+    attempt: int | None = None  # the last one's number
     progress: Progress | None = None
     losses: Sequence[float] = ()
     retry: Retry | None = None
@@ -113,14 +114,17 @@ class _RunReader:
             self._retry = None
             if self._status.failure is not None:
                 self._retry = foresee_retry(self.selected.recipe, self._facts.attempts)
+        # Where the status counts attempts, their record could be read.
+        last = self._facts.last if self._status.num_attempts else None
+        number = None if last is None else last.number
         if self._status.state != "running":
             self._losses = None
-            return Reading(self.selected, self._status, retry=self._retry)
+            return Reading(self.selected, self._status, number, retry=self._retry)
         self._losses = self._losses or LossReader(paths.metrics_path)
         # A phase grows longer while no file changes.
         why = describe_running(self._facts, now_utc())
         status = self._status.model_copy(update={"why": why})
-        return Reading(self.selected, status, self._facts.progress, self._losses.read())
+        return Reading(self.selected, status, number, self._facts.progress, self._losses.read())
 
     def _look(self) -> tuple[FolderState, ...]:
         paths = self.selected.paths
@@ -242,7 +246,7 @@ def build_views(readings: Sequence[Reading]) -> list[RunView]:
     views: list[RunView] = []
     for reading in readings:
         status, paths = reading.status, reading.selected.paths
-        log_path = paths.attempt(status.num_attempts).log_path if status.num_attempts else None
+        log_path = paths.attempt(reading.attempt).log_path if reading.attempt else None
         views.append(
             RunView(
                 reading.selected.recipe,

@@ -14,7 +14,11 @@ from types import ModuleType
 
 import pytest
 
+from runner.files import write_json_atomic
 from runner.recipe.parse import load_recipe
+from runner.run.paths import RunPaths
+from runner.sft.__main__ import _announce_imports
+from runner.sft.startup import WorldPlace
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -57,6 +61,18 @@ def test_files_that_differ_are_found_on_either_side(
         (root / "run" / only).write_text("")
     expected = ["run/left", "run/result.json", "run/right"]
     assert scripts["grid"].find_differences(one, other) == (4, expected)
+
+
+def test_the_scores_of_each_sweep_are_compared_with_the_loop(
+    scripts: dict[str, ModuleType],
+) -> None:
+    worst = {"step_loss": 0.0, "base_score": 2e-7, "tuned_score": 3e-7}
+    agreement = {"cold": worst, "warm": {**worst, "tuned_score": 4e-6}}
+    measured = {"agreement": agreement, "files": 9, "differing": ["B/run/samples.json"]}
+    cold, warm, files = scripts["grid"].describe_agreement("B", measured)
+    assert "trl against cold" in cold and cold.endswith("tuned score 3.0e-07")
+    assert "trl against warm" in warm and warm.endswith("tuned score 4.0e-06")
+    assert files == "grid B, cold against warm: 9 files, 1 differ: B/run/samples.json"
 
 
 def test_scores_that_differ_are_no_measurement(
@@ -102,6 +118,23 @@ def test_orphans_are_measured_too(scripts: dict[str, ModuleType], tmp_path: Path
     assert 0.3 <= usage.cpu_seconds < 1.5
     with pytest.raises(SystemExit, match="failed: 3"):
         scripts["small_runs"].measure(["bash", "-c", "exit 3"], tmp_path, tmp_path / "log.txt")
+
+
+def test_imports_last_until_the_phase_behind_them(
+    scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    started = {"number": 1, "started_at_utc": "2026-01-01T00:00:00+00:00", "host": "here"}
+    attempt = {**started, "command": [], "environment": {}, "num_processes": 1}
+    paths = RunPaths(tmp_path)
+    write_json_atomic(paths.record_path, {"attempts": [attempt]})
+    path = paths.attempt(1).progress_path
+    path.parent.mkdir(parents=True)
+    read_phase = scripts["start_up"].read_phase
+    assert read_phase(path) is None
+    _announce_imports(tmp_path, WorldPlace.read({}))
+    assert path.exists() and read_phase(path) is None
+    write_json_atomic(path, {"phase": "setting up"})
+    assert read_phase(path) == "setting up"
 
 
 def test_table_of_phases_leaves_the_first_run_aside(scripts: dict[str, ModuleType]) -> None:

@@ -15,9 +15,12 @@ from typing import Final
 
 import pytest
 
-from runner.files import load_json
+from runner.files import load_json, write_json_atomic
 from runner.recipe.data_section import DataSection
+from runner.run.paths import RunPaths
+from runner.sft.__main__ import _announce_imports
 from runner.sft.phases import announce_compilations, name_compilation, name_rows_phase
+from runner.sft.startup import WorldPlace
 from tests.conftest import ROOT, Project
 from tests.support.training_runs import launch_killed_at
 
@@ -162,6 +165,17 @@ def test_deepspeed_says_what_it_compiles(tmp_path: Path, monkeypatch: pytest.Mon
     entered.clear()
     load()
     assert entered == ["loading"]
+
+
+def test_the_first_phase_is_of_the_last_attempt_by_its_number(tmp_path: Path) -> None:
+    now = "2026-01-01T00:00:00+00:00"
+    facts = {"started_at_utc": now, "command": [], "environment": {}, "num_processes": 1}
+    attempts = [{"number": number, "host": "here", **facts} for number in (1, 3)]
+    write_json_atomic(RunPaths(tmp_path).record_path, {"attempts": attempts})
+    files = RunPaths(tmp_path).attempt(3)
+    files.attempt_dir.mkdir(parents=True)
+    _announce_imports(tmp_path, WorldPlace.read({}))
+    assert load_json(files.progress_path)["phase"] == "importing libraries"
 
 
 @pytest.mark.slow

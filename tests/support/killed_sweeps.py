@@ -334,12 +334,13 @@ def snapshot_finished(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
 
 def describe(paths: RunPaths) -> tuple[str, int]:
     """Where a run stands on disk, in a word and a step, and how many attempts it has had."""
+    attempts = load_record(paths).attempts
+    num_attempts = len(attempts)
     if load_result(paths) is not None:
-        return "completed", len(load_record(paths).attempts)
-    num_attempts = len(load_record(paths).attempts)
+        return "completed", num_attempts
     if num_attempts == 0:
         return "pending", 0
-    progress = load_progress(paths.attempt(num_attempts).progress_path)
+    progress = load_progress(paths.attempt(attempts[-1].number).progress_path)
     if progress is None:
         return "starting", num_attempts
     return f"{progress.phase} {progress.step}", num_attempts

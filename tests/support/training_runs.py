@@ -307,7 +307,9 @@ def read_evaluations(paths: RunPaths, split: str = "validation") -> dict[int, di
 def read_log(paths: RunPaths) -> str:
     """The log of the last attempt."""
     attempts = (load_json(paths.record_path) or {"attempts": []})["attempts"]
-    return paths.attempt(len(attempts)).log_path.read_text() if attempts else "(no attempt)"
+    if not attempts:
+        return "(no attempt)"
+    return paths.attempt(attempts[-1]["number"]).log_path.read_text()
 
 
 def read_attempts(paths: RunPaths) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from runner.cli.main import main
+from runner.files import load_json, write_json_atomic
 from runner.plan.decide import foresee_retry
 from runner.recipe.parse import load_recipe
 from runner.run.record import load_record
@@ -84,6 +85,23 @@ def test_the_last_attempt_is_printed_byte_by_byte(fake: FakeLauncher) -> None:
     assert (
         first.stdout == b"the fake was told to exit 3\n" and b"attempts/1/log.txt" in first.stderr
     )
+
+
+def test_attempts_go_by_their_numbers(fake: FakeLauncher) -> None:
+    fake.add("a", told="exit 3")
+    assert main(["sweep", "recipes/toy"]) == 1
+    assert main(["rerun", "recipes/toy"]) == 1
+    paths = fake.paths("a")
+    record = load_json(paths.record_path)
+    record["attempts"][1]["number"] = 4  # as when somebody has taken two out
+    write_json_atomic(paths.record_path, record)
+    paths.attempt(2).attempt_dir.rename(paths.attempt(4).attempt_dir)
+    assert b"attempts/4/log.txt" in print_logs(fake, "runs/toy/a").stderr
+    followed = print_logs(fake, "runs/toy/a", "--attempt", "1", "--follow").stderr.decode()
+    assert re.findall(r"attempts/(\d)/log.txt", followed) == ["1", "4"]
+    refused = print_logs(fake, "runs/toy/a", "--attempt", "2")
+    assert refused.returncode == 2
+    assert b"toy/a has 2 attempts, there is no attempt 2" in refused.stderr
 
 
 @pytest.mark.parametrize(

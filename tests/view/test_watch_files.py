@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from runner.cli.main import main
-from runner.files import append_jsonl, write_json_atomic, write_jsonl_atomic
+from runner.files import append_jsonl, load_json, write_json_atomic, write_jsonl_atomic
 from runner.launch import display
 from runner.plan.select import Selected, select_recipes
 from runner.plan.status import RunStatus, read_status
@@ -159,6 +159,12 @@ def test_a_failed_run_that_its_sweep_tries_again_is_said_to_wait(fake: FakeLaunc
     )
     assert (failed.state, failed.retry) == ("failed", None)
     assert failed.hint == HINTS["data"]
+    assert failed.log_path == "runs/toy/b/attempts/1/log.txt"
+    record = load_json(fake.paths("b").record_path)
+    record["attempts"][0]["number"] = 3
+    write_json_atomic(fake.paths("b").record_path, record)
+    (_, renumbered) = build_views(RunsReader(select(fake), content_cache_path(Path("runs"))).read())
+    assert renumbered.log_path == "runs/toy/b/attempts/3/log.txt"
     fake.paths("b").record_path.write_text("no JSON")
     (_, damaged) = build_views(RunsReader(select(fake), content_cache_path(Path("runs"))).read())
     assert (damaged.state, damaged.hint) == ("unreadable", UNREADABLE_HINT)
