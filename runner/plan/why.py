@@ -279,7 +279,7 @@ def _describe_attempt(found: Explanation) -> list[tuple[str, str]]:
     if attempt is None:
         return []
     started = (
-        f"{attempt.number}, started {attempt.started_at_utc} on {attempt.host},"
+        f"{attempt.number}, started {attempt.started} {attempt.started_at_utc} on {attempt.host},"
         f" {attempt.num_processes} process(es)"
     )
     if attempt.retry:
