@@ -48,6 +48,7 @@ _ANSWER_SECONDS: Final = 60.0
 _MESSAGE_BYTES: Final = 65536
 _SHOWN_LINES: Final = 5
 _SAID_BYTES: Final = 16384
+_PACKAGE_FOLDERS: Final = ("site-packages", "dist-packages")
 
 # Set for the imports, so that they start no thread and do not touch a GPU, neither of which a fork
 # survives; as it was before for the attempts.
@@ -283,9 +284,13 @@ class ForkedProcess:
 
 
 def _list_sources() -> dict[Path, tuple[int, int]]:
-    """Size and time of every file of this program, as far as they can be seen."""
+    """Size and time of every file of this program, and of the folders of installed packages, which
+    change with each installation.
+    """
+    files = Path(runner.__file__).parent.rglob("*.py")
+    folders = [path for path in map(Path, sys.path) if path.name in _PACKAGE_FOLDERS]
     found = {}
-    for path in Path(runner.__file__).parent.rglob("*.py"):
+    for path in (*files, *folders):
         with contextlib.suppress(OSError):
             state = path.stat()
             found[path] = (state.st_size, state.st_mtime_ns)
