@@ -43,10 +43,11 @@ OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 @dataclass(frozen=True)
 class SkypilotOptions(ManifestOptions):
-    """What is asked for beside the runs; the last two of it by SkyPilot alone."""
+    """What is asked for beside the runs; the last three of it by SkyPilot alone."""
 
     gpu_type: str | None = None  # as SkyPilot calls it
     retry_failed: bool = False
+    is_cold: bool = False  # each run imports for itself
 
 
 def parse_options(arguments: argparse.Namespace) -> SkypilotOptions:
@@ -57,7 +58,10 @@ def parse_options(arguments: argparse.Namespace) -> SkypilotOptions:
         storage="the bucket that keeps the runs, such as s3://my-bucket/runs",
     )
     return SkypilotOptions(
-        **shared, gpu_type=arguments.gpu_type, retry_failed=arguments.retry_failed
+        **shared,
+        gpu_type=arguments.gpu_type,
+        retry_failed=arguments.retry_failed,
+        is_cold=arguments.cold,
     )
 
 
@@ -112,7 +116,12 @@ def _build_run(
     runs: Sequence[PendingRun], options: SkypilotOptions, num_gpus: int, slots: int
 ) -> str:
     room = ["--gpus", ",".join(map(str, range(num_gpus)))] if num_gpus else ["--slots", str(slots)]
-    flags = ["--fail-fast"] * options.fail_fast + ["--retry-failed"] * options.retry_failed
+    asked = {
+        "--fail-fast": options.fail_fast,
+        "--retry-failed": options.retry_failed,
+        "--cold": options.is_cold,
+    }
+    flags = [flag for flag, is_asked in asked.items() if is_asked]
     words = [shlex.quote(word) for word in list_recipe_words(runs)]
     tail = shlex.join(["--output-root", _RUNS_DIR, *room, *flags])
     return " \\\n  ".join(["runner sweep", *words, tail]) + "\n"

@@ -85,6 +85,23 @@ def test_stdout_is_the_file_and_holds_what_a_sweep_would_launch(fake: FakeLaunch
     assert (code, stdout) == (0, "") and "nothing to launch" in stderr
 
 
+def test_a_task_that_sweeps_is_told_to_start_cold_and_a_job_starts_cold_anyway(
+    fake: FakeLauncher,
+) -> None:
+    fake.add("one")
+    skypilot = ("--engine", "skypilot", "--dry-run", "--image", "i", "--storage", "s3://bucket")
+    written = {
+        (engine, *asked): finish(fake.start("sweep", "recipes/toy", *options, *asked))
+        for engine, options in (("skypilot", skypilot), ("kubernetes", KUBERNETES))
+        for asked in ((), ("--cold",))
+    }
+    assert [code for code, *_ in written.values()] == [0] * 4
+    tasks = [yaml.safe_load(written["skypilot", *asked][1]) for asked in ((), ("--cold",))]
+    warm, cold = (task.pop("run") for task in tasks)
+    assert cold.split() == [*warm.split(), "--cold"] and tasks[0] == tasks[1]
+    assert written["kubernetes", "--cold"] == written[("kubernetes",)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

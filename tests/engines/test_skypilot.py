@@ -35,7 +35,7 @@ def project_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def list_tasks() -> list[tuple[tuple[PendingRun, ...], SkypilotOptions]]:
-    on_gpus = replace(BUCKET, gpu_type="H100", fail_fast=True, retry_failed=True)
+    on_gpus = replace(BUCKET, gpu_type="H100", fail_fast=True, retry_failed=True, is_cold=True)
     return [
         (make_pending(DEMO, DEMO_2), replace(BUCKET, num_slots=2)),
         (make_pending(DEMO, EIGHT_GPUS), on_gpus),
