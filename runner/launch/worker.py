@@ -71,7 +71,7 @@ class Imports:
 class WorkerKey:
     """What a worker is started for: attempts with equal keys may be forked from it."""
 
-    argv: tuple[str, ...]  # of `accelerate launch`, without the module and its run
+    argv: tuple[str, ...]  # of `accelerate launch`, up to the module
     environment: tuple[tuple[str, str], ...]  # on top of the sweep's
     imports: Imports
 
