@@ -20,7 +20,10 @@ from typing import Any, Final
 # attempt starts.
 OWNER_VARIABLE: Final = "RUNNER_OWNER"
 
-# Of an owner in an environment that leaves room for those of forks: a path has up to 4,096.
+# Of one message between a sweep and its worker, at most; a path has up to 4,096.
+MESSAGE_BYTES: Final = 65536
+
+# Of an owner in an environment that leaves room for those of forks.
 _OWNER_BYTES: Final = 4608
 
 _PATIENCE_SECONDS: Final = 30.0  # a process that the kernel cannot end waits for a disk

@@ -28,7 +28,7 @@ class LocalOptions:
     gpus: tuple[str, ...] | None  # each run gets its own of these; None: not asked for
     fail_fast: bool
     is_dry_run: bool
-    is_cold: bool  # each run imports for itself
+    uses_workers: bool  # else each run imports for itself
 
 
 def parse_options(arguments: argparse.Namespace) -> LocalOptions:
@@ -41,7 +41,7 @@ def parse_options(arguments: argparse.Namespace) -> LocalOptions:
         gpus=tuple(gpus) if gpus is not None else None,
         fail_fast=arguments.fail_fast,
         is_dry_run=arguments.dry_run,
-        is_cold=arguments.cold,
+        uses_workers=not arguments.cold,
     )
 
 
@@ -66,7 +66,7 @@ def submit(plan: PlanRuns, options: LocalOptions) -> int:
         num_slots=options.num_slots,
         gpus=list(options.gpus) if options.gpus is not None else None,
         fail_fast=options.fail_fast,
-        is_cold=options.is_cold,
+        uses_workers=options.uses_workers,
     )
     if result.stopped_by is not None:
         return STOPPED

@@ -26,7 +26,7 @@ from runner.files import write_json_atomic
 from runner.launch.command import LaunchCommand
 from runner.launch.placement import name_cluster_job
 from runner.launch.process import AttemptProcess, LauncherProcess
-from runner.launch.worker import Worker
+from runner.launch.worker import ForkedProcess, Worker
 from runner.plan.decide import Launch
 from runner.plan.status import describe_change, find_differences, find_divisor
 from runner.processes import OWNER_VARIABLE, die_with_parent, kill_processes_of
@@ -289,6 +289,7 @@ class RunningAttempt:
     lease: Lease
     owner: str  # of all its processes on this machine, in `OWNER_VARIABLE`
     launcher_lock: Lease | None = None  # of an attempt on several machines
+    worker: Worker | None = None  # that was to fork it
     stop_reason: str | None = None
     stall: str | None = None  # why it was ended for want of a sign of life
     first_step: int = 0  # of the newest checkpoint when it was started
@@ -421,12 +422,12 @@ def start_attempt(
         attempt = open_attempt(launch, command, facts, divisor, read_git_state(), is_warm=is_warm)
         lock = hold_launcher_lock(paths.attempt(attempt.number)) if command.spans_machines else None
         owner = f"{owner}:{attempt.number}"
-        process = _start_process(paths, attempt, command, lease, owner, worker)
+        attempt, process = _start_process(paths, attempt, command, lease, owner, worker)
     except BaseException:
         lease.close()
         raise
     return RunningAttempt(
-        paths, attempt, process, lease, owner, lock, first_step=_find_newest_step(paths)
+        paths, attempt, process, lease, owner, lock, worker, first_step=_find_newest_step(paths)
     )
 
 
@@ -446,23 +447,19 @@ def _start_process(
     lease: Lease,
     owner: str,
     worker: Worker | None,
-) -> AttemptProcess:
+) -> tuple[Attempt, AttemptProcess]:
     try:
         with paths.attempt(attempt.number).log_path.open("ab") as log:
             if removed := command.list_removed(os.environ):
                 log.write(_say_removed(removed))
                 log.flush()
-            if worker is None:
-                return _start_launcher(attempt, command, lease, owner, log)
-            if said := worker.read_output():
-                shown = "".join(f"  | {line}\n" for line in said.splitlines())
-                log.write(f"while its worker imported the libraries:\n{shown}".encode())
-                log.flush()
-            return worker.fork(paths.run_dir, owner, lease.fileno(), log.fileno())
+            if worker is not None:
+                if (process := _fork(paths, lease, owner, log, worker)) is not None:
+                    return attempt, process
+                attempt = _record_cold(paths, lease)
+            return attempt, _start_launcher(attempt, command, lease, owner, log)
     except OSError as error:
-        if worker is not None:
-            worker.end()  # and with it a child of which we have not heard
-        message = f"{command.argv[0] if worker is None else 'it'} cannot be started: {error}"
+        message = f"{command.argv[0]} cannot be started: {error}"
         is_absent = isinstance(error, FileNotFoundError | PermissionError)
         kind: FailureKind = "configuration" if is_absent else "transient"
         facts = read_facts(paths, lease=lease)
@@ -472,6 +469,31 @@ def _start_process(
         raise RunnerError(
             message, hint="pip install accelerate, into the Python that `runner` runs in"
         ) from None
+
+
+def _fork(
+    paths: RunPaths, lease: Lease, owner: str, log: BinaryIO, worker: Worker
+) -> ForkedProcess | None:
+    """None where the worker is gone or cannot fork, which ends it."""
+    if said := worker.read_output():
+        shown = "".join(f"  | {line}\n" for line in said.splitlines())
+        log.write(f"while its worker imported the libraries:\n{shown}".encode())
+        log.flush()
+    try:
+        return worker.fork(paths.run_dir, owner, lease.fileno(), log.fileno())
+    except OSError as error:
+        worker.end()  # and with it a child of which we have not heard
+        log.write(f"starting cold, as its worker could not fork it: {error}\n".encode())
+        log.flush()
+        return None
+
+
+def _record_cold(paths: RunPaths, lease: Lease) -> Attempt:
+    """The open attempt, which the record says was forked, as one that was not."""
+    *earlier, last = read_facts(paths, lease=lease).attempts
+    cold = last.model_copy(update={"started": "cold"})
+    write_record(paths, RunRecord(attempts=(*earlier, cold)))
+    return cold
 
 
 def _start_launcher(

@@ -21,7 +21,7 @@ from runner.launch.command import LaunchCommand, Placement, build_launch_command
 from runner.launch.display import SweepDisplay
 from runner.launch.placement import Allocation, Devices
 from runner.launch.stall import Silence, StallWatch
-from runner.launch.worker import ForkedProcess, Worker
+from runner.launch.worker import Worker
 from runner.launch.workers import Workers
 from runner.plan.decide import Launch, decide_retry
 from runner.processes import StopSignals
@@ -73,17 +73,17 @@ def run_planned(
     fail_fast: bool,
     allocation: Allocation | None = None,
     again: str = "the same command",
-    is_cold: bool = True,
+    uses_workers: bool = False,
 ) -> PoolResult:
     """How the runs ended; failures are printed. `again` is what goes on with them after a stop;
-    not `is_cold` forks from workers what can be.
+    `uses_workers` forks what can be forked.
     """
     if not planned:
         print("nothing to launch", file=sys.stderr)
         return PoolResult()
     with SweepDisplay(len(planned)) as display:
         devices = Devices(num_slots, gpus, allocation)
-        result = run_pool(planned, devices, display, fail_fast=fail_fast, is_cold=is_cold)
+        result = run_pool(planned, devices, display, fail_fast=fail_fast, uses_workers=uses_workers)
     _print_failures(result)
     if result.stopped_by is not None:
         print(f"stopped; {again} goes on from the newest checkpoints", file=sys.stderr)
@@ -115,7 +115,7 @@ def run_pool(
     display: SweepDisplay,
     *,
     fail_fast: bool = False,
-    is_cold: bool = True,
+    uses_workers: bool = False,
 ) -> PoolResult:
     """Run everything that is planned, as many at a time as there is room.
 
@@ -127,7 +127,7 @@ def run_pool(
     devices.check(planned)
     with StopSignals() as signals, selectors.DefaultSelector() as selector:
         selector.register(signals.fileno(), selectors.EVENT_READ)
-        workers = Workers(display.say, is_cold=is_cold)
+        workers = Workers(display.say, are_wanted=uses_workers)
         pool = _Pool(list(planned), devices, display, fail_fast, selector, signals, workers)
         try:
             while not signals.received and pool.has_work():
@@ -171,7 +171,7 @@ class _Pool:
     result: PoolResult = field(default_factory=PoolResult)
 
     def has_work(self) -> bool:
-        """Whether anything runs, or still has to."""
+        """True while anything runs, or still has to."""
         return bool(self.starting or self.active or self.later) or self.wants_to_start()
 
     def wants_to_start(self) -> bool:
@@ -205,7 +205,12 @@ class _Pool:
         if placement is None:
             return False
         run = self.waiting.pop(0)
-        command = build_command(run, placement)
+        try:
+            command = build_command(run, placement)
+        except RunnerError as error:
+            self._record_refused(run, error)
+            self.devices.give_back(placement)
+            return True
         key = self.workers.find_key(run, command)
         worker = None if key is None else self.workers.take(key)
         if key is not None and worker is None:
@@ -214,7 +219,7 @@ class _Pool:
                 self.starting[worker.fileno()] = (run, worker, placement)
                 self.selector.register(worker, selectors.EVENT_READ, data=worker)
                 return True
-        self._begin(run, placement, worker)
+        self._begin(run, command, placement, worker)
         return True
 
     def _hear(self, worker: Worker) -> None:
@@ -222,39 +227,44 @@ class _Pool:
         self.selector.unregister(worker)
         run, _, placement = self.starting.pop(worker.fileno())
         is_fit = self.workers.begin(worker)
-        if self.is_given_up():  # another run has failed meanwhile
-            self.devices.give_back(placement)
-            self.waiting.insert(0, run)
-            if is_fit:
-                worker.end()
-            return
-        self._begin(run, placement, worker if is_fit else None)
+        self._begin(run, build_command(run, placement), placement, worker if is_fit else None)
 
-    def _begin(self, run: Launch, placement: Placement, worker: Worker | None) -> None:
+    def _end_starting(self) -> None:
+        """End the workers that import, and let the runs that wait for them wait for a place."""
+        for descriptor, (run, worker, placement) in self.starting.items():
+            self.selector.unregister(descriptor)
+            worker.end()
+            self.devices.give_back(placement)
+            self.waiting.append(run)
+        self.starting = {}
+
+    def _begin(
+        self, run: Launch, command: LaunchCommand, placement: Placement, worker: Worker | None
+    ) -> None:
         """Start a run at a placement; where that cannot be, decide what becomes of it."""
-        attempt = self._start(run, placement, worker)
+        attempt = self._start(run, command, worker)
         if attempt is None:
             self.devices.give_back(placement)
-            self._keep(worker, is_worn=False)
+            self._keep(worker)
             return
+        self._keep(None)
         pidfd = attempt.process.open_pidfd()
         self.active[pidfd] = (run, attempt, placement)
         self.watches[pidfd] = self._watch(run, attempt)
         self.selector.register(pidfd, selectors.EVENT_READ)
 
     def _start(
-        self, run: Launch, placement: Placement, worker: Worker | None
+        self, run: Launch, command: LaunchCommand, worker: Worker | None
     ) -> RunningAttempt | None:
         try:
-            attempt = start_attempt(run, build_command(run, placement), worker)
+            attempt = start_attempt(run, command, worker)
         except FailedElsewhere as error:
             message = f"(by another sweep) {error.failure.message}"
             failure = error.failure.model_copy(update={"message": message})
             self._record(FailedRun(run.full_name, failure, error.files.log_path))
             return None
         except RunnerError as error:
-            failure = Failure(kind="configuration", message=str(error))
-            self._record(FailedRun(run.full_name, failure, None))
+            self._record_refused(run, error)
             return None
         # No space, no permission: this run's directory may be the only one like that.
         except OSError as error:
@@ -273,10 +283,10 @@ class _Pool:
             self.display.finished(run.full_name, "run or finished by another sweep")
         return attempt
 
-    def _keep(self, worker: Worker | None, *, is_worn: bool) -> None:
+    def _keep(self, worker: Worker | None) -> None:
         """Give back a worker that has nothing to do, and end those that nobody needs any more."""
         if worker is not None:
-            self.workers.give_back(worker, is_worn=is_worn)
+            self.workers.give_back(worker)
         waiting = (
             [*self.waiting, *(one.run for one in self.later)] if not self.is_given_up() else []
         )
@@ -298,12 +308,15 @@ class _Pool:
             if key.fd == self.signals.fileno():
                 self.signals.drain()
             elif isinstance(key.data, Worker):
-                self._hear(key.data)
+                if not self.is_given_up():
+                    self._hear(key.data)
             else:
                 self.finish(key.fd)
         now = time.monotonic()
         for worker in [one for _, one, _ in self.starting.values() if one.is_overdue(now)]:
             self._hear(worker)
+        if self.is_given_up():
+            self._end_starting()
         for watch in self.watches.values():
             watch.look(now)
         waiting = {
@@ -327,11 +340,7 @@ class _Pool:
         """Ask what runs to checkpoint and to leave, and wait; any signal beyond `num_signals` ends
         it at once.
         """
-        self.waiting += [run for run, _, _ in self.starting.values()]
-        for _, worker, _ in self.starting.values():
-            self.selector.unregister(worker)
-            worker.end()
-        self.starting = {}
+        self._end_starting()
         self.waiting += [one.run for one in self.later]
         self.later = []
         attempts = [attempt for _, attempt, _ in self.active.values()]
@@ -370,8 +379,7 @@ class _Pool:
         else:
             self.result.completed.append(run.full_name)
             self.display.finished(run.full_name, "completed")
-        if isinstance(attempt.process, ForkedProcess):
-            self._keep(attempt.process.worker, is_worn=attempt.process.is_worker_worn)
+        self._keep(attempt.worker)
 
     def close(self) -> None:
         """Let go of the workers, and of what watches the processes."""
@@ -412,6 +420,10 @@ class _Pool:
         self.later.append(Later(again, time.monotonic() + retry.delay_seconds, failed))
         first_line = failed.failure.message.partition("\n")[0]
         self.display.retried(run.full_name, f"{failed.failure.kind}: {first_line}; {retry.why}")
+
+    def _record_refused(self, run: Launch, error: RunnerError) -> None:
+        failure = Failure(kind="configuration", message=str(error))
+        self._record(FailedRun(run.full_name, failure, None))
 
     def _record(self, failed: FailedRun) -> None:
         self.result.failed.append(failed)

@@ -13,11 +13,7 @@ from typing import Protocol
 
 
 class AttemptProcess(Protocol):
-    """What starts an attempt returns this; its id is also that of its session and its group."""
-
-    @property
-    def pid(self) -> int:
-        """The process id, another's once `wait` has returned."""
+    """What starts an attempt returns this; the id of the process is also that of its group."""
 
     def open_pidfd(self) -> int:
         """A descriptor of the caller's own that is readable once the process has ended."""
@@ -37,11 +33,6 @@ class LauncherProcess:
     """An `accelerate launch`, or an `srun`, that is a child of this process: a cold start."""
 
     popen: subprocess.Popen[bytes]
-
-    @property
-    def pid(self) -> int:
-        """See `AttemptProcess`."""
-        return self.popen.pid
 
     def open_pidfd(self) -> int:
         """See `AttemptProcess`."""

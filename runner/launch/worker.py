@@ -2,12 +2,12 @@
 
 A worker is started like a trainer, by `accelerate launch` in the same environment, and is
 `runner.sft.worker`; this is the sweep's side of it. They talk over a socket pair that is the
-worker's stdin, in whole messages of JSON, of which three carry open files:
+worker's stdin, in whole messages of JSON, some of which carry open files:
 
     sweep                                          worker
-                                               <-  {"versions": {...}, "why_not": null}, imported
+                        once it has imported   <-  {"versions", "why_not"}, a pidfd of the worker
     {"run_dir", "owner", "environment"}, lease, log  ->
-                                               <-  {"pid"}, a pidfd, or {"error"}
+                                               <-  {"pid"}, a pidfd of the child, or {"error"}
     {"reap": true}, once the pidfd says so         ->
                                                <-  {"status", "is_worn"}
 """
@@ -15,6 +15,7 @@ worker's stdin, in whole messages of JSON, of which three carry open files:
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -32,7 +33,12 @@ from typing import Any, BinaryIO, Final
 
 import runner
 from runner.launch.command import LaunchCommand
-from runner.processes import OWNER_VARIABLE, die_with_parent, leave_room_for_owners
+from runner.processes import (
+    MESSAGE_BYTES,
+    OWNER_VARIABLE,
+    die_with_parent,
+    leave_room_for_owners,
+)
 from runner.recipe.identity import (
     list_library_versions,
     load_launch_settings,
@@ -44,9 +50,8 @@ from runner.secrets import scrub
 
 # For the imports, minutes on a cold disk. Then its runs start cold, each under a watch of its own.
 START_SECONDS: Final = 900.0
-# For a fork and its answer: a machine without free memory takes its time.
-_ANSWER_SECONDS: Final = 60.0
-_MESSAGE_BYTES: Final = 65536
+# For a fork and its answer, on a machine that is short of memory; nothing else is done meanwhile.
+_ANSWER_SECONDS: Final = 10.0
 _SHOWN_LINES: Final = 5
 _SAID_BYTES: Final = 16384
 _PACKAGE_FOLDERS: Final = ("site-packages", "dist-packages")
@@ -86,7 +91,8 @@ def find_imports(recipe: Recipe) -> Imports | None:
         return None
     if not isinstance(settings, dict) or "deepspeed_config" in settings:
         return None
-    if str(settings.get("distributed_type", "NO")).upper() != "NO":
+    # YAML reads a plain NO as false.
+    if str(settings.get("distributed_type", "NO")).upper() not in ("NO", "FALSE"):
         return None
     launch_config = hashlib.sha256(config_path.read_bytes()).hexdigest()
     return Imports(launch_config, tuple(find_unused_libraries(recipe)))
@@ -106,6 +112,8 @@ class Worker:
     output: BinaryIO  # what they print; nobody else can open it
     versions: Mapping[str, str]  # of the libraries, as they were before it was started
     sources: Mapping[Path, tuple[int, int]]
+    is_worn: bool = False  # it says itself that another one should take its place
+    _pidfd: int = -1  # once it has begun
     deadline: float = field(default_factory=lambda: time.monotonic() + START_SECONDS)
 
     @classmethod
@@ -144,7 +152,7 @@ class Worker:
         return self.control.fileno()
 
     def is_overdue(self, now: float) -> bool:
-        """Whether it should have imported everything long ago."""
+        """True when it should have imported everything long ago."""
         return now > self.deadline
 
     def begin(self) -> None:
@@ -154,15 +162,16 @@ class Worker:
             WorkerError: it has ended, or found that it must not fork.
         """
         try:
-            said, _ = self._receive()
-        except OSError as error:
+            said, (self._pidfd,) = self._receive()
+        except (OSError, ValueError) as error:
             lines = self.read_output().splitlines()[-_SHOWN_LINES:]
             shown = "".join(f"\n  | {line}" for line in lines)
             raise WorkerError(f"{error}{shown}") from None
         if (why_not := said["why_not"]) is not None:
             raise WorkerError(why_not)
         if said["versions"] != self.versions:
-            raise WorkerError(_describe_versions(self.versions, said["versions"]))
+            differences = _list_differences(said["versions"], self.versions)
+            raise WorkerError(f"it has other versions than the sweep: {differences}")
 
     def find_change(self) -> str | None:
         """Why a new worker is needed: what has been installed or edited since this one imported."""
@@ -170,7 +179,7 @@ class Worker:
             return "it has ended"
         look_again_at_versions()
         if (versions := list_library_versions()) != self.versions:
-            return _describe_versions(self.versions, versions)
+            return f"{_list_differences(self.versions, versions)} has been installed meanwhile"
         sources = _list_sources()
         for path in sorted({*sources, *self.sources}):
             if sources.get(path) != self.sources.get(path):
@@ -178,14 +187,8 @@ class Worker:
         return None
 
     def is_alive(self) -> bool:
-        """False once its end of the socket is closed. It says nothing unasked, so that nothing
-        else makes the socket readable.
-        """
-        if self.popen.returncode is not None:
-            return False
-        poll = select.poll()
-        poll.register(self.control, select.POLLIN)
-        return not poll.poll(0)
+        """False before it has begun, and once it has ended."""
+        return self._pidfd >= 0 and not _wait_for_end(self._pidfd, 0.0)
 
     def fork(self, run_dir: Path, owner: str, lease: int, log: int) -> ForkedProcess:
         """A process that trains the run: it has the lease as its stdin and prints to the log.
@@ -194,31 +197,34 @@ class Worker:
             OSError: it could not be forked, or the worker is gone.
         """
         environment = {name: os.environ.get(name) for name in _FOR_IMPORTS}
-        self._send(
-            {"run_dir": str(run_dir), "owner": owner, "environment": environment}, [lease, log]
-        )
-        answer, descriptors = self._receive()
+        request = {"run_dir": str(run_dir), "owner": owner, "environment": environment}
+        answer, descriptors = self._ask(request, [lease, log])
         if "error" in answer:
-            raise OSError(f"its worker cannot fork: {answer['error']}")
+            raise OSError(answer["error"])
+        if not descriptors:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return ForkedProcess(self, answer["pid"], descriptors[0])
 
-    def reap(self) -> tuple[int, bool] | None:
-        """The exit status of its child, which has ended, and whether the worker should end too.
-
-        None if the worker is gone, and the status with it.
+    def reap(self) -> int | None:
+        """The exit status of its child, which has ended; None if the worker is gone, and the
+        status with it.
         """
         try:
-            self._send({"reap": True})
-            answer, _ = self._receive()
+            answer, _ = self._ask({"reap": True})
         except OSError:
+            self.is_worn = True
             return None
-        return answer["status"], answer["is_worn"]
+        self.is_worn = answer["is_worn"]
+        return int(answer["status"])
 
     def read_output(self) -> str:
         """What the worker and its launcher have printed, without secrets; of much, the end."""
-        size = self.output.seek(0, os.SEEK_END)
-        self.output.seek(max(0, size - _SAID_BYTES))
-        return scrub(self.output.read().decode(errors="replace")).strip()
+        # Where they write is an offset that we share.
+        size = os.fstat(self.output.fileno()).st_size
+        begin = max(0, size - _SAID_BYTES)
+        text = os.pread(self.output.fileno(), size - begin, begin).decode(errors="replace")
+        whole = text if begin == 0 else text.partition("\n")[2]  # a secret may be cut
+        return scrub(whole).strip()
 
     def end(self) -> None:
         """End it at once: nothing is lost, as it writes no file. Its child, if any, dies too."""
@@ -226,18 +232,30 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, signal.SIGKILL)
             self.popen.wait()
+        if self._pidfd >= 0:
+            _wait_for_end(self._pidfd, _ANSWER_SECONDS)
+            os.close(self._pidfd)
+            self._pidfd = -1
         self.control.close()
         self.output.close()
 
-    def _send(self, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
-        socket.send_fds(self.control, [json.dumps(message).encode()], descriptors)
+    def _ask(
+        self, request: Mapping[str, Any], descriptors: Sequence[int] = ()
+    ) -> tuple[dict[str, Any], list[int]]:
+        """Raises: OSError: the worker is gone, or does not answer."""
+        signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)  # somebody may have stopped it
+        socket.send_fds(self.control, [json.dumps(request).encode()], descriptors)
+        return self._receive()
 
     def _receive(self) -> tuple[dict[str, Any], list[int]]:
-        message, descriptors, _, _ = socket.recv_fds(
-            self.control, _MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
-        )
+        try:
+            message, descriptors, _, _ = socket.recv_fds(
+                self.control, MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+            )
+        except TimeoutError:
+            raise OSError(f"the worker has not answered for {_ANSWER_SECONDS:.0f} s") from None
         if not message:
-            raise ConnectionResetError("the worker has ended")
+            raise OSError("the worker has ended")
         return json.loads(message), descriptors
 
 
@@ -248,7 +266,6 @@ class ForkedProcess:
     worker: Worker
     pid: int
     _pidfd: int
-    is_worker_worn: bool = False
     _is_reaped: bool = False
 
     def open_pidfd(self) -> int:
@@ -270,17 +287,11 @@ class ForkedProcess:
 
     def wait(self) -> int | None:
         """See `AttemptProcess`."""
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        poll.poll()
+        _wait_for_end(self._pidfd, None)
         self.signal_group(signal.SIGKILL)
-        reaped = self.worker.reap()
+        status = self.worker.reap()
         self._is_reaped = True
         os.close(self._pidfd)
-        if reaped is None:
-            self.is_worker_worn = True
-            return None
-        status, self.is_worker_worn = reaped
         return status
 
 
@@ -298,10 +309,16 @@ def _list_sources() -> dict[Path, tuple[int, int]]:
     return found
 
 
-def _describe_versions(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    changed = [
+def _list_differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    return ", ".join(
         f"{name} {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
-    ]
-    return f"{', '.join(changed)} has been installed meanwhile"
+    )
+
+
+def _wait_for_end(pidfd: int, seconds: float | None) -> bool:
+    """True once the process has ended; False after that time."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else 1000 * seconds))

@@ -23,27 +23,27 @@ class Workers:
     """Those that have nothing to do; one that starts or forks is with its run."""
 
     say: Callable[[str], None]  # a line for whoever looks at the sweep
-    is_cold: bool  # start none
+    are_wanted: bool  # else there are none, and each run starts cold
     _idle: list[Worker] = field(default_factory=list)
-    _useless: set[WorkerKey] = field(default_factory=set)  # such a worker has failed
+    _useless: set[Imports] = field(default_factory=set)  # a worker with these has failed
     _imports: dict[str, Imports | None] = field(default_factory=dict)  # by the full name of the run
 
     def find_key(self, run: Launch, command: LaunchCommand) -> WorkerKey | None:
         """The worker that a run is to be forked from; None where it starts cold."""
-        imports = self._imports[run.full_name] = self._find_imports(run)
+        self._imports.pop(run.full_name, None)  # files may have changed while it waited
+        imports = self._find_imports(run)
         if imports is None:
             return None
-        key = WorkerKey(command.argv[:-3], tuple(sorted(command.environment.items())), imports)
-        return None if key in self._useless else key
+        return WorkerKey(command.argv[:-3], tuple(sorted(command.environment.items())), imports)
 
     def _find_imports(self, run: Launch) -> Imports | None:
         # A retry shares nothing with what it may have failed of.
-        if self.is_cold or run.retry > 0:
+        if not self.are_wanted or run.retry > 0:
             return None
-        try:
-            return find_imports(run.recipe)
-        except OSError:  # the run says itself what cannot be read
-            return None
+        if run.full_name not in self._imports:
+            self._imports[run.full_name] = find_imports(run.recipe)
+        imports = self._imports[run.full_name]
+        return None if imports in self._useless else imports
 
     def take(self, key: WorkerKey) -> Worker | None:
         """One that has nothing to do; those that time has made useless are ended and told of."""
@@ -75,27 +75,26 @@ class Workers:
             self._give_up(worker.key, error)
             worker.end()
             return False
+        if (why := worker.find_change()) is not None:
+            self.say(f"the next run gets a new worker: {why}")
+            worker.end()
+            return False
         return True
 
     def _give_up(self, key: WorkerKey, why: Exception) -> None:
-        self._useless.add(key)
+        self._useless.add(key.imports)
         self.say(f"runs start cold, as there is no worker to fork them from: {why}")
 
-    def give_back(self, worker: Worker, *, is_worn: bool) -> None:
+    def give_back(self, worker: Worker) -> None:
         """Keep a worker for the next run, or end it."""
-        if is_worn:
+        if worker.is_worn or not worker.is_alive():
             worker.end()
         else:
             self._idle.append(worker)
 
     def end_unneeded(self, waiting: Iterable[Launch]) -> None:
         """End those that no run of these is to be forked from."""
-        needed: set[Imports | None] = set()
-        if self._idle:
-            for run in waiting:
-                if run.full_name not in self._imports:
-                    self._imports[run.full_name] = self._find_imports(run)
-                needed.add(self._imports[run.full_name])
+        needed = set(map(self._find_imports, waiting)) if self._idle else set()
         for worker in [one for one in self._idle if one.key.imports not in needed]:
             self._idle.remove(worker)
             worker.end()

@@ -185,7 +185,8 @@ def load_launch_settings(path: Path) -> Any:
         settings = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
         return f"{path} is not there"
-    except (OSError, yaml.YAMLError) as error:
+    # A date that there is not, or mappings in mappings without end.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         return f"{path} cannot be read: {error}"
     if not isinstance(settings, dict):
         return settings

@@ -83,6 +83,8 @@ def _may_be_quantized(path: str, revision: str | None) -> bool:
             return True
         config_path = Path(cached) if isinstance(cached, str) else config_path
     try:
-        return "quantization_config" in json.loads(config_path.read_bytes())
-    except (OSError, ValueError):  # what is wrong with it is said when the model is loaded
+        config = json.loads(config_path.read_bytes())
+    # What is wrong with it is said when the model is loaded.
+    except (OSError, ValueError, RecursionError):
         return True
+    return not isinstance(config, dict) or "quantization_config" in config

@@ -283,10 +283,8 @@ def explain_silence(log_path: Path, exit_status: int | None) -> Failure:
     if raised is not None and raised[1] not in _LAUNCHER_OVER_A_DEAD_CHILD:
         line = raised.string
         return Failure(kind=classify_text(line) or "configuration", message=f"the launcher: {line}")
-    status = "not known" if exit_status is None else exit_status  # its worker is gone too
-    return Failure(
-        kind="lost", message=f"the trainer vanished (exit status {status}) without a word"
-    )
+    how = "and its worker with it" if exit_status is None else f"(exit status {exit_status})"
+    return Failure(kind="lost", message=f"the trainer vanished {how} without a word")
 
 
 def read_log_tail(log_path: Path) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ the messages are.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from runner.processes import (
+    MESSAGE_BYTES,
     carry_owner,
     die_with_launcher,
     die_with_parent,
@@ -27,7 +29,6 @@ from runner.processes import (
 # Then the worker is replaced: what a fork leaves behind in it, if anything, stays small.
 MAX_CHILDREN: Final = 100
 _MAX_GROWTH: Final = 1.5  # of its memory since the imports
-_MESSAGE_BYTES: Final = 65536
 _STANDARD: Final = (0, 1, 2)
 # Not opened by NVML, which only counts devices.
 _GPU_FILES: Final = ("/dev/nvidia-uvm", "/dev/kfd")
@@ -44,6 +45,9 @@ def main() -> int:
         os._exit(0)  # nothing here is worth taking apart
     from runner.sft import __main__ as trainer
 
+    # What it would find, had it been started by itself.
+    this = sys.modules["__main__"]
+    this.__spec__, this.__file__ = trainer.__spec__, trainer.__file__
     sys.argv = [trainer.__file__, run_dir]
     return trainer.main()
 
@@ -93,7 +97,9 @@ def serve(control: socket.socket, first_words: Mapping[str, Any]) -> str | None:
     """
     kept = _list_descriptors()
     num_children, size, pid = 0, _measure_memory(), 0
-    _send(control, first_words)
+    ours = os.pidfd_open(os.getpid())
+    _send(control, first_words, [ours])
+    os.close(ours)
     while True:
         request, descriptors = _receive(control)
         if request is None:
@@ -111,6 +117,8 @@ def serve(control: socket.socket, first_words: Mapping[str, Any]) -> str | None:
         sys.stdout.flush()
         sys.stderr.flush()
         try:
+            if len(descriptors) < 2:  # the kernel drops what it has no room for
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             pid = os.fork()
         except OSError as error:
             _send(control, {"error": str(error)})
@@ -153,7 +161,7 @@ def count_threads() -> int:
 
 
 def _try_fork(is_bad: Callable[[], bool]) -> bool:
-    """Whether something is bad in a fork.
+    """True when something is bad in a fork.
 
     OpenBLAS, which NumPy brings, ends its threads before any fork, and starts them when it next has
     something to do: here never.
@@ -164,7 +172,7 @@ def _try_fork(is_bad: Callable[[], bool]) -> bool:
 
 
 def _has_gpu_open() -> bool:
-    """Whether the driver of CUDA or ROCm was started in this process, by whichever library."""
+    """True when the driver of CUDA or ROCm was started in this process, by whichever library."""
     for number in _list_descriptors():
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{number}").startswith(_GPU_FILES):
@@ -198,7 +206,7 @@ def _receive(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     """The next message with its files; None once the sweep has let go."""
     try:
         message, descriptors, _, _ = socket.recv_fds(
-            control, _MESSAGE_BYTES, 2, socket.MSG_CMSG_CLOEXEC
+            control, MESSAGE_BYTES, 2, socket.MSG_CMSG_CLOEXEC
         )
     except ConnectionError:  # it was killed before it had read everything
         return None, []
