@@ -33,7 +33,7 @@ class Workers:
         imports = self._imports[run.full_name] = self._find_imports(run)
         if imports is None:
             return None
-        key = WorkerKey(command.argv[:-2], tuple(sorted(command.environment.items())), imports)
+        key = WorkerKey(command.argv[:-3], tuple(sorted(command.environment.items())), imports)
         return None if key in self._useless else key
 
     def _find_imports(self, run: Launch) -> Imports | None:
