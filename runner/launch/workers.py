@@ -88,6 +88,8 @@ class Workers:
         needed: set[Imports | None] = set()
         if self._idle:
             for run in waiting:
+                if run.retry > 0:  # it will start cold
+                    continue
                 if run.full_name not in self._imports:
                     self._imports[run.full_name] = self._find_imports(run)
                 needed.add(self._imports[run.full_name])
