@@ -355,7 +355,8 @@ print(json.dumps({{
     "why_not": why_not,
     "state": list(accelerate.state.PartialState._shared_state),
     "cuda": torch.cuda.is_initialized(),
-    "settings": sum(issubclass(type(one), transformers.TrainingArguments) for one in gc.get_objects()),
+    "settings": sum(issubclass(type(one), transformers.TrainingArguments)
+                    for one in gc.get_objects()),
 }}))
 """
 
@@ -374,7 +375,8 @@ def test_the_imports_leave_nothing_that_a_fork_does_not_survive() -> None:
         [pid] = map(int, children.split())
         assert len(os.listdir(f"/proc/{pid}/task")) == 1
         files = list_files(pid)
-        assert [files.pop(number) for number in "012"][0] == os.devnull
+        stdin, _, _ = (files.pop(number) for number in "012")
+        assert stdin == os.devnull
         # NVML, which counts the GPUs for torch, survives a fork; what CUDA opens does not.
         others = {name for name in files.values() if not name.startswith("/dev/nvidia")}
         assert len(others) == 1 and others.pop().startswith("socket:")
