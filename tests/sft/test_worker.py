@@ -32,7 +32,7 @@ from runner.recipe.identity import list_library_versions
 from runner.run.lease import Lease, is_leased
 from runner.sft.worker import MAX_CHILDREN
 from tests.conftest import ROOT, build_environment
-from tests.support.fake_launcher import BIN_DIR, PATIENCE_SECONDS
+from tests.support.fake_launcher import BIN_DIR, PATIENCE_SECONDS, wait_until_dead
 
 # The run directory that it is asked to train is Python source, which the child executes.
 WORKER: Final = f"""\
@@ -47,7 +47,6 @@ if code is not None:
 os._exit(0)
 """
 READY: Final = "import signal; print('ready', flush=True); signal.pause()"
-OWNER: Final = "1.2@/a/run directory/toy-ä:3"
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Child:
     """A forked process, and what it prints: nothing more once all that it started has ended."""
 
     process: ForkedProcess
-    _pidfd: int
+    pidfd: int
     _output: int
 
     def read_line(self) -> str:
@@ -69,7 +68,7 @@ class Child:
 
     def wait_for_end(self) -> None:
         """Until it has ended, without anybody asking for its status, and what it started too."""
-        assert select.select([self._pidfd], [], [], PATIENCE_SECONDS)[0], "it lives on"
+        wait_until_dead(self.pidfd)
         assert select.select([self._output], [], [], PATIENCE_SECONDS)[0], "it lives on"
         assert os.read(self._output, 1) == b"", "it prints more"
 
@@ -87,17 +86,23 @@ class Pair:
     def pid(self) -> int:
         return self.worker.popen.pid
 
+    @property
+    def owner(self) -> str:
+        return f"1.2@{self.folder}/of süße runs:3"
+
     def lease_path(self, number: int) -> Path:
         return self.folder / str(number) / "lease"
 
-    def fork(self, code: str, owner: str = OWNER) -> Child:
+    def fork(self, code: str, owner: str | None = None) -> Child:
         readable, writable = os.pipe()
         self._descriptors.append(readable)
         self._num_children += 1
         lease = Lease(self.lease_path(self._num_children))
         assert lease.try_acquire()
         try:
-            process = self.worker.fork(Path(textwrap.dedent(code)), owner, lease.fileno(), writable)
+            process = self.worker.fork(
+                Path(textwrap.dedent(code)), owner or self.owner, lease.fileno(), writable
+            )
         finally:  # from now on the child alone has them
             lease.close()
             os.close(writable)
@@ -156,7 +161,7 @@ def test_a_child_is_a_process_like_one_that_was_started_for_the_run_alone(
     assert set(files) == {"0", "1", "2"}, "no lease of another, no socket"
     assert files["0"] == str(pair.lease_path(2)), "and its own as stdin"
     assert files["1"] == files["2"] != list_files(earlier.process.pid)["1"]
-    assert said["environment"]["RUNNER_OWNER"] == OWNER
+    assert said["environment"]["RUNNER_OWNER"] == pair.owner
     assert said["environment"]["PYTORCH_NVML_BASED_CUDA_CHECK"] == "0", "as it is for the sweep"
     assert "JE_ARROW_MALLOC_CONF" not in said["environment"]
 
@@ -186,8 +191,9 @@ def test_the_processes_of_a_child_are_found_by_its_owner_and_no_others(
     start: Callable[..., Pair],
 ) -> None:
     pair = start()
+    owner, other_owner = pair.owner, f"{pair.owner}1"
     before = Path(f"/proc/{pair.pid}/environ").read_bytes()
-    assert find_processes_of(OWNER.__eq__) == []
+    assert find_processes_of(owner.__eq__) == []
     child = pair.fork("""
         import os, signal, subprocess
         if (forked := os.fork()) == 0:
@@ -197,19 +203,20 @@ def test_the_processes_of_a_child_are_found_by_its_owner_and_no_others(
         signal.pause()
     """)
     pids = sorted(map(int, child.read_line().split()))
-    assert find_processes_of(OWNER.__eq__) == pids
-    assert find_processes_of(lambda owner: owner.startswith(OWNER)) == pids, "whole, and no more"
+    assert find_processes_of(owner.__eq__) == pids
+    assert find_processes_of(lambda found: found.startswith(owner)) == pids, "whole, and no more"
     assert Path(f"/proc/{pair.pid}/environ").read_bytes() == before
-    assert kill_processes_of(OWNER.__eq__) == 3
+    assert kill_processes_of(owner.__eq__) == 3
     child.wait_for_end()
-    other = pair.fork(READY, owner="1.2@/b:1")
+    other = pair.fork(READY, owner=other_owner)
     other.read_line()
-    assert find_processes_of(OWNER.__eq__) == []
-    assert find_processes_of("1.2@/b:1".__eq__) == [other.process.pid]
+    assert find_processes_of(owner.__eq__) == []
+    assert find_processes_of(other_owner.__eq__) == [other.process.pid]
 
 
 def test_an_owner_for_whom_there_is_no_room_ends_the_child(start: Callable[..., Pair]) -> None:
     child = start().fork(READY, owner="o" * 5000)
+    wait_until_dead(child.pidfd)
     assert child.process.wait() == 1
 
 
@@ -237,7 +244,7 @@ def test_a_worker_whose_answer_nobody_reads_is_let_go(start: Callable[..., Pair]
     """The kernel resets its connection to a sweep that was killed before it had read everything."""
     pair = start()
     with (pair.folder / "lease").open("w") as lease:
-        request = {"run_dir": READY, "owner": OWNER, "environment": {}}
+        request = {"run_dir": READY, "owner": pair.owner, "environment": {}}
         pair.worker._send(request, [lease.fileno(), lease.fileno()])
         assert select.select([pair.worker], [], [], PATIENCE_SECONDS)[0], "it has answered"
     pair.worker.control.close()
