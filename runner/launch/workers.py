@@ -42,8 +42,7 @@ class Workers:
             return None
         if run.full_name not in self._imports:
             self._imports[run.full_name] = find_imports(run.recipe)
-        imports = self._imports[run.full_name]
-        return None if imports in self._useless else imports
+        return self._imports[run.full_name]
 
     def take(self, key: WorkerKey) -> Worker | None:
         """One that has nothing to do; those that time has made useless are ended and told of."""
@@ -56,7 +55,9 @@ class Workers:
         return None
 
     def start(self, key: WorkerKey, command: LaunchCommand) -> Worker | None:
-        """One that begins to import; None where it cannot be started."""
+        """One that begins to import; None where it cannot be started, or one like it has failed."""
+        if key.imports in self._useless:
+            return None
         try:
             return Worker.start(key, command)
         except OSError as error:

@@ -121,18 +121,18 @@ def serve(control: socket.socket, first_words: Mapping[str, Any]) -> str | None:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             pid = os.fork()
         except OSError as error:
+            _close(descriptors)  # before the sweep hears of it, and takes the lease again
             _send(control, {"error": str(error)})
-        else:
-            if pid == 0:
-                keep = {*_STANDARD, *kept} - {control.detach()}
-                _become_attempt(request, descriptors, parent_pid, keep)
-                return str(request["run_dir"])
-            num_children += 1
-            pidfd = os.pidfd_open(pid)
-            _send(control, {"pid": pid}, [pidfd])
-            os.close(pidfd)
-        for descriptor in descriptors:
-            os.close(descriptor)
+            continue
+        if pid == 0:
+            keep = {*_STANDARD, *kept} - {control.detach()}
+            _become_attempt(request, descriptors, parent_pid, keep)
+            return str(request["run_dir"])
+        _close(descriptors)
+        num_children += 1
+        pidfd = os.pidfd_open(pid)
+        _send(control, {"pid": pid}, [pidfd])
+        os.close(pidfd)
 
 
 def _become_attempt(
@@ -145,8 +145,7 @@ def _become_attempt(
     os.dup2(lease, 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    for descriptor in _list_descriptors() - keep:  # else it would hold the lease twice
-        os.close(descriptor)
+    _close([*(_list_descriptors() - keep)])  # else it would hold the lease twice
     for name, value in request["environment"].items():
         if value is None:
             os.environ.pop(name, None)
@@ -178,6 +177,11 @@ def _has_gpu_open() -> bool:
             if os.readlink(f"/proc/self/fd/{number}").startswith(_GPU_FILES):
                 return True
     return False
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _list_descriptors() -> set[int]:

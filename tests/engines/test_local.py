@@ -131,7 +131,7 @@ def test_two_sweeps_execute_each_run_once(fake: FakeLauncher) -> None:
     ends = [finish(sweep) for sweep in sweeps]
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert sorted(fake.started()) == names
-    assert [len(fake.attempts(name)) for name in names] == [1] * 5
+    assert [[one["started"] for one in fake.attempts(name)] for name in names] == [["warm"]] * 5
     assert list_states(fake, *names) == ["completed"] * 5
 
 
@@ -153,7 +153,7 @@ def test_a_stopped_sweep_lets_its_runs_checkpoint_and_starts_nothing_more(
         os.close(pidfd)
     for name in ("a", "b"):
         [attempt] = fake.attempts(name)
-        assert attempt["failure"]["kind"] == "preempted"
+        assert (attempt["started"], attempt["failure"]["kind"]) == ("warm", "preempted")
         assert (
             attempt["failure"]["message"]
             == f"the runner was stopped by {number.name}: left at step 1, which is saved"
@@ -179,7 +179,7 @@ def test_a_second_signal_ends_at_once_what_does_not_leave(fake: FakeLauncher) ->
     [attempt] = fake.attempts("b")
     why = "the runner was stopped by SIGTERM, and at once by SIGINT"
     assert (attempt["failure"]["kind"], attempt["failure"]["message"]) == ("preempted", why)
-    assert attempt["exit_status"] == -signal.SIGKILL
+    assert (attempt["started"], attempt["exit_status"]) == ("warm", -signal.SIGKILL)
     assert list_states(fake, "a", "b") == ["interrupted", "interrupted"]
 
 

@@ -42,6 +42,7 @@ def test_what_hangs_is_ended_with_its_stacks_and_tried_again(
     assert main(["sweep", "recipes/toy"]) == 0
     first, second = fake.attempts("a")
     assert (first["failure"]["kind"], second["failure"]) == ("stalled", None)
+    assert (first["started"], second["started"]) == ("warm", "cold")
     assert (second["retry"], second["resume"]) == (1, "auto"), "from the newest checkpoint"
     assert re.fullmatch(
         r"no sign of life for \d s while training, step 1/2; the stacks of 2 processes are in the"

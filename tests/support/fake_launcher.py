@@ -57,6 +57,8 @@ launch:
 # What it is told stands in `told/<run name>`: a verb and its words, and after `then` on a new line
 # those of the next attempt, the last ones for all others; without such a file it completes the run.
 # `phase NAME` before: in a phase; `stepped`: after a step; `committed`: after a checkpoint.
+# What its workers are told stands in `told/worker`, likewise one after the other: `serve`, or what
+# is wrong with one.
 ACCELERATE: Final = """\
 #!{python} -IS
 import faulthandler, json, os, signal, subprocess, sys, time
@@ -69,23 +71,34 @@ def is_worker():
     return "runner.sft.worker" in sys.argv
 
 
-if is_worker():  # what is told to it is `serve`, or why it must not fork, or `exit`
+if is_worker():
     sys.path.insert(0, {source!r})
     from runner.sft.worker import serve, take_control
 
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
-    told_path = home / "told" / "worker"
-    lines = told_path.read_text().split("\\nthen ") if told_path.exists() else ["serve"]
     with open(home / "workers", "a") as stream:
         stream.write(f"{{os.getpid()}}\\n")
-    number = len((home / "workers").read_text().splitlines())
+    number = (home / "workers").read_text().split().index(str(os.getpid())) + 1
+    told_path = home / "told" / "worker"
+    lines = told_path.read_text().split("\\nthen ") if told_path.exists() else ["serve"]
     told, why_not = lines[min(number, len(lines)) - 1], None
-    if told == "exit":
-        sys.exit("no module named torch")
-    if told == "hang":
-        signal.pause()
-    if told != "serve":
+    if told in ("hang", "wait"):  # it imports, for ever or until the test opens the pipe
+        with open(home / "started", "w") as stream:
+            stream.write(f"worker {{os.getpid()}}\\n")
+        signal.pause() if told == "hang" else open(home / "go" / "worker").read()
+    elif told.startswith("exit"):
+        sys.exit(told.removeprefix("exit "))
+    elif told == "cannot fork":
+        def fork():
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        os.fork = fork
+    elif told == "grow":
+        kept = []
+        os.register_at_fork(after_in_parent=lambda: kept.append(b"x" * 2**26))
+    elif told != "serve":
         why_not = told
+    print("the fake imports", file=sys.stderr)
     versions = json.loads(os.environ["FAKE_VERSIONS"])
     served = serve(take_control(), {{"versions": versions, "why_not": why_not}})
     if served is None:
@@ -305,6 +318,11 @@ class FakeLauncher:
     def events(self) -> list[dict[str, Any]]:
         path = self.home / "events.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers, in order."""
+        path = self.home / "workers"
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
 
     def started(self) -> list[str]:
         """Names of what was started, in order."""

@@ -29,6 +29,7 @@ def test_a_running_run_is_asked_and_the_sweep_goes_on_with_the_others(
     code, _, stderr = finish(sweep)
     assert code == 1 and "toy/a left, preempted: asked by `runner stop`: left at step 1" in stderr
     assert fake.started() == ["a", "b"], "and not again"
+    assert fake.attempts("a")[0]["started"] == "warm"
 
 
 def test_launch_that_was_asked_exits_as_preempted(fake: FakeLauncher) -> None:

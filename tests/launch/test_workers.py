@@ -1,0 +1,442 @@
+"""Sweeps that fork their runs from workers, over real processes: which runs, from which worker, and
+what is left when somebody is stopped or killed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from runner.cli.main import main
+from runner.launch.command import LaunchCommand
+from runner.launch.worker import Imports, WorkerKey
+from runner.launch.workers import Workers
+from runner.processes import find_processes_of
+from runner.run.lease import is_leased
+from tests.conftest import ROOT
+from tests.support.fake_launcher import (
+    PATIENCE_SECONDS,
+    FakeLauncher,
+    fake,
+    finish,
+    wait_until_dead,
+)
+
+__all__ = ["fake"]
+
+AT_ONCE: Final = "transient: 1, lost: 1, stalled: 1, backoff_seconds: 0"
+COLD: Final = "runs start cold, as there is no worker to fork them from: "
+
+
+def list_starts(fake: FakeLauncher, name: str) -> list[tuple[str, str | None]]:
+    """`(started, kind of failure)` of each attempt."""
+    return [
+        (one["started"], one["failure"] and one["failure"]["kind"]) for one in fake.attempts(name)
+    ]
+
+
+def watch(*pids: int) -> list[int]:
+    """Descriptors that tell of the end of processes that are alive now."""
+    return [os.pidfd_open(pid) for pid in pids]
+
+
+def is_alive(pid: int) -> bool:
+    """False also for what nobody has waited for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def assert_all_dead(fake: FakeLauncher, pidfds: list[int]) -> None:
+    for pidfd in pidfds:
+        wait_until_dead(pidfd)
+        os.close(pidfd)
+    assert find_processes_of(lambda owner: str(fake.root) in owner) == []
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """For what nobody tells by a pipe."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+def add_wandb(fake: FakeLauncher, name: str, told: str) -> None:
+    """A run that needs another worker than the others: one with Weights & Biases."""
+    fake.add(name, told=told)
+    path = fake.root / "recipes" / "toy" / f"{name}.yaml"
+    path.write_text(path.read_text() + "tracking: {report_to: [wandb]}\n")
+
+
+# --- which runs are forked ---
+
+
+def test_a_sweep_forks_its_runs_from_one_worker(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "b", "c")
+    assert main(["sweep", "recipes/toy", "--dry-run"]) == 0
+    commands = capsys.readouterr().out.splitlines()[3:]
+    assert main(["sweep", "recipes/toy"]) == 0
+    assert len(fake.workers()) == 1
+    for name, shown in zip("abc", commands, strict=True):
+        assert list_starts(fake, name) == [("warm", None)]
+        [attempt] = fake.attempts(name)
+        command = LaunchCommand(tuple(attempt["command"]), attempt["environment"])
+        assert command.as_shell(os.environ) == shown, "what it comes to"
+        [event] = [one for one in fake.events() if one["name"] == name and one["event"] == "start"]
+        assert event["is_stdin_the_lease"]
+        assert attempt["environment"].items() <= event["environment"].items()
+        log = fake.paths(name).attempt(1).log_path.read_text()
+        assert "while its worker imported the libraries:\n  | the fake imports\n" in log
+        assert "the fake was told to complete" in log
+    assert "worker" not in capsys.readouterr().err
+    assert not any(map(is_alive, fake.workers()))
+
+
+def test_what_cannot_be_forked_starts_cold(fake: FakeLauncher) -> None:
+    fake.add("several", num_processes=2)
+    for config in ("deepspeed_config: {zero_stage: 1}", "distributed_type: MULTI_GPU", "", "["):
+        name = f"config{len(list((fake.root / 'recipes' / 'toy').iterdir()))}"
+        fake.add(name)
+        (fake.root / f"{name}.yaml").write_text(f"{config}\n")
+        path = fake.root / "recipes" / "toy" / f"{name}.yaml"
+        path.write_text(path.read_text().replace("cpu.yaml", f"{name}.yaml"))
+    fake.add("plain")
+    assert main(["sweep", "recipes/toy", "--slots", "2"]) == 0
+    names = [path.stem for path in sorted((fake.root / "recipes" / "toy").iterdir())]
+    assert len(names) == 6 and len(fake.workers()) == 1
+    warm = [name for name in names if list_starts(fake, name) == [("warm", None)]]
+    assert warm == ["plain"]
+
+
+@pytest.mark.parametrize(
+    "words", [["sweep", "recipes/toy", "--cold"], ["launch", "recipes/toy/a.yaml"]]
+)
+def test_cold_starts_no_worker(words: list[str], fake: FakeLauncher) -> None:
+    fake.add("a")
+    assert main(words) == 0
+    assert list_starts(fake, "a") == [("cold", None)] and fake.workers() == []
+
+
+def test_a_retry_starts_cold(fake: FakeLauncher) -> None:
+    fake.add("a", told="exit 1\nthen complete", retries=AT_ONCE)
+    assert main(["sweep", "recipes/toy"]) == 0
+    assert list_starts(fake, "a") == [("warm", "lost"), ("cold", None)]
+
+
+def test_runs_that_hide_other_libraries_have_another_worker_for_as_long_as_it_is_needed(
+    fake: FakeLauncher,
+) -> None:
+    fake.add("a", "d")
+    add_wandb(fake, "b", told="complete")
+    fake.add("c", told="wait")
+    sweep = fake.start("sweep", "recipes/toy")
+    assert fake.next_started()[0] == "c"
+    plain, with_wandb = fake.workers()
+    assert (is_alive(plain), is_alive(with_wandb)) == (True, False), "of b alone"
+    fake.let_go("c")
+    assert finish(sweep)[0] == 0
+    assert len(fake.workers()) == 2 and fake.started() == ["a", "b", "c", "d"]
+    assert [list_starts(fake, name) for name in "abcd"] == [[("warm", None)]] * 4
+    assert not any(map(is_alive, fake.workers()))
+
+
+def test_no_worker_is_kept_for_a_retry(fake: FakeLauncher) -> None:
+    fake.add("a", told="fail transient x", retries="transient: 1, backoff_seconds: 500")
+    add_wandb(fake, "b", told="wait")
+    sweep = fake.start("sweep", "recipes/toy")
+    assert fake.next_started()[0] == "b"
+    assert [is_alive(pid) for pid in fake.workers()] == [False, True]
+    sweep.send_signal(signal.SIGINT)
+    fake.let_go("b")
+    assert finish(sweep)[0] == 130
+
+
+def test_each_slot_has_a_worker(fake: FakeLauncher) -> None:
+    fake.add("a", "b", told="wait")
+    fake.add("c", "d")
+    sweep = fake.start("sweep", "recipes/toy", "--slots", "2")
+    names = [fake.next_started()[0] for _ in range(2)]
+    assert len(fake.workers()) == 2
+    for name in names:
+        fake.let_go(name)
+    assert finish(sweep)[0] == 0
+    assert len(fake.workers()) == 2 and sorted(fake.started()) == ["a", "b", "c", "d"]
+
+
+def test_a_worn_worker_is_replaced(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.add("a", "b", "c")
+    fake.tell("worker", "grow\nthen serve")
+    assert main(["sweep", "recipes/toy"]) == 0
+    assert len(fake.workers()) == 2
+    assert [list_starts(fake, name) for name in "abc"] == [[("warm", None)]] * 3
+    assert "worker" not in capsys.readouterr().err, "nobody has to know"
+
+
+# --- workers that fork nothing ---
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("an import has begun to use the GPU", "an import has begun to use the GPU"),
+        ("exit no module named torch", "the worker has ended\n  | no module named torch"),
+    ],
+)
+def test_without_a_worker_runs_start_cold_and_it_is_said_once(
+    told: str, said: str, fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "b")
+    fake.tell("worker", told)
+    assert main(["sweep", "recipes/toy"]) == 0
+    assert [list_starts(fake, name) for name in "ab"] == [[("cold", None)]] * 2
+    stderr = capsys.readouterr().err
+    assert stderr.count(COLD) == 1 and f"{COLD}{said}\n" in stderr
+    assert len(fake.workers()) == 1
+
+
+def test_a_worker_that_is_killed_while_it_imports_costs_no_run(fake: FakeLauncher) -> None:
+    fake.add("a", "b")
+    fake.tell("worker", "hang")
+    sweep = fake.start("sweep", "recipes/toy")
+    _, pid = fake.next_started()
+    os.kill(pid, signal.SIGKILL)
+    code, _, stderr = finish(sweep)
+    assert code == 0 and stderr.count(COLD) == 1 and f"{COLD}the worker has ended\n" in stderr
+    assert [list_starts(fake, name) for name in "ab"] == [[("cold", None)]] * 2
+
+
+def test_a_worker_that_never_has_imported_everything_is_ended(fake: FakeLauncher) -> None:
+    fake.tell("worker", "hang")
+    said: list[str] = []
+    workers = Workers(said.append, is_cold=False)
+    key = WorkerKey(("accelerate", "launch"), (), Imports("", ()))
+    worker = workers.start(key, LaunchCommand((), {}))
+    assert worker is not None and not worker.is_overdue(time.monotonic())
+    fake.next_started()
+    worker.deadline = 0.0
+    assert not workers.begin(worker)
+    assert worker.popen.returncode == -signal.SIGKILL
+    assert said == [f"{COLD}its imports have taken more than 900 s"]
+
+
+def test_a_worker_that_cannot_fork_is_no_loss(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", retries=AT_ONCE)
+    fake.add("b")
+    fake.tell("worker", "cannot fork\nthen serve")
+    assert main(["sweep", "recipes/toy"]) == 0
+    assert list_starts(fake, "a") == [("warm", "transient"), ("cold", None)]
+    message = fake.attempts("a")[0]["failure"]["message"]
+    assert re.fullmatch(r"it cannot be started: .*Resource temporarily unavailable", message)
+    assert list_starts(fake, "b") == [("warm", None)]
+    assert not is_leased(fake.paths("a").lease_path)
+    assert "toy/a  transient: " in capsys.readouterr().err
+
+
+# --- kills ---
+
+
+def test_a_run_is_lost_with_its_worker_and_tried_again(
+    fake: FakeLauncher,
+) -> None:
+    fake.add("a", told="hang\nthen complete", retries=AT_ONCE)
+    fake.add("b")
+    sweep = fake.start("sweep", "recipes/toy")
+    _, pid = fake.next_started()
+    pidfds = watch(pid, *fake.workers())
+    os.kill(fake.workers()[0], signal.SIGKILL)
+    code, _, stderr = finish(sweep)
+    assert code == 0, stderr
+    assert_all_dead(fake, pidfds)
+    assert list_starts(fake, "a") == [("warm", "lost"), ("cold", None)]
+    assert fake.attempts("a")[0]["exit_status"] is None
+    assert list_starts(fake, "b") == [("warm", None)] and len(fake.workers()) == 2
+
+
+def test_a_killed_run_does_not_take_its_worker_with_it(fake: FakeLauncher) -> None:
+    fake.add("a", told="hang")
+    fake.add("b")
+    sweep = fake.start("sweep", "recipes/toy")
+    os.kill(fake.next_started()[1], signal.SIGKILL)
+    assert finish(sweep)[0] == 1
+    assert list_starts(fake, "a") == [("warm", "lost")]
+    assert fake.attempts("a")[0]["exit_status"] == -signal.SIGKILL
+    assert list_starts(fake, "b") == [("warm", None)] and len(fake.workers()) == 1
+
+
+def start_with_idle_worker(fake: FakeLauncher) -> tuple[subprocess.Popen[str], int]:
+    """A sweep of which `a` is done, `b` waits, and `c` is to be forked from a worker that has
+    nothing to do meanwhile.
+    """
+    fake.add("a")
+    add_wandb(fake, "b", told="wait")
+    fake.add("c", retries=AT_ONCE)
+    sweep = fake.start("sweep", "recipes/toy")
+    assert fake.next_started()[0] == "b"
+    return sweep, fake.workers()[0]
+
+
+def test_an_idle_worker_that_is_killed_is_replaced(fake: FakeLauncher) -> None:
+    sweep, worker = start_with_idle_worker(fake)
+    [pidfd] = watch(worker)
+    os.kill(worker, signal.SIGKILL)
+    wait_until_dead(pidfd)
+    fake.let_go("b")
+    code, _, stderr = finish(sweep)
+    assert code == 0 and stderr.count("a new worker starts: it has ended\n") == 1
+    assert list_starts(fake, "c") == [("warm", None)] and len(fake.workers()) == 3
+
+
+def test_a_worker_that_is_killed_while_it_forks_is_no_loss(fake: FakeLauncher) -> None:
+    sweep, worker = start_with_idle_worker(fake)
+    os.kill(worker, signal.SIGSTOP)
+    fake.let_go("b")
+    wait_until(fake.paths("c").record_path.exists, "it is not asked")
+    os.kill(worker, signal.SIGKILL)
+    code, _, stderr = finish(sweep)
+    assert code == 0, stderr
+    assert list_starts(fake, "c") == [("warm", "transient"), ("cold", None)]
+    assert fake.started() == ["a", "b", "c"]
+
+
+def test_a_sweep_that_is_killed_while_a_worker_imports_leaves_nothing(fake: FakeLauncher) -> None:
+    fake.add("a", "b")
+    fake.tell("worker", "hang\nthen serve")
+    sweep = fake.start("sweep", "recipes/toy")
+    pidfds = watch(fake.next_started()[1])
+    sweep.kill()
+    assert_all_dead(fake, pidfds)
+    finish(sweep)
+    assert not fake.paths("a").run_dir.exists()
+    assert main(["sweep", "recipes/toy"]) == 0
+    assert fake.started() == ["a", "b"]
+
+
+@pytest.mark.parametrize("victims", ["sweep", "all"])
+def test_a_sweep_that_is_killed_while_a_child_runs_leaves_nothing(
+    victims: str, fake: FakeLauncher
+) -> None:
+    fake.add("a")
+    fake.add("b", told="hang\nthen complete")
+    sweep = fake.start("sweep", "recipes/toy")
+    _, pid = fake.next_started()
+    [worker] = fake.workers()
+    pidfds = watch(pid, worker)
+    for victim in [sweep.pid] if victims == "sweep" else [pid, worker, sweep.pid]:
+        os.kill(victim, signal.SIGKILL)
+    assert_all_dead(fake, pidfds)
+    finish(sweep)
+    assert not is_leased(fake.paths("b").lease_path)
+    assert main(["sweep", "recipes/toy"]) == 0
+    assert [list_starts(fake, name) for name in "ab"] == [
+        [("warm", None)],
+        [("warm", None), ("warm", None)],
+    ]
+    assert fake.started() == ["a", "b", "b"]
+
+
+@pytest.mark.parametrize("words", ["", " elsewhere"])
+def test_what_a_child_leaves_is_ended(words: str, fake: FakeLauncher) -> None:
+    fake.add("a", told=f"leave{words}")
+    fake.add("b", told="wait")
+    sweep = fake.start("sweep", "recipes/toy")
+    name, left = fake.next_started()
+    assert name == "a"
+    assert fake.next_started()[0] == "b"
+    assert not is_alive(left), "before the next run starts"
+    fake.let_go("b")
+    assert finish(sweep)[0] == 0
+    assert [list_starts(fake, name) for name in "ab"] == [[("warm", None)]] * 2
+
+
+# --- stops and failures ---
+
+
+def test_a_stop_while_a_worker_imports_starts_nothing(fake: FakeLauncher) -> None:
+    fake.add("a", "b")
+    fake.tell("worker", "hang")
+    sweep = fake.start("sweep", "recipes/toy")
+    pidfds = watch(fake.next_started()[1])
+    sweep.send_signal(signal.SIGINT)
+    code, _, stderr = finish(sweep)
+    assert code == 130 and "goes on from the newest checkpoints" in stderr
+    assert_all_dead(fake, pidfds)
+    assert fake.started() == [] and not fake.paths("a").run_dir.exists()
+
+
+def test_fail_fast_does_not_wait_for_a_worker(fake: FakeLauncher) -> None:
+    fake.add("a", "b", told="fail crashed boom")
+    fake.tell("worker", "serve\nthen hang")
+    sweep = fake.start("sweep", "recipes/toy", "--slots", "2", "--fail-fast")
+    name, pid = fake.next_started()
+    assert name == "worker"
+    pidfds = watch(pid)
+    code, _, stderr = finish(sweep)
+    assert code == 1 and "1 runs were not started because of --fail-fast" in stderr
+    assert_all_dead(fake, pidfds)
+    assert len(fake.started()) == 1
+
+
+# --- what has changed since the imports ---
+
+
+def run_with_change(
+    fake: FakeLauncher, change: Callable[[], object], path: Path
+) -> tuple[int, str, str]:
+    """The end of a sweep of two runs; the change is made while the first one runs."""
+    fake.add("a", told="wait")
+    fake.add("b")
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "runner", "sweep", "recipes/toy"],
+        cwd=fake.root,
+        env={**fake.environment, "PYTHONPATH": str(path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    fake.next_started()
+    change()
+    fake.let_go("a")
+    return finish(sweep)
+
+
+def test_an_edited_program_is_imported_anew(fake: FakeLauncher) -> None:
+    tree = fake.root / "tree"
+    shutil.copytree(ROOT / "runner", tree / "runner", ignore=shutil.ignore_patterns("__pycache__"))
+    edited = tree / "runner" / "sft" / "train.py"
+    code, _, stderr = run_with_change(fake, edited.touch, tree)
+    assert code == 0 and f"a new worker starts: {edited} has changed\n" in stderr, stderr
+    assert [list_starts(fake, name) for name in "ab"] == [[("warm", None)]] * 2
+    assert len(fake.workers()) == 2
+
+
+def test_a_library_that_is_installed_meanwhile_is_said(fake: FakeLauncher) -> None:
+    """The second worker finds it too late: here it says the versions of the first one."""
+    info = fake.root / "site" / "trl-999.dist-info"
+
+    def install() -> None:
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 999\n")
+
+    info.parent.mkdir()
+    code, _, stderr = run_with_change(fake, install, info.parent)
+    assert code == 0, stderr
+    assert re.search(r"a new worker starts: trl \S+ -> 999 has been installed meanwhile\n", stderr)
+    assert re.search(rf"{COLD}trl 999 -> \S+ has been installed meanwhile\n", stderr)
+    assert list_starts(fake, "b") == [("cold", None)] and len(fake.workers()) == 2
+    assert fake.attempts("b")[0]["versions"]["trl"] == "999"
