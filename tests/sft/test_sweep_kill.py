@@ -64,7 +64,7 @@ def test_a_sweep_killed_at_random_moments_ends_as_one_left_alone(finished: Proje
     )
     chance = random.Random(seed)
     victims = chance.sample(VICTIMS["warm"], k=5)
-    sweep_under_kills(sweep, victims, spread=1.5, chance=chance)
+    sweep_under_kills(sweep, victims, spread=2.0, chance=chance)
     print("\n".join(sweep.render_kills()))
     assert sweep.kills, "it was done before the first kill"
     recipes = [str(run.recipe_path) for run in sweep.runs]
@@ -91,11 +91,11 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory, workplace: Project) -> 
 @pytest.mark.parametrize(
     ("mode", "wanted", "num_kills", "spread"),
     [
-        ("warm", "any", int(os.environ.get("KILLS", "30")), 1.6),
+        ("warm", "any", int(os.environ.get("KILLS", "30")), 2.2),
         ("cold", "any", 12, 1.3),
-        ("warm", "everything", 10, 1.6),
-        ("warm", "worker", 10, 1.0),
-        ("warm", "trainer", 10, 1.0),
+        ("warm", "everything", 10, 2.2),
+        ("warm", "worker", 10, 1.5),
+        ("warm", "trainer", 10, 1.5),
     ],
 )
 def test_sweeps_killed_many_times(
