@@ -250,16 +250,18 @@ def sweep_under_kills(
     victims, and `check` it.
 
     The moments of the kills are drawn evenly between the start and `spread` times what an attempt
-    took that was left alone, on this machine and as busy as it is now. A kill waits until there is
-    such a process.
+    took that was left alone, on this machine and as busy as it is now. Where there is no such
+    process, its moment is drawn anew from when there is one.
     """
-    longest_seconds = spread * find_typical_seconds([run.reference for run in sweep.runs])
+    typical_seconds = find_typical_seconds([run.reference for run in sweep.runs])
     process, is_killed = sweep.start(), False
     try:
         while True:
-            left, seconds = victims[len(sweep.kills) :], chance.uniform(0, longest_seconds)
+            left, seconds = victims[len(sweep.kills) :], chance.uniform(0, spread * typical_seconds)
             if left and not _has_ended(process, seconds):
-                wait_for_role(sweep.tag, left[0], process)
+                if wait_for_role(sweep.tag, left[0], process):
+                    seconds = chance.uniform(0, typical_seconds)
+                    _has_ended(process, seconds)
                 is_killed = left[0] in ("everything", "sweep")
                 sweep.kill(process, left[0], seconds, chance)
                 sweep.note_finished()
@@ -284,13 +286,16 @@ def sweep_under_kills(
     sweep.check()
 
 
-def wait_for_role(tag: str, victim: Victim, sweep: subprocess.Popen[bytes]) -> None:
-    """Until a sweep has such a process, or has ended."""
+def wait_for_role(tag: str, victim: Victim, sweep: subprocess.Popen[bytes]) -> bool:
+    """Whether there was no such process at once; back when there is one, or the sweep has ended."""
+    has_waited = False
     while victim not in ("everything", "sweep"):
         if victim in {name_role(pid) for pid in list_tagged(tag)}:
-            return
+            break
+        has_waited = True
         if _has_ended(sweep, _LOOK_SECONDS):
-            return
+            break
+    return has_waited
 
 
 def find_typical_seconds(references: Sequence[RunPaths]) -> float:
