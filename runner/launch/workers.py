@@ -33,8 +33,7 @@ class Workers:
         imports = self._imports[run.full_name] = self._find_imports(run)
         if imports is None:
             return None
-        key = WorkerKey(command.argv[:-3], tuple(sorted(command.environment.items())), imports)
-        return None if key in self._useless else key
+        return WorkerKey(command.argv[:-3], tuple(sorted(command.environment.items())), imports)
 
     def _find_imports(self, run: Launch) -> Imports | None:
         # A retry shares nothing with what it may have failed of.
@@ -56,7 +55,9 @@ class Workers:
         return None
 
     def start(self, key: WorkerKey, command: LaunchCommand) -> Worker | None:
-        """One that begins to import; None where it cannot be started."""
+        """One that begins to import; None where it cannot be started, or another one has failed."""
+        if key in self._useless:
+            return None
         try:
             return Worker.start(key, command)
         except OSError as error:
