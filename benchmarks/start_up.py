@@ -26,6 +26,10 @@ lies between two of these moments:
 `--imports` prints what the trainer's imports cost by package: own time of all modules below a name,
 from `python -X importtime`. Weights & Biases, bitsandbytes and DeepSpeed are hidden there as in a
 run.
+
+`--memory` prints the memory of a worker, and of a forked and of a cold trainer: the peak of each
+figure of `/proc/PID/smaps_rollup`, looked at five times a second. What two processes share counts
+half in each one's PSS, and is no longer private.
 """
 
 from __future__ import annotations
@@ -57,6 +61,7 @@ from small_runs import (
 
 from runner.errors import CorruptFileError
 from runner.files import load_json
+from runner.processes import OWNER_VARIABLE
 from runner.run.paths import RunPaths
 
 PHASES: Final = (
@@ -82,6 +87,71 @@ import runner.sft.train
 """
 
 Moment = tuple[float, float]  # CPU seconds of the tree, wall seconds
+
+
+# Of `smaps_rollup`, in the order of the table's columns.
+_MEMORY: Final = ("Rss", "Pss", "Private_Dirty")
+_LOOK_SECONDS: Final = 0.2
+
+
+class Memory:
+    """The peak memory of each role in a tree of processes: `role -> figure -> bytes`."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, dict[str, int]] = {}
+        self._next_look = 0.0
+
+    def look(self, pid: int) -> None:
+        """Note what is in use, if the last look is long enough ago not to cost much."""
+        if time.monotonic() < self._next_look:
+            return
+        whole = dict.fromkeys(_MEMORY, 0)
+        for descendant in list_descendants(pid):
+            try:
+                role = name_role(descendant)
+                figures = read_memory(descendant)
+            except OSError:  # it has ended
+                continue
+            self._note(role, figures)
+            whole = {name: whole[name] + figures[name] for name in _MEMORY}
+        self._note("all together", whole)
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+
+    def _note(self, role: str, figures: Mapping[str, int]) -> None:
+        peaks = self.peaks.setdefault(role, dict.fromkeys(_MEMORY, 0))
+        for name in _MEMORY:
+            peaks[name] = max(peaks[name], figures[name])
+
+    def build_table(self) -> list[str]:
+        """A row for each role, in MiB. The sum of what is resident counts shared pages twice."""
+        lines = ["| MiB at most | resident | PSS | private, dirty |", "|---|---:|---:|---:|"]
+        for role in sorted(self.peaks):
+            cells = [f"{self.peaks[role][name] / 2**20:.0f}" for name in _MEMORY]
+            if role == "all together":
+                cells[0] = ""
+            lines.append(f"| {role} | {' | '.join(cells)} |")
+        return lines
+
+
+def name_role(pid: int) -> str:
+    """What a process below a sweep is; `other` for the sweep and what it asks, such as git."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    if any(Path(word).name == "accelerate" for word in words[:3]):
+        return "launcher"
+    if "runner.sft" in words:
+        return "trainer, cold"
+    if "runner.sft.worker" not in words:
+        return "other"
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    is_worker = any(one.startswith(f"{OWNER_VARIABLE}=worker".encode()) for one in environment)
+    return "worker" if is_worker else "trainer, forked"
+
+
+def read_memory(pid: int) -> dict[str, int]:
+    """Bytes of a process, all its mappings summed by the kernel."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    rows = {words[0].rstrip(":"): int(words[1]) * 1024 for words in map(str.split, lines)}
+    return {name: rows[name] for name in _MEMORY}
 
 
 class Timeline:
@@ -251,6 +321,14 @@ def measure_sweep(grid: SmallGrid, folder: Path, *, is_cold: bool) -> list[str]:
     return build_table(cpu, wall)
 
 
+def measure_memory(grid: SmallGrid, folder: Path, *, is_cold: bool) -> list[str]:
+    """The table of one sweep's memory."""
+    memory, output_root = Memory(), folder / ("cold" if is_cold else "warm")
+    argv = build_sweep(grid, output_root, is_cold=is_cold)
+    measure(argv, folder, folder / "log.txt", watch=memory.look)
+    return memory.build_table()
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="one attempt by phase, in CPU and wall seconds")
@@ -258,6 +336,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=4, help="of the sweep, at least 2")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--imports", action="store_true", help="the imports by package, instead")
+    parser.add_argument("--memory", action="store_true", help="memory by role, instead")
     arguments = parser.parse_args()
     if arguments.runs < 2:
         parser.error("--runs must be at least 2: the first run is shown beside the others")
@@ -280,7 +359,8 @@ def main() -> None:
                 f"\n{'cold' if is_cold else 'warm'}, grid {grid.name}, {arguments.steps} steps,"
                 f" {arguments.runs} runs\n"
             )
-            print("\n".join(measure_sweep(grid, folder, is_cold=is_cold)), flush=True)
+            build = measure_memory if arguments.memory else measure_sweep
+            print("\n".join(build(grid, folder, is_cold=is_cold)), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,3 +149,28 @@ def test_table_of_phases_leaves_the_first_run_aside(scripts: dict[str, ModuleTyp
     table = start_up.build_table(runs, runs)
     assert table[2] == "| launcher | 1.00 | 9% | 1.00 | 2.00 |"
     assert table[-1] == f"| whole | {phases}.00 | 100% | {phases}.00 | {2 * phases}.00 |"
+
+
+def test_memory_is_told_apart_by_role(scripts: dict[str, ModuleType]) -> None:
+    start_up = scripts["start_up"]
+    named = ["bash", "-c", "read", "runner.sft.worker"]
+    owners = {"RUNNER_OWNER": "worker of process 1...."}, {"RUNNER_OWNER": "1.2@/runs/a:1"}
+    processes = [
+        subprocess.Popen(named, stdin=subprocess.PIPE, env={**os.environ, **owner})
+        for owner in owners
+    ]
+    try:
+        for process in processes:  # until each is no longer the fork that it began as
+            while b"runner.sft.worker" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                pass
+        memory = start_up.Memory()
+        memory.look(os.getpid())
+    finally:
+        for process in processes:
+            process.communicate()
+    assert {"worker", "trainer, forked", "all together"} <= memory.peaks.keys()
+    figures = memory.peaks["worker"]
+    assert 0 < figures["Private_Dirty"] <= figures["Pss"] <= figures["Rss"]
+    assert memory.peaks["all together"]["Pss"] >= figures["Pss"]
+    rows = [line.split(" | ")[0] for line in memory.build_table()[2:]]
+    assert rows == [f"| {role}" for role in sorted(memory.peaks)]

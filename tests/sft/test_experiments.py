@@ -306,12 +306,27 @@ def test_it_keeps_the_checkpoints_that_the_recipe_asks_for(finished: Finished) -
         assert with_optimizer == (set(kept) if checkpoints.save_optimizer else {num_steps})
 
 
-@pytest.mark.parametrize("finished", ["oasst_phi2", "sst2"], indirect=True)
-def test_it_ended_as_a_run_that_was_left_alone(finished: Finished) -> None:
-    """QLoRA under a paged optimizer with archives; and checkpoints of which only the newest has its
-    optimizer state.
-    """
-    assert_same_outputs(finished.paths, launch(finished.project, "left-alone", *finished.overrides))
+# QLoRA under a paged optimizer with archives; checkpoints of which only the newest has its
+# optimizer state; and, each time, what a worker has imported for it beside what a launch has.
+@pytest.mark.parametrize(
+    "finished",
+    [
+        pytest.param(name, marks=() if name in ("oasst_phi2", "sst2") else pytest.mark.torture)
+        for name in EXPERIMENTS
+    ],
+    indirect=True,
+)
+def test_it_ended_as_a_run_that_a_sweep_left_alone(finished: Finished) -> None:
+    """That one is started warm where it can be, so not under DeepSpeed."""
+    project = finished.project
+    recipe = project.write_recipe("left-alone.yaml", *finished.overrides)
+    swept = project.cli("sweep", recipe)
+    assert swept.returncode == 0, swept.stderr
+    paths = project.paths("left-alone")
+    is_warm = finished.experiment.forced != ON_TWO_RANKS
+    assert [one["started"] for one in read_attempts(paths)] == ["warm" if is_warm else "cold"]
+    assert [one["started"] for one in read_attempts(finished.paths)] == ["cold", "cold"]
+    assert_same_outputs(finished.paths, paths)
 
 
 def test_its_export_loads_again_and_is_another_model_than_the_base(finished: Finished) -> None:

@@ -33,4 +33,5 @@ def test_a_requeued_run_ends_with_the_same_bits(shared_slurm: LocalSlurm, projec
         "preempted",
         None,
     ]
+    assert [one["started"] for one in read_attempts(paths)] == ["cold", "cold"]
     assert_same_outputs(paths, reference)

@@ -113,11 +113,13 @@ def wait_for_steps(
 
 
 def find_processes(runner_pid: int) -> dict[str, int]:
-    """The process ids of the launcher and of each rank below `runner`: `launcher`, `0`, `1`."""
+    """The process ids of the launcher, of the worker of a warm start, and of each rank below
+    `runner`: `launcher`, `worker`, `0`, `1`.
+    """
     found = {}
     for pid in list_descendants(runner_pid):
-        role = name_role(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"))
-        if role == "worker":
+        role = name_role(pid)
+        if role == "trainer":
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             role = next((one[5:].decode() for one in environment if one.startswith(b"RANK=")), "0")
         found[role] = pid
@@ -218,8 +220,13 @@ SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGUSR1)
 
 @pytest.mark.torture
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("victim", ["sweep", "launcher", "worker"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("ranks", "victim"),
+    [
+        *((1, victim) for victim in ("sweep", "launcher", "worker", "trainer")),
+        *((2, victim) for victim in ("sweep", "launcher", "trainer")),
+    ],
+)
 def test_any_signal_to_any_process_leaves_nothing_alive_and_no_trace(
     workplace: Project,
     request: pytest.FixtureRequest,
@@ -235,15 +242,11 @@ def test_any_signal_to_any_process_leaves_nothing_alive_and_no_trace(
     )
     # Behind the first checkpoint, of step 4: SIGKILL leaves no other.
     with started_in_training(workplace, paths, "sweep", str(recipe), steps=6) as process:
-        found = find_processes(process.pid)
+        found, last_rank = find_processes(process.pid), str(ranks - 1)
         pidfds = [os.pidfd_open(pid) for pid in list_descendants(process.pid)]
         assert sum(role.isdecimal() for role in found) == ranks and list_owned(paths)
-        os.kill(
-            {"sweep": process.pid, "launcher": found["launcher"], "worker": found[str(ranks - 1)]}[
-                victim
-            ],
-            number,
-        )
+        role = last_rank if victim == "trainer" else victim
+        os.kill(process.pid if victim == "sweep" else found[role], number)
         status = process.wait(DEADLINE_SECONDS)
     assert_dies(pidfds, seconds=10)
     assert list_owned(paths) == []
@@ -264,6 +267,8 @@ def test_any_signal_to_any_process_leaves_nothing_alive_and_no_trace(
     assert (
         len(read_attempts(paths)) == 2
         and last["failure"] is None
+        and first["started"] == ("warm" if ranks == 1 else "cold")
+        and last["started"] == ("cold" if last["retry"] else first["started"])
         and "resuming from step" in read_log(paths)
     )
     print(

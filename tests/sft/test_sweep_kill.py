@@ -8,13 +8,20 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import pytest
 
 from runner.run.paths import RunPaths
 from tests.conftest import Project
-from tests.support.killed_sweeps import KilledSweep, Run, Victim, choose_seed, sweep_under_kills
+from tests.support.killed_sweeps import (
+    VICTIMS,
+    KilledSweep,
+    Run,
+    Victim,
+    choose_seed,
+    sweep_under_kills,
+)
 from tests.support.training_runs import RUNS, add_what_runs_need, read_attempts
 
 # LoRA and full fine-tunes, both losses, one that stops early, one that is archived, one that
@@ -55,7 +62,9 @@ def test_a_sweep_killed_at_random_moments_ends_as_one_left_alone(finished: Proje
     sweep = KilledSweep(
         finished, finished.root / "killed", list_runs(finished, "recipes", "killed", "runs")
     )
-    sweep_under_kills(sweep, num_kills=5, spread=1.5, chance=random.Random(seed))
+    chance = random.Random(seed)
+    victims = chance.sample(VICTIMS["warm"], k=5)
+    sweep_under_kills(sweep, victims, spread=2.0, chance=chance)
     print("\n".join(sweep.render_kills()))
     assert sweep.kills, "it was done before the first kill"
     recipes = [str(run.recipe_path) for run in sweep.runs]
@@ -80,34 +89,40 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory, workplace: Project) -> 
 @pytest.mark.torture
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("victim", "num_kills", "spread"),
+    ("mode", "wanted", "num_kills", "spread"),
     [
-        ("everything", int(os.environ.get("KILLS", "30")), 1.3),
-        ("sweep", 8, 1.3),
-        ("launcher", 12, 0.7),
-        ("worker", 12, 0.7),
+        ("warm", "any", int(os.environ.get("KILLS", "30")), 2.2),
+        ("cold", "any", 12, 1.3),
+        ("warm", "everything", 10, 2.2),
+        ("warm", "worker", 10, 1.5),
+        ("warm", "trainer", 10, 1.5),
     ],
 )
 def test_sweeps_killed_many_times(
-    left_alone: Project, victim: Victim, num_kills: int, spread: float, tell: Tell
+    left_alone: Project,
+    mode: str,
+    wanted: Victim | Literal["any"],
+    num_kills: int,
+    spread: float,
+    tell: Tell,
 ) -> None:
     """As many sweeps as it takes for so many kills; after each third one, what goes on is a copy of
     the files.
     """
     seed, sweeps = choose_seed(), []
-    chance, lines = random.Random(seed), [f"SIGKILL to {victim}, KILL_SEED={seed}"]
+    chance, lines = random.Random(seed), [f"SIGKILL to {wanted}, {mode}, KILL_SEED={seed}"]
+    among = VICTIMS[mode] if wanted == "any" else (wanted,)
+    victims = [chance.choice(among) for _ in range(num_kills)]
     try:
         while (num_done := sum(len(sweep.kills) for sweep in sweeps)) < num_kills:
-            root = f"killed-{victim}-{len(sweeps) + 1}"
-            sweep = KilledSweep(
-                left_alone, left_alone.root / root, list_runs(left_alone, "long", root, "alone")
-            )
+            root = f"killed-{mode}-{wanted}-{len(sweeps) + 1}"
+            runs = list_runs(left_alone, "long", root, "alone")
+            sweep = KilledSweep(left_alone, left_alone.root / root, runs, mode == "cold")
             sweeps.append(sweep)
-            is_whole = victim == "everything"
-            sweep_under_kills(sweep, num_kills - num_done, spread, chance, victim, moves=is_whole)
+            sweep_under_kills(sweep, victims[num_done:], spread, chance, moves=True)
     finally:
         names = "  ".join(f"{name:<25}" for name in NAMES)
-        lines.append(f"{'kill':>4}  {'after':>9}  {'whom':<31}  {names}".rstrip())
+        lines.append(f"{'kill':>4}  {'after':>9}  {'whom':<40}  {names}".rstrip())
         for sweep in sweeps:
             num_before = sum(len(other.kills) for other in sweeps[: sweeps.index(sweep)])
             lines += sweep.render_kills(num_before + 1)

@@ -20,18 +20,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from runner.processes import OWNER_VARIABLE
 from runner.run.lease import is_leased
 from runner.run.paths import RunPaths, marker_path
 from runner.run.record import load_progress, load_record, load_result
 from tests.conftest import RUNNER, Project, build_environment
-from tests.support.training_runs import assert_same_outputs, read_attempts, snapshot
+from tests.support.training_runs import (
+    assert_same_outputs,
+    list_descendants,
+    read_attempts,
+    snapshot,
+)
 
-Victim = Literal["everything", "sweep", "launcher", "worker"]
+Victim = Literal["everything", "sweep", "launcher", "worker", "trainer"]
+
+# A sweep that starts each run anew has no workers.
+VICTIMS: Final[dict[str, tuple[Victim, ...]]] = {
+    "warm": ("everything", "sweep", "launcher", "worker", "trainer"),
+    "cold": ("everything", "sweep", "launcher", "trainer"),
+}
 
 # In the environment of a sweep, so in that of everything below it, whoever has become its parent.
 _TAG: Final = "SWEEP_UNDER_KILLS"
 _DEATH_SECONDS: Final = 20.0  # what a process may take to follow its parent on a busy machine
 _SWEEP_SECONDS: Final = 900.0
+_LOOK_SECONDS: Final = 0.05  # between two looks for a process that is to be killed
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,8 @@ class Kill:
     """One kill: when, whom, and where each run stood (run name -> words, number of attempts)."""
 
     seconds: float  # after the sweep was started
-    victims: str
+    victim: Victim
+    killed: str  # how many of which role
     stood: dict[str, tuple[str, int]]
 
 
@@ -63,6 +77,7 @@ class KilledSweep:
     project: Project
     output_root: Path
     runs: Sequence[Run]
+    is_cold: bool = False
     kills: list[Kill] = field(default_factory=list)
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
     is_checked: bool = False
@@ -71,6 +86,7 @@ class KilledSweep:
     def start(self) -> subprocess.Popen[bytes]:
         """`runner sweep`, with two slots; what it prints goes to a file beside its output."""
         command = [RUNNER, "sweep", *(run.recipe_path for run in self.runs), "--slots", "2"]
+        command += ["--cold"] if self.is_cold else []
         with self.printed_path.open("ab") as printed:
             return subprocess.Popen(
                 [*map(str, command), "--output-root", str(self.output_root)],
@@ -91,35 +107,29 @@ class KilledSweep:
         """SIGKILL for some or all of the sweep's processes; waits until what must follow them is
         gone.
         """
-        found = list_tagged(self.tag)
-        if victim in ("launcher", "worker"):
-            wanted = sorted(
-                pid for pid, argv in found.items() if pid != sweep.pid and name_role(argv) == victim
-            )
-            doomed = [chance.choice(wanted)] if wanted else []
-        else:
-            doomed = [sweep.pid] if victim == "sweep" else sorted(found)
-        names = [name_role(found.get(pid, [])) if pid != sweep.pid else "sweep" for pid in doomed]
+        roles = {pid: name_role(pid) for pid in list_tagged(self.tag)} | {sweep.pid: "sweep"}
+        doomed = sorted(roles)
+        if victim != "everything":
+            doomed = [pid for pid in doomed if roles[pid] == victim]
+            doomed = [chance.choice(doomed)] if doomed else []
+        names = [roles[pid] for pid in doomed]
         pidfds = [pidfd for pid in doomed if (pidfd := _open_pidfd(pid)) is not None]
+        followers = [pidfd for pid in doomed for pidfd in _open_descendants(pid)]
         # Opened before the first is killed: none can take another with it and free its number.
         for pidfd in pidfds:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        for pidfd in pidfds:
+        for pidfd in [*pidfds, *followers]:
             assert select.select([pidfd], [], [], _DEATH_SECONDS)[0], (
-                "a killed process is still there"
+                f"a process outlived the kill of {victim}"
             )
             os.close(pidfd)
         if victim in ("everything", "sweep"):
             sweep.wait()
             assert_nothing_alive(self.tag)
-        victims = (
-            ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
-            or "nobody there"
-        )
-        self.kills.append(
-            Kill(seconds, victims, {run.name: describe(run.paths) for run in self.runs})
-        )
+        killed = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+        stood = {run.name: describe(run.paths) for run in self.runs}
+        self.kills.append(Kill(seconds, victim, killed or "nobody there", stood))
 
     def note_finished(self) -> None:
         """Remember the runs that are complete and left alone: from now on, not one of their files
@@ -166,7 +176,30 @@ class KilledSweep:
                 assert snapshot_finished(run.paths) == self._finished[run.name], (
                     f"{run.name} was touched again"
                 )
+        self.check_starts()
         self.is_checked = True
+
+    def check_starts(self) -> None:
+        """Attempts started as they were meant to: a sweep that falls back on cold starts without a
+        reason would show nothing about workers.
+
+        The reason is a worker that was killed before it had imported everything.
+        """
+        num_warm, num_cold = self.count_starts()
+        if self.is_cold:
+            assert num_warm == 0
+            return
+        num_workers_killed = sum(kill.victim in ("launcher", "worker") for kill in self.kills)
+        num_given_up = self.printed_path.read_text().count("runs start cold, as there is no worker")
+        assert num_given_up <= num_workers_killed, self.printed_path.read_text()
+        assert num_warm >= 1 and (num_cold == 0 or num_given_up > 0), (num_warm, num_cold)
+
+    def count_starts(self) -> tuple[int, int]:
+        """How many attempts were started warm, and how many cold."""
+        started = [
+            attempt.started for run in self.runs for attempt in load_record(run.paths).attempts
+        ]
+        return started.count("warm"), started.count("cold")
 
     def render_kills(self, first_number: int = 1) -> list[str]:
         """One line per kill: where each run stood and, behind the arrow, what its next attempt went
@@ -178,23 +211,22 @@ class KilledSweep:
                 f"{self._render_stood(run, *kill.stood[run.name]):<25}" for run in self.runs
             )
             lines.append(
-                f"{number:>4}  {kill.seconds:>7.2f} s  {kill.victims:<31}  {stood}".rstrip()
+                f"{number:>4}  {kill.seconds:>7.2f} s  {kill.killed:<40}  {stood}".rstrip()
             )
         return lines
 
     def summarize(self) -> str:
         """What there was after the last start, in a line; `check` has shown the rest."""
-        attempts = sum(
-            len(read_attempts(run.paths)) for run in self.runs if run.paths.record_path.exists()
-        )
+        num_warm, num_cold = self.count_starts()
         results = sum(run.paths.result_path.exists() for run in self.runs)
         aside = sum(len(list(run.paths.quarantine_dir.glob("*"))) for run in self.runs)
         verdict = (
             "each once, every output bit-identical" if self.is_checked else "NOT AS LEFT ALONE"
         )
         return (
-            f"{self.output_root.name}: {len(self.kills)} kills, {attempts} attempts, {results} of"
-            f" {len(self.runs)} runs completed, {aside} unfinished checkpoints set aside: {verdict}"
+            f"{self.output_root.name}: {len(self.kills)} kills, {num_warm} attempts started warm,"
+            f" {num_cold} cold, {results} of {len(self.runs)} runs completed, {aside} unfinished"
+            f" checkpoints set aside: {verdict}"
         )
 
     def _render_stood(self, run: Run, words: str, num_attempts: int) -> str:
@@ -208,47 +240,62 @@ class KilledSweep:
 
 def sweep_under_kills(
     sweep: KilledSweep,
-    num_kills: int,
+    victims: Sequence[Victim],
     spread: float,
     chance: random.Random,
-    victim: Victim = "everything",
     *,
     moves: bool = False,
 ) -> None:
-    """Start the sweep again and again until it is done, after at most so many kills, and `check`
-    it.
+    """Start the sweep again and again until it is done, with at most as many kills as there are
+    victims, and `check` it.
 
     The moments of the kills are drawn evenly between the start and `spread` times what an attempt
-    took that was left alone, on this machine and as busy as it is now.
+    took that was left alone, on this machine and as busy as it is now. Where there is no such
+    process, its moment is drawn anew from when there is one.
     """
-    longest_seconds = spread * find_typical_seconds([run.reference for run in sweep.runs])
-    process = sweep.start()
+    typical_seconds = find_typical_seconds([run.reference for run in sweep.runs])
+    process, is_killed = sweep.start(), False
     try:
         while True:
-            seconds = chance.uniform(0, longest_seconds)
-            if len(sweep.kills) < num_kills and not _has_ended(process, seconds):
-                sweep.kill(process, victim, seconds, chance)
+            left, seconds = victims[len(sweep.kills) :], chance.uniform(0, spread * typical_seconds)
+            if left and not _has_ended(process, seconds):
+                if wait_for_role(sweep.tag, left[0], process):
+                    seconds = chance.uniform(0, typical_seconds)
+                    _has_ended(process, seconds)
+                is_killed = left[0] in ("everything", "sweep")
+                sweep.kill(process, left[0], seconds, chance)
                 sweep.note_finished()
-            elif len(sweep.kills) >= num_kills and not _has_ended(process, _SWEEP_SECONDS):
+            elif not left and not _has_ended(process, _SWEEP_SECONDS):
                 raise AssertionError(f"the sweep does not end:\n{sweep.printed_path.read_text()}")
             if process.poll() is None:
-                continue  # a launcher or a worker was killed: the sweep goes on with the others
+                continue  # something below it was killed: the sweep goes on with the others
             if process.returncode == 0:
                 break
-            # A sweep that lost a worker says so and asks to be started again; what was killed says
+            # A sweep that lost a trainer says so and asks to be started again; what was killed says
             # nothing.
-            assert process.returncode == (
-                1 if victim in ("launcher", "worker") else -signal.SIGKILL
-            ), sweep.printed_path.read_text()
+            expected = -signal.SIGKILL if is_killed else 1
+            assert process.returncode == expected, sweep.printed_path.read_text()
             if moves and len(sweep.kills) % 3 == 0:
                 sweep.move()
-            process = sweep.start()
+            process, is_killed = sweep.start(), False
     finally:
         for pid in list_tagged(sweep.tag):  # only after a failure
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
     sweep.check()
+
+
+def wait_for_role(tag: str, victim: Victim, sweep: subprocess.Popen[bytes]) -> bool:
+    """Whether there was no such process at once; back when there is one, or the sweep has ended."""
+    has_waited = False
+    while victim not in ("everything", "sweep"):
+        if victim in {name_role(pid) for pid in list_tagged(tag)}:
+            break
+        has_waited = True
+        if _has_ended(sweep, _LOOK_SECONDS):
+            break
+    return has_waited
 
 
 def find_typical_seconds(references: Sequence[RunPaths]) -> float:
@@ -276,11 +323,23 @@ def list_tagged(tag: str) -> dict[int, list[str]]:
     return found
 
 
-def name_role(argv: Sequence[str]) -> str:
-    """What a process below a sweep is, from its argv."""
+def name_role(pid: int) -> str:
+    """What a process below a sweep is: `launcher`, of an attempt or of a worker, `worker`,
+    `trainer`, or `other`; empty once it is gone.
+
+    A trainer that was forked has the command line of its worker, and another owner.
+    """
+    try:
+        argv = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return ""
     if any(Path(word).name == "accelerate" for word in argv[:3]):
         return "launcher"
-    return "worker" if "runner.sft" in argv else "other"
+    is_worker = any(one.startswith(f"{OWNER_VARIABLE}=worker of ".encode()) for one in environment)
+    if "runner.sft.worker" in argv:
+        return "worker" if is_worker else "trainer"
+    return "trainer" if "runner.sft" in argv else "other"
 
 
 def assert_nothing_alive(tag: str) -> None:
@@ -362,6 +421,13 @@ def _open_pidfd(pid: int) -> int | None:
     with suppress(ProcessLookupError):
         return os.pidfd_open(pid)
     return None
+
+
+def _open_descendants(pid: int) -> list[int]:
+    with suppress(OSError):  # one of them has ended meanwhile
+        found = [_open_pidfd(below) for below in list_descendants(pid)]
+        return [pidfd for pidfd in found if pidfd is not None]
+    return []
 
 
 def _read_text(path: Path) -> str:

@@ -209,8 +209,15 @@ def try_launch_killed_at(
 @contextmanager
 def started(project: Project, name: str, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
     """A launched run while it runs; what is left of it is killed in the end."""
+    with started_by(project, *launch_arguments(name, overrides)) as process:
+        yield process
+
+
+@contextmanager
+def started_by(project: Project, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`runner ARGUMENTS` while it runs; what is left of it is killed in the end."""
     process = subprocess.Popen(
-        [str(RUNNER), *launch_arguments(name, overrides)],
+        [str(RUNNER), *arguments],
         cwd=project.root,
         env=build_environment(),
         stdin=subprocess.DEVNULL,

@@ -1,0 +1,99 @@
+"""Runs that a sweep forks from a worker, beside runs that were started alone: by `launch`, or by
+hand with the command that was recorded.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+
+import pytest
+
+from runner.run.paths import RunPaths, marker_path
+from tests.conftest import Project, build_environment
+from tests.support.training_runs import (
+    RUNS,
+    assert_same_outputs,
+    kill_launcher,
+    launch,
+    launch_killed_at,
+    list_files,
+    read_attempts,
+    read_log,
+    started_by,
+    wait_for_path,
+)
+
+pytestmark = pytest.mark.slow
+
+NAME = "gemma-lora"
+
+
+def list_starts(paths: RunPaths) -> list[str]:
+    return [attempt["started"] for attempt in read_attempts(paths)]
+
+
+def read_all(paths: RunPaths) -> dict[str, bytes]:
+    """Every file of a run but what differs between any two attempts: their records, their folders,
+    and the lease.
+    """
+    return {
+        str(path.relative_to(paths.run_dir)): path.read_bytes()
+        for path in list_files(paths.run_dir)
+        if path not in (paths.record_path, paths.lease_path)
+        and paths.attempts_dir not in path.parents
+    }
+
+
+def test_the_recorded_command_run_by_hand_gives_the_same_bytes(finished: Project) -> None:
+    """Unchanged, in a shell, from the same folder: the run of the sweep is moved out of its way."""
+    recipe = finished.write_recipe("by-hand.yaml", *RUNS[NAME])
+    done = finished.cli("sweep", recipe, "--output-root", "hand")
+    assert done.returncode == 0, done.stderr
+    paths = RunPaths(finished.root / "hand" / "tests" / "by-hand")
+    assert list_starts(paths) == ["warm"]
+    [attempt] = read_attempts(paths)
+    forked = read_all(paths)
+    (finished.root / "hand").rename(finished.root / "hand-forked")
+
+    prepared = finished.cli("launch", recipe, "--output-root", "hand", "--prepare")
+    assert prepared.returncode == 0 and not paths.result_path.exists(), prepared.stderr
+    words = [f"{name}={value}" for name, value in attempt["environment"].items()]
+    typed = subprocess.run(
+        ["bash", "-c", shlex.join(["env", *words, *attempt["command"]])],
+        cwd=finished.root,
+        env=build_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert typed.returncode == 0, typed.stderr
+    by_hand = read_all(paths)
+    assert by_hand.keys() == forked.keys()
+    assert [name for name in forked if by_hand[name] != forked[name]] == []
+
+
+def test_what_was_forked_and_killed_goes_on_cold(finished: Project) -> None:
+    """With the sweep everything below it is gone: launcher, worker and trainer."""
+    paths = finished.paths("forked-then-cold")
+    recipe = finished.write_recipe("warm/forked-then-cold.yaml", *RUNS[NAME])
+    with started_by(finished, "sweep", str(recipe)) as process:
+        wait_for_path(marker_path(paths.checkpoint_dir(4)), process)
+        kill_launcher(process)
+    assert not paths.result_path.exists()
+    launch(finished, "forked-then-cold", *RUNS[NAME])
+    assert list_starts(paths) == ["warm", "cold"] and "resuming from step" in read_log(paths)
+    assert_same_outputs(paths, finished.paths(NAME))
+
+
+def test_what_was_killed_cold_goes_on_forked(finished: Project) -> None:
+    name = "cold-then-forked"
+    recipe = finished.write_recipe(f"warm/{name}.yaml", *RUNS[NAME])
+    paths = launch_killed_at(
+        finished, name, *RUNS[NAME], event="os.rename", path="step-8/COMMITTED.json"
+    )
+    done = finished.cli("sweep", recipe)
+    assert done.returncode == 0, done.stderr
+    assert list_starts(paths) == ["cold", "warm"] and "resuming from step 4" in read_log(paths)
+    assert_same_outputs(paths, finished.paths(NAME))
