@@ -183,11 +183,7 @@ class _Pool:
         )
 
     def take_up_due(self) -> None:
-        """Put the runs whose time to wait is over in front of those that never began; end what
-        waits when nothing more is to start.
-        """
-        if self.is_given_up():
-            self._end_starting()
+        """Put the runs whose time to wait is over in front of those that never began."""
         now = time.monotonic()
         ended = [one for one in self.later if self.is_given_up() or _is_stopped(one)]
         due = [one for one in self.later if one.due_at <= now and one not in ended]
@@ -367,14 +363,6 @@ class _Pool:
                         f"{why}, and at once by {signal.Signals(self.signals.received[-1]).name}"
                     )
             self.wait()
-
-    def _end_starting(self) -> None:
-        """End the workers that still import: their runs are not started."""
-        for run, worker, _ in self.starting.values():
-            self.selector.unregister(worker)
-            worker.end()
-            self.waiting.append(run)
-        self.starting = {}
 
     def finish(self, pidfd: int) -> None:
         """Close the record of a run whose process has ended."""

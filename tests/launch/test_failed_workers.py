@@ -12,7 +12,7 @@ __all__ = ["fake"]
 
 def test_a_worker_that_lives_goes_on_when_another_one_has_failed(fake: FakeLauncher) -> None:
     said: list[str] = []
-    workers = Workers(said.append, is_cold=False)
+    workers = Workers(said.append, are_wanted=True)
     key, command = WorkerKey(("accelerate", "launch"), (), Imports("", ())), LaunchCommand((), {})
     living = workers.start(key, command)
     assert living is not None and workers.begin(living)
