@@ -404,7 +404,7 @@ def run_with_change(
     sweep = subprocess.Popen(
         [sys.executable, "-m", "runner", "sweep", "recipes/toy"],
         cwd=fake.root,
-        env={**fake.environment, "PYTHONPATH": str(path)},
+        env={**fake.environment, "PYTHONPATH": f"{path}:{ROOT}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
