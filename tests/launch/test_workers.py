@@ -18,14 +18,16 @@ from typing import Final
 import pytest
 
 from runner.cli.main import main
-from runner.launch.command import LaunchCommand
+from runner.launch.command import LaunchCommand, Placement
+from runner.launch.pool import build_command
 from runner.launch.worker import Imports, WorkerKey
 from runner.launch.workers import Workers
+from runner.plan.decide import Launch
+from runner.plan.select import select_recipes
 from runner.processes import find_processes_of
 from runner.run.lease import is_leased
 from tests.conftest import ROOT
 from tests.support.fake_launcher import (
-    PATIENCE_SECONDS,
     FakeLauncher,
     fake,
     finish,
@@ -65,14 +67,6 @@ def assert_all_dead(fake: FakeLauncher, pidfds: list[int]) -> None:
     assert find_processes_of(lambda owner: str(fake.root) in owner) == []
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """For what nobody tells by a pipe."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
-
-
 def add_wandb(fake: FakeLauncher, name: str, told: str) -> None:
     """A run that needs another worker than the others: one with Weights & Biases."""
     fake.add(name, told=told)
@@ -100,7 +94,9 @@ def test_a_sweep_forks_its_runs_from_one_worker(
         assert event["is_stdin_the_lease"]
         assert attempt["environment"].items() <= event["environment"].items()
         log = fake.paths(name).attempt(1).log_path.read_text()
-        assert "while its worker imported the libraries:\n  | the fake imports\n" in log
+        imports = [*attempt["command"][1:-2], "runner.sft.worker", "wandb bitsandbytes deepspeed"]
+        said = f"  | the fake imports {' '.join(imports)}\n"
+        assert f"while its worker imported the libraries:\n{said}" in log
         assert "the fake was told to complete" in log
     assert "worker" not in capsys.readouterr().err
     assert not any(map(is_alive, fake.workers()))
@@ -165,6 +161,25 @@ def test_no_worker_is_kept_for_a_retry(fake: FakeLauncher) -> None:
     assert finish(sweep)[0] == 130
 
 
+def test_runs_with_the_same_command_and_environment_have_the_same_worker(
+    fake: FakeLauncher,
+) -> None:
+    fake.add("a", "b")
+    add_wandb(fake, "c", told="complete")
+    selected = select_recipes(["recipes/toy"], fake.root / "runs")
+    a, b, c = (Launch(one, {}, 1) for one in selected)
+    workers = Workers(print, are_wanted=True)
+
+    def find_key(run: Launch, gpu: str = "0") -> WorkerKey | None:
+        return workers.find_key(run, build_command(run, Placement(1, (gpu,))))
+
+    key = find_key(a)
+    assert key is not None and key == find_key(b)
+    assert key not in (find_key(c), find_key(a, gpu="1"))
+    (fake.root / "cpu.yaml").write_text("use_cpu: true\nmixed_precision: bf16\n")
+    assert find_key(a) not in (key, None), "what it was started with is not what holds now"
+
+
 def test_each_slot_has_a_worker(fake: FakeLauncher) -> None:
     fake.add("a", "b", told="wait")
     fake.add("c", "d")
@@ -222,7 +237,7 @@ def test_a_worker_that_is_killed_while_it_imports_costs_no_run(fake: FakeLaunche
 def test_a_worker_that_never_has_imported_everything_is_ended(fake: FakeLauncher) -> None:
     fake.tell("worker", "hang")
     said: list[str] = []
-    workers = Workers(said.append, is_cold=False)
+    workers = Workers(said.append, are_wanted=True)
     key = WorkerKey(("accelerate", "launch"), (), Imports("", ()))
     worker = workers.start(key, LaunchCommand((), {}))
     assert worker is not None and not worker.is_overdue(time.monotonic())
@@ -233,19 +248,21 @@ def test_a_worker_that_never_has_imported_everything_is_ended(fake: FakeLauncher
     assert said == [f"{COLD}its imports have taken more than 900 s"]
 
 
-def test_a_worker_that_cannot_fork_is_no_loss(
-    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [("cannot fork", "[Errno 11] Resource temporarily unavailable"), ("die", "")],
+)
+def test_a_run_starts_cold_in_the_same_attempt_when_its_worker_fails(
+    told: str, why: str, fake: FakeLauncher
 ) -> None:
-    fake.add("a", retries=AT_ONCE)
-    fake.add("b")
-    fake.tell("worker", "cannot fork\nthen serve")
+    fake.add("a", "b")
+    fake.tell("worker", f"{told}\nthen serve")
     assert main(["sweep", "recipes/toy"]) == 0
-    assert list_starts(fake, "a") == [("warm", "transient"), ("cold", None)]
-    message = fake.attempts("a")[0]["failure"]["message"]
-    assert re.fullmatch(r"it cannot be started: .*Resource temporarily unavailable", message)
-    assert list_starts(fake, "b") == [("warm", None)]
-    assert not is_leased(fake.paths("a").lease_path)
-    assert "toy/a  transient: " in capsys.readouterr().err
+    assert list_starts(fake, "a") == [("cold", None)]
+    log = fake.paths("a").attempt(1).log_path.read_text()
+    assert f"\nstarting cold, as its worker could not fork it: {why}" in log
+    assert "the fake was told to complete" in log
+    assert list_starts(fake, "b") == [("warm", None)] and fake.started() == ["a", "b"]
 
 
 # --- kills ---
@@ -302,16 +319,12 @@ def test_an_idle_worker_that_is_killed_is_replaced(fake: FakeLauncher) -> None:
     assert list_starts(fake, "c") == [("warm", None)] and len(fake.workers()) == 3
 
 
-def test_a_worker_that_is_killed_while_it_forks_is_no_loss(fake: FakeLauncher) -> None:
+def test_an_idle_worker_that_is_stopped_is_continued(fake: FakeLauncher) -> None:
     sweep, worker = start_with_idle_worker(fake)
     os.kill(worker, signal.SIGSTOP)
     fake.let_go("b")
-    wait_until(fake.paths("c").record_path.exists, "it is not asked")
-    os.kill(worker, signal.SIGKILL)
-    code, _, stderr = finish(sweep)
-    assert code == 0, stderr
-    assert list_starts(fake, "c") == [("warm", "transient"), ("cold", None)]
-    assert fake.started() == ["a", "b", "c"]
+    assert finish(sweep)[0] == 0
+    assert list_starts(fake, "c") == [("warm", None)] and len(fake.workers()) == 2
 
 
 def test_a_sweep_that_is_killed_while_a_worker_imports_leaves_nothing(fake: FakeLauncher) -> None:
@@ -368,15 +381,21 @@ def test_what_a_child_leaves_is_ended(words: str, fake: FakeLauncher) -> None:
 
 
 def test_a_stop_while_a_worker_imports_starts_nothing(fake: FakeLauncher) -> None:
-    fake.add("a", "b")
-    fake.tell("worker", "hang")
-    sweep = fake.start("sweep", "recipes/toy")
-    pidfds = watch(fake.next_started()[1])
+    """And the worker is gone before those that run have left."""
+    fake.add("a", "b", told="wait")
+    fake.tell("worker", "serve\nthen hang")
+    sweep = fake.start("sweep", "recipes/toy", "--slots", "2")
+    pids = dict(fake.next_started() for _ in range(2))
+    pidfds = watch(*fake.workers())
     sweep.send_signal(signal.SIGINT)
+    wait_until_dead(os.pidfd_open(pids.pop("worker")))
+    [name] = pids
+    fake.let_go(name)
     code, _, stderr = finish(sweep)
     assert code == 130 and "goes on from the newest checkpoints" in stderr
     assert_all_dead(fake, pidfds)
-    assert fake.started() == [] and not fake.paths("a").run_dir.exists()
+    assert fake.started() == [name]
+    assert not fake.paths("b" if name == "a" else "a").run_dir.exists()
 
 
 def test_fail_fast_does_not_wait_for_a_worker(fake: FakeLauncher) -> None:
@@ -437,6 +456,6 @@ def test_a_library_that_is_installed_meanwhile_is_said(fake: FakeLauncher) -> No
     code, _, stderr = run_with_change(fake, install, info.parent)
     assert code == 0, stderr
     assert re.search(r"a new worker starts: trl \S+ -> 999 has been installed meanwhile\n", stderr)
-    assert re.search(rf"{COLD}trl 999 -> \S+ has been installed meanwhile\n", stderr)
+    assert re.search(rf"{COLD}it has other versions than the sweep: trl \S+ -> 999\n", stderr)
     assert list_starts(fake, "b") == [("cold", None)] and len(fake.workers()) == 2
     assert fake.attempts("b")[0]["versions"]["trl"] == "999"

@@ -93,12 +93,14 @@ if is_worker():
             raise BlockingIOError(11, "Resource temporarily unavailable")
 
         os.fork = fork
+    elif told == "die":
+        os.fork = lambda: os.kill(os.getpid(), signal.SIGKILL)
     elif told == "grow":
         kept = []
         os.register_at_fork(after_in_parent=lambda: kept.append(b"x" * 2**26))
     elif told != "serve":
         why_not = told
-    print("the fake imports", file=sys.stderr)
+    print("the fake imports", *sys.argv[1:], file=sys.stderr)
     versions = json.loads(os.environ["FAKE_VERSIONS"])
     served = serve(take_control(), {{"versions": versions, "why_not": why_not}})
     if served is None:
