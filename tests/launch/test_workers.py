@@ -103,19 +103,23 @@ def test_a_sweep_forks_its_runs_from_one_worker(
 
 
 def test_what_cannot_be_forked_starts_cold(fake: FakeLauncher) -> None:
-    fake.add("several", num_processes=2)
-    for config in ("deepspeed_config: {zero_stage: 1}", "distributed_type: MULTI_GPU", "", "["):
-        name = f"config{len(list((fake.root / 'recipes' / 'toy').iterdir()))}"
-        fake.add(name)
+    configs = {
+        "deepspeed": "deepspeed_config: {zero_stage: 1}",
+        "empty": "",
+        "garbage": "[",
+        "group": "distributed_type: MULTI_GPU",
+        "plain": "distributed_type: NO",
+        "several": "use_cpu: true",
+    }
+    for name, config in configs.items():
+        fake.add(name, num_processes=2 if name == "several" else 1)
         (fake.root / f"{name}.yaml").write_text(f"{config}\n")
         path = fake.root / "recipes" / "toy" / f"{name}.yaml"
         path.write_text(path.read_text().replace("cpu.yaml", f"{name}.yaml"))
-    fake.add("plain")
     assert main(["sweep", "recipes/toy", "--slots", "2"]) == 0
-    names = [path.stem for path in sorted((fake.root / "recipes" / "toy").iterdir())]
-    assert len(names) == 6 and len(fake.workers()) == 1
-    warm = [name for name in names if list_starts(fake, name) == [("warm", None)]]
-    assert warm == ["plain"]
+    starts = {name: list_starts(fake, name) for name in configs}
+    assert starts.pop("plain") == [("warm", None)] and len(fake.workers()) == 1
+    assert set(map(str, starts.values())) == {str([("cold", None)])}
 
 
 @pytest.mark.parametrize(
