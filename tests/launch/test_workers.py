@@ -81,6 +81,7 @@ def test_a_sweep_forks_its_runs_from_one_worker(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.add("a", "b", "c")
+    fake.tell("worker", "speak")
     assert main(["sweep", "recipes/toy", "--dry-run"]) == 0
     commands = capsys.readouterr().out.splitlines()[3:]
     assert main(["sweep", "recipes/toy"]) == 0
