@@ -255,7 +255,10 @@ def test_a_worker_that_never_has_imported_everything_is_ended(fake: FakeLauncher
 
 @pytest.mark.parametrize(
     ("told", "why"),
-    [("cannot fork", "[Errno 11] Resource temporarily unavailable"), ("die", "")],
+    [
+        ("cannot fork", "[Errno 11] Resource temporarily unavailable"),
+        ("die", "the worker has ended"),
+    ],
 )
 def test_a_run_starts_cold_in_the_same_attempt_when_its_worker_fails(
     told: str, why: str, fake: FakeLauncher
@@ -265,7 +268,7 @@ def test_a_run_starts_cold_in_the_same_attempt_when_its_worker_fails(
     assert main(["sweep", "recipes/toy"]) == 0
     assert list_starts(fake, "a") == [("cold", None)]
     log = fake.paths("a").attempt(1).log_path.read_text()
-    assert f"\nstarting cold, as its worker could not fork it: {why}" in log
+    assert log.startswith(f"starting cold, as its worker could not fork it: {why}")
     assert "the fake was told to complete" in log
     assert list_starts(fake, "b") == [("warm", None)] and fake.started() == ["a", "b"]
 
