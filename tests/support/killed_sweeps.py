@@ -289,11 +289,11 @@ def sweep_under_kills(
 def wait_for_role(tag: str, victim: Victim, sweep: subprocess.Popen[bytes]) -> bool:
     """Whether there was no such process at once; back when there is one, or the sweep has ended.
 
-    A worker dies only once one has forked, most of the time: without any, all else starts cold.
+    A worker is killed only while something trains: without any, the sweep would go on cold.
     """
-    has_waited, wanted = False, "trainer" if victim == "worker" else victim
+    has_waited, wanted = False, {victim, "trainer"} if victim == "worker" else {victim}
     while victim not in ("everything", "sweep"):
-        if wanted in {name_role(pid) for pid in list_tagged(tag)}:
+        if wanted <= {name_role(pid) for pid in list_tagged(tag)}:
             break
         has_waited = True
         if _has_ended(sweep, _LOOK_SECONDS):
