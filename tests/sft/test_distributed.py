@@ -180,7 +180,7 @@ def test_ranks_that_hang_are_continued_then_ended_with_their_stacks_and_the_run_
         watched = Watched(attempt, limit_seconds=3.0)
         watched.look_until_it_ends()
     finally:
-        attempt.signal_group(signal.SIGKILL)
+        attempt.process.signal_group(signal.SIGKILL)
         failure = attempt.finish()
     assert f"process {stopped} was stopped; continued" in watched.said[0]
     assert list_committed(attempt.paths) == [4], "it went on, and hung later"

@@ -120,6 +120,8 @@ def test_sweeps_killed_many_times(
             sweep = KilledSweep(left_alone, left_alone.root / root, runs, mode == "cold")
             sweeps.append(sweep)
             sweep_under_kills(sweep, victims[num_done:], spread, chance, moves=True)
+        num_warm = sum(sweep.count_starts()[0] for sweep in sweeps)
+        assert mode == "cold" or num_warm > 0, "nothing was shown of workers"
     finally:
         names = "  ".join(f"{name:<25}" for name in NAMES)
         lines.append(f"{'kill':>4}  {'after':>9}  {'whom':<40}  {names}".rstrip())
