@@ -41,7 +41,10 @@ class Workers:
         if not self.are_wanted or run.retry > 0:
             return None
         if run.full_name not in self._imports:
-            self._imports[run.full_name] = find_imports(run.recipe)
+            try:
+                self._imports[run.full_name] = find_imports(run.recipe)
+            except OSError:  # the run says itself what cannot be read
+                self._imports[run.full_name] = None
         return self._imports[run.full_name]
 
     def take(self, key: WorkerKey) -> Worker | None:

@@ -132,6 +132,33 @@ def test_cold_starts_no_worker(words: list[str], fake: FakeLauncher) -> None:
     assert list_starts(fake, "a") == [("cold", None)] and fake.workers() == []
 
 
+@pytest.mark.parametrize(
+    ("place", "content"),
+    [
+        ("models/odd/config.json", "null"),
+        ("models/odd/config.json", "{"),
+        ("models/odd/config.json", "[" * 100_000),
+        ("odd.yaml", "null"),
+        ("odd.yaml", "x: 2024-13-45"),
+        ("odd.yaml", "[" * 3_000),
+    ],
+)
+def test_a_recipe_with_odd_files_ends_no_sweep(
+    place: str, content: str, fake: FakeLauncher
+) -> None:
+    fake.add("a", "b")
+    shutil.copytree(fake.root / "models" / "toy", fake.root / "models" / "odd")
+    shutil.copyfile(fake.root / "cpu.yaml", fake.root / "odd.yaml")
+    (fake.root / place).write_text(content)
+    path = fake.root / "recipes" / "toy" / "a.yaml"
+    recipe = path.read_text()
+    odd = recipe.replace("models/toy", "models/odd").replace("cpu.yaml", "odd.yaml")
+    path.write_text(odd)
+    main(["sweep", "recipes/toy"])
+    assert list_starts(fake, "b") == [("warm", None)]
+    assert fake.attempts("a"), "the run itself says what is wrong"
+
+
 def test_a_retry_starts_cold(fake: FakeLauncher) -> None:
     fake.add("a", told="exit 1\nthen complete", retries=AT_ONCE)
     assert main(["sweep", "recipes/toy"]) == 0
