@@ -32,13 +32,14 @@ _CLOSED_WHEN_COLLECTED: Final = (
 _STANDARD_DESCRIPTORS: Final = (0, 1, 2)
 
 
-def leave(status: int, recipe: Recipe, place: WorldPlace) -> NoReturn:
+def leave(status: int, recipe: Recipe, place: WorldPlace, *, is_forked: bool = False) -> NoReturn:
     """End this process once the result is on disk: at once where that is safe, else as any Python
     program.
     """
-    # Training set aside what was there before it: else that is neither found here nor closed by the
-    # interpreter.
-    gc.unfreeze()
+    # What was set aside before the training is else neither found here nor closed by the
+    # interpreter. Of a fork that is what the worker has imported: no file of this run.
+    if not is_forked:
+        gc.unfreeze()
     if may_leave_at_once(recipe, place):
         leave_at_once(status)
     sys.exit(status)

@@ -4,7 +4,6 @@ export, result.
 
 from __future__ import annotations
 
-import gc
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,9 +35,6 @@ def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
     Raises:
         PreemptedError: the attempt was asked to leave while it trained; what it has is saved.
     """
-    # What the imports made lives until the end. accelerate collects garbage before it prepares the
-    # model, and walking through these objects took it 0.25 s.
-    gc.freeze()
     context = RunContext.open(run_dir, place, preemption)
     recipe, paths, phase = context.recipe, context.paths, context.phase
     trainer, trackers, resume_step = _prepare(context)

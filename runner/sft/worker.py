@@ -49,7 +49,7 @@ def main() -> int:
     this = sys.modules["__main__"]
     this.__spec__, this.__file__ = trainer.__spec__, trainer.__file__
     sys.argv = [trainer.__file__, run_dir]
-    return trainer.main()
+    return trainer.main(is_forked=True)
 
 
 def _import(hidden: Sequence[str]) -> tuple[dict[str, str], str | None]:
