@@ -48,6 +48,11 @@ class WorldPlace:
         )
 
 
+def is_of_group(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher has started this process as one of a group, be it the only one."""
+    return "RANK" in environment
+
+
 def uses_deepspeed() -> bool:
     """Whether `accelerate launch` has started this process for DeepSpeed; its own sign for it."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"

@@ -67,6 +67,7 @@ def _import(hidden: Sequence[str]) -> tuple[dict[str, str], str | None]:
     import torch
 
     import runner.sft.train  # noqa: F401
+    from runner.sft.startup import is_of_group
 
     has_cuda = _try_fork(torch.cuda._is_in_bad_fork) or _has_gpu_open()
     gc.collect()
@@ -75,7 +76,7 @@ def _import(hidden: Sequence[str]) -> tuple[dict[str, str], str | None]:
         return versions, f"after the imports there are {count} threads, and a fork keeps one"
     if has_cuda:
         return versions, "an import has begun to use the GPU, which does not survive a fork"
-    if "RANK" in os.environ:
+    if is_of_group(os.environ):
         return versions, "its launch config starts ranks of a group"
     return versions, None
 
