@@ -49,7 +49,7 @@ class WorldPlace:
 
 
 def is_of_group(environment: Mapping[str, str]) -> bool:
-    """Whether the launcher has started this process as one of a group, be it the only one."""
+    """True where the launcher has started this process as one of a group, be it the only one."""
     return "RANK" in environment
 
 

@@ -34,6 +34,7 @@ from runner.run.lease import Lease, is_leased
 from runner.sft.worker import MAX_CHILDREN
 from tests.conftest import ROOT, build_environment
 from tests.support.fake_launcher import BIN_DIR, PATIENCE_SECONDS, wait_until_dead
+from tests.support.local_slurm import wait_until
 
 # The run directory that it is asked to train is Python source, which the child executes.
 WORKER: Final = f"""\
@@ -377,6 +378,8 @@ def test_the_imports_leave_nothing_that_a_fork_does_not_survive() -> None:
         children = Path(f"/proc/{worker.popen.pid}/task/{worker.popen.pid}/children").read_text()
         [pid] = map(int, children.split())
         assert len(os.listdir(f"/proc/{pid}/task")) == 1
+        # The one that it has just sent is closed next.
+        wait_until(lambda: "anon_inode:[pidfd]" not in list_files(pid).values(), "it is closed")
         files = list_files(pid)
         stdin, _, _ = (files.pop(number) for number in "012")
         assert stdin == os.devnull
