@@ -4,6 +4,7 @@ tests say instead of training.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -142,8 +143,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
 
 def list_files(pid: int) -> dict[str, str]:
     """What a process has open, by the number of the descriptor."""
-    folder = f"/proc/{pid}/fd"
-    return {number: os.readlink(f"{folder}/{number}") for number in os.listdir(folder)}
+    files = {}
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            files[path.name] = os.readlink(path)
+    return files
 
 
 def test_a_child_is_a_process_like_one_that_was_started_for_the_run_alone(
