@@ -125,8 +125,7 @@ def open_attempt(
     facts: RunFacts,
     divisor: int,
     git_state: tuple[str | None, bool | None],
-    *,
-    is_warm: bool = False,
+    worker: Worker | None = None,
 ) -> Attempt:
     """Append an attempt to `run.json` and make its folder, before anything is started. The caller
     holds the lease, under which the facts were read.
@@ -143,7 +142,7 @@ def open_attempt(
                 scrub_log(paths.attempt(earlier.number).log_path)
     attempt = Attempt(
         number=attempts[-1].number + 1 if attempts else 1,
-        started="warm" if is_warm else "cold",
+        started="cold" if worker is None else "warm",
         started_at_utc=now_utc(),
         command=command.argv,
         environment=scrub_json(dict(command.environment)),
@@ -156,7 +155,7 @@ def open_attempt(
         devices={**os.environ, **command.environment}.get("CUDA_VISIBLE_DEVICES"),
         git_commit=git_state[0],
         git_is_dirty=git_state[1],
-        versions=list_library_versions(),
+        versions=list_library_versions() if worker is None else dict(worker.versions),
     )
     paths.attempt(attempt.number).attempt_dir.mkdir(parents=True, exist_ok=True)
     write_record(paths, RunRecord(attempts=(*attempts, attempt)))
@@ -418,8 +417,7 @@ def start_attempt(
         refuse_what_failed_since(facts, launch.num_attempts)
         owner = name_owner(paths)
         kill_processes_of(lambda value: value.rpartition(":")[0] == owner)  # what outlived a kill
-        is_warm = worker is not None
-        attempt = open_attempt(launch, command, facts, divisor, read_git_state(), is_warm=is_warm)
+        attempt = open_attempt(launch, command, facts, divisor, read_git_state(), worker)
         lock = hold_launcher_lock(paths.attempt(attempt.number)) if command.spans_machines else None
         owner = f"{owner}:{attempt.number}"
         attempt, process = _start_process(paths, attempt, command, lease, owner, worker)
@@ -491,7 +489,7 @@ def _fork(
 def _record_cold(paths: RunPaths, lease: Lease) -> Attempt:
     """The open attempt, which the record says was forked, as one that was not."""
     *earlier, last = read_facts(paths, lease=lease).attempts
-    cold = last.model_copy(update={"started": "cold"})
+    cold = last.model_copy(update={"started": "cold", "versions": list_library_versions()})
     write_record(paths, RunRecord(attempts=(*earlier, cold)))
     return cold
 

@@ -163,7 +163,9 @@ class _Pool:
     signals: StopSignals
     workers: Workers
     # With the worker that it waits for, by the worker's socket.
-    starting: dict[int, tuple[Launch, Worker, Placement]] = field(default_factory=dict)
+    starting: dict[int, tuple[Launch, LaunchCommand, Worker, Placement]] = field(
+        default_factory=dict
+    )
     active: dict[int, tuple[Launch, RunningAttempt, Placement]] = field(default_factory=dict)
     watches: dict[int, StallWatch] = field(default_factory=dict)  # over what is active
     later: list[Later] = field(default_factory=list)
@@ -216,7 +218,7 @@ class _Pool:
         if key is not None and worker is None:
             worker = self.workers.start(key, command)
             if worker is not None:
-                self.starting[worker.fileno()] = (run, worker, placement)
+                self.starting[worker.fileno()] = (run, command, worker, placement)
                 self.selector.register(worker, selectors.EVENT_READ, data=worker)
                 return True
         self._begin(run, command, placement, worker)
@@ -225,13 +227,13 @@ class _Pool:
     def _hear(self, worker: Worker) -> None:
         """A worker has imported everything, or never will: start the run that waited for it."""
         self.selector.unregister(worker)
-        run, _, placement = self.starting.pop(worker.fileno())
+        run, command, _, placement = self.starting.pop(worker.fileno())
         is_fit = self.workers.begin(worker)
-        self._begin(run, build_command(run, placement), placement, worker if is_fit else None)
+        self._begin(run, command, placement, worker if is_fit else None)
 
     def _end_starting(self) -> None:
         """End the workers that import, and let the runs that wait for them wait for a place."""
-        for descriptor, (run, worker, placement) in self.starting.items():
+        for descriptor, (run, _, worker, placement) in self.starting.items():
             self.selector.unregister(descriptor)
             worker.end()
             self.devices.give_back(placement)
@@ -313,7 +315,7 @@ class _Pool:
             else:
                 self.finish(key.fd)
         now = time.monotonic()
-        for worker in [one for _, one, _ in self.starting.values() if one.is_overdue(now)]:
+        for worker in [one for _, _, one, _ in self.starting.values() if one.is_overdue(now)]:
             self._hear(worker)
         if self.is_given_up():
             self._end_starting()
@@ -325,7 +327,7 @@ class _Pool:
         }
         waiting |= {
             run.full_name: "waits for a worker, which imports libraries"
-            for run, _, _ in self.starting.values()
+            for run, *_ in self.starting.values()
         }
         self.display.update(
             {run.full_name: attempt.files for run, attempt, _ in self.active.values()},
