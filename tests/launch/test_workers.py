@@ -452,12 +452,13 @@ def test_a_stop_while_a_worker_imports_starts_nothing(fake: FakeLauncher) -> Non
 
 
 def test_fail_fast_does_not_wait_for_a_worker(fake: FakeLauncher) -> None:
-    fake.add("a", "b", told="fail crashed boom")
+    fake.add("a", "b", told="wait fail crashed boom")
     fake.tell("worker", "serve\nthen hang")
     sweep = fake.start("sweep", "recipes/toy", "--slots", "2", "--fail-fast")
-    name, pid = fake.next_started()
-    assert name == "worker"
-    pidfds = watch(pid)
+    pids = dict(fake.next_started() for _ in range(2))
+    pidfds = watch(pids.pop("worker"))
+    [name] = pids
+    fake.let_go(name)
     code, _, stderr = finish(sweep)
     assert code == 1 and "1 runs were not started because of --fail-fast" in stderr
     assert_all_dead(fake, pidfds)

@@ -168,12 +168,12 @@ def complete(digest):
 
 digest = json.loads((run_dir / "recipe.json").read_text())["recipe_digest"]
 note("start")
-print("the fake was told to", verb, words)
-if verb == "complete":
-    complete(digest)
-elif verb == "wait":  # until the test opens the pipe
+if verb == "wait":  # until the test opens the pipe; then what stands behind it, or `complete`
     tell_started(os.getpid())
     open(home / "go" / run_dir.name).read()
+    verb, _, words = (words or "complete").partition(" ")
+print("the fake was told to", verb, words)
+if verb == "complete":
     complete(digest)
 elif verb == "hang":
     tell_started(os.getpid())
@@ -271,7 +271,7 @@ class FakeLauncher:
     def tell(self, name: str, told: str) -> None:
         (self.home / "told" / name).write_text(told)
         pipe = self.home / "go" / name
-        if told == "wait" and not pipe.exists():
+        if told.startswith("wait") and not pipe.exists():
             os.mkfifo(pipe)
 
     def paths(self, name: str) -> RunPaths:
