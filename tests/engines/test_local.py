@@ -168,12 +168,12 @@ def test_a_second_signal_ends_at_once_what_does_not_leave(fake: FakeLauncher) ->
     fake.add("b", told="hang")
     sweep = fake.start("sweep", "recipes/toy", "--slots", "2")
     pids = dict(fake.next_started() for _ in range(2))
-    pidfds = [os.pidfd_open(pid) for pid in pids.values()]
+    pidfds = {name: os.pidfd_open(pid) for name, pid in pids.items()}
     sweep.send_signal(signal.SIGTERM)
-    wait_until_dead(os.pidfd_open(pids["a"]))  # so the first one was acted upon
+    wait_until_dead(pidfds["a"])  # so the first one was acted upon
     sweep.send_signal(signal.SIGINT)
     assert finish(sweep)[0] == 130
-    for pidfd in pidfds:
+    for pidfd in pidfds.values():
         wait_until_dead(pidfd)
         os.close(pidfd)
     [attempt] = fake.attempts("b")

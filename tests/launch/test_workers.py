@@ -439,9 +439,9 @@ def test_a_stop_while_a_worker_imports_starts_nothing(fake: FakeLauncher) -> Non
     fake.tell("worker", "serve\nthen hang")
     sweep = fake.start("sweep", "recipes/toy", "--slots", "2")
     pids = dict(fake.next_started() for _ in range(2))
-    pidfds = watch(*fake.workers())
+    pidfds, importing = watch(*fake.workers()), os.pidfd_open(pids.pop("worker"))
     sweep.send_signal(signal.SIGINT)
-    wait_until_dead(os.pidfd_open(pids.pop("worker")))
+    wait_until_dead(importing)
     [name] = pids
     fake.let_go(name)
     code, _, stderr = finish(sweep)
