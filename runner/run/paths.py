@@ -200,6 +200,16 @@ def allowed_code_path(output_root: Path) -> Path:
     return output_root / ".allowed_code.json"
 
 
+def base_entries_dir(output_root: Path) -> Path:
+    """Scores and answers of base models, shared by all runs; hidden: it is no grid."""
+    return output_root / ".base"
+
+
+def row_entries_dir(output_root: Path) -> Path:
+    """Masked rows of large data sets, shared by all runs; hidden likewise."""
+    return output_root / ".rows"
+
+
 def find_output_root(run_dir: Path) -> Path:
     """The folder of all runs, of which `run_dir` is one: `<output root>/<grid>/<run name>`."""
     return run_dir.absolute().parent.parent
