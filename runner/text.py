@@ -138,10 +138,14 @@ def format_mib(num_bytes: float) -> str:
 def format_bytes(num_bytes: int) -> str:
     """A size to three digits.
 
-    >>> format_bytes(3 * 2**30), format_bytes(5_000_000)
-    ('3.00 GiB', '4.8 MiB')
+    >>> format_bytes(3 * 2**30), format_bytes(5_000_000), format_bytes(300)
+    ('3.00 GiB', '4.8 MiB', '0.3 KiB')
     """
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    if num_bytes >= 2**20 or num_bytes == 0:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**10:.1f} KiB"
 
 
 def positive(text: str) -> int:

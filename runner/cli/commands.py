@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run
 from runner.cli.sweep import run_rerun, run_sweep
 from runner.errors import RunnerError, hide_bitsandbytes_warning
@@ -304,6 +305,7 @@ VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "logs": run_logs,
     "stop": run_stop,
     "report": run_report,
+    "clean": run_clean,
     "chat": run_chat,
     "export": run_export,
 }

@@ -338,6 +338,14 @@ def _add_view_verbs(verbs: Any) -> None:
     report.add_more = _add_report_formats
 
 
+    clean = verbs.add_parser(
+        "clean", help="remove what runs share and can compute again; no run is touched"
+    )
+    clean.add_argument("--dry-run", action="store_true", help="only show what there is")
+    clean.add_argument("--yes", action="store_true", help="do not ask")
+    _add_output_root(clean)
+
+
 def _add_report_formats(report: argparse.ArgumentParser) -> None:
     from runner.report.format import FORMATS
 

@@ -24,6 +24,7 @@ from runner.files import fsync_dir, hash_file, load_json, write_json_atomic
 from runner.run.lease import Lease
 from runner.run.record import now_utc
 
+_QUARANTINE: Final = ".quarantine"
 _LOOK_SECONDS: Final = 0.2  # between two looks at a lock that another process holds
 
 
@@ -120,7 +121,7 @@ def quarantine_entry(folder: Path, why: str) -> Path | None:
     """Move an entry aside so that nobody reads it again, with the reason in `why.json`; returns
     where it is, None where another process was faster.
     """
-    parent = folder.parent / ".quarantine"
+    parent = folder.parent / _QUARANTINE
     parent.mkdir(parents=True, exist_ok=True)
     target = parent / f"{folder.name}-{os.getpid()}-{os.urandom(4).hex()}"
     try:
@@ -143,22 +144,24 @@ class StoredFolder:
 
 def list_stored(root: Path) -> list[StoredFolder]:
     """Everything that entries take up below `root`, which need not exist."""
-    folders = [path for path in root.glob("*") if path.is_dir() and path.name != ".quarantine"]
-    folders += [path for path in root.glob(".quarantine/*") if path.is_dir()]
+    folders = [path for path in root.glob("*") if path.is_dir() and path.name != _QUARANTINE]
+    folders += [path for path in root.glob(f"{_QUARANTINE}/*") if path.is_dir()]
     return [StoredFolder(path, _count_bytes(path)) for path in sorted(folders)]
 
 
 def remove_stored(one: StoredFolder) -> bool:
     """Remove it; False where a process is writing this entry now."""
-    is_entry = not one.path.name.startswith(".") and one.path.parent.name != ".quarantine"
-    name = one.path if is_entry else one.path.with_name(one.path.name[1:].partition(".")[0])
-    if one.path.parent.name == ".quarantine":
+    if one.path.parent.name == _QUARANTINE:
         shutil.rmtree(one.path, ignore_errors=True)
         return True
-    with hold_entry(name, lambda: False) as is_ours:
+    name = one.path.name
+    if name.startswith("."):  # `.NAME.PID-RANDOM.tmp`
+        name = name[1:].rpartition(".tmp")[0].rpartition(".")[0]
+    folder = one.path.with_name(name)
+    with hold_entry(folder, lambda: False) as is_ours:
         if is_ours:
             shutil.rmtree(one.path, ignore_errors=True)
-            _lock_path(name).unlink(missing_ok=True)
+            _lock_path(folder).unlink(missing_ok=True)
         return is_ours
 
 

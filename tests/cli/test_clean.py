@@ -1,0 +1,75 @@
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from runner.cli.main import main
+from runner.run.entries import hold_entry, write_entry
+from runner.run.lease import Lease
+
+NAMES: Final = (".base/01ab", ".rows/23cd")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """An output root with a run, scores of a base model, and masked rows."""
+    run_dir = tmp_path / "runs" / "toy" / "a"
+    run_dir.mkdir(parents=True)
+    (run_dir / "lease").touch()
+    (run_dir / "result.json").write_text("{}")
+    for name in NAMES:
+        folder = tmp_path / "runs" / name
+        folder.parent.mkdir()
+        write_entry(folder, lambda path: _write(path / "x", "1"), parts={}, producer={})
+    return tmp_path / "runs"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def list_left(root: Path) -> list[str]:
+    return [name for name in NAMES if (root / name).exists()]
+
+
+def test_what_is_shared_goes_and_runs_stay(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["clean", "--output-root", str(root), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{root}/.base: scores and answers of base models, 1 folder, 0.2 KiB" in shown
+    assert f"{root}/.rows: masked rows, 1 folder, 0.2 KiB" in shown
+    assert list_left(root) == list(NAMES)
+    assert main(["clean", "--output-root", str(root), "--yes"]) == 0
+    assert "removed 2 folders" in capsys.readouterr().out
+    assert list_left(root) == [] and (root / "toy" / "a" / "result.json").exists()
+    assert main(["clean", "--output-root", str(root), "--yes"]) == 0
+    assert "nothing is shared between runs here" in capsys.readouterr().out
+
+
+def test_nothing_goes_where_nobody_can_be_asked(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["clean", "--output-root", str(root)]) == 2
+    assert "add `--yes`" in capsys.readouterr().err
+    assert list_left(root) == list(NAMES)
+
+
+def test_nothing_goes_while_a_run_may_read_it(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lease = Lease(root / "toy" / "a" / "lease")
+    assert lease.try_acquire()
+    assert main(["clean", "--output-root", str(root), "--yes"]) == 2
+    error = capsys.readouterr().err
+    assert f"{root}/toy/a is running" in error and f"runner stop {root}/toy/a" in error
+    assert list_left(root) == list(NAMES)
+    lease.close()
+
+
+def test_what_is_being_written_stays(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with hold_entry(root / NAMES[0], lambda: False) as is_ours:
+        assert is_ours
+        assert main(["clean", "--output-root", str(root), "--yes"]) == 1
+    captured = capsys.readouterr()
+    assert f"warning: {root / NAMES[0]} stays" in captured.err
+    assert "removed 1 folder;" in captured.out
+    assert list_left(root) == [NAMES[0]]

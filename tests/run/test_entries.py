@@ -1,0 +1,158 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from runner.errors import CorruptFileError
+from runner.run.entries import (
+    Entry,
+    find_entry,
+    hold_entry,
+    list_stored,
+    quarantine_entry,
+    remove_stored,
+    write_entry,
+)
+
+PARTS: Final = {"rows": "abc"}
+PRODUCER: Final = {"run": "toy/a", "attempt": 1}
+
+
+def write_scores(folder: Path) -> None:
+    (folder / "scores.json").write_text("[1.5]")
+    (folder / "answers.json").write_text("[]")
+
+
+def write(folder: Path) -> Entry:
+    folder.parent.mkdir(exist_ok=True)
+    return write_entry(folder, write_scores, parts=PARTS, producer=PRODUCER)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / ".base" / "0123abcd"
+
+
+def test_an_entry_is_found_with_who_wrote_it(folder: Path) -> None:
+    assert find_entry(folder) is None
+    written = write(folder)
+    found = find_entry(folder)
+    assert found == written
+    assert found is not None and dict(found.producer).items() >= PRODUCER.items()
+    assert json.loads((folder / "manifest.json").read_text())["parts"] == PARTS
+    assert [path.name for path in folder.parent.iterdir()] == ["0123abcd"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("scores.json", "[1.6]"),
+        ("answers.json", None),
+        ("manifest.json", "{"),
+        ("manifest.json", "[]"),
+        ("manifest.json", '{"files": {"scores.json": "0"}}'),
+        ("manifest.json", '{"files": [], "producer": {}}'),
+    ],
+)
+def test_damage_is_said_and_moved_aside(folder: Path, name: str, content: str | None) -> None:
+    write(folder)
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    with pytest.raises(CorruptFileError, match=name.replace(".", r"\.")):
+        find_entry(folder)
+    moved = quarantine_entry(folder, "it was damaged")
+    assert moved is not None and moved.parent == folder.parent / ".quarantine"
+    assert json.loads((moved / "why.json").read_text())["why"] == "it was damaged"
+    assert find_entry(folder) is None
+    assert quarantine_entry(folder, "a second one that looks") is None
+    assert write(folder) == find_entry(folder)
+
+
+def test_nothing_is_left_of_what_cannot_be_written(folder: Path) -> None:
+    def fill(temporary: Path) -> None:
+        write_scores(temporary)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder.parent.mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        write_entry(folder, fill, parts=PARTS, producer=PRODUCER)
+    assert list(folder.parent.iterdir()) == []
+
+
+WRITER: Final = """
+import signal, sys
+from pathlib import Path
+from runner.run.entries import hold_entry, write_entry
+
+def write(temporary):
+    (temporary / "scores.json").write_text("[1.")
+    print("writing", flush=True)
+    signal.pause()
+
+folder = Path(sys.argv[1])
+with hold_entry(folder, lambda: False) as is_ours:
+    assert is_ours
+    write_entry(folder, write, parts={}, producer={})
+"""
+
+
+def test_a_killed_writer_leaves_no_entry_and_no_lock(folder: Path) -> None:
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None and writer.stdout.readline() == "writing\n"
+    looks = iter([True, False])
+    with hold_entry(folder, lambda: next(looks)) as is_ours:
+        assert not is_ours, "while the other one writes"
+    [leftover] = list_stored(folder.parent)
+    assert not remove_stored(leftover), "and it is left alone"
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()
+    assert find_entry(folder) is None
+    with hold_entry(folder, lambda: False) as is_ours:
+        assert is_ours
+        write(folder)
+    assert [one.path for one in list_stored(folder.parent)] == [folder]
+
+
+def test_who_waits_gets_the_lock_of_the_next_entry(folder: Path) -> None:
+    """Also where the entry and its lock were removed meanwhile."""
+    write(folder)
+    with hold_entry(folder, lambda: False) as is_first:
+        assert is_first
+
+        def remove_lock() -> bool:
+            folder.with_name(f"{folder.name}.lock").unlink()
+            return True
+
+        with hold_entry(folder, remove_lock) as is_second:
+            assert is_second
+
+
+def test_everything_is_listed_and_removed(folder: Path) -> None:
+    assert list_stored(folder.parent) == []
+    write(folder)
+    quarantine_entry(folder, "wrong")
+    write(folder)
+    leftover = folder.with_name(".0123abcd.77-ab.tmp")
+    leftover.mkdir()
+    (leftover / "scores.json").write_text("[1.")
+    stored = list_stored(folder.parent)
+    assert [one.path.name.split("-")[0] for one in stored] == [
+        ".0123abcd.77",
+        "0123abcd",
+        "0123abcd",
+    ]
+    assert stored[0].num_bytes == 3 and all(one.num_bytes > 100 for one in stored[1:])
+    assert all(remove_stored(one) for one in stored)
+    assert list_stored(folder.parent) == []
+    assert [path.name for path in folder.parent.iterdir()] == [".quarantine"]
