@@ -28,7 +28,7 @@ from runner.recipe.schema import NAME_PATTERN
 from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.facts import read_facts
 from runner.run.paths import RunPaths, content_cache_path
-from runner.run.record import EXIT_CODES, load_progress, load_record
+from runner.run.record import EXIT_CODES, AskedBase, load_progress, load_record
 from runner.secrets import find_secret
 
 _PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
@@ -53,7 +53,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
         print("\n".join(command.as_shell(os.environ) for command in commands))
         return 0
     contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
-    planned = Launch(selected, contents, num_processes, resume)
+    base: AskedBase = "own" if arguments.own_base else "shared"
+    planned = Launch(selected, contents, num_processes, resume, base=base)
     status = read_status(
         selected.read_facts(), recipe, contents, num_processes=num_processes, resume=resume
     )
@@ -211,6 +212,7 @@ def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedErro
 def _same_launch(arguments: argparse.Namespace) -> str:
     words = ["runner", "launch", str(arguments.recipe), *arguments.overrides]
     words += ["--name", arguments.name] if arguments.name else []
+    words += ["--own-base"] if arguments.own_base else []
     words += (
         ["--output-root", str(arguments.output_root)]
         if arguments.output_root != Path("runs")

@@ -262,6 +262,7 @@ def _add_launch_verb(verbs: Any) -> None:
             " what is newer is moved aside"
         ),
     )
+    _add_own_base(launch)
     _add_output_root(launch)
 
 
@@ -425,4 +426,13 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cold", action="store_true", help="fork no runs: each imports its libraries itself"
+    )
+    _add_own_base(parser)
+
+
+def _add_own_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--own-base",
+        action="store_true",
+        help="each run scores the base model itself, and neither reads nor keeps such scores",
     )

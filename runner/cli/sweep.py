@@ -29,6 +29,7 @@ from runner.recipe.identity import RULES
 from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.failures import UNREADABLE_HINT
 from runner.run.paths import content_cache_path
+from runner.run.record import AskedBase
 
 
 def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -> int:
@@ -104,7 +105,11 @@ def _decide_all(
         if decision.action == "launch":
             num_processes = one.recipe.launch.num_processes
             planned[one.full_name] = Launch(
-                one, contents, num_processes, num_attempts=status.num_attempts
+                one,
+                contents,
+                num_processes,
+                base=_find_asked_base(arguments),
+                num_attempts=status.num_attempts,
             )
         elif decision.action == "refuse" or (
             status.state == "failed" and one.full_name not in queued
@@ -179,8 +184,21 @@ def _start_anew(
     for one in moved:
         print(_describe_decision(one.full_name, decision, ()), file=stream)
         count = one.selected.recipe.launch.num_processes
-        launches.append(Launch(one.selected, one.contents, count, resume="none", num_attempts=0))
+        launches.append(
+            Launch(
+                one.selected,
+                one.contents,
+                count,
+                resume="none",
+                base=_find_asked_base(arguments),
+                num_attempts=0,
+            )
+        )
     return launches, num_refused
+
+
+def _find_asked_base(arguments: argparse.Namespace) -> AskedBase:
+    return "own" if arguments.own_base else "shared"
 
 
 def run_rerun(arguments: argparse.Namespace) -> int:

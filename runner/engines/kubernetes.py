@@ -172,7 +172,7 @@ def _build_pod(
     """
     script = (
         'shift "$JOB_COMPLETION_INDEX"; exec runner launch "$1" --output-root'
-        f" {_quote(options.output_root)}"
+        f" {_quote(options.output_root)}{' --own-base' if options.owns_base else ''}"
     )
     resources = {
         **({"requests": {"cpu": machine.num_cores}} if machine.num_cores is not None else {}),

@@ -55,6 +55,7 @@ class ManifestOptions:
     storage: str
     num_slots: int | None = None  # runs at a time; None leaves it to the engine
     fail_fast: bool = False
+    owns_base: bool = False  # each run scores the base model itself
 
 
 SHARED_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -101,6 +102,7 @@ def read_shared_options(
         "storage": arguments.storage,
         "num_slots": arguments.slots,
         "fail_fast": arguments.fail_fast,
+        "owns_base": arguments.own_base,
     }
 
 

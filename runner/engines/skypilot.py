@@ -120,6 +120,7 @@ def _build_run(
         "--fail-fast": options.fail_fast,
         "--retry-failed": options.retry_failed,
         "--cold": options.is_cold,
+        "--own-base": options.owns_base,
     }
     flags = [flag for flag, is_asked in asked.items() if is_asked]
     words = [shlex.quote(word) for word in list_recipe_words(runs)]

@@ -103,6 +103,7 @@ class SlurmOptions:
     time_limit: str | None = None  # as `sbatch --time` takes it
     stop_before_seconds: int = 120  # between the request to checkpoint and the time limit
     extra: tuple[str, ...] = ()  # further options of `sbatch`, each `--name` or `--name=value`
+    owns_base: bool = False  # each run scores the base model itself
 
 
 OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -146,6 +147,7 @@ def parse_options(arguments: argparse.Namespace) -> SlurmOptions:
         time_limit=arguments.time_limit,
         stop_before_seconds=arguments.stop_before_seconds,
         extra=tuple(arguments.slurm_options),
+        owns_base=arguments.own_base,
     )
     check_options(options)
     return options
@@ -294,12 +296,14 @@ def build_script(
         "--output=%A_%a.txt",  # in the folder of the submission, where it is submitted
         *options.extra,
     ]
+    words = [f"--output-root={options.output_root}"]
+    words += ["--own-base"] if options.owns_base else []
     body = _BODY.format(
         runs="\n".join(f"  {name}" for name in full_names),
         submission_dir=shlex.quote(str(submission.submission_dir)),
         project_dir=shlex.quote(str(project_dir)),
         command=shlex.join([python, "-P", "-m", "runner", "launch"]),
-        options=shlex.quote(f"--output-root={options.output_root}"),
+        options=shlex.join(words),
         preempted=EXIT_CODES["preempted"],
     )
     return "\n".join(

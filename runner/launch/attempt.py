@@ -150,6 +150,7 @@ def open_attempt(
         host=socket.gethostname(),
         cluster_job=name_cluster_job(os.environ),
         resume=launch.resume,
+        base=launch.base,
         retry=launch.retry,
         micro_batch_divisor=divisor,
         devices={**os.environ, **command.environment}.get("CUDA_VISIBLE_DEVICES"),

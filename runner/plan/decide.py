@@ -15,7 +15,7 @@ from runner.plan.status import RunStatus
 from runner.recipe.parse import Recipe, derive_accumulation, derive_micro_batch
 from runner.run.failures import is_address_in_use
 from runner.run.paths import RunPaths
-from runner.run.record import DETERMINISTIC_KINDS, Attempt, Failure
+from runner.run.record import DETERMINISTIC_KINDS, AskedBase, Attempt, Failure
 
 Action = Literal["launch", "skip", "refuse"]
 MAX_BACKOFF_SECONDS: Final = 600.0
@@ -33,6 +33,7 @@ class Launch:
     retry: int = 0  # `Attempt.retry`
     # `Attempt.micro_batch_divisor`; None: as in the last attempt
     micro_batch_divisor: int | None = None
+    base: AskedBase = "shared"  # `Attempt.base`
     num_attempts: int | None = None  # of the run when this one was planned; None: not known
 
     @property

@@ -117,9 +117,11 @@ def write_entry(
     return Entry(folder, described["producer"])
 
 
-def quarantine_entry(folder: Path, why: str) -> Path | None:
-    """Move an entry aside so that nobody reads it again, with the reason in `why.json`; returns
-    where it is, None where another process was faster.
+def quarantine_entry(
+    folder: Path, why: str, *, found_by: Mapping[str, Any] | None = None
+) -> Path | None:
+    """Move an entry aside so that nobody reads it again, with the reason in `why.json` and who
+    found it; returns where it is, None where another process was faster.
     """
     parent = folder.parent / _QUARANTINE
     parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +130,9 @@ def quarantine_entry(folder: Path, why: str) -> Path | None:
         folder.rename(target)
     except FileNotFoundError:
         return None
-    write_json_atomic(target / "why.json", {"why": why, "moved_at_utc": now_utc()})
+    write_json_atomic(
+        target / "why.json", {"why": why, "found_by": found_by, "moved_at_utc": now_utc()}
+    )
     return target
 
 

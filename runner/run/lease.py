@@ -27,6 +27,8 @@ from typing import BinaryIO, Final
 
 from runner.run.paths import AttemptPaths, RunPaths
 
+# Not the dice that a trainer draws from, which also takes such locks.
+_DICE: Final = random.Random()
 _LOOKING_SECONDS: Final = 5.0  # what a look at a lease may take on a slow file system
 
 
@@ -57,7 +59,7 @@ class Lease:
             if time.monotonic() > deadline:
                 return False
             # Two takers that find each other looking part ways.
-            time.sleep(random.uniform(0.001, 0.02))
+            time.sleep(_DICE.uniform(0.001, 0.02))
         return self._is_in_place()
 
     def _try_lock(self, kind: int) -> bool:

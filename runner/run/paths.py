@@ -180,6 +180,11 @@ class AttemptPaths:
         return self.attempt_dir / "timing.json"
 
     @property
+    def base_path(self) -> Path:
+        """Where the scores of the base model came from, at step 0."""
+        return self.attempt_dir / "base.json"
+
+    @property
     def uploads_path(self) -> Path:
         """How each upload to the remote storage ended."""
         return self.attempt_dir / "uploads.jsonl"

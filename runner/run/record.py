@@ -108,6 +108,10 @@ def _require_zone(text: str) -> str:
 Moment = Annotated[str, AfterValidator(_require_zone)]  # ISO 8601, UTC
 
 
+# shared: the base model is scored once under an output root; own: by each run for itself
+AskedBase = Literal["shared", "own"]
+
+
 class Attempt(Fact):
     """One `accelerate launch` of a run. An attempt without an end was killed together with its
     launcher.
@@ -130,6 +134,7 @@ class Attempt(Fact):
     cluster_job: str | None = None
     # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
     resume: str = "auto"
+    base: AskedBase = "shared"
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
     git_commit: str | None = None
     git_is_dirty: bool | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from runner.recipe.identity import build_resume_fingerprint
 from runner.recipe.parse import Recipe
 from runner.run.allowed_code import load_code, suggest_allowing
 from runner.run.paths import AttemptPaths, RunPaths, find_output_root
-from runner.run.record import Progress, load_record, load_stored_recipe, now_utc
+from runner.run.record import AskedBase, Progress, load_record, load_stored_recipe, now_utc
 from runner.sft.preemption import Preemption
 from runner.sft.startup import WorldPlace
 
@@ -43,6 +43,8 @@ class RunContext:
     resume: str  # `Attempt.resume`
     micro_batch_divisor: int  # `Attempt.micro_batch_divisor`
     preemption: Preemption
+    contents: Mapping[str, str] = field(default_factory=dict)  # `StoredRecipe.contents`
+    base: AskedBase = "shared"  # `Attempt.base`
     uploader: Uploader | None = None  # of the main process, where the recipe names remote storage
     _opened_at: float = field(default_factory=time.perf_counter)
     _phase_seconds: dict[str, float] = field(default_factory=dict)
@@ -98,6 +100,8 @@ class RunContext:
             attempt.resume,
             attempt.micro_batch_divisor,
             preemption,
+            stored.contents,
+            attempt.base,
         )
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -58,6 +58,18 @@ class Answer:
             "scores": self.judgement.scores,
             **own,
         }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
+        """What `as_json` made."""
+        return cls(
+            row_id=row["row_id"],
+            prediction=row["prediction"],
+            references=tuple(row["references"]),
+            is_finished=row["is_finished"],
+            judgement=Judgement(row["scores"], row["is_readable"]),
+            own_scores=row.get("own_scores", {}),
+        )
 
 
 def build_prompt(row: Row) -> list[int]:
@@ -135,7 +147,9 @@ def generate_answers(
                     row.row_id, text, row.references, is_finished, judgement, score(text, row)
                 )
                 found.append((index, answer))
-    return share.gather(found)
+    by_index = share.gather(found)
+    assert len(by_index) == len(rows), "every row is worked on exactly once"
+    return [by_index[index] for index in range(len(rows))]
 
 
 @contextmanager
@@ -250,18 +264,7 @@ def write_answers(path: Path, by_model: Mapping[str, Sequence[Answer]]) -> None:
 
 def load_answers(path: Path, model: str) -> list[Answer]:
     """The answers of one model as `write_answers` left them; none where there is no file."""
-    return [
-        Answer(
-            row_id=row["row_id"],
-            prediction=row["prediction"],
-            references=tuple(row["references"]),
-            is_finished=row["is_finished"],
-            judgement=Judgement(row["scores"], row["is_readable"]),
-            own_scores=row.get("own_scores", {}),
-        )
-        for row in load_jsonl(path)
-        if row["model"] == model
-    ]
+    return [Answer.from_json(row) for row in load_jsonl(path) if row["model"] == model]
 
 
 def refuse_unjudged(recipe: Recipe, score: GenerationScore, step: int) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,8 +51,9 @@ from runner.recipe.schema import GenerationOn
 from runner.run.paths import marker_path
 from runner.run.record import GenerationScore, SplitScore, StopReason, TrainResult
 from runner.secrets import scrub_json
+from runner.sft.base import NUM_ROWS_SCORED_AGAIN, BaseScores, obtain_base_scores
 from runner.sft.context import RunContext
-from runner.sft.evaluate import RowScore, score_rows, sum_scores
+from runner.sft.evaluate import RowScore, score_last_rows, score_rows, sum_scores
 from runner.sft.generation import (
     Answer,
     generate_answers,
@@ -71,6 +73,7 @@ class Recorder:
         self.context, self.samples = context, samples
         # The step of the newest validation score, and the score.
         self._validated: tuple[int, SplitScore] | None = None
+        self._base: BaseScores | None = None  # until its validation score is recorded
         self._trained_shapes: dict[str, tuple[int, ...]] = {}
 
     def require_same_samples(self) -> None:
@@ -139,31 +142,67 @@ class Recorder:
             write_json_atomic(context.attempt.training_args_path, json.loads(text))
 
     def record_base(self, trainer: Trainer) -> None:
-        """Score the base model on the test split, at step 0 and by the code that scores the tuned
-        model.
+        """Record the scores and answers of the base model at step 0, by the code that scores the
+        tuned model: here or in another run that computes the same.
         """
-        context = self.context
-        with context.phase("evaluating base"):
-            score, rows = self.score(trainer, "test")
-            self._append_score(trainer.state, "test", score)
-            if context.is_main:
-                base_rows = [{"model": "base", **row.as_json()} for row in rows]
-                write_jsonl_atomic(context.paths.eval_rows_path, base_rows)
-        if answers := self.answer(trainer, "test"):
+        context, state = self.context, trainer.state
+        base = obtain_base_scores(
+            context,
+            self.samples,
+            trainer,
+            compute=partial(self._compute_base, trainer),
+            score_again=partial(self._score_again, trainer),
+        )
+        self._append_score(state, "test", sum_scores(base.test))
+        if context.is_main:
+            base_rows = [{"model": "base", **row.as_json()} for row in base.test]
+            write_jsonl_atomic(context.paths.eval_rows_path, base_rows)
+        if answers := base.test_answers:
             context.on_main(
                 lambda: write_answers(context.paths.predictions_path, {"base": answers})
             )
+        self._base = base
+
+    def _compute_base(self, trainer: Trainer) -> BaseScores:
+        with self.context.phase("evaluating base"):
+            _, test = self.score(trainer, "test")
+        test_answers = self.answer(trainer, "test")
+        with self.context.phase("evaluating"):
+            _, validation = self.score(trainer, "validation")
+        answers = self.answer(trainer, "validation") if self._answers_while_training() else []
+        return BaseScores(test, test_answers, validation, answers)
+
+    def _score_again(self, trainer: Trainer) -> dict[int, RowScore]:
+        """The scores of a few test rows, in the batches in which all are scored."""
+        with self.context.phase("evaluating base"), trainer.compute_loss_context_manager():
+            return score_last_rows(
+                trainer.model_wrapped,
+                self.samples.test.rows,
+                num_rows=NUM_ROWS_SCORED_AGAIN,
+                **self._scoring_arguments(trainer),
+            )
+
+    def _answers_while_training(self) -> bool:
+        settings = self.context.recipe.evaluation.generation
+        return isinstance(settings, GenerationOn) and settings.during_training
 
     def record_validation(self, trainer: Trainer) -> dict[str, float]:
-        """Score the validation split and write its row; returns the metrics of the row."""
-        recipe = self.context.recipe
-        with self.context.phase("evaluating"):
-            score, _ = self.score(trainer, "validation")
+        """Score the validation split and write its row; returns the metrics of the row. At step 0
+        `record_base` has the scores.
+        """
+        recipe, answers = self.context.recipe, []
+        base, self._base = self._base, None
+        if base is not None:
+            score, answers = sum_scores(base.validation), base.validation_answers
+        else:
+            with self.context.phase("evaluating"):
+                score, _ = self.score(trainer, "validation")
+            if self._answers_while_training():
+                answers = self.answer(trainer, "validation")
         self._validated = (trainer.state.global_step, score)
         generation = None
-        settings = recipe.evaluation.generation
-        if isinstance(settings, GenerationOn) and settings.during_training:
-            generation = score_answers(recipe.data.task, self.answer(trainer, "validation"))
+        if self._answers_while_training():
+            generation = score_answers(recipe.data.task, answers)
             refuse_unjudged(recipe, generation, trainer.state.global_step)
         return self._append_score(trainer.state, "validation", score, generation)
 
@@ -306,16 +345,21 @@ class Recorder:
             rows = score_rows(
                 trainer.model_wrapped,
                 self._split(split).rows,
-                batch_size=trainer.args.per_device_eval_batch_size,
-                pad_token_id=trainer.processing_class.pad_token_id,
-                accelerator=trainer.accelerator,
-                sign_of_life=self.context.sign_of_life,
+                **self._scoring_arguments(trainer),
             )
         score = sum_scores(rows)
         if not math.isfinite(score.nll_sum):
             step = trainer.state.global_step
             raise DivergedError(f"the {split} score at step {step} is not finite")
         return score, rows
+
+    def _scoring_arguments(self, trainer: Trainer) -> dict[str, Any]:
+        return {
+            "batch_size": trainer.args.per_device_eval_batch_size,
+            "pad_token_id": trainer.processing_class.pad_token_id,
+            "accelerator": trainer.accelerator,
+            "sign_of_life": self.context.sign_of_life,
+        }
 
     def answer(self, trainer: Trainer, split: str) -> list[Answer]:
         """The judged answers to the first rows of a split; none where generation is off."""

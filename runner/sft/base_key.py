@@ -1,0 +1,336 @@
+"""The key of what is computed of the untouched model: all that its scores and answers depend on.
+
+Two runs share them only where every part is equal. A part too many costs a computation, a part too
+few gives a run numbers that are not its own, so that what is not known to be without effect is in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy
+import torch
+from accelerate.utils import gather_object
+from transformers import Trainer
+
+import runner
+from runner.data.rows import Row, Samples
+from runner.files import hash_json
+from runner.model.load import count_rows
+from runner.recipe.identity import list_library_versions, load_launch_settings
+from runner.recipe.libraries import find_unused_libraries
+from runner.recipe.parse import Recipe
+from runner.recipe.schema import GenerationOn
+from runner.run.record import AskedBase
+from runner.sft.context import RunContext
+from runner.sft.generation import build_generation_config
+from runner.sft.startup import uses_deepspeed
+
+# The layout of the files of an entry.
+FORMAT: Final = 1
+# What LoRA may state with any value: at the start one factor of each product is zero, so that the
+# model computes what the base computes.
+_NEUTRAL_LORA_FIELDS: Final = frozenset(
+    {
+        "alpha_pattern",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_rslora",
+    }
+)
+# Of `training`: what only updates, orders or reports. Every other field is a part of the key.
+_TRAINING_WITHOUT_EFFECT: Final = frozenset(
+    {
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "global_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "learning_rate",
+        "log_level",
+        "log_level_replica",
+        "lr_scheduler_kwargs",
+        "lr_scheduler_type",
+        "max_grad_norm",
+        "max_steps",
+        "num_train_epochs",
+        "optim_args",
+        "per_device_train_batch_size",
+        "seed",
+        "train_sampling_strategy",
+        "warmup_steps",
+        "weight_decay",
+    }
+)
+# Variables by which the libraries below choose how to compute.
+_OF_COMPUTATION: Final = re.compile(
+    r"(ATEN|CUBLAS|CUBLASLT|CUDNN|DNNL|GOMP|HIP|KMP|MIOPEN|MKL|NVIDIA|OMP|ONEDNN|OPENBLAS|PYTORCH"
+    r"|TORCH|TORCHINDUCTOR|TRITON)_.*"
+)
+
+
+def explain_own_base(recipe: Recipe, asked: AskedBase, distributed_type: str) -> str | None:
+    """The reason for which a run scores and answers by itself; None where it may share. Pure."""
+    if asked == "own":
+        return "`--own-base` asks for it"
+    if distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        return f"the weights are kept by {distributed_type}, whose order of work is its own"
+    training = recipe.training.hugging_face_arguments()
+    compiled = [name for name, value in training.items() if name.startswith("torch_comp") and value]
+    if compiled:
+        return f"`training.{compiled[0]}`: what is compiled depends on what was computed before"
+    if recipe.adapter.method == "none":
+        return None
+    stated = recipe.adapter.lora_arguments()
+    if stated.pop("init_lora_weights", True) is not True:
+        return "`adapter.init_lora_weights` may change what the model computes at the start"
+    for name, value in sorted(stated.items()):
+        if name not in _NEUTRAL_LORA_FIELDS and value not in (None, False, [], {}):
+            return f"`adapter.{name}` may change what the model computes at the start"
+    return None
+
+
+@dataclass(frozen=True)
+class AsRun:
+    """What only a running trainer knows, of all that a score or an answer depends on."""
+
+    base: str | None  # content hash or hub commit of model and tokenizer; None: nobody knows
+    tokenizer: str | None  # content, where `base` is a commit
+    num_embedding_rows: int
+    pad_token_id: int
+    attn_implementation: str | None
+    per_device_eval_batch_size: int
+    micro_batch_divisor: int
+    num_processes: int
+    num_machines: int
+    num_threads: int
+    precision: Mapping[str, Any]
+    devices: tuple[str, ...]  # by rank, with driver
+    variables: Mapping[str, str]
+    generation: Mapping[str, Any] | None  # Transformers' settings, where texts are generated
+    launch: Any  # of the accelerate config
+    hidden_libraries: tuple[str, ...]
+    versions: Mapping[str, str]
+    installed: str  # hash of all that is installed
+    runner: str  # hash of its sources
+
+
+def read_as_run(context: RunContext, trainer: Trainer) -> AsRun:
+    """Look at the process; every rank must ask."""
+    recipe, model = context.recipe, trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer, generation = trainer.processing_class, recipe.evaluation.generation
+    base, is_here = context.contents.get(recipe.model.path), Path(recipe.model.path).exists()
+    if not is_here:
+        base = getattr(model.config, "_commit_hash", None)
+    launch_path = Path(recipe.launch.accelerate_config)
+    return AsRun(
+        base=base,
+        tokenizer=None if is_here else _hash_text(tokenizer.backend_tokenizer.to_str()),
+        num_embedding_rows=count_rows(model.get_input_embeddings()),
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation=getattr(model.config, "_attn_implementation", None),
+        per_device_eval_batch_size=trainer.args.per_device_eval_batch_size,
+        micro_batch_divisor=context.micro_batch_divisor,
+        num_processes=context.num_processes,
+        num_machines=recipe.launch.num_machines,
+        num_threads=torch.get_num_threads(),
+        precision={
+            "mixed": str(trainer.accelerator.mixed_precision),
+            "matmul": torch.get_float32_matmul_precision(),
+            "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+            "is_deterministic": torch.are_deterministic_algorithms_enabled(),
+        },
+        devices=tuple(gather_object([describe_device(trainer.accelerator.device)])),
+        variables={
+            name: value for name, value in os.environ.items() if _OF_COMPUTATION.fullmatch(name)
+        },
+        generation=(
+            build_generation_config(tokenizer, generation.max_new_tokens).to_dict()
+            if isinstance(generation, GenerationOn)
+            else None
+        ),
+        launch=load_launch_settings(launch_path),
+        hidden_libraries=tuple(find_unused_libraries(recipe, uses_deepspeed=uses_deepspeed())),
+        versions=list_library_versions(),
+        installed=hash_installed(),
+        runner=hash_sources(),
+    )
+
+
+def build_parts(
+    recipe: Recipe, contents: Mapping[str, str], samples: Samples, as_run: AsRun
+) -> dict[str, Any]:
+    """The parts of the key, which is their hash. Pure."""
+    generation, metrics = recipe.evaluation.generation, recipe.evaluation.metrics
+    dumped = recipe.model_dump(mode="json")
+    answers = {}
+    if isinstance(generation, GenerationOn):
+        answers = {
+            "generation": dumped["evaluation"]["generation"],
+            "metrics": dumped["evaluation"]["metrics"],
+            "task": dumped["data"]["task"],
+            "python_files": {
+                path: contents.get(path) for path in recipe.list_python_files().values()
+            },
+            "judged": {
+                split: _hash_judged(getattr(samples, split).rows, with_columns=bool(metrics))
+                for split in ("test", "validation")
+            },
+        }
+    return {
+        "format": FORMAT,
+        "adapter": dumped["adapter"],
+        "dtype": recipe.model.dtype,
+        "pad_token": recipe.model.pad_token,
+        "quantization": dumped["quantization"],
+        "training": {
+            name: value
+            for name, value in dumped["training"].items()
+            if name not in _TRAINING_WITHOUT_EFFECT
+        },
+        "rows": {
+            split: _hash_scored(getattr(samples, split).rows) for split in ("test", "validation")
+        },
+        "answers": answers,
+        "as_run": json.loads(json.dumps(asdict(as_run))),
+    }
+
+
+def describe_device(device: torch.device) -> str:
+    """The kind of a device, and what computes there."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, driver {_read_driver()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{device.type}, {_read_processor()}, {capability}"
+
+
+def _read_driver() -> str:
+    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        with contextlib.suppress(OSError):
+            return Path(path).read_text().partition("\n")[0]
+    return "unknown"
+
+
+def _read_processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown processor"
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
+
+
+def hash_installed() -> str:
+    """The hash of names and versions of all that is installed, as the names of folders say them."""
+    folders = (Path(folder or ".") for folder in sys.path)
+    return hash_json(sorted({path.name for folder in folders for path in folder.glob("*.*-info")}))
+
+
+def hash_sources() -> str:
+    """The hash of the runner's own source files."""
+    folder = Path(runner.__file__).parent
+    return hash_json(
+        {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*.py"))
+        }
+    )
+
+
+def _hash_scored(rows: Iterable[Row]) -> str:
+    """All that `RowScore` is made of."""
+    return _hash_text(
+        json.dumps(
+            [
+                [row.row_id, row.group, row.input_ids, row.num_bytes]
+                + [_list_ends(spans) for spans in (row.spans, row.contents, row.untrained)]
+                for row in rows
+            ]
+        )
+    )
+
+
+def _list_ends(spans: Sequence[Any]) -> list[tuple[int, int]]:
+    return [(span.start, span.end) for span in spans]
+
+
+def _hash_judged(rows: Iterable[Row], *, with_columns: bool) -> str:
+    """What the answers to these rows are judged by."""
+    judged = [[row.references, dict(row.columns) if with_columns else None] for row in rows]
+    return _hash_text(json.dumps(judged, default=repr))
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def _list_gpu_dice() -> list[torch.Tensor]:
+    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state_all() if is_used else []
+
+
+class ModelState:
+    """What a forward could leave behind in a model or in the dice; two are equal where it has not.
+
+    Weights are not looked at: no forward changes them but the first one of a quantised layer, and
+    every run makes one before it trains. Some models do keep something, such as rotary frequencies
+    that grow with the longest text seen.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        # Tensors are held, so that no other one gets the identity of one that is gone.
+        self._tensors: list[torch.Tensor] = []
+        self._model = {
+            name: self._describe_module(module) for name, module in model.named_modules()
+        }
+        self._dice = (
+            random.getstate(),
+            repr(numpy.random.get_state()),
+            torch.get_rng_state().numpy().tobytes(),
+            [one.numpy().tobytes() for one in _list_gpu_dice()],
+        )
+
+    def _describe_module(self, module: torch.nn.Module) -> dict[str, Any]:
+        described: dict[str, Any] = {}
+        for name, value in {**vars(module), **module._buffers}.items():
+            if isinstance(value, torch.Tensor):
+                self._tensors.append(value)
+                described[name] = (id(value), value._version)
+            # `training` is set before each step
+            elif name != "training" and (
+                value is None or isinstance(value, bool | int | float | str)
+            ):
+                described[name] = value
+        return described
+
+    def find_change(self, later: ModelState) -> str | None:
+        """The first thing that is another one later; None where all is as it was."""
+        if self._dice != later._dice:
+            return "random numbers were drawn"
+        for name in {**self._model, **later._model}:
+            if self._model.get(name) != later._model.get(name):
+                before, after = self._model.get(name, {}), later._model.get(name, {})
+                key = next(key for key in {**before, **after} if before.get(key) != after.get(key))
+                return (
+                    f"{name}.{key} is another one than before" if name else f"{key} is another one"
+                )
+        return None
