@@ -16,11 +16,12 @@ from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run
 from runner.cli.sweep import run_rerun, run_sweep
 from runner.errors import RunnerError, hide_bitsandbytes_warning
-from runner.plan.select import UnreadableRun, select_recipes, suggest_path
+from runner.plan.select import Selected, UnreadableRun, select_recipes, suggest_path
 from runner.plan.status import RunStatus, read_status
 from runner.recipe.contents import ContentHashes, known_contents
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.allowed_code import allow_code, load_code, suggest_allowing
+from runner.run.base_scores import find_other_base_scores
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.paths import RunPaths, content_cache_path, find_output_root
 from runner.run.record import load_stored_recipe
@@ -131,7 +132,9 @@ def run_status(arguments: argparse.Namespace) -> int:
             )
             content[-1] |= status.model_dump()
         print(json.dumps(content, indent=2))
+        _warn_of_other_base_scores(selected)
         return 1 if any(one["state"] == "unreadable" for one in content) else 0
+    _warn_of_other_base_scores(selected)
     names = [one.full_name for one in selected] + [lost.full_name for lost in unreadable]
     width = max(map(len, names), default=0)
     for one, status in rows:
@@ -150,6 +153,15 @@ def run_status(arguments: argparse.Namespace) -> int:
             f"{lost.full_name:<{width}}  {'unreadable':<11}  {'':>9}  {'':>8}  {'':>7}  {lost.why}"
         )
     return _print_hints([status for _, status in rows], num_unreadable=len(unreadable))
+
+
+def _warn_of_other_base_scores(selected: Sequence[Selected]) -> None:
+    """On stderr, once for each output root: scores that a run kept for others and that another one
+    does not compute.
+    """
+    for root in sorted({find_output_root(one.paths.run_dir) for one in selected}):
+        for one in find_other_base_scores(root):
+            print(f"warning: {one.describe()}", file=sys.stderr)
 
 
 def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
@@ -205,7 +217,7 @@ def run_stop(arguments: argparse.Namespace) -> int:
 def run_report(arguments: argparse.Namespace) -> int:
     """`runner report`."""
     from runner.report.format import FORMATS
-    from runner.report.rows import build_rows
+    from runner.report.rows import build_rows, name_other_base_scores
     from runner.report.statistics import build_comparisons
 
     unreadable: list[UnreadableRun] = []
@@ -219,7 +231,11 @@ def run_report(arguments: argparse.Namespace) -> int:
         contents = {} if is_named_itself else known_contents(one.recipe, hashes)
         status = read_status(facts, one.recipe, contents)
         runs.append((one.recipe, facts, status))
-    rows = build_rows(runs)
+    roots = {find_output_root(one.paths.run_dir) for one in selected}
+    rows = name_other_base_scores(
+        build_rows(runs),
+        [found for root in sorted(roots) for found in find_other_base_scores(root)],
+    )
     print(FORMATS[arguments.format](rows, build_comparisons(rows)), end="")
     whys = [(lost.full_name, lost.why) for lost in unreadable]
     whys += [

@@ -338,7 +338,6 @@ def _add_view_verbs(verbs: Any) -> None:
     _add_paths(report)
     report.add_more = _add_report_formats
 
-
     clean = verbs.add_parser(
         "clean", help="remove what runs share and can compute again; no run is touched"
     )

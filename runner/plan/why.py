@@ -35,7 +35,7 @@ from runner.recipe.identity import build_resume_fingerprint, derive_digest
 from runner.recipe.parse import Recipe, derive_accumulation
 from runner.run.facts import RunFacts
 from runner.run.failures import HINTS, read_log_tail
-from runner.run.record import Attempt
+from runner.run.record import Attempt, BaseSource, load_base_source
 
 # What makes a state, as `derive_status` asks: the first that is true.
 RULES: Final[Mapping[State, str]] = {
@@ -67,6 +67,7 @@ class Explanation:
     attempt: Attempt | None  # the last one
     log_path: str | None
     log_tail: tuple[str, ...]
+    base: BaseSource | None  # where the scores of the base model come from
     micro_batch_divisor: int
     choice: Choice
     remote_url: str | None  # asked for checkpoints where the run has none
@@ -84,6 +85,7 @@ class Explanation:
             "rule": RULES[self.status.state],
             "status": self.status.model_dump(mode="json"),
             "attempt": self.attempt and self.attempt.model_dump(mode="json"),
+            "base": self.base and self.base.model_dump(mode="json"),
             "log_path": self.log_path,
             "log_tail": self.log_tail,
             "checkpoints": [asdict(verdict) for verdict in self.choice.verdicts],
@@ -108,6 +110,7 @@ class Evidence:
     inventory: Inventory | CorruptFileError | OSError  # or why it cannot be read
     holders: dict[int, str]  # processes that have the lease open, where it is held
     log_tail: tuple[str, ...]  # of the last attempt's log
+    base: BaseSource | None  # of the last attempt that began at step 0
     choice: Choice  # every checkpoint verified, where an attempt may come next
 
 
@@ -122,6 +125,7 @@ def gather_evidence(
     inventory: Inventory | CorruptFileError | OSError
     holders: dict[int, str] = {}
     log_tail: tuple[str, ...] = ()
+    base: BaseSource | None = None
     is_verified = False
     try:
         if facts.is_leased:
@@ -132,6 +136,7 @@ def gather_evidence(
         is_verified = status.state not in ("running", "unreadable")
         if facts.last is not None:
             log_tail = read_log_tail(paths.attempt(facts.last.number).log_path)
+        base = _find_base_source(facts)
     except (CorruptFileError, OSError) as error:
         inventory = error
     choice = Choice()
@@ -139,7 +144,14 @@ def gather_evidence(
         with contextlib.suppress(RefusedError):  # the global batch cannot be kept like that
             choice = _verify_checkpoints(facts, inventory, recipe, num_processes, contents)
     missing = list_missing_files(recipe)
-    return Evidence(contents, missing, inventory, holders, log_tail, choice)
+    return Evidence(contents, missing, inventory, holders, log_tail, base, choice)
+
+
+def _find_base_source(facts: RunFacts) -> BaseSource | None:
+    for attempt in reversed(facts.attempts):
+        if (found := load_base_source(facts.paths.attempt(attempt.number))) is not None:
+            return found
+    return None
 
 
 def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: int) -> Explanation:
@@ -179,6 +191,7 @@ def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: 
         attempt=last,
         log_path=str(log_path) if log_path is not None and facts.has_log else None,
         log_tail=recorded_tail or (evidence.log_tail if last is not None else ()),
+        base=evidence.base if is_readable else None,
         micro_batch_divisor=divisor,
         choice=evidence.choice,
         remote_url=remote.url if remote is not None and remote.load else None,
@@ -223,6 +236,7 @@ def build_lines(found: Explanation) -> list[str]:
         *(("missing", f"{key}: {path}") for key, path in found.missing.items()),
         ("lease", _describe_lease(found)),
         *(_describe_attempt(found)),
+        *((("base scores", found.base.describe()),) if found.base is not None else ()),
         *(("checkpoint", f"{verdict.name}  {verdict.what}") for verdict in found.choice.verdicts),
         *(("quarantine", name) for name in status.quarantined),
         *(("upload", f"{name} has not reached remote storage") for name in status.pending_uploads),

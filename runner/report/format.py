@@ -158,7 +158,7 @@ def build_warnings(rows: Sequence[ReportRow]) -> list[str]:
         warnings.append(
             f"no record of the test rows of {_count(len(unknown), 'completed run')}: {names}"
         )
-    return warnings
+    return warnings + list(dict.fromkeys(one for row in rows for one in row.base_warnings))
 
 
 def _build_fields(

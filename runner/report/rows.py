@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from runner.errors import CorruptFileError, escape_controls
 from runner.files import hash_json
 from runner.plan.status import RunStatus, State
 from runner.recipe.parse import Recipe
+from runner.run.base_scores import OtherBaseScores
 from runner.run.facts import RunFacts
 from runner.run.record import GenerationScore, SplitScore
 from runner.strict import thaw
@@ -52,6 +53,8 @@ class ReportRow:
     best_step: int | None = None
     num_steps: int | None = None
     stop_reason: str | None = None
+    # Of the base's scores that it kept for others, or found: another run computed others.
+    base_warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -123,6 +126,21 @@ def build_rows(runs: Iterable[tuple[Recipe, RunFacts, RunStatus]]) -> list[Repor
         return grids.index(row.grid), *cell, row.position
 
     return sorted(rows, key=rank)
+
+
+def name_other_base_scores(
+    rows: Iterable[ReportRow], found: Sequence[OtherBaseScores]
+) -> list[ReportRow]:
+    """The rows, each with what was found of the base scores that its run kept or looked at."""
+    return [
+        replace(
+            row,
+            base_warnings=tuple(
+                one.describe() for one in found if row.recipe.run.full_name in one.runs
+            ),
+        )
+        for row in rows
+    ]
 
 
 def list_axes(rows: Iterable[ReportRow]) -> list[str]:

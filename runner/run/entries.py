@@ -137,6 +137,41 @@ def quarantine_entry(
 
 
 @dataclass(frozen=True)
+class Quarantined:
+    """An entry that was moved aside: why, who had written it, and who found it wrong; empty where
+    nobody can tell.
+    """
+
+    path: Path
+    why: str
+    producer: Mapping[str, Any]
+    found_by: Mapping[str, Any]
+
+
+def list_quarantined(root: Path) -> list[Quarantined]:
+    """The entries below `root` that were moved aside, sorted by path; what cannot be read of them
+    is left out.
+    """
+    found = []
+    for path in sorted(root.glob(f"{_QUARANTINE}/*")):
+        reason, manifest = _load_mapping(path / "why.json"), _load_mapping(_manifest_path(path))
+        producer, found_by = (
+            dict(value) if isinstance(value, Mapping) else {}
+            for value in (manifest.get("producer"), reason.get("found_by"))
+        )
+        found.append(Quarantined(path, str(reason.get("why", "")), producer, found_by))
+    return found
+
+
+def _load_mapping(path: Path) -> Mapping[str, Any]:
+    try:
+        content = load_json(path)
+    except (CorruptFileError, OSError):
+        return {}
+    return content if isinstance(content, Mapping) else {}
+
+
+@dataclass(frozen=True)
 class StoredFolder:
     """A folder below one of entries, and its bytes: an entry, one in quarantine, or what a killed
     writer left.

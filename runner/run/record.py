@@ -143,6 +143,38 @@ class Attempt(Fact):
     failure: Failure | None = None
 
 
+class BaseProducer(Fact):
+    """The attempt that computed scores of the base model."""
+
+    run: Shown  # grid and name
+    attempt: int
+
+
+class BaseSource(Fact):
+    """`base.json` of an attempt: where the scores of the base model came from at step 0."""
+
+    source: AskedBase  # own: computed by this attempt
+    key: Shown | None = None  # of the entry
+    producer: BaseProducer | None = None  # of what was found, also where it was not taken
+    is_kept: bool = False  # for other runs
+    why: Shown | None = None  # neither taken from another run nor kept
+
+    def describe(self) -> str:
+        """For people: the log and `runner why`.
+
+        >>> BaseSource(source="own", is_kept=True).describe()
+        'computed here, and kept for others'
+        """
+        if self.source == "shared" and self.producer is not None:
+            return (
+                f"computed by {self.producer.run}, attempt {self.producer.attempt};"
+                " some rows scored again are equal"
+            )
+        return (
+            "computed here, and kept for others" if self.is_kept else f"computed here: {self.why}"
+        )
+
+
 class RunRecord(Fact):
     """`run.json`."""
 
@@ -366,6 +398,16 @@ def load_failure(files: AttemptPaths) -> Failure | None:
         key=lambda failure: (failure.has_lost_peer, _MOST_TELLING.index(failure.kind)),
         default=None,
     )
+
+
+def load_base_source(files: AttemptPaths) -> BaseSource | None:
+    """Where an attempt has its scores of the base model from; None where it has not come so far,
+    and for a file that cannot be read.
+    """
+    try:
+        return _load_fact(files.base_path, BaseSource)
+    except (CorruptFileError, OSError):
+        return None
 
 
 def load_stop_request(paths: RunPaths) -> StopRequest | None:

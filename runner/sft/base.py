@@ -16,10 +16,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from accelerate.utils import gather_object
+from pydantic import ValidationError
 from transformers import Trainer
 
 from runner.data.rows import Samples
@@ -27,14 +29,21 @@ from runner.errors import CorruptFileError
 from runner.files import hash_json, load_json, write_json_atomic
 from runner.run.entries import Entry, find_entry, hold_entry, quarantine_entry, write_entry
 from runner.run.paths import base_entries_dir, find_output_root
-from runner.sft.base_key import ModelState, build_parts, explain_own_base, read_as_run
+from runner.run.record import BaseProducer, BaseSource
+from runner.sft.base_key import (
+    ModelState,
+    build_parts,
+    describe_device,
+    explain_own_base,
+    read_as_run,
+)
 from runner.sft.context import RunContext
 from runner.sft.evaluate import RowScore
 from runner.sft.generation import Answer
+from runner.text import format_seconds
 
 NUM_ROWS_SCORED_AGAIN: Final = 4
 _WAIT_SECONDS: Final = 600.0
-# The other ranks wait in a collective meanwhile.
 _WAIT_SECONDS_OF_SEVERAL: Final = 120.0
 # Of a score on a GPU, which may add up in another order.
 _RELATIVE: Final = 1e-3
@@ -86,29 +95,34 @@ def obtain_base_scores(
     *,
     compute: Callable[[], BaseScores],
     score_again: Callable[[], Mapping[int, RowScore]],
+    wait_seconds: float | None = None,
 ) -> BaseScores:
     """The scores of the base model; every rank must ask at the same point. `compute` makes them
-    all, `score_again` those of a few test rows.
+    all, `score_again` those of a few test rows. While another run computes them, this one waits for
+    `wait_seconds`; None: ten minutes, or two where other ranks wait in a collective meanwhile.
     """
     distributed_type = trainer.accelerator.distributed_type.value
     why = explain_own_base(context.recipe, context.base, distributed_type)
     if why is not None:
-        _note(context, {"source": "own", "why": why}, f"computed here: {why}")
+        _note(context, BaseSource(source="own", why=why))
         return compute()
-    as_run = read_as_run(context, trainer)
-    with _Shelf.open(
-        context, build_parts(context.recipe, context.contents, samples, as_run)
-    ) as shelf:
-        found = context.on_main(shelf.look)
+    device = trainer.accelerator.device
+    devices = gather_object([describe_device(device)])
+    with _Shelf.open(context, samples) as shelf:
+        found, is_ours = context.on_main(
+            lambda: (shelf.look(trainer, devices, wait_seconds), shelf.is_ours)
+        )
+        again = score_again() if found is not None or is_ours else {}
         if found is not None:
-            difference = find_difference(
-                found.test, score_again(), is_exact=trainer.accelerator.device.type == "cpu"
-            )
+            difference = find_difference(found.test, again, is_exact=device.type == "cpu")
             if context.on_main(lambda: shelf.judge(difference)):
                 return found
+        # What the first forwards leave behind is left by those few rows too, which every run
+        # scores. The rest must leave nothing, or a run that skips it would train differently.
         before = ModelState(trainer.model)
         scores = compute()
         change = before.find_change(ModelState(trainer.model))
+        change = change or find_difference(scores.test, again, is_exact=device.type == "cpu")
         context.on_main(lambda: shelf.keep(scores, change))
     return scores
 
@@ -121,22 +135,17 @@ def find_difference(
     """
     for index, our in sorted(ours.items()):
         their = theirs[index] if index < len(theirs) else None
-        if their == our:
-            continue
-        if their is None or is_exact or not _is_close(their, our):
-            shown = "no such row" if their is None else f"{their.nll_sum!r} nats"
-            return f"test row {our.row_id}: {shown}, computed again {our.nll_sum!r}"
+        for name, value in our.as_json().items():
+            other = None if their is None else their.as_json()[name]
+            if other == value:
+                continue
+            if is_exact or not name.endswith("nll_sum") or not _is_close(value, other):
+                return f"test row {our.row_id}: {name} {other}, computed again {value}"
     return None
 
 
-def _is_close(their: RowScore, our: RowScore) -> bool:
-    ours = our.as_json()
-    return all(
-        math.isclose(value, ours[name], rel_tol=_RELATIVE, abs_tol=_NATS)
-        if name.endswith("nll_sum")
-        else value == ours[name]
-        for name, value in their.as_json().items()
-    )
+def _is_close(value: float, other: float | None) -> bool:
+    return other is not None and math.isclose(value, other, rel_tol=_RELATIVE, abs_tol=_NATS)
 
 
 @dataclass
@@ -146,105 +155,132 @@ class _Shelf:
     """
 
     context: RunContext
-    parts: Mapping[str, Any]
-    folder: Path
+    samples: Samples
     _stack: ExitStack
-    _entry: Entry | None = None
-    _is_ours: bool = False  # the lock, under which the entry is written
+    _key: str | None = None  # the hash of the parts, once they are known
+    _parts: Mapping[str, Any] = field(default_factory=dict)
+    _producer: BaseProducer | None = None  # of what was found
+    is_ours: bool = False  # the lock, under which the entry is written
     _why: str = ""  # nothing is kept
-    _mismatch: Mapping[str, Any] | None = None  # of an entry that was found
 
     @classmethod
     @contextmanager
-    def open(cls, context: RunContext, parts: Mapping[str, Any]) -> Iterator[_Shelf]:
-        """The place of the entry with this key; its lock is free again afterwards."""
-        folder = base_entries_dir(find_output_root(context.paths.run_dir)) / hash_json(parts)
+    def open(cls, context: RunContext, samples: Samples) -> Iterator[_Shelf]:
+        """A place of which nothing is known yet; the lock of the entry is free again afterwards."""
         with ExitStack() as stack:
-            yield cls(context, parts, folder, stack)
+            yield cls(context, samples, stack)
 
-    def look(self) -> BaseScores | None:
+    @property
+    def folder(self) -> Path:
+        """The folder of the entry."""
+        root = find_output_root(self.context.paths.run_dir)
+        assert self._key is not None, "the parts are known"
+        return base_entries_dir(root) / self._key
+
+    def look(
+        self, trainer: Trainer, devices: Sequence[str], wait_seconds: float | None
+    ) -> BaseScores | None:
         """What the entry holds; None where there is none, and then the lock is ours unless
         something is in the way.
         """
-        if self.parts["as_run"]["base"] is None:
+        context = self.context
+        try:
+            as_run = read_as_run(context, trainer, devices)
+            self._parts = build_parts(context.recipe, context.contents, self.samples, as_run)
+            self._key = hash_json(self._parts)
+        # A library that says no to a look at its settings costs time, and no run.
+        except Exception as error:
+            self._why = f"nobody can tell what its scores depend on: {error!r}"
+            return None
+        if as_run.base is None:
             self._why = "nothing says which content `model.path` had when it was loaded"
             return None
         try:
             found = self._find()
-            if found is None and self._take_lock():
+            if found is None and self._take_lock(wait_seconds):
                 found = self._find()  # another run may have written it meanwhile
         except OSError as error:
             self._why = f"{self.folder} cannot be read or locked: {error}"
             return None
         if found is not None:  # readers need no lock
             self._stack.close()
-            self._is_ours = False
+            self.is_ours = False
         return found
 
     def _find(self) -> BaseScores | None:
         try:
-            self._entry = find_entry(self.folder)
-            return None if self._entry is None else BaseScores.load(self.folder)
+            if (entry := find_entry(self.folder)) is None:
+                return None
+            found = BaseScores.load(self.folder)
+            self._require_rows(found)
+            self._producer = _read_producer(entry)
         except CorruptFileError as error:
-            self._entry = None
             moved = quarantine_entry(self.folder, error.message, found_by=self._who())
-            print(f"base scores: {error.message}; moved to {moved}", flush=True)
+            print(f"warning: {error.message}: moved to {moved}", flush=True)
             return None
+        return found
 
-    def _take_lock(self) -> bool:
+    def _require_rows(self, found: BaseScores) -> None:
+        for split, scores in (("test", found.test), ("validation", found.validation)):
+            rows = getattr(self.samples, split).rows
+            if [one.row_id for one in scores] != [row.row_id for row in rows]:
+                raise CorruptFileError(f"{self.folder} has other {split} rows")
+
+    def _take_lock(self, wait_seconds: float | None) -> bool:
         """Whether the lock is ours, at once or after a while."""
-        self._is_ours = self._stack.enter_context(hold_entry(self.folder, lambda: False))
-        if self._is_ours:
+        self.is_ours = self._stack.enter_context(hold_entry(self.folder, lambda: False))
+        if self.is_ours:
             return True
         is_alone = self.context.num_processes == 1
-        seconds = _WAIT_SECONDS if is_alone else _WAIT_SECONDS_OF_SEVERAL
-        deadline = time.monotonic() + seconds
+        if wait_seconds is None:
+            wait_seconds = _WAIT_SECONDS if is_alone else _WAIT_SECONDS_OF_SEVERAL
+        deadline = time.monotonic() + wait_seconds
 
         def go_on() -> bool:
             self.context.sign_of_life()
             return time.monotonic() < deadline
 
         with self.context.phase(_WAITING):
-            self._is_ours = self._stack.enter_context(hold_entry(self.folder, go_on))
-        if not self._is_ours:
-            self._why = f"another run has been at it for {seconds / 60:.0f} min"
-        return self._is_ours
+            self.is_ours = self._stack.enter_context(hold_entry(self.folder, go_on))
+        if not self.is_ours:
+            self._why = f"another run has been at it for {format_seconds(wait_seconds)}"
+        return self.is_ours
 
     def judge(self, difference: str | None) -> bool:
         """Whether what was found may be taken; else it goes into quarantine."""
-        assert self._entry is not None, "it was found"
-        producer = dict(self._entry.producer)
-        whose = f"{producer.get('run')}, attempt {producer.get('attempt')}"
+        assert self._producer is not None, "it was found"
         if difference is None:
-            facts = {"source": "shared", "key": self.folder.name, "producer": producer}
-            _note(self.context, facts, f"those of {whose}; some rows scored again are equal")
+            source = BaseSource(source="shared", key=self._key, producer=self._producer)
+            _note(self.context, source)
             return True
-        self._why = f"those of {whose} are not what is computed here: {difference}"
-        self._mismatch = {"producer": producer, "difference": difference}
+        self._why = (
+            f"the scores of {self._producer.run}, attempt {self._producer.attempt}, are others:"
+            f" {difference}"
+        )
         with contextlib.suppress(OSError):
             quarantine_entry(self.folder, difference, found_by=self._who())
         return False
 
     def keep(self, scores: BaseScores, change: str | None) -> None:
         """Write the entry, where the lock is ours and the model is as it was before."""
-        facts: dict[str, Any] = {"source": "own", "key": self.folder.name}
-        if change is not None:
-            self._why = f"this model keeps something of what it was shown: {change}"
-        elif self._is_ours:
+        is_kept = False
+        if self.is_ours and change is not None:
+            self._why = f"it does not come out the same each time, or leaves something: {change}"
+        elif self.is_ours:
             try:
-                write_entry(self.folder, scores.write, parts=self.parts, producer=self._who())
-                _note(
-                    self.context, {**facts, "is_kept": True}, "computed here, and kept for others"
-                )
-                return
+                write_entry(self.folder, scores.write, parts=self._parts, producer=self._who())
+                is_kept = True
             except (OSError, ValueError) as error:
                 self._why = f"{self.folder} cannot be written: {error}"
-        if self._mismatch is not None:
-            facts["mismatch"] = self._mismatch
         _note(
             self.context,
-            {**facts, "is_kept": False, "why": self._why},
-            f"computed here: {self._why}",
+            BaseSource(
+                source="own",
+                key=self._key,
+                producer=self._producer,
+                is_kept=is_kept,
+                why=None if is_kept else self._why,
+            ),
         )
 
     def _who(self) -> dict[str, Any]:
@@ -252,9 +288,16 @@ class _Shelf:
         return {"run": self.context.recipe.run.full_name, "attempt": number}
 
 
-def _note(context: RunContext, facts: Mapping[str, Any], said: str) -> None:
+def _read_producer(entry: Entry) -> BaseProducer:
+    try:
+        return BaseProducer.model_validate(dict(entry.producer))
+    except ValidationError:
+        raise CorruptFileError(f"the manifest of {entry.folder} names no producer") from None
+
+
+def _note(context: RunContext, source: BaseSource) -> None:
     """Say where the scores come from, in the log and in `base.json`."""
     if context.is_main:
-        print(f"base scores: {said}", flush=True)
+        print(f"scores of the base model: {source.describe()}", flush=True)
         with contextlib.suppress(OSError):
-            write_json_atomic(context.attempt.base_path, facts)
+            write_json_atomic(context.attempt.base_path, source.model_dump(mode="json"))

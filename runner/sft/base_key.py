@@ -15,12 +15,12 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
 import numpy
 import torch
-from accelerate.utils import gather_object
 from transformers import Trainer
 
 import runner
@@ -84,8 +84,14 @@ _TRAINING_WITHOUT_EFFECT: Final = frozenset(
 )
 # Variables by which the libraries below choose how to compute.
 _OF_COMPUTATION: Final = re.compile(
-    r"(ATEN|CUBLAS|CUBLASLT|CUDNN|DNNL|GOMP|HIP|KMP|MIOPEN|MKL|NVIDIA|OMP|ONEDNN|OPENBLAS|PYTORCH"
-    r"|TORCH|TORCHINDUCTOR|TRITON)_.*"
+    r"(?!.*_(CACHE|DIR|HOME|PATH)$)"
+    r"((ATEN|CUBLAS|CUBLASLT|CUDNN|DNNL|KMP|MIOPEN|MKL|OMP|ONEDNN|OPENBLAS|PYTORCH|TORCH|TRITON)_.*"
+    r"|NVIDIA_TF32_OVERRIDE)"
+)
+
+# Of `torch.backends`; the older `allow_tf32` raises where somebody has set these.
+_PRECISIONS: Final = tuple(
+    f"{name}.fp32_precision" for name in ("cuda.matmul", "cudnn.conv", "mkldnn.matmul")
 )
 
 
@@ -135,8 +141,8 @@ class AsRun:
     runner: str  # hash of its sources
 
 
-def read_as_run(context: RunContext, trainer: Trainer) -> AsRun:
-    """Look at the process; every rank must ask."""
+def read_as_run(context: RunContext, trainer: Trainer, devices: Sequence[str]) -> AsRun:
+    """Look at the process; `devices` are those of all ranks."""
     recipe, model = context.recipe, trainer.accelerator.unwrap_model(trainer.model)
     tokenizer, generation = trainer.processing_class, recipe.evaluation.generation
     base, is_here = context.contents.get(recipe.model.path), Path(recipe.model.path).exists()
@@ -156,11 +162,10 @@ def read_as_run(context: RunContext, trainer: Trainer) -> AsRun:
         num_threads=torch.get_num_threads(),
         precision={
             "mixed": str(trainer.accelerator.mixed_precision),
-            "matmul": torch.get_float32_matmul_precision(),
-            "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+            **{name: attrgetter(name)(torch.backends) for name in _PRECISIONS},
             "is_deterministic": torch.are_deterministic_algorithms_enabled(),
         },
-        devices=tuple(gather_object([describe_device(trainer.accelerator.device)])),
+        devices=tuple(devices),
         variables={
             name: value for name, value in os.environ.items() if _OF_COMPUTATION.fullmatch(name)
         },
@@ -212,7 +217,7 @@ def build_parts(
             split: _hash_scored(getattr(samples, split).rows) for split in ("test", "validation")
         },
         "answers": answers,
-        "as_run": json.loads(json.dumps(asdict(as_run))),
+        "as_run": json.loads(json.dumps(asdict(as_run), default=str)),
     }
 
 
