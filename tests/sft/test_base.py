@@ -1,0 +1,353 @@
+"""The base model is scored by one run and taken by others; whatever is in the way costs the
+computation, never a run.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+
+from runner.cli.main import main
+from runner.data.draw import LeftOut
+from runner.data.rows import Samples, Split
+from runner.data.tasks.base import Judgement
+from runner.data.tokenizer import load_tokenizer
+from runner.files import hash_file, load_json, write_json_atomic
+from runner.run.base_scores import find_other_base_scores
+from runner.run.entries import hold_entry
+from runner.run.record import AskedBase, BaseSource, load_base_source, load_progress
+from runner.sft.base import BaseScores, find_difference, obtain_base_scores
+from runner.sft.context import RunContext
+from runner.sft.evaluate import RowScore
+from runner.sft.generation import Answer
+from tests.conftest import Project
+from tests.support.contexts import open_context
+from tests.support.token_rows import make_row
+
+ROWS = tuple(make_row(f"row-{number}", range(3, 9 + number), (2, 5)) for number in range(6))
+SAMPLES = Samples(Split((), ()), Split(ROWS[:2], ()), Split(ROWS, ()), LeftOut())
+
+
+def make_score(row_id: str, nll_sum: float) -> RowScore:
+    return RowScore(row_id, row_id, nll_sum / 3, 0.1, 3, nll_sum, 8, 5)
+
+
+def make_scores(nats: float = 0.1) -> BaseScores:
+    """With sums that no short decimal names, and an answer of every kind of text."""
+    answer = Answer(
+        "row-0",
+        'é\u2028"',
+        ("a", ""),
+        False,
+        Judgement({"f1": 1 / 3, "exact": 1.0}, False),
+        {"length": None, "share": 2 / 7},
+    )
+    test = [make_score(row.row_id, nats + 1 / (3 + at)) for at, row in enumerate(ROWS)]
+    return BaseScores(test, [answer], [make_score(f"row-{at}", nats) for at in range(2)], [answer])
+
+
+class FullDisk(BaseScores):
+    def write(self, folder: Path) -> None:
+        super().write(folder)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@dataclass
+class Place:
+    """A project in which runs of one model ask for scores, each in a context of its own."""
+
+    project: Project
+    trainer: Any
+    computed: list[str] = field(default_factory=list)  # names of runs
+
+    @property
+    def root(self) -> Path:
+        return self.project.root / "runs" / ".base"
+
+    @property
+    def entries(self) -> list[Path]:
+        return [path for path in self.root.glob("[!.]*") if path.is_dir()]
+
+    def open(self, name: str, base: AskedBase = "shared") -> RunContext:
+        context = open_context(self.project, f"run.name={name}")
+        paths = self.project.paths(name)
+        paths.attempt(1).attempt_dir.mkdir(parents=True, exist_ok=True)
+        contents = {"models/gemma": "weights"}
+        return replace(context, paths=paths, attempt=paths.attempt(1), base=base, contents=contents)
+
+    def obtain(
+        self,
+        name: str,
+        scores: BaseScores | None = None,
+        base: AskedBase = "shared",
+        wait_seconds: float | None = None,
+    ) -> BaseScores:
+        """What a run gets that would compute `scores`."""
+        scores = scores or make_scores()
+
+        def compute() -> BaseScores:
+            self.computed.append(name)
+            return scores
+
+        return obtain_base_scores(
+            self.open(name, base),
+            SAMPLES,
+            self.trainer,
+            compute=compute,
+            score_again=lambda: {4: scores.test[4], 5: scores.test[5]},
+            wait_seconds=wait_seconds,
+        )
+
+    def source(self, name: str) -> BaseSource:
+        source = load_base_source(self.project.paths(name).attempt(1))
+        assert source is not None
+        return source
+
+
+@pytest.fixture
+def place(project: Project, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.chdir(project.root)
+    project.add_model()
+    recipe = project.recipe()
+    trainer = SimpleNamespace(
+        model=AutoModelForCausalLM.from_pretrained(recipe.model.path),
+        processing_class=load_tokenizer(recipe.model),
+        args=SimpleNamespace(per_device_eval_batch_size=8),
+        accelerator=Accelerator(cpu=True),
+    )
+    return Place(project, trainer)
+
+
+def test_the_second_run_takes_what_the_first_has_computed(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = place.obtain("a"), place.obtain("b")
+    assert first == second == make_scores() and place.computed == ["a"]
+    assert place.source("a").is_kept and place.source("a").source == "own"
+    source = place.source("b")
+    assert source.source == "shared" and source.key == place.entries[0].name
+    assert source.producer is not None and source.producer.run == "tests/a"
+    assert "scores of the base model: computed by tests/a, attempt 1" in capsys.readouterr().out
+    manifest = load_json(place.entries[0] / "manifest.json")
+    assert manifest["producer"]["run"] == "tests/a" and manifest["producer"]["attempt"] == 1
+    assert manifest["parts"]["as_run"]["base"] == "weights"
+
+
+def test_own_neither_reads_nor_writes(place: Place) -> None:
+    place.obtain("a", base="own")
+    assert not place.root.exists() and place.source("a").why == "`--own-base` asks for it"
+    place.obtain("b")
+    place.obtain("c", base="own")
+    assert place.computed == ["a", "b", "c"]
+
+
+def test_another_part_is_another_entry(place: Place) -> None:
+    place.obtain("a")
+    place.trainer.args.per_device_eval_batch_size = 4
+    place.obtain("b")
+    place.trainer.model.resize_token_embeddings(900)
+    place.obtain("c")
+    place.trainer.processing_class.pad_token = place.trainer.processing_class.unk_token
+    place.obtain("d")
+    assert place.computed == ["a", "b", "c", "d"] and len(place.entries) == 4
+
+
+def test_a_model_whose_content_nobody_knows_is_scored_by_each(place: Place) -> None:
+    context = replace(place.open("a"), contents={})
+    scores = make_scores()
+    obtain_base_scores(
+        context, SAMPLES, place.trainer, compute=lambda: scores, score_again=lambda: {}
+    )
+    assert "`model.path`" in str(place.source("a").why) and place.entries == []
+
+
+def test_scores_that_are_not_what_is_computed_go_into_quarantine_and_are_named(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.obtain("a")
+    differing = make_scores()
+    last = differing.test[5]
+    differing.test[5] = replace(last, nll_sum=last.nll_sum + 1e-12)
+    assert place.obtain("b", differing) == differing and place.computed == ["a", "b"]
+    assert place.entries == [], "it is not replaced by the one that differs"
+    source = place.source("b")
+    assert source.source == "own" and not source.is_kept and source.producer is not None
+    assert "test row row-5: nll_sum" in str(source.why) and "tests/a, attempt 1" in str(source.why)
+    [found] = find_other_base_scores(place.root.parent)
+    assert found.runs == {"tests/a", "tests/b"} and "row-5" in found.why
+    capsys.readouterr()
+    for verb in ("status", "report"):
+        assert main([verb, "recipe.yaml"]) == 0  # its run is another one: `base`
+        said = "".join(capsys.readouterr())
+        is_named = "tests/a, attempt 1" in said and "tests/b, attempt 1" in said
+        assert is_named == (verb == "status"), "a report speaks of its own runs"
+    place.obtain("c")
+    place.obtain("d")
+    assert place.computed == ["a", "b", "c"]
+
+
+def test_the_report_of_either_run_names_both(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.obtain("a")
+    place.obtain("b", make_scores(0.2))
+    for name in ("a", "b"):
+        recipe = place.project.write_recipe(f"recipes/{name}.yaml")
+        capsys.readouterr()
+        for form in ("md", "json"):
+            assert main(["report", str(recipe), "--format", form]) == 0
+            said = capsys.readouterr().out
+            assert "tests/a, attempt 1 had kept" in said and "by tests/b, attempt 1" in said
+
+
+def write_other_shape(entry: Path) -> None:
+    """Files that are what the manifest says, and yet no scores."""
+    (entry / "scores.json").write_text(json.dumps({"test": 3}))
+    manifest = load_json(entry / "manifest.json")
+    manifest["files"]["scores.json"] = hash_file(entry / "scores.json")
+    write_json_atomic(entry / "manifest.json", manifest)
+
+
+def drop_a_row(entry: Path) -> None:
+    scores = load_json(entry / "scores.json")
+    (entry / "scores.json").write_text(json.dumps({**scores, "test": scores["test"][1:]}))
+    manifest = load_json(entry / "manifest.json")
+    manifest["files"]["scores.json"] = hash_file(entry / "scores.json")
+    write_json_atomic(entry / "manifest.json", manifest)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut": lambda entry: (entry / "scores.json").write_text("{"),
+    "gone": lambda entry: (entry / "answers.json").unlink(),
+    "no manifest any more": lambda entry: (entry / "manifest.json").write_text("[]"),
+    "other shape": write_other_shape,
+    "other rows": drop_a_row,
+    "nobody wrote it": lambda entry: write_json_atomic(
+        entry / "manifest.json", {**load_json(entry / "manifest.json"), "producer": {}}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_put_aside_and_made_anew(place: Place, damage: str) -> None:
+    place.obtain("a")
+    DAMAGES[damage](place.entries[0])
+    assert place.obtain("b") == make_scores() == place.obtain("c")
+    assert place.computed == ["a", "b"] and place.source("b").is_kept
+    [found] = find_other_base_scores(place.root.parent)
+    assert "tests/b" in found.runs and found.why
+
+
+def test_a_full_disk_costs_the_entry_only(place: Place) -> None:
+    full = FullDisk(**vars(make_scores()))
+    assert place.obtain("a", full) == full
+    assert "No space left" in str(place.source("a").why)
+    assert [path.name for path in place.root.iterdir() if path.is_dir()] == []
+    place.obtain("b")
+    assert place.source("b").is_kept
+
+
+def test_a_place_where_nothing_can_be_written_costs_the_entry_only(place: Place) -> None:
+    place.root.parent.mkdir(exist_ok=True)
+    place.root.write_text("a file")
+    assert place.obtain("a") == make_scores()
+    assert "cannot be read or locked" in str(place.source("a").why)
+
+
+def test_a_run_waits_for_the_one_that_computes(place: Place) -> None:
+    """In a phase that is known to be silent, and takes what it then finds."""
+    place.obtain("a")
+    entry = place.entries[0]
+    hidden = entry.rename(entry.with_name(".hidden"))
+    progress_path = place.project.paths("b").attempt(1).progress_path
+
+    def finish() -> None:
+        while not (
+            (seen := load_progress(progress_path)) and seen.phase.startswith("waiting for another")
+        ):
+            assert not done.wait(0.01), "it has not waited"
+        hidden.rename(entry)
+        release.set()
+
+    release, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with hold_entry(entry, lambda: False) as is_ours:
+            assert is_ours
+            held.set()
+            release.wait(60)
+
+    held = threading.Event()
+    threads = [threading.Thread(target=hold), threading.Thread(target=finish)]
+    threads[0].start()
+    held.wait(60)
+    threads[1].start()
+    place.obtain("b")
+    done.set()
+    for thread in threads:
+        thread.join(60)
+    assert place.computed == ["a"] and place.source("b").source == "shared"
+
+
+def test_and_scores_itself_when_that_takes_too_long(place: Place) -> None:
+    place.obtain("a")
+    entry = place.entries[0]
+    entry.rename(entry.with_name(".hidden"))
+    with hold_entry(entry, lambda: False):
+        assert place.obtain("b", wait_seconds=0.3) == make_scores()
+    assert place.computed == ["a", "b"] and "has been at it" in str(place.source("b").why)
+    assert place.entries == [], "without the lock nothing is written"
+
+
+def test_what_a_model_keeps_is_not_shared(place: Place) -> None:
+    def compute() -> BaseScores:
+        place.trainer.model.longest_text = len(place.computed)
+        place.computed.append("x")
+        return make_scores()
+
+    for name in ("a", "b"):
+        scores = make_scores()
+        obtain_base_scores(
+            place.open(name),
+            SAMPLES,
+            place.trainer,
+            compute=compute,
+            score_again=lambda scores=scores: {5: scores.test[5]},
+        )
+    assert "longest_text is another one" in str(place.source("a").why)
+    assert len(place.computed) == 2 and place.entries == []
+
+
+def test_what_does_not_come_out_the_same_is_not_shared(place: Place) -> None:
+    scores = make_scores()
+    other = replace(scores.test[5], completion_nll_sum=9.0)
+    obtain_base_scores(
+        place.open("a"),
+        SAMPLES,
+        place.trainer,
+        compute=lambda: scores,
+        score_again=lambda: {5: other},
+    )
+    assert "completion_nll_sum" in str(place.source("a").why) and place.entries == []
+
+
+def test_scores_on_a_gpu_may_differ_by_the_order_of_their_sums() -> None:
+    theirs = [make_score("a", 100.0)]
+    for factor, is_close in ((1.0009, True), (1.002, False)):
+        ours = {0: make_score("a", 100.0 * factor)}
+        assert (find_difference(theirs, ours, is_exact=False) is None) == is_close
+        assert find_difference(theirs, ours, is_exact=True) is not None
+    counted = {0: replace(theirs[0], num_tokens=9)}
+    assert "num_tokens" in str(find_difference(theirs, counted, is_exact=False))
+    assert find_difference([], {0: theirs[0]}, is_exact=False) is not None
