@@ -259,11 +259,11 @@ def _describe_effects(plans: Sequence[Plan]) -> Iterator[str]:
     if any(plan.micro_batch is not None for plan in plans):
         yield (
             "another micro-batch keeps the digest: numbers move by rounding, and by what dropout"
-            " draws; completed runs stay as they are"
+            " draws; a completed run stays, `runner launch RECIPE --fresh` starts it anew"
         )
     if any(replace(plan, micro_batch=None) != Plan() for plan in plans):
         yield "checkpointing, quantization and the batch of answers make another experiment"
-    yield "change all arms or none, `--fresh` starts old runs anew; estimates: try one run first"
+    yield "change all arms or none; these are estimates: try one run first"
 
 
 def _write_accumulation(recipes: Sequence[Recipe], micro_batch: int) -> Iterator[str]:
