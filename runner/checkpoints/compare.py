@@ -19,7 +19,12 @@ LAUNCH_AS_BEFORE: Final = (
 )
 # Follow from the recipe's global batch, the number of processes and `Attempt.micro_batch_divisor`.
 _MICRO_BATCH: Final = frozenset(
-    {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
+    {
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "generation_batch_size",
+        "gradient_accumulation_steps",
+    }
 )
 
 

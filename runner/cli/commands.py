@@ -66,6 +66,11 @@ def run_check(arguments: argparse.Namespace) -> int:
             size = f"{len(file.content):,} bytes"
             print(f"allowed {file.path}, {size}, sha256 {file.sha256}", file=stream)
     if arguments.schema_only:
+        if arguments.device_gib is not None:
+            raise RunnerError(
+                "`--device-gib` compares models and rows with a device, `--schema-only` loads none",
+                hint="leave one of them out",
+            )
         print(f"{len(selected)} recipes are well-formed")
         return 0
     hide_bitsandbytes_warning()
@@ -74,7 +79,12 @@ def run_check(arguments: argparse.Namespace) -> int:
     finished = [one.full_name for one in selected if one.paths.result_path.exists()]
     allow = suggest_allowing(arguments.paths, arguments.output_root, arguments.where)
     return print_check(
-        recipes, arguments.output_root, finished, is_json=arguments.json, allow_hint=allow
+        recipes,
+        arguments.output_root,
+        finished,
+        is_json=arguments.json,
+        allow_hint=allow,
+        device_gib=arguments.device_gib,
     )
 
 

@@ -192,6 +192,12 @@ def _add_check_verbs(verbs: Any) -> None:
         action="store_true",
         help="let the Python functions that these recipes name run, as they are now",
     )
+    check.add_argument(
+        "--device-gib",
+        type=positive,
+        metavar="GIB",
+        help="memory of the device that the runs will have; default: of the GPU here, if any",
+    )
 
     masks = verbs.add_parser(
         "masks", help="rows as the model sees them: every token, the trained ones coloured"

@@ -25,6 +25,7 @@ from runner.errors import CorruptFileError
 from runner.model.size import ActivationCurve, ModelSize, TrainedTensor
 from runner.recipe.parse import Recipe
 from runner.recipe.schedule import Schedule, derive_schedule
+from runner.recipe.schema import GenerationOn
 from runner.run.paths import RunPaths
 from runner.text import format_mib
 
@@ -45,8 +46,12 @@ ASSUMPTIONS: Final = (
     ),
     "fused attention where the recipe names FlashAttention",
     "paged optimizer states stay on the device",
-    "evaluation and generation need less than a training step",
+    "evaluation needs less than a training step",
 )
+# While answers are written: logits of the last token in the model's dtype and in float32, sorted or
+# compared once more; the cache is copied layer by layer at each token, which leaves holes as large.
+_ANSWER_LOGIT_BYTES: Final = 12
+_CACHE_COPIES: Final = 2
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,35 @@ def estimate_memory(
         overhead=round(_FRAGMENTATION * activations) + (0 if sharding.uses_cpu else _CUDA_BYTES),
         offloaded=offloaded,
     )
+
+
+def estimate_answer_memory(
+    recipe: Recipe,
+    size: ModelSize,
+    curve: ActivationCurve,
+    sharding: Sharding,
+    *,
+    cache_token_bytes: int,
+    num_prompt_tokens: int,
+    batch_size: int,
+) -> int:
+    """Bytes on the device of one process while `batch_size` prompts are answered up to
+    `max_new_tokens`: what training keeps between two steps, the cache of keys and values, and the
+    pass over the prompts.
+
+    `curve` is that of `batch_size` rows; `cache_token_bytes` is of `trace_cache`.
+    """
+    generation = recipe.evaluation.generation
+    assert isinstance(generation, GenerationOn)
+    kept = estimate_memory(recipe, size, curve, sharding, longest_row=0)
+    num_tokens = num_prompt_tokens + generation.max_new_tokens
+    cache = _CACHE_COPIES * batch_size * num_tokens * cache_token_bytes
+    # Nothing is kept for a backward: one layer, of which much is free again before its end.
+    layers = curve.layer_bytes(num_prompt_tokens) + curve.rest_bytes(num_prompt_tokens)
+    logits = batch_size * size.vocab_size * _ANSWER_LOGIT_BYTES
+    between_steps = kept.weights + kept.adapter + kept.gradients + kept.optimizer
+    overhead = round(_FRAGMENTATION * layers) + (0 if sharding.uses_cpu else _CUDA_BYTES)
+    return between_steps + cache + layers + logits + overhead
 
 
 def _largest_layer_bytes(size: ModelSize) -> int:

@@ -86,6 +86,17 @@ class ActivationCurve:
         return max(0, round(_interpolate(self.rest, num_tokens)))
 
 
+def extend_curve(less: ActivationCurve, more: ActivationCurve, num_more: int) -> ActivationCurve:
+    """The curve of `num_more` rows above `less`, where `more` is of one row above it: what is kept
+    of each row is the same, and what is kept of weights is kept once.
+    """
+
+    def extend(low: Sequence[float], high: Sequence[float]) -> tuple[float, ...]:
+        return tuple(a + num_more * (b - a) for a, b in zip(low, high, strict=True))
+
+    return ActivationCurve(extend(less.per_layer, more.per_layer), extend(less.rest, more.rest))
+
+
 def _interpolate(values: Sequence[float], at: int) -> float:
     """The parabola through `values` at `_WIDTHS` (Lagrange).
 
@@ -245,6 +256,30 @@ def trace_activations(recipe: Recipe, config: Any, batch_size: int) -> Activatio
     per_layer = tuple((more - less) / span for less, more in zip(shallow, deep, strict=True))
     rest = tuple(less - _DEPTHS[0] * layer for less, layer in zip(shallow, per_layer, strict=True))
     return ActivationCurve(per_layer, rest)
+
+
+def trace_cache(recipe: Recipe, config: Any) -> int:
+    """Bytes of keys and values that a model keeps of each token while it writes an answer. A layer
+    with a sliding window is taken to keep every token.
+
+    Raises:
+        DataError: it keeps something else.
+    """
+    depth = _DEPTHS[0]
+    model, mode = _build(recipe, config, depth), FakeTensorMode()
+    _make_fake(model, mode)
+    model.eval()
+    with mode, torch.no_grad(), _without_warnings():
+        ids = torch.zeros((1, 1), dtype=torch.long)
+        cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
+    layers = getattr(cache, "layers", [])
+    tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    kept = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    if not kept or len(kept) < len(tensors):
+        raise DataError(f"{type(cache).__name__} of {recipe.model.path} holds no keys and values")
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    num_layers: int = config.get_text_config().num_hidden_layers
+    return math.ceil(num_bytes * num_layers / depth)
 
 
 def _trace(recipe: Recipe, config: Any, num_layers: int, batch_size: int) -> list[int]:

@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -27,11 +27,13 @@ def print_check(
     *,
     is_json: bool,
     allow_hint: str = "runner check --allow-code",
+    device_gib: int | None = None,
 ) -> int:
     """Check and print; 2 if a recipe cannot be trained as it is, else 0: warnings do not fail.
 
     `finished` are runs (grid/name) that take no more disk; `allow_hint` is the command that allows
-    the functions of the recipes.
+    the functions of the recipes; `device_gib` is the memory of the device that they will run on,
+    None: of the GPU that is here, if any.
     """
     if not is_json:
         print(f"{len(recipes)} recipes are well-formed", flush=True)
@@ -42,24 +44,12 @@ def print_check(
     from runner.preflight.trainer import check_trainers
 
     check_trainers(recipes, result)
-    sizes: dict[str, dict[str, Any]] = {}
-    size_lines: list[str] = []
-    if result.runs:
-        from runner.preflight.sizes import (
-            build_size_entry,
-            describe_sizes,
-            estimate_sizes,
-            warn_of_shortage,
-        )
-
-        estimated = estimate_sizes(result)
-        warn_of_shortage(result, estimated, finished, output_root)
-        sizes = {name: build_size_entry(one) for name, one in estimated.items()}
-        size_lines = list(describe_sizes(result.runs, estimated))
+    needs = _estimate_needs(result, output_root, finished, device_gib)
     if is_json:
-        print(json.dumps(build_json(result, sizes), indent=1))
+        content = {**build_json(result, needs.sizes), "suggestions": needs.suggestions}
+        print(json.dumps(content, indent=1))
         return 2 if result.errors else 0
-    for line in format_result(result, size_lines):
+    for line in format_result(result, needs.lines):
         print(line)
     for text, names in result.errors.items():
         print(f"\nerror: {name_runs(names)}: {text}", file=sys.stderr)
@@ -76,6 +66,50 @@ def print_check(
         f" warning{'' if num_warnings == 1 else 's'}"
     )
     return 0
+
+
+@dataclass
+class _Needs:
+    """Memory and disk, and what the memory would allow: for `--json`, and in lines for people."""
+
+    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by run
+    suggestions: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+
+def _estimate_needs(
+    result: CheckResult, output_root: Path, finished: Sequence[str], device_gib: int | None
+) -> _Needs:
+    needs = _Needs()
+    if not result.runs:
+        return needs
+    from runner.preflight.sizes import (
+        Measures,
+        build_size_entry,
+        describe_sizes,
+        estimate_sizes,
+        find_device_bytes,
+        warn_of_shortage,
+    )
+
+    device_bytes = find_device_bytes() if device_gib is None else device_gib * 2**30
+    measures = Measures(result)
+    sizes = estimate_sizes(result, measures, with_answers=device_bytes is not None)
+    warn_of_shortage(result, sizes, finished, output_root, device_bytes)
+    needs.sizes = {name: build_size_entry(one) for name, one in sizes.items()}
+    needs.lines = list(describe_sizes(result.runs, sizes))
+    if device_bytes is not None:
+        from runner.preflight.suggestions import find_suggestions
+
+        on_device = [
+            run
+            for run in result.runs
+            if run.name in sizes and not sizes[run.name].sharding.uses_cpu
+        ]
+        for one in find_suggestions(on_device, measures, device_bytes):
+            needs.lines += ["", *one.lines]
+            needs.suggestions.append({"text": "\n".join(one.lines), "runs": list(one.runs)})
+    return needs
 
 
 def name_runs(names: Sequence[str]) -> str:

@@ -5,10 +5,10 @@ estimate per run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from runner.model.memory import (
     ASSUMPTIONS,
     MemoryEstimate,
     Sharding,
+    estimate_answer_memory,
     estimate_disk,
     estimate_memory,
     free_bytes,
@@ -25,13 +26,18 @@ from runner.model.memory import (
 from runner.model.size import (
     ActivationCurve,
     ModelSize,
+    extend_curve,
     load_config,
     measure_model,
     trace_activations,
+    trace_cache,
 )
 from runner.preflight.survey import CheckedRun, CheckResult, group_runs
-from runner.recipe.parse import Recipe
+from runner.recipe.parse import Recipe, derive_answer_batch
+from runner.recipe.schema import GenerationOn
 from runner.text import format_bytes
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -43,32 +49,119 @@ class RunSize:
     memory: MemoryEstimate
     longest_row: int
     disk_bytes: int
+    answer_bytes: int | None = None  # of memory, while answers are written; None: not estimated
 
 
-def estimate_sizes(result: CheckResult) -> dict[str, RunSize]:
-    """`run name -> size`; a run whose model cannot be measured is left out, with a warning."""
+class Measures:
+    """Models by their recipes, each measured once; what raised raises again."""
+
+    def __init__(self, result: CheckResult) -> None:
+        self._tokenizers = result.tokenizers
+        self._known: dict[str, Any] = {}
+
+    def measure(self, recipe: Recipe) -> ModelSize:
+        """The model under its adapter and quantisation."""
+        key = f"size {recipe.model!r} {recipe.adapter!r} {recipe.quantization!r}"
+        return self._once(key, lambda: measure_model(recipe, self._load_config(recipe)))
+
+    def estimate(self, run: CheckedRun, recipe: Recipe | None = None) -> MemoryEstimate:
+        """The peak of a training step on the longest row of a run; `recipe` is a variant of its
+        own.
+        """
+        recipe = recipe or run.recipe
+        return estimate_memory(
+            recipe,
+            self.measure(recipe),
+            self.trace(run, recipe, recipe.training.per_device_train_batch_size),
+            self.load_sharding(recipe),
+            find_longest(run, "train"),
+        )
+
+    def estimate_answers(self, run: CheckedRun, recipe: Recipe, batch_size: int) -> int:
+        """Bytes of one process while so many prompts are answered at a time. A row is taken for a
+        prompt: its answer is part of it.
+        """
+        cache_token_bytes = self._once(
+            f"cache {recipe.model!r}", lambda: trace_cache(recipe, self._load_config(recipe))
+        )
+        return estimate_answer_memory(
+            recipe,
+            self.measure(recipe),
+            self.trace(run, recipe, batch_size),
+            self.load_sharding(recipe),
+            cache_token_bytes=cache_token_bytes,
+            num_prompt_tokens=max(find_longest(run, split) for split in list_answered(recipe)),
+            batch_size=batch_size,
+        )
+
+    def load_sharding(self, recipe: Recipe) -> Sharding:
+        """How its processes share the model."""
+        launch = recipe.launch
+        key = f"sharding {launch.num_processes} {launch.accelerate_config}"
+        return self._once(key, lambda: load_sharding(recipe))
+
+    def trace(self, run: CheckedRun, recipe: Recipe, batch_size: int) -> ActivationCurve:
+        """What autograd keeps of `batch_size` rows. Traced for the micro-batch of the run; for
+        another batch, one more trace says what a row adds.
+        """
+        own = run.recipe.training.per_device_train_batch_size
+        less = self._trace(recipe, own)
+        if batch_size == own:
+            return less
+        return extend_curve(less, self._trace(recipe, own + 1), batch_size - own)
+
+    def _trace(self, recipe: Recipe, batch_size: int) -> ActivationCurve:
+        training = recipe.training
+        key = f"{recipe.model!r} {recipe.adapter!r} {training.bf16} {training.fp16} {batch_size}"
+        return self._once(
+            f"curve {key}",
+            lambda: trace_activations(recipe, self._load_config(recipe), batch_size),
+        )
+
+    def _load_config(self, recipe: Recipe) -> Any:
+        tokenizer = self._tokenizers[recipe.model.model_dump_json()].tokenizer
+        return self._once(f"config {recipe.model!r}", lambda: load_config(recipe, tokenizer))
+
+    def _once(self, key: str, function: Callable[[], Value]) -> Value:
+        if key not in self._known:
+            try:
+                self._known[key] = function()
+            except Exception as error:
+                self._known[key] = error
+        known: Any = self._known[key]
+        if isinstance(known, Exception):
+            raise known
+        value: Value = known
+        return value
+
+
+def find_longest(run: CheckedRun, split: str) -> int:
+    """Tokens of the longest row of a split."""
+    return run.splits[split].length_percentiles["max"]
+
+
+def list_answered(recipe: Recipe) -> tuple[str, ...]:
+    """The splits whose prompts are answered."""
+    generation = recipe.evaluation.generation
+    if not isinstance(generation, GenerationOn):
+        return ()
+    return ("test", "validation") if generation.during_training else ("test",)
+
+
+def estimate_sizes(
+    result: CheckResult, measures: Measures | None = None, *, with_answers: bool = False
+) -> dict[str, RunSize]:
+    """`run name -> size`; a run whose model cannot be measured is left out, with a warning.
+
+    Answers take another trace of each model, of a second or two: only where somebody compares them
+    with a device.
+    """
+    measures = measures or Measures(result)
     sizes: dict[str, RunSize] = {}
-    models: dict[str, Any] = {}
-    curves: dict[str, Any] = {}
     for run in result.runs:
-        recipe = run.recipe
-        tokenizer = result.tokenizers[recipe.model.model_dump_json()].tokenizer
-        try:
-            config = _once(models, f"{recipe.model!r}", partial(load_config, recipe, tokenizer))
-            size = _once(
-                models,
-                f"{recipe.model!r} {recipe.adapter!r} {recipe.quantization!r}",
-                partial(measure_model, recipe, config),
-            )
-            curve = _once(
-                curves,
-                _activation_key(recipe),
-                partial(
-                    trace_activations, recipe, config, recipe.training.per_device_train_batch_size
-                ),
-            )
-            sizes[run.name] = _estimate(run, size, curve)
         # A model's configuration and code are a stranger's program: anything can be raised.
+        try:
+            sizes[run.name] = _estimate(run, measures, with_answers=with_answers)
         except Exception as error:
             text = (
                 error.message
@@ -76,42 +169,38 @@ def estimate_sizes(result: CheckResult) -> dict[str, RunSize]:
                 else f"{type(error).__name__}: {error}"
             )
             result.warn(
-                f"memory and disk of {recipe.model.path} are not estimated: {text}", run.name
+                f"memory and disk of {run.recipe.model.path} are not estimated: {text}", run.name
             )
     return sizes
 
 
-def _once(known: dict[str, Any], key: str, function: Callable[[], Any]) -> Any:
-    if key not in known:
-        try:
-            known[key] = function()
-        except Exception as error:
-            known[key] = error
-    if isinstance(known[key], Exception):
-        raise known[key]
-    return known[key]
-
-
-def _activation_key(recipe: Recipe) -> str:
-    training = recipe.training
-    precision = (training.bf16, training.fp16, training.per_device_train_batch_size)
-    return f"{recipe.model!r} {recipe.adapter!r} {precision}"
-
-
-def _estimate(run: CheckedRun, size: ModelSize, curve: ActivationCurve) -> RunSize:
-    sharding = load_sharding(run.recipe)
-    longest_row = run.splits["train"].length_percentiles["max"]
-    memory = estimate_memory(run.recipe, size, curve, sharding, longest_row)
+def _estimate(run: CheckedRun, measures: Measures, *, with_answers: bool) -> RunSize:
+    recipe, sharding = run.recipe, measures.load_sharding(run.recipe)
+    size = measures.measure(recipe)
+    answers = None
+    if with_answers and list_answered(recipe):
+        # A cache of another kind than keys and values: unknown, and no reason to know nothing.
+        with suppress(Exception):
+            answers = measures.estimate_answers(run, recipe, derive_answer_batch(recipe))
     return RunSize(
-        size, sharding, memory, longest_row, estimate_disk(run.recipe, size, sharding, run.schedule)
+        size,
+        sharding,
+        measures.estimate(run),
+        find_longest(run, "train"),
+        estimate_disk(recipe, size, sharding, run.schedule),
+        answers,
     )
 
 
 def warn_of_shortage(
-    result: CheckResult, sizes: Mapping[str, RunSize], finished: Iterable[str], output_root: Path
+    result: CheckResult,
+    sizes: Mapping[str, RunSize],
+    finished: Iterable[str],
+    output_root: Path,
+    device_bytes: int | None = None,
 ) -> None:
     """Warn where the runs that are not `finished` need more disk than is free, or more memory than
-    the device has.
+    the device has, where that is known.
     """
     pending = [name for name in sizes if name not in set(finished)]
     needed, free = sum(sizes[name].disk_bytes for name in pending), free_bytes(output_root)
@@ -121,18 +210,16 @@ def warn_of_shortage(
             f" under {output_root}: lower `checkpoints.keep_latest`, or name another --output-root",
             name,
         )
-    device_bytes = find_device_bytes()
     for name, one in sizes.items():
-        if (
-            device_bytes is not None
-            and not one.sharding.uses_cpu
-            and one.memory.total > device_bytes
-        ):
-            result.warn(
-                f"a process needs about {format_bytes(one.memory.total)} of device memory, the"
-                f" device has {format_bytes(device_bytes)}",
-                name,
-            )
+        if device_bytes is None or one.sharding.uses_cpu:
+            continue
+        for num_bytes, what in ((one.memory.total, ""), (one.answer_bytes or 0, " for answers")):
+            if num_bytes > device_bytes:
+                result.warn(
+                    f"a process needs about {format_bytes(num_bytes)} of device memory{what}, the"
+                    f" device has {format_bytes(device_bytes)}",
+                    name,
+                )
 
 
 def find_device_bytes() -> int | None:
@@ -150,7 +237,7 @@ def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> 
     yield ""
     for _, group in group_runs(
         measured,
-        lambda run: (run.recipe.model.path, sizes[run.name].size, load_sharding(run.recipe)),
+        lambda run: (run.recipe.model.path, sizes[run.name].size, sizes[run.name].sharding),
     ):
         one = max(group, key=lambda run: sizes[run.name].memory.total)
         size, memory = sizes[one.name].size, sizes[one.name].memory
@@ -171,6 +258,13 @@ def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> 
             f" about {format_bytes(memory.total)} of memory a process{offloaded}"
         )
         yield f"  {shown}"
+        answers = [sizes[run.name].answer_bytes or 0 for run in group]
+        if max(answers):
+            most = group[answers.index(max(answers))].recipe
+            yield (
+                f"  and {derive_answer_batch(most)} answers at a time:"
+                f" about {format_bytes(max(answers))}"
+            )
     disk = [sizes[run.name].disk_bytes for run in measured]
     yield (
         f"disk: up to {format_bytes(sum(disk))} for all runs,"
@@ -187,4 +281,5 @@ def build_size_entry(one: RunSize) -> dict[str, Any]:
         "memory_bytes": {**asdict(one.memory), "total": one.memory.total},
         "longest_row": one.longest_row,
         "disk_bytes": one.disk_bytes,
+        "answer_memory_bytes": one.answer_bytes,
     }

@@ -20,7 +20,14 @@ import yaml
 
 from runner.errors import CorruptFileError
 from runner.files import hash_json, load_json
-from runner.recipe.parse import Recipe, derive_accumulation, derive_eval_batch, derive_micro_batch
+from runner.recipe.parse import (
+    Recipe,
+    derive_accumulation,
+    derive_answer_batch,
+    derive_eval_batch,
+    derive_micro_batch,
+)
+from runner.recipe.schema import GenerationOn
 
 # What only says where a run runs, how it is drawn or how its global batch is cut.
 _PLACEMENT_SECTIONS: Final = frozenset({"run", "launch", "tracking"})
@@ -40,6 +47,7 @@ _BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {
     "data.task.prompt": None,
     "data.task.system": None,
     "data.turns": "all",
+    "evaluation.generation.batch_size": None,
     "evaluation.metrics": [],
     "model.chat_template_kwargs": {},
     "model.template_date": None,
@@ -157,6 +165,8 @@ def build_resume_fingerprint(
     """
     stated = recipe.launch.num_cpu_threads_per_process
     threads = threads if threads is not None or stated is None else str(stated)
+    generation = recipe.evaluation.generation
+    has_own_batch = isinstance(generation, GenerationOn) and generation.batch_size is not None
     return {
         "recipe_digest": recipe_digest,
         "num_processes": num_processes,
@@ -164,6 +174,10 @@ def build_resume_fingerprint(
         "per_device_train_batch_size": derive_micro_batch(recipe, divisor),
         # Moves the last bits of a score.
         "per_device_eval_batch_size": derive_eval_batch(recipe, divisor),
+        # Only where it is stated: older checkpoints do not have it.
+        **(
+            {"generation_batch_size": derive_answer_batch(recipe, divisor)} if has_own_batch else {}
+        ),
         "gradient_accumulation_steps": derive_accumulation(recipe, num_processes, divisor),
         "accelerate_config": load_launch_settings(Path(recipe.launch.accelerate_config)),
         "num_cpu_threads_per_process": stated,

@@ -206,6 +206,15 @@ def derive_eval_batch(recipe: Recipe, divisor: int = 1) -> int:
     return max(1, recipe.evaluation.per_device_eval_batch_size // divisor)
 
 
+def derive_answer_batch(recipe: Recipe, divisor: int = 1) -> int:
+    """Prompts that a process answers at a time: `evaluation.generation.batch_size`, or as many as
+    it scores.
+    """
+    generation = recipe.evaluation.generation
+    stated = generation.batch_size if isinstance(generation, GenerationOn) else None
+    return derive_eval_batch(recipe, divisor) if stated is None else max(1, stated // divisor)
+
+
 def derive_accumulation(recipe: Recipe, num_processes: int, divisor: int = 1) -> int:
     """Micro-batches per optimizer step that keep the recipe's global batch on `num_processes`
     processes.

@@ -373,7 +373,9 @@ def _describe_unknown_key(name: str, detail: ErrorDetails, model: type[BaseModel
         return f"unknown key, today it is {_RENAMED[name]}"
     known, section = _known_names(model, detail["loc"][:-1]), detail["loc"][:-2]
     if name in _known_names(model, section):
-        return f"does not go with `{detail['loc'][-2]}`, which takes {_list_names(known)}"
+        tag = detail["loc"][-2]
+        stated = f"enabled: {str(bool(tag)).lower()}" if isinstance(tag, int) else tag
+        return f"does not go with `{stated}`, which takes {_list_names(known)}"
     return "unknown key" + suggest(name, known)
 
 
@@ -403,9 +405,8 @@ def _is_tagged(model: Any, tag: int | str) -> bool:
 
 
 def _carries(annotation: Any, tag: int | str) -> bool:
-    return [str(value).lower() for value in getattr(annotation, "__args__", ())] == [
-        str(tag).lower()
-    ]
+    # Pydantic writes a tag of true or false as 1 or 0, which Python takes for equal.
+    return getattr(annotation, "__args__", ()) == (tag,)
 
 
 def _models_in(annotation: Any) -> list[Any]:

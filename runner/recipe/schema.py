@@ -260,6 +260,8 @@ class GenerationOn(Section):
     enabled: Literal[True]
     max_new_tokens: Positive
     num_samples: Positive | None = None  # the first rows of the split; None: all
+    # Prompts that a process answers at a time; None: `per_device_eval_batch_size`.
+    batch_size: Positive | None = None
     during_training: bool = False  # also on the validation split, at every evaluation
 
 

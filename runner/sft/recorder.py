@@ -47,6 +47,7 @@ from runner.model.weights import (
     verify_same_weights,
     verify_score,
 )
+from runner.recipe.parse import derive_answer_batch
 from runner.recipe.schema import GenerationOn
 from runner.run.paths import marker_path
 from runner.run.record import GenerationScore, SplitScore, StopReason, TrainResult
@@ -375,7 +376,7 @@ class Recorder:
                 metrics=recipe.evaluation.metrics,
                 tokenizer=trainer.processing_class,
                 max_new_tokens=generation.max_new_tokens,
-                batch_size=trainer.args.per_device_eval_batch_size,
+                batch_size=derive_answer_batch(recipe, self.context.micro_batch_divisor),
                 accelerator=trainer.accelerator,
                 sign_of_life=self.context.sign_of_life,
             )

@@ -278,3 +278,33 @@ def test_a_metric_that_is_never_evaluated_is_refused_with_its_line(tmp_path: Pat
         "during_training: true",
     ):
         assert words in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("generation", "words"),
+    [
+        (
+            "{enabled: true, max_new_tokens: 6, batch_size: 0}",
+            ("evaluation.generation.batch_size", "got 0: input should be greater than 0"),
+        ),
+        (
+            "{enabled: false, batch_size: 8}",
+            ("evaluation.generation.batch_size", "does not go with `enabled: false`"),
+        ),
+        (
+            "{enabled: true, max_new_tokens: 6, bach_size: 8}",
+            ("evaluation.generation.bach_size", "did you mean `batch_size`?"),
+        ),
+    ],
+)
+def test_a_batch_of_answers_that_is_none(
+    tmp_path: Path, generation: str, words: tuple[str, ...]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    old = "per_device_eval_batch_size: 8}"
+    assert old in RECIPE_TEXT
+    path.write_text(RECIPE_TEXT.replace(old, f"{old[:-1]}, generation: {generation}}}"))
+    done = run_cli(["check", path], tmp_path)
+    assert done.returncode == 2
+    for one in ("recipe.yaml has 1 problem", "line 23", *words):
+        assert one in done.stderr, done.stderr

@@ -14,7 +14,14 @@ from peft import get_peft_model
 
 from runner.data.tokenizer import load_tokenizer
 from runner.model.load import build_lora_config, load_model
-from runner.model.memory import Sharding, estimate_disk, estimate_memory, free_bytes, load_sharding
+from runner.model.memory import (
+    Sharding,
+    estimate_answer_memory,
+    estimate_disk,
+    estimate_memory,
+    free_bytes,
+    load_sharding,
+)
 from runner.model.size import ActivationCurve, load_config, measure_model
 from runner.preflight.sizes import describe_sizes, estimate_sizes, warn_of_shortage
 from runner.preflight.survey import check_recipes
@@ -132,6 +139,29 @@ def test_gradient_checkpointing_keeps_less(tiny_model: Callable[[str], Path]) ->
     assert kept[1] == 2 * 100 * 10**6 + 2 * 2 * 100 * 64 * 4, (
         "and the inputs of two layers, 2 rows of 100 tokens"
     )
+
+
+def test_answers_need_what_training_keeps_and_a_cache(tiny_model: Callable[[str], Path]) -> None:
+    recipe = recipe_of(
+        tiny_model("llama"), "evaluation.generation={enabled: true, max_new_tokens: 40}"
+    )
+    size, _ = measured(recipe)
+
+    def answers(batch_size: int, token_bytes: int = 1000) -> int:
+        return estimate_answer_memory(
+            recipe,
+            size,
+            NO_ACTIVATIONS,
+            Sharding(uses_cpu=True),
+            cache_token_bytes=token_bytes,
+            num_prompt_tokens=60,
+            batch_size=batch_size,
+        )
+
+    kept = estimate_memory(recipe, size, NO_ACTIVATIONS, Sharding(uses_cpu=True), longest_row=0)
+    assert answers(0) == kept.weights + kept.adapter + kept.gradients + kept.optimizer
+    # 60 tokens of a prompt and 40 of its answer, each twice, and the logits of a token.
+    assert answers(8) - answers(0) == 8 * (2 * 100 * 1000 + 12 * size.vocab_size)
 
 
 def test_sizes_of_a_checked_grid(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

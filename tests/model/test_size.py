@@ -14,7 +14,13 @@ from peft import get_peft_model
 
 from runner.data.tokenizer import load_tokenizer
 from runner.model.load import build_lora_config, load_model
-from runner.model.size import load_config, measure_model, trace_activations
+from runner.model.size import (
+    extend_curve,
+    load_config,
+    measure_model,
+    trace_activations,
+    trace_cache,
+)
 from runner.recipe.parse import Recipe, parse_recipe
 from tests.conftest import RECIPE_TEXT
 
@@ -118,3 +124,35 @@ def test_activations_are_those_that_a_real_forward_keeps(
     real = sum(size for key, size in storages.items() if key not in own)
     assert output is not None
     assert estimated == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [("gemma2", ()), ("phi", ("adapter.method=none", "training.bf16=true"))],
+)
+def test_two_batches_say_what_autograd_keeps_of_any(
+    tiny_model: Callable[[str], Path], tmp_path: Path, family: str, setting: tuple[str, ...]
+) -> None:
+    recipe = recipe_of(tiny_model(family), tmp_path, *setting)
+    config = load_config(recipe, load_tokenizer(recipe.model))
+    one, two, seven = (trace_activations(recipe, config, size) for size in (1, 2, 7))
+    extended = extend_curve(one, two, 6)
+    assert extended.layer_bytes(700) == seven.layer_bytes(700) > one.layer_bytes(700)
+    assert extended.rest_bytes(700) == seven.rest_bytes(700)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_of_an_answer_is_that_of_a_real_model(
+    tiny_model: Callable[[str], Path], tmp_path: Path, family: str, dtype: str
+) -> None:
+    recipe = recipe_of(tiny_model(family), tmp_path, f"model.dtype={dtype}")
+    tokenizer = load_tokenizer(recipe.model)
+    model = real_model(recipe, tokenizer).eval()
+    num_rows, num_tokens = 3, 5  # shorter than any sliding window
+    ids = torch.ones((num_rows, num_tokens), dtype=torch.long)
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    real = sum(tensor_bytes(one) for layer in cache.layers for one in (layer.keys, layer.values))
+    token_bytes = trace_cache(recipe, load_config(recipe, tokenizer))
+    assert num_rows * num_tokens * token_bytes == real

@@ -314,6 +314,25 @@ def test_the_way_of_writing_does_not_count() -> None:
     )
 
 
+def test_a_fingerprint_holds_the_batch_of_answers_where_it_is_stated() -> None:
+    """Checkpoints that were written before there was the key do not have it."""
+
+    def fingerprint(batch: str, divisor: int) -> dict[str, Any]:
+        generation = f"{{enabled: true, max_new_tokens: 8, batch_size: {batch}}}"
+        recipe = parse(
+            f"evaluation.generation={generation}",
+            "training.per_device_train_batch_size=2",
+            "training.global_batch_size=4",
+            "launch.num_processes=1",
+        )
+        return build_resume_fingerprint(recipe, "d", 1, divisor, threads=None)
+
+    assert "generation_batch_size" not in fingerprint("null", 1)
+    assert fingerprint("6", 1)["generation_batch_size"] == 6
+    assert fingerprint("6", 2)["generation_batch_size"] == 3, "smaller where memory ran out"
+    assert fingerprint("1", 2)["generation_batch_size"] == 1
+
+
 def test_a_fingerprint_adds_what_can_move_the_last_bits() -> None:
     recipe = parse()
     fingerprint = build_resume_fingerprint(recipe, "d", 3, threads=None)

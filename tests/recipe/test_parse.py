@@ -141,7 +141,7 @@ REFUSALS = {
     ("{enabled: false}", "{enabled: false, patience: 3}"): (
         29,
         "early_stopping.patience",
-        "does not go with",
+        "does not go with `enabled: false`, which takes enabled",
     ),
     ("{enabled: false}", "{}"): (29, "early_stopping", "needs the key `enabled`"),
     ("name: summarization", "name: poetry"): (

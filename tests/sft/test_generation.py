@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,7 +41,9 @@ from runner.sft.generation import (
     score_answers,
     write_answers,
 )
+from runner.sft.recorder import Recorder
 from tests.conftest import ROOT, Project
+from tests.support.contexts import open_context
 from tests.support.token_rows import make_row
 
 FAMILIES = ("gemma", "gemma2", "llama", "mistral", "phi")
@@ -128,6 +132,36 @@ def test_answers_are_those_of_plain_greedy_decoding_for_any_batch_size(
             "in the order of the rows"
         )
         assert [(one.prediction, one.is_finished) for one in answers] == expected
+
+
+@pytest.mark.parametrize(("stated", "expected"), [("null", [4, 4, 1]), ("6", [6, 3])])
+def test_a_run_answers_in_batches_of_their_own_or_as_it_scores(
+    load: Callable[[str], Loaded], project: Project, stated: str, expected: list[int]
+) -> None:
+    model, tokenizer, rows = load("gemma")
+    context = open_context(
+        project,
+        "evaluation.per_device_eval_batch_size=4",
+        f"evaluation.generation={{enabled: true, max_new_tokens: 2, batch_size: {stated}}}",
+    )
+    split = Split(rows, ())
+    recorder = Recorder(context, Samples(split, split, split, LeftOut()))
+    trainer = SimpleNamespace(
+        model_wrapped=model,
+        processing_class=tokenizer,
+        accelerator=Accelerator(cpu=True),
+        compute_loss_context_manager=nullcontext,
+    )
+    sizes: list[int] = []
+
+    def note(_: Any, __: Any, arguments: dict[str, Any]) -> None:
+        if arguments["input_ids"].shape[1] > 1:  # the prompts, not the tokens after them
+            sizes.append(len(arguments["input_ids"]))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    answers = recorder.answer(trainer, "test")  # type: ignore[arg-type]
+    handle.remove()
+    assert sizes == expected and len(answers) == len(rows) == 9
 
 
 def test_an_answer_ends_with_the_turn(load: Callable[[str], Loaded]) -> None:

@@ -69,7 +69,7 @@ RUNS: Final[dict[str, tuple[str, ...]]] = {
         "model.chat_template=human.jinja",
         "model.pad_token=Ā",
         "adapter.method=none",
-        "evaluation.generation={enabled: true, max_new_tokens: 4, num_samples: 5}",
+        "evaluation.generation={enabled: true, max_new_tokens: 4, num_samples: 5, batch_size: 2}",
     ),
 }
 FAMILIES: Final = ("gemma", "gemma2", "llama", "mistral", "phi")
