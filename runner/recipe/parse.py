@@ -311,8 +311,26 @@ def parse_yaml(
         raise RecipeError(where, problems, hint=hint if in_file else None) from None
 
 
+# What YAML takes a plain text for. The recipes of a grid hold the same few texts: matching each one
+# anew takes a third of the time of reading them.
+_KNOWN_TAGS: Final[dict[str, str]] = {}
+_MAX_KNOWN_TAGS: Final = 10_000
+_TAG: Final = "tag:yaml.org,2002:"
+
+
 class _Loader(SAFE_LOADER):  # type: ignore[misc]
     """YAML 1.1 as OmegaConf reads it: `1e-5` is a number, a date is a text."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        """As PyYAML's."""
+        if kind is not yaml.ScalarNode or not implicit[0]:
+            return super().resolve(kind, value, implicit)
+        tag = _KNOWN_TAGS.get(value)
+        if tag is None:
+            tag = super().resolve(kind, value, implicit)
+            if len(_KNOWN_TAGS) < _MAX_KNOWN_TAGS:
+                _KNOWN_TAGS[value] = tag
+        return tag
 
 
 _Loader.add_implicit_resolver(
@@ -337,9 +355,26 @@ def _read_plainly(text: str) -> tuple[Any, list[Problem]]:
             return None, []
         _count_values(node, {})
         problems = find_changed_scalars(node, loader.construct_object)
-        return (None, problems) if problems else (loader.construct_document(node), [])
+        return (None, problems) if problems else (_construct(node, loader), [])
     finally:
         loader.dispose()
+
+
+def _construct(node: yaml.Node, loader: _Loader) -> Any:
+    """As `construct_document`, in a third of the time: what is no plain mapping, list or text is
+    left to PyYAML.
+    """
+    kind = node.tag.removeprefix(_TAG)
+    if isinstance(node, yaml.ScalarNode) and kind == "str":
+        return node.value
+    if isinstance(node, yaml.SequenceNode) and kind == "seq":
+        return [_construct(item, loader) for item in node.value]
+    if isinstance(node, yaml.MappingNode) and kind == "map":
+        if all(
+            isinstance(key, yaml.ScalarNode) and key.tag == f"{_TAG}str" for key, _ in node.value
+        ):
+            return {key.value: _construct(value, loader) for key, value in node.value}
+    return loader.construct_object(node, deep=True)
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
