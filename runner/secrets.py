@@ -154,10 +154,21 @@ def find_secret(text: str, environment: Mapping[str, str] | None = None) -> tupl
     for kind, shape in _SHAPES.items():
         if shape.may_be_in(text) and (found := shape.pattern.search(text)):
             return kind, found.start()
-    for name, value in _list_variables(environment):
-        if len(value) >= _MIN_REFUSED_CHARACTERS and (start := text.find(value)) >= 0:
+    for name, value in _list_refused(environment):
+        if (start := text.find(value)) >= 0:
             return f"the value of the environment variable {name}", start
     return None
+
+
+def list_refused_values() -> list[str]:
+    """The values of environment variables that `find_secret` finds."""
+    return [value for _, value in _list_refused(None)]
+
+
+def _list_refused(environment: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
+    for name, value in _list_variables(environment):
+        if len(value) >= _MIN_REFUSED_CHARACTERS:
+            yield name, value
 
 
 def names_secret(key: str) -> bool:

@@ -18,12 +18,18 @@ from runner.cli.sweep import run_rerun, run_sweep
 from runner.errors import RunnerError, hide_bitsandbytes_warning
 from runner.plan.select import Selected, UnreadableRun, select_recipes, suggest_path
 from runner.plan.status import RunStatus, read_status
-from runner.recipe.contents import ContentHashes, known_contents
+from runner.recipe.cache import RecipeCache
+from runner.recipe.contents import ContentHashes, KnownContents, list_contents
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.allowed_code import allow_code, load_code, suggest_allowing
 from runner.run.base_scores import find_other_base_scores
 from runner.run.failures import HINTS, UNREADABLE_HINT
-from runner.run.paths import RunPaths, content_cache_path, find_output_root
+from runner.run.paths import (
+    RunPaths,
+    content_cache_path,
+    find_output_root,
+    recipe_cache_path,
+)
 from runner.run.record import load_stored_recipe
 
 
@@ -58,7 +64,8 @@ def run_check(arguments: argparse.Namespace) -> int:
     """`runner check`: every recipe, then their data in one pass over the distinct tokenizers and
     data sections.
     """
-    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where)
+    # What is allowed to run is read from the recipes themselves.
+    selected = (_select_anew if arguments.allow_code else _select)(arguments, arguments.paths)
     recipes = [one.recipe for one in selected]
     if arguments.allow_code:
         stream = sys.stderr if arguments.json else sys.stdout
@@ -114,14 +121,14 @@ def run_status(arguments: argparse.Namespace) -> int:
 
     unreadable: list[UnreadableRun] = []
     named = arguments.paths or _everything(arguments)
-    selected = select_recipes(named, arguments.output_root, arguments.where, unreadable)
+    selected = _select(arguments, named, unreadable)
     if arguments.watch:
         from runner.view.watch import watch
 
         return watch(selected, content_cache_path(arguments.output_root), unreadable)
-    hashes = ContentHashes(content_cache_path(arguments.output_root))
+    known = KnownContents(content_cache_path(arguments.output_root))
     rows = [
-        (one, read_status(one.read_facts(), one.recipe, known_contents(one.recipe, hashes)))
+        (one, read_status(one.read_facts(), one.recipe, known.find(list_contents(one.recipe))))
         for one in selected
     ]
     if arguments.json:
@@ -221,7 +228,7 @@ def run_stop(arguments: argparse.Namespace) -> int:
     """`runner stop`."""
     from runner.view.logs import stop_runs
 
-    return stop_runs(select_recipes(arguments.paths, arguments.output_root, arguments.where))
+    return stop_runs(_select_anew(arguments, arguments.paths))
 
 
 def run_report(arguments: argparse.Namespace) -> int:
@@ -231,14 +238,14 @@ def run_report(arguments: argparse.Namespace) -> int:
     from runner.report.statistics import build_comparisons
 
     unreadable: list[UnreadableRun] = []
-    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where, unreadable)
-    hashes = ContentHashes(content_cache_path(arguments.output_root))
+    selected = _select(arguments, arguments.paths, unreadable)
+    known = KnownContents(content_cache_path(arguments.output_root))
     runs = []
     for one in selected:
         facts = one.read_facts(with_samples=True)
         # Of a run directory the numbers are asked for, whatever became of its files since.
         is_named_itself = one.source_path == one.paths.run_dir
-        contents = {} if is_named_itself else known_contents(one.recipe, hashes)
+        contents = {} if is_named_itself else known.find(list_contents(one.recipe))
         status = read_status(facts, one.recipe, contents)
         runs.append((one.recipe, facts, status))
     roots = {find_output_root(one.paths.run_dir) for one in selected}
@@ -290,6 +297,24 @@ def run_export(arguments: argparse.Namespace) -> int:
         f" its logits differ from the run's by at most {difference:.2g}"
     )
     return 0
+
+
+def _select(
+    arguments: argparse.Namespace,
+    paths: Sequence[str],
+    unreadable: list[UnreadableRun] | None = None,
+) -> list[Selected]:
+    """As `select_recipes`, by the cache: for verbs that start nothing and change no run."""
+    cache = RecipeCache(recipe_cache_path(arguments.output_root))
+    selected = select_recipes(
+        paths, arguments.output_root, arguments.where, unreadable, load=cache.load
+    )
+    cache.save()
+    return selected
+
+
+def _select_anew(arguments: argparse.Namespace, paths: Sequence[str]) -> list[Selected]:
+    return select_recipes(paths, arguments.output_root, arguments.where)
 
 
 def _load_recipe_or_run(path: Path, overrides: list[str]) -> Recipe:

@@ -24,7 +24,12 @@ from runner.errors import RefusedError
 from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipes
 from runner.plan.status import read_status
-from runner.recipe.contents import ContentHashes, hash_contents, known_contents
+from runner.recipe.contents import (
+    ContentHashes,
+    KnownContents,
+    hash_contents,
+    list_contents,
+)
 from runner.recipe.identity import RULES
 from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.failures import UNREADABLE_HINT
@@ -78,6 +83,7 @@ def _decide_all(
     printed, that on changed runs once for all of them.
     """
     hashes = ContentHashes(content_cache_path(arguments.output_root))
+    known = KnownContents(content_cache_path(arguments.output_root))
     planned: dict[str, Launch] = {}
     changed: list[ChangedRun] = []
     num_unhappy = num_of_other_rules = 0
@@ -85,7 +91,7 @@ def _decide_all(
         contents = (
             hash_contents(one.recipe, hashes)
             if not arguments.dry_run
-            else known_contents(one.recipe, hashes)
+            else known.find(list_contents(one.recipe))
         )
         facts = one.read_facts()
         status = read_status(facts, one.recipe, contents)

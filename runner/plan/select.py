@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,10 +71,13 @@ def select_recipes(
     output_root: Path,
     where: Sequence[str] = (),
     unreadable: list[UnreadableRun] | None = None,
+    *,
+    load: Callable[[Path], Recipe] = load_recipe,
 ) -> list[Selected]:
     """Every recipe that the arguments name, in order and each once, whose axes match `where`.
 
     Run directories that cannot be read go to `unreadable`, unless a recipe of theirs is named too.
+    `load` reads a recipe file.
 
     Raises:
         RunnerError: an argument names nothing, a recipe is wrong (all of them are listed), or
@@ -84,8 +87,11 @@ def select_recipes(
     found: dict[Path, Selected] = {}
     errors: list[RecipeError] = []
     for path in _expand(arguments):
+        # A run whose recipe was named too: the recipe says more, and a damaged run is shown by it.
+        if unreadable is not None and path.is_dir() and path.resolve() in found:
+            continue
         try:
-            selected = _load_selected(path, output_root)
+            selected = _load_selected(path, output_root, load)
         except RecipeError as error:
             errors.append(error)
             continue
@@ -177,7 +183,7 @@ def suggest_path(path: Path) -> str:
     )
 
 
-def _load_selected(path: Path, output_root: Path) -> Selected:
+def _load_selected(path: Path, output_root: Path, load: Callable[[Path], Recipe]) -> Selected:
     if path.is_dir():
         paths = RunPaths(path)
         found = read_stored_recipe(paths)
@@ -185,7 +191,7 @@ def _load_selected(path: Path, output_root: Path) -> Selected:
         if stored is None:
             raise RefusedError(f"{path} is no longer a run directory: its recipe.json is gone")
         return Selected(stored.recipe, path, paths, {"recipe": found})
-    recipe = load_recipe(path)
+    recipe = load(path)
     return Selected(recipe, path, run_paths(recipe, output_root))
 
 

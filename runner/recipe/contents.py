@@ -242,3 +242,41 @@ def known_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
     """As `hash_contents`, for what is cached and still there; reads no file."""
     known = {content.path: known_content(content, hashes) for content in list_contents(recipe)}
     return {path: digest for path, digest in known.items() if digest is not None}
+
+
+class KnownContents:
+    """`known_contents` of many recipes that name the same few files: each is looked at once until
+    `refresh`.
+    """
+
+    def __init__(self, cache_path: Path) -> None:
+        self._cache_path = cache_path
+        self._cache_state = _look_at(cache_path)
+        self._hashes = ContentHashes(cache_path)
+        self._known: dict[Content, str | None] = {}
+
+    def refresh(self) -> None:
+        """Look again at everything from here on, also at the cache of hashes."""
+        state = _look_at(self._cache_path)
+        if state != self._cache_state:
+            self._cache_state, self._hashes = state, ContentHashes(self._cache_path)
+        self._known.clear()
+
+    def find(self, contents: Iterable[Content]) -> dict[str, str]:
+        """`path -> SHA-256` of what is cached and still there."""
+        found = {}
+        for content in contents:
+            if content not in self._known:
+                self._known[content] = known_content(content, self._hashes)
+            digest = self._known[content]
+            if digest is not None:
+                found[content.path] = digest
+        return found
+
+
+def _look_at(path: Path) -> object:
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns, state.st_ino

@@ -22,7 +22,6 @@ from pydantic_core import ErrorDetails
 from runner.errors import CONTROLS, MAX_SHOWN_PROBLEMS, Problem
 from runner.recipe.hf_fields import OWNED_TRAINING_FIELDS
 from runner.secrets import find_secret
-from runner.strict import list_texts
 
 _MAX_DEPTH: Final = 100
 # Shorter texts cannot nest deep enough to matter. libyaml takes time with the square of the depth
@@ -229,9 +228,13 @@ def find_unusable_values(
     terminal (recipes are shown there), and secrets that the text spells in an unusual way.
     """
     problems: list[Problem] = []
-    texts = "\n".join(list_texts(value))
+    found: list[str] = []
+    is_plain = _collect_texts(value, found)
+    texts = "\n".join(found)
     # All at once: one by one takes as long as everything else.
     is_suspect = "${" in texts or "???" in texts or find_unusable_text(texts) is not None
+    if is_plain and not is_suspect:
+        return []
     for key, item in _leaves(value):
         if isinstance(item, float) and not math.isfinite(item):
             problems.append(
@@ -264,6 +267,26 @@ def find_unusable_values(
                 Problem(place or "(YAML)", f"a key {wrong}", find_line(place, text, overridden))
             )
     return problems
+
+
+def _collect_texts(value: Any, texts: list[str]) -> bool:
+    """Adds all texts and keys within a value to `texts`; False where something in it is none of
+    JSON's kinds, or a number that may be too large.
+    """
+    kind = type(value)
+    if kind is str:
+        texts.append(value)
+        return True
+    if kind is dict:
+        is_plain = True
+        for name, item in value.items():
+            texts.append(str(name))
+            is_plain &= _collect_texts(item, texts) and type(name) is str
+        return is_plain
+    if kind is list:
+        return all([_collect_texts(item, texts) for item in value])
+    # Infinities compare as too large, and what is no number with everything as false.
+    return value is None or kind is bool or (kind in (int, float) and abs(value) < 2**63)
 
 
 def _find_unusable_value(item: str) -> str | None:

@@ -200,6 +200,11 @@ def content_cache_path(output_root: Path) -> Path:
     return output_root / ".content_hashes.json"
 
 
+def recipe_cache_path(output_root: Path) -> Path:
+    """Recipes as they were read by verbs that only look at runs; written by `recipe.cache`."""
+    return output_root / ".recipes.json"
+
+
 def allowed_code_path(output_root: Path) -> Path:
     """The hashes of the Python files that were allowed to run; written by `run.allowed_code`."""
     return output_root / ".allowed_code.json"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
@@ -428,14 +429,23 @@ def load_progress(path: Path) -> Progress | None:
         return None
 
 
+# By number, a backspace, a form feed, a carriage return.
+_SPELLED_CONTROL: Final = re.compile(r"\\[ubfr]")
+
+
 def load_stored_recipe(paths: RunPaths) -> StoredRecipe | None:
     """The recipe that the run directory was made for, or None while there is none.
 
     It is shown in terminals as others are, and may come from somebody who has not read it with
     `parse_recipe`.
     """
-    stored = _load_fact(paths.recipe_path, StoredRecipe)
-    texts = list_texts(stored.recipe.model_dump(mode="json")) if stored is not None else ()
+    content = _read(paths.recipe_path)
+    if content is None:
+        return None
+    stored = _parse_fact(content, paths.recipe_path, StoredRecipe)
+    if _is_surely_shown(content):
+        return stored
+    texts = list_texts(stored.recipe.model_dump(mode="json"))
     if control := CONTROLS.search("\n".join(texts)):
         character = ascii(control[0])[1:-1]
         raise CorruptFileError(
@@ -444,16 +454,32 @@ def load_stored_recipe(paths: RunPaths) -> StoredRecipe | None:
     return stored
 
 
+def _is_surely_shown(content: bytes) -> bool:
+    """True where no text in a JSON file holds a control character: none is there, and none is
+    spelled by an escape.
+    """
+    text = content.decode(errors="surrogateescape")
+    return CONTROLS.search(text) is None and _SPELLED_CONTROL.search(text) is None
+
+
 Loaded = TypeVar("Loaded", bound=Fact)
 
 
 def _load_fact(path: Path, kind: type[Loaded]) -> Loaded | None:
     """Raises: CorruptFileError for a file of another shape."""
+    content = _read(path)
+    return None if content is None else _parse_fact(content, path, kind)
+
+
+def _read(path: Path) -> bytes | None:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     # Told from `null` by one look: another process may write the file at any moment.
     except FileNotFoundError:
         return None
+
+
+def _parse_fact(content: bytes, path: Path, kind: type[Loaded]) -> Loaded:
     try:
         text = json.dumps(parse_json(content, path))
         return kind.model_validate_json(text, context=STORED)

@@ -26,7 +26,7 @@ from rich.text import Text
 from runner.plan.decide import Retry, foresee_retry
 from runner.plan.select import Selected, UnreadableRun
 from runner.plan.status import RunStatus, describe_running, find_hint, read_status
-from runner.recipe.contents import Content, ContentHashes, known_content, list_contents
+from runner.recipe.contents import Content, KnownContents, list_contents
 from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
 from runner.run.record import Progress, now_utc
@@ -55,41 +55,13 @@ class RunsReader:
     """All runs of a view; recipes are taken as they were when it was made."""
 
     def __init__(self, selected: Sequence[Selected], cache_path: Path) -> None:
-        self._contents = _Contents(cache_path)
+        self._contents = KnownContents(cache_path)
         self._runs = [_RunReader(one, list_contents(one.recipe)) for one in selected]
 
     def read(self) -> list[Reading]:
         """How all runs stand now, in the order in which they were given."""
         self._contents.refresh()
-        return [run.read(self._contents.known(run.contents)) for run in self._runs]
-
-
-class _Contents:
-    """`known_contents` for many recipes that name the same few files: each is looked at once per
-    refresh.
-    """
-
-    def __init__(self, cache_path: Path) -> None:
-        self._cache_path = cache_path
-        self._cache_state: object = ()
-        self._hashes = ContentHashes(cache_path)
-        self._known: dict[Content, str | None] = {}
-
-    def refresh(self) -> None:
-        state = _look_at(self._cache_path)
-        if state != self._cache_state:
-            self._cache_state, self._hashes = state, ContentHashes(self._cache_path)
-        self._known.clear()
-
-    def known(self, contents: Sequence[Content]) -> dict[str, str]:
-        found = {}
-        for content in contents:
-            if content not in self._known:
-                self._known[content] = known_content(content, self._hashes)
-            digest = self._known[content]
-            if digest is not None:
-                found[content.path] = digest
-        return found
+        return [run.read(self._contents.find(run.contents)) for run in self._runs]
 
 
 @dataclass
@@ -101,16 +73,27 @@ class _RunReader:
     _status: RunStatus | None = None
     _retry: Retry | None = None
     _losses: LossReader | None = None
+    _files: Sequence[str] = ()  # see `_list_files`
+    _attempts: FolderState | None = None
+    _folders: Sequence[str] = ()  # of these attempts
+
+    def __post_init__(self) -> None:
+        # Joining paths takes longer than looking at them.
+        paths = self.selected.paths
+        self._run_dir, self._attempts_dir = str(paths.run_dir), str(paths.attempts_dir)
+        self._lease_path = paths.lease_path
 
     def read(self, contents: Mapping[str, str]) -> Reading:
         paths = self.selected.paths
-        seen = (is_leased(paths.lease_path), self._look(), contents)
+        is_held = is_leased(self._lease_path)  # first: `facts` says why
+        seen = (is_held, self._look(), contents)
         if self._facts is None or self._status is None or seen != self._seen:
             known = self.selected.known if self._facts is None else self._facts.found
             self._facts = read_facts(paths, known)
             self._status = read_status(self._facts, self.selected.recipe, contents)
             # From before: what changed while it was derived is seen the next time.
             self._seen = seen
+            self._look_at_less(seen)
             self._retry = None
             if self._status.failure is not None:
                 self._retry = foresee_retry(self.selected.recipe, self._facts.attempts)
@@ -126,13 +109,49 @@ class _RunReader:
         status = self._status.model_copy(update={"why": why})
         return Reading(self.selected, status, number, self._facts.progress, self._losses.read())
 
-    def _look(self) -> tuple[FolderState, ...]:
+    def _look(self) -> object:
+        """What tells that nothing changed since."""
+        if self._files:
+            return tuple(map(_look_at, self._files))
+        if _look_at(self._run_dir) is None:
+            return None
+        attempts = _look_into(self._attempts_dir)
+        if attempts != self._attempts:
+            self._attempts, self._folders = attempts, self._list_folders(attempts)
+        return attempts, *map(_look_into, self._folders)
+
+    def _look_at_less(self, seen: tuple[bool, object, object]) -> None:
+        """Of a run that has its result, look at the files alone that its status was read from."""
+        files = _list_files(self._facts) if self._facts is not None else ()
+        state = tuple(map(_look_at, files))
+        if files and self._look() == seen[1]:  # nothing changed since it was read
+            self._seen = (seen[0], state, seen[2])
+        self._files = files
+
+    def _list_folders(self, attempts: FolderState) -> list[str]:
         paths = self.selected.paths
         folders = [paths.run_dir, paths.checkpoints_dir, paths.uploads_dir]
-        attempts = _look_into(paths.attempts_dir)
         if numbers := [int(name) for name, *_ in attempts if name.isdecimal()]:
             folders.append(paths.attempt(max(numbers)).attempt_dir)
-        return attempts, *map(_look_into, folders)
+        return list(map(str, folders))
+
+
+def _list_files(facts: RunFacts) -> Sequence[str]:
+    """What the status of a run with a result is read from, as `read_facts` reads it; empty for
+    other runs.
+    """
+    if not facts.has_result:
+        return ()
+    paths = facts.paths
+    named = [paths.run_dir, paths.record_path, paths.recipe_path, paths.result_path]
+    named += [paths.stop_path, paths.ranks_lock_path, paths.attempts_dir]
+    named += [paths.uploads_dir, paths.quarantine_dir]
+    record = facts.found["record"].content
+    if record is not None and record.attempts:
+        files = paths.attempt(record.attempts[-1].number)
+        named += [files.attempt_dir, files.progress_path, files.uploads_path]
+        named += files.list_failure_paths()
+    return [str(path) for path in named]
 
 
 @dataclass
@@ -172,15 +191,15 @@ def _find_loss(line: bytes) -> float | None:
         return None
 
 
-def _look_at(path: Path) -> object:
+def _look_at(path: str) -> object:
     try:
-        state = path.stat()
+        state = os.stat(path)
     except OSError:
         return None
     return state.st_size, state.st_mtime_ns, state.st_ino
 
 
-def _look_into(folder: Path) -> FolderState:
+def _look_into(folder: str) -> FolderState:
     """Name, size, time and inode of everything directly in a folder; empty where there is none."""
     found: list[tuple[str, int, int, int]] = []
     try:

@@ -1,0 +1,154 @@
+"""What YAML says of many recipe files, kept in one JSON file for the verbs that only look at runs.
+
+Reading YAML is most of what a thousand recipes cost. An entry counts only for the very bytes that
+it was made of, whatever their time stamps say, and only under the code that made it. What it holds
+is validated anew each time. A file that is damaged, lost or overwritten costs time only. Nothing
+that starts a run reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any, Final
+
+import pydantic
+import yaml
+from pydantic import ValidationError
+
+import runner
+from runner.errors import CorruptFileError, RecipeError
+from runner.files import hash_json, load_json, write_bytes_atomic
+from runner.recipe.parse import Recipe, load_recipe, read_values
+from runner.recipe.problems import SAFE_LOADER
+from runner.secrets import list_refused_values
+from runner.strict import list_texts
+
+# So many recipes are read sooner than the cache is.
+_NUM_PLAIN: Final = 64
+_MAX_BYTES: Final = 64_000_000  # of the file: more than the largest grid needs
+
+
+class RecipeCache:
+    """Recipes of files, read from the cache where it has them; `save` keeps what it had not.
+
+    `num_plain` files are read without it first.
+    """
+
+    def __init__(self, cache_path: Path, num_plain: int = _NUM_PLAIN) -> None:
+        self._cache_path = cache_path
+        self._num_plain = num_plain
+        self._made_by = ""
+        self._kept: dict[str, Any] | None = None  # as the file has them; None: not read yet
+        self._used: dict[str, list[str]] = {}
+        self._is_changed = False
+        self._secrets = list_refused_values()
+
+    def load(self, path: Path) -> Recipe:
+        """As `load_recipe`.
+
+        Raises:
+            RecipeError: as there, and by it.
+        """
+        if self._num_plain > 0:
+            self._num_plain -= 1
+            return load_recipe(path)
+        if self._kept is None:
+            self._made_by = _describe_maker(self._cache_path.parent)
+            self._kept = _load_entries(self._cache_path, self._made_by)
+        try:
+            content = path.read_bytes()
+            text = content.decode()
+        except (OSError, UnicodeDecodeError):
+            return load_recipe(path)
+        name, digest = os.path.abspath(path), hashlib.sha256(content).hexdigest()
+        entry = _check_entry(self._kept.get(name), name, digest)
+        try:
+            if entry is None:
+                # As a file that is read as a text has them.
+                lines = text.replace("\r\n", "\n").replace("\r", "\n")
+                entry = _build_entry(name, digest, read_values(lines, where=name))
+                self._is_changed = True
+            recipe = Recipe.model_validate_json(entry[2])
+        except (RecipeError, ValidationError):  # it is for `load_recipe` to say so
+            return load_recipe(path)
+        if self._secrets and self._holds_secret(text, entry[2]):
+            return load_recipe(path)
+        self._used[name] = entry
+        return recipe
+
+    def save(self) -> None:
+        """Write what was not there before. Entries whose file is gone go; no folder is made."""
+        if not self._is_changed or not self._cache_path.parent.is_dir():
+            return
+        entries, num_bytes = {}, 0
+        # Read again: another process may have written it in the meantime.
+        for name, entry in {**_load_entries(self._cache_path, self._made_by), **self._used}.items():
+            is_wanted = name in self._used or os.path.exists(name)
+            size = len(name) + len(str(entry))
+            if is_wanted and num_bytes + size <= _MAX_BYTES:
+                entries[name] = entry
+                num_bytes += size
+        text = json.dumps({"made_by": self._made_by, "recipes": entries})
+        # A full disk or a folder that others own stops nobody who only looks.
+        with contextlib.suppress(OSError):
+            write_bytes_atomic(self._cache_path, text.encode())
+        self._is_changed = False
+
+    def _holds_secret(self, text: str, values: str) -> bool:
+        """True where the recipe holds what a variable of today's environment has."""
+        texts = "\n".join([text, *list_texts(json.loads(values))])
+        return any(secret in texts for secret in self._secrets)
+
+
+def _load_entries(cache_path: Path, made_by: str) -> dict[str, Any]:
+    """`absolute path -> entry`; empty where the file is of another maker, or none."""
+    try:
+        if cache_path.stat().st_size > 2 * _MAX_BYTES:
+            return {}
+        content = load_json(cache_path)
+        if content["made_by"] == made_by and isinstance(content["recipes"], dict):
+            return dict(content["recipes"])
+    except (CorruptFileError, OSError, TypeError, LookupError):
+        pass
+    return {}
+
+
+def _build_entry(name: str, digest: str, values: str) -> list[str]:
+    """SHA-256 of the recipe file, the values as JSON, and between them a checksum of all this."""
+    return [digest, _sum_up(name, digest, values), values]
+
+
+def _check_entry(entry: Any, name: str, digest: str) -> list[str] | None:
+    """The entry, if it was made of a file with this hash and is as it was written."""
+    if not isinstance(entry, list) or len(entry) != 3 or entry[0] != digest:
+        return None
+    is_whole = isinstance(entry[2], str) and entry[1] == _sum_up(name, digest, entry[2])
+    return entry if is_whole else None
+
+
+def _sum_up(name: str, digest: str, values: str) -> str:
+    content = f"{digest} {name} {values}".encode(errors="surrogatepass")
+    return hashlib.sha256(content).hexdigest()
+
+
+def _describe_maker(output_root: Path) -> str:
+    """A hash of what decides which values a text has: the code that reads it, by version and by
+    content. A copy of the output root, which may come from anybody, has another one.
+    """
+    package_dir = Path(runner.__file__).parent
+    sources = [*package_dir.glob("*.py"), *(package_dir / "recipe").glob("*.py")]
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
+    libraries = [
+        yaml.__version__,
+        SAFE_LOADER.__name__,
+        pydantic.VERSION,
+        platform.python_version(),
+    ]
+    with contextlib.suppress(OSError):
+        libraries.append(str(output_root.stat().st_ino))
+    return hash_json([runner.__version__, sorted(hashes.items()), libraries])
