@@ -64,7 +64,10 @@ def describe_fields(config: type) -> dict[str, tuple[tuple[str, ...], tuple[str,
         if any("[" in choice for choice in choices):
             choices = []
         if kinds:
-            described[field.name] = (tuple(dict.fromkeys(kinds)), tuple(dict.fromkeys(choices)))
+            # The order in which a union was written is lost where another module wrote the same
+            # union first: `typing` keeps one of the two.
+            ordered = sorted(set(kinds), key=lambda kind: (kind == "null", kind))
+            described[field.name] = (tuple(ordered), tuple(sorted(set(choices))))
     return described
 
 
