@@ -358,7 +358,8 @@ import gc, json, weakref
 from runner.sft.worker import _import
 versions, why_not = _import({HIDDEN!r})
 gc.unfreeze()
-import accelerate.state, torch, transformers, transformers.conversion_mapping
+import accelerate.state, torch, transformers
+from transformers.conversion_mapping import _checkpoint_conversion_mapping_cache as architectures
 print(json.dumps({{
     "why_not": why_not,
     "state": list(accelerate.state.PartialState._shared_state),
@@ -366,8 +367,7 @@ print(json.dumps({{
     "settings": sum(issubclass(type(one), transformers.TrainingArguments)
                     for one in gc.get_objects()),
     "left for the end": sum(one.atexit for one in weakref.finalize._registry),
-    "knows architectures":
-        bool(transformers.conversion_mapping._checkpoint_conversion_mapping_cache),
+    "knows architectures": bool(architectures),
 }}))
 """
 
