@@ -5,6 +5,7 @@ killed compilation.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import select
@@ -21,6 +22,9 @@ from typing import Final
 _LOCAL_FILE_SYSTEMS: Final = frozenset(
     {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
 )
+# Of `mallopt(3)`.
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
 _ORPHAN_SECONDS: Final = 120.0
 # A maker that was just creating it may not be counted as having it open yet.
 _MINIMAL_AGE_SECONDS: Final = 1.0
@@ -56,6 +60,22 @@ def is_of_group(environment: Mapping[str, str]) -> bool:
 def uses_deepspeed() -> bool:
     """Whether `accelerate launch` has started this process for DeepSpeed; its own sign for it."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def keep_freed_memory() -> None:
+    """From now on most memory that is freed stays with this process, for the next tensor.
+
+    A trainer on the CPU allocates the same tensors in each step. glibc gives back to the kernel
+    what is free at the end of its heap, and every block of more than 32 MiB; the kernel then clears
+    and maps each page anew, 5 to 12% of the CPU seconds of small runs. Blocks of more than 128 MiB
+    are still given back: with all of them in the heap a run held half as much again. Where the C
+    library is another one, nothing changes.
+    """
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        # Before glibc 2.35 32 MiB is the most.
+        if mallopt(_M_MMAP_THRESHOLD, 2**27) or mallopt(_M_MMAP_THRESHOLD, 2**25):
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def remove_stale_build_locks() -> None:

@@ -24,7 +24,12 @@ from runner.sft.phases import (
 )
 from runner.sft.preemption import Preemption
 from runner.sft.recorder import Recorder
-from runner.sft.startup import WorldPlace, remove_stale_build_locks, uses_deepspeed
+from runner.sft.startup import (
+    WorldPlace,
+    keep_freed_memory,
+    remove_stale_build_locks,
+    uses_deepspeed,
+)
 from runner.sft.tracking import Trackers, open_trackers
 from runner.sft.trainer import RunTrainer, build_training_args
 
@@ -77,6 +82,8 @@ def _prepare(context: RunContext) -> tuple[RunTrainer, Trackers, int | None]:
     with phase("setting up" if is_alone else "waiting for the other processes"):
         # Before the model: ZeRO-3 partitions weights while they load.
         args = build_training_args(context)
+    if args.use_cpu:
+        keep_freed_memory()
     if recipe.checkpoints.remote is not None:
         with phase("opening the remote storage"):
             context.on_main(context.open_uploader)

@@ -72,6 +72,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         self.recorder, self.context = recorder, recorder.context
         self.flow = FlowCallback(self.context.recipe)
         self.progress = ProgressCallback(self.context)
+        self._flops_per_token: int | None = None
         recipe, samples = self.context.recipe, recorder.samples
         dataset, num_padding = build_train_dataset(samples, self.context, tokenizer.pad_token_id)
         self._sampler = EpochSampler(
@@ -109,6 +110,13 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         """One micro-batch, which is a sign of life."""
         self.context.sign_of_life()
         return super().training_step(*args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As Transformers counts them, but the parameters once instead of in each micro-batch."""
+        num_tokens = int(inputs["input_ids"].numel())
+        if self._flops_per_token is None or self.is_deepspeed_enabled:  # which partitions them
+            self._flops_per_token = super().floating_point_ops(inputs) // num_tokens
+        return self._flops_per_token * num_tokens
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Score the validation split, in place of Transformers' evaluation, which averages over

@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -69,6 +70,8 @@ def _import(hidden: Sequence[str]) -> tuple[dict[str, str], str | None]:
     import runner.sft.train  # noqa: F401
     from runner.sft.startup import is_of_group
 
+    _prepare_for_children()
+
     has_cuda = _try_fork(torch.cuda._is_in_bad_fork) or _has_gpu_open()
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page
@@ -79,6 +82,18 @@ def _import(hidden: Sequence[str]) -> tuple[dict[str, str], str | None]:
     if is_of_group(os.environ):
         return versions, "its launch config starts ranks of a group"
     return versions, None
+
+
+def _prepare_for_children() -> None:
+    """Do once, of what each child would do by itself, what depends on no run."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    # Transformers builds the table of all architectures when it first loads a model, 0.04 s.
+    get_checkpoint_conversion_mapping("")
+    # What an import wants done at the end of this process, such as deregistering operators, 0.03 s.
+    # A child is not its end.
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
 
 
 def take_control() -> socket.socket:

@@ -1,6 +1,10 @@
-"""A rank's place is read from the environment once, and nowhere else."""
+"""A rank's place is read from the environment once, and nowhere else; freed memory is kept."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -24,3 +28,25 @@ def test_no_other_module_names_the_variables(variable: str) -> None:
     sources = sorted((ROOT / "runner").rglob("*.py"))
     found = [str(path.relative_to(ROOT)) for path in sources if f'"{variable}"' in path.read_text()]
     assert found == ["runner/sft/startup.py"]
+
+
+def test_freed_memory_is_used_again_without_the_kernel() -> None:
+    """Pages that the kernel maps for ten allocations, one after the other, of 64 MiB each."""
+    code = """
+        import resource
+        from runner.sft.startup import keep_freed_memory
+
+        def count_faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                b"x" * 2**26
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        given_back = count_faults()
+        keep_freed_memory()
+        print(given_back, count_faults())
+    """
+    argv = [sys.executable, "-c", textwrap.dedent(code)]
+    shown = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    given_back, kept = map(int, shown.split())
+    assert kept < given_back / 5

@@ -354,17 +354,20 @@ def test_a_worker_with_other_versions_is_refused(start: Callable[..., Pair]) -> 
 HIDDEN: Final = ("wandb", "bitsandbytes", "deepspeed")
 # What the state of a process is after the imports: of accelerate, of torch, and settings of a run.
 AFTER_IMPORTS: Final = f"""\
-import gc, json
+import gc, json, weakref
 from runner.sft.worker import _import
 versions, why_not = _import({HIDDEN!r})
 gc.unfreeze()
 import accelerate.state, torch, transformers
+from transformers.conversion_mapping import _checkpoint_conversion_mapping_cache as architectures
 print(json.dumps({{
     "why_not": why_not,
     "state": list(accelerate.state.PartialState._shared_state),
     "cuda": torch.cuda.is_initialized(),
     "settings": sum(issubclass(type(one), transformers.TrainingArguments)
                     for one in gc.get_objects()),
+    "left for the end": sum(one.atexit for one in weakref.finalize._registry),
+    "knows architectures": bool(architectures),
 }}))
 """
 
@@ -401,4 +404,11 @@ def test_the_imports_leave_nothing_that_a_fork_does_not_survive() -> None:
         check=True,
     )
     said = json.loads(looked.stdout)
-    assert said == {"why_not": None, "state": [], "cuda": False, "settings": 0}
+    assert said == {
+        "why_not": None,
+        "state": [],
+        "cuda": False,
+        "settings": 0,
+        "left for the end": 0,  # else each child does it too, when it leaves
+        "knows architectures": True,  # else each child builds the table of them
+    }
