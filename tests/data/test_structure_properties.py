@@ -153,7 +153,8 @@ def check_mask(name: str, chat: Chat, tools: list[Any], untrained: set[int]) -> 
     previous = 0
     for one, (start, end) in zip(mask.completions, mask.completion_chars, strict=True):
         assert previous <= one.span.start < one.span.end
-        assert one.span.start <= one.content.start < one.content.end <= one.span.end
+        for content in one.contents:
+            assert one.span.start <= content.start < content.end <= one.span.end
         previous = one.span.end
         said = mask.text[start:end]
         if one.message in wanted:
