@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runner.data.chat_template import ChatFormat, MaskError
+from runner.data.chat_template import METHOD_TEXT, ChatFormat, MaskError
 from runner.data.masking import ConversationMasker
 from tests.support.chat_formats import (
     CALL_STOPS,
@@ -140,6 +140,14 @@ def leaves(message: dict[str, Any]) -> list[str]:
     ]
 
 
+def find_prompt_end(name: str, before: Chat, tools: list[Any], text: str) -> int:
+    """Where the model begins to write, 0 where the text does not go on from the prompt."""
+    prompt = masker(name)._template.render(
+        before, METHOD_TEXT, tools=tools, add_generation_prompt=True
+    )
+    return len(prompt) if text.startswith(prompt) else 0
+
+
 def check_mask(
     name: str, chat: Chat, tools: list[Any], wanted: list[int], weight_0: set[int]
 ) -> bool:
@@ -158,6 +166,7 @@ def check_mask(
             assert one.span.start <= content.start < content.end <= one.span.end
         previous = one.span.end
         said = mask.text[start:end]
+        assert start >= find_prompt_end(name, chat[: one.message], tools, mask.text)
         if one.message in wanted:
             assert all(says(said, text) for text in leaves(chat[one.message])), said
         for other, message in enumerate(chat):
