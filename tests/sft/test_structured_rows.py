@@ -85,7 +85,7 @@ def test_a_loss_never_moves_a_score(calls: Project) -> None:
         scores[loss] = [row for row in found if row["model"] == "base"]
         labels[loss] = load_json(paths.samples_path)["splits"]["train"]["num_labels"]
     assert scores["completion"] == scores["last_completion"]
-    assert labels["completion"] == pytest.approx(2 * labels["last_completion"], rel=0.1)
+    assert 0 < labels["last_completion"] < labels["completion"]
 
 
 def pair(number: int, place: str) -> list[dict[str, Any]]:
