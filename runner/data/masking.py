@@ -56,9 +56,9 @@ class CompletionSpan:
 
 @dataclass(frozen=True)
 class Completion:
-    """One assistant turn among the tokens. `content` are the tokens that hold at least one byte of
-    what the row says, `num_bytes` the bytes that they were printed as, without those of a text's
-    first token; the rest of `span` is the template's.
+    """One assistant turn among the tokens. `contents` are the tokens that hold at least one byte of
+    what the row says, text by text, `num_bytes` the bytes that these texts were printed as, without
+    those of the conversation's first token; the rest of `span` is the template's.
 
     `rewritten` is None where the template prints the turn as it prints it when the conversation
     ends there, but for its end; else it says what differs.
@@ -66,7 +66,7 @@ class Completion:
 
     message: int
     span: CompletionSpan
-    content: CompletionSpan
+    contents: tuple[CompletionSpan, ...]
     num_bytes: int
     rewritten: str | None = None
 
@@ -294,7 +294,7 @@ class ConversationMasker:
                     message=turn.message,
                     start=start - turn.num_lead_chars,
                     end=end + turn.num_tail_chars,
-                    content=(start, end),
+                    texts=((start, end),),
                     end_token=turn.end_token,
                     rewritten=turn.rewritten,
                 )
@@ -354,11 +354,13 @@ class ConversationMasker:
             self._check_span(span, turn, messages, input_ids, previous_end)
             seen = (starts[first], ends[last - 1])
             self._check_others(messages, turn.message, seen, proven.content_chars)
-            content = _find_content_tokens(turn.content, span, starts, ends)
-            # Nobody predicts the first token of a text.
-            begin = turn.content[0] if span.start else max(turn.content[0], ends[0])
-            num_bytes = len(text[begin : turn.content[1]].encode())
-            completions.append(Completion(turn.message, span, content, num_bytes, turn.rewritten))
+            contents = tuple(_find_tokens(said, span, starts, ends) for said in turn.texts)
+            # Nobody predicts the first token of a conversation.
+            unscored = 0 if span.start else ends[0]
+            num_bytes = sum(
+                len(text[max(begin, unscored) : end].encode()) for begin, end in turn.texts
+            )
+            completions.append(Completion(turn.message, span, contents, num_bytes, turn.rewritten))
         return MaskedConversation(
             input_ids=tuple(input_ids),
             spans=tuple(completion.span for completion in completions),
@@ -419,13 +421,13 @@ class ConversationMasker:
             )
 
 
-def _find_content_tokens(
-    content: Interval, span: CompletionSpan, starts: Sequence[int], ends: Sequence[int]
+def _find_tokens(
+    said: Interval, span: CompletionSpan, starts: Sequence[int], ends: Sequence[int]
 ) -> CompletionSpan:
-    """The tokens of a completion's content, of which an empty content has none."""
-    first = min(max(bisect_right(ends, content[0]), span.start), span.end)
-    last = max(first, min(bisect_left(starts, content[1]), span.end))
-    return CompletionSpan(first, first if content[0] == content[1] else last)
+    """The tokens of a completion that hold a text of it, of which an empty text has none."""
+    first = min(max(bisect_right(ends, said[0]), span.start), span.end)
+    last = max(first, min(bisect_left(starts, said[1]), span.end))
+    return CompletionSpan(first, first if said[0] == said[1] else last)
 
 
 _HALF_CHARACTER: Final = re.compile("[\ud800-\udfff]")

@@ -230,7 +230,7 @@ def _build_row(
         group=raw.key[:16] if raw.group == raw.key else raw.group,
         input_ids=ids,
         spans=tuple(_shift(one.span, cut) for one in completions),
-        contents=tuple(_shift(one.content, cut) for one in completions),
+        contents=tuple(_shift(span, cut) for one in completions for span in one.contents),
         num_bytes=sum(one.num_bytes for one in completions),
         is_truncated=cut > 0,
         untrained=tuple(untrained),

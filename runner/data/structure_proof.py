@@ -57,14 +57,14 @@ class UnprintedError(MaskError):
 
 @dataclass(frozen=True)
 class ProvenTurn:
-    """One completion, in characters of the text: `content` reaches from the first of the turn's
-    leaves to the last.
+    """One completion, in characters of the text: `texts` are the places of what the row says in
+    it.
     """
 
     message: int
     start: int
     end: int
-    content: tuple[int, int]
+    texts: tuple[tuple[int, int], ...]
     end_token: str | None
     rewritten: str | None
 
@@ -299,12 +299,14 @@ class _Walk:
             shift = end - piece.end
         return position + shift
 
+    def find_texts(self, index: int) -> tuple[tuple[int, int], ...]:
+        """The characters of a message's leaves in the real text."""
+        return tuple(self._places[rank] for rank in self.pieces_of(index))
+
     def find_content(self, index: int) -> tuple[int, int] | None:
         """The characters of the real text from a message's first leaf to its last."""
-        ranks = self.pieces_of(index)
-        if not ranks:
-            return None
-        return self._places[ranks[0]][0], self._places[ranks[-1]][1]
+        texts = self.find_texts(index)
+        return (texts[0][0], texts[-1][1]) if texts else None
 
 
 def _mismatch(leaf: Leaf | None, expected: str, found: str, messages: Messages) -> MaskError:
@@ -448,13 +450,12 @@ class _Places:
         )
         num_tail_chars, end_token = find_end(self._template, place)
         start = self._find_start(index, first)
-        content = walk.find_content(index)
-        assert content is not None
+        texts = walk.find_texts(index)
         return ProvenTurn(
             message=index,
             start=walk.translate(start),
-            end=content[1] + num_tail_chars,
-            content=content,
+            end=texts[-1][1] + num_tail_chars,
+            texts=texts,
             end_token=end_token,
             rewritten=self._find_rewriting(index, first, last),
         )

@@ -18,6 +18,7 @@ import pytest
 from runner.errors import DataError
 from runner.recipe.parse import load_recipe
 from tests.conftest import RECIPE_TEXT, Project, make_project, run_cli
+from tests.support.chat_formats import trl_template
 
 CHAT: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
@@ -28,6 +29,11 @@ CHATML = (
     "{% for m in messages %}{{- '<start_of_turn>' + m.role + '\n' + m.content }}"
     "{{- '<end_of_turn>\n' }}{% endfor %}"
 )
+THINKING = [
+    {"role": "user", "content": "2 + 3?"},
+    {"role": "assistant", "content": "<think>\nadd\n</think>\n\n5"},
+]
+LONG = [{"role": role, "content": "A long text. " * 9} for role in ("user", "assistant")]
 FUNCTION = {"name": "get_weather", "arguments": {"city": "Oslo"}}
 CALLING = {
     "role": "assistant",
@@ -166,6 +172,42 @@ CASES = {
             }
         ),
         template=CHATML,
+    ),
+    "a template that prints earlier answers otherwise": Case(
+        (
+            "rows.jsonl line 3",
+            "message 1 (assistant) is not printed as the model would write it",
+            "`data.turns: last` trains and scores the last answer only, `data.turns: split`",
+        ),
+        rows=rows_with({"messages": [*CHAT["messages"], *CHAT["messages"]]}),
+        template=trl_template("qwen3"),
+    ),
+    "a template that drops earlier thoughts": Case(
+        (
+            "rows.jsonl line 3",
+            "does not print the think block in the `content` of message 1 (assistant)",
+            "`data.turns: split` trains on each turn so, `data.turns: last` on the last one",
+        ),
+        rows=rows_with({"messages": [*THINKING, *THINKING]}),
+        template=trl_template("qwen3"),
+    ),
+    "a template that leaves a text out": Case(
+        ("rows.jsonl line ", "message 0 (user)", "its place in the text cannot be proven"),
+        template="{% for m in messages if m.role == 'assistant' %}{{ m.content }}<eos>{% endfor %}",
+    ),
+    "a template that prints a text twice": Case(
+        ("rows.jsonl line ", "message 0 (user)", "more than once"),
+        template="{{ messages[0].content }}" + CHATML,
+    ),
+    "a template that prints the turns in another order": Case(
+        ("rows.jsonl line ", "a completion would not follow its prompt"),
+        template=CHATML.replace("in messages", "in messages | reverse"),
+    ),
+    "what is left of a row when rounds are cut": Case(
+        ("rows.jsonl line 3, without the 2 messages before message 2: ", "a short one"),
+        rows=rows_with({"messages": [*CHAT["messages"], *LONG, *LONG]}),
+        template="{{ raise_exception('a short one') if messages | length == 4 }}" + CHATML,
+        overrides=("data.truncation=turns_left", "data.max_length=100"),
     ),
     "a template that renders nothing without tools": Case(
         ("rows.jsonl line ", "renders no conversation without `tools`", "a `tools` column"),

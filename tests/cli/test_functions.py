@@ -184,6 +184,26 @@ BAD_CODE = {
         "def build(row):\n    return None\n",
         "data.jsonl line 1, what rows.py:build returned: found nothing (None)",
     ),
+    "no conversation": (
+        "rows.py",
+        "def build(row):\n    return row['q']\n",
+        "data.jsonl line 1, what rows.py:build returned: found a text",
+    ),
+    "an unknown key": (
+        "rows.py",
+        ROWS.replace('"references"', '"answers"'),
+        "data.jsonl line 1, what rows.py:build returned: has the unknown key 'answers'",
+    ),
+    "references that are no list": (
+        "rows.py",
+        ROWS.replace('[row["a"]]}', 'row["a"]}'),
+        "what rows.py:build returned: 'references' should be a list of texts, found a text",
+    ),
+    "a group that is no text": (
+        "rows.py",
+        ROWS.replace('"references": [row["a"]]', '"group": 7'),
+        "what rows.py:build returned: 'group' should be a text, found a number",
+    ),
     "chance": (
         "rows.py",
         ROWS.replace('row["q"]', 'row["q"] + str(random.random())') + "import random\n",
@@ -222,6 +242,15 @@ def test_check_names_what_is_wrong_with_a_function(study: Project) -> None:
     said = refuse(study, "check", "bad", "--allow-code")
     for number, (name, (replaced, _, words)) in enumerate(BAD_CODE.items()):
         assert words.replace(replaced, f"bad{number}.py", 1) in said or words in said, (name, said)
+
+
+def test_a_function_that_reads_what_says_nothing_is_refused(study: Project) -> None:
+    """Two rows that differ in their ids alone are one row, and cannot be two conversations."""
+    rows = [{"q": "Which?", "a": "This.", "words": 1, "id": f"n{n}"} for n in range(60)]
+    (study.root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (study.root / "rows.py").write_text(ROWS.replace('row["q"])', 'row["id"])'))
+    said = refuse(study, "check", "study.json", "--allow-code")
+    assert "data.jsonl line 1 and data.jsonl line 2 differ only in columns that say nothing" in said
 
 
 BAD_RECIPES = {

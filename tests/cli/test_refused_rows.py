@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 from tests.conftest import Project, make_project
-from tests.support.refused_rows import ANSWER, REFUSED, USER
+from tests.support.refused_rows import ANSWER, REFUSED, USER, row
 
 CASES: Final = Path(__file__).parents[1] / "data" / "cases"
 
@@ -98,6 +98,101 @@ COLUMNS: Final = [
         "{name: squad_v2, prompt: '{context} {question}'}",
     ),
 ]
+# What each task asks of its own columns.
+SST2: Final = "{name: sst2, prompt: '{sentence}'}"
+SQUAD: Final = "{name: squad_v2, prompt: '{context} {question}'}"
+PARAGRAPH: Final = {"context": "a", "question": "b"}
+TREE: Final = {"message_id": "m1", "parent_id": None, "text": "Hi?", "role": "prompter"}
+TASKS: Final = [
+    Case([{"sentence": "a", "label": -1}], ("line 1: the label is -1: GLUE hides",), SST2),
+    Case([{"sentence": "a", "label": 2}], ("`label` should be the label 0 or 1, found",), SST2),
+    Case([PARAGRAPH | {"answers": "c"}], ("line 1: column `answers`: ", "found a text"), SQUAD),
+    Case(
+        [PARAGRAPH | {"answers": {"text": [" "], "answer_start": [0]}}],
+        ("line 1: column `answers`: ", "with texts that are not blank"),
+        SQUAD,
+    ),
+    Case(
+        [{"document": 7, "summary": "x"}],
+        ("line 1: column `document` should be a text, found a number",),
+        "{name: summarization, prompt: '{document}'}",
+    ),
+    Case([["a", "b"]], ("line 1: expected an object with columns, found a list",), BY_COLUMNS),
+    Case([TREE | {"role": "wizard"}], ("the role is 'wizard', expected",), "{name: oasst1}"),
+    Case([TREE | {"rank": "first"}], ("`rank` should be a number or null",), "{name: oasst1}"),
+    Case([TREE | {"deleted": "no"}], ("`deleted` should be true, false or",), "{name: oasst1}"),
+    Case(
+        [TREE, TREE | {"text": "Ho?"}],
+        ("line 2: the message id 'm1' is taken by another in ",),
+        "{name: oasst1}",
+    ),
+    Case(
+        [{"prompt": {**TREE, "replies": "none"}}],
+        ("line 1: `replies` should be a list, found a text",),
+        "{name: oasst1}",
+    ),
+    Case(
+        [{"prompt": "a", "completion": "b"}],
+        ("line 1: has the columns `prompt` and `completion`, no messages", "prompt_completion"),
+    ),
+    Case([{"text": "a"}], ("line 1: has none of the columns `messages`", "columns are text")),
+]
+ROUNDS: Final = [
+    {"messages": [USER, {**ANSWER, "content": f"{n}."}, USER, ANSWER], "chapter": n // 2}
+    for n in range(60)
+]
+DEEP: Final = {"name": "get", "arguments": '{"a": ' + "[" * 2000 + "]" * 2000 + "}"}
+# What is asked of the rows of a recipe together, and of one beside its columns.
+DRAWN: Final = [
+    Case(
+        ROUNDS,
+        ("line 1: `data.group_column: chaptr` names", "found no such column"),
+        overrides=("data.group_column=chaptr", "data.ignore=[chapter]"),
+    ),
+    Case(
+        [row | {"chapter": None} for row in ROUNDS],
+        ("line 1: `data.group_column: chapter` names", "found None"),
+        overrides=("data.group_column=chapter",),
+    ),
+    Case(
+        [
+            PARAGRAPH | {"question": f"{n}?", "answers": {"text": ["c"]}, "part": n}
+            for n in range(9)
+        ],
+        ("puts it into another group than a row that the task `squad_v2` keeps together",),
+        SQUAD,
+        ("data.group_column=part",),
+    ),
+    Case(
+        [TREE, TREE | {"message_id": "m2", "parent_id": "m1", "role": "assistant"}],
+        ("makes one conversation of several rows, and groups of its own", "`data.group_column`"),
+        "{name: oasst1, languages: [], include_unreviewed: true}",
+        ("data.group_column=text",),
+    ),
+    Case(
+        ROUNDS,
+        (
+            "33 rows of the train split are longer than `data.max_length: 9`",
+            "`data.truncation: turns_left`",
+        ),
+        overrides=("data.ignore=[chapter]", "data.max_length=9", "data.num_train_samples=null"),
+    ),
+    Case(
+        ROUNDS,
+        ("their last round alone does not fit",),
+        overrides=("data.ignore=[chapter]", "data.max_length=9", "data.truncation=turns_left"),
+    ),
+    Case(
+        ROUNDS,
+        ("no row of the train split fits into `data.max_length: 9`",),
+        overrides=("data.ignore=[chapter]", "data.max_length=9", "data.truncation=drop"),
+    ),
+    Case(
+        [row(content="", tool_calls=[DEEP])],
+        ("is not JSON (maximum recursion depth",),
+    ),
+]
+ALL: Final = [*MESSAGES, *COLUMNS, *TASKS, *DRAWN]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +202,7 @@ def refused(
     """A project with one recipe per case, each with a data file of its own."""
     project = make_project(tmp_path_factory.mktemp("refused"), data_path, tiny_model)
     project.add_model("gemma")
-    for number, case in enumerate([*MESSAGES, *COLUMNS]):
+    for number, case in enumerate(ALL):
         path = f"{number}.jsonl"
         (project.root / path).write_text("".join(json.dumps(row) + "\n" for row in case.rows))
         task = (f"data.task={case.task}", f"data.train.path={path}", *case.overrides)
@@ -119,7 +214,7 @@ def test_check_refuses_each_by_name(refused: Project) -> None:
     done = refused.cli("check", "recipes")
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stderr
-    cases = [*MESSAGES, *COLUMNS]
+    cases = ALL
     assert f"{len(cases)} of {len(cases)} recipes cannot be trained as they are" in done.stderr
     errors = {text.split(": ")[0]: text for text in done.stderr.split("\nerror: ")[1:]}
     for number, case in enumerate(cases):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from runner.data.chat_template import ChatFormat, MaskError
-from runner.data.masking import Completion, ConversationMasker, MaskedConversation, build_labels
+from runner.data.masking import ConversationMasker, MaskedConversation, build_labels
 from runner.data.tasks.base import Example
 from runner.data.tasks.conversations import ConversationsTask
 from tests.support.chat_formats import (
@@ -186,17 +186,31 @@ def test_an_earlier_turn_is_rewritten_where_it_is_not_printed_as_it_was_written(
     assert "<think>" in str(calls[0].rewritten) and calls[1].rewritten is None
 
 
-def test_the_content_of_a_call_reaches_from_its_first_text_to_its_last() -> None:
-    example = read_case("tool_calls_empty_content")[0]
-    masked = mask(trl_template("qwen2_5"), example.messages, example.tools)
-    call = masked.completions[0]
-    said = 'get_weather", "arguments": {"city": "Oslo'
-    assert call.num_bytes == len(said)
+def test_the_contents_of_a_turn_are_its_texts_and_nothing_of_the_template() -> None:
+    """So its bits per byte compare across templates, whatever they print around thoughts and
+    calls.
+    """
+    chat = [
+        {"role": "user", "content": "Weather?"},
+        {
+            "role": "assistant",
+            "content": "Let me look.",
+            "reasoning_content": "Fjords: é.",
+            "tool_calls": [call_of("get_weather", city="Oslo")],
+        },
+    ]
+    for name in ("qwen3", "nemotron_3_nano", "glm4moe_training"):
+        masked = mask(trl_template(name), chat, [TOOL])
+        (turn,) = masked.completions
+        texts = [
+            masked.text[masked.offsets[span.start][0] : masked.offsets[span.end - 1][1]]
+            for span in turn.contents
+        ]
+        said = ["Fjords: é.", "Let me look.", "get_weather", "Oslo"]
+        assert [text.strip() for text in texts] == said, name
+        assert turn.num_bytes == len("".join(said).encode()), name
     start, end = masked.content_chars[1] or (0, 0)
-    assert masked.text[start:end] == said
-    first, last = masked.offsets[call.content.start], masked.offsets[call.content.end - 1]
-    assert first[0] <= start < first[1] and last[0] < end <= last[1]
-    assert isinstance(call, Completion) and call.span.start <= call.content.start
+    assert masked.text[start:end].startswith("Fjords") and masked.text[start:end].endswith("Oslo")
 
 
 def test_arguments_are_given_as_json_text_where_the_template_takes_no_mapping() -> None:

@@ -5,6 +5,7 @@ TRL's that prints them, against what any right mask has in common.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import datetime
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runner.data.chat_template import ChatFormat, MaskError
+from runner.data.chat_template import METHOD_TEXT, ChatFormat, MaskError
 from runner.data.masking import ConversationMasker
 from tests.support.chat_formats import (
     CALL_STOPS,
@@ -139,23 +140,33 @@ def leaves(message: dict[str, Any]) -> list[str]:
     ]
 
 
-def check_mask(name: str, chat: Chat, tools: list[Any], untrained: set[int]) -> bool:
+def find_prompt_end(name: str, before: Chat, tools: list[Any], text: str) -> int:
+    """Where the model begins to write, 0 where the text does not go on from the prompt."""
+    prompt = masker(name)._template.render(
+        before, METHOD_TEXT, tools=tools, add_generation_prompt=True
+    )
+    return len(prompt) if text.startswith(prompt) else 0
+
+
+def check_mask(
+    name: str, chat: Chat, tools: list[Any], wanted: list[int], weight_0: set[int]
+) -> bool:
     """Whether the conversation is accepted; asserts what any right mask of it has in common."""
-    assistants = [n for n, message in enumerate(chat) if message["role"] == "assistant"]
-    wanted = [n for n in assistants if n not in untrained]
     try:
-        mask = masker(name).mask(chat, tools, turns=wanted, untrained=untrained)
+        mask = masker(name).mask(chat, tools, turns=wanted, untrained=weight_0)
     except MaskError:
         return False
-    assert [one.message for one in mask.completions] == assistants
+    assert [one.message for one in mask.completions] == sorted({*wanted, *weight_0})
     tokenizer = masker(name)._tokenizer
     assert list(mask.input_ids) == tokenizer(mask.text, add_special_tokens=False)["input_ids"]
     previous = 0
     for one, (start, end) in zip(mask.completions, mask.completion_chars, strict=True):
         assert previous <= one.span.start < one.span.end
-        assert one.span.start <= one.content.start < one.content.end <= one.span.end
+        for content in one.contents:
+            assert one.span.start <= content.start < content.end <= one.span.end
         previous = one.span.end
         said = mask.text[start:end]
+        assert start >= find_prompt_end(name, chat[: one.message], tools, mask.text)
         if one.message in wanted:
             assert all(says(said, text) for text in leaves(chat[one.message])), said
         for other, message in enumerate(chat):
@@ -169,29 +180,37 @@ def check_mask(name: str, chat: Chat, tools: list[Any], untrained: set[int]) -> 
     return True
 
 
-@pytest.mark.parametrize("name", PRINTING_CALLS)
-def test_masks_of_calls_hold_what_the_assistant_says_and_nothing_else(name: str) -> None:
-    num_accepted = 0
+def check_template(name: str, tools: list[Any], *kinds: str) -> None:
+    """Look at random conversations as `data.turns: all` and `split` make rows of them; each kind of
+    turn is to be accepted somewhere, or nothing would have been looked at.
+    """
+    accepted: Counter[str] = Counter()
 
     @FEW
-    @given(conversations(has_calls=True, has_thoughts=name in PRINTING_THOUGHTS))
+    @given(conversations(has_calls=bool(tools), has_thoughts=name in PRINTING_THOUGHTS))
     def check(drawn: tuple[Chat, set[int]]) -> None:
-        nonlocal num_accepted
-        num_accepted += check_mask(name, drawn[0], [LOOK_UP], drawn[1])
+        chat, weight_0 = drawn
+        turns = [n for n, one in enumerate(chat) if one["role"] == "assistant"]
+        turns = [n for n in turns if n not in weight_0]
+        accepted["all turns"] += check_mask(name, chat, tools, turns, weight_0)
+        for turn in turns:
+            before = {n for n in weight_0 if n < turn}
+            if check_mask(name, chat[: turn + 1], tools, [turn], before):
+                said = chat[turn]
+                accepted["calls"] += "tool_calls" in said
+                accepted["thoughts"] += "reasoning_content" in said
+                accepted["weights"] += bool(before)
 
     check()
-    assert num_accepted > 0
+    assert all(accepted[kind] for kind in ("all turns", *kinds)), accepted
+
+
+@pytest.mark.parametrize("name", PRINTING_CALLS)
+def test_masks_of_calls_hold_what_the_assistant_says_and_nothing_else(name: str) -> None:
+    thoughts = ["thoughts"] if name in PRINTING_THOUGHTS else []
+    check_template(name, [LOOK_UP], "calls", "weights", *thoughts)
 
 
 @pytest.mark.parametrize("name", PRINTING_THOUGHTS)
 def test_masks_of_thoughts_hold_what_the_assistant_says_and_nothing_else(name: str) -> None:
-    num_accepted = 0
-
-    @FEW
-    @given(conversations(has_calls=False, has_thoughts=True))
-    def check(drawn: tuple[Chat, set[int]]) -> None:
-        nonlocal num_accepted
-        num_accepted += check_mask(name, drawn[0], [], drawn[1])
-
-    check()
-    assert num_accepted > 0
+    check_template(name, [], "thoughts", "weights")

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import TypeAdapter
 
 from runner.data.tasks.base import Example, Task
-from runner.recipe.data_section import AnyTask
+from runner.data.tasks.python import PythonTask
+from runner.recipe.data_section import AnyTask, find_tasks
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 def list_examples() -> Iterator[tuple[str, str]]:
-    """`(task section, row)` of every JSON line."""
+    """`(task section, row)` of every JSON line; of message trees, all lines of a block."""
     for block in re.finditer(r"^```json (.+)\n((?:.+\n)+?)```$", PAGE, re.MULTILINE):
+        if "oasst1" in block[1]:
+            yield block[1], block[2]
+            continue
         for line in block[2].splitlines():
             yield block[1], line
 
@@ -27,7 +31,8 @@ def list_examples() -> Iterator[tuple[str, str]]:
 def read(section: str, line: str) -> Example:
     stated: Any = json.loads(section) if section.startswith("{") else {"name": section}
     task: Task = TypeAdapter(AnyTask).validate_python(stated)
-    (example,) = task.build_examples([("docs/data.md", json.loads(line))]).examples
+    rows = [("docs/data.md", json.loads(one)) for one in line.splitlines()]
+    (example,) = task.build_examples(rows).examples
     return example
 
 
@@ -37,10 +42,18 @@ def test_an_example_row_is_read(section: str, line: str) -> None:
     assert example.messages[-1]["role"] == "assistant" and len(example.key) == 64
 
 
-def test_the_page_shows_every_task_that_reads_one_row() -> None:
-    shown = {read(*example).where and json.dumps(example) for example in list_examples()}
-    names = {"conversations", "prompt_completion", "alpaca", "summarization", "sst2", "squad_v2"}
-    assert all(any(name in text for text in shown) for name in names)
+def test_the_page_shows_rows_of_every_task() -> None:
+    """But for functions of the project, which the page shows as Python."""
+    tasks = [get_args(task.model_fields["name"].annotation)[0] for task in find_tasks()]
+    shown = " ".join(section for section, _ in list_examples())
+    assert [name for name in tasks if name not in shown] == ["python"]
+
+
+def test_the_function_on_the_page_makes_a_conversation() -> None:
+    (source,) = re.findall(r"```python\n(def build.+?)```", PAGE, re.DOTALL)
+    task = PythonTask(name="python", function="rows.py:build").with_sources({"rows.py": source})
+    (example,) = task.build_examples([("row 1", {"q": " Two? ", "a": "Four."})]).examples
+    assert [one["content"] for one in example.messages] == ["Two?", "Four."]
 
 
 def test_examples_hold_what_the_page_says() -> None:
@@ -52,6 +65,8 @@ def test_examples_hold_what_the_page_says() -> None:
     )
     (weighted,) = [one for one in by_line.values() if one.untrained]
     assert weighted.untrained == {1}
+    (mathematical,) = [one for one in by_line.values() if one.references == ("42",)]
+    assert [one["role"] for one in mathematical.messages][2] == "user"
     prompts = [one.messages[0]["content"] for one in by_line.values()]
     assert "Translate to French.\n\ncat" in prompts and "Name a colour." in prompts
     assert "Oslo is a city.\n\nWhat is Oslo?" in prompts

@@ -284,6 +284,28 @@ def test_rows_that_a_cut_makes_equal_are_counted(here: Project) -> None:
     assert "rows begin inside a message, cut by `data.truncation: prompt_left`" in text
 
 
+def test_a_system_text_that_a_cut_takes_is_warned_of(here: Project) -> None:
+    here.add_model("llama")
+    lines = []
+    for number in range(60):
+        question = {"role": "user", "content": f"Number {number}. " + "Tell me this please. " * 9}
+        answer = {"role": "assistant", "content": f"Yes, {number}."}
+        system = {"role": "system", "content": "Be brief."}
+        lines.append(json.dumps({"messages": [system, question, answer, question, answer]}))
+    (here.root / "ruled.jsonl").write_text("\n".join(lines))
+    changes = ("model.path=models/llama", "data.train.path=ruled.jsonl", "data.max_length=220")
+    cut, rounds = (
+        check_recipes([named(here, truncation, *changes, f"data.truncation={truncation}")])
+        for truncation in ("prompt_left", "turns_left")
+    )
+    assert re.search(
+        r"\d+ train rows lose characters of their system text to `data.truncation: prompt_left`;"
+        " `turns_left` cuts whole rounds and keeps it",
+        warnings_of(cut),
+    )
+    assert not rounds.errors and "system text" not in warnings_of(rounds)
+
+
 def test_what_the_template_does_not_look_at_is_warned_of(here: Project) -> None:
     (here.root / "thinks.jinja").write_text(
         "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"

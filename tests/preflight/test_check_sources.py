@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -42,6 +43,21 @@ GOOD: Final = {
         "  test: {path: split_files, split: test}\n"
         "  num_train_samples: 6"
     ),
+}
+# Files that cannot be read, and what is said of each.
+DAMAGED: Final[Mapping[str, tuple[bytes, str]]] = {
+    "latin.jsonl": ('{"a": "wörd"}'.encode("latin-1"), "is not UTF-8 text"),
+    "torn.jsonl": (b'{"messages": [', "line 1: is not JSON"),
+    "deep.jsonl": (b"[" * 100_000, "is nested too deeply"),
+    "half.jsonl": (rb'{"messages": "\ud800"}', "is one half of a character"),
+    "number.json": (b"7", "expected a JSON list of rows"),
+    "fields.csv": (b"prompt,completion\na\n", "row 1 (line 2): has 1 fields, but the header has 2"),
+    "columns.csv": (b"prompt,prompt\na,b\n", "two columns are called 'prompt'"),
+    "semicolons.csv": (b"prompt;completion\na;b\n", "the header has semicolons between its names"),
+    "table.parquet": (b"nope", "cannot be read as Parquet"),
+    "table.arrow": (b"nope", "cannot be read as Arrow"),
+    "rows.txt": (b"a", "cannot tell the format"),
+    "bomb.jsonl.gz": (gzip.compress(b" " * 2**24) * 17, "unpacks to more than 200 times its size"),
 }
 BAD: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "split unstated": (
@@ -85,6 +101,42 @@ BAD: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
         ("one.jsonl line 1 (train) and other.jsonl line 1 (test)",),
     ),
     "packed and damaged": ("train: {path: torn.jsonl.gz}", ("torn.jsonl.gz: cannot be unpacked",)),
+    "no such part": (
+        "train: {path: parts, config_name: mian, split: train}",
+        ("`config_name: mian` is a folder inside a local data set", "did you mean `main`?"),
+    ),
+    "a part out of the folder": (
+        "train: {path: parts, config_name: ../parts}",
+        ("'../parts' leads out of the folder",),
+    ),
+    "parts unstated": (
+        "train: {path: listed, split: train}",
+        ("README.md names 2 parts of this data set", "hint: write `config_name: a`; there are a"),
+    ),
+    "a readme that cannot be followed": (
+        "train: {path: misled}",
+        ("misled/README.md: one of its `configs` has no `config_name`",),
+    ),
+    "two splits in a name": (
+        "train: {path: both, split: train}",
+        ("both/train_test.jsonl: its name says two splits, train and test",),
+    ),
+    "a folder without rows": (
+        "train: {path: empty}",
+        ("the folder empty holds no .jsonl", "1 files that are no rows: notes.txt"),
+    ),
+    "no split in any name": (
+        "train: {path: parts/other, split: test}",
+        ("has no files for `split: test`: no name in it says a split",),
+    ),
+    "a saved folder that is damaged": (
+        "train: {path: saved}",
+        ("saved: cannot be read as a data set that `save_to_disk` has written",),
+    ),
+    **{
+        f"{number} damaged": (f"train: {{path: {name}}}", (name, words))
+        for number, (name, (_, words)) in enumerate(DAMAGED.items())
+    },
     "a source that runs out": (
         "train: [{path: split_files, split: train, weight: 1},"
         " {path: hub_layout, split: train, weight: 1}]\n  num_train_samples: 24",
@@ -111,6 +163,22 @@ def sources(
     (project.root / "one.jsonl").write_text("\n".join(map(json.dumps, [CHAT, *others])))
     (project.root / "other.jsonl").write_text(json.dumps({**CHAT, "tools": []}))
     (project.root / "torn.jsonl.gz").write_bytes(b"\x1f\x8b nope")
+    for name, (content, _) in DAMAGED.items():
+        (project.root / name).write_bytes(content)
+    row, configs = json.dumps(CHAT), "- {config_name: a, data_files: x}\n- {config_name: b}"
+    for name, text in {
+        "parts/main/train.jsonl": row,
+        "parts/other/rows.jsonl": row,
+        "listed/README.md": f"---\nconfigs:\n{configs}\n---\n",
+        "misled/README.md": "---\nconfigs:\n- {data_files: x}\n---\n",
+        "both/train_test.jsonl": row,
+        "empty/notes.txt": "",
+        "saved/state.json": '{"_data_files": [{"filename": "data.arrow"}]}',
+        "saved/dataset_info.json": "{}",
+        "saved/data.arrow": "nope",
+    }.items():
+        (project.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (project.root / name).write_text(text)
     bad = {name: section for name, (section, _) in BAD.items()}
     for folder, sections in (("good", GOOD), ("bad", bad)):
         for name, section in sections.items():

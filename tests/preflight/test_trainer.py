@@ -343,6 +343,24 @@ def test_the_same_mistake_of_many_runs_is_built_and_said_once(project: Project) 
     assert content["not_checked"] == []
 
 
+def test_the_command_line_names_every_mistake(project: Project) -> None:
+    project.add_model("gemma")
+    cases = [
+        (overrides, f"`training.{keys[0]}: ", words) for overrides, keys, words in MISTAKES.values()
+    ]
+    cases += [
+        ([f"training.lr_scheduler_type={name}"], f"`training.lr_scheduler_type: {name}`", "hint: ")
+        for name in NEEDED
+    ]
+    for number, (overrides, _, _) in enumerate(cases):
+        project.write_recipe(f"recipes/tests/case-{number}.yaml", *overrides)
+    done = project.cli("check", "recipes/tests")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{len(cases)} of {len(cases)} recipes cannot be trained" in done.stderr
+    for _, key, words in cases:
+        assert key in done.stderr and words in done.stderr, (key, words)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

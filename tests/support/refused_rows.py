@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final
 
 USER: Final = {"role": "user", "content": "Weather?"}
@@ -18,6 +19,7 @@ def row(**message: Any) -> dict[str, Any]:
 
 
 REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
+    ({"messages": [USER, 7]}, "message 2: expected an object, found a number"),
     (row(content="", weight="high"), 'message 2: `weight` is "high"; 0 and 1 only'),
     (row(content="", weight=2), "message 2: `weight` is 2; 0 and 1 only"),
     (row(content="", weight=0, train=True), "message 2: `weight` and `train` contradict"),
@@ -30,6 +32,22 @@ REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
         "every assistant turn has weight 0, so there is nothing to learn from it",
     ),
     (row(content="", tool_calls="get()"), "message 2, `tool_calls`: is not JSON"),
+    (row(content="", tool_calls=[7]), "message 2, `tool_calls`: expected"),
+    (row(content="", tool_calls="[]"), "found an empty list"),
+    (
+        row(content="", tool_calls=[{"name": "get", "arguments": '{"a": NaN}'}]),
+        "message 2, `tool_calls`, `arguments`: is not JSON (NaN is no JSON number)",
+    ),
+    (
+        {
+            "messages": [
+                USER,
+                {**ANSWER, "weight": 0},
+                {"from": "function_call", "value": json.dumps(FUNCTION), "weight": 1},
+            ]
+        },
+        "message 3: is a call in the turn of message 2, but its weight is another one",
+    ),
     (row(content="", tool_calls=[{"name": 3}]), 'found {"name": 3}'),
     (row(content="", tool_calls=[{**READ, "type": "code"}]), '"type": "code"'),
     (row(content="", tool_calls=[{**FUNCTION, "result": 4}]), '"result": 4'),
