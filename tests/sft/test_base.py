@@ -5,8 +5,10 @@ computation, never a run.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -26,6 +28,7 @@ from runner.data.tokenizer import load_tokenizer
 from runner.files import hash_file, load_json, write_json_atomic
 from runner.run.base_scores import find_other_base_scores
 from runner.run.entries import hold_entry
+from runner.run.lease import Lease
 from runner.run.record import AskedBase, BaseSource, load_base_source, load_progress
 from runner.sft.base import BaseScores, find_difference, obtain_base_scores
 from runner.sft.context import RunContext
@@ -298,6 +301,20 @@ def test_a_run_waits_for_the_one_that_computes(place: Place) -> None:
     for thread in threads:
         thread.join(60)
     assert place.computed == ["a"] and place.source("b").source == "shared"
+
+
+def test_waiting_for_a_lock_throws_no_dice_that_a_trainer_throws(tmp_path: Path) -> None:
+    """Somebody who only looks holds it for an instant."""
+    path = tmp_path / "lock"
+    lock, dice = Lease(path), random.getstate()
+    with path.open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        release = threading.Timer(0.2, fcntl.flock, (looking, fcntl.LOCK_UN))
+        release.start()
+        assert lock.try_acquire()
+        release.join()
+    lock.close()
+    assert random.getstate() == dice
 
 
 def test_and_scores_itself_when_that_takes_too_long(place: Place) -> None:
