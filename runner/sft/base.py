@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,24 +45,26 @@ from runner.text import format_seconds
 NUM_ROWS_SCORED_AGAIN: Final = 4
 _WAIT_SECONDS: Final = 600.0
 _WAIT_SECONDS_OF_SEVERAL: Final = 120.0
-# Of a score on a GPU, which may add up in another order.
-_RELATIVE: Final = 1e-3
-_NATS: Final = 1e-4
 _WAITING: Final = "waiting for another run to score the base model"
 
 
 @dataclass(frozen=True)
 class BaseScores:
-    """All that is computed of the untouched model; no answers where none are asked for."""
+    """All that is computed of the untouched model; no answers where none are asked for.
+
+    `again` are a few test rows, scored once more by themselves: what is in a batch moves the last
+    bits, so that another run makes the same small batches, and compares.
+    """
 
     test: list[RowScore]
     test_answers: list[Answer]
     validation: list[RowScore]
     validation_answers: list[Answer]
+    again: list[RowScore] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """As the files of an entry."""
-        scores = {"test": self.test, "validation": self.validation}
+        scores = {"test": self.test, "validation": self.validation, "again": self.again}
         answers = {"test": self.test_answers, "validation": self.validation_answers}
         for name, splits in (("scores", scores), ("answers", answers)):
             content = {split: [one.as_json() for one in found] for split, found in splits.items()}
@@ -83,6 +85,7 @@ class BaseScores:
                 test_answers=[Answer.from_json(row) for row in answers["test"]],
                 validation=[RowScore(**row) for row in scores["validation"]],
                 validation_answers=[Answer.from_json(row) for row in answers["validation"]],
+                again=[RowScore(**row) for row in scores["again"]],
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise CorruptFileError(f"{folder} is of another shape: {error!r}") from None
@@ -94,7 +97,7 @@ def obtain_base_scores(
     trainer: Trainer,
     *,
     compute: Callable[[], BaseScores],
-    score_again: Callable[[], Mapping[int, RowScore]],
+    score_again: Callable[[], list[RowScore]],
     wait_seconds: float | None = None,
 ) -> BaseScores:
     """The scores of the base model; every rank must ask at the same point. `compute` makes them
@@ -112,9 +115,11 @@ def obtain_base_scores(
         found, is_ours = context.on_main(
             lambda: (shelf.look(trainer, devices, wait_seconds), shelf.is_ours)
         )
-        again = score_again() if found is not None or is_ours else {}
+        again = score_again() if found is not None or is_ours else []
         if found is not None:
-            difference = find_difference(found.test, again, is_exact=device.type == "cpu")
+            tolerance = EXACT if device.type == "cpu" else OF_SUMS
+            difference = find_difference(found.again, again, tolerance)
+            difference = difference or find_difference(found.test, again, OF_BATCHES)
             if context.on_main(lambda: shelf.judge(difference)):
                 return found
         # What the first forwards leave behind is left by those few rows too, which every run
@@ -122,30 +127,45 @@ def obtain_base_scores(
         before = ModelState(trainer.model)
         scores = compute()
         change = before.find_change(ModelState(trainer.model))
-        change = change or find_difference(scores.test, again, is_exact=device.type == "cpu")
-        context.on_main(lambda: shelf.keep(scores, change))
+        change = change or find_difference(scores.test, again, OF_BATCHES)
+        context.on_main(lambda: shelf.keep(replace(scores, again=again), change))
     return scores
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """How far two sums of one row may be apart: a part of them, or nats."""
+
+    relative: float
+    nats: float
+
+    def allows(self, one: float, other: float) -> bool:
+        """Whether they may count as equal."""
+        return one == other or math.isclose(one, other, rel_tol=self.relative, abs_tol=self.nats)
+
+
+EXACT: Final = Tolerance(0.0, 0.0)
+OF_SUMS: Final = Tolerance(1e-3, 1e-4)  # of a GPU, which may add up in another order
+# Of other rows in the batch, in the narrowest dtype: tells other weights, no more.
+OF_BATCHES: Final = Tolerance(0.05, 0.5)
+
+
 def find_difference(
-    theirs: Sequence[RowScore], ours: Mapping[int, RowScore], *, is_exact: bool
+    theirs: Sequence[RowScore], ours: Sequence[RowScore], tolerance: Tolerance
 ) -> str | None:
-    """The first score of ours that is not theirs; None where all are equal, on a GPU up to the
-    order in which it adds up.
-    """
-    for index, our in sorted(ours.items()):
-        their = theirs[index] if index < len(theirs) else None
+    """The first score of ours that is not theirs; None where they have all of ours."""
+    by_id = {one.row_id: one.as_json() for one in theirs}
+    for our in ours:
+        their = by_id.get(our.row_id, {})
         for name, value in our.as_json().items():
-            other = None if their is None else their.as_json()[name]
-            if other == value:
-                continue
-            if is_exact or not name.endswith("nll_sum") or not _is_close(value, other):
+            other = their.get(name)
+            if name.endswith("nll_sum") and isinstance(other, float):
+                is_equal = tolerance.allows(value, other)
+            else:
+                is_equal = value == other
+            if not is_equal:
                 return f"test row {our.row_id}: {name} {other}, computed again {value}"
     return None
-
-
-def _is_close(value: float, other: float | None) -> bool:
-    return other is not None and math.isclose(value, other, rel_tol=_RELATIVE, abs_tol=_NATS)
 
 
 @dataclass

@@ -60,37 +60,6 @@ def score_rows(
     `model` carries TRL's fused LM head, which gives log-probabilities without building logits.
     """
     share = share_rows([len(row.input_ids) for row in rows], batch_size, accelerator)
-    found = _score_share(model, rows, share, pad_token_id, accelerator, sign_of_life)
-    assert len(found) == len(rows), "every row is worked on exactly once"
-    return [found[index] for index in range(len(rows))]
-
-
-def score_last_rows(
-    model: torch.nn.Module,
-    rows: Sequence[Row],
-    *,
-    num_rows: int,
-    batch_size: int,
-    pad_token_id: int,
-    accelerator: Accelerator,
-    sign_of_life: Callable[[], None] = lambda: None,
-) -> dict[int, RowScore]:
-    """The scores of at least `num_rows` of the shortest rows, by index, on every rank: in whole
-    batches of those that `score_rows` makes, as what is in a batch moves the last bits.
-    """
-    share = share_rows([len(row.input_ids) for row in rows], batch_size, accelerator)
-    last = share.take_last(num_rows)
-    return _score_share(model, rows, last, pad_token_id, accelerator, sign_of_life)
-
-
-def _score_share(
-    model: torch.nn.Module,
-    rows: Sequence[Row],
-    share: Share,
-    pad_token_id: int,
-    accelerator: Accelerator,
-    sign_of_life: Callable[[], None],
-) -> dict[int, RowScore]:
     scored: list[tuple[int, RowScore]] = []
     was_training = model.training
     model.eval()
@@ -114,20 +83,15 @@ class Share:
 
     batches: tuple[tuple[int, ...], ...]
     num_extra: int
+    num_rows: int  # of all ranks
 
-    def gather(self, results: Sequence[tuple[int, Value]]) -> dict[int, Value]:
-        """`(index, result)` of every rank's batches -> all results by index, on every rank."""
-        return dict(gather_object(list(results[: len(results) - self.num_extra])))
-
-    def take_last(self, num_rows: int) -> Share:
-        """The last batches, the shortest rows, as few as hold that many rows; all where fewer are
-        there. The same number of batches on every rank: all have as many, of the same sizes.
+    def gather(self, results: Sequence[tuple[int, Value]]) -> list[Value]:
+        """`(index, result)` of every rank's batches -> all results in the order of the rows, on
+        every rank.
         """
-        num_batches = num_found = 0
-        while num_batches < len(self.batches) and num_found < num_rows:
-            num_batches += 1
-            num_found += len(self.batches[-num_batches])
-        return Share(self.batches[len(self.batches) - num_batches :], self.num_extra)
+        by_index = dict(gather_object(list(results[: len(results) - self.num_extra])))
+        assert len(by_index) == self.num_rows, "every row is worked on exactly once"
+        return [by_index[index] for index in range(self.num_rows)]
 
 
 def share_rows(lengths: Sequence[int], batch_size: int, accelerator: Accelerator) -> Share:
@@ -141,7 +105,7 @@ def share_rows(lengths: Sequence[int], batch_size: int, accelerator: Accelerator
     num_extra = math.ceil(len(lengths) / accelerator.num_processes) - len(mine)
     padded = mine + [(mine or longest_first)[-1]] * num_extra
     batches = tuple(tuple(padded[at : at + batch_size]) for at in range(0, len(padded), batch_size))
-    return Share(batches, num_extra)
+    return Share(batches, num_extra, len(lengths))
 
 
 @torch.no_grad()

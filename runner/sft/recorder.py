@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +28,7 @@ from runner.checkpoints.commit import (
 )
 from runner.checkpoints.marker import is_intact, list_evaluations, sync_folder
 from runner.checkpoints.retention import apply_retention
-from runner.data.rows import Samples, Split, describe_samples
+from runner.data.rows import Row, Samples, Split, describe_samples
 from runner.errors import CorruptFileError, DataError, DivergedError
 from runner.files import (
     append_jsonl,
@@ -54,7 +54,7 @@ from runner.run.record import GenerationScore, SplitScore, StopReason, TrainResu
 from runner.secrets import scrub_json
 from runner.sft.base import NUM_ROWS_SCORED_AGAIN, BaseScores, obtain_base_scores
 from runner.sft.context import RunContext
-from runner.sft.evaluate import RowScore, score_last_rows, score_rows, sum_scores
+from runner.sft.evaluate import RowScore, score_rows, sum_scores
 from runner.sft.generation import (
     Answer,
     generate_answers,
@@ -173,15 +173,11 @@ class Recorder:
         answers = self.answer(trainer, "validation") if self._answers_while_training() else []
         return BaseScores(test, test_answers, validation, answers)
 
-    def _score_again(self, trainer: Trainer) -> dict[int, RowScore]:
-        """The scores of a few test rows, in the batches in which all are scored."""
-        with self.context.phase("evaluating base"), trainer.compute_loss_context_manager():
-            return score_last_rows(
-                trainer.model_wrapped,
-                self.samples.test.rows,
-                num_rows=NUM_ROWS_SCORED_AGAIN,
-                **self._scoring_arguments(trainer),
-            )
+    def _score_again(self, trainer: Trainer) -> list[RowScore]:
+        """The scores of a few of the shortest test rows, by themselves."""
+        rows = sorted(self.samples.test.rows, key=lambda row: len(row.input_ids))
+        with self.context.phase("evaluating base"):
+            return self._score_rows(trainer, rows[:NUM_ROWS_SCORED_AGAIN])
 
     def _answers_while_training(self) -> bool:
         settings = self.context.recipe.evaluation.generation
@@ -342,25 +338,23 @@ class Recorder:
         Raises:
             DivergedError: the score is not finite.
         """
-        with trainer.compute_loss_context_manager():
-            rows = score_rows(
-                trainer.model_wrapped,
-                self._split(split).rows,
-                **self._scoring_arguments(trainer),
-            )
+        rows = self._score_rows(trainer, self._split(split).rows)
         score = sum_scores(rows)
         if not math.isfinite(score.nll_sum):
             step = trainer.state.global_step
             raise DivergedError(f"the {split} score at step {step} is not finite")
         return score, rows
 
-    def _scoring_arguments(self, trainer: Trainer) -> dict[str, Any]:
-        return {
-            "batch_size": trainer.args.per_device_eval_batch_size,
-            "pad_token_id": trainer.processing_class.pad_token_id,
-            "accelerator": trainer.accelerator,
-            "sign_of_life": self.context.sign_of_life,
-        }
+    def _score_rows(self, trainer: Trainer, rows: Sequence[Row]) -> list[RowScore]:
+        with trainer.compute_loss_context_manager():
+            return score_rows(
+                trainer.model_wrapped,
+                rows,
+                batch_size=trainer.args.per_device_eval_batch_size,
+                pad_token_id=trainer.processing_class.pad_token_id,
+                accelerator=trainer.accelerator,
+                sign_of_life=self.context.sign_of_life,
+            )
 
     def answer(self, trainer: Trainer, split: str) -> list[Answer]:
         """The judged answers to the first rows of a split; none where generation is off."""

@@ -102,6 +102,17 @@ def test_a_task_that_sweeps_is_told_to_start_cold_and_a_job_starts_cold_anyway(
     assert written["kubernetes", "--cold"] == written[("kubernetes",)]
 
 
+def test_what_is_submitted_is_told_to_score_the_base_itself(fake: FakeLauncher) -> None:
+    fake.add("one")
+    skypilot = ("--engine", "skypilot", "--dry-run", "--image", "i", "--storage", "s3://bucket")
+    for options in (skypilot, KUBERNETES):
+        plain, own = (
+            finish(fake.start("sweep", "recipes/toy", *options, *asked))[1]
+            for asked in ((), ("--own-base",))
+        )
+        assert own.replace(" --own-base", "") == plain != own
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -78,6 +78,21 @@ def test_the_script_of_a_grid() -> None:
     assert GOLDEN.read_text() == text, "UPDATE_GOLDEN=1 rewrites it"
 
 
+def test_its_tasks_are_told_to_score_the_base_themselves(tmp_path: Path) -> None:
+    plain, own = (
+        build_script(
+            ["toy/a"],
+            Resources(num_machines=1, num_gpus=0, num_cores=1),
+            replace(OPTIONS, owns_base=owns_base),
+            python="python",
+            project_dir=tmp_path,
+            submission=SubmissionPaths(tmp_path),
+        )
+        for owns_base in (False, True)
+    )
+    assert own.replace(" --own-base", "") == plain != own
+
+
 class Job:
     """One task of a script, executed by bash, with a `runner` that does as it is told."""
 

@@ -534,6 +534,22 @@ def test_prepare_writes_the_run_and_its_command_works_when_pasted(
     assert read_status(read_facts(paths), recipe, contents).state == "completed"
 
 
+def test_whose_base_scores_an_attempt_may_take_is_recorded_as_it_was_asked(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "b", "c")
+    assert main(["launch", "recipes/toy/a.yaml", "--prepare", "--own-base"]) == 0
+    assert "own-base" not in capsys.readouterr().out, "the trainer reads it from the record"
+    assert main(["launch", "recipes/toy/a.yaml"]) == 0
+    fake.tell("b", "fail crashed once")
+    main(["sweep", "recipes/toy", "--own-base"])
+    fake.tell("b", "")
+    main(["rerun", "recipes/toy"])
+    asked = {name: [one["base"] for one in fake.attempts(name)] for name in "abc"}
+    assert asked["a"] == ["own", "shared"] and asked["c"] == ["own"]
+    assert asked["b"] == ["own", "shared"]
+
+
 def test_what_was_prepared_can_be_swept_and_its_failure_by_hand_counts(fake: FakeLauncher) -> None:
     fake.add("a", "b")
     for name in "ab":

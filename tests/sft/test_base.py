@@ -5,8 +5,10 @@ computation, never a run.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -26,8 +28,16 @@ from runner.data.tokenizer import load_tokenizer
 from runner.files import hash_file, load_json, write_json_atomic
 from runner.run.base_scores import find_other_base_scores
 from runner.run.entries import hold_entry
+from runner.run.lease import Lease
 from runner.run.record import AskedBase, BaseSource, load_base_source, load_progress
-from runner.sft.base import BaseScores, find_difference, obtain_base_scores
+from runner.sft.base import (
+    EXACT,
+    OF_BATCHES,
+    OF_SUMS,
+    BaseScores,
+    find_difference,
+    obtain_base_scores,
+)
 from runner.sft.context import RunContext
 from runner.sft.evaluate import RowScore
 from runner.sft.generation import Answer
@@ -55,6 +65,11 @@ def make_scores(nats: float = 0.1) -> BaseScores:
     )
     test = [make_score(row.row_id, nats + 1 / (3 + at)) for at, row in enumerate(ROWS)]
     return BaseScores(test, [answer], [make_score(f"row-{at}", nats) for at in range(2)], [answer])
+
+
+def score_again(scores: BaseScores) -> list[RowScore]:
+    """Two rows by themselves, which moves the last bits."""
+    return [replace(one, nll_sum=one.nll_sum + 1e-9) for one in scores.test[4:]]
 
 
 class FullDisk(BaseScores):
@@ -105,7 +120,7 @@ class Place:
             SAMPLES,
             self.trainer,
             compute=compute,
-            score_again=lambda: {4: scores.test[4], 5: scores.test[5]},
+            score_again=lambda: score_again(scores),
             wait_seconds=wait_seconds,
         )
 
@@ -133,7 +148,7 @@ def test_the_second_run_takes_what_the_first_has_computed(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = place.obtain("a"), place.obtain("b")
-    assert first == second == make_scores() and place.computed == ["a"]
+    assert first == make_scores() == replace(second, again=[]) and place.computed == ["a"]
     assert place.source("a").is_kept and place.source("a").source == "own"
     source = place.source("b")
     assert source.source == "shared" and source.key == place.entries[0].name
@@ -167,7 +182,7 @@ def test_a_model_whose_content_nobody_knows_is_scored_by_each(place: Place) -> N
     context = replace(place.open("a"), contents={})
     scores = make_scores()
     obtain_base_scores(
-        context, SAMPLES, place.trainer, compute=lambda: scores, score_again=lambda: {}
+        context, SAMPLES, place.trainer, compute=lambda: scores, score_again=lambda: []
     )
     assert "`model.path`" in str(place.source("a").why) and place.entries == []
 
@@ -211,20 +226,22 @@ def test_the_report_of_either_run_names_both(
             assert "tests/a, attempt 1 had kept" in said and "by tests/b, attempt 1" in said
 
 
-def write_other_shape(entry: Path) -> None:
-    """Files that are what the manifest says, and yet no scores."""
-    (entry / "scores.json").write_text(json.dumps({"test": 3}))
+def sign_again(entry: Path) -> None:
     manifest = load_json(entry / "manifest.json")
     manifest["files"]["scores.json"] = hash_file(entry / "scores.json")
     write_json_atomic(entry / "manifest.json", manifest)
+
+
+def write_other_shape(entry: Path) -> None:
+    """Files that are what the manifest says, and yet no scores."""
+    (entry / "scores.json").write_text(json.dumps({"test": 3}))
+    sign_again(entry)
 
 
 def drop_a_row(entry: Path) -> None:
     scores = load_json(entry / "scores.json")
     (entry / "scores.json").write_text(json.dumps({**scores, "test": scores["test"][1:]}))
-    manifest = load_json(entry / "manifest.json")
-    manifest["files"]["scores.json"] = hash_file(entry / "scores.json")
-    write_json_atomic(entry / "manifest.json", manifest)
+    sign_again(entry)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -243,7 +260,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_entry_is_put_aside_and_made_anew(place: Place, damage: str) -> None:
     place.obtain("a")
     DAMAGES[damage](place.entries[0])
-    assert place.obtain("b") == make_scores() == place.obtain("c")
+    for name in ("b", "c"):
+        assert replace(place.obtain(name), again=[]) == make_scores()
     assert place.computed == ["a", "b"] and place.source("b").is_kept
     [found] = find_other_base_scores(place.root.parent)
     assert "tests/b" in found.runs and found.why
@@ -300,6 +318,20 @@ def test_a_run_waits_for_the_one_that_computes(place: Place) -> None:
     assert place.computed == ["a"] and place.source("b").source == "shared"
 
 
+def test_waiting_for_a_lock_throws_no_dice_that_a_trainer_throws(tmp_path: Path) -> None:
+    """Somebody who only looks holds it for an instant."""
+    path = tmp_path / "lock"
+    lock, dice = Lease(path), random.getstate()
+    with path.open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        release = threading.Timer(0.2, fcntl.flock, (looking, fcntl.LOCK_UN))
+        release.start()
+        assert lock.try_acquire()
+        release.join()
+    lock.close()
+    assert random.getstate() == dice
+
+
 def test_and_scores_itself_when_that_takes_too_long(place: Place) -> None:
     place.obtain("a")
     entry = place.entries[0]
@@ -323,7 +355,7 @@ def test_what_a_model_keeps_is_not_shared(place: Place) -> None:
             SAMPLES,
             place.trainer,
             compute=compute,
-            score_again=lambda scores=scores: {5: scores.test[5]},
+            score_again=lambda scores=scores: scores.test[5:],
         )
     assert "longest_text is another one" in str(place.source("a").why)
     assert len(place.computed) == 2 and place.entries == []
@@ -337,17 +369,31 @@ def test_what_does_not_come_out_the_same_is_not_shared(place: Place) -> None:
         SAMPLES,
         place.trainer,
         compute=lambda: scores,
-        score_again=lambda: {5: other},
+        score_again=lambda: [other],
     )
     assert "completion_nll_sum" in str(place.source("a").why) and place.entries == []
 
 
 def test_scores_on_a_gpu_may_differ_by_the_order_of_their_sums() -> None:
-    theirs = [make_score("a", 100.0)]
+    theirs = [make_score("b", 1.0), make_score("a", 100.0)]
     for factor, is_close in ((1.0009, True), (1.002, False)):
-        ours = {0: make_score("a", 100.0 * factor)}
-        assert (find_difference(theirs, ours, is_exact=False) is None) == is_close
-        assert find_difference(theirs, ours, is_exact=True) is not None
-    counted = {0: replace(theirs[0], num_tokens=9)}
-    assert "num_tokens" in str(find_difference(theirs, counted, is_exact=False))
-    assert find_difference([], {0: theirs[0]}, is_exact=False) is not None
+        ours = [make_score("a", 100.0 * factor)]
+        assert (find_difference(theirs, ours, OF_SUMS) is None) == is_close
+        assert find_difference(theirs, ours, EXACT) is not None
+        assert find_difference(theirs, ours, OF_BATCHES) is None
+    assert find_difference(theirs, [make_score("a", 110.0)], OF_BATCHES) is not None
+    counted = [replace(theirs[1], num_tokens=9)]
+    assert "num_tokens" in str(find_difference(theirs, counted, OF_BATCHES))
+    assert find_difference([], theirs, OF_BATCHES) is not None
+
+
+def test_an_entry_whose_other_rows_are_of_other_weights_is_not_taken(place: Place) -> None:
+    """Though the few rows beside them are what is computed."""
+    place.obtain("a")
+    path = place.entries[0] / "scores.json"
+    scores = load_json(path)
+    scores["test"] = [{**row, "nll_sum": row["nll_sum"] + 3} for row in scores["test"]]
+    path.write_text(json.dumps(scores))
+    sign_again(place.entries[0])
+    place.obtain("b")
+    assert place.computed == ["a", "b"] and place.source("b").producer is not None

@@ -23,6 +23,7 @@ from runner.files import load_json, load_jsonl
 from runner.recipe.identity import diff_payloads
 from runner.recipe.parse import load_recipe
 from runner.run.paths import RunPaths
+from runner.run.record import load_base_source
 from tests.conftest import ROOT, Project, make_project
 from tests.support.training_runs import (
     assert_same_outputs,
@@ -326,6 +327,11 @@ def test_it_ended_as_a_run_that_a_sweep_left_alone(finished: Finished) -> None:
     is_warm = finished.experiment.forced != ON_TWO_RANKS
     assert [one["started"] for one in read_attempts(paths)] == ["warm" if is_warm else "cold"]
     assert [one["started"] for one in read_attempts(finished.paths)] == ["cold", "cold"]
+    sources = [load_base_source(one.attempt(1)) for one in (finished.paths, paths)]
+    assert [source and source.source for source in sources] == [
+        "own",
+        "shared" if is_warm else "own",
+    ]
     assert_same_outputs(finished.paths, paths)
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Final, Literal
 
 from runner.processes import OWNER_VARIABLE
+from runner.run.entries import find_entry, list_stored
 from runner.run.lease import is_leased
-from runner.run.paths import RunPaths, marker_path
+from runner.run.paths import RunPaths, base_entries_dir, marker_path
 from runner.run.record import load_progress, load_record, load_result
 from tests.conftest import RUNNER, Project, build_environment
 from tests.support.training_runs import (
@@ -162,7 +163,9 @@ class KilledSweep:
             expected = {run.name for run in self.runs if run.paths.run_dir.parent == grid_dir}
             assert {path.name for path in grid_dir.iterdir()} == expected
         others = {path.name for path in self.output_root.iterdir()} - {path.name for path in grids}
-        assert others <= {".content_hashes.json"}, others
+        assert others <= {".base", ".content_hashes.json"}, others
+        for stored in list_stored(base_entries_dir(self.output_root)):
+            assert find_entry(stored.path) is not None, f"{stored.path} is half written, or aside"
         for run in self.runs:
             assert_same_outputs(run.paths, run.reference)
             assert_completed_once(run.paths)
