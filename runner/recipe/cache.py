@@ -72,12 +72,12 @@ class RecipeCache:
                 # As a file that is read as a text has them.
                 lines = text.replace("\r\n", "\n").replace("\r", "\n")
                 entry = _build_entry(name, digest, read_values(lines, where=name))
-                self._is_changed = True
             recipe = Recipe.model_validate_json(entry[2])
         except (RecipeError, ValidationError):  # it is for `load_recipe` to say so
             return load_recipe(path)
         if self._secrets and self._holds_secret(text, entry[2]):
             return load_recipe(path)
+        self._is_changed |= entry != self._kept.get(name)
         self._used[name] = entry
         return recipe
 

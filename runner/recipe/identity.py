@@ -109,16 +109,17 @@ def leave_out(payload: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str
     >>> leave_out({"data": {"path": "a", "turns": "all"}}, {"data.turns": "all", "data.tools": {}})
     {'data': {'path': 'a'}}
     """
+    below: dict[str, dict[str, Any]] = {}
+    for key, given in values.items():
+        name, dot, rest = key.partition(".")
+        if dot:
+            below.setdefault(name, {})[rest] = given
     kept = {}
     for name, value in payload.items():
         if name in values and value == values[name]:
             continue
-        below = {
-            key.removeprefix(f"{name}."): given
-            for key, given in values.items()
-            if key.startswith(f"{name}.")
-        }
-        kept[name] = leave_out(value, below) if below and isinstance(value, Mapping) else value
+        is_searched = name in below and isinstance(value, Mapping)
+        kept[name] = leave_out(value, below[name]) if is_searched else value
     return kept
 
 
@@ -229,6 +230,8 @@ def diff_payloads(before: Any, after: Any, prefix: str = "") -> list[str]:
     >>> diff_payloads({"loss": "full", "a": {"b": 1}}, {"loss": "completion", "a": {"b": 1}})
     ['loss: "full" -> "completion"']
     """
+    if before == after:  # first: most runs are those of their recipes
+        return []
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         keys = list(dict.fromkeys([*before, *after]))
         absent = "(absent)"
@@ -239,6 +242,4 @@ def diff_payloads(before: Any, after: Any, prefix: str = "") -> list[str]:
                 before.get(key, absent), after.get(key, absent), f"{prefix}{key}."
             )
         ]
-    if before == after:
-        return []
     return [f"{prefix.removesuffix('.')}: {json.dumps(before)} -> {json.dumps(after)}"]

@@ -6,6 +6,7 @@ the trainer. `plan.status` derives what the records mean now.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -480,6 +481,9 @@ def _read(path: Path) -> bytes | None:
 
 
 def _parse_fact(content: bytes, path: Path, kind: type[Loaded]) -> Loaded:
+    with contextlib.suppress(ValidationError):
+        return kind.model_validate_json(content, context=STORED)
+    # Python's reader takes some texts that pydantic's does not, and says what is no JSON at all.
     try:
         text = json.dumps(parse_json(content, path))
         return kind.model_validate_json(text, context=STORED)
