@@ -25,8 +25,9 @@ another one.
 Wall seconds are those of the whole sweep. A share is of the wall times the slots: seconds in a
 phase (`timing.json`), summed over the runs. The rest is starting, loading, exporting, and slots
 without a run. Peak memory is what `nvidia-smi` says is in use on the GPU, five times a second,
-beyond what was in use before; beside it is the estimate of `runner check`, of as many runs as share
-the GPU, the largest ones. Tokens are without padding.
+beyond what was in use before; beside it is the estimate of `runner check`, for training or answers,
+whichever needs more, of as many runs as share the GPU, the largest ones. Tokens are without
+padding.
 
 It ends within `--minutes` (8): an arm that would last longer is killed, and those behind it are
 left out; both are said. `--small` runs tiny models on the CPU, to see that everything works. Its
@@ -249,7 +250,9 @@ def measure_arm(
         if is_late:
             return None
         raise
-    return read_figures(arm, output_root, cells, checked, usage, memory.peak_bytes)
+    measured = read_figures(arm, output_root, cells, checked, usage, memory.peak_bytes)
+    shutil.rmtree(output_root)
+    return measured
 
 
 def read_figures(
@@ -271,7 +274,7 @@ def read_figures(
         for phase, seconds in timing["phase_seconds"].items():
             phase_seconds[phase] = round(phase_seconds.get(phase, 0.0) + seconds, 3)
     # `size` is null where `runner check` could not measure a model.
-    sizes = [run["size"]["memory_bytes"]["total"] for run in runs if run["size"] is not None]
+    sizes = [derive_need(run["size"]) for run in runs if run["size"] is not None]
     largest = sorted(sizes, reverse=True)[: arm.num_slots]
     return Measured(
         arm=arm,
@@ -286,6 +289,15 @@ def read_figures(
         peak_bytes=peak_bytes,
         estimated_bytes=sum(largest) if len(sizes) == len(runs) else None,
     )
+
+
+def derive_need(size: Mapping[str, Any]) -> int:
+    """Bytes that one run is estimated to need: of a training step, or of its answers.
+
+    >>> derive_need({"memory_bytes": {"total": 5}, "answer_memory_bytes": 7})
+    7
+    """
+    return max(size["memory_bytes"]["total"], size["answer_memory_bytes"] or 0)
 
 
 def kill_if_alive(pid: int) -> None:

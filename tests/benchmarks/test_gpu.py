@@ -9,16 +9,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from runner.preflight.sizes import Measures
+from runner.preflight.suggestions import find_suggestions
+from runner.preflight.survey import check_recipes
 from runner.recipe.parse import load_recipe
 from runner.recipe.schedule import derive_schedule
+from tests.conftest import ROOT
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+FOLDER = ROOT / "benchmarks"
 NAMES = ("small_runs", "start_up", "gpu_runs", "gpu")
 
 
@@ -73,6 +77,29 @@ def test_suggestions_of_several_models(gpu: ModuleType) -> None:
     """
     assert gpu.find_suggestion(text) == gpu.Batches(8, gpu.ONES.evaluation, 64)
     assert gpu.find_suggestion("nothing to suggest") is None
+
+
+def test_what_check_suggests_is_read(
+    scripts: dict[str, ModuleType],
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs, small_runs = scripts["gpu_runs"], scripts["small_runs"]
+    (tmp_path / "models").mkdir()
+    for name in runs.LARGE.models:
+        (tmp_path / "models" / name).symlink_to(tiny_model("llama"))
+    (tmp_path / "launch.yaml").symlink_to(ROOT / "accelerate_configs" / "single_gpu.yaml")
+    words = small_runs.SmallGrid("rows", (5, 10), (3, 6), (), 0)
+    small_runs.write_rows(tmp_path / "rows.jsonl", 180 + 2 * runs.NUM_EVAL_ROWS, words)
+    runs.write_recipes(tmp_path, "ones", runs.list_cells(runs.LARGE, 6), runs.LARGE, runs.ONES)
+    monkeypatch.chdir(tmp_path)
+    recipes = [load_recipe(path) for path in sorted(Path("recipes/ones").iterdir())]
+    result = check_recipes(recipes)
+    found = find_suggestions(result.runs, Measures(result), 140 * 2**30)
+    text = "\n".join(line for one in found for line in one.lines)
+    expected = runs.Batches(runs.GLOBAL_BATCH, runs.ONES.evaluation, runs.NUM_EVAL_ROWS)
+    assert scripts["gpu"].find_suggestion(text) == expected
 
 
 def test_shares_are_of_all_slots(gpu: ModuleType) -> None:
@@ -144,14 +171,14 @@ def test_without_a_gpu_it_says_how_to_try_it(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_it_runs_in_small(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    options = ["--small", "--runs", "2", "--arms", "shared,two", "--json", str(figures)]
+    options = ["--small", "--runs", "2", "--arms", "two", "--json", str(figures)]
     done = subprocess.run(
         [sys.executable, str(FOLDER / "gpu.py"), *options], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["| arm", "| shared", "| two"]
-    for arm in json.loads(figures.read_text())["arms"]:
-        assert arm["phase_seconds"]["training"] > 0 and arm["phase_seconds"]["generating"] > 0
-        assert set(arm["tokens_per_second"]) == {"tiny", "wide"}
-        assert arm["peak_bytes"] > 0 and arm["estimated_bytes"] > 0
+    assert [row[0] for row in rows] == ["| arm", "| two"]
+    (two,) = json.loads(figures.read_text())["arms"]
+    assert two["phase_seconds"]["training"] > 0 and two["phase_seconds"]["generating"] > 0
+    assert set(two["tokens_per_second"]) == {"tiny", "wide"}
+    assert two["peak_bytes"] > 0 and two["estimated_bytes"] > 0
