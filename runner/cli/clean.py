@@ -9,7 +9,7 @@ from pathlib import Path
 from runner.errors import RefusedError
 from runner.run.entries import list_stored, remove_stored
 from runner.run.lease import is_leased
-from runner.run.paths import RunPaths, base_entries_dir, row_entries_dir
+from runner.run.paths import RunPaths, base_entries_dir, list_recipe_caches, row_entries_dir
 from runner.text import format_bytes
 
 
@@ -21,15 +21,20 @@ def run_clean(arguments: argparse.Namespace) -> int:
     """
     root: Path = arguments.output_root
     found = {
-        "scores and answers of base models": list_stored(base_entries_dir(root)),
-        "masked rows": list_stored(row_entries_dir(root)),
+        folder: list_stored(folder) for folder in (base_entries_dir(root), row_entries_dir(root))
     }
-    for what, folders in found.items():
-        if folders:
-            size = format_bytes(sum(one.num_bytes for one in folders))
-            print(f"{folders[0].path.parent}: {what}, {_count(len(folders))}, {size}")
-    everything = [one for folders in found.values() for one in folders]
-    if not everything:
+    for folder, what in zip(
+        found, ("scores and answers of base models", "masked rows"), strict=True
+    ):
+        if found[folder]:
+            size = format_bytes(sum(one.num_bytes for one in found[folder]))
+            print(f"{folder}: {what}, {_count(len(found[folder]), 'folder')}, {size}")
+    files = list_recipe_caches(root)
+    if files:
+        size = format_bytes(sum(path.stat().st_size for path in files))
+        print(f"{files[0]}: recipes as they were read, {_count(len(files), 'file')}, {size}")
+    folders = [one for stored in found.values() for one in stored]
+    if not folders and not files:
         print(f"{root}: nothing is shared between runs here")
         return 0
     if arguments.dry_run:
@@ -37,15 +42,17 @@ def run_clean(arguments: argparse.Namespace) -> int:
     _refuse_while_running(root)
     if not arguments.yes:
         _confirm()
-    busy = [one.path for one in everything if not remove_stored(one)]
+    for path in files:
+        path.unlink(missing_ok=True)
+    busy = [one.path for one in folders if not remove_stored(one)]
     for path in busy:
         print(f"warning: {path} stays: a run is writing it", file=sys.stderr)
-    print(f"removed {_count(len(everything) - len(busy))}; runs that need it compute it again")
+    print("removed; what is needed again is computed again")
     return 1 if busy else 0
 
 
-def _count(number: int) -> str:
-    return "1 folder" if number == 1 else f"{number} folders"
+def _count(number: int, what: str) -> str:
+    return f"1 {what}" if number == 1 else f"{number} {what}s"
 
 
 def _refuse_while_running(root: Path) -> None:

@@ -205,6 +205,12 @@ def recipe_cache_path(output_root: Path) -> Path:
     return output_root / ".recipes.json"
 
 
+def list_recipe_caches(output_root: Path) -> list[Path]:
+    """That file, where it is there, and what processes that were killed left of it."""
+    path = recipe_cache_path(output_root)
+    return [*output_root.glob(path.name), *output_root.glob(f".{path.name}.*.tmp")]
+
+
 def allowed_code_path(output_root: Path) -> Path:
     """The hashes of the Python files that were allowed to run; written by `run.allowed_code`."""
     return output_root / ".allowed_code.json"

@@ -8,6 +8,7 @@ from runner.run.entries import hold_entry, write_entry
 from runner.run.lease import Lease
 
 NAMES: Final = (".base/01ab", ".rows/23cd")
+CACHES: Final = (".recipes.json", "..recipes.json.77-ab.tmp")
 
 
 @pytest.fixture
@@ -21,6 +22,8 @@ def root(tmp_path: Path) -> Path:
         folder = tmp_path / "runs" / name
         folder.parent.mkdir()
         write_entry(folder, lambda path: _write(path / "x", "1"), parts={}, producer={})
+    for name in CACHES:
+        (tmp_path / "runs" / name).write_text("{}")
     return tmp_path / "runs"
 
 
@@ -29,7 +32,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def list_left(root: Path) -> list[str]:
-    return [name for name in NAMES if (root / name).exists()]
+    return [name for name in (*NAMES, *CACHES) if (root / name).exists()]
 
 
 def test_what_is_shared_goes_and_runs_stay(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,9 +40,10 @@ def test_what_is_shared_goes_and_runs_stay(root: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert f"{root}/.base: scores and answers of base models, 1 folder, 0.2 KiB" in shown
     assert f"{root}/.rows: masked rows, 1 folder, 0.2 KiB" in shown
-    assert list_left(root) == list(NAMES)
+    assert f"{root}/.recipes.json: recipes as they were read, 2 files, 0.0 KiB" in shown
+    assert list_left(root) == [*NAMES, *CACHES]
     assert main(["clean", "--output-root", str(root), "--yes"]) == 0
-    assert "removed 2 folders" in capsys.readouterr().out
+    assert "removed; what is needed again" in capsys.readouterr().out
     assert list_left(root) == [] and (root / "toy" / "a" / "result.json").exists()
     assert main(["clean", "--output-root", str(root), "--yes"]) == 0
     assert "nothing is shared between runs here" in capsys.readouterr().out
@@ -50,7 +54,7 @@ def test_nothing_goes_where_nobody_can_be_asked(
 ) -> None:
     assert main(["clean", "--output-root", str(root)]) == 2
     assert "add `--yes`" in capsys.readouterr().err
-    assert list_left(root) == list(NAMES)
+    assert list_left(root) == [*NAMES, *CACHES]
 
 
 def test_nothing_goes_while_a_run_may_read_it(
@@ -61,7 +65,7 @@ def test_nothing_goes_while_a_run_may_read_it(
     assert main(["clean", "--output-root", str(root), "--yes"]) == 2
     error = capsys.readouterr().err
     assert f"{root}/toy/a is running" in error and f"runner stop {root}/toy/a" in error
-    assert list_left(root) == list(NAMES)
+    assert list_left(root) == [*NAMES, *CACHES]
     lease.close()
 
 
@@ -71,5 +75,4 @@ def test_what_is_being_written_stays(root: Path, capsys: pytest.CaptureFixture[s
         assert main(["clean", "--output-root", str(root), "--yes"]) == 1
     captured = capsys.readouterr()
     assert f"warning: {root / NAMES[0]} stays" in captured.err
-    assert "removed 1 folder;" in captured.out
     assert list_left(root) == [NAMES[0]]

@@ -168,11 +168,11 @@ def complete(digest):
 
 digest = json.loads((run_dir / "recipe.json").read_text())["recipe_digest"]
 note("start")
+print("the fake was told to", verb, words)
 if verb == "wait":  # until the test opens the pipe; then what stands behind it, or `complete`
     tell_started(os.getpid())
     open(home / "go" / run_dir.name).read()
     verb, _, words = (words or "complete").partition(" ")
-print("the fake was told to", verb, words)
 if verb == "complete":
     complete(digest)
 elif verb == "hang":
