@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ class RunContext:
     resume: str  # `Attempt.resume`
     micro_batch_divisor: int  # `Attempt.micro_batch_divisor`
     preemption: Preemption
+    contents: Mapping[str, str] = field(default_factory=dict)  # `StoredRecipe.contents`
     uploader: Uploader | None = None  # of the main process, where the recipe names remote storage
     _opened_at: float = field(default_factory=time.perf_counter)
     _phase_seconds: dict[str, float] = field(default_factory=dict)
@@ -98,6 +99,7 @@ class RunContext:
             attempt.resume,
             attempt.micro_batch_divisor,
             preemption,
+            stored.contents,
         )
 
     @property
@@ -156,6 +158,11 @@ class RunContext:
         self._phase, self._phase_began = name, time.perf_counter()
         begun = {"phase": name, "phase_began_at_utc": now_utc()}
         self.report_progress(self._progress.model_copy(update=begun), is_forced=True)
+
+    def show_in_phase(self, detail: str) -> None:
+        """Show how far the phase has come; a sign of life."""
+        shown = f"{self._phase}, {detail}"
+        self.report_progress(self._progress.model_copy(update={"phase": shown}))
 
     def _count_phase(self) -> None:
         if self._phase is not None:
