@@ -9,18 +9,16 @@ same source files and libraries, give the same rows in the same order. What is n
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.metadata import distributions
 from pathlib import Path
-from platform import python_version
 from typing import Any, Final, get_args
 
-import runner
 from runner.data.draw import SPLITS, LeftOut, RawRow, RawSplits
+from runner.data.provenance import PROVENANCE
 from runner.data.rows import (
     Row,
     Samples,
@@ -34,7 +32,6 @@ from runner.data.stored_rows import SCHEMA, StoredRows, StoredSplit
 from runner.data.tokenizer import hash_tokenizer
 from runner.errors import CorruptFileError, DataError
 from runner.files import hash_json, load_json, write_json_atomic
-from runner.recipe.identity import RULES
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import Loss
 
@@ -44,22 +41,6 @@ ROWS_PER_SHARD: Final = 4_000
 _MIN_ROWS_PER_PROCESS: Final = 2_500
 _LOSSES: Final[tuple[Loss, ...]] = get_args(Loss)
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
-# That read files, make tokens of them, or write what is stored.
-_LIBRARIES: Final = (
-    "transformers",
-    "tokenizers",
-    "jinja2",
-    "datasets",
-    "pyarrow",
-    "pandas",
-    "numpy",
-    "pydantic",
-    "pydantic-core",
-    "zstandard",
-)
-# Packages of the runner that read, draw, render, prove and mask; its own files at the top are
-# what these stand on.
-_PACKAGES: Final = ("data", "recipe")
 
 
 def count_stated_rows(recipe: Recipe) -> int | None:
@@ -87,10 +68,8 @@ def build_parts(
         "contents": named,
         "tokenizer": hash_tokenizer(tokenizer),
         "with_columns": bool(recipe.evaluation.metrics),
-        "rules": RULES,
-        "source": SOURCE_HASH,
         "columns": [str(field) for field in SCHEMA],
-        "versions": _list_versions(),
+        **PROVENANCE,
         # What a function of the project imports beside its own files, nobody knows.
         "installed": _hash_installed() if _list_task_files(recipe) else None,
     }
@@ -112,38 +91,6 @@ def pin_data(recipe: Recipe, contents: Mapping[str, str]) -> dict[str, str] | No
 def _list_task_files(recipe: Recipe) -> list[str]:
     files = recipe.list_python_files()
     return [path for key, path in files.items() if key.startswith("data.")]
-
-
-def _hash_source() -> str:
-    """Of the source files of the runner that rows pass through: a checkout that is edited keeps its
-    version.
-    """
-    root = Path(runner.__file__).parent
-    paths = [
-        *root.glob("*.py"),
-        *(path for name in _PACKAGES for path in root.glob(f"{name}/**/*.py")),
-    ]
-    return hash_json(
-        {
-            str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(paths)
-        }
-    )
-
-
-# As this process has imported them: a worker lives while a checkout is edited.
-SOURCE_HASH: Final = _hash_source()
-
-
-@cache
-def _list_versions() -> dict[str, str]:
-    versions = {"python": python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "absent"
-    return versions
 
 
 @cache

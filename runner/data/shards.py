@@ -21,9 +21,11 @@ from typing import Any, Final, Self
 
 from runner.data.draw import RawRow
 from runner.data.masking import ConversationMasker
+from runner.data.provenance import PROVENANCE
 from runner.data.rows import Origin, mask_rows
 from runner.data.tokenizer import hash_tokenizer, load_tokenizer
 from runner.errors import DataError
+from runner.files import hash_json
 from runner.recipe.data_section import DataSection
 from runner.recipe.schema import ModelSection
 
@@ -97,7 +99,7 @@ def write_shards(
     """
     if num_processes == 1:
         return list(_write_here(ShardWriter(work, tokenizer), tasks, report))
-    return _write_in_children(work, hash_tokenizer(tokenizer), tasks, num_processes, report)
+    return _write_in_children(work, _identify(tokenizer), tasks, num_processes, report)
 
 
 def _write_here(
@@ -120,7 +122,7 @@ def _write_here(
 
 def _write_in_children(
     work: Work,
-    tokenizer_hash: str,
+    identity: str,
     tasks: Sequence[Task],
     num_processes: int,
     report: Callable[[int], None],
@@ -146,8 +148,8 @@ def _write_in_children(
                         raise said
                     outcomes[number] = said
                     has_failed |= isinstance(said, DataError)
-                elif said != tokenizer_hash:
-                    raise OSError("a process that masks rows finds another tokenizer")
+                elif said != identity:
+                    raise OSError("a process that masks rows finds another tokenizer or libraries")
                 if has_failed or next_task == len(tasks):
                     del busy[connection]
                     continue
@@ -155,6 +157,13 @@ def _write_in_children(
                 busy[connection] = (child, next_task)
                 next_task += 1
     return [outcomes[number] for number in sorted(outcomes)]
+
+
+def _identify(tokenizer: Any) -> str:
+    """What must be the same in every process: the tokenizer's files, our own and those of libraries
+    may have changed since this one has read them.
+    """
+    return hash_json([hash_tokenizer(tokenizer), PROVENANCE])
 
 
 def _lighten(task: Task, work: Work) -> Task:
@@ -165,7 +174,7 @@ def _lighten(task: Task, work: Work) -> Task:
 
 
 class _Child:
-    """One process: it says the hash of its tokenizer, then, of each task, numbers of rows that it
+    """One process: it says what it masks with, then, of each task, numbers of rows that it
     has masked since its last words, and in the end a `Shard` or an error.
     """
 
@@ -221,7 +230,7 @@ def serve(connection: Connection) -> None:
         with_columns,
     )
     tokenizer = load_tokenizer(work.model)
-    connection.send(hash_tokenizer(tokenizer))
+    connection.send(_identify(tokenizer))
     writer, counter = ShardWriter(work, tokenizer), _Counter(connection)
     while True:
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,17 +49,15 @@ def load_samples(context: RunContext, tokenizer: Any) -> Samples:
     Raises:
         DataError: as `draw_splits`, `build_samples` and `refuse_what_cannot_be_judged`.
     """
-    recipe, folder = context.recipe, None
-    entries = _Entries(context, tokenizer)
+    recipe, raw, samples = context.recipe, None, None
     stated = count_stated_rows(recipe)
     is_small = stated is not None and stated < MIN_STORED_ROWS
     if not is_small and pin_data(recipe, context.contents) is not None:
+        store = RowStore(context, tokenizer)
         # The main process writes while the others wait, and all map the same files.
-        folder = context.on_main(entries.find_or_write)
-    if folder is not None:
-        samples = load_entry(Path(folder))
-    else:
-        raw = entries.raw
+        folder = context.on_main(store.find_or_write)
+        raw, samples = store.raw, None if folder is None else _map(Path(folder))
+    if samples is None:
         if raw is None:
             with context.phase(name_rows_phase(recipe.data)):
                 raw = draw_splits(recipe.data)
@@ -69,7 +68,15 @@ def load_samples(context: RunContext, tokenizer: Any) -> Samples:
     return samples
 
 
-class _Entries:
+def _map(folder: Path) -> Samples | None:
+    try:
+        return load_entry(folder)
+    except CorruptFileError as error:  # not to be seen on this machine yet
+        _tell(f"warning: this process masks its rows itself: {error.message}")
+        return None
+
+
+class RowStore:
     """The entries of rows below one output root, as one run looks for its own there; only the main
     process does.
     """
@@ -77,6 +84,7 @@ class _Entries:
     def __init__(self, context: RunContext, tokenizer: Any) -> None:
         self._context, self._tokenizer = context, tokenizer
         self._output_root = find_output_root(context.paths.run_dir)
+        self._root = row_entries_dir(self._output_root)
         self.raw: RawSplits | None = None  # the rows that were drawn, where that was needed
 
     def find_or_write(self) -> str | None:
@@ -86,42 +94,47 @@ class _Entries:
         Raises:
             DataError: as `draw_splits` and `build_samples`.
         """
-        context, root = self._context, row_entries_dir(self._output_root)
+        context = self._context
         try:
-            folder = None
-            if root.is_dir():
+            if self._root.is_dir():
                 with context.phase("reading masked rows"):
-                    folder = self._name(root)
-                    if (entry := _find(folder)) is not None:
+                    if (entry := _find(self.folder)) is not None:
                         return str(entry.folder)
             with context.phase(name_rows_phase(context.recipe.data)):
                 self.raw = draw_splits(context.recipe.data)
             if _count(self.raw) < MIN_STORED_ROWS:
                 return None
             with context.phase("masking rows"):
-                return self._write(folder or self._name(root), self.raw)
+                return str(self.write(self.raw).folder)
         except OSError as error:
-            _tell(f"warning: masked rows are not stored below {root}: {error}")
+            _tell(f"warning: masked rows are not stored below {self._root}: {error}")
             return None
 
-    def _name(self, root: Path) -> Path:
-        return root / name_entry(self._build_parts())
+    @cached_property
+    def folder(self) -> Path:
+        """Where the entry is, or will be."""
+        return self._root / name_entry(self._parts)
 
-    def _build_parts(self) -> dict[str, Any]:
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
         parts = build_parts(self._context.recipe, self._tokenizer, self._context.contents)
         assert parts is not None, "else nobody would look for an entry"
         return parts
 
-    def _write(self, folder: Path, raw: RawSplits) -> str | None:
-        with hold_entry(folder, self._wait):
+    def write(self, raw: RawSplits) -> Entry:
+        """The entry, which another run may write while this one waits for it.
+
+        Raises:
+            DataError: as `build_samples`.
+            OSError: it cannot be written, or data files are not what the entry is named after.
+        """
+        with hold_entry(self.folder, self._wait):
             self._context.enter_phase("masking rows")
-            if (entry := _find(folder, is_ours=True)) is None:
-                if self._has_changed():
-                    _tell("warning: data files changed since the run was prepared: not stored")
-                    return None
-                require_space(folder.parent, _estimate_bytes(raw), "the masked rows")
-                entry = self._mask(folder, raw)
-        return str(entry.folder)
+            if (entry := _find(self.folder, is_ours=True)) is not None:
+                return entry
+            self._require_same_files()
+            require_space(self._root, _estimate_bytes(raw), "the masked rows")
+            return self._mask(raw)
 
     def _wait(self) -> bool:
         """While another run writes the same rows."""
@@ -129,15 +142,16 @@ class _Entries:
         self._context.sign_of_life()
         return True
 
-    def _has_changed(self) -> bool:
-        """True where the files that were just read are not those that the entry is named after."""
+    def _require_same_files(self) -> None:
+        """Look again at the files that were just read."""
         recipe, contents = self._context.recipe, self._context.contents
         named = pin_data(recipe, contents)
         hashes = ContentHashes(content_cache_path(self._output_root))
         now = {**contents, **hash_what_is_there(recipe, hashes, only=named or ())}
-        return pin_data(recipe, now) != named
+        if pin_data(recipe, now) != named:
+            raise OSError("data files changed since the run was prepared")
 
-    def _mask(self, folder: Path, raw: RawSplits) -> Entry:
+    def _mask(self, raw: RawSplits) -> Entry:
         context, recipe = self._context, self._context.recipe
         work = Work(recipe.data, recipe.model, with_columns=bool(recipe.evaluation.metrics))
         num_cores = count_free_cores(context.place, os.environ)
@@ -149,9 +163,9 @@ class _Entries:
             )
 
         producer = {"run": recipe.run.full_name, "attempt": context.attempt.attempt_dir.name}
-        entry = write_entry(folder, write, parts=self._build_parts(), producer=producer)
+        entry = write_entry(self.folder, write, parts=self._parts, producer=producer)
         seconds = format_seconds(time.monotonic() - began)
-        _tell(f"masked {_count(raw):,} rows in {seconds}, stored in {folder}")
+        _tell(f"masked {_count(raw):,} rows in {seconds}, stored in {entry.folder}")
         return entry
 
 
