@@ -113,7 +113,7 @@ def read_rows(root: Path, num_rows: int, arm: str, num_cores: int) -> dict[str, 
         folder = root / "entries" / name_entry(parts)
         if arm == "first":
             folder.parent.mkdir(exist_ok=True)
-            work = Work(recipe.data, recipe.model, with_columns=False)
+            work = Work(recipe.data, recipe.model)
             raw = draw_splits(recipe.data)
             write_entry(
                 folder,

@@ -131,19 +131,22 @@ def write_rows(
     work: Work,
     tokenizer: Any,
     *,
+    with_columns: bool = False,
     num_cores: int = 1,
     report: Callable[[int, int], None] = lambda num_done, num_rows: None,
 ) -> None:
     """Mask the rows of each split and write them into a folder, by as many processes as pay on
-    `num_cores`. `report` is told how many rows are done, and of how many, for each row or some
-    times a second.
+    `num_cores`; `with_columns` where metrics of the project judge answers. `report` is told how
+    many rows are done, and of how many, for each row or some times a second.
 
     Raises:
         DataError: as `build_samples`.
         OSError: the rows cannot be written, or a process was lost.
     """
     rows = {name: expand_turns(getattr(raw, name), work.data.turns) for name in SPLITS}
-    tasks = {name: _cut(folder / name, rows[name]) for name in SPLITS}
+    tasks = {}
+    for name in SPLITS:  # nobody answers training rows
+        tasks[name] = _cut(folder / name, rows[name], with_columns and name != "train")
     num_rows = sum(map(len, rows.values()))
     outcomes = write_shards(
         work,
@@ -193,9 +196,9 @@ def _describe(rows: StoredRows, sign_of_life: Callable[[], None]) -> dict[Loss, 
     }
 
 
-def _cut(stem: Path, rows: Sequence[RawRow]) -> list[Task]:
+def _cut(stem: Path, rows: Sequence[RawRow], with_columns: bool) -> list[Task]:
     return [
-        Task(stem.with_name(f"{stem.name}-{start // ROWS_PER_SHARD:05}.arrow"), chunk)
+        Task(stem.with_name(f"{stem.name}-{start // ROWS_PER_SHARD:05}.arrow"), chunk, with_columns)
         for start in range(0, len(rows), ROWS_PER_SHARD)
         if (chunk := rows[start : start + ROWS_PER_SHARD])
     ]

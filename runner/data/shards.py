@@ -34,19 +34,19 @@ _SIGN_SECONDS: Final = 0.5  # between two words of how far a process is
 
 @dataclass(frozen=True)
 class Work:
-    """How rows are to be masked and written; `with_columns` for metrics of the project."""
+    """How rows are to be masked."""
 
     data: DataSection
     model: ModelSection
-    with_columns: bool
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to mask, and the file for those which fit."""
+    """Rows to mask, and the file for those which fit; `with_columns` for metrics of the project."""
 
     path: Path
     rows: Sequence[RawRow]
+    with_columns: bool
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ShardWriter:
 
         data = self._work.data
         masked = mask_rows(task.rows, data, self._masker, self._bos_token_id, sign_of_life)
-        write_shard(task.path, masked.rows, with_columns=self._work.with_columns)
+        write_shard(task.path, masked.rows, with_columns=task.with_columns)
         return Shard(len(masked.rows), masked.origins, masked.too_long)
 
 
@@ -153,7 +153,7 @@ def _write_in_children(
                 if has_failed or next_task == len(tasks):
                     del busy[connection]
                     continue
-                child.send(_lighten(tasks[next_task], work))
+                child.send(_lighten(tasks[next_task]))
                 busy[connection] = (child, next_task)
                 next_task += 1
     return [outcomes[number] for number in sorted(outcomes)]
@@ -166,9 +166,9 @@ def _identify(tokenizer: Any) -> str:
     return hash_json([hash_tokenizer(tokenizer), PROVENANCE])
 
 
-def _lighten(task: Task, work: Work) -> Task:
+def _lighten(task: Task) -> Task:
     """The task without what nobody will store."""
-    if work.with_columns:
+    if task.with_columns:
         return task
     return replace(task, rows=[replace(row, columns={}) for row in task.rows])
 
@@ -193,7 +193,7 @@ class _Child:
         )
         theirs.close()
         self.connection: Connection = Connection(ours.detach())
-        self.send((work.data.model_dump_json(), work.model.model_dump_json(), work.with_columns))
+        self.send((work.data.model_dump_json(), work.model.model_dump_json()))
 
     def __enter__(self) -> Self:
         return self
@@ -223,12 +223,8 @@ class _Child:
 
 def serve(connection: Connection) -> None:
     """In the child: do tasks until the parent has no more."""
-    data, model, with_columns = connection.recv()
-    work = Work(
-        DataSection.model_validate_json(data),
-        ModelSection.model_validate_json(model),
-        with_columns,
-    )
+    data, model = connection.recv()
+    work = Work(DataSection.model_validate_json(data), ModelSection.model_validate_json(model))
     tokenizer = load_tokenizer(work.model)
     connection.send(_identify(tokenizer))
     writer, counter = ShardWriter(work, tokenizer), _Counter(connection)

@@ -44,6 +44,10 @@ SCHEMA: Final = pa.schema(
     }
 )
 _BATCH_ROWS: Final = 1000
+# What a row takes on disk: its tokens, and about as much for names and places, references not
+# counted.
+BYTES_PER_TOKEN: Final = 4
+BYTES_PER_ROW: Final = 300
 
 
 def write_shard(path: Path, rows: Sequence[Row], *, with_columns: bool) -> None:

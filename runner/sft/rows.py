@@ -23,6 +23,7 @@ from runner.data.row_entries import (
 )
 from runner.data.rows import Samples, build_samples
 from runner.data.shards import Work
+from runner.data.stored_rows import BYTES_PER_ROW
 from runner.errors import CorruptFileError
 from runner.model.memory import require_space
 from runner.recipe.contents import ContentHashes, hash_what_is_there
@@ -38,8 +39,6 @@ from runner.text import format_seconds
 _SHOW_SECONDS: Final = 0.5  # between two looks at how far masking is
 _SAY_SECONDS: Final = 10.0  # between two lines of the log
 _BAR_WIDTH: Final = 20
-# Of a stored row, beside its tokens and what it says.
-_ROW_BYTES: Final = 300
 _NUM_MEASURED: Final = 1000
 
 
@@ -153,13 +152,19 @@ class RowStore:
 
     def _mask(self, raw: RawSplits) -> Entry:
         context, recipe = self._context, self._context.recipe
-        work = Work(recipe.data, recipe.model, with_columns=bool(recipe.evaluation.metrics))
+        work = Work(recipe.data, recipe.model)
         num_cores = count_free_cores(context.place, os.environ)
         bar, began = _Bar(context), time.monotonic()
 
         def write(temporary: Path) -> None:
             write_rows(
-                temporary, raw, work, self._tokenizer, num_cores=num_cores, report=bar.report
+                temporary,
+                raw,
+                work,
+                self._tokenizer,
+                with_columns=bool(recipe.evaluation.metrics),
+                num_cores=num_cores,
+                report=bar.report,
             )
 
         producer = {"run": recipe.run.full_name, "attempt": context.attempt.attempt_dir.name}
@@ -234,7 +239,7 @@ def _estimate_bytes(raw: RawSplits) -> int:
         rows = getattr(raw, split)
         some = rows[:: max(1, len(rows) // _NUM_MEASURED)]
         characters = sum(len(text) for row in some for text in list_texts(list(row.messages)))
-        num_bytes += (3 * characters // len(some) + _ROW_BYTES) * len(rows)
+        num_bytes += (3 * characters // len(some) + BYTES_PER_ROW) * len(rows)
     return num_bytes
 
 

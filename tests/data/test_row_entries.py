@@ -56,16 +56,18 @@ def test_an_entry_holds_the_rows_that_are_masked_without_it(
     write_rows(
         folder,
         raw,
-        Work(data, model, with_columns=True),
+        Work(data, model),
         tokenizer,
-        report=lambda *n: told.append(n),
+        with_columns=True,
+        report=lambda *numbers: told.append(numbers),
     )
     found = load_entry(folder)
     for split in ("train", "validation", "test"):
         one, other = getattr(found, split), getattr(expected, split)
         assert tuple(one.rows) == other.rows and one.dropped == other.dropped
         assert one.list_lengths() == other.list_lengths()
-        assert [row.columns for row in one.rows] == [dict(row.columns) for row in other.rows]
+        columns = [{} if split == "train" else dict(row.columns) for row in other.rows]
+        assert [row.columns for row in one.rows] == columns
         assert [row.where for row in one.rows] == [row.where for row in other.rows]
     for loss in ("full", "completion", "last_completion"):
         described = json.dumps(describe_samples(found, loss), sort_keys=True)
@@ -90,7 +92,7 @@ def test_several_processes_write_the_same_bytes(
         write_rows(
             tmp_path / name,
             raw,
-            Work(data, model, with_columns=False),
+            Work(data, model),
             tokenizer,
             num_cores=num_cores,
             report=lambda *numbers: told.append(numbers),
@@ -119,10 +121,8 @@ def test_the_first_row_that_cannot_be_masked_is_the_one_that_is_told(
     tokenizer, raw = load_tokenizer(model), draw_splits(data)
     with pytest.raises(DataError) as expected:
         build_samples(data, tokenizer, raw)
-    tasks = [Task(tmp_path / str(at), raw.train[at : at + 4]) for at in range(0, 30, 4)]
-    outcomes = write_shards(
-        Work(data, model, with_columns=False), tokenizer, tasks, num_processes, lambda _: None
-    )
+    tasks = [Task(tmp_path / str(at), raw.train[at : at + 4], False) for at in range(0, 30, 4)]
+    outcomes = write_shards(Work(data, model), tokenizer, tasks, num_processes, lambda _: None)
     first = next(one for one in outcomes if isinstance(one, DataError))
     assert (first.message, first.hint) == (expected.value.message, expected.value.hint)
 
@@ -143,7 +143,7 @@ def test_what_is_refused_without_an_entry_is_refused_when_one_is_written(
             build_samples(data, tokenizer, raw)
         (tmp_path / name).mkdir()
         with pytest.raises(DataError) as found:
-            write_rows(tmp_path / name, raw, Work(data, model, with_columns=False), tokenizer)
+            write_rows(tmp_path / name, raw, Work(data, model), tokenizer)
         assert str(found.value) == str(expected.value)
 
 
@@ -151,13 +151,13 @@ def test_a_lost_process_is_told(tmp_path: Path, model: ModelSection) -> None:
     """Rows that another process cannot be sent, and a model that it does not find."""
     data = section(write_file(tmp_path / "rows.jsonl", ROWS))
     tokenizer, raw = load_tokenizer(model), draw_splits(data)
-    tasks = [Task(tmp_path / "a", raw.train), Task(tmp_path / "b", raw.test)]
+    tasks = [Task(tmp_path / "a", raw.train, True), Task(tmp_path / "b", raw.test, False)]
     gone = model.model_copy(update={"path": str(tmp_path / "gone")})
     with pytest.raises(OSError, match="a process that masks rows ended with exit status 1"):
-        write_shards(Work(data, gone, with_columns=True), tokenizer, tasks, 2, lambda _: None)
+        write_shards(Work(data, gone), tokenizer, tasks, 2, lambda _: None)
     tokenizer.chat_template += "{# another one #}"
     with pytest.raises(OSError, match="finds another tokenizer or libraries"):
-        write_shards(Work(data, model, with_columns=True), tokenizer, tasks, 2, lambda _: None)
+        write_shards(Work(data, model), tokenizer, tasks, 2, lambda _: None)
 
 
 def test_an_entry_of_another_kind_is_not_read(tmp_path: Path) -> None:

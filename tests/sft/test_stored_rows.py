@@ -79,7 +79,7 @@ def test_runs_with_and_without_an_entry_end_with_the_same_bytes(project: Project
 def test_two_ranks_map_what_one_of_them_wrote(project: Project) -> None:
     project.add_model()
     write_large(project)
-    gloo = "launch.accelerate_config=accelerate_configs/multi_cpu.yaml"
+    gloo = "launch.accelerate_config=accelerate_configs/cpu_ddp.yaml"
     launch_without_entry(project, "memory", gloo, num_processes=2)
     for name, said in (("first", "masked 5,026 rows in"), ("second", "rows were masked by")):
         launch(project, name, *SHORT, gloo, num_processes=2)
