@@ -173,8 +173,10 @@ def main() -> None:
         root, num_rows = Path(arguments.root), int(arguments.rows)
         print(json.dumps(read_rows(root, num_rows, arguments.arms, arguments.cores)))
         return
-    print("| rows | arm | seconds | CPU seconds | rows per second | peak MiB (own in the end) |")
-    print("|---:|---|---:|---:|---:|---:|")
+    lines = [
+        "| rows | arm | seconds | CPU seconds | rows per CPU second | peak MiB (own in the end) |",
+        "|---:|---|---:|---:|---:|---:|",
+    ]
     for num_rows in map(int, arguments.rows.split(",")):
         with tempfile.TemporaryDirectory() as name:
             write_project(Path(name), num_rows)
@@ -191,13 +193,14 @@ def main() -> None:
                 )
                 one = json.loads(done.stdout.splitlines()[-1])
                 hashes.add(one["hash"])
-                print(
-                    f"| {num_rows:,} | {arm} | {one['seconds']:.1f} | {one['cpu_seconds']:.1f}"
-                    f" | {num_rows / one['seconds']:,.0f} | {one['peak_mib']:,.0f}"
-                    f" ({one['own_mib']:,.0f}) |",
-                    flush=True,
+                lines.append(
+                    f"| {num_rows:,} | {arm} | {one['seconds']:.1f} | {one['cpu_seconds']:.2f}"
+                    f" | {num_rows / one['cpu_seconds']:,.0f} | {one['peak_mib']:,.0f}"
+                    f" ({one['own_mib']:,.0f}) |"
                 )
+                print(lines[-1], file=sys.stderr, flush=True)
             assert len(hashes) == 1, "every arm has the same labels"
+    print("\n".join(lines))  # in one piece: libraries print too
 
 
 if __name__ == "__main__":
