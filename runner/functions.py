@@ -158,7 +158,7 @@ class FunctionProcess:
         """
         if not self._child.is_running:  # lost in an earlier call
             self._load()
-        request = {"arguments": [_as_json(argument, where) for argument in arguments]}
+        request = {"arguments": [as_json(argument, where) for argument in arguments]}
         return self._ask(request, where, self._cpu_seconds)
 
     def _load(self) -> None:
@@ -265,14 +265,19 @@ def read_python_file(path: str) -> PythonFile:
     return PythonFile(path, content)
 
 
-def _as_json(value: Any, where: str) -> Any:
-    """A value as JSON says it: dates and the like, of Arrow files, as texts."""
+def as_json(value: Any, where: str) -> Any:
+    """A value as JSON says it, which is what a function gets: dates and the like, of Arrow files,
+    as texts.
+
+    Raises:
+        DataError: it holds bytes.
+    """
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(name): _as_json(item, where) for name, item in value.items()}
+        return {str(name): as_json(item, where) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_as_json(item, where) for item in value]
+        return [as_json(item, where) for item in value]
     if isinstance(value, bytes | bytearray | memoryview):
         raise DataError(
             f"{where}: holds bytes, which no function can be given",

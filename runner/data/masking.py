@@ -117,6 +117,29 @@ def build_labels(
     return labels
 
 
+def list_trained(
+    num_tokens: int,
+    spans: Sequence[CompletionSpan],
+    loss: Loss,
+    untrained: Sequence[CompletionSpan] = (),
+) -> list[Interval]:
+    """Where `build_labels` has labels, ascending and apart from each other.
+
+    >>> list_trained(8, [CompletionSpan(1, 3)], "full", [CompletionSpan(4, 6)])
+    [(0, 4), (6, 8)]
+    >>> list_trained(8, [CompletionSpan(1, 3), CompletionSpan(5, 8)], "completion")
+    [(1, 3), (5, 8)]
+    """
+    if loss != "full":
+        kept = spans[-1:] if loss == "last_completion" else spans
+        return [(span.start, span.end) for span in kept]
+    trained, position = [], 0
+    for span in untrained:
+        trained.append((position, span.start))
+        position = span.end
+    return [(start, end) for start, end in [*trained, (position, num_tokens)] if start < end]
+
+
 def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end an assistant's turn under the tokenizer's chat template: the last ones of
     completions, of those that end in a call too.
@@ -191,6 +214,8 @@ class ConversationMasker:
         # On another day.
         self._other = others[0] if others and self._template.reads_clock else None
         self._skeletons = Skeletons(self._template)
+        # Each number once: the tokenizer makes an object of 28 bytes for every token.
+        self._numbers: dict[int, int] = {}
 
     def mask(
         self,
@@ -362,7 +387,7 @@ class ConversationMasker:
             )
             completions.append(Completion(turn.message, span, contents, num_bytes, turn.rewritten))
         return MaskedConversation(
-            input_ids=tuple(input_ids),
+            input_ids=tuple(map(self._numbers.setdefault, input_ids, input_ids)),
             spans=tuple(completion.span for completion in completions),
             method=proven.method,
             text=text,

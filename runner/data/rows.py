@@ -4,8 +4,12 @@ same for every loss mode but for the labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Final
 
 from runner.data.chat_template import MaskError, describe
@@ -16,6 +20,7 @@ from runner.data.masking import (
     ConversationMasker,
     MaskedConversation,
     build_labels,
+    list_trained,
 )
 from runner.errors import DataError
 from runner.files import hash_json
@@ -66,8 +71,17 @@ class Split:
     out.
     """
 
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     dropped: tuple[str, ...]
+
+    def list_lengths(self) -> list[int]:
+        """The tokens of each row."""
+        return [len(row.input_ids) for row in self.rows]
+
+    def describe(self, loss: Loss) -> dict[str, Any]:
+        """The part of `samples.json` that is about this split."""
+        ids, groups = [row.row_id for row in self.rows], [row.group for row in self.rows]
+        return describe_split(self.rows, [loss], ids, groups, self.dropped)[loss]
 
 
 @dataclass(frozen=True)
@@ -121,15 +135,58 @@ def build_samples(
     """
     masker = ConversationMasker(tokenizer)
     raw = raw or draw_splits(data)
-    origins: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    origins: dict[str, list[Origin]] = {}
     splits: dict[str, Split] = {}
     for name in SPLITS:
-        rows = expand_turns(getattr(raw, name), data.turns)
-        splits[name], origins[name] = _tokenize_split(
-            _with_signs(rows, sign_of_life), name, data, masker, tokenizer.bos_token_id
-        )
+        raw_rows = expand_turns(getattr(raw, name), data.turns)
+        masked = mask_rows(raw_rows, data, masker, tokenizer.bos_token_id, sign_of_life)
+        too_long = [(raw_rows[at], num_tokens) for at, num_tokens in masked.too_long]
+        refuse_too_long(too_long, len(masked.rows), name, data)
+        splits[name] = Split(tuple(masked.rows), tuple(one.row_id for one, _ in too_long))
+        origins[name] = masked.origins
     refuse_same_tokens(origins)
     return Samples(**splits, left_out=raw.left_out)
+
+
+# Where a row comes from, and what only rows of the same tokens have in common.
+Origin = tuple[str, Hashable]
+
+
+@dataclass(frozen=True)
+class MaskedRows:
+    """What has become of rows that were drawn: those that fit, where they come from, and the places
+    of the others among all that were given, with their tokens.
+    """
+
+    rows: list[Row]
+    origins: list[Origin]
+    too_long: list[tuple[int, int]]
+
+
+def mask_rows(
+    raw_rows: Iterable[RawRow],
+    data: DataSection,
+    masker: ConversationMasker,
+    bos_token_id: int | None,
+    sign_of_life: Callable[[], None] = lambda: None,
+) -> MaskedRows:
+    """The rows as a run uses them, in their order; `sign_of_life` is called before each.
+
+    Raises: MaskError, as `fit_row`.
+    """
+    masked = MaskedRows([], [], [])
+    for at, raw in enumerate(raw_rows):
+        sign_of_life()
+        fitted = fit_row(raw, masker, data, bos_token_id)
+        if fitted.row is None:
+            masked.too_long.append((at, fitted.num_tokens))
+            continue
+        masked.rows.append(fitted.row)
+        if raw.is_last_turn:  # many conversations begin alike
+            # A hash, since the tokens of all rows would be held otherwise.
+            digest = hashlib.sha256(array("i", fitted.whole_ids).tobytes()).digest()
+            masked.origins.append((raw.where, digest))
+    return masked
 
 
 def expand_turns(rows: Iterable[RawRow], turns: Turns) -> list[RawRow]:
@@ -277,35 +334,6 @@ def _cut_turns(
     return FittedRow(None, raw, whole, whole.input_ids)
 
 
-def _with_signs(rows: Iterable[RawRow], sign_of_life: Callable[[], None]) -> Iterator[RawRow]:
-    for row in rows:
-        sign_of_life()
-        yield row
-
-
-def _tokenize_split(
-    raw_rows: Iterable[RawRow],
-    split: str,
-    data: DataSection,
-    masker: ConversationMasker,
-    bos_token_id: int | None,
-) -> tuple[Split, list[tuple[str, tuple[int, ...]]]]:
-    """The split, and where each of its rows comes from with its tokens."""
-    rows: list[Row] = []
-    origins: list[tuple[str, tuple[int, ...]]] = []
-    too_long: list[tuple[RawRow, int]] = []
-    for raw in raw_rows:
-        fitted = fit_row(raw, masker, data, bos_token_id)
-        if fitted.row is None:
-            too_long.append((raw, fitted.num_tokens))
-        else:
-            rows.append(fitted.row)
-            if raw.is_last_turn:  # many conversations begin alike
-                origins.append((raw.where, fitted.whole_ids))
-    refuse_too_long(too_long, len(rows), split, data)
-    return Split(tuple(rows), tuple(raw.row_id for raw, _ in too_long)), origins
-
-
 def refuse_same_tokens(origins: Mapping[str, Iterable[tuple[str, Hashable]]]) -> None:
     """Raises: DataError, if rows of two splits are the same tokens, though their columns differ:
     what is tested would have been trained on. `origins` has `(where, tokens)` of each row.
@@ -364,27 +392,7 @@ def describe_samples(samples: Samples, loss: Loss) -> dict[str, Any]:
     """The content of `samples.json`: two arms saw the same rows exactly when their `input_ids_hash`
     are equal. `ids_hash` does not depend on the order.
     """
-    splits = {}
-    for name in SPLITS:
-        split: Split = getattr(samples, name)
-        labels = [row.labels(loss) for row in split.rows]
-        ids = [row.row_id for row in split.rows]
-        splits[name] = {
-            "num_rows": len(split.rows),
-            "num_groups": len({row.group for row in split.rows}),
-            "num_truncated": sum(row.is_truncated for row in split.rows),
-            "num_dropped": len(split.dropped),
-            "num_tokens": sum(len(row.input_ids) for row in split.rows),
-            "num_completion_tokens": sum(row.num_completion_tokens for row in split.rows),
-            "num_bytes": sum(row.num_bytes for row in split.rows),
-            "num_labels": sum(label >= 0 for row_labels in labels for label in row_labels),
-            "ids_hash": hash_json(sorted(ids)),
-            "input_ids_hash": hash_json([row.input_ids for row in split.rows]),
-            "mask_hash": hash_json([[label >= 0 for label in row_labels] for row_labels in labels]),
-            "ids": ids,
-            "groups": [row.group for row in split.rows],
-            "dropped": list(split.dropped),
-        }
+    splits = {name: getattr(samples, name).describe(loss) for name in SPLITS}
     left_out = samples.left_out
     return {
         "loss": loss,
@@ -395,3 +403,83 @@ def describe_samples(samples: Samples, loss: Loss) -> dict[str, Any]:
         "skipped_files": {split: dict(reasons) for split, reasons in left_out.skipped.items()},
         "splits": splits,
     }
+
+
+def describe_split(
+    rows: Iterable[Row],
+    losses: Sequence[Loss],
+    ids: Sequence[str],
+    groups: Sequence[str],
+    dropped: Sequence[str],
+) -> dict[Loss, dict[str, Any]]:
+    """The part of `samples.json` that is about one split, under each loss. The rows are gone
+    through once, and none of them is held.
+    """
+    counts = dict.fromkeys(_COUNTS, 0)
+    num_labels = dict.fromkeys(losses, 0)
+    input_ids_hash, mask_hashes = _ListHash(), {loss: _ListHash() for loss in losses}
+    for row in rows:
+        num_tokens = len(row.input_ids)
+        counts["num_truncated"] += row.is_truncated
+        counts["num_tokens"] += num_tokens
+        counts["num_completion_tokens"] += row.num_completion_tokens
+        counts["num_bytes"] += row.num_bytes
+        input_ids_hash.add(json.dumps(row.input_ids, separators=(",", ":")))
+        for loss in losses:
+            trained = list_trained(num_tokens, row.spans, loss, row.untrained)
+            num_labels[loss] += sum(end - start for start, end in trained)
+            mask_hashes[loss].add(_write_mask(num_tokens, trained))
+    same = {
+        "num_rows": len(ids),
+        "num_groups": len(set(groups)),
+        "num_dropped": len(dropped),
+        **counts,
+        "ids_hash": hash_json(sorted(ids)),
+        "input_ids_hash": input_ids_hash.hexdigest(),
+        "ids": list(ids),
+        "groups": list(groups),
+        "dropped": list(dropped),
+    }
+    return {
+        loss: {**same, "num_labels": num_labels[loss], "mask_hash": mask_hashes[loss].hexdigest()}
+        for loss in losses
+    }
+
+
+_COUNTS: Final = (
+    "num_truncated",
+    "num_tokens",
+    "num_completion_tokens",
+    "num_bytes",
+)
+
+
+class _ListHash:
+    """`hash_json` of a list, of which only one item is there at a time."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256(b"[")
+        self._separator = ""
+
+    def add(self, item: str) -> None:
+        """One more item, as compact JSON."""
+        self._hash.update(f"{self._separator}{item}".encode())
+        self._separator = ","
+
+    def hexdigest(self) -> str:
+        """The hash, when all items were added."""
+        whole = self._hash.copy()
+        whole.update(b"]")
+        return whole.hexdigest()
+
+
+def _write_mask(num_tokens: int, trained: Sequence[tuple[int, int]]) -> str:
+    """Whether each token has a label, as compact JSON.
+
+    >>> _write_mask(4, [(1, 3)])
+    '[false,true,true,false]'
+    """
+    bounds = [0, *(bound for one in trained for bound in one), num_tokens]
+    words = ("false,", "true,")
+    pieces = [words[at % 2] * (end - start) for at, (start, end) in enumerate(pairwise(bounds))]
+    return f"[{''.join(pieces)[:-1]}]"

@@ -4,14 +4,16 @@ end-of-sequence token.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from runner.data.chat_template import ChatFormat
+from runner.data.chat_template import ChatFormat, get_chat_format
 from runner.errors import DataError
+from runner.files import hash_json
 from runner.recipe.schema import ModelSection
 from runner.strict import thaw
 
@@ -66,6 +68,33 @@ def load_tokenizer(model: ModelSection) -> Any:
     tokenizer.padding_side = "right"
     set_chat_format(tokenizer, model)
     return tokenizer
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """Of everything in a fast tokenizer that the text and the tokens of a chat depend on, as it is
+    in memory, wherever it came from.
+    """
+    chat_format = get_chat_format(tokenizer)
+    kind = type(tokenizer)
+    return hash_json(
+        {
+            # Vocabulary, added tokens, normalisation and all that makes tokens of a text.
+            "tokens": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "class": f"{kind.__module__}.{kind.__qualname__}",
+            "settings": {
+                name: value
+                for name, value in tokenizer.init_kwargs.items()
+                if isinstance(value, bool | int)
+            },
+            "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "all_special": [str(token) for token in tokenizer.all_special_tokens],
+            "template": tokenizer.chat_template,
+            "template_kwargs": dict(chat_format.template_kwargs),
+            "moment": str(chat_format.moment),
+            "end_of_turn": chat_format.end_of_turn,
+            "stop_tokens": sorted(chat_format.stop_tokens),
+        }
+    )
 
 
 def set_chat_format(tokenizer: Any, model: ModelSection) -> None:

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from runner.data.row_entries import MIN_STORED_ROWS
+from runner.data.stored_rows import BYTES_PER_ROW, BYTES_PER_TOKEN
 from runner.errors import RunnerError
 from runner.model.memory import (
     ASSUMPTIONS,
@@ -203,7 +205,8 @@ def warn_of_shortage(
     the device has, where that is known.
     """
     pending = [name for name in sizes if name not in set(finished)]
-    needed, free = sum(sizes[name].disk_bytes for name in pending), free_bytes(output_root)
+    rows = estimate_stored_rows([run for run in result.runs if run.name in pending])
+    needed, free = rows + sum(sizes[name].disk_bytes for name in pending), free_bytes(output_root)
     for name in pending if needed > free else ():
         result.warn(
             f"the runs need up to {format_bytes(needed)} of disk, {format_bytes(free)} are free"
@@ -220,6 +223,22 @@ def warn_of_shortage(
                     f" device has {format_bytes(device_bytes)}",
                     name,
                 )
+
+
+def estimate_stored_rows(runs: Iterable[CheckedRun]) -> int:
+    """Bytes of the masked rows of large data that are kept below the output root, at most: runs of
+    one tokenizer and the same rows share them.
+    """
+    by_entry: dict[str, int] = {}
+    for run in runs:
+        splits = run.splits.values()
+        if sum(split.num_rows for split in splits) >= MIN_STORED_ROWS:
+            key = f"{run.recipe.model!r} {run.recipe.data!r}"
+            by_entry[key] = sum(
+                BYTES_PER_TOKEN * split.num_tokens + BYTES_PER_ROW * split.num_rows
+                for split in splits
+            )
+    return sum(by_entry.values())
 
 
 def find_device_bytes() -> int | None:
@@ -266,9 +285,11 @@ def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> 
                 f" about {format_bytes(max(answers))}"
             )
     disk = [sizes[run.name].disk_bytes for run in measured]
+    rows = estimate_stored_rows(measured)
+    of_rows = f", {format_bytes(rows)} for masked rows that runs share" if rows else ""
     yield (
-        f"disk: up to {format_bytes(sum(disk))} for all runs,"
-        f" {format_bytes(max(disk))} for the largest"
+        f"disk: up to {format_bytes(sum(disk) + rows)} for all runs,"
+        f" {format_bytes(max(disk))} for the largest{of_rows}"
     )
     yield f"memory is an estimate, never measured on a device. It assumes: {'; '.join(ASSUMPTIONS)}"
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -227,10 +227,16 @@ def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
     return contents
 
 
-def hash_what_is_there(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
-    """As `hash_contents`, without what is missing or leaves open which files are meant."""
+def hash_what_is_there(
+    recipe: Recipe, hashes: ContentHashes, only: Container[str] | None = None
+) -> dict[str, str]:
+    """As `hash_contents`, without what is missing or leaves open which files are meant, and `only`
+    of these paths.
+    """
     contents = {}
     for content in list_contents(recipe):
+        if only is not None and content.path not in only:
+            continue
         path = Path(content.path)
         with contextlib.suppress(DataError):
             if path.exists():

@@ -161,6 +161,11 @@ class RunContext:
         begun = {"phase": name, "phase_began_at_utc": now_utc()}
         self.report_progress(self._progress.model_copy(update=begun), is_forced=True)
 
+    def show_in_phase(self, detail: str) -> None:
+        """Show how far the phase has come; a sign of life."""
+        shown = f"{self._phase}, {detail}"
+        self.report_progress(self._progress.model_copy(update={"phase": shown}))
+
     def _count_phase(self) -> None:
         if self._phase is not None:
             seconds = time.perf_counter() - self._phase_began

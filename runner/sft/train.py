@@ -9,21 +9,18 @@ from functools import partial
 from pathlib import Path
 
 from runner.checkpoints.restore import choose_resume_step
-from runner.data.draw import draw_splits
-from runner.data.rows import build_samples
 from runner.data.tokenizer import load_tokenizer
 from runner.model.load import load_model
 from runner.recipe.trackers import require_trackers
 from runner.sft.context import RunContext
-from runner.sft.generation import refuse_what_cannot_be_judged
 from runner.sft.phases import (
     announce_compilations,
     name_model_phase,
-    name_rows_phase,
     name_tokenizer_phase,
 )
 from runner.sft.preemption import Preemption
 from runner.sft.recorder import Recorder
+from runner.sft.rows import load_samples
 from runner.sft.startup import (
     WorldPlace,
     keep_freed_memory,
@@ -89,12 +86,7 @@ def _prepare(context: RunContext) -> tuple[RunTrainer, Trackers, int | None]:
             context.on_main(context.open_uploader)
     with phase(name_tokenizer_phase(recipe.model)):
         tokenizer = load_tokenizer(recipe.model)
-    with phase(name_rows_phase(recipe.data)):
-        raw = draw_splits(recipe.data)
-    with phase("masking rows"):
-        samples = build_samples(recipe.data, tokenizer, raw, sign_of_life=context.sign_of_life)
-        refuse_what_cannot_be_judged(recipe, samples)
-        recorder = Recorder(context, samples)
+    recorder = Recorder(context, load_samples(context, tokenizer))
     with phase("choosing a checkpoint"):
         resume_step = context.on_main(partial(_choose_resume_step, context, recorder))
         recorder.record_samples(resume_step)

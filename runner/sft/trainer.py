@@ -17,6 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from runner.checkpoints.marker import load_marker
 from runner.data.masking import IGNORE_INDEX
 from runner.data.rows import Samples
+from runner.data.stored_rows import StoredRows
 from runner.model.load import build_lora_config, keep_adapters_in_float32
 from runner.model.weights import load_gathered_weights
 from runner.recipe.parse import derive_micro_batch
@@ -48,15 +49,17 @@ def build_train_dataset(
     Those fill up the last batch of several processes, which accelerate would otherwise fill with
     copies of real rows.
     """
-    rows = samples.train.rows
+    rows, loss = samples.train.rows, context.recipe.loss
     per_pass = (
         derive_micro_batch(context.recipe, context.micro_batch_divisor) * context.num_processes
     )
     num_padding = -len(rows) % per_pass if context.num_processes > 1 else 0
+    padding = [[pad_token_id] * 2] * num_padding
+    if isinstance(rows, StoredRows):
+        return rows.build_dataset(loss, padding), num_padding
     columns = {
-        "input_ids": [list(row.input_ids) for row in rows] + [[pad_token_id] * 2] * num_padding,
-        "labels": [row.labels(context.recipe.loss) for row in rows]
-        + [[IGNORE_INDEX] * 2] * num_padding,
+        "input_ids": [list(row.input_ids) for row in rows] + padding,
+        "labels": [row.labels(loss) for row in rows] + [[IGNORE_INDEX] * 2] * num_padding,
     }
     return Dataset.from_dict(columns), num_padding
 
@@ -76,7 +79,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         recipe, samples = self.context.recipe, recorder.samples
         dataset, num_padding = build_train_dataset(samples, self.context, tokenizer.pad_token_id)
         self._sampler = EpochSampler(
-            [len(row.input_ids) for row in samples.train.rows],
+            samples.train.list_lengths(),
             global_batch_size=recipe.global_batch_size,
             seed=recipe.training.seed,
             strategy=recipe.training.train_sampling_strategy,

@@ -4,7 +4,9 @@ what is warned.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from runner.data.row_entries import MIN_STORED_ROWS
 from runner.data.tokenizer import load_tokenizer
 from runner.model.load import build_lora_config, load_model
 from runner.model.memory import (
@@ -23,10 +26,16 @@ from runner.model.memory import (
     load_sharding,
 )
 from runner.model.size import ActivationCurve, load_config, measure_model
-from runner.preflight.sizes import describe_sizes, estimate_sizes, warn_of_shortage
+from runner.preflight.sizes import (
+    describe_sizes,
+    estimate_sizes,
+    estimate_stored_rows,
+    warn_of_shortage,
+)
 from runner.preflight.survey import check_recipes
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.recipe.schedule import derive_schedule
+from runner.text import format_bytes
 from tests.conftest import RECIPE_TEXT, ROOT, Project
 
 NO_ACTIVATIONS = ActivationCurve((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
@@ -187,6 +196,32 @@ def test_sizes_of_a_checked_grid(project: Project, monkeypatch: pytest.MonkeyPat
     (warning,) = [text for text in result.warnings if "of disk" in text]
     assert set(result.warnings[warning]) == {"tests/full", "tests/huge"}
     assert free_bytes(Path("not/there/yet")) > 0
+
+
+def test_masked_rows_are_counted_once_where_they_are_stored(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.add_model("gemma")
+    monkeypatch.chdir(project.root)
+    names = ("one", "two", "three")
+    overrides = {"two": ["loss=full"], "three": ["data.seed=8"]}
+    recipes = [project.recipe(f"run.name={name}", *overrides.get(name, [])) for name in names]
+    result = check_recipes(recipes)
+    assert estimate_stored_rows(result.runs) == 0, "they are few"
+    for at, run in enumerate(result.runs):
+        train = replace(run.splits["train"], num_rows=MIN_STORED_ROWS, num_tokens=10**9)
+        result.runs[at] = replace(run, splits={"train": train})
+    whole = estimate_stored_rows(result.runs)
+    assert whole == 2 * estimate_stored_rows(result.runs[:2]) > 2 * 4 * 10**9
+    sizes = estimate_sizes(result)
+    (line,) = [line for line in describe_sizes(result.runs, sizes) if line.startswith("disk: ")]
+    assert line.endswith(f", {format_bytes(whole)} for masked rows that runs share")
+    free = sum(size.disk_bytes for size in sizes.values()) + whole
+    for missing in (0, 1):
+        usage = shutil._ntuple_diskusage(10**12, 0, free - missing)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        warn_of_shortage(result, sizes, finished=[], output_root=Path("runs"))
+        assert any("of disk" in text for text in result.warnings) == bool(missing)
 
 
 def test_a_model_that_cannot_be_measured_is_a_warning(

@@ -1,0 +1,65 @@
+"""Rows come from files by way of our own source and of libraries; this says by which of them.
+
+It is found out when the module is imported, with the code that it speaks of: a worker lives while a
+checkout is edited or a library upgraded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any, Final
+
+import runner
+from runner.files import hash_json
+from runner.recipe.identity import RULES
+
+# That read files, render chats, make tokens of them, or write what is stored.
+_LIBRARIES: Final = (
+    "transformers",
+    "tokenizers",
+    "jinja2",
+    "datasets",
+    "pyarrow",
+    "pandas",
+    "numpy",
+    "pydantic",
+    "zstandard",
+)
+# Packages of the runner that read, draw, render, prove and mask; beside them its own files at the
+# top, on which these stand.
+PACKAGES: Final = ("data", "recipe")
+
+
+def hash_source(root: Path) -> str:
+    """Of the source files of the runner that rows pass through: a checkout that is edited keeps its
+    version.
+    """
+    paths = [*root.glob("*.py")]
+    for name in PACKAGES:
+        paths += root.glob(f"{name}/**/*.py")
+    return hash_json(
+        {
+            str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(paths)
+        }
+    )
+
+
+def _list_versions() -> dict[str, str]:
+    versions = {"python": python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+PROVENANCE: Final[dict[str, Any]] = {
+    "rules": RULES,
+    "source": hash_source(Path(runner.__file__).parent),
+    "versions": _list_versions(),
+}

@@ -1,0 +1,241 @@
+"""Tokenised rows in files of columns: written once, then mapped into memory by every process that
+reads them.
+
+Owns the columns, and rows that are built when they are asked for. `row_entries` decides when rows
+are stored and which are found again.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, ClassVar, Final, overload
+
+import numpy as np
+import pyarrow as pa
+
+from runner.data.masking import CompletionSpan, build_labels
+from runner.data.rows import Row, Split
+from runner.functions import as_json
+from runner.recipe.schema import Loss
+
+# Texts as bytes: half a character, which a JSON file may hold, is no UTF-8.
+_TEXT: Final = pa.binary()
+_NUMBERS: Final = pa.list_(pa.int32())
+# Places of completions: the start and the end of each, one after the other.
+SCHEMA: Final = pa.schema(
+    {
+        "row_id": _TEXT,
+        "group": _TEXT,
+        "where": _TEXT,
+        "input_ids": _NUMBERS,
+        "spans": _NUMBERS,
+        "contents": _NUMBERS,
+        "untrained": _NUMBERS,
+        "num_bytes": pa.int64(),
+        "is_truncated": pa.bool_(),
+        "references": pa.list_(_TEXT),
+        "columns": _TEXT,  # JSON; null where nobody will look at them
+    }
+)
+_BATCH_ROWS: Final = 1000
+# What a row takes on disk: its tokens, and about as much for names and places, references not
+# counted.
+BYTES_PER_TOKEN: Final = 4
+BYTES_PER_ROW: Final = 300
+
+
+def write_shard(path: Path, rows: Sequence[Row], *, with_columns: bool) -> None:
+    """Write rows as one file, a stream of Arrow; `with_columns` for metrics of the project.
+
+    Raises:
+        DataError: a column holds bytes, which no metric can be given.
+        OSError: it cannot be written.
+    """
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
+        for start in range(0, len(rows), _BATCH_ROWS):
+            batch = rows[start : start + _BATCH_ROWS]
+            stream.write_batch(pa.record_batch(_build_columns(batch, with_columns), schema=SCHEMA))
+
+
+def _build_columns(rows: Sequence[Row], with_columns: bool) -> list[Any]:
+    return [
+        pa.array([_encode(row.row_id) for row in rows], _TEXT),
+        pa.array([_encode(row.group) for row in rows], _TEXT),
+        pa.array([_encode(row.where) for row in rows], _TEXT),
+        pa.array([row.input_ids for row in rows], _NUMBERS),
+        pa.array([_flatten(row.spans) for row in rows], _NUMBERS),
+        pa.array([_flatten(row.contents) for row in rows], _NUMBERS),
+        pa.array([_flatten(row.untrained) for row in rows], _NUMBERS),
+        pa.array([row.num_bytes for row in rows], pa.int64()),
+        pa.array([row.is_truncated for row in rows], pa.bool_()),
+        pa.array([[_encode(text) for text in row.references] for row in rows], pa.list_(_TEXT)),
+        pa.array([_say(row) if with_columns else None for row in rows], _TEXT),
+    ]
+
+
+def _say(row: Row) -> bytes:
+    """What a row says as its metrics will get it."""
+    return json.dumps(as_json(row.columns, row.where)).encode()
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _decode(text: bytes) -> str:
+    return text.decode("utf-8", "surrogatepass")
+
+
+def _flatten(spans: Sequence[CompletionSpan]) -> list[int]:
+    return [bound for span in spans for bound in (span.start, span.end)]
+
+
+def _unflatten(bounds: Sequence[int]) -> tuple[CompletionSpan, ...]:
+    return tuple(map(CompletionSpan, bounds[::2], bounds[1::2]))
+
+
+class StoredRows(Sequence[Row]):
+    """The rows of some shards, in order. The files stay mapped; a row is built when it is asked
+    for, and is another object each time.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+        self._batches = [batch for path in paths for batch in _map_batches(path)]
+        self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
+    def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
+        if isinstance(index, slice):
+            return tuple(self[at] for at in range(*index.indices(len(self))))
+        at = range(len(self))[index]  # an IndexError where it is none, which ends iterations
+        number = bisect_right(self._starts, at) - 1
+        return self._batches[number].build_row(at - self._starts[number])
+
+    def list_texts(self, column: str) -> list[str]:
+        """One column of texts."""
+        return [_decode(text) for one in self._batches for text in one.column(column).to_pylist()]
+
+    def list_lengths(self) -> list[int]:
+        """The tokens of each row."""
+        lengths = [np.diff(one.offsets("input_ids")) for one in self._batches]
+        return [length for some in lengths for length in some.tolist()]
+
+    def build_dataset(self, loss: Loss, padding: Sequence[Sequence[int]]) -> Any:
+        """A `datasets.Dataset` of `input_ids` and `labels`, and behind them rows without labels.
+
+        It maps the same files. What is said of labels there are the places that have one, or under
+        the full loss those that have none; they are written out when rows are read.
+        """
+        from datasets import Dataset, concatenate_datasets
+
+        places = "untrained" if loss == "full" else "spans"
+        parts = [
+            Dataset.from_file(str(path))
+            .select_columns(["input_ids", places])
+            .rename_column(places, "labels")
+            for path in self.paths
+        ]
+        if padding:
+            none = [[0, len(ids)] if loss == "full" else [] for ids in padding]
+            columns = {"input_ids": padding, "labels": none}
+            parts.append(Dataset.from_dict(columns, features=parts[0].features))
+        return concatenate_datasets(parts).with_transform(partial(_write_labels, loss=loss))
+
+
+def _write_labels(columns: Mapping[str, Any], *, loss: Loss) -> dict[str, Any]:
+    """Rows of `StoredRows.build_dataset` as a trainer takes them."""
+    labels = []
+    for input_ids, bounds in zip(columns["input_ids"], columns["labels"], strict=True):
+        places = _unflatten(bounds)
+        spans, untrained = ((), places) if loss == "full" else (places, ())
+        labels.append(build_labels(input_ids, spans, loss, untrained))
+    return {"input_ids": columns["input_ids"], "labels": labels}
+
+
+class _Batch:
+    """Some rows of one shard, whose numbers are views of the mapped file."""
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+        self.num_rows: int = batch.num_rows
+        self._values: dict[str, Any] = {}
+        self._offsets: dict[str, Any] = {}
+        for name in ("input_ids", "spans", "contents", "untrained"):
+            column = batch.column(name)
+            self._values[name] = column.values.to_numpy()
+            self._offsets[name] = column.offsets.to_numpy()
+
+    def column(self, name: str) -> Any:
+        """One column."""
+        return self._batch.column(name)
+
+    def offsets(self, name: str) -> Any:
+        """Where the numbers of each row begin, and the last one's end."""
+        return self._offsets[name]
+
+    def build_row(self, at: int) -> Row:
+        """One row."""
+        columns = self.column("columns")[at].as_py()
+        return Row(
+            row_id=self._text("row_id", at),
+            group=self._text("group", at),
+            input_ids=tuple(self._numbers("input_ids", at)),
+            spans=_unflatten(self._numbers("spans", at)),
+            contents=_unflatten(self._numbers("contents", at)),
+            num_bytes=self.column("num_bytes")[at].as_py(),
+            is_truncated=self.column("is_truncated")[at].as_py(),
+            untrained=_unflatten(self._numbers("untrained", at)),
+            references=tuple(map(_decode, self.column("references")[at].as_py())),
+            where=self._text("where", at),
+            columns={} if columns is None else json.loads(columns),
+        )
+
+    def _text(self, name: str, at: int) -> str:
+        return _decode(self.column(name)[at].as_py())
+
+    def _numbers(self, name: str, at: int) -> list[int]:
+        offsets = self._offsets[name]
+        numbers: list[int] = self._values[name][offsets[at] : offsets[at + 1]].tolist()
+        return numbers
+
+
+def _map_batches(path: Path) -> Iterable[_Batch]:
+    with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+        return [_Batch(batch) for batch in stream]
+
+
+@dataclass(frozen=True)
+class StoredSplit(Split):
+    """A split whose rows are stored, and what `samples.json` says of them under each loss, but for
+    its `LISTS`.
+    """
+
+    LISTS: ClassVar = ("ids", "groups", "num_dropped", "dropped")
+
+    rows: StoredRows
+    facts: Mapping[str, Mapping[str, Any]]
+
+    def list_lengths(self) -> list[int]:
+        return self.rows.list_lengths()
+
+    def describe(self, loss: Loss) -> dict[str, Any]:
+        lists = {
+            "ids": self.rows.list_texts("row_id"),
+            "groups": self.rows.list_texts("group"),
+            "num_dropped": len(self.dropped),
+            "dropped": list(self.dropped),
+        }
+        return {**self.facts[loss], **lists}

@@ -1,0 +1,247 @@
+"""The rows of a run: read from an entry below the output root where there are many of them and they
+were masked before, else drawn and masked, and stored for the next attempt or run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from runner.data.draw import SPLITS, RawSplits, draw_splits
+from runner.data.row_entries import (
+    MIN_STORED_ROWS,
+    build_parts,
+    count_stated_rows,
+    load_entry,
+    name_entry,
+    pin_data,
+    write_rows,
+)
+from runner.data.rows import Samples, build_samples
+from runner.data.shards import Work
+from runner.data.stored_rows import BYTES_PER_ROW
+from runner.errors import CorruptFileError
+from runner.model.memory import require_space
+from runner.recipe.contents import ContentHashes, hash_what_is_there
+from runner.run.entries import Entry, find_entry, hold_entry, quarantine_entry, write_entry
+from runner.run.paths import content_cache_path, find_output_root, row_entries_dir
+from runner.sft.context import RunContext
+from runner.sft.generation import refuse_what_cannot_be_judged
+from runner.sft.phases import name_rows_phase
+from runner.sft.startup import WorldPlace
+from runner.strict import list_texts
+from runner.text import format_seconds
+
+_SHOW_SECONDS: Final = 0.5  # between two looks at how far masking is
+_SAY_SECONDS: Final = 10.0  # between two lines of the log
+_BAR_WIDTH: Final = 20
+_NUM_MEASURED: Final = 1000
+
+
+def load_samples(context: RunContext, tokenizer: Any) -> Samples:
+    """The rows that a run trains and is scored on; every rank has the same.
+
+    Raises:
+        DataError: as `draw_splits`, `build_samples` and `refuse_what_cannot_be_judged`.
+    """
+    recipe, raw, samples = context.recipe, None, None
+    stated = count_stated_rows(recipe)
+    is_small = stated is not None and stated < MIN_STORED_ROWS
+    if not is_small and pin_data(recipe, context.contents) is not None:
+        store = RowStore(context, tokenizer)
+        # The main process writes while the others wait, and all map the same files.
+        folder = context.on_main(store.find_or_write)
+        raw, samples = store.raw, None if folder is None else _map(Path(folder))
+    if samples is None:
+        if raw is None:
+            with context.phase(name_rows_phase(recipe.data)):
+                raw = draw_splits(recipe.data)
+        with context.phase("masking rows"):
+            samples = build_samples(recipe.data, tokenizer, raw, sign_of_life=context.sign_of_life)
+    with context.phase("masking rows"):
+        refuse_what_cannot_be_judged(recipe, samples)
+    return samples
+
+
+def _map(folder: Path) -> Samples | None:
+    try:
+        return load_entry(folder)
+    except CorruptFileError as error:  # not to be seen on this machine yet
+        _tell(f"warning: this process masks its rows itself: {error.message}")
+        return None
+
+
+class RowStore:
+    """The entries of rows below one output root, as one run looks for its own there; only the main
+    process does.
+    """
+
+    def __init__(self, context: RunContext, tokenizer: Any) -> None:
+        self._context, self._tokenizer = context, tokenizer
+        self._output_root = find_output_root(context.paths.run_dir)
+        self._root = row_entries_dir(self._output_root)
+        self.raw: RawSplits | None = None  # the rows that were drawn, where that was needed
+
+    def find_or_write(self) -> str | None:
+        """The folder of the entry, which is written where there is none; None where rows are few,
+        or cannot be stored, which is told.
+
+        Raises:
+            DataError: as `draw_splits` and `build_samples`.
+        """
+        context = self._context
+        try:
+            if self._root.is_dir():
+                with context.phase("reading masked rows"):
+                    if (entry := _find(self.folder)) is not None:
+                        return str(entry.folder)
+            with context.phase(name_rows_phase(context.recipe.data)):
+                self.raw = draw_splits(context.recipe.data)
+            if _count(self.raw) < MIN_STORED_ROWS:
+                return None
+            with context.phase("masking rows"):
+                return str(self.write(self.raw).folder)
+        except OSError as error:
+            _tell(f"warning: masked rows are not stored below {self._root}: {error}")
+            return None
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the entry is, or will be."""
+        return self._root / name_entry(self._parts)
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        parts = build_parts(self._context.recipe, self._tokenizer, self._context.contents)
+        assert parts is not None, "else nobody would look for an entry"
+        return parts
+
+    def write(self, raw: RawSplits) -> Entry:
+        """The entry, which another run may write while this one waits for it.
+
+        Raises:
+            DataError: as `build_samples`.
+            OSError: it cannot be written, or data files are not what the entry is named after.
+        """
+        with hold_entry(self.folder, self._wait):
+            self._context.enter_phase("masking rows")
+            if (entry := _find(self.folder, is_ours=True)) is not None:
+                return entry
+            self._require_same_files()
+            require_space(self._root, _estimate_bytes(raw), "the masked rows")
+            return self._mask(raw)
+
+    def _wait(self) -> bool:
+        """While another run writes the same rows."""
+        self._context.enter_phase("waiting for another run that masks the same rows")
+        self._context.sign_of_life()
+        return True
+
+    def _require_same_files(self) -> None:
+        """Look again at the files that were just read."""
+        recipe, contents = self._context.recipe, self._context.contents
+        named = pin_data(recipe, contents)
+        hashes = ContentHashes(content_cache_path(self._output_root))
+        now = {**contents, **hash_what_is_there(recipe, hashes, only=named or ())}
+        if pin_data(recipe, now) != named:
+            raise OSError("data files changed since the run was prepared")
+
+    def _mask(self, raw: RawSplits) -> Entry:
+        context, recipe = self._context, self._context.recipe
+        work = Work(recipe.data, recipe.model)
+        num_cores = count_free_cores(context.place, os.environ)
+        bar, began = _Bar(context), time.monotonic()
+
+        def write(temporary: Path) -> None:
+            write_rows(
+                temporary,
+                raw,
+                work,
+                self._tokenizer,
+                with_columns=bool(recipe.evaluation.metrics),
+                num_cores=num_cores,
+                report=bar.report,
+            )
+
+        producer = {"run": recipe.run.full_name, "attempt": context.attempt.attempt_dir.name}
+        entry = write_entry(self.folder, write, parts=self._parts, producer=producer)
+        seconds = format_seconds(time.monotonic() - began)
+        _tell(f"masked {_count(raw):,} rows in {seconds}, stored in {entry.folder}")
+        return entry
+
+
+def _find(folder: Path, *, is_ours: bool = False) -> Entry | None:
+    """The entry, verified. One that is damaged is moved aside by the holder of its lock."""
+    try:
+        began = time.monotonic()
+        if (entry := find_entry(folder)) is not None:
+            load_entry(folder)
+            run, attempt = entry.producer.get("run"), entry.producer.get("attempt")
+            seconds = time.monotonic() - began
+            _tell(
+                f"rows were masked by {run}, attempt {attempt}, and are read from {folder},"
+                f" compared with its checksums in {seconds:.1f} s"
+            )
+        return entry
+    except CorruptFileError as error:
+        if is_ours:
+            moved = quarantine_entry(folder, error.message)
+            _tell(f"warning: masked rows are damaged: {error.message}; moved to {moved}")
+        return None
+
+
+def count_free_cores(place: WorldPlace, environment: Mapping[str, str]) -> int:
+    """Cores for the main process while the other ranks of this machine wait for it.
+
+    `OMP_NUM_THREADS` is a rank's share of what the launcher has for this run.
+    """
+    bound = len(os.sched_getaffinity(0))
+    threads = environment.get("OMP_NUM_THREADS", "")
+    share = int(threads) if threads.isdecimal() else bound // place.local_world_size
+    return max(1, min(bound, share * place.local_world_size))
+
+
+class _Bar:
+    """How far masking is, in `progress.json` and now and then in the log."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._began = self._said_at = time.monotonic()
+        self._shown_at = 0.0
+
+    def report(self, num_done: int, num_rows: int) -> None:
+        """Note how many rows are done; called for each row, perhaps."""
+        now = time.monotonic()
+        if now - self._shown_at < _SHOW_SECONDS:
+            return
+        self._shown_at = now
+        shown = f"{num_done:,} of {num_rows:,}"
+        self._context.show_in_phase(shown)
+        if now - self._said_at >= _SAY_SECONDS:
+            self._said_at = now
+            bar = "#" * (_BAR_WIDTH * num_done // max(1, num_rows))
+            per_second = num_done / (now - self._began)
+            _tell(f"masking rows [{bar:<{_BAR_WIDTH}}] {shown}, {per_second:,.0f} a second")
+
+
+def _count(raw: RawSplits) -> int:
+    return sum(len(getattr(raw, split)) for split in SPLITS)
+
+
+def _estimate_bytes(raw: RawSplits) -> int:
+    """Of the entry, by some of the rows; a token is rarely of fewer than two characters."""
+    num_bytes = 0
+    for split in SPLITS:
+        rows = getattr(raw, split)
+        some = rows[:: max(1, len(rows) // _NUM_MEASURED)]
+        characters = sum(len(text) for row in some for text in list_texts(list(row.messages)))
+        num_bytes += (3 * characters // len(some) + BYTES_PER_ROW) * len(rows)
+    return num_bytes
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,207 @@
+"""Where a run has its rows from: many of them from an entry that is written once, whatever becomes
+of it; few of them as ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from runner.data.draw import draw_splits
+from runner.data.row_entries import MIN_STORED_ROWS, load_entry
+from runner.data.rows import Samples, build_samples, describe_samples
+from runner.data.stored_rows import StoredRows
+from runner.data.tokenizer import load_tokenizer
+from runner.errors import DataError
+from runner.files import dump_json, load_json
+from runner.recipe.contents import ContentHashes, hash_contents
+from runner.run.entries import hold_entry, list_stored
+from runner.run.paths import row_entries_dir
+from runner.run.record import load_progress
+from runner.sft.context import RunContext
+from runner.sft.rows import RowStore, count_free_cores, load_samples
+from runner.sft.startup import WorldPlace
+from tests.conftest import Project
+from tests.support.contexts import open_context
+
+LARGE: Final = (
+    "data.train.path=large.jsonl",
+    f"data.num_train_samples={MIN_STORED_ROWS - 27}",
+)
+
+
+@pytest.fixture
+def here(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.chdir(project.root)
+    project.add_model()
+    return project
+
+
+def open_run(project: Project, *overrides: str) -> tuple[RunContext, Any]:
+    """A run as its trainer sees it, and its tokenizer."""
+    context = open_context(project, *overrides)
+    hashes = ContentHashes(project.root / "hashes.json")
+    context.contents = hash_contents(context.recipe, hashes)
+    return context, load_tokenizer(context.recipe.model)
+
+
+def write_large(project: Project) -> None:
+    lines = []
+    for number in range(MIN_STORED_ROWS):
+        turns = [{"role": "user", "content": str(number)}, {"role": "assistant", "content": "yes"}]
+        lines.append(json.dumps({"messages": turns}))
+    (project.root / "large.jsonl").write_text("\n".join(lines))
+
+
+def describe(samples: Samples) -> str:
+    return dump_json(describe_samples(samples, "completion"))
+
+
+def list_entries(project: Project) -> list[str]:
+    return [one.path.name for one in list_stored(row_entries_dir(project.root / "runs"))]
+
+
+def test_few_rows_are_masked_as_ever(here: Project) -> None:
+    context, tokenizer = open_run(here, "data.num_train_samples=null")  # as many as there are
+    samples = load_samples(context, tokenizer)
+    assert isinstance(samples.train.rows, tuple)
+    assert describe(samples) == describe(build_samples(context.recipe.data, tokenizer))
+    assert not row_entries_dir(here.root / "runs").exists()
+
+
+def test_many_rows_are_stored_once_and_read_again_or_masked_where_there_is_no_room(
+    here: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_large(here)
+    context, tokenizer = open_run(here, *LARGE)
+    with monkeypatch.context() as full:
+        usage = shutil._ntuple_diskusage(10**9, 10**9 - 10_000, 10_000)
+        full.setattr(shutil, "disk_usage", lambda _: usage)
+        in_memory = load_samples(context, tokenizer)
+    assert isinstance(in_memory.train.rows, tuple)
+    told = capsys.readouterr().out
+    assert "warning: masked rows are not stored below" in told
+    assert "the masked rows would take" in told and list_entries(here) == []
+    first = load_samples(context, tokenizer)
+    assert "masked 5,000 rows in" in capsys.readouterr().out
+    second = load_samples(context, tokenizer)
+    assert "rows were masked by tests/base, attempt 1," in capsys.readouterr().out
+    for samples in (first, second):
+        assert isinstance(samples.train.rows, StoredRows)
+        assert describe(samples) == describe(in_memory)
+        assert tuple(samples.test.rows) == in_memory.test.rows
+    assert len(list_entries(here)) == 1
+
+
+@pytest.fixture
+def store(here: Project) -> RowStore:
+    """A store with the entry of a few rows in it."""
+    store = RowStore(*open_run(here))
+    store.write(draw_splits(here.recipe().data))
+    return store
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("name", ["train-00000.arrow", "rows.json"])
+def test_a_damaged_entry_is_moved_aside_and_written_anew(
+    here: Project,
+    store: RowStore,
+    name: str,
+    damage: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {path.name: path.read_bytes() for path in store.folder.iterdir()}
+    damage(store.folder / name)
+    again = RowStore(*open_run(here))
+    again.write(draw_splits(here.recipe().data))
+    told = capsys.readouterr().out
+    (moved,) = (store.folder.parent / ".quarantine").iterdir()
+    why = load_json(moved / "why.json")["why"]
+    assert f"warning: masked rows are damaged: {why}; moved to {moved}" in told
+    after = {path.name: path.read_bytes() for path in store.folder.iterdir()}
+    del before["manifest.json"], after["manifest.json"]  # which says when
+    assert after == before and load_entry(again.folder).train.rows
+
+
+def test_a_run_waits_for_another_that_masks_the_same_rows(
+    here: Project, store: RowStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready = store.folder.with_name("ready")
+    store.folder.rename(ready)
+    context, tokenizer = open_run(here)
+    other = RowStore(context, tokenizer)
+    found: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: found.append(other.write(draw_splits(context.recipe.data)))
+    )
+    with hold_entry(store.folder, lambda: False) as is_ours:
+        assert is_ours
+        thread.start()
+        while True:
+            progress = load_progress(context.attempt.progress_path)
+            if progress is not None and progress.phase.startswith("waiting for another run"):
+                break
+            assert thread.is_alive()
+        ready.rename(store.folder)
+    thread.join()
+    (entry,) = found
+    assert entry.folder == store.folder and entry.producer["run"] == "tests/base"
+    assert "rows were masked by" in capsys.readouterr().out
+
+
+def test_files_that_changed_since_the_run_was_prepared_are_not_stored(here: Project) -> None:
+    text = (here.root / "data.jsonl").read_text()
+    (here.root / "own.jsonl").write_text(text)
+    store = RowStore(*open_run(here, "data.train.path=own.jsonl"))
+    (here.root / "own.jsonl").write_text(text + "\n")
+    with pytest.raises(OSError, match="data files changed since the run was prepared"):
+        store.write(draw_splits(here.recipe("data.train.path=own.jsonl").data))
+    assert list_entries(here) == []
+
+
+def test_rows_that_are_refused_leave_no_entry(here: Project) -> None:
+    store = RowStore(*open_run(here, "data.max_length=5"))
+    with pytest.raises(DataError, match=r"are longer than `data\.max_length: 5`"):
+        store.write(draw_splits(here.recipe("data.max_length=5").data))
+    assert list_entries(here) == []
+
+
+def test_the_cores_of_a_run_are_its_ranks_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    two_ranks = WorldPlace(world_size=4, local_world_size=2)
+    assert count_free_cores(WorldPlace(), {}) == 8
+    assert count_free_cores(two_ranks, {}) == 8
+    assert count_free_cores(WorldPlace(), {"OMP_NUM_THREADS": "2"}) == 2
+    assert count_free_cores(two_ranks, {"OMP_NUM_THREADS": "2"}) == 4
+    assert count_free_cores(WorldPlace(), {"OMP_NUM_THREADS": "64"}) == 8
+    assert count_free_cores(two_ranks, {"OMP_NUM_THREADS": "0"}) == 1
+
+
+def test_masking_shows_how_far_it_is(here: Project) -> None:
+    """And is one phase all the same."""
+    context, _ = open_run(here)
+    with context.phase("masking rows"):
+        context._last_progress_at = 0.0  # it was just written
+        context.show_in_phase("12,000 of 100,000")
+        shown = load_progress(context.attempt.progress_path)
+        assert shown is not None and shown.phase == "masking rows, 12,000 of 100,000"
+        assert shown.phase_began_at_utc is not None
+    context.write_timing(0, 0.0)
+    assert load_json(context.attempt.timing_path)["phase_seconds"].keys() == {"masking rows"}
