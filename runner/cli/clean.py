@@ -42,11 +42,14 @@ def run_clean(arguments: argparse.Namespace) -> int:
     _refuse_while_running(root)
     if not arguments.yes:
         _confirm()
+        _refuse_while_running(root)  # the answer may have taken its time
     for path in files:
         path.unlink(missing_ok=True)
     busy = [one.path for one in folders if not remove_stored(one)]
     for path in busy:
-        print(f"warning: {path} stays: a run is writing it", file=sys.stderr)
+        print(
+            f"warning: {path} stays: a run is writing it, or it may not be removed", file=sys.stderr
+        )
     print("removed; what is needed again is computed again")
     return 1 if busy else 0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,12 +26,20 @@ from runner.run.lease import Lease
 from runner.run.record import now_utc
 
 _QUARANTINE: Final = ".quarantine"
+# `.NAME.PID-RANDOM.tmp`: what is being written, or what a killed writer has left.
+_TEMPORARY: Final = re.compile(r"\.(?P<name>[0-9a-f]{64})\.[0-9]+-[0-9a-f]{8}\.tmp")
+_NAME: Final = re.compile(r"[0-9a-f]{64}")
+_ASIDE: Final = re.compile(r"[0-9a-f]{64}-[0-9]+-[0-9a-f]{8}")
+# Where locks do not reach from one machine to another, a writer elsewhere may still be at it.
+_LEFTOVER_SECONDS: Final = 600.0
 _LOOK_SECONDS: Final = 0.2  # between two looks at a lock that another process holds
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One folder whose files are those that its manifest names. `producer` is who wrote it."""
+    """One folder whose files are those that its manifest names. `producer` is who wrote it, and
+    when: no two entries that were written have the same.
+    """
 
     folder: Path
     producer: Mapping[str, Any]
@@ -50,9 +59,11 @@ def find_entry(folder: Path) -> Entry | None:
         producer = dict(manifest["producer"])
     except (TypeError, KeyError, AttributeError, ValueError):
         raise CorruptFileError(f"{_manifest_path(folder)} is no manifest") from None
+    if not files or any(name != Path(name).name for name in files):
+        raise CorruptFileError(f"{_manifest_path(folder)} names no files of this folder")
     for name, sha256 in files.items():
         path = folder / name
-        if not path.is_file() or hash_file(path) != sha256:
+        if path.is_symlink() or not path.is_file() or hash_file(path) != sha256:
             raise CorruptFileError(f"{path} is not what was written")
     return Entry(folder, producer)
 
@@ -93,8 +104,9 @@ def write_entry(
         OSError: it cannot be written, such as on a full disk; nothing of it is left.
     """
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a writer that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+        if time.time() - _find_newest(leftover) > _LEFTOVER_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary = _name_temporary(folder)
     try:
         temporary.mkdir()
         write(temporary)
@@ -107,8 +119,11 @@ def write_entry(
             "producer": {**producer, "written_at_utc": now_utc()},
         }
         write_json_atomic(_manifest_path(temporary), described)
-        if folder.exists():  # without a manifest: nobody reads it
-            shutil.rmtree(folder)
+        # A writer elsewhere was faster, where locks do not reach: others may have mapped its files.
+        if folder.exists() and (theirs := _find_whole(folder)) is not None:
+            shutil.rmtree(temporary)
+            return theirs
+        shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -117,18 +132,34 @@ def write_entry(
     return Entry(folder, described["producer"])
 
 
+def _find_whole(folder: Path) -> Entry | None:
+    try:
+        return find_entry(folder)
+    except CorruptFileError:
+        return None
+
+
 def quarantine_entry(
-    folder: Path, why: str, *, found_by: Mapping[str, Any] | None = None
+    folder: Path,
+    why: str,
+    *,
+    read: Entry | None = None,
+    found_by: Mapping[str, Any] | None = None,
 ) -> Path | None:
     """Move an entry aside so that nobody reads it again, with the reason in `why.json` and who
-    found it; returns where it is, None where another process was faster.
+    found it; returns where it is. `read` is the entry that was found wrong, None for one that is
+    damaged: where another one has been written in its place since, that stays, and None is
+    returned.
     """
+    there = _find_whole(folder)
+    if there is not None and (read is None or there.producer != read.producer):
+        return None
     parent = folder.parent / _QUARANTINE
     parent.mkdir(parents=True, exist_ok=True)
     target = parent / f"{folder.name}-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         folder.rename(target)
-    except FileNotFoundError:
+    except FileNotFoundError:  # another process was faster
         return None
     write_json_atomic(
         target / "why.json", {"why": why, "found_by": found_by, "moved_at_utc": now_utc()}
@@ -182,26 +213,56 @@ class StoredFolder:
 
 
 def list_stored(root: Path) -> list[StoredFolder]:
-    """Everything that entries take up below `root`, which need not exist."""
-    folders = [path for path in root.glob("*") if path.is_dir() and path.name != _QUARANTINE]
-    folders += [path for path in root.glob(f"{_QUARANTINE}/*") if path.is_dir()]
+    """Everything that entries take up below `root`, which need not exist; nothing that has another
+    name, and nothing behind a link.
+    """
+    known = ((root, _NAME), (root, _TEMPORARY), (root / _QUARANTINE, _ASIDE))
+    folders = [
+        path
+        for folder, name in known
+        for path in folder.glob("*")
+        if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
     return [StoredFolder(path, _count_bytes(path)) for path in sorted(folders)]
 
 
 def remove_stored(one: StoredFolder) -> bool:
-    """Remove it; False where a process is writing this entry now."""
-    if one.path.parent.name == _QUARANTINE:
-        shutil.rmtree(one.path, ignore_errors=True)
-        return True
-    name = one.path.name
-    if name.startswith("."):  # `.NAME.PID-RANDOM.tmp`
-        name = name[1:].rpartition(".tmp")[0].rpartition(".")[0]
-    folder = one.path.with_name(name)
+    """Remove it; False where it stays, because a process is writing this entry now, or because it
+    may not be removed.
+    """
+    path = one.path
+    if path.parent.name == _QUARANTINE:
+        return _remove(path)
+    temporary = _TEMPORARY.fullmatch(path.name)
+    folder = path.with_name(temporary["name"]) if temporary else path
     with hold_entry(folder, lambda: False) as is_ours:
-        if is_ours:
-            shutil.rmtree(one.path, ignore_errors=True)
+        if not is_ours:
+            return False
+        if not temporary:  # at once for all readers: none sees half of it
+            with contextlib.suppress(OSError):
+                path = path.rename(_name_temporary(folder))
+        is_removed = _remove(path)
+        if is_removed and not folder.exists():
             _lock_path(folder).unlink(missing_ok=True)
-        return is_ours
+        return is_removed
+
+
+def _remove(folder: Path) -> bool:
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
+
+
+def _name_temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+
+
+def _find_newest(folder: Path) -> float:
+    """When a folder, or a file in it, was changed last."""
+    newest = 0.0
+    for path in (folder, *folder.glob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            newest = max(newest, path.stat().st_mtime)
+    return newest
 
 
 def _count_bytes(folder: Path) -> int:

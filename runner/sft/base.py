@@ -179,7 +179,8 @@ class _Shelf:
     _stack: ExitStack
     _key: str | None = None  # the hash of the parts, once they are known
     _parts: Mapping[str, Any] = field(default_factory=dict)
-    _producer: BaseProducer | None = None  # of what was found
+    _entry: Entry | None = None  # what was found
+    _producer: BaseProducer | None = None  # of it
     is_ours: bool = False  # the lock, under which the entry is written
     _why: str = ""  # nothing is kept
 
@@ -228,15 +229,20 @@ class _Shelf:
         return found
 
     def _find(self) -> BaseScores | None:
+        self._entry = None
         try:
-            if (entry := find_entry(self.folder)) is None:
+            self._entry = entry = find_entry(self.folder)
+            if entry is None:
                 return None
             found = BaseScores.load(self.folder)
             self._require_rows(found)
             self._producer = _read_producer(entry)
         except CorruptFileError as error:
-            moved = quarantine_entry(self.folder, error.message, found_by=self._who())
-            print(f"warning: {error.message}: moved to {moved}", flush=True)
+            moved = quarantine_entry(
+                self.folder, error.message, read=self._entry, found_by=self._who()
+            )
+            if moved is not None:  # another process may have been faster
+                print(f"warning: {error.message}: moved to {moved}", flush=True)
             return None
         return found
 
@@ -278,7 +284,7 @@ class _Shelf:
             f" {difference}"
         )
         with contextlib.suppress(OSError):
-            quarantine_entry(self.folder, difference, found_by=self._who())
+            quarantine_entry(self.folder, difference, read=self._entry, found_by=self._who())
         return False
 
     def keep(self, scores: BaseScores, change: str | None) -> None:

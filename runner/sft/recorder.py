@@ -424,8 +424,9 @@ class Recorder:
         return {model: score_answers(task, found) for model, found in by_model.items() if found}
 
 
-# Of each split of `samples.json`: which rows, their tokens, and which of those have labels.
-_COMPARED: Final = ("ids", "input_ids_hash", "mask_hash")
+# Of each split of `samples.json`: which rows, their tokens, which of those have labels, and the
+# bytes that bits are counted over.
+_COMPARED: Final = ("ids", "input_ids_hash", "mask_hash", "num_bytes")
 
 
 def find_sample_differences(before: Any, now: Mapping[str, Any]) -> list[str]:
@@ -444,7 +445,7 @@ def find_sample_differences(before: Any, now: Mapping[str, Any]) -> list[str]:
         if not isinstance(known, Mapping):
             lines.append(f"{split}: not recorded")
             continue
-        other = [key for key in _COMPARED if known.get(key) != facts[key]]
+        other = [key for key in _COMPARED if known.get(key) != facts.get(key)]
         if other:
             lines.append(f"{split}: other {', '.join(other)}")
     return lines

@@ -7,7 +7,7 @@ from runner.cli.main import main
 from runner.run.entries import hold_entry, write_entry
 from runner.run.lease import Lease
 
-NAMES: Final = (".base/01ab", ".rows/23cd")
+NAMES: Final = (f".base/{'01ab' * 16}", f".rows/{'23cd' * 16}")
 CACHES: Final = (".recipes.json", "..recipes.json.77-ab.tmp")
 
 

@@ -20,6 +20,7 @@ from runner.run.entries import (
     write_entry,
 )
 
+NAME: Final = "0123456789abcdef" * 4
 PARTS: Final = {"rows": "abc"}
 PRODUCER: Final = {"run": "toy/a", "attempt": 1}
 
@@ -36,7 +37,7 @@ def write(folder: Path) -> Entry:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return tmp_path / ".base" / "0123abcd"
+    return tmp_path / ".base" / NAME
 
 
 def test_an_entry_is_found_with_who_wrote_it(folder: Path) -> None:
@@ -46,7 +47,7 @@ def test_an_entry_is_found_with_who_wrote_it(folder: Path) -> None:
     assert found == written
     assert found is not None and dict(found.producer).items() >= PRODUCER.items()
     assert json.loads((folder / "manifest.json").read_text())["parts"] == PARTS
-    assert [path.name for path in folder.parent.iterdir()] == ["0123abcd"]
+    assert [path.name for path in folder.parent.iterdir()] == [NAME]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,8 @@ def test_an_entry_is_found_with_who_wrote_it(folder: Path) -> None:
         ("manifest.json", "[]"),
         ("manifest.json", '{"files": {"scores.json": "0"}}'),
         ("manifest.json", '{"files": [], "producer": {}}'),
+        ("manifest.json", '{"files": {}, "producer": {}}'),
+        ("manifest.json", '{"files": {"../other": "0"}, "producer": {}}'),
     ],
 )
 def test_damage_is_said_and_moved_aside(folder: Path, name: str, content: str | None) -> None:
@@ -121,7 +124,36 @@ def test_a_killed_writer_leaves_no_entry_and_no_lock(folder: Path) -> None:
     with hold_entry(folder, lambda: False) as is_ours:
         assert is_ours
         write(folder)
-    assert [one.path for one in list_stored(folder.parent)] == [folder]
+    # Where locks do not reach from one machine to another, it could be alive: it goes later.
+    assert [one.path for one in list_stored(folder.parent)] == [leftover.path, folder]
+    for path in (leftover.path, *leftover.path.iterdir()):
+        os.utime(path, (0, 0))
+    quarantine_entry(folder, "wrong", read=find_entry(folder))
+    write(folder)
+    assert [one.path for one in list_stored(folder.parent)][1:] == [folder]
+
+
+def test_an_entry_that_another_machine_has_written_meanwhile_stays(folder: Path) -> None:
+    """As its files may be mapped there; where locks do not reach, two write one entry."""
+
+    def write_late(temporary: Path) -> None:
+        write_scores(temporary)
+        write(folder)
+
+    folder.parent.mkdir()
+    late = write_entry(folder, write_late, parts=PARTS, producer={"run": "toy/late"})
+    assert late.producer["run"] == "toy/a" and late == find_entry(folder)
+    assert [path.name for path in folder.parent.iterdir()] == [NAME]
+
+
+def test_a_good_entry_is_not_moved_for_the_one_that_was_there_before(folder: Path) -> None:
+    write(folder)
+    wrong = find_entry(folder)
+    assert quarantine_entry(folder, "wrong", read=wrong) is not None
+    write_entry(folder, write_scores, parts=PARTS, producer={"run": "toy/b"})
+    assert quarantine_entry(folder, "wrong", read=wrong) is None
+    assert quarantine_entry(folder, "damaged, as another run read it") is None
+    assert find_entry(folder) is not None
 
 
 def test_who_waits_gets_the_lock_of_the_next_entry(folder: Path) -> None:
@@ -141,18 +173,31 @@ def test_who_waits_gets_the_lock_of_the_next_entry(folder: Path) -> None:
 def test_everything_is_listed_and_removed(folder: Path) -> None:
     assert list_stored(folder.parent) == []
     write(folder)
-    quarantine_entry(folder, "wrong")
+    quarantine_entry(folder, "wrong", read=find_entry(folder))
     write(folder)
-    leftover = folder.with_name(".0123abcd.77-ab.tmp")
+    leftover = folder.with_name(f".{NAME}.77-0123abcd.tmp")
     leftover.mkdir()
     (leftover / "scores.json").write_text("[1.")
     stored = list_stored(folder.parent)
-    assert [one.path.name.split("-")[0] for one in stored] == [
-        ".0123abcd.77",
-        "0123abcd",
-        "0123abcd",
-    ]
-    assert stored[0].num_bytes == 3 and all(one.num_bytes > 100 for one in stored[1:])
+    assert [one.path.name.split("-")[0] for one in stored] == [f".{NAME}.77", NAME, NAME]
+    assert {one.path.name: one.num_bytes for one in stored}[leftover.name] == 3
+    with hold_entry(folder, lambda: False):
+        pass
     assert all(remove_stored(one) for one in stored)
     assert list_stored(folder.parent) == []
     assert [path.name for path in folder.parent.iterdir()] == [".quarantine"]
+
+
+def test_what_is_no_entry_is_neither_listed_nor_removed(folder: Path, tmp_path: Path) -> None:
+    """A thesis in the scratch folder that `.rows` is a link to, an entry that is a link."""
+    write(folder)
+    thesis = folder.parent / "thesis"
+    thesis.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.with_name("f" * 64).symlink_to(elsewhere)
+    linked = tmp_path / ".rows"
+    linked.symlink_to(folder.parent)
+    [stored] = list_stored(linked)
+    assert stored.path == linked / NAME and remove_stored(stored)
+    assert thesis.exists() and elsewhere.exists() and not folder.exists()
