@@ -244,15 +244,9 @@ def hash_what_is_there(
     return contents
 
 
-def known_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
-    """As `hash_contents`, for what is cached and still there; reads no file."""
-    known = {content.path: known_content(content, hashes) for content in list_contents(recipe)}
-    return {path: digest for path, digest in known.items() if digest is not None}
-
-
 class KnownContents:
-    """`known_contents` of many recipes that name the same few files: each is looked at once until
-    `refresh`.
+    """As `hash_contents`, for what is cached and still there; reads no file. Many recipes name the
+    same few files: each is looked at once until `refresh`.
     """
 
     def __init__(self, cache_path: Path) -> None:

@@ -18,7 +18,7 @@ from runner.plan.decide import Launch
 from runner.plan.select import select_recipes
 from runner.plan.status import read_status
 from runner.processes import StopSignals
-from runner.recipe.contents import ContentHashes, known_contents
+from runner.recipe.contents import KnownContents, list_contents
 from runner.recipe.parse import load_recipe
 from runner.run.facts import read_facts
 from runner.run.lease import is_leased
@@ -35,10 +35,10 @@ __all__ = ["fake"]
 
 def list_states(fake: FakeLauncher, *names: str) -> list[str]:
     recipes = [load_recipe(fake.root / "recipes" / "toy" / f"{name}.yaml") for name in names]
-    hashes = ContentHashes(fake.root / "none.json")
+    known = KnownContents(fake.root / "none.json")
     return [
         read_status(
-            read_facts(fake.paths(recipe.run.name)), recipe, known_contents(recipe, hashes)
+            read_facts(fake.paths(recipe.run.name)), recipe, known.find(list_contents(recipe))
         ).state
         for recipe in recipes
     ]

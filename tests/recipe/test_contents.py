@@ -11,10 +11,10 @@ from runner.errors import DataError
 from runner.files import hash_file, hash_json
 from runner.recipe.contents import (
     ContentHashes,
+    KnownContents,
     hash_contents,
     hash_what_is_there,
     known_content,
-    known_contents,
     list_content_paths,
     list_contents,
 )
@@ -216,7 +216,11 @@ def test_a_file_that_cannot_be_read_is_an_error_in_words(recipe: Recipe) -> None
     Path("models/toy/broken").symlink_to("nowhere")
     with pytest.raises(DataError, match="cannot be read"):
         digest_now(recipe)
-    assert "models/toy" not in known_contents(recipe, ContentHashes(Path("cache.json")))
+    assert "models/toy" not in find_known(recipe, Path("cache.json"))
+
+
+def find_known(recipe: Recipe, path: Path) -> dict[str, str]:
+    return KnownContents(path).find(list_contents(recipe))
 
 
 def digest_of(*overrides: str) -> str:
@@ -265,7 +269,7 @@ def test_a_folder_that_leaves_open_what_is_meant_is_refused_before_anything_star
     ambiguous = parse("data.train.path=rows")
     with pytest.raises(DataError, match="does not say which split to read"):
         hash_contents(ambiguous, ContentHashes(Path("cache.json")))
-    assert "rows" not in known_contents(ambiguous, ContentHashes(Path("cache.json")))
+    assert "rows" not in find_known(ambiguous, Path("cache.json"))
     assert "rows" not in hash_what_is_there(ambiguous, ContentHashes(Path("cache.json")))
 
 
@@ -310,13 +314,13 @@ def test_a_hub_id_is_not_taken_for_a_missing_file(
 
 
 def test_known_contents_reads_nothing(recipe: Recipe, tmp_path: Path) -> None:
-    hashes = ContentHashes(tmp_path / "cache.json")
-    assert known_contents(recipe, hashes) == {}
-    contents = hash_contents(recipe, hashes)
-    assert known_contents(recipe, hashes) == contents
+    path = tmp_path / "cache.json"
+    assert find_known(recipe, path) == {}
+    contents = hash_contents(recipe, ContentHashes(path))
+    assert find_known(recipe, path) == contents
     Path("v.jsonl").unlink()
     Path("t.jsonl").touch()
-    assert set(contents) - set(known_contents(recipe, hashes)) == {"v.jsonl", "t.jsonl"}
+    assert set(contents) - set(find_known(recipe, path)) == {"v.jsonl", "t.jsonl"}
 
 
 def test_all_ways_to_ask_for_a_folder_of_rows_give_one_hash(recipe: Recipe) -> None:
@@ -326,6 +330,6 @@ def test_all_ways_to_ask_for_a_folder_of_rows_give_one_hash(recipe: Recipe) -> N
     hashes = ContentHashes(Path("cache.json"))
     launched = hash_contents(named, hashes)["rows"]
     assert hash_what_is_there(named, hashes)["rows"] == launched
-    assert known_contents(named, hashes)["rows"] == launched
+    assert find_known(named, Path("cache.json"))["rows"] == launched
     (content,) = [one for one in list_contents(named) if one.path == "rows"]
     assert known_content(content, hashes) == launched

@@ -19,7 +19,7 @@ from runner.files import append_jsonl, load_json, write_json_atomic, write_jsonl
 from runner.launch import display
 from runner.plan.select import Selected, select_recipes
 from runner.plan.status import RunStatus, read_status
-from runner.recipe.contents import ContentHashes, known_contents
+from runner.recipe.contents import KnownContents, list_contents
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.paths import content_cache_path
 from runner.run.record import Progress, now_utc
@@ -34,9 +34,9 @@ def select(fake: FakeLauncher) -> list[Selected]:
 
 
 def derive(selected: list[Selected]) -> list[RunStatus]:
-    hashes = ContentHashes(content_cache_path(Path("runs")))
+    known = KnownContents(content_cache_path(Path("runs")))
     return [
-        read_status(one.read_facts(), one.recipe, known_contents(one.recipe, hashes))
+        read_status(one.read_facts(), one.recipe, known.find(list_contents(one.recipe)))
         for one in selected
     ]
 
