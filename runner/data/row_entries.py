@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
@@ -175,7 +174,7 @@ def write_rows(
     for split in splits.values():
         stored = StoredRows([folder / shard for shard in split["shards"]])
         split["facts"] = _describe(stored, lambda: report(num_rows, num_rows))
-    content = {"splits": splits, "left_out": asdict(raw.left_out)}
+    content = {"splits": splits, "left_out": vars(raw.left_out)}
     write_json_atomic(folder / "rows.json", content)
 
 

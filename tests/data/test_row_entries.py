@@ -47,9 +47,12 @@ def list_files(folder: Path) -> dict[str, bytes]:
 def test_an_entry_holds_the_rows_that_are_masked_without_it(
     tmp_path: Path, model: ModelSection, changes: Mapping[str, Any]
 ) -> None:
-    data = section(write_file(tmp_path / "rows.jsonl", [*ROWS, ROWS[0]]), **changes)
+    rows = [{**row, "id": number, "note": "x"} for number, row in enumerate([*ROWS, ROWS[0]])]
+    changes = {"ignore": ["note", "unknown"], **changes}
+    data = section(write_file(tmp_path / "rows.jsonl", rows), **changes)
     tokenizer, raw = load_tokenizer(model), draw_splits(data)
     expected = build_samples(data, tokenizer, raw)
+    assert dict(raw.left_out.columns["train"]) == {"id": len(rows), "note": len(rows)}
     folder = tmp_path / "entry"
     folder.mkdir()
     told: list[tuple[int, int]] = []
