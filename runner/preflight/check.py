@@ -109,6 +109,13 @@ def _estimate_needs(
         for one in find_suggestions(on_device, measures, device_bytes):
             needs.lines += ["", *one.lines]
             needs.suggestions.append({"text": "\n".join(one.lines), "runs": list(one.runs)})
+        if device_gib is not None and not needs.suggestions:
+            why = (
+                f"nothing is to be gained on {device_gib} GiB"
+                if on_device
+                else "`--device-gib` is of no effect: their launch configs use the CPU"
+            )
+            needs.lines += ["", f"no suggestions: {why}"]
     return needs
 
 

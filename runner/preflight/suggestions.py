@@ -238,7 +238,8 @@ def _write_lines(grid: str, runs: Sequence[CheckedRun], plan: Plan) -> Iterator[
         yield "no change fits all models of the grid alike"
         return
     path = Path("recipe_templates") / grid / "recipe.yaml.j2"
-    yield f"for all arms alike, in {path if path.exists() else f'the template of {grid}'}:"
+    where = path if path.exists() else f"the template of {grid}"
+    yield f"for all arms alike, replace these keys where they stand in {where}:"
     if plan.micro_batch is not None or plan.without_checkpointing:
         yield "  training:"
     if plan.micro_batch is not None:
@@ -247,7 +248,7 @@ def _write_lines(grid: str, runs: Sequence[CheckedRun], plan: Plan) -> Iterator[
     if plan.without_checkpointing:
         yield "    gradient_checkpointing: false"
     if plan.without_quantization:
-        yield "  quantization: {method: none}"
+        yield "  quantization: {method: none}  # the whole section"
     if plan.answer_batch is not None:
         yield "  evaluation:"
         yield "    generation:"
@@ -281,4 +282,6 @@ def _write_accumulation(recipes: Sequence[Recipe], micro_batch: int) -> Iterator
             divided = f"{axis} // {micro_batch}" if own == 1 else f"{axis} * {own} // {micro_batch}"
             yield f"    gradient_accumulation_steps: {{{{ ({divided}) | yaml }}}}"
             return
-    yield f"    gradient_accumulation_steps: # what it is, times {own}, divided by {micro_batch}"
+    times = "" if own == 1 else f"{own} times "
+    # No number, so that it is refused where it is pasted as it is.
+    yield f"    gradient_accumulation_steps: {times}what stands there, divided by {micro_batch}"

@@ -33,8 +33,8 @@ class OtherBaseScores:
 
 
 def find_other_base_scores(output_root: Path) -> list[OtherBaseScores]:
-    """What is in quarantine below an output root; one folder is read, whatever the number of
-    runs.
+    """What was found wrong below an output root, but for files that were damaged: nobody took
+    those. One folder is read, whatever the number of runs.
     """
     return [
         OtherBaseScores(
@@ -45,6 +45,7 @@ def find_other_base_scores(output_root: Path) -> list[OtherBaseScores]:
             runs=frozenset(str(who["run"]) for who in (one.producer, one.found_by) if "run" in who),
         )
         for one in list_quarantined(base_entries_dir(output_root))
+        if not one.is_damaged
     ]
 
 

@@ -161,20 +161,20 @@ def quarantine_entry(
         folder.rename(target)
     except FileNotFoundError:  # another process was faster
         return None
-    write_json_atomic(
-        target / "why.json", {"why": why, "found_by": found_by, "moved_at_utc": now_utc()}
-    )
+    facts = {"why": why, "is_damaged": read is None, "found_by": found_by}
+    write_json_atomic(target / "why.json", {**facts, "moved_at_utc": now_utc()})
     return target
 
 
 @dataclass(frozen=True)
 class Quarantined:
     """An entry that was moved aside: why, who had written it, and who found it wrong; empty where
-    nobody can tell.
+    nobody can tell. `is_damaged`: its files were not those that were written.
     """
 
     path: Path
     why: str
+    is_damaged: bool
     producer: Mapping[str, Any]
     found_by: Mapping[str, Any]
 
@@ -190,7 +190,8 @@ def list_quarantined(root: Path) -> list[Quarantined]:
             dict(value) if isinstance(value, Mapping) else {}
             for value in (manifest.get("producer"), reason.get("found_by"))
         )
-        found.append(Quarantined(path, str(reason.get("why", "")), producer, found_by))
+        why, is_damaged = str(reason.get("why", "")), reason.get("is_damaged") is True
+        found.append(Quarantined(path, why, is_damaged, producer, found_by))
     return found
 
 

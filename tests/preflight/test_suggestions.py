@@ -223,6 +223,8 @@ def test_check_prints_suggestions_for_a_device_and_writes_nothing(project: Proje
     assert "and 8 answers at a time: about" in done.stdout
     assert "suggestions for tests, " in done.stdout and "suggestions for cpu, " not in done.stdout
     assert path.read_bytes() == before
+    done = project.cli("check", "recipes/tests/cpu.yaml", "--device-gib", "8")
+    assert "no suggestions: `--device-gib` is of no effect: their launch configs" in done.stdout
 
 
 def test_the_json_holds_suggestions_and_what_answers_need(

@@ -27,7 +27,7 @@ from runner.data.tasks.base import Judgement
 from runner.data.tokenizer import load_tokenizer
 from runner.files import hash_file, load_json, write_json_atomic
 from runner.run.base_scores import find_other_base_scores
-from runner.run.entries import hold_entry
+from runner.run.entries import hold_entry, list_quarantined
 from runner.run.lease import Lease
 from runner.run.record import AskedBase, BaseSource, load_base_source, load_progress
 from runner.sft.base import (
@@ -263,8 +263,12 @@ def test_a_damaged_entry_is_put_aside_and_made_anew(place: Place, damage: str) -
     for name in ("b", "c"):
         assert replace(place.obtain(name), again=[]) == make_scores()
     assert place.computed == ["a", "b"] and place.source("b").is_kept
-    [found] = find_other_base_scores(place.root.parent)
-    assert "tests/b" in found.runs and found.why
+    [aside] = list_quarantined(place.root)
+    assert aside.found_by["run"] == "tests/b" and aside.why
+    # Nobody took what was only damaged: the log says so, and no warning beside the runs.
+    is_damaged = damage in ("cut", "gone", "no manifest any more")
+    assert aside.is_damaged == is_damaged
+    assert len(find_other_base_scores(place.root.parent)) == (0 if is_damaged else 1)
 
 
 def test_a_full_disk_costs_the_entry_only(place: Place) -> None:
