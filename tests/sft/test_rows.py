@@ -7,6 +7,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +29,7 @@ from runner.run.entries import hold_entry, list_stored
 from runner.run.paths import row_entries_dir
 from runner.run.record import load_progress
 from runner.sft.context import RunContext
-from runner.sft.rows import RowStore, count_free_cores, load_samples
+from runner.sft.rows import RowStore, Watch, count_free_cores, load_samples
 from runner.sft.startup import WorldPlace
 from tests.conftest import Project
 from tests.support.contexts import open_context
@@ -164,6 +167,55 @@ def test_a_run_waits_for_another_that_masks_the_same_rows(
     (entry,) = found
     assert entry.folder == store.folder and entry.producer["run"] == "tests/base"
     assert "rows were masked by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_run_waits_no_longer_for_one_that_does_not_go_on(
+    here: Project, is_stopped: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a holder that was stopped would hold up every run that wants the same rows."""
+    write_large(here)
+    context, tokenizer = open_run(here, *LARGE)
+    store = RowStore(context, tokenizer, patience_seconds=0.3)
+    lock = store.folder.with_name(f"{store.folder.name}.lock")
+    hold = (
+        "import sys; from pathlib import Path; from runner.run.lease import Lease;"
+        " lock = Lease(Path(sys.argv[1])); print(lock.try_acquire(), flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == b"True\n"
+            if is_stopped:
+                holder.send_signal(signal.SIGSTOP)
+            assert store.find_or_write() is None
+            assert store.raw is not None and list_entries(here) == []
+        finally:
+            holder.kill()
+    told = capsys.readouterr().out
+    assert f"warning: masked rows are not stored below {store.folder.parent}:" in told
+    assert "another run that masks the same rows wrote nothing for" in told
+    assert store.find_or_write() == str(store.folder)  # the lock is free again
+
+
+def test_a_writer_is_at_work_as_long_as_its_files_change(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    watch = Watch(folder, 300.0)
+    assert watch.is_at_work(1000.0) and watch.is_at_work(1299.0)
+    assert not watch.is_at_work(1300.0), "it has not even begun"
+    other, own = tmp_path / ".other.1-a.tmp", tmp_path / ".key.1-a.tmp"
+    other.mkdir()
+    (other / "train-00000.arrow").write_bytes(b"rows")
+    assert not watch.is_at_work(1301.0), "it writes another entry"
+    own.mkdir()
+    shard = own / "train-00000.arrow"
+    shard.write_bytes(b"rows")
+    assert watch.is_at_work(1400.0) and watch.is_at_work(1699.0)
+    with shard.open("ab") as stream:
+        stream.write(b"more")
+    assert watch.is_at_work(1701.0) and not watch.is_at_work(2001.0)
+    os.utime(shard, (0, 0))
+    assert watch.is_at_work(2002.0)
 
 
 def test_files_that_changed_since_the_run_was_prepared_are_not_stored(here: Project) -> None:
