@@ -103,6 +103,8 @@ def _unflatten(bounds: Sequence[int]) -> tuple[CompletionSpan, ...]:
 class StoredRows(Sequence[Row]):
     """The rows of some shards, in order. The files stay mapped; a row is built when it is asked
     for, and is another object each time.
+
+    Raises: ValueError, OSError, if a file is no such shard.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -214,6 +216,8 @@ class _Batch:
 
 def _map_batches(path: Path) -> Iterable[_Batch]:
     with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+        if not stream.schema.equals(SCHEMA):
+            raise ValueError(f"{path} has other columns")
         return [_Batch(batch) for batch in stream]
 
 

@@ -23,7 +23,7 @@ from runner.data.rows import Samples, build_samples, describe_samples
 from runner.data.stored_rows import StoredRows
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError
-from runner.files import dump_json, load_json
+from runner.files import dump_json, hash_file, load_json, write_json_atomic
 from runner.recipe.contents import ContentHashes, hash_contents
 from runner.run.entries import hold_entry, list_stored
 from runner.run.paths import row_entries_dir
@@ -141,6 +141,20 @@ def test_a_damaged_entry_is_moved_aside_and_written_anew(
     after = {path.name: path.read_bytes() for path in store.folder.iterdir()}
     del before["manifest.json"], after["manifest.json"]  # which says when
     assert after == before and load_entry(again.folder).train.rows
+
+
+def test_an_entry_that_is_whole_but_of_another_shape_is_written_anew(
+    here: Project, store: RowStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = load_json(store.folder / "rows.json")
+    rows["splits"] = list(rows["splits"])
+    write_json_atomic(store.folder / "rows.json", rows)
+    manifest = load_json(store.folder / "manifest.json")
+    manifest["files"]["rows.json"] = hash_file(store.folder / "rows.json")
+    write_json_atomic(store.folder / "manifest.json", manifest)
+    RowStore(*open_run(here)).write(draw_splits(here.recipe().data))
+    assert "warning: masked rows are damaged:" in capsys.readouterr().out
+    assert load_entry(store.folder).train.rows
 
 
 def test_a_run_waits_for_another_that_masks_the_same_rows(
