@@ -22,12 +22,13 @@ from runner.data.row_entries import (
     pin_data,
     write_rows,
 )
-from runner.data.rows import Samples, build_samples
+from runner.data.rows import Samples, build_samples, expand_turns
 from runner.data.shards import Work
 from runner.data.stored_rows import BYTES_PER_ROW
 from runner.errors import CorruptFileError
 from runner.model.memory import require_space
 from runner.recipe.contents import ContentHashes, hash_what_is_there
+from runner.recipe.schema import Turns
 from runner.run.entries import Entry, find_entry, hold_entry, quarantine_entry, write_entry
 from runner.run.paths import content_cache_path, find_output_root, row_entries_dir
 from runner.sft.context import RunContext
@@ -149,7 +150,8 @@ class RowStore:
             if (entry := _find(self.folder, is_ours=True)) is not None:
                 return entry
             self._require_same_files()
-            require_space(self._root, _estimate_bytes(raw), "the masked rows")
+            num_bytes = estimate_bytes(raw, self._context.recipe.data.turns)
+            require_space(self._root, num_bytes, "the masked rows")
             return self._mask(raw)
 
     def _require_same_files(self) -> None:
@@ -269,14 +271,16 @@ def _count(raw: RawSplits) -> int:
     return sum(len(getattr(raw, split)) for split in SPLITS)
 
 
-def _estimate_bytes(raw: RawSplits) -> int:
+def estimate_bytes(raw: RawSplits, turns: Turns) -> int:
     """Of the entry, by some of the rows; a token is rarely of fewer than two characters."""
     num_bytes = 0
     for split in SPLITS:
         rows = getattr(raw, split)
         some = rows[:: max(1, len(rows) // _NUM_MEASURED)]
-        characters = sum(len(text) for row in some for text in list_texts(list(row.messages)))
-        num_bytes += (3 * characters // len(some) + BYTES_PER_ROW) * len(rows)
+        expanded = expand_turns(some, turns)
+        characters = sum(len(text) for row in expanded for text in list_texts(list(row.messages)))
+        measured = 3 * characters + BYTES_PER_ROW * len(expanded)
+        num_bytes += measured * len(rows) // max(1, len(some))
     return num_bytes
 
 

@@ -29,7 +29,7 @@ from runner.run.entries import hold_entry, list_stored
 from runner.run.paths import row_entries_dir
 from runner.run.record import load_progress
 from runner.sft.context import RunContext
-from runner.sft.rows import RowStore, Watch, count_free_cores, load_samples
+from runner.sft.rows import RowStore, Watch, count_free_cores, estimate_bytes, load_samples
 from runner.sft.startup import WorldPlace
 from tests.conftest import Project
 from tests.support.contexts import open_context
@@ -240,6 +240,31 @@ def test_files_that_changed_since_the_run_was_prepared_are_not_stored(here: Proj
     with pytest.raises(OSError, match="data files changed since the run was prepared"):
         store.write(draw_splits(here.recipe("data.train.path=own.jsonl").data))
     assert list_entries(here) == []
+
+
+def test_the_disk_check_counts_each_row_of_a_split_conversation(here: Project) -> None:
+    """`data.turns: split` makes many rows of a conversation, each with its history."""
+    turns = []
+    for number in range(12):
+        turns += [
+            {"role": "user", "content": f"{number} " + "why " * 40},
+            {"role": "assistant", "content": "so " * 40},
+        ]
+    lines = [
+        json.dumps({"messages": [{"role": "user", "content": f"row {n}"}, *turns[1:]]})
+        for n in range(60)
+    ]
+    (here.root / "talks.jsonl").write_text("\n".join(lines))
+    long = ("data.train.path=talks.jsonl", "data.num_train_samples=30", "data.max_length=4096")
+    sizes = {}
+    for name in ("last", "split"):
+        overrides = (*long, f"data.turns={name}")
+        raw = draw_splits(here.recipe(*overrides).data)
+        entry = RowStore(*open_run(here, *overrides)).write(raw)
+        written = sum(path.stat().st_size for path in entry.folder.glob("*.arrow"))
+        sizes[name] = written, estimate_bytes(raw, name)
+        assert written < sizes[name][1] < 8 * written
+    assert sizes["split"][0] > 4 * sizes["last"][0]
 
 
 def test_rows_that_are_refused_leave_no_entry(here: Project) -> None:
