@@ -10,11 +10,13 @@ same source files and libraries, give the same rows in the same order. What is n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Final, get_args
+
+import pyarrow as pa
 
 from runner.data.draw import SPLITS, LeftOut, RawRow, RawSplits
 from runner.data.provenance import PROVENANCE
@@ -40,6 +42,7 @@ ROWS_PER_SHARD: Final = 4_000
 _MIN_ROWS_PER_PROCESS: Final = 2_500
 _LOSSES: Final[tuple[Loss, ...]] = get_args(Loss)
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
+_SHARD: Final = re.compile(r"[a-z]+-[0-9]{5,}\.arrow")
 
 
 def count_stated_rows(recipe: Recipe) -> int | None:
@@ -108,20 +111,28 @@ def load_entry(folder: Path) -> Samples:
     Raises:
         CorruptFileError: it is not what this version writes.
     """
-    content = load_json(folder / "rows.json")
     try:
-        splits = {
-            name: StoredSplit(
-                StoredRows([folder / shard for shard in one["shards"]]),
-                tuple(one["dropped"]),
-                one["facts"],
-            )
-            for name, one in content["splits"].items()
-        }
+        content = load_json(folder / "rows.json")
+        verified = set(load_json(folder / "manifest.json")["files"])
+        if "rows.json" not in verified:
+            raise ValueError("its manifest does not name rows.json")
+        splits = {name: _load_split(folder, content["splits"][name], verified) for name in SPLITS}
         left_out = {**content["left_out"], "unknown": tuple(content["left_out"]["unknown"])}
         return Samples(**splits, left_out=LeftOut(**left_out))
-    except (TypeError, KeyError, ValueError, OSError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
         raise CorruptFileError(f"{folder} cannot be read: {error}") from None
+
+
+def _load_split(folder: Path, split: Mapping[str, Any], verified: Collection[str]) -> StoredSplit:
+    shards, dropped, facts = split["shards"], split["dropped"], split["facts"]
+    for shard in shards:
+        if shard not in verified or not _SHARD.fullmatch(shard):
+            raise ValueError(f"{shard!r} is no file of its manifest")
+    if not isinstance(dropped, list) or not all(isinstance(one, str) for one in dropped):
+        raise ValueError(f"no rows were dropped by the names {dropped!r}")
+    if any(not isinstance(facts[loss], dict) for loss in _LOSSES):
+        raise ValueError(f"nobody has described rows as {facts!r}")
+    return StoredSplit(StoredRows([folder / shard for shard in shards]), tuple(dropped), facts)
 
 
 def write_rows(

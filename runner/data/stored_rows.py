@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -103,11 +103,14 @@ def _unflatten(bounds: Sequence[int]) -> tuple[CompletionSpan, ...]:
 class StoredRows(Sequence[Row]):
     """The rows of some shards, in order. The files stay mapped; a row is built when it is asked
     for, and is another object each time.
+
+    Raises: ValueError, OSError, if a file is no such shard.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
-        self._batches = [batch for path in paths for batch in _map_batches(path)]
+        self._tables = [_map_table(path) for path in paths]
+        self._batches = [_Batch(batch) for table in self._tables for batch in table.to_batches()]
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
 
     def __len__(self) -> int:
@@ -136,23 +139,35 @@ class StoredRows(Sequence[Row]):
     def build_dataset(self, loss: Loss, padding: Sequence[Sequence[int]]) -> Any:
         """A `datasets.Dataset` of `input_ids` and `labels`, and behind them rows without labels.
 
-        It maps the same files. What is said of labels there are the places that have one, or under
-        the full loss those that have none; they are written out when rows are read.
+        It is of the same mapped files, which may be gone by now. What is said of labels there are
+        the places that have one, or under the full loss those that have none; they are written out
+        when rows are read.
         """
         from datasets import Dataset, concatenate_datasets
+        from datasets.table import MemoryMappedTable
 
         places = "untrained" if loss == "full" else "spans"
         parts = [
-            Dataset.from_file(str(path))
+            # Without a fingerprint, one would be made of the file.
+            Dataset(
+                MemoryMappedTable(table, str(path)), fingerprint=f"{path.parent.name}-{path.name}"
+            )
             .select_columns(["input_ids", places])
             .rename_column(places, "labels")
-            for path in self.paths
+            for path, table in zip(self.paths, self._tables, strict=True)
         ]
         if padding:
             none = [[0, len(ids)] if loss == "full" else [] for ids in padding]
             columns = {"input_ids": padding, "labels": none}
             parts.append(Dataset.from_dict(columns, features=parts[0].features))
         return concatenate_datasets(parts).with_transform(partial(_write_labels, loss=loss))
+
+
+def list_lengths(rows: Sequence[Row]) -> list[int]:
+    """The tokens of each row; none is built for it."""
+    if isinstance(rows, StoredRows):
+        return rows.list_lengths()
+    return [len(row.input_ids) for row in rows]
 
 
 def _write_labels(columns: Mapping[str, Any], *, loss: Loss) -> dict[str, Any]:
@@ -212,9 +227,11 @@ class _Batch:
         return numbers
 
 
-def _map_batches(path: Path) -> Iterable[_Batch]:
+def _map_table(path: Path) -> Any:
     with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
-        return [_Batch(batch) for batch in stream]
+        if not stream.schema.equals(SCHEMA):
+            raise ValueError(f"{path} has other columns")
+        return stream.read_all()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from runner.data.rows import Row
+from runner.data.stored_rows import list_lengths
 from runner.run.record import SplitScore
 
 Value = TypeVar("Value")
@@ -59,7 +60,7 @@ def score_rows(
 
     `model` carries TRL's fused LM head, which gives log-probabilities without building logits.
     """
-    share = share_rows([len(row.input_ids) for row in rows], batch_size, accelerator)
+    share = share_rows(list_lengths(rows), batch_size, accelerator)
     scored: list[tuple[int, RowScore]] = []
     was_training = model.training
     model.eval()

@@ -175,9 +175,11 @@ class Recorder:
 
     def _score_again(self, trainer: Trainer) -> list[RowScore]:
         """The scores of a few of the shortest test rows, by themselves."""
-        rows = sorted(self.samples.test.rows, key=lambda row: len(row.input_ids))
+        lengths = self.samples.test.list_lengths()
+        shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:NUM_ROWS_SCORED_AGAIN]
         with self.context.phase("evaluating base"):
-            return self._score_rows(trainer, rows[:NUM_ROWS_SCORED_AGAIN])
+            rows = self.samples.test.rows
+            return self._score_rows(trainer, [rows[at] for at in shortest])
 
     def _answers_while_training(self) -> bool:
         settings = self.context.recipe.evaluation.generation

@@ -4,6 +4,7 @@ were masked before, else drawn and masked, and stored for the next attempt or ru
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -21,12 +22,13 @@ from runner.data.row_entries import (
     pin_data,
     write_rows,
 )
-from runner.data.rows import Samples, build_samples
+from runner.data.rows import Samples, build_samples, expand_turns
 from runner.data.shards import Work
 from runner.data.stored_rows import BYTES_PER_ROW
 from runner.errors import CorruptFileError
 from runner.model.memory import require_space
 from runner.recipe.contents import ContentHashes, hash_what_is_there
+from runner.recipe.schema import Turns
 from runner.run.entries import Entry, find_entry, hold_entry, quarantine_entry, write_entry
 from runner.run.paths import content_cache_path, find_output_root, row_entries_dir
 from runner.sft.context import RunContext
@@ -40,6 +42,8 @@ _SHOW_SECONDS: Final = 0.5  # between two looks at how far masking is
 _SAY_SECONDS: Final = 10.0  # between two lines of the log
 _BAR_WIDTH: Final = 20
 _NUM_MEASURED: Final = 1000
+# Who masks writes a shard far more often, unless it was stopped.
+_PATIENCE_SECONDS: Final = 300.0
 
 
 def load_samples(context: RunContext, tokenizer: Any) -> Samples:
@@ -80,8 +84,11 @@ class RowStore:
     process does.
     """
 
-    def __init__(self, context: RunContext, tokenizer: Any) -> None:
+    def __init__(
+        self, context: RunContext, tokenizer: Any, patience_seconds: float = _PATIENCE_SECONDS
+    ) -> None:
         self._context, self._tokenizer = context, tokenizer
+        self._patience_seconds = patience_seconds
         self._output_root = find_output_root(context.paths.run_dir)
         self._root = row_entries_dir(self._output_root)
         self.raw: RawSplits | None = None  # the rows that were drawn, where that was needed
@@ -125,21 +132,27 @@ class RowStore:
 
         Raises:
             DataError: as `build_samples`.
-            OSError: it cannot be written, or data files are not what the entry is named after.
+            OSError: it cannot be written, data files are not what the entry is named after, or
+                who writes it now does not go on.
         """
-        with hold_entry(self.folder, self._wait):
+        watch = Watch(self.folder, self._patience_seconds)
+
+        def wait() -> bool:
+            self._context.enter_phase("waiting for another run that masks the same rows")
+            self._context.sign_of_life()
+            return watch.is_at_work(time.monotonic())
+
+        with hold_entry(self.folder, wait) as is_ours:
+            if not is_ours:
+                patience = format_seconds(self._patience_seconds)
+                raise OSError(f"another run that masks the same rows wrote nothing for {patience}")
             self._context.enter_phase("masking rows")
             if (entry := _find(self.folder, is_ours=True)) is not None:
                 return entry
             self._require_same_files()
-            require_space(self._root, _estimate_bytes(raw), "the masked rows")
+            num_bytes = estimate_bytes(raw, self._context.recipe.data.turns)
+            require_space(self._root, num_bytes, "the masked rows")
             return self._mask(raw)
-
-    def _wait(self) -> bool:
-        """While another run writes the same rows."""
-        self._context.enter_phase("waiting for another run that masks the same rows")
-        self._context.sign_of_life()
-        return True
 
     def _require_same_files(self) -> None:
         """Look again at the files that were just read."""
@@ -174,8 +187,35 @@ class RowStore:
         return entry
 
 
+class Watch:
+    """Sees whether the writer of an entry goes on: one that was stopped, or whose machine is gone,
+    may hold its lock for ever.
+    """
+
+    def __init__(self, folder: Path, patience_seconds: float) -> None:
+        self._folder, self._patience_seconds = folder, patience_seconds
+        self._seen: dict[Path, tuple[int, int]] | None = None
+        self._changed_at = 0.0
+
+    def is_at_work(self, now: float) -> bool:
+        """False where nothing has changed for so long in what is written beside the entry."""
+        seen = self._look()
+        if seen != self._seen:
+            self._seen, self._changed_at = seen, now
+        return now - self._changed_at < self._patience_seconds
+
+    def _look(self) -> dict[Path, tuple[int, int]]:
+        found = {}
+        for path in self._folder.parent.glob(f".{self._folder.name}.*.tmp/*"):
+            with contextlib.suppress(OSError):  # renamed or removed at this instant
+                status = path.stat()
+                found[path] = (status.st_size, status.st_mtime_ns)
+        return found
+
+
 def _find(folder: Path, *, is_ours: bool = False) -> Entry | None:
     """The entry, verified. One that is damaged is moved aside by the holder of its lock."""
+    entry = None
     try:
         began = time.monotonic()
         if (entry := find_entry(folder)) is not None:
@@ -189,8 +229,9 @@ def _find(folder: Path, *, is_ours: bool = False) -> Entry | None:
         return entry
     except CorruptFileError as error:
         if is_ours:
-            moved = quarantine_entry(folder, error.message)
-            _tell(f"warning: masked rows are damaged: {error.message}; moved to {moved}")
+            moved = quarantine_entry(folder, error.message, read=entry)
+            where = "" if moved is None else f"; moved to {moved}"
+            _tell(f"warning: masked rows are damaged: {error.message}{where}")
         return None
 
 
@@ -232,14 +273,16 @@ def _count(raw: RawSplits) -> int:
     return sum(len(getattr(raw, split)) for split in SPLITS)
 
 
-def _estimate_bytes(raw: RawSplits) -> int:
+def estimate_bytes(raw: RawSplits, turns: Turns) -> int:
     """Of the entry, by some of the rows; a token is rarely of fewer than two characters."""
     num_bytes = 0
     for split in SPLITS:
         rows = getattr(raw, split)
         some = rows[:: max(1, len(rows) // _NUM_MEASURED)]
-        characters = sum(len(text) for row in some for text in list_texts(list(row.messages)))
-        num_bytes += (3 * characters // len(some) + BYTES_PER_ROW) * len(rows)
+        expanded = expand_turns(some, turns)
+        characters = sum(len(text) for row in expanded for text in list_texts(list(row.messages)))
+        measured = 3 * characters + BYTES_PER_ROW * len(expanded)
+        num_bytes += measured * len(rows) // max(1, len(some))
     return num_bytes
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import pyarrow as pa
 import pytest
 
 from runner.data import row_entries
@@ -19,8 +20,9 @@ from runner.data.rows import build_samples, describe_samples
 from runner.data.shards import Task, Work, write_shards
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import CorruptFileError, DataError
-from runner.files import write_json_atomic
+from runner.files import load_json, write_json_atomic
 from runner.recipe.contents import ContentHashes, hash_contents
+from runner.recipe.data_section import DataSection
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.recipe.schema import ModelSection
 from tests.conftest import RECIPE_TEXT, Project
@@ -36,6 +38,18 @@ def model(tiny_model: Callable[[str], Path]) -> ModelSection:
 
 def list_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_manifest(folder: Path) -> None:
+    """As whoever writes the entry does in the end."""
+    write_json_atomic(folder / "manifest.json", {"files": dict.fromkeys(list_files(folder), "")})
+
+
+def write_entry_of(folder: Path, data: DataSection, model: ModelSection) -> Path:
+    folder.mkdir()
+    write_rows(folder, draw_splits(data), Work(data, model), load_tokenizer(model))
+    write_manifest(folder)
+    return folder
 
 
 # --- what an entry holds
@@ -64,6 +78,7 @@ def test_an_entry_holds_the_rows_that_are_masked_without_it(
         with_columns=True,
         report=lambda *numbers: told.append(numbers),
     )
+    write_manifest(folder)
     found = load_entry(folder)
     for split in ("train", "validation", "test"):
         one, other = getattr(found, split), getattr(expected, split)
@@ -103,6 +118,7 @@ def test_several_processes_write_the_same_bytes(
     one, two = list_files(tmp_path / "one"), list_files(tmp_path / "two")
     assert one == two and len(one) == 4 + 2 + 2 + 1
     assert told[-1] == (55, 55)
+    write_manifest(tmp_path / "two")
     assert all(row.columns == {} for row in load_entry(tmp_path / "two").test.rows)
 
 
@@ -163,11 +179,74 @@ def test_a_lost_process_is_told(tmp_path: Path, model: ModelSection) -> None:
         write_shards(Work(data, model), tokenizer, tasks, 2, lambda _: None)
 
 
-def test_an_entry_of_another_kind_is_not_read(tmp_path: Path) -> None:
-    for content in (None, [], {"splits": {}}, {"splits": {"train": {}}}):
+@pytest.fixture
+def entry(tmp_path: Path, model: ModelSection) -> Path:
+    data = section(write_file(tmp_path / "rows.jsonl", ROWS))
+    return write_entry_of(tmp_path / "entry", data, model)
+
+
+WRONG: Final[Mapping[str, Callable[[dict[str, Any], dict[str, Any]], object]]] = {
+    "no splits": lambda rows, _: rows.pop("splits"),
+    "splits in a list": lambda rows, _: rows.update(splits=[]),
+    "no test split": lambda rows, _: rows["splits"].pop("test"),
+    "no shards": lambda rows, _: rows["splits"]["train"].pop("shards"),
+    "no list of shards": lambda rows, _: rows["splits"]["train"].update(shards=7),
+    "no text": lambda rows, _: rows["splits"]["train"].update(shards=[["train-00000.arrow"]]),
+    "no shard": lambda rows, _: rows["splits"]["train"].update(shards=["rows.json"]),
+    "no manifest": lambda _, manifest: manifest.clear(),
+    "a manifest that lacks a shard": lambda _, manifest: manifest["files"].pop("test-00000.arrow"),
+    "a manifest without rows.json": lambda _, manifest: manifest["files"].pop("rows.json"),
+    "dropped": lambda rows, _: rows["splits"]["train"].update(dropped="abc"),
+    "facts": lambda rows, _: rows["splits"]["train"].update(facts=[]),
+    "facts of one loss": lambda rows, _: rows["splits"]["train"]["facts"].update(full=None),
+    "left out": lambda rows, _: rows.update(left_out=None),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=[*WRONG])
+def test_an_entry_of_another_shape_is_not_read(
+    entry: Path, wrong: Callable[[dict[str, Any], dict[str, Any]], object]
+) -> None:
+    rows, manifest = load_json(entry / "rows.json"), load_json(entry / "manifest.json")
+    assert load_entry(entry).train.rows
+    wrong(rows, manifest)
+    write_json_atomic(entry / "rows.json", rows)
+    write_json_atomic(entry / "manifest.json", manifest)
+    with pytest.raises(CorruptFileError, match="cannot be read"):
+        load_entry(entry)
+
+
+@pytest.mark.parametrize("name", ["../train-00000.arrow", "{folder}/train-00000.arrow", "..", "."])
+def test_an_entry_has_its_rows_from_nowhere_else(entry: Path, tmp_path: Path, name: str) -> None:
+    """Though a manifest names them: whoever writes that is not us."""
+    (entry / "train-00000.arrow").rename(tmp_path / "train-00000.arrow")
+    name = name.format(folder=tmp_path)
+    rows, manifest = load_json(entry / "rows.json"), load_json(entry / "manifest.json")
+    rows["splits"]["train"]["shards"] = [name]
+    manifest["files"][name] = manifest["files"]["train-00000.arrow"]
+    write_json_atomic(entry / "rows.json", rows)
+    write_json_atomic(entry / "manifest.json", manifest)
+    with pytest.raises(CorruptFileError, match="is no file of its manifest"):
+        load_entry(entry)
+
+
+def test_a_shard_of_other_columns_is_not_read(entry: Path) -> None:
+    path = entry / "train-00000.arrow"
+    with pa.OSFile(str(path), "wb") as file:
+        batch = pa.record_batch({"input_ids": [[1, 2]]})
+        with pa.ipc.new_stream(file, batch.schema) as stream:
+            stream.write_batch(batch)
+    with pytest.raises(CorruptFileError, match="has other columns"):
+        load_entry(entry)
+
+
+def test_a_folder_without_rows_is_not_read(tmp_path: Path) -> None:
+    for content in (None, [], 7, "rows"):
         write_json_atomic(tmp_path / "rows.json", content)
         with pytest.raises(CorruptFileError, match="cannot be read"):
             load_entry(tmp_path)
+    with pytest.raises(CorruptFileError, match="cannot be read"):
+        load_entry(tmp_path / "rows.json")
 
 
 # --- what its name depends on

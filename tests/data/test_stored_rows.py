@@ -78,6 +78,16 @@ def test_a_data_set_of_stored_rows_has_their_labels(
     assert dataset.remove_columns([])[:2]["labels"] == [row.labels(loss) for row in ROWS[:2]]
 
 
+def test_rows_outlive_their_files(tmp_path: Path) -> None:
+    """An entry may be removed while the model loads, before a trainer asks for the data set."""
+    stored = store(tmp_path, ROWS[:1], ROWS[1:])
+    for path in stored.paths:
+        path.unlink()
+    dataset = stored.build_dataset("completion", [[7, 7]])
+    assert [row["labels"] for row in dataset][:3] == [row.labels("completion") for row in ROWS]
+    assert tuple(stored) == ROWS and len(dataset) == 4
+
+
 def describe_plainly(samples: Samples, loss: Loss) -> dict[str, Any]:
     """Three of the hashes and counts as they are defined."""
     labels = [row.labels(loss) for row in samples.train.rows]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from runner.data.rows import Row, build_samples
+from runner.data.stored_rows import StoredRows, write_shard
 from runner.data.tokenizer import load_tokenizer
 from runner.sft.evaluate import RowScore, score_rows, sum_scores
 from tests.conftest import Project
@@ -90,6 +91,24 @@ def test_each_batch_is_a_sign_of_life(models: Callable[[str], Any]) -> None:
     signs: list[None] = []
     score(models("gemma")[0], make_rows(21), 8, lambda: signs.append(None))
     assert len(signs) == 3
+
+
+def test_scores_of_stored_rows_build_each_row_once(
+    models: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """Their lengths are known without: the rows of a large split would be built twice."""
+    built: list[int] = []
+
+    class Counted(StoredRows):
+        def __getitem__(self, index: Any) -> Any:
+            built.append(index)
+            return super().__getitem__(index)
+
+    model, rows = models("gemma")[0], make_rows(7)
+    write_shard(tmp_path / "rows.arrow", rows, with_columns=False)
+    stored = Counted([tmp_path / "rows.arrow"])
+    assert score(model, stored, 3) == score(model, rows, 3)
+    assert sorted(built) == list(range(7))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,6 +7,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +23,13 @@ from runner.data.rows import Samples, build_samples, describe_samples
 from runner.data.stored_rows import StoredRows
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError
-from runner.files import dump_json, load_json
+from runner.files import dump_json, hash_file, load_json, write_json_atomic
 from runner.recipe.contents import ContentHashes, hash_contents
 from runner.run.entries import hold_entry, list_stored
 from runner.run.paths import row_entries_dir
 from runner.run.record import load_progress
 from runner.sft.context import RunContext
-from runner.sft.rows import RowStore, count_free_cores, load_samples
+from runner.sft.rows import RowStore, Watch, count_free_cores, estimate_bytes, load_samples
 from runner.sft.startup import WorldPlace
 from tests.conftest import Project
 from tests.support.contexts import open_context
@@ -140,6 +143,20 @@ def test_a_damaged_entry_is_moved_aside_and_written_anew(
     assert after == before and load_entry(again.folder).train.rows
 
 
+def test_an_entry_that_is_whole_but_of_another_shape_is_written_anew(
+    here: Project, store: RowStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = load_json(store.folder / "rows.json")
+    rows["splits"] = list(rows["splits"])
+    write_json_atomic(store.folder / "rows.json", rows)
+    manifest = load_json(store.folder / "manifest.json")
+    manifest["files"]["rows.json"] = hash_file(store.folder / "rows.json")
+    write_json_atomic(store.folder / "manifest.json", manifest)
+    RowStore(*open_run(here)).write(draw_splits(here.recipe().data))
+    assert "warning: masked rows are damaged:" in capsys.readouterr().out
+    assert load_entry(store.folder).train.rows
+
+
 def test_a_run_waits_for_another_that_masks_the_same_rows(
     here: Project, store: RowStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +183,55 @@ def test_a_run_waits_for_another_that_masks_the_same_rows(
     assert "rows were masked by" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_run_waits_no_longer_for_one_that_does_not_go_on(
+    here: Project, is_stopped: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a holder that was stopped would hold up every run that wants the same rows."""
+    write_large(here)
+    context, tokenizer = open_run(here, *LARGE)
+    store = RowStore(context, tokenizer, patience_seconds=0.3)
+    lock = store.folder.with_name(f"{store.folder.name}.lock")
+    hold = (
+        "import sys; from pathlib import Path; from runner.run.lease import Lease;"
+        " lock = Lease(Path(sys.argv[1])); print(lock.try_acquire(), flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == b"True\n"
+            if is_stopped:
+                holder.send_signal(signal.SIGSTOP)
+            assert store.find_or_write() is None
+            assert store.raw is not None and list_entries(here) == []
+        finally:
+            holder.kill()
+    told = capsys.readouterr().out
+    assert f"warning: masked rows are not stored below {store.folder.parent}:" in told
+    assert "another run that masks the same rows wrote nothing for" in told
+    assert store.find_or_write() == str(store.folder)  # the lock is free again
+
+
+def test_a_writer_is_at_work_as_long_as_its_files_change(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    watch = Watch(folder, 300.0)
+    assert watch.is_at_work(1000.0) and watch.is_at_work(1299.0)
+    assert not watch.is_at_work(1300.0), "it has not even begun"
+    other, own = tmp_path / ".other.1-a.tmp", tmp_path / ".key.1-a.tmp"
+    other.mkdir()
+    (other / "train-00000.arrow").write_bytes(b"rows")
+    assert not watch.is_at_work(1301.0), "it writes another entry"
+    own.mkdir()
+    shard = own / "train-00000.arrow"
+    shard.write_bytes(b"rows")
+    assert watch.is_at_work(1400.0) and watch.is_at_work(1699.0)
+    with shard.open("ab") as stream:
+        stream.write(b"more")
+    assert watch.is_at_work(1701.0) and not watch.is_at_work(2001.0)
+    os.utime(shard, (0, 0))
+    assert watch.is_at_work(2002.0)
+
+
 def test_files_that_changed_since_the_run_was_prepared_are_not_stored(here: Project) -> None:
     text = (here.root / "data.jsonl").read_text()
     (here.root / "own.jsonl").write_text(text)
@@ -174,6 +240,31 @@ def test_files_that_changed_since_the_run_was_prepared_are_not_stored(here: Proj
     with pytest.raises(OSError, match="data files changed since the run was prepared"):
         store.write(draw_splits(here.recipe("data.train.path=own.jsonl").data))
     assert list_entries(here) == []
+
+
+def test_the_disk_check_counts_each_row_of_a_split_conversation(here: Project) -> None:
+    """`data.turns: split` makes many rows of a conversation, each with its history."""
+    turns = []
+    for number in range(12):
+        turns += [
+            {"role": "user", "content": f"{number} " + "why " * 40},
+            {"role": "assistant", "content": "so " * 40},
+        ]
+    lines = [
+        json.dumps({"messages": [{"role": "user", "content": f"row {n}"}, *turns[1:]]})
+        for n in range(60)
+    ]
+    (here.root / "talks.jsonl").write_text("\n".join(lines))
+    long = ("data.train.path=talks.jsonl", "data.num_train_samples=30", "data.max_length=4096")
+    sizes = {}
+    for name in ("last", "split"):
+        overrides = (*long, f"data.turns={name}")
+        raw = draw_splits(here.recipe(*overrides).data)
+        entry = RowStore(*open_run(here, *overrides)).write(raw)
+        written = sum(path.stat().st_size for path in entry.folder.glob("*.arrow"))
+        sizes[name] = written, estimate_bytes(raw, name)
+        assert written < sizes[name][1] < 8 * written
+    assert sizes["split"][0] > 4 * sizes["last"][0]
 
 
 def test_rows_that_are_refused_leave_no_entry(here: Project) -> None:
