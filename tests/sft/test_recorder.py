@@ -95,7 +95,11 @@ def test_a_resume_compares_the_rows_of_each_split_and_names_what_differs(project
         "order": (replace(ours, train=make_rows("b", "a")), "  train: other ids"),
         "row": (
             replace(ours, test=make_rows("d", "e")),
-            "  test: other ids, input_ids_hash, mask_hash",
+            "  test: other ids, input_ids_hash, mask_hash, num_bytes",
+        ),
+        "bytes": (
+            replace(ours, test=Split((replace(ours.test.rows[0], num_bytes=99),), ())),
+            "  test: other num_bytes",
         ),
         "token": (
             replace(ours, validation=make_rows("c", length=4)),
