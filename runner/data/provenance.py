@@ -7,6 +7,8 @@ checkout is edited or a library upgraded.
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -33,12 +35,12 @@ _LIBRARIES: Final = (
 PACKAGES: Final = ("data", "recipe")
 
 
-def hash_source(root: Path) -> str:
+def hash_source(root: Path, packages: Sequence[str] = PACKAGES) -> str:
     """Of the source files of the runner that rows pass through: a checkout that is edited keeps its
-    version.
+    version. Those of all packages for `*`.
     """
     paths = [*root.glob("*.py")]
-    for name in PACKAGES:
+    for name in packages:
         paths += root.glob(f"{name}/**/*.py")
     return hash_json(
         {
@@ -58,6 +60,21 @@ def _list_versions() -> dict[str, str]:
     return versions
 
 
+def _list_installed() -> list[str]:
+    """Names and versions of all that can be imported, as the names of folders say them."""
+    folders = (Path(folder or ".") for folder in sys.path)
+    return sorted({path.name for folder in folders for path in folder.glob("*.*-info")})
+
+
+def hash_installed() -> str:
+    """Of names and versions of all that was installed at the import and is now: what is imported
+    late, such as a function of the project, may be of either.
+    """
+    return hash_json([_INSTALLED, _list_installed()])
+
+
+SOURCE_OF_RUNNER: Final = hash_source(Path(runner.__file__).parent, ("*",))
+_INSTALLED: Final = _list_installed()
 PROVENANCE: Final[dict[str, Any]] = {
     "rules": RULES,
     "source": hash_source(Path(runner.__file__).parent),

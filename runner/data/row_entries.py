@@ -12,13 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Final, get_args
 
 from runner.data.draw import SPLITS, LeftOut, RawRow, RawSplits
-from runner.data.provenance import PROVENANCE
+from runner.data.provenance import PROVENANCE, hash_installed
 from runner.data.rows import (
     Row,
     Samples,
@@ -71,7 +69,7 @@ def build_parts(
         "columns": [str(field) for field in SCHEMA],
         **PROVENANCE,
         # What a function of the project imports beside its own files, nobody knows.
-        "installed": _hash_installed() if _list_task_files(recipe) else None,
+        "installed": hash_installed() if _list_task_files(recipe) else None,
     }
 
 
@@ -91,11 +89,6 @@ def pin_data(recipe: Recipe, contents: Mapping[str, str]) -> dict[str, str] | No
 def _list_task_files(recipe: Recipe) -> list[str]:
     files = recipe.list_python_files()
     return [path for key, path in files.items() if key.startswith("data.")]
-
-
-@cache
-def _hash_installed() -> str:
-    return hash_json(sorted(f"{one.name} {one.version}" for one in distributions()))
 
 
 def name_entry(parts: Mapping[str, Any]) -> str:

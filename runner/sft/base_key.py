@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import attrgetter
@@ -23,9 +22,8 @@ import numpy
 import torch
 from transformers import Trainer
 
-import runner
+from runner.data.provenance import SOURCE_OF_RUNNER, hash_installed
 from runner.data.rows import Row, Samples
-from runner.files import hash_json
 from runner.model.load import count_rows
 from runner.recipe.identity import list_library_versions, load_launch_settings
 from runner.recipe.libraries import find_unused_libraries
@@ -178,7 +176,7 @@ def read_as_run(context: RunContext, trainer: Trainer, devices: Sequence[str]) -
         hidden_libraries=tuple(find_unused_libraries(recipe, uses_deepspeed=uses_deepspeed())),
         versions=list_library_versions(),
         installed=hash_installed(),
-        runner=hash_sources(),
+        runner=SOURCE_OF_RUNNER,
     )
 
 
@@ -242,23 +240,6 @@ def _read_processor() -> str:
     except OSError:
         return "unknown processor"
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
-
-
-def hash_installed() -> str:
-    """The hash of names and versions of all that is installed, as the names of folders say them."""
-    folders = (Path(folder or ".") for folder in sys.path)
-    return hash_json(sorted({path.name for folder in folders for path in folder.glob("*.*-info")}))
-
-
-def hash_sources() -> str:
-    """The hash of the runner's own source files."""
-    folder = Path(runner.__file__).parent
-    return hash_json(
-        {
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*.py"))
-        }
-    )
 
 
 def _hash_scored(rows: Iterable[Row]) -> str:

@@ -27,12 +27,11 @@ from runner.sft.base_key import (
     build_parts,
     describe_device,
     explain_own_base,
-    hash_installed,
-    hash_sources,
 )
 from runner.sft.evaluate import score_rows
 from tests.conftest import RECIPE_TEXT
 from tests.support.token_rows import make_row
+from tests.test_imports import INNER
 
 GENERATION: Final = "evaluation.generation={enabled: true, max_new_tokens: 8}"
 METRIC: Final = "evaluation.metrics=[{name: length, function: 'lengths.py:length', mode: min}]"
@@ -214,8 +213,18 @@ def test_so_do_compiled_models_sharded_ones_and_who_asks_for_it() -> None:
 
 def test_the_machine_is_described_without_a_gpu() -> None:
     assert describe_device(torch.device("cpu")).startswith("cpu, ")
-    assert len(hash_installed()) == len(hash_sources()) == 64
-    assert hash_sources() == hash_sources()
+
+
+def test_a_warm_worker_has_loaded_the_key_before_it_forks() -> None:
+    """`runner.sft.train` is all that it imports: what the key says of sources is taken there."""
+    reached, left = {"runner.sft.train"}, ["runner.sft.train"]
+    while left:
+        importer = left.pop()
+        for one in INNER:
+            if one.importer == importer and one.is_at_import and one.imported not in reached:
+                reached.add(one.imported)
+                left.append(one.imported)
+    assert {"runner.sft.base_key", "runner.data.provenance"} <= reached
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "llama", "mistral", "phi"])
