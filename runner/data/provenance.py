@@ -15,7 +15,8 @@ from platform import python_version
 from typing import Any, Final
 
 import runner
-from runner.files import hash_json
+from runner.errors import CorruptFileError
+from runner.files import hash_json, load_json
 from runner.recipe.identity import RULES
 
 # That read files, render chats, make tokens of them, or write what is stored.
@@ -30,6 +31,7 @@ _LIBRARIES: Final = (
     "pydantic",
     "zstandard",
 )
+_NAME: Final = "recipe-runner"  # of the runner, as it is installed
 # Packages of the runner that read, draw, render, prove and mask; beside them its own files at the
 # top, on which these stand.
 PACKAGES: Final = ("data", "recipe")
@@ -71,6 +73,25 @@ def hash_installed() -> str:
     late, such as a function of the project, may be of either.
     """
     return hash_json([_INSTALLED, _list_installed()])
+
+
+def list_editable() -> list[str]:
+    """Names of what is installed to be edited in place, but for the runner: its version stays the
+    same while its code changes, so that nobody knows what a function of the project imports.
+    """
+    names = set()
+    for folder in {Path(folder or ".") for folder in sys.path}:
+        names |= {path.stem for path in folder.glob("*.egg-link")}
+        for path in folder.glob("*.dist-info/direct_url.json"):
+            try:
+                is_editable = load_json(path)["dir_info"].get("editable", False)
+            except (KeyError, AttributeError):  # of an archive, or a commit
+                continue
+            except (CorruptFileError, OSError, TypeError):  # nobody can tell
+                is_editable = True
+            if is_editable:
+                names.add(path.parent.name.partition("-")[0].replace("_", "-"))
+    return sorted(names - {_NAME})
 
 
 SOURCE_OF_RUNNER: Final = hash_source(Path(runner.__file__).parent, ("*",))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from runner.data.draw import SPLITS, LeftOut, RawRow, RawSplits
-from runner.data.provenance import PROVENANCE, hash_installed
+from runner.data.provenance import PROVENANCE, hash_installed, list_editable
 from runner.data.rows import (
     Row,
     Samples,
@@ -80,8 +80,8 @@ def pin_data(recipe: Recipe, contents: Mapping[str, str]) -> dict[str, str] | No
         is_commit = source.revision is not None and _COMMIT.fullmatch(source.revision)
         is_hub = source.path not in contents and not Path(source.path).exists()
         pinned[source.path] = source.revision if is_hub and is_commit else contents.get(source.path)
-    for path in _list_task_files(recipe):
-        pinned[path] = contents.get(path)
+    for path in _list_task_files(recipe):  # what they import of such packages, nobody knows
+        pinned[path] = None if list_editable() else contents.get(path)
     known = {path: pin for path, pin in pinned.items() if pin is not None}
     return known if known.keys() == pinned.keys() else None
 

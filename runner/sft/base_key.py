@@ -22,7 +22,7 @@ import numpy
 import torch
 from transformers import Trainer
 
-from runner.data.provenance import SOURCE_OF_RUNNER, hash_installed
+from runner.data.provenance import SOURCE_OF_RUNNER, hash_installed, list_editable
 from runner.data.rows import Row, Samples
 from runner.model.load import count_rows
 from runner.recipe.identity import list_library_versions, load_launch_settings
@@ -94,7 +94,7 @@ _PRECISIONS: Final = tuple(
 
 
 def explain_own_base(recipe: Recipe, asked: AskedBase, distributed_type: str) -> str | None:
-    """The reason for which a run scores and answers by itself; None where it may share. Pure."""
+    """The reason for which a run scores and answers by itself; None where it may share."""
     if asked == "own":
         return "`--own-base` asks for it"
     if distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
@@ -103,6 +103,11 @@ def explain_own_base(recipe: Recipe, asked: AskedBase, distributed_type: str) ->
     compiled = [name for name, value in training.items() if name.startswith("torch_comp") and value]
     if compiled:
         return f"`training.{compiled[0]}`: what is compiled depends on what was computed before"
+    if recipe.list_python_files() and (names := list_editable()):
+        return (
+            f"its Python functions may import {', '.join(names)}, installed to be edited in place:"
+            " the version stays while the code changes"
+        )
     if recipe.adapter.method == "none":
         return None
     stated = recipe.adapter.lora_arguments()

@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from runner.data.provenance import list_editable
 from tests.conftest import ROOT
+from tests.support.installed import install_editable
 
 SAY = "from runner.data.provenance import SOURCE_OF_RUNNER, hash_installed\n"
 
@@ -46,3 +50,17 @@ def test_what_is_installed_after_the_import_is_not_what_a_later_process_loads(
     after = say(print_it, tmp_path, ROOT)
     assert len({*before, *meanwhile, *after}) == 3
     assert say(print_it, tmp_path, ROOT) == after
+
+
+def test_what_is_edited_in_place_is_named_but_for_the_runner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    install_editable(tmp_path, "recipe-runner")
+    install_editable(tmp_path, "copied", is_editable=False)
+    assert list_editable() == []
+    install_editable(tmp_path, "lab-tools")
+    (tmp_path / "older.egg-link").write_text("/src/older")
+    (tmp_path / "torn-1.0.dist-info").mkdir()
+    (tmp_path / "torn-1.0.dist-info" / "direct_url.json").write_text("{")
+    assert list_editable() == ["lab-tools", "older", "torn"]

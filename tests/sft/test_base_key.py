@@ -30,6 +30,7 @@ from runner.sft.base_key import (
 )
 from runner.sft.evaluate import score_rows
 from tests.conftest import RECIPE_TEXT
+from tests.support.installed import install_editable
 from tests.support.token_rows import make_row
 from tests.test_imports import INNER
 
@@ -207,8 +208,20 @@ def test_so_do_compiled_models_sharded_ones_and_who_asks_for_it() -> None:
     assert explain_own_base(recipe, "own", "NO") == "`--own-base` asks for it"
     for kind in ("DEEPSPEED", "FSDP", "TP"):
         assert kind in str(explain_own_base(recipe, "shared", kind))
+    assert "`dynamo_config`" in str(explain_own_base(recipe, "shared", "NO", dynamo="INDUCTOR"))
     compiled = make_recipe("training.torch_compile=true")
     assert "`training.torch_compile`" in str(explain_own_base(compiled, "shared", "NO"))
+
+
+def test_so_do_functions_that_may_import_what_is_edited_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_function, without = make_recipe(GENERATION, METRIC), make_recipe(GENERATION)
+    assert explain_own_base(with_function, "shared", "NO") is None
+    install_editable(tmp_path, "lab-tools")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "lab-tools" in str(explain_own_base(with_function, "shared", "NO"))
+    assert explain_own_base(without, "shared", "NO") is None
 
 
 def test_the_machine_is_described_without_a_gpu() -> None:
