@@ -105,7 +105,8 @@ def obtain_base_scores(
     `wait_seconds`; None: ten minutes, or two where other ranks wait in a collective meanwhile.
     """
     distributed_type = trainer.accelerator.distributed_type.value
-    why = explain_own_base(context.recipe, context.base, distributed_type)
+    dynamo = trainer.accelerator.state.dynamo_plugin.backend.value
+    why = explain_own_base(context.recipe, context.base, distributed_type, dynamo)
     if why is not None:
         _note(context, BaseSource(source="own", why=why))
         return compute()

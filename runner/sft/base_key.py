@@ -93,13 +93,19 @@ _PRECISIONS: Final = tuple(
 )
 
 
-def explain_own_base(recipe: Recipe, asked: AskedBase, distributed_type: str) -> str | None:
-    """The reason for which a run scores and answers by itself; None where it may share."""
+def explain_own_base(
+    recipe: Recipe, asked: AskedBase, distributed_type: str, dynamo: str = "NO"
+) -> str | None:
+    """The reason for which a run scores and answers by itself; None where it may share. `dynamo` is
+    the backend by which Accelerate compiles.
+    """
     if asked == "own":
         return "`--own-base` asks for it"
     if distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         return f"the weights are kept by {distributed_type}, whose order of work is its own"
     training = recipe.training.hugging_face_arguments()
+    if dynamo != "NO":
+        return "`dynamo_config`: what is compiled depends on what was computed before"
     compiled = [name for name, value in training.items() if name.startswith("torch_comp") and value]
     if compiled:
         return f"`training.{compiled[0]}`: what is compiled depends on what was computed before"

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from accelerate.utils import TorchDynamoPlugin
 from transformers import AutoModelForCausalLM
 
 from runner.cli.main import main
@@ -165,6 +166,15 @@ def test_own_neither_reads_nor_writes(place: Place) -> None:
     place.obtain("b")
     place.obtain("c", base="own")
     assert place.computed == ["a", "b", "c"]
+
+
+def test_what_accelerate_compiles_is_scored_by_each(place: Place) -> None:
+    place.trainer.accelerator = SimpleNamespace(
+        distributed_type=place.trainer.accelerator.distributed_type,
+        state=SimpleNamespace(dynamo_plugin=TorchDynamoPlugin(backend="inductor")),
+    )
+    place.obtain("a")
+    assert "`dynamo_config`" in str(place.source("a").why) and not place.root.exists()
 
 
 def test_another_part_is_another_entry(place: Place) -> None:
