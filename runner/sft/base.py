@@ -27,7 +27,15 @@ from transformers import Trainer
 from runner.data.rows import Samples
 from runner.errors import CorruptFileError
 from runner.files import hash_json, load_json, write_json_atomic
-from runner.run.entries import Entry, find_entry, hold_entry, quarantine_entry, write_entry
+from runner.run.entries import (
+    Entry,
+    find_entry,
+    find_not_shared,
+    hold_entry,
+    note_not_shared,
+    quarantine_entry,
+    write_entry,
+)
 from runner.run.paths import base_entries_dir, find_output_root
 from runner.run.record import BaseProducer, BaseSource
 from runner.sft.base_key import (
@@ -218,15 +226,26 @@ class _Shelf:
             return None
         try:
             found = self._find()
-            if found is None and self._take_lock(wait_seconds):
+            if found is None and not self._is_not_shared() and self._take_lock(wait_seconds):
                 found = self._find()  # another run may have written it meanwhile
+                if found is None and self._is_not_shared():
+                    self._let_go()
         except OSError as error:
             self._why = f"{self.folder} cannot be read or locked: {error}"
             return None
         if found is not None:  # readers need no lock
-            self._stack.close()
-            self.is_ours = False
+            self._let_go()
         return found
+
+    def _let_go(self) -> None:
+        self._stack.close()
+        self.is_ours = False
+
+    def _is_not_shared(self) -> bool:
+        """Whether a run has found that such scores cannot be kept."""
+        if (why := find_not_shared(self.folder)) is not None:
+            self._why = why
+        return why is not None
 
     def _find(self) -> BaseScores | None:
         try:
@@ -287,6 +306,8 @@ class _Shelf:
         is_kept = False
         if self.is_ours and change is not None:
             self._why = f"it does not come out the same each time, or leaves something: {change}"
+            with contextlib.suppress(OSError):
+                note_not_shared(self.folder, self._why)
         elif self.is_ours:
             try:
                 write_entry(self.folder, scores.write, parts=self._parts, producer=self._who())

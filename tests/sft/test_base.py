@@ -28,7 +28,7 @@ from runner.data.tasks.base import Judgement
 from runner.data.tokenizer import load_tokenizer
 from runner.files import hash_file, load_json, write_json_atomic
 from runner.run.base_scores import find_other_base_scores
-from runner.run.entries import hold_entry
+from runner.run.entries import find_not_shared, hold_entry, note_not_shared
 from runner.run.lease import Lease
 from runner.run.record import AskedBase, BaseSource, load_base_source, load_progress
 from runner.sft.base import (
@@ -369,6 +369,79 @@ def test_what_a_model_keeps_is_not_shared(place: Place) -> None:
         )
     assert "longest_text is another one" in str(place.source("a").why)
     assert len(place.computed) == 2 and place.entries == []
+
+
+def obtain_unlike(place: Place, name: str) -> BaseScores:
+    """Of a model that scores a row another way the second time."""
+    scores = make_scores()
+    other = replace(scores.test[5], completion_nll_sum=9.0)
+
+    def compute() -> BaseScores:
+        place.computed.append(name)
+        return scores
+
+    return obtain_base_scores(
+        place.open(name), SAMPLES, place.trainer, compute=compute, score_again=lambda: [other]
+    )
+
+
+def test_nobody_waits_for_scores_that_cannot_be_kept(place: Place) -> None:
+    """The first run says so under the key, and whoever asks later takes no lock."""
+    obtain_unlike(place, "a")
+    why = str(place.source("a").why)
+    [lock] = place.root.glob("*.lock")
+    with hold_entry(lock.with_suffix(""), lambda: False) as is_ours:
+        assert is_ours
+        obtain_unlike(place, "b")
+    assert place.computed == ["a", "b"] and place.source("b").why == why
+    find_marker(place).write_text("{")  # says nothing any more
+    obtain_unlike(place, "c")
+    assert find_not_shared(lock.with_suffix("")) == why, "it is written anew"
+
+
+def find_marker(place: Place) -> Path:
+    [marker] = place.root.glob("*.not-shared")
+    return marker
+
+
+def test_who_waited_for_such_scores_lets_the_next_one_go_on_at_once(place: Place) -> None:
+    """Where the first run says so while another one waits for it, that one holds no lock."""
+    obtain_unlike(place, "a")
+    marker = find_marker(place)
+    folder = marker.with_suffix("")
+    why = find_not_shared(folder)
+    assert why is not None
+    marker.unlink()
+    progress_path = place.project.paths("b").attempt(1).progress_path
+    held = threading.Event()
+
+    def hold() -> None:
+        with hold_entry(folder, lambda: False) as is_ours:
+            assert is_ours
+            held.set()
+            while not (
+                (seen := load_progress(progress_path))
+                and seen.phase.startswith("waiting for another")
+            ):
+                assert not done.wait(0.01), "it has not waited"
+            note_not_shared(folder, why)
+
+    done, computing = threading.Event(), []
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(60)
+
+    def compute() -> BaseScores:
+        with hold_entry(folder, lambda: False) as is_free:
+            computing.append(is_free)
+        return make_scores()
+
+    obtain_base_scores(
+        place.open("b"), SAMPLES, place.trainer, compute=compute, score_again=lambda: []
+    )
+    done.set()
+    holder.join(60)
+    assert computing == [True] and place.source("b").why == why
 
 
 def test_what_does_not_come_out_the_same_is_not_shared(place: Place) -> None:
