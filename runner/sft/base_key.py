@@ -30,6 +30,7 @@ from runner.recipe.libraries import find_unused_libraries
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import GenerationOn
 from runner.run.record import AskedBase
+from runner.secrets import names_secret
 from runner.sft.context import RunContext
 from runner.sft.generation import build_generation_config
 from runner.sft.startup import uses_deepspeed
@@ -83,8 +84,9 @@ _TRAINING_WITHOUT_EFFECT: Final = frozenset(
 # Variables by which the libraries below choose how to compute.
 _OF_COMPUTATION: Final = re.compile(
     r"(?!.*_(CACHE|DIR|HOME|PATH)$)"
-    r"((ATEN|CUBLAS|CUBLASLT|CUDNN|DNNL|KMP|MIOPEN|MKL|OMP|ONEDNN|OPENBLAS|PYTORCH|TORCH|TRITON)_.*"
-    r"|NVIDIA_TF32_OVERRIDE)"
+    r"((ATEN|BNB|CUBLAS|CUBLASLT|CUDNN|DNNL|FLASH_ATTENTION|HIPBLASLT|KMP|MIOPEN|MKL|OMP|ONEDNN"
+    r"|OPENBLAS|PYTORCH|ROCBLAS|TORCH|TRITON)_.*"
+    r"|LD_PRELOAD|NVIDIA_TF32_OVERRIDE|USE_HUB_KERNELS)"
 )
 
 # Of `torch.backends`; the older `allow_tf32` raises where somebody has set these.
@@ -141,7 +143,7 @@ class AsRun:
     num_threads: int
     precision: Mapping[str, Any]
     devices: tuple[str, ...]  # by rank, with driver
-    variables: Mapping[str, str]
+    variables: Mapping[str, str]  # hashes: an entry holds no value of the environment
     generation: Mapping[str, Any] | None  # Transformers' settings, where texts are generated
     launch: Any  # of the accelerate config
     hidden_libraries: tuple[str, ...]
@@ -176,7 +178,9 @@ def read_as_run(context: RunContext, trainer: Trainer, devices: Sequence[str]) -
         },
         devices=tuple(devices),
         variables={
-            name: value for name, value in os.environ.items() if _OF_COMPUTATION.fullmatch(name)
+            name: _hash_text(value)
+            for name, value in os.environ.items()
+            if _OF_COMPUTATION.fullmatch(name) and not names_secret(name)
         },
         generation=(
             build_generation_config(tokenizer, generation.max_new_tokens).to_dict()

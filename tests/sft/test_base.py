@@ -177,6 +177,25 @@ def test_what_accelerate_compiles_is_scored_by_each(place: Place) -> None:
     assert "`dynamo_config`" in str(place.source("a").why) and not place.root.exists()
 
 
+def test_values_of_variables_stand_in_no_entry(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HUB_TOKEN", "hidden-value")
+    for name in ("ROCBLAS_LAYER", "HIPBLASLT_X", "FLASH_ATTENTION_X", "BNB_CUDA_VERSION"):
+        monkeypatch.setenv(name, "hidden-value")
+    for name in ("USE_HUB_KERNELS", "LD_PRELOAD"):
+        monkeypatch.setenv(name, "")
+    place.obtain("a")
+    text = (place.entries[0] / "manifest.json").read_text()
+    variables = json.loads(text)["parts"]["as_run"]["variables"]
+    assert "hidden-value" not in text and "TORCH_HUB_TOKEN" not in variables
+    assert {"ROCBLAS_LAYER", "HIPBLASLT_X", "FLASH_ATTENTION_X", "BNB_CUDA_VERSION"} <= {*variables}
+    assert {"USE_HUB_KERNELS", "LD_PRELOAD"} <= {*variables}
+    monkeypatch.setenv("ROCBLAS_LAYER", "other")
+    place.obtain("b")
+    assert place.computed == ["a", "b"]
+
+
 def test_another_part_is_another_entry(place: Place) -> None:
     place.obtain("a")
     place.trainer.args.per_device_eval_batch_size = 4
