@@ -9,8 +9,9 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from runner.cli.main import main
 from runner.data.draw import LeftOut
-from runner.data.rows import Samples, Split
+from runner.data.rows import Row, Samples, Split
 from runner.data.tasks.base import Judgement
 from runner.data.tokenizer import load_tokenizer
 from runner.files import hash_file, load_json, write_json_atomic
@@ -47,6 +48,10 @@ from tests.support.contexts import open_context
 from tests.support.token_rows import make_row
 
 ROWS = tuple(make_row(f"row-{number}", range(3, 9 + number), (2, 5)) for number in range(6))
+ANSWERING = (
+    "evaluation.generation={enabled: true, max_new_tokens: 8, num_samples: 1,"
+    " during_training: true}"
+)
 SAMPLES = Samples(Split((), ()), Split(ROWS[:2], ()), Split(ROWS, ()), LeftOut())
 
 
@@ -96,7 +101,7 @@ class Place:
         return [path for path in self.root.glob("[!.]*") if path.is_dir()]
 
     def open(self, name: str, base: AskedBase = "shared") -> RunContext:
-        context = open_context(self.project, f"run.name={name}")
+        context = open_context(self.project, f"run.name={name}", ANSWERING)
         paths = self.project.paths(name)
         paths.attempt(1).attempt_dir.mkdir(parents=True, exist_ok=True)
         contents = {"models/gemma": "weights"}
@@ -282,6 +287,74 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "nobody wrote it": lambda entry: write_json_atomic(
         entry / "manifest.json", {**load_json(entry / "manifest.json"), "producer": {}}
     ),
+}
+
+
+class Vanishing(tuple[Row, ...]):
+    """Rows of which the third look comes after another process has moved the entry aside."""
+
+    entry: Path
+    looks = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        self.looks += 1
+        if self.looks == 3:
+            shutil.rmtree(self.entry)
+        return super().__iter__()
+
+
+def test_a_damaged_entry_that_another_process_moves_first_is_told_as_such(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.obtain("a")
+    drop_a_row(place.entries[0])
+    rows = Vanishing(ROWS)
+    rows.entry = place.entries[0]
+    obtain_base_scores(
+        place.open("b"),
+        replace(SAMPLES, test=Split(rows, ())),
+        place.trainer,
+        compute=make_scores,
+        score_again=lambda: score_again(make_scores()),
+    )
+    said = capsys.readouterr().out
+    assert "other test rows: another process has moved it aside" in said and "None" not in said
+
+
+def _change(split: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Damage to the second row of a file, signed as if it had been written like that."""
+
+    def damage(entry: Path) -> None:
+        name = "answers" if split.startswith("answers") else "scores"
+        content = load_json(entry / f"{name}.json")
+        change(content[split.rpartition(".")[2]][-1])
+        (entry / f"{name}.json").write_text(json.dumps(content))
+        manifest = load_json(entry / "manifest.json")
+        manifest["files"][f"{name}.json"] = hash_file(entry / f"{name}.json")
+        write_json_atomic(entry / "manifest.json", manifest)
+
+    return damage
+
+
+DAMAGES |= {
+    "a sum is a text": _change("test", lambda row: row.update(nll_sum="1.0")),
+    "a sum is no number": _change("test", lambda row: row.update(nll_sum=float("nan"))),
+    "a sum is endless": _change("validation", lambda row: row.update(nll_sum=float("inf"))),
+    "a count is a fraction": _change("validation", lambda row: row.update(num_tokens=1.5)),
+    "a count is a claim": _change("again", lambda row: row.update(num_bytes=True)),
+    "a group is a number": _change("test", lambda row: row.update(group=3)),
+    "an answer is no text": _change("answers.test", lambda row: row.update(prediction=3)),
+    "a reference is no text": _change("answers.test", lambda row: row.update(references=[3])),
+    "references are a text": _change("answers.test", lambda row: row.update(references="ab")),
+    "finished is a number": _change("answers.test", lambda row: row.update(is_finished=1)),
+    "readable is a text": _change("answers.test", lambda row: row.update(is_readable="no")),
+    "a judgement is a text": _change("answers.test", lambda row: row.update(scores={"f1": "1"})),
+    "judgements are a list": _change("answers.test", lambda row: row.update(scores=[1])),
+    "an own score is endless": _change(
+        "answers.validation", lambda row: row.update(own_scores={"length": float("inf")})
+    ),
+    "an answer to another row": _change("answers.test", lambda row: row.update(row_id="row-1")),
+    "an answer of validation": _change("answers.validation", lambda row: row.update(row_id="x")),
 }
 
 
