@@ -259,14 +259,10 @@ def _read_processor() -> str:
 
 def _hash_scored(rows: Iterable[Row]) -> str:
     """All that `RowScore` is made of."""
-    return _hash_text(
-        json.dumps(
-            [
-                [row.row_id, row.group, row.input_ids, row.num_bytes]
-                + [_list_ends(spans) for spans in (row.spans, row.contents, row.untrained)]
-                for row in rows
-            ]
-        )
+    return _hash_each(
+        [row.row_id, row.group, row.input_ids, row.num_bytes]
+        + [_list_ends(spans) for spans in (row.spans, row.contents, row.untrained)]
+        for row in rows
     )
 
 
@@ -276,8 +272,15 @@ def _list_ends(spans: Sequence[Any]) -> list[tuple[int, int]]:
 
 def _hash_judged(rows: Iterable[Row], *, with_columns: bool) -> str:
     """What the answers to these rows are judged by."""
-    judged = [[row.references, dict(row.columns) if with_columns else None] for row in rows]
-    return _hash_text(json.dumps(judged, default=repr))
+    return _hash_each([row.references, dict(row.columns) if with_columns else None] for row in rows)
+
+
+def _hash_each(described: Iterable[Any]) -> str:
+    """One after the other: a split may be large."""
+    digest = hashlib.sha256()
+    for one in described:
+        digest.update(json.dumps(one, default=repr).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _hash_text(text: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -162,6 +163,28 @@ def test_so_are_the_order_of_the_rows_and_the_files_of_metrics() -> None:
     assert derive_key(samples=make_samples(ROW)) != key
     assert derive_key(contents={**CONTENTS, "lengths.py": "3"}) != key
     assert derive_key(contents={**CONTENTS, "data.jsonl": "3"}) == key, "its rows are parts"
+
+
+class Lazy(Sequence[Row]):
+    """Rows that are built when they are asked for, as stored ones are."""
+
+    def __len__(self) -> int:
+        return 500
+
+    def __getitem__(self, at: Any) -> Any:
+        if at >= len(self):
+            raise IndexError
+        return make_row(str(at), [100_000] * 1000, (2, 5), references=("yes" * 1000,))
+
+
+def test_no_text_of_a_whole_split_is_built() -> None:
+    samples = Samples(Split((), ()), Split((OTHER,), ()), Split(Lazy(), ()), LeftOut())
+    derive_key(samples=samples)
+    tracemalloc.start()
+    derive_key(samples=samples)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000, "500 rows of 11 kB"
 
 
 def test_what_answers_are_judged_by_is_no_part_where_nothing_answers() -> None:
