@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from runner.errors import RefusedError
-from runner.run.entries import list_stored, remove_stored
+from runner.run.entries import list_notes, list_stored, remove_free_locks, remove_stored
 from runner.run.lease import is_leased
 from runner.run.paths import RunPaths, base_entries_dir, list_recipe_caches, row_entries_dir
 from runner.text import format_bytes
@@ -20,6 +20,10 @@ def run_clean(arguments: argparse.Namespace) -> int:
         RefusedError: a run may be reading it now, there is nobody to ask, or the answer is no.
     """
     root: Path = arguments.output_root
+    if not root.is_dir():
+        raise RefusedError(
+            f"there is no folder {root}", hint="name the folder of the runs by `--output-root`"
+        )
     found = {
         folder: list_stored(folder) for folder in (base_entries_dir(root), row_entries_dir(root))
     }
@@ -33,6 +37,9 @@ def run_clean(arguments: argparse.Namespace) -> int:
     if files:
         size = format_bytes(sum(path.stat().st_size for path in files))
         print(f"{files[0]}: recipes as they were read, {_count(len(files), 'file')}, {size}")
+    if notes := list_notes(base_entries_dir(root)):
+        print(f"{notes[0].parent}: why some scores cannot be shared, {_count(len(notes), 'file')}")
+        files += notes
     folders = [one for stored in found.values() for one in stored]
     if not folders and not files:
         print(f"{root}: nothing is shared between runs here")

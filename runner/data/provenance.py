@@ -7,13 +7,16 @@ checkout is edited or a library upgraded.
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 from typing import Any, Final
 
 import runner
-from runner.files import hash_json
+from runner.errors import CorruptFileError
+from runner.files import hash_json, load_json
 from runner.recipe.identity import RULES
 
 # That read files, render chats, make tokens of them, or write what is stored.
@@ -28,17 +31,18 @@ _LIBRARIES: Final = (
     "pydantic",
     "zstandard",
 )
+_NAME: Final = "recipe-runner"  # of the runner, as it is installed
 # Packages of the runner that read, draw, render, prove and mask; beside them its own files at the
 # top, on which these stand.
 PACKAGES: Final = ("data", "recipe")
 
 
-def hash_source(root: Path) -> str:
+def hash_source(root: Path, packages: Sequence[str] = PACKAGES) -> str:
     """Of the source files of the runner that rows pass through: a checkout that is edited keeps its
-    version.
+    version. Those of all packages for `*`.
     """
     paths = [*root.glob("*.py")]
-    for name in PACKAGES:
+    for name in packages:
         paths += root.glob(f"{name}/**/*.py")
     return hash_json(
         {
@@ -58,6 +62,40 @@ def _list_versions() -> dict[str, str]:
     return versions
 
 
+def _list_installed() -> list[str]:
+    """Names and versions of all that can be imported, as the names of folders say them."""
+    folders = (Path(folder or ".") for folder in sys.path)
+    return sorted({path.name for folder in folders for path in folder.glob("*.*-info")})
+
+
+def hash_installed() -> str:
+    """Of names and versions of all that was installed at the import and is now: what is imported
+    late, such as a function of the project, may be of either.
+    """
+    return hash_json([_INSTALLED, _list_installed()])
+
+
+def list_editable() -> list[str]:
+    """Names of what is installed to be edited in place, but for the runner: its version stays the
+    same while its code changes, so that nobody knows what a function of the project imports.
+    """
+    names = set()
+    for folder in {Path(folder or ".") for folder in sys.path}:
+        names |= {path.stem for path in folder.glob("*.egg-link")}
+        for path in folder.glob("*.dist-info/direct_url.json"):
+            try:
+                is_editable = load_json(path)["dir_info"].get("editable", False)
+            except (KeyError, AttributeError):  # of an archive, or a commit
+                continue
+            except (CorruptFileError, OSError, TypeError):  # nobody can tell
+                is_editable = True
+            if is_editable:
+                names.add(path.parent.name.partition("-")[0].replace("_", "-"))
+    return sorted(names - {_NAME})
+
+
+SOURCE_OF_RUNNER: Final = hash_source(Path(runner.__file__).parent, ("*",))
+_INSTALLED: Final = _list_installed()
 PROVENANCE: Final[dict[str, Any]] = {
     "rules": RULES,
     "source": hash_source(Path(runner.__file__).parent),

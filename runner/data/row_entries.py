@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cache
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Final, get_args
 
 import pyarrow as pa
 
 from runner.data.draw import SPLITS, LeftOut, RawRow, RawSplits
-from runner.data.provenance import PROVENANCE
+from runner.data.provenance import PROVENANCE, hash_installed, list_editable
 from runner.data.rows import (
     Row,
     Samples,
@@ -73,7 +71,7 @@ def build_parts(
         "columns": [str(field) for field in SCHEMA],
         **PROVENANCE,
         # What a function of the project imports beside its own files, nobody knows.
-        "installed": _hash_installed() if _list_task_files(recipe) else None,
+        "installed": hash_installed() if _list_task_files(recipe) else None,
     }
 
 
@@ -84,8 +82,8 @@ def pin_data(recipe: Recipe, contents: Mapping[str, str]) -> dict[str, str] | No
         is_commit = source.revision is not None and _COMMIT.fullmatch(source.revision)
         is_hub = source.path not in contents and not Path(source.path).exists()
         pinned[source.path] = source.revision if is_hub and is_commit else contents.get(source.path)
-    for path in _list_task_files(recipe):
-        pinned[path] = contents.get(path)
+    for path in _list_task_files(recipe):  # what they import of such packages, nobody knows
+        pinned[path] = None if list_editable() else contents.get(path)
     known = {path: pin for path, pin in pinned.items() if pin is not None}
     return known if known.keys() == pinned.keys() else None
 
@@ -93,11 +91,6 @@ def pin_data(recipe: Recipe, contents: Mapping[str, str]) -> dict[str, str] | No
 def _list_task_files(recipe: Recipe) -> list[str]:
     files = recipe.list_python_files()
     return [path for key, path in files.items() if key.startswith("data.")]
-
-
-@cache
-def _hash_installed() -> str:
-    return hash_json(sorted(f"{one.name} {one.version}" for one in distributions()))
 
 
 def name_entry(parts: Mapping[str, Any]) -> str:

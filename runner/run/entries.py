@@ -295,3 +295,38 @@ def _manifest_path(folder: Path) -> Path:
 
 def _lock_path(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
+
+
+def note_not_shared(folder: Path, why: str) -> None:
+    """Say beside the place of an entry that there can be none, so that nobody waits for it; only
+    for the holder of its lock.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_json_atomic(_not_shared_path(folder), {"why": why, "written_at_utc": now_utc()})
+
+
+def find_not_shared(folder: Path) -> str | None:
+    """The reason for which there can be no such entry; None where nobody has said so."""
+    why = _load_mapping(_not_shared_path(folder)).get("why")
+    return why if isinstance(why, str) else None
+
+
+def list_notes(root: Path) -> list[Path]:
+    """The files below `root` that say that there can be no entry."""
+    return sorted(path for path in root.glob("*.not-shared") if _NAME.fullmatch(path.stem))
+
+
+def remove_free_locks(root: Path) -> None:
+    """Remove the locks of entries that are not there and that nobody is about to write."""
+    for path in root.glob("*.lock"):
+        folder = path.with_suffix("")
+        if _NAME.fullmatch(folder.name) and not folder.exists():
+            with hold_entry(folder, lambda: False) as is_ours:
+                if is_ours:
+                    path.unlink(missing_ok=True)
+
+
+def _not_shared_path(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.not-shared")

@@ -136,7 +136,7 @@ class Attempt(Fact):
     cluster_job: str | None = None
     # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
     resume: str = "auto"
-    base: AskedBase = "shared"
+    base: AskedBase = "own"  # as attempts did that say nothing of it
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
     git_commit: str | None = None
     git_is_dirty: bool | None = None

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 from accelerate.utils import gather_object
 from pydantic import ValidationError
@@ -27,7 +27,16 @@ from transformers import Trainer
 from runner.data.rows import Samples
 from runner.errors import CorruptFileError
 from runner.files import hash_json, load_json, write_json_atomic
-from runner.run.entries import Entry, find_entry, hold_entry, quarantine_entry, write_entry
+from runner.recipe.schema import GenerationOn
+from runner.run.entries import (
+    Entry,
+    find_entry,
+    find_not_shared,
+    hold_entry,
+    note_not_shared,
+    quarantine_entry,
+    write_entry,
+)
 from runner.run.paths import base_entries_dir, find_output_root
 from runner.run.record import BaseProducer, BaseSource
 from runner.sft.base_key import (
@@ -81,14 +90,49 @@ class BaseScores:
         try:
             scores, answers = load_json(folder / "scores.json"), load_json(folder / "answers.json")
             return cls(
-                test=[RowScore(**row) for row in scores["test"]],
-                test_answers=[Answer.from_json(row) for row in answers["test"]],
-                validation=[RowScore(**row) for row in scores["validation"]],
-                validation_answers=[Answer.from_json(row) for row in answers["validation"]],
-                again=[RowScore(**row) for row in scores["again"]],
+                test=[_read_score(row) for row in scores["test"]],
+                test_answers=[_read_answer(row) for row in answers["test"]],
+                validation=[_read_score(row) for row in scores["validation"]],
+                validation_answers=[_read_answer(row) for row in answers["validation"]],
+                again=[_read_score(row) for row in scores["again"]],
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise CorruptFileError(f"{folder} is of another shape: {error!r}") from None
+
+
+# By hand: pydantic takes no text with half a surrogate, which the id of a row may be.
+_SCORE_TYPES: Final = get_type_hints(RowScore)
+
+
+def _read_score(row: Mapping[str, Any]) -> RowScore:
+    """Raises: TypeError."""
+    score = RowScore(**row)
+    for name, expected in _SCORE_TYPES.items():
+        _require(type(getattr(score, name)) is expected and _is_finite(getattr(score, name)), row)
+    return score
+
+
+def _read_answer(row: Mapping[str, Any]) -> Answer:
+    """Raises: TypeError, KeyError, AttributeError."""
+    _require(isinstance(row["references"], list), row)
+    answer = Answer.from_json(row)
+    texts = [answer.row_id, answer.prediction, *answer.references]
+    _require(all(isinstance(text, str) for text in texts), row)
+    claims = (answer.is_finished, answer.judgement.is_readable)
+    _require(all(isinstance(claim, bool) for claim in claims), row)
+    own = [value for value in answer.own_scores.values() if value is not None]
+    for value in (*answer.judgement.scores.values(), *own):
+        _require(type(value) in (int, float) and _is_finite(value), row)
+    return answer
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _require(is_right: bool, row: Mapping[str, Any]) -> None:
+    if not is_right:
+        raise TypeError(f"row {row['row_id']}")
 
 
 def obtain_base_scores(
@@ -105,7 +149,8 @@ def obtain_base_scores(
     `wait_seconds`; None: ten minutes, or two where other ranks wait in a collective meanwhile.
     """
     distributed_type = trainer.accelerator.distributed_type.value
-    why = explain_own_base(context.recipe, context.base, distributed_type)
+    dynamo = trainer.accelerator.state.dynamo_plugin.backend.value
+    why = explain_own_base(context.recipe, context.base, distributed_type, dynamo)
     if why is not None:
         _note(context, BaseSource(source="own", why=why))
         return compute()
@@ -218,15 +263,26 @@ class _Shelf:
             return None
         try:
             found = self._find()
-            if found is None and self._take_lock(wait_seconds):
+            if found is None and not self._is_not_shared() and self._take_lock(wait_seconds):
                 found = self._find()  # another run may have written it meanwhile
+                if found is None and self._is_not_shared():
+                    self._let_go()
         except OSError as error:
             self._why = f"{self.folder} cannot be read or locked: {error}"
             return None
         if found is not None:  # readers need no lock
-            self._stack.close()
-            self.is_ours = False
+            self._let_go()
         return found
+
+    def _let_go(self) -> None:
+        self._stack.close()
+        self.is_ours = False
+
+    def _is_not_shared(self) -> bool:
+        """Whether a run has found that such scores cannot be kept."""
+        if (why := find_not_shared(self.folder)) is not None:
+            self._why = why
+        return why is not None
 
     def _find(self) -> BaseScores | None:
         self._entry = None
@@ -241,16 +297,28 @@ class _Shelf:
             moved = quarantine_entry(
                 self.folder, error.message, read=self._entry, found_by=self._who()
             )
-            if moved is not None:  # another process may have been faster
-                print(f"warning: {error.message}: moved to {moved}", flush=True)
+            done = f"moved to {moved}" if moved else "another process has moved it aside"
+            print(f"warning: {error.message}: {done}", flush=True)
             return None
         return found
 
     def _require_rows(self, found: BaseScores) -> None:
-        for split, scores in (("test", found.test), ("validation", found.validation)):
-            rows = getattr(self.samples, split).rows
-            if [one.row_id for one in scores] != [row.row_id for row in rows]:
+        for split, scores, answers in (
+            ("test", found.test, found.test_answers),
+            ("validation", found.validation, found.validation_answers),
+        ):
+            asked = [row.row_id for row in getattr(self.samples, split).rows]
+            if [one.row_id for one in scores] != asked:
                 raise CorruptFileError(f"{self.folder} has other {split} rows")
+            if [one.row_id for one in answers] != asked[: self._limit_answers(split)]:
+                raise CorruptFileError(f"{self.folder} has answers to other {split} rows")
+
+    def _limit_answers(self, split: str) -> int | None:
+        """How many rows are answered; None: all."""
+        settings = self.context.recipe.evaluation.generation
+        if isinstance(settings, GenerationOn) and (split == "test" or settings.during_training):
+            return settings.num_samples
+        return 0
 
     def _take_lock(self, wait_seconds: float | None) -> bool:
         """Whether the lock is ours, at once or after a while."""
@@ -292,6 +360,8 @@ class _Shelf:
         is_kept = False
         if self.is_ours and change is not None:
             self._why = f"it does not come out the same each time, or leaves something: {change}"
+            with contextlib.suppress(OSError):
+                note_not_shared(self.folder, self._why)
         elif self.is_ours:
             try:
                 write_entry(self.folder, scores.write, parts=self._parts, producer=self._who())

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import attrgetter
@@ -23,15 +22,15 @@ import numpy
 import torch
 from transformers import Trainer
 
-import runner
+from runner.data.provenance import SOURCE_OF_RUNNER, hash_installed, list_editable
 from runner.data.rows import Row, Samples
-from runner.files import hash_json
 from runner.model.load import count_rows
 from runner.recipe.identity import list_library_versions, load_launch_settings
 from runner.recipe.libraries import find_unused_libraries
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import GenerationOn
 from runner.run.record import AskedBase
+from runner.secrets import names_secret
 from runner.sft.context import RunContext
 from runner.sft.generation import build_generation_config
 from runner.sft.startup import uses_deepspeed
@@ -85,8 +84,9 @@ _TRAINING_WITHOUT_EFFECT: Final = frozenset(
 # Variables by which the libraries below choose how to compute.
 _OF_COMPUTATION: Final = re.compile(
     r"(?!.*_(CACHE|DIR|HOME|PATH)$)"
-    r"((ATEN|CUBLAS|CUBLASLT|CUDNN|DNNL|KMP|MIOPEN|MKL|OMP|ONEDNN|OPENBLAS|PYTORCH|TORCH|TRITON)_.*"
-    r"|NVIDIA_TF32_OVERRIDE)"
+    r"((ATEN|BNB|CUBLAS|CUBLASLT|CUDNN|DNNL|FLASH_ATTENTION|HIPBLASLT|KMP|MIOPEN|MKL|OMP|ONEDNN"
+    r"|OPENBLAS|PYTORCH|ROCBLAS|TORCH|TRITON)_.*"
+    r"|LD_PRELOAD|NVIDIA_TF32_OVERRIDE|USE_HUB_KERNELS)"
 )
 
 # Of `torch.backends`; the older `allow_tf32` raises where somebody has set these.
@@ -95,16 +95,27 @@ _PRECISIONS: Final = tuple(
 )
 
 
-def explain_own_base(recipe: Recipe, asked: AskedBase, distributed_type: str) -> str | None:
-    """The reason for which a run scores and answers by itself; None where it may share. Pure."""
+def explain_own_base(
+    recipe: Recipe, asked: AskedBase, distributed_type: str, dynamo: str = "NO"
+) -> str | None:
+    """The reason for which a run scores and answers by itself; None where it may share. `dynamo` is
+    the backend by which Accelerate compiles.
+    """
     if asked == "own":
         return "`--own-base` asks for it"
     if distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         return f"the weights are kept by {distributed_type}, whose order of work is its own"
     training = recipe.training.hugging_face_arguments()
+    if dynamo != "NO":
+        return "`dynamo_config`: what is compiled depends on what was computed before"
     compiled = [name for name, value in training.items() if name.startswith("torch_comp") and value]
     if compiled:
         return f"`training.{compiled[0]}`: what is compiled depends on what was computed before"
+    if recipe.list_python_files() and (names := list_editable()):
+        return (
+            f"its Python functions may import {', '.join(names)}, installed to be edited in place:"
+            " the version stays while the code changes"
+        )
     if recipe.adapter.method == "none":
         return None
     stated = recipe.adapter.lora_arguments()
@@ -132,7 +143,7 @@ class AsRun:
     num_threads: int
     precision: Mapping[str, Any]
     devices: tuple[str, ...]  # by rank, with driver
-    variables: Mapping[str, str]
+    variables: Mapping[str, str]  # hashes: an entry holds no value of the environment
     generation: Mapping[str, Any] | None  # Transformers' settings, where texts are generated
     launch: Any  # of the accelerate config
     hidden_libraries: tuple[str, ...]
@@ -167,7 +178,9 @@ def read_as_run(context: RunContext, trainer: Trainer, devices: Sequence[str]) -
         },
         devices=tuple(devices),
         variables={
-            name: value for name, value in os.environ.items() if _OF_COMPUTATION.fullmatch(name)
+            name: _hash_text(value)
+            for name, value in os.environ.items()
+            if _OF_COMPUTATION.fullmatch(name) and not names_secret(name)
         },
         generation=(
             build_generation_config(tokenizer, generation.max_new_tokens).to_dict()
@@ -178,7 +191,7 @@ def read_as_run(context: RunContext, trainer: Trainer, devices: Sequence[str]) -
         hidden_libraries=tuple(find_unused_libraries(recipe, uses_deepspeed=uses_deepspeed())),
         versions=list_library_versions(),
         installed=hash_installed(),
-        runner=hash_sources(),
+        runner=SOURCE_OF_RUNNER,
     )
 
 
@@ -244,33 +257,12 @@ def _read_processor() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
 
 
-def hash_installed() -> str:
-    """The hash of names and versions of all that is installed, as the names of folders say them."""
-    folders = (Path(folder or ".") for folder in sys.path)
-    return hash_json(sorted({path.name for folder in folders for path in folder.glob("*.*-info")}))
-
-
-def hash_sources() -> str:
-    """The hash of the runner's own source files."""
-    folder = Path(runner.__file__).parent
-    return hash_json(
-        {
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*.py"))
-        }
-    )
-
-
 def _hash_scored(rows: Iterable[Row]) -> str:
     """All that `RowScore` is made of."""
-    return _hash_text(
-        json.dumps(
-            [
-                [row.row_id, row.group, row.input_ids, row.num_bytes]
-                + [_list_ends(spans) for spans in (row.spans, row.contents, row.untrained)]
-                for row in rows
-            ]
-        )
+    return _hash_each(
+        [row.row_id, row.group, row.input_ids, row.num_bytes]
+        + [_list_ends(spans) for spans in (row.spans, row.contents, row.untrained)]
+        for row in rows
     )
 
 
@@ -280,8 +272,15 @@ def _list_ends(spans: Sequence[Any]) -> list[tuple[int, int]]:
 
 def _hash_judged(rows: Iterable[Row], *, with_columns: bool) -> str:
     """What the answers to these rows are judged by."""
-    judged = [[row.references, dict(row.columns) if with_columns else None] for row in rows]
-    return _hash_text(json.dumps(judged, default=repr))
+    return _hash_each([row.references, dict(row.columns) if with_columns else None] for row in rows)
+
+
+def _hash_each(described: Iterable[Any]) -> str:
+    """One after the other: a split may be large."""
+    digest = hashlib.sha256()
+    for one in described:
+        digest.update(json.dumps(one, default=repr).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _hash_text(text: str) -> str:

@@ -175,11 +175,14 @@ class Recorder:
 
     def _score_again(self, trainer: Trainer) -> list[RowScore]:
         """The scores of a few of the shortest test rows, by themselves."""
-        lengths = self.samples.test.list_lengths()
-        shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:NUM_ROWS_SCORED_AGAIN]
         with self.context.phase("evaluating base"):
-            rows = self.samples.test.rows
-            return self._score_rows(trainer, [rows[at] for at in shortest])
+            return self._score_rows(trainer, self.list_rows_scored_again())
+
+    def list_rows_scored_again(self) -> list[Row]:
+        """The shortest test rows; no other one is built."""
+        lengths = self.samples.test.list_lengths()
+        shortest = sorted(range(len(lengths)), key=lengths.__getitem__)
+        return [self.samples.test.rows[at] for at in shortest[:NUM_ROWS_SCORED_AGAIN]]
 
     def _answers_while_training(self) -> bool:
         settings = self.context.recipe.evaluation.generation

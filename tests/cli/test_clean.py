@@ -4,7 +4,7 @@ from typing import Final
 import pytest
 
 from runner.cli.main import main
-from runner.run.entries import hold_entry, write_entry
+from runner.run.entries import hold_entry, note_not_shared, write_entry
 from runner.run.lease import Lease
 
 NAMES: Final = (f".base/{'01ab' * 16}", f".rows/{'23cd' * 16}")
@@ -47,6 +47,24 @@ def test_what_is_shared_goes_and_runs_stay(root: Path, capsys: pytest.CaptureFix
     assert list_left(root) == [] and (root / "toy" / "a" / "result.json").exists()
     assert main(["clean", "--output-root", str(root), "--yes"]) == 0
     assert "nothing is shared between runs here" in capsys.readouterr().out
+
+
+def test_notes_and_locks_go_too(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = root / ".base" / ("ff" * 32)
+    note_not_shared(folder, "it leaves something")
+    with hold_entry(folder, lambda: False), hold_entry(root / NAMES[0], lambda: False):
+        pass
+    (root / ".base" / "mine.lock").touch()
+    assert main(["clean", "--output-root", str(root), "--yes"]) == 0
+    assert f"{root}/.base: why some scores cannot be shared, 1 file\n" in capsys.readouterr().out
+    assert [path.name for path in (root / ".base").iterdir()] == ["mine.lock"]
+
+
+def test_a_folder_that_is_not_there_is_named(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["clean", "--output-root", f"{root}s"]) == 2
+    assert f"there is no folder {root}s" in capsys.readouterr().err
 
 
 def test_nothing_goes_where_nobody_can_be_asked(

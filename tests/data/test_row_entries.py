@@ -26,6 +26,7 @@ from runner.recipe.data_section import DataSection
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.recipe.schema import ModelSection
 from tests.conftest import RECIPE_TEXT, Project
+from tests.support.installed import install_editable
 from tests.support.row_files import ROWS, section
 from tests.support.row_files import write_rows as write_file
 from tests.test_imports import INNER, name_package
@@ -402,3 +403,18 @@ def test_a_slow_tokenizer_has_no_entry(here: Project) -> None:
     recipe = here.recipe()
     contents = hash_contents(recipe, ContentHashes(here.root / "hashes.json"))
     assert build_parts(recipe, object(), contents) is None
+
+
+def test_rows_of_a_function_that_may_import_what_is_edited_in_place_are_not_pinned(
+    here: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = "data.task={name: python, function: rows.py:build}"
+    recipe = parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=[task])
+    contents = dict.fromkeys([*recipe.list_python_files().values(), "data.jsonl"], "1")
+    pinned = pin_data(recipe, contents)
+    assert pinned is not None and "rows.py" in pinned
+    install_editable(tmp_path, "lab-tools")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert pin_data(recipe, contents) is None
+    plain = parse_recipe(RECIPE_TEXT, where="recipe.yaml")
+    assert pin_data(plain, contents) is not None

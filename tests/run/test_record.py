@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runner.errors import CorruptFileError, RefusedError
-from runner.files import append_jsonl, write_json_atomic
+from runner.files import append_jsonl, load_json, write_json_atomic
 from runner.launch.attempt import prepare_run
 from runner.plan.decide import decide
 from runner.plan.status import RunStatus, find_differences, read_status
@@ -435,3 +435,11 @@ def test_a_stored_recipe_stays_readable_when_a_value_is_refused_since(tmp_path: 
     assert read is not None and read.recipe.training.model_dump()["optim"] == "adalomo"
     with pytest.raises(ValueError, match="cannot be used here"):
         Recipe.model_validate_json(json.dumps(recipe))
+
+
+def test_an_attempt_of_before_scores_were_shared_has_scored_itself(run: Run) -> None:
+    run.attempt()
+    record = load_json(run.paths.record_path)
+    del record["attempts"][0]["base"]
+    write_json_atomic(run.paths.record_path, record)
+    assert load_record(run.paths).attempts[0].base == "own"

@@ -9,8 +9,9 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,16 +19,22 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from accelerate.utils import TorchDynamoPlugin
 from transformers import AutoModelForCausalLM
 
 from runner.cli.main import main
 from runner.data.draw import LeftOut
-from runner.data.rows import Samples, Split
+from runner.data.rows import Row, Samples, Split
 from runner.data.tasks.base import Judgement
 from runner.data.tokenizer import load_tokenizer
 from runner.files import hash_file, load_json, write_json_atomic
 from runner.run.base_scores import find_other_base_scores
-from runner.run.entries import hold_entry, list_quarantined
+from runner.run.entries import (
+    find_not_shared,
+    hold_entry,
+    list_quarantined,
+    note_not_shared,
+)
 from runner.run.lease import Lease
 from runner.run.record import AskedBase, BaseSource, load_base_source, load_progress
 from runner.sft.base import (
@@ -46,6 +53,10 @@ from tests.support.contexts import open_context
 from tests.support.token_rows import make_row
 
 ROWS = tuple(make_row(f"row-{number}", range(3, 9 + number), (2, 5)) for number in range(6))
+ANSWERING = (
+    "evaluation.generation={enabled: true, max_new_tokens: 8, num_samples: 1,"
+    " during_training: true}"
+)
 SAMPLES = Samples(Split((), ()), Split(ROWS[:2], ()), Split(ROWS, ()), LeftOut())
 
 
@@ -95,7 +106,7 @@ class Place:
         return [path for path in self.root.glob("[!.]*") if path.is_dir()]
 
     def open(self, name: str, base: AskedBase = "shared") -> RunContext:
-        context = open_context(self.project, f"run.name={name}")
+        context = open_context(self.project, f"run.name={name}", ANSWERING)
         paths = self.project.paths(name)
         paths.attempt(1).attempt_dir.mkdir(parents=True, exist_ok=True)
         contents = {"models/gemma": "weights"}
@@ -165,6 +176,34 @@ def test_own_neither_reads_nor_writes(place: Place) -> None:
     place.obtain("b")
     place.obtain("c", base="own")
     assert place.computed == ["a", "b", "c"]
+
+
+def test_what_accelerate_compiles_is_scored_by_each(place: Place) -> None:
+    place.trainer.accelerator = SimpleNamespace(
+        distributed_type=place.trainer.accelerator.distributed_type,
+        state=SimpleNamespace(dynamo_plugin=TorchDynamoPlugin(backend="inductor")),
+    )
+    place.obtain("a")
+    assert "`dynamo_config`" in str(place.source("a").why) and not place.root.exists()
+
+
+def test_values_of_variables_stand_in_no_entry(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HUB_TOKEN", "hidden-value")
+    for name in ("ROCBLAS_LAYER", "HIPBLASLT_X", "FLASH_ATTENTION_X", "BNB_CUDA_VERSION"):
+        monkeypatch.setenv(name, "hidden-value")
+    for name in ("USE_HUB_KERNELS", "LD_PRELOAD"):
+        monkeypatch.setenv(name, "")
+    place.obtain("a")
+    text = (place.entries[0] / "manifest.json").read_text()
+    variables = json.loads(text)["parts"]["as_run"]["variables"]
+    assert "hidden-value" not in text and "TORCH_HUB_TOKEN" not in variables
+    assert {"ROCBLAS_LAYER", "HIPBLASLT_X", "FLASH_ATTENTION_X", "BNB_CUDA_VERSION"} <= {*variables}
+    assert {"USE_HUB_KERNELS", "LD_PRELOAD"} <= {*variables}
+    monkeypatch.setenv("ROCBLAS_LAYER", "other")
+    place.obtain("b")
+    assert place.computed == ["a", "b"]
 
 
 def test_another_part_is_another_entry(place: Place) -> None:
@@ -253,6 +292,74 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "nobody wrote it": lambda entry: write_json_atomic(
         entry / "manifest.json", {**load_json(entry / "manifest.json"), "producer": {}}
     ),
+}
+
+
+class Vanishing(tuple[Row, ...]):
+    """Rows of which the third look comes after another process has moved the entry aside."""
+
+    entry: Path
+    looks = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        self.looks += 1
+        if self.looks == 3:
+            shutil.rmtree(self.entry)
+        return super().__iter__()
+
+
+def test_a_damaged_entry_that_another_process_moves_first_is_told_as_such(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.obtain("a")
+    drop_a_row(place.entries[0])
+    rows = Vanishing(ROWS)
+    rows.entry = place.entries[0]
+    obtain_base_scores(
+        place.open("b"),
+        replace(SAMPLES, test=Split(rows, ())),
+        place.trainer,
+        compute=make_scores,
+        score_again=lambda: score_again(make_scores()),
+    )
+    said = capsys.readouterr().out
+    assert "other test rows: another process has moved it aside" in said and "None" not in said
+
+
+def _change(split: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Damage to the second row of a file, signed as if it had been written like that."""
+
+    def damage(entry: Path) -> None:
+        name = "answers" if split.startswith("answers") else "scores"
+        content = load_json(entry / f"{name}.json")
+        change(content[split.rpartition(".")[2]][-1])
+        (entry / f"{name}.json").write_text(json.dumps(content))
+        manifest = load_json(entry / "manifest.json")
+        manifest["files"][f"{name}.json"] = hash_file(entry / f"{name}.json")
+        write_json_atomic(entry / "manifest.json", manifest)
+
+    return damage
+
+
+DAMAGES |= {
+    "a sum is a text": _change("test", lambda row: row.update(nll_sum="1.0")),
+    "a sum is no number": _change("test", lambda row: row.update(nll_sum=float("nan"))),
+    "a sum is endless": _change("validation", lambda row: row.update(nll_sum=float("inf"))),
+    "a count is a fraction": _change("validation", lambda row: row.update(num_tokens=1.5)),
+    "a count is a claim": _change("again", lambda row: row.update(num_bytes=True)),
+    "a group is a number": _change("test", lambda row: row.update(group=3)),
+    "an answer is no text": _change("answers.test", lambda row: row.update(prediction=3)),
+    "a reference is no text": _change("answers.test", lambda row: row.update(references=[3])),
+    "references are a text": _change("answers.test", lambda row: row.update(references="ab")),
+    "finished is a number": _change("answers.test", lambda row: row.update(is_finished=1)),
+    "readable is a text": _change("answers.test", lambda row: row.update(is_readable="no")),
+    "a judgement is a text": _change("answers.test", lambda row: row.update(scores={"f1": "1"})),
+    "judgements are a list": _change("answers.test", lambda row: row.update(scores=[1])),
+    "an own score is endless": _change(
+        "answers.validation", lambda row: row.update(own_scores={"length": float("inf")})
+    ),
+    "an answer to another row": _change("answers.test", lambda row: row.update(row_id="row-1")),
+    "an answer of validation": _change("answers.validation", lambda row: row.update(row_id="x")),
 }
 
 
@@ -363,6 +470,79 @@ def test_what_a_model_keeps_is_not_shared(place: Place) -> None:
         )
     assert "longest_text is another one" in str(place.source("a").why)
     assert len(place.computed) == 2 and place.entries == []
+
+
+def obtain_unlike(place: Place, name: str) -> BaseScores:
+    """Of a model that scores a row another way the second time."""
+    scores = make_scores()
+    other = replace(scores.test[5], completion_nll_sum=9.0)
+
+    def compute() -> BaseScores:
+        place.computed.append(name)
+        return scores
+
+    return obtain_base_scores(
+        place.open(name), SAMPLES, place.trainer, compute=compute, score_again=lambda: [other]
+    )
+
+
+def test_nobody_waits_for_scores_that_cannot_be_kept(place: Place) -> None:
+    """The first run says so under the key, and whoever asks later takes no lock."""
+    obtain_unlike(place, "a")
+    why = str(place.source("a").why)
+    [lock] = place.root.glob("*.lock")
+    with hold_entry(lock.with_suffix(""), lambda: False) as is_ours:
+        assert is_ours
+        obtain_unlike(place, "b")
+    assert place.computed == ["a", "b"] and place.source("b").why == why
+    find_marker(place).write_text("{")  # says nothing any more
+    obtain_unlike(place, "c")
+    assert find_not_shared(lock.with_suffix("")) == why, "it is written anew"
+
+
+def find_marker(place: Place) -> Path:
+    [marker] = place.root.glob("*.not-shared")
+    return marker
+
+
+def test_who_waited_for_such_scores_lets_the_next_one_go_on_at_once(place: Place) -> None:
+    """Where the first run says so while another one waits for it, that one holds no lock."""
+    obtain_unlike(place, "a")
+    marker = find_marker(place)
+    folder = marker.with_suffix("")
+    why = find_not_shared(folder)
+    assert why is not None
+    marker.unlink()
+    progress_path = place.project.paths("b").attempt(1).progress_path
+    held = threading.Event()
+
+    def hold() -> None:
+        with hold_entry(folder, lambda: False) as is_ours:
+            assert is_ours
+            held.set()
+            while not (
+                (seen := load_progress(progress_path))
+                and seen.phase.startswith("waiting for another")
+            ):
+                assert not done.wait(0.01), "it has not waited"
+            note_not_shared(folder, why)
+
+    done, computing = threading.Event(), []
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(60)
+
+    def compute() -> BaseScores:
+        with hold_entry(folder, lambda: False) as is_free:
+            computing.append(is_free)
+        return make_scores()
+
+    obtain_base_scores(
+        place.open("b"), SAMPLES, place.trainer, compute=compute, score_again=lambda: []
+    )
+    done.set()
+    holder.join(60)
+    assert computing == [True] and place.source("b").why == why
 
 
 def test_what_does_not_come_out_the_same_is_not_shared(place: Place) -> None:

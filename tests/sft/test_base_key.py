@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -27,12 +28,12 @@ from runner.sft.base_key import (
     build_parts,
     describe_device,
     explain_own_base,
-    hash_installed,
-    hash_sources,
 )
 from runner.sft.evaluate import score_rows
 from tests.conftest import RECIPE_TEXT
+from tests.support.installed import install_editable
 from tests.support.token_rows import make_row
+from tests.test_imports import INNER
 
 GENERATION: Final = "evaluation.generation={enabled: true, max_new_tokens: 8}"
 METRIC: Final = "evaluation.metrics=[{name: length, function: 'lengths.py:length', mode: min}]"
@@ -164,6 +165,28 @@ def test_so_are_the_order_of_the_rows_and_the_files_of_metrics() -> None:
     assert derive_key(contents={**CONTENTS, "data.jsonl": "3"}) == key, "its rows are parts"
 
 
+class Lazy(Sequence[Row]):
+    """Rows that are built when they are asked for, as stored ones are."""
+
+    def __len__(self) -> int:
+        return 500
+
+    def __getitem__(self, at: Any) -> Any:
+        if at >= len(self):
+            raise IndexError
+        return make_row(str(at), [100_000] * 1000, (2, 5), references=("yes" * 1000,))
+
+
+def test_no_text_of_a_whole_split_is_built() -> None:
+    samples = Samples(Split((), ()), Split((OTHER,), ()), Split(Lazy(), ()), LeftOut())
+    derive_key(samples=samples)
+    tracemalloc.start()
+    derive_key(samples=samples)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000, "500 rows of 11 kB"
+
+
 def test_what_answers_are_judged_by_is_no_part_where_nothing_answers() -> None:
     quiet = make_recipe()
     keys = {
@@ -208,14 +231,36 @@ def test_so_do_compiled_models_sharded_ones_and_who_asks_for_it() -> None:
     assert explain_own_base(recipe, "own", "NO") == "`--own-base` asks for it"
     for kind in ("DEEPSPEED", "FSDP", "TP"):
         assert kind in str(explain_own_base(recipe, "shared", kind))
+    assert "`dynamo_config`" in str(explain_own_base(recipe, "shared", "NO", dynamo="INDUCTOR"))
     compiled = make_recipe("training.torch_compile=true")
     assert "`training.torch_compile`" in str(explain_own_base(compiled, "shared", "NO"))
 
 
+def test_so_do_functions_that_may_import_what_is_edited_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_function, without = make_recipe(GENERATION, METRIC), make_recipe(GENERATION)
+    assert explain_own_base(with_function, "shared", "NO") is None
+    install_editable(tmp_path, "lab-tools")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "lab-tools" in str(explain_own_base(with_function, "shared", "NO"))
+    assert explain_own_base(without, "shared", "NO") is None
+
+
 def test_the_machine_is_described_without_a_gpu() -> None:
     assert describe_device(torch.device("cpu")).startswith("cpu, ")
-    assert len(hash_installed()) == len(hash_sources()) == 64
-    assert hash_sources() == hash_sources()
+
+
+def test_a_warm_worker_has_loaded_the_key_before_it_forks() -> None:
+    """`runner.sft.train` is all that it imports: what the key says of sources is taken there."""
+    reached, left = {"runner.sft.train"}, ["runner.sft.train"]
+    while left:
+        importer = left.pop()
+        for one in INNER:
+            if one.importer == importer and one.is_at_import and one.imported not in reached:
+                reached.add(one.imported)
+                left.append(one.imported)
+    assert {"runner.sft.base_key", "runner.data.provenance"} <= reached
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "llama", "mistral", "phi"])

@@ -12,12 +12,14 @@ from transformers import TrainerState
 
 from runner.data.masking import CompletionSpan
 from runner.data.rows import LeftOut, Row, Samples, Split, describe_samples
+from runner.data.stored_rows import StoredRows, StoredSplit, write_shard
 from runner.errors import DataError, DivergedError
 from runner.files import append_jsonl, load_json, load_jsonl
 from runner.sft.recorder import Recorder
 from runner.sft.startup import WorldPlace
 from tests.conftest import Project
 from tests.support.contexts import make_recorder, open_context
+from tests.support.token_rows import make_row
 
 LOGS = {"loss": 2.5, "grad_norm": 0.5, "learning_rate": 1e-4, "num_tokens": 77.0}
 
@@ -160,3 +162,25 @@ def test_the_main_process_alone_writes(project: Project) -> None:
     assert list_files() == [context.paths.samples_path]
     facts = describe_samples(recorder.samples, context.recipe.loss)
     assert load_json(context.paths.samples_path) == facts
+
+
+class Counting(StoredRows):
+    """Rows that count how many of them were built."""
+
+    num_built = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int):
+            self.num_built += 1
+        return super().__getitem__(index)
+
+
+def test_only_the_rows_that_are_scored_again_are_built(project: Project, tmp_path: Path) -> None:
+    rows = tuple(make_row(f"row-{at}", range(3, 30 - at), (2, 5)) for at in range(20))
+    write_shard(tmp_path / "rows.arrow", rows, with_columns=False)
+    stored = Counting([tmp_path / "rows.arrow"])
+    split = StoredSplit(stored, (), {})
+    recorder = record(project, Samples(Split((), ()), Split((), ()), split, LeftOut()))
+    shortest = recorder.list_rows_scored_again()
+    assert [row.row_id for row in shortest] == ["row-19", "row-18", "row-17", "row-16"]
+    assert stored.num_built == 4
