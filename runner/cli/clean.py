@@ -53,6 +53,8 @@ def run_clean(arguments: argparse.Namespace) -> int:
     for path in files:
         path.unlink(missing_ok=True)
     busy = [one.path for one in folders if not remove_stored(one)]
+    for folder in found:
+        remove_free_locks(folder)
     for path in busy:
         print(
             f"warning: {path} stays: a run is writing it, or it may not be removed", file=sys.stderr
