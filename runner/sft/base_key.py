@@ -214,7 +214,7 @@ def build_parts(
             if name not in _TRAINING_WITHOUT_EFFECT
         },
         "rows": {
-            split: _hash_scored(getattr(samples, split).rows) for split in ("test", "validation")
+            split: hash_scored(getattr(samples, split).rows) for split in ("test", "validation")
         },
         "answers": answers,
         "as_run": json.loads(json.dumps(asdict(as_run), default=str)),
@@ -261,17 +261,14 @@ def hash_sources() -> str:
     )
 
 
-def _hash_scored(rows: Iterable[Row]) -> str:
-    """All that `RowScore` is made of."""
-    return _hash_text(
-        json.dumps(
-            [
-                [row.row_id, row.group, row.input_ids, row.num_bytes]
-                + [_list_ends(spans) for spans in (row.spans, row.contents, row.untrained)]
-                for row in rows
-            ]
-        )
-    )
+def hash_scored(rows: Iterable[Row]) -> str:
+    """The hash of all that `RowScore` is made of; rows that are stored are built one at a time."""
+    digest = hashlib.sha256()
+    for row in rows:
+        said = [row.row_id, row.group, row.input_ids, row.num_bytes]
+        spans = [_list_ends(spans) for spans in (row.spans, row.contents, row.untrained)]
+        digest.update(json.dumps([*said, *spans]).encode())
+    return digest.hexdigest()
 
 
 def _list_ends(spans: Sequence[Any]) -> list[tuple[int, int]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,7 @@ from runner.sft.base_key import (
     describe_device,
     explain_own_base,
     hash_installed,
+    hash_scored,
     hash_sources,
 )
 from runner.sft.evaluate import score_rows
@@ -284,3 +286,23 @@ def test_and_so_are_dice_that_were_thrown(draw: Callable[[], Any]) -> None:
 def test_the_parts_are_plain_json() -> None:
     parts = build_parts(make_recipe(GENERATION), CONTENTS, make_samples(ROW), AS_RUN)
     assert json.loads(json.dumps(parts)) == parts
+
+
+class Tokens(list[int]):
+    """Tokens of which one can ask whether they are still there."""
+
+
+def test_rows_are_hashed_one_at_a_time() -> None:
+    """The tokens of a large split whose rows are stored are never in memory as a whole."""
+    seen: list[weakref.ref[Tokens]] = []
+
+    def build() -> Iterator[Row]:
+        for number in range(9):
+            assert sum(one() is not None for one in seen) <= 1
+            tokens: Any = Tokens((5, 6, number))
+            seen.append(weakref.ref(tokens))
+            yield replace(make_row("a", (), (1, 2)), input_ids=tokens)
+            del tokens
+
+    assert hash_scored(build()) != hash_scored([make_row("a", (5, 6, 7), (1, 2))] * 9)
+    assert len(seen) == 9
