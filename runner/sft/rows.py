@@ -149,7 +149,9 @@ class RowStore:
             self._context.enter_phase("masking rows")
             if (entry := _find(self.folder, is_ours=True)) is not None:
                 return entry
+            self._context.sign_of_life()
             self._require_same_files()
+            self._context.sign_of_life()
             num_bytes = estimate_bytes(raw, self._context.recipe.data.turns)
             require_space(self._root, num_bytes, "the masked rows")
             return self._mask(raw)
@@ -179,6 +181,7 @@ class RowStore:
                 num_cores=num_cores,
                 report=bar.report,
             )
+            context.sign_of_life()  # large files are now synced and hashed
 
         producer = {"run": recipe.run.full_name, "attempt": context.attempt.attempt_dir.name}
         entry = write_entry(self.folder, write, parts=self._parts, producer=producer)
