@@ -131,6 +131,7 @@ def run_status(arguments: argparse.Namespace) -> int:
         (one, read_status(one.read_facts(), one.recipe, known.find(list_contents(one.recipe))))
         for one in selected
     ]
+    _warn_of_outdated(known)
     if arguments.json:
         content: list[dict[str, Any]] = [
             {
@@ -254,6 +255,7 @@ def run_report(arguments: argparse.Namespace) -> int:
         [found for root in sorted(roots) for found in find_other_base_scores(root)],
     )
     print(FORMATS[arguments.format](rows, build_comparisons(rows)), end="")
+    _warn_of_outdated(known)
     whys = [(lost.full_name, lost.why) for lost in unreadable]
     whys += [
         (row.recipe.run.full_name, "see `runner status`")
@@ -263,6 +265,15 @@ def run_report(arguments: argparse.Namespace) -> int:
     for name, why in whys:
         print(f"warning: {name} is unreadable: {why}", file=sys.stderr)
     return 1 if whys else 0
+
+
+def _warn_of_outdated(known: KnownContents) -> None:
+    for path in sorted(known.outdated):
+        print(
+            f"warning: {path} was changed since its content was last read, and is not read here:"
+            " runs that name it may be *changed*, as `runner sweep ... --dry-run` tells",
+            file=sys.stderr,
+        )
 
 
 def run_chat(arguments: argparse.Namespace) -> int:

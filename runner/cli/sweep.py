@@ -28,6 +28,7 @@ from runner.recipe.contents import (
     ContentHashes,
     KnownContents,
     hash_contents,
+    hash_what_is_there,
     list_contents,
 )
 from runner.recipe.identity import RULES
@@ -88,11 +89,12 @@ def _decide_all(
     changed: list[ChangedRun] = []
     num_unhappy = num_of_other_rules = 0
     for one in selected:
-        contents = (
-            hash_contents(one.recipe, hashes)
-            if not arguments.dry_run
-            else known.find(list_contents(one.recipe))
-        )
+        if arguments.dry_run:  # reads what has changed since it was read, and nothing else
+            contents = known.find(list_contents(one.recipe))
+            if known.outdated:
+                contents |= hash_what_is_there(one.recipe, hashes, known.outdated)
+        else:
+            contents = hash_contents(one.recipe, hashes)
         facts = one.read_facts()
         status = read_status(facts, one.recipe, contents)
         if status.state == "changed":

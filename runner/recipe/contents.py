@@ -48,6 +48,16 @@ class ContentHashes:
             else None
         )
 
+    def is_outdated(self, path: Path, files: Iterable[Path] | None = None) -> bool:
+        """Whether something was hashed here and has changed since, as far as size, mtime and inode
+        tell; nothing is read.
+        """
+        if path.is_dir():
+            files = list(_files_in(path) if files is None else files)
+            are_cached = [str(file.resolve()) in self._cache for file in files]
+            return any(are_cached) and self.known(path, files) is None
+        return str(path.resolve()) in self._cache and self.known(path) is None
+
     def hash(self, path: Path, files: Iterable[Path] | None = None) -> str:
         """The hash of a file's bytes, or of a folder's relative names and their bytes.
 
@@ -143,6 +153,14 @@ def known_content(content: Content, hashes: ContentHashes) -> str | None:
         return hashes.known(path, _find_files(content)) if path.exists() else None
     except DataError:  # it is for `check` and a launch to say so
         return None
+
+
+def _is_outdated(content: Content, hashes: ContentHashes) -> bool:
+    path = Path(content.path)
+    try:
+        return path.exists() and hashes.is_outdated(path, _find_files(content))
+    except DataError:
+        return False
 
 
 def _find_files(content: Content) -> set[Path] | None:
@@ -247,6 +265,9 @@ def hash_what_is_there(
 class KnownContents:
     """As `hash_contents`, for what is cached and still there; reads no file. Many recipes name the
     same few files: each is looked at once until `refresh`.
+
+    `outdated` are paths of what was changed since it was hashed: what names them is compared
+    without them.
     """
 
     def __init__(self, cache_path: Path) -> None:
@@ -254,6 +275,7 @@ class KnownContents:
         self._cache_state = _look_at(cache_path)
         self._hashes = ContentHashes(cache_path)
         self._known: dict[Content, str | None] = {}
+        self.outdated: set[str] = set()
 
     def refresh(self) -> None:
         """Look again at everything from here on, also at the cache of hashes."""
@@ -261,6 +283,7 @@ class KnownContents:
         if state != self._cache_state:
             self._cache_state, self._hashes = state, ContentHashes(self._cache_path)
         self._known.clear()
+        self.outdated.clear()
 
     def find(self, contents: Iterable[Content]) -> dict[str, str]:
         """`path -> SHA-256` of what is cached and still there."""
@@ -268,6 +291,8 @@ class KnownContents:
         for content in contents:
             if content not in self._known:
                 self._known[content] = known_content(content, self._hashes)
+                if self._known[content] is None and _is_outdated(content, self._hashes):
+                    self.outdated.add(content.path)
             digest = self._known[content]
             if digest is not None:
                 found[content.path] = digest

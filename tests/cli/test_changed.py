@@ -36,6 +36,33 @@ def dated(fake: FakeLauncher, suffix: str = "") -> Path:
     return fake.root / "runs" / f".changed-{now_utc()[:10]}{suffix}"
 
 
+def test_data_that_changed_are_told_by_what_only_looks_and_read_by_a_dry_run(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a")
+    for path in ("data.jsonl", "models/toy/config.json"):
+        os.utime(fake.root / path, (1, 1))
+    assert main(["sweep", "recipes/toy"]) == 0
+    for verb in (["status"], ["report"], ["sweep", "--dry-run"]):
+        main([*verb, "recipes/toy"])
+    assert "changed" not in "".join(capsys.readouterr())
+    with (fake.root / "data.jsonl").open("a") as stream:
+        stream.write("\n")
+    os.utime(fake.root / "data.jsonl", (2, 2))
+    before = fake.tree()
+    for verb in ("status", "report"):
+        main([verb, "recipes/toy"])
+        error = capsys.readouterr().err
+        assert "warning: data.jsonl was changed since its content was last read" in error, verb
+    assert main(["sweep", "recipes/toy", "--dry-run"]) == 0
+    assert "refuse  toy/a  " in capsys.readouterr().out
+    assert fake.tree() == before
+    assert main(["sweep", "recipes/toy"]) == 1
+    main(["status", "recipes/toy"])
+    captured = capsys.readouterr()
+    assert "warning: data.jsonl" not in captured.err and "changed" in captured.out
+
+
 @pytest.fixture
 def changed(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> FakeLauncher:
     """Five completed runs, of which all but `e` were made for another `max_steps`, and `d` for
