@@ -124,6 +124,11 @@ def _prove(
     real = [_with_arguments(thaw(message), shape) for message in messages]
     real_tools = [thaw(tool) for tool in tools]
     text = template.render(real, method, tools=real_tools)
+    for index, message in enumerate(real):
+        if "name" in message and message["role"] != "tool":
+            nameless = [dict(one) for one in real]
+            del nameless[index]["name"]
+            _refuse_unprinted_name(text, template.render(nameless, method, tools=real_tools), index)
     marking = Marking(template, text, repr(real_tools))
     marked = [
         _with_arguments(marking.mark_message(index, thaw(message)), shape)
@@ -201,6 +206,14 @@ def _refuse_unprinted_tools(leaves: Sequence[Leaf], rendered: str) -> None:
                 " the model would not know what it may call",
                 hint=f"{_OTHER_TEMPLATE}, or leave the tools out: `data.ignore: [tools]`",
             )
+
+
+def _refuse_unprinted_name(text: str, without: str, index: int) -> None:
+    if text == without:
+        raise UnprintedError(
+            f"the chat template does not print the `name` of message {index}",
+            hint=f"{_OTHER_TEMPLATE}, or leave it out: `data.ignore: [messages.name]`",
+        )
 
 
 @dataclass(frozen=True)

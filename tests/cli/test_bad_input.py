@@ -157,6 +157,15 @@ CASES = {
         rows=rows_with({**CHAT, "tools": [TOOL]}),
         template=CHATML,
     ),
+    "a template that prints no names": Case(
+        (
+            "rows.jsonl line 3",
+            "does not print the `name` of message 0",
+            "`data.ignore: [messages.name]`",
+        ),
+        rows=rows_with({"messages": [{**CHAT["messages"][0], "name": "Ada"}, CHAT["messages"][1]]}),
+        template=CHATML,
+    ),
     "a template that prints no thought": Case(
         (
             "rows.jsonl line 3",
