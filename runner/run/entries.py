@@ -10,9 +10,11 @@ read again; what is missing is computed again, so removing any of it costs time 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,11 +28,12 @@ from runner.run.lease import Lease
 from runner.run.record import now_utc
 
 _QUARANTINE: Final = ".quarantine"
-# `.NAME.PID-RANDOM.tmp`: what is being written, or what a killed writer has left.
-_TEMPORARY: Final = re.compile(r"\.(?P<name>[0-9a-f]{64})\.[0-9]+-[0-9a-f]{8}\.tmp")
+# `.NAME.HOST-RANDOM.tmp`: what is being written, or what a killed writer has left.
+_HOST: Final = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_TEMPORARY: Final = re.compile(r"\.(?P<name>[0-9a-f]{64})\.[0-9a-f]{8}-[0-9a-f]{8}\.tmp")
 _NAME: Final = re.compile(r"[0-9a-f]{64}")
 _ASIDE: Final = re.compile(r"[0-9a-f]{64}-[0-9]+-[0-9a-f]{8}")
-# Where locks do not reach from one machine to another, a writer elsewhere may still be at it.
+# Where locks do not reach from one machine to another, a writer elsewhere may be at it.
 _LEFTOVER_SECONDS: Final = 600.0
 _LOOK_SECONDS: Final = 0.2  # between two looks at a lock that another process holds
 
@@ -104,7 +107,8 @@ def write_entry(
         OSError: it cannot be written, such as on a full disk; nothing of it is left.
     """
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a writer that was killed
-        if time.time() - _find_newest(leftover) > _LEFTOVER_SECONDS:
+        is_ours = leftover.name.startswith(f".{folder.name}.{_HOST}-")
+        if is_ours or time.time() - _find_newest(leftover) > _LEFTOVER_SECONDS:
             shutil.rmtree(leftover, ignore_errors=True)
     temporary = _name_temporary(folder)
     try:
@@ -254,7 +258,7 @@ def _remove(folder: Path) -> bool:
 
 
 def _name_temporary(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    return folder.with_name(f".{folder.name}.{_HOST}-{os.urandom(4).hex()}.tmp")
 
 
 def _find_newest(folder: Path) -> float:

@@ -124,21 +124,33 @@ def test_a_killed_writer_leaves_no_entry_and_no_lock(folder: Path) -> None:
     with hold_entry(folder, lambda: False) as is_ours:
         assert is_ours
         write(folder)
-    # Where locks do not reach from one machine to another, it could be alive: it goes later.
-    assert [one.path for one in list_stored(folder.parent)] == [leftover.path, folder]
-    for path in (leftover.path, *leftover.path.iterdir()):
+    assert [one.path for one in list_stored(folder.parent)] == [folder]
+
+
+def test_what_another_machine_left_goes_when_it_is_old(folder: Path) -> None:
+    """Where locks do not reach from one machine to another, its writer may be alive."""
+    folder.parent.mkdir()
+    leftover = folder.with_name(f".{NAME}.00000000-0123abcd.tmp")
+    leftover.mkdir()
+    (leftover / "scores.json").write_text("[1.")
+    write(folder)
+    assert [one.path for one in list_stored(folder.parent)] == [leftover, folder]
+    for path in (leftover, leftover / "scores.json"):
         os.utime(path, (0, 0))
     quarantine_entry(folder, "wrong", read=find_entry(folder))
     write(folder)
-    assert [one.path for one in list_stored(folder.parent)][1:] == [folder]
+    assert leftover not in [one.path for one in list_stored(folder.parent)]
 
 
 def test_an_entry_that_another_machine_has_written_meanwhile_stays(folder: Path) -> None:
     """As its files may be mapped there; where locks do not reach, two write one entry."""
 
+    elsewhere = folder.parent.with_name("elsewhere") / NAME
+    write(elsewhere)
+
     def write_late(temporary: Path) -> None:
         write_scores(temporary)
-        write(folder)
+        elsewhere.rename(folder)
 
     folder.parent.mkdir()
     late = write_entry(folder, write_late, parts=PARTS, producer={"run": "toy/late"})
@@ -175,11 +187,11 @@ def test_everything_is_listed_and_removed(folder: Path) -> None:
     write(folder)
     quarantine_entry(folder, "wrong", read=find_entry(folder))
     write(folder)
-    leftover = folder.with_name(f".{NAME}.77-0123abcd.tmp")
+    leftover = folder.with_name(f".{NAME}.77777777-0123abcd.tmp")
     leftover.mkdir()
     (leftover / "scores.json").write_text("[1.")
     stored = list_stored(folder.parent)
-    assert [one.path.name.split("-")[0] for one in stored] == [f".{NAME}.77", NAME, NAME]
+    assert [one.path.name.split("-")[0] for one in stored] == [f".{NAME}.77777777", NAME, NAME]
     assert {one.path.name: one.num_bytes for one in stored}[leftover.name] == 3
     with hold_entry(folder, lambda: False):
         pass
