@@ -8,7 +8,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +159,24 @@ def hash_json(value: Any) -> str:
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def hash_sources(root: Path, packages: Sequence[str]) -> str:
+    """Of the Python files in a folder and in these packages of it, `*` for all, by name and
+    content: a checkout that is edited keeps its version.
+    """
+    paths = [*root.glob("*.py")]
+    for name in packages:
+        paths += root.glob(f"{name}/**/*.py")
+    return hash_json({str(path.relative_to(root)): hash_file(path) for path in sorted(paths)})
+
+
+def look_at(path: Path | str) -> object:
+    """Size, time and inode of a file, which tell whether it was changed; None where there is
+    none.
+    """
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns, state.st_ino

@@ -59,7 +59,8 @@ def run_clean(arguments: argparse.Namespace) -> int:
         print(
             f"warning: {path} stays: a run is writing it, or it may not be removed", file=sys.stderr
         )
-    print("removed; what is needed again is computed again")
+    if len(busy) < len(folders) or files:
+        print("removed; what is needed again is computed again")
     return 1 if busy else 0
 
 

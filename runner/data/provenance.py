@@ -6,9 +6,7 @@ checkout is edited or a library upgraded.
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -16,7 +14,7 @@ from typing import Any, Final
 
 import runner
 from runner.errors import CorruptFileError
-from runner.files import hash_json, load_json
+from runner.files import hash_json, hash_sources, load_json
 from runner.recipe.identity import RULES
 
 # That read files, render chats, make tokens of them, or write what is stored.
@@ -35,21 +33,6 @@ _NAME: Final = "recipe-runner"  # of the runner, as it is installed
 # Packages of the runner that read, draw, render, prove and mask; beside them its own files at the
 # top, on which these stand.
 PACKAGES: Final = ("data", "recipe")
-
-
-def hash_source(root: Path, packages: Sequence[str] = PACKAGES) -> str:
-    """Of the source files of the runner that rows pass through: a checkout that is edited keeps its
-    version. Those of all packages for `*`.
-    """
-    paths = [*root.glob("*.py")]
-    for name in packages:
-        paths += root.glob(f"{name}/**/*.py")
-    return hash_json(
-        {
-            str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(paths)
-        }
-    )
 
 
 def _list_versions() -> dict[str, str]:
@@ -94,10 +77,11 @@ def list_editable() -> list[str]:
     return sorted(names - {_NAME})
 
 
-SOURCE_OF_RUNNER: Final = hash_source(Path(runner.__file__).parent, ("*",))
+_ROOT: Final = Path(runner.__file__).parent
+SOURCE_OF_RUNNER: Final = hash_sources(_ROOT, ("*",))
 _INSTALLED: Final = _list_installed()
 PROVENANCE: Final[dict[str, Any]] = {
     "rules": RULES,
-    "source": hash_source(Path(runner.__file__).parent),
+    "source": hash_sources(_ROOT, PACKAGES),
     "versions": _list_versions(),
 }

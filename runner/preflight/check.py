@@ -9,13 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from runner.data.draw import SPLITS
 from runner.preflight.survey import CheckedRun, CheckResult, check_recipes, group_runs
 from runner.recipe.libraries import hide_libraries
 from runner.recipe.parse import Recipe
 from runner.text import align
+
+if TYPE_CHECKING:
+    from runner.preflight.sizes import RunSize
 
 _MAX_NAMES: Final = 3
 
@@ -110,13 +113,18 @@ def _estimate_needs(
             needs.lines += ["", *one.lines]
             needs.suggestions.append({"text": "\n".join(one.lines), "runs": list(one.runs)})
         if device_gib is not None and not needs.suggestions:
-            why = (
-                f"nothing is to be gained on {device_gib} GiB"
-                if on_device
-                else "`--device-gib` is of no effect: their launch configs use the CPU"
-            )
-            needs.lines += ["", f"no suggestions: {why}"]
+            needs.lines += ["", f"no suggestions: {_explain_none(device_gib, sizes, on_device)}"]
     return needs
+
+
+def _explain_none(
+    device_gib: int, sizes: Mapping[str, RunSize], on_device: Sequence[CheckedRun]
+) -> str:
+    if not sizes:
+        return "the size of none of the models is known"
+    if not on_device:
+        return "`--device-gib` is of no effect: their launch configs use the CPU"
+    return f"nothing is to be gained on {device_gib} GiB"
 
 
 def name_runs(names: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 import runner
 from runner.errors import CorruptFileError, RecipeError
-from runner.files import hash_json, load_json, write_bytes_atomic
+from runner.files import hash_json, hash_sources, load_json, write_bytes_atomic
 from runner.recipe.parse import Recipe, load_recipe, read_values
 from runner.recipe.problems import SAFE_LOADER
 from runner.secrets import list_refused_values
@@ -140,9 +140,7 @@ def _describe_maker(output_root: Path) -> str:
     """A hash of what decides which values a text has: the code that reads it, by version and by
     content. A copy of the output root, which may come from anybody, has another one.
     """
-    package_dir = Path(runner.__file__).parent
-    sources = [*package_dir.glob("*.py"), *(package_dir / "recipe").glob("*.py")]
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
+    sources = hash_sources(Path(runner.__file__).parent, ("recipe",))
     libraries = [
         yaml.__version__,
         SAFE_LOADER.__name__,
@@ -151,4 +149,4 @@ def _describe_maker(output_root: Path) -> str:
     ]
     with contextlib.suppress(OSError):
         libraries.append(str(output_root.stat().st_ino))
-    return hash_json([runner.__version__, sorted(hashes.items()), libraries])
+    return hash_json([runner.__version__, sources, libraries])

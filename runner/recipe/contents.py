@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from runner.errors import CorruptFileError, DataError
-from runner.files import hash_file, hash_json, load_json, write_json_atomic
+from runner.files import hash_file, hash_json, load_json, look_at, write_json_atomic
 from runner.recipe.data_files import find_source_files, list_splits, name_format
 from runner.recipe.data_section import DataSource
 from runner.recipe.parse import Recipe
@@ -272,14 +272,14 @@ class KnownContents:
 
     def __init__(self, cache_path: Path) -> None:
         self._cache_path = cache_path
-        self._cache_state = _look_at(cache_path)
+        self._cache_state = look_at(cache_path)
         self._hashes = ContentHashes(cache_path)
         self._known: dict[Content, str | None] = {}
         self.outdated: set[str] = set()
 
     def refresh(self) -> None:
         """Look again at everything from here on, also at the cache of hashes."""
-        state = _look_at(self._cache_path)
+        state = look_at(self._cache_path)
         if state != self._cache_state:
             self._cache_state, self._hashes = state, ContentHashes(self._cache_path)
         self._known.clear()
@@ -297,11 +297,3 @@ class KnownContents:
             if digest is not None:
                 found[content.path] = digest
         return found
-
-
-def _look_at(path: Path) -> object:
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return state.st_size, state.st_mtime_ns, state.st_ino

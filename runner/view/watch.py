@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from runner.files import look_at
 from runner.plan.decide import Retry, foresee_retry
 from runner.plan.select import Selected, UnreadableRun
 from runner.plan.status import RunStatus, describe_running, find_hint, read_status
@@ -112,8 +113,8 @@ class _RunReader:
     def _look(self) -> object:
         """What tells that nothing changed since."""
         if self._files:
-            return tuple(map(_look_at, self._files))
-        if _look_at(self._run_dir) is None:
+            return tuple(map(look_at, self._files))
+        if look_at(self._run_dir) is None:
             return None
         attempts = _look_into(self._attempts_dir)
         if attempts != self._attempts:
@@ -123,7 +124,7 @@ class _RunReader:
     def _look_at_less(self, seen: tuple[bool, object, object]) -> None:
         """Of a run that has its result, look at the files alone that its status was read from."""
         files = _list_files(self._facts) if self._facts is not None else ()
-        state = tuple(map(_look_at, files))
+        state = tuple(map(look_at, files))
         if files and self._look() == seen[1]:  # nothing changed since it was read
             self._seen = (seen[0], state, seen[2])
         self._files = files
@@ -189,14 +190,6 @@ def _find_loss(line: bytes) -> float | None:
         return float(row["loss"])
     except (ValueError, TypeError, KeyError):
         return None
-
-
-def _look_at(path: str) -> object:
-    try:
-        state = os.stat(path)
-    except OSError:
-        return None
-    return state.st_size, state.st_mtime_ns, state.st_ino
 
 
 def _look_into(folder: str) -> FolderState:

@@ -14,13 +14,13 @@ import pytest
 
 from runner.data import row_entries
 from runner.data.draw import draw_splits
-from runner.data.provenance import PACKAGES, hash_source
+from runner.data.provenance import PACKAGES
 from runner.data.row_entries import build_parts, load_entry, name_entry, pin_data, write_rows
 from runner.data.rows import build_samples, describe_samples
 from runner.data.shards import Task, Work, write_shards
 from runner.data.tokenizer import load_tokenizer
 from runner.errors import CorruptFileError, DataError
-from runner.files import load_json, write_json_atomic
+from runner.files import hash_sources, load_json, write_json_atomic
 from runner.recipe.contents import ContentHashes, hash_contents
 from runner.recipe.data_section import DataSection
 from runner.recipe.parse import Recipe, parse_recipe
@@ -360,15 +360,15 @@ def test_versions_and_sources_are_parts_of_the_name(here: Project, tmp_path: Pat
         assert name_entry({**parts, key: "other"}) != name_entry(parts)
     for name in ("data/tasks", "recipe", "sft"):
         (tmp_path / "tree" / name).mkdir(parents=True)
-    hashes = [hash_source(tmp_path / "tree")]
+    hashes = [hash_sources(tmp_path / "tree", PACKAGES)]
     for name in ("files.py", "data/masking.py", "data/tasks/alpaca.py", "recipe/schema.py"):
         (tmp_path / "tree" / name).write_text("")
-        hashes.append(hash_source(tmp_path / "tree"))
+        hashes.append(hash_sources(tmp_path / "tree", PACKAGES))
         (tmp_path / "tree" / name).write_text("pass")
-        hashes.append(hash_source(tmp_path / "tree"))
+        hashes.append(hash_sources(tmp_path / "tree", PACKAGES))
     assert len({*hashes}) == len(hashes)
     (tmp_path / "tree" / "sft" / "train.py").write_text("")
-    assert hash_source(tmp_path / "tree") == hashes[-1]
+    assert hash_sources(tmp_path / "tree", PACKAGES) == hashes[-1]
 
 
 def test_all_source_that_rows_pass_through_is_hashed() -> None:
