@@ -28,6 +28,37 @@ CONFIDENCE: Final = 0.95
 
 
 @dataclass(frozen=True)
+class Interval:
+    """An estimate of a contrast with the interval around it.
+
+    `kind` says over what: "seeds and rows" (both random), "seeds" (these very rows), "rows" (these
+    trained models); "identical" where the runs do not differ at all: no interval.
+    """
+
+    kind: Literal["seeds and rows", "seeds", "rows", "identical"]
+    estimate: float
+    half_width: float | None
+    p: float | None
+    level: float  # such as 0.95
+    v_seed: float
+    v_row: float
+    v_res: float
+    df_seed: float | None
+    df_row: float
+    num_groups: int
+    num_seeds: tuple[int, ...]  # of each cell
+    has_few_groups: bool = False  # at most 5 effective ones
+    note: str = ""  # such as "2 seeds: only very large differences show"
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Lower and upper end."""
+        if self.half_width is None:
+            return None
+        return self.estimate - self.half_width, self.estimate + self.half_width
+
+
+@dataclass(frozen=True)
 class AxisComparison:
     """Two values of one axis over all cells that are equal in every other axis (and in the
     grid).

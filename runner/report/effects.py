@@ -1,0 +1,138 @@
+"""The conclusions that a set of runs allows: cells, the effects of each axis, and what else differs
+between the runs that an effect compares.
+
+Runs that differ in nothing but the seed are one `Cell`. An `Effect` compares two values of one axis
+over the cells that have both. Numbers are from `statistics`; how they are written is in `format`,
+`tables`, `figures` and `html`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from runner.report.rows import ReportRow
+from runner.report.statistics import Interval
+
+# The axis over which runs are replicated
+SEED: str = "seed"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that runs are compared by, on the test split."""
+
+    name: str  # such as "nll_per_completion_token", "bits_per_byte", or a metric of answers
+    title: str  # for people: "NLL per completion token"
+    unit: str  # "nats per completion token"
+    mode: Literal["min", "max"]  # which end is better
+    is_of_answers: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """The runs of one grid and task that differ in nothing but the seed."""
+
+    grid: str
+    task: str
+    axes: Mapping[str, Any]  # without the seed, in the grid's own order
+    runs: tuple[ReportRow, ...]  # all of them, also those without a score
+    scores: Mapping[str, Mapping[Any, float]]  # metric -> seed -> score of the tuned model
+    base_scores: Mapping[str, float]  # metric -> score of the base model
+    missing: tuple[str, ...] = ()  # "NAME is failed": runs of the cell that have no score
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Two one-sided tests (TOST) against a margin that was stated before the first launch."""
+
+    margin: float
+    interval: tuple[float, float]  # of 90%
+    is_shown: bool  # the interval lies inside the margin
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """One value of an axis against another, as the mean over one or more pairs of cells.
+
+    `interval` is None exactly where `refused` says why there is no number.
+    """
+
+    metric: Metric
+    axis: str
+    reference: Any
+    compared: Any
+    # Other axes that it is restricted to: {} for the mean over all cells, one axis for a simple
+    # effect, all of them for two cells.
+    at: Mapping[str, Any]
+    pairs: tuple[tuple[Cell, Cell], ...]  # reference and compared
+    interval: Interval | None
+    refused: tuple[str, ...] = ()
+    # Each a whole sentence: updates, trained tokens, early stops, versions, missing cells, ...
+    flags: tuple[str, ...] = ()
+    design: str = ""  # which runs were pooled or paired, in words
+    is_confirmatory: bool = False
+    why_exploratory: str = ""  # where a declaration of it stands today and cannot count
+    p_adjusted: float | None = None  # Holm where confirmatory, else Benjamini-Hochberg
+    equivalence: Equivalence | None = None  # where a declaration states a margin
+    noise_floor: float | None = None  # what two single runs differ by, all else equal
+    is_below_noise: bool = False
+
+    @property
+    def is_clear(self) -> bool:
+        """True where the adjusted p is below 0.05."""
+        return self.p_adjusted is not None and self.p_adjusted < 0.05
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """The test whether an axis acts differently at the levels of another one."""
+
+    other: str  # the other axis
+    p: float
+    statistic: float
+    df: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class AxisEffects:
+    """All that is said of two values of one axis by one metric, in one grid and task."""
+
+    grid: str
+    task: str
+    metric: Metric
+    axis: str
+    reference: Any
+    compared: Any
+    # The mean over all cells; None where the axis depends on another one (see `depends_on`), or
+    # where there is nothing to average (one pair of cells stands in `cells`)
+    pooled: Effect | None
+    depends_on: tuple[str, ...]  # axes whose interaction has p < 0.20
+    interactions: tuple[Interaction, ...]
+    simple: Mapping[str, tuple[Effect, ...]]  # other axis -> one effect at each of its levels
+    cells: tuple[Effect, ...]  # one effect for each pair of cells
+
+    @property
+    def shown(self) -> tuple[Effect, ...]:
+        """What a reader sees: the pooled effect if there is one, then the simple ones; those of
+        single pairs of cells where there are no others.
+        """
+        pooled = (self.pooled,) if self.pooled is not None else ()
+        simple = tuple(effect for effects in self.simple.values() for effect in effects)
+        return pooled + simple or self.cells
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Everything that a report says; each format writes all or a part of it."""
+
+    rows: tuple[ReportRow, ...]
+    cells: tuple[Cell, ...]
+    metrics: tuple[Metric, ...]
+    effects: tuple[AxisEffects, ...]
+    # The answer in words, a sentence each: declared contrasts first
+    verdicts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    # (grid, task, metric name) -> what two single runs differ by, all else equal
+    noise_floors: Mapping[tuple[str, str, str], float] = field(default_factory=dict)
