@@ -1,16 +1,33 @@
-"""Paired comparisons along each axis of the grids: which pairs there are, and what their
-differences say.
+"""Effects with their intervals: what a difference between cells says about recipes and rows.
+
+A cell holds the runs that differ in nothing but the seed. A contrast weighs cells by numbers that
+sum to 0; its interval treats seeds, rows or both as random. Everything here is a pure function of
+arrays; which cells are compared, and whether they may be, is decided by `effects` and
+`comparability`.
+
+Seeds and rows each have an error of their own, with few degrees of freedom for the seeds. The
+critical value is weighted between the two (Cochran and Cox): one Satterthwaite number of degrees of
+freedom trusts the rows too much where the runs happen to lie close together. `benchmarks/
+statistics.py` holds all of this against grids whose truth is known.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any, Final, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import brentq
+from scipy.special import fdtrc, stdtrit
+from scipy.stats import binom
+
+from runner.errors import RunnerError
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.report.rows import (
     LikelihoodUnit,
@@ -22,9 +39,26 @@ from runner.report.rows import (
     list_values,
 )
 
-# 4 values make 6 pairs of values; with more, each is compared with the first only
-MAX_VALUES_ALL_PAIRS: Final = 4
-CONFIDENCE: Final = 0.95
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+# What is random: both (this recipe, on rows like these), the seeds (this recipe, on these very
+# rows), or the rows (these trained models, on rows like these).
+Statement = Literal["seeds and rows", "seeds", "rows"]
+Design = Literal["paired", "separate", "pooled", "per seed"]
+
+# From so many shared seeds on, cells of a grid are paired by seed
+MIN_SEEDS_PER_SEED: Final = 5
+# An interaction below this p is believed: no mean over its levels is shown
+INTERACTION_GATE: Final = 0.20
+# Below this p, shared seeds of a grid seem to act in common on the cells of a contrast
+SHARED_SEEDS_GATE: Final = 0.20
+FEW_GROUPS: Final = 5
+# Of a score: standard errors below it are rounding
+_ROUNDING: Final = 1e-12
+
+
+class NotComparableError(RunnerError):
+    """Scores of which no difference may be taken."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +74,7 @@ class Interval:
     half_width: float | None
     p: float | None
     level: float  # such as 0.95
-    v_seed: float
+    v_seed: float  # 0 where `df_seed` is None: not known
     v_row: float
     v_res: float
     df_seed: float | None
@@ -49,6 +83,7 @@ class Interval:
     num_seeds: tuple[int, ...]  # of each cell
     has_few_groups: bool = False  # at most 5 effective ones
     note: str = ""  # such as "2 seeds: only very large differences show"
+    design: str = ""  # which runs were pooled or paired, in words
 
     @property
     def bounds(self) -> tuple[float, float] | None:
@@ -56,6 +91,187 @@ class Interval:
         if self.half_width is None:
             return None
         return self.estimate - self.half_width, self.estimate + self.half_width
+
+    @property
+    def standard_error(self) -> float:
+        """The root of the variance of the estimate, by the statement that `kind` makes."""
+        both = max(self.v_seed + self.v_row - self.v_res, self.v_seed, self.v_row)
+        variances = {"seeds and rows": both, "seeds": self.v_seed, "rows": self.v_row}
+        return math.sqrt(variances.get(self.kind, 0.0))
+
+
+@dataclass(frozen=True, eq=False)
+class CellScores:
+    """The runs of one cell, row by row.
+
+    `sums` are (seeds, rows): nats over the scored tokens of a row, or its score by a metric.
+    Cells of one `pool` share the spread of their seeds: those of one base model and task.
+    """
+
+    sums: Floats
+    pool: str
+    # Of each run its `training.seed`, by which cells share seeds; () where none is shared.
+    seeds: tuple[Hashable, ...] = ()
+    # (rows,): where given, it must be equal to the tokens of the comparison
+    tokens: Floats | None = None
+    name: str = ""  # for errors
+
+
+def interval(
+    cells: Sequence[CellScores],
+    weights: Sequence[float],
+    tokens: Floats,
+    groups: Ints | None = None,
+    *,
+    level: float = 0.95,
+    statement: Statement = "seeds and rows",
+) -> Interval:
+    """The interval of sum_c weights[c] * (mean score of the runs of cell c).
+
+    Cells of weight 0 take part in the spread of their pool only. `tokens` (rows,) are what each
+    row's sum was taken over, 1 for a metric; `groups` (rows,) numbers rows that belong together,
+    such as the turns of a conversation: None where each row stands for itself. Where a pool that
+    is used has no replication, the statement is "rows", whatever was asked for.
+
+    Raises:
+        NotComparableError: cells were scored on other rows or tokens, or one that counts is empty.
+    """
+    raise NotImplementedError
+
+
+def contrast(
+    cells: Sequence[CellScores],
+    weights: Sequence[float],
+    tokens: Floats,
+    groups: Ints | None = None,
+    *,
+    is_grid: bool,
+    is_same_start: bool = False,
+    level: float = 0.95,
+    statement: Statement = "seeds and rows",
+) -> Interval:
+    """The interval by the design that the cells call for, which `design` and `note` name.
+
+    See `choose_design` for `is_grid` and `is_same_start`. In a grid with 2 to 4 shared seeds the
+    wider of two intervals, pooled and per seed, where seeds seem to act on several cells in common.
+    Two single runs with a metric of 0 and 1 and no groups: p is McNemar's, exact.
+    """
+    raise NotImplementedError
+
+
+def choose_design(
+    cells: Sequence[CellScores],
+    weights: Sequence[float],
+    *,
+    is_grid: bool,
+    is_same_start: bool,
+) -> Design:
+    """The way that the seeds of a contrast are treated; scores play no part in it.
+
+    `is_grid`: the two cells are part of a grid with others. `is_same_start`: runs of one seed began
+    with the same initial weights and saw the rows in the same order in both cells, by their hashes.
+    """
+    raise NotImplementedError
+
+
+def paired_cell(reference: Floats, compared: Floats, *, pool: str = "paired") -> CellScores:
+    """One cell of the differences, compared minus reference, seed by seed: its weight is 1.
+
+    Both are (seeds, rows), with the same seeds in the same order.
+    """
+    raise NotImplementedError
+
+
+def per_seed_cell(cells: Sequence[CellScores], weights: Sequence[float]) -> CellScores:
+    """One cell of the contrast of each seed that all cells of a weight share: its weight is 1."""
+    raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class InteractionTest:
+    """An F test whether an axis acts alike at the levels of another one."""
+
+    p: float
+    statistic: float
+    df: tuple[float, float]
+
+
+def test_interaction(
+    cells: Sequence[CellScores],
+    simple_weights: Sequence[Sequence[float]],
+    tokens: Floats,
+    groups: Ints | None = None,
+) -> InteractionTest | None:
+    """The test that the simple effects differ, one row of weights for each level of the other axis.
+
+    None where a pool that is used has no replication, or nothing varies.
+    """
+    raise NotImplementedError
+
+
+def simple_level(num_levels: int, level: float = 0.95) -> float:
+    """The level of each of so many simple effects, such that all hold together at `level`.
+
+    >>> simple_level(2), simple_level(1)
+    (0.975, 0.95)
+    """
+    return 1 - (1 - level) / num_levels
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values: below 0.05 at most 5% of families have any false positive."""
+    raise NotImplementedError
+
+
+def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p values: of those below 0.05, at most 5% are false on average."""
+    raise NotImplementedError
+
+
+def is_equivalent(interval_of_90: Interval, margin: float) -> bool:
+    """True where two one-sided tests show a difference smaller than the margin (TOST).
+
+    False for single runs: they say nothing about recipes.
+    """
+    raise NotImplementedError
+
+
+def noise_floor(
+    cells: Sequence[CellScores],
+    tokens: Floats,
+    groups: Ints | None = None,
+    *,
+    level: float = 0.95,
+) -> float | None:
+    """The difference that two single runs of one recipe stay below, by the runs of one pool.
+
+    None where no cell has two runs.
+    """
+    raise NotImplementedError
+
+
+def compare_single_runs(
+    reference: Floats,
+    compared: Floats,
+    cells: Sequence[CellScores],
+    tokens: Floats,
+    groups: Ints | None = None,
+    *,
+    level: float = 0.95,
+) -> Interval:
+    """The interval of the difference of two runs (rows,), compared minus reference.
+
+    The spread of seeds is that of `cells`: the replicated pool to which both runs belong.
+    """
+    raise NotImplementedError
+
+
+def mcnemar(reference: Floats, compared: Floats) -> float:
+    """The exact p of two models' scores of 0 and 1 on the same rows (rows,)."""
+    raise NotImplementedError
+
+
+# The comparisons of before, until nothing uses them any more
 
 
 @dataclass(frozen=True)
