@@ -15,10 +15,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
 from runner.errors import CONTROLS, CorruptFileError, escape_controls
 from runner.files import parse_json, write_json_atomic
+from runner.recipe.hub import pin, state_as_before
 from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe
 from runner.run.paths import AttemptPaths, RunPaths
@@ -191,6 +200,8 @@ class RunRecord(Fact):
         return attempts
 
 
+Commit = Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]
+
 # In a difference, where a dotted key would be.
 RULES_KEY: Final = "rules of rows and masks"
 
@@ -202,6 +213,18 @@ class StoredRecipe(Fact):
     recipe_digest: str
     contents: dict[str, str]  # relative path -> SHA-256
     rules: Annotated[int, Field(ge=1)] = 1  # `identity.RULES` of the runner that wrote it
+    # Dotted key -> commit on the hub that its name stood for when the run was made; not in the
+    # digest. What is missing was not recorded.
+    commits: dict[Shown, Commit] = Field(default_factory=dict)
+
+    @property
+    def pinned(self) -> Recipe:
+        """The recipe as every attempt loads it: each name on the hub at its recorded commit."""
+        return pin(self.recipe, self.commits)
+
+    def state_as_before(self, recipe: Recipe) -> Recipe:
+        """A recipe of today, with this one's revisions where it states their commits."""
+        return state_as_before(recipe, self.recipe, self.commits)
 
     @property
     def digest_today(self) -> str:

@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 class RunContext:
     """One run in one process. Only the main process writes; every rank reads the same recipe."""
 
-    recipe: Recipe
+    recipe: Recipe  # `StoredRecipe.pinned`
     recipe_digest: str
     paths: RunPaths
     attempt: AttemptPaths
@@ -80,7 +80,7 @@ class RunContext:
             )
         output_root = find_output_root(run_dir)
         allow = suggest_allowing([str(run_dir)], output_root)
-        recipe = load_code(stored.recipe, output_root, allow, stored.contents)
+        recipe = load_code(stored.pinned, output_root, allow, stored.contents)
         attempt = record.attempts[-1]
         if place.world_size != attempt.num_processes:
             raise RefusedError(
