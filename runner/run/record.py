@@ -21,6 +21,7 @@ from runner.errors import CONTROLS, CorruptFileError, escape_controls
 from runner.files import parse_json, write_json_atomic
 from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe
+from runner.run.manifest import FileRecord, InnerName
 from runner.run.paths import AttemptPaths, RunPaths
 from runner.strict import STORED, list_texts
 from runner.text import format_seconds
@@ -137,6 +138,8 @@ class Attempt(Fact):
     # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
     resume: str = "auto"
     base: AskedBase = "own"  # as attempts did that say nothing of it
+    # Trains nothing: writes `model/` of a completed run again, from its best checkpoint.
+    is_repair: bool = False
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
     git_commit: str | None = None
     git_is_dirty: bool | None = None
@@ -299,6 +302,9 @@ class TrainResult(Fact):
     tuned: dict[str, SplitScore]  # split -> score of the exported model
     # "base" and "tuned" -> generated answers on the test split; empty where generation is off
     generation: dict[str, GenerationScore] = Field(default_factory=dict)
+    # Of `model/` and of what is summed up here, by path in the run directory; None: an older run
+    # recorded no checksums, so it cannot be verified.
+    files: dict[InnerName, FileRecord] | None = None
 
 
 class Progress(Fact):
