@@ -136,6 +136,17 @@ def _restore_own(paths: RunPaths, checkpoints: CheckpointsSection, step: int) ->
     return choice.step is not None
 
 
+def require_step(paths: RunPaths, checkpoints: CheckpointsSection, step: int) -> None:
+    """Have the whole folder of a step, restored from the run's own archive if need be.
+
+    Raises:
+        RefusedError: neither verifies.
+    """
+    drop_leftovers(paths)
+    if not _restore_own(paths, checkpoints, step):
+        raise RefusedError(f"{paths.checkpoint_dir(step)} is lost: no copy of it verifies")
+
+
 def _build_verification(paths: RunPaths, checkpoints: CheckpointsSection) -> Verification:
     """Unpacks where an archive's folder can be renamed into its place."""
     return Verification(paths, checkpoints, paths.checkpoints_dir, IMPORTING_PREFIX)

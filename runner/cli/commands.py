@@ -18,7 +18,14 @@ from runner.cli.launch import run_launch, select_run
 from runner.cli.sweep import run_rerun, run_sweep
 from runner.errors import CorruptFileError, RunnerError, hide_bitsandbytes_warning
 from runner.plan.select import Selected, UnreadableRun, select_recipes, suggest_path
-from runner.plan.status import RunStatus, read_status
+from runner.plan.status import (
+    NOT_VERIFIABLE,
+    RunStatus,
+    is_verifiable,
+    read_status,
+    suggest_mending,
+    verify_files,
+)
 from runner.recipe.cache import RecipeCache
 from runner.recipe.contents import ContentHashes, KnownContents, list_contents
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
@@ -158,7 +165,7 @@ def run_status(arguments: argparse.Namespace) -> int:
             content[-1] |= status.model_dump()
         print(json.dumps(content, indent=2))
         _warn_of_other_base_scores(selected)
-        return 1 if any(one["state"] == "unreadable" for one in content) else 0
+        return 1 if any(one["state"] in ("unreadable", "damaged") for one in content) else 0
     _warn_of_other_base_scores(selected)
     names = [one.full_name for one in selected] + [lost.full_name for lost in unreadable]
     width = max(map(len, names), default=0)
@@ -206,7 +213,7 @@ def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
         status.failure.kind
         for status in statuses
         if status.failure is not None
-        and status.state != "changed"  # refused, whatever it failed of
+        and status.state not in ("changed", "damaged")  # refused, whatever it failed of
     ):
         print(f"hint: {kind}: {HINTS[kind]}", file=sys.stderr)
     is_any_unreadable = num_unreadable > 0 or any(
@@ -214,7 +221,10 @@ def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
     )
     if is_any_unreadable:
         print(f"hint: unreadable: {UNREADABLE_HINT}", file=sys.stderr)
-    return 1 if is_any_unreadable else 0
+    mending = [suggest_mending(status.damage) for status in statuses if status.state == "damaged"]
+    for hint in dict.fromkeys(mending):
+        print(f"hint: damaged: {hint}", file=sys.stderr)
+    return 1 if is_any_unreadable or mending else 0
 
 
 def run_logs(arguments: argparse.Namespace) -> int:
@@ -266,6 +276,10 @@ def run_report(arguments: argparse.Namespace) -> int:
         is_named_itself = one.source_path == one.paths.run_dir
         contents = {} if is_named_itself else known.find(list_contents(one.recipe))
         status = read_status(facts, one.recipe, contents)
+        if arguments.verify:
+            status = verify_files(facts, status)
+            if status.state == "completed" and not is_verifiable(facts):
+                print(f"warning: {one.full_name} {NOT_VERIFIABLE}", file=sys.stderr)
         runs.append((one.recipe, facts, status))
     roots = {find_output_root(one.paths.run_dir) for one in selected}
     rows = name_other_base_scores(
@@ -283,7 +297,11 @@ def run_report(arguments: argparse.Namespace) -> int:
     ]
     for name, why in whys:
         print(f"warning: {name} is unreadable: {why}", file=sys.stderr)
-    return 1 if whys else 0
+    damaged = [(recipe, status) for recipe, _, status in runs if status.state == "damaged"]
+    for recipe, status in damaged:
+        print(f"warning: {recipe.run.full_name} is damaged: {status.why}", file=sys.stderr)
+        print(f"  hint: {suggest_mending(status.damage)}", file=sys.stderr)
+    return 1 if whys or damaged else 0
 
 
 def _warn_of_outdated(known: KnownContents) -> None:

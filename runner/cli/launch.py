@@ -17,13 +17,20 @@ from runner.checkpoints.compare import describe_obstacles, suggest_ways_out
 from runner.errors import RefusedError, RunnerError
 from runner.files import hash_json
 from runner.launch.command import LaunchCommand
-from runner.launch.placement import find_allocation, is_in_cluster, list_placements
+from runner.launch.placement import Allocation, find_allocation, is_in_cluster, list_placements
 from runner.launch.pool import STOPPED, PoolResult, build_command, run_planned
 from runner.plan.decide import MAX_FRUITLESS, Launch, decide
 from runner.plan.select import Selected, run_paths, select_recipes, suggest_path
-from runner.plan.status import RunStatus, describe_change, find_divisor, read_status
+from runner.plan.status import (
+    RunStatus,
+    describe_change,
+    find_divisor,
+    read_status,
+    suggest_mending,
+    verify_files,
+)
 from runner.recipe.contents import ContentHashes, hash_contents
-from runner.recipe.parse import load_recipe
+from runner.recipe.parse import Recipe, load_recipe
 from runner.recipe.schema import NAME_PATTERN
 from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.facts import read_facts
@@ -44,7 +51,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
     require_allowed([recipe], arguments.output_root, allow)
     num_processes = arguments.num_processes or recipe.launch.num_processes
     num_machines = recipe.launch.num_machines
-    allocation = find_allocation(os.environ, num_machines) if num_machines > 1 else None
+    allocation = _find_allocation(recipe)
     placements = list_placements(num_processes, num_machines, allocation)
     commands = [
         build_command(Launch(selected, {}, num_processes), placement) for placement in placements
@@ -58,6 +65,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
     status = read_status(
         selected.read_facts(), recipe, contents, num_processes=num_processes, resume=resume
     )
+    if arguments.repair:
+        return _run_repair(arguments, planned, status)
     if arguments.fresh and resume == "auto":
         planned = replace(planned, resume="none")  # nor from remote storage
     if arguments.fresh and status.state != "pending":
@@ -89,6 +98,48 @@ def run_launch(arguments: argparse.Namespace) -> int:
     result = run_planned(
         [planned], num_slots=1, gpus=None, fail_fast=False, allocation=allocation, again=again
     )
+    return _derive_exit_code(result, paths)
+
+
+def _find_allocation(recipe: Recipe) -> Allocation | None:
+    num_machines = recipe.launch.num_machines
+    return find_allocation(os.environ, num_machines) if num_machines > 1 else None
+
+
+def _run_repair(arguments: argparse.Namespace, planned: Launch, status: RunStatus) -> int:
+    """`runner launch --repair`."""
+    from runner.plan.repair import find_repair_step
+
+    if arguments.fresh or arguments.prepare or arguments.resume != "auto":
+        raise RunnerError(
+            "`--repair` writes `model/` of a completed run again, from its best checkpoint:"
+            " it goes with none of --fresh, --prepare and --resume",
+            hint=f"{_same_launch(arguments)} --repair",
+        )
+    paths, facts = planned.paths, planned.selected.read_facts()
+    status = verify_files(facts, status)
+    if status.state == "running":
+        raise RefusedError(f"{paths.run_dir} is running", hint=f"runner why {paths.run_dir}")
+    if status.state in ("changed", "unreadable"):
+        raise _refuse(paths, status, _same_launch(arguments))
+    if status.state not in ("completed", "damaged"):
+        raise RefusedError(
+            f"{paths.run_dir} is {status.state}: only a completed run has a model to repair",
+            hint=f"{_same_launch(arguments)}  # goes on with it",
+        )
+    step = find_repair_step(facts, status, planned.recipe)
+    if step is None:
+        print(f"{planned.full_name}  every byte is as it was recorded: nothing to repair")
+        return 0
+    print(f"{planned.full_name}  model/ is written again from step {step}", file=sys.stderr)
+    trained = [one for one in facts.attempts if not one.is_repair]
+    if trained and arguments.num_processes is None:  # else DeepSpeed's files do not fit
+        planned = replace(planned, num_processes=trained[-1].num_processes)
+    planned = replace(planned, num_attempts=status.num_attempts, is_repair=True)
+    result = run_planned(
+        [planned], num_slots=1, gpus=None, fail_fast=False,
+        allocation=_find_allocation(planned.recipe), again=f"`{_same_launch(arguments)} --repair`",
+    )  # fmt: skip
     return _derive_exit_code(result, paths)
 
 
@@ -197,6 +248,12 @@ def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedErro
             f"{paths.run_dir} holds another experiment, {describe_change(status.differences)}:\n"
             + "\n".join(f"  {line}" for line in status.differences),
             hint=f"{same_launch} --fresh  # moves the old run aside and starts anew",
+        )
+    if status.state == "damaged":
+        return RefusedError(
+            f"{paths.run_dir} is damaged:\n"
+            + "\n".join(f"  {name} {what}" for name, what in status.damage.items()),
+            hint=suggest_mending(status.damage).replace("runner launch RECIPE", same_launch),
         )
     if status.state == "unreadable":
         return RefusedError(

@@ -268,6 +268,11 @@ def _add_launch_verb(verbs: Any) -> None:
             " what is newer is moved aside"
         ),
     )
+    launch.add_argument(
+        "--repair",
+        action="store_true",
+        help="write model/ of a completed run again, from its best checkpoint",
+    )
     _add_own_base(launch)
     _add_output_root(launch)
 
@@ -342,6 +347,11 @@ def _add_view_verbs(verbs: Any) -> None:
 
     report = verbs.add_parser("report", help="the comparison: one row per run, the axes as columns")
     _add_paths(report)
+    report.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every byte that completed runs recorded; what is damaged has no numbers",
+    )
     report.add_more = _add_report_formats
 
     clean = verbs.add_parser(

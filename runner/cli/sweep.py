@@ -23,7 +23,7 @@ from runner.cli.engines import load_engines
 from runner.errors import RefusedError
 from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipes
-from runner.plan.status import read_status
+from runner.plan.status import RunStatus, read_status, suggest_mending
 from runner.recipe.contents import (
     ContentHashes,
     KnownContents,
@@ -60,16 +60,27 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
         )
     options = engine.parse_options(arguments)
     num_unhappy = 0
+    damaged: dict[str, RunStatus] = {}
 
     def plan(queued: Mapping[str, QueuedRun], stream: TextIO) -> list[Launch]:
         nonlocal num_unhappy
         planned, num_unhappy = _decide_all(
-            selected, arguments, queued, stream, only_unfinished=only_unfinished
+            selected, arguments, queued, stream, damaged, only_unfinished=only_unfinished
         )
         return planned
 
     code = engine.submit(plan, options)
+    _print_damaged(damaged)
     return code or (1 if (num_unhappy or unreadable) and not arguments.dry_run else 0)
+
+
+def _print_damaged(damaged: Mapping[str, RunStatus]) -> None:
+    """Last of all that a sweep says: nothing that it did helps these runs."""
+    for full_name, status in damaged.items():
+        print(
+            f"{full_name} is damaged: {status.why}\n  hint: {suggest_mending(status.damage)}",
+            file=sys.stderr,
+        )
 
 
 def _decide_all(
@@ -77,11 +88,14 @@ def _decide_all(
     arguments: argparse.Namespace,
     queued: Mapping[str, QueuedRun],
     stream: TextIO,
+    damaged: dict[str, RunStatus],
     *,
     only_unfinished: bool,
 ) -> tuple[list[Launch], int]:
-    """What is to be launched, and how many of the others are failed or changed; each decision is
-    printed, that on changed runs once for all of them.
+    """What is to be launched, and how many of the others are failed, changed or damaged; each
+    decision is printed, that on changed runs once for all of them.
+
+    What is damaged is put into `damaged`, by its name.
     """
     hashes = ContentHashes(content_cache_path(arguments.output_root))
     known = KnownContents(content_cache_path(arguments.output_root))
@@ -102,6 +116,8 @@ def _decide_all(
             continue
         if status.state == "completed" and facts.stored is not None:
             num_of_other_rules += facts.stored.rules != RULES
+        if status.state == "damaged":
+            damaged[one.full_name] = status
         decision = decide(
             status, retry_failed=arguments.retry_failed, only_unfinished=only_unfinished
         )

@@ -41,6 +41,7 @@ from runner.recipe.parse import Recipe, derive_accumulation
 from runner.run.facts import RunFacts, read_facts
 from runner.run.failures import build_failure, explain_silence, read_log_tail
 from runner.run.lease import ATTEMPT_VARIABLE, Lease, has_ranks, hold_launcher_lock, wait_for_ranks
+from runner.run.manifest import find_damage, is_model_removed
 from runner.run.paths import AttemptPaths, RunPaths, old_run_dir
 from runner.run.record import (
     DETERMINISTIC_KINDS,
@@ -50,6 +51,7 @@ from runner.run.record import (
     RunRecord,
     StopRequest,
     StoredRecipe,
+    TrainResult,
     load_failure,
     load_progress,
     load_stop_request,
@@ -174,6 +176,7 @@ def open_attempt(
         cluster_job=name_cluster_job(os.environ),
         resume=launch.resume,
         base=launch.base,
+        is_repair=launch.is_repair,
         retry=launch.retry,
         micro_batch_divisor=divisor,
         devices={**os.environ, **command.environment}.get("CUDA_VISIBLE_DEVICES"),
@@ -393,6 +396,7 @@ class RunningAttempt:
                 result is not None
                 and stored is not None
                 and result.recipe_digest == stored.recipe_digest
+                and not (self.attempt.is_repair and _needs_repair(facts, result))
             ):
                 return None
             failure = load_failure(self.files)
@@ -410,6 +414,12 @@ class RunningAttempt:
         ):
             return Failure(kind="stalled", message=self.stall)
         return failure or explain_silence(self.files.log_path, exit_status)
+
+
+def _needs_repair(facts: RunFacts, result: TrainResult) -> bool:
+    manifest = result.files or {}
+    is_removed = is_model_removed(manifest, facts.file_sizes)
+    return is_removed or bool(find_damage(facts.paths, manifest))
 
 
 def start_attempt(
@@ -439,7 +449,9 @@ def start_attempt(
         if facts.result is None:
             refuse_uncontinuable(launch, command, facts, divisor)
         prepare_run(recipe, launch.contents, facts, names or NamesOnHub())
-        if facts.result is not None:
+        if launch.is_repair and facts.result is None:
+            raise RefusedError(f"{paths.run_dir} is not completed any more: nothing to repair")
+        if facts.result is not None and not launch.is_repair:
             lease.close()
             return None
         refuse_what_failed_since(facts, launch.num_attempts)

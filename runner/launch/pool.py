@@ -382,7 +382,7 @@ class _Pool:
             )
         else:
             self.result.completed.append(run.full_name)
-            self.display.finished(run.full_name, "completed")
+            self.display.finished(run.full_name, "repaired" if run.is_repair else "completed")
         self._keep(attempt.worker)
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ class Launch:
     micro_batch_divisor: int | None = None
     base: AskedBase = "shared"  # `Attempt.base`
     num_attempts: int | None = None  # of the run when this one was planned; None: not known
+    is_repair: bool = False  # `Attempt.is_repair`
 
     @property
     def recipe(self) -> Recipe:
@@ -76,7 +77,7 @@ def decide(
     why = f"{status.state}: {first_line}"
     if status.state in ("completed", "running"):
         return Decision("skip", why)
-    if status.state == "changed":
+    if status.state in ("changed", "damaged"):
         return Decision("refuse", why)
     if status.state == "unreadable":
         return Decision("refuse", f"{why} (`runner launch RECIPE --fresh` moves the run aside)")

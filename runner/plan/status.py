@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
+
+from pydantic import Field
 
 from runner.checkpoints.choose import Inventory, look_ahead, read_inventory
 from runner.errors import CorruptFileError, RefusedError
@@ -14,9 +16,25 @@ from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
 from runner.run.failures import HINTS, UNREADABLE_HINT
+from runner.run.manifest import (
+    describe_damage,
+    find_damage,
+    find_other_sizes,
+    is_model_removed,
+    is_of_model,
+)
 from runner.run.record import RULES_KEY, Fact, Failure, Shown, describe_phase
 
-State = Literal["pending", "running", "completed", "interrupted", "failed", "changed", "unreadable"]
+State = Literal[
+    "pending",
+    "running",
+    "completed",
+    "interrupted",
+    "failed",
+    "changed",
+    "damaged",
+    "unreadable",
+]
 
 
 class RunStatus(Fact):
@@ -31,6 +49,9 @@ class RunStatus(Fact):
     seconds: float | None = None  # over all attempts that ended, plus the running one
     failure: Failure | None = None
     differences: tuple[Shown, ...] = ()  # dotted keys that changed since the run was made
+    # Files of a completed run that are not as they were recorded: each with what is wrong.
+    damage: dict[str, str] = Field(default_factory=dict)
+    is_model_removed: bool = False  # of a completed run; not damage
     # Of the newest checkpoint of a run that is neither running nor completed.
     checkpoint_step: int | None = None
     # Dotted keys by which the launch is not that of the checkpoint.
@@ -45,7 +66,8 @@ class RunStatus(Fact):
     @property
     def notes(self) -> str:
         """What else somebody should know, empty where there is nothing."""
-        notes = [f"{len(self.quarantined)} in quarantine"] if self.quarantined else []
+        notes = ["model removed"] if self.is_model_removed else []
+        notes += [f"{len(self.quarantined)} in quarantine"] if self.quarantined else []
         if self.obstacles:
             notes.append(
                 f"step {self.checkpoint_step} cannot be continued: {', '.join(self.obstacles)}"
@@ -192,6 +214,10 @@ def _derive_readable(
         return RunStatus(state="changed", why=why, differences=tuple(differences), **known)
     if (result := facts.result) is not None:
         known |= {"step": result.num_steps, "max_steps": result.num_steps}
+        manifest, sizes = result.files or {}, facts.file_sizes
+        if damage := find_other_sizes(manifest, sizes):
+            return RunStatus(state="damaged", why=describe_damage(damage), damage=damage, **known)
+        known["is_model_removed"] = is_model_removed(manifest, sizes)
         return RunStatus(state="completed", why=f"stopped by {result.stop_reason}", **known)
     known |= _look_ahead(facts, inventory, recipe, num_processes, resume)
     if last is None:
@@ -213,6 +239,45 @@ def _derive_readable(
     return RunStatus(
         state="failed", why=f"{failure.kind}: {failure.message}", failure=failure, **known
     )
+
+
+def verify_files(facts: RunFacts, status: RunStatus) -> RunStatus:
+    """The status, *damaged* where a byte of a completed run is not as it was recorded.
+
+    Reads every file of the manifest. A run that was completed before there were manifests stays as
+    it is; `is_verifiable` tells.
+    """
+    if status.state not in ("completed", "damaged") or not is_verifiable(facts):
+        return status
+    result = facts.result
+    assert result is not None and result.files is not None, "it is verifiable"
+    try:
+        damage = find_damage(facts.paths, result.files)
+    except OSError as error:
+        return describe_unreadable(error)
+    if not damage:
+        return status
+    update = {"state": "damaged", "why": describe_damage(damage), "damage": damage}
+    return status.model_copy(update=update)
+
+
+def is_verifiable(facts: RunFacts) -> bool:
+    """Whether the run has a result that recorded checksums."""
+    return facts.result is not None and facts.result.files is not None
+
+
+NOT_VERIFIABLE: Final = "cannot be verified: it was completed before checksums were recorded"
+
+
+def suggest_mending(damage: Mapping[str, str]) -> str:
+    """The way on from a damaged run."""
+    anew = "`runner launch RECIPE --fresh` moves the run aside and starts anew"
+    if all(map(is_of_model, damage)):
+        return (
+            "`runner launch RECIPE --repair` writes model/ again from the best checkpoint;"
+            f" without that checkpoint, {anew}"
+        )
+    return f"put the files back as they were, from a copy of the run; without one, {anew}"
 
 
 def find_divisor(facts: RunFacts, recipe: Recipe) -> int:
@@ -263,13 +328,15 @@ def _look_ahead(
 
 
 def _sum_seconds(facts: RunFacts) -> float | None:
-    ends = [attempt.ended_at_utc for attempt in facts.attempts]
+    # The time of a repair is not that of training, by which other runs are estimated.
+    attempts = [attempt for attempt in facts.attempts if not attempt.is_repair]
+    ends = [attempt.ended_at_utc for attempt in attempts]
     if facts.is_running and ends:
         ends[-1] = ends[-1] or facts.read_at_utc
     spans = [
         datetime.datetime.fromisoformat(end)
         - datetime.datetime.fromisoformat(attempt.started_at_utc)
-        for attempt, end in zip(facts.attempts, ends, strict=True)
+        for attempt, end in zip(attempts, ends, strict=True)
         if end
     ]
     return sum(span.total_seconds() for span in spans) if spans else None
@@ -279,6 +346,8 @@ def find_hint(status: RunStatus) -> str | None:
     """What to do about a run in this status, None where nothing is wrong with it."""
     if status.state == "unreadable":
         return UNREADABLE_HINT
+    if status.state == "damaged":
+        return suggest_mending(status.damage)
     if status.state == "changed" or status.failure is None:
         return None  # what is changed is refused: the hint of its last failure would be false
     return HINTS[status.failure.kind]

@@ -23,11 +23,15 @@ from runner.checkpoints.choose import (
 from runner.errors import CorruptFileError, RefusedError
 from runner.plan.decide import Decision, decide
 from runner.plan.status import (
+    NOT_VERIFIABLE,
     RunStatus,
     State,
     derive_status,
     describe_unreadable,
     find_divisor,
+    is_verifiable,
+    suggest_mending,
+    verify_files,
 )
 from runner.processes import list_holders
 from runner.recipe.contents import ContentHashes, hash_what_is_there, list_missing_files
@@ -42,6 +46,7 @@ RULES: Final[Mapping[State, str]] = {
     "unreadable": "a record in the run directory is not what was written there",
     "running": "somebody holds `lease`, here or on another machine",
     "changed": "`recipe.json` states another digest than the recipe and its files have now",
+    "damaged": "a file that `result.json` lists is missing, or is not as it was recorded",
     "completed": "`result.json` is there, of the digest in `recipe.json`",
     "pending": "`run.json` holds no attempt that was started",
     "interrupted": (
@@ -71,6 +76,7 @@ class Explanation:
     micro_batch_divisor: int
     choice: Choice
     remote_url: str | None  # asked for checkpoints where the run has none
+    files: str | None = None  # of a completed run: what was found of the files that it recorded
 
     def as_json(self) -> dict[str, Any]:
         """For scripts: `next` is what `runner launch` does, `start_step` where it starts."""
@@ -83,6 +89,7 @@ class Explanation:
             "start_step": self.choice.step or 0 if self.next_action == "launch" else None,
             "decisions": {verb: asdict(decision) for verb, decision in self.decisions.items()},
             "rule": RULES[self.status.state],
+            "files": self.files,
             "status": self.status.model_dump(mode="json"),
             "attempt": self.attempt and self.attempt.model_dump(mode="json"),
             "base": self.base and self.base.model_dump(mode="json"),
@@ -112,6 +119,8 @@ class Evidence:
     log_tail: tuple[str, ...]  # of the last attempt's log
     base: BaseSource | None  # of the last attempt that began at step 0
     choice: Choice  # every checkpoint verified, where an attempt may come next
+    # Of a completed run: *damaged* where a byte that it recorded is another one.
+    verified: RunStatus | None = None
 
 
 def gather_evidence(
@@ -126,6 +135,7 @@ def gather_evidence(
     holders: dict[int, str] = {}
     log_tail: tuple[str, ...] = ()
     base: BaseSource | None = None
+    verified: RunStatus | None = None
     is_verified = False
     try:
         if facts.is_leased:
@@ -134,6 +144,8 @@ def gather_evidence(
         inventory = Inventory(paths) if facts.is_running else read_inventory(paths)
         status = derive_status(facts, inventory, recipe, contents, num_processes=num_processes)
         is_verified = status.state not in ("running", "unreadable")
+        if status.state in ("completed", "damaged"):
+            verified = verify_files(facts, status)
         if facts.last is not None:
             log_tail = read_log_tail(paths.attempt(facts.last.number).log_path)
         base = _find_base_source(facts)
@@ -144,7 +156,7 @@ def gather_evidence(
         with contextlib.suppress(RefusedError):  # the global batch cannot be kept like that
             choice = _verify_checkpoints(facts, inventory, recipe, num_processes, contents)
     missing = list_missing_files(recipe)
-    return Evidence(contents, missing, inventory, holders, log_tail, base, choice)
+    return Evidence(contents, missing, inventory, holders, log_tail, base, choice, verified)
 
 
 def _find_base_source(facts: RunFacts) -> BaseSource | None:
@@ -156,12 +168,14 @@ def _find_base_source(facts: RunFacts) -> BaseSource | None:
 
 def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: int) -> Explanation:
     """All that decides, and what follows from it. Pure."""
-    if isinstance(evidence.inventory, Inventory):
+    if not isinstance(evidence.inventory, Inventory):
+        status = describe_unreadable(evidence.inventory)
+    elif evidence.verified is not None:
+        status = evidence.verified
+    else:
         status = derive_status(
             facts, evidence.inventory, recipe, evidence.contents, num_processes=num_processes
         )
-    else:
-        status = describe_unreadable(evidence.inventory)
     is_readable = status.state != "unreadable"
     divisor, stop = find_divisor(facts, recipe) if is_readable else 1, facts.stop_request
     last = facts.last if is_readable else None
@@ -195,7 +209,20 @@ def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: 
         micro_batch_divisor=divisor,
         choice=evidence.choice,
         remote_url=remote.url if remote is not None and remote.load else None,
+        files=_describe_files(facts, status),
     )
+
+
+def _describe_files(facts: RunFacts, status: RunStatus) -> str | None:
+    if status.state == "damaged":
+        return "\n".join(f"{name} {what}" for name, what in status.damage.items())
+    if status.state != "completed":
+        return None
+    if not is_verifiable(facts):
+        return NOT_VERIFIABLE
+    found = f"every byte of {len(facts.file_sizes)} files is as it was recorded"
+    removed = "; model removed: `runner launch RECIPE --repair` writes it again"
+    return found + (removed if status.is_model_removed else "")
 
 
 def _verify_checkpoints(
@@ -227,6 +254,8 @@ def build_lines(found: Explanation) -> list[str]:
         ),
         ("state", f"{status.state}: {status.why}"),
         ("rule", RULES[status.state]),
+        *((("files", found.files),) if found.files is not None else ()),
+        *((("hint", suggest_mending(status.damage)),) if status.state == "damaged" else ()),
         *(("differs", line) for line in status.differences),
         *(("differs", line) for line in status.obstacles),
         *(
@@ -299,7 +328,10 @@ def _describe_attempt(found: Explanation) -> list[tuple[str, str]]:
     if attempt.retry:
         started += f", retry {attempt.retry} by itself"
     rows = [("attempt", started)]
-    if found.status.state not in ("running", "completed"):
+    is_over = found.status.state in ("running", "completed") or (
+        found.status.state == "damaged" and not attempt.is_repair
+    )
+    if not is_over:
         failure = found.status.failure or attempt.failure
         if failure is not None:
             rows.append(("failure", f"{failure.kind}: {failure.message}"))

@@ -5,6 +5,7 @@ asks for.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,13 @@ from typing import Any
 
 from runner.data.tokenizer import set_chat_format
 from runner.errors import DataError, RefusedError
-from runner.plan.status import read_status
+from runner.plan.status import (
+    NOT_VERIFIABLE,
+    is_verifiable,
+    read_status,
+    suggest_mending,
+    verify_files,
+)
 from runner.recipe.parse import Recipe
 from runner.run.facts import read_facts
 from runner.run.paths import RunPaths
@@ -69,13 +76,28 @@ def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
             f"{run_dir} is not a run directory", hint="give one such as runs/demo/gemma_060_full"
         )
     if checkpoint is None:
-        status = read_status(facts, stored.recipe, {})
+        status = verify_files(facts, read_status(facts, stored.recipe, {}))
+        if status.state == "damaged":
+            raise RefusedError(
+                f"{run_dir} is damaged: {status.why}",
+                hint=f"{suggest_mending(status.damage)}; `--checkpoint best` takes the checkpoint",
+            )
         if status.state != "completed":
             first_line = status.why.partition("\n")[0]  # what follows may be a hint of its own
             raise RefusedError(
                 f"{run_dir} is not completed, it is {status.state}: {first_line}",
                 hint="`--checkpoint best` or `--checkpoint latest` takes what there is so far",
             )
+        if status.is_model_removed or not paths.model_dir.is_dir():
+            raise RefusedError(
+                f"{paths.model_dir} was removed",
+                hint=(
+                    "`--checkpoint best` takes the best checkpoint, from which"
+                    " `runner launch RECIPE --repair` writes it again"
+                ),
+            )
+        if not is_verifiable(facts):
+            print(f"note: {run_dir} {NOT_VERIFIABLE}", file=sys.stderr)
         yield TunedRun(paths, stored, paths.model_dir, None)
         return
     from runner.checkpoints.restore import resolve_checkpoint

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 from runner.errors import CorruptFileError
 from runner.files import load_json, load_jsonl
 from runner.run.lease import Lease, has_ranks, is_leased
+from runner.run.manifest import measure_files
 from runner.run.paths import RunPaths
 from runner.run.record import (
     Attempt,
@@ -58,7 +59,9 @@ class Found:
         return self.content
 
 
-RunPart = Literal["lease", "ranks", "record", "recipe", "result", "stop", "uploads", "quarantine"]
+RunPart = Literal[
+    "lease", "ranks", "record", "recipe", "result", "stop", "uploads", "quarantine", "files"
+]
 LastAttemptPart = Literal["log", "progress", "failure", "upload_rows"]
 Part = RunPart | LastAttemptPart | Literal["samples"]
 NOTHING_KNOWN: Final[Mapping[Part, Found]] = MappingProxyType({})
@@ -114,6 +117,14 @@ class RunFacts:
         """True where there is a result, readable or not."""
         found = self.found["result"]
         return found.content is not None or found.error is not None
+
+    @property
+    def file_sizes(self) -> Mapping[str, int]:
+        """The sizes of the files of the manifest that are there; empty where there is none."""
+        if "files" not in self.found:
+            return {}
+        sizes: Mapping[str, int] = self._get("files")
+        return sizes
 
     @property
     def stop_request(self) -> StopRequest | None:
@@ -214,6 +225,11 @@ def read_facts(
         "uploads": _find(lambda: [path.name for path in paths.uploads_dir.glob("*.zip")]),
         "quarantine": _find(lambda: [path.name for path in paths.quarantine_dir.glob("*")]),
     }
+    result: TrainResult | None = found["result"].content
+    manifest = None if result is None else result.files
+    if manifest is not None:
+        # Always looked at again: a file that was cut changes no folder.
+        found["files"] = _find(lambda: measure_files(paths, manifest))
     record: RunRecord | None = found["record"].content
     if record is not None and record.attempts:
         files, last = paths.attempt(record.attempts[-1].number), record.attempts[-1]

@@ -31,6 +31,7 @@ from runner.files import parse_json, write_json_atomic
 from runner.recipe.hub import pin, state_as_before
 from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe
+from runner.run.manifest import FileRecord, InnerName
 from runner.run.paths import AttemptPaths, RunPaths
 from runner.strict import STORED, list_texts
 from runner.text import format_seconds
@@ -147,6 +148,8 @@ class Attempt(Fact):
     # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
     resume: str = "auto"
     base: AskedBase = "own"  # as attempts did that say nothing of it
+    # Trains nothing: writes `model/` of a completed run again, from its best checkpoint.
+    is_repair: bool = False
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
     # Of the folder that the runner was started in; the commit and state of the runner's own files
     # where they lie in a git checkout. Older attempts do not say which runner made them.
@@ -381,6 +384,9 @@ class TrainResult(Fact):
     num_updates: Count | None = None
     num_trained_tokens: Count | None = None  # tokens with a label that entered the loss, all steps
     schedule_steps: Count | None = None  # of the whole schedule of the learning rate
+    # Of `model/` and of what is summed up here, by path in the run directory; None: an older run
+    # recorded no checksums, so it cannot be verified.
+    files: dict[InnerName, FileRecord] | None = None
 
     @model_validator(mode="after")
     def _fit(self) -> TrainResult:

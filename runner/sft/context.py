@@ -45,6 +45,7 @@ class RunContext:
     preemption: Preemption
     contents: Mapping[str, str] = field(default_factory=dict)  # `StoredRecipe.contents`
     base: AskedBase = "shared"  # `Attempt.base`
+    is_repair: bool = False  # `Attempt.is_repair`
     uploader: Uploader | None = None  # of the main process, where the recipe names remote storage
     _opened_at: float = field(default_factory=time.perf_counter)
     _phase_seconds: dict[str, float] = field(default_factory=dict)
@@ -72,7 +73,10 @@ class RunContext:
                     " (with `--prepare`, to start them by hand)"
                 ),
             )
-        if differences := stored.find_other_rules() + stored.find_other_digest():
+        attempt = record.attempts[-1]
+        # A repair draws no rows that count: `model/` ends as it was recorded, or stays.
+        differences = [] if attempt.is_repair else stored.find_other_rules()
+        if differences := differences + stored.find_other_digest():
             shown = "\n".join(f"  {line}" for line in differences)
             raise RefusedError(
                 f"{paths.recipe_path} is not what this version of the runner would train:\n{shown}",
@@ -81,7 +85,6 @@ class RunContext:
         output_root = find_output_root(run_dir)
         allow = suggest_allowing([str(run_dir)], output_root)
         recipe = load_code(stored.pinned, output_root, allow, stored.contents)
-        attempt = record.attempts[-1]
         if place.world_size != attempt.num_processes:
             raise RefusedError(
                 f"{place.world_size} processes were started,"
@@ -102,6 +105,7 @@ class RunContext:
             preemption,
             stored.contents,
             attempt.base,
+            attempt.is_repair,
         )
 
     @property

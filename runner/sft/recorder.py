@@ -40,6 +40,7 @@ from runner.files import (
 )
 from runner.model.memory import require_room, require_room_for_checkpoint
 from runner.model.weights import (
+    ExportError,
     add_to_adapter,
     collect_resized_embeddings,
     sort_adapter_config,
@@ -47,10 +48,26 @@ from runner.model.weights import (
     verify_same_weights,
     verify_score,
 )
+from runner.recipe.identity import list_library_versions
 from runner.recipe.parse import derive_answer_batch
 from runner.recipe.schema import GenerationOn
-from runner.run.paths import marker_path
-from runner.run.record import GenerationScore, SplitScore, StopReason, TrainResult
+from runner.run.manifest import (
+    FileRecord,
+    Manifest,
+    find_other_export,
+    list_summed_files,
+    mend_model,
+    record_files,
+    record_model,
+)
+from runner.run.paths import RunPaths, marker_path
+from runner.run.record import (
+    GenerationScore,
+    SplitScore,
+    StopReason,
+    TrainResult,
+    load_record,
+)
 from runner.secrets import scrub_json
 from runner.sft.base import NUM_ROWS_SCORED_AGAIN, BaseScores, obtain_base_scores
 from runner.sft.context import RunContext
@@ -76,6 +93,7 @@ class Recorder:
         self._validated: tuple[int, SplitScore] | None = None
         self._base: BaseScores | None = None  # until its validation score is recorded
         self._trained_shapes: dict[str, tuple[int, ...]] = {}
+        self._model_files: dict[str, FileRecord] = {}  # of the export, once it is written
 
     def require_same_samples(self) -> None:
         """Look at `samples.json` before a checkpoint is continued; only the main process does.
@@ -303,11 +321,42 @@ class Recorder:
         """Write the weights in memory, those of `best_step`, to `model/`: saved beside it, checked,
         then renamed.
         """
-        context = self.context
-        partial_dir, model_dir = context.paths.model_partial_dir, context.paths.model_dir
-        if context.is_main:
-            for leftover in (partial_dir, model_dir):  # of an attempt killed before its result
-                shutil.rmtree(leftover, ignore_errors=True)
+        paths = self.context.paths
+        if self.context.is_main:  # of an attempt killed before its result
+            shutil.rmtree(paths.model_dir, ignore_errors=True)
+        self._write_export(trainer, best_step)
+        if self.context.is_main:
+            paths.model_partial_dir.rename(paths.model_dir)
+            fsync_dir(paths.run_dir)
+            # At once, while what was just checked is still in memory.
+            self._model_files = record_model(paths.model_dir)
+
+    def mend_export(self, trainer: Trainer, best_step: int, manifest: Manifest) -> None:
+        """Write the weights in memory, those of `best_step`, beside `model/`, and put them into its
+        place if they are what was recorded.
+
+        Raises:
+            ExportError: some file would be another one; `model/` stays as it is.
+        """
+        self._write_export(trainer, best_step)
+        if not self.context.is_main:
+            return
+        paths = self.context.paths
+        if differences := find_other_export(paths, manifest):
+            shutil.rmtree(paths.model_partial_dir, ignore_errors=True)
+            shown = "\n".join(f"  {line}" for line in differences)
+            raise ExportError(
+                f"the export of step {best_step} is not the one that was recorded, so"
+                f" {paths.model_dir} stays as it is:\n{shown}",
+                hint=_suggest_versions(paths),
+            )
+        mend_model(paths, manifest)
+
+    def _write_export(self, trainer: Trainer, best_step: int) -> None:
+        """Save the weights in memory beside `model/`, and check what was written."""
+        context, partial_dir = self.context, self.context.paths.model_partial_dir
+        if context.is_main:  # of an attempt that was killed
+            shutil.rmtree(partial_dir, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
         # Transformers switches the cache off for training, and would save it like that.
         trainer.model.config.use_cache = True
@@ -329,13 +378,16 @@ class Recorder:
             verify_export(partial_dir, self._trained_shapes | shapes)
             verify_same_weights(partial_dir, context.paths.checkpoint_dir(best_step))
             sync_folder(partial_dir)
-            partial_dir.rename(model_dir)
-            fsync_dir(model_dir.parent)
 
     def record_result(self, result: TrainResult) -> None:
-        """Write `result.json`, the last file of a run: with it the run is completed."""
+        """Write `result.json`, the last file of a run: with it the run is completed. It lists the
+        checksums of `model/` and of what it sums up.
+        """
         if self.context.is_main:
-            write_json_atomic(self.context.paths.result_path, result.model_dump(mode="json"))
+            paths = self.context.paths
+            summed_up = record_files(list_summed_files(paths), paths.run_dir)
+            result = result.model_copy(update={"files": self._model_files | summed_up})
+            write_json_atomic(paths.result_path, result.model_dump(mode="json"))
 
     def score(self, trainer: Trainer, split: str) -> tuple[SplitScore, list[RowScore]]:
         """The score of `validation` or `test`, and of each of its rows.
@@ -454,6 +506,20 @@ def find_sample_differences(before: Any, now: Mapping[str, Any]) -> list[str]:
         if other:
             lines.append(f"{split}: other {', '.join(other)}")
     return lines
+
+
+def _suggest_versions(paths: RunPaths) -> str:
+    """The versions under which the run was completed, where they are others now."""
+    trained = [one for one in load_record(paths).attempts if not one.is_repair]
+    before, now = trained[-1].versions if trained else {}, list_library_versions()
+    other = [
+        f"{name} {version} (now {now.get(name, 'not installed')})"
+        for name, version in sorted(before.items())
+        if now.get(name) != version
+    ]
+    if other:
+        return f"repair it under the versions that completed it: {', '.join(other)}"
+    return "put model/ back from a copy of the run"
 
 
 def describe_arguments(args: Any) -> dict[str, Any]:

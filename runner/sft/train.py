@@ -7,11 +7,16 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from runner.checkpoints.restore import choose_resume_step
+from trl import SFTConfig
+
+from runner.checkpoints.restore import choose_resume_step, require_step
 from runner.data.tokenizer import load_tokenizer
+from runner.errors import RefusedError
 from runner.model.load import load_model
 from runner.recipe.trackers import require_trackers
+from runner.run.record import load_result
 from runner.sft.context import RunContext
 from runner.sft.phases import (
     announce_compilations,
@@ -38,6 +43,9 @@ def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
         PreemptedError: the attempt was asked to leave while it trained; what it has is saved.
     """
     context = RunContext.open(run_dir, place, preemption)
+    if context.is_repair:
+        repair_model(context)
+        return
     recipe, paths, phase = context.recipe, context.paths, context.phase
     trainer, trackers, resume_step = _prepare(context)
     recorder = trainer.recorder
@@ -67,20 +75,37 @@ def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
     print(f"completed at step {num_steps} by {stop_reason}, best step {best_step}", flush=True)
 
 
+def repair_model(context: RunContext) -> None:
+    """Write `model/` of a completed run again, from its best checkpoint; trains and scores nothing.
+
+    Raises:
+        RefusedError: there is no result, or its best checkpoint is lost.
+        ExportError: the export would not be the one that was recorded.
+    """
+    paths, phase = context.paths, context.phase
+    result = load_result(paths)
+    if result is None or result.files is None:
+        raise RefusedError(f"{paths.result_path} records no files that could be repaired")
+    args = _build_arguments(context)
+    with phase(name_tokenizer_phase(context.recipe.model)):
+        tokenizer = load_tokenizer(context.recipe.model)
+    recorder = Recorder(context, load_samples(context, tokenizer))
+    with phase("choosing a checkpoint"):
+        context.on_main(partial(require_step, paths, context.recipe.checkpoints, result.best_step))
+    trainer = _build_trainer(context, recorder, args, tokenizer, Trackers(context))
+    with phase(f"restoring step {result.best_step}"):
+        trainer.train()  # no step: what loads weights is made in there, as DeepSpeed's engine is
+        trainer.load_weights_of(result.best_step)
+    with phase("exporting"):
+        recorder.mend_export(trainer, result.best_step, result.files)
+    print(f"wrote {paths.model_dir} again from step {result.best_step}", flush=True)
+
+
 def _prepare(context: RunContext) -> tuple[RunTrainer, Trackers, int | None]:
     """The trainer with rows and model, the open trackers, and the step to resume from."""
     recipe, phase = context.recipe, context.phase
     require_trackers(recipe)
-    if uses_deepspeed():
-        with phase("loading DeepSpeed"):
-            remove_stale_build_locks()  # before the arguments, which load its first extension
-            announce_compilations(phase)
-    is_alone = context.num_processes == 1
-    with phase("setting up" if is_alone else "waiting for the other processes"):
-        # Before the model: ZeRO-3 partitions weights while they load.
-        args = build_training_args(context)
-    if args.use_cpu:
-        keep_freed_memory()
+    args = _build_arguments(context)
     if recipe.checkpoints.remote is not None:
         with phase("opening the remote storage"):
             context.on_main(context.open_uploader)
@@ -96,12 +121,33 @@ def _prepare(context: RunContext) -> tuple[RunTrainer, Trackers, int | None]:
     with phase("starting trackers") if recipe.tracking.report_to else nullcontext():
         trackers = open_trackers(context, resume_step)
     recorder.rewind(resume_step)
-    with phase(name_model_phase(recipe.model)):
-        model = load_model(recipe, tokenizer, local_rank=context.place.local_rank)
-    with phase("building the trainer"):
+    return _build_trainer(context, recorder, args, tokenizer, trackers), trackers, resume_step
+
+
+def _build_arguments(context: RunContext) -> SFTConfig:
+    phase = context.phase
+    if uses_deepspeed():
+        with phase("loading DeepSpeed"):
+            remove_stale_build_locks()  # before the arguments, which load its first extension
+            announce_compilations(phase)
+    is_alone = context.num_processes == 1
+    with phase("setting up" if is_alone else "waiting for the other processes"):
+        # Before the model: ZeRO-3 partitions weights while they load.
+        args = build_training_args(context)
+    if args.use_cpu:
+        keep_freed_memory()
+    return args
+
+
+def _build_trainer(
+    context: RunContext, recorder: Recorder, args: SFTConfig, tokenizer: Any, trackers: Trackers
+) -> RunTrainer:
+    with context.phase(name_model_phase(context.recipe.model)):
+        model = load_model(context.recipe, tokenizer, local_rank=context.place.local_rank)
+    with context.phase("building the trainer"):
         trainer = RunTrainer(recorder, args, model, tokenizer, trackers)
         recorder.begin(trainer)
-    return trainer, trackers, resume_step
+    return trainer
 
 
 def _choose_resume_step(context: RunContext, recorder: Recorder) -> int | None:

@@ -143,6 +143,9 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         return self._sampler
 
     def _run_epoch(self, **arguments: Any) -> None:
+        if self.context.is_repair:  # all that was wanted is a model that weights can be loaded into
+            self.control.should_training_stop = True
+            return
         self.context.enter_phase("training")
         if self.state.global_step == 0:
             self.recorder.record_base(self)

@@ -21,13 +21,14 @@ from runner.text import format_seconds
 
 # Nothing more happens to these by itself; every other state, also one not known here, is work that
 # is left.
-_AT_REST: Final = frozenset({"completed", "failed", "changed", "unreadable"})
+_AT_REST: Final = frozenset({"completed", "failed", "changed", "damaged", "unreadable"})
 # What somebody wants to see first, where there is not room for all; a state that is not named is
 # the empty text.
 _URGENCY: Final = (
     "running",
     "failed",
     "unreadable",
+    "damaged",
     "waiting",
     "interrupted",
     "changed",
@@ -62,6 +63,7 @@ UNICODE: Final = Glyphs(
         "queued": "…",
         "interrupted": "‖",
         "changed": "≠",
+        "damaged": "¤",
         "pending": "·",
     },
     unknown="?",
@@ -78,6 +80,7 @@ ASCII: Final = Glyphs(
         "queued": "q",
         "interrupted": "=",
         "changed": "!",
+        "damaged": "%",
         "pending": ".",
     },
     unknown="?",

@@ -152,7 +152,9 @@ def _list_files(facts: RunFacts) -> Sequence[str]:
         files = paths.attempt(record.attempts[-1].number)
         named += [files.attempt_dir, files.progress_path, files.uploads_path]
         named += files.list_failure_paths()
-    return [str(path) for path in named]
+    result = facts.found["result"].content
+    manifest = {} if result is None or result.files is None else result.files
+    return [*map(str, named), *(f"{paths.run_dir}/{name}" for name in manifest)]
 
 
 @dataclass
@@ -217,6 +219,7 @@ _STYLES: Final = {
     "running": "bold cyan",
     "failed": "bold red",
     "unreadable": "bold red",
+    "damaged": "bold red",
     "waiting": "yellow",
     "interrupted": "yellow",
     "changed": "magenta",

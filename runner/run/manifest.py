@@ -1,0 +1,212 @@
+"""The manifest of a completed run: size and checksum of `model/` and of every file that
+`result.json` sums up.
+
+Owns how the files are listed and compared with what was recorded. `result.json` holds the manifest,
+and `plan.status` says what damage means. Checkpoints, trackers and attempts are not listed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from runner.errors import escape_controls
+from runner.files import fsync_dir, hash_file
+from runner.run.paths import RunPaths
+
+_MAX_NAME: Final = 200
+_MODEL_PREFIX: Final = f"{RunPaths(Path()).model_dir.name}/"
+_OUTSIDE: Final = frozenset({"", ".", ".."})  # parts of names that lead elsewhere
+
+
+class FileRecord(BaseModel):
+    """Size and content of one file."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _require_inner(name: str) -> str:
+    # Not by `pathlib`, which takes ten times as long: thousands of results are read at once.
+    is_inner = not _OUTSIDE.intersection(name.split("/"))
+    if not is_inner or not name.isprintable() or len(name) > _MAX_NAME:
+        raise ValueError(f"the file name {escape_controls(name)!r} leads out of the run directory")
+    return name
+
+
+# Relative to the run directory, as POSIX writes paths; a record may come from anybody.
+InnerName = Annotated[str, AfterValidator(_require_inner)]
+Manifest = Mapping[str, FileRecord]
+
+
+def list_summed_files(paths: RunPaths) -> list[Path]:
+    """The files that `result.json` sums up; answers are there only where some were generated."""
+    named = [paths.samples_path, paths.metrics_path, paths.eval_rows_path, paths.predictions_path]
+    return [path for path in named if path.exists()]
+
+
+def list_model_files(model_dir: Path) -> list[Path]:
+    """Every file of an export, in order, without hidden ones: those are of file systems and
+    desktops.
+    """
+    found = [path for path in model_dir.rglob("*") if path.is_file()]
+    return sorted(path for path in found if not _is_hidden(path, model_dir))
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def record_files(files: list[Path], folder: Path) -> dict[str, FileRecord]:
+    """The records of files, by their names relative to `folder`; reads every byte."""
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(
+            size=path.stat().st_size, sha256=hash_file(path)
+        )
+        for path in files
+    }
+
+
+def record_model(model_dir: Path) -> dict[str, FileRecord]:
+    """The records of an export, which may still have another name, as the files of `model/`."""
+    found = record_files(list_model_files(model_dir), model_dir)
+    return {f"{_MODEL_PREFIX}{inner}": record for inner, record in found.items()}
+
+
+def is_of_model(name: str) -> bool:
+    """Whether a file of the manifest is one of `model/`.
+
+    >>> [is_of_model(name) for name in ("model/config.json", "metrics.jsonl")]
+    [True, False]
+    """
+    return name.startswith(_MODEL_PREFIX)
+
+
+def measure_files(paths: RunPaths, manifest: Manifest) -> dict[str, int]:
+    """The sizes of the files of the manifest that are there, by name: one look at each, no byte is
+    read.
+
+    Raises:
+        OSError: a file cannot be looked at, which does not mean that it is gone.
+    """
+    sizes: dict[str, int] = {}
+    folder = str(paths.run_dir)  # joining paths takes longer than looking at them
+    for name in manifest:
+        try:
+            state = os.stat(f"{folder}/{name}")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if stat.S_ISREG(state.st_mode):
+            sizes[name] = state.st_size
+    return sizes
+
+
+def is_model_removed(manifest: Manifest, sizes: Mapping[str, int]) -> bool:
+    """Whether `model/` is gone as a whole: somebody made room, and nothing is damaged by it."""
+    names = [name for name in manifest if is_of_model(name)]
+    return bool(names) and not any(name in sizes for name in names)
+
+
+def find_other_sizes(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, str]:
+    """What is wrong with each file that is missing or has another size, by its name; pure.
+
+    A `model/` that is gone as a whole is nothing wrong.
+    """
+    is_removed = is_model_removed(manifest, sizes)
+    damage: dict[str, str] = {}
+    for name, record in manifest.items():
+        size = sizes.get(name)
+        if size is None:
+            if not (is_removed and is_of_model(name)):
+                damage[name] = "is missing"
+        elif size != record.size:
+            damage[name] = f"has {size:,} bytes, {record.size:,} were recorded"
+    return damage
+
+
+def find_damage(paths: RunPaths, manifest: Manifest) -> dict[str, str]:
+    """What is wrong with each file, by its name; empty for a run that is whole. Reads every byte.
+
+    A file in `model/` that the run has not written is damage too: a library that loads the folder
+    might take it for the weights.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    sizes = measure_files(paths, manifest)
+    damage = find_other_sizes(manifest, sizes)
+    for name, record in manifest.items():
+        if name not in sizes or name in damage:
+            continue
+        if hash_file(paths.run_dir / name) != record.sha256:
+            damage[name] = "holds other bytes than were recorded"
+    if not is_model_removed(manifest, sizes):
+        damage |= dict.fromkeys(_list_foreign(paths, manifest), "was not written by the run")
+    return damage
+
+
+def _list_foreign(paths: RunPaths, manifest: Manifest) -> Iterator[str]:
+    for path in list_model_files(paths.model_dir):
+        name = path.relative_to(paths.run_dir).as_posix()
+        if name not in manifest:
+            yield escape_controls(name)
+
+
+def find_other_export(paths: RunPaths, manifest: Manifest) -> list[str]:
+    """One line for each file by which the export beside `model/` is not the recorded one."""
+    found = record_model(paths.model_partial_dir)
+    recorded = {name: record for name, record in manifest.items() if is_of_model(name)}
+    lines = []
+    for name in sorted(found.keys() | recorded.keys()):
+        if name not in found:
+            lines.append(f"{name} would be missing")
+        elif name not in recorded:
+            lines.append(f"{name} would be new")
+        elif found[name] != recorded[name]:
+            lines.append(
+                f"{name} would have {found[name].size:,} bytes of sha256 {found[name].sha256[:12]},"
+                f" recorded are {recorded[name].size:,} of {recorded[name].sha256[:12]}"
+            )
+    return lines
+
+
+def mend_model(paths: RunPaths, manifest: Manifest) -> None:
+    """Put the export beside `model/`, which is the recorded one, into its place.
+
+    File by file, each by one rename, and only where another one is there: a kill in between leaves
+    some mended and the others as they were.
+    """
+    partial_dir, model_dir = paths.model_partial_dir, paths.model_dir
+    if not model_dir.exists():
+        partial_dir.rename(model_dir)
+        fsync_dir(paths.run_dir)
+        return
+    damaged = find_damage(paths, {name: one for name, one in manifest.items() if is_of_model(name)})
+    sizes = measure_files(paths, manifest)
+    for name in manifest:
+        if is_of_model(name) and (name in damaged or name not in sizes):
+            target = paths.run_dir / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (partial_dir / name.removeprefix(_MODEL_PREFIX)).replace(target)
+            fsync_dir(target.parent)
+    shutil.rmtree(partial_dir)
+
+
+def describe_damage(damage: Mapping[str, str]) -> str:
+    """One line: the first damaged file, and how many there are besides it.
+
+    >>> describe_damage({"metrics.jsonl": "is missing", "model/config.json": "is missing"})
+    'metrics.jsonl is missing, and 1 more file'
+    """
+    (name, what), *more = damage.items()
+    if not more:
+        return f"{name} {what}"
+    return f"{name} {what}, and {len(more)} more file{'s' if len(more) > 1 else ''}"
