@@ -11,11 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Final, get_args
 
+from runner.errors import escape_controls
 from runner.plan.status import State
 from runner.report.effects import AxisEffects, Cell, Effect, Interaction
 from runner.report.rows import ReportRow, axis_text, compare_with_base
+from runner.text import ELLIPSIS, one_line
 
 MAX_NAMED: Final = 3  # names in one note; JSON has all
+MAX_SENTENCE: Final = 2000  # characters of a text that people read
 SMALLEST_P: Final = 0.0001
 
 # What each column of a report means, by the field of the CSV and JSON.
@@ -86,6 +89,39 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "missing": "runs without a score; never imputed",
 }
 
+# How numbers are made, for those who have only the JSON.
+METHOD: Final[Mapping[str, str]] = {
+    "score": "sum over the test rows of a run divided by the sum of their tokens (bytes, rows)",
+    "interval": (
+        "t intervals with seeds and rows both random; the critical value is weighted between the"
+        " two by their variances (Cochran and Cox), and never below that of the rows alone"
+    ),
+    "pools": (
+        "runs of one base model and task share their spread over seeds; two cells that share"
+        " initial weights and order by hash are paired seed by seed"
+    ),
+    "interactions": (
+        "F tests at p < 0.20 decide whether a mean over the levels of another axis is shown"
+    ),
+    "simple_effects": "level of each: 1 - 0.05 / number of levels, so that all hold at 95% at once",
+    "p_adjusted": "Holm over the declared contrasts, Benjamini-Hochberg over all others",
+    "equivalence": "two one-sided tests at 5% against the declared margin",
+    "missing_cells": "never imputed; an effect names the pairs of cells it is the mean of",
+}
+
+
+def make_safe(text: str, most: int = MAX_SENTENCE) -> str:
+    """A text on one line and without terminal controls; of a longer one both ends, `most`
+    characters together.
+
+    >>> make_safe("a\\nb\\x1b[2J"), make_safe("abcdefgh", 5)
+    ('a b\\\\x1b[2J', 'abc…h')
+    """
+    if len(text) > most:
+        end = (most - 1) // 3
+        text = f"{text[: most - 1 - end]}{ELLIPSIS}{text[len(text) - end :]}"
+    return escape_controls(one_line(text))
+
 
 def decimal(value: float | None) -> str:
     """A score to four digits; blank where there is none."""
@@ -134,6 +170,15 @@ def constant_or_spread(values: Iterable[float | None]) -> str:
     """The one value of all seeds, as of a base model; `spread` where they differ."""
     known = [value for value in values if value is not None]
     return decimal(known[0]) if len(set(known)) == 1 else spread(known)
+
+
+def level_text(level: float) -> str:
+    """A level in per cent.
+
+    >>> level_text(0.95), level_text(0.975), level_text(1 - 0.05 / 3)
+    ('95%', '97.5%', '98.33%')
+    """
+    return f"{round(100 * level, 2):g}%"
 
 
 def count(number: int, noun: str) -> str:
@@ -199,19 +244,39 @@ def describe_seeds(num_seeds: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
+KINDS: Final[Mapping[str, str]] = {
+    "rows": "rows only",
+    "seeds": "these rows only",
+    "identical": "identical runs",
+}
+
+
 def describe_standing(effect: Effect) -> str:
     """Whether an effect was declared, and what limits it, in a few words."""
-    words = ["confirmatory" if effect.is_confirmatory else "exploratory"]
-    if effect.refused:
+    interval = effect.interval
+    if interval is None:
         return "refused"
-    if effect.interval is not None:
-        kinds = {"rows": "rows only", "seeds": "these rows only", "identical": "identical runs"}
-        words += [kinds[effect.interval.kind]] if effect.interval.kind in kinds else []
-        words += ["few groups"] if effect.interval.has_few_groups else []
-        if effect.interval.kind == "rows":
-            words.remove("exploratory" if not effect.is_confirmatory else "confirmatory")
+    words = []
+    if interval.kind != "rows":  # of which there is no verdict
+        words.append("confirmatory" if effect.is_confirmatory else "exploratory")
+    words += [KINDS[interval.kind]] if interval.kind in KINDS else []
+    words += ["few groups"] if interval.has_few_groups else []
     words += ["below noise"] if effect.is_below_noise else []
     return ", ".join(words)
+
+
+def list_flags(effects: Sequence[Effect]) -> list[str]:
+    """What else differs in the effects, each sentence once; with the effects that it is about,
+    unless those are all.
+    """
+    scopes: dict[str, list[str]] = {}
+    for effect in effects:
+        for flag in effect.flags:
+            scopes.setdefault(flag, []).append(name_scope(effect))
+    return [
+        flag if len(names) == len(effects) else f"{name_some(names, '; ')}: {flag}"
+        for flag, names in scopes.items()
+    ]
 
 
 def describe_variances(effect: Effect) -> str:
@@ -238,8 +303,8 @@ def describe_equivalence(effect: Effect) -> str:
     if effect.equivalence is None:
         return ""
     found = effect.equivalence
-    inside = "inside: shown to be smaller" if found.is_shown else "not inside: not shown"
-    return f"margin {found.margin:g}: the 90% interval {span(found.interval)} lies {inside}"
+    inside = "lies inside: no larger" if found.is_shown else "reaches beyond: not shown"
+    return f"margin {found.margin:g}: the 90% interval {span(found.interval)} {inside}"
 
 
 def describe_interaction(found: Interaction) -> str:
