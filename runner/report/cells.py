@@ -104,7 +104,7 @@ def _build_cell(runs: Sequence[ReportRow], seed_axis: str | None, seeds: Sequenc
 
 def get_seed(row: ReportRow, seed_axis: str | None) -> Any:
     """The number by which a cell tells its runs apart: the value of the axis, else the seed."""
-    return row.axes[seed_axis] if seed_axis in row.axes else row.seed
+    return row.seed if seed_axis is None else row.axes.get(seed_axis, row.seed)
 
 
 def list_counted(cell: Cell, metric: str, seed_axis: str | None) -> list[ReportRow]:
@@ -142,7 +142,7 @@ class Matches:
     reference: Any
     compared: Any
     pairs: tuple[tuple[Cell, Cell], ...]  # reference and compared
-    unpaired: tuple[str, ...]
+    unpaired: tuple[tuple[str, str], ...]  # task and sentence
 
 
 def match_cells(cells: Iterable[Cell], axis: str, reference: Any, compared: Any) -> Matches:
@@ -159,7 +159,8 @@ def match_cells(cells: Iterable[Cell], axis: str, reference: Any, compared: Any)
         if len(first) == 1 == len(second):
             pairs.append((first[0], second[0]))
         else:
-            unpaired.append(_say_why_unpaired(axis, (reference, compared), both))
+            task = (both[0] or both[1])[0].task
+            unpaired.append((task, _say_why_unpaired(axis, (reference, compared), both)))
     return Matches(axis, reference, compared, tuple(pairs), tuple(unpaired))
 
 
