@@ -7,13 +7,14 @@ the seed are one line, mean ± standard deviation; single runs are in CSV and JS
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final, TypeVar
 
-from runner.report.compare import compare_recipes
+from runner.report.build import MAX_VALUES_ALL_PAIRS
 from runner.report.effects import AxisEffects, Cell, Effect, Report
 from runner.report.rows import (
     MODELS,
@@ -28,6 +29,7 @@ from runner.report.rows import (
 from runner.report.tables import format_csv, format_json, format_tex
 from runner.report.wording import (
     constant_or_spread,
+    count,
     count_states,
     describe_base,
     describe_direction,
@@ -38,13 +40,16 @@ from runner.report.wording import (
     describe_variances,
     level_text,
     list_cell_seeds,
+    list_constant_axes,
     list_flags,
+    list_warnings,
     make_safe,
     name_scope,
     name_some,
     probability,
     signed,
     span,
+    split_verdicts,
     spread,
 )
 from runner.run.record import GenerationScore
@@ -55,6 +60,7 @@ MAX_CELL: Final = 40  # of a value that somebody wrote
 MAX_KEY: Final = 72  # of all columns together that say which cell a line is about
 MAX_MISSING: Final = 10  # runs without a score that are named; JSON has all
 Item = TypeVar("Item")
+_WORD: Final = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")  # a command is one word
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def wrap(text: str, first: str = "", indent: str = "") -> str:
     """
     lines, line = [], first
     is_empty = True
-    for word in make_safe(text).split(" "):
+    for word in _WORD.findall(make_safe(text)):
         if not is_empty and measure(line) + 1 + measure(word) <= MAX_WIDTH:
             line += f" {word}"
             continue
@@ -183,9 +189,11 @@ def format_markdown(report: Report) -> str:
     parts = [cut(title, MAX_WIDTH)]
     if report.verdicts:
         parts.append("\n".join(map(bullet, report.verdicts)))
-    parts += [wrap(f"**warning:** {warning}") for warning in report.warnings]
+    parts += [wrap(f"**warning:** {warning}") for warning in list_warnings(report)]
     if report.effects:
-        parts += ["## Effects", wrap(EFFECTS_LEGEND), *_describe_effects(report)]
+        has_numbers = any(split_verdicts(effects)[0] for effects in report.effects)
+        parts += ["## Effects", *([wrap(EFFECTS_LEGEND)] if has_numbers else [])]
+        parts += _describe_effects(report)
     if report.cells:
         parts += ["## Scores", *_describe_cells(report)]
     answering = [cell for cell in report.cells if any(row.answers for row in cell.runs)]
@@ -201,6 +209,7 @@ def format_markdown(report: Report) -> str:
 def _describe_effects(report: Report) -> Iterator[str]:
     """A section for each two values of an axis, with a table for each metric."""
     heading = ""
+    constant = list_constant_axes(report.rows)
     are_several_grids = len({row.grid for row in report.rows}) > 1
     are_several_tasks = len({effects.task for effects in report.effects}) > 1
     for effects in report.effects:
@@ -212,39 +221,53 @@ def _describe_effects(report: Report) -> Iterator[str]:
         if new != heading:
             heading = new
             yield cut(heading, MAX_WIDTH)
-            if changed := _list_changed_keys(effects):
-                yield wrap(f"The recipes differ in {changed}.")
-        yield wrap(f"**{effects.metric.title}**, {describe_direction(effects)}")
-        if effects.shown:
-            yield draw_table(_build_effect_columns(effects.shown))
-        if notes := list(dict.fromkeys(_list_notes(effects))):
+            yield "\n".join(map(bullet, _describe_axis(effects)))
+        title = f"**{effects.metric.title}**, {describe_direction(effects)}"
+        shown, single = split_verdicts(effects)
+        if shown:
+            yield wrap(title)
+            yield draw_table(_build_effect_columns(shown, constant))
+        notes = [*_list_notes(effects, shown, constant), *_describe_single(effects, single)]
+        notes += [f"**flag:** {flag}" for flag in list_flags(effects.shown, constant)]
+        if notes := list(dict.fromkeys(notes)):
             yield "\n".join(map(bullet, notes))
+
+
+def _describe_single(effects: AxisEffects, single: Sequence[Effect]) -> Iterator[str]:
+    """What is said in place of differences between single runs."""
+    runs = [cell.runs[0].recipe.run.full_name for pair in single for cell in pair.pairs[0]]
+    if runs:
+        yield (
+            f"{effects.metric.title}: one seed, so nothing says what another seed would give: no"
+            f" verdict. Over rows only: `runner compare {runs[0]} {runs[1]}`"
+        )
 
 
 def _value(value: Any) -> str:
     return _cut_value(axis_text(value))
 
 
-def _list_changed_keys(effects: AxisEffects) -> str:
-    """The keys of the recipes that the two values of the axis change, but for the seeds."""
-    pairs = [
-        (a.runs[0], b.runs[0])
-        for effect in (effects.cells or effects.shown)
-        for a, b in effect.pairs
-        if a.runs and b.runs
-    ]
-    lines = compare_recipes(pairs)
-    found = [line for line in lines if line.status == "differs" and line.what != "training.seed"]
-    texts = [
-        line.what
-        if line.num_pairs == len(pairs)
-        else f"{line.what} (only {line.num_pairs} of {len(pairs)} pairs)"
-        for line in found
-    ]
-    return ", ".join(texts)
+def _describe_axis(effects: AxisEffects) -> Iterator[str]:
+    """What the axis really changed, and every cell that gives no pair."""
+    num_pairs = len(effects.cells) or len(effects.shown)
+    if not num_pairs:
+        yield "no two cells can be compared"
+    elif not effects.recipe_differences:
+        yield "**warning:** the recipes of its pairs are the same"
+    else:
+        keys = [
+            key if count == num_pairs else f"{key} (only {count} of {num_pairs} pairs)"
+            for key, count in effects.recipe_differences.items()
+        ]
+        yield f"the recipes differ in {', '.join(keys)}"
+    if effects.is_with_first_only:
+        yield f"more than {MAX_VALUES_ALL_PAIRS} values: each is compared with the first only"
+    if effects.unpaired:
+        cells = count(len(effects.unpaired), "cell")
+        yield f"{cells} without a pair: {name_some(effects.unpaired, '; ')}"
 
 
-def _build_effect_columns(effects: Sequence[Effect]) -> list[Column]:
+def _build_effect_columns(effects: Sequence[Effect], constant: Collection[str]) -> list[Column]:
     def difference(effect: Effect) -> str:
         if effect.interval is None:
             return ""
@@ -257,7 +280,7 @@ def _build_effect_columns(effects: Sequence[Effect]) -> list[Column]:
     levels = {one.interval.level for one in effects if one.interval is not None}
     header = f"{level_text(levels.pop())} interval" if len(levels) == 1 else "interval"
     return [
-        build_column("at", effects, name_scope, is_numeric=False),
+        build_column("at", effects, lambda one: name_scope(one, constant), is_numeric=False),
         build_column("difference", effects, difference),
         build_column(header, effects, interval),
         build_column("p", effects, lambda effect: probability(effect.p_adjusted)),
@@ -266,9 +289,10 @@ def _build_effect_columns(effects: Sequence[Effect]) -> list[Column]:
     ]
 
 
-def _list_notes(effects: AxisEffects) -> Iterator[str]:
-    """What belongs to the numbers: refusals, where their errors come from, what else differs."""
-    shown = effects.shown
+def _list_notes(
+    effects: AxisEffects, shown: Sequence[Effect], constant: Collection[str]
+) -> Iterator[str]:
+    """What belongs to the numbers: refusals, where their errors come from, their noise floor."""
     if effects.depends_on:
         names = " and ".join(f"`{name}`" for name in effects.depends_on)
         yield f"depends on {names}: no mean over its levels is shown, only the effect at each"
@@ -276,7 +300,7 @@ def _list_notes(effects: AxisEffects) -> Iterator[str]:
         found = "; ".join(map(describe_interaction, effects.interactions))
         yield f"interactions: {found}"
     for effect in shown:
-        scope = name_scope(effect)
+        scope = name_scope(effect, constant)
         yield from (f"{scope}: refused: {reason}" for reason in effect.refused)
         if variances := describe_variances(effect):
             yield f"{scope}: {variances}"
@@ -287,7 +311,6 @@ def _list_notes(effects: AxisEffects) -> Iterator[str]:
     floors = {effect.noise_floor for effect in shown if effect.noise_floor is not None}
     if floors:
         yield f"noise floor: {' or '.join(f'{floor:.4f}' for floor in sorted(floors))}"
-    yield from (f"**flag:** {flag}" for flag in list_flags(shown))
 
 
 def _describe_cells(report: Report) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any, Final
@@ -35,11 +35,14 @@ from runner.report.wording import (
     describe_replication,
     finite,
     list_cell_seeds,
+    list_constant_axes,
     list_flags,
+    list_warnings,
     make_safe,
     name_scope,
     probability,
     signed,
+    split_verdicts,
     spread,
 )
 from runner.strict import thaw
@@ -169,7 +172,7 @@ def format_json(report: Report) -> str:
             "definitions": dict(DEFINITIONS),
             "metrics": [_dump_metric(metric) for metric in report.metrics],
             "verdicts": list(report.verdicts),
-            "warnings": list(report.warnings),
+            "warnings": list_warnings(report),
             "effects": [_dump_axis(effects, at) for effects in report.effects],
             "noise_floors": [
                 {"grid": grid, "task": task, "metric": metric, "value": finite(value)}
@@ -315,26 +318,28 @@ def format_tex(report: Report) -> str:
     parts = ["% Tables of `runner report`; needs \\usepackage{booktabs}"]
     for metric in report.metrics:
         of_metric = [one for one in report.effects if one.metric.name == metric.name]
-        if any(one.shown for one in of_metric):
-            parts.append(_draw_effects_tex(metric, of_metric))
+        if any(split_verdicts(one)[0] for one in of_metric):
+            parts.append(_draw_effects_tex(metric, of_metric, list_constant_axes(report.rows)))
     if report.cells:
         parts.append(_draw_cells_tex(report))
-    notes = [f"Warning: {warning}" for warning in report.warnings]
+    notes = [f"Warning: {warning}" for warning in list_warnings(report)]
     if notes:
         parts.append(_draw_notes_tex(notes))
     return "\n\n".join(parts) + "\n"
 
 
-def _draw_effects_tex(metric: Metric, of_metric: Sequence[AxisEffects]) -> str:
+def _draw_effects_tex(
+    metric: Metric, of_metric: Sequence[AxisEffects], constant: Collection[str]
+) -> str:
     lines, notes = [], []
     for effects in of_metric:
         sides = f"{axis_text(effects.reference)} to {axis_text(effects.compared)}"
-        notes += [f"{effects.axis}, {sides}: {flag}" for flag in list_flags(effects.shown)]
-        for effect in effects.shown:
-            names = [escape_tex(text) for text in (effect.axis, sides, name_scope(effect))]
-            lines.append([*names, *_write_effect_tex(effect)])
-            where = f"{effect.axis}, {sides}, {name_scope(effect)}"
-            notes += [f"{where}: refused: {reason}" for reason in effect.refused]
+        flags = list_flags(effects.shown, constant)
+        notes += [f"{effects.axis}, {sides}: {flag}" for flag in flags]
+        for effect in split_verdicts(effects)[0]:
+            names = (effect.axis, sides, name_scope(effect, constant))
+            lines.append([*map(escape_tex, names), *_write_effect_tex(effect)])
+            notes += [f"{', '.join(names)}: refused: {reason}" for reason in effect.refused]
     better = "smaller" if metric.mode == "min" else "larger"
     caption = (
         f"Effects on {metric.title} ({metric.unit}; {better} is better): compared minus reference,"

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Final, get_args
 
 from runner.errors import escape_controls
 from runner.plan.status import State
-from runner.report.effects import AxisEffects, Cell, Effect, Interaction
-from runner.report.rows import ReportRow, axis_text, compare_with_base
+from runner.report.effects import AxisEffects, Cell, Effect, Interaction, Report
+from runner.report.rows import (
+    ReportRow,
+    axis_text,
+    compare_with_base,
+    group_by_rules,
+    group_by_test_rows,
+    list_axes,
+    list_values,
+)
 from runner.text import ELLIPSIS, one_line
 
 MAX_NAMED: Final = 3  # names in one note; JSON has all
+HASH_CHARACTERS: Final = 12
 MAX_SENTENCE: Final = 2000  # characters of a text that people read
 SMALLEST_P: Final = 0.0001
 
@@ -211,11 +220,32 @@ def name_cell(axes: Mapping[str, object]) -> str:
     return ", ".join(f"{axis}={axis_text(value)}" for axis, value in axes.items())
 
 
-def name_scope(effect: Effect) -> str:
-    """The cells that an effect is of, in words."""
-    if not effect.at:
+def name_scope(effect: Effect, constant: Collection[str] = ()) -> str:
+    """The cells that an effect is of, in words; axes that are `constant` in a report go without
+    saying.
+    """
+    at = {axis: value for axis, value in effect.at.items() if axis not in constant}
+    if not at:
         return f"mean of {count(len(effect.pairs), 'cell')}" if len(effect.pairs) > 1 else "all"
-    return name_cell(effect.at)
+    return name_cell(at)
+
+
+def list_constant_axes(rows: Iterable[ReportRow]) -> set[str]:
+    """The axes that all runs have, with one value."""
+    rows = list(rows)
+    return {
+        axis
+        for axis in list_axes(rows)
+        if len(list_values(rows, axis)) == 1 and all(axis in row.axes for row in rows)
+    }
+
+
+def split_verdicts(effects: AxisEffects) -> tuple[list[Effect], list[Effect]]:
+    """The effects of which a report may speak, and those of single runs: their intervals are over
+    rows only and say nothing of the recipe, so that only `runner compare` shows them.
+    """
+    single = [one for one in effects.shown if one.interval and one.interval.kind == "rows"]
+    return [one for one in effects.shown if one not in single], single
 
 
 def describe_direction(effects: AxisEffects) -> str:
@@ -265,14 +295,14 @@ def describe_standing(effect: Effect) -> str:
     return ", ".join(words)
 
 
-def list_flags(effects: Sequence[Effect]) -> list[str]:
+def list_flags(effects: Sequence[Effect], constant: Collection[str] = ()) -> list[str]:
     """What else differs in the effects, each sentence once; with the effects that it is about,
     unless those are all.
     """
     scopes: dict[str, list[str]] = {}
     for effect in effects:
         for flag in effect.flags:
-            scopes.setdefault(flag, []).append(name_scope(effect))
+            scopes.setdefault(flag, []).append(name_scope(effect, constant))
     return [
         flag if len(names) == len(effects) else f"{name_some(names, '; ')}: {flag}"
         for flag, names in scopes.items()
@@ -311,6 +341,42 @@ def describe_interaction(found: Interaction) -> str:
     """The test whether an axis depends on another one."""
     df = ", ".join(f"{one:.0f}" for one in found.df)
     return f"`{found.other}`: F({df}) = {found.statistic:.2f}, p = {probability(found.p)}"
+
+
+def list_warnings(report: Report) -> list[str]:
+    """What makes numbers of a report incomparable, each sentence once."""
+    return list(dict.fromkeys([*report.warnings, *_find_row_warnings(report.rows)]))
+
+
+def _find_row_warnings(rows: Sequence[ReportRow]) -> list[str]:
+    warnings = []
+    if len(by_rules := group_by_rules(rows)) > 1:
+        sets = [
+            f"rules {rules}: {name_some(run.name for run in runs)}"
+            for rules, runs in by_rules.items()
+        ]
+        warnings.append(
+            f"{len(by_rules)} different rules of rows and masks;"
+            f" runs are compared only within one: {'; '.join(sets)}"
+        )
+    groups = group_by_test_rows(rows)
+    unknown = groups.pop(None, [])
+    if len(groups) > 1:
+        sets = []
+        for ids_hash, runs in groups.items():
+            names = name_some(run.name for run in runs)
+            shown = str(ids_hash)[:HASH_CHARACTERS]
+            sets.append(f"{shown} ({runs[0].num_test_rows} rows): {names}")
+        warnings.append(
+            f"{len(groups)} different sets of test rows;"
+            f" numbers compare only within one set: {name_some(sets, '; ')}"
+        )
+    if unknown:
+        names = name_some(run.name for run in unknown)
+        warnings.append(
+            f"no record of the test rows of {count(len(unknown), 'completed run')}: {names}"
+        )
+    return warnings + list(dict.fromkeys(one for row in rows for one in row.base_warnings))
 
 
 def describe_base(rows: Sequence[ReportRow]) -> str:

@@ -9,6 +9,7 @@ from runner.files import write_json_atomic, write_text_atomic
 from runner.plan.status import RunStatus, read_status
 from runner.recipe.identity import RULES
 from runner.recipe.parse import Recipe, parse_recipe
+from runner.report.build import build_report
 from runner.report.format import FORMATS
 from runner.report.rows import ReportRow, build_rows
 from runner.run.facts import read_facts
