@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run
@@ -41,6 +42,9 @@ from runner.run.paths import (
 )
 from runner.run.record import load_stored_recipe
 from runner.run.siblings import Loaded, find_moved, list_loaded
+
+if TYPE_CHECKING:
+    from runner.report.rows import ReportRow
 
 
 def run_init(arguments: argparse.Namespace) -> int:
@@ -262,9 +266,9 @@ def run_stop(arguments: argparse.Namespace) -> int:
 
 def run_report(arguments: argparse.Namespace) -> int:
     """`runner report`."""
+    from runner.report.build import build_report
     from runner.report.format import FORMATS
     from runner.report.rows import build_rows, name_other_base_scores
-    from runner.report.statistics import build_comparisons
 
     unreadable: list[UnreadableRun] = []
     selected = _select(arguments, arguments.paths, unreadable)
@@ -286,7 +290,10 @@ def run_report(arguments: argparse.Namespace) -> int:
         build_rows(runs),
         [found for root in sorted(roots) for found in find_other_base_scores(root)],
     )
-    print(FORMATS[arguments.format](rows, build_comparisons(rows)), end="")
+    _require_metrics(arguments.metric, rows)
+    report = build_report(rows, metrics=arguments.metric, rows_fixed=arguments.rows_fixed)
+    print(FORMATS[arguments.format](report), end="")
+    _point_at_changed(rows, selected)
     _warn_of_outdated(known)
     _warn_of_moved_names(facts for _, facts, _ in runs)
     whys = [(lost.full_name, lost.why) for lost in unreadable]
@@ -302,6 +309,35 @@ def run_report(arguments: argparse.Namespace) -> int:
         print(f"warning: {recipe.run.full_name} is damaged: {status.why}", file=sys.stderr)
         print(f"  hint: {suggest_mending(status.damage)}", file=sys.stderr)
     return 1 if whys or damaged else 0
+
+
+def _require_metrics(names: Sequence[str] | None, rows: Sequence[ReportRow]) -> None:
+    from runner.report.row_scores import LIKELIHOODS
+    from runner.report.rows import list_metrics
+
+    known = [*LIKELIHOODS, *list_metrics(rows)]
+    if unknown := [name for name in names or () if name not in known]:
+        raise RunnerError(
+            f"no run has the metric {unknown[0]!r}", hint=f"the metrics are {', '.join(known)}"
+        )
+
+
+def _point_at_changed(rows: Sequence[ReportRow], selected: Sequence[Selected]) -> None:
+    """On stderr: how many runs hold another experiment than their recipes, and the command that
+    shows their numbers.
+    """
+    changed = {row.recipe.run.full_name for row in rows if row.state == "changed"}
+    run_dirs = [one.paths.run_dir for one in selected if one.full_name in changed]
+    if not run_dirs:
+        return
+    folders = dict.fromkeys(str(run_dir.parent) for run_dir in run_dirs)
+    runs = "1 run is" if len(run_dirs) == 1 else f"{len(run_dirs)} runs are"
+    they = "its directory holds" if len(run_dirs) == 1 else "their directories hold"
+    print(
+        f"warning: {runs} changed: {they} another experiment, whose numbers are not shown\n"
+        f"hint: {shlex.join(['runner', 'report', *folders])}",
+        file=sys.stderr,
+    )
 
 
 def _warn_of_outdated(known: KnownContents) -> None:
