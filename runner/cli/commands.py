@@ -267,6 +267,43 @@ def run_report(arguments: argparse.Namespace) -> int:
     return 1 if whys else 0
 
 
+def run_power(arguments: argparse.Namespace) -> int:
+    """`runner power`."""
+    import json
+
+    from runner.report.power import as_json, build_power_reports, format_power
+    from runner.report.rows import build_rows
+
+    paths = [_find_grid(path, arguments.output_root) for path in arguments.paths]
+    known = KnownContents(content_cache_path(arguments.output_root))
+    unreadable: list[UnreadableRun] = []
+    runs = []
+    for one in _select(arguments, paths, unreadable):
+        facts = one.read_facts(with_samples=True)
+        # As in a report: what ran is asked for, not what its recipe says today
+        is_named_itself = one.source_path == one.paths.run_dir
+        contents = {} if is_named_itself else known.find(list_contents(one.recipe))
+        runs.append((one.recipe, facts, read_status(facts, one.recipe, contents)))
+    for lost in unreadable:
+        print(f"warning: {lost.full_name} is unreadable: {lost.why}", file=sys.stderr)
+    reports = build_power_reports(
+        build_rows(runs), arguments.effect, arguments.power, arguments.metric
+    )
+    if arguments.json:
+        print(json.dumps([as_json(report) for report in reports], indent=2))
+    else:
+        print("\n\n".join(format_power(report) for report in reports))
+    return 0
+
+
+def _find_grid(path: str, output_root: Path) -> str:
+    """A path as it is, or the folder of recipes or of runs of a grid of that name."""
+    if Path(path).exists():
+        return path
+    folders = (Path("recipes") / path, output_root / path)
+    return next((str(folder) for folder in folders if folder.is_dir()), path)
+
+
 def _warn_of_outdated(known: KnownContents) -> None:
     for path in sorted(known.outdated):
         print(
@@ -367,6 +404,7 @@ VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "logs": run_logs,
     "stop": run_stop,
     "report": run_report,
+    "power": run_power,
     "clean": run_clean,
     "chat": run_chat,
     "export": run_export,
