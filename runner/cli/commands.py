@@ -15,7 +15,7 @@ from typing import Any, Final
 from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run
 from runner.cli.sweep import run_rerun, run_sweep
-from runner.errors import RunnerError, hide_bitsandbytes_warning
+from runner.errors import RunnerError, escape_controls, hide_bitsandbytes_warning
 from runner.plan.select import Selected, UnreadableRun, select_recipes, suggest_path
 from runner.plan.status import RunStatus, read_status
 from runner.recipe.cache import RecipeCache
@@ -285,14 +285,16 @@ def run_power(arguments: argparse.Namespace) -> int:
         contents = {} if is_named_itself else known.find(list_contents(one.recipe))
         runs.append((one.recipe, facts, read_status(facts, one.recipe, contents)))
     for lost in unreadable:
-        print(f"warning: {lost.full_name} is unreadable: {lost.why}", file=sys.stderr)
+        why = escape_controls(f"{lost.full_name} is unreadable: {lost.why}")
+        print(f"warning: {why}", file=sys.stderr)
     reports = build_power_reports(
         build_rows(runs), arguments.effect, arguments.power, arguments.metric
     )
     if arguments.json:
         print(json.dumps([as_json(report) for report in reports], indent=2))
     else:
-        print("\n\n".join(format_power(report) for report in reports))
+        text = "\n\n".join(format_power(report) for report in reports)
+        print(escape_controls(text))  # axes and paths are anybody's
     return 0
 
 
