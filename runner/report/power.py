@@ -61,7 +61,7 @@ class Comparison:
     name: str
     num_pairs: int  # of cells
     degrees_of_freedom: float  # of the spread of seeds in the pilot
-    detectable_now: float
+    detectable_now: float | None  # None where most cells have one run
     # Of the variance now: only more seeds make it smaller, only more test rows, both
     share_of_runs: float
     share_of_rows: float
@@ -308,7 +308,11 @@ class _Planner:
             name=name,
             num_pairs=num_pairs,
             degrees_of_freedom=pilot.nu,
-            detectable_now=pilot.detectable_difference(num_seeds, pilot.num_rows, self.power),
+            detectable_now=(
+                pilot.detectable_difference(num_seeds, pilot.num_rows, self.power)
+                if num_seeds > 1
+                else None
+            ),
             share_of_runs=of_runs,
             share_of_rows=of_rows,
             share_of_noise=of_noise,
@@ -447,7 +451,7 @@ def _format_comparisons(report: PowerReport) -> list[str]:
     for one in report.comparisons:
         start = (
             cut_middle(f"  {one.name}", _NAME_WIDTH),
-            f"{one.detectable_now:.4f}",
+            "-" if one.detectable_now is None else f"{one.detectable_now:.4f}",
             f"{one.share_of_runs:.0%}",
             f"{one.share_of_rows:.0%}",
             f"{one.share_of_noise:.0%}",

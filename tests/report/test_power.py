@@ -92,6 +92,16 @@ def test_a_lone_pair_that_shares_seeds_is_planned_as_pairs(tmp_path: Path) -> No
     assert shared.comparisons[0].detectable_now > own.comparisons[0].detectable_now
 
 
+def test_two_runs_of_one_cell_are_a_pilot_of_its_model(tmp_path: Path) -> None:
+    four = {"loss": ["full", "completion"], "num_train_samples": [60, 180]}
+    rest = [{"seed": 2, "loss": "full"}, {"seed": 2, "num_train_samples": 60}]
+    runs = scored_grid(tmp_path, four, flat, seeds=(1, 2), left_out=rest)
+    report = plan(runs, 0.03)
+    assert (report.num_runs, report.num_seeds, report.pools[0].nu) == (5, 1, 1)
+    assert all(one.detectable_now is None for one in report.comparisons)
+    assert {one.precision for one in report.comparisons} == {"range"}
+
+
 def test_cells_without_scores_are_told(tmp_path: Path) -> None:
     runs = scored_grid(tmp_path, AXES, flat)
     for _, paths, _ in runs[:3]:
