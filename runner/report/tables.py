@@ -37,12 +37,12 @@ from runner.report.wording import (
     list_cell_seeds,
     list_constant_axes,
     list_flags,
+    list_numbers,
     list_warnings,
     make_safe,
     name_scope,
     probability,
     signed,
-    split_verdicts,
     spread,
 )
 from runner.strict import thaw
@@ -318,7 +318,7 @@ def format_tex(report: Report) -> str:
     parts = ["% Tables of `runner report`; needs \\usepackage{booktabs}"]
     for metric in report.metrics:
         of_metric = [one for one in report.effects if one.metric.name == metric.name]
-        if any(split_verdicts(one)[0] for one in of_metric):
+        if any(_list_told(one) for one in of_metric):
             parts.append(_draw_effects_tex(metric, of_metric, list_constant_axes(report.rows)))
     if report.cells:
         parts.append(_draw_cells_tex(report))
@@ -336,7 +336,7 @@ def _draw_effects_tex(
         sides = f"{axis_text(effects.reference)} to {axis_text(effects.compared)}"
         flags = list_flags(effects.shown, constant)
         notes += [f"{effects.axis}, {sides}: {flag}" for flag in flags]
-        for effect in split_verdicts(effects)[0]:
+        for effect in _list_told(effects):
             names = (effect.axis, sides, name_scope(effect, constant))
             lines.append([*map(escape_tex, names), *_write_effect_tex(effect)])
             notes += [f"{', '.join(names)}: refused: {reason}" for reason in effect.refused]
@@ -350,6 +350,12 @@ def _draw_effects_tex(
     header = ["Axis", "Contrast", "At", "Difference", "Interval", "p", r"Seeds $\times$ rows", ""]
     table = _draw_table_tex(caption, "lllrrrrl", header, lines)
     return f"{table}\n{_draw_notes_tex(dict.fromkeys(notes))}" if notes else table
+
+
+def _list_told(effects: AxisEffects) -> list[Effect]:
+    """Numbers and refusals, not single runs."""
+    numbers = list_numbers(effects)
+    return [one for one in effects.shown if one.refused or one in numbers]
 
 
 def _write_effect_tex(effect: Effect) -> list[str]:

@@ -240,12 +240,11 @@ def list_constant_axes(rows: Iterable[ReportRow]) -> set[str]:
     }
 
 
-def split_verdicts(effects: AxisEffects) -> tuple[list[Effect], list[Effect]]:
-    """The effects of which a report may speak, and those of single runs: their intervals are over
-    rows only and say nothing of the recipe, so that only `runner compare` shows them.
+def list_numbers(effects: AxisEffects) -> list[Effect]:
+    """The effects of which a report shows a number. Those of single runs are left out: their
+    intervals are over rows only and say nothing of the recipe, so `runner compare` shows them.
     """
-    single = [one for one in effects.shown if one.interval and one.interval.kind == "rows"]
-    return [one for one in effects.shown if one not in single], single
+    return [one for one in effects.shown if one.interval and one.interval.kind != "rows"]
 
 
 def describe_direction(effects: AxisEffects) -> str:
@@ -340,7 +339,9 @@ def describe_equivalence(effect: Effect) -> str:
 def describe_interaction(found: Interaction) -> str:
     """The test whether an axis depends on another one."""
     df = ", ".join(f"{one:.0f}" for one in found.df)
-    return f"`{found.other}`: F({df}) = {found.statistic:.2f}, p = {probability(found.p)}"
+    p = probability(found.p)
+    p = f"p {p[0]} {p[1:]}" if p.startswith("<") else f"p = {p}"
+    return f"`{found.other}`: F({df}) = {found.statistic:.2f}, {p}"
 
 
 def list_warnings(report: Report) -> list[str]:
