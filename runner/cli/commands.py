@@ -274,6 +274,13 @@ def run_report(arguments: argparse.Namespace) -> int:
     return 1 if whys else 0
 
 
+def run_compare(arguments: argparse.Namespace) -> int:
+    """`runner compare`."""
+    from runner.cli.compare import compare_arms
+
+    return compare_arms(arguments)
+
+
 def _require_metrics(names: Sequence[str] | None, rows: Sequence[ReportRow]) -> None:
     from runner.report.row_scores import LIKELIHOODS
     from runner.report.rows import list_metrics
@@ -403,6 +410,7 @@ VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "logs": run_logs,
     "stop": run_stop,
     "report": run_report,
+    "compare": run_compare,
     "clean": run_clean,
     "chat": run_chat,
     "export": run_export,
