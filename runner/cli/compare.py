@@ -84,7 +84,8 @@ def _load_arms(
     folders = dict.fromkeys(str(one.paths.run_dir.parent) for one in named.values())
     folders = {folder: None for folder in folders if Path(folder).is_dir()}
     beside = select_recipes(list(folders), root, (), unreadable) if folders else []
-    every = {one.full_name: one for one in beside} | named
+    # A first: its value of an axis is the reference
+    every = named | {one.full_name: one for one in beside if one.full_name not in named}
     known = KnownContents(content_cache_path(root))
     runs = []
     for one in every.values():
