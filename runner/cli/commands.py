@@ -316,6 +316,13 @@ def run_report(arguments: argparse.Namespace) -> int:
     return 1 if whys or damaged else 0
 
 
+def run_compare(arguments: argparse.Namespace) -> int:
+    """`runner compare`."""
+    from runner.cli.compare import compare_arms
+
+    return compare_arms(arguments)
+
+
 def _require_metrics(names: Sequence[str] | None, rows: Sequence[ReportRow]) -> None:
     from runner.report.row_scores import LIKELIHOODS
     from runner.report.rows import list_metrics
@@ -484,6 +491,7 @@ VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "logs": run_logs,
     "stop": run_stop,
     "report": run_report,
+    "compare": run_compare,
     "power": run_power,
     "clean": run_clean,
     "chat": run_chat,

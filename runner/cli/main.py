@@ -356,6 +356,23 @@ def _add_view_verbs(verbs: Any) -> None:
     )
     report.add_more = _add_report_formats
 
+    compare = verbs.add_parser(
+        "compare",
+        help="two runs or two values of an axis: what is equal, what differs, by how much",
+    )
+    for name in ("a", "b"):
+        compare.add_argument(
+            name,
+            metavar=name.upper(),
+            help="a recipe, a run directory, the name of a run, or axis=value of --grid",
+        )
+    compare.add_argument(
+        "--axis", help="the one thing that may differ: exit 1 where anything else does"
+    )
+    compare.add_argument("--grid", metavar="GRID", help="of axis=value, or of the names of runs")
+    compare.add_argument("--json", action="store_true")
+    _add_rows_fixed(compare)
+    _add_output_root(compare)
     _add_power(verbs)
 
     clean = verbs.add_parser(
@@ -420,7 +437,11 @@ def _add_report_formats(report: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="compare by this instead of the metrics that fit; may be repeated",
     )
-    report.add_argument(
+    _add_rows_fixed(report)
+
+
+def _add_rows_fixed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--rows-fixed",
         action="store_true",
         help="speak of these very test rows, as of a public benchmark: only seeds are random",

@@ -11,7 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import groupby
 from typing import Any, Final, TypeVar
 
 from runner.report.build import MAX_VALUES_ALL_PAIRS
@@ -38,10 +39,12 @@ from runner.report.wording import (
     describe_replication,
     describe_standing,
     describe_variances,
+    is_of_single_runs,
     level_text,
     list_cell_seeds,
     list_constant_axes,
     list_flags,
+    list_numbers,
     list_warnings,
     make_safe,
     name_scope,
@@ -49,7 +52,6 @@ from runner.report.wording import (
     probability,
     signed,
     span,
-    split_verdicts,
     spread,
 )
 from runner.run.record import GenerationScore
@@ -169,6 +171,9 @@ EFFECTS_LEGEND: Final = (
     " differ. V_seed, V_row, V_res: variance of the difference from seeds, from rows, and noise of"
     " both: more seeds help against the first, more test rows against the second."
 )
+ROWS_ONLY: Final = (
+    "rows only: about these trained models on rows like these, no verdict on the recipe"
+)
 CELLS_LEGEND: Final = (
     "NLL: nats per completion token; full NLL: nats per token of the full text; comparable within"
     " one tokenizer. bits/byte: of the completions, tuned; compares across tokenizers. All on the"
@@ -191,9 +196,9 @@ def format_markdown(report: Report) -> str:
         parts.append("\n".join(map(bullet, report.verdicts)))
     parts += [wrap(f"**warning:** {warning}") for warning in list_warnings(report)]
     if report.effects:
-        has_numbers = any(split_verdicts(effects)[0] for effects in report.effects)
+        has_numbers = any(map(list_numbers, report.effects))
         parts += ["## Effects", *([wrap(EFFECTS_LEGEND)] if has_numbers else [])]
-        parts += _describe_effects(report)
+        parts += describe_effects(report, report.effects)
     if report.cells:
         parts += ["## Scores", *_describe_cells(report)]
     answering = [cell for cell in report.cells if any(row.answers for row in cell.runs)]
@@ -206,41 +211,54 @@ def format_markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _describe_effects(report: Report) -> Iterator[str]:
-    """A section for each two values of an axis, with a table for each metric."""
-    heading = ""
+def describe_effects(
+    report: Report, some: Sequence[AxisEffects], *, with_single: bool = False
+) -> Iterator[str]:
+    """A section for each two values of an axis, with a table for each metric; of single runs only
+    `with_single`.
+    """
     constant = list_constant_axes(report.rows)
-    are_several_grids = len({row.grid for row in report.rows}) > 1
-    are_several_tasks = len({effects.task for effects in report.effects}) > 1
-    for effects in report.effects:
-        where = [f"grid {effects.grid}"] if are_several_grids else []
-        where += [f"task {effects.task}"] if are_several_tasks else []
-        sides = f"{_value(effects.reference)} -> {_value(effects.compared)}"
-        new = f"### {make_safe(effects.axis)}: {sides}"
-        new += f" ({make_safe(', '.join(where))})" if where else ""
-        if new != heading:
-            heading = new
-            yield cut(heading, MAX_WIDTH)
-            yield "\n".join(map(bullet, _describe_axis(effects)))
-        title = f"**{effects.metric.title}**, {describe_direction(effects)}"
-        shown, single = split_verdicts(effects)
-        if shown:
-            yield wrap(title)
-            yield draw_table(_build_effect_columns(shown, constant))
-        notes = [*_list_notes(effects, shown, constant), *_describe_single(effects, single)]
-        notes += [f"**flag:** {flag}" for flag in list_flags(effects.shown, constant)]
-        if notes := list(dict.fromkeys(notes)):
+    for heading, group in groupby(some, partial(_name_section, report)):
+        every = list(group)
+        yield cut(heading, MAX_WIDTH)
+        reasons: dict[str, dict[str, None]] = {}
+        for effects in every:
+            for reason in _list_reasons(effects, with_single=with_single):
+                reasons.setdefault(reason, {})[effects.metric.title] = None
+        without = [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
+        if notes := [*_describe_axis(every[0]), *without]:
             yield "\n".join(map(bullet, notes))
+        for effects in every:
+            if numbers := list_numbers(effects, with_single=with_single):
+                yield wrap(f"**{effects.metric.title}**, {describe_direction(effects)}")
+                yield draw_table(_build_effect_columns(numbers, constant))
+                yield "\n".join(map(bullet, _list_notes(effects, numbers, constant)))
+        flags = [flag for effects in every for flag in list_flags(effects.shown, constant)]
+        if flags:
+            yield "\n".join(bullet(f"**flag:** {flag}") for flag in dict.fromkeys(flags))
 
 
-def _describe_single(effects: AxisEffects, single: Sequence[Effect]) -> Iterator[str]:
-    """What is said in place of differences between single runs."""
-    runs = [cell.runs[0].recipe.run.full_name for pair in single for cell in pair.pairs[0]]
-    if runs:
-        yield (
-            f"{effects.metric.title}: one seed, so nothing says what another seed would give: no"
-            f" verdict. Over rows only: `runner compare {runs[0]} {runs[1]}`"
-        )
+def _name_section(report: Report, effects: AxisEffects) -> str:
+    are_several_grids = len({row.grid for row in report.rows}) > 1
+    are_several_tasks = len({one.task for one in report.effects}) > 1
+    where = [f"grid {effects.grid}"] if are_several_grids else []
+    where += [f"task {effects.task}"] if are_several_tasks else []
+    sides = f"{_value(effects.reference)} -> {_value(effects.compared)}"
+    places = f" ({make_safe(', '.join(where))})" if where else ""
+    return f"### {make_safe(effects.axis)}: {sides}{places}"
+
+
+def _list_reasons(effects: AxisEffects, *, with_single: bool) -> Iterator[str]:
+    """Why a reader sees no number, or fewer."""
+    for effect in effects.shown:
+        yield from (f"refused: {reason}" for reason in effect.refused)
+    single = list(filter(is_of_single_runs, effects.shown))
+    if single and with_single:
+        yield f"one seed: {ROWS_ONLY}"
+    elif single:
+        runs = [cell.runs[0].recipe.run.full_name for cell in single[0].pairs[0]]
+        command = f"`runner compare {runs[0]} {runs[1]}`"
+        yield f"one seed, so no verdict; over rows only: {command}"
 
 
 def _value(value: Any) -> str:
@@ -249,15 +267,15 @@ def _value(value: Any) -> str:
 
 def _describe_axis(effects: AxisEffects) -> Iterator[str]:
     """What the axis really changed, and every cell that gives no pair."""
-    num_pairs = len(effects.cells) or len(effects.shown)
-    if not num_pairs:
+    num_pairs = len(effects.cells)
+    if not effects.shown:
         yield "no two cells can be compared"
-    elif not effects.recipe_differences:
+    elif num_pairs and not effects.recipe_differences:
         yield "**warning:** the recipes of its pairs are the same"
-    else:
+    elif num_pairs:
         keys = [
-            key if count == num_pairs else f"{key} (only {count} of {num_pairs} pairs)"
-            for key, count in effects.recipe_differences.items()
+            key if number == num_pairs else f"{key} (only {number} of {num_pairs} pairs)"
+            for key, number in effects.recipe_differences.items()
         ]
         yield f"the recipes differ in {', '.join(keys)}"
     if effects.is_with_first_only:
@@ -292,7 +310,7 @@ def _build_effect_columns(effects: Sequence[Effect], constant: Collection[str]) 
 def _list_notes(
     effects: AxisEffects, shown: Sequence[Effect], constant: Collection[str]
 ) -> Iterator[str]:
-    """What belongs to the numbers: refusals, where their errors come from, their noise floor."""
+    """What belongs to the numbers: where their errors come from, and their noise floor."""
     if effects.depends_on:
         names = " and ".join(f"`{name}`" for name in effects.depends_on)
         yield f"depends on {names}: no mean over its levels is shown, only the effect at each"
@@ -301,7 +319,6 @@ def _list_notes(
         yield f"interactions: {found}"
     for effect in shown:
         scope = name_scope(effect, constant)
-        yield from (f"{scope}: refused: {reason}" for reason in effect.refused)
         if variances := describe_variances(effect):
             yield f"{scope}: {variances}"
         if equivalence := describe_equivalence(effect):
@@ -341,9 +358,10 @@ def _build_key_columns(cells: Sequence[Cell], report: Report) -> list[Column]:
         columns.append(build_column("run", cells, lambda cell: cell.runs[0].name, is_numeric=False))
     if len({row.grid for row in report.rows}) > 1:  # else the title says it
         columns.append(build_column("grid", cells, lambda cell: cell.grid, is_numeric=False))
-    if len({cell.task for cell in report.cells}) > 1:
+    axes = list_axes(report.rows)
+    if len({cell.task for cell in report.cells}) > 1 and "task" not in axes:
         columns.append(build_column("task", cells, lambda cell: cell.task, is_numeric=False))
-    for axis in list_axes(report.rows):
+    for axis in axes:
         if not any(axis in cell.axes for cell in cells):
             continue
         are_numbers = all(map(is_number, list_values(report.rows, axis)))
