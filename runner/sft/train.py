@@ -50,11 +50,12 @@ def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
         trainer.train(resume_from_checkpoint=resume_dir)
     num_steps = trainer.state.global_step
     preemption.end_training(num_steps)  # Transformers returns as if it had finished
+    trained = context.on_main(trainer.describe_training)
     with phase("evaluating best"):
         best_step = trainer.flow.best_step(trainer.state)
         trainer.load_weights_of(best_step)
         stop_reason = trainer.flow.stop_reason(trainer.state)
-        result = recorder.score_best(trainer, best_step, stop_reason)
+        result = recorder.score_best(trainer, best_step, stop_reason, trained)
     with phase("exporting"):
         recorder.export_model(trainer, best_step)
     if context.uploader is not None:
@@ -100,7 +101,7 @@ def _prepare(context: RunContext) -> tuple[RunTrainer, Trackers, int | None]:
         model = load_model(recipe, tokenizer, local_rank=context.place.local_rank)
     with phase("building the trainer"):
         trainer = RunTrainer(recorder, args, model, tokenizer, trackers)
-        recorder.begin(trainer)
+        recorder.begin(trainer, resume_step)
     return trainer, trackers, resume_step
 
 
