@@ -43,6 +43,7 @@ from runner.model.weights import (
     ExportError,
     add_to_adapter,
     collect_resized_embeddings,
+    drop_loading_options,
     sort_adapter_config,
     verify_export,
     verify_same_weights,
@@ -372,6 +373,7 @@ class Recorder:
                 (partial_dir / name).unlink(missing_ok=True)
             trainer.processing_class.save_pretrained(partial_dir)
             trainer.model.generation_config.save_pretrained(partial_dir)
+            drop_loading_options(partial_dir)
             sort_adapter_config(partial_dir)
             add_to_adapter(partial_dir, embeddings)
             shapes = {name: tuple(tensor.shape) for name, tensor in embeddings.items()}
