@@ -60,6 +60,11 @@ class Row:
         """
         return sum(span.end - max(span.start, 1) for span in self.spans)
 
+    def count_labels(self, loss: Loss) -> int:
+        """Tokens with a label that enter the loss: the first of a row has no prediction."""
+        trained = list_trained(len(self.input_ids), self.spans, loss, self.untrained)
+        return sum(max(0, end - max(start, 1)) for start, end in trained)
+
     def labels(self, loss: Loss) -> list[int]:
         """One label per token."""
         return build_labels(self.input_ids, self.spans, loss, self.untrained)
@@ -78,10 +83,14 @@ class Split:
         """The tokens of each row."""
         return [len(row.input_ids) for row in self.rows]
 
+    def list_ids(self) -> list[str]:
+        """The id of each row."""
+        return [row.row_id for row in self.rows]
+
     def describe(self, loss: Loss) -> dict[str, Any]:
         """The part of `samples.json` that is about this split."""
-        ids, groups = [row.row_id for row in self.rows], [row.group for row in self.rows]
-        return describe_split(self.rows, [loss], ids, groups, self.dropped)[loss]
+        groups = [row.group for row in self.rows]
+        return describe_split(self.rows, [loss], self.list_ids(), groups, self.dropped)[loss]
 
 
 @dataclass(frozen=True)

@@ -248,9 +248,12 @@ class StoredSplit(Split):
     def list_lengths(self) -> list[int]:
         return self.rows.list_lengths()
 
+    def list_ids(self) -> list[str]:
+        return self.rows.list_texts("row_id")
+
     def describe(self, loss: Loss) -> dict[str, Any]:
         lists = {
-            "ids": self.rows.list_texts("row_id"),
+            "ids": self.list_ids(),
             "groups": self.rows.list_texts("group"),
             "num_dropped": len(self.dropped),
             "dropped": list(self.dropped),

@@ -7,8 +7,10 @@ into a model that DeepSpeed may have partitioned.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -100,6 +102,28 @@ def gathered(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(weights)):
         yield
+
+
+def hash_trained(
+    model: torch.nn.Module, *, is_main: bool = True, sign_of_life: Callable[[], None] = lambda: None
+) -> str:
+    """SHA-256 over the parameters that are trained, in order of name: name, dtype, shape, bytes.
+
+    Of the main process, whose weights all others are given when training begins; every rank must
+    call it, because ZeRO-3 gathers each parameter. `sign_of_life` is called for each.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if not weight.requires_grad:
+            continue
+        sign_of_life()
+        with gathered([weight]):
+            if is_main:
+                head = [name, str(weight.dtype), list(weight.shape)]
+                content = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+                digest.update(json.dumps(head).encode() + b"\n")
+                digest.update(content.numpy().data)
+    return digest.hexdigest()
 
 
 def add_to_adapter(model_dir: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -15,7 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from runner.errors import CONTROLS, CorruptFileError, escape_controls
 from runner.files import parse_json, write_json_atomic
@@ -141,9 +149,16 @@ class Attempt(Fact):
     # Trains nothing: writes `model/` of a completed run again, from its best checkpoint.
     is_repair: bool = False
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
+    # Of the folder that the runner was started in; the commit and state of the runner's own files
+    # where they lie in a git checkout. Older attempts do not say which runner made them.
     git_commit: str | None = None
     git_is_dirty: bool | None = None
+    runner_version: Shown | None = None
+    runner_commit: Shown | None = None
+    runner_is_dirty: bool | None = None
+    source_hash: Shown | None = None  # over the Python files of the runner, wherever they lie
     versions: dict[str, str] = Field(default_factory=dict)
+    hardware: dict[str, Shown] = Field(default_factory=dict)  # of the launcher's machine: cpu, gpu
     exit_status: int | None = None
     failure: Failure | None = None
 
@@ -235,6 +250,26 @@ class StoredRecipe(Fact):
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Number = Annotated[int, Field(ge=1, lt=2**63)]  # of what there is at least one of
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _require_possible(value: float) -> float:
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(
+            f"{value}: a sum of negative log-likelihoods is a finite number and not below 0"
+        )
+    return value
+
+
+def _require_finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value}: a score is a finite number")
+    return value
+
+
+NllSum = Annotated[float, AfterValidator(_require_possible)]
+Finite = Annotated[float, AfterValidator(_require_finite)]
 
 
 class SplitScore(Fact):
@@ -242,14 +277,23 @@ class SplitScore(Fact):
     summed over.
     """
 
-    num_rows: Count
-    num_completion_tokens: Count
-    num_tokens: Count  # of the full text, the first token of each row excluded
+    num_rows: Number
+    num_completion_tokens: Number
+    num_tokens: Number  # of the full text, the first token of each row excluded
     num_bytes: Count  # UTF-8 bytes of what the rows say in their completions
-    completion_nll_sum: float
+    completion_nll_sum: NllSum
     # Of the completion tokens without a byte of that; None: an older run did not tell them apart.
-    template_nll_sum: float | None = None
-    nll_sum: float
+    template_nll_sum: NllSum | None = None
+    nll_sum: NllSum
+
+    @model_validator(mode="after")
+    def _fit(self) -> SplitScore:
+        if self.num_completion_tokens > self.num_tokens:
+            raise ValueError(
+                f"num_completion_tokens is {self.num_completion_tokens}, more than the"
+                f" {self.num_tokens} of num_tokens"
+            )
+        return self
 
     @property
     def nll_per_completion_token(self) -> float:
@@ -275,14 +319,27 @@ class SplitScore(Fact):
 class GenerationScore(Fact):
     """The task's metrics of generated texts, means over the rows that there was a reference for."""
 
-    num_rows: int
-    num_judged: int  # rows with something to judge an answer by
-    num_unfinished: int  # texts that reached `max_new_tokens` without an end of turn
+    num_rows: Count
+    num_judged: Count  # rows with something to judge an answer by
+    num_unfinished: Count  # texts that reached `max_new_tokens` without an end of turn
     # Texts that are no answer: neither label, no final result; they count as wrong.
-    num_unreadable: int
-    metrics: dict[str, float]  # of the task, and the project's own
+    num_unreadable: Count
+    metrics: dict[str, Finite]  # of the task, and the project's own
     # Of each of the project's own metrics: the rows that it judged.
-    num_judged_by: dict[str, int] = Field(default_factory=dict)
+    num_judged_by: dict[str, Count] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fit(self) -> GenerationScore:
+        counts = {
+            "num_judged": self.num_judged,
+            "num_unfinished": self.num_unfinished,
+            "num_unreadable": self.num_unreadable,
+            **{f"num_judged_by.{name}": count for name, count in self.num_judged_by.items()},
+        }
+        for name, count in counts.items():
+            if count > self.num_rows:
+                raise ValueError(f"{name} is {count}, more than the {self.num_rows} of num_rows")
+        return self
 
 
 class TrainResult(Fact):
@@ -293,11 +350,11 @@ class TrainResult(Fact):
     recipe_digest: str
     outcome: Literal["completed"]
     stop_reason: StopReason
-    num_steps: int
-    best_step: int
-    best_metric: float
+    num_steps: Count
+    best_step: Count
+    best_metric: Finite
     metric: Shown
-    num_train_rows: int
+    num_train_rows: Count
     base: dict[str, SplitScore]  # split -> score of the base model: "validation", "test"
     tuned: dict[str, SplitScore]  # split -> score of the exported model
     # "base" and "tuned" -> generated answers on the test split; empty where generation is off
@@ -305,6 +362,21 @@ class TrainResult(Fact):
     # Of `model/` and of what is summed up here, by path in the run directory; None: an older run
     # recorded no checksums, so it cannot be verified.
     files: dict[InnerName, FileRecord] | None = None
+    # None in all that follows: an older run did not record it.
+    # Of the parameters that are trained, before step 1: `model.weights.hash_parameters`.
+    initial_weights_hash: Sha256 | None = None
+    # Of the row ids in the order in which they were trained: `sft.order.hash_order`.
+    row_order_hash: Sha256 | None = None
+    # Of the optimizer: steps, but for those that a loss scale of float16 made it skip.
+    num_updates: Count | None = None
+    num_trained_tokens: Count | None = None  # tokens with a label that entered the loss, all steps
+    schedule_steps: Count | None = None  # of the whole schedule of the learning rate
+
+    @model_validator(mode="after")
+    def _fit(self) -> TrainResult:
+        if self.best_step > self.num_steps:
+            raise ValueError(f"best_step is {self.best_step}, after the last of {self.num_steps}")
+        return self
 
 
 class Progress(Fact):

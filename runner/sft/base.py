@@ -39,6 +39,7 @@ from runner.run.entries import (
 )
 from runner.run.paths import base_entries_dir, find_output_root
 from runner.run.record import BaseProducer, BaseSource
+from runner.run.scores import find_impossible
 from runner.sft.base_key import (
     ModelState,
     build_parts,
@@ -109,6 +110,7 @@ def _read_score(row: Mapping[str, Any]) -> RowScore:
     score = RowScore(**row)
     for name, expected in _SCORE_TYPES.items():
         _require(type(getattr(score, name)) is expected and _is_finite(getattr(score, name)), row)
+    _require(find_impossible(row) is None, row)
     return score
 
 

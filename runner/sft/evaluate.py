@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +18,14 @@ from accelerate.utils import gather_object
 
 from runner.data.rows import Row
 from runner.data.stored_rows import list_lengths
+from runner.errors import DivergedError, RunnerError
 from runner.run.record import SplitScore
+from runner.run.scores import find_impossible
 
 Value = TypeVar("Value")
+DIVERGED_HINT: Final = "lower `training.learning_rate`, or train in a wider dtype"
+# A probability of 1 may come out above it by the rounding of a kernel.
+_ROUNDING: Final = 1e-4
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ def _score_batch(
         fused_lm_head=True,
     )
     nll = -output.log_probs.double().cpu()  # (batch, width - 1); position t scores token t + 1
+    nll.masked_fill_((nll < 0) & (nll > -_ROUNDING), 0.0)
     return [_sum_row(row, nll[index]) for index, row in enumerate(batch)]
 
 
@@ -147,6 +153,25 @@ def _sum_row(row: Row, nll: torch.Tensor) -> RowScore:
         num_tokens=len(scored),
         num_bytes=row.num_bytes,
     )
+
+
+def refuse_impossible(scores: Sequence[RowScore], split: str, step: int) -> None:
+    """Raises: DivergedError, where the score of a row is not finite; RunnerError, where it cannot
+    be otherwise.
+    """
+    for score in scores:
+        if (why := find_impossible(score.as_json())) is None:
+            continue
+        message = f"the {split} score at step {step} cannot be: row {score.row_id}: {why}"
+        if not math.isfinite(score.nll_sum):
+            raise DivergedError(message, hint=DIVERGED_HINT)
+        raise RunnerError(
+            message,
+            hint=(
+                "the libraries compute no log-likelihoods of this model: try another"
+                " `model.attn_implementation` or `model.dtype`"
+            ),
+        )
 
 
 def sum_scores(scores: Sequence[RowScore]) -> SplitScore:

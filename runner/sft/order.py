@@ -4,8 +4,11 @@ processes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, islice
 from typing import Final, Literal
 
 from torch.utils.data import Sampler
@@ -42,14 +45,44 @@ class EpochSampler(Sampler[int]):
         return len(self._lengths) + self._num_padding
 
     def __iter__(self) -> Iterator[int]:
-        order = order_rows(
+        return iter([*self._order(self.epoch), *range(len(self._lengths), len(self))])
+
+    def list_batches(self, num_steps: int, num_dropped: int = 0) -> Iterator[list[int]]:
+        """The rows of each optimizer step, padding left out: those of all ranks and micro-batches
+        in the order of the sampler, so that they depend on the global batch alone.
+
+        `num_dropped` rows at the end of each epoch are not trained (`dataloader_drop_last`).
+        """
+        return islice(self._list_all_batches(num_dropped), num_steps)
+
+    def _list_all_batches(self, num_dropped: int) -> Iterator[list[int]]:
+        size, num_rows = self._global_batch_size, len(self._lengths) - num_dropped
+        for epoch in count() if num_rows > 0 else ():
+            order = self._order(epoch)
+            for start in range(0, num_rows, size):
+                yield order[start : min(start + size, num_rows)]
+
+    def _order(self, epoch: int) -> list[int]:
+        return order_rows(
             self._lengths,
             global_batch_size=self._global_batch_size,
             seed=self._seed,
-            epoch=self.epoch,
+            epoch=epoch,
             strategy=self._strategy,
         )
-        return iter([*order, *range(len(self._lengths), len(self))])
+
+
+def hash_order(batches: Iterable[Sequence[int]], ids: Sequence[str]) -> str:
+    """SHA-256 of the row ids of each step, a line of compact JSON for each.
+
+    >>> hash_order([[1, 0], [1]], ["a", "b"]) == hashlib.sha256(b'["b","a"]\\n["b"]\\n').hexdigest()
+    True
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        line = json.dumps([ids[row] for row in batch], separators=(",", ":"))
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def order_rows(

@@ -8,12 +8,12 @@ because most of them wait for the other ranks.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -44,6 +44,7 @@ from runner.model.weights import (
     add_to_adapter,
     collect_resized_embeddings,
     drop_loading_options,
+    hash_trained,
     sort_adapter_config,
     verify_export,
     verify_same_weights,
@@ -60,6 +61,7 @@ from runner.run.manifest import (
     mend_model,
     record_files,
     record_model,
+    sign_result,
 )
 from runner.run.paths import RunPaths, marker_path
 from runner.run.record import (
@@ -69,10 +71,10 @@ from runner.run.record import (
     TrainResult,
     load_record,
 )
-from runner.secrets import scrub_json
+from runner.run.scores import find_score_contradictions
 from runner.sft.base import NUM_ROWS_SCORED_AGAIN, BaseScores, obtain_base_scores
 from runner.sft.context import RunContext
-from runner.sft.evaluate import RowScore, score_rows, sum_scores
+from runner.sft.evaluate import DIVERGED_HINT, RowScore, refuse_impossible, score_rows, sum_scores
 from runner.sft.generation import (
     Answer,
     generate_answers,
@@ -81,8 +83,7 @@ from runner.sft.generation import (
     score_answers,
     write_answers,
 )
-
-_DIVERGED_HINT: Final = "lower `training.learning_rate`, or train in a wider dtype"
+from runner.sft.resolved import describe_arguments
 
 
 class Recorder:
@@ -95,6 +96,8 @@ class Recorder:
         self._base: BaseScores | None = None  # until its validation score is recorded
         self._trained_shapes: dict[str, tuple[int, ...]] = {}
         self._model_files: dict[str, FileRecord] = {}  # of the export, once it is written
+        self._initial_weights_hash: str | None = None  # until step 0 is recorded
+        self._has_recorded_arguments = False
 
     def require_same_samples(self) -> None:
         """Look at `samples.json` before a checkpoint is continued; only the main process does.
@@ -142,8 +145,8 @@ class Recorder:
             rows = [row for row in load_jsonl(paths.metrics_path) if row["step"] <= resume_step]
         write_jsonl_atomic(paths.metrics_path, rows)
 
-    def begin(self, trainer: Trainer) -> None:
-        """Record the effective training arguments, and the parameters that are trained.
+    def begin(self, trainer: Trainer, resume_step: int | None) -> None:
+        """Note the parameters that are trained, and of a run that starts their hash.
 
         Raises:
             OSError: (ENOSPC) the run's checkpoints and its export would not fit on the disk.
@@ -158,12 +161,22 @@ class Recorder:
         if context.is_main:
             num_rows = len(self.samples.train.rows)
             require_room(context.recipe, context.paths, trained, num_rows, context.num_processes)
-            text = json.dumps(describe_arguments(trainer.args), default=str)
-            write_json_atomic(context.attempt.training_args_path, json.loads(text))
+        if resume_step is None:
+            self._initial_weights_hash = hash_trained(
+                trainer.model, is_main=context.is_main, sign_of_life=context.sign_of_life
+            )
+
+    def record_arguments(self, trainer: Trainer) -> None:
+        """Write the training arguments as they came out, once training has begun."""
+        if self.context.is_main and not self._has_recorded_arguments:
+            content = describe_arguments(self.context, trainer)
+            write_json_atomic(self.context.attempt.training_args_path, content)
+            self._has_recorded_arguments = True
 
     def record_base(self, trainer: Trainer) -> None:
         """Record the scores and answers of the base model at step 0, by the code that scores the
-        tuned model: here or in another run that computes the same.
+        tuned model: here or in another run that computes the same. The row of the test split holds
+        the hash of the weights that training starts with, too: each checkpoint carries it.
         """
         context, state = self.context, trainer.state
         base = obtain_base_scores(
@@ -173,7 +186,8 @@ class Recorder:
             compute=partial(self._compute_base, trainer),
             score_again=partial(self._score_again, trainer),
         )
-        self._append_score(state, "test", sum_scores(base.test))
+        start = {"initial_weights_hash": self._initial_weights_hash}
+        self._append_score(state, "test", sum_scores(base.test), more=start)
         if context.is_main:
             base_rows = [{"model": "base", **row.as_json()} for row in base.test]
             write_jsonl_atomic(context.paths.eval_rows_path, base_rows)
@@ -235,7 +249,7 @@ class Recorder:
         """
         if not math.isfinite(logs["loss"]):
             raise DivergedError(
-                f"the loss of step {state.global_step} is {logs['loss']}", hint=_DIVERGED_HINT
+                f"the loss of step {state.global_step} is {logs['loss']}", hint=DIVERGED_HINT
             )
         row: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
         for key in ("loss", "grad_norm", "learning_rate"):
@@ -285,9 +299,18 @@ class Recorder:
             )
         return checkpoint_dir
 
-    def score_best(self, trainer: Trainer, best_step: int, stop_reason: StopReason) -> TrainResult:
+    def score_best(
+        self,
+        trainer: Trainer,
+        best_step: int,
+        stop_reason: StopReason,
+        trained: Mapping[str, Any],
+    ) -> TrainResult:
         """Score the weights in memory, those of `best_step`, on both splits; the base's scores were
-        recorded at step 0.
+        recorded at step 0. `trained` is `RunTrainer.describe_training`.
+
+        Raises:
+            CorruptFileError: the scores of the rows are not those that are summed up.
         """
         context, metric = self.context, self.context.recipe.checkpoints.metric
         # The last evaluation, if it is of this step, is not computed once more.
@@ -304,7 +327,7 @@ class Recorder:
             self._record_tuned_rows(test_rows)
         answers = self.answer(trainer, "test")
         generation = context.on_main(lambda: self._record_answers(answers))
-        return TrainResult(
+        result = TrainResult(
             recipe_digest=context.recipe_digest,
             outcome="completed",
             stop_reason=stop_reason,
@@ -316,7 +339,21 @@ class Recorder:
             base={split: SplitScore.model_validate(score) for split, score in base.items()},
             tuned={"validation": validation, "test": test},
             generation=generation,
+            # An older runner that began the run has not recorded it.
+            initial_weights_hash=base["test"].get("initial_weights_hash"),
+            **trained,
         )
+        context.on_main(lambda: self._require_agreement(result))
+        return result
+
+    def _require_agreement(self, result: TrainResult) -> None:
+        path = self.context.paths.eval_rows_path
+        if lines := find_score_contradictions(result, load_jsonl(path)):
+            shown = "\n".join(f"  {line}" for line in lines)
+            raise CorruptFileError(
+                f"the result is not what {path} adds up to:\n{shown}",
+                hint="`runner launch RECIPE --fresh` moves the run aside and starts anew",
+            )
 
     def export_model(self, trainer: Trainer, best_step: int) -> None:
         """Write the weights in memory, those of `best_step`, to `model/`: saved beside it, checked,
@@ -389,20 +426,18 @@ class Recorder:
             paths = self.context.paths
             summed_up = record_files(list_summed_files(paths), paths.run_dir)
             result = result.model_copy(update={"files": self._model_files | summed_up})
-            write_json_atomic(paths.result_path, result.model_dump(mode="json"))
+            write_json_atomic(paths.result_path, sign_result(result.model_dump(mode="json")))
 
     def score(self, trainer: Trainer, split: str) -> tuple[SplitScore, list[RowScore]]:
         """The score of `validation` or `test`, and of each of its rows.
 
         Raises:
-            DivergedError: the score is not finite.
+            DivergedError: the score of a row is not finite.
+            RunnerError: it cannot be otherwise.
         """
         rows = self._score_rows(trainer, self._split(split).rows)
-        score = sum_scores(rows)
-        if not math.isfinite(score.nll_sum):
-            step = trainer.state.global_step
-            raise DivergedError(f"the {split} score at step {step} is not finite")
-        return score, rows
+        refuse_impossible(rows, split, trainer.state.global_step)
+        return sum_scores(rows), rows
 
     def _score_rows(self, trainer: Trainer, rows: Sequence[Row]) -> list[RowScore]:
         with trainer.compute_loss_context_manager():
@@ -444,14 +479,15 @@ class Recorder:
         split: str,
         score: SplitScore,
         generation: GenerationScore | None = None,
+        more: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, float]:
-        """Write one evaluation row of `metrics.jsonl`; returns its metrics."""
+        """Write one evaluation row of `metrics.jsonl`, with `more` in it; returns its metrics."""
         metrics = {
             "nll_per_completion_token": score.nll_per_completion_token,
             "nll_per_token": score.nll_per_token,
             **(generation.metrics if generation else {}),
         }
-        row = {"step": state.global_step, "split": split, **metrics, **score.model_dump()}
+        row = {"step": state.global_step, "split": split, **metrics, **score.model_dump(), **more}
         if generation:
             row["generation"] = generation.model_dump(exclude={"metrics"})
         self._append_metrics(row)
@@ -524,12 +560,6 @@ def _suggest_versions(paths: RunPaths) -> str:
     return "put model/ back from a copy of the run"
 
 
-def describe_arguments(args: Any) -> dict[str, Any]:
-    """Every field of the training arguments, without secrets."""
-    values = {key: value for key, value in args.to_dict().items() if not key.endswith("_token")}
-    return dict(scrub_json(values))
-
-
 def _refuse_weights_that_are_not_finite(trainer: Trainer) -> None:
     """Check weights too: the loss is computed before the update, so a finite loss does not prove
     finite weights.
@@ -542,5 +572,5 @@ def _refuse_weights_that_are_not_finite(trainer: Trainer) -> None:
     if not all(gather_object([are_finite])):
         raise DivergedError(
             f"the weights after step {trainer.state.global_step} are not finite",
-            hint=_DIVERGED_HINT,
+            hint=DIVERGED_HINT,
         )

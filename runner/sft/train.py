@@ -58,11 +58,12 @@ def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
         trainer.train(resume_from_checkpoint=resume_dir)
     num_steps = trainer.state.global_step
     preemption.end_training(num_steps)  # Transformers returns as if it had finished
+    trained = context.on_main(trainer.describe_training)
     with phase("evaluating best"):
         best_step = trainer.flow.best_step(trainer.state)
         trainer.load_weights_of(best_step)
         stop_reason = trainer.flow.stop_reason(trainer.state)
-        result = recorder.score_best(trainer, best_step, stop_reason)
+        result = recorder.score_best(trainer, best_step, stop_reason, trained)
     with phase("exporting"):
         recorder.export_model(trainer, best_step)
     if context.uploader is not None:
@@ -92,13 +93,14 @@ def repair_model(context: RunContext) -> None:
     recorder = Recorder(context, load_samples(context, tokenizer))
     with phase("choosing a checkpoint"):
         context.on_main(partial(require_step, paths, context.recipe.checkpoints, result.best_step))
-    trainer = _build_trainer(context, recorder, args, tokenizer, Trackers(context))
-    with phase(f"restoring step {result.best_step}"):
+    step = result.best_step
+    trainer = _build_trainer(context, recorder, args, tokenizer, Trackers(context), step)
+    with phase(f"restoring step {step}"):
         trainer.train()  # no step: what loads weights is made in there, as DeepSpeed's engine is
-        trainer.load_weights_of(result.best_step)
+        trainer.load_weights_of(step)
     with phase("exporting"):
-        recorder.mend_export(trainer, result.best_step, result.files)
-    print(f"wrote {paths.model_dir} again from step {result.best_step}", flush=True)
+        recorder.mend_export(trainer, step, result.files)
+    print(f"wrote {paths.model_dir} again from step {step}", flush=True)
 
 
 def _prepare(context: RunContext) -> tuple[RunTrainer, Trackers, int | None]:
@@ -121,7 +123,8 @@ def _prepare(context: RunContext) -> tuple[RunTrainer, Trackers, int | None]:
     with phase("starting trackers") if recipe.tracking.report_to else nullcontext():
         trackers = open_trackers(context, resume_step)
     recorder.rewind(resume_step)
-    return _build_trainer(context, recorder, args, tokenizer, trackers), trackers, resume_step
+    trainer = _build_trainer(context, recorder, args, tokenizer, trackers, resume_step)
+    return trainer, trackers, resume_step
 
 
 def _build_arguments(context: RunContext) -> SFTConfig:
@@ -140,13 +143,18 @@ def _build_arguments(context: RunContext) -> SFTConfig:
 
 
 def _build_trainer(
-    context: RunContext, recorder: Recorder, args: SFTConfig, tokenizer: Any, trackers: Trackers
+    context: RunContext,
+    recorder: Recorder,
+    args: SFTConfig,
+    tokenizer: Any,
+    trackers: Trackers,
+    resume_step: int | None,
 ) -> RunTrainer:
     with context.phase(name_model_phase(context.recipe.model)):
         model = load_model(context.recipe, tokenizer, local_rank=context.place.local_rank)
     with context.phase("building the trainer"):
         trainer = RunTrainer(recorder, args, model, tokenizer, trackers)
-        recorder.begin(trainer)
+        recorder.begin(trainer, resume_step)
     return trainer
 
 

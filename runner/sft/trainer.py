@@ -6,6 +6,7 @@ The hooks call `recorder`, which does what is the run's and not TRL's.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from runner.recipe.parse import derive_micro_batch
 from runner.sft.arguments import build_config, list_arguments
 from runner.sft.callbacks import FlowCallback, PreemptionCallback, ProgressCallback
 from runner.sft.context import RunContext
-from runner.sft.order import EpochSampler
+from runner.sft.order import EpochSampler, hash_order
 from runner.sft.recorder import Recorder
 from runner.sft.tracking import Trackers
 
@@ -78,6 +79,11 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         self._flops_per_token: int | None = None
         recipe, samples = self.context.recipe, recorder.samples
         dataset, num_padding = build_train_dataset(samples, self.context, tokenizer.pad_token_id)
+        # Of one process; several have their last batch filled up.
+        drops_last = args.dataloader_drop_last and self.context.num_processes == 1
+        self._num_dropped = (
+            len(samples.train.rows) % args.per_device_train_batch_size if drops_last else 0
+        )
         self._sampler = EpochSampler(
             samples.train.list_lengths(),
             global_batch_size=recipe.global_batch_size,
@@ -108,6 +114,33 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         return self.state.global_step >= self.state.max_steps or self.flow.is_stopped_early(
             self.state
         )
+
+    def describe_training(self) -> dict[str, Any]:
+        """The fields of `result.json` that say what was trained; asked before other weights than
+        the last are loaded.
+
+        The rows are not counted while they are trained, but follow from sampler and steps, so that
+        no kill can lose or double any.
+        """
+        train, loss = self.recorder.samples.train, self.context.recipe.loss
+        batches = list(self._sampler.list_batches(self.state.global_step, self._num_dropped))
+        times = Counter(row for batch in batches for row in batch)
+        return {
+            "row_order_hash": hash_order(batches, train.list_ids()),
+            "num_updates": self._count_updates(),
+            "num_trained_tokens": sum(
+                number * train.rows[row].count_labels(loss) for row, number in times.items()
+            ),
+            "schedule_steps": self.state.max_steps,
+        }
+
+    def _count_updates(self) -> int:
+        """Steps that changed the weights: a loss scale of float16 skips some. DeepSpeed counts
+        them, else the schedule, which is not stepped then.
+        """
+        if self.is_deepspeed_enabled:
+            return int(self.model_wrapped.global_steps - self.model_wrapped.skipped_steps)
+        return int(self.lr_scheduler.last_epoch)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch, which is a sign of life."""
@@ -146,6 +179,7 @@ class RunTrainer(SFTTrainer):  # type: ignore[misc]
         if self.context.is_repair:  # all that was wanted is a model that weights can be loaded into
             self.control.should_training_stop = True
             return
+        self.recorder.record_arguments(self)
         self.context.enter_phase("training")
         if self.state.global_step == 0:
             self.recorder.record_base(self)

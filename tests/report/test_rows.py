@@ -77,14 +77,19 @@ def test_nothing_to_divide_by_is_blank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_score_that_is_no_number_is_blank(tmp_path: Path, format: str) -> None:
-    run = completed(tmp_path, make_recipe("a", {}), 2.0)
-    content = run[1].result_path.read_text()
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-2000.0"])
+def test_a_score_that_cannot_be_is_refused_by_name(tmp_path: Path, format: str, value: str) -> None:
+    recipe = make_recipe("a", {})
+    _, paths, _ = completed(tmp_path, recipe, 2.0)
+    content = paths.result_path.read_text()
     assert content.count(" 2000.0") == 1
-    run[1].result_path.write_text(content.replace(" 2000.0", " NaN"))
+    paths.result_path.write_text(content.replace(" 2000.0", f" {value}"))
+    run = (recipe, paths, read_status(read_facts(paths), recipe, {}))
+    assert "result.json cannot be read: tuned.test.completion_nll_sum: " in run[2].why
+    [row] = rows_of([run])
+    assert row.state == "unreadable" and row.tuned.nll_per_token is None
     text = report([run], format)
-    assert "nan" not in text.lower()
-    assert rows_of([run])[0].tuned.nll_per_token == 3.0
+    assert "nan" not in text.lower() and "2000" not in text
 
 
 def test_different_test_rows_are_a_warning(tmp_path: Path) -> None:

@@ -82,6 +82,12 @@ def assert_same_experiment(found: RunPaths, reference: RunPaths) -> None:
         other.num_steps,
         other.best_step,
     )
+    recorded = {
+        *("initial_weights_hash", "row_order_hash"),
+        *("num_updates", "num_trained_tokens", "schedule_steps"),
+    }
+    facts = one.model_dump(include=recorded)
+    assert facts == other.model_dump(include=recorded) and None not in facts.values()
     assert read_losses(found) == pytest.approx(read_losses(reference), rel=TOLERANCE)
     for split in ("validation", "test"):
         for before, after in ((one.base, other.base), (one.tuned, other.tuned)):
@@ -132,6 +138,24 @@ def test_zero_3_full_fine_tune_is_the_same_experiment_and_exports_whole_weights(
     )
     assert not report["missing_keys"] and all(parameter.numel() for parameter in model.parameters())
     assert_export_gives_recorded_scores(finished, zero_full)
+
+
+def test_the_resolved_arguments_are_those_of_zero_3(
+    zero_full: RunPaths, zero_lora: RunPaths
+) -> None:
+    for paths, micro_batch, accumulation in ((zero_full, 2, 1), (zero_lora, 1, 2)):
+        arguments = load_json(paths.attempt(1).training_args_path)
+        deepspeed, resolved = arguments["deepspeed"], arguments["resolved"]
+        assert deepspeed["zero_optimization"]["stage"] == 3
+        assert "auto" not in deepspeed.values() and deepspeed["train_batch_size"] == 4
+        assert deepspeed["train_micro_batch_size_per_gpu"] == micro_batch
+        assert deepspeed["gradient_accumulation_steps"] == accumulation
+        assert (deepspeed["bf16"]["enabled"], deepspeed["fp16"]["enabled"]) == (False, False)
+        assert arguments["train_sampling_strategy"] == "group_by_length"
+        assert resolved["distributed_type"] == "DEEPSPEED" and resolved["num_processes"] == 2
+        assert resolved["per_device_train_batch_size"] == micro_batch
+        assert resolved["gradient_accumulation_steps"] == accumulation
+        assert (resolved["global_batch_size"], resolved["schedule_steps"]) == (4, 12)
 
 
 def test_zero_3_lora_is_the_same_experiment_and_exports_the_chosen_checkpoint(
