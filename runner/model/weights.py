@@ -39,6 +39,21 @@ _SCORE_TOLERANCE: Final = 1e-3
 _SETS: Final = ("target_modules", "modules_to_save", "exclude_modules")
 
 
+# Of a tokenizer's configuration: how it was loaded here, which depends on HF_HUB_OFFLINE.
+_OF_LOADING: Final = ("is_local", "local_files_only")
+
+
+def drop_loading_options(model_dir: Path) -> None:
+    """Take out of `tokenizer_config.json` how the tokenizer was loaded, so that equal runs export
+    equal bytes.
+    """
+    path = model_dir / "tokenizer_config.json"
+    content = load_json(path)
+    if content is not None:
+        kept = {name: value for name, value in content.items() if name not in _OF_LOADING}
+        write_json_atomic(path, kept)
+
+
 def sort_adapter_config(model_dir: Path) -> None:
     """Write the sets of `adapter_config.json` in order, so that equal runs export equal bytes."""
     path = model_dir / "adapter_config.json"

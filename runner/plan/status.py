@@ -12,6 +12,7 @@ from pydantic import Field
 
 from runner.checkpoints.choose import Inventory, look_ahead, read_inventory
 from runner.errors import CorruptFileError, RefusedError
+from runner.files import load_jsonl
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
@@ -19,11 +20,13 @@ from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.manifest import (
     describe_damage,
     find_damage,
+    find_other_result,
     find_other_sizes,
     is_model_removed,
     is_of_model,
 )
 from runner.run.record import RULES_KEY, Fact, Failure, Shown, describe_phase
+from runner.run.scores import find_score_contradictions
 
 State = Literal[
     "pending",
@@ -242,19 +245,24 @@ def _derive_readable(
 
 
 def verify_files(facts: RunFacts, status: RunStatus) -> RunStatus:
-    """The status, *damaged* where a byte of a completed run is not as it was recorded.
+    """The status, *damaged* where a byte of a completed run is not as it was recorded, or its
+    result does not sum up its rows.
 
-    Reads every file of the manifest. A run that was completed before there were manifests stays as
-    it is; `is_verifiable` tells.
+    Reads every file of the manifest. Of a run that was completed before there were manifests
+    (`is_verifiable` tells), the sums are all that can be held against anything.
     """
-    if status.state not in ("completed", "damaged") or not is_verifiable(facts):
+    if status.state not in ("completed", "damaged"):
         return status
-    result = facts.result
-    assert result is not None and result.files is not None, "it is verifiable"
+    result, paths = facts.result, facts.paths
+    assert result is not None, "it is completed"
     try:
-        damage = find_damage(facts.paths, result.files)
-    except OSError as error:
+        damage = find_damage(paths, result.files or {}) or find_other_result(paths)
+        rows = load_jsonl(paths.eval_rows_path)
+    except (CorruptFileError, OSError) as error:
         return describe_unreadable(error)
+    if not damage and rows and (contradictions := find_score_contradictions(result, rows)):
+        what = f"is not what eval_rows.jsonl adds up to: {'; '.join(contradictions)}"
+        damage = {paths.result_path.name: what}
     if not damage:
         return status
     update = {"state": "damaged", "why": describe_damage(damage), "damage": damage}

@@ -12,15 +12,16 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from runner.errors import escape_controls
-from runner.files import fsync_dir, hash_file
+from runner.files import fsync_dir, hash_file, hash_json, load_json
 from runner.run.paths import RunPaths
 
 _MAX_NAME: Final = 200
+_SIGNATURE: Final = "result_sha256"
 _MODEL_PREFIX: Final = f"{RunPaths(Path()).model_dir.name}/"
 _OUTSIDE: Final = frozenset({"", ".", ".."})  # parts of names that lead elsewhere
 
@@ -148,9 +149,28 @@ def find_damage(paths: RunPaths, manifest: Manifest) -> dict[str, str]:
             continue
         if hash_file(paths.run_dir / name) != record.sha256:
             damage[name] = "holds other bytes than were recorded"
-    if not is_model_removed(manifest, sizes):
+    if manifest and not is_model_removed(manifest, sizes):
         damage |= dict.fromkeys(_list_foreign(paths, manifest), "was not written by the run")
     return damage
+
+
+def sign_result(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `result.json` holds: the result, and a checksum of all of it."""
+    return {**content, _SIGNATURE: hash_json(content)}
+
+
+def find_other_result(paths: RunPaths) -> dict[str, str]:
+    """What is wrong with `result.json` by its own checksum, as `find_damage` says it; an older run
+    has none.
+    """
+    content = load_json(paths.result_path)
+    stated = content.pop(_SIGNATURE, None) if isinstance(content, dict) else None
+    try:
+        if stated is None or stated == hash_json(content):
+            return {}
+    except (ValueError, RecursionError):  # nothing that was ever signed
+        pass
+    return {paths.result_path.name: "is not as it was written: its checksum does not match"}
 
 
 def _list_foreign(paths: RunPaths, manifest: Manifest) -> Iterator[str]:

@@ -375,6 +375,9 @@ class TrainResult(Fact):
     tuned: dict[str, SplitScore]  # split -> score of the exported model
     # "base" and "tuned" -> generated answers on the test split; empty where generation is off
     generation: dict[str, GenerationScore] = Field(default_factory=dict)
+    # Of `model/` and of what is summed up here, by path in the run directory; None: an older run
+    # recorded no checksums, so it cannot be verified.
+    files: dict[InnerName, FileRecord] | None = None
     # None in all that follows: an older run did not record it.
     # Of the parameters that are trained, before step 1: `model.weights.hash_parameters`.
     initial_weights_hash: Sha256 | None = None
@@ -384,9 +387,6 @@ class TrainResult(Fact):
     num_updates: Count | None = None
     num_trained_tokens: Count | None = None  # tokens with a label that entered the loss, all steps
     schedule_steps: Count | None = None  # of the whole schedule of the learning rate
-    # Of `model/` and of what is summed up here, by path in the run directory; None: an older run
-    # recorded no checksums, so it cannot be verified.
-    files: dict[InnerName, FileRecord] | None = None
 
     @model_validator(mode="after")
     def _fit(self) -> TrainResult:

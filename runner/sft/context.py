@@ -24,7 +24,14 @@ from runner.recipe.identity import build_resume_fingerprint
 from runner.recipe.parse import Recipe
 from runner.run.allowed_code import load_code, suggest_allowing
 from runner.run.paths import AttemptPaths, RunPaths, find_output_root
-from runner.run.record import AskedBase, Progress, load_record, load_stored_recipe, now_utc
+from runner.run.record import (
+    AskedBase,
+    Progress,
+    load_progress,
+    load_record,
+    load_stored_recipe,
+    now_utc,
+)
 from runner.sft.preemption import Preemption
 from runner.sft.startup import WorldPlace
 
@@ -94,7 +101,7 @@ class RunContext:
                     "accelerate_configs/cpu.yaml and single_gpu.yaml start one"
                 ),
             )
-        return cls(
+        context = cls(
             recipe,
             stored.recipe_digest,
             paths,
@@ -107,6 +114,11 @@ class RunContext:
             attempt.base,
             attempt.is_repair,
         )
+        if attempt.is_repair:  # the step and the loss that are shown stay those of the training
+            trained = [one.number for one in record.attempts if not one.is_repair]
+            before = load_progress(paths.attempt(trained[-1]).progress_path) if trained else None
+            context._progress = before or context._progress
+        return context
 
     @property
     def num_processes(self) -> int:

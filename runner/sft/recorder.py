@@ -43,6 +43,7 @@ from runner.model.weights import (
     ExportError,
     add_to_adapter,
     collect_resized_embeddings,
+    drop_loading_options,
     hash_trained,
     sort_adapter_config,
     verify_export,
@@ -60,6 +61,7 @@ from runner.run.manifest import (
     mend_model,
     record_files,
     record_model,
+    sign_result,
 )
 from runner.run.paths import RunPaths, marker_path
 from runner.run.record import (
@@ -408,6 +410,7 @@ class Recorder:
                 (partial_dir / name).unlink(missing_ok=True)
             trainer.processing_class.save_pretrained(partial_dir)
             trainer.model.generation_config.save_pretrained(partial_dir)
+            drop_loading_options(partial_dir)
             sort_adapter_config(partial_dir)
             add_to_adapter(partial_dir, embeddings)
             shapes = {name: tuple(tensor.shape) for name, tensor in embeddings.items()}
@@ -423,7 +426,7 @@ class Recorder:
             paths = self.context.paths
             summed_up = record_files(list_summed_files(paths), paths.run_dir)
             result = result.model_copy(update={"files": self._model_files | summed_up})
-            write_json_atomic(paths.result_path, result.model_dump(mode="json"))
+            write_json_atomic(paths.result_path, sign_result(result.model_dump(mode="json")))
 
     def score(self, trainer: Trainer, split: str) -> tuple[SplitScore, list[RowScore]]:
         """The score of `validation` or `test`, and of each of its rows.

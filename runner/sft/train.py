@@ -93,14 +93,14 @@ def repair_model(context: RunContext) -> None:
     recorder = Recorder(context, load_samples(context, tokenizer))
     with phase("choosing a checkpoint"):
         context.on_main(partial(require_step, paths, context.recipe.checkpoints, result.best_step))
-    trackers = Trackers(context)
-    trainer = _build_trainer(context, recorder, args, tokenizer, trackers, result.best_step)
-    with phase(f"restoring step {result.best_step}"):
+    step = result.best_step
+    trainer = _build_trainer(context, recorder, args, tokenizer, Trackers(context), step)
+    with phase(f"restoring step {step}"):
         trainer.train()  # no step: what loads weights is made in there, as DeepSpeed's engine is
-        trainer.load_weights_of(result.best_step)
+        trainer.load_weights_of(step)
     with phase("exporting"):
-        recorder.mend_export(trainer, result.best_step, result.files)
-    print(f"wrote {paths.model_dir} again from step {result.best_step}", flush=True)
+        recorder.mend_export(trainer, step, result.files)
+    print(f"wrote {paths.model_dir} again from step {step}", flush=True)
 
 
 def _prepare(context: RunContext) -> tuple[RunTrainer, Trackers, int | None]:
