@@ -151,7 +151,7 @@ def test_a_project_is_made_from_the_installed_wheel(installed: Installed, tmp_pa
         folder.chmod(folder.stat().st_mode & ~0o222)  # as a system's packages are for its users
     installed.runner("init", "study", cwd=tmp_path)
     installed.runner("init", "demo", "--from", "demo", cwd=tmp_path)
-    for name, grid, num_recipes in (("study", "first", 4), ("demo", "demo", 12)):
+    for name, grid, num_recipes in (("study", "first", 4), ("demo", "demo", 24)):
         installed.runner("render", cwd=tmp_path / name)
         checked = installed.runner("check", f"recipes/{grid}", "--schema-only", cwd=tmp_path / name)
         assert f"{num_recipes} recipes are well-formed" in checked
