@@ -1,0 +1,172 @@
+"""Short texts for the parts of a report, and which of them a figure or a page shows first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from runner.report.effects import AxisEffects, Cell, Effect, Metric, Report
+from runner.report.rows import axis_key, axis_text, is_number
+
+
+def describe_axes(axes: Mapping[str, Any]) -> str:
+    """Axes with their values, in one line.
+
+    >>> describe_axes({"model": "gemma", "samples": 60}), describe_axes({})
+    ('model=gemma, samples=60', '')
+    """
+    return ", ".join(f"{axis}={axis_text(value)}" for axis, value in axes.items())
+
+
+def describe_cell(cell: Cell) -> str:
+    """The values of a cell without the names of its axes; a grid of seeds alone has no axes."""
+    return " · ".join(axis_text(value) for value in cell.axes.values()) or "all runs"
+
+
+def describe_contrast(effect: Effect | AxisEffects) -> str:
+    """The axis and its two values, the reference first."""
+    return f"{effect.axis}: {axis_text(effect.reference)} → {axis_text(effect.compared)}"
+
+
+def describe_place(effect: Effect) -> str:
+    """The cells that an effect is of."""
+    if effect.at:
+        return f"at {describe_axes(effect.at)}"
+    return f"mean over {len(effect.pairs)} pairs of cells" if len(effect.pairs) != 1 else "one pair"
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    """A difference with its sign; a rounded-off -0 is +0.
+
+    >>> signed(0.25), signed(-1e-9), signed(None)
+    ('+0.2500', '+0.0000', '')
+    """
+    return "" if value is None else f"{value:+z.{digits}f}"
+
+
+def decimal(value: float | None, digits: int = 4) -> str:
+    """A score.
+
+    >>> decimal(0.25), decimal(None)
+    ('0.2500', '')
+    """
+    return "" if value is None else f"{value:z.{digits}f}"
+
+
+def p_text(p: float | None) -> str:
+    """A p-value.
+
+    >>> p_text(0.0312), p_text(1e-7), p_text(None)
+    ('0.031', '< 0.001', '')
+    """
+    if p is None:
+        return ""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun.
+
+    >>> count(1, "run"), count(2_000, "run"), count(2, "axis", "axes")
+    ('1 run', '2,000 runs', '2 axes')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {plural or noun + 's'}"
+
+
+def list_places(report: Report) -> list[tuple[str, str]]:
+    """Each grid and task, in order: numbers are never put together across them."""
+    return list(dict.fromkeys((cell.grid, cell.task) for cell in report.cells))
+
+
+def describe_source(report: Report, grid: str, task: str) -> str:
+    """The grid, and its task where there are several."""
+    tasks = {cell.task for cell in report.cells if cell.grid == grid}
+    return f"{grid}, task {task}" if len(tasks) > 1 else grid
+
+
+def list_cell_axes(cells: Iterable[Cell]) -> dict[str, list[Any]]:
+    """The axes of cells with their values, numbers ascending; those with one value left out."""
+    values: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        for axis, value in cell.axes.items():
+            values.setdefault(axis, {}).setdefault(axis_key(value), value)
+    return {
+        axis: sorted(found.values(), key=lambda value: (0, value) if is_number(value) else (1, 0))
+        for axis, found in values.items()
+        if len(found) > 1
+    }
+
+
+def find_cell(cells: Iterable[Cell], axes: Mapping[str, Any]) -> Cell | None:
+    """The cell with these values of these axes."""
+    wanted = {axis: axis_key(value) for axis, value in axes.items()}
+    for cell in cells:
+        if all(
+            axis in cell.axes and axis_key(cell.axes[axis]) == key for axis, key in wanted.items()
+        ):
+            return cell
+    return None
+
+
+def list_main_metrics(report: Report, grid: str, task: str) -> list[Metric]:
+    """The metrics that figures draw: those of declared contrasts; without any, the first that has
+    scores, and the first of answers.
+    """
+    known = {metric.name: metric for metric in report.metrics}
+    cells = [cell for cell in report.cells if (cell.grid, cell.task) == (grid, task)]
+    scored = [metric for metric in known.values() if any(metric.name in c.scores for c in cells)]
+    declared = {
+        effects.metric.name
+        for effects in report.effects
+        if (effects.grid, effects.task) == (grid, task)
+        and any(effect.is_confirmatory for effect in list_all(effects))
+    }
+    chosen = [metric for metric in scored if metric.name in declared]
+    if not chosen:
+        chosen = [metric for metric in scored if not metric.is_of_answers][:1]
+        chosen += [metric for metric in scored if metric.is_of_answers][:1]
+    return chosen
+
+
+def list_all(effects: AxisEffects) -> list[Effect]:
+    """All effects of two values of an axis, each once: pooled, simple, of single pairs of cells."""
+    pooled = [effects.pooled] if effects.pooled is not None else []
+    simple = [effect for those in effects.simple.values() for effect in those]
+    return [*pooled, *simple, *effects.cells]
+
+
+def choose_effects(report: Report, grid: str, task: str) -> list[AxisEffects]:
+    """For each two values of an axis those effects that figures draw: by the main metrics, or by
+    another one where these give no number, as bits per byte between two tokenizers.
+    """
+    main = {metric.name for metric in list_main_metrics(report, grid, task)}
+    groups: dict[tuple[str, str, str], list[AxisEffects]] = {}
+    for effects in report.effects:
+        if (effects.grid, effects.task) == (grid, task):
+            key = (effects.axis, axis_key(effects.reference), axis_key(effects.compared))
+            groups.setdefault(key, []).append(effects)
+    chosen: list[AxisEffects] = []
+    for those in groups.values():
+        wanted = [one for one in those if one.metric.name in main]
+        if not any(_has_number(one) for one in wanted):
+            wanted = [one for one in those if _has_number(one)][:1] or wanted[:1] or those[:1]
+        chosen += wanted
+    return chosen
+
+
+def _has_number(effects: AxisEffects) -> bool:
+    return any(effect.interval is not None for effect in effects.shown)
+
+
+def list_model_axes(cells: Sequence[Cell]) -> list[str]:
+    """The axes that change the base model: NLL per token does not compare along them."""
+    found = []
+    for axis in list_cell_axes(cells):
+        models: dict[str, set[str]] = {}
+        for cell in cells:
+            if axis in cell.axes:
+                names = {run.recipe.model.path for run in cell.runs}
+                models.setdefault(axis_key(cell.axes[axis]), set()).update(names)
+        if len({frozenset(names) for names in models.values()}) > 1:
+            found.append(axis)
+    return found

@@ -1,0 +1,526 @@
+"""The tables of a page: cells as heat maps, effects, variances, runs, and what differs between runs.
+
+Texts are plain here; the page escapes them. Each column brings its definition with it, so that the
+page can define every one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import fmean, stdev
+from typing import Any, Final
+
+from runner.recipe.identity import derive_digest
+from runner.report.effects import SEED, AxisEffects, Cell, Effect, Metric, Report
+from runner.report.labels import (
+    count,
+    decimal,
+    describe_axes,
+    describe_contrast,
+    describe_place,
+    describe_source,
+    find_cell,
+    list_all,
+    list_cell_axes,
+    list_model_axes,
+    list_places,
+    p_text,
+    signed,
+)
+from runner.report.rows import ReportRow, axis_key, axis_text, list_axes
+from runner.strict import thaw
+
+NOT_RECORDED: Final = "not recorded"
+NUM_SHADES: Final = 8  # of a heat map: classes q0 (worst) to q7 (best)
+_MAX_COLUMNS: Final = 8  # of a heat map
+_MAX_VALUES: Final = 6  # shown of what differs
+_HASH: Final = 12
+
+
+@dataclass(frozen=True)
+class PageColumn:
+    """One column and what it means."""
+
+    title: str
+    meaning: str
+    is_numeric: bool = True
+
+
+@dataclass(frozen=True)
+class PageCell:
+    """What stands in a table, and the number that it sorts by."""
+
+    text: str = ""
+    value: float | None = None
+    style: str = ""
+    notes: tuple[str, ...] = ()  # sentences to unfold
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table that sorts and filters where scripts run."""
+
+    name: str
+    columns: Sequence[PageColumn]
+    rows: Sequence[tuple[str, Sequence[PageCell]]]  # style and cells
+
+
+def number(value: float | None, digits: int = 4, *, is_signed: bool = False) -> PageCell:
+    """A number as a cell."""
+    text = signed(value, digits) if is_signed else decimal(value, digits)
+    return PageCell(text, value)
+
+
+def whole(value: int | None) -> PageCell:
+    """A count as a cell."""
+    return PageCell("" if value is None else f"{value:,}", value)
+
+
+# --- cells -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """One cell of a heat map: its mean and spread over seeds, or why it has none."""
+
+    text: str = ""
+    spread: str = ""
+    seeds: str = ""
+    style: str = "none"
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """The cells of one grid, task and metric; axes down and across."""
+
+    title: str
+    note: str
+    down: Sequence[str]
+    across: Sequence[str]
+    # One line of heads for each axis across: text, and how many columns it spans
+    heads: Sequence[Sequence[tuple[str, int]]]
+    rows: Sequence[tuple[Sequence[str], Sequence[HeatCell]]]
+
+
+def build_heat_maps(report: Report) -> list[HeatMap]:
+    """A heat map for each grid, task and metric that has scores."""
+    maps = []
+    for grid, task in list_places(report):
+        cells = [cell for cell in report.cells if (cell.grid, cell.task) == (grid, task)]
+        for metric in report.metrics:
+            if any(cell.scores.get(metric.name) for cell in cells) or metric is report.metrics[0]:
+                source = describe_source(report, grid, task)
+                maps.append(_build_heat_map(source, metric, cells))
+    return maps
+
+
+def _build_heat_map(source: str, metric: Metric, cells: Sequence[Cell]) -> HeatMap:
+    values = list_cell_axes(cells)
+    across: list[str] = []
+    size = 1
+    for axis in reversed(values):
+        if size * len(values[axis]) > _MAX_COLUMNS or len(across) + 1 == len(values) > 1:
+            break
+        across.insert(0, axis)
+        size *= len(values[axis])
+    down = [axis for axis in values if axis not in across]
+    models = [] if metric.name == "bits_per_byte" else list_model_axes(cells)
+    ranges = _find_ranges(metric, cells, models)
+    heads, span = [], size
+    repeated = 1
+    for axis in across:
+        span //= len(values[axis])
+        heads.append([(axis_text(value), span) for value in values[axis]] * repeated)
+        repeated *= len(values[axis])
+    rows = []
+    for chosen in product(*(values[axis] for axis in down)):
+        line = []
+        for others in product(*(values[axis] for axis in across)):
+            point = dict(zip([*down, *across], [*chosen, *others], strict=True))
+            line.append(_build_heat_cell(metric, find_cell(cells, point), models, ranges))
+        rows.append(([axis_text(value) for value in chosen], line))
+    better = "lower" if metric.mode == "min" else "higher"
+    note = f"In {metric.unit}; {better} is better, and darker. Mean ± standard deviation over seeds."
+    if models:
+        note += f" Shades compare within one value of {', '.join(models)} only: another tokenizer"
+        note += " counts other tokens."
+    return HeatMap(f"{metric.title}, {source}", note, down, across, heads, rows)
+
+
+def _key_models(cell: Cell, models: Sequence[str]) -> tuple[str, ...]:
+    return tuple(axis_key(cell.axes[axis]) for axis in models if axis in cell.axes)
+
+
+def _find_ranges(
+    metric: Metric, cells: Sequence[Cell], models: Sequence[str]
+) -> dict[tuple[str, ...], tuple[float, float]]:
+    """Worst and best mean of the cells that shades compare."""
+    means: dict[tuple[str, ...], list[float]] = {}
+    for cell in cells:
+        if scores := cell.scores.get(metric.name):
+            means.setdefault(_key_models(cell, models), []).append(fmean(scores.values()))
+    worst, best = (max, min) if metric.mode == "min" else (min, max)
+    return {key: (worst(those), best(those)) for key, those in means.items()}
+
+
+def _build_heat_cell(
+    metric: Metric,
+    cell: Cell | None,
+    models: Sequence[str],
+    ranges: Mapping[tuple[str, ...], tuple[float, float]],
+) -> HeatCell:
+    if cell is None:
+        return HeatCell(missing=("not in the grid",))
+    scores = list(cell.scores.get(metric.name, {}).values())
+    if not scores:
+        return HeatCell(missing=cell.missing or (f"no {metric.title}",))
+    worst, best = ranges[_key_models(cell, models)]
+    share = 1.0 if best == worst else (fmean(scores) - worst) / (best - worst)
+    return HeatCell(
+        decimal(fmean(scores)),
+        f"± {decimal(stdev(scores))}" if len(scores) > 1 else "",
+        count(len(scores), "seed"),
+        f"q{min(NUM_SHADES - 1, int(share * NUM_SHADES))}",
+        cell.missing,
+    )
+
+
+# --- effects ---------------------------------------------------------------------------------
+
+_EFFECT_COLUMNS: Final = (
+    PageColumn("contrast", "The axis and its two values; the first is the reference.", False),
+    PageColumn(
+        "where",
+        "The cells that it is of: the mean over pairs of cells that are equal in every other axis,"
+        " those at one value of another axis, or two single cells.",
+        False,
+    ),
+    PageColumn("metric", "What the difference is in; all on the test rows.", False),
+    PageColumn("difference", "Score of the second value minus that of the reference."),
+    PageColumn(
+        "interval",
+        "The confidence interval of the difference; the column `over` says for what it holds.",
+        False,
+    ),
+    PageColumn(
+        "over",
+        "What the interval generalises to. Seeds and rows: this recipe, on rows like these. Seeds:"
+        " this recipe, on these very rows. Rows: these trained models only, no verdict on the"
+        " recipe. Identical: the runs do not differ.",
+        False,
+    ),
+    PageColumn(
+        "adjusted p",
+        "The p-value after correction for the number of contrasts: Holm for declared ones,"
+        " Benjamini-Hochberg for exploratory ones.",
+    ),
+    PageColumn(
+        "status",
+        "Confirmatory: declared before the first launch by all of its runs. Exploratory: all else.",
+        False,
+    ),
+    PageColumn(
+        "noise floor",
+        "What two single runs differ by when nothing differs but the seed; a smaller difference is"
+        " greyed.",
+    ),
+    PageColumn(
+        "no difference",
+        "Two one-sided tests (TOST) against the declared margin: shown where the 90% interval lies"
+        " inside the margin.",
+        False,
+    ),
+    PageColumn("pairs", "Pairs of cells that the difference is the mean of."),
+    PageColumn("seeds", "Runs with a score in each cell.", False),
+    PageColumn(
+        "beside it",
+        "What else differs between the runs that are compared, or limits what the number says.",
+        False,
+    ),
+)
+
+
+def build_effects_table(report: Report, chosen: Sequence[AxisEffects], name: str) -> PageTable:
+    """Every effect of these, with its interval and all that stands beside it."""
+    rows = []
+    several = len(list_places(report)) > 1
+    for effects in chosen:
+        source = f" ({describe_source(report, effects.grid, effects.task)})" if several else ""
+        for effect in list_all(effects):
+            rows.append(_build_effect_row(effect, source))
+    return PageTable(name, _EFFECT_COLUMNS, rows)
+
+
+def _build_effect_row(effect: Effect, source: str) -> tuple[str, Sequence[PageCell]]:
+    interval = effect.interval
+    head = [
+        PageCell(f"{describe_contrast(effect)}{source}"),
+        PageCell(describe_place(effect)),
+        PageCell(effect.metric.title),
+    ]
+    notes = tuple(filter(None, (effect.why_exploratory, *effect.flags)))
+    status = PageCell("confirmatory" if effect.is_confirmatory else "exploratory")
+    if interval is None:
+        reasons = PageCell("no number", style="refused", notes=(*effect.refused, *notes))
+        empty = PageCell()
+        rest = [PageCell("not comparable"), empty, empty, empty, status, *[empty] * 4, reasons]
+        return "refused", head + rest
+    bounds = interval.bounds
+    style = "below" if effect.is_below_noise else "clear" if effect.is_clear else ""
+    within = PageCell()
+    if effect.equivalence is not None:
+        shown = "shown" if effect.equivalence.is_shown else "not shown"
+        within = PageCell(f"{shown} within ±{effect.equivalence.margin:g}")
+    if interval.has_few_groups:
+        notes = (*notes, "few groups: the interval is rough")
+    notes = tuple(filter(None, (*notes, interval.note, effect.design)))
+    level = f"{interval.level * 100:g}%"
+    return style, [
+        *head,
+        number(interval.estimate, is_signed=True),
+        PageCell(f"{signed(bounds[0])} to {signed(bounds[1])} ({level})" if bounds else ""),
+        PageCell(interval.kind if interval.kind != "rows" else "rows only"),
+        PageCell(p_text(effect.p_adjusted), effect.p_adjusted),
+        status,
+        number(effect.noise_floor),
+        within,
+        whole(len(effect.pairs)),
+        PageCell(_describe_seeds(interval.num_seeds)),
+        PageCell(count(len(notes), "note") if notes else "", len(notes), notes=notes),
+    ]
+
+
+def _describe_seeds(numbers: Sequence[int]) -> str:
+    """As `3`, or `2 to 3`."""
+    if not numbers:
+        return ""
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+_VARIANCE_COLUMNS: Final = (
+    PageColumn("contrast", _EFFECT_COLUMNS[0].meaning, False),
+    PageColumn("where", _EFFECT_COLUMNS[1].meaning, False),
+    PageColumn("metric", _EFFECT_COLUMNS[2].meaning, False),
+    PageColumn("V seed", "Variance of the difference from seeds: more seeds make it smaller."),
+    PageColumn("V row", "Variance of the difference from test rows: more rows make it smaller."),
+    PageColumn("V res", "The residual part, which V seed and V row both hold."),
+    PageColumn("df seed", "Degrees of freedom of V seed."),
+    PageColumn("df row", "Degrees of freedom of V row: the effective number of groups minus 1."),
+    PageColumn("groups", "Groups of test rows; a row without a group is one of its own."),
+    PageColumn("would help", "The larger part of the variance.", False),
+)
+
+
+def build_variance_table(chosen: Sequence[AxisEffects]) -> PageTable:
+    """The parts of each interval: they say whether more seeds or more rows would help."""
+    rows = []
+    for effects in chosen:
+        for effect in effects.shown:
+            one = effect.interval
+            if one is None:
+                continue
+            helps = "seeds" if one.v_seed > one.v_row else "rows"
+            cells = [
+                PageCell(describe_contrast(effect)),
+                PageCell(describe_place(effect)),
+                PageCell(effect.metric.title),
+                *(PageCell(f"{value:.2e}", value) for value in (one.v_seed, one.v_row, one.v_res)),
+                number(one.df_seed, 1),
+                number(one.df_row, 1),
+                whole(one.num_groups),
+                PageCell("" if one.kind == "identical" else f"more {helps}"),
+            ]
+            rows.append(("", cells))
+    return PageTable("variances", _VARIANCE_COLUMNS, rows)
+
+
+# --- runs ------------------------------------------------------------------------------------
+
+
+def build_runs_table(report: Report) -> PageTable:
+    """One row per run, the axes as columns."""
+    rows = report.rows
+    axes = list_axes(rows)
+    several = len({row.grid for row in rows}) > 1
+    scores = {
+        (id(run), metric.name): cell.scores.get(metric.name, {}).get(seed)
+        for cell in report.cells
+        for metric in report.metrics
+        for run, seed in _list_seeds(cell)
+    }
+    columns = [PageColumn("run", "The run's name.", False)]
+    columns += [PageColumn("grid", "The grid that the run belongs to.", False)] if several else []
+    columns += [
+        PageColumn(axis, f"The axis `{axis}` of the grid.", is_numeric=False) for axis in axes
+    ]
+    columns.append(PageColumn("state", "As `runner status` says it.", False))
+    columns += [
+        PageColumn(metric.title, f"The tuned model on the test rows, {metric.unit}.")
+        for metric in report.metrics
+    ]
+    columns += [
+        PageColumn("base NLL", "The base model at step 0, nats per completion token."),
+        PageColumn("change", "Tuned minus base NLL per completion token; below 0 is better."),
+        PageColumn("best step", "The step whose model was tested: the best on validation rows."),
+        PageColumn("updates", "Optimizer steps that were taken."),
+        PageColumn("trained tokens", "Tokens with a label, over all updates."),
+        PageColumn("stopped by", "Why training ended.", False),
+        PageColumn("digest", "Start of the recipe's digest: equal digests, equal experiments.", False),
+    ]
+    lines = []
+    for row in rows:
+        cells = [PageCell(row.name)] + ([PageCell(row.grid)] if several else [])
+        for axis in axes:
+            value = row.axes.get(axis)
+            cells.append(
+                PageCell(
+                    axis_text(value) if axis in row.axes else "",
+                    float(value)
+                    if isinstance(value, int | float) and not isinstance(value, bool)
+                    else None,
+                )
+            )
+        cells.append(PageCell(row.state, style=f"state-{row.state}"))
+        cells += [number(scores.get((id(row), metric.name))) for metric in report.metrics]
+        cells += [
+            number(row.base.nll_per_completion_token),
+            number(row.change, is_signed=True),
+            whole(row.best_step),
+            whole(row.updates),
+            whole(row.num_trained_tokens),
+            PageCell((row.stop_reason or "").replace("_", " ")),
+            PageCell(_find_digest(row)),
+        ]
+        lines.append(("" if row.state == "completed" else "open", cells))
+    return PageTable("runs", columns, lines)
+
+
+def _list_seeds(cell: Cell) -> Iterable[tuple[ReportRow, Any]]:
+    """Each run of a cell with the key of its scores."""
+    for run in cell.runs:
+        seeds = [run.axes.get(SEED), run.seed]
+        known = [seed for those in cell.scores.values() for seed in those]
+        yield run, next((seed for seed in seeds if seed in known), None)
+
+
+def _find_digest(row: ReportRow) -> str:
+    if row.rules is None:
+        return ""
+    return derive_digest(row.recipe, dict(row.contents), row.rules)[:_HASH]
+
+
+# --- what differs ----------------------------------------------------------------------------
+
+_DIFFERENCE_COLUMNS: Final = (
+    PageColumn("what", "A key of the recipes, or a fact that runs recorded.", False),
+    PageColumn("values", "Its values, each with the number of runs that have it.", False),
+    PageColumn(
+        "changes with",
+        "The axes that it changes with: it has one value at each of their values. Blank: it"
+        " differs between runs that no axis tells apart.",
+        False,
+    ),
+)
+
+
+def build_differences_table(rows: Sequence[ReportRow]) -> PageTable:
+    """What is not the same in all runs: keys of the recipes, then what runs recorded."""
+    lines = []
+    for name, get in (*_list_recipe_keys(rows), *_list_facts(rows)):
+        found = [(get(row), row) for row in rows]
+        counts = Counter(value for value, _ in found if value is not None)
+        if len(counts) > 1:
+            shown = [f"{value} ({number})" for value, number in counts.most_common(_MAX_VALUES)]
+            left_out = len(counts) - len(shown)
+            shown += [f"{left_out} other values"] if left_out else []
+            axes = ", ".join(_find_axes(found)) if name != "training.seed" else SEED
+            lines.append(("", [PageCell(name), PageCell("; ".join(shown)), PageCell(axes)]))
+    return PageTable("differences", _DIFFERENCE_COLUMNS, lines)
+
+
+Getter = Callable[[ReportRow], str | None]
+
+
+def _list_recipe_keys(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
+    flat = {id(row): dict(_flatten(thaw(row.payload), "")) for row in rows}
+    names = dict.fromkeys(name for values in flat.values() for name in values)
+
+    def getter(name: str) -> Getter:
+        return lambda row: flat[id(row)].get(name, "(absent)")
+
+    return [(name, getter(name)) for name in names]
+
+
+def _flatten(value: Any, prefix: str) -> Iterable[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _list_facts(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
+    def fact(get: Callable[[ReportRow], Any]) -> Getter:
+        def read(row: ReportRow) -> str | None:
+            if row.state != "completed":
+                return None
+            value = get(row)
+            if value is None:
+                return NOT_RECORDED
+            text = str(value)
+            return text[:_HASH] if len(text) in (40, 64) and " " not in text else text
+
+        return read
+
+    commits = dict.fromkeys(key for row in rows for key in row.commits)
+    versions = dict.fromkeys(key for row in rows for key in row.versions)
+    splits = dict.fromkeys(split for row in rows for split in row.split_hashes)
+    hashes = ("ids_hash", "input_ids_hash", "mask_hash")
+    return [
+        ("updates", fact(lambda row: row.updates)),
+        ("trained tokens", fact(lambda row: row.num_trained_tokens)),
+        ("length of the schedule", fact(lambda row: row.schedule_steps)),
+        ("initial weights", fact(lambda row: row.initial_weights_hash)),
+        ("order of rows", fact(lambda row: row.row_order_hash)),
+        ("rules of rows and masks", fact(lambda row: row.rules)),
+        *(
+            (f"{split} rows: {name}", fact(lambda row, s=split, n=name: row.split_hashes.get(s, {}).get(n)))
+            for split in splits
+            for name in hashes
+        ),
+        *((f"commit of {key}", fact(lambda row, k=key: row.commits.get(k))) for key in commits),
+        *((f"version of {key}", fact(lambda row, k=key: row.versions.get(k))) for key in versions),
+        ("source of the runner", fact(lambda row: row.source_hash)),
+        ("version of the runner", fact(lambda row: row.runner_version)),
+    ]
+
+
+def _find_axes(found: Sequence[tuple[str | None, ReportRow]]) -> list[str]:
+    """The axes each of whose values goes with one value of what differs."""
+    axes = []
+    for axis in list_axes(row for _, row in found):
+        by_value: dict[str, set[str]] = {}
+        for value, row in found:
+            if value is not None and axis in row.axes:
+                by_value.setdefault(axis_key(row.axes[axis]), set()).add(value)
+        if by_value and all(len(values) == 1 for values in by_value.values()):
+            axes.append(axis)
+    return axes
+
+
+def build_equal_facts(rows: Sequence[ReportRow]) -> list[tuple[str, str]]:
+    """What all completed runs recorded alike: versions, commits, hashes; with what none of them
+    recorded.
+    """
+    equal = []
+    for name, get in _list_facts(rows):
+        values = {get(row) for row in rows} - {None}
+        if len(values) == 1:
+            equal.append((name, str(values.pop())))
+    return equal
