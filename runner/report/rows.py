@@ -1,7 +1,11 @@
 """The numbers of each run in a report, and what makes those of two runs incomparable.
 
-Axes come from the recipe, scores from `result.json`. Nothing that differs between two identical
-runs (clock times, attempts, hosts) is read. `statistics` pairs the rows, `format` writes them.
+Axes come from the recipe, scores from `result.json`, what the run was made of from its records; a
+fact that an older run did not record is None. Of clock times only the start of the first attempt is
+read, which tells a declaration that came later. `effects` compares the rows, `format` writes them.
+
+Kept light, because every report imports it: scores of single rows are in `row_scores`, which is
+imported when they are asked for.
 """
 
 from __future__ import annotations
@@ -10,17 +14,26 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from runner.errors import CorruptFileError, escape_controls
-from runner.files import hash_json
+from runner.files import hash_json, load_jsonl
 from runner.plan.status import RunStatus, State
+from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe
 from runner.run.base_scores import OtherBaseScores
 from runner.run.facts import RunFacts
-from runner.run.record import GenerationScore, SplitScore
+from runner.run.paths import RunPaths
+from runner.run.record import Attempt, GenerationScore, SplitScore
 from runner.strict import thaw
 
+if TYPE_CHECKING:
+    from runner.report.row_scores import RowScores
+
+Model = Literal["base", "tuned"]
+MODELS: Final[tuple[Model, ...]] = ("base", "tuned")
 LikelihoodUnit = Literal["nats per completion token", "bits per byte"]
 
 
@@ -55,11 +68,102 @@ class ReportRow:
     stop_reason: str | None = None
     # Of the base's scores that it kept for others, or found: another run computed others.
     base_warnings: tuple[str, ...] = ()
+    run_dir: Path | None = None
+    # What its test rows ask for; two tasks are never in one mean. `build_rows` adds the source
+    # where two sources have the same task.
+    task: str = ""
+    totals: Mapping[Model, SplitScore] = field(default_factory=dict)  # on the test split
+    num_updates: int | None = None
+    num_trained_tokens: int | None = None
+    schedule_steps: int | None = None
+    initial_weights_hash: str | None = None  # of the trained weights, before step 1
+    row_order_hash: str | None = None  # of the rows over all steps
+    # Split -> ids_hash, input_ids_hash, mask_hash and the counts of `samples.json`, as texts.
+    split_hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    commits: Mapping[str, str] = field(default_factory=dict)  # dotted key -> hub commit
+    # Several joined by " then " where the attempts differ.
+    versions: Mapping[str, str] = field(default_factory=dict)
+    source_hash: str | None = None  # of the runner's files; likewise
+    runner_version: str | None = None
+    runner_commit: str | None = None
+    started_at_utc: str | None = None  # the first attempt
+    # Declared contrasts: as the first attempt recorded them, and as the recipe states them today.
+    declared_then: tuple[Any, ...] | None = None
+    declared_now: tuple[Any, ...] = ()
 
     @property
     def name(self) -> str:
         """The run's name."""
         return self.recipe.run.name
+
+    @property
+    def model_name(self) -> str:
+        """The base model as the recipe names it, with the revision where that is stated."""
+        model = self.recipe.model
+        return f"{model.path}@{model.revision}" if model.revision else model.path
+
+    @property
+    def seed(self) -> int:
+        """The seed of training."""
+        return self.recipe.training.seed
+
+    @property
+    def updates(self) -> int | None:
+        """Optimizer steps taken; older runs recorded them as `num_steps` only."""
+        return self.num_updates if self.num_updates is not None else self.num_steps
+
+    @property
+    def is_best_at_end(self) -> bool | None:
+        """True where the best step is the last one, so that more updates might be better still."""
+        return None if self.best_step is None else self.best_step == self.num_steps
+
+    @cached_property
+    def payload(self) -> Mapping[str, Any]:
+        """The part of its recipe that changes the experiment."""
+        return build_digest_payload(self.recipe)
+
+    def load_scores(self, model: Model) -> RowScores | None:
+        """The scores of one model row by row; None where `why_no_scores` says why not."""
+        found = self._row_scores[model]
+        return None if isinstance(found, str) else found
+
+    def why_no_scores(self, model: Model) -> str:
+        """Why there are no scores of single rows; empty where there are."""
+        found = self._row_scores[model]
+        return found if isinstance(found, str) else ""
+
+    @cached_property
+    def _row_scores(self) -> Mapping[Model, RowScores | str]:
+        from runner.report.row_scores import read_row_scores
+
+        if self.run_dir is None or self.state != "completed":
+            lacking = f"{self.name} is {self.state}"
+            return dict.fromkeys(MODELS, lacking)
+        metrics = [metric.name for metric in self.recipe.evaluation.metrics]
+        return {
+            model: read_row_scores(
+                RunPaths(self.run_dir),
+                model,
+                task=self.recipe.data.task,
+                own_metrics=metrics,
+                total=self.totals.get(model),
+                answers=self.answers.get(model),
+            )
+            for model in MODELS
+        }
+
+    def load_predictions(self, model: Model) -> list[dict[str, Any]]:
+        """The rows of `predictions.jsonl` of one model, in the order of the split; none where
+        nothing was generated. They hold whole texts and are not kept.
+        """
+        if self.run_dir is None:
+            return []
+        rows = load_jsonl(RunPaths(self.run_dir).predictions_path)
+        return [row for row in rows if row.get("model") == model]
+
+    def load_curve(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`: losses and evaluations by step."""
+        return [] if self.run_dir is None else load_jsonl(RunPaths(self.run_dir).metrics_path)
 
     @property
     def grid(self) -> str:
@@ -84,7 +188,7 @@ class ReportRow:
             self.tuned.nll_per_completion_token is not None and self.tuned.bits_per_byte is not None
         )
 
-    def metric(self, model: Literal["base", "tuned"], name: str) -> float | None:
+    def metric(self, model: Model, name: str) -> float | None:
         """A metric of a model's answers on the test split; None where there is none."""
         return self.answers[model].metrics.get(name) if model in self.answers else None
 
@@ -115,7 +219,7 @@ def build_rows(runs: Iterable[tuple[Recipe, RunFacts, RunStatus]]) -> list[Repor
     """One row per run, sorted by grid, then by axes: numbers as numbers, all else in the order of
     the input. The facts are those that were read `with_samples`.
     """
-    rows = [_build_row(position, *run) for position, run in enumerate(runs)]
+    rows = _name_tasks([_build_row(position, *run) for position, run in enumerate(runs)])
     grids = list(dict.fromkeys(row.grid for row in rows))
     keys = {axis: list(map(axis_key, list_values(rows, axis))) for axis in list_axes(rows)}
 
@@ -241,28 +345,109 @@ def _build_row(position: int, recipe: Recipe, facts: RunFacts, status: RunStatus
     try:
         result = facts.result if status.state == "completed" else None
         samples = facts.samples if result is not None else None
-        stored = facts.stored if result is not None else None
+        stored, attempts = facts.stored, facts.attempts
     except (CorruptFileError, OSError):
-        return ReportRow(recipe, position, "unreadable")
-    if result is None:
-        return ReportRow(recipe, position, status.state)
-    base, tuned = result.base.get("test"), result.tuned.get("test")
-    return ReportRow(
+        return ReportRow(recipe, position, "unreadable", task=recipe.data.task.name)
+    row = ReportRow(
         recipe,
         position,
         status.state,
+        run_dir=facts.paths.run_dir,
+        task=recipe.data.task.name,
+        started_at_utc=attempts[0].started_at_utc if attempts else None,
+        declared_then=tuple(getattr(stored.recipe.run, "declared", ())) if stored else None,
+        declared_now=tuple(getattr(recipe.run, "declared", ())),
+    )
+    if result is None:
+        return row
+    base, tuned = result.base.get("test"), result.tuned.get("test")
+    return replace(
+        row,
         rules=stored.rules if stored else None,
         contents=stored.contents if stored else {},
+        commits=getattr(stored, "commits", {}),
         num_test_rows=tuned.num_rows if tuned else None,
         test_rows_hash=_find_ids_hash(samples),
+        split_hashes=_find_split_hashes(samples),
         base=_build_scores(base),
         tuned=_build_scores(tuned),
+        totals=_leave_out_none({"base": base, "tuned": tuned}),
         answers=result.generation,
         metric_keys=_key_metrics(recipe, stored.contents if stored is not None else {}),
         best_step=result.best_step,
         num_steps=result.num_steps,
         stop_reason=result.stop_reason,
+        num_updates=getattr(result, "num_updates", None),
+        num_trained_tokens=getattr(result, "num_trained_tokens", None),
+        schedule_steps=getattr(result, "schedule_steps", None),
+        initial_weights_hash=getattr(result, "initial_weights_hash", None),
+        row_order_hash=getattr(result, "row_order_hash", None),
+        **_find_provenance(attempts),
     )
+
+
+def _name_tasks(rows: list[ReportRow]) -> list[ReportRow]:
+    """The rows; where several sources of test rows have one task, each with its source."""
+    sources = [_name_test_source(row) for row in rows]
+    known: dict[str, set[str]] = {}
+    for row, source in zip(rows, sources, strict=True):
+        known.setdefault(row.task, set()).add(source)
+    return [
+        replace(row, task=f"{row.task} of {source}") if len(known[row.task]) > 1 else row
+        for row, source in zip(rows, sources, strict=True)
+    ]
+
+
+def _name_test_source(row: ReportRow) -> str:
+    data = row.recipe.data
+    sources = (data.test,) if data.test is not None else data.train_sources
+    return " and ".join(
+        f"{source.path} ({source.config_name})" if source.config_name else source.path
+        for source in sources
+    )
+
+
+def _find_provenance(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Versions and the runner's source, of the attempts that may have trained."""
+    trained = [
+        attempt
+        for attempt in attempts
+        if attempt.failure is None or attempt.failure.kind not in ("configuration", "data")
+    ]
+    names = dict.fromkeys(name for attempt in trained for name in attempt.versions)
+    versions = {name: _join(attempt.versions.get(name) for attempt in trained) for name in names}
+    return {
+        "versions": _leave_out_none(versions),
+        **{
+            name: _join(getattr(attempt, name, None) for attempt in trained)
+            for name in ("source_hash", "runner_version", "runner_commit")
+        },
+    }
+
+
+def _join(values: Iterable[str | None]) -> str | None:
+    known = dict.fromkeys(escape_controls(value) for value in values if value is not None)
+    return " then ".join(known) or None
+
+
+def _leave_out_none(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _find_split_hashes(samples: Any) -> dict[str, dict[str, str]]:
+    """What `samples.json` says of each split in one word: hashes and counts."""
+    splits = samples.get("splits") if isinstance(samples, Mapping) else None
+    if not isinstance(splits, Mapping):
+        return {}
+    return {
+        escape_controls(str(split)): {
+            escape_controls(str(name)): escape_controls(str(value))
+            for name, value in described.items()
+            if isinstance(value, str | int)
+        }
+        for split, described in splits.items()
+        if isinstance(described, Mapping)
+    }
 
 
 def _key_metrics(recipe: Recipe, contents: Mapping[str, str]) -> dict[str, str]:

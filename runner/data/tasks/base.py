@@ -222,9 +222,15 @@ class Task(Section):
         metrics = self.combine_scores(judged)
         return {name: metrics[name] for name in self.METRICS if name in metrics}
 
+    def score_row(self, references: References, scores: Mapping[str, float]) -> dict[str, float]:
+        """A row's part in each metric that is a mean over rows; a row that has none does not
+        count there.
+        """
+        return dict(scores)
+
     def combine_scores(self, judged: Sequence[Judged]) -> dict[str, float]:
-        """The metrics of rows that all have scores: the mean of each score."""
-        return mean_scores([scores for _, scores in judged])
+        """The metrics of rows that all have scores: means over rows, unless a task adds others."""
+        return mean_scores([self.score_row(references, scores) for references, scores in judged])
 
 
 def _name_columns(row: Any) -> Mapping[str, Any]:
@@ -362,12 +368,13 @@ def judge_exact_match(prediction: str, references: References) -> Judgement:
     return Judgement({"exact_match": float(is_equal)})
 
 
-def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each score; none without rows."""
-    means = {}
-    for name in rows[0] if rows else ():
-        means[name] = math.fsum(scores[name] for scores in rows) / len(rows)
-    return means
+def mean_scores(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each score over the rows that have it; none without rows."""
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        for name, score in row.items():
+            scores.setdefault(name, []).append(score)
+    return {name: math.fsum(values) / len(values) for name, values in scores.items()}
 
 
 def build_answered(

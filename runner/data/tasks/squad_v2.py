@@ -6,18 +6,16 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from runner.data.tasks.base import (
     Example,
-    Judged,
     Judgement,
     References,
     derive_row_key,
     describe_value,
-    mean_scores,
     read_text,
     require_column,
     require_object,
@@ -96,14 +94,10 @@ class SquadV2Task(PromptTask):
             }
         )
 
-    def combine_scores(self, judged: Sequence[Judged]) -> dict[str, float]:
-        metrics = super().combine_scores(judged)
-        answerable = mean_scores([scores for references, scores in judged if references])
-        unanswerable = mean_scores([scores for references, scores in judged if not references])
-        metrics |= {f"has_answer_{name}": value for name, value in answerable.items()}
-        if unanswerable:
-            metrics["no_answer_accuracy"] = unanswerable["exact_match"]
-        return metrics
+    def score_row(self, references: References, scores: Mapping[str, float]) -> dict[str, float]:
+        if references:
+            return {**scores, **{f"has_answer_{name}": value for name, value in scores.items()}}
+        return {**scores, "no_answer_accuracy": scores["exact_match"]}
 
 
 def _read_answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:

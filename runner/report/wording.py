@@ -1,0 +1,269 @@
+"""Numbers and phrases that every format of a report writes the same way, and what its columns mean.
+
+Pure texts; layout is in `format`, `tables`, `figures` and `html`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Final, get_args
+
+from runner.plan.status import State
+from runner.report.effects import AxisEffects, Cell, Effect, Interaction
+from runner.report.rows import ReportRow, axis_text, compare_with_base
+
+MAX_NAMED: Final = 3  # names in one note; JSON has all
+SMALLEST_P: Final = 0.0001
+
+# What each column of a report means, by the field of the CSV and JSON.
+DEFINITIONS: Final[Mapping[str, str]] = {
+    "grid": "the grid that the run belongs to",
+    "run": "the name of the run within its grid",
+    "task": "what the test rows ask for; means are never taken over tasks",
+    "axes": "the cell of the grid that the run fills",
+    "seed": "training.seed: the unit of replication",
+    "state": "pending, running, completed, interrupted, failed, changed, damaged or unreadable",
+    "recipe_digest": "equal for two runs exactly where they are the same experiment",
+    "rules": "version of the rules by which rows are drawn, rendered and masked",
+    "num_test_rows": "rows of the test split, all of which are scored",
+    "test_rows_hash": "SHA-256 of the sorted ids of the test rows",
+    "base": "the model before training (step 0), scored by the same code",
+    "tuned": "the model at its best step by the validation split",
+    "nll_per_completion_token": (
+        "negative log-likelihood of the completions, nats per completion token, summed over the"
+        " test split before it is divided; comparable within one tokenizer; smaller is better"
+    ),
+    "nll_per_token": (
+        "negative log-likelihood of the full texts, nats per token; comparable within one"
+        " tokenizer; smaller is better"
+    ),
+    "bits_per_byte": (
+        "negative log-likelihood of the completions, bits per UTF-8 byte; comparable across"
+        " tokenizers; smaller is better"
+    ),
+    "change_in_nll_per_completion_token": "tuned minus base; negative is better",
+    "best_step": "optimizer step with the best score on the validation split",
+    "num_steps": "optimizer steps taken",
+    "stop_reason": "num_train_epochs, max_steps or early_stopping",
+    "num_updates": "optimizer updates over all attempts; null: not recorded",
+    "num_trained_tokens": "label tokens over all updates; null: not recorded",
+    "schedule_steps": "length of the learning-rate schedule; null: not recorded",
+    "initial_weights_hash": "SHA-256 of the trained weights before step 1; null: not recorded",
+    "row_order_hash": "SHA-256 of the row ids over all steps; null: not recorded",
+    "source_hash": "SHA-256 of the runner's own files; null: not recorded",
+    "num_unfinished": "answers that reached max_new_tokens",
+    "num_unreadable": "answers without any label or final result, counted as wrong",
+    "estimate": "compared minus reference, mean over the pairs of cells",
+    "interval": "values that the data do not contradict at `level`, by `kind`",
+    "kind": (
+        "what is random. seeds and rows: this recipe, on rows like these; seeds: this recipe, on"
+        " these very rows; rows: these trained models only, no verdict on the recipe; identical:"
+        " the runs do not differ at all"
+    ),
+    "p_adjusted": (
+        "p by Holm over all declared contrasts where confirmatory, else by Benjamini-Hochberg over"
+        " all others"
+    ),
+    "is_confirmatory": (
+        "true where all runs of the contrast recorded its declaration before their first attempt"
+    ),
+    "v_seed": "variance of the estimate from the seeds",
+    "v_row": "variance of the estimate from the test rows (groups), by leaving one out",
+    "v_res": "the part of both that is noise of single rows in single runs",
+    "df": "degrees of freedom",
+    "num_groups": "groups of test rows; a row without a group is one",
+    "noise_floor": "two single runs of one recipe stay this close in 95% of cases",
+    "equivalence": (
+        "two one-sided tests: shown where the 90% interval lies inside the margin that was declared"
+    ),
+    "interactions": "F test whether the axis acts alike at the levels of another axis",
+    "depends_on": "axes whose interaction has p < 0.20: no mean over their levels is shown",
+    "refused": "why there is no number: the runs are not comparable",
+    "flags": "what else differs between the runs, or limits the number",
+    "missing": "runs without a score; never imputed",
+}
+
+
+def decimal(value: float | None) -> str:
+    """A score to four digits; blank where there is none."""
+    return "" if value is None else f"{value:.4f}"
+
+
+def signed(value: float | None) -> str:
+    """A difference to four digits, with its sign.
+
+    >>> signed(-0.00001), signed(0.25), signed(None)
+    ('+0.0000', '+0.2500', '')
+    """
+    return "" if value is None else f"{value:+z.4f}"
+
+
+def span(interval: tuple[float, float] | None) -> str:
+    """An interval, from end to end."""
+    return "" if interval is None else f"{signed(interval[0])} to {signed(interval[1])}"
+
+
+def probability(p: float | None) -> str:
+    """A p value to four digits.
+
+    >>> probability(0.01234), probability(1e-9), probability(1.0), probability(None)
+    ('0.0123', '<0.0001', '1.0000', '')
+    """
+    if p is None:
+        return ""
+    return f"<{SMALLEST_P}" if p < SMALLEST_P else f"{p:.4f}"
+
+
+def spread(values: Iterable[float | None], *, is_signed: bool = False) -> str:
+    """Mean ± standard deviation over the seeds; of one seed, the score alone.
+
+    >>> spread([1.0, 2.0, None]), spread([1.0]), spread([None])
+    ('1.5000 ± 0.7071', '1.0000', '')
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = signed(fmean(known)) if is_signed else decimal(fmean(known))
+    return f"{mean} ± {decimal(stdev(known))}" if len(known) > 1 else mean
+
+
+def constant_or_spread(values: Iterable[float | None]) -> str:
+    """The one value of all seeds, as of a base model; `spread` where they differ."""
+    known = [value for value in values if value is not None]
+    return decimal(known[0]) if len(set(known)) == 1 else spread(known)
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> count(1, "run"), count(2, "run"), count(2, "query")
+    ('1 run', '2 runs', '2 queries')
+    """
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun[:-1]}ies" if noun.endswith("y") else f"{number:,} {noun}s"
+
+
+def name_some(names: Iterable[str], separator: str = ", ", most: int = MAX_NAMED) -> str:
+    """The first names, and how many more there are."""
+    listed = list(names)
+    more = [f"and {len(listed) - most:,} more"] if len(listed) > most else []
+    return separator.join(listed[:most] + more)
+
+
+def count_states(rows: Sequence[ReportRow]) -> str:
+    """How many runs there are in which state."""
+    counts = Counter(row.state for row in rows)
+    states = ", ".join(f"{counts[state]:,} {state}" for state in get_args(State) if counts[state])
+    return f"{count(len(rows), 'run')}, {states}" if rows else "no runs"
+
+
+def name_cell(axes: Mapping[str, object]) -> str:
+    """The values that a cell or an effect stands at; blank: all."""
+    return ", ".join(f"{axis}={axis_text(value)}" for axis, value in axes.items())
+
+
+def name_scope(effect: Effect) -> str:
+    """The cells that an effect is of, in words."""
+    if not effect.at:
+        return f"mean of {count(len(effect.pairs), 'cell')}" if len(effect.pairs) > 1 else "all"
+    return name_cell(effect.at)
+
+
+def describe_direction(effects: AxisEffects) -> str:
+    """The unit of a difference, and what its sign means."""
+    metric = effects.metric
+    sign = "negative" if metric.mode == "min" else "positive"
+    return f"{metric.unit}; {sign}: {axis_text(effects.compared)} is better"
+
+
+def describe_replication(effect: Effect) -> str:
+    """Seeds x rows (or groups of rows).
+
+    >>> describe_seeds((3, 3)), describe_seeds((2, 3)), describe_seeds(())
+    ('3', '2-3', '')
+    """
+    if effect.interval is None:
+        return ""
+    return f"{describe_seeds(effect.interval.num_seeds)} x {effect.interval.num_groups}"
+
+
+def describe_seeds(num_seeds: Sequence[int]) -> str:
+    """The number of seeds of the cells: one number, or from fewest to most."""
+    if not num_seeds:
+        return ""
+    low, high = min(num_seeds), max(num_seeds)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def describe_standing(effect: Effect) -> str:
+    """Whether an effect was declared, and what limits it, in a few words."""
+    words = ["confirmatory" if effect.is_confirmatory else "exploratory"]
+    if effect.refused:
+        return "refused"
+    if effect.interval is not None:
+        kinds = {"rows": "rows only", "seeds": "these rows only", "identical": "identical runs"}
+        words += [kinds[effect.interval.kind]] if effect.interval.kind in kinds else []
+        words += ["few groups"] if effect.interval.has_few_groups else []
+        if effect.interval.kind == "rows":
+            words.remove("exploratory" if not effect.is_confirmatory else "confirmatory")
+    words += ["below noise"] if effect.is_below_noise else []
+    return ", ".join(words)
+
+
+def describe_variances(effect: Effect) -> str:
+    """Where the error of an effect comes from: more seeds help against the first, more rows against
+    the second; then the design.
+    """
+    interval = effect.interval
+    if interval is None:
+        return ""
+    words = f"V_row {interval.v_row:.1e} (df {interval.df_row:.0f})"
+    if interval.df_seed is not None:
+        words = f"V_seed {interval.v_seed:.1e} (df {interval.df_seed:.0f}), {words}"
+        words += f", V_res {interval.v_res:.1e}"
+    parts = [
+        words,
+        *([effect.design] if effect.design else []),
+        *([interval.note] if interval.note else []),
+    ]
+    return "; ".join(parts)
+
+
+def describe_equivalence(effect: Effect) -> str:
+    """Whether no difference was shown, where a margin was declared."""
+    if effect.equivalence is None:
+        return ""
+    found = effect.equivalence
+    inside = "inside: shown to be smaller" if found.is_shown else "not inside: not shown"
+    return f"margin {found.margin:g}: the 90% interval {span(found.interval)} lies {inside}"
+
+
+def describe_interaction(found: Interaction) -> str:
+    """The test whether an axis depends on another one."""
+    df = ", ".join(f"{one:.0f}" for one in found.df)
+    return f"`{found.other}`: F({df}) = {found.statistic:.2f}, p = {probability(found.p)}"
+
+
+def describe_base(rows: Sequence[ReportRow]) -> str:
+    """How many runs are better than their own base model."""
+    base = compare_with_base(rows)
+    runs = "run" if base.num_completed == 1 else "runs"
+    verb = "beats its base" if base.num_better == base.num_completed == 1 else "beat their base"
+    text = f"{base.num_better:,} of {base.num_completed:,} completed {runs} {verb} on test NLL"
+    text += f"; not: {name_some(base.not_better)}" if base.not_better else ""
+    return text + (f"; not known: {name_some(base.unknown)}" if base.unknown else "") + "."
+
+
+def list_cell_seeds(cell: Cell) -> str:
+    """How many runs of a cell have a score, of how many."""
+    scored = sum(row.is_scored for row in cell.runs)
+    return str(scored) if scored == len(cell.runs) else f"{scored} of {len(cell.runs)}"
+
+
+def finite(value: float | None) -> float | None:
+    """A number that JSON can hold; None for what is no number."""
+    return value if value is not None and math.isfinite(value) else None
