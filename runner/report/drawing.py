@@ -84,6 +84,11 @@ class Drawing:
     caption: str
     figure: Figure
 
+    @property
+    def is_small(self) -> bool:
+        """True where it has one panel only, which would look huge at full width."""
+        return bool(self.figure.get_figwidth() < 6)
+
     def as_svg(self) -> str:
         """The figure as an inline element of a page, its colours as classes."""
         stream = io.BytesIO()

@@ -13,6 +13,7 @@ from itertools import product
 from statistics import fmean, stdev
 from typing import Any, Final, TypeVar
 
+from runner.errors import CorruptFileError
 from runner.report.drawing import (
     BAND,
     GREYED,
@@ -318,12 +319,38 @@ def draw_curves(report: Report) -> list[Drawing]:
     ]
 
 
+def load_curve(run: ReportRow) -> list[tuple[int, float]]:
+    """Steps and scores of the metric that chose the best step, on the validation rows; none where
+    there are none. The base model (step 0) is so far off that the rest would be one flat line.
+    """
+    name = name_curve_metric(run)
+    try:
+        rows = run.load_curve()
+    except (CorruptFileError, OSError):
+        return []
+    points = [
+        (row["step"], float(row[name]))
+        for row in rows
+        if row.get("split") == "validation"
+        and isinstance(row.get(name), int | float)
+        and isinstance(row.get("step"), int)
+    ]
+    return points[1:] if len(points) > 3 and points[0][0] == 0 else points
+
+
+def name_curve_metric(run: ReportRow) -> str:
+    """The metric that chose the best step of a run."""
+    return run.recipe.checkpoints.metric
+
+
 def _list_curve_panels(
     report: Report, cells: Sequence[Cell]
 ) -> Iterator[tuple[str, list[tuple[int, str, ReportRow]]]]:
     values = list_cell_axes(cells)
-    declared = [effects.axis for effects in report.effects if effects.axis in values]
-    colour = next((axis for axis in declared if len(values[axis]) <= len(PALETTE)), None)
+    models = list_model_axes(cells)
+    wanted = [effects.axis for effects in report.effects if effects.axis in values]
+    wanted.sort(key=lambda axis: axis in models)  # their scores compare less
+    colour = next((axis for axis in wanted if len(values[axis]) <= len(PALETTE)), None)
     if colour is None:
         colour = min(values, key=lambda axis: len(values[axis]), default=None)
     others = [axis for axis in values if axis != colour]
@@ -337,7 +364,7 @@ def _list_curve_panels(
                     keys = [axis_key(value) for value in values[colour]]
                     number = keys.index(axis_key(cell.axes[colour]))
                     name = f"{colour}={axis_text(cell.axes[colour])}"
-                curves += [(number, name, run) for run in cell.runs if run.load_curve()]
+                curves += [(number, name, run) for run in cell.runs if load_curve(run)]
         if curves:
             yield describe_axes(facet), curves
 
@@ -348,7 +375,7 @@ def _draw_curve_figure(
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     handles: dict[str, Any] = {}
-    metrics = list(dict.fromkeys(run.curve_metric for _, _, those in panels for _, _, run in those))
+    metrics = list(dict.fromkeys(name_curve_metric(run) for _, _, those in panels for _, _, run in those))
     with drawing_figure(_WIDTH if columns > 1 else 5.2, 0.6 + 2.0 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for axes, (_, facet, curves) in zip(grid.flat, panels, strict=False):
@@ -367,7 +394,7 @@ def _draw_curve_figure(
     stopped = sum(run.stop_reason == "early_stopping" for run in runs)
     last = sum(run.best_step is not None and run.best_step == run.num_steps for run in runs)
     caption = "One line per run. Dot: its best step, which is the model that is tested. Cross:"
-    caption += " where early stopping ended it."
+    caption += " where early stopping ended it. The base model, step 0, is not drawn."
     if last:
         caption += f" {count(last, 'run')} had the best step last, so more steps might help."
     if left_out:
@@ -383,7 +410,7 @@ def _draw_curve_figure(
 
 
 def _draw_curve(axes: Any, number: int, run: ReportRow) -> Any:
-    steps, scores = zip(*run.load_curve(), strict=True)
+    steps, scores = zip(*load_curve(run), strict=True)
     style = _style(number)
     color = style["color"]
     [line] = axes.plot(steps, scores, color=color, linestyle=style["linestyle"], linewidth=1.1)
@@ -402,15 +429,17 @@ def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
     """The score of each test row under two arms, a panel for each comparison."""
     drawings = []
     shown = comparisons[:MAX_SCATTERS]
-    for chunk in split(shown, 6):
+    for chunk in split_by_metric(shown):
         columns = min(3, len(chunk))
         rows = -(-len(chunk) // columns)
-        with drawing_figure(_WIDTH if columns > 1 else 4.0, 0.2 + 2.75 * rows) as figure:
+        with drawing_figure(_WIDTH if columns > 1 else 4.0, 0.3 + 2.5 * rows) as figure:
             grid = figure.subplots(rows, columns, squeeze=False)
             for axes, one in zip(grid.flat, chunk, strict=False):
                 _draw_scatter(axes, one)
             for axes in grid.flat[len(chunk) :]:
                 axes.set_visible(False)
+            unit = label(chunk[0].metric.unit)
+            figure.supxlabel(f"score of a row, {unit}", fontsize=8, color=MUTED)
         left_out = len(comparisons) - len(shown)
         caption = (
             "One dot per test row, the mean over the seeds of each arm. On the line: both arms"
@@ -432,6 +461,15 @@ def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
     return drawings
 
 
+def split_by_metric(comparisons: Sequence[RowComparison]) -> Iterator[Sequence[RowComparison]]:
+    """Comparisons of one metric, six at most to a figure."""
+    by_metric: dict[str, list[RowComparison]] = {}
+    for one in comparisons:
+        by_metric.setdefault(one.metric.name, []).append(one)
+    for those in by_metric.values():
+        yield from split(those, 6)
+
+
 def _draw_scatter(axes: Any, one: RowComparison) -> None:
     step = -(-len(one.reference_scores) // MAX_DOTS)
     xs, ys = one.reference_scores[::step], one.compared_scores[::step]
@@ -442,9 +480,9 @@ def _draw_scatter(axes: Any, one: RowComparison) -> None:
     axes.set_xlim(low - margin, high + margin)
     axes.set_ylim(low - margin, high + margin)
     axes.set_aspect("equal")
-    axes.set_title(label(one.place, 38), fontweight="normal")
-    axes.set_xlabel(f"{label(one.reference_name, 16)}, {label(one.metric.unit, 28)}", fontsize=8)
-    axes.set_ylabel(f"{label(one.compared_name, 16)}, {label(one.metric.unit, 28)}", fontsize=8)
+    axes.set_title(label(one.place, 34), fontsize=8.5, fontweight="normal")
+    axes.set_xlabel(label(one.reference_name, 30))
+    axes.set_ylabel(label(one.compared_name, 30))
 
 
 # ---------------------------------------------------------------------------------------------

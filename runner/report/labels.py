@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from runner.report.effects import AxisEffects, Cell, Effect, Metric, Report
-from runner.report.rows import axis_key, axis_text, is_number
+from runner.report.rows import ReportRow, axis_key, axis_text, is_number
 
 
 def describe_axes(axes: Mapping[str, Any]) -> str:
@@ -71,6 +72,12 @@ def count(number: int, noun: str, plural: str = "") -> str:
     ('1 run', '2,000 runs', '2 axes')
     """
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {plural or noun + 's'}"
+
+
+def count_states(rows: Sequence[ReportRow]) -> str:
+    """How many runs are in which state."""
+    states = Counter(row.state for row in rows)
+    return ", ".join(f"{number:,} {state}" for state, number in states.most_common())
 
 
 def list_places(report: Report) -> list[tuple[str, str]]:

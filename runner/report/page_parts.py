@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 from typing import Any, Final
 
 from runner.recipe.identity import derive_digest
+from runner.report.compare import Certificate, build_certificate
 from runner.report.effects import SEED, AxisEffects, Cell, Effect, Metric, Report
 from runner.report.labels import (
     count,
@@ -26,6 +27,7 @@ from runner.report.labels import (
     find_cell,
     list_all,
     list_cell_axes,
+    list_main_metrics,
     list_model_axes,
     list_places,
     p_text,
@@ -37,6 +39,7 @@ from runner.strict import thaw
 NOT_RECORDED: Final = "not recorded"
 NUM_SHADES: Final = 8  # of a heat map: classes q0 (worst) to q7 (best)
 _MAX_COLUMNS: Final = 8  # of a heat map
+MAX_CERTIFICATES: Final = 12
 _MAX_VALUES: Final = 6  # shown of what differs
 _HASH: Final = 12
 
@@ -48,6 +51,7 @@ class PageColumn:
     title: str
     meaning: str
     is_numeric: bool = True
+    is_short: bool = False  # stays on one line
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,23 @@ class PageTable:
     name: str
     columns: Sequence[PageColumn]
     rows: Sequence[tuple[str, Sequence[PageCell]]]  # style and cells
+    caption: str = ""
+
+
+def build_table(
+    name: str, columns: Sequence[PageColumn], rows: Sequence[tuple[str, Sequence[PageCell]]]
+) -> PageTable:
+    """The table without columns in which nothing stands."""
+    kept = [at for at in range(len(columns)) if any(_says(cells[at]) for _, cells in rows)]
+    return PageTable(
+        name,
+        [columns[at] for at in kept],
+        [(style, [cells[at] for at in kept]) for style, cells in rows],
+    )
+
+
+def _says(cell: PageCell) -> bool:
+    return bool(cell.text or cell.notes)
 
 
 def number(value: float | None, digits: int = 4, *, is_signed: bool = False) -> PageCell:
@@ -107,16 +128,18 @@ class HeatMap:
     rows: Sequence[tuple[Sequence[str], Sequence[HeatCell]]]
 
 
-def build_heat_maps(report: Report) -> list[HeatMap]:
-    """A heat map for each grid, task and metric that has scores."""
-    maps = []
+def build_heat_maps(report: Report) -> tuple[list[HeatMap], list[HeatMap]]:
+    """A heat map for each grid, task and metric that has scores: of the main metrics, of others."""
+    main, others = [], []
     for grid, task in list_places(report):
         cells = [cell for cell in report.cells if (cell.grid, cell.task) == (grid, task)]
+        chosen = list_main_metrics(report, grid, task) or list(report.metrics[:1])
         for metric in report.metrics:
-            if any(cell.scores.get(metric.name) for cell in cells) or metric is report.metrics[0]:
+            maps = main if metric in chosen else others
+            if metric in chosen or any(cell.scores.get(metric.name) for cell in cells):
                 source = describe_source(report, grid, task)
                 maps.append(_build_heat_map(source, metric, cells))
-    return maps
+    return main, others
 
 
 def _build_heat_map(source: str, metric: Metric, cells: Sequence[Cell]) -> HeatMap:
@@ -193,7 +216,7 @@ def _build_heat_cell(
 # --- effects ---------------------------------------------------------------------------------
 
 _EFFECT_COLUMNS: Final = (
-    PageColumn("contrast", "The axis and its two values; the first is the reference.", False),
+    PageColumn("contrast", "The axis and its two values; the first is the reference.", False, True),
     PageColumn(
         "where",
         "The cells that it is of: the mean over pairs of cells that are equal in every other axis,"
@@ -205,14 +228,16 @@ _EFFECT_COLUMNS: Final = (
     PageColumn(
         "interval",
         "The confidence interval of the difference; the column `over` says for what it holds.",
-        False,
+        is_numeric=False,
+        is_short=True,
     ),
     PageColumn(
         "over",
         "What the interval generalises to. Seeds and rows: this recipe, on rows like these. Seeds:"
         " this recipe, on these very rows. Rows: these trained models only, no verdict on the"
         " recipe. Identical: the runs do not differ.",
-        False,
+        is_numeric=False,
+        is_short=True,
     ),
     PageColumn(
         "adjusted p",
@@ -245,15 +270,30 @@ _EFFECT_COLUMNS: Final = (
 )
 
 
-def build_effects_table(report: Report, chosen: Sequence[AxisEffects], name: str) -> PageTable:
-    """Every effect of these, with its interval and all that stands beside it."""
+def build_effects_table(
+    report: Report, chosen: Sequence[tuple[AxisEffects, Effect]], name: str
+) -> PageTable:
+    """These effects with their intervals and all that stands beside them."""
     rows = []
     several = len(list_places(report)) > 1
-    for effects in chosen:
+    for effects, effect in chosen:
         source = f" ({describe_source(report, effects.grid, effects.task)})" if several else ""
-        for effect in list_all(effects):
-            rows.append(_build_effect_row(effect, source))
-    return PageTable(name, _EFFECT_COLUMNS, rows)
+        rows.append(_build_effect_row(effect, source))
+    return _say_metric_once(build_table(name, _EFFECT_COLUMNS, rows), chosen)
+
+
+def _say_metric_once(
+    table: PageTable, chosen: Sequence[tuple[AxisEffects, Effect]]
+) -> PageTable:
+    """The table with its one metric as caption, where it has one."""
+    metrics = {(effect.metric.title, effect.metric.unit) for _, effect in chosen}
+    if len(metrics) != 1:
+        return table
+    [(title, unit)] = metrics
+    at = [column.title for column in table.columns].index("metric")
+    columns = [*table.columns[:at], *table.columns[at + 1 :]]
+    rows = [(style, [*cells[:at], *cells[at + 1 :]]) for style, cells in table.rows]
+    return PageTable(table.name, columns, rows, f"{title}, {unit}, on the test rows.")
 
 
 def _build_effect_row(effect: Effect, source: str) -> tuple[str, Sequence[PageCell]]:
@@ -337,7 +377,7 @@ def build_variance_table(chosen: Sequence[AxisEffects]) -> PageTable:
                 PageCell("" if one.kind == "identical" else f"more {helps}"),
             ]
             rows.append(("", cells))
-    return PageTable("variances", _VARIANCE_COLUMNS, rows)
+    return build_table("variances", _VARIANCE_COLUMNS, rows)
 
 
 # --- runs ------------------------------------------------------------------------------------
@@ -398,7 +438,7 @@ def build_runs_table(report: Report) -> PageTable:
             PageCell(_find_digest(row)),
         ]
         lines.append(("" if row.state == "completed" else "open", cells))
-    return PageTable("runs", columns, lines)
+    return build_table("runs", columns, lines)
 
 
 def _list_seeds(cell: Cell) -> Iterable[tuple[ReportRow, Any]]:
@@ -413,6 +453,79 @@ def _find_digest(row: ReportRow) -> str:
     if row.rules is None:
         return ""
     return derive_digest(row.recipe, dict(row.contents), row.rules)[:_HASH]
+
+
+# --- certificates ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PageCertificate:
+    """What was equal and what differed between two values of an axis."""
+
+    title: str
+    summary: str
+    table: PageTable
+
+
+_CERTIFICATE_COLUMNS: Final = (
+    PageColumn("fact", "A key of the recipes, or a fact that runs recorded.", False),
+    PageColumn("about", "What kind of fact it is.", False),
+    PageColumn(
+        "status",
+        "Equal: the same in every pair of runs. Differs: not in some pair. Not recorded: an older"
+        " run did not say, which is never taken for equal.",
+        False,
+    ),
+    PageColumn("first", "What the runs of the reference have.", False),
+    PageColumn("second", "What the runs of the other value have.", False),
+    PageColumn("explained by", "Why a difference is no surprise; blank: nothing explains it.", False),
+)
+
+
+def build_certificates(report: Report, chosen: Sequence[AxisEffects]) -> list[PageCertificate]:
+    """A certificate for each two values of an axis, those of declared contrasts first."""
+    found: dict[tuple[str, ...], PageCertificate] = {}
+    ranked = sorted(chosen, key=lambda one: not any(e.is_confirmatory for e in list_all(one)))
+    for effects in ranked:
+        sides = [
+            [
+                row
+                for row in report.rows
+                if (row.grid, row.task, row.state) == (effects.grid, effects.task, "completed")
+                and effects.axis in row.axes
+                and axis_key(row.axes[effects.axis]) == axis_key(value)
+            ]
+            for value in (effects.reference, effects.compared)
+        ]
+        source = describe_source(report, effects.grid, effects.task)
+        key = (source, describe_contrast(effects))
+        if key not in found and all(sides) and len(found) < MAX_CERTIFICATES:
+            one = build_certificate(sides[0], sides[1], effects.axis)
+            title = f"{describe_contrast(effects)}, {source}"
+            found[key] = _build_certificate(title, f"certificate-{len(found) + 1}", one)
+    return list(found.values())
+
+
+def _build_certificate(title: str, name: str, one: Certificate) -> PageCertificate:
+    numbers = Counter(line.status for line in one.lines)
+    summary = f"{numbers['equal']} equal, {numbers['differs']} differ"
+    summary += f", {numbers['not recorded']} not recorded; {len(one.pairs)} pairs of runs"
+    if one.unexplained:
+        summary += f"; not explained by the axis: {count(len(one.unexplained), 'difference')}"
+    lines = sorted(one.lines, key=lambda line: ("differs", "not recorded", "equal").index(line.status))
+    rows = []
+    for line in lines:
+        is_open = line.status == "differs" and line.explained_by is None
+        cells = [
+            PageCell(line.what),
+            PageCell(line.section),
+            PageCell(line.status),
+            PageCell(line.value_a),
+            PageCell(line.value_b),
+            PageCell(line.explained_by or ""),
+        ]
+        rows.append(("unexplained" if is_open else line.status.replace(" ", "-"), cells))
+    return PageCertificate(title, summary, build_table(name, _CERTIFICATE_COLUMNS, rows))
 
 
 # --- what differs ----------------------------------------------------------------------------
@@ -441,7 +554,7 @@ def build_differences_table(rows: Sequence[ReportRow]) -> PageTable:
             shown += [f"{left_out} other values"] if left_out else []
             axes = ", ".join(_find_axes(found)) if name != "training.seed" else SEED
             lines.append(("", [PageCell(name), PageCell("; ".join(shown)), PageCell(axes)]))
-    return PageTable("differences", _DIFFERENCE_COLUMNS, lines)
+    return build_table("differences", _DIFFERENCE_COLUMNS, lines)
 
 
 Getter = Callable[[ReportRow], str | None]
@@ -524,3 +637,17 @@ def build_equal_facts(rows: Sequence[ReportRow]) -> list[tuple[str, str]]:
         if len(values) == 1:
             equal.append((name, str(values.pop())))
     return equal
+
+
+# What the page says beside its tables
+TERMS: Final = (
+    ("cell", "Runs that are equal in all axes but the seed."),
+    ("seed", "`training.seed`: the unit of replication."),
+    ("arm", "One value of an axis, in one or more cells."),
+    ("row", "Start of the id of a test row: a hash of what it says."),
+    ("group", "What rows have in common that never stand in two splits."),
+    ("length", "Scored tokens of a row (bytes, for bits per byte)."),
+    ("base", "The base model's score of a row, before training."),
+    ("better", "The arm with the better score of this row."),
+    ("missing", "A run without a score; its cell is hatched, and nothing is put in its place."),
+)
