@@ -112,6 +112,25 @@ class AxisEffects:
     interactions: tuple[Interaction, ...]
     simple: Mapping[str, tuple[Effect, ...]]  # other axis -> one effect at each of its levels
     cells: tuple[Effect, ...]  # one effect for each pair of cells
+    # Dotted key -> number of pairs whose recipes differ there, the seed left out
+    recipe_differences: Mapping[str, int] = field(default_factory=dict)
+    unpaired: tuple[str, ...] = ()  # one reason for each cell without a pair
+    is_with_first_only: bool = False  # the axis has too many values to compare every two of them
+
+    @property
+    def main(self) -> tuple[Effect, ...]:
+        """The effects that answer whether the axis makes a difference: the mean over all cells;
+        where the axis depends on others, its effects at their levels; where there is no mean for
+        another reason, the first simple effects that all have a number; else the pairs of cells.
+        """
+        if self.pooled is not None and self.pooled.interval is not None:
+            return (self.pooled,)
+        if self.depends_on:
+            return tuple(effect for axis in self.depends_on for effect in self.simple[axis])
+        for effects in self.simple.values():
+            if all(effect.interval is not None for effect in effects):
+                return effects
+        return self.cells
 
     @property
     def shown(self) -> tuple[Effect, ...]:

@@ -119,8 +119,15 @@ class ReportRow:
 
     @cached_property
     def payload(self) -> Mapping[str, Any]:
-        """The part of its recipe that changes the experiment."""
-        return build_digest_payload(self.recipe)
+        """The part of its recipe that changes the experiment, without the seed of training."""
+        payload = build_digest_payload(self.recipe)
+        payload["training"].pop("seed", None)
+        return payload
+
+    @cached_property
+    def hash_without_seed(self) -> str:
+        """The same for two runs whose recipes differ in nothing but the seed of training."""
+        return hash_json(self.payload)
 
     def load_scores(self, model: Model) -> RowScores | None:
         """The scores of one model row by row; None where `why_no_scores` says why not."""

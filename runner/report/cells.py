@@ -1,0 +1,193 @@
+"""The cells of a report: runs that differ in nothing but the seed, and which cells are pairs along
+an axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runner.report.effects import SEED, Cell
+from runner.report.row_scores import BITS_PER_BYTE, NLL_PER_COMPLETION_TOKEN, NLL_PER_TOKEN
+from runner.report.rows import Model, ReportRow, Scores, axis_key, axis_text, list_axes, list_values
+
+
+def find_seed_axis(rows: Sequence[ReportRow]) -> str | None:
+    """The axis along which runs are repeated: it changes nothing in the recipes but
+    `training.seed`. None where there is no such axis; `seed` is preferred where several are.
+    """
+    axes = list_axes(rows)
+    found = [axis for axis in axes if _changes_only_the_seed(rows, axis)]
+    return next((axis for axis in found if axis == SEED), found[0] if found else None)
+
+
+def find_what_seeds_change(rows: Sequence[ReportRow]) -> list[str]:
+    """Sentences that say where an axis called `seed` is no repetition of runs."""
+    if SEED not in list_axes(rows) or find_seed_axis(rows) == SEED:
+        return []
+    return [
+        f"`{SEED}` changes more in the recipes than `training.seed`, so it counts as an axis like"
+        " any other and not as a repetition of runs"
+    ]
+
+
+def _changes_only_the_seed(rows: Sequence[ReportRow], axis: str) -> bool:
+    groups: dict[tuple[str, ...], list[ReportRow]] = {}
+    for row in rows:
+        if axis in row.axes:
+            groups.setdefault((row.grid, *_key_others(row.axes, axis)), []).append(row)
+    varied = [group for group in groups.values() if len(group) > 1]
+    if not varied:
+        return axis == SEED
+    pure = [group for group in varied if is_one_recipe(group)]
+    has_seeds = axis == SEED or any(len({row.seed for row in group}) > 1 for group in pure)
+    # One cell with a recipe of its own is refused by name, and is no reason to take seeds for arms
+    return has_seeds and 2 * len(pure) > len(varied)
+
+
+def is_one_recipe(runs: Sequence[ReportRow]) -> bool:
+    """True where the recipes differ in nothing but the seed of training."""
+    return len({row.hash_without_seed for row in runs}) <= 1
+
+
+def _key_others(axes: Mapping[str, Any], *left_out: str | None) -> tuple[str, ...]:
+    return tuple(
+        f"{name}={axis_key(value)}" for name, value in sorted(axes.items()) if name not in left_out
+    )
+
+
+def build_cells(rows: Sequence[ReportRow], seed_axis: str | None) -> list[Cell]:
+    """The cells of one grid, in the order of the rows."""
+    groups: dict[tuple[str, ...], list[ReportRow]] = {}
+    for row in rows:
+        key = (row.grid, row.task, *_key_others(row.axes, seed_axis))
+        groups.setdefault(key, []).append(row)
+    seeds = list_values(rows, seed_axis) if seed_axis is not None else []
+    return [_build_cell(runs, seed_axis, seeds) for runs in groups.values()]
+
+
+def _build_cell(runs: Sequence[ReportRow], seed_axis: str | None, seeds: Sequence[Any]) -> Cell:
+    by_seed: dict[str, list[ReportRow]] = {}
+    for row in runs:
+        by_seed.setdefault(axis_key(get_seed(row, seed_axis)), []).append(row)
+    scores: dict[str, dict[Any, float]] = {}
+    base_scores: dict[str, float] = {}
+    missing = []
+    for same in by_seed.values():
+        scored = [row for row in same if list_scores(row, "tuned")]
+        missing += [_say_why(row) for row in same if row not in scored]
+        if len(scored) > 1:
+            missing.append(f"{' and '.join(row.name for row in scored)} stand in the same cell")
+            continue
+        for row in scored:
+            for name, score in list_scores(row, "tuned").items():
+                scores.setdefault(name, {})[get_seed(row, seed_axis)] = score
+            for name, score in list_scores(row, "base").items():
+                base_scores.setdefault(name, score)
+    missing += [
+        f"there is no run with {seed_axis} {axis_text(seed)}"
+        for seed in seeds
+        if axis_key(seed) not in by_seed
+    ]
+    first = runs[0]
+    return Cell(
+        grid=first.grid,
+        task=first.task,
+        axes={name: value for name, value in first.axes.items() if name != seed_axis},
+        runs=tuple(runs),
+        scores=scores,
+        base_scores=base_scores,
+        missing=tuple(missing),
+    )
+
+
+def get_seed(row: ReportRow, seed_axis: str | None) -> Any:
+    """The number by which a cell tells its runs apart: the value of the axis, else the seed."""
+    return row.seed if seed_axis is None else row.axes.get(seed_axis, row.seed)
+
+
+def list_counted(cell: Cell, metric: str, seed_axis: str | None) -> list[ReportRow]:
+    """The runs of a cell that count for a metric, one for each seed."""
+    counted = {axis_key(seed) for seed in cell.scores.get(metric, {})}
+    return [
+        row
+        for row in cell.runs
+        if axis_key(get_seed(row, seed_axis)) in counted and metric in list_scores(row, "tuned")
+    ]
+
+
+def list_scores(row: ReportRow, model: Model) -> dict[str, float]:
+    """Every score of a model of a run, by the name of its metric."""
+    scores: Scores = row.tuned if model == "tuned" else row.base
+    found = {
+        NLL_PER_COMPLETION_TOKEN: scores.nll_per_completion_token,
+        NLL_PER_TOKEN: scores.nll_per_token,
+        BITS_PER_BYTE: scores.bits_per_byte,
+        **(row.answers[model].metrics if model in row.answers else {}),
+    }
+    return {name: score for name, score in found.items() if score is not None}
+
+
+def _say_why(row: ReportRow) -> str:
+    what = "has no test score" if row.state == "completed" else f"is {row.state}"
+    return f"{row.name} {what}"
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Two values of an axis: the pairs of cells, and a sentence for each cell without a pair."""
+
+    axis: str
+    reference: Any
+    compared: Any
+    pairs: tuple[tuple[Cell, Cell], ...]  # reference and compared
+    unpaired: tuple[tuple[str, str], ...]  # task and sentence
+
+
+def match_cells(cells: Iterable[Cell], axis: str, reference: Any, compared: Any) -> Matches:
+    """The pairs of cells that are equal in every other axis, whatever their tasks are."""
+    sides = {axis_key(reference): 0, axis_key(compared): 1}
+    found: dict[tuple[str, ...], list[list[Cell]]] = {}
+    for cell in cells:
+        if axis in cell.axes and (key := axis_key(cell.axes[axis])) in sides:
+            others = (cell.grid, *_key_others(cell.axes, axis))
+            found.setdefault(others, [[], []])[sides[key]].append(cell)
+    pairs, unpaired = [], []
+    for both in found.values():
+        first, second = ([cell for cell in side if cell.scores] for side in both)
+        if len(first) == 1 == len(second):
+            pairs.append((first[0], second[0]))
+        else:
+            task = (both[0] or both[1])[0].task
+            unpaired.append((task, _say_why_unpaired(axis, (reference, compared), both)))
+    return Matches(axis, reference, compared, tuple(pairs), tuple(unpaired))
+
+
+def _say_why_unpaired(axis: str, values: tuple[Any, Any], both: Sequence[Sequence[Cell]]) -> str:
+    reasons = []
+    for value, side in zip(values, both, strict=True):
+        if not side:
+            others = [name_runs(cell) for cell in both[0] or both[1]]
+            reasons.append(f"{' and '.join(others)} has no partner with {axis} {axis_text(value)}")
+        elif sum(bool(cell.scores) for cell in side) > 1:
+            names = " and ".join(name_runs(cell) for cell in side)
+            reasons.append(f"{names} stand in the same cell")
+        else:
+            reasons += [why for cell in side if not cell.scores for why in cell.missing]
+    return ", ".join(reasons)
+
+
+def name_runs(cell: Cell) -> str:
+    """The run of a cell, or its first one and how many more."""
+    more = len(cell.runs) - 1
+    return cell.runs[0].name + (f" (and {more} more)" if more else "")
+
+
+def describe_at(at: Mapping[str, Any]) -> str:
+    """Values of axes for people.
+
+    >>> describe_at({"model": "gemma", "num_train_samples": 60})
+    'model=gemma, num_train_samples=60'
+    """
+    return ", ".join(f"{axis}={axis_text(value)}" for axis, value in at.items())

@@ -1,0 +1,114 @@
+"""Contrasts that a grid declared before its first launch, and which effects they make confirmatory.
+
+A contrast counts for an effect where all runs of the effect recorded it at their first attempt. One
+that was declared, or changed, after a run had started leaves the effect exploratory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runner.report.rows import ReportRow, axis_key, axis_text, list_axes, list_values
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A contrast: `compared` against `reference` on an axis by a metric, equivalent within a margin
+    where one is stated.
+    """
+
+    axis: str
+    reference: Any
+    compared: Any
+    metric: str
+    margin: float | None
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """The same for two contrasts that differ in the margin at most."""
+        return self.axis, axis_key(self.reference), axis_key(self.compared), self.metric
+
+    def describe(self) -> str:
+        """The contrast as errors name it."""
+        return (
+            f"{self.axis}: {axis_text(self.reference)} to {axis_text(self.compared)}"
+            f" by {self.metric}"
+        )
+
+
+def read_declared(contrasts: Iterable[Any] | None) -> tuple[Declared, ...]:
+    """The contrasts of `run.declared` of a recipe."""
+    return tuple(
+        Declared(one.axis, one.from_, one.to, one.metric, one.margin) for one in contrasts or ()
+    )
+
+
+def list_declared(rows: Iterable[ReportRow]) -> list[Declared]:
+    """Every contrast that some run declares, as it stands today, or did at its first attempt."""
+    found: dict[Any, Declared] = {}
+    for row in rows:
+        for contrast in read_declared(row.declared_now) + read_declared(row.declared_then):
+            found.setdefault(contrast.key, contrast)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Whether a declared contrast is confirmatory for some runs, and why not."""
+
+    contrast: Declared
+    is_confirmatory: bool
+    why_exploratory: str = ""
+
+
+def judge(contrast: Declared, runs: Sequence[ReportRow]) -> Standing:
+    """The standing of a contrast for an effect over `runs`."""
+    late, other = [], []
+    for row in runs:
+        then = {one.key: one for one in read_declared(row.declared_then)}
+        if contrast.key not in then:
+            late.append(row)
+        elif then[contrast.key].margin != contrast.margin:
+            other.append(row)
+    if not late and not other:
+        return Standing(contrast, True)
+    row, what = (late[0], "declared") if late else (other[0], "declared with another margin")
+    known = [one for one in (late or other) if one.started_at_utc is not None]
+    row = min(known, key=lambda one: one.started_at_utc or "", default=row)
+    day = f" on {row.started_at_utc[:10]}" if row.started_at_utc is not None else ""
+    return Standing(contrast, False, f"{what} after {row.recipe.run.full_name} had started{day}")
+
+
+def find_undeclarable(
+    contrasts: Iterable[Declared], rows: Sequence[ReportRow], metrics: Iterable[str], grid: str
+) -> list[str]:
+    """Sentences on declared contrasts that name an axis, a value or a metric that no run has."""
+    axes, known = list_axes(rows), list(metrics)
+    warnings = []
+    for contrast in contrasts:
+        where = f"{grid} declares {contrast.describe()}"
+        if contrast.axis not in axes:
+            warnings.append(
+                f"{where}, and no run has the axis `{contrast.axis}`; there are: {', '.join(axes)}"
+            )
+            continue
+        values = list_values(rows, contrast.axis)
+        keys = {axis_key(value) for value in values}
+        lacking = [
+            axis_text(value)
+            for value in (contrast.reference, contrast.compared)
+            if axis_key(value) not in keys
+        ]
+        if lacking:
+            warnings.append(
+                f"{where}, and no run has {contrast.axis} {' or '.join(lacking)};"
+                f" there are: {', '.join(map(axis_text, values))}"
+            )
+        elif contrast.metric not in known:
+            warnings.append(
+                f"{where}, and no run has the metric `{contrast.metric}`; there are:"
+                f" {', '.join(known)}"
+            )
+    return warnings
