@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run
@@ -31,6 +31,9 @@ from runner.run.paths import (
     recipe_cache_path,
 )
 from runner.run.record import load_stored_recipe
+
+if TYPE_CHECKING:
+    from runner.report.effects import Report
 
 
 def run_init(arguments: argparse.Namespace) -> int:
@@ -234,6 +237,7 @@ def run_stop(arguments: argparse.Namespace) -> int:
 
 def run_report(arguments: argparse.Namespace) -> int:
     """`runner report`."""
+    has_pages = _require_page_targets(arguments)
     from runner.report.format import FORMATS
     from runner.report.rows import build_rows, name_other_base_scores
     from runner.report.statistics import build_comparisons
@@ -255,6 +259,10 @@ def run_report(arguments: argparse.Namespace) -> int:
         [found for root in sorted(roots) for found in find_other_base_scores(root)],
     )
     print(FORMATS[arguments.format](rows, build_comparisons(rows)), end="")
+    if has_pages:
+        from runner.report.build import build_report
+
+        _write_report_pages(arguments, build_report(rows))
     _warn_of_outdated(known)
     whys = [(lost.full_name, lost.why) for lost in unreadable]
     whys += [
@@ -265,6 +273,28 @@ def run_report(arguments: argparse.Namespace) -> int:
     for name, why in whys:
         print(f"warning: {name} is unreadable: {why}", file=sys.stderr)
     return 1 if whys else 0
+
+
+def _require_page_targets(arguments: argparse.Namespace) -> bool:
+    """True where a page, figures or pages of rows are asked for and can be written there."""
+    if not (arguments.html or arguments.rows or arguments.figures):
+        return False
+    from runner.report.html import require_targets
+
+    require_targets(arguments.html, arguments.rows, arguments.figures)
+    return True
+
+
+def _write_report_pages(arguments: argparse.Namespace, report: Report) -> None:
+    from runner.report.html import PageOptions, write_pages
+
+    options = PageOptions(
+        with_rows=not arguments.without_rows, source=" ".join(map(str, arguments.paths))
+    )
+    lines = write_pages(
+        report, options, page=arguments.html, figures=arguments.figures, rows=arguments.rows
+    )
+    print("\n".join(lines), file=sys.stderr)
 
 
 def _warn_of_outdated(known: KnownContents) -> None:

@@ -357,6 +357,24 @@ def _add_report_formats(report: argparse.ArgumentParser) -> None:
 
     names = list(FORMATS)
     report.add_argument("--format", choices=names, default=names[0])
+    _add_report_pages(report)
+
+
+def _add_report_pages(report: argparse.ArgumentParser) -> None:
+    report.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write the report as one web page"
+    )
+    report.add_argument(
+        "--rows", type=Path, metavar="DIR", help="a page of all test rows for each two arms"
+    )
+    report.add_argument(
+        "--figures", type=Path, metavar="DIR", help="the figures of the page as PDF"
+    )
+    report.add_argument(
+        "--without-rows",
+        action="store_true",
+        help="leave prompts, references and answers out of all pages",
+    )
 
 
 def _add_model_verbs(verbs: Any) -> None:

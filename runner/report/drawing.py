@@ -110,11 +110,11 @@ class Drawing:
 def drawing_figure(width: float, height: float) -> Iterator[Figure]:
     """A new figure of so many inches, to be drawn under the settings of all figures."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with _settings(""):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, wspace=0.03, hspace=0.04)
-        yield figure
+        layout: Any = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.03, hspace=0.04)
+        yield Figure(figsize=(width, height), layout=layout)
 
 
 def label(text: str, width: int = _MAX_LABEL) -> str:

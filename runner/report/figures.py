@@ -60,7 +60,7 @@ Item = TypeVar("Item")
 
 def draw_forests(report: Report) -> list[Drawing]:
     """Effects with their intervals, one figure for each grid, task and metric."""
-    drawings = []
+    drawings: list[Drawing] = []
     for grid, task in list_places(report):
         by_metric: dict[str, list[AxisEffects]] = {}
         for effects in choose_effects(report, grid, task):
@@ -167,7 +167,7 @@ class _Panel:
 
 def draw_interactions(report: Report) -> list[Drawing]:
     """Each pair of axes: the score along one, a line for each value of the other."""
-    drawings = []
+    drawings: list[Drawing] = []
     for grid, task in list_places(report):
         cells = [cell for cell in report.cells if (cell.grid, cell.task) == (grid, task)]
         for metric in list_main_metrics(report, grid, task):
@@ -255,7 +255,8 @@ def _draw_panels(
     return Drawing(
         name,
         f"Interactions: {metric.title}, {source}",
-        f"Lines of mean scores: {label('; '.join(pairs), 300)}. The table of cells has the numbers.",
+        f"Lines of mean scores: {label('; '.join(pairs), 300)}. The table of cells has the"
+        " numbers.",
         caption,
         figure,
     )
@@ -286,7 +287,8 @@ def _draw_panel(axes: Any, panel: _Panel, metric: Metric) -> None:
     facet = label(describe_axes(panel.facet), 38)
     axes.set_title(f"{facet}\n" if facet else "", fontweight="normal")
     if panel.p is not None:
-        axes.set_title(f"interaction p = {panel.p:.3f}", loc="right", fontsize=7.5, fontweight="normal", color=MUTED)
+        style = {"fontsize": 7.5, "fontweight": "normal", "color": MUTED}
+        axes.set_title(f"interaction p = {panel.p:.3f}", loc="right", **style)
     axes.legend(title=label(panel.lines, 24), title_fontsize=8, fontsize=8, handlelength=1.8)
 
 
@@ -375,7 +377,8 @@ def _draw_curve_figure(
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     handles: dict[str, Any] = {}
-    metrics = list(dict.fromkeys(name_curve_metric(run) for _, _, those in panels for _, _, run in those))
+    runs = [run for _, _, those in panels for _, _, run in those]
+    metrics = list(dict.fromkeys(map(name_curve_metric, runs)))
     with drawing_figure(_WIDTH if columns > 1 else 5.2, 0.6 + 2.0 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for axes, (_, facet, curves) in zip(grid.flat, panels, strict=False):
@@ -390,7 +393,6 @@ def _draw_curve_figure(
             axes.set_xlabel("optimizer step")
         texts = [label(text, 30) for text in handles]
         figure.legend(list(handles.values()), texts, loc="outside lower center", ncols=4)
-    runs = [run for _, _, those in panels for _, _, run in those]
     stopped = sum(run.stop_reason == "early_stopping" for run in runs)
     last = sum(run.best_step is not None and run.best_step == run.num_steps for run in runs)
     caption = "One line per run. Dot: its best step, which is the model that is tested. Cross:"
@@ -427,7 +429,7 @@ def _draw_curve(axes: Any, number: int, run: ReportRow) -> Any:
 
 def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
     """The score of each test row under two arms, a panel for each comparison."""
-    drawings = []
+    drawings: list[Drawing] = []
     shown = comparisons[:MAX_SCATTERS]
     for chunk in split_by_metric(shown):
         columns = min(3, len(chunk))

@@ -25,9 +25,16 @@ from markupsafe import Markup, escape
 from runner.errors import RefusedError, escape_controls
 from runner.files import write_bytes_atomic, write_text_atomic
 from runner.report.drawing import Drawing
-from runner.report.effects import SEED, Report
+from runner.report.effects import Report
 from runner.report.figures import draw_curves, draw_forests, draw_interactions, draw_scatters
-from runner.report.labels import choose_effects, count, count_states, list_all, list_places
+from runner.report.labels import (
+    choose_effects,
+    count,
+    count_states,
+    list_all,
+    list_cell_axes,
+    list_places,
+)
 from runner.report.page_parts import (
     TERMS,
     PageTable,
@@ -41,6 +48,7 @@ from runner.report.page_parts import (
 )
 from runner.report.row_pages import RowComparison, RowTexts, TextSource, build_row_comparisons
 from runner.report.rows import axis_text, list_axes, list_values
+from runner.text import format_bytes
 
 MAX_PAGE_BYTES: Final = 2_400_000  # after which no more rows are added
 MAX_ROWS_IN_PAGE: Final = 40  # of one comparison: the others are in its own page
@@ -76,13 +84,12 @@ def build_page(report: Report, options: PageOptions = PageOptions()) -> Page:
         "curves": draw_curves(report),
         "scatters": draw_scatters(comparisons),
     }
-    chosen = [
-        effects for grid, task in list_places(report) for effects in choose_effects(report, grid, task)
-    ]
+    chosen = [one for place in list_places(report) for one in choose_effects(report, *place)]
     main = [(effects, effect) for effects in chosen for effect in effects.shown]
     shown = {id(effect) for _, effect in main} | {id(effects) for effects in chosen}
     single = [(one, effect) for one in chosen for effect in one.cells if id(effect) not in shown]
-    other = [(one, each) for one in report.effects if id(one) not in shown for each in list_all(one)]
+    others = [effects for effects in report.effects if id(effects) not in shown]
+    other = [(effects, effect) for effects in others for effect in list_all(effects)]
     grids = list(dict.fromkeys(row.grid for row in report.rows))
     heat_maps, other_heat_maps = build_heat_maps(report)
     context: dict[str, Any] = {
@@ -120,69 +127,72 @@ def build_page(report: Report, options: PageOptions = PageOptions()) -> Page:
     return Page(html, [one for those in figures.values() for one in those], comparisons)
 
 
-def write_page(
+def write_pages(
     report: Report,
-    path: Path,
     options: PageOptions = PageOptions(),
     *,
-    figures_dir: Path | None = None,
-    rows_dir: Path | None = None,
-) -> list[Path]:
-    """Write the page, and where asked the figures as PDF and a page of all rows for each
-    comparison; returns what was written.
+    page: Path | None = None,
+    figures: Path | None = None,
+    rows: Path | None = None,
+) -> list[str]:
+    """Write the page, the figures as PDF and a page of all rows for each comparison, where each is
+    asked for; returns a line for each that says where it is.
 
     Raises:
-        RefusedError: a folder has the page's name, or a file that of a folder.
+        RefusedError: something else has one of the names, or the folder cannot be written in.
     """
-    require_targets(path, figures_dir, rows_dir)
-    page = build_page(report, options)
-    written = [path]
-    write_text_atomic(path, page.html)
-    return [*written, *write_figures(page, figures_dir), *write_row_pages(page, rows_dir, options)]
+    require_targets(page, figures, rows)
+    built = build_page(report, options)
+    lines = []
+    try:
+        if page is not None:
+            write_text_atomic(page, built.html)
+            lines.append(f"page: {page} ({format_bytes(len(built.html.encode()))})")
+        if figures is not None:
+            for drawing in built.drawings:
+                write_bytes_atomic(figures / f"{drawing.name}.pdf", drawing.as_pdf())
+            lines.append(f"figures: {count(len(built.drawings), 'PDF')} in {figures}")
+        if rows is not None:
+            texts = TextSource()
+            for name, one in name_comparisons(built.comparisons).items():
+                write_text_atomic(rows / name, _render_comparison(one, texts, options))
+            lines.append(f"rows: {count(len(built.comparisons), 'page')} in {rows}")
+    except OSError as error:
+        raise RefusedError(f"cannot write {error.filename}: {error.strerror}") from None
+    return lines
 
 
-def require_targets(path: Path | None, *folders: Path | None) -> None:
+def require_targets(page: Path | None, *folders: Path | None) -> None:
     """Raises: RefusedError, where something else has a name that is to be written."""
-    if path is not None and path.is_dir():
+    if page is not None and page.is_dir():
         raise RefusedError(
-            f"{path} is a folder, and the page is one file", hint=f"--html {path / 'report.html'}"
+            f"{page} is a folder, and the page is one file", hint=f"--html {page / 'report.html'}"
         )
-    for parent in [path.parent] if path is not None else []:
-        if parent.exists() and not parent.is_dir():
-            raise RefusedError(f"{parent} is a file, so nothing can be written in it")
-    for folder in folders:
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise RefusedError(f"{folder} is a file, expected a folder or a new name")
+    parents = [page.parent] if page is not None else []
+    for folder in [*parents, *(one for one in folders if one is not None)]:
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+        if not there.is_dir():
+            raise RefusedError(f"{there} is a file, so there can be no folder {folder}")
 
 
-def write_figures(page: Page, folder: Path | None) -> list[Path]:
-    """Each figure of a page as PDF, by its name."""
-    if folder is None:
-        return []
-    paths = []
-    for drawing in page.drawings:
-        paths.append(folder / f"{drawing.name}.pdf")
-        write_bytes_atomic(paths[-1], drawing.as_pdf())
-    return paths
+def name_comparisons(comparisons: Sequence[RowComparison]) -> dict[str, RowComparison]:
+    """A file name for the page of each comparison, in order."""
+    width = len(str(len(comparisons)))
+    named = {}
+    for number, one in enumerate(comparisons, start=1):
+        words = re.sub(r"[^A-Za-z0-9]+", "-", hide_paths(one.title[:MAX_CELL]))[:80].strip("-")
+        named[f"{number:0{width}}-{words}.html"] = one
+    return named
 
 
-def write_row_pages(page: Page, folder: Path | None, options: PageOptions) -> list[Path]:
-    """One page for each comparison, with all of its rows."""
-    if folder is None:
-        return []
-    texts = TextSource()
-    paths = []
-    width = len(str(len(page.comparisons)))
-    for number, one in enumerate(page.comparisons, start=1):
-        found = texts.find(one) if options.with_rows else {}
-        rows = Markup("").join(
-            _render_row(one, at, found.get(one.row_ids[at]), MAX_TEXT_ALONE) for at in one.order
-        )
-        context = {"one": one, "rows": rows, "options": options, "title": one.title}
-        name = re.sub(r"[^A-Za-z0-9]+", "-", hide_paths(one.title))[:80].strip("-")
-        paths.append(folder / f"{number:0{width}}-{name}.html")
-        write_text_atomic(paths[-1], _render("rows.html.j2", context))
-    return paths
+def _render_comparison(one: RowComparison, texts: TextSource, options: PageOptions) -> str:
+    """The page of one comparison, with all of its rows."""
+    found = texts.find(one) if options.with_rows else {}
+    rows = "".join(
+        _render_row(one, at, found.get(one.row_ids[at]), MAX_TEXT_ALONE) for at in one.order
+    )
+    context = {"one": one, "rows": Markup(rows), "options": options, "title": one.title}
+    return _render("rows.html.j2", context)
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -382,8 +392,7 @@ def _describe_axes(report: Report) -> list[tuple[str, str]]:
 
 def _ask(report: Report, grids: Sequence[str]) -> str:
     """The question that the grid asks, in words."""
-    axes = [axis for axis in list_axes(report.rows) if axis != SEED]
-    several = [axis for axis in axes if len(list_values(report.rows, axis)) > 1]
+    several = list(list_cell_axes(report.cells))
     seeds = [len({run.seed for run in cell.runs}) for cell in report.cells]
     words = f"{'Grids' if len(grids) > 1 else 'Grid'} {', '.join(grids)}: what do "
     words += f"{join_words(several) or 'the runs'} change?"
@@ -409,7 +418,9 @@ def join_words(words: Sequence[str]) -> str:
 def _list_commands(grids: Sequence[str], options: PageOptions) -> list[str]:
     """The commands that lead to the same page."""
     rows = "" if options.with_rows else " --without-rows"
-    lines = [line for grid in grids for line in (f"runner render {grid}", f"runner sweep recipes/{grid}")]
+    lines = []
+    for grid in grids:
+        lines += [f"runner render {grid}", f"runner sweep recipes/{grid}"]
     source = options.source or " ".join(f"runs/{grid}" for grid in grids)
     return [*lines, f"runner report {source} --html report.html{rows}"]
 

@@ -1,4 +1,5 @@
-"""The tables of a page: cells as heat maps, effects, variances, runs, and what differs between runs.
+"""The tables of a page: cells as heat maps, effects, variances, runs, certificates, and what differs
+between runs.
 
 Texts are plain here; the page escapes them. Each column brings its definition with it, so that the
 page can define every one.
@@ -15,12 +16,12 @@ from statistics import fmean, stdev
 from typing import Any, Final
 
 from runner.recipe.identity import derive_digest
+from runner.report.cells import find_seed_axis, get_seed, list_counted
 from runner.report.compare import Certificate, build_certificate
 from runner.report.effects import SEED, AxisEffects, Cell, Effect, Metric, Report
 from runner.report.labels import (
     count,
     decimal,
-    describe_axes,
     describe_contrast,
     describe_place,
     describe_source,
@@ -130,7 +131,8 @@ class HeatMap:
 
 def build_heat_maps(report: Report) -> tuple[list[HeatMap], list[HeatMap]]:
     """A heat map for each grid, task and metric that has scores: of the main metrics, of others."""
-    main, others = [], []
+    main: list[HeatMap] = []
+    others: list[HeatMap] = []
     for grid, task in list_places(report):
         cells = [cell for cell in report.cells if (cell.grid, cell.task) == (grid, task)]
         chosen = list_main_metrics(report, grid, task) or list(report.metrics[:1])
@@ -168,7 +170,8 @@ def _build_heat_map(source: str, metric: Metric, cells: Sequence[Cell]) -> HeatM
             line.append(_build_heat_cell(metric, find_cell(cells, point), models, ranges))
         rows.append(([axis_text(value) for value in chosen], line))
     better = "lower" if metric.mode == "min" else "higher"
-    note = f"In {metric.unit}; {better} is better, and darker. Mean ± standard deviation over seeds."
+    note = f"In {metric.unit}; {better} is better, and darker. Mean ± standard deviation over"
+    note += " seeds."
     if models:
         note += f" Shades compare within one value of {', '.join(models)} only: another tokenizer"
         note += " counts other tokens."
@@ -282,9 +285,7 @@ def build_effects_table(
     return _say_metric_once(build_table(name, _EFFECT_COLUMNS, rows), chosen)
 
 
-def _say_metric_once(
-    table: PageTable, chosen: Sequence[tuple[AxisEffects, Effect]]
-) -> PageTable:
+def _say_metric_once(table: PageTable, chosen: Sequence[tuple[AxisEffects, Effect]]) -> PageTable:
     """The table with its one metric as caption, where it has one."""
     metrics = {(effect.metric.title, effect.metric.unit) for _, effect in chosen}
     if len(metrics) != 1:
@@ -388,12 +389,7 @@ def build_runs_table(report: Report) -> PageTable:
     rows = report.rows
     axes = list_axes(rows)
     several = len({row.grid for row in rows}) > 1
-    scores = {
-        (id(run), metric.name): cell.scores.get(metric.name, {}).get(seed)
-        for cell in report.cells
-        for metric in report.metrics
-        for run, seed in _list_seeds(cell)
-    }
+    scores = _list_scores(report)
     columns = [PageColumn("run", "The run's name.", False)]
     columns += [PageColumn("grid", "The grid that the run belongs to.", False)] if several else []
     columns += [
@@ -411,7 +407,7 @@ def build_runs_table(report: Report) -> PageTable:
         PageColumn("updates", "Optimizer steps that were taken."),
         PageColumn("trained tokens", "Tokens with a label, over all updates."),
         PageColumn("stopped by", "Why training ended.", False),
-        PageColumn("digest", "Start of the recipe's digest: equal digests, equal experiments.", False),
+        PageColumn("digest", "Start of the recipe's digest: equal, the same experiment.", False),
     ]
     lines = []
     for row in rows:
@@ -441,12 +437,18 @@ def build_runs_table(report: Report) -> PageTable:
     return build_table("runs", columns, lines)
 
 
-def _list_seeds(cell: Cell) -> Iterable[tuple[ReportRow, Any]]:
-    """Each run of a cell with the key of its scores."""
-    for run in cell.runs:
-        seeds = [run.axes.get(SEED), run.seed]
-        known = [seed for those in cell.scores.values() for seed in those]
-        yield run, next((seed for seed in seeds if seed in known), None)
+def _list_scores(report: Report) -> dict[tuple[int, str], float]:
+    """The score of each run by each metric, by the identity of its row."""
+    seed_axes = {
+        grid: find_seed_axis([row for row in report.rows if row.grid == grid])
+        for grid in {row.grid for row in report.rows}
+    }
+    scores = {}
+    for cell in report.cells:
+        for metric, known in cell.scores.items():
+            for run in list_counted(cell, metric, seed_axes[cell.grid]):
+                scores[id(run), metric] = known[get_seed(run, seed_axes[cell.grid])]
+    return scores
 
 
 def _find_digest(row: ReportRow) -> str:
@@ -478,7 +480,7 @@ _CERTIFICATE_COLUMNS: Final = (
     ),
     PageColumn("first", "What the runs of the reference have.", False),
     PageColumn("second", "What the runs of the other value have.", False),
-    PageColumn("explained by", "Why a difference is no surprise; blank: nothing explains it.", False),
+    PageColumn("explained by", "Why a difference is no surprise; blank: nothing does.", False),
 )
 
 
@@ -512,9 +514,9 @@ def _build_certificate(title: str, name: str, one: Certificate) -> PageCertifica
     summary += f", {numbers['not recorded']} not recorded; {len(one.pairs)} pairs of runs"
     if one.unexplained:
         summary += f"; not explained by the axis: {count(len(one.unexplained), 'difference')}"
-    lines = sorted(one.lines, key=lambda line: ("differs", "not recorded", "equal").index(line.status))
+    order = ("differs", "not recorded", "equal")
     rows = []
-    for line in lines:
+    for line in sorted(one.lines, key=lambda line: order.index(line.status)):
         is_open = line.status == "differs" and line.explained_by is None
         cells = [
             PageCell(line.what),
@@ -591,6 +593,15 @@ def _list_facts(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
 
         return read
 
+    def entry(field: str, *keys: str) -> Getter:
+        def find(row: ReportRow) -> Any:
+            value = getattr(row, field)
+            for key in keys:
+                value = (value or {}).get(key)
+            return value
+
+        return fact(find)
+
     commits = dict.fromkeys(key for row in rows for key in row.commits)
     versions = dict.fromkeys(key for row in rows for key in row.versions)
     splits = dict.fromkeys(split for row in rows for split in row.split_hashes)
@@ -603,12 +614,12 @@ def _list_facts(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
         ("order of rows", fact(lambda row: row.row_order_hash)),
         ("rules of rows and masks", fact(lambda row: row.rules)),
         *(
-            (f"{split} rows: {name}", fact(lambda row, s=split, n=name: row.split_hashes.get(s, {}).get(n)))
+            (f"{split} rows: {name}", entry("split_hashes", split, name))
             for split in splits
             for name in hashes
         ),
-        *((f"commit of {key}", fact(lambda row, k=key: row.commits.get(k))) for key in commits),
-        *((f"version of {key}", fact(lambda row, k=key: row.versions.get(k))) for key in versions),
+        *((f"commit of {key}", entry("commits", key)) for key in commits),
+        *((f"version of {key}", entry("versions", key)) for key in versions),
         ("source of the runner", fact(lambda row: row.source_hash)),
         ("version of the runner", fact(lambda row: row.runner_version)),
     ]

@@ -1,5 +1,5 @@
-"""Two arms row against row: which test rows each wins, by length, group and base difficulty, and the
-texts of a row beside each other.
+"""Two arms row against row: which test rows each wins, by length, group and base difficulty, and
+the texts of a row beside each other.
 
 A comparison is of two cells of runs that differ in one axis; a row's score under an arm is the mean
 over the seeds of its cell. Texts are what the runs recorded (answers, references) and what their
@@ -28,7 +28,7 @@ from runner.report.labels import (
     describe_source,
     list_places,
 )
-from runner.report.row_scores import Floats, RowScores
+from runner.report.row_scores import Floats
 from runner.report.rows import Model, ReportRow, axis_text
 
 NUM_BINS: Final = 4  # of lengths and difficulties
@@ -102,7 +102,7 @@ class RowComparison:
     @cached_property
     def order(self) -> list[int]:
         """Positions of rows by the size of their difference, the largest first."""
-        return np.argsort(-np.abs(self.differences), kind="stable").tolist()
+        return [int(at) for at in np.argsort(-np.abs(self.differences), kind="stable")]
 
     def list_parts(self) -> list[tuple[str, list[Part]]]:
         """The rows by length, by base difficulty and, where rows share groups, by group."""
@@ -163,20 +163,30 @@ def build_row_comparisons(report: Report) -> list[RowComparison]:
     return sorted(found.values(), key=lambda one: not one.is_declared)
 
 
+@dataclass(frozen=True, eq=False)
+class _MeanScores:
+    """The mean score of each row over the runs of a cell, NaN for a row without units."""
+
+    row_ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    means: Floats
+    units: Floats
+
+
 class _CellScores:
     """Mean scores of rows over the runs of a cell, each computed once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, Model, str], tuple[RowScores, Floats, Floats] | None] = {}
+        self._known: dict[tuple[int, Model, str], _MeanScores | None] = {}
 
-    def find(self, cell: Cell, model: Model, metric: str) -> tuple[RowScores, Floats, Floats] | None:
-        """Ids and groups, the mean score of each row, its units; rows without units are NaN."""
+    def find(self, cell: Cell, model: Model, metric: str) -> _MeanScores | None:
+        """None where a run has no scores of rows, or other rows than another one."""
         key = (id(cell), model, metric)
         if key not in self._known:
             self._known[key] = self._load(cell, model, metric)
         return self._known[key]
 
-    def _load(self, cell: Cell, model: Model, metric: str) -> tuple[RowScores, Floats, Floats] | None:
+    def _load(self, cell: Cell, model: Model, metric: str) -> _MeanScores | None:
         loaded = [run.load_scores(model) for run in cell.runs if run.state == "completed"]
         scores = [one for one in loaded if one is not None and metric in one.sums]
         if not scores or any(one.row_ids != scores[0].row_ids for one in scores):
@@ -184,7 +194,8 @@ class _CellScores:
         units = scores[0].units[metric]
         total = np.mean([one.sums[metric] for one in scores], axis=0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return scores[0], np.where(units > 0, total / units, np.nan), units
+            means = np.where(units > 0, total / units, np.nan)
+        return _MeanScores(scores[0].row_ids, scores[0].groups, means, units)
 
 
 def _compare(
@@ -194,16 +205,16 @@ def _compare(
     first, second = (scores.find(cell, "tuned", metric) for cell in pair)
     if first is None or second is None:
         return None
-    positions = {row_id: at for at, row_id in enumerate(second[0].row_ids)}
-    reference, units = first[1], first[2]
-    places = np.array([positions.get(row_id, -1) for row_id in first[0].row_ids], dtype=int)
-    compared = np.where(places >= 0, second[1][places], np.nan)
+    positions = {row_id: at for at, row_id in enumerate(second.row_ids)}
+    reference = first.means
+    places = np.array([positions.get(row_id, -1) for row_id in first.row_ids], dtype=int)
+    compared = np.where(places >= 0, second.means[places], np.nan)
     kept = np.flatnonzero(np.isfinite(reference) & np.isfinite(compared))
     if not len(kept):
         return None
     base = scores.find(pair[0], "base", metric)
-    is_same = base is not None and base[0].row_ids == first[0].row_ids
-    base_scores = base[1] if base is not None and is_same else np.full(len(reference), np.nan)
+    is_same = base is not None and base.row_ids == first.row_ids
+    base_scores = base.means if base is not None and is_same else np.full(len(reference), np.nan)
     others = {axis: value for axis, value in pair[0].axes.items() if axis != effect.axis}
     place = describe_axes(others)
     return RowComparison(
@@ -216,9 +227,9 @@ def _compare(
         compared_name=axis_text(effect.compared),
         reference_cell=pair[0],
         compared_cell=pair[1],
-        row_ids=tuple(first[0].row_ids[at] for at in kept),
-        groups=tuple(first[0].groups[at] for at in kept),
-        units=units[kept],
+        row_ids=tuple(first.row_ids[at] for at in kept),
+        groups=tuple(first.groups[at] for at in kept),
+        units=first.units[kept],
         base_scores=base_scores[kept],
         reference_scores=reference[kept],
         compared_scores=compared[kept],
@@ -244,10 +255,11 @@ class TextSource:
         for row_id in one.row_ids:
             given = {name: rows[row_id] for name, rows in answers.items() if row_id in rows}
             row = texts.get(row_id, RowTexts())
-            for answer in given.values():
-                row = replace(row, references=_read_texts(answer.get("references")))
-            row = replace(row, **{name: str(answer["prediction"]) for name, answer in given.items()})
-            found[row_id] = row
+            references = [_read_texts(answer.get("references")) for answer in given.values()]
+            said = {name: str(answer["prediction"]) for name, answer in given.items()}
+            found[row_id] = RowTexts(
+                row.prompt, references[0] if references else row.references, **said
+            )
         return found
 
     def _load_answers(self, cell: Cell, model: Model) -> dict[str, Mapping[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -21,11 +20,12 @@ from runner.run.paths import RunPaths
 from runner.run.record import GenerationScore
 from tests.support.reports import make_recipe
 
-NLL = Metric("nll_per_completion_token", "NLL per completion token", "nats per completion token", "min")
-ACCURACY = Metric("accuracy", "accuracy", "share of rows", "max", is_of_answers=True)
+NLL = Metric(
+    "nll_per_completion_token", "NLL per completion token", "nats per completion token", "min"
+)
 
 
-def write_data(path: Path, num_rows: int, text: str = "What is {}?", answer: str = "It is {}.") -> Path:
+def write_data(path: Path, num_rows: int, text: str, answer: str = "It is {}.") -> Path:
     """Rows of prompts and answers."""
     rows = []
     for number in range(num_rows):
@@ -123,8 +123,9 @@ def write_scores(
             nll = max(0.05, level + own + drawn.gauss(0, 0.12)) * count
             total, tokens = total + nll, tokens + count
             scores = {"completion_nll_sum": nll, "template_nll_sum": 0.1, "nll_sum": nll * 3}
-            counts = {"num_completion_tokens": count, "num_tokens": 3 * count, "num_bytes": 4 * count}
-            rows.append({"model": model, "row_id": row_id, "group": f"g{number % 6}", **scores, **counts})
+            counts = {"num_tokens": 3 * count, "num_completion_tokens": count, "num_bytes": count}
+            row = {"model": model, "row_id": row_id, "group": f"g{number % 6}"}
+            rows.append({**row, **scores, **counts})
         found[model] = total / tokens
     write_jsonl_atomic(paths.eval_rows_path, rows)
     return found
@@ -281,8 +282,3 @@ def make_report(
         verdicts=tuple(verdicts),
         warnings=("`count` changes the number of updates: 32 and 92.",),
     )
-
-
-def as_json(value: Any) -> str:
-    """For looking at a page's data in a test's message."""
-    return json.dumps(value, default=str)
