@@ -91,18 +91,25 @@ class Drawing:
 
     def as_svg(self) -> str:
         """The figure as an inline element of a page, its colours as classes."""
-        stream = io.BytesIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        with _settings(self.name):
-            self.figure.savefig(stream, format="svg", metadata=nothing, transparent=True)
-        return _adapt_to_page(stream.getvalue().decode(), self.title, self.alternative)
+        content = self._save(format="svg", metadata=nothing, transparent=True)
+        return _adapt_to_page(content.decode(), self.title, self.alternative)
 
     def as_pdf(self) -> bytes:
         """The figure for a paper."""
+        nothing = {
+            "CreationDate": None,
+            "Creator": None,
+            "Producer": None,
+            "Title": label(self.title),
+        }
+        return self._save(format="pdf", metadata=nothing)
+
+    def _save(self, **how: Any) -> bytes:
         stream = io.BytesIO()
-        nothing = {"CreationDate": None, "Creator": None, "Producer": None, "Title": self.title}
         with _settings(self.name):
-            self.figure.savefig(stream, format="pdf", metadata=nothing)
+            self.figure.savefig(stream, **how)
+        self.figure.set_layout_engine("none")  # another pass would move everything by a hair
         return stream.getvalue()
 
 

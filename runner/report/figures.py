@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any, Final, TypeVar
 
 from runner.errors import CorruptFileError
+from runner.report.contrasts import build_metric
 from runner.report.drawing import (
     BAND,
     GREYED,
@@ -378,7 +379,7 @@ def _draw_curve_figure(
     rows = -(-len(panels) // columns)
     handles: dict[str, Any] = {}
     runs = [run for _, _, those in panels for _, _, run in those]
-    metrics = list(dict.fromkeys(map(name_curve_metric, runs)))
+    metrics = list(dict.fromkeys(build_metric(name_curve_metric(run), {}).title for run in runs))
     with drawing_figure(_WIDTH if columns > 1 else 5.2, 0.6 + 2.0 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for axes, (_, facet, curves) in zip(grid.flat, panels, strict=False):
@@ -388,7 +389,7 @@ def _draw_curve_figure(
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for row in grid:
-            row[0].set_ylabel(label(" or ".join(metrics), 36))
+            row[0].set_ylabel(label(" or ".join(metrics), 34))
         for axes in grid[-1]:
             axes.set_xlabel("optimizer step")
         texts = [label(text, 30) for text in handles]

@@ -27,6 +27,7 @@ from runner.files import write_bytes_atomic, write_text_atomic
 from runner.report.drawing import Drawing
 from runner.report.effects import Report
 from runner.report.figures import draw_curves, draw_forests, draw_interactions, draw_scatters
+from runner.report.heat_maps import build_heat_maps
 from runner.report.labels import (
     choose_effects,
     count,
@@ -42,7 +43,6 @@ from runner.report.page_parts import (
     build_differences_table,
     build_effects_table,
     build_equal_facts,
-    build_heat_maps,
     build_runs_table,
     build_variance_table,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -52,7 +53,8 @@ def make_row(
     num_test: int = 40,
 ) -> ReportRow:
     """A run whose files say what a real one's do, with scores that `shift` moves."""
-    name = "_".join(str(value).replace("/", "-")[:20] for value in axes.values())
+    words = (re.sub(r"[^A-Za-z0-9]+", "-", str(value))[-20:] for value in axes.values())
+    name = "_".join(words).strip("-_")
     recipe = make_recipe(
         name,
         axes,
