@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from runner.run.record import load_stored_recipe
 
 if TYPE_CHECKING:
     from runner.report.effects import Report
+    from runner.report.rows import ReportRow
 
 
 def run_init(arguments: argparse.Namespace) -> int:
@@ -238,9 +240,9 @@ def run_stop(arguments: argparse.Namespace) -> int:
 def run_report(arguments: argparse.Namespace) -> int:
     """`runner report`."""
     has_pages = _require_page_targets(arguments)
+    from runner.report.build import build_report
     from runner.report.format import FORMATS
     from runner.report.rows import build_rows, name_other_base_scores
-    from runner.report.statistics import build_comparisons
 
     unreadable: list[UnreadableRun] = []
     selected = _select(arguments, arguments.paths, unreadable)
@@ -258,11 +260,12 @@ def run_report(arguments: argparse.Namespace) -> int:
         build_rows(runs),
         [found for root in sorted(roots) for found in find_other_base_scores(root)],
     )
-    print(FORMATS[arguments.format](rows, build_comparisons(rows)), end="")
+    _require_metrics(arguments.metric, rows)
+    report = build_report(rows, metrics=arguments.metric, rows_fixed=arguments.rows_fixed)
+    print(FORMATS[arguments.format](report), end="")
     if has_pages:
-        from runner.report.build import build_report
-
-        _write_report_pages(arguments, build_report(rows))
+        _write_report_pages(arguments, report)
+    _point_at_changed(rows, selected)
     _warn_of_outdated(known)
     whys = [(lost.full_name, lost.why) for lost in unreadable]
     whys += [
@@ -273,6 +276,35 @@ def run_report(arguments: argparse.Namespace) -> int:
     for name, why in whys:
         print(f"warning: {name} is unreadable: {why}", file=sys.stderr)
     return 1 if whys else 0
+
+
+def _require_metrics(names: Sequence[str] | None, rows: Sequence[ReportRow]) -> None:
+    from runner.report.row_scores import LIKELIHOODS
+    from runner.report.rows import list_metrics
+
+    known = [*LIKELIHOODS, *list_metrics(rows)]
+    if unknown := [name for name in names or () if name not in known]:
+        raise RunnerError(
+            f"no run has the metric {unknown[0]!r}", hint=f"the metrics are {', '.join(known)}"
+        )
+
+
+def _point_at_changed(rows: Sequence[ReportRow], selected: Sequence[Selected]) -> None:
+    """On stderr: how many runs hold another experiment than their recipes, and the command that
+    shows their numbers.
+    """
+    changed = {row.recipe.run.full_name for row in rows if row.state == "changed"}
+    run_dirs = [one.paths.run_dir for one in selected if one.full_name in changed]
+    if not run_dirs:
+        return
+    folders = dict.fromkeys(str(run_dir.parent) for run_dir in run_dirs)
+    runs = "1 run is" if len(run_dirs) == 1 else f"{len(run_dirs)} runs are"
+    they = "its directory holds" if len(run_dirs) == 1 else "their directories hold"
+    print(
+        f"warning: {runs} changed: {they} another experiment, whose numbers are not shown\n"
+        f"hint: {shlex.join(['runner', 'report', *folders])}",
+        file=sys.stderr,
+    )
 
 
 def _require_page_targets(arguments: argparse.Namespace) -> bool:
@@ -288,8 +320,14 @@ def _require_page_targets(arguments: argparse.Namespace) -> bool:
 def _write_report_pages(arguments: argparse.Namespace, report: Report) -> None:
     from runner.report.html import PageOptions, write_pages
 
+    words = ["runner", "report", *map(str, arguments.paths)]
+    for name in arguments.metric or ():
+        words += ["--metric", name]
+    words += ["--rows-fixed"] if arguments.rows_fixed else []
+    words += ["--without-rows"] if arguments.without_rows else []
     options = PageOptions(
-        with_rows=not arguments.without_rows, source=" ".join(map(str, arguments.paths))
+        with_rows=not arguments.without_rows,
+        command=shlex.join([*words, "--html", "report.html"]),
     )
     lines = write_pages(
         report, options, page=arguments.html, figures=arguments.figures, rows=arguments.rows

@@ -340,7 +340,9 @@ def _add_view_verbs(verbs: Any) -> None:
     )
     _add_paths(stop)
 
-    report = verbs.add_parser("report", help="the comparison: one row per run, the axes as columns")
+    report = verbs.add_parser(
+        "report", help="the comparison: what the runs allow to conclude, effects, then cells"
+    )
     _add_paths(report)
     report.add_more = _add_report_formats
 
@@ -357,6 +359,17 @@ def _add_report_formats(report: argparse.ArgumentParser) -> None:
 
     names = list(FORMATS)
     report.add_argument("--format", choices=names, default=names[0])
+    report.add_argument(
+        "--metric",
+        action="append",
+        metavar="NAME",
+        help="compare by this instead of the metrics that fit; may be repeated",
+    )
+    report.add_argument(
+        "--rows-fixed",
+        action="store_true",
+        help="speak of these very test rows, as of a public benchmark: only seeds are random",
+    )
     _add_report_pages(report)
 
 

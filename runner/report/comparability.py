@@ -27,6 +27,11 @@ _MAX_NAMED: Final = 3
 # Keys of a recipe that state the number of updates themselves
 _STATES_UPDATES: Final = frozenset({"training.max_steps", "training.num_train_epochs"})
 
+# Words of flags that question whether the axis made the difference
+_NOT_ALONE: Final = "the difference is not of"
+_UNEVEN: Final = "only some pairs"
+_SURVIVORS: Final = "survivors only"
+
 Runs = tuple[ReportRow, ...]
 
 
@@ -214,6 +219,13 @@ def find_flags(arms: Arms) -> tuple[str, ...]:
     )
 
 
+def questions_the_axis(flag: str) -> bool:
+    """True of a flag that must be told together with the effect: something else than the axis may
+    have made it.
+    """
+    return any(words in flag for words in (_NOT_ALONE, _UNEVEN, _SURVIVORS))
+
+
 def count_recipe_differences(arms: Arms) -> dict[str, int]:
     """`dotted key -> number of pairs` whose recipes differ there beside the seed, in the order of
     the recipe, then the files that both name and that held something else.
@@ -248,7 +260,7 @@ def _flag_recipes(arms: Arms, differences: Mapping[str, int]) -> list[str]:
         f"{key} ({count} of {num_pairs})" for key, count in differences.items() if count < num_pairs
     ]
     if uneven:
-        flags.append(f"only some pairs of {arms.change} differ in {_join(uneven)}")
+        flags.append(f"{_UNEVEN} of {arms.change} differ in {_join(uneven)}")
     return flags
 
 
@@ -264,7 +276,7 @@ def _flag_updates(arms: Arms, differences: Mapping[str, int]) -> list[str]:
         what = also if both else "the number of updates"
         flags.append(
             f"{arms.change} also changes {what} ({updates[0]} -> {updates[1]}):"
-            f" the difference is not of {arms.axis} alone"
+            f" {_NOT_ALONE} {arms.axis} alone"
         )
     if schedule and not both:
         flags.append(
@@ -391,7 +403,7 @@ def _flag_missing(arms: Arms) -> str:
         f"{len(runs)} of {of} runs of {name}"
         for runs, of, name in zip(sides, planned, arms.names, strict=True)
     )
-    what = "survivors only" if is_survivors else "not all runs have a score"
+    what = _SURVIVORS if is_survivors else "not all runs have a score"
     return f"{what}: {counts} count; {_name_some(dict.fromkeys(missing), '; ')}"
 
 

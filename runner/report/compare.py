@@ -96,7 +96,7 @@ def build_certificate(
     where both arms have several; what follows from their seeds is explained by them.
     """
     pairs, unpaired = pair_runs(rows_a, rows_b, axis)
-    lines = list(_compare_recipes(pairs, axis)) if pairs else []
+    lines = list(compare_recipes(pairs, axis)) if pairs else []
     explained = {line.what: line.explained_by for line in lines if line.explained_by is not None}
     for fact in _list_facts(pairs):
         applicable = [pair for pair in pairs if fact.applies is None or fact.applies(*pair)]
@@ -153,8 +153,8 @@ def _find_axes_apart(rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow]) -
     return apart
 
 
-def _compare_recipes(
-    pairs: Sequence[tuple[ReportRow, ReportRow]], axis: str | None
+def compare_recipes(
+    pairs: Sequence[tuple[ReportRow, ReportRow]], axis: str | None = None
 ) -> Iterator[CertificateLine]:
     """A line for each key that differs in some pair, then one for all keys that never do."""
     has_replicates = len(pairs) > 1

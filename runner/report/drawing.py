@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from runner.report.labels import hide_paths
 from runner.text import clean, cut
 
 if TYPE_CHECKING:
@@ -125,12 +126,12 @@ def drawing_figure(width: float, height: float) -> Iterator[Figure]:
 
 
 def label(text: str, width: int = _MAX_LABEL) -> str:
-    """A text from data as a figure may show it: one line, no controls, not endless.
+    """A text from data as a figure may show it: one line, no controls, no folders, not endless.
 
     >>> label("a\\x1b[2Jb"), len(label("x" * 1_000_000))
     ('a�[2Jb', 60)
     """
-    return cut(clean(text[: 4 * width]), width)
+    return cut(clean(hide_paths(text[: 8 * width])), width)
 
 
 def draw_dots(axes: Any, xs: Any, ys: Any, *, color: str, size: float = 3.2) -> None:
@@ -205,7 +206,7 @@ def _adapt_to_page(svg: str, title: str, alternative: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
         f' viewBox="{size[1]}" width="{width * 4 / 3:.0f}" role="img"'
-        f' aria-label="{escape(f"{title}. {alternative}")}">{"".join(parts)}</svg>'
+        f' aria-label="{escape(label(f"{title}. {alternative}", 1_000))}">{"".join(parts)}</svg>'
     )
 
 

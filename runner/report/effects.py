@@ -81,8 +81,13 @@ class Effect:
 
     @property
     def is_clear(self) -> bool:
-        """True where the adjusted p is below 0.05."""
-        return self.p_adjusted is not None and self.p_adjusted < 0.05
+        """True where the adjusted p is below 0.05, and the interval does not hold 0: that of a
+        simple effect is wider, such that all of them hold together.
+        """
+        bounds = self.interval.bounds if self.interval is not None else None
+        if self.p_adjusted is None or bounds is None:
+            return False
+        return self.p_adjusted < 0.05 and not bounds[0] <= 0 <= bounds[1]
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,6 @@ from runner.report.drawing import (
 from runner.report.effects import AxisEffects, Cell, Effect, Metric, Report
 from runner.report.labels import (
     choose_effects,
-    count,
-    describe_axes,
     describe_contrast,
     describe_place,
     describe_source,
@@ -44,6 +42,7 @@ from runner.report.labels import (
 )
 from runner.report.row_pages import RowComparison
 from runner.report.rows import ReportRow, axis_key, axis_text, is_number
+from runner.report.wording import count, name_cell
 
 MAX_CURVES: Final = 40  # in a figure
 MAX_EFFECTS: Final = 40
@@ -285,7 +284,7 @@ def _draw_panel(axes: Any, panel: _Panel, metric: Metric) -> None:
     axes.set_xticks(list(places), [label(axis_text(value), 14) for value in along])
     axes.set_xlim(-0.35, len(along) - 0.65)
     axes.set_xlabel(label(panel.along, 30))
-    facet = label(describe_axes(panel.facet), 38)
+    facet = label(name_cell(panel.facet), 38)
     axes.set_title(f"{facet}\n" if facet else "", fontweight="normal")
     if panel.p is not None:
         style = {"fontsize": 7.5, "fontweight": "normal", "color": MUTED}
@@ -369,7 +368,7 @@ def _list_curve_panels(
                     name = f"{colour}={axis_text(cell.axes[colour])}"
                 curves += [(number, name, run) for run in cell.runs if load_curve(run)]
         if curves:
-            yield describe_axes(facet), curves
+            yield name_cell(facet), curves
 
 
 def _draw_curve_figure(

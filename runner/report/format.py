@@ -1,40 +1,67 @@
-"""A report as Markdown that reads well in a terminal, as CSV and as JSON.
+"""A report as Markdown that reads well in a terminal, 120 columns wide.
 
-Owns how numbers are written, never their values: those are in `rows`. Markdown rounds, says once
-above the table what is equal in every run, and splits a table that would be too wide. CSV (rows
-only) and JSON are complete and unrounded. What is missing is blank, in JSON null.
+Owns layout, never numbers: those are in `rows` and `effects`, their texts in `wording`. The answer
+stands first, then what makes it doubtful, then effects, then cells. Runs that differ in nothing but
+the seed are one line, mean ± standard deviation; single runs are in CSV and JSON (`tables`).
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal, TypeVar, get_args
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import groupby
+from typing import Any, Final, TypeVar
 
-from runner.files import dump_json
-from runner.plan.status import State
+from runner.report.build import MAX_VALUES_ALL_PAIRS
+from runner.report.effects import AxisEffects, Cell, Effect, Report
 from runner.report.rows import (
+    MODELS,
     ReportRow,
     axis_text,
-    compare_with_base,
-    group_by_rules,
-    group_by_test_rows,
     is_number,
     list_axes,
     list_metrics,
     list_smaller_is_better,
     list_values,
 )
-from runner.report.statistics import AxisComparison
+from runner.report.tables import format_csv, format_json, format_tex
+from runner.report.wording import (
+    constant_or_spread,
+    count,
+    count_states,
+    describe_base,
+    describe_direction,
+    describe_equivalence,
+    describe_interaction,
+    describe_replication,
+    describe_standing,
+    describe_variances,
+    level_text,
+    list_cell_seeds,
+    list_constant_axes,
+    list_flags,
+    list_numbers,
+    list_warnings,
+    make_safe,
+    name_scope,
+    name_some,
+    probability,
+    signed,
+    span,
+    spread,
+)
 from runner.run.record import GenerationScore
-from runner.strict import thaw
-from runner.text import escape_cell, fill, measure, one_line
+from runner.text import cut, cut_middle, escape_cell, fill, measure
 
-MAX_WIDTH: Final = 140  # terminal columns; a wider table is cut
+MAX_WIDTH: Final = 120  # terminal columns; a wider table is cut into several
+MAX_CELL: Final = 40  # of a value that somebody wrote
+MAX_KEY: Final = 72  # of all columns together that say which cell a line is about
+MAX_MISSING: Final = 10  # runs without a score that are named; JSON has all
 Item = TypeVar("Item")
+_WORD: Final = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")  # a command is one word
 
 
 @dataclass(frozen=True)
@@ -44,27 +71,29 @@ class Column:
     header: str
     cells: tuple[str, ...]
     is_numeric: bool = True
-    is_detail: bool = False  # goes to the second table when one would be too wide
-    # What to say above the table when all runs have one value; None: never.
+    # What to say above the table when all cells have one value; None: never.
     equal_prefix: str | None = None
-    may_be_blank: bool = False  # whether runs without a value count as having that value
+    may_be_blank: bool = False  # whether cells without a value count as having that value
+
+    @cached_property
+    def shown(self) -> list[str]:
+        """Header and cells as they are drawn: on one line, not too long, without controls."""
+        texts = (self.header, *self.cells)
+        return [escape_cell(_cut_value(text)) for text in texts]
 
     @property
     def width(self) -> int:
         """Terminal columns; Markdown wants three dashes at least."""
-        return max(3, *(measure(escape_cell(cell)) for cell in (self.header, *self.cells)))
+        return max(3, *map(measure, self.shown))
 
     def draw(self) -> list[str]:
         """Header, rule and cells, padded to one width."""
         width = self.width
-        padded = [
-            fill(escape_cell(cell), width, is_right=self.is_numeric)
-            for cell in (self.header, *self.cells)
-        ]
+        padded = [fill(cell, width, is_right=self.is_numeric) for cell in self.shown]
         return [padded[0], "-" * (width - 1) + (":" if self.is_numeric else "-"), *padded[1:]]
 
     def equal_value(self) -> str | None:
-        """The one value of all runs, where it is to be said once instead of in a column."""
+        """The one value of all cells, where it is to be said once instead of in a column."""
         values = set(self.cells) - ({""} if self.may_be_blank else set())
         return values.pop() if self.equal_prefix is not None and len(values) == 1 else None
 
@@ -76,23 +105,16 @@ def build_column(
     return Column(header, tuple(text(item) for item in items), **settings)
 
 
-def draw_tables(columns: Sequence[Column]) -> list[str]:
-    """One table, or two that share their first column when one would be wider than `MAX_WIDTH`."""
-    if _measure(columns) <= MAX_WIDTH:
-        return [draw_table(columns)]
-    details = [column for column in columns if column.is_detail]
-    return [
-        draw_table([column for column in columns if not column.is_detail]),
-        draw_table([columns[0], *details]),
-    ]
-
-
-def draw_packed(columns: Sequence[Column]) -> list[str]:
-    """As few tables that share their first column as fit into `MAX_WIDTH`, columns in order."""
-    tables = [[columns[0]]]
-    for column in columns[1:]:
-        if len(tables[-1]) > 1 and _measure([*tables[-1], column]) > MAX_WIDTH:
-            tables.append([columns[0]])
+def draw_packed(keys: Sequence[Column], columns: Sequence[Column]) -> list[str]:
+    """As few tables that share the columns `keys` as fit into `MAX_WIDTH`, columns in order."""
+    keys = list(keys)
+    if keys and _measure(keys) > MAX_KEY:
+        numbers = tuple(map(str, range(1, len(keys[0].cells) + 1)))
+        keys, columns = [Column("cell", numbers)], [*keys, *columns]
+    tables = [list(keys)]
+    for column in columns:
+        if len(tables[-1]) > len(keys) and _measure([*tables[-1], column]) > MAX_WIDTH:
+            tables.append(list(keys))
         tables[-1].append(column)
     return [draw_table(table) for table in tables]
 
@@ -101,373 +123,348 @@ def _measure(columns: Sequence[Column]) -> int:
     return sum(column.width + 3 for column in columns) + 1
 
 
+def _cut_value(text: str) -> str:
+    return cut_middle(make_safe(text, 4 * MAX_CELL), MAX_CELL)
+
+
 def draw_table(columns: Sequence[Column]) -> str:
     """One table, whatever its width."""
     lines = zip(*(column.draw() for column in columns), strict=True)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-MAX_NAMED: Final = 3  # names in one note; JSON has all
-HASH_CHARACTERS: Final = 12
-MODELS: Final[tuple[Literal["base", "tuned"], ...]] = ("base", "tuned")
-LEGEND: Final = (
+def wrap(text: str, first: str = "", indent: str = "") -> str:
+    """A sentence on lines of at most `MAX_WIDTH` columns, `first` in front, `indent` from the
+    second on; cut where nobody would read on.
+
+    >>> wrap("one two", "- ")
+    '- one two'
+    """
+    lines, line = [], first
+    is_empty = True
+    for word in _WORD.findall(make_safe(text)):
+        if not is_empty and measure(line) + 1 + measure(word) <= MAX_WIDTH:
+            line += f" {word}"
+            continue
+        if not is_empty:
+            lines.append(line)
+            line = indent
+        while measure(line + word) > MAX_WIDTH:  # longer than a line
+            head = cut(word, MAX_WIDTH - measure(line), "")
+            lines.append(line + head)
+            line, word = indent, word[len(head) :]
+        line, is_empty = line + word, False
+    return "\n".join([*lines, line])
+
+
+def bullet(text: str) -> str:
+    """A sentence as an item of a list."""
+    return wrap(text, "- ", "  ")
+
+
+EFFECTS_LEGEND: Final = (
+    "difference: compared - reference. interval: of the recipe, on rows like these (seeds and rows"
+    " both random), unless the status says otherwise. p: adjusted, by Holm over the contrasts that"
+    " were declared before the first launch (confirmatory), else by Benjamini-Hochberg"
+    " (exploratory). In brackets: below the noise floor, by which two single runs of one recipe"
+    " differ. V_seed, V_row, V_res: variance of the difference from seeds, from rows, and noise of"
+    " both: more seeds help against the first, more test rows against the second."
+)
+CELLS_LEGEND: Final = (
     "NLL: nats per completion token; full NLL: nats per token of the full text; comparable within"
-    " one tokenizer.\nbits/byte: of the completions, tuned; compares across tokenizers. All on the"
-    " test split, lower is better.\nbase: step 0; change: tuned - base, so negative is better."
+    " one tokenizer. bits/byte: of the completions, tuned; compares across tokenizers. All on the"
+    " test split, lower is better. base: step 0; change: tuned - base, so negative is better."
 )
-COMPARISON_LEGEND: Final = (
-    "difference: compared - reference, mean over pairs of completed runs that are equal in every"
-    " other axis;\nnegative means that `compared` is better. 95% interval: paired t."
-)
+SPREAD_LEGEND: Final = " Mean ± standard deviation over the seeds."
 ANSWERS_LEGEND: Final = (
-    "Of generated answers to the test prompts, larger is better{but};"
-    " unfinished: reached `max_new_tokens`;\n"
-    "unreadable: no answer at all (neither label, no final result), counted as wrong."
-)
-ANSWERS_COMPARISON_LEGEND: Final = (
-    "Where the unit says that larger is better, positive means that `compared` is better."
+    "Of generated answers to the test prompts, larger is better{but}; unfinished: reached"
+    " `max_new_tokens`; unreadable: no answer at all (neither label, no final result), counted as"
+    " wrong."
 )
 
 
-def build_warnings(rows: Sequence[ReportRow]) -> list[str]:
-    """What makes the numbers of these runs incomparable."""
-    warnings = []
-    if len(by_rules := group_by_rules(rows)) > 1:
-        sets = [
-            f"rules {rules}: {_name_some(run.name for run in runs)}"
-            for rules, runs in by_rules.items()
-        ]
-        warnings.append(
-            f"{len(by_rules)} different rules of rows and masks;"
-            f" runs are compared only within one: {'; '.join(sets)}"
-        )
-    groups = group_by_test_rows(rows)
-    unknown = groups.pop(None, [])
-    if len(groups) > 1:
-        sets = []
-        for ids_hash, runs in groups.items():
-            names = _name_some(run.name for run in runs)
-            shown = str(ids_hash)[:HASH_CHARACTERS]
-            sets.append(f"{shown} ({runs[0].num_test_rows} rows): {names}")
-        warnings.append(
-            f"{len(groups)} different sets of test rows;"
-            f" numbers compare only within one set: {'; '.join(sets)}"
-        )
-    if unknown:
-        names = _name_some(run.name for run in unknown)
-        warnings.append(
-            f"no record of the test rows of {_count(len(unknown), 'completed run')}: {names}"
-        )
-    return warnings + list(dict.fromkeys(one for row in rows for one in row.base_warnings))
-
-
-def _build_fields(
-    row: ReportRow, metrics: Sequence[str], *, has_other_rules: bool
-) -> dict[str, Any]:
-    """Everything measured about a run, flat; what is said of answers only where some run has
-    `metrics`, and the rules of its rows only where the runs' differ.
-    """
-    fields = {
-        "state": row.state,
-        **({"rules": row.rules} if has_other_rules else {}),
-        "num_test_rows": row.num_test_rows,
-        "test_rows_hash": row.test_rows_hash,
-        "base_nll_per_completion_token": row.base.nll_per_completion_token,
-        "tuned_nll_per_completion_token": row.tuned.nll_per_completion_token,
-        "change_in_nll_per_completion_token": row.change,
-        "base_nll_per_token": row.base.nll_per_token,
-        "tuned_nll_per_token": row.tuned.nll_per_token,
-        "base_bits_per_byte": row.base.bits_per_byte,
-        "tuned_bits_per_byte": row.tuned.bits_per_byte,
-        "best_step": row.best_step,
-        "num_steps": row.num_steps,
-        "stop_reason": row.stop_reason,
-    }
-    if metrics:
-        for model in MODELS:
-            counts = row.answers.get(model)
-            fields |= {f"{model}_{name}": row.metric(model, name) for name in metrics}
-            fields[f"{model}_num_unfinished"] = counts.num_unfinished if counts else None
-            fields[f"{model}_num_unreadable"] = counts.num_unreadable if counts else None
-    return fields
-
-
-def _format_csv(rows: Sequence[ReportRow], _: Sequence[AxisComparison]) -> str:
-    """One line per run; axes are headed `axes.NAME`, so that an axis called `state` stays apart
-    from the state.
-    """
-    axes, metrics = list_axes(rows), list_metrics(rows)
-    has_other_rules = len(group_by_rules(rows)) > 1
-    fields = [_build_fields(row, metrics, has_other_rules=has_other_rules) for row in rows]
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["grid", "run", *(f"axes.{axis}" for axis in axes), *(fields[0] if fields else ())]
-    )
-    for row, values in zip(rows, fields, strict=True):
-        # The csv module writes None as a blank and floats by repr.
-        writer.writerow(
-            [row.grid, row.name, *(_axis_cell(row, axis) for axis in axes), *values.values()]
-        )
-    return stream.getvalue()
-
-
-def _format_json(rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison]) -> str:
-    metrics, has_other_rules = list_metrics(rows), len(group_by_rules(rows)) > 1
-    return dump_json(
-        {
-            "rows": [
-                {
-                    "grid": row.grid,
-                    "run": row.name,
-                    "axes": thaw(row.axes),
-                    **_build_fields(row, metrics, has_other_rules=has_other_rules),
-                }
-                for row in rows
-            ],
-            "comparisons": [thaw(vars(comparison)) for comparison in comparisons],
-            "base": asdict(compare_with_base(rows)),
-            "warnings": build_warnings(rows),
-        }
-    )
-
-
-def _format_markdown(rows: Sequence[ReportRow], comparisons: Sequence[AxisComparison]) -> str:
-    columns = _build_columns(rows)
-    parts = [
-        f"# {', '.join(dict.fromkeys(row.grid for row in rows)) or 'report'}: {_count_states(rows)}"
-    ]
-    equal = []
-    for column in columns:
-        value = column.equal_value()
-        if value is not None:
-            equal.append(f"{column.equal_prefix}{value}")
-    if equal:
-        parts.append(one_line(f"Equal in every run: {'; '.join(equal)}."))
-    parts += [f"**warning:** {warning}" for warning in build_warnings(rows)]
-    if rows:
-        parts += [
-            LEGEND,
-            *draw_tables([column for column in columns if column.equal_value() is None]),
-        ]
-        parts.append(_describe_base(rows))
-    if list_metrics(rows):
-        smaller = list_smaller_is_better(rows)
+def format_markdown(report: Report) -> str:
+    """The whole report."""
+    grids = ", ".join(dict.fromkeys(row.grid for row in report.rows))
+    title = f"# {cut(make_safe(grids), MAX_WIDTH // 2) or 'report'}: {count_states(report.rows)}"
+    parts = [cut(title, MAX_WIDTH)]
+    if report.verdicts:
+        parts.append("\n".join(map(bullet, report.verdicts)))
+    parts += [wrap(f"**warning:** {warning}") for warning in list_warnings(report)]
+    if report.effects:
+        has_numbers = any(map(list_numbers, report.effects))
+        parts += ["## Effects", *([wrap(EFFECTS_LEGEND)] if has_numbers else [])]
+        parts += _describe_effects(report)
+    if report.cells:
+        parts += ["## Scores", *_describe_cells(report)]
+    answering = [cell for cell in report.cells if any(row.answers for row in cell.runs)]
+    if answering:
+        smaller = list_smaller_is_better(report.rows)
         but = f" (smaller: {', '.join(smaller)})" if smaller else ""
-        legend_of_answers = ANSWERS_LEGEND.format(but=but)
-        parts += ["## Answers", legend_of_answers, *draw_packed(_build_answer_columns(rows))]
-    if comparisons:
-        legend = [COMPARISON_LEGEND]
-        legend += (
-            [ANSWERS_COMPARISON_LEGEND] if any(item.is_of_answers for item in comparisons) else []
-        )
-        parts += [
-            "## Paired comparisons",
-            "\n".join(legend),
-            draw_table(_build_comparison_columns(comparisons)),
+        columns = _build_answer_columns(answering)
+        parts += ["## Answers", wrap(ANSWERS_LEGEND.format(but=but))]
+        parts += draw_packed(_build_key_columns(answering, report), columns)
+    return "\n\n".join(parts) + "\n"
+
+
+def _describe_effects(report: Report) -> Iterator[str]:
+    """A section for each two values of an axis, with a table for each metric."""
+    constant = list_constant_axes(report.rows)
+    for heading, group in groupby(report.effects, partial(_name_section, report)):
+        every = list(group)
+        yield cut(heading, MAX_WIDTH)
+        reasons: dict[str, dict[str, None]] = {}
+        for effects in every:
+            for reason in _list_reasons(effects):
+                reasons.setdefault(reason, {})[effects.metric.title] = None
+        without = [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
+        if notes := [*_describe_axis(every[0]), *without]:
+            yield "\n".join(map(bullet, notes))
+        for effects in every:
+            if numbers := list_numbers(effects):
+                yield wrap(f"**{effects.metric.title}**, {describe_direction(effects)}")
+                yield draw_table(_build_effect_columns(numbers, constant))
+                yield "\n".join(map(bullet, _list_notes(effects, numbers, constant)))
+        flags = [flag for effects in every for flag in list_flags(effects.shown, constant)]
+        if flags:
+            yield "\n".join(bullet(f"**flag:** {flag}") for flag in dict.fromkeys(flags))
+
+
+def _name_section(report: Report, effects: AxisEffects) -> str:
+    are_several_grids = len({row.grid for row in report.rows}) > 1
+    are_several_tasks = len({one.task for one in report.effects}) > 1
+    where = [f"grid {effects.grid}"] if are_several_grids else []
+    where += [f"task {effects.task}"] if are_several_tasks else []
+    sides = f"{_value(effects.reference)} -> {_value(effects.compared)}"
+    places = f" ({make_safe(', '.join(where))})" if where else ""
+    return f"### {make_safe(effects.axis)}: {sides}{places}"
+
+
+def _list_reasons(effects: AxisEffects) -> Iterator[str]:
+    """Why a reader sees no number, or fewer."""
+    for effect in effects.shown:
+        yield from (f"refused: {reason}" for reason in effect.refused)
+    single = [one for one in effects.shown if one.interval and one.interval.kind == "rows"]
+    if single:
+        runs = [cell.runs[0].recipe.run.full_name for cell in single[0].pairs[0]]
+        command = f"`runner compare {runs[0]} {runs[1]}`"
+        yield f"one seed, so no verdict; over rows only: {command}"
+
+
+def _value(value: Any) -> str:
+    return _cut_value(axis_text(value))
+
+
+def _describe_axis(effects: AxisEffects) -> Iterator[str]:
+    """What the axis really changed, and every cell that gives no pair."""
+    num_pairs = len(effects.cells)
+    if not effects.shown:
+        yield "no two cells can be compared"
+    elif num_pairs and not effects.recipe_differences:
+        yield "**warning:** the recipes of its pairs are the same"
+    elif num_pairs:
+        keys = [
+            key if number == num_pairs else f"{key} (only {number} of {num_pairs} pairs)"
+            for key, number in effects.recipe_differences.items()
         ]
-        parts += ["\n".join(f"- {one_line(note)}" for note in _build_notes(comparisons))]
-    return "\n\n".join(parts).rstrip("\n") + "\n"
+        yield f"the recipes differ in {', '.join(keys)}"
+    if effects.is_with_first_only:
+        yield f"more than {MAX_VALUES_ALL_PAIRS} values: each is compared with the first only"
+    if effects.unpaired:
+        cells = count(len(effects.unpaired), "cell")
+        yield f"{cells} without a pair: {name_some(effects.unpaired, '; ')}"
 
 
-def _build_columns(rows: Sequence[ReportRow]) -> list[Column]:
-    columns = [build_column("run", rows, lambda row: row.name, is_numeric=False)]
-    if len({row.grid for row in rows}) > 1:  # else the title says it
-        columns.append(build_column("grid", rows, lambda row: row.grid, is_numeric=False))
-    for axis in list_axes(rows):
-        is_numeric = all(is_number(value) for value in list_values(rows, axis))
-        cells = tuple(_axis_cell(row, axis) for row in rows)
-        columns.append(Column(axis, cells, is_numeric=is_numeric, equal_prefix=f"{axis}="))
-    if len({row.state for row in rows}) > 1:  # else the title says it
-        columns.append(build_column("state", rows, lambda row: row.state, is_numeric=False))
-    if len(group_by_rules(rows)) > 1:
-        columns.append(build_column("rules", rows, lambda row: _integer(row.rules)))
-    test_rows = build_column(
-        "test rows", rows, lambda row: _integer(row.num_test_rows), may_be_blank=True
-    )
-    stop_reason = build_column(
-        "stop reason", rows, lambda row: row.stop_reason or "", is_numeric=False, may_be_blank=True
-    )
-    return columns + [
-        replace(test_rows, equal_prefix="test rows "),
-        build_column("base NLL", rows, lambda row: _decimal(row.base.nll_per_completion_token)),
-        build_column("tuned NLL", rows, lambda row: _decimal(row.tuned.nll_per_completion_token)),
-        build_column("change", rows, lambda row: _signed(row.change)),
-        build_column("bits/byte", rows, lambda row: _decimal(row.tuned.bits_per_byte)),
-        build_column(
-            "base full NLL", rows, lambda row: _decimal(row.base.nll_per_token), is_detail=True
-        ),
-        build_column(
-            "tuned full NLL", rows, lambda row: _decimal(row.tuned.nll_per_token), is_detail=True
-        ),
-        build_column("best/steps", rows, _steps, is_detail=True),
-        replace(stop_reason, equal_prefix="stop reason ", is_detail=True),
+def _build_effect_columns(effects: Sequence[Effect], constant: Collection[str]) -> list[Column]:
+    def difference(effect: Effect) -> str:
+        if effect.interval is None:
+            return ""
+        text = signed(effect.interval.estimate)
+        return f"({text})" if effect.is_below_noise else text
+
+    def interval(effect: Effect) -> str:
+        return "" if effect.interval is None else span(effect.interval.bounds)
+
+    levels = {one.interval.level for one in effects if one.interval is not None}
+    header = f"{level_text(levels.pop())} interval" if len(levels) == 1 else "interval"
+    return [
+        build_column("at", effects, lambda one: name_scope(one, constant), is_numeric=False),
+        build_column("difference", effects, difference),
+        build_column(header, effects, interval),
+        build_column("p", effects, lambda effect: probability(effect.p_adjusted)),
+        build_column("seeds x rows", effects, describe_replication),
+        build_column("status", effects, describe_standing, is_numeric=False),
     ]
 
 
-def _build_answer_columns(rows: Sequence[ReportRow]) -> list[Column]:
-    """Base and tuned side by side, of the runs whose models answered."""
-    answering = [row for row in rows if row.answers]
-    columns = [build_column("run", answering, lambda row: row.name, is_numeric=False)]
-    for name in list_metrics(answering):
-        for model in MODELS:
-            cells = tuple(_decimal(row.metric(model, name)) for row in answering)
-            columns.append(Column(f"{model} {name}", cells))
-        counts = [score for row in answering for score in row.answers.values()]
-        if any(one.num_judged_by.get(name, one.num_rows) < one.num_rows for one in counts):
-            cells = tuple(_count_judged(row.answers, name) for row in answering)
-            columns.append(Column(f"judged by {name} (base, tuned)", cells))
-    for what in ("unfinished", "unreadable"):
-        cells = tuple(_count_of(row.answers, f"num_{what}") for row in answering)
-        columns.append(Column(f"{what} (base, tuned)", cells))
+def _list_notes(
+    effects: AxisEffects, shown: Sequence[Effect], constant: Collection[str]
+) -> Iterator[str]:
+    """What belongs to the numbers: where their errors come from, and their noise floor."""
+    if effects.depends_on:
+        names = " and ".join(f"`{name}`" for name in effects.depends_on)
+        yield f"depends on {names}: no mean over its levels is shown, only the effect at each"
+    if effects.interactions:
+        found = "; ".join(map(describe_interaction, effects.interactions))
+        yield f"interactions: {found}"
+    for effect in shown:
+        scope = name_scope(effect, constant)
+        if variances := describe_variances(effect):
+            yield f"{scope}: {variances}"
+        if equivalence := describe_equivalence(effect):
+            yield f"{scope}: {equivalence}"
+        if effect.why_exploratory:
+            yield f"{scope}: {effect.why_exploratory}"
+    floors = {effect.noise_floor for effect in shown if effect.noise_floor is not None}
+    if floors:
+        yield f"noise floor: {' or '.join(f'{floor:.4f}' for floor in sorted(floors))}"
+
+
+def _describe_cells(report: Report) -> Iterator[str]:
+    cells = report.cells
+    keys, columns = _build_key_columns(cells, report), _build_cell_columns(cells)
+    equal = [
+        f"{column.equal_prefix}{_cut_value(value)}"
+        for column in [*keys, *columns]
+        if (value := column.equal_value()) is not None
+    ]
+    if equal:
+        yield wrap(f"Equal in every run: {'; '.join(equal)}.")
+    are_replicated = any(len(cell.runs) > 1 for cell in cells)
+    yield wrap(CELLS_LEGEND + (SPREAD_LEGEND if are_replicated else ""))
+    yield from draw_packed(
+        [column for column in keys if column.equal_value() is None],
+        [column for column in columns if column.equal_value() is None],
+    )
+    if missing := [text for cell in cells for text in cell.missing]:
+        yield wrap(f"Without a score: {name_some(missing, '; ', MAX_MISSING)}.")
+    yield wrap(describe_base(report.rows))
+
+
+def _build_key_columns(cells: Sequence[Cell], report: Report) -> list[Column]:
+    """Which cell a line is about; the runs' names where each cell has one run."""
+    columns = []
+    if all(len(cell.runs) == 1 for cell in cells):
+        columns.append(build_column("run", cells, lambda cell: cell.runs[0].name, is_numeric=False))
+    if len({row.grid for row in report.rows}) > 1:  # else the title says it
+        columns.append(build_column("grid", cells, lambda cell: cell.grid, is_numeric=False))
+    axes = list_axes(report.rows)
+    if len({cell.task for cell in report.cells}) > 1 and "task" not in axes:
+        columns.append(build_column("task", cells, lambda cell: cell.task, is_numeric=False))
+    for axis in axes:
+        if not any(axis in cell.axes for cell in cells):
+            continue
+        are_numbers = all(map(is_number, list_values(report.rows, axis)))
+        texts = tuple(axis_text(cell.axes[axis]) if axis in cell.axes else "" for cell in cells)
+        columns.append(Column(axis, texts, is_numeric=are_numbers, equal_prefix=f"{axis}="))
     return columns
 
 
-def _count_of(answers: Mapping[str, GenerationScore], name: str) -> str:
-    """Base and tuned, of how many: `3, 0 of 24`."""
-    counts = [str(getattr(answers[model], name)) if model in answers else "?" for model in MODELS]
-    return f"{', '.join(counts)} of {answers['tuned'].num_rows}"
+def _build_cell_columns(cells: Sequence[Cell]) -> list[Column]:
+    def numbers(
+        header: str,
+        find: Callable[[ReportRow], float | None],
+        write: Callable[[Iterable[float | None]], str] = spread,
+    ) -> Column:
+        return build_column(header, cells, lambda cell: write(map(find, cell.runs)))
 
-
-def _count_judged(answers: Mapping[str, GenerationScore], name: str) -> str:
-    """Rows that one of the project's own metrics judged, of how many."""
-    counts = [
-        str(answers[model].num_judged_by.get(name, "?")) if model in answers else "?"
-        for model in MODELS
-    ]
-    return f"{', '.join(counts)} of {answers['tuned'].num_rows}"
-
-
-def _build_comparison_columns(comparisons: Sequence[AxisComparison]) -> list[Column]:
-    return [
-        build_column("axis", comparisons, lambda item: item.axis, is_numeric=False),
-        build_column(
-            "reference", comparisons, lambda item: axis_text(item.reference), is_numeric=False
-        ),
-        build_column(
-            "compared", comparisons, lambda item: axis_text(item.compared), is_numeric=False
-        ),
-        build_column("difference", comparisons, lambda item: _signed(item.mean_difference)),
-        build_column("95% interval", comparisons, lambda item: _interval(item.interval)),
-        build_column("unit", comparisons, lambda item: item.unit, is_numeric=False),
-        build_column("pairs", comparisons, lambda item: str(item.num_pairs)),
-        build_column("cells without a pair", comparisons, lambda item: str(len(item.unpaired))),
-    ]
-
-
-def _describe_base(rows: Sequence[ReportRow]) -> str:
-    base = compare_with_base(rows)
-    text = (
-        f"{base.num_better} of {_count(base.num_completed, 'completed run')}"
-        " beat their base on test NLL"
+    columns = []
+    if any(len(cell.runs) > 1 for cell in cells):
+        columns.append(build_column("seeds", cells, list_cell_seeds))
+    if len({row.state for cell in cells for row in cell.runs}) > 1:  # else the title says it
+        columns.append(build_column("state", cells, _join_states, is_numeric=False))
+    if len({row.rules for cell in cells for row in cell.runs if row.rules is not None}) > 1:
+        columns.append(build_column("rules", cells, lambda cell: _join(cell, "rules")))
+    test_rows = build_column(
+        "test rows", cells, lambda cell: _join(cell, "num_test_rows"), may_be_blank=True
     )
-    text += f"; not: {_name_some(base.not_better)}" if base.not_better else ""
-    return text + (f"; not known: {_name_some(base.unknown)}" if base.unknown else "") + "."
+    stop_reason = build_column(
+        "stop reason",
+        cells,
+        lambda cell: _join(cell, "stop_reason"),
+        is_numeric=False,
+        may_be_blank=True,
+    )
+    return columns + [
+        replace(test_rows, equal_prefix="test rows "),
+        numbers("base NLL", lambda row: row.base.nll_per_completion_token, constant_or_spread),
+        numbers("tuned NLL", lambda row: row.tuned.nll_per_completion_token),
+        numbers("change", lambda row: row.change, lambda values: spread(values, is_signed=True)),
+        numbers("bits/byte", lambda row: row.tuned.bits_per_byte),
+        numbers("base full NLL", lambda row: row.base.nll_per_token, constant_or_spread),
+        numbers("tuned full NLL", lambda row: row.tuned.nll_per_token),
+        build_column("best/steps", cells, _describe_steps),
+        replace(stop_reason, equal_prefix="stop reason "),
+    ]
 
 
-def _build_notes(comparisons: Sequence[AxisComparison]) -> list[str]:
-    """What each axis really changed, and every cell that gave no pair."""
-    by_axis: dict[str, list[AxisComparison]] = {}
-    for comparison in comparisons:
-        by_axis.setdefault(comparison.axis, []).append(comparison)
-    notes = []
-    for axis, group in by_axis.items():
-        # The pairs of answers are among theirs.
-        likelihoods = [item for item in group if not item.is_of_answers]
-        if group[0].is_with_first_only:
-            first = axis_text(group[0].reference)
-            notes.append(
-                f"`{axis}` has {len(likelihoods) + 1} values:"
-                f" each is compared with the first, {first}, only."
-            )
-        notes += _describe_recipe_differences(axis, likelihoods)
-        if num_different := sum(item.num_pairs_on_different_rows for item in likelihoods):
-            notes.append(
-                f"**warning:** `{axis}`: {_count(num_different, 'pair')} scored"
-                " on different test rows."
-            )
-        for item in group:
-            if item.unpaired:
-                number, reasons = (
-                    _count(len(item.unpaired), "cell"),
-                    _name_some(item.unpaired, "; "),
-                )
-                notes.append(f"`{axis}`, {_values(item)}: {number} without a pair: {reasons}.")
-    return list(dict.fromkeys(notes))
+def _build_answer_columns(cells: Sequence[Cell]) -> list[Column]:
+    """Base and tuned side by side, of the cells whose models answered."""
+    columns = []
+    rows = [row for cell in cells for row in cell.runs]
+    counts = [score for row in rows for score in row.answers.values()]
+    for name in list_metrics(rows):
+        for model in MODELS:
+            write = constant_or_spread if model == "base" else spread
+            texts = tuple(write(row.metric(model, name) for row in cell.runs) for cell in cells)
+            columns.append(Column(f"{model} {name}", texts))
+        if any(one.num_judged_by.get(name, one.num_rows) < one.num_rows for one in counts):
+            texts = tuple(_count_answers(cell, f"judged by {name}") for cell in cells)
+            columns.append(Column(f"judged by {name} (base, tuned)", texts))
+    for what in ("unfinished", "unreadable"):
+        texts = tuple(_count_answers(cell, what) for cell in cells)
+        columns.append(Column(f"{what} (base, tuned)", texts))
+    return columns
 
 
-def _describe_recipe_differences(axis: str, group: Sequence[AxisComparison]) -> list[str]:
-    """Which keys of the recipes the axis changes; one that it changes in only some cells is likely
-    a mistake.
-    """
-    keys = dict.fromkeys(key for item in group for key in item.recipe_differences)
-    if not any(item.num_pairs for item in group):
-        return []
-    if not keys:
-        return [f"**warning:** `{axis}`: the recipes of its pairs are the same."]
-    notes = [f"`{axis}`: the paired recipes differ in {', '.join(keys)}."]
-    for item in group:
-        counts = item.recipe_differences.items()
-        uneven = [
-            f"{key} ({count} of {item.num_pairs})"
-            for key, count in counts
-            if count < item.num_pairs
-        ]
-        if uneven:
-            notes.append(
-                f"**warning:** `{axis}`, {_values(item)}:"
-                f" only some pairs differ in {', '.join(uneven)}."
-            )
-    return notes
+def _count_answers(cell: Cell, what: str) -> str:
+    """Base and tuned, of how many, over all seeds: `3, 0 of 24`."""
+    texts, total = [], 0
+    for model in MODELS:
+        scores = [row.answers[model] for row in cell.runs if model in row.answers]
+        counts = [_find_count(score, what) for score in scores]
+        known = [count for count in counts if count is not None]
+        texts.append(str(sum(known)) if known and len(known) == len(counts) else "?")
+        total = sum(score.num_rows for score in scores) or total
+    return f"{', '.join(texts)} of {total}"
 
 
-def _count_states(rows: Sequence[ReportRow]) -> str:
-    counts = Counter(row.state for row in rows)
-    states = ", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts[state])
-    return f"{_count(len(rows), 'run')}, {states}" if rows else "no runs"
+def _find_count(score: GenerationScore, what: str) -> int | None:
+    if what == "unfinished":
+        return score.num_unfinished
+    if what == "unreadable":
+        return score.num_unreadable
+    return score.num_judged_by.get(what.removeprefix("judged by "))
 
 
-def _values(comparison: AxisComparison) -> str:
-    return f"{axis_text(comparison.reference)} and {axis_text(comparison.compared)}"
+def _join(cell: Cell, field: str) -> str:
+    """The different values of a field in a cell, without the unknown ones."""
+    values = (getattr(row, field) for row in cell.runs)
+    return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 
-def _axis_cell(row: ReportRow, axis: str) -> str:
-    return axis_text(row.axes[axis]) if axis in row.axes else ""
+def _join_states(cell: Cell) -> str:
+    counts = Counter(row.state for row in cell.runs)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{number} {state}" for state, number in counts.items())
 
 
-def _steps(row: ReportRow) -> str:
-    return "" if row.num_steps is None else f"{row.best_step}/{row.num_steps}"
-
-
-def _integer(value: int | None) -> str:
-    return "" if value is None else str(value)
-
-
-def _decimal(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+z.4f}"  # z: a rounded-off -0.0000 is written +0.0000
-
-
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{_signed(interval[0])} to {_signed(interval[1])}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _name_some(names: Iterable[str], separator: str = ", ") -> str:
-    listed = list(names)
-    more = [f"and {len(listed) - MAX_NAMED} more"] if len(listed) > MAX_NAMED else []
-    return separator.join(listed[:MAX_NAMED] + more)
+def _describe_steps(cell: Cell) -> str:
+    """Best step and number of steps; from fewest to most where the seeds differ."""
+    pairs = [(row.best_step, row.num_steps) for row in cell.runs if row.num_steps is not None]
+    sides = []
+    for side in zip(*pairs, strict=True):
+        known = sorted(step for step in side if step is not None)
+        texts = dict.fromkeys(map(str, known[:1] + known[-1:]))
+        sides.append("-".join(texts) or "?")
+    return "/".join(sides)
 
 
 # Each returns the whole report, ending in a newline; the first is the default.
-FORMATS: Final[Mapping[str, Callable[[Sequence[ReportRow], Sequence[AxisComparison]], str]]] = {
-    "md": _format_markdown,
-    "csv": _format_csv,
-    "json": _format_json,
+FORMATS: Final[Mapping[str, Callable[[Report], str]]] = {
+    "md": format_markdown,
+    "csv": format_csv,
+    "json": format_json,
+    "tex": format_tex,
 }

@@ -10,8 +10,6 @@ from typing import Final
 
 from runner.report.effects import Cell, Metric, Report
 from runner.report.labels import (
-    count,
-    decimal,
     describe_source,
     find_cell,
     list_cell_axes,
@@ -20,6 +18,7 @@ from runner.report.labels import (
     list_places,
 )
 from runner.report.rows import axis_key, axis_text
+from runner.report.wording import count, decimal
 
 NUM_SHADES: Final = 8  # classes q0 (worst) to q7 (best)
 _MAX_COLUMNS: Final = 8

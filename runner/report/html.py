@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +29,7 @@ from runner.report.figures import draw_curves, draw_forests, draw_interactions, 
 from runner.report.heat_maps import build_heat_maps
 from runner.report.labels import (
     choose_effects,
-    count,
-    count_states,
+    hide_paths,
     list_all,
     list_cell_axes,
     list_places,
@@ -48,6 +46,7 @@ from runner.report.page_parts import (
 )
 from runner.report.row_pages import RowComparison, RowTexts, TextSource, build_row_comparisons
 from runner.report.rows import axis_text, list_axes, list_values
+from runner.report.wording import count, count_states
 from runner.text import format_bytes
 
 MAX_PAGE_BYTES: Final = 2_400_000  # after which no more rows are added
@@ -63,7 +62,7 @@ class PageOptions:
     """What a page is made with."""
 
     with_rows: bool = True  # prompts, references and answers
-    source: str = ""  # the path that the report was asked for, as in its command
+    command: str = ""  # that makes the page
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +97,7 @@ def build_page(report: Report, options: PageOptions = PageOptions()) -> Page:
         "title": ", ".join(grids) or "no runs",
         "summary": count_states(report.rows),
         "question": _ask(report, grids),
-        "axes": _describe_axes(report),
+        "axes": _name_cell(report),
         "declared": _list_declared(report),
         "heat_maps": heat_maps,
         "other_heat_maps": other_heat_maps,
@@ -281,24 +280,6 @@ def _render_texts(one: RowComparison, texts: RowTexts | None, limit: int) -> str
 
 # --- texts -----------------------------------------------------------------------------------
 
-# Not behind a letter, a scheme or another path
-_ABSOLUTE: Final = re.compile(r"(?<![\w.:/…~])/(?:[^\s'\"`,;:()<>/]+/)+[^\s'\"`,;:()<>/]*")
-
-
-def hide_paths(text: str) -> str:
-    """A text whose absolute paths are relative, or are their last name where they lie elsewhere.
-
-    >>> hide_paths("model=/home/ann/models/gemma"), hide_paths("https://a.org/b/c")
-    ('model=…/gemma', 'https://a.org/b/c')
-    """
-    here = f"{os.getcwd()}/"
-
-    def relate(match: re.Match[str]) -> str:
-        path = match[0].rstrip("/")
-        return path.removeprefix(here) if path.startswith(here) else f"…/{path.rpartition('/')[2]}"
-
-    return _ABSOLUTE.sub(relate, text)
-
 
 def show_text(text: str, limit: int) -> Markup:
     """A text of a row: as it is, but for controls and what is beyond `limit` characters."""
@@ -381,7 +362,7 @@ def _embed(drawing: Drawing) -> _Embedded:
     return _Embedded(drawing.title, drawing.caption, Markup(drawing.as_svg()), drawing.is_small)
 
 
-def _describe_axes(report: Report) -> list[tuple[str, str]]:
+def _name_cell(report: Report) -> list[tuple[str, str]]:
     """Each axis and its values."""
     found = []
     for axis in list_axes(report.rows):
@@ -417,12 +398,10 @@ def join_words(words: Sequence[str]) -> str:
 
 def _list_commands(grids: Sequence[str], options: PageOptions) -> list[str]:
     """The commands that lead to the same page."""
-    rows = "" if options.with_rows else " --without-rows"
     lines = []
     for grid in grids:
         lines += [f"runner render {grid}", f"runner sweep recipes/{grid}"]
-    source = options.source or " ".join(f"runs/{grid}" for grid in grids)
-    return [*lines, f"runner report {source} --html report.html{rows}"]
+    return [*lines, options.command] if options.command else lines
 
 
 def _list_definitions(report: Report, tables: Sequence[PageTable]) -> list[tuple[str, str]]:

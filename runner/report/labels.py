@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from runner.report.effects import AxisEffects, Cell, Effect, Metric, Report
-from runner.report.rows import ReportRow, axis_key, axis_text, is_number
-
-
-def describe_axes(axes: Mapping[str, Any]) -> str:
-    """Axes with their values, in one line.
-
-    >>> describe_axes({"model": "gemma", "samples": 60}), describe_axes({})
-    ('model=gemma, samples=60', '')
-    """
-    return ", ".join(f"{axis}={axis_text(value)}" for axis, value in axes.items())
-
-
-def describe_cell(cell: Cell) -> str:
-    """The values of a cell without the names of its axes; a grid of seeds alone has no axes."""
-    return " · ".join(axis_text(value) for value in cell.axes.values()) or "all runs"
+from runner.report.rows import axis_key, axis_text, is_number
+from runner.report.wording import name_cell
 
 
 def describe_contrast(effect: Effect | AxisEffects) -> str:
@@ -32,52 +20,8 @@ def describe_contrast(effect: Effect | AxisEffects) -> str:
 def describe_place(effect: Effect) -> str:
     """The cells that an effect is of."""
     if effect.at:
-        return f"at {describe_axes(effect.at)}"
+        return f"at {name_cell(effect.at)}"
     return f"mean over {len(effect.pairs)} pairs of cells" if len(effect.pairs) != 1 else "one pair"
-
-
-def signed(value: float | None, digits: int = 4) -> str:
-    """A difference with its sign; a rounded-off -0 is +0.
-
-    >>> signed(0.25), signed(-1e-9), signed(None)
-    ('+0.2500', '+0.0000', '')
-    """
-    return "" if value is None else f"{value:+z.{digits}f}"
-
-
-def decimal(value: float | None, digits: int = 4) -> str:
-    """A score.
-
-    >>> decimal(0.25), decimal(None)
-    ('0.2500', '')
-    """
-    return "" if value is None else f"{value:z.{digits}f}"
-
-
-def p_text(p: float | None) -> str:
-    """A p-value.
-
-    >>> p_text(0.0312), p_text(1e-7), p_text(None)
-    ('0.031', '< 0.001', '')
-    """
-    if p is None:
-        return ""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def count(number: int, noun: str, plural: str = "") -> str:
-    """A number with its noun.
-
-    >>> count(1, "run"), count(2_000, "run"), count(2, "axis", "axes")
-    ('1 run', '2,000 runs', '2 axes')
-    """
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {plural or noun + 's'}"
-
-
-def count_states(rows: Sequence[ReportRow]) -> str:
-    """How many runs are in which state."""
-    states = Counter(row.state for row in rows)
-    return ", ".join(f"{number:,} {state}" for state, number in states.most_common())
 
 
 def list_places(report: Report) -> list[tuple[str, str]]:
@@ -177,3 +121,22 @@ def list_model_axes(cells: Sequence[Cell]) -> list[str]:
         if len({frozenset(names) for names in models.values()}) > 1:
             found.append(axis)
     return found
+
+
+# Not behind a letter, a scheme or another path
+_ABSOLUTE: Final = re.compile(r"(?<![\w.:/…~])/(?:[^\s'\"`,;:()<>/]+/)+[^\s'\"`,;:()<>/]*")
+
+
+def hide_paths(text: str) -> str:
+    """A text whose absolute paths are relative, or are their last name where they lie elsewhere.
+
+    >>> hide_paths("model=/home/ann/models/gemma"), hide_paths("https://a.org/b/c")
+    ('model=…/gemma', 'https://a.org/b/c')
+    """
+    here = f"{os.getcwd()}/"
+
+    def relate(match: re.Match[str]) -> str:
+        path = match[0].rstrip("/")
+        return path.removeprefix(here) if path.startswith(here) else f"…/{path.rpartition('/')[2]}"
+
+    return _ABSOLUTE.sub(relate, text)

@@ -17,17 +17,14 @@ from runner.report.cells import find_seed_axis, get_seed, list_counted
 from runner.report.compare import Certificate, build_certificate
 from runner.report.effects import SEED, AxisEffects, Effect, Report
 from runner.report.labels import (
-    count,
-    decimal,
     describe_contrast,
     describe_place,
     describe_source,
     list_all,
     list_places,
-    p_text,
-    signed,
 )
 from runner.report.rows import ReportRow, axis_key, axis_text, list_axes
+from runner.report.wording import count, probability, signed
 from runner.strict import thaw
 
 NOT_RECORDED: Final = "not recorded"
@@ -84,8 +81,8 @@ def _says(cell: PageCell) -> bool:
 
 def number(value: float | None, digits: int = 4, *, is_signed: bool = False) -> PageCell:
     """A number as a cell."""
-    text = signed(value, digits) if is_signed else decimal(value, digits)
-    return PageCell(text, value)
+    sign = "+" if is_signed else ""
+    return PageCell("" if value is None else f"{value:{sign}z.{digits}f}", value)
 
 
 def whole(value: int | None) -> PageCell:
@@ -203,7 +200,7 @@ def _build_effect_row(effect: Effect, source: str) -> tuple[str, Sequence[PageCe
         number(interval.estimate, is_signed=True),
         PageCell(f"{signed(bounds[0])} to {signed(bounds[1])} ({level})" if bounds else ""),
         PageCell(interval.kind if interval.kind != "rows" else "rows only"),
-        PageCell(p_text(effect.p_adjusted), effect.p_adjusted),
+        PageCell(probability(effect.p_adjusted), effect.p_adjusted),
         status,
         number(effect.noise_floor),
         within,

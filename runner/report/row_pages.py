@@ -23,13 +23,13 @@ from runner.recipe.data_section import DataSection
 from runner.report.effects import Cell, Effect, Metric, Report
 from runner.report.labels import (
     choose_effects,
-    describe_axes,
     describe_contrast,
     describe_source,
     list_places,
 )
 from runner.report.row_scores import Floats
 from runner.report.rows import Model, ReportRow, axis_text
+from runner.report.wording import name_cell
 
 NUM_BINS: Final = 4  # of lengths and difficulties
 MAX_GROUPS: Final = 8
@@ -216,7 +216,7 @@ def _compare(
     is_same = base is not None and base.row_ids == first.row_ids
     base_scores = base.means if base is not None and is_same else np.full(len(reference), np.nan)
     others = {axis: value for axis, value in pair[0].axes.items() if axis != effect.axis}
-    place = describe_axes(others)
+    place = name_cell(others)
     return RowComparison(
         source=source,
         axis=effect.axis,

@@ -1,10 +1,230 @@
-"""The answer of a report in words, a sentence for each thing that can be said."""
+"""The answer of a report in words, a sentence for each thing that can be said.
+
+Declared contrasts come first, each with its number. Of all others the clear ones are told, and
+those that are not are named together: an effect that is not clear is never told as equality.
+"""
 
 from __future__ import annotations
 
-from runner.report.effects import Report
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from runner.report.cells import describe_at
+from runner.report.comparability import questions_the_axis
+from runner.report.effects import AxisEffects, Effect, Report
+from runner.report.rows import axis_text
+
+_MAX_LEVELS: Final = 6  # of another axis, told one by one
+_MAX_NAMED: Final = 8
 
 
 def write_verdicts(report: Report) -> list[str]:
     """The sentences, declared contrasts first."""
-    return []
+    if not any(cell.scores for cell in report.cells):
+        return ["No run has a score yet."]
+    if not report.effects:
+        return ["The runs differ in no axis but the seed: there is nothing to compare."]
+    places = {(one.grid, one.task) for one in report.effects}
+    writer = _Writer(with_grid=len({grid for grid, _ in places}) > 1, with_task=len(places) > 1)
+    declared = [one for one in report.effects if _is_declared(one)]
+    others = [one for one in report.effects if not _is_declared(one)]
+    sentences = [text for one in declared for text in writer.tell_all(one)]
+    sentences += writer.tell_others(others)
+    sentences += _tell_single_seeds(report)
+    return list(dict.fromkeys(sentences))
+
+
+def _is_declared(one: AxisEffects) -> bool:
+    return any(effect.is_confirmatory or effect.why_exploratory for effect in one.main)
+
+
+class _Writer:
+    def __init__(self, *, with_grid: bool, with_task: bool) -> None:
+        self._with_grid, self._with_task = with_grid, with_task
+
+    def tell_all(self, one: AxisEffects) -> list[str]:
+        """A contrast with every number that answers it."""
+        name = self._name(one)
+        sentences = []
+        if one.depends_on:
+            sentences.append(f"{name}: {_describe_dependence(one)}.")
+        for effect in one.main[:_MAX_LEVELS]:
+            sentences.append(f"{name}: {_describe(effect)}.")
+        if len(one.main) > _MAX_LEVELS:
+            sentences.append(f"{name}: {len(one.main) - _MAX_LEVELS} more in the table of effects.")
+        flags = dict.fromkeys(flag for effect in one.main for flag in effect.flags)
+        return sentences + [f"{flag}." for flag in flags if questions_the_axis(flag)]
+
+    def tell_others(self, effects: Sequence[AxisEffects]) -> list[str]:
+        """Exploratory contrasts: what is clear or depends, then the rest by name."""
+        sentences, unclear, refused = [], [], []
+        for one in effects:
+            with_seeds = [effect for effect in one.main if _is_of_seeds(effect)]
+            if one.depends_on or any(effect.is_clear for effect in with_seeds):
+                sentences += self.tell_all(one)
+            elif with_seeds:
+                unclear.append(f"{self._name(one)} ({_describe_values(one)}, {one.metric.unit})")
+            elif reasons := [reason for effect in one.main for reason in effect.refused]:
+                refused.append(
+                    f"{self._name(one)}: no number for {_describe_values(one)}: {reasons[0]}."
+                )
+        if unclear:
+            sentences.append(
+                f"No clear difference, which does not show that two values are equal:"
+                f" {_name_some(unclear)}."
+            )
+        return sentences + refused
+
+    def _name(self, one: AxisEffects) -> str:
+        parts = [one.grid] if self._with_grid else []
+        parts += [one.task] if self._with_task else []
+        return ", ".join([*parts, one.axis])
+
+
+def _is_of_seeds(effect: Effect) -> bool:
+    return effect.interval is not None and effect.interval.kind != "rows"
+
+
+def _describe_values(one: AxisEffects) -> str:
+    return f"{axis_text(one.reference)} -> {axis_text(one.compared)}"
+
+
+def _describe_dependence(one: AxisEffects) -> str:
+    tests = {test.other: test for test in one.interactions}
+    others = " and ".join(
+        f"{axis} (interaction {_format_p(tests[axis].p)})" for axis in one.depends_on
+    )
+    return (
+        f"the effect of {_describe_values(one)} on {one.metric.title} depends on {others}:"
+        " no overall number"
+    )
+
+
+def _describe(effect: Effect) -> str:
+    """What an effect says, without the name of its axis and without a full stop."""
+    first, second = axis_text(effect.reference), axis_text(effect.compared)
+    place = f" at {describe_at(effect.at)}" if effect.at else ""
+    interval = effect.interval
+    if interval is None:
+        return f"no number for {first} -> {second}{place}: {'; '.join(effect.refused)}"
+    if interval.kind == "identical":
+        if interval.estimate == 0:
+            return f"the runs of {first} and {second}{place} have the same scores, row by row"
+        return (
+            f"{second} differs from {first}{place} by {abs(interval.estimate):.3g}"
+            f" {effect.metric.unit} in every row alike, so there is no interval"
+        )
+    if interval.kind == "rows":
+        return f"{first} -> {second}{place}: one seed, so no verdict"
+    gain = -interval.estimate if effect.metric.mode == "min" else interval.estimate
+    better, worse = (second, first) if gain >= 0 else (first, second)
+    assert interval.half_width is not None
+    digits = _choose_digits(interval.half_width)
+    size = f"{abs(gain):.{digits}f} {_describe_unit(effect)}"
+    low, high = (abs(gain) + sign * interval.half_width for sign in (-1, 1))
+    bounds = f"{interval.level * 100:.4g}% interval {low:.{digits}f} to {high:.{digits}f}"
+    details = f"{bounds}, {_describe_runs(effect)}, {_describe_p(effect)}"
+    mean = f", mean over {len(effect.pairs)} pairs of cells" if len(effect.pairs) > 1 else ""
+    if effect.is_clear:
+        told = f"{better} is better than {worse} by {size}{place}{mean} ({details})"
+        if effect.is_below_noise and effect.noise_floor is not None:
+            told += (
+                f"; two single runs of one recipe differ by up to {effect.noise_floor:.{digits}f}"
+            )
+    else:
+        told = (
+            f"no clear difference between {first} and {second}{place}{mean}: {better} is better by"
+            f" {size} ({details}); this does not show that they are equal"
+        )
+    if (equivalence := effect.equivalence) is not None:
+        ends = " to ".join(f"{end:.{digits}f}" for end in equivalence.interval)
+        of_90 = f"90% interval of the difference {ends}"
+        if equivalence.is_shown:
+            margin = f"{equivalence.margin:g} {effect.metric.unit}"
+            told = told.removesuffix("; this does not show that they are equal")
+            told += f"; the two are equivalent within the declared {margin} ({of_90})"
+        else:
+            told += f"; equivalence within {equivalence.margin:g} is not shown ({of_90})"
+    if interval.note:
+        told += f"; {interval.note}"
+    if interval.has_few_groups:
+        told += f"; few groups of rows ({interval.num_groups})"
+    return told
+
+
+def _describe_unit(effect: Effect) -> str:
+    return f"in {effect.metric.name}" if effect.metric.is_of_answers else effect.metric.unit
+
+
+def _describe_runs(effect: Effect) -> str:
+    """`3 seeds x 100 test rows`, by what the interval speaks of."""
+    interval = effect.interval
+    assert interval is not None
+    counts = sorted(set(interval.num_seeds))
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    noun = "seed" if counts == [1] else "seeds"
+    if interval.kind == "seeds":
+        return f"{seeds} {noun}, these very test rows"
+    rows = effect.pairs[0][0].runs[0].num_test_rows
+    known = [run.num_test_rows for run in effect.pairs[0][0].runs if run.num_test_rows is not None]
+    rows = known[0] if known else rows
+    groups = f"{interval.num_groups} groups of" if interval.num_groups != rows else f"{rows}"
+    return f"{seeds} {noun} x {groups} test rows"
+
+
+def _describe_p(effect: Effect) -> str:
+    p = "no p" if effect.p_adjusted is None else _format_p(effect.p_adjusted)
+    if effect.is_confirmatory:
+        return f"Holm {p}"
+    why = f": {effect.why_exploratory}" if effect.why_exploratory else ""
+    return f"exploratory{why}, Benjamini-Hochberg {p}"
+
+
+def _format_p(p: float) -> str:
+    """A p for people.
+
+    >>> _format_p(0.0004), _format_p(0.0312)
+    ('p < 0.001', 'p = 0.031')
+    """
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _choose_digits(half_width: float) -> int:
+    """Decimals that show half the width of an interval with two digits at least.
+
+    >>> _choose_digits(0.031), _choose_digits(0.0004), _choose_digits(2.5)
+    (3, 5, 3)
+    """
+    digits = 3
+    while digits < 8 and half_width < 10 ** (1 - digits):
+        digits += 1
+    return digits
+
+
+def _tell_single_seeds(report: Report) -> list[str]:
+    """What one seed allows, by grid."""
+    sentences = []
+    for grid in dict.fromkeys(one.grid for one in report.effects):
+        rows_only = [
+            one
+            for one in report.effects
+            if one.grid == grid
+            and any(effect.interval is not None for effect in one.cells)
+            and not any(_is_of_seeds(effect) for effect in (*one.main, *one.cells))
+        ]
+        if rows_only:
+            one = rows_only[0]
+            first, second = (f"{one.axis}={axis_text(v)}" for v in (one.reference, one.compared))
+            axes = ", ".join(dict.fromkeys(each.axis for each in rows_only))
+            sentences.append(
+                f"{grid} has one seed for each cell, so nothing is said of {axes}: another seed may"
+                f" give another difference; `runner compare {first} {second} --grid {grid}` shows"
+                " what differs between these trained models (rows only, no verdict)."
+            )
+    return sentences
+
+
+def _name_some(names: Iterable[str]) -> str:
+    listed = list(dict.fromkeys(names))
+    more = [f"and {len(listed) - _MAX_NAMED} more"] if len(listed) > _MAX_NAMED else []
+    return "; ".join(listed[:_MAX_NAMED] + more)

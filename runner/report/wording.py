@@ -7,15 +7,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Final, get_args
 
+from runner.errors import escape_controls
 from runner.plan.status import State
-from runner.report.effects import AxisEffects, Cell, Effect, Interaction
-from runner.report.rows import ReportRow, axis_text, compare_with_base
+from runner.report.effects import AxisEffects, Cell, Effect, Interaction, Report
+from runner.report.rows import (
+    ReportRow,
+    axis_text,
+    compare_with_base,
+    group_by_rules,
+    group_by_test_rows,
+    list_axes,
+    list_values,
+)
+from runner.text import ELLIPSIS, one_line
 
 MAX_NAMED: Final = 3  # names in one note; JSON has all
+HASH_CHARACTERS: Final = 12
+MAX_SENTENCE: Final = 2000  # characters of a text that people read
 SMALLEST_P: Final = 0.0001
 
 # What each column of a report means, by the field of the CSV and JSON.
@@ -86,6 +98,39 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "missing": "runs without a score; never imputed",
 }
 
+# How numbers are made, for those who have only the JSON.
+METHOD: Final[Mapping[str, str]] = {
+    "score": "sum over the test rows of a run divided by the sum of their tokens (bytes, rows)",
+    "interval": (
+        "t intervals with seeds and rows both random; the critical value is weighted between the"
+        " two by their variances (Cochran and Cox), and never below that of the rows alone"
+    ),
+    "pools": (
+        "runs of one base model and task share their spread over seeds; two cells that share"
+        " initial weights and order by hash are paired seed by seed"
+    ),
+    "interactions": (
+        "F tests at p < 0.20 decide whether a mean over the levels of another axis is shown"
+    ),
+    "simple_effects": "level of each: 1 - 0.05 / number of levels, so that all hold at 95% at once",
+    "p_adjusted": "Holm over the declared contrasts, Benjamini-Hochberg over all others",
+    "equivalence": "two one-sided tests at 5% against the declared margin",
+    "missing_cells": "never imputed; an effect names the pairs of cells it is the mean of",
+}
+
+
+def make_safe(text: str, most: int = MAX_SENTENCE) -> str:
+    """A text on one line and without terminal controls; of a longer one both ends, `most`
+    characters together.
+
+    >>> make_safe("a\\nb\\x1b[2J"), make_safe("abcdefgh", 5)
+    ('a b\\\\x1b[2J', 'abc…h')
+    """
+    if len(text) > most:
+        end = (most - 1) // 3
+        text = f"{text[: most - 1 - end]}{ELLIPSIS}{text[len(text) - end :]}"
+    return escape_controls(one_line(text))
+
 
 def decimal(value: float | None) -> str:
     """A score to four digits; blank where there is none."""
@@ -136,6 +181,15 @@ def constant_or_spread(values: Iterable[float | None]) -> str:
     return decimal(known[0]) if len(set(known)) == 1 else spread(known)
 
 
+def level_text(level: float) -> str:
+    """A level in per cent.
+
+    >>> level_text(0.95), level_text(0.975), level_text(1 - 0.05 / 3)
+    ('95%', '97.5%', '98.33%')
+    """
+    return f"{round(100 * level, 2):g}%"
+
+
 def count(number: int, noun: str) -> str:
     """A number of things.
 
@@ -166,11 +220,31 @@ def name_cell(axes: Mapping[str, object]) -> str:
     return ", ".join(f"{axis}={axis_text(value)}" for axis, value in axes.items())
 
 
-def name_scope(effect: Effect) -> str:
-    """The cells that an effect is of, in words."""
-    if not effect.at:
+def name_scope(effect: Effect, constant: Collection[str] = ()) -> str:
+    """The cells that an effect is of, in words; axes that are `constant` in a report go without
+    saying.
+    """
+    at = {axis: value for axis, value in effect.at.items() if axis not in constant}
+    if not at:
         return f"mean of {count(len(effect.pairs), 'cell')}" if len(effect.pairs) > 1 else "all"
-    return name_cell(effect.at)
+    return name_cell(at)
+
+
+def list_constant_axes(rows: Iterable[ReportRow]) -> set[str]:
+    """The axes that all runs have, with one value."""
+    rows = list(rows)
+    return {
+        axis
+        for axis in list_axes(rows)
+        if len(list_values(rows, axis)) == 1 and all(axis in row.axes for row in rows)
+    }
+
+
+def list_numbers(effects: AxisEffects) -> list[Effect]:
+    """The effects of which a report shows a number. Those of single runs are left out: their
+    intervals are over rows only and say nothing of the recipe, so `runner compare` shows them.
+    """
+    return [one for one in effects.shown if one.interval and one.interval.kind != "rows"]
 
 
 def describe_direction(effects: AxisEffects) -> str:
@@ -199,19 +273,39 @@ def describe_seeds(num_seeds: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
+KINDS: Final[Mapping[str, str]] = {
+    "rows": "rows only",
+    "seeds": "these rows only",
+    "identical": "identical runs",
+}
+
+
 def describe_standing(effect: Effect) -> str:
     """Whether an effect was declared, and what limits it, in a few words."""
-    words = ["confirmatory" if effect.is_confirmatory else "exploratory"]
-    if effect.refused:
+    interval = effect.interval
+    if interval is None:
         return "refused"
-    if effect.interval is not None:
-        kinds = {"rows": "rows only", "seeds": "these rows only", "identical": "identical runs"}
-        words += [kinds[effect.interval.kind]] if effect.interval.kind in kinds else []
-        words += ["few groups"] if effect.interval.has_few_groups else []
-        if effect.interval.kind == "rows":
-            words.remove("exploratory" if not effect.is_confirmatory else "confirmatory")
+    words = []
+    if interval.kind != "rows":  # of which there is no verdict
+        words.append("confirmatory" if effect.is_confirmatory else "exploratory")
+    words += [KINDS[interval.kind]] if interval.kind in KINDS else []
+    words += ["few groups"] if interval.has_few_groups else []
     words += ["below noise"] if effect.is_below_noise else []
     return ", ".join(words)
+
+
+def list_flags(effects: Sequence[Effect], constant: Collection[str] = ()) -> list[str]:
+    """What else differs in the effects, each sentence once; with the effects that it is about,
+    unless those are all.
+    """
+    scopes: dict[str, list[str]] = {}
+    for effect in effects:
+        for flag in effect.flags:
+            scopes.setdefault(flag, []).append(name_scope(effect, constant))
+    return [
+        flag if len(names) == len(effects) else f"{name_some(names, '; ')}: {flag}"
+        for flag, names in scopes.items()
+    ]
 
 
 def describe_variances(effect: Effect) -> str:
@@ -238,14 +332,52 @@ def describe_equivalence(effect: Effect) -> str:
     if effect.equivalence is None:
         return ""
     found = effect.equivalence
-    inside = "inside: shown to be smaller" if found.is_shown else "not inside: not shown"
-    return f"margin {found.margin:g}: the 90% interval {span(found.interval)} lies {inside}"
+    inside = "lies inside: no larger" if found.is_shown else "reaches beyond: not shown"
+    return f"margin {found.margin:g}: the 90% interval {span(found.interval)} {inside}"
 
 
 def describe_interaction(found: Interaction) -> str:
     """The test whether an axis depends on another one."""
     df = ", ".join(f"{one:.0f}" for one in found.df)
-    return f"`{found.other}`: F({df}) = {found.statistic:.2f}, p = {probability(found.p)}"
+    p = probability(found.p)
+    p = f"p {p[0]} {p[1:]}" if p.startswith("<") else f"p = {p}"
+    return f"`{found.other}`: F({df}) = {found.statistic:.2f}, {p}"
+
+
+def list_warnings(report: Report) -> list[str]:
+    """What makes numbers of a report incomparable, each sentence once."""
+    return list(dict.fromkeys([*report.warnings, *_find_row_warnings(report.rows)]))
+
+
+def _find_row_warnings(rows: Sequence[ReportRow]) -> list[str]:
+    warnings = []
+    if len(by_rules := group_by_rules(rows)) > 1:
+        sets = [
+            f"rules {rules}: {name_some(run.name for run in runs)}"
+            for rules, runs in by_rules.items()
+        ]
+        warnings.append(
+            f"{len(by_rules)} different rules of rows and masks;"
+            f" runs are compared only within one: {'; '.join(sets)}"
+        )
+    groups = group_by_test_rows(rows)
+    unknown = groups.pop(None, [])
+    if len(groups) > 1:
+        sets = []
+        for ids_hash, runs in groups.items():
+            names = name_some(run.name for run in runs)
+            shown = str(ids_hash)[:HASH_CHARACTERS]
+            sets.append(f"{shown} ({runs[0].num_test_rows} rows): {names}")
+        warnings.append(
+            f"{len(groups)} different sets of test rows;"
+            f" numbers compare only within one set: {name_some(sets, '; ')}"
+        )
+    if unknown:
+        names = name_some(run.name for run in unknown)
+        warnings.append(
+            f"no record of the test rows of {count(len(unknown), 'completed run')}: {names}"
+        )
+    return warnings + list(dict.fromkeys(one for row in rows for one in row.base_warnings))
 
 
 def describe_base(rows: Sequence[ReportRow]) -> str:

@@ -18,13 +18,15 @@ from runner.report.html import (
     MAX_PAGE_BYTES,
     PageOptions,
     build_page,
-    hide_paths,
     show_text,
     write_pages,
 )
+from runner.report.labels import hide_paths
 from tests.support.pages import make_report
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J\x07 ${x} {{ 7*7 }}"
+# What a recipe may say, and what a row or an answer may
+HOSTILE_AXIS = "</script><script>alert(1)</script><img src=x onerror=alert(2)> $x$ {{ 7*7 }}"
+HOSTILE = f"{HOSTILE_AXIS}\x1b[2J\x07"
 
 
 class Outline(HTMLParser):
@@ -156,7 +158,7 @@ def test_nothing_of_this_machine_is_in_it(tmp_path: Path, monkeypatch: pytest.Mo
     model = str(home / "models" / "gemma")
     report = make_report(home / "work", models=(model, "llama"), seeds=(1,))
     warned = replace(report, warnings=(f"cannot read {home}/work/runs/x: [Errno 13] '{home}/y'",))
-    options = PageOptions(source=f"{home}/work/recipes/demo")
+    options = PageOptions(command=f"runner report {home}/work/recipes/demo")
     pages = tmp_path / "pages"
     write_pages(
         warned, options, page=pages / "r.html", rows=pages / "rows", figures=pages / "figures"
@@ -174,7 +176,7 @@ def test_nothing_of_this_machine_is_in_it(tmp_path: Path, monkeypatch: pytest.Mo
 def test_hostile_texts_are_texts(tmp_path: Path) -> None:
     report = make_report(
         tmp_path,
-        models=("gemma", HOSTILE),
+        models=("gemma", HOSTILE_AXIS),
         answers=(HOSTILE,),
         text=HOSTILE + "{}",
         verdicts=(HOSTILE,),
@@ -191,7 +193,12 @@ def test_hostile_texts_are_texts(tmp_path: Path) -> None:
 def test_a_million_characters_do_not_fill_the_page(tmp_path: Path) -> None:
     long = "x" * 1_000_000
     report = make_report(
-        tmp_path, answers=(long,), seeds=(1,), counts=(60,), verdicts=(long,), missing=0
+        tmp_path,
+        answers=(long, *("yes",) * 39),
+        seeds=(1,),
+        counts=(60,),
+        verdicts=(long,),
+        missing=0,
     )
     html = build_page(report).html
     assert len(html) < MAX_PAGE_BYTES + 200_000

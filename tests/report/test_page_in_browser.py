@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runner.report.html import PageOptions, write_pages
-from tests.report.test_html import HOSTILE
+from tests.report.test_html import HOSTILE, HOSTILE_AXIS
 from tests.support.pages import make_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -38,8 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     report = make_report(
         folder,
-        models=("gemma", HOSTILE),
-        answers=("yes", HOSTILE, "y" * 1_000_000),
+        models=("gemma", HOSTILE_AXIS),
+        answers=("y" * 1_000_000, *(HOSTILE, "yes") * 20),
         text=HOSTILE + " {}",
         verdicts=("completion is better than full.", HOSTILE),
     )
@@ -144,14 +144,15 @@ def test_tables_are_plain_without_scripts(visit: Any, folder: Path) -> None:
 
 def test_dark_and_light_have_enough_contrast(visit: Any, folder: Path) -> None:
     """Text against its page, by the formula of WCAG 2: at least 4.5."""
-    script = """() => [".sub", "h1", "figcaption", ".muted", "svg text", "a", ".heat td b"].map((name) => {
+    names = ("h1", "a", ".sub", ".muted", "figcaption", "svg text", ".heat td b", ".warnings h3")
+    script = """(names) => names.map((name) => {
       const style = getComputedStyle(document.querySelector(name));
       const fill = name.startsWith("svg") ? style.fill : style.color;
       return [name, fill, getComputedStyle(document.body).backgroundColor];
     })"""
     for scheme in ("light", "dark"):
         one = visit(folder / "report.html", color_scheme=scheme)
-        for name, text, paper in one.page.evaluate(script):
+        for name, text, paper in one.page.evaluate(script, list(names)):
             assert find_contrast(text, paper) >= 4.5, f"{name} in {scheme}: {text} on {paper}"
 
 

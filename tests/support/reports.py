@@ -9,9 +9,9 @@ from runner.files import write_json_atomic, write_text_atomic
 from runner.plan.status import RunStatus, read_status
 from runner.recipe.identity import RULES
 from runner.recipe.parse import Recipe, parse_recipe
+from runner.report.build import build_report
 from runner.report.format import FORMATS
 from runner.report.rows import ReportRow, build_rows
-from runner.report.statistics import build_comparisons
 from runner.run.facts import read_facts
 from runner.run.paths import RunPaths
 from runner.run.record import (
@@ -153,7 +153,7 @@ def rows_of(runs: Iterable[Run]) -> list[ReportRow]:
 
 def report(runs: Sequence[Run], format: str = "md") -> str:
     rows = rows_of(runs)
-    return FORMATS[format](rows, build_comparisons(rows))
+    return FORMATS[format](build_report(rows))
 
 
 def table_lines(text: str) -> list[str]:
