@@ -41,7 +41,7 @@ clean-demo:
 	rm -rf runs/demo demo_models
 
 # What runs import is compiled once, also where PYTHONDONTWRITEBYTECODE would have each of them do it again.
-COMPILE_RUNS := from runner.recipe.libraries import hide_libraries; hide_libraries(["bitsandbytes", "deepspeed"]); import runner.sft.train
+COMPILE_RUNS := from runner.recipe.libraries import hide_libraries; hide_libraries(["bitsandbytes", "deepspeed", "scipy", "matplotlib"]); import runner.sft.train
 
 # Two stamps: what the runner needs, and with it the tools of the tests. A newcomer's demo is up a minute earlier.
 .venv/installed: pyproject.toml constraints.txt .ci/install.py

@@ -81,7 +81,7 @@ _IMPORT: Final = """
 import sys
 from runner.errors import hide_bitsandbytes_warning
 from runner.recipe.libraries import hide_libraries
-hide_libraries(["wandb", "bitsandbytes", "deepspeed"])
+hide_libraries(["wandb", "bitsandbytes", "deepspeed", "scipy", "matplotlib"])
 hide_bitsandbytes_warning()
 import runner.sft.train
 """

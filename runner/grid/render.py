@@ -20,6 +20,7 @@ from jinja2 import TemplateError, UndefinedError
 
 from runner.errors import GridError, RecipeError, RunnerError
 from runner.files import write_text_atomic
+from runner.grid.design import derive_cell_seed, find_design_problems, list_declared
 from runner.grid.spec import (
     GridSpec,
     applies,
@@ -28,6 +29,7 @@ from runner.grid.spec import (
     list_grids,
     load_cards,
     load_grid,
+    raise_grid_problems,
     show_label,
 )
 from runner.grid.template import (
@@ -37,8 +39,8 @@ from runner.grid.template import (
     run_limited,
     word_error,
 )
-from runner.recipe.parse import parse_recipe
-from runner.recipe.problems import suggest
+from runner.recipe.parse import Recipe, parse_recipe
+from runner.recipe.problems import find_line, suggest
 from runner.recipe.schema import NAME_PATTERN, Scalar
 from runner.strict import freeze
 
@@ -212,21 +214,32 @@ def _render_cells(spec: GridSpec, templates_root: Path, grid: str) -> tuple[Mapp
     cards = _Cards(load_cards(templates_root))
     sandbox = build_sandbox(templates_root)
     texts: dict[str, str] = {}
+    recipes: list[Recipe] = []
+    declared = list_declared(spec)
     for key in keys.keys:
-        own = {"axes": key.axes, "grid": grid, "name": key.name, "models": cards}
+        own: dict[str, Any] = {"axes": key.axes, "grid": grid, "name": key.name}
+        own["declared"] = declared
+        seed = derive_cell_seed(spec, grid, key.axes)
+        if seed is not None:
+            own["cell_seed"] = seed
         try:
             template = sandbox.get_template(f"{grid}/recipe.yaml.j2")
-            body = template.render({**key.values, **own})
+            body = template.render({**key.values, **own, "models": cards})
         except Exception as error:  # an expression in a template may raise anything
-            _raise_template_error(error, templates_root, spec, key)
+            _raise_template_error(error, templates_root, spec, key, [*own, "models"])
         text = f"{build_header(grid)}{body.rstrip()}\n"
-        _check_text(text, key, templates_root)
+        recipe = _check_text(text, key, templates_root, declared)
+        if spec.seeds == "own":
+            _check_seed(text, recipe, seed, key, templates_root)
         texts[key.name] = text
+        recipes.append(recipe)
+    if wrong := list(find_design_problems(spec, recipes)):
+        raise_grid_problems(templates_root / grid / "grid.yaml", wrong)
     return texts, describe(spec, keys, grid)
 
 
 def _raise_template_error(
-    error: Exception, templates_root: Path, spec: GridSpec, key: RunKey
+    error: Exception, templates_root: Path, spec: GridSpec, key: RunKey, own: Sequence[str]
 ) -> NoReturn:
     path, line = locate_error(error, templates_root)
     place = f"{path or templates_root / key.grid / 'recipe.yaml.j2'}, line {line or 1}"
@@ -234,7 +247,7 @@ def _raise_template_error(
     if isinstance(error, RunnerError):
         what, hint = error.message, error.hint
     elif isinstance(error, UndefinedError) and (match := re.match(r"'(\w+)' is undefined", what)):
-        name, known = match[1], [*key.values, "axes", "grid", "name", "models"]
+        name, known = match[1], [*key.values, *own]
         what += suggest(name, known)
         hint = f"a template knows {', '.join(known)}"
         if name in spec.axes:
@@ -245,17 +258,20 @@ def _raise_template_error(
     raise GridError(f"{place}: {what}\n\n  in the cell {name_cell(key.axes)}", hint=hint) from None
 
 
-def _check_text(text: str, key: RunKey, templates_root: Path) -> None:
+def _check_text(
+    text: str, key: RunKey, templates_root: Path, declared: Sequence[Mapping[str, Any]]
+) -> Recipe:
+    """The recipe that a text is, once it is known to be the run that it was rendered for."""
     try:
-        run = parse_recipe(text, where=key.name).run
+        recipe = parse_recipe(text, where=key.name)
     except RecipeError as error:
         lines = [f"{templates_root / key.grid / 'recipe.yaml.j2'} gives no valid recipe", ""]
         for problem in error.problems:
             place = _find_template_line(text, problem.line or 1, templates_root / key.grid)
             lines.append(f"  {place}  {problem.key}  {problem.what}")
         raise GridError("\n".join([*lines, "", f"  in the cell {name_cell(key.axes)}"])) from None
-    found = {"grid": run.grid, "name": run.name, "axes": dict(run.axes)}
-    expected = {"grid": key.grid, "name": key.name, "axes": key.axes}
+    found = recipe.run.model_dump(mode="json")
+    expected = {"grid": key.grid, "name": key.name, "axes": key.axes, "declared": declared}
     for part in expected:
         if json.dumps(found[part], sort_keys=True) != json.dumps(expected[part], sort_keys=True):
             line = next(
@@ -267,8 +283,25 @@ def _check_text(text: str, key: RunKey, templates_root: Path) -> None:
                 f"`run.{part}` is {json.dumps(found[part])}"
                 f" where {json.dumps(expected[part])} was rendered"
             )
-            hint = f"write `{part}: {{{{ {part} | yaml }}}}` there"
+            where = "there" if line > 1 else "below `run:`"
+            hint = f"write `{part}: {{{{ {part} | yaml }}}}` {where}"
             raise GridError(f"{place}: {what}\n\n  in the cell {name_cell(key.axes)}", hint=hint)
+    return recipe
+
+
+def _check_seed(
+    text: str, recipe: Recipe, seed: int | None, key: RunKey, templates_root: Path
+) -> None:
+    """A cell with seeds of its own trains with the one that was derived for it."""
+    if recipe.training.seed == seed:
+        return
+    line = find_line("training.seed", text)
+    place = _find_template_line(text, line or 1, templates_root / key.grid)
+    raise GridError(
+        f"{place}: `training.seed` is {recipe.training.seed} where {seed} is the seed of this cell,"
+        f" by `seeds: own` in grid.yaml\n\n  in the cell {name_cell(key.axes)}",
+        hint="write `seed: {{ cell_seed | yaml }}` there",
+    )
 
 
 def _find_template_line(text: str, line: int, folder: Path) -> str:

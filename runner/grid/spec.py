@@ -10,22 +10,26 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from runner.errors import GridError, Problem, RecipeError
 from runner.recipe.parse import read_yaml
 from runner.recipe.problems import find_line, suggest
-from runner.recipe.schema import NAME_PATTERN, ModelSection, Scalar
+from runner.recipe.schema import NAME_PATTERN, DeclaredContrast, ModelSection, Scalar
 from runner.strict import FrozenDict, Section, Text, freeze
 
 _Model = TypeVar("_Model", bound=Section)
 _AXIS_NAME: Final = r"[A-Za-z][A-Za-z0-9_]*"
+# The axis over which a grid is replicated.
+SEED_AXIS: Final = "seed"
 # Names that a template already gives a meaning to.
 _TAKEN_NAMES: Final = frozenset(
     (
         "axes",
+        "cell_seed",
+        "declared",
         "grid",
         "models",
         "name",
@@ -131,6 +135,9 @@ class GridSpec(Section):
     axes: Annotated[dict[str, Axis], Field(min_length=1), AfterValidator(freeze)]
     exclude: tuple[Exclusion, ...] = ()
     include: tuple[FrozenDict, ...] = ()
+    # own: the number on the axis `seed` gives each cell another seed to train with
+    seeds: Literal["shared", "own"] = "shared"
+    compare: tuple[DeclaredContrast, ...] = ()
 
 
 class ModelCard(ModelSection):
@@ -155,10 +162,15 @@ def load_grid(templates_root: Path, grid: str) -> GridSpec:
     path = templates_root / grid / "grid.yaml"
     spec = _read(path, GridSpec)
     if wrong := list(_check_spec(spec)):
-        text = path.read_text(encoding="utf-8")
-        problems = [Problem(key, what, find_line(key, text)) for key, what in wrong]
-        raise GridError(RecipeError(str(path), problems).message)
+        raise_grid_problems(path, wrong)
     return spec
+
+
+def raise_grid_problems(path: Path, wrong: Sequence[tuple[str, str]]) -> NoReturn:
+    """Raises GridError with the line of each dotted key of a grid file that is wrong."""
+    text = path.read_text(encoding="utf-8")
+    problems = [Problem(key, what, find_line(key, text)) for key, what in wrong]
+    raise GridError(RecipeError(str(path), problems).message)
 
 
 def load_cards(templates_root: Path) -> dict[str, dict[str, Any]]:
@@ -209,6 +221,64 @@ def _check_spec(spec: GridSpec) -> Iterator[tuple[str, str]]:
         yield from _check_conditions(f"exclude.{n}.when", rule.when, spec.axes, "an axis")
     for n, cell in enumerate(spec.include):
         yield from _check_inclusion(spec, f"include.{n}", cell)
+    if spec.seeds == "own":
+        yield from _check_own_seeds(spec)
+    yield from _check_contrasts(spec)
+
+
+def _check_own_seeds(spec: GridSpec) -> Iterator[tuple[str, str]]:
+    axis = spec.axes.get(SEED_AXIS)
+    if axis is None:
+        yield "seeds", f"`own` needs an axis `{SEED_AXIS}` of whole numbers, such as [1, 2, 3]"
+        return
+    if axis.when:
+        yield f"axes.{SEED_AXIS}.when", "does not go with `seeds: own`: each cell has its seeds"
+    stated = [(f"axes.{SEED_AXIS}", value) for value in axis.values]
+    stated += [
+        (f"include.{n}.{SEED_AXIS}", cell[SEED_AXIS])
+        for n, cell in enumerate(spec.include)
+        if SEED_AXIS in cell
+    ]
+    for key, value in stated:
+        if not is_seed(get_label(value)):
+            yield key, f"got {json.dumps(get_label(value))}, expected a whole number of 0 or more"
+
+
+def is_seed(label: Any) -> bool:
+    return isinstance(label, int) and not isinstance(label, bool) and label >= 0
+
+
+def _check_contrasts(spec: GridSpec) -> Iterator[tuple[str, str]]:
+    """What is wrong with `compare` whatever the recipes are; the rest is in `design`."""
+    first_of: dict[str, int] = {}
+    for n, contrast in enumerate(spec.compare):
+        key, axis = f"compare.{n}", spec.axes.get(contrast.axis)
+        if axis is None:
+            yield f"{key}.axis", _describe_no_axis(contrast.axis, spec.axes)
+            continue
+        if contrast.axis == SEED_AXIS:
+            yield f"{key}.axis", f"`{SEED_AXIS}` repeats the other cells: it is not compared"
+            continue
+        known = [get_label(value) for value in axis.values]
+        known += [cell[contrast.axis] for cell in spec.include if contrast.axis in cell]
+        for end, label in (("from", contrast.from_), ("to", contrast.to)):
+            if find_label(label, known) is None:
+                yield f"{key}.{end}", _describe_no_value(label, known)
+        ends = sorted(map(json.dumps, (contrast.from_, contrast.to)))
+        same = json.dumps([contrast.axis, contrast.metric, ends])
+        if first_of.setdefault(same, n) != n:
+            yield key, f"is declared already, by compare.{first_of[same]}"
+
+
+def _describe_no_axis(name: str, axes: Mapping[str, Axis]) -> str:
+    return f"got {name!r}, expected an axis: {', '.join(axes)}" + suggest(name, list(axes))
+
+
+def _describe_no_value(label: Scalar, known: Sequence[Any]) -> str:
+    labels = [get_label(value) for value in known]
+    shown = ", ".join(json.dumps(item) for item in labels[:8])
+    what = f"got {json.dumps(label)}, which is not a value of the axis: {shown}"
+    return what + suggest(str(label), [item for item in labels if isinstance(item, str)])
 
 
 def _check_conditions(
@@ -221,11 +291,7 @@ def _check_conditions(
         known = [get_label(value) for value in axes[name].values]
         for label in labels:
             if find_label(label, known) is None:
-                shown = ", ".join(json.dumps(item) for item in known[:8])
-                yield (
-                    f"{key}.{name}",
-                    f"got {json.dumps(label)}, which is not a value of the axis: {shown}",
-                )
+                yield f"{key}.{name}", _describe_no_value(label, known)
 
 
 def _check_inclusion(

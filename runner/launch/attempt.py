@@ -80,12 +80,22 @@ def prepare_run(recipe: Recipe, contents: Mapping[str, str], facts: RunFacts) ->
         )
     if facts.result is None:
         content = StoredRecipe(
-            recipe=recipe,
+            recipe=_keep_declared(recipe, facts),
             recipe_digest=derive_digest(recipe, contents),
             contents=dict(contents),
             rules=RULES,
         )
         write_json_atomic(paths.recipe_path, content.model_dump(mode="json"))
+
+
+def _keep_declared(recipe: Recipe, facts: RunFacts) -> Recipe:
+    """The recipe with the contrasts that were declared when the first attempt was opened: what is
+    stated once something has run is no declaration.
+    """
+    if not facts.attempts:
+        return recipe
+    declared = facts.stored.recipe.run.declared if facts.stored is not None else ()
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"declared": declared})})
 
 
 def refuse_uncontinuable(

@@ -10,6 +10,7 @@ from typing import Final
 
 from runner.recipe.identity import load_launch_settings
 from runner.recipe.parse import Recipe
+from runner.recipe.schema import Lora
 
 # Every other optimizer of Transformers is taken to need bitsandbytes.
 _TORCH_OPTIMIZERS: Final = (
@@ -23,21 +24,41 @@ _TORCH_OPTIMIZERS: Final = (
 )
 
 
+# What only reports are made with.
+REPORT_LIBRARIES: Final = ("scipy", "matplotlib")
+
+
 def find_unused_libraries(recipe: Recipe, *, uses_deepspeed: bool = False) -> list[str]:
-    """The libraries of these three that the recipe has no use for. `uses_deepspeed` is what the
+    """The libraries of these five that the recipe has no use for. `uses_deepspeed` is what the
     launcher says: a command typed by hand may name another config than the recipe.
 
     TRL imports Weights & Biases, and PEFT bitsandbytes (with torch's compiler behind it), whenever
     they are installed. Together they are a fourth of the processor time that a run's imports take
     (`python -X importtime`). accelerate imports DeepSpeed to ask if a model is one of its engines,
-    0.14 s in every run.
+    0.14 s in every run, and Transformers SciPy for the losses of object detection, 0.2 to 0.3 s.
+    Functions of the user's run in processes of their own, from which nothing is hidden.
     """
+    deepspeed = uses_deepspeed or _may_use_deepspeed(recipe)
+    bitsandbytes = _uses_bitsandbytes(recipe)
+    # Each tracker may log figures or statistics: what it takes for that is its own affair.
+    has_trackers = bool(recipe.tracking.report_to)
     is_used = {
         "wandb": "wandb" in recipe.tracking.report_to,
-        "bitsandbytes": _uses_bitsandbytes(recipe),
-        "deepspeed": uses_deepspeed or _may_use_deepspeed(recipe),
+        "bitsandbytes": bitsandbytes,
+        "deepspeed": deepspeed,
+        # bitsandbytes and DeepSpeed import it in some functions, PEFT for LoftQ.
+        "scipy": has_trackers or bitsandbytes or deepspeed or uses_loftq(recipe),
+        "matplotlib": has_trackers,
     }
     return [name for name, used in is_used.items() if not used]
+
+
+def uses_loftq(recipe: Recipe) -> bool:
+    """Whether the adapter's first weights are made by LoftQ, which needs SciPy."""
+    adapter = recipe.adapter
+    return (
+        isinstance(adapter, Lora) and adapter.lora_arguments().get("init_lora_weights") == "loftq"
+    )
 
 
 def hide_libraries(names: Iterable[str]) -> None:

@@ -33,6 +33,7 @@ from runner.recipe.problems import (
 )
 from runner.recipe.scalars import find_changed_scalars
 from runner.recipe.schema import (
+    LIKELIHOOD_METRICS,
     NLL_METRICS,
     AdapterOff,
     CheckpointsSection,
@@ -154,6 +155,12 @@ class Recipe(Section):
         """
         modes: dict[str, Literal["min", "max"]] = dict.fromkeys(self.data.task.METRICS, "max")
         return modes | {metric.name: metric.mode for metric in self.evaluation.metrics}
+
+    @property
+    def measured_metrics(self) -> tuple[str, ...]:
+        """Every metric that the test split is measured by."""
+        has_answers = isinstance(self.evaluation.generation, GenerationOn)
+        return (*LIKELIHOOD_METRICS, *(self.metric_modes if has_answers else ()))
 
     def list_python_files(self) -> dict[str, str]:
         """`dotted key -> path` of the files of the project's own code."""

@@ -415,7 +415,7 @@ def _known_names(model: type[BaseModel], location: tuple[int | str, ...]) -> lis
             models = [m for annotation in nested for m in _models_in(annotation)]
         else:  # a union tag narrows down to the members that carry it; a name or index does not
             models = [m for m in models if _is_tagged(m, part)] or models
-    return [name for m in models for name in m.model_fields]
+    return [field.alias or name for m in models for name, field in m.model_fields.items()]
 
 
 def _has_tag(annotation: Any, tag: int | str) -> bool:

@@ -14,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import (
+    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     StringConstraints,
@@ -37,6 +38,8 @@ NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 
 # Of every task, smaller is better.
 NLL_METRICS: Final = ("nll_per_completion_token", "nll_per_token")
+# What every run is measured by on the test split.
+LIKELIHOOD_METRICS: Final = (*NLL_METRICS, "bits_per_byte")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Positive = Annotated[int, Field(gt=0)]
@@ -106,12 +109,37 @@ class PassThrough(Section):
         }
 
 
+class DeclaredContrast(Section):
+    """Two values of an axis that a grid is there to compare, by one metric, as stated before its
+    runs; a difference within `margin` is none.
+    """
+
+    # `from` is no name in Python, and it is the name in files.
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    axis: Text
+    from_: Scalar = Field(alias="from")
+    to: Scalar
+    metric: Text
+    margin: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _compares_two_values(self) -> Self:
+        if json.dumps(self.from_) == json.dumps(self.to):
+            raise ValueError(f"`from` and `to` are both {json.dumps(self.to)}")
+        return self
+
+
 class RunSection(Section):
-    """Which cell of which grid this is; outside the digest."""
+    """Which cell of which grid this is, and what the grid is there to compare; outside the
+    digest.
+    """
 
     grid: Name
     name: Name
     axes: FrozenDict = Field(default_factory=dict, validate_default=True)
+    # The same in all recipes of a grid; the first attempt of a run records what stands here then.
+    declared: tuple[DeclaredContrast, ...] = ()
     overrides: tuple[str, ...] = ()  # what the command line changed, where it did
     schema_version: Literal[1] = SCHEMA_VERSION
 

@@ -573,6 +573,39 @@ def test_overrides_make_a_run_of_their_own(fake: FakeLauncher) -> None:
     assert [run["run"]["overrides"] for run in runs] == [["training.max_steps=7"]] * 2 + [[]]
 
 
+def test_what_was_declared_before_the_first_attempt_stays_recorded(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", told="exit 1")
+    path = fake.root / "recipes" / "toy" / "a.yaml"
+    text = path.read_text()
+
+    def declare(metric: str) -> None:
+        one = f"declared: [{{axis: size, from: 1, to: 2, metric: {metric}}}]"
+        path.write_text(text.replace("name: a,", f"name: a, {one},"))
+
+    def find_recorded() -> list[str]:
+        stored = load_json(fake.paths("a").recipe_path)["recipe"]["run"]["declared"]
+        return [f"{one['from']} to {one['to']} by {one['metric']}" for one in stored]
+
+    declare("bits_per_byte")
+    assert text != path.read_text()
+    recipe, contents, paths = load_toy(fake)
+    prepare_run(recipe, contents, read_facts(paths))
+    declare("nll_per_token")  # nothing has run yet
+    assert main(["launch", str(path)]) == 14
+    assert find_recorded() == ["1 to 2 by nll_per_token"]
+
+    declare("nll_per_completion_token")
+    assert main(["why", str(path)]) == 0
+    assert "changed" not in capsys.readouterr().out
+    fake.tell("a", "complete")
+    assert main(["launch", str(path)]) == 0
+    assert find_recorded() == ["1 to 2 by nll_per_token"], "the first attempt's"
+    path.write_text(text)
+    assert read_status(read_facts(paths), load_recipe(path), contents).state == "completed"
+
+
 def test_preparing_twice_changes_nothing_but_the_attempts(fake: FakeLauncher) -> None:
     fake.add("a")
     recipe, contents, paths = load_toy(fake)

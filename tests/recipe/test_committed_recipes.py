@@ -200,6 +200,7 @@ MAY_BE_ABSENT = {
     ),
     # Of a local file there is one.
     *(f"data.{split}.split" for split in ("train", "validation", "test")),
+    "run.declared",  # of a grid that declares no contrast
     "data.num_validation_samples",  # where validation rows have a file of their own
     "data.num_test_samples",
     *_BEHAVIOUR_BEFORE,  # what was added since the recipes were written

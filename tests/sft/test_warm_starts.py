@@ -4,11 +4,14 @@ hand with the command that was recorded.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
+from importlib.util import find_spec
 
 import pytest
 
+from runner.files import load_json
 from runner.run.paths import RunPaths, marker_path
 from tests.conftest import Project, build_environment
 from tests.support.training_runs import (
@@ -72,6 +75,39 @@ def test_the_recorded_command_run_by_hand_gives_the_same_bytes(finished: Project
     by_hand = read_all(paths)
     assert by_hand.keys() == forked.keys()
     assert [name for name in forked if by_hand[name] != forked[name]] == []
+
+
+# A trainer's own list of what it has imported, written when it writes its result, its last file.
+_LIST_MODULES = """\
+import json, os, sys
+from pathlib import Path
+
+def _hook(name, arguments):
+    if name == "os.rename" and str(arguments[1]).endswith("result.json"):
+        modules = sorted({name.partition(".")[0] for name, module in sys.modules.items() if module})
+        Path(arguments[1]).with_name("modules.json").write_text(json.dumps(modules))
+
+sys.addaudithook(_hook)
+"""
+
+
+def test_no_trainer_imports_what_its_recipe_has_no_use_for(project: Project) -> None:
+    hidden = {"wandb", "bitsandbytes", "deepspeed", "scipy", "matplotlib"}
+    assert find_spec("scipy") and find_spec("matplotlib"), "else nothing would be shown"
+    project.add_model()
+    (project.root / "sitecustomize.py").write_text(_LIST_MODULES)
+    path = f"{project.root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    short = "training={max_steps: 1, num_train_epochs: null}"
+    recipe = project.write_recipe("imports.yaml", *RUNS[NAME], short)
+    for verb, start in (("sweep", "warm"), ("launch", "cold")):
+        paths = RunPaths(project.root / verb / "tests" / "imports")
+        where = ("--output-root", verb)
+        done = project.cli(verb, recipe, *where, environment={"PYTHONPATH": path})
+        assert done.returncode == 0, done.stderr
+        assert list_starts(paths) == [start]
+        modules = set(load_json(paths.run_dir / "modules.json"))
+        assert {"runner", "torch", "transformers"} <= modules
+        assert hidden & modules == set(), start
 
 
 def test_what_was_forked_and_killed_goes_on_cold(finished: Project) -> None:

@@ -351,7 +351,7 @@ def test_a_worker_with_other_versions_is_refused(start: Callable[..., Pair]) -> 
         start("os.environ['VERSIONS'] = '{}'")
 
 
-HIDDEN: Final = ("wandb", "bitsandbytes", "deepspeed")
+HIDDEN: Final = ("wandb", "bitsandbytes", "deepspeed", "scipy", "matplotlib")
 # What the state of a process is after the imports: of accelerate, of torch, and settings of a run.
 AFTER_IMPORTS: Final = f"""\
 import gc, json, weakref
