@@ -39,10 +39,11 @@ from runner.report.labels import (
     list_main_metrics,
     list_model_axes,
     list_places,
+    name_panel,
 )
 from runner.report.row_pages import RowComparison
 from runner.report.rows import ReportRow, axis_key, axis_text, is_number
-from runner.report.wording import count, name_cell
+from runner.report.wording import count
 
 MAX_CURVES: Final = 40  # in a figure
 MAX_EFFECTS: Final = 40
@@ -202,9 +203,16 @@ def _list_panels(report: Report, cells: Sequence[Cell], metric: Metric) -> list[
             for chosen in product(*(values[axis] for axis in facets)):
                 facet = dict(zip(facets, chosen, strict=True))
                 those = tuple(cell for cell in cells if _is_at(cell, facet))
-                if those:
+                if _is_crossed(those, along, lines, metric):
                     found.append(_Panel(along, lines, facet, averaged, those, p))
     return sorted(found, key=lambda panel: 2.0 if panel.p is None else panel.p)
+
+
+def _is_crossed(cells: Sequence[Cell], first: str, second: str, metric: Metric) -> bool:
+    """True where lines can be drawn: two values of each axis have a score."""
+    scored = [cell for cell in cells if cell.scores.get(metric.name)]
+    values = list_cell_axes(scored)
+    return first in values and second in values
 
 
 def _choose_along(first: str, second: str, values: Mapping[str, list[Any]]) -> tuple[str, str]:
@@ -284,7 +292,7 @@ def _draw_panel(axes: Any, panel: _Panel, metric: Metric) -> None:
     axes.set_xticks(list(places), [label(axis_text(value), 14) for value in along])
     axes.set_xlim(-0.35, len(along) - 0.65)
     axes.set_xlabel(label(panel.along, 30))
-    facet = label(name_cell(panel.facet), 38)
+    facet = label(name_panel(panel.facet), 30)
     axes.set_title(f"{facet}\n" if facet else "", fontweight="normal")
     if panel.p is not None:
         style = {"fontsize": 7.5, "fontweight": "normal", "color": MUTED}
@@ -337,7 +345,7 @@ def load_curve(run: ReportRow) -> list[tuple[int, float]]:
         and isinstance(row.get(name), int | float)
         and isinstance(row.get("step"), int)
     ]
-    return points[1:] if len(points) > 3 and points[0][0] == 0 else points
+    return points[1:] if len(points) > 2 and points[0][0] == 0 else points
 
 
 def name_curve_metric(run: ReportRow) -> str:
@@ -368,7 +376,7 @@ def _list_curve_panels(
                     name = f"{colour}={axis_text(cell.axes[colour])}"
                 curves += [(number, name, run) for run in cell.runs if load_curve(run)]
         if curves:
-            yield name_cell(facet), curves
+            yield name_panel(facet), curves
 
 
 def _draw_curve_figure(
@@ -384,7 +392,7 @@ def _draw_curve_figure(
         for axes, (_, facet, curves) in zip(grid.flat, panels, strict=False):
             for number, text, run in curves:
                 handles.setdefault(text, _draw_curve(axes, number, run))
-            axes.set_title(label(facet, 38), fontweight="normal")
+            axes.set_title(label(facet, 30), fontweight="normal")
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for row in grid:
@@ -482,7 +490,7 @@ def _draw_scatter(axes: Any, one: RowComparison) -> None:
     axes.set_xlim(low - margin, high + margin)
     axes.set_ylim(low - margin, high + margin)
     axes.set_aspect("equal")
-    axes.set_title(label(one.place, 34), fontsize=8.5, fontweight="normal")
+    axes.set_title(label(one.place, 30), fontweight="normal")
     axes.set_xlabel(label(one.reference_name, 30))
     axes.set_ylabel(label(one.compared_name, 30))
 

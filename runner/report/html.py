@@ -47,7 +47,7 @@ from runner.report.page_parts import (
 from runner.report.row_pages import RowComparison, RowTexts, TextSource, build_row_comparisons
 from runner.report.rows import axis_text, list_axes, list_values
 from runner.report.wording import count, count_states
-from runner.text import format_bytes
+from runner.text import cut, format_bytes
 
 MAX_PAGE_BYTES: Final = 2_400_000  # after which no more rows are added
 MAX_ROWS_IN_PAGE: Final = 40  # of one comparison: the others are in its own page
@@ -271,7 +271,7 @@ def _render_texts(one: RowComparison, texts: RowTexts | None, limit: int) -> str
         for name, text in parts
         if text
     )
-    summary = show_text(preview, 110) or "texts"
+    summary = escape(escape_controls(cut(preview, 110))) or "texts"
     return (
         f'<tr class="texts"><td colspan="8"><details><summary>{summary}</summary>'
         f"<dl>{shown}</dl></details></td></tr>"
@@ -293,7 +293,7 @@ def _plain(text: str) -> Markup:
 
 def show_prose(text: str) -> Markup:
     """A sentence of the report, its `code` marked as such."""
-    parts = re.split(r"`([^`\n]{1,200})`", text)
+    parts = re.split(r"`([^`\n]{1,200})`", text.replace(" -> ", " → "))
     return Markup("").join(
         Markup("<code>{}</code>").format(_plain(part)) if at % 2 else _plain(part)
         for at, part in enumerate(parts)

@@ -115,12 +115,24 @@ def list_model_axes(cells: Sequence[Cell]) -> list[str]:
     for axis in list_cell_axes(cells):
         models: dict[str, set[str]] = {}
         for cell in cells:
-            if axis in cell.axes:
-                names = {run.recipe.model.path for run in cell.runs}
-                models.setdefault(axis_key(cell.axes[axis]), set()).update(names)
-        if len({frozenset(names) for names in models.values()}) > 1:
+            others = {name: value for name, value in cell.axes.items() if name != axis}
+            names = {run.recipe.model.path for run in cell.runs}
+            models.setdefault(axis_key(others), set()).update(names)
+        if any(len(names) > 1 for names in models.values()):
             found.append(axis)
     return found
+
+
+def name_panel(axes: Mapping[str, Any], width: int = 26) -> str:
+    """The values that a panel of a figure is of, with the names of their axes where these fit.
+
+    >>> name_panel({"loss": "full"}), name_panel({"num_train_samples": 60, "model": "gemma"})
+    ('loss=full', '60 · gemma')
+    """
+    whole = hide_paths(name_cell(axes))
+    if len(whole) <= width:
+        return whole
+    return " · ".join(hide_paths(axis_text(value)) for value in axes.values())
 
 
 # Not behind a letter, a scheme or another path

@@ -100,7 +100,6 @@ _EFFECT_COLUMNS: Final = (
         " those at one value of another axis, or two single cells.",
         False,
     ),
-    PageColumn("metric", "What the difference is in; all on the test rows.", False),
     PageColumn("difference", "Score of the second value minus that of the reference."),
     PageColumn(
         "interval",
@@ -109,17 +108,14 @@ _EFFECT_COLUMNS: Final = (
         is_short=True,
     ),
     PageColumn(
-        "over",
-        "What the interval generalises to. Seeds and rows: this recipe, on rows like these. Seeds:"
-        " this recipe, on these very rows. Rows: these trained models only, no verdict on the"
-        " recipe. Identical: the runs do not differ.",
-        is_numeric=False,
-        is_short=True,
-    ),
-    PageColumn(
         "adjusted p",
         "The p-value after correction for the number of contrasts: Holm for declared ones,"
         " Benjamini-Hochberg for exploratory ones.",
+    ),
+    PageColumn(
+        "beside it",
+        "What else differs between the runs that are compared, or limits what the number says.",
+        False,
     ),
     PageColumn(
         "status",
@@ -137,13 +133,17 @@ _EFFECT_COLUMNS: Final = (
         " inside the margin.",
         False,
     ),
+    PageColumn(
+        "over",
+        "What the interval generalises to. Seeds and rows: this recipe, on rows like these. Seeds:"
+        " this recipe, on these very rows. Rows: these trained models only, no verdict on the"
+        " recipe. Identical: the runs do not differ.",
+        is_numeric=False,
+        is_short=True,
+    ),
+    PageColumn("metric", "What the difference is in; all on the test rows.", False, True),
     PageColumn("pairs", "Pairs of cells that the difference is the mean of."),
     PageColumn("seeds", "Runs with a score in each cell.", False),
-    PageColumn(
-        "beside it",
-        "What else differs between the runs that are compared, or limits what the number says.",
-        False,
-    ),
 )
 
 
@@ -173,21 +173,17 @@ def _say_metric_once(table: PageTable, chosen: Sequence[tuple[AxisEffects, Effec
 
 def _build_effect_row(effect: Effect, source: str) -> tuple[str, Sequence[PageCell]]:
     interval = effect.interval
-    head = [
-        PageCell(f"{describe_contrast(effect)}{source}"),
-        PageCell(describe_place(effect)),
-        PageCell(effect.metric.title),
-    ]
+    head = [PageCell(f"{describe_contrast(effect)}{source}"), PageCell(describe_place(effect))]
     notes = tuple(filter(None, (effect.why_exploratory, *effect.flags)))
     status = PageCell("confirmatory" if effect.is_confirmatory else "exploratory")
+    metric, empty = PageCell(effect.metric.title), PageCell()
     if interval is None:
-        reasons = PageCell("no number", style="refused", notes=(*effect.refused, *notes))
-        empty = PageCell()
-        rest = [PageCell("not comparable"), empty, empty, empty, status, *[empty] * 4, reasons]
-        return "refused", head + rest
+        why = PageCell("why", notes=(*effect.refused, *notes))
+        rest = [PageCell("not comparable"), empty, empty, why, PageCell("refused")]
+        return "refused", [*head, *rest, empty, empty, empty, metric, empty, empty]
     bounds = interval.bounds
-    style = "below" if effect.is_below_noise else "clear" if effect.is_clear else ""
-    within = PageCell()
+    style = "below" if effect.is_below_noise else ""
+    within = empty
     if effect.equivalence is not None:
         shown = "shown" if effect.equivalence.is_shown else "not shown"
         within = PageCell(f"{shown} within ±{effect.equivalence.margin:g}")
@@ -199,14 +195,15 @@ def _build_effect_row(effect: Effect, source: str) -> tuple[str, Sequence[PageCe
         *head,
         number(interval.estimate, is_signed=True),
         PageCell(f"{signed(bounds[0])} to {signed(bounds[1])} ({level})" if bounds else ""),
-        PageCell(interval.kind if interval.kind != "rows" else "rows only"),
         PageCell(probability(effect.p_adjusted), effect.p_adjusted),
+        PageCell(count(len(notes), "note") if notes else "", len(notes), notes=notes),
         status,
         number(effect.noise_floor),
         within,
+        PageCell(interval.kind if interval.kind != "rows" else "rows only"),
+        metric,
         whole(len(effect.pairs)),
         PageCell(_describe_seeds(interval.num_seeds)),
-        PageCell(count(len(notes), "note") if notes else "", len(notes), notes=notes),
     ]
 
 
@@ -221,7 +218,7 @@ def _describe_seeds(numbers: Sequence[int]) -> str:
 _VARIANCE_COLUMNS: Final = (
     PageColumn("contrast", _EFFECT_COLUMNS[0].meaning, False),
     PageColumn("where", _EFFECT_COLUMNS[1].meaning, False),
-    PageColumn("metric", _EFFECT_COLUMNS[2].meaning, False),
+    PageColumn("metric", "What the difference is in; all on the test rows.", False),
     PageColumn("V seed", "Variance of the difference from seeds: more seeds make it smaller."),
     PageColumn("V row", "Variance of the difference from test rows: more rows make it smaller."),
     PageColumn("V res", "The residual part, which V seed and V row both hold."),

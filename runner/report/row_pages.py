@@ -26,6 +26,7 @@ from runner.report.labels import (
     describe_contrast,
     describe_source,
     list_places,
+    name_panel,
 )
 from runner.report.row_scores import Floats
 from runner.report.rows import Model, ReportRow, axis_text
@@ -114,7 +115,7 @@ class RowComparison:
             parts.append(("score of the base model", self._bin(self.base_scores, digits=3)))
         if 1 < len(set(self.groups)) < len(self.groups):
             parts.append(("group", self._group()))
-        return parts
+        return [(what, those) for what, those in parts if len(those) > 1]
 
     def _bin(self, values: Floats, digits: int) -> list[Part]:
         edges = np.unique(np.quantile(values, np.linspace(0, 1, NUM_BINS + 1)))
@@ -220,7 +221,7 @@ def _compare(
     return RowComparison(
         source=source,
         axis=effect.axis,
-        place=place or effect.axis,
+        place=name_panel(others) or effect.axis,
         title=f"{describe_contrast(effect)}{f', at {place}' if place else ''}",
         metric=effect.metric,
         reference_name=axis_text(effect.reference),
@@ -304,7 +305,10 @@ def _draw_texts(data: DataSection) -> dict[str, RowTexts]:
     found = {}
     for raw in drawn:
         *before, last = raw.messages if raw.turn is None else raw.messages[: raw.turn + 1]
-        prompt = "\n\n".join(f"{one['role']}: {one.get('content', '')}" for one in before)
+        turns = [(str(one["role"]), str(one.get("content", ""))) for one in before]
+        prompt = "\n\n".join(f"{role}: {text}" for role, text in turns)
+        if len(turns) == 1:
+            prompt = turns[0][1]
         found[raw.row_id] = RowTexts(prompt, raw.references or (str(last.get("content", "")),))
     return found
 
