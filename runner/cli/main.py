@@ -446,6 +446,24 @@ def _add_rows_fixed(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="speak of these very test rows, as of a public benchmark: only seeds are random",
     )
+    _add_report_pages(report)
+
+
+def _add_report_pages(report: argparse.ArgumentParser) -> None:
+    report.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write the report as one web page"
+    )
+    report.add_argument(
+        "--rows", type=Path, metavar="DIR", help="a page of all test rows for each two arms"
+    )
+    report.add_argument(
+        "--figures", type=Path, metavar="DIR", help="the figures of the page as PDF"
+    )
+    report.add_argument(
+        "--without-rows",
+        action="store_true",
+        help="leave prompts, references and answers out of all pages",
+    )
 
 
 def _add_model_verbs(verbs: Any) -> None:

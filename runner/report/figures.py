@@ -1,0 +1,521 @@
+"""The figures of a report: effects with the noise floor, interactions, learning curves, and two
+arms row against row.
+
+Each takes a report and returns drawings in the order of its cells and effects. What does not fit
+into a figure goes to the next one; what is left out of all is counted in the caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import fmean, stdev
+from typing import Any, Final, TypeVar
+
+from runner.errors import CorruptFileError
+from runner.report.contrasts import build_metric
+from runner.report.drawing import (
+    BAND,
+    GREYED,
+    INK,
+    LINES,
+    MARKERS,
+    MUTED,
+    PALETTE,
+    Drawing,
+    draw_dots,
+    drawing_figure,
+    label,
+)
+from runner.report.effects import AxisEffects, Cell, Effect, Metric, Report
+from runner.report.labels import (
+    choose_effects,
+    describe_contrast,
+    describe_place,
+    describe_source,
+    find_cell,
+    list_cell_axes,
+    list_main_metrics,
+    list_model_axes,
+    list_places,
+    name_panel,
+)
+from runner.report.row_pages import RowComparison
+from runner.report.rows import ReportRow, axis_key, axis_text, is_number
+from runner.report.wording import count
+
+MAX_CURVES: Final = 40  # in a figure
+MAX_EFFECTS: Final = 40
+MAX_CURVE_FIGURES: Final = 8
+MAX_INTERACTION_PANELS: Final = 24
+MAX_SCATTERS: Final = 12
+MAX_DOTS: Final = 2_000  # in a scatter
+_MAX_FACETS: Final = 6
+_WIDTH: Final = 7.4  # inches
+Item = TypeVar("Item")
+
+
+# --- effects ---------------------------------------------------------------------------------
+
+
+def draw_forests(report: Report) -> list[Drawing]:
+    """Effects with their intervals, one figure for each grid, task and metric."""
+    drawings: list[Drawing] = []
+    for grid, task in list_places(report):
+        by_metric: dict[str, list[AxisEffects]] = {}
+        for effects in choose_effects(report, grid, task):
+            by_metric.setdefault(effects.metric.name, []).append(effects)
+        for those in by_metric.values():
+            lines = [(effects, effect) for effects in those for effect in effects.shown]
+            for chunk in split(lines, MAX_EFFECTS):
+                name = f"effects-{len(drawings) + 1}"
+                source = describe_source(report, grid, task)
+                drawings.append(_draw_forest(name, source, those[0].metric, chunk))
+    return drawings
+
+
+def _draw_forest(
+    name: str, source: str, metric: Metric, lines: Sequence[tuple[AxisEffects, Effect]]
+) -> Drawing:
+    groups = list(dict.fromkeys(id(effects) for effects, _ in lines))
+    height = 0.9 + 0.24 * (len(lines) + len(groups))
+    with drawing_figure(_WIDTH, height) as figure:
+        axes = figure.subplots()
+        at, ticks, texts = 0, [], []
+        previous = None
+        for effects, effect in lines:
+            if effects is not previous:
+                ticks.append(at)
+                texts.append(label(describe_contrast(effects)))
+                previous, at = effects, at + 1
+            _draw_effect(axes, at, effect)
+            ticks.append(at)
+            texts.append(f"{label(describe_place(effect))}   ")
+            at += 1
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.set_yticks(ticks, texts)
+        for text, tick in zip(axes.get_yticklabels(), texts, strict=True):
+            is_head = not tick.endswith(" ")
+            text.set_fontweight("bold" if is_head else "normal")
+        axes.set_ylim(at - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        better = "left" if metric.mode == "min" else "right"
+        axes.set_xlabel(f"difference in {label(metric.unit)}; {better} of 0: the second is better")
+        axes.margins(x=0.06)
+    clear = [effect for _, effect in lines if effect.is_clear]
+    below = [effect for _, effect in lines if effect.is_below_noise]
+    return Drawing(
+        name,
+        f"Effects on {metric.title}, {source}",
+        f"{count(len(lines), 'effect')} with intervals, {len(clear)} clear of 0 after correction,"
+        f" {len(below)} below the noise floor. The table below has the numbers.",
+        "Dot: estimate. Line: its interval. Grey band: the noise floor, by which two single runs"
+        " differ when nothing differs but the seed; what lies below it is drawn in grey."
+        " Filled: declared before the first launch; open: exploratory."
+        " Dotted line: rows only, which says nothing of the recipe.",
+        figure,
+    )
+
+
+def _draw_effect(axes: Any, at: float, effect: Effect) -> None:
+    if effect.noise_floor is not None:
+        floor = effect.noise_floor
+        axes.barh(at, 2 * floor, left=-floor, height=0.82, color=BAND, linewidth=0)
+    if effect.interval is None:
+        axes.annotate(
+            "no number: see the table",
+            (0, at),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=MUTED,
+            fontsize=8,
+        )
+        return
+    color = GREYED if effect.is_below_noise else PALETTE[0] if effect.is_confirmatory else INK
+    bounds = effect.interval.bounds
+    if bounds is not None:
+        style = ":" if effect.interval.kind == "rows" else "-"
+        axes.plot(bounds, (at, at), color=color, linewidth=1.6, linestyle=style)
+    axes.plot(
+        effect.interval.estimate,
+        at,
+        marker="D" if not effect.at and len(effect.pairs) > 1 else "o",
+        markersize=5,
+        color=color,
+        markerfacecolor=color if effect.is_confirmatory else "white",
+        markeredgewidth=1.3,
+    )
+
+
+# --- interactions ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Two axes in one facet: a line for each value of one, along the values of the other."""
+
+    along: str
+    lines: str
+    facet: Mapping[str, Any]
+    averaged: tuple[str, ...]  # other axes that the points are means over
+    cells: tuple[Cell, ...]
+    p: float | None
+
+
+def draw_interactions(report: Report) -> list[Drawing]:
+    """Each pair of axes: the score along one, a line for each value of the other."""
+    drawings: list[Drawing] = []
+    for grid, task in list_places(report):
+        cells = [cell for cell in report.cells if (cell.grid, cell.task) == (grid, task)]
+        for metric in list_main_metrics(report, grid, task):
+            panels = _list_panels(report, cells, metric)
+            shown = panels[:MAX_INTERACTION_PANELS]
+            for chunk in split(shown, 6):
+                name = f"interactions-{len(drawings) + 1}"
+                source = describe_source(report, grid, task)
+                left_out = len(panels) - len(shown)
+                drawings.append(_draw_panels(name, source, metric, chunk, left_out))
+    return drawings
+
+
+def _list_panels(report: Report, cells: Sequence[Cell], metric: Metric) -> list[_Panel]:
+    values = list_cell_axes(cells)
+    models = [] if metric.name == "bits_per_byte" else list_model_axes(cells)
+    found: list[_Panel] = []
+    names = list(values)
+    for number, first in enumerate(names):
+        for second in names[number + 1 :]:
+            along, lines = _choose_along(first, second, values)
+            others = [axis for axis in names if axis not in (first, second)]
+            others.sort(key=lambda axis: axis not in models)  # the models' own panels first
+            facets: list[str] = []
+            size = 1
+            for axis in others:
+                if axis in models or size * len(values[axis]) <= _MAX_FACETS:
+                    facets.append(axis)
+                    size *= len(values[axis])
+            averaged = tuple(axis for axis in others if axis not in facets)
+            p = _find_interaction(report, cells, metric, first, second)
+            for chosen in product(*(values[axis] for axis in facets)):
+                facet = dict(zip(facets, chosen, strict=True))
+                those = tuple(cell for cell in cells if _is_at(cell, facet))
+                if _is_crossed(those, along, lines, metric):
+                    found.append(_Panel(along, lines, facet, averaged, those, p))
+    return sorted(found, key=lambda panel: 2.0 if panel.p is None else panel.p)
+
+
+def _is_crossed(cells: Sequence[Cell], first: str, second: str, metric: Metric) -> bool:
+    """True where lines can be drawn: two values of each axis have a score."""
+    scored = [cell for cell in cells if cell.scores.get(metric.name)]
+    values = list_cell_axes(scored)
+    return first in values and second in values
+
+
+def _choose_along(first: str, second: str, values: Mapping[str, list[Any]]) -> tuple[str, str]:
+    """The axis with numbers, else the one with more values, goes along the bottom."""
+
+    def rank(axis: str) -> tuple[bool, int]:
+        return all(map(is_number, values[axis])), len(values[axis])
+
+    return (first, second) if rank(first) > rank(second) else (second, first)
+
+
+def _find_interaction(
+    report: Report, cells: Sequence[Cell], metric: Metric, first: str, second: str
+) -> float | None:
+    """The smallest p of the tests whether one of the two axes depends on the other."""
+    place = (cells[0].grid, cells[0].task, metric.name)
+    found = [
+        interaction.p
+        for effects in report.effects
+        if (effects.grid, effects.task, effects.metric.name) == place
+        for interaction in effects.interactions
+        if {effects.axis, interaction.other} == {first, second}
+    ]
+    return min(found, default=None)
+
+
+def _draw_panels(
+    name: str, source: str, metric: Metric, panels: Sequence[_Panel], left_out: int
+) -> Drawing:
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    with drawing_figure(_WIDTH if columns > 1 else 4.2, 0.2 + 2.5 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            _draw_panel(axes, panel, metric)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for row in grid:
+            row[0].set_ylabel(label(metric.unit, 34))
+    averaged = sorted({axis for panel in panels for axis in panel.averaged})
+    caption = "Point: mean over the seeds of a cell; bar: one standard deviation over them."
+    if averaged:
+        caption += f" Points are means over {', '.join(map(label, averaged))} as well."
+    caption += " Lines that are not parallel: one axis acts differently along the other."
+    if left_out:
+        caption += f" {count(left_out, 'panel')} with the least interaction left out."
+    pairs = dict.fromkeys(f"{panel.lines} along {panel.along}" for panel in panels)
+    return Drawing(
+        name,
+        f"Interactions: {metric.title}, {source}",
+        f"Lines of mean scores: {label('; '.join(pairs), 300)}. The table of cells has the"
+        " numbers.",
+        caption,
+        figure,
+    )
+
+
+def _draw_panel(axes: Any, panel: _Panel, metric: Metric) -> None:
+    values = list_cell_axes(panel.cells)
+    along, lines = values.get(panel.along, []), values.get(panel.lines, [])
+    places = range(len(along))
+    for number, value in enumerate(lines):
+        xs, means, spreads = [], [], []
+        for at in places:
+            point = {panel.along: along[at], panel.lines: value}
+            scores = [
+                list(cell.scores[metric.name].values())
+                for cell in panel.cells
+                if _is_at(cell, point) and cell.scores.get(metric.name)
+            ]
+            if scores:
+                xs.append(at + 0.04 * (number - (len(lines) - 1) / 2))
+                means.append(fmean(fmean(those) for those in scores))
+                spreads.append(fmean(stdev(those) if len(those) > 1 else 0.0 for those in scores))
+        style = dict(_style(number), label=label(axis_text(value), 24))
+        axes.errorbar(xs, means, yerr=spreads, capsize=2.5, elinewidth=0.9, markersize=4.5, **style)
+    axes.set_xticks(list(places), [label(axis_text(value), 14) for value in along])
+    axes.set_xlim(-0.35, len(along) - 0.65)
+    axes.set_xlabel(label(panel.along, 30))
+    facet = label(name_panel(panel.facet), 30)
+    axes.set_title(f"{facet}\n" if facet else "", fontweight="normal")
+    if panel.p is not None:
+        style = {"fontsize": 7.5, "fontweight": "normal", "color": MUTED}
+        axes.set_title(f"interaction p = {panel.p:.3f}", loc="right", **style)
+    axes.legend(title=label(panel.lines, 24), title_fontsize=8, fontsize=8, handlelength=1.8)
+
+
+# --- learning curves -------------------------------------------------------------------------
+
+
+def draw_curves(report: Report) -> list[Drawing]:
+    """The metric on the validation rows over steps: a panel for each combination of the other
+    axes, a colour for each value of one.
+    """
+    panels: list[tuple[str, str, list[tuple[int, str, ReportRow]]]] = []
+    for grid, task in list_places(report):
+        cells = [cell for cell in report.cells if (cell.grid, cell.task) == (grid, task)]
+        source = describe_source(report, grid, task)
+        panels += [(source, *one) for one in _list_curve_panels(report, cells)]
+    chunks: list[list[tuple[str, str, list[tuple[int, str, ReportRow]]]]] = []
+    size = 0
+    for panel in panels:
+        for part in split(panel[2], MAX_CURVES):
+            is_new = not chunks or size + len(part) > MAX_CURVES or chunks[-1][0][0] != panel[0]
+            if is_new or len(chunks[-1]) == 9:
+                chunks.append([])
+                size = 0
+            chunks[-1].append((panel[0], panel[1], list(part)))
+            size += len(part)
+    left_out = sum(len(part) for chunk in chunks[MAX_CURVE_FIGURES:] for _, _, part in chunk)
+    return [
+        _draw_curve_figure(f"curves-{number + 1}", chunk, left_out)
+        for number, chunk in enumerate(chunks[:MAX_CURVE_FIGURES])
+    ]
+
+
+def load_curve(run: ReportRow) -> list[tuple[int, float]]:
+    """Steps and scores of the metric that chose the best step, on the validation rows; none where
+    there are none. The base model (step 0) is so far off that the rest would be one flat line.
+    """
+    name = name_curve_metric(run)
+    try:
+        rows = run.load_curve()
+    except (CorruptFileError, OSError):
+        return []
+    points = [
+        (row["step"], float(row[name]))
+        for row in rows
+        if row.get("split") == "validation"
+        and isinstance(row.get(name), int | float)
+        and isinstance(row.get("step"), int)
+    ]
+    return points[1:] if len(points) > 2 and points[0][0] == 0 else points
+
+
+def name_curve_metric(run: ReportRow) -> str:
+    """The metric that chose the best step of a run."""
+    return run.recipe.checkpoints.metric
+
+
+def _list_curve_panels(
+    report: Report, cells: Sequence[Cell]
+) -> Iterator[tuple[str, list[tuple[int, str, ReportRow]]]]:
+    values = list_cell_axes(cells)
+    models = list_model_axes(cells)
+    wanted = [effects.axis for effects in report.effects if effects.axis in values]
+    wanted.sort(key=lambda axis: axis in models)  # their scores compare less
+    colour = next((axis for axis in wanted if len(values[axis]) <= len(PALETTE)), None)
+    if colour is None:
+        colour = min(values, key=lambda axis: len(values[axis]), default=None)
+    others = [axis for axis in values if axis != colour]
+    for chosen in product(*(values[axis] for axis in others)):
+        facet = dict(zip(others, chosen, strict=True))
+        curves = []
+        for cell in cells:
+            if _is_at(cell, facet):
+                number, name = 0, "all runs"
+                if colour is not None and colour in cell.axes:
+                    keys = [axis_key(value) for value in values[colour]]
+                    number = keys.index(axis_key(cell.axes[colour]))
+                    name = f"{colour}={axis_text(cell.axes[colour])}"
+                curves += [(number, name, run) for run in cell.runs if load_curve(run)]
+        if curves:
+            yield name_panel(facet), curves
+
+
+def _draw_curve_figure(
+    name: str, panels: Sequence[tuple[str, str, list[tuple[int, str, ReportRow]]]], left_out: int
+) -> Drawing:
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    handles: dict[str, Any] = {}
+    runs = [run for _, _, those in panels for _, _, run in those]
+    metrics = list(dict.fromkeys(build_metric(name_curve_metric(run), {}).title for run in runs))
+    with drawing_figure(_WIDTH if columns > 1 else 5.2, 0.6 + 2.0 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        for axes, (_, facet, curves) in zip(grid.flat, panels, strict=False):
+            for number, text, run in curves:
+                handles.setdefault(text, _draw_curve(axes, number, run))
+            axes.set_title(label(facet, 30), fontweight="normal")
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for row in grid:
+            row[0].set_ylabel(label(" or ".join(metrics), 34))
+        for axes in grid[-1]:
+            axes.set_xlabel("optimizer step")
+        texts = [label(text, 30) for text in handles]
+        figure.legend(list(handles.values()), texts, loc="outside lower center", ncols=4)
+    stopped = sum(run.stop_reason == "early_stopping" for run in runs)
+    last = sum(run.best_step is not None and run.best_step == run.num_steps for run in runs)
+    caption = "One line per run. Dot: its best step, which is the model that is tested. Cross:"
+    caption += " where early stopping ended it. The base model, step 0, is not drawn."
+    if last:
+        caption += f" {count(last, 'run')} had the best step last, so more steps might help."
+    if left_out:
+        caption += f" {count(left_out, 'more run')} left out of these figures."
+    return Drawing(
+        name,
+        f"Learning curves, {panels[0][0]}",
+        f"{' or '.join(map(label, metrics))} on the validation rows over optimizer steps of"
+        f" {count(len(runs), 'run')}; {stopped} stopped early.",
+        caption,
+        figure,
+    )
+
+
+def _draw_curve(axes: Any, number: int, run: ReportRow) -> Any:
+    steps, scores = zip(*load_curve(run), strict=True)
+    style = _style(number)
+    color = style["color"]
+    [line] = axes.plot(steps, scores, color=color, linestyle=style["linestyle"], linewidth=1.1)
+    by_step = dict(zip(steps, scores, strict=True))
+    if run.best_step in by_step:
+        axes.plot(run.best_step, by_step[run.best_step], marker="o", markersize=4, color=color)
+    if run.stop_reason == "early_stopping":
+        axes.plot(steps[-1], scores[-1], marker="x", markersize=6, markeredgewidth=1.5, color=color)
+    return line
+
+
+# --- two arms row against row ----------------------------------------------------------------
+
+
+def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
+    """The score of each test row under two arms, a panel for each comparison."""
+    drawings: list[Drawing] = []
+    shown = comparisons[:MAX_SCATTERS]
+    for chunk in split_by_metric(shown):
+        columns = min(3, len(chunk))
+        rows = -(-len(chunk) // columns)
+        with drawing_figure(_WIDTH if columns > 1 else 4.0, 0.3 + 2.5 * rows) as figure:
+            grid = figure.subplots(rows, columns, squeeze=False)
+            for axes, one in zip(grid.flat, chunk, strict=False):
+                _draw_scatter(axes, one)
+            for axes in grid.flat[len(chunk) :]:
+                axes.set_visible(False)
+            unit = label(chunk[0].metric.unit)
+            figure.supxlabel(f"score of a row, {unit}", fontsize=8, color=MUTED)
+        left_out = len(comparisons) - len(shown)
+        caption = (
+            "One dot per test row, the mean over the seeds of each arm. On the line: both arms"
+            f" score it alike. {'Below' if chunk[0].metric.mode == 'min' else 'Above'} the line the"
+            " arm named at the side does better."
+        )
+        if left_out:
+            caption += f" {count(left_out, 'comparison')} left out of these figures."
+        wins = [f"{one.title}: {one.num_wins} of {one.num_rows} rows better" for one in chunk]
+        drawings.append(
+            Drawing(
+                f"rows-{len(drawings) + 1}",
+                f"Two arms row against row, {chunk[0].metric.title}",
+                label("; ".join(wins), 600) + ".",
+                caption,
+                figure,
+            )
+        )
+    return drawings
+
+
+def split_by_metric(comparisons: Sequence[RowComparison]) -> Iterator[Sequence[RowComparison]]:
+    """Comparisons of one metric, six at most to a figure."""
+    by_metric: dict[str, list[RowComparison]] = {}
+    for one in comparisons:
+        by_metric.setdefault(one.metric.name, []).append(one)
+    for those in by_metric.values():
+        yield from split(those, 6)
+
+
+def _draw_scatter(axes: Any, one: RowComparison) -> None:
+    step = -(-len(one.reference_scores) // MAX_DOTS)
+    xs, ys = one.reference_scores[::step], one.compared_scores[::step]
+    low, high = float(min(xs.min(), ys.min())), float(max(xs.max(), ys.max()))
+    margin = 0.04 * (high - low) or 0.1
+    axes.plot((low - margin, high + margin), (low - margin, high + margin), color=MUTED, lw=0.8)
+    draw_dots(axes, xs, ys, color=PALETTE[0])
+    axes.set_xlim(low - margin, high + margin)
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_aspect("equal")
+    axes.set_title(label(one.place, 30), fontweight="normal")
+    axes.set_xlabel(label(one.reference_name, 30))
+    axes.set_ylabel(label(one.compared_name, 30))
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Colour, marker and dash, so that lines differ in print and for colour-blind readers."""
+    return {
+        "color": PALETTE[number % len(PALETTE)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[number % len(LINES)],
+    }
+
+
+def _is_at(cell: Cell, axes: Mapping[str, Any]) -> bool:
+    return find_cell([cell], axes) is not None
+
+
+def split(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """The items in runs of at most `size`.
+
+    >>> list(split("abcde", 2))
+    ['ab', 'cd', 'e']
+    """
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,535 @@
+"""The tables of a page: effects, variances, runs, certificates, and what differs between runs.
+
+Texts are plain here; the page escapes them. Each column brings its definition with it, so that the
+page can define every one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from runner.recipe.identity import derive_digest
+from runner.report.cells import find_seed_axis, get_seed, list_counted
+from runner.report.compare import Certificate, build_certificate
+from runner.report.effects import SEED, AxisEffects, Effect, Report
+from runner.report.labels import (
+    describe_contrast,
+    describe_place,
+    describe_source,
+    list_all,
+    list_places,
+)
+from runner.report.rows import ReportRow, axis_key, axis_text, list_axes
+from runner.report.wording import count, probability, signed
+from runner.strict import thaw
+
+NOT_RECORDED: Final = "not recorded"
+MAX_CERTIFICATES: Final = 12
+_MAX_VALUES: Final = 6  # shown of what differs
+_HASH: Final = 12
+
+
+@dataclass(frozen=True)
+class PageColumn:
+    """One column and what it means."""
+
+    title: str
+    meaning: str
+    is_numeric: bool = True
+    is_short: bool = False  # stays on one line
+
+
+@dataclass(frozen=True)
+class PageCell:
+    """What stands in a table, and the number that it sorts by."""
+
+    text: str = ""
+    value: float | None = None
+    style: str = ""
+    notes: tuple[str, ...] = ()  # sentences to unfold
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table that sorts and filters where scripts run."""
+
+    name: str
+    columns: Sequence[PageColumn]
+    rows: Sequence[tuple[str, Sequence[PageCell]]]  # style and cells
+    caption: str = ""
+
+
+def build_table(
+    name: str, columns: Sequence[PageColumn], rows: Sequence[tuple[str, Sequence[PageCell]]]
+) -> PageTable:
+    """The table without columns in which nothing stands."""
+    kept = [at for at in range(len(columns)) if any(_says(cells[at]) for _, cells in rows)]
+    return PageTable(
+        name,
+        [columns[at] for at in kept],
+        [(style, [cells[at] for at in kept]) for style, cells in rows],
+    )
+
+
+def _says(cell: PageCell) -> bool:
+    return bool(cell.text or cell.notes)
+
+
+def number(value: float | None, digits: int = 4, *, is_signed: bool = False) -> PageCell:
+    """A number as a cell."""
+    sign = "+" if is_signed else ""
+    return PageCell("" if value is None else f"{value:{sign}z.{digits}f}", value)
+
+
+def whole(value: int | None) -> PageCell:
+    """A count as a cell."""
+    return PageCell("" if value is None else f"{value:,}", value)
+
+
+# --- effects ---------------------------------------------------------------------------------
+
+_EFFECT_COLUMNS: Final = (
+    PageColumn("contrast", "The axis and its two values; the first is the reference.", False, True),
+    PageColumn(
+        "where",
+        "The cells that it is of: the mean over pairs of cells that are equal in every other axis,"
+        " those at one value of another axis, or two single cells.",
+        False,
+    ),
+    PageColumn("difference", "Score of the second value minus that of the reference."),
+    PageColumn(
+        "interval",
+        "The confidence interval of the difference; the column `over` says for what it holds.",
+        is_numeric=False,
+        is_short=True,
+    ),
+    PageColumn(
+        "adjusted p",
+        "The p-value after correction for the number of contrasts: Holm for declared ones,"
+        " Benjamini-Hochberg for exploratory ones.",
+    ),
+    PageColumn(
+        "beside it",
+        "What else differs between the runs that are compared, or limits what the number says.",
+        False,
+    ),
+    PageColumn(
+        "status",
+        "Confirmatory: declared before the first launch by all of its runs. Exploratory: all else.",
+        False,
+    ),
+    PageColumn(
+        "noise floor",
+        "What two single runs differ by when nothing differs but the seed; a smaller difference is"
+        " greyed.",
+    ),
+    PageColumn(
+        "no difference",
+        "Two one-sided tests (TOST) against the declared margin: shown where the 90% interval lies"
+        " inside the margin.",
+        False,
+    ),
+    PageColumn(
+        "over",
+        "What the interval generalises to. Seeds and rows: this recipe, on rows like these. Seeds:"
+        " this recipe, on these very rows. Rows: these trained models only, no verdict on the"
+        " recipe. Identical: the runs do not differ.",
+        is_numeric=False,
+        is_short=True,
+    ),
+    PageColumn("metric", "What the difference is in; all on the test rows.", False, True),
+    PageColumn("pairs", "Pairs of cells that the difference is the mean of."),
+    PageColumn("seeds", "Runs with a score in each cell.", False),
+)
+
+
+def build_effects_table(
+    report: Report, chosen: Sequence[tuple[AxisEffects, Effect]], name: str
+) -> PageTable:
+    """These effects with their intervals and all that stands beside them."""
+    rows = []
+    several = len(list_places(report)) > 1
+    for effects, effect in chosen:
+        source = f" ({describe_source(report, effects.grid, effects.task)})" if several else ""
+        rows.append(_build_effect_row(effect, source))
+    return _say_metric_once(build_table(name, _EFFECT_COLUMNS, rows), chosen)
+
+
+def _say_metric_once(table: PageTable, chosen: Sequence[tuple[AxisEffects, Effect]]) -> PageTable:
+    """The table with its one metric as caption, where it has one."""
+    metrics = {(effect.metric.title, effect.metric.unit) for _, effect in chosen}
+    if len(metrics) != 1:
+        return table
+    [(title, unit)] = metrics
+    at = [column.title for column in table.columns].index("metric")
+    columns = [*table.columns[:at], *table.columns[at + 1 :]]
+    rows = [(style, [*cells[:at], *cells[at + 1 :]]) for style, cells in table.rows]
+    return PageTable(table.name, columns, rows, f"{title}, {unit}, on the test rows.")
+
+
+def _build_effect_row(effect: Effect, source: str) -> tuple[str, Sequence[PageCell]]:
+    interval = effect.interval
+    head = [PageCell(f"{describe_contrast(effect)}{source}"), PageCell(describe_place(effect))]
+    notes = tuple(filter(None, (effect.why_exploratory, *effect.flags)))
+    status = PageCell("confirmatory" if effect.is_confirmatory else "exploratory")
+    metric, empty = PageCell(effect.metric.title), PageCell()
+    if interval is None:
+        why = PageCell("why", notes=(*effect.refused, *notes))
+        rest = [PageCell("not comparable"), empty, empty, why, PageCell("refused")]
+        return "refused", [*head, *rest, empty, empty, empty, metric, empty, empty]
+    bounds = interval.bounds
+    style = "below" if effect.is_below_noise else ""
+    within = empty
+    if effect.equivalence is not None:
+        shown = "shown" if effect.equivalence.is_shown else "not shown"
+        within = PageCell(f"{shown} within ±{effect.equivalence.margin:g}")
+    if interval.has_few_groups:
+        notes = (*notes, "few groups: the interval is rough")
+    notes = tuple(filter(None, (*notes, interval.note, effect.design)))
+    level = f"{interval.level * 100:g}%"
+    return style, [
+        *head,
+        number(interval.estimate, is_signed=True),
+        PageCell(f"{signed(bounds[0])} to {signed(bounds[1])} ({level})" if bounds else ""),
+        PageCell(probability(effect.p_adjusted), effect.p_adjusted),
+        PageCell(count(len(notes), "note") if notes else "", len(notes), notes=notes),
+        status,
+        number(effect.noise_floor),
+        within,
+        PageCell(interval.kind if interval.kind != "rows" else "rows only"),
+        metric,
+        whole(len(effect.pairs)),
+        PageCell(_describe_seeds(interval.num_seeds)),
+    ]
+
+
+def _describe_seeds(numbers: Sequence[int]) -> str:
+    """As `3`, or `2 to 3`."""
+    if not numbers:
+        return ""
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+_VARIANCE_COLUMNS: Final = (
+    PageColumn("contrast", _EFFECT_COLUMNS[0].meaning, False),
+    PageColumn("where", _EFFECT_COLUMNS[1].meaning, False),
+    PageColumn("metric", "What the difference is in; all on the test rows.", False),
+    PageColumn("V seed", "Variance of the difference from seeds: more seeds make it smaller."),
+    PageColumn("V row", "Variance of the difference from test rows: more rows make it smaller."),
+    PageColumn("V res", "The residual part, which V seed and V row both hold."),
+    PageColumn("df seed", "Degrees of freedom of V seed."),
+    PageColumn("df row", "Degrees of freedom of V row: the effective number of groups minus 1."),
+    PageColumn("groups", "Groups of test rows; a row without a group is one of its own."),
+    PageColumn("would help", "The larger part of the variance.", False),
+)
+
+
+def build_variance_table(chosen: Sequence[AxisEffects]) -> PageTable:
+    """The parts of each interval: they say whether more seeds or more rows would help."""
+    rows = []
+    for effects in chosen:
+        for effect in effects.shown:
+            one = effect.interval
+            if one is None:
+                continue
+            helps = "seeds" if one.v_seed > one.v_row else "rows"
+            cells = [
+                PageCell(describe_contrast(effect)),
+                PageCell(describe_place(effect)),
+                PageCell(effect.metric.title),
+                *(PageCell(f"{value:.2e}", value) for value in (one.v_seed, one.v_row, one.v_res)),
+                number(one.df_seed, 1),
+                number(one.df_row, 1),
+                whole(one.num_groups),
+                PageCell("" if one.kind == "identical" else f"more {helps}"),
+            ]
+            rows.append(("", cells))
+    return build_table("variances", _VARIANCE_COLUMNS, rows)
+
+
+# --- runs ------------------------------------------------------------------------------------
+
+
+def build_runs_table(report: Report) -> PageTable:
+    """One row per run, the axes as columns."""
+    rows = report.rows
+    axes = list_axes(rows)
+    several = len({row.grid for row in rows}) > 1
+    scores = _list_scores(report)
+    columns = [PageColumn("run", "The run's name.", False)]
+    columns += [PageColumn("grid", "The grid that the run belongs to.", False)] if several else []
+    columns += [
+        PageColumn(axis, f"The axis `{axis}` of the grid.", is_numeric=False) for axis in axes
+    ]
+    columns.append(PageColumn("state", "As `runner status` says it.", False))
+    columns += [
+        PageColumn(metric.title, f"The tuned model on the test rows, {metric.unit}.")
+        for metric in report.metrics
+    ]
+    columns += [
+        PageColumn("base NLL", "The base model at step 0, nats per completion token."),
+        PageColumn("change", "Tuned minus base NLL per completion token; below 0 is better."),
+        PageColumn("best step", "The step whose model was tested: the best on validation rows."),
+        PageColumn("updates", "Optimizer steps that were taken."),
+        PageColumn("trained tokens", "Tokens with a label, over all updates."),
+        PageColumn("stopped by", "Why training ended.", False),
+        PageColumn("digest", "Start of the recipe's digest: equal, the same experiment.", False),
+    ]
+    lines = []
+    for row in rows:
+        cells = [PageCell(row.name)] + ([PageCell(row.grid)] if several else [])
+        for axis in axes:
+            value = row.axes.get(axis)
+            cells.append(
+                PageCell(
+                    axis_text(value) if axis in row.axes else "",
+                    float(value)
+                    if isinstance(value, int | float) and not isinstance(value, bool)
+                    else None,
+                )
+            )
+        cells.append(PageCell(row.state, style=f"state-{row.state}"))
+        cells += [number(scores.get((id(row), metric.name))) for metric in report.metrics]
+        cells += [
+            number(row.base.nll_per_completion_token),
+            number(row.change, is_signed=True),
+            whole(row.best_step),
+            whole(row.updates),
+            whole(row.num_trained_tokens),
+            PageCell((row.stop_reason or "").replace("_", " ")),
+            PageCell(_find_digest(row)),
+        ]
+        lines.append(("" if row.state == "completed" else "open", cells))
+    return build_table("runs", columns, lines)
+
+
+def _list_scores(report: Report) -> dict[tuple[int, str], float]:
+    """The score of each run by each metric, by the identity of its row."""
+    seed_axes = {
+        grid: find_seed_axis([row for row in report.rows if row.grid == grid])
+        for grid in {row.grid for row in report.rows}
+    }
+    scores = {}
+    for cell in report.cells:
+        for metric, known in cell.scores.items():
+            for run in list_counted(cell, metric, seed_axes[cell.grid]):
+                scores[id(run), metric] = known[get_seed(run, seed_axes[cell.grid])]
+    return scores
+
+
+def _find_digest(row: ReportRow) -> str:
+    if row.rules is None:
+        return ""
+    return derive_digest(row.recipe, dict(row.contents), row.rules)[:_HASH]
+
+
+# --- certificates ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PageCertificate:
+    """What was equal and what differed between two values of an axis."""
+
+    title: str
+    summary: str
+    table: PageTable
+
+
+_CERTIFICATE_COLUMNS: Final = (
+    PageColumn("fact", "A key of the recipes, or a fact that runs recorded.", False),
+    PageColumn("about", "What kind of fact it is.", False),
+    PageColumn(
+        "status",
+        "Equal: the same in every pair of runs. Differs: not in some pair. Not recorded: an older"
+        " run did not say, which is never taken for equal.",
+        False,
+    ),
+    PageColumn("first", "What the runs of the reference have.", False),
+    PageColumn("second", "What the runs of the other value have.", False),
+    PageColumn("explained by", "Why a difference is no surprise; blank: nothing does.", False),
+)
+
+
+def build_certificates(report: Report, chosen: Sequence[AxisEffects]) -> list[PageCertificate]:
+    """A certificate for each two values of an axis, those of declared contrasts first."""
+    found: dict[tuple[str, ...], PageCertificate] = {}
+    ranked = sorted(chosen, key=lambda one: not any(e.is_confirmatory for e in list_all(one)))
+    for effects in ranked:
+        sides = [
+            [
+                row
+                for row in report.rows
+                if (row.grid, row.task, row.state) == (effects.grid, effects.task, "completed")
+                and effects.axis in row.axes
+                and axis_key(row.axes[effects.axis]) == axis_key(value)
+            ]
+            for value in (effects.reference, effects.compared)
+        ]
+        source = describe_source(report, effects.grid, effects.task)
+        key = (source, describe_contrast(effects))
+        if key not in found and all(sides) and len(found) < MAX_CERTIFICATES:
+            one = build_certificate(sides[0], sides[1], effects.axis)
+            title = f"{describe_contrast(effects)}, {source}"
+            found[key] = _build_certificate(title, f"certificate-{len(found) + 1}", one)
+    return list(found.values())
+
+
+def _build_certificate(title: str, name: str, one: Certificate) -> PageCertificate:
+    numbers = Counter(line.status for line in one.lines)
+    summary = f"{numbers['equal']} equal, {numbers['differs']} differ"
+    summary += f", {numbers['not recorded']} not recorded; {len(one.pairs)} pairs of runs"
+    if one.unexplained:
+        summary += f"; not explained by the axis: {count(len(one.unexplained), 'difference')}"
+    order = ("differs", "not recorded", "equal")
+    rows = []
+    for line in sorted(one.lines, key=lambda line: order.index(line.status)):
+        is_open = line.status == "differs" and line.explained_by is None
+        cells = [
+            PageCell(line.what),
+            PageCell(line.section),
+            PageCell(line.status),
+            PageCell(line.value_a),
+            PageCell(line.value_b),
+            PageCell(line.explained_by or ""),
+        ]
+        rows.append(("unexplained" if is_open else line.status.replace(" ", "-"), cells))
+    return PageCertificate(title, summary, build_table(name, _CERTIFICATE_COLUMNS, rows))
+
+
+# --- what differs ----------------------------------------------------------------------------
+
+_DIFFERENCE_COLUMNS: Final = (
+    PageColumn("what", "A key of the recipes, or a fact that runs recorded.", False),
+    PageColumn("values", "Its values, each with the number of runs that have it.", False),
+    PageColumn(
+        "changes with",
+        "The axes that it changes with: it has one value at each of their values. Blank: it"
+        " differs between runs that no axis tells apart.",
+        False,
+    ),
+)
+
+
+def build_differences_table(rows: Sequence[ReportRow]) -> PageTable:
+    """What is not the same in all runs: keys of the recipes, then what runs recorded."""
+    lines = []
+    for name, get in (*_list_recipe_keys(rows), *_list_facts(rows)):
+        found = [(get(row), row) for row in rows]
+        counts = Counter(value for value, _ in found if value is not None)
+        if len(counts) > 1:
+            shown = [f"{value} ({number})" for value, number in counts.most_common(_MAX_VALUES)]
+            left_out = len(counts) - len(shown)
+            shown += [f"{left_out} other values"] if left_out else []
+            axes = ", ".join(_find_axes(found)) if name != "training.seed" else SEED
+            lines.append(("", [PageCell(name), PageCell("; ".join(shown)), PageCell(axes)]))
+    return build_table("differences", _DIFFERENCE_COLUMNS, lines)
+
+
+Getter = Callable[[ReportRow], str | None]
+
+
+def _list_recipe_keys(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
+    flat = {id(row): dict(_flatten(thaw(row.payload), "")) for row in rows}
+    names = dict.fromkeys(name for values in flat.values() for name in values)
+
+    def getter(name: str) -> Getter:
+        return lambda row: flat[id(row)].get(name, "(absent)")
+
+    return [(name, getter(name)) for name in names]
+
+
+def _flatten(value: Any, prefix: str) -> Iterable[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _list_facts(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
+    def fact(get: Callable[[ReportRow], Any]) -> Getter:
+        def read(row: ReportRow) -> str | None:
+            if row.state != "completed":
+                return None
+            value = get(row)
+            if value is None:
+                return NOT_RECORDED
+            text = str(value)
+            return text[:_HASH] if len(text) in (40, 64) and " " not in text else text
+
+        return read
+
+    def entry(field: str, *keys: str) -> Getter:
+        def find(row: ReportRow) -> Any:
+            value = getattr(row, field)
+            for key in keys:
+                value = (value or {}).get(key)
+            return value
+
+        return fact(find)
+
+    commits = dict.fromkeys(key for row in rows for key in row.commits)
+    versions = dict.fromkeys(key for row in rows for key in row.versions)
+    splits = dict.fromkeys(split for row in rows for split in row.split_hashes)
+    hashes = ("ids_hash", "input_ids_hash", "mask_hash")
+    return [
+        ("updates", fact(lambda row: row.updates)),
+        ("trained tokens", fact(lambda row: row.num_trained_tokens)),
+        ("length of the schedule", fact(lambda row: row.schedule_steps)),
+        ("initial weights", fact(lambda row: row.initial_weights_hash)),
+        ("order of rows", fact(lambda row: row.row_order_hash)),
+        ("rules of rows and masks", fact(lambda row: row.rules)),
+        *(
+            (f"{split} rows: {name}", entry("split_hashes", split, name))
+            for split in splits
+            for name in hashes
+        ),
+        *((f"commit of {key}", entry("commits", key)) for key in commits),
+        *((f"version of {key}", entry("versions", key)) for key in versions),
+        ("source of the runner", fact(lambda row: row.source_hash)),
+        ("version of the runner", fact(lambda row: row.runner_version)),
+    ]
+
+
+def _find_axes(found: Sequence[tuple[str | None, ReportRow]]) -> list[str]:
+    """The axes each of whose values goes with one value of what differs."""
+    axes = []
+    for axis in list_axes(row for _, row in found):
+        by_value: dict[str, set[str]] = {}
+        for value, row in found:
+            if value is not None and axis in row.axes:
+                by_value.setdefault(axis_key(row.axes[axis]), set()).add(value)
+        if by_value and all(len(values) == 1 for values in by_value.values()):
+            axes.append(axis)
+    return axes
+
+
+def build_equal_facts(rows: Sequence[ReportRow]) -> list[tuple[str, str]]:
+    """What all completed runs recorded alike: versions, commits, hashes; with what none of them
+    recorded.
+    """
+    equal = []
+    for name, get in _list_facts(rows):
+        values = {get(row) for row in rows} - {None}
+        if len(values) == 1:
+            equal.append((name, str(values.pop())))
+    return equal
+
+
+# What the page says beside its tables
+TERMS: Final = (
+    ("cell", "Runs that are equal in all axes but the seed."),
+    ("seed", "`training.seed`: the unit of replication."),
+    ("arm", "One value of an axis, in one or more cells."),
+    ("row", "Start of the id of a test row: a hash of what it says."),
+    ("group", "What rows have in common that never stand in two splits."),
+    ("length", "Scored tokens of a row (bytes, for bits per byte)."),
+    ("base", "The base model's score of a row, before training."),
+    ("better", "The arm with the better score of this row."),
+    ("missing", "A run without a score; its cell is hatched, and nothing is put in its place."),
+)
