@@ -438,6 +438,7 @@ def _add_report_formats(report: argparse.ArgumentParser) -> None:
         help="compare by this instead of the metrics that fit; may be repeated",
     )
     _add_rows_fixed(report)
+    _add_report_pages(report)
 
 
 def _add_rows_fixed(parser: argparse.ArgumentParser) -> None:
@@ -446,7 +447,6 @@ def _add_rows_fixed(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="speak of these very test rows, as of a public benchmark: only seeds are random",
     )
-    _add_report_pages(report)
 
 
 def _add_report_pages(report: argparse.ArgumentParser) -> None:
