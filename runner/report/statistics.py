@@ -7,8 +7,8 @@ arrays; which cells are compared, and whether they may be, is decided by `effect
 
 Seeds and rows each have an error of their own, with few degrees of freedom for the seeds. The
 critical value is weighted between the two (Cochran and Cox): one Satterthwaite number of degrees of
-freedom trusts the rows too much where the runs happen to lie close together. `benchmarks/
-statistics.py` holds all of this against grids whose truth is known.
+freedom trusts the rows too much where the runs happen to lie close together.
+`benchmarks/intervals.py` holds all of this against grids whose truth is known.
 """
 
 from __future__ import annotations
