@@ -167,6 +167,19 @@ def test_two_seeds_say_how_little_they_show(tmp_path: Path) -> None:
     )
 
 
+def test_of_many_exploratory_contrasts_the_rest_is_named(tmp_path: Path) -> None:
+    runs = scored_grid(
+        tmp_path,
+        {"num_train_samples": list(range(1, 12))},
+        lambda num_train_samples: 3.0 - num_train_samples / 5,
+        seeds=(1, 2),
+    )
+    verdicts = build_report(rows_of(runs)).verdicts
+    assert sum(" is better than " in text for text in verdicts) == 8
+    [rest] = [text for text in verdicts if text.startswith("Clear, or dependent")]
+    assert "num_train_samples (1 -> 10, nats per completion token)" in rest and "1 -> 11" in rest
+
+
 def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
     waiting = [pending(tmp_path / "w", make_recipe(f"r{x}", {"x": x})) for x in (1, 2)]
     assert build_report(rows_of(waiting)).verdicts == ("No run has a score yet.",)
