@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run
 from runner.cli.sweep import run_rerun, run_sweep
-from runner.errors import RunnerError, hide_bitsandbytes_warning
+from runner.errors import RunnerError, escape_controls, hide_bitsandbytes_warning
 from runner.plan.select import Selected, UnreadableRun, select_recipes, suggest_path
 from runner.plan.status import RunStatus, read_status
 from runner.recipe.cache import RecipeCache
@@ -310,6 +310,45 @@ def _point_at_changed(rows: Sequence[ReportRow], selected: Sequence[Selected]) -
     )
 
 
+def run_power(arguments: argparse.Namespace) -> int:
+    """`runner power`."""
+    import json
+
+    from runner.report.power import as_json, build_power_reports, format_power
+    from runner.report.rows import build_rows
+
+    paths = [_find_grid(path, arguments.output_root) for path in arguments.paths]
+    known = KnownContents(content_cache_path(arguments.output_root))
+    unreadable: list[UnreadableRun] = []
+    runs = []
+    for one in _select(arguments, paths, unreadable):
+        facts = one.read_facts(with_samples=True)
+        # As in a report: what ran is asked for, not what its recipe says today
+        is_named_itself = one.source_path == one.paths.run_dir
+        contents = {} if is_named_itself else known.find(list_contents(one.recipe))
+        runs.append((one.recipe, facts, read_status(facts, one.recipe, contents)))
+    for lost in unreadable:
+        why = escape_controls(f"{lost.full_name} is unreadable: {lost.why}")
+        print(f"warning: {why}", file=sys.stderr)
+    reports = build_power_reports(
+        build_rows(runs), arguments.effect, arguments.power, arguments.metric
+    )
+    if arguments.json:
+        print(json.dumps([as_json(report) for report in reports], indent=2))
+    else:
+        text = "\n\n".join(format_power(report) for report in reports)
+        print(escape_controls(text))  # axes and paths are anybody's
+    return 0
+
+
+def _find_grid(path: str, output_root: Path) -> str:
+    """A path as it is, or the folder of recipes or of runs of a grid of that name."""
+    if Path(path).exists():
+        return path
+    folders = (Path("recipes") / path, output_root / path)
+    return next((str(folder) for folder in folders if folder.is_dir()), path)
+
+
 def _warn_of_outdated(known: KnownContents) -> None:
     for path in sorted(known.outdated):
         print(
@@ -411,6 +450,7 @@ VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "stop": run_stop,
     "report": run_report,
     "compare": run_compare,
+    "power": run_power,
     "clean": run_clean,
     "chat": run_chat,
     "export": run_export,

@@ -364,12 +364,57 @@ def _add_view_verbs(verbs: Any) -> None:
     _add_rows_fixed(compare)
     _add_output_root(compare)
 
+    _add_power(verbs)
+
     clean = verbs.add_parser(
         "clean", help="remove what runs share and can compute again; no run is touched"
     )
     clean.add_argument("--dry-run", action="store_true", help="only show what there is")
     clean.add_argument("--yes", action="store_true", help="do not ask")
     _add_output_root(clean)
+
+
+def _add_power(verbs: Any) -> None:
+    power = verbs.add_parser(
+        "power", help="how many seeds and test rows find a difference, from the runs of a pilot"
+    )
+    _add_paths(power)
+    power.add_argument(
+        "--effect",
+        type=_above_zero,
+        required=True,
+        metavar="X",
+        help="the smallest difference that matters, in the metric's unit, such as 0.02",
+    )
+    power.add_argument(
+        "--power",
+        type=_share,
+        default=0.8,
+        metavar="P",
+        help="how often it is to be found, default 0.8",
+    )
+    power.add_argument(
+        "--metric", metavar="NAME", help="default: the NLL per completion token, or bits per byte"
+    )
+    power.add_argument("--json", action="store_true")
+
+
+def _above_zero(text: str) -> float:
+    return _between(text, 0.0, float("inf"), "a number above 0")
+
+
+def _share(text: str) -> float:
+    return _between(text, 0.5, 1.0, "between 0.5 and 1")
+
+
+def _between(text: str, low: float, high: float, expected: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = low
+    if not low < value < high:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    return value
 
 
 def _add_report_formats(report: argparse.ArgumentParser) -> None:
