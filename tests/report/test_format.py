@@ -231,6 +231,19 @@ def test_no_line_is_wider_than_a_terminal(tmp_path: Path) -> None:
     assert len(headers) > 1 and "stop reason" in headers[-1] and "tuned NLL" in headers[0]
 
 
+def test_effects_at_many_long_values_fit_and_are_told_apart(tmp_path: Path) -> None:
+    value = "a_value_of_some_length_number"
+    axes = {
+        "loss": ["full", "completion"],
+        **{f"axis_{name}": [f"{value}_{at}" for at in (1, 2)] for name in ("one", "two")},
+    }
+    text = report(scored_grid(tmp_path, axes, lambda **cell: 1.0 + 0.1 * (cell["loss"] == "full")))
+    assert max(cell_len(line) for line in text.splitlines()) <= MAX_WIDTH
+    section = text.partition("### loss: full -> completion")[2].partition("### ")[0]
+    scopes = [line.split("|")[1].strip() for line in table_lines(section) if "axis_" in line]
+    assert len(set(scopes)) == 4
+
+
 def test_keys_that_are_too_wide_are_numbered(tmp_path: Path) -> None:
     axes = {f"a_long_name_of_an_axis_{at}": [f"value {at}", f"other {at}"] for at in range(5)}
     runs = [
