@@ -45,7 +45,6 @@ from runner.report.wording import (
     list_constant_axes,
     list_flags,
     list_numbers,
-    list_warnings,
     make_safe,
     name_scope,
     name_some,
@@ -75,12 +74,13 @@ class Column:
     # What to say above the table when all cells have one value; None: never.
     equal_prefix: str | None = None
     may_be_blank: bool = False  # whether cells without a value count as having that value
+    most: int = MAX_CELL  # columns of a cell
 
     @cached_property
     def shown(self) -> list[str]:
         """Header and cells as they are drawn: on one line, not too long, without controls."""
         texts = (self.header, *self.cells)
-        return [escape_cell(_cut_value(text)) for text in texts]
+        return [escape_cell(_cut_value(text, self.most)) for text in texts]
 
     @property
     def width(self) -> int:
@@ -124,8 +124,8 @@ def _measure(columns: Sequence[Column]) -> int:
     return sum(column.width + 3 for column in columns) + 1
 
 
-def _cut_value(text: str) -> str:
-    return cut_middle(make_safe(text, 4 * MAX_CELL), MAX_CELL)
+def _cut_value(text: str, most: int = MAX_CELL) -> str:
+    return cut_middle(make_safe(text, 4 * most), most)
 
 
 def draw_table(columns: Sequence[Column]) -> str:
@@ -194,7 +194,7 @@ def format_markdown(report: Report) -> str:
     parts = [cut(title, MAX_WIDTH)]
     if report.verdicts:
         parts.append("\n".join(map(bullet, report.verdicts)))
-    parts += [wrap(f"**warning:** {warning}") for warning in list_warnings(report)]
+    parts += [wrap(f"**warning:** {warning}") for warning in report.warnings]
     if report.effects:
         has_numbers = any(map(list_numbers, report.effects))
         parts += ["## Effects", *([wrap(EFFECTS_LEGEND)] if has_numbers else [])]
@@ -231,7 +231,8 @@ def describe_effects(
         for effects in every:
             if numbers := list_numbers(effects, with_single=with_single):
                 yield wrap(f"**{effects.metric.title}**, {describe_direction(effects)}")
-                yield draw_table(_build_effect_columns(numbers, constant))
+                first, *others = _build_effect_columns(numbers, constant)
+                yield from draw_packed([first], others)
                 yield "\n".join(map(bullet, _list_notes(effects, numbers, constant)))
         flags = [flag for effects in every for flag in list_flags(effects.shown, constant)]
         if flags:
@@ -298,7 +299,13 @@ def _build_effect_columns(effects: Sequence[Effect], constant: Collection[str]) 
     levels = {one.interval.level for one in effects if one.interval is not None}
     header = f"{level_text(levels.pop())} interval" if len(levels) == 1 else "interval"
     return [
-        build_column("at", effects, lambda one: name_scope(one, constant), is_numeric=False),
+        build_column(
+            "at",
+            effects,
+            lambda one: name_scope(one, constant),
+            is_numeric=False,
+            most=MAX_KEY - 4,
+        ),
         build_column("difference", effects, difference),
         build_column(header, effects, interval),
         build_column("p", effects, lambda effect: probability(effect.p_adjusted)),
