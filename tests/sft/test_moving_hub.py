@@ -118,7 +118,7 @@ def test_ranks_of_a_later_attempt_ask_nobody_and_what_is_gone_is_refused(
     for repository in hub.repositories.values():
         del repository.commits[A]
     gone = try_launch(project, "killed", *OVERRIDES, DDP, num_processes=2, environment=elsewhere)
-    assert gone.returncode == 2 and len(read_attempts(paths)) == 1
+    assert gone.returncode == 10 and len(read_attempts(paths)) == 1
     assert f"at the commit {A}, which is neither in the cache" in gone.stderr
     hub.take_requests()
     launch(project, "killed", *OVERRIDES, DDP, num_processes=2, environment=environment)
