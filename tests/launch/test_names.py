@@ -18,6 +18,8 @@ from tests.support.moving_hub import MovingHub, moving_hub
 __all__ = ["fake"]
 
 A, B, C = "a" * 40, "b" * 40, "c" * 40
+# Exit codes of `launch`: the fake went without a result; it was never started.
+LOST, REFUSED = 14, 10
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ def test_a_later_attempt_has_the_same_commit_and_asks_nobody(
 ) -> None:
     """Wherever the first one ended: before it had read any rows, or after."""
     add(fake, "a", told=f"{told}\nthen complete")
-    assert launch(fake, hub, "a").returncode == 1
+    assert launch(fake, hub, "a").returncode == LOST
     cache_all(fake, A)
     move(hub, B)
     hub.take_requests()
@@ -136,12 +138,12 @@ def test_a_commit_that_is_gone_is_refused_before_anything_starts(
     move(hub, B)
     del hub.repositories["models", "org/tiny"].commits[A]
     result = launch(fake, hub, "a")
-    assert result.returncode == 2 and fake.started() == ["a"]
+    assert result.returncode == REFUSED and fake.started() == ["a"]
     assert f"`model.path`: this run loaded org/tiny at the commit {A}" in result.stderr
     assert "neither in the cache of this machine nor on the hub any more" in result.stderr
     assert "runner launch RECIPE --fresh" in result.stderr
     cache_all(fake, A)
-    assert launch(fake, hub, "a").returncode == 1 and fake.started() == ["a", "a"]
+    assert launch(fake, hub, "a").returncode == LOST and fake.started() == ["a", "a"]
 
 
 def test_a_data_set_that_is_gone_is_refused(fake: FakeLauncher, hub: MovingHub) -> None:
@@ -149,7 +151,7 @@ def test_a_data_set_that_is_gone_is_refused(fake: FakeLauncher, hub: MovingHub) 
     launch(fake, hub, "a")
     del hub.repositories["datasets", "org/rows"]
     result = launch(fake, hub, "a")
-    assert result.returncode == 2 and fake.started() == ["a"]
+    assert result.returncode == REFUSED and fake.started() == ["a"]
     assert f"`data.train.path`: this run loaded org/rows at the commit {A}" in result.stderr
 
 
@@ -161,7 +163,7 @@ def test_a_stated_branch_that_moved_is_refused_with_the_line_to_paste(
     launch(fake, hub, "a")
     move(hub, B)
     result = launch(fake, hub, "b")
-    assert result.returncode == 2 and fake.started() == ["a"]
+    assert result.returncode == REFUSED and fake.started() == ["a"]
     assert not fake.paths("b").recipe_path.exists()
     assert f"`model.path`: the model org/tiny, revision `main` is the commit {B} now" in (
         result.stderr
@@ -179,7 +181,7 @@ def test_a_stated_branch_of_a_data_set_that_moved_is_refused(
     launch(fake, hub, "a")
     move(hub, B)
     result = launch(fake, hub, "b")
-    assert result.returncode == 2 and fake.started() == ["a"]
+    assert result.returncode == REFUSED and fake.started() == ["a"]
     assert "`data.train.path`: the data set org/rows, revision `main` is" in result.stderr
 
 
@@ -252,12 +254,12 @@ def test_without_the_hub_the_cache_says_what_a_name_stands_for(
 def test_what_nobody_knows_is_not_recorded(fake: FakeLauncher, hub: MovingHub) -> None:
     """The trainer says what is wrong; and what it could load all the same is never guessed."""
     add(fake, "a", told="write samples.json {}")
-    assert launch(fake, hub, "a", offline=True).returncode == 1
+    assert launch(fake, hub, "a", offline=True).returncode == LOST
     assert read_commits(fake, "a") == {}
-    assert launch(fake, hub, "a").returncode == 1
+    assert launch(fake, hub, "a").returncode == LOST
     assert read_commits(fake, "a") == {} and hub.take_requests() == []
     shutil.rmtree(fake.paths("a").run_dir)
-    assert launch(fake, hub, "a").returncode == 1
+    assert launch(fake, hub, "a").returncode == LOST
     assert read_commits(fake, "a")["model.path"] == A
 
 
