@@ -26,6 +26,7 @@ from runner.files import write_json_atomic
 from runner.launch.command import LaunchCommand
 from runner.launch.placement import name_cluster_job
 from runner.launch.process import AttemptProcess, LauncherProcess
+from runner.launch.provenance import read_provenance
 from runner.launch.worker import ForkedProcess, Worker
 from runner.plan.decide import Launch
 from runner.plan.status import describe_change, find_differences, find_divisor
@@ -142,6 +143,9 @@ def open_attempt(
         if earlier.ended_at_utc is None:  # its launcher was killed before it could do this
             with contextlib.suppress(OSError):
                 scrub_log(paths.attempt(earlier.number).log_path)
+    made_by = read_provenance()
+    # A worker ends where versions or source change, so that the rest is its own, too.
+    own_versions = {} if worker is None else worker.versions
     attempt = Attempt(
         number=attempts[-1].number + 1 if attempts else 1,
         started="cold" if worker is None else "warm",
@@ -159,7 +163,12 @@ def open_attempt(
         devices={**os.environ, **command.environment}.get("CUDA_VISIBLE_DEVICES"),
         git_commit=git_state[0],
         git_is_dirty=git_state[1],
-        versions=list_library_versions() if worker is None else dict(worker.versions),
+        runner_version=made_by.runner_version,
+        runner_commit=made_by.runner_commit,
+        runner_is_dirty=made_by.runner_is_dirty,
+        source_hash=made_by.source_hash,
+        versions={**made_by.versions, **own_versions},
+        hardware=made_by.hardware,
     )
     paths.attempt(attempt.number).attempt_dir.mkdir(parents=True, exist_ok=True)
     write_record(paths, RunRecord(attempts=(*attempts, attempt)))
@@ -502,7 +511,8 @@ def _fork(
 def _record_cold(paths: RunPaths, lease: Lease) -> Attempt:
     """The open attempt, which the record says was forked, as one that was not."""
     *earlier, last = read_facts(paths, lease=lease).attempts
-    cold = last.model_copy(update={"started": "cold", "versions": list_library_versions()})
+    versions = {**last.versions, **list_library_versions()}
+    cold = last.model_copy(update={"started": "cold", "versions": versions})
     write_record(paths, RunRecord(attempts=(*earlier, cold)))
     return cold
 

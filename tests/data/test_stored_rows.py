@@ -105,6 +105,7 @@ def test_samples_are_described_alike_stored_or_not(tmp_path: Path, loss: Loss) -
     facts = {key: one for key, one in described.items() if key not in StoredSplit.LISTS}
     stored = StoredSplit(store(tmp_path, ROWS), ("dropped",), {loss: facts})
     assert stored.describe(loss) == described
+    assert stored.list_ids() == plain.list_ids() == described["ids"]
     assert described["num_dropped"] == 1 and described["dropped"] == ["dropped"]
     samples = Samples(plain, plain, plain, LeftOut())
     found = describe_samples(samples, loss)["splits"]["train"]
@@ -134,6 +135,8 @@ def test_what_is_trained_is_what_has_a_label(
     assert [at for start, end in trained for at in range(start, end)] == [
         at for at, label in enumerate(labels) if label != IGNORE_INDEX
     ]
+    # The first token has no prediction, so that its label enters no loss.
+    assert made.count_labels(loss) == sum(label != IGNORE_INDEX for label in labels[1:])
     split = Split((made,), ())
     assert (
         split.describe(loss)["mask_hash"]

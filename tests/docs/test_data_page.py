@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from runner.data.tasks.base import Example, Task
+from runner.data.tasks.base import Example, Task, derive_row_key
 from runner.data.tasks.python import PythonTask
 from runner.recipe.data_section import AnyTask, find_tasks
 from tests.conftest import ROOT
@@ -70,3 +73,51 @@ def test_examples_hold_what_the_page_says() -> None:
     prompts = [one.messages[0]["content"] for one in by_line.values()]
     assert "Translate to French.\n\ncat" in prompts and "Name a colour." in prompts
     assert "Oslo is a city.\n\nWhat is Oslo?" in prompts
+
+
+def load_key_rule() -> Callable[..., str]:
+    """The function on the page; the example below it, which it asserts, has been executed then."""
+    (source,) = re.findall(r"```python\n(import hashlib.+?)```", PAGE, re.DOTALL)
+    assert re.search(r'\[:16\] == "[0-9a-f]{16}"', source)
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)
+    rule: Callable[..., str] = namespace["derive_key"]
+    return rule
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([" a\r\nb\n", "\r\n", "é\u2028", datetime.date(2026, 1, 2)]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(row=st.dictionaries(st.text() | st.sampled_from(["id", "name", "source"]), VALUES))
+def test_the_rule_of_keys_on_the_page_is_the_rule(row: dict[str, Any]) -> None:
+    rule = load_key_rule()
+    assert rule(row) == derive_row_key(row)
+    assert rule([row, "x"]) == derive_row_key([row, "x"])
+    assert rule(row, ("id", "name", "source", "idx")) == derive_row_key(row, ("idx",))
+
+
+def test_the_rule_of_keys_on_the_page_gives_the_keys_of_its_example_rows() -> None:
+    """Where a task or its prompt reads none of the columns that are left out."""
+    rule, names = load_key_rule(), set()
+    for section, line in list_examples():
+        if "oasst1" in section:
+            continue
+        names.add(section if section.isidentifier() else json.loads(section)["name"])
+        bookkeeping = {"sst2": ("idx",), "squad_v2": ("title", "plausible_answers")}
+        more = next((those for task, those in bookkeeping.items() if task in section), ())
+        key = read(section, line).key
+        assert rule(json.loads(line), ("id", "name", "source", *more)) == key
+    assert {"sst2", "squad_v2", "conversations", "alpaca"} <= names
+    tree = next(text for section, text in list_examples() if "oasst1" in section)
+    messages = [json.loads(one) for one in tree.splitlines()]
+    path = [[one["role"], one["text"]] for one in messages]
+    assert rule(path) == read('{"name": "oasst1", "include_unreviewed": true}', tree).key

@@ -115,6 +115,8 @@ def test_the_record_says_what_was_started(
         None,
     )
     assert record.versions["torch"] and record.host
+    assert record.versions["tokenizers"] and record.hardware["cpu"]
+    assert record.runner_version and record.source_hash and len(record.source_hash) == 64
     assert "told to complete" in attempt.files.log_path.read_text()
 
 

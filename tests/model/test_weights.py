@@ -4,8 +4,10 @@ to load again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from runner.model.weights import (
     ExportError,
     add_to_adapter,
     collect_resized_embeddings,
+    hash_trained,
     sort_adapter_config,
     verify_export,
     verify_same_weights,
@@ -246,3 +249,38 @@ def test_every_run_exports_where_its_answers_end(finished: Project, name: str) -
     assert not (model_dir / "README.md").exists(), "PEFT's empty one"
     config = load_json(model_dir / "config.json")
     assert config is None or config["use_cache"] is True
+
+
+def make_layers(**changes: torch.Tensor) -> torch.nn.Module:
+    """Two trained parameters, the later one by name first, and one that is not trained."""
+    module = torch.nn.Module()
+    module.register_parameter("b", torch.nn.Parameter(torch.tensor([1.0, 2.0])))
+    module.register_parameter("a", torch.nn.Parameter(torch.tensor([[3.0], [4.0]])))
+    frozen = torch.nn.Parameter(torch.tensor([5.0]), requires_grad=False)
+    module.register_parameter("frozen", frozen)
+    for name, tensor in changes.items():
+        parameter = torch.nn.Parameter(tensor, requires_grad=name != "frozen")
+        module.register_parameter(name, parameter)
+    return module
+
+
+def test_the_hash_of_what_is_trained_is_of_names_types_shapes_and_bytes() -> None:
+    text = b'["a", "torch.float32", [2, 1]]\n' + struct.pack("<2f", 3.0, 4.0)
+    text += b'["b", "torch.float32", [2]]\n' + struct.pack("<2f", 1.0, 2.0)
+    assert hash_trained(make_layers()) == hashlib.sha256(text).hexdigest()
+    assert hash_trained(make_layers(frozen=torch.zeros(3))) == hash_trained(make_layers())
+    others = [
+        make_layers(a=torch.tensor([[3.0], [5.0]])),
+        make_layers(a=torch.tensor([[3.0, 4.0]])),
+        make_layers(a=torch.tensor([[3.0], [4.0]], dtype=torch.bfloat16)),
+        make_layers(c=torch.tensor([1.0])),
+        make_layers(b=torch.tensor(1.0)),
+    ]
+    assert len({hash_trained(one) for one in [make_layers(), *others]}) == 6
+    part = torch.tensor([[3.0, 0.0], [4.0, 0.0]])[:, :1]
+    assert not part.is_contiguous() and hash_trained(make_layers(a=part)) == hash_trained(
+        make_layers()
+    )
+    signs: list[int] = []
+    hash_trained(make_layers(), sign_of_life=lambda: signs.append(1))
+    assert len(signs) == 2

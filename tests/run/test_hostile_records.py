@@ -173,6 +173,31 @@ def test_a_hostile_run_directory_is_answered_in_words(place: Place, name: str) -
         place.run(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("tuned.test.nll_sum", -1.0, "-1.0: a sum of negative log-likelihoods is a finite number"),
+        ("base.test.completion_nll_sum", float("nan"), "nan: a sum of negative log-likelihoods"),
+        ("tuned.test.num_completion_tokens", 10**6, "1000000, more than the"),
+        ("tuned.test.num_rows", 0, "greater than or equal to 1"),
+        ("best_metric", float("inf"), "inf: a score is a finite number"),
+        ("best_step", 10**6, "best_step is 1000000, after the last of"),
+        ("num_trained_tokens", -5, "greater than or equal to 0"),
+        ("initial_weights_hash", "x", "String should match pattern"),
+    ],
+)
+def test_a_score_that_cannot_be_is_named_with_its_file_and_key(
+    place: Place, key: str, value: Any, said: str
+) -> None:
+    run = make_run(place)
+    place.write("case.yaml", RECIPE_TEXT)
+    put("result.json", key, value)(run)
+    for arguments in (("status", "runs"), ("why", "case.yaml")):
+        printed = place.run(*arguments)
+        assert "result.json cannot be read: " in printed and said in printed
+    assert "1 unreadable" in place.run("report", "runs")
+
+
 def test_a_run_directory_that_is_a_link_is_not_written_to(place: Place) -> None:
     run, outside = make_run(place), place.root.parent / "outside" / "theirs"
     place.write("case.yaml", RECIPE_TEXT)

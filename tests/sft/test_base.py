@@ -61,7 +61,7 @@ SAMPLES = Samples(Split((), ()), Split(ROWS[:2], ()), Split(ROWS, ()), LeftOut()
 
 
 def make_score(row_id: str, nll_sum: float) -> RowScore:
-    return RowScore(row_id, row_id, nll_sum / 3, 0.1, 3, nll_sum, 8, 5)
+    return RowScore(row_id, row_id, nll_sum / 3, nll_sum / 9, 3, nll_sum, 8, 5)
 
 
 def make_scores(nats: float = 0.1) -> BaseScores:
@@ -345,6 +345,8 @@ DAMAGES |= {
     "a sum is a text": _change("test", lambda row: row.update(nll_sum="1.0")),
     "a sum is no number": _change("test", lambda row: row.update(nll_sum=float("nan"))),
     "a sum is endless": _change("validation", lambda row: row.update(nll_sum=float("inf"))),
+    "a sum is below 0": _change("validation", lambda row: row.update(nll_sum=-1.0)),
+    "a part is more than the whole": _change("again", lambda row: row.update(num_tokens=0)),
     "a count is a fraction": _change("validation", lambda row: row.update(num_tokens=1.5)),
     "a count is a claim": _change("again", lambda row: row.update(num_bytes=True)),
     "a group is a number": _change("test", lambda row: row.update(group=3)),

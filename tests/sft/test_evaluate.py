@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from trl.trainer.utils import add_fused_lm_head
 from runner.data.rows import Row, build_samples
 from runner.data.stored_rows import StoredRows, write_shard
 from runner.data.tokenizer import load_tokenizer
-from runner.sft.evaluate import RowScore, score_rows, sum_scores
+from runner.errors import DivergedError, RunnerError
+from runner.sft.evaluate import RowScore, refuse_impossible, score_rows, sum_scores
 from tests.conftest import Project
 from tests.support.token_rows import make_row
 
@@ -211,3 +213,44 @@ def test_split_sums_do_not_depend_on_the_order_of_rows() -> None:
     ]
     shuffled = random.Random(1).sample(rows, len(rows))
     assert sum_scores(rows) == sum_scores(shuffled)
+
+
+def test_scores_that_cannot_be_are_refused_before_they_are_written() -> None:
+    good = RowScore("a", "group", 2.0, 0.5, 3, 4.0, 9, 11)
+    refuse_impossible([good, replace(good, template_nll_sum=-0.0)], "test", 4)
+    for value in (math.nan, math.inf):
+        with pytest.raises(DivergedError, match=r"the test score at step 4 cannot be: row b: "):
+            refuse_impossible([good, replace(good, row_id="b", nll_sum=value)], "test", 4)
+    for change in ({"nll_sum": -4.0}, {"completion_nll_sum": 5.0}, {"num_completion_tokens": 10}):
+        with pytest.raises(
+            RunnerError, match=r"row b: (nll_sum is -4\.0|.* more than the)"
+        ) as found:
+            refuse_impossible([good, replace(good, row_id="b", **change)], "validation", 8)
+        assert not isinstance(found.value, DivergedError) and "attn_implementation" in str(
+            found.value
+        )
+
+
+class Certain(torch.nn.Module):
+    """Gives each token the same log-probability."""
+
+    def __init__(self, log_prob: float) -> None:
+        super().__init__()
+        self.log_prob = log_prob
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        shape = (input_ids.shape[0], input_ids.shape[1] - 1)
+        return type("Output", (), {"log_probs": torch.full(shape, self.log_prob)})
+
+
+def test_a_probability_of_one_is_not_refused_for_its_rounding() -> None:
+    row = make_row("a", (1, 2, 3, 4), (2, 4))
+    for log_prob, nll_sum in ((3e-7, 0.0), (-1.0, 3.0), (0.5, -1.5)):
+        [found] = score_rows(
+            Certain(log_prob),
+            [row],
+            batch_size=1,
+            pad_token_id=0,
+            accelerator=Accelerator(cpu=True),
+        )
+        assert found.nll_sum == nll_sum

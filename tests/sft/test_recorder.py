@@ -13,11 +13,13 @@ from transformers import TrainerState
 from runner.data.masking import CompletionSpan
 from runner.data.rows import LeftOut, Row, Samples, Split, describe_samples
 from runner.data.stored_rows import StoredRows, StoredSplit, write_shard
-from runner.errors import DataError, DivergedError
-from runner.files import append_jsonl, load_json, load_jsonl
+from runner.errors import CorruptFileError, DataError, DivergedError
+from runner.files import append_jsonl, load_json, load_jsonl, write_jsonl_atomic
 from runner.sft.recorder import Recorder
 from runner.sft.startup import WorldPlace
 from tests.conftest import Project
+from tests.run.test_scores import make_result
+from tests.run.test_scores import make_rows as make_rows_of_scores
 from tests.support.contexts import make_recorder, open_context
 from tests.support.token_rows import make_row
 
@@ -184,3 +186,15 @@ def test_only_the_rows_that_are_scored_again_are_built(project: Project, tmp_pat
     shortest = recorder.list_rows_scored_again()
     assert [row.row_id for row in shortest] == ["row-19", "row-18", "row-17", "row-16"]
     assert stored.num_built == 4
+
+
+def test_a_result_that_its_rows_do_not_add_up_to_is_not_written(project: Project) -> None:
+    context = open_context(project)
+    rows = make_rows_of_scores()
+    for row in rows:
+        append_jsonl(context.paths.eval_rows_path, row)
+    recorder, result = make_recorder(context), make_result(rows)
+    recorder._require_agreement(result)
+    write_jsonl_atomic(context.paths.eval_rows_path, [rows[0] | {"nll_sum": 99.0}, *rows[1:]])
+    with pytest.raises(CorruptFileError, match=r"eval_rows.jsonl adds up to:\n  base: nll_sum is "):
+        recorder._require_agreement(result)
