@@ -6,16 +6,17 @@ The verbs that launch runs are in `launch` and `sweep`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run
 from runner.cli.sweep import run_rerun, run_sweep
-from runner.errors import RunnerError, hide_bitsandbytes_warning
+from runner.errors import CorruptFileError, RunnerError, hide_bitsandbytes_warning
 from runner.plan.select import Selected, UnreadableRun, select_recipes, suggest_path
 from runner.plan.status import (
     NOT_VERIFIABLE,
@@ -30,6 +31,7 @@ from runner.recipe.contents import ContentHashes, KnownContents, list_contents
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.allowed_code import allow_code, load_code, suggest_allowing
 from runner.run.base_scores import find_other_base_scores
+from runner.run.facts import RunFacts
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.paths import (
     RunPaths,
@@ -38,6 +40,7 @@ from runner.run.paths import (
     recipe_cache_path,
 )
 from runner.run.record import load_stored_recipe
+from runner.run.siblings import Loaded, find_moved, list_loaded
 
 
 def run_init(arguments: argparse.Namespace) -> int:
@@ -105,6 +108,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 def run_masks(arguments: argparse.Namespace) -> int:
     """`runner masks`: loads the tokenizer, never the model."""
     from runner.preflight.masks import build_views, format_views
+    from runner.preflight.names import pin_recipes
 
     path = arguments.recipe
     output_root = find_output_root(path) if path.is_dir() else arguments.output_root
@@ -114,6 +118,7 @@ def run_masks(arguments: argparse.Namespace) -> int:
         suggest_allowing([str(path)], output_root, overrides=arguments.overrides),
     )
     split = "validation" if arguments.split == "eval" else arguments.split
+    (recipe,) = pin_recipes([recipe], output_root).recipes
     views = build_views(recipe, split, arguments.rows, arguments.row)
     is_coloured = "NO_COLOR" not in os.environ and (
         sys.stdout.isatty() or "FORCE_COLOR" in os.environ
@@ -134,11 +139,13 @@ def run_status(arguments: argparse.Namespace) -> int:
 
         return watch(selected, content_cache_path(arguments.output_root), unreadable)
     known = KnownContents(content_cache_path(arguments.output_root))
+    facts = [one.read_facts() for one in selected]
     rows = [
-        (one, read_status(one.read_facts(), one.recipe, known.find(list_contents(one.recipe))))
-        for one in selected
+        (one, read_status(those, one.recipe, known.find(list_contents(one.recipe))))
+        for one, those in zip(selected, facts, strict=True)
     ]
     _warn_of_outdated(known)
+    _warn_of_moved_names(facts)
     if arguments.json:
         content: list[dict[str, Any]] = [
             {
@@ -187,6 +194,17 @@ def _warn_of_other_base_scores(selected: Sequence[Selected]) -> None:
     for root in sorted({find_output_root(one.paths.run_dir) for one in selected}):
         for one in find_other_base_scores(root):
             print(f"warning: {one.describe()}", file=sys.stderr)
+
+
+def _warn_of_moved_names(facts: Iterable[RunFacts]) -> None:
+    """On stderr: names on the hub that are not the same commit in all runs of a grid."""
+    loaded: list[Loaded] = []
+    for one in facts:
+        with contextlib.suppress(CorruptFileError, OSError):  # its state says so
+            if one.stored is not None:
+                loaded += list_loaded(one.paths.run_dir, one.stored)
+    for moved in find_moved(loaded):
+        print(f"warning: {moved.describe()}", file=sys.stderr)
 
 
 def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
@@ -270,6 +288,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     )
     print(FORMATS[arguments.format](rows, build_comparisons(rows)), end="")
     _warn_of_outdated(known)
+    _warn_of_moved_names(facts for _, facts, _ in runs)
     whys = [(lost.full_name, lost.why) for lost in unreadable]
     whys += [
         (row.recipe.run.full_name, "see `runner status`")

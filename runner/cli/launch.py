@@ -312,6 +312,7 @@ def _prepare(planned: Launch, command: LaunchCommand) -> None:
         refuse_uncontinuable,
         take_lease,
     )
+    from runner.launch.names import NamesOnHub
 
     paths = planned.paths
     lease = take_lease(paths)
@@ -321,5 +322,5 @@ def _prepare(planned: Launch, command: LaunchCommand) -> None:
         facts = read_facts(paths, lease=lease)
         divisor = find_divisor(facts, planned.recipe)
         refuse_uncontinuable(planned, command, facts, divisor)
-        prepare_run(planned.recipe, planned.contents, facts)
+        prepare_run(planned.recipe, planned.contents, facts, NamesOnHub())
         open_attempt(planned, command, facts, divisor, read_git_state())

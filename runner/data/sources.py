@@ -19,6 +19,7 @@ from runner.data.formats import Rows, load_file
 from runner.errors import DataError
 from runner.recipe.data_files import describe_files, find_source_files, name_format
 from runner.recipe.data_section import DataSource
+from runner.recipe.hub import find_prepared, is_commit
 
 _NETWORK_TIMEOUT_SECONDS: Final = 5.0
 
@@ -119,9 +120,12 @@ def _load_hub(source: DataSource) -> Iterator[tuple[str, Any]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(
-            source.path, source.config_name, split=source.split, revision=source.revision
-        )
+        if is_commit(source.revision):
+            rows = _load_at_commit(source, source.revision)
+        else:
+            rows = datasets.load_dataset(
+                source.path, source.config_name, split=source.split, revision=source.revision
+            )
     # The library raises a dozen unrelated kinds for a missing name, split or network.
     except Exception as error:
         raise DataError(
@@ -135,3 +139,53 @@ def _load_hub(source: DataSource) -> Iterator[tuple[str, Any]]:
     yield from (
         (f"{source.path}[{source.split}] row {number}", row) for number, row in enumerate(rows)
     )
+
+
+def _load_at_commit(source: DataSource, commit: str) -> Any:
+    """The rows at a commit: out of the cache, where nobody is asked, else of the hub. `datasets`
+    would take the rows that it prepared last, of whatever commit, wherever the hub does not answer.
+    """
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    folder = _choose_prepared(source, commit)
+    if folder is not None:
+        config_name, version = folder.parts[-3:-1]
+        name = source.path.rpartition("/")[2]
+        return Cache(
+            dataset_name=name,
+            repo_id=source.path,
+            config_name=config_name,
+            version=version,
+            hash=commit,
+        ).as_dataset(split=source.split)
+    builder = datasets.load_dataset_builder(source.path, source.config_name, revision=commit)
+    if builder.hash != commit:
+        raise FileNotFoundError(
+            f"the commit {commit} is not in the cache, which has {builder.hash}, and the hub does"
+            " not give it"
+        )
+    builder.download_and_prepare()
+    return builder.as_dataset(split=source.split)
+
+
+def _choose_prepared(source: DataSource, commit: str) -> Path | None:
+    """The folder of prepared rows of the config that the source means; None where that is not to be
+    told from what is cached.
+    """
+    by_config = {folder.parts[-3]: folder for folder in find_prepared(source.path, commit)}
+    if not by_config:
+        return None
+    return by_config.get(source.config_name or _find_default_config(source.path, commit))
+
+
+def _find_default_config(name: str, commit: str) -> str:
+    """The config of who states none, as the data set's README has it."""
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard, try_to_load_from_cache
+
+    card = try_to_load_from_cache(name, "README.md", revision=commit, repo_type="dataset")
+    if not isinstance(card, str):
+        return "default"
+    configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
+    return configs.get_default_config_name() or "default"

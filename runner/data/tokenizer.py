@@ -14,6 +14,7 @@ from typing import Any, Final
 from runner.data.chat_template import ChatFormat, get_chat_format
 from runner.errors import DataError
 from runner.files import hash_json
+from runner.recipe.hub import load_arguments
 from runner.recipe.schema import ModelSection
 from runner.strict import thaw
 
@@ -42,7 +43,7 @@ def load_tokenizer(model: ModelSection) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=False
+            model.path, trust_remote_code=False, **load_arguments(model)
         )
     # Whatever a folder holds, Transformers raises a dozen unrelated kinds for it.
     except Exception as error:
@@ -127,7 +128,7 @@ def load_stop_tokens(tokenizer: Any, model: ModelSection) -> list[str]:
 
     ids = {tokenizer.eos_token_id}
     try:
-        stated = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
+        stated = GenerationConfig.from_pretrained(model.path, **load_arguments(model)).eos_token_id
     except (OSError, ValueError):
         stated = None
     ids |= set(stated) if isinstance(stated, list) else {stated}

@@ -24,6 +24,7 @@ from runner.checkpoints.marker import list_committed
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import write_json_atomic
 from runner.launch.command import LaunchCommand
+from runner.launch.names import NamesOnHub
 from runner.launch.placement import name_cluster_job
 from runner.launch.process import AttemptProcess, LauncherProcess
 from runner.launch.provenance import read_provenance
@@ -61,9 +62,14 @@ from runner.run.record import (
 from runner.secrets import scrub_json, scrub_log
 
 
-def prepare_run(recipe: Recipe, contents: Mapping[str, str], facts: RunFacts) -> None:
+def prepare_run(
+    recipe: Recipe,
+    contents: Mapping[str, str],
+    facts: RunFacts,
+    names: NamesOnHub | None = None,
+) -> None:
     """Write `recipe.json` of a run that is not complete; refuse a directory that holds another
-    experiment.
+    experiment. `names` finds what names on the hub stand for; None: nobody is asked.
 
     The caller holds the lease, under which the facts were read. `contents` is whole.
     """
@@ -82,11 +88,16 @@ def prepare_run(recipe: Recipe, contents: Mapping[str, str], facts: RunFacts) ->
             ),
         )
     if facts.result is None:
+        stored = facts.stored
+        if stored is not None:
+            recipe = stored.state_as_before(recipe)
+        known = {} if stored is None else stored.commits
         content = StoredRecipe(
             recipe=recipe,
             recipe_digest=derive_digest(recipe, contents),
             contents=dict(contents),
             rules=RULES,
+            commits=known if names is None else names.settle(recipe, facts),
         )
         write_json_atomic(paths.recipe_path, content.model_dump(mode="json"))
 
@@ -103,10 +114,12 @@ def refuse_uncontinuable(
     Raises:
         RefusedError: with what differs, and the ways out.
     """
-    recipe, stored = launch.recipe, facts.stored
+    stored = facts.stored
+    if stored is None:  # a new run
+        return
+    recipe = stored.state_as_before(launch.recipe)
     digest = derive_digest(recipe, launch.contents)
-    # A new run, or another experiment, which is refused as such.
-    if stored is None or stored.digest_today != digest:
+    if stored.digest_today != digest:  # another experiment, which is refused as such
         return
     threads = command.environment.get("OMP_NUM_THREADS")
     choice = look_ahead(
@@ -409,14 +422,18 @@ def _needs_repair(facts: RunFacts, result: TrainResult) -> bool:
 
 
 def start_attempt(
-    launch: Launch, command: LaunchCommand, worker: Worker | None = None
+    launch: Launch,
+    command: LaunchCommand,
+    worker: Worker | None = None,
+    names: NamesOnHub | None = None,
 ) -> RunningAttempt | None:
     """Start one attempt under the run's lease, from a worker that has begun or cold; None when
-    somebody else runs it or has just completed it.
+    somebody else runs it or has just completed it. `names` are those of the sweep.
 
     Raises:
         FailedElsewhere: there was another attempt since, which failed.
-        RefusedError: the directory holds another experiment, or the micro-batch cannot be divided.
+        RefusedError: the directory holds another experiment, the micro-batch cannot be divided, or
+            a name on the hub stands for what the run may not load.
         OSError: the run cannot be prepared, or the launcher not be started.
     """
     recipe, paths = launch.recipe, launch.paths
@@ -430,7 +447,7 @@ def start_attempt(
         derive_accumulation(recipe, launch.num_processes, divisor)
         if facts.result is None:
             refuse_uncontinuable(launch, command, facts, divisor)
-        prepare_run(recipe, launch.contents, facts)
+        prepare_run(recipe, launch.contents, facts, names or NamesOnHub())
         if launch.is_repair and facts.result is None:
             raise RefusedError(f"{paths.run_dir} is not completed any more: nothing to repair")
         if facts.result is not None and not launch.is_repair:

@@ -19,6 +19,7 @@ from runner.errors import RunnerError
 from runner.launch.attempt import FailedElsewhere, RunningAttempt, start_attempt
 from runner.launch.command import LaunchCommand, Placement, build_launch_command
 from runner.launch.display import SweepDisplay
+from runner.launch.names import NamesOnHub
 from runner.launch.placement import Allocation, Devices
 from runner.launch.stall import Silence, StallWatch
 from runner.launch.worker import Worker
@@ -171,6 +172,7 @@ class _Pool:
     later: list[Later] = field(default_factory=list)
     failures: dict[str, list[Failure]] = field(default_factory=dict)  # in a row, of each run
     result: PoolResult = field(default_factory=PoolResult)
+    names: NamesOnHub = field(default_factory=NamesOnHub)
 
     def has_work(self) -> bool:
         """True while anything runs, or still has to."""
@@ -259,7 +261,7 @@ class _Pool:
         self, run: Launch, command: LaunchCommand, worker: Worker | None
     ) -> RunningAttempt | None:
         try:
-            attempt = start_attempt(run, command, worker)
+            attempt = start_attempt(run, command, worker, self.names)
         except FailedElsewhere as error:
             message = f"(by another sweep) {error.failure.message}"
             failure = error.failure.model_copy(update={"message": message})

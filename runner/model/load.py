@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 
 from runner.data.masking import end_of_turn_ids
 from runner.errors import DataError
+from runner.recipe.hub import load_arguments
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import EightBit, FourBit
 
@@ -29,14 +30,11 @@ def load_model(
     Under ZeRO-3 the training arguments must exist before this is called: `from_pretrained` looks at
     them to partition weights while loading.
     """
-    path, revision = (
-        (recipe.model.path, recipe.model.revision)
-        if weights_dir is None
-        else (str(weights_dir), None)
-    )
+    path = recipe.model.path if weights_dir is None else str(weights_dir)
+    of_hub = load_arguments(recipe.model, with_weights=True) if weights_dir is None else {}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, **build_load_arguments(recipe, local_rank)
+            path, **of_hub, **build_load_arguments(recipe, local_rank)
         )
     except (OSError, ValueError, ImportError) as error:
         raise DataError(

@@ -22,6 +22,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from runner.errors import DataError
 from runner.model.load import build_lora_config
+from runner.recipe.hub import load_arguments
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import EightBit, FourBit
 
@@ -114,7 +115,7 @@ def load_config(recipe: Recipe, tokenizer: Any) -> Any:
     """The model's configuration, with the row that an added pad token takes. Raises: DataError."""
     try:
         config = AutoConfig.from_pretrained(
-            recipe.model.path, revision=recipe.model.revision, trust_remote_code=False
+            recipe.model.path, trust_remote_code=False, **load_arguments(recipe.model)
         )
     except (OSError, ValueError) as error:
         raise DataError(

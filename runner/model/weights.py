@@ -23,6 +23,7 @@ from transformers import AutoConfig
 from runner.errors import RunnerError
 from runner.files import load_json, write_json_atomic
 from runner.model.load import count_rows
+from runner.recipe.hub import load_arguments
 from runner.recipe.schema import ModelSection
 from runner.run.record import SplitScore
 
@@ -82,7 +83,7 @@ def collect_resized_embeddings(model: Any, base: ModelSection) -> dict[str, torc
             for key, weight in module.named_parameters(recurse=False):
                 weights.setdefault(id(weight), (f"{name}.{key}", weight))
     num_base_rows = (
-        AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=False)
+        AutoConfig.from_pretrained(base.path, trust_remote_code=False, **load_arguments(base))
         .get_text_config()
         .vocab_size
     )

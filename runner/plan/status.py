@@ -114,6 +114,7 @@ def find_differences(
             f"recipe_digest: {stored.recipe_digest[:12]}, but the result is of"
             f" {result.recipe_digest[:12]}"
         ]
+    recipe = stored.state_as_before(recipe)
     lines = diff_payloads(build_digest_payload(stored.recipe), build_digest_payload(recipe))
     lines += [
         f"content of {path}: {stored.contents.get(path, '(not used)')[:12]} -> {digest[:12]}"

@@ -35,6 +35,7 @@ from runner.plan.status import (
 )
 from runner.processes import list_holders
 from runner.recipe.contents import ContentHashes, hash_what_is_there, list_missing_files
+from runner.recipe.hub import name_at
 from runner.recipe.identity import build_resume_fingerprint, derive_digest
 from runner.recipe.parse import Recipe, derive_accumulation
 from runner.run.facts import RunFacts
@@ -73,6 +74,7 @@ class Explanation:
     log_path: str | None
     log_tail: tuple[str, ...]
     base: BaseSource | None  # where the scores of the base model come from
+    commits: tuple[str, ...]  # what was loaded from the hub, a line for each name
     micro_batch_divisor: int
     choice: Choice
     remote_url: str | None  # asked for checkpoints where the run has none
@@ -206,6 +208,7 @@ def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: 
         log_path=str(log_path) if log_path is not None and facts.has_log else None,
         log_tail=recorded_tail or (evidence.log_tail if last is not None else ()),
         base=evidence.base if is_readable else None,
+        commits=_describe_commits(facts) if is_readable else (),
         micro_batch_divisor=divisor,
         choice=evidence.choice,
         remote_url=remote.url if remote is not None and remote.load else None,
@@ -223,6 +226,15 @@ def _describe_files(facts: RunFacts, status: RunStatus) -> str | None:
     found = f"every byte of {len(facts.file_sizes)} files is as it was recorded"
     removed = "; model removed: `runner launch RECIPE --repair` writes it again"
     return found + (removed if status.is_model_removed else "")
+
+
+def _describe_commits(facts: RunFacts) -> tuple[str, ...]:
+    stored = facts.stored
+    commits = {} if stored is None else stored.commits
+    names = {key: name_at(stored.recipe, key) for key in commits} if stored is not None else {}
+    return tuple(
+        f"{key}: {name.name} at {commits[key]}" for key, name in names.items() if name is not None
+    )
 
 
 def _verify_checkpoints(
@@ -265,6 +277,7 @@ def build_lines(found: Explanation) -> list[str]:
         *(("missing", f"{key}: {path}") for key, path in found.missing.items()),
         ("lease", _describe_lease(found)),
         *(_describe_attempt(found)),
+        *(("commit", line) for line in found.commits),
         *((("base scores", found.base.describe()),) if found.base is not None else ()),
         *(("checkpoint", f"{verdict.name}  {verdict.what}") for verdict in found.choice.verdicts),
         *(("quarantine", name) for name in status.quarantined),

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from runner.data.draw import SPLITS
+from runner.preflight.names import pin_recipes
 from runner.preflight.survey import CheckedRun, CheckResult, check_recipes, group_runs
 from runner.recipe.libraries import hide_libraries
 from runner.recipe.parse import Recipe
@@ -40,7 +41,13 @@ def print_check(
     """
     if not is_json:
         print(f"{len(recipes)} recipes are well-formed", flush=True)
+    pinned = pin_recipes(recipes, output_root)
+    recipes = pinned.recipes
     result = check_recipes(recipes, output_root, allow_hint)
+    for error, name in pinned.errors:
+        result.fail(error, name)
+    for text, name in pinned.warnings:
+        result.warn(text, name)
     # Between PEFT and Transformers, which nobody can act on.
     warnings.simplefilter("ignore", FutureWarning)
     hide_libraries(("wandb",))  # TRL would import it; whether it is installed has been looked at

@@ -22,6 +22,7 @@ from runner.data.tokenizer import load_stop_tokens
 from runner.errors import DataError
 from runner.files import hash_json
 from runner.recipe.data_section import DataSection
+from runner.recipe.hub import load_arguments
 from runner.recipe.schema import Loss, ModelSection
 from runner.strict import list_texts
 
@@ -116,7 +117,7 @@ class TokenizerFacts:
 
         try:
             config = AutoConfig.from_pretrained(
-                model.path, revision=model.revision, trust_remote_code=False
+                model.path, trust_remote_code=False, **load_arguments(model)
             ).get_text_config()
         except (OSError, ValueError):
             return None

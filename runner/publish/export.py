@@ -61,7 +61,7 @@ def build_model_card(
         _describe(run, is_adapter=is_adapter),
         "## Scores\n\n" + _scores(run, result),
         "## Loading\n\n" + _loading(run, is_adapter=is_adapter),
-        "## Recipe\n\n~~~~yaml\n" + _dump(build_digest_payload(run.recipe)) + "~~~~",
+        "## Recipe\n\n~~~~yaml\n" + _dump(build_digest_payload(run.stored.recipe)) + "~~~~",
         "## Versions\n\n"
         + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
     ]

@@ -40,8 +40,8 @@ class TunedRun:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the run, as it was made for."""
-        return self.stored.recipe
+        """The recipe of the run, with its names on the hub at the commits that it loaded."""
+        return self.stored.pinned
 
     def load_tokenizer(self) -> Any:
         """The tokenizer that was saved with the weights: the chat template of the training, its pad

@@ -20,6 +20,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StringConstraints,
     ValidationError,
     field_validator,
     model_validator,
@@ -27,6 +28,7 @@ from pydantic import (
 
 from runner.errors import CONTROLS, CorruptFileError, escape_controls
 from runner.files import parse_json, write_json_atomic
+from runner.recipe.hub import pin, state_as_before
 from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe
 from runner.run.manifest import FileRecord, InnerName
@@ -209,6 +211,8 @@ class RunRecord(Fact):
         return attempts
 
 
+Commit = Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]
+
 # In a difference, where a dotted key would be.
 RULES_KEY: Final = "rules of rows and masks"
 
@@ -220,6 +224,18 @@ class StoredRecipe(Fact):
     recipe_digest: str
     contents: dict[str, str]  # relative path -> SHA-256
     rules: Annotated[int, Field(ge=1)] = 1  # `identity.RULES` of the runner that wrote it
+    # Dotted key -> commit on the hub that its name stood for when the run was made; not in the
+    # digest. What is missing was not recorded.
+    commits: dict[Shown, Commit] = Field(default_factory=dict)
+
+    @property
+    def pinned(self) -> Recipe:
+        """The recipe as every attempt loads it: each name on the hub at its recorded commit."""
+        return pin(self.recipe, self.commits)
+
+    def state_as_before(self, recipe: Recipe) -> Recipe:
+        """A recipe of today, with this one's revisions where it states their commits."""
+        return state_as_before(recipe, self.recipe, self.commits)
 
     @property
     def digest_today(self) -> str:

@@ -43,7 +43,7 @@ def main(*, is_forked: bool = False) -> int:
         lease = _hold_lease(run_dir, place)
         preemption = _listen(run_dir, place)
         if (stored := load_stored_recipe(RunPaths(run_dir))) is not None:
-            unused = find_unused_libraries(stored.recipe, uses_deepspeed=uses_deepspeed())
+            unused = find_unused_libraries(stored.pinned, uses_deepspeed=uses_deepspeed())
             hide_libraries(unused)
         _announce_imports(run_dir, place)
         hide_bitsandbytes_warning()

@@ -25,6 +25,7 @@ from transformers import Trainer
 from runner.data.provenance import SOURCE_OF_RUNNER, hash_installed, list_editable
 from runner.data.rows import Row, Samples
 from runner.model.load import count_rows
+from runner.recipe.hub import is_commit
 from runner.recipe.identity import list_library_versions, load_launch_settings
 from runner.recipe.libraries import find_unused_libraries
 from runner.recipe.parse import Recipe
@@ -157,8 +158,8 @@ def read_as_run(context: RunContext, trainer: Trainer, devices: Sequence[str]) -
     recipe, model = context.recipe, trainer.accelerator.unwrap_model(trainer.model)
     tokenizer, generation = trainer.processing_class, recipe.evaluation.generation
     base, is_here = context.contents.get(recipe.model.path), Path(recipe.model.path).exists()
-    if not is_here:
-        base = getattr(model.config, "_commit_hash", None)
+    if not is_here and is_commit(recipe.model.revision):
+        base = recipe.model.revision
     launch_path = Path(recipe.launch.accelerate_config)
     return AsRun(
         base=base,

@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 class RunContext:
     """One run in one process. Only the main process writes; every rank reads the same recipe."""
 
-    recipe: Recipe
+    recipe: Recipe  # `StoredRecipe.pinned`
     recipe_digest: str
     paths: RunPaths
     attempt: AttemptPaths
@@ -91,7 +91,7 @@ class RunContext:
             )
         output_root = find_output_root(run_dir)
         allow = suggest_allowing([str(run_dir)], output_root)
-        recipe = load_code(stored.recipe, output_root, allow, stored.contents)
+        recipe = load_code(stored.pinned, output_root, allow, stored.contents)
         if place.world_size != attempt.num_processes:
             raise RefusedError(
                 f"{place.world_size} processes were started,"

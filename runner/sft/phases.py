@@ -15,7 +15,8 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from runner.checkpoints.restore import Phase
 from runner.recipe.data_files import name_format
-from runner.recipe.data_section import DataSection
+from runner.recipe.data_section import DataSection, DataSource
+from runner.recipe.hub import find_prepared, is_commit
 from runner.recipe.schema import ModelSection
 from runner.sft.startup import uses_deepspeed
 
@@ -63,18 +64,20 @@ def name_rows_phase(data: DataSection) -> str:
         if source is not None
         and not Path(source.path).exists()
         and name_format(Path(source.path)) is None
-        and not _is_data_set_cached(source.path)
+        and not _is_data_set_cached(source)
     ]
     if not missing or constants.HF_HUB_OFFLINE:
         return "reading rows"
     return f"downloading {', '.join(dict.fromkeys(missing))}"
 
 
-def _is_data_set_cached(name: str) -> bool:
+def _is_data_set_cached(source: DataSource) -> bool:
+    if is_commit(source.revision):
+        return bool(find_prepared(source.path, source.revision))
     from datasets import config
     from datasets.naming import camelcase_to_snakecase
 
-    *owner, own = name.split("/")
+    *owner, own = source.path.split("/")
     folder = "___".join([*owner, camelcase_to_snakecase(own)])
     return (Path(config.HF_DATASETS_CACHE) / folder).is_dir()
 

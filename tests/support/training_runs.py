@@ -169,6 +169,7 @@ def launch_killed_at(
     path: str,
     number: int = 1,
     num_processes: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> RunPaths:
     """Launch a run whose processes are all killed the moment before `event` touches a file that
     ends in `path`.
@@ -176,7 +177,9 @@ def launch_killed_at(
     The `number`-th time that it does.
     """
     at = f"{event} {path} {number}"
-    result = try_launch_killed_at(project, name, *overrides, at=at, num_processes=num_processes)
+    result = try_launch_killed_at(
+        project, name, *overrides, at=at, num_processes=num_processes, environment=environment
+    )
     paths = project.paths(name)
     assert result.returncode == 14 and not paths.result_path.exists(), read_log(paths)
     assert load_json(paths.record_path)["attempts"][-1]["failure"]["kind"] == "lost"
@@ -190,6 +193,7 @@ def try_launch_killed_at(
     at: str,
     rank: str = "all",
     num_processes: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """As `launch_killed_at`, without a look at what came of it; `at` is `event path number`.
 
@@ -197,11 +201,15 @@ def try_launch_killed_at(
     `|` separates. One `rank` alone is killed where it is named.
     """
     arguments = launch_arguments(name, overrides, num_processes)
-    return run_killed_at(project, *arguments, at=at, rank=rank)
+    return run_killed_at(project, *arguments, at=at, rank=rank, environment=environment)
 
 
 def run_killed_at(
-    project: Project, *arguments: str, at: str, rank: str = "all"
+    project: Project,
+    *arguments: str,
+    at: str,
+    rank: str = "all",
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """`runner ARGUMENTS`, of which the processes of an attempt are killed as
     `try_launch_killed_at` says.
@@ -210,6 +218,7 @@ def run_killed_at(
     hook_dir.mkdir(exist_ok=True)
     (hook_dir / "sitecustomize.py").write_text(_KILLER)
     environment = {
+        **(environment or {}),
         "KILL_AT": f"{at} {rank}",
         "PYTHONPATH": f"{hook_dir}:{os.environ.get('PYTHONPATH', '')}",
     }

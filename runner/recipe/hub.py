@@ -1,0 +1,267 @@
+"""Names on the hub: which of them a recipe loads, the commit that each stands for, and what the
+hub's cache on this machine holds of a commit.
+
+A branch moves, a commit does not: once a name was resolved, everything is loaded by the commit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeGuard
+
+from runner.errors import RefusedError
+from runner.recipe.contents import list_content_paths
+from runner.recipe.data_section import DataSource
+from runner.recipe.parse import Recipe
+from runner.recipe.schema import ModelSection
+
+HubKind = Literal["model", "dataset"]
+
+_COMMIT: Final = re.compile("[0-9a-f]{40}")
+DEFAULT_BRANCH: Final = "main"
+# The hub answers such a question in well under a second.
+_ANSWER_SECONDS: Final = 10.0
+# Files of a model beside its weights: configurations, vocabularies, chat templates.
+_BESIDE_WEIGHTS: Final = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"),
+    *("*.bpe", "*.codes", "*.spm", "*.vocab", "tokenizer.model*"),
+)
+# The same in folders, where other formats of the same model are; templates may be in a folder.
+_IN_FOLDERS: Final = tuple(f"*/{one}" for one in _BESIDE_WEIGHTS if one != "*.jinja")
+
+
+@dataclass(frozen=True, order=True)
+class HubName:
+    """A name of a model or a data set, at what the recipe states: a branch, a tag, a commit, or
+    nothing.
+    """
+
+    kind: HubKind
+    name: str
+    revision: str | None = None
+
+    @property
+    def branch(self) -> str:
+        """What is looked up: who states nothing gets the default branch."""
+        return self.revision or DEFAULT_BRANCH
+
+    @property
+    def is_fixed(self) -> bool:
+        """True where the recipe states a commit, which never moves."""
+        return is_commit(self.revision)
+
+    def __str__(self) -> str:
+        stated = "" if self.revision is None else f", revision `{self.revision}`"
+        return f"the {'data set' if self.kind == 'dataset' else 'model'} {self.name}{stated}"
+
+
+def is_commit(revision: str | None) -> TypeGuard[str]:
+    """True for what never moves: 40 hexadecimal digits.
+
+    >>> is_commit("main"), is_commit(None), is_commit("0" * 40)
+    (False, False, True)
+    """
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
+def _list_named(recipe: Recipe) -> dict[str, ModelSection | DataSource]:
+    """By dotted key, everything that has a path and a revision."""
+    sources = recipe.data.sources.items()
+    return {"model.path": recipe.model, **{f"data.{key}.path": one for key, one in sources}}
+
+
+def name_at(recipe: Recipe, key: str) -> HubName | None:
+    """The name under a dotted key; None where the recipe has no such key."""
+    named = _list_named(recipe).get(key)
+    if named is None:
+        return None
+    return HubName("model" if key == "model.path" else "dataset", named.path, named.revision)
+
+
+def list_hub_names(recipe: Recipe) -> dict[str, HubName]:
+    """By dotted key, what the recipe loads from the hub; a local path is no name."""
+    local = list_content_paths(recipe)
+    names = {key: name_at(recipe, key) for key in _list_named(recipe) if key not in local}
+    return {key: name for key, name in names.items() if name is not None}
+
+
+def pin(recipe: Recipe, commits: Mapping[str, str]) -> Recipe:
+    """The recipe as it is loaded: each name under a dotted key of `commits` at that commit.
+
+    Its digest is another one: what identifies a run is the recipe as it was written.
+    """
+    return _restate(recipe, {key: one for key, one in commits.items()})
+
+
+def state_as_before(recipe: Recipe, before: Recipe, commits: Mapping[str, str]) -> Recipe:
+    """The recipe with the revisions that it stated `before`, where it states the commits that those
+    stood for: to write down what a run has loaded makes no other experiment of it.
+    """
+    stated: dict[str, str | None] = {}
+    for key, commit in commits.items():
+        now, then = name_at(recipe, key), name_at(before, key)
+        if now is not None and then is not None and now.revision == commit:
+            stated[key] = then.revision
+    return _restate(recipe, stated)
+
+
+def _restate(recipe: Recipe, revisions: Mapping[str, str | None]) -> Recipe:
+    if not revisions:
+        return recipe
+    named = {
+        key: one.model_copy(update={"revision": revisions[key]}) if key in revisions else one
+        for key, one in _list_named(recipe).items()
+    }
+    data: dict[str, Any] = {
+        split: named[f"data.{split}.path"]
+        for split in ("train", "validation", "test")
+        if f"data.{split}.path" in named
+    }
+    if "train" not in data:  # several
+        numbers = range(len(recipe.data.train_sources))
+        data["train"] = tuple(named[f"data.train.{number}.path"] for number in numbers)
+    update = {"model": named["model.path"], "data": recipe.data.model_copy(update=data)}
+    return recipe.model_copy(update=update)
+
+
+class CommitFinder:
+    """Finds the commit of a name: each name is asked for once, so that all runs of a sweep get the
+    same one however long it lasts.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[HubName, str] = {}
+
+    def find(self, name: HubName) -> str | None:
+        """The commit: of the hub, or of its cache where the hub is out of reach. None where neither
+        says: then loading says why, in the words of the library that loads.
+        """
+        if name.is_fixed:
+            return name.revision
+        if name not in self._found:
+            commit = _ask_for_commit(name)
+            if commit is None:
+                return None
+            self._found[name] = commit
+        return self._found[name]
+
+
+def _ask_for_commit(name: HubName) -> str | None:
+    api = _open_hub()
+    try:
+        found = api.resolve_revision(name.name, repo_type=name.kind, revision=name.revision)
+    except Exception:  # of a dozen kinds: no such name, no right to read it, no network
+        return None
+    commit = str(found.resolved)
+    return commit if is_commit(commit) else None
+
+
+def _open_hub() -> Any:
+    """The hub's client, which waits for an answer some seconds and not for ever."""
+    from huggingface_hub import HfApi  # 0.3 s, and only runs that load from the hub need it
+
+    class Impatient(HfApi):
+        def repo_info(self, *arguments: Any, **named: Any) -> Any:
+            return super().repo_info(*arguments, **{**named, "timeout": _ANSWER_SECONDS})
+
+    return Impatient()
+
+
+def require_commit(key: str, name: HubName, commit: str) -> None:
+    """Ask nobody where the cache has what was loaded at the commit, else the hub whether it still
+    has it; without an answer, loading says what is wrong.
+
+    Raises:
+        RefusedError: neither has it.
+    """
+    if is_cached(name.kind, name.name, commit):
+        return
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        _open_hub().repo_info(name.name, repo_type=name.kind, revision=commit)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise RefusedError(
+            f"`{key}`: this run loaded {name.name} at the commit {commit}, which is neither in the"
+            " cache of this machine nor on the hub any more",
+            hint="bring it back into the cache, or start anew with `runner launch RECIPE --fresh`",
+        ) from None
+    except Exception:  # no network, say
+        return
+
+
+def is_cached(kind: HubKind, name: str, commit: str) -> bool:
+    """True where everything that is read of a commit is in the cache of this machine."""
+    if kind == "dataset":
+        return find_prepared(name, commit) != []
+    return fetch_model(name, commit, with_weights=True, asks_hub=False)
+
+
+def load_arguments(model: ModelSection, *, with_weights: bool = False) -> dict[str, Any]:
+    """`from_pretrained`'s arguments for the model's revision. A commit is loaded out of the cache
+    alone, and what is not there yet is downloaded before: the libraries would ask the hub for
+    files that the model does not have, at each load.
+    """
+    arguments: dict[str, Any] = {"revision": model.revision}
+    if is_commit(model.revision) and not Path(model.path).exists():
+        is_here = fetch_model(model.path, model.revision, with_weights=with_weights)
+        arguments["local_files_only"] = is_here
+    return arguments
+
+
+def fetch_model(name: str, commit: str, *, with_weights: bool, asks_hub: bool = True) -> bool:
+    """True where the files of a model are in the cache, downloaded if need be; nobody is asked
+    where they were there.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=commit,
+                allow_patterns=list(_BESIDE_WEIGHTS),
+                ignore_patterns=list(_IN_FOLDERS),
+                local_files_only=not asks_hub,
+            )
+        )
+        if not with_weights:
+            return (folder / "config.json").exists()
+        files = _list_weights(folder)
+        if asks_hub and not all((folder / file).exists() for file in files):
+            snapshot_download(name, revision=commit, allow_patterns=files)
+        return all((folder / file).exists() for file in files)
+    except Exception:  # of a dozen kinds: who loads it says what is wrong
+        return False
+
+
+def _list_weights(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+
+
+def find_prepared(name: str, commit: str) -> list[Path]:
+    """The folders in which `datasets` keeps the rows of a data set at a commit, one for each of its
+    configs.
+    """
+    from huggingface_hub import constants
+
+    stated = os.environ.get("HF_DATASETS_CACHE")
+    cache_dir = Path(stated) if stated else Path(constants.HF_HOME) / "datasets"
+    *owner, own = name.split("/")
+    # As `datasets.naming.camelcase_to_snakecase`: importing that takes a second.
+    own = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", own)
+    own = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", own).lower()
+    found = cache_dir.expanduser() / "___".join([*owner, own])
+    return sorted(path for path in found.glob(f"*/*/{commit}") if _is_whole(path))
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "dataset_info.json").exists()
