@@ -36,6 +36,11 @@ from runner.recipe.contents import ContentHashes, hash_contents  # noqa: E402
 from runner.recipe.identity import derive_digest  # noqa: E402
 from runner.run.facts import read_facts  # noqa: E402
 from runner.run.lease import Lease  # noqa: E402
+from runner.run.manifest import (  # noqa: E402
+    list_summed_files,
+    record_files,
+    record_model,
+)
 from runner.run.paths import content_cache_path  # noqa: E402
 from runner.run.record import (  # noqa: E402
     Attempt,
@@ -50,6 +55,15 @@ from runner.run.record import (  # noqa: E402
 CELLS_PER_SIZE: Final = 72  # of the grid for one number of training samples
 NUM_RUNNING: Final = 8
 NUM_REFRESHES: Final = 10
+MODEL_FILES: Final = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 STATES: Final = (
     "completed",
     "completed",
@@ -156,6 +170,12 @@ def build_run(one: Selected, contents: dict[str, str], state: str) -> None:
             metric="nll_per_completion_token", num_train_rows=120,
             base={"test": SCORE}, tuned={"test": SCORE},
         )  # fmt: skip
+        paths.model_dir.mkdir()
+        for name in MODEL_FILES:
+            (paths.model_dir / name).write_text(name)
+        files = record_model(paths.model_dir)
+        files |= record_files(list_summed_files(paths), paths.run_dir)
+        result = result.model_copy(update={"files": files})
         write_json_unsynced(paths.result_path, result.model_dump(mode="json"))
 
 

@@ -257,10 +257,10 @@ def verify_files(facts: RunFacts, status: RunStatus) -> RunStatus:
     assert result is not None, "it is completed"
     try:
         damage = find_damage(paths, result.files or {}) or find_other_result(paths)
-        rows = load_jsonl(paths.eval_rows_path)
+        rows = [] if damage else load_jsonl(paths.eval_rows_path)
     except (CorruptFileError, OSError) as error:
         return describe_unreadable(error)
-    if not damage and rows and (contradictions := find_score_contradictions(result, rows)):
+    if rows and (contradictions := find_score_contradictions(result, rows)):
         what = f"is not what eval_rows.jsonl adds up to: {'; '.join(contradictions)}"
         damage = {paths.result_path.name: what}
     if not damage:

@@ -26,6 +26,7 @@ from runner.model.weights import (
     ExportError,
     add_to_adapter,
     collect_resized_embeddings,
+    drop_loading_options,
     hash_trained,
     sort_adapter_config,
     verify_export,
@@ -233,6 +234,20 @@ def test_sets_of_the_adapter_config_are_written_in_order(tmp_path: Path) -> None
     path.write_text(json.dumps({"target_modules": ["v", "q"], "modules_to_save": None, "r": 4}))
     sort_adapter_config(tmp_path)
     assert load_json(path) == {"target_modules": ["q", "v"], "modules_to_save": None, "r": 4}
+
+
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_an_export_does_not_say_how_its_tokenizer_was_loaded(
+    tmp_path: Path, tiny_model: Callable[[str], Path], is_offline: bool
+) -> None:
+    """Else a repair under another HF_HUB_OFFLINE would write other bytes."""
+    saved = AutoTokenizer.from_pretrained(tiny_model("gemma"), local_files_only=is_offline)
+    saved.save_pretrained(tmp_path)
+    drop_loading_options(tmp_path)
+    content = load_json(tmp_path / "tokenizer_config.json")
+    assert not {"is_local", "local_files_only"} & content.keys() and content["pad_token"]
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("Hello there")["input_ids"] == saved("Hello there")["input_ids"]
 
 
 @pytest.mark.slow

@@ -200,6 +200,20 @@ def try_launch_killed_at(
     The event `*` is any that has to do with a path that contains one of the parts of `path`, which
     `|` separates. One `rank` alone is killed where it is named.
     """
+    arguments = launch_arguments(name, overrides, num_processes)
+    return run_killed_at(project, *arguments, at=at, rank=rank, environment=environment)
+
+
+def run_killed_at(
+    project: Project,
+    *arguments: str,
+    at: str,
+    rank: str = "all",
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """`runner ARGUMENTS`, of which the processes of an attempt are killed as
+    `try_launch_killed_at` says.
+    """
     hook_dir = project.root / "killer"
     hook_dir.mkdir(exist_ok=True)
     (hook_dir / "sitecustomize.py").write_text(_KILLER)
@@ -208,7 +222,7 @@ def try_launch_killed_at(
         "KILL_AT": f"{at} {rank}",
         "PYTHONPATH": f"{hook_dir}:{os.environ.get('PYTHONPATH', '')}",
     }
-    return project.cli(*launch_arguments(name, overrides, num_processes), environment=environment)
+    return project.cli(*arguments, environment=environment)
 
 
 @contextmanager

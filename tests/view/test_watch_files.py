@@ -25,6 +25,7 @@ from runner.run.paths import content_cache_path
 from runner.run.record import Progress, now_utc
 from runner.view.watch import LossReader, RunsReader, build_views
 from tests.support.fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish
+from tests.support.whole_runs import FILES, add_files
 
 __all__ = ["fake"]
 
@@ -208,3 +209,31 @@ def test_losses_are_read_on_and_anew_after_a_resume(tmp_path: Path) -> None:
     assert list(reader.read()) == [7.0] * 50
     path.write_bytes(b"not json\n[1]\n" + b'{"step": 1, "loss": 2.5}\n')
     assert list(reader.read()) == [2.5]
+
+
+def test_a_file_of_a_completed_run_that_is_cut_is_seen(fake: FakeLauncher) -> None:
+    """No folder changes by it, and nothing else that is looked at."""
+    fake.add("a", told="complete")
+    assert main(["sweep", "recipes/toy"]) == 0
+    add_files(fake.paths("a"))
+    selected = select(fake)
+    reader = RunsReader(selected, content_cache_path(Path("runs")))
+
+    def read() -> RunStatus:
+        (reading,) = reader.read()
+        assert without_clock([reading.status]) == without_clock(derive(selected))
+        return reading.status
+
+    assert read().state == "completed" and read().state == "completed"
+    for name in FILES:
+        path = fake.paths("a").run_dir / name
+        content = path.read_bytes()
+        os.truncate(path, len(content) - 1)
+        assert (read().state, list(read().damage)) == ("damaged", [name])
+        (view,) = build_views(reader.read())
+        assert view.state == "damaged" and view.hint is not None
+        with path.open("r+b") as stream:  # the same file
+            stream.write(content)
+        assert read().state == "completed"
+    shutil.rmtree(fake.paths("a").model_dir)
+    assert read().notes == "model removed"

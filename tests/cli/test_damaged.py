@@ -1,0 +1,248 @@
+"""What every verb says of a completed run whose files are not as they were recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runner.cli.main import main
+from runner.files import load_json, write_json_atomic
+from runner.recipe.contents import ContentHashes, hash_contents
+from runner.recipe.identity import RULES, derive_digest
+from runner.recipe.parse import load_recipe
+from runner.run.paths import RunPaths, content_cache_path
+from tests.conftest import RECIPE_TEXT, ROOT
+from tests.support.whole_runs import BY_BYTES, BY_SIZE, FILES, add_files
+
+RUNS = Path("runs")
+DAMAGES = BY_SIZE | BY_BYTES
+WEIGHTS = "model/adapter_model.safetensors"
+SCORE = {
+    "num_rows": 2,
+    "num_completion_tokens": 20,
+    "num_tokens": 30,
+    "num_bytes": 40,
+    "completion_nll_sum": 10.0,
+    "nll_sum": 20.0,
+}
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three completed runs: `hurt` and `whole` with manifests, `old` without one."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "accelerate_configs", "accelerate_configs")
+    Path("data.jsonl").write_text("{}\n")
+    os.utime("data.jsonl", (1e9, 1e9))  # the hash of what was written just now is not kept
+    Path("models/gemma").mkdir(parents=True)
+    Path("recipes").mkdir()
+    for name in ("hurt", "old", "whole"):
+        text = RECIPE_TEXT.replace("name: base", f"name: {name}")
+        Path(f"recipes/{name}.yaml").write_text(text.replace("model: gemma", f"model: {name}"))
+        complete(name)
+    add_files(paths_of("hurt"))
+    add_files(paths_of("whole"))
+    return tmp_path
+
+
+def paths_of(name: str) -> RunPaths:
+    return RunPaths(RUNS / "tests" / name)
+
+
+def complete(name: str) -> None:
+    recipe = load_recipe(Path(f"recipes/{name}.yaml"))
+    contents = hash_contents(recipe, ContentHashes(content_cache_path(RUNS)))
+    digest, paths = derive_digest(recipe, contents), paths_of(name)
+    stored = {"recipe": recipe.model_dump(mode="json"), "recipe_digest": digest, "rules": RULES}
+    write_json_atomic(paths.recipe_path, stored | {"contents": contents})
+    attempt = {
+        "number": 1,
+        "started_at_utc": "2026-01-01T00:00:00+00:00",
+        "ended_at_utc": "2026-01-01T00:01:00+00:00",
+        "command": ["accelerate"],
+        "environment": {},
+        "num_processes": 1,
+        "host": "here",
+    }
+    write_json_atomic(paths.record_path, {"attempts": [attempt]})
+    splits = {"validation": SCORE, "test": SCORE}
+    result = {
+        "recipe_digest": digest,
+        "outcome": "completed",
+        "stop_reason": "max_steps",
+        "num_steps": 12,
+        "best_step": 8,
+        "best_metric": 0.5,
+        "metric": "nll_per_completion_token",
+        "num_train_rows": 22,
+        "base": splits,
+        "tuned": splits,
+    }
+    write_json_atomic(paths.result_path, result)
+
+
+@pytest.fixture
+def say(folder: Path, capsys: pytest.CaptureFixture[str]) -> Say:
+    """`runner ARGUMENTS`: the exit code, and what it printed."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(arguments)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def hurt(name: str, damage: str) -> None:
+    DAMAGES[damage](paths_of("hurt").run_dir / name)
+
+
+def read_states(say: Say) -> dict[str, str]:
+    _, output, _ = say("status", "--json", "recipes")
+    return {row["name"]: row["state"] for row in json.loads(output)}
+
+
+def test_whole_runs_are_completed_to_every_verb(say: Say) -> None:
+    assert set(read_states(say).values()) == {"completed"}
+    assert say("sweep", "recipes")[0] == 0 and say("status", "recipes")[0] == 0
+    _, output, _ = say("why", "recipes/whole.yaml")
+    assert f"every byte of {len(FILES)} files is as it was recorded" in output
+    code, output, errors = say("report", "--verify", "recipes")
+    assert code == 0 and "tests/old cannot be verified" in errors and "hurt" not in errors
+    code, output, _ = say("launch", "recipes/whole.yaml", "--repair")
+    assert code == 0 and "nothing to repair" in output
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", BY_SIZE)
+def test_a_file_of_another_size_is_damage_to_every_verb(say: Say, name: str, damage: str) -> None:
+    hurt(name, damage)
+    before = {path: path.read_bytes() for path in RUNS.rglob("*") if path.is_file()}
+    is_of_model = name.startswith("model/")
+    way = "--repair" if is_of_model else "put the files back as they were"
+    assert read_states(say) == {"hurt": "damaged", "old": "completed", "whole": "completed"}
+    code, output, errors = say("status", "recipes")
+    assert code == 1 and "damaged          12/12" in output and name in output
+    assert "hint: damaged: " in errors and way in errors
+    for verb in ("sweep", "rerun"):
+        code, output, errors = say(verb, "recipes")
+        assert code == 1 and f"refuse  tests/hurt  damaged: {name} " in output
+        assert output.count("skip ") == 2
+        *_, what, hint = errors.splitlines()
+        assert what.startswith(f"tests/hurt is damaged: {name} ") and way in hint
+    code, output, errors = say("launch", "recipes/hurt.yaml")
+    assert code == 2 and f"runs/tests/hurt is damaged:\n  {name} " in errors and way in errors
+    code, output, errors = say("launch", "recipes/hurt.yaml", "--repair")
+    what = "the best checkpoint, of step 8, is not there any more" if is_of_model else "damaged"
+    assert code == 2 and what in errors
+    for verb in (("report",), ("report", "--verify")):
+        code, output, errors = say(*verb, "recipes", "--format", "csv")
+        (line,) = [line for line in output.splitlines() if "hurt" in line]
+        assert code == 1 and "damaged" in line and "0.5" not in line
+        assert f"tests/hurt is damaged: {name} " in errors
+    code, output, errors = say("why", "recipes/hurt.yaml")
+    assert f"state       damaged: {name} " in output and "next        refuse: damaged" in output
+    cached = content_cache_path(RUNS)
+    after = {path: path.read_bytes() for path in RUNS.rglob("*") if path.is_file()}
+    assert {key: one for key, one in after.items() if key in before and key != cached} == {
+        key: one for key, one in before.items() if key != cached
+    }, "nothing is trained, nothing is moved"
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", BY_BYTES)
+def test_other_bytes_are_seen_by_what_reads_them(say: Say, name: str, damage: str) -> None:
+    hurt(name, damage)
+    assert read_states(say)["hurt"] == "completed", "sizes are all that it looks at"
+    code, output, _ = say("why", "recipes/hurt.yaml")
+    assert f"damaged: {name} holds other bytes than were recorded" in output
+    _, output, _ = say("why", "--json", "recipes/hurt.yaml")
+    found = json.loads(output)
+    assert (found["next"], found["status"]["state"]) == ("refuse", "damaged")
+    code, output, errors = say("report", "--verify", "recipes", "--format", "csv")
+    (line,) = [line for line in output.splitlines() if "hurt" in line]
+    assert code == 1 and "damaged" in line and "0.5" not in line
+    assert f"tests/hurt is damaged: {name} holds other bytes than were recorded" in errors
+    code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
+    assert (code == 2 and name in errors) or "the best checkpoint" in errors
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_export_and_chat_refuse_what_is_damaged(say: Say, damage: str) -> None:
+    hurt(WEIGHTS, damage)
+    for verb in (("export", "--output", "out"), ("chat", "--prompt", "Hello")):
+        code, output, errors = say(verb[0], "runs/tests/hurt", *verb[1:])
+        assert (code, output) == (2, "") and f"is damaged: {WEIGHTS} " in errors
+        assert "--repair" in errors and "--checkpoint best" in errors
+    assert not Path("out").exists()
+
+
+def test_a_model_that_was_removed_is_no_damage(say: Say) -> None:
+    shutil.rmtree(paths_of("hurt").model_dir)
+    assert set(read_states(say).values()) == {"completed"}
+    code, output, _ = say("status", "recipes")
+    (line,) = [line for line in output.splitlines() if "hurt" in line]
+    assert code == 0 and line.endswith("stopped by max_steps; model removed")
+    assert say("sweep", "recipes")[0] == 0
+    assert say("launch", "recipes/hurt.yaml")[0] == 0, "skipped"
+    code, output, _ = say("report", "--verify", "recipes", "--format", "csv")
+    (line,) = [line for line in output.splitlines() if "hurt" in line]
+    assert code == 0 and "0.5" in line
+    assert "model removed" in say("why", "recipes/hurt.yaml")[1]
+    code, _, errors = say("export", "runs/tests/hurt", "--output", "out")
+    assert code == 2 and "model was removed" in errors and "--checkpoint best" in errors
+    code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
+    assert code == 2 and "step 8, is not there any more" in errors
+
+
+def test_an_older_run_is_completed_and_cannot_be_verified(say: Say) -> None:
+    assert "cannot be verified" in say("why", "recipes/old.yaml")[1]
+    assert "cannot be verified" in say("report", "--verify", "recipes")[2]
+    code, _, errors = say("launch", "recipes/old.yaml", "--repair")
+    assert code == 2 and "cannot be verified" in errors and "--checkpoint best" in errors
+
+
+def test_a_result_that_its_rows_contradict_is_damaged(say: Say) -> None:
+    paths = paths_of("old")
+    result = load_json(paths.result_path)
+    add_files(paths)
+    result["tuned"]["test"] = SCORE | {"completion_nll_sum": 9.0}
+    write_json_atomic(paths.result_path, result)  # no manifest: the rows are what tells
+    code, output, errors = say("report", "--verify", "recipes", "--format", "csv")
+    assert code == 1 and "tests/old is damaged: result.json is not what eval_rows.jsonl" in errors
+    assert "tuned: completion_nll_sum is 9.0 in result.json" in errors
+    assert "damaged" in next(line for line in output.splitlines() if "old" in line)
+    assert "completion_nll_sum" in say("why", "recipes/old.yaml")[1]
+
+
+def test_a_result_that_was_edited_is_damaged(say: Say) -> None:
+    paths = paths_of("hurt")
+    write_json_atomic(paths.result_path, load_json(paths.result_path) | {"best_step": 4})
+    code, _, errors = say("report", "--verify", "recipes")
+    assert code == 1 and "result.json is not as it was written" in errors
+
+
+def test_a_repair_goes_with_no_other_way_to_start(say: Say) -> None:
+    for option in (("--fresh",), ("--prepare",), ("--resume", "best")):
+        code, _, errors = say("launch", "recipes/hurt.yaml", "--repair", *option)
+        assert code == 2 and "goes with none of" in errors
+
+
+def test_what_is_not_completed_has_no_model_to_repair(say: Say) -> None:
+    paths_of("hurt").result_path.unlink()
+    code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
+    assert code == 2 and "only a completed run has a model to repair" in errors
+
+
+def test_a_changed_run_is_not_repaired(say: Say) -> None:
+    hurt(WEIGHTS, "cut")
+    path = Path("recipes/hurt.yaml")
+    path.write_text(path.read_text().replace("seed: 3", "seed: 4"))
+    code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
+    assert code == 2 and "training.seed: 3 -> 4" in errors
