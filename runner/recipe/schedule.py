@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -158,21 +158,20 @@ def find_changed_updates(
             names.setdefault((recipe.run.grid, axis), []).append(recipe.run.full_name)
     for (grid, axis), groups in lengths.items():
         changes = dict.fromkeys(
-            f"{' -> '.join(group)} changes the number of updates {_join(group.values())}"
+            (" -> ".join(group), " -> ".join(map(str, group.values())))
             for group in groups.values()
             if len(set(group.values())) > 1
         )
         if changes:
-            shown = "; elsewhere ".join(list(changes)[:_MAX_SHOWN_LENGTHS])
+            (labels, updates), *elsewhere = changes
+            rest = ", ".join(other for _, other in elsewhere[: _MAX_SHOWN_LENGTHS - 1])
             yield (
-                f"`{axis}` {shown}: the runs differ in how long they train too; set"
-                f" `training.max_steps` in place of `num_train_epochs` to compare `{axis}` alone",
+                f"`{axis}` {labels} changes the number of updates {updates}"
+                f"{f' (elsewhere {rest})' if rest else ''}: the runs differ in how long they train"
+                " too; set `training.max_steps` in place of `num_train_epochs` to compare"
+                f" `{axis}` alone",
                 names[grid, axis],
             )
-
-
-def _join(numbers: Iterable[int]) -> str:
-    return " -> ".join(map(str, numbers))
 
 
 def _show_label(label: object) -> str:
