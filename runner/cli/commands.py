@@ -310,6 +310,11 @@ def _point_at_changed(rows: Sequence[ReportRow], selected: Sequence[Selected]) -
 def _require_page_targets(arguments: argparse.Namespace) -> bool:
     """True where a page, figures or pages of rows are asked for and can be written there."""
     if not (arguments.html or arguments.rows or arguments.figures):
+        if arguments.without_rows:
+            raise RunnerError(
+                "--without-rows leaves texts out of pages, and no page is asked for",
+                hint="add --html report.html",
+            )
         return False
     from runner.report.html import require_targets
 
