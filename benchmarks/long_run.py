@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Final
 
 from grid import COLD, LOOP, build_arm, compare_scores, write_trl_rows
+from scipy.special import stdtrit
 from small_runs import (
     SmallGrid,
     build_folder,
@@ -40,8 +41,6 @@ from small_runs import (
     measure,
     read_tree_seconds,
 )
-
-from runner.report.statistics import paired_interval
 
 _TRL_STEP: Final = b"'loss': "
 _OUR_STEP: Final = b'"loss": '
@@ -105,9 +104,9 @@ def derive_ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float,
     '0.949, 0.833 to 1.082'
     """
     logs = [math.log(one / other) for one, other in zip(ours, theirs, strict=True)]
-    interval = paired_interval(logs)
-    assert interval is not None, "at least two pairs"
-    return math.exp(statistics.fmean(logs)), math.exp(interval[0]), math.exp(interval[1])
+    mean, count = statistics.fmean(logs), len(logs)
+    half_width = stdtrit(count - 1, 0.975) * statistics.stdev(logs) / math.sqrt(count)
+    return math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width)
 
 
 def measure_pairs(

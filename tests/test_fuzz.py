@@ -440,6 +440,7 @@ def test_any_record_in_a_run_directory_is_answered(
         ("status", "runs"),
         ("status", "case.yaml", "--json"),
         ("report", "runs"),
+        ("power", "runs", "--effect", "0.1"),
         ("why", "case.yaml"),
         ("sweep", "case.yaml", "--dry-run"),
         ("launch", "case.yaml", "--prepare"),

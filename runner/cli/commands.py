@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run
+from runner.cli.report_pages import require_page_targets, write_report_pages
 from runner.cli.sweep import run_rerun, run_sweep
-from runner.errors import RunnerError, hide_bitsandbytes_warning
+from runner.errors import RunnerError, escape_controls, hide_bitsandbytes_warning
 from runner.plan.select import Selected, UnreadableRun, select_recipes, suggest_path
 from runner.plan.status import RunStatus, read_status
 from runner.recipe.cache import RecipeCache
@@ -34,7 +35,6 @@ from runner.run.paths import (
 from runner.run.record import load_stored_recipe
 
 if TYPE_CHECKING:
-    from runner.report.effects import Report
     from runner.report.rows import ReportRow
 
 
@@ -239,7 +239,7 @@ def run_stop(arguments: argparse.Namespace) -> int:
 
 def run_report(arguments: argparse.Namespace) -> int:
     """`runner report`."""
-    has_pages = _require_page_targets(arguments)
+    has_pages = require_page_targets(arguments)
     from runner.report.build import build_report
     from runner.report.format import FORMATS
     from runner.report.rows import build_rows, name_other_base_scores
@@ -264,7 +264,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     report = build_report(rows, metrics=arguments.metric, rows_fixed=arguments.rows_fixed)
     print(FORMATS[arguments.format](report), end="")
     if has_pages:
-        _write_report_pages(arguments, report)
+        write_report_pages(arguments, report)
     _point_at_changed(rows, selected)
     _warn_of_outdated(known)
     whys = [(lost.full_name, lost.why) for lost in unreadable]
@@ -276,6 +276,13 @@ def run_report(arguments: argparse.Namespace) -> int:
     for name, why in whys:
         print(f"warning: {name} is unreadable: {why}", file=sys.stderr)
     return 1 if whys else 0
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """`runner compare`."""
+    from runner.cli.compare import compare_arms
+
+    return compare_arms(arguments)
 
 
 def _require_metrics(names: Sequence[str] | None, rows: Sequence[ReportRow]) -> None:
@@ -307,37 +314,43 @@ def _point_at_changed(rows: Sequence[ReportRow], selected: Sequence[Selected]) -
     )
 
 
-def _require_page_targets(arguments: argparse.Namespace) -> bool:
-    """True where a page, figures or pages of rows are asked for and can be written there."""
-    if not (arguments.html or arguments.rows or arguments.figures):
-        if arguments.without_rows:
-            raise RunnerError(
-                "--without-rows leaves texts out of pages, and no page is asked for",
-                hint="add --html report.html",
-            )
-        return False
-    from runner.report.html import require_targets
+def run_power(arguments: argparse.Namespace) -> int:
+    """`runner power`."""
+    import json
 
-    require_targets(arguments.html, arguments.rows, arguments.figures)
-    return True
+    from runner.report.power import as_json, build_power_reports, format_power
+    from runner.report.rows import build_rows
 
-
-def _write_report_pages(arguments: argparse.Namespace, report: Report) -> None:
-    from runner.report.html import PageOptions, write_pages
-
-    words = ["runner", "report", *map(str, arguments.paths)]
-    for name in arguments.metric or ():
-        words += ["--metric", name]
-    words += ["--rows-fixed"] if arguments.rows_fixed else []
-    words += ["--without-rows"] if arguments.without_rows else []
-    options = PageOptions(
-        with_rows=not arguments.without_rows,
-        command=shlex.join([*words, "--html", "report.html"]),
+    paths = [_find_grid(path, arguments.output_root) for path in arguments.paths]
+    known = KnownContents(content_cache_path(arguments.output_root))
+    unreadable: list[UnreadableRun] = []
+    runs = []
+    for one in _select(arguments, paths, unreadable):
+        facts = one.read_facts(with_samples=True)
+        # As in a report: what ran is asked for, not what its recipe says today
+        is_named_itself = one.source_path == one.paths.run_dir
+        contents = {} if is_named_itself else known.find(list_contents(one.recipe))
+        runs.append((one.recipe, facts, read_status(facts, one.recipe, contents)))
+    for lost in unreadable:
+        why = escape_controls(f"{lost.full_name} is unreadable: {lost.why}")
+        print(f"warning: {why}", file=sys.stderr)
+    reports = build_power_reports(
+        build_rows(runs), arguments.effect, arguments.power, arguments.metric
     )
-    lines = write_pages(
-        report, options, page=arguments.html, figures=arguments.figures, rows=arguments.rows
-    )
-    print("\n".join(lines), file=sys.stderr)
+    if arguments.json:
+        print(json.dumps([as_json(report) for report in reports], indent=2))
+    else:
+        text = "\n\n".join(format_power(report) for report in reports)
+        print(escape_controls(text))  # axes and paths are anybody's
+    return 0
+
+
+def _find_grid(path: str, output_root: Path) -> str:
+    """A path as it is, or the folder of recipes or of runs of a grid of that name."""
+    if Path(path).exists():
+        return path
+    folders = (Path("recipes") / path, output_root / path)
+    return next((str(folder) for folder in folders if folder.is_dir()), path)
 
 
 def _warn_of_outdated(known: KnownContents) -> None:
@@ -440,6 +453,8 @@ VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "logs": run_logs,
     "stop": run_stop,
     "report": run_report,
+    "compare": run_compare,
+    "power": run_power,
     "clean": run_clean,
     "chat": run_chat,
     "export": run_export,

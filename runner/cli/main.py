@@ -346,12 +346,75 @@ def _add_view_verbs(verbs: Any) -> None:
     _add_paths(report)
     report.add_more = _add_report_formats
 
+    compare = verbs.add_parser(
+        "compare",
+        help="two runs or two values of an axis: what is equal, what differs, by how much",
+    )
+    for name in ("a", "b"):
+        compare.add_argument(
+            name,
+            metavar=name.upper(),
+            help="a recipe, a run directory, the name of a run, or axis=value of --grid",
+        )
+    compare.add_argument(
+        "--axis", help="the one thing that may differ: exit 1 where anything else does"
+    )
+    compare.add_argument("--grid", metavar="GRID", help="of axis=value, or of the names of runs")
+    compare.add_argument("--json", action="store_true")
+    _add_rows_fixed(compare)
+    _add_output_root(compare)
+
+    _add_power(verbs)
+
     clean = verbs.add_parser(
         "clean", help="remove what runs share and can compute again; no run is touched"
     )
     clean.add_argument("--dry-run", action="store_true", help="only show what there is")
     clean.add_argument("--yes", action="store_true", help="do not ask")
     _add_output_root(clean)
+
+
+def _add_power(verbs: Any) -> None:
+    power = verbs.add_parser(
+        "power", help="how many seeds and test rows find a difference, from the runs of a pilot"
+    )
+    _add_paths(power)
+    power.add_argument(
+        "--effect",
+        type=_above_zero,
+        required=True,
+        metavar="X",
+        help="the smallest difference that matters, in the metric's unit, such as 0.02",
+    )
+    power.add_argument(
+        "--power",
+        type=_share,
+        default=0.8,
+        metavar="P",
+        help="how often it is to be found, default 0.8",
+    )
+    power.add_argument(
+        "--metric", metavar="NAME", help="default: the NLL per completion token, or bits per byte"
+    )
+    power.add_argument("--json", action="store_true")
+
+
+def _above_zero(text: str) -> float:
+    return _between(text, 0.0, float("inf"), "a number above 0")
+
+
+def _share(text: str) -> float:
+    return _between(text, 0.5, 1.0, "between 0.5 and 1")
+
+
+def _between(text: str, low: float, high: float, expected: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = low
+    if not low < value < high:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    return value
 
 
 def _add_report_formats(report: argparse.ArgumentParser) -> None:
@@ -365,12 +428,16 @@ def _add_report_formats(report: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="compare by this instead of the metrics that fit; may be repeated",
     )
-    report.add_argument(
+    _add_rows_fixed(report)
+    _add_report_pages(report)
+
+
+def _add_rows_fixed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--rows-fixed",
         action="store_true",
         help="speak of these very test rows, as of a public benchmark: only seeds are random",
     )
-    _add_report_pages(report)
 
 
 def _add_report_pages(report: argparse.ArgumentParser) -> None:

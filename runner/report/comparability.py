@@ -147,13 +147,11 @@ def _find_other_bases(metric: Metric, runs: Runs) -> str:
 
 def _find_other_step_0(runs: Sequence[ReportRow]) -> tuple[ReportRow, ReportRow] | None:
     """Two runs of one base model on the same tokens whose scores before training differ."""
-    firsts: dict[str, ReportRow] = {}
+    firsts: dict[tuple[str, ...], ReportRow] = {}
     for run in runs:
-        score, total = run.base.nll_per_completion_token, run.totals.get("base")
-        if score is None or total is None:
+        score, key = run.base.nll_per_completion_token, run.step_0_key
+        if score is None or key is None:
             continue
-        read = run.split_hashes.get("test", {}).get("input_ids_hash")
-        key = repr([_get_model_settings(run), total.num_completion_tokens, total.num_tokens, read])
         first = firsts.setdefault(key, run)
         before = first.base.nll_per_completion_token
         assert before is not None
@@ -162,10 +160,6 @@ def _find_other_step_0(runs: Sequence[ReportRow]) -> tuple[ReportRow, ReportRow]
         if not math.isclose(before, score, rel_tol=tolerance):
             return first, run
     return None
-
-
-def _get_model_settings(run: ReportRow) -> list[Any]:
-    return [run.payload["model"], run.payload["quantization"]]
 
 
 def _find_other_functions(metric: Metric, runs: Runs) -> str:

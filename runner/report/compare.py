@@ -47,7 +47,7 @@ class CertificateLine:
         """
         if self.status == "differs":
             return f"{self.what}: {self.value_a} -> {self.value_b}"
-        shown = self.value_a if self.status == "equal" else ""
+        shown = self.value_a if self.status == "equal" and self.value_a != VARIOUS else ""
         return f"{self.what}: {shown}" if shown else self.what
 
 
@@ -200,6 +200,7 @@ def _flatten(row: ReportRow) -> dict[str, Any]:
             flat[prefix] = value
 
     walk(row.payload, "")
+    flat["training.seed"] = row.seed  # which the payload leaves out
     return flat
 
 

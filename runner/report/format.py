@@ -39,6 +39,7 @@ from runner.report.wording import (
     describe_replication,
     describe_standing,
     describe_variances,
+    is_of_single_runs,
     level_text,
     list_cell_seeds,
     list_constant_axes,
@@ -170,6 +171,9 @@ EFFECTS_LEGEND: Final = (
     " differ. V_seed, V_row, V_res: variance of the difference from seeds, from rows, and noise of"
     " both: more seeds help against the first, more test rows against the second."
 )
+ROWS_ONLY: Final = (
+    "rows only: about these trained models on rows like these, no verdict on the recipe"
+)
 CELLS_LEGEND: Final = (
     "NLL: nats per completion token; full NLL: nats per token of the full text; comparable within"
     " one tokenizer. bits/byte: of the completions, tuned; compares across tokenizers. All on the"
@@ -194,7 +198,7 @@ def format_markdown(report: Report) -> str:
     if report.effects:
         has_numbers = any(map(list_numbers, report.effects))
         parts += ["## Effects", *([wrap(EFFECTS_LEGEND)] if has_numbers else [])]
-        parts += _describe_effects(report)
+        parts += describe_effects(report, report.effects)
     if report.cells:
         parts += ["## Scores", *_describe_cells(report)]
     answering = [cell for cell in report.cells if any(row.answers for row in cell.runs)]
@@ -207,21 +211,25 @@ def format_markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _describe_effects(report: Report) -> Iterator[str]:
-    """A section for each two values of an axis, with a table for each metric."""
+def describe_effects(
+    report: Report, some: Sequence[AxisEffects], *, with_single: bool = False
+) -> Iterator[str]:
+    """A section for each two values of an axis, with a table for each metric; of single runs only
+    `with_single`.
+    """
     constant = list_constant_axes(report.rows)
-    for heading, group in groupby(report.effects, partial(_name_section, report)):
+    for heading, group in groupby(some, partial(_name_section, report)):
         every = list(group)
         yield cut(heading, MAX_WIDTH)
         reasons: dict[str, dict[str, None]] = {}
         for effects in every:
-            for reason in _list_reasons(effects):
+            for reason in _list_reasons(effects, with_single=with_single):
                 reasons.setdefault(reason, {})[effects.metric.title] = None
         without = [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
         if notes := [*_describe_axis(every[0]), *without]:
             yield "\n".join(map(bullet, notes))
         for effects in every:
-            if numbers := list_numbers(effects):
+            if numbers := list_numbers(effects, with_single=with_single):
                 yield wrap(f"**{effects.metric.title}**, {describe_direction(effects)}")
                 yield draw_table(_build_effect_columns(numbers, constant))
                 yield "\n".join(map(bullet, _list_notes(effects, numbers, constant)))
@@ -240,12 +248,14 @@ def _name_section(report: Report, effects: AxisEffects) -> str:
     return f"### {make_safe(effects.axis)}: {sides}{places}"
 
 
-def _list_reasons(effects: AxisEffects) -> Iterator[str]:
+def _list_reasons(effects: AxisEffects, *, with_single: bool) -> Iterator[str]:
     """Why a reader sees no number, or fewer."""
     for effect in effects.shown:
         yield from (f"refused: {reason}" for reason in effect.refused)
-    single = [one for one in effects.shown if one.interval and one.interval.kind == "rows"]
-    if single:
+    single = list(filter(is_of_single_runs, effects.shown))
+    if single and with_single:
+        yield f"one seed: {ROWS_ONLY}"
+    elif single:
         runs = [cell.runs[0].recipe.run.full_name for cell in single[0].pairs[0]]
         command = f"`runner compare {runs[0]} {runs[1]}`"
         yield f"one seed, so no verdict; over rows only: {command}"

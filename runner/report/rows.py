@@ -129,6 +129,18 @@ class ReportRow:
         """The same for two runs whose recipes differ in nothing but the seed of training."""
         return hash_json(self.payload)
 
+    @cached_property
+    def step_0_key(self) -> tuple[str, ...] | None:
+        """The same for two runs that must score the same at step 0 if their base models are the
+        same; None where there is no such score.
+        """
+        total = self.totals.get("base")
+        if total is None or self.base.nll_per_completion_token is None:
+            return None
+        settings = hash_json([self.payload["model"], self.payload["quantization"]])
+        read = self.split_hashes.get("test", {}).get("input_ids_hash", "")
+        return settings, f"{total.num_completion_tokens} {total.num_tokens}", read
+
     def load_scores(self, model: Model) -> RowScores | None:
         """The scores of one model row by row; None where `why_no_scores` says why not."""
         found = self._row_scores[model]

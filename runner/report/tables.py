@@ -27,6 +27,7 @@ from runner.report.rows import (
     list_axes,
     list_metrics,
 )
+from runner.report.statistics import Interval
 from runner.report.wording import (
     DEFINITIONS,
     KINDS,
@@ -163,7 +164,6 @@ def _build_fields(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
 def format_json(report: Report) -> str:
     """Everything that a report knows, but for the scores of single rows."""
     metrics = list_metrics(report.rows)
-    at = {_key_cell(cell): number for number, cell in enumerate(report.cells)}
     text = dump_json(
         {
             "format_version": FORMAT_VERSION,
@@ -173,18 +173,30 @@ def format_json(report: Report) -> str:
             "metrics": [_dump_metric(metric) for metric in report.metrics],
             "verdicts": list(report.verdicts),
             "warnings": list_warnings(report),
-            "effects": [_dump_axis(effects, at) for effects in report.effects],
+            **dump_effects(report.cells, report.effects),
             "noise_floors": [
                 {"grid": grid, "task": task, "metric": metric, "value": finite(value)}
                 for (grid, task, metric), value in report.noise_floors.items()
             ],
-            "cells": [_dump_cell(cell) for cell in report.cells],
             "rows": [_dump_row(row, metrics) for row in report.rows],
             "base": asdict(compare_with_base(report.rows)),
         }
     )
-    # Within JSON only texts hold controls, and there this is the same text.
+    return escape_json_controls(text)
+
+
+def escape_json_controls(text: str) -> str:
+    """The same JSON without terminal controls: within it only texts hold any."""
     return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def dump_effects(cells: Sequence[Cell], effects: Sequence[AxisEffects]) -> dict[str, Any]:
+    """Effects, and the cells that they are of, as the JSON of a report has them."""
+    at = {_key_cell(cell): number for number, cell in enumerate(cells)}
+    return {
+        "effects": [_dump_axis(one, at) for one in effects],
+        "cells": [_dump_cell(cell) for cell in cells],
+    }
 
 
 def _dump_metric(metric: Metric) -> dict[str, Any]:
@@ -256,25 +268,12 @@ def _dump_axis(effects: AxisEffects, at: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _dump_effect(effect: Effect, at: Mapping[str, int]) -> dict[str, Any]:
-    interval, bounds = effect.interval, None
-    if interval is not None and interval.bounds is not None:
-        bounds = [finite(end) for end in interval.bounds]
-    numbers = {
-        name: None if interval is None else finite(getattr(interval, name))
-        for name in ("estimate", "p", "level", "v_seed", "v_row", "v_res", "df_seed", "df_row")
-    }
     equivalence = None
     if effect.equivalence is not None:
         equivalence = {**asdict(effect.equivalence), "interval": [*effect.equivalence.interval]}
     return {
         "at": thaw(effect.at),
-        **numbers,
-        "interval": bounds,
-        "kind": None if interval is None else interval.kind,
-        "num_groups": None if interval is None else interval.num_groups,
-        "num_seeds": [] if interval is None else list(interval.num_seeds),
-        "has_few_groups": None if interval is None else interval.has_few_groups,
-        "note": "" if interval is None else interval.note,
+        **dump_interval(effect.interval),
         "p_adjusted": finite(effect.p_adjusted),
         "adjustment": "Holm" if effect.is_confirmatory else "Benjamini-Hochberg",
         "is_confirmatory": effect.is_confirmatory,
@@ -286,6 +285,31 @@ def _dump_effect(effect: Effect, at: Mapping[str, int]) -> dict[str, Any]:
         "refused": list(effect.refused),
         "flags": list(effect.flags),
         "pairs": [_dump_pair(a, b, effect.metric.name, at) for a, b in effect.pairs],
+    }
+
+
+_NUMBERS: Final = (
+    *("estimate", "standard_error", "p", "level"),
+    *("v_seed", "v_row", "v_res", "df_seed", "df_row"),
+)
+
+
+def dump_interval(interval: Interval | None) -> dict[str, Any]:
+    """All that an interval says; null where there is none."""
+    bounds = None
+    if interval is not None and interval.bounds is not None:
+        bounds = [finite(end) for end in interval.bounds]
+    numbers = {
+        name: None if interval is None else finite(getattr(interval, name)) for name in _NUMBERS
+    }
+    return {
+        **numbers,
+        "interval": bounds,
+        "kind": None if interval is None else interval.kind,
+        "num_groups": None if interval is None else interval.num_groups,
+        "num_seeds": [] if interval is None else list(interval.num_seeds),
+        "has_few_groups": None if interval is None else interval.has_few_groups,
+        "note": "" if interval is None else interval.note,
     }
 
 

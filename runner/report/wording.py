@@ -23,6 +23,7 @@ from runner.report.rows import (
     list_axes,
     list_values,
 )
+from runner.report.statistics import Interval
 from runner.text import ELLIPSIS, one_line
 
 MAX_NAMED: Final = 3  # names in one note; JSON has all
@@ -69,6 +70,7 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "num_unfinished": "answers that reached max_new_tokens",
     "num_unreadable": "answers without any label or final result, counted as wrong",
     "estimate": "compared minus reference, mean over the pairs of cells",
+    "standard_error": "root of the variance of the estimate, by `kind`",
     "interval": "values that the data do not contradict at `level`, by `kind`",
     "kind": (
         "what is random. seeds and rows: this recipe, on rows like these; seeds: this recipe, on"
@@ -240,11 +242,17 @@ def list_constant_axes(rows: Iterable[ReportRow]) -> set[str]:
     }
 
 
-def list_numbers(effects: AxisEffects) -> list[Effect]:
+def list_numbers(effects: AxisEffects, *, with_single: bool = False) -> list[Effect]:
     """The effects of which a report shows a number. Those of single runs are left out: their
-    intervals are over rows only and say nothing of the recipe, so `runner compare` shows them.
+    intervals are over rows only and say nothing of the recipe, so only `runner compare` shows them.
     """
-    return [one for one in effects.shown if one.interval and one.interval.kind != "rows"]
+    numbers = [one for one in effects.shown if one.interval is not None]
+    return numbers if with_single else [one for one in numbers if not is_of_single_runs(one)]
+
+
+def is_of_single_runs(effect: Effect) -> bool:
+    """True where an effect has an interval over rows only."""
+    return effect.interval is not None and effect.interval.kind == "rows"
 
 
 def describe_direction(effects: AxisEffects) -> str:
@@ -309,22 +317,19 @@ def list_flags(effects: Sequence[Effect], constant: Collection[str] = ()) -> lis
 
 
 def describe_variances(effect: Effect) -> str:
-    """Where the error of an effect comes from: more seeds help against the first, more rows against
-    the second; then the design.
+    """As `describe_interval`, of an effect."""
+    return "" if effect.interval is None else describe_interval(effect.interval, effect.design)
+
+
+def describe_interval(interval: Interval, design: str = "") -> str:
+    """Where the error comes from: more seeds help against the first, more rows against the second;
+    then the design.
     """
-    interval = effect.interval
-    if interval is None:
-        return ""
     words = f"V_row {interval.v_row:.1e} (df {interval.df_row:.0f})"
     if interval.df_seed is not None:
         words = f"V_seed {interval.v_seed:.1e} (df {interval.df_seed:.0f}), {words}"
         words += f", V_res {interval.v_res:.1e}"
-    parts = [
-        words,
-        *([effect.design] if effect.design else []),
-        *([interval.note] if interval.note else []),
-    ]
-    return "; ".join(parts)
+    return "; ".join(filter(None, (words, design or interval.design, interval.note)))
 
 
 def describe_equivalence(effect: Effect) -> str:

@@ -489,5 +489,6 @@ def _parse_fact(content: bytes, path: Path, kind: type[Loaded]) -> Loaded:
         return kind.model_validate_json(text, context=STORED)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "its content"
+        # Keys are anybody's: those of a mapping may hold what a terminal takes for commands
+        key = escape_controls(".".join(str(part) for part in first["loc"])) or "its content"
         raise CorruptFileError(f"{path} cannot be read: {key}: {first['msg']}") from None

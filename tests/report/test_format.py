@@ -119,6 +119,41 @@ def test_effects_are_drawn_with_all_that_limits_them(tmp_path: Path) -> None:
         assert part in text, part
 
 
+def test_runs_of_different_rules_are_told_apart(tmp_path: Path) -> None:
+    runs = [
+        completed(tmp_path, make_recipe(loss, {"loss": loss}, f"loss={loss}"), 2.0, rules=rules)
+        for rules, loss in enumerate(("full", "completion"), start=1)
+    ]
+    text = " ".join(report(runs).split())
+    assert (
+        "**warning:** 2 different rules of rows and masks; runs are compared only within one:"
+        " rules 1: full; rules 2: completion" in text
+    )
+    assert "full (rules 1) and completion (rules 2) follow different rules" in text
+    assert "| rules |" in text and "rules" not in report(runs[:1])
+    assert json.loads(report(runs, "json"))["rows"][0]["rules"] == 1
+
+
+def test_what_an_axis_changes_is_named_and_what_it_changes_in_some_pairs(tmp_path: Path) -> None:
+    def rate(loss: str, num_train_samples: int, seed: int) -> list[str]:
+        is_odd = (loss, num_train_samples) == ("completion", 180)
+        return ["training.learning_rate=0.1"] if is_odd else []
+
+    axes = {"loss": ["full", "completion"], "num_train_samples": [60, 180]}
+    text = report(scored_grid(tmp_path, axes, lambda loss, num_train_samples: 1, overrides=rate))
+    assert "- the recipes differ in loss, training.learning_rate (only 1 of 2 pairs)" in text
+    runs = [completed(tmp_path, make_recipe(f"same{x}", {"x": x}), 2.0) for x in (1, 2)]
+    assert "- **warning:** the recipes of its pairs are the same" in report(runs)
+
+
+def test_many_values_are_compared_with_the_first_only(tmp_path: Path) -> None:
+    runs = [completed(tmp_path, make_recipe(f"r{x}", {"x": x}), 2.0) for x in range(5)]
+    text = report(runs)
+    assert "- more than 4 values: each is compared with the first only" in text
+    assert text.count("### x: ") == 4
+    assert "with the first only" not in report(runs[:4])
+
+
 def test_one_seed_gives_scores_and_no_effect(tmp_path: Path) -> None:
     runs = scored_grid(tmp_path, {"loss": ["full", "completion"]}, lambda loss: 1.0, seeds=(1,))
     text = report(runs)

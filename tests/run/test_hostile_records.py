@@ -23,6 +23,7 @@ VERBS = (
     ("report", "runs"),
     ("report", "runs", "--format", "json"),
     ("report", "runs", "--format", "csv"),
+    ("power", "runs", "--effect", "0.1"),
     ("why", "case.yaml"),
     ("sweep", "case.yaml", "--dry-run"),
     ("launch", "case.yaml", "--prepare"),
@@ -151,6 +152,7 @@ DAMAGE: dict[str, tuple[Damage, ...]] = {
     "a lease that is a folder": (INTERRUPTED, replace_by_folder("lease")),
     "a recipe that is no text": (write("recipe.json", b"\xff\xfe"),),
     "a recipe too deep": (write("recipe.json", "[" * 100_000),),
+    "a key of escapes": (put("recipe.json", "contents", {ESCAPES: None}),),
     "a recipe of escapes": (put("recipe.json", "recipe.run.axes", {"a": ESCAPES}),),
     "axes that look like a table": (
         put("recipe.json", "recipe.run.axes", {"a|b": "x|y\nz", "=1+1": "=cmd()"}),

@@ -1,0 +1,370 @@
+"""`runner compare`: selects two arms, and writes their certificate and their differences."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from runner.errors import RefusedError, RunnerError
+from runner.files import dump_json
+from runner.plan.select import Selected, UnreadableRun, select_recipes
+from runner.plan.status import read_status
+from runner.recipe.contents import KnownContents, list_contents
+from runner.report.build import build_report
+from runner.report.compare import Certificate, CertificateLine, build_certificate
+from runner.report.difference import Difference, compare_cells_of, compare_runs
+from runner.report.effects import AxisEffects, Report
+from runner.report.format import ROWS_ONLY, build_column, describe_effects, draw_table, wrap
+from runner.report.rows import ReportRow, axis_key, axis_text, build_rows
+from runner.report.tables import dump_effects, dump_interval, escape_json_controls
+from runner.report.wording import (
+    decimal,
+    describe_interval,
+    level_text,
+    make_safe,
+    name_some,
+    probability,
+    signed,
+    span,
+)
+from runner.run.paths import RunPaths, content_cache_path
+
+
+def compare_arms(arguments: argparse.Namespace) -> int:
+    """Print what is equal, what differs and what was not recorded, then the differences; 1 where
+    something differs that `--axis` does not explain.
+    """
+    rows_a, rows_b, rows = _load_arms(arguments)
+    _refuse_what_is_no_comparison(arguments, rows_a, rows_b)
+    certificate = build_certificate(rows_a, rows_b, arguments.axis)
+    if not certificate.pairs:
+        raise RunnerError(
+            f"no run of {arguments.a} has a partner in {arguments.b}: they agree in no other axis",
+            hint="name two runs, or two values of one axis: runner compare loss=full"
+            " loss=completion --grid GRID",
+        )
+    is_two_runs = len(rows_a) == len(rows_b) == 1
+    single = compare_runs(rows_a[0], rows_b[0]) if is_two_runs else []
+    seeds = (
+        compare_cells_of(rows_a[0], rows_b[0], rows, rows_fixed=arguments.rows_fixed)
+        if is_two_runs
+        else []
+    )
+    report: Report | None = None
+    effects: list[AxisEffects] = []
+    if not is_two_runs:
+        report, effects = _find_effects(rows_a, rows_b, rows, rows_fixed=arguments.rows_fixed)
+    if arguments.json:
+        print(_dump(certificate, single, seeds, report, effects), end="")
+    else:
+        parts = [*_describe(certificate), *_describe_differences(single, seeds)]
+        if report is not None:
+            parts += ["## Differences"]
+            parts += describe_effects(report, effects, with_single=True)
+            if not effects:
+                parts.append("The arms differ in more than one axis: there is no one difference.")
+        print("\n\n".join(parts))
+    return 1 if arguments.axis is not None and certificate.unexplained else 0
+
+
+def _load_arms(
+    arguments: argparse.Namespace,
+) -> tuple[list[ReportRow], list[ReportRow], list[ReportRow]]:
+    """The runs of A and of B, and all runs of their grids."""
+    unreadable: list[UnreadableRun] = []
+    root = arguments.output_root
+    arms = [_select_arm(text, arguments, unreadable) for text in (arguments.a, arguments.b)]
+    named = {one.full_name: one for arm in arms for one in arm}
+    # Runs of other seeds are found beside those that were named.
+    folders = dict.fromkeys(str(one.paths.run_dir.parent) for one in named.values())
+    folders = {folder: None for folder in folders if Path(folder).is_dir()}
+    beside = select_recipes(list(folders), root, (), unreadable) if folders else []
+    # A first: its value of an axis is the reference
+    every = named | {one.full_name: one for one in beside if one.full_name not in named}
+    known = KnownContents(content_cache_path(root))
+    runs = []
+    for one in every.values():
+        is_run_dir = one.source_path == one.paths.run_dir
+        contents = {} if is_run_dir else known.find(list_contents(one.recipe))
+        facts = one.read_facts(with_samples=True)
+        runs.append((one.recipe, facts, read_status(facts, one.recipe, contents)))
+    rows = build_rows(runs)
+    for lost in unreadable:
+        print(f"warning: {lost.full_name} is unreadable: {lost.why}", file=sys.stderr)
+    for row in rows:
+        if row.state == "changed" and row.recipe.run.full_name in named:
+            selected = named[row.recipe.run.full_name]
+            raise RefusedError(
+                f"{selected.source_path} was changed since it ran:"
+                f" {selected.paths.run_dir} holds another experiment",
+                hint=f"to compare what ran, name the run directory: {selected.paths.run_dir}",
+            )
+    by_name = {row.recipe.run.full_name: row for row in rows}
+    first, second = ([by_name[one.full_name] for one in arm] for arm in arms)
+    return first, second, rows
+
+
+def _select_arm(
+    text: str, arguments: argparse.Namespace, unreadable: list[UnreadableRun]
+) -> list[Selected]:
+    root = arguments.output_root
+    if "=" in text and not Path(text).exists():
+        if arguments.grid is None:
+            raise RunnerError(
+                f"{text!r} is a value of an axis, and no grid is named", hint="add `--grid GRID`"
+            )
+        folder = _find_grid(arguments.grid, root)
+        return select_recipes([folder], root, _split_conditions(text), unreadable)
+    found = select_recipes([_find_run(text, arguments)], root)
+    if len(found) != 1:
+        raise RunnerError(
+            f"{text!r} names {len(found)} runs, expected one",
+            hint="name one recipe or run directory, or axis=value with `--grid`",
+        )
+    return found
+
+
+def _split_conditions(text: str) -> list[str]:
+    """`loss=full,samples=60` as conditions; a comma within a value stays.
+
+    >>> _split_conditions("loss=full,samples=60"), _split_conditions("name=a,b")
+    (['loss=full', 'samples=60'], ['name=a,b'])
+    """
+    parts = text.split(",")
+    return parts if all("=" in part for part in parts) else [text]
+
+
+def _find_grid(grid: str, output_root: Path) -> str:
+    """The folder of a grid's runs; of its recipes where it has none."""
+    for folder in (Path(grid), output_root / grid, Path("recipes") / grid):
+        if folder.is_dir():
+            return str(folder)
+    grids = sorted({path.name for root in (output_root, Path("recipes")) for path in _list(root)})
+    raise RunnerError(
+        f"there is no grid {grid!r}", hint=f"the grids are {', '.join(grids)}" if grids else None
+    )
+
+
+def _list(root: Path) -> Iterator[Path]:
+    if root.is_dir():
+        yield from (one for one in root.iterdir() if one.is_dir() and one.name[0] != ".")
+
+
+def _find_run(text: str, arguments: argparse.Namespace) -> str:
+    """The path of one run: a path, `<grid>/<run name>`, or the name alone."""
+    path = Path(text)
+    if path.exists():
+        return text
+    name = path.name
+    pattern = path.parent.name or "*"
+    if pattern == "*" and arguments.grid is not None:
+        pattern = glob.escape(Path(arguments.grid).name)
+    found = [
+        str(one)
+        for one in sorted(arguments.output_root.glob(f"{pattern}/{glob.escape(name)}"))
+        if RunPaths(one).recipe_path.exists()
+    ]
+    found = found or sorted(map(str, Path("recipes").glob(f"{pattern}/{glob.escape(name)}.yaml")))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RunnerError(
+            f"{text!r} is the name of {len(found)} runs: {name_some(found)}",
+            hint=f"name one of them: {found[0]}",
+        )
+    raise RunnerError(
+        f"there is no run {text!r} in {arguments.output_root} and no such recipe",
+        hint="name a recipe, a run directory such as runs/demo/gemma_060_full, or axis=value with"
+        " `--grid GRID`; `runner status` lists the runs",
+    )
+
+
+def _refuse_what_is_no_comparison(
+    arguments: argparse.Namespace, rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow]
+) -> None:
+    names_a, names_b = ({row.recipe.run.full_name for row in rows} for rows in (rows_a, rows_b))
+    if shared := sorted(names_a & names_b):
+        raise RunnerError(
+            f"A and B share {name_some(shared)}: a run is not compared with itself",
+            hint="name two different runs, or two values of one axis",
+        )
+    axis = arguments.axis
+    if axis is None:
+        return
+    axes = list(dict.fromkeys(name for row in (*rows_a, *rows_b) for name in row.axes))
+    if axis not in axes:
+        raise RunnerError(
+            f"the runs have no axis {axis!r}", hint=f"their axes are {', '.join(axes) or 'none'}"
+        )
+    values = [{axis_key(row.axes.get(axis)) for row in rows} for rows in (rows_a, rows_b)]
+    if values[0] & values[1]:
+        same = axis_text(rows_a[0].axes.get(axis))
+        raise RunnerError(
+            f"A and B do not differ in the axis {axis!r}: both have {same}",
+            hint="name runs of two values of it",
+        )
+
+
+def _find_effects(
+    rows_a: Sequence[ReportRow],
+    rows_b: Sequence[ReportRow],
+    rows: Sequence[ReportRow],
+    *,
+    rows_fixed: bool,
+) -> tuple[Report, list[AxisEffects]]:
+    """The effects of the one axis that tells the arms apart; none where several do."""
+    apart = []
+    for axis in dict.fromkeys(name for row in rows_a for name in row.axes):
+        values = [{axis_key(row.axes.get(axis)) for row in some} for some in (rows_a, rows_b)]
+        if len(values[0]) == len(values[1]) == 1 and values[0] != values[1]:
+            apart.append((axis, {*values[0], *values[1]}))
+    names = {row.recipe.run.full_name for row in (*rows_a, *rows_b)}
+    report = build_report(
+        [row for row in rows if row.recipe.run.full_name in names], rows_fixed=rows_fixed
+    )
+    if len(apart) != 1:
+        return report, []
+    axis, keys = apart[0]
+    return report, [
+        one
+        for one in report.effects
+        if one.axis == axis and {axis_key(one.reference), axis_key(one.compared)} == keys
+    ]
+
+
+def _describe(certificate: Certificate) -> Iterator[str]:
+    """The certificate as Markdown."""
+    yield wrap(f"# A: {_name_arm(certificate.names_a)}; B: {_name_arm(certificate.names_b)}")
+    if len(certificate.pairs) > 1 or certificate.unpaired:
+        left = f"; without a partner: {name_some(certificate.unpaired)}"
+        yield wrap(
+            f"{len(certificate.pairs)} pairs of runs that agree in all other axes"
+            + (left if certificate.unpaired else "")
+        )
+    different = certificate.select("differs")
+    yield "## What differs"
+    yield _draw_differences(certificate, different) if different else "Nothing that was recorded."
+    if certificate.axis is not None:
+        axis = f"the axis {certificate.axis}"
+        unexplained = [line.what for line in certificate.unexplained]
+        yield wrap(
+            f"**{axis} does not explain** {', '.join(unexplained)}."
+            if unexplained
+            else f"Nothing else differs than {axis} explains."
+        )
+    yield "## What is equal"
+    equal = certificate.select("equal")
+    yield wrap("; ".join(make_safe(line.describe()) for line in equal) or "nothing") + "."
+    if unrecorded := certificate.select("not recorded"):
+        yield "## What was not recorded"
+        yield wrap(", ".join(line.what for line in unrecorded)) + ": neither equal nor different."
+
+
+def _name_arm(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} runs ({name_some(names)})"
+
+
+def _draw_differences(certificate: Certificate, lines: Sequence[CertificateLine]) -> str:
+    columns = [
+        build_column("what", lines, lambda line: line.what, is_numeric=False),
+        build_column("A", lines, lambda line: line.value_a, is_numeric=False),
+        build_column("B", lines, lambda line: line.value_b, is_numeric=False),
+    ]
+    if len(certificate.pairs) > 1:
+        columns.append(build_column("pairs", lines, lambda line: str(line.num_pairs)))
+    if certificate.axis is not None:
+        columns.append(
+            build_column(
+                "explained by",
+                lines,
+                lambda line: line.explained_by or "**nothing**",
+                is_numeric=False,
+            )
+        )
+    return draw_table(columns)
+
+
+def _describe_differences(single: list[Difference], seeds: list[Difference]) -> Iterator[str]:
+    if not single:
+        return
+    yield "## Differences (B - A)"
+    yield wrap(f"Of the two runs, {ROWS_ONLY}:")
+    yield from _draw_numbers(single)
+    if seeds:
+        yield "With all their seeds, of the recipes:"
+        yield from _draw_numbers(seeds)
+
+
+def _draw_numbers(differences: Sequence[Difference]) -> Iterator[str]:
+    told = [one for one in differences if one.interval is not None]
+    if told:
+        level = next(one.interval.level for one in told if one.interval is not None)
+
+        def of(one: Difference) -> Any:
+            return one.interval
+
+        yield draw_table(
+            [
+                build_column("metric", told, lambda one: one.metric.title, is_numeric=False),
+                build_column("better", told, _name_better, is_numeric=False),
+                build_column("A", told, lambda one: decimal(one.score_a)),
+                build_column("B", told, lambda one: decimal(one.score_b)),
+                build_column("difference", told, lambda one: signed(of(one).estimate)),
+                build_column(
+                    f"{level_text(level)} interval", told, lambda one: span(of(one).bounds)
+                ),
+                build_column("p", told, lambda one: probability(of(one).p)),
+                build_column("over", told, lambda one: of(one).kind, is_numeric=False),
+            ]
+        )
+    notes = [f"{one.metric.title}: refused: {one.refused}" for one in differences if one.refused]
+    notes += [
+        f"{one.metric.title}: {describe_interval(of_one)}"
+        for one in told
+        if (of_one := one.interval) is not None
+    ]
+    if notes:
+        yield "\n".join(wrap(note, "- ", "  ") for note in notes)
+
+
+def _name_better(one: Difference) -> str:
+    return "smaller" if one.metric.mode == "min" else "larger"
+
+
+def _dump_difference(one: Difference) -> dict[str, Any]:
+    return {
+        "metric": one.metric.name,
+        "unit": one.metric.unit,
+        "better": _name_better(one),
+        "score_a": one.score_a,
+        "score_b": one.score_b,
+        **dump_interval(one.interval),
+        "refused": one.refused,
+    }
+
+
+def _dump(
+    certificate: Certificate,
+    single: Sequence[Difference],
+    seeds: Sequence[Difference],
+    report: Report | None,
+    effects: Sequence[AxisEffects],
+) -> str:
+    content: dict[str, Any] = {
+        "a": list(certificate.names_a),
+        "b": list(certificate.names_b),
+        "axis": certificate.axis,
+        "pairs": [list(pair) for pair in certificate.pairs],
+        "unpaired": list(certificate.unpaired),
+        "certificate": [asdict(line) for line in certificate.lines],
+        "unexplained": [line.what for line in certificate.unexplained],
+        "rows_only": [_dump_difference(one) for one in single],
+        "over_seeds": [_dump_difference(one) for one in seeds],
+        **dump_effects(report.cells if report is not None else (), effects),
+    }
+    return escape_json_controls(dump_json(content))

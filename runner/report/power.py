@@ -1,0 +1,478 @@
+"""Plans of a grid from a pilot: how many seeds and test rows find a difference of a given size, and
+how many device hours they take.
+
+The runs that there are give the variances; what they say about the difference itself plays no part.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from statistics import fmean
+from typing import Any, Final, Literal
+
+from runner.errors import RunnerError
+from runner.report.cells import build_cells, find_seed_axis, match_cells
+from runner.report.contrasts import Aligned, Contrasts, build_metric
+from runner.report.effects import Cell, Metric
+from runner.report.planning import (
+    MAX_SEEDS,
+    PLANNING_LIMIT,
+    Pilot,
+    PoolSpread,
+    limit_factor,
+    measure_pool,
+)
+from runner.report.row_scores import BITS_PER_BYTE, LIKELIHOODS, NLL_PER_COMPLETION_TOKEN
+from runner.report.rows import ReportRow, axis_text, list_axes, list_metrics, list_values
+from runner.report.statistics import CellScores, per_seed_cell
+from runner.report.variances import measure
+from runner.run.paths import RunPaths
+from runner.run.record import load_record
+from runner.text import align, cut, cut_middle
+
+# Of the degrees of freedom of the spread: below, a range of seeds only; a plan marked as rough
+MIN_NU: Final = 4
+MIN_SURE_NU: Final = 8
+# Times the test rows that there are
+_MORE_ROWS: Final = (1, 2, 4, 8)
+_WIDTH: Final = 120
+_NAME_WIDTH: Final = 52
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The seeds of one number of test rows. None: more than `MAX_SEEDS`."""
+
+    num_test_rows: int
+    num_seeds: int | None  # with the upper limit of the spread; None also below `MIN_NU`
+    lowest_num_seeds: int | None  # with its lower limit
+    highest_num_seeds: int | None
+    num_runs: int | None  # of the whole grid
+    device_hours: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One kind of contrast: what the runs there are would find, and what is needed."""
+
+    name: str
+    num_pairs: int  # of cells
+    degrees_of_freedom: float  # of the spread of seeds in the pilot
+    detectable_now: float | None  # None where most cells have one run
+    # Of the variance now: only more seeds make it smaller, only more test rows, both
+    share_of_runs: float
+    share_of_rows: float
+    share_of_noise: float
+    # range: too few degrees of freedom for a number of seeds; rough: for a sure one
+    precision: Literal["range", "rough", "fair"]
+    plans: tuple[Plan, ...]
+
+
+@dataclass(frozen=True)
+class PowerReport:
+    """The plans of one grid, task and metric."""
+
+    grid: str
+    task: str
+    metric: Metric
+    effect: float
+    power: float
+    num_cells: int
+    num_seeds: int  # of most cells
+    num_runs: int  # with scores
+    num_all_runs: int
+    num_test_rows: int
+    device_hours_per_run: float | None
+    pools: tuple[PoolSpread, ...]
+    comparisons: tuple[Comparison, ...]
+    notes: tuple[str, ...]
+
+
+def build_power_reports(
+    rows: Sequence[ReportRow], effect: float, power: float, metric: str | None = None
+) -> list[PowerReport]:
+    """One for each grid and task.
+
+    Raises:
+        RunnerError: no cell has two completed runs, or no run has the metric.
+    """
+    reports = []
+    for grid in dict.fromkeys(row.grid for row in rows):
+        of_grid = [row for row in rows if row.grid == grid]
+        seed_axis = find_seed_axis(of_grid)
+        cells = build_cells(of_grid, seed_axis)
+        for task in dict.fromkeys(cell.task for cell in cells):
+            of_task = [cell for cell in cells if cell.task == task]
+            reports.append(_Planner(of_task, seed_axis, effect, power, metric).build())
+    return reports
+
+
+class _Planner:
+    """The cells of one grid and task by one metric."""
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        seed_axis: str | None,
+        effect: float,
+        power: float,
+        metric: str | None,
+    ) -> None:
+        self.cells, self.effect, self.power = cells, effect, power
+        self.grid, self.task = cells[0].grid, cells[0].task
+        self.seed_axis = seed_axis
+        self.metric = self._choose_metric(metric)
+        self.contrasts = Contrasts(cells, self.metric, seed_axis, "seeds and rows")
+        found = [self.contrasts.get(cell) for cell in cells]
+        self.aligned = [one for one in found if isinstance(one, Aligned)]
+        self.reasons = [one for one in found if isinstance(one, str)]
+        self.hours = _find_hours(cells)
+        self.is_grid = len(cells) > 2
+
+    def build(self) -> PowerReport:
+        """The plans of the cells of each base model, and of each axis."""
+        pools = self._measure_pools()
+        if not pools:
+            raise self._refuse()
+        pilots = [*self._build_pilots_of_cells(pools), *self._build_pilots_of_axes(pools)]
+        if not pilots:
+            raise RunnerError(
+                f"{self.grid}: no two cells of {self.task} can be compared by {self.metric.title}",
+                hint=f"see why: runner report runs/{self.grid}",
+            )
+        if all(pilot.seed_variance + pilot.row_variance == 0 for _, _, pilot in pilots):
+            raise RunnerError(
+                f"{self.grid}: its runs do not differ at all by {self.metric.title}, neither from"
+                " seed to seed nor from row to row: there is nothing to plan from"
+            )
+        counts = [len(one.scores.sums) for one in self.aligned]
+        num_seeds = max(set(counts), key=counts.count)
+        comparisons = tuple(
+            self._compare(name, num_pairs, pilot, num_seeds) for name, num_pairs, pilot in pilots
+        )
+        return PowerReport(
+            grid=self.grid,
+            task=self.task,
+            metric=self.metric,
+            effect=self.effect,
+            power=self.power,
+            num_cells=len(self.cells),
+            num_seeds=num_seeds,
+            num_runs=sum(counts),
+            num_all_runs=sum(len(cell.runs) for cell in self.cells),
+            num_test_rows=max(len(one.row_ids) for one in self.aligned),
+            device_hours_per_run=self.hours,
+            pools=tuple(pools.values()),
+            comparisons=comparisons,
+            notes=tuple(self._list_notes(comparisons)),
+        )
+
+    def _choose_metric(self, name: str | None) -> Metric:
+        runs = [run for cell in self.cells for run in cell.runs]
+        modes = {key: mode for run in runs for key, mode in run.recipe.metric_modes.items()}
+        known = [*LIKELIHOODS, *list_metrics(runs)]
+        if name is not None and name not in known:
+            raise RunnerError(
+                f"{self.grid}: no run of {self.task} has the metric {name!r}",
+                hint=f"--metric {' | '.join(known)}",
+            )
+        if name is None:
+            tokens = {
+                run.totals["tuned"].num_completion_tokens for run in runs if "tuned" in run.totals
+            }
+            name = NLL_PER_COMPLETION_TOKEN if len(tokens) <= 1 else BITS_PER_BYTE
+        return build_metric(name, modes)
+
+    def _measure_pools(self) -> dict[str, PoolSpread]:
+        """The spread of seeds of each base model."""
+        by_name: dict[str, list[Aligned]] = {}
+        for one in self.aligned:
+            by_name.setdefault(one.pool, []).append(one)
+        pools = {}
+        for name, some in by_name.items():
+            # Rows and units of the first; another cell with others is no pilot of this pool
+            same = [one for one in some if self.contrasts.find_difference([some[0], one]) == ""]
+            scores = [one.scores for one in same]
+            found = measure_pool(name, scores, some[0].units, some[0].groups)
+            if found is not None:
+                pools[name] = found
+        return pools
+
+    def _build_pilots_of_cells(
+        self, pools: dict[str, PoolSpread]
+    ) -> Iterable[tuple[str, int, Pilot]]:
+        """Two cells of one base model, with the mean variance over rows of all such pairs."""
+        for name, pool in pools.items():
+            cells = [one for one in self.aligned if one.pool == name]
+            pilots = []
+            for first, second in combinations(cells, 2):
+                differing = sum(
+                    first.cell.axes.get(axis) != value for axis, value in second.cell.axes.items()
+                )
+                if differing == 1:
+                    pilots += self._build_pilot([first, second], [-1.0, 1.0], pools)
+            if pilots:
+                row_variance = fmean(pilot.row_variance for pilot in pilots)
+                shared = all(pilot.has_shared_seeds for pilot in pilots)
+                first_pilot = pilots[0]
+                pilot = Pilot(
+                    first_pilot.pools,
+                    row_variance,
+                    first_pilot.num_rows,
+                    first_pilot.df_row,
+                    has_shared_seeds=shared,
+                )
+                yield f"two cells of {pool.name}", 1, pilot
+
+    def _build_pilots_of_axes(
+        self, pools: dict[str, PoolSpread]
+    ) -> Iterable[tuple[str, int, Pilot]]:
+        """The mean over all pairs of cells along each axis; of several pairs of values the one that
+        needs most.
+        """
+        rows = [run for cell in self.cells for run in cell.runs]
+        for axis in list_axes(rows):
+            if axis == self.seed_axis:
+                continue
+            found: list[tuple[str, int, Pilot]] = []
+            for reference, compared in combinations(list_values(rows, axis)[:4], 2):
+                pairs = self._list_pairs(axis, reference, compared)
+                if len(pairs) < 2:
+                    continue
+                used = [one for pair in pairs for one in pair]
+                weights = [-1 / len(pairs), 1 / len(pairs)] * len(pairs)
+                name = f"{axis}: {axis_text(reference)}, {axis_text(compared)}"
+                found += [
+                    (f"{name} (mean of {len(pairs)} pairs)", len(pairs), pilot)
+                    for pilot in self._build_pilot(used, weights, pools)
+                ]
+            if found:
+                yield max(found, key=lambda one: one[2].seed_variance + one[2].row_variance)
+
+    def _list_pairs(
+        self, axis: str, reference: Any, compared: Any
+    ) -> list[tuple[Aligned, Aligned]]:
+        matches = match_cells(self.cells, axis, reference, compared)
+        pairs = []
+        for first, second in matches.pairs:
+            one, other = self.contrasts.get(first), self.contrasts.get(second)
+            if isinstance(one, Aligned) and isinstance(other, Aligned):
+                pairs.append((one, other))
+        comparable = [
+            pair
+            for pair in pairs
+            if self.contrasts.find_difference([pairs[0][0], pair[0], pair[1]]) == ""
+        ]
+        return comparable
+
+    def _build_pilot(
+        self, used: Sequence[Aligned], weights: Sequence[float], pools: dict[str, PoolSpread]
+    ) -> list[Pilot]:
+        """One; none where a pool has no spread, or rows or tokens differ."""
+        names = [one.pool for one in used]
+        if self.contrasts.find_difference(used) or any(name not in pools for name in names):
+            return []
+        scores, first = [one.scores for one in used], used[0]
+        parts = measure(scores, weights, first.units, first.groups)
+        loads: dict[str, float] = {}
+        for name, weight in zip(names, weights, strict=True):
+            loads[name] = loads.get(name, 0.0) + weight**2
+        shares_seeds = _share_seeds(scores)
+        if not self.is_grid and shares_seeds:  # they may be paired: S - 1 degrees of freedom
+            pools = {name: replace(pool, num_cells=1) for name, pool in pools.items()}
+        return [
+            Pilot(
+                pools=tuple((load, pools[name]) for name, load in loads.items()),
+                row_variance=max(parts.v_row - parts.v_res, 0.0),
+                num_rows=len(first.row_ids),
+                df_row=parts.df_row,
+                has_shared_seeds=self.is_grid and shares_seeds,
+            )
+        ]
+
+    def _compare(self, name: str, num_pairs: int, pilot: Pilot, num_seeds: int) -> Comparison:
+        plans: list[Plan] = []
+        for times in _MORE_ROWS:
+            plan = self._plan(pilot, times * pilot.num_rows)
+            plans.append(plan)
+            if plan.highest_num_seeds is not None and (
+                times > 1 and plan.highest_num_seeds == plans[-2].highest_num_seeds
+            ):
+                plans.pop()  # more rows save no seed
+                break
+        of_runs, of_rows, of_noise = pilot.split_variance(num_seeds)
+        return Comparison(
+            name=name,
+            num_pairs=num_pairs,
+            degrees_of_freedom=pilot.nu,
+            detectable_now=(
+                pilot.detectable_difference(num_seeds, pilot.num_rows, self.power)
+                if num_seeds > 1
+                else None
+            ),
+            share_of_runs=of_runs,
+            share_of_rows=of_rows,
+            share_of_noise=of_noise,
+            precision=(
+                "range" if pilot.nu < MIN_NU else "rough" if pilot.nu < MIN_SURE_NU else "fair"
+            ),
+            plans=tuple(plans),
+        )
+
+    def _plan(self, pilot: Pilot, num_rows: int) -> Plan:
+        low, high = (
+            pilot.find_seeds(self.effect, num_rows, self.power, limit_factor(pilot.nu, level))
+            for level in (1 - PLANNING_LIMIT, PLANNING_LIMIT)
+        )
+        num_runs = None if high is None or pilot.nu < MIN_NU else high * len(self.cells)
+        hours = None if num_runs is None or self.hours is None else num_runs * self.hours
+        return Plan(
+            num_test_rows=num_rows,
+            num_seeds=None if pilot.nu < MIN_NU else high,
+            lowest_num_seeds=low,
+            highest_num_seeds=high,
+            num_runs=num_runs,
+            device_hours=hours,
+        )
+
+    def _list_notes(self, comparisons: Sequence[Comparison]) -> Iterable[str]:
+        least = min(one.degrees_of_freedom for one in comparisons)
+        if least < MIN_NU:
+            yield (
+                "With so few degrees of freedom a pilot gives a range of seeds only: two or three"
+                " seeds of 4 cells or more say much more."
+            )
+        elif least < MIN_SURE_NU:
+            yield "Fewer than 8 degrees of freedom: the numbers are rough."
+        if any(plan.highest_num_seeds is None for one in comparisons for plan in one.plans):
+            yield f"Over {MAX_SEEDS} seeds: more test rows, or a larger difference, are the way."
+        if self.hours is None:
+            yield "No run recorded when its attempts ended: device hours are not known."
+        for reason in self.reasons:
+            yield f"Left out: {reason}."
+
+    def _refuse(self) -> RunnerError:
+        what = f"{self.grid}: no cell of {self.task} has two completed runs"
+        if self.reasons and not self.aligned:
+            what += f" with {self.metric.title} of single rows ({self.reasons[0]})"
+        return RunnerError(
+            f"{what}, so nothing is known of the spread of seeds; plan from a pilot of 2 or 3"
+            " seeds of 4 cells or more",
+            hint=(
+                f"add `seed: [1, 2, 3]` to the axes of recipe_templates/{self.grid}/grid.yaml,"
+                f" then: runner render {self.grid} && runner sweep recipes/{self.grid}"
+            ),
+        )
+
+
+def _share_seeds(cells: Sequence[CellScores]) -> bool:
+    return len(per_seed_cell(cells, [1.0] * len(cells)).seeds) >= 2
+
+
+def _find_hours(cells: Iterable[Cell]) -> float | None:
+    """The mean device hours of a run, of each cell alike."""
+    of_cells = []
+    for cell in cells:
+        hours = [_measure_hours(run) for run in cell.runs if run.state == "completed"]
+        known = [one for one in hours if one is not None]
+        if known:
+            of_cells.append(fmean(known))
+    return fmean(of_cells) if of_cells else None
+
+
+def _measure_hours(run: ReportRow) -> float | None:
+    """All attempts of a run by the clock, times their processes."""
+    if run.run_dir is None:
+        return None
+    seconds = 0.0
+    for attempt in load_record(RunPaths(run.run_dir)).attempts:
+        if attempt.ended_at_utc is not None:
+            began, ended = map(
+                datetime.datetime.fromisoformat, (attempt.started_at_utc, attempt.ended_at_utc)
+            )
+            seconds += (ended - began).total_seconds() * attempt.num_processes
+    return seconds / 3600 if seconds else None
+
+
+def format_power(report: PowerReport) -> str:
+    """The plan for people, at most 120 columns."""
+    unit = report.metric.unit if report.metric.unit != report.metric.title else "its own units"
+    lines = [
+        f"{report.grid}, {report.task}: {report.metric.title}, in {unit}",
+        f"pilot: {report.num_runs} scored runs of {report.num_all_runs}, {report.num_cells} cells,"
+        f" mostly {report.num_seeds} seeds each, {report.num_test_rows} test rows",
+        "",
+        "spread of runs that differ in the seed only (standard deviation)",
+        *_format_pools(report.pools),
+        "",
+        f"to find a difference of {report.effect:g} in {report.power:.0%} of experiments"
+        " (two-sided, at 5%)",
+        *_format_comparisons(report),
+        "",
+        "found now: the difference that the seeds and rows of the pilot find as often.",
+        "of runs, rows, noise: shares of the variance now. More seeds make that of runs smaller,"
+        " more test rows that of",
+        "rows, and both make that of noise smaller.",
+        "seeds: of each cell, planned with the upper 80% limit of the spread. runs, device hours:"
+        " of the whole grid,",
+        "as fast as the runs so far, those of the pilot included.",
+        *report.notes,
+    ]
+    return "\n".join(cut(line, _WIDTH) for line in lines)
+
+
+def as_json(report: PowerReport) -> dict[str, Any]:
+    """The same, for scripts; `limits` is the 95% interval of a standard deviation."""
+    content = asdict(report)
+    content["pools"] = [
+        asdict(pool) | {"sd": pool.sd, "limits": [pool.limit(0.025), pool.limit(0.975)]}
+        for pool in report.pools
+    ]
+    return content
+
+
+def _format_pools(pools: Sequence[PoolSpread]) -> list[str]:
+    rows = [("", "estimate", "true value within (95%)", "planned with", "degrees of freedom")]
+    for pool in pools:
+        low, high = pool.limit(0.025), pool.limit(0.975)
+        within = f"{low:.4f} to {high:.4f}"
+        planned = f"{pool.limit(PLANNING_LIMIT):.4f}" if pool.nu >= MIN_NU else "a range"
+        name = cut_middle(f"  {pool.name}", _NAME_WIDTH)
+        rows.append((name, f"{pool.sd:.4f}", within, planned, str(pool.nu)))
+    return align(rows, left=[0])
+
+
+def _format_comparisons(report: PowerReport) -> list[str]:
+    shares = ("of runs", "of rows", "of noise")
+    rows = [("", "found now", *shares, "test rows", "seeds", "runs", "device hours")]
+    for one in report.comparisons:
+        start = (
+            cut_middle(f"  {one.name}", _NAME_WIDTH),
+            "-" if one.detectable_now is None else f"{one.detectable_now:.4f}",
+            f"{one.share_of_runs:.0%}",
+            f"{one.share_of_rows:.0%}",
+            f"{one.share_of_noise:.0%}",
+        )
+        for plan in one.plans:
+            rows.append((*start, f"{plan.num_test_rows:,}", *_format_plan(plan, one.precision)))
+            start = ("", "", "", "", "")
+    return align(rows, left=[0])
+
+
+def _format_plan(plan: Plan, precision: str) -> tuple[str, str, str]:
+    low, high = (
+        f"over {MAX_SEEDS}" if count is None else str(count)
+        for count in (plan.lowest_num_seeds, plan.highest_num_seeds)
+    )
+    if precision == "range":
+        return (high if low == high else f"{low} to {high}"), "", ""
+    num_runs = "" if plan.num_runs is None else f"{plan.num_runs:,}"
+    hours = ""
+    if plan.device_hours is not None:
+        hours = (
+            f"{plan.device_hours:,.1f}" if plan.device_hours >= 1 else f"{plan.device_hours:.2g}"
+        )
+    return high + (" (rough)" if precision == "rough" else ""), num_runs, hours

@@ -1,0 +1,195 @@
+"""`runner compare` and the options of `runner report`, from arguments to exit codes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cli.main import main
+from runner.recipe.parse import dump_recipe
+from tests.support.reports import make_recipe, pending
+from tests.support.scored_runs import make_attempt, scored, scored_grid
+
+TRUTH = {"full": 1.2, "completion": 1.0}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the runs of one grid: two losses x three seeds."""
+    monkeypatch.chdir(tmp_path)
+    scored_grid(Path("runs"), {"loss": ["full", "completion"]}, lambda loss: TRUTH[loss])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "arms",
+    [
+        ("demo/full_s1", "demo/completion_s1"),
+        ("full_s1", "completion_s1"),
+        ("runs/demo/full_s1", "runs/demo/completion_s1/"),
+        ("full_s1", "completion_s1", "--grid", "demo"),
+    ],
+)
+def test_two_runs(project: Path, capsys: pytest.CaptureFixture[str], arms: tuple[str, ...]) -> None:
+    assert main(["compare", *arms]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("# A: demo/full_s1; B: demo/completion_s1\n")
+    assert "| loss " in shown and "| completion |" in shown and "## What was not recorded" in shown
+    assert "rows only: about these trained models" in shown
+    assert "With all their seeds, of the recipes:" in shown and "| seeds and rows |" in shown
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_an_axis_that_explains_all_returns_0(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "full_s1", "completion_s1", "--axis", "loss"]) == 0
+    assert "Nothing else differs than the axis loss explains." in capsys.readouterr().out
+
+
+def test_what_the_axis_does_not_explain_returns_1(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe("odd", {"loss": "completion", "seed": 4}, "loss=completion")
+    scored(Path("runs"), recipe, 1.0, num_steps=99, attempt=make_attempt(versions={"torch": "9"}))
+    assert main(["compare", "full_s1", "odd", "--axis", "loss"]) == 1
+    assert "**the axis loss does not explain** updates." in capsys.readouterr().out
+    assert main(["compare", "full_s1", "odd"]) == 0
+
+
+def test_two_values_of_an_axis(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compare", "loss=full", "loss=completion", "--grid", "demo", "--axis", "loss"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "3 pairs of runs that agree in all other axes" in shown
+    assert "### loss: full -> completion" in shown and "| all | " in " ".join(shown.split())
+    assert "3 x 40" in shown
+    assert main([*arguments, "--json"]) == 0
+    parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert len(parsed["pairs"]) == 3 and parsed["unexplained"] == []
+    [effects] = parsed["effects"]
+    assert effects["cells"][0]["estimate"] == pytest.approx(-0.2, abs=0.05)
+
+
+def test_two_values_with_one_seed_are_rows_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scored_grid(
+        Path("runs"),
+        {"loss": ["full", "completion"], "num_train_samples": [60, 180]},
+        lambda loss, num_train_samples: TRUTH[loss],
+        seeds=(1,),
+    )
+    assert main(["compare", "loss=full", "loss=completion", "--grid", "demo"]) == 0
+    shown = capsys.readouterr().out
+    assert "no verdict on the recipe" in shown and "1 x 40" in shown
+    # One more condition names one run on each side
+    arms = ["loss=full,num_train_samples=60", "loss=completion,num_train_samples=60"]
+    assert main(["compare", *arms, "--grid", "runs/demo"]) == 0
+    assert "## Differences (B - A)" in capsys.readouterr().out
+
+
+def test_json_of_two_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "full_s1", "completion_s1", "--json"]) == 0
+    parsed = json.loads(capsys.readouterr().out)
+    statuses = {line["what"]: line["status"] for line in parsed["certificate"]}
+    assert statuses["loss"] == "differs" and statuses["test rows"] == "equal"
+    assert statuses["order of the rows"] == "not recorded"
+    assert {one["kind"] for one in parsed["rows_only"]} == {"rows"}
+    assert {one["kind"] for one in parsed["over_seeds"]} == {"seeds and rows"}
+    assert main(["compare", "full_s1", "completion_s1", "--json", "--rows-fixed"]) == 0
+    parsed = json.loads(capsys.readouterr().out)
+    assert {one["kind"] for one in parsed["over_seeds"]} == {"seeds"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["loss=full", "loss=completion"], "no grid is named", "--grid GRID"),
+        (["loss=full", "loss=completion", "--grid", "dem"], "no grid 'dem'", "grids are demo"),
+        (["loss=full", "loss=none", "--grid", "demo"], "no value 'none'", "completion, full"),
+        (["size=1", "size=2", "--grid", "demo"], "axis 'size'", "the axes are loss, seed"),
+        (["full_s1", "full_s9"], "there is no run 'full_s9'", "runner status"),
+        (["full_s1", "full_s1"], "share demo/full_s1", "two different runs"),
+        (["runs/demo", "full_s1"], "names 6 runs, expected one", "axis=value"),
+        (["full_s1", "completion_s1", "--axis", "size"], "no axis 'size'", "axes are loss, seed"),
+        (
+            ["full_s1", "full_s2", "--axis", "loss"],
+            "do not differ in the axis 'loss'",
+            "two values",
+        ),
+        (["full_s1", "completion_s1\x1b[2J"], "completion_s1\\x1b[2J", "runner status"),
+    ],
+)
+def test_wrong_usage_returns_2(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+    hint: str,
+) -> None:
+    assert main(["compare", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and hint in said.partition("hint:")[2]
+
+
+def test_a_name_of_two_grids_is_not_guessed(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored(Path("runs"), make_recipe("full_s1", {"loss": "full"}, grid="other"), 1.0)
+    assert main(["compare", "full_s1", "completion_s1"]) == 2
+    said = capsys.readouterr().err
+    assert "name of 2 runs: runs/demo/full_s1, runs/other/full_s1" in said
+    assert main(["compare", "full_s1", "completion_s1", "--grid", "demo"]) == 0
+
+
+def test_a_recipe_that_was_changed_since_it_ran_is_refused(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe("full_s1", {"loss": "full", "seed": 1}, "training.learning_rate=0.5")
+    path = Path("recipes/demo/full_s1.yaml")
+    path.parent.mkdir(parents=True)
+    path.write_text(dump_recipe(recipe))
+    assert main(["compare", str(path), "completion_s1"]) == 2
+    said = capsys.readouterr().err
+    assert "recipes/demo/full_s1.yaml was changed since it ran" in said
+    assert "name the run directory: runs/demo/full_s1" in said
+    assert main(["report", "recipes/demo"]) == 0
+    said = capsys.readouterr().err
+    assert "1 run is changed: its directory holds another experiment" in said
+    assert "hint: runner report runs/demo\n" in said
+
+
+def test_recipes_that_have_not_run_are_compared_by_their_keys(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, loss in (("a", "full"), ("b", "completion")):
+        recipe = make_recipe(name, {"loss": loss}, f"loss={loss}", grid="new")
+        path = Path(f"recipes/new/{name}.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump_recipe(recipe))
+    assert main(["compare", "new/a", "recipes/new/b.yaml", "--axis", "loss"]) == 0
+    shown = capsys.readouterr().out
+    assert "demo" not in shown and "## Differences" not in shown and "test rows" in shown
+
+
+def test_report_takes_metrics_and_fixed_rows(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "runs/demo", "--metric", "nll_per_token", "--format", "json"]) == 0
+    parsed = json.loads(capsys.readouterr().out)
+    assert [metric["name"] for metric in parsed["metrics"]] == ["nll_per_token"]
+    assert main(["report", "runs/demo", "--rows-fixed"]) == 0
+    assert "these rows only" in capsys.readouterr().out
+    assert main(["report", "runs/demo", "--metric", "bleu"]) == 2
+    said = capsys.readouterr().err
+    assert "no run has the metric 'bleu'" in said and "nll_per_token" in said.partition("hint:")[2]
+
+
+def test_tex_from_the_command_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pending(Path("runs"), make_recipe("p_1", {"loss": "full", "seed": 9}))
+    assert main(["report", "runs", "--format", "tex"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("\\toprule") == 2 and "\\pm" in shown and "full\\_" not in shown
