@@ -151,7 +151,7 @@ def test_a_project_is_made_from_the_installed_wheel(installed: Installed, tmp_pa
         folder.chmod(folder.stat().st_mode & ~0o222)  # as a system's packages are for its users
     installed.runner("init", "study", cwd=tmp_path)
     installed.runner("init", "demo", "--from", "demo", cwd=tmp_path)
-    for name, grid, num_recipes in (("study", "first", 4), ("demo", "demo", 12)):
+    for name, grid, num_recipes in (("study", "first", 12), ("demo", "demo", 24)):
         installed.runner("render", cwd=tmp_path / name)
         checked = installed.runner("check", f"recipes/{grid}", "--schema-only", cwd=tmp_path / name)
         assert f"{num_recipes} recipes are well-formed" in checked
@@ -170,14 +170,14 @@ def test_a_project_trains_from_the_installed_wheel(
     )
     study = tmp_path / "study"
     installed.runner("render", cwd=study)
-    assert "4 recipes can be trained" in installed.runner("check", "recipes/first", cwd=study)
+    assert "12 recipes can be trained" in installed.runner("check", "recipes/first", cwd=study)
     assert (
         installed.runner("sweep", "recipes/first", "--dry-run", cwd=study).count(
             "accelerate launch"
         )
-        == 4
+        == 12
     )
-    one = ("--where", "loss=completion", "--where", "num_train_samples=2")
+    one = ("--where", "loss=completion", "--where", "num_train_samples=2", "--where", "seed=1")
     installed.runner("sweep", "recipes/first", *one, cwd=study)
     statuses = json.loads(installed.runner("status", "--json", cwd=study))
     assert [status["state"] for status in statuses].count("completed") == 1

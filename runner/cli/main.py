@@ -491,7 +491,7 @@ def _add_model_verbs(verbs: Any) -> None:
 
 def _add_tuned_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run_dir", type=Path, metavar="RUN_DIR", help="such as runs/demo/gemma_060_full"
+        "run_dir", type=Path, metavar="RUN_DIR", help="such as runs/demo/gemma_060_full_seed1"
     )
     parser.add_argument(
         "--checkpoint",

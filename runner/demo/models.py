@@ -1,4 +1,4 @@
-"""Owns the folder of the demo's three base models: builds what is missing, offline, in under a
+"""Owns the folder of the demo's two base models: builds what is missing, offline, in under a
 minute on two cores.
 
 The same source gives the same bytes on the same machine. Each model is trained in a process of its
@@ -26,7 +26,7 @@ from typing import Any
 from runner.demo.plans import Pretraining
 from runner.processes import die_with_parent
 
-DEMO_FAMILIES = ("gemma", "llama", "mistral")
+DEMO_FAMILIES = ("gemma", "llama")
 MANIFEST_NAME = ".demo_model.json"  # hidden: it holds times, and is no part of the model's content
 BUILDER_SOURCES = ("corpus.py", "families.py", "plans.py", "weights.py")
 

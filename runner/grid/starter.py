@@ -8,6 +8,7 @@ top of the source tree; a wheel holds them in `runner/stock`. What a data file h
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,9 @@ _CARD_KEYS: Final = (
 _MIN_ROWS: Final = 4
 _MAX_HELD_OUT: Final = 100
 _MAX_TRAIN: Final = 1000
+_BATCH: Final = 8  # rows of one update
+_MIN_STEPS: Final = 12
+_NUM_EVALUATIONS: Final = 6
 _LENGTHS: Final = (128, 256, 512, 1024, 2048, 4096)
 _NO_TEMPLATE: Final = "recipe_templates/chat/human_assistant.jinja"
 _UNREMARKABLE_COLUMNS: Final = ("id", "idx")  # that nobody reads them is no news
@@ -233,6 +237,16 @@ def choose_train_counts(num_left: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, largest // 4), largest}))
 
 
+def choose_max_steps(num_rows: int) -> int:
+    """Updates of eight rows in three passes over the largest training set, and not too few to learn
+    by.
+
+    >>> [choose_max_steps(num_rows) for num_rows in (2, 320, 1000)]
+    [12, 120, 375]
+    """
+    return max(_MIN_STEPS, 3 * math.ceil(num_rows / _BATCH))
+
+
 def guess_max_length(num_bytes: int) -> int:
     """A `max_length` in tokens that holds a row of so many bytes, at two bytes a token, within what
     models take.
@@ -344,6 +358,7 @@ def write_starter(
     already.
     """
     counts = list(data.train_counts)
+    max_steps = choose_max_steps(counts[-1])
     values = {
         "DIGITS": str(max(3, len(str(counts[-1])))),
         "MODELS": quote_yaml(list(cards)),
@@ -354,6 +369,9 @@ def write_starter(
         "NUM_VALIDATION": str(data.num_validation),
         "NUM_TEST": str(data.num_test),
         "MAX_LENGTH": str(data.max_length),
+        "BATCH": str(_BATCH),
+        "MAX_STEPS": str(max_steps),
+        "EVAL_STEPS": str(math.ceil(max_steps / _NUM_EVALUATIONS)),
         # A model of a million parameters learns nothing at the rate that suits a real one.
         "LEARNING_RATE": "4e-3" if list(cards) == [DEMO_CARD] else "2e-4",
     }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from runner.data.draw import SPLITS
 from runner.preflight.survey import CheckedRun, CheckResult, check_recipes, group_runs
-from runner.recipe.libraries import REPORT_LIBRARIES, hide_libraries, uses_loftq
+from runner.recipe.libraries import hide_libraries
 from runner.recipe.parse import Recipe
 from runner.text import align
 
@@ -44,8 +44,6 @@ def print_check(
     # Between PEFT and Transformers, which nobody can act on.
     warnings.simplefilter("ignore", FutureWarning)
     hide_libraries(("wandb",))  # TRL would import it; whether it is installed has been looked at
-    if not any(map(uses_loftq, recipes)):
-        hide_libraries(REPORT_LIBRARIES)
     from runner.preflight.trainer import check_trainers
 
     check_trainers(recipes, result)

@@ -34,7 +34,7 @@ from runner.recipe.data_files import find_source_files
 from runner.recipe.data_section import DataSection
 from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe
-from runner.recipe.schedule import Schedule, derive_schedule, find_doubts
+from runner.recipe.schedule import Schedule, derive_schedule, find_changed_updates, find_doubts
 from runner.recipe.schema import ModelSection
 from runner.recipe.trackers import require_trackers
 from runner.run.allowed_code import load_code
@@ -179,6 +179,8 @@ def check_recipes(
             _check_pair(result, group, tokenizer, raw, once)
         progress.step(f"{model.path} on {data.train_sources[0].path}")
     _find_twins(result)
+    for text, names in find_changed_updates([(run.recipe, run.schedule) for run in result.runs]):
+        result.warnings[text] = names
     return result
 
 

@@ -66,7 +66,8 @@ def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
     stored = facts.stored if run_dir.is_dir() else None
     if stored is None:
         raise RefusedError(
-            f"{run_dir} is not a run directory", hint="give one such as runs/demo/gemma_060_full"
+            f"{run_dir} is not a run directory",
+            hint="give one such as runs/demo/gemma_060_full_seed1",
         )
     if checkpoint is None:
         status = read_status(facts, stored.recipe, {})

@@ -24,10 +24,6 @@ _TORCH_OPTIMIZERS: Final = (
 )
 
 
-# What only reports are made with.
-REPORT_LIBRARIES: Final = ("scipy", "matplotlib")
-
-
 def find_unused_libraries(recipe: Recipe, *, uses_deepspeed: bool = False) -> list[str]:
     """The libraries of these five that the recipe has no use for. `uses_deepspeed` is what the
     launcher says: a command typed by hand may name another config than the recipe.
@@ -47,24 +43,17 @@ def find_unused_libraries(recipe: Recipe, *, uses_deepspeed: bool = False) -> li
         "bitsandbytes": bitsandbytes,
         "deepspeed": deepspeed,
         # bitsandbytes and DeepSpeed import it in some functions, PEFT for LoftQ.
-        "scipy": has_trackers or bitsandbytes or deepspeed or uses_loftq(recipe),
+        "scipy": has_trackers or bitsandbytes or deepspeed or _uses_loftq(recipe),
         "matplotlib": has_trackers,
     }
     return [name for name, used in is_used.items() if not used]
 
 
-def uses_loftq(recipe: Recipe) -> bool:
-    """Whether the adapter's first weights are made by LoftQ, which needs SciPy."""
-    adapter = recipe.adapter
-    return (
-        isinstance(adapter, Lora) and adapter.lora_arguments().get("init_lora_weights") == "loftq"
-    )
-
-
 def hide_libraries(names: Iterable[str]) -> None:
     """Make libraries look as if they were not installed, in this process and until it ends.
 
-    Called before the first import of TRL or PEFT; what has been imported already stays.
+    Called before the first import of Transformers, TRL or PEFT: what has been imported already
+    stays, and Transformers looks for SciPy once.
     """
     for name in names:
         # Python's way to say that there is none.
@@ -77,6 +66,14 @@ def _uses_bitsandbytes(recipe: Recipe) -> bool:
         recipe.quantization.method != "none"
         or optimizer not in _TORCH_OPTIMIZERS
         or _may_be_quantized(recipe.model.path, recipe.model.revision)
+    )
+
+
+def _uses_loftq(recipe: Recipe) -> bool:
+    """Whether the adapter's first weights are made by LoftQ, which needs SciPy."""
+    adapter = recipe.adapter
+    return (
+        isinstance(adapter, Lora) and adapter.lora_arguments().get("init_lora_weights") == "loftq"
     )
 
 

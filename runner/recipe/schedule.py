@@ -4,14 +4,16 @@ and saves.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from runner.recipe.parse import Recipe, derive_accumulation
 
 _FEW_UPDATES: Final = 10
+_MAX_SHOWN_LENGTHS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -133,3 +135,44 @@ def find_doubts(recipe: Recipe, schedule: Schedule) -> Iterator[str]:
             f" `per_device_train_batch_size: {recipe.training.per_device_train_batch_size}` cannot"
             " be halved"
         )
+
+
+def find_changed_updates(
+    runs: Sequence[tuple[Recipe, Schedule]],
+) -> Iterator[tuple[str, list[str]]]:
+    """A warning for each axis of a grid that changes the number of updates, and the runs concerned:
+    what it shows is then also an effect of longer training.
+
+    An axis that states the length itself, or changes the task, is meant to.
+    """
+    # Runs that are equal but for the axis: label -> updates
+    lengths: dict[tuple[str, str], dict[str, dict[str, int]]] = {}
+    names: dict[tuple[str, str], list[str]] = {}
+    for recipe, schedule in runs:
+        length = [recipe.training.num_train_epochs, recipe.training.max_steps]
+        for axis, label in recipe.run.axes.items():
+            others = {name: one for name, one in recipe.run.axes.items() if name != axis}
+            key = json.dumps([others, length, recipe.data.task.name], sort_keys=True)
+            of_axis = lengths.setdefault((recipe.run.grid, axis), {})
+            of_axis.setdefault(key, {})[_show_label(label)] = schedule.num_updates
+            names.setdefault((recipe.run.grid, axis), []).append(recipe.run.full_name)
+    for (grid, axis), groups in lengths.items():
+        changes = dict.fromkeys(
+            (" -> ".join(group), " -> ".join(map(str, group.values())))
+            for group in groups.values()
+            if len(set(group.values())) > 1
+        )
+        if changes:
+            (labels, updates), *elsewhere = changes
+            rest = ", ".join(other for _, other in elsewhere[: _MAX_SHOWN_LENGTHS - 1])
+            yield (
+                f"`{axis}` {labels} changes the number of updates {updates}"
+                f"{f' (elsewhere {rest})' if rest else ''}: the runs differ in how long they train"
+                " too; set `training.max_steps` in place of `num_train_epochs` to compare"
+                f" `{axis}` alone",
+                names[grid, axis],
+            )
+
+
+def _show_label(label: object) -> str:
+    return label if isinstance(label, str) else json.dumps(label)

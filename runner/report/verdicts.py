@@ -60,7 +60,11 @@ class _Writer:
         sentences, unclear, refused = [], [], []
         for one in effects:
             with_seeds = [effect for effect in one.main if _is_of_seeds(effect)]
-            if one.depends_on or any(effect.is_clear for effect in with_seeds):
+            is_told = any(
+                effect.is_clear or (effect.interval and effect.interval.kind == "identical")
+                for effect in with_seeds
+            )
+            if one.depends_on or is_told:
                 sentences += self.tell_all(one)
             elif with_seeds:
                 unclear.append(f"{self._name(one)} ({_describe_values(one)}, {one.metric.unit})")

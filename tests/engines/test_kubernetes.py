@@ -166,7 +166,9 @@ def test_each_index_starts_its_run_whatever_its_path(
     text = (ROOT / DEMO).read_text()
     (tmp_path / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")
     for number, name in enumerate(names):
-        (tmp_path / f"{name}.yaml").write_text(text.replace("gemma_060_full", f"run{number}", 1))
+        (tmp_path / f"{name}.yaml").write_text(
+            text.replace("gemma_060_full_seed1", f"run{number}", 1)
+        )
     monkeypatch.chdir(tmp_path)
     tool = tmp_path / "bin" / "runner"
     tool.parent.mkdir()

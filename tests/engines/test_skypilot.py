@@ -63,7 +63,7 @@ def test_the_machine_sweeps_every_run_whatever_its_path(
     (tmp_path / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")
     for number, name in enumerate(names):
         (tmp_path / f"{name}.yaml").write_text(
-            (ROOT / DEMO).read_text().replace("gemma_060_full", f"run{number}", 1)
+            (ROOT / DEMO).read_text().replace("gemma_060_full_seed1", f"run{number}", 1)
         )
     monkeypatch.chdir(tmp_path)
     tool = tmp_path / "bin" / "runner"

@@ -72,7 +72,9 @@ def build(root: Path, *names: str, project: Path | None = None) -> str:
 
 def test_the_script_of_a_grid() -> None:
     root = Path("/home/me/my 'study'")
-    text = build(root, "demo/gemma_060_full", "demo/gemma_180_full", "demo/llama_060_full")
+    text = build(
+        root, "demo/gemma_060_full_seed1", "demo/gemma_180_full_seed1", "demo/llama_060_full_seed1"
+    )
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(text)
     assert GOLDEN.read_text() == text, "UPDATE_GOLDEN=1 rewrites it"

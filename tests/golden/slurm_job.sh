@@ -15,9 +15,9 @@
 #SBATCH --exclusive
 
 runs=(
-  demo/gemma_060_full
-  demo/gemma_180_full
-  demo/llama_060_full
+  demo/gemma_060_full_seed1
+  demo/gemma_180_full_seed1
+  demo/llama_060_full_seed1
 )
 # USR1: the time limit is near, or a job of higher priority wants the machine. The run is asked to checkpoint, and the
 # task is queued again. TERM (`scancel`, or the time limit itself) reaches all processes; it ends the task for good.

@@ -66,7 +66,14 @@ def test_the_printed_commands_work(
     assert main(verbs[0]) == main(["render", "--check"]) == 0
     assert main([*verbs[1], "--schema-only"]) == main(verbs[2]) == main(verbs[4]) == 0
     recipes = load_rendered()
-    assert len(recipes) == 4 and {recipe.loss for recipe in recipes} == {"full", "completion"}
+    assert len(recipes) == 12 and {recipe.loss for recipe in recipes} == {"full", "completion"}
+    # What is compared differs in nothing else: not in the number of updates, nor in a shared seed.
+    assert {recipe.training.max_steps for recipe in recipes} == {120}
+    assert {recipe.run.axes["seed"] for recipe in recipes} == {1, 2, 3}
+    assert len({recipe.training.seed for recipe in recipes}) == 12
+    assert {recipe.data.seed for recipe in recipes} == {42}
+    [declared] = {recipe.run.declared for recipe in recipes}
+    assert [(one.axis, one.from_, one.to) for one in declared] == [("loss", "full", "completion")]
     for recipe in recipes:
         assert (
             Path(recipe.launch.accelerate_config).is_file()
@@ -81,7 +88,7 @@ def test_the_printed_commands_work(
     done = subprocess.run(
         ["sweeps/first.sh", "--dry-run"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and done.stdout.count("accelerate launch") == 4, done.stderr
+    assert done.returncode == 0 and done.stdout.count("accelerate launch") == 12, done.stderr
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -31,7 +31,7 @@ ZERO3 = (
 SUMMARIES = "recipes/summaries/gemma-2-9b-it_task-1_auto_060_completion_acc16.yaml"
 MATH = "recipes/math_tools/gemma-7b-it_lr5e-6.yaml"
 COMMANDS: list[tuple[str, tuple[str, ...], Placement]] = [
-    ("recipes/demo/gemma_060_completion.yaml", (), Placement(1, None, 2)),
+    ("recipes/demo/gemma_060_completion_seed1.yaml", (), Placement(1, None, 2)),
     (SUMMARIES, (), Placement(1, ("0",), 8)),
     (SUMMARIES, (), Placement(1, ("GPU-6f0c",), 1)),
     (SUMMARIES, MULTI_GPU, Placement(2, ("2", "5"), 64)),

@@ -52,6 +52,21 @@ def test_a_grid_is_described_by_one_block_per_model(project: Project) -> None:
         assert text in done.stdout, text
 
 
+def test_an_axis_that_changes_the_number_of_updates_is_warned_of(project: Project) -> None:
+    project.add_model("gemma")
+    for rows in (12, 20):
+        for loss in ("full", "completion"):
+            axes = f"run.axes={{rows: {rows}, loss: {loss}}}"
+            changes = (axes, f"loss={loss}", f"data.num_train_samples={rows}")
+            changes += ("training.num_train_epochs=4",)
+            project.write_recipe(f"recipes/tests/{loss}-{rows}.yaml", *changes)
+    done = project.cli("check", "recipes/tests")
+    assert done.returncode == 0, done.stderr
+    said = "warning: `rows` 12 -> 20 changes the number of updates 12 -> 20:"
+    assert done.stdout.count(said) == done.stdout.count("changes the number of updates") == 1
+    assert "4 recipes can be trained, 1 warning" in done.stdout.splitlines()[-1], done.stdout
+
+
 def test_one_mistake_of_many_recipes_is_said_once(project: Project) -> None:
     project.add_model("gemma")
     for seed in (1, 2):
@@ -227,7 +242,10 @@ def test_216_recipes_on_three_tokenizers_are_checked_in_one_pass(
     recipes_dir = benchmark.build_project(tmp_path, num_turns=2)
     monkeypatch.chdir(tmp_path)
     result = check_recipes([load_recipe(path) for path in sorted(recipes_dir.glob("*.yaml"))])
-    assert not result.errors and not result.warnings
+    assert not result.errors
+    [counts, accumulation] = result.warnings
+    for text, axis in ((counts, "num_train_samples"), (accumulation, "gradient_accumulation")):
+        assert text.startswith(f"`{axis}") and "changes the number of updates" in text
     assert len(result.runs) == 216
     assert {run.splits["train"].num_rows for run in result.runs} == {60, 120, 180}
     assert all(

@@ -129,10 +129,12 @@ def test_the_axes_of_the_summaries_grid_are_what_the_recipe_does() -> None:
 
 # What each axis changes in a recipe, beside `run` and `tracking`; a key covers everything below it.
 AXIS_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
+    # Its cells have seeds of their own.
     "demo": {
-        "model": ("model.path",),
-        "loss": ("loss",),
-        "num_train_samples": ("data.num_train_samples",),
+        "model": ("model.path", "training.seed"),
+        "loss": ("loss", "training.seed"),
+        "num_train_samples": ("data.num_train_samples", "training.seed"),
+        "seed": ("training.seed",),
     },
     "secret_word": {"loss": ("loss",), "seed": ("training.seed",)},
     "math_tools": {"model": ("model",), "learning_rate": ("training.learning_rate",)},
@@ -240,7 +242,7 @@ def test_committed_recipes_state_every_choice(grid: str) -> None:
 
 def test_the_demo_grid_is_whole() -> None:
     found = Counter(tuple(recipe.run.axes.values()) for recipe in recipes_of("demo").values())
-    axes = (("gemma", "llama", "mistral"), ("full", "completion"), (60, 180))
+    axes = (("gemma", "llama"), ("full", "completion"), (60, 180), (1, 2, 3))
     assert found == Counter(itertools.product(*axes))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runner.recipe.parse import Recipe, parse_recipe
-from runner.recipe.schedule import derive_schedule, find_doubts
+from runner.recipe.schedule import derive_schedule, find_changed_updates, find_doubts
 from tests.conftest import RECIPE_TEXT
 
 
@@ -107,3 +107,58 @@ def test_more_processes_keep_the_updates() -> None:
 
 def test_dropping_the_incomplete_micro_batch_is_counted() -> None:
     assert derive_schedule(recipe("training.dataloader_drop_last=true"), 21).num_rows == 20
+
+
+def said_of(*runs: tuple[dict[str, object], int, tuple[str, ...]]) -> dict[str, list[str]]:
+    """The warnings about runs, each given by its axes, its rows and its overrides."""
+    pairs = []
+    for number, (axes, rows, overrides) in enumerate(runs):
+        one = recipe(*overrides, f"run={{name: r{number}, grid: g}}")
+        one = one.model_copy(update={"run": one.run.model_copy(update={"axes": axes})})
+        pairs.append((one, derive_schedule(one, rows)))
+    return dict(find_changed_updates(pairs))
+
+
+def test_an_axis_that_changes_the_number_of_updates_is_named_once() -> None:
+    """One warning for all pairs of runs, whose other axes are equal."""
+    eight = ("training.global_batch_size=8", "training.num_train_epochs=4")
+    grid = [
+        ({"loss": loss, "rows": rows, "seed": seed}, rows, eight)
+        for loss in ("full", "completion")
+        for rows in (60, 180)
+        for seed in (1, 2)
+    ]
+    [(text, names)] = said_of(*grid).items()
+    assert text == (
+        "`rows` 60 -> 180 changes the number of updates 32 -> 92: the runs differ in how long they"
+        " train too; set `training.max_steps` in place of `num_train_epochs` to compare `rows`"
+        " alone"
+    )
+    assert names == [f"g/r{number}" for number in range(8)]
+    equal = ("training={max_steps: 46, num_train_epochs: null}", "training.global_batch_size=8")
+    assert said_of(*[(axes, rows, equal) for axes, rows, _ in grid]) == {}
+
+
+def test_different_changes_of_one_axis_are_told_together() -> None:
+    def accumulate(size: int) -> tuple[str, ...]:
+        return (f"training.global_batch_size={size}", "training.num_train_epochs=1")
+
+    said = said_of(
+        *(({"batch": size, "rows": n}, n, accumulate(size)) for size in (4, 8) for n in (16, 32))
+    )
+    assert [text.partition(":")[0] for text in said] == [
+        "`batch` 4 -> 8 changes the number of updates 4 -> 2 (elsewhere 8 -> 4)",
+        "`rows` 16 -> 32 changes the number of updates 4 -> 8 (elsewhere 2 -> 4)",
+    ]
+
+
+def test_an_axis_that_states_the_length_is_meant_to_change_it() -> None:
+    def last(steps: int) -> tuple[str, ...]:
+        return (f"training={{max_steps: {steps}, num_train_epochs: null}}",)
+
+    assert said_of(*(({"steps": n}, 60, last(n)) for n in (10, 20))) == {}
+    epochs = [({"epochs": n}, 60, (f"training.num_train_epochs={n}",)) for n in (1, 2)]
+    assert said_of(*epochs) == {}
+    # Another task is no comparison at all.
+    tasks = [({"task": "a"}, 60, ()), ({"task": "b"}, 90, ("data.task={name: alpaca}",))]
+    assert said_of(*tasks) == {}

@@ -1,5 +1,6 @@
 """Effects over cells: each situation in which the paired means of before misled."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from runner.report.build import build_report
 from runner.report.cells import find_seed_axis
 from runner.report.effects import AxisEffects, Report
+from runner.report.rows import ReportRow
 from runner.run.record import Failure
 from tests.support.reports import Run, not_completed, pending, rows_of
 from tests.support.scored_runs import make_seed_recipe, scored, scored_grid
@@ -225,13 +227,22 @@ def test_seeds_of_their_own_are_still_seeds(tmp_path: Path) -> None:
 
 
 def test_two_cells_alone_are_paired_where_seeds_share_their_start(tmp_path: Path) -> None:
-    def build(root: Path, **more: object) -> str:
-        runs = scored_grid(
-            root, {"loss": ["full", "completion"]}, lambda loss: 2.0 + (loss == "full"), **more
-        )
-        return find(report_of(runs), "loss").cells[0].design
+    runs = scored_grid(
+        tmp_path, {"loss": ["full", "completion"]}, lambda loss: 2.0 + (loss == "full")
+    )
+    rows = rows_of(runs)
 
-    assert "Welch" in build(tmp_path / "unknown"), "not recorded is not the same"
+    def find_design(rows: list[ReportRow]) -> str:
+        return find(build_report(rows), "loss").cells[0].design
+
+    assert "Welch" in find_design(rows), "not recorded is not the same"
+    same = [
+        replace(row, initial_weights_hash=f"w{row.seed}", row_order_hash=f"o{row.seed}")
+        for row in rows
+    ]
+    assert "paired by seed (3 shared; initial weights and row order" in find_design(same)
+    other = [replace(row, row_order_hash="other") if row.name == "full_s2" else row for row in same]
+    assert "Welch" in find_design(other)
 
 
 def test_across_base_models_the_unit_is_bits_per_byte(tmp_path: Path) -> None:

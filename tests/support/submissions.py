@@ -12,8 +12,8 @@ from runner.engines.manifests import ManifestOptions, PendingRun
 from runner.plan.select import select_recipes
 from tests.conftest import ROOT
 
-DEMO = "recipes/demo/gemma_060_full.yaml"  # one process on the CPU
-DEMO_2 = "recipes/demo/llama_060_full.yaml"
+DEMO = "recipes/demo/gemma_060_full_seed1.yaml"  # one process on the CPU
+DEMO_2 = "recipes/demo/llama_060_full_seed1.yaml"
 EIGHT_GPUS = "recipes/math_tools/gemma-7b-it_lr5e-6.yaml"
 
 
