@@ -50,7 +50,7 @@ from runner.report.wording import count, count_states
 from runner.text import cut, format_bytes
 
 MAX_PAGE_BYTES: Final = 2_400_000  # after which no more rows are added
-MAX_ROWS_IN_PAGE: Final = 40  # of one comparison: the others are in its own page
+MAX_ROWS_IN_PAGE: Final = 200  # of one comparison
 MAX_COMPARISONS: Final = 60  # in the row explorer
 MAX_TEXT: Final = 2_000  # characters of a prompt or an answer in the page
 MAX_TEXT_ALONE: Final = 20_000  # in the page of one comparison
