@@ -1,0 +1,177 @@
+"""The answer in words: declared contrasts first, and never equality for want of a difference."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from runner.report.build import build_report
+from runner.report.effects import AxisEffects, Report
+from runner.report.rows import ReportRow
+from tests.support.reports import make_recipe, pending, rows_of
+from tests.support.scored_runs import make_attempt, scored, scored_grid
+
+AXES = {"model": ["a", "b"], "loss": ["full", "completion"]}
+
+
+def contrast(**more: Any) -> SimpleNamespace:
+    fields = {"axis": "loss", "from_": "full", "to": "completion", "margin": None}
+    return SimpleNamespace(**(fields | {"metric": "nll_per_completion_token"} | more))
+
+
+def declaring_rows(
+    root: Path,
+    effect: float,
+    declared: Any,
+    then: Callable[[ReportRow], Any] | None = None,
+    **settings: Any,
+) -> list[ReportRow]:
+    """Two models x two losses x three seeds; `then` is what a run's first attempt recorded."""
+    runs = scored_grid(
+        root,
+        AXES,
+        lambda model, loss: 2.0 + effect * (loss == "completion") + 0.5 * (model == "b"),
+        attempt=make_attempt(),
+        **({"sd_run": 0.002, "sd_row": 0.02} | settings),
+    )
+    return [
+        replace(
+            row,
+            declared_now=(declared,),
+            declared_then=(declared,) if then is None else then(row),
+        )
+        for row in rows_of(runs)
+    ]
+
+
+def find_loss(report: Report) -> AxisEffects:
+    [found] = [one for one in report.effects if one.axis == "loss"]
+    return found
+
+
+def test_a_declared_contrast_comes_first_and_is_confirmatory(tmp_path: Path) -> None:
+    report = build_report(declaring_rows(tmp_path, -0.283, contrast()))
+    main = find_loss(report).main
+    assert all(effect.is_confirmatory and effect.is_clear for effect in main)
+    others = [e for one in report.effects if one.axis != "loss" for e in one.shown]
+    assert others and not any(effect.is_confirmatory for effect in others)
+    first = next(text for text in report.verdicts if "better" in text)
+    assert first.startswith("loss: completion is better than full by 0.28")
+    assert (
+        "nats per completion token" in first and "3 seeds x 40 test rows, Holm p < 0.001" in first
+    )
+    assert "exploratory" not in first
+    later = [text for text in report.verdicts if text.startswith("model:")]
+    assert later and all("exploratory" in text or "depends" in text for text in later)
+
+
+def test_the_direction_is_that_of_the_declaration(tmp_path: Path) -> None:
+    rows = declaring_rows(tmp_path, -0.283, contrast(from_="completion", to="full"))
+    loss = find_loss(build_report(rows))
+    assert (loss.reference, loss.compared) == ("completion", "full")
+    assert all(e.interval is not None and e.interval.estimate > 0.2 for e in loss.main)
+
+
+def test_a_margin_shows_equivalence_and_no_margin_shows_none(tmp_path: Path) -> None:
+    within = build_report(declaring_rows(tmp_path / "in", 0.0, contrast(margin=0.1)))
+    text = "\n".join(within.verdicts)
+    assert "the two are equivalent within the declared 0.1 nats per completion token" in text
+    assert all(e.equivalence is not None and e.equivalence.is_shown for e in find_loss(within).main)
+    outside = build_report(declaring_rows(tmp_path / "out", 0.0, contrast(margin=0.0001)))
+    text = "\n".join(outside.verdicts)
+    assert "equivalence within 0.0001 is not shown" in text
+    assert "this does not show that they are equal" in text
+    none = build_report(declaring_rows(tmp_path / "none", 0.0, contrast()))
+    assert all(effect.equivalence is None for effect in find_loss(none).main)
+    assert "are equivalent" not in "\n".join(none.verdicts)
+
+
+def test_a_contrast_declared_after_a_start_is_exploratory(tmp_path: Path) -> None:
+    def then(row: ReportRow) -> tuple[Any, ...]:
+        return () if row.name == "a_full_s2" else (contrast(),)
+
+    report = build_report(declaring_rows(tmp_path, -0.283, contrast(), then))
+    main = find_loss(report).main
+    why = "declared after demo/a_full_s2 had started on 2026-01-02"
+    touched = [effect for effect in main if effect.why_exploratory]
+    assert touched and all(effect.why_exploratory == why for effect in touched)
+    assert not any(effect.is_confirmatory for effect in touched)
+    assert f"exploratory: {why}, Benjamini-Hochberg" in "\n".join(report.verdicts)
+
+
+def test_a_margin_that_was_changed_later_does_not_count(tmp_path: Path) -> None:
+    rows = declaring_rows(
+        tmp_path, -0.283, contrast(margin=0.5), lambda row: (contrast(margin=0.02),)
+    )
+    for effect in find_loss(build_report(rows)).main:
+        assert effect.equivalence is None and not effect.is_confirmatory
+        assert effect.why_exploratory.startswith("declared with another margin after demo/")
+
+
+def test_a_run_that_recorded_no_declaration_makes_it_exploratory(tmp_path: Path) -> None:
+    rows = declaring_rows(tmp_path, -0.283, contrast(), lambda row: None)
+    assert not any(effect.is_confirmatory for effect in find_loss(build_report(rows)).main)
+
+
+def test_a_declaration_of_what_is_not_there_is_a_warning_by_name(tmp_path: Path) -> None:
+    for wrong, said in (
+        ({"axis": "rank"}, "no run has the axis `rank`; there are: model, loss, seed"),
+        ({"to": "prompt"}, "no run has loss prompt; there are: full, completion"),
+        ({"metric": "rouge"}, "no run has the metric `rouge`"),
+    ):
+        rows = declaring_rows(tmp_path / str(said), 0.0, contrast(**wrong))
+        warnings = build_report(rows).warnings
+        assert any(said in text and text.startswith("demo declares") for text in warnings)
+
+
+def test_a_declared_metric_is_compared_where_it_would_not_be_chosen(tmp_path: Path) -> None:
+    rows = declaring_rows(tmp_path, -0.283, contrast(metric="bits_per_byte"))
+    loss = [one for one in build_report(rows).effects if one.axis == "loss"]
+    assert [one.metric.name for one in loss] == ["nll_per_completion_token", "bits_per_byte"]
+    assert [any(e.is_confirmatory for e in one.main) for one in loss] == [False, True]
+
+
+def test_what_is_not_clear_is_never_told_as_equal(tmp_path: Path) -> None:
+    runs = scored_grid(tmp_path, {"loss": ["full", "completion"]}, lambda loss: 2.0, sd_run=0.05)
+    [verdict] = build_report(rows_of(runs)).verdicts
+    assert verdict.startswith("No clear difference, which does not show that two values are equal")
+    assert "significant" not in verdict
+
+
+def test_a_larger_metric_of_answers_is_better(tmp_path: Path) -> None:
+    sst2 = "data.task={name: sst2, prompt: '{sentence}'}"
+    runs = scored_grid(
+        tmp_path,
+        {"loss": ["full", "completion"]},
+        lambda loss: 2.0,
+        overrides=lambda **_: [sst2],
+        scores=lambda loss, seed: {
+            "accuracy": [float(at % 10 < 3 + 6 * (loss == "full")) for at in range(40)]
+        },
+    )
+    text = "\n".join(build_report(rows_of(runs)).verdicts)
+    assert "loss: full is better than completion by 0.600 in accuracy" in text
+
+
+def test_two_seeds_say_how_little_they_show(tmp_path: Path) -> None:
+    runs = scored_grid(
+        tmp_path,
+        {"loss": ["full", "completion"]},
+        lambda loss: 2.0 + 1.0 * (loss == "full"),
+        seeds=(1, 2),
+        sd_run=0.001,
+    )
+    assert "2 seeds: only very large differences show" in "\n".join(
+        build_report(rows_of(runs)).verdicts
+    )
+
+
+def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
+    waiting = [pending(tmp_path / "w", make_recipe(f"r{x}", {"x": x})) for x in (1, 2)]
+    assert build_report(rows_of(waiting)).verdicts == ("No run has a score yet.",)
+    alone = [scored(tmp_path / "a", make_recipe("alone", {"x": 1}), 2.0)]
+    assert build_report(rows_of(alone)).verdicts == (
+        "The runs differ in no axis but the seed: there is nothing to compare.",
+    )
+    assert build_report([]).verdicts == ("No run has a score yet.",)
