@@ -155,11 +155,15 @@ def _find_other_step_0(runs: Sequence[ReportRow]) -> tuple[ReportRow, ReportRow]
         first = firsts.setdefault(key, run)
         before = first.base.nll_per_completion_token
         assert before is not None
-        is_exact = run.recipe.model.dtype == "float32"
-        tolerance = _SAME_FLOAT32_BASE if is_exact else _SAME_BASE
-        if not math.isclose(before, score, rel_tol=tolerance):
+        if not is_same_base_score(run, before, score):
             return first, run
     return None
+
+
+def is_same_base_score(run: ReportRow, first: float, second: float) -> bool:
+    """True where two scores at step 0 may be of one base model, in the dtype of a run."""
+    is_exact = run.recipe.model.dtype == "float32"
+    return math.isclose(first, second, rel_tol=_SAME_FLOAT32_BASE if is_exact else _SAME_BASE)
 
 
 def _find_other_functions(metric: Metric, runs: Runs) -> str:

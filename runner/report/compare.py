@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from runner.report.comparability import is_same_base_score
 from runner.report.rows import ReportRow, axis_key, axis_text
 from runner.text import cut_middle
 
@@ -81,6 +82,8 @@ class _Fact:
     find: Callable[[ReportRow], Any]  # None: not recorded
     # A difference follows from a difference in a key of the recipe that begins with one of these.
     causes: tuple[str, ...] = ()
+    # Of a row and both values: whether they count as equal; None: `==`.
+    is_same: Callable[[ReportRow, Any, Any], bool] | None = None
     # Pairs of which it can be said at all; None: all.
     applies: Callable[[ReportRow, ReportRow], bool] | None = None
 
@@ -248,7 +251,15 @@ def _list_facts(pairs: Sequence[tuple[ReportRow, ReportRow]]) -> list[_Fact]:
     facts = [_Fact("rows", "rules of rows and masks", lambda row: row.rules)]
     for split, causes in (("train", ("data",)), ("validation", _EVAL_ROWS), ("test", _EVAL_ROWS)):
         facts += _list_facts_of_split(split, causes)
-    facts.append(_Fact("model", "scores of the base model", _find_base, ("model", "data.task")))
+    facts.append(
+        _Fact(
+            "model",
+            "scores of the base model",
+            lambda row: row.base.nll_per_completion_token,
+            ("model", "quantization", *_EVAL_ROWS),
+            is_same_base_score,
+        )
+    )
     for key in _list_keys(row.commits for row in rows):
         facts.append(_build_entry_fact("model", f"commit of {key}", "commits", key, any))
     for path in _list_keys(row.contents for row in rows):
@@ -309,10 +320,6 @@ def _list_facts_of_split(split: str, causes: tuple[str, ...]) -> list[_Fact]:
     return facts
 
 
-def _find_base(row: ReportRow) -> float | None:
-    return row.base.nll_per_completion_token
-
-
 def _build_entry_fact(
     section: Section, what: str, field: str, key: str, needs: Callable[[Iterable[bool]], bool]
 ) -> _Fact:
@@ -335,7 +342,12 @@ def _compare_fact(
 ) -> CertificateLine:
     found = [(fact.find(a), fact.find(b)) for a, b in pairs]
     known = [values for values in found if None not in values]
-    different = [values for values in known if values[0] != values[1]]
+    different = []
+    for (row, _), values in zip(pairs, found, strict=True):
+        if None in values or values[0] == values[1]:
+            continue
+        if fact.is_same is None or not fact.is_same(row, *values):
+            different.append(values)
     if different:
         value_a, value_b = _show_values(different)
         why = _explain_fact(fact, pairs, explained)

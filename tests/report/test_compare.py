@@ -83,6 +83,13 @@ def test_an_axis_explains_the_keys_that_carry_its_name_or_values(
     assert line.status == "differs" and (line.explained_by is not None) == is_of_rows
 
 
+@pytest.mark.parametrize(("other", "status"), [(3.00001, "equal"), (3.01, "differs")])
+def test_base_scores_are_equal_up_to_rounding(tmp_path: Path, other: float, status: str) -> None:
+    a, b = pair(tmp_path, {"base": 3.0}, {"base": other}, "training.learning_rate=0.00?")
+    line = find(build_certificate([a], [b], "x"), "scores of the base model")
+    assert (line.status, line.explained_by) == (status, None)
+
+
 def test_updates_are_not_explained_by_a_number_of_rows(tmp_path: Path) -> None:
     runs = [
         scored(
