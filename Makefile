@@ -10,8 +10,8 @@ demo: .venv/installed
 	@runner demo-models
 	@runner render demo --check
 	@runner sweep recipes/demo --slots 2
-	@runner report recipes/demo
-	@printf '\nrecipes: recipes/demo   runs: runs/demo   base models: demo_models\n'
+	@runner report recipes/demo --html runs/demo/report.html
+	@printf '\nrecipes: recipes/demo   runs: runs/demo   base models: demo_models\nthe report as a page: runs/demo/report.html\n'
 
 test: check  # the fast part, then everything that starts training
 	pytest -m "slow and not gpu and not torture" -n 2 --dist loadfile --durations=15

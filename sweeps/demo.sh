@@ -13,5 +13,5 @@ for num_train_samples in 60 180; do
 done
 
 runner status recipes/demo
-runner report recipes/demo
+runner report recipes/demo --html runs/demo/report.html
 exit "$failed"
