@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run
+from runner.cli.report_pages import require_page_targets, write_report_pages
 from runner.cli.sweep import run_rerun, run_sweep
 from runner.errors import (
     CorruptFileError,
@@ -49,7 +50,6 @@ from runner.run.record import load_stored_recipe
 from runner.run.siblings import Loaded, find_moved, list_loaded
 
 if TYPE_CHECKING:
-    from runner.report.effects import Report
     from runner.report.rows import ReportRow
 
 
@@ -272,7 +272,7 @@ def run_stop(arguments: argparse.Namespace) -> int:
 
 def run_report(arguments: argparse.Namespace) -> int:
     """`runner report`."""
-    has_pages = _require_page_targets(arguments)
+    has_pages = require_page_targets(arguments)
     from runner.report.build import build_report
     from runner.report.format import FORMATS
     from runner.report.rows import build_rows, name_other_base_scores
@@ -301,7 +301,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     report = build_report(rows, metrics=arguments.metric, rows_fixed=arguments.rows_fixed)
     print(FORMATS[arguments.format](report), end="")
     if has_pages:
-        _write_report_pages(arguments, report)
+        write_report_pages(arguments, report)
     _point_at_changed(rows, selected)
     _warn_of_outdated(known)
     _warn_of_moved_names(facts for _, facts, _ in runs)
@@ -393,34 +393,6 @@ def _find_grid(path: str, output_root: Path) -> str:
         return path
     folders = (Path("recipes") / path, output_root / path)
     return next((str(folder) for folder in folders if folder.is_dir()), path)
-
-
-def _require_page_targets(arguments: argparse.Namespace) -> bool:
-    """True where a page, figures or pages of rows are asked for and can be written there."""
-    if not (arguments.html or arguments.rows or arguments.figures):
-        return False
-    from runner.report.html import require_targets
-
-    require_targets(arguments.html, arguments.rows, arguments.figures)
-    return True
-
-
-def _write_report_pages(arguments: argparse.Namespace, report: Report) -> None:
-    from runner.report.html import PageOptions, write_pages
-
-    words = ["runner", "report", *map(str, arguments.paths)]
-    for name in arguments.metric or ():
-        words += ["--metric", name]
-    words += ["--rows-fixed"] if arguments.rows_fixed else []
-    words += ["--without-rows"] if arguments.without_rows else []
-    options = PageOptions(
-        with_rows=not arguments.without_rows,
-        command=shlex.join([*words, "--html", "report.html"]),
-    )
-    lines = write_pages(
-        report, options, page=arguments.html, figures=arguments.figures, rows=arguments.rows
-    )
-    print("\n".join(lines), file=sys.stderr)
 
 
 def _warn_of_outdated(known: KnownContents) -> None:

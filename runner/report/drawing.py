@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -49,6 +49,8 @@ _SETTINGS: Final[Mapping[str, Any]] = {
     "pdf.fonttype": 42,
     "text.parse_math": False,  # a `$` in a name is a dollar
     "path.simplify": False,  # it would drop dots, which are lines without length
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "font.size": 9,
     "font.family": "sans-serif",
     "axes.titlesize": 9,
@@ -92,8 +94,10 @@ class Drawing:
 
     def as_svg(self) -> str:
         """The figure as an inline element of a page, its colours as classes."""
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        content = self._save(format="svg", metadata=nothing, transparent=True)
+        content = self._print(FigureCanvasSVG(self.figure).print_svg, nothing)
         return _adapt_to_page(content.decode(), self.title, self.alternative)
 
     def as_pdf(self) -> bytes:
@@ -104,12 +108,15 @@ class Drawing:
             "Producer": None,
             "Title": label(self.title),
         }
-        return self._save(format="pdf", metadata=nothing)
+        from matplotlib.backends.backend_pdf import FigureCanvasPdf
 
-    def _save(self, **how: Any) -> bytes:
+        return self._print(FigureCanvasPdf(self.figure).print_pdf, nothing)
+
+    def _print(self, print_figure: Callable[..., Any], metadata: Mapping[str, Any]) -> bytes:
+        """What a canvas prints; `savefig` would draw everything twice."""
         stream = io.BytesIO()
         with _settings(self.name):
-            self.figure.savefig(stream, **how)
+            print_figure(stream, metadata=metadata)
         self.figure.set_layout_engine("none")  # another pass would move everything by a hair
         return stream.getvalue()
 
@@ -122,7 +129,7 @@ def drawing_figure(width: float, height: float) -> Iterator[Figure]:
 
     with _settings(""):
         layout: Any = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.03, hspace=0.04)
-        yield Figure(figsize=(width, height), layout=layout)
+        yield Figure(figsize=(width, height), dpi=72, layout=layout)  # the dots of SVG and PDF
 
 
 def label(text: str, width: int = _MAX_LABEL) -> str:

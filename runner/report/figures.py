@@ -47,6 +47,7 @@ from runner.report.wording import count
 
 MAX_CURVES: Final = 40  # in a figure
 MAX_EFFECTS: Final = 40
+MAX_EFFECT_FIGURES: Final = 4  # of one metric
 MAX_CURVE_FIGURES: Final = 8
 MAX_INTERACTION_PANELS: Final = 24
 MAX_SCATTERS: Final = 12
@@ -68,15 +69,21 @@ def draw_forests(report: Report) -> list[Drawing]:
             by_metric.setdefault(effects.metric.name, []).append(effects)
         for those in by_metric.values():
             lines = [(effects, effect) for effects in those for effect in effects.shown]
-            for chunk in split(lines, MAX_EFFECTS):
+            shown = lines[: MAX_EFFECTS * MAX_EFFECT_FIGURES]
+            for chunk in split(shown, MAX_EFFECTS):
                 name = f"effects-{len(drawings) + 1}"
                 source = describe_source(report, grid, task)
-                drawings.append(_draw_forest(name, source, those[0].metric, chunk))
+                left_out = len(lines) - len(shown)
+                drawings.append(_draw_forest(name, source, those[0].metric, chunk, left_out))
     return drawings
 
 
 def _draw_forest(
-    name: str, source: str, metric: Metric, lines: Sequence[tuple[AxisEffects, Effect]]
+    name: str,
+    source: str,
+    metric: Metric,
+    lines: Sequence[tuple[AxisEffects, Effect]],
+    left_out: int,
 ) -> Drawing:
     groups = list(dict.fromkeys(id(effects) for effects, _ in lines))
     height = 0.9 + 0.24 * (len(lines) + len(groups))
@@ -115,7 +122,8 @@ def _draw_forest(
         "Dot: estimate. Line: its interval. Grey band: the noise floor, by which two single runs"
         " differ when nothing differs but the seed; what lies below it is drawn in grey."
         " Filled: declared before the first launch; open: exploratory."
-        " Dotted line: rows only, which says nothing of the recipe.",
+        " Dotted line: rows only, which says nothing of the recipe."
+        + (f" {count(left_out, 'effect')} in the table only." if left_out else ""),
         figure,
     )
 
@@ -244,7 +252,7 @@ def _draw_panels(
 ) -> Drawing:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    with drawing_figure(_WIDTH if columns > 1 else 4.2, 0.2 + 2.5 * rows) as figure:
+    with drawing_figure(_WIDTH if columns > 1 else 4.2, 0.2 + 2.9 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for axes, panel in zip(grid.flat, panels, strict=False):
             _draw_panel(axes, panel, metric)
@@ -297,7 +305,17 @@ def _draw_panel(axes: Any, panel: _Panel, metric: Metric) -> None:
     if panel.p is not None:
         style = {"fontsize": 7.5, "fontweight": "normal", "color": MUTED}
         axes.set_title(f"interaction p = {panel.p:.3f}", loc="right", **style)
-    axes.legend(title=label(panel.lines, 24), title_fontsize=8, fontsize=8, handlelength=1.8)
+    axes.legend(
+        title=label(panel.lines, 24),
+        loc="upper left",  # below the axes: it would hide points within them
+        bbox_to_anchor=(-0.04, -0.27),
+        ncols=2,
+        title_fontsize=8,
+        alignment="left",
+        fontsize=8,
+        handlelength=1.8,
+        columnspacing=1.2,
+    )
 
 
 # --- learning curves -------------------------------------------------------------------------

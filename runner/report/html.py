@@ -50,7 +50,7 @@ from runner.report.wording import count, count_states
 from runner.text import cut, format_bytes
 
 MAX_PAGE_BYTES: Final = 2_400_000  # after which no more rows are added
-MAX_ROWS_IN_PAGE: Final = 40  # of one comparison: the others are in its own page
+MAX_ROWS_IN_PAGE: Final = 200  # of one comparison
 MAX_COMPARISONS: Final = 60  # in the row explorer
 MAX_TEXT: Final = 2_000  # characters of a prompt or an answer in the page
 MAX_TEXT_ALONE: Final = 20_000  # in the page of one comparison
@@ -138,26 +138,23 @@ def write_pages(
     asked for; returns a line for each that says where it is.
 
     Raises:
-        RefusedError: something else has one of the names, or the folder cannot be written in.
+        RefusedError: something else has one of the names.
     """
     require_targets(page, figures, rows)
     built = build_page(report, options)
     lines = []
-    try:
-        if page is not None:
-            write_text_atomic(page, built.html)
-            lines.append(f"page: {page} ({format_bytes(len(built.html.encode()))})")
-        if figures is not None:
-            for drawing in built.drawings:
-                write_bytes_atomic(figures / f"{drawing.name}.pdf", drawing.as_pdf())
-            lines.append(f"figures: {count(len(built.drawings), 'PDF')} in {figures}")
-        if rows is not None:
-            texts = TextSource()
-            for name, one in name_comparisons(built.comparisons).items():
-                write_text_atomic(rows / name, _render_comparison(one, texts, options))
-            lines.append(f"rows: {count(len(built.comparisons), 'page')} in {rows}")
-    except OSError as error:
-        raise RefusedError(f"cannot write {error.filename}: {error.strerror}") from None
+    if page is not None:
+        write_text_atomic(page, built.html)
+        lines.append(f"page: {page} ({format_bytes(len(built.html.encode()))})")
+    if figures is not None:
+        for drawing in built.drawings:
+            write_bytes_atomic(figures / f"{drawing.name}.pdf", drawing.as_pdf())
+        lines.append(f"figures: {count(len(built.drawings), 'PDF')} in {figures}")
+    if rows is not None:
+        texts = TextSource()
+        for name, one in name_comparisons(built.comparisons).items():
+            write_text_atomic(rows / name, _render_comparison(one, texts, options))
+        lines.append(f"rows: {count(len(built.comparisons), 'page')} in {rows}")
     return lines
 
 
