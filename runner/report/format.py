@@ -59,6 +59,7 @@ from runner.text import cut, cut_middle, escape_cell, fill, measure
 MAX_WIDTH: Final = 120  # terminal columns; a wider table is cut into several
 MAX_CELL: Final = 40  # of a value that somebody wrote
 MAX_KEY: Final = 72  # of all columns together that say which cell a line is about
+MAX_EFFECTS: Final = 24  # of one metric and two values of an axis; JSON has all
 MAX_MISSING: Final = 10  # runs without a score that are named; JSON has all
 Item = TypeVar("Item")
 _WORD: Final = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")  # a command is one word
@@ -226,14 +227,19 @@ def describe_effects(
             for reason in _list_reasons(effects, with_single=with_single):
                 reasons.setdefault(reason, {})[effects.metric.title] = None
         without = [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
-        if notes := [*_describe_axis(every[0]), *without]:
-            yield "\n".join(map(bullet, notes))
+        yield "\n".join(map(bullet, [*_describe_axis(every[0]), *without]))
         for effects in every:
-            if numbers := list_numbers(effects, with_single=with_single):
-                yield wrap(f"**{effects.metric.title}**, {describe_direction(effects)}")
-                first, *others = _build_effect_columns(numbers, constant)
-                yield from draw_packed([first], others)
-                yield "\n".join(map(bullet, _list_notes(effects, numbers, constant)))
+            numbers = list_numbers(effects, with_single=with_single)
+            if not numbers:
+                continue
+            yield wrap(f"**{effects.metric.title}**, {describe_direction(effects)}")
+            shown = numbers[:MAX_EFFECTS]
+            first, *others = _build_effect_columns(shown, constant)
+            yield from draw_packed([first], others)
+            notes = list(_list_notes(effects, shown, constant))
+            if len(numbers) > len(shown):
+                notes.append(f"and {len(numbers) - len(shown)} more: `--format json` has all")
+            yield "\n".join(map(bullet, notes))
         flags = [flag for effects in every for flag in list_flags(effects.shown, constant)]
         if flags:
             yield "\n".join(bullet(f"**flag:** {flag}") for flag in dict.fromkeys(flags))
