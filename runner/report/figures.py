@@ -53,6 +53,7 @@ MAX_INTERACTION_PANELS: Final = 24
 MAX_SCATTERS: Final = 12
 MAX_DOTS: Final = 2_000  # in a scatter
 _MAX_FACETS: Final = 6
+_MAX_TICKS: Final = 5
 _WIDTH: Final = 7.4  # inches
 Item = TypeVar("Item")
 
@@ -111,7 +112,9 @@ def _draw_forest(
         axes.spines["left"].set_visible(False)
         better = "left" if metric.mode == "min" else "right"
         axes.set_xlabel(f"difference in {label(metric.unit)}; {better} of 0: the second is better")
+        axes.use_sticky_edges = False  # the bands' own ends are no ends of the axis
         axes.margins(x=0.06)
+        axes.autoscale_view(scaley=False)
     clear = [effect for _, effect in lines if effect.is_clear]
     below = [effect for _, effect in lines if effect.is_below_noise]
     return Drawing(
@@ -297,7 +300,9 @@ def _draw_panel(axes: Any, panel: _Panel, metric: Metric) -> None:
                 spreads.append(fmean(stdev(those) if len(those) > 1 else 0.0 for those in scores))
         style = dict(_style(number), label=label(axis_text(value), 24))
         axes.errorbar(xs, means, yerr=spreads, capsize=2.5, elinewidth=0.9, markersize=4.5, **style)
-    axes.set_xticks(list(places), [label(axis_text(value), 14) for value in along])
+    step = -(-len(along) // _MAX_TICKS)
+    texts = [label(axis_text(value), 14) for value in along[::step]]
+    axes.set_xticks(list(places)[::step], texts)
     axes.set_xlim(-0.35, len(along) - 0.65)
     axes.set_xlabel(label(panel.along, 30))
     facet = label(name_panel(panel.facet), 30)

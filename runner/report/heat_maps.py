@@ -68,10 +68,10 @@ def _build_heat_map(source: str, metric: Metric, cells: Sequence[Cell]) -> HeatM
     across: list[str] = []
     size = 1
     for axis in reversed(values):
-        if size * len(values[axis]) > _MAX_COLUMNS or len(across) + 1 == len(values) > 1:
-            break
-        across.insert(0, axis)
-        size *= len(values[axis])
+        fits = size * len(values[axis]) <= _MAX_COLUMNS
+        if fits and len(across) + 1 < max(2, len(values)):  # one axis goes down, if there are two
+            across.insert(0, axis)
+            size *= len(values[axis])
     down = [axis for axis in values if axis not in across]
     models = [] if metric.name == "bits_per_byte" else list_model_axes(cells)
     ranges = _find_ranges(metric, cells, models)

@@ -97,7 +97,7 @@ def build_page(report: Report, options: PageOptions = PageOptions()) -> Page:
         "title": ", ".join(grids) or "no runs",
         "summary": count_states(report.rows),
         "question": _ask(report, grids),
-        "axes": _name_cell(report),
+        "axes": _list_axes(report),
         "declared": _list_declared(report),
         "heat_maps": heat_maps,
         "other_heat_maps": other_heat_maps,
@@ -107,7 +107,7 @@ def build_page(report: Report, options: PageOptions = PageOptions()) -> Page:
         "other_effects": build_effects_table(report, other, "effects-by-other-metrics"),
         "dependencies": [one for one in chosen if one.depends_on],
         "variances": build_variance_table(chosen),
-        "figures_of": {name: [_embed(one) for one in those] for name, those in figures.items()},
+        "figures_of": {name: _embed(those) for name, those in figures.items()},
         "differences": build_differences_table(report.rows),
         "certificates": build_certificates(report, chosen),
         "equal": build_equal_facts(report.rows),
@@ -355,11 +355,18 @@ class _Embedded:
     is_small: bool
 
 
-def _embed(drawing: Drawing) -> _Embedded:
-    return _Embedded(drawing.title, drawing.caption, Markup(drawing.as_svg()), drawing.is_small)
+def _embed(drawings: Sequence[Drawing]) -> list[_Embedded]:
+    """The drawings; one that would repeat the caption before it has none."""
+    embedded = []
+    captions = ["", *(drawing.caption for drawing in drawings)]
+    for drawing, before in zip(drawings, captions, strict=False):
+        caption = "" if drawing.caption == before else drawing.caption
+        svg = Markup(drawing.as_svg())
+        embedded.append(_Embedded(drawing.title, caption, svg, drawing.is_small))
+    return embedded
 
 
-def _name_cell(report: Report) -> list[tuple[str, str]]:
+def _list_axes(report: Report) -> list[tuple[str, str]]:
     """Each axis and its values."""
     found = []
     for axis in list_axes(report.rows):

@@ -97,7 +97,7 @@ def test_it_opens_without_complaint_or_request(
     assert one.complaints == [] and one.requests == [one.url]
     for text in ("completion is better than full.", "Row explorer", "Definitions"):
         assert one.page.get_by_text(text, exact=True).first.is_visible()
-    assert "<script>alert(1)</script>" in one.page.locator("ul.verdicts").inner_text()
+    assert "<script>alert(1)</script>" in one.page.locator(".verdicts").inner_text()
     assert one.page.locator("#runs tbody").count() == 24
     width = one.page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert width[0] <= width[1], "the page scrolls to the side"
