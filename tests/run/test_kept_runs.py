@@ -25,7 +25,7 @@ import pytest
 from runner.checkpoints.archive import ArchiveError, extract_archive, write_archive
 from runner.cli.main import main
 from runner.errors import CorruptFileError
-from runner.files import hash_json
+from runner.files import dump_json, hash_json
 from runner.recipe.identity import RULES, list_library_versions
 from runner.run.paths import RunPaths
 from runner.run.record import load_stored_recipe, now_utc
@@ -136,7 +136,19 @@ def test_the_report_says_what_it_said(
     grid: str, kept: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["report", f"recipes/{grid}", "--format", "json"])
-    compare(f"report_{grid}.json", capsys.readouterr().out)
+    compare(f"report_{grid}.json", select_numbers(capsys.readouterr().out))
+
+
+def select_numbers(said: str) -> str:
+    """What a report says of each run; effects are in tests/report. Rules, and the digest that holds
+    them, are told by other tests.
+    """
+    content = json.loads(said)
+    rows = [
+        {name: value for name, value in row.items() if name not in ("rules", "recipe_digest")}
+        for row in content["rows"]
+    ]
+    return dump_json({"rows": rows, "base": content["base"]})
 
 
 def test_runs_of_rules_1_stay_completed_and_what_has_a_checkpoint_is_changed(
@@ -163,7 +175,7 @@ def test_the_report_of_completed_runs_of_rules_1_is_the_same(
     as_written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["report", "recipes/compared", "--format", "json"])
-    compare("report_compared.json", capsys.readouterr().out)
+    compare("report_compared.json", select_numbers(capsys.readouterr().out))
 
 
 def test_a_sweep_tells_once_what_rules_1_change_and_fresh_moves_it(
