@@ -143,42 +143,48 @@ class ReportRow:
 
     def load_scores(self, model: Model) -> RowScores | None:
         """The scores of one model row by row; None where `why_no_scores` says why not."""
-        found = self._row_scores[model]
+        found = self._read_scores(model)
         return None if isinstance(found, str) else found
 
     def why_no_scores(self, model: Model) -> str:
         """Why there are no scores of single rows; empty where there are."""
-        found = self._row_scores[model]
+        found = self._read_scores(model)
         return found if isinstance(found, str) else ""
 
+    def _read_scores(self, model: Model) -> RowScores | str:
+        if model not in self._scores_read:
+            self._scores_read[model] = self._read_scores_now(model)
+        return self._scores_read[model]
+
     @cached_property
-    def _row_scores(self) -> Mapping[Model, RowScores | str]:
+    def _scores_read(self) -> dict[Model, RowScores | str]:
+        return {}
+
+    def _read_scores_now(self, model: Model) -> RowScores | str:
         from runner.report.row_scores import read_row_scores
 
         if self.run_dir is None or self.state != "completed":
-            lacking = f"{self.name} is {self.state}"
-            return dict.fromkeys(MODELS, lacking)
-        metrics = [metric.name for metric in self.recipe.evaluation.metrics]
-        return {
-            model: read_row_scores(
-                RunPaths(self.run_dir),
-                model,
-                task=self.recipe.data.task,
-                own_metrics=metrics,
-                total=self.totals.get(model),
-                answers=self.answers.get(model),
-            )
-            for model in MODELS
-        }
+            return f"{self.name} is {self.state}"
+        return read_row_scores(
+            RunPaths(self.run_dir),
+            model,
+            task=self.recipe.data.task,
+            own_metrics=[metric.name for metric in self.recipe.evaluation.metrics],
+            total=self.totals.get(model),
+            answers=self.answers.get(model),
+        )
 
     def load_predictions(self, model: Model) -> list[dict[str, Any]]:
         """The rows of `predictions.jsonl` of one model, in the order of the split; none where
         nothing was generated. They hold whole texts and are not kept.
         """
-        if self.run_dir is None:
-            return []
-        rows = load_jsonl(RunPaths(self.run_dir).predictions_path)
-        return [row for row in rows if row.get("model") == model]
+        from runner.report.row_scores import load_rows
+
+        return (
+            []
+            if self.run_dir is None
+            else load_rows(RunPaths(self.run_dir).predictions_path, model)
+        )
 
     def load_curve(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`: losses and evaluations by step."""

@@ -15,6 +15,7 @@ from runner.report.effects import AxisEffects, Effect, Report
 from runner.report.rows import axis_text
 
 _MAX_LEVELS: Final = 6  # of another axis, told one by one
+_MAX_TOLD: Final = 8  # exploratory contrasts, with all their numbers
 _MAX_NAMED: Final = 8
 
 
@@ -57,7 +58,8 @@ class _Writer:
 
     def tell_others(self, effects: Sequence[AxisEffects]) -> list[str]:
         """Exploratory contrasts: what is clear or depends, then the rest by name."""
-        sentences, unclear, refused = [], [], []
+        clear, unclear = [], []
+        refused: dict[str, list[str]] = {}
         for one in effects:
             with_seeds = [effect for effect in one.main if _is_of_seeds(effect)]
             is_told = any(
@@ -65,19 +67,28 @@ class _Writer:
                 for effect in with_seeds
             )
             if one.depends_on or is_told:
-                sentences += self.tell_all(one)
+                clear.append(one)
             elif with_seeds:
-                unclear.append(f"{self._name(one)} ({_describe_values(one)}, {one.metric.unit})")
+                unclear.append(self._name_values(one))
             elif reasons := [reason for effect in one.main for reason in effect.refused]:
-                refused.append(
-                    f"{self._name(one)}: no number for {_describe_values(one)}: {reasons[0]}."
-                )
+                values = f"{self._name(one)} ({_describe_values(one)})"
+                refused.setdefault(reasons[0], []).append(values)
+        sentences = [text for one in clear[:_MAX_TOLD] for text in self.tell_all(one)]
+        if more := [self._name_values(one) for one in clear[_MAX_TOLD:]]:
+            sentences.append(
+                f"Clear, or dependent on another axis, in the table of effects: {_name_some(more)}."
+            )
         if unclear:
             sentences.append(
                 f"No clear difference, which does not show that two values are equal:"
                 f" {_name_some(unclear)}."
             )
-        return sentences + refused
+        return sentences + [
+            f"No number for {_name_some(names)}: {reason}." for reason, names in refused.items()
+        ]
+
+    def _name_values(self, one: AxisEffects) -> str:
+        return f"{self._name(one)} ({_describe_values(one)}, {one.metric.unit})"
 
     def _name(self, one: AxisEffects) -> str:
         parts = [one.grid] if self._with_grid else []

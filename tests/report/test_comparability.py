@@ -95,7 +95,7 @@ def test_other_scored_tokens_under_one_id_hash(tmp_path: Path) -> None:
         "full_s1 (and 2 more) and completion_s1 (and 2 more) have 583 and 1,044 scored tokens under"
         " the same row ids: nats per completion token are not comparable; bits per byte may be"
     ) in refusals(report)
-    assert "no number for full -> completion" in "\n".join(report.verdicts)
+    assert "No number for loss (full -> completion): full_s1" in "\n".join(report.verdicts)
     by_bytes = build_report(report.rows, metrics=["bits_per_byte"])
     assert by_bytes.effects[0].cells[0].interval is not None
 

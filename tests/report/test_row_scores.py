@@ -132,7 +132,7 @@ def test_runs_without_row_scores_say_so(tmp_path: Path) -> None:
     assert older.why_no_scores("tuned") == "older has no scores of single rows"
     assert older.load_predictions("tuned") == [] == older.load_curve()
     run = scored(tmp_path, make_recipe("torn", {}), 2.0)
-    run[1].eval_rows_path.write_text("{]\n")
+    run[1].eval_rows_path.write_text('{"model": "tuned"]\n')
     assert "cannot be read" in row_of(run).why_no_scores("tuned")
 
 

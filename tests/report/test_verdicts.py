@@ -6,9 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from runner.report.build import build_report
-from runner.report.effects import AxisEffects, Report
+from runner.report.effects import AxisEffects, Effect, Report
 from runner.report.rows import ReportRow
+from runner.report.statistics import benjamini_hochberg, holm
 from tests.support.reports import make_recipe, pending, rows_of
 from tests.support.scored_runs import make_attempt, scored, scored_grid
 
@@ -64,6 +67,25 @@ def test_a_declared_contrast_comes_first_and_is_confirmatory(tmp_path: Path) -> 
     assert "exploratory" not in first
     later = [text for text in report.verdicts if text.startswith("model:")]
     assert later and all("exploratory" in text or "depends" in text for text in later)
+
+
+def test_declared_contrasts_of_a_grid_share_one_error_rate_by_holm(tmp_path: Path) -> None:
+    declared = (contrast(), contrast(metric="bits_per_byte"))
+    rows = [
+        replace(row, declared_now=declared, declared_then=declared)
+        for row in declaring_rows(tmp_path, -0.01, contrast(), sd_run=0.02)
+    ]
+    report = build_report(rows)
+    families: dict[bool, list[Effect]] = {True: [], False: []}
+    for one in report.effects:
+        known = {id(effect) for effect in one.main}
+        for effect in one.main + tuple(e for e in one.shown if id(e) not in known):
+            families[effect.is_confirmatory].append(effect)
+    for is_confirmatory, adjust in ((True, holm), (False, benjamini_hochberg)):
+        family = families[is_confirmatory]
+        p = [effect.interval.p for effect in family if effect.interval is not None]
+        assert len(p) == len(family) >= 2
+        assert [effect.p_adjusted for effect in family] == pytest.approx(adjust(p))
 
 
 def test_the_direction_is_that_of_the_declaration(tmp_path: Path) -> None:
@@ -165,6 +187,19 @@ def test_two_seeds_say_how_little_they_show(tmp_path: Path) -> None:
     assert "2 seeds: only very large differences show" in "\n".join(
         build_report(rows_of(runs)).verdicts
     )
+
+
+def test_of_many_exploratory_contrasts_the_rest_is_named(tmp_path: Path) -> None:
+    runs = scored_grid(
+        tmp_path,
+        {"num_train_samples": list(range(1, 12))},
+        lambda num_train_samples: 3.0 - num_train_samples / 5,
+        seeds=(1, 2),
+    )
+    verdicts = build_report(rows_of(runs)).verdicts
+    assert sum(" is better than " in text for text in verdicts) == 8
+    [rest] = [text for text in verdicts if text.startswith("Clear, or dependent")]
+    assert "num_train_samples (1 -> 10, nats per completion token)" in rest and "1 -> 11" in rest
 
 
 def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
