@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from runner.errors import RefusedError, RunnerError
 from runner.files import dump_json
@@ -19,7 +19,7 @@ from runner.report.build import build_report
 from runner.report.compare import Certificate, CertificateLine, build_certificate
 from runner.report.difference import Difference, compare_cells_of, compare_runs
 from runner.report.effects import AxisEffects, Report
-from runner.report.format import ROWS_ONLY, build_column, describe_effects, draw_table, wrap
+from runner.report.format import ROWS_ONLY, build_column, describe_effects, draw_packed, wrap
 from runner.report.rows import ReportRow, axis_key, axis_text, build_rows
 from runner.report.tables import dump_effects, dump_interval, escape_json_controls
 from runner.report.wording import (
@@ -33,6 +33,9 @@ from runner.report.wording import (
     span,
 )
 from runner.run.paths import RunPaths, content_cache_path
+
+MAX_LINE: Final = 80  # characters of a line of the certificate; --json has all
+MAX_LISTED: Final = 20  # lines of one section that are equal
 
 
 def compare_arms(arguments: argparse.Namespace) -> int:
@@ -248,7 +251,7 @@ def _describe(certificate: Certificate) -> Iterator[str]:
         )
     different = certificate.select("differs")
     yield "## What differs"
-    yield _draw_differences(certificate, different) if different else "Nothing that was recorded."
+    yield from _draw_differences(certificate, different)
     if certificate.axis is not None:
         axis = f"the axis {certificate.axis}"
         unexplained = [line.what for line in certificate.unexplained]
@@ -258,20 +261,32 @@ def _describe(certificate: Certificate) -> Iterator[str]:
             else f"Nothing else differs than {axis} explains."
         )
     yield "## What is equal"
-    equal = certificate.select("equal")
-    yield wrap("; ".join(make_safe(line.describe()) for line in equal) or "nothing") + "."
+    yield _list_by_section(certificate.select("equal")) or "Nothing that was recorded."
     if unrecorded := certificate.select("not recorded"):
-        yield "## What was not recorded"
-        yield wrap(", ".join(line.what for line in unrecorded)) + ": neither equal nor different."
+        yield "## What was not recorded, so neither equal nor different"
+        yield _list_by_section(unrecorded)
+
+
+def _list_by_section(lines: Sequence[CertificateLine]) -> str:
+    sections: dict[str, list[str]] = {}
+    for line in lines:
+        sections.setdefault(line.section, []).append(make_safe(line.describe(), MAX_LINE))
+    return "\n".join(
+        wrap(f"{section}: {name_some(texts, '; ', MAX_LISTED)}", "- ", "  ")
+        for section, texts in sections.items()
+    )
 
 
 def _name_arm(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} runs ({name_some(names)})"
 
 
-def _draw_differences(certificate: Certificate, lines: Sequence[CertificateLine]) -> str:
+def _draw_differences(certificate: Certificate, lines: Sequence[CertificateLine]) -> Iterator[str]:
+    if not lines:
+        yield "Nothing that was recorded."
+        return
+    what = build_column("what", lines, lambda line: line.what, is_numeric=False)
     columns = [
-        build_column("what", lines, lambda line: line.what, is_numeric=False),
         build_column("A", lines, lambda line: line.value_a, is_numeric=False),
         build_column("B", lines, lambda line: line.value_b, is_numeric=False),
     ]
@@ -286,7 +301,7 @@ def _draw_differences(certificate: Certificate, lines: Sequence[CertificateLine]
                 is_numeric=False,
             )
         )
-    return draw_table(columns)
+    yield from draw_packed([what], columns)
 
 
 def _describe_differences(single: list[Difference], seeds: list[Difference]) -> Iterator[str]:
@@ -308,9 +323,9 @@ def _draw_numbers(differences: Sequence[Difference]) -> Iterator[str]:
         def of(one: Difference) -> Any:
             return one.interval
 
-        yield draw_table(
+        yield from draw_packed(
+            [build_column("metric", told, lambda one: one.metric.title, is_numeric=False)],
             [
-                build_column("metric", told, lambda one: one.metric.title, is_numeric=False),
                 build_column("better", told, _name_better, is_numeric=False),
                 build_column("A", told, lambda one: decimal(one.score_a)),
                 build_column("B", told, lambda one: decimal(one.score_b)),
@@ -320,7 +335,7 @@ def _draw_numbers(differences: Sequence[Difference]) -> Iterator[str]:
                 ),
                 build_column("p", told, lambda one: probability(of(one).p)),
                 build_column("over", told, lambda one: of(one).kind, is_numeric=False),
-            ]
+            ],
         )
     notes = [f"{one.metric.title}: refused: {one.refused}" for one in differences if one.refused]
     notes += [

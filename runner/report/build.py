@@ -25,6 +25,7 @@ from runner.report.comparability import (
     find_flags,
     find_joint_refusal,
     find_not_recorded,
+    find_other_scales,
     find_pair_refusal,
 )
 from runner.report.contrasts import Aligned, Contrasts, build_metric
@@ -98,7 +99,7 @@ def _find_warnings(
     for grid in grids:
         warnings += find_what_seeds_change(grid.rows)
         warnings += find_undeclarable(grid.declared, grid.rows, known, grid.name)
-    return warnings + find_not_recorded(rows)
+    return [*warnings, *find_other_scales(rows), *find_not_recorded(rows)]
 
 
 class _Grid:

@@ -17,13 +17,14 @@ from runner.recipe.identity import diff_payloads
 from runner.report.cells import is_one_recipe
 from runner.report.effects import Cell, Metric
 from runner.report.row_scores import BITS_PER_BYTE, LIKELIHOODS
-from runner.report.rows import ReportRow, axis_text
+from runner.report.rows import ReportRow, axis_text, group_by_rules, group_by_test_rows
 
 # Two scores of one base model at step 0 differ by less, relative to their size: sums of narrow
 # dtypes depend on the batch and the device
 _SAME_BASE: Final = 5e-3
 _SAME_FLOAT32_BASE: Final = 1e-4
 _MAX_NAMED: Final = 3
+_HASH_CHARACTERS: Final = 12
 # Keys of a recipe that state the number of updates themselves
 _STATES_UPDATES: Final = frozenset({"training.max_steps", "training.num_train_epochs"})
 
@@ -419,6 +420,32 @@ def find_not_recorded(rows: Sequence[ReportRow]) -> list[str]:
         f"{name} ({count} of {len(completed)} runs)" for name, count in lacking.items() if count
     ]
     return [f"not recorded, so neither equal nor different: {', '.join(named)}"] if named else []
+
+
+def find_other_scales(rows: Sequence[ReportRow]) -> list[str]:
+    """Sentences on what splits the runs of a report into sets whose numbers do not compare."""
+    warnings = []
+    if len(by_rules := group_by_rules(rows)) > 1:
+        sets = [f"rules {rules}: {_name(runs)}" for rules, runs in by_rules.items()]
+        warnings.append(
+            f"{len(by_rules)} different rules of rows and masks;"
+            f" runs are compared only within one: {'; '.join(sets)}"
+        )
+    groups = group_by_test_rows(rows)
+    unknown = groups.pop(None, [])
+    if len(groups) > 1:
+        sets = [
+            f"{str(ids_hash)[:_HASH_CHARACTERS]} ({runs[0].num_test_rows} rows): {_name(runs)}"
+            for ids_hash, runs in groups.items()
+        ]
+        warnings.append(
+            f"{len(groups)} different sets of test rows;"
+            f" numbers compare only within one set: {_name_some(sets, '; ')}"
+        )
+    if unknown:
+        runs = "1 completed run" if len(unknown) == 1 else f"{len(unknown)} completed runs"
+        warnings.append(f"no record of the test rows of {runs}: {_name(unknown)}")
+    return warnings + list(dict.fromkeys(one for row in rows for one in row.base_warnings))
 
 
 def _group(runs: Iterable[ReportRow], key: Callable[[ReportRow], Any]) -> dict[Any, Runs]:

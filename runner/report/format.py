@@ -45,7 +45,6 @@ from runner.report.wording import (
     list_constant_axes,
     list_flags,
     list_numbers,
-    list_warnings,
     make_safe,
     name_scope,
     name_some,
@@ -60,6 +59,7 @@ from runner.text import cut, cut_middle, escape_cell, fill, measure
 MAX_WIDTH: Final = 120  # terminal columns; a wider table is cut into several
 MAX_CELL: Final = 40  # of a value that somebody wrote
 MAX_KEY: Final = 72  # of all columns together that say which cell a line is about
+MAX_EFFECTS: Final = 24  # of one metric and two values of an axis; JSON has all
 MAX_MISSING: Final = 10  # runs without a score that are named; JSON has all
 Item = TypeVar("Item")
 _WORD: Final = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")  # a command is one word
@@ -75,12 +75,13 @@ class Column:
     # What to say above the table when all cells have one value; None: never.
     equal_prefix: str | None = None
     may_be_blank: bool = False  # whether cells without a value count as having that value
+    most: int = MAX_CELL  # columns of a cell
 
     @cached_property
     def shown(self) -> list[str]:
         """Header and cells as they are drawn: on one line, not too long, without controls."""
         texts = (self.header, *self.cells)
-        return [escape_cell(_cut_value(text)) for text in texts]
+        return [escape_cell(_cut_value(text, self.most)) for text in texts]
 
     @property
     def width(self) -> int:
@@ -124,8 +125,8 @@ def _measure(columns: Sequence[Column]) -> int:
     return sum(column.width + 3 for column in columns) + 1
 
 
-def _cut_value(text: str) -> str:
-    return cut_middle(make_safe(text, 4 * MAX_CELL), MAX_CELL)
+def _cut_value(text: str, most: int = MAX_CELL) -> str:
+    return cut_middle(make_safe(text, 4 * most), most)
 
 
 def draw_table(columns: Sequence[Column]) -> str:
@@ -194,7 +195,7 @@ def format_markdown(report: Report) -> str:
     parts = [cut(title, MAX_WIDTH)]
     if report.verdicts:
         parts.append("\n".join(map(bullet, report.verdicts)))
-    parts += [wrap(f"**warning:** {warning}") for warning in list_warnings(report)]
+    parts += [wrap(f"**warning:** {warning}") for warning in report.warnings]
     if report.effects:
         has_numbers = any(map(list_numbers, report.effects))
         parts += ["## Effects", *([wrap(EFFECTS_LEGEND)] if has_numbers else [])]
@@ -226,13 +227,19 @@ def describe_effects(
             for reason in _list_reasons(effects, with_single=with_single):
                 reasons.setdefault(reason, {})[effects.metric.title] = None
         without = [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
-        if notes := [*_describe_axis(every[0]), *without]:
-            yield "\n".join(map(bullet, notes))
+        yield "\n".join(map(bullet, [*_describe_axis(every[0]), *without]))
         for effects in every:
-            if numbers := list_numbers(effects, with_single=with_single):
-                yield wrap(f"**{effects.metric.title}**, {describe_direction(effects)}")
-                yield draw_table(_build_effect_columns(numbers, constant))
-                yield "\n".join(map(bullet, _list_notes(effects, numbers, constant)))
+            numbers = list_numbers(effects, with_single=with_single)
+            if not numbers:
+                continue
+            yield wrap(f"**{effects.metric.title}**, {describe_direction(effects)}")
+            shown = numbers[:MAX_EFFECTS]
+            first, *others = _build_effect_columns(shown, constant)
+            yield from draw_packed([first], others)
+            notes = list(_list_notes(effects, shown, constant))
+            if len(numbers) > len(shown):
+                notes.append(f"and {len(numbers) - len(shown)} more: `--format json` has all")
+            yield "\n".join(map(bullet, notes))
         flags = [flag for effects in every for flag in list_flags(effects.shown, constant)]
         if flags:
             yield "\n".join(bullet(f"**flag:** {flag}") for flag in dict.fromkeys(flags))
@@ -298,7 +305,13 @@ def _build_effect_columns(effects: Sequence[Effect], constant: Collection[str]) 
     levels = {one.interval.level for one in effects if one.interval is not None}
     header = f"{level_text(levels.pop())} interval" if len(levels) == 1 else "interval"
     return [
-        build_column("at", effects, lambda one: name_scope(one, constant), is_numeric=False),
+        build_column(
+            "at",
+            effects,
+            lambda one: name_scope(one, constant),
+            is_numeric=False,
+            most=MAX_KEY - 4,
+        ),
         build_column("difference", effects, difference),
         build_column(header, effects, interval),
         build_column("p", effects, lambda effect: probability(effect.p_adjusted)),

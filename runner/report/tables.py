@@ -39,7 +39,6 @@ from runner.report.wording import (
     list_constant_axes,
     list_flags,
     list_numbers,
-    list_warnings,
     make_safe,
     name_scope,
     probability,
@@ -172,7 +171,7 @@ def format_json(report: Report) -> str:
             "definitions": dict(DEFINITIONS),
             "metrics": [_dump_metric(metric) for metric in report.metrics],
             "verdicts": list(report.verdicts),
-            "warnings": list_warnings(report),
+            "warnings": list(report.warnings),
             **dump_effects(report.cells, report.effects),
             "noise_floors": [
                 {"grid": grid, "task": task, "metric": metric, "value": finite(value)}
@@ -346,7 +345,7 @@ def format_tex(report: Report) -> str:
             parts.append(_draw_effects_tex(metric, of_metric, list_constant_axes(report.rows)))
     if report.cells:
         parts.append(_draw_cells_tex(report))
-    notes = [f"Warning: {warning}" for warning in list_warnings(report)]
+    notes = [f"Warning: {warning}" for warning in report.warnings]
     if notes:
         parts.append(_draw_notes_tex(notes))
     return "\n\n".join(parts) + "\n"

@@ -13,13 +13,11 @@ from typing import Final, get_args
 
 from runner.errors import escape_controls
 from runner.plan.status import State
-from runner.report.effects import AxisEffects, Cell, Effect, Interaction, Report
+from runner.report.effects import AxisEffects, Cell, Effect, Interaction
 from runner.report.rows import (
     ReportRow,
     axis_text,
     compare_with_base,
-    group_by_rules,
-    group_by_test_rows,
     list_axes,
     list_values,
 )
@@ -27,7 +25,6 @@ from runner.report.statistics import Interval
 from runner.text import ELLIPSIS, one_line
 
 MAX_NAMED: Final = 3  # names in one note; JSON has all
-HASH_CHARACTERS: Final = 12
 MAX_SENTENCE: Final = 2000  # characters of a text that people read
 SMALLEST_P: Final = 0.0001
 
@@ -347,42 +344,6 @@ def describe_interaction(found: Interaction) -> str:
     p = probability(found.p)
     p = f"p {p[0]} {p[1:]}" if p.startswith("<") else f"p = {p}"
     return f"`{found.other}`: F({df}) = {found.statistic:.2f}, {p}"
-
-
-def list_warnings(report: Report) -> list[str]:
-    """What makes numbers of a report incomparable, each sentence once."""
-    return list(dict.fromkeys([*report.warnings, *_find_row_warnings(report.rows)]))
-
-
-def _find_row_warnings(rows: Sequence[ReportRow]) -> list[str]:
-    warnings = []
-    if len(by_rules := group_by_rules(rows)) > 1:
-        sets = [
-            f"rules {rules}: {name_some(run.name for run in runs)}"
-            for rules, runs in by_rules.items()
-        ]
-        warnings.append(
-            f"{len(by_rules)} different rules of rows and masks;"
-            f" runs are compared only within one: {'; '.join(sets)}"
-        )
-    groups = group_by_test_rows(rows)
-    unknown = groups.pop(None, [])
-    if len(groups) > 1:
-        sets = []
-        for ids_hash, runs in groups.items():
-            names = name_some(run.name for run in runs)
-            shown = str(ids_hash)[:HASH_CHARACTERS]
-            sets.append(f"{shown} ({runs[0].num_test_rows} rows): {names}")
-        warnings.append(
-            f"{len(groups)} different sets of test rows;"
-            f" numbers compare only within one set: {name_some(sets, '; ')}"
-        )
-    if unknown:
-        names = name_some(run.name for run in unknown)
-        warnings.append(
-            f"no record of the test rows of {count(len(unknown), 'completed run')}: {names}"
-        )
-    return warnings + list(dict.fromkeys(one for row in rows for one in row.base_warnings))
 
 
 def describe_base(rows: Sequence[ReportRow]) -> str:

@@ -35,7 +35,9 @@ def test_two_runs(project: Path, capsys: pytest.CaptureFixture[str], arms: tuple
     assert main(["compare", *arms]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("# A: demo/full_s1; B: demo/completion_s1\n")
-    assert "| loss " in shown and "| completion |" in shown and "## What was not recorded" in shown
+    assert (
+        "| loss " in shown and "| completion |" in shown and "## What was not recorded, so" in shown
+    )
     assert "rows only: about these trained models" in shown
     assert "With all their seeds, of the recipes:" in shown and "| seeds and rows |" in shown
     assert max(map(len, shown.splitlines())) <= 120

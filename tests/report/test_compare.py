@@ -1,5 +1,6 @@
 """The certificate of two arms: equal, different and not recorded are three things."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,46 @@ def test_updates_are_not_explained_by_a_number_of_rows(tmp_path: Path) -> None:
     a, b = rows_of(runs)
     certificate = build_certificate([a], [b], "samples")
     assert [line.describe() for line in certificate.unexplained] == ["updates: 32 -> 92"]
+
+
+def test_what_newer_runs_record_is_compared_by_hash(tmp_path: Path) -> None:
+    a, b = pair(tmp_path, {}, {}, "loss=full")
+    recorded = {
+        "commits": {"model.path": "c" * 40},
+        "initial_weights_hash": "1" * 64,
+        "row_order_hash": "2" * 64,
+        "num_updates": 46,
+        "num_trained_tokens": 900,
+        "schedule_steps": 46,
+        "source_hash": "3" * 64,
+        "runner_version": "0.1.0",
+    }
+    a, b = replace(a, **recorded), replace(b, **recorded)
+    certificate = build_certificate([a], [b], "x")
+    unrecorded = {line.what for line in certificate.select("not recorded")}
+    assert unrecorded == {
+        f"{what}{split} rows"
+        for split in ("train", "validation")
+        for what in ("", "input_ids of the ")
+    } | {"label masks of the train rows"} | {
+        "bytes of the test rows",
+        "scored tokens of the test rows",
+    }
+    assert find(certificate, "commit of model.path").value_a == "c" * 12
+    for field, what in (
+        ("commits", "commit of model.path"),
+        ("initial_weights_hash", "initial trained weights"),
+        ("row_order_hash", "order of the rows"),
+        ("schedule_steps", "length of the schedule"),
+        ("num_trained_tokens", "trained tokens"),
+        ("source_hash", "source of the runner"),
+    ):
+        other: Any = {"model.path": "d" * 40} if field == "commits" else "9" * 64
+        changed = build_certificate([a], [replace(b, **{field: other})], "x")
+        assert [line.what for line in changed.unexplained] == [what]
+    stopped = replace(b, num_updates=20, stop_reason="early_stopping")
+    [line] = [one for one in build_certificate([a], [stopped], "x").select("differs")]
+    assert (line.what, line.explained_by) == ("updates", "early stopping")
 
 
 def test_a_confounder_in_one_pair_of_many_is_not_explained(tmp_path: Path) -> None:

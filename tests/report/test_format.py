@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,29 @@ def test_no_line_is_wider_than_a_terminal(tmp_path: Path) -> None:
     assert max(cell_len(line) for line in table_lines(text)) <= MAX_WIDTH
     headers = [line for line in table_lines(text) if line.startswith("| run")]
     assert len(headers) > 1 and "stop reason" in headers[-1] and "tuned NLL" in headers[0]
+
+
+def test_effects_at_many_long_values_fit_and_are_told_apart(tmp_path: Path) -> None:
+    value = "a_value_of_some_length_number"
+    axes = {
+        "loss": ["full", "completion"],
+        **{f"axis_{name}": [f"{value}_{at}" for at in (1, 2)] for name in ("one", "two")},
+    }
+    text = report(scored_grid(tmp_path, axes, lambda **cell: 1.0 + 0.1 * (cell["loss"] == "full")))
+    assert max(cell_len(line) for line in text.splitlines()) <= MAX_WIDTH
+    section = text.partition("### loss: full -> completion")[2].partition("### ")[0]
+    scopes = [line.split("|")[1].strip() for line in table_lines(section) if "axis_" in line]
+    assert len(set(scopes)) == 4
+
+
+def test_many_effects_are_counted_and_not_all_drawn(tmp_path: Path) -> None:
+    rows = replicated_rows(tmp_path)
+    made = make_report(rows)
+    effects = made.effects[0]
+    many = replace(effects, simple={"samples": effects.simple["samples"] * 20})
+    text = format_markdown(replace(made, effects=(many,)))
+    assert "- and 16 more: `--format json` has all" in text
+    assert sum(line.startswith("| samples=") for line in table_lines(text)) == 24
 
 
 def test_keys_that_are_too_wide_are_numbered(tmp_path: Path) -> None:
