@@ -245,7 +245,7 @@ def find_two_cells(
 
 def list_designs(truth: Truth) -> list[str]:
     """The designs that two cells are compared by."""
-    return ["paired", "Welch", "pool of 4"] if truth is BASE else ["paired", "Welch"]
+    return ["paired", "Welch", "pool of 4"] if truth == BASE else ["paired", "Welch"]
 
 
 def simulate_two_cells(
@@ -259,7 +259,7 @@ def simulate_two_cells(
     lines = []
     for design in equal:
         lowest, highest = 0.0, bar
-        if truth is BASE and size in REFERENCES:
+        if truth == BASE and size in REFERENCES:
             rate, power = REFERENCES[size][design]
             lowest, highest = rate - 0.015, min(bar, rate + 0.015)
         if truth.name == "residual only" and size[0] == 10:
@@ -268,7 +268,7 @@ def simulate_two_cells(
         if other:
             covered = 1 - miss_share(other[design], DIFFERENCE)
             figures.append(Figure("coverage", covered, 1 - bar, 1.0, num_draws))
-        if truth is BASE and size in REFERENCES:
+        if truth == BASE and size in REFERENCES:
             found = miss_share(other[design], 0.0)
             figures.append(Figure("power", found, power - 0.03, power + 0.03, num_draws))
         lines.append(Line(f"{truth.name}, {design}", f"{size[0]} x {size[1]}", tuple(figures)))

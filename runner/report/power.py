@@ -408,17 +408,17 @@ def format_power(report: PowerReport) -> str:
         "spread of runs that differ in the seed only (standard deviation)",
         *_format_pools(report.pools),
         "",
-        f"to find a difference of {report.effect:g} in {report.power:.0%} of experiments"
-        " (two-sided, at 5%)",
-        *_format_comparisons(report),
+        f"the difference that these runs find in {report.power:.0%} of experiments (two-sided, at"
+        " 5%), and what limits it",
+        *_format_pilot(report.comparisons),
+        "  More seeds make the part of runs smaller, more test rows that of rows, and both that of"
+        " noise.",
         "",
-        "found now: the difference that the seeds and rows of the pilot find as often.",
-        "of runs, rows, noise: shares of the variance now. More seeds make that of runs smaller,"
-        " more test rows that of",
-        "rows, and both make that of noise smaller.",
-        "seeds: of each cell, planned with the upper 80% limit of the spread. runs, device hours:"
-        " of the whole grid,",
-        "as fast as the runs so far, those of the pilot included.",
+        f"to find a difference of {report.effect:g} as often",
+        *_format_plans(report.comparisons),
+        "  Seeds of each cell, for the upper 80% limit of the spread. Runs and hours are of the"
+        " whole grid, as fast as the",
+        "  runs so far, which count among them.",
         *report.notes,
     ]
     return "\n".join(cut(line, _WIDTH) for line in lines)
@@ -445,20 +445,28 @@ def _format_pools(pools: Sequence[PoolSpread]) -> list[str]:
     return align(rows, left=[0])
 
 
-def _format_comparisons(report: PowerReport) -> list[str]:
-    shares = ("of runs", "of rows", "of noise")
-    rows = [("", "found now", *shares, "test rows", "seeds", "runs", "device hours")]
-    for one in report.comparisons:
-        start = (
-            cut_middle(f"  {one.name}", _NAME_WIDTH),
-            "-" if one.detectable_now is None else f"{one.detectable_now:.4f}",
-            f"{one.share_of_runs:.0%}",
-            f"{one.share_of_rows:.0%}",
-            f"{one.share_of_noise:.0%}",
+def _format_pilot(comparisons: Sequence[Comparison]) -> list[str]:
+    rows = [("", "difference", "part of runs", "part of rows", "part of noise")]
+    for one in comparisons:
+        rows.append(
+            (
+                cut_middle(f"  {one.name}", _NAME_WIDTH),
+                "-" if one.detectable_now is None else f"{one.detectable_now:.4f}",
+                f"{one.share_of_runs:.0%}",
+                f"{one.share_of_rows:.0%}",
+                f"{one.share_of_noise:.0%}",
+            )
         )
+    return align(rows, left=[0])
+
+
+def _format_plans(comparisons: Sequence[Comparison]) -> list[str]:
+    rows = [("", "test rows", "seeds", "runs", "device hours")]
+    for one in comparisons:
+        name = cut_middle(f"  {one.name}", _NAME_WIDTH)
         for plan in one.plans:
-            rows.append((*start, f"{plan.num_test_rows:,}", *_format_plan(plan, one.precision)))
-            start = ("", "", "", "", "")
+            rows.append((name, f"{plan.num_test_rows:,}", *_format_plan(plan, one.precision)))
+            name = ""
     return align(rows, left=[0])
 
 

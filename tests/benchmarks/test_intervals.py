@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,11 @@ def test_effects_meet_their_bars(intervals: ModuleType, capsys: pytest.CaptureFi
     text = capsys.readouterr().out
     assert code == 0, text
     assert "| base, paired, power |" in text and "0 figures beyond their bar" in text
+
+
+def test_another_process_compares_base_by_its_references(intervals: ModuleType) -> None:
+    sent = pickle.loads(pickle.dumps(intervals.BASE))
+    assert intervals.list_designs(sent) == ["paired", "Welch", "pool of 4"]
 
 
 def test_a_share_beyond_its_bar_is_marked(intervals: ModuleType) -> None:

@@ -25,6 +25,7 @@ def plan(runs: list[Run], effect: float, **more: Any) -> PowerReport:
     [report] = build_power_reports(rows_of(runs), effect, more.pop("power", 0.8), **more)
     text = format_power(report)
     assert max(map(len, text.splitlines())) <= 120
+    assert "…" not in text, "no number is cut off"
     return report
 
 
@@ -129,7 +130,7 @@ def test_the_verb_prints_words_or_json(
     assert main(["power", "runs/demo", "--effect", "0.02"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("demo, conversations: NLL per completion token")
-    assert "to find a difference of 0.02 in 80% of experiments" in text
+    assert "find in 80% of experiments" in text and "to find a difference of 0.02" in text
     assert main(["power", "demo", "--effect", "0.02", "--power", "0.9", "--json"]) == 0
     [report] = json.loads(capsys.readouterr().out)
     assert (report["grid"], report["power"], report["num_runs"]) == ("demo", 0.9, 24)
