@@ -12,7 +12,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -33,6 +33,7 @@ from runner.report.labels import (
     list_all,
     list_cell_axes,
     list_places,
+    list_scored_metrics,
 )
 from runner.report.page_parts import (
     TERMS,
@@ -76,6 +77,8 @@ class Page:
 
 def build_page(report: Report, options: PageOptions = PageOptions()) -> Page:
     """The page of a report."""
+    if not report.metrics:  # nothing can be compared; the scores are shown all the same
+        report = replace(report, metrics=list_scored_metrics(report))
     comparisons = build_row_comparisons(report)
     figures = {
         "forests": draw_forests(report),

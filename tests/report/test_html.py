@@ -227,6 +227,9 @@ def test_a_report_of_nothing_has_a_page(tmp_path: Path) -> None:
     pending = make_report(tmp_path, seeds=(1,), missing=8)
     html = build_page(replace(pending, effects=(), verdicts=(), warnings=())).html
     assert html.count('<td class="none">') == 8 and "These runs allow no verdict." in html
+    alone = make_report(tmp_path / "one", models=("gemma",), losses=("full",), **SMALL)
+    html = build_page(replace(alone, effects=(), metrics=())).html
+    assert "NLL per completion token, demo" in html and '<td class="q7">' in html
 
 
 @pytest.mark.parametrize(
