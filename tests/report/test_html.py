@@ -102,6 +102,7 @@ def test_every_column_and_every_metric_is_defined(html: str) -> None:
     heads = set(re.findall(r"<th scope=\"col\"[^>]*title=\"[^\"]+\">(.*?)</th>", html))
     assert len(heads) > 25 and heads <= defined
     assert {"NLL per completion token", "row", "group", "length", "base", "better"} <= defined
+    assert {"difference", "mean difference"} <= defined
 
 
 def test_figures_have_words_beside_them(html: str) -> None:
