@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
-WIDTH: Final = 940
-HEIGHT: Final = 1_240
+WIDTH: Final = 960
+HEIGHT: Final = 1_760
 
 
 def main() -> None:

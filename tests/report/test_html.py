@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from runner.errors import RefusedError
+from runner.recipe.schema import DeclaredContrast
 from runner.report.effects import Report
 from runner.report.html import (
     MAX_PAGE_BYTES,
@@ -79,6 +80,21 @@ def test_the_answer_comes_first_and_everything_is_there(html: str) -> None:
     verdict = html.index("loss: completion is better than full by 0.18 nats.")
     warning = html.index("changes the number of updates: 32 and 92")
     assert verdict < warning < html.index("<h2>Cells")
+
+
+def test_a_declaration_that_came_late_says_so(tmp_path: Path) -> None:
+    report = make_report(tmp_path, **SMALL)
+    one = DeclaredContrast.model_validate(
+        {"axis": "loss", "from": "full", "to": "completion", "metric": "bits_per_byte"}
+    )
+    early = [replace(row, declared_then=(one,), declared_now=(one,)) for row in report.rows]
+    words = "loss: full to completion by bits_per_byte: "
+    html = build_page(replace(report, rows=tuple(early), effects=(), cells=())).html
+    assert f"{words}before the first launch" in html
+    late = replace(early[0], declared_then=(), started_at_utc="2026-01-02T03:04:05+00:00")
+    html = build_page(replace(report, rows=(late, *early[1:]), effects=(), cells=())).html
+    assert f"{words}exploratory, because it was declared after {late.recipe.run.full_name}" in html
+    assert "had started on 2026-01-02" in html
 
 
 def test_it_loads_nothing_and_allows_nothing_but_its_own(html: str) -> None:
