@@ -35,6 +35,7 @@ from runner.report.labels import (
     describe_place,
     describe_source,
     find_cell,
+    is_per_token,
     list_cell_axes,
     list_main_metrics,
     list_model_axes,
@@ -195,7 +196,7 @@ def draw_interactions(report: Report) -> list[Drawing]:
 
 def _list_panels(report: Report, cells: Sequence[Cell], metric: Metric) -> list[_Panel]:
     values = list_cell_axes(cells)
-    models = [] if metric.name == "bits_per_byte" else list_model_axes(cells)
+    models = list_model_axes(cells) if is_per_token(metric) else []
     found: list[_Panel] = []
     names = list(values)
     for number, first in enumerate(names):

@@ -12,6 +12,7 @@ from runner.report.effects import Cell, Metric, Report
 from runner.report.labels import (
     describe_source,
     find_cell,
+    is_per_token,
     list_cell_axes,
     list_main_metrics,
     list_model_axes,
@@ -73,7 +74,7 @@ def _build_heat_map(source: str, metric: Metric, cells: Sequence[Cell]) -> HeatM
             across.insert(0, axis)
             size *= len(values[axis])
     down = [axis for axis in values if axis not in across]
-    models = [] if metric.name == "bits_per_byte" else list_model_axes(cells)
+    models = list_model_axes(cells) if is_per_token(metric) else []
     ranges = _find_ranges(metric, cells, models)
     heads, span = [], size
     repeated = 1

@@ -11,8 +11,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +23,7 @@ from markupsafe import Markup, escape
 
 from runner.errors import RefusedError, escape_controls
 from runner.files import write_bytes_atomic, write_text_atomic
+from runner.report.declared import judge, list_declared
 from runner.report.drawing import Drawing
 from runner.report.effects import Report
 from runner.report.figures import draw_curves, draw_forests, draw_interactions, draw_scatters
@@ -33,6 +34,7 @@ from runner.report.labels import (
     list_all,
     list_cell_axes,
     list_places,
+    list_scored_metrics,
 )
 from runner.report.page_parts import (
     TERMS,
@@ -76,6 +78,8 @@ class Page:
 
 def build_page(report: Report, options: PageOptions = PageOptions()) -> Page:
     """The page of a report."""
+    if not report.metrics:  # nothing can be compared; the scores are shown all the same
+        report = replace(report, metrics=list_scored_metrics(report))
     comparisons = build_row_comparisons(report)
     figures = {
         "forests": draw_forests(report),
@@ -421,13 +425,14 @@ def _list_definitions(report: Report, tables: Sequence[PageTable]) -> list[tuple
 
 
 def _list_declared(report: Report) -> list[str]:
-    """The contrasts that were declared before the first launch, in words, each once."""
-
-    def describe() -> Iterator[str]:
-        for row in report.rows:
-            for one in row.declared_then or row.declared_now:
-                margin = f", margin {one.margin:g}" if one.margin is not None else ""
-                values = f"{axis_text(one.from_)} → {axis_text(one.to)}"
-                yield f"{one.axis}: {values}, by {one.metric}{margin}"
-
-    return list(dict.fromkeys(describe()))
+    """The declared contrasts of each grid, and whether all runs recorded them at their start."""
+    found = []
+    for grid in dict.fromkeys(row.grid for row in report.rows):
+        rows = [row for row in report.rows if row.grid == grid]
+        started = [row for row in rows if row.state != "pending"]
+        for one in list_declared(rows):
+            margin = f", margin {one.margin:g}" if one.margin is not None else ""
+            why = judge(one, [row for row in started if one.axis in row.axes]).why_exploratory
+            standing = f"exploratory, because it was {why}" if why else "before the first launch"
+            found.append(f"{one.describe()}{margin}: {standing}")
+    return found

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from runner.report.contrasts import build_metric
 from runner.report.effects import AxisEffects, Cell, Effect, Metric, Report
 from runner.report.rows import axis_key, axis_text, is_number
 from runner.report.wording import name_cell
@@ -79,6 +80,13 @@ def list_main_metrics(report: Report, grid: str, task: str) -> list[Metric]:
     return chosen
 
 
+def list_scored_metrics(report: Report) -> tuple[Metric, ...]:
+    """Every metric that some cell has a score of."""
+    modes = {name: mode for row in report.rows for name, mode in row.recipe.metric_modes.items()}
+    names = dict.fromkeys(name for cell in report.cells for name in cell.scores)
+    return tuple(build_metric(name, modes) for name in names)
+
+
 def list_all(effects: AxisEffects) -> list[Effect]:
     """All effects of two values of an axis, each once: pooled, simple, of single pairs of cells."""
     pooled = [effects.pooled] if effects.pooled is not None else []
@@ -107,6 +115,11 @@ def choose_effects(report: Report, grid: str, task: str) -> list[AxisEffects]:
 
 def _has_number(effects: AxisEffects) -> bool:
     return any(effect.interval is not None for effect in effects.shown)
+
+
+def is_per_token(metric: Metric) -> bool:
+    """True where a score is of tokens, which another base model's tokenizer counts otherwise."""
+    return not metric.is_of_answers and metric.name != "bits_per_byte"
 
 
 def list_model_axes(cells: Sequence[Cell]) -> list[str]:

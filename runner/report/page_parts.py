@@ -493,6 +493,7 @@ def _list_facts(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
         *((f"version of {key}", entry("versions", key)) for key in versions),
         ("source of the runner", fact(lambda row: row.source_hash)),
         ("version of the runner", fact(lambda row: row.runner_version)),
+        ("commit of the runner", fact(lambda row: row.runner_commit)),
     ]
 
 
@@ -530,6 +531,7 @@ TERMS: Final = (
     ("group", "What rows have in common that never stand in two splits."),
     ("length", "Scored tokens of a row (bytes, for bits per byte)."),
     ("base", "The base model's score of a row, before training."),
-    ("better", "The arm with the better score of this row."),
+    ("better", "The arm with the better score of this row; behind an arm: on how many rows."),
+    ("mean difference", "Mean over some rows of the second arm's score minus the first one's."),
     ("missing", "A run without a score; its cell is hatched, and nothing is put in its place."),
 )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from runner.errors import RefusedError
+from runner.recipe.schema import DeclaredContrast
 from runner.report.effects import Report
 from runner.report.html import (
     MAX_PAGE_BYTES,
@@ -81,6 +82,21 @@ def test_the_answer_comes_first_and_everything_is_there(html: str) -> None:
     assert verdict < warning < html.index("<h2>Cells")
 
 
+def test_a_declaration_that_came_late_says_so(tmp_path: Path) -> None:
+    report = make_report(tmp_path, **SMALL)
+    one = DeclaredContrast.model_validate(
+        {"axis": "loss", "from": "full", "to": "completion", "metric": "bits_per_byte"}
+    )
+    early = [replace(row, declared_then=(one,), declared_now=(one,)) for row in report.rows]
+    words = "loss: full to completion by bits_per_byte: "
+    html = build_page(replace(report, rows=tuple(early), effects=(), cells=())).html
+    assert f"{words}before the first launch" in html
+    late = replace(early[0], declared_then=(), started_at_utc="2026-01-02T03:04:05+00:00")
+    html = build_page(replace(report, rows=(late, *early[1:]), effects=(), cells=())).html
+    assert f"{words}exploratory, because it was declared after {late.recipe.run.full_name}" in html
+    assert "had started on 2026-01-02" in html
+
+
 def test_it_loads_nothing_and_allows_nothing_but_its_own(html: str) -> None:
     outline = Outline(html)
     assert outline.tags.count("script") == outline.tags.count("style") == 1
@@ -102,6 +118,7 @@ def test_every_column_and_every_metric_is_defined(html: str) -> None:
     heads = set(re.findall(r"<th scope=\"col\"[^>]*title=\"[^\"]+\">(.*?)</th>", html))
     assert len(heads) > 25 and heads <= defined
     assert {"NLL per completion token", "row", "group", "length", "base", "better"} <= defined
+    assert {"difference", "mean difference"} <= defined
 
 
 def test_figures_have_words_beside_them(html: str) -> None:
@@ -227,6 +244,9 @@ def test_a_report_of_nothing_has_a_page(tmp_path: Path) -> None:
     pending = make_report(tmp_path, seeds=(1,), missing=8)
     html = build_page(replace(pending, effects=(), verdicts=(), warnings=())).html
     assert html.count('<td class="none">') == 8 and "These runs allow no verdict." in html
+    alone = make_report(tmp_path / "one", models=("gemma",), losses=("full",), **SMALL)
+    html = build_page(replace(alone, effects=(), metrics=())).html
+    assert "NLL per completion token, demo" in html and '<td class="q7">' in html
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,7 @@ def make_report(
     grid: str = "demo",
 ) -> Report:
     """A grid of three axes and a seed, the last `missing` cells of which failed."""
+    root.mkdir(exist_ok=True)
     data = write_data(root / "data.jsonl", num_test + 20, text)
     cells = []
     position = 0
