@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import glob
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from runner.cli.reading import find_grid, read_runs, warn_of_unreadable
 from runner.errors import RefusedError, RunnerError
 from runner.files import dump_json
 from runner.plan.select import Selected, UnreadableRun, select_recipes
-from runner.plan.status import read_status
-from runner.recipe.contents import KnownContents, list_contents
+from runner.recipe.contents import KnownContents
 from runner.report.build import build_report
 from runner.report.compare import Certificate, CertificateLine, build_certificate
 from runner.report.difference import Difference, compare_cells_of, compare_runs
@@ -90,15 +89,8 @@ def _load_arms(
     # A first: its value of an axis is the reference
     every = named | {one.full_name: one for one in beside if one.full_name not in named}
     known = KnownContents(content_cache_path(root))
-    runs = []
-    for one in every.values():
-        is_run_dir = one.source_path == one.paths.run_dir
-        contents = {} if is_run_dir else known.find(list_contents(one.recipe))
-        facts = one.read_facts(with_samples=True)
-        runs.append((one.recipe, facts, read_status(facts, one.recipe, contents)))
-    rows = build_rows(runs)
-    for lost in unreadable:
-        print(f"warning: {lost.full_name} is unreadable: {lost.why}", file=sys.stderr)
+    rows = build_rows(read_runs(every.values(), known))
+    warn_of_unreadable(unreadable)
     for row in rows:
         if row.state == "changed" and row.recipe.run.full_name in named:
             selected = named[row.recipe.run.full_name]
@@ -121,7 +113,7 @@ def _select_arm(
             raise RunnerError(
                 f"{text!r} is a value of an axis, and no grid is named", hint="add `--grid GRID`"
             )
-        folder = _find_grid(arguments.grid, root)
+        folder = find_grid(arguments.grid, root)
         return select_recipes([folder], root, _split_conditions(text), unreadable)
     found = select_recipes([_find_run(text, arguments)], root)
     if len(found) != 1:
@@ -140,22 +132,6 @@ def _split_conditions(text: str) -> list[str]:
     """
     parts = text.split(",")
     return parts if all("=" in part for part in parts) else [text]
-
-
-def _find_grid(grid: str, output_root: Path) -> str:
-    """The folder of a grid's runs; of its recipes where it has none."""
-    for folder in (Path(grid), output_root / grid, Path("recipes") / grid):
-        if folder.is_dir():
-            return str(folder)
-    grids = sorted({path.name for root in (output_root, Path("recipes")) for path in _list(root)})
-    raise RunnerError(
-        f"there is no grid {grid!r}", hint=f"the grids are {', '.join(grids)}" if grids else None
-    )
-
-
-def _list(root: Path) -> Iterator[Path]:
-    if root.is_dir():
-        yield from (one for one in root.iterdir() if one.is_dir() and one.name[0] != ".")
 
 
 def _find_run(text: str, arguments: argparse.Namespace) -> str:

@@ -243,4 +243,6 @@ def test_nothing_that_starts_a_run_reads_it() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and node.module == "runner.recipe.cache"
     ]
-    assert importers == ["runner/cli/commands.py"]
+    assert importers == ["runner/cli/reading.py"]
+    for name in ("launch", "sweep"):
+        assert "runner.cli.reading" not in (ROOT / "runner" / "cli" / f"{name}.py").read_text()

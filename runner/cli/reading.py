@@ -1,0 +1,112 @@
+"""Selected runs as read for the verbs that start nothing: their facts and states, and what is told
+of them on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from runner.errors import CorruptFileError, RunnerError, escape_controls
+from runner.plan.select import Selected, UnreadableRun, select_recipes
+from runner.plan.status import RunStatus, read_status
+from runner.recipe.cache import RecipeCache
+from runner.recipe.contents import KnownContents, list_contents
+from runner.recipe.parse import Recipe
+from runner.run.base_scores import find_other_base_scores
+from runner.run.facts import RunFacts
+from runner.run.paths import find_output_root, recipe_cache_path
+from runner.run.siblings import Loaded, find_moved, list_loaded
+
+ReadRun = tuple[Recipe, RunFacts, RunStatus]
+
+
+def select(
+    arguments: argparse.Namespace,
+    paths: Sequence[str],
+    unreadable: list[UnreadableRun] | None = None,
+) -> list[Selected]:
+    """As `select_recipes`, by the cache: for verbs that start nothing and change no run."""
+    cache = RecipeCache(recipe_cache_path(arguments.output_root))
+    selected = select_recipes(
+        paths, arguments.output_root, arguments.where, unreadable, load=cache.load
+    )
+    cache.save()
+    return selected
+
+
+def select_anew(arguments: argparse.Namespace, paths: Sequence[str]) -> list[Selected]:
+    """As `select_recipes`, each recipe parsed."""
+    return select_recipes(paths, arguments.output_root, arguments.where)
+
+
+def read_runs(selected: Iterable[Selected], known: KnownContents) -> list[ReadRun]:
+    """Recipe, facts with samples, and state of each run, hashing nothing.
+
+    Of a run directory that is named itself the numbers are asked for, whatever became of the files
+    that its recipe names.
+    """
+    runs = []
+    for one in selected:
+        facts = one.read_facts(with_samples=True)
+        is_named_itself = one.source_path == one.paths.run_dir
+        contents = {} if is_named_itself else known.find(list_contents(one.recipe))
+        runs.append((one.recipe, facts, read_status(facts, one.recipe, contents)))
+    return runs
+
+
+def find_grid(text: str, output_root: Path) -> str:
+    """A path as it is, or the folder of the runs of a grid of that name, or that of its recipes.
+
+    Raises:
+        RunnerError: there is no such path and no such grid.
+    """
+    for folder in (Path(text), output_root / text, Path("recipes") / text):
+        if folder.exists():
+            return str(folder)
+    roots = [root for root in (output_root, Path("recipes")) if root.is_dir()]
+    names = {one.name for root in roots for one in root.iterdir() if one.is_dir()}
+    grids = sorted(name for name in names if not name.startswith("."))
+    raise RunnerError(
+        f"there is no grid {text!r}", hint=f"the grids are {', '.join(grids)}" if grids else None
+    )
+
+
+def warn_of_other_base_scores(selected: Sequence[Selected]) -> None:
+    """On stderr, once for each output root: scores that a run kept for others and that another one
+    does not compute.
+    """
+    for root in sorted({find_output_root(one.paths.run_dir) for one in selected}):
+        for one in find_other_base_scores(root):
+            print(f"warning: {one.describe()}", file=sys.stderr)
+
+
+def warn_of_moved_names(facts: Iterable[RunFacts]) -> None:
+    """On stderr: names on the hub that are not the same commit in all runs of a grid."""
+    loaded: list[Loaded] = []
+    for one in facts:
+        with contextlib.suppress(CorruptFileError, OSError):  # its state says so
+            if one.stored is not None:
+                loaded += list_loaded(one.paths.run_dir, one.stored)
+    for moved in find_moved(loaded):
+        print(f"warning: {moved.describe()}", file=sys.stderr)
+
+
+def warn_of_outdated(known: KnownContents) -> None:
+    """On stderr: files that were changed since they were hashed."""
+    for path in sorted(known.outdated):
+        print(
+            f"warning: {path} was changed since its content was last read, and is not read here:"
+            " runs that name it may be *changed*, as `runner sweep ... --dry-run` tells",
+            file=sys.stderr,
+        )
+
+
+def warn_of_unreadable(unreadable: Iterable[UnreadableRun]) -> None:
+    """On stderr: runs that cannot be read, and the reasons."""
+    for lost in unreadable:
+        why = escape_controls(f"{lost.full_name} is unreadable: {lost.why}")
+        print(f"warning: {why}", file=sys.stderr)
