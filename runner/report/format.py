@@ -38,11 +38,11 @@ from runner.report.wording import (
     describe_interaction,
     describe_replication,
     describe_standing,
-    describe_variances,
     is_of_single_runs,
     level_text,
     list_cell_seeds,
     list_constant_axes,
+    list_designs,
     list_flags,
     list_numbers,
     make_safe,
@@ -52,6 +52,7 @@ from runner.report.wording import (
     signed,
     span,
     spread,
+    variance,
 )
 from runner.run.record import GenerationScore
 from runner.text import cut, cut_middle, escape_cell, fill, measure
@@ -317,6 +318,9 @@ def _build_effect_columns(effects: Sequence[Effect], constant: Collection[str]) 
         build_column("p", effects, lambda effect: probability(effect.p_adjusted)),
         build_column("seeds x rows", effects, describe_replication),
         build_column("status", effects, describe_standing, is_numeric=False),
+        build_column("V_seed (df)", effects, lambda one: variance(one.interval, "seed")),
+        build_column("V_row (df)", effects, lambda one: variance(one.interval, "row")),
+        build_column("V_res", effects, lambda one: variance(one.interval, "res")),
     ]
 
 
@@ -330,10 +334,9 @@ def _list_notes(
     if effects.interactions:
         found = "; ".join(map(describe_interaction, effects.interactions))
         yield f"interactions: {found}"
+    yield from list_designs(shown, constant)
     for effect in shown:
         scope = name_scope(effect, constant)
-        if variances := describe_variances(effect):
-            yield f"{scope}: {variances}"
         if equivalence := describe_equivalence(effect):
             yield f"{scope}: {equivalence}"
         if effect.why_exploratory:

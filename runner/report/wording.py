@@ -6,10 +6,11 @@ Pure texts; layout is in `format`, `tables`, `figures` and `html`.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Final, get_args
+from typing import Final, Literal, get_args
 
 from runner.errors import escape_controls
 from runner.plan.status import State
@@ -301,21 +302,46 @@ def describe_standing(effect: Effect) -> str:
 
 def list_flags(effects: Sequence[Effect], constant: Collection[str] = ()) -> list[str]:
     """What else differs in the effects, each sentence once; with the effects that it is about,
-    unless those are all.
+    unless those are all. Sentences that differ in numbers only are told with those of the first.
     """
-    scopes: dict[str, list[str]] = {}
+    kinds: dict[str, tuple[str, list[str]]] = {}
     for effect in effects:
         for flag in effect.flags:
-            scopes.setdefault(flag, []).append(name_scope(effect, constant))
+            kind = re.sub(r"\d[\d,.]*", "#", flag)
+            kinds.setdefault(kind, (flag, []))[1].append(name_scope(effect, constant))
     return [
         flag if len(names) == len(effects) else f"{name_some(names, '; ')}: {flag}"
-        for flag, names in scopes.items()
+        for flag, names in kinds.values()
     ]
 
 
-def describe_variances(effect: Effect) -> str:
-    """As `describe_interval`, of an effect."""
-    return "" if effect.interval is None else describe_interval(effect.interval, effect.design)
+def list_designs(effects: Sequence[Effect], constant: Collection[str] = ()) -> list[str]:
+    """Which runs were pooled or paired, and what limits the intervals; each text once."""
+    scopes: dict[str, list[str]] = {}
+    for effect in effects:
+        interval = effect.interval
+        notes = (effect.design, interval.note) if interval is not None else (effect.design,)
+        if text := "; ".join(filter(None, notes)):
+            scopes.setdefault(text, []).append(name_scope(effect, constant))
+    return [
+        text if len(names) == len(effects) else f"{name_some(names, '; ')}: {text}"
+        for text, names in scopes.items()
+    ]
+
+
+def variance(interval: Interval | None, part: Literal["seed", "row", "res"]) -> str:
+    """One part of the variance of an estimate, with its degrees of freedom; blank where that part
+    is not known.
+    """
+    if interval is None or (part != "row" and interval.df_seed is None):
+        return ""
+    if part == "res":
+        return f"{interval.v_res:.1e}"
+    value, df = {
+        "seed": (interval.v_seed, interval.df_seed),
+        "row": (interval.v_row, interval.df_row),
+    }[part]
+    return f"{value:.1e} ({df:.0f})"
 
 
 def describe_interval(interval: Interval, design: str = "") -> str:
