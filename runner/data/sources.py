@@ -181,11 +181,14 @@ def _choose_prepared(source: DataSource, commit: str) -> Path | None:
 
 def _find_default_config(name: str, commit: str) -> str:
     """The config of who states none, as the data set's README has it."""
+    from datasets.info import DatasetInfosDict
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard, try_to_load_from_cache
 
     card = try_to_load_from_cache(name, "README.md", revision=commit, repo_type="dataset")
     if not isinstance(card, str):
         return "default"
-    configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
-    return configs.get_default_config_name() or "default"
+    data = DatasetCard.load(card).data
+    stated = MetadataConfigs.from_dataset_card_data(data).get_default_config_name()
+    described = list(DatasetInfosDict.from_dataset_card_data(data))
+    return stated or (described[0] if len(described) == 1 else "default")

@@ -21,7 +21,7 @@ from runner.grid.template import quote_yaml
 from runner.recipe.data_section import find_tasks
 from runner.recipe.parse import Recipe, load_recipe
 from tests.conftest import ROOT, run_cli
-from tests.support.data_hub import serve_data_sets
+from tests.support.moving_hub import moving_hub
 from tests.test_imports import HEAVY, list_loaded
 
 GRIDS = list_grids(ROOT / "recipe_templates")
@@ -272,7 +272,9 @@ def test_a_data_set_of_the_hub_is_named_by_its_splits(place: Path) -> None:
 
     names = ("train-00000-of-00001", "test-00000-of-00001")
     files = {f"data/{name}.jsonl": file(name) for name in names}
-    with serve_data_sets({"own/rows": files}, place / "cache") as environment:
+    with moving_hub() as hub:
+        hub.commit("datasets", "own/rows", "c" * 40, files)
+        environment = hub.environment(place / "cache")
         done = run_cli(["init", "study", "--data", "own/rows"], place, environment=environment)
         assert done.returncode == 0, done.stderr
         for words in (

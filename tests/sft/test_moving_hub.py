@@ -89,6 +89,13 @@ def test_an_attempt_after_the_branch_moved_loads_what_the_first_one_did(
     # The base of another run is known by its commit.
     assert load_json(paths.attempt(1).base_path)["source"] == "shared"
 
+    done = project.cli(
+        "export", "runs/tests/killed", "--output", "exported", environment=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in hub.take_requests() if B in line or "main" in line] == []
+    assert f"`org/Tiny-It`, revision `{A}`" in (project.root / "exported/README.md").read_text()
+
     new = launch(project, "new", *OVERRIDES, environment=environment)
     assert load_json(new.recipe_path)["commits"] == {"model.path": B, "data.train.path": B}
     assert read_result(new).base != read_result(whole).base
