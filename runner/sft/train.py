@@ -58,8 +58,8 @@ def train(run_dir: Path, place: WorldPlace, preemption: Preemption) -> None:
         trainer.train(resume_from_checkpoint=resume_dir)
     num_steps = trainer.state.global_step
     preemption.end_training(num_steps)  # Transformers returns as if it had finished
-    trained = context.on_main(trainer.describe_training)
     with phase("evaluating best"):
+        trained = context.on_main(trainer.describe_training)
         best_step = trainer.flow.best_step(trainer.state)
         trainer.load_weights_of(best_step)
         stop_reason = trainer.flow.stop_reason(trainer.state)
