@@ -365,12 +365,13 @@ class _AxisBuilder:
         self, pairs: Sequence[Pair], at: Mapping[str, Any], level: float = _LEVEL
     ) -> Effect:
         """The mean effect over pairs of cells; those that cannot be compared are left out."""
+        asked = {id(pair) for pair in pairs}
         left_out = [
             reason
             for pair, reason in zip(self.part.pairs, self.refusals, strict=True)
-            if reason and any(pair is one for one in pairs)
+            if reason and id(pair) in asked
         ]
-        used = [pair for pair in self.pairs if any(pair is one for one in pairs)]
+        used = [pair for pair in self.pairs if id(pair) in asked]
         if not used:
             return self._make([], at, pairs, list(dict.fromkeys(left_out)))
         runs = tuple(
@@ -414,48 +415,48 @@ class _AxisBuilder:
                 weights.append(sign / len(pairs))
         return aligned, weights
 
-    def _list_others(self) -> dict[str, list[Any]]:
-        """The other axes that have several values among the pairs, with these."""
-        found: dict[str, dict[str, Any]] = {}
+    def _list_others(self) -> dict[str, list[tuple[Any, list[Pair]]]]:
+        """The other axes that have several values among the pairs: each value, and all pairs that
+        have it.
+        """
+        found: dict[str, dict[str, tuple[Any, list[Pair]]]] = {}
         for pair in self.pairs:
-            for axis, value in pair[0].axes.items():
-                if axis != self.part.axis:
-                    found.setdefault(axis, {}).setdefault(axis_key(value), value)
-        return {axis: list(values.values()) for axis, values in found.items() if len(values) > 1}
-
-    def _list_at(self, pairs: Iterable[Pair], axis: str, value: Any) -> list[Pair]:
-        key = axis_key(value)
-        return [
-            pair for pair in pairs if axis in pair[0].axes and axis_key(pair[0].axes[axis]) == key
-        ]
+            for axis, value in self._name_place(pair).items():
+                _, some = found.setdefault(axis, {}).setdefault(axis_key(value), (value, []))
+                some.append(pair)
+        return {axis: list(levels.values()) for axis, levels in found.items() if len(levels) > 1}
 
     def _build_simple(self) -> dict[str, tuple[Effect, ...]]:
+        refused = [
+            pair for pair, reason in zip(self.part.pairs, self.refusals, strict=True) if reason
+        ]
         simple = {}
-        for axis, values in self._list_others().items():
-            level = simple_level(len(values), _LEVEL)
-            simple[axis] = tuple(
-                self._build_effect(
-                    self._list_at(self.part.pairs, axis, value), {axis: value}, level
-                )
-                for value in values
-            )
+        for axis, levels in self._list_others().items():
+            level = simple_level(len(levels), _LEVEL)
+            effects = []
+            for value, pairs in levels:
+                key = axis_key(value)
+                left_out = [
+                    pair
+                    for pair in refused
+                    if axis in pair[0].axes and axis_key(pair[0].axes[axis]) == key
+                ]
+                effects.append(self._build_effect([*pairs, *left_out], {axis: value}, level))
+            simple[axis] = tuple(effects)
         return simple
 
     def _test_interactions(self) -> tuple[Interaction, ...]:
+        aligned, _ = self._weigh(self.pairs)
+        places = {id(pair): at for at, pair in enumerate(self.pairs)}
         found = []
-        for axis, values in self._list_others().items():
+        for axis, levels in self._list_others().items():
             weights = []
-            for value in values:
-                some = self._list_at(self.pairs, axis, value)
-                share = 1 / len(some)
-                weights.append(
-                    [
-                        sign * share if any(pair is one for one in some) else 0.0
-                        for pair in self.pairs
-                        for sign in (-1.0, 1.0)
-                    ]
-                )
-            aligned, _ = self._weigh(self.pairs)
+            for _, pairs in levels:
+                row = [0.0] * len(aligned)  # reference and compared of each pair, in turn
+                for pair in pairs:
+                    at = 2 * places[id(pair)]
+                    row[at], row[at + 1] = -1 / len(pairs), 1 / len(pairs)
+                weights.append(row)
             test = self.contrasts.test_interaction(aligned, weights)
             if test is not None:
                 found.append(Interaction(axis, test.p, test.statistic, test.df))

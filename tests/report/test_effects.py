@@ -111,17 +111,22 @@ def test_rows_that_come_with_more_updates_say_so(tmp_path: Path) -> None:
     def count(num_train_samples: int, **_: object) -> int:
         return {60: 32, 180: 92}[num_train_samples]
 
-    report = report_of(demo(tmp_path, num_steps=count, num_updates=count, schedule_steps=count))
+    rows = rows_of(demo(tmp_path, num_steps=count))
+    report = build_report(rows)
     flag = (
         "num_train_samples 60 -> 180 also changes the number of updates (32 -> 92): the difference"
         " is not of num_train_samples alone"
     )
     samples = find(report, "num_train_samples")
-    assert all(any(flag in one for one in effect.flags) for effect in samples.shown)
+    assert all(flag in effect.flags for effect in samples.shown)
     assert f"{flag}." in report.verdicts
-    assert not any(
-        "updates" in flag for effect in find(report, "loss").shown for flag in effect.flags
-    )
+    loss = find(report, "loss")
+    assert not any("updates" in flag for effect in loss.shown for flag in effect.flags)
+    # What is recorded of the schedule is told in the same sentence where it is the same
+    recorded = [replace(row, schedule_steps=row.num_steps) for row in rows]
+    for effect in find(build_report(recorded), "num_train_samples").shown:
+        [said] = [flag for flag in effect.flags if "updates" in flag]
+        assert "updates and the length of the learning-rate schedule (32 -> 92)" in said
 
 
 def test_equal_updates_are_no_flag(tmp_path: Path) -> None:
