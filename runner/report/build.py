@@ -6,11 +6,12 @@ compared give a reason in place of a number, and are in no mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, Final
 
+from runner.report.axis import AxisBuilder, Pair, Part, identify
 from runner.report.cells import (
     Matches,
     build_cells,
@@ -19,44 +20,29 @@ from runner.report.cells import (
     match_cells,
 )
 from runner.report.comparability import (
-    Arms,
-    Runs,
-    count_recipe_differences,
-    find_flags,
-    find_joint_refusal,
     find_not_recorded,
     find_other_scales,
     find_pair_refusal,
 )
-from runner.report.contrasts import Aligned, Contrasts, build_metric
-from runner.report.declared import Declared, find_undeclarable, judge, list_declared
+from runner.report.contrasts import Contrasts, build_metric
+from runner.report.declared import Declared, find_undeclarable, list_declared
 from runner.report.effects import (
     AxisEffects,
-    Cell,
     Effect,
-    Equivalence,
-    Interaction,
     Metric,
     Report,
 )
 from runner.report.row_scores import BITS_PER_BYTE, LIKELIHOODS, NLL_PER_COMPLETION_TOKEN
 from runner.report.rows import ReportRow, axis_key, list_axes, list_metrics, list_values
 from runner.report.statistics import (
-    INTERACTION_GATE,
     Statement,
     benjamini_hochberg,
     holm,
-    is_equivalent,
-    simple_level,
 )
 from runner.report.verdicts import write_verdicts
 
 # 4 values make 6 pairs of values; with more, each is compared with the first only
 MAX_VALUES_ALL_PAIRS: Final = 4
-_LEVEL: Final = 0.95
-_TOST_LEVEL: Final = 0.90
-
-Pair = tuple[Cell, Cell]
 
 
 def build_report(
@@ -173,7 +159,7 @@ class _Grid:
                 by_keys[keys] = (one.reference, one.compared)
         return list(by_keys.values())
 
-    def _choose_likelihood(self, part: _Part, is_across_models: bool) -> str:
+    def _choose_likelihood(self, part: Part, is_across_models: bool) -> str:
         """Nats per completion token, or bits per byte where several base models have other tokens.
         Token counts alone are looked at, no scores.
         """
@@ -189,7 +175,7 @@ class _Grid:
         is_other = any(one != counts[0] for one in counts)
         return BITS_PER_BYTE if is_other else NLL_PER_COMPLETION_TOKEN
 
-    def _list_metrics(self, part: _Part, primary: str) -> list[str]:
+    def _list_metrics(self, part: Part, primary: str) -> list[str]:
         runs = [run for pair in part.pairs for cell in pair for run in cell.runs]
         of_answers = list_metrics(runs)
         known = [*LIKELIHOODS, *of_answers]
@@ -199,7 +185,7 @@ class _Grid:
         chosen += [one.metric for one in self._list_declared(part) if one.metric in known]
         return list(dict.fromkeys(chosen))
 
-    def _list_declared(self, part: _Part) -> list[Declared]:
+    def _list_declared(self, part: Part) -> list[Declared]:
         keys = (part.axis, axis_key(part.reference), axis_key(part.compared))
         return [one for one in self.declared if one.key[:3] == keys]
 
@@ -210,29 +196,16 @@ class _Grid:
             self._contrasts[key] = Contrasts(cells, metric, self.seed_axis, self._statement)
         return self._contrasts[key]
 
-    def _build_axis_effects(self, part: _Part, metric: Metric) -> AxisEffects:
+    def _build_axis_effects(self, part: Part, metric: Metric) -> AxisEffects:
         if part.is_across_tasks:
             return _refuse_across_tasks(self.name, part, metric)
         declared = [one for one in self._list_declared(part) if one.metric == metric.name]
         contrasts = self._get_contrasts(part.task, metric)
-        builder = _AxisBuilder(part, metric, contrasts, declared[0] if declared else None)
+        builder = AxisBuilder(part, metric, contrasts, declared[0] if declared else None)
         return builder.build(self.name)
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """The pairs of cells along two values of an axis, of one task; or all that cross tasks."""
-
-    axis: str
-    reference: Any
-    compared: Any
-    task: str
-    pairs: tuple[Pair, ...]
-    unpaired: tuple[str, ...]
-    is_across_tasks: bool = False
-
-
-def _split_by_task(matches: Matches) -> list[_Part]:
+def _split_by_task(matches: Matches) -> list[Part]:
     pairs: dict[str, list[Pair]] = {}
     crossing: dict[str, list[Pair]] = {}
     for first, second in matches.pairs:
@@ -245,16 +218,16 @@ def _split_by_task(matches: Matches) -> list[_Part]:
         reasons.setdefault(task, []).append(reason)
     values = (matches.axis, matches.reference, matches.compared)
     parts = [
-        _Part(*values, task, tuple(pairs.get(task, ())), tuple(reasons.get(task, ())))
+        Part(*values, task, tuple(pairs.get(task, ())), tuple(reasons.get(task, ())))
         for task in dict.fromkeys([*pairs, *reasons])
     ]
     return parts + [
-        _Part(*values, tasks, tuple(some), (), is_across_tasks=True)
+        Part(*values, tasks, tuple(some), (), is_across_tasks=True)
         for tasks, some in crossing.items()
     ]
 
 
-def _refuse_across_tasks(grid: str, part: _Part, metric: Metric) -> AxisEffects:
+def _refuse_across_tasks(grid: str, part: Part, metric: Metric) -> AxisEffects:
     first, second = part.pairs[0]
     reason = find_pair_refusal(metric, first.runs, second.runs)
     refused = Effect(
@@ -276,260 +249,6 @@ def _refuse_across_tasks(grid: str, part: _Part, metric: Metric) -> AxisEffects:
     )
 
 
-class _AxisBuilder:
-    """The effects of two values of an axis, by one metric."""
-
-    def __init__(
-        self, part: _Part, metric: Metric, contrasts: Contrasts, declared: Declared | None
-    ) -> None:
-        self.part, self.metric, self.contrasts, self.declared = part, metric, contrasts, declared
-        self.refusals = [self._find_refusal(pair) for pair in part.pairs]
-        # Pairs that have a difference
-        self.pairs = [
-            pair for pair, refusal in zip(part.pairs, self.refusals, strict=True) if not refusal
-        ]
-
-    def build(self, grid: str) -> AxisEffects:
-        cells = tuple(
-            self._build_effect([pair], self._name_place(pair)) for pair in self.part.pairs
-        )
-        pooled: Effect | None = None
-        interactions: tuple[Interaction, ...] = ()
-        simple: dict[str, tuple[Effect, ...]] = {}
-        has_seeds = any(
-            effect.interval is not None and effect.interval.kind != "rows" for effect in cells
-        )
-        if not self.pairs and cells:
-            pooled = self._refuse_all()
-        elif len(self.part.pairs) > 1 and has_seeds:
-            pooled = self._build_effect(self.part.pairs, {})
-            simple = self._build_simple()
-            if pooled.interval is not None:
-                interactions = self._test_interactions()
-        depends_on = tuple(one.other for one in interactions if one.p < INTERACTION_GATE)
-        effects = AxisEffects(
-            grid=grid,
-            task=self.part.task,
-            metric=self.metric,
-            axis=self.part.axis,
-            reference=self.part.reference,
-            compared=self.part.compared,
-            pooled=None if depends_on else pooled,
-            depends_on=depends_on,
-            interactions=interactions,
-            simple=simple,
-            cells=cells,
-            recipe_differences=count_recipe_differences(self._build_arms(self.part.pairs)),
-            unpaired=self.part.unpaired,
-        )
-        return self._apply_declaration(effects)
-
-    def _find_refusal(self, pair: Pair) -> str:
-        first, second = (self.contrasts.list_runs(cell) for cell in pair)
-        if not first or not second:
-            lacking = pair[0] if not first else pair[1]
-            reason = self.contrasts.get(lacking)
-            return reason if isinstance(reason, str) else ""
-        if refusal := find_pair_refusal(self.metric, first, second):
-            return refusal
-        found = [self.contrasts.get(cell) for cell in pair]
-        reasons = [one for one in found if isinstance(one, str)]
-        if reasons:
-            return reasons[0]
-        return self.contrasts.find_difference([one for one in found if isinstance(one, Aligned)])
-
-    def _refuse_all(self) -> Effect:
-        reasons = tuple(dict.fromkeys(self.refusals))
-        return self._make([], {}, self.part.pairs, reasons)
-
-    def _make(
-        self,
-        used: Sequence[Pair],
-        at: Mapping[str, Any],
-        pairs: Sequence[Pair],
-        refused: Sequence[str] = (),
-    ) -> Effect:
-        return Effect(
-            metric=self.metric,
-            axis=self.part.axis,
-            reference=self.part.reference,
-            compared=self.part.compared,
-            at=at,
-            pairs=tuple(used or pairs),
-            interval=None,
-            refused=tuple(refused),
-            flags=find_flags(self._build_arms(used or pairs)),
-        )
-
-    def _build_effect(
-        self, pairs: Sequence[Pair], at: Mapping[str, Any], level: float = _LEVEL
-    ) -> Effect:
-        """The mean effect over pairs of cells; those that cannot be compared are left out."""
-        asked = {id(pair) for pair in pairs}
-        left_out = [
-            reason
-            for pair, reason in zip(self.part.pairs, self.refusals, strict=True)
-            if reason and id(pair) in asked
-        ]
-        used = [pair for pair in self.pairs if id(pair) in asked]
-        if not used:
-            return self._make([], at, pairs, list(dict.fromkeys(left_out)))
-        runs = tuple(
-            run for pair in used for cell in pair for run in self.contrasts.list_runs(cell)
-        )
-        aligned, weights = self._weigh(used)
-        refusal = find_joint_refusal(self.metric, runs) or self.contrasts.find_difference(aligned)
-        effect = self._make(used, at, pairs)
-        if refusal:
-            return replace(effect, refused=(refusal,))
-        interval = self.contrasts.find_interval(aligned, weights, level)
-        if interval.kind == "rows" and len(used) > 1:
-            single = [one.cell.runs[0].name for one in aligned if len(one.runs) == 1]
-            reason = f"one seed only, as of {single[0]}: nothing says what another seed would give"
-            return replace(effect, refused=(reason,))
-        floor = self.contrasts.find_noise_floor(aligned)
-        flags = list(effect.flags)
-        if left_out:
-            flags.append(
-                f"{len(left_out)} of {len(pairs)} pairs of cells are left out:"
-                f" {'; '.join(dict.fromkeys(left_out))}"
-            )
-        if not at and self.part.unpaired:
-            flags.append(_describe_unpaired(self.part.unpaired))
-        return replace(
-            effect,
-            interval=interval,
-            flags=tuple(flags),
-            design=interval.design,
-            noise_floor=floor,
-            is_below_noise=floor is not None and abs(interval.estimate) < floor,
-        )
-
-    def _weigh(self, pairs: Sequence[Pair]) -> tuple[list[Aligned], list[float]]:
-        aligned, weights = [], []
-        for first, second in pairs:
-            for cell, sign in ((first, -1.0), (second, 1.0)):
-                found = self.contrasts.get(cell)
-                assert isinstance(found, Aligned), "such a pair was refused"
-                aligned.append(found)
-                weights.append(sign / len(pairs))
-        return aligned, weights
-
-    def _list_others(self) -> dict[str, list[tuple[Any, list[Pair]]]]:
-        """The other axes that have several values among the pairs: each value, and all pairs that
-        have it.
-        """
-        found: dict[str, dict[str, tuple[Any, list[Pair]]]] = {}
-        for pair in self.pairs:
-            for axis, value in self._name_place(pair).items():
-                _, some = found.setdefault(axis, {}).setdefault(axis_key(value), (value, []))
-                some.append(pair)
-        return {axis: list(levels.values()) for axis, levels in found.items() if len(levels) > 1}
-
-    def _build_simple(self) -> dict[str, tuple[Effect, ...]]:
-        refused = [
-            pair for pair, reason in zip(self.part.pairs, self.refusals, strict=True) if reason
-        ]
-        simple = {}
-        for axis, levels in self._list_others().items():
-            level = simple_level(len(levels), _LEVEL)
-            effects = []
-            for value, pairs in levels:
-                key = axis_key(value)
-                left_out = [
-                    pair
-                    for pair in refused
-                    if axis in pair[0].axes and axis_key(pair[0].axes[axis]) == key
-                ]
-                effects.append(self._build_effect([*pairs, *left_out], {axis: value}, level))
-            simple[axis] = tuple(effects)
-        return simple
-
-    def _test_interactions(self) -> tuple[Interaction, ...]:
-        aligned, _ = self._weigh(self.pairs)
-        places = {id(pair): at for at, pair in enumerate(self.pairs)}
-        found = []
-        for axis, levels in self._list_others().items():
-            weights = []
-            for _, pairs in levels:
-                row = [0.0] * len(aligned)  # reference and compared of each pair, in turn
-                for pair in pairs:
-                    at = 2 * places[id(pair)]
-                    row[at], row[at + 1] = -1 / len(pairs), 1 / len(pairs)
-                weights.append(row)
-            test = self.contrasts.test_interaction(aligned, weights)
-            if test is not None:
-                found.append(Interaction(axis, test.p, test.statistic, test.df))
-        return tuple(found)
-
-    def _name_place(self, pair: Pair) -> dict[str, Any]:
-        return {axis: value for axis, value in pair[0].axes.items() if axis != self.part.axis}
-
-    def _build_arms(self, pairs: Iterable[Pair]) -> Arms:
-        kept, runs = [], []
-        for pair in pairs:
-            both: tuple[Runs, Runs] = (
-                self.contrasts.list_runs(pair[0]),
-                self.contrasts.list_runs(pair[1]),
-            )
-            if both[0] and both[1]:
-                kept.append(pair)
-                runs.append(both)
-        return Arms(
-            self.part.axis, self.part.reference, self.part.compared, tuple(kept), tuple(runs)
-        )
-
-    def _apply_declaration(self, effects: AxisEffects) -> AxisEffects:
-        """The effects, those that answer a declared contrast marked, with the margin's test."""
-        if self.declared is None:
-            return effects
-        answers = {_identify(effect) for effect in effects.main}
-
-        def mark(effect: Effect) -> Effect:
-            return self._declare(effect) if _identify(effect) in answers else effect
-
-        return replace(
-            effects,
-            pooled=mark(effects.pooled) if effects.pooled is not None else None,
-            simple={axis: tuple(map(mark, some)) for axis, some in effects.simple.items()},
-            cells=tuple(map(mark, effects.cells)),
-        )
-
-    def _declare(self, effect: Effect) -> Effect:
-        assert self.declared is not None
-        runs = [
-            run for pair in effect.pairs for cell in pair for run in self.contrasts.list_runs(cell)
-        ]
-        standing = judge(self.declared, runs)
-        if not standing.is_confirmatory:
-            return replace(effect, why_exploratory=standing.why_exploratory)
-        if effect.interval is None or effect.interval.kind == "rows":
-            return effect
-        return replace(effect, is_confirmatory=True, equivalence=self._test_margin(effect))
-
-    def _test_margin(self, effect: Effect) -> Equivalence | None:
-        assert self.declared is not None
-        if self.declared.margin is None:
-            return None
-        aligned, weights = self._weigh(effect.pairs)
-        interval = self.contrasts.find_interval(aligned, weights, _TOST_LEVEL)
-        if interval.bounds is None:
-            return None
-        is_shown = is_equivalent(interval, self.declared.margin)
-        return Equivalence(self.declared.margin, interval.bounds, is_shown)
-
-
-def _describe_unpaired(reasons: Sequence[str]) -> str:
-    cells = "1 cell has" if len(reasons) == 1 else f"{len(reasons)} cells have"
-    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-    return f"{cells} no pair, and nothing stands in for it: {'; '.join(reasons[:3])}{more}"
-
-
-def _identify(effect: Effect) -> tuple[Any, ...]:
-    """The same for two effects that compare the same runs by the same metric."""
-    return (effect.metric.name, *(id(cell) for pair in effect.pairs for cell in pair))
-
-
 def _adjust(effects: Sequence[AxisEffects]) -> list[AxisEffects]:
     """The effects with adjusted p values: Holm over the confirmatory ones of a grid, Benjamini and
     Hochberg over all others of the report. One contrast that is shown twice counts once.
@@ -542,9 +261,9 @@ def _adjust(effects: Sequence[AxisEffects]) -> list[AxisEffects]:
                 continue
             p = effect.interval.p
             if p is not None and effect.is_confirmatory:
-                confirmatory.setdefault(one.grid, {})[_identify(effect)] = p
+                confirmatory.setdefault(one.grid, {})[identify(effect)] = p
             elif p is not None:
-                exploratory[_identify(effect)] = p
+                exploratory[identify(effect)] = p
     adjusted: dict[tuple[Any, ...], float] = {}
     adjusted |= zip(exploratory, benjamini_hochberg(list(exploratory.values())), strict=True)
     for family in confirmatory.values():
@@ -552,7 +271,7 @@ def _adjust(effects: Sequence[AxisEffects]) -> list[AxisEffects]:
 
     def adjust(effect: Effect) -> Effect:
         is_of_seeds = effect.interval is not None and effect.interval.kind != "rows"
-        p = adjusted.get(_identify(effect)) if is_of_seeds else None
+        p = adjusted.get(identify(effect)) if is_of_seeds else None
         return replace(effect, p_adjusted=p)
 
     return [
