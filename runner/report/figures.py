@@ -1,5 +1,5 @@
-"""The figures of a report: effects with the noise floor, interactions, learning curves, and two
-arms row against row.
+"""The figures of a report: effects with the noise floor, interactions, and two arms row against
+row. Learning curves are in `curves`.
 
 Each takes a report and returns drawings in the order of its cells and effects. What does not fit
 into a figure goes to the next one; what is left out of all is counted in the caption.
@@ -13,8 +13,6 @@ from itertools import product
 from statistics import fmean, stdev
 from typing import Any, Final, TypeVar
 
-from runner.errors import CorruptFileError
-from runner.report.contrasts import build_metric
 from runner.report.drawing import (
     BAND,
     GREYED,
@@ -43,23 +41,18 @@ from runner.report.labels import (
     name_panel,
 )
 from runner.report.row_pages import RowComparison
-from runner.report.rows import ReportRow, axis_key, axis_text, is_number
+from runner.report.rows import axis_text, is_number
 from runner.report.wording import count
 
-MAX_CURVES: Final = 40  # in a figure
 MAX_EFFECTS: Final = 40
 MAX_EFFECT_FIGURES: Final = 4  # of one metric
-MAX_CURVE_FIGURES: Final = 8
 MAX_INTERACTION_PANELS: Final = 24
 MAX_SCATTERS: Final = 12
 MAX_DOTS: Final = 2_000  # in a scatter
 _MAX_FACETS: Final = 6
 _MAX_TICKS: Final = 5
-_WIDTH: Final = 7.4  # inches
+FIGURE_WIDTH: Final = 7.4  # inches
 Item = TypeVar("Item")
-
-
-# --- effects ---------------------------------------------------------------------------------
 
 
 def draw_forests(report: Report) -> list[Drawing]:
@@ -89,7 +82,7 @@ def _draw_forest(
 ) -> Drawing:
     groups = list(dict.fromkeys(id(effects) for effects, _ in lines))
     height = 0.9 + 0.24 * (len(lines) + len(groups))
-    with drawing_figure(_WIDTH, height) as figure:
+    with drawing_figure(FIGURE_WIDTH, height) as figure:
         axes = figure.subplots()
         at, ticks, texts = 0, [], []
         previous = None
@@ -163,9 +156,6 @@ def _draw_effect(axes: Any, at: float, effect: Effect) -> None:
     )
 
 
-# --- interactions ----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Panel:
     """Two axes in one facet: a line for each value of one, along the values of the other."""
@@ -214,7 +204,7 @@ def _list_panels(report: Report, cells: Sequence[Cell], metric: Metric) -> list[
             p = _find_interaction(report, cells, metric, first, second)
             for chosen in product(*(values[axis] for axis in facets)):
                 facet = dict(zip(facets, chosen, strict=True))
-                those = tuple(cell for cell in cells if _is_at(cell, facet))
+                those = tuple(cell for cell in cells if is_at(cell, facet))
                 if _is_crossed(those, along, lines, metric):
                     found.append(_Panel(along, lines, facet, averaged, those, p))
     return sorted(found, key=lambda panel: 2.0 if panel.p is None else panel.p)
@@ -256,7 +246,7 @@ def _draw_panels(
 ) -> Drawing:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    with drawing_figure(_WIDTH if columns > 1 else 4.2, 0.2 + 2.9 * rows) as figure:
+    with drawing_figure(FIGURE_WIDTH if columns > 1 else 4.2, 0.2 + 2.9 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for axes, panel in zip(grid.flat, panels, strict=False):
             _draw_panel(axes, panel, metric)
@@ -293,13 +283,13 @@ def _draw_panel(axes: Any, panel: _Panel, metric: Metric) -> None:
             scores = [
                 list(cell.scores[metric.name].values())
                 for cell in panel.cells
-                if _is_at(cell, point) and cell.scores.get(metric.name)
+                if is_at(cell, point) and cell.scores.get(metric.name)
             ]
             if scores:
                 xs.append(at + 0.04 * (number - (len(lines) - 1) / 2))
                 means.append(fmean(fmean(those) for those in scores))
                 spreads.append(fmean(stdev(those) if len(those) > 1 else 0.0 for those in scores))
-        style = dict(_style(number), label=label(axis_text(value), 24))
+        style = dict(choose_style(number), label=label(axis_text(value), 24))
         axes.errorbar(xs, means, yerr=spreads, capsize=2.5, elinewidth=0.9, markersize=4.5, **style)
     step = -(-len(along) // _MAX_TICKS)
     texts = [label(axis_text(value), 14) for value in along[::step]]
@@ -324,141 +314,6 @@ def _draw_panel(axes: Any, panel: _Panel, metric: Metric) -> None:
     )
 
 
-# --- learning curves -------------------------------------------------------------------------
-
-
-def draw_curves(report: Report) -> list[Drawing]:
-    """The metric on the validation rows over steps: a panel for each combination of the other
-    axes, a colour for each value of one.
-    """
-    panels: list[tuple[str, str, list[tuple[int, str, ReportRow]]]] = []
-    for grid, task in list_places(report):
-        cells = [cell for cell in report.cells if (cell.grid, cell.task) == (grid, task)]
-        source = describe_source(report, grid, task)
-        panels += [(source, *one) for one in _list_curve_panels(report, cells)]
-    chunks: list[list[tuple[str, str, list[tuple[int, str, ReportRow]]]]] = []
-    size = 0
-    for panel in panels:
-        for part in split(panel[2], MAX_CURVES):
-            is_new = not chunks or size + len(part) > MAX_CURVES or chunks[-1][0][0] != panel[0]
-            if is_new or len(chunks[-1]) == 9:
-                chunks.append([])
-                size = 0
-            chunks[-1].append((panel[0], panel[1], list(part)))
-            size += len(part)
-    left_out = sum(len(part) for chunk in chunks[MAX_CURVE_FIGURES:] for _, _, part in chunk)
-    return [
-        _draw_curve_figure(f"curves-{number + 1}", chunk, left_out)
-        for number, chunk in enumerate(chunks[:MAX_CURVE_FIGURES])
-    ]
-
-
-def load_curve(run: ReportRow) -> list[tuple[int, float]]:
-    """Steps and scores of the metric that chose the best step, on the validation rows; none where
-    there are none. The base model (step 0) is so far off that the rest would be one flat line.
-    """
-    name = name_curve_metric(run)
-    try:
-        rows = run.load_curve()
-    except (CorruptFileError, OSError):
-        return []
-    points = [
-        (row["step"], float(row[name]))
-        for row in rows
-        if row.get("split") == "validation"
-        and isinstance(row.get(name), int | float)
-        and isinstance(row.get("step"), int)
-    ]
-    return points[1:] if len(points) > 2 and points[0][0] == 0 else points
-
-
-def name_curve_metric(run: ReportRow) -> str:
-    """The metric that chose the best step of a run."""
-    return run.recipe.checkpoints.metric
-
-
-def _list_curve_panels(
-    report: Report, cells: Sequence[Cell]
-) -> Iterator[tuple[str, list[tuple[int, str, ReportRow]]]]:
-    values = list_cell_axes(cells)
-    models = list_model_axes(cells)
-    wanted = [effects.axis for effects in report.effects if effects.axis in values]
-    wanted.sort(key=lambda axis: axis in models)  # their scores compare less
-    colour = next((axis for axis in wanted if len(values[axis]) <= len(PALETTE)), None)
-    if colour is None:
-        colour = min(values, key=lambda axis: len(values[axis]), default=None)
-    others = [axis for axis in values if axis != colour]
-    for chosen in product(*(values[axis] for axis in others)):
-        facet = dict(zip(others, chosen, strict=True))
-        curves = []
-        for cell in cells:
-            if _is_at(cell, facet):
-                number, name = 0, "all runs"
-                if colour is not None and colour in cell.axes:
-                    keys = [axis_key(value) for value in values[colour]]
-                    number = keys.index(axis_key(cell.axes[colour]))
-                    name = f"{colour}={axis_text(cell.axes[colour])}"
-                curves += [(number, name, run) for run in cell.runs if load_curve(run)]
-        if curves:
-            yield name_panel(facet), curves
-
-
-def _draw_curve_figure(
-    name: str, panels: Sequence[tuple[str, str, list[tuple[int, str, ReportRow]]]], left_out: int
-) -> Drawing:
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    handles: dict[str, Any] = {}
-    runs = [run for _, _, those in panels for _, _, run in those]
-    metrics = list(dict.fromkeys(build_metric(name_curve_metric(run), {}).title for run in runs))
-    with drawing_figure(_WIDTH if columns > 1 else 5.2, 0.6 + 2.0 * rows) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-        for axes, (_, facet, curves) in zip(grid.flat, panels, strict=False):
-            for number, text, run in curves:
-                handles.setdefault(text, _draw_curve(axes, number, run))
-            axes.set_title(label(facet, 30), fontweight="normal")
-        for axes in grid.flat[len(panels) :]:
-            axes.set_visible(False)
-        for row in grid:
-            row[0].set_ylabel(label(" or ".join(metrics), 34))
-        for axes in grid[-1]:
-            axes.set_xlabel("optimizer step")
-        texts = [label(text, 30) for text in handles]
-        figure.legend(list(handles.values()), texts, loc="outside lower center", ncols=4)
-    stopped = sum(run.stop_reason == "early_stopping" for run in runs)
-    last = sum(run.best_step is not None and run.best_step == run.num_steps for run in runs)
-    caption = "One line per run. Dot: its best step, which is the model that is tested. Cross:"
-    caption += " where early stopping ended it. The base model, step 0, is not drawn."
-    if last:
-        caption += f" {count(last, 'run')} had the best step last, so more steps might help."
-    if left_out:
-        caption += f" {count(left_out, 'more run')} left out of these figures."
-    return Drawing(
-        name,
-        f"Learning curves, {panels[0][0]}",
-        f"{' or '.join(map(label, metrics))} on the validation rows over optimizer steps of"
-        f" {count(len(runs), 'run')}; {stopped} stopped early.",
-        caption,
-        figure,
-    )
-
-
-def _draw_curve(axes: Any, number: int, run: ReportRow) -> Any:
-    steps, scores = zip(*load_curve(run), strict=True)
-    style = _style(number)
-    color = style["color"]
-    [line] = axes.plot(steps, scores, color=color, linestyle=style["linestyle"], linewidth=1.1)
-    by_step = dict(zip(steps, scores, strict=True))
-    if run.best_step in by_step:
-        axes.plot(run.best_step, by_step[run.best_step], marker="o", markersize=4, color=color)
-    if run.stop_reason == "early_stopping":
-        axes.plot(steps[-1], scores[-1], marker="x", markersize=6, markeredgewidth=1.5, color=color)
-    return line
-
-
-# --- two arms row against row ----------------------------------------------------------------
-
-
 def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
     """The score of each test row under two arms, a panel for each comparison."""
     drawings: list[Drawing] = []
@@ -466,7 +321,7 @@ def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
     for chunk in split_by_metric(shown):
         columns = min(3, len(chunk))
         rows = -(-len(chunk) // columns)
-        with drawing_figure(_WIDTH if columns > 1 else 4.0, 0.3 + 2.5 * rows) as figure:
+        with drawing_figure(FIGURE_WIDTH if columns > 1 else 4.0, 0.3 + 2.5 * rows) as figure:
             grid = figure.subplots(rows, columns, squeeze=False)
             for axes, one in zip(grid.flat, chunk, strict=False):
                 _draw_scatter(axes, one)
@@ -519,10 +374,7 @@ def _draw_scatter(axes: Any, one: RowComparison) -> None:
     axes.set_ylabel(label(one.compared_name, 30))
 
 
-# ---------------------------------------------------------------------------------------------
-
-
-def _style(number: int) -> dict[str, Any]:
+def choose_style(number: int) -> dict[str, Any]:
     """Colour, marker and dash, so that lines differ in print and for colour-blind readers."""
     return {
         "color": PALETTE[number % len(PALETTE)],
@@ -531,7 +383,8 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _is_at(cell: Cell, axes: Mapping[str, Any]) -> bool:
+def is_at(cell: Cell, axes: Mapping[str, Any]) -> bool:
+    """True where a cell has these values of these axes."""
     return find_cell([cell], axes) is not None
 
 

@@ -23,10 +23,11 @@ from markupsafe import Markup, escape
 
 from runner.errors import RefusedError, escape_controls
 from runner.files import write_bytes_atomic, write_text_atomic
+from runner.report.curves import draw_curves
 from runner.report.declared import judge, list_declared
 from runner.report.drawing import Drawing
 from runner.report.effects import Report
-from runner.report.figures import draw_curves, draw_forests, draw_interactions, draw_scatters
+from runner.report.figures import draw_forests, draw_interactions, draw_scatters
 from runner.report.heat_maps import build_heat_maps
 from runner.report.labels import (
     choose_effects,
@@ -36,13 +37,15 @@ from runner.report.labels import (
     list_places,
     list_scored_metrics,
 )
+from runner.report.page_facts import (
+    build_certificates,
+    build_differences_table,
+    build_equal_facts,
+)
 from runner.report.page_parts import (
     TERMS,
     PageTable,
-    build_certificates,
-    build_differences_table,
     build_effects_table,
-    build_equal_facts,
     build_runs_table,
     build_variance_table,
 )
@@ -195,9 +198,6 @@ def _render_comparison(one: RowComparison, texts: TextSource, options: PageOptio
     return _render("rows.html.j2", context)
 
 
-# --- rows ------------------------------------------------------------------------------------
-
-
 def _fill_rows(
     comparisons: Sequence[RowComparison], options: PageOptions, budget: int
 ) -> list[str]:
@@ -279,9 +279,6 @@ def _render_texts(one: RowComparison, texts: RowTexts | None, limit: int) -> str
     )
 
 
-# --- texts -----------------------------------------------------------------------------------
-
-
 def show_text(text: str, limit: int) -> Markup:
     """A text of a row: as it is, but for controls and what is beyond `limit` characters."""
     more = f" … ({len(text) - limit:,} more characters)" if len(text) > limit else ""
@@ -308,9 +305,6 @@ def _finalize(value: Any) -> Any:
     if isinstance(value, str):
         return _plain(value)
     return value
-
-
-# --- the page --------------------------------------------------------------------------------
 
 
 @cache

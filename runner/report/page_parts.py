@@ -1,4 +1,4 @@
-"""The tables of a page: effects, variances, runs, certificates, and what differs between runs.
+"""The tables of a page: effects, variances and runs. Others are in `page_facts`.
 
 Texts are plain here; the page escapes them. Each column brings its definition with it, so that the
 page can define every one.
@@ -6,31 +6,23 @@ page can define every one.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from runner.recipe.identity import derive_digest
 from runner.report.cells import find_seed_axis, get_seed, list_counted
-from runner.report.compare import Certificate, build_certificate
-from runner.report.effects import SEED, AxisEffects, Effect, Report
+from runner.report.effects import AxisEffects, Effect, Report
 from runner.report.labels import (
     describe_contrast,
     describe_place,
     describe_source,
-    list_all,
     list_places,
 )
-from runner.report.rows import ReportRow, axis_key, axis_text, list_axes
+from runner.report.rows import ReportRow, axis_text, list_axes
 from runner.report.wording import count, probability, signed
-from runner.strict import thaw
 
-NOT_RECORDED: Final = "not recorded"
-MAX_CERTIFICATES: Final = 12
-_MAX_VALUES: Final = 6  # shown of what differs
-_HASH: Final = 12
+NUM_HASH_CHARACTERS: Final = 12
 
 
 @dataclass(frozen=True)
@@ -89,8 +81,6 @@ def whole(value: int | None) -> PageCell:
     """A count as a cell."""
     return PageCell("" if value is None else f"{value:,}", value)
 
-
-# --- effects ---------------------------------------------------------------------------------
 
 _EFFECT_COLUMNS: Final = (
     PageColumn("contrast", "The axis and its two values; the first is the reference.", False, True),
@@ -252,9 +242,6 @@ def build_variance_table(chosen: Sequence[AxisEffects]) -> PageTable:
     return build_table("variances", _VARIANCE_COLUMNS, rows)
 
 
-# --- runs ------------------------------------------------------------------------------------
-
-
 def build_runs_table(report: Report) -> PageTable:
     """One row per run, the axes as columns."""
     rows = report.rows
@@ -325,201 +312,7 @@ def _list_scores(report: Report) -> dict[tuple[int, str], float]:
 def _find_digest(row: ReportRow) -> str:
     if row.rules is None:
         return ""
-    return derive_digest(row.recipe, dict(row.contents), row.rules)[:_HASH]
-
-
-# --- certificates ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PageCertificate:
-    """What was equal and what differed between two values of an axis."""
-
-    title: str
-    summary: str
-    table: PageTable
-
-
-_CERTIFICATE_COLUMNS: Final = (
-    PageColumn("fact", "A key of the recipes, or a fact that runs recorded.", False),
-    PageColumn("about", "What kind of fact it is.", False),
-    PageColumn(
-        "status",
-        "Equal: the same in every pair of runs. Differs: not in some pair. Not recorded: an older"
-        " run did not say, which is never taken for equal.",
-        False,
-    ),
-    PageColumn("first", "What the runs of the reference have.", False),
-    PageColumn("second", "What the runs of the other value have.", False),
-    PageColumn("explained by", "Why a difference is no surprise; blank: nothing does.", False),
-)
-
-
-def build_certificates(report: Report, chosen: Sequence[AxisEffects]) -> list[PageCertificate]:
-    """A certificate for each two values of an axis, those of declared contrasts first."""
-    found: dict[tuple[str, ...], PageCertificate] = {}
-    ranked = sorted(chosen, key=lambda one: not any(e.is_confirmatory for e in list_all(one)))
-    for effects in ranked:
-        sides = [
-            [
-                row
-                for row in report.rows
-                if (row.grid, row.task, row.state) == (effects.grid, effects.task, "completed")
-                and effects.axis in row.axes
-                and axis_key(row.axes[effects.axis]) == axis_key(value)
-            ]
-            for value in (effects.reference, effects.compared)
-        ]
-        source = describe_source(report, effects.grid, effects.task)
-        key = (source, describe_contrast(effects))
-        if key not in found and all(sides) and len(found) < MAX_CERTIFICATES:
-            one = build_certificate(sides[0], sides[1], effects.axis)
-            title = f"{describe_contrast(effects)}, {source}"
-            found[key] = _build_certificate(title, f"certificate-{len(found) + 1}", one)
-    return list(found.values())
-
-
-def _build_certificate(title: str, name: str, one: Certificate) -> PageCertificate:
-    numbers = Counter(line.status for line in one.lines)
-    summary = f"{numbers['equal']} equal, {numbers['differs']} differ"
-    summary += f", {numbers['not recorded']} not recorded; {len(one.pairs)} pairs of runs"
-    if one.unexplained:
-        summary += f"; not explained by the axis: {count(len(one.unexplained), 'difference')}"
-    order = ("differs", "not recorded", "equal")
-    rows = []
-    for line in sorted(one.lines, key=lambda line: order.index(line.status)):
-        is_open = line.status == "differs" and line.explained_by is None
-        cells = [
-            PageCell(line.what),
-            PageCell(line.section),
-            PageCell(line.status),
-            PageCell(line.value_a),
-            PageCell(line.value_b),
-            PageCell(line.explained_by or ""),
-        ]
-        rows.append(("unexplained" if is_open else line.status.replace(" ", "-"), cells))
-    return PageCertificate(title, summary, build_table(name, _CERTIFICATE_COLUMNS, rows))
-
-
-# --- what differs ----------------------------------------------------------------------------
-
-_DIFFERENCE_COLUMNS: Final = (
-    PageColumn("what", "A key of the recipes, or a fact that runs recorded.", False),
-    PageColumn("values", "Its values, each with the number of runs that have it.", False),
-    PageColumn(
-        "changes with",
-        "The axes that it changes with: it has one value at each of their values. Blank: it"
-        " differs between runs that no axis tells apart.",
-        False,
-    ),
-)
-
-
-def build_differences_table(rows: Sequence[ReportRow]) -> PageTable:
-    """What is not the same in all runs: keys of the recipes, then what runs recorded."""
-    lines = []
-    for name, get in (*_list_recipe_keys(rows), *_list_facts(rows)):
-        found = [(get(row), row) for row in rows]
-        counts = Counter(value for value, _ in found if value is not None)
-        if len(counts) > 1:
-            shown = [f"{value} ({number})" for value, number in counts.most_common(_MAX_VALUES)]
-            left_out = len(counts) - len(shown)
-            shown += [f"{left_out} other values"] if left_out else []
-            axes = ", ".join(_find_axes(found)) if name != "training.seed" else SEED
-            lines.append(("", [PageCell(name), PageCell("; ".join(shown)), PageCell(axes)]))
-    return build_table("differences", _DIFFERENCE_COLUMNS, lines)
-
-
-Getter = Callable[[ReportRow], str | None]
-
-
-def _list_recipe_keys(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
-    flat = {id(row): dict(_flatten(thaw(row.payload), "")) for row in rows}
-    names = dict.fromkeys(name for values in flat.values() for name in values)
-
-    def getter(name: str) -> Getter:
-        return lambda row: flat[id(row)].get(name, "(absent)")
-
-    return [(name, getter(name)) for name in names]
-
-
-def _flatten(value: Any, prefix: str) -> Iterable[tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _list_facts(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
-    def fact(get: Callable[[ReportRow], Any]) -> Getter:
-        def read(row: ReportRow) -> str | None:
-            if row.state != "completed":
-                return None
-            value = get(row)
-            if value is None:
-                return NOT_RECORDED
-            text = str(value)
-            return text[:_HASH] if len(text) in (40, 64) and " " not in text else text
-
-        return read
-
-    def entry(field: str, *keys: str) -> Getter:
-        def find(row: ReportRow) -> Any:
-            value = getattr(row, field)
-            for key in keys:
-                value = (value or {}).get(key)
-            return value
-
-        return fact(find)
-
-    commits = dict.fromkeys(key for row in rows for key in row.commits)
-    versions = dict.fromkeys(key for row in rows for key in row.versions)
-    splits = dict.fromkeys(split for row in rows for split in row.split_hashes)
-    hashes = ("ids_hash", "input_ids_hash", "mask_hash")
-    return [
-        ("updates", fact(lambda row: row.updates)),
-        ("trained tokens", fact(lambda row: row.num_trained_tokens)),
-        ("length of the schedule", fact(lambda row: row.schedule_steps)),
-        ("initial weights", fact(lambda row: row.initial_weights_hash)),
-        ("order of rows", fact(lambda row: row.row_order_hash)),
-        ("rules of rows and masks", fact(lambda row: row.rules)),
-        *(
-            (f"{split} rows: {name}", entry("split_hashes", split, name))
-            for split in splits
-            for name in hashes
-        ),
-        *((f"commit of {key}", entry("commits", key)) for key in commits),
-        *((f"version of {key}", entry("versions", key)) for key in versions),
-        ("source of the runner", fact(lambda row: row.source_hash)),
-        ("version of the runner", fact(lambda row: row.runner_version)),
-        ("commit of the runner", fact(lambda row: row.runner_commit)),
-    ]
-
-
-def _find_axes(found: Sequence[tuple[str | None, ReportRow]]) -> list[str]:
-    """The axes each of whose values goes with one value of what differs."""
-    axes = []
-    for axis in list_axes(row for _, row in found):
-        by_value: dict[str, set[str]] = {}
-        for value, row in found:
-            if value is not None and axis in row.axes:
-                by_value.setdefault(axis_key(row.axes[axis]), set()).add(value)
-        if by_value and all(len(values) == 1 for values in by_value.values()):
-            axes.append(axis)
-    return axes
-
-
-def build_equal_facts(rows: Sequence[ReportRow]) -> list[tuple[str, str]]:
-    """What all completed runs recorded alike: versions, commits, hashes; with what none of them
-    recorded.
-    """
-    equal = []
-    for name, get in _list_facts(rows):
-        values = {get(row) for row in rows} - {None}
-        if len(values) == 1:
-            equal.append((name, str(values.pop())))
-    return equal
+    return derive_digest(row.recipe, dict(row.contents), row.rules)[:NUM_HASH_CHARACTERS]
 
 
 # What the page says beside its tables

@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 
 from runner.files import write_jsonl_atomic
+from runner.report.curves import MAX_CURVES, draw_curves, load_curve
 from runner.report.drawing import PALETTE, draw_dots, drawing_figure
 from runner.report.effects import Report
 from runner.report.figures import (
-    MAX_CURVES,
-    draw_curves,
     draw_forests,
     draw_interactions,
     draw_scatters,
-    load_curve,
 )
 from runner.report.row_pages import build_row_comparisons
 from runner.run.paths import RunPaths
