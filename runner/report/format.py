@@ -237,6 +237,7 @@ def describe_effects(
             shown = numbers[:MAX_EFFECTS]
             first, *others = _build_effect_columns(shown, constant)
             yield from draw_packed([first], others)
+            yield from draw_packed([first], _build_variance_columns(shown))
             notes = list(_list_notes(effects, shown, constant))
             if len(numbers) > len(shown):
                 notes.append(f"and {len(numbers) - len(shown)} more: `--format json` has all")
@@ -318,6 +319,11 @@ def _build_effect_columns(effects: Sequence[Effect], constant: Collection[str]) 
         build_column("p", effects, lambda effect: probability(effect.p_adjusted)),
         build_column("seeds x rows", effects, describe_replication),
         build_column("status", effects, describe_standing, is_numeric=False),
+    ]
+
+
+def _build_variance_columns(effects: Sequence[Effect]) -> list[Column]:
+    return [
         build_column("V_seed (df)", effects, lambda one: variance(one.interval, "seed")),
         build_column("V_row (df)", effects, lambda one: variance(one.interval, "row")),
         build_column("V_res", effects, lambda one: variance(one.interval, "res")),
