@@ -437,7 +437,8 @@ def _find_provenance(attempts: Sequence[Attempt]) -> dict[str, Any]:
     trained = [
         attempt
         for attempt in attempts
-        if attempt.failure is None or attempt.failure.kind not in ("configuration", "data")
+        if not attempt.is_repair
+        and (attempt.failure is None or attempt.failure.kind not in ("configuration", "data"))
     ]
     names = dict.fromkeys(name for attempt in trained for name in attempt.versions)
     versions = {name: _join(attempt.versions.get(name) for attempt in trained) for name in names}
