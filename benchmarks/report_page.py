@@ -1,10 +1,10 @@
 """CPU seconds, size and parts of a report with its page, for grids of 12, 216 and 5,000 runs.
 
-Run `python benchmarks/report_page.py` in the repository root (two minutes), or with the numbers of
-runs as arguments. The runs are directories of real records: 40 test rows each with scores, a curve
-of 12 evaluations, answers of base and tuned model. The command is a process of its own and counts
-whole, imports included. Goals: 216 runs in 10 CPU seconds with the page, which is below 3 MB; 5,000
-in 60 without.
+Run `python benchmarks/report_page.py` in the repository root (some minutes, most of them to write
+5,000 directories), or with some of these numbers as arguments. The runs are directories of real
+records: 40 test rows each with scores, a curve of 12 evaluations, answers of base and tuned model.
+The command is a process of its own and counts whole, imports included. Goals: 216 runs in 10 CPU
+seconds with the page, which is below 3 MB; 5,000 in 60 without.
 """
 
 from __future__ import annotations
@@ -24,22 +24,28 @@ sys.path[:0] = [str(ROOT)]
 from runner.files import write_jsonl_atomic  # noqa: E402
 from tests.support.scored_runs import make_attempt, scored_grid  # noqa: E402
 
-NUM_RUNS: Final = (12, 216, 5_000)
+# Runs -> values of the axes; each cell has three seeds
+SHAPES: Final = {12: (2, 2, 1, 1), 216: (3, 2, 4, 3), 5_000: (4, 2, 13, 16)}
 MAX_RUNS_WITH_PAGE: Final = 1_000
 NUM_ROWS: Final = 40
 
 
-def build_runs(root: Path, num_runs: int) -> None:
-    """Two models, two losses and three seeds, and as many sample counts as it takes."""
-    counts = [30 * (at + 1) for at in range(max(1, num_runs // 12))]
+def build_runs(root: Path, shape: tuple[int, int, int, int]) -> None:
+    """Finished runs of models, losses, sample counts and learning rates."""
+    counts = [30 * (at + 1) for at in range(shape[2])]
     axes: dict[str, list[Any]] = {
-        "model": ["gemma", "llama"],
-        "loss": ["full", "completion"],
+        "model": [f"model-{at}" for at in range(shape[0])],
+        "loss": ["full", "completion"][: shape[1]],
         "num_train_samples": counts,
+        "learning_rate": [(at + 1) / 1_000 for at in range(shape[3])],
     }
 
-    def truth(model: str, loss: str, num_train_samples: int) -> float:
+    def truth(loss: str, num_train_samples: int, **_: Any) -> float:
         return 1.5 - 0.2 * (loss == "completion") - 0.1 * (num_train_samples / counts[-1])
+
+    def override(learning_rate: float, **_: Any) -> tuple[str, ...]:
+        task = "data.task={name: prompt_completion, prompt: '{question}'}"
+        return (task, f"training.learning_rate={learning_rate}")
 
     runs = scored_grid(
         root,
@@ -50,7 +56,7 @@ def build_runs(root: Path, num_runs: int) -> None:
         attempt=make_attempt(),
         num_updates=48,
         schedule_steps=48,
-        overrides=("data.task={name: prompt_completion, prompt: '{question}'}",),
+        overrides=override,
     )
     for _, paths, _ in runs:
         curve = [
@@ -80,10 +86,10 @@ def measure(command: list[str], folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    for num_runs in [int(word) for word in sys.argv[1:]] or NUM_RUNS:
+    for num_runs in [int(word) for word in sys.argv[1:]] or SHAPES:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            build_runs(folder / "runs", num_runs)
+            build_runs(folder / "runs", SHAPES[num_runs])
             found = {"runs": sum(1 for _ in (folder / "runs" / "demo").iterdir())}
             seconds, mib = measure(["report", "runs/demo"], folder)
             measured: dict[str, Any] = {**found, "report_s": round(seconds, 2), "mib": round(mib)}

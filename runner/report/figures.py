@@ -45,8 +45,8 @@ from runner.report.rows import axis_text, is_number
 from runner.report.wording import count
 
 MAX_EFFECTS: Final = 40
-MAX_EFFECT_FIGURES: Final = 4  # of one metric
-MAX_INTERACTION_PANELS: Final = 24
+MAX_EFFECT_FIGURES: Final = 3  # of one metric
+MAX_INTERACTION_PANELS: Final = 12  # of one metric
 MAX_SCATTERS: Final = 12
 MAX_DOTS: Final = 2_000  # in a scatter
 _MAX_FACETS: Final = 6
