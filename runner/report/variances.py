@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -44,6 +45,22 @@ class CellScores:
     # (rows,): where given, it must be equal to the tokens of the comparison
     tokens: Floats | None = None
     name: str = ""  # for errors
+
+    @cached_property
+    def deviations(self) -> Floats:
+        """(seeds,): the sum over all rows of each run, from the mean of the cell.
+
+        Computed once, for the other cells of a pool are looked at in every contrast.
+        """
+        totals = self.sums.sum(axis=1)
+        # From the first run, such that equal runs differ by exactly 0
+        deviations = totals - totals[0]
+        return np.asarray(deviations - deviations.mean())
+
+    @cached_property
+    def squares(self) -> float:
+        """The sum of the squared deviations."""
+        return float(self.deviations @ self.deviations)
 
 
 @dataclass(frozen=True)
@@ -123,21 +140,17 @@ def measure(
         count = len(cell.sums)
         if count == 0:
             continue
-        scores = cell.sums.sum(axis=1) / total
-        # From the first run, such that equal runs differ by exactly 0
-        deviations = scores - scores[0]
-        deviations -= deviations.mean()
-        squares[cell.pool] = squares.get(cell.pool, 0.0) + float(deviations @ deviations)
+        squares[cell.pool] = squares.get(cell.pool, 0.0) + cell.squares / total**2
         nus[cell.pool] += count - 1
         if weight == 0:
             continue
         loads[cell.pool] = loads.get(cell.pool, 0.0) + weight**2 / count
-        scale = max(scale, float(np.abs(scores).max()))
+        scale = max(scale, float(np.abs(cell.sums.sum(axis=1)).max()) / total)
         sums = by_group.sum(cell.sums)
         mean = sums[0] + (sums - sums[0]).mean(axis=0)
         contrast_sums += weight * mean
         if count > 1 and num_groups > 1:
-            left = sums - mean - np.outer(deviations, group_tokens)
+            left = sums - mean - np.outer(cell.deviations / total, group_tokens)
             spread = num_groups / (num_groups - 1) * float(np.vdot(left, left))
             v_res += weight**2 * spread / (count * (count - 1) * total**2)
     pools = {
@@ -172,9 +185,10 @@ def check_comparable(cells: Sequence[CellScores], weights: Sequence[float], toke
                 f"{name} has scores of shape {cell.sums.shape}, expected (seeds, {len(tokens)}):"
                 " its runs were scored on other rows"
             )
-        if cell.tokens is not None and not np.array_equal(cell.tokens, tokens):
+        own = cell.tokens
+        if own is not None and own is not tokens and not np.array_equal(own, tokens):
             raise NotComparableError(
-                f"{name} was scored on {cell.tokens.sum():,.0f} tokens, not on the same"
+                f"{name} was scored on {own.sum():,.0f} tokens, not on the same"
                 f" {tokens.sum():,.0f} as the others: no difference per token is taken"
             )
         if weight != 0 and len(cell.sums) == 0:
