@@ -71,8 +71,12 @@ class AxisBuilder:
             pooled = self._build_effect(self.part.pairs, {})
             simple = self._build_simple()
             if pooled.interval is not None:
-                interactions = self._test_interactions()
+                interactions = self._test_interactions(self.pairs)
         depends_on = tuple(one.other for one in interactions if one.p < INTERACTION_GATE)
+        if pooled is not None and pooled.interval is None:
+            simple, cells = self._refuse_gated(self._gate(simple, list(simple)), cells)
+        elif len(depends_on) > 1:
+            simple = self._gate(simple, depends_on)
         effects = AxisEffects(
             grid=grid,
             task=self.part.task,
@@ -181,12 +185,56 @@ class AxisBuilder:
                 weights.append(sign / len(pairs))
         return aligned, weights
 
-    def _list_others(self) -> dict[str, list[tuple[Any, list[Pair]]]]:
-        """The other axes that have several values among the pairs: each value, and all pairs that
+    def _gate(
+        self, simple: Mapping[str, tuple[Effect, ...]], others: Sequence[str]
+    ) -> dict[str, tuple[Effect, ...]]:
+        """The simple effects; those at the levels of some axes know what they depend on in turn."""
+
+        def find(effect: Effect) -> tuple[str, ...]:
+            if effect.interval is None or len(effect.pairs) < 2:
+                return ()
+            tests = self._test_interactions(effect.pairs)
+            return tuple(test.other for test in tests if test.p < INTERACTION_GATE)
+
+        return {
+            axis: tuple(replace(one, depends_on=find(one)) for one in effects)
+            if axis in others
+            else effects
+            for axis, effects in simple.items()
+        }
+
+    def _refuse_gated(
+        self, simple: Mapping[str, tuple[Effect, ...]], cells: tuple[Effect, ...]
+    ) -> tuple[dict[str, tuple[Effect, ...]], tuple[Effect, ...]]:
+        """The simple effects, those that depend on another axis without a number; the pairs of
+        cells that answer in their place are then at a level at which all of them hold together.
+        """
+
+        def refuse(effect: Effect) -> Effect:
+            if not effect.depends_on:
+                return effect
+            reason = f"it depends on {' and '.join(effect.depends_on)}, so there is no mean"
+            return replace(
+                effect,
+                interval=None,
+                refused=(reason,),
+                design="",
+                noise_floor=None,
+                is_below_noise=False,
+            )
+
+        refused = {axis: tuple(map(refuse, effects)) for axis, effects in simple.items()}
+        if any(effect.depends_on for effects in simple.values() for effect in effects):
+            level = simple_level(len(self.pairs), _LEVEL)
+            cells = tuple(self._build_effect(cell.pairs, cell.at, level) for cell in cells)
+        return refused, cells
+
+    def _list_others(self, pairs: Iterable[Pair]) -> dict[str, list[tuple[Any, list[Pair]]]]:
+        """The other axes that have several values among some pairs: each value, and all pairs that
         have it.
         """
         found: dict[str, dict[str, tuple[Any, list[Pair]]]] = {}
-        for pair in self.pairs:
+        for pair in pairs:
             for axis, value in self._name_place(pair).items():
                 _, some = found.setdefault(axis, {}).setdefault(axis_key(value), (value, []))
                 some.append(pair)
@@ -197,7 +245,7 @@ class AxisBuilder:
             pair for pair, reason in zip(self.part.pairs, self.refusals, strict=True) if reason
         ]
         simple = {}
-        for axis, levels in self._list_others().items():
+        for axis, levels in self._list_others(self.pairs).items():
             level = simple_level(len(levels), _LEVEL)
             effects = []
             for value, pairs in levels:
@@ -211,17 +259,17 @@ class AxisBuilder:
             simple[axis] = tuple(effects)
         return simple
 
-    def _test_interactions(self) -> tuple[Interaction, ...]:
-        aligned, _ = self._weigh(self.pairs)
-        places = {id(pair): at for at, pair in enumerate(self.pairs)}
+    def _test_interactions(self, pairs: Sequence[Pair]) -> tuple[Interaction, ...]:
+        aligned, _ = self._weigh(pairs)
+        places = {id(pair): at for at, pair in enumerate(pairs)}
         found = []
-        for axis, levels in self._list_others().items():
+        for axis, levels in self._list_others(pairs).items():
             weights = []
-            for _, pairs in levels:
+            for _, some in levels:
                 row = [0.0] * len(aligned)  # reference and compared of each pair, in turn
-                for pair in pairs:
+                for pair in some:
                     at = 2 * places[id(pair)]
-                    row[at], row[at + 1] = -1 / len(pairs), 1 / len(pairs)
+                    row[at], row[at + 1] = -1 / len(some), 1 / len(some)
                 weights.append(row)
             test = self.contrasts.test_interaction(aligned, weights)
             if test is not None:
@@ -275,7 +323,7 @@ class AxisBuilder:
 
     def _test_margin(self, effect: Effect) -> Equivalence | None:
         assert self.declared is not None
-        if self.declared.margin is None:
+        if self.declared.margin is None or effect.depends_on:
             return None
         aligned, weights = self._weigh(effect.pairs)
         interval = self.contrasts.find_interval(aligned, weights, _TOST_LEVEL)

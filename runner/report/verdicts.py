@@ -61,12 +61,12 @@ class _Writer:
         clear, unclear = [], []
         refused: dict[str, list[str]] = {}
         for one in effects:
-            with_seeds = [effect for effect in one.main if _is_of_seeds(effect)]
+            with_seeds = [effect for effect in one.main if effect.is_of_seeds]
             is_told = any(
                 effect.is_clear or (effect.interval and effect.interval.kind == "identical")
                 for effect in with_seeds
             )
-            if one.depends_on or is_told:
+            if one.depends_on or is_told or any(effect.depends_on for effect in one.main):
                 clear.append(one)
             elif with_seeds:
                 unclear.append(self._name_values(one))
@@ -94,10 +94,6 @@ class _Writer:
         parts = [one.grid] if self._with_grid else []
         parts += [one.task] if self._with_task else []
         return ", ".join([*parts, one.axis])
-
-
-def _is_of_seeds(effect: Effect) -> bool:
-    return effect.interval is not None and effect.interval.kind != "rows"
 
 
 def _describe_values(one: AxisEffects) -> str:
@@ -151,6 +147,8 @@ def _describe(effect: Effect) -> str:
             f"no clear difference between {first} and {second}{place}{mean}: {better} is better by"
             f" {size} ({details}); this does not show that they are equal"
         )
+    if effect.depends_on:
+        told += f"; it is a mean over {' and '.join(effect.depends_on)}, which it depends on too"
     if (equivalence := effect.equivalence) is not None:
         ends = " to ".join(f"{end:.{digits}f}" for end in equivalence.interval)
         of_90 = f"90% interval of the difference {ends}"
@@ -225,7 +223,7 @@ def _tell_single_seeds(report: Report) -> list[str]:
             for one in report.effects
             if one.grid == grid
             and any(effect.interval is not None for effect in one.cells)
-            and not any(_is_of_seeds(effect) for effect in (*one.main, *one.cells))
+            and not any(effect.is_of_seeds for effect in (*one.main, *one.cells))
         ]
         if rows_only:
             one = rows_only[0]

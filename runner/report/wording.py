@@ -110,7 +110,8 @@ METHOD: Final[Mapping[str, str]] = {
         " initial weights and order by hash are paired seed by seed"
     ),
     "interactions": (
-        "F tests at p < 0.20 decide whether a mean over the levels of another axis is shown"
+        "F tests at p < 0.20 decide whether a mean over the levels of another axis is shown; where"
+        " units do not compare in all cells, within each set of cells that is averaged"
     ),
     "simple_effects": "level of each: 1 - 0.05 / number of levels, so that all hold at 95% at once",
     "p_adjusted": "Holm over the declared contrasts, Benjamini-Hochberg over all others",
