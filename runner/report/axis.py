@@ -23,7 +23,6 @@ from runner.report.rows import axis_key
 from runner.report.statistics import INTERACTION_GATE, is_equivalent, simple_level
 
 _LEVEL: Final = 0.95
-_TOST_LEVEL: Final = 0.90
 
 Pair = tuple[Cell, Cell]
 
@@ -62,6 +61,7 @@ class AxisBuilder:
         pooled: Effect | None = None
         interactions: tuple[Interaction, ...] = ()
         simple: dict[str, tuple[Effect, ...]] = {}
+        family = cells
         has_seeds = any(
             effect.interval is not None and effect.interval.kind != "rows" for effect in cells
         )
@@ -70,10 +70,12 @@ class AxisBuilder:
         elif len(self.part.pairs) > 1 and has_seeds:
             pooled = self._build_effect(self.part.pairs, {})
             simple = self._build_simple()
+            family = tuple(effect for effects in simple.values() for effect in effects)
+            family += (pooled,) if pooled.interval is not None else cells
             if pooled.interval is not None:
                 interactions = self._test_interactions(self.pairs)
         depends_on = tuple(one.other for one in interactions if one.p < INTERACTION_GATE)
-        if pooled is not None and pooled.interval is None:
+        if self.pairs and pooled is not None and pooled.interval is None:
             simple, cells = self._refuse_gated(self._gate(simple, list(simple)), cells)
         elif len(depends_on) > 1:
             simple = self._gate(simple, depends_on)
@@ -89,6 +91,7 @@ class AxisBuilder:
             interactions=interactions,
             simple=simple,
             cells=cells,
+            family=family,
             recipe_differences=count_recipe_differences(self._build_arms(self.part.pairs)),
             unpaired=self.part.unpaired,
         )
@@ -207,7 +210,7 @@ class AxisBuilder:
         self, simple: Mapping[str, tuple[Effect, ...]], cells: tuple[Effect, ...]
     ) -> tuple[dict[str, tuple[Effect, ...]], tuple[Effect, ...]]:
         """The simple effects, those that depend on another axis without a number; the pairs of
-        cells that answer in their place are then at a level at which all of them hold together.
+        cells, which answer in their place, at a level at which all of them hold together.
         """
 
         def refuse(effect: Effect) -> Effect:
@@ -224,10 +227,8 @@ class AxisBuilder:
             )
 
         refused = {axis: tuple(map(refuse, effects)) for axis, effects in simple.items()}
-        if any(effect.depends_on for effects in simple.values() for effect in effects):
-            level = simple_level(len(self.pairs), _LEVEL)
-            cells = tuple(self._build_effect(cell.pairs, cell.at, level) for cell in cells)
-        return refused, cells
+        level = simple_level(len(self.pairs), _LEVEL)
+        return refused, tuple(self._build_effect(cell.pairs, cell.at, level) for cell in cells)
 
     def _list_others(self, pairs: Iterable[Pair]) -> dict[str, list[tuple[Any, list[Pair]]]]:
         """The other axes that have several values among some pairs: each value, and all pairs that
@@ -297,7 +298,9 @@ class AxisBuilder:
         """The effects, those that answer a declared contrast marked, with the margin's test."""
         if self.declared is None:
             return effects
-        answers = {identify(effect) for effect in effects.main}
+        family = tuple(map(self._declare, effects.family))
+        known = {identify(effect) for effect in family}
+        answers = known.intersection(map(identify, effects.main))
 
         def mark(effect: Effect) -> Effect:
             return self._declare(effect) if identify(effect) in answers else effect
@@ -307,6 +310,7 @@ class AxisBuilder:
             pooled=mark(effects.pooled) if effects.pooled is not None else None,
             simple={axis: tuple(map(mark, some)) for axis, some in effects.simple.items()},
             cells=tuple(map(mark, effects.cells)),
+            family=family,
         )
 
     def _declare(self, effect: Effect) -> Effect:
@@ -326,11 +330,13 @@ class AxisBuilder:
         if self.declared.margin is None or effect.depends_on:
             return None
         aligned, weights = self._weigh(effect.pairs)
-        interval = self.contrasts.find_interval(aligned, weights, _TOST_LEVEL)
+        assert effect.interval is not None
+        level = 1 - 2 * (1 - effect.interval.level)  # 90%, or that of one of several effects
+        interval = self.contrasts.find_interval(aligned, weights, level)
         if interval.bounds is None:
             return None
-        is_shown = is_equivalent(interval, self.declared.margin)
-        return Equivalence(self.declared.margin, interval.bounds, is_shown)
+        is_shown = is_equivalent(interval, self.declared.margin, level=level)
+        return Equivalence(self.declared.margin, interval.bounds, is_shown, level)
 
 
 def _describe_unpaired(reasons: Sequence[str]) -> str:

@@ -48,8 +48,9 @@ class Equivalence:
     """Two one-sided tests (TOST) against a margin that was stated before the first launch."""
 
     margin: float
-    interval: tuple[float, float]  # of 90%
+    interval: tuple[float, float]
     is_shown: bool  # the interval lies inside the margin
+    level: float = 0.90  # of the interval; of several effects together, 1 - 0.10 / their number
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +128,9 @@ class AxisEffects:
     # Dotted key -> number of pairs whose recipes differ there, the seed left out
     recipe_differences: Mapping[str, int] = field(default_factory=dict)
     unpaired: tuple[str, ...] = ()  # one reason for each cell without a pair
+    # All effects that may answer, with those that are not shown: which of them do depends on the
+    # results, so a declared contrast counts with all of them
+    family: tuple[Effect, ...] = ()
     is_with_first_only: bool = False  # the axis has too many values to compare every two of them
 
     @property

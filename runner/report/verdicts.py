@@ -151,13 +151,13 @@ def _describe(effect: Effect) -> str:
         told += f"; it is a mean over {' and '.join(effect.depends_on)}, which it depends on too"
     if (equivalence := effect.equivalence) is not None:
         ends = " to ".join(f"{end:.{digits}f}" for end in equivalence.interval)
-        of_90 = f"90% interval of the difference {ends}"
+        ends = f"{equivalence.level * 100:.4g}% interval of the difference {ends}"
         if equivalence.is_shown:
             margin = f"{equivalence.margin:g} {effect.metric.unit}"
             told = told.removesuffix("; this does not show that they are equal")
-            told += f"; the two are equivalent within the declared {margin} ({of_90})"
+            told += f"; the two are equivalent within the declared {margin} ({ends})"
         else:
-            told += f"; equivalence within {equivalence.margin:g} is not shown ({of_90})"
+            told += f"; equivalence within {equivalence.margin:g} is not shown ({ends})"
     if interval.note:
         told += f"; {interval.note}"
     if interval.has_few_groups:

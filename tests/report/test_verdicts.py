@@ -1,6 +1,6 @@
 """The answer in words: declared contrasts first, and never equality for want of a difference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from runner.report.axis import identify
 from runner.report.build import build_report
 from runner.report.effects import AxisEffects, Effect, Report
 from runner.report.rows import ReportRow
@@ -76,16 +77,55 @@ def test_declared_contrasts_of_a_grid_share_one_error_rate_by_holm(tmp_path: Pat
         for row in declaring_rows(tmp_path, -0.01, contrast(), sd_run=0.02)
     ]
     report = build_report(rows)
-    families: dict[bool, list[Effect]] = {True: [], False: []}
+    family = [effect for one in report.effects if one.axis == "loss" for effect in one.family]
+    # The mean and the effect in each model by both metrics, whichever of them are shown
+    assert len(family) == 6 and all(effect.is_confirmatory for effect in family)
+    adjusted = dict(zip(map(identify, family), holm(list_p(family)), strict=True))
+    others: dict[object, Effect] = {}
     for one in report.effects:
-        known = {id(effect) for effect in one.main}
-        for effect in one.main + tuple(e for e in one.shown if id(e) not in known):
-            families[effect.is_confirmatory].append(effect)
-    for is_confirmatory, adjust in ((True, holm), (False, benjamini_hochberg)):
-        family = families[is_confirmatory]
-        p = [effect.interval.p for effect in family if effect.interval is not None]
-        assert len(p) == len(family) >= 2
-        assert [effect.p_adjusted for effect in family] == pytest.approx(adjust(p))
+        for effect in one.main:
+            assert effect.is_confirmatory == (one.axis == "loss")
+            if effect.is_confirmatory:
+                assert effect.p_adjusted == adjusted[identify(effect)]
+        for effect in one.shown:
+            if not effect.is_confirmatory:
+                others[identify(effect)] = effect
+    by_rate = benjamini_hochberg(list_p(list(others.values())))
+    assert [effect.p_adjusted for effect in others.values()] == pytest.approx(by_rate)
+
+
+def list_p(effects: Sequence[Effect]) -> list[float]:
+    p = [effect.interval.p for effect in effects if effect.interval is not None]
+    return [one for one in p if one is not None]
+
+
+def test_effects_in_each_model_count_with_their_mean_which_is_not_shown(tmp_path: Path) -> None:
+    """Otherwise the interaction's test, which looks at the results, would choose the family."""
+    effects = {"a": -0.03, "b": 0.03}
+    runs = scored_grid(
+        tmp_path, AXES, lambda model, loss: 2.0 + effects[model] * (loss == "completion")
+    )
+    rows = [
+        replace(row, declared_now=(one,), declared_then=(one,))
+        for row in rows_of(runs)
+        for one in [contrast(margin=0.05)]
+    ]
+    loss = find_loss(build_report(rows))
+    assert loss.depends_on == ("model",) and len(loss.family) == 3
+    assert [e.p_adjusted for e in loss.main] == pytest.approx(holm(list_p(loss.family))[:2])
+    # Two effects of which each may be called equivalent: each at 2.5%
+    assert [e.equivalence and e.equivalence.level for e in loss.main] == pytest.approx([0.95] * 2)
+    assert "(95% interval of the difference" in "\n".join(build_report(rows).verdicts)
+
+
+def test_a_declared_contrast_without_a_p_counts_in_the_family(tmp_path: Path) -> None:
+    rows = declaring_rows(tmp_path, -0.283, contrast())
+    alone = find_loss(build_report(rows)).main[0].p_adjusted
+    lost = (contrast(), contrast(metric="rouge"), contrast(to="prompt"))
+    more = find_loss(build_report([replace(row, declared_then=lost) for row in rows])).main[0]
+    num = len(find_loss(build_report(rows)).family)
+    assert alone is not None
+    assert more.p_adjusted == pytest.approx(alone * (num + 2) / num)
 
 
 def test_the_direction_is_that_of_the_declaration(tmp_path: Path) -> None:
