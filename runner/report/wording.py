@@ -35,7 +35,7 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "run": "the name of the run within its grid",
     "task": "what the test rows ask for; means are never taken over tasks",
     "axes": "the cell of the grid that the run fills",
-    "seed": "training.seed: the unit of replication",
+    "seed": "training.seed: the unit of replication; two runs of one recipe and one seed are one",
     "state": "pending, running, completed, interrupted, failed, changed, damaged or unreadable",
     "recipe_digest": "equal for two runs exactly where they are the same experiment",
     "rules": "version of the rules by which rows are drawn, rendered and masked",
@@ -394,7 +394,7 @@ def describe_base(rows: Sequence[ReportRow]) -> str:
 
 def list_cell_seeds(cell: Cell) -> str:
     """How many runs of a cell have a score, of how many."""
-    scored = sum(row.is_scored for row in cell.runs)
+    scored = max(map(len, cell.scores.values()), default=0)  # not those that do not count
     return str(scored) if scored == len(cell.runs) else f"{scored} of {len(cell.runs)}"
 
 

@@ -11,7 +11,7 @@ from runner.report.effects import AxisEffects, Report
 from runner.report.rows import ReportRow
 from runner.run.record import Failure
 from tests.support.reports import Run, not_completed, pending, rows_of
-from tests.support.scored_runs import make_seed_recipe, scored, scored_grid
+from tests.support.scored_runs import draw_noise, make_seed_recipe, scored, scored_grid
 
 
 def report_of(runs: list[Run], **settings: object) -> Report:
@@ -397,3 +397,38 @@ def test_a_mean_over_another_axis_that_it_depends_on_says_so(tmp_path: Path) -> 
     [llama] = [text for text in report.verdicts if "at model=llama" in text and "loss:" in text]
     assert "; it is a mean over num_train_samples, which it depends on too" in llama
     assert "equivalent" not in llama
+
+
+def test_an_axis_called_seed_that_sets_no_seed_repeats_nothing(tmp_path: Path) -> None:
+    """Three runs of one recipe and one `training.seed` are one trained model, and not three."""
+    runs = [
+        scored(tmp_path, make_seed_recipe({"loss": loss}, seed, 1), 2.0 + draw_noise(1, loss) / 9)
+        for loss in ("full", "completion")
+        for seed in (1, 2, 3)
+    ]
+    report = report_of(runs)
+    assert find_seed_axis(report.rows) == "seed"
+    [effect] = find(report, "loss").cells
+    assert effect.interval is not None
+    assert (effect.interval.kind, set(effect.interval.num_seeds)) == ("rows", {1})
+    assert not effect.is_clear and "better" not in told(report)
+    for cell in report.cells:
+        assert [len(scores) for scores in cell.scores.values()] == [1] * len(cell.scores)
+        first, *others = [run.name for run in cell.runs]
+        assert list(cell.missing) == [
+            f"{name} has the same training.seed as {first}" for name in others
+        ]
+    [warning] = [text for text in report.warnings if "does not reach" in text]
+    assert "in every run: full_s2, full_s3, completion_s2, and 1 more have that of" in warning
+
+
+def test_one_run_that_repeats_the_seed_of_another_does_not_count(tmp_path: Path) -> None:
+    runs = scored_grid(
+        tmp_path, {"loss": ["full", "completion"]}, lambda loss: 2.0 + (loss == "full")
+    )
+    runs.append(scored(tmp_path, make_seed_recipe({"loss": "full"}, 4, 1), 2.0))
+    report = report_of(runs)
+    [effect] = find(report, "loss").cells
+    assert effect.interval is not None and effect.interval.num_seeds == (3, 3)
+    assert any("full_s4 has the same training.seed as full_s1" in flag for flag in effect.flags)
+    assert any("full_s4 has that of another run" in text for text in report.warnings)
