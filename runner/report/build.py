@@ -185,6 +185,8 @@ class _Grid:
         chosen = [primary, *of_answers]
         if self._metrics is not None:
             chosen = [name for name in self._metrics if name in known]
+        # Also where no run of these two values has it, so that the answer says so
+        known += list_metrics(self.rows)
         chosen += [one.metric for one in self._list_declared(part) if one.metric in known]
         return list(dict.fromkeys(chosen))
 
@@ -200,12 +202,14 @@ class _Grid:
         return self._contrasts[key]
 
     def _build_axis_effects(self, part: Part, metric: Metric) -> AxisEffects:
-        if part.is_across_tasks:
-            return _refuse_across_tasks(self.name, part, metric)
         declared = [one for one in self._list_declared(part) if one.metric == metric.name]
-        contrasts = self._get_contrasts(part.task, metric)
-        builder = AxisBuilder(part, metric, contrasts, declared[0] if declared else None)
-        return builder.build(self.name)
+        if part.is_across_tasks:
+            effects = _refuse_across_tasks(self.name, part, metric)
+        else:
+            contrasts = self._get_contrasts(part.task, metric)
+            builder = AxisBuilder(part, metric, contrasts, declared[0] if declared else None)
+            effects = builder.build(self.name)
+        return replace(effects, is_declared=bool(declared))
 
 
 def _split_by_task(matches: Matches) -> list[Part]:

@@ -131,6 +131,7 @@ class AxisEffects:
     # All effects that may answer, with those that are not shown: which of them do depends on the
     # results, so a declared contrast counts with all of them
     family: tuple[Effect, ...] = ()
+    is_declared: bool = False  # by some run, before it started or later
     is_with_first_only: bool = False  # the axis has too many values to compare every two of them
 
     @property

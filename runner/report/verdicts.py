@@ -27,16 +27,12 @@ def write_verdicts(report: Report) -> list[str]:
         return ["The runs differ in no axis but the seed: there is nothing to compare."]
     places = {(one.grid, one.task) for one in report.effects}
     writer = _Writer(with_grid=len({grid for grid, _ in places}) > 1, with_task=len(places) > 1)
-    declared = [one for one in report.effects if _is_declared(one)]
-    others = [one for one in report.effects if not _is_declared(one)]
+    declared = [one for one in report.effects if one.is_declared]
+    others = [one for one in report.effects if not one.is_declared]
     sentences = [text for one in declared for text in writer.tell_all(one)]
     sentences += writer.tell_others(others)
     sentences += _tell_single_seeds(report)
     return list(dict.fromkeys(sentences))
-
-
-def _is_declared(one: AxisEffects) -> bool:
-    return any(effect.is_confirmatory or effect.why_exploratory for effect in one.main)
 
 
 class _Writer:
@@ -46,6 +42,10 @@ class _Writer:
     def tell_all(self, one: AxisEffects) -> list[str]:
         """A contrast with every number that answers it."""
         name = self._name(one)
+        if not one.main:
+            declared = "declared, " if one.is_declared else ""
+            values = f"{name} ({declared}{_describe_values(one)}, {one.metric.title})"
+            return [f"No number for {values}: {_name_some(one.unpaired)}."]
         sentences = []
         if one.depends_on:
             sentences.append(f"{name}: {_describe_dependence(one)}.")
@@ -70,7 +70,7 @@ class _Writer:
                 clear.append(one)
             elif with_seeds:
                 unclear.append(self._name_values(one))
-            elif reasons := [reason for effect in one.main for reason in effect.refused]:
+            elif reasons := _list_reasons(one):
                 values = f"{self._name(one)} ({_describe_values(one)})"
                 refused.setdefault(reasons[0], []).append(values)
         sentences = [text for one in clear[:_MAX_TOLD] for text in self.tell_all(one)]
@@ -94,6 +94,13 @@ class _Writer:
         parts = [one.grid] if self._with_grid else []
         parts += [one.task] if self._with_task else []
         return ", ".join([*parts, one.axis])
+
+
+def _list_reasons(one: AxisEffects) -> list[str]:
+    """Why there is no number: runs that do not compare, or cells without a pair."""
+    if not one.main:
+        return [_name_some(one.unpaired)]
+    return [reason for effect in one.main for reason in effect.refused]
 
 
 def _describe_values(one: AxisEffects) -> str:

@@ -13,8 +13,15 @@ from runner.report.build import build_report
 from runner.report.effects import AxisEffects, Effect, Report
 from runner.report.rows import ReportRow
 from runner.report.statistics import benjamini_hochberg, holm
-from tests.support.reports import make_recipe, pending, rows_of
-from tests.support.scored_runs import make_attempt, scored, scored_grid
+from runner.run.record import Failure
+from tests.support.reports import make_recipe, not_completed, pending, rows_of
+from tests.support.scored_runs import (
+    draw_noise,
+    make_attempt,
+    make_seed_recipe,
+    scored,
+    scored_grid,
+)
 
 AXES = {"model": ["a", "b"], "loss": ["full", "completion"]}
 
@@ -250,3 +257,58 @@ def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
         "The runs differ in no axis but the seed: there is nothing to compare.",
     )
     assert build_report([]).verdicts == ("No run has a score yet.",)
+
+
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_an_arm_without_any_score_is_told(tmp_path: Path, is_declared: bool) -> None:
+    rows = [
+        replace(row, declared_then=(contrast(),), declared_now=(contrast(),))
+        if is_declared
+        else row
+        for row in lose_an_arm(tmp_path)
+    ]
+    text = "\n".join(build_report(rows).verdicts)
+    reason = "completion_60_s1 is failed, completion_60_s2 is failed; completion_180_s1 is failed"
+    declared = "declared, full -> completion, NLL per completion token"
+    named = declared if is_declared else "full -> completion"
+    assert f"No number for loss ({named}): {reason}" in text
+
+
+def lose_an_arm(root: Path) -> list[ReportRow]:
+    """Every run of one loss failed."""
+    axes = {"loss": ["full"], "num_train_samples": [60, 180]}
+    runs = scored_grid(root, axes, lambda loss, num_train_samples: 2.0, seeds=(1, 2))
+    for samples in axes["num_train_samples"]:
+        for seed in (1, 2):
+            cell = {"loss": "completion", "num_train_samples": samples}
+            failure = Failure(kind="diverged", message="NaN")
+            runs.append(not_completed(root, make_seed_recipe(cell, seed), failure))
+    return rows_of(runs)
+
+
+def test_a_declared_metric_that_no_run_of_an_arm_has_is_told(tmp_path: Path) -> None:
+    declared = contrast(metric="accuracy")
+    rows = [replace(row, declared_now=(declared,)) for row in lose_an_arm(tmp_path)]
+    sst2 = "data.task={name: sst2, prompt: '{sentence}'}"
+    other = make_recipe("other", {"loss": "prompt", "num_train_samples": 60, "seed": 1}, sst2)
+    more = rows_of([scored(tmp_path, other, 2.0, scores={"accuracy": [1.0] * 40})])
+    text = "\n".join(build_report([*rows, *more]).verdicts)
+    assert "No number for" in text and "(declared, full -> completion, accuracy)" in text
+
+
+def test_an_axis_whose_cells_never_meet_is_told(tmp_path: Path) -> None:
+    """`rank` exists with LoRA alone, so that the two methods have no cells in common."""
+    runs = []
+    for at, axes in enumerate(({"method": "full"}, {"method": "lora", "rank": 4})):
+        for seed in (1, 2):
+            overrides = (f"training.seed={seed}", f"training.learning_rate={at + 1}e-4")
+            recipe = make_recipe(f"r{at}_s{seed}", axes | {"seed": seed}, *overrides)
+            runs.append(scored(tmp_path, recipe, 2.0 + draw_noise(seed, at)))
+    text = "\n".join(build_report(rows_of(runs)).verdicts)
+    assert "No number for method (full -> lora): r0_s1 (and 1 more) has no partner with" in text
+
+
+def test_one_seed_of_a_declared_contrast_is_told(tmp_path: Path) -> None:
+    rows = declaring_rows(tmp_path, -0.1, contrast(), seeds=(1,))
+    text = "\n".join(build_report(rows).verdicts)
+    assert "loss: full -> completion at model=a: one seed, so no verdict" in text
