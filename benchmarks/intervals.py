@@ -31,6 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runner.report.statistics import (
+    INTERACTION_GATE,
     CellScores,
     Interval,
     benjamini_hochberg,
@@ -39,6 +40,7 @@ from runner.report.statistics import (
     holm,
     interaction_test,
     is_equivalent,
+    simple_level,
 )
 from runner.report.variances import Floats, Ints
 
@@ -411,6 +413,50 @@ def simulate_family(
     ]
 
 
+def simulate_declared(num_models: int, num_draws: int, rng: np.random.Generator) -> list[Line]:
+    """Any clear effect of a declared contrast that has none: its mean, or where the gate finds an
+    interaction its effects at the levels of the other axes. Holm counts all of them in any case.
+    """
+    shape = (2, 2, num_models)  # loss, count, model
+    tokens = np.ones(100)
+    mean = weigh(shape, np.s_[0], np.s_[1])
+    by_axis = [[weigh(shape, np.s_[0, at], np.s_[1, at]) for at in range(2)]]
+    if num_models > 1:
+        by_axis.append([weigh(shape, np.s_[0, :, at], np.s_[1, :, at]) for at in range(num_models)])
+    num_clear = num_shown_clear = 0
+    for _ in range(num_draws):
+        sums = draw_scores(rng, BASE, (4 * num_models, 3, 100), tokens, None)
+        cells = [CellScores(one, f"model {at % num_models}") for at, one in enumerate(sums)]
+        family = [contrast(cells, mean, tokens, is_grid=True)]
+        told: list[int] = []
+        for simple in by_axis:
+            level = simple_level(len(simple))
+            found = [contrast(cells, one, tokens, is_grid=True, level=level) for one in simple]
+            test = interaction_test(cells, simple, tokens)
+            if test is not None and test.p < INTERACTION_GATE:
+                told += range(len(family), len(family) + len(simple))
+            family += found
+        told = told or [0]
+        p_values = [one.p if one.p is not None else 1.0 for one in family]
+        adjusted = holm(p_values)
+        num_clear += any(is_clear(family[at], adjusted[at]) for at in told)
+        of_told = holm([p_values[at] for at in told])
+        num_shown_clear += any(map(is_clear, [family[at] for at in told], of_told))
+    rate, rate_of_told = num_clear / num_draws, num_shown_clear / num_draws
+    name = f"a declared null in {num_models} model{'s' * (num_models > 1)}"
+    return [
+        Line(name, "3 x 100", (Figure("any clear", rate, 0, 0.06, num_draws),)),
+        # What it would be if Holm counted only those that are told: no bar
+        Line(f"{name}, told ones only", "3 x 100", (Figure("", rate_of_told, 0, 1, num_draws),)),
+    ]
+
+
+def is_clear(found: Interval, p_adjusted: float) -> bool:
+    """True of what a report calls a clear difference."""
+    bounds = found.bounds
+    return bounds is not None and p_adjusted < 0.05 and not bounds[0] <= 0 <= bounds[1]
+
+
 def simulate_equivalence(
     size: tuple[int, int], num_draws: int, rng: np.random.Generator
 ) -> list[Line]:
@@ -476,6 +522,7 @@ def list_simulations(*, is_quick: bool) -> Iterable[tuple[Simulation, int]]:
         yield partial(simulate_grid, "one model x 4", (3, 100)), 500
         yield partial(simulate_gate, "equal"), 1000
         yield partial(simulate_family, 4, (3, 100)), 500
+        yield partial(simulate_declared, 2), 300
         yield partial(simulate_equivalence, (3, 100)), 500
         return
     for truth, num_seeds, num_rows in product(TRUTHS, (2, 3, 5, 10), (100, 500)):
@@ -488,6 +535,8 @@ def list_simulations(*, is_quick: bool) -> Iterable[tuple[Simulation, int]]:
         yield partial(simulate_gate, kind), 4000
     for num_real, num_seeds in product((0, 4), (3, 5)):
         yield partial(simulate_family, num_real, (num_seeds, 100)), 4000
+    for num_models in (1, 2, 3):
+        yield partial(simulate_declared, num_models), 4000
     for size in ((3, 100), (3, 500), (5, 100)):
         yield partial(simulate_equivalence, size), 4000
         yield partial(simulate_single_runs, size), 4000

@@ -23,7 +23,6 @@ from runner.report.rows import axis_key
 from runner.report.statistics import INTERACTION_GATE, is_equivalent, simple_level
 
 _LEVEL: Final = 0.95
-_TOST_LEVEL: Final = 0.90
 
 Pair = tuple[Cell, Cell]
 
@@ -62,6 +61,7 @@ class AxisBuilder:
         pooled: Effect | None = None
         interactions: tuple[Interaction, ...] = ()
         simple: dict[str, tuple[Effect, ...]] = {}
+        family = cells
         has_seeds = any(
             effect.interval is not None and effect.interval.kind != "rows" for effect in cells
         )
@@ -70,9 +70,15 @@ class AxisBuilder:
         elif len(self.part.pairs) > 1 and has_seeds:
             pooled = self._build_effect(self.part.pairs, {})
             simple = self._build_simple()
+            family = tuple(effect for effects in simple.values() for effect in effects)
+            family += (pooled,) if pooled.interval is not None else cells
             if pooled.interval is not None:
-                interactions = self._test_interactions()
+                interactions = self._test_interactions(self.pairs)
         depends_on = tuple(one.other for one in interactions if one.p < INTERACTION_GATE)
+        if self.pairs and pooled is not None and pooled.interval is None:
+            simple, cells = self._refuse_gated(self._gate(simple, list(simple)), cells)
+        elif len(depends_on) > 1:
+            simple = self._gate(simple, depends_on)
         effects = AxisEffects(
             grid=grid,
             task=self.part.task,
@@ -85,6 +91,7 @@ class AxisBuilder:
             interactions=interactions,
             simple=simple,
             cells=cells,
+            family=family,
             recipe_differences=count_recipe_differences(self._build_arms(self.part.pairs)),
             unpaired=self.part.unpaired,
         )
@@ -181,12 +188,54 @@ class AxisBuilder:
                 weights.append(sign / len(pairs))
         return aligned, weights
 
-    def _list_others(self) -> dict[str, list[tuple[Any, list[Pair]]]]:
-        """The other axes that have several values among the pairs: each value, and all pairs that
+    def _gate(
+        self, simple: Mapping[str, tuple[Effect, ...]], others: Sequence[str]
+    ) -> dict[str, tuple[Effect, ...]]:
+        """The simple effects; those at the levels of some axes know what they depend on in turn."""
+
+        def find(effect: Effect) -> tuple[str, ...]:
+            if effect.interval is None or len(effect.pairs) < 2:
+                return ()
+            tests = self._test_interactions(effect.pairs)
+            return tuple(test.other for test in tests if test.p < INTERACTION_GATE)
+
+        return {
+            axis: tuple(replace(one, depends_on=find(one)) for one in effects)
+            if axis in others
+            else effects
+            for axis, effects in simple.items()
+        }
+
+    def _refuse_gated(
+        self, simple: Mapping[str, tuple[Effect, ...]], cells: tuple[Effect, ...]
+    ) -> tuple[dict[str, tuple[Effect, ...]], tuple[Effect, ...]]:
+        """The simple effects, those that depend on another axis without a number; the pairs of
+        cells, which answer in their place, at a level at which all of them hold together.
+        """
+
+        def refuse(effect: Effect) -> Effect:
+            if not effect.depends_on:
+                return effect
+            reason = f"it depends on {' and '.join(effect.depends_on)}, so there is no mean"
+            return replace(
+                effect,
+                interval=None,
+                refused=(reason,),
+                design="",
+                noise_floor=None,
+                is_below_noise=False,
+            )
+
+        refused = {axis: tuple(map(refuse, effects)) for axis, effects in simple.items()}
+        level = simple_level(len(self.pairs), _LEVEL)
+        return refused, tuple(self._build_effect(cell.pairs, cell.at, level) for cell in cells)
+
+    def _list_others(self, pairs: Iterable[Pair]) -> dict[str, list[tuple[Any, list[Pair]]]]:
+        """The other axes that have several values among some pairs: each value, and all pairs that
         have it.
         """
         found: dict[str, dict[str, tuple[Any, list[Pair]]]] = {}
-        for pair in self.pairs:
+        for pair in pairs:
             for axis, value in self._name_place(pair).items():
                 _, some = found.setdefault(axis, {}).setdefault(axis_key(value), (value, []))
                 some.append(pair)
@@ -197,7 +246,7 @@ class AxisBuilder:
             pair for pair, reason in zip(self.part.pairs, self.refusals, strict=True) if reason
         ]
         simple = {}
-        for axis, levels in self._list_others().items():
+        for axis, levels in self._list_others(self.pairs).items():
             level = simple_level(len(levels), _LEVEL)
             effects = []
             for value, pairs in levels:
@@ -211,17 +260,17 @@ class AxisBuilder:
             simple[axis] = tuple(effects)
         return simple
 
-    def _test_interactions(self) -> tuple[Interaction, ...]:
-        aligned, _ = self._weigh(self.pairs)
-        places = {id(pair): at for at, pair in enumerate(self.pairs)}
+    def _test_interactions(self, pairs: Sequence[Pair]) -> tuple[Interaction, ...]:
+        aligned, _ = self._weigh(pairs)
+        places = {id(pair): at for at, pair in enumerate(pairs)}
         found = []
-        for axis, levels in self._list_others().items():
+        for axis, levels in self._list_others(pairs).items():
             weights = []
-            for _, pairs in levels:
+            for _, some in levels:
                 row = [0.0] * len(aligned)  # reference and compared of each pair, in turn
-                for pair in pairs:
+                for pair in some:
                     at = 2 * places[id(pair)]
-                    row[at], row[at + 1] = -1 / len(pairs), 1 / len(pairs)
+                    row[at], row[at + 1] = -1 / len(some), 1 / len(some)
                 weights.append(row)
             test = self.contrasts.test_interaction(aligned, weights)
             if test is not None:
@@ -249,7 +298,9 @@ class AxisBuilder:
         """The effects, those that answer a declared contrast marked, with the margin's test."""
         if self.declared is None:
             return effects
-        answers = {identify(effect) for effect in effects.main}
+        family = tuple(map(self._declare, effects.family))
+        known = {identify(effect) for effect in family}
+        answers = known.intersection(map(identify, effects.main))
 
         def mark(effect: Effect) -> Effect:
             return self._declare(effect) if identify(effect) in answers else effect
@@ -259,6 +310,7 @@ class AxisBuilder:
             pooled=mark(effects.pooled) if effects.pooled is not None else None,
             simple={axis: tuple(map(mark, some)) for axis, some in effects.simple.items()},
             cells=tuple(map(mark, effects.cells)),
+            family=family,
         )
 
     def _declare(self, effect: Effect) -> Effect:
@@ -275,14 +327,16 @@ class AxisBuilder:
 
     def _test_margin(self, effect: Effect) -> Equivalence | None:
         assert self.declared is not None
-        if self.declared.margin is None:
+        if self.declared.margin is None or effect.depends_on:
             return None
         aligned, weights = self._weigh(effect.pairs)
-        interval = self.contrasts.find_interval(aligned, weights, _TOST_LEVEL)
+        assert effect.interval is not None
+        level = 1 - 2 * (1 - effect.interval.level)  # 90%, or that of one of several effects
+        interval = self.contrasts.find_interval(aligned, weights, level)
         if interval.bounds is None:
             return None
-        is_shown = is_equivalent(interval, self.declared.margin)
-        return Equivalence(self.declared.margin, interval.bounds, is_shown)
+        is_shown = is_equivalent(interval, self.declared.margin, level=level)
+        return Equivalence(self.declared.margin, interval.bounds, is_shown, level)
 
 
 def _describe_unpaired(reasons: Sequence[str]) -> str:

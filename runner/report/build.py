@@ -6,7 +6,7 @@ compared give a reason in place of a number, and are in no mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, Final
@@ -25,7 +25,7 @@ from runner.report.comparability import (
     find_pair_refusal,
 )
 from runner.report.contrasts import Contrasts, build_metric
-from runner.report.declared import Declared, find_undeclarable, list_declared
+from runner.report.declared import Declared, find_undeclarable, list_declared, list_recorded
 from runner.report.effects import (
     AxisEffects,
     Effect,
@@ -59,7 +59,10 @@ def build_report(
         _Grid([row for row in rows if row.grid == name], metrics, statement)
         for name in dict.fromkeys(row.grid for row in rows)
     ]
-    effects = _adjust([one for grid in grids for one in grid.build_effects()])
+    effects = _adjust(
+        [one for grid in grids for one in grid.build_effects()],
+        {grid.name: list_recorded(grid.rows) for grid in grids},
+    )
     cells = [cell for grid in grids for cell in grid.cells]
     names = dict.fromkeys(effect.metric for effect in effects)
     report = Report(
@@ -182,6 +185,8 @@ class _Grid:
         chosen = [primary, *of_answers]
         if self._metrics is not None:
             chosen = [name for name in self._metrics if name in known]
+        # Also where no run of these two values has it, so that the answer says so
+        known += list_metrics(self.rows)
         chosen += [one.metric for one in self._list_declared(part) if one.metric in known]
         return list(dict.fromkeys(chosen))
 
@@ -197,12 +202,14 @@ class _Grid:
         return self._contrasts[key]
 
     def _build_axis_effects(self, part: Part, metric: Metric) -> AxisEffects:
-        if part.is_across_tasks:
-            return _refuse_across_tasks(self.name, part, metric)
         declared = [one for one in self._list_declared(part) if one.metric == metric.name]
-        contrasts = self._get_contrasts(part.task, metric)
-        builder = AxisBuilder(part, metric, contrasts, declared[0] if declared else None)
-        return builder.build(self.name)
+        if part.is_across_tasks:
+            effects = _refuse_across_tasks(self.name, part, metric)
+        else:
+            contrasts = self._get_contrasts(part.task, metric)
+            builder = AxisBuilder(part, metric, contrasts, declared[0] if declared else None)
+            effects = builder.build(self.name)
+        return replace(effects, is_declared=bool(declared))
 
 
 def _split_by_task(matches: Matches) -> list[Part]:
@@ -249,29 +256,27 @@ def _refuse_across_tasks(grid: str, part: Part, metric: Metric) -> AxisEffects:
     )
 
 
-def _adjust(effects: Sequence[AxisEffects]) -> list[AxisEffects]:
-    """The effects with adjusted p values: Holm over the confirmatory ones of a grid, Benjamini and
-    Hochberg over all others of the report. One contrast that is shown twice counts once.
+def _adjust(
+    effects: Sequence[AxisEffects], recorded: Mapping[str, Sequence[Declared]]
+) -> list[AxisEffects]:
+    """The effects with adjusted p values: Holm over the families of all declared contrasts of a
+    grid, Benjamini and Hochberg over all others of the report. One contrast that is shown twice
+    counts once.
     """
-    confirmatory: dict[str, dict[tuple[Any, ...], float]] = {}
     exploratory: dict[tuple[Any, ...], float] = {}
     for one in effects:
         for effect in _list_all(one):
-            if effect.interval is None or effect.interval.kind == "rows":
-                continue
-            p = effect.interval.p
-            if p is not None and effect.is_confirmatory:
-                confirmatory.setdefault(one.grid, {})[identify(effect)] = p
-            elif p is not None:
+            p = effect.interval.p if effect.interval is not None and effect.is_of_seeds else None
+            if p is not None and not effect.is_confirmatory:
                 exploratory[identify(effect)] = p
-    adjusted: dict[tuple[Any, ...], float] = {}
-    adjusted |= zip(exploratory, benjamini_hochberg(list(exploratory.values())), strict=True)
-    for family in confirmatory.values():
-        adjusted |= zip(family, holm(list(family.values())), strict=True)
+    by_rate = dict(zip(exploratory, benjamini_hochberg(list(exploratory.values())), strict=True))
+    by_holm: dict[tuple[Any, ...], float] = {}
+    for grid, declared in recorded.items():
+        by_holm |= _adjust_declared([one for one in effects if one.grid == grid], declared)
 
     def adjust(effect: Effect) -> Effect:
-        is_of_seeds = effect.interval is not None and effect.interval.kind != "rows"
-        p = adjusted.get(identify(effect)) if is_of_seeds else None
+        adjusted = by_holm if effect.is_confirmatory else by_rate
+        p = adjusted.get(identify(effect)) if effect.is_of_seeds else None
         return replace(effect, p_adjusted=p)
 
     return [
@@ -283,6 +288,28 @@ def _adjust(effects: Sequence[AxisEffects]) -> list[AxisEffects]:
         )
         for one in effects
     ]
+
+
+def _adjust_declared(
+    effects: Sequence[AxisEffects], recorded: Sequence[Declared]
+) -> dict[tuple[Any, ...], float]:
+    """The p values of the declared contrasts of one grid by Holm. Each counts with all effects that
+    may answer it, since the results choose among them; one without any p counts as one.
+    """
+    family: dict[tuple[Any, ...], float] = {}
+    for one in effects:
+        for effect in one.family:
+            if effect.is_confirmatory and effect.interval is not None:
+                p = effect.interval.p
+                family[identify(effect)] = 1.0 if p is None else p
+    answered = {_key(one) for one in effects if any(e.is_confirmatory for e in one.family)}
+    num_without = len({one.key for one in recorded} - answered)
+    adjusted = holm([*family.values(), *[1.0] * num_without])
+    return dict(zip(family, adjusted, strict=False))
+
+
+def _key(one: AxisEffects) -> tuple[str, str, str, str]:
+    return one.axis, axis_key(one.reference), axis_key(one.compared), one.metric.name
 
 
 def _list_all(one: AxisEffects) -> list[Effect]:

@@ -11,6 +11,7 @@ from typing import Any
 from runner.report.effects import SEED, Cell
 from runner.report.row_scores import BITS_PER_BYTE, NLL_PER_COMPLETION_TOKEN, NLL_PER_TOKEN
 from runner.report.rows import Model, ReportRow, Scores, axis_key, axis_text, list_axes, list_values
+from runner.report.wording import name_some
 
 
 def find_seed_axis(rows: Sequence[ReportRow]) -> str | None:
@@ -23,13 +24,23 @@ def find_seed_axis(rows: Sequence[ReportRow]) -> str | None:
 
 
 def find_what_seeds_change(rows: Sequence[ReportRow]) -> list[str]:
-    """Sentences that say where an axis called `seed` is no repetition of runs."""
-    if SEED not in list_axes(rows) or find_seed_axis(rows) == SEED:
-        return []
-    return [
-        f"`{SEED}` changes more in the recipes than `training.seed`, so it counts as an axis like"
-        " any other and not as a repetition of runs"
-    ]
+    """Sentences that say where an axis called `seed`, or the values of the axis over which runs are
+    repeated, are no repetitions."""
+    seed_axis = find_seed_axis(rows)
+    found = []
+    if seed_axis != SEED and SEED in list_axes(rows):
+        found.append(
+            f"`{SEED}` changes more in the recipes than `training.seed`, so it counts as an axis"
+            " like any other and not as a repetition of runs"
+        )
+    copies = [run.name for _, others in _list_copies(rows, seed_axis) for run in others]
+    if copies and seed_axis is not None:
+        found.append(
+            f"`{seed_axis}` does not reach `training.seed` in every run:"
+            f" {name_some(copies)} {'has' if len(copies) == 1 else 'have'} that of another run of"
+            " the same cell, so they are no repetitions of it and do not count"
+        )
+    return found
 
 
 def _changes_only_the_seed(rows: Sequence[ReportRow], axis: str) -> bool:
@@ -49,6 +60,24 @@ def _changes_only_the_seed(rows: Sequence[ReportRow], axis: str) -> bool:
 def is_one_recipe(runs: Sequence[ReportRow]) -> bool:
     """True where the recipes differ in nothing but the seed of training."""
     return len({row.hash_without_seed for row in runs}) <= 1
+
+
+def _list_copies(
+    runs: Iterable[ReportRow], seed_axis: str | None
+) -> list[tuple[ReportRow, list[ReportRow]]]:
+    """Runs of one cell and one recipe, `training.seed` included, that the axis calls repetitions:
+    the first, and all others. They are one replicate, however often it is run.
+    """
+    found: dict[tuple[Any, ...], dict[str, list[ReportRow]]] = {}
+    for run in runs:
+        cell = (run.grid, run.task, *_key_others(run.axes, seed_axis))
+        by_value = found.setdefault((*cell, run.seed, run.hash_without_seed), {})
+        by_value.setdefault(axis_key(get_seed(run, seed_axis)), []).append(run)
+    return [
+        (first[0], [run for same in others for run in same])
+        for first, *others in (list(by_value.values()) for by_value in found.values())
+        if others
+    ]
 
 
 def _key_others(axes: Mapping[str, Any], *left_out: str | None) -> tuple[str, ...]:
@@ -73,8 +102,15 @@ def _build_cell(runs: Sequence[ReportRow], seed_axis: str | None, seeds: Sequenc
         by_seed.setdefault(axis_key(get_seed(row, seed_axis)), []).append(row)
     scores: dict[str, dict[Any, float]] = {}
     base_scores: dict[str, float] = {}
-    missing = []
-    for same in by_seed.values():
+    scored_runs = [row for row in runs if list_scores(row, "tuned")]
+    copies = {
+        id(copy): f"{copy.name} has the same training.seed as {first.name}"
+        for first, others in _list_copies(scored_runs, seed_axis)
+        for copy in others
+    }
+    missing = list(copies.values())
+    for every in by_seed.values():
+        same = [row for row in every if id(row) not in copies]
         scored = [row for row in same if list_scores(row, "tuned")]
         missing += [_say_why(row) for row in same if row not in scored]
         if len(scored) > 1:

@@ -54,6 +54,15 @@ def list_declared(rows: Iterable[ReportRow]) -> list[Declared]:
     return list(found.values())
 
 
+def list_recorded(rows: Iterable[ReportRow]) -> list[Declared]:
+    """Every contrast that some run recorded at its first attempt."""
+    found: dict[Any, Declared] = {}
+    for row in rows:
+        for contrast in read_declared(row.declared_then):
+            found.setdefault(contrast.key, contrast)
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class Standing:
     """Whether a declared contrast is confirmatory for some runs, and why not."""

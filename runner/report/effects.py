@@ -8,7 +8,7 @@ over the cells that have both. Numbers are from `statistics`; how they are writt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,8 +48,9 @@ class Equivalence:
     """Two one-sided tests (TOST) against a margin that was stated before the first launch."""
 
     margin: float
-    interval: tuple[float, float]  # of 90%
+    interval: tuple[float, float]
     is_shown: bool  # the interval lies inside the margin
+    level: float = 0.90  # of the interval; of several effects together, 1 - 0.10 / their number
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,8 @@ class Effect:
     pairs: tuple[tuple[Cell, Cell], ...]  # reference and compared
     interval: Interval | None
     refused: tuple[str, ...] = ()
+    # Axes that it averages over, and at whose levels the axis acts differently
+    depends_on: tuple[str, ...] = ()
     # Each a whole sentence: updates, trained tokens, early stops, versions, missing cells, ...
     flags: tuple[str, ...] = ()
     design: str = ""  # which runs were pooled or paired, in words
@@ -78,6 +81,11 @@ class Effect:
     equivalence: Equivalence | None = None  # where a declaration states a margin
     noise_floor: float | None = None  # what two single runs differ by, all else equal
     is_below_noise: bool = False
+
+    @property
+    def is_of_seeds(self) -> bool:
+        """True where it says something of the recipes, and not of single trained models only."""
+        return self.interval is not None and self.interval.kind != "rows"
 
     @property
     def is_clear(self) -> bool:
@@ -120,31 +128,49 @@ class AxisEffects:
     # Dotted key -> number of pairs whose recipes differ there, the seed left out
     recipe_differences: Mapping[str, int] = field(default_factory=dict)
     unpaired: tuple[str, ...] = ()  # one reason for each cell without a pair
+    # All effects that may answer, with those that are not shown: which of them do depends on the
+    # results, so a declared contrast counts with all of them
+    family: tuple[Effect, ...] = ()
+    is_declared: bool = False  # by some run, before it started or later
     is_with_first_only: bool = False  # the axis has too many values to compare every two of them
 
     @property
     def main(self) -> tuple[Effect, ...]:
         """The effects that answer whether the axis makes a difference: the mean over all cells;
         where the axis depends on others, its effects at their levels; where there is no mean for
-        another reason, the first simple effects that all have a number; else the pairs of cells.
+        another reason, the first simple effects that may all have a number, each without one
+        followed by its pairs of cells; else all pairs of cells.
         """
         if self.pooled is not None and self.pooled.interval is not None:
             return (self.pooled,)
         if self.depends_on:
             return tuple(effect for axis in self.depends_on for effect in self.simple[axis])
         for effects in self.simple.values():
-            if all(effect.interval is not None for effect in effects):
-                return effects
+            if all(effect.interval is not None or effect.depends_on for effect in effects):
+                return self._list_answers(effects)
         return self.cells
+
+    def _list_answers(self, effects: Iterable[Effect]) -> tuple[Effect, ...]:
+        answers = []
+        for effect in effects:
+            answers.append(effect)
+            if effect.interval is None:
+                asked = {tuple(map(id, pair)) for pair in effect.pairs}
+                answers += [one for one in self.cells if tuple(map(id, one.pairs[0])) in asked]
+        return tuple(answers)
 
     @property
     def shown(self) -> tuple[Effect, ...]:
-        """What a reader sees: the pooled effect if there is one, then the simple ones; those of
-        single pairs of cells where there are no others.
+        """What a reader sees: the pooled effect if there is one, then the simple ones, then those
+        of single pairs of cells that answer in their place; these alone where there are no others.
         """
         pooled = (self.pooled,) if self.pooled is not None else ()
         simple = tuple(effect for effects in self.simple.values() for effect in effects)
-        return pooled + simple or self.cells
+        if not pooled + simple:
+            return self.cells
+        known = {id(effect) for effect in pooled + simple}
+        cells = [one for one in self.main if id(one) not in known and one.is_of_seeds]
+        return (*pooled, *simple, *cells)
 
 
 @dataclass(frozen=True, eq=False)

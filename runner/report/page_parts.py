@@ -120,7 +120,7 @@ _EFFECT_COLUMNS: Final = (
     PageColumn(
         "no difference",
         "Two one-sided tests (TOST) against the declared margin: shown where the 90% interval lies"
-        " inside the margin.",
+        " inside the margin; of several simple effects, that of 1 - 0.10 / their number.",
         False,
     ),
     PageColumn(

@@ -305,15 +305,16 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in np.minimum(adjusted, 1)]
 
 
-def is_equivalent(interval_of_90: Interval, margin: float) -> bool:
-    """True where two one-sided tests at 5% show a difference smaller than the margin (TOST).
+def is_equivalent(found: Interval, margin: float, *, level: float = 0.90) -> bool:
+    """True where two one-sided tests show a difference smaller than the margin (TOST): at 5% by an
+    interval of 90%; several of them together by intervals of 1 - 0.10 / their number.
 
     False for single runs: they say nothing about recipes.
     """
-    if not math.isclose(interval_of_90.level, 0.90):
-        raise ValueError(f"got an interval of {interval_of_90.level:.0%}, expected one of 90%")
-    bounds = interval_of_90.bounds
-    if bounds is None or interval_of_90.kind == "rows":
+    if not math.isclose(found.level, level):
+        raise ValueError(f"got an interval of {found.level:.0%}, expected one of {level:.0%}")
+    bounds = found.bounds
+    if bounds is None or found.kind == "rows":
         return False
     return -margin < bounds[0] and bounds[1] < margin
 

@@ -27,16 +27,12 @@ def write_verdicts(report: Report) -> list[str]:
         return ["The runs differ in no axis but the seed: there is nothing to compare."]
     places = {(one.grid, one.task) for one in report.effects}
     writer = _Writer(with_grid=len({grid for grid, _ in places}) > 1, with_task=len(places) > 1)
-    declared = [one for one in report.effects if _is_declared(one)]
-    others = [one for one in report.effects if not _is_declared(one)]
+    declared = [one for one in report.effects if one.is_declared]
+    others = [one for one in report.effects if not one.is_declared]
     sentences = [text for one in declared for text in writer.tell_all(one)]
     sentences += writer.tell_others(others)
     sentences += _tell_single_seeds(report)
     return list(dict.fromkeys(sentences))
-
-
-def _is_declared(one: AxisEffects) -> bool:
-    return any(effect.is_confirmatory or effect.why_exploratory for effect in one.main)
 
 
 class _Writer:
@@ -46,6 +42,10 @@ class _Writer:
     def tell_all(self, one: AxisEffects) -> list[str]:
         """A contrast with every number that answers it."""
         name = self._name(one)
+        if not one.main:
+            declared = "declared, " if one.is_declared else ""
+            values = f"{name} ({declared}{_describe_values(one)}, {one.metric.title})"
+            return [f"No number for {values}: {_name_some(one.unpaired)}."]
         sentences = []
         if one.depends_on:
             sentences.append(f"{name}: {_describe_dependence(one)}.")
@@ -61,16 +61,16 @@ class _Writer:
         clear, unclear = [], []
         refused: dict[str, list[str]] = {}
         for one in effects:
-            with_seeds = [effect for effect in one.main if _is_of_seeds(effect)]
+            with_seeds = [effect for effect in one.main if effect.is_of_seeds]
             is_told = any(
                 effect.is_clear or (effect.interval and effect.interval.kind == "identical")
                 for effect in with_seeds
             )
-            if one.depends_on or is_told:
+            if one.depends_on or is_told or any(effect.depends_on for effect in one.main):
                 clear.append(one)
             elif with_seeds:
                 unclear.append(self._name_values(one))
-            elif reasons := [reason for effect in one.main for reason in effect.refused]:
+            elif reasons := _list_reasons(one):
                 values = f"{self._name(one)} ({_describe_values(one)})"
                 refused.setdefault(reasons[0], []).append(values)
         sentences = [text for one in clear[:_MAX_TOLD] for text in self.tell_all(one)]
@@ -96,8 +96,11 @@ class _Writer:
         return ", ".join([*parts, one.axis])
 
 
-def _is_of_seeds(effect: Effect) -> bool:
-    return effect.interval is not None and effect.interval.kind != "rows"
+def _list_reasons(one: AxisEffects) -> list[str]:
+    """Why there is no number: runs that do not compare, or cells without a pair."""
+    if not one.main:
+        return [_name_some(one.unpaired)]
+    return [reason for effect in one.main for reason in effect.refused]
 
 
 def _describe_values(one: AxisEffects) -> str:
@@ -151,15 +154,17 @@ def _describe(effect: Effect) -> str:
             f"no clear difference between {first} and {second}{place}{mean}: {better} is better by"
             f" {size} ({details}); this does not show that they are equal"
         )
+    if effect.depends_on:
+        told += f"; it is a mean over {' and '.join(effect.depends_on)}, which it depends on too"
     if (equivalence := effect.equivalence) is not None:
         ends = " to ".join(f"{end:.{digits}f}" for end in equivalence.interval)
-        of_90 = f"90% interval of the difference {ends}"
+        ends = f"{equivalence.level * 100:.4g}% interval of the difference {ends}"
         if equivalence.is_shown:
             margin = f"{equivalence.margin:g} {effect.metric.unit}"
             told = told.removesuffix("; this does not show that they are equal")
-            told += f"; the two are equivalent within the declared {margin} ({of_90})"
+            told += f"; the two are equivalent within the declared {margin} ({ends})"
         else:
-            told += f"; equivalence within {equivalence.margin:g} is not shown ({of_90})"
+            told += f"; equivalence within {equivalence.margin:g} is not shown ({ends})"
     if interval.note:
         told += f"; {interval.note}"
     if interval.has_few_groups:
@@ -225,7 +230,7 @@ def _tell_single_seeds(report: Report) -> list[str]:
             for one in report.effects
             if one.grid == grid
             and any(effect.interval is not None for effect in one.cells)
-            and not any(_is_of_seeds(effect) for effect in (*one.main, *one.cells))
+            and not any(effect.is_of_seeds for effect in (*one.main, *one.cells))
         ]
         if rows_only:
             one = rows_only[0]

@@ -35,7 +35,7 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "run": "the name of the run within its grid",
     "task": "what the test rows ask for; means are never taken over tasks",
     "axes": "the cell of the grid that the run fills",
-    "seed": "training.seed: the unit of replication",
+    "seed": "training.seed: the unit of replication; two runs of one recipe and one seed are one",
     "state": "pending, running, completed, interrupted, failed, changed, damaged or unreadable",
     "recipe_digest": "equal for two runs exactly where they are the same experiment",
     "rules": "version of the rules by which rows are drawn, rendered and masked",
@@ -76,8 +76,8 @@ DEFINITIONS: Final[Mapping[str, str]] = {
         " the runs do not differ at all"
     ),
     "p_adjusted": (
-        "p by Holm over all declared contrasts where confirmatory, else by Benjamini-Hochberg over"
-        " all others"
+        "p by Holm over all declared contrasts where confirmatory, each with its mean and all its"
+        " simple effects; else by Benjamini-Hochberg over all others"
     ),
     "is_confirmatory": (
         "true where all runs of the contrast recorded its declaration before their first attempt"
@@ -89,7 +89,8 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "num_groups": "groups of test rows; a row without a group is one",
     "noise_floor": "two single runs of one recipe stay this close in 95% of cases",
     "equivalence": (
-        "two one-sided tests: shown where the 90% interval lies inside the margin that was declared"
+        "two one-sided tests: shown where the interval of `level` (90%; of each of several simple"
+        " effects, 1 - 0.10 / their number) lies inside the margin that was declared"
     ),
     "interactions": "F test whether the axis acts alike at the levels of another axis",
     "depends_on": "axes whose interaction has p < 0.20: no mean over their levels is shown",
@@ -110,11 +111,19 @@ METHOD: Final[Mapping[str, str]] = {
         " initial weights and order by hash are paired seed by seed"
     ),
     "interactions": (
-        "F tests at p < 0.20 decide whether a mean over the levels of another axis is shown"
+        "F tests at p < 0.20 decide whether a mean over the levels of another axis is shown; where"
+        " units do not compare in all cells, within each set of cells that is averaged"
     ),
     "simple_effects": "level of each: 1 - 0.05 / number of levels, so that all hold at 95% at once",
-    "p_adjusted": "Holm over the declared contrasts, Benjamini-Hochberg over all others",
-    "equivalence": "two one-sided tests at 5% against the declared margin",
+    "p_adjusted": (
+        "Holm over the declared contrasts of a grid, Benjamini-Hochberg over all others; a declared"
+        " contrast counts with its mean and all its simple effects, whichever are shown, and as one"
+        " where it has no p"
+    ),
+    "equivalence": (
+        "two one-sided tests at 5% against the declared margin, by intervals of 90%; of several"
+        " simple effects by intervals of 1 - 0.10 / their number"
+    ),
     "missing_cells": "never imputed; an effect names the pairs of cells it is the mean of",
 }
 
@@ -361,7 +370,8 @@ def describe_equivalence(effect: Effect) -> str:
         return ""
     found = effect.equivalence
     inside = "lies inside: no larger" if found.is_shown else "reaches beyond: not shown"
-    return f"margin {found.margin:g}: the 90% interval {span(found.interval)} {inside}"
+    level = level_text(found.level)
+    return f"margin {found.margin:g}: the {level} interval {span(found.interval)} {inside}"
 
 
 def describe_interaction(found: Interaction) -> str:
@@ -384,7 +394,7 @@ def describe_base(rows: Sequence[ReportRow]) -> str:
 
 def list_cell_seeds(cell: Cell) -> str:
     """How many runs of a cell have a score, of how many."""
-    scored = sum(row.is_scored for row in cell.runs)
+    scored = max(map(len, cell.scores.values()), default=0)  # not those that do not count
     return str(scored) if scored == len(cell.runs) else f"{scored} of {len(cell.runs)}"
 
 

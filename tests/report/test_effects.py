@@ -11,7 +11,7 @@ from runner.report.effects import AxisEffects, Report
 from runner.report.rows import ReportRow
 from runner.run.record import Failure
 from tests.support.reports import Run, not_completed, pending, rows_of
-from tests.support.scored_runs import make_seed_recipe, scored, scored_grid
+from tests.support.scored_runs import draw_noise, make_seed_recipe, scored, scored_grid
 
 
 def report_of(runs: list[Run], **settings: object) -> Report:
@@ -317,3 +317,118 @@ def test_an_axis_called_seed_that_changes_more_is_no_repetition(tmp_path: Path) 
     report = report_of(runs)
     assert find_seed_axis(report.rows) is None
     assert any("`seed` changes more in the recipes" in one for one in report.warnings)
+
+
+DECLARED_LOSS = (
+    "run.declared=[{axis: loss, from: full, to: completion, metric: nll_per_completion_token,"
+    " margin: 0.05}]"
+)
+OPPOSITE = {60: 0.30, 180: -0.30}
+
+
+def other_tokens(root: Path, effects: dict[int, float]) -> list[Run]:
+    """Two models whose tokens do not compare, so that nothing is the mean of all cells."""
+    return scored_grid(
+        root,
+        {
+            "model": ["gemma", "llama"],
+            "loss": ["full", "completion"],
+            "num_train_samples": [60, 180],
+        },
+        lambda model, loss, num_train_samples: (
+            1.0 + (loss == "completion") * effects[num_train_samples]
+        ),
+        own_seeds=True,
+        tokens=lambda model, **_: 10 if model == "gemma" else 12,
+        overrides=lambda **_: [DECLARED_LOSS],
+    )
+
+
+def test_a_mean_within_one_model_is_gated_where_there_is_none_over_all(tmp_path: Path) -> None:
+    runs = other_tokens(tmp_path, OPPOSITE)
+    report = report_of(runs, metrics=["nll_per_completion_token"])
+    loss = find(report, "loss")
+    assert loss.pooled is not None and loss.pooled.interval is None
+    for effect in loss.simple["model"]:
+        assert (effect.interval, effect.depends_on) == (None, ("num_train_samples",))
+        assert effect.refused == ("it depends on num_train_samples, so there is no mean",)
+    # The cells answer, each at a level at which all four hold together
+    answers = [effect for effect in loss.main if effect.interval is not None]
+    assert len(answers) == 4 and set(answers) < set(loss.shown)
+    for effect in answers:
+        assert effect.interval is not None and effect.is_clear
+        truth = OPPOSITE[effect.at["num_train_samples"]]
+        assert effect.interval.estimate == pytest.approx(truth, abs=0.05)
+        assert effect.interval.level == pytest.approx(1 - 0.05 / 4)
+    text = "\n".join(one for one in report.verdicts if one.startswith("loss:"))
+    assert "no number for full -> completion at model=gemma: it depends on" in text
+    assert "full is better than completion by 0." in text
+    assert "completion is better than full by 0." in text
+    assert "no clear difference" not in text and "equivalent" not in text
+
+
+def test_a_mean_within_one_model_is_shown_where_nothing_speaks_against_it(tmp_path: Path) -> None:
+    runs = other_tokens(tmp_path, {60: 0.2, 180: 0.2})
+    loss = find(report_of(runs, metrics=["nll_per_completion_token"]), "loss")
+    assert [effect.depends_on for effect in loss.main] == [(), ()]
+    assert [len(effect.pairs) for effect in loss.main] == [2, 2]
+
+
+def test_a_mean_over_another_axis_that_it_depends_on_says_so(tmp_path: Path) -> None:
+    """No effect in one model, as the mean of opposite effects at two counts of rows."""
+    runs = scored_grid(
+        tmp_path,
+        {
+            "model": ["gemma", "llama"],
+            "loss": ["full", "completion"],
+            "num_train_samples": [60, 180],
+        },
+        lambda model, loss, num_train_samples: (
+            1.0 + (loss == "completion") * (OPPOSITE[num_train_samples] + 0.1 * (model == "gemma"))
+        ),
+        own_seeds=True,
+        overrides=lambda **_: [DECLARED_LOSS],
+    )
+    report = report_of(runs)
+    loss = find(report, "loss")
+    assert set(loss.depends_on) == {"model", "num_train_samples"}
+    for effect in loss.simple["model"]:
+        assert effect.depends_on == ("num_train_samples",) and effect.equivalence is None
+    [llama] = [text for text in report.verdicts if "at model=llama" in text and "loss:" in text]
+    assert "; it is a mean over num_train_samples, which it depends on too" in llama
+    assert "equivalent" not in llama
+
+
+def test_an_axis_called_seed_that_sets_no_seed_repeats_nothing(tmp_path: Path) -> None:
+    """Three runs of one recipe and one `training.seed` are one trained model, and not three."""
+    runs = [
+        scored(tmp_path, make_seed_recipe({"loss": loss}, seed, 1), 2.0 + draw_noise(1, loss) / 9)
+        for loss in ("full", "completion")
+        for seed in (1, 2, 3)
+    ]
+    report = report_of(runs)
+    assert find_seed_axis(report.rows) == "seed"
+    [effect] = find(report, "loss").cells
+    assert effect.interval is not None
+    assert (effect.interval.kind, set(effect.interval.num_seeds)) == ("rows", {1})
+    assert not effect.is_clear and "better" not in told(report)
+    for cell in report.cells:
+        assert [len(scores) for scores in cell.scores.values()] == [1] * len(cell.scores)
+        first, *others = [run.name for run in cell.runs]
+        assert list(cell.missing) == [
+            f"{name} has the same training.seed as {first}" for name in others
+        ]
+    [warning] = [text for text in report.warnings if "does not reach" in text]
+    assert "in every run: full_s2, full_s3, completion_s2, and 1 more have that of" in warning
+
+
+def test_one_run_that_repeats_the_seed_of_another_does_not_count(tmp_path: Path) -> None:
+    runs = scored_grid(
+        tmp_path, {"loss": ["full", "completion"]}, lambda loss: 2.0 + (loss == "full")
+    )
+    runs.append(scored(tmp_path, make_seed_recipe({"loss": "full"}, 4, 1), 2.0))
+    report = report_of(runs)
+    [effect] = find(report, "loss").cells
+    assert effect.interval is not None and effect.interval.num_seeds == (3, 3)
+    assert any("full_s4 has the same training.seed as full_s1" in flag for flag in effect.flags)
+    assert any("full_s4 has that of another run" in text for text in report.warnings)

@@ -60,7 +60,8 @@ def test_json_has_every_number_of_an_effect(tmp_path: Path) -> None:
     first, second = parsed["effects"][0]["simple"]["samples"]
     assert (first["estimate"], first["interval"], first["level"]) == (-0.3, [-0.35, -0.25], 0.975)
     assert first["adjustment"] == "Holm" and second["adjustment"] == "Benjamini-Hochberg"
-    assert first["equivalence"] == {"margin": 0.02, "interval": [-0.34, -0.26], "is_shown": False}
+    shown = {"margin": 0.02, "interval": [-0.34, -0.26], "is_shown": False, "level": 0.9}
+    assert first["equivalence"] == shown
     assert second["why_exploratory"].startswith("declared since run")
     [pair] = first["pairs"]
     cells = parsed["cells"]

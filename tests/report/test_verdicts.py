@@ -1,6 +1,6 @@
 """The answer in words: declared contrasts first, and never equality for want of a difference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +8,20 @@ from typing import Any
 
 import pytest
 
+from runner.report.axis import identify
 from runner.report.build import build_report
 from runner.report.effects import AxisEffects, Effect, Report
 from runner.report.rows import ReportRow
 from runner.report.statistics import benjamini_hochberg, holm
-from tests.support.reports import make_recipe, pending, rows_of
-from tests.support.scored_runs import make_attempt, scored, scored_grid
+from runner.run.record import Failure
+from tests.support.reports import make_recipe, not_completed, pending, rows_of
+from tests.support.scored_runs import (
+    draw_noise,
+    make_attempt,
+    make_seed_recipe,
+    scored,
+    scored_grid,
+)
 
 AXES = {"model": ["a", "b"], "loss": ["full", "completion"]}
 
@@ -76,16 +84,55 @@ def test_declared_contrasts_of_a_grid_share_one_error_rate_by_holm(tmp_path: Pat
         for row in declaring_rows(tmp_path, -0.01, contrast(), sd_run=0.02)
     ]
     report = build_report(rows)
-    families: dict[bool, list[Effect]] = {True: [], False: []}
+    family = [effect for one in report.effects if one.axis == "loss" for effect in one.family]
+    # The mean and the effect in each model by both metrics, whichever of them are shown
+    assert len(family) == 6 and all(effect.is_confirmatory for effect in family)
+    adjusted = dict(zip(map(identify, family), holm(list_p(family)), strict=True))
+    others: dict[object, Effect] = {}
     for one in report.effects:
-        known = {id(effect) for effect in one.main}
-        for effect in one.main + tuple(e for e in one.shown if id(e) not in known):
-            families[effect.is_confirmatory].append(effect)
-    for is_confirmatory, adjust in ((True, holm), (False, benjamini_hochberg)):
-        family = families[is_confirmatory]
-        p = [effect.interval.p for effect in family if effect.interval is not None]
-        assert len(p) == len(family) >= 2
-        assert [effect.p_adjusted for effect in family] == pytest.approx(adjust(p))
+        for effect in one.main:
+            assert effect.is_confirmatory == (one.axis == "loss")
+            if effect.is_confirmatory:
+                assert effect.p_adjusted == adjusted[identify(effect)]
+        for effect in one.shown:
+            if not effect.is_confirmatory:
+                others[identify(effect)] = effect
+    by_rate = benjamini_hochberg(list_p(list(others.values())))
+    assert [effect.p_adjusted for effect in others.values()] == pytest.approx(by_rate)
+
+
+def list_p(effects: Sequence[Effect]) -> list[float]:
+    p = [effect.interval.p for effect in effects if effect.interval is not None]
+    return [one for one in p if one is not None]
+
+
+def test_effects_in_each_model_count_with_their_mean_which_is_not_shown(tmp_path: Path) -> None:
+    """Otherwise the interaction's test, which looks at the results, would choose the family."""
+    effects = {"a": -0.03, "b": 0.03}
+    runs = scored_grid(
+        tmp_path, AXES, lambda model, loss: 2.0 + effects[model] * (loss == "completion")
+    )
+    rows = [
+        replace(row, declared_now=(one,), declared_then=(one,))
+        for row in rows_of(runs)
+        for one in [contrast(margin=0.05)]
+    ]
+    loss = find_loss(build_report(rows))
+    assert loss.depends_on == ("model",) and len(loss.family) == 3
+    assert [e.p_adjusted for e in loss.main] == pytest.approx(holm(list_p(loss.family))[:2])
+    # Two effects of which each may be called equivalent: each at 2.5%
+    assert [e.equivalence and e.equivalence.level for e in loss.main] == pytest.approx([0.95] * 2)
+    assert "(95% interval of the difference" in "\n".join(build_report(rows).verdicts)
+
+
+def test_a_declared_contrast_without_a_p_counts_in_the_family(tmp_path: Path) -> None:
+    rows = declaring_rows(tmp_path, -0.283, contrast())
+    alone = find_loss(build_report(rows)).main[0].p_adjusted
+    lost = (contrast(), contrast(metric="rouge"), contrast(to="prompt"))
+    more = find_loss(build_report([replace(row, declared_then=lost) for row in rows])).main[0]
+    num = len(find_loss(build_report(rows)).family)
+    assert alone is not None
+    assert more.p_adjusted == pytest.approx(alone * (num + 2) / num)
 
 
 def test_the_direction_is_that_of_the_declaration(tmp_path: Path) -> None:
@@ -210,3 +257,58 @@ def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
         "The runs differ in no axis but the seed: there is nothing to compare.",
     )
     assert build_report([]).verdicts == ("No run has a score yet.",)
+
+
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_an_arm_without_any_score_is_told(tmp_path: Path, is_declared: bool) -> None:
+    rows = [
+        replace(row, declared_then=(contrast(),), declared_now=(contrast(),))
+        if is_declared
+        else row
+        for row in lose_an_arm(tmp_path)
+    ]
+    text = "\n".join(build_report(rows).verdicts)
+    reason = "completion_60_s1 is failed, completion_60_s2 is failed; completion_180_s1 is failed"
+    declared = "declared, full -> completion, NLL per completion token"
+    named = declared if is_declared else "full -> completion"
+    assert f"No number for loss ({named}): {reason}" in text
+
+
+def lose_an_arm(root: Path) -> list[ReportRow]:
+    """Every run of one loss failed."""
+    axes = {"loss": ["full"], "num_train_samples": [60, 180]}
+    runs = scored_grid(root, axes, lambda loss, num_train_samples: 2.0, seeds=(1, 2))
+    for samples in axes["num_train_samples"]:
+        for seed in (1, 2):
+            cell = {"loss": "completion", "num_train_samples": samples}
+            failure = Failure(kind="diverged", message="NaN")
+            runs.append(not_completed(root, make_seed_recipe(cell, seed), failure))
+    return rows_of(runs)
+
+
+def test_a_declared_metric_that_no_run_of_an_arm_has_is_told(tmp_path: Path) -> None:
+    declared = contrast(metric="accuracy")
+    rows = [replace(row, declared_now=(declared,)) for row in lose_an_arm(tmp_path)]
+    sst2 = "data.task={name: sst2, prompt: '{sentence}'}"
+    other = make_recipe("other", {"loss": "prompt", "num_train_samples": 60, "seed": 1}, sst2)
+    more = rows_of([scored(tmp_path, other, 2.0, scores={"accuracy": [1.0] * 40})])
+    text = "\n".join(build_report([*rows, *more]).verdicts)
+    assert "No number for" in text and "(declared, full -> completion, accuracy)" in text
+
+
+def test_an_axis_whose_cells_never_meet_is_told(tmp_path: Path) -> None:
+    """`rank` exists with LoRA alone, so that the two methods have no cells in common."""
+    runs = []
+    for at, axes in enumerate(({"method": "full"}, {"method": "lora", "rank": 4})):
+        for seed in (1, 2):
+            overrides = (f"training.seed={seed}", f"training.learning_rate={at + 1}e-4")
+            recipe = make_recipe(f"r{at}_s{seed}", axes | {"seed": seed}, *overrides)
+            runs.append(scored(tmp_path, recipe, 2.0 + draw_noise(seed, at)))
+    text = "\n".join(build_report(rows_of(runs)).verdicts)
+    assert "No number for method (full -> lora): r0_s1 (and 1 more) has no partner with" in text
+
+
+def test_one_seed_of_a_declared_contrast_is_told(tmp_path: Path) -> None:
+    rows = declaring_rows(tmp_path, -0.1, contrast(), seeds=(1,))
+    text = "\n".join(build_report(rows).verdicts)
+    assert "loss: full -> completion at model=a: one seed, so no verdict" in text
