@@ -163,8 +163,12 @@ def _find_other_step_0(runs: Sequence[ReportRow]) -> tuple[ReportRow, ReportRow]
 
 def is_same_base_score(run: ReportRow, first: float, second: float) -> bool:
     """True where two scores at step 0 may be of one base model, in the dtype of a run."""
-    is_exact = run.recipe.model.dtype == "float32"
-    return math.isclose(first, second, rel_tol=_SAME_FLOAT32_BASE if is_exact else _SAME_BASE)
+    return math.isclose(first, second, rel_tol=get_base_tolerance(run))
+
+
+def get_base_tolerance(run: ReportRow) -> float:
+    """By how much two scores of one base model may differ in the dtype of a run, relatively."""
+    return _SAME_FLOAT32_BASE if run.recipe.model.dtype == "float32" else _SAME_BASE
 
 
 def _find_other_functions(metric: Metric, runs: Runs) -> str:
