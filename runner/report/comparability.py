@@ -390,7 +390,9 @@ def _flag_source(arms: Arms) -> str:
 
 
 def _flag_missing(arms: Arms) -> str:
-    """Runs of the cells that have no score: what is left are the survivors."""
+    """Runs of the cells that have no score: what is left are the survivors. Of those, an effect that
+    is paired by seed may use fewer, which its interval says.
+    """
     missing = [why for pair in arms.pairs for cell in pair for why in cell.missing]
     if not missing:
         return ""
@@ -407,7 +409,7 @@ def _flag_missing(arms: Arms) -> str:
         for runs, of, name in zip(sides, planned, arms.names, strict=True)
     )
     what = _SURVIVORS if is_survivors else "not all runs have a score"
-    return f"{what}: {counts} count; {_name_some(dict.fromkeys(missing), '; ')}"
+    return f"{what}: {counts} are left; {_name_some(dict.fromkeys(missing), '; ')}"
 
 
 def find_not_recorded(rows: Sequence[ReportRow]) -> list[str]:
