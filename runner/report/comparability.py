@@ -390,8 +390,8 @@ def _flag_source(arms: Arms) -> str:
 
 
 def _flag_missing(arms: Arms) -> str:
-    """Runs of the cells that have no score: what is left are the survivors. Of those, an effect that
-    is paired by seed may use fewer, which its interval says.
+    """Runs of the cells that have no score: what is left are the survivors. An effect that is
+    paired by seed may use fewer of them, which its interval says.
     """
     missing = [why for pair in arms.pairs for cell in pair for why in cell.missing]
     if not missing:

@@ -336,3 +336,35 @@ def test_an_effect_paired_by_seed_says_how_many_of_the_runs_that_are_left_count(
     [flag] = [flag for flag in at_gemma.flags if "not all runs" in flag]
     assert "5 of 5 runs of loss=full and 7 of 7 runs of loss=completion are left" in flag
     assert at_llama.interval.note == "" and at_llama.interval.num_seeds == (7, 7)
+
+
+def test_rows_in_other_groups_are_refused_whichever_run_comes_first(tmp_path: Path) -> None:
+    """The error over rows is that of groups: those of the first run are not those of all."""
+    runs = {
+        size: [
+            scored(tmp_path, make_seed_recipe({"loss": loss}, seed), 1.0 + seed, group_size=size)
+            for seed in (1, 2, 3)
+        ]
+        for loss, size in (("full", 1), ("completion", 10))
+    }
+    for order in ((1, 10), (10, 1)):
+        [effect] = find(report_of([run for size in order for run in runs[size]]), "loss").cells
+        assert effect.interval is None
+        [reason] = effect.refused
+        assert f"the same test rows in {40 // order[0]} and {40 // order[1]} groups" in reason
+
+
+def test_a_cell_whose_runs_group_rows_differently_is_refused(tmp_path: Path) -> None:
+    runs = [
+        scored(
+            tmp_path,
+            make_seed_recipe({"loss": loss}, seed),
+            1.0 + seed / 10,
+            group_size=5 if (loss, seed) == ("full", 2) else 10,
+        )
+        for loss in ("full", "completion")
+        for seed in (1, 2, 3)
+    ]
+    [effect] = find(report_of(runs), "loss").cells
+    assert effect.interval is None
+    assert "full_s1 and full_s2 have the same test rows in 4 and 8 groups" in effect.refused[0]
