@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.cli.reading import (
@@ -25,6 +26,7 @@ from runner.plan.status import NOT_VERIFIABLE, is_verifiable, suggest_mending, v
 from runner.recipe.contents import KnownContents
 from runner.run.base_scores import find_other_base_scores
 from runner.run.paths import content_cache_path, find_output_root
+from runner.run.siblings import list_runs
 
 if TYPE_CHECKING:
     from runner.report.rows import ReportRow
@@ -49,7 +51,12 @@ def run_report(arguments: argparse.Namespace) -> int:
         [found for root in sorted(roots) for found in find_other_base_scores(root)],
     )
     _require_metrics(arguments.metric, rows)
-    report = build_report(rows, metrics=arguments.metric, rows_fixed=arguments.rows_fixed)
+    report = build_report(
+        rows,
+        metrics=arguments.metric,
+        rows_fixed=arguments.rows_fixed,
+        absent=_find_absent(selected),
+    )
     print(FORMATS[arguments.format](report), end="")
     if has_pages:
         write_report_pages(arguments, report)
@@ -98,6 +105,18 @@ def _verify(runs: Sequence[ReadRun]) -> list[ReadRun]:
             print(f"warning: {recipe.run.full_name} {NOT_VERIFIABLE}", file=sys.stderr)
         verified.append((recipe, facts, status))
     return verified
+
+
+def _find_absent(selected: Sequence[Selected]) -> dict[str, list[str]]:
+    """By grid: its runs that lie beside the selected ones and are not among them."""
+    known: dict[tuple[str, Path], set[str]] = {}
+    for one in selected:
+        run_dir = one.paths.run_dir
+        known.setdefault((one.recipe.run.grid, run_dir.parent), set()).add(run_dir.name)
+    absent: dict[str, list[str]] = {}
+    for (grid, folder), names in known.items():
+        absent.setdefault(grid, []).extend(name for name in list_runs(folder) if name not in names)
+    return absent
 
 
 def _require_metrics(names: Sequence[str] | None, rows: Sequence[ReportRow]) -> None:

@@ -44,8 +44,14 @@ class AxisBuilder:
     """The effects of two values of an axis, by one metric."""
 
     def __init__(
-        self, part: Part, metric: Metric, contrasts: Contrasts, declared: Declared | None
+        self,
+        part: Part,
+        metric: Metric,
+        contrasts: Contrasts,
+        declared: Declared | None,
+        why_exploratory: str = "",
     ) -> None:
+        self._why_exploratory = why_exploratory  # of a whole grid
         self.part, self.metric, self.contrasts, self.declared = part, metric, contrasts, declared
         self.refusals = [self._find_refusal(pair) for pair in part.pairs]
         # Pairs that have a difference
@@ -321,6 +327,8 @@ class AxisBuilder:
         standing = judge(self.declared, runs)
         if not standing.is_confirmatory:
             return replace(effect, why_exploratory=standing.why_exploratory)
+        if self._why_exploratory:
+            return replace(effect, why_exploratory=self._why_exploratory)
         if effect.interval is None or effect.interval.kind == "rows":
             return effect
         return replace(effect, is_confirmatory=True, equivalence=self._test_margin(effect))

@@ -40,23 +40,35 @@ from runner.report.statistics import (
     holm,
 )
 from runner.report.verdicts import write_verdicts
+from runner.report.wording import name_some
 
 # 4 values make 6 pairs of values; with more, each is compared with the first only
 MAX_VALUES_ALL_PAIRS: Final = 4
 
 
 def build_report(
-    rows: Sequence[ReportRow], *, metrics: Sequence[str] | None = None, rows_fixed: bool = False
+    rows: Sequence[ReportRow],
+    *,
+    metrics: Sequence[str] | None = None,
+    rows_fixed: bool = False,
+    absent: Mapping[str, Sequence[str]] | None = None,
 ) -> Report:
     """Everything that the runs allow to say, grid by grid.
 
     `metrics` are compared in place of those chosen: the likelihood per token within one base model
     and per byte across several, and every metric of answers. A declared metric is always compared.
     `rows_fixed`: seeds alone are random, so that the report speaks of these very test rows.
+    `absent`: by grid, the names of its runs that are not in `rows`; nothing of such a grid is
+    confirmatory, since those that are there may have been chosen by their results.
     """
     statement: Statement = "seeds" if rows_fixed else "seeds and rows"
     grids = [
-        _Grid([row for row in rows if row.grid == name], metrics, statement)
+        _Grid(
+            [row for row in rows if row.grid == name],
+            metrics,
+            statement,
+            (absent or {}).get(name, ()),
+        )
         for name in dict.fromkeys(row.grid for row in rows)
     ]
     effects = _adjust(
@@ -86,6 +98,8 @@ def _find_warnings(
         if name not in known
     ]
     for grid in grids:
+        if grid.absent:
+            warnings.append(f"{grid.why_exploratory}: {name_some(grid.absent)}")
         warnings += find_what_seeds_change(grid.rows)
         warnings += find_undeclarable(grid.declared, grid.rows, known, grid.name)
     return [*warnings, *find_other_scales(rows), *find_not_recorded(rows)]
@@ -95,9 +109,19 @@ class _Grid:
     """The cells and effects of one grid."""
 
     def __init__(
-        self, rows: Sequence[ReportRow], metrics: Sequence[str] | None, statement: Statement
+        self,
+        rows: Sequence[ReportRow],
+        metrics: Sequence[str] | None,
+        statement: Statement,
+        absent: Sequence[str],
     ) -> None:
-        self.rows, self.name = rows, rows[0].grid
+        self.rows, self.name, self.absent = rows, rows[0].grid, absent
+        count, are = len(rows) + len(absent), "is" if len(absent) == 1 else "are"
+        self.why_exploratory = (
+            f"{len(absent)} of {count} runs of grid {self.name} {are} not in this report"
+            if absent
+            else ""
+        )
         self._metrics, self._statement = metrics, statement
         self.seed_axis = find_seed_axis(rows)
         self.cells = build_cells(rows, self.seed_axis)
@@ -207,7 +231,9 @@ class _Grid:
             effects = _refuse_across_tasks(self.name, part, metric)
         else:
             contrasts = self._get_contrasts(part.task, metric)
-            builder = AxisBuilder(part, metric, contrasts, declared[0] if declared else None)
+            builder = AxisBuilder(
+                part, metric, contrasts, declared[0] if declared else None, self.why_exploratory
+            )
             effects = builder.build(self.name)
         return replace(effects, is_declared=bool(declared))
 

@@ -80,7 +80,8 @@ DEFINITIONS: Final[Mapping[str, str]] = {
         " simple effects; else by Benjamini-Hochberg over all others"
     ),
     "is_confirmatory": (
-        "true where all runs of the contrast recorded its declaration before their first attempt"
+        "true where all runs of the contrast recorded its declaration before their first attempt,"
+        " and all runs of the grid are in the report"
     ),
     "v_seed": "variance of the estimate from the seeds",
     "v_row": "variance of the estimate from the test rows (groups), by leaving one out",

@@ -4,6 +4,7 @@ arms differ in more than their axes say. Reads records only, and asks nobody.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,21 @@ def read_grid(grid_dir: Path) -> list[Loaded]:
             found += _read_loaded(path)
         except (CorruptFileError, OSError, LookupError, TypeError, ValueError, AttributeError):
             continue
+    return found
+
+
+def list_runs(grid_dir: Path) -> list[str]:
+    """The names of all runs of a grid that were launched; those of overrides, which are no cell of
+    it, and those whose record cannot be read are left out.
+    """
+    found = []
+    for path in sorted(grid_dir.glob("*/recipe.json")):
+        if path.parent.name.startswith("."):  # moved aside
+            continue
+        with contextlib.suppress(CorruptFileError, OSError, LookupError, TypeError):
+            content: Any = load_json(path)
+            if not content["recipe"]["run"].get("overrides"):
+                found.append(path.parent.name)
     return found
 
 

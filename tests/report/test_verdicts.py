@@ -1,5 +1,6 @@
 """The answer in words: declared contrasts first, and never equality for want of a difference."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from runner.cli.main import main
 from runner.report.axis import identify
 from runner.report.build import build_report
 from runner.report.effects import AxisEffects, Effect, Report
@@ -312,3 +314,41 @@ def test_one_seed_of_a_declared_contrast_is_told(tmp_path: Path) -> None:
     rows = declaring_rows(tmp_path, -0.1, contrast(), seeds=(1,))
     text = "\n".join(build_report(rows).verdicts)
     assert "loss: full -> completion at model=a: one seed, so no verdict" in text
+
+
+def test_a_chosen_part_of_a_grid_confirms_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    declared = "{axis: loss, from: full, to: completion, metric: nll_per_completion_token}"
+    runs = scored_grid(
+        tmp_path / "runs",
+        AXES,
+        lambda model, loss: 2.0 - 0.3 * (loss == "full"),
+        overrides=lambda **_: [f"run.declared=[{declared}]"],
+        attempt=make_attempt(),
+    )
+    tried = runs[0][0].model_copy(
+        update={
+            "run": runs[0][0].run.model_copy(update={"name": "tried", "overrides": ("loss=full",)})
+        }
+    )
+    scored(tmp_path / "runs", tried, 2.0)
+    folders = [str(paths.run_dir) for _, paths, _ in runs]
+
+    def report_on(*arguments: str) -> str:
+        root = str(tmp_path / "runs")
+        assert main(["report", *arguments, "--format", "json", "--output-root", root]) == 0
+        return capsys.readouterr().out
+
+    whole = json.loads(report_on(*folders))
+    assert not any("are not in this report" in text for text in whole["warnings"])
+    assert any("Holm p" in text for text in whole["verdicts"])
+    for chosen in (folders[:1] + folders[2:], [*folders, "--where", "seed=1,3"]):
+        part = json.loads(report_on(*chosen))
+        num = 12 - len(part["rows"])
+        why = f"{num} of 12 runs of grid demo {'is' if num == 1 else 'are'} not in this report"
+        # Runs of overrides are no cells of the grid, and are not missed
+        [warning] = [text for text in part["warnings"] if text.startswith(why)]
+        assert "tried" not in warning and "a_full_s2" in warning
+        told = [text for text in part["verdicts"] if text.startswith("loss: full is better")]
+        assert told and all(f"exploratory: {why}, Benjamini-Hochberg" in text for text in told)
