@@ -18,6 +18,7 @@ from runner.report.cells import (
     find_seed_axis,
     find_what_seeds_change,
     match_cells,
+    split_variants,
 )
 from runner.report.comparability import (
     find_not_recorded,
@@ -100,6 +101,12 @@ def _find_warnings(
     for grid in grids:
         if grid.absent:
             warnings.append(f"{grid.why_exploratory}: {name_some(grid.absent)}")
+        warnings += [
+            f"{row.recipe.run.full_name} was made by overrides"
+            f" ({', '.join(row.recipe.run.overrides)}): it is in no cell and no effect;"
+            " `--format csv` has its scores"
+            for row in grid.variants
+        ]
         warnings += find_what_seeds_change(grid.rows)
         warnings += find_undeclarable(grid.declared, grid.rows, known, grid.name)
     return [*warnings, *find_other_scales(rows), *find_not_recorded(rows)]
@@ -115,6 +122,7 @@ class _Grid:
         statement: Statement,
         absent: Sequence[str],
     ) -> None:
+        rows, self.variants = split_variants(rows)
         self.rows, self.name, self.absent = rows, rows[0].grid, absent
         count, are = len(rows) + len(absent), "is" if len(absent) == 1 else "are"
         self.why_exploratory = (

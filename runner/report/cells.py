@@ -18,9 +18,21 @@ def find_seed_axis(rows: Sequence[ReportRow]) -> str | None:
     """The axis along which runs are repeated: it changes nothing in the recipes but
     `training.seed`. None where there is no such axis; `seed` is preferred where several are.
     """
+    # The recipe of a changed run is not the one whose numbers there are
+    rows = [row for row in rows if row.state != "changed"] or rows
     axes = list_axes(rows)
     found = [axis for axis in axes if _changes_only_the_seed(rows, axis)]
     return next((axis for axis in found if axis == SEED), found[0] if found else None)
+
+
+def split_variants(rows: Sequence[ReportRow]) -> tuple[list[ReportRow], list[ReportRow]]:
+    """The runs of a grid, and those of its cells that overrides of the command line made another
+    experiment. Where there are only such runs, they are the grid.
+    """
+    planned = [row for row in rows if not row.recipe.run.overrides]
+    if not planned:
+        return list(rows), []
+    return planned, [row for row in rows if row.recipe.run.overrides]
 
 
 def find_what_seeds_change(rows: Sequence[ReportRow]) -> list[str]:

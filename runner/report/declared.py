@@ -83,11 +83,24 @@ def judge(contrast: Declared, runs: Sequence[ReportRow]) -> Standing:
             other.append(row)
     if not late and not other:
         return Standing(contrast, True)
-    row, what = (late[0], "declared") if late else (other[0], "declared with another margin")
+    row = (late or other)[0]
     known = [one for one in (late or other) if one.started_at_utc is not None]
     row = min(known, key=lambda one: one.started_at_utc or "", default=row)
     day = f" on {row.started_at_utc[:10]}" if row.started_at_utc is not None else ""
-    return Standing(contrast, False, f"{what} after {row.recipe.run.full_name} had started{day}")
+    if late:
+        why = f"declared after {row.recipe.run.full_name} had started{day}"
+    else:
+        recorded = {one.key: one.margin for one in read_declared(row.declared_then)}
+        margins = [_name_margin(one) for one in (recorded[contrast.key], contrast.margin)]
+        why = (
+            f"declared with {margins[0]} when {row.recipe.run.full_name} started{day}, and with"
+            f" {margins[1]} since"
+        )
+    return Standing(contrast, False, why)
+
+
+def _name_margin(margin: float | None) -> str:
+    return "no margin" if margin is None else f"the margin {margin:g}"
 
 
 def find_undeclarable(

@@ -30,7 +30,6 @@ from runner.report.rows import (
 from runner.report.tables import format_csv, format_json, format_tex
 from runner.report.wording import (
     constant_or_spread,
-    count,
     count_states,
     describe_base,
     describe_direction,
@@ -167,7 +166,8 @@ def bullet(text: str) -> str:
 
 EFFECTS_LEGEND: Final = (
     "difference: compared - reference. interval: of the recipe, on rows like these (seeds and rows"
-    " both random), unless the status says otherwise. p: adjusted, by Holm over the contrasts that"
+    " both random), unless the status says otherwise; those at the levels of another axis hold"
+    " together at 95%, so the level of each is higher. p: adjusted, by Holm over the contrasts that"
     " were declared before the first launch (confirmatory), else by Benjamini-Hochberg"
     " (exploratory). In brackets: below the noise floor, by which two single runs of one recipe"
     " differ. V_seed, V_row, V_res: variance of the difference from seeds, from rows, and noise of"
@@ -290,8 +290,9 @@ def _describe_axis(effects: AxisEffects) -> Iterator[str]:
     if effects.is_with_first_only:
         yield f"more than {MAX_VALUES_ALL_PAIRS} values: each is compared with the first only"
     if effects.unpaired:
-        cells = count(len(effects.unpaired), "cell")
-        yield f"{cells} without a pair: {name_some(effects.unpaired, '; ')}"
+        number = len(effects.unpaired)
+        give = "1 place gives" if number == 1 else f"{number} places give"
+        yield f"{give} no difference: {name_some(effects.unpaired, '; ')}"
 
 
 def _build_effect_columns(effects: Sequence[Effect], constant: Collection[str]) -> list[Column]:
@@ -301,11 +302,15 @@ def _build_effect_columns(effects: Sequence[Effect], constant: Collection[str]) 
         text = signed(effect.interval.estimate)
         return f"({text})" if effect.is_below_noise else text
 
-    def interval(effect: Effect) -> str:
-        return "" if effect.interval is None else span(effect.interval.bounds)
-
     levels = {one.interval.level for one in effects if one.interval is not None}
-    header = f"{level_text(levels.pop())} interval" if len(levels) == 1 else "interval"
+    header = f"{level_text(levels.pop())} interval" if len(levels) == 1 else "interval (level)"
+
+    def interval(effect: Effect) -> str:
+        if effect.interval is None:
+            return ""
+        text = span(effect.interval.bounds)
+        return f"{text} ({level_text(effect.interval.level)})" if len(levels) > 1 and text else text
+
     return [
         build_column(
             "at",

@@ -35,6 +35,7 @@ from runner.report.wording import (
     constant_or_spread,
     describe_replication,
     finite,
+    level_text,
     list_cell_seeds,
     list_constant_axes,
     list_flags,
@@ -366,7 +367,8 @@ def _draw_effects_tex(
     better = "smaller" if metric.mode == "min" else "larger"
     caption = (
         f"Effects on {metric.title} ({metric.unit}; {better} is better): compared minus reference,"
-        " with its interval over seeds and rows unless the last column says otherwise; p adjusted,"
+        " with its interval (level) over seeds and rows unless the last column says otherwise;"
+        " intervals at the levels of another axis hold together at 95%; p adjusted,"
         " with a dagger where the contrast was declared before the first launch (Holm), else"
         " exploratory (Benjamini-Hochberg); in brackets: below the noise floor."
     )
@@ -388,9 +390,10 @@ def _write_effect_tex(effect: Effect) -> list[str]:
     estimate = _math(signed(interval.estimate))
     p = probability(effect.p_adjusted)
     ends = [] if interval.bounds is None else [_math(signed(end)) for end in interval.bounds]
+    level = f" ({escape_tex(level_text(interval.level))})" if ends else ""
     return [
         f"({estimate})" if effect.is_below_noise else estimate,
-        " to ".join(ends),
+        f"{' to '.join(ends)}{level}",
         _math(f"{p}^\\dagger" if p and effect.is_confirmatory else p),
         describe_replication(effect).replace(" x ", r" $\times$ "),
         KINDS.get(interval.kind, ""),

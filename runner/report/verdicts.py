@@ -22,7 +22,14 @@ _MAX_NAMED: Final = 8
 def write_verdicts(report: Report) -> list[str]:
     """The sentences, declared contrasts first."""
     if not any(cell.scores for cell in report.cells):
-        return ["No run has a score yet."]
+        changed = [row for row in report.rows if row.state == "changed"]
+        if not changed:
+            return ["No run has a score yet."]
+        runs = "1 run was" if len(changed) == 1 else f"{len(changed)} runs were"
+        return [
+            f"No run of these recipes has a score: {runs} made by recipes that have changed since;"
+            " name the run directories to see what those show."
+        ]
     if not report.effects:
         return ["The runs differ in no axis but the seed: there is nothing to compare."]
     places = {(one.grid, one.task) for one in report.effects}
@@ -127,7 +134,10 @@ def _describe(effect: Effect) -> str:
         return f"no number for {first} -> {second}{place}: {'; '.join(effect.refused)}"
     if interval.kind == "identical":
         if interval.estimate == 0:
-            return f"the runs of {first} and {second}{place} have the same scores, row by row"
+            return (
+                f"{effect.metric.title}: every test row scores the same under {first} and under"
+                f" {second}{place}"
+            )
         return (
             f"{second} differs from {first}{place} by {abs(interval.estimate):.3g}"
             f" {effect.metric.unit} in every row alike, so there is no interval"
@@ -236,6 +246,15 @@ def _tell_single_seeds(report: Report) -> list[str]:
             one = rows_only[0]
             first, second = (f"{one.axis}={axis_text(v)}" for v in (one.reference, one.compared))
             axes = ", ".join(dict.fromkeys(each.axis for each in rows_only))
+            of_grid = [cell for cell in report.cells if cell.grid == grid]
+            if any(len(cell.runs) > 1 for cell in of_grid):
+                missing = [reason for cell in of_grid for reason in cell.missing]
+                sentences.append(
+                    f"{grid} has too few seeds with a score to say anything of {axes}:"
+                    f" {_name_some(missing)}; `runner compare {first} {second} --grid {grid}` shows"
+                    " what differs between the models that there are (rows only, no verdict)."
+                )
+                continue
             sentences.append(
                 f"{grid} has one seed for each cell, so nothing is said of {axes}: another seed may"
                 f" give another difference; `runner compare {first} {second} --grid {grid}` shows"

@@ -292,7 +292,7 @@ def describe_seeds(num_seeds: Sequence[int]) -> str:
 KINDS: Final[Mapping[str, str]] = {
     "rows": "rows only",
     "seeds": "these rows only",
-    "identical": "identical runs",
+    "identical": "identical scores",
 }
 
 

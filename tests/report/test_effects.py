@@ -161,7 +161,7 @@ def test_runs_that_do_not_vary_have_no_interval(tmp_path: Path) -> None:
     assert effect.interval is not None
     assert (effect.interval.kind, effect.interval.half_width) == ("identical", None)
     assert effect.p_adjusted is None
-    assert "have the same scores" in told(report_of(runs))
+    assert "every test row scores the same under" in told(report_of(runs))
 
 
 def test_an_arm_of_survivors_is_named(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_margin_that_was_changed_later_does_not_count(tmp_path: Path) -> None:
     )
     for effect in find_loss(build_report(rows)).main:
         assert effect.equivalence is None and not effect.is_confirmatory
-        assert effect.why_exploratory.startswith("declared with another margin after demo/")
+        assert effect.why_exploratory.startswith("declared with the margin 0.02 when demo/")
 
 
 def test_a_run_that_recorded_no_declaration_makes_it_exploratory(tmp_path: Path) -> None:
