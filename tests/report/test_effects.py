@@ -432,3 +432,22 @@ def test_one_run_that_repeats_the_seed_of_another_does_not_count(tmp_path: Path)
     assert effect.interval is not None and effect.interval.num_seeds == (3, 3)
     assert any("full_s4 has the same training.seed as full_s1" in flag for flag in effect.flags)
     assert any("full_s4 has that of another run" in text for text in report.warnings)
+
+
+def test_a_mean_over_models_of_other_tokens_says_so(tmp_path: Path) -> None:
+    """As many tokens in each row, and not the same pieces of text."""
+    runs = scored_grid(
+        tmp_path,
+        {"model": ["gemma", "llama"], "loss": ["full", "completion"]},
+        lambda model, loss: 2.0 + 0.3 * (loss == "full"),
+        own_seeds=True,
+    )
+    flag = "tokens of demo_models/gemma and demo_models/llama are not the same pieces of text"
+    same = rows_of(runs)
+    other = [
+        replace(row, split_hashes={"test": {"input_ids_hash": row.model_name}}) for row in same
+    ]
+    for rows, is_flagged in ((same, False), (other, True)):
+        loss = find(build_report(rows), "loss")
+        assert loss.pooled is not None and (flag in loss.pooled.flags) == is_flagged
+        assert not any(flag in effect.flags for effect in loss.simple["model"])
