@@ -15,6 +15,7 @@ from runner.report.comparability import (
     find_flags,
     find_joint_refusal,
     find_pair_refusal,
+    flag_other_tokens,
 )
 from runner.report.contrasts import Aligned, Contrasts
 from runner.report.declared import Declared, judge
@@ -128,6 +129,7 @@ class AxisBuilder:
         pairs: Sequence[Pair],
         refused: Sequence[str] = (),
     ) -> Effect:
+        arms = self._build_arms(used or pairs)
         return Effect(
             metric=self.metric,
             axis=self.part.axis,
@@ -137,7 +139,7 @@ class AxisBuilder:
             pairs=tuple(used or pairs),
             interval=None,
             refused=tuple(refused),
-            flags=find_flags(self._build_arms(used or pairs)),
+            flags=tuple(filter(None, (*find_flags(arms), flag_other_tokens(self.metric, arms)))),
         )
 
     def _build_effect(

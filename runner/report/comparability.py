@@ -222,6 +222,20 @@ def find_flags(arms: Arms) -> tuple[str, ...]:
     )
 
 
+def flag_other_tokens(metric: Metric, arms: Arms) -> str:
+    """A sentence where a mean is of nats per token of several models whose tokens differ."""
+    if metric.name not in LIKELIHOODS or metric.name == BITS_PER_BYTE:
+        return ""
+    by_tokens: dict[str, str] = {}
+    for run in (run for side in arms.sides for run in side):
+        read = run.split_hashes.get("test", {}).get("input_ids_hash")
+        if read is not None and run.model_name not in by_tokens.values():
+            by_tokens.setdefault(read, run.model_name)
+    if len(by_tokens) < 2:
+        return ""
+    return f"tokens of {_join(list(by_tokens.values()))} are not the same pieces of text"
+
+
 def questions_the_axis(flag: str) -> bool:
     """True of a flag that must be told together with the effect: something else than the axis may
     have made it.

@@ -148,7 +148,7 @@ class AxisEffects:
         for effects in self.simple.values():
             if all(effect.interval is not None or effect.depends_on for effect in effects):
                 return self._list_answers(effects)
-        return self.cells
+        return self.cells or ((self.pooled,) if self.pooled is not None else ())
 
     def _list_answers(self, effects: Iterable[Effect]) -> tuple[Effect, ...]:
         answers = []

@@ -11,7 +11,7 @@ from typing import Final
 
 from runner.report.cells import describe_at
 from runner.report.comparability import questions_the_axis
-from runner.report.effects import AxisEffects, Effect, Report
+from runner.report.effects import AxisEffects, Effect, Equivalence, Report
 from runner.report.rows import axis_text
 
 _MAX_LEVELS: Final = 6  # of another axis, told one by one
@@ -157,7 +157,8 @@ def _describe(effect: Effect) -> str:
         told = f"{better} is better than {worse} by {size}{place}{mean} ({details})"
         if effect.is_below_noise and effect.noise_floor is not None:
             told += (
-                f"; two single runs of one recipe differ by up to {effect.noise_floor:.{digits}f}"
+                "; in 95% of cases two single runs of one recipe differ by less than"
+                f" {effect.noise_floor:.{digits}f}"
             )
     else:
         told = (
@@ -166,20 +167,32 @@ def _describe(effect: Effect) -> str:
         )
     if effect.depends_on:
         told += f"; it is a mean over {' and '.join(effect.depends_on)}, which it depends on too"
-    if (equivalence := effect.equivalence) is not None:
-        ends = " to ".join(f"{end:.{digits}f}" for end in equivalence.interval)
-        ends = f"{equivalence.level * 100:.4g}% interval of the difference {ends}"
-        if equivalence.is_shown:
-            margin = f"{equivalence.margin:g} {effect.metric.unit}"
-            told = told.removesuffix("; this does not show that they are equal")
-            told += f"; the two are equivalent within the declared {margin} ({ends})"
-        else:
-            told += f"; equivalence within {equivalence.margin:g} is not shown ({ends})"
+    if effect.equivalence is not None:
+        told = _add_margin(told, effect, effect.equivalence, digits)
     if interval.note:
         told += f"; {interval.note}"
     if interval.has_few_groups:
         told += f"; few groups of rows ({interval.num_groups})"
     return told
+
+
+def _add_margin(told: str, effect: Effect, equivalence: Equivalence, digits: int) -> str:
+    """What is told of an effect, with what the declared margin adds to it."""
+    interval = effect.interval
+    assert interval is not None and interval.half_width is not None
+    margin = f"{equivalence.margin:g}"
+    if effect.is_clear and abs(interval.estimate) - interval.half_width > equivalence.margin:
+        return f"{told}; that is more than the declared margin of {margin}"
+    low, high = equivalence.interval
+    if interval.estimate < 0:  # as the size and its interval: how much better the better one is
+        low, high = -high, -low
+    level = f"{equivalence.level * 100:.4g}%"
+    ends = f"{level} interval of the difference {low:.{digits}f} to {high:.{digits}f}"
+    if equivalence.is_shown:
+        told = told.removesuffix("; this does not show that they are equal")
+        unit = effect.metric.unit
+        return f"{told}; the two are equivalent within the declared {margin} {unit} ({ends})"
+    return f"{told}; equivalence within {margin} is not shown ({ends})"
 
 
 def _describe_unit(effect: Effect) -> str:

@@ -483,3 +483,22 @@ def test_a_cell_whose_runs_group_rows_differently_is_refused(tmp_path: Path) -> 
     [effect] = find(report_of(runs), "loss").cells
     assert effect.interval is None
     assert "full_s1 and full_s2 have the same test rows in 4 and 8 groups" in effect.refused[0]
+
+
+def test_a_mean_over_models_of_other_tokens_says_so(tmp_path: Path) -> None:
+    """As many tokens in each row, and not the same pieces of text."""
+    runs = scored_grid(
+        tmp_path,
+        {"model": ["gemma", "llama"], "loss": ["full", "completion"]},
+        lambda model, loss: 2.0 + 0.3 * (loss == "full"),
+        own_seeds=True,
+    )
+    flag = "tokens of demo_models/gemma and demo_models/llama are not the same pieces of text"
+    same = rows_of(runs)
+    other = [
+        replace(row, split_hashes={"test": {"input_ids_hash": row.model_name}}) for row in same
+    ]
+    for rows, is_flagged in ((same, False), (other, True)):
+        loss = find(build_report(rows), "loss")
+        assert loss.pooled is not None and (flag in loss.pooled.flags) == is_flagged
+        assert not any(flag in effect.flags for effect in loss.simple["model"])

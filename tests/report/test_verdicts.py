@@ -1,6 +1,7 @@
 """The answer in words: declared contrasts first, and never equality for want of a difference."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -352,3 +353,30 @@ def test_a_chosen_part_of_a_grid_confirms_nothing(
         assert "tried" not in warning and "a_full_s2" in warning
         told = [text for text in part["verdicts"] if text.startswith("loss: full is better")]
         assert told and all(f"exploratory: {why}, Benjamini-Hochberg" in text for text in told)
+
+
+def test_both_intervals_of_a_sentence_say_how_much_better_the_better_one_is(tmp_path: Path) -> None:
+    axes = {"loss": ["full", "completion"]}
+    for effect, better in ((-0.1, "completion"), (0.1, "full")):
+        runs = scored_grid(
+            tmp_path / better, axes, lambda loss, by=effect: 2.0 + by * (loss == "completion")
+        )
+        one = contrast(margin=0.095)
+        rows = [replace(row, declared_now=(one,), declared_then=(one,)) for row in rows_of(runs)]
+        [text] = build_report(rows).verdicts
+        assert text.startswith(f"loss: {better} is better than")
+        found = re.findall(r"interval (?:of the difference )?(-?[0-9.]+) to (-?[0-9.]+)", text)
+        (low, high), (low_90, high_90) = (tuple(map(float, two)) for two in found)
+        assert 0 < low < low_90 < high_90 < high
+
+
+def test_more_than_the_margin_is_told_as_such(tmp_path: Path) -> None:
+    text = "\n".join(build_report(declaring_rows(tmp_path, -0.283, contrast(margin=0.02))).verdicts)
+    assert "; that is more than the declared margin of 0.02." in text
+    assert "equivalence" not in text
+
+
+def test_a_clear_difference_below_the_noise_says_of_how_many_pairs(tmp_path: Path) -> None:
+    rows = declaring_rows(tmp_path, -0.02, contrast(), sd_run=0.01, seeds=range(1, 13))
+    text = "\n".join(build_report(rows).verdicts)
+    assert "; in 95% of cases two single runs of one recipe differ by less than 0.0" in text
