@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from runner.report.comparability import get_base_tolerance
-from runner.report.rows import ReportRow
+from runner.report.rows import ReportRow, join_numbers
 
 Section = Literal["recipe", "rows", "model", "training", "software", "hardware"]
 
@@ -77,8 +77,12 @@ def list_facts(rows: Sequence[ReportRow]) -> list[Fact]:
         Fact("software", "uncommitted changes", lambda row: row.runner_is_dirty),
         Fact("hardware", "CPU", lambda row: row.hardware.get("cpu")),
         Fact("hardware", "GPU", lambda row: row.hardware.get("gpu")),
-        Fact("hardware", "number of processes", lambda row: _join(row.num_processes)),
-        Fact("hardware", "divisor of micro-batches", lambda row: _join(row.micro_batch_divisors)),
+        Fact("hardware", "number of processes", lambda row: join_numbers(row.num_processes)),
+        Fact(
+            "hardware",
+            "divisor of micro-batches",
+            lambda row: join_numbers(row.micro_batch_divisors),
+        ),
     ]
 
 
@@ -205,7 +209,3 @@ def _build_entry(
 
 def _list_keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
-
-
-def _join(numbers: Sequence[int]) -> str | None:
-    return " then ".join(map(str, numbers)) or None

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Model = Literal["base", "tuned"]
 MODELS: Final[tuple[Model, ...]] = ("base", "tuned")
-_HARDWARE: Final = ("cpu", "gpu")  # of what attempts record
+HARDWARE: Final = ("cpu", "gpu")  # of what attempts record
 LikelihoodUnit = Literal["nats per completion token", "bits per byte"]
 
 
@@ -330,6 +330,15 @@ def list_smaller_is_better(rows: Iterable[ReportRow]) -> list[str]:
     return [name for name, mode in modes.items() if mode == "min"]
 
 
+def join_numbers(numbers: Sequence[int]) -> str | None:
+    """The numbers of a run's attempts as text; None where there are none.
+
+    >>> join_numbers((8,)), join_numbers((1, 2)), join_numbers(())
+    ('8', '1 then 2', None)
+    """
+    return " then ".join(map(str, numbers)) or None
+
+
 def compare_with_base(rows: Iterable[ReportRow]) -> BaseComparison:
     """Each completed run against its step 0."""
     completed = [row for row in rows if row.state == "completed"]
@@ -450,7 +459,7 @@ def _find_provenance(attempts: Sequence[Attempt]) -> dict[str, Any]:
     ]
     names = dict.fromkeys(name for attempt in trained for name in attempt.versions)
     versions = {name: _join(attempt.versions.get(name) for attempt in trained) for name in names}
-    hardware = {name: _join(one.hardware.get(name) for one in trained) for name in _HARDWARE}
+    hardware = {name: _join(one.hardware.get(name) for one in trained) for name in HARDWARE}
     return {
         "versions": _leave_out_none(versions),
         "hardware": _leave_out_none(hardware),

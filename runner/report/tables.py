@@ -18,12 +18,15 @@ from typing import Any, Final
 from runner.errors import CONTROLS, escape_controls
 from runner.files import dump_json, hash_json
 from runner.recipe.identity import derive_digest
+from runner.report.declared import read_declared
 from runner.report.effects import AxisEffects, Cell, Effect, Metric, Report
 from runner.report.rows import (
+    HARDWARE,
     MODELS,
     ReportRow,
     axis_text,
     compare_with_base,
+    join_numbers,
     list_axes,
     list_metrics,
 )
@@ -74,6 +77,8 @@ def format_csv(report: Report) -> str:
                 line[f"{split}.{name}"] = row.split_hashes.get(split, {}).get(name)
         line |= {f"commits.{key}": row.commits.get(key) for key in commits}
         line |= {f"versions.{name}": row.versions.get(name) for name in versions}
+        line |= {f"hardware.{name}": row.hardware.get(name) for name in HARDWARE}
+        line |= {name: join_numbers(getattr(row, name)) for name in _ATTEMPT_NUMBERS}
         lines.append(line)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -83,6 +88,7 @@ def format_csv(report: Report) -> str:
     return stream.getvalue()
 
 
+_ATTEMPT_NUMBERS: Final = ("num_processes", "micro_batch_divisors")
 SPLITS: Final = ("train", "validation", "test")
 SPLIT_FIELDS: Final = (
     *("num_rows", "num_groups", "num_tokens", "num_completion_tokens", "num_bytes"),
@@ -157,6 +163,7 @@ def _build_fields(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
         "row_order_hash": row.row_order_hash,
         "runner_version": row.runner_version,
         "runner_commit": row.runner_commit,
+        "runner_is_dirty": row.runner_is_dirty,
         "source_hash": row.source_hash,
     }
 
@@ -213,7 +220,29 @@ def _dump_row(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
         "contents": dict(row.contents),
         "commits": dict(row.commits),
         "versions": dict(row.versions),
+        "hardware": dict(row.hardware),
+        **{name: list(getattr(row, name)) for name in _ATTEMPT_NUMBERS},
+        # With what was declared then and today, it says what is confirmatory
+        "started_at_utc": row.started_at_utc,
+        "declared_then": _dump_declared(row.declared_then),
+        "declared_now": _dump_declared(row.declared_now),
     }
+
+
+def _dump_declared(contrasts: Iterable[Any] | None) -> list[dict[str, Any]] | None:
+    """Declared contrasts as a recipe states them; null where no attempt recorded any recipe."""
+    if contrasts is None:
+        return None
+    return [
+        {
+            "axis": one.axis,
+            "from": thaw(one.reference),
+            "to": thaw(one.compared),
+            "metric": one.metric,
+            "margin": one.margin,
+        }
+        for one in read_declared(contrasts)
+    ]
 
 
 def _key_cell(cell: Cell) -> str:

@@ -65,6 +65,20 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "initial_weights_hash": "SHA-256 of the trained weights before step 1; null: not recorded",
     "row_order_hash": "SHA-256 of the row ids over all steps; null: not recorded",
     "source_hash": "SHA-256 of the runner's own files; null: not recorded",
+    "runner_is_dirty": (
+        "true where some attempt ran files of the runner that were not committed; null: not known"
+    ),
+    "started_at_utc": "when the first attempt started; null: never",
+    "hardware": "models of the CPU and the GPUs; several joined by ' then '",
+    "num_processes": "of the attempts in turn, each number once where it does not change",
+    "micro_batch_divisors": (
+        "what micro-batches were divided by, of the attempts in turn; more than 1 after running out"
+        " of memory"
+    ),
+    "declared_then": (
+        "contrasts that the run's first attempt recorded as declared; null: no attempt recorded any"
+    ),
+    "declared_now": "contrasts that the run's recipe declares today",
     "num_unfinished": "answers that reached max_new_tokens",
     "num_unreadable": "answers without any label or final result, counted as wrong",
     "estimate": "compared minus reference, mean over the pairs of cells",

@@ -52,6 +52,7 @@ MAY_CHANGE = {
     "run.name": "names the directory: another name is another run",
     "run.axes": "labels for reports; what they stand for is elsewhere in the recipe",
     "run.overrides": "how the recipe came about, not what it says",
+    "run.declared": "what is asked of the runs; each keeps what its first attempt recorded",
     "launch.retries.transient": "how often, not what",
     "launch.retries.lost": "how often, not what",
     "launch.retries.out_of_memory": (

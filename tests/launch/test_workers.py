@@ -95,7 +95,8 @@ def test_a_sweep_forks_its_runs_from_one_worker(
         assert event["is_stdin_the_lease"]
         assert attempt["environment"].items() <= event["environment"].items()
         log = fake.paths(name).attempt(1).log_path.read_text()
-        imports = [*attempt["command"][1:-2], "runner.sft.worker", "wandb bitsandbytes deepspeed"]
+        hidden = "wandb bitsandbytes deepspeed scipy matplotlib"
+        imports = [*attempt["command"][1:-2], "runner.sft.worker", hidden]
         said = f"  | the fake imports {' '.join(imports)}\n"
         assert f"while its worker imported the libraries:\n{said}" in log
         assert "the fake was told to complete" in log

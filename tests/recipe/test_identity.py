@@ -34,6 +34,7 @@ PLACEMENT = {
     "run.name",
     "run.axes",
     "run.overrides",
+    "run.declared",
     "launch.accelerate_config",
     "launch.num_processes",
     "launch.num_machines",
@@ -157,6 +158,7 @@ def propose(annotation: Any) -> Iterator[Any]:
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield from ({"path": "one.jsonl"}, {"path": "two.jsonl"}, {"url": "memory://one"})
         yield {"name": "one", "function": "one.py:score", "mode": "min"}
+        yield {"axis": "loss", "from": "one", "to": "two", "metric": "f1", "margin": None}
     else:
         yield from {
             bool: (True, False),

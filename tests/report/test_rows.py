@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -148,4 +149,7 @@ def test_report_does_not_depend_on_attempts_or_clocks(tmp_path: Path, format: st
         )
         return [first, failed]
 
-    assert report(runs(tmp_path / "1", 1), format) == report(runs(tmp_path / "2", 2), format)
+    texts = [report(runs(tmp_path / str(number), number), format) for number in (1, 2)]
+    if format == "json":  # but for the start, which says what was declared in time
+        texts = [re.sub(r'("started_at_utc": ").*?"', r'\1"', text) for text in texts]
+    assert texts[0] == texts[1]

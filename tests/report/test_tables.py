@@ -14,6 +14,7 @@ import pytest
 from runner.errors import CONTROLS
 from runner.report.format import FORMATS, format_markdown
 from runner.report.tables import escape_tex, format_csv, format_json, format_tex
+from runner.run.record import RunRecord, write_record
 from runner.text import measure
 from tests.support.effects import make_report, replicated_rows
 from tests.support.reports import (
@@ -24,6 +25,7 @@ from tests.support.reports import (
     pending,
     report,
 )
+from tests.support.scored_runs import make_attempt, scored
 
 SCHEMA: dict[str, Any] = json.loads(
     (files("runner.report") / "report.schema.json").read_text(encoding="utf-8")
@@ -74,6 +76,38 @@ def test_json_has_every_number_of_an_effect(tmp_path: Path) -> None:
     assert parsed["noise_floors"][0]["value"] == 0.12
     missing = {"estimate", "v_seed", "noise_floor", "nll_per_completion_token"}
     assert not missing - set(parsed["definitions"])
+
+
+def test_each_run_says_what_it_declared_and_where_it_ran(tmp_path: Path) -> None:
+    """What an effect is confirmatory by, and what it ran on, can be checked from the JSON alone."""
+    declared = "{axis: loss, from: full, to: completion, metric: nll_per_token"
+    stated = f"run.declared=[{declared}, margin: 0.05}}]"
+    made = make_attempt(
+        hardware={"cpu": "Xeon", "gpu": "2 x H200", "note": "node-17"},
+        runner_is_dirty=True,
+        num_processes=2,
+    )
+    again = made.model_copy(update={"number": 2, "micro_batch_divisor": 2})
+    recipe = make_recipe("a_1", {"loss": "full", "seed": 1}, stated)
+    _, paths, status = scored(tmp_path, recipe, 1.0, attempt=made)
+    write_record(paths, RunRecord(attempts=(made, again)))
+    today = make_recipe("a_1", {"loss": "full", "seed": 1}, f"run.declared=[{declared}}}]")
+    runs: list[Run] = [(today, paths, status), pending(tmp_path, make_recipe("b_1", {"loss": "x"}))]
+    first, second = validate(report(runs, "json"))["rows"]
+    contrast = {"axis": "loss", "from": "full", "to": "completion", "metric": "nll_per_token"}
+    assert first["declared_then"] == [contrast | {"margin": 0.05}]
+    assert first["declared_now"] == [contrast | {"margin": None}]
+    assert first["started_at_utc"].startswith("2026-01-02T03:04:05")
+    assert first["hardware"] == {"cpu": "Xeon", "gpu": "2 x H200"}
+    assert (first["runner_is_dirty"], first["num_processes"]) == (True, [2])
+    assert first["micro_batch_divisors"] == [1, 2]
+    assert (second["declared_then"], second["declared_now"]) == (None, [])
+    assert (second["started_at_utc"], second["hardware"], second["num_processes"]) == (None, {}, [])
+    text = report(runs, "csv")
+    line = next(csv.DictReader(io.StringIO(text)))
+    assert (line["hardware.gpu"], line["num_processes"]) == ("2 x H200", "2")
+    assert (line["runner_is_dirty"], line["micro_batch_divisors"]) == ("true", "1 then 2")
+    assert "node-17" not in text and "host-1" not in text
 
 
 def test_json_has_a_cell_with_its_spread(tmp_path: Path) -> None:
