@@ -7,7 +7,7 @@ from what is equal; nothing is filled in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from runner.report.statistics import (
     interaction_test,
     noise_floor,
 )
-from runner.report.variances import CellScores, Floats, Ints
+from runner.report.variances import CellScores, Floats, Ints, describe_other_spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class Contrasts:
         first = cells[0]
         with_pool = self._add_pool(cells)
         all_weights = [*weights, *[0.0] * (len(with_pool) - len(cells))]
-        return contrast(
+        found = contrast(
             with_pool,
             all_weights,
             first.units,
@@ -113,6 +113,10 @@ class Contrasts:
             level=level,
             statement=self._statement,
         )
+        if found.kind == "rows" or found.df_seed is None:
+            return found
+        other = describe_other_spread(with_pool[: len(cells)], with_pool[len(cells) :])
+        return replace(found, note="; ".join(filter(None, (found.note, other))))
 
     def test_interaction(
         self, cells: Sequence[Aligned], simple_weights: Sequence[Sequence[float]]

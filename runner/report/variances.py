@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
-from scipy.special import stdtrit
+from scipy.special import fdtr, fdtrc, stdtrit
 
 from runner.errors import RunnerError
 
@@ -24,6 +24,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 # Of a score: standard errors below it are rounding
 ROUNDING: Final = 1e-12
+# Below this p, the spread of the seeds of a contrast is told to be another than that of its pool
+OTHER_SPREAD: Final = 0.01
 
 
 class NotComparableError(RunnerError):
@@ -169,6 +171,26 @@ def measure(
         df_row=max(1.0, total**2 / float(group_tokens @ group_tokens) - 1),
         num_groups=num_groups,
         pools=pools,
+    )
+
+
+def describe_other_spread(used: Sequence[CellScores], others: Sequence[CellScores]) -> str:
+    """A warning where the cells of a contrast spread otherwise over their seeds than the others of
+    their pools: an F test, two-sided, at 1%. Empty where they do not, or where there are no others.
+    """
+    nus = [sum(len(cell.sums) - 1 for cell in cells if len(cell.sums)) for cells in (used, others)]
+    squares = [sum(cell.squares for cell in cells if len(cell.sums)) for cells in (used, others)]
+    if min(nus) == 0 or min(squares) == 0:
+        return ""
+    ratio = squares[0] / nus[0] / (squares[1] / nus[1])
+    p = 2 * min(float(fdtr(*nus, ratio)), float(fdtrc(*nus, ratio)))
+    if p >= OTHER_SPREAD:
+        return ""
+    more, wrong = ("more", "narrow") if ratio > 1 else ("less", "wide")
+    times = math.sqrt(max(ratio, 1 / ratio))
+    return (
+        f"seeds vary {times:.2g} times {more} in these cells than in those that they are pooled with"
+        f" (p = {p:.2g}): the interval may be too {wrong}"
     )
 
 

@@ -32,6 +32,7 @@ from runner.report.statistics import (
     paired_cell,
     simple_level,
 )
+from runner.report.variances import describe_other_spread
 
 Floats = npt.NDArray[np.float64]
 
@@ -522,3 +523,12 @@ def test_p_reaches_far_into_the_tail() -> None:
     scores[1] += 1e9
     found = interval(cells_of(scores, "a"), [-1, 1], np.ones(100), statement="rows")
     assert found.p is not None and found.p >= 0
+
+
+def test_cells_that_spread_otherwise_than_their_pool_are_told() -> None:
+    quiet = [CellScores(np.array([[1.0], [1.01], [0.99]]) + at, "p") for at in range(4)]
+    loud = [CellScores(np.array([[1.0], [1.2], [0.8]]) + at, "p") for at in range(4)]
+    assert describe_other_spread(quiet[:2], quiet[2:]) == describe_other_spread(quiet, []) == ""
+    told = describe_other_spread(loud, quiet)
+    assert told.startswith("seeds vary 20 times more in these cells") and "too narrow" in told
+    assert "vary 20 times less" in describe_other_spread(quiet, loud)
