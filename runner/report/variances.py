@@ -189,8 +189,8 @@ def describe_other_spread(used: Sequence[CellScores], others: Sequence[CellScore
     more, wrong = ("more", "narrow") if ratio > 1 else ("less", "wide")
     times = math.sqrt(max(ratio, 1 / ratio))
     return (
-        f"seeds vary {times:.2g} times {more} in these cells than in those that they are pooled with"
-        f" (p = {p:.2g}): the interval may be too {wrong}"
+        f"seeds vary {times:.2g} times {more} in these cells than in those that they are pooled"
+        f" with (p = {p:.2g}): the interval may be too {wrong}"
     )
 
 
