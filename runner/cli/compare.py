@@ -238,6 +238,9 @@ def _describe(certificate: Certificate) -> Iterator[str]:
         )
     yield "## What is equal"
     yield _list_by_section(certificate.select("equal")) or "Nothing that was recorded."
+    if close := certificate.select("close"):
+        yield "## What is equal up to rounding"
+        yield _list_by_section(close)
     if unrecorded := certificate.select("not recorded"):
         yield "## What was not recorded, so neither equal nor different"
         yield _list_by_section(unrecorded)

@@ -163,8 +163,12 @@ def _find_other_step_0(runs: Sequence[ReportRow]) -> tuple[ReportRow, ReportRow]
 
 def is_same_base_score(run: ReportRow, first: float, second: float) -> bool:
     """True where two scores at step 0 may be of one base model, in the dtype of a run."""
-    is_exact = run.recipe.model.dtype == "float32"
-    return math.isclose(first, second, rel_tol=_SAME_FLOAT32_BASE if is_exact else _SAME_BASE)
+    return math.isclose(first, second, rel_tol=get_base_tolerance(run))
+
+
+def get_base_tolerance(run: ReportRow) -> float:
+    """By how much two scores of one base model may differ in the dtype of a run, relatively."""
+    return _SAME_FLOAT32_BASE if run.recipe.model.dtype == "float32" else _SAME_BASE
 
 
 def _find_other_functions(metric: Metric, runs: Runs) -> str:
@@ -386,7 +390,9 @@ def _flag_source(arms: Arms) -> str:
 
 
 def _flag_missing(arms: Arms) -> str:
-    """Runs of the cells that have no score: what is left are the survivors."""
+    """Runs of the cells that have no score: what is left are the survivors. An effect that is
+    paired by seed may use fewer of them, which its interval says.
+    """
     missing = [why for pair in arms.pairs for cell in pair for why in cell.missing]
     if not missing:
         return ""
@@ -403,7 +409,7 @@ def _flag_missing(arms: Arms) -> str:
         for runs, of, name in zip(sides, planned, arms.names, strict=True)
     )
     what = _SURVIVORS if is_survivors else "not all runs have a score"
-    return f"{what}: {counts} count; {_name_some(dict.fromkeys(missing), '; ')}"
+    return f"{what}: {counts} are left; {_name_some(dict.fromkeys(missing), '; ')}"
 
 
 def find_not_recorded(rows: Sequence[ReportRow]) -> list[str]:

@@ -7,23 +7,32 @@ rows of a report; the difference of the scores is in `difference`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from runner.report.comparability import is_same_base_score
+from runner.report.certificate_facts import (
+    ROW_ORDER,
+    SOURCE_STATES,
+    TRAINED_TOKENS,
+    UPDATES,
+    Fact,
+    Section,
+    list_facts,
+)
 from runner.report.rows import ReportRow, axis_key, axis_text
 from runner.text import cut_middle
 
-Status = Literal["equal", "differs", "not recorded"]
-Section = Literal["recipe", "rows", "model", "training", "software"]
+# close: two numbers of one thing as far as their dtype can say, and not the same number
+Status = Literal["equal", "close", "differs", "not recorded"]
+Pair = tuple[ReportRow, ReportRow]
 HASH_CHARACTERS: Final = 12
 MAX_VALUE: Final = 60  # characters of a value; a prompt may be long
 ABSENT: Final = "(absent)"
 VARIOUS: Final = "(not the same in every pair)"
 SEEDS: Final = "the seeds"
-# What a difference in training length comes from
-_LENGTH: Final = ("training.max_steps", "training.num_train_epochs", "training.global_batch_size")
+SAME_SOURCE: Final = "the source of the runner is the same"
 
 
 @dataclass(frozen=True)
@@ -39,13 +48,20 @@ class CertificateLine:
     num_pairs: int  # in which it has this status
     # Why a difference is no surprise: "the axis loss", "the seeds"; None: nothing explains it.
     explained_by: str | None = None
+    within: str = ""  # of numbers that are close: the most that they may differ by, such as "0.5%"
 
     def describe(self) -> str:
         """The line as one sentence without a full stop.
 
         >>> CertificateLine("recipe", "loss", "differs", "full", "completion", 1).describe()
         'loss: full -> completion'
+        >>> CertificateLine("model", "base", "close", "4.737", "4.76", 1, within="0.5%").describe()
+        'base: within 0.5%: 4.737 and 4.76'
         """
+        if self.status == "close":
+            if VARIOUS in (self.value_a, self.value_b):
+                return f"{self.what}: within {self.within} in each pair"
+            return f"{self.what}: within {self.within}: {self.value_a} and {self.value_b}"
         if self.status == "differs":
             return f"{self.what}: {self.value_a} -> {self.value_b}"
         shown = self.value_a if self.status == "equal" and self.value_a != VARIOUS else ""
@@ -73,21 +89,6 @@ class Certificate:
         return [line for line in self.select("differs") if line.explained_by is None]
 
 
-@dataclass(frozen=True)
-class _Fact:
-    """Something that runs record besides their recipe."""
-
-    section: Section
-    what: str
-    find: Callable[[ReportRow], Any]  # None: not recorded
-    # A difference follows from a difference in a key of the recipe that begins with one of these.
-    causes: tuple[str, ...] = ()
-    # Of a row and both values: whether they count as equal; None: `==`.
-    is_same: Callable[[ReportRow, Any, Any], bool] | None = None
-    # Pairs of which it can be said at all; None: all.
-    applies: Callable[[ReportRow, ReportRow], bool] | None = None
-
-
 def build_certificate(
     rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow], axis: str | None = None
 ) -> Certificate:
@@ -99,12 +100,13 @@ def build_certificate(
     where both arms have several; what follows from their seeds is explained by them.
     """
     pairs, unpaired = pair_runs(rows_a, rows_b, axis)
-    lines = list(compare_recipes(pairs, axis)) if pairs else []
+    flat = {id(row): _flatten(row) for pair in pairs for row in pair}
+    lines = list(_compare_recipes(pairs, axis, flat)) if pairs else []
     explained = {line.what: line.explained_by for line in lines if line.explained_by is not None}
-    for fact in _list_facts(pairs):
+    for fact in list_facts([row for pair in pairs for row in pair]):
         applicable = [pair for pair in pairs if fact.applies is None or fact.applies(*pair)]
         if applicable:
-            lines.append(_compare_fact(fact, applicable, explained))
+            lines.append(_compare_fact(fact, applicable, explained, flat))
     return Certificate(
         names_a=tuple(row.recipe.run.full_name for row in rows_a),
         names_b=tuple(row.recipe.run.full_name for row in rows_b),
@@ -156,8 +158,8 @@ def _find_axes_apart(rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow]) -
     return apart
 
 
-def compare_recipes(
-    pairs: Sequence[tuple[ReportRow, ReportRow]], axis: str | None = None
+def _compare_recipes(
+    pairs: Sequence[Pair], axis: str | None, flat: Mapping[int, Mapping[str, Any]]
 ) -> Iterator[CertificateLine]:
     """A line for each key that differs in some pair, then one for all keys that never do."""
     has_replicates = len(pairs) > 1
@@ -165,7 +167,7 @@ def compare_recipes(
     explained: dict[str, str | None] = {}
     num_keys = 0
     for a, b in pairs:
-        flat_a, flat_b = _flatten(a), _flatten(b)
+        flat_a, flat_b = flat[id(a)], flat[id(b)]
         keys = dict.fromkeys([*flat_a, *flat_b])
         num_keys = max(num_keys, len(keys))
         for name in keys:
@@ -245,136 +247,60 @@ def _carry(values: tuple[Any, Any], sides: tuple[Any, Any]) -> bool:
     return True
 
 
-def _list_facts(pairs: Sequence[tuple[ReportRow, ReportRow]]) -> list[_Fact]:
-    """Everything besides the recipe that is compared, of these runs."""
-    rows = [row for pair in pairs for row in pair]
-    facts = [_Fact("rows", "rules of rows and masks", lambda row: row.rules)]
-    for split, causes in (("train", ("data",)), ("validation", _EVAL_ROWS), ("test", _EVAL_ROWS)):
-        facts += _list_facts_of_split(split, causes)
-    facts.append(
-        _Fact(
-            "model",
-            "scores of the base model",
-            lambda row: row.base.nll_per_completion_token,
-            ("model", "quantization", *_EVAL_ROWS),
-            is_same_base_score,
-        )
-    )
-    for key in _list_keys(row.commits for row in rows):
-        facts.append(_build_entry_fact("model", f"commit of {key}", "commits", key, any))
-    for path in _list_keys(row.contents for row in rows):
-        # A file that only one of a pair names is a difference of the recipe.
-        facts.append(_build_entry_fact("rows", f"content of {path}", "contents", path, all))
-    facts += [
-        _Fact(
-            "model",
-            "initial trained weights",
-            lambda row: row.initial_weights_hash,
-            ("model", "adapter", "quantization", "training.seed"),
-        ),
-        _Fact(
-            "training",
-            "order of the rows",
-            lambda row: row.row_order_hash,
-            ("data", "model", "training"),
-        ),
-        _Fact("training", "updates", lambda row: row.updates, _LENGTH),
-        _Fact("training", "length of the schedule", lambda row: row.schedule_steps, _LENGTH),
-        _Fact(
-            "training",
-            "trained tokens",
-            lambda row: row.num_trained_tokens,
-            (*_LENGTH, "loss", "model", "data", "training.seed"),
-        ),
-    ]
-    for name in _list_keys(row.versions for row in rows):
-        facts.append(_build_entry_fact("software", name, "versions", name, any))
-    facts.append(_Fact("software", "version of the runner", lambda row: row.runner_version))
-    facts.append(_Fact("software", "source of the runner", lambda row: row.source_hash))
-    return facts
-
-
-# Which rows are held back does not depend on how many are trained on.
-_EVAL_ROWS: Final = (
-    *("data.train", "data.validation", "data.test", "data.task", "data.seed", "data.turns"),
-    *("data.num_validation_samples", "data.num_test_samples", "data.group_column", "data.ignore"),
-    *("data.max_length", "data.truncation"),
-)
-
-
-def _list_facts_of_split(split: str, causes: tuple[str, ...]) -> list[_Fact]:
-    def of(name: str) -> Callable[[ReportRow], Any]:
-        return lambda row: row.split_hashes.get(split, {}).get(name)
-
-    facts = [
-        _Fact("rows", f"{split} rows", of("ids_hash"), causes),
-        _Fact("rows", f"input_ids of the {split} rows", of("input_ids_hash"), (*causes, "model")),
-    ]
-    if split == "train":
-        mask = (*causes, "model", "loss")
-        return [*facts, _Fact("rows", "label masks of the train rows", of("mask_hash"), mask)]
-    if split == "test":
-        for name, what in (("num_completion_tokens", "scored tokens"), ("num_bytes", "bytes")):
-            words = f"{what} of the test rows"
-            facts.append(_Fact("rows", words, of(name), (*causes, "model")))
-    return facts
-
-
-def _build_entry_fact(
-    section: Section, what: str, field: str, key: str, needs: Callable[[Iterable[bool]], bool]
-) -> _Fact:
-    """The entry `key` of a mapping of the rows; `needs`: any or all of a pair must have it."""
-    return _Fact(
-        section,
-        what,
-        find=lambda row: getattr(row, field).get(key),
-        causes=(key.rpartition(".")[0],) if field == "commits" else (),
-        applies=lambda a, b: needs(key in getattr(row, field) for row in (a, b)),
-    )
-
-
-def _list_keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
-
-
 def _compare_fact(
-    fact: _Fact, pairs: Sequence[tuple[ReportRow, ReportRow]], explained: Mapping[str, str]
+    fact: Fact,
+    pairs: Sequence[Pair],
+    explained: Mapping[str, str],
+    flat: Mapping[int, Mapping[str, Any]],
 ) -> CertificateLine:
     found = [(fact.find(a), fact.find(b)) for a, b in pairs]
     known = [values for values in found if None not in values]
-    different = []
-    for (row, _), values in zip(pairs, found, strict=True):
+    different: list[Pair] = []
+    values_of_different, close = [], []
+    tolerance = 0.0
+    for pair, values in zip(pairs, found, strict=True):
         if None in values or values[0] == values[1]:
             continue
-        if fact.is_same is None or not fact.is_same(row, *values):
-            different.append(values)
+        allowed = 0.0 if fact.get_tolerance is None else min(map(fact.get_tolerance, pair))
+        if allowed and math.isclose(*values, rel_tol=allowed):
+            close.append(values)
+            tolerance = max(tolerance, allowed)
+        else:
+            different.append(pair)
+            values_of_different.append(values)
+
+    def line(status: Status, values: Sequence[tuple[Any, Any]], **more: Any) -> CertificateLine:
+        value_a, value_b = _show_values(values) if values else ("", "")
+        return CertificateLine(fact.section, fact.what, status, value_a, value_b, **more)
+
     if different:
-        value_a, value_b = _show_values(different)
-        why = _explain_fact(fact, pairs, explained)
-        return CertificateLine(
-            fact.section, fact.what, "differs", value_a, value_b, len(different), why
-        )
+        causes = {key: why for key, why in explained.items() if fact.follows_from(key)}
+        reasons = [_explain_fact(fact, pair, causes, flat) for pair in different]
+        # Each pair must differ in what explains it
+        why = None if None in reasons else reasons[0]
+        return line("differs", values_of_different, num_pairs=len(different), explained_by=why)
     if len(known) < len(found):
-        return CertificateLine(
-            fact.section, fact.what, "not recorded", "", "", len(found) - len(known)
-        )
-    value_a, value_b = _show_values(known)
-    return CertificateLine(fact.section, fact.what, "equal", value_a, value_b, len(known))
+        return line("not recorded", (), num_pairs=len(found) - len(known))
+    if close:
+        return line("close", close, num_pairs=len(close), within=f"{100 * tolerance:g}%")
+    return line("equal", known, num_pairs=len(known))
 
 
 def _explain_fact(
-    fact: _Fact, pairs: Sequence[tuple[ReportRow, ReportRow]], explained: Mapping[str, str]
+    fact: Fact, pair: Pair, causes: Mapping[str, str], flat: Mapping[int, Mapping[str, Any]]
 ) -> str | None:
-    for key, why in explained.items():
-        if any(key == cause or key.startswith(f"{cause}.") for cause in fact.causes):
+    """Why two runs differ in a fact; `causes`: keys of the recipe, each with what explains it."""
+    a, b = pair
+    for key, why in causes.items():
+        if flat[id(a)].get(key, ABSENT) != flat[id(b)].get(key, ABSENT):
             return why
+    if fact.what in SOURCE_STATES and a.source_hash is not None and a.source_hash == b.source_hash:
+        return SAME_SOURCE
     # The plan was equal, and the rule that stopped one of them is in both recipes.
-    is_planned_alike = all(
-        a.schedule_steps is not None and a.schedule_steps == b.schedule_steps for a, b in pairs
-    )
-    has_stopped = any("early_stopping" in (a.stop_reason, b.stop_reason) for a, b in pairs)
-    if fact.what in ("updates", "trained tokens", "order of the rows"):
-        return "early stopping" if is_planned_alike and has_stopped else None
+    is_planned_alike = a.schedule_steps is not None and a.schedule_steps == b.schedule_steps
+    is_stopped = "early_stopping" in (a.stop_reason, b.stop_reason)
+    if fact.what in (UPDATES, TRAINED_TOKENS, ROW_ORDER) and is_planned_alike and is_stopped:
+        return "early stopping"
     return None
 
 

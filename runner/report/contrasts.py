@@ -56,7 +56,7 @@ class Contrasts:
         self._rows = _Rows()
         self._found = {id(cell): self._align(cell) for cell in cells}
         self._cells = [one for one in self._found.values() if isinstance(one, Aligned)]
-        self._floors: dict[tuple[int, str], float | None] = {}
+        self._floors: dict[tuple[int, int, str], float | None] = {}
 
     def get(self, cell: Cell) -> Aligned | str:
         """A cell, or why it has no scores row by row."""
@@ -78,6 +78,8 @@ class Contrasts:
                 return f"{names} were scored on different test rows"
             if not np.array_equal(first.units, other.units):
                 return self._describe_other_units(names, first.units, other.units)
+            if first.groups is not other.groups:
+                return _describe_other_groups(names, first.groups, other.groups, len(first.row_ids))
         return ""
 
     def _describe_other_units(self, names: str, first: Floats, second: Floats) -> str:
@@ -133,7 +135,7 @@ class Contrasts:
         return self.find_noise_floor(self._cells)
 
     def _find_floor_of_pool(self, cell: Aligned) -> float | None:
-        key = (id(cell.units), cell.pool)
+        key = (id(cell.units), id(cell.groups), cell.pool)
         if key not in self._floors:
             pool = [one.scores for one in self._cells if self._shares_pool(one, cell)]
             self._floors[key] = noise_floor(pool, cell.units, cell.groups)
@@ -151,7 +153,8 @@ class Contrasts:
         return [cell.scores for cell in cells] + others
 
     def _shares_pool(self, one: Aligned, other: Aligned) -> bool:
-        return one.pool == other.pool and self._is_comparable(one, other)
+        is_alike = one.groups is other.groups and self._is_comparable(one, other)
+        return one.pool == other.pool and is_alike
 
     def _is_comparable(self, one: Aligned, other: Aligned) -> bool:
         return one.row_ids is other.row_ids and one.units is other.units
@@ -180,17 +183,20 @@ class _Rows:
         self._ids: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._units: dict[bytes, Floats] = {}
         self._groups: dict[tuple[str, ...], Ints | None] = {}
+        self._partitions: dict[bytes, Ints] = {}
+        self._sorted_groups: dict[tuple[tuple[str, ...], tuple[str, ...]], Ints | None] = {}
 
     def align(
         self, cell: Cell, runs: Runs, name: str, scores: Sequence[RowScores]
     ) -> Aligned | str:
         sums = []
-        first: tuple[tuple[str, ...], Floats] | None = None
+        first: tuple[tuple[str, ...], Floats, Ints | None] | None = None
         for run, score in zip(runs, scores, strict=True):
             row_ids, order = self._sort(score.row_ids)
             units = score.units[name][order]
+            groups = self._sort_groups(score, order)
             if first is None:
-                first = row_ids, units
+                first = row_ids, units, groups
             elif row_ids is not first[0]:
                 return f"{runs[0].name} and {run.name} were scored on different test rows"
             elif not np.array_equal(units, first[1]):
@@ -200,14 +206,16 @@ class _Rows:
                     f"{runs[0].name} and {run.name}, which differ in the seed only, have"
                     f" {first[1].sum():,.0f} and {units.sum():,.0f} {what} under the same row ids"
                 )
+            elif groups is not first[2]:
+                names = f"{runs[0].name} and {run.name}"
+                return _describe_other_groups(names, first[2], groups, len(row_ids))
             sums.append(score.sums[name][order])
         assert first is not None
-        row_ids, units = first
+        row_ids, units, groups = first
         counted = units > 0
-        groups = tuple(np.array(scores[0].groups, dtype=object)[self._sort(scores[0].row_ids)[1]])
         if not counted.all():
             row_ids = self._hold(tuple(np.array(row_ids, dtype=object)[counted]))
-            groups = tuple(np.array(groups, dtype=object)[counted])
+            groups = None if groups is None else self._number(tuple(map(str, groups[counted])))
         if not row_ids:
             return f"{runs[0].name} has no row that {name} counts"
         seeds = tuple(run.seed for run in runs)
@@ -222,7 +230,7 @@ class _Rows:
             ),
             row_ids,
             self._units.setdefault(units[counted].tobytes(), units[counted]),
-            self._number(groups),
+            groups,
         )
 
     def _sort(self, row_ids: tuple[str, ...]) -> tuple[tuple[str, ...], Ints]:
@@ -234,18 +242,38 @@ class _Rows:
             )
         return self._orders[row_ids]
 
+    def _sort_groups(self, score: RowScores, order: Ints) -> Ints | None:
+        key = score.row_ids, score.groups
+        if key not in self._sorted_groups:
+            groups = tuple(score.groups[at] for at in order)
+            self._sorted_groups[key] = self._number(groups)
+        return self._sorted_groups[key]
+
     def _hold(self, row_ids: tuple[str, ...]) -> tuple[str, ...]:
         return self._ids.setdefault(row_ids, row_ids)
 
     def _number(self, groups: tuple[str, ...]) -> Ints | None:
-        """Groups as numbers; None where each row is a group of its own."""
+        """Groups as numbers, one array for the same rows together whatever the groups are called;
+        None where each row is a group of its own.
+        """
         if groups not in self._groups:
             numbers: Mapping[str, int] = {name: at for at, name in enumerate(dict.fromkeys(groups))}
+            found = np.array([numbers[name] for name in groups], dtype=np.int64)
             are_rows = len(numbers) == len(groups)
             self._groups[groups] = (
-                None if are_rows else np.array([numbers[name] for name in groups], dtype=np.int64)
+                None if are_rows else self._partitions.setdefault(found.tobytes(), found)
             )
         return self._groups[groups]
+
+
+def _describe_other_groups(
+    names: str, first: Ints | None, second: Ints | None, num_rows: int
+) -> str:
+    counts = [num_rows if groups is None else len(np.unique(groups)) for groups in (first, second)]
+    return (
+        f"{names} have the same test rows in {counts[0]} and {counts[1]} groups, which are not the"
+        " same: nothing says how far the difference varies from group to group"
+    )
 
 
 def _has_same_start(cells: Sequence[Aligned]) -> bool:

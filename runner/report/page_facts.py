@@ -43,8 +43,9 @@ _CERTIFICATE_COLUMNS: Final = (
     PageColumn("about", "What kind of fact it is.", False),
     PageColumn(
         "status",
-        "Equal: the same in every pair of runs. Differs: not in some pair. Not recorded: an older"
-        " run did not say, which is never taken for equal.",
+        "Equal: the same in every pair of runs. Within: not the same number, and no further apart"
+        " than rounding allows. Differs: not in some pair. Not recorded: an older run did not say,"
+        " which is never taken for equal.",
         False,
     ),
     PageColumn("first", "What the runs of the reference have.", False),
@@ -79,18 +80,20 @@ def build_certificates(report: Report, chosen: Sequence[AxisEffects]) -> list[Pa
 
 def _build_certificate(title: str, name: str, one: Certificate) -> PageCertificate:
     numbers = Counter(line.status for line in one.lines)
-    summary = f"{numbers['equal']} equal, {numbers['differs']} differ"
+    summary = f"{numbers['equal']} equal, "
+    summary += f"{numbers['close']} equal up to rounding, " if numbers["close"] else ""
+    summary += f"{numbers['differs']} differ"
     summary += f", {numbers['not recorded']} not recorded; {len(one.pairs)} pairs of runs"
     if one.unexplained:
         summary += f"; not explained by the axis: {count(len(one.unexplained), 'difference')}"
-    order = ("differs", "not recorded", "equal")
+    order = ("differs", "not recorded", "close", "equal")
     rows = []
     for line in sorted(one.lines, key=lambda line: order.index(line.status)):
         is_open = line.status == "differs" and line.explained_by is None
         cells = [
             PageCell(line.what),
             PageCell(line.section),
-            PageCell(line.status),
+            PageCell(f"within {line.within}" if line.status == "close" else line.status),
             PageCell(line.value_a),
             PageCell(line.value_b),
             PageCell(line.explained_by or ""),

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 Model = Literal["base", "tuned"]
 MODELS: Final[tuple[Model, ...]] = ("base", "tuned")
+_HARDWARE: Final = ("cpu", "gpu")  # of what attempts record
 LikelihoodUnit = Literal["nats per completion token", "bits per byte"]
 
 
@@ -86,6 +88,12 @@ class ReportRow:
     source_hash: str | None = None  # of the runner's files; likewise
     runner_version: str | None = None
     runner_commit: str | None = None
+    runner_is_dirty: bool | None = None  # True where some attempt ran uncommitted files
+    # cpu and gpu: names of models, and nothing else of a machine
+    hardware: Mapping[str, str] = field(default_factory=dict)
+    # Of the attempts in turn, each number once where it does not change; empty: not recorded.
+    num_processes: tuple[int, ...] = ()
+    micro_batch_divisors: tuple[int, ...] = ()  # after running out of memory; else 1
     started_at_utc: str | None = None  # the first attempt
     # Declared contrasts: as the first attempt recorded them, and as the recipe states them today.
     declared_then: tuple[Any, ...] | None = None
@@ -442,13 +450,30 @@ def _find_provenance(attempts: Sequence[Attempt]) -> dict[str, Any]:
     ]
     names = dict.fromkeys(name for attempt in trained for name in attempt.versions)
     versions = {name: _join(attempt.versions.get(name) for attempt in trained) for name in names}
+    hardware = {name: _join(one.hardware.get(name) for one in trained) for name in _HARDWARE}
     return {
         "versions": _leave_out_none(versions),
+        "hardware": _leave_out_none(hardware),
+        "num_processes": _list_changes(attempt.num_processes for attempt in trained),
+        "micro_batch_divisors": _list_changes(attempt.micro_batch_divisor for attempt in trained),
+        "runner_is_dirty": _is_any([attempt.runner_is_dirty for attempt in trained]),
         **{
             name: _join(getattr(attempt, name, None) for attempt in trained)
             for name in ("source_hash", "runner_version", "runner_commit")
         },
     }
+
+
+def _list_changes(values: Iterable[int]) -> tuple[int, ...]:
+    """The values in turn, without those that repeat the one before."""
+    return tuple(value for value, _ in groupby(values))
+
+
+def _is_any(claims: Sequence[bool | None]) -> bool | None:
+    """True where one is; None where one that is not known might be."""
+    if True in claims:
+        return True
+    return None if None in claims or not claims else False
 
 
 def _join(values: Iterable[str | None]) -> str | None:

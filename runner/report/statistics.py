@@ -197,12 +197,15 @@ def choose_design(
 
     `is_grid`: the cells of the contrast are part of a grid with others. `is_same_start`: runs of
     one seed began with the same initial weights and saw the rows in the same order in all cells of
-    the contrast, by their hashes.
+    the contrast, by their hashes. Two cells are paired only where no run is left without a partner.
     """
     num_shared = len(_list_shared_seeds(cells, weights))
     if is_grid:
         return "per seed" if num_shared >= MIN_SEEDS_PER_SEED else "pooled"
-    return "paired" if is_same_start and num_shared >= 2 else "separate"
+    is_each_shared = num_shared == max(
+        len(cell.sums) for cell, weight in zip(cells, weights, strict=True) if weight != 0
+    )
+    return "paired" if is_same_start and is_each_shared and num_shared >= 2 else "separate"
 
 
 def paired_cell(reference: Floats, compared: Floats, *, pool: str = "paired") -> CellScores:
@@ -406,9 +409,18 @@ def _interval_per_seed(
     count = len(cell.sums)
     found = interval([cell], [1.0], tokens, groups, level=level, statement=statement)
     same = "; initial weights and row order are the same" if design == "paired" else ""
-    used = sum(weight != 0 for weight in weights)
+    used = [len(one.sums) for one, weight in zip(cells, weights, strict=True) if weight != 0]
+    notes = [found.note] if found.note else []
+    if (num_used := count * len(used)) < sum(used):
+        notes.append(
+            f"{num_used} of {sum(used)} runs count here: seeds that are not in every cell are left"
+            " out"
+        )
     return replace(
-        found, design=f"paired by seed ({count} shared{same})", num_seeds=(count,) * used
+        found,
+        design=f"paired by seed ({count} shared{same})",
+        num_seeds=(count,) * len(used),
+        note="; ".join(notes),
     )
 
 

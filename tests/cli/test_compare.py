@@ -60,6 +60,28 @@ def test_what_the_axis_does_not_explain_returns_1(
     assert main(["compare", "full_s1", "odd"]) == 0
 
 
+def test_another_machine_returns_1_and_is_listed(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, loss, gpu, base in (("old", "full", "A100", 3.0), ("new", "completion", "H200", 3.1)):
+        keys = [f"loss={loss}", "model.dtype=bfloat16"]
+        recipe = make_recipe(name, {"loss": loss, "seed": 5}, *keys)
+        made = make_attempt(hardware={"cpu": "Xeon", "gpu": gpu}, host="node-17")
+        scored(Path("runs"), recipe, 1.0, base=3.0 + (base - 3) / 10, attempt=made)
+    assert main(["compare", "old", "new", "--axis", "loss"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "**the axis loss does not explain** GPU." in shown and "| A100 | H200 |" in shown
+    close = shown.partition("## What is equal up to rounding")[2].partition("##")[0]
+    assert "scores of the base model: within 0.5%: 3 and 3.01" in close
+    assert "scores of the base model" not in shown.partition("## What is equal ")[0]
+    assert "node-17" not in shown
+    assert main(["compare", "old", "new", "--json"]) == 0
+    lines = {line["what"]: line for line in json.loads(capsys.readouterr().out)["certificate"]}
+    assert lines["scores of the base model"]["status"] == "close"
+    assert lines["scores of the base model"]["within"] == "0.5%"
+    assert lines["uncommitted changes"]["status"] == "not recorded"
+
+
 def test_two_values_of_an_axis(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compare", "loss=full", "loss=completion", "--grid", "demo", "--axis", "loss"]
     assert main(arguments) == 0

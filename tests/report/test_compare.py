@@ -84,11 +84,36 @@ def test_an_axis_explains_the_keys_that_carry_its_name_or_values(
     assert line.status == "differs" and (line.explained_by is not None) == is_of_rows
 
 
-@pytest.mark.parametrize(("other", "status"), [(3.00001, "equal"), (3.01, "differs")])
-def test_base_scores_are_equal_up_to_rounding(tmp_path: Path, other: float, status: str) -> None:
-    a, b = pair(tmp_path, {"base": 3.0}, {"base": other}, "training.learning_rate=0.00?")
-    line = find(build_certificate([a], [b], "x"), "scores of the base model")
-    assert (line.status, line.explained_by) == (status, None)
+@pytest.mark.parametrize(
+    ("dtype", "base", "other", "status", "told"),
+    [
+        ("float32", 3.0, 3.0, "equal", "scores of the base model: 3"),
+        (
+            "float32",
+            3.0,
+            3.00001,
+            "close",
+            "scores of the base model: within 0.01%: 3 and 3.00001",
+        ),
+        (
+            "bfloat16",
+            4.7372,
+            4.7604,
+            "close",
+            "scores of the base model: within 0.5%: 4.7372 and 4.7604",
+        ),
+        ("float32", 3.0, 3.01, "differs", "scores of the base model: 3 -> 3.01"),
+    ],
+)
+def test_base_scores_that_are_close_are_not_called_equal(
+    tmp_path: Path, dtype: str, base: float, other: float, status: str, told: str
+) -> None:
+    keys = ("training.learning_rate=0.00?", f"model.dtype={dtype}")
+    a, b = pair(tmp_path, {"base": base}, {"base": other}, *keys)
+    certificate = build_certificate([a], [b], "x")
+    line = find(certificate, "scores of the base model")
+    assert (line.status, line.explained_by, line.describe()) == (status, None, told)
+    assert (line in certificate.unexplained) == (status == "differs")
 
 
 def test_updates_are_not_explained_by_a_number_of_rows(tmp_path: Path) -> None:
@@ -105,6 +130,127 @@ def test_updates_are_not_explained_by_a_number_of_rows(tmp_path: Path) -> None:
     a, b = rows_of(runs)
     certificate = build_certificate([a], [b], "samples")
     assert [line.describe() for line in certificate.unexplained] == ["updates: 32 -> 92"]
+
+
+# A key of the recipe that an axis changes, its two values, and the facts that follow from it
+_ORDERS = {"order of the rows", "trained tokens"}
+_TRAIN = {"train rows", "input_ids of the train rows", "label masks of the train rows"}
+_HELD_OUT = {
+    f"{what}{split} rows"
+    for split in ("validation", "test")
+    for what in ("", "input_ids of the ", "label masks of the ")
+} | {"scored tokens of the test rows", "bytes of the test rows", "scores of the base model"}
+_ALL_BUT_DRAWN = {
+    what for what in _TRAIN | _HELD_OUT if not what.startswith(("train", "val", "te"))
+}
+CAUSES: dict[str, tuple[tuple[Any, Any], set[str]]] = {
+    "training.learning_rate": ((0.001, 0.002), set()),
+    "training.weight_decay": ((0.0, 0.1), set()),
+    "training.seed": ((1, 2), {*_ORDERS, "initial trained weights"}),
+    "training.global_batch_size": ((8, 16), {*_ORDERS, "updates", "length of the schedule"}),
+    "training.num_train_epochs": ((1.0, 2.0), {*_ORDERS, "updates", "length of the schedule"}),
+    "training.train_sampling_strategy": (("random", "group_by_length"), _ORDERS),
+    "data.num_train_samples": ((60, 180), _ORDERS | _TRAIN),
+    "data.seed": ((1, 2), _ORDERS | _TRAIN),
+    "data.num_test_samples": ((32, 64), _ORDERS | _TRAIN | _HELD_OUT),
+    "data.max_length": ((128, 256), _ORDERS | _ALL_BUT_DRAWN),
+    "model.dtype": (
+        ("float32", "bfloat16"),
+        {"scores of the base model", "initial trained weights"},
+    ),
+    "loss": (
+        ("full", "completion"),
+        {f"label masks of the {split} rows" for split in ("train", "validation", "test")}
+        | {"trained tokens"},
+    ),
+}
+
+
+@pytest.mark.parametrize("key", CAUSES)
+def test_an_axis_explains_only_what_follows_from_its_key(tmp_path: Path, key: str) -> None:
+    """Everything that can differ does: only what the key changes is explained by it."""
+    values, expected = CAUSES[key]
+    runs = []
+    for at, value in enumerate(values):
+        recipe = make_recipe(f"r{at}", {"x_axis": value, "loss": "full"}, f"{key}={value}")
+        splits = {
+            split: {
+                name: f"{split} {name} {at}" for name in ("ids_hash", "input_ids_hash", "mask_hash")
+            }
+            | {"num_completion_tokens": at, "num_bytes": at}
+            for split in ("train", "validation", "test")
+        }
+        runs.append(scored(tmp_path, recipe, 1.0, base=3.0 + at, splits=splits, num_steps=24 + at))
+    a, b = (
+        replace(
+            row,
+            initial_weights_hash=str(at) * 64,
+            row_order_hash=str(at) * 64,
+            num_trained_tokens=at,
+            schedule_steps=at,
+        )
+        for at, row in enumerate(rows_of(runs))
+    )
+    certificate = build_certificate([a], [b], "x_axis")
+    facts = [line for line in certificate.select("differs") if line.section != "recipe"]
+    assert {line.what for line in facts} == _TRAIN | _HELD_OUT | _ORDERS | {
+        *("updates", "length of the schedule", "initial trained weights")
+    }
+    assert {line.what for line in facts if line.explained_by is not None} == expected
+
+
+def test_machines_and_what_made_the_runs_are_compared(tmp_path: Path) -> None:
+    first = {
+        "hardware": {"cpu": "Xeon", "gpu": "2 x A100", "name": "secret-name"},
+        "runner_version": "0.1.0",
+        "runner_commit": "a" * 40,
+        "runner_is_dirty": False,
+        "source_hash": "3" * 64,
+    }
+    second = first | {
+        "hardware": {"cpu": "Xeon", "gpu": "H100"},
+        "num_processes": 8,
+        "runner_commit": "b" * 40,
+        "runner_is_dirty": True,
+    }
+    a, b = pair(
+        tmp_path,
+        {"attempt": make_attempt(**first)},
+        {"attempt": make_attempt(**second, micro_batch_divisor=4)},
+        "loss=full",
+    )
+    certificate = build_certificate([a], [b], "x")
+    assert find(certificate, "CPU").describe() == "CPU: Xeon"
+    assert [line.describe() for line in certificate.unexplained] == [
+        "GPU: 2 x A100 -> H100",
+        "number of processes: 1 -> 8",
+        "divisor of micro-batches: 1 -> 4",
+    ]
+    # Files that are equal by hash are equal, whatever was committed
+    for what in ("commit of the runner", "uncommitted changes"):
+        line = find(certificate, what)
+        assert line.explained_by == "the source of the runner is the same"
+    other = replace(b, source_hash="4" * 64)
+    unexplained = {line.what for line in build_certificate([a], [other], "x").unexplained}
+    assert {"source of the runner", "commit of the runner", "uncommitted changes"} < unexplained
+    assert "secret-name" not in repr((a.hardware, certificate))
+
+
+def test_a_fact_is_explained_in_each_pair_or_not_at_all(tmp_path: Path) -> None:
+    runs = scored_grid(
+        tmp_path,
+        {"loss": ["full", "completion"]},
+        lambda loss: 1.0,
+        row_order_hash=lambda loss, seed: f"{seed + 3 * (loss == 'full')}" * 64,
+        overrides=lambda loss, seed: [f"training.seed={5 + (loss == 'full')}"] if seed == 1 else [],
+    )
+    rows = rows_of(runs)
+    arms = [[row for row in rows if row.axes["loss"] == loss] for loss in ("full", "completion")]
+    certificate = build_certificate(*arms, "loss")
+    assert find(certificate, "training.seed").explained_by == "the seeds"
+    assert find(certificate, "training.seed").num_pairs == 1
+    # Two pairs of one seed saw the rows in different orders, which no seed explains
+    assert [line.what for line in certificate.unexplained] == ["order of the rows"]
 
 
 def test_what_newer_runs_record_is_compared_by_hash(tmp_path: Path) -> None:
@@ -125,10 +271,11 @@ def test_what_newer_runs_record_is_compared_by_hash(tmp_path: Path) -> None:
     assert unrecorded == {
         f"{what}{split} rows"
         for split in ("train", "validation")
-        for what in ("", "input_ids of the ")
-    } | {"label masks of the train rows"} | {
-        "bytes of the test rows",
+        for what in ("", "input_ids of the ", "label masks of the ")
+    } | {"label masks of the test rows", "bytes of the test rows"} | {
         "scored tokens of the test rows",
+        *("commit of the runner", "uncommitted changes"),
+        *("CPU", "GPU", "number of processes", "divisor of micro-batches"),
     }
     assert find(certificate, "commit of model.path").value_a == "c" * 12
     for field, what in (

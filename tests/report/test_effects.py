@@ -180,7 +180,7 @@ def test_an_arm_of_survivors_is_named(tmp_path: Path) -> None:
     loss = find(report, "loss")
     flags = [flag for effect in loss.shown for flag in effect.flags]
     assert any(
-        "survivors only: 6 of 6 runs of loss=full and 4 of 6 runs of loss=completion count;"
+        "survivors only: 6 of 6 runs of loss=full and 4 of 6 runs of loss=completion are left;"
         " a_completion_s2 is failed; a_completion_s3 is failed" in flag
         for flag in flags
     )
@@ -317,3 +317,54 @@ def test_an_axis_called_seed_that_changes_more_is_no_repetition(tmp_path: Path) 
     report = report_of(runs)
     assert find_seed_axis(report.rows) is None
     assert any("`seed` changes more in the recipes" in one for one in report.warnings)
+
+
+def test_an_effect_paired_by_seed_says_how_many_of_the_runs_that_are_left_count(
+    tmp_path: Path,
+) -> None:
+    runs = scored_grid(
+        tmp_path,
+        {"model": ["gemma", "llama"], "loss": ["full", "completion"]},
+        lambda model, loss: 1.0 + 0.03 * (loss == "full"),
+        seeds=(1, 2, 3, 4, 5, 6, 7),
+        left_out=[{"model": "gemma", "loss": "full", "seed": seed} for seed in (6, 7)],
+        sd_run=0.05,
+    )
+    [at_gemma, at_llama] = find(report_of(runs), "loss").simple["model"]
+    assert at_gemma.interval is not None and at_llama.interval is not None
+    assert "10 of 12 runs count here" in at_gemma.interval.note
+    [flag] = [flag for flag in at_gemma.flags if "not all runs" in flag]
+    assert "5 of 5 runs of loss=full and 7 of 7 runs of loss=completion are left" in flag
+    assert at_llama.interval.note == "" and at_llama.interval.num_seeds == (7, 7)
+
+
+def test_rows_in_other_groups_are_refused_whichever_run_comes_first(tmp_path: Path) -> None:
+    """The error over rows is that of groups: those of the first run are not those of all."""
+    runs = {
+        size: [
+            scored(tmp_path, make_seed_recipe({"loss": loss}, seed), 1.0 + seed, group_size=size)
+            for seed in (1, 2, 3)
+        ]
+        for loss, size in (("full", 1), ("completion", 10))
+    }
+    for order in ((1, 10), (10, 1)):
+        [effect] = find(report_of([run for size in order for run in runs[size]]), "loss").cells
+        assert effect.interval is None
+        [reason] = effect.refused
+        assert f"the same test rows in {40 // order[0]} and {40 // order[1]} groups" in reason
+
+
+def test_a_cell_whose_runs_group_rows_differently_is_refused(tmp_path: Path) -> None:
+    runs = [
+        scored(
+            tmp_path,
+            make_seed_recipe({"loss": loss}, seed),
+            1.0 + seed / 10,
+            group_size=5 if (loss, seed) == ("full", 2) else 10,
+        )
+        for loss in ("full", "completion")
+        for seed in (1, 2, 3)
+    ]
+    [effect] = find(report_of(runs), "loss").cells
+    assert effect.interval is None
+    assert "full_s1 and full_s2 have the same test rows in 4 and 8 groups" in effect.refused[0]

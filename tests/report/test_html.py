@@ -196,6 +196,18 @@ def test_nothing_of_this_machine_is_in_it(tmp_path: Path, monkeypatch: pytest.Mo
     assert "…/gemma" in (pages / "r.html").read_text()
 
 
+def test_the_certificate_names_machines_by_their_parts(report: Report) -> None:
+    rows = []
+    for row in report.rows:
+        gpu = {"full": "A100", "completion": "H200"}[row.axes["loss"]]
+        hardware = {"cpu": "Xeon 8480", "gpu": gpu, "note": "node-17"}
+        rows.append(replace(row, hardware=hardware, num_processes=(1,)))
+    html = build_page(replace(report, rows=tuple(rows))).html
+    texts = "".join(Outline(html).texts)
+    assert "Xeon 8480" in texts and "H200" in texts and "number of processes" in texts
+    assert "node-17" not in html
+
+
 def test_hostile_texts_are_texts(tmp_path: Path) -> None:
     report = make_report(
         tmp_path,

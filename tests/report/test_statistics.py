@@ -348,12 +348,12 @@ def test_each_design_calls_the_interval_that_it_names() -> None:
     assert (per_seed.half_width, per_seed.p) == (paired.half_width, paired.p)
     assert per_seed.design == "paired by seed (5 shared)"
     assert per_seed.num_seeds == (5, 5)
-    # In another order, and with a seed that only one cell has
-    other = seeded(scores[:2, ::-1], (4, 3, 2, 1, 0), (4, 3, 2, 1, 9))
+    # In another order
+    other = seeded(scores[:2, ::-1], (4, 3, 2, 1, 0), (4, 3, 2, 1, 0))
     found = contrast(other, [-1, 1], tokens, is_grid=False, is_same_start=True)
-    expected = interval([paired_cell(scores[0, 1:], scores[1, 1:])], [1.0], tokens)
-    assert found.half_width == pytest.approx(expected.half_width)
-    assert found.design.startswith("paired by seed (4 shared; initial weights")
+    assert found.half_width == pytest.approx(paired.half_width)
+    assert found.design.startswith("paired by seed (5 shared; initial weights")
+    assert (found.note, per_seed.note) == ("", "")
 
     own = [replace(cell, seeds=()) for cell in cells]
     pooled = contrast(own, weights, tokens, is_grid=True)
@@ -365,6 +365,30 @@ def test_each_design_calls_the_interval_that_it_names() -> None:
     assert "Welch" in welch.design
     rows = contrast(cells, weights, tokens, is_grid=True, statement="rows")
     assert (rows.kind, rows.design) == ("rows", "")
+
+
+def test_two_cells_that_share_only_some_seeds_keep_all_their_runs() -> None:
+    """Pairing them would throw away 16 of 20 runs without a word."""
+    tokens, scores = np.ones(20), draw(2, 10, 20, seed=3)
+    cells = seeded(scores, tuple(range(10)), tuple(range(8, 18)))
+    found = contrast(cells, [-1, 1], tokens, is_grid=False, is_same_start=True)
+    assert found.num_seeds == (10, 10) and "Welch" in found.design
+    assert found.estimate == pytest.approx(scores[1].mean() - scores[0].mean())
+    more = [cells[0], CellScores(scores[1, :9], "model", tuple(range(9)))]
+    found = contrast(more, [-1, 1], tokens, is_grid=False, is_same_start=True)
+    assert found.num_seeds == (10, 9)
+
+
+def test_a_grid_paired_by_seed_says_which_runs_it_leaves_out() -> None:
+    tokens, scores = np.ones(20), draw(4, 7, 20, seed=3)
+    seeds = tuple(range(7))
+    cells = [CellScores(scores[0, :5], "model", seeds[:5])]
+    cells += [CellScores(one, "model", seeds) for one in scores[1:]]
+    found = contrast(cells, [-0.5, 0.5, -0.5, 0.5], tokens, is_grid=True)
+    assert found.num_seeds == (5, 5, 5, 5)
+    assert found.note == "20 of 26 runs count here: seeds that are not in every cell are left out"
+    simple = contrast(cells, [0, 0, -1, 1], tokens, is_grid=True)
+    assert (simple.num_seeds, simple.note) == ((7, 7), "")
 
 
 def test_shared_seeds_that_act_in_common_widen_the_interval() -> None:
