@@ -69,6 +69,23 @@ class CertificateLine:
 
 
 @dataclass(frozen=True)
+class NotRead:
+    """A run that was asked for, and of which no fact was read."""
+
+    name: str
+    state: str  # of the run, or "absent": there is no run directory
+    why: str
+
+    def describe(self) -> str:
+        """The sentence that the certificate and stderr have, without a full stop.
+
+        >>> NotRead("demo/a", "damaged", "eval_rows.jsonl is missing").describe()
+        'demo/a is damaged (eval_rows.jsonl is missing): none of its facts was read'
+        """
+        return f"{self.name} is {self.state} ({self.why}): none of its facts was read"
+
+
+@dataclass(frozen=True)
 class Certificate:
     """All that was compared between two arms."""
 
@@ -78,6 +95,8 @@ class Certificate:
     unpaired: tuple[str, ...]  # names of runs that have no partner
     lines: tuple[CertificateLine, ...]
     axis: str | None = None
+    num_read: int = 0  # pairs of which both runs were read; of the others, the recipes only
+    not_read: tuple[NotRead, ...] = ()
 
     def select(self, status: Status) -> list[CertificateLine]:
         """The lines of one status."""
@@ -90,7 +109,10 @@ class Certificate:
 
 
 def build_certificate(
-    rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow], axis: str | None = None
+    rows_a: Sequence[ReportRow],
+    rows_b: Sequence[ReportRow],
+    axis: str | None = None,
+    not_read: Sequence[NotRead] = (),
 ) -> Certificate:
     """What is equal, differs, or was not recorded between two arms, whose runs are paired by all
     axes in which the arms agree.
@@ -98,13 +120,17 @@ def build_certificate(
     With an axis, each difference that it explains says so: the keys of the recipe that carry its
     name or its values, and the facts that follow from those. Runs of other seeds are replicates
     where both arms have several; what follows from their seeds is explained by them.
+
+    Facts are compared in pairs of completed runs. `not_read` says of the others why they are not.
     """
     pairs, unpaired = pair_runs(rows_a, rows_b, axis)
+    read = [pair for pair in pairs if all(row.state == "completed" for row in pair)]
+    compared = read or pairs  # else the certificate says that nothing was recorded
     flat = {id(row): _flatten(row) for pair in pairs for row in pair}
     lines = list(_compare_recipes(pairs, axis, flat)) if pairs else []
     explained = {line.what: line.explained_by for line in lines if line.explained_by is not None}
-    for fact in list_facts([row for pair in pairs for row in pair]):
-        applicable = [pair for pair in pairs if fact.applies is None or fact.applies(*pair)]
+    for fact in list_facts([row for pair in compared for row in pair]):
+        applicable = [pair for pair in compared if fact.applies is None or fact.applies(*pair)]
         if applicable:
             lines.append(_compare_fact(fact, applicable, explained, flat))
     return Certificate(
@@ -114,6 +140,8 @@ def build_certificate(
         unpaired=tuple(row.recipe.run.full_name for row in unpaired),
         lines=tuple(lines),
         axis=axis,
+        num_read=len(read),
+        not_read=tuple(not_read),
     )
 
 
