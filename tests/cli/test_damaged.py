@@ -173,6 +173,38 @@ def test_other_bytes_are_seen_by_what_reads_them(say: Say, name: str, damage: st
     assert (code == 2 and name in errors) or "the best checkpoint" in errors
 
 
+def read_tree() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in RUNS.rglob("*") if path.is_file()}
+
+
+def test_a_preview_of_a_launch_decides_as_the_launch_does(say: Say) -> None:
+    whole, hurt_one = ("launch", "recipes/whole.yaml"), ("launch", "recipes/hurt.yaml")
+    code, output, _ = say(*whole, "--dry-run")
+    assert (code, say(*whole)[0]) == (0, 0)
+    assert output == "tests/whole  completed: stopped by max_steps: nothing would be started\n"
+    hurt("eval_rows.jsonl", "cut")
+    before = read_tree()
+    preview = say(*hurt_one, "--dry-run")
+    assert preview == say(*hurt_one) and preview[:2] == (2, "")
+    assert "is damaged:\n  eval_rows.jsonl has" in preview[2]
+    assert say(*hurt_one, "training.seed=4", "--dry-run")[0] == 0, "a run of another name"
+    path = Path("recipes/whole.yaml")
+    path.write_text(path.read_text().replace("seed: 3", "seed: 4"))
+    preview = say(*whole, "--dry-run")
+    assert preview == say(*whole) and preview[:2] == (2, "")
+    assert "training.seed: 3 -> 4" in preview[2]
+    code, output, errors = say(*whole, "--fresh", "--dry-run")
+    assert code == 0 and "accelerate launch" in output
+    assert "runs/tests/whole would be moved aside first" in errors
+    assert read_tree() == before, "nothing is touched"
+
+
+def test_a_preview_reads_what_was_changed_since_it_was_read(say: Say) -> None:
+    Path("data.jsonl").write_text('{"other": 1}\n')
+    preview = say("launch", "recipes/whole.yaml", "--dry-run")
+    assert preview[:2] == (2, "") and "content of data.jsonl" in preview[2]
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_export_and_chat_refuse_what_is_damaged(say: Say, damage: str) -> None:
     hurt(WEIGHTS, damage)
