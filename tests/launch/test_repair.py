@@ -76,8 +76,12 @@ def test_a_trainer_that_leaves_damage_behind_has_failed(
     assert main(["sweep", "recipes/toy"]) == 0, "a bit is not seen by sizes"
 
 
-def test_a_model_that_was_removed_is_written_again(fake: FakeLauncher, paths: RunPaths) -> None:
+def test_a_model_that_was_removed_is_written_again(
+    fake: FakeLauncher, paths: RunPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(paths.model_dir)
+    assert main(["why", "recipes/toy/a.yaml"]) == 0
+    assert "model removed: `runner launch RECIPE --repair` writes it" in capsys.readouterr().out
     fake.tell("a", "exit 0")
     assert main(REPAIR) == 14, "the model is not there"
 
