@@ -47,7 +47,7 @@ def compare_arms(arguments: argparse.Namespace) -> int:
     """
     rows_a, rows_b, rows, not_read = _load_arms(arguments)
     _refuse_what_is_no_comparison(arguments, rows_a, rows_b)
-    certificate = build_certificate(rows_a, rows_b, arguments.axis, not_read)
+    certificate = build_certificate(rows_a, rows_b, arguments.axis, not_read, rows)
     if not certificate.pairs:
         raise RunnerError(
             f"no run of {arguments.a} has a partner in {arguments.b}: they agree in no other axis",

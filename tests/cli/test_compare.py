@@ -17,6 +17,7 @@ from tests.support.scored_runs import make_attempt, make_seed_recipe, scored, sc
 from tests.support.whole_runs import record
 
 TRUTH = {"full": 1.2, "completion": 1.0}
+BOTH_LOSSES = ["compare", "loss=full", "loss=completion", "--grid", "demo"]
 
 
 @pytest.fixture
@@ -53,6 +54,27 @@ def test_an_axis_that_explains_all_returns_0(
 ) -> None:
     assert main(["compare", "full_s1", "completion_s1", "--axis", "loss"]) == 0
     assert "Nothing else differs than the axis loss explains." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), (1,)])
+def test_seeds_of_their_own_explain_two_runs_of_cells_with_several(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    seeds: tuple[int, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    axes = {"loss": ["full", "completion"]}
+    scored_grid(Path("runs"), axes, lambda loss: TRUTH[loss], seeds=seeds, own_seeds=True)
+    arms = ["compare", "demo/full_s1", "demo/completion_s1", "--axis", "loss"]
+    has_several = len(seeds) > 1
+    assert main(arms) == (0 if has_several else 1)
+    shown = capsys.readouterr().out
+    assert ("seeds of their own" in shown) == has_several
+    assert ("does not explain** training.seed" in shown) != has_several
+    if has_several:  # another number is another seed, whoever derives it
+        assert main([*arms[:2], "completion_s2", "--axis", "loss"]) == 1
+    assert main([*BOTH_LOSSES, "--axis", "loss"]) == (0 if has_several else 1)
 
 
 def test_what_the_axis_does_not_explain_returns_1(
@@ -208,7 +230,6 @@ def test_recipes_that_have_not_run_are_compared_by_their_keys(
 
 
 CUT = "eval_rows.jsonl has 900 bytes, "
-BOTH_LOSSES = ["compare", "loss=full", "loss=completion", "--grid", "demo"]
 
 
 @pytest.fixture
