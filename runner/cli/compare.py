@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import glob
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from runner.cli.reading import find_grid, read_runs, warn_of_unreadable
-from runner.errors import RefusedError, RunnerError
+from runner.errors import CorruptFileError, RefusedError, RunnerError, escape_controls
 from runner.files import dump_json
 from runner.plan.select import Selected, UnreadableRun, select_recipes
+from runner.plan.status import RunStatus
 from runner.recipe.contents import KnownContents
 from runner.report.build import build_report
-from runner.report.compare import Certificate, CertificateLine, build_certificate
+from runner.report.compare import Certificate, CertificateLine, NotRead, build_certificate
 from runner.report.difference import Difference, compare_cells_of, compare_runs
 from runner.report.effects import AxisEffects, Report
 from runner.report.format import ROWS_ONLY, build_column, describe_effects, draw_packed, wrap
@@ -31,6 +33,7 @@ from runner.report.wording import (
     signed,
     span,
 )
+from runner.run.facts import RunFacts
 from runner.run.paths import RunPaths, content_cache_path
 
 MAX_LINE: Final = 80  # characters of a line of the certificate; --json has all
@@ -39,11 +42,12 @@ MAX_LISTED: Final = 20  # lines of one section that are equal
 
 def compare_arms(arguments: argparse.Namespace) -> int:
     """Print what is equal, what differs and what was not recorded, then the differences; 1 where
-    something differs that `--axis` does not explain.
+    something differs that `--axis` does not explain, or a run was not read that `--axis` or a name
+    of its own asks for.
     """
-    rows_a, rows_b, rows = _load_arms(arguments)
+    rows_a, rows_b, rows, not_read = _load_arms(arguments)
     _refuse_what_is_no_comparison(arguments, rows_a, rows_b)
-    certificate = build_certificate(rows_a, rows_b, arguments.axis)
+    certificate = build_certificate(rows_a, rows_b, arguments.axis, not_read, rows)
     if not certificate.pairs:
         raise RunnerError(
             f"no run of {arguments.a} has a partner in {arguments.b}: they agree in no other axis",
@@ -71,16 +75,23 @@ def compare_arms(arguments: argparse.Namespace) -> int:
             if not effects:
                 parts.append("The arms differ in more than one axis: there is no one difference.")
         print("\n\n".join(parts))
+    for one in certificate.not_read:
+        print(escape_controls(f"warning: {one.describe()}"), file=sys.stderr)
+    if certificate.not_read and (is_two_runs or arguments.axis is not None):
+        return 1
     return 1 if arguments.axis is not None and certificate.unexplained else 0
 
 
 def _load_arms(
     arguments: argparse.Namespace,
-) -> tuple[list[ReportRow], list[ReportRow], list[ReportRow]]:
-    """The runs of A and of B, and all runs of their grids."""
+) -> tuple[list[ReportRow], list[ReportRow], list[ReportRow], list[NotRead]]:
+    """The runs of A and of B, all runs of their grids, and the runs of A and B that were not
+    read.
+    """
+    of_arms: list[UnreadableRun] = []  # which arm one is of, its recipe would say
     unreadable: list[UnreadableRun] = []
     root = arguments.output_root
-    arms = [_select_arm(text, arguments, unreadable) for text in (arguments.a, arguments.b)]
+    arms = [_select_arm(text, arguments, of_arms) for text in (arguments.a, arguments.b)]
     named = {one.full_name: one for arm in arms for one in arm}
     # Runs of other seeds are found beside those that were named.
     folders = dict.fromkeys(str(one.paths.run_dir.parent) for one in named.values())
@@ -89,11 +100,17 @@ def _load_arms(
     # A first: its value of an axis is the reference
     every = named | {one.full_name: one for one in beside if one.full_name not in named}
     known = KnownContents(content_cache_path(root))
-    rows = build_rows(read_runs(every.values(), known))
-    warn_of_unreadable(unreadable)
+    runs = read_runs(every.values(), known)
+    rows = build_rows(runs)
+    lost = {one.full_name: one for one in of_arms if one.full_name not in named}
+    warn_of_unreadable(
+        one for one in unreadable if one.full_name not in lost and one.full_name not in named
+    )
     for row in rows:
         if row.state == "changed" and row.recipe.run.full_name in named:
             selected = named[row.recipe.run.full_name]
+            if not selected.paths.recipe_path.exists() or selected.source_path.is_dir():
+                continue  # what ran is damaged, and no recipe was changed
             raise RefusedError(
                 f"{selected.source_path} was changed since it ran:"
                 f" {selected.paths.run_dir} holds another experiment",
@@ -101,7 +118,27 @@ def _load_arms(
             )
     by_name = {row.recipe.run.full_name: row for row in rows}
     first, second = ([by_name[one.full_name] for one in arm] for arm in arms)
-    return first, second, rows
+    not_read = [
+        _find_why_not(facts, status, by_name[recipe.run.full_name])
+        for recipe, facts, status in runs
+        if recipe.run.full_name in named and by_name[recipe.run.full_name].state != "completed"
+    ]
+    not_read += [NotRead(name, "unreadable", one.why) for name, one in lost.items()]
+    return first, second, rows, not_read
+
+
+def _find_why_not(facts: RunFacts, status: RunStatus, row: ReportRow) -> NotRead:
+    """The state of a run that is not completed, and its reason."""
+    name, run_dir = row.recipe.run.full_name, facts.paths.run_dir
+    if not run_dir.exists():
+        return NotRead(name, "absent", f"there is no {run_dir}")
+    why = status.why.partition("\n")[0]
+    if status.state != row.state:  # a file that its state does not need
+        try:
+            _ = facts.samples
+        except (CorruptFileError, OSError) as error:
+            why = error.message if isinstance(error, CorruptFileError) else str(error)
+    return NotRead(name, row.state, why)
 
 
 def _select_arm(
@@ -114,7 +151,9 @@ def _select_arm(
                 f"{text!r} is a value of an axis, and no grid is named", hint="add `--grid GRID`"
             )
         folder = find_grid(arguments.grid, root)
-        return select_recipes([folder], root, _split_conditions(text), unreadable)
+        conditions = _split_conditions(text)
+        found = select_recipes([folder], root, conditions, unreadable)
+        return found + _select_absent(Path(folder), root, conditions, found)
     found = select_recipes([_find_run(text, arguments)], root)
     if len(found) != 1:
         raise RunnerError(
@@ -122,6 +161,27 @@ def _select_arm(
             hint="name one recipe or run directory, or axis=value with `--grid`",
         )
     return found
+
+
+def _select_absent(
+    folder: Path, root: Path, conditions: Sequence[str], found: Sequence[Selected]
+) -> list[Selected]:
+    """The runs that the recipes of a grid have and the folder of its runs has not."""
+    recipes = Path("recipes") / folder.name
+    if folder.resolve() != (root / folder.name).resolve() or not recipes.is_dir():
+        return []
+    try:
+        wanted = select_recipes([str(recipes)], root, conditions)
+    except RunnerError as error:
+        print(
+            escape_controls(
+                f"warning: runs of {recipes} that are absent are not told: {error.message}"
+            ),
+            file=sys.stderr,
+        )
+        return []
+    names = {one.full_name for one in found}
+    return [one for one in wanted if one.full_name not in names]
 
 
 def _split_conditions(text: str) -> list[str]:
@@ -225,17 +285,14 @@ def _describe(certificate: Certificate) -> Iterator[str]:
             f"{len(certificate.pairs)} pairs of runs that agree in all other axes"
             + (left if certificate.unpaired else "")
         )
+    if certificate.not_read:
+        yield "## What was not read"
+        yield _describe_not_read(certificate)
     different = certificate.select("differs")
     yield "## What differs"
     yield from _draw_differences(certificate, different)
     if certificate.axis is not None:
-        axis = f"the axis {certificate.axis}"
-        unexplained = [line.what for line in certificate.unexplained]
-        yield wrap(
-            f"**{axis} does not explain** {', '.join(unexplained)}."
-            if unexplained
-            else f"Nothing else differs than {axis} explains."
-        )
+        yield wrap(_describe_unexplained(certificate))
     yield "## What is equal"
     yield _list_by_section(certificate.select("equal")) or "Nothing that was recorded."
     if close := certificate.select("close"):
@@ -244,6 +301,28 @@ def _describe(certificate: Certificate) -> Iterator[str]:
     if unrecorded := certificate.select("not recorded"):
         yield "## What was not recorded, so neither equal nor different"
         yield _list_by_section(unrecorded)
+
+
+def _describe_not_read(certificate: Certificate) -> str:
+    num_pairs, num_read = len(certificate.pairs), certificate.num_read
+    lines = [wrap(make_safe(one.describe()), "- ", "  ") for one in certificate.not_read]
+    so = f"So this certifies {num_read} pair{'' if num_read == 1 else 's'} of {num_pairs}"
+    if num_read == 0:
+        so += ": it compares recipes"
+    paired = {name for pair in certificate.pairs for name in pair}
+    if alone := [one.name for one in certificate.not_read if one.name not in paired]:
+        so += f", and {name_some(alone)} {'is' if len(alone) == 1 else 'are'} in no pair"
+    return "\n".join([*lines, "", wrap(f"{so}.")])
+
+
+def _describe_unexplained(certificate: Certificate) -> str:
+    axis = f"the axis {certificate.axis}"
+    if unexplained := [line.what for line in certificate.unexplained]:
+        return f"**{axis} does not explain** {', '.join(unexplained)}."
+    if not certificate.not_read:
+        return f"Nothing else differs than {axis} explains."
+    read = "what was read" if certificate.num_read else "the recipes, which is all that was read"
+    return f"Of {read}, nothing else differs than {axis} explains."
 
 
 def _list_by_section(lines: Sequence[CertificateLine]) -> str:
@@ -355,6 +434,8 @@ def _dump(
         "axis": certificate.axis,
         "pairs": [list(pair) for pair in certificate.pairs],
         "unpaired": list(certificate.unpaired),
+        "num_read": certificate.num_read,
+        "not_read": [asdict(one) for one in certificate.not_read],
         "certificate": [asdict(line) for line in certificate.lines],
         "unexplained": [line.what for line in certificate.unexplained],
         "rows_only": [_dump_difference(one) for one in single],

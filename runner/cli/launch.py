@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -29,7 +30,13 @@ from runner.plan.status import (
     suggest_mending,
     verify_files,
 )
-from runner.recipe.contents import ContentHashes, hash_contents
+from runner.recipe.contents import (
+    ContentHashes,
+    KnownContents,
+    hash_contents,
+    hash_what_is_there,
+    list_contents,
+)
 from runner.recipe.parse import Recipe, load_recipe
 from runner.recipe.schema import NAME_PATTERN
 from runner.run.allowed_code import require_allowed, suggest_allowing
@@ -56,10 +63,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
     commands = [
         build_command(Launch(selected, {}, num_processes), placement) for placement in placements
     ]
-    if arguments.dry_run:
-        print("\n".join(command.as_shell(os.environ) for command in commands))
-        return 0
-    contents = hash_contents(recipe, ContentHashes(content_cache_path(arguments.output_root)))
+    contents = _find_contents(arguments, recipe)
     base: AskedBase = "own" if arguments.own_base else "shared"
     planned = Launch(selected, contents, num_processes, resume, base=base)
     status = read_status(
@@ -70,10 +74,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
     if arguments.fresh and resume == "auto":
         planned = replace(planned, resume="none")  # nor from remote storage
     if arguments.fresh and status.state != "pending":
-        _move_aside(selected)
-        status = read_status(
-            selected.read_facts(), recipe, contents, num_processes=num_processes, resume=resume
-        )
+        status = _start_anew(arguments, selected, status, contents, num_processes)
     planned = replace(planned, num_attempts=status.num_attempts)
     decision = decide(status, retry_failed=True)
     if decision.action == "refuse":
@@ -84,13 +85,15 @@ def run_launch(arguments: argparse.Namespace) -> int:
             if resume == "auto"
             else "; `--resume` goes on with unfinished runs only, `--fresh` starts one anew"
         )
-        print(f"{planned.full_name}  {decision.why}{advice}")
+        nothing = ": nothing would be started" if arguments.dry_run else ""
+        print(f"{planned.full_name}  {decision.why}{nothing}{advice}")
         # A cluster takes 0 for a run that is done: not known of one that something else holds, a
         # lost machine perhaps.
         is_held = status.state == "running" and is_in_cluster(os.environ)
         return EXIT_CODES["transient"] if is_held else 0
-    if arguments.prepare:
-        _prepare(planned, commands[0])
+    if arguments.dry_run or arguments.prepare:
+        if arguments.prepare:
+            _prepare(planned, commands[0])
         print("\n".join(command.as_shell(os.environ) for command in commands))
         return 0
     # Without --fresh and --resume, which would start over or rewind.
@@ -99,6 +102,41 @@ def run_launch(arguments: argparse.Namespace) -> int:
         [planned], num_slots=1, gpus=None, fail_fast=False, allocation=allocation, again=again
     )
     return _derive_exit_code(result, paths)
+
+
+def _find_contents(arguments: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
+    """The hashes by which the run is decided on; of a preview, as `sweep --dry-run` finds them:
+    what has changed since it was read is read again, and nothing else.
+    """
+    cache_path = content_cache_path(arguments.output_root)
+    if not arguments.dry_run:
+        return hash_contents(recipe, ContentHashes(cache_path))
+    known = KnownContents(cache_path)
+    contents = known.find(list_contents(recipe))
+    if known.outdated:
+        contents |= hash_what_is_there(recipe, ContentHashes(cache_path), known.outdated)
+    return contents
+
+
+def _start_anew(
+    arguments: argparse.Namespace,
+    selected: Selected,
+    status: RunStatus,
+    contents: Mapping[str, str],
+    num_processes: int,
+) -> RunStatus:
+    """`--fresh`: the status once the run is moved aside; a preview moves nothing."""
+    if not arguments.dry_run:
+        _move_aside(selected)
+        return read_status(
+            selected.read_facts(), selected.recipe, contents,
+            num_processes=num_processes, resume=_parse_resume(arguments.resume),
+        )  # fmt: skip
+    run_dir = selected.paths.run_dir
+    if status.state == "running":
+        raise RefusedError(f"{run_dir} is running; stop it before starting anew")
+    print(f"{run_dir} would be moved aside first", file=sys.stderr)
+    return RunStatus(state="pending", why="never started")
 
 
 def _find_allocation(recipe: Recipe) -> Allocation | None:
@@ -131,14 +169,22 @@ def _run_repair(arguments: argparse.Namespace, planned: Launch, status: RunStatu
     if step is None:
         print(f"{planned.full_name}  every byte is as it was recorded: nothing to repair")
         return 0
-    print(f"{planned.full_name}  model/ is written again from step {step}", file=sys.stderr)
+    would_be = "would be" if arguments.dry_run else "is"
+    print(f"{planned.full_name}  model/ {would_be} written again from step {step}", file=sys.stderr)
     trained = [one for one in facts.attempts if not one.is_repair]
     if trained and arguments.num_processes is None:  # else DeepSpeed's files do not fit
         planned = replace(planned, num_processes=trained[-1].num_processes)
     planned = replace(planned, num_attempts=status.num_attempts, is_repair=True)
+    allocation = _find_allocation(planned.recipe)
+    if arguments.dry_run:
+        for placement in list_placements(
+            planned.num_processes, planned.recipe.launch.num_machines, allocation
+        ):
+            print(build_command(planned, placement).as_shell(os.environ))
+        return 0
     result = run_planned(
         [planned], num_slots=1, gpus=None, fail_fast=False,
-        allocation=_find_allocation(planned.recipe), again=f"`{_same_launch(arguments)} --repair`",
+        allocation=allocation, again=f"`{_same_launch(arguments)} --repair`",
     )  # fmt: skip
     return _derive_exit_code(result, paths)
 

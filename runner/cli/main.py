@@ -244,7 +244,9 @@ def _add_launch_verb(verbs: Any) -> None:
     launch.add_argument("--name", help="name of the run; default: the recipe's, and the overrides")
     mode = launch.add_mutually_exclusive_group()
     mode.add_argument(
-        "--dry-run", action="store_true", help="print environment and command, touch nothing"
+        "--dry-run",
+        action="store_true",
+        help="print environment and command, or why nothing would be started; touch nothing",
     )
     mode.add_argument(
         "--prepare", action="store_true", help="also write the run directory, to start it by hand"

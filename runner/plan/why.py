@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from runner.checkpoints.choose import (
 )
 from runner.errors import CorruptFileError, RefusedError
 from runner.plan.decide import Decision, decide
+from runner.plan.repair import find_repair_step
 from runner.plan.status import (
     NOT_VERIFIABLE,
     RunStatus,
@@ -79,6 +80,7 @@ class Explanation:
     choice: Choice
     remote_url: str | None  # asked for checkpoints where the run has none
     files: str | None = None  # of a completed run: what was found of the files that it recorded
+    mending: str | None = None  # of a damaged run: the way on
 
     def as_json(self) -> dict[str, Any]:
         """For scripts: `next` is what `runner launch` does, `start_step` where it starts."""
@@ -123,6 +125,7 @@ class Evidence:
     choice: Choice  # every checkpoint verified, where an attempt may come next
     # Of a completed run: *damaged* where a byte that it recorded is another one.
     verified: RunStatus | None = None
+    no_repair: RefusedError | None = None  # why `launch --repair` would not write its model again
 
 
 def gather_evidence(
@@ -138,6 +141,7 @@ def gather_evidence(
     log_tail: tuple[str, ...] = ()
     base: BaseSource | None = None
     verified: RunStatus | None = None
+    no_repair: RefusedError | None = None
     is_verified = False
     try:
         if facts.is_leased:
@@ -148,6 +152,7 @@ def gather_evidence(
         is_verified = status.state not in ("running", "unreadable")
         if status.state in ("completed", "damaged"):
             verified = verify_files(facts, status)
+            no_repair = _find_why_no_repair(facts, verified, recipe)
         if facts.last is not None:
             log_tail = read_log_tail(paths.attempt(facts.last.number).log_path)
         base = _find_base_source(facts)
@@ -158,7 +163,23 @@ def gather_evidence(
         with contextlib.suppress(RefusedError):  # the global batch cannot be kept like that
             choice = _verify_checkpoints(facts, inventory, recipe, num_processes, contents)
     missing = list_missing_files(recipe)
-    return Evidence(contents, missing, inventory, holders, log_tail, base, choice, verified)
+    return Evidence(
+        contents, missing, inventory, holders, log_tail, base, choice, verified, no_repair
+    )
+
+
+def _find_why_no_repair(
+    facts: RunFacts, verified: RunStatus, recipe: Recipe
+) -> RefusedError | None:
+    """Why `launch --repair` would refuse a run whose model is damaged or removed."""
+    is_whole = verified.state != "damaged" and not verified.is_model_removed
+    if is_whole or not is_verifiable(facts):
+        return None
+    try:
+        find_repair_step(facts, verified, recipe)
+    except RefusedError as error:
+        return error
+    return None
 
 
 def _find_base_source(facts: RunFacts) -> BaseSource | None:
@@ -171,13 +192,13 @@ def _find_base_source(facts: RunFacts) -> BaseSource | None:
 def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: int) -> Explanation:
     """All that decides, and what follows from it. Pure."""
     if not isinstance(evidence.inventory, Inventory):
-        status = describe_unreadable(evidence.inventory)
-    elif evidence.verified is not None:
-        status = evidence.verified
+        by_sizes = describe_unreadable(evidence.inventory)
     else:
-        status = derive_status(
+        by_sizes = derive_status(
             facts, evidence.inventory, recipe, evidence.contents, num_processes=num_processes
         )
+    is_listed = isinstance(evidence.inventory, Inventory)
+    status = (evidence.verified if is_listed else None) or by_sizes
     is_readable = status.state != "unreadable"
     divisor, stop = find_divisor(facts, recipe) if is_readable else 1, facts.stop_request
     last = facts.last if is_readable else None
@@ -195,11 +216,7 @@ def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: 
         run_dir=str(facts.paths.run_dir),
         num_processes=num_processes,
         status=status,
-        decisions={
-            "sweep": decide(status),
-            "rerun": decide(status, retry_failed=True, only_unfinished=True),
-            "launch": decide(status, retry_failed=True),
-        },
+        decisions=_decide_all(by_sizes, status),
         missing=evidence.missing,
         impossible=impossible,
         holders=evidence.holders,
@@ -212,11 +229,38 @@ def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: 
         micro_batch_divisor=divisor,
         choice=evidence.choice,
         remote_url=remote.url if remote is not None and remote.load else None,
-        files=_describe_files(facts, status),
+        files=_describe_files(facts, status, evidence.no_repair),
+        mending=_suggest_mending(status, evidence.no_repair),
     )
 
 
-def _describe_files(facts: RunFacts, status: RunStatus) -> str | None:
+def _decide_all(by_sizes: RunStatus, status: RunStatus) -> dict[str, Decision]:
+    """What each verb does. None of them reads every byte, as was done for `status`."""
+    decisions = {
+        "sweep": decide(by_sizes),
+        "rerun": decide(by_sizes, retry_failed=True, only_unfinished=True),
+        "launch": decide(by_sizes, retry_failed=True),
+    }
+    if by_sizes.state == status.state:
+        return decisions
+    return {
+        verb: replace(decision, why=f"{decision.why} (it looks at sizes only)")
+        for verb, decision in decisions.items()
+    }
+
+
+def _suggest_mending(status: RunStatus, no_repair: RefusedError | None) -> str | None:
+    """The way on from a damaged run."""
+    if status.state != "damaged":
+        return None
+    if no_repair is None or no_repair.hint is None:
+        return suggest_mending(status.damage)
+    return no_repair.hint
+
+
+def _describe_files(
+    facts: RunFacts, status: RunStatus, no_repair: RefusedError | None
+) -> str | None:
     if status.state == "damaged":
         return "\n".join(f"{name} {what}" for name, what in status.damage.items())
     if status.state != "completed":
@@ -224,8 +268,12 @@ def _describe_files(facts: RunFacts, status: RunStatus) -> str | None:
     if not is_verifiable(facts):
         return NOT_VERIFIABLE
     found = f"every byte of {len(facts.file_sizes)} files is as it was recorded"
-    removed = "; model removed: `runner launch RECIPE --repair` writes it again"
-    return found + (removed if status.is_model_removed else "")
+    if not status.is_model_removed:
+        return found
+    if no_repair is None:
+        return f"{found}; model removed: `runner launch RECIPE --repair` writes it again"
+    lines = [f"{found}; model removed", no_repair.message, *filter(None, [no_repair.hint])]
+    return "\n".join(lines)
 
 
 def _describe_commits(facts: RunFacts) -> tuple[str, ...]:
@@ -267,7 +315,7 @@ def build_lines(found: Explanation) -> list[str]:
         ("state", f"{status.state}: {status.why}"),
         ("rule", RULES[status.state]),
         *((("files", found.files),) if found.files is not None else ()),
-        *((("hint", suggest_mending(status.damage)),) if status.state == "damaged" else ()),
+        *((("hint", found.mending),) if found.mending is not None else ()),
         *(("differs", line) for line in status.differences),
         *(("differs", line) for line in status.obstacles),
         *(
@@ -348,8 +396,8 @@ def _describe_attempt(found: Explanation) -> list[tuple[str, str]]:
         failure = found.status.failure or attempt.failure
         if failure is not None:
             rows.append(("failure", f"{failure.kind}: {failure.message}"))
-            # Of a run that is refused, "the same command goes on" would be false.
-            if found.decisions["launch"].action != "refuse":
+            # Of a run that is not launched, "the same command goes on" would be false.
+            if found.decisions["launch"].action == "launch":
                 rows.append(("hint", HINTS[failure.kind]))
         rows += [("log", f"| {line}") for line in found.log_tail]
     if found.log_path is not None:

@@ -32,6 +32,7 @@ MAX_VALUE: Final = 60  # characters of a value; a prompt may be long
 ABSENT: Final = "(absent)"
 VARIOUS: Final = "(not the same in every pair)"
 SEEDS: Final = "the seeds"
+OWN_SEEDS: Final = "seeds of their own"  # two runs of one number on the axis seed
 SAME_SOURCE: Final = "the source of the runner is the same"
 
 
@@ -69,6 +70,23 @@ class CertificateLine:
 
 
 @dataclass(frozen=True)
+class NotRead:
+    """A run that was asked for, and of which no fact was read."""
+
+    name: str
+    state: str  # of the run, or "absent": there is no run directory
+    why: str
+
+    def describe(self) -> str:
+        """The sentence that the certificate and stderr have, without a full stop.
+
+        >>> NotRead("demo/a", "damaged", "eval_rows.jsonl is missing").describe()
+        'demo/a is damaged (eval_rows.jsonl is missing): none of its facts was read'
+        """
+        return f"{self.name} is {self.state} ({self.why}): none of its facts was read"
+
+
+@dataclass(frozen=True)
 class Certificate:
     """All that was compared between two arms."""
 
@@ -78,6 +96,8 @@ class Certificate:
     unpaired: tuple[str, ...]  # names of runs that have no partner
     lines: tuple[CertificateLine, ...]
     axis: str | None = None
+    num_read: int = 0  # pairs of which both runs were read; of the others, the recipes only
+    not_read: tuple[NotRead, ...] = ()
 
     def select(self, status: Status) -> list[CertificateLine]:
         """The lines of one status."""
@@ -90,21 +110,34 @@ class Certificate:
 
 
 def build_certificate(
-    rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow], axis: str | None = None
+    rows_a: Sequence[ReportRow],
+    rows_b: Sequence[ReportRow],
+    axis: str | None = None,
+    not_read: Sequence[NotRead] = (),
+    rows: Sequence[ReportRow] = (),
 ) -> Certificate:
     """What is equal, differs, or was not recorded between two arms, whose runs are paired by all
     axes in which the arms agree.
 
     With an axis, each difference that it explains says so: the keys of the recipe that carry its
     name or its values, and the facts that follow from those. Runs of other seeds are replicates
-    where both arms have several; what follows from their seeds is explained by them.
+    where both arms have several; what follows from their seeds is explained by them. So it is of
+    two runs of one number of a grid with seeds of their own, where `rows`, all runs of the grids,
+    have other seeds of both cells.
+
+    Facts are compared in pairs of completed runs. `not_read` says of the others why they are not.
     """
     pairs, unpaired = pair_runs(rows_a, rows_b, axis)
+    read = [pair for pair in pairs if all(row.state == "completed" for row in pair)]
+    compared = read or pairs  # else the certificate says that nothing was recorded
     flat = {id(row): _flatten(row) for pair in pairs for row in pair}
-    lines = list(_compare_recipes(pairs, axis, flat)) if pairs else []
+    seeds = SEEDS if len(pairs) > 1 else None
+    if len(pairs) == 1 and _have_own_seeds(*pairs[0], rows):
+        seeds = OWN_SEEDS
+    lines = list(_compare_recipes(pairs, axis, flat, seeds)) if pairs else []
     explained = {line.what: line.explained_by for line in lines if line.explained_by is not None}
-    for fact in list_facts([row for pair in pairs for row in pair]):
-        applicable = [pair for pair in pairs if fact.applies is None or fact.applies(*pair)]
+    for fact in list_facts([row for pair in compared for row in pair]):
+        applicable = [pair for pair in compared if fact.applies is None or fact.applies(*pair)]
         if applicable:
             lines.append(_compare_fact(fact, applicable, explained, flat))
     return Certificate(
@@ -114,6 +147,8 @@ def build_certificate(
         unpaired=tuple(row.recipe.run.full_name for row in unpaired),
         lines=tuple(lines),
         axis=axis,
+        num_read=len(read),
+        not_read=tuple(not_read),
     )
 
 
@@ -147,6 +182,23 @@ def pair_runs(
     return pairs, unpaired + [row for rows in partners.values() for row in rows]
 
 
+def _have_own_seeds(a: ReportRow, b: ReportRow, rows: Sequence[ReportRow]) -> bool:
+    """Whether two runs have one number on the axis `seed` and train with other seeds, in cells of
+    several seeds each.
+    """
+    if "seed" not in a.axes or "seed" not in b.axes or a.seed == b.seed:
+        return False
+
+    def key(row: ReportRow) -> tuple[Any, ...]:
+        others = sorted((name, axis_key(v)) for name, v in row.axes.items() if name != "seed")
+        return row.grid, others
+
+    is_one_number = axis_key(a.axes["seed"]) == axis_key(b.axes["seed"])
+    return is_one_number and all(
+        len({row.seed for row in rows if key(row) == key(one)}) > 1 for one in (a, b)
+    )
+
+
 def _find_axes_apart(rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow]) -> set[str]:
     """The axes that have one value in all of A and another one in all of B."""
     apart = set()
@@ -159,10 +211,12 @@ def _find_axes_apart(rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow]) -
 
 
 def _compare_recipes(
-    pairs: Sequence[Pair], axis: str | None, flat: Mapping[int, Mapping[str, Any]]
+    pairs: Sequence[Pair],
+    axis: str | None,
+    flat: Mapping[int, Mapping[str, Any]],
+    seeds: str | None,
 ) -> Iterator[CertificateLine]:
     """A line for each key that differs in some pair, then one for all keys that never do."""
-    has_replicates = len(pairs) > 1
     found: dict[str, list[tuple[Any, Any]]] = {}
     explained: dict[str, str | None] = {}
     num_keys = 0
@@ -175,7 +229,7 @@ def _compare_recipes(
             if values[0] == values[1]:
                 continue
             found.setdefault(name, []).append(values)
-            why = _explain_key(name, values, axis, a, b, has_replicates=has_replicates)
+            why = _explain_key(name, values, axis, a, b, seeds)
             explained[name] = why if explained.get(name, why) is not None else None
     for name, all_values in found.items():
         value_a, value_b = _show_values(all_values)
@@ -215,12 +269,11 @@ def _explain_key(
     axis: str | None,
     a: ReportRow,
     b: ReportRow,
-    *,
-    has_replicates: bool,
+    seeds: str | None,
 ) -> str | None:
-    """Why two runs of a pair differ in a key."""
-    if key == "training.seed" and has_replicates and axis != "seed":
-        return SEEDS
+    """Why two runs of a pair differ in a key; `seeds`: what explains another seed of training."""
+    if key == "training.seed" and seeds is not None and axis != "seed":
+        return seeds
     if axis is None or axis_key(a.axes.get(axis)) == axis_key(b.axes.get(axis)):
         return None
     sides = a.axes.get(axis), b.axes.get(axis)

@@ -1,17 +1,23 @@
 """`runner compare` and the options of `runner report`, from arguments to exit codes."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runner.cli.main import main
+from runner.files import load_json
 from runner.recipe.parse import dump_recipe
+from runner.run.paths import RunPaths
 from tests.support.reports import make_recipe, pending
-from tests.support.scored_runs import make_attempt, scored, scored_grid
+from tests.support.scored_runs import make_attempt, make_seed_recipe, scored, scored_grid
+from tests.support.whole_runs import record
 
 TRUTH = {"full": 1.2, "completion": 1.0}
+BOTH_LOSSES = ["compare", "loss=full", "loss=completion", "--grid", "demo"]
 
 
 @pytest.fixture
@@ -48,6 +54,27 @@ def test_an_axis_that_explains_all_returns_0(
 ) -> None:
     assert main(["compare", "full_s1", "completion_s1", "--axis", "loss"]) == 0
     assert "Nothing else differs than the axis loss explains." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), (1,)])
+def test_seeds_of_their_own_explain_two_runs_of_cells_with_several(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    seeds: tuple[int, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    axes = {"loss": ["full", "completion"]}
+    scored_grid(Path("runs"), axes, lambda loss: TRUTH[loss], seeds=seeds, own_seeds=True)
+    arms = ["compare", "demo/full_s1", "demo/completion_s1", "--axis", "loss"]
+    has_several = len(seeds) > 1
+    assert main(arms) == (0 if has_several else 1)
+    shown = capsys.readouterr().out
+    assert ("seeds of their own" in shown) == has_several
+    assert ("does not explain** training.seed" in shown) != has_several
+    if has_several:  # another number is another seed, whoever derives it
+        assert main([*arms[:2], "completion_s2", "--axis", "loss"]) == 1
+    assert main([*BOTH_LOSSES, "--axis", "loss"]) == (0 if has_several else 1)
 
 
 def test_what_the_axis_does_not_explain_returns_1(
@@ -194,9 +221,99 @@ def test_recipes_that_have_not_run_are_compared_by_their_keys(
         path = Path(f"recipes/new/{name}.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dump_recipe(recipe))
-    assert main(["compare", "new/a", "recipes/new/b.yaml", "--axis", "loss"]) == 0
+    assert main(["compare", "new/a", "recipes/new/b.yaml", "--axis", "loss"]) == 1
     shown = capsys.readouterr().out
+    assert "Of the recipes, which is all that was read, nothing else differs than" in shown
+    assert "new/a is absent (there is no runs/new/a)" in shown
+    assert "certifies 0 pairs of 1: it compares recipes" in shown
     assert "demo" not in shown and "## Differences" not in shown and "test rows" in shown
+
+
+CUT = "eval_rows.jsonl has 900 bytes, "
+
+
+@pytest.fixture
+def damaged(project: Path) -> Path:
+    """The project, with `completion_s2` cut after it recorded its files."""
+    run_dir = Path("runs/demo/completion_s2")
+    record(RunPaths(run_dir))
+    os.truncate(run_dir / "eval_rows.jsonl", 900)
+    return run_dir
+
+
+def test_a_damaged_run_is_named_and_not_certified(
+    damaged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*BOTH_LOSSES, "--axis", "loss"]) == 1
+    shown, said = capsys.readouterr()
+    text = " ".join(shown.split())
+    assert f"- demo/completion_s2 is damaged ({CUT}" in text
+    assert "none of its facts was read So this certifies 2 pairs of 3." in text
+    assert "Of what was read, nothing else differs than the axis loss explains." in text
+    assert f"warning: demo/completion_s2 is damaged ({CUT}" in said
+    assert main(BOTH_LOSSES) == 0
+    assert CUT in capsys.readouterr().err
+    assert main([*BOTH_LOSSES, "--json"]) == 0
+    parsed = json.loads(capsys.readouterr().out)
+    assert (len(parsed["pairs"]), parsed["num_read"]) == (3, 2)
+    lines = {line["what"]: line for line in parsed["certificate"]}
+    assert (lines["test rows"]["status"], lines["test rows"]["num_pairs"]) == ("equal", 2)
+    [one] = parsed["not_read"]
+    assert (one["name"], one["state"]) == ("demo/completion_s2", "damaged") and CUT in one["why"]
+
+
+def test_two_runs_of_which_one_was_not_read_return_1(
+    damaged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "full_s2", "completion_s2"]) == 1
+    shown, said = capsys.readouterr()
+    assert "certifies 0 pairs of 1" in shown and CUT in said and "## Differences" not in shown
+    assert main(["compare", "full_s1", "completion_s1"]) == 0, "another pair is whole"
+
+
+def _write_recipe_of(run_dir: Path) -> Path:
+    recipe = load_json(run_dir / "recipe.json")["recipe"]
+    path = Path("recipes") / run_dir.parent.name / f"{run_dir.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def test_an_absent_run_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = Path("runs/demo/completion_s2")
+    path = _write_recipe_of(run_dir)
+    shutil.rmtree(run_dir)
+    what = f"demo/completion_s2 is absent (there is no {run_dir}): none of its facts was read"
+    for arms in (["full_s2", "completion_s2"], ["full_s2", str(path)]):
+        assert main(["compare", *arms]) == 1
+        assert what in capsys.readouterr().err
+    _write_recipe_of(Path("runs/demo/full_s2"))
+    assert main([*BOTH_LOSSES, "--axis", "loss"]) == 1
+    shown, said = capsys.readouterr()
+    assert f"warning: {what}" in said and "certifies 2 pairs of 3" in shown
+
+
+def test_runs_that_cannot_be_read_or_have_not_ended_are_named(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("runs/demo/full_s1/recipe.json").write_text("{")
+    Path("runs/demo/full_s2/result.json").unlink()
+    Path("runs/demo/full_s3/samples.json").write_text("{")
+    assert main([*BOTH_LOSSES, "--axis", "loss"]) == 1
+    shown, said = capsys.readouterr()
+    assert said.count("demo/full_s1 is unreadable (") == 1 and "recipe.json" in said
+    assert "demo/full_s2 is pending (never started)" in said
+    assert "demo/full_s3 is unreadable (" in said and "samples.json" in said
+    text = " ".join(shown.split())
+    assert "certifies 0 pairs of 2: it compares recipes, and demo/full_s1 is in no pair." in text
+    # Its recipe says which arm it is of
+    _write_recipe_of(Path("runs/demo/full_s2"))
+    recipe = make_seed_recipe({"loss": "full"}, 1)
+    Path("recipes/demo/full_s1.yaml").write_text(dump_recipe(recipe))
+    assert main([*BOTH_LOSSES, "--axis", "loss"]) == 1
+    shown, said = capsys.readouterr()
+    assert said.count("demo/full_s1 is unreadable (") == 1
+    assert "certifies 0 pairs of 3: it compares recipes." in shown
 
 
 def test_report_takes_metrics_and_fixed_rows(

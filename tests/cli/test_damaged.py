@@ -161,16 +161,61 @@ def test_other_bytes_are_seen_by_what_reads_them(say: Say, name: str, damage: st
     hurt(name, damage)
     assert read_states(say)["hurt"] == "completed", "sizes are all that it looks at"
     code, output, _ = say("why", "recipes/hurt.yaml")
-    assert f"damaged: {name} holds other bytes than were recorded" in output
+    assert f"state       damaged: {name} holds other bytes than were recorded" in output
+    skipped = "skip: completed: stopped by max_steps (it looks at sizes only)"
+    for verb in ("next", "sweep", "rerun", "launch"):
+        assert f"  {verb:<11} {skipped}\n" in output
+    for verb in ("sweep", "rerun", "launch"):
+        assert say(verb, "recipes/hurt.yaml")[0] == 0, "as it says"
     _, output, _ = say("why", "--json", "recipes/hurt.yaml")
     found = json.loads(output)
-    assert (found["next"], found["status"]["state"]) == ("refuse", "damaged")
+    assert (found["next"], found["status"]["state"]) == ("skip", "damaged")
     code, output, errors = say("report", "--verify", "recipes", "--format", "csv")
     (line,) = [line for line in output.splitlines() if "hurt" in line]
     assert code == 1 and "damaged" in line and "0.5" not in line
     assert f"tests/hurt is damaged: {name} holds other bytes than were recorded" in errors
     code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
     assert (code == 2 and name in errors) or "the best checkpoint" in errors
+
+
+def read_tree() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in RUNS.rglob("*") if path.is_file()}
+
+
+def test_a_preview_of_a_launch_decides_as_the_launch_does(say: Say) -> None:
+    whole, hurt_one = ("launch", "recipes/whole.yaml"), ("launch", "recipes/hurt.yaml")
+    code, output, _ = say(*whole, "--dry-run")
+    assert (code, say(*whole)[0]) == (0, 0)
+    assert output == "tests/whole  completed: stopped by max_steps: nothing would be started\n"
+    hurt("eval_rows.jsonl", "cut")
+    before = read_tree()
+    preview = say(*hurt_one, "--dry-run")
+    assert preview == say(*hurt_one) and preview[:2] == (2, "")
+    assert "is damaged:\n  eval_rows.jsonl has" in preview[2]
+    assert say(*hurt_one, "training.seed=4", "--dry-run")[0] == 0, "a run of another name"
+    path = Path("recipes/whole.yaml")
+    path.write_text(path.read_text().replace("seed: 3", "seed: 4"))
+    preview = say(*whole, "--dry-run")
+    assert preview == say(*whole) and preview[:2] == (2, "")
+    assert "training.seed: 3 -> 4" in preview[2]
+    code, output, errors = say(*whole, "--fresh", "--dry-run")
+    assert code == 0 and "accelerate launch" in output
+    assert "runs/tests/whole would be moved aside first" in errors
+    assert read_tree() == before, "nothing is touched"
+
+
+def test_a_preview_reads_what_was_changed_since_it_was_read(say: Say) -> None:
+    Path("data.jsonl").write_text('{"other": 1}\n')
+    preview = say("launch", "recipes/whole.yaml", "--dry-run")
+    assert preview[:2] == (2, "") and "content of data.jsonl" in preview[2]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_why_promises_no_repair_that_is_refused(say: Say, damage: str) -> None:
+    hurt(WEIGHTS, damage)
+    output = say("why", "recipes/hurt.yaml")[1]
+    assert "put step-8 or step-8.zip back" in output and "--repair" not in output
+    assert say("launch", "recipes/hurt.yaml", "--repair")[0] == 2
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -194,7 +239,9 @@ def test_a_model_that_was_removed_is_no_damage(say: Say) -> None:
     code, output, _ = say("report", "--verify", "recipes", "--format", "csv")
     (line,) = [line for line in output.splitlines() if "hurt" in line]
     assert code == 0 and "0.5" in line
-    assert "model removed" in say("why", "recipes/hurt.yaml")[1]
+    output = say("why", "recipes/hurt.yaml")[1]
+    assert "model removed" in output and "step 8, is not there any more" in output
+    assert "put step-8 or step-8.zip back" in output and "--repair" not in output
     code, _, errors = say("export", "runs/tests/hurt", "--output", "out")
     assert code == 2 and "model was removed" in errors and "--checkpoint best" in errors
     code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")

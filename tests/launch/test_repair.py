@@ -76,8 +76,12 @@ def test_a_trainer_that_leaves_damage_behind_has_failed(
     assert main(["sweep", "recipes/toy"]) == 0, "a bit is not seen by sizes"
 
 
-def test_a_model_that_was_removed_is_written_again(fake: FakeLauncher, paths: RunPaths) -> None:
+def test_a_model_that_was_removed_is_written_again(
+    fake: FakeLauncher, paths: RunPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(paths.model_dir)
+    assert main(["why", "recipes/toy/a.yaml"]) == 0
+    assert "model removed: `runner launch RECIPE --repair` writes it" in capsys.readouterr().out
     fake.tell("a", "exit 0")
     assert main(REPAIR) == 14, "the model is not there"
 
@@ -132,7 +136,11 @@ def test_a_file_that_is_not_of_the_run_has_to_go_first(
     assert "mv runs/toy/a/model/pytorch_model.bin" in capsys.readouterr().err
 
 
-def test_a_dry_run_of_a_repair_changes_nothing(fake: FakeLauncher, paths: RunPaths) -> None:
+def test_a_dry_run_of_a_repair_changes_nothing(
+    fake: FakeLauncher, paths: RunPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = load_json(paths.record_path)
     assert main([*REPAIR, "--dry-run"]) == 0
+    shown, said = capsys.readouterr()
+    assert "accelerate launch" in shown and "model/ would be written again from step 2" in said
     assert load_json(paths.record_path) == before and Path(paths.model_dir).is_dir()
