@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from runner.cli.reading import find_grid, read_runs, warn_of_unreadable
+from runner.cli.reading import find_grid, find_run, read_runs, warn_of_unreadable
 from runner.errors import CorruptFileError, RefusedError, RunnerError, escape_controls
 from runner.files import dump_json
 from runner.plan.select import Selected, UnreadableRun, select_recipes
@@ -34,7 +33,7 @@ from runner.report.wording import (
     span,
 )
 from runner.run.facts import RunFacts
-from runner.run.paths import RunPaths, content_cache_path
+from runner.run.paths import content_cache_path
 
 MAX_LINE: Final = 80  # characters of a line of the certificate; --json has all
 MAX_LISTED: Final = 20  # lines of one section that are equal
@@ -154,7 +153,10 @@ def _select_arm(
         conditions = _split_conditions(text)
         found = select_recipes([folder], root, conditions, unreadable)
         return found + _select_absent(Path(folder), root, conditions, found)
-    found = select_recipes([_find_run(text, arguments)], root)
+    grid = None if arguments.grid is None else Path(arguments.grid).name
+    found = select_recipes(
+        [find_run(text, root, grid, more=" or axis=value with `--grid GRID`")], root
+    )
     if len(found) != 1:
         raise RunnerError(
             f"{text!r} names {len(found)} runs, expected one",
@@ -192,35 +194,6 @@ def _split_conditions(text: str) -> list[str]:
     """
     parts = text.split(",")
     return parts if all("=" in part for part in parts) else [text]
-
-
-def _find_run(text: str, arguments: argparse.Namespace) -> str:
-    """The path of one run: a path, `<grid>/<run name>`, or the name alone."""
-    path = Path(text)
-    if path.exists():
-        return text
-    name = path.name
-    pattern = path.parent.name or "*"
-    if pattern == "*" and arguments.grid is not None:
-        pattern = glob.escape(Path(arguments.grid).name)
-    found = [
-        str(one)
-        for one in sorted(arguments.output_root.glob(f"{pattern}/{glob.escape(name)}"))
-        if RunPaths(one).recipe_path.exists()
-    ]
-    found = found or sorted(map(str, Path("recipes").glob(f"{pattern}/{glob.escape(name)}.yaml")))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise RunnerError(
-            f"{text!r} is the name of {len(found)} runs: {name_some(found)}",
-            hint=f"name one of them: {found[0]}",
-        )
-    raise RunnerError(
-        f"there is no run {text!r} in {arguments.output_root} and no such recipe",
-        hint="name a recipe, a run directory such as runs/demo/gemma_060_full, or axis=value with"
-        " `--grid GRID`; `runner status` lists the runs",
-    )
 
 
 def _refuse_what_is_no_comparison(

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Final
 
 from runner.checkpoints.compare import describe_obstacles, suggest_ways_out
-from runner.errors import RefusedError, RunnerError
+from runner.cli.reading import find_run
+from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import hash_json
 from runner.launch.command import LaunchCommand
 from runner.launch.placement import Allocation, find_allocation, is_in_cluster, list_placements
@@ -41,6 +42,7 @@ from runner.recipe.parse import Recipe, load_recipe
 from runner.recipe.schema import NAME_PATTERN
 from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.facts import read_facts
+from runner.run.failures import UNREADABLE_HINT
 from runner.run.paths import RunPaths, content_cache_path
 from runner.run.record import EXIT_CODES, AskedBase, load_progress, load_record
 from runner.secrets import find_secret
@@ -241,21 +243,34 @@ def name_overridden(name: str, overrides: list[str]) -> str:
 
 def select_run(arguments: argparse.Namespace) -> Selected:
     """The run of a recipe under overrides and a name as `launch` takes them, or that of a run
-    directory.
+    directory or of the name of a run.
     """
-    if not arguments.recipe.is_dir():
-        return _select_one(arguments)
+    path = Path(find_run(str(arguments.recipe), arguments.output_root))
+    if not path.is_dir():
+        return _select_one(argparse.Namespace(**vars(arguments) | {"recipe": path}))
     if arguments.overrides or arguments.name:
         raise RunnerError(
-            f"{arguments.recipe} is a run directory: overrides and `--name` go with a recipe file"
+            f"{path} is a run directory: overrides and `--name` go with a recipe file"
         )
-    found = select_recipes([str(arguments.recipe)], arguments.output_root)
+    try:
+        found = select_recipes([str(path)], arguments.output_root)
+    except CorruptFileError as error:
+        raise RunnerError(
+            f"{path} is unreadable: {error.message}", hint=_suggest_fresh(path)
+        ) from error
     if len(found) > 1:
         raise RunnerError(
-            f"{arguments.recipe} holds {len(found)} runs",
-            hint=f"runner why {found[0].paths.run_dir}",
+            f"{path} holds {len(found)} runs", hint=f"runner why {found[0].paths.run_dir}"
         )
     return found[0]
+
+
+def _suggest_fresh(run_dir: Path) -> str:
+    """The way on from a run whose `recipe.json` is damaged, with its recipe where that is there."""
+    recipe = Path("recipes") / run_dir.parent.name / f"{run_dir.name}.yaml"
+    if not recipe.exists():
+        return UNREADABLE_HINT
+    return UNREADABLE_HINT.replace("RECIPE", shlex.quote(str(recipe)))
 
 
 def _select_one(arguments: argparse.Namespace) -> Selected:

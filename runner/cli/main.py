@@ -322,7 +322,12 @@ def _add_view_verbs(verbs: Any) -> None:
     why = verbs.add_parser(
         "why", help="one run: what would happen next, and exactly what decides it"
     )
-    why.add_argument("recipe", type=Path, metavar="RUN", help="a recipe file, or a run directory")
+    why.add_argument(
+        "recipe",
+        type=Path,
+        metavar="RUN",
+        help="a recipe file, a run directory, or the name of a run",
+    )
     why.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch")
     why.add_argument("--name", help="as for launch")
     why.add_argument("--num-processes", type=positive, metavar="N", help="as for launch")

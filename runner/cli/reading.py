@@ -6,22 +6,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Final
 
 from runner.errors import CorruptFileError, RunnerError, escape_controls
-from runner.plan.select import Selected, UnreadableRun, select_recipes
+from runner.plan.select import Selected, UnreadableRun, select_recipes, suggest_path
 from runner.plan.status import RunStatus, read_status
 from runner.recipe.cache import RecipeCache
 from runner.recipe.contents import KnownContents, list_contents
 from runner.recipe.parse import Recipe
 from runner.run.base_scores import find_other_base_scores
 from runner.run.facts import RunFacts
-from runner.run.paths import find_output_root, recipe_cache_path
+from runner.run.paths import RunPaths, find_output_root, recipe_cache_path
 from runner.run.siblings import Loaded, find_moved, list_loaded
 
 ReadRun = tuple[Recipe, RunFacts, RunStatus]
+MAX_NAMED: Final = 8  # runs of one name in an error
 
 
 def select(
@@ -72,6 +75,49 @@ def find_grid(text: str, output_root: Path) -> str:
     grids = sorted(name for name in names if not name.startswith("."))
     raise RunnerError(
         f"there is no grid {text!r}", hint=f"the grids are {', '.join(grids)}" if grids else None
+    )
+
+
+def find_run(text: str, output_root: Path, grid: str | None = None, *, more: str = "") -> str:
+    """The path of one run: a path as it is, or the run directory that `<grid>/<run name>` or the
+    name alone stands for, or else its recipe. So is a run directory that is not there, or holds no
+    recipe. `more` is named in the hint besides runs.
+
+    Raises:
+        RunnerError: there is no such run, or there are several.
+    """
+    path = Path(text)
+    name = glob.escape(path.name)
+    pattern = path.parent.name or grid or "*"
+    pattern = pattern if pattern == "*" else glob.escape(pattern)
+    recipes = sorted(map(str, Path("recipes").glob(f"{pattern}/{name}.yaml")))
+    if path.exists():
+        is_without_recipe = (
+            path.is_dir()
+            and len(recipes) == 1
+            and not any(path.rglob(RunPaths(path).recipe_path.name))
+        )
+        return recipes[0] if is_without_recipe else text
+    found = [
+        str(one)
+        for one in sorted(output_root.glob(f"{pattern}/{name}"))
+        if RunPaths(one).recipe_path.exists()
+    ]
+    found = found or recipes
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(found[:MAX_NAMED]) + (", ..." if len(found) > MAX_NAMED else "")
+        raise RunnerError(
+            f"{text!r} is the name of {len(found)} runs: {names}",
+            hint=f"name one of them: {found[0]}",
+        )
+    close = suggest_path(path)
+    raise RunnerError(
+        f"there is no run {text!r} in {output_root} and no such recipe",
+        hint=(f"{close} Else " if close.startswith("did you mean") else "")
+        + f"name a recipe, a run directory such as runs/demo/gemma_060_full{more};"
+        " `runner status` lists the runs",
     )
 
 

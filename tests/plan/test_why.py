@@ -62,6 +62,46 @@ def end_with(paths: RunPaths, kind: Any, message: str) -> None:
 RECIPE = "recipes/toy/a.yaml"
 
 
+@pytest.mark.parametrize("name", ["toy/a", "a", "runs/toy/a", "runs/toy/a/"])
+def test_a_run_is_named_whether_or_not_it_was_started(
+    fake: FakeLauncher, why: Any, name: str
+) -> None:
+    fake.add("a", "ab")
+    lines = why(name)
+    assert lines == why(RECIPE)
+    assert value_of(why(name, "loss=full"), "next").startswith("launch from step 0")
+    fake.paths("a").run_dir.mkdir(parents=True)
+    assert why(name) == lines, "a run directory that holds no recipe"
+    interrupted(fake)
+    assert why(name)[0] == "toy/a  runs/toy/a"
+    assert value_of(why(name), "state").startswith("interrupted")
+
+
+def test_a_name_of_no_run_is_2_and_words(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a")
+    assert main(["why", "toy/b"]) == 2
+    said = capsys.readouterr().err
+    assert "there is no run 'toy/b' in runs and no such recipe" in said and "runner status" in said
+    assert main(["why", "recipes/toy/a.yam"]) == 2
+    assert "did you mean recipes/toy/a.yaml?" in capsys.readouterr().err
+
+
+def test_a_cut_recipe_has_the_way_on(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = interrupted(fake)
+    paths.recipe_path.write_text("{")
+    assert main(["why", "runs/toy/a"]) == 2
+    said = capsys.readouterr().err
+    assert "runs/toy/a is unreadable: " in said and "recipe.json" in said
+    assert "hint: `runner launch recipes/toy/a.yaml --fresh` moves the run aside" in said
+    Path(RECIPE).unlink()
+    assert main(["why", "runs/toy/a"]) == 2
+    assert "hint: `runner launch RECIPE --fresh`" in capsys.readouterr().err
+
+
 def test_a_run_that_was_never_started(fake: FakeLauncher, why: Any) -> None:
     fake.add("a")
     lines = why(RECIPE)
