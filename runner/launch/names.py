@@ -4,11 +4,13 @@ on.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from runner.checkpoints.choose import read_inventory
 from runner.errors import RefusedError
-from runner.recipe.hub import CommitFinder, list_hub_names, require_commit
+from runner.recipe.hub import CommitFinder, HubName, list_hub_names, require_commit
 from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
 from runner.run.siblings import Loaded, find_runs_by_commit, read_grid
@@ -22,20 +24,24 @@ class NamesOnHub:
         self._grids: dict[Path, list[Loaded]] = {}
 
     def settle(self, recipe: Recipe, facts: RunFacts) -> dict[str, str]:
-        """The commits of a run, by dotted key: as recorded, and of a run that has loaded nothing
-        yet, of all its names. What nobody can tell is left out.
+        """The commits of a run, by dotted key: as recorded, and of a run without any checkpoint, of
+        all its names. What nobody can tell is left out.
 
         Raises:
             RefusedError: a recorded commit is gone; or a branch or tag that the recipe states is
                 another commit than in the other runs of the grid.
+            OSError: the hub does not answer.
         """
         commits = {} if facts.stored is None else dict(facts.stored.commits)
         names = list_hub_names(recipe)
         for key in names.keys() & commits.keys():
             require_commit(key, names[key], commits[key])
-        if facts.paths.samples_path.exists():  # what it has loaded nobody can tell any more
+        missing = sorted(names.keys() - commits.keys())
+        if missing and read_inventory(facts.paths).kept:
+            for key in missing:
+                _warn_of_unknown(facts, key, names[key])
             return commits
-        for key in sorted(names.keys() - commits.keys()):
+        for key in missing:
             commit = self._finder.find(names[key])
             if commit is not None:
                 new = Loaded(facts.paths.run_dir, names[key], commit)
@@ -48,6 +54,15 @@ class NamesOnHub:
         if grid_dir not in self._grids:
             self._grids[grid_dir] = read_grid(grid_dir)
         return self._grids[grid_dir]
+
+
+def _warn_of_unknown(facts: RunFacts, key: str, name: HubName) -> None:
+    print(
+        f"warning: `{key}`: nobody knows at which commit {facts.paths.run_dir} loaded {name}: its"
+        " checkpoints are continued on whatever the name stands for now",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def refuse_moved(key: str, new: Loaded, loaded: Iterable[Loaded]) -> None:
