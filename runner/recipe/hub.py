@@ -252,6 +252,13 @@ def _open_hub() -> Any:
     return Impatient()
 
 
+def is_offline() -> bool:
+    """True where the hub's client asks nobody, as the environment says."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def require_commit(key: str, name: HubName, commit: str) -> None:
     """Ask nobody where the cache has what was loaded at the commit, else the hub whether it still
     has it; without an answer, loading says what is wrong.

@@ -276,6 +276,41 @@ def test_what_nobody_knows_is_not_recorded(fake: FakeLauncher, hub: MovingHub) -
     assert "warning: `data.train.path`: nobody knows at which commit" in result.stderr
 
 
+def test_a_checkpoint_that_was_made_without_the_hub_is_not_continued_with_it(
+    fake: FakeLauncher, hub: MovingHub
+) -> None:
+    """An older version did not say, so that what it wrote is only warned of."""
+    add(fake, "a", told="exit 1")
+    assert launch(fake, hub, "a", offline=True).returncode == LOST
+    save(fake, "a", commits={})
+    result = launch(fake, hub, "a")
+    assert result.returncode == REFUSED and fake.started() == ["a"]
+    assert "`data.train.path`: nobody knows at which commit" in result.stderr
+    assert "HF_HUB_OFFLINE=1" in result.stderr and "--fresh" in result.stderr
+    result = launch(fake, hub, "a", offline=True)
+    assert result.returncode == LOST and "warning: `model.path`: nobody knows" in result.stderr
+
+
+def test_a_checkpoint_brings_its_commits_along(fake: FakeLauncher, hub: MovingHub) -> None:
+    """Where `recipe.json` was lost, and into a run that has loaded something else but saved
+    nothing.
+    """
+    add(fake, "a", "b", told="exit 1")
+    launch(fake, hub, "a")
+    cache_all(fake, A)
+    folder = save(fake, "a", commits={"model.path": A, "data.train.path": A})
+    move(hub, B)
+    launch(fake, hub, "b")
+    assert read_commits(fake, "b")["model.path"] == B
+    hub.take_requests()
+    assert launch(fake, hub, "b", "--resume", str(folder)).returncode == LOST
+    assert read_commits(fake, "b") == {"model.path": A, "data.train.path": A}
+    fake.paths("a").recipe_path.unlink()
+    assert launch(fake, hub, "a").returncode == LOST
+    assert read_commits(fake, "a") == {"model.path": A, "data.train.path": A}
+    assert hub.take_requests() == []
+
+
 def test_a_run_without_checkpoints_starts_anew_at_what_is_found_then(
     fake: FakeLauncher, hub: MovingHub
 ) -> None:
