@@ -264,19 +264,30 @@ def require_commit(key: str, name: HubName, commit: str) -> None:
     has it; without an answer, loading says what is wrong.
 
     Raises:
-        RefusedError: neither has it.
+        RefusedError: neither has it, or the hub does not let this machine read it.
     """
     if is_cached(name.kind, name.name, commit):
         return
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
+    loaded = f"`{key}`: this run loaded {name.name} at the commit {commit}, which is"
     try:
         _open_hub().repo_info(name.name, repo_type=name.kind, revision=commit)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
+    except RevisionNotFoundError:
         raise RefusedError(
-            f"`{key}`: this run loaded {name.name} at the commit {commit}, which is neither in the"
-            " cache of this machine nor on the hub any more",
+            f"{loaded} neither in the cache of this machine nor on the hub any more",
             hint="bring it back into the cache, or start anew with `runner launch RECIPE --fresh`",
+        ) from None
+    except HfHubHTTPError as error:
+        # The hub says the same of what is private, what is gated and what is not there.
+        if error.response.status_code not in (401, 403, 404):
+            return
+        raise RefusedError(
+            f"{loaded} not in the cache of this machine, and the hub does not give {name.name} to"
+            f" who asks here ({type(error).__name__}): it needs a token that may read it, or was"
+            " deleted",
+            hint="`hf auth login`, or HF_TOKEN in the environment; where it was deleted, start anew"
+            " with `runner launch RECIPE --fresh`",
         ) from None
     except Exception:  # no network, say
         return

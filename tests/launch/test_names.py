@@ -165,6 +165,20 @@ def test_a_data_set_that_is_gone_is_refused(fake: FakeLauncher, hub: MovingHub) 
     result = launch(fake, hub, "a")
     assert result.returncode == REFUSED and fake.started() == ["a"]
     assert f"`data.train.path`: this run loaded org/rows at the commit {A}" in result.stderr
+    assert "or was deleted" in result.stderr
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_may_not_be_read_here_is_not_called_gone(
+    fake: FakeLauncher, hub: MovingHub, status: int
+) -> None:
+    add(fake, "a", told="exit 1")
+    launch(fake, hub, "a")
+    hub.refuses_with = status
+    result = launch(fake, hub, "a")
+    assert result.returncode == REFUSED and fake.started() == ["a"]
+    assert "it needs a token that may read it" in result.stderr
+    assert "HF_TOKEN" in result.stderr and "on the hub any more" not in result.stderr
 
 
 def test_a_stated_branch_that_moved_is_refused_with_the_line_to_paste(

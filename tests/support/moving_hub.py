@@ -85,7 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
         if self.hub.refuses_with is not None and path.startswith("/api/"):
-            self._send(b"{}", status=self.hub.refuses_with)
+            code = {401: "RepoNotFound", 403: "GatedRepo"}.get(self.hub.refuses_with, "")
+            self._send(b"{}", status=self.hub.refuses_with, error=code)
             return
         for (kind, name), repository in self.hub.repositories.items():
             api = f"/api/{kind}/{name}"
