@@ -315,6 +315,9 @@ def load_arguments(model: ModelSection, *, with_weights: bool = False) -> dict[s
 def fetch_model(name: str, commit: str, *, with_weights: bool, asks_hub: bool = True) -> bool:
     """True where the files of a model are in the cache, downloaded if need be; nobody is asked
     where they were there.
+
+    A cache that others filled does not list what belongs to a commit. Then the hub is asked, and
+    where it does not say (it has squashed its history, say), what is there is taken.
     """
     from huggingface_hub import snapshot_download
 
@@ -335,7 +338,7 @@ def fetch_model(name: str, commit: str, *, with_weights: bool, asks_hub: bool = 
             snapshot_download(name, revision=commit, allow_patterns=files)
         return all((folder / file).exists() for file in files)
     except Exception:  # of a dozen kinds: who loads it says what is wrong
-        return False
+        return asks_hub and fetch_model(name, commit, with_weights=with_weights, asks_hub=False)
 
 
 def _list_weights(folder: Path) -> list[str]:
