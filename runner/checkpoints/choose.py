@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 from runner.checkpoints.archive import ArchiveError, extract_archive, load_archived_marker
 from runner.checkpoints.compare import (
+    COMMITS,
     LAUNCH_AS_BEFORE,
     Comparison,
     compare_fingerprints,
@@ -489,6 +490,20 @@ def _read_marker(path: Path) -> Marker | None:
         return load_marker(path) if path.is_dir() else load_archived_marker(path)
     except (CorruptFileError, OSError):
         return None
+
+
+def find_commits(paths: RunPaths, resume: str, recipe_digest: str) -> Mapping[str, Any] | None:
+    """The commits of names on the hub that the checkpoint states which an attempt would go on from:
+    the newest of the run's own, else the one at the path `resume`. None where there is none of this
+    recipe, or an older version wrote it.
+    """
+    own = [kept.marker for kept in read_inventory(paths).kept.values()]
+    is_path = resume not in ("auto", "none", "latest", "best") and "://" not in resume
+    marker = own[-1] if own else _read_marker(Path(resume)) if is_path else None
+    if marker is None or marker.fingerprint.get("recipe_digest") != recipe_digest:
+        return None
+    stated: Mapping[str, Any] | None = marker.fingerprint.get(COMMITS)
+    return stated
 
 
 def describe_rewind(step: int) -> str:

@@ -17,6 +17,13 @@ from runner.recipe.identity import diff_payloads
 LAUNCH_AS_BEFORE: Final = (
     "launch as before, or start over with `--fresh`, which moves the old run aside"
 )
+# What names on the hub were loaded at, by dotted key. No part of `build_resume_fingerprint`: who
+# looks ahead does not know it, and older checkpoints do not state it.
+COMMITS: Final = "commits"
+_SAME_COMMITS: Final = (
+    "get the checkpoint's folder or ZIP file here, and launch with `--resume PATH` (and `--fresh`,"
+    " where the run has other checkpoints): that loads the commits which the checkpoint states"
+)
 # Follow from the recipe's global batch, the number of processes and `Attempt.micro_batch_divisor`.
 _MICRO_BATCH: Final = frozenset(
     {
@@ -54,7 +61,10 @@ def compare_fingerprints(marker: Marker, current: Mapping[str, Any]) -> Comparis
     stored_versions = stored.get("versions", {})
     return Comparison(
         marker.step,
-        tuple(diff_payloads(_without_versions(stored), _without_versions(current))),
+        (
+            *diff_payloads(_without_versions(stored), _without_versions(current)),
+            *_find_other_commits(stored, current),
+        ),
         tuple(
             diff_payloads(
                 {name: stored_versions.get(name, "(absent)") for name in versions},
@@ -65,11 +75,24 @@ def compare_fingerprints(marker: Marker, current: Mapping[str, Any]) -> Comparis
     )
 
 
+def _find_other_commits(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """One line for each name that the checkpoint was trained on at a commit that this launch does
+    not load; what either does not know at all is not compared.
+    """
+    before, now = stored.get(COMMITS) or {}, current.get(COMMITS)
+    if now is None:
+        return []
+    now = {key: now.get(key, "(not recorded)") for key in before}
+    return diff_payloads(before, now, f"{COMMITS}.")
+
+
 def refuse_other_fingerprint(marker: Marker, current: Mapping[str, Any], hint: str) -> None:
     """Raises: RefusedError where a checkpoint is of another experiment or launch; versions are left
     to others.
     """
     if differences := compare_fingerprints(marker, current).differences:
+        are_commits = all(line.startswith(f"{COMMITS}.") for line in differences)
+        hint = _SAME_COMMITS if are_commits else hint
         raise RefusedError(describe_obstacles(marker.step, differences), hint=hint)
 
 
@@ -117,6 +140,8 @@ def suggest_ways_out(obstacles: tuple[str, ...], command: str = "runner launch R
     if "num_processes" in others and others <= {"num_processes", *_MICRO_BATCH}:
         before = next(line for line in obstacles if line.startswith("num_processes: "))
         ways.append(f"{command} --num-processes {before.split()[1]}  # as before")
+    elif others and all(key.startswith(f"{COMMITS}.") for key in others):
+        ways.append(_SAME_COMMITS)
     elif others:
         ways.append("change back what is named above")
     if keys > others:
@@ -128,7 +153,8 @@ def suggest_ways_out(obstacles: tuple[str, ...], command: str = "runner launch R
 
 
 def _without_versions(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fingerprint.items() if key != "versions"}
+    apart = ("versions", COMMITS)
+    return {key: value for key, value in fingerprint.items() if key not in apart}
 
 
 def _keys_of(lines: tuple[str, ...]) -> set[str]:

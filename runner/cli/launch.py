@@ -383,5 +383,5 @@ def _prepare(planned: Launch, command: LaunchCommand) -> None:
         facts = read_facts(paths, lease=lease)
         divisor = find_divisor(facts, planned.recipe)
         refuse_uncontinuable(planned, command, facts, divisor)
-        prepare_run(planned.recipe, planned.contents, facts, NamesOnHub())
+        prepare_run(planned.recipe, planned.contents, facts, NamesOnHub(), planned.resume)
         open_attempt(planned, command, facts, divisor, read_git_state())

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from runner.checkpoints.choose import look_ahead, read_inventory
+from runner.checkpoints.choose import find_commits, look_ahead, read_inventory
 from runner.checkpoints.marker import list_committed
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import write_json_atomic
@@ -67,9 +67,11 @@ def prepare_run(
     contents: Mapping[str, str],
     facts: RunFacts,
     names: NamesOnHub | None = None,
+    resume: str = "auto",
 ) -> None:
     """Write `recipe.json` of a run that is not complete; refuse a directory that holds another
-    experiment. `names` finds what names on the hub stand for; None: nobody is asked.
+    experiment. `names` finds what names on the hub stand for; None: nobody is asked. `resume` is
+    `Attempt.resume`.
 
     The caller holds the lease, under which the facts were read. `contents` is whole.
     """
@@ -91,13 +93,16 @@ def prepare_run(
         stored = facts.stored
         if stored is not None:
             recipe = stored.state_as_before(recipe)
-        known = {} if stored is None else stored.commits
+        digest = derive_digest(recipe, contents)
+        known = {} if stored is None else dict(stored.commits)
+        if names is not None:
+            known = names.settle(recipe, facts, find_commits(paths, resume, digest))
         content = StoredRecipe(
             recipe=_keep_declared(recipe, facts),
-            recipe_digest=derive_digest(recipe, contents),
+            recipe_digest=digest,
             contents=dict(contents),
             rules=RULES,
-            commits=known if names is None else names.settle(recipe, facts),
+            commits=known,
         )
         write_json_atomic(paths.recipe_path, content.model_dump(mode="json"))
 
@@ -457,7 +462,7 @@ def start_attempt(
         derive_accumulation(recipe, launch.num_processes, divisor)
         if facts.result is None:
             refuse_uncontinuable(launch, command, facts, divisor)
-        prepare_run(recipe, launch.contents, facts, names or NamesOnHub())
+        prepare_run(recipe, launch.contents, facts, names or NamesOnHub(), launch.resume)
         if launch.is_repair and facts.result is None:
             raise RefusedError(f"{paths.run_dir} is not completed any more: nothing to repair")
         if facts.result is not None and not launch.is_repair:

@@ -4,11 +4,21 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from runner.checkpoints.choose import read_inventory
 from runner.errors import RefusedError
-from runner.recipe.hub import CommitFinder, list_hub_names, require_commit
+from runner.recipe.hub import (
+    CommitFinder,
+    HubName,
+    is_commit,
+    is_offline,
+    list_hub_names,
+    require_commit,
+)
 from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
 from runner.run.siblings import Loaded, find_runs_by_commit, read_grid
@@ -21,21 +31,35 @@ class NamesOnHub:
         self._finder = CommitFinder()
         self._grids: dict[Path, list[Loaded]] = {}
 
-    def settle(self, recipe: Recipe, facts: RunFacts) -> dict[str, str]:
-        """The commits of a run, by dotted key: as recorded, and of a run that has loaded nothing
-        yet, of all its names. What nobody can tell is left out.
+    def settle(
+        self, recipe: Recipe, facts: RunFacts, carried: Mapping[str, Any] | None = None
+    ) -> dict[str, str]:
+        """The commits of a run, by dotted key: as recorded, and of a run without any checkpoint, of
+        all its names. What nobody can tell is left out. `carried` are those that the checkpoint
+        states which it goes on from; a run without one of its own takes all of them.
 
         Raises:
             RefusedError: a recorded commit is gone; or a branch or tag that the recipe states is
-                another commit than in the other runs of the grid.
+                another commit than in the other runs of the grid; or nobody knows the commit that
+                checkpoints were made with, and the hub may give another one.
+            OSError: the hub does not answer.
         """
         commits = {} if facts.stored is None else dict(facts.stored.commits)
         names = list_hub_names(recipe)
+        has_own = bool(read_inventory(facts.paths).kept)
+        for key, commit in (carried or {}).items():
+            if key in names and is_commit(commit) and not (has_own and key in commits):
+                commits[key] = commit
         for key in names.keys() & commits.keys():
             require_commit(key, names[key], commits[key])
-        if facts.paths.samples_path.exists():  # what it has loaded nobody can tell any more
+        missing = sorted(names.keys() - commits.keys())
+        if missing and has_own:
+            for key in missing:
+                # Without the hub, the cache has what it had.
+                may_warn = carried is None or is_offline()
+                _say_unknown(facts, key, names[key], may_warn=may_warn)
             return commits
-        for key in sorted(names.keys() - commits.keys()):
+        for key in missing:
             commit = self._finder.find(names[key])
             if commit is not None:
                 new = Loaded(facts.paths.run_dir, names[key], commit)
@@ -48,6 +72,27 @@ class NamesOnHub:
         if grid_dir not in self._grids:
             self._grids[grid_dir] = read_grid(grid_dir)
         return self._grids[grid_dir]
+
+
+def _say_unknown(facts: RunFacts, key: str, name: HubName, *, may_warn: bool) -> None:
+    """Say that a run would go on from checkpoints of an unknown commit. Those that an older version
+    wrote may go on so.
+
+    Raises:
+        RefusedError: this version wrote them, without the hub.
+    """
+    message = (
+        f"`{key}`: nobody knows at which commit {facts.paths.run_dir} loaded {name}, and its"
+        " checkpoints would be continued on whatever the name stands for now"
+    )
+    if may_warn:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+        return
+    raise RefusedError(
+        message,
+        hint="go on from the cache alone, with HF_HUB_OFFLINE=1 in the environment, or start anew"
+        " with `runner launch RECIPE --fresh`",
+    )
 
 
 def refuse_moved(key: str, new: Loaded, loaded: Iterable[Loaded]) -> None:

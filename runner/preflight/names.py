@@ -4,6 +4,7 @@ yet, those that their names stand for now.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,13 @@ def _find_new(
     names: dict[str, HubName], recorded: dict[str, str], finder: CommitFinder
 ) -> dict[str, str]:
     """The commits of what a run has not recorded, as far as somebody knows them."""
-    found = {key: finder.find(name) for key, name in names.items() if key not in recorded}
-    return {key: commit for key, commit in found.items() if commit is not None}
+    found = {}
+    for key, name in names.items():
+        # Where the hub does not answer, whoever loads says so.
+        with contextlib.suppress(OSError):
+            if key not in recorded and (commit := finder.find(name)) is not None:
+                found[key] = commit
+    return found
 
 
 def _find_recorded(recipe: Recipe, output_root: Path) -> dict[str, str]:

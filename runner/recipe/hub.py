@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ _COMMIT: Final = re.compile("[0-9a-f]{40}")
 DEFAULT_BRANCH: Final = "main"
 # The hub answers such a question in well under a second.
 _ANSWER_SECONDS: Final = 10.0
+# A hub that did not answer is not asked again for so long: each run of a sweep would wait for it.
+_SILENCE_SECONDS: Final = 30.0
+# What an HTTP server says that may say otherwise soon.
+_TRY_LATER: Final = (408, 425, 429)
 # Files of a model beside its weights: configurations, vocabularies, chat templates.
 _BESIDE_WEIGHTS: Final = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"),
@@ -129,6 +134,17 @@ def _restate(recipe: Recipe, revisions: Mapping[str, str | None]) -> Recipe:
     return recipe.model_copy(update=update)
 
 
+class _NoAnswer(OSError):
+    """The hub may say later which commit a name is."""
+
+    def __init__(self, name: HubName, why: str) -> None:
+        super().__init__(
+            f"the hub does not say which commit {name} is ({why}); where there is no network,"
+            " HF_HUB_OFFLINE=1 takes what the cache has"
+        )
+        self.why = why
+
+
 class CommitFinder:
     """Finds the commit of a name: each name is asked for once, so that all runs of a sweep get the
     same one however long it lasts.
@@ -136,29 +152,93 @@ class CommitFinder:
 
     def __init__(self) -> None:
         self._found: dict[HubName, str] = {}
+        self._silence = ""  # why the hub gave no answer,
+        self._silent_until = 0.0  # and until when it is not asked again
 
     def find(self, name: HubName) -> str | None:
-        """The commit: of the hub, or of its cache where the hub is out of reach. None where neither
-        says: then loading says why, in the words of the library that loads.
+        """The commit: of the hub, or of its cache where the hub is out of reach. None where the hub
+        says no, or is not to be asked, and the cache has none: then loading says why, in the words
+        of the library that loads.
+
+        Raises:
+            OSError: the hub does not say, and may say it later; what is loaded meanwhile, nobody
+                would know.
         """
         if name.is_fixed:
             return name.revision
         if name not in self._found:
-            commit = _ask_for_commit(name)
+            commit = self._ask(name)
             if commit is None:
                 return None
             self._found[name] = commit
         return self._found[name]
 
+    def _ask(self, name: HubName) -> str | None:
+        if time.monotonic() < self._silent_until:
+            if (commit := _find_cached(name)) is not None:
+                return commit
+            raise _NoAnswer(name, self._silence)
+        try:
+            return _ask_for_commit(name)
+        except _NoAnswer as error:
+            self._silence = error.why
+            self._silent_until = time.monotonic() + _SILENCE_SECONDS
+            raise
+
 
 def _ask_for_commit(name: HubName) -> str | None:
-    api = _open_hub()
+    from huggingface_hub.errors import RevisionNotFoundError
+
     try:
-        found = api.resolve_revision(name.name, repo_type=name.kind, revision=name.revision)
-    except Exception:  # of a dozen kinds: no such name, no right to read it, no network
+        found = _open_hub().resolve_revision(name.name, repo_type=name.kind, revision=name.revision)
+        commit = str(found.resolved)
+        if is_commit(commit):
+            return commit
+        why = f"it answered {commit[:50]!r}"
+    except RevisionNotFoundError:
         return None
-    commit = str(found.resolved)
-    return commit if is_commit(commit) else None
+    except Exception as error:  # of a dozen kinds: no such name, no right to read it, no network
+        if _is_final(error):
+            return _find_cached(name)
+        why = f"{type(error).__name__}: {error}"
+    if (prepared := _find_only_prepared(name)) is not None:
+        return prepared
+    raise _NoAnswer(name, why)
+
+
+def _is_final(error: Exception) -> bool:
+    """True where asking again later is of no use."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    # Of no hub and no cache, `resolve_revision` says the former's error as the cause.
+    for one in (error, error.__cause__):
+        if isinstance(one, HFValidationError | OfflineModeIsEnabled):
+            return True
+        if isinstance(one, HfHubHTTPError):
+            status = one.response.status_code
+            return 400 <= status < 500 and status not in _TRY_LATER
+    return False
+
+
+def _find_cached(name: HubName) -> str | None:
+    """The commit that the cache knows a name by."""
+    try:
+        found = _open_hub().resolve_revision(
+            name.name, repo_type=name.kind, revision=name.revision, local_files_only=True
+        )
+    except Exception:  # there is none, or it is no name
+        return _find_only_prepared(name)
+    return str(found.resolved) if is_commit(str(found.resolved)) else None
+
+
+def _find_only_prepared(name: HubName) -> str | None:
+    """The commit at which `datasets` has prepared rows, where there is but one: it would load them
+    without the hub.
+    """
+    if name.kind != "dataset" or name.revision is not None:
+        return None
+    prepared = {path.name for path in find_prepared(name.name, "*") if is_commit(path.name)}
+    return prepared.pop() if len(prepared) == 1 else None
 
 
 def _open_hub() -> Any:
@@ -172,24 +252,42 @@ def _open_hub() -> Any:
     return Impatient()
 
 
+def is_offline() -> bool:
+    """True where the hub's client asks nobody, as the environment says."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def require_commit(key: str, name: HubName, commit: str) -> None:
     """Ask nobody where the cache has what was loaded at the commit, else the hub whether it still
     has it; without an answer, loading says what is wrong.
 
     Raises:
-        RefusedError: neither has it.
+        RefusedError: neither has it, or the hub does not let this machine read it.
     """
     if is_cached(name.kind, name.name, commit):
         return
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
+    loaded = f"`{key}`: this run loaded {name.name} at the commit {commit}, which is"
     try:
         _open_hub().repo_info(name.name, repo_type=name.kind, revision=commit)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
+    except RevisionNotFoundError:
         raise RefusedError(
-            f"`{key}`: this run loaded {name.name} at the commit {commit}, which is neither in the"
-            " cache of this machine nor on the hub any more",
+            f"{loaded} neither in the cache of this machine nor on the hub any more",
             hint="bring it back into the cache, or start anew with `runner launch RECIPE --fresh`",
+        ) from None
+    except HfHubHTTPError as error:
+        # The hub says the same of what is private, what is gated and what is not there.
+        if error.response.status_code not in (401, 403, 404):
+            return
+        raise RefusedError(
+            f"{loaded} not in the cache of this machine, and the hub does not give {name.name} to"
+            f" who asks here ({type(error).__name__}): it needs a token that may read it, or was"
+            " deleted",
+            hint="`hf auth login`, or HF_TOKEN in the environment; where it was deleted, start anew"
+            " with `runner launch RECIPE --fresh`",
         ) from None
     except Exception:  # no network, say
         return
@@ -217,6 +315,9 @@ def load_arguments(model: ModelSection, *, with_weights: bool = False) -> dict[s
 def fetch_model(name: str, commit: str, *, with_weights: bool, asks_hub: bool = True) -> bool:
     """True where the files of a model are in the cache, downloaded if need be; nobody is asked
     where they were there.
+
+    A cache that others filled does not list what belongs to a commit. Then the hub is asked, and
+    where it does not say (it has squashed its history, say), what is there is taken.
     """
     from huggingface_hub import snapshot_download
 
@@ -237,7 +338,7 @@ def fetch_model(name: str, commit: str, *, with_weights: bool, asks_hub: bool = 
             snapshot_download(name, revision=commit, allow_patterns=files)
         return all((folder / file).exists() for file in files)
     except Exception:  # of a dozen kinds: who loads it says what is wrong
-        return False
+        return asks_hub and fetch_model(name, commit, with_weights=with_weights, asks_hub=False)
 
 
 def _list_weights(folder: Path) -> list[str]:

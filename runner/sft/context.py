@@ -17,6 +17,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from runner.checkpoints.compare import COMMITS
 from runner.checkpoints.remote import Uploader, open_run_folder
 from runner.errors import RefusedError, RunnerError
 from runner.files import write_json_atomic, write_json_unsynced
@@ -53,6 +54,7 @@ class RunContext:
     contents: Mapping[str, str] = field(default_factory=dict)  # `StoredRecipe.contents`
     base: AskedBase = "shared"  # `Attempt.base`
     is_repair: bool = False  # `Attempt.is_repair`
+    commits: Mapping[str, str] = field(default_factory=dict)  # `StoredRecipe.commits`
     uploader: Uploader | None = None  # of the main process, where the recipe names remote storage
     _opened_at: float = field(default_factory=time.perf_counter)
     _phase_seconds: dict[str, float] = field(default_factory=dict)
@@ -113,6 +115,7 @@ class RunContext:
             stored.contents,
             attempt.base,
             attempt.is_repair,
+            stored.commits,
         )
         if attempt.is_repair:  # the step and the loss that are shown stay those of the training
             trained = [one.number for one in record.attempts if not one.is_repair]
@@ -133,13 +136,14 @@ class RunContext:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
-        return build_resume_fingerprint(
+        fingerprint = build_resume_fingerprint(
             self.recipe,
             self.recipe_digest,
             self.num_processes,
             self.micro_batch_divisor,
             threads=os.environ.get("OMP_NUM_THREADS", "unset"),
         )
+        return {**fingerprint, COMMITS: dict(self.commits)}
 
     def open_uploader(self) -> None:
         """Reach for the remote storage, where the recipe names one; only the main process does.

@@ -11,16 +11,17 @@ import pytest
 from runner.checkpoints.archive import write_archive
 from runner.checkpoints.commit import commit_checkpoint
 from runner.checkpoints.marker import is_intact, list_committed, load_marker
-from runner.checkpoints.remote import open_run_folder
+from runner.checkpoints.remote import RemoteFolder, open_run_folder
 from runner.checkpoints.restore import choose_resume_step, resolve_checkpoint
 from runner.checkpoints.retention import strip_checkpoint
 from runner.errors import DataError, RefusedError
-from runner.recipe.parse import parse_recipe
+from runner.recipe.parse import Recipe, parse_recipe
 from runner.run.paths import RunPaths
 from tests.conftest import RECIPE_TEXT
 from tests.support.fake_checkpoints import (
     FINGERPRINT,
     commit,
+    commit_under,
     dies_at,
     flip_bit,
     listing,
@@ -331,14 +332,20 @@ def test_checkpoints_of_before_it_went_out_of_memory_are_left_behind(tmp_path: P
         choose_resume_step(paths, RECIPE, FINGERPRINT | SMALLER, named, divisor=2)
 
 
-def test_archives_of_before_it_went_out_of_memory_are_not_fetched(tmp_path: Path) -> None:
+def open_remote(root: Path) -> tuple[Recipe, RemoteFolder]:
+    """A recipe that loads from remote storage, and its folder there."""
     remote = (
-        f"checkpoints.remote={{url: 'file://{tmp_path}/remote', options: {{auto_mkdir: true}},"
+        f"checkpoints.remote={{url: 'file://{root}/remote', options: {{auto_mkdir: true}},"
         " load: true}"
     )
     recipe = parse_recipe(RECIPE_TEXT, where="recipe.yaml", overrides=(remote,))
     folder = open_run_folder(recipe)
     assert folder is not None
+    return recipe, folder
+
+
+def test_archives_of_before_it_went_out_of_memory_are_not_fetched(tmp_path: Path) -> None:
+    recipe, folder = open_remote(tmp_path)
     sender = make_paths(tmp_path / "sender")
     commit_cut(sender, CUT, 4, 8)
     folder.require_owner(FINGERPRINT["recipe_digest"], claim=True)
@@ -354,3 +361,28 @@ def test_archives_of_before_it_went_out_of_memory_are_not_fetched(tmp_path: Path
     write_archive(smaller.checkpoint_dir(4), smaller.archive_path(4))
     folder.send(smaller.archive_path(4), 4)
     assert choose_resume_step(paths, recipe, current, "auto", folder, divisor=2) == 4
+
+
+def test_what_was_loaded_at_another_commit_is_refused(tmp_path: Path) -> None:
+    """From elsewhere, where nothing else says what the checkpoint was trained on."""
+    recipe, folder = open_remote(tmp_path)
+    known = {**FINGERPRINT, "commits": {"model.path": "a" * 40}}
+    elsewhere = make_paths(tmp_path / "elsewhere")
+    commit_under(elsewhere, 4, known)
+    source = str(elsewhere.checkpoint_dir(4))
+    write_archive(elsewhere.checkpoint_dir(4), elsewhere.archive_path(4))
+    folder.require_owner(FINGERPRINT["recipe_digest"], claim=True)
+    folder.send(elsewhere.archive_path(4), 4)
+    for number, commits in enumerate(({"model.path": "b" * 40}, {})):
+        moved = {**FINGERPRINT, "commits": commits}
+        for resume, remote in ((source, None), ("auto", folder)):
+            paths = make_paths(tmp_path / f"{number} {resume[:1]}")
+            with pytest.raises(RefusedError, match=r"commits\.model\.path: .*aaa") as refused:
+                choose_resume_step(paths, recipe, moved, resume, remote)
+            assert "--resume PATH" in str(refused.value) and not list_committed(paths)
+    same = make_paths(tmp_path / "same")
+    assert choose_resume_step(same, recipe, known, source) == 4
+    assert choose_resume_step(make_paths(tmp_path / "nobody"), recipe, FINGERPRINT, source) == 4
+    older = make_paths(tmp_path / "older")
+    commit(older, 4)
+    assert choose_resume_step(older, recipe, known, "auto") == 4

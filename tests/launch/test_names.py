@@ -5,13 +5,15 @@ within a grid. The hub is on loopback and its branch moves; the trainer is a fak
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from runner.recipe.identity import build_resume_fingerprint
+from runner.run.record import load_stored_recipe
+from tests.support.fake_checkpoints import commit_under
 from tests.support.fake_launcher import BIN_DIR, FakeLauncher, fake
 from tests.support.moving_hub import MovingHub, moving_hub
 
@@ -85,6 +87,16 @@ def add(
         path.write_text(text.replace("path: data.jsonl", f"path: org/rows, revision: {rows}"))
 
 
+def save(fake: FakeLauncher, name: str, **more: object) -> Path:
+    """The checkpoint of a run, as its trainer would write it; `more` is of its fingerprint."""
+    stored, paths = load_stored_recipe(fake.paths(name)), fake.paths(name)
+    assert stored is not None
+    fingerprint = build_resume_fingerprint(stored.recipe, stored.recipe_digest, 1, threads="1")
+    paths.checkpoints_dir.mkdir(exist_ok=True)
+    commit_under(paths, 4, {**fingerprint, **more})
+    return paths.checkpoint_dir(4)
+
+
 def read_commits(fake: FakeLauncher, name: str) -> dict[str, str]:
     commits: dict[str, str] = json.loads(fake.paths(name).recipe_path.read_text())["commits"]
     return commits
@@ -153,6 +165,20 @@ def test_a_data_set_that_is_gone_is_refused(fake: FakeLauncher, hub: MovingHub) 
     result = launch(fake, hub, "a")
     assert result.returncode == REFUSED and fake.started() == ["a"]
     assert f"`data.train.path`: this run loaded org/rows at the commit {A}" in result.stderr
+    assert "or was deleted" in result.stderr
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_may_not_be_read_here_is_not_called_gone(
+    fake: FakeLauncher, hub: MovingHub, status: int
+) -> None:
+    add(fake, "a", told="exit 1")
+    launch(fake, hub, "a")
+    hub.refuses_with = status
+    result = launch(fake, hub, "a")
+    assert result.returncode == REFUSED and fake.started() == ["a"]
+    assert "it needs a token that may read it" in result.stderr
+    assert "HF_TOKEN" in result.stderr and "on the hub any more" not in result.stderr
 
 
 def test_a_stated_branch_that_moved_is_refused_with_the_line_to_paste(
@@ -256,11 +282,88 @@ def test_what_nobody_knows_is_not_recorded(fake: FakeLauncher, hub: MovingHub) -
     add(fake, "a", told="write samples.json {}")
     assert launch(fake, hub, "a", offline=True).returncode == LOST
     assert read_commits(fake, "a") == {}
-    assert launch(fake, hub, "a").returncode == LOST
+    save(fake, "a")
+    hub.take_requests()
+    result = launch(fake, hub, "a")
     assert read_commits(fake, "a") == {} and hub.take_requests() == []
-    shutil.rmtree(fake.paths("a").run_dir)
+    assert "warning: `model.path`: nobody knows at which commit" in result.stderr
+    assert "warning: `data.train.path`: nobody knows at which commit" in result.stderr
+
+
+def test_a_checkpoint_that_was_made_without_the_hub_is_not_continued_with_it(
+    fake: FakeLauncher, hub: MovingHub
+) -> None:
+    """An older version did not say, so that what it wrote is only warned of."""
+    add(fake, "a", told="exit 1")
+    assert launch(fake, hub, "a", offline=True).returncode == LOST
+    save(fake, "a", commits={})
+    result = launch(fake, hub, "a")
+    assert result.returncode == REFUSED and fake.started() == ["a"]
+    assert "`data.train.path`: nobody knows at which commit" in result.stderr
+    assert "HF_HUB_OFFLINE=1" in result.stderr and "--fresh" in result.stderr
+    result = launch(fake, hub, "a", offline=True)
+    assert result.returncode == LOST and "warning: `model.path`: nobody knows" in result.stderr
+
+
+def test_a_checkpoint_brings_its_commits_along(fake: FakeLauncher, hub: MovingHub) -> None:
+    """Where `recipe.json` was lost, and into a run that has loaded something else but saved
+    nothing.
+    """
+    add(fake, "a", "b", told="exit 1")
+    launch(fake, hub, "a")
+    cache_all(fake, A)
+    folder = save(fake, "a", commits={"model.path": A, "data.train.path": A})
+    move(hub, B)
+    launch(fake, hub, "b")
+    assert read_commits(fake, "b")["model.path"] == B
+    hub.take_requests()
+    assert launch(fake, hub, "b", "--resume", str(folder)).returncode == LOST
+    assert read_commits(fake, "b") == {"model.path": A, "data.train.path": A}
+    fake.paths("a").recipe_path.unlink()
     assert launch(fake, hub, "a").returncode == LOST
-    assert read_commits(fake, "a")["model.path"] == A
+    assert read_commits(fake, "a") == {"model.path": A, "data.train.path": A}
+    assert hub.take_requests() == []
+
+
+def test_a_run_without_checkpoints_starts_anew_at_what_is_found_then(
+    fake: FakeLauncher, hub: MovingHub
+) -> None:
+    add(fake, "a", told="write samples.json {}")
+    assert launch(fake, hub, "a", offline=True).returncode == LOST
+    assert launch(fake, hub, "a").returncode == LOST
+    assert read_commits(fake, "a") == {"model.path": A, "data.train.path": A}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_nothing_is_started_while_the_hub_does_not_answer(
+    fake: FakeLauncher, hub: MovingHub, status: int
+) -> None:
+    """It would give the files, of a commit that nobody knows."""
+    add(fake, "a", "b")
+    hub.refuses_with = status
+    result = launch(fake, hub, "a")
+    assert result.returncode == LOST and fake.started() == []
+    assert "transient: " in result.stderr, result.stderr
+    assert "the hub does not say which commit the data set org/rows is" in result.stderr
+    assert str(status) in result.stderr and "HF_HUB_OFFLINE=1" in result.stderr
+    assert not fake.paths("a").recipe_path.exists()
+    hub.take_requests()
+    assert run(fake, hub, "sweep", "recipes/toy").returncode == 1 and fake.started() == []
+    assert len(hub.take_requests()) == 1, "one of both runs has asked"
+    hub.refuses_with = None
+    assert run(fake, hub, "sweep", "recipes/toy").returncode == 0
+    assert read_commits(fake, "a") == {"model.path": A, "data.train.path": A}
+
+
+def test_where_the_hub_says_no_the_cache_says_what_is_loaded(
+    fake: FakeLauncher, hub: MovingHub
+) -> None:
+    """As a private name without a token: the libraries load what is cached."""
+    add(fake, "a", "b")
+    launch(fake, hub, "a")
+    hub.refuses_with = 401
+    assert launch(fake, hub, "b").returncode == 0
+    assert read_commits(fake, "b") == {"model.path": A, "data.train.path": A}
 
 
 def test_a_local_path_is_no_name(fake: FakeLauncher, hub: MovingHub) -> None:

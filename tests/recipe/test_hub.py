@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +146,37 @@ def test_rows_are_those_of_their_commit_and_of_no_other_one(tmp_path: Path) -> N
         assert f"the commit {'c' * 40} is not in the cache" in str(loaded[1])
         (gone,) = load({"revision": "c" * 40})
         assert "cannot load the data set 'org/Rows'" in str(gone) and "exist" in str(gone)
+
+
+FETCH = """
+import sys
+from runner.recipe.hub import fetch_model
+print(fetch_model("org/tiny", sys.argv[1], with_weights=True))
+"""
+
+
+def test_a_cached_commit_is_loaded_after_the_hub_has_dropped_it(tmp_path: Path) -> None:
+    """Also where nothing lists what belongs to it, as in a cache that another tool filled."""
+
+    def fetch() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", FETCH, A],
+            env={**os.environ, **hub.environment(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    with moving_hub() as hub:
+        files = {"config.json": b"{}", "model.safetensors": b"w", "tokenizer.json": b"{}"}
+        hub.commit("models", "org/tiny", A, files)
+        assert fetch() == "True"
+        for folder in (tmp_path / "cache").rglob("trees"):
+            shutil.rmtree(folder)
+        hub.commit("models", "org/tiny", B, files)
+        del hub.repositories["models", "org/tiny"].commits[A]
+        assert fetch() == "True"
+        (weights,) = (tmp_path / "cache").rglob(f"{A}/model.safetensors")
+        weights.unlink()
+        assert fetch() == "False"

@@ -5,6 +5,7 @@ a run, and between two runs.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,4 +131,35 @@ def test_ranks_of_a_later_attempt_ask_nobody_and_what_is_gone_is_refused(
     hub.take_requests()
     launch(project, "killed", *OVERRIDES, DDP, num_processes=2, environment=environment)
     assert hub.take_requests() == []
+    assert "resuming from step 4" in read_log(paths)
+
+
+def test_a_checkpoint_without_its_run_is_continued_on_its_own_commits_only(
+    project: Project, hub: MovingHub
+) -> None:
+    """The machine is gone, and the branch has moved on."""
+    environment = hub.environment(project.root / "cache")
+    place = f"file://{project.root}/remote"
+    remote = f"checkpoints.remote={{url: '{place}', options: {{auto_mkdir: true}}, load: true}}"
+    overrides = (*OVERRIDES, remote, "checkpoints.archive=zip")
+    paths = launch_killed_at(
+        project,
+        "killed",
+        *overrides,
+        event="os.rename",
+        path="step-6/COMMITTED.json",
+        environment=environment,
+    )
+    (archive,) = (project.root / "remote").rglob("step-4.zip")
+    shutil.rmtree(paths.run_dir)
+    move(hub, project)
+    other = try_launch(project, "killed", *overrides, environment=environment)
+    assert other.returncode == 10, other.stderr
+    assert f'commits.model.path: "{A}" -> "{B}"' in other.stderr
+    assert f'commits.data.train.path: "{A}" -> "{B}"' in other.stderr
+    assert "--resume PATH" in other.stderr
+    arguments = ("launch", "recipe.yaml", *overrides, "--name", "killed")
+    done = project.cli(*arguments, "--resume", str(archive), environment=environment)
+    assert done.returncode == 0, f"{done.stderr}\n{read_log(paths)}"
+    assert load_json(paths.recipe_path)["commits"] == {"model.path": A, "data.train.path": A}
     assert "resuming from step 4" in read_log(paths)

@@ -39,6 +39,8 @@ class MovingHub:
     url: str = ""
     repositories: dict[tuple[Kind, str], Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)  # method and path, in order
+    # The HTTP status of all that is asked about repositories; their files are given all the same.
+    refuses_with: int | None = None
 
     def commit(self, kind: Kind, name: str, commit: str, files: Files) -> None:
         """A new commit, to which the branch `main` moves."""
@@ -82,6 +84,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(size)
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
+        if self.hub.refuses_with is not None and path.startswith("/api/"):
+            code = {401: "RepoNotFound", 403: "GatedRepo"}.get(self.hub.refuses_with, "")
+            self._send(b"{}", status=self.hub.refuses_with, error=code)
+            return
         for (kind, name), repository in self.hub.repositories.items():
             api = f"/api/{kind}/{name}"
             resolve = f"/datasets/{name}/resolve/" if kind == "datasets" else f"/{name}/resolve/"
