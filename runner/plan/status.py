@@ -222,6 +222,9 @@ def _derive_readable(
             return RunStatus(state="damaged", why=describe_damage(damage), damage=damage, **known)
         known["is_model_removed"] = is_model_removed(manifest, sizes)
         return RunStatus(state="completed", why=f"stopped by {result.stop_reason}", **known)
+    if facts.is_result_lost:
+        damage = {facts.paths.result_path.name: "is missing"}
+        return RunStatus(state="damaged", why=describe_damage(damage), damage=damage, **known)
     known |= _look_ahead(facts, inventory, recipe, num_processes, resume)
     if last is None:
         return RunStatus(state="pending", why="never started", **known)
@@ -254,7 +257,8 @@ def verify_files(facts: RunFacts, status: RunStatus) -> RunStatus:
     if status.state not in ("completed", "damaged"):
         return status
     result, paths = facts.result, facts.paths
-    assert result is not None, "it is completed"
+    if result is None:  # which is the damage
+        return status
     try:
         damage = find_damage(paths, result.files or {}) or find_other_result(paths)
         rows = [] if damage else load_jsonl(paths.eval_rows_path)

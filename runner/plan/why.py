@@ -47,7 +47,10 @@ RULES: Final[Mapping[State, str]] = {
     "unreadable": "a record in the run directory is not what was written there",
     "running": "somebody holds `lease`, here or on another machine",
     "changed": "`recipe.json` states another digest than the recipe and its files have now",
-    "damaged": "a file that `result.json` lists is missing, or is not as it was recorded",
+    "damaged": (
+        "`result.json` of a run that an attempt completed, or a file that it lists, is missing or is"
+        " not as it was recorded"
+    ),
     "completed": "`result.json` is there, of the digest in `recipe.json`",
     "pending": "`run.json` holds no attempt that was started",
     "interrupted": (

@@ -234,8 +234,46 @@ def test_a_repair_goes_with_no_other_way_to_start(say: Say) -> None:
         assert code == 2 and "goes with none of" in errors
 
 
+@pytest.mark.parametrize("exit_status", [0, None])
+def test_a_result_that_is_lost_is_damage_and_trains_nothing(
+    say: Say, exit_status: int | None
+) -> None:
+    paths = paths_of("hurt")
+    record = load_json(paths.record_path)
+    record["attempts"][0]["exit_status"] = exit_status
+    killed = record["attempts"][0] | {"number": 2, "ended_at_utc": None}
+    write_json_atomic(paths.record_path, {"attempts": [*record["attempts"], killed]})
+    paths.result_path.unlink()
+    before = {path: path.read_bytes() for path in paths.run_dir.rglob("*") if path.is_file()}
+    assert read_states(say)["hurt"] == "damaged"
+    for verb in ("sweep", "rerun"):
+        code, output, errors = say(verb, "recipes")
+        assert code == 1 and "refuse  tests/hurt  damaged: result.json is missing" in output
+        assert "put the files back as they were" in errors and "--fresh" in errors
+    for option in ((), ("--prepare",), ("--resume", "latest"), ("--repair",)):
+        code, output, errors = say("launch", "recipes/hurt.yaml", *option)
+        assert code == 2 and "result.json is missing" in errors, option
+        assert "put the files back as they were" in errors and "Traceback" not in errors
+    assert "damaged: result.json is missing" in say("why", "recipes/hurt.yaml")[1]
+    for verb in (("report",), ("report", "--verify")):
+        code, output, errors = say(*verb, "recipes", "--format", "csv")
+        assert code == 1 and "tests/hurt is damaged: result.json is missing" in errors
+    code, _, errors = say("export", "runs/tests/hurt", "--output", "out")
+    assert code == 2 and "is damaged: result.json is missing" in errors
+    after = {path: path.read_bytes() for path in paths.run_dir.rglob("*") if path.is_file()}
+    assert {**after, **before} == after and load_json(paths.record_path)["attempts"][1] == killed
+
+
+def forget_end(name: str) -> None:
+    """The run as it was before its trainer wrote the result and its launcher the end."""
+    paths = paths_of(name)
+    paths.result_path.unlink()
+    (attempt,) = load_json(paths.record_path)["attempts"]
+    write_json_atomic(paths.record_path, {"attempts": [attempt | {"ended_at_utc": None}]})
+
+
 def test_what_is_not_completed_has_no_model_to_repair(say: Say) -> None:
-    paths_of("hurt").result_path.unlink()
+    forget_end("hurt")
     code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
     assert code == 2 and "only a completed run has a model to repair" in errors
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from runner.files import load_json, load_jsonl, write_text_atomic
+from runner.files import load_json, load_jsonl, write_json_atomic, write_text_atomic
 from runner.run.paths import RunPaths
 from runner.run.record import TrainResult
 from tests.conftest import RUNNER, Project, build_environment
@@ -313,6 +313,13 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 def list_files(folder: Path) -> list[Path]:
     """All files below a folder."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def forget_end(paths: RunPaths) -> None:
+    """The record as it was before the last attempt ended."""
+    content = load_json(paths.record_path)
+    content["attempts"][-1] |= {"ended_at_utc": None, "exit_status": None}
+    write_json_atomic(paths.record_path, content)
 
 
 def read_result(paths: RunPaths) -> TrainResult:
