@@ -247,6 +247,25 @@ def _derive_readable(
     )
 
 
+def verify_result(facts: RunFacts, status: RunStatus) -> RunStatus:
+    """The status, *damaged* where `result.json` of a completed run is not as it was written: asked
+    for wherever its numbers are shown. Reads that file alone, a few kilobytes.
+    """
+    if status.state not in ("completed", "damaged") or not facts.has_result:
+        return status
+    try:
+        return _add_damage(status, find_other_result(facts.paths))
+    except (CorruptFileError, OSError) as error:
+        return describe_unreadable(error)
+
+
+def _add_damage(status: RunStatus, damage: Mapping[str, str]) -> RunStatus:
+    if not damage:
+        return status
+    update = {"state": "damaged", "why": describe_damage(damage), "damage": dict(damage)}
+    return status.model_copy(update=update)
+
+
 def verify_files(facts: RunFacts, status: RunStatus) -> RunStatus:
     """The status, *damaged* where a byte of a completed run is not as it was recorded, or its
     result does not sum up its rows.
@@ -260,17 +279,15 @@ def verify_files(facts: RunFacts, status: RunStatus) -> RunStatus:
     if result is None:  # which is the damage
         return status
     try:
-        damage = find_damage(paths, result.files or {}) or find_other_result(paths)
+        # First: what an altered result lists is nothing to hold files against.
+        damage = find_other_result(paths) or find_damage(paths, result.files or {})
         rows = [] if damage else load_jsonl(paths.eval_rows_path)
     except (CorruptFileError, OSError) as error:
         return describe_unreadable(error)
     if rows and (contradictions := find_score_contradictions(result, rows)):
         what = f"is not what eval_rows.jsonl adds up to: {'; '.join(contradictions)}"
         damage = {paths.result_path.name: what}
-    if not damage:
-        return status
-    update = {"state": "damaged", "why": describe_damage(damage), "damage": damage}
-    return status.model_copy(update=update)
+    return _add_damage(status, damage)
 
 
 def is_verifiable(facts: RunFacts) -> bool:

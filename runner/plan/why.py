@@ -48,8 +48,8 @@ RULES: Final[Mapping[State, str]] = {
     "running": "somebody holds `lease`, here or on another machine",
     "changed": "`recipe.json` states another digest than the recipe and its files have now",
     "damaged": (
-        "`result.json` of a run that an attempt completed, or a file that it lists, is missing or is"
-        " not as it was recorded"
+        "`result.json` of a run that an attempt completed, or a file that it lists, is missing or"
+        " is not as it was recorded"
     ),
     "completed": "`result.json` is there, of the digest in `recipe.json`",
     "pending": "`run.json` holds no attempt that was started",

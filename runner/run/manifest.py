@@ -161,12 +161,16 @@ def sign_result(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_other_result(paths: RunPaths) -> dict[str, str]:
     """What is wrong with `result.json` by its own checksum, as `find_damage` says it; an older run
-    has none.
+    has none, and no manifest either.
     """
     content = load_json(paths.result_path)
-    stated = content.pop(_SIGNATURE, None) if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return {}
+    stated = content.pop(_SIGNATURE, None)
+    if stated is None and content.get("files") is None:
+        return {}
     try:
-        if stated is None or stated == hash_json(content):
+        if stated == hash_json(content):
             return {}
     except (ValueError, RecursionError):  # nothing that was ever signed
         pass

@@ -223,9 +223,20 @@ def test_a_result_that_its_rows_contradict_is_damaged(say: Say) -> None:
 
 def test_a_result_that_was_edited_is_damaged(say: Say) -> None:
     paths = paths_of("hurt")
-    write_json_atomic(paths.result_path, load_json(paths.result_path) | {"best_step": 4})
-    code, _, errors = say("report", "--verify", "recipes")
-    assert code == 1 and "result.json is not as it was written" in errors
+    result = load_json(paths.result_path)
+    result["tuned"]["test"]["completion_nll_sum"] = 10.5
+    content = paths.result_path.read_text()
+    write_json_atomic(paths.result_path, result)
+    assert len(content) == len(paths.result_path.read_text()), "sizes say nothing"
+    for verb in (("report",), ("report", "--verify")):
+        code, output, errors = say(*verb, "recipes", "--format", "csv")
+        (line,) = [line for line in output.splitlines() if "hurt" in line]
+        assert code == 1 and "damaged" in line and "0.52" not in line
+        assert "tests/hurt is damaged: result.json is not as it was written" in errors
+    _, output, _ = say("compare", "runs/tests/hurt", "runs/tests/whole")
+    assert "0.52" not in output
+    code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
+    assert code == 2 and "damaged where `--repair` writes nothing:\n  result.json" in errors
 
 
 def test_a_repair_goes_with_no_other_way_to_start(say: Say) -> None:

@@ -118,7 +118,10 @@ def test_a_result_that_was_edited_is_named(paths: RunPaths) -> None:
     content = load_json(paths.result_path)
     write_json_atomic(paths.result_path, content | {"best_metric": 1.25})
     assert list(find_other_result(paths)) == ["result.json"]
-    del content["result_sha256"]  # an older run has none
+    del content["result_sha256"]
+    write_json_atomic(paths.result_path, content)
+    assert list(find_other_result(paths)) == ["result.json"], "whoever lists files signs, too"
+    content["files"] = None  # an older run has neither
     write_json_atomic(paths.result_path, content)
     assert find_other_result(paths) == {}
     for hostile in ("[]", '{"result_sha256": "0", "x": NaN}'):

@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from runner.files import load_json, write_json_atomic
+from runner.run.manifest import sign_result
 from runner.run.paths import RunPaths
 from tests.conftest import Project
 from tests.support.training_runs import (
@@ -84,7 +85,7 @@ def test_another_export_than_was_recorded_leaves_the_old_one(finished: Project) 
     result = load_json(paths.result_path)
     del result["result_sha256"]
     result["files"]["model/generation_config.json"]["sha256"] = "0" * 64
-    write_json_atomic(paths.result_path, result)
+    write_json_atomic(paths.result_path, sign_result(result))
     before = outputs_of(paths)
     done = repair(finished, "repaired-otherwise")
     assert done.returncode == 10, read_log(paths)
