@@ -12,7 +12,7 @@ from pathlib import Path
 
 from runner.errors import CorruptFileError, RunnerError, escape_controls
 from runner.plan.select import Selected, UnreadableRun, select_recipes
-from runner.plan.status import RunStatus, read_status, verify_result
+from runner.plan.status import RunStatus, read_status, verify_records
 from runner.recipe.cache import RecipeCache
 from runner.recipe.contents import KnownContents, list_contents
 from runner.recipe.parse import Recipe
@@ -44,8 +44,8 @@ def select_anew(arguments: argparse.Namespace, paths: Sequence[str]) -> list[Sel
 
 
 def read_runs(selected: Iterable[Selected], known: KnownContents) -> list[ReadRun]:
-    """Recipe, facts with samples, and state of each run, hashing nothing but `result.json`, whose
-    numbers are shown.
+    """Recipe, facts with samples, and state of each run, hashing nothing but `result.json` and
+    `recipe.json`, whose numbers and axes are shown.
 
     Of a run directory that is named itself the numbers are asked for, whatever became of the files
     that its recipe names.
@@ -55,7 +55,7 @@ def read_runs(selected: Iterable[Selected], known: KnownContents) -> list[ReadRu
         facts = one.read_facts(with_samples=True)
         is_named_itself = one.source_path == one.paths.run_dir
         contents = {} if is_named_itself else known.find(list_contents(one.recipe))
-        status = verify_result(facts, read_status(facts, one.recipe, contents))
+        status = verify_records(facts, read_status(facts, one.recipe, contents))
         runs.append((one.recipe, facts, status))
     return runs
 

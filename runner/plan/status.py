@@ -24,6 +24,7 @@ from runner.run.manifest import (
     find_other_sizes,
     is_model_removed,
     is_of_model,
+    select_recipe,
 )
 from runner.run.record import RULES_KEY, Fact, Failure, Shown, describe_phase
 from runner.run.scores import find_score_contradictions
@@ -210,12 +211,17 @@ def _derive_readable(
     }
     if is_running:
         return RunStatus(state="running", why=describe_running(facts, facts.read_at_utc), **known)
+    if (result := facts.result) is not None:
+        # First: what differs from an altered recipe.json says nothing of the recipe.
+        recorded = select_recipe(facts.paths, result.files or {})
+        if damage := find_other_sizes(recorded, facts.file_sizes):
+            return RunStatus(state="damaged", why=describe_damage(damage), damage=damage, **known)
     has_checkpoints = bool(inventory.kept)
     differences = find_differences(facts, recipe, contents, has_checkpoints=has_checkpoints)
     if differences:
         why = f"{describe_change(differences)} the run was made: {differences[0]}"
         return RunStatus(state="changed", why=why, differences=tuple(differences), **known)
-    if (result := facts.result) is not None:
+    if result is not None:
         known |= {"step": result.num_steps, "max_steps": result.num_steps}
         manifest, sizes = result.files or {}, facts.file_sizes
         if damage := find_other_sizes(manifest, sizes):
@@ -247,14 +253,21 @@ def _derive_readable(
     )
 
 
-def verify_result(facts: RunFacts, status: RunStatus) -> RunStatus:
-    """The status, *damaged* where `result.json` of a completed run is not as it was written: asked
-    for wherever its numbers are shown. Reads that file alone, a few kilobytes.
+def verify_records(facts: RunFacts, status: RunStatus) -> RunStatus:
+    """The status, *damaged* where `result.json` or `recipe.json` of a completed run is not as it
+    was written: asked for wherever its numbers and axes are shown. Reads those files alone, a few
+    kilobytes.
+
+    Of a run that is *changed*, too: if its `recipe.json` was altered, it is not the recipe that
+    was.
     """
-    if status.state not in ("completed", "damaged") or not facts.has_result:
+    if status.state not in ("completed", "damaged", "changed") or not facts.has_result:
         return status
+    paths = facts.paths
     try:
-        return _add_damage(status, find_other_result(facts.paths))
+        result = facts.result
+        recorded = select_recipe(paths, (result.files if result is not None else None) or {})
+        return _add_damage(status, find_other_result(paths) or find_damage(paths, recorded))
     except (CorruptFileError, OSError) as error:
         return describe_unreadable(error)
 
@@ -273,14 +286,15 @@ def verify_files(facts: RunFacts, status: RunStatus) -> RunStatus:
     Reads every file of the manifest. Of a run that was completed before there were manifests
     (`is_verifiable` tells), the sums are all that can be held against anything.
     """
+    status = verify_records(facts, status)
     if status.state not in ("completed", "damaged"):
         return status
     result, paths = facts.result, facts.paths
-    if result is None:  # which is the damage
+    # One that is lost, or does not list what it listed, is nothing to hold files against.
+    if result is None or paths.result_path.name in status.damage:
         return status
     try:
-        # First: what an altered result lists is nothing to hold files against.
-        damage = find_other_result(paths) or find_damage(paths, result.files or {})
+        damage = find_damage(paths, result.files or {})
         rows = [] if damage else load_jsonl(paths.eval_rows_path)
     except (CorruptFileError, OSError) as error:
         return describe_unreadable(error)

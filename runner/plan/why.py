@@ -149,7 +149,7 @@ def gather_evidence(
         inventory = Inventory(paths) if facts.is_running else read_inventory(paths)
         status = derive_status(facts, inventory, recipe, contents, num_processes=num_processes)
         is_verified = status.state not in ("running", "unreadable")
-        if status.state in ("completed", "damaged"):
+        if status.state in ("completed", "damaged", "changed"):
             verified = verify_files(facts, status)
         if facts.last is not None:
             log_tail = read_log_tail(paths.attempt(facts.last.number).log_path)

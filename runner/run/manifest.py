@@ -1,5 +1,5 @@
-"""The manifest of a completed run: size and checksum of `model/` and of every file that
-`result.json` sums up.
+"""The manifest of a completed run: size and checksum of `model/`, of `recipe.json` and of every
+file that `result.json` sums up.
 
 Owns how the files are listed and compared with what was recorded. `result.json` holds the manifest,
 and `plan.status` says what damage means. Checkpoints, trackers and attempts are not listed.
@@ -49,9 +49,11 @@ Manifest = Mapping[str, FileRecord]
 
 
 def list_summed_files(paths: RunPaths) -> list[Path]:
-    """The files that `result.json` sums up; answers are there only where some were generated."""
+    """The files that `result.json` sums up, and the recipe that it is of; answers are there only
+    where some were generated.
+    """
     named = [paths.samples_path, paths.metrics_path, paths.eval_rows_path, paths.predictions_path]
-    return [path for path in named if path.exists()]
+    return [path for path in (paths.recipe_path, *named) if path.exists()]
 
 
 def list_model_files(model_dir: Path) -> list[Path]:
@@ -149,7 +151,7 @@ def find_damage(paths: RunPaths, manifest: Manifest) -> dict[str, str]:
             continue
         if hash_file(paths.run_dir / name) != record.sha256:
             damage[name] = "holds other bytes than were recorded"
-    if manifest and not is_model_removed(manifest, sizes):
+    if any(map(is_of_model, manifest)) and not is_model_removed(manifest, sizes):
         damage |= dict.fromkeys(_list_foreign(paths, manifest), "was not written by the run")
     return damage
 
@@ -175,6 +177,12 @@ def find_other_result(paths: RunPaths) -> dict[str, str]:
     except (ValueError, RecursionError):  # nothing that was ever signed
         pass
     return {paths.result_path.name: "is not as it was written: its checksum does not match"}
+
+
+def select_recipe(paths: RunPaths, manifest: Manifest) -> Manifest:
+    """The record of `recipe.json` alone; empty where there is none."""
+    name = paths.recipe_path.name
+    return {name: manifest[name]} if name in manifest else {}
 
 
 def _list_foreign(paths: RunPaths, manifest: Manifest) -> Iterator[str]:

@@ -420,7 +420,7 @@ class Recorder:
 
     def record_result(self, result: TrainResult) -> None:
         """Write `result.json`, the last file of a run: with it the run is completed. It lists the
-        checksums of `model/` and of what it sums up.
+        checksums of `model/`, of the recipe and of what it sums up.
         """
         if self.context.is_main:
             paths = self.context.paths

@@ -112,7 +112,7 @@ def test_whole_runs_are_completed_to_every_verb(say: Say) -> None:
     assert set(read_states(say).values()) == {"completed"}
     assert say("sweep", "recipes")[0] == 0 and say("status", "recipes")[0] == 0
     _, output, _ = say("why", "recipes/whole.yaml")
-    assert f"every byte of {len(FILES)} files is as it was recorded" in output
+    assert f"every byte of {len(FILES) + 1} files is as it was recorded" in output
     code, output, errors = say("report", "--verify", "recipes")
     assert code == 0 and "tests/old cannot be verified" in errors and "hurt" not in errors
     code, output, _ = say("launch", "recipes/whole.yaml", "--repair")
@@ -237,6 +237,40 @@ def test_a_result_that_was_edited_is_damaged(say: Say) -> None:
     assert "0.52" not in output
     code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
     assert code == 2 and "damaged where `--repair` writes nothing:\n  result.json" in errors
+
+
+@pytest.mark.parametrize("damage", ["another axis", "another rate", "missing", "longer"])
+def test_a_recipe_that_was_edited_is_damaged(say: Say, damage: str) -> None:
+    path = paths_of("hurt").recipe_path
+    text = path.read_text()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "longer":
+        path.write_text(text.replace('"seed": 3', '"seed": 33'))
+    elif damage == "another rate":  # of the digest
+        path.write_text(text.replace('"seed": 3', '"seed": 4'))
+    else:  # outside the digest
+        path.write_text(text.replace('"hurt"', '"HURT"'))
+    assert damage == "missing" or path.read_text() != text
+    if damage in ("missing", "longer"):
+        assert read_states(say)["hurt"] == "damaged", "sizes say so"
+        code, output, _ = say("sweep", "recipes")
+        assert code == 1 and "refuse  tests/hurt  damaged: recipe.json " in output
+    what = {"missing": "is missing", "longer": "has"}.get(damage, "holds other bytes")
+    for verb in (("report",), ("report", "--verify")):
+        code, output, errors = say(*verb, "recipes", "--format", "csv")
+        (line,) = [line for line in output.splitlines() if "hurt" in line]
+        assert code == 1 and "damaged" in line and "0.5" not in line
+        assert f"tests/hurt is damaged: recipe.json {what}" in errors
+        if damage != "missing":  # nothing says then that it is a run directory
+            code, output, errors = say(*verb, "runs/tests/hurt", "--format", "csv")
+            assert code == 1 and "0.5" not in output and "is damaged: recipe.json" in errors
+    assert f"recipe.json {what}" in say("why", "recipes/hurt.yaml")[1]
+    code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
+    assert code == 2 and "recipe.json" in errors and "put the files back" in errors
+    if damage != "missing":
+        code, _, errors = say("export", "runs/tests/hurt", "--output", "out")
+        assert code == 2 and "is damaged: recipe.json " in errors
 
 
 def test_a_repair_goes_with_no_other_way_to_start(say: Say) -> None:

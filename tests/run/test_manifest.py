@@ -29,6 +29,7 @@ from tests.support.reports import completed, make_recipe
 from tests.support.whole_runs import BY_BYTES, BY_SIZE, FILES, MODEL_FILES, add_files, record
 
 DAMAGES = BY_SIZE | BY_BYTES
+RECORDED = (*FILES, "recipe.json")
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def find(paths: RunPaths) -> dict[str, str]:
 
 
 def test_a_whole_run_has_no_damage(paths: RunPaths) -> None:
-    assert set(load(paths).files or {}) == set(FILES)
+    assert set(load(paths).files or {}) == set(RECORDED)
     assert (find_by_size(paths), find(paths), find_other_result(paths)) == ({}, {}, {})
     (paths.model_dir / ".nfs0001").touch()  # of file systems and desktops
     (paths.run_dir / "tensorboard").mkdir()
@@ -63,7 +64,7 @@ def test_a_whole_run_has_no_damage(paths: RunPaths) -> None:
     assert find(paths) == {}
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", RECORDED)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_each_damage_to_each_file_is_seen(paths: RunPaths, name: str, damage: str) -> None:
     DAMAGES[damage](paths.run_dir / name)
@@ -210,5 +211,5 @@ def test_a_kill_at_any_instant_of_mending_leaves_no_file_worse(paths: RunPaths) 
 def test_a_record_says_what_is_there(paths: RunPaths) -> None:
     paths.predictions_path.unlink()  # of a run that generates no answers
     record(paths)
-    assert set(load(paths).files or {}) == set(FILES) - {"predictions.jsonl"}
+    assert set(load(paths).files or {}) == set(RECORDED) - {"predictions.jsonl"}
     assert find(paths) == {}

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from runner.files import load_json, write_json_atomic
-from runner.run.manifest import sign_result
+from runner.run.manifest import record_files, sign_result
 from runner.run.paths import RunPaths
 from tests.conftest import Project
 from tests.support.training_runs import (
@@ -34,6 +34,11 @@ def copy_run(finished: Project, name: str, copy_name: str) -> RunPaths:
     stored = load_json(copy.recipe_path)
     stored["recipe"]["run"]["name"] = copy_name
     write_json_atomic(copy.recipe_path, stored)
+    result = load_json(copy.result_path)
+    del result["result_sha256"]
+    (renamed,) = record_files([copy.recipe_path], copy.run_dir).values()
+    result["files"]["recipe.json"] = renamed.model_dump()
+    write_json_atomic(copy.result_path, sign_result(result))
     recipe = dict(stored["recipe"])
     path = finished.root / "copied" / f"{copy_name}.yaml"
     path.parent.mkdir(exist_ok=True)

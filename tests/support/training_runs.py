@@ -289,10 +289,15 @@ def kill_launcher(process: subprocess.Popen[bytes]) -> None:
 
 
 def outputs_of(paths: RunPaths) -> dict[str, bytes]:
-    """Every file that an interrupted and an uninterrupted run must have in common, to the byte."""
-    single = [paths.result_path, paths.metrics_path, paths.eval_rows_path, paths.samples_path]
+    """Every file that an interrupted and an uninterrupted run must have in common, to the byte; of
+    the result all but the checksum of `recipe.json`, which holds the run's name.
+    """
+    result = load_json(paths.result_path)
+    result.pop("result_sha256", None)
+    (result.get("files") or {}).pop("recipe.json", None)
+    single = [paths.metrics_path, paths.eval_rows_path, paths.samples_path]
     single += [paths.predictions_path] if paths.predictions_path.exists() else []
-    return {
+    return {"result.json": json.dumps(result).encode()} | {
         str(path.relative_to(paths.run_dir)): path.read_bytes()
         for path in [*single, *list_files(paths.model_dir)]
     }
