@@ -193,15 +193,17 @@ def _list_foreign(paths: RunPaths, manifest: Manifest) -> Iterator[str]:
 
 
 def find_other_export(paths: RunPaths, manifest: Manifest) -> list[str]:
-    """One line for each file by which the export beside `model/` is not the recorded one."""
-    found = record_model(paths.model_partial_dir)
-    recorded = {name: record for name, record in manifest.items() if is_of_model(name)}
+    """One line for each file that `model/` needs and of which the export beside it has not the
+    recorded one.
+
+    A file of `model/` that is whole is kept, so another version of a library may write it
+    differently.
+    """
+    found, recorded = record_model(paths.model_partial_dir), _select_model(manifest)
     lines = []
-    for name in sorted(found.keys() | recorded.keys()):
+    for name in _list_needed(paths, recorded):
         if name not in found:
             lines.append(f"{name} would be missing")
-        elif name not in recorded:
-            lines.append(f"{name} would be new")
         elif found[name] != recorded[name]:
             lines.append(
                 f"{name} would have {found[name].size:,} bytes of sha256 {found[name].sha256[:12]},"
@@ -210,25 +212,37 @@ def find_other_export(paths: RunPaths, manifest: Manifest) -> list[str]:
     return lines
 
 
+def _select_model(manifest: Manifest) -> Manifest:
+    return {name: record for name, record in manifest.items() if is_of_model(name)}
+
+
+def _list_needed(paths: RunPaths, recorded: Manifest) -> list[str]:
+    """The recorded files that are missing in `model/` or damaged, by name; all where it is gone."""
+    sizes, damaged = measure_files(paths, recorded), find_damage(paths, recorded)
+    return sorted(name for name in recorded if name in damaged or name not in sizes)
+
+
 def mend_model(paths: RunPaths, manifest: Manifest) -> None:
-    """Put the export beside `model/`, which is the recorded one, into its place.
+    """Put what `model/` needs of the export beside it, which `find_other_export` has compared, into
+    its place.
 
     File by file, each by one rename, and only where another one is there: a kill in between leaves
     some mended and the others as they were.
     """
     partial_dir, model_dir = paths.model_partial_dir, paths.model_dir
+    recorded = _select_model(manifest)
+    for path in list_model_files(partial_dir):
+        if f"{_MODEL_PREFIX}{path.relative_to(partial_dir).as_posix()}" not in recorded:
+            path.unlink()  # another version of a library writes more
     if not model_dir.exists():
         partial_dir.rename(model_dir)
         fsync_dir(paths.run_dir)
         return
-    damaged = find_damage(paths, {name: one for name, one in manifest.items() if is_of_model(name)})
-    sizes = measure_files(paths, manifest)
-    for name in manifest:
-        if is_of_model(name) and (name in damaged or name not in sizes):
-            target = paths.run_dir / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (partial_dir / name.removeprefix(_MODEL_PREFIX)).replace(target)
-            fsync_dir(target.parent)
+    for name in _list_needed(paths, recorded):
+        target = paths.run_dir / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (partial_dir / name.removeprefix(_MODEL_PREFIX)).replace(target)
+        fsync_dir(target.parent)
     shutil.rmtree(partial_dir)
 
 

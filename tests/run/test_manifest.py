@@ -141,16 +141,33 @@ def write_export(paths: RunPaths) -> None:
 def test_another_export_is_told_file_by_file(paths: RunPaths) -> None:
     write_export(paths)
     files = load(paths).files or {}
+    shutil.rmtree(paths.model_dir)
     assert find_other_export(paths, files) == []
     (paths.model_partial_dir / "adapter_config.json").write_text('{"r": 9}\n')
     (paths.model_partial_dir / "tokenizer.json").unlink()
-    (paths.model_partial_dir / "new.json").touch()
     lines = find_other_export(paths, files)
     assert [line.partition(" would ")[0] for line in lines] == [
         "model/adapter_config.json",
-        "model/new.json",
         "model/tokenizer.json",
     ]
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_what_another_version_of_a_library_writes_besides_is_left_out(
+    paths: RunPaths, is_removed: bool
+) -> None:
+    files = load(paths).files or {}
+    write_export(paths)
+    (paths.model_partial_dir / "new.json").write_text("{}")
+    if is_removed:
+        shutil.rmtree(paths.model_dir)
+    else:
+        DAMAGES["cut"](paths.model_dir / "adapter_model.safetensors")
+        (paths.model_partial_dir / "tokenizer.json").write_text('{"version": "2.0"}')
+        (paths.model_partial_dir / "adapter_config.json").unlink()
+    assert find_other_export(paths, files) == [], "what is whole needs no other"
+    mend_model(paths, files)
+    assert find(paths) == {} and not (paths.model_dir / "new.json").exists()
 
 
 def test_a_model_is_mended_file_by_file(paths: RunPaths) -> None:

@@ -91,9 +91,14 @@ def test_another_export_than_was_recorded_leaves_the_old_one(finished: Project) 
     del result["result_sha256"]
     result["files"]["model/generation_config.json"]["sha256"] = "0" * 64
     write_json_atomic(paths.result_path, sign_result(result))
+    assert repair(finished, "repaired-otherwise").returncode == 10, "that file is damaged"
+    record = load_json(paths.record_path)
+    record["attempts"][0]["versions"] |= {"cuda": "99", "transformers": "4.0.0"}
+    write_json_atomic(paths.record_path, record)
     before = outputs_of(paths)
     done = repair(finished, "repaired-otherwise")
     assert done.returncode == 10, read_log(paths)
     assert "is not the one that was recorded" in done.stderr
     assert "model/generation_config.json would have" in done.stderr
+    assert "transformers 4.0.0 (now" in done.stderr and "cuda 99" not in done.stderr
     assert outputs_of(paths) == before and not paths.model_partial_dir.exists()
