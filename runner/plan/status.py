@@ -18,6 +18,7 @@ from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.manifest import (
+    FOREIGN,
     describe_damage,
     find_damage,
     find_other_result,
@@ -314,6 +315,10 @@ NOT_VERIFIABLE: Final = "cannot be verified: it was completed before checksums w
 
 def suggest_mending(damage: Mapping[str, str]) -> str:
     """The way on from a damaged run."""
+    if foreign := [name for name, what in damage.items() if what == FOREIGN]:
+        moved = f"move {', '.join(foreign)} elsewhere"
+        others = {name: what for name, what in damage.items() if what != FOREIGN}
+        return f"{moved}; then {suggest_mending(others)}" if others else moved
     anew = "`runner launch RECIPE --fresh` moves the run aside and starts anew"
     if all(map(is_of_model, damage)):
         return (

@@ -23,6 +23,10 @@ from runner.run.paths import RunPaths
 _MAX_NAME: Final = 200
 _SIGNATURE: Final = "result_sha256"
 _MODEL_PREFIX: Final = f"{RunPaths(Path()).model_dir.name}/"
+FOREIGN: Final = "was not written by the run"  # the damage of a file that is not listed
+# What libraries load of a folder with a model; a README is nothing to them.
+_LOADED_SUFFIXES: Final = frozenset({".bin", ".jinja", ".json", ".model", ".py", ".safetensors"})
+_LOADED_NAMES: Final = frozenset({"merges.txt", "vocab.txt"})
 _OUTSIDE: Final = frozenset({"", ".", ".."})  # parts of names that lead elsewhere
 
 
@@ -138,8 +142,8 @@ def find_other_sizes(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, 
 def find_damage(paths: RunPaths, manifest: Manifest) -> dict[str, str]:
     """What is wrong with each file, by its name; empty for a run that is whole. Reads every byte.
 
-    A file in `model/` that the run has not written is damage too: a library that loads the folder
-    might take it for the weights.
+    A file in `model/` that the run has not written is damage too where a library that loads the
+    folder would read it, say as the weights.
 
     Raises:
         OSError: a file cannot be read.
@@ -152,7 +156,7 @@ def find_damage(paths: RunPaths, manifest: Manifest) -> dict[str, str]:
         if hash_file(paths.run_dir / name) != record.sha256:
             damage[name] = "holds other bytes than were recorded"
     if any(map(is_of_model, manifest)) and not is_model_removed(manifest, sizes):
-        damage |= dict.fromkeys(_list_foreign(paths, manifest), "was not written by the run")
+        damage |= dict.fromkeys(_list_foreign(paths, manifest), FOREIGN)
     return damage
 
 
@@ -188,8 +192,12 @@ def select_recipe(paths: RunPaths, manifest: Manifest) -> Manifest:
 def _list_foreign(paths: RunPaths, manifest: Manifest) -> Iterator[str]:
     for path in list_model_files(paths.model_dir):
         name = path.relative_to(paths.run_dir).as_posix()
-        if name not in manifest:
+        if name not in manifest and _is_loaded(path):
             yield escape_controls(name)
+
+
+def _is_loaded(path: Path) -> bool:
+    return path.name in _LOADED_NAMES or not _LOADED_SUFFIXES.isdisjoint(path.suffixes)
 
 
 def find_other_export(paths: RunPaths, manifest: Manifest) -> list[str]:

@@ -201,6 +201,17 @@ def test_a_model_that_was_removed_is_no_damage(say: Say) -> None:
     assert code == 2 and "step 8, is not there any more" in errors
 
 
+def test_a_file_that_is_not_of_the_run_is_to_be_moved(say: Say) -> None:
+    (paths_of("hurt").model_dir / "README.md").write_text("# A model\n")
+    assert say("report", "--verify", "recipes")[0] == 0
+    (paths_of("hurt").model_dir / "pytorch_model.bin").touch()
+    code, _, errors = say("report", "--verify", "recipes")
+    assert code == 1 and "hint: move model/pytorch_model.bin elsewhere\n" in errors
+    hurt(WEIGHTS, "zeroed")
+    code, _, errors = say("report", "--verify", "recipes")
+    assert code == 1 and "pytorch_model.bin elsewhere; then `runner launch RECIPE" in errors
+
+
 def test_an_older_run_is_completed_and_cannot_be_verified(say: Say) -> None:
     assert "cannot be verified" in say("why", "recipes/old.yaml")[1]
     assert "cannot be verified" in say("report", "--verify", "recipes")[2]

@@ -85,10 +85,20 @@ def test_a_model_that_is_gone_as_a_whole_is_no_damage(paths: RunPaths) -> None:
     assert list(find(paths)) == ["metrics.jsonl"]
 
 
-def test_what_the_run_has_not_written_is_named(paths: RunPaths) -> None:
-    (paths.model_dir / "model.safetensors").write_bytes(b"other weights")
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "vocab.txt", "a.py"],
+)
+def test_what_the_run_has_not_written_is_named(paths: RunPaths, name: str) -> None:
+    (paths.model_dir / name).write_bytes(b"other weights")
     assert find_by_size(paths) == {}
-    assert find(paths) == {"model/model.safetensors": "was not written by the run"}
+    assert find(paths) == {f"model/{name}": "was not written by the run"}
+
+
+def test_what_no_library_loads_is_no_damage(paths: RunPaths) -> None:
+    for name in ("README.md", "notes.txt", "LICENSE", "scores.png"):
+        (paths.model_dir / name).touch()
+    assert find(paths) == {}
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
