@@ -14,7 +14,7 @@ from typing import Final
 
 from runner.errors import CorruptFileError, RunnerError, escape_controls
 from runner.plan.select import Selected, UnreadableRun, select_recipes, suggest_path
-from runner.plan.status import RunStatus, read_status
+from runner.plan.status import RunStatus, read_status, verify_records
 from runner.recipe.cache import RecipeCache
 from runner.recipe.contents import KnownContents, list_contents
 from runner.recipe.parse import Recipe
@@ -47,7 +47,8 @@ def select_anew(arguments: argparse.Namespace, paths: Sequence[str]) -> list[Sel
 
 
 def read_runs(selected: Iterable[Selected], known: KnownContents) -> list[ReadRun]:
-    """Recipe, facts with samples, and state of each run, hashing nothing.
+    """Recipe, facts with samples, and state of each run, hashing nothing but `result.json` and
+    `recipe.json`, whose numbers and axes are shown.
 
     Of a run directory that is named itself the numbers are asked for, whatever became of the files
     that its recipe names.
@@ -57,7 +58,8 @@ def read_runs(selected: Iterable[Selected], known: KnownContents) -> list[ReadRu
         facts = one.read_facts(with_samples=True)
         is_named_itself = one.source_path == one.paths.run_dir
         contents = {} if is_named_itself else known.find(list_contents(one.recipe))
-        runs.append((one.recipe, facts, read_status(facts, one.recipe, contents)))
+        status = verify_records(facts, read_status(facts, one.recipe, contents))
+        runs.append((one.recipe, facts, status))
     return runs
 
 

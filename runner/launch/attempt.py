@@ -30,7 +30,7 @@ from runner.launch.process import AttemptProcess, LauncherProcess
 from runner.launch.provenance import read_provenance
 from runner.launch.worker import ForkedProcess, Worker
 from runner.plan.decide import Launch
-from runner.plan.status import describe_change, find_differences, find_divisor
+from runner.plan.status import describe_change, find_differences, find_divisor, suggest_mending
 from runner.processes import OWNER_VARIABLE, die_with_parent, kill_processes_of
 from runner.recipe.identity import (
     RULES,
@@ -88,6 +88,12 @@ def prepare_run(
                 "change the recipe back, give the new one another name, or move the old run aside"
                 " with `runner launch RECIPE --fresh`"
             ),
+        )
+    if facts.is_result_lost:
+        raise RefusedError(
+            f"{paths.run_dir} is damaged: an attempt completed it, and {paths.result_path.name} is"
+            " missing",
+            hint=suggest_mending({paths.result_path.name: "is missing"}),
         )
     if facts.result is None:
         stored = facts.stored

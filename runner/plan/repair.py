@@ -18,23 +18,21 @@ from runner.run.paths import RunPaths
 def find_repair_step(facts: RunFacts, status: RunStatus, recipe: Recipe) -> int | None:
     """The step of the best checkpoint, which verifies; None where nothing is to be repaired.
 
-    The run has a result, and `status` is that of `verify_files`.
+    The run was completed, and `status` is that of `verify_files`.
 
     Raises:
         RefusedError: `model/` cannot be written again, or that would not mend the run.
     """
     paths, result = facts.paths, facts.result
-    assert result is not None, "the run is completed"
+    if result is None:
+        raise _refuse_others(paths, status.damage)
     if not is_verifiable(facts) or result.files is None:
         raise RefusedError(
             f"{paths.run_dir} {NOT_VERIFIABLE}, so nobody could tell a repaired model from another",
             hint=f"runner export {paths.run_dir} --checkpoint best --output DIR",
         )
     if others := {name: what for name, what in status.damage.items() if not is_of_model(name)}:
-        raise RefusedError(
-            f"{paths.run_dir} is damaged where `--repair` writes nothing:\n{_list(others)}",
-            hint=suggest_mending(others),
-        )
+        raise _refuse_others(paths, others)
     foreign = {name: what for name, what in status.damage.items() if name not in result.files}
     if foreign:
         raise RefusedError(
@@ -50,6 +48,13 @@ def find_repair_step(facts: RunFacts, status: RunStatus, recipe: Recipe) -> int 
             hint=_suggest_checkpoint(paths, recipe, result.best_step),
         )
     return result.best_step
+
+
+def _refuse_others(paths: RunPaths, others: dict[str, str]) -> RefusedError:
+    return RefusedError(
+        f"{paths.run_dir} is damaged where `--repair` writes nothing:\n{_list(others)}",
+        hint=suggest_mending(others),
+    )
 
 
 def _list(damage: dict[str, str]) -> str:

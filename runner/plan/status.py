@@ -18,12 +18,14 @@ from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.manifest import (
+    FOREIGN,
     describe_damage,
     find_damage,
     find_other_result,
     find_other_sizes,
     is_model_removed,
     is_of_model,
+    select_recipe,
 )
 from runner.run.record import RULES_KEY, Fact, Failure, Shown, describe_phase
 from runner.run.scores import find_score_contradictions
@@ -210,18 +212,26 @@ def _derive_readable(
     }
     if is_running:
         return RunStatus(state="running", why=describe_running(facts, facts.read_at_utc), **known)
+    if (result := facts.result) is not None:
+        # First: what differs from an altered recipe.json says nothing of the recipe.
+        recorded = select_recipe(facts.paths, result.files or {})
+        if damage := find_other_sizes(recorded, facts.file_sizes):
+            return RunStatus(state="damaged", why=describe_damage(damage), damage=damage, **known)
     has_checkpoints = bool(inventory.kept)
     differences = find_differences(facts, recipe, contents, has_checkpoints=has_checkpoints)
     if differences:
         why = f"{describe_change(differences)} the run was made: {differences[0]}"
         return RunStatus(state="changed", why=why, differences=tuple(differences), **known)
-    if (result := facts.result) is not None:
+    if result is not None:
         known |= {"step": result.num_steps, "max_steps": result.num_steps}
         manifest, sizes = result.files or {}, facts.file_sizes
         if damage := find_other_sizes(manifest, sizes):
             return RunStatus(state="damaged", why=describe_damage(damage), damage=damage, **known)
         known["is_model_removed"] = is_model_removed(manifest, sizes)
         return RunStatus(state="completed", why=f"stopped by {result.stop_reason}", **known)
+    if facts.is_result_lost:
+        damage = {facts.paths.result_path.name: "is missing"}
+        return RunStatus(state="damaged", why=describe_damage(damage), damage=damage, **known)
     known |= _look_ahead(facts, inventory, recipe, num_processes, resume)
     if last is None:
         return RunStatus(state="pending", why="never started", **known)
@@ -244,6 +254,32 @@ def _derive_readable(
     )
 
 
+def verify_records(facts: RunFacts, status: RunStatus) -> RunStatus:
+    """The status, *damaged* where `result.json` or `recipe.json` of a completed run is not as it
+    was written: asked for wherever its numbers and axes are shown. Reads those files alone, a few
+    kilobytes.
+
+    Of a run that is *changed*, too: if its `recipe.json` was altered, it is not the recipe that
+    was.
+    """
+    if status.state not in ("completed", "damaged", "changed") or not facts.has_result:
+        return status
+    paths = facts.paths
+    try:
+        result = facts.result
+        recorded = select_recipe(paths, (result.files if result is not None else None) or {})
+        return _add_damage(status, find_other_result(paths) or find_damage(paths, recorded))
+    except (CorruptFileError, OSError) as error:
+        return describe_unreadable(error)
+
+
+def _add_damage(status: RunStatus, damage: Mapping[str, str]) -> RunStatus:
+    if not damage:
+        return status
+    update = {"state": "damaged", "why": describe_damage(damage), "damage": dict(damage)}
+    return status.model_copy(update=update)
+
+
 def verify_files(facts: RunFacts, status: RunStatus) -> RunStatus:
     """The status, *damaged* where a byte of a completed run is not as it was recorded, or its
     result does not sum up its rows.
@@ -251,22 +287,22 @@ def verify_files(facts: RunFacts, status: RunStatus) -> RunStatus:
     Reads every file of the manifest. Of a run that was completed before there were manifests
     (`is_verifiable` tells), the sums are all that can be held against anything.
     """
+    status = verify_records(facts, status)
     if status.state not in ("completed", "damaged"):
         return status
     result, paths = facts.result, facts.paths
-    assert result is not None, "it is completed"
+    # One that is lost, or does not list what it listed, is nothing to hold files against.
+    if result is None or paths.result_path.name in status.damage:
+        return status
     try:
-        damage = find_damage(paths, result.files or {}) or find_other_result(paths)
+        damage = find_damage(paths, result.files or {})
         rows = [] if damage else load_jsonl(paths.eval_rows_path)
     except (CorruptFileError, OSError) as error:
         return describe_unreadable(error)
     if rows and (contradictions := find_score_contradictions(result, rows)):
         what = f"is not what eval_rows.jsonl adds up to: {'; '.join(contradictions)}"
         damage = {paths.result_path.name: what}
-    if not damage:
-        return status
-    update = {"state": "damaged", "why": describe_damage(damage), "damage": damage}
-    return status.model_copy(update=update)
+    return _add_damage(status, damage)
 
 
 def is_verifiable(facts: RunFacts) -> bool:
@@ -279,6 +315,10 @@ NOT_VERIFIABLE: Final = "cannot be verified: it was completed before checksums w
 
 def suggest_mending(damage: Mapping[str, str]) -> str:
     """The way on from a damaged run."""
+    if foreign := [name for name, what in damage.items() if what == FOREIGN]:
+        moved = f"move {', '.join(foreign)} elsewhere"
+        others = {name: what for name, what in damage.items() if what != FOREIGN}
+        return f"{moved}; then {suggest_mending(others)}" if others else moved
     anew = "`runner launch RECIPE --fresh` moves the run aside and starts anew"
     if all(map(is_of_model, damage)):
         return (

@@ -48,7 +48,10 @@ RULES: Final[Mapping[State, str]] = {
     "unreadable": "a record in the run directory is not what was written there",
     "running": "somebody holds `lease`, here or on another machine",
     "changed": "`recipe.json` states another digest than the recipe and its files have now",
-    "damaged": "a file that `result.json` lists is missing, or is not as it was recorded",
+    "damaged": (
+        "`result.json` of a run that an attempt completed, or a file that it lists, is missing or"
+        " is not as it was recorded"
+    ),
     "completed": "`result.json` is there, of the digest in `recipe.json`",
     "pending": "`run.json` holds no attempt that was started",
     "interrupted": (
@@ -150,7 +153,7 @@ def gather_evidence(
         inventory = Inventory(paths) if facts.is_running else read_inventory(paths)
         status = derive_status(facts, inventory, recipe, contents, num_processes=num_processes)
         is_verified = status.state not in ("running", "unreadable")
-        if status.state in ("completed", "damaged"):
+        if status.state in ("completed", "damaged", "changed"):
             verified = verify_files(facts, status)
             no_repair = _find_why_no_repair(facts, verified, recipe)
         if facts.last is not None:

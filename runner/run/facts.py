@@ -119,6 +119,18 @@ class RunFacts:
         return found.content is not None or found.error is not None
 
     @property
+    def is_result_lost(self) -> bool:
+        """True where an attempt is recorded to have left a result, and there is none any more.
+
+        The trainer syncs `result.json` before its launcher records the end, so no power loss
+        explains that.
+        """
+        return not self.has_result and any(
+            attempt.ended_at_utc is not None and attempt.failure is None
+            for attempt in self.attempts
+        )
+
+    @property
     def file_sizes(self) -> Mapping[str, int]:
         """The sizes of the files of the manifest that are there; empty where there is none."""
         if "files" not in self.found:

@@ -1,5 +1,5 @@
-"""The manifest of a completed run: size and checksum of `model/` and of every file that
-`result.json` sums up.
+"""The manifest of a completed run: size and checksum of `model/`, of `recipe.json` and of every
+file that `result.json` sums up.
 
 Owns how the files are listed and compared with what was recorded. `result.json` holds the manifest,
 and `plan.status` says what damage means. Checkpoints, trackers and attempts are not listed.
@@ -23,6 +23,10 @@ from runner.run.paths import RunPaths
 _MAX_NAME: Final = 200
 _SIGNATURE: Final = "result_sha256"
 _MODEL_PREFIX: Final = f"{RunPaths(Path()).model_dir.name}/"
+FOREIGN: Final = "was not written by the run"  # the damage of a file that is not listed
+# What libraries load of a folder with a model; a README is nothing to them.
+_LOADED_SUFFIXES: Final = frozenset({".bin", ".jinja", ".json", ".model", ".py", ".safetensors"})
+_LOADED_NAMES: Final = frozenset({"merges.txt", "vocab.txt"})
 _OUTSIDE: Final = frozenset({"", ".", ".."})  # parts of names that lead elsewhere
 
 
@@ -49,9 +53,11 @@ Manifest = Mapping[str, FileRecord]
 
 
 def list_summed_files(paths: RunPaths) -> list[Path]:
-    """The files that `result.json` sums up; answers are there only where some were generated."""
+    """The files that `result.json` sums up, and the recipe that it is of; answers are there only
+    where some were generated.
+    """
     named = [paths.samples_path, paths.metrics_path, paths.eval_rows_path, paths.predictions_path]
-    return [path for path in named if path.exists()]
+    return [path for path in (paths.recipe_path, *named) if path.exists()]
 
 
 def list_model_files(model_dir: Path) -> list[Path]:
@@ -136,8 +142,8 @@ def find_other_sizes(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, 
 def find_damage(paths: RunPaths, manifest: Manifest) -> dict[str, str]:
     """What is wrong with each file, by its name; empty for a run that is whole. Reads every byte.
 
-    A file in `model/` that the run has not written is damage too: a library that loads the folder
-    might take it for the weights.
+    A file in `model/` that the run has not written is damage too where a library that loads the
+    folder would read it, say as the weights.
 
     Raises:
         OSError: a file cannot be read.
@@ -149,8 +155,8 @@ def find_damage(paths: RunPaths, manifest: Manifest) -> dict[str, str]:
             continue
         if hash_file(paths.run_dir / name) != record.sha256:
             damage[name] = "holds other bytes than were recorded"
-    if manifest and not is_model_removed(manifest, sizes):
-        damage |= dict.fromkeys(_list_foreign(paths, manifest), "was not written by the run")
+    if any(map(is_of_model, manifest)) and not is_model_removed(manifest, sizes):
+        damage |= dict.fromkeys(_list_foreign(paths, manifest), FOREIGN)
     return damage
 
 
@@ -161,35 +167,51 @@ def sign_result(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_other_result(paths: RunPaths) -> dict[str, str]:
     """What is wrong with `result.json` by its own checksum, as `find_damage` says it; an older run
-    has none.
+    has none, and no manifest either.
     """
     content = load_json(paths.result_path)
-    stated = content.pop(_SIGNATURE, None) if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return {}
+    stated = content.pop(_SIGNATURE, None)
+    if stated is None and content.get("files") is None:
+        return {}
     try:
-        if stated is None or stated == hash_json(content):
+        if stated == hash_json(content):
             return {}
     except (ValueError, RecursionError):  # nothing that was ever signed
         pass
     return {paths.result_path.name: "is not as it was written: its checksum does not match"}
 
 
+def select_recipe(paths: RunPaths, manifest: Manifest) -> Manifest:
+    """The record of `recipe.json` alone; empty where there is none."""
+    name = paths.recipe_path.name
+    return {name: manifest[name]} if name in manifest else {}
+
+
 def _list_foreign(paths: RunPaths, manifest: Manifest) -> Iterator[str]:
     for path in list_model_files(paths.model_dir):
         name = path.relative_to(paths.run_dir).as_posix()
-        if name not in manifest:
+        if name not in manifest and _is_loaded(path):
             yield escape_controls(name)
 
 
+def _is_loaded(path: Path) -> bool:
+    return path.name in _LOADED_NAMES or not _LOADED_SUFFIXES.isdisjoint(path.suffixes)
+
+
 def find_other_export(paths: RunPaths, manifest: Manifest) -> list[str]:
-    """One line for each file by which the export beside `model/` is not the recorded one."""
-    found = record_model(paths.model_partial_dir)
-    recorded = {name: record for name, record in manifest.items() if is_of_model(name)}
+    """One line for each file that `model/` needs and of which the export beside it has not the
+    recorded one.
+
+    A file of `model/` that is whole is kept, so another version of a library may write it
+    differently.
+    """
+    found, recorded = record_model(paths.model_partial_dir), _select_model(manifest)
     lines = []
-    for name in sorted(found.keys() | recorded.keys()):
+    for name in _list_needed(paths, recorded):
         if name not in found:
             lines.append(f"{name} would be missing")
-        elif name not in recorded:
-            lines.append(f"{name} would be new")
         elif found[name] != recorded[name]:
             lines.append(
                 f"{name} would have {found[name].size:,} bytes of sha256 {found[name].sha256[:12]},"
@@ -198,25 +220,37 @@ def find_other_export(paths: RunPaths, manifest: Manifest) -> list[str]:
     return lines
 
 
+def _select_model(manifest: Manifest) -> Manifest:
+    return {name: record for name, record in manifest.items() if is_of_model(name)}
+
+
+def _list_needed(paths: RunPaths, recorded: Manifest) -> list[str]:
+    """The recorded files that are missing in `model/` or damaged, by name; all where it is gone."""
+    sizes, damaged = measure_files(paths, recorded), find_damage(paths, recorded)
+    return sorted(name for name in recorded if name in damaged or name not in sizes)
+
+
 def mend_model(paths: RunPaths, manifest: Manifest) -> None:
-    """Put the export beside `model/`, which is the recorded one, into its place.
+    """Put what `model/` needs of the export beside it, which `find_other_export` has compared, into
+    its place.
 
     File by file, each by one rename, and only where another one is there: a kill in between leaves
     some mended and the others as they were.
     """
     partial_dir, model_dir = paths.model_partial_dir, paths.model_dir
+    recorded = _select_model(manifest)
+    for path in list_model_files(partial_dir):
+        if f"{_MODEL_PREFIX}{path.relative_to(partial_dir).as_posix()}" not in recorded:
+            path.unlink()  # another version of a library writes more
     if not model_dir.exists():
         partial_dir.rename(model_dir)
         fsync_dir(paths.run_dir)
         return
-    damaged = find_damage(paths, {name: one for name, one in manifest.items() if is_of_model(name)})
-    sizes = measure_files(paths, manifest)
-    for name in manifest:
-        if is_of_model(name) and (name in damaged or name not in sizes):
-            target = paths.run_dir / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (partial_dir / name.removeprefix(_MODEL_PREFIX)).replace(target)
-            fsync_dir(target.parent)
+    for name in _list_needed(paths, recorded):
+        target = paths.run_dir / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (partial_dir / name.removeprefix(_MODEL_PREFIX)).replace(target)
+        fsync_dir(target.parent)
     shutil.rmtree(partial_dir)
 
 

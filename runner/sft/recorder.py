@@ -374,7 +374,7 @@ class Recorder:
         place if they are what was recorded.
 
         Raises:
-            ExportError: some file would be another one; `model/` stays as it is.
+            ExportError: some file that it needs would be another one; `model/` stays as it is.
         """
         self._write_export(trainer, best_step)
         if not self.context.is_main:
@@ -420,7 +420,7 @@ class Recorder:
 
     def record_result(self, result: TrainResult) -> None:
         """Write `result.json`, the last file of a run: with it the run is completed. It lists the
-        checksums of `model/` and of what it sums up.
+        checksums of `model/`, of the recipe and of what it sums up.
         """
         if self.context.is_main:
             paths = self.context.paths
@@ -547,13 +547,15 @@ def find_sample_differences(before: Any, now: Mapping[str, Any]) -> list[str]:
 
 
 def _suggest_versions(paths: RunPaths) -> str:
-    """The versions under which the run was completed, where they are others now."""
+    """The versions under which the run was completed, where they are others now; of those that an
+    attempt records, the ones that can write another export.
+    """
     trained = [one for one in load_record(paths).attempts if not one.is_repair]
     before, now = trained[-1].versions if trained else {}, list_library_versions()
     other = [
-        f"{name} {version} (now {now.get(name, 'not installed')})"
-        for name, version in sorted(before.items())
-        if now.get(name) != version
+        f"{name} {before[name]} (now {version})"
+        for name, version in sorted(now.items())
+        if before.get(name, version) != version
     ]
     if other:
         return f"repair it under the versions that completed it: {', '.join(other)}"

@@ -112,7 +112,7 @@ def test_whole_runs_are_completed_to_every_verb(say: Say) -> None:
     assert set(read_states(say).values()) == {"completed"}
     assert say("sweep", "recipes")[0] == 0 and say("status", "recipes")[0] == 0
     _, output, _ = say("why", "recipes/whole.yaml")
-    assert f"every byte of {len(FILES)} files is as it was recorded" in output
+    assert f"every byte of {len(FILES) + 1} files is as it was recorded" in output
     code, output, errors = say("report", "--verify", "recipes")
     assert code == 0 and "tests/old cannot be verified" in errors and "hurt" not in errors
     code, output, _ = say("launch", "recipes/whole.yaml", "--repair")
@@ -248,6 +248,17 @@ def test_a_model_that_was_removed_is_no_damage(say: Say) -> None:
     assert code == 2 and "step 8, is not there any more" in errors
 
 
+def test_a_file_that_is_not_of_the_run_is_to_be_moved(say: Say) -> None:
+    (paths_of("hurt").model_dir / "README.md").write_text("# A model\n")
+    assert say("report", "--verify", "recipes")[0] == 0
+    (paths_of("hurt").model_dir / "pytorch_model.bin").touch()
+    code, _, errors = say("report", "--verify", "recipes")
+    assert code == 1 and "hint: move model/pytorch_model.bin elsewhere\n" in errors
+    hurt(WEIGHTS, "zeroed")
+    code, _, errors = say("report", "--verify", "recipes")
+    assert code == 1 and "pytorch_model.bin elsewhere; then `runner launch RECIPE" in errors
+
+
 def test_an_older_run_is_completed_and_cannot_be_verified(say: Say) -> None:
     assert "cannot be verified" in say("why", "recipes/old.yaml")[1]
     assert "cannot be verified" in say("report", "--verify", "recipes")[2]
@@ -270,9 +281,54 @@ def test_a_result_that_its_rows_contradict_is_damaged(say: Say) -> None:
 
 def test_a_result_that_was_edited_is_damaged(say: Say) -> None:
     paths = paths_of("hurt")
-    write_json_atomic(paths.result_path, load_json(paths.result_path) | {"best_step": 4})
-    code, _, errors = say("report", "--verify", "recipes")
-    assert code == 1 and "result.json is not as it was written" in errors
+    result = load_json(paths.result_path)
+    result["tuned"]["test"]["completion_nll_sum"] = 10.5
+    content = paths.result_path.read_text()
+    write_json_atomic(paths.result_path, result)
+    assert len(content) == len(paths.result_path.read_text()), "sizes say nothing"
+    for verb in (("report",), ("report", "--verify")):
+        code, output, errors = say(*verb, "recipes", "--format", "csv")
+        (line,) = [line for line in output.splitlines() if "hurt" in line]
+        assert code == 1 and "damaged" in line and "0.52" not in line
+        assert "tests/hurt is damaged: result.json is not as it was written" in errors
+    _, output, _ = say("compare", "runs/tests/hurt", "runs/tests/whole")
+    assert "0.52" not in output
+    code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
+    assert code == 2 and "damaged where `--repair` writes nothing:\n  result.json" in errors
+
+
+@pytest.mark.parametrize("damage", ["another axis", "another rate", "missing", "longer"])
+def test_a_recipe_that_was_edited_is_damaged(say: Say, damage: str) -> None:
+    path = paths_of("hurt").recipe_path
+    text = path.read_text()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "longer":
+        path.write_text(text.replace('"seed": 3', '"seed": 33'))
+    elif damage == "another rate":  # of the digest
+        path.write_text(text.replace('"seed": 3', '"seed": 4'))
+    else:  # outside the digest
+        path.write_text(text.replace('"hurt"', '"HURT"'))
+    assert damage == "missing" or path.read_text() != text
+    if damage in ("missing", "longer"):
+        assert read_states(say)["hurt"] == "damaged", "sizes say so"
+        code, output, _ = say("sweep", "recipes")
+        assert code == 1 and "refuse  tests/hurt  damaged: recipe.json " in output
+    what = {"missing": "is missing", "longer": "has"}.get(damage, "holds other bytes")
+    for verb in (("report",), ("report", "--verify")):
+        code, output, errors = say(*verb, "recipes", "--format", "csv")
+        (line,) = [line for line in output.splitlines() if "hurt" in line]
+        assert code == 1 and "damaged" in line and "0.5" not in line
+        assert f"tests/hurt is damaged: recipe.json {what}" in errors
+        if damage != "missing":  # nothing says then that it is a run directory
+            code, output, errors = say(*verb, "runs/tests/hurt", "--format", "csv")
+            assert code == 1 and "0.5" not in output and "is damaged: recipe.json" in errors
+    assert f"recipe.json {what}" in say("why", "recipes/hurt.yaml")[1]
+    code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
+    assert code == 2 and "recipe.json" in errors and "put the files back" in errors
+    if damage != "missing":
+        code, _, errors = say("export", "runs/tests/hurt", "--output", "out")
+        assert code == 2 and "is damaged: recipe.json " in errors
 
 
 def test_a_repair_goes_with_no_other_way_to_start(say: Say) -> None:
@@ -281,8 +337,46 @@ def test_a_repair_goes_with_no_other_way_to_start(say: Say) -> None:
         assert code == 2 and "goes with none of" in errors
 
 
+@pytest.mark.parametrize("exit_status", [0, None])
+def test_a_result_that_is_lost_is_damage_and_trains_nothing(
+    say: Say, exit_status: int | None
+) -> None:
+    paths = paths_of("hurt")
+    record = load_json(paths.record_path)
+    record["attempts"][0]["exit_status"] = exit_status
+    killed = record["attempts"][0] | {"number": 2, "ended_at_utc": None}
+    write_json_atomic(paths.record_path, {"attempts": [*record["attempts"], killed]})
+    paths.result_path.unlink()
+    before = {path: path.read_bytes() for path in paths.run_dir.rglob("*") if path.is_file()}
+    assert read_states(say)["hurt"] == "damaged"
+    for verb in ("sweep", "rerun"):
+        code, output, errors = say(verb, "recipes")
+        assert code == 1 and "refuse  tests/hurt  damaged: result.json is missing" in output
+        assert "put the files back as they were" in errors and "--fresh" in errors
+    for option in ((), ("--prepare",), ("--resume", "latest"), ("--repair",)):
+        code, output, errors = say("launch", "recipes/hurt.yaml", *option)
+        assert code == 2 and "result.json is missing" in errors, option
+        assert "put the files back as they were" in errors and "Traceback" not in errors
+    assert "damaged: result.json is missing" in say("why", "recipes/hurt.yaml")[1]
+    for verb in (("report",), ("report", "--verify")):
+        code, output, errors = say(*verb, "recipes", "--format", "csv")
+        assert code == 1 and "tests/hurt is damaged: result.json is missing" in errors
+    code, _, errors = say("export", "runs/tests/hurt", "--output", "out")
+    assert code == 2 and "is damaged: result.json is missing" in errors
+    after = {path: path.read_bytes() for path in paths.run_dir.rglob("*") if path.is_file()}
+    assert {**after, **before} == after and load_json(paths.record_path)["attempts"][1] == killed
+
+
+def forget_end(name: str) -> None:
+    """The run as it was before its trainer wrote the result and its launcher the end."""
+    paths = paths_of(name)
+    paths.result_path.unlink()
+    (attempt,) = load_json(paths.record_path)["attempts"]
+    write_json_atomic(paths.record_path, {"attempts": [attempt | {"ended_at_utc": None}]})
+
+
 def test_what_is_not_completed_has_no_model_to_repair(say: Say) -> None:
-    paths_of("hurt").result_path.unlink()
+    forget_end("hurt")
     code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
     assert code == 2 and "only a completed run has a model to repair" in errors
 

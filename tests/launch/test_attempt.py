@@ -277,6 +277,11 @@ def test_a_result_of_another_digest_is_no_success(
     assert attempt is not None and attempt.finish() is None
     result = load_json(attempt.paths.result_path)
     attempt.paths.result_path.unlink()
+    before = attempt.paths.record_path.read_bytes()
+    with pytest.raises(RefusedError, match=r"completed it, and result\.json is missing"):
+        start(fake, started)
+    assert attempt.paths.record_path.read_bytes() == before
+    attempt.paths.record_path.unlink()
     fake.tell("a", f"write result.json {json.dumps(result | {'recipe_digest': 'another'})}")
     again = start(fake, started)
     assert again is not None

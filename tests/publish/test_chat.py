@@ -21,8 +21,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from runner.run.paths import RunPaths
 from tests.conftest import RUNNER, Project, build_environment, run_cli
-from tests.support.training_runs import DEADLINE_SECONDS
+from tests.support.training_runs import DEADLINE_SECONDS, forget_end
 
 pytestmark = pytest.mark.slow
 
@@ -152,6 +153,7 @@ def test_a_checkpoint_of_a_run_that_is_not_completed(finished: Project) -> None:
     run_dir = finished.root / "runs" / "tests" / "chat-unfinished"
     shutil.copytree(finished.paths("llama-lora").run_dir, run_dir)
     (run_dir / "result.json").unlink()
+    forget_end(RunPaths(run_dir))
     refused = run_cli(["chat", run_dir, "--prompt", "Hello"], finished.root)
     assert (
         refused.returncode == 2

@@ -29,6 +29,7 @@ from tests.support.reports import completed, make_recipe
 from tests.support.whole_runs import BY_BYTES, BY_SIZE, FILES, MODEL_FILES, add_files, record
 
 DAMAGES = BY_SIZE | BY_BYTES
+RECORDED = (*FILES, "recipe.json")
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def find(paths: RunPaths) -> dict[str, str]:
 
 
 def test_a_whole_run_has_no_damage(paths: RunPaths) -> None:
-    assert set(load(paths).files or {}) == set(FILES)
+    assert set(load(paths).files or {}) == set(RECORDED)
     assert (find_by_size(paths), find(paths), find_other_result(paths)) == ({}, {}, {})
     (paths.model_dir / ".nfs0001").touch()  # of file systems and desktops
     (paths.run_dir / "tensorboard").mkdir()
@@ -63,7 +64,7 @@ def test_a_whole_run_has_no_damage(paths: RunPaths) -> None:
     assert find(paths) == {}
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", RECORDED)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_each_damage_to_each_file_is_seen(paths: RunPaths, name: str, damage: str) -> None:
     DAMAGES[damage](paths.run_dir / name)
@@ -84,10 +85,20 @@ def test_a_model_that_is_gone_as_a_whole_is_no_damage(paths: RunPaths) -> None:
     assert list(find(paths)) == ["metrics.jsonl"]
 
 
-def test_what_the_run_has_not_written_is_named(paths: RunPaths) -> None:
-    (paths.model_dir / "model.safetensors").write_bytes(b"other weights")
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "vocab.txt", "a.py"],
+)
+def test_what_the_run_has_not_written_is_named(paths: RunPaths, name: str) -> None:
+    (paths.model_dir / name).write_bytes(b"other weights")
     assert find_by_size(paths) == {}
-    assert find(paths) == {"model/model.safetensors": "was not written by the run"}
+    assert find(paths) == {f"model/{name}": "was not written by the run"}
+
+
+def test_what_no_library_loads_is_no_damage(paths: RunPaths) -> None:
+    for name in ("README.md", "notes.txt", "LICENSE", "scores.png"):
+        (paths.model_dir / name).touch()
+    assert find(paths) == {}
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
@@ -118,7 +129,10 @@ def test_a_result_that_was_edited_is_named(paths: RunPaths) -> None:
     content = load_json(paths.result_path)
     write_json_atomic(paths.result_path, content | {"best_metric": 1.25})
     assert list(find_other_result(paths)) == ["result.json"]
-    del content["result_sha256"]  # an older run has none
+    del content["result_sha256"]
+    write_json_atomic(paths.result_path, content)
+    assert list(find_other_result(paths)) == ["result.json"], "whoever lists files signs, too"
+    content["files"] = None  # an older run has neither
     write_json_atomic(paths.result_path, content)
     assert find_other_result(paths) == {}
     for hostile in ("[]", '{"result_sha256": "0", "x": NaN}'):
@@ -137,16 +151,33 @@ def write_export(paths: RunPaths) -> None:
 def test_another_export_is_told_file_by_file(paths: RunPaths) -> None:
     write_export(paths)
     files = load(paths).files or {}
+    shutil.rmtree(paths.model_dir)
     assert find_other_export(paths, files) == []
     (paths.model_partial_dir / "adapter_config.json").write_text('{"r": 9}\n')
     (paths.model_partial_dir / "tokenizer.json").unlink()
-    (paths.model_partial_dir / "new.json").touch()
     lines = find_other_export(paths, files)
     assert [line.partition(" would ")[0] for line in lines] == [
         "model/adapter_config.json",
-        "model/new.json",
         "model/tokenizer.json",
     ]
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_what_another_version_of_a_library_writes_besides_is_left_out(
+    paths: RunPaths, is_removed: bool
+) -> None:
+    files = load(paths).files or {}
+    write_export(paths)
+    (paths.model_partial_dir / "new.json").write_text("{}")
+    if is_removed:
+        shutil.rmtree(paths.model_dir)
+    else:
+        DAMAGES["cut"](paths.model_dir / "adapter_model.safetensors")
+        (paths.model_partial_dir / "tokenizer.json").write_text('{"version": "2.0"}')
+        (paths.model_partial_dir / "adapter_config.json").unlink()
+    assert find_other_export(paths, files) == [], "what is whole needs no other"
+    mend_model(paths, files)
+    assert find(paths) == {} and not (paths.model_dir / "new.json").exists()
 
 
 def test_a_model_is_mended_file_by_file(paths: RunPaths) -> None:
@@ -207,5 +238,5 @@ def test_a_kill_at_any_instant_of_mending_leaves_no_file_worse(paths: RunPaths) 
 def test_a_record_says_what_is_there(paths: RunPaths) -> None:
     paths.predictions_path.unlink()  # of a run that generates no answers
     record(paths)
-    assert set(load(paths).files or {}) == set(FILES) - {"predictions.jsonl"}
+    assert set(load(paths).files or {}) == set(RECORDED) - {"predictions.jsonl"}
     assert find(paths) == {}

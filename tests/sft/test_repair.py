@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from runner.files import load_json, write_json_atomic
+from runner.run.manifest import record_files, sign_result
 from runner.run.paths import RunPaths
 from tests.conftest import Project
 from tests.support.training_runs import (
@@ -33,6 +34,11 @@ def copy_run(finished: Project, name: str, copy_name: str) -> RunPaths:
     stored = load_json(copy.recipe_path)
     stored["recipe"]["run"]["name"] = copy_name
     write_json_atomic(copy.recipe_path, stored)
+    result = load_json(copy.result_path)
+    del result["result_sha256"]
+    (renamed,) = record_files([copy.recipe_path], copy.run_dir).values()
+    result["files"]["recipe.json"] = renamed.model_dump()
+    write_json_atomic(copy.result_path, sign_result(result))
     recipe = dict(stored["recipe"])
     path = finished.root / "copied" / f"{copy_name}.yaml"
     path.parent.mkdir(exist_ok=True)
@@ -84,10 +90,15 @@ def test_another_export_than_was_recorded_leaves_the_old_one(finished: Project) 
     result = load_json(paths.result_path)
     del result["result_sha256"]
     result["files"]["model/generation_config.json"]["sha256"] = "0" * 64
-    write_json_atomic(paths.result_path, result)
+    write_json_atomic(paths.result_path, sign_result(result))
+    assert repair(finished, "repaired-otherwise").returncode == 10, "that file is damaged"
+    record = load_json(paths.record_path)
+    record["attempts"][0]["versions"] |= {"cuda": "99", "transformers": "4.0.0"}
+    write_json_atomic(paths.record_path, record)
     before = outputs_of(paths)
     done = repair(finished, "repaired-otherwise")
     assert done.returncode == 10, read_log(paths)
     assert "is not the one that was recorded" in done.stderr
     assert "model/generation_config.json would have" in done.stderr
+    assert "transformers 4.0.0 (now" in done.stderr and "cuda 99" not in done.stderr
     assert outputs_of(paths) == before and not paths.model_partial_dir.exists()

@@ -17,6 +17,7 @@ from tests.conftest import Project
 from tests.support.training_runs import (
     RUNS,
     assert_same_outputs,
+    forget_end,
     kill_launcher,
     launch,
     launch_killed_at,
@@ -33,10 +34,13 @@ pytestmark = pytest.mark.slow
 
 
 def copy_unfinished(finished: Project, name: str, copy_name: str) -> RunPaths:
-    """The run as it was before its last attempt wrote the export and the result."""
+    """The run as it was before its last attempt wrote the export and the result, and its launcher
+    the end.
+    """
     source, copy = finished.paths(name), finished.paths(copy_name)
     shutil.copytree(source.run_dir, copy.run_dir)
     copy.result_path.unlink()
+    forget_end(copy)
     shutil.rmtree(copy.model_dir)
     return copy
 

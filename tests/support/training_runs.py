@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from runner.files import load_json, load_jsonl, write_text_atomic
+from runner.files import load_json, load_jsonl, write_json_atomic, write_text_atomic
 from runner.run.paths import RunPaths
 from runner.run.record import TrainResult
 from tests.conftest import RUNNER, Project, build_environment
@@ -289,10 +289,15 @@ def kill_launcher(process: subprocess.Popen[bytes]) -> None:
 
 
 def outputs_of(paths: RunPaths) -> dict[str, bytes]:
-    """Every file that an interrupted and an uninterrupted run must have in common, to the byte."""
-    single = [paths.result_path, paths.metrics_path, paths.eval_rows_path, paths.samples_path]
+    """Every file that an interrupted and an uninterrupted run must have in common, to the byte; of
+    the result all but the checksum of `recipe.json`, which holds the run's name.
+    """
+    result = load_json(paths.result_path)
+    result.pop("result_sha256", None)
+    (result.get("files") or {}).pop("recipe.json", None)
+    single = [paths.metrics_path, paths.eval_rows_path, paths.samples_path]
     single += [paths.predictions_path] if paths.predictions_path.exists() else []
-    return {
+    return {"result.json": json.dumps(result).encode()} | {
         str(path.relative_to(paths.run_dir)): path.read_bytes()
         for path in [*single, *list_files(paths.model_dir)]
     }
@@ -313,6 +318,13 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 def list_files(folder: Path) -> list[Path]:
     """All files below a folder."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def forget_end(paths: RunPaths) -> None:
+    """The record as it was before the last attempt ended."""
+    content = load_json(paths.record_path)
+    content["attempts"][-1] |= {"ended_at_utc": None, "exit_status": None}
+    write_json_atomic(paths.record_path, content)
 
 
 def read_result(paths: RunPaths) -> TrainResult:
