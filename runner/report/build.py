@@ -144,9 +144,12 @@ class _Grid:
             if axis != self.seed_axis:
                 found += self._build_axis(axis)
         tasks = list(dict.fromkeys(cell.task for cell in self.cells))
-        return sorted(
-            found, key=lambda one: tasks.index(one.task) if one.task in tasks else len(tasks)
-        )
+
+        def rank(one: AxisEffects) -> tuple[int, bool]:
+            """Tasks in order; in each the declared contrasts first."""
+            return tasks.index(one.task) if one.task in tasks else len(tasks), not one.is_declared
+
+        return sorted(found, key=rank)
 
     def find_noise_floors(self) -> list[tuple[tuple[str, str, str], float]]:
         """What two single runs differ by, of each task and metric that was compared."""

@@ -377,13 +377,13 @@ def _ask(report: Report, grids: Sequence[str]) -> str:
     """The question that the grid asks, in words."""
     several = list(list_cell_axes(report.cells))
     seeds = [len({run.seed for run in cell.runs}) for cell in report.cells]
-    words = f"{'Grids' if len(grids) > 1 else 'Grid'} {', '.join(grids)}: what do "
-    words += f"{join_words(several) or 'the runs'} change?"
+    words = f"{'Grids' if len(grids) > 1 else 'Grid'} {', '.join(grids)}: what"
+    words += f" {'does' if len(several) == 1 else 'do'} {join_words(several) or 'the runs'} change?"
     if seeds:
         low, high = min(seeds), max(seeds)
         each = count(low, "seed") if low == high else f"{low} to {high} seeds"
-        words += f" {count(len(report.cells), 'cell')}, each run with {each};"
-        words += " every score is of the test rows, which chose nothing."
+        words += f" {count(len(report.cells), 'cell')}, each trained with {each};"
+        words += " scores are on the test rows, by which no checkpoint was selected."
     return words
 
 
