@@ -39,6 +39,7 @@ from runner.recipe.data_section import DataSection
 from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import QuantizationOff
+from runner.run.paths import RunPaths
 from runner.run.record import TrainResult, load_record, load_result
 from runner.strict import thaw
 
@@ -406,19 +407,24 @@ def _write(run: TunedRun, target_dir: Path, *, is_merged: bool) -> float:
     gc.collect()
     tokenizer.save_pretrained(target_dir)
     generation_config.save_pretrained(target_dir)
-    attempts = load_record(run.paths).attempts
     result = load_result(run.paths) if run.checkpoint is None else None
     card = build_model_card(
         run,
         is_adapter=is_adapter,
         result=result,
-        versions=attempts[-1].versions if attempts else {},
+        versions=load_versions(run.paths),
     )
     write_text_atomic(target_dir / "README.md", card)
     verify_export(target_dir, {})
     print(f"loading {target_dir.name} again", file=sys.stderr, flush=True)
     found = probe_logits(load_plainly(target_dir, recipe, is_adapter=is_adapter), tokenizer)
     return compare_logits(found, expected, recipe.model.dtype)
+
+
+def load_versions(paths: RunPaths) -> Mapping[str, str]:
+    """The versions that the model was trained under; a repair may run under others."""
+    trained = [one for one in load_record(paths).attempts if not one.is_repair]
+    return trained[-1].versions if trained else {}
 
 
 def _unquantised(recipe: Recipe) -> Recipe:

@@ -384,12 +384,12 @@ def _find_hours(cells: Iterable[Cell]) -> float | None:
 
 
 def _measure_hours(run: ReportRow) -> float | None:
-    """All attempts of a run by the clock, times their processes."""
+    """All attempts that trained, by the clock, times their processes."""
     if run.run_dir is None:
         return None
     seconds = 0.0
     for attempt in load_record(RunPaths(run.run_dir)).attempts:
-        if attempt.ended_at_utc is not None:
+        if attempt.ended_at_utc is not None and not attempt.is_repair:
             began, ended = map(
                 datetime.datetime.fromisoformat, (attempt.started_at_utc, attempt.ended_at_utc)
             )

@@ -97,6 +97,16 @@ def is_of_model(name: str) -> bool:
     return name.startswith(_MODEL_PREFIX)
 
 
+def measure_model(manifest: Manifest) -> int:
+    """The recorded bytes of `model/`.
+
+    >>> record = FileRecord(size=7, sha256="0" * 64)
+    >>> measure_model({"model/config.json": record, "metrics.jsonl": record})
+    7
+    """
+    return sum(record.size for name, record in manifest.items() if is_of_model(name))
+
+
 def measure_files(paths: RunPaths, manifest: Manifest) -> dict[str, int]:
     """The sizes of the files of the manifest that are there, by name: one look at each, no byte is
     read.

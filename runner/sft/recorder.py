@@ -38,7 +38,7 @@ from runner.files import (
     write_json_atomic,
     write_jsonl_atomic,
 )
-from runner.model.memory import require_room, require_room_for_checkpoint
+from runner.model.memory import require_room, require_room_for_checkpoint, require_space
 from runner.model.weights import (
     ExportError,
     add_to_adapter,
@@ -58,6 +58,7 @@ from runner.run.manifest import (
     Manifest,
     find_other_export,
     list_summed_files,
+    measure_model,
     mend_model,
     record_files,
     record_model,
@@ -70,6 +71,7 @@ from runner.run.record import (
     StopReason,
     TrainResult,
     load_record,
+    load_result,
 )
 from runner.run.scores import find_score_contradictions
 from runner.sft.base import NUM_ROWS_SCORED_AGAIN, BaseScores, obtain_base_scores
@@ -149,7 +151,8 @@ class Recorder:
         """Note the parameters that are trained, and of a run that starts their hash.
 
         Raises:
-            OSError: (ENOSPC) the run's checkpoints and its export would not fit on the disk.
+            OSError: (ENOSPC) the run's checkpoints and its export would not fit on the disk; in a
+                repair, which writes no checkpoint, the export alone.
         """
         context = self.context
         parameters = trainer.model.named_parameters()
@@ -158,7 +161,11 @@ class Recorder:
         self._trained_shapes = {
             name: tuple(getattr(one, "ds_shape", one.shape)) for name, one in trained
         }
-        if context.is_main:
+        if context.is_main and context.is_repair:
+            result = load_result(context.paths)
+            num_bytes = measure_model((result.files if result is not None else None) or {})
+            require_space(context.paths.run_dir, num_bytes, "the export")
+        elif context.is_main:
             num_rows = len(self.samples.train.rows)
             require_room(context.recipe, context.paths, trained, num_rows, context.num_processes)
         if resume_step is None:

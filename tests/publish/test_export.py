@@ -18,10 +18,21 @@ from transformers import AutoModelForCausalLM
 
 from runner.files import load_json
 from runner.model.weights import ExportError
-from runner.publish.export import compare_logits
+from runner.publish.export import compare_logits, load_versions
+from runner.run.paths import RunPaths
+from runner.run.record import RunRecord, write_record
 from tests.conftest import Project, build_environment
 from tests.support.fake_hub import fake_hub
+from tests.support.scored_runs import make_attempt
 from tests.support.training_runs import read_result
+
+
+def test_the_versions_are_those_of_the_training(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    assert load_versions(paths) == {}
+    repair = make_attempt(number=2, is_repair=True, versions={"torch": "3.0.0"})
+    write_record(paths, RunRecord(attempts=(make_attempt(), repair)))
+    assert load_versions(paths) == make_attempt().versions
 
 
 def test_logits_that_differ_are_refused() -> None:

@@ -10,6 +10,7 @@ import pytest
 from runner.cli.main import main
 from runner.report.planning import limit_factor
 from runner.report.power import PowerReport, build_power_reports, format_power
+from runner.run.record import RunRecord, write_record
 from tests.support.reports import Run, rows_of
 from tests.support.scored_runs import make_attempt, scored_grid
 
@@ -27,6 +28,15 @@ def plan(runs: list[Run], effect: float, **more: Any) -> PowerReport:
     assert max(map(len, text.splitlines())) <= 120
     assert "…" not in text, "no number is cut off"
     return report
+
+
+def test_a_repair_is_no_training_time(tmp_path: Path) -> None:
+    runs = scored_grid(tmp_path, AXES, flat, attempt=make_attempt())
+    for _, paths, _ in runs:
+        write_record(
+            paths, RunRecord(attempts=(make_attempt(), make_attempt(number=2, is_repair=True)))
+        )
+    assert plan(runs, 0.02).device_hours_per_run == pytest.approx(HOURS)
 
 
 def test_a_grid_is_planned_for_cells_and_for_axes(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +19,11 @@ from runner.checkpoints.commit import give_back_on_full_disk
 from runner.model.memory import require_room, require_room_for_checkpoint, require_space
 from runner.recipe.parse import parse_recipe
 from runner.run.paths import RunPaths
+from runner.sft.recorder import Recorder
 from tests.conftest import RECIPE_TEXT, Project
 from tests.support.fake_checkpoints import commit, listing, make_paths
 from tests.support.faulty_runs import launch_faulty, make_fault
+from tests.support.reports import completed, make_recipe
 from tests.support.training_runs import (
     assert_same_outputs,
     launch,
@@ -26,6 +31,7 @@ from tests.support.training_runs import (
     read_log,
     try_launch,
 )
+from tests.support.whole_runs import MODEL_FILES, add_files
 
 SHORT = (
     "training={max_steps: 4, num_train_epochs: null}",
@@ -78,6 +84,22 @@ def test_a_run_is_not_begun_that_does_not_fit(
                 require_room(RECIPE, paths, [("weight", weight)], 22, 1)
     (paths.checkpoints_dir / "there").write_bytes(b"x")
     require_room(RECIPE, paths, [("weight", weight)], 22, 1)
+
+
+def test_a_repair_needs_room_for_the_export_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe, paths, _ = completed(tmp_path, make_recipe("one", {}), tuned=2.0)
+    add_files(paths)
+    needed = sum(map(len, MODEL_FILES.values()))
+    context: Any = SimpleNamespace(is_main=True, is_repair=True, paths=paths, recipe=recipe)
+    trainer: Any = SimpleNamespace(model=torch.nn.Linear(100, 100))
+    for free, is_enough in ((needed, True), (needed - 1, False)):
+        usage = shutil._ntuple_diskusage(10**9, 10**9 - free, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        samples: Any = None
+        with nullcontext() if is_enough else pytest.raises(OSError, match="the export would take"):
+            Recorder(context, samples).begin(trainer, resume_step=2)
 
 
 @pytest.mark.parametrize(
