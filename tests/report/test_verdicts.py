@@ -200,8 +200,8 @@ def test_a_declaration_of_what_is_not_there_is_a_warning_by_name(tmp_path: Path)
 def test_a_declared_metric_is_compared_where_it_would_not_be_chosen(tmp_path: Path) -> None:
     rows = declaring_rows(tmp_path, -0.283, contrast(metric="bits_per_byte"))
     loss = [one for one in build_report(rows).effects if one.axis == "loss"]
-    assert [one.metric.name for one in loss] == ["nll_per_completion_token", "bits_per_byte"]
-    assert [any(e.is_confirmatory for e in one.main) for one in loss] == [False, True]
+    assert [one.metric.name for one in loss] == ["bits_per_byte", "nll_per_completion_token"]
+    assert [any(e.is_confirmatory for e in one.main) for one in loss] == [True, False]
 
 
 def test_what_is_not_clear_is_never_told_as_equal(tmp_path: Path) -> None:
