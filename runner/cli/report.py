@@ -115,7 +115,7 @@ def _find_absent(selected: Sequence[Selected]) -> dict[str, list[str]]:
         known.setdefault((one.recipe.run.grid, run_dir.parent), set()).add(run_dir.name)
     absent: dict[str, list[str]] = {}
     for (grid, folder), names in known.items():
-        absent.setdefault(grid, []).extend(name for name in list_runs(folder) if name not in names)
+        absent.setdefault(grid, []).extend(list_runs(folder, but=names))
     return absent
 
 

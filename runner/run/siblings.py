@@ -5,7 +5,7 @@ arms differ in more than their axes say. Reads records only, and asks nobody.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -94,13 +94,13 @@ def read_grid(grid_dir: Path) -> list[Loaded]:
     return found
 
 
-def list_runs(grid_dir: Path) -> list[str]:
-    """The names of all runs of a grid that were launched; those of overrides, which are no cell of
-    it, and those whose record cannot be read are left out.
+def list_runs(grid_dir: Path, *, but: Collection[str]) -> list[str]:
+    """The names of all runs of a grid that were launched, `but` for those that are known; those of
+    overrides, which are no cell of it, and those whose record cannot be read are left out.
     """
     found = []
     for path in sorted(grid_dir.glob("*/recipe.json")):
-        if path.parent.name.startswith("."):  # moved aside
+        if path.parent.name in but or path.parent.name.startswith("."):  # moved aside
             continue
         with contextlib.suppress(CorruptFileError, OSError, LookupError, TypeError):
             content: Any = load_json(path)
