@@ -22,6 +22,9 @@ _MAX_NAMED: Final = 8
 def write_verdicts(report: Report) -> list[str]:
     """The sentences, declared contrasts first."""
     if not any(cell.scores for cell in report.cells):
+        if any(row.is_scored for row in report.rows):
+            reasons = [reason for cell in report.cells for reason in cell.missing]
+            return [f"There are scores, and no two that compare: {_name_some(reasons)}."]
         changed = [row for row in report.rows if row.state == "changed"]
         if not changed:
             return ["No run has a score yet."]

@@ -380,3 +380,11 @@ def test_a_clear_difference_below_the_noise_says_of_how_many_pairs(tmp_path: Pat
     rows = declaring_rows(tmp_path, -0.02, contrast(), sd_run=0.01, seeds=range(1, 13))
     text = "\n".join(build_report(rows).verdicts)
     assert "; in 95% of cases two single runs of one recipe differ by less than 0.0" in text
+
+
+def test_runs_of_one_cell_have_scores_that_do_not_compare(tmp_path: Path) -> None:
+    runs = [scored(tmp_path, make_recipe(name, {}), 2.0) for name in ("one", "two")]
+    [verdict] = build_report(rows_of(runs)).verdicts
+    assert (
+        verdict == "There are scores, and no two that compare: one and two stand in the same cell."
+    )
