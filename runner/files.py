@@ -118,9 +118,9 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
             raise
 
 
-def load_jsonl(path: Path) -> list[dict[str, Any]]:
+def load_jsonl(path: Path, *, holding: bytes = b"") -> list[dict[str, Any]]:
     """Every whole row of a JSONL file; a torn last line (no newline: the writer was killed) is left
-    out.
+    out. Rows whose text does not hold some bytes are skipped, and not parsed.
 
     Raises:
         CorruptFileError: another line is no JSON object.
@@ -132,7 +132,11 @@ def load_jsonl(path: Path) -> list[dict[str, Any]]:
     whole, _, _ = content.rpartition(b"\n")
     lines = whole.split(b"\n")  # not splitlines: a text may hold other line separators
     try:
-        rows = [json.loads(line) for line in lines if line]
+        rows = [
+            json.loads(line)
+            for line in lines
+            if line and (holding in line or not line.startswith(b"{"))
+        ]
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} has a line that is not JSON: {error}") from None
     if not all(isinstance(row, dict) for row in rows):

@@ -44,7 +44,7 @@ from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.facts import read_facts
 from runner.run.failures import UNREADABLE_HINT
 from runner.run.paths import RunPaths, content_cache_path
-from runner.run.record import EXIT_CODES, AskedBase, load_progress, load_record
+from runner.run.record import EXIT_CODES, AskedBase, list_trained, load_progress, load_record
 from runner.secrets import find_secret
 
 _PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
@@ -173,7 +173,7 @@ def _run_repair(arguments: argparse.Namespace, planned: Launch, status: RunStatu
         return 0
     would_be = "would be" if arguments.dry_run else "is"
     print(f"{planned.full_name}  model/ {would_be} written again from step {step}", file=sys.stderr)
-    trained = [one for one in facts.attempts if not one.is_repair]
+    trained = list_trained(facts.attempts)
     if trained and arguments.num_processes is None:  # else DeepSpeed's files do not fit
         planned = replace(planned, num_processes=trained[-1].num_processes)
     planned = replace(planned, num_attempts=status.num_attempts, is_repair=True)

@@ -27,7 +27,7 @@ from runner.run.manifest import (
     is_of_model,
     select_recipe,
 )
-from runner.run.record import RULES_KEY, Fact, Failure, Shown, describe_phase
+from runner.run.record import RULES_KEY, Fact, Failure, Shown, describe_phase, list_trained
 from runner.run.scores import find_score_contradictions
 
 State = Literal[
@@ -377,7 +377,7 @@ def _look_ahead(
 
 def _sum_seconds(facts: RunFacts) -> float | None:
     # The time of a repair is not that of training, by which other runs are estimated.
-    attempts = [attempt for attempt in facts.attempts if not attempt.is_repair]
+    attempts = list_trained(facts.attempts)
     ends = [attempt.ended_at_utc for attempt in attempts]
     if facts.is_running and ends:
         ends[-1] = ends[-1] or facts.read_at_utc

@@ -40,7 +40,7 @@ from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import QuantizationOff
 from runner.run.paths import RunPaths
-from runner.run.record import TrainResult, load_record, load_result
+from runner.run.record import TrainResult, list_trained, load_record, load_result
 from runner.strict import thaw
 
 _LOSSES: Final = {
@@ -423,7 +423,7 @@ def _write(run: TunedRun, target_dir: Path, *, is_merged: bool) -> float:
 
 def load_versions(paths: RunPaths) -> Mapping[str, str]:
     """The versions that the model was trained under; a repair may run under others."""
-    trained = [one for one in load_record(paths).attempts if not one.is_repair]
+    trained = list_trained(load_record(paths).attempts)
     return trained[-1].versions if trained else {}
 
 

@@ -18,12 +18,12 @@ from runner.report.cells import is_one_recipe
 from runner.report.effects import Cell, Metric
 from runner.report.row_scores import BITS_PER_BYTE, LIKELIHOODS
 from runner.report.rows import ReportRow, axis_text, group_by_rules, group_by_test_rows
+from runner.report.wording import name_some
 
 # Two scores of one base model at step 0 differ by less, relative to their size: sums of narrow
 # dtypes depend on the batch and the device
 _SAME_BASE: Final = 5e-3
 _SAME_FLOAT32_BASE: Final = 1e-4
-_MAX_NAMED: Final = 3
 _HASH_CHARACTERS: Final = 12
 # Keys of a recipe that state the number of updates themselves
 _STATES_UPDATES: Final = frozenset({"training.max_steps", "training.num_train_epochs"})
@@ -363,7 +363,7 @@ def _flag_training_rows(arms: Arms, differences: Mapping[str, int]) -> str:
             other.append(f"{first[0].name} and {second[0].name}")
     if not other:
         return ""
-    return f"the training rows differ where the recipes ask for the same: {_name_some(other)}"
+    return f"the training rows differ where the recipes ask for the same: {name_some(other)}"
 
 
 def _flag_contents(arms: Arms, differences: Mapping[str, int]) -> str:
@@ -388,7 +388,7 @@ def _flag_versions(arms: Arms) -> str:
         if len(by_version) > 1:
             counts = " and ".join(f"{value} ({count})" for value, count in by_version.items())
             other.append(f"{name} {counts}")
-    return f"versions differ between the runs: {_name_some(other, '; ')}" if other else ""
+    return f"versions differ between the runs: {name_some(other, '; ')}" if other else ""
 
 
 def _flag_source(arms: Arms) -> str:
@@ -423,7 +423,7 @@ def _flag_missing(arms: Arms) -> str:
         for runs, of, name in zip(sides, planned, arms.names, strict=True)
     )
     what = _SURVIVORS if is_survivors else "not all runs have a score"
-    return f"{what}: {counts} are left; {_name_some(dict.fromkeys(missing), '; ')}"
+    return f"{what}: {counts} are left; {name_some(dict.fromkeys(missing), '; ')}"
 
 
 def find_not_recorded(rows: Sequence[ReportRow]) -> list[str]:
@@ -460,7 +460,7 @@ def find_other_scales(rows: Sequence[ReportRow]) -> list[str]:
         ]
         warnings.append(
             f"{len(groups)} different sets of test rows;"
-            f" numbers compare only within one set: {_name_some(sets, '; ')}"
+            f" numbers compare only within one set: {name_some(sets, '; ')}"
         )
     if unknown:
         runs = "1 completed run" if len(unknown) == 1 else f"{len(unknown)} completed runs"
@@ -480,13 +480,7 @@ def _list_sides(groups: Mapping[Any, Runs]) -> str:
 
 
 def _name(runs: Sequence[ReportRow]) -> str:
-    return _name_some([run.name for run in runs])
-
-
-def _name_some(names: Iterable[str], separator: str = ", ") -> str:
-    listed = list(names)
-    more = [f"and {len(listed) - _MAX_NAMED} more"] if len(listed) > _MAX_NAMED else []
-    return separator.join(listed[:_MAX_NAMED] + more)
+    return name_some([run.name for run in runs])
 
 
 def _join(items: Sequence[str]) -> str:

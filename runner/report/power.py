@@ -30,7 +30,7 @@ from runner.report.rows import ReportRow, axis_text, list_axes, list_metrics, li
 from runner.report.statistics import CellScores, per_seed_cell
 from runner.report.variances import measure
 from runner.run.paths import RunPaths
-from runner.run.record import load_record
+from runner.run.record import list_trained, load_record
 from runner.text import align, cut, cut_middle
 
 # Of the degrees of freedom of the spread: below, a range of seeds only; a plan marked as rough
@@ -388,8 +388,8 @@ def _measure_hours(run: ReportRow) -> float | None:
     if run.run_dir is None:
         return None
     seconds = 0.0
-    for attempt in load_record(RunPaths(run.run_dir)).attempts:
-        if attempt.ended_at_utc is not None and not attempt.is_repair:
+    for attempt in list_trained(load_record(RunPaths(run.run_dir)).attempts):
+        if attempt.ended_at_utc is not None:
             began, ended = map(
                 datetime.datetime.fromisoformat, (attempt.started_at_utc, attempt.ended_at_utc)
             )

@@ -6,7 +6,6 @@ They are used only where they add up to what `result.json` says. A metric that i
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from runner.data.tasks.base import Task
 from runner.errors import CorruptFileError, escape_controls
+from runner.files import load_jsonl
 from runner.run.paths import RunPaths
 from runner.run.record import GenerationScore, SplitScore
 
@@ -93,25 +93,8 @@ def load_rows(path: Path, model: str) -> list[dict[str, Any]]:
     Raises:
         CorruptFileError: a line is no JSON object.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    whole, _, _ = content.rpartition(b"\n")
-    name = f'"{model}"'.encode()
-    rows = []
-    for line in whole.split(b"\n"):
-        if name not in line and line.startswith(b"{"):
-            continue
-        try:
-            row = json.loads(line.decode()) if line else {}
-        except (ValueError, RecursionError) as error:
-            raise CorruptFileError(f"{path} has a line that is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise CorruptFileError(f"{path} has a line that is no JSON object")
-        if row.get("model") == model:
-            rows.append(row)
-    return rows
+    rows = load_jsonl(path, holding=f'"{model}"'.encode())
+    return [row for row in rows if row.get("model") == model]
 
 
 def _read_likelihoods(rows: Sequence[Mapping[str, Any]]) -> RowScores:

@@ -27,7 +27,7 @@ from runner.recipe.parse import Recipe
 from runner.run.base_scores import OtherBaseScores
 from runner.run.facts import RunFacts
 from runner.run.paths import RunPaths
-from runner.run.record import Attempt, GenerationScore, SplitScore
+from runner.run.record import Attempt, GenerationScore, SplitScore, list_trained
 from runner.strict import thaw
 
 if TYPE_CHECKING:
@@ -453,9 +453,8 @@ def _find_provenance(attempts: Sequence[Attempt]) -> dict[str, Any]:
     """Versions and the runner's source, of the attempts that may have trained."""
     trained = [
         attempt
-        for attempt in attempts
-        if not attempt.is_repair
-        and (attempt.failure is None or attempt.failure.kind not in ("configuration", "data"))
+        for attempt in list_trained(attempts)
+        if attempt.failure is None or attempt.failure.kind not in ("configuration", "data")
     ]
     names = dict.fromkeys(name for attempt in trained for name in attempt.versions)
     versions = {name: _join(attempt.versions.get(name) for attempt in trained) for name in names}

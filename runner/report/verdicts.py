@@ -13,6 +13,7 @@ from runner.report.cells import describe_at
 from runner.report.comparability import questions_the_axis
 from runner.report.effects import AxisEffects, Effect, Equivalence, Report
 from runner.report.rows import axis_text
+from runner.report.wording import name_some
 
 _MAX_LEVELS: Final = 6  # of another axis, told one by one
 _MAX_TOLD: Final = 8  # exploratory contrasts, with all their numbers
@@ -280,6 +281,4 @@ def _tell_single_seeds(report: Report) -> list[str]:
 
 
 def _name_some(names: Iterable[str]) -> str:
-    listed = list(dict.fromkeys(names))
-    more = [f"and {len(listed) - _MAX_NAMED} more"] if len(listed) > _MAX_NAMED else []
-    return "; ".join(listed[:_MAX_NAMED] + more)
+    return name_some(dict.fromkeys(names), "; ", _MAX_NAMED)

@@ -11,7 +11,7 @@ import datetime
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
 
@@ -209,6 +209,13 @@ class RunRecord(Fact):
         if numbers != sorted({number for number in numbers if number > 0}):
             raise ValueError("the numbers of the attempts do not ascend from 1")
         return attempts
+
+
+def list_trained(attempts: Iterable[Attempt]) -> list[Attempt]:
+    """The attempts that are part of the training: all but repairs, which may run much later, under
+    other versions and on other machines.
+    """
+    return [attempt for attempt in attempts if not attempt.is_repair]
 
 
 Commit = Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]

@@ -28,6 +28,7 @@ from runner.run.paths import AttemptPaths, RunPaths, find_output_root
 from runner.run.record import (
     AskedBase,
     Progress,
+    list_trained,
     load_progress,
     load_record,
     load_stored_recipe,
@@ -118,8 +119,8 @@ class RunContext:
             stored.commits,
         )
         if attempt.is_repair:  # the step and the loss that are shown stay those of the training
-            trained = [one.number for one in record.attempts if not one.is_repair]
-            before = load_progress(paths.attempt(trained[-1]).progress_path) if trained else None
+            trained = [paths.attempt(one.number) for one in list_trained(record.attempts)]
+            before = load_progress(trained[-1].progress_path) if trained else None
             context._progress = before or context._progress
         return context
 

@@ -70,6 +70,7 @@ from runner.run.record import (
     SplitScore,
     StopReason,
     TrainResult,
+    list_trained,
     load_record,
     load_result,
 )
@@ -557,7 +558,7 @@ def _suggest_versions(paths: RunPaths) -> str:
     """The versions under which the run was completed, where they are others now; of those that an
     attempt records, the ones that can write another export.
     """
-    trained = [one for one in load_record(paths).attempts if not one.is_repair]
+    trained = list_trained(load_record(paths).attempts)
     before, now = trained[-1].versions if trained else {}, list_library_versions()
     other = [
         f"{name} {before[name]} (now {version})"
