@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.report.effects import SEED, Cell
+from runner.grid.spec import SEED_AXIS
+from runner.report.effects import Cell
 from runner.report.row_scores import BITS_PER_BYTE, NLL_PER_COMPLETION_TOKEN, NLL_PER_TOKEN
 from runner.report.rows import Model, ReportRow, Scores, axis_key, axis_text, list_axes, list_values
 from runner.report.wording import name_some
@@ -22,7 +23,7 @@ def find_seed_axis(rows: Sequence[ReportRow]) -> str | None:
     rows = [row for row in rows if row.state != "changed"] or rows
     axes = list_axes(rows)
     found = [axis for axis in axes if _changes_only_the_seed(rows, axis)]
-    return next((axis for axis in found if axis == SEED), found[0] if found else None)
+    return next((axis for axis in found if axis == SEED_AXIS), found[0] if found else None)
 
 
 def split_variants(rows: Sequence[ReportRow]) -> tuple[list[ReportRow], list[ReportRow]]:
@@ -40,10 +41,10 @@ def find_what_seeds_change(rows: Sequence[ReportRow]) -> list[str]:
     repeated, are no repetitions."""
     seed_axis = find_seed_axis(rows)
     found = []
-    if seed_axis != SEED and SEED in list_axes(rows):
+    if seed_axis != SEED_AXIS and SEED_AXIS in list_axes(rows):
         found.append(
-            f"`{SEED}` changes more in the recipes than `training.seed`, so it counts as an axis"
-            " like any other and not as a repetition of runs"
+            f"`{SEED_AXIS}` changes more in the recipes than `training.seed`, so it counts as an"
+            " axis like any other and not as a repetition of runs"
         )
     copies = [run.name for _, others in _list_copies(rows, seed_axis) for run in others]
     if copies and seed_axis is not None:
@@ -62,9 +63,9 @@ def _changes_only_the_seed(rows: Sequence[ReportRow], axis: str) -> bool:
             groups.setdefault((row.grid, *_key_others(row.axes, axis)), []).append(row)
     varied = [group for group in groups.values() if len(group) > 1]
     if not varied:
-        return axis == SEED
+        return axis == SEED_AXIS
     pure = [group for group in varied if is_one_recipe(group)]
-    has_seeds = axis == SEED or any(len({row.seed for row in group}) > 1 for group in pure)
+    has_seeds = axis == SEED_AXIS or any(len({row.seed for row in group}) > 1 for group in pure)
     # One cell with a recipe of its own is refused by name, and is no reason to take seeds for arms
     return has_seeds and 2 * len(pure) > len(varied)
 

@@ -15,9 +15,6 @@ from typing import Any, Literal
 from runner.report.rows import ReportRow
 from runner.report.statistics import Interval
 
-# The axis over which runs are replicated
-SEED: str = "seed"
-
 
 @dataclass(frozen=True)
 class Metric:

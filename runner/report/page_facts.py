@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from runner.grid.spec import SEED_AXIS
 from runner.report.compare import Certificate, build_certificate
-from runner.report.effects import SEED, AxisEffects, Report
+from runner.report.effects import AxisEffects, Report
 from runner.report.labels import describe_contrast, describe_source, list_all
 from runner.report.page_parts import (
     NUM_HASH_CHARACTERS,
@@ -124,7 +125,7 @@ def build_differences_table(rows: Sequence[ReportRow]) -> PageTable:
             shown = [f"{value} ({number})" for value, number in counts.most_common(_MAX_VALUES)]
             left_out = len(counts) - len(shown)
             shown += [f"{left_out} other values"] if left_out else []
-            axes = ", ".join(_find_axes(found)) if name != "training.seed" else SEED
+            axes = ", ".join(_find_axes(found)) if name != "training.seed" else SEED_AXIS
             lines.append(("", [PageCell(name), PageCell("; ".join(shown)), PageCell(axes)]))
     return build_table("differences", _DIFFERENCE_COLUMNS, lines)
 

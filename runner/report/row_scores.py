@@ -19,15 +19,14 @@ import numpy.typing as npt
 from runner.data.tasks.base import Task
 from runner.errors import CorruptFileError, escape_controls
 from runner.files import load_jsonl
+from runner.recipe.schema import LIKELIHOOD_METRICS
 from runner.run.paths import RunPaths
 from runner.run.record import GenerationScore, SplitScore
 
 Floats = npt.NDArray[np.float64]
 
-NLL_PER_COMPLETION_TOKEN: Final = "nll_per_completion_token"
-NLL_PER_TOKEN: Final = "nll_per_token"
-BITS_PER_BYTE: Final = "bits_per_byte"
-LIKELIHOODS: Final = (NLL_PER_COMPLETION_TOKEN, NLL_PER_TOKEN, BITS_PER_BYTE)
+LIKELIHOODS: Final = LIKELIHOOD_METRICS
+NLL_PER_COMPLETION_TOKEN, NLL_PER_TOKEN, BITS_PER_BYTE = LIKELIHOODS
 _NATS_PER_BIT: Final = math.log(2)
 # Sums are exact, so two of the same rows differ by the order of additions at most
 _TOLERANCE: Final = 1e-9
