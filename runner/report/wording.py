@@ -384,9 +384,15 @@ def describe_equivalence(effect: Effect) -> str:
     if effect.equivalence is None:
         return ""
     found = effect.equivalence
-    inside = "lies inside: no larger" if found.is_shown else "reaches beyond: not shown"
-    level = level_text(found.level)
-    return f"margin {found.margin:g}: the {level} interval {span(found.interval)} {inside}"
+    low, high = found.interval
+    if found.is_shown:
+        place = "lies inside: no larger"
+    elif min(abs(low), abs(high)) > found.margin and low * high > 0:
+        place = "lies outside: larger"
+    else:
+        place = "reaches beyond: not shown"
+    interval = f"the {level_text(found.level)} interval {span(found.interval)}"
+    return f"margin {found.margin:g}: {interval} {place}"
 
 
 def describe_interaction(found: Interaction) -> str:

@@ -12,7 +12,9 @@ import pytest
 from rich.cells import cell_len
 
 from runner.cli.main import main
+from runner.report.effects import Equivalence
 from runner.report.format import FORMATS, MAX_WIDTH, format_markdown
+from runner.report.wording import describe_equivalence
 from runner.run.record import Failure
 from tests.conftest import ROOT
 from tests.support.effects import make_report, replicated_rows
@@ -111,7 +113,7 @@ def test_effects_are_drawn_with_all_that_limits_them(tmp_path: Path) -> None:
         "`samples`: F(1, 8) = 12.34, p = 0.0040",
         "| samples=60 | 1.2e-04 (4) | 3.4e-05 (63) | 5.6e-06 |",
         "pooled by model",
-        "samples=60: margin 0.02: the 90% interval -0.3400 to -0.2600 reaches beyond: not shown",
+        "samples=60: margin 0.02: the 90% interval -0.3400 to -0.2600 lies outside: larger",
         "samples=180: declared since run r0_180_s1, after its first attempt",
         "- noise floor: 0.1200",
         "- **flag:** updates differ: 32 and 92.",
@@ -277,3 +279,14 @@ def test_the_command_line_offers_every_format(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(["report", "recipes", "--format", "xls"])
     assert f"(choose from {', '.join(map(repr, FORMATS))})" in capsys.readouterr().err
+
+
+def test_an_interval_beyond_the_margin_shows_a_larger_difference(tmp_path: Path) -> None:
+    effect = make_report(replicated_rows(tmp_path)).effects[0].shown[0]
+    found = {
+        "lies outside: larger": Equivalence(0.02, (-0.34, -0.26), is_shown=False),
+        "reaches beyond: not shown": Equivalence(0.02, (-0.01, 0.03), is_shown=False),
+        "lies inside: no larger": Equivalence(0.02, (0.0, 0.01), is_shown=True),
+    }
+    for told, equivalence in found.items():
+        assert describe_equivalence(replace(effect, equivalence=equivalence)).endswith(told)
