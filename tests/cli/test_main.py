@@ -49,7 +49,7 @@ def test_verbs_do_not_import_torch(verb: list[str], fake: FakeLauncher) -> None:
 
 def test_help_is_quick_and_names_every_verb(fake: FakeLauncher) -> None:
     assert "pydantic" not in list_loaded(
-        "import runner.cli.main\nrunner.cli.main.build_parser().format_help()", fake.root
+        "import runner.cli.arguments\nrunner.cli.arguments.build_parser().format_help()", fake.root
     )
     done = run("--help", cwd=fake.root)
     assert done.returncode == 0

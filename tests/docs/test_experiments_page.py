@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from runner.cli.main import build_parser
+from runner.cli.arguments import build_parser
 from runner.recipe.parse import Recipe
 from tests.conftest import ROOT
 
