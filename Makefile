@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check torture fuzz golden fix clean-demo
+.PHONY: demo test check torture fuzz golden fix clean-demo pins
 
 demo: .venv/installed
 	@runner demo-models
@@ -54,3 +54,13 @@ COMPILE_RUNS := from runner.recipe.libraries import hide_libraries; hide_librari
 .venv/installed-dev: .venv/installed
 	@$(BIN)/python .ci/install.py '.[dev]'
 	@touch $@
+
+# The tree of a GPU machine is resolved; that of a CPU build of torch is the same without CUDA's
+# own libraries. What is pinned stays pinned unless it no longer fits: `make pins UPGRADE=--upgrade`
+# takes the newest versions.
+RESOLVE := uv pip compile pyproject.toml - --all-extras --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+  --no-annotate --custom-compile-command "make pins" --quiet $(UPGRADE)
+
+pins:
+	echo uv | $(RESOLVE) --output-file constraints-cuda.txt
+	grep --invert-match --extended-regexp '^(cuda-|nvidia-|triton==)' constraints-cuda.txt > constraints.txt

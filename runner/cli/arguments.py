@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_project_verbs(verbs)
     _add_check_verbs(verbs)
+    _add_doctor(verbs)
     _add_launch_verb(verbs)
     _add_sweep_verbs(verbs)
     _add_view_verbs(verbs)
@@ -167,6 +168,13 @@ def _add_check_verbs(verbs: Any) -> None:
         help="html: one page, to stdout",
     )
     _add_output_root(masks)
+
+
+def _add_doctor(verbs: Any) -> None:
+    doctor = verbs.add_parser(
+        "doctor", help="what this machine has, and what recipes need that it has not"
+    )
+    _add_paths(doctor, nargs="*")
 
 
 def _add_launch_verb(verbs: Any) -> None:

@@ -110,6 +110,15 @@ def run_check(arguments: argparse.Namespace) -> int:
     )
 
 
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """`runner doctor`: of the machine, and of the recipes where some are named."""
+    hide_bitsandbytes_warning()
+    from runner.preflight.doctor import print_doctor
+
+    selected = select(arguments, arguments.paths) if arguments.paths else []
+    return print_doctor(selected, arguments.output_root)
+
+
 def run_masks(arguments: argparse.Namespace) -> int:
     """`runner masks`: loads the tokenizer, never the model."""
     from runner.preflight.masks import build_views, format_views
@@ -316,6 +325,7 @@ VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "demo-models": run_demo_models,
     "render": run_render,
     "check": run_check,
+    "doctor": run_doctor,
     "masks": run_masks,
     "launch": run_launch,
     "sweep": run_sweep,

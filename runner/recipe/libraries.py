@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from runner.recipe.identity import load_launch_settings
 from runner.recipe.parse import Recipe
@@ -35,7 +35,7 @@ def find_unused_libraries(recipe: Recipe, *, uses_deepspeed: bool = False) -> li
     Functions of the user's run in processes of their own, from which nothing is hidden.
     """
     deepspeed = uses_deepspeed or _may_use_deepspeed(recipe)
-    bitsandbytes = _uses_bitsandbytes(recipe)
+    bitsandbytes = uses_bitsandbytes(recipe)
     # Each tracker may log figures or statistics: what it takes for that is its own affair.
     has_trackers = bool(recipe.tracking.report_to)
     is_used = {
@@ -60,7 +60,8 @@ def hide_libraries(names: Iterable[str]) -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
-def _uses_bitsandbytes(recipe: Recipe) -> bool:
+def uses_bitsandbytes(recipe: Recipe) -> bool:
+    """Whether a run imports bitsandbytes: for its optimizer or for quantised weights."""
     optimizer = recipe.training.hugging_face_arguments().get("optim")
     return (
         recipe.quantization.method != "none"
@@ -80,9 +81,13 @@ def _uses_loftq(recipe: Recipe) -> bool:
 def _may_use_deepspeed(recipe: Recipe) -> bool:
     """Whether the launch asks for DeepSpeed; also True where its config cannot be read."""
     settings = load_launch_settings(Path(recipe.launch.accelerate_config))
-    if not isinstance(settings, dict) or "deepspeed_config" in settings:
-        return True
-    return str(settings.get("distributed_type")).upper() == "DEEPSPEED"
+    return not isinstance(settings, dict) or names_deepspeed(settings)
+
+
+def names_deepspeed(settings: Mapping[str, Any]) -> bool:
+    """Whether an accelerate config asks for DeepSpeed."""
+    is_named = str(settings.get("distributed_type")).upper() == "DEEPSPEED"
+    return is_named or "deepspeed_config" in settings
 
 
 def _may_be_quantized(path: str, revision: str | None) -> bool:

@@ -1,0 +1,229 @@
+"""`runner doctor`: the machine as it is, and recipes held against machines that are described."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runner.plan.select import Selected, run_paths
+from runner.preflight.doctor import Machine, describe_machine, find_lacks
+from runner.preflight.machine import Device, Libraries, find_cuda_home
+from runner.recipe.parse import Recipe
+from tests.conftest import ROOT, Project
+
+VERSIONS = {"bitsandbytes": "0.50.2", "deepspeed": "0.19.8"}
+PLAIN = Machine(Libraries("2.13.0+cpu", versions=VERSIONS), None, "/usr/bin/c++", None, None)
+H200 = Device("NVIDIA H200", 150 << 30, 149 << 30, (9, 0))
+V100 = Device("Tesla V100", 32 << 30, 31 << 30, (7, 0))
+
+
+def on_gpus(*devices: Device, **changes: object) -> Machine:
+    libraries = Libraries("2.13.0+cu130", "13.0", devices, versions=VERSIONS)
+    return replace(PLAIN, libraries=replace(libraries, **changes))
+
+
+@pytest.fixture
+def here(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
+    project.add_model("gemma")
+    monkeypatch.chdir(project.root)
+    return project
+
+
+def lacks(recipe: Recipe, machine: Machine) -> list[tuple[str, str | None]]:
+    selected = Selected(recipe, Path("recipe.yaml"), run_paths(recipe, Path("runs")))
+    return [(one.what, one.hint) for one in find_lacks([selected], machine)]
+
+
+def test_a_machine_for_which_the_recipes_are_made_lacks_nothing(here: Project) -> None:
+    gpu = "launch.accelerate_config=accelerate_configs/single_gpu.yaml"
+    assert lacks(here.recipe(), PLAIN) == []
+    assert lacks(here.recipe(gpu, "training.bf16=true"), on_gpus(H200)) == []
+
+
+GPU = "launch.accelerate_config=accelerate_configs/single_gpu.yaml"
+ZERO3 = ("launch.accelerate_config=accelerate_configs/zero3.yaml", "launch.num_processes=2")
+OFFLOAD = "launch.accelerate_config=accelerate_configs/zero3_offload.yaml"
+CANNOT = {
+    "no GPU": ((GPU,), PLAIN, "1 GPU is wanted, torch sees none", "accelerate_configs/cpu.yaml"),
+    "too few GPUs": (ZERO3, on_gpus(H200), "2 GPUs are wanted, torch sees 1", "--num-processes 1"),
+    "torch for the CPU beside GPUs": (
+        (GPU,),
+        replace(PLAIN, gpus=[object()]),
+        "torch sees none",
+        "pip install --force-reinstall -c constraints-cuda.txt torch",
+    ),
+    "an old GPU": (
+        (GPU, "training.bf16=true"),
+        on_gpus(V100),
+        "bfloat16 needs a GPU of capability 8.0, Tesla V100 has 7.0",
+        "training.fp16=true",
+    ),
+    "no bitsandbytes": (
+        ("quantization.method=8bit",),
+        replace(PLAIN, libraries=Libraries("2.13.0+cpu")),
+        "bitsandbytes cannot be used",
+        "pip install",
+    ),
+    "a broken bitsandbytes": (
+        ("training.optim=adamw_8bit",),
+        replace(PLAIN, libraries=Libraries("2", failures={"bitsandbytes": "OSError: no libcuda"})),
+        "bitsandbytes cannot be used: OSError: no libcuda",
+        "pip install",
+    ),
+    "no FlashAttention": (
+        ("model.attn_implementation=flash_attention_2", "model.dtype=bfloat16"),
+        on_gpus(H200),
+        "flash-attn is not installed",
+        "--no-build-isolation",
+    ),
+    "an optimizer's package": (
+        ("training.optim=grokadamw",),
+        PLAIN,
+        "training.optim is grokadamw: grokadamw is not there",
+        "pip install grokadamw",
+    ),
+    "no DeepSpeed": (
+        ZERO3,
+        replace(on_gpus(H200, H200), libraries=Libraries("2", "13.0", (H200, H200))),
+        "DeepSpeed is not installed",
+        "pip install -c constraints.txt deepspeed",
+    ),
+    "no compiler": (
+        (OFFLOAD,),
+        replace(on_gpus(H200), compiler=None, cuda_home=Path("/usr/local/cuda")),
+        "there is no C++ compiler",
+        "apt-get install g++",
+    ),
+    "no CUDA toolkit": ((OFFLOAD,), on_gpus(H200), "there is no CUDA toolkit", "CUDA_HOME"),
+    "a tracker": (
+        ("tracking.report_to=[neptune]",),
+        PLAIN,
+        "neptune, which is not installed",
+        "pip install neptune",
+    ),
+    "remote storage": (
+        ("checkpoints.remote={url: 'gs://bucket/runs'}",),
+        PLAIN,
+        "gs://",
+        "pip install 'recipe-runner[gcs]'",
+    ),
+    "a file": (
+        ("data.train.path=nowhere.jsonl",),
+        PLAIN,
+        "data.train.path: nowhere.jsonl is not there",
+        "data.train.path=FILE",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_what_a_recipe_lacks_is_said_with_what_mends_it(here: Project, case: str) -> None:
+    changes, machine, what, mends = CANNOT[case]
+    found = lacks(here.recipe(*changes), machine)
+    assert len(found) == 1, found
+    assert what in found[0][0] and found[0][0].endswith(")")
+    assert found[0][1] is not None and mends in found[0][1]
+    assert "RECIPE" not in found[0][1], "the hint names a recipe that is there"
+
+
+def test_deepspeed_without_offload_compiles_nothing_on_gpus(here: Project) -> None:
+    machine = replace(on_gpus(H200, H200), compiler=None)
+    assert lacks(here.recipe(*ZERO3), machine) == []
+
+
+def test_runs_that_lack_the_same_share_a_line(here: Project) -> None:
+    runs = []
+    for name in ("a", "b"):
+        recipe = here.recipe(GPU, f"run.name={name}")
+        runs.append(Selected(recipe, Path(f"{name}.yaml"), run_paths(recipe, Path("runs"))))
+    (found,) = find_lacks(runs, PLAIN)
+    grid = runs[0].recipe.run.grid
+    assert found.what == f"1 GPU is wanted, torch sees none (2 runs, such as {grid}/a)"
+    assert found.hint is not None and found.hint.startswith("runner launch a.yaml ")
+
+
+def described(machine: Machine) -> str:
+    return "\n".join(
+        f"{one.level} {one.what} {one.hint}" for one in describe_machine(machine, Path("runs"))
+    )
+
+
+def test_a_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    text = described(on_gpus(H200))
+    assert "ok torch 2.13.0+cu130, built for CUDA 13.0" in text
+    assert "ok GPU 0: NVIDIA H200, 150.00 GiB, 149.00 GiB free, capability 9.0" in text
+    assert "note no GPU: torch sees none, and nvidia-smi does not answer" in described(PLAIN)
+    hanging = replace(PLAIN, libraries=Libraries(failures={"torch": "no answer in 180 s"}))
+    assert "missing torch cannot be used: no answer in 180 s" in described(hanging)
+    blind = replace(on_gpus(), gpus=[object(), object()])
+    assert "nvidia-smi lists 2 GPUs, torch sees none: the driver may be too" in described(blind)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert "torch sees no GPU under CUDA_VISIBLE_DEVICES='7'" in described(blind)
+
+
+def test_the_token_is_told_of_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 34)
+    assert "a hub token is in HF_TOKEN" in described(PLAIN)
+    assert "hf_aaa" not in described(PLAIN)
+
+
+def test_the_toolkit_is_found_as_torch_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "cuda" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.touch(mode=0o755)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert find_cuda_home() == tmp_path / "cuda"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert find_cuda_home() is None
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(compiler.parent))
+    assert find_cuda_home() == tmp_path / "cuda"
+
+
+def test_the_verb_asks_this_machine(project: Project) -> None:
+    project.add_model("gemma")
+    path = project.write_recipe("recipes/tests/plain.yaml")
+    done = project.cli("doctor", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    version = ".".join(map(str, sys.version_info[:3]))
+    assert re.search(rf"^ok +Python {version}, ", done.stdout)
+    assert re.search(r"^ok +torch \d+\.\d+", done.stdout, re.MULTILINE)
+    assert done.stdout.rstrip().endswith(
+        "the recipe can run here; `runner check` looks at rows, memory and disk of each"
+    )
+    text = json.loads(path.read_text())
+    text["data"]["train"]["path"] = "nowhere.jsonl"
+    path.write_text(json.dumps(text))
+    done = project.cli("doctor", path)
+    assert done.returncode == 2
+    assert "missing data.train.path: nowhere.jsonl is not there" in done.stdout
+
+
+def test_a_torch_that_cannot_be_imported_is_missing(project: Project, tmp_path: Path) -> None:
+    broken = tmp_path / "broken" / "torch"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise OSError('libcudart.so: cannot open')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{broken.parent}:{ROOT}"}
+    done = project.cli("doctor", environment=environment)
+    assert done.returncode == 2, done.stdout
+    assert "missing torch cannot be used: OSError: libcudart.so: cannot open" in done.stdout
+
+
+def test_constraints_are_those_of_cuda_without_its_libraries() -> None:
+    cuda = (ROOT / "constraints-cuda.txt").read_text().splitlines()
+    plain = (ROOT / "constraints.txt").read_text().splitlines()
+    own = re.compile(r"cuda-|nvidia-|triton==")
+    assert [line for line in cuda if not own.match(line)] == plain
+    assert sum(bool(own.match(line)) for line in cuda) > 10
+    assert shutil.which("grep"), "`make pins` uses it"
