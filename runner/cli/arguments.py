@@ -484,7 +484,17 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     _add_paths(parser)
     room = parser.add_mutually_exclusive_group()
     room.add_argument("--slots", type=positive, metavar="N", help="runs at a time, default 1")
-    room.add_argument("--gpus", metavar="0,1,...", help="each run gets its own of these")
+    room.add_argument(
+        "--gpus",
+        metavar="0,1,...",
+        help="each run gets its own of these, by nvidia-smi's numbers or UUIDs",
+    )
+    parser.add_argument(
+        "--per-gpu",
+        type=positive,
+        metavar="N",
+        help="runs at a time on each GPU, of --gpus or of all that there are, default 1",
+    )
     parser.add_argument(
         "--fail-fast", action="store_true", help="start nothing more after a failure"
     )

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from runner.errors import RunnerError
 
 if TYPE_CHECKING:
     import argparse
 
-    from runner.launch.placement import PlanRuns
+    from runner.launch.command import Placement
+    from runner.launch.gpus import NamedGpu
+    from runner.launch.placement import Devices, PlanRuns
+    from runner.plan.decide import Launch
 
 ONLY_WRITES_FILES: Final = False
 OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {}  # beyond those of every sweep
@@ -24,24 +30,42 @@ OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {}  # beyond those of every sw
 class LocalOptions:
     """What the command line says about this machine."""
 
-    num_slots: int
-    gpus: tuple[str, ...] | None  # each run gets its own of these; None: not asked for
+    num_slots: int  # places on GPUs, where there are `gpus`
+    gpus: tuple[NamedGpu, ...] | None  # each run gets its own of these; None: not asked for
+    per_gpu: int  # runs at a time on each of them
     fail_fast: bool
     is_dry_run: bool
     uses_workers: bool  # else each run imports for itself
+    output_root: Path
+
+    @property
+    def gpu_names(self) -> list[str] | None:
+        """The GPUs as `CUDA_VISIBLE_DEVICES` takes them."""
+        return None if self.gpus is None else [gpu.name for gpu in self.gpus]
 
 
 def parse_options(arguments: argparse.Namespace) -> LocalOptions:
-    """Raises: RunnerError for `--gpus` that are not different devices."""
-    from runner.launch.placement import parse_gpus
+    """Raises: RunnerError for GPUs that are not there, are hidden, or are named twice."""
+    from runner.launch.gpus import choose_gpus
 
-    gpus = parse_gpus(arguments.gpus)
+    per_gpu = arguments.per_gpu or 1
+    if arguments.per_gpu is not None and arguments.slots is not None:
+        raise RunnerError(
+            "`--slots` says how many runs there are at a time on the whole machine, `--per-gpu` on"
+            " each GPU: leave one of them out",
+            hint=f"--per-gpu {per_gpu}",
+        )
+    gpus = None
+    if arguments.gpus is not None or arguments.per_gpu is not None:
+        gpus = choose_gpus(arguments.gpus, os.environ, with_memory=per_gpu > 1)
     return LocalOptions(
-        num_slots=len(gpus) if gpus is not None else arguments.slots or 1,
-        gpus=tuple(gpus) if gpus is not None else None,
+        num_slots=len(gpus) * per_gpu if gpus is not None else arguments.slots or 1,
+        gpus=gpus,
+        per_gpu=per_gpu,
         fail_fast=arguments.fail_fast,
         is_dry_run=arguments.dry_run,
         uses_workers=not arguments.cold,
+        output_root=arguments.output_root,
     )
 
 
@@ -49,25 +73,52 @@ def submit(plan: PlanRuns, options: LocalOptions) -> int:
     """Run what is planned until all of it has ended, or print the commands in a dry run; returns an
     exit code.
     """
-    from runner.launch.placement import list_placements
+    from runner.engines.sharing import require_memory
+    from runner.launch.placement import Devices
     from runner.launch.pool import STOPPED, build_command, run_planned
 
     planned = plan({}, sys.stdout)
-    if options.is_dry_run:
-        for run in planned:
-            for placement in list_placements(
-                run.num_processes, run.recipe.launch.num_machines, None
-            ):
-                print(build_command(run, placement).as_shell(os.environ))
-        return 0
     sys.stdout.flush()
+    devices = Devices(options.num_slots, options.gpu_names, per_gpu=options.per_gpu)
+    for run in planned:
+        devices.check_gpus(run)
+    if options.gpus is not None and options.per_gpu > 1:
+        require_memory(planned, options.gpus, options.per_gpu, options.output_root)
+    if options.is_dry_run:
+        for run, placement in _preview(planned, devices):
+            print(build_command(run, placement).as_shell(os.environ))
+        return 0
     result = run_planned(
         planned,
         num_slots=options.num_slots,
-        gpus=list(options.gpus) if options.gpus is not None else None,
+        gpus=options.gpu_names,
+        per_gpu=options.per_gpu,
         fail_fast=options.fail_fast,
         uses_workers=options.uses_workers,
     )
     if result.stopped_by is not None:
         return STOPPED
     return 1 if result.failed else 0
+
+
+def _preview(planned: Sequence[Launch], devices: Devices) -> Iterator[tuple[Launch, Placement]]:
+    """Each run with the placement that it gets if all that run at a time end together; one for each
+    machine, where somebody has to start it on several by hand.
+    """
+    from runner.launch.placement import list_placements
+
+    taken: list[Placement] = []
+    for run in planned:
+        num_machines = run.recipe.launch.num_machines
+        if num_machines > 1:
+            for one in list_placements(run.num_processes, num_machines, None):
+                yield run, one
+            continue
+        placement = devices.take(run.num_processes)
+        if placement is None:
+            while taken:
+                devices.give_back(taken.pop())
+            placement = devices.take(run.num_processes)
+            assert placement is not None, "`check_gpus` refuses what never fits"
+        taken.append(placement)
+        yield run, placement

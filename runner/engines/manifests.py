@@ -96,6 +96,11 @@ def read_shared_options(
         raise RunnerError(
             f"`--gpus` names GPUs of this machine; `--engine {engine}` counts them itself"
         )
+    if arguments.per_gpu is not None:
+        raise RunnerError(
+            f"`--per-gpu` is for the local engine; `--engine {engine}` gives each run GPUs of its"
+            " own"
+        )
     return {
         "output_root": arguments.output_root,
         "image": arguments.image,

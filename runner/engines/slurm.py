@@ -132,11 +132,12 @@ OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 def parse_options(arguments: argparse.Namespace) -> SlurmOptions:
     """Raises: RunnerError for options that are not for Slurm, or that would lose runs."""
-    from runner.launch.placement import parse_gpus
-
-    parse_gpus(arguments.gpus)  # a wrong word is told first
-    for name, value in (("--gpus", arguments.gpus), ("--fail-fast", arguments.fail_fast)):
-        if value:
+    for name, value in (
+        ("--gpus", arguments.gpus),
+        ("--per-gpu", arguments.per_gpu),
+        ("--fail-fast", arguments.fail_fast or None),
+    ):
+        if value is not None:
             raise RunnerError(
                 f"`{name}` is for the local engine; Slurm gives GPUs to runs, and starts them"
             )

@@ -195,6 +195,7 @@ def open_attempt(
         retry=launch.retry,
         micro_batch_divisor=divisor,
         devices={**os.environ, **command.environment}.get("CUDA_VISIBLE_DEVICES"),
+        runs_per_gpu=command.runs_per_gpu,
         git_commit=git_state[0],
         git_is_dirty=git_state[1],
         runner_version=made_by.runner_version,
@@ -391,12 +392,25 @@ class RunningAttempt:
             failure = self._find_failure(facts, status)
             if failure is not None:
                 failure = failure.model_copy(
-                    update={"log_tail": read_log_tail(self.files.log_path)}
+                    update={
+                        "message": failure.message + self._tell_of_sharing(failure),
+                        "log_tail": read_log_tail(self.files.log_path),
+                    }
                 )
             self._close(facts, status, failure)
         finally:
             self.lease.close()
         return failure
+
+    def _tell_of_sharing(self, failure: Failure) -> str:
+        """For a run that had no GPU to itself, what may have been in its way."""
+        num_runs = self.attempt.runs_per_gpu
+        if failure.kind != "out_of_memory" or num_runs == 1:
+            return ""
+        return (
+            f"\nup to {num_runs} runs at a time shared the memory of GPU {self.attempt.devices}:"
+            f" `--per-gpu {num_runs - 1}` leaves each of them more"
+        )
 
     def _close(self, facts: RunFacts, exit_status: int | None, failure: Failure | None) -> None:
         try:

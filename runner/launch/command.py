@@ -61,6 +61,7 @@ class Placement:
     devices: tuple[str, ...] | None = None
     num_cores: int = 1  # cores this attempt may use, over all machines
     machines: Machines | None = None  # None: this one alone
+    runs_per_gpu: int = 1  # that may share each of the devices at a time
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class LaunchCommand:
     # Its processes run on machines that no signal and no descriptor of ours reaches.
     spans_machines: bool = False
     is_one_machine: bool = True  # False also for the part of one machine that is started by hand
+    runs_per_gpu: int = 1  # see `Placement`; for the record
 
     def list_removed(self, surroundings: Mapping[str, str]) -> list[str]:
         """The sorted names of the surroundings that an attempt must not see."""
@@ -130,8 +132,14 @@ def build_launch_command(
         environment["PATH"] = f"{tools_dir}:{path}"
     if placement.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(placement.devices)
+        # The numbers are those of nvidia-smi; CUDA's own order begins with the fastest GPU.
+        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     return LaunchCommand(
-        tuple(argv), environment, spans_machines, is_one_machine=placement.machines is None
+        tuple(argv),
+        environment,
+        spans_machines,
+        is_one_machine=placement.machines is None,
+        runs_per_gpu=placement.runs_per_gpu,
     )
 
 

@@ -11,7 +11,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TextIO
@@ -50,6 +50,10 @@ def derive_resources(recipe: Recipe) -> Resources:
         raise RunnerError(
             f"{recipe.run.full_name}: there is no {launch.accelerate_config}"
         ) from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RunnerError(
+            f"{recipe.run.full_name}: {launch.accelerate_config} cannot be read: {error}"
+        ) from None
     num_processes = launch.num_processes // launch.num_machines
     uses_cpu = isinstance(config, dict) and config.get("use_cpu") is True
     threads = launch.num_cpu_threads_per_process
@@ -86,16 +90,6 @@ def count_allotted_cores(environment: Mapping[str, str]) -> int:
 _PORT_BY_HAND: Final = 29500  # of the main process, where nobody can look for a free one
 
 
-def parse_gpus(text: str | None) -> list[str] | None:
-    """The names in `--gpus`. Raises: RunnerError, for one that is empty or stands there twice."""
-    if text is None:
-        return None
-    gpus = [name.strip() for name in text.split(",")]
-    if not all(gpus) or len(set(gpus)) < len(gpus):
-        raise RunnerError(f"`--gpus {text}` must name different devices, such as 0,1")
-    return gpus
-
-
 def list_placements(
     num_processes: int, num_machines: int, allocation: Allocation | None
 ) -> list[Placement]:
@@ -120,15 +114,20 @@ def list_placements(
 
 @dataclass
 class Devices:
-    """What is free: slots, or GPUs of which a run takes one per process."""
+    """What is free: slots, or places on GPUs, of which a run takes one per process, each on another
+    GPU: NCCL refuses two ranks on one.
+    """
 
     num_slots: int
-    gpus: list[str] | None = None
+    gpus: Sequence[str] | None = None
     allocation: Allocation | None = None  # several machines, all for one run at a time
+    per_gpu: int = 1  # runs at a time on each GPU
     _num_free_slots: int = field(init=False)
+    _free_places: dict[str, int] = field(init=False)  # by GPU, in the order of `gpus`
 
     def __post_init__(self) -> None:
         self._num_free_slots = self.num_slots
+        self._free_places = dict.fromkeys(self.gpus or (), self.per_gpu)
 
     def check(self, launches: Iterable[Launch]) -> None:
         """Raises: RefusedError for a run that could never start."""
@@ -142,21 +141,33 @@ class Devices:
                         f" start it by hand: runner launch {launch.selected.source_path} --prepare"
                     ),
                 )
-            if self.gpus is not None and launch.num_processes > len(self.gpus):
-                raise RefusedError(
-                    f"{launch.full_name} wants {launch.num_processes} GPUs,"
-                    f" `--gpus` names {len(self.gpus)}"
-                )
+            self.check_gpus(launch)
+
+    def check_gpus(self, launch: Launch) -> None:
+        """Raises: RefusedError for a run of more processes than there are GPUs."""
+        if self.gpus is not None and launch.num_processes > len(self.gpus):
+            raise RefusedError(
+                f"{launch.full_name} wants {launch.num_processes} GPUs,"
+                f" `--gpus` names {len(self.gpus)}"
+            )
 
     def take(self, num_processes: int) -> Placement | None:
-        """A placement, or None while there is no room."""
-        # Of one slot, or of one GPU.
+        """A placement, or None while there is no room. Of the GPUs, those with the most free
+        places.
+        """
+        # Of one slot, or of one place on a GPU.
         num_cores = max(1, count_allotted_cores(os.environ) // self.num_slots)
         if self.gpus is not None:
-            if len(self.gpus) < num_processes:
+            free = [gpu for gpu in self.gpus if self._free_places[gpu] > 0]
+            if len(free) < num_processes:
                 return None
-            taken, self.gpus = tuple(self.gpus[:num_processes]), self.gpus[num_processes:]
-            return Placement(num_processes, taken, num_cores * num_processes)
+            most = sorted(free, key=lambda gpu: -self._free_places[gpu])[:num_processes]
+            taken = tuple(gpu for gpu in self.gpus if gpu in most)
+            for gpu in taken:
+                self._free_places[gpu] -= 1
+            return Placement(
+                num_processes, taken, num_cores * num_processes, runs_per_gpu=self.per_gpu
+            )
         if self._num_free_slots == 0:
             return None
         self._num_free_slots -= 1
@@ -167,7 +178,8 @@ class Devices:
     def give_back(self, placement: Placement) -> None:
         """Undo `take`."""
         if placement.devices is not None and self.gpus is not None:
-            self.gpus += placement.devices
+            for gpu in placement.devices:
+                self._free_places[gpu] += 1
         else:
             self._num_free_slots += 1
 

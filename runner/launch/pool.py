@@ -11,6 +11,7 @@ import selectors
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -70,8 +71,9 @@ def run_planned(
     planned: list[Launch],
     *,
     num_slots: int,
-    gpus: list[str] | None,
+    gpus: Sequence[str] | None,
     fail_fast: bool,
+    per_gpu: int = 1,
     allocation: Allocation | None = None,
     again: str = "the same command",
     uses_workers: bool = False,
@@ -83,7 +85,7 @@ def run_planned(
         print("nothing to launch", file=sys.stderr)
         return PoolResult()
     with SweepDisplay(len(planned)) as display:
-        devices = Devices(num_slots, gpus, allocation)
+        devices = Devices(num_slots, gpus, allocation, per_gpu)
         result = run_pool(planned, devices, display, fail_fast=fail_fast, uses_workers=uses_workers)
     _print_failures(result)
     if result.stopped_by is not None:

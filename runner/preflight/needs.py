@@ -1,0 +1,63 @@
+"""`python -m runner.preflight.needs`: the memory that a process of each run needs, by estimate.
+
+Reads `{"recipes", "output_root"}` as JSON, and prints `{"num_bytes", "unknown"}`, both by the full
+name of the run. `engines.sharing` asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runner.errors import hide_bitsandbytes_warning
+from runner.recipe.parse import Recipe, parse_recipe
+
+
+def main() -> int:
+    """Answer the one request on stdin; all but the answer goes to stderr."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is run to get an estimate
+    request = json.load(sys.stdin)
+    recipes = [parse_recipe(text, where="a planned run") for text in request["recipes"]]
+    with contextlib.redirect_stdout(sys.stderr):
+        answer = estimate_all(recipes, Path(request["output_root"]))
+    print(json.dumps(answer))
+    return 0
+
+
+def estimate_all(recipes: Sequence[Recipe], output_root: Path) -> dict[str, dict[str, Any]]:
+    """Bytes of one process while it trains or answers, whichever is more, or why they are not
+    known.
+    """
+    hide_bitsandbytes_warning()
+    warnings.simplefilter("ignore", FutureWarning)
+    from runner.preflight.names import pin_recipes
+    from runner.preflight.sizes import estimate_sizes
+    from runner.preflight.survey import check_recipes
+
+    pinned = pin_recipes(recipes, output_root).recipes
+    result = check_recipes(pinned, output_root)
+    sizes = estimate_sizes(result, with_answers=True)
+    # Of a run whose model or rows cannot be read; doubts about other things do not matter here.
+    doubts = {text: names for text, names in result.warnings.items() if "not estimated" in text}
+    why_not = {
+        name: text.partition("\n")[0]
+        for text, names in {**result.errors, **doubts}.items()
+        for name in names
+    }
+    num_bytes = {name: max(one.memory.total, one.answer_bytes or 0) for name, one in sizes.items()}
+    unknown = {
+        recipe.run.full_name: why_not.get(recipe.run.full_name, "its rows cannot be read")
+        for recipe in recipes
+        if recipe.run.full_name not in num_bytes
+    }
+    return {"num_bytes": num_bytes, "unknown": unknown}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
