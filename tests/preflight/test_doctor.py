@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.launch.gpus import Gpu
 from runner.plan.select import Selected, run_paths
 from runner.preflight.doctor import Machine, describe_machine, find_lacks
 from runner.preflight.machine import Device, Libraries, find_cuda_home
@@ -20,13 +21,14 @@ from tests.conftest import ROOT, Project
 
 VERSIONS = {"bitsandbytes": "0.50.2", "deepspeed": "0.19.8"}
 PLAIN = Machine(Libraries("2.13.0+cpu", versions=VERSIONS), None, "/usr/bin/c++", None, None)
+GPU_0 = Gpu(0, "GPU-a", "NVIDIA H200")
 H200 = Device("NVIDIA H200", 150 << 30, 149 << 30, (9, 0))
 V100 = Device("Tesla V100", 32 << 30, 31 << 30, (7, 0))
 
 
-def on_gpus(*devices: Device, **changes: object) -> Machine:
+def on_gpus(*devices: Device) -> Machine:
     libraries = Libraries("2.13.0+cu130", "13.0", devices, versions=VERSIONS)
-    return replace(PLAIN, libraries=replace(libraries, **changes))
+    return replace(PLAIN, libraries=libraries)
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ CANNOT = {
     "too few GPUs": (ZERO3, on_gpus(H200), "2 GPUs are wanted, torch sees 1", "--num-processes 1"),
     "torch for the CPU beside GPUs": (
         (GPU,),
-        replace(PLAIN, gpus=[object()]),
+        replace(PLAIN, gpus=[GPU_0]),
         "torch sees none",
         "pip install --force-reinstall -c constraints-cuda.txt torch",
     ),
@@ -163,7 +165,7 @@ def test_a_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "note no GPU: torch sees none, and nvidia-smi does not answer" in described(PLAIN)
     hanging = replace(PLAIN, libraries=Libraries(failures={"torch": "no answer in 180 s"}))
     assert "missing torch cannot be used: no answer in 180 s" in described(hanging)
-    blind = replace(on_gpus(), gpus=[object(), object()])
+    blind = replace(on_gpus(), gpus=[GPU_0, replace(GPU_0, index=1, uuid="GPU-b")])
     assert "nvidia-smi lists 2 GPUs, torch sees none: the driver may be too" in described(blind)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     assert "torch sees no GPU under CUDA_VISIBLE_DEVICES='7'" in described(blind)
