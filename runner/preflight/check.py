@@ -188,6 +188,9 @@ def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
     of the most.
     """
     lines: dict[tuple[str, ...], list[str]] = {}
+    # Said where rows share a group (a document, an author): what is random then are the groups.
+    splits = [facts for run in runs for facts in run.splits.values()]
+    has_groups = any(facts.num_groups < facts.num_rows for facts in splits)
     for split in SPLITS:
         for (source, _), group in group_runs(runs, lambda run, split=split: _source_of(run, split)):
             by_count = {run.splits[split].num_rows: run.splits[split] for run in group}
@@ -198,6 +201,7 @@ def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
             cells = [
                 split,
                 ", ".join(map(str, sorted(by_count))),
+                *([f"{facts.num_groups}"] if has_groups else []),
                 *lengths,
                 *counts,
                 answers,
@@ -207,6 +211,7 @@ def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
     header = [
         "split",
         "rows",
+        *(["groups"] if has_groups else []),
         "p50",
         "p90",
         "p95",

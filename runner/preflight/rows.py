@@ -41,6 +41,7 @@ class RowFacts:
     """
 
     where: str
+    group: str
     is_last_turn: bool  # of a conversation, where `data.turns: split` makes several rows of it
     num_tokens_before: int
     num_tokens: int
@@ -69,6 +70,7 @@ class SplitFacts:
     """
 
     num_rows: int
+    num_groups: int
     num_dropped: int
     num_truncated: int
     num_cutting_system: int
@@ -167,7 +169,9 @@ class TokenizerFacts:
         if key not in self._rows:
             self._rows[key] = self._measure(raw, data)
         # Rows of one content may stand in several places.
-        return replace(self._rows[key], where=raw.where, is_last_turn=raw.is_last_turn)
+        return replace(
+            self._rows[key], where=raw.where, group=raw.group, is_last_turn=raw.is_last_turn
+        )
 
     def _measure(self, raw: RawRow, data: DataSection) -> RowFacts:
         fitted = fit_row(raw, self._masker, data, self._bos_id)
@@ -177,6 +181,7 @@ class TokenizerFacts:
         masks = {loss: [label >= 0 for label in labels[loss]] for loss in LOSSES}
         return RowFacts(
             where=raw.where,
+            group=raw.group,
             is_last_turn=raw.is_last_turn,
             num_tokens_before=fitted.num_tokens,
             num_tokens=len(row.input_ids) if row else 0,
@@ -232,6 +237,7 @@ def sum_up(facts: Sequence[RowFacts]) -> SplitFacts:
     lengths = sorted(fact.num_tokens for fact in used)
     return SplitFacts(
         num_rows=len(used),
+        num_groups=len({fact.group for fact in used}),
         num_dropped=len(facts) - len(used),
         num_truncated=sum(fact.is_truncated for fact in used),
         num_cutting_system=sum(fact.cuts_system for fact in used),

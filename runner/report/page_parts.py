@@ -158,7 +158,8 @@ def _say_metric_once(table: PageTable, chosen: Sequence[tuple[AxisEffects, Effec
     at = [column.title for column in table.columns].index("metric")
     columns = [*table.columns[:at], *table.columns[at + 1 :]]
     rows = [(style, [*cells[:at], *cells[at + 1 :]]) for style, cells in table.rows]
-    return PageTable(table.name, columns, rows, f"{title}, {unit}, on the test rows.")
+    named = title if unit == title else f"{title}, {unit}"
+    return PageTable(table.name, columns, rows, f"{named}, on the test rows.")
 
 
 def _build_effect_row(effect: Effect, source: str) -> tuple[str, Sequence[PageCell]]:

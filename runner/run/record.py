@@ -192,7 +192,7 @@ class BaseSource(Fact):
         if self.source == "shared" and self.producer is not None:
             return (
                 f"computed by {self.producer.run}, attempt {self.producer.attempt};"
-                " some rows scored again are equal"
+                " rows that were scored again here agree"
             )
         return (
             "computed here, and kept for others" if self.is_kept else f"computed here: {self.why}"

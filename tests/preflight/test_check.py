@@ -337,3 +337,21 @@ def test_what_the_template_does_not_look_at_is_warned_of(here: Project) -> None:
     assert "`model.chat_template_kwargs.enable_thinkng` has no effect: the chat template" in text
     assert "`model.template_date` has no effect" in text
     assert "enable_thinking`" not in text
+
+
+def test_the_groups_of_a_split_are_counted_where_rows_share_one(here: Project) -> None:
+    rows = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["author"] = f"author {number // 3}"
+    Path("data.jsonl").unlink()
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (plain,) = check_recipes([named(here, "plain", "data.ignore=[author]")]).runs
+    assert plain.splits["train"].num_groups == plain.splits["train"].num_rows
+    result = check_recipes([named(here, "grouped", "data.group_column=author")])
+    (run,) = result.runs
+    groups = run.splits["train"].num_groups
+    assert run.splits["train"].num_rows / 3 <= groups < run.splits["train"].num_rows
+    header, line = (
+        text.split() for text in format_result(result) if " rows" in text or "train " in text
+    )
+    assert header[:3] == ["split", "rows", "groups"] and line[2] == str(groups)
