@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,27 @@ def fsync_dir(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file below `folder` at least the mode that a new file gets there.
+
+    safetensors writes through a temporary file of mode 0600, which it keeps whatever the umask.
+    Bits are added and none is taken, and folders are left alone, whose setgid bit `chmod` may
+    clear. The mode of a file made for the purpose is asked for: reading the umask means to set it,
+    for all threads, and where a folder has a default ACL that counts instead.
+    """
+    probe = _name_temporary(folder / "mode")
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+    try:
+        wanted = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+    for path in folder.rglob("*"):
+        state = path.lstat()
+        mode = stat.S_IMODE(state.st_mode)
+        if stat.S_ISREG(state.st_mode) and mode | wanted != mode:
+            path.chmod(mode | wanted)
 
 
 def write_json_unsynced(path: Path, value: Any) -> None:

@@ -32,6 +32,7 @@ from runner.data.rows import Row, Samples, Split, describe_samples
 from runner.errors import CorruptFileError, DataError, DivergedError
 from runner.files import (
     append_jsonl,
+    follow_umask,
     fsync_dir,
     load_json,
     load_jsonl,
@@ -424,6 +425,7 @@ class Recorder:
             shapes = {name: tuple(tensor.shape) for name, tensor in embeddings.items()}
             verify_export(partial_dir, self._trained_shapes | shapes)
             verify_same_weights(partial_dir, context.paths.checkpoint_dir(best_step))
+            follow_umask(partial_dir)
             sync_folder(partial_dir)
 
     def record_result(self, result: TrainResult) -> None:
