@@ -31,6 +31,7 @@ from runner.checkpoints.retention import apply_retention
 from runner.data.rows import Row, Samples, Split, describe_samples
 from runner.errors import CorruptFileError, DataError, DivergedError
 from runner.files import (
+    MAX_ROWS_BYTES,
     append_jsonl,
     follow_umask,
     fsync_dir,
@@ -112,7 +113,7 @@ class Recorder:
         """
         path = self.context.paths.samples_path
         try:
-            before = load_json(path)
+            before = load_json(path, MAX_ROWS_BYTES)
         except CorruptFileError as error:
             raise DataError(
                 f"{error.message}: nobody can tell on which rows the checkpoint was trained",
