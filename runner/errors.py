@@ -63,6 +63,21 @@ class Problem:
     line: int | None = None
 
 
+def put_in_words(error: Exception) -> str:
+    """An error in words and without its hint; one of the system's without its number.
+
+    >>> put_in_words(PermissionError(13, "Permission denied", "runs/a/run.json"))
+    'runs/a/run.json: permission denied'
+    """
+    if isinstance(error, RunnerError):
+        return error.message
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    what = error.strerror[:1].lower() + error.strerror[1:]
+    return f"{' -> '.join(named)}: {what}" if named else what
+
+
 class RecipeError(RunnerError):
     """Every problem found in one recipe (or one override list), printed together, but for what
     nobody would read.

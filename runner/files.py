@@ -1,5 +1,5 @@
-"""Writing files so that a kill at any instant leaves the old or the new content, and the lease on a
-run directory.
+"""Writing files so that a kill at any instant leaves the old or the new content, and reading them
+whatever has their name: a folder, a pipe or a file without end is an error in words.
 """
 
 from __future__ import annotations
@@ -8,11 +8,154 @@ import errno
 import hashlib
 import json
 import os
+import shlex
+import stat
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from runner.errors import CorruptFileError
+from runner.text import format_bytes
+
+# Of one record, such as `run.json`: an attempt takes 2 KiB, or 6 with the end of its log.
+MAX_RECORD_BYTES: Final = 32 << 20
+# Of what is as long as the data are: rows, scores, the names of all tensors of a model.
+MAX_ROWS_BYTES: Final = 2 << 30
+
+
+def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
+    """The descriptor of a plain file; a pipe is not waited for.
+
+    Raises:
+        FileNotFoundError: nothing has this name.
+        CorruptFileError: something else than a file has it.
+        OSError: the file cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        refuse_other_kind(path, error)
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        refuse_other_kind(path)
+    return descriptor
+
+
+def refuse_other_kind(path: Path, error: OSError | None = None, *, wanted: str = "file") -> None:
+    """Say in words that something else than a plain file has this name, or than a folder where one
+    is `wanted`; nothing where `error` has another reason.
+
+    Raises:
+        CorruptFileError: it has, or one of the folders above it is none.
+    """
+    if error is not None and error.errno not in _OF_OTHER_KINDS:
+        return
+    place = next((one for one in (path, *path.parents) if os.path.lexists(one)), path)
+    kind, expected = _find_kind(place), wanted if place == path else "folder"
+    if kind is not None and kind != expected:
+        raise CorruptFileError(
+            f"{place} is {_KINDS.get(kind, kind)}, and should be a {expected}",
+            hint=f"see what it is and move it away: mv {shlex.quote(str(place))}"
+            f" {shlex.quote(f'{place}.aside')}",
+        )
+
+
+_KINDS: Final = {"file": "a file", "folder": "a folder"}
+_OF_OTHER_KINDS: Final = (
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.ENXIO,
+)
+
+
+def _find_kind(path: Path) -> str | None:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "a link that leads nowhere" if path.is_symlink() else None
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISDIR(mode):
+        return "folder"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket or a device"
+
+
+def is_plain(path: Path) -> bool:
+    """True for a file, False where nothing has this name.
+
+    Raises:
+        CorruptFileError: something else has it.
+        OSError: it cannot be looked at.
+    """
+    try:
+        state = path.stat()
+    except OSError as error:
+        refuse_other_kind(path, error)
+        if isinstance(error, FileNotFoundError):
+            return False
+        raise
+    if not stat.S_ISREG(state.st_mode):
+        refuse_other_kind(path)
+    return True
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are not there.
+
+    Raises:
+        CorruptFileError: something else has such a name.
+        OSError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse_other_kind(folder, error, wanted="folder")
+        raise
+
+
+def list_folder(folder: Path) -> list[str]:
+    """The names in a folder, in order; none where there is none.
+
+    Raises:
+        CorruptFileError: something else has its name.
+        OSError: it cannot be read.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        refuse_other_kind(folder, error, wanted="folder")
+        if isinstance(error, FileNotFoundError):
+            return []
+        raise
+
+
+def read_plain(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> bytes | None:
+    """The bytes of a file, or None where there is none.
+
+    Raises:
+        CorruptFileError: something else has its name, or it is longer than `max_bytes`.
+        OSError: it cannot be read.
+    """
+    try:
+        descriptor = open_plain(path)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(descriptor, "rb") as stream:
+        size = os.fstat(descriptor).st_size
+        # Memory is asked for after this look; what grows meanwhile is not read to its end either
+        content = stream.read(max_bytes + 1) if size <= max_bytes else b""
+    if size > max_bytes or len(content) > max_bytes:
+        raise CorruptFileError(
+            f"{path} has {format_bytes(max(size, len(content)))}, and is not read:"
+            f" such a file has at most {format_bytes(max_bytes)}"
+        )
+    return content
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -24,17 +167,25 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """As `write_text_atomic`, for bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = _name_temporary(path)
     try:
         with temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
+        _put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        refuse_other_kind(path, error)
+        raise
 
 
 def fsync_dir(folder: Path) -> None:
@@ -47,6 +198,27 @@ def fsync_dir(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file below `folder` at least the mode that a new file gets there.
+
+    safetensors writes through a temporary file of mode 0600, which it keeps whatever the umask.
+    Bits are added and none is taken, and folders are left alone, whose setgid bit `chmod` may
+    clear. The mode of a file made for the purpose is asked for: reading the umask means to set it,
+    for all threads, and where a folder has a default ACL that counts instead.
+    """
+    probe = _name_temporary(folder / "mode")
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+    try:
+        wanted = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+    for path in folder.rglob("*"):
+        state = path.lstat()
+        mode = stat.S_IMODE(state.st_mode)
+        if stat.S_ISREG(state.st_mode) and mode | wanted != mode:
+            path.chmod(mode | wanted)
 
 
 def write_json_unsynced(path: Path, value: Any) -> None:
@@ -75,17 +247,14 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, dump_json(value))
 
 
-def load_json(path: Path) -> Any:
+def load_json(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> Any:
     """The content of a JSON file, or None where there is none.
 
     Raises:
-        CorruptFileError: the file is not JSON.
+        CorruptFileError: the file is not JSON, or longer than `max_bytes`, or no file.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    return parse_json(content, path)
+    content = read_plain(path, max_bytes)
+    return None if content is None else parse_json(content, path)
 
 
 def parse_json(content: bytes, path: Path) -> Any:
@@ -94,10 +263,25 @@ def parse_json(content: bytes, path: Path) -> Any:
     Raises:
         CorruptFileError: it is not JSON; `path` is where it was read.
     """
+    if not content.strip(b" \t\r\n"):
+        raise CorruptFileError(f"{path} is not JSON: it is empty")
     try:
-        return json.loads(content)
+        return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path} is not JSON: {error}") from None
+        raise CorruptFileError(f"{path} is not JSON: {_explain(error, content)}") from None
+
+
+def _explain(error: ValueError | RecursionError, content: bytes) -> str:
+    """Why a text is not taken as JSON, in words."""
+    if (place := content.find(b"\0")) >= 0:
+        return f"it holds NUL bytes from byte {place + 1:,} on, as a power loss may leave them"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is no UTF-8 text from byte {error.start + 1:,} on"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if not isinstance(error, json.JSONDecodeError):  # Python's limit of digits
+        return f"a number in it has more than {sys.get_int_max_str_digits():,} digits"
+    return str(error)
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
@@ -123,24 +307,28 @@ def load_jsonl(path: Path, *, holding: bytes = b"") -> list[dict[str, Any]]:
     out. Rows whose text does not hold some bytes are skipped, and not parsed.
 
     Raises:
-        CorruptFileError: another line is no JSON object.
+        CorruptFileError: another line is no JSON object, or it is no file, or one without end.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    content = read_plain(path, MAX_ROWS_BYTES)
+    if content is None:
         return []
     whole, _, _ = content.rpartition(b"\n")
-    lines = whole.split(b"\n")  # not splitlines: a text may hold other line separators
-    try:
-        rows = [
-            json.loads(line)
-            for line in lines
-            if line and (holding in line or not line.startswith(b"{"))
-        ]
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path} has a line that is not JSON: {error}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise CorruptFileError(f"{path} has a line that is no JSON object")
+    # Not splitlines: a text may hold other line separators.
+    lines = [
+        (number, line)
+        for number, line in enumerate(whole.split(b"\n"), 1)
+        if line and (holding in line or not line.startswith(b"{"))
+    ]
+    rows = []
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            what = f"{path}: line {number:,} is not JSON: {_explain(error, line)}"
+            raise CorruptFileError(what) from None
+        if not isinstance(row, dict):
+            raise CorruptFileError(f"{path}: line {number:,} is no JSON object")
+        rows.append(row)
     return rows
 
 

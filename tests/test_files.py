@@ -6,18 +6,22 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from runner.errors import CorruptFileError
 from runner.files import (
     append_jsonl,
     dump_json,
+    follow_umask,
     hash_file,
     hash_json,
     load_json,
@@ -28,6 +32,7 @@ from runner.files import (
     write_jsonl_atomic,
 )
 from runner.run.lease import Lease, is_leased
+from tests.support.modes import list_other_modes, umask_of
 
 JSON = st.recursive(
     st.none()
@@ -50,6 +55,47 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path) -> 
         write_bytes_atomic(path, "a text")  # type: ignore[arg-type]
     assert load_json(path) == {"a": 1}
     assert [child.name for child in path.parent.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_every_writer_follows_the_umask(tmp_path: Path, umask: int) -> None:
+    folder = tmp_path / "runs" / "model"
+    with umask_of(umask):
+        write_json_atomic(folder / "a.json", {})
+        write_json_unsynced(folder / "b.json", {})
+        write_jsonl_atomic(folder / "c.jsonl", [{}])
+        append_jsonl(folder / "d.jsonl", {})
+        Lease(folder / "lease").close()
+        (folder / "inner").mkdir()
+        save_file({"weight": np.zeros(2)}, folder / "inner" / "model.safetensors")
+        private = set(list_other_modes(tmp_path / "runs", umask))
+        assert private <= {str(folder / "inner" / "model.safetensors")}
+        assert bool(private) == (umask != 0o077), "safetensors does not make files private any more"
+        follow_umask(folder)
+    assert list_other_modes(tmp_path / "runs", umask) == {}
+
+
+def test_bits_of_a_mode_are_added_and_none_is_taken(tmp_path: Path) -> None:
+    """A script stays executable, what a link leads to is left alone, and a folder of a group keeps
+    its setgid bit, and the files their group.
+    """
+    outside = tmp_path / "outside"
+    outside.write_text("")
+    outside.chmod(0o600)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.chown(folder, -1, 12345 if os.geteuid() == 0 else os.getegid())
+    folder.chmod(0o2775)
+    for name, mode in (("script.sh", 0o700), ("wide", 0o666), ("narrow", 0o600)):
+        (folder / name).write_text("")
+        (folder / name).chmod(mode)
+    (folder / "link").symlink_to(outside)
+    with umask_of(0o027):
+        follow_umask(folder)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == {"script.sh": 0o740, "wide": 0o666, "narrow": 0o640, "link": 0o600}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o2775
+    assert {path.lstat().st_gid for path in folder.iterdir()} == {folder.stat().st_gid}
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from runner.checkpoints.archive import TEMPORARY_GLOB
 from runner.checkpoints.choose import WAS_BEING_WRITTEN, Move, Restore
 from runner.checkpoints.marker import build_marker, list_unfinished, sync_folder, write_marker
-from runner.files import fsync_dir, write_bytes_atomic
+from runner.files import follow_umask, fsync_dir, write_bytes_atomic
 from runner.run.failures import is_full_disk
 from runner.run.paths import STEP_PREFIX, RunPaths, marker_path
 
@@ -40,6 +40,7 @@ def commit_checkpoint(
     assert not checkpoint_dir.exists(), (
         "everything newer than what was resumed from has been moved aside"
     )
+    follow_umask(saved_dir)
     sync_folder(saved_dir)
     marker = build_marker(saved_dir, step, fingerprint)
     saved_dir.rename(checkpoint_dir)

@@ -21,7 +21,14 @@ from pydantic import (
 )
 
 from runner.errors import CorruptFileError
-from runner.files import fsync_dir, hash_file, hash_json, load_json, write_json_atomic
+from runner.files import (
+    MAX_ROWS_BYTES,
+    fsync_dir,
+    hash_file,
+    hash_json,
+    load_json,
+    write_json_atomic,
+)
 from runner.recipe.schema import CheckpointsSection
 from runner.run.paths import STEP_PREFIX, RunPaths, marker_path
 
@@ -260,9 +267,8 @@ def read_evaluations(
     """The evaluations by the metric of `checkpoints` up to the step of a checkpoint, as the
     checkpoint knows them.
     """
-    return list_evaluations(
-        load_json(checkpoint_dir / TRAINER_STATE_NAME)["log_history"], checkpoints.metric
-    )
+    state = load_json(checkpoint_dir / TRAINER_STATE_NAME, MAX_ROWS_BYTES)
+    return list_evaluations(state["log_history"], checkpoints.metric)
 
 
 def read_best_step(checkpoint_dir: Path, checkpoints: CheckpointsSection) -> int | None:

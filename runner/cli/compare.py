@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from runner.cli.reading import find_grid, find_run, read_runs, warn_of_unreadable
-from runner.errors import CorruptFileError, RefusedError, RunnerError, escape_controls
+from runner.errors import (
+    CorruptFileError,
+    RefusedError,
+    RunnerError,
+    escape_controls,
+    put_in_words,
+)
 from runner.files import dump_json
 from runner.plan.select import Selected, UnreadableRun, select_recipes
 from runner.plan.status import RunStatus
@@ -136,7 +142,7 @@ def _find_why_not(facts: RunFacts, status: RunStatus, row: ReportRow) -> NotRead
         try:
             _ = facts.samples
         except (CorruptFileError, OSError) as error:
-            why = error.message if isinstance(error, CorruptFileError) else str(error)
+            why = put_in_words(error)
     return NotRead(name, row.state, why)
 
 

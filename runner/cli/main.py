@@ -14,12 +14,18 @@ import sys
 from collections.abc import Sequence
 
 from runner.cli.arguments import build_parser
-from runner.errors import RunnerError, escape_controls
+from runner.errors import RunnerError, escape_controls, put_in_words
 from runner.secrets import scrub
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
+    if not _open_standard_streams():
+        _print_error(
+            "standard output is closed, so nothing can be shown\n\n"
+            "hint: `> /dev/null` where nobody is to read it"
+        )
+        return 2
     arguments = parse_arguments(argv)
     if arguments.debug:
         return _call(arguments)
@@ -32,16 +38,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `runner status | head`
-        # What is still buffered goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
     except Exception as error:
         # No permission, no space: the machine's problem, not ours. safetensors and torch wrap it in
         # kinds of their own.
         if not isinstance(error, OSError) and os.strerror(errno.ENOSPC) not in str(error):
             raise
-        _print_error(str(error))
+        _print_error(_describe(error))
         return 2
+
+
+def _open_standard_streams() -> bool:
+    """Open what the caller has closed (`>&-`) as the null device; False where that is the output.
+
+    The next files to be opened would get their numbers, and be written into by children.
+    """
+    is_open = sys.stdout is not None
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+    return is_open
+
+
+def _describe(error: Exception) -> str:
+    """In words. Where the output itself cannot be written, what is still buffered is dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError as of_output:
+        _drop_output()
+        return f"standard output cannot be written: {put_in_words(of_output)}"
+    return put_in_words(error)
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_error(text: str) -> None:

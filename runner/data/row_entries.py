@@ -30,7 +30,7 @@ from runner.data.shards import Outcome, Shard, Task, Work, write_shards
 from runner.data.stored_rows import SCHEMA, StoredRows, StoredSplit
 from runner.data.tokenizer import hash_tokenizer
 from runner.errors import CorruptFileError, DataError
-from runner.files import hash_json, load_json, write_json_atomic
+from runner.files import MAX_ROWS_BYTES, hash_json, load_json, write_json_atomic
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import Loss
 
@@ -105,7 +105,7 @@ def load_entry(folder: Path) -> Samples:
         CorruptFileError: it is not what this version writes.
     """
     try:
-        content = load_json(folder / "rows.json")
+        content = load_json(folder / "rows.json", MAX_ROWS_BYTES)
         verified = set(load_json(folder / "manifest.json")["files"])
         if "rows.json" not in verified:
             raise ValueError("its manifest does not name rows.json")

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.demo.plans import Pretraining
+from runner.files import follow_umask
 from runner.processes import die_with_parent
 
 DEMO_FAMILIES = ("gemma", "llama")
@@ -64,6 +64,7 @@ def _build_in_child(family: str, built_dir: Path, plan: Pretraining, parent_pid:
     manifest: dict[str, Any] = {"builder_digest": builder_digest(family, plan), "family": family}
     manifest |= train_base_model(family, built_dir, plan)
     manifest["plan"] = asdict(plan)
+    follow_umask(built_dir)
     (built_dir / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -75,6 +76,13 @@ def _only_builder(output_dir: Path) -> Iterator[None]:
     with (output_dir / ".lock").open("w") as lock_file:
         fcntl.flock(lock_file, fcntl.LOCK_EX)
         yield
+
+
+def _make_folder(parent_dir: Path, prefix: str) -> Path:
+    """A new folder of the mode that the umask gives; that of `mkdtemp` is private."""
+    folder = parent_dir / f"{prefix}{os.urandom(4).hex()}"
+    folder.mkdir()
+    return folder
 
 
 def _remove_leftovers(output_dir: Path) -> None:
@@ -89,7 +97,7 @@ def _put_in_place(built_dir: Path, model_dir: Path) -> None:
     if not model_dir.exists():
         built_dir.rename(model_dir)
         return
-    outdated_dir = Path(tempfile.mkdtemp(prefix=".outdated-", dir=model_dir.parent))
+    outdated_dir = _make_folder(model_dir.parent, ".outdated-")
     model_dir.rename(outdated_dir / model_dir.name)
     built_dir.rename(model_dir)
     shutil.rmtree(outdated_dir)
@@ -103,8 +111,7 @@ def _build(families: list[str], output_dir: Path, plan: Pretraining) -> None:
     started = time.monotonic()
     children = {}
     for family in families:
-        built_dir = Path(tempfile.mkdtemp(prefix=f".building-{family}-", dir=output_dir))
-        built_dir.chmod(0o755)  # mkdtemp makes it private
+        built_dir = _make_folder(output_dir, f".building-{family}-")
         child = context.Process(
             target=_build_in_child, args=(family, built_dir, plan, os.getpid()), name=family
         )

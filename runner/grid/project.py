@@ -259,7 +259,8 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _make_executable(path: Path) -> None:
-    path.chmod(path.stat().st_mode | 0o111)
+    mode = path.stat().st_mode
+    path.chmod(mode | (mode & 0o444) >> 2)  # by those who may read it, as the umask says
 
 
 def _describe(

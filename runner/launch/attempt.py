@@ -21,7 +21,7 @@ from typing import BinaryIO, Final
 
 from runner.checkpoints.choose import find_commits, look_ahead, read_inventory
 from runner.checkpoints.marker import list_committed
-from runner.errors import CorruptFileError, RefusedError, RunnerError
+from runner.errors import CorruptFileError, RefusedError, RunnerError, put_in_words
 from runner.files import write_json_atomic
 from runner.launch.command import LaunchCommand
 from runner.launch.names import NamesOnHub
@@ -418,8 +418,9 @@ class RunningAttempt:
         # The others go on; the next sweep sees by itself how it ended.
         except (OSError, CorruptFileError) as error:
             with contextlib.suppress(OSError):
+                why = put_in_words(error)
                 print(
-                    f"warning: the end of {self.files.attempt_dir} is not recorded: {error}",
+                    f"warning: the end of {self.files.attempt_dir} is not recorded: {why}",
                     file=sys.stderr,
                 )
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner.errors import CorruptFileError, RecipeError, RefusedError, RunnerError
+from runner.errors import CorruptFileError, RecipeError, RefusedError, RunnerError, put_in_words
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe, load_recipe
 from runner.run.facts import Found, Part, RunFacts, read_facts, read_stored_recipe
@@ -88,7 +89,7 @@ def select_recipes(
     errors: list[RecipeError] = []
     for path in _expand(arguments):
         # A run whose recipe was named too: the recipe says more, and a damaged run is shown by it.
-        if unreadable is not None and path.is_dir() and path.resolve() in found:
+        if unreadable is not None and path.is_dir() and _locate(path) in found:
             continue
         try:
             selected = _load_selected(path, output_root, load)
@@ -98,13 +99,12 @@ def select_recipes(
         except (CorruptFileError, OSError) as error:
             if unreadable is None or not path.is_dir():
                 raise
-            why = error.message if isinstance(error, CorruptFileError) else str(error)
-            damaged.append(UnreadableRun(RunPaths(path), why))
+            damaged.append(UnreadableRun(RunPaths(path), put_in_words(error)))
             continue
-        other = found.setdefault(selected.paths.run_dir.resolve(), selected)
+        other = found.setdefault(_locate(selected.paths.run_dir), selected)
         if path.is_dir():  # a run directory: its recipe file, where one was named too, says more
             continue
-        if other.source_path != path and other.source_path.resolve() != path.resolve():
+        if other.source_path != path and _locate(other.source_path) != _locate(path):
             raise RefusedError(
                 f"{other.source_path} and {path} are both named {selected.recipe.run.name!r} in the"
                 f" grid {selected.recipe.run.grid!r}, so they would share a run directory",
@@ -113,7 +113,7 @@ def select_recipes(
     if errors:
         raise combine_errors(errors)
     if unreadable is not None:
-        unreadable += [one for one in damaged if one.paths.run_dir.resolve() not in found]
+        unreadable += [one for one in damaged if _locate(one.paths.run_dir) not in found]
     return _match_axes(list(found.values()), where)
 
 
@@ -153,11 +153,11 @@ def _expand_folder(path: Path) -> list[Path]:
     """The recipes in a folder, else the run directories in it; without hidden ones: those were
     moved aside.
     """
-    if not path.is_dir() or RunPaths(path).recipe_path.exists():
+    if not path.is_dir() or _is_run(path):
         return [path]
     folders = list(_walk(path))
     files = [file for folder in folders for file in sorted(folder.glob("*.yaml"))]
-    return files or [folder for folder in folders if RunPaths(folder).recipe_path.exists()]
+    return files or [folder for folder in folders if _is_run(folder)]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -165,16 +165,27 @@ def _walk(folder: Path) -> Iterator[Path]:
     directories.
     """
     yield folder
-    if not RunPaths(folder).recipe_path.exists():
+    if not _is_run(folder):
         for child in sorted(
             child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
         ):
             yield from _walk(child)
 
 
+def _is_run(folder: Path) -> bool:
+    """True where a folder has a recipe.json, also one that cannot be read."""
+    return os.path.lexists(RunPaths(folder).recipe_path)
+
+
+def _locate(path: Path) -> Path:
+    """Where a path leads to; a link that leads to itself is taken as it is."""
+    return Path(os.path.realpath(path))
+
+
 def suggest_path(path: Path) -> str:
     """A hint for a path that is not there."""
     siblings = [str(sibling) for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
+    siblings = [sibling for sibling in siblings if sibling != str(path)]
     close = difflib.get_close_matches(str(path), siblings, n=1)
     return (
         f"did you mean {close[0]}?"

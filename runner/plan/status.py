@@ -4,14 +4,13 @@ nowhere.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 from pydantic import Field
 
 from runner.checkpoints.choose import Inventory, look_ahead, read_inventory
-from runner.errors import CorruptFileError, RefusedError
+from runner.errors import CorruptFileError, RefusedError, put_in_words
 from runner.files import load_jsonl
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe
@@ -51,7 +50,10 @@ class RunStatus(Fact):
     max_steps: int | None = None
     loss: float | None = None
     num_attempts: int = 0
-    seconds: float | None = None  # over all attempts that ended, plus the running one
+    # Over all attempts that ended, plus the running one; None where one of them is not known.
+    seconds: float | None = None
+    # Numbers of the attempts whose end is recorded before their start.
+    set_back_attempts: tuple[int, ...] = ()
     failure: Failure | None = None
     differences: tuple[Shown, ...] = ()  # dotted keys that changed since the run was made
     # Files of a completed run that are not as they were recorded: each with what is wrong.
@@ -83,6 +85,12 @@ class RunStatus(Fact):
             )
         if self.micro_batch_divisor > 1:
             notes.append(f"micro-batch / {self.micro_batch_divisor} since it ran out of memory")
+        if self.set_back_attempts:
+            numbers = ", ".join(map(str, self.set_back_attempts))
+            notes.append(
+                f"attempt {numbers}: its end is recorded before its start, as the clock was set"
+                " back: the seconds are not known"
+            )
         if self.pending_uploads:
             failure = f" ({self.upload_failure})" if self.upload_failure else ""
             notes.append(f"not in remote storage: {', '.join(self.pending_uploads)}{failure}")
@@ -186,8 +194,7 @@ def derive_status(
 
 def describe_unreadable(error: CorruptFileError | OSError) -> RunStatus:
     """The status of a run of which something cannot be read."""
-    why = error.message if isinstance(error, CorruptFileError) else str(error)
-    return RunStatus(state="unreadable", why=why)
+    return RunStatus(state="unreadable", why=put_in_words(error))
 
 
 def _derive_readable(
@@ -203,6 +210,7 @@ def _derive_readable(
         "num_attempts": len(facts.attempts),
         "micro_batch_divisor": last.micro_batch_divisor if last else 1,
         "seconds": _sum_seconds(facts),
+        "set_back_attempts": _list_impossible(facts),
         "step": progress.step if progress else None,
         "max_steps": progress.max_steps if progress else None,
         "loss": progress.loss if progress else None,
@@ -378,16 +386,18 @@ def _look_ahead(
 def _sum_seconds(facts: RunFacts) -> float | None:
     # The time of a repair is not that of training, by which other runs are estimated.
     attempts = list_trained(facts.attempts)
-    ends = [attempt.ended_at_utc for attempt in attempts]
-    if facts.is_running and ends:
-        ends[-1] = ends[-1] or facts.read_at_utc
+    now = facts.read_at_utc if facts.is_running else None
     spans = [
-        datetime.datetime.fromisoformat(end)
-        - datetime.datetime.fromisoformat(attempt.started_at_utc)
-        for attempt, end in zip(attempts, ends, strict=True)
-        if end
+        attempt.measure_seconds(now if attempt is attempts[-1] else None)
+        for attempt in attempts
+        if attempt.ended_at_utc or (now and attempt is attempts[-1])
     ]
-    return sum(span.total_seconds() for span in spans) if spans else None
+    known = [span for span in spans if span is not None]
+    return sum(known) if known and len(known) == len(spans) else None
+
+
+def _list_impossible(facts: RunFacts) -> tuple[int, ...]:
+    return tuple(attempt.number for attempt in facts.attempts if attempt.is_end_before_start)
 
 
 def find_hint(status: RunStatus) -> str | None:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from runner.checkpoints.marker import sync_folder
 from runner.data.chat_template import METHOD_TEXT, ChatTemplate
 from runner.errors import RefusedError, RunnerError
-from runner.files import fsync_dir, write_text_atomic
+from runner.files import follow_umask, fsync_dir, write_text_atomic
 from runner.model.load import build_load_arguments, load_tuned_model
 from runner.model.weights import (
     ExportError,
@@ -365,6 +365,7 @@ def export_run(
         partial_dir.mkdir(parents=True)
         try:
             difference = _write(run, partial_dir, is_merged=is_merged)
+            follow_umask(partial_dir)
             sync_folder(partial_dir)
             partial_dir.rename(output_dir)
             fsync_dir(output_dir.absolute().parent)

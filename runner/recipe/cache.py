@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 import runner
 from runner.errors import CorruptFileError, RecipeError
-from runner.files import hash_json, hash_sources, load_json, write_bytes_atomic
+from runner.files import hash_json, hash_sources, load_json, read_plain, write_bytes_atomic
 from runner.recipe.parse import Recipe, load_recipe, read_values
 from runner.recipe.problems import SAFE_LOADER
 from runner.secrets import list_refused_values
@@ -61,9 +61,9 @@ class RecipeCache:
             self._made_by = _describe_maker(self._cache_path.parent)
             self._kept = _load_entries(self._cache_path, self._made_by)
         try:
-            content = path.read_bytes()
+            content = read_plain(path) or b""
             text = content.decode()
-        except (OSError, UnicodeDecodeError):
+        except (CorruptFileError, OSError, UnicodeDecodeError):
             return load_recipe(path)
         name, digest = os.path.abspath(path), hashlib.sha256(content).hexdigest()
         entry = _check_entry(self._kept.get(name), name, digest)
@@ -108,9 +108,7 @@ class RecipeCache:
 def _load_entries(cache_path: Path, made_by: str) -> dict[str, Any]:
     """`absolute path -> entry`; empty where the file is of another maker, or none."""
     try:
-        if cache_path.stat().st_size > 2 * _MAX_BYTES:
-            return {}
-        content = load_json(cache_path)
+        content = load_json(cache_path, 2 * _MAX_BYTES)
         if content["made_by"] == made_by and isinstance(content["recipes"], dict):
             return dict(content["recipes"])
     except (CorruptFileError, OSError, TypeError, LookupError):

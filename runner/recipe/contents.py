@@ -92,9 +92,12 @@ class ContentHashes:
             self._is_changed = False
 
 
+_MAX_CACHE_BYTES: Final = 256 << 20  # of a million files
+
+
 def _load_cache(path: Path) -> dict[str, list[Any]]:
     try:
-        cache = load_json(path)
+        cache = load_json(path, _MAX_CACHE_BYTES)
     except (CorruptFileError, OSError):
         return {}
     entries = cache.items() if isinstance(cache, dict) else ()

@@ -18,7 +18,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
-from runner.errors import Problem, RecipeError, RefusedError
+from runner.errors import CorruptFileError, Problem, RecipeError, RefusedError, put_in_words
+from runner.files import read_plain
 from runner.functions import UserFunction
 from runner.recipe.data_section import DataSection
 from runner.recipe.problems import (
@@ -55,6 +56,7 @@ from runner.recipe.schema import (
 from runner.strict import Section
 
 MAX_RECIPE_BYTES: Final = 1_000_000
+_MAX_READ_BYTES: Final = 4 * MAX_RECIPE_BYTES  # the limit is of characters
 _MAX_VALUES: Final = 10_000
 
 
@@ -294,9 +296,13 @@ def read_yaml(
         RecipeError: all problems at once, with lines and dotted keys.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(str(path), [Problem("(file)", f"cannot be read: {error}", 1)]) from None
+        content = read_plain(path, _MAX_READ_BYTES)
+        if content is None:
+            raise CorruptFileError("there is no such file")
+        text = content.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except (CorruptFileError, OSError, UnicodeDecodeError) as error:
+        what = f"cannot be read: {put_in_words(error)}"
+        raise RecipeError(str(path), [Problem("(file)", what, 1)]) from None
     return parse_yaml(text, model, where=str(path), overrides=overrides, hint=hint)
 
 

@@ -6,7 +6,6 @@ The runs that there are give the variances; what they say about the difference i
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -384,16 +383,16 @@ def _find_hours(cells: Iterable[Cell]) -> float | None:
 
 
 def _measure_hours(run: ReportRow) -> float | None:
-    """All attempts that trained, by the clock, times their processes."""
+    """All attempts that trained, by the clock, times their processes; None where a clock was set
+    back.
+    """
     if run.run_dir is None:
         return None
     seconds = 0.0
     for attempt in list_trained(load_record(RunPaths(run.run_dir)).attempts):
-        if attempt.ended_at_utc is not None:
-            began, ended = map(
-                datetime.datetime.fromisoformat, (attempt.started_at_utc, attempt.ended_at_utc)
-            )
-            seconds += (ended - began).total_seconds() * attempt.num_processes
+        if attempt.is_end_before_start:
+            return None
+        seconds += (attempt.measure_seconds() or 0.0) * attempt.num_processes
     return seconds / 3600 if seconds else None
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runner.data.tasks.base import Task
-from runner.errors import CorruptFileError, escape_controls
+from runner.errors import CorruptFileError, escape_controls, put_in_words
 from runner.files import load_jsonl
 from runner.recipe.schema import LIKELIHOOD_METRICS
 from runner.run.paths import RunPaths
@@ -78,7 +78,7 @@ def read_row_scores(
                 if found is not None and _agrees(found, expected):
                     scores = _add(scores, metric, *found)
     except (CorruptFileError, OSError) as error:
-        return escape_controls(f"the row scores of {name} cannot be read: {error}")
+        return escape_controls(f"the row scores of {name} cannot be read: {put_in_words(error)}")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         return escape_controls(f"the row scores of {name} are not what a run writes: {error!r}")
     return _find_fault(scores, name, total) or scores

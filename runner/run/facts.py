@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from runner.errors import CorruptFileError
-from runner.files import load_json, load_jsonl
+from runner.files import MAX_ROWS_BYTES, is_plain, list_folder, load_json, load_jsonl
 from runner.run.lease import Lease, has_ranks, is_leased
 from runner.run.manifest import measure_files
 from runner.run.paths import RunPaths
@@ -234,8 +234,10 @@ def read_facts(
         "recipe": read_stored_recipe(paths, known.get("recipe")),
         "result": read("result", paths.result_path, lambda: load_result(paths)),
         "stop": read("stop", paths.stop_path, lambda: load_stop_request(paths)),
-        "uploads": _find(lambda: [path.name for path in paths.uploads_dir.glob("*.zip")]),
-        "quarantine": _find(lambda: [path.name for path in paths.quarantine_dir.glob("*")]),
+        "uploads": _find(
+            lambda: [name for name in list_folder(paths.uploads_dir) if name.endswith(".zip")]
+        ),
+        "quarantine": _find(lambda: list_folder(paths.quarantine_dir)),
     }
     result: TrainResult | None = found["result"].content
     manifest = None if result is None else result.files
@@ -245,7 +247,7 @@ def read_facts(
     record: RunRecord | None = found["record"].content
     if record is not None and record.attempts:
         files, last = paths.attempt(record.attempts[-1].number), record.attempts[-1]
-        found["log"] = _find(files.log_path.exists)
+        found["log"] = _find(lambda: is_plain(files.log_path))
         path = files.progress_path
         found["progress"] = read("progress", path, lambda: load_progress(path))
         if last.failure is None:
@@ -255,7 +257,7 @@ def read_facts(
             found["upload_rows"] = read("upload_rows", rows_path, lambda: load_jsonl(rows_path))
     if with_samples:
         found["samples"] = read(
-            "samples", paths.samples_path, lambda: load_json(paths.samples_path)
+            "samples", paths.samples_path, lambda: load_json(paths.samples_path, MAX_ROWS_BYTES)
         )
     return RunFacts(paths, now_utc(), found)
 

@@ -14,7 +14,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from runner.errors import DataError, DivergedError, PreemptedError, RunnerError, escape_controls
+from runner.errors import (
+    CorruptFileError,
+    DataError,
+    DivergedError,
+    PreemptedError,
+    RunnerError,
+    escape_controls,
+)
+from runner.files import open_plain
 from runner.run.record import Failure, FailureKind
 from runner.secrets import scrub
 
@@ -301,11 +309,11 @@ def read_log_tail(log_path: Path) -> tuple[str, ...]:
 def _read_last_lines(log_path: Path) -> list[str]:
     """Up to `_READ_BYTES` of whole lines, scrubbed, none of them blank."""
     try:
-        with log_path.open("rb") as stream:
+        with os.fdopen(open_plain(log_path), "rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - _READ_BYTES))
-            text = stream.read().decode(errors="replace")
-    except OSError:
+            text = stream.read(_READ_BYTES).decode(errors="replace")
+    except (CorruptFileError, OSError):
         return []
     lines = scrub(text).splitlines()
     whole = lines if size <= _READ_BYTES else lines[1:]

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from runner.files import make_folder, open_plain
 from runner.run.paths import AttemptPaths, RunPaths
 
 # Not the dice that a trainer draws from, which also takes such locks.
@@ -86,17 +87,20 @@ class Lease:
 
 def _open_in_new_folder(path: Path) -> BinaryIO:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with contextlib.suppress(FileNotFoundError):  # the folder was moved aside at this instant
-            return path.open("a+b")
+            return os.fdopen(open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+b")
 
 
 def is_leased(path: Path) -> bool:
     """Whether a live process holds the lease. Takes a shared lock for an instant, so it never
     blocks a holder.
+
+    Raises:
+        CorruptFileError: something else than a file has its name.
     """
     try:
-        stream = path.open("rb")
+        stream = os.fdopen(open_plain(path), "rb")
     except FileNotFoundError:
         return False
     with stream:
@@ -122,7 +126,7 @@ def hold_launcher_lock(files: AttemptPaths) -> Lease:
 def has_ranks(paths: RunPaths) -> bool:
     """Whether a rank of an attempt on several machines is alive anywhere."""
     try:
-        stream = paths.ranks_lock_path.open("r+b")
+        stream = os.fdopen(open_plain(paths.ranks_lock_path, os.O_RDWR), "r+b")
     except FileNotFoundError:
         return False
     with stream:

@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from runner.errors import CONTROLS, CorruptFileError, escape_controls
-from runner.files import parse_json, write_json_atomic
+from runner.files import parse_json, read_plain, write_json_atomic
 from runner.recipe.hub import pin, state_as_before
 from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe
@@ -165,6 +165,22 @@ class Attempt(Fact):
     hardware: dict[str, Shown] = Field(default_factory=dict)  # of the launcher's machine: cpu, gpu
     exit_status: int | None = None
     failure: Failure | None = None
+
+    def measure_seconds(self, until_utc: str | None = None) -> float | None:
+        """By the clock, from the start to the end, or to `until_utc` where it has none; None where
+        neither is there, or comes before the start: the clock was set back meanwhile.
+        """
+        end = self.ended_at_utc or until_utc
+        if end is None:
+            return None
+        began, ended = map(datetime.datetime.fromisoformat, (self.started_at_utc, end))
+        seconds = (ended - began).total_seconds()
+        return seconds if seconds >= 0 else None
+
+    @property
+    def is_end_before_start(self) -> bool:
+        """True where what is recorded cannot be: nobody knows how long the attempt took."""
+        return self.ended_at_utc is not None and self.measure_seconds() is None
 
 
 class BaseProducer(Fact):
@@ -543,7 +559,7 @@ def load_stored_recipe(paths: RunPaths) -> StoredRecipe | None:
     It is shown in terminals as others are, and may come from somebody who has not read it with
     `parse_recipe`.
     """
-    content = _read(paths.recipe_path)
+    content = read_plain(paths.recipe_path)
     if content is None:
         return None
     stored = _parse_fact(content, paths.recipe_path, StoredRecipe)
@@ -571,16 +587,8 @@ Loaded = TypeVar("Loaded", bound=Fact)
 
 def _load_fact(path: Path, kind: type[Loaded]) -> Loaded | None:
     """Raises: CorruptFileError for a file of another shape."""
-    content = _read(path)
+    content = read_plain(path)  # None is told from `null` by one look: it may be written meanwhile
     return None if content is None else _parse_fact(content, path, kind)
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    # Told from `null` by one look: another process may write the file at any moment.
-    except FileNotFoundError:
-        return None
 
 
 def _parse_fact(content: bytes, path: Path, kind: type[Loaded]) -> Loaded:

@@ -26,7 +26,7 @@ from transformers import Trainer
 
 from runner.data.rows import Samples
 from runner.errors import CorruptFileError
-from runner.files import hash_json, load_json, write_json_atomic
+from runner.files import MAX_ROWS_BYTES, hash_json, load_json, write_json_atomic
 from runner.recipe.schema import GenerationOn
 from runner.run.entries import (
     Entry,
@@ -89,7 +89,8 @@ class BaseScores:
             CorruptFileError: a file has another shape.
         """
         try:
-            scores, answers = load_json(folder / "scores.json"), load_json(folder / "answers.json")
+            scores = load_json(folder / "scores.json", MAX_ROWS_BYTES)
+            answers = load_json(folder / "answers.json", MAX_ROWS_BYTES)
             return cls(
                 test=[_read_score(row) for row in scores["test"]],
                 test_answers=[_read_answer(row) for row in answers["test"]],

@@ -31,7 +31,9 @@ from runner.checkpoints.retention import apply_retention
 from runner.data.rows import Row, Samples, Split, describe_samples
 from runner.errors import CorruptFileError, DataError, DivergedError
 from runner.files import (
+    MAX_ROWS_BYTES,
     append_jsonl,
+    follow_umask,
     fsync_dir,
     load_json,
     load_jsonl,
@@ -111,7 +113,7 @@ class Recorder:
         """
         path = self.context.paths.samples_path
         try:
-            before = load_json(path)
+            before = load_json(path, MAX_ROWS_BYTES)
         except CorruptFileError as error:
             raise DataError(
                 f"{error.message}: nobody can tell on which rows the checkpoint was trained",
@@ -424,6 +426,7 @@ class Recorder:
             shapes = {name: tuple(tensor.shape) for name, tensor in embeddings.items()}
             verify_export(partial_dir, self._trained_shapes | shapes)
             verify_same_weights(partial_dir, context.paths.checkpoint_dir(best_step))
+            follow_umask(partial_dir)
             sync_folder(partial_dir)
 
     def record_result(self, result: TrainResult) -> None:

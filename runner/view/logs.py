@@ -8,6 +8,7 @@ whatever machine.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -15,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from runner.errors import CorruptFileError, RunnerError
+from runner.errors import CorruptFileError, RunnerError, put_in_words
+from runner.files import open_plain
 from runner.launch.attempt import request_stop
 from runner.plan.decide import foresee_retry
 from runner.plan.select import Selected, select_recipes
@@ -129,7 +131,7 @@ class _Log:
         """Print what came since the last time."""
         if self._stream is None:
             with contextlib.suppress(FileNotFoundError):
-                self._stream = self._path.open("rb")
+                self._stream = os.fdopen(open_plain(self._path), "rb")
         if self._stream is not None:
             shutil.copyfileobj(self._stream, sys.stdout.buffer)
             sys.stdout.buffer.flush()
@@ -142,7 +144,7 @@ def _describe_end(facts: RunFacts) -> str:
     try:
         failure = facts.failure
     except (CorruptFileError, OSError) as error:
-        return f"attempt {attempt.number} ended, and why cannot be read: {error}"
+        return f"attempt {attempt.number} ended, and why cannot be read: {put_in_words(error)}"
     if failure is None:
         return f"attempt {attempt.number} was killed together with its launcher"
     first_line = failure.message.partition("\n")[0]

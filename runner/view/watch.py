@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from runner.files import look_at
+from runner.errors import CorruptFileError
+from runner.files import look_at, open_plain
 from runner.plan.decide import Retry, foresee_retry
 from runner.plan.select import Selected, UnreadableRun
 from runner.plan.status import RunStatus, describe_running, find_hint, read_status
@@ -171,13 +172,13 @@ class LossReader:
     def read(self) -> Sequence[float]:
         """The losses so far. A resume replaces the file by a shorter one: then all is read anew."""
         try:
-            with self.path.open("rb") as stream:
+            with os.fdopen(open_plain(self.path), "rb") as stream:
                 state = os.fstat(stream.fileno())
                 if state.st_ino != self._inode or state.st_size < self._num_bytes:
                     self._losses, self._num_bytes, self._inode = [], 0, state.st_ino
                 stream.seek(self._num_bytes)
                 whole, newline, _ = stream.read().rpartition(b"\n")
-        except OSError:
+        except (CorruptFileError, OSError):
             return []
         self._num_bytes += len(whole) + len(newline)
         losses = map(_find_loss, whole.split(b"\n"))

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -14,6 +16,7 @@ from runner.checkpoints.marker import is_intact, list_archived, list_committed, 
 from runner.checkpoints.remote import RemoteFolder, list_pending
 from runner.run.paths import RunPaths
 from tests.conftest import Project
+from tests.support.modes import list_other_modes, umask_of
 from tests.support.remote_places import CREDENTIALS, closed_port, s3_server
 from tests.support.training_runs import (
     RUNS,
@@ -30,12 +33,21 @@ KEEPING = ("checkpoints={keep_latest: 2, keep_best: 2, archive: zip, save_optimi
 LORA = RUNS["gemma-lora"]
 
 
+@pytest.fixture
+def end_of_umask() -> Iterator[ExitStack]:
+    """Ends with the test."""
+    with ExitStack() as stack:
+        yield stack
+
+
 def test_a_run_killed_while_it_archives_strips_and_prunes_ends_with_the_same_bytes(
-    finished: Project, monkeypatch: pytest.MonkeyPatch
+    finished: Project, monkeypatch: pytest.MonkeyPatch, end_of_umask: ExitStack
 ) -> None:
     """Limits change no result: the reference run has none of them. Nor does storage that cannot be
-    reached.
+    reached. All files follow the umask, in every attempt.
     """
+    # For every command of this test; undone at its end
+    end_of_umask.enter_context(umask_of(0o027))
     name, overrides = "kept", (*LORA, *KEEPING)
     paths = launch_killed_at(finished, name, *overrides, event="open", path=".step-4.zip.tmp")
     assert list_committed(paths) == [4] and list_archived(paths) == []
@@ -65,6 +77,11 @@ def test_a_run_killed_while_it_archives_strips_and_prunes_ends_with_the_same_byt
         assert verify_archive(paths.archive_path(step)) == load_marker(paths.checkpoint_dir(step))
         assert load_marker(paths.checkpoint_dir(step)).is_stripped == (step != 15)
     assert not (paths.checkpoint_dir(4) / "optimizer.pt").exists()
+    assert list_other_modes(paths.run_dir, 0o027) == {}
+    resume = ("--resume", str(paths.archive_path(15)))
+    unpacked = launch(finished, "unpacked", *LORA, "checkpoints.keep_latest=9", *resume)
+    assert unpacked.checkpoint_dir(15).is_dir()
+    assert list_other_modes(unpacked.run_dir, 0o027) == {}
 
 
 def test_an_empty_machine_continues_from_a_bucket_and_ends_with_the_same_bytes(

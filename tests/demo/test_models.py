@@ -29,6 +29,7 @@ from runner.demo.models import (
 )
 from runner.demo.plans import TINY, Pretraining
 from tests.conftest import ROOT
+from tests.support.modes import list_other_modes, umask_of
 
 REPOSITORY = ROOT
 DATA_PATH = REPOSITORY / "data" / "demo.jsonl"
@@ -50,7 +51,8 @@ def _contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output_dir = tmp_path_factory.mktemp("demo") / "models"
-    build_demo_models(output_dir, families=FAMILIES, plan=BRIEF)
+    with umask_of(0o027):
+        build_demo_models(output_dir, families=FAMILIES, plan=BRIEF)
     return output_dir
 
 
@@ -63,6 +65,7 @@ def test_models_load_and_have_learned_something(demo_dir: Path, family: str) -> 
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     manifest = load_manifest(demo_dir / family)
     assert manifest["last_loss"] < manifest["first_loss"]
+    assert list_other_modes(demo_dir / family, 0o027) == {}
 
 
 @pytest.mark.slow

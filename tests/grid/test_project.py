@@ -84,7 +84,9 @@ def test_the_printed_commands_work(
     assert all(" ".join(command) in readme for command in commands[1:]) and readme.startswith(
         "# my study\n"
     )
-    assert os.access("sweeps/first.sh", os.X_OK) and "/runs/" in Path(".gitignore").read_text()
+    script, readme_file = (Path(name).stat().st_mode for name in ("sweeps/first.sh", "README.md"))
+    assert script & 0o777 == readme_file & 0o777 | (readme_file & 0o444) >> 2
+    assert "/runs/" in Path(".gitignore").read_text()
     done = subprocess.run(
         ["sweeps/first.sh", "--dry-run"], capture_output=True, text=True, check=False
     )

@@ -24,6 +24,7 @@ from runner.run.paths import RunPaths
 from runner.run.record import RunRecord, write_record
 from tests.conftest import Project, build_environment
 from tests.support.fake_hub import fake_hub
+from tests.support.modes import list_other_modes, umask_of
 from tests.support.scored_runs import make_attempt
 from tests.support.training_runs import read_result
 
@@ -114,6 +115,18 @@ def test_export_of_an_adapter(finished: Project) -> None:
     again = finished.cli("export", "runs/tests/llama-lora", "--output", "exports/adapter")
     assert again.returncode == 2 and "exports/adapter is not an empty folder" in again.stderr
     assert (export_dir / "README.md").stat() == before
+
+
+@pytest.mark.slow
+def test_an_export_follows_the_umask_not_the_modes_of_the_run(finished: Project) -> None:
+    for umask, more in ((0o022, ()), (0o077, ("--merge",))):
+        export_dir = finished.root / "exports" / f"umask-{umask:o}"
+        with umask_of(umask):
+            done = finished.cli(
+                "export", "runs/tests/llama-lora", "--output", str(export_dir), *more
+            )
+        assert done.returncode == 0, done.stderr
+        assert list_other_modes(export_dir, umask) == {}
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def test_what_cannot_be_read_is_a_value_until_it_is_asked_for(paths: RunPaths) -
     paths.record_path.mkdir()
     facts = read_facts(paths)
     for ask in (lambda: facts.attempts, lambda: facts.progress, lambda: facts.failure):
-        with pytest.raises(IsADirectoryError):
+        with pytest.raises(CorruptFileError, match=r"run\.json is a folder, and should be a file"):
             ask()
     assert facts.result is None and not facts.has_result
 
