@@ -72,7 +72,13 @@ def run_render(arguments: argparse.Namespace) -> int:
     """`runner render`."""
     from runner.grid.render import render_grids
 
-    return render_grids(arguments.grid, check=arguments.check, prune=arguments.prune, root=Path())
+    return render_grids(
+        arguments.grid,
+        check=arguments.check,
+        prune=arguments.prune,
+        force=arguments.force,
+        root=Path(),
+    )
 
 
 def run_check(arguments: argparse.Namespace) -> int:
