@@ -110,6 +110,19 @@ def was_edited(content: bytes) -> bool:
     return parts.checksum is not None and not parts.is_sealed
 
 
+def word_edited(paths: Sequence[Path]) -> str | None:
+    """A note on the recipe files that were edited since they were rendered; None where none was."""
+    edited = [path for path in paths if path.is_file() and was_edited(path.read_bytes())]
+    if not edited:
+        return None
+    shown = ", ".join(map(str, edited[:_MAX_SHOWN_DIFFS]))
+    more = len(edited) - _MAX_SHOWN_DIFFS
+    return (
+        f"edited after rendering: {shown}{f' and {more} more' if more > 0 else ''}; `runner render`"
+        " refuses to overwrite what was edited: write the change into the template"
+    )
+
+
 def compare(rendered: RenderedGrid, recipes_dir: Path) -> Drift:
     """What differs, byte by byte, between the rendered texts and a folder; `diff` shows the first
     few of those that nobody edited.

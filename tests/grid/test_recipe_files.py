@@ -308,3 +308,17 @@ def test_a_grid_that_fails_leaves_the_others_unwritten(toy: Toy) -> None:
     with pytest.raises(GridError):
         render_grids(None, check=False, prune=False, root=root)
     assert not (root / "recipes").exists()
+
+
+def test_check_names_what_was_edited(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(toy())
+    assert main(["render", "toy"]) == main(["check", "--schema-only", "recipes/toy"]) == 0
+    assert capsys.readouterr().err == ""
+    for path in sorted(Path("recipes/toy").iterdir())[:4]:
+        path.write_text(path.read_text().replace("max_steps: 2", "max_steps: 3"))
+    assert main(["check", "--schema-only", "recipes/toy"]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("note: edited after rendering: recipes/toy/gemma_completion_060.yaml, ")
+    assert "gemma_full_060.yaml and 1 more; `runner render` refuses" in said
