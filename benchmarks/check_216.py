@@ -23,11 +23,11 @@ from typing import Any, Final
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runner.grid.render import (  # noqa: E402
+from runner.grid.recipe_files import (  # noqa: E402
     compare,
-    render_grid,
     write_recipes,
 )
+from runner.grid.render import render_grid  # noqa: E402
 
 FAMILIES: Final = {
     "gemma-2-9b-it": "gemma2",

@@ -19,12 +19,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runner.grid.render import (  # noqa: E402
+from runner.grid.recipe_files import (  # noqa: E402
     RenderedGrid,
     compare,
-    render_grid,
     write_recipes,
 )
+from runner.grid.render import render_grid  # noqa: E402
 from runner.recipe.parse import load_recipe  # noqa: E402
 
 SIZES = "num_train_samples: [60, 120, 180]"

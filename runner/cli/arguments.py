@@ -112,6 +112,11 @@ def _add_project_verbs(verbs: Any) -> None:
     render.add_argument(
         "--prune", action="store_true", help="remove recipes that the grid no longer has"
     )
+    render.add_argument(
+        "--force",
+        action="store_true",
+        help="also overwrite, or remove, recipes that were edited since they were rendered",
+    )
 
 
 def _add_check_verbs(verbs: Any) -> None:

@@ -72,7 +72,13 @@ def run_render(arguments: argparse.Namespace) -> int:
     """`runner render`."""
     from runner.grid.render import render_grids
 
-    return render_grids(arguments.grid, check=arguments.check, prune=arguments.prune, root=Path())
+    return render_grids(
+        arguments.grid,
+        check=arguments.check,
+        prune=arguments.prune,
+        force=arguments.force,
+        root=Path(),
+    )
 
 
 def run_check(arguments: argparse.Namespace) -> int:
@@ -82,6 +88,10 @@ def run_check(arguments: argparse.Namespace) -> int:
     # What is allowed to run is read from the recipes themselves.
     selected = (select_anew if arguments.allow_code else select)(arguments, arguments.paths)
     recipes = [one.recipe for one in selected]
+    from runner.grid.recipe_files import word_edited
+
+    if edited := word_edited([one.source_path for one in selected]):
+        print(f"note: {edited}", file=sys.stderr)
     if arguments.allow_code:
         stream = sys.stderr if arguments.json else sys.stdout
         for file in allow_code(recipes, arguments.output_root):

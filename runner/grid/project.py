@@ -19,7 +19,8 @@ from typing import Any, Final
 from runner.errors import RefusedError, RunnerError
 from runner.grid import starter as init_starter
 from runner.grid.given_data import GivenData, open_given_data
-from runner.grid.render import RenderedGrid, render_grid
+from runner.grid.recipe_files import RenderedGrid
+from runner.grid.render import render_grid
 from runner.grid.spec import list_grids
 from runner.grid.starter import SHARED_FOLDERS, TEMPLATES, find_stock_dir, require_stock_grid
 from runner.recipe.parse import Recipe, parse_recipe

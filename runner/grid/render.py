@@ -1,14 +1,11 @@
-"""A grid and its template become recipes: the cells and their names, the texts, and the files.
+"""A grid and its template become recipes: the cells, their names and their texts.
 
-Each text is loaded again and must be the run that it was rendered for. Owns the folder
-`recipes/<grid>`: writes only what differs and removes only what it once generated. `template` says
-what a template may do, `recipe.parse` what a recipe means.
+Each text is loaded again and must be the run that it was rendered for. `recipe_files` writes them,
+`template` says what a template may do, `recipe.parse` what a recipe means.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +16,16 @@ from typing import Any, Final, NoReturn
 from jinja2 import TemplateError, UndefinedError
 
 from runner.errors import GridError, RecipeError, RunnerError
-from runner.files import write_text_atomic
 from runner.grid.design import derive_cell_seed, find_design_problems, list_declared
+from runner.grid.recipe_files import (
+    GridFiles,
+    RenderedGrid,
+    bring_up_to_date,
+    compare,
+    refuse_losses,
+    report_drift,
+    seal,
+)
 from runner.grid.spec import (
     GridSpec,
     applies,
@@ -166,17 +171,6 @@ def _name_cells(spec: GridSpec, grid: str, cells: Sequence[Mapping[str, Any]]) -
         yield RunKey(grid, name, freeze(values))
 
 
-@dataclass(frozen=True)
-class RenderedGrid:
-    """The recipes of a grid as they should be on disk: run name -> text, in the order of the
-    cells.
-    """
-
-    grid: str
-    texts: Mapping[str, str]
-    summary: str
-
-
 class _Cards(dict[str, dict[str, Any]]):
     """Model cards; one that does not exist is named, with those that do."""
 
@@ -185,11 +179,6 @@ class _Cards(dict[str, dict[str, Any]]):
             f"no model card {card!r}{suggest(str(card), list(self))}",
             hint=f"the cards in recipe_templates/models are {', '.join(self)}",
         )
-
-
-def build_header(grid: str) -> str:
-    """The line that opens a generated recipe."""
-    return f"# Generated from recipe_templates/{grid} by `runner render {grid}`; do not edit.\n"
 
 
 def render_grid(templates_root: Path, grid: str, *, base_seconds: int = 10) -> RenderedGrid:
@@ -227,7 +216,7 @@ def _render_cells(spec: GridSpec, templates_root: Path, grid: str) -> tuple[Mapp
             body = template.render({**key.values, **own, "models": cards})
         except Exception as error:  # an expression in a template may raise anything
             _raise_template_error(error, templates_root, spec, key, [*own, "models"])
-        text = f"{build_header(grid)}{body.rstrip()}\n"
+        text = seal(grid, f"{body.rstrip()}\n")
         recipe = _check_text(text, key, templates_root, declared)
         if spec.seeds == "own":
             _check_seed(text, recipe, seed, key, templates_root)
@@ -347,125 +336,32 @@ def describe(spec: GridSpec, keys: KeyList, grid: str) -> str:
     return "\n".join([*rows, f"  {len(keys.keys):>5} recipes"])
 
 
-_MAX_SHOWN_DIFFS: Final = 3
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How a folder differs from its template, in run names; `foreign` are recipes there that nobody
-    generated.
-    """
-
-    changed: tuple[str, ...]
-    missing: tuple[str, ...]
-    stale: tuple[str, ...]
-    foreign: tuple[str, ...]
-    diff: str
-
-    def __bool__(self) -> bool:
-        return bool(self.changed or self.missing or self.stale or self.foreign)
-
-
-def compare(rendered: RenderedGrid, recipes_dir: Path) -> Drift:
-    """What differs, byte by byte, between the rendered texts and a folder; `diff` shows the first
-    few.
-    """
-    on_disk: dict[str, bytes] = {}
-    for path in sorted(recipes_dir.glob("*.yaml")):
-        # Pruned by another `runner render` at this instant.
-        with contextlib.suppress(FileNotFoundError):
-            on_disk[path.stem] = path.read_bytes()
-    header = build_header(rendered.grid).encode()
-    unknown = [name for name in on_disk if name not in rendered.texts]
-    changed = [
-        name
-        for name, text in rendered.texts.items()
-        if on_disk.get(name, text.encode()) != text.encode()
-    ]
-    rows: list[str] = []
-    for name in changed[:_MAX_SHOWN_DIFFS]:
-        path = recipes_dir / f"{name}.yaml"
-        old = on_disk[name].decode(errors="replace").splitlines()
-        new = rendered.texts[name].splitlines()
-        rows += difflib.unified_diff(old, new, str(path), f"{path} (rendered)", lineterm="")
-    return Drift(
-        changed=tuple(changed),
-        missing=tuple(name for name in rendered.texts if name not in on_disk),
-        stale=tuple(name for name in unknown if on_disk[name].startswith(header)),
-        foreign=tuple(name for name in unknown if not on_disk[name].startswith(header)),
-        diff="\n".join(rows),
-    )
-
-
-def write_recipes(rendered: RenderedGrid, recipes_dir: Path, drift: Drift) -> None:
-    """Write what changed or is missing; a file that is right already keeps its modification
-    time.
-    """
-    for name in (*drift.changed, *drift.missing):
-        write_text_atomic(recipes_dir / f"{name}.yaml", rendered.texts[name])
-
-
-def prune_recipes(recipes_dir: Path, drift: Drift) -> None:
-    """Remove the generated recipes that no cell gives any more."""
-    for name in drift.stale:
-        (recipes_dir / f"{name}.yaml").unlink(missing_ok=True)
-
-
-def render_grids(grid: str | None, *, check: bool, prune: bool, root: Path) -> int:
+def render_grids(
+    grid: str | None, *, check: bool, prune: bool, root: Path, force: bool = False
+) -> int:
     """The exit code of `runner render`, after printing what was found and done.
 
     `grid` None means every grid. With `check` nothing is written and any difference gives 1.
+    Without `force` no recipe is overwritten or removed that was edited since it was rendered.
 
     Raises:
-        GridError: before any file of the grid is written.
+        GridError, RefusedError: before any file of any grid is written.
     """
-    if check and prune:
-        raise RunnerError("--check changes nothing, so it does not go with --prune")
-    exit_code = 0
+    if check and (prune or force):
+        option = "--prune" if prune else "--force"
+        raise RunnerError(f"--check changes nothing, so it does not go with {option}")
+    grids: list[GridFiles] = []
     for name in list_grids(root / "recipe_templates") if grid is None else [grid]:
         rendered = render_grid(root / "recipe_templates", name)
         recipes_dir = root / "recipes" / name
-        drift = compare(rendered, recipes_dir)
-        print(rendered.summary)
+        grids.append(GridFiles(rendered, recipes_dir, compare(rendered, recipes_dir)))
+    if not check and not force:
+        refuse_losses(grids, prune=prune)
+    exit_code = 0
+    for files in grids:
+        print(files.rendered.summary)
         if check:
-            exit_code |= _report_drift(drift, recipes_dir, name)
+            exit_code |= report_drift(files)
         else:
-            _bring_up_to_date(rendered, drift, recipes_dir, prune)
+            bring_up_to_date(files, prune=prune)
     return exit_code
-
-
-def _report_drift(drift: Drift, recipes_dir: Path, grid: str) -> int:
-    if not drift:
-        print(f"  {recipes_dir} is up to date")
-        return 0
-    for word, names in (
-        ("differs from its template", drift.changed),
-        ("is missing", drift.missing),
-        ("is stale: no cell gives it", drift.stale),
-        ("was not generated", drift.foreign),
-    ):
-        for name in names:
-            print(f"  {recipes_dir / name}.yaml {word}")
-    if drift.diff:
-        print(drift.diff)
-        if len(drift.changed) > _MAX_SHOWN_DIFFS:
-            print(f"({len(drift.changed) - _MAX_SHOWN_DIFFS} more files differ)")
-    print(f"\nhint: runner render {grid}{' --prune' if drift.stale else ''}")
-    return 1
-
-
-def _bring_up_to_date(rendered: RenderedGrid, drift: Drift, recipes_dir: Path, prune: bool) -> None:
-    write_recipes(rendered, recipes_dir, drift)
-    num_written = len(drift.changed) + len(drift.missing)
-    print(
-        f"  {num_written} written, {len(rendered.texts) - num_written} unchanged in {recipes_dir}"
-    )
-    if prune:
-        prune_recipes(recipes_dir, drift)
-    for name in drift.stale:
-        print(
-            f"  {recipes_dir / name}.yaml"
-            f" {'removed' if prune else 'is stale: no cell gives it (--prune removes it)'}"
-        )
-    for name in drift.foreign:
-        print(f"  {recipes_dir / name}.yaml was not generated; it is left as it is")
