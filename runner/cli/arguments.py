@@ -124,7 +124,7 @@ def _add_check_verbs(verbs: Any) -> None:
     check = verbs.add_parser(
         "check", help="validate recipes, then their data: rows, lengths, truncation, labels"
     )
-    _add_paths(check)
+    _add_paths(check, takes_overrides=True)
     how = check.add_mutually_exclusive_group()
     how.add_argument(
         "--json", action="store_true", help="everything found, per run; see docs/preflight.md"
@@ -146,7 +146,7 @@ def _add_check_verbs(verbs: Any) -> None:
         "masks", help="rows as the model sees them: every token, the trained ones coloured"
     )
     masks.add_argument(
-        "recipe", type=Path, metavar="RECIPE", help="a recipe file, or a run directory"
+        "recipe", type=Path, metavar="RECIPE", help="a recipe file, a run directory, or a name"
     )
     masks.add_argument(
         "overrides", nargs="*", metavar="key=value", help="look at the recipe under them"
@@ -184,7 +184,9 @@ def _add_doctor(verbs: Any) -> None:
 
 def _add_launch_verb(verbs: Any) -> None:
     launch = verbs.add_parser("launch", help="one run, now")
-    launch.add_argument("recipe", type=Path, metavar="RECIPE")
+    launch.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="a recipe file, or the name of its run"
+    )
     launch.add_argument(
         "overrides",
         nargs="*",
@@ -253,8 +255,11 @@ def _add_sweep_verbs(verbs: Any) -> None:
 
     rerun = verbs.add_parser("rerun", help="a sweep over the interrupted and failed runs only")
     _add_sweep_options(rerun)
+    rerun.add_argument(
+        "--dry-run", action="store_true", help="print each decision and command, start nothing"
+    )
     rerun.add_more = partial(add_engine_options, writes_files=False)
-    rerun.set_defaults(dry_run=False, list=False, retry_failed=True, fresh=False, yes=False)
+    rerun.set_defaults(list=False, retry_failed=True, fresh=False, yes=False)
 
 
 def _add_view_verbs(verbs: Any) -> None:
@@ -286,7 +291,9 @@ def _add_view_verbs(verbs: Any) -> None:
 
     logs = verbs.add_parser("logs", help="what the last attempt of a run printed")
     logs.add_argument(
-        "run", metavar="RUN", help="a recipe or run directory; of a folder, the run that is running"
+        "run",
+        metavar="RUN",
+        help="a recipe, run directory or name; of a folder or grid, the run that is running",
     )
     logs.add_argument(
         "-f",
@@ -457,8 +464,12 @@ def _add_model_verbs(verbs: Any) -> None:
 
 def _add_tuned_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run_dir", type=Path, metavar="RUN_DIR", help="such as runs/demo/gemma_060_full_seed1"
+        "run_dir",
+        type=Path,
+        metavar="RUN",
+        help="a run directory such as runs/demo/gemma_060_full_seed1, a name, or a recipe",
     )
+    _add_output_root(parser)
     parser.add_argument(
         "--checkpoint",
         metavar="best|latest|PATH",
@@ -466,13 +477,20 @@ def _add_tuned_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_paths(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
+def _add_paths(
+    parser: argparse.ArgumentParser, nargs: str = "+", *, takes_overrides: bool = False
+) -> None:
     parser.add_argument(
         "paths",
         nargs=nargs,
         metavar="PATH",
-        help="recipes: files, folders, globs; or run directories",
+        help=(
+            "recipes: files, folders, globs; run directories; names of runs and grids"
+            + ("; and key=value, as for launch, for each recipe" if takes_overrides else "")
+        ),
     )
+    # Found among the paths: argparse could not tell where those end.
+    parser.set_defaults(overrides=[], takes_overrides=takes_overrides)
     parser.add_argument(
         "--where", action="append", default=[], metavar="axis=value[,value]", help="may be repeated"
     )
@@ -486,7 +504,7 @@ def _add_output_root(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
-    _add_paths(parser)
+    _add_paths(parser, takes_overrides=True)
     room = parser.add_mutually_exclusive_group()
     room.add_argument("--slots", type=positive, metavar="N", help="runs at a time, default 1")
     room.add_argument(

@@ -57,16 +57,18 @@ class ChangedRun:
 
 def describe_changed(changed: Sequence[ChangedRun], arguments: argparse.Namespace) -> list[str]:
     """How many runs are changed and by which keys, where their numbers are, and what to do."""
-    command = ["runner", "sweep", *map(str, arguments.paths)]
+    command = ["runner", "sweep", *map(str, arguments.paths), *arguments.overrides]
     command += [word for condition in arguments.where for word in ("--where", condition)]
     if arguments.output_root != Path("runs"):
         command += ["--output-root", str(arguments.output_root)]
+    grids = dict.fromkeys(str(one.paths.run_dir.parent) for one in changed)
     if len(changed) == 1:
         lines = list(changed[0].status.differences)
     else:
-        lines = [*_count_keys(changed), _name_some(changed, ["runner", "status", *command[2:]])]
+        # Variants of recipes are found by their run directories.
+        named = [*grids] if arguments.overrides else command[2:]
+        lines = [*_count_keys(changed), _name_some(changed, ["runner", "status", *named])]
     if not arguments.fresh:
-        grids = dict.fromkeys(str(one.paths.run_dir.parent) for one in changed)
         lines.append(f"the numbers: {shlex.join(['runner', 'report', *grids])}")
         lines.append(
             f"{shlex.join([*command, '--fresh'])}"

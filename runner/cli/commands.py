@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run
 from runner.cli.reading import (
+    note_idle_overrides,
     select,
     select_anew,
     warn_of_moved_names,
@@ -27,7 +28,8 @@ from runner.errors import (
     RunnerError,
     hide_bitsandbytes_warning,
 )
-from runner.plan.select import UnreadableRun, suggest_path
+from runner.plan.names import find_one
+from runner.plan.select import UnreadableRun, run_paths
 from runner.plan.status import (
     RunStatus,
     read_status,
@@ -87,6 +89,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     """
     # What is allowed to run is read from the recipes themselves.
     selected = (select_anew if arguments.allow_code else select)(arguments, arguments.paths)
+    note_idle_overrides(selected)
     recipes = [one.recipe for one in selected]
     from runner.grid.recipe_files import word_edited
 
@@ -109,7 +112,9 @@ def run_check(arguments: argparse.Namespace) -> int:
     from runner.preflight.check import print_check
 
     finished = [one.full_name for one in selected if one.paths.result_path.exists()]
-    allow = suggest_allowing(arguments.paths, arguments.output_root, arguments.where)
+    allow = suggest_allowing(
+        arguments.paths, arguments.output_root, arguments.where, arguments.overrides
+    )
     return print_check(
         recipes,
         arguments.output_root,
@@ -134,7 +139,7 @@ def run_masks(arguments: argparse.Namespace) -> int:
     from runner.preflight.masks import build_views, format_views
     from runner.preflight.names import pin_recipes
 
-    path = arguments.recipe
+    path = find_one(str(arguments.recipe), arguments.output_root, "recipe")
     output_root = find_output_root(path) if path.is_dir() else arguments.output_root
     recipe = load_code(
         _load_recipe_or_run(path, arguments.overrides),
@@ -157,7 +162,7 @@ def run_status(arguments: argparse.Namespace) -> int:
 
     unreadable: list[UnreadableRun] = []
     named = arguments.paths or _everything(arguments)
-    selected = select(arguments, named, unreadable)
+    selected = select(arguments, named, unreadable, prefer="both")
     if arguments.watch:
         from runner.view.watch import watch
 
@@ -261,7 +266,7 @@ def run_stop(arguments: argparse.Namespace) -> int:
     """`runner stop`."""
     from runner.view.logs import stop_runs
 
-    return stop_runs(select_anew(arguments, arguments.paths))
+    return stop_runs(select_anew(arguments, arguments.paths, prefer="run"))
 
 
 def run_compare(arguments: argparse.Namespace) -> int:
@@ -277,7 +282,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
     from runner.publish.chat import chat
 
     return chat(
-        arguments.run_dir,
+        _find_run_dir(arguments),
         checkpoint=arguments.checkpoint,
         with_base=arguments.base,
         prompt=arguments.prompt,
@@ -292,7 +297,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     from runner.publish.export import export_run
 
     difference = export_run(
-        arguments.run_dir,
+        _find_run_dir(arguments),
         arguments.output,
         checkpoint=arguments.checkpoint,
         is_merged=arguments.merge,
@@ -305,6 +310,23 @@ def run_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _find_run_dir(arguments: argparse.Namespace) -> Path:
+    """The run directory that a verb for one tuned model is given, also by a name or a recipe.
+
+    Raises:
+        RunnerError: there is none, or the run was never started.
+    """
+    path = find_one(str(arguments.run_dir), arguments.output_root, "run")
+    if path.is_dir():
+        return path
+    run_dir = run_paths(load_recipe(path), arguments.output_root).run_dir
+    if not run_dir.exists():
+        raise RunnerError(
+            f"{path} has no run yet: there is no {run_dir}", hint=f"runner launch {path}"
+        )
+    return run_dir
+
+
 def _load_recipe_or_run(path: Path, overrides: list[str]) -> Recipe:
     """The recipe of a file or of a run directory, under overrides."""
     if path.is_dir():
@@ -314,8 +336,6 @@ def _load_recipe_or_run(path: Path, overrides: list[str]) -> Recipe:
                 f"{path} is a folder, but no run directory", hint="name one recipe file, or one run"
             )
         return parse_recipe(dump_recipe(stored.recipe), where=str(path), overrides=overrides)
-    if not path.exists():
-        raise RunnerError(f"there is no recipe {path}", hint=suggest_path(path))
     return load_recipe(path, overrides)
 
 

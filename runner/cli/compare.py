@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from runner.cli.reading import find_grid, find_run, read_runs, warn_of_unreadable
+from runner.cli.reading import read_runs, warn_of_unreadable
 from runner.errors import (
     CorruptFileError,
     RefusedError,
@@ -18,6 +18,7 @@ from runner.errors import (
     put_in_words,
 )
 from runner.files import dump_json
+from runner.plan.names import find_one
 from runner.plan.select import Selected, UnreadableRun, select_recipes
 from runner.plan.status import RunStatus
 from runner.recipe.contents import KnownContents
@@ -155,14 +156,12 @@ def _select_arm(
             raise RunnerError(
                 f"{text!r} is a value of an axis, and no grid is named", hint="add `--grid GRID`"
             )
-        folder = find_grid(arguments.grid, root)
+        folder = find_one(arguments.grid, root, "run")
         conditions = _split_conditions(text)
-        found = select_recipes([folder], root, conditions, unreadable)
-        return found + _select_absent(Path(folder), root, conditions, found)
+        found = select_recipes([str(folder)], root, conditions, unreadable)
+        return found + _select_absent(folder, root, conditions, found)
     grid = None if arguments.grid is None else Path(arguments.grid).name
-    found = select_recipes(
-        [find_run(text, root, grid, more=" or axis=value with `--grid GRID`")], root
-    )
+    found = select_recipes([str(find_one(text, root, "run", grid))], root)
     if len(found) != 1:
         raise RunnerError(
             f"{text!r} names {len(found)} runs, expected one",

@@ -12,17 +12,16 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 from runner.checkpoints.compare import describe_obstacles, suggest_ways_out
-from runner.cli.reading import find_run
+from runner.cli.reading import note_idle_overrides
 from runner.errors import CorruptFileError, RefusedError, RunnerError
-from runner.files import hash_json
 from runner.launch.command import LaunchCommand
 from runner.launch.placement import Allocation, find_allocation, is_in_cluster, list_placements
 from runner.launch.pool import STOPPED, PoolResult, build_command, run_planned
 from runner.plan.decide import MAX_FRUITLESS, Launch, decide
-from runner.plan.select import Selected, run_paths, select_recipes, suggest_path
+from runner.plan.names import RECIPES_DIR, Prefer, find_one
+from runner.plan.select import Selected, load_selected, select_recipes
 from runner.plan.status import (
     RunStatus,
     describe_change,
@@ -38,7 +37,7 @@ from runner.recipe.contents import (
     hash_what_is_there,
     list_contents,
 )
-from runner.recipe.parse import Recipe, load_recipe
+from runner.recipe.parse import Recipe
 from runner.recipe.schema import NAME_PATTERN
 from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.facts import read_facts
@@ -46,8 +45,6 @@ from runner.run.failures import UNREADABLE_HINT
 from runner.run.paths import RunPaths, content_cache_path
 from runner.run.record import EXIT_CODES, AskedBase, list_trained, load_progress, load_record
 from runner.secrets import find_secret
-
-_PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
 
 
 def run_launch(arguments: argparse.Namespace) -> int:
@@ -225,30 +222,16 @@ def _count_fruitless(paths: RunPaths) -> int:
     return count
 
 
-def name_overridden(name: str, overrides: list[str]) -> str:
-    """The name of a run that differs from its recipe by overrides.
-
-    >>> name_overridden("gemma_full", ["training.learning_rate=1e-4"])
-    'gemma_full--training.learning_rate-1e-4'
-    """
-    if not overrides:
-        return name
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "--".join(overrides)).strip("-")
-    full = f"{name}--{slug}"
-    is_readable_back = (
-        all(_PLAIN_OVERRIDE.fullmatch(override) for override in overrides) and len(full) <= 150
-    )
-    return full if is_readable_back else f"{full[:130]}--{hash_json(overrides)[:12]}"
-
-
 def select_run(arguments: argparse.Namespace) -> Selected:
     """The run of a recipe under overrides and a name as `launch` takes them, or that of a run
     directory or of the name of a run.
     """
-    path = Path(find_run(str(arguments.recipe), arguments.output_root))
+    is_changed = bool(arguments.overrides or arguments.name)
+    prefer: Prefer = "recipe" if is_changed else "run"
+    path = find_one(str(arguments.recipe), arguments.output_root, prefer)
     if not path.is_dir():
-        return _select_one(argparse.Namespace(**vars(arguments) | {"recipe": path}))
-    if arguments.overrides or arguments.name:
+        return _load_one(path, arguments)
+    if is_changed:
         raise RunnerError(
             f"{path} is a run directory: overrides and `--name` go with a recipe file"
         )
@@ -274,33 +257,37 @@ def _suggest_fresh(run_dir: Path) -> str:
 
 
 def _select_one(arguments: argparse.Namespace) -> Selected:
-    overrides: list[str] = arguments.overrides
-    if malformed := [override for override in overrides if "=" not in override]:
-        raise RunnerError(f"{malformed[0]!r} is not an override of the form key=value")
-    if arguments.recipe.is_dir():
-        raise RunnerError(
-            f"{arguments.recipe} is a folder", hint=f"runner sweep {arguments.recipe}"
-        )
-    if not arguments.recipe.exists():
-        raise RunnerError(
-            f"there is no recipe {arguments.recipe}", hint=suggest_path(arguments.recipe)
-        )
-    plain = load_recipe(arguments.recipe, overrides)
-    name = arguments.name or name_overridden(plain.run.name, overrides)
-    if secret := find_secret(name):
-        raise RunnerError(f"`--name` holds {secret[0]}: names are public")
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise RunnerError(
-            f"the name {name!r} may hold letters, digits and . _ - only, and at most 200 of them"
-        )
-    recipe = plain.model_copy(
-        update={
-            "run": plain.run.model_copy(
-                update={"name": name, "overrides": (*plain.run.overrides, *overrides)}
-            )
-        }
+    """The run of the recipe that `launch` is given, by its path or by a name."""
+    path = find_one(str(arguments.recipe), arguments.output_root, "recipe")
+    if not path.is_dir():
+        return _load_one(path, arguments)
+    if not RunPaths(path).recipe_path.exists():
+        raise RunnerError(f"{path} is a folder", hint=f"runner sweep {path}")
+    recipe_path = RECIPES_DIR / path.parent.name / f"{path.name}.yaml"
+    raise RunnerError(
+        f"{path} is a run directory, and `launch` takes a recipe",
+        hint=(
+            f"runner launch {recipe_path}"
+            if recipe_path.exists()
+            else f"runner sweep {path}  # by the recipe that the run recorded"
+        ),
     )
-    return Selected(recipe, arguments.recipe, run_paths(recipe, arguments.output_root))
+
+
+def _load_one(path: Path, arguments: argparse.Namespace) -> Selected:
+    name: str | None = arguments.name
+    if name is not None:
+        if secret := find_secret(name):
+            raise RunnerError(f"`--name` holds {secret[0]}: names are public")
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise RunnerError(
+                f"the name {name!r} may hold letters, digits and . _ - only, and at most 200 of"
+                " them"
+            )
+    selected = load_selected(path, arguments.output_root, arguments.overrides, name)
+    if name is None:
+        note_idle_overrides([selected])
+    return selected
 
 
 def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedError:

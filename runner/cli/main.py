@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "hint: `> /dev/null` where nobody is to read it"
         )
         return 2
-    arguments = parse_arguments(argv)
+    try:
+        arguments = parse_arguments(argv)
+    except RunnerError as error:
+        _print_error(str(error))
+        return 2
     if arguments.debug:
         return _call(arguments)
     try:
@@ -100,9 +105,39 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    more = next((name for name in ("overrides", "paths") if hasattr(arguments, name)), None)
+    more = next((name for name in ("paths", "overrides") if hasattr(arguments, name)), None)
     if rest and (more is None or any(argument.startswith("-") for argument in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest and more is not None:
         setattr(arguments, more, [*getattr(arguments, more), *rest])
+    if more is not None:
+        _tell_overrides_apart(arguments)
     return arguments
+
+
+def _tell_overrides_apart(arguments: argparse.Namespace) -> None:
+    """Moves `key=value` from the paths to the overrides, of verbs that take several paths.
+
+    Raises:
+        RunnerError: a word is none, or the verb takes none.
+    """
+    from runner.plan.variants import is_override
+
+    if not hasattr(arguments, "paths"):
+        if malformed := [one for one in arguments.overrides if "=" not in one]:
+            raise RunnerError(f"{malformed[0]!r} is not an override of the form key=value")
+        return
+    overrides = [word for word in arguments.paths if is_override(word)]
+    arguments.paths = [word for word in arguments.paths if word not in overrides]
+    if overrides and not arguments.takes_overrides:
+        raise RunnerError(
+            f"`{arguments.verb}` takes no overrides such as {overrides[0]!r}",
+            hint="name the run directories of variants of a recipe, such as"
+            f" `runner {arguments.verb} runs/demo`; `--where axis=value` takes a part of a grid",
+        )
+    if overrides and not arguments.paths:
+        raise RunnerError(
+            f"no recipe is named, only {overrides[0]!r}",
+            hint=f"runner {arguments.verb} recipes/demo {shlex.join(overrides)}",
+        )
+    arguments.overrides = overrides

@@ -6,44 +6,47 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Final
 
-from runner.errors import CorruptFileError, RunnerError, escape_controls
-from runner.plan.select import Selected, UnreadableRun, select_recipes, suggest_path
+from runner.errors import CorruptFileError, escape_controls
+from runner.plan.names import Prefer
+from runner.plan.select import Selected, UnreadableRun, select_recipes
 from runner.plan.status import RunStatus, read_status, verify_records
 from runner.recipe.cache import RecipeCache
 from runner.recipe.contents import KnownContents, list_contents
 from runner.recipe.parse import Recipe
 from runner.run.base_scores import find_other_base_scores
 from runner.run.facts import RunFacts
-from runner.run.paths import RunPaths, find_output_root, recipe_cache_path
+from runner.run.paths import find_output_root, recipe_cache_path
 from runner.run.siblings import Loaded, find_moved, list_loaded
 
 ReadRun = tuple[Recipe, RunFacts, RunStatus]
-MAX_NAMED: Final = 8  # runs of one name in an error
 
 
 def select(
     arguments: argparse.Namespace,
     paths: Sequence[str],
     unreadable: list[UnreadableRun] | None = None,
+    prefer: Prefer = "recipe",
 ) -> list[Selected]:
     """As `select_recipes`, by the cache: for verbs that start nothing and change no run."""
     cache = RecipeCache(recipe_cache_path(arguments.output_root))
     selected = select_recipes(
-        paths, arguments.output_root, arguments.where, unreadable, load=cache.load
-    )
+        paths, arguments.output_root, arguments.where, unreadable,
+        load=cache.load, prefer=prefer, overrides=arguments.overrides,
+    )  # fmt: skip
     cache.save()
     return selected
 
 
-def select_anew(arguments: argparse.Namespace, paths: Sequence[str]) -> list[Selected]:
+def select_anew(
+    arguments: argparse.Namespace, paths: Sequence[str], prefer: Prefer = "recipe"
+) -> list[Selected]:
     """As `select_recipes`, each recipe parsed."""
-    return select_recipes(paths, arguments.output_root, arguments.where)
+    return select_recipes(
+        paths, arguments.output_root, arguments.where, prefer=prefer, overrides=arguments.overrides
+    )
 
 
 def read_runs(selected: Iterable[Selected], known: KnownContents) -> list[ReadRun]:
@@ -63,64 +66,22 @@ def read_runs(selected: Iterable[Selected], known: KnownContents) -> list[ReadRu
     return runs
 
 
-def find_grid(text: str, output_root: Path) -> str:
-    """A path as it is, or the folder of the runs of a grid of that name, or that of its recipes.
-
-    Raises:
-        RunnerError: there is no such path and no such grid.
-    """
-    for folder in (Path(text), output_root / text, Path("recipes") / text):
-        if folder.exists():
-            return str(folder)
-    roots = [root for root in (output_root, Path("recipes")) if root.is_dir()]
-    names = {one.name for root in roots for one in root.iterdir() if one.is_dir()}
-    grids = sorted(name for name in names if not name.startswith("."))
-    raise RunnerError(
-        f"there is no grid {text!r}", hint=f"the grids are {', '.join(grids)}" if grids else None
-    )
-
-
-def find_run(text: str, output_root: Path, grid: str | None = None, *, more: str = "") -> str:
-    """The path of one run: a path as it is, or the run directory that `<grid>/<run name>` or the
-    name alone stands for, or else its recipe. So is a run directory that is not there, or holds no
-    recipe. `more` is named in the hint besides runs.
-
-    Raises:
-        RunnerError: there is no such run, or there are several.
-    """
-    path = Path(text)
-    name = glob.escape(path.name)
-    pattern = path.parent.name or grid or "*"
-    pattern = pattern if pattern == "*" else glob.escape(pattern)
-    recipes = sorted(map(str, Path("recipes").glob(f"{pattern}/{name}.yaml")))
-    if path.exists():
-        is_without_recipe = (
-            path.is_dir()
-            and len(recipes) == 1
-            and not any(path.rglob(RunPaths(path).recipe_path.name))
+def note_idle_overrides(selected: Sequence[Selected]) -> None:
+    """On stderr: overrides that change nothing, which are in no name of a run."""
+    idle: dict[str, list[Selected]] = {}
+    for one in selected:
+        for override in one.idle_overrides:
+            idle.setdefault(override, []).append(one)
+    for override, those in idle.items():
+        count = "" if len(selected) == 1 else f"{len(those)} of {len(selected)} recipes, such as "
+        run = "the run is" if len(those) == 1 else "their runs are"
+        print(
+            escape_controls(
+                f"note: {override} changes nothing in {count}{those[0].source_path}:"
+                f" {run} not named after it"
+            ),
+            file=sys.stderr,
         )
-        return recipes[0] if is_without_recipe else text
-    found = [
-        str(one)
-        for one in sorted(output_root.glob(f"{pattern}/{name}"))
-        if RunPaths(one).recipe_path.exists()
-    ]
-    found = found or recipes
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(found[:MAX_NAMED]) + (", ..." if len(found) > MAX_NAMED else "")
-        raise RunnerError(
-            f"{text!r} is the name of {len(found)} runs: {names}",
-            hint=f"name one of them: {found[0]}",
-        )
-    close = suggest_path(path)
-    raise RunnerError(
-        f"there is no run {text!r} in {output_root} and no such recipe",
-        hint=(f"{close} Else " if close.startswith("did you mean") else "")
-        + f"name a recipe, a run directory such as runs/demo/gemma_060_full{more};"
-        " `runner status` lists the runs",
-    )
 
 
 def warn_of_other_base_scores(selected: Sequence[Selected]) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from runner.cli.reading import (
     ReadRun,
-    find_grid,
     read_runs,
     select,
     warn_of_moved_names,
@@ -40,7 +39,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     from runner.report.rows import build_rows, name_other_base_scores
 
     unreadable: list[UnreadableRun] = []
-    selected = select(arguments, arguments.paths, unreadable)
+    selected = select(arguments, arguments.paths, unreadable, prefer="run")
     known = KnownContents(content_cache_path(arguments.output_root))
     runs = read_runs(selected, known)
     if arguments.verify:
@@ -81,9 +80,8 @@ def run_power(arguments: argparse.Namespace) -> int:
     from runner.report.rows import build_rows
 
     unreadable: list[UnreadableRun] = []
-    paths = [find_grid(path, arguments.output_root) for path in arguments.paths]
     known = KnownContents(content_cache_path(arguments.output_root))
-    runs = read_runs(select(arguments, paths, unreadable), known)
+    runs = read_runs(select(arguments, arguments.paths, unreadable, prefer="run"), known)
     warn_of_unreadable(unreadable)
     reports = build_power_reports(
         build_rows(runs), arguments.effect, arguments.power, arguments.metric

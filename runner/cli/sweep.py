@@ -20,6 +20,7 @@ from runner.cli.changed import (
     move_changed,
 )
 from runner.cli.engines import load_engines
+from runner.cli.reading import note_idle_overrides
 from runner.errors import RefusedError
 from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipes
@@ -41,14 +42,21 @@ from runner.run.record import AskedBase
 def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -> int:
     """`runner sweep`."""
     unreadable: list[UnreadableRun] = []
-    selected = select_recipes(arguments.paths, arguments.output_root, arguments.where, unreadable)
+    selected = select_recipes(
+        arguments.paths, arguments.output_root, arguments.where, unreadable,
+        overrides=arguments.overrides,
+    )  # fmt: skip
+    note_idle_overrides(selected)
     for lost in unreadable:
         print(
             f"warning: {lost.full_name} is unreadable: {lost.why}\n  {UNREADABLE_HINT}",
             file=sys.stderr,
         )
     if arguments.list:
-        print("\n".join(str(one.source_path) for one in selected))
+        # As `launch` takes it: the recipe, and what changes it.
+        for one in selected:
+            words = [str(one.source_path), *one.overrides]
+            print(shlex.join(words) if one.overrides else words[0])
         return 0
     engine = load_engines()[arguments.engine]
     if arguments.yes and not arguments.fresh:
@@ -142,7 +150,9 @@ def _decide_all(
     to_launch = [launch.recipe for launch in planned.values()]
     if arguments.fresh:
         to_launch += [one.selected.recipe for one in changed]
-    allow = suggest_allowing(arguments.paths, arguments.output_root, arguments.where)
+    allow = suggest_allowing(
+        arguments.paths, arguments.output_root, arguments.where, arguments.overrides
+    )
     require_allowed(to_launch, arguments.output_root, allow)  # before a run is moved aside
     if changed and arguments.fresh:
         fresh, num_refused = _start_anew(changed, arguments, queued, stream)

@@ -4,14 +4,23 @@ by axis values.
 
 from __future__ import annotations
 
-import difflib
-import glob
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from typing import Any
 
-from runner.errors import CorruptFileError, RecipeError, RefusedError, RunnerError, put_in_words
+from runner.errors import (
+    CorruptFileError,
+    Problem,
+    RecipeError,
+    RefusedError,
+    RunnerError,
+    put_in_words,
+)
+from runner.plan.names import Prefer, find_named
+from runner.plan.variants import load_variant
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe, load_recipe
 from runner.run.facts import Found, Part, RunFacts, read_facts, read_stored_recipe
@@ -28,6 +37,9 @@ class Selected:
     paths: RunPaths
     # What was read of the run directory to select it.
     known: Mapping[Part, Found] = field(default_factory=dict, compare=False, repr=False)
+    # Of the command line: those that changed the recipe, and those that changed nothing.
+    overrides: tuple[str, ...] = ()
+    idle_overrides: tuple[str, ...] = ()
 
     @property
     def full_name(self) -> str:
@@ -74,11 +86,14 @@ def select_recipes(
     unreadable: list[UnreadableRun] | None = None,
     *,
     load: Callable[[Path], Recipe] = load_recipe,
+    prefer: Prefer = "recipe",
+    overrides: Sequence[str] = (),
 ) -> list[Selected]:
-    """Every recipe that the arguments name, in order and each once, whose axes match `where`.
+    """Every recipe that the arguments name, in order and each once, whose axes match `where`, as
+    overrides change it.
 
     Run directories that cannot be read go to `unreadable`, unless a recipe of theirs is named too.
-    `load` reads a recipe file.
+    `load` reads a recipe file; `prefer` says what a bare name means.
 
     Raises:
         RunnerError: an argument names nothing, a recipe is wrong (all of them are listed), or
@@ -87,12 +102,12 @@ def select_recipes(
     damaged: list[UnreadableRun] = []
     found: dict[Path, Selected] = {}
     errors: list[RecipeError] = []
-    for path in _expand(arguments):
+    for path in _expand(arguments, output_root, prefer):
         # A run whose recipe was named too: the recipe says more, and a damaged run is shown by it.
         if unreadable is not None and path.is_dir() and _locate(path) in found:
             continue
         try:
-            selected = _load_selected(path, output_root, load)
+            selected = _load_selected(path, output_root, load, overrides)
         except RecipeError as error:
             errors.append(error)
             continue
@@ -117,14 +132,41 @@ def select_recipes(
     return _match_axes(list(found.values()), where)
 
 
+def load_selected(
+    path: Path,
+    output_root: Path,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    *,
+    load: Callable[[Path], Recipe] = load_recipe,
+) -> Selected:
+    """The run of a recipe file under overrides and, where it is given one, a name of its own."""
+    recipe, kept = load_variant(path, overrides, name, load=load)
+    idle = tuple(one for one in dict.fromkeys(overrides) if one not in kept)
+    paths = run_paths(recipe, output_root)
+    return Selected(recipe, path, paths, overrides=kept, idle_overrides=idle)
+
+
 def combine_errors(errors: Sequence[RecipeError]) -> RunnerError:
-    """One error that prints all of several files."""
+    """One error that prints all of several files; what is wrong with the overrides of each is
+    printed once.
+    """
     if len(errors) == 1:
         return errors[0]
     hints = list(dict.fromkeys(error.hint for error in errors if error.hint))
-    text = "\n\n".join(error.message for error in errors)
+    texts: list[str] = []
+    of_overrides: dict[tuple[Problem, ...], list[RecipeError]] = {}
+    for error in errors:
+        if all(problem.line is None for problem in error.problems):
+            of_overrides.setdefault(error.problems, []).append(error)
+        else:
+            texts.append(error.message)
+    for first, *others in of_overrides.values():
+        likewise = f"\n  likewise {len(others)} more, such as {others[0].where}" if others else ""
+        texts.append(f"{first.message}{likewise}")
     return RunnerError(
-        f"{len(errors)} recipes have problems\n\n{text}", hint="\n      ".join(hints) or None
+        f"{len(errors)} recipes have problems\n\n" + "\n\n".join(texts),
+        hint="\n      ".join(hints) or None,
     )
 
 
@@ -133,18 +175,16 @@ def run_paths(recipe: Recipe, output_root: Path) -> RunPaths:
     return RunPaths(output_root / recipe.run.grid / recipe.run.name)
 
 
-def _expand(arguments: Sequence[str]) -> list[Path]:
+def _expand(arguments: Sequence[str], output_root: Path, prefer: Prefer) -> list[Path]:
     paths: list[Path] = []
     for argument in arguments:
-        path = Path(argument)
-        named = (
-            [path]
-            if path.exists()
-            else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
-        )
+        named = find_named(argument, output_root, prefer)
         files = [file for one in named for file in _expand_folder(one)]
         if not files:
-            raise RunnerError(f"{argument!r} names no recipe", hint=suggest_path(path))
+            raise RunnerError(
+                f"{argument!r} names no recipe: there is none in that folder",
+                hint="give recipe files, folders of them, or globs, such as recipes/demo",
+            )
         paths += files
     return paths
 
@@ -182,28 +222,22 @@ def _locate(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def suggest_path(path: Path) -> str:
-    """A hint for a path that is not there."""
-    siblings = [str(sibling) for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
-    siblings = [sibling for sibling in siblings if sibling != str(path)]
-    close = difflib.get_close_matches(str(path), siblings, n=1)
-    return (
-        f"did you mean {close[0]}?"
-        if close
-        else "give recipe files, folders of them, or globs, such as recipes/demo"
-    )
-
-
-def _load_selected(path: Path, output_root: Path, load: Callable[[Path], Recipe]) -> Selected:
+def _load_selected(
+    path: Path, output_root: Path, load: Callable[[Path], Recipe], overrides: Sequence[str]
+) -> Selected:
     if path.is_dir():
+        if overrides:
+            raise RefusedError(
+                f"{path} is a run directory: overrides such as {overrides[0]!r} go with recipe"
+                " files"
+            )
         paths = RunPaths(path)
         found = read_stored_recipe(paths)
         stored: StoredRecipe | None = found.get()
         if stored is None:
             raise RefusedError(f"{path} is no longer a run directory: its recipe.json is gone")
         return Selected(stored.recipe, path, paths, {"recipe": found})
-    recipe = load(path)
-    return Selected(recipe, path, run_paths(recipe, output_root))
+    return load_selected(path, output_root, overrides, load=load)
 
 
 def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected]:
@@ -212,28 +246,25 @@ def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected
     """
     matching = selected
     for condition in where:
-        axis, equals, values = condition.partition("=")
+        name, equals, values = condition.partition("=")
         if not equals or not values:
             raise RunnerError(f"`--where {condition}` is not of the form axis=value[,value]")
-        known = list(
-            dict.fromkeys(
-                label_value(one.recipe.run.axes.get(axis))
-                for one in selected
-                if axis in one.recipe.run.axes
-            )
-        )
-        if not known:
-            axes = list(dict.fromkeys(name for one in selected for name in one.recipe.run.axes))
-            raise RunnerError(
-                f"no selected recipe has the axis {axis!r}", hint=f"the axes are {', '.join(axes)}"
-            )
+        axis = find_axis(name, (axis for one in selected for axis in one.recipe.run.axes))
+        known = [one.recipe.run.axes[axis] for one in selected if axis in one.recipe.run.axes]
         wanted = values.split(",")
-        if unknown := [value for value in wanted if value not in known]:
-            raise RunnerError(
-                f"the axis {axis!r} has no value {unknown[0]!r}",
-                hint=f"its values are {', '.join(known)}",
-            )
-        matching = [one for one in matching if label_value(one.recipe.run.axes.get(axis)) in wanted]
+        for value in wanted:
+            if not any(is_value(value, one) for one in known):
+                labels = dict.fromkeys(map(label_value, known))
+                raise RunnerError(
+                    f"the axis {axis!r} has no value {value!r}",
+                    hint=f"its values are {', '.join(labels)}",
+                )
+        matching = [
+            one
+            for one in matching
+            if axis in one.recipe.run.axes
+            and any(is_value(value, one.recipe.run.axes[axis]) for value in wanted)
+        ]
     if selected and not matching:
         raise RunnerError(
             f"no selected recipe has all of {' and '.join(where)}",
@@ -243,6 +274,48 @@ def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected
             ),
         )
     return matching
+
+
+def find_axis(name: str, known: Iterable[str]) -> str:
+    """The axis of that name; of a dotted one the last parts are enough, and of a dotted name too.
+
+    >>> find_axis("learning_rate", ["training.learning_rate"])
+    'training.learning_rate'
+
+    Raises:
+        RunnerError: there is none, or there are several.
+    """
+    axes = list(dict.fromkeys(known))
+    if name in axes:
+        return name
+    close = [one for one in axes if one.endswith(f".{name}") or name.endswith(f".{one}")]
+    if len(close) == 1:
+        return close[0]
+    if close:
+        raise RunnerError(
+            f"{name!r} could be each of the axes {', '.join(close)}", hint="name one in full"
+        )
+    raise RunnerError(
+        f"no selected recipe has the axis {name!r}", hint=f"the axes are {', '.join(axes)}"
+    )
+
+
+def is_value(text: str, value: Any) -> bool:
+    """True where `text`, as it is typed on a command line, means the value of an axis: numbers by
+    what they are, everything else by how it is written.
+
+    >>> is_value("1e-3", 0.001), is_value("0.0010", 1e-3), is_value("1", True), is_value("01", "1")
+    (True, True, False, False)
+    """
+    if text == label_value(value):
+        return True
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return False
+    return number.is_finite() and number == Decimal(str(value))
 
 
 def label_value(value: object) -> str:

@@ -31,15 +31,11 @@ def suggest_allowing(
     >>> suggest_allowing(["recipes/my study"], Path("runs"))
     "runner check --allow-code 'recipes/my study'  # after you have read them"
     """
-    words = ["runner", "check", "--allow-code", *paths]
+    words = ["runner", "check", "--allow-code", *paths, *overrides]
     for one in where:
         words += ["--where", one]
     if output_root.absolute() != Path("runs").absolute():
         words += ["--output-root", str(output_root)]
-    if any(".py" in override for override in overrides):
-        return (
-            f"`{shlex.join(words)}` takes no overrides: let a recipe name the files, and allow it"
-        )
     return f"{shlex.join(words)}  # after you have read them"
 
 

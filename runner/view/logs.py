@@ -39,7 +39,7 @@ def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) 
         RunnerError: there is no such run, attempt or log, or several runs and not exactly one of
             them running.
     """
-    selected = find_run(select_recipes([run], output_root))
+    selected = find_run(select_recipes([run], output_root, prefer="run"))
     facts = selected.read_facts()
     if not facts.attempts:
         raise RunnerError(

@@ -159,10 +159,14 @@ def test_json_of_two_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("arguments", "message", "hint"),
     [
         (["loss=full", "loss=completion"], "no grid is named", "--grid GRID"),
-        (["loss=full", "loss=completion", "--grid", "dem"], "no grid 'dem'", "grids are demo"),
+        (
+            ["loss=full", "loss=completion", "--grid", "dem"],
+            "'dem' names no recipe, run or grid",
+            "did you mean demo?",
+        ),
         (["loss=full", "loss=none", "--grid", "demo"], "no value 'none'", "completion, full"),
         (["size=1", "size=2", "--grid", "demo"], "axis 'size'", "the axes are loss, seed"),
-        (["full_s1", "full_s9"], "there is no run 'full_s9'", "runner status"),
+        (["full_s1", "full_s9"], "'full_s9' names no recipe, run or grid", "runner status"),
         (["full_s1", "full_s1"], "share demo/full_s1", "two different runs"),
         (["runs/demo", "full_s1"], "names 6 runs, expected one", "axis=value"),
         (["full_s1", "completion_s1", "--axis", "size"], "no axis 'size'", "axes are loss, seed"),

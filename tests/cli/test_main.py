@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from runner.cli.commands import VERBS
-from runner.cli.launch import name_overridden
 from runner.cli.main import main
 from runner.files import write_json_atomic
+from runner.plan.variants import name_overridden
 from runner.recipe.schema import NAME_PATTERN
 from runner.run.paths import RunPaths
 from runner.run.record import load_record
