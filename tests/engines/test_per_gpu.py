@@ -125,7 +125,7 @@ def test_more_processes_than_gpus_never_fit(
 ) -> None:
     fake.add("a", num_processes=2)
     said = refuse_both(fake, capsys, "--gpus", "0", "--per-gpu", "4")
-    assert "toy/a wants 2 GPUs, `--gpus` names 1" in said
+    assert "toy/a wants 2 GPUs, one for each process; the sweep has 1" in said
 
 
 def test_places_on_gpus() -> None:
@@ -237,46 +237,30 @@ def test_runs_that_together_need_more_than_a_gpu_has_are_refused(project: Projec
         project.write_recipe(f"recipes/tests/r{number}.yaml", ON_GPU, f"training.seed={number}")
     larger = ("training.global_batch_size=16", "training.per_device_train_batch_size=16")
     project.write_recipe("recipes/tests/largest.yaml", ON_GPU, *larger)
+    project.write_recipe("recipes/tests/unknown.yaml", ON_GPU, "model.path=models/none")
     project.write_recipe("recipes/tests/cpu.yaml")
     bin_dir = project.root / "bin"
     bin_dir.mkdir()
     path = {"PATH": f"{bin_dir}:{os.environ['PATH']}"}
 
     def sweep(*options: str, recipes: str = "recipes/tests") -> tuple[int, str]:
-        done = project.cli("sweep", recipes, *options, environment=path)
+        done = project.cli("sweep", recipes, "--gpus", "0,1", *options, environment=path)
         assert "Traceback" not in done.stderr, done.stderr
         return done.returncode, done.stderr
 
     # CUDA's own 0.8 GiB a run, and little else.
-    add_nvidia_smi(bin_dir, TWO, memory=(f"{GPU_0}, 81920", f"{GPU_1}, 2200"))
-    refused = sweep("--gpus", "0,1", "--per-gpu", "4", "--dry-run")
-    assert refused == sweep("--gpus", "0,1", "--per-gpu", "4") and refused[0] == 2
-    assert "error: `--per-gpu 4`: the largest runs that may share a GPU need about" in refused[1]
-    assert ", GPU 1 has 2.15 GiB:\n" in refused[1]
-    shown = re.findall(r"^  [\d.]+ [MG]iB  tests/(\w+)$", refused[1], re.MULTILINE)
+    add_nvidia_smi(bin_dir, TWO, memory=(f"{GPU_0}, 2200", f"{GPU_1}, [N/A]"))
+    code, said = sweep("--per-gpu", "4")
+    assert code == 2 and (code, said) == sweep("--per-gpu", "4", "--dry-run")
+    assert "error: `--per-gpu 4`: the largest runs that may share a GPU need about" in said
+    assert ", GPU 0 has 2.15 GiB:\n" in said and "hint: --per-gpu 2\n" in said
+    shown = re.findall(r"^  [\d.]+ [MG]iB  tests/(\w+)$", said, re.MULTILINE)
     assert shown[0] == "largest" and sorted(shown[1:]) == ["r0", "r1", "r2"]
-    assert "hint: --per-gpu 2\n" in refused[1]
+    assert "note: the memory of GPU 1 is not known, so `--per-gpu 4` is taken as given\n" in said
+    assert "note: the memory of tests/unknown is not estimated, so `--per-gpu 4`" in said
     assert not (project.root / "runs" / "tests").exists()
-    code, said = sweep("--gpus", "0,1", "--per-gpu", "2", "--dry-run")
-    assert code == 0 and "note: the 2 largest runs need about" in said, said
-    assert "of the 2.15 GiB of GPU 1, by estimates" in said
-    code, said = sweep("--gpus", "0", "--per-gpu", "4", "--dry-run")
-    assert code == 0 and "note: the 4 largest runs need about" in said, said
-    code, said = sweep(
-        "--gpus", "1", "--per-gpu", "9", "--dry-run", recipes="recipes/tests/cpu.yaml"
-    )
+    code, said = sweep("--per-gpu", "2", "--dry-run")
+    assert code == 0 and "note: the 2 largest runs need about" in said
+    assert "of the 2.15 GiB of GPU 0, by estimates" in said
+    code, said = sweep("--per-gpu", "9", "--dry-run", recipes="recipes/tests/cpu.yaml")
     assert (code, said) == (0, ""), "nothing of it uses a GPU"
-
-
-def test_what_nobody_can_estimate_is_said(project: Project) -> None:
-    project.write_recipe("recipes/tests/a.yaml", ON_GPU)  # its model is not there
-    bin_dir = project.root / "bin"
-    bin_dir.mkdir()
-    path = {"PATH": f"{bin_dir}:{os.environ['PATH']}"}
-    add_nvidia_smi(bin_dir, TWO, memory=(f"{GPU_0}, 81920", f"{GPU_1}, [N/A]"))
-    done = project.cli("sweep", "recipes/tests", "--per-gpu", "2", "--dry-run", environment=path)
-    assert done.returncode == 0, done.stderr
-    assert (
-        "note: the memory of GPU 1 is not known, so `--per-gpu 2` is taken as given" in done.stderr
-    )
-    assert "note: the memory of tests/a is not estimated, so `--per-gpu 2`" in done.stderr
