@@ -61,17 +61,30 @@ def require_memory(
             f"the memory of {first}{more} is not estimated, so `--per-gpu {per_gpu}` is taken as"
             f" given for them: {why}"
         )
-    smallest = min(known, key=lambda gpu: gpu.memory_mib or 0)
-    refuse_what_does_not_fit(needs.num_bytes, smallest, per_gpu)
+    if needs.num_bytes:
+        smallest = min(known, key=lambda gpu: gpu.memory_mib or 0)
+        num_runs, total = refuse_what_does_not_fit(needs.num_bytes, smallest, per_gpu)
+        _note(
+            f"the {num_runs} largest runs need about {format_bytes(total)} of the"
+            f" {format_bytes(_MIB * (smallest.memory_mib or 0))} of GPU {smallest.name}, by"
+            " estimates (`runner check` says what they assume); what other programs keep there is"
+            " not counted"
+        )
 
 
-def refuse_what_does_not_fit(num_bytes: Mapping[str, int], gpu: NamedGpu, per_gpu: int) -> None:
-    """Raises: RefusedError where the `per_gpu` largest do not fit together."""
+def refuse_what_does_not_fit(
+    num_bytes: Mapping[str, int], gpu: NamedGpu, per_gpu: int
+) -> tuple[int, int]:
+    """How many runs may share a GPU, and the bytes that the largest of them need together.
+
+    Raises:
+        RefusedError: it has fewer.
+    """
     memory = _MIB * (gpu.memory_mib or 0)
     largest = sorted(num_bytes.items(), key=lambda one: -one[1])[:per_gpu]
     total = sum(size for _, size in largest)
     if total <= memory:
-        return
+        return len(largest), total
     fitting = 0
     while sum(size for _, size in largest[: fitting + 1]) <= memory:
         fitting += 1

@@ -147,8 +147,10 @@ class Devices:
         """Raises: RefusedError for a run of more processes than there are GPUs."""
         if self.gpus is not None and launch.num_processes > len(self.gpus):
             raise RefusedError(
-                f"{launch.full_name} wants {launch.num_processes} GPUs,"
-                f" `--gpus` names {len(self.gpus)}"
+                f"{launch.full_name} wants {launch.num_processes} GPUs, one for each process; the"
+                f" sweep has {len(self.gpus)}",
+                hint=f"name {launch.num_processes}: --gpus"
+                f" {','.join(map(str, range(launch.num_processes)))}",
             )
 
     def take(self, num_processes: int) -> Placement | None:

@@ -6,7 +6,6 @@ name of the run. `engines.sharing` asks.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -20,13 +19,13 @@ from runner.recipe.parse import Recipe, parse_recipe
 
 
 def main() -> int:
-    """Answer the one request on stdin; all but the answer goes to stderr."""
+    """Answer the one request on stdin; whatever libraries print goes to stderr."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is run to get an estimate
-    request = json.load(sys.stdin)
-    recipes = [parse_recipe(text, where="a planned run") for text in request["recipes"]]
-    with contextlib.redirect_stdout(sys.stderr):
-        answer = estimate_all(recipes, Path(request["output_root"]))
-    print(json.dumps(answer))
+    with os.fdopen(os.dup(1), "w") as stream:
+        os.dup2(2, 1)
+        request = json.load(sys.stdin)
+        recipes = [parse_recipe(text, where="a planned run") for text in request["recipes"]]
+        json.dump(estimate_all(recipes, Path(request["output_root"])), stream)
     return 0
 
 

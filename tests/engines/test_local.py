@@ -96,7 +96,7 @@ def test_a_run_that_never_fits_is_refused_before_anything_starts(
     fake.add("a")
     fake.add("b", num_processes=2)
     assert main(["sweep", "recipes/toy", "--gpus", "0"]) == 2
-    assert "toy/b wants 2 GPUs, `--gpus` names 1" in capsys.readouterr().err
+    assert "toy/b wants 2 GPUs, one for each process; the sweep has 1" in capsys.readouterr().err
     assert fake.events() == []
 
 
