@@ -8,11 +8,14 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from runner.errors import CorruptFileError
+
+# Size, mtime and ctime in nanoseconds, inode.
+FileState = tuple[int, int, int, int]
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -151,10 +154,15 @@ def write_jsonl_atomic(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     )
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def hash_file(path: Path, on_block: Callable[[], None] | None = None) -> str:
+    """SHA-256 of a file's bytes, in hex; `on_block` is called with each block that was read."""
+    digest, block = hashlib.sha256(), bytearray(2**20)
+    with path.open("rb", buffering=0) as stream:
+        while num_bytes := stream.readinto(block):
+            digest.update(memoryview(block)[:num_bytes])
+            if on_block is not None:
+                on_block()
+    return digest.hexdigest()
 
 
 def hash_json(value: Any) -> str:
@@ -175,12 +183,13 @@ def hash_sources(root: Path, packages: Sequence[str]) -> str:
     return hash_json({str(path.relative_to(root)): hash_file(path) for path in sorted(paths)})
 
 
-def look_at(path: Path | str) -> object:
-    """Size, time and inode of a file, which tell whether it was changed; None where there is
-    none.
+def look_at(path: Path | str) -> FileState | None:
+    """Size, times and inode of a file, which tell whether it was changed; None where there is none.
+
+    Its ctime tells what was changed under an mtime that was put back.
     """
     try:
         state = os.stat(path)
     except OSError:
         return None
-    return state.st_size, state.st_mtime_ns, state.st_ino
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino

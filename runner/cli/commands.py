@@ -30,10 +30,10 @@ from runner.errors import (
 from runner.plan.select import UnreadableRun, suggest_path
 from runner.plan.status import (
     RunStatus,
-    read_status,
+    read_status_unverified,
     suggest_mending,
 )
-from runner.recipe.contents import ContentHashes, KnownContents, list_contents
+from runner.recipe.contents import ContentHashes, KnownContents
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.allowed_code import allow_code, load_code, suggest_allowing
 from runner.run.failures import HINTS, UNREADABLE_HINT
@@ -146,7 +146,7 @@ def run_status(arguments: argparse.Namespace) -> int:
     known = KnownContents(content_cache_path(arguments.output_root))
     facts = [one.read_facts() for one in selected]
     rows = [
-        (one, read_status(those, one.recipe, known.find(list_contents(one.recipe))))
+        (one, read_status_unverified(those, one.recipe, known.look(one.recipe)))
         for one, those in zip(selected, facts, strict=True)
     ]
     warn_of_outdated(known)
