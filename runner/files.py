@@ -11,7 +11,7 @@ import os
 import shlex
 import stat
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -156,6 +156,10 @@ def read_plain(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> bytes | None:
             f" such a file has at most {format_bytes(max_bytes)}"
         )
     return content
+
+
+# Size, mtime and ctime in nanoseconds, inode.
+FileState = tuple[int, int, int, int]
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -339,10 +343,15 @@ def write_jsonl_atomic(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     )
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def hash_file(path: Path, on_block: Callable[[], None] | None = None) -> str:
+    """SHA-256 of a file's bytes, in hex; `on_block` is called with each block that was read."""
+    digest, block = hashlib.sha256(), bytearray(2**20)
+    with path.open("rb", buffering=0) as stream:
+        while num_bytes := stream.readinto(block):
+            digest.update(memoryview(block)[:num_bytes])
+            if on_block is not None:
+                on_block()
+    return digest.hexdigest()
 
 
 def hash_json(value: Any) -> str:
@@ -363,12 +372,13 @@ def hash_sources(root: Path, packages: Sequence[str]) -> str:
     return hash_json({str(path.relative_to(root)): hash_file(path) for path in sorted(paths)})
 
 
-def look_at(path: Path | str) -> object:
-    """Size, time and inode of a file, which tell whether it was changed; None where there is
-    none.
+def look_at(path: Path | str) -> FileState | None:
+    """Size, times and inode of a file, which tell whether it was changed; None where there is none.
+
+    Its ctime tells what was changed under an mtime that was put back.
     """
     try:
         state = os.stat(path)
     except OSError:
         return None
-    return state.st_size, state.st_mtime_ns, state.st_ino
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino

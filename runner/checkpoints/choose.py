@@ -41,6 +41,7 @@ from runner.run.paths import STEP_PREFIX, RunPaths
 
 Wanted = Literal["auto", "latest", "best"]
 
+_WOULD_MOVE: Final = "an attempt would move it to quarantine"
 WAS_BEING_WRITTEN: Final = "it was still being written when its attempt died"
 _TRY_AUTO: Final = (
     "launch without `--resume`: what is damaged is moved aside,"
@@ -77,6 +78,7 @@ class Policy:
     has_run_out_of_memory: bool = False
     refuses_other_versions: bool = False  # else they are a warning
     judges_all: bool = False  # verify also what is older than what decides
+    nothing_follows: str | None = None  # for the verdicts: why no attempt comes; None: one does
 
 
 def build_policy(
@@ -86,6 +88,7 @@ def build_policy(
     verification: Verification | None = None,
     *,
     judges_all: bool = False,
+    nothing_follows: str | None = None,
 ) -> Policy:
     """The policy of an attempt with this `Attempt.resume` and `Attempt.micro_batch_divisor`."""
     return Policy(
@@ -93,6 +96,7 @@ def build_policy(
         has_run_out_of_memory=divisor > 1 and resume in ("auto", "none"),
         refuses_other_versions=recipe.launch.on_version_change == "refuse",
         judges_all=judges_all,
+        nothing_follows=nothing_follows,
     )
 
 
@@ -114,7 +118,7 @@ class Restore:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One checkpoint: whether an attempt would go on from it, and why or why not."""
+    """One checkpoint: whether an attempt would resume from it, and why or why not."""
 
     name: str
     is_next: bool
@@ -145,7 +149,7 @@ def choose(
     Without a fingerprint only weights are wanted: nothing is compared, and a damaged checkpoint is
     passed over. Nothing is changed, and no more is verified than the answer needs.
     """
-    draft = _Draft(inventory, policy.verification)
+    draft = _Draft(inventory, policy.verification, policy.nothing_follows)
     for name in inventory.unfinished:
         draft.moves.append(Move(name, WAS_BEING_WRITTEN))
     if fingerprint is None:
@@ -190,9 +194,8 @@ def _leave_other_micro_batches(draft: _Draft, fingerprint: Mapping[str, Any]) ->
             draft.set_aside(
                 step, "it was written in larger micro-batches, before the run went out of memory"
             )
-            draft.reasons[step] = (
-                ", in larger micro-batches, which ran out of memory; an attempt would set it aside"
-            )
+            follows = draft.foretell("an attempt would set it aside")
+            draft.reasons[step] = f", in larger micro-batches, which ran out of memory{follows}"
 
 
 def _rewind(draft: _Draft, wanted: Wanted, fingerprint: Mapping[str, Any]) -> None:
@@ -233,7 +236,7 @@ def _find_decisive(draft: _Draft, fingerprint: Mapping[str, Any]) -> Comparison 
     for step in draft.list_left():
         opened = draft.open(step)
         if opened is None:
-            draft.reasons[step] = "; an attempt would move it to quarantine"
+            draft.reasons[step] = draft.foretell(_WOULD_MOVE)
             continue
         if draft.newest_step is None:
             draft.newest_step = step
@@ -250,12 +253,12 @@ def _find_decisive(draft: _Draft, fingerprint: Mapping[str, Any]) -> Comparison 
         best = draft.read_best_step(opened)
         if best is None or best == step or draft.open(best) is not None:
             found = comparison
-            draft.reasons[step] = "; an attempt would go on from here"
+            follows = draft.nothing_follows or "an attempt would resume from here"
+            draft.reasons[step] = f"; {follows}"
             break
         draft.set_aside(step, f"the best weights so far, of step {best}, are lost")
         draft.reasons[step] = (
-            f", but its best weights, of step {best}, are lost;"
-            " an attempt would move it to quarantine"
+            f", but its best weights, of step {best}, are lost{draft.foretell(_WOULD_MOVE)}"
         )
     for step in stripped:
         draft.set_aside(
@@ -284,14 +287,12 @@ def _judge_all(draft: _Draft, next_step: int | None) -> tuple[Verdict, ...]:
         what = seen.how + draft.reasons.get(step, "; older than what decides")
         if seen.opened is None:
             is_moved = step in draft.reasons
-            end = (
-                "an attempt would move it to quarantine" if is_moved else "older than what decides"
-            )
-            what = f"damaged: {seen.how}; {end}"
+            end = draft.foretell(_WOULD_MOVE) if is_moved else "; older than what decides"
+            what = f"damaged: {seen.how}{end}"
         name = draft.inventory.paths.checkpoint_dir(step).name
         verdicts.append(Verdict(name, step == next_step, what))
     for name in draft.inventory.unfinished:
-        what = "never finished: an attempt would move it to quarantine"
+        what = f"never finished{draft.foretell(_WOULD_MOVE)}"
         verdicts.append(Verdict(name, False, what))
     return tuple(verdicts)
 
@@ -362,12 +363,17 @@ class _Draft:
 
     inventory: Inventory
     verification: Verification | None
+    nothing_follows: str | None = None  # see `Policy`
     moves: list[Move | Restore] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)  # by step, for the verdicts
     newest_step: int | None = None
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _opened: set[int] = field(default_factory=set)
     _gone: set[int] = field(default_factory=set)
+
+    def foretell(self, what: str) -> str:
+        """The end of a verdict that says what an attempt does; empty where none comes next."""
+        return f"; {what}" if self.nothing_follows is None else ""
 
     def list_left(self) -> list[int]:
         """The steps that were not set aside, newest first."""

@@ -179,7 +179,8 @@ def move_changed(one: ChangedRun, folder: Path) -> Decision | None:
     with contextlib.closing(lease):
         # Another sweep may have moved it and begun anew since it was looked at.
         facts = read_facts(one.paths, lease=lease)
-        if read_status(facts, one.selected.recipe, one.contents).state != "changed":
+        status = read_status(facts, one.selected.recipe, one.contents, named=one.contents)
+        if status.state != "changed":
             return Decision("skip", "no longer changed: another sweep was faster")
         move_aside(one.paths, one.target(folder))
     return None

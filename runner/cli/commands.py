@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,13 +30,13 @@ from runner.errors import (
     hide_bitsandbytes_warning,
 )
 from runner.plan.names import find_one
-from runner.plan.select import UnreadableRun, run_paths
+from runner.plan.select import Selected, UnreadableRun, run_paths
 from runner.plan.status import (
     RunStatus,
-    read_status,
+    read_status_unverified,
     suggest_mending,
 )
-from runner.recipe.contents import ContentHashes, KnownContents, list_contents
+from runner.recipe.contents import ContentHashes, KnownContents, hint_at_missing
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.allowed_code import allow_code, load_code, suggest_allowing
 from runner.run.failures import HINTS, UNREADABLE_HINT
@@ -157,7 +158,9 @@ def run_masks(arguments: argparse.Namespace) -> int:
 
 
 def run_status(arguments: argparse.Namespace) -> int:
-    """`runner status`: reads files only, hashes nothing."""
+    """`runner status`: reads files only, hashes nothing. Where nothing is named, what was never
+    started is counted.
+    """
     import json
 
     unreadable: list[UnreadableRun] = []
@@ -170,7 +173,7 @@ def run_status(arguments: argparse.Namespace) -> int:
     known = KnownContents(content_cache_path(arguments.output_root))
     facts = [one.read_facts() for one in selected]
     rows = [
-        (one, read_status(those, one.recipe, known.find(list_contents(one.recipe))))
+        (one, read_status_unverified(those, one.recipe, known.look(one.recipe)))
         for one, those in zip(selected, facts, strict=True)
     ]
     warn_of_outdated(known)
@@ -196,7 +199,11 @@ def run_status(arguments: argparse.Namespace) -> int:
         warn_of_other_base_scores(selected)
         return 1 if any(one["state"] in ("unreadable", "damaged") for one in content) else 0
     warn_of_other_base_scores(selected)
-    names = [one.full_name for one in selected] + [lost.full_name for lost in unreadable]
+    never: list[Selected] = []
+    if not arguments.paths and not arguments.where:
+        never = [one for one, status in rows if _was_never_started(one, status)]
+        rows = [(one, status) for one, status in rows if not _was_never_started(one, status)]
+    names = [one.full_name for one, _ in rows] + [lost.full_name for lost in unreadable]
     width = max(map(len, names), default=0)
     for one, status in rows:
         step = "" if status.step is None else f"{status.step}/{status.max_steps or '?'}"
@@ -213,7 +220,28 @@ def run_status(arguments: argparse.Namespace) -> int:
         print(
             f"{lost.full_name:<{width}}  {'unreadable':<11}  {'':>9}  {'':>8}  {'':>7}  {lost.why}"
         )
+    if never:
+        print(_describe_never_started(never))
     return _print_hints([status for _, status in rows], num_unreadable=len(unreadable))
+
+
+def _was_never_started(one: Selected, status: RunStatus) -> bool:
+    return status.state == "pending" and not one.paths.recipe_path.exists()
+
+
+def _describe_never_started(never: Sequence[Selected]) -> str:
+    folders = list(dict.fromkeys(shlex.quote(str(one.source_path.parent)) for one in never))
+    count = "1 recipe was" if len(never) == 1 else f"{len(never)} recipes were"
+    if len(folders) == 1:
+        return (
+            f"{count} never started: `runner status {folders[0]}` lists them,"
+            f" `runner sweep {folders[0]}` starts them"
+        )
+    return (
+        f"{count} never started, of {len(folders)} grids:"
+        f" `runner status recipes/GRID` lists them; GRID is one of"
+        f" {', '.join(Path(folder).name for folder in folders)}"
+    )
 
 
 def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
@@ -230,6 +258,9 @@ def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
     )
     if is_any_unreadable:
         print(f"hint: unreadable: {UNREADABLE_HINT}", file=sys.stderr)
+    missing = dict.fromkeys(path for status in statuses for path in status.inputs_missing)
+    if missing:
+        print(f"hint: inputs missing: {hint_at_missing(missing)}", file=sys.stderr)
     mending = [suggest_mending(status.damage) for status in statuses if status.state == "damaged"]
     for hint in dict.fromkeys(mending):
         print(f"hint: damaged: {hint}", file=sys.stderr)
@@ -252,7 +283,7 @@ def run_why(arguments: argparse.Namespace) -> int:
     from runner.plan.why import build_lines, explain, gather_evidence
 
     selected = select_run(arguments)
-    hashes = ContentHashes(content_cache_path(arguments.output_root))
+    hashes = ContentHashes(content_cache_path(arguments.output_root), is_kept=False)
     recipe, facts = selected.recipe, selected.read_facts()
     count = arguments.num_processes or recipe.launch.num_processes
     found = explain(facts, gather_evidence(facts, recipe, hashes, count), recipe, count)

@@ -30,13 +30,7 @@ from runner.plan.status import (
     suggest_mending,
     verify_files,
 )
-from runner.recipe.contents import (
-    ContentHashes,
-    KnownContents,
-    hash_contents,
-    hash_what_is_there,
-    list_contents,
-)
+from runner.recipe.contents import ContentHashes, find_contents
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import NAME_PATTERN
 from runner.run.allowed_code import require_allowed, suggest_allowing
@@ -62,12 +56,13 @@ def run_launch(arguments: argparse.Namespace) -> int:
     commands = [
         build_command(Launch(selected, {}, num_processes), placement) for placement in placements
     ]
-    contents = _find_contents(arguments, recipe)
+    contents = _find_contents(arguments, recipe, paths)
     base: AskedBase = "own" if arguments.own_base else "shared"
     planned = Launch(selected, contents, num_processes, resume, base=base)
     status = read_status(
-        selected.read_facts(), recipe, contents, num_processes=num_processes, resume=resume
-    )
+        selected.read_facts(), recipe, contents,
+        num_processes=num_processes, resume=resume, named=contents,
+    )  # fmt: skip
     if arguments.repair:
         return _run_repair(arguments, planned, status)
     if arguments.fresh and resume == "auto":
@@ -103,18 +98,16 @@ def run_launch(arguments: argparse.Namespace) -> int:
     return _derive_exit_code(result, paths)
 
 
-def _find_contents(arguments: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
-    """The hashes by which the run is decided on; of a preview, as `sweep --dry-run` finds them:
-    what has changed since it was read is read again, and nothing else.
+def _find_contents(
+    arguments: argparse.Namespace, recipe: Recipe, paths: RunPaths
+) -> dict[str, str]:
+    """The hashes by which the run is decided on. A preview refuses the same files, reads those that
+    are compared with anything, and keeps nothing.
     """
-    cache_path = content_cache_path(arguments.output_root)
-    if not arguments.dry_run:
-        return hash_contents(recipe, ContentHashes(cache_path))
-    known = KnownContents(cache_path)
-    contents = known.find(list_contents(recipe))
-    if known.outdated:
-        contents |= hash_what_is_there(recipe, ContentHashes(cache_path), known.outdated)
-    return contents
+    is_preview = arguments.dry_run
+    hashes = ContentHashes(content_cache_path(arguments.output_root), is_kept=not is_preview)
+    is_compared = not is_preview or arguments.prepare or paths.recipe_path.exists()
+    return find_contents(recipe, hashes, is_compared=is_compared)
 
 
 def _start_anew(
@@ -129,7 +122,7 @@ def _start_anew(
         _move_aside(selected)
         return read_status(
             selected.read_facts(), selected.recipe, contents,
-            num_processes=num_processes, resume=_parse_resume(arguments.resume),
+            num_processes=num_processes, resume=_parse_resume(arguments.resume), named=contents,
         )  # fmt: skip
     run_dir = selected.paths.run_dir
     if status.state == "running":

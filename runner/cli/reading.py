@@ -105,10 +105,10 @@ def warn_of_moved_names(facts: Iterable[RunFacts]) -> None:
 
 
 def warn_of_outdated(known: KnownContents) -> None:
-    """On stderr: files that were changed since they were hashed."""
+    """On stderr: files that were touched since they were hashed."""
     for path in sorted(known.outdated):
         print(
-            f"warning: {path} was changed since its content was last read, and is not read here:"
+            f"warning: {path} was touched since its content was last read, and is not read here:"
             " runs that name it may be *changed*, as `runner sweep ... --dry-run` tells",
             file=sys.stderr,
         )

@@ -25,13 +25,7 @@ from runner.errors import RefusedError
 from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipes
 from runner.plan.status import RunStatus, read_status, suggest_mending
-from runner.recipe.contents import (
-    ContentHashes,
-    KnownContents,
-    hash_contents,
-    hash_what_is_there,
-    list_contents,
-)
+from runner.recipe.contents import ContentHashes, find_contents
 from runner.recipe.identity import RULES
 from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.failures import UNREADABLE_HINT
@@ -105,20 +99,17 @@ def _decide_all(
 
     What is damaged is put into `damaged`, by its name.
     """
-    hashes = ContentHashes(content_cache_path(arguments.output_root))
-    known = KnownContents(content_cache_path(arguments.output_root))
+    is_preview = arguments.dry_run
+    hashes = ContentHashes(content_cache_path(arguments.output_root), is_kept=not is_preview)
     planned: dict[str, Launch] = {}
     changed: list[ChangedRun] = []
     num_unhappy = num_of_other_rules = 0
     for one in selected:
-        if arguments.dry_run:  # reads what has changed since it was read, and nothing else
-            contents = known.find(list_contents(one.recipe))
-            if known.outdated:
-                contents |= hash_what_is_there(one.recipe, hashes, known.outdated)
-        else:
-            contents = hash_contents(one.recipe, hashes)
+        # The files of a run that was never started are compared with nothing.
+        is_compared = not is_preview or one.paths.recipe_path.exists()
+        contents = find_contents(one.recipe, hashes, is_compared=is_compared)
         facts = one.read_facts()
-        status = read_status(facts, one.recipe, contents)
+        status = read_status(facts, one.recipe, contents, named=contents)
         if status.state == "changed":
             changed.append(ChangedRun(one, contents, status))
             continue

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import runner
+from runner.files import FileState, look_at
 from runner.launch.command import LaunchCommand
 from runner.processes import (
     MESSAGE_BYTES,
@@ -111,7 +112,7 @@ class Worker:
     control: socket.socket
     output: BinaryIO  # what they print; nobody else can open it
     versions: Mapping[str, str]  # of the libraries, as they were before it was started
-    sources: Mapping[Path, tuple[int, int]]
+    sources: Mapping[Path, FileState | None]
     is_worn: bool = False  # it says itself that another one should take its place
     _pidfd: int = -1  # once it has begun
     deadline: float = field(default_factory=lambda: time.monotonic() + START_SECONDS)
@@ -295,18 +296,13 @@ class ForkedProcess:
         return status
 
 
-def _list_sources() -> dict[Path, tuple[int, int]]:
-    """Size and time of every file of this program, and of the folders of installed packages, which
+def _list_sources() -> dict[Path, FileState | None]:
+    """The state of every file of this program, and of the folders of installed packages, which
     change with each installation.
     """
     files = Path(runner.__file__).parent.rglob("*.py")
     folders = [path for path in map(Path, sys.path) if path.name in _PACKAGE_FOLDERS]
-    found = {}
-    for path in (*files, *folders):
-        with contextlib.suppress(OSError):
-            state = path.stat()
-            found[path] = (state.st_size, state.st_mtime_ns)
-    return found
+    return {path: look_at(path) for path in (*files, *folders)}
 
 
 def _list_differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:

@@ -155,4 +155,6 @@ def _suggest_names(path: Path, output_root: Path) -> str:
 
 
 def _list_siblings(path: Path) -> list[str]:
-    return [str(one) for one in path.parent.glob("*")] if path.parent.is_dir() else []
+    if not path.parent.is_dir():
+        return []
+    return [str(one) for one in path.parent.glob("*") if one != path]

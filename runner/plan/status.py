@@ -4,7 +4,7 @@ nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Final, Literal
 
 from pydantic import Field
@@ -12,6 +12,7 @@ from pydantic import Field
 from runner.checkpoints.choose import Inventory, look_ahead, read_inventory
 from runner.errors import CorruptFileError, RefusedError, put_in_words
 from runner.files import load_jsonl
+from runner.recipe.contents import Inputs
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
@@ -26,7 +27,15 @@ from runner.run.manifest import (
     is_of_model,
     select_recipe,
 )
-from runner.run.record import RULES_KEY, Fact, Failure, Shown, describe_phase, list_trained
+from runner.run.record import (
+    RULES_KEY,
+    Fact,
+    Failure,
+    Shown,
+    StoredRecipe,
+    describe_phase,
+    list_trained,
+)
 from runner.run.scores import find_score_contradictions
 
 State = Literal[
@@ -69,11 +78,22 @@ class RunStatus(Fact):
     quarantined: tuple[Shown, ...] = ()  # checkpoints that were moved aside
     pending_uploads: tuple[Shown, ...] = ()  # archives that have not reached remote storage
     upload_failure: Shown | None = None  # of the newest of those that failed
+    # Paths that the recipe names and that this status was derived without: touched since they were
+    # last read, or never read under this output root.
+    inputs_touched: tuple[Shown, ...] = ()
+    inputs_unread: tuple[Shown, ...] = ()
+    inputs_missing: tuple[Shown, ...] = ()  # paths without which nothing is launched
 
     @property
     def notes(self) -> str:
         """What else somebody should know, empty where there is nothing."""
-        notes = ["model removed"] if self.is_model_removed else []
+        inputs = {
+            "inputs missing": self.inputs_missing,
+            "inputs touched since (not verified)": self.inputs_touched,
+            "inputs never read here (not verified)": self.inputs_unread,
+        }
+        notes = [f"{what}: {', '.join(paths)}" for what, paths in inputs.items() if paths]
+        notes += ["model removed"] if self.is_model_removed else []
         notes += [f"{len(self.quarantined)} in quarantine"] if self.quarantined else []
         if self.obstacles:
             notes.append(
@@ -132,11 +152,15 @@ def find_differences(
         if stored.contents.get(path) != digest
     ]
     if is_whole and not lines:
-        gone = [path for path in stored.contents if path not in contents]
-        lines += [f"content of {path}: not there any more" for path in gone]
+        lines += _list_gone(stored, contents)
     if result is not None or not has_checkpoints:
         return lines
     return lines + (stored.find_other_rules() or ([] if lines else stored.find_other_digest()))
+
+
+def _list_gone(stored: StoredRecipe, named: Container[str]) -> list[str]:
+    gone = [path for path in stored.contents if path not in named]
+    return [f"content of {path}: not there any more" for path in gone]
 
 
 def describe_change(differences: Sequence[str]) -> str:
@@ -156,6 +180,7 @@ def read_status(
     *,
     num_processes: int | None = None,
     resume: str = "auto",
+    named: Container[str] | None = None,
 ) -> RunStatus:
     """`derive_status`, with the run's checkpoints, which are read where they can matter: not of a
     run that is running or has its result.
@@ -166,8 +191,20 @@ def read_status(
     except (CorruptFileError, OSError) as error:
         return describe_unreadable(error)
     return derive_status(
-        facts, inventory, recipe, contents, num_processes=num_processes, resume=resume
+        facts, inventory, recipe, contents, num_processes=num_processes, resume=resume, named=named
     )
+
+
+def read_status_unverified(facts: RunFacts, recipe: Recipe, inputs: Inputs) -> RunStatus:
+    """`read_status` by what is known of the files that the recipe names without reading them; the
+    status says what is not known.
+    """
+    status = read_status(facts, recipe, inputs.contents, named=inputs.named)
+    update = {"inputs_missing": inputs.missing}
+    # A run that was never started is compared with nothing.
+    if status.state != "unreadable" and facts.stored is not None:
+        update |= {"inputs_touched": inputs.touched, "inputs_unread": inputs.unread}
+    return status.model_copy(update=update)
 
 
 def derive_status(
@@ -178,16 +215,19 @@ def derive_status(
     *,
     num_processes: int | None = None,
     resume: str = "auto",
+    named: Container[str] | None = None,
 ) -> RunStatus:
     """The status of one run, from what was read of it and the recipe as it is now. Pure.
 
     The launch being considered has `num_processes` (None: the recipe's own) and the
-    `Attempt.resume` that is given. A file that cannot be read is a state, and no reason to say
-    nothing of the other runs.
+    `Attempt.resume` that is given. `named` are all paths whose content counts today, also those
+    that `contents` leaves out; None: not known.
+
+    A file that cannot be read is a state, and no reason to say nothing of the other runs.
     """
     try:
         count = num_processes or recipe.launch.num_processes
-        return _derive_readable(facts, inventory, recipe, contents, count, resume)
+        return _derive_readable(facts, inventory, recipe, contents, count, resume, named)
     except (CorruptFileError, OSError) as error:
         return describe_unreadable(error)
 
@@ -204,6 +244,7 @@ def _derive_readable(
     contents: Mapping[str, str],
     num_processes: int,
     resume: str,
+    named: Container[str] | None,
 ) -> RunStatus:
     is_running, last, progress = facts.is_running, facts.last, facts.progress
     known: dict[str, Any] = {
@@ -227,6 +268,8 @@ def _derive_readable(
             return RunStatus(state="damaged", why=describe_damage(damage), damage=damage, **known)
     has_checkpoints = bool(inventory.kept)
     differences = find_differences(facts, recipe, contents, has_checkpoints=has_checkpoints)
+    if not differences and result is None and facts.stored is not None and named is not None:
+        differences = _list_gone(facts.stored, named)  # as the attempt itself compares
     if differences:
         why = f"{describe_change(differences)} the run was made: {differences[0]}"
         return RunStatus(state="changed", why=why, differences=tuple(differences), **known)

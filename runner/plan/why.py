@@ -20,7 +20,7 @@ from runner.checkpoints.choose import (
     choose,
     read_inventory,
 )
-from runner.errors import CorruptFileError, RefusedError
+from runner.errors import CorruptFileError, DataError, RefusedError
 from runner.plan.decide import Decision, decide
 from runner.plan.repair import find_repair_step
 from runner.plan.status import (
@@ -35,7 +35,13 @@ from runner.plan.status import (
     verify_files,
 )
 from runner.processes import list_holders
-from runner.recipe.contents import ContentHashes, hash_what_is_there, list_missing_files
+from runner.recipe.contents import (
+    ContentHashes,
+    hash_contents,
+    hash_what_is_there,
+    list_content_paths,
+    list_missing_files,
+)
 from runner.recipe.hub import name_at
 from runner.recipe.identity import build_resume_fingerprint, derive_digest
 from runner.recipe.parse import Recipe, derive_accumulation
@@ -120,12 +126,15 @@ class Evidence:
     """What `explain` rests on besides the facts of the run; gathered by reading."""
 
     contents: Mapping[str, str]  # path -> SHA-256 of what the recipe names
+    named: tuple[str, ...]  # paths of all contents, also of those that cannot be read
     missing: dict[str, str]  # dotted key -> path that is not there
     inventory: Inventory | CorruptFileError | OSError  # or why it cannot be read
     holders: dict[int, str]  # processes that have the lease open, where it is held
     log_tail: tuple[str, ...]  # of the last attempt's log
     base: BaseSource | None  # of the last attempt that began at step 0
     choice: Choice  # every checkpoint verified, where an attempt may come next
+    # Why every launch refuses the files that the recipe names: they are missing, or cannot be read.
+    inputs_error: DataError | None = None
     # Of a completed run: *damaged* where a byte that it recorded is another one.
     verified: RunStatus | None = None
     no_repair: RefusedError | None = None  # why `launch --repair` would not write its model again
@@ -138,7 +147,8 @@ def gather_evidence(
     Nothing is written.
     """
     paths = facts.paths
-    contents = hash_what_is_there(recipe, hashes)
+    contents, inputs_error = _read_inputs(recipe, hashes)
+    named = tuple(list_content_paths(recipe).values())
     inventory: Inventory | CorruptFileError | OSError
     holders: dict[int, str] = {}
     log_tail: tuple[str, ...] = ()
@@ -151,7 +161,9 @@ def gather_evidence(
             holders = list_holders(paths.lease_path)
         # A running trainer is writing them.
         inventory = Inventory(paths) if facts.is_running else read_inventory(paths)
-        status = derive_status(facts, inventory, recipe, contents, num_processes=num_processes)
+        status = derive_status(
+            facts, inventory, recipe, contents, num_processes=num_processes, named=named
+        )
         is_verified = status.state not in ("running", "unreadable")
         if status.state in ("completed", "damaged", "changed"):
             verified = verify_files(facts, status)
@@ -164,11 +176,49 @@ def gather_evidence(
     choice = Choice()
     if is_verified and isinstance(inventory, Inventory):
         with contextlib.suppress(RefusedError):  # the global batch cannot be kept like that
-            choice = _verify_checkpoints(facts, inventory, recipe, num_processes, contents)
-    missing = list_missing_files(recipe)
+            choice = _verify_checkpoints(
+                facts,
+                inventory,
+                recipe,
+                num_processes,
+                contents,
+                nothing_follows=_find_why_no_attempt(status, inputs_error),
+            )
     return Evidence(
-        contents, missing, inventory, holders, log_tail, base, choice, verified, no_repair
+        contents,
+        named,
+        list_missing_files(recipe),
+        inventory,
+        holders,
+        log_tail,
+        base,
+        choice,
+        inputs_error,
+        verified,
+        no_repair,
     )
+
+
+def _read_inputs(recipe: Recipe, hashes: ContentHashes) -> tuple[dict[str, str], DataError | None]:
+    """The hashes of what is there, and why a launch would refuse the rest."""
+    try:
+        return hash_contents(recipe, hashes), None
+    except DataError as error:
+        found: dict[str, str] = {}
+        with contextlib.suppress(OSError):  # `error` says so
+            found = hash_what_is_there(recipe, hashes)
+        return found, error
+
+
+def _find_why_no_attempt(status: RunStatus, inputs_error: DataError | None) -> str | None:
+    """What `runner launch` would do instead of starting an attempt; None where it starts one."""
+    if inputs_error is not None:
+        return "a launch would be refused: files that the recipe names cannot be read"
+    action = decide(status, retry_failed=True).action
+    if action == "launch":
+        return None
+    instead = "nothing would be started" if action == "skip" else "a launch would be refused"
+    return f"{instead}: the run is {status.state}"
 
 
 def _find_why_no_repair(
@@ -198,7 +248,12 @@ def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: 
         by_sizes = describe_unreadable(evidence.inventory)
     else:
         by_sizes = derive_status(
-            facts, evidence.inventory, recipe, evidence.contents, num_processes=num_processes
+            facts,
+            evidence.inventory,
+            recipe,
+            evidence.contents,
+            num_processes=num_processes,
+            named=evidence.named,
         )
     is_listed = isinstance(evidence.inventory, Inventory)
     status = (evidence.verified if is_listed else None) or by_sizes
@@ -219,7 +274,7 @@ def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: 
         run_dir=str(facts.paths.run_dir),
         num_processes=num_processes,
         status=status,
-        decisions=_decide_all(by_sizes, status),
+        decisions=_decide_all(by_sizes, status, evidence.inputs_error),
         missing=evidence.missing,
         impossible=impossible,
         holders=evidence.holders,
@@ -237,8 +292,13 @@ def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: 
     )
 
 
-def _decide_all(by_sizes: RunStatus, status: RunStatus) -> dict[str, Decision]:
+def _decide_all(
+    by_sizes: RunStatus, status: RunStatus, inputs_error: DataError | None
+) -> dict[str, Decision]:
     """What each verb does. None of them reads every byte, as was done for `status`."""
+    if inputs_error is not None:  # before anything else is asked
+        refused = Decision("refuse", inputs_error.message.partition("\n")[0].rstrip(":"))
+        return dict.fromkeys(("sweep", "rerun", "launch"), refused)
     decisions = {
         "sweep": decide(by_sizes),
         "rerun": decide(by_sizes, retry_failed=True, only_unfinished=True),
@@ -294,13 +354,22 @@ def _verify_checkpoints(
     recipe: Recipe,
     num_processes: int,
     contents: Mapping[str, str],
+    *,
+    nothing_follows: str | None,
 ) -> Choice:
     stored, paths, divisor = facts.stored, facts.paths, find_divisor(facts, recipe)
     digest = stored.digest_today if stored else derive_digest(recipe, contents)
     current = build_resume_fingerprint(recipe, digest, num_processes, divisor, threads=None)
     with tempfile.TemporaryDirectory(prefix="runner-why-") as scratch:
         verification = Verification(paths, recipe.checkpoints, Path(scratch))
-        policy = build_policy(recipe, "auto", divisor, verification, judges_all=True)
+        policy = build_policy(
+            recipe,
+            "auto",
+            divisor,
+            verification,
+            judges_all=True,
+            nothing_follows=nothing_follows,
+        )
         return choose(inventory, "auto", current, policy)
 
 

@@ -5,53 +5,83 @@ SHA-256 of what they hold, cached in one file.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from runner.errors import CorruptFileError, DataError
-from runner.files import hash_file, hash_json, load_json, look_at, write_json_atomic
+from runner.errors import CorruptFileError, DataError, escape_controls
+from runner.files import (
+    FileState,
+    hash_file,
+    hash_json,
+    load_json,
+    look_at,
+    write_json_atomic,
+)
 from runner.recipe.data_files import find_source_files, list_splits, name_format
 from runner.recipe.data_section import DataSource
 from runner.recipe.parse import Recipe
+from runner.text import format_bytes
 
 # Built by `runner demo-models`; never to be asked of the hub, where such a name is free.
 _DEMO_MODELS: Final = "demo_models/"
-# A file that was written this recently may be written again under the same modification time.
+# A file that was changed this recently may be changed again under the same time stamps.
 _SETTLED_AFTER_NANOSECONDS: Final = 2_000_000_000
+# Reading so much, or for so long, is told: nothing else shows that the command is alive.
+_LARGE_BYTES: Final = 2**30
+_LONG_SECONDS: Final = 2.0
+
+
+class _Entry(NamedTuple):
+    """One file as it was when it was read; the first four are `look_at`'s."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    read_at_ns: int
+    sha256: str
+
+    def is_of(self, state: FileState | None) -> bool:
+        """True where nothing was touched since, as far as these four tell."""
+        return self[:4] == state
+
+    @property
+    def is_settled(self) -> bool:
+        """True where each later change has other time stamps."""
+        newest = max(self.mtime_ns, self.ctime_ns)
+        return self.read_at_ns - newest > _SETTLED_AFTER_NANOSECONDS
 
 
 class ContentHashes:
-    """SHA-256 of files and folders, cached by size, mtime and inode in one JSON file."""
+    """SHA-256 of files and folders, cached by size, mtime, ctime and inode in one JSON file.
 
-    def __init__(self, cache_path: Path) -> None:
+    `is_kept` is False for what only previews: then `save` writes nothing.
+    """
+
+    def __init__(self, cache_path: Path, *, is_kept: bool = True) -> None:
         self._cache_path = cache_path
         self._cache = _load_cache(cache_path)
+        self._is_kept = is_kept
         self._is_changed = False
 
     def known(self, path: Path, files: Iterable[Path] | None = None) -> str | None:
-        """The hash if it is cached for the file as it is now; nothing is read."""
+        """The hash as it was read, if nothing was touched since; nothing is read.
+
+        It is for looking only: a file that was changed twice in one instant looks the same.
+        """
         if path.is_dir():
             files = _files_in(path) if files is None else files
             parts = {str(file.relative_to(path)): self.known(file) for file in files}
             return None if None in parts.values() else hash_json(parts)
-        try:
-            state = path.stat()
-        except OSError:
-            return None
-        entry = self._cache.get(str(path.resolve()))
-        return (
-            entry[3]
-            if entry and entry[:3] == [state.st_size, state.st_mtime_ns, state.st_ino]
-            else None
-        )
+        entry = self._find(path)
+        return None if entry is None else entry.sha256
 
     def is_outdated(self, path: Path, files: Iterable[Path] | None = None) -> bool:
-        """Whether something was hashed here and has changed since, as far as size, mtime and inode
-        tell; nothing is read.
-        """
+        """True where something was read here and was touched since; nothing is read."""
         if path.is_dir():
             files = list(_files_in(path) if files is None else files)
             are_cached = [str(file.resolve()) in self._cache for file in files]
@@ -63,27 +93,43 @@ class ContentHashes:
 
         `files` are those of the folder that are read; None: all but hidden ones.
         """
-        if path.is_dir():
-            files = _files_in(path) if files is None else files
-            return hash_json({str(file.relative_to(path)): self.hash(file) for file in files})
-        if (known := self.known(path)) is not None:
-            return known
-        state, digest = path.stat(), hash_file(path)
-        if time.time_ns() - state.st_mtime_ns > _SETTLED_AFTER_NANOSECONDS:
-            self._cache[str(path.resolve())] = [
-                state.st_size,
-                state.st_mtime_ns,
-                state.st_ino,
-                digest,
-            ]
-            self._is_changed = True
-        return digest
+        if not path.is_dir():
+            return self._hash_files(path, [path])[path]
+        found = self._hash_files(path, _files_in(path) if files is None else files)
+        return hash_json({str(file.relative_to(path)): digest for file, digest in found.items()})
+
+    def _hash_files(self, path: Path, files: Iterable[Path]) -> dict[Path, str]:
+        """The hash of each file; read are those that may have changed."""
+        found: dict[Path, str] = {}
+        unread: list[Path] = []
+        for file in files:
+            entry = self._find(file)
+            if entry is not None and entry.is_settled:
+                found[file] = entry.sha256
+            else:
+                unread.append(file)
+        if not unread:
+            return found
+        notice = _Notice(path, sum(file.stat().st_size for file in unread))
+        for file in unread:
+            # The state comes first: what is written meanwhile has another one.
+            read_at_ns, state = time.time_ns(), look_at(file)
+            found[file] = hash_file(file, notice.tell_once)
+            if state is not None:
+                self._cache[str(file.resolve())] = _Entry(*state, read_at_ns, found[file])
+                self._is_changed = True
+        return found
+
+    def _find(self, path: Path) -> _Entry | None:
+        state = look_at(path)
+        entry = None if state is None else self._cache.get(str(path.resolve()))
+        return entry if entry is not None and entry.is_of(state) else None
 
     def save(self) -> None:
         """Write the cache; a cache that is lost or overwritten by another process only costs
         time.
         """
-        if self._is_changed:
+        if self._is_changed and self._is_kept:
             # A full disk stops those runs that need it, not every command.
             with contextlib.suppress(OSError):
                 write_json_atomic(
@@ -95,13 +141,40 @@ class ContentHashes:
 _MAX_CACHE_BYTES: Final = 256 << 20  # of a million files
 
 
-def _load_cache(path: Path) -> dict[str, list[Any]]:
+class _Notice:
+    """One line on stderr about reading that takes long."""
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        self._path, self._num_bytes = path, num_bytes
+        self._began, self._is_told = time.monotonic(), False
+
+    def tell_once(self) -> None:
+        """Called with each block that was read."""
+        is_long = time.monotonic() - self._began > _LONG_SECONDS
+        if self._is_told or not (is_long or self._num_bytes > _LARGE_BYTES):
+            return
+        self._is_told = True
+        print(
+            f"reading {format_bytes(self._num_bytes)} of {escape_controls(str(self._path))}"
+            " to check that nothing changed ...",
+            file=sys.stderr,
+        )
+
+
+def _load_cache(path: Path) -> dict[str, _Entry]:
+    """`path -> entry`; without those that another version wrote."""
     try:
         cache = load_json(path, _MAX_CACHE_BYTES)
     except (CorruptFileError, OSError):
         return {}
     entries = cache.items() if isinstance(cache, dict) else ()
-    return {name: entry for name, entry in entries if isinstance(entry, list) and len(entry) == 4}
+    return {name: _Entry(*entry) for name, entry in entries if _is_entry(entry)}
+
+
+def _is_entry(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != len(_Entry._fields):
+        return False
+    return all(isinstance(one, int) for one in value[:-1]) and isinstance(value[-1], str)
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -183,6 +256,15 @@ def _find_files(content: Content) -> set[Path] | None:
     return {file for one in found for file in (*one.files, *one.read_for_choice)}
 
 
+def _list_read(content: Content) -> Iterable[Path]:
+    """The files of which the hash is made."""
+    path = Path(content.path)
+    if not path.is_dir():
+        return [path]
+    files = _find_files(content)
+    return _files_in(path) if files is None else files
+
+
 def _is_surely_local(key: str, path: str) -> bool:
     """A hub id is `name` or `owner/name`; anything else is a path, whether or not it is there."""
     has_file_suffix = Path(path).suffix == ".jinja" or name_format(Path(path)) is not None
@@ -215,14 +297,8 @@ def hint_at_missing(paths: Iterable[str]) -> str:
     )
 
 
-def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
-    """`relative path -> SHA-256` of everything that the recipe names by path; of a folder of rows,
-    of the files that are read.
-
-    Raises:
-        DataError: a file is missing (all missing ones are named) or cannot be read, or a source of
-            rows leaves open which files are meant.
-    """
+def _require_files(recipe: Recipe) -> None:
+    """Refuse missing files, and sources that leave open which files are meant."""
     if missing := list_missing_files(recipe):
         raise DataError(
             f"recipe {recipe.run.name} names files that are not there:\n"
@@ -235,17 +311,57 @@ def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
                 find_source_files(source)
         except DataError as error:
             raise DataError(f"data.{key}: {error.message}", hint=error.hint) from None
+
+
+def _build_unreadable(recipe: Recipe, error: OSError) -> DataError:
+    return DataError(f"recipe {recipe.run.name} names a file that cannot be read: {error}")
+
+
+def check_contents(recipe: Recipe) -> None:
+    """Refuse what `hash_contents` refuses, without reading it.
+
+    Raises:
+        DataError: as there.
+    """
+    _require_files(recipe)
+    try:
+        for content in list_contents(recipe):
+            for file in _list_read(content):
+                file.open("rb").close()
+    except OSError as error:
+        raise _build_unreadable(recipe, error) from None
+
+
+def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
+    """`relative path -> SHA-256` of everything that the recipe names by path; of a folder of rows,
+    of the files that are read.
+
+    Raises:
+        DataError: a file is missing (all missing ones are named) or cannot be read, or a source of
+            rows leaves open which files are meant.
+    """
+    _require_files(recipe)
     try:
         contents = {
             content.path: hashes.hash(Path(content.path), _find_files(content))
             for content in list_contents(recipe)
         }
     except OSError as error:
-        raise DataError(
-            f"recipe {recipe.run.name} names a file that cannot be read: {error}"
-        ) from None
+        raise _build_unreadable(recipe, error) from None
     hashes.save()
     return contents
+
+
+def find_contents(recipe: Recipe, hashes: ContentHashes, *, is_compared: bool) -> dict[str, str]:
+    """`hash_contents` where it is compared with anything; else nothing, after the same refusals.
+
+    Raises:
+        DataError: as there.
+    """
+    if is_compared:
+        return hash_contents(recipe, hashes)
+    check_contents(recipe)
+    return {}
 
 
 def hash_what_is_there(
@@ -265,11 +381,22 @@ def hash_what_is_there(
     return contents
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What is known, without reading them, of the files that a recipe names."""
+
+    contents: Mapping[str, str]  # path -> SHA-256 of what is as it was when it was last read
+    named: tuple[str, ...] = ()  # paths of all contents
+    touched: tuple[str, ...] = ()  # of those that were touched since they were read
+    unread: tuple[str, ...] = ()  # of those that were never read under this output root
+    missing: tuple[str, ...] = ()  # paths that are not there, content or not
+
+
 class KnownContents:
     """As `hash_contents`, for what is cached and still there; reads no file. Many recipes name the
     same few files: each is looked at once until `refresh`.
 
-    `outdated` are paths of what was changed since it was hashed: what names them is compared
+    `outdated` are paths of what was touched since it was hashed: what names them is compared
     without them.
     """
 
@@ -278,6 +405,7 @@ class KnownContents:
         self._cache_state = look_at(cache_path)
         self._hashes = ContentHashes(cache_path)
         self._known: dict[Content, str | None] = {}
+        self._exists: dict[str, bool] = {}
         self.outdated: set[str] = set()
 
     def refresh(self) -> None:
@@ -286,6 +414,7 @@ class KnownContents:
         if state != self._cache_state:
             self._cache_state, self._hashes = state, ContentHashes(self._cache_path)
         self._known.clear()
+        self._exists.clear()
         self.outdated.clear()
 
     def find(self, contents: Iterable[Content]) -> dict[str, str]:
@@ -300,3 +429,25 @@ class KnownContents:
             if digest is not None:
                 found[content.path] = digest
         return found
+
+    def look(self, recipe: Recipe, contents: Sequence[Content] | None = None) -> Inputs:
+        """What is known of the files of a recipe; `contents` are those of `list_contents`."""
+        contents = list_contents(recipe) if contents is None else contents
+        found = self.find(contents)
+        named = tuple(dict.fromkeys(content.path for content in contents))
+        missing = [
+            path for path in (*named, recipe.launch.accelerate_config) if not self._is_there(path)
+        ]
+        unknown = [path for path in named if path not in found and path not in missing]
+        return Inputs(
+            found,
+            named,
+            touched=tuple(path for path in unknown if path in self.outdated),
+            unread=tuple(path for path in unknown if path not in self.outdated),
+            missing=tuple(missing),
+        )
+
+    def _is_there(self, path: str) -> bool:
+        if path not in self._exists:
+            self._exists[path] = Path(path).exists()
+        return self._exists[path]

@@ -9,7 +9,6 @@ read after "nobody holds it" is final. What the facts mean is in `plan`; checkpo
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,15 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from runner.errors import CorruptFileError
-from runner.files import MAX_ROWS_BYTES, is_plain, list_folder, load_json, load_jsonl
+from runner.files import (
+    MAX_ROWS_BYTES,
+    FileState,
+    is_plain,
+    list_folder,
+    load_json,
+    load_jsonl,
+    look_at,
+)
 from runner.run.lease import Lease, has_ranks, is_leased
 from runner.run.manifest import measure_files
 from runner.run.paths import RunPaths
@@ -45,8 +52,8 @@ class Found:
 
     content: Any = None
     error: CorruptFileError | OSError | None = None
-    # Of the file just before it was read: size, modification time, inode; None: there was none.
-    state: tuple[int, int, int] | None = None
+    # Of the file just before it was read, as `look_at` has it; None: there was none.
+    state: FileState | None = None
 
     def get(self) -> Any:
         """The content.
@@ -216,7 +223,7 @@ def read_facts(
 ) -> RunFacts:
     """The facts of a run; every file is opened at most once, and raises only when it is asked for.
 
-    A file in `known` whose size, time and inode are the same is not opened. `lease` is that of the
+    A file in `known` whose size, times and inode are the same is not opened. `lease` is that of the
     run where the caller holds it: then nobody else does. `samples.json` is as long as the data is,
     and read only `with_samples`.
     """
@@ -269,17 +276,15 @@ def read_stored_recipe(paths: RunPaths, known: Found | None = None) -> Found:
 
 def _read(path: Path, load: Callable[[], Any], known: Found | None) -> Found:
     """The content of a file; `known` where it is the same file as then."""
-    try:
-        stat = os.stat(path)
-    except OSError:  # absent, or not to be looked at: loading tells which
+    state = look_at(path)
+    if state is None:  # absent, or not to be looked at: loading tells which
         return _find(load)
-    state = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     if known is not None and known.error is None and known.state == state:
         return known
     return _find(load, state)
 
 
-def _find(load: Callable[[], Any], state: tuple[int, int, int] | None = None) -> Found:
+def _find(load: Callable[[], Any], state: FileState | None = None) -> Found:
     try:
         return Found(load(), state=state)
     except (CorruptFileError, OSError) as error:

@@ -196,7 +196,7 @@ def marker_path(checkpoint_dir: Path) -> Path:
 
 
 def content_cache_path(output_root: Path) -> Path:
-    """Content hashes by size, mtime and inode, shared by all runs under one output root."""
+    """Content hashes by size, mtime, ctime and inode, shared by all runs under one output root."""
     return output_root / ".content_hashes.json"
 
 

@@ -1,8 +1,8 @@
 """`runner status --watch`: draws `screen` again and again on a terminal, or prints it once.
 
-Reads files only. The status of a run is derived again when any name, size, time or inode in its
-directory, its last attempt or its checkpoints changed, when the lease changed hands, or when a file
-that the recipe names changed. Of the run's facts, only the files that changed are read again.
+Reads files only. The status of a run is derived again when any name, size, time stamp or inode in
+its directory, its last attempt or its checkpoints changed, when the lease changed hands, or when a
+file that the recipe names changed. Of the run's facts, only the files that changed are read again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,15 +27,15 @@ from runner.errors import CorruptFileError
 from runner.files import look_at, open_plain
 from runner.plan.decide import Retry, foresee_retry
 from runner.plan.select import Selected, UnreadableRun
-from runner.plan.status import RunStatus, describe_running, find_hint, read_status
-from runner.recipe.contents import Content, KnownContents, list_contents
+from runner.plan.status import RunStatus, describe_running, find_hint, read_status_unverified
+from runner.recipe.contents import Content, Inputs, KnownContents, list_contents
 from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
 from runner.run.record import Progress, now_utc
 from runner.view.progress import ASCII, UNICODE, Glyphs, RunView
 from runner.view.screen import Line, Screen
 
-FolderState = frozenset[tuple[str, int, int, int]]
+FolderState = frozenset[tuple[str, int, int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class RunsReader:
     def read(self) -> list[Reading]:
         """How all runs stand now, in the order in which they were given."""
         self._contents.refresh()
-        return [run.read(self._contents.find(run.contents)) for run in self._runs]
+        return [
+            run.read(self._contents.look(run.selected.recipe, run.contents)) for run in self._runs
+        ]
 
 
 @dataclass
@@ -85,14 +87,14 @@ class _RunReader:
         self._run_dir, self._attempts_dir = str(paths.run_dir), str(paths.attempts_dir)
         self._lease_path = paths.lease_path
 
-    def read(self, contents: Mapping[str, str]) -> Reading:
+    def read(self, inputs: Inputs) -> Reading:
         paths = self.selected.paths
         is_held = is_leased(self._lease_path)  # first: `facts` says why
-        seen = (is_held, self._look(), contents)
+        seen = (is_held, self._look(), inputs)
         if self._facts is None or self._status is None or seen != self._seen:
             known = self.selected.known if self._facts is None else self._facts.found
             self._facts = read_facts(paths, known)
-            self._status = read_status(self._facts, self.selected.recipe, contents)
+            self._status = read_status_unverified(self._facts, self.selected.recipe, inputs)
             # From before: what changed while it was derived is seen the next time.
             self._seen = seen
             self._look_at_less(seen)
@@ -196,8 +198,8 @@ def _find_loss(line: bytes) -> float | None:
 
 
 def _look_into(folder: str) -> FolderState:
-    """Name, size, time and inode of everything directly in a folder; empty where there is none."""
-    found: list[tuple[str, int, int, int]] = []
+    """Name, size, times and inode of everything directly in a folder; empty where there is none."""
+    found: list[tuple[str, int, int, int, int]] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -205,7 +207,8 @@ def _look_into(folder: str) -> FolderState:
                     state = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:  # a temporary file
                     continue
-                found.append((entry.name, state.st_size, state.st_mtime_ns, state.st_ino))
+                times = (state.st_mtime_ns, state.st_ctime_ns)
+                found.append((entry.name, state.st_size, *times, state.st_ino))
     except (FileNotFoundError, NotADirectoryError):
         pass
     return frozenset(found)

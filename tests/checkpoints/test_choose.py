@@ -61,7 +61,7 @@ def strip(paths: RunPaths, *steps: int) -> None:
         strip_checkpoint(paths.checkpoint_dir(step))
 
 
-NEXT: Final = "; an attempt would go on from here"
+NEXT: Final = "; an attempt would resume from here"
 OLDER: Final = "; older than what decides"
 MOVED: Final = "; an attempt would move it to quarantine"
 FLIPPED: Final = "optimizer.pt holds other bytes than were committed"
@@ -73,7 +73,7 @@ BAD_ARCHIVE: Final = (
     " 'step-12/model.safetensors'"
 )
 UNCOMMITTED: Final = "its files are not those that were committed: "
-UNFINISHED: Final = "never finished: an attempt would move it to quarantine"
+UNFINISHED: Final = "never finished; an attempt would move it to quarantine"
 LOST_BEST: Final = "the best weights so far, of step 8, are lost"
 NO_BEST: Final = ", but its best weights, of step 8, are lost" + MOVED
 STRIPPED: Final = "it was stripped of its optimizer state, and nothing newer can be continued"

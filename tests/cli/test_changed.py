@@ -16,8 +16,10 @@ from runner.cli.main import main
 from runner.plan.select import select_recipes
 from runner.plan.status import read_status
 from runner.run.lease import Lease
+from runner.run.paths import content_cache_path
 from runner.run.record import now_utc
 from tests.support.fake_launcher import BIN_DIR, FakeLauncher, fake, finish
+from tests.support.settled import settle
 
 __all__ = ["fake"]
 
@@ -40,20 +42,17 @@ def test_data_that_changed_are_told_by_what_only_looks_and_read_by_a_dry_run(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.add("a")
-    for path in ("data.jsonl", "models/toy/config.json"):
-        os.utime(fake.root / path, (1, 1))
     assert main(["sweep", "recipes/toy"]) == 0
     for verb in (["status"], ["report"], ["sweep", "--dry-run"]):
         main([*verb, "recipes/toy"])
     assert "changed" not in "".join(capsys.readouterr())
     with (fake.root / "data.jsonl").open("a") as stream:
         stream.write("\n")
-    os.utime(fake.root / "data.jsonl", (2, 2))
     before = fake.tree()
     for verb in ("status", "report"):
         main([verb, "recipes/toy"])
         error = capsys.readouterr().err
-        assert "warning: data.jsonl was changed since its content was last read" in error, verb
+        assert "warning: data.jsonl was touched since its content was last read" in error, verb
     assert main(["sweep", "recipes/toy", "--dry-run"]) == 0
     assert "refuse  toy/a  " in capsys.readouterr().out
     assert fake.tree() == before
@@ -69,9 +68,8 @@ def changed(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> FakeLaunc
     another loss too.
     """
     fake.add("a", "b", "c", "d", "e")
-    for path in ("data.jsonl", "models/toy/config.json"):
-        os.utime(fake.root / path, (1, 1))  # so that their hashes are kept now, and not later
     assert main(["sweep", "recipes/toy"]) == 0
+    settle(content_cache_path(fake.root / "runs"))  # so that they are not read and kept again
     edit(fake, "a", "b", "c", "d", old="max_steps: 2", new="max_steps: 3")
     edit(fake, "d", old="loss: full", new="loss: completion")
     capsys.readouterr()

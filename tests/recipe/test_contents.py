@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from runner.recipe.contents import (
 from runner.recipe.identity import derive_digest
 from runner.recipe.parse import Recipe
 from tests.recipe.test_identity import parse
+from tests.support.settled import settle as settle_hashes
 
 
 @pytest.fixture
@@ -142,44 +144,105 @@ def test_what_is_cached_is_not_read_again(recipe: Recipe, tmp_path: Path) -> Non
     hashes.save()
     again = ContentHashes(cache_path)
     assert again.known(path) == before == again.known(path.absolute())
-    state = path.stat()
-    path.write_text("DATA.JSONL")  # in place: as long as before, and as old
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert again.hash(path) == before, "size, time and inode say that it is the same"
+    entries = json.loads(cache_path.read_text())
+    entries[str(path.absolute())][-1] = "as the cache says"
+    cache_path.write_text(json.dumps(entries))
+    assert ContentHashes(cache_path).hash(path) == before, "it was written too recently"
+    settle_hashes(cache_path)
+    assert ContentHashes(cache_path).hash(path) == "as the cache says"
 
 
-@pytest.mark.parametrize("how", ["size", "time", "inode"])
-def test_size_time_and_inode_each_tell_another_file(
+@pytest.mark.parametrize("how", ["size", "mtime", "ctime", "inode"])
+def test_size_times_and_inode_each_tell_another_file(
     how: str, recipe: Recipe, tmp_path: Path
 ) -> None:
     path = Path("data.jsonl")
     hashes = ContentHashes(tmp_path / "cache.json")
     before = hashes.hash(path)
+    hashes.save()
+    settle_hashes(tmp_path / "cache.json")
+    hashes = ContentHashes(tmp_path / "cache.json")
     state = path.stat()
     if how == "inode":
         Path("new").write_text("DATA.JSONL")
         Path("new").rename(path)
     else:
         path.write_text("DATA.JSONL" + ("!" if how == "size" else ""))
-    ns = state.st_mtime_ns + (how == "time")
+    ns = state.st_mtime_ns + (how == "mtime")
     os.utime(path, ns=(ns, ns))
     assert hashes.known(path) is None
     assert hashes.hash(path) != before
 
 
-def test_a_file_that_may_be_written_again_in_the_same_instant_is_not_cached(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text("one")
-    hashes = ContentHashes(tmp_path / "cache.json")
-    before = hashes.hash(path)
-    assert hashes.known(path) is None
-    state = path.stat()
+def test_what_was_read_in_the_instant_of_its_change_is_read_again(tmp_path: Path) -> None:
+    """A clock ticks every few milliseconds, or every two seconds on some file systems: a second
+    change may leave the very same time stamps.
+    """
+    path, cache_path = tmp_path / "data.jsonl", tmp_path / "cache.json"
     path.write_text("two")
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert hashes.hash(path) != before
+    hashes = ContentHashes(cache_path)
+    rightly = hashes.hash(path)
+    hashes.save()
+    entries = json.loads(cache_path.read_text())
+    entries[str(path)][-1] = hash_file(cache_path)  # as if it had been "one", a moment ago
+    cache_path.write_text(json.dumps(entries))
+    assert ContentHashes(cache_path).hash(path) == rightly
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"a": 1, "b": [1, 2, 3], "c": null}'])
+def test_a_file_that_was_only_touched_is_read_again_and_nothing_changed(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    cache_path = tmp_path / "cache.json"
+    before = hash_contents(recipe, ContentHashes(cache_path))
+    settle_hashes(cache_path)
+    Path("v.jsonl").chmod(0o600)
+    os.link("t.jsonl", "another name of it")
+    inputs = KnownContents(cache_path).look(recipe)
+    assert (inputs.touched, inputs.unread, inputs.missing) == (("t.jsonl", "v.jsonl"), (), ())
+    assert hash_contents(recipe, ContentHashes(cache_path)) == before
+    assert KnownContents(cache_path).look(recipe).touched == ()
+
+
+def test_entries_of_an_older_version_are_read_anew(recipe: Recipe, tmp_path: Path) -> None:
+    cache_path = tmp_path / "cache.json"
+    before = hash_contents(recipe, ContentHashes(cache_path))
+    entries = {
+        name: [size, mtime, inode, "of the older version"]
+        for name, (size, mtime, _, inode, _, _) in json.loads(cache_path.read_text()).items()
+    }
+    cache_path.write_text(json.dumps(entries))
+    inputs = KnownContents(cache_path).look(recipe)
+    assert inputs.contents == {} and set(inputs.unread) == set(before)
+    assert hash_contents(recipe, ContentHashes(cache_path)) == before
+    assert KnownContents(cache_path).look(recipe).contents == before
+
+
+def test_a_preview_keeps_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    cache_path = tmp_path / "cache.json"
+    assert hash_contents(recipe, ContentHashes(cache_path, is_kept=False))
+    assert not cache_path.exists()
+
+
+def test_reading_much_is_told_once(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("models/toy/large.safetensors").open("wb") as stream:
+        stream.truncate(2**30)  # a hole: it takes no room on the disk
+    hashes = ContentHashes(tmp_path / "cache.json")
+    hash_contents(recipe, hashes)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "reading 1.00 GiB of models/toy to check that nothing changed ...\n"
+    hashes.save()
+    settle_hashes(tmp_path / "cache.json")
+    hash_contents(recipe, ContentHashes(tmp_path / "cache.json"))
+    assert "models/toy" not in capsys.readouterr().err, "it is not read again"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", '{"a": 1, "b": [1, 2, 3], "c": null}', '{"a": [1, "2", 3, 4, 5, 6]}'],
+)
 def test_a_damaged_cache_only_costs_time(content: str, recipe: Recipe, tmp_path: Path) -> None:
     cache_path = tmp_path / "cache.json"
     cache_path.write_text(content)

@@ -1,0 +1,17 @@
+"""A cache of hashes as if its files had been written long before they were read; nobody sleeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runner.files import load_json, write_json_atomic
+
+_LONG_NANOSECONDS = 60_000_000_000
+
+
+def settle(cache_path: Path) -> None:
+    """Let every entry count: only the kernel could make the files themselves older."""
+    entries = load_json(cache_path)
+    for entry in entries.values():
+        entry[-2] += _LONG_NANOSECONDS
+    write_json_atomic(cache_path, entries)
