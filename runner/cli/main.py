@@ -70,4 +70,5 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest and more is not None:
         setattr(arguments, more, [*getattr(arguments, more), *rest])
+    arguments.typed = tuple(sys.argv[1:] if argv is None else argv)
     return arguments

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,6 +30,7 @@ class LocalOptions:
     fail_fast: bool
     is_dry_run: bool
     uses_workers: bool  # else each run imports for itself
+    again: str  # the command that continues what was stopped
 
 
 def parse_options(arguments: argparse.Namespace) -> LocalOptions:
@@ -42,7 +44,20 @@ def parse_options(arguments: argparse.Namespace) -> LocalOptions:
         fail_fast=arguments.fail_fast,
         is_dry_run=arguments.dry_run,
         uses_workers=not arguments.cold,
+        again=_build_again(arguments.typed),
     )
+
+
+_MAX_TYPED_LENGTH: Final = 1000  # hundreds of paths, which a shell made of one pattern
+
+
+def _build_again(typed: Sequence[str]) -> str:
+    """The command as it was typed, for people.
+
+    Without what moves changed runs aside: that is done by the time that something runs.
+    """
+    again = shlex.join(["runner", *(word for word in typed if word not in ("--fresh", "--yes"))])
+    return f"`{again}`" if len(again) <= _MAX_TYPED_LENGTH else "the same command"
 
 
 def submit(plan: PlanRuns, options: LocalOptions) -> int:
@@ -66,7 +81,9 @@ def submit(plan: PlanRuns, options: LocalOptions) -> int:
         num_slots=options.num_slots,
         gpus=list(options.gpus) if options.gpus is not None else None,
         fail_fast=options.fail_fast,
+        again=options.again,
         uses_workers=options.uses_workers,
+        awaits_held=True,
     )
     if result.stopped_by is not None:
         return STOPPED
