@@ -17,8 +17,9 @@ from runner.checkpoints.compare import describe_obstacles, suggest_ways_out
 from runner.cli.reading import note_idle_overrides
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.launch.command import LaunchCommand
+from runner.launch.outcome import PoolResult
 from runner.launch.placement import Allocation, find_allocation, is_in_cluster, list_placements
-from runner.launch.pool import STOPPED, PoolResult, build_command, run_planned
+from runner.launch.pool import STOPPED, build_command, run_planned
 from runner.plan.decide import MAX_FRUITLESS, Launch, decide
 from runner.plan.names import RECIPES_DIR, Prefer, find_one
 from runner.plan.select import Selected, load_selected, select_recipes
@@ -199,6 +200,8 @@ def _derive_exit_code(result: PoolResult, paths: RunPaths) -> int:
         return STOPPED
     if result.stopped_by is not None and not result.failed:
         return EXIT_CODES["preempted"]
+    if result.held and is_in_cluster(os.environ):
+        return EXIT_CODES["transient"]
     return next((EXIT_CODES[failed.failure.kind] for failed in result.failed), 0)
 
 

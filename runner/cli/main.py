@@ -110,6 +110,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest and more is not None:
         setattr(arguments, more, [*getattr(arguments, more), *rest])
+    arguments.typed = tuple(sys.argv[1:] if argv is None else argv)
     if more is not None:
         _tell_overrides_apart(arguments)
     return arguments

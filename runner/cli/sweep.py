@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TextIO
+from pathlib import Path
+from typing import TextIO, get_args
 
 from runner.cli.changed import (
     ChangedRun,
@@ -24,8 +26,14 @@ from runner.cli.reading import note_idle_overrides
 from runner.errors import RefusedError
 from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipes
-from runner.plan.status import RunStatus, read_status, suggest_mending
-from runner.recipe.contents import ContentHashes, find_contents
+from runner.plan.status import (
+    RunStatus,
+    State,
+    read_status,
+    read_status_unverified,
+    suggest_mending,
+)
+from runner.recipe.contents import ContentHashes, KnownContents, find_contents
 from runner.recipe.identity import RULES
 from runner.run.allowed_code import require_allowed, suggest_allowing
 from runner.run.failures import UNREADABLE_HINT
@@ -73,11 +81,34 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
 
     code = engine.submit(plan, options)
     _print_damaged(damaged)
+    if arguments.engine == "local" and not arguments.dry_run:  # all others only submit
+        print(_count_states(selected, len(unreadable), arguments.output_root), file=sys.stderr)
     return code or (1 if (num_unhappy or unreadable) and not arguments.dry_run else 0)
 
 
+def _count_states(selected: Sequence[Selected], num_unreadable: int, output_root: Path) -> str:
+    """The last line of a sweep: how many of all runs that it was asked for are in which state, by
+    what their directories say then.
+    """
+    known = KnownContents(content_cache_path(output_root))
+    counts: Counter[str] = Counter()
+    for one in selected:
+        inputs = known.look(one.recipe)
+        status = read_status_unverified(one.read_facts(), one.recipe, inputs)
+        counts[status.state] += 1
+    if num_unreadable:
+        counts["unreadable"] += num_unreadable
+    counted = [
+        f"{counts[state]} {'running elsewhere' if state == 'running' else state}"
+        for state in ("completed", *(one for one in get_args(State) if one != "completed"))
+        if counts[state]
+    ]
+    total = sum(counts.values())
+    return f"{total} {'run' if total == 1 else 'runs'}: {', '.join(counted)}"
+
+
 def _print_damaged(damaged: Mapping[str, RunStatus]) -> None:
-    """Last of all that a sweep says: nothing that it did helps these runs."""
+    """After all that a sweep says of its runs: nothing that it did helps these."""
     for full_name, status in damaged.items():
         print(
             f"{full_name} is damaged: {status.why}\n  hint: {suggest_mending(status.damage)}",

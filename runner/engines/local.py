@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class LocalOptions:
     fail_fast: bool
     is_dry_run: bool
     uses_workers: bool  # else each run imports for itself
+    again: str  # the command that continues what was stopped
     output_root: Path
 
     @property
@@ -66,7 +68,20 @@ def parse_options(arguments: argparse.Namespace) -> LocalOptions:
         is_dry_run=arguments.dry_run,
         uses_workers=not arguments.cold,
         output_root=arguments.output_root,
+        again=_build_again(arguments.typed),
     )
+
+
+_MAX_TYPED_LENGTH: Final = 1000  # hundreds of paths, which a shell made of one pattern
+
+
+def _build_again(typed: Sequence[str]) -> str:
+    """The command as it was typed, for people.
+
+    Without what moves changed runs aside: that is done by the time that something runs.
+    """
+    again = shlex.join(["runner", *(word for word in typed if word not in ("--fresh", "--yes"))])
+    return f"`{again}`" if len(again) <= _MAX_TYPED_LENGTH else "the same command"
 
 
 def submit(plan: PlanRuns, options: LocalOptions) -> int:
@@ -94,7 +109,9 @@ def submit(plan: PlanRuns, options: LocalOptions) -> int:
         gpus=options.gpu_names,
         per_gpu=options.per_gpu,
         fail_fast=options.fail_fast,
+        again=options.again,
         uses_workers=options.uses_workers,
+        awaits_held=True,
     )
     if result.stopped_by is not None:
         return STOPPED

@@ -25,6 +25,7 @@ from runner.errors import CorruptFileError, RefusedError, RunnerError, put_in_wo
 from runner.files import write_json_atomic
 from runner.launch.command import LaunchCommand
 from runner.launch.names import NamesOnHub
+from runner.launch.outcome import end_log
 from runner.launch.placement import name_cluster_job
 from runner.launch.process import AttemptProcess, LauncherProcess
 from runner.launch.provenance import read_provenance
@@ -238,9 +239,10 @@ def _list_parts(paths: RunPaths) -> list[Path]:
     ]
 
 
-def request_stop(paths: RunPaths, attempt: int, why: str) -> None:
+def request_stop(paths: RunPaths, attempt: int, why: str, *, is_of_its_sweep: bool = False) -> None:
     """Ask an attempt to checkpoint at the end of its step and to leave; it need not be ours."""
-    write_json_atomic(paths.stop_path, StopRequest(attempt=attempt, why=why).model_dump())
+    request = StopRequest(attempt=attempt, why=why, is_of_its_sweep=is_of_its_sweep)
+    write_json_atomic(paths.stop_path, request.model_dump())
 
 
 def close_attempt(facts: RunFacts, exit_status: int | None, failure: Failure | None) -> None:
@@ -295,20 +297,24 @@ def name_owner(paths: RunPaths) -> str:
     return f"{lease.st_dev}.{lease.st_ino}@{paths.run_dir.resolve()}"
 
 
-class FailedElsewhere(Exception):
-    """Another process ran this run after we planned it. Whether to retry is that process's
-    decision.
-    """
+class HeldElsewhere(Exception):
+    """Another process holds the lease of the run."""
 
-    def __init__(self, failure: Failure, files: AttemptPaths) -> None:
+
+class FailedElsewhere(Exception):
+    """Another process ran this run after we planned it, and it failed or was asked to stop."""
+
+    def __init__(self, failure: Failure, facts: RunFacts, *, was_asked_to_stop: bool) -> None:
         super().__init__(failure.message)
         self.failure = failure
-        self.files = files
+        self.was_asked_to_stop = was_asked_to_stop  # by somebody, not with the sweep that ran it
+        self.attempts = facts.attempts
+        self.files = facts.paths.attempt(facts.attempts[-1].number)
 
 
 def refuse_what_failed_since(facts: RunFacts, num_attempts: int | None) -> None:
-    """Refuse to repeat a failure that nobody has seen yet; what was killed or stopped meanwhile is
-    free to go on.
+    """Refuse to repeat a failure that nobody has seen yet, and a run that somebody has stopped by
+    itself; what was killed or stopped together with its sweep is free to go on.
 
     The caller holds the lease, under which the facts were read.
 
@@ -318,9 +324,15 @@ def refuse_what_failed_since(facts: RunFacts, num_attempts: int | None) -> None:
     attempts = facts.attempts
     if num_attempts is None or len(attempts) <= num_attempts:
         return
-    failure = attempts[-1].failure
-    if failure is not None and failure.kind != "preempted":
-        raise FailedElsewhere(failure, facts.paths.attempt(attempts[-1].number))
+    last, request = attempts[-1], facts.stop_request
+    is_asked = (
+        request is not None and request.attempt == last.number and not request.is_of_its_sweep
+    )
+    failure = last.failure
+    if failure is None and request is not None and is_asked:  # killed before it could leave
+        failure = Failure(kind="preempted", message=request.why)
+    if failure is not None and (is_asked or failure.kind != "preempted"):
+        raise FailedElsewhere(failure, facts, was_asked_to_stop=is_asked)
 
 
 _RANKS_SECONDS: Final = 10.0  # for the ranks on other machines to see that their launcher is gone
@@ -363,8 +375,11 @@ class RunningAttempt:
         )
 
     def request_stop(self, why: str) -> None:
-        """Ask it to checkpoint at the end of its step and to leave."""
-        request_stop(self.paths, self.attempt.number, why)
+        """Ask it to checkpoint at the end of its step and to leave, for its sweep leaves; a request
+        by somebody else, which holds for every sweep, stays.
+        """
+        if not self.was_asked_to_leave():
+            request_stop(self.paths, self.attempt.number, why, is_of_its_sweep=True)
 
     def kill(self, why: str) -> None:
         """End it now; the record will say why."""
@@ -397,6 +412,9 @@ class RunningAttempt:
                         "log_tail": read_log_tail(self.files.log_path),
                     }
                 )
+                with contextlib.suppress(OSError):
+                    step = _find_newest_step(self.paths)
+                    end_log(self.files.log_path, self.attempt.number, failure, step)
             self._close(facts, status, failure)
         finally:
             self.lease.close()
@@ -464,10 +482,11 @@ def start_attempt(
     names: NamesOnHub | None = None,
 ) -> RunningAttempt | None:
     """Start one attempt under the run's lease, from a worker that has begun or cold; None when
-    somebody else runs it or has just completed it. `names` are those of the sweep.
+    somebody else has just completed it. `names` are those of the sweep.
 
     Raises:
-        FailedElsewhere: there was another attempt since, which failed.
+        HeldElsewhere: somebody else runs it.
+        FailedElsewhere: there was another attempt since, which failed or was asked to stop.
         RefusedError: the directory holds another experiment, the micro-batch cannot be divided, or
             a name on the hub stands for what the run may not load.
         OSError: the run cannot be prepared, or the launcher not be started.
@@ -475,7 +494,7 @@ def start_attempt(
     recipe, paths = launch.recipe, launch.paths
     lease = take_lease(paths)
     if lease is None:
-        return None
+        raise HeldElsewhere
     look_again_at_versions()
     try:
         facts = read_facts(paths, lease=lease)

@@ -1,4 +1,6 @@
-"""Where the runs of a sweep stand, as bars on a terminal or lines elsewhere, on stderr."""
+"""Shows on stderr where the runs of a sweep are: bars on a terminal, elsewhere (`nohup`, cron,
+Slurm) a line when something changes.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from runner.run.paths import AttemptPaths
-from runner.run.record import describe_phase, load_progress, now_utc
+from runner.run.record import describe_phase, is_silent_phase, load_progress, now_utc
 
-_LINE_SECONDS: Final = 5.0
+_QUIET_SECONDS: Final = 600.0  # without a terminal, after which a line says that runs still run
 
 
 class SweepDisplay:
-    """Bars on a terminal; elsewhere one line per finished run and one every few seconds for the
-    current ones.
+    """Bars on a terminal; elsewhere a line when a run is started, begins to train, waits for
+    something outside of it, ends or is tried again, and one after ten minutes without any.
     """
 
     def __init__(self, num_runs: int) -> None:
@@ -29,6 +31,7 @@ class SweepDisplay:
         self._num_runs = num_runs
         self._num_finished = 0
         self._last_line_at = time.monotonic()
+        self._told: set[tuple[str, str]] = set()  # folders of attempts, each with a phase
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         if self._console.is_terminal:
@@ -51,6 +54,7 @@ class SweepDisplay:
 
     def say(self, line: str) -> None:
         """A line above the bars."""
+        self._last_line_at = time.monotonic()
         forget_closed_streams()
         # Closed since, or a file on a full disk: no reason to end a sweep.
         with contextlib.suppress(OSError):
@@ -62,7 +66,7 @@ class SweepDisplay:
     def finished(self, name: str, outcome: str) -> None:
         """One run is done, for better or worse."""
         self._num_finished += 1
-        self.say(f"[{self._num_finished}/{self._num_runs}] {name}  {outcome}")
+        self._say_counted(f"{name}  {outcome}")
         if self._bars is not None:
             self._drop_bar(name)
             self._bars.update(
@@ -73,7 +77,7 @@ class SweepDisplay:
 
     def retried(self, name: str, why: str) -> None:
         """One run failed and will be tried again."""
-        self.say(f"[{self._num_finished}/{self._num_runs}] {name}  {why}")
+        self._say_counted(f"{name}  {why}")
         self._drop_bar(name)
 
     def update(
@@ -86,14 +90,14 @@ class SweepDisplay:
         wait for what.
         """
         if self._bars is None:
-            if time.monotonic() - self._last_line_at > _LINE_SECONDS:
-                self._last_line_at = time.monotonic()
+            self._tell_changes(current)
+            if time.monotonic() - self._last_line_at > _QUIET_SECONDS:
                 now = [
                     f"{name} {_describe(files, silent_seconds[name])[0]}"
                     for name, files in current.items()
                 ]
                 now += [f"{name} {text}" for name, text in waiting.items()]
-                self.say(f"[{self._num_finished}/{self._num_runs}] now: {'; '.join(now)}")
+                self._say_counted(f"still running: {'; '.join(now)}")
             return
         for name, files in current.items():
             text, step, max_steps = _describe(files, silent_seconds[name])
@@ -104,6 +108,26 @@ class SweepDisplay:
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task(name, total=1, now=text)
             self._bars.update(self._tasks[name], completed=0, total=1, now=text)
+
+    def _tell_changes(self, current: Mapping[str, AttemptPaths]) -> None:
+        for name, files in current.items():
+            attempt = str(files.attempt_dir)
+            if (attempt, "") not in self._told:
+                self._told.add((attempt, ""))
+                self._say_counted(f"{name}  starts, attempt {files.attempt_dir.name}")
+            progress = load_progress(files.progress_path)
+            if progress is None or not _is_milestone(progress.phase):
+                continue
+            # "waiting for the other processes" comes again and again.
+            kind = progress.phase.partition(" ")[0]
+            if (attempt, kind) not in self._told:
+                self._told.add((attempt, kind))
+                is_known = kind == "training" and progress.max_steps is not None
+                step = f" from step {progress.step}/{progress.max_steps}" if is_known else ""
+                self._say_counted(f"{name}  {progress.phase}{step}")
+
+    def _say_counted(self, text: str) -> None:
+        self.say(f"[{self._num_finished}/{self._num_runs}] {text}")
 
     def _drop_bar(self, name: str) -> None:
         if self._bars is not None and name in self._tasks:
@@ -119,6 +143,11 @@ def forget_closed_streams() -> None:
         poll.register(descriptor, 0)
         if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
             os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), descriptor)
+
+
+def _is_milestone(phase: str) -> bool:
+    """Whether a phase is worth a line of a log: evaluations and saves come again and again."""
+    return phase == "training" or is_silent_phase(phase)
 
 
 def _describe(files: AttemptPaths, silent_seconds: float) -> tuple[str, int, int | None]:

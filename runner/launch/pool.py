@@ -13,35 +13,27 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Final
 
 from runner.errors import RunnerError
-from runner.launch.attempt import FailedElsewhere, RunningAttempt, start_attempt
+from runner.launch.attempt import FailedElsewhere, HeldElsewhere, RunningAttempt, start_attempt
 from runner.launch.command import LaunchCommand, Placement, build_launch_command
 from runner.launch.display import SweepDisplay
+from runner.launch.held import HeldRuns
 from runner.launch.names import NamesOnHub
+from runner.launch.outcome import FailedRun, PoolResult, print_failures, print_stop
 from runner.launch.placement import Allocation, Devices
 from runner.launch.stall import Silence, StallWatch
 from runner.launch.worker import Worker
 from runner.launch.workers import Workers
-from runner.plan.decide import Launch, decide_retry
+from runner.plan.decide import Launch, Retry, decide_retry, foresee_retry
 from runner.processes import StopSignals
 from runner.run.failures import build_failure
-from runner.run.record import Failure, load_stop_request
+from runner.run.record import Attempt, Failure, load_stop_request
 
 STOPPED: Final = 130  # by Ctrl-C or another signal, as shells count it
 
 _REFRESH_SECONDS: Final = 0.5
-
-
-@dataclass(frozen=True)
-class FailedRun:
-    """A run that did not complete; without a log it was never started."""
-
-    name: str
-    failure: Failure
-    log_path: Path | None
 
 
 @dataclass(frozen=True)
@@ -51,20 +43,6 @@ class Later:
     run: Launch
     due_at: float  # `time.monotonic`
     failed: FailedRun
-
-
-@dataclass
-class PoolResult:
-    """How the planned runs ended, by name: the last attempt of each counts, not those that were
-    retried.
-    """
-
-    completed: list[str] = field(default_factory=list)
-    failed: list[FailedRun] = field(default_factory=list)
-    # Taken over or finished by another sweep meanwhile.
-    elsewhere: list[str] = field(default_factory=list)
-    not_started: list[str] = field(default_factory=list)  # after `--fail-fast` or a signal
-    stopped_by: int | None = None  # the signal that ended the sweep before everything was done
 
 
 def run_planned(
@@ -77,39 +55,28 @@ def run_planned(
     allocation: Allocation | None = None,
     again: str = "the same command",
     uses_workers: bool = False,
+    awaits_held: bool = False,
 ) -> PoolResult:
-    """How the runs ended; failures are printed. `again` is what goes on with them after a stop;
-    `uses_workers` forks what can be forked.
+    """How the runs ended; what is not done is printed. `again` is what continues them after a stop;
+    `uses_workers` forks what can be forked; `awaits_held` takes up what another sweep holds once it
+    is free.
     """
     if not planned:
         print("nothing to launch", file=sys.stderr)
         return PoolResult()
     with SweepDisplay(len(planned)) as display:
         devices = Devices(num_slots, gpus, allocation, per_gpu)
-        result = run_pool(planned, devices, display, fail_fast=fail_fast, uses_workers=uses_workers)
-    _print_failures(result)
-    if result.stopped_by is not None:
-        print(f"stopped; {again} goes on from the newest checkpoints", file=sys.stderr)
+        result = run_pool(
+            planned,
+            devices,
+            display,
+            fail_fast=fail_fast,
+            uses_workers=uses_workers,
+            awaits_held=awaits_held,
+        )
+    print_failures(result)
+    print_stop(result, again)
     return result
-
-
-def _print_failures(result: PoolResult) -> None:
-    for failed in result.failed:
-        what = "left" if failed.failure.kind == "preempted" else "failed"
-        print(
-            f"\n{failed.name} {what}, {failed.failure.kind}: {failed.failure.message}",
-            file=sys.stderr,
-        )
-        if failed.log_path is None:
-            continue
-        if failed.failure.kind in ("crashed", "lost", "stalled", "transient", "out_of_memory"):
-            print("\n".join(f"  | {line}" for line in failed.failure.log_tail), file=sys.stderr)
-        print(f"  log: {failed.log_path}", file=sys.stderr)
-    if result.not_started and result.stopped_by is None:
-        print(
-            f"{len(result.not_started)} runs were not started because of --fail-fast",
-            file=sys.stderr,
-        )
 
 
 def run_pool(
@@ -119,6 +86,7 @@ def run_pool(
     *,
     fail_fast: bool = False,
     uses_workers: bool = False,
+    awaits_held: bool = False,
 ) -> PoolResult:
     """Run everything that is planned, as many at a time as there is room.
 
@@ -131,7 +99,9 @@ def run_pool(
     with StopSignals() as signals, selectors.DefaultSelector() as selector:
         selector.register(signals.fileno(), selectors.EVENT_READ)
         workers = Workers(display.say, are_wanted=uses_workers)
-        pool = _Pool(list(planned), devices, display, fail_fast, selector, signals, workers)
+        pool = _Pool(
+            list(planned), devices, display, fail_fast, awaits_held, selector, signals, workers
+        )
         try:
             while not signals.received and pool.has_work():
                 pool.take_up_due()
@@ -146,10 +116,13 @@ def run_pool(
             raise
         finally:
             pool.close()
-    pool.result.not_started += [run.full_name for run in pool.waiting]
-    if signals.received and (pool.waiting or pool.result.failed):  # else it came when all was done
-        pool.result.stopped_by = signals.received[0]
-    return pool.result
+    result = pool.result
+    result.not_started += pool.waiting
+    result.held += pool.held.runs.values()
+    # Else the signal came when all was done.
+    if signals.received and (result.not_started or result.held or result.failed):
+        result.stopped_by = signals.received[0]
+    return result
 
 
 @dataclass
@@ -162,6 +135,7 @@ class _Pool:
     devices: Devices
     display: SweepDisplay
     fail_fast: bool
+    awaits_held: bool
     selector: selectors.BaseSelector
     signals: StopSignals
     workers: Workers
@@ -172,6 +146,7 @@ class _Pool:
     active: dict[int, tuple[Launch, RunningAttempt, Placement]] = field(default_factory=dict)
     watches: dict[int, StallWatch] = field(default_factory=dict)  # over what is active
     later: list[Later] = field(default_factory=list)
+    held: HeldRuns = field(default_factory=HeldRuns)  # by another sweep
     failures: dict[str, list[Failure]] = field(default_factory=dict)  # in a row, of each run
     result: PoolResult = field(default_factory=PoolResult)
     names: NamesOnHub = field(default_factory=NamesOnHub)
@@ -181,7 +156,7 @@ class _Pool:
         return bool(self.starting or self.active or self.later) or self.wants_to_start()
 
     def wants_to_start(self) -> bool:
-        return bool(self.waiting) and not self.is_given_up()
+        return bool(self.waiting or self.held) and not self.is_given_up()
 
     def is_given_up(self) -> bool:
         return self.fail_fast and any(
@@ -189,14 +164,16 @@ class _Pool:
         )
 
     def take_up_due(self) -> None:
-        """Put the runs whose time to wait is over in front of those that never began."""
+        """Put the runs whose time to wait is over, or whose lease is free again, in front of those
+        that never began.
+        """
         now = time.monotonic()
         ended = [one for one in self.later if self.is_given_up() or _is_stopped(one)]
         due = [one for one in self.later if one.due_at <= now and one not in ended]
         self.later = [one for one in self.later if one not in ended and one not in due]
         for one in ended:
             self._record(one.failed)
-        self.waiting[:0] = [one.run for one in due]
+        self.waiting[:0] = [*(one.run for one in due), *self.held.take_free()]
 
     def pause_seconds(self) -> float:
         """How long nothing has to be done but to draw."""
@@ -206,7 +183,9 @@ class _Pool:
     def start_next(self) -> bool:
         """Start the next run if there is room; True when it is worth trying again at once."""
         placement = (
-            self.devices.take(self.waiting[0].num_processes) if self.wants_to_start() else None
+            self.devices.take(self.waiting[0].num_processes)
+            if self.waiting and self.wants_to_start()
+            else None
         )
         if placement is None:
             return False
@@ -264,30 +243,54 @@ class _Pool:
     ) -> RunningAttempt | None:
         try:
             attempt = start_attempt(run, command, worker, self.names)
+        except HeldElsewhere:
+            self._wait_for_holder(run)
         except FailedElsewhere as error:
-            message = f"(by another sweep) {error.failure.message}"
-            failure = error.failure.model_copy(update={"message": message})
-            self._record(FailedRun(run.full_name, failure, error.files.log_path))
-            return None
+            self._take_over(run, error)
         except RunnerError as error:
             self._record_refused(run, error)
-            return None
         # No space, no permission: this run's directory may be the only one like that.
         except OSError as error:
             failure = build_failure(error, run.paths.run_dir)
-            self._retry_or_record(run, FailedRun(run.full_name, failure, None), None)
-            return None
-        if attempt is None and run.retry > 0 and not run.paths.result_path.exists():
-            # A machine out of reach, say: its locks are not free yet.
-            held = Failure(
-                kind="transient",
-                message="processes of an earlier attempt, or another sweep, hold the run",
-            )
-            self._retry_or_record(run, FailedRun(run.full_name, held, None), None)
-        elif attempt is None:
-            self.result.elsewhere.append(run.full_name)
-            self.display.finished(run.full_name, "run or finished by another sweep")
-        return attempt
+            self._retry_or_record(run, FailedRun(run, failure, None), None)
+        else:
+            if attempt is None:
+                self.result.elsewhere.append(run.full_name)
+                self.display.finished(run.full_name, "completed by another sweep")
+            return attempt
+        return None
+
+    def _wait_for_holder(self, run: Launch) -> None:
+        """Wait for the lease of a run; a launch, of which a cluster has many, only after an attempt
+        of its own.
+        """
+        if self.awaits_held:
+            self.held.add(run)
+        elif run.retry > 0:  # a machine out of reach, say: its locks are not free yet
+            message = "processes of an earlier attempt, or another sweep, hold the run"
+            failure = Failure(kind="transient", message=message)
+            self._retry_or_record(run, FailedRun(run, failure, None), None)
+        else:
+            self.result.held.append(run)
+            self.display.finished(run.full_name, "run by another sweep or launch")
+
+    def _take_over(self, run: Launch, error: FailedElsewhere) -> None:
+        """Try again, as the sweep would have in which the run failed: that one may be gone. Where
+        both live, one of them finds the other's attempt and waits for it.
+        """
+        message = f"(by another sweep) {error.failure.message}"
+        failure = error.failure.model_copy(update={"message": message})
+        failed = FailedRun(run, failure, error.files.log_path)
+        retry = None
+        if self.awaits_held and not error.was_asked_to_stop:
+            retry = foresee_retry(run.recipe, error.attempts)
+        if retry is None:
+            self._record(failed)
+            return
+        last = error.attempts[-1]
+        in_a_row = error.attempts[-(last.retry + 1) :]
+        self.failures[run.full_name] = [one.failure for one in in_a_row if one.failure is not None]
+        self._retry(failed, retry, last, has_made_steps=True)
 
     def _keep(self, worker: Worker | None) -> None:
         """Give back a worker that has nothing to do, and end those that nobody needs any more."""
@@ -333,6 +336,10 @@ class _Pool:
             run.full_name: "waits for a worker, which imports libraries"
             for run, *_ in self.starting.values()
         }
+        waiting |= {name: "another sweep runs it" for name in self.held.runs}
+        is_busy = self.active or self.starting or self.later or self.waiting
+        if not is_busy and not self.signals.received and (line := self.held.describe_untold()):
+            self.display.say(line)
         self.display.update(
             {run.full_name: attempt.files for run, attempt, _ in self.active.values()},
             waiting,
@@ -379,9 +386,7 @@ class _Pool:
         failure = attempt.finish()
         self.devices.give_back(placement)
         if failure is not None:
-            self._retry_or_record(
-                run, FailedRun(run.full_name, failure, attempt.files.log_path), attempt
-            )
+            self._retry_or_record(run, FailedRun(run, failure, attempt.files.log_path), attempt)
         else:
             self.result.completed.append(run.full_name)
             self.display.finished(run.full_name, "repaired" if run.is_repair else "completed")
@@ -416,12 +421,21 @@ class _Pool:
         if retry is None:
             self._record(failed)
             return
+        self._retry(
+            failed, retry, attempt.attempt if attempt else None, has_made_steps=has_made_steps
+        )
+
+    def _retry(
+        self, failed: FailedRun, retry: Retry, last: Attempt | None, *, has_made_steps: bool
+    ) -> None:
+        """Plan the next attempt after the last one; None where none could be made."""
+        run = failed.run
         again = replace(
             run,
             resume=_resume_again(run.resume, failed.failure, has_made_steps=has_made_steps),
             retry=retry.number,
-            micro_batch_divisor=retry.micro_batch_divisor if attempt else run.micro_batch_divisor,
-            num_attempts=attempt.attempt.number if attempt else None,
+            micro_batch_divisor=retry.micro_batch_divisor if last else run.micro_batch_divisor,
+            num_attempts=last.number if last else None,
         )
         self.later.append(Later(again, time.monotonic() + retry.delay_seconds, failed))
         first_line = failed.failure.message.partition("\n")[0]
@@ -429,7 +443,7 @@ class _Pool:
 
     def _record_refused(self, run: Launch, error: RunnerError) -> None:
         failure = Failure(kind="configuration", message=str(error))
-        self._record(FailedRun(run.full_name, failure, None))
+        self._record(FailedRun(run, failure, None))
 
     def _record(self, failed: FailedRun) -> None:
         self.result.failed.append(failed)

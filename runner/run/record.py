@@ -110,6 +110,8 @@ class StopRequest(Fact):
 
     attempt: int  # a request to an earlier attempt means nothing to a later one
     why: str
+    # The sweep that runs it was itself asked to leave: another one may continue the run at once.
+    is_of_its_sweep: bool = False
 
 
 def _require_zone(text: str) -> str:

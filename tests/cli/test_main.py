@@ -161,7 +161,7 @@ def test_nothing_to_do_is_0(fake: FakeLauncher, capsys: pytest.CaptureFixture[st
         "skip    toy/a  completed: stopped by max_steps",
         "toy/a  completed: stopped by max_steps",
     ]
-    assert captured.err == "nothing to launch\n"
+    assert captured.err == "nothing to launch\n1 run: 1 completed\n"
     assert fake.started() == ["a"]
 
 

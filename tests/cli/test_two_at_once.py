@@ -46,8 +46,7 @@ def say_of(name: str, stdout: str, stderr: str) -> str:
     if f"toy/{name}  completed\n" in stderr:
         return "completed"
     is_elsewhere = (
-        f"toy/{name}  run or finished by another sweep" in stderr
-        or f"skip    toy/{name}  " in stdout
+        f"toy/{name}  completed by another sweep" in stderr or f"skip    toy/{name}  " in stdout
     )
     return "elsewhere" if is_elsewhere else "nothing"
 

@@ -147,7 +147,10 @@ def test_a_stopped_sweep_lets_its_runs_checkpoint_and_starts_nothing_more(
     code, _, stderr = finish(sweep)
     assert code == 130
     assert "waiting for 2 runs to checkpoint and leave; a second Ctrl-C" in stderr
-    assert "the same command goes on" in stderr and "Traceback" not in stderr
+    assert f"stopped by {number.name}, not done:\n" in stderr and "Traceback" not in stderr
+    assert stderr.count("  has no checkpoint here yet: starts at step 0\n") == 2
+    assert "  toy/c  was not started\n" in stderr
+    assert "`runner sweep recipes/toy --slots 2` continues\n" in stderr
     for pidfd in pidfds:
         wait_until_dead(pidfd)
         os.close(pidfd)

@@ -1,0 +1,86 @@
+"""Runs that another sweep or launch holds: who does, and when they are free again.
+
+Looks at the locks every few seconds instead of waiting for them: a directory may be moved aside
+meanwhile, its holder may be on another machine, and a wait for a lock cannot be taken back.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+from runner.errors import CorruptFileError
+from runner.plan.decide import Launch
+from runner.processes import list_holders
+from runner.run.lease import has_ranks, is_leased
+from runner.run.paths import RunPaths
+from runner.run.record import load_record
+
+_LOOK_SECONDS: Final = 2.0  # between two looks; each is a few system calls
+
+
+@dataclass
+class HeldRuns:
+    """The runs that are held, each with the time (`time.monotonic`) of the next look at it."""
+
+    due_at: dict[str, float] = field(default_factory=dict)
+    runs: dict[str, Launch] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return bool(self.runs)
+
+    def add(self, run: Launch) -> None:
+        """Wait for the lease of a run."""
+        self.runs[run.full_name] = run
+        self.due_at[run.full_name] = time.monotonic() + _LOOK_SECONDS
+
+    def take_free(self) -> list[Launch]:
+        """The runs whose leases are free by now; they are not waited for any more."""
+        now = time.monotonic()
+        free = []
+        for name, run in list(self.runs.items()):
+            if self.due_at[name] > now:
+                continue
+            if _is_held(run.paths):
+                self.due_at[name] = now + _LOOK_SECONDS
+                continue
+            del self.runs[name], self.due_at[name]
+            self._told.discard(name)
+            free.append(run)
+        return free
+
+    def describe_untold(self) -> str | None:
+        """The line that says what is waited for, once for each run."""
+        untold = [run for name, run in self.runs.items() if name not in self._told]
+        if not untold:
+            return None
+        self._told |= self.runs.keys()
+        what = "1 run" if len(self.runs) == 1 else f"{len(self.runs)} runs"
+        named = ", ".join(
+            f"{name} ({describe_holder(run.paths)})" for name, run in self.runs.items()
+        )
+        return f"waiting for {what} that another sweep holds: {named}; Ctrl-C stops waiting"
+
+
+def _is_held(paths: RunPaths) -> bool:
+    try:
+        return is_leased(paths.lease_path) or has_ranks(paths)
+    except OSError:  # a file system that does not answer: the next look tells
+        return True
+
+
+def describe_holder(paths: RunPaths) -> str:
+    """The process that holds a run, as far as this machine shows it; else the machine that the last
+    attempt was started on.
+    """
+    # The sweep was there before the trainer that it started.
+    for pid in list_holders(paths.lease_path):
+        return f"process {pid} on {socket.gethostname()}"
+    try:
+        attempts = load_record(paths).attempts
+    except (CorruptFileError, OSError):
+        attempts = ()
+    return f"a process on {attempts[-1].host}" if attempts else "another process"

@@ -1,0 +1,130 @@
+"""How the planned runs of one `launch` or `sweep` ended, and what is said of those that are not
+done: in the terminal, and last in the log of an attempt.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from runner.checkpoints.marker import list_committed
+from runner.launch.held import describe_holder
+from runner.plan.decide import Launch
+from runner.run.record import Failure, FailureKind
+
+# Kinds that the log explains better than the message does.
+_SHOWN_WITH_LOG: Final[tuple[FailureKind, ...]] = (
+    "crashed",
+    "lost",
+    "stalled",
+    "transient",
+    "out_of_memory",
+)
+
+
+@dataclass(frozen=True)
+class FailedRun:
+    """A run that did not complete; without a log it was never started."""
+
+    run: Launch
+    failure: Failure
+    log_path: Path | None
+
+    @property
+    def name(self) -> str:
+        """`<grid>/<run name>`."""
+        return self.run.full_name
+
+
+@dataclass
+class PoolResult:
+    """How the planned runs ended: the last attempt of each counts, not those that were retried.
+    Each planned run is in one of the lists.
+    """
+
+    completed: list[str] = field(default_factory=list)
+    failed: list[FailedRun] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)  # completed by another sweep meanwhile
+    held: list[Launch] = field(default_factory=list)  # by another process, to the end
+    not_started: list[Launch] = field(default_factory=list)  # after `--fail-fast` or a signal
+    stopped_by: int | None = None  # the signal that ended the sweep before everything was done
+
+
+def print_failures(result: PoolResult) -> None:
+    """Print each run that failed or left, and what `--fail-fast` kept from being started."""
+    for failed in result.failed:
+        what = "left" if failed.failure.kind == "preempted" else "failed"
+        print(
+            f"\n{failed.name} {what}, {failed.failure.kind}: {failed.failure.message}",
+            file=sys.stderr,
+        )
+        if failed.log_path is None:
+            continue
+        if failed.failure.kind in _SHOWN_WITH_LOG:
+            print("\n".join(f"  | {line}" for line in failed.failure.log_tail), file=sys.stderr)
+        print(f"  log: {failed.log_path}", file=sys.stderr)
+    if result.not_started and result.stopped_by is None:
+        print(
+            f"{len(result.not_started)} runs were not started because of --fail-fast",
+            file=sys.stderr,
+        )
+    if result.held and result.stopped_by is None:
+        for run in result.held:
+            print(f"{run.full_name} is held by {describe_holder(run.paths)}", file=sys.stderr)
+
+
+def print_stop(result: PoolResult, again: str) -> None:
+    """Print what a signal left undone, where each of these runs resumes, and the command for it."""
+    if result.stopped_by is None:
+        return
+    begun = [one.run for one in result.failed if one.failure.kind == "preempted"]
+    new = [run for run in result.not_started if not run.paths.record_path.exists()]
+    begun += [run for run in result.not_started if run not in new]
+    lines = [f"{run.full_name}  {_describe_resume(run)}" for run in begun]
+    lines += [
+        f"{run.full_name}  is held by {describe_holder(run.paths)}, which goes on"
+        for run in result.held
+    ]
+    if new:
+        lines.append(_describe_new(new))
+    print(f"stopped by {signal.Signals(result.stopped_by).name}, not done:", file=sys.stderr)
+    print("\n".join(f"  {line}" for line in lines), file=sys.stderr)
+    print(f"{again} continues", file=sys.stderr)
+
+
+def _describe_resume(run: Launch) -> str:
+    step = max(list_committed(run.paths), default=None)
+    if step is None:
+        return "has no checkpoint here yet: starts at step 0"
+    return f"resumes from step {step}"
+
+
+def _describe_new(runs: Sequence[Launch]) -> str:
+    if len(runs) == 1:
+        return f"{runs[0].full_name}  was not started"
+    return f"{len(runs)} runs were not started: {runs[0].full_name} ... {runs[-1].full_name}"
+
+
+def end_log(log_path: Path, number: int, failure: Failure, step: int) -> None:
+    """Say last in the log how an attempt without a result ended: `accelerate` ends it with a
+    traceback, also where the trainer left because it was asked to. `step` is that of the newest
+    checkpoint, 0 where there is none.
+    """
+    first_line = failure.message.partition("\n")[0]
+    line = f"runner: attempt {number} ended, {failure.kind}: {first_line}"
+    if failure.kind == "preempted":
+        following = f"resumes from step {step}" if step else "starts at step 0"
+        line = (
+            f"runner: attempt {number} was asked to leave and did not crash: {first_line};"
+            f" the next attempt {following}"
+        )
+    with log_path.open("ab+") as log:
+        size = log.seek(0, os.SEEK_END)
+        log.seek(max(0, size - 1))
+        is_line_open = size > 0 and log.read(1) != b"\n"
+        log.write(f"{chr(10) * is_line_open}{line}\n".encode(errors="replace"))

@@ -1,0 +1,165 @@
+"""Two sweeps over the same runs, and what becomes of a run that one of them holds when the other
+one comes to it; over real processes.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+
+from runner.cli.main import main
+from runner.run.record import load_stop_request
+from tests.support.fake_launcher import FakeLauncher, fake, finish
+
+__all__ = ["fake"]
+
+Sweep = subprocess.Popen[str]
+
+
+def list_kinds(fake: FakeLauncher, name: str) -> list[str | None]:
+    """The failure of each attempt; `killed` where no end is recorded."""
+    return [
+        "killed" if one["ended_at_utc"] is None else one["failure"] and one["failure"]["kind"]
+        for one in fake.attempts(name)
+    ]
+
+
+def wait_for(sweep: Sweep, text: str) -> str:
+    """The line of a sweep's stderr that holds the text."""
+    assert sweep.stderr is not None
+    while text not in (line := sweep.stderr.readline()):
+        assert line, f"the sweep ended before it said {text!r}"
+    return line
+
+
+def start_both(fake: FakeLauncher, told: str) -> tuple[Sweep, Sweep]:
+    """A sweep of `a` and `b` that has completed `a` and waits for `b`, which the other one
+    holds.
+    """
+    fake.add("a", told="wait")
+    fake.add("b", told=told)
+    waiting = fake.start("sweep", "recipes/toy")
+    assert fake.next_started()[0] == "a"
+    holding = fake.start("sweep", "recipes/toy/b.yaml")
+    assert fake.next_started()[0] == "b"
+    fake.let_go("a")
+    line = wait_for(waiting, "waiting for 1 run")
+    assert line.startswith(
+        f"waiting for 1 run that another sweep holds: toy/b (process {holding.pid} on "
+    )
+    return waiting, holding
+
+
+def test_a_run_whose_sweep_is_interrupted_is_taken_up(fake: FakeLauncher) -> None:
+    waiting, holding = start_both(fake, "obey\nthen complete")
+    holding.send_signal(signal.SIGINT)
+    assert finish(holding)[0] == 130
+    code, _, stderr = finish(waiting)
+    assert code == 0 and "[2/2] toy/b  completed\n" in stderr
+    assert stderr.endswith("\n2 runs: 2 completed\n")
+    assert list_kinds(fake, "b") == ["preempted", None]
+
+
+def test_a_run_whose_sweep_is_killed_is_taken_up(fake: FakeLauncher) -> None:
+    waiting, holding = start_both(fake, "hang\nthen complete")
+    holding.kill()
+    finish(holding)
+    code, _, stderr = finish(waiting)
+    assert code == 0 and stderr.endswith("\n2 runs: 2 completed\n")
+    assert list_kinds(fake, "b") == ["killed", None]
+
+
+def test_a_run_that_somebody_stops_is_left(fake: FakeLauncher) -> None:
+    waiting, holding = start_both(fake, "obey\nthen complete")
+    assert main(["stop", "recipes/toy/b.yaml"]) == 0
+    ends = [finish(one) for one in (holding, waiting)]
+    assert [code for code, _, _ in ends] == [1, 1]
+    stderr = ends[1][2]
+    assert "toy/b left, preempted: (by another sweep) asked by `runner stop`: left at" in stderr
+    assert stderr.endswith("\n2 runs: 1 completed, 1 interrupted\n")
+    assert list_kinds(fake, "b") == ["preempted"]
+    assert main(["sweep", "recipes/toy"]) == 0, "who asks anew gets it"
+
+
+def test_a_request_to_stop_outlives_the_sweep_that_was_to_carry_it_out(fake: FakeLauncher) -> None:
+    """Asked for in vain: the sweep is interrupted, or killed, before the run has left."""
+    waiting, holding = start_both(fake, "hang\nthen complete")
+    assert main(["stop", "recipes/toy/b.yaml"]) == 0
+    holding.send_signal(signal.SIGINT)
+    wait_for(holding, "stopping: waiting for 1 run")
+    holding.kill()
+    finish(holding)
+    request = load_stop_request(fake.paths("b"))
+    assert request is not None and request.why == "asked by `runner stop`"
+    code, _, stderr = finish(waiting)
+    assert code == 1 and "toy/b left, preempted: (by another sweep) asked by" in stderr
+    assert fake.started() == ["a", "b"]
+
+
+def test_a_run_that_the_other_sweep_completes_counts_as_such(fake: FakeLauncher) -> None:
+    waiting, holding = start_both(fake, "wait")
+    fake.let_go("b")
+    assert finish(holding)[0] == 0
+    code, _, stderr = finish(waiting)
+    assert code == 0 and "[2/2] toy/b  completed by another sweep\n" in stderr
+    assert stderr.endswith("\n2 runs: 2 completed\n")
+    assert list_kinds(fake, "b") == [None]
+
+
+def test_a_run_that_fails_for_good_in_the_other_sweep_has_failed(fake: FakeLauncher) -> None:
+    waiting, holding = start_both(fake, "wait fail data row 7 has no messages")
+    fake.let_go("b")
+    ends = [finish(one) for one in (holding, waiting)]
+    assert [code for code, _, _ in ends] == [1, 1]
+    stderr = ends[1][2]
+    assert "toy/b failed, data: (by another sweep) row 7 has no messages\n" in stderr
+    assert stderr.endswith("\n2 runs: 1 completed, 1 failed\n")
+    assert len(fake.attempts("b")) == 1
+
+
+def test_a_retry_that_its_sweep_does_not_live_to_make_is_made(fake: FakeLauncher) -> None:
+    fake.add("a", told="wait")
+    fake.add(
+        "b", told="fail transient x\nthen complete", retries="transient: 1, backoff_seconds: 5"
+    )
+    late = fake.start("sweep", "recipes/toy")
+    assert fake.next_started()[0] == "a"
+    other = fake.start("sweep", "recipes/toy/b.yaml")
+    wait_for(other, "retry 1 of 1 in 5 s")
+    other.kill()
+    finish(other)
+    fake.let_go("a")
+    wait_for(late, "toy/b  transient: (by another sweep) x; retry 1 of 1 in 5 s")
+    assert finish(late)[0] == 0
+    assert [(one["retry"], one["failure"] is None) for one in fake.attempts("b")] == [
+        (0, False),
+        (1, True),
+    ]
+
+
+def test_a_sweep_that_waits_is_stopped_at_once_and_says_for_what_it_waited(
+    fake: FakeLauncher,
+) -> None:
+    waiting, holding = start_both(fake, "wait")
+    waiting.send_signal(signal.SIGINT)
+    code, _, stderr = finish(waiting)
+    assert code == 130
+    held = f"  toy/b  is held by process {holding.pid} on "
+    assert "stopped by SIGINT, not done:\n" + held in stderr
+    assert stderr.endswith(
+        "`runner sweep recipes/toy` continues\n2 runs: 1 completed, 1 running elsewhere\n"
+    )
+    fake.let_go("b")
+    assert finish(holding)[0] == 0
+
+
+def test_what_runs_when_a_sweep_begins_is_named_and_not_waited_for(fake: FakeLauncher) -> None:
+    fake.add("a", told="wait")
+    fake.add("b")
+    holding = fake.start("sweep", "recipes/toy/a.yaml")
+    assert fake.next_started()[0] == "a"
+    code, stdout, stderr = finish(fake.start("sweep", "recipes/toy"))
+    assert code == 0 and "skip    toy/a  running: " in stdout
+    assert stderr.endswith("\n2 runs: 1 completed, 1 running elsewhere\n")
+    fake.let_go("a")
+    assert finish(holding)[0] == 0
