@@ -25,12 +25,14 @@ from runner.run.record import (
     Attempt,
     Failure,
     Progress,
+    PushRecord,
     RunRecord,
     StopRequest,
     StoredRecipe,
     TrainResult,
     load_failure,
     load_progress,
+    load_push,
     load_record,
     load_result,
     load_stop_request,
@@ -60,7 +62,7 @@ class Found:
 
 
 RunPart = Literal[
-    "lease", "ranks", "record", "recipe", "result", "stop", "uploads", "quarantine", "files"
+    "lease", "ranks", "record", "recipe", "result", "stop", "push", "uploads", "quarantine", "files"
 ]
 LastAttemptPart = Literal["log", "progress", "failure", "upload_rows"]
 Part = RunPart | LastAttemptPart | Literal["samples"]
@@ -143,6 +145,14 @@ class RunFacts:
         """The request to stop an attempt; None also where it cannot be read."""
         request: StopRequest | None = self._get("stop")
         return request
+
+    @property
+    def push(self) -> PushRecord | None:
+        """The last push to the hub that was asked for; None also where its record cannot be read:
+        a push can be repeated, and says nothing of the run.
+        """
+        push: PushRecord | None = self.found["push"].content
+        return push
 
     @property
     def progress(self) -> Progress | None:
@@ -234,6 +244,7 @@ def read_facts(
         "recipe": read_stored_recipe(paths, known.get("recipe")),
         "result": read("result", paths.result_path, lambda: load_result(paths)),
         "stop": read("stop", paths.stop_path, lambda: load_stop_request(paths)),
+        "push": read("push", paths.push_path, lambda: load_push(paths)),
         "uploads": _find(lambda: [path.name for path in paths.uploads_dir.glob("*.zip")]),
         "quarantine": _find(lambda: [path.name for path in paths.quarantine_dir.glob("*")]),
     }
