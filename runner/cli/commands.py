@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run
+from runner.cli.pushes import PushPlan
 from runner.cli.reading import (
     select,
     select_anew,
@@ -27,7 +29,7 @@ from runner.errors import (
     RunnerError,
     hide_bitsandbytes_warning,
 )
-from runner.plan.select import UnreadableRun, suggest_path
+from runner.plan.select import Selected, UnreadableRun, suggest_path
 from runner.plan.status import (
     RunStatus,
     read_status,
@@ -95,6 +97,7 @@ def run_check(arguments: argparse.Namespace) -> int:
             )
         print(f"{len(selected)} recipes are well-formed")
         return 0
+    _refuse_pushes(selected)
     hide_bitsandbytes_warning()
     from runner.preflight.check import print_check
 
@@ -108,6 +111,14 @@ def run_check(arguments: argparse.Namespace) -> int:
         allow_hint=allow,
         device_gib=arguments.device_gib,
     )
+
+
+def _refuse_pushes(selected: Sequence[Selected]) -> None:
+    """Of the runs that are not on the hub yet, as `runner sweep` does before it starts anything."""
+    pushes = PushPlan()
+    for one in selected:
+        pushes.add(one, one.read_facts(), is_due=True)
+    pushes.refuse()
 
 
 def run_masks(arguments: argparse.Namespace) -> int:
@@ -269,6 +280,8 @@ def run_chat(arguments: argparse.Namespace) -> int:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """`runner export`."""
+    if arguments.output is None:
+        return _push_model(arguments)
     hide_bitsandbytes_warning()
     from runner.publish.export import export_run
 
@@ -283,6 +296,21 @@ def run_export(arguments: argparse.Namespace) -> int:
         f"{arguments.output}: loaded again,"
         f" its logits differ from the run's by at most {difference:.2g}"
     )
+    return 0
+
+
+def _push_model(arguments: argparse.Namespace) -> int:
+    """`runner export RUN --push`: the model as it is in the run directory, without torch."""
+    if arguments.push is None or arguments.merge or arguments.checkpoint is not None:
+        raise RunnerError(
+            "`runner export` needs a new folder: without one, `--push` alone sends the model of a"
+            " completed run as it is",
+            hint=f"runner export {shlex.quote(str(arguments.run_dir))} --output exports/NAME",
+        )
+    from runner.publish.push import push_run
+
+    commit = push_run(arguments.run_dir, arguments.push)
+    print(commit.url)
     return 0
 
 
