@@ -449,7 +449,12 @@ def _add_model_verbs(verbs: Any) -> None:
         "export", help="the tuned model of a run as a folder with a model card, for others"
     )
     _add_tuned_run(export)
-    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="a new folder; without it, --push sends the model of the run as it is",
+    )
     export.add_argument(
         "--merge", action="store_true", help="one whole model instead of an adapter"
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run
+from runner.cli.pushes import PushPlan
 from runner.cli.reading import (
     note_idle_overrides,
     select,
@@ -109,6 +110,7 @@ def run_check(arguments: argparse.Namespace) -> int:
             )
         print(f"{len(selected)} recipes are well-formed")
         return 0
+    _refuse_pushes(selected)
     hide_bitsandbytes_warning()
     from runner.preflight.check import print_check
 
@@ -133,6 +135,14 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
     selected = select(arguments, arguments.paths) if arguments.paths else []
     return print_doctor(selected, arguments.output_root)
+
+
+def _refuse_pushes(selected: Sequence[Selected]) -> None:
+    """Of the runs that are not on the hub yet, as `runner sweep` does before it starts anything."""
+    pushes = PushPlan()
+    for one in selected:
+        pushes.add(one, one.read_facts(), is_due=True)
+    pushes.refuse()
 
 
 def run_masks(arguments: argparse.Namespace) -> int:
@@ -324,6 +334,8 @@ def run_chat(arguments: argparse.Namespace) -> int:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """`runner export`."""
+    if arguments.output is None:
+        return _push_model(arguments)
     hide_bitsandbytes_warning()
     from runner.publish.export import export_run
 
@@ -356,6 +368,21 @@ def _find_run_dir(arguments: argparse.Namespace) -> Path:
             f"{path} has no run yet: there is no {run_dir}", hint=f"runner launch {path}"
         )
     return run_dir
+
+
+def _push_model(arguments: argparse.Namespace) -> int:
+    """`runner export RUN --push`: the model as it is in the run directory, without torch."""
+    if arguments.push is None or arguments.merge or arguments.checkpoint is not None:
+        raise RunnerError(
+            "`runner export` needs a new folder: without one, `--push` alone sends the model of a"
+            " completed run as it is",
+            hint=f"runner export {shlex.quote(str(arguments.run_dir))} --output exports/NAME",
+        )
+    from runner.publish.push import push_run
+
+    commit = push_run(_find_run_dir(arguments), arguments.push)
+    print(commit.url)
+    return 0
 
 
 def _load_recipe_or_run(path: Path, overrides: list[str]) -> Recipe:

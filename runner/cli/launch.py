@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from runner.checkpoints.compare import describe_obstacles, suggest_ways_out
+from runner.cli.pushes import PushPlan, print_unpushed, send_pushes
 from runner.cli.reading import note_idle_overrides
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.launch.command import LaunchCommand
@@ -66,6 +67,11 @@ def run_launch(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     if arguments.repair:
         return _run_repair(arguments, planned, status)
+    pushes, is_fresh = PushPlan(), arguments.fresh and status.state != "pending"
+    action = decide(status, retry_failed=True).action
+    is_due = is_fresh or action in ("launch", "push")
+    pushes.add(selected, selected.read_facts(), is_due=is_due, is_fresh=is_fresh)
+    pushes.refuse()
     if arguments.fresh and resume == "auto":
         planned = replace(planned, resume="none")  # nor from remote storage
     if arguments.fresh and status.state != "pending":
@@ -74,6 +80,12 @@ def run_launch(arguments: argparse.Namespace) -> int:
     decision = decide(status, retry_failed=True)
     if decision.action == "refuse":
         raise _refuse(paths, status, _same_launch(arguments))
+    if decision.action == "push":
+        print(f"{decision.action:<7} {planned.full_name}  {decision.why}")
+        if not arguments.dry_run:
+            send_pushes([selected])
+            print_unpushed([selected])
+        return 0
     if decision.action == "skip":
         advice = (
             ""
@@ -96,6 +108,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
     result = run_planned(
         [planned], num_slots=1, gpus=None, fail_fast=False, allocation=allocation, again=again
     )
+    print_unpushed([selected])
     return _derive_exit_code(result, paths)
 
 

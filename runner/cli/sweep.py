@@ -22,8 +22,10 @@ from runner.cli.changed import (
     move_changed,
 )
 from runner.cli.engines import load_engines
+from runner.cli.pushes import PushPlan, print_unpushed, send_pushes
 from runner.cli.reading import note_idle_overrides
 from runner.errors import RefusedError
+from runner.launch.pool import STOPPED
 from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipes
 from runner.plan.status import (
@@ -71,19 +73,27 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
     options = engine.parse_options(arguments)
     num_unhappy = 0
     damaged: dict[str, RunStatus] = {}
+    pushes = PushPlan(needs_token=not engine.ONLY_WRITES_FILES)  # else it is given elsewhere
+    launched: list[Selected] = []
 
     def plan(queued: Mapping[str, QueuedRun], stream: TextIO) -> list[Launch]:
         nonlocal num_unhappy
         planned, num_unhappy = _decide_all(
-            selected, arguments, queued, stream, damaged, only_unfinished=only_unfinished
+            selected, arguments, queued, stream, damaged, pushes, only_unfinished=only_unfinished
         )
+        launched[:] = [launch.selected for launch in planned]
         return planned
 
     code = engine.submit(plan, options)
+    num_unpushed = 0
+    if not arguments.dry_run and code != STOPPED:
+        send_pushes(pushes.to_send)
+        num_unpushed = print_unpushed([*launched, *pushes.to_send])
     _print_damaged(damaged)
     if arguments.engine == "local" and not arguments.dry_run:  # all others only submit
         print(_count_states(selected, len(unreadable), arguments.output_root), file=sys.stderr)
-    return code or (1 if (num_unhappy or unreadable) and not arguments.dry_run else 0)
+    is_unhappy = bool(num_unhappy or unreadable or num_unpushed)
+    return code or (1 if is_unhappy and not arguments.dry_run else 0)
 
 
 def _count_states(selected: Sequence[Selected], num_unreadable: int, output_root: Path) -> str:
@@ -122,13 +132,14 @@ def _decide_all(
     queued: Mapping[str, QueuedRun],
     stream: TextIO,
     damaged: dict[str, RunStatus],
+    pushes: PushPlan,
     *,
     only_unfinished: bool,
 ) -> tuple[list[Launch], int]:
     """What is to be launched, and how many of the others are failed, changed or damaged; each
     decision is printed, that on changed runs once for all of them.
 
-    What is damaged is put into `damaged`, by its name.
+    What is damaged is put into `damaged`, by its name, and what is to be pushed into `pushes`.
     """
     is_preview = arguments.dry_run
     hashes = ContentHashes(content_cache_path(arguments.output_root), is_kept=not is_preview)
@@ -143,6 +154,8 @@ def _decide_all(
         status = read_status(facts, one.recipe, contents, named=contents)
         if status.state == "changed":
             changed.append(ChangedRun(one, contents, status))
+            if arguments.fresh:
+                pushes.add(one, facts, is_due=True, is_fresh=True)
             continue
         if status.state == "completed" and facts.stored is not None:
             num_of_other_rules += facts.stored.rules != RULES
@@ -156,6 +169,9 @@ def _decide_all(
             differences = tuple(task.find_differences(one))
             decision = decide_queued(task, differences)
         print(_describe_decision(one.full_name, decision, differences), file=stream)
+        pushes.add(one, facts, is_due=decision.action in ("launch", "push"))
+        if decision.action == "push":
+            pushes.to_send.append(one)
         if decision.action == "launch":
             num_processes = one.recipe.launch.num_processes
             planned[one.full_name] = Launch(
@@ -172,6 +188,7 @@ def _decide_all(
     to_launch = [launch.recipe for launch in planned.values()]
     if arguments.fresh:
         to_launch += [one.selected.recipe for one in changed]
+    pushes.refuse()
     allow = suggest_allowing(
         arguments.paths, arguments.output_root, arguments.where, arguments.overrides
     )

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 from runner.checkpoints.choose import find_commits, look_ahead, read_inventory
 from runner.checkpoints.marker import list_committed
@@ -105,7 +105,7 @@ def prepare_run(
         if names is not None:
             known = names.settle(recipe, facts, find_commits(paths, resume, digest))
         content = StoredRecipe(
-            recipe=_keep_declared(recipe, facts),
+            recipe=_keep_first(recipe, facts),
             recipe_digest=digest,
             contents=dict(contents),
             rules=RULES,
@@ -114,14 +114,18 @@ def prepare_run(
         write_json_atomic(paths.recipe_path, content.model_dump(mode="json"))
 
 
-def _keep_declared(recipe: Recipe, facts: RunFacts) -> Recipe:
-    """The recipe with the contrasts that were declared when the first attempt was opened: what is
-    stated once something has run is no declaration.
+def _keep_first(recipe: Recipe, facts: RunFacts) -> Recipe:
+    """The recipe with what counts as it was when the first attempt was opened: the contrasts, since
+    what is stated once something has run is no declaration, and where the model is pushed to.
     """
     if not facts.attempts:
         return recipe
-    declared = facts.stored.recipe.run.declared if facts.stored is not None else ()
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"declared": declared})})
+    first = facts.stored.recipe if facts.stored is not None else None
+    declared = first.run.declared if first is not None else ()
+    update: dict[str, Any] = {"run": recipe.run.model_copy(update={"declared": declared})}
+    if first is not None:
+        update["tracking"] = first.tracking.copy_push(recipe.tracking)
+    return recipe.model_copy(update=update)
 
 
 def refuse_uncontinuable(

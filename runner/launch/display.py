@@ -80,6 +80,11 @@ class SweepDisplay:
         self._say_counted(f"{name}  {why}")
         self._drop_bar(name)
 
+    def pushed(self, name: str, outcome: str) -> None:
+        """The push of a run that is done has ended, for better or worse."""
+        self.say(f"{name}  {outcome}")
+        self._drop_bar(name)
+
     def update(
         self,
         current: Mapping[str, AttemptPaths],

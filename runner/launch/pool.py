@@ -23,6 +23,7 @@ from runner.launch.held import HeldRuns
 from runner.launch.names import NamesOnHub
 from runner.launch.outcome import FailedRun, PoolResult, print_failures, print_stop
 from runner.launch.placement import Allocation, Devices
+from runner.launch.pushes import Pushes, RunningPush
 from runner.launch.stall import Silence, StallWatch
 from runner.launch.worker import Worker
 from runner.launch.workers import Workers
@@ -99,9 +100,11 @@ def run_pool(
     with StopSignals() as signals, selectors.DefaultSelector() as selector:
         selector.register(signals.fileno(), selectors.EVENT_READ)
         workers = Workers(display.say, are_wanted=uses_workers)
+        pushes = Pushes(display.pushed, selector)
         pool = _Pool(
-            list(planned), devices, display, fail_fast, awaits_held, selector, signals, workers
-        )
+            list(planned), devices, display, fail_fast, awaits_held, selector, signals, workers,
+            pushes,
+        )  # fmt: skip
         try:
             while not signals.received and pool.has_work():
                 pool.take_up_due()
@@ -120,7 +123,8 @@ def run_pool(
     result.not_started += pool.waiting
     result.held += pool.held.runs.values()
     # Else the signal came when all was done.
-    if signals.received and (result.not_started or result.held or result.failed):
+    is_left = result.not_started or result.held or result.failed or pushes.was_ended
+    if signals.received and is_left:
         result.stopped_by = signals.received[0]
     return result
 
@@ -139,6 +143,7 @@ class _Pool:
     selector: selectors.BaseSelector
     signals: StopSignals
     workers: Workers
+    pushes: Pushes
     # With the worker that it waits for, by the worker's socket.
     starting: dict[int, tuple[Launch, LaunchCommand, Worker, Placement]] = field(
         default_factory=dict
@@ -153,7 +158,8 @@ class _Pool:
 
     def has_work(self) -> bool:
         """True while anything runs, or still has to."""
-        return bool(self.starting or self.active or self.later) or self.wants_to_start()
+        is_any_left = bool(self.starting or self.active or self.later) or self.pushes.has_work()
+        return is_any_left or self.wants_to_start()
 
     def wants_to_start(self) -> bool:
         return bool(self.waiting or self.held) and not self.is_given_up()
@@ -316,6 +322,8 @@ class _Pool:
         for key, _ in self.selector.select(0 if is_in_a_hurry else self.pause_seconds()):
             if key.fd == self.signals.fileno():
                 self.signals.drain()
+            elif isinstance(key.data, RunningPush):
+                self.pushes.finish(key.fd)
             elif isinstance(key.data, Worker):
                 if not self.is_given_up():
                     self._hear(key.data)
@@ -340,6 +348,7 @@ class _Pool:
         is_busy = self.active or self.starting or self.later or self.waiting
         if not is_busy and not self.signals.received and (line := self.held.describe_untold()):
             self.display.say(line)
+        waiting |= self.pushes.describe()
         self.display.update(
             {run.full_name: attempt.files for run, attempt, _ in self.active.values()},
             waiting,
@@ -353,6 +362,7 @@ class _Pool:
         """Ask what runs to checkpoint and to leave, and wait; any signal beyond `num_signals` ends
         it at once.
         """
+        self.pushes.end()
         self._end_starting()
         self.waiting += [one.run for one in self.later]
         self.later = []
@@ -390,10 +400,13 @@ class _Pool:
         else:
             self.result.completed.append(run.full_name)
             self.display.finished(run.full_name, "repaired" if run.is_repair else "completed")
+            if not self.signals.received:
+                self.pushes.add(run.selected)
         self._keep(attempt.worker)
 
     def close(self) -> None:
         """Let go of the workers, and of what watches the processes."""
+        self.pushes.end()
         self.workers.close()
         for pidfd in self.active:
             os.close(pidfd)

@@ -17,7 +17,7 @@ from runner.run.failures import is_address_in_use
 from runner.run.paths import RunPaths
 from runner.run.record import DETERMINISTIC_KINDS, AskedBase, Attempt, Failure
 
-Action = Literal["launch", "skip", "refuse"]
+Action = Literal["launch", "push", "skip", "refuse"]
 MAX_BACKOFF_SECONDS: Final = 600.0
 MAX_FRUITLESS: Final = 3  # preempted attempts in a row of which none left a newer checkpoint
 
@@ -75,6 +75,8 @@ def decide(
     # Of a failure: its hint would come before what is said here.
     first_line = status.why.partition("\n")[0]
     why = f"{status.state}: {first_line}"
+    if status.state == "completed" and status.push_to is not None:
+        return Decision("push", f"to {status.push_to}")
     if status.state in ("completed", "running"):
         return Decision("skip", why)
     if status.state in ("changed", "damaged"):

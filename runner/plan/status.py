@@ -83,6 +83,8 @@ class RunStatus(Fact):
     inputs_touched: tuple[Shown, ...] = ()
     inputs_unread: tuple[Shown, ...] = ()
     inputs_missing: tuple[Shown, ...] = ()  # paths without which nothing is launched
+    push_to: Shown | None = None  # the repository that a completed run still has to be sent to
+    push_failure: Shown | None = None  # of the last try
 
     @property
     def notes(self) -> str:
@@ -114,6 +116,9 @@ class RunStatus(Fact):
         if self.pending_uploads:
             failure = f" ({self.upload_failure})" if self.upload_failure else ""
             notes.append(f"not in remote storage: {', '.join(self.pending_uploads)}{failure}")
+        if self.push_to is not None:
+            said = "pending" if self.push_failure is None else f"failed: {self.push_failure}"
+            notes.append(f"push to {self.push_to} {said}")
         return "; ".join(notes)
 
 
@@ -279,6 +284,7 @@ def _derive_readable(
         if damage := find_other_sizes(manifest, sizes):
             return RunStatus(state="damaged", why=describe_damage(damage), damage=damage, **known)
         known["is_model_removed"] = is_model_removed(manifest, sizes)
+        known |= _find_push(facts)
         return RunStatus(state="completed", why=f"stopped by {result.stop_reason}", **known)
     if facts.is_result_lost:
         damage = {facts.paths.result_path.name: "is missing"}
@@ -303,6 +309,17 @@ def _derive_readable(
     return RunStatus(
         state="failed", why=f"{failure.kind}: {failure.message}", failure=failure, **known
     )
+
+
+def _find_push(facts: RunFacts) -> dict[str, str | None]:
+    """The push that a completed run still waits for, as the recipe of its first attempt asks for
+    it.
+    """
+    stored, push = facts.stored, facts.push
+    repo_id = stored.recipe.tracking.push_to if stored is not None else None
+    if repo_id is None or (push is not None and push.state == "pushed"):
+        return {}
+    return {"push_to": repo_id, "push_failure": None if push is None else push.failure}
 
 
 def verify_records(facts: RunFacts, status: RunStatus) -> RunStatus:

@@ -8,6 +8,7 @@ are in `parse`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import date
 from functools import cache
@@ -473,6 +474,13 @@ Tracker = Literal[
 ]
 
 
+# As the hub takes them; a name without an owner is whatever the token's owner has.
+HUB_REPOSITORY: Final = re.compile(
+    r"(?!.*(?:--|\.\.))(?!.*\.git$)[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+    r"/[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+)
+
+
 class TrackingSection(Section):
     """Experiment trackers by their Transformers names, and where the tuned model may be pushed."""
 
@@ -485,8 +493,38 @@ class TrackingSection(Section):
     log_steps: Positive = 1  # trackers get every so many steps; metrics.jsonl has all
     # What Weights & Biases gets of the model.
     log_model: Literal["none", "end", "checkpoint"] = "none"
-    hub_model_id: str | None = None  # where `runner export --push` sends the model
+    hub_model_id: str | None = None  # where `runner export --push` and `hub_push` send the model
     hub_private: bool = True
+    # When the launch side sends the model by itself.
+    hub_push: Literal["never", "end"] = "never"
+
+    @property
+    def push_to(self) -> str | None:
+        """The repository that the launch side sends the model to, None for none."""
+        return self.hub_model_id if self.hub_push == "end" else None
+
+    def copy_push(self, other: TrackingSection) -> TrackingSection:
+        """Another section with where and when this one pushes."""
+        names = ("hub_model_id", "hub_private", "hub_push")
+        return other.model_copy(update={name: getattr(self, name) for name in names})
+
+    @model_validator(mode="after")
+    def _names_a_repository(self) -> Self:
+        if self.hub_push == "never":
+            return self
+        if self.hub_model_id is None:
+            raise ValueError(
+                "`hub_push: end` needs a repository of the run's own beside it, such as"
+                " `hub_model_id: OWNER/NAME`; in the template of a grid"
+                ' `hub_model_id: {{ ("OWNER/" ~ name) | yaml }}`'
+            )
+        if not HUB_REPOSITORY.fullmatch(self.hub_model_id):
+            raise ValueError(
+                f"`hub_model_id: {self.hub_model_id}` is no repository on the hub: expected"
+                " OWNER/NAME, each of at most 96 letters, digits and . _ - that begins and ends"
+                " with a letter, a digit or _, without `--`, `..` and `.git` at the end"
+            )
+        return self
 
 
 if TYPE_CHECKING:  # the generated fields are typed at run time only

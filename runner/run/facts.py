@@ -32,12 +32,14 @@ from runner.run.record import (
     Attempt,
     Failure,
     Progress,
+    PushRecord,
     RunRecord,
     StopRequest,
     StoredRecipe,
     TrainResult,
     load_failure,
     load_progress,
+    load_push,
     load_record,
     load_result,
     load_stop_request,
@@ -67,7 +69,7 @@ class Found:
 
 
 RunPart = Literal[
-    "lease", "ranks", "record", "recipe", "result", "stop", "uploads", "quarantine", "files"
+    "lease", "ranks", "record", "recipe", "result", "stop", "push", "uploads", "quarantine", "files"
 ]
 LastAttemptPart = Literal["log", "progress", "failure", "upload_rows"]
 Part = RunPart | LastAttemptPart | Literal["samples"]
@@ -150,6 +152,14 @@ class RunFacts:
         """The request to stop an attempt; None also where it cannot be read."""
         request: StopRequest | None = self._get("stop")
         return request
+
+    @property
+    def push(self) -> PushRecord | None:
+        """The last push to the hub that was asked for; None also where its record cannot be read:
+        a push can be repeated, and says nothing of the run.
+        """
+        push: PushRecord | None = self.found["push"].content
+        return push
 
     @property
     def progress(self) -> Progress | None:
@@ -241,6 +251,7 @@ def read_facts(
         "recipe": read_stored_recipe(paths, known.get("recipe")),
         "result": read("result", paths.result_path, lambda: load_result(paths)),
         "stop": read("stop", paths.stop_path, lambda: load_stop_request(paths)),
+        "push": read("push", paths.push_path, lambda: load_push(paths)),
         "uploads": _find(
             lambda: [name for name in list_folder(paths.uploads_dir) if name.endswith(".zip")]
         ),

@@ -43,6 +43,18 @@ class RunPaths:
         return self.run_dir / "result.json"
 
     @property
+    def push_path(self) -> Path:
+        """The last push to the hub that was asked for, no clock values; written by the process that
+        pushes, and no part of the run's result.
+        """
+        return self.run_dir / "push.json"
+
+    @property
+    def push_lock_path(self) -> Path:
+        """Locked by the process that pushes."""
+        return self.run_dir / "push"
+
+    @property
     def samples_path(self) -> Path:
         """Ids and hashes of the rows trained and evaluated on."""
         return self.run_dir / "samples.json"
@@ -185,6 +197,11 @@ class AttemptPaths:
         return self.attempt_dir / "base.json"
 
     @property
+    def push_log_path(self) -> Path:
+        """What the push that followed this attempt printed."""
+        return self.attempt_dir / "push.txt"
+
+    @property
     def uploads_path(self) -> Path:
         """How each upload to the remote storage ended."""
         return self.attempt_dir / "uploads.jsonl"
@@ -198,6 +215,12 @@ def marker_path(checkpoint_dir: Path) -> Path:
 def content_cache_path(output_root: Path) -> Path:
     """Content hashes by size, mtime, ctime and inode, shared by all runs under one output root."""
     return output_root / ".content_hashes.json"
+
+
+def list_push_paths(output_root: Path) -> list[Path]:
+    """`push.json` of every run under one output root, but for those that were moved aside."""
+    found = output_root.glob(f"*/*/{RunPaths(Path()).push_path.name}")
+    return sorted(path for path in found if not path.parent.parent.name.startswith("."))
 
 
 def recipe_cache_path(output_root: Path) -> Path:

@@ -551,6 +551,27 @@ def load_progress(path: Path) -> Progress | None:
         return None
 
 
+class PushRecord(Fact):
+    """`push.json`: the last push to the hub that was asked for."""
+
+    state: Literal["pending", "pushed", "failed"]
+    repo_id: Shown
+    # Of the names and contents of what is sent; None: it was not looked at.
+    files_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    commit: Shown | None = None  # that holds the files, once they are pushed
+    failure: Shown | None = None  # without secrets
+
+
+def load_push(paths: RunPaths) -> PushRecord | None:
+    """The last push that was asked for; None where there was none."""
+    return _load_fact(paths.push_path, PushRecord)
+
+
+def write_push(paths: RunPaths, record: PushRecord) -> None:
+    """Replace `push.json`; only the holder of the lock beside it may."""
+    write_json_atomic(paths.push_path, record.model_dump(mode="json"))
+
+
 # By number, a backspace, a form feed, a carriage return.
 _SPELLED_CONTROL: Final = re.compile(r"\\[ubfr]")
 

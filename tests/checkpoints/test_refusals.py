@@ -82,6 +82,7 @@ MAY_CHANGE = {
     "tracking.log_model": "a copy",
     "tracking.hub_model_id": "where `runner export` sends the model",
     "tracking.hub_private": "where `runner export` sends the model",
+    "tracking.hub_push": "when the model is sent",
 }
 
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from runner.files import load_json
 from runner.model.weights import ExportError
-from runner.publish.export import compare_logits, load_versions
+from runner.publish.card import load_versions
+from runner.publish.export import compare_logits
 from runner.run.paths import RunPaths
 from runner.run.record import RunRecord, write_record
 from tests.conftest import Project, build_environment

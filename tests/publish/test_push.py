@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import RefusedError
-from runner.publish.export import HubTarget
+from runner.publish.push import HubTarget
 from tests.conftest import Project, build_environment
 from tests.support.fake_hub import FakeHub, Repository, fake_hub
 
@@ -20,9 +20,9 @@ from tests.support.fake_hub import FakeHub, Repository, fake_hub
 _PUSH = """\
 import os, sys
 from pathlib import Path
-from runner.publish.export import HubTarget, push_folder
+from runner.publish.push import HubTarget, list_folder, push_files
 target = HubTarget("lab/model", sys.argv[2] == "private", os.environ["HF_TOKEN"])
-print(repr(target), push_folder(Path(sys.argv[1]), target, "tests/base, recipe 0123"))
+print(repr(target), push_files(list_folder(Path(sys.argv[1])), target, "tests/base, recipe 0123"))
 """
 
 
@@ -64,6 +64,7 @@ def test_a_push_is_one_private_commit(hub: FakeHub, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"{hub.url}/lab/model/commit/" in done.stdout
     repository = hub.repositories["lab/model"]
+    assert push(hub, folder).stdout == done.stdout  # the same files again make no commit
     assert repository.is_private and repository.messages == ["tests/base, recipe 0123"]
     assert repository.files == {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -92,11 +93,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub: FakeHub, folder
 
 def test_a_refusal_of_the_hub_is_told_without_the_token(hub: FakeHub, folder: Path) -> None:
     done = push(hub, folder, token="hf_wrong")
-    assert (
-        "PushError" in done.stderr
-        and "401" in done.stderr
-        and f"hf upload lab/model {folder}" in done.stderr
-    )
+    assert "PushError" in done.stderr and "401" in done.stderr
     assert hub.repositories == {}
 
 

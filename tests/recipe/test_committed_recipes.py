@@ -209,6 +209,7 @@ MAY_BE_ABSENT = {
     *_BEHAVIOUR_BEFORE,  # what was added since the recipes were written
     "launch.stall_minutes",
     "launch.retries.stalled",
+    "tracking.hub_push",
     "data.task.system",  # of a task whose prompt says it all
 }
 

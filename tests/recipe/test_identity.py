@@ -64,6 +64,7 @@ PLACEMENT = {
     "tracking.log_model",
     "tracking.hub_model_id",
     "tracking.hub_private",
+    "tracking.hub_push",
     "training.per_device_train_batch_size",
     "evaluation.per_device_eval_batch_size",
 }
@@ -118,6 +119,7 @@ KINDS: list[tuple[str, ...]] = [
 PLACEMENT_KINDS: list[tuple[str, ...]] = [
     ("checkpoints.remote={url: 'memory://checkpoints'}",),
     ("launch.num_processes=2",),
+    ("tracking.hub_model_id=lab/model",),
 ]
 
 

@@ -5,6 +5,7 @@ from its requests.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,21 @@ class Repository:
     files: dict[str, bytes] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
+    @property
+    def head(self) -> str:
+        """The newest commit."""
+        return f"{len(self.messages):040x}"
+
+
+@dataclass
+class Hold:
+    """Requests that are not answered, or whose answer is not sent, until the test lets them go."""
+
+    path: str  # a part of it
+    is_after: bool  # what was asked for is done first
+    reached: threading.Event = field(default_factory=threading.Event)
+    go: threading.Event = field(default_factory=threading.Event)
+
 
 @dataclass
 class FakeHub:
@@ -31,6 +47,25 @@ class FakeHub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     url: str = ""
+    holds: list[Hold] = field(default_factory=list)
+
+    def hold(self, path: str, *, is_after: bool = False) -> Hold:
+        """From now on, requests whose path holds this text wait."""
+        self.holds.append(Hold(path, is_after))
+        return self.holds[-1]
+
+    def let_go(self) -> None:
+        """Answer whatever waits, and hold nothing more."""
+        holds, self.holds = self.holds, []
+        for hold in holds:
+            hold.go.set()
+
+    def wait_at(self, path: str, *, is_after: bool) -> None:
+        """In a request: until the test lets it go."""
+        for hold in list(self.holds):
+            if hold.path in path and hold.is_after == is_after:
+                hold.reached.set()
+                hold.go.wait()
 
     def environment(self, token: str | None = None) -> dict[str, str]:
         """What a process needs to talk to this hub."""
@@ -70,13 +105,15 @@ class FakeHub:
                     "path": one["path"],
                     "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular",
                     "shouldIgnore": False,
+                    **self._find_oid(name, one["path"]),
                 }
                 for one in json.loads(body)["files"]
             ]
             return {"files": files}
         if action == "commit":
             self._commit(self.repositories[name], body)
-            return {"commitUrl": f"{self.url}/{name}/commit/c0ffee", "commitOid": "c0ffee"}
+            head = self.repositories[name].head
+            return {"commitUrl": f"{self.url}/{name}/commit/{head}", "commitOid": head}
         if action == "tree":
             files = self.repositories[name].files
             return [
@@ -86,9 +123,18 @@ class FakeHub:
         return {
             "id": name,
             "private": self.repositories[name].is_private,
-            "sha": "0" * 40,
+            "sha": self.repositories[name].head,
             "siblings": [],
         }
+
+    def _find_oid(self, name: str, path: str) -> dict[str, str]:
+        """By which the client sees that a file is there already."""
+        content = self.repositories[name].files.get(path)
+        if content is None:
+            return {}
+        if path.endswith(".safetensors"):
+            return {"oid": hashlib.sha256(content).hexdigest()}
+        return {"oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
 
     def _commit(self, repository: Repository, body: bytes) -> None:
         for line in body.splitlines():
@@ -115,9 +161,11 @@ def fake_hub() -> Iterator[FakeHub]:
             path = self.path.partition("?")[0]
             shown = self.headers.get("Authorization")
             is_known = path.startswith("/lfs/") or shown == f"Bearer {hub.token}"
+            hub.wait_at(path, is_after=False)
             answer = (
                 hub.answer(path, body) if is_known else {"error": f"nobody has the token {shown}"}
             )
+            hub.wait_at(path, is_after=True)
             content = json.dumps(answer).encode()
             self.send_response(200 if is_known else 401)
             self.send_header("Content-Type", "application/json")
@@ -137,6 +185,7 @@ def fake_hub() -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        hub.let_go()
         server.shutdown()
         thread.join()
         server.server_close()

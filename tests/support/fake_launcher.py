@@ -61,7 +61,7 @@ launch:
 # is wrong with one.
 ACCELERATE: Final = """\
 #!{python} -IS
-import faulthandler, json, os, signal, subprocess, sys, time
+import faulthandler, hashlib, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 home = Path(os.environ["FAKE_HOME"])
@@ -157,12 +157,26 @@ def tell_started(pid):
         stream.write(f"{{run_dir.name}} {{pid}}\\n")
 
 
-def complete(digest):
+def write_model():
+    contents = {{"model/config.json": b'{{"a": 1}}\n', "model/model.safetensors": bytes(range(256)),
+                "model/tokenizer.json": run_dir.name.encode()}}
+    (run_dir / "model").mkdir(exist_ok=True)
+    for name, content in contents.items():
+        (run_dir / name).write_bytes(content)
+    return {{name: dict(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+            for name, content in contents.items()}}
+
+
+def complete(digest, words=""):
     score = dict(num_rows=1, num_completion_tokens=1, num_tokens=1, num_bytes=1,
                  completion_nll_sum=1.0, nll_sum=1.0)
     result = dict(recipe_digest=digest, outcome="completed", stop_reason="max_steps", num_steps=2,
                   best_step=2, best_metric=1.0, metric="nll_per_completion_token", num_train_rows=1,
                   base={{"test": score}}, tuned={{"test": score}})
+    if words == "model":  # with a manifest
+        result["files"] = write_model()
+        plain = json.dumps(result, sort_keys=True, separators=(",", ":"))
+        result["result_sha256"] = hashlib.sha256(plain.encode()).hexdigest()
     (run_dir / "result.json").write_text(json.dumps(result))
 
 
@@ -174,7 +188,7 @@ if verb == "wait":  # until the test opens the pipe; then what stands behind it,
     open(home / "go" / run_dir.name).read()
     verb, _, words = (words or "complete").partition(" ")
 if verb == "complete":
-    complete(digest)
+    complete(digest, words)
 elif verb == "hang":
     tell_started(os.getpid())
     signal.pause()

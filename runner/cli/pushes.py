@@ -1,0 +1,97 @@
+"""Pushes to the hub by the verbs that launch runs: refused before anything starts, sent where they
+are pending, and named at the end where they still are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from runner.errors import CorruptFileError
+from runner.launch.pushes import push_now
+from runner.plan.pushes import (
+    PlannedPush,
+    describe_other_push,
+    find_push_to,
+    refuse_pushes,
+)
+from runner.plan.select import Selected
+from runner.plan.status import RunStatus, read_status
+from runner.run.facts import RunFacts
+
+_NUM_NOTED: Final = 5
+
+
+@dataclass
+class PushPlan:
+    """What is known of the pushes of the selected runs while each of them is decided on."""
+
+    needs_token: bool = True  # in this environment
+    planned: list[PlannedPush] = field(default_factory=list)
+    to_send: list[Selected] = field(default_factory=list)  # completed runs
+    notes: list[str] = field(default_factory=list)
+
+    def add(
+        self, selected: Selected, facts: RunFacts, *, is_due: bool, is_fresh: bool = False
+    ) -> None:
+        """Note where a run will be pushed to. `is_due`: it is launched or pushed now."""
+        with contextlib.suppress(CorruptFileError, OSError):  # its state says so
+            repo_id = find_push_to(facts, selected.recipe, is_fresh=is_fresh)
+            if repo_id is not None:
+                self.planned.append(
+                    PlannedPush(selected.full_name, selected.paths, repo_id, is_due)
+                )
+            if not is_fresh and (other := describe_other_push(facts, selected.recipe)):
+                self.notes.append(f"{selected.full_name}: {other}")
+
+    def refuse(self) -> None:
+        """Say what differs from the recipes, and refuse what cannot be pushed.
+
+        Raises:
+            RefusedError: with every problem.
+        """
+        refuse_pushes(self.planned, os.environ if self.needs_token else None)
+        for note in self.notes[:_NUM_NOTED]:
+            print(f"note: {note}; `runner export RUN --push` pushes by hand", file=sys.stderr)
+        if len(self.notes) > _NUM_NOTED:
+            print(f"note: and so in {len(self.notes) - _NUM_NOTED} more runs", file=sys.stderr)
+
+
+def send_pushes(selected: Sequence[Selected]) -> None:
+    """Push completed runs one after the other, and say on stderr how each ended."""
+    for one in selected:
+        print(f"{one.full_name}  is pushed", file=sys.stderr, flush=True)
+        try:
+            said = push_now(one)
+        except (CorruptFileError, OSError) as error:
+            said = f"completed, but not pushed: {error}"
+        print(f"{one.full_name}  {said or 'has nothing to push any more'}", file=sys.stderr)
+
+
+def print_unpushed(selected: Iterable[Selected]) -> int:
+    """Say on stderr which completed runs are still to be pushed, and how; how many there are."""
+    count = 0
+    for one in selected:
+        facts = one.read_facts()
+        status = read_status(facts, one.recipe, {})
+        if status.state != "completed" or status.push_to is None:
+            continue
+        count += 1
+        again = shlex.join(["runner", "export", str(one.paths.run_dir), "--push"])
+        print(
+            f"{one.full_name} is completed and not on the hub: {describe_push(status)}\n"
+            f"  hint: {again}  # or the same command again",
+            file=sys.stderr,
+        )
+    return count
+
+
+def describe_push(status: RunStatus) -> str:
+    """Where a push goes, and why it has not ended."""
+    why = "" if status.push_failure is None else f": {status.push_failure}"
+    return f"the push to {status.push_to} is pending{why}"

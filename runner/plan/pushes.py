@@ -1,0 +1,189 @@
+"""Pushes to the hub that the launch side will make by itself, and what is wrong with them, found
+before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from runner.errors import CorruptFileError, RefusedError
+from runner.recipe.parse import Recipe
+from runner.run.facts import RunFacts
+from runner.run.paths import RunPaths, find_output_root, list_push_paths
+from runner.run.record import load_push
+
+# Of examples and templates. Whatever begins with `your` is one, too.
+_PLACEHOLDER_OWNERS: Final = frozenset(
+    {
+        *("owner", "user", "username", "user-name", "hf-username"),
+        *("org", "organisation", "organization", "my-org", "my-organisation", "my-organization"),
+        *("my-name", "my-username", "namespace", "example", "placeholder", "changeme", "todo"),
+    }
+)
+_NUM_SHOWN: Final = 5
+_HINT: Final = (
+    'in the template of a grid, `hub_model_id: {{ ("OWNER/" ~ name) | yaml }}` with your own'
+    " OWNER gives each run a repository of its own; for one run,"
+    " `runner launch RECIPE tracking.hub_model_id=OWNER/NAME`"
+)
+TOKEN_HINT: Final = (
+    "set HF_TOKEN in the environment; it is read from nowhere else and stored nowhere"
+)
+
+
+@dataclass(frozen=True)
+class PlannedPush:
+    """A run whose model will be pushed once it is completed, or is to be pushed now."""
+
+    full_name: str
+    paths: RunPaths
+    repo_id: str
+    is_due: bool  # the run is launched or pushed now
+
+
+def find_push_to(facts: RunFacts, recipe: Recipe, *, is_fresh: bool = False) -> str | None:
+    """The repository that a run will be pushed to, None for none: as the recipe says that its first
+    attempt recorded, before that and `is_fresh` as its recipe says today. None also where it was
+    pushed.
+
+    Raises:
+        CorruptFileError, OSError: the records of the run cannot be read.
+    """
+    if is_fresh or not facts.attempts or facts.stored is None:
+        return recipe.tracking.push_to
+    if facts.push is not None and facts.push.state == "pushed":
+        return None
+    return facts.stored.recipe.tracking.push_to
+
+
+def describe_other_push(facts: RunFacts, recipe: Recipe) -> str | None:
+    """What the recorded recipe says of the push where today's says another thing; None where they
+    agree, or neither pushes.
+
+    Raises:
+        CorruptFileError, OSError: the records of the run cannot be read.
+    """
+    if not facts.attempts or facts.stored is None:
+        return None
+    recorded, today = facts.stored.recipe.tracking, recipe.tracking
+    if recorded.push_to == today.push_to:
+        return None
+    said = [
+        f"`hub_push: {one.hub_push}`" + (f", {one.push_to}" if one.push_to is not None else "")
+        for one in (recorded, today)
+    ]
+    return f"its first attempt recorded {said[0]}, which holds; the recipe says {said[1]} now"
+
+
+def find_placeholder(repo_id: str) -> str | None:
+    """The owner of a repository where it is a placeholder.
+
+    >>> find_placeholder("your-organisation/model"), find_placeholder("lab/your-model")
+    ('your-organisation', None)
+    """
+    owner, slash, _ = repo_id.rpartition("/")
+    folded = owner.casefold().replace("_", "-")
+    is_one = folded.startswith("your") or folded in _PLACEHOLDER_OWNERS or set(owner) & set("<>{}$")
+    return owner if slash and is_one else None
+
+
+def refuse_pushes(planned: Sequence[PlannedPush], environment: Mapping[str, str] | None) -> None:
+    """Refuse pushes that would delete each other's weights, go nowhere or need a token. Nothing is
+    refused where none is due. `environment` has the token; None: it is given elsewhere.
+
+    Raises:
+        RefusedError: with every problem.
+    """
+    if not any(one.is_due for one in planned):
+        return
+    lines = [*_find_shared(planned), *_find_placeholders(planned)]
+    hints = [_HINT] if lines else []
+    if environment is not None and not environment.get("HF_TOKEN", "").strip():
+        lines.append("HF_TOKEN is not set, and a push needs a token with write access")
+        hints.append(TOKEN_HINT)
+    if not lines:
+        return
+    raise RefusedError(
+        "nothing is started, as `tracking.hub_push: end` cannot be carried out:\n"
+        + "\n".join(f"  {line}" for line in lines),
+        hint="\n      ".join(hints),
+    )
+
+
+def _find_shared(planned: Sequence[PlannedPush]) -> Iterator[str]:
+    """A line for each repository that several runs would be pushed to, or that holds another run of
+    the same output root.
+    """
+    by_repository: dict[str, list[PlannedPush]] = {}
+    for one in planned:
+        by_repository.setdefault(one.repo_id.casefold(), []).append(one)
+    roots = dict.fromkeys(find_output_root(one.paths.run_dir) for one in planned)
+    pushed = [found for root in roots for found in _list_pushed(root)]
+    own = {one.paths.run_dir.resolve() for one in planned}
+    for folded, runs in by_repository.items():
+        others = [
+            str(run_dir)
+            for run_dir, repo_id in pushed
+            if repo_id.casefold() == folded and run_dir.resolve() not in own
+        ]
+        if len(runs) > 1:
+            names = _name(one.full_name for one in runs)
+            yield (
+                f"{names} have one `hub_model_id`, {runs[0].repo_id}:"
+                " each push would delete the weights of the one before"
+            )
+        if others:
+            yield (
+                f"{_name(one.full_name for one in runs)} would delete the weights in"
+                f" {runs[0].repo_id}: {_name(others)} was pushed there"
+            )
+
+
+def _list_pushed(output_root: Path) -> Iterator[tuple[Path, str]]:
+    """The runs that were pushed, or are to be, each with its repository; without those whose record
+    cannot be read.
+    """
+    for path in list_push_paths(output_root):
+        try:
+            record = load_push(RunPaths(path.parent))
+        except (CorruptFileError, OSError):
+            continue
+        if record is not None:
+            yield path.parent, record.repo_id
+
+
+def find_pushed_by_others(paths: RunPaths, repo_id: str) -> list[Path]:
+    """Other runs of the same output root that were pushed to a repository, or are to be."""
+    own = paths.run_dir.resolve()
+    return [
+        run_dir
+        for run_dir, other_id in _list_pushed(find_output_root(paths.run_dir))
+        if other_id.casefold() == repo_id.casefold() and run_dir.resolve() != own
+    ]
+
+
+def _find_placeholders(planned: Sequence[PlannedPush]) -> Iterator[str]:
+    by_owner: dict[str, list[PlannedPush]] = {}
+    for one in planned:
+        if (owner := find_placeholder(one.repo_id)) is not None:
+            by_owner.setdefault(owner, []).append(one)
+    for owner, runs in by_owner.items():
+        names = _name(one.full_name for one in runs)
+        yield f"{names}: `{owner}` in `hub_model_id: {runs[0].repo_id}` is a placeholder"
+
+
+def _name(names: Iterable[str]) -> str:
+    """The first of several names, and how many more there are.
+
+    >>> _name(["a"]), _name(["a", "b"])
+    ('a', 'a and b')
+    """
+    first, *more = names
+    if not more:
+        return first
+    if len(more) < _NUM_SHOWN:
+        return f"{', '.join([first, *more[:-1]])} and {more[-1]}"
+    return f"{', '.join([first, *more[: _NUM_SHOWN - 2]])} and {len(more) - _NUM_SHOWN + 2} more"
