@@ -24,6 +24,7 @@ from runner.errors import RefusedError
 from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipes
 from runner.plan.status import RunStatus, read_status, suggest_mending
+from runner.project_folder import pasteable
 from runner.recipe.contents import (
     ContentHashes,
     KnownContents,
@@ -201,7 +202,7 @@ def _start_anew(
                 continue
             num_refused += obstacle.action == "refuse"
             print(_describe_decision(one.full_name, obstacle, ()), file=stream)
-        report = shlex.join(["runner", "report", *map(str, folders.values())])
+        report = pasteable(shlex.join(["runner", "report", *map(str, folders.values())]))
         print(f"moved   {_count(moved)}; the numbers: {report}", file=stream)
     decision = Decision("launch", "pending: never started")
     launches = []

@@ -142,14 +142,14 @@ def _expand(arguments: Sequence[str]) -> list[Path]:
             if path.exists()
             else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
         )
-        files = [file for one in named for file in _expand_folder(one)]
+        files = [file for one in named for file in expand_folder(one)]
         if not files:
             raise RunnerError(f"{argument!r} names no recipe", hint=suggest_path(path))
         paths += files
     return paths
 
 
-def _expand_folder(path: Path) -> list[Path]:
+def expand_folder(path: Path) -> list[Path]:
     """The recipes in a folder, else the run directories in it; without hidden ones: those were
     moved aside.
     """
