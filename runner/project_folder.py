@@ -25,8 +25,9 @@ MARKER_TEXT: Final = """\
 """
 _MAX_SETTINGS_BYTES: Final = 65_536
 
-# Where the user is while another folder, the project, is the current one.
+# Where the user is while another folder, the project, is the current one; and the project.
 _user_folder: Path | None = None
+_project: Path | None = None
 
 
 def is_project(folder: Path) -> bool:
@@ -93,14 +94,14 @@ def check_settings(project: Path) -> None:
 @contextlib.contextmanager
 def entering(project: Path) -> Iterator[None]:
     """The project is the current folder meanwhile."""
-    global _user_folder
-    before = _user_folder
-    _user_folder = Path.cwd()
+    global _user_folder, _project
+    before = _user_folder, _project
+    _user_folder, _project = Path.cwd(), project
     try:
         with contextlib.chdir(project):
             yield
     finally:
-        _user_folder = before
+        _user_folder, _project = before
 
 
 def find_user_folder() -> Path | None:
@@ -110,6 +111,6 @@ def find_user_folder() -> Path | None:
 
 def pasteable(command: str) -> str:
     """A command, with relative paths of the project, as it can be pasted where the user is."""
-    if _user_folder is None:
+    if _project is None:
         return command
-    return f"cd {shlex.quote(os.getcwd())} && {command}"
+    return f"cd {shlex.quote(str(_project))} && {command}"

@@ -39,6 +39,8 @@ _NAMED: Final = ("paths", "recipe", "run", "run_dir", "a", "b", "grid")
 # A word or a path, and what is written.
 _LOADED: Final = ("resume", "checkpoint")
 _WRITTEN: Final = ("output_root", "html", "rows", "figures", "output")
+# Beginnings of what is no name of a run or a grid.
+_SURELY_PATH: Final = ("/", "./", "../")
 # What ran is compared by what the runs recorded, so that runs of several projects may be.
 _READ_RECORDS_ONLY: Final = ("report", "power", "compare")
 
@@ -226,13 +228,10 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _list_paths(text: str) -> list[Path]:
     """The absolute paths that a text stands for in the current folder; none for a name."""
-    if os.path.exists(text) or _is_surely_path(text):
+    if os.path.exists(text):
         return [_make_absolute(Path(text))]
-    return [_make_absolute(Path(name)) for name in _glob(text)]
-
-
-def _is_surely_path(text: str) -> bool:
-    return text.startswith(("/", "./", "../"))
+    matches = _glob(text) or ([text] if text.startswith(_SURELY_PATH) else [])
+    return [_make_absolute(Path(name)) for name in matches]
 
 
 def _glob(text: str) -> list[str]:
@@ -267,13 +266,13 @@ def _say_from_inside(arguments: argparse.Namespace, here: Path, project: Path) -
 
 
 def _say_named(text: str, here: Path, project: Path) -> str:
-    if os.path.exists(text) or _is_surely_path(text):
+    if os.path.exists(text):
         return _say(_make_absolute(Path(text)), project)
-    if not _glob(text):
-        return text
-    # What the folders above are called is no pattern.
-    pattern = os.path.normpath(os.path.join(glob.escape(str(here)), text))
-    return pattern.removeprefix(f"{glob.escape(str(project))}/")
+    if _glob(text):
+        # What the folders above are called is no pattern.
+        pattern = os.path.normpath(os.path.join(glob.escape(str(here)), text))
+        return pattern.removeprefix(f"{glob.escape(str(project))}/")
+    return _say(_make_absolute(Path(text)), project) if text.startswith(_SURELY_PATH) else text
 
 
 def _say(path: Path, project: Path) -> str:

@@ -8,7 +8,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from runner.errors import RunnerError
-from runner.project_folder import pasteable
 
 if TYPE_CHECKING:
     from runner.report.effects import Report
@@ -40,7 +39,7 @@ def write_report_pages(arguments: argparse.Namespace, report: Report) -> None:
     words += ["--without-rows"] if arguments.without_rows else []
     options = PageOptions(
         with_rows=not arguments.without_rows,
-        command=pasteable(shlex.join([*words, "--html", "report.html"])),
+        command=shlex.join([*words, "--html", "report.html"]),
     )
     lines = write_pages(
         report, options, page=arguments.html, figures=arguments.figures, rows=arguments.rows

@@ -15,7 +15,6 @@ from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Final, TypeVar
 
-from runner.project_folder import pasteable
 from runner.report.build import MAX_VALUES_ALL_PAIRS
 from runner.report.effects import AxisEffects, Cell, Effect, Report
 from runner.report.rows import (
@@ -267,7 +266,7 @@ def _list_reasons(effects: AxisEffects, *, with_single: bool) -> Iterator[str]:
         yield f"one seed: {ROWS_ONLY}"
     elif single:
         runs = [cell.runs[0].recipe.run.full_name for cell in single[0].pairs[0]]
-        command = f"`{pasteable(f'runner compare {runs[0]} {runs[1]}')}`"
+        command = f"`runner compare {runs[0]} {runs[1]}`"
         yield f"one seed, so no verdict; over rows only: {command}"
 
 

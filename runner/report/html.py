@@ -23,7 +23,6 @@ from markupsafe import Markup, escape
 
 from runner.errors import RefusedError, escape_controls
 from runner.files import write_bytes_atomic, write_text_atomic
-from runner.project_folder import pasteable
 from runner.report.curves import draw_curves
 from runner.report.declared import judge, list_declared
 from runner.report.drawing import Drawing
@@ -403,7 +402,7 @@ def _list_commands(grids: Sequence[str], options: PageOptions) -> list[str]:
     """The commands that lead to the same page."""
     lines = []
     for grid in grids:
-        lines += [pasteable(f"runner render {grid}"), pasteable(f"runner sweep recipes/{grid}")]
+        lines += [f"runner render {grid}", f"runner sweep recipes/{grid}"]
     return [*lines, options.command] if options.command else lines
 
 

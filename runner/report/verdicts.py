@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from runner.project_folder import pasteable
 from runner.report.cells import describe_at
 from runner.report.comparability import questions_the_axis
 from runner.report.effects import AxisEffects, Effect, Equivalence, Report
@@ -264,19 +263,18 @@ def _tell_single_seeds(report: Report) -> list[str]:
             one = rows_only[0]
             first, second = (f"{one.axis}={axis_text(v)}" for v in (one.reference, one.compared))
             axes = ", ".join(dict.fromkeys(each.axis for each in rows_only))
-            shows = pasteable(f"runner compare {first} {second} --grid {grid}")
             of_grid = [cell for cell in report.cells if cell.grid == grid]
             if any(len(cell.runs) > 1 for cell in of_grid):
                 missing = [reason for cell in of_grid for reason in cell.missing]
                 sentences.append(
                     f"{grid} has too few seeds with a score to say anything of {axes}:"
-                    f" {_name_some(missing)}; `{shows}` shows"
+                    f" {_name_some(missing)}; `runner compare {first} {second} --grid {grid}` shows"
                     " what differs between the models that there are (rows only, no verdict)."
                 )
                 continue
             sentences.append(
                 f"{grid} has one seed for each cell, so nothing is said of {axes}: another seed may"
-                f" give another difference; `{shows}` shows"
+                f" give another difference; `runner compare {first} {second} --grid {grid}` shows"
                 " what differs between these trained models (rows only, no verdict)."
             )
     return sentences
