@@ -504,7 +504,7 @@ def _add_paths(
 
 def _add_output_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output-root", type=Path, default=Path("runs"), metavar="DIR", help="default: runs"
+        "--output-root", type=Path, metavar="DIR", help="default: runs, in the project"
     )
 
 

@@ -19,6 +19,7 @@ from runner.errors import RefusedError
 from runner.plan.decide import Decision
 from runner.plan.select import Selected
 from runner.plan.status import RunStatus, read_status
+from runner.project_folder import pasteable
 from runner.run.facts import read_facts
 from runner.run.paths import RunPaths, changed_runs_dir
 from runner.run.record import now_utc
@@ -69,9 +70,9 @@ def describe_changed(changed: Sequence[ChangedRun], arguments: argparse.Namespac
         named = [*grids] if arguments.overrides else command[2:]
         lines = [*_count_keys(changed), _name_some(changed, ["runner", "status", *named])]
     if not arguments.fresh:
-        lines.append(f"the numbers: {shlex.join(['runner', 'report', *grids])}")
+        lines.append(f"the numbers: {pasteable(shlex.join(['runner', 'report', *grids]))}")
         lines.append(
-            f"{shlex.join([*command, '--fresh'])}"
+            f"{pasteable(shlex.join([*command, '--fresh']))}"
             "  # moves what is changed into one dated folder and starts it anew"
         )
     return lines
@@ -101,7 +102,8 @@ def _name_some(changed: Sequence[ChangedRun], status: Sequence[str]) -> str:
     named = ", ".join(names[:_MAX_NAMED])
     if len(names) <= _MAX_NAMED:
         return named
-    return f"{named} and {len(names) - _MAX_NAMED} more; `{shlex.join(status)}` names all"
+    command = pasteable(shlex.join(status))
+    return f"{named} and {len(names) - _MAX_NAMED} more; `{command}` names all"
 
 
 def choose_folders(changed: Sequence[ChangedRun]) -> dict[Path, Path]:

@@ -32,6 +32,7 @@ from runner.plan.status import (
     suggest_mending,
     verify_files,
 )
+from runner.project_folder import pasteable
 from runner.recipe.contents import ContentHashes, find_contents
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import NAME_PATTERN
@@ -332,7 +333,7 @@ def _same_launch(arguments: argparse.Namespace) -> str:
         if arguments.output_root != Path("runs")
         else []
     )
-    return shlex.join(words)
+    return pasteable(shlex.join(words))
 
 
 def _parse_resume(text: str) -> str:

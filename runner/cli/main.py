@@ -91,9 +91,11 @@ def _print_error(text: str) -> None:
 
 def _call(arguments: argparse.Namespace) -> int:
     from runner.cli.commands import VERBS
+    from runner.cli.places import in_project
 
-    code = VERBS[arguments.verb](arguments)
-    sys.stdout.flush()
+    with in_project(arguments):
+        code = VERBS[arguments.verb](arguments)
+        sys.stdout.flush()
     return code
 
 

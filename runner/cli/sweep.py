@@ -35,6 +35,7 @@ from runner.plan.status import (
     read_status_unverified,
     suggest_mending,
 )
+from runner.project_folder import pasteable
 from runner.recipe.contents import ContentHashes, KnownContents, find_contents
 from runner.recipe.identity import RULES
 from runner.run.allowed_code import require_allowed, suggest_allowing
@@ -250,7 +251,7 @@ def _start_anew(
                 continue
             num_refused += obstacle.action == "refuse"
             print(_describe_decision(one.full_name, obstacle, ()), file=stream)
-        report = shlex.join(["runner", "report", *map(str, folders.values())])
+        report = pasteable(shlex.join(["runner", "report", *map(str, folders.values())]))
         print(f"moved   {_count(moved)}; the numbers: {report}", file=stream)
     decision = Decision("launch", "pending: never started")
     launches = []

@@ -423,6 +423,7 @@ def submit_array(array: ArrayJob, lease: Lease) -> str:
     Raises:
         RunnerError: Slurm does not take it.
     """
+    from runner.project_folder import name_project
     from runner.recipe.parse import dump_recipe, load_recipe
     from runner.run.record import SubmissionRecord, now_utc
 
@@ -436,7 +437,9 @@ def submit_array(array: ArrayJob, lease: Lease) -> str:
             )
     write_text_atomic(array.paths.script_path, array.script)
     submission = SubmissionRecord(
-        submitted_at_utc=now_utc(), runs=tuple(one.full_name for one in array.selected)
+        submitted_at_utc=now_utc(),
+        runs=tuple(one.full_name for one in array.selected),
+        project=name_project(Path.cwd(), array.paths.submission_dir),
     )
     write_json_atomic(array.paths.record_path, submission.model_dump(mode="json"))
     answer = _ask(

@@ -23,6 +23,7 @@ from runner.grid.recipe_files import RenderedGrid
 from runner.grid.render import render_grid
 from runner.grid.spec import list_grids
 from runner.grid.starter import SHARED_FOLDERS, TEMPLATES, find_stock_dir, require_stock_grid
+from runner.project_folder import MARKER_TEXT, SETTINGS_FILE
 from runner.recipe.parse import Recipe, parse_recipe
 
 _SAMPLE: Final = "data/demo.jsonl"
@@ -116,6 +117,7 @@ def _make_project(stock_dir: Path, target: Path, grid: str, starter: _Starter | 
             target, rendered, recipes, needs, [] if starter is None else _describe_starter(starter)
         )
         (staging_dir / "README.md").write_text(_build_readme(target, project))
+        (staging_dir / SETTINGS_FILE).write_text(MARKER_TEXT)
         (staging_dir / ".gitignore").write_text(
             _IGNORED + ("/demo_models/\n" if needs.needs_demo_models else "")
         )

@@ -33,6 +33,7 @@ from runner.launch.worker import ForkedProcess, Worker
 from runner.plan.decide import Launch
 from runner.plan.status import describe_change, find_differences, find_divisor, suggest_mending
 from runner.processes import OWNER_VARIABLE, die_with_parent, kill_processes_of
+from runner.project_folder import name_project
 from runner.recipe.identity import (
     RULES,
     derive_digest,
@@ -110,6 +111,7 @@ def prepare_run(
             contents=dict(contents),
             rules=RULES,
             commits=known,
+            project=name_project(Path.cwd(), paths.run_dir),
         )
         write_json_atomic(paths.recipe_path, content.model_dump(mode="json"))
 

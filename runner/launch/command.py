@@ -1,6 +1,6 @@
 """The exact command and environment of one attempt, from a recipe, a run directory and a placement.
 
-Pure.
+Pure, but for the folder that a command is pasted in.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from runner.errors import RefusedError
+from runner.project_folder import pasteable
 from runner.recipe.parse import Recipe, derive_accumulation
 
 # Output that is seen at once, and no thread pool of the tokenizers beside the trainer's own
@@ -99,7 +100,7 @@ class LaunchCommand:
             f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())
         ]
         tool = ["env", *removed] if removed else []
-        return " ".join([*tool, *variables, shlex.join(self.argv)])
+        return pasteable(" ".join([*tool, *variables, shlex.join(self.argv)]))
 
 
 def build_launch_command(

@@ -179,7 +179,7 @@ def _expand(arguments: Sequence[str], output_root: Path, prefer: Prefer) -> list
     paths: list[Path] = []
     for argument in arguments:
         named = find_named(argument, output_root, prefer)
-        files = [file for one in named for file in _expand_folder(one)]
+        files = [file for one in named for file in expand_folder(one)]
         if not files:
             raise RunnerError(
                 f"{argument!r} names no recipe: there is none in that folder",
@@ -189,7 +189,7 @@ def _expand(arguments: Sequence[str], output_root: Path, prefer: Prefer) -> list
     return paths
 
 
-def _expand_folder(path: Path) -> list[Path]:
+def expand_folder(path: Path) -> list[Path]:
     """The recipes in a folder, else the run directories in it; without hidden ones: those were
     moved aside.
     """

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,6 +21,7 @@ from runner.files import (
     look_at,
     write_json_atomic,
 )
+from runner.project_folder import find_user_folder
 from runner.recipe.data_files import find_source_files, list_splits, name_format
 from runner.recipe.data_section import DataSource
 from runner.recipe.parse import Recipe
@@ -287,13 +288,20 @@ def list_missing_files(recipe: Recipe) -> dict[str, str]:
     return {key: path for key, path in named.items() if not Path(path).exists()}
 
 
-def hint_at_missing(paths: Iterable[str]) -> str:
+def hint_at_missing(paths: Collection[str]) -> str:
     """How files come to be there that a recipe names."""
     if any(path.startswith(_DEMO_MODELS) for path in paths):
         return "runner demo-models  # builds the demo's models"
+    user_folder = find_user_folder()
+    found = [path for path in paths if user_folder is not None and (user_folder / path).exists()]
+    if found:
+        return (
+            f"{found[0]} is in {user_folder}, and paths are relative to the project, {Path.cwd()}:"
+            f" name the file by its whole path, {user_folder}/{found[0]}"
+        )
     return (
-        "paths are relative to the folder where `runner` is started; replace them in the recipe"
-        " template, or for one launch with an override such as data.train.path=FILE"
+        "paths are relative to the project; replace them in the recipe template, or for one launch"
+        " with an override such as data.train.path=FILE"
     )
 
 

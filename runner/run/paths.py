@@ -304,3 +304,10 @@ class SubmissionPaths:
     def recipe_path(self, full_name: str) -> Path:
         """The recipe of one run."""
         return self.recipes_dir / f"{full_name}.json"
+
+
+def find_submission(folder: Path) -> SubmissionPaths | None:
+    """The submission whose recipes of one grid are in this folder; None for any other folder."""
+    paths = SubmissionPaths(folder.parent.parent)
+    is_one = folder.parent == paths.recipes_dir and paths.record_path.exists()
+    return paths if is_one else None

@@ -254,6 +254,9 @@ class StoredRecipe(Fact):
     # Dotted key -> commit on the hub that its name stood for when the run was made; not in the
     # digest. What is missing was not recorded.
     commits: dict[Shown, Commit] = Field(default_factory=dict)
+    # The folder that its paths are relative to: the way up from the run directory, or the absolute
+    # path where that is elsewhere. Older runs do not say.
+    project: str | None = None
 
     @property
     def pinned(self) -> Recipe:
@@ -486,6 +489,7 @@ class SubmissionRecord(Fact):
     submitted_at_utc: str
     runs: tuple[str, ...]  # grid and run name, by array index
     job: str | None = None
+    project: str | None = None  # as in `recipe.json`, from the folder of the submission
 
 
 def now_utc() -> str:

@@ -1,0 +1,279 @@
+"""The project that a command is about, found by the paths among its arguments, and those paths as
+they are said inside it.
+
+A verb is called in its project: whatever it reads by a relative path is there. What is no path
+where the user is, a name or a path of the project, stays as it was typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import glob
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from runner.errors import CorruptFileError, RefusedError, RunnerError, escape_controls
+from runner.files import load_json
+from runner.plan.select import expand_folder
+from runner.project_folder import (
+    check_settings,
+    entering,
+    find_project_above,
+    is_project,
+    is_same_folder,
+    pasteable,
+)
+from runner.run.paths import RunPaths, find_submission
+
+DEFAULT_OUTPUT_ROOT: Final = Path("runs")
+# What they make is where the user says.
+_WITHOUT_PROJECT: Final = ("init", "demo-models")
+# Arguments that name recipes and runs, by which the project is found.
+_NAMED: Final = ("paths", "recipe", "run", "run_dir", "a", "b", "grid")
+# A word or a path, and what is written.
+_LOADED: Final = ("resume", "checkpoint")
+_WRITTEN: Final = ("output_root", "html", "rows", "figures", "output")
+# Beginnings of what is no name of a run or a grid.
+_SURELY_PATH: Final = ("/", "./", "../")
+# What ran is compared by what the runs recorded, so that runs of several projects may be.
+_READ_RECORDS_ONLY: Final = ("report", "power", "compare")
+
+
+@contextlib.contextmanager
+def in_project(arguments: argparse.Namespace) -> Iterator[None]:
+    """The project is the current folder meanwhile, and the arguments are said from inside it.
+
+    Raises:
+        RunnerError: the paths are of several projects, or `runner.toml` holds what nobody reads.
+    """
+    if arguments.verb in _WITHOUT_PROJECT:
+        yield
+        return
+    here = _find_current_folder()
+    project = _find_project(arguments, here)
+    check_settings(project)
+    is_here = is_same_folder(project, here)
+    if not is_here:
+        _say_from_inside(arguments, here, project)
+    if getattr(arguments, "output_root", project) is None:
+        arguments.output_root = DEFAULT_OUTPUT_ROOT
+    if is_here:
+        yield
+        return
+    print(
+        escape_controls(f"note: the project is {project}; paths are relative to it"),
+        file=sys.stderr,
+    )
+    with entering(project):
+        try:
+            yield
+        except RunnerError as error:
+            error.hint = error.hint and _make_pasteable(error.hint)
+            raise
+
+
+def _make_pasteable(hint: str) -> str:
+    """A hint whose commands can be pasted where the user is."""
+    from runner.cli.commands import VERBS
+
+    verbs = "|".join(VERBS)
+    return re.sub(
+        rf"(?m)(^ *|`|: )(runner (?:{verbs})\b)",
+        lambda match: match[1] + pasteable(match[2]),
+        hint,
+    )
+
+
+def _find_current_folder() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise RunnerError("the current folder is gone", hint="cd to a folder that is there") from (
+            None
+        )
+
+
+def _find_project(arguments: argparse.Namespace, here: Path) -> Path:
+    above = find_project_above(here) or here
+    finder = _Finder(here)
+    found: dict[Path, list[str]] = {}  # and the arguments that name something of it
+    for text in _list_named(arguments):
+        for project in finder.find(text):
+            same = next((one for one in found if is_same_folder(one, project)), project)
+            found.setdefault(same, []).append(text)
+    if len(found) > 1:
+        if arguments.verb in _READ_RECORDS_ONLY and finder.has_runs_only:
+            return above
+        raise _refuse_several(arguments.verb, found)
+    root: Path | None = getattr(arguments, "output_root", None)
+    if not found and above is here and root is not None and not is_project(here):
+        found = {project: [] for project in finder.find(f"{root}/")}
+    return next(iter(found)) if len(found) == 1 else above
+
+
+def _list_named(arguments: argparse.Namespace) -> list[str]:
+    named: list[str] = []
+    for name in _list_present(arguments, _NAMED):
+        value = getattr(arguments, name)
+        named += map(str, value if isinstance(value, list) else [value])
+    return named
+
+
+def _list_present(arguments: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
+    """Those that are paths of this verb, and given: `render` takes the name of a grid, and `masks`
+    a number of rows.
+    """
+    return [
+        name
+        for name in names
+        if isinstance(getattr(arguments, name, None), str | list | Path)
+        and (arguments.verb, name) != ("render", "grid")
+    ]
+
+
+def _refuse_several(verb: str, found: dict[Path, list[str]]) -> RefusedError:
+    lines = [f"  {project}: {', '.join(texts)}" for project, texts in found.items()]
+    hints = ["one command for each project"]
+    named = [text for texts in found.values() for text in texts]
+    if verb != "compare" and len(named) == len(set(named)):
+        hints += [shlex.join(["runner", verb, *texts]) for texts in found.values()]
+    return RefusedError(
+        f"these paths are of {len(found)} projects:\n" + "\n".join(lines),
+        hint="\n      ".join(hints),
+    )
+
+
+class _Finder:
+    """Finds the projects of paths, each recorded one that is gone told once."""
+
+    def __init__(self, here: Path) -> None:
+        self._here = here
+        self._is_told: set[str] = set()
+        self.has_runs_only = True  # of all that was asked for
+
+    def find(self, text: str) -> list[Path]:
+        """The projects of what a path or a glob names; none for what is no path here."""
+        projects: dict[Path, None] = {}
+        for path in _list_paths(text):
+            files = expand_folder(path)
+            runs = [file for file in files if RunPaths(file).recipe_path.exists()]
+            self.has_runs_only &= bool(files) and len(files) == len(runs)
+            for run_dir in runs:
+                projects[self._find_of_run(run_dir)] = None
+            # Each folder is looked at once, of however many recipes.
+            for folder in {file.parent for file in files if file not in set(runs)}:
+                projects[self._find_of_file(folder)] = None
+            if not files:
+                projects[self._find_above(path)] = None
+        return list(projects)
+
+    def _find_above(self, folder: Path) -> Path:
+        return find_project_above(folder) or self._here
+
+    def _find_of_file(self, folder: Path) -> Path:
+        submission = find_submission(folder)
+        if submission is not None:
+            content = _load(submission.record_path)
+            return self._find_recorded(submission.submission_dir, content) or self._find_above(
+                folder
+            )
+        return self._find_above(folder)
+
+    def _find_of_run(self, run_dir: Path) -> Path:
+        content = _load(RunPaths(run_dir).recipe_path)
+        return self._find_recorded(run_dir, content) or self._find_above(run_dir)
+
+    def _find_recorded(self, folder: Path, content: dict[str, Any]) -> Path | None:
+        """The project that a record in `folder` names; None where it names none, or one that is not
+        there any more.
+        """
+        text = content.get("project")
+        if not isinstance(text, str) or not text or "\0" in text:
+            return None
+        project = Path(os.path.normpath(folder.resolve() / text))
+        if project.is_dir() and (is_project(project) or _holds_any(project, content)):
+            # Under the name by which the user came here, where he came through it.
+            return next((one for one in folder.parents if is_same_folder(one, project)), project)
+        if os.path.isabs(text) and text not in self._is_told:
+            self._is_told.add(text)
+            print(
+                escape_controls(f"note: {folder} records the project {text}, which is not there"),
+                file=sys.stderr,
+            )
+        return None
+
+
+def _holds_any(project: Path, content: dict[str, Any]) -> bool:
+    """Whether a folder without a marker holds anything of what the record says was there: a run
+    directory that was copied elsewhere leads to any folder. A submission is taken at its word.
+    """
+    contents = content.get("contents", {".": ""})
+    return isinstance(contents, dict) and any(os.path.exists(project / path) for path in contents)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Empty for a record that cannot be read: it is for the verb to say so."""
+    try:
+        content = load_json(path)
+    except (CorruptFileError, OSError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _list_paths(text: str) -> list[Path]:
+    """The absolute paths that a text stands for in the current folder; none for a name."""
+    if os.path.exists(text):
+        return [_make_absolute(Path(text))]
+    matches = _glob(text) or ([text] if text.startswith(_SURELY_PATH) else [])
+    return [_make_absolute(Path(name)) for name in matches]
+
+
+def _glob(text: str) -> list[str]:
+    return sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []
+
+
+def _make_absolute(path: Path) -> Path:
+    """Links stay as they are named, but for those that a `..` leads out of."""
+    if ".." not in path.parts:
+        return path.absolute()
+    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+
+
+def _say_from_inside(arguments: argparse.Namespace, here: Path, project: Path) -> None:
+    """Every path that the user gave, as it is said in the project: below it relative, else
+    absolute.
+    """
+    for name in _list_present(arguments, _NAMED):
+        value = getattr(arguments, name)
+        if isinstance(value, list):
+            said: Any = [_say_named(text, here, project) for text in value]
+        else:
+            said = type(value)(_say_named(str(value), here, project))
+        setattr(arguments, name, said)
+    for name in _list_present(arguments, _LOADED):
+        text = getattr(arguments, name)
+        if text not in ("auto", "latest", "best") and "://" not in text:
+            setattr(arguments, name, _say_named(text, here, project))
+    for name in _list_present(arguments, _WRITTEN):
+        path = _make_absolute(getattr(arguments, name))
+        setattr(arguments, name, Path(_say(path, project)))
+
+
+def _say_named(text: str, here: Path, project: Path) -> str:
+    if os.path.exists(text):
+        return _say(_make_absolute(Path(text)), project)
+    if _glob(text):
+        # What the folders above are called is no pattern.
+        pattern = os.path.normpath(os.path.join(glob.escape(str(here)), text))
+        return pattern.removeprefix(f"{glob.escape(str(project))}/")
+    return _say(_make_absolute(Path(text)), project) if text.startswith(_SURELY_PATH) else text
+
+
+def _say(path: Path, project: Path) -> str:
+    return str(path.relative_to(project) if path.is_relative_to(project) else path)

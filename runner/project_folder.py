@@ -1,0 +1,116 @@
+"""The project folder: which one it is, how a run records it, and commands as they can be pasted
+where the user is.
+
+Every path in a recipe is relative to the project. The command line enters it before a verb, so that
+everything else reads paths relative to the current folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from runner.errors import RunnerError
+
+SETTINGS_FILE: Final = "runner.toml"
+TEMPLATES: Final = "recipe_templates"
+MARKER_TEXT: Final = """\
+# This file marks the folder as a project of `runner`: paths in recipes are relative to it, from
+# wherever `runner` is started. It has no settings yet, and no key is accepted.
+"""
+_MAX_SETTINGS_BYTES: Final = 65_536
+
+# Where the user is while another folder, the project, is the current one; and the project.
+_user_folder: Path | None = None
+_project: Path | None = None
+
+
+def is_project(folder: Path) -> bool:
+    """True for a folder that holds `recipe_templates/` or `runner.toml`."""
+    return (folder / TEMPLATES).is_dir() or (folder / SETTINGS_FILE).is_file()
+
+
+def find_project_above(folder: Path) -> Path | None:
+    """The nearest project upward from an absolute folder, itself included; None where there is
+    none.
+    """
+    return next((one for one in (folder, *folder.parents) if is_project(one)), None)
+
+
+def is_same_folder(one: Path, other: Path) -> bool:
+    """True for two names of one folder that is there."""
+    with contextlib.suppress(OSError):
+        return one.samefile(other)
+    return False
+
+
+def name_project(project: Path, folder: Path) -> str | None:
+    """The text by which `folder`, of a run or of a submission, records its project: the way up
+    where it is inside, so that both may be moved or copied together; else the absolute path.
+
+    None where no JSON file can hold the path.
+
+    >>> name_project(Path("/study"), Path("/study/runs/demo/a"))
+    '../../..'
+    >>> name_project(Path("/study"), Path("/scratch/demo/a"))
+    '/study'
+    """
+    project, folder = project.resolve(), folder.resolve()
+    if folder.is_relative_to(project):
+        return os.path.relpath(project, folder)
+    try:
+        str(project).encode()
+    except UnicodeEncodeError:
+        return None
+    return str(project)
+
+
+def check_settings(project: Path) -> None:
+    """Raises: RunnerError for a `runner.toml` that cannot be read, or that holds a key."""
+    path = project / SETTINGS_FILE
+    if not path.is_file():
+        return
+    with path.open("rb") as stream:
+        content = stream.read(_MAX_SETTINGS_BYTES + 1)
+    if len(content) > _MAX_SETTINGS_BYTES:
+        raise RunnerError(f"{path} has more than {_MAX_SETTINGS_BYTES} bytes")
+    try:
+        settings = tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RunnerError(f"{path} is no TOML: {error}") from None
+    if settings:
+        raise RunnerError(
+            f"{path}: {', '.join(settings)}: {SETTINGS_FILE} has no settings yet, it only marks the"
+            " project",
+            hint=f"take the keys out of {path}: what a run does is in its recipe and in options",
+        )
+
+
+@contextlib.contextmanager
+def entering(project: Path) -> Iterator[None]:
+    """The project is the current folder meanwhile."""
+    global _user_folder, _project
+    before = _user_folder, _project
+    _user_folder, _project = Path.cwd(), project
+    try:
+        with contextlib.chdir(project):
+            yield
+    finally:
+        _user_folder, _project = before
+
+
+def find_user_folder() -> Path | None:
+    """The folder that the user is in; None where that is the project."""
+    return _user_folder
+
+
+def pasteable(command: str) -> str:
+    """A command, with relative paths of the project, as it can be pasted where the user is."""
+    if _project is None:
+        return command
+    return f"cd {shlex.quote(str(_project))} && {command}"

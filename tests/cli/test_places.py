@@ -1,0 +1,532 @@
+"""A command works in the project of what it names, wherever it is started: it reads the same files,
+writes to the same runs, and prints commands that can be pasted where the user is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runner.cli.main import main
+from runner.files import load_json
+from runner.run.paths import RunPaths
+from tests.conftest import Project
+from tests.support.fake_launcher import BIN_DIR, FakeLauncher, fake
+
+__all__ = ["fake"]
+
+SLURM: dict[str, str] = {
+    "sbatch": "echo 17",
+    "squeue": "true",
+    "scontrol": "echo MaxArraySize = 8",
+}
+
+
+@pytest.fixture
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is no project, with other files under the names that recipes use."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "data.jsonl").write_text('{"other": "rows"}\n')
+    (folder / "cpu.yaml").write_text("use_cpu: false\n")
+    return folder
+
+
+@pytest.fixture
+def study(fake: FakeLauncher) -> FakeLauncher:
+    """A project with a run that is completed and one that is pending, and a folder `sub` in it."""
+    (fake.root / "runner.toml").touch()
+    (fake.root / "sub").mkdir()
+    fake.add("a", "bb")
+    assert main(["launch", "recipes/toy/a.yaml"]) == 0
+    return fake
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, stdout and stderr of a command; the current folder is afterwards what it was."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        before = Path.cwd()
+        code = main([*map(str, arguments)])
+        assert Path.cwd() == before
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return run
+
+
+def say_from_root(root: Path, text: str) -> str:
+    """What is said elsewhere, as it is said in the project."""
+    note = f"note: the project is {root}; paths are relative to it\n"
+    assert text.count(note) <= 1
+    return text.replace(note, "").replace(f"cd {root} && ", "")
+
+
+COMMANDS = (
+    ("status", "{}recipes/toy"),
+    ("status", "{}runs/toy", "--json"),
+    ("status", "{}runs/toy/a"),
+    ("status", "{}recipes/t*/[ab]*.yaml"),
+    ("why", "{}recipes/toy/a.yaml"),
+    ("why", "{}runs/toy/a"),
+    ("why", "{}recipes/toy/bb.yaml", "loss=completion"),
+    ("check", "--schema-only", "{}recipes"),
+    ("report", "{}runs/toy"),
+    ("compare", "{}runs/toy/a", "{}recipes/toy/bb.yaml"),
+    ("compare", "size=1", "size=2", "--grid", "{}recipes/toy"),
+    ("power", "{}recipes/toy", "--effect", "0.1"),
+    ("logs", "{}runs/toy/a"),
+    ("logs", "{}recipes/toy/bb.yaml"),
+    ("stop", "{}recipes/toy"),
+    ("sweep", "{}recipes/toy", "--dry-run"),
+    ("sweep", "{}recipes/toy", "--dry-run", "--engine", "slurm"),
+    ("sweep", "{}recipes/toy", "--list"),
+    ("launch", "{}recipes/toy/bb.yaml", "--dry-run"),
+    ("launch", "{}recipes/toy/a.yaml"),
+    ("launch", "{}recipes/toy"),
+    ("launch", "{}recipes/toy/none.yaml"),
+    ("launch", "{}recipes/toy/a.yaml", "loss=x"),
+    ("export", "{}runs/toy/a", "--output", "/nowhere/model"),
+    ("chat", "{}runs/toy/bb", "--prompt", "hello"),
+    ("masks", "{}recipes/toy/bb.yaml", "data.train.path=none.jsonl"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_command_says_the_same_wherever_it_is_started(
+    command: tuple[str, ...],
+    study: FakeLauncher,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def give(prefix: str) -> list[str]:
+        return [word.format(prefix) for word in command]
+
+    root = study.root
+    expected = said(*give(""))
+    before = study.tree()
+    for folder, prefix in (
+        (root / "sub", "../"),
+        (root / "sub", f"{root}/"),
+        (elsewhere, f"{root}/"),
+        (elsewhere, f"{os.path.relpath(root, elsewhere)}/"),
+        (Path("/"), f"{root}/"),
+    ):
+        monkeypatch.chdir(folder)
+        code, out, err = said(*give(prefix))
+        # A submission has the time and a random word in its name.
+        cut = out.find("submission=") if "slurm" in command else len(out) + 1
+        assert (code, say_from_root(root, out)[:cut], say_from_root(root, err)) == (
+            expected[0],
+            expected[1][:cut],
+            expected[2],
+        )
+        assert f"note: the project is {root}; paths are relative to it\n" in err
+    assert study.tree() == before
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["cpu.yaml", "data.jsonl"]
+
+
+def test_without_a_path_the_project_is_found_upward_from_here(
+    study: FakeLauncher,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands = (["status"], ["clean", "--dry-run"], ["why", "a"], ["compare", "a", "toy/bb"])
+    expected = [said(*command) for command in commands]
+    assert "toy/a " in expected[0][1] and expected[0][2] == ""
+    monkeypatch.chdir(study.root / "sub")
+    for command, (code, out, err) in zip(commands, expected, strict=True):
+        found = said(*command)
+        assert (found[0], found[1]) == (code, out)
+        assert say_from_root(study.root, found[2]) == err
+
+
+def test_what_is_no_path_here_is_one_of_the_project(
+    study: FakeLauncher,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = said("status", "recipes/toy")
+    monkeypatch.chdir(study.root / "sub")
+    assert said("status", "recipes/toy")[:2] == expected[:2]
+    # What is a path here is that one, whatever the project has.
+    (study.root / "sub" / "recipes" / "toy").mkdir(parents=True)
+    code, _, err = said("status", "recipes/toy")
+    assert code == 2 and "'sub/recipes/toy' names no recipe" in err
+
+
+def test_rows_are_those_of_the_project(
+    project: Project,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    project.add_model()
+    (project.root / "runner.toml").touch()
+    monkeypatch.chdir(project.root)
+    masks = said("masks", "recipe.yaml", "--rows", "1")
+    check = said("check", "recipe.yaml")
+    assert masks[0] == check[0] == 0, masks[2] + check[2]
+    monkeypatch.chdir(elsewhere)
+    assert said("masks", project.recipe_path, "--rows", "1")[:2] == masks[:2]
+    assert said("check", project.recipe_path)[:2] == check[:2]
+
+
+def test_a_launch_from_elsewhere_is_that_of_the_project(
+    study: FakeLauncher,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study.add("c", "dd")
+    root = study.root
+    assert said("launch", "recipes/toy/c.yaml")[0] == 0
+    monkeypatch.chdir(elsewhere)
+    assert said("sweep", root / "recipes" / "toy" / "dd.yaml")[0] == 0
+    stored = [load_json(study.paths(name).recipe_path) for name in ("c", "dd")]
+    assert [one["project"] for one in stored] == ["../../..", "../../.."]
+    assert stored[0]["contents"] == stored[1]["contents"]
+    assert "data.jsonl" in stored[0]["contents"]
+    attempts = [study.attempts(name)[0] for name in ("c", "dd")]
+    commands = [" ".join(one["command"]).replace("toy/c", "toy/dd") for one in attempts]
+    assert commands[0] == commands[1] and commands[0].endswith("-m runner.sft runs/toy/dd")
+    assert not (elsewhere / "runs").exists()
+    monkeypatch.chdir(root)
+    assert "completed" in said("launch", "recipes/toy/dd.yaml")[1]
+
+
+def test_a_printed_command_can_be_pasted_where_the_user_is(
+    study: FakeLauncher,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = study.root
+    recipe = root / "recipes" / "toy" / "bb.yaml"
+    monkeypatch.chdir(elsewhere)
+    _, out, _ = said("launch", recipe, "--prepare")
+    assert out.startswith(f"cd {root} && ")
+    paste(out, study)
+    assert study.paths("bb").result_path.exists()
+
+    recipe.write_text(recipe.read_text().replace("loss: full", "loss: completion"))
+    code, _, err = said("launch", recipe)
+    hint = f"cd {root} && runner launch recipes/toy/bb.yaml --fresh"
+    assert code == 2 and f"\nhint: {hint}  # " in err
+    assert f"\n          {hint.replace('launch', 'sweep')}  # " in said("sweep", recipe)[1]
+    paste(hint, study)
+    assert load_json(study.paths("bb").recipe_path)["recipe"]["loss"] == "completion"
+
+    _, _, err = said("logs", root / "recipes" / "toy" / "bb.yaml", "--attempt", "7")
+    study.add("ccc")
+    code, _, err = said("logs", root / "recipes" / "toy" / "ccc.yaml")
+    assert f"hint: cd {root} && runner launch recipes/toy/ccc.yaml  # starts it" in err
+
+
+def paste(line: str, study: FakeLauncher) -> None:
+    path = f"{study.environment['PATH']}:{BIN_DIR}"
+    subprocess.run(["bash", "-c", line], env={**study.environment, "PATH": path}, check=True)
+
+
+def test_what_the_user_names_to_be_written_or_loaded_is_relative_to_where_he_is(
+    study: FakeLauncher,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sub = study.root / "sub"
+    monkeypatch.chdir(sub)
+    (sub / "step-4.zip").touch()
+    assert said("launch", "../recipes/toy/bb.yaml", "--resume", "step-4.zip")[0] == 0
+    assert study.attempts("bb")[0]["resume"] == str(sub / "step-4.zip")
+    study.add("c")
+    assert said("launch", "../recipes/toy/c.yaml", "--resume", "latest")[0] == 0
+    assert study.attempts("c")[0]["resume"] == "latest"
+    assert said("report", "../runs/toy", "--html", "page.html")[0] == 0
+    page = (sub / "page.html").read_text()
+    # A page goes to others: it says that its commands are for the folder of the project.
+    assert "\nrunner report runs/toy " in page and str(study.root) not in page
+
+
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_an_output_root_is_relative_to_where_the_user_is(
+    is_inside: bool,
+    study: FakeLauncher,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = study.root / "sub" if is_inside else elsewhere
+    recipe = study.root / "recipes" / "toy" / "a.yaml"
+    monkeypatch.chdir(folder)
+    assert said("launch", recipe, "--output-root", "out")[0] == 0
+    run_dir = folder / "out" / "toy" / "a"
+    stored = load_json(RunPaths(run_dir).recipe_path)
+    assert stored["project"] == ("../../../.." if is_inside else str(study.root))
+    assert "completed" in said("status", "--output-root", "out", recipe)[1]
+
+    # The record counts, where nothing upward from the run is a project.
+    monkeypatch.chdir("/")
+    for path in (run_dir, run_dir.parent, f"{folder}/out/t*"):
+        code, out, err = said("status", path)
+        assert code == 0 and "completed" in out and f"note: the project is {study.root};" in err
+    assert f"note: the project is {study.root};" in said("status", "--output-root", folder)[2] or (
+        not is_inside
+    )
+    (study.root / "data.jsonl").write_text("{}\n{}\n")
+    os.utime(study.root / "data.jsonl", (1, 1))
+    assert "data.jsonl" in said("why", run_dir)[1]
+    changed = f"cd {study.root} && runner launch recipes/toy/a.yaml --output-root "
+    _, _, err = said("launch", recipe, "--output-root", folder / "out")
+    where = "sub/out" if is_inside else str(folder / "out")
+    assert f"hint: {changed}{where} --fresh" in err
+
+
+def test_a_project_that_was_moved_or_copied_is_its_own(
+    study: FakeLauncher,
+    tmp_path_factory: pytest.TempPathFactory,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copy = tmp_path_factory.mktemp("copies") / "copy"
+    shutil.copytree(study.root, copy, ignore=shutil.ignore_patterns("fake"))
+    (copy / "data.jsonl").write_text("{}\n{}\n")
+    monkeypatch.chdir("/")
+    code, out, err = said("status", copy / "runs" / "toy" / "a")
+    assert code == 0 and f"note: the project is {copy};" in err and "completed" in out
+
+    # One run alone, in a folder that is no project: where the user is, is as good as any.
+    alone = copy.parent / "runs" / "some" / "a"
+    shutil.copytree(copy / "runs" / "toy" / "a", alone)
+    monkeypatch.chdir(study.root)
+    assert said("status", alone)[2] == ""
+
+
+def test_a_recorded_project_that_is_gone_is_told(
+    study: FakeLauncher,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = study.root / "recipes" / "toy" / "a.yaml"
+    assert said("launch", recipe, "--output-root", elsewhere / "out")[0] == 0
+    moved = study.root.with_name("moved")
+    study.root.rename(moved)
+    monkeypatch.chdir(moved)
+    run_dir = elsewhere / "out" / "toy" / "a"
+    code, out, err = said("status", run_dir)
+    assert code == 0 and "completed" in out
+    assert err == f"note: {run_dir} records the project {study.root}, which is not there\n"
+    # It is the same run, and nothing of it is damaged.
+    code, out, _ = said("launch", "recipes/toy/a.yaml", "--output-root", elsewhere / "out")
+    assert code == 0 and "completed" in out
+    moved.rename(study.root)
+
+
+def test_paths_of_two_projects_are_refused(
+    study: FakeLauncher,
+    tmp_path_factory: pytest.TempPathFactory,
+    said: Callable[..., tuple[int, str, str]],
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(study.root, other, ignore=shutil.ignore_patterns("fake"), dirs_exist_ok=True)
+    code, out, err = said("status", "recipes/toy", other / "recipes" / "toy")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: these paths are of 2 projects:\n"
+        f"  {study.root}: recipes/toy\n"
+        f"  {other}: {other}/recipes/toy\n"
+        "\nhint: one command for each project\n"
+        "      runner status recipes/toy\n"
+        f"      runner status {other}/recipes/toy\n"
+    )
+    recipes = [
+        f"{root}/recipes/toy/{name}.yaml" for root, name in ((study.root, "a"), (other, "bb"))
+    ]
+    assert said("compare", *recipes)[0] == 2
+    # What ran is compared by what the runs recorded.
+    code, out, _ = said("report", "runs/toy", other / "runs" / "toy" / "a")
+    assert code == 0 and out != ""
+
+
+def test_the_nearest_project_upward_from_a_recipe_is_its_own(
+    study: FakeLauncher,
+    said: Callable[..., tuple[int, str, str]],
+) -> None:
+    inner = study.root / "sub" / "inner"
+    (inner / "recipe_templates").mkdir(parents=True)
+    shutil.copytree(study.root / "recipes", inner / "recipes")
+    code, out, err = said("status", inner / "recipes" / "toy")
+    assert code == 0 and f"note: the project is {inner};" in err
+    assert "completed" not in out, "the run of that name is another project's"
+
+
+def test_a_link_is_in_the_project_where_it_is(
+    study: FakeLauncher,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared = elsewhere / "shared.yaml"
+    (study.root / "recipes" / "toy" / "a.yaml").rename(shared)
+    (study.root / "recipes" / "toy" / "a.yaml").symlink_to(shared)
+    (elsewhere / "link").symlink_to(study.root)
+    expected = said("status", "recipes/toy")
+    monkeypatch.chdir(elsewhere)
+    assert said("status", study.root / "recipes" / "toy")[:2] == expected[:2]
+    code, out, _ = said("launch", "link/recipes/toy/bb.yaml", "--dry-run")
+    assert code == 0 and out.startswith(f"cd {elsewhere}/link && ")
+    # The project under another name is the current folder: nothing is said in other words.
+    monkeypatch.chdir(study.root)
+    assert said("status", elsewhere / "link" / "recipes" / "toy") == expected
+
+
+def test_folders_with_the_characters_of_patterns(
+    study: FakeLauncher,
+    tmp_path_factory: pytest.TempPathFactory,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = tmp_path_factory.mktemp("odd") / "a [b] 'c' *"
+    shutil.copytree(study.root, root, ignore=shutil.ignore_patterns("fake"))
+    expected = said("status", "recipes/toy")
+    (root / "[d]").mkdir()
+    monkeypatch.chdir(root / "[d]")
+    for path in ("../recipes/toy", "../recipes/t*", "../recipes/toy/*.yaml"):
+        assert said("status", path)[:2] == expected[:2]
+    assert said("launch", "../recipes/toy/bb.yaml", "--dry-run")[1].startswith("cd '")
+
+
+def test_a_missing_file_that_is_where_the_user_is(
+    study: FakeLauncher,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (elsewhere / "mine.jsonl").write_text("{}\n")
+    monkeypatch.chdir(elsewhere)
+    recipe = study.root / "recipes" / "toy" / "bb.yaml"
+    code, _, err = said("launch", recipe, "data.train.path=mine.jsonl")
+    assert code == 2 and "data.train.path: mine.jsonl" in err
+    assert (
+        f"hint: mine.jsonl is in {elsewhere}, and paths are relative to the project, {study.root}:"
+        f" name the file by its whole path, {elsewhere}/mine.jsonl\n" in err
+    )
+    code, _, err = said("launch", recipe, "data.train.path=none.jsonl")
+    assert code == 2 and "hint: paths are relative to the project; replace them" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"slots = 2\n[runs]\nx = 1\n", "runner.toml: slots, runs: runner.toml has no settings"),
+        (b"slots 2\n", "runner.toml is no TOML: "),
+        (b"\xff\n", "runner.toml is no TOML: "),
+        (b"#" * 70_000, "runner.toml has more than 65536 bytes"),
+    ],
+)
+def test_settings_that_nobody_reads_are_refused(
+    content: bytes,
+    words: str,
+    study: FakeLauncher,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (study.root / "runner.toml").write_bytes(content)
+    for folder in (study.root, study.root / "sub"):
+        monkeypatch.chdir(folder)
+        code, out, err = said("status")
+        assert (code, out) == (2, "") and words in err and "Traceback" not in err
+
+
+def test_a_folder_that_is_gone_is_said_in_words(
+    study: FakeLauncher,
+    elsewhere: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone = elsewhere / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(["status", str(study.root / "recipes")]) == 2
+    assert capsys.readouterr().err == (
+        "error: the current folder is gone\n\nhint: cd to a folder that is there\n"
+    )
+
+
+def test_what_init_makes_is_a_project_from_everywhere(
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(elsewhere)
+    (elsewhere / "runner.toml").touch()
+    (elsewhere / "sub").mkdir()
+    monkeypatch.chdir(elsewhere / "sub")
+    # `init` is about no project: its folder is relative to where the user is.
+    assert said("init", "new")[0] == 0
+    new = elsewhere / "sub" / "new"
+    assert "no settings yet" in (new / "runner.toml").read_text()
+    monkeypatch.chdir(new / "recipe_templates" / "first")
+    code, out, err = said("render")
+    assert code == 0 and (new / "recipes" / "first").is_dir(), out + err
+    assert said("render", "--check")[0] == 0
+
+
+def test_what_slurm_executes_is_in_the_project_that_submitted_it(
+    study: FakeLauncher,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, line in SLURM.items():
+        (study.home / name).write_text(f"#!/bin/sh\n{line}\n")
+        (study.home / name).chmod(0o755)
+    monkeypatch.chdir(elsewhere)
+    recipe = study.root / "recipes" / "toy" / "bb.yaml"
+    code, _, err = said("sweep", recipe, "--engine", "slurm", "--output-root", "out")
+    assert code == 0, err
+    (submission,) = (elsewhere / "out" / ".slurm").glob("*/submission.json")
+    assert load_json(submission)["project"] == str(study.root)
+    assert f"\ncd -- {study.root} || exit\n" in submission.with_name("job.sh").read_text()
+    submitted = submission.parent / "recipes" / "toy" / "bb.json"
+    monkeypatch.chdir("/")
+    code, out, err = said("launch", submitted, "--dry-run", "--output-root", elsewhere / "out")
+    assert code == 0 and out.startswith(f"cd {study.root} && "), err
+
+
+def test_a_file_for_other_machines_is_the_same_wherever_it_is_written(
+    study: FakeLauncher,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ("--dry-run", "--image", "i:1", "--storage", "claim")
+    for engine in ("kubernetes", "skypilot"):
+        words = ("--engine", engine, *options)
+        monkeypatch.chdir(study.root)
+        expected = said("sweep", "recipes/toy", *words)
+        assert expected[0] == 0 and "recipes/toy/bb.yaml" in expected[1], expected[2]
+        monkeypatch.chdir(study.root / "sub")
+        assert said("sweep", "../recipes/toy", *words)[:2] == expected[:2]
+
+
+def test_an_older_run_directory_does_not_say_its_project(
+    study: FakeLauncher,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = study.paths("a").recipe_path
+    content = load_json(path)
+    for value in (None, 7, "", "\0", "no/such/folder", ["/"]):
+        path.write_text(json.dumps({**content, "project": value} if value else content))
+        monkeypatch.chdir("/")
+        err = said("status", study.paths("a").run_dir)[2]
+        assert f"note: the project is {study.root};" in err, value
