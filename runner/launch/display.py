@@ -26,7 +26,8 @@ class SweepDisplay:
     something outside of it, ends or is tried again, and one after ten minutes without any.
     """
 
-    def __init__(self, num_runs: int) -> None:
+    def __init__(self, num_runs: int, quiet_seconds: float = _QUIET_SECONDS) -> None:
+        self._quiet_seconds = quiet_seconds
         self._console = Console(stderr=True, highlight=False)
         self._num_runs = num_runs
         self._num_finished = 0
@@ -63,6 +64,11 @@ class SweepDisplay:
             else:
                 self._console.print(line, markup=False)
 
+    def started(self, name: str, number: int) -> None:
+        """An attempt of a run has been started; on a terminal its bar shows that."""
+        if self._bars is None:
+            self._say_counted(f"{name}  starts, attempt {number}")
+
     def finished(self, name: str, outcome: str) -> None:
         """One run is done, for better or worse."""
         self._num_finished += 1
@@ -96,7 +102,7 @@ class SweepDisplay:
         """
         if self._bars is None:
             self._tell_changes(current)
-            if time.monotonic() - self._last_line_at > _QUIET_SECONDS:
+            if time.monotonic() - self._last_line_at >= self._quiet_seconds:
                 now = [
                     f"{name} {_describe(files, silent_seconds[name])[0]}"
                     for name, files in current.items()
@@ -117,9 +123,6 @@ class SweepDisplay:
     def _tell_changes(self, current: Mapping[str, AttemptPaths]) -> None:
         for name, files in current.items():
             attempt = str(files.attempt_dir)
-            if (attempt, "") not in self._told:
-                self._told.add((attempt, ""))
-                self._say_counted(f"{name}  starts, attempt {files.attempt_dir.name}")
             progress = load_progress(files.progress_path)
             if progress is None or not _is_milestone(progress.phase):
                 continue
@@ -127,8 +130,8 @@ class SweepDisplay:
             kind = progress.phase.partition(" ")[0]
             if (attempt, kind) not in self._told:
                 self._told.add((attempt, kind))
-                is_known = kind == "training" and progress.max_steps is not None
-                step = f" from step {progress.step}/{progress.max_steps}" if is_known else ""
+                is_known = progress.max_steps is not None
+                step = f", step {progress.step}/{progress.max_steps}" if is_known else ""
                 self._say_counted(f"{name}  {progress.phase}{step}")
 
     def _say_counted(self, text: str) -> None:

@@ -239,6 +239,7 @@ class _Pool:
             self._keep(worker)
             return
         self._keep(None)
+        self.display.started(run.full_name, attempt.attempt.number)
         pidfd = attempt.process.open_pidfd()
         self.active[pidfd] = (run, attempt, placement)
         self.watches[pidfd] = self._watch(run, attempt)

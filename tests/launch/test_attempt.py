@@ -15,6 +15,7 @@ from runner.cli.main import main
 from runner.errors import RefusedError, RunnerError
 from runner.files import load_json, write_json_atomic
 from runner.launch.attempt import (
+    HeldElsewhere,
     RunningAttempt,
     close_attempt,
     name_owner,
@@ -88,7 +89,8 @@ def test_the_lease_is_the_stdin_of_the_child(
     assert fake.events()[0]["is_stdin_the_lease"]
     attempt.lease.close()
     assert is_leased(attempt.paths.lease_path), "the child alone holds it"
-    assert start(fake, started) is None
+    with pytest.raises(HeldElsewhere):
+        start(fake, started)
     fake.let_go("a")
     assert attempt.finish() is None
     assert not is_leased(attempt.paths.lease_path)
