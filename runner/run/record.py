@@ -151,7 +151,7 @@ class Attempt(Fact):
     # Trains nothing: writes `model/` of a completed run again, from its best checkpoint.
     is_repair: bool = False
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
-    # Of the folder that the runner was started in; the commit and state of the runner's own files
+    # Of the project; the commit and state of the runner's own files
     # where they lie in a git checkout. Older attempts do not say which runner made them.
     git_commit: str | None = None
     git_is_dirty: bool | None = None
