@@ -160,15 +160,19 @@ class _Finder:
     def find(self, text: str) -> list[Path]:
         """The projects of what a path or a glob names; none for what is no path here."""
         projects: dict[Path, None] = {}
+        seen: set[Path] = set()  # folders that hold nothing of another project
         for path in _list_paths(text):
             files = expand_folder(path)
-            runs = [file for file in files if RunPaths(file).recipe_path.exists()]
-            self.has_runs_only &= bool(files) and len(files) == len(runs)
-            for run_dir in runs:
-                projects[self._find_of_run(run_dir)] = None
-            # Each folder is looked at once, of however many recipes.
-            for folder in {file.parent for file in files if file not in set(runs)}:
-                projects[self._find_of_file(folder)] = None
+            for file in files:
+                is_run = file.is_dir()
+                self.has_runs_only &= is_run
+                if file.parent not in seen:
+                    found, is_of_all = (
+                        self._find_of_run(file) if is_run else self._find_of_file(file)
+                    )
+                    projects[found] = None
+                    if is_of_all:
+                        seen.add(file.parent)
             if not files:
                 projects[self._find_above(path)] = None
         return list(projects)
@@ -176,18 +180,22 @@ class _Finder:
     def _find_above(self, folder: Path) -> Path:
         return find_project_above(folder) or self._here
 
-    def _find_of_file(self, folder: Path) -> Path:
-        submission = find_submission(folder)
-        if submission is not None:
-            content = _load(submission.record_path)
-            return self._find_recorded(submission.submission_dir, content) or self._find_above(
-                folder
-            )
-        return self._find_above(folder)
+    def _find_of_file(self, recipe: Path) -> tuple[Path, bool]:
+        """The project of a recipe, which is that of all recipes beside it."""
+        submission = find_submission(recipe)
+        if submission is None:
+            return self._find_above(recipe.parent), True
+        content = _load(submission.record_path)
+        found = self._find_recorded(submission.submission_dir, content)
+        return found or self._find_above(recipe.parent), True
 
-    def _find_of_run(self, run_dir: Path) -> Path:
+    def _find_of_run(self, run_dir: Path) -> tuple[Path, bool]:
+        """The project of a run, and whether it is that of all runs beside it: in a folder that is
+        no part of a project, several projects may keep runs.
+        """
         content = _load(RunPaths(run_dir).recipe_path)
-        return self._find_recorded(run_dir, content) or self._find_above(run_dir)
+        found = self._find_recorded(run_dir, content) or find_project_above(run_dir)
+        return found or self._here, found is not None and run_dir.is_relative_to(found)
 
     def _find_recorded(self, folder: Path, content: dict[str, Any]) -> Path | None:
         """The project that a record in `folder` names; None where it names none, or one that is not
@@ -197,10 +205,11 @@ class _Finder:
         if not isinstance(text, str) or not text or "\0" in text:
             return None
         project = Path(os.path.normpath(folder.resolve() / text))
-        if project.is_dir() and (is_project(project) or _holds_any(project, content)):
+        is_outside = os.path.isabs(text)
+        if project.is_dir() and (is_outside or is_project(project) or _holds_any(project, content)):
             # Under the name by which the user came here, where he came through it.
             return next((one for one in folder.parents if is_same_folder(one, project)), project)
-        if os.path.isabs(text) and text not in self._is_told:
+        if is_outside and text not in self._is_told:
             self._is_told.add(text)
             print(
                 escape_controls(f"note: {folder} records the project {text}, which is not there"),
@@ -210,11 +219,14 @@ class _Finder:
 
 
 def _holds_any(project: Path, content: dict[str, Any]) -> bool:
-    """Whether a folder without a marker holds anything of what the record says was there: a run
-    directory that was copied elsewhere leads to any folder. A submission is taken at its word.
+    """Whether a folder without a marker holds anything of what the record says was there: the way
+    up from a run directory that was copied elsewhere leads to any folder. A submission is taken at
+    its word.
     """
     contents = content.get("contents", {".": ""})
-    return isinstance(contents, dict) and any(os.path.exists(project / path) for path in contents)
+    return isinstance(contents, dict) and any(
+        os.path.exists(project / path) for path in contents if not os.path.isabs(path)
+    )
 
 
 def _load(path: Path) -> dict[str, Any]:

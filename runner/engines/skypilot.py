@@ -12,6 +12,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from runner.engines.manifests import (
@@ -26,6 +27,7 @@ from runner.engines.manifests import (
     read_shared_options,
 )
 from runner.errors import RefusedError
+from runner.project_folder import find_user_folder
 
 if TYPE_CHECKING:
     import argparse
@@ -101,7 +103,8 @@ def build_task_file(runs: Sequence[PendingRun], options: SkypilotOptions) -> str
     )
     task: dict[str, Any] = {
         "name": build_label(runs[0].selected.recipe.run.grid, 40),
-        "workdir": ".",
+        # Relative to where `sky` is started, which is where the user is.
+        "workdir": "." if find_user_folder() is None else str(Path.cwd()),
         "resources": {**resources, "image_id": f"docker:{options.image}"},
         # Written to a local cache first, so that renames, appends and locks work as on a disk.
         "file_mounts": {_RUNS_DIR: {"source": options.storage, "mode": "MOUNT_CACHED"}},

@@ -21,7 +21,7 @@ from runner.files import (
     look_at,
     write_json_atomic,
 )
-from runner.project_folder import find_user_folder
+from runner.project_folder import find_user_folder, pasteable
 from runner.recipe.data_files import find_source_files, list_splits, name_format
 from runner.recipe.data_section import DataSource
 from runner.recipe.parse import Recipe
@@ -291,7 +291,7 @@ def list_missing_files(recipe: Recipe) -> dict[str, str]:
 def hint_at_missing(paths: Collection[str]) -> str:
     """How files come to be there that a recipe names."""
     if any(path.startswith(_DEMO_MODELS) for path in paths):
-        return "runner demo-models  # builds the demo's models"
+        return f"{pasteable('runner demo-models')}  # builds the demo's models"
     user_folder = find_user_folder()
     found = [path for path in paths if user_folder is not None and (user_folder / path).exists()]
     if found:

@@ -16,6 +16,7 @@ from typing import Any
 from runner.errors import CorruptFileError, RefusedError
 from runner.files import load_json, write_json_atomic
 from runner.functions import PythonFile, read_python_file
+from runner.project_folder import pasteable
 from runner.recipe.parse import Recipe
 from runner.run.paths import allowed_code_path
 
@@ -36,7 +37,7 @@ def suggest_allowing(
         words += ["--where", one]
     if output_root.absolute() != Path("runs").absolute():
         words += ["--output-root", str(output_root)]
-    return f"{shlex.join(words)}  # after you have read them"
+    return f"{pasteable(shlex.join(words))}  # after you have read them"
 
 
 def list_code_paths(recipes: Iterable[Recipe]) -> list[str]:

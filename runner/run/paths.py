@@ -306,8 +306,9 @@ class SubmissionPaths:
         return self.recipes_dir / f"{full_name}.json"
 
 
-def find_submission(folder: Path) -> SubmissionPaths | None:
-    """The submission whose recipes of one grid are in this folder; None for any other folder."""
-    paths = SubmissionPaths(folder.parent.parent)
-    is_one = folder.parent == paths.recipes_dir and paths.record_path.exists()
+def find_submission(recipe_path: Path) -> SubmissionPaths | None:
+    """The submission that a recipe is part of; None for any other recipe."""
+    recipes_dir = recipe_path.parent.parent  # of all grids
+    paths = SubmissionPaths(recipes_dir.parent)
+    is_one = recipes_dir == paths.recipes_dir and paths.record_path.exists()
     return paths if is_one else None

@@ -155,7 +155,7 @@ class Attempt(Fact):
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
     # Runs of its sweep that may share each of the devices at a time (`--per-gpu`).
     runs_per_gpu: int = Field(default=1, ge=1)
-    # Of the folder that the runner was started in; the commit and state of the runner's own files
+    # Of the project; the commit and state of the runner's own files
     # where they lie in a git checkout. Older attempts do not say which runner made them.
     git_commit: str | None = None
     git_is_dirty: bool | None = None

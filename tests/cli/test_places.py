@@ -423,6 +423,28 @@ def test_a_missing_file_that_is_where_the_user_is(
     assert code == 2 and "hint: paths are relative to the project; replace them" in err
 
 
+def test_what_check_suggests_can_be_pasted(
+    study: FakeLauncher,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = study.root / "recipes" / "toy" / "bb.yaml"
+    text = recipe.read_text()
+    monkeypatch.chdir(elsewhere)
+    recipe.write_text(text.replace("models/toy", "demo_models/toy"))
+    _, out, err = said("check", recipe)
+    assert f"cd {study.root} && runner demo-models" in out + err
+    task = "{name: python, function: 'rows.py:build'}"
+    recipe.write_text(text.replace("{name: conversations}", task))
+    (study.root / "rows.py").write_text("def build(row):\n    return row\n")
+    allow = f"cd {study.root} && runner check --allow-code recipes/toy/bb.yaml"
+    for verb in ("check", "launch"):
+        _, out, err = said(verb, recipe)
+        assert allow in out + err, verb
+    assert (out + err).count(f"cd {study.root}") == 1
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -515,7 +537,10 @@ def test_a_file_for_other_machines_is_the_same_wherever_it_is_written(
         expected = said("sweep", "recipes/toy", *words)
         assert expected[0] == 0 and "recipes/toy/bb.yaml" in expected[1], expected[2]
         monkeypatch.chdir(study.root / "sub")
-        assert said("sweep", "../recipes/toy", *words)[:2] == expected[:2]
+        code, out, _ = said("sweep", "../recipes/toy", *words)
+        # SkyPilot takes its folder from where it is started.
+        assert (code, out.replace(f"workdir: {study.root}\n", "workdir: .\n")) == expected[:2]
+        assert (str(study.root) in out) == (engine == "skypilot")
 
 
 def test_an_older_run_directory_does_not_say_its_project(
