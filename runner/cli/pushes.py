@@ -21,7 +21,7 @@ from runner.plan.pushes import (
     refuse_pushes,
 )
 from runner.plan.select import Selected
-from runner.plan.status import RunStatus, read_status
+from runner.plan.status import read_status
 from runner.run.facts import RunFacts
 
 _NUM_NOTED: Final = 5
@@ -84,14 +84,8 @@ def print_unpushed(selected: Iterable[Selected]) -> int:
         count += 1
         again = shlex.join(["runner", "export", str(one.paths.run_dir), "--push"])
         print(
-            f"{one.full_name} is completed and not on the hub: {describe_push(status)}\n"
-            f"  hint: {again}  # or the same command again",
+            f"{one.full_name} is completed, and its {status.push_note}\n"
+            f"  hint: {again}  # or the same command again; --push OWNER/NAME sends it elsewhere",
             file=sys.stderr,
         )
     return count
-
-
-def describe_push(status: RunStatus) -> str:
-    """Where a push goes, and why it has not ended."""
-    why = "" if status.push_failure is None else f": {status.push_failure}"
-    return f"the push to {status.push_to} is pending{why}"

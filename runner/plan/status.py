@@ -116,10 +116,17 @@ class RunStatus(Fact):
         if self.pending_uploads:
             failure = f" ({self.upload_failure})" if self.upload_failure else ""
             notes.append(f"not in remote storage: {', '.join(self.pending_uploads)}{failure}")
-        if self.push_to is not None:
-            said = "pending" if self.push_failure is None else f"failed: {self.push_failure}"
-            notes.append(f"push to {self.push_to} {said}")
+        if self.push_note is not None:
+            notes.append(self.push_note)
         return "; ".join(notes)
+
+    @property
+    def push_note(self) -> str | None:
+        """The push that a completed run still waits for; None where there is none."""
+        if self.push_to is None:
+            return None
+        said = "is pending" if self.push_failure is None else f"failed: {self.push_failure}"
+        return f"push to {self.push_to} {said}"
 
 
 def find_differences(

@@ -403,6 +403,8 @@ def build_lines(found: Explanation) -> list[str]:
         *(("quarantine", name) for name in status.quarantined),
         *(("upload", f"{name} has not reached remote storage") for name in status.pending_uploads),
     ]
+    if status.push_note is not None:
+        rows.append(("push", status.push_note))
     if status.upload_failure is not None:
         rows.append(("upload", status.upload_failure))
     shown = [f"{found.name}  {found.run_dir}"]
