@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from datetime import date
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     ConfigDict,
@@ -487,6 +487,22 @@ class TrackingSection(Section):
     log_model: Literal["none", "end", "checkpoint"] = "none"
     hub_model_id: str | None = None  # where `runner export --push` sends the model
     hub_private: bool = True
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _may_be_one_word(cls, value: Any) -> Any:
+        """As the command lines of others take it: `wandb` is a list of one, `none` an empty one."""
+        if not isinstance(value, str):
+            return tuple(value) if isinstance(value, list) else value
+        if value in ("wandb", "none"):
+            return () if value == "none" else (value,)
+        if value == "all":
+            raise ValueError(
+                "got the text 'all', which is what happens to be installed: name the trackers,"
+                " such as [wandb, tensorboard]"
+            )
+        shown = f"[{value}]" if value in get_args(Tracker) else "[wandb]"
+        raise ValueError(f"got the text {value!r}, expected a list such as {shown}")
 
 
 if TYPE_CHECKING:  # the generated fields are typed at run time only
