@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,9 +20,18 @@ class _Parser(argparse.ArgumentParser):
     # Adds options of this verb that take time to find; called when the verb is used.
     add_more: Callable[[argparse.ArgumentParser], None] | None = None
 
+    # True of verbs about recipes, which people give the options of other trainers.
+    is_about_recipes = False
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's."""
+        """As argparse's.
+
+        Raises:
+            RunnerError: an option of another trainer.
+        """
         self._complete()
+        if self.is_about_recipes and any(word.startswith("--") for word in args):
+            self._refuse_foreign_options(args)
         return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
@@ -34,6 +43,14 @@ class _Parser(argparse.ArgumentParser):
         if self.add_more is not None:
             add_more, self.add_more = self.add_more, None
             add_more(self)
+
+    def _refuse_foreign_options(self, words: Sequence[str]) -> None:
+        known = self._option_string_actions
+        if all(word.partition("=")[0] in known for word in words if word.startswith("--")):
+            return  # what answers takes time to import
+        from runner.cli.habits import refuse_foreign_options
+
+        refuse_foreign_options(self.prog, words, known)
 
     def error(self, message: str) -> NoReturn:
         super().error(escape_controls(scrub(message)))
@@ -56,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sweep_verbs(verbs)
     _add_view_verbs(verbs)
     _add_model_verbs(verbs)
+    for name in ("check", "masks", "launch", "sweep", "rerun", "why"):
+        verbs.choices[name].is_about_recipes = True
     return parser
 
 

@@ -22,6 +22,7 @@ from runner.errors import CorruptFileError, Problem, RecipeError, RefusedError, 
 from runner.files import read_plain
 from runner.functions import UserFunction
 from runner.recipe.data_section import DataSection
+from runner.recipe.habits import suggest_overrides
 from runner.recipe.problems import (
     SAFE_LOADER,
     describe_error,
@@ -321,8 +322,9 @@ def parse_yaml(
     except ValidationError as error:
         overridden = _name_overridden(overrides)
         problems = list_problems(error, model, json.loads(values), text, overridden)
-        in_file = any(problem.line is not None for problem in problems)
-        raise RecipeError(where, problems, hint=hint if in_file else None) from None
+        if not any(problem.line is not None for problem in problems):
+            hint = suggest_overrides(overrides, [problem.key for problem in problems], model)
+        raise RecipeError(where, problems, hint=hint) from None
 
 
 def read_values(

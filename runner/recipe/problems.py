@@ -20,6 +20,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from runner.errors import CONTROLS, MAX_SHOWN_PROBLEMS, Problem
+from runner.recipe.habits import Answer, find_answer, list_names
 from runner.recipe.hf_fields import OWNED_TRAINING_FIELDS
 from runner.secrets import find_secret
 
@@ -152,13 +153,6 @@ _EXPECTED: Final = {
     "dict_type": "a mapping",
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
-}
-# Old names that people still type.
-_RENAMED: Final = {
-    "group_by_length": "train_sampling_strategy: group_by_length",
-    "warmup_ratio": "warmup_steps, which takes a fraction below 1",
-    "evaluation_strategy": "evaluation.eval_strategy",
-    "max_seq_length": "data.max_length",
 }
 
 
@@ -383,7 +377,9 @@ def _describe(detail: ErrorDetails, path: tuple[str, ...], model: type[BaseModel
             f" {_list_names([n for n in names if n])}"
         )
     if kind in _EXPECTED:
-        return f"got {found}, expected {_EXPECTED[kind]}"
+        answer = _find_answer(path[0], detail, model) if len(path) == 1 else None
+        instead = answer.describe() if answer is not None else ""
+        return f"got {found}, expected {_EXPECTED[kind]}{instead}"
     if kind == "value_error":
         return str(detail.get("ctx", {}).get("error", detail["msg"])).split("\n\nhint")[0]
     return f"got {found}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
@@ -392,18 +388,48 @@ def _describe(detail: ErrorDetails, path: tuple[str, ...], model: type[BaseModel
 def _describe_unknown_key(name: str, detail: ErrorDetails, model: type[BaseModel]) -> str:
     if "training" in detail["loc"] and name in OWNED_TRAINING_FIELDS:
         return f"is not set here: it is decided by {OWNED_TRAINING_FIELDS[name]}"
-    if name in _RENAMED:
-        return f"unknown key, today it is {_RENAMED[name]}"
     known, section = _known_names(model, detail["loc"][:-1]), detail["loc"][:-2]
+    answer = _find_answer(name, detail, model)
     if name in _known_names(model, section):
         tag = detail["loc"][-2]
-        stated = f"enabled: {str(bool(tag)).lower()}" if isinstance(tag, int) else tag
-        return f"does not go with `{stated}`, which takes {_list_names(known)}"
-    return "unknown key" + suggest(name, known)
+        fitting = [m for m in _find_models(model, section) if name in m.model_fields]
+        field = next((field for m in fitting if (field := _find_discriminator(m))), None)
+        if field is None:
+            return f"does not go with `{tag}`, which takes {_list_names(known)}"
+        stated = str(bool(tag)).lower() if isinstance(tag, int) else tag
+        values = [_name_tag(m.model_fields[field].annotation) for m in fitting]
+        other = ""
+        if answer and not (key := answer.overrides[0].partition("=")[0]).endswith(f".{name}"):
+            other = f"; or is it `{key}`?"
+        return (
+            f"does not go with `{field}: {stated}`, only with `{field}: {_list_names(values)}`"
+            f"{other}"
+        )
+    # A slip of a key or two is likelier than the name of a key of another section.
+    slip = "" if name in list_names() else suggest(name, known, 0.75)
+    if slip or answer is None:
+        return f"unknown key{slip or suggest(name, known)}"
+    return f"unknown key{answer.describe()}"
+
+
+def _find_answer(name: str, detail: ErrorDetails, model: type[BaseModel]) -> Answer | None:
+    """What people who write `name` mean in a recipe; None in files of other kinds."""
+    if not {"training", "data"} <= model.model_fields.keys():
+        return None
+    value = detail["input"]
+    if isinstance(value, bool):
+        value = str(value).lower()
+    return find_answer(name, None if isinstance(value, dict | list) else str(value), model)
 
 
 def _known_names(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """The field names that are accepted at a location, over all members of a union."""
+    models = _find_models(model, location)
+    return [field.alias or name for m in models for name, field in m.model_fields.items()]
+
+
+def _find_models(model: type[BaseModel], location: tuple[int | str, ...]) -> list[Any]:
+    """The sections that may be at a location."""
     models: list[Any] = [model]
     members: list[Any] = []  # of the unions that the last part names
     for part in location:
@@ -415,7 +441,20 @@ def _known_names(model: type[BaseModel], location: tuple[int | str, ...]) -> lis
             models = [m for annotation in nested for m in _models_in(annotation)]
         else:  # a union tag narrows down to the members that carry it; a name or index does not
             models = [m for m in models if _is_tagged(m, part)] or models
-    return [field.alias or name for m in models for name, field in m.model_fields.items()]
+    return models
+
+
+def _find_discriminator(model: Any) -> str | None:
+    """The key that tells a section from the others of its union."""
+    for name, field in model.model_fields.items():
+        if len(getattr(field.annotation, "__args__", ())) == 1 and field.is_required():
+            return str(name)
+    return None
+
+
+def _name_tag(annotation: Any) -> str:
+    (tag,) = annotation.__args__
+    return str(tag).lower() if isinstance(tag, bool) else str(tag)
 
 
 def _has_tag(annotation: Any, tag: int | str) -> bool:
@@ -438,9 +477,9 @@ def _models_in(annotation: Any) -> list[Any]:
     return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]
 
 
-def suggest(name: str, known: Sequence[str]) -> str:
+def suggest(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
     """A question that ends an error message, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f", did you mean `{close[0]}`?" if close else ""
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from datetime import date
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     ConfigDict,
@@ -525,6 +525,22 @@ class TrackingSection(Section):
                 " with a letter, a digit or _, without `--`, `..` and `.git` at the end"
             )
         return self
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _may_be_one_word(cls, value: Any) -> Any:
+        """As the command lines of others take it: `wandb` is a list of one, `none` an empty one."""
+        if not isinstance(value, str):
+            return tuple(value) if isinstance(value, list) else value
+        if value in ("wandb", "none"):
+            return () if value == "none" else (value,)
+        if value == "all":
+            raise ValueError(
+                "got the text 'all', which is what happens to be installed: name the trackers,"
+                " such as [wandb, tensorboard]"
+            )
+        shown = f"[{value}]" if value in get_args(Tracker) else "[wandb]"
+        raise ValueError(f"got the text {value!r}, expected a list such as {shown}")
 
 
 if TYPE_CHECKING:  # the generated fields are typed at run time only

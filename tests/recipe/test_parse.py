@@ -112,7 +112,7 @@ REFUSALS = {
     ("learning_rate: 1e-5", "warmup_ratio: 0.1"): (
         25,
         "training.warmup_ratio",
-        "unknown key, today it is warmup_steps, which takes a fraction below 1",
+        "unknown key, here it is `training.warmup_steps: 0.1` (a number below 1 is a fraction of",
     ),
     ("learning_rate: 1e-5", "learning_rate: .nan"): (
         25,
@@ -141,7 +141,7 @@ REFUSALS = {
     ("{enabled: false}", "{enabled: false, patience: 3}"): (
         29,
         "early_stopping.patience",
-        "does not go with `enabled: false`, which takes enabled",
+        "does not go with `enabled: false`, only with `enabled: true`",
     ),
     ("{enabled: false}", "{}"): (29, "early_stopping", "needs the key `enabled`"),
     ("name: summarization", "name: poetry"): (

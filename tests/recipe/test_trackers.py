@@ -8,6 +8,8 @@ from typing import get_args
 import pytest
 
 from runner.errors import RecipeError, RunnerError
+from runner.recipe.identity import derive_digest
+from runner.recipe.parse import dump_recipe, parse_recipe
 from runner.recipe.schema import Tracker
 from runner.recipe.trackers import PACKAGES, require_trackers
 from tests.conftest import Project
@@ -25,6 +27,32 @@ def test_an_unknown_tracker_is_refused_when_the_recipe_loads(project: Project) -
             RecipeError, match=rf"tracking\.report_to.*'{name}', (did you mean|expected)"
         ):
             project.recipe(f"tracking.report_to=[{name}]")
+
+
+@pytest.mark.parametrize(
+    ("text", "tracked"), [("wandb", ("wandb",)), ("none", ()), ("[wandb]", ("wandb",)), ("[]", ())]
+)
+def test_one_word_is_a_list(project: Project, text: str, tracked: tuple[str, ...]) -> None:
+    recipe = project.recipe(f"tracking.report_to={text}")
+    assert recipe.tracking.report_to == tracked
+    again = parse_recipe(dump_recipe(recipe), where="again")
+    assert again == recipe and list(again.tracking.report_to) == list(tracked)
+    assert derive_digest(recipe, {}) == derive_digest(project.recipe(), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("all", "'all', which is what happens to be installed: name the trackers"),
+        ("tensorboard", "got the text 'tensorboard', expected a list such as [tensorboard]"),
+        ("wandbb", "got the text 'wandbb', expected a list such as [wandb]"),
+        ("None", "got the text 'None', expected a list"),
+    ],
+)
+def test_other_words_are_no_list(project: Project, text: str, words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        project.recipe(f"tracking.report_to={text}")
+    assert words in str(caught.value)
 
 
 def test_a_missing_tracker_is_named_with_its_command(project: Project) -> None:
