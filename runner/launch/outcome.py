@@ -68,14 +68,13 @@ def print_failures(result: PoolResult) -> None:
         if failed.failure.kind in _SHOWN_WITH_LOG:
             print("\n".join(f"  | {line}" for line in failed.failure.log_tail), file=sys.stderr)
         print(f"  log: {failed.log_path}", file=sys.stderr)
-    if result.not_started and result.stopped_by is None:
-        print(
-            f"{len(result.not_started)} runs were not started because of --fail-fast",
-            file=sys.stderr,
-        )
-    if result.held and result.stopped_by is None:
-        for run in result.held:
-            print(f"{run.full_name} is held by {describe_holder(run.paths)}", file=sys.stderr)
+    if result.stopped_by is not None:  # then `print_stop` says more
+        return
+    if num_left := len(result.not_started):
+        what = "1 run was" if num_left == 1 else f"{num_left} runs were"
+        print(f"{what} not started because of --fail-fast", file=sys.stderr)
+    for run in result.held:
+        print(f"{run.full_name} is held by {describe_holder(run.paths)}", file=sys.stderr)
 
 
 def print_stop(result: PoolResult, again: str) -> None:
