@@ -91,9 +91,12 @@ def print_stop(result: PoolResult, again: str) -> None:
     ]
     if new:
         lines.append(_describe_new(new))
-    print(f"stopped by {signal.Signals(result.stopped_by).name}, not done:", file=sys.stderr)
-    print("\n".join(f"  {line}" for line in lines), file=sys.stderr)
-    print(f"{again} continues", file=sys.stderr)
+    name = signal.Signals(result.stopped_by).name
+    if not lines:  # what is not done has failed, which is said already
+        print(f"stopped by {name}", file=sys.stderr)
+        return
+    text = "\n".join([f"stopped by {name}, not done:", *(f"  {one}" for one in lines)])
+    print(f"{text}\n{again} continues", file=sys.stderr)
 
 
 def _describe_resume(run: Launch) -> str:
