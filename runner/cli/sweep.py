@@ -92,29 +92,38 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
         num_unpushed = print_unpushed([*launched, *pushes.to_send])
     _print_damaged(damaged)
     if arguments.engine == "local" and not arguments.dry_run:  # all others only submit
-        print(_count_states(selected, len(unreadable), arguments.output_root), file=sys.stderr)
+        states = _count_states(selected, len(unreadable), arguments.output_root)
+        print(_describe_states(states), file=sys.stderr)
+        # It was running when the sweep began, and whoever ran it has left it since.
+        num_unhappy += states["interrupted"]
     is_unhappy = bool(num_unhappy or unreadable or num_unpushed)
     return code or (1 if is_unhappy and not arguments.dry_run else 0)
 
 
-def _count_states(selected: Sequence[Selected], num_unreadable: int, output_root: Path) -> str:
-    """The last line of a sweep: how many of all runs that it was asked for are in which state, by
-    what their directories say then.
-    """
+def _count_states(
+    selected: Sequence[Selected], num_unreadable: int, output_root: Path
+) -> Counter[str]:
+    """The runs of a sweep that has ended, by what their directories say now."""
     known = KnownContents(content_cache_path(output_root))
     counts: Counter[str] = Counter()
     for one in selected:
         inputs = known.look(one.recipe)
         status = read_status_unverified(one.read_facts(), one.recipe, inputs)
         counts[status.state] += 1
-    if num_unreadable:
-        counts["unreadable"] += num_unreadable
-    counted = [
-        f"{counts[state]} {'running elsewhere' if state == 'running' else state}"
-        for state in ("completed", *(one for one in get_args(State) if one != "completed"))
-        if counts[state]
-    ]
-    total = sum(counts.values())
+    counts["unreadable"] += num_unreadable
+    return counts
+
+
+def _describe_states(states: Counter[str]) -> str:
+    """The last line of a sweep.
+
+    >>> _describe_states(Counter(running=1, completed=20))
+    '21 runs: 20 completed, 1 running elsewhere'
+    """
+    order = ("completed", *(state for state in get_args(State) if state != "completed"))
+    words = {"running": "running elsewhere"}
+    counted = [f"{states[one]} {words.get(one, one)}" for one in order if states[one]]
+    total = states.total()
     return f"{total} {'run' if total == 1 else 'runs'}: {', '.join(counted)}"
 
 

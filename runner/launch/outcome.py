@@ -68,14 +68,13 @@ def print_failures(result: PoolResult) -> None:
         if failed.failure.kind in _SHOWN_WITH_LOG:
             print("\n".join(f"  | {line}" for line in failed.failure.log_tail), file=sys.stderr)
         print(f"  log: {failed.log_path}", file=sys.stderr)
-    if result.not_started and result.stopped_by is None:
-        print(
-            f"{len(result.not_started)} runs were not started because of --fail-fast",
-            file=sys.stderr,
-        )
-    if result.held and result.stopped_by is None:
-        for run in result.held:
-            print(f"{run.full_name} is held by {describe_holder(run.paths)}", file=sys.stderr)
+    if result.stopped_by is not None:  # then `print_stop` says more
+        return
+    if num_left := len(result.not_started):
+        what = "1 run was" if num_left == 1 else f"{num_left} runs were"
+        print(f"{what} not started because of --fail-fast", file=sys.stderr)
+    for run in result.held:
+        print(f"{run.full_name} is held by {describe_holder(run.paths)}", file=sys.stderr)
 
 
 def print_stop(result: PoolResult, again: str) -> None:
@@ -92,9 +91,12 @@ def print_stop(result: PoolResult, again: str) -> None:
     ]
     if new:
         lines.append(_describe_new(new))
-    print(f"stopped by {signal.Signals(result.stopped_by).name}, not done:", file=sys.stderr)
-    print("\n".join(f"  {line}" for line in lines), file=sys.stderr)
-    print(f"{again} continues", file=sys.stderr)
+    name = signal.Signals(result.stopped_by).name
+    if not lines:  # what is not done has failed, which is said already
+        print(f"stopped by {name}", file=sys.stderr)
+        return
+    text = "\n".join([f"stopped by {name}, not done:", *(f"  {one}" for one in lines)])
+    print(f"{text}\n{again} continues", file=sys.stderr)
 
 
 def _describe_resume(run: Launch) -> str:

@@ -163,3 +163,19 @@ def test_what_runs_when_a_sweep_begins_is_named_and_not_waited_for(fake: FakeLau
     assert stderr.endswith("\n2 runs: 1 completed, 1 running elsewhere\n")
     fake.let_go("a")
     assert finish(holding)[0] == 0
+
+
+def test_what_was_running_when_a_sweep_began_and_is_left_since_is_not_done(
+    fake: FakeLauncher,
+) -> None:
+    fake.add("a", told="hang")
+    fake.add("b", told="wait")
+    holding = fake.start("sweep", "recipes/toy/a.yaml")
+    assert fake.next_started()[0] == "a"
+    sweep = fake.start("sweep", "recipes/toy")
+    assert fake.next_started()[0] == "b"
+    holding.kill()
+    finish(holding)
+    fake.let_go("b")
+    code, _, stderr = finish(sweep)
+    assert code == 1 and stderr.endswith("\n2 runs: 1 completed, 1 interrupted\n")

@@ -162,6 +162,10 @@ def test_a_stopped_sweep_lets_its_runs_checkpoint_and_starts_nothing_more(
             == f"the runner was stopped by {number.name}: left at step 1, which is saved"
         )
         assert attempt["ended_at_utc"] and attempt["exit_status"] == 0
+        assert fake.paths(name).attempt(1).log_path.read_text().splitlines()[-1] == (
+            "runner: attempt 1 was asked to leave and did not crash:"
+            f" {attempt['failure']['message']}; the next attempt starts at step 0"
+        )
     assert not fake.paths("c").run_dir.exists()
     assert list_states(fake, "a", "b", "c") == ["interrupted", "interrupted", "pending"]
 
@@ -243,6 +247,22 @@ def test_a_broken_pipe_takes_no_checkpoint_with_it(fake: FakeLauncher) -> None:
     )
 
 
+def test_a_stopped_sweep_names_the_step_that_a_run_resumes_from(fake: FakeLauncher) -> None:
+    fake.add("a", told="committed obey")
+    sweep = fake.start("sweep", "--slots", "1", "recipes/toy", "--where", "size=1", "--cold")
+    fake.next_started()
+    sweep.send_signal(signal.SIGINT)
+    code, _, stderr = finish(sweep)
+    assert code == 130
+    assert stderr.endswith(
+        "stopped by SIGINT, not done:\n  toy/a  resumes from step 1\n"
+        "`runner sweep --slots 1 recipes/toy --where size=1 --cold` continues\n"
+        "1 run: 1 interrupted\n"
+    )
+    log = fake.paths("a").attempt(1).log_path.read_text()
+    assert log.endswith("; the next attempt resumes from step 1\n")
+
+
 def test_what_was_stopped_goes_on_with_the_same_command(fake: FakeLauncher) -> None:
     fake.add("a", told="obey")
     sweep = fake.start("sweep", "recipes/toy")
@@ -299,6 +319,10 @@ def test_failures_do_not_stop_the_others(
     assert "| the fake was told to exit 3" in stderr
     assert f"log: {fake.paths('a').attempt(1).log_path.relative_to(fake.root)}" in stderr
     assert "toy/c failed, data: row 7 has no messages" in stderr
+    assert fake.paths("a").attempt(1).log_path.read_text() == (
+        "the fake was told to exit 3\nrunner: attempt 1 ended, lost:"
+        " the trainer vanished (exit status 3) without a word\n"
+    )
     assert "[3/3]" in stderr
     assert list_states(fake, "a", "b", "c") == ["interrupted", "completed", "failed"]
 

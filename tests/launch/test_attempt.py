@@ -181,7 +181,9 @@ def test_a_request_to_stop_names_one_attempt_and_is_gone_with_the_next(
         "preempted",
         "enough",
     )
-    assert load_stop_request(first.paths) == StopRequest(attempt=1, why="enough")
+    assert load_stop_request(first.paths) == StopRequest(
+        attempt=1, why="enough", is_of_its_sweep=True
+    )
     fake.tell("a", "complete")
     second = start(fake, started)
     assert second is not None and second.finish() is None

@@ -446,7 +446,7 @@ def test_a_stop_while_a_worker_imports_starts_nothing(fake: FakeLauncher) -> Non
     [name] = pids
     fake.let_go(name)
     code, _, stderr = finish(sweep)
-    assert code == 130 and "goes on from the newest checkpoints" in stderr
+    assert code == 130 and "`runner sweep recipes/toy --slots 2` continues" in stderr
     assert_all_dead(fake, pidfds)
     assert fake.started() == [name]
     assert not fake.paths("b" if name == "a" else "a").run_dir.exists()
