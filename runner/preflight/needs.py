@@ -1,7 +1,7 @@
-"""`python -m runner.preflight.needs PARENT`: the memory that a process of each run needs, by estimate.
+"""`python -m runner.preflight.needs PARENT`: the memory that a process of each run needs.
 
 Reads `{"recipes", "output_root"}` as JSON, and prints `{"num_bytes", "unknown"}`, both by the full
-name of the run. `engines.sharing` asks.
+name of the run, by estimates. `engines.sharing` asks.
 """
 
 from __future__ import annotations
