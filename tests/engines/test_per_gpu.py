@@ -278,7 +278,8 @@ def test_runs_that_together_need_more_than_a_gpu_has_are_refused(project: Projec
     # CUDA's own 0.8 GiB a run, and little else.
     add_nvidia_smi(bin_dir, TWO, memory=(f"{GPU_0}, 2200", f"{GPU_1}, [N/A]"))
     code, said = sweep("--per-gpu", "4")
-    assert code == 2 and "error: `--per-gpu 4`: the largest runs that may share a GPU need about" in said
+    assert code == 2
+    assert "error: `--per-gpu 4`: the largest runs that may share a GPU need about" in said
     assert ", GPU 0 has 2.15 GiB:\n" in said and "hint: --per-gpu 2\n" in said
     shown = re.findall(r"^  [\d.]+ [MG]iB  tests/(\w+)$", said, re.MULTILINE)
     assert shown[0] == "largest" and sorted(shown[1:]) == ["r0", "r1", "r2"]
