@@ -96,7 +96,8 @@ def submit(plan: PlanRuns, options: LocalOptions) -> int:
     sys.stdout.flush()
     devices = Devices(options.num_slots, options.gpu_names, per_gpu=options.per_gpu)
     for run in planned:
-        devices.check_gpus(run)
+        if run.recipe.launch.num_machines == 1:
+            devices.check_gpus(run)
     if options.gpus is not None and options.per_gpu > 1:
         require_memory(planned, options.gpus, options.per_gpu, options.output_root)
     if options.is_dry_run:

@@ -7,6 +7,7 @@ of their own (`runner.preflight.needs`), so that a sweep of days keeps neither.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -113,7 +114,7 @@ def estimate_needs(runs: Sequence[Launch], output_root: Path) -> Needs:
     }
     # From here, where the paths in the recipes lead from, and from this source.
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "runner.preflight.needs"],
+        [sys.executable, "-P", "-m", "runner.preflight.needs", str(os.getpid())],
         input=json.dumps(request),
         stdout=subprocess.PIPE,
         text=True,

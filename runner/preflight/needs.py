@@ -1,13 +1,14 @@
-"""`python -m runner.preflight.needs`: the memory that a process of each run needs, by estimate.
+"""`python -m runner.preflight.needs PARENT`: the memory that a process of each run needs.
 
 Reads `{"recipes", "output_root"}` as JSON, and prints `{"num_bytes", "unknown"}`, both by the full
-name of the run. `engines.sharing` asks.
+name of the run, by estimates. `engines.sharing` asks.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import hide_bitsandbytes_warning
+from runner.processes import die_with_parent
 from runner.recipe.parse import Recipe, parse_recipe
 
 
 def main() -> int:
-    """Answer the one request on stdin; whatever libraries print goes to stderr."""
+    """Answer the one request on stdin, and end with the parent; whatever libraries print goes to
+    stderr.
+    """
+    die_with_parent(int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the sweep says what became of it
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is run to get an estimate
     with os.fdopen(os.dup(1), "w") as stream:
         os.dup2(2, 1)
