@@ -212,7 +212,7 @@ def test_status_is_a_line_per_run_and_json_for_scripts(
     assert fake.tree() == before, "status writes nothing"
 
 
-def test_status_without_arguments_shows_all_there_is(
+def test_status_without_arguments_shows_all_runs_that_there_are(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["status"]) == 0
@@ -225,8 +225,8 @@ def test_status_without_arguments_shows_all_there_is(
     capsys.readouterr()
     assert main(["status"]) == 0
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
-        ["toy/a", "pending"],
         ["toy/a--loss-completion", "completed"],
+        ["1", "recipe"],
     ]
 
 
