@@ -166,6 +166,9 @@ CHANGES: dict[str, Callable[[], object]] = {
     "recipe that is gone": RECIPE.unlink,
     "recipe.json": put("recipe.json", '"seed": 3', '"seed": 4'),
     "run.json": put("run.json", "00:01:00", "00:09:00"),
+    "run.json in place, under the same time": lambda: edit(
+        RUN_DIR / "run.json", "00:01:00", "00:09:00"
+    ),
     "result.json": put("result.json", '"num_steps": 4', '"num_steps": 9'),
     "result.json that is damaged": lambda: (RUN_DIR / "result.json").write_text("{"),
     "result.json that is gone": lambda: (RUN_DIR / "result.json").unlink(),
