@@ -213,12 +213,14 @@ def _read_inputs(recipe: Recipe, hashes: ContentHashes) -> tuple[dict[str, str],
 def _find_why_no_attempt(status: RunStatus, inputs_error: DataError | None) -> str | None:
     """What `runner launch` would do instead of starting an attempt; None where it starts one."""
     if inputs_error is not None:
-        return "a launch would be refused: files that the recipe names cannot be read"
+        return "a launch would be refused: files that the recipe names are missing or unreadable"
     action = decide(status, retry_failed=True).action
     if action == "launch":
         return None
-    instead = "nothing would be started" if action == "skip" else "a launch would be refused"
-    return f"{instead}: the run is {status.state}"
+    if action == "skip":
+        return f"nothing would be started: the run is {status.state}"
+    why = ", ".join(status.obstacles) or f"the run is {status.state}"
+    return f"a launch would be refused: {why}"
 
 
 def _find_why_no_repair(

@@ -5,7 +5,6 @@ every file, launch and library; and what a refusal leaves behind, which is nothi
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ from runner.recipe.identity import build_resume_fingerprint, derive_digest, load
 from runner.recipe.parse import Recipe
 from runner.run.facts import read_facts
 from runner.run.lease import is_leased
-from runner.run.paths import RunPaths, marker_path
+from runner.run.paths import RunPaths, content_cache_path, marker_path
 from runner.run.record import RunRecord, load_record, write_record
 from tests.recipe.test_identity import (
     CANNOT_CHANGE_ALONE,
@@ -43,6 +42,7 @@ from tests.recipe.test_identity import (
 )
 from tests.support.fake_checkpoints import flip_bit, interrupt
 from tests.support.fake_launcher import FakeLauncher, fake
+from tests.support.settled import settle
 
 __all__ = ["fake"]
 
@@ -448,9 +448,8 @@ def test_a_finished_grid_is_the_same_to_the_byte_however_often_it_is_run_again(
     fake: FakeLauncher,
 ) -> None:
     fake.add("a", "b", "c")
-    for path in ("data.jsonl", "models/toy/config.json"):
-        os.utime(path, (1_600_000_000, 1_600_000_000))  # else its hash is not kept yet
     assert main(["sweep", "recipes/toy", "--slots", "2"]) == 0
+    settle(content_cache_path(Path("runs")))  # else hashes of what is so new are kept again
     before, num_started = fake.tree(), len(fake.events())
     for words in (
         ["sweep", "recipes/toy"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import load_recipe
 from runner.run.paths import RunPaths, content_cache_path
 from tests.conftest import RECIPE_TEXT, ROOT
+from tests.support.settled import settle
 from tests.support.whole_runs import BY_BYTES, BY_SIZE, FILES, add_files
 
 RUNS = Path("runs")
@@ -39,13 +39,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "accelerate_configs", "accelerate_configs")
     Path("data.jsonl").write_text("{}\n")
-    os.utime("data.jsonl", (1e9, 1e9))  # the hash of what was written just now is not kept
     Path("models/gemma").mkdir(parents=True)
     Path("recipes").mkdir()
     for name in ("hurt", "old", "whole"):
         text = RECIPE_TEXT.replace("name: base", f"name: {name}")
         Path(f"recipes/{name}.yaml").write_text(text.replace("model: gemma", f"model: {name}"))
         complete(name)
+    settle(content_cache_path(RUNS))  # else hashes of what was written just now are kept again
     add_files(paths_of("hurt"))
     add_files(paths_of("whole"))
     return tmp_path

@@ -210,7 +210,7 @@ def test_status_is_a_line_per_run_and_json_for_scripts(
     assert fake.tree() == before, "status writes nothing"
 
 
-def test_status_without_arguments_shows_all_there_is(
+def test_status_without_arguments_shows_all_runs_that_there_are(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["status"]) == 0

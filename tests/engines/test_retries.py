@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import signal
 from typing import Any
 
@@ -222,7 +221,6 @@ def test_each_failure_keeps_the_end_of_its_log_without_secrets(
 def test_a_cache_that_cannot_be_written_stops_nothing(fake: FakeLauncher) -> None:
     fake.add("a")
     (fake.root / "runs" / ".content_hashes.json").mkdir(parents=True)
-    os.utime(fake.root / "data.jsonl", (1, 1))  # old enough to be cached
     assert main(["sweep", "recipes/toy"]) == 0
 
 

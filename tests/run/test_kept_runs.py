@@ -182,6 +182,9 @@ def test_a_sweep_tells_once_what_rules_1_change_and_fresh_moves_it(
     as_written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = "rules of rows and masks: 1 -> 2 (only a runner of rules 1 can continue it)"
+    assert main(["sweep", "recipes/states", "--dry-run"]) == 2
+    assert "recipe missing_data names files that are not there" in capsys.readouterr().err
+    Path("data/gone.jsonl").write_text("{}\n")
     assert main(["sweep", "recipes/states", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert said.count("rules of rows and masks") == 1 and f" 32 runs  {line}\n" in said

@@ -179,10 +179,9 @@ def test_a_data_file_that_changed_changes_its_runs(fake: FakeLauncher) -> None:
     assert [reading.status.state for reading in before] == ["completed"] * 2
     assert reader.read()[0].status is before[0].status
     cache = content_cache_path(Path("runs"))
-    state = Path("data.jsonl").stat()
-    # As another sweep would write it.
-    entry = [state.st_size, state.st_mtime_ns, state.st_ino, "f" * 64]
-    write_json_atomic(cache, {str(Path("data.jsonl").resolve()): entry})
+    entries = load_json(cache)
+    entries[str(Path("data.jsonl").resolve())][-1] = "f" * 64  # as another sweep would write it
+    write_json_atomic(cache, entries)
     assert [reading.status.state for reading in reader.read()] == ["changed"] * 2
 
 
