@@ -13,7 +13,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from runner.errors import CorruptFileError
 from runner.text import format_bytes
@@ -86,6 +86,17 @@ def _find_kind(path: Path) -> str | None:
     return "a pipe" if stat.S_ISFIFO(mode) else "a socket or a device"
 
 
+def open_to_append(path: Path) -> BinaryIO:
+    """A file that grows at its end, unbuffered, made where there is none.
+
+    Raises:
+        CorruptFileError: something else than a file has its name.
+        OSError: it cannot be opened.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    return os.fdopen(open_plain(path, flags), "ab", buffering=0)
+
+
 def is_plain(path: Path) -> bool:
     """True for a file, False where nothing has this name.
 
@@ -103,6 +114,20 @@ def is_plain(path: Path) -> bool:
     if not stat.S_ISREG(state.st_mode):
         refuse_other_kind(path)
     return True
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, where it is there.
+
+    Raises:
+        CorruptFileError: it is a folder.
+        OSError: it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        refuse_other_kind(path, error)
+        raise
 
 
 def make_folder(folder: Path) -> None:
@@ -295,7 +320,7 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     What a full disk takes of a line is taken back, or the next row would go on in the middle of it.
     """
     line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    with path.open("ab", buffering=0) as stream:
+    with open_to_append(path) as stream:
         start = stream.seek(0, os.SEEK_END)
         try:
             written = 0

@@ -71,13 +71,10 @@ def _open_standard_streams() -> bool:
 
 
 def _describe(error: Exception) -> str:
-    """In words. Where the output itself cannot be written, what is still buffered is dropped."""
-    try:
-        sys.stdout.flush()
-    except OSError as of_output:
-        _drop_output()
-        return f"standard output cannot be written: {put_in_words(of_output)}"
-    return put_in_words(error)
+    """In words. Of a write the system does not say to which file, and it may be to the output."""
+    is_write = isinstance(error, OSError) and error.strerror and error.filename is None
+    place = " (standard output, or a file that was being written)" if is_write else ""
+    return f"{put_in_words(error)}{place}"
 
 
 def _drop_output() -> None:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Final
 from runner.checkpoints.choose import find_commits, look_ahead, read_inventory
 from runner.checkpoints.marker import list_committed
 from runner.errors import CorruptFileError, RefusedError, RunnerError, put_in_words
-from runner.files import write_json_atomic
+from runner.files import make_folder, open_to_append, remove_file, write_json_atomic
 from runner.launch.command import LaunchCommand
 from runner.launch.names import NamesOnHub
 from runner.launch.outcome import end_log
@@ -177,7 +177,7 @@ def open_attempt(
     A request to stop an earlier attempt goes first, and what a kill left half written.
     """
     paths, attempts = facts.paths, facts.attempts
-    paths.stop_path.unlink(missing_ok=True)
+    remove_file(paths.stop_path)
     for leftover in paths.list_temporaries():
         leftover.unlink(missing_ok=True)
     for earlier in attempts:
@@ -212,7 +212,7 @@ def open_attempt(
         versions={**made_by.versions, **own_versions},
         hardware=made_by.hardware,
     )
-    paths.attempt(attempt.number).attempt_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(paths.attempt(attempt.number).attempt_dir)
     write_record(paths, RunRecord(attempts=(*attempts, attempt)))
     return attempt
 
@@ -547,7 +547,7 @@ def _start_process(
     worker: Worker | None,
 ) -> tuple[Attempt, AttemptProcess]:
     try:
-        with paths.attempt(attempt.number).log_path.open("ab") as log:
+        with open_to_append(paths.attempt(attempt.number).log_path) as log:
             if removed := command.list_removed(os.environ):
                 log.write(_say_removed(removed))
                 log.flush()
@@ -556,6 +556,10 @@ def _start_process(
                     return attempt, process
                 attempt = _record_cold(paths, lease)
             return attempt, _start_launcher(attempt, command, lease, owner, log)
+    except CorruptFileError as error:  # its log is a folder, say
+        failure = Failure(kind="configuration", message=error.message)
+        close_attempt(read_facts(paths, lease=lease), 127, failure)
+        raise
     except OSError as error:
         message = f"{command.argv[0]} cannot be started: {error}"
         is_absent = isinstance(error, FileNotFoundError | PermissionError)

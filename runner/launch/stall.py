@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from runner.errors import CorruptFileError
+from runner.files import open_to_append
 from runner.processes import (
     STACKS_SIGNAL,
     find_processes_of,
@@ -182,7 +184,10 @@ class StallWatch:
 
     def _note(self, line: str) -> None:
         # On a full disk, or beside what a rank is just writing.
-        with contextlib.suppress(OSError), self.files.log_path.open("ab") as log:
+        with (
+            contextlib.suppress(CorruptFileError, OSError),
+            open_to_append(self.files.log_path) as log,
+        ):
             log.write(f"\nrunner: {line}\n".encode())
 
     def _measure_log(self) -> int:
