@@ -196,7 +196,7 @@ def test_a_name_of_two_grids_is_not_guessed(
     scored(Path("runs"), make_recipe("full_s1", {"loss": "full"}, grid="other"), 1.0)
     assert main(["compare", "full_s1", "completion_s1"]) == 2
     said = capsys.readouterr().err
-    assert "name of 2 runs: runs/demo/full_s1, runs/other/full_s1" in said
+    assert "name of 2 runs or grids: runs/demo/full_s1, runs/other/full_s1" in said
     assert main(["compare", "full_s1", "completion_s1", "--grid", "demo"]) == 0
 
 
