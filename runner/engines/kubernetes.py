@@ -170,8 +170,9 @@ def _build_pod(
     """The pod of any index: the index picks its recipe, and `runner` becomes the process that gets
     TERM.
     """
+    overrides = "".join(f" {_quote(override)}" for override in options.overrides)
     script = (
-        'shift "$JOB_COMPLETION_INDEX"; exec runner launch "$1" --output-root'
+        f'shift "$JOB_COMPLETION_INDEX"; exec runner launch "$1"{overrides} --output-root'
         f" {_quote(options.output_root)}{' --own-base' if options.owns_base else ''}"
     )
     resources = {

@@ -56,6 +56,7 @@ class ManifestOptions:
     num_slots: int | None = None  # runs at a time; None leaves it to the engine
     fail_fast: bool = False
     owns_base: bool = False  # each run scores the base model itself
+    overrides: tuple[str, ...] = ()  # of each recipe
 
 
 SHARED_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -82,7 +83,7 @@ def read_shared_options(
             f"`--engine {engine}` starts nothing:"
             " with `--dry-run` it prints the file that you submit",
             hint=(
-                f"runner sweep {shlex.join(arguments.paths)}"
+                f"runner sweep {shlex.join([*arguments.paths, *arguments.overrides])}"
                 f" --engine {engine} --dry-run ... {submit}"
             ),
         )
@@ -108,6 +109,7 @@ def read_shared_options(
         "num_slots": arguments.slots,
         "fail_fast": arguments.fail_fast,
         "owns_base": arguments.own_base,
+        "overrides": tuple(arguments.overrides),
     }
 
 

@@ -126,6 +126,6 @@ def _build_run(
         "--own-base": options.owns_base,
     }
     flags = [flag for flag, is_asked in asked.items() if is_asked]
-    words = [shlex.quote(word) for word in list_recipe_words(runs)]
+    words = [shlex.quote(word) for word in [*list_recipe_words(runs), *options.overrides]]
     tail = shlex.join(["--output-root", _RUNS_DIR, *room, *flags])
     return " \\\n  ".join(["runner sweep", *words, tail]) + "\n"

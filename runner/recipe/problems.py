@@ -371,7 +371,7 @@ def _describe(detail: ErrorDetails, path: tuple[str, ...], model: type[BaseModel
         field = str(context.get("discriminator", "")).strip("'")
         names = re.findall(r"'([^']*)'|\b(?:True|False)\b", str(context.get("expected_tags", "")))
         if kind == "union_tag_not_found":
-            return f"needs the key `{field}`"
+            return f"needs the key `{field}`{_describe_fitting(detail, path, field, model)}"
         return (
             f"`{field}` is {_name_value(context.get('tag'))}, expected"
             f" {_list_names([n for n in names if n])}"
@@ -383,6 +383,18 @@ def _describe(detail: ErrorDetails, path: tuple[str, ...], model: type[BaseModel
     if kind == "value_error":
         return str(detail.get("ctx", {}).get("error", detail["msg"])).split("\n\nhint")[0]
     return f"got {found}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def _describe_fitting(
+    detail: ErrorDetails, path: tuple[str, ...], field: str, model: type[BaseModel]
+) -> str:
+    """The values of a section's missing key that its other keys go with, where not all do."""
+    members = [m for m in _find_models(model, path) if field in m.model_fields]
+    fitting = [m for m in members if set(detail["input"]) <= m.model_fields.keys()]
+    if not fitting or len(fitting) == len(members):
+        return ""
+    tags = [_name_tag(m.model_fields[field].annotation) for m in fitting]
+    return f": its other keys go with `{field}: {_list_names(tags)}`"
 
 
 def _describe_unknown_key(name: str, detail: ErrorDetails, model: type[BaseModel]) -> str:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -159,16 +160,23 @@ def test_a_run_is_not_moved_aside_for_code_that_may_not_run(
     assert study.paths("study").recipe_path.exists()
 
 
-def test_a_file_that_only_an_override_names_needs_a_recipe(
+CHANGED = "data.task.function='other.py:build'"
+
+
+def test_a_file_that_only_an_override_names_is_allowed_with_it(
     study: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(study.root)
     (study.root / "other.py").write_text(ROWS)
     for verb in (["launch", "study.json", "--dry-run"], ["masks", "study.json"]):
-        assert main([*verb, "data.task.function='other.py:build'"]) == 2
+        assert main([*verb, CHANGED]) == 2
         said = capsys.readouterr().err
         assert "other.py  was not allowed yet" in said
-        assert "takes no overrides: let a recipe name the files, and allow it" in said
+        hint = said.partition("hint: ")[2].partition("  #")[0]
+        assert shlex.split(hint)[1:] == ["check", "--allow-code", "study.json", CHANGED]
+    assert main([*shlex.split(hint)[1:], "--schema-only"]) == 0
+    assert "allowed other.py" in capsys.readouterr().out
+    assert main(["launch", "study.json", CHANGED, "--dry-run"]) == 0
 
 
 BAD_CODE = {

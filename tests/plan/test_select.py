@@ -147,3 +147,55 @@ def test_axis_values_are_written_as_in_yaml(fake: FakeLauncher) -> None:
         path.write_text(path.read_text().replace(f"{{size: {len(name)}}}", f"{{size: {value}}}"))
         assert parse_recipe(path.read_text(), where=name).run.axes["size"] in (True, None)
     assert names_of("recipes", where=("size=true",)) == ["a"]
+
+
+def test_numbers_of_an_axis_are_compared_as_numbers(fake: FakeLauncher) -> None:
+    fake.add("a", "b", "c", "d")
+    for name, axes in (
+        ("a", "{training.learning_rate: 1e-3, tied: true}"),
+        ("b", "{training.learning_rate: 0.01, tied: false}"),
+        ("c", "{training.learning_rate: 3, tied: true}"),
+        ("d", "{training.learning_rate: '1e-3', tied: 1}"),
+    ):
+        path = fake.root / "recipes" / "toy" / f"{name}.yaml"
+        path.write_text(path.read_text().replace("axes: {size: 1}", f"axes: {axes}"))
+
+    def find(*where: str) -> list[str]:
+        return names_of("recipes/toy", where=where)
+
+    lr = "training.learning_rate"
+    assert find(f"{lr}=0.001") == find(f"{lr}=0.0010") == find(f"{lr}=1.0e-03") == ["a"]
+    assert find(f"{lr}=1e-3") == ["a", "d"], "a text is what is written"
+    assert find("learning_rate=3.0") == find("training.learning_rate=3") == ["c"]
+    assert find("learning_rate=1e-2,3") == find("x.training.learning_rate=.01,3") == ["b", "c"]
+    assert (
+        find("tied=true") == ["a", "c"]
+        and find("tied=1.0") == ["d"]
+        and find("tied=false") == ["b"]
+    )
+    for wrong in ("nan", "inf", "0.0011", "sNaN", "True", ""):
+        with pytest.raises(RunnerError) as caught:
+            find(f"{lr}={wrong or 'x'}")
+        assert caught.value.hint == "its values are 0.001, 0.01, 3, 1e-3"
+
+
+def test_a_part_of_the_name_of_two_axes_is_not_guessed(fake: FakeLauncher) -> None:
+    fake.add("a")
+    path = fake.root / "recipes" / "toy" / "a.yaml"
+    path.write_text(path.read_text().replace("{size: 1}", "{data.seed: 1, training.seed: 1}"))
+    with pytest.raises(RunnerError, match="could be each of the axes data"):
+        names_of("recipes/toy", where=("seed=1",))
+
+
+def test_overrides_make_a_variant_of_each_recipe(fake: FakeLauncher) -> None:
+    fake.add("a", "b")
+    path = fake.root / "recipes" / "toy" / "b.yaml"
+    path.write_text(path.read_text().replace("loss: full", "loss: completion"))
+    found = select_recipes(["toy"], Path("runs"), overrides=["loss=completion"])
+    assert [one.full_name for one in found] == ["toy/a--loss-completion", "toy/b"]
+    assert [one.paths.run_dir.name for one in found] == ["a--loss-completion", "b"]
+    assert [one.overrides for one in found] == [("loss=completion",), ()]
+    assert [one.idle_overrides for one in found] == [(), ("loss=completion",)]
+    assert main(["sweep", "toy/a"]) == 0
+    with pytest.raises(RefusedError, match="runs/toy/a is a run directory: overrides such as"):
+        select_recipes(["runs/toy/a"], Path("runs"), overrides=["loss=completion"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -173,7 +172,7 @@ def test_overrides_are_answered_with_overrides() -> None:
     assert caught.value.hint is None, "the key is ours"
 
 
-def test_a_batch_of_answers_without_answers_says_what_it_goes_with(tmp_path: Path) -> None:
+def test_a_batch_of_answers_without_answers_says_what_it_goes_with() -> None:
     overrides = ["evaluation.generation.enabled=false", "evaluation.generation.batch_size=4"]
     with pytest.raises(RecipeError) as caught:
         load_recipe(DEMO, overrides)
@@ -181,3 +180,6 @@ def test_a_batch_of_answers_without_answers_says_what_it_goes_with(tmp_path: Pat
         "does not go with `enabled: false`, only with `enabled: true`;"
         " or is it `training.global_batch_size`?"
     ) in str(caught.value)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(DEMO, overrides[1:])
+    assert "needs the key `enabled`: its other keys go with `enabled: true`" in str(caught.value)

@@ -1,0 +1,224 @@
+"""`key=value` and bare names on the command line of each verb."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from runner.cli.main import main
+from runner.files import load_json
+from tests.support.fake_launcher import FakeLauncher, fake
+
+__all__ = ["fake"]
+
+LR = "training.learning_rate=1e-4"
+VARIANT = "a--training.learning_rate-1e-4"
+
+
+def test_a_sweep_makes_a_variant_of_each_recipe(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "bb")
+    assert main(["sweep", "recipes/toy", LR, "--where", "size=1.0"]) == 0
+    assert fake.started() == [VARIANT]
+    stored = load_json(fake.paths(VARIANT).recipe_path)["recipe"]
+    assert stored["run"]["overrides"] == [LR] and stored["training"]["learning_rate"] == 1e-4
+    capsys.readouterr()
+    assert main(["launch", "recipes/toy/a.yaml", LR]) == 0
+    assert "toy/" + VARIANT in capsys.readouterr().out and fake.started() == [VARIANT]
+    assert main(["rerun", "toy", LR]) == 0
+    assert main(["sweep", LR, "--dry-run", "toy"]) == 0
+    shown = capsys.readouterr().out
+    assert f"skip    toy/{VARIANT}  completed" in shown
+    assert "launch  toy/bb--training.learning_rate-1e-4  pending" in shown
+    assert fake.started() == [VARIANT]
+
+
+def test_a_list_is_what_launch_takes(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "b")
+    assert main(["sweep", "toy", "--list", LR, "model.chat_template=a b.jinja"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"recipes/toy/{name}.yaml {LR} 'model.chat_template=a b.jinja'" for name in "ab"
+    ]
+
+
+def test_an_override_that_changes_nothing_is_told_and_makes_no_other_run(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "b")
+    assert main(["launch", "recipes/toy/a.yaml", "loss=full"]) == 0
+    assert "note: loss=full changes nothing in recipes/toy/a.yaml" in capsys.readouterr().err
+    assert fake.started() == ["a"]
+    assert main(["sweep", "toy", "loss=full", LR]) == 0
+    said = capsys.readouterr().err
+    assert "note: loss=full changes nothing in 2 of 2 recipes, such as recipes/toy/a.yaml" in said
+    assert fake.started() == ["a", VARIANT, "b--training.learning_rate-1e-4"]
+    assert main(["launch", "a", "loss=full", "--name", "mine"]) == 0
+    assert "note" not in capsys.readouterr().err and fake.paths("mine").result_path.exists()
+
+
+def test_changed_variants_are_told_with_their_overrides(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "b", "c", "d")
+    assert main(["sweep", "toy", LR]) == 0
+    for path in (fake.root / "recipes" / "toy").glob("*.yaml"):
+        path.write_text(path.read_text().replace("max_steps: 2", "max_steps: 3"))
+    capsys.readouterr()
+    assert main(["sweep", "toy", LR]) == 1
+    shown = capsys.readouterr().out
+    assert f"runner sweep toy {LR} --fresh" in shown
+    assert "`runner status runs/toy` names all" in shown
+
+
+def test_a_rerun_can_be_previewed(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.add("a")
+    fake.add("bad", told="exit 9\nthen complete")
+    assert main(["sweep", "toy"]) == 1
+    before, started = fake.tree(), fake.started()
+    capsys.readouterr()
+    assert main(["rerun", "toy", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "skip    toy/a  completed" in shown and "launch  toy/bad" in shown
+    assert "accelerate launch" in shown
+    assert fake.tree() == before and fake.started() == started
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["status", "toy", LR],
+            "`status` takes no overrides such as 'training.learning_rate=1e-4'",
+        ),
+        (["stop", LR, "toy"], "name the run directories of variants"),
+        (["report", "toy", LR], "`runner report runs/demo`"),
+        (["power", "toy", LR, "--effect", "1"], "`power` takes no overrides"),
+        (["sweep", LR], f"hint: runner sweep recipes/demo {LR}"),
+        (["sweep", "runs/toy/a", LR], "runs/toy/a is a run directory: overrides such as"),
+        (["masks", "a", "loss"], "'loss' is not an override of the form key=value"),
+        (["why", "runs/toy/a", LR], "is a run directory: overrides and `--name` go with a recipe"),
+        (["launch", "runs/toy/a"], "hint: runner launch recipes/toy/a.yaml"),
+        (["launch", "toy/gone"], "hint: runner sweep runs/toy/gone  # by the recipe that"),
+        (["launch", "toy"], "recipes/toy is a folder\n\nhint: runner sweep recipes/toy"),
+        (["launch", "nothing"], "'nothing' names no recipe, run or grid"),
+        (["chat", "new"], "recipes/toy/new.yaml has no run yet: there is no runs/toy/new"),
+        (["export", "new", "--output", "x"], "hint: runner launch recipes/toy/new.yaml"),
+    ],
+)
+def test_what_does_not_go_together_is_2_and_words(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    fake.add("a", "gone")
+    assert main(["sweep", "recipes/toy"]) == 0
+    (fake.root / "recipes" / "toy" / "gone.yaml").unlink()
+    fake.add("new")
+    capsys.readouterr()
+    before = fake.tree()
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err and fake.tree() == before
+
+
+def test_a_name_goes_with_every_verb(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "bb")
+    for name in ("a", "toy/a"):
+        assert main(["check", "--schema-only", name, LR]) == 0
+        assert capsys.readouterr().out == "1 recipes are well-formed\n"
+        assert main(["launch", name, "--dry-run"]) == 0
+        assert "accelerate launch" in capsys.readouterr().out
+        assert main(["sweep", name, "--list"]) == 0
+        assert capsys.readouterr().out == "recipes/toy/a.yaml\n"
+        assert main(["masks", name]) == 2
+        assert "data.jsonl line 1" in capsys.readouterr().err, "found, and its row is none"
+    assert main(["sweep", "a"]) == main(["launch", "a", LR]) == 0
+    capsys.readouterr()
+    for name in ("a", "toy/a"):
+        assert main(["status", name]) == 0
+        assert capsys.readouterr().out.startswith("toy/a  completed")
+        assert main(["why", name]) == main(["logs", name]) == main(["stop", name]) == 0
+        assert capsys.readouterr().out.startswith("toy/a  runs/toy/a\n")
+        for verb in (["chat", name, "--prompt", "x"], ["export", name, "--output", "out"]):
+            assert main(verb) == 2
+            assert "runs/toy/a" in capsys.readouterr().err, "found, and it has no weights"
+    assert main(["status", "toy"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "toy/a",
+        "toy/bb",
+        f"toy/{VARIANT}",
+    ], "recipes, and the run directories of variants"
+    assert main(["report", "toy"]) == 0
+    assert VARIANT in capsys.readouterr().out
+
+
+def test_a_name_of_two_grids_is_listed_by_every_verb(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a")
+    other = fake.root / "recipes" / "other" / "a.yaml"
+    other.parent.mkdir()
+    other.write_text((fake.root / "recipes/toy/a.yaml").read_text().replace("toy,", "other,"))
+    for verb in (
+        *(["check", "a"], ["launch", "a"], ["sweep", "a"], ["rerun", "a"], ["masks", "a"]),
+        *(["status", "a"], ["why", "a"], ["logs", "a"], ["stop", "a"], ["report", "a"]),
+        *(["power", "a", "--effect", "1"], ["compare", "a", "a"], ["chat", "a"]),
+        ["export", "a", "--output", "x"],
+    ):
+        assert main(verb) == 2
+        said = capsys.readouterr().err
+        assert (
+            "'a' is the name of 2 runs or grids: recipes/other/a.yaml, recipes/toy/a.yaml" in said
+        )
+        assert "hint: name one of them: recipes/other/a.yaml" in said
+
+
+def test_engines_that_write_a_file_give_overrides_to_the_other_machine(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a")
+    words = ["sweep", "toy", LR, "model.chat_template=a b", "--dry-run", "--image", "x"]
+    assert main([*words, "--storage", "claim", "--engine", "kubernetes"]) == 0
+    pod = yaml.safe_load(capsys.readouterr().out)["spec"]["template"]["spec"]
+    script = pod["containers"][0]["command"][2]
+    assert f"exec runner launch \"$1\" {LR} 'model.chat_template=a b' --output-root" in script
+    assert main([*words, "--storage", "s3://b/runs", "--engine", "skypilot"]) == 0
+    shown = capsys.readouterr().out
+    assert f"  recipes/toy/a.yaml \\\n    {LR} \\\n    'model.chat_template=a b' \\\n" in shown
+
+
+def test_what_is_submitted_holds_the_overrides(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.add("a")
+    bin_dir = fake.home / "slurm"
+    bin_dir.mkdir()
+    for name, said in (("squeue", ""), ("scontrol", ""), ("sbatch", "17")):
+        (bin_dir / name).write_text(f"#!/bin/sh\necho {said}\n" if said else "#!/bin/sh\n")
+        (bin_dir / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_dir}:{os.environ['PATH']}")
+    assert main(["sweep", "toy", LR, "--engine", "slurm"]) == 0
+    assert "submitted 1 runs as slurm 17" in capsys.readouterr().out
+    [submitted] = Path("runs/.slurm").glob("*/recipes/toy/*.json")
+    assert submitted.name == f"{VARIANT}.json"
+    assert main(["launch", str(submitted)]) == 0
+    assert fake.started() == [VARIANT]
+    assert main(["sweep", "toy", LR]) == 0 and fake.started() == [VARIANT]
+
+
+def test_the_command_line_itself(fake: FakeLauncher) -> None:
+    fake.add("a")
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", "launch", "a", "--learning_rate", "1e-4"],
+        cwd=fake.root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.endswith(f"\nhint: runner launch a {LR}\n")
+    assert not Path("runs").exists()
