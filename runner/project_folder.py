@@ -32,7 +32,8 @@ _project: Path | None = None
 
 def is_project(folder: Path) -> bool:
     """True for a folder that holds `recipe_templates/` or `runner.toml`."""
-    return (folder / TEMPLATES).is_dir() or (folder / SETTINGS_FILE).is_file()
+    # Not by `Path`, which raises where a folder may not be looked at.
+    return os.path.isdir(folder / TEMPLATES) or os.path.isfile(folder / SETTINGS_FILE)
 
 
 def find_project_above(folder: Path) -> Path | None:
@@ -73,7 +74,7 @@ def name_project(project: Path, folder: Path) -> str | None:
 def check_settings(project: Path) -> None:
     """Raises: RunnerError for a `runner.toml` that cannot be read, or that holds a key."""
     path = project / SETTINGS_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         return
     with path.open("rb") as stream:
         content = stream.read(_MAX_SETTINGS_BYTES + 1)

@@ -206,7 +206,9 @@ class _Finder:
             return None
         project = Path(os.path.normpath(folder.resolve() / text))
         is_outside = os.path.isabs(text)
-        if project.is_dir() and (is_outside or is_project(project) or _holds_any(project, content)):
+        if os.path.isdir(project) and (
+            is_outside or is_project(project) or _holds_any(project, content)
+        ):
             # Under the name by which the user came here, where he came through it.
             return next((one for one in folder.parents if is_same_folder(one, project)), project)
         if is_outside and text not in self._is_told:
@@ -254,7 +256,9 @@ def _make_absolute(path: Path) -> Path:
     """Links stay as they are named, but for those that a `..` leads out of."""
     if ".." not in path.parts:
         return path.absolute()
-    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+    parent = path if path.name == ".." else path.parent
+    real = Path(os.path.realpath(parent))  # of `Path`'s own, a circle of links is a traceback
+    return real if parent is path else real / path.name
 
 
 def _say_from_inside(arguments: argparse.Namespace, here: Path, project: Path) -> None:

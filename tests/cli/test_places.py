@@ -550,8 +550,19 @@ def test_an_older_run_directory_does_not_say_its_project(
 ) -> None:
     path = study.paths("a").recipe_path
     content = load_json(path)
-    for value in (None, 7, "", "\0", "no/such/folder", ["/"]):
+    monkeypatch.chdir("/")
+    for value in (None, 7, "", "\0", "no/such/folder", ["/"], "/x" * 5000, "/\x1b[2J\ud800"):
         path.write_text(json.dumps({**content, "project": value} if value else content))
-        monkeypatch.chdir("/")
         err = said("status", study.paths("a").run_dir)[2]
         assert f"note: the project is {study.root};" in err, value
+        assert "\x1b" not in err and "Traceback" not in err
+
+
+def test_links_in_a_circle_are_no_traceback(
+    study: FakeLauncher, said: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (study.root / "sub" / "loop").symlink_to("loop")
+    monkeypatch.chdir(study.root / "sub")
+    for path in ("loop", "../sub/loop", "loop/../x", "../sub/loop/../x.yaml"):
+        code, _, err = said("status", path)
+        assert code == 2 and err.count("error: ") == 1, path

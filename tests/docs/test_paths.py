@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 
 FILE = re.compile(r"\b(?:runner|tests|benchmarks|docs|data)/[\w/]+\.(?:py|md|yaml|sh|jsonl)\b")
-MODULE = re.compile(r"\brunner(?:\.[a-z][a-z_]*)+\b")
+MODULE = re.compile(r"\brunner(?!\.toml\b)(?:\.[a-z][a-z_]*)+\b")
 DOCUMENTS = [
     *ROOT.glob("*.md"),
     *(ROOT / "docs").glob("*.md"),
