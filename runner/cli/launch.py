@@ -62,8 +62,9 @@ def run_launch(arguments: argparse.Namespace) -> int:
     contents = _find_contents(arguments, recipe, paths)
     base: AskedBase = "own" if arguments.own_base else "shared"
     planned = Launch(selected, contents, num_processes, resume, base=base)
+    facts = selected.read_facts()
     status = read_status(
-        selected.read_facts(), recipe, contents,
+        facts, recipe, contents,
         num_processes=num_processes, resume=resume, named=contents,
     )  # fmt: skip
     if arguments.repair:
@@ -71,7 +72,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
     pushes, is_fresh = PushPlan(), arguments.fresh and status.state != "pending"
     action = decide(status, retry_failed=True).action
     is_due = is_fresh or action in ("launch", "push")
-    pushes.add(selected, selected.read_facts(), is_due=is_due, is_fresh=is_fresh)
+    pushes.add(selected, facts, is_due=is_due, is_fresh=is_fresh)
     pushes.refuse()
     if arguments.fresh and resume == "auto":
         planned = replace(planned, resume="none")  # nor from remote storage

@@ -4,6 +4,7 @@ before anything starts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from runner.run.facts import RunFacts
 from runner.run.paths import RunPaths, find_output_root, list_push_paths
 from runner.run.record import load_push
 
-# Of examples and templates. Whatever begins with `your` is one, too.
+# As examples and templates have them, with - for _.
+_YOUR_OWN: Final = re.compile(r"your(?:-.*|user|username|name|org|organi[sz]ation|team)?")
 _PLACEHOLDER_OWNERS: Final = frozenset(
     {
         *("owner", "user", "username", "user-name", "hf-username"),
@@ -81,12 +83,15 @@ def describe_other_push(facts: RunFacts, recipe: Recipe) -> str | None:
 def find_placeholder(repo_id: str) -> str | None:
     """The owner of a repository where it is a placeholder.
 
-    >>> find_placeholder("your-organisation/model"), find_placeholder("lab/your-model")
-    ('your-organisation', None)
+    >>> owners = ("your-organisation", "Your_Name", "OWNER", "<user>", "yourtown", "lab")
+    >>> [owner for owner in owners if find_placeholder(f"{owner}/your-model")]
+    ['your-organisation', 'Your_Name', 'OWNER', '<user>']
     """
     owner, slash, _ = repo_id.rpartition("/")
     folded = owner.casefold().replace("_", "-")
-    is_one = folded.startswith("your") or folded in _PLACEHOLDER_OWNERS or set(owner) & set("<>{}$")
+    is_one = (
+        _YOUR_OWN.fullmatch(folded) or folded in _PLACEHOLDER_OWNERS or set(owner) & set("<>{}$")
+    )
     return owner if slash and is_one else None
 
 

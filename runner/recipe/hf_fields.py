@@ -74,7 +74,6 @@ OWNED_TRAINING_FIELDS: Final[dict[str, str]] = {
             "run_name",
             "project",
             "disable_tqdm",
-            "push_to_hub",
             "hub_token",
             "hub_private_repo",
             "hub_model_id",
@@ -88,6 +87,7 @@ OWNED_TRAINING_FIELDS: Final[dict[str, str]] = {
         ),
         "`tracking`",
     ),
+    "push_to_hub": "`tracking.hub_push`",
     **dict.fromkeys(
         ("use_cpu", "local_rank", "ddp_backend", "deepspeed", "fsdp", "fsdp_config"), "`launch`"
     ),
