@@ -196,6 +196,56 @@ def test_the_task_is_read_off_the_columns(
         assert (len(splits.test), len(splits.validation)) == (5, 5) and len(splits.train) in (5, 20)
 
 
+TICKETS: list[dict[str, Any]] = [
+    {
+        "id": str(n),
+        "ticket": f"Printer {n} is {{{{ broken }}}}",
+        "the fix": f"Restart {n}",
+        "a": "b",
+    }
+    for n in range(12)
+]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first"),
+    [
+        (None, "Printer 3 is {{ broken }}"),
+        ("ticket", "Printer 3 is {{ broken }}"),
+        (
+            "{% raw %} {# @TASK@ {{x}} ${a}: {ticket}",
+            "{% raw %} {# @TASK@ {{x}} ${a}: Printer 3 is",
+        ),
+    ],
+)
+def test_columns_that_nobody_planned_for(
+    prompt: str | None, first: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error shows them, and its words make a project."""
+    write_rows(place / "tickets.jsonl", TICKETS)
+    assert main(["init", "study", "--data", "tickets.jsonl"]) == 2
+    said = capsys.readouterr().err
+    assert 'ticket   "Printer 0 is {{ broken }}"\n  the fix  "Restart 0"\n' in said
+    words = said.partition("the prompt and the answer: ")[2].splitlines()[0]
+    assert words == "--prompt '{ticket}' --completion 'the fix'" and "name: python" in said
+    options = (
+        shlex.split(words) if prompt is None else ["--prompt", prompt, *shlex.split(words)[2:]]
+    )
+    assert main(["init", "study", "--data", "tickets.jsonl", *options]) == 0
+    os.chdir("study")
+    [*_, splits] = draw_rendered()
+    texts = [row.messages[0]["content"] for row in (*splits.train, *splits.test)]
+    assert [text for text in texts if text.startswith(first)]
+
+
+def test_the_sample_says_what_it_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "study"]) == 0
+    said = capsys.readouterr().out
+    assert "data/demo.jsonl: 480 different rows, read as conversations" in said
+    assert "comes with the runner: made-up chats of a customer with a shop" in said
+    assert "your own rows: --data FILE" in said
+
+
 def pairs(name: str, count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"{name} {number}?", "completion": "x"} for number in range(count)]
 
@@ -401,6 +451,19 @@ def test_models_become_cards(place: Path) -> None:
         (["--data", "empty.jsonl"], "holds no rows"),
         (["--data", "few.jsonl"], "few.jsonl holds 3 different rows; 4 are needed"),
         (["--data", "odd.jsonl"], "cannot tell the task from the columns: left, right"),
+        (["--data", "odd.jsonl"], "columns: left, right\n\n  left   1\n  right  2\n"),
+        (["--data", "few.jsonl", "--prompt", "{prompt}"], "`--completion` is missing: --prompt"),
+        (["--data", "few.jsonl", "--completion", "completion"], "`--prompt` is missing"),
+        (
+            ["--data", "few.jsonl", "--prompt", "{prom}", "--completion", "completion"],
+            "there is no column `prom`, did you mean {prompt}?",
+        ),
+        (
+            ["--data", "few.jsonl", "--prompt", "solve", "--completion", "completion"],
+            "holds no column in braces",
+        ),
+        (["--data", "few.jsonl", "--prompt", "prompt", "--completion", "x"], "column `x` is"),
+        (["--from", "demo", "--prompt", "{a}"], "--prompt goes with the starter grid"),
         (["--model", "./none"], "there is no such folder"),
         (["--model", "."], "has no config.json"),
         (["--model", "a b"], "it is not a hub id"),
