@@ -111,6 +111,24 @@ def _add_project_verbs(verbs: Any) -> None:
             " default: a small demo model, built offline"
         ),
     )
+    init.add_argument(
+        "--axis",
+        dest="axes",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help=(
+            "a key of the recipe and the values that are tried, such as"
+            " training.learning_rate=1e-4,3e-4; may be repeated; `seed`, `loss`, `samples` and"
+            " `model` are axes anyway, and get these values"
+        ),
+    )
+    init.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help='the prompt, with columns of your rows in braces: "{ticket}"; needs --completion',
+    )
+    init.add_argument("--completion", metavar="COLUMN", help="the column of the answer")
 
     demo_models = verbs.add_parser(
         "demo-models", help="the demo's base models, built offline where they are missing"

@@ -54,9 +54,16 @@ if TYPE_CHECKING:
 
 def run_init(arguments: argparse.Namespace) -> int:
     """`runner init`."""
-    from runner.grid.project import init_project
+    from runner.grid.project import Wishes, init_project
 
-    return init_project(arguments.folder, arguments.from_grid, arguments.data, arguments.models)
+    wishes = Wishes(
+        arguments.data,
+        arguments.models,
+        arguments.axes,
+        arguments.prompt,
+        arguments.completion,
+    )
+    return init_project(arguments.folder, arguments.from_grid, wishes)
 
 
 def run_demo_models(arguments: argparse.Namespace) -> int:

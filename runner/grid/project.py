@@ -7,26 +7,36 @@ a failure leaves nothing behind.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from runner.errors import RefusedError, RunnerError
+from runner.errors import GridError, RefusedError, RunnerError
 from runner.grid import starter as init_starter
+from runner.grid.given_axes import (
+    BY_HAND,
+    MODEL_AXIS,
+    check_given_axes,
+    list_given_models,
+    read_given_axes,
+)
 from runner.grid.given_data import GivenData, open_given_data
 from runner.grid.recipe_files import RenderedGrid
 from runner.grid.render import render_grid
 from runner.grid.spec import list_grids
 from runner.grid.starter import SHARED_FOLDERS, TEMPLATES, find_stock_dir, require_stock_grid
+from runner.grid.starter_grid import StarterGrid, write_starter
 from runner.project_folder import MARKER_TEXT, SETTINGS_FILE
 from runner.recipe.parse import Recipe, parse_recipe
 
 _SAMPLE: Final = "data/demo.jsonl"
+_SAMPLE_WORDS: Final = "made-up chats of a customer with a shop, and a summary of each"
 _MAX_LISTED: Final = 8
 _IGNORED: Final = (
     "# Runs are facts of this machine; recipes, templates and data belong to the record.\n/runs/\n"
@@ -45,13 +55,36 @@ class Project:
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What a person says of the starter grid: `--data`, `--model`, `--axis`, `--prompt`,
+    `--completion`.
+    """
+
+    data: Sequence[str] = ()
+    models: Sequence[str] = ()
+    axes: Sequence[str] = ()
+    prompt: str | None = None
+    completion: str | None = None
+
+    def name_option(self) -> str | None:
+        """One of the options that were given."""
+        given = {
+            "--data": self.data,
+            "--model": self.models,
+            "--axis": self.axes,
+            "--prompt": self.prompt,
+            "--completion": self.completion,
+        }
+        return next((option for option, value in given.items() if value), None)
+
+
+@dataclass(frozen=True)
 class _Starter:
     """The starter grid as it will be written."""
 
     given: GivenData
     is_own: bool  # a person's rows, not our sample
-    data: init_starter.DataPlan
-    cards: Mapping[str, Mapping[str, Any]]
+    grid: StarterGrid
 
 
 @dataclass
@@ -67,14 +100,11 @@ class _Needs:
     needs_demo_models: bool = False
 
 
-def init_project(
-    target: Path, from_grid: str | None, data: Sequence[str], models: Sequence[str]
-) -> int:
+def init_project(target: Path, from_grid: str | None, wishes: Wishes) -> int:
     """Make the project and print what to do next. Raises: RunnerError; then nothing is left
     behind.
     """
-    if from_grid is not None and (data or models):
-        option = "--data" if data else "--model"
+    if from_grid is not None and (option := wishes.name_option()) is not None:
         raise RunnerError(
             f"{option} goes with the starter grid; --from {from_grid} copies that grid as it is",
             hint=(
@@ -89,10 +119,16 @@ def init_project(
     if from_grid is not None:
         _make_project(stock_dir, target, from_grid, None)
         return 0
-    with open_given_data(data or [str(stock_dir / _SAMPLE)]) as given:
-        plan = init_starter.plan_data(given)
+    axes = read_given_axes(wishes.axes)
+    models = [*wishes.models, *list_given_models(axes)]
+    if wishes.models and len(models) > len(wishes.models):
+        raise RunnerError("`--model` and `--axis model=...` say the same: leave one of them out")
+    with open_given_data(wishes.data or [str(stock_dir / _SAMPLE)]) as given:
+        columns = init_starter.GivenColumns(wishes.prompt, wishes.completion)
+        plan = init_starter.plan_data(given, columns)
         cards = init_starter.build_cards(models, stock_dir / TEMPLATES, target)
-        starter = _Starter(given, bool(data), plan, cards)
+        axes = [axis for axis in axes if axis.name != MODEL_AXIS]
+        starter = _Starter(given, bool(wishes.data), StarterGrid(plan, cards, axes))
         _make_project(stock_dir, target, init_starter.GRID, starter)
     return 0
 
@@ -105,12 +141,12 @@ def _make_project(stock_dir: Path, target: Path, grid: str, starter: _Starter | 
         _copy_shared(stock_dir, staging_dir)
         if starter is None:
             _copy_grid(stock_dir, staging_dir, grid)
+            rendered = render_grid(staging_dir / TEMPLATES, grid)
         else:
             for path, source_path in starter.given.copies.items():
                 _copy(source_path, staging_dir / path)
-            init_starter.write_starter(staging_dir, starter.data, starter.cards)
+            rendered = _write_starter(staging_dir, starter.grid)
             _make_executable(staging_dir / "sweeps" / f"{grid}.sh")
-        rendered = render_grid(staging_dir / TEMPLATES, grid)
         recipes = [parse_recipe(text, where=name) for name, text in rendered.texts.items()]
         needs = _copy_samples(stock_dir, staging_dir, recipes)
         project = _describe(
@@ -122,6 +158,26 @@ def _make_project(stock_dir: Path, target: Path, grid: str, starter: _Starter | 
             _IGNORED + ("/demo_models/\n" if needs.needs_demo_models else "")
         )
     print("\n".join(_build_message(target, project)))
+
+
+def _write_starter(staging_dir: Path, grid: StarterGrid) -> RenderedGrid:
+    """The starter grid, written and rendered. Raises: RunnerError, also for axes that no recipe can
+    take.
+    """
+    templates_root = staging_dir / TEMPLATES
+    if grid.axes:
+        write_starter(staging_dir, replace(grid, axes=()))
+        base = render_grid(templates_root, init_starter.GRID)
+        check_given_axes(grid.axes, next(iter(base.texts.values())))
+        grid.check_counts()
+    try:
+        write_starter(staging_dir, grid)
+        return render_grid(templates_root, init_starter.GRID)
+    except GridError as error:
+        # Of a folder that nobody will find.
+        message = error.message.replace(f"{staging_dir}/", "")
+        hint = error.hint or (BY_HAND if grid.axes else None)
+        raise GridError(message, hint=hint) from None
 
 
 def _refuse_occupied(target: Path) -> None:
@@ -197,11 +253,13 @@ def _copy_grid(stock_dir: Path, project_dir: Path, grid: str) -> None:
 
 def _describe_starter(starter: _Starter) -> list[str]:
     """What the starter grid does with the rows and the models, a line each."""
-    given, plan = starter.given, starter.data
+    given, plan = starter.given, starter.grid.data
     path = given.path
     columns = [value for key, value in plan.task.items() if key.endswith("_column")]
     task = ": ".join([plan.task["name"], *([" -> ".join(columns)] if columns else [])])
     notes = [f"{path}: {plan.num_rows} different rows, read as {task}"]
+    if not starter.is_own:
+        notes.append(f"{path} comes with the runner: {_SAMPLE_WORDS}; your own rows: --data FILE")
     if starter.is_own and given.copies:
         notes.append(
             f"{path} is a copy of {given.name}: edit the copy, or name another file in the template"
@@ -214,12 +272,18 @@ def _describe_starter(starter: _Starter) -> list[str]:
     own = [split for split in plan.sources if split != "train"]
     notes.append(
         f"rows: {plan.num_validation} for validation, {plan.num_test} for test, "
-        f"{' or '.join(map(str, plan.train_counts))} to train on"
+        f"{' or '.join(map(str, starter.grid.counts))} to train on"
         + (f"; rows of their own: {', '.join(own)}" if own else "")
     )
-    for name, card in starter.cards.items():
+    for name, card in starter.grid.cards.items():
         template = card["chat_template"] or "the tokenizer's own"
         notes.append(f"model {name}: {card['path']}, {card['dtype']}, chat template: {template}")
+    notes += [
+        f"axis {axis.name}: {axis.key}={axis.show_values()}" for axis in starter.grid.more_axes
+    ]
+    keys = {axis.key for axis in starter.grid.more_axes}
+    if "adapter.r" in keys and "adapter.lora_alpha" not in keys:
+        notes.append("adapter.lora_alpha stays as it is: with r, the scale lora_alpha / r changes")
     return notes
 
 
@@ -273,7 +337,8 @@ def _describe(
     needs: _Needs,
     notes: Sequence[str],
 ) -> Project:
-    grid, axes = rendered.grid, " x ".join(recipes[0].run.axes)
+    grid = rendered.grid
+    axes = " x ".join(f"{len(labels)} {axis}" for axis, labels in _collect_labels(recipes).items())
     more = []
     if needs.shipped_data:
         more.append(f"rows, a sample that comes with the runner: {', '.join(needs.shipped_data)}")
@@ -315,6 +380,15 @@ def _describe(
         (*notes, *more),
         tuple(commands),
     )
+
+
+def _collect_labels(recipes: Sequence[Recipe]) -> dict[str, dict[str, None]]:
+    """The different labels on each axis."""
+    labels: dict[str, dict[str, None]] = {}
+    for recipe in recipes:
+        for axis, label in recipe.run.axes.items():
+            labels.setdefault(axis, {})[json.dumps(label)] = None
+    return labels
 
 
 def _build_message(target: Path, project: Project) -> list[str]:
@@ -362,7 +436,7 @@ everything else that a recipe says.
 - `recipes/{grid}/`: one recipe per run, generated: change the template, then `runner render`. \
 Commit them.
 - `runs/{grid}/`: logs, checkpoints, scores and models, one folder per run. Not committed.
-- `runner.toml`: marks this folder as the project, to which paths in recipes are relative, wherever \
-`runner` is started.
+- `runner.toml`: marks this folder as the project, to which paths in recipes are relative, from \
+wherever `runner` is started.
 - `accelerate_configs/`, `ds_configs/`: how processes start. `sweeps/{grid}.sh`: the grid from bash.
 """

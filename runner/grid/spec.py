@@ -25,7 +25,7 @@ _AXIS_NAME: Final = r"[A-Za-z][A-Za-z0-9_]*"
 # The axis over which a grid is replicated.
 SEED_AXIS: Final = "seed"
 # Names that a template already gives a meaning to.
-_TAKEN_NAMES: Final = frozenset(
+TAKEN_NAMES: Final = frozenset(
     (
         "axes",
         "cell_seed",
@@ -205,7 +205,7 @@ def _check_spec(spec: GridSpec) -> Iterator[tuple[str, str]]:
     """Dotted key and problem of everything that types cannot say."""
     names = list(spec.axes)
     for position, (name, axis) in enumerate(spec.axes.items()):
-        if not re.fullmatch(_AXIS_NAME, name) or name in _TAKEN_NAMES:
+        if not re.fullmatch(_AXIS_NAME, name) or name in TAKEN_NAMES:
             yield (
                 f"axes.{name}",
                 "is not an axis name: letters, digits, _; not a word that templates use",

@@ -1,4 +1,5 @@
-"""The starter grid of `runner init`, fitted to a user's rows and models, and the stock files.
+"""The rows and models of a user, as the starter grid of `runner init` is fitted to them, and the
+stock files.
 
 Stock files (grids, model cards, chat templates, launch configs, sweeps, data samples) are at the
 top of the source tree; a wheel holds them in `runner/stock`. What a data file holds is asked of
@@ -11,11 +12,14 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
+
+from pydantic import ValidationError
 
 from runner.data.tasks.base import (
     EMPTY,
@@ -25,12 +29,13 @@ from runner.data.tasks.base import (
     UnusedColumnsError,
     find_meaning,
 )
+from runner.data.tasks.prompt_completion import PromptCompletionTask
+from runner.data.tasks.prompts import list_placeholders
 from runner.errors import RunnerError
 from runner.grid.given_data import GivenData
 from runner.grid.spec import list_grids, load_cards
-from runner.grid.template import quote_yaml
 from runner.recipe.data_section import DataSection, DataSource, find_tasks
-from runner.recipe.problems import suggest
+from runner.recipe.problems import list_problems, suggest
 
 SHARED_FOLDERS: Final = ("accelerate_configs", "ds_configs")
 TEMPLATES: Final = "recipe_templates"
@@ -88,10 +93,11 @@ _CARD_KEYS: Final = (
 _MIN_ROWS: Final = 4
 _MAX_HELD_OUT: Final = 100
 _MAX_TRAIN: Final = 1000
-_BATCH: Final = 8  # rows of one update
+BATCH: Final = 8  # rows of one update
 _MIN_STEPS: Final = 12
-_NUM_EVALUATIONS: Final = 6
 _LENGTHS: Final = (128, 256, 512, 1024, 2048, 4096)
+_MAX_COLUMNS: Final = 20  # that an error shows
+_MAX_SAMPLE: Final = 60  # characters
 _NO_TEMPLATE: Final = "recipe_templates/chat/human_assistant.jinja"
 _UNREMARKABLE_COLUMNS: Final = ("id", "idx")  # that nobody reads them is no news
 
@@ -112,11 +118,20 @@ class DataPlan:
     left_out: tuple[str, ...]  # what the task or the splits leave out, a line each
     num_validation: int
     num_test: int
+    num_train: int  # that are left for training
     train_counts: tuple[int, ...]
     max_length: int  # tokens
 
 
-def plan_data(given: GivenData) -> DataPlan:
+@dataclass(frozen=True)
+class GivenColumns:
+    """The columns, or the text with columns, that a person makes the prompt and the answer."""
+
+    prompt: str | None = None
+    completion: str | None = None
+
+
+def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
     """What the rows are and how they are split. Raises: RunnerError, also for rows that cannot be
     read.
     """
@@ -126,7 +141,7 @@ def plan_data(given: GivenData) -> DataPlan:
     first = next(iter(load_rows(given.sources["train"])), None)
     if first is None:
         raise RunnerError(f"{given.name} holds no rows")
-    task = detect_task(first[1], first[0])
+    task = state_task(columns, first[1]) or detect_task(first[1], first[0])
 
     def read(num_held_out: int, ignored: Sequence[str] = ()) -> DataSection:
         sources = {split: source.model_dump() for split, source in given.sources.items()}
@@ -165,6 +180,7 @@ def plan_data(given: GivenData) -> DataPlan:
         left_out=tuple(splits.left_out.describe()),
         num_validation=min(_MAX_TRAIN, len(splits.validation)),
         num_test=min(_MAX_TRAIN, len(splits.test)),
+        num_train=len(splits.train),
         train_counts=choose_train_counts(len(splits.train)),
         max_length=guess_max_length(max(max(sizes.values()) for sizes in num_bytes.values())),
     )
@@ -208,23 +224,80 @@ def _is_news(name: str) -> bool:
 def detect_task(row: Any, where: str) -> Mapping[str, str]:
     """The task section for rows like this one. Raises: RunnerError."""
     tasks = sorted(find_tasks(), key=lambda task: task.RECOGNITION_ORDER)
-    columns = list(row) if isinstance(row, Mapping) else []
     for task in tasks:
         found = task.recognise(row)
         if found is not None:
             return found.section
-    names = ", ".join(map(str, columns))
     recognised = [", ".join(needed) for task in tasks for needed, _ in task.RECOGNISED_BY]
     raise RunnerError(
-        f"{where}: cannot tell the task from the columns: {names or 'no columns'}",
+        f"{where}: cannot tell the task from the columns: {_list_columns(row)}",
         hint=(
-            "with a prompt of your own any columns do: start without --data, and write `data.task:"
-            ' {name: prompt_completion, prompt: "{QUESTION}", completion_column: ANSWER}`\n'
+            f"say which are the prompt and the answer: {_suggest_columns(row)}\n"
             f"      or name the columns as one of these: {'; '.join(dict.fromkeys(recognised))}\n"
-            "      or start without --data, and write `data.train.path` and `data.task` into "
-            "recipe_templates/first/recipe.yaml.j2"
+            "      or, where rows have to be made with Python: start without --data, and write"
+            " `data.train.path` and\n"
+            "      `data.task: {name: python, function: rows.py:build}` into"
+            " recipe_templates/first/recipe.yaml.j2"
         ),
     )
+
+
+def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
+    """The task section for the columns that a person names, or None. Raises: RunnerError."""
+    prompt, completion = columns.prompt, columns.completion
+    if prompt is None and completion is None:
+        return None
+    if prompt is None or completion is None:
+        missing = "--prompt" if prompt is None else "--completion"
+        raise RunnerError(
+            f"`{missing}` is missing: --prompt and --completion go together",
+            hint=_suggest_columns(row),
+        )
+    # A bare column, which may have a name that no text can hold.
+    is_column = isinstance(row, Mapping) and prompt in row
+    section = {
+        "name": "prompt_completion",
+        "prompt_column" if is_column else "prompt": prompt,
+        "completion_column": completion,
+    }
+    try:
+        PromptCompletionTask.model_validate_json(json.dumps(section))
+    except ValidationError as error:
+        problems = list_problems(error, PromptCompletionTask, section, "")
+        what = problems[0].what
+        raise RunnerError(f"`--prompt`: {what}", hint=_suggest_columns(row)) from None
+    return section
+
+
+def _list_columns(row: Any) -> str:
+    """The columns of a row, each with what it holds, a line each where there are any."""
+    if not isinstance(row, Mapping) or not row:
+        return "no columns"
+    width = max(min(len(str(name)), _MAX_SAMPLE) for name in row)
+    lines = [
+        f"  {str(name)[:_MAX_SAMPLE]:<{width}}  {_show_sample(value)}"
+        for name, value in row.items()
+    ]
+    more = f"\n  and {len(lines) - _MAX_COLUMNS} more" if len(lines) > _MAX_COLUMNS else ""
+    names = ", ".join(map(str, row))
+    return f"{names}\n\n" + "\n".join(lines[:_MAX_COLUMNS]) + more
+
+
+def _show_sample(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _MAX_SAMPLE else f"{text[:_MAX_SAMPLE]}..."
+
+
+def _suggest_columns(row: Any) -> str:
+    """The options that make the two columns with the longest texts a prompt and its answer."""
+    columns = row if isinstance(row, Mapping) else {}
+    texts = {str(name): value for name, value in columns.items() if isinstance(value, str)}
+    longest = sorted(texts, key=lambda name: len(texts[name]), reverse=True)[:2]
+    if len(longest) < 2:
+        return "--prompt '{QUESTION}' --completion ANSWER"
+    first, second = (name for name in texts if name in longest)
+    prompt = f"{{{first}}}" if list_placeholders(f"{{{first}}}") else first
+    return f"--prompt {shlex.quote(prompt)} --completion {shlex.quote(second)}"
 
 
 def choose_train_counts(num_left: int) -> tuple[int, ...]:
@@ -244,7 +317,7 @@ def choose_max_steps(num_rows: int) -> int:
     >>> [choose_max_steps(num_rows) for num_rows in (2, 320, 1000)]
     [12, 120, 375]
     """
-    return max(_MIN_STEPS, 3 * math.ceil(num_rows / _BATCH))
+    return max(_MIN_STEPS, 3 * math.ceil(num_rows / BATCH))
 
 
 def guess_max_length(num_bytes: int) -> int:
@@ -329,66 +402,3 @@ def _name_card(model: str, stock: Mapping[str, Any]) -> str:
 def _new_card(path: str, dtype: str, chat_template: str | None) -> dict[str, Any]:
     values = (path, dtype, None, chat_template, "auto", "all-linear")
     return dict(zip(_CARD_KEYS, values, strict=True))
-
-
-def _write_task(data: DataPlan) -> list[str]:
-    """The lines of the recipe below `data.task:`."""
-    lines = [f"    {key}: {quote_yaml(value)}" for key, value in data.task.items()]
-    if data.ignored:
-        lines.append(f"  ignore: {quote_yaml(list(data.ignored))} # no row's text is made of these")
-    return lines
-
-
-def _write_sources(sources: Mapping[str, Mapping[str, str]]) -> str:
-    """The sources of a recipe as YAML, below `data`."""
-    lines = []
-    for split in ("train", "validation", "test"):
-        if split in sources:
-            lines.append(f"  {split}:")
-            lines += [f"    {key}: {quote_yaml(text)}" for key, text in sources[split].items()]
-        else:
-            lines.append(f"  {split}: null # taken from `train`")
-    return "\n".join(lines)
-
-
-def write_starter(
-    project_dir: Path, data: DataPlan, cards: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """The starter grid, its cards and its sweep, into a project that has the stock templates
-    already.
-    """
-    counts = list(data.train_counts)
-    max_steps = choose_max_steps(counts[-1])
-    values = {
-        "DIGITS": str(max(3, len(str(counts[-1])))),
-        "MODELS": quote_yaml(list(cards)),
-        "TRAIN_COUNTS": quote_yaml(counts),
-        "TRAIN_COUNTS_WORDS": " ".join(map(str, counts)),
-        "SOURCES": _write_sources(data.sources),
-        "TASK": "\n".join(_write_task(data)),
-        "NUM_VALIDATION": str(data.num_validation),
-        "NUM_TEST": str(data.num_test),
-        "MAX_LENGTH": str(data.max_length),
-        "BATCH": str(_BATCH),
-        "MAX_STEPS": str(max_steps),
-        "EVAL_STEPS": str(math.ceil(max_steps / _NUM_EVALUATIONS)),
-        # A model of a million parameters learns nothing at the rate that suits a real one.
-        "LEARNING_RATE": "4e-3" if list(cards) == [DEMO_CARD] else "2e-4",
-    }
-    starter_dir = find_package_dir() / "grid" / "starter_files"
-    templates_root = project_dir / TEMPLATES
-    targets = {
-        "grid.yaml": templates_root / GRID / "grid.yaml",
-        "recipe.yaml.j2": templates_root / GRID / "recipe.yaml.j2",
-        "sweep.sh": project_dir / "sweeps" / f"{GRID}.sh",
-    }
-    for name, target in targets.items():
-        text = (starter_dir / name).read_text()
-        for key, value in values.items():
-            text = text.replace(f"@{key}@", value)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
-    for name, card in cards.items():
-        path = templates_root / "models" / f"{name}.yaml"
-        if not path.exists():
-            path.write_text("".join(f"{key}: {quote_yaml(value)}\n" for key, value in card.items()))

@@ -17,8 +17,6 @@ import pytest
 from runner.cli.main import main
 from runner.data.draw import RawSplits, draw_splits
 from runner.grid.spec import list_grids
-from runner.grid.template import quote_yaml
-from runner.recipe.data_section import find_tasks
 from runner.recipe.parse import Recipe, load_recipe
 from tests.conftest import ROOT, run_cli
 from tests.support.moving_hub import moving_hub
@@ -403,6 +401,19 @@ def test_models_become_cards(place: Path) -> None:
         (["--data", "empty.jsonl"], "holds no rows"),
         (["--data", "few.jsonl"], "few.jsonl holds 3 different rows; 4 are needed"),
         (["--data", "odd.jsonl"], "cannot tell the task from the columns: left, right"),
+        (["--data", "odd.jsonl"], "columns: left, right\n\n  left   1\n  right  2\n"),
+        (["--data", "few.jsonl", "--prompt", "{prompt}"], "`--completion` is missing: --prompt"),
+        (["--data", "few.jsonl", "--completion", "completion"], "`--prompt` is missing"),
+        (
+            ["--data", "few.jsonl", "--prompt", "{prom}", "--completion", "completion"],
+            "there is no column `prom`, did you mean {prompt}?",
+        ),
+        (
+            ["--data", "few.jsonl", "--prompt", "solve", "--completion", "completion"],
+            "holds no column in braces",
+        ),
+        (["--data", "few.jsonl", "--prompt", "prompt", "--completion", "x"], "column `x` is"),
+        (["--from", "demo", "--prompt", "{a}"], "--prompt goes with the starter grid"),
         (["--model", "./none"], "there is no such folder"),
         (["--model", "."], "has no config.json"),
         (["--model", "a b"], "it is not a hub id"),
@@ -483,15 +494,3 @@ def test_init_does_not_import_torch(place: Path) -> None:
         not list_loaded("from runner.cli.main import main; main(['init', 'study'])", place) & HEAVY
     )
     assert (place / "study" / "README.md").exists()
-
-
-def test_the_starter_writes_what_the_yaml_filter_would() -> None:
-    """Values are put into the template as text: none of those that `init` puts there may mean
-    something to Jinja.
-    """
-    text = ""
-    for task in find_tasks():
-        for _, settings in task.RECOGNISED_BY:
-            text += "".join(map(quote_yaml, settings.values()))
-    assert "{document}" in text
-    assert not {"{{", "{%", "{#"} & {text[n : n + 2] for n in range(len(text))}

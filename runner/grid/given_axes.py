@@ -1,0 +1,321 @@
+"""The axes that `runner init --axis KEY=VALUE,...` names, for the starter grid.
+
+Owns what may be said there, what an axis is called, and how it shows in the names of runs.
+`starter_grid` writes them into the grid and the template.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from runner.errors import MAX_SHOWN_PROBLEMS, RecipeError, RunnerError
+from runner.grid.spec import SEED_AXIS, TAKEN_NAMES, find_label, show_label
+from runner.grid.template import quote_yaml
+from runner.recipe.parse import parse_recipe, read_values
+from runner.recipe.schema import Scalar
+
+MODEL_AXIS: Final = "model"
+LOSS_AXIS: Final = "loss"
+COUNT_AXIS: Final = "num_train_samples"
+# The axes that the starter grid has already, by the keys of the recipe, and what else they may be
+# called.
+_STARTER_AXES: Final[Mapping[str, str]] = {
+    "model.path": MODEL_AXIS,
+    "loss": LOSS_AXIS,
+    "data.num_train_samples": COUNT_AXIS,
+    "training.seed": SEED_AXIS,
+}
+_OTHER_NAMES: Final = {
+    "model": "model.path",
+    "num_train_samples": "data.num_train_samples",
+    "samples": "data.num_train_samples",
+    "seed": "training.seed",
+}
+# Of two such keys a recipe states one.
+_INSTEAD_OF: Final = {
+    "training.num_train_epochs": "training.max_steps",
+    "training.gradient_accumulation_steps": "training.global_batch_size",
+}
+# What stands before a value in the names of runs; empty: the value says it alone.
+_SHORT_NAMES: Final = {
+    "adapter.lora_alpha": "alpha",
+    "adapter.lora_dropout": "dropout",
+    "adapter.r": "r",
+    "data.max_length": "len",
+    "training.global_batch_size": "batch",
+    "training.gradient_accumulation_steps": "acc",
+    "training.learning_rate": "lr",
+    "training.lr_scheduler_type": "",
+    "training.max_steps": "steps",
+    "training.num_train_epochs": "epochs",
+    "training.optim": "",
+    "training.warmup_steps": "warmup",
+    "training.weight_decay": "wd",
+}
+# Where a value asks for other keys than its neighbours.
+BY_HAND: Final = (
+    "leave out this axis, and write it into recipe_templates/first yourself, with {% if %} around"
+    " what goes with one of its values alone"
+)
+_KEY: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+_MAX_VALUES: Final = 100  # of an axis: each is tried out
+_SMALL: Final = 1e-3
+_LARGE: Final = 1e6
+
+
+@dataclass(frozen=True)
+class GivenAxis:
+    """An axis by the dotted key of the recipe that it sets.
+
+    `labels` stand for values in names where a value is a text that no file name may hold.
+    """
+
+    key: str
+    name: str
+    values: tuple[Scalar, ...]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def is_starters(self) -> bool:
+        """Whether the starter grid has this axis anyway."""
+        return self.key in _STARTER_AXES
+
+    @property
+    def replaces(self) -> str | None:
+        """The key that a recipe must not state beside this one."""
+        return _INSTEAD_OF.get(self.key) or next(
+            (key for key, other in _INSTEAD_OF.items() if other == self.key), None
+        )
+
+    @property
+    def expression(self) -> str:
+        """The interpolation of its value in the template."""
+        return f"{{{{ {self.variable} | yaml }}}}"
+
+    @property
+    def variable(self) -> str:
+        """Its value as the template calls it."""
+        return f"{self.name}.value" if self.labels else self.name
+
+    def write_values(self) -> str:
+        """The values as the grid file lists them."""
+        if self.labels:
+            pairs = zip(self.labels, self.values, strict=True)
+            return quote_yaml([{"name": label, "value": value} for label, value in pairs])
+        return f"[{', '.join(map(_write_value, self.values))}]"
+
+    def show_values(self) -> str:
+        """The values as messages and the command line list them."""
+        return ",".join(_write_value(value).strip('"') for value in self.values)
+
+    def write_name(self) -> str:
+        """Its part of the grid's name pattern."""
+        shown, form = self.name, _choose_form(self.values)
+        if form is not None:
+            shown = f"('{form}' % {self.name})"
+            for long, brief in _POWERS:
+                if any(long in form % value for value in self.values):
+                    shown += f" | replace('{long}', '{brief}')"
+        short = _SHORT_NAMES.get(self.key)
+        are_numbers = all(_is_number(value) for value in self.values)
+        if short is not None and (are_numbers or not short):
+            return f"{short}{{{{ {shown} }}}}"
+        return f"{short or self.name}-{{{{ {shown} }}}}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# The exponents of Python, as people write them.
+_POWERS: Final = (("e-0", "e-"), ("e+0", "e"), ("e+", "e"))
+
+
+def _write_value(value: Scalar) -> str:
+    form = _choose_form([value])
+    if form is None:
+        return quote_yaml(value)
+    text = form % value
+    for long, brief in _POWERS:
+        text = text.replace(long, brief)
+    return text
+
+
+def _choose_form(values: Sequence[Scalar]) -> str | None:
+    """The format with which a power of ten writes all of the numbers; None where they are better
+    written out.
+
+    >>> [_choose_form(values) for values in ([1e-4, 3e-4], [1e-4, 1.5e-4], [0, 1e-5], [8, 0.05])]
+    ['%.0e', '%.1e', '%g', None]
+    """
+    if not all(_is_number(value) for value in values):
+        return None
+    numbers = [float(value) for value in values if value is not None]
+    has_float = any(isinstance(value, float) for value in values)
+    if not has_float or all(not one or _SMALL <= abs(one) < _LARGE for one in numbers):
+        return None
+    forms = [*(["%g"] if 0 in numbers else []), *(f"%.{digits}e" for digits in range(17))]
+    return next(form for form in forms if all(float(form % one) == one for one in numbers))
+
+
+def read_given_axes(texts: Sequence[str]) -> list[GivenAxis]:
+    """The axes of `--axis`, in the order given. Raises: RunnerError."""
+    found: dict[str, tuple[Scalar, ...]] = {}
+    for text in texts:
+        key, _, listed = text.partition("=")
+        key = _OTHER_NAMES.get(key, key)
+        if not _KEY.fullmatch(key) or not listed.strip():
+            raise RunnerError(
+                f"`--axis {text}`: expected a key of the recipe and its values",
+                hint="--axis training.learning_rate=1e-4,3e-4",
+            )
+        if key.partition(".")[0] == "run":
+            raise RunnerError(f"`--axis {text}`: the grid itself gives what is below `run`")
+        if key in found:
+            raise RunnerError(
+                f"`--axis {text}`: `{key}` is an axis already", hint="list all values in one --axis"
+            )
+        found[key] = _read_values(text, listed)
+    for key, other in _INSTEAD_OF.items():
+        if key in found and other in found:
+            raise RunnerError(f"`{key}` and `{other}` cannot both be axes: a recipe states one")
+    return [
+        GivenAxis(key, name, found[key], _build_labels(found[key]))
+        for key, name in _name_axes(found).items()
+    ]
+
+
+def list_given_models(axes: Sequence[GivenAxis]) -> list[str]:
+    """The models that `--axis model=...` names. Raises: RunnerError."""
+    for axis in axes:
+        if axis.name == MODEL_AXIS:
+            return [_require_text(value) for value in axis.values]
+    return []
+
+
+def _require_text(value: Scalar) -> str:
+    if not isinstance(value, str):
+        raise RunnerError(f"`--axis model=...`: got {show_label(value)}, expected a model")
+    return value
+
+
+def _read_values(text: str, listed: str) -> tuple[Scalar, ...]:
+    what = f"`--axis {text}`"
+    try:
+        read = json.loads(read_values(f"values: [{listed}]", where=what))
+    except RecipeError as error:
+        raise RunnerError(f"{what}: {error.problems[0].what}") from None
+    values = read.get("values")
+    if list(read) != ["values"] or not isinstance(values, list):
+        raise RunnerError(f"{what}: expected values with commas between them")
+    if len(values) > _MAX_VALUES:
+        raise RunnerError(
+            f"`--axis {text[:60]}...`: got {len(values):,} values, at most {_MAX_VALUES}"
+            " can be given here",
+            hint="write them into recipe_templates/first/grid.yaml",
+        )
+    for at, value in enumerate(values):
+        if isinstance(value, dict | list):
+            raise RunnerError(
+                f"{what}: got a {'mapping' if isinstance(value, dict) else 'list'}, expected texts,"
+                " numbers, true, false or null",
+                hint=(
+                    "start without this axis, and write it into recipe_templates/first: into"
+                    " grid.yaml as mappings with a `name`"
+                ),
+            )
+        # 1 and 1.0 are one experiment; 1 and true are two values.
+        earlier = [one for one in values[:at] if _is_number(one) and _is_number(value)]
+        if value in earlier or find_label(value, values) != at:
+            raise RunnerError(f"{what}: has {show_label(value)} twice")
+    return tuple(values)
+
+
+def _name_axes(keys: Iterable[str]) -> dict[str, str]:
+    """The axis of each key: its last part, or all of its parts where that means something else."""
+    names: dict[str, str] = {}
+    lasts = [key.rpartition(".")[2] for key in keys]
+    for key in keys:
+        last = key.rpartition(".")[2]
+        taken = last in TAKEN_NAMES or last in _STARTER_AXES.values() or last == "card"
+        if not re.match("[A-Za-z]", last):
+            taken = True
+        names[key] = _STARTER_AXES.get(
+            key, key.replace(".", "_") if taken or lasts.count(last) > 1 else last
+        )
+    return names
+
+
+def _build_labels(values: Sequence[Scalar]) -> tuple[str, ...]:
+    """What stands for the values in names, where one of them is a text that cannot."""
+    if all(
+        not isinstance(value, str) or re.fullmatch(r"[\w.-]{1,40}", value, re.ASCII)
+        for value in values
+    ):
+        return ()
+    labels: list[str] = []
+    for at, value in enumerate(values, 1):
+        text = value if isinstance(value, str) else show_label(value)
+        label = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:30].rstrip("-._") or str(at)
+        labels.append(f"{label}-{at}" if label in labels else label)
+    return tuple(labels)
+
+
+def check_given_axes(axes: Sequence[GivenAxis], base_text: str) -> None:
+    """Raises RunnerError, with the schema's own words, for keys and values that the recipe
+    `base_text` cannot take.
+    """
+    first = [_write_override(axis, axis.values[0]) for axis in axes]
+    instead = [f"{axis.replaces}=null" for axis in axes if axis.replaces]
+    if any(axis.key == "model.dtype" for axis in axes):  # which the template lets these follow
+        instead += ["training.bf16=false", "training.fp16=false"]
+    # The first values together, then each other value in place of the first one of its axis.
+    tried = {" ".join(first): first}
+    for at, axis in enumerate(axes):
+        for value in axis.values[1:]:
+            override = _write_override(axis, value)
+            tried[override] = [*first[:at], override, *first[at + 1 :]]
+    problems: dict[str, None] = {}
+    unknown: set[str] = set()
+    for what, overrides in tried.items():
+        try:
+            parse_recipe(base_text, where="--axis", overrides=[*overrides, *instead])
+        except RecipeError as error:
+            for problem in error.problems:
+                key = what if problem.key == "(recipe)" else problem.key
+                problems[f"  {key}: {problem.what}"] = None
+                if problem.what.startswith("unknown key"):
+                    unknown.add(problem.key)
+    if not problems:
+        return
+    lines = "\n".join(list(problems)[:MAX_SHOWN_PROBLEMS])
+    hint = _suggest_key(axes, unknown, base_text)
+    if hint is None and ("is missing" in lines or "does not go with" in lines):
+        hint = BY_HAND
+    raise RunnerError(f"the recipes cannot take what `--axis` says\n\n{lines}", hint=hint)
+
+
+def _write_override(axis: GivenAxis, value: Scalar) -> str:
+    return f"{axis.key}={quote_yaml(value)}"
+
+
+def _suggest_key(axes: Sequence[GivenAxis], unknown: Collection[str], base_text: str) -> str | None:
+    """An axis with its whole key, where it was given by a part of it or by a short name."""
+    dumped = parse_recipe(base_text, where="--axis").model_dump(mode="json")
+    keys = [*_SHORT_NAMES, *_INSTEAD_OF]
+    for section, values in dumped.items():
+        if section != "run" and isinstance(values, dict):
+            keys += [f"{section}.{name}" for name in values]
+    key_of = {_SHORT_NAMES.get(key, ""): key for key in keys}
+    key_of |= {key.rpartition(".")[2]: key for key in keys}
+    for axis in axes:
+        section, name = axis.key.partition(".")[0], axis.key.rpartition(".")[2]
+        close = difflib.get_close_matches(name, list(key_of), n=1)
+        if close and (axis.key in unknown or section in unknown):
+            return f"--axis {key_of[close[0]]}={axis.show_values()}"
+    return None
