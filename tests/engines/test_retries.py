@@ -127,7 +127,7 @@ def test_fail_fast_gives_up_what_waits(
     assert main(["sweep", "recipes/toy", "--fail-fast"]) == 1
     stderr = capsys.readouterr().err
     assert "toy/b failed, data: y" in stderr and "toy/a failed, transient: x" in stderr
-    assert "1 runs were not started" in stderr and fake.started() == ["a", "b"]
+    assert "1 run was not started" in stderr and fake.started() == ["a", "b"]
 
 
 def test_a_port_that_is_taken_is_tried_again_at_once(

@@ -82,9 +82,9 @@ def test_the_last_attempt_is_printed_byte_by_byte(fake: FakeLauncher) -> None:
         assert (done.returncode, done.stdout) == (0, content)
         assert done.stderr == b"==> runs/toy/a/attempts/2/log.txt <==\n"
     first = print_logs(fake, "runs/toy/a", "--attempt", "1")
-    assert (
-        first.stdout == b"the fake was told to exit 3\n" and b"attempts/1/log.txt" in first.stderr
-    )
+    assert first.stdout == fake.paths("a").attempt(1).log_path.read_bytes()
+    assert first.stdout.startswith(b"the fake was told to exit 3\nrunner: attempt 1 ended, lost: ")
+    assert b"attempts/1/log.txt" in first.stderr
 
 
 def test_attempts_go_by_their_numbers(fake: FakeLauncher) -> None:
