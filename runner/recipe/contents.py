@@ -85,7 +85,7 @@ class ContentHashes:
         """
         if self._is_changed:
             # A full disk stops those runs that need it, not every command.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(CorruptFileError, OSError):
                 write_json_atomic(
                     self._cache_path, {**_load_cache(self._cache_path), **self._cache}
                 )
