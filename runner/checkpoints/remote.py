@@ -340,7 +340,8 @@ class Uploader:
 
     def _note(self, step: int, **known: Any) -> None:
         row = scrub_json({"step": step, "url": self.folder.url, "at_utc": now_utc(), **known})
-        with contextlib.suppress(OSError):  # a full disk is told by what matters more
+        # A full disk is told by what matters more
+        with contextlib.suppress(CorruptFileError, OSError):
             append_jsonl(self._attempt.uploads_path, row)
         if known["outcome"] != "uploaded":
             print(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from runner.errors import RunnerError
+from runner.errors import CorruptFileError, RunnerError
 from runner.launch.attempt import FailedElsewhere, HeldElsewhere, RunningAttempt, start_attempt
 from runner.launch.command import LaunchCommand, Placement, build_launch_command
 from runner.launch.display import SweepDisplay
@@ -371,7 +371,7 @@ class _Pool:
         for attempt in attempts:
             try:
                 attempt.request_stop(why)
-            except OSError:  # no space
+            except (CorruptFileError, OSError):  # no space, or a folder has its name
                 attempt.kill(why)
         if attempts:
             runs = "1 run" if len(attempts) == 1 else f"{len(attempts)} runs"

@@ -95,7 +95,7 @@ class RecipeCache:
                 num_bytes += size
         text = json.dumps({"made_by": self._made_by, "recipes": entries})
         # A full disk or a folder that others own stops nobody who only looks.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(CorruptFileError, OSError):
             write_bytes_atomic(self._cache_path, text.encode())
         self._is_changed = False
 

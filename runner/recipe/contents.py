@@ -132,7 +132,7 @@ class ContentHashes:
         """
         if self._is_changed and self._is_kept:
             # A full disk stops those runs that need it, not every command.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(CorruptFileError, OSError):
                 write_json_atomic(
                     self._cache_path, {**_load_cache(self._cache_path), **self._cache}
                 )

@@ -363,7 +363,7 @@ class _Shelf:
         is_kept = False
         if self.is_ours and change is not None:
             self._why = f"it does not come out the same each time, or leaves something: {change}"
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(CorruptFileError, OSError):
                 note_not_shared(self.folder, self._why)
         elif self.is_ours:
             try:
@@ -398,5 +398,5 @@ def _note(context: RunContext, source: BaseSource) -> None:
     """Say where the scores come from, in the log and in `base.json`."""
     if context.is_main:
         print(f"scores of the base model: {source.describe()}", flush=True)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(CorruptFileError, OSError):
             write_json_atomic(context.attempt.base_path, source.model_dump(mode="json"))

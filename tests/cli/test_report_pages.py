@@ -87,7 +87,7 @@ def test_a_name_that_the_disk_refuses_is_named(
 ) -> None:
     assert main(["report", "runs/demo", "--html", "x" * 300]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: ") and "File name too long" in err and "Traceback" not in err
+    assert err.startswith("error: ") and "file name too long" in err and "Traceback" not in err
 
 
 def test_a_report_without_a_page_draws_nothing(folder: Path) -> None:
