@@ -436,7 +436,7 @@ everything else that a recipe says.
 - `recipes/{grid}/`: one recipe per run, generated: change the template, then `runner render`. \
 Commit them.
 - `runs/{grid}/`: logs, checkpoints, scores and models, one folder per run. Not committed.
-- `runner.toml`: marks this folder as the project, to which paths in recipes are relative, from \
+- `runner.toml`: marks this folder as the project, to which paths in recipes are relative, \
 wherever `runner` is started.
 - `accelerate_configs/`, `ds_configs/`: how processes start. `sweeps/{grid}.sh`: the grid from bash.
 """
