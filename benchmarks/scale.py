@@ -30,7 +30,7 @@ from render_1000 import SIZES  # noqa: E402
 
 from runner.files import append_jsonl, write_json_unsynced  # noqa: E402
 from runner.grid.render import render_grid  # noqa: E402
-from runner.launch.attempt import prepare_run  # noqa: E402
+from runner.launch.run_files import prepare_run  # noqa: E402
 from runner.plan.select import Selected, select_recipes  # noqa: E402
 from runner.recipe.contents import ContentHashes, hash_contents  # noqa: E402
 from runner.recipe.identity import derive_digest  # noqa: E402

@@ -170,7 +170,7 @@ def move_changed(one: ChangedRun, folder: Path) -> Decision | None:
     """Rename a run into the dated folder under its lease; why it was left alone, None where it was
     not.
     """
-    from runner.launch.attempt import move_aside, take_lease
+    from runner.launch.run_files import move_aside, take_lease
 
     try:
         lease = take_lease(one.paths)

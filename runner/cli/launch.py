@@ -352,7 +352,7 @@ def _parse_resume(text: str) -> str:
 
 
 def _move_aside(selected: Selected) -> None:
-    from runner.launch.attempt import move_aside, take_lease
+    from runner.launch.run_files import move_aside, take_lease
 
     lease = take_lease(selected.paths)
     if lease is None:
@@ -364,14 +364,9 @@ def _move_aside(selected: Selected) -> None:
 
 
 def _prepare(planned: Launch, command: LaunchCommand) -> None:
-    from runner.launch.attempt import (
-        open_attempt,
-        prepare_run,
-        read_git_state,
-        refuse_uncontinuable,
-        take_lease,
-    )
     from runner.launch.names import NamesOnHub
+    from runner.launch.provenance import read_git_state
+    from runner.launch.run_files import open_attempt, prepare_run, refuse_uncontinuable, take_lease
 
     paths = planned.paths
     lease = take_lease(paths)

@@ -214,3 +214,19 @@ def describe_gpus(names: Iterable[str]) -> str:
     """
     counted = Counter(names)
     return ", ".join(f"{number} x {name}" for name, number in sorted(counted.items())) or "none"
+
+
+def read_git_state() -> tuple[str | None, bool | None]:
+    """Commit and whether the work tree differs from it; None outside a git checkout."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None, None
+    if commit.returncode != 0:
+        return None, None
+    return commit.stdout.strip(), bool(status.stdout.strip())

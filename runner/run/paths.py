@@ -18,13 +18,13 @@ class RunPaths:
     @property
     def recipe_path(self) -> Path:
         """The resolved recipe, its digest and the content hashes behind it; written by
-        `launch.attempt`.
+        `launch.run_files`.
         """
         return self.run_dir / "recipe.json"
 
     @property
     def record_path(self) -> Path:
-        """All attempts; written by `launch.attempt`."""
+        """All attempts; written by `launch.run_files`."""
         return self.run_dir / "run.json"
 
     @property

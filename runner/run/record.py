@@ -1,6 +1,6 @@
 """The records in a run directory, typed: attempts, result, failures, progress. No intent, no guess.
 
-`run.json` holds the attempts and is written by `launch.attempt`; `result.json` is written last by
+`run.json` holds the attempts and is written by `launch.run_files`; `result.json` is written last by
 the trainer. `plan.status` derives what the records mean now.
 """
 

@@ -18,7 +18,7 @@ from typing import BinaryIO, Final
 
 from runner.errors import CorruptFileError, RunnerError, put_in_words
 from runner.files import open_plain
-from runner.launch.attempt import request_stop
+from runner.launch.run_files import request_stop
 from runner.plan.decide import foresee_retry
 from runner.plan.select import Selected, select_recipes
 from runner.plan.status import describe_running

@@ -19,8 +19,9 @@ from runner.checkpoints.retention import strip_checkpoint
 from runner.cli.main import main
 from runner.errors import DataError, RefusedError
 from runner.files import write_json_atomic
-from runner.launch.attempt import prepare_run, start_attempt
+from runner.launch.attempt import start_attempt
 from runner.launch.command import LaunchCommand
+from runner.launch.run_files import prepare_run
 from runner.plan.decide import Decision, Launch, decide
 from runner.plan.select import Selected
 from runner.plan.status import RunStatus, read_status

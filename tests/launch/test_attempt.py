@@ -14,17 +14,9 @@ import pytest
 from runner.cli.main import main
 from runner.errors import RefusedError, RunnerError
 from runner.files import load_json, write_json_atomic
-from runner.launch.attempt import (
-    HeldElsewhere,
-    RunningAttempt,
-    close_attempt,
-    name_owner,
-    open_attempt,
-    prepare_run,
-    start_attempt,
-    take_lease,
-)
+from runner.launch.attempt import HeldElsewhere, RunningAttempt, name_owner, start_attempt
 from runner.launch.command import LaunchCommand, Placement, build_launch_command
+from runner.launch.run_files import close_attempt, open_attempt, prepare_run, take_lease
 from runner.plan.decide import Launch
 from runner.plan.select import Selected
 from runner.plan.status import read_status

@@ -12,11 +12,7 @@ import pytest
 from runner.cli.main import main
 from runner.errors import RefusedError
 from runner.files import load_json, write_json_atomic
-from runner.launch.attempt import (
-    move_aside,
-    prepare_run,
-    take_lease,
-)
+from runner.launch.run_files import move_aside, prepare_run, take_lease
 from runner.plan.status import read_status
 from runner.recipe.parse import load_recipe
 from runner.run.facts import read_facts

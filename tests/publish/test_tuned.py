@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import DataError, RefusedError
-from runner.launch.attempt import prepare_run
+from runner.launch.run_files import prepare_run
 from runner.publish.tuned import TunedRun, open_tuned_run
 from runner.run.facts import read_facts
 from runner.run.paths import RunPaths

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.launch.attempt import take_lease
+from runner.launch.run_files import take_lease
 from runner.run.lease import has_ranks, hold_launcher_lock, wait_for_ranks
 from runner.run.paths import RunPaths
 from tests.support.fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish

@@ -12,7 +12,7 @@ import pytest
 
 from runner.errors import CorruptFileError, RefusedError
 from runner.files import append_jsonl, load_json, write_json_atomic
-from runner.launch.attempt import prepare_run
+from runner.launch.run_files import prepare_run
 from runner.plan.decide import decide
 from runner.plan.status import RunStatus, find_differences, read_status
 from runner.recipe.identity import RULES, derive_digest

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from runner.checkpoints.commit import commit_checkpoint
 from runner.checkpoints.restore import choose_resume_step
-from runner.launch.attempt import prepare_run
+from runner.launch.run_files import prepare_run
 from runner.recipe.contents import ContentHashes, hash_contents
 from runner.recipe.identity import build_resume_fingerprint, derive_digest
 from runner.recipe.parse import Recipe, parse_recipe

@@ -68,7 +68,7 @@ def test_what_is_only_just_being_started_is_not_asked_in_vain(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Between taking the lease and opening the attempt there is no number to name."""
-    from runner.launch.attempt import take_lease
+    from runner.launch.run_files import take_lease
 
     fake.add("a")
     paths: RunPaths = fake.paths("a")
