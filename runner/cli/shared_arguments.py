@@ -1,0 +1,79 @@
+"""The parser of a verb, and the arguments that most verbs have."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from runner.errors import escape_controls
+from runner.secrets import scrub
+
+
+class VerbParser(argparse.ArgumentParser):
+    """Repeats wrong arguments without what must not be shown."""
+
+    # Adds options of this verb that take time to find; called when the verb is used.
+    add_more: Callable[[argparse.ArgumentParser], None] | None = None
+
+    # True of verbs about recipes, which people give the options of other trainers.
+    is_about_recipes = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's.
+
+        Raises:
+            RunnerError: an option of another trainer.
+        """
+        self._complete()
+        if self.is_about_recipes and any(word.startswith("--") for word in args):
+            self._refuse_foreign_options(args)
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        """As argparse's."""
+        self._complete()
+        return super().format_help()
+
+    def _complete(self) -> None:
+        if self.add_more is not None:
+            add_more, self.add_more = self.add_more, None
+            add_more(self)
+
+    def _refuse_foreign_options(self, words: Sequence[str]) -> None:
+        known = self._option_string_actions
+        if all(word.partition("=")[0] in known for word in words if word.startswith("--")):
+            return  # what answers takes time to import
+        from runner.cli.habits import refuse_foreign_options
+
+        refuse_foreign_options(self.prog, words, known)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(escape_controls(scrub(message)))
+
+
+def add_paths(
+    parser: argparse.ArgumentParser, nargs: str = "+", *, takes_overrides: bool = False
+) -> None:
+    parser.add_argument(
+        "paths",
+        nargs=nargs,
+        metavar="PATH",
+        help=(
+            "recipes: files, folders, globs; run directories; names of runs and grids"
+            + ("; and key=value, as for launch, for each recipe" if takes_overrides else "")
+        ),
+    )
+    # Found among the paths: argparse could not tell where those end.
+    parser.set_defaults(overrides=[], takes_overrides=takes_overrides)
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="axis=value[,value]", help="may be repeated"
+    )
+    add_output_root(parser)
+
+
+def add_output_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output-root", type=Path, metavar="DIR", help="default: runs, in the project"
+    )

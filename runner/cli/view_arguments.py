@@ -1,0 +1,178 @@
+"""The verbs that look at runs, or ask them to stop, and their options."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from runner.cli.shared_arguments import add_output_root, add_paths
+from runner.text import positive
+
+
+def add_view_verbs(verbs: Any) -> None:
+    """What looks at runs, or asks them to stop."""
+    status = verbs.add_parser("status", help="one line per run: status, step, loss, time, why")
+    add_paths(status, nargs="*")
+    how = status.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true")
+    how.add_argument(
+        "--watch",
+        action="store_true",
+        help="live: the grid as a table, progress, time left, failures",
+    )
+
+    why = verbs.add_parser(
+        "why", help="one run: what would happen next, and exactly what decides it"
+    )
+    why.add_argument(
+        "recipe",
+        type=Path,
+        metavar="RUN",
+        help="a recipe file, a run directory, or the name of a run",
+    )
+    why.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch")
+    why.add_argument("--name", help="as for launch")
+    why.add_argument("--num-processes", type=positive, metavar="N", help="as for launch")
+    why.add_argument("--json", action="store_true")
+    add_output_root(why)
+
+    logs = verbs.add_parser("logs", help="what the last attempt of a run printed")
+    logs.add_argument(
+        "run",
+        metavar="RUN",
+        help="a recipe, run directory or name; of a folder or grid, the run that is running",
+    )
+    logs.add_argument(
+        "-f",
+        "--follow",
+        action="store_true",
+        help="go on with what is printed, until the run is done",
+    )
+    logs.add_argument("--attempt", type=positive, metavar="N", help="another attempt than the last")
+    add_output_root(logs)
+
+    stop = verbs.add_parser(
+        "stop", help="ask running runs to checkpoint at the end of their step and to leave"
+    )
+    add_paths(stop)
+
+    report = verbs.add_parser(
+        "report", help="the comparison: what the runs allow to conclude, effects, then cells"
+    )
+    add_paths(report)
+    report.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every byte that completed runs recorded; what is damaged has no numbers",
+    )
+    report.add_more = _add_report_formats
+
+    compare = verbs.add_parser(
+        "compare",
+        help="two runs or two values of an axis: what is equal, what differs, by how much",
+    )
+    for name in ("a", "b"):
+        compare.add_argument(
+            name,
+            metavar=name.upper(),
+            help="a recipe, a run directory, the name of a run, or axis=value of --grid",
+        )
+    compare.add_argument(
+        "--axis", help="the one thing that may differ: exit 1 where anything else does"
+    )
+    compare.add_argument("--grid", metavar="GRID", help="of axis=value, or of the names of runs")
+    compare.add_argument("--json", action="store_true")
+    _add_rows_fixed(compare)
+    add_output_root(compare)
+    _add_power(verbs)
+
+    clean = verbs.add_parser(
+        "clean", help="remove what runs share and can compute again; no run is touched"
+    )
+    clean.add_argument("--dry-run", action="store_true", help="only show what there is")
+    clean.add_argument("--yes", action="store_true", help="do not ask")
+    add_output_root(clean)
+
+
+def _add_power(verbs: Any) -> None:
+    power = verbs.add_parser(
+        "power", help="how many seeds and test rows find a difference, from the runs of a pilot"
+    )
+    add_paths(power)
+    power.add_argument(
+        "--effect",
+        type=_above_zero,
+        required=True,
+        metavar="X",
+        help="the smallest difference that matters, in the metric's unit, such as 0.02",
+    )
+    power.add_argument(
+        "--power",
+        type=_share,
+        default=0.8,
+        metavar="P",
+        help="how often it is to be found, default 0.8",
+    )
+    power.add_argument(
+        "--metric", metavar="NAME", help="default: the NLL per completion token, or bits per byte"
+    )
+    power.add_argument("--json", action="store_true")
+
+
+def _above_zero(text: str) -> float:
+    return _between(text, 0.0, float("inf"), "a number above 0")
+
+
+def _share(text: str) -> float:
+    return _between(text, 0.5, 1.0, "between 0.5 and 1")
+
+
+def _between(text: str, low: float, high: float, expected: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = low
+    if not low < value < high:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    return value
+
+
+def _add_report_formats(report: argparse.ArgumentParser) -> None:
+    from runner.report.format import FORMATS
+
+    names = list(FORMATS)
+    report.add_argument("--format", choices=names, default=names[0])
+    report.add_argument(
+        "--metric",
+        action="append",
+        metavar="NAME",
+        help="compare by this instead of the metrics that fit; may be repeated",
+    )
+    _add_rows_fixed(report)
+    _add_report_pages(report)
+
+
+def _add_rows_fixed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rows-fixed",
+        action="store_true",
+        help="speak of these very test rows, as of a public benchmark: only seeds are random",
+    )
+
+
+def _add_report_pages(report: argparse.ArgumentParser) -> None:
+    report.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write the report as one web page"
+    )
+    report.add_argument(
+        "--rows", type=Path, metavar="DIR", help="a page of all test rows for each two arms"
+    )
+    report.add_argument(
+        "--figures", type=Path, metavar="DIR", help="the figures of the page as PDF"
+    )
+    report.add_argument(
+        "--without-rows",
+        action="store_true",
+        help="leave prompts, references and answers out of all pages",
+    )
