@@ -43,9 +43,9 @@ def test_a_list_is_what_launch_takes(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.add("a", "b")
-    assert main(["sweep", "toy", "--list", LR, "model.chat_template=a b.jinja"]) == 0
+    assert main(["sweep", "toy", "--list", LR, "tracking.run_name=a b.jinja"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"recipes/toy/{name}.yaml {LR} 'model.chat_template=a b.jinja'" for name in "ab"
+        f"recipes/toy/{name}.yaml {LR} 'tracking.run_name=a b.jinja'" for name in "ab"
     ]
 
 
@@ -184,14 +184,14 @@ def test_engines_that_write_a_file_give_overrides_to_the_other_machine(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.add("a")
-    words = ["sweep", "toy", LR, "model.chat_template=a b", "--dry-run", "--image", "x"]
+    words = ["sweep", "toy", LR, "tracking.run_name=a b", "--dry-run", "--image", "x"]
     assert main([*words, "--storage", "claim", "--engine", "kubernetes"]) == 0
     pod = yaml.safe_load(capsys.readouterr().out)["spec"]["template"]["spec"]
     script = pod["containers"][0]["command"][2]
-    assert f"exec runner launch \"$1\" {LR} 'model.chat_template=a b' --output-root" in script
+    assert f"exec runner launch \"$1\" {LR} 'tracking.run_name=a b' --output-root" in script
     assert main([*words, "--storage", "s3://b/runs", "--engine", "skypilot"]) == 0
     shown = capsys.readouterr().out
-    assert f"  recipes/toy/a.yaml \\\n    {LR} \\\n    'model.chat_template=a b' \\\n" in shown
+    assert f"  recipes/toy/a.yaml \\\n    {LR} \\\n    'tracking.run_name=a b' \\\n" in shown
 
 
 def test_what_is_submitted_holds_the_overrides(

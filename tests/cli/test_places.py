@@ -396,6 +396,7 @@ def test_folders_with_the_characters_of_patterns(
 ) -> None:
     root = tmp_path_factory.mktemp("odd") / "a [b] 'c' *"
     shutil.copytree(study.root, root, ignore=shutil.ignore_patterns("fake"))
+    monkeypatch.chdir(root)
     expected = said("status", "recipes/toy")
     (root / "[d]").mkdir()
     monkeypatch.chdir(root / "[d]")

@@ -322,7 +322,7 @@ def test_status_says_how_missing_files_come_to_be_there(
     assert main(["status", "recipes/toy"]) == 0
     captured = capsys.readouterr()
     assert captured.out.count("never started; inputs missing: data.jsonl\n") == 2
-    assert captured.err.count("hint: inputs missing: paths are relative to the folder") == 1
+    assert captured.err.count("hint: inputs missing: paths are relative to the project") == 1
 
 
 def test_a_checkpoint_of_a_run_that_is_not_launched_promises_nothing(

@@ -431,7 +431,7 @@ def test_a_run_that_cannot_be_prepared_fails_alone(fake: FakeLauncher) -> None:
     code, _, stderr = finish(sweep)
     assert (
         code == 1
-        and "toy/b failed, transient: NotADirectoryError" in stderr
+        and "toy/b failed, configuration: runs/toy/b/attempts is a file" in stderr
         and "Traceback" not in stderr
     )
     assert list_states(fake, "a", "c") == ["completed", "completed"]

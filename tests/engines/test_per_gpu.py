@@ -31,7 +31,7 @@ def refuse_both(
     for dry_run in (["--dry-run"], []) if verb == "sweep" else ([],):
         assert main([verb, "recipes/toy", *options, *dry_run]) == 2
         told.append(capsys.readouterr().err)
-        assert not (fake.root / "runs").exists() and fake.events() == []
+        assert not (fake.root / "runs" / "toy").exists() and fake.events() == []
     assert len(set(told)) == 1
     return told[0]
 

@@ -57,7 +57,7 @@ def test_changed_data_is_refused_and_lost_data_too(
     (fake.root / "data.jsonl").write_text("{}\n")
     # Now it could be an id on the hub.
     (fake.root / "models" / "toy").rename(fake.root / "models" / "moved")
-    assert main(["launch", "recipes/toy/a.yaml"]) == 10
+    assert main(["launch", "recipes/toy/a.yaml"]) == 2
     assert "content of models/toy: not there any more" in capsys.readouterr().err
     assert len(fake.started()) == 1
 

@@ -461,7 +461,7 @@ def test_fail_fast_does_not_wait_for_a_worker(fake: FakeLauncher) -> None:
     [name] = pids
     fake.let_go(name)
     code, _, stderr = finish(sweep)
-    assert code == 1 and "1 runs were not started because of --fail-fast" in stderr
+    assert code == 1 and "1 run was not started because of --fail-fast" in stderr
     assert_all_dead(fake, pidfds)
     assert len(fake.started()) == 1
 

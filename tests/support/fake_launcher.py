@@ -21,7 +21,7 @@ from typing import Any, Final
 import pytest
 
 from runner.recipe.identity import list_library_versions
-from runner.run.paths import RunPaths
+from runner.run.paths import RunPaths, content_cache_path
 from tests.conftest import ROOT
 
 BIN_DIR: Final = Path(sys.executable).parent
@@ -346,14 +346,17 @@ class FakeLauncher:
         return [event["name"] for event in self.events() if event["event"] == "start"]
 
     def tree(self) -> Mapping[str, tuple[int, bytes]]:
-        """Modification time and content of every file, but for the fake's own."""
+        """Modification time and content of every file, but for the fake's own and the cache of
+        hashes, which every command writes that reads inputs of the last seconds.
+        """
+        cache = content_cache_path(self.root / "runs")
         return {
             str(path.relative_to(self.root)): (
-                path.stat().st_mtime_ns,
+                0 if path == cache.parent else path.stat().st_mtime_ns,
                 path.read_bytes() if path.is_file() else b"",
             )
             for path in sorted(self.root.rglob("*"))
-            if self.home not in path.parents
+            if self.home not in path.parents and path != cache
         }
 
     def attempts(self, name: str) -> list[dict[str, Any]]:
