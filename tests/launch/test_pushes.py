@@ -374,7 +374,7 @@ def test_export_wants_a_folder_for_anything_but_the_model_as_it_is(
     assert main(["export", "runs/toy/a", "--push"]) == 2
     assert "has no `tracking.hub_model_id`" in capsys.readouterr().err
     assert main(["export", "runs/toy/none", "--push"]) == 2
-    assert "runs/toy/none is not a run directory" in capsys.readouterr().err
+    assert "'runs/toy/none' names no recipe, run or grid" in capsys.readouterr().err
     assert hub.repositories == {} and not Path("runs/toy/none").exists()
 
 
