@@ -84,10 +84,11 @@ def run_launch(arguments: argparse.Namespace) -> int:
         raise _refuse(paths, status, _same_launch(arguments))
     if decision.action == "push":
         print(f"{decision.action:<7} {planned.full_name}  {decision.why}")
-        if not arguments.dry_run:
-            send_pushes([selected])
-            print_unpushed([selected])
-        return 0
+        if arguments.dry_run or arguments.prepare:
+            return 0
+        result = send_pushes([selected])
+        print_unpushed([selected])
+        return _derive_exit_code(result, paths)
     if decision.action == "skip":
         advice = (
             ""
@@ -176,7 +177,11 @@ def _run_repair(arguments: argparse.Namespace, planned: Launch, status: RunStatu
     step = find_repair_step(facts, status, planned.recipe)
     if step is None:
         print(f"{planned.full_name}  every byte is as it was recorded: nothing to repair")
+        print_unpushed([planned.selected])
         return 0
+    pushes = PushPlan()
+    pushes.add(planned.selected, facts, is_due=True)
+    pushes.refuse()
     would_be = "would be" if arguments.dry_run else "is"
     print(f"{planned.full_name}  model/ {would_be} written again from step {step}", file=sys.stderr)
     trained = list_trained(facts.attempts)
@@ -194,11 +199,14 @@ def _run_repair(arguments: argparse.Namespace, planned: Launch, status: RunStatu
         [planned], num_slots=1, gpus=None, fail_fast=False,
         allocation=allocation, again=f"`{_same_launch(arguments)} --repair`",
     )  # fmt: skip
+    print_unpushed([planned.selected])
     return _derive_exit_code(result, paths)
 
 
 def _derive_exit_code(result: PoolResult, paths: RunPaths) -> int:
-    """For a cluster engine: why the run ended without a result, 0 where it has one."""
+    """For a cluster engine: why the run ended without a result, 0 where it has one. A push that a
+    signal left pending is no reason to give the run machines again.
+    """
     if (
         result.failed
         and result.failed[0].failure.kind == "preempted"
@@ -213,7 +221,7 @@ def _derive_exit_code(result: PoolResult, paths: RunPaths) -> int:
         return EXIT_CODES["transient"]
     if result.stopped_by == signal.SIGINT:
         return STOPPED
-    if result.stopped_by is not None and not result.failed:
+    if result.stopped_by is not None and (result.not_started or result.held) and not result.failed:
         return EXIT_CODES["preempted"]
     if result.held and is_in_cluster(os.environ):
         return EXIT_CODES["transient"]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from runner.errors import CorruptFileError
-from runner.launch.pushes import push_now
+from runner.launch.outcome import PoolResult
+from runner.launch.pool import run_planned
 from runner.plan.pushes import (
     PlannedPush,
     describe_other_push,
@@ -23,6 +24,7 @@ from runner.plan.pushes import (
 from runner.plan.select import Selected
 from runner.plan.status import read_status
 from runner.run.facts import RunFacts
+from runner.run.lease import is_leased
 
 _NUM_NOTED: Final = 5
 
@@ -62,25 +64,29 @@ class PushPlan:
             print(f"note: and so in {len(self.notes) - _NUM_NOTED} more runs", file=sys.stderr)
 
 
-def send_pushes(selected: Sequence[Selected]) -> None:
-    """Push completed runs one after the other, and say on stderr how each ended."""
-    for one in selected:
-        print(f"{one.full_name}  is pushed", file=sys.stderr, flush=True)
-        try:
-            said = push_now(one)
-        except (CorruptFileError, OSError) as error:
-            said = f"completed, but not pushed: {error}"
-        print(f"{one.full_name}  {said or 'has nothing to push any more'}", file=sys.stderr)
+def send_pushes(selected: Sequence[Selected]) -> PoolResult:
+    """Push completed runs, where nothing is launched, and say on stderr how each push ended."""
+    return run_planned([], num_slots=1, gpus=None, fail_fast=False, to_push=selected)
 
 
 def print_unpushed(selected: Iterable[Selected]) -> int:
-    """Say on stderr which completed runs are still to be pushed, and how; how many there are."""
+    """Say on stderr which completed runs are still to be pushed, and how; how many there are,
+    without those that another process is pushing.
+    """
     count = 0
     for one in selected:
         facts = one.read_facts()
         status = read_status(facts, one.recipe, {})
         if status.state != "completed" or status.push_to is None:
             continue
+        with contextlib.suppress(CorruptFileError, OSError):  # then it is pushed by nobody
+            if is_leased(one.paths.push_lock_path):
+                print(
+                    f"{one.full_name} is completed, and is being pushed to {status.push_to} by"
+                    " another process",
+                    file=sys.stderr,
+                )
+                continue
         count += 1
         again = shlex.join(["runner", "export", str(one.paths.run_dir), "--push"])
         print(

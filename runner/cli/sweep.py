@@ -25,6 +25,7 @@ from runner.cli.engines import load_engines
 from runner.cli.pushes import PushPlan, print_unpushed, send_pushes
 from runner.cli.reading import note_idle_overrides
 from runner.errors import RefusedError
+from runner.launch.placement import PlanRuns
 from runner.launch.pool import STOPPED
 from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipes
@@ -85,13 +86,15 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
         launched[:] = [launch.selected for launch in planned]
         return planned
 
-    code = engine.submit(plan, options)
+    code = engine.submit(PlanRuns(plan, pushes.to_send), options)
     num_unpushed = 0
-    if not arguments.dry_run and code != STOPPED:
-        send_pushes(pushes.to_send)
+    if not arguments.dry_run:
+        # The others only submit.
+        if arguments.engine != "local" and pushes.to_send and code != STOPPED:
+            code = STOPPED if send_pushes(pushes.to_send).stopped_by is not None else code
         num_unpushed = print_unpushed([*launched, *pushes.to_send])
     _print_damaged(damaged)
-    if arguments.engine == "local" and not arguments.dry_run:  # all others only submit
+    if arguments.engine == "local" and not arguments.dry_run:
         states = _count_states(selected, len(unreadable), arguments.output_root)
         print(_describe_states(states), file=sys.stderr)
         # It was running when the sweep began, and whoever ran it has left it since.

@@ -113,6 +113,7 @@ def submit(plan: PlanRuns, options: LocalOptions) -> int:
         again=options.again,
         uses_workers=options.uses_workers,
         awaits_held=True,
+        to_push=plan.to_push,
     )
     if result.stopped_by is not None:
         return STOPPED

@@ -21,13 +21,22 @@ import yaml
 from runner.errors import RefusedError, RunnerError
 from runner.launch.command import MACHINE_RANK, Machines, Placement
 from runner.plan.decide import Launch
-from runner.plan.select import QueuedRun
+from runner.plan.select import QueuedRun, Selected
 from runner.processes import die_with_parent
 from runner.recipe.parse import Recipe
 
-# Returns what to launch. An engine calls it once, with the runs that it has queued already and the
-# stream on which to print what is decided about each run.
-PlanRuns = Callable[[Mapping[str, QueuedRun], TextIO], list[Launch]]
+
+@dataclass(frozen=True)
+class PlanRuns:
+    """Returns what to launch. An engine calls it once, with the runs that it has queued already and
+    the stream on which to print what is decided about each run.
+    """
+
+    decide: Callable[[Mapping[str, QueuedRun], TextIO], list[Launch]]
+    to_push: Sequence[Selected]  # once called: completed runs whose models are still to be sent
+
+    def __call__(self, queued: Mapping[str, QueuedRun], stream: TextIO) -> list[Launch]:
+        return self.decide(queued, stream)
 
 
 @dataclass(frozen=True)

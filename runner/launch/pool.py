@@ -28,6 +28,7 @@ from runner.launch.stall import Silence, StallWatch
 from runner.launch.worker import Worker
 from runner.launch.workers import Workers
 from runner.plan.decide import Launch, Retry, decide_retry, foresee_retry
+from runner.plan.select import Selected
 from runner.processes import StopSignals
 from runner.run.failures import build_failure
 from runner.run.record import Attempt, Failure, load_stop_request
@@ -57,12 +58,13 @@ def run_planned(
     again: str = "the same command",
     uses_workers: bool = False,
     awaits_held: bool = False,
+    to_push: Sequence[Selected] = (),
 ) -> PoolResult:
     """How the runs ended; what is not done is printed. `again` is what continues them after a stop;
     `uses_workers` forks what can be forked; `awaits_held` takes up what another sweep holds once it
-    is free.
+    is free. The models of the completed runs `to_push` are sent meanwhile.
     """
-    if not planned:
+    if not planned and not to_push:
         print("nothing to launch", file=sys.stderr)
         return PoolResult()
     with SweepDisplay(len(planned)) as display:
@@ -74,6 +76,7 @@ def run_planned(
             fail_fast=fail_fast,
             uses_workers=uses_workers,
             awaits_held=awaits_held,
+            to_push=to_push,
         )
     print_failures(result)
     print_stop(result, again)
@@ -88,6 +91,7 @@ def run_pool(
     fail_fast: bool = False,
     uses_workers: bool = False,
     awaits_held: bool = False,
+    to_push: Sequence[Selected] = (),
 ) -> PoolResult:
     """Run everything that is planned, as many at a time as there is room.
 
@@ -100,12 +104,14 @@ def run_pool(
     with StopSignals() as signals, selectors.DefaultSelector() as selector:
         selector.register(signals.fileno(), selectors.EVENT_READ)
         workers = Workers(display.say, are_wanted=uses_workers)
-        pushes = Pushes(display.pushed, selector)
+        pushes = Pushes(display.say, display.pushed, selector, awaits_held=awaits_held)
         pool = _Pool(
             list(planned), devices, display, fail_fast, awaits_held, selector, signals, workers,
             pushes,
         )  # fmt: skip
         try:
+            for one in to_push:
+                pushes.add(one)
             while not signals.received and pool.has_work():
                 pool.take_up_due()
                 pool.wait(is_in_a_hurry=pool.start_next())
@@ -264,6 +270,8 @@ class _Pool:
             if attempt is None:
                 self.result.elsewhere.append(run.full_name)
                 self.display.finished(run.full_name, "completed by another sweep")
+                # That one may have been killed before it had pushed it.
+                self.pushes.add(run.selected)
             return attempt
         return None
 
@@ -337,6 +345,7 @@ class _Pool:
             self._end_starting()
         for watch in self.watches.values():
             watch.look(now)
+        self.pushes.look(now)
         waiting = {
             one.run.full_name: f"is tried again in {max(0.0, one.due_at - now):.0f} s"
             for one in self.later
@@ -401,8 +410,7 @@ class _Pool:
         else:
             self.result.completed.append(run.full_name)
             self.display.finished(run.full_name, "repaired" if run.is_repair else "completed")
-            if not self.signals.received:
-                self.pushes.add(run.selected)
+            self.pushes.add(run.selected)
         self._keep(attempt.worker)
 
     def close(self) -> None:

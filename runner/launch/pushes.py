@@ -8,23 +8,33 @@ import os
 import selectors
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from runner.errors import CorruptFileError
-from runner.plan.pushes import find_push_to
+from runner.files import open_plain, open_to_append
+from runner.plan.pushes import PUSHED_ELSEWHERE, find_push_to
 from runner.plan.select import Selected
 from runner.processes import die_with_parent
 from runner.run.facts import read_facts
+from runner.run.lease import is_leased
 from runner.run.manifest import measure_model
+from runner.run.paths import RunPaths
 from runner.run.record import load_push
 
 MAX_AT_A_TIME: Final = 2  # uploads share one network
 # What a push may take: a hub that never answers keeps no sweep waiting.
 _PATIENCE_SECONDS: Final = 600.0
 _BYTES_PER_SECOND: Final = 1e6
+# For the child to end by itself: a signal is not heard inside of native code such as `hf_xet`.
+_GRACE_SECONDS: Final = 30.0
+_LOOK_SECONDS: Final = 2.0  # between two looks at a push that another process makes
+_MAX_SHOWN: Final = 500  # characters of a reason: a hub may answer with a page
+_MAX_READ: Final = 1_000_000  # bytes at the end of what a push printed
 
 
 @dataclass
@@ -34,25 +44,68 @@ class RunningPush:
     selected: Selected
     repo_id: str
     process: subprocess.Popen[bytes]
+    log_path: Path  # what it prints follows what earlier ones printed
+    log_start: int
+    limit_seconds: float
+    kill_at: float  # `time.monotonic`
+    was_killed: bool = False  # by `kill_overdue`
+
+    def kill_overdue(self, now: float) -> None:
+        """End it where it did not end by itself in its time; it stays pending."""
+        if now >= self.kill_at and not self.was_killed:
+            self.was_killed = True
+            self.process.kill()
+
+    def is_left_to_other(self) -> bool:
+        """Once it has ended: another process pushes the run."""
+        return self.process.wait() == PUSHED_ELSEWHERE
 
     def describe_end(self) -> str:
-        """How it ended, as the child recorded it, once its process has ended."""
+        """How it ended, once its process has ended."""
         status = self.process.wait()
-        try:
-            record = load_push(self.selected.paths)
-        except (CorruptFileError, OSError):
-            record = None
-        if record is not None and record.state == "pushed":
-            return f"pushed to {record.repo_id}, commit {record.commit}"
-        if record is not None and record.state == "failed":
-            return f"completed, but not pushed to {self.repo_id}: {record.failure}"
         if status == 0:
+            return _describe_pushed(self.selected.paths) or f"pushed to {self.repo_id}"
+        if status == PUSHED_ELSEWHERE:
             return f"is being pushed to {self.repo_id} by another process"
-        return f"completed, but not pushed to {self.repo_id}: the push ended by {_name(status)}"
+        if self.was_killed:
+            reason = (
+                f"the hub did not take it within {self.limit_seconds:.0f} s, and the process that"
+                " pushed had to be killed"
+            )
+        else:
+            reason = (
+                self._find_reason() or f"the push ended by {_name(status)}, see {self.log_path}"
+            )
+        return f"completed, but not pushed to {self.repo_id}: {reason}"
+
+    def _find_reason(self) -> str | None:
+        """The last error that this push printed; `push.json` may tell of an earlier one."""
+        try:
+            with os.fdopen(open_plain(self.log_path), "rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(self.log_start, size - _MAX_READ))
+                lines = log.read(_MAX_READ).decode(errors="replace").splitlines()
+        except (CorruptFileError, OSError):
+            return None
+        reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        if not reasons:
+            return None
+        is_long = len(reasons[-1]) > _MAX_SHOWN
+        return f"{reasons[-1][:_MAX_SHOWN]} ..., see {self.log_path}" if is_long else reasons[-1]
 
 
 def _name(status: int) -> str:
     return f"the signal {-status}" if status < 0 else f"exit status {status}"
+
+
+def _describe_pushed(paths: RunPaths) -> str | None:
+    try:
+        record = load_push(paths)
+    except (CorruptFileError, OSError):
+        record = None
+    if record is None or record.state != "pushed":
+        return None
+    return f"pushed to {record.repo_id}, commit {record.commit}"
 
 
 def start_push(selected: Selected) -> RunningPush | None:
@@ -68,7 +121,8 @@ def start_push(selected: Selected) -> RunningPush | None:
         return None
     seconds = _PATIENCE_SECONDS + measure_model(facts.result.files or {}) / _BYTES_PER_SECOND
     log_path = paths.attempt(facts.attempts[-1].number).push_log_path
-    with log_path.open("ab") as log:
+    with open_to_append(log_path) as log:
+        log_start = os.fstat(log.fileno()).st_size
         process = subprocess.Popen(
             # -P: what is in the working directory is not found by accident.
             [sys.executable, "-P", "-m", "runner.publish.push_child", paths.run_dir, str(seconds)],
@@ -79,20 +133,8 @@ def start_push(selected: Selected) -> RunningPush | None:
             start_new_session=True,  # Ctrl-C is ours to act upon
             preexec_fn=partial(die_with_parent, os.getpid()),
         )
-    return RunningPush(selected, repo_id, process)
-
-
-def push_now(selected: Selected) -> str | None:
-    """Push a completed run and wait for it; how that ended, None where it has none to make."""
-    push = start_push(selected)
-    if push is None:
-        return None
-    try:
-        push.process.wait()
-    except BaseException:  # Ctrl-C: it stays pending
-        push.process.kill()
-        raise
-    return push.describe_end()
+    kill_at = time.monotonic() + seconds + _GRACE_SECONDS
+    return RunningPush(selected, repo_id, process, log_path, log_start, seconds, kill_at)
 
 
 @dataclass
@@ -101,31 +143,66 @@ class Pushes:
     completed.
     """
 
-    say: Callable[[str, str], None]  # name of a run, and what became of it
+    say: Callable[[str], None]
+    tell_end: Callable[[str, str], None]  # name of a run, and what became of it
     selector: selectors.BaseSelector
+    awaits_held: bool = False  # waits for the pushes that other processes make
     waiting: list[Selected] = field(default_factory=list)
     active: dict[int, RunningPush] = field(default_factory=dict)  # by pidfd
+    # That other processes make, by the name of the run, each with the time of the next look at it.
+    held: dict[str, tuple[RunningPush, float]] = field(default_factory=dict)
     was_ended: bool = False  # before all were done
+    _told: set[str] = field(default_factory=set)  # runs whose push was said to be waited for
+    _is_closed: bool = False
 
     def has_work(self) -> bool:
         """True while a push is under way, or still has to be made."""
-        return bool(self.waiting or self.active)
+        return bool(self.waiting or self.active or self.held)
 
     def add(self, selected: Selected) -> None:
-        """Push a run that has just been completed, where its recipe asks for that."""
+        """Push a run that is completed, where its recipe asks for that; after `end` it stays
+        pending.
+        """
+        if self._is_closed:
+            self.was_ended = self.was_ended or _has_push(selected)
+            return
         self.waiting.append(selected)
         self._start_next()
 
     def finish(self, pidfd: int) -> None:
         """Say how a push ended, and start the next one."""
         push = self._take(pidfd)
-        self.say(push.selected.full_name, push.describe_end())
+        name = push.selected.full_name
+        if push.is_left_to_other() and self.awaits_held:
+            if name not in self._told:
+                self._told.add(name)
+                self.say(
+                    f"{name}  waiting for its push to {push.repo_id}, which another process makes;"
+                    " Ctrl-C stops waiting"
+                )
+            self.held[name] = (push, time.monotonic() + _LOOK_SECONDS)
+        else:
+            self.tell_end(name, push.describe_end())
         self._start_next()
 
+    def look(self, now: float) -> None:
+        """End what takes too long, and take up what another process pushes no more."""
+        for push in self.active.values():
+            push.kill_overdue(now)
+        for name, (push, due_at) in list(self.held.items()):
+            if due_at > now:
+                continue
+            if _is_held(push.selected.paths):
+                self.held[name] = (push, now + _LOOK_SECONDS)
+                continue
+            del self.held[name]
+            self.add(push.selected)
+
     def end(self) -> None:
-        """End all of them now: they stay pending."""
+        """End all of them now, and begin no other: they stay pending."""
         self.was_ended = self.was_ended or self.has_work()
-        self.waiting = []
+        self._is_closed = True
+        self.waiting, self.held = [], {}
         for pidfd in list(self.active):
             push = self._take(pidfd)
             push.process.kill()
@@ -135,7 +212,7 @@ class Pushes:
         """What is under way, by the name of the run."""
         return {
             push.selected.full_name: f"is pushed to {push.repo_id}" for push in self.active.values()
-        }
+        } | {name: "another process pushes it" for name in self.held}
 
     def _take(self, pidfd: int) -> RunningPush:
         self.selector.unregister(pidfd)
@@ -148,9 +225,28 @@ class Pushes:
             try:
                 push = start_push(selected)
             except (CorruptFileError, OSError) as error:  # a failed push never fails a run
-                self.say(selected.full_name, f"completed, but not pushed: {error}")
+                self.tell_end(selected.full_name, f"completed, but not pushed: {error}")
                 continue
             if push is not None:
                 pidfd = os.pidfd_open(push.process.pid)
                 self.active[pidfd] = push
                 self.selector.register(pidfd, selectors.EVENT_READ, data=push)
+            elif selected.full_name in self._told:
+                self.tell_end(
+                    selected.full_name,
+                    _describe_pushed(selected.paths) or "has nothing to push any more",
+                )
+
+
+def _is_held(paths: RunPaths) -> bool:
+    try:
+        return is_leased(paths.push_lock_path)
+    except (CorruptFileError, OSError):  # the next try says so
+        return False
+
+
+def _has_push(selected: Selected) -> bool:
+    try:
+        return find_push_to(read_facts(selected.paths), selected.recipe) is not None
+    except (CorruptFileError, OSError):
+        return False

@@ -5,6 +5,7 @@ before anything starts.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from runner.errors import CorruptFileError, RefusedError
 from runner.recipe.parse import Recipe
 from runner.run.facts import RunFacts
 from runner.run.paths import RunPaths, find_output_root, list_push_paths
-from runner.run.record import load_push
+from runner.run.record import PushRecord, load_push
 
 # As examples and templates have them, with - for _.
 _YOUR_OWN: Final = re.compile(r"your(?:-.*|user|username|name|org|organi[sz]ation|team)?")
@@ -31,6 +32,8 @@ _HINT: Final = (
     " OWNER gives each run a repository of its own; for one run,"
     " `runner launch RECIPE tracking.hub_model_id=OWNER/NAME`"
 )
+# Exit status of a process that was to push a run and found another process at it.
+PUSHED_ELSEWHERE: Final = 75
 TOKEN_HINT: Final = (
     "set HF_TOKEN in the environment; it is read from nowhere else and stored nowhere"
 )
@@ -104,8 +107,9 @@ def refuse_pushes(planned: Sequence[PlannedPush], environment: Mapping[str, str]
     """
     if not any(one.is_due for one in planned):
         return
-    lines = [*_find_shared(planned), *_find_placeholders(planned)]
-    hints = [_HINT] if lines else []
+    shared, ways_out = _find_shared(planned)
+    lines = [*shared, *_find_placeholders(planned)]
+    hints = [_HINT, *ways_out] if lines else []
     if environment is not None and not environment.get("HF_TOKEN", "").strip():
         lines.append("HF_TOKEN is not set, and a push needs a token with write access")
         hints.append(TOKEN_HINT)
@@ -118,10 +122,24 @@ def refuse_pushes(planned: Sequence[PlannedPush], environment: Mapping[str, str]
     )
 
 
-def _find_shared(planned: Sequence[PlannedPush]) -> Iterator[str]:
+@dataclass(frozen=True)
+class OtherPush:
+    """Another run of the same output root with the same repository."""
+
+    run_dir: Path
+    record: PushRecord
+
+    @property
+    def is_there(self) -> bool:
+        """The repository holds its weights, for all that was recorded."""
+        return self.record.state == "pushed"
+
+
+def _find_shared(planned: Sequence[PlannedPush]) -> tuple[list[str], list[str]]:
     """A line for each repository that several runs would be pushed to, or that holds another run of
-    the same output root.
+    the same output root, or soon would; and ways out of the latter.
     """
+    lines, ways_out = [], []
     by_repository: dict[str, list[PlannedPush]] = {}
     for one in planned:
         by_repository.setdefault(one.repo_id.casefold(), []).append(one)
@@ -130,43 +148,55 @@ def _find_shared(planned: Sequence[PlannedPush]) -> Iterator[str]:
     own = {one.paths.run_dir.resolve() for one in planned}
     for folded, runs in by_repository.items():
         others = [
-            str(run_dir)
-            for run_dir, repo_id in pushed
-            if repo_id.casefold() == folded and run_dir.resolve() not in own
+            one
+            for one in pushed
+            if one.record.repo_id.casefold() == folded and one.run_dir.resolve() not in own
         ]
+        names, repo_id = _name(one.full_name for one in runs), runs[0].repo_id
         if len(runs) > 1:
-            names = _name(one.full_name for one in runs)
-            yield (
-                f"{names} have one `hub_model_id`, {runs[0].repo_id}:"
+            lines.append(
+                f"{names} have one `hub_model_id`, {repo_id}:"
                 " each push would delete the weights of the one before"
             )
-        if others:
-            yield (
-                f"{_name(one.full_name for one in runs)} would delete the weights in"
-                f" {runs[0].repo_id}: {_name(others)} was pushed there"
+        if there := [str(one.run_dir) for one in others if one.is_there]:
+            lines.append(
+                f"{names} would delete the weights in {repo_id}: {_name(there)} was pushed there"
             )
+        for other in others:
+            if not other.is_there:
+                lines.append(
+                    f"{names} and {other.run_dir} would delete each other's weights in {repo_id}:"
+                    f" {other.run_dir} is to be pushed there, its last push"
+                    f" {'failed' if other.record.state == 'failed' else 'is pending'}"
+                )
+                ways_out.append(suggest_elsewhere(other.run_dir))
+    return lines, ways_out
 
 
-def _list_pushed(output_root: Path) -> Iterator[tuple[Path, str]]:
-    """The runs that were pushed, or are to be, each with its repository; without those whose record
-    cannot be read.
-    """
+def suggest_elsewhere(run_dir: Path) -> str:
+    """The way out where a run that is still to be pushed has the repository of another one."""
+    again = shlex.join(["runner", "export", str(run_dir), "--push", "OWNER/NAME"])
+    return f"`{again}` sends {run_dir} elsewhere, and leaves its repository to the other one"
+
+
+def _list_pushed(output_root: Path) -> Iterator[OtherPush]:
+    """The runs that were pushed, or are to be; without those whose record cannot be read."""
     for path in list_push_paths(output_root):
         try:
             record = load_push(RunPaths(path.parent))
         except (CorruptFileError, OSError):
             continue
         if record is not None:
-            yield path.parent, record.repo_id
+            yield OtherPush(path.parent, record)
 
 
-def find_pushed_by_others(paths: RunPaths, repo_id: str) -> list[Path]:
+def find_pushed_by_others(paths: RunPaths, repo_id: str) -> list[OtherPush]:
     """Other runs of the same output root that were pushed to a repository, or are to be."""
     own = paths.run_dir.resolve()
     return [
-        run_dir
-        for run_dir, other_id in _list_pushed(find_output_root(paths.run_dir))
-        if other_id.casefold() == repo_id.casefold() and run_dir.resolve() != own
+        one
+        for one in _list_pushed(find_output_root(paths.run_dir))
+        if one.record.repo_id.casefold() == repo_id.casefold() and one.run_dir.resolve() != own
     ]
 
 

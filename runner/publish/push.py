@@ -23,8 +23,10 @@ from runner.errors import RefusedError, RunnerError
 from runner.files import hash_file, hash_json
 from runner.plan.pushes import (
     TOKEN_HINT,
+    OtherPush,
     find_placeholder,
     find_pushed_by_others,
+    suggest_elsewhere,
 )
 from runner.publish.card import build_model_card, load_versions
 from runner.publish.tuned import TunedRun, open_tuned_run
@@ -213,10 +215,7 @@ def _push_locked(run_dir: Path, repo_id: str, pushes: Pushes) -> Commit:
     with open_tuned_run(run_dir, None) as run:
         target = HubTarget.of(run.recipe, repo_id)
         if not repo_id and (others := find_pushed_by_others(run.paths, target.repo_id)):
-            raise RefusedError(
-                f"{others[0]} was pushed to {target.repo_id}, and its weights would be deleted",
-                hint=f"runner export {run_dir} --push OWNER/NAME",
-            )
+            raise _refuse_shared(run_dir, target, others[0])
         files = collect_files(run)
         sha256 = hash_files(files)
         pushes.record_pending(target.repo_id, sha256)
@@ -224,6 +223,20 @@ def _push_locked(run_dir: Path, repo_id: str, pushes: Pushes) -> Commit:
         commit = push_files(files, target, describe_commit(run))
         pushes.record_pushed(target.repo_id, sha256, commit)
         return commit
+
+
+def _refuse_shared(run_dir: Path, target: HubTarget, other: OtherPush) -> RefusedError:
+    hint = f"runner export {run_dir} --push OWNER/NAME"
+    if other.is_there:
+        return RefusedError(
+            f"{other.run_dir} was pushed to {target.repo_id}, and its weights would be deleted",
+            hint=hint,
+        )
+    return RefusedError(
+        f"{other.run_dir} is to be pushed to {target.repo_id} too, and each would delete the"
+        " weights of the other",
+        hint=f"{hint}  # or {suggest_elsewhere(other.run_dir)}",
+    )
 
 
 def collect_files(run: TunedRun) -> dict[str, Path | bytes]:

@@ -9,9 +9,11 @@ import subprocess
 
 from runner.cli.main import main
 from runner.run.record import load_stop_request
-from tests.support.fake_launcher import FakeLauncher, fake, finish
+from tests.support.fake_hub import FakeHub
+from tests.support.fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish
+from tests.support.pushes import add, hub, read_push
 
-__all__ = ["fake"]
+__all__ = ["fake", "hub"]
 
 Sweep = subprocess.Popen[str]
 
@@ -104,6 +106,48 @@ def test_a_run_that_the_other_sweep_completes_counts_as_such(fake: FakeLauncher)
     assert code == 0 and "[2/2] toy/b  completed by another sweep\n" in stderr
     assert stderr.endswith("\n2 runs: 2 completed\n")
     assert list_kinds(fake, "b") == [None]
+
+
+def start_both_pushing(fake: FakeLauncher, hub: FakeHub) -> tuple[Sweep, Sweep]:
+    """As `start_both`, once the sweep that holds `b` has completed it and is pushing it."""
+    add(fake, "b")
+    fake.add("a", told="wait")
+    fake.tell("b", "wait complete model")
+    waiting = fake.start("sweep", "recipes/toy")
+    assert fake.next_started()[0] == "a"
+    holding = fake.start("sweep", "recipes/toy/b.yaml")
+    assert fake.next_started()[0] == "b"
+    fake.let_go("a")
+    wait_for(waiting, "waiting for 1 run")
+    hold = hub.hold("/lfs/")
+    fake.let_go("b")
+    assert hold.reached.wait(PATIENCE_SECONDS)
+    wait_for(waiting, "toy/b  completed by another sweep")
+    wait_for(waiting, "toy/b  waiting for its push to lab/b, which another process makes")
+    return waiting, holding
+
+
+def test_a_run_whose_sweep_is_killed_while_it_pushes_is_pushed(
+    fake: FakeLauncher, hub: FakeHub
+) -> None:
+    waiting, holding = start_both_pushing(fake, hub)
+    holding.kill()
+    finish(holding)
+    hub.let_go()
+    code, _, stderr = finish(waiting)
+    push = read_push(fake, "b")
+    assert code == 0 and push is not None and push["state"] == "pushed"
+    assert f"toy/b  pushed to lab/b, commit {1:040x}" in stderr and "pending" not in stderr
+    assert len(fake.attempts("b")) == 1
+
+
+def test_a_run_that_the_other_sweep_pushes_is_waited_for(fake: FakeLauncher, hub: FakeHub) -> None:
+    waiting, holding = start_both_pushing(fake, hub)
+    hub.let_go()
+    ends = [finish(one) for one in (holding, waiting)]
+    assert [code for code, _, _ in ends] == [0, 0]
+    assert f"toy/b  pushed to lab/b, commit {1:040x}" in ends[1][2]
+    assert len(hub.repositories["lab/b"].messages) == 1
 
 
 def test_a_run_that_fails_for_good_in_the_other_sweep_has_failed(fake: FakeLauncher) -> None:

@@ -6,19 +6,21 @@ from __future__ import annotations
 
 import json
 import os
+import selectors
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from runner.cli.main import main
 from runner.files import load_json
+from runner.launch.pushes import Pushes, RunningPush
+from runner.plan.select import select_recipes
 from runner.run.lease import is_leased
-from tests.support.fake_hub import FakeHub, Hold, Repository, fake_hub
+from tests.support.fake_hub import FakeHub, Repository
 from tests.support.fake_launcher import (
     PATIENCE_SECONDS,
     FakeLauncher,
@@ -26,35 +28,17 @@ from tests.support.fake_launcher import (
     finish,
     wait_until_dead,
 )
+from tests.support.pushes import (
+    add,
+    complete_unpushed,
+    hub,
+    list_pushes,
+    read_push,
+    set_push,
+    wait_for_push,
+)
 
-__all__ = ["fake"]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub that this process and all that it starts talk to."""
-    with fake_hub() as hub:
-        for name, value in hub.environment().items():
-            monkeypatch.setenv(name, value)
-        yield hub
-
-
-def add(fake: FakeLauncher, *names: str, to: str | None = None) -> None:
-    """Runs that are pushed at their end, by default each to a repository of its own."""
-    fake.add(*names, told="complete model")
-    for name in names:
-        set_push(fake, name, f"hub_model_id: {to or f'lab/{name}'}, hub_push: end")
-
-
-def set_push(fake: FakeLauncher, name: str, tracking: str) -> None:
-    path = fake.root / "recipes" / "toy" / f"{name}.yaml"
-    text = path.read_text().partition("tracking:")[0]
-    path.write_text(f"{text}tracking: {{{tracking}}}\n")
-
-
-def read_push(fake: FakeLauncher, name: str) -> dict[str, object] | None:
-    push: dict[str, object] | None = load_json(fake.paths(name).push_path)
-    return push
+__all__ = ["fake", "hub"]
 
 
 def read_notes(capsys: pytest.CaptureFixture[str]) -> str:
@@ -103,9 +87,7 @@ def test_nothing_is_pushed_unasked(fake: FakeLauncher, hub: FakeHub) -> None:
 
 def test_a_push_imports_no_torch(fake: FakeLauncher, hub: FakeHub) -> None:
     add(fake, "a")
-    hub.token = "hf_another_one_for_now"
-    assert main(["sweep", "recipes/toy"]) == 1
-    hub.token = os.environ["HF_TOKEN"]
+    complete_unpushed(fake, hub, "a")
     program = (
         "import sys; from pathlib import Path; from runner.publish.push import push_run\n"
         "push_run(Path('runs/toy/a'))\n"
@@ -209,27 +191,6 @@ def test_a_kill_at_any_moment_leaves_one_commit_in_the_end(
     assert fake.started() == ["a"]
 
 
-def wait_for_push(hold: Hold) -> int:
-    """A descriptor of the process that pushes, once the hub holds it."""
-    assert hold.reached.wait(PATIENCE_SECONDS), "nothing was pushed"
-    [pid] = list_pushes()
-    return os.pidfd_open(pid)
-
-
-def list_pushes() -> list[int]:
-    """Process ids of what pushes here."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            is_here = os.readlink(folder / "cwd") == os.getcwd()
-        except OSError:
-            continue
-        if b"runner.publish.push_child" in words and is_here:
-            found.append(int(folder.name))
-    return found
-
-
 def test_a_run_without_push_json_is_pending(
     fake: FakeLauncher, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +207,12 @@ def test_a_run_without_push_json_is_pending(
     assert_is_pushed(fake, hub, "a")
 
 
+PENDING = """\
+stopped by SIGINT
+toy/a is completed, and its push to lab/a is pending
+  hint: runner export runs/toy/a --push"""
+
+
 def test_ctrl_c_ends_a_push_and_leaves_it_pending(fake: FakeLauncher, hub: FakeHub) -> None:
     add(fake, "a")
     hold = hub.hold("/lfs/")
@@ -254,7 +221,7 @@ def test_ctrl_c_ends_a_push_and_leaves_it_pending(fake: FakeLauncher, hub: FakeH
     sweep.send_signal(signal.SIGINT)
     wait_until_dead(pidfd)
     code, _, err = finish(sweep)
-    assert code == 130 and "stopped; the same command" in err and "Traceback" not in err
+    assert code == 130 and "Traceback" not in err and PENDING in err
     push = read_push(fake, "a")
     assert push is not None and push["state"] == "pending"
     # And one that a sweep sends of a run that was completed before.
@@ -265,7 +232,8 @@ def test_ctrl_c_ends_a_push_and_leaves_it_pending(fake: FakeLauncher, hub: FakeH
     pidfd = wait_for_push(hold)
     sweep.send_signal(signal.SIGINT)
     wait_until_dead(pidfd)
-    assert finish(sweep)[0] == 130
+    code, _, err = finish(sweep)
+    assert code == 130 and "nothing to launch" not in err and PENDING in err
     hub.let_go()
     assert main(["sweep", "recipes/toy"]) == 0
     assert_is_pushed(fake, hub, "a")
@@ -293,11 +261,14 @@ def test_two_sweeps_push_once(fake: FakeLauncher, hub: FakeHub) -> None:
     hold = hub.hold("/commit/")
     first = fake.start("sweep", "recipes/toy")
     assert hold.reached.wait(PATIENCE_SECONDS)
+    code, _, err = finish(fake.start("launch", "recipes/toy/a.yaml"))
+    assert code == 0 and "toy/a  is being pushed to lab/a by another process" in err
+    assert "toy/a is completed, and is being pushed to lab/a by" in err and "pending" not in err
     second = fake.start("sweep", "recipes/toy")
-    code, _, err = finish(second)
-    assert code == 1 and "toy/a  is being pushed to lab/a by another process" in err
+    assert second.stderr is not None
+    assert "toy/a  waiting for its push to lab/a, which another" in second.stderr.readline()
     hub.let_go()
-    assert finish(first)[0] == 0
+    assert [finish(one)[0] for one in (first, second)] == [0, 0]
     assert_is_pushed(fake, hub, "a")
 
 
@@ -305,9 +276,7 @@ def test_a_hub_that_never_answers_keeps_nobody_waiting(
     fake: FakeLauncher, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(fake, "a")
-    hub.token = "hf_another_one_for_now"
-    assert main(["sweep", "recipes/toy"]) == 1
-    hub.token = os.environ["HF_TOKEN"]
+    complete_unpushed(fake, hub, "a")
     hold = hub.hold("/lfs/")
     child = [sys.executable, "-m", "runner.publish.push_child", "runs/toy/a", "4"]
     done = subprocess.run(child, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
@@ -516,3 +485,27 @@ def test_a_recipe_says_where_its_model_goes(
     assert main(["sweep", "recipes/toy"]) == 2
     assert said in capsys.readouterr().err
     assert fake.events() == []
+
+
+def test_a_push_that_does_not_end_by_itself_is_killed(fake: FakeLauncher) -> None:
+    """A signal is not heard inside of native code."""
+    fake.add("a")
+    [selected] = select_recipes(["recipes/toy"], Path("runs"))
+    deaf = subprocess.Popen(
+        [sys.executable, "-IS", "-c", "import signal\nwhile True: signal.pause()"]
+    )
+    said: list[str] = []
+    with selectors.DefaultSelector() as selector:
+        pushes = Pushes(said.append, lambda name, end: said.append(f"{name} {end}"), selector)
+        pidfd = os.pidfd_open(deaf.pid)
+        pushes.active[pidfd] = RunningPush(selected, "lab/a", deaf, Path("push.txt"), 0, 600, 700.0)
+        selector.register(pidfd, selectors.EVENT_READ)
+        pushes.look(699.0)
+        assert deaf.poll() is None
+        pushes.look(700.0)
+        wait_until_dead(pidfd)
+        pushes.finish(pidfd)
+    assert said == [
+        "toy/a completed, but not pushed to lab/a: the hub did not take it within 600 s, and the"
+        " process that pushed had to be killed"
+    ]
