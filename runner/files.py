@@ -77,8 +77,11 @@ _OF_OTHER_KINDS: Final = (
 def _find_kind(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
-    except OSError:
-        return "a link that leads nowhere" if path.is_symlink() else None
+    except OSError as error:
+        if not path.is_symlink():
+            return None
+        circle = "a link that leads in a circle"
+        return circle if error.errno == errno.ELOOP else "a link that leads nowhere"
     if stat.S_ISREG(mode):
         return "file"
     if stat.S_ISDIR(mode):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import tomllib
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ MARKER_TEXT: Final = """\
 # wherever `runner` is started. It has no settings yet, and no key is accepted.
 """
 _MAX_SETTINGS_BYTES: Final = 65_536
+# Where a hint has a command: in a line of its own, in backquotes, or behind a colon.
+_COMMAND: Final = re.compile(r"(^ *|`|: )(runner [a-z]|mv )", re.MULTILINE)
 
 # Where the user is while another folder, the project, is the current one; and the project.
 _user_folder: Path | None = None
@@ -84,6 +87,8 @@ def check_settings(project: Path) -> None:
         settings = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RunnerError(f"{path} is no TOML: {error}") from None
+    except RecursionError:
+        raise RunnerError(f"{path} is no TOML: it is nested too deeply") from None
     if settings:
         raise RunnerError(
             f"{path}: {', '.join(settings)}: {SETTINGS_FILE} has no settings yet, it only marks the"
@@ -115,3 +120,8 @@ def pasteable(command: str) -> str:
     if _project is None:
         return command
     return f"cd {shlex.quote(str(_project))} && {command}"
+
+
+def say_pasteable(text: str) -> str:
+    """A hint with its commands as they can be pasted where the user is."""
+    return _COMMAND.sub(lambda match: match[1] + pasteable(match[2]), text)

@@ -26,6 +26,7 @@ from runner.files import (
     hash_json,
     load_json,
     load_jsonl,
+    refuse_other_kind,
     write_bytes_atomic,
     write_json_atomic,
     write_json_unsynced,
@@ -269,3 +270,11 @@ def test_who_only_looks_never_keeps_the_lease_from_its_taker(tmp_path: Path) -> 
     lease.close()
     assert holder.try_acquire()
     holder.close()
+
+
+def test_a_link_to_itself_is_said_to_lead_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "lost").symlink_to("nowhere")
+    for name, words in (("loop", "leads in a circle"), ("lost", "leads nowhere")):
+        with pytest.raises(CorruptFileError, match=words):
+            refuse_other_kind(tmp_path / name)

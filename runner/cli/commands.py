@@ -11,10 +11,10 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from runner.cli.clean import run_clean
-from runner.cli.launch import run_launch, select_run
+from runner.cli.launch import run_launch, select_run, suggest_fresh
 from runner.cli.pushes import PushPlan
 from runner.cli.reading import (
     note_idle_overrides,
@@ -30,26 +30,24 @@ from runner.errors import (
     RunnerError,
     hide_bitsandbytes_warning,
 )
-from runner.plan.names import find_one
+from runner.plan.names import RECIPES_DIR, find_one
 from runner.plan.select import Selected, UnreadableRun, run_paths
 from runner.plan.status import (
     RunStatus,
     read_status_unverified,
     suggest_mending,
 )
+from runner.project_folder import pasteable, say_pasteable
 from runner.recipe.contents import ContentHashes, KnownContents, hint_at_missing
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.allowed_code import allow_code, load_code, suggest_allowing
-from runner.run.failures import HINTS, UNREADABLE_HINT
+from runner.run.failures import HINTS
 from runner.run.paths import (
     RunPaths,
     content_cache_path,
     find_output_root,
 )
 from runner.run.record import load_stored_recipe
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_init(arguments: argparse.Namespace) -> int:
@@ -140,6 +138,11 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     hide_bitsandbytes_warning()
     from runner.preflight.doctor import print_doctor
 
+    if arguments.where and not arguments.paths:
+        where = shlex.join(word for one in arguments.where for word in ("--where", one))
+        raise RunnerError(
+            f"no recipe is named, only {where}", hint=f"runner doctor recipes {where}"
+        )
     selected = select(arguments, arguments.paths) if arguments.paths else []
     return print_doctor(selected, arguments.output_root)
 
@@ -239,7 +242,9 @@ def run_status(arguments: argparse.Namespace) -> int:
         )
     if never:
         print(_describe_never_started(never))
-    return _print_hints([status for _, status in rows], num_unreadable=len(unreadable))
+    damaged = [one.paths.run_dir for one, status in rows if status.state == "unreadable"]
+    damaged += [lost.paths.run_dir for lost in unreadable]
+    return _print_hints([status for _, status in rows], damaged)
 
 
 def _was_never_started(one: Selected, status: RunStatus) -> bool:
@@ -251,17 +256,17 @@ def _describe_never_started(never: Sequence[Selected]) -> str:
     count = "1 recipe was" if len(never) == 1 else f"{len(never)} recipes were"
     if len(folders) == 1:
         return (
-            f"{count} never started: `runner status {folders[0]}` lists them,"
-            f" `runner sweep {folders[0]}` starts them"
+            f"{count} never started: `{pasteable(f'runner status {folders[0]}')}` lists them,"
+            f" `{pasteable(f'runner sweep {folders[0]}')}` starts them"
         )
     return (
         f"{count} never started, of {len(folders)} grids:"
-        f" `runner status recipes/GRID` lists them; GRID is one of"
+        f" `{pasteable(f'runner status {RECIPES_DIR}/GRID')}` lists them; GRID is one of"
         f" {', '.join(Path(folder).name for folder in folders)}"
     )
 
 
-def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
+def _print_hints(statuses: Sequence[RunStatus], unreadable: Sequence[Path]) -> int:
     """What to do, once for each kind of failure, on stderr; the exit code of `runner status`."""
     for kind in dict.fromkeys(
         status.failure.kind
@@ -269,19 +274,21 @@ def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
         if status.failure is not None
         and status.state not in ("changed", "damaged")  # refused, whatever it failed of
     ):
-        print(f"hint: {kind}: {HINTS[kind]}", file=sys.stderr)
-    is_any_unreadable = num_unreadable > 0 or any(
-        status.state == "unreadable" for status in statuses
-    )
-    if is_any_unreadable:
-        print(f"hint: unreadable: {UNREADABLE_HINT}", file=sys.stderr)
+        _print_hint(f"{kind}: {HINTS[kind]}")
+    if unreadable:
+        more = f"; likewise of {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+        _print_hint(f"unreadable: {suggest_fresh(unreadable[0])}{more}")
     missing = dict.fromkeys(path for status in statuses for path in status.inputs_missing)
     if missing:
-        print(f"hint: inputs missing: {hint_at_missing(missing)}", file=sys.stderr)
+        _print_hint(f"inputs missing: {hint_at_missing(missing)}")
     mending = [suggest_mending(status.damage) for status in statuses if status.state == "damaged"]
     for hint in dict.fromkeys(mending):
-        print(f"hint: damaged: {hint}", file=sys.stderr)
-    return 1 if is_any_unreadable or mending else 0
+        _print_hint(f"damaged: {hint}")
+    return 1 if unreadable or mending else 0
+
+
+def _print_hint(hint: str) -> None:
+    print(say_pasteable(f"hint: {hint}"), file=sys.stderr)
 
 
 def run_logs(arguments: argparse.Namespace) -> int:
@@ -372,7 +379,8 @@ def _find_run_dir(arguments: argparse.Namespace) -> Path:
     run_dir = run_paths(load_recipe(path), arguments.output_root).run_dir
     if not run_dir.exists():
         raise RunnerError(
-            f"{path} has no run yet: there is no {run_dir}", hint=f"runner launch {path}"
+            f"{path} has no run yet: there is no {run_dir}",
+            hint=f"runner launch {shlex.quote(str(path))}",
         )
     return run_dir
 
@@ -406,10 +414,10 @@ def _load_recipe_or_run(path: Path, overrides: list[str]) -> Recipe:
 
 def _everything(arguments: argparse.Namespace) -> list[str]:
     """What `status` is about when nothing is named: all recipes and all runs that there are."""
-    recipes, runs = Path("recipes").glob("*/*.yaml"), arguments.output_root.glob("*/*/recipe.json")
+    recipes, runs = RECIPES_DIR.glob("*/*.yaml"), arguments.output_root.glob("*/*/recipe.json")
     return [
         str(folder)
-        for folder, found in ((Path("recipes"), recipes), (arguments.output_root, runs))
+        for folder, found in ((RECIPES_DIR, recipes), (arguments.output_root, runs))
         if next(found, None) is not None
     ]
 

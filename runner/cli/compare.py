@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from runner.errors import (
     put_in_words,
 )
 from runner.files import dump_json
-from runner.plan.names import find_one
+from runner.plan.names import RECIPES_DIR, find_one
 from runner.plan.select import Selected, UnreadableRun, select_recipes
 from runner.plan.status import RunStatus
 from runner.recipe.contents import KnownContents
@@ -98,23 +99,27 @@ def _load_arms(
     unreadable: list[UnreadableRun] = []
     root = arguments.output_root
     arms = [_select_arm(text, arguments, of_arms) for text in (arguments.a, arguments.b)]
-    named = {one.full_name: one for arm in arms for one in arm}
+    # By place: runs of two projects may have one name.
+    named = {_locate(one): one for arm in arms for one in arm}
+    names = {one.full_name for one in named.values()}
     # Runs of other seeds are found beside those that were named.
     folders = dict.fromkeys(str(one.paths.run_dir.parent) for one in named.values())
     folders = {folder: None for folder in folders if Path(folder).is_dir()}
     beside = select_recipes(list(folders), root, (), unreadable) if folders else []
     # A first: its value of an axis is the reference
-    every = named | {one.full_name: one for one in beside if one.full_name not in named}
+    others = {one.full_name: one for one in beside if one.full_name not in names}
+    every = named | {_locate(one): one for one in others.values()}
     known = KnownContents(content_cache_path(root))
     runs = read_runs(every.values(), known)
     rows = build_rows(runs)
-    lost = {one.full_name: one for one in of_arms if one.full_name not in named}
+    lost = {one.full_name: one for one in of_arms if one.full_name not in names}
     warn_of_unreadable(
-        one for one in unreadable if one.full_name not in lost and one.full_name not in named
+        one for one in unreadable if one.full_name not in lost and one.full_name not in names
     )
-    for row in rows:
-        if row.state == "changed" and row.recipe.run.full_name in named:
-            selected = named[row.recipe.run.full_name]
+    places = list(every)
+    row_at = {places[row.position]: row for row in rows}
+    for place, selected in named.items():
+        if row_at[place].state == "changed":
             if not selected.paths.recipe_path.exists() or selected.source_path.is_dir():
                 continue  # what ran is damaged, and no recipe was changed
             raise RefusedError(
@@ -122,15 +127,18 @@ def _load_arms(
                 f" {selected.paths.run_dir} holds another experiment",
                 hint=f"to compare what ran, name the run directory: {selected.paths.run_dir}",
             )
-    by_name = {row.recipe.run.full_name: row for row in rows}
-    first, second = ([by_name[one.full_name] for one in arm] for arm in arms)
+    first, second = ([row_at[_locate(one)] for one in arm] for arm in arms)
     not_read = [
-        _find_why_not(facts, status, by_name[recipe.run.full_name])
-        for recipe, facts, status in runs
-        if recipe.run.full_name in named and by_name[recipe.run.full_name].state != "completed"
+        _find_why_not(facts, status, row_at[place])
+        for place, (_, facts, status) in zip(places, runs, strict=True)
+        if place in named and row_at[place].state != "completed"
     ]
     not_read += [NotRead(name, "unreadable", one.why) for name, one in lost.items()]
     return first, second, rows, not_read
+
+
+def _locate(selected: Selected) -> str:
+    return os.path.realpath(selected.paths.run_dir)
 
 
 def _find_why_not(facts: RunFacts, status: RunStatus, row: ReportRow) -> NotRead:
@@ -174,7 +182,7 @@ def _select_absent(
     folder: Path, root: Path, conditions: Sequence[str], found: Sequence[Selected]
 ) -> list[Selected]:
     """The runs that the recipes of a grid have and the folder of its runs has not."""
-    recipes = Path("recipes") / folder.name
+    recipes = RECIPES_DIR / folder.name
     if folder.resolve() != (root / folder.name).resolve() or not recipes.is_dir():
         return []
     try:
@@ -204,8 +212,9 @@ def _split_conditions(text: str) -> list[str]:
 def _refuse_what_is_no_comparison(
     arguments: argparse.Namespace, rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow]
 ) -> None:
-    names_a, names_b = ({row.recipe.run.full_name for row in rows} for rows in (rows_a, rows_b))
-    if shared := sorted(names_a & names_b):
+    positions_b = {row.position for row in rows_b}
+    shared = sorted(row.recipe.run.full_name for row in rows_a if row.position in positions_b)
+    if shared:
         raise RunnerError(
             f"A and B share {name_some(shared)}: a run is not compared with itself",
             hint="name two different runs, or two values of one axis",

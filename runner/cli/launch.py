@@ -17,6 +17,7 @@ from runner.checkpoints.compare import describe_obstacles, suggest_ways_out
 from runner.cli.pushes import PushPlan, print_unpushed, send_pushes
 from runner.cli.reading import note_idle_overrides
 from runner.errors import CorruptFileError, RefusedError, RunnerError
+from runner.files import is_plain
 from runner.launch.command import LaunchCommand
 from runner.launch.outcome import PoolResult
 from runner.launch.placement import Allocation, find_allocation, is_in_cluster, list_placements
@@ -258,7 +259,7 @@ def select_run(arguments: argparse.Namespace) -> Selected:
         found = select_recipes([str(path)], arguments.output_root)
     except CorruptFileError as error:
         raise RunnerError(
-            f"{path} is unreadable: {error.message}", hint=_suggest_fresh(path)
+            f"{path} is unreadable: {error.message}", hint=error.hint or suggest_fresh(path)
         ) from error
     if len(found) > 1:
         raise RunnerError(
@@ -267,12 +268,29 @@ def select_run(arguments: argparse.Namespace) -> Selected:
     return found[0]
 
 
-def _suggest_fresh(run_dir: Path) -> str:
-    """The way on from a run whose `recipe.json` is damaged, with its recipe where that is there."""
-    recipe = Path("recipes") / run_dir.parent.name / f"{run_dir.name}.yaml"
+def suggest_fresh(run_dir: Path) -> str:
+    """The way on from a run of which a file is damaged, with its recipe where that is there."""
+    if hint := _suggest_lease(RunPaths(run_dir)):
+        return hint
+    recipe = RECIPES_DIR / run_dir.parent.name / f"{run_dir.name}.yaml"
     if not recipe.exists():
         return UNREADABLE_HINT
-    return UNREADABLE_HINT.replace("RECIPE", shlex.quote(str(recipe)))
+    words, root = [str(recipe)], run_dir.parent.parent
+    words += ["--output-root", str(root)] if root != Path("runs") else []
+    return UNREADABLE_HINT.replace("RECIPE", shlex.join(words))
+
+
+def _suggest_lease(paths: RunPaths) -> str | None:
+    """The way on where something else than a file has the name of the lease, under which runs are
+    moved aside; else None.
+    """
+    try:
+        is_plain(paths.lease_path)
+    except CorruptFileError as error:
+        return error.hint
+    except OSError:
+        pass
+    return None
 
 
 def _select_one(arguments: argparse.Namespace) -> Selected:
@@ -281,14 +299,14 @@ def _select_one(arguments: argparse.Namespace) -> Selected:
     if not path.is_dir():
         return _load_one(path, arguments)
     if not RunPaths(path).recipe_path.exists():
-        raise RunnerError(f"{path} is a folder", hint=f"runner sweep {path}")
+        raise RunnerError(f"{path} is a folder", hint=f"runner sweep {shlex.quote(str(path))}")
     recipe_path = RECIPES_DIR / path.parent.name / f"{path.name}.yaml"
     raise RunnerError(
         f"{path} is a run directory, and `launch` takes a recipe",
         hint=(
-            f"runner launch {recipe_path}"
+            f"runner launch {shlex.quote(str(recipe_path))}"
             if recipe_path.exists()
-            else f"runner sweep {path}  # by the recipe that the run recorded"
+            else f"runner sweep {shlex.quote(str(path))}  # by the recipe that the run recorded"
         ),
     )
 
@@ -325,7 +343,8 @@ def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedErro
     if status.state == "unreadable":
         return RefusedError(
             f"{paths.run_dir} is unreadable: {status.why}",
-            hint=f"{same_launch} --fresh  # moves the run aside and starts anew",
+            hint=_suggest_lease(paths)
+            or f"{same_launch} --fresh  # moves the run aside and starts anew",
         )
     return RefusedError(
         f"{paths.run_dir}: {describe_obstacles(status.checkpoint_step, status.obstacles)}",

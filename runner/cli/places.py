@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import glob
 import os
-import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from runner.project_folder import (
     find_project_above,
     is_project,
     is_same_folder,
-    pasteable,
+    say_pasteable,
 )
 from runner.run.paths import RunPaths, find_submission
 
@@ -74,20 +73,8 @@ def in_project(arguments: argparse.Namespace) -> Iterator[None]:
         try:
             yield
         except RunnerError as error:
-            error.hint = error.hint and _make_pasteable(error.hint)
+            error.hint = error.hint and say_pasteable(error.hint)
             raise
-
-
-def _make_pasteable(hint: str) -> str:
-    """A hint whose commands can be pasted where the user is."""
-    from runner.cli.commands import VERBS
-
-    verbs = "|".join(VERBS)
-    return re.sub(
-        rf"(?m)(^ *|`|: )(runner (?:{verbs})\b)",
-        lambda match: match[1] + pasteable(match[2]),
-        hint,
-    )
 
 
 def _find_current_folder() -> Path:
@@ -104,13 +91,16 @@ def _find_project(arguments: argparse.Namespace, here: Path) -> Path:
     finder = _Finder(here)
     found: dict[Path, list[str]] = {}  # and the arguments that name something of it
     for text in _list_named(arguments):
-        for project in finder.find(text):
+        projects = finder.find(text)
+        if not projects and is_project(above) and _is_looked_up(text, arguments):
+            projects = [above]
+        for project in projects:
             same = next((one for one in found if is_same_folder(one, project)), project)
             found.setdefault(same, []).append(text)
     if len(found) > 1:
         if arguments.verb in _READ_RECORDS_ONLY and finder.has_runs_only:
             return above
-        raise _refuse_several(arguments.verb, found)
+        raise _refuse_several(arguments, found)
     root: Path | None = getattr(arguments, "output_root", None)
     if not found and above is here and root is not None and not is_project(here):
         found = {project: [] for project in finder.find(f"{root}/")}
@@ -137,12 +127,24 @@ def _list_present(arguments: argparse.Namespace, names: tuple[str, ...]) -> list
     ]
 
 
-def _refuse_several(verb: str, found: dict[Path, list[str]]) -> RefusedError:
+def _is_looked_up(text: str, arguments: argparse.Namespace) -> bool:
+    """Whether a word is looked up in the project above the current folder, where it is no path:
+    `compare` looks for its arms in a grid that is a path, and takes of one that is a word only the
+    name.
+    """
+    grid = getattr(arguments, "grid", None)
+    return grid is None or not (text == grid or "=" in text or _list_paths(grid))
+
+
+def _refuse_several(arguments: argparse.Namespace, found: dict[Path, list[str]]) -> RefusedError:
     lines = [f"  {project}: {', '.join(texts)}" for project, texts in found.items()]
     hints = ["one command for each project"]
     named = [text for texts in found.values() for text in texts]
-    if verb != "compare" and len(named) == len(set(named)):
-        hints += [shlex.join(["runner", verb, *texts]) for texts in found.values()]
+    if arguments.verb != "compare" and len(named) == len(set(named)):
+        # As it was typed, options and all, but for the paths of the other projects.
+        for texts in found.values():
+            others = set(named) - set(texts)
+            hints.append(shlex.join(["runner", *(w for w in arguments.typed if w not in others)]))
     return RefusedError(
         f"these paths are of {len(found)} projects:\n" + "\n".join(lines),
         hint="\n      ".join(hints),
@@ -150,7 +152,7 @@ def _refuse_several(verb: str, found: dict[Path, list[str]]) -> RefusedError:
 
 
 class _Finder:
-    """Finds the projects of paths, each recorded one that is gone told once."""
+    """Finds the projects of paths, each recorded one that is not entered told once."""
 
     def __init__(self, here: Path) -> None:
         self._here = here
@@ -158,7 +160,9 @@ class _Finder:
         self.has_runs_only = True  # of all that was asked for
 
     def find(self, text: str) -> list[Path]:
-        """The projects of what a path or a glob names; none for what is no path here."""
+        """The projects of what a path or a glob names; none for what is no path here, or a folder
+        without recipes in no project.
+        """
         projects: dict[Path, None] = {}
         seen: set[Path] = set()  # folders that hold nothing of another project
         for path in _list_paths(text):
@@ -173,8 +177,8 @@ class _Finder:
                     projects[found] = None
                     if is_of_all:
                         seen.add(file.parent)
-            if not files:
-                projects[self._find_above(path)] = None
+            if not files and (above := find_project_above(path)) is not None:
+                projects[above] = None
         return list(projects)
 
     def _find_above(self, folder: Path) -> Path:
@@ -186,7 +190,7 @@ class _Finder:
         if submission is None:
             return self._find_above(recipe.parent), True
         content = _load(submission.record_path)
-        found = self._find_recorded(submission.submission_dir, content)
+        found = self._find_recorded(submission.submission_dir, content, is_submission=True)
         return found or self._find_above(recipe.parent), True
 
     def _find_of_run(self, run_dir: Path) -> tuple[Path, bool]:
@@ -197,27 +201,47 @@ class _Finder:
         found = self._find_recorded(run_dir, content) or find_project_above(run_dir)
         return found or self._here, found is not None and run_dir.is_relative_to(found)
 
-    def _find_recorded(self, folder: Path, content: dict[str, Any]) -> Path | None:
+    def _find_recorded(
+        self, folder: Path, content: dict[str, Any], *, is_submission: bool = False
+    ) -> Path | None:
         """The project that a record in `folder` names; None where it names none, or one that is not
-        there any more.
+        there any more, or that a folder which somebody else made has no business to lead into.
         """
         text = content.get("project")
         if not isinstance(text, str) or not text or "\0" in text:
             return None
         project = Path(os.path.normpath(folder.resolve() / text))
         is_outside = os.path.isabs(text)
-        if os.path.isdir(project) and (
-            is_outside or is_project(project) or _holds_any(project, content)
-        ):
-            # Under the name by which the user came here, where he came through it.
-            return next((one for one in folder.parents if is_same_folder(one, project)), project)
-        if is_outside and text not in self._is_told:
-            self._is_told.add(text)
-            print(
-                escape_controls(f"note: {folder} records the project {text}, which is not there"),
-                file=sys.stderr,
-            )
-        return None
+        if not os.path.isdir(project):
+            if is_outside:
+                self._tell(text, f"{folder} records the project {text}, which is not there")
+            return None
+        if is_outside:
+            is_taken = is_submission or self._may_enter(project, folder)
+            if not is_taken and not is_same_folder(project, self._here):
+                self._tell(text, f"{folder} records the project {text}, which is not entered")
+        else:
+            is_taken = is_project(project) or _holds_any(project, content)
+        if not is_taken:
+            return None
+        # Under the name by which the user came here, where he came through it.
+        return next((one for one in folder.parents if is_same_folder(one, project)), project)
+
+    def _may_enter(self, project: Path, run_dir: Path) -> bool:
+        """Whether a run directory, which may come from anybody, may name an absolute path as its
+        project: one with a marker, where the run is in no other project, or where the user is.
+        """
+        if not is_project(project):
+            return False
+        places = find_project_above(run_dir), find_project_above(self._here)
+        return places[0] is None or any(
+            one is not None and is_same_folder(one, project) for one in places
+        )
+
+    def _tell(self, recorded: str, note: str) -> None:
+        if recorded not in self._is_told:
+            self._is_told.add(recorded)
+            print(escape_controls(f"note: {note}"), file=sys.stderr)
 
 
 def _holds_any(project: Path, content: dict[str, Any]) -> bool:
@@ -243,9 +267,23 @@ def _load(path: Path) -> dict[str, Any]:
 def _list_paths(text: str) -> list[Path]:
     """The absolute paths that a text stands for in the current folder; none for a name."""
     if os.path.exists(text):
-        return [_make_absolute(Path(text))]
+        return [] if _is_name(text) else [_make_absolute(Path(text))]
     matches = _glob(text) or ([text] if text.startswith(_SURELY_PATH) else [])
     return [_make_absolute(Path(name)) for name in matches]
+
+
+def _is_name(text: str) -> bool:
+    """Whether a word that is a folder here means a grid or a run nevertheless: the folder holds no
+    recipes, and is no project.
+    """
+    path = Path(text)
+    return (
+        "/" not in text
+        and not text.startswith(".")
+        and os.path.isdir(path)
+        and not is_project(path)
+        and not expand_folder(path)
+    )
 
 
 def _glob(text: str) -> list[str]:
@@ -283,7 +321,7 @@ def _say_from_inside(arguments: argparse.Namespace, here: Path, project: Path) -
 
 def _say_named(text: str, here: Path, project: Path) -> str:
     if os.path.exists(text):
-        return _say(_make_absolute(Path(text)), project)
+        return text if _is_name(text) else _say(_make_absolute(Path(text)), project)
     if _glob(text):
         # What the folders above are called is no pattern.
         pattern = os.path.normpath(os.path.join(glob.escape(str(here)), text))

@@ -36,7 +36,7 @@ from runner.plan.status import (
     read_status_unverified,
     suggest_mending,
 )
-from runner.project_folder import pasteable
+from runner.project_folder import find_user_folder, pasteable
 from runner.recipe.contents import ContentHashes, KnownContents, find_contents
 from runner.recipe.identity import RULES
 from runner.run.allowed_code import require_allowed, suggest_allowing
@@ -60,8 +60,10 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
         )
     if arguments.list:
         # As `launch` takes it: the recipe, and what changes it.
+        is_elsewhere = find_user_folder() is not None
         for one in selected:
-            words = [str(one.source_path), *one.overrides]
+            path = one.source_path.absolute() if is_elsewhere else one.source_path
+            words = [str(path), *one.overrides]
             print(shlex.join(words) if one.overrides else words[0])
         return 0
     engine = load_engines()[arguments.engine]

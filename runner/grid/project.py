@@ -30,9 +30,10 @@ from runner.grid.given_data import GivenData, open_given_data
 from runner.grid.recipe_files import RenderedGrid
 from runner.grid.render import render_grid
 from runner.grid.spec import list_grids
-from runner.grid.starter import SHARED_FOLDERS, TEMPLATES, find_stock_dir, require_stock_grid
+from runner.grid.starter import SHARED_FOLDERS, find_stock_dir, require_stock_grid
 from runner.grid.starter_grid import StarterGrid, write_starter
-from runner.project_folder import MARKER_TEXT, SETTINGS_FILE
+from runner.project_folder import MARKER_TEXT, SETTINGS_FILE, TEMPLATES
+from runner.recipe.contents import list_content_paths
 from runner.recipe.parse import Recipe, parse_recipe
 
 _SAMPLE: Final = "data/demo.jsonl"
@@ -75,7 +76,8 @@ class Wishes:
             "--prompt": self.prompt,
             "--completion": self.completion,
         }
-        return next((option for option, value in given.items() if value), None)
+        # An empty text was given too.
+        return next((option for option, value in given.items() if value or value == ""), None)
 
 
 @dataclass(frozen=True)
@@ -293,11 +295,12 @@ def _copy_samples(stock_dir: Path, project_dir: Path, recipes: Sequence[Recipe])
     """
     needs = _Needs()
     for recipe in recipes:
+        local = set(list_content_paths(recipe).values())
         for source in recipe.data.sources.values():
             if (project_dir / source.path).exists():
                 continue
-            is_local = source.path.startswith("data/") and ".." not in Path(source.path).parts
-            if is_local and (stock_dir / source.path).exists():
+            is_ours = source.path.startswith("data/") and ".." not in Path(source.path).parts
+            if is_ours and (stock_dir / source.path).exists():
                 _copy(stock_dir / source.path, project_dir / source.path)
                 needs.shipped_data[source.path] = None
                 continue
@@ -305,6 +308,7 @@ def _copy_samples(stock_dir: Path, project_dir: Path, recipes: Sequence[Recipe])
                 if (stock_dir / sample).is_dir():
                     _copy(stock_dir / sample, project_dir / sample)
                     needs.samples[sample] = None
+            is_local = is_ours or source.path in local
             (needs.missing_data if is_local else needs.hub_data)[source.path] = None
         if recipe.model.path.startswith("demo_models/"):
             needs.needs_demo_models = True

@@ -8,7 +8,6 @@ whatever the template says by now. Line ends do not count: Git changes them on s
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import re
@@ -18,8 +17,10 @@ from pathlib import Path
 from typing import Final
 
 from runner.errors import RefusedError
-from runner.files import write_text_atomic
+from runner.files import read_plain, write_text_atomic
+from runner.project_folder import pasteable
 
+_MAX_READ_BYTES: Final = 16 << 20
 _MAX_SHOWN_DIFFS: Final = 3
 _MAX_COMPARED_LINES: Final = 2_000  # of an edited file, which may hold anything
 _MAX_SHOWN_RANGES: Final = 6
@@ -112,7 +113,7 @@ def was_edited(content: bytes) -> bool:
 
 def word_edited(paths: Sequence[Path]) -> str | None:
     """A note on the recipe files that were edited since they were rendered; None where none was."""
-    edited = [path for path in paths if path.is_file() and was_edited(path.read_bytes())]
+    edited = [path for path in paths if path.is_file() and was_edited(_read(path) or b"")]
     if not edited:
         return None
     shown = ", ".join(map(str, edited[:_MAX_SHOWN_DIFFS]))
@@ -129,12 +130,13 @@ def compare(rendered: RenderedGrid, recipes_dir: Path) -> Drift:
     """
     on_disk: dict[str, bytes] = {}
     for path in sorted(recipes_dir.glob("*.yaml")):
-        # Pruned by another `runner render` at this instant.
-        with contextlib.suppress(FileNotFoundError):
-            on_disk[path.stem] = path.read_bytes()
+        content = _read(path)
+        if content is not None:  # else pruned by another `runner render` at this instant
+            on_disk[path.stem] = content
     changed, edited, unsealed = [], [], []
     for name, text in rendered.texts.items():
-        if (content := on_disk.get(name, text.encode())) == text.encode():
+        content = on_disk.get(name, text.encode())
+        if content == text.encode():
             continue
         parts, body = _split(content), text.partition("\n")[2]
         if not parts.is_sealed and parts.body != body:
@@ -170,6 +172,13 @@ def compare(rendered: RenderedGrid, recipes_dir: Path) -> Drift:
     )
 
 
+def _read(path: Path) -> bytes | None:
+    """The bytes of a recipe, None where it is gone. Raises: CorruptFileError for a folder or a pipe
+    of its name.
+    """
+    return read_plain(path, _MAX_READ_BYTES)
+
+
 @dataclass(frozen=True)
 class GridFiles:
     """A grid as it is rendered, and how its folder differs from that."""
@@ -197,6 +206,7 @@ def refuse_losses(grids: Sequence[GridFiles], *, prune: bool) -> None:
         return
     recipes = "1 recipe was" if num_lost == 1 else f"{num_lost} recipes were"
     force = " --prune --force" if prune else " --force"
+    templates = " and ".join(f"recipe_templates/{name}" for name in names)
     commands = " && ".join(f"runner render {name}{force}" for name in names)
     raise RefusedError(
         "\n".join(
@@ -208,10 +218,7 @@ def refuse_losses(grids: Sequence[GridFiles], *, prune: bool) -> None:
                 "  - as it is, + as it would be rendered",
             ]
         ),
-        hint=(
-            f"write the change into recipe_templates/{names[0]}, then render again; to drop it:"
-            f" {commands}"
-        ),
+        hint=(f"write the change into {templates}, then render again; to drop it: {commands}"),
     )
 
 
@@ -222,8 +229,10 @@ def describe_edit(files: GridFiles, name: str, *, with_rows: bool) -> list[str]:
     path = files.recipes_dir / f"{name}.yaml"
     text = files.rendered.texts.get(name)
     if text is None:
-        return [f"  {path}: no cell gives it any more, and its first line has not its checksum"]
-    old, new = _list_rows(path.read_bytes(), text)
+        return [
+            f"  {path}: no cell gives it any more, and its first line does not hold its checksum"
+        ]
+    old, new = _list_rows(_read(path) or b"", text)
     old = old[:_MAX_COMPARED_LINES]
     blocks = [
         block
@@ -312,8 +321,9 @@ def report_drift(files: GridFiles) -> int:
             print(f"({num_files - _MAX_SHOWN_DIFFS} more files {what})")
     options = (" --prune" if drift.stale else "") + (" --force" if drift.edited else "")
     template = f"recipe_templates/{files.rendered.grid}"
-    first = f"what was edited belongs into {template}; " if drift.edited else ""
-    print(f"\nhint: {first}runner render {files.rendered.grid}{options}")
+    command = pasteable(f"runner render {files.rendered.grid}{options}")
+    first = f"write what was edited into {template}, then render again; to drop it: "
+    print(f"\nhint: {first if drift.edited else ''}{command}")
     return 1
 
 

@@ -34,11 +34,11 @@ from runner.data.tasks.prompts import list_placeholders
 from runner.errors import RunnerError
 from runner.grid.given_data import GivenData
 from runner.grid.spec import list_grids, load_cards
+from runner.project_folder import TEMPLATES
 from runner.recipe.data_section import DataSection, DataSource, find_tasks
 from runner.recipe.problems import list_problems, suggest
 
 SHARED_FOLDERS: Final = ("accelerate_configs", "ds_configs")
-TEMPLATES: Final = "recipe_templates"
 
 
 def find_package_dir() -> Path:

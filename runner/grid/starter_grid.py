@@ -20,13 +20,13 @@ from runner.grid.starter import (
     BATCH,
     DEMO_CARD,
     GRID,
-    TEMPLATES,
     DataPlan,
     choose_max_steps,
     find_package_dir,
 )
 from runner.grid.template import quote_yaml
 from runner.grid.template_keys import drop_key, set_key
+from runner.project_folder import TEMPLATES
 
 _NUM_EVALUATIONS: Final = 6
 _MIN_SEEDS: Final = 3
@@ -74,6 +74,11 @@ class StarterGrid:
 
     def check_counts(self) -> None:
         """Raises RunnerError for a size that the rows do not allow."""
+        if None in self.counts:
+            raise RunnerError(
+                "`--axis num_train_samples=...`: got null, expected numbers of rows",
+                hint=f"--axis samples={','.join(map(str, self.data.train_counts))}",
+            )
         if max(self.counts) > self.data.num_train:
             raise RunnerError(
                 f"`--axis num_train_samples=...`: got {max(self.counts)}, but {self.data.num_train}"

@@ -324,7 +324,7 @@ def _start_process(
         close_attempt(read_facts(paths, lease=lease), 127, failure)
         raise
     except OSError as error:
-        message = f"{command.argv[0]} cannot be started: {error}"
+        message = f"{command.argv[0]} cannot be started: {put_in_words(error)}"
         is_absent = isinstance(error, FileNotFoundError | PermissionError)
         kind: FailureKind = "configuration" if is_absent else "transient"
         facts = read_facts(paths, lease=lease)

@@ -225,7 +225,7 @@ def _locate(path: Path) -> Path:
 def _load_selected(
     path: Path, output_root: Path, load: Callable[[Path], Recipe], overrides: Sequence[str]
 ) -> Selected:
-    if path.is_dir():
+    if path.is_dir() and (path.suffix != ".yaml" or _is_run(path)):
         if overrides:
             raise RefusedError(
                 f"{path} is a run directory: overrides such as {overrides[0]!r} go with recipe"

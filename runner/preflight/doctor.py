@@ -6,6 +6,8 @@ Reads files and asks programs; loads no model and no rows: memory and disk per r
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import shlex
@@ -17,9 +19,11 @@ from pathlib import Path
 from typing import Final, Literal
 
 from runner.checkpoints.remote import open_run_folder
-from runner.errors import RunnerError, escape_controls
+from runner.errors import CorruptFileError, RefusedError, RunnerError, escape_controls
 from runner.launch.gpus import Gpu, list_gpus
 from runner.launch.placement import derive_resources
+from runner.plan.names import RECIPES_DIR
+from runner.plan.pushes import PlannedPush, find_push_to, refuse_pushes
 from runner.plan.select import Selected
 from runner.preflight.machine import (
     Libraries,
@@ -30,15 +34,17 @@ from runner.preflight.machine import (
     find_version,
     list_unmet_requirements,
 )
+from runner.project_folder import pasteable
 from runner.recipe.contents import hint_at_missing, list_missing_files
 from runner.recipe.hub import list_hub_names
 from runner.recipe.identity import load_launch_settings
 from runner.recipe.libraries import names_deepspeed, uses_bitsandbytes
-from runner.recipe.parse import Recipe
+from runner.recipe.parse import Recipe, derive_accumulation
 from runner.recipe.trackers import require_trackers
 from runner.text import format_bytes
 
 Level = Literal["ok", "note", "missing"]
+_INSTALL: Final = "pip install -c constraints.txt -e ."
 _CUDA_TORCH: Final = "pip install --force-reinstall -c constraints-cuda.txt torch"
 # Extra of this project -> the package that it installs, and what that is for.
 _EXTRAS: Final = {
@@ -82,17 +88,31 @@ class Machine:
 class _Lacks:
     """What recipes lack, each text once, with the runs that it is about."""
 
-    runs: dict[tuple[str, str | None], list[Selected]] = field(default_factory=dict)
+    runs: dict[tuple[Level, str, str | None], list[Selected]] = field(default_factory=dict)
 
-    def add(self, run: Selected, what: str, hint: str | None) -> None:
-        self.runs.setdefault((what, hint), []).append(run)
+    def add(self, run: Selected, level: Level, what: str, hint: str | None) -> None:
+        self.runs.setdefault((level, what, hint), []).append(run)
 
     def build_findings(self) -> Iterator[Finding]:
-        for (what, hint), runs in self.runs.items():
+        for (level, what, hint), runs in self.runs.items():
             names = [one.full_name for one in runs]
-            hint = hint and hint.replace("RECIPE", shlex.quote(str(runs[0].source_path)))
             who = names[0] if len(names) == 1 else f"{len(names)} runs, such as {names[0]}"
-            yield Finding("missing", f"{what} ({who})", hint)
+            yield Finding(level, f"{what} ({who})", hint and _complete_hint(hint, runs))
+
+
+def _complete_hint(hint: str, runs: Sequence[Selected]) -> str:
+    """A hint with the recipe of one of the runs, as it can be pasted where the user is.
+
+    Of runs that only have a run directory, which `launch` does not take, the word stays.
+    """
+    for one in runs:
+        path, is_run = one.source_path, one.source_path.is_dir()
+        if is_run:
+            path = RECIPES_DIR / one.recipe.run.grid / f"{one.recipe.run.name}.yaml"
+        if path.is_file() or not is_run:
+            hint = hint.replace("RECIPE", shlex.quote(str(path)))
+            break
+    return pasteable(hint) if hint.startswith("runner ") else hint
 
 
 def print_doctor(runs: Sequence[Selected], output_root: Path) -> int:
@@ -122,8 +142,12 @@ def describe_machine(machine: Machine, output_root: Path) -> Iterator[Finding]:
     """What there is, whatever the recipes need."""
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding("ok", f"Python {version}, {sys.executable}")
-    for unmet in list_unmet_requirements():
-        yield Finding("missing", unmet, "pip install -c constraints.txt -e .")
+    try:
+        for unmet in list_unmet_requirements():
+            yield Finding("missing", unmet, _INSTALL)
+    except importlib.metadata.PackageNotFoundError:
+        what = "the runner is not installed itself, so that nothing says which packages it requires"
+        yield Finding("note", what, _INSTALL)
     yield from _describe_torch(machine)
     yield from _describe_packages(machine)
     if machine.slurm is None:
@@ -147,9 +171,13 @@ def _describe_torch(machine: Machine) -> Iterator[Finding]:
     build = f"built for CUDA {libraries.cuda}" if libraries.cuda else "built for the CPU"
     yield Finding("ok", f"torch {libraries.torch}, {build}")
     for number, device in enumerate(libraries.devices):
-        memory = f"{format_bytes(device.total_bytes)}, {format_bytes(device.free_bytes)} free"
+        total, free = format_bytes(device.total_bytes), device.free_bytes
+        memory = f"{total}, {'?' if free is None else format_bytes(free)} free"
         capability = ".".join(map(str, device.capability))
-        yield Finding("ok", f"GPU {number}: {device.name}, {memory}, capability {capability}")
+        what = f"GPU {number}: {device.name}, {memory}, capability {capability}"
+        if free is None:
+            what += ": its free memory cannot be asked, as others may have all of it"
+        yield Finding("ok" if free is not None else "note", what)
     if libraries.devices:
         return
     if not machine.gpus:
@@ -228,8 +256,24 @@ def find_lacks(runs: Sequence[Selected], machine: Machine) -> Iterator[Finding]:
         looks = (_need_files, _need_devices, _need_packages, _need_deepspeed, _need_others)
         for look in looks:
             for what, hint in look(run.recipe, machine):
-                lacks.add(run, what, hint)
+                lacks.add(run, "missing", what, hint)
+        for what, hint in _note_capability(run.recipe, machine):
+            lacks.add(run, "note", what, hint)
     yield from sorted(lacks.build_findings(), key=lambda one: one.hint or "")
+    yield from _find_refused_pushes(runs)
+
+
+def _find_refused_pushes(runs: Sequence[Selected]) -> Iterator[Finding]:
+    """What `check`, `launch` and `sweep` refuse of the runs that are not on the hub yet."""
+    planned = []
+    for one in runs:
+        with contextlib.suppress(CorruptFileError, OSError):  # its state says so
+            if (repo_id := find_push_to(one.read_facts(), one.recipe)) is not None:
+                planned.append(PlannedPush(one.full_name, one.paths, repo_id, is_due=True))
+    try:
+        refuse_pushes(planned, os.environ)
+    except RefusedError as error:
+        yield Finding("missing", error.message, error.hint)
 
 
 Need = tuple[str, str | None]
@@ -253,26 +297,38 @@ def _need_devices(recipe: Recipe, machine: Machine) -> Iterator[Need]:
     devices = machine.libraries.devices
     if wanted.num_gpus > len(devices):
         config = "cpu" if wanted.num_gpus == 1 else "cpu_ddp"
+        hint: str | None
         hint = f"runner launch RECIPE launch.accelerate_config=accelerate_configs/{config}.yaml"
         if machine.gpus and not devices and machine.libraries.cuda is None:
             hint = _CUDA_TORCH
         elif devices:
-            hint = f"runner launch RECIPE --num-processes {len(devices)}  # keeps the global batch"
+            hint = _suggest_fewer(recipe, len(devices), wanted.num_machines)
         gpus = "1 GPU is" if wanted.num_gpus == 1 else f"{wanted.num_gpus} GPUs are"
         yield f"{gpus} wanted, torch sees {len(devices) or 'none'}", hint
-    if wanted.num_gpus and devices:
-        yield from _need_capability(recipe, machine)
 
 
-def _need_capability(recipe: Recipe, machine: Machine) -> Iterator[Need]:
-    oldest = min(machine.libraries.devices, key=lambda device: device.capability)
-    if oldest.capability >= (8, 0):
+def _suggest_fewer(recipe: Recipe, num_gpus: int, num_machines: int) -> str | None:
+    """The launch on as many of the GPUs as the global batch can be kept on."""
+    for count in range(num_gpus * num_machines, 0, -num_machines):
+        with contextlib.suppress(RefusedError):
+            derive_accumulation(recipe, count)
+            return f"runner launch RECIPE --num-processes {count}  # keeps the global batch"
+    return None
+
+
+def _note_capability(recipe: Recipe, machine: Machine) -> Iterator[Need]:
+    """Older GPUs compute in bfloat16 by other instructions: `torch.cuda.is_bf16_supported`, which
+    Transformers asks, is True of them.
+    """
+    config_path, devices = Path(recipe.launch.accelerate_config), machine.libraries.devices
+    if not devices or not config_path.exists() or not derive_resources(recipe).num_gpus:
         return
-    if recipe.training.bf16 or recipe.model.dtype == "bfloat16":
-        what = f"bfloat16 needs a GPU of capability 8.0, {oldest.name} has"
+    oldest = min(devices, key=lambda device: device.capability)
+    if oldest.capability < (8, 0) and (recipe.training.bf16 or recipe.model.dtype == "bfloat16"):
+        capability = ".".join(map(str, oldest.capability))
         yield (
-            f"{what} {'.'.join(map(str, oldest.capability))}",
-            "model.dtype=float32 training.bf16=false training.fp16=true",
+            f"bfloat16 is emulated, and slow, below capability 8.0: {oldest.name} has {capability}",
+            "runner launch RECIPE model.dtype=float32 training.bf16=false training.fp16=true",
         )
 
 

@@ -31,7 +31,7 @@ class Device:
 
     name: str
     total_bytes: int
-    free_bytes: int
+    free_bytes: int | None  # None where it cannot be asked: of a busy GPU, say
     capability: tuple[int, int]
 
 
@@ -48,7 +48,8 @@ class Libraries:
 
 def ask_libraries() -> Libraries:
     """What a child process learns by importing torch and the packages with code of their own."""
-    command = [sys.executable, "-m", "runner.preflight.machine"]
+    # Without the current folder, whose files would be imported under the names of packages.
+    command = [sys.executable, "-P", "-m", "runner.preflight.machine"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -75,7 +76,11 @@ def find_version(package: str) -> str | None:
 
 
 def list_unmet_requirements() -> list[str]:
-    """The packages that this project requires and that are missing, or are of another version."""
+    """The packages that this project requires and that are missing, or are of another version.
+
+    Raises:
+        PackageNotFoundError: this project is not installed, so that nothing says what it requires.
+    """
     from packaging.requirements import Requirement
 
     unmet = []
@@ -142,12 +147,16 @@ def main() -> None:
 def _describe_device(number: int) -> dict[str, Any]:
     import torch
 
-    free, total = torch.cuda.mem_get_info(number)
+    properties = torch.cuda.get_device_properties(number)
+    try:
+        free = torch.cuda.mem_get_info(number)[0]
+    except RuntimeError:  # it wants a context on the GPU, which may have no room for one
+        free = None
     return {
-        "name": torch.cuda.get_device_name(number),
-        "total_bytes": total,
+        "name": properties.name,
+        "total_bytes": properties.total_memory,
         "free_bytes": free,
-        "capability": torch.cuda.get_device_capability(number),
+        "capability": (properties.major, properties.minor),
     }
 
 

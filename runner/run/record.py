@@ -256,7 +256,7 @@ class StoredRecipe(Fact):
     commits: dict[Shown, Commit] = Field(default_factory=dict)
     # The folder that its paths are relative to: the way up from the run directory, or the absolute
     # path where that is elsewhere. Older runs do not say.
-    project: str | None = None
+    project: Shown | None = None
 
     @property
     def pinned(self) -> Recipe:

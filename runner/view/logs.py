@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -62,7 +63,7 @@ def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) 
         raise RunnerError(
             f"attempt {number} of {selected.full_name} has no log:"
             " nothing was started by `runner` itself",
-            hint=f"runner why {selected.paths.run_dir}",
+            hint=f"runner why {shlex.quote(str(selected.paths.run_dir))}",
         )
     _Log(selected.paths.attempt(number).log_path).print_on()
     return 0
@@ -84,7 +85,7 @@ def find_run(selected: list[Selected]) -> Selected:
         raise RunnerError(
             f"none of these {len(selected)} runs has an attempt yet", hint="runner status"
         )
-    shown = [f"runner logs {one.paths.run_dir}" for one in running or begun]
+    shown = [f"runner logs {shlex.quote(str(one.paths.run_dir))}" for one in running or begun]
     if len(shown) > _MAX_LISTED:
         shown[_MAX_LISTED:] = [f"... and {len(shown) - _MAX_LISTED} more"]
     raise RunnerError(

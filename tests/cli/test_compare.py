@@ -338,3 +338,17 @@ def test_tex_from_the_command_line(project: Path, capsys: pytest.CaptureFixture[
     assert main(["report", "runs", "--format", "tex"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("\\toprule") == 2 and "\\pm" in shown and "full\\_" not in shown
+
+
+def test_runs_of_one_name_in_two_places_are_two_runs(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("runs", "old/runs")
+    arms = ["runs/demo/full_s1", "old/runs/demo/full_s1"]
+    assert main(["compare", *arms]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("# A: demo/full_s1; B: demo/full_s1\n")
+    assert "Nothing that was recorded." in shown
+    Path("link").symlink_to("runs")
+    assert main(["compare", arms[0], "link/demo/full_s1"]) == 2
+    assert "A and B share demo/full_s1: a run is not compared" in capsys.readouterr().err

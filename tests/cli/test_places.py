@@ -87,7 +87,6 @@ COMMANDS = (
     ("stop", "{}recipes/toy"),
     ("sweep", "{}recipes/toy", "--dry-run"),
     ("sweep", "{}recipes/toy", "--dry-run", "--engine", "slurm"),
-    ("sweep", "{}recipes/toy", "--list"),
     ("launch", "{}recipes/toy/bb.yaml", "--dry-run"),
     ("launch", "{}recipes/toy/a.yaml"),
     ("launch", "{}recipes/toy"),
@@ -145,7 +144,7 @@ def test_without_a_path_the_project_is_found_upward_from_here(
     monkeypatch.chdir(study.root / "sub")
     for command, (code, out, err) in zip(commands, expected, strict=True):
         found = said(*command)
-        assert (found[0], found[1]) == (code, out)
+        assert (found[0], say_from_root(study.root, found[1])) == (code, out)
         assert say_from_root(study.root, found[2]) == err
 
 
@@ -452,6 +451,7 @@ def test_what_check_suggests_can_be_pasted(
         (b"slots = 2\n[runs]\nx = 1\n", "runner.toml: slots, runs: runner.toml has no settings"),
         (b"slots 2\n", "runner.toml is no TOML: "),
         (b"\xff\n", "runner.toml is no TOML: "),
+        (b"a=" + b"[" * 30_000, "runner.toml is no TOML: it is nested too deeply"),
         (b"#" * 70_000, "runner.toml has more than 65536 bytes"),
     ],
 )
@@ -567,3 +567,131 @@ def test_links_in_a_circle_are_no_traceback(
     for path in ("loop", "../sub/loop", "loop/../x", "../sub/loop/../x.yaml"):
         code, _, err = said("status", path)
         assert code == 2 and err.count("error: ") == 1, path
+
+
+@pytest.fixture
+def other(study: FakeLauncher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, elsewhere."""
+    root = tmp_path_factory.mktemp("other")
+    shutil.copytree(study.root, root, ignore=shutil.ignore_patterns("fake"), dirs_exist_ok=True)
+    return root
+
+
+def test_a_name_of_this_project_beside_a_path_of_another_is_refused(
+    study: FakeLauncher,
+    other: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = os.path.relpath(other / "recipes" / "toy", study.root)
+    options = ("loss=completion", "--where", "size=1", "--dry-run", "--output-root", "my runs")
+    for folder, words in ((study.root, path), (study.root / "sub", f"../{path}")):
+        monkeypatch.chdir(folder)
+        for named in ("toy", "recipes/t?y", "none"):
+            code, out, err = said("sweep", named, words, *options)
+            assert (code, out) == (2, "") and "error: these paths are of 2 projects:\n" in err
+            said_options = "loss=completion --where size=1 --dry-run --output-root 'my runs'"
+            first = f"'{named}'" if "?" in named else named
+            assert f"\n      runner sweep {first} {said_options}\n" in err
+            assert err.endswith(f"\n      runner sweep {words} {said_options}\n")
+    # Arms are looked up in the grid that is named.
+    monkeypatch.chdir(study.root)
+    err = said("compare", "size=1", "size=2", "--grid", path)[2]
+    assert f"note: the project is {other};" in err and "2 projects" not in err
+
+
+def test_an_empty_folder_hides_neither_the_project_nor_a_name(
+    study: FakeLauncher,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = said("status", "toy")
+    (study.root / "sub" / "toy").mkdir()
+    monkeypatch.chdir(study.root / "sub")
+    assert said("status", "toy")[:2] == expected[:2]
+    (elsewhere / "toy").mkdir()
+    monkeypatch.chdir(elsewhere)
+    code, out, err = said("status", "toy", "--output-root", study.root / "runs")
+    assert f"note: the project is {study.root};" in err and (code, out) == expected[:2]
+
+
+def test_a_run_directory_leads_into_no_folder_that_it_names(
+    study: FakeLauncher,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    downloaded = elsewhere / "downloaded" / "toy" / "a"
+    shutil.copytree(study.root / "runs" / "toy" / "a", downloaded)
+    monkeypatch.chdir("/")
+
+    def record(project: Path) -> str:
+        path = RunPaths(downloaded).recipe_path
+        path.write_text(json.dumps({**load_json(path), "project": str(project)}))
+        return said("status", downloaded)[2]
+
+    plain = elsewhere / "plain\x1b[2J"
+    (plain / "models").mkdir(parents=True)
+    (plain / "data.jsonl").touch()
+    err = record(plain)
+    assert "the project is" not in err and "\x1b" not in err
+    assert err.startswith(f"note: {downloaded} records the project {elsewhere}/plain")
+    assert err.partition("\n")[0].endswith(", which is not entered")
+    assert f"note: the project is {study.root};" in record(study.root)
+    # A run in another project is that one's, unless the user is in the one that is recorded.
+    (elsewhere / "runner.toml").touch()
+    err = record(study.root)
+    assert "which is not entered" in err and f"note: the project is {elsewhere};" in err
+    monkeypatch.chdir(study.root)
+    assert said("status", downloaded)[2] == ""
+
+
+def test_what_is_printed_elsewhere_can_be_pasted_there(
+    study: FakeLauncher,
+    elsewhere: Path,
+    said: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = study.root
+    monkeypatch.chdir(elsewhere)
+    paths = [f"{root}/recipes/toy/{name}.yaml" for name in ("a", "bb")]
+    assert said("sweep", f"{root}/recipes/toy", "--list")[1].split() == paths
+    monkeypatch.chdir(root / "sub")
+    assert f"`cd {root} && runner sweep recipes/toy` starts them" in said("status")[1]
+
+    paths_a = study.paths("a")
+    recipe = paths_a.recipe_path.read_bytes()
+    paths_a.recipe_path.write_text("{")
+    err = said("status")[2]
+    fresh = f"`cd {root} && runner launch recipes/toy/a.yaml --fresh` moves the run aside"
+    assert f"hint: unreadable: {fresh}" in err
+    paths_a.recipe_path.write_bytes(recipe)
+
+    # Runs are moved aside under their lease.
+    paths_a.lease_path.unlink()
+    paths_a.lease_path.mkdir()
+    mv = f"mv {paths_a.lease_path.relative_to(root)} {paths_a.lease_path.relative_to(root)}.aside"
+    for verb in (("launch", "a"), ("status", "a"), ("launch", "a", "--fresh")):
+        err = said(*verb)[2]
+        assert f"move it away: cd {root} && {mv}\n" in err and "--fresh" not in err, verb
+
+
+def test_paths_with_blanks_are_quoted_in_hints(
+    study: FakeLauncher, said: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder = study.root / "my recipes"
+    folder.mkdir()
+    assert "\nhint: runner sweep 'my recipes'\n" in said("launch", "my recipes")[2]
+    shutil.copy(study.root / "recipes" / "toy" / "bb.yaml", folder)
+    err = said("chat", "my recipes/bb.yaml", "--prompt", "hello")[2]
+    assert "\nhint: runner launch 'my recipes/bb.yaml'\n" in err
+
+
+def test_a_folder_called_like_a_recipe_is_said_to_be_one(
+    study: FakeLauncher, said: Callable[..., tuple[int, str, str]]
+) -> None:
+    (study.root / "recipes" / "toy" / "zz.yaml").mkdir()
+    for command in (("check", "--schema-only"), ("status",), ("sweep", "--dry-run")):
+        code, _, err = said(*command, "recipes/toy")
+        assert code == 2 and "recipes/toy/zz.yaml is a folder, and should be a file" in err

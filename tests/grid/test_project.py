@@ -500,3 +500,26 @@ def test_init_does_not_import_torch(place: Path) -> None:
         not list_loaded("from runner.cli.main import main; main(['init', 'study'])", place) & HEAVY
     )
     assert (place / "study" / "README.md").exists()
+
+
+def test_sizes_that_are_null_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for values in ("null", "80,null"):
+        assert main(["init", "new", "--axis", f"samples={values}"]) == 2
+        said = capsys.readouterr().err
+        assert "`--axis num_train_samples=...`: got null, expected numbers of rows" in said
+        assert "\nhint: --axis samples=80,320\n" in said
+        assert not Path("new").exists()
+
+
+def test_an_empty_text_is_given_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "new", "--from", "demo", "--prompt", ""]) == 2
+    assert "--prompt goes with the starter grid" in capsys.readouterr().err
+
+
+def test_a_file_is_not_said_to_come_from_the_hub(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", "new", "--axis", "data.train.path=data/a.jsonl,b.jsonl,lab/rows"]) == 0
+    said = capsys.readouterr().out
+    assert "put yours there: data/a.jsonl, b.jsonl\n" in said
+    assert "rows come from the hub: lab/rows\n" in said

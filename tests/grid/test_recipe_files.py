@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -290,7 +291,10 @@ def test_prune_leaves_what_was_edited(toy: Toy, capsys: pytest.CaptureFixture[st
     said = str(caught.value)
     assert snapshot(recipes) == before and said.endswith("runner render toy --prune --force")
     for path in (edited, old):
-        assert f"{path}: no cell gives it any more, and its first line has not its checksum" in said
+        assert (
+            f"{path}: no cell gives it any more, and its first line does not hold its checksum"
+            in said
+        )
     assert render_grids("toy", check=True, prune=False, root=root) == 1
     assert f"{edited} is stale: no cell gives it, and was edited" in capsys.readouterr().out
     # Nothing is lost without --prune.
@@ -322,3 +326,49 @@ def test_check_names_what_was_edited(
     said = capsys.readouterr().err
     assert said.startswith("note: edited after rendering: recipes/toy/gemma_completion_060.yaml, ")
     assert "gemma_full_060.yaml and 1 more; `runner render` refuses" in said
+
+
+def test_what_has_the_name_of_a_recipe_and_is_no_file_is_refused(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(toy())
+    assert main(["render", "toy"]) == 0
+    path = Path("recipes/toy/zz.yaml")
+    for make, kind in ((os.mkfifo, "a pipe"), (os.mkdir, "a folder")):
+        make(path)
+        for options in ([], ["--check"], ["--prune"], ["--force"]):
+            assert main(["render", "toy", *options]) == 2
+            said = capsys.readouterr().err
+            assert f"error: {path} is {kind}, and should be a file\n" in said
+            assert f"mv {path} {path}.aside" in said
+        path.rename(f"{kind}.aside")
+
+
+def test_check_says_that_force_drops_the_edit(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(toy())
+    assert main(["render", "toy"]) == 0
+    path = next(Path("recipes/toy").iterdir())
+    path.write_text(path.read_text().replace("max_steps: 2", "max_steps: 3"))
+    capsys.readouterr()
+    assert main(["render", "toy", "--check"]) == 1
+    assert capsys.readouterr().out.endswith(
+        "\nhint: write what was edited into recipe_templates/toy, then render again;"
+        " to drop it: runner render toy --force\n"
+    )
+
+
+def test_the_templates_of_all_edited_grids_are_named(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(toy())
+    templates = Path("recipe_templates")
+    shutil.copytree(templates / "toy", templates / "zoo")
+    assert main(["render"]) == 0
+    for grid in ("toy", "zoo"):
+        path = next(Path("recipes", grid).iterdir())
+        path.write_text(path.read_text().replace("max_steps: 2", "max_steps: 3"))
+    assert main(["render"]) == 2
+    said = capsys.readouterr().err
+    assert "into recipe_templates/toy and recipe_templates/zoo, then render again" in said

@@ -6,16 +6,19 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from runner.cli.main import main
 from runner.launch.gpus import Gpu
 from runner.plan.select import Selected, run_paths
 from runner.preflight.doctor import Machine, describe_machine, find_lacks
 from runner.preflight.machine import Device, Libraries, find_cuda_home
+from runner.project_folder import entering
 from runner.recipe.parse import Recipe
 from tests.conftest import ROOT, Project
 
@@ -38,9 +41,12 @@ def here(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     return project
 
 
+def select(recipe: Recipe) -> Selected:
+    return Selected(recipe, Path("recipe.yaml"), run_paths(recipe, Path("runs")))
+
+
 def lacks(recipe: Recipe, machine: Machine) -> list[tuple[str, str | None]]:
-    selected = Selected(recipe, Path("recipe.yaml"), run_paths(recipe, Path("runs")))
-    return [(one.what, one.hint) for one in find_lacks([selected], machine)]
+    return [(one.what, one.hint) for one in find_lacks([select(recipe)], machine)]
 
 
 def test_a_machine_for_which_the_recipes_are_made_lacks_nothing(here: Project) -> None:
@@ -60,12 +66,6 @@ CANNOT = {
         replace(PLAIN, gpus=[GPU_0]),
         "torch sees none",
         "pip install --force-reinstall -c constraints-cuda.txt torch",
-    ),
-    "an old GPU": (
-        (GPU, "training.bf16=true"),
-        on_gpus(V100),
-        "bfloat16 needs a GPU of capability 8.0, Tesla V100 has 7.0",
-        "training.fp16=true",
     ),
     "no bitsandbytes": (
         ("quantization.method=8bit",),
@@ -135,6 +135,53 @@ def test_what_a_recipe_lacks_is_said_with_what_mends_it(here: Project, case: str
     assert "RECIPE" not in found[0][1], "the hint names a recipe that is there"
 
 
+def test_an_old_gpu_is_noted(here: Project) -> None:
+    selected = select(here.recipe(GPU, "training.bf16=true"))
+    (found,) = find_lacks([selected], on_gpus(V100))
+    assert found.level == "note" and found.hint is not None
+    assert "bfloat16 is emulated, and slow, below capability 8.0: Tesla V100 has 7.0" in found.what
+    assert "runner launch recipe.yaml model.dtype=float32" in found.hint
+    assert lacks(here.recipe(GPU), on_gpus(V100)) == []
+
+
+def test_as_many_gpus_are_suggested_as_the_global_batch_divides_by(here: Project) -> None:
+    sizes = ("training.per_device_train_batch_size=1", "training.global_batch_size=4")
+    recipe = here.recipe(ZERO3[0], "launch.num_processes=4", *sizes)
+    ((what, hint),) = lacks(recipe, on_gpus(H200, H200, H200))
+    assert "4 GPUs are wanted, torch sees 3" in what
+    assert hint is not None and "--num-processes 2 " in hint
+
+
+def test_of_a_run_directory_the_recipe_is_hinted_at(here: Project) -> None:
+    recipe = here.recipe(GPU, "run.name=a")
+    paths = run_paths(recipe, Path("runs"))
+    paths.run_dir.mkdir(parents=True)
+    selected = Selected(recipe, paths.run_dir, paths)
+    (found,) = find_lacks([selected], PLAIN)
+    assert found.hint is not None and found.hint.startswith("runner launch RECIPE ")
+    path = Path("recipes", recipe.run.grid, "a.yaml")
+    path.parent.mkdir(parents=True)
+    path.touch()
+    (found,) = find_lacks([selected], PLAIN)
+    assert found.hint is not None and found.hint.startswith(f"runner launch {path} ")
+    with entering(here.root):
+        (found,) = find_lacks([selected], PLAIN)
+    assert found.hint is not None
+    assert found.hint.startswith(f"cd {here.root} && runner launch {path} ")
+
+
+def test_pushes_that_launch_refuses_are_lacks(
+    here: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push = ("tracking.hub_push=end", "tracking.hub_model_id=lab/model")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    (found,) = find_lacks([select(here.recipe(*push))], PLAIN)
+    assert found.level == "missing" and "HF_TOKEN is not set, and a push needs a" in found.what
+    assert found.hint is not None and "set HF_TOKEN in the environment" in found.hint
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 34)
+    assert lacks(here.recipe(*push), PLAIN) == []
+
+
 def test_deepspeed_without_offload_compiles_nothing_on_gpus(here: Project) -> None:
     machine = replace(on_gpus(H200, H200), compiler=None)
     assert lacks(here.recipe(*ZERO3), machine) == []
@@ -163,6 +210,8 @@ def test_a_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ok torch 2.13.0+cu130, built for CUDA 13.0" in text
     assert "ok GPU 0: NVIDIA H200, 150.00 GiB, 149.00 GiB free, capability 9.0" in text
     assert "note no GPU: torch sees none, and nvidia-smi does not answer" in described(PLAIN)
+    busy = described(on_gpus(replace(H200, free_bytes=None)))
+    assert "note GPU 0: NVIDIA H200, 150.00 GiB, ? free, capability 9.0: its free memory" in busy
     hanging = replace(PLAIN, libraries=Libraries(failures={"torch": "no answer in 180 s"}))
     assert "missing torch cannot be used: no answer in 180 s" in described(hanging)
     blind = replace(on_gpus(), gpus=[GPU_0, replace(GPU_0, index=1, uuid="GPU-b")])
@@ -210,6 +259,43 @@ def test_the_verb_asks_this_machine(project: Project) -> None:
     done = project.cli("doctor", path)
     assert done.returncode == 2
     assert "missing data.train.path: nowhere.jsonl is not there" in done.stdout
+
+
+def test_files_of_the_project_are_not_run(project: Project) -> None:
+    (project.root / "bitsandbytes.py").write_text("open('ran', 'w')\n")
+    assert project.cli("doctor").returncode == 0
+    assert not (project.root / "ran").exists()
+
+
+def test_conditions_without_recipes_are_refused(
+    here: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--where", "lr=1"]) == 2
+    said = capsys.readouterr().err
+    assert "no recipe is named, only --where lr=1" in said
+    assert "\nhint: runner doctor recipes --where lr=1\n" in said
+
+
+def test_a_runner_that_is_not_installed_is_a_note(tmp_path: Path) -> None:
+    for path in Path(pytest.__file__).parents[1].iterdir():
+        if not path.name.startswith("recipe_runner"):
+            (tmp_path / path.name).symlink_to(path)
+    program = """if True:
+        from pathlib import Path
+        from runner.preflight.doctor import Machine, describe_machine
+        from runner.preflight.machine import Libraries
+        machine = Machine(Libraries("2"), None, None, None, None)
+        print(*describe_machine(machine, Path("runs")), sep="\\n")
+    """
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "level='note', what='the runner is not installed itself" in done.stdout, done.stderr
 
 
 def test_a_torch_that_cannot_be_imported_is_missing(project: Project, tmp_path: Path) -> None:
