@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -151,7 +152,7 @@ def _select_arm(
     text: str, arguments: argparse.Namespace, unreadable: list[UnreadableRun]
 ) -> list[Selected]:
     root = arguments.output_root
-    if "=" in text and not Path(text).exists():
+    if "=" in text and not os.path.exists(text):
         if arguments.grid is None:
             raise RunnerError(
                 f"{text!r} is a value of an axis, and no grid is named", hint="add `--grid GRID`"
