@@ -423,11 +423,9 @@ def _describe_unknown_key(
         stated = str(bool(tag)).lower() if isinstance(tag, int) else tag
         values = [_name_tag(m.model_fields[field].annotation) for m in fitting]
         other = ""
-        if (
-            answer
-            and answer.overrides
-            and not (key := answer.overrides[0].partition("=")[0]).endswith(f".{name}")
-        ):
+        meant = find_answer(name, None, model) if answer else None
+        key = meant.overrides[0].partition("=")[0] if meant and meant.overrides else name
+        if not f".{key}".endswith(f".{name}"):
             other = f"; or is it `{key}`?"
         return (
             f"does not go with `{field}: {stated}`, only with `{field}: {_list_names(values)}`"

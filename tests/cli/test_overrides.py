@@ -98,10 +98,10 @@ def test_a_rerun_can_be_previewed(fake: FakeLauncher, capsys: pytest.CaptureFixt
             ["status", "toy", LR],
             "`status` takes no overrides such as 'training.learning_rate=1e-4'",
         ),
-        (["stop", LR, "toy"], "name the run directories of variants"),
-        (["report", "toy", LR], "`runner report runs/demo`"),
+        (["stop", LR, "toy"], "hint: runner stop toy  # variants are among the runs"),
+        (["report", "toy", LR], "hint: runner report toy  #"),
         (["power", "toy", LR, "--effect", "1"], "`power` takes no overrides"),
-        (["sweep", LR], f"hint: runner sweep recipes/demo {LR}"),
+        (["sweep", LR], f"hint: runner sweep recipes/toy {LR}"),
         (["sweep", "runs/toy/a", LR], "runs/toy/a is a run directory: overrides such as"),
         (["masks", "a", "loss"], "'loss' is not an override of the form key=value"),
         (["why", "runs/toy/a", LR], "is a run directory: overrides and `--name` go with a recipe"),
@@ -132,7 +132,7 @@ def test_a_name_goes_with_every_verb(
     fake.add("a", "bb")
     for name in ("a", "toy/a"):
         assert main(["check", "--schema-only", name, LR]) == 0
-        assert capsys.readouterr().out == "1 recipes are well-formed\n"
+        assert capsys.readouterr().out == "1 recipe is well-formed\n"
         assert main(["launch", name, "--dry-run"]) == 0
         assert "accelerate launch" in capsys.readouterr().out
         assert main(["sweep", name, "--list"]) == 0
