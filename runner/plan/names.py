@@ -17,6 +17,7 @@ from runner.run.paths import RunPaths
 
 RECIPES_DIR: Final = Path("recipes")
 MAX_NAMED: Final = 8  # of what one name could mean, and of the grids that there are
+_MAX_NAME_BYTES: Final = 250  # of a file, without `.yaml`
 # Of a name that has a recipe as well as a run directory: that one, or both.
 Prefer = Literal["recipe", "run", "both"]
 
@@ -103,6 +104,8 @@ def _list_meanings(path: Path, output_root: Path, grid: str | None) -> Iterator[
     parts = name.parts
     is_bare = name == path
     if name.is_absolute() or any(part.startswith(".") for part in parts):
+        return
+    if any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in parts):  # pathlib raises for it
         return
     if len(parts) == 1 and grid is None:
         folders = [RECIPES_DIR / name, output_root / name]
