@@ -113,7 +113,8 @@ def run_check(arguments: argparse.Namespace) -> int:
                 "`--device-gib` compares models and rows with a device, `--schema-only` loads none",
                 hint="leave one of them out",
             )
-        print(f"{len(selected)} recipes are well-formed")
+        what = "recipe is" if len(selected) == 1 else "recipes are"
+        print(f"{len(selected)} {what} well-formed")
         return 0
     _refuse_pushes(selected)
     hide_bitsandbytes_warning()

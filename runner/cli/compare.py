@@ -159,7 +159,7 @@ def _select_arm(
     text: str, arguments: argparse.Namespace, unreadable: list[UnreadableRun]
 ) -> list[Selected]:
     root = arguments.output_root
-    if "=" in text and not Path(text).exists():
+    if "=" in text and not os.path.exists(text):
         if arguments.grid is None:
             raise RunnerError(
                 f"{text!r} is a value of an axis, and no grid is named", hint="add `--grid GRID`"

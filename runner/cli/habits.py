@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import shlex
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from runner.errors import RunnerError
+from runner.errors import RecipeError, RunnerError
+from runner.plan.names import find_named
+from runner.plan.select import expand_folder
 from runner.plan.variants import is_override
-from runner.recipe.habits import Answer, find_answer, is_switch
-from runner.recipe.parse import Recipe
+from runner.recipe.habits import (
+    Answer,
+    Load,
+    complete,
+    complete_blindly,
+    find_answer,
+    fit_answer,
+    is_switch,
+    join_words,
+    takes_many,
+)
+from runner.recipe.parse import Recipe, load_recipe
 
 _BOOLEANS = ("true", "false", "yes", "no", "0", "1")
 
@@ -20,15 +32,14 @@ def refuse_foreign_options(prog: str, words: Sequence[str], known: Collection[st
     Raises:
         RunnerError: with the whole command as it is written here.
     """
-    told: list[tuple[str, str]] = []
+    told: list[tuple[str, str | Answer]] = []
     kept: list[str] = []
-    overrides: list[str] = []
     position = 0
     while position < len(words):
         word = words[position]
         position += 1
         option, equals, value = word.partition("=")
-        if word == "--" or not word.startswith("--") or _is_known(option, known):
+        if word == "--" or not word.startswith("--") or option in known:
             kept.append(word)
             continue
         hyphenated = option.replace("_", "-")
@@ -37,32 +48,83 @@ def refuse_foreign_options(prog: str, words: Sequence[str], known: Collection[st
             kept.append(hyphenated + equals + value)
             continue
         name = option.removeprefix("--")
-        given: str | None = value if equals else None
-        if given is None and position < len(words) and _is_value(words[position], name):
-            given = words[position]
-            position += 1
-        if given is None and is_switch(name, Recipe):
-            given = "true"
-        answer = find_answer(name, given, Recipe)
-        if answer is None:
+        given = [value] if equals else _take_values(words[position:], name)
+        position += 0 if equals else len(given)
+        if not given and is_switch(name, Recipe):
+            given = ["true"]
+        answer = find_answer(name, ",".join(given) if given else None, Recipe)
+        if answer is None:  # argparse refuses it, or takes it as the beginning of an option
             kept.append(word)
+            kept += [] if equals else given
             continue
-        told.append((option, _describe(answer)))
-        overrides += answer.overrides
+        told.append((option, answer))
     if told:
-        what = "is no option" if len(told) == 1 else "are no options"
-        names = ", ".join(f"`{option}`" for option, _ in told)
-        lines = "\n".join(f"  {option}  {said}" for option, said in told)
-        # Last: `launch` takes its recipe first.
-        raise RunnerError(
-            f"{names} {what} of `{prog}`\n\n{lines}",
-            hint=f"{prog} " + shlex.join([*kept, *overrides]),
-        )
+        raise _answer(prog, told, kept)
 
 
-def _is_known(option: str, known: Collection[str]) -> bool:
-    """True also for what argparse takes as the beginning of an option."""
-    return option in known or any(one.startswith(option) for one in known)
+def _answer(
+    prog: str, told: Sequence[tuple[str, str | Answer]], kept: Sequence[str]
+) -> RunnerError:
+    load = _find_recipe(kept)
+    overrides = [word for _, said in told if isinstance(said, Answer) for word in said.overrides]
+    refused = any(isinstance(said, Answer) and said.is_refused for _, said in told)
+    try:
+        overrides = list(complete(overrides, load) if load else complete_blindly(overrides))
+    except RecipeError:  # perhaps of one of them alone
+        assert load is not None
+        told = [
+            (one, fit_answer(said, load) if isinstance(said, Answer) else said)
+            for one, said in told
+        ]
+        refused = True
+    what = "is no option" if len(told) == 1 else "are no options"
+    names = ", ".join(f"`{option}`" for option, _ in told)
+    lines = "\n".join(f"  {option}  {_describe(said)}" for option, said in told)
+    # Last: `launch` takes its recipe first.
+    hint = f"{prog} {join_words([*kept, *overrides])}"
+    return RunnerError(f"{names} {what} of `{prog}`\n\n{lines}", hint=None if refused else hint)
+
+
+def _find_recipe(words: Sequence[str]) -> Load | None:
+    """Reads the first recipe that is named, under overrides beside those that were typed; None
+    where there is none that can be read.
+    """
+    pairs = zip(("", *words), words, strict=False)
+    typed = [word for before, word in pairs if before != "--where" and is_override(word)]
+    for word in words:
+        if word.startswith("-") or word in typed:
+            continue
+        try:
+            path = next(
+                file
+                for one in find_named(word, Path("runs"))
+                for file in expand_folder(one)
+                if file.suffix == ".yaml"
+            )
+            load_recipe(path, typed)
+        except (RunnerError, OSError, StopIteration):
+            continue
+        return lambda overrides: load_recipe(path, [*typed, *overrides])
+    return None
+
+
+def _take_values(words: Sequence[str], name: str) -> list[str]:
+    """The words after `--name` that are its values, and no recipes."""
+    taken: list[str] = []
+    for word in words:
+        if not _is_value(word, name) or (taken and _names_recipes(word)):
+            break
+        taken.append(word)
+        if not takes_many(name, Recipe):
+            break
+    return taken
+
+
+def _names_recipes(word: str) -> bool:
+    try:
+        return bool(find_named(word, Path("runs")))
+    except RunnerError:
+        return False
 
 
 def _is_value(word: str, name: str) -> bool:
@@ -74,11 +136,13 @@ def _is_value(word: str, name: str) -> bool:
 
 
 def _is_path(word: str) -> bool:
-    return Path(word).exists() or word.endswith(".yaml")
+    return os.path.exists(word) or word.endswith(".yaml")
 
 
-def _describe(answer: Answer) -> str:
-    if not answer.overrides:
-        return str(answer.sentence)
-    note = f" ({answer.sentence})" if answer.sentence else ""
-    return f"is {' '.join(answer.overrides)} here{note}"
+def _describe(said: str | Answer) -> str:
+    if isinstance(said, str):
+        return said
+    if not said.overrides:
+        return str(said.sentence)
+    note = f" ({said.sentence})" if said.sentence else ""
+    return f"is {' '.join(said.overrides)} here{note}"

@@ -115,6 +115,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def _name_a_grid() -> str:
+    """A folder of recipes that is there, else what stands for one."""
+    from runner.plan.names import RECIPES_DIR
+
+    return next((str(one.parent) for one in sorted(RECIPES_DIR.glob("*/*.yaml"))), "RECIPE")
+
+
 def _tell_overrides_apart(arguments: argparse.Namespace) -> None:
     """Moves `key=value` from the paths to the overrides, of verbs that take several paths.
 
@@ -132,12 +139,12 @@ def _tell_overrides_apart(arguments: argparse.Namespace) -> None:
     if overrides and not arguments.takes_overrides:
         raise RunnerError(
             f"`{arguments.verb}` takes no overrides such as {overrides[0]!r}",
-            hint="name the run directories of variants of a recipe, such as"
-            f" `runner {arguments.verb} runs/demo`; `--where axis=value` takes a part of a grid",
+            hint=f"runner {arguments.verb} {shlex.join(arguments.paths)}".rstrip()
+            + "  # variants are among the runs; `--where axis=value` takes a part of a grid",
         )
     if overrides and not arguments.paths:
         raise RunnerError(
             f"no recipe is named, only {overrides[0]!r}",
-            hint=f"runner {arguments.verb} recipes/demo {shlex.join(overrides)}",
+            hint=f"runner {arguments.verb} {_name_a_grid()} {shlex.join(overrides)}",
         )
     arguments.overrides = overrides

@@ -17,6 +17,7 @@ from runner.run.paths import RunPaths
 
 RECIPES_DIR: Final = Path("recipes")
 MAX_NAMED: Final = 8  # of what one name could mean, and of the grids that there are
+_MAX_NAME_BYTES: Final = 250  # of a file, without `.yaml`
 # Of a name that has a recipe as well as a run directory: that one, or both.
 Prefer = Literal["recipe", "run", "both"]
 
@@ -35,7 +36,7 @@ def find_named(
         RunnerError: there is no such path or name, or the name is that of several.
     """
     path = Path(text)
-    found = [path] if path.exists() else []
+    found = [path] if os.path.exists(path) else []
     found = found or [Path(name) for name in sorted(glob.glob(text, recursive=True))]
     if found and not _is_folder_without_recipes(path):
         return found
@@ -75,7 +76,7 @@ def find_one(text: str, output_root: Path, prefer: Prefer, grid: str | None = No
 
 
 def _is_folder_without_recipes(path: Path) -> bool:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return False
     wanted = RunPaths(path).recipe_path.name
     return not any(
@@ -104,9 +105,11 @@ def _list_meanings(path: Path, output_root: Path, grid: str | None) -> Iterator[
     is_bare = name == path
     if name.is_absolute() or any(part.startswith(".") for part in parts):
         return
+    if any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in parts):  # pathlib raises for it
+        return
     if len(parts) == 1 and grid is None:
         folders = [RECIPES_DIR / name, output_root / name]
-        recipe, run = (folder if folder.is_dir() else None for folder in folders)
+        recipe, run = (folder if os.path.isdir(folder) else None for folder in folders)
         if recipe or run:
             yield recipe, run
     if len(parts) == 2 or (len(parts) == 1 and is_bare):
@@ -150,11 +153,12 @@ def _suggest_names(path: Path, output_root: Path) -> str:
     shown = ", ".join(grids[:MAX_NAMED]) + (", ..." if len(grids) > MAX_NAMED else "")
     return (
         "give recipe files, folders, globs, or names of runs and grids:"
-        f" the grids are {shown}; `runner status` lists the runs"
+        f" the grid{' is' if len(grids) == 1 else 's are'} {shown};"
+        " `runner status` lists the runs"
     )
 
 
 def _list_siblings(path: Path) -> list[str]:
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return []
     return [str(one) for one in path.parent.glob("*") if one != path]

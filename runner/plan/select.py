@@ -4,12 +4,13 @@ by axis values.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from runner.errors import (
     CorruptFileError,
@@ -19,8 +20,10 @@ from runner.errors import (
     RunnerError,
     put_in_words,
 )
+from runner.files import hash_json
 from runner.plan.names import Prefer, find_named
 from runner.plan.variants import load_variant
+from runner.recipe.habits import find_answer
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe, load_recipe
 from runner.run.facts import Found, Part, RunFacts, read_facts, read_stored_recipe
@@ -129,7 +132,12 @@ def select_recipes(
         raise combine_errors(errors)
     if unreadable is not None:
         unreadable += [one for one in damaged if _locate(one.paths.run_dir) not in found]
-    return _match_axes(list(found.values()), where)
+    matching = _match_axes(list(found.values()), where)
+    for one in matching:
+        refuse_overridden_axes(one)
+    if overrides:
+        _refuse_equal_variants(matching)
+    return matching
 
 
 def load_selected(
@@ -147,6 +155,61 @@ def load_selected(
     return Selected(recipe, path, paths, overrides=kept, idle_overrides=idle)
 
 
+def refuse_overridden_axes(selected: Selected) -> None:
+    """Nothing, where the overrides leave the values of the axes true.
+
+    Raises:
+        RefusedError: a report would take the run for another cell of its grid.
+    """
+    run = selected.recipe.run
+    for override in selected.overrides:
+        key = override.partition("=")[0]
+        axis = next((one for one in run.axes if _sets(one, key)), None)
+        if axis is None:
+            continue
+        stated = f"{axis}={label_value(run.axes[axis])}"
+        raise RefusedError(
+            f"{override!r} changes what the axis `{axis}` says of {selected.source_path}: a report"
+            f" would go on to take its run for one of {stated}",
+            hint=f"select a value that the grid has by `runner sweep {run.grid} --where {stated}`,"
+            f" or add one to `{axis}` in recipe_templates/{run.grid}/grid.yaml and `runner render"
+            f" {run.grid}`",
+        )
+
+
+def _sets(axis: str, key: str) -> bool:
+    """True where the values of an axis are those of a key, as grids name their axes.
+
+    >>> _sets("seed", "training.seed"), _sets("seed", "data.seed"), _sets("adapter.r", "adapter.r")
+    (True, False, True)
+    """
+    if axis in _AXIS_KEYS:
+        return key == _AXIS_KEYS[axis]
+    return key == axis or key.endswith(f".{axis}")
+
+
+# Axes whose name says less than the key, or is the end of several.
+_AXIS_KEYS: Final = {"seed": "training.seed", "samples": "data.num_train_samples"}
+
+
+def _refuse_equal_variants(selected: Sequence[Selected]) -> None:
+    seen: dict[str, Selected] = {}
+    for one in selected:
+        other = seen.setdefault(hash_json(build_digest_payload(one.recipe)), one)
+        if one.recipe.run.axes != other.recipe.run.axes and _differs_as_written(one, other):
+            words = " ".join(one.overrides or other.overrides)
+            raise RefusedError(
+                f"{words!r} makes one experiment of {other.source_path} and {one.source_path}:"
+                " it would run twice, and a report would take the two for different cells",
+                hint="name one of them, or leave out what makes them equal",
+            )
+
+
+def _differs_as_written(one: Selected, other: Selected) -> bool:
+    first, second = (build_digest_payload(load_recipe(it.source_path)) for it in (one, other))
+    return first != second
+
+
 def combine_errors(errors: Sequence[RecipeError]) -> RunnerError:
     """One error that prints all of several files; what is wrong with the overrides of each is
     printed once.
@@ -162,8 +225,8 @@ def combine_errors(errors: Sequence[RecipeError]) -> RunnerError:
         else:
             texts.append(error.message)
     for first, *others in of_overrides.values():
-        likewise = f"\n  likewise {len(others)} more, such as {others[0].where}" if others else ""
-        texts.append(f"{first.message}{likewise}")
+        same = f"\n  the same in {len(others)} more, such as {others[0].where}" if others else ""
+        texts.append(f"{first.message}{same}")
     return RunnerError(
         f"{len(errors)} recipes have problems\n\n" + "\n\n".join(texts),
         hint="\n      ".join(hints) or None,
@@ -295,9 +358,13 @@ def find_axis(name: str, known: Iterable[str]) -> str:
         raise RunnerError(
             f"{name!r} could be each of the axes {', '.join(close)}", hint="name one in full"
         )
-    raise RunnerError(
-        f"no selected recipe has the axis {name!r}", hint=f"the axes are {', '.join(axes)}"
-    )
+    answer = find_answer(name, None, Recipe)
+    meant = answer.overrides[0].partition("=")[0] if answer and answer.overrides else name
+    same = [one for one in axes if meant == one or meant.endswith(f".{one}")]
+    close = same or difflib.get_close_matches(name, axes, n=1)
+    guess = f"did you mean `--where {close[0]}=...`? " if close else ""
+    known_axes = f"the axes are {', '.join(axes)}" if axes else "they have no axes"
+    raise RunnerError(f"no selected recipe has the axis {name!r}", hint=f"{guess}{known_axes}")
 
 
 def is_value(text: str, value: Any) -> bool:

@@ -4,6 +4,8 @@ runs.
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,16 +16,18 @@ from runner.files import hash_json
 from runner.recipe.parse import Recipe, load_recipe
 
 _PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
-_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=.*", re.DOTALL)
+_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*=.*", re.DOTALL)
 
 
 def is_override(word: str) -> bool:
-    """True for `key=value` where no file is called that.
+    """True for `key=value` where no file is called that, or matches it as a glob.
 
     >>> [is_override(word) for word in ("training.seed=1", "loss=", "recipes/a=b.yaml", "-x=1")]
     [True, True, False, False]
     """
-    return _OVERRIDE.fullmatch(word) is not None and not Path(word).exists()
+    if _OVERRIDE.fullmatch(word) is None or os.path.exists(word):
+        return False
+    return next(glob.iglob(word), None) is None
 
 
 def name_overridden(name: str, overrides: Sequence[str]) -> str:

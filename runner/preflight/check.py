@@ -40,7 +40,8 @@ def print_check(
     None: of the GPU that is here, if any.
     """
     if not is_json:
-        print(f"{len(recipes)} recipes are well-formed", flush=True)
+        what = "recipe is" if len(recipes) == 1 else "recipes are"
+        print(f"{len(recipes)} {what} well-formed", flush=True)
     pinned = pin_recipes(recipes, output_root)
     recipes = pinned.recipes
     result = check_recipes(recipes, output_root, allow_hint)

@@ -7,29 +7,39 @@ entry: it is found there.
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Final
+from itertools import combinations
+from typing import Any, Final, get_args
 
 from pydantic import BaseModel
 
+from runner.errors import RecipeError
 from runner.recipe.hf_fields import OWNED_TRAINING_FIELDS
 
-_LORA: Final = (
-    "adapter.method=lora adapter.r=16 adapter.lora_alpha=32 adapter.lora_dropout=0.05"
-    " adapter.target_modules=all-linear"
-)
+_LORA: Final = "adapter.method=lora"
 _FULL: Final = "adapter.method=none quantization.method=none"
-_4BIT: Final = (
-    "quantization.method=4bit quantization.bnb_4bit_quant_type=nf4"
-    " quantization.bnb_4bit_use_double_quant=true quantization.bnb_4bit_compute_dtype=bfloat16"
-)
+_4BIT: Final = "quantization.method=4bit"
 _8BIT: Final = "quantization.method=8bit"
 _NOT_QUANTIZED: Final = "quantization.method=none"
-_FLASH: Final = "model.attn_implementation=flash_attention_2 model.dtype=bfloat16"
-_STOPS: Final = "early_stopping.enabled=true early_stopping.metric=nll_per_completion_token"
+_FLASH: Final = "model.attn_implementation=flash_attention_2"
+# `what overrides -> what a recipe that says nothing of it needs beside them`.
+_NEEDED: Final[Mapping[str, str]] = {
+    r"quantization\.method=4bit": (
+        "quantization.bnb_4bit_quant_type=nf4 quantization.bnb_4bit_use_double_quant=true"
+        " quantization.bnb_4bit_compute_dtype=bfloat16"
+    ),
+    r"adapter\.(?!method=none)|quantization\.method=[48]bit": (
+        "adapter.method=lora adapter.r=16 adapter.lora_alpha=32 adapter.lora_dropout=0.05"
+        " adapter.target_modules=all-linear"
+    ),
+    r"model\.attn_implementation=flash": "model.dtype=bfloat16",
+    r"early_stopping\.enabled=true": "early_stopping.metric=nll_per_completion_token",
+    r"evaluation\.generation\.enabled=true": "evaluation.generation.max_new_tokens=64",
+}
 
 # `key` or `keys -> names`: the same value under another name. `{}` is the value, where several
 # keys go together.
@@ -95,7 +105,7 @@ _SAME: Final[Mapping[str, str]] = {
     "evaluation.generation.enabled=true evaluation.generation.max_new_tokens={}": (
         "generation_max_length max_new_tokens"
     ),
-    f"{_STOPS} early_stopping.patience={{}}": "early_stopping_patience",
+    "early_stopping.enabled=true early_stopping.patience={}": "early_stopping_patience",
     "checkpoints.save_strategy=steps checkpoints.save_steps={}": (
         "save_every save_interval save_steps"
     ),
@@ -141,13 +151,17 @@ _CHOICES: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "flash_attn": {
         "fa2": _FLASH,
+        "true": _FLASH,
         "sdpa": "model.attn_implementation=sdpa",
+        "false": "model.attn_implementation=sdpa",
         "disabled": "model.attn_implementation=eager",
+        "auto": "model.attn_implementation=null",
     },
     "mixed_precision": {
         "bf16": "training.bf16=true training.fp16=false",
         "fp16": "training.fp16=true training.bf16=false",
         "no": "training.bf16=false training.fp16=false",
+        "false": "training.bf16=false training.fp16=false",
     },
     "group_by_length": {
         "true": "training.train_sampling_strategy=group_by_length",
@@ -161,11 +175,15 @@ _CHOICES: Final[Mapping[str, Mapping[str, str]]] = {
     "mask_history": {"true": "loss=last_completion", "false": "loss=completion"},
     "eval_strategy evaluation_strategy": {
         "steps": f"{_STRATEGY}=steps",
-        "*": f"{_STRATEGY}={{}} evaluation.eval_steps=null",
+        "epoch": f"{_STRATEGY}=epoch evaluation.eval_steps=null",
+        "no": f"{_STRATEGY}='no' evaluation.eval_steps=null",
+        "false": f"{_STRATEGY}='no' evaluation.eval_steps=null",
     },
     "save_strategy": {
         "steps": "checkpoints.save_strategy=steps",
-        "*": "checkpoints.save_strategy={} checkpoints.save_steps=null",
+        "epoch": "checkpoints.save_strategy=epoch checkpoints.save_steps=null",
+        "no": "checkpoints.save_strategy='no' checkpoints.save_steps=null",
+        "false": "checkpoints.save_strategy='no' checkpoints.save_steps=null",
     },
     "save_only_model": {
         "true": "checkpoints.save_optimizer=false",
@@ -178,10 +196,11 @@ _CHOICES: Final[Mapping[str, Mapping[str, str]]] = {
         "*": "checkpoints.metric={}",
     },
     "predict_with_generate": {
-        "true": "evaluation.generation.enabled=true evaluation.generation.max_new_tokens=64",
+        "true": "evaluation.generation.enabled=true",
         "false": "evaluation.generation.enabled=false",
     },
     "use_wandb": {"true": "tracking.report_to=wandb", "false": "tracking.report_to=none"},
+    "push_to_hub": {"true": "tracking.hub_push=end", "false": "tracking.hub_push=never"},
     "model_to_wandb": {"true": "tracking.log_model=end", "false": "tracking.log_model=none"},
 }
 _SHARES: Final = (
@@ -218,18 +237,14 @@ _SENTENCES: Final[Mapping[str, str]] = {
     ),
     **dict.fromkeys(
         ("deepspeed", "deepspeed_config", "ds_config"),
-        "`launch.accelerate_config=accelerate_configs/zero3.yaml` (zero2, zero3_offload) names the"
-        " file of accelerate that names that of DeepSpeed",
+        "`launch.accelerate_config=accelerate_configs/zero3.yaml` (zero2, zero3_offload) is"
+        " accelerate's config, which points to DeepSpeed's",
     ),
     **dict.fromkeys(("checkpoint_dir", "output_dir", "save_dir"), _OWN_RUN_DIR),
     **dict.fromkeys(("resume", "resume_from_checkpoint", "resume_option"), _RESUMES),
     "overwrite_output_dir": "`runner launch RECIPE --fresh` moves the run aside and starts anew",
     "load_best_model_at_end": "the best checkpoint by `checkpoints.metric` is always exported",
     "greater_is_better": "`checkpoints.mode` is that of the metric: min for a likelihood",
-    "push_to_hub": (
-        "`tracking.hub_model_id` names the repository; `runner export RUN --output DIR --push`"
-        " sends the model there"
-    ),
     **dict.fromkeys(("hub_token", "hf_token", "token"), "export HF_TOKEN=..., in the shell"),
     "trust_remote_code": _NO_FOREIGN_CODE,
     **dict.fromkeys(
@@ -243,7 +258,18 @@ _NOTES: Final[Mapping[str, str]] = {
     "seed": "`data.seed` draws the rows",
     "warmup_ratio": "a number below 1 is a fraction of all steps",
 }
-_LISTS: Final = frozenset({"adapter.target_modules", "tracking.report_to", "tracking.tags"})
+_LISTS: Final = frozenset(
+    {
+        *("adapter.modules_to_save", "adapter.target_modules"),
+        *("tracking.report_to", "tracking.tags"),
+    }
+)
+# Words of a list's key that are no item.
+_WHOLE: Final = frozenset({"all-linear", "none", "null", "true", "false", "wandb", "VALUE"})
+_SWITCHED: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("0", "false", "no", "off"), "false"),
+    **dict.fromkeys(("1", "on", "true", "yes"), "true"),
+}
 
 
 _KEYS: Final[Mapping[str, str]] = {
@@ -260,15 +286,23 @@ class Answer:
 
     overrides: tuple[str, ...]
     sentence: str | None = None
+    is_refused: bool = False  # the name is known, and its value is not taken
 
-    def describe(self) -> str:
-        """The end of a sentence about a name that is no key."""
+    def describe(self, *, is_override: bool) -> str:
+        """The end of a sentence about a name that is no key, of an override or of a file."""
         if not self.overrides:
             return f": {self.sentence}"
-        said = " ".join(self.overrides)
-        if len(self.overrides) == 1:
-            said = said.replace("=", ": ", 1)
-        return f", here it is `{said}`" + (f" ({self.sentence})" if self.sentence else "")
+        if is_override:
+            said = f"`{' '.join(self.overrides)}`"
+        else:
+            sections = {one.partition(".")[0] for one in self.overrides}
+            words = [
+                one
+                for one in complete_blindly(self.overrides)
+                if one in self.overrides or one.partition(".")[0] in sections
+            ]
+            said = ", ".join(f"`{one.replace('=', ': ', 1)}`" for one in words)
+        return f", here it is {said}" + (f" ({self.sentence})" if self.sentence else "")
 
 
 def find_answer(name: str, value: str | None, model: type[BaseModel]) -> Answer | None:
@@ -276,26 +310,97 @@ def find_answer(name: str, value: str | None, model: type[BaseModel]) -> Answer 
 
     A value of None is not known: `VALUE` takes its place.
     """
-    given = "VALUE" if value is None else _spell(value)
     leaf = name.replace("-", "_").rpartition(".")[2]
     known = list_keys(model)
+    text: str | None = None
     if name in known.get(leaf, ()):
-        return Answer((f"{name}={given}",))
-    text = _KEYS.get(leaf)
-    if leaf in _BY_VALUE:
-        choices = _BY_VALUE[leaf]
-        text = choices.get(given, choices.get("*"))
-        if text is None:  # a value of another kind: the first choice shows the way
-            text = next(iter(choices.values()))
-    if text is None and leaf not in _SENTENCES and len(known.get(leaf, ())) == 1:
+        text = name
+    elif leaf in _BY_VALUE:
+        text = _choose(_BY_VALUE[leaf], value)
+        if text is None:
+            return Answer((), _list_choices(leaf, value), is_refused=True)
+    elif leaf in _KEYS:
+        text = _KEYS[leaf]
+    elif leaf not in _SENTENCES and len(known.get(leaf, ())) == 1:
         text = known[leaf][0]
     if text is not None:
-        return Answer(tuple(_fill(one, given) for one in text.split(" ")), _NOTES.get(leaf))
+        given = "VALUE" if value is None else value
+        note = None if text == name else _NOTES.get(leaf)
+        return Answer(tuple(_fill(one, given, model) for one in text.split(" ")), note)
     if (sentence := _SENTENCES.get(leaf)) is not None:
         return Answer((), sentence)
     if leaf in OWNED_TRAINING_FIELDS:
         return Answer((), f"it is decided by {OWNED_TRAINING_FIELDS[leaf]}")
     return None
+
+
+def _choose(choices: Mapping[str, str], value: str | None) -> str | None:
+    """The words of a value; None for one that the table does not know."""
+    if value is None:
+        return None
+    spelled = value.lower()
+    switched = _SWITCHED.get(spelled, "none" if spelled == "null" else "*")
+    return next((choices[one] for one in (spelled, switched, "*") if one in choices), None)
+
+
+def _list_choices(leaf: str, value: str | None) -> str:
+    names = list(_BY_VALUE[leaf])
+    got = "" if value is None else f", got {value!r}"
+    return f"of `{leaf}`, only {' and '.join(', '.join(names).rsplit(', ', 1))} are known here{got}"
+
+
+# Of a recipe: whether it takes overrides. Raises RecipeError.
+Load = Callable[[Sequence[str]], object]
+
+
+def complete(overrides: Sequence[str], load: Load) -> tuple[str, ...]:
+    """The overrides with what a recipe needs beside them, and nothing that it has.
+
+    Raises:
+        RecipeError: it does not take them.
+    """
+    groups = [words for pattern, words in _NEEDED.items() if _is_any(pattern, overrides)]
+    for count in range(len(groups) + 1):
+        for chosen in combinations(groups, count):
+            words = _add_unstated(overrides, chosen)
+            try:
+                load(words)
+            except RecipeError as error:
+                refusal = error
+                continue
+            return words
+    raise refusal
+
+
+def complete_blindly(overrides: Sequence[str]) -> tuple[str, ...]:
+    """`complete` for a recipe that is not known: whatever it may need for a kind that is named."""
+    kinds = [one for one in overrides if one.startswith("adapter.method=") or "adapter." not in one]
+    return _add_unstated(
+        overrides, [words for pattern, words in _NEEDED.items() if _is_any(pattern, kinds)]
+    )
+
+
+def _is_any(pattern: str, overrides: Sequence[str]) -> bool:
+    return any(re.match(pattern, one) for one in overrides)
+
+
+def _add_unstated(overrides: Sequence[str], groups: Sequence[str]) -> tuple[str, ...]:
+    stated = {one.partition("=")[0] for one in overrides}
+    words = [word for group in groups for word in group.split(" ")]
+    return (*overrides, *(word for word in words if word.partition("=")[0] not in stated))
+
+
+def fit_answer(answer: Answer, load: Load) -> Answer:
+    """The answer as a recipe takes it: overrides with what they need, or why it refuses them."""
+    if not answer.overrides:
+        return answer
+    try:
+        return replace(answer, overrides=complete(answer.overrides, load))
+    except RecipeError as error:
+        problem = error.problems[0]
+        keys = [one.partition("=")[0] for one in answer.overrides]
+        key = problem.key if problem.key in keys else keys[0]
+        return Answer((), f"`{key}` here, and this recipe refuses it: {problem.what}", True)
 
 
 def is_switch(name: str, model: type[BaseModel]) -> bool:
@@ -309,13 +414,21 @@ def is_switch(name: str, model: type[BaseModel]) -> bool:
     return len(keys) == 1 and keys[0] in _list_switches(model)
 
 
+def takes_many(name: str, model: type[BaseModel]) -> bool:
+    """True where `--name` takes several words."""
+    answer = find_answer(name, "x", model)
+    return answer is not None and any(one.partition("=")[0] in _LISTS for one in answer.overrides)
+
+
 def suggest_overrides(
-    overrides: Sequence[str], wrong: Sequence[str], model: type[BaseModel]
+    overrides: Sequence[str], wrong: Sequence[str], model: type[BaseModel], load: Load
 ) -> str | None:
-    """The overrides with those of `wrong` keys as they are written here; None where nobody knows.
+    """The overrides with those of `wrong` keys as they are written here, which the recipe takes;
+    None where nobody knows.
 
     >>> from runner.recipe.parse import Recipe
-    >>> suggest_overrides(["loss=full", "lr=1e-4"], ["lr"], Recipe)
+    >>> suggest_overrides(["loss=full", "lr=1e-4"], ["lr"], Recipe, print)
+    ('loss=full', 'training.learning_rate=1e-4')
     'loss=full training.learning_rate=1e-4'
     """
     words: list[str] = []
@@ -323,7 +436,23 @@ def suggest_overrides(
         key, _, value = override.partition("=")
         answer = find_answer(key, value, model) if key in wrong else None
         words += answer.overrides if answer and answer.overrides else [override]
-    return None if words == list(overrides) else shlex.join(words)
+    try:
+        words = list(complete(words, load))
+    except RecipeError:
+        return None
+    return None if words == list(overrides) else join_words(words)
+
+
+def join_words(words: Sequence[str]) -> str:
+    """`shlex.join`, with a text in single quotes put into double ones.
+
+    >>> print(join_words(["a b", "key='no'"]))
+    'a b' "key='no'"
+    """
+    return " ".join(
+        f'"{one}"' if re.fullmatch(r"[\w.=']+", one) and "'" in one else shlex.quote(one)
+        for one in words
+    )
 
 
 def list_names() -> dict[str, tuple[str, ...]]:
@@ -336,19 +465,40 @@ def list_names() -> dict[str, tuple[str, ...]]:
     )
 
 
-def _spell(value: str) -> str:
-    """Python's words for true and false as YAML has them."""
-    return value.lower() if value.lower() in ("true", "false", "none") else value
+def _fill(text: str, value: str, model: type[BaseModel]) -> str:
+    """One override; a template without `{}` stands as it is."""
+    key, equals, template = text.partition("=")
+    if equals and "{}" not in template:
+        return text
+    return f"{key}={_spell(key, value, model)}"
 
 
-def _fill(text: str, value: str) -> str:
-    if "=" in text:
-        key, _, template = text.partition("=")
-    else:
-        key, template = text, "{}"
-    if key in _LISTS and "," in value and not value.startswith("["):
-        value = f"[{value}]"
-    return f"{key}={template.replace('{}', value)}"
+def _spell(key: str, value: str, model: type[BaseModel]) -> str:
+    """A value as YAML has it for a key: true, false and null whatever others call them, quotes
+    around a `no` that is a word, brackets around a list.
+    """
+    lowered = value.lower()
+    kinds = [one for name, one in _walk(model, "") if name == key]
+    texts = {text for one in kinds for text in _list_texts(one)}
+    if lowered in _SWITCHED and any(_is_switch(one) for one in kinds):
+        return _SWITCHED[lowered]
+    if "no" in texts and _SWITCHED.get(lowered) == "false":
+        return "'no'"
+    if lowered in ("none", "null"):
+        return "none" if "none" in texts or key == "tracking.report_to" else "null"
+    if lowered in ("true", "false"):
+        return lowered
+    is_plain = re.fullmatch(r"[\w., -]+", value) and value not in _WHOLE
+    if key in _LISTS and ("," in value or is_plain) and not value.startswith("["):
+        return f"[{value}]"
+    return value
+
+
+def _list_texts(annotation: Any) -> Iterator[str]:
+    for part in get_args(annotation):
+        if isinstance(part, str):
+            yield part
+        yield from _list_texts(part)
 
 
 @cache

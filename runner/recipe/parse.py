@@ -22,9 +22,10 @@ from runner.errors import CorruptFileError, Problem, RecipeError, RefusedError, 
 from runner.files import read_plain
 from runner.functions import UserFunction
 from runner.recipe.data_section import DataSection
-from runner.recipe.habits import suggest_overrides
+from runner.recipe.habits import Answer, find_answer, fit_answer, suggest_overrides
 from runner.recipe.problems import (
     SAFE_LOADER,
+    Fit,
     describe_error,
     escape_missing,
     escape_text,
@@ -316,15 +317,60 @@ def parse_yaml(
     hint: str | None = None,
 ) -> _Model:
     """`read_yaml` of a text; `where` names it in errors."""
-    values = read_values(text, where=where, overrides=overrides, hint=hint)
+
+    def load(words: Sequence[str], fit: Fit = lambda answer: answer) -> _Model:
+        values = read_values(text, where=where, overrides=words, hint=hint)
+        try:
+            return model.model_validate_json(values)
+        except ValidationError as error:
+            typed = _list_typed(words)
+            problems = list_problems(error, model, json.loads(values), text, typed, fit)
+            raise RecipeError(where, problems, hint=hint) from None
+
     try:
-        return model.model_validate_json(values)
-    except ValidationError as error:
-        overridden = _name_overridden(overrides)
-        problems = list_problems(error, model, json.loads(values), text, overridden)
-        if not any(problem.line is not None for problem in problems):
-            hint = suggest_overrides(overrides, [problem.key for problem in problems], model)
-        raise RecipeError(where, problems, hint=hint) from None
+        return load(overrides)
+    except RecipeError as error:
+        if any(problem.line is not None for problem in error.problems):
+            raise
+        raise _answer(error, overrides, model, load) from None
+
+
+def _answer(
+    error: RecipeError, overrides: Sequence[str], model: type[Section], load: Callable[..., object]
+) -> RecipeError:
+    """An error of overrides alone, with those that say the same and that the recipe takes; where
+    there are none, it says why it does not take the answer to each.
+    """
+    wrong = [problem.key for problem in error.problems]
+    hint = suggest_overrides(overrides, wrong, model, load)
+    others = [one for one in overrides if one.partition("=")[0] not in wrong]
+
+    def fit(answer: Answer) -> Answer:
+        return answer if hint else fit_answer(answer, lambda words: load([*others, *words]))
+
+    try:
+        load(overrides, fit)
+    except RecipeError as told:
+        error = told
+    problems = [_answer_name(one, overrides, model, fit) for one in error.problems]
+    return RecipeError(error.where, problems, hint=hint)
+
+
+def _answer_name(
+    problem: Problem,
+    overrides: Sequence[str],
+    model: type[Section],
+    fit: Callable[[Answer], Answer],
+) -> Problem:
+    """The problem of a value whose key is none of ours either: then the key is what is told."""
+    typed = _list_typed(overrides).get(problem.key)
+    answer = None if typed is None else find_answer(problem.key, typed, model)
+    if answer is None or "in quotes" not in problem.what:
+        return problem
+    if answer.overrides and answer.overrides[0].startswith(f"{problem.key}="):
+        return problem
+    said = fit(answer).describe(is_override=True)
+    return Problem(problem.key, f"unknown key{said}")
 
 
 def read_values(
@@ -339,7 +385,7 @@ def read_values(
         raise RecipeError(where, [Problem("(file)", f"longer than {MAX_RECIPE_BYTES:,} bytes", 1)])
     if problems := find_hazards(text, overrides):
         raise RecipeError(where, problems, hint=hint)
-    overridden = _name_overridden(overrides)
+    overridden = frozenset(_list_typed(overrides))
     container, problems = _load(text, overrides, overridden)
     problems = problems or find_unusable_values(container, text, overridden)
     if problems:
@@ -347,8 +393,10 @@ def read_values(
     return json.dumps(_map_texts(read_escapes, container))
 
 
-def _name_overridden(overrides: Sequence[str]) -> frozenset[str]:
-    return frozenset(override.partition("=")[0] for override in overrides)
+def _list_typed(overrides: Sequence[str]) -> dict[str, str]:
+    """`key -> value` as they were typed."""
+    parts = [override.partition("=") for override in overrides]
+    return {key: value for key, _, value in parts}
 
 
 # What YAML takes a plain text for. The recipes of a grid hold the same few texts: matching each one

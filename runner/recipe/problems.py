@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import yaml
@@ -180,7 +180,7 @@ def find_lines(text: str) -> dict[str, int]:
     return lines
 
 
-def find_line(key: str, text: str, overridden: frozenset[str] = frozenset()) -> int | None:
+def find_line(key: str, text: str, overridden: Collection[str] = ()) -> int | None:
     """The line of a dotted key, or of the nearest section around it; None where an override set
     it.
     """
@@ -195,7 +195,7 @@ def find_line(key: str, text: str, overridden: frozenset[str] = frozenset()) -> 
 
 
 def describe_error(
-    error: Exception, text: str, overridden: frozenset[str], *, is_in_text: bool
+    error: Exception, text: str, overridden: Collection[str], *, is_in_text: bool
 ) -> Problem:
     """A problem from what YAML or OmegaConf refuses; `is_in_text` False: it came up among the
     overrides.
@@ -213,9 +213,7 @@ def describe_error(
     return Problem(key or names, what, find_line(key, text, overridden) if key else None)
 
 
-def find_unusable_values(
-    value: Any, text: str, overridden: frozenset[str] = frozenset()
-) -> list[Problem]:
+def find_unusable_values(value: Any, text: str, overridden: Collection[str] = ()) -> list[Problem]:
     """A problem for everything that YAML can say and a recipe may not.
 
     That is what JSON cannot say (infinities, bytes, keys that are not texts), what is not for a
@@ -310,26 +308,36 @@ def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _keys(item, f"{prefix}{name}.")
 
 
+Fit = Callable[[Answer], Answer]
+# The answer to a name, and whether it is one to an override.
+_Find = Callable[[str], tuple[Answer | None, bool]]
+
+
 def list_problems(
     error: ValidationError,
     model: type[BaseModel],
     container: Any,
     text: str,
-    overridden: frozenset[str] = frozenset(),
+    overridden: Mapping[str, str] | None = None,
+    fit: Fit = lambda answer: answer,
 ) -> list[Problem]:
     """One problem per mistake against `model`, in the order of the file; what comes after those
     that are shown is not worded well.
+
+    `overridden` has the values of overrides as they were typed; `fit` changes the answers to them.
     """
+    given = overridden or {}
     placed = []
     for detail in error.errors():
         path = _visible_path(detail, container)
-        placed.append((path, find_line(".".join(path), text, overridden), detail))
+        placed.append((path, find_line(".".join(path), text, given), detail))
     problems: dict[tuple[str, str], Problem] = {}
     for path, line, detail in sorted(placed, key=lambda item: item[1] or 0):
         key = ".".join(path)
-        what = (
-            _describe(detail, path, model) if len(problems) < MAX_SHOWN_PROBLEMS else detail["msg"]
-        )
+        what = detail["msg"]
+        if len(problems) < MAX_SHOWN_PROBLEMS:
+            find = partial(_find_answer, detail=detail, model=model, typed=given.get(key), fit=fit)
+            what = _describe(detail, path, model, find)
         problems.setdefault((key, what), Problem(key or "(recipe)", what, line))
     return list(problems.values())
 
@@ -354,10 +362,12 @@ def _visible_path(detail: ErrorDetails, container: Any) -> tuple[str, ...]:
     return tuple(path)
 
 
-def _describe(detail: ErrorDetails, path: tuple[str, ...], model: type[BaseModel]) -> str:
+def _describe(
+    detail: ErrorDetails, path: tuple[str, ...], model: type[BaseModel], find: _Find
+) -> str:
     kind, found = detail["type"], _name_value(detail["input"])
     if kind == "extra_forbidden":
-        return _describe_unknown_key(path[-1], detail, model)
+        return _describe_unknown_key(path[-1], detail, model, find)
     if kind == "missing":
         return "is missing"
     if kind == "literal_error":
@@ -377,8 +387,8 @@ def _describe(detail: ErrorDetails, path: tuple[str, ...], model: type[BaseModel
             f" {_list_names([n for n in names if n])}"
         )
     if kind in _EXPECTED:
-        answer = _find_answer(path[0], detail, model) if len(path) == 1 else None
-        instead = answer.describe() if answer is not None else ""
+        answer, is_override = find(path[0]) if len(path) == 1 else (None, False)
+        instead = answer.describe(is_override=is_override) if answer is not None else ""
         return f"got {found}, expected {_EXPECTED[kind]}{instead}"
     if kind == "value_error":
         return str(detail.get("ctx", {}).get("error", detail["msg"])).split("\n\nhint")[0]
@@ -397,11 +407,13 @@ def _describe_fitting(
     return f": its other keys go with `{field}: {_list_names(tags)}`"
 
 
-def _describe_unknown_key(name: str, detail: ErrorDetails, model: type[BaseModel]) -> str:
+def _describe_unknown_key(
+    name: str, detail: ErrorDetails, model: type[BaseModel], find: _Find
+) -> str:
     if "training" in detail["loc"] and name in OWNED_TRAINING_FIELDS:
         return f"is not set here: it is decided by {OWNED_TRAINING_FIELDS[name]}"
     known, section = _known_names(model, detail["loc"][:-1]), detail["loc"][:-2]
-    answer = _find_answer(name, detail, model)
+    answer, is_override = find(name)
     if name in _known_names(model, section):
         tag = detail["loc"][-2]
         fitting = [m for m in _find_models(model, section) if name in m.model_fields]
@@ -411,7 +423,9 @@ def _describe_unknown_key(name: str, detail: ErrorDetails, model: type[BaseModel
         stated = str(bool(tag)).lower() if isinstance(tag, int) else tag
         values = [_name_tag(m.model_fields[field].annotation) for m in fitting]
         other = ""
-        if answer and not (key := answer.overrides[0].partition("=")[0]).endswith(f".{name}"):
+        meant = find_answer(name, None, model) if answer else None
+        key = meant.overrides[0].partition("=")[0] if meant and meant.overrides else name
+        if not f".{key}".endswith(f".{name}"):
             other = f"; or is it `{key}`?"
         return (
             f"does not go with `{field}: {stated}`, only with `{field}: {_list_names(values)}`"
@@ -421,17 +435,22 @@ def _describe_unknown_key(name: str, detail: ErrorDetails, model: type[BaseModel
     slip = "" if name in list_names() else suggest(name, known, 0.75)
     if slip or answer is None:
         return f"unknown key{slip or suggest(name, known)}"
-    return f"unknown key{answer.describe()}"
+    return f"unknown key{answer.describe(is_override=is_override)}"
 
 
-def _find_answer(name: str, detail: ErrorDetails, model: type[BaseModel]) -> Answer | None:
+def _find_answer(
+    name: str, *, detail: ErrorDetails, model: type[BaseModel], typed: str | None, fit: Fit
+) -> tuple[Answer | None, bool]:
     """What people who write `name` mean in a recipe; None in files of other kinds."""
     if not {"training", "data"} <= model.model_fields.keys():
-        return None
+        return None, False
     value = detail["input"]
+    if typed is not None:
+        answer = find_answer(name, typed, model)
+        return (None if answer is None else fit(answer)), True
     if isinstance(value, bool):
         value = str(value).lower()
-    return find_answer(name, None if isinstance(value, dict | list) else str(value), model)
+    return find_answer(name, None if isinstance(value, dict | list) else str(value), model), False
 
 
 def _known_names(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

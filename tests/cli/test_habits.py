@@ -24,7 +24,7 @@ A = "recipes/toy/a.yaml"
         (f"rerun --bf16 {A}", f"rerun {A} training.bf16=true"),
         (f"check --bf16 False {A}", f"check {A} training.bf16=false"),
         (f"masks {A} --max_seq_length 32 --rows 1", f"masks {A} --rows 1 data.max_length=32"),
-        (f"why {A} --seed -1", f"why {A} training.seed=-1"),
+        (f"why {A} --seed 7", f"why {A} training.seed=7"),
         (f"launch {A} --training.learning_rate 2", f"launch {A} training.learning_rate=2"),
         (f"launch {A} --load_in_8bit=true", f"launch {A} quantization.method=8bit"),
         (f"launch {A} --load_in_4bit=true", f"launch {A} quantization.method=4bit quantization."),
@@ -64,5 +64,5 @@ def test_an_override_of_others_is_answered_once_for_many_recipes(
     assert main(["sweep", "toy", "lr=1e-4"]) == 2
     said = capsys.readouterr().err
     assert said.count("unknown key, here it is `training.learning_rate") == 1
-    assert "likewise 2 more, such as recipes/toy/b.yaml" in said
+    assert "the same in 2 more, such as recipes/toy/b.yaml" in said
     assert said.endswith("hint: training.learning_rate=1e-4\n")

@@ -98,10 +98,10 @@ def test_a_rerun_can_be_previewed(fake: FakeLauncher, capsys: pytest.CaptureFixt
             ["status", "toy", LR],
             "`status` takes no overrides such as 'training.learning_rate=1e-4'",
         ),
-        (["stop", LR, "toy"], "name the run directories of variants"),
-        (["report", "toy", LR], "`runner report runs/demo`"),
+        (["stop", LR, "toy"], "hint: runner stop toy  # variants are among the runs"),
+        (["report", "toy", LR], "hint: runner report toy  #"),
         (["power", "toy", LR, "--effect", "1"], "`power` takes no overrides"),
-        (["sweep", LR], f"hint: runner sweep recipes/demo {LR}"),
+        (["sweep", LR], f"hint: runner sweep recipes/toy {LR}"),
         (["sweep", "runs/toy/a", LR], "runs/toy/a is a run directory: overrides such as"),
         (["masks", "a", "loss"], "'loss' is not an override of the form key=value"),
         (["why", "runs/toy/a", LR], "is a run directory: overrides and `--name` go with a recipe"),
@@ -132,7 +132,7 @@ def test_a_name_goes_with_every_verb(
     fake.add("a", "bb")
     for name in ("a", "toy/a"):
         assert main(["check", "--schema-only", name, LR]) == 0
-        assert capsys.readouterr().out == "1 recipes are well-formed\n"
+        assert capsys.readouterr().out == "1 recipe is well-formed\n"
         assert main(["launch", name, "--dry-run"]) == 0
         assert "accelerate launch" in capsys.readouterr().out
         assert main(["sweep", name, "--list"]) == 0
@@ -222,3 +222,97 @@ def test_the_command_line_itself(fake: FakeLauncher) -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.endswith(f"\nhint: runner launch a {LR}\n")
     assert not Path("runs").exists()
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sweep", "toy", f"data.train.path={LONG}"], "file name too long"),
+        (["check", "toy", "--system_prompt", LONG], "unrecognized arguments"),
+        (["sweep", LONG], "names no recipe, run or grid"),
+        (["sweep", "toy", "learning-rate=1e-4"], "hint: training.learning_rate=1e-4\n"),
+        (
+            ["sweep", "toy", "eval_strategy=no"],
+            "hint: \"evaluation.eval_strategy='no'\" evaluation",
+        ),
+        (["launch", "a", "--r", "8"], "hint: runner launch a adapter.r=8 adapter.method=lora"),
+        (
+            ["sweep", "toy", "--lora_target_modules", "q_proj", "v_proj"],
+            "target_modules=[q_proj,v_",
+        ),
+        (["sweep", "--report_to", "tensorboard", "wandb", "toy"], "report_to=[tensorboard,wandb]"),
+        (["sweep", "toy", "--load_in_8bit"], "quantization.method=8bit adapter.method=lora"),
+        (["launch", "a", "--nnodes", "2"], "refuses it: `num_processes: 1` counts all machines"),
+        (["why", "a", "--max_steps", "-1"], "refuses it: got -1"),
+        (["sweep", "nothing"], "the grid is toy;"),
+        (["status", "toy", "--where", "sizes=1"], "did you mean `--where size=...`?"),
+    ],
+)
+def test_words_of_others_get_an_answer_that_can_be_pasted(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    fake.add("a")
+    try:
+        code: object = main(arguments)
+    except SystemExit as error:  # argparse
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2 and words in said and "Traceback" not in said and fake.events() == []
+    is_bare = any(one in said for one in ("refuses it", "unrecognized", "too long"))
+    assert is_bare != ("hint:" in said)
+
+
+def test_a_glob_of_files_with_an_equals_sign_is_no_override(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a")
+    Path("x=y.yaml").write_text(Path("recipes/toy/a.yaml").read_text())
+    assert main(["sweep", "--list", "x=*.yaml"]) == 0
+    assert capsys.readouterr().out == "x=y.yaml\n"
+
+
+def write_axes(fake: FakeLauncher, name: str, axes: str, seed: int) -> None:
+    fake.add(name)
+    path = fake.root / "recipes" / "toy" / f"{name}.yaml"
+    text = path.read_text().replace("seed: 1, global", f"seed: {seed}, global")
+    path.write_text(text.replace(f"axes: {{size: {len(name)}}}", f"axes: {{{axes}}}"))
+    assert f"{{{axes}}}" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("axes", "override"),
+    [
+        ("seed: 1", "training.seed=5"),
+        ("training.learning_rate: 0.001", LR),
+        ("learning_rate: 0.001", LR),
+        ("samples: 4", "data.num_train_samples=3"),
+    ],
+)
+def test_an_override_of_what_an_axis_says_is_refused(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str], axes: str, override: str
+) -> None:
+    write_axes(fake, "a", axes, 1)
+    axis = axes.partition(":")[0]
+    for verb in (["sweep", "toy"], ["launch", "a"], ["launch", "a", "--name", "mine"]):
+        assert main([*verb, override]) == 2
+        said = capsys.readouterr().err
+        assert f"'{override}' changes what the axis `{axis}` says of recipes/toy/a.yaml" in said
+        assert (
+            f"hint: select a value that the grid has by `runner sweep toy --where {axis}=" in said
+        )
+    assert fake.events() == []
+    assert main(["sweep", "toy", "data.seed=5"]) == 0, "which no axis sets"
+
+
+def test_overrides_that_make_two_cells_equal_are_refused(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_axes(fake, "a", "repetition: 1", 1)
+    write_axes(fake, "b", "repetition: 2", 2)
+    assert main(["sweep", "toy", "training.seed=5"]) == 2
+    said = capsys.readouterr().err
+    assert "makes one experiment of recipes/toy/a.yaml and recipes/toy/b.yaml" in said
+    assert main(["sweep", "a", "training.seed=5"]) == 0

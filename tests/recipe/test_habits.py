@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from runner.errors import RecipeError
-from runner.recipe.habits import Answer, find_answer, is_switch, list_keys, list_names
-from runner.recipe.parse import Recipe, load_recipe, parse_recipe
+from runner.recipe.habits import (
+    Answer,
+    complete,
+    find_answer,
+    fit_answer,
+    is_switch,
+    join_words,
+    list_keys,
+    list_names,
+)
+from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
+from runner.recipe.schema import AdapterOff
 from tests.conftest import ROOT
 
 DEMO = ROOT / "recipes" / "demo" / "gemma_060_full_seed1.yaml"
@@ -77,7 +89,8 @@ ANSWERS = list(list_answers())
     ids=lambda one: one if isinstance(one, str) else "",
 )
 def test_what_is_answered_is_a_recipe(name: str, value: str, answer: Answer) -> None:
-    load_recipe(DEMO, answer.overrides)
+    if name != "push_to_hub":  # that needs a repository too
+        complete(answer.overrides, lambda words: load_recipe(DEMO, words))
 
 
 def test_what_is_said_in_words_names_keys_that_there_are() -> None:
@@ -101,7 +114,7 @@ def test_values_are_those_that_were_meant() -> None:
             answer = find_answer(name, value, Recipe)
             assert answer is not None
             overrides += answer.overrides
-        return load_recipe(DEMO, overrides)
+        return load_recipe(DEMO, complete(overrides, lambda words: load_recipe(DEMO, words)))
 
     recipe = load("lr=1e-4", "max_seq_length=512", "lora_rank=4", "epochs=3", "warmup_ratio=0.03")
     assert recipe.training.learning_rate == 1e-4 and recipe.data.max_length == 512
@@ -133,7 +146,7 @@ def test_keys_of_the_schema_need_no_entry() -> None:
     [
         ("lr: 1e-4", "lr", "unknown key, here it is `training.learning_rate: 0.0001`"),
         ("learning_rate: 1e-4", "learning_rate", "here it is `training.learning_rate: 0.0001`"),
-        ("load_in_4bit: true", "load_in_4bit", "here it is `quantization.method=4bit quant"),
+        ("load_in_4bit: true", "load_in_4bit", "here it is `quantization.method: 4bit`, `quant"),
         ("sequence_len: 2048", "sequence_len", "here it is `data.max_length: 2048`"),
         ("val_set_size: 0.05", "val_set_size", "unknown key: `data.num_validation_samples` and"),
         ("datasets: [{path: a}]", "datasets", "here it is `data.train.path: VALUE`"),
@@ -183,3 +196,155 @@ def test_a_batch_of_answers_without_answers_says_what_it_goes_with() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(DEMO, overrides[1:])
     assert "needs the key `enabled`: its other keys go with `enabled: true`" in str(caught.value)
+
+
+PROBES = ("no", "1", "None", "-1", "4", "0.1", "auto", "a,b")
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The demo's, and the same without an adapter."""
+    dumped = load_recipe(DEMO).model_copy(update={"adapter": AdapterOff(method="none")})
+    plain = tmp_path_factory.mktemp("plain") / "plain.yaml"
+    plain.write_text(dump_recipe(dumped))
+    return [DEMO, plain]
+
+
+def test_no_answer_to_any_value_is_refused_when_it_is_pasted(recipes: list[Path]) -> None:
+    """Either words that a recipe takes, or a sentence."""
+    for path in recipes:
+        taken: set[tuple[str, ...]] = set()
+        for name, values in list_names().items():
+            for value in {*PROBES, *values} - {"*"}:
+                answer = find_answer(name, value, Recipe)
+                assert answer is not None
+                if answer.overrides in taken:
+                    continue
+                taken.add(answer.overrides)
+                if path != DEMO and not re.search(r"\b(adapter|quant)", " ".join(answer.overrides)):
+                    continue
+                fitted = fit_answer(answer, lambda words, path=path: load_recipe(path, words))
+                assert fitted.overrides or fitted.sentence
+                if fitted.overrides:
+                    load_recipe(path, shlex.split(join_words(fitted.overrides)))
+                elif fitted != answer:
+                    assert "=" not in str(fitted.sentence).partition("refuses it")[0]
+
+
+@pytest.mark.parametrize(
+    ("typed", "overrides"),
+    [
+        ("load_in_4bit=0", "quantization.method=none"),
+        ("load_in_4bit=no", "quantization.method=none"),
+        ("use_lora=0", "adapter.method=none quantization.method=none"),
+        ("train_on_inputs=0", "loss=completion"),
+        ("completion_only_loss=no", "loss=full"),
+        ("use_wandb=0", "tracking.report_to=none"),
+        ("group_by_length=no", "training.train_sampling_strategy=random"),
+        ("flash_attn=off", "model.attn_implementation=sdpa"),
+        ("use_qlora=off", "adapter.method=none quantization.method=none"),
+        ("evaluation_strategy=no", "evaluation.eval_strategy='no' evaluation.eval_steps=null"),
+        ("save_strategy=False", "checkpoints.save_strategy='no' checkpoints.save_steps=null"),
+        ("gradient_checkpointing=no", "training.gradient_checkpointing=false"),
+        ("bf16=1", "training.bf16=true"),
+        ("bf16=yes", "training.bf16=true"),
+        ("report_to=tensorboard", "tracking.report_to=[tensorboard]"),
+        ("report_to=None", "tracking.report_to=none"),
+        ("wandb_tags=a", "tracking.tags=[a]"),
+        ("modules_to_save=lm_head", "adapter.modules_to_save=[lm_head]"),
+        ("lora_target=q_proj", "adapter.target_modules=[q_proj]"),
+        ("lora_target=.*_proj", "adapter.target_modules=.*_proj"),
+        ("lora_target=all-linear", "adapter.target_modules=all-linear"),
+        ("save_total_limit=None", "checkpoints.keep_latest=null"),
+        ("wandb_watch=None", "tracking.watch=none"),
+        ("push_to_hub=true", "tracking.hub_push=end"),
+        ("push_to_hub=0", "tracking.hub_push=never"),
+    ],
+)
+def test_a_value_is_what_was_meant(typed: str, overrides: str) -> None:
+    name, _, value = typed.partition("=")
+    answer = find_answer(name, value, Recipe)
+    assert answer is not None and " ".join(answer.overrides) == overrides
+
+
+@pytest.mark.parametrize(
+    ("typed", "known"),
+    [
+        ("lora_target_linear=false", "only true are known here, got 'false'"),
+        ("quantization_bit=16", "only 4 and 8 are known here, got '16'"),
+        ("mixed_precision=fp8", "only bf16, fp16, no and false are known here, got 'fp8'"),
+        ("finetuning_type=freeze", "only lora, qlora, full and none are known"),
+        ("load_in_4bit=maybe", "only true and false are known here, got 'maybe'"),
+        ("save_strategy=best", "only steps, epoch, no and false are known"),
+    ],
+)
+def test_a_value_that_nobody_knows_is_answered_with_those_that_are(typed: str, known: str) -> None:
+    name, _, value = typed.partition("=")
+    answer = find_answer(name, value, Recipe)
+    assert answer is not None and answer.overrides == () and known in str(answer.sentence)
+    with pytest.raises(RecipeError, match="are known here") as caught:
+        load_recipe(DEMO, [typed])
+    assert caught.value.hint is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        ("max_steps=-1", "`training.max_steps` here, and this recipe refuses it: got -1"),
+        ("torch_dtype=auto", "refuses it: got the text 'auto', expected float32, bfloat16"),
+        ("eval_steps=0.1", "`evaluation.eval_steps` here, and this recipe refuses it: got 0.1"),
+        ("nnodes=2", "`launch.num_machines` here, and this recipe refuses it: `num_processes: 1`"),
+        ("wandb_watch=true", "`tracking.watch` here, and this recipe refuses it: got true"),
+        ("save_total_limit=None", "refuses it: got nothing (null)"),
+        ("push_to_hub=true", "refuses it: `hub_push: end` needs a repository"),
+    ],
+)
+def test_words_that_a_recipe_refuses_are_not_offered(typed: str, sentence: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(DEMO, [typed])
+    assert caught.value.hint is None and sentence in str(caught.value)
+    assert "here it is" not in str(caught.value)
+
+
+def test_two_names_that_need_each_other_are_offered_together() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(DEMO, ["push_to_hub=true", "hub_model_id=me/mine"])
+    assert caught.value.hint == "tracking.hub_push=end tracking.hub_model_id=me/mine"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        *("load_in_4bit=true", "load_in_8bit=1", "quantization=4bit", "lora_r=4", "lora_rank=4"),
+        *("lora_alpha=8", "lora_target=all", "use_dora=true", "adapter.r=4", "use_lora=yes"),
+    ],
+)
+def test_a_recipe_without_an_adapter_is_told_all_that_it_needs(
+    typed: str, recipes: list[Path]
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipes[1], [typed])
+    words = shlex.split(str(caught.value.hint))
+    assert "adapter.method=lora" in words
+    assert load_recipe(recipes[1], words).adapter.method == "lora"
+    if typed != "adapter.r=4":
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(DEMO, [typed])
+        others = {"adapter.r=16", "adapter.lora_dropout=0.05"}
+        assert not others & set(str(caught.value.hint).split()), "the recipe has its own"
+
+
+def test_an_override_alone_gets_no_hint_about_the_file(tmp_path: Path) -> None:
+    for typed, hint in (
+        ("eval_strategy=no", "\"evaluation.eval_strategy='no'\" evaluation.eval_steps=null"),
+        ("nonsense=no", None),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            parse_recipe(DEMO.read_text(), where="a", overrides=[typed], hint="fix the template")
+        assert caught.value.hint == hint
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(DEMO.read_text(), where="a", overrides=["eval_strategy=no"])
+    assert "unknown key, here it is `evaluation.eval_strategy='no'" in str(caught.value)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(DEMO, ["lr=1e-4"])
+    assert "here it is `training.learning_rate=1e-4`" in str(caught.value)
