@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Final, Protocol, TextIO
 
 import yaml
 
@@ -25,9 +25,24 @@ from runner.plan.select import QueuedRun
 from runner.processes import die_with_parent
 from runner.recipe.parse import Recipe
 
-# Returns what to launch. An engine calls it once, with the runs that it has queued already and the
-# stream on which to print what is decided about each run.
-PlanRuns = Callable[[Mapping[str, QueuedRun], TextIO], list[Launch]]
+# Raises: RunnerError for runs that could never start.
+RequireRuns = Callable[[Sequence[Launch]], None]
+
+
+class PlanRuns(Protocol):
+    """Returns what to launch.
+
+    An engine calls it once, with the runs that it has queued already, the stream on which to print
+    what is decided about each run, and its own checks of what is to be launched: they are made
+    before a run is moved aside.
+    """
+
+    def __call__(
+        self,
+        queued: Mapping[str, QueuedRun],
+        stream: TextIO,
+        require: RequireRuns | None = None,
+    ) -> list[Launch]: ...
 
 
 @dataclass(frozen=True)
@@ -141,17 +156,14 @@ class Devices:
                         f" start it by hand: runner launch {launch.selected.source_path} --prepare"
                     ),
                 )
-            self.check_gpus(launch)
-
-    def check_gpus(self, launch: Launch) -> None:
-        """Raises: RefusedError for a run of more processes than there are GPUs."""
-        if self.gpus is not None and launch.num_processes > len(self.gpus):
-            raise RefusedError(
-                f"{launch.full_name} wants {launch.num_processes} GPUs, one for each process; the"
-                f" sweep has {len(self.gpus)}",
-                hint=f"name {launch.num_processes}: --gpus"
-                f" {','.join(map(str, range(launch.num_processes)))}",
-            )
+            # One for each process.
+            if self.gpus is not None and launch.num_processes > len(self.gpus):
+                raise RefusedError(
+                    f"{launch.full_name} wants {launch.num_processes} GPUs, one for each process;"
+                    f" the sweep has {len(self.gpus)}",
+                    hint=f"name {launch.num_processes}: --gpus"
+                    f" {','.join(map(str, range(launch.num_processes)))}",
+                )
 
     def take(self, num_processes: int) -> Placement | None:
         """A placement, or None while there is no room. Of the GPUs, those with the most free
