@@ -16,8 +16,8 @@ from runner.recipe.contents import (
     hash_contents,
     hash_what_is_there,
     known_content,
-    list_content_paths,
     list_changed,
+    list_content_paths,
     list_contents,
 )
 from runner.recipe.identity import derive_digest
