@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from runner.errors import RefusedError
+from runner.errors import CorruptFileError, RefusedError, put_in_words
 from runner.plan.decide import Decision
 from runner.plan.select import Selected
 from runner.plan.status import RunStatus, read_status
@@ -174,15 +174,18 @@ def move_changed(one: ChangedRun, folder: Path) -> Decision | None:
 
     try:
         lease = take_lease(one.paths)
-    except RefusedError as error:
-        return Decision("refuse", error.message)
-    if lease is None:
-        return Decision("skip", "running: it is never moved")
-    with contextlib.closing(lease):
-        # Another sweep may have moved it and begun anew since it was looked at.
-        facts = read_facts(one.paths, lease=lease)
-        status = read_status(facts, one.selected.recipe, one.contents, named=one.contents)
-        if status.state != "changed":
-            return Decision("skip", "no longer changed: another sweep was faster")
-        move_aside(one.paths, one.target(folder))
+        if lease is None:
+            return Decision("skip", "running: it is never moved")
+        with contextlib.closing(lease):
+            # Another sweep may have moved it and begun anew since it was looked at.
+            facts = read_facts(one.paths, lease=lease)
+            status = read_status(facts, one.selected.recipe, one.contents, named=one.contents)
+            if status.state == "unreadable":
+                return Decision("refuse", f"cannot be moved: {status.why}")
+            if status.state != "changed":
+                return Decision("skip", "no longer changed: another sweep was faster")
+            move_aside(one.paths, one.target(folder))
+    # The others are moved and started anew nevertheless.
+    except (RefusedError, CorruptFileError, OSError) as error:
+        return Decision("refuse", f"cannot be moved: {put_in_words(error)}")
     return None

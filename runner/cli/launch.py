@@ -20,7 +20,13 @@ from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import is_plain
 from runner.launch.command import LaunchCommand
 from runner.launch.outcome import PoolResult
-from runner.launch.placement import Allocation, find_allocation, is_in_cluster, list_placements
+from runner.launch.placement import (
+    Allocation,
+    Devices,
+    find_allocation,
+    is_in_cluster,
+    list_placements,
+)
 from runner.launch.pool import STOPPED, build_command, run_planned
 from runner.plan.decide import MAX_FRUITLESS, Launch, decide
 from runner.plan.names import RECIPES_DIR, Prefer, find_one
@@ -78,6 +84,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
     if arguments.fresh and resume == "auto":
         planned = replace(planned, resume="none")  # nor from remote storage
     if arguments.fresh and status.state != "pending":
+        if not arguments.dry_run and not arguments.prepare:  # before it is moved aside
+            Devices(1, None, allocation).check([planned])
         status = _start_anew(arguments, selected, status, contents, num_processes)
     planned = replace(planned, num_attempts=status.num_attempts)
     decision = decide(status, retry_failed=True)
@@ -105,6 +113,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
     if arguments.dry_run or arguments.prepare:
         if arguments.prepare:
             _prepare(planned, commands[0])
+        else:
+            _note_refusal(planned, allocation)
         print("\n".join(command.as_shell(os.environ) for command in commands))
         return 0
     # Without --fresh and --resume, which would start over or rewind.
@@ -114,6 +124,20 @@ def run_launch(arguments: argparse.Namespace) -> int:
     )
     print_unpushed([selected])
     return _derive_exit_code(result, paths)
+
+
+def _note_refusal(planned: Launch, allocation: Allocation | None) -> None:
+    """Say of a preview whose commands are to be started by hand that `launch` would not start
+    them.
+    """
+    try:
+        Devices(1, None, allocation).check([planned])
+    except RefusedError as error:
+        print(
+            f"note: {error.message}: without `--dry-run` this is refused here, and `--prepare`"
+            " makes the run directory in which these commands are started by hand",
+            file=sys.stderr,
+        )
 
 
 def _find_contents(
@@ -191,6 +215,7 @@ def _run_repair(arguments: argparse.Namespace, planned: Launch, status: RunStatu
     planned = replace(planned, num_attempts=status.num_attempts, is_repair=True)
     allocation = _find_allocation(planned.recipe)
     if arguments.dry_run:
+        _note_refusal(planned, allocation)
         for placement in list_placements(
             planned.num_processes, planned.recipe.launch.num_machines, allocation
         ):

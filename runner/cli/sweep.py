@@ -10,8 +10,9 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TextIO, get_args
+from typing import Final, TextIO, get_args
 
 from runner.cli.changed import (
     ChangedRun,
@@ -25,13 +26,14 @@ from runner.cli.engines import load_engines
 from runner.cli.pushes import PushPlan, print_unpushed, send_pushes
 from runner.cli.reading import note_idle_overrides
 from runner.errors import RefusedError
-from runner.launch.placement import PlanRuns
+from runner.launch.placement import PlanRuns, RequireRuns
 from runner.launch.pool import STOPPED
 from runner.plan.decide import Decision, Launch, decide, decide_queued
 from runner.plan.select import QueuedRun, Selected, UnreadableRun, select_recipes
 from runner.plan.status import (
     RunStatus,
     State,
+    find_hint,
     read_status,
     read_status_unverified,
     suggest_mending,
@@ -76,15 +78,18 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
         )
     options = engine.parse_options(arguments)
     num_unhappy = 0
-    damaged: dict[str, RunStatus] = {}
+    found: dict[str, RunStatus] = {}
     pushes = PushPlan(needs_token=not engine.ONLY_WRITES_FILES)  # else it is given elsewhere
     launched: list[Selected] = []
 
-    def plan(queued: Mapping[str, QueuedRun], stream: TextIO) -> list[Launch]:
+    def plan(
+        queued: Mapping[str, QueuedRun], stream: TextIO, require: RequireRuns | None = None
+    ) -> list[Launch]:
         nonlocal num_unhappy
         planned, num_unhappy = _decide_all(
-            selected, arguments, queued, stream, damaged, pushes, only_unfinished=only_unfinished
-        )
+            selected, arguments, queued, stream, found, pushes, require,
+            only_unfinished=only_unfinished,
+        )  # fmt: skip
         launched[:] = [launch.selected for launch in planned]
         return planned
 
@@ -95,28 +100,48 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
         if arguments.engine != "local" and pushes.to_send and code != STOPPED:
             code = STOPPED if send_pushes(pushes.to_send).stopped_by is not None else code
         num_unpushed = print_unpushed([*launched, *pushes.to_send])
-    _print_damaged(damaged)
-    if arguments.engine == "local" and not arguments.dry_run:
-        states = _count_states(selected, len(unreadable), arguments.output_root)
-        print(_describe_states(states), file=sys.stderr)
-        # It was running when the sweep began, and whoever ran it has left it since.
-        num_unhappy += states["interrupted"]
-    is_unhappy = bool(num_unhappy or unreadable or num_unpushed)
-    return code or (1 if is_unhappy and not arguments.dry_run else 0)
+    _print_damaged(found)
+    if arguments.engine == "local" and not arguments.dry_run:  # all others only submit
+        statuses = _read_statuses(selected, arguments.output_root)
+        _print_undone(found, statuses)
+        counts = Counter(status.state for status in statuses.values())
+        print(_describe_states(counts + Counter(unreadable=len(unreadable))), file=sys.stderr)
+        # Some of them are counted already.
+        num_unhappy += sum(counts[state] for state in _UNHAPPY)
+    # A file is written for the runs that can be launched; what else there is, is told.
+    is_unhappy = num_unhappy or unreadable or num_unpushed
+    return code or (1 if is_unhappy and not engine.ONLY_WRITES_FILES else 0)
 
 
-def _count_states(
-    selected: Sequence[Selected], num_unreadable: int, output_root: Path
-) -> Counter[str]:
+_UNHAPPY: Final = ("interrupted", "failed", "changed", "damaged", "unreadable")
+
+
+def _read_statuses(selected: Sequence[Selected], output_root: Path) -> dict[str, RunStatus]:
     """The runs of a sweep that has ended, by what their directories say now."""
     known = KnownContents(content_cache_path(output_root))
-    counts: Counter[str] = Counter()
-    for one in selected:
-        inputs = known.look(one.recipe)
-        status = read_status_unverified(one.read_facts(), one.recipe, inputs)
-        counts[status.state] += 1
-    counts["unreadable"] += num_unreadable
-    return counts
+    return {
+        one.full_name: read_status_unverified(one.read_facts(), one.recipe, known.look(one.recipe))
+        for one in selected
+    }
+
+
+def _print_undone(found: Mapping[str, RunStatus], statuses: Mapping[str, RunStatus]) -> None:
+    """Runs that came to need a look while the sweep was at others, and of which nothing else tells:
+    what it launched and what failed then is told already.
+    """
+    for full_name, status in statuses.items():
+        before = found[full_name].state
+        is_left_alone = before in ("running", "completed")
+        untold = _UNHAPPY if is_left_alone else ("changed", "damaged")
+        if status.state == before or status.state not in untold:
+            continue
+        why, hint = status.why.partition("\n")[0], find_hint(status)
+        print(
+            f"{full_name} was {before} when this sweep began, and is {status.state} now: {why}",
+            file=sys.stderr,
+        )
+        if hint is not None:
+            print(f"  hint: {hint}", file=sys.stderr)
 
 
 def _describe_states(states: Counter[str]) -> str:
@@ -132,13 +157,14 @@ def _describe_states(states: Counter[str]) -> str:
     return f"{total} {'run' if total == 1 else 'runs'}: {', '.join(counted)}"
 
 
-def _print_damaged(damaged: Mapping[str, RunStatus]) -> None:
+def _print_damaged(found: Mapping[str, RunStatus]) -> None:
     """After all that a sweep says of its runs: nothing that it did helps these."""
-    for full_name, status in damaged.items():
-        print(
-            f"{full_name} is damaged: {status.why}\n  hint: {suggest_mending(status.damage)}",
-            file=sys.stderr,
-        )
+    for full_name, status in found.items():
+        if status.state == "damaged":
+            print(
+                f"{full_name} is damaged: {status.why}\n  hint: {suggest_mending(status.damage)}",
+                file=sys.stderr,
+            )
 
 
 def _decide_all(
@@ -146,15 +172,16 @@ def _decide_all(
     arguments: argparse.Namespace,
     queued: Mapping[str, QueuedRun],
     stream: TextIO,
-    damaged: dict[str, RunStatus],
+    found: dict[str, RunStatus],
     pushes: PushPlan,
+    require: RequireRuns | None,
     *,
     only_unfinished: bool,
 ) -> tuple[list[Launch], int]:
     """What is to be launched, and how many of the others are failed, changed or damaged; each
     decision is printed, that on changed runs once for all of them.
 
-    What is damaged is put into `damaged`, by its name, and what is to be pushed into `pushes`.
+    The status of each run is put into `found`, by its name, and what is to be pushed into `pushes`.
     """
     is_preview = arguments.dry_run
     hashes = ContentHashes(content_cache_path(arguments.output_root), is_kept=not is_preview)
@@ -167,6 +194,7 @@ def _decide_all(
         contents = find_contents(one.recipe, hashes, is_compared=is_compared)
         facts = one.read_facts()
         status = read_status(facts, one.recipe, contents, named=contents)
+        found[one.full_name] = status
         if status.state == "changed":
             changed.append(ChangedRun(one, contents, status))
             if arguments.fresh:
@@ -174,8 +202,6 @@ def _decide_all(
             continue
         if status.state == "completed" and facts.stored is not None:
             num_of_other_rules += facts.stored.rules != RULES
-        if status.state == "damaged":
-            damaged[one.full_name] = status
         decision = decide(
             status, retry_failed=arguments.retry_failed, only_unfinished=only_unfinished
         )
@@ -188,29 +214,31 @@ def _decide_all(
         if decision.action == "push":
             pushes.to_send.append(one)
         if decision.action == "launch":
-            num_processes = one.recipe.launch.num_processes
-            planned[one.full_name] = Launch(
-                one,
-                contents,
-                num_processes,
-                base=_find_asked_base(arguments),
-                num_attempts=status.num_attempts,
-            )
+            planned[one.full_name] = _build_launch(one, contents, arguments, status.num_attempts)
         elif decision.action == "refuse" or (
             status.state == "failed" and one.full_name not in queued
         ):
             num_unhappy += 1
-    to_launch = [launch.recipe for launch in planned.values()]
-    if arguments.fresh:
-        to_launch += [one.selected.recipe for one in changed]
+    fresh = {
+        one.full_name: replace(
+            _build_launch(one.selected, one.contents, arguments, 0), resume="none"
+        )
+        for one in changed
+        if arguments.fresh and one.full_name not in queued
+    }
     pushes.refuse()
     allow = suggest_allowing(
         arguments.paths, arguments.output_root, arguments.where, arguments.overrides
     )
-    require_allowed(to_launch, arguments.output_root, allow)  # before a run is moved aside
+    # Before a run is moved aside.
+    to_launch = [*planned.values(), *fresh.values()]
+    require_allowed([launch.recipe for launch in to_launch], arguments.output_root, allow)
+    if require is not None:
+        stream.flush()
+        require(to_launch)
     if changed and arguments.fresh:
-        fresh, num_refused = _start_anew(changed, arguments, queued, stream)
-        planned |= {launch.full_name: launch for launch in fresh}
+        moved, num_refused = _start_anew(changed, arguments, queued, stream)
+        planned |= {name: fresh[name] for name in moved}
         num_unhappy += num_refused
     elif changed:
         print(_describe_changed(changed, arguments), file=stream)
@@ -230,9 +258,9 @@ def _start_anew(
     arguments: argparse.Namespace,
     queued: Mapping[str, QueuedRun],
     stream: TextIO,
-) -> tuple[list[Launch], int]:
-    """`--fresh`: the launches of the changed runs, once they are out of the way, and how many of
-    them cannot be moved.
+) -> tuple[list[str], int]:
+    """`--fresh`: the names of the changed runs that are to be launched, once they are out of the
+    way, and how many of them cannot be moved.
 
     Raises:
         RefusedError: nobody said yes.
@@ -268,25 +296,20 @@ def _start_anew(
         report = pasteable(shlex.join(["runner", "report", *map(str, folders.values())]))
         print(f"moved   {_count(moved)}; the numbers: {report}", file=stream)
     decision = Decision("launch", "pending: never started")
-    launches = []
     for one in moved:
         print(_describe_decision(one.full_name, decision, ()), file=stream)
-        count = one.selected.recipe.launch.num_processes
-        launches.append(
-            Launch(
-                one.selected,
-                one.contents,
-                count,
-                resume="none",
-                base=_find_asked_base(arguments),
-                num_attempts=0,
-            )
-        )
-    return launches, num_refused
+    return [one.full_name for one in moved], num_refused
 
 
-def _find_asked_base(arguments: argparse.Namespace) -> AskedBase:
-    return "own" if arguments.own_base else "shared"
+def _build_launch(
+    selected: Selected,
+    contents: Mapping[str, str],
+    arguments: argparse.Namespace,
+    num_attempts: int,
+) -> Launch:
+    base: AskedBase = "own" if arguments.own_base else "shared"
+    num_processes = selected.recipe.launch.num_processes
+    return Launch(selected, contents, num_processes, base=base, num_attempts=num_attempts)
 
 
 def run_rerun(arguments: argparse.Namespace) -> int:

@@ -92,14 +92,15 @@ def submit(plan: PlanRuns, options: LocalOptions) -> int:
     from runner.launch.placement import Devices
     from runner.launch.pool import STOPPED, build_command, run_planned
 
-    planned = plan({}, sys.stdout)
-    sys.stdout.flush()
     devices = Devices(options.num_slots, options.gpu_names, per_gpu=options.per_gpu)
-    for run in planned:
-        if run.recipe.launch.num_machines == 1:
-            devices.check_gpus(run)
-    if options.gpus is not None and options.per_gpu > 1:
-        require_memory(planned, options.gpus, options.per_gpu, options.output_root)
+
+    def require(runs: Sequence[Launch]) -> None:
+        devices.check(runs)
+        if options.gpus is not None and options.per_gpu > 1:
+            require_memory(runs, options.gpus, options.per_gpu, options.output_root)
+
+    planned = plan({}, sys.stdout, require)
+    sys.stdout.flush()
     if options.is_dry_run:
         for run, placement in _preview(planned, devices):
             print(build_command(run, placement).as_shell(os.environ))
@@ -121,23 +122,14 @@ def submit(plan: PlanRuns, options: LocalOptions) -> int:
 
 
 def _preview(planned: Sequence[Launch], devices: Devices) -> Iterator[tuple[Launch, Placement]]:
-    """Each run with the placement that it gets if all that run at a time end together; one for each
-    machine, where somebody has to start it on several by hand.
-    """
-    from runner.launch.placement import list_placements
-
+    """Each run with the placement that it gets if all that run at a time end together."""
     taken: list[Placement] = []
     for run in planned:
-        num_machines = run.recipe.launch.num_machines
-        if num_machines > 1:
-            for one in list_placements(run.num_processes, num_machines, None):
-                yield run, one
-            continue
         placement = devices.take(run.num_processes)
         if placement is None:
             while taken:
                 devices.give_back(taken.pop())
             placement = devices.take(run.num_processes)
-            assert placement is not None, "`check_gpus` refuses what never fits"
+            assert placement is not None, "`require` refuses what never fits"
         taken.append(placement)
         yield run, placement

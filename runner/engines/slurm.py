@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import argparse
 
     from runner.launch.placement import PlanRuns, Resources
+    from runner.plan.decide import Launch
     from runner.plan.select import QueuedRun, Selected
     from runner.recipe.parse import Recipe
     from runner.run.record import SubmissionRecord
@@ -188,8 +189,11 @@ def _load_queue_if_any(output_root: Path) -> tuple[dict[str, QueuedRun], int]:
 def _plan_arrays(
     plan: PlanRuns, queued: Mapping[str, QueuedRun], options: SlurmOptions, max_array_size: int
 ) -> list[ArrayJob]:
+    def require(runs: Sequence[Launch]) -> None:
+        build_arrays([run.selected for run in runs], options, max_array_size)
+
     # In a dry run, stdout is the script.
-    planned = plan(queued, sys.stderr if options.is_dry_run else sys.stdout)
+    planned = plan(queued, sys.stderr if options.is_dry_run else sys.stdout, require)
     arrays = build_arrays([run.selected for run in planned], options, max_array_size)
     if not arrays:
         print("nothing to submit", file=sys.stderr)

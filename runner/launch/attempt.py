@@ -33,6 +33,7 @@ from runner.launch.worker import ForkedProcess, Worker
 from runner.plan.decide import Launch
 from runner.plan.status import find_divisor
 from runner.processes import OWNER_VARIABLE, die_with_parent, kill_processes_of
+from runner.recipe.contents import list_changed
 from runner.recipe.identity import (
     list_library_versions,
     look_again_at_versions,
@@ -42,7 +43,7 @@ from runner.run.facts import RunFacts, read_facts
 from runner.run.failures import build_failure, explain_silence, read_log_tail
 from runner.run.lease import ATTEMPT_VARIABLE, Lease, hold_launcher_lock, wait_for_ranks
 from runner.run.manifest import find_damage, is_model_removed
-from runner.run.paths import AttemptPaths, RunPaths
+from runner.run.paths import AttemptPaths, RunPaths, content_cache_path
 from runner.run.record import (
     DETERMINISTIC_KINDS,
     Attempt,
@@ -256,8 +257,9 @@ def start_attempt(
     Raises:
         HeldElsewhere: somebody else runs it.
         FailedElsewhere: there was another attempt since, which failed or was asked to stop.
-        RefusedError: the directory holds another experiment, the micro-batch cannot be divided, or
-            a name on the hub stands for what the run may not load.
+        RefusedError: the directory holds another experiment, files of the recipe changed since they
+            were hashed, the micro-batch cannot be divided, or a name on the hub stands for what the
+            run may not load.
         OSError: the run cannot be prepared, or the launcher not be started.
     """
     recipe, paths = launch.recipe, launch.paths
@@ -269,6 +271,8 @@ def start_attempt(
         facts = read_facts(paths, lease=lease)
         divisor = launch.micro_batch_divisor or find_divisor(facts, recipe)
         derive_accumulation(recipe, launch.num_processes, divisor)
+        if facts.result is None or launch.is_repair:
+            _refuse_changed_inputs(launch)
         if facts.result is None:
             refuse_uncontinuable(launch, command, facts, divisor)
         prepare_run(recipe, launch.contents, facts, names or NamesOnHub(), launch.resume)
@@ -290,6 +294,20 @@ def start_attempt(
     return RunningAttempt(
         paths, attempt, process, lease, owner, lock, worker, first_step=_find_newest_step(paths)
     )
+
+
+def _refuse_changed_inputs(launch: Launch) -> None:
+    """Refuse to record hashes of files that were changed since the run was planned: it may have
+    waited for days.
+    """
+    cache_path = content_cache_path(launch.paths.run_dir.parent.parent)
+    changed = list_changed(launch.recipe, launch.contents, cache_path)
+    if changed:
+        shown = "\n".join(f"  {path} {what}" for path, what in changed.items())
+        raise RefusedError(
+            f"inputs of {launch.full_name} changed after it was planned:\n{shown}",
+            hint="the same command again reads them, and decides anew",
+        )
 
 
 def _say_removed(names: list[str]) -> bytes:

@@ -58,16 +58,16 @@ class HeldRuns:
         if not untold:
             return None
         self._told |= self.runs.keys()
-        what = "1 run" if len(self.runs) == 1 else f"{len(self.runs)} runs"
-        named = ", ".join(
-            f"{name} ({describe_holder(run.paths)})" for name, run in self.runs.items()
-        )
+        what = "1 run" if len(untold) == 1 else f"{len(untold)} runs"
+        named = ", ".join(f"{run.full_name} ({describe_holder(run.paths)})" for run in untold)
         return f"waiting for {what} that another sweep holds: {named}; Ctrl-C stops waiting"
 
 
 def _is_held(paths: RunPaths) -> bool:
     try:
         return is_leased(paths.lease_path) or has_ranks(paths)
+    except CorruptFileError:  # a folder has its name, say: to start the run says so
+        return False
     except OSError:  # a file system that does not answer: the next look tells
         return True
 

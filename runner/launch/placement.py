@@ -25,18 +25,29 @@ from runner.plan.select import QueuedRun, Selected
 from runner.processes import die_with_parent
 from runner.recipe.parse import Recipe
 
+# Raises: RunnerError for runs that could never start.
+RequireRuns = Callable[[Sequence[Launch]], None]
+
 
 @dataclass(frozen=True)
 class PlanRuns:
-    """Returns what to launch. An engine calls it once, with the runs that it has queued already and
-    the stream on which to print what is decided about each run.
+    """Returns what to launch.
+
+    An engine calls it once, with the runs that it has queued already, the stream on which to print
+    what is decided about each run, and its own checks of what is to be launched: they are made
+    before a run is moved aside.
     """
 
-    decide: Callable[[Mapping[str, QueuedRun], TextIO], list[Launch]]
+    decide: Callable[[Mapping[str, QueuedRun], TextIO, RequireRuns | None], list[Launch]]
     to_push: Sequence[Selected]  # once called: completed runs whose models are still to be sent
 
-    def __call__(self, queued: Mapping[str, QueuedRun], stream: TextIO) -> list[Launch]:
-        return self.decide(queued, stream)
+    def __call__(
+        self,
+        queued: Mapping[str, QueuedRun],
+        stream: TextIO,
+        require: RequireRuns | None = None,
+    ) -> list[Launch]:
+        return self.decide(queued, stream, require)
 
 
 @dataclass(frozen=True)
@@ -150,17 +161,14 @@ class Devices:
                         f" start it by hand: runner launch {launch.selected.source_path} --prepare"
                     ),
                 )
-            self.check_gpus(launch)
-
-    def check_gpus(self, launch: Launch) -> None:
-        """Raises: RefusedError for a run of more processes than there are GPUs."""
-        if self.gpus is not None and launch.num_processes > len(self.gpus):
-            raise RefusedError(
-                f"{launch.full_name} wants {launch.num_processes} GPUs, one for each process; the"
-                f" sweep has {len(self.gpus)}",
-                hint=f"name {launch.num_processes}: --gpus"
-                f" {','.join(map(str, range(launch.num_processes)))}",
-            )
+            # One for each process.
+            if self.gpus is not None and launch.num_processes > len(self.gpus):
+                raise RefusedError(
+                    f"{launch.full_name} wants {launch.num_processes} GPUs, one for each process;"
+                    f" the sweep has {len(self.gpus)}",
+                    hint=f"name {launch.num_processes}: --gpus"
+                    f" {','.join(map(str, range(launch.num_processes)))}",
+                )
 
     def take(self, num_processes: int) -> Placement | None:
         """A placement, or None while there is no room. Of the GPUs, those with the most free

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from runner.errors import CorruptFileError, DataError, escape_controls
+from runner.errors import CorruptFileError, DataError, escape_controls, put_in_words
 from runner.files import (
     FileState,
     hash_file,
@@ -53,8 +53,8 @@ class _Entry(NamedTuple):
     @property
     def is_settled(self) -> bool:
         """True where each later change has other time stamps."""
-        newest = max(self.mtime_ns, self.ctime_ns)
-        return self.read_at_ns - newest > _SETTLED_AFTER_NANOSECONDS
+        # The ctime alone: an mtime is anything that somebody sets, also in the future.
+        return self.read_at_ns - self.ctime_ns > _SETTLED_AFTER_NANOSECONDS
 
 
 class ContentHashes:
@@ -99,19 +99,23 @@ class ContentHashes:
         found = self._hash_files(path, _files_in(path) if files is None else files)
         return hash_json({str(file.relative_to(path)): digest for file, digest in found.items()})
 
+    def measure_unread(self, files: Iterable[Path]) -> int:
+        """The bytes that `hash` would read."""
+        return sum(file.stat().st_size for file in files if self._find_settled(file) is None)
+
     def _hash_files(self, path: Path, files: Iterable[Path]) -> dict[Path, str]:
         """The hash of each file; read are those that may have changed."""
         found: dict[Path, str] = {}
         unread: list[Path] = []
         for file in files:
-            entry = self._find(file)
-            if entry is not None and entry.is_settled:
+            entry = self._find_settled(file)
+            if entry is not None:
                 found[file] = entry.sha256
             else:
                 unread.append(file)
         if not unread:
             return found
-        notice = _Notice(path, sum(file.stat().st_size for file in unread))
+        notice = _Notice(path, self.measure_unread(unread))
         for file in unread:
             # The state comes first: what is written meanwhile has another one.
             read_at_ns, state = time.time_ns(), look_at(file)
@@ -125,6 +129,10 @@ class ContentHashes:
         state = look_at(path)
         entry = None if state is None else self._cache.get(str(path.resolve()))
         return entry if entry is not None and entry.is_of(state) else None
+
+    def _find_settled(self, path: Path) -> _Entry | None:
+        entry = self._find(path)
+        return entry if entry is not None and entry.is_settled else None
 
     def save(self) -> None:
         """Write the cache; a cache that is lost or overwritten by another process only costs
@@ -459,3 +467,28 @@ class KnownContents:
         if path not in self._exists:
             self._exists[path] = Path(path).exists()
         return self._exists[path]
+
+
+def list_changed(recipe: Recipe, contents: Mapping[str, str], cache_path: Path) -> dict[str, str]:
+    """`path -> in words` of what is not as it was when it was hashed to `contents`, as far as the
+    cache tells; read is only what was touched since, and of that nothing large.
+    """
+    inputs = KnownContents(cache_path).look(recipe)
+    changed = {path: "is not there any more" for path in inputs.missing if path in contents}
+    found = dict(inputs.contents)
+    hashes = ContentHashes(cache_path)
+    for content in list_contents(recipe):
+        if content.path not in inputs.touched:
+            continue
+        try:
+            if hashes.measure_unread(_list_read(content)) > _LARGE_BYTES:
+                changed[content.path] = "was touched, and is too large to be read meanwhile"
+                continue
+            found[content.path] = hashes.hash(Path(content.path), _find_files(content))
+        except (DataError, OSError) as error:
+            changed[content.path] = f"cannot be read any more: {put_in_words(error)}"
+    hashes.save()
+    for path, digest in found.items():
+        if contents.get(path, digest) != digest:
+            changed[path] = "has another content"
+    return changed

@@ -419,14 +419,21 @@ class Trouble:
 
 
 def group_troubles(views: Sequence[RunView]) -> list[Trouble]:
-    """What failed, waits for another try or cannot be judged; the most urgent first, alike ones
-    together.
+    """What failed, waits for another try, cannot be judged, or has inputs or a push that somebody
+    should look at; the most urgent first, alike ones together.
     """
     found: dict[tuple[str, str], list[RunView]] = {}
     for view in views:
-        if view.state in _SILENT or (view.state == "interrupted" and view.status.failure is None):
+        status = view.status
+        is_trouble = view.state not in _SILENT and (
+            view.state != "interrupted" or status.failure is not None
+        )
+        is_noted = bool(status.inputs_missing or status.inputs_touched or status.push_note)
+        if not is_trouble and not is_noted:
             continue
-        found.setdefault((view.state, clean(view.status.why.partition("\n")[0])), []).append(view)
+        why = status.why.partition("\n")[0] if is_trouble else ""
+        what = clean("; ".join(filter(None, (why, status.notes))))
+        found.setdefault((view.state, what), []).append(view)
     ordered = sorted(found.items(), key=lambda item: rank_urgency(item[0][0]))
     return [Trouble(what, group) for (_, what), group in ordered]
 

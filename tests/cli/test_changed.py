@@ -19,6 +19,7 @@ from runner.run.lease import Lease
 from runner.run.paths import content_cache_path
 from runner.run.record import now_utc
 from tests.support.fake_launcher import BIN_DIR, FakeLauncher, fake, finish
+from tests.support.fake_nvidia_smi import TWO, add_nvidia_smi
 from tests.support.settled import settle
 
 __all__ = ["fake"]
@@ -53,7 +54,7 @@ def test_data_that_changed_are_told_by_what_only_looks_and_read_by_a_dry_run(
         main([verb, "recipes/toy"])
         error = capsys.readouterr().err
         assert "warning: data.jsonl was touched since its content was last read" in error, verb
-    assert main(["sweep", "recipes/toy", "--dry-run"]) == 0
+    assert main(["sweep", "recipes/toy", "--dry-run"]) == 1
     assert "refuse  toy/a  " in capsys.readouterr().out
     assert fake.tree() == before
     assert main(["sweep", "recipes/toy"]) == 1
@@ -229,6 +230,38 @@ def test_a_dry_run_shows_what_would_be_done(
     assert f"fresh   4 runs would be moved into {folder}\n" in said
     assert said.count("accelerate launch") == said.count("launch  toy/") == 4
     assert changed.tree() == before
+
+
+def test_nothing_is_moved_where_the_sweep_is_refused(
+    changed: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(changed, "d", old="num_processes: 1", new="num_processes: 2")
+    add_nvidia_smi(changed.home, TWO)
+    before = changed.tree()
+    assert main([*FRESH, "--yes", "--gpus", "0"]) == 2
+    assert "toy/d wants 2 GPUs" in capsys.readouterr().err
+    assert changed.tree() == before
+
+
+def test_one_run_that_cannot_be_moved_leaves_the_others_to_be_started(
+    changed: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = dated(changed)
+    (folder / "toy").mkdir(parents=True)
+    changed.paths("b").lease_path.unlink()
+    changed.paths("b").lease_path.mkdir()
+    assert main([*FRESH, "--yes"]) == 1
+    captured = capsys.readouterr()
+    assert "refuse  toy/b  " in captured.out and "lease is a folder" in captured.out
+    assert changed.started().count("a") == changed.started().count("c") == 2
+
+
+@pytest.mark.parametrize("answered", [["--dry-run"], []])
+def test_a_preview_ends_as_the_sweep_does(fake: FakeLauncher, answered: list[str]) -> None:
+    fake.add("a", told="fail data row 7")
+    assert main(["sweep", "recipes/toy"]) == 1
+    assert main(["sweep", "recipes/toy", *answered]) == 1
+    assert fake.started() == ["a"]
 
 
 def judge(fake: FakeLauncher, name: str) -> ChangedRun:

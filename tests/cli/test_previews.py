@@ -206,7 +206,7 @@ def test_a_preview_says_what_the_run_does(
 
     assert dry_sweep.find_decision() == sweep.find_decision()
     assert sweep.find_decision().startswith(action if action != "error" else "")
-    assert dry_sweep.code == (2 if action == "error" else 0)
+    assert dry_sweep.code == sweep.code
     assert dry_launch.code == launch.code
     if action in ("error", "refuse"):
         assert dry_launch.errors == launch.errors

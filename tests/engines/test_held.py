@@ -6,8 +6,14 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from pathlib import Path
+
+import pytest
 
 from runner.cli.main import main
+from runner.launch.held import HeldRuns
+from runner.plan.decide import Launch
+from runner.plan.select import select_recipes
 from runner.run.record import load_stop_request
 from tests.support.fake_hub import FakeHub
 from tests.support.fake_launcher import PATIENCE_SECONDS, FakeLauncher, fake, finish
@@ -223,3 +229,68 @@ def test_what_was_running_when_a_sweep_began_and_is_left_since_is_not_done(
     fake.let_go("b")
     code, _, stderr = finish(sweep)
     assert code == 1 and stderr.endswith("\n2 runs: 1 completed, 1 interrupted\n")
+    assert "toy/a was running when this sweep began, and is interrupted now: attempt 1" in stderr
+
+
+def test_what_was_running_when_a_sweep_began_and_has_failed_since_is_named(
+    fake: FakeLauncher,
+) -> None:
+    fake.add("a", told="wait fail data row 7 has no messages")
+    fake.add("b", told="wait")
+    holding = fake.start("sweep", "recipes/toy/a.yaml")
+    assert fake.next_started()[0] == "a"
+    sweep = fake.start("sweep", "recipes/toy")
+    assert fake.next_started()[0] == "b"
+    fake.let_go("a")
+    assert finish(holding)[0] == 1
+    fake.let_go("b")
+    code, _, stderr = finish(sweep)
+    assert code == 1 and stderr.endswith("\n2 runs: 1 completed, 1 failed\n")
+    told = "toy/a was running when this sweep began, and is failed now: data: row 7 has no messages"
+    assert f"{told}\n  hint: " in stderr
+
+
+def test_an_odd_file_of_a_held_run_ends_that_run_alone(fake: FakeLauncher) -> None:
+    waiting, holding = start_both(fake, "wait")
+    lease_path = fake.paths("b").lease_path
+    lease_path.rename(lease_path.with_name("aside"))
+    lease_path.mkdir()
+    code, _, stderr = finish(waiting)
+    assert code == 1 and "lease is a folder, and should be a file" in stderr
+    assert "Traceback" not in stderr
+    assert stderr.endswith("\n2 runs: 1 completed, 1 unreadable\n")
+    fake.let_go("b")
+    finish(holding)
+
+
+@pytest.mark.parametrize("is_changed", [True, False])
+def test_inputs_that_changed_while_a_run_waited_are_never_recorded_as_before(
+    fake: FakeLauncher, is_changed: bool
+) -> None:
+    waiting, holding = start_both(fake, "hang\nthen complete")
+    config = fake.root / "models" / "toy" / "config.json"
+    if is_changed:
+        config.write_text('{"other": 1}')
+    else:
+        config.touch()
+    holding.kill()
+    finish(holding)
+    code, _, stderr = finish(waiting)
+    if not is_changed:
+        assert code == 0 and stderr.endswith("\n2 runs: 2 completed\n")
+        return
+    assert code == 1 and len(fake.attempts("b")) == 1
+    assert "inputs of toy/b changed after it was planned:\n  models/toy has another" in stderr
+    assert "toy/a was pending when this sweep began, and is changed now: " in stderr
+    assert stderr.endswith("\n2 runs: 2 changed\n")
+
+
+def test_each_held_run_is_named_once(fake: FakeLauncher) -> None:
+    fake.add("a", "b")
+    held = HeldRuns()
+    for one in select_recipes(["recipes/toy"], Path("runs")):
+        held.add(Launch(one, {}, 1))
+        said = held.describe_untold()
+        assert said is not None and said.startswith("waiting for 1 run that another sweep holds")
+        assert said.count("toy/") == 1 and one.full_name in said
+    assert held.describe_untold() is None

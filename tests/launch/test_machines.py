@@ -87,11 +87,16 @@ def test_srun_starts_accelerate_once_on_each_machine(
     )
 
 
-@pytest.mark.parametrize("verb", ["launch", "sweep"])
+@pytest.mark.parametrize("verb", ["launch", "sweep", "sweep --dry-run"])
 def test_outside_slurm_it_is_refused(two: FakeLauncher, verb: str) -> None:
     before = two.tree()
-    code, _, stderr = finish(two.start(verb, "recipes/toy/two.yaml"))
-    assert code == 2 and "toy/two wants 2 machines" in stderr and "--prepare" in stderr
+    code, stdout, stderr = finish(two.start(*verb.split(), "recipes/toy/two.yaml"))
+    assert (
+        code == 2
+        and "accelerate launch" not in stdout
+        and "toy/two wants 2 machines" in stderr
+        and "--prepare" in stderr
+    )
     assert {
         name: content
         for name, content in two.tree().items()
@@ -109,13 +114,29 @@ def test_a_sweep_inside_a_job_of_several_machines_takes_none_of_them(
 
 def test_by_hand_there_is_one_command_for_each_machine(two: FakeLauncher) -> None:
     for mode in ("--dry-run", "--prepare"):
-        code, stdout, _ = finish(two.start("launch", "recipes/toy/two.yaml", mode))
+        code, stdout, stderr = finish(two.start("launch", "recipes/toy/two.yaml", mode))
+        refused = "toy/two wants 2 machines, this is one: without `--dry-run` this is refused here"
+        assert (refused in stderr) == (mode == "--dry-run")
         lines = stdout.splitlines()
         assert code == 0 and len(lines) == 2
         for rank, line in enumerate(lines):
             assert f"--num_machines 2 --machine_rank {rank} --main_process_ip FIRST_MACHINE" in line
             assert "--num_processes 4" in line and "--main_process_port 0" not in line
-    assert finish(two.start("sweep", "recipes/toy", "--dry-run"))[1].splitlines()[-2:] == lines
+
+
+@pytest.mark.parametrize("verb", ["launch", "sweep --yes"])
+def test_nothing_is_moved_aside_for_a_run_that_is_refused_here(
+    two: FakeLauncher, verb: str
+) -> None:
+    two.add("one")
+    path = two.root / "recipes" / "toy" / "one.yaml"
+    assert finish(two.start("launch", "recipes/toy/one.yaml"))[0] == 0
+    text = path.read_text().replace("max_steps: 2", "max_steps: 4")
+    path.write_text(text.replace("num_processes: 1", "num_processes: 2\n  num_machines: 2"))
+    code, _, stderr = finish(two.start(*verb.split(), "recipes/toy/one.yaml", "--fresh"))
+    assert code == 2 and "toy/one wants 2 machines, this is one" in stderr
+    assert two.paths("one").result_path.exists()
+    assert [one.name for one in two.paths("one").run_dir.parent.iterdir()] == ["one"]
 
 
 @pytest.mark.parametrize("num_nodes", ["1", "3"])

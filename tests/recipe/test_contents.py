@@ -16,6 +16,7 @@ from runner.recipe.contents import (
     hash_contents,
     hash_what_is_there,
     known_content,
+    list_changed,
     list_content_paths,
     list_contents,
 )
@@ -187,6 +188,44 @@ def test_what_was_read_in_the_instant_of_its_change_is_read_again(tmp_path: Path
     entries[str(path)][-1] = hash_file(cache_path)  # as if it had been "one", a moment ago
     cache_path.write_text(json.dumps(entries))
     assert ContentHashes(cache_path).hash(path) == rightly
+
+
+def test_a_file_of_the_future_is_not_read_each_time(tmp_path: Path) -> None:
+    path, cache_path = tmp_path / "data.jsonl", tmp_path / "cache.json"
+    path.write_text("two")
+    os.utime(path, (4e9, 4e9))
+    hashes = ContentHashes(cache_path)
+    hashes.hash(path)
+    hashes.save()
+    assert hashes.measure_unread([path]) == 3, "it was written too recently"
+    settle_hashes(cache_path)
+    assert ContentHashes(cache_path).measure_unread([path]) == 0
+
+
+def test_what_changed_since_it_was_hashed_is_told_and_little_is_read(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    cache_path = tmp_path / "cache.json"
+    contents = hash_contents(recipe, ContentHashes(cache_path))
+    settle_hashes(cache_path)
+    assert list_changed(recipe, contents, cache_path) == {}
+    Path("t.jsonl").touch()
+    assert list_changed(recipe, contents, cache_path) == {}, "the same bytes"
+    with Path("t.jsonl").open("r+") as stream:
+        stream.truncate(2**30 + 1)
+    assert list_changed(recipe, contents, cache_path) == {
+        "t.jsonl": "was touched, and is too large to be read meanwhile"
+    }
+    Path("t.jsonl").write_text("other")
+    Path("v.jsonl").unlink()
+    assert list_changed(recipe, contents, cache_path) == {
+        "t.jsonl": "has another content",
+        "v.jsonl": "is not there any more",
+    }
+    Path("t.jsonl").chmod(0o640)
+    hash_what_is_there(recipe, hashes := ContentHashes(cache_path))  # by another process
+    hashes.save()
+    assert list_changed(recipe, contents, cache_path)["t.jsonl"] == "has another content"
 
 
 def test_a_file_that_was_only_touched_is_read_again_and_nothing_changed(

@@ -185,11 +185,11 @@ def test_a_sweep_tells_once_what_rules_1_change_and_fresh_moves_it(
     assert main(["sweep", "recipes/states", "--dry-run"]) == 2
     assert "recipe missing_data names files that are not there" in capsys.readouterr().err
     Path("data/gone.jsonl").write_text("{}\n")
-    assert main(["sweep", "recipes/states", "--dry-run"]) == 0
+    assert main(["sweep", "recipes/states", "--dry-run"]) == 1
     said = capsys.readouterr().out
     assert said.count("rules of rows and masks") == 1 and f" 32 runs  {line}\n" in said
     assert "refuse  34 runs are changed: " in said and "runner report runs/states\n" in said
-    assert main(["sweep", "recipes/states", "--dry-run", "--fresh"]) == 0
+    assert main(["sweep", "recipes/states", "--dry-run", "--fresh"]) == 1, "others have failed"
     said = capsys.readouterr().out
     assert f"fresh   34 runs would be moved into runs/.changed-{now_utc()[:10]}\n" in said
     assert "launch  states/killed  pending: never started\n" in said

@@ -135,6 +135,21 @@ def test_alike_failures_are_told_once() -> None:
     assert "✗ 0 and 39 more  out_of_memory: CUDA out of memory" in draw(views, 80, None)
 
 
+def test_inputs_and_pushes_that_need_a_look_are_told() -> None:
+    views = [make_view("pending", {"n": n}, inputs_missing=("data.jsonl",)) for n in range(3)]
+    views.append(make_view("completed", {"n": 4}, push_to="lab/a", push_failure="403"))
+    views.append(make_view("running", {"n": 5}, inputs_touched=("models/toy",)))
+    views.append(make_view("completed", {"n": 6}, is_model_removed=True))
+    views.append(make_view("changed", {"n": 7}, why="loss changed", push_to="lab/b"))
+    lines = draw(views, 100, None)
+    assert lines[-4:] == [
+        "▶ 5  inputs touched since (not verified): models/toy",
+        "≠ 7  loss changed; push to lab/b is pending",
+        "· 0 and 2 more  inputs missing: data.jsonl",
+        "✓ 4  push to lab/a failed: 403",
+    ]
+
+
 def test_what_a_library_says_cannot_command_the_terminal() -> None:
     message = "\x1b[2J\x1b]0;owned\x07 bad\r\u202e"
     views = [
