@@ -67,7 +67,21 @@ def read_runs(selected: Iterable[Selected], known: KnownContents) -> list[ReadRu
 
 
 def note_idle_overrides(selected: Sequence[Selected]) -> None:
-    """On stderr: overrides that change nothing, which are in no name of a run."""
+    """On stderr: overrides that change nothing, which are in no name of a run, and runs that have
+    the name which another spelling of the same overrides gave them.
+    """
+    respelled = [one for one in selected if one.is_respelled]
+    if respelled:
+        first = respelled[0]
+        others = len(respelled) - 1
+        more = f", and likewise {others} more" if others else ""
+        print(
+            escape_controls(
+                f"note: `{' '.join(first.overrides)}` is the run {first.full_name}, under another"
+                f" spelling{more}"
+            ),
+            file=sys.stderr,
+        )
     idle: dict[str, list[Selected]] = {}
     for one in selected:
         for override in one.idle_overrides:

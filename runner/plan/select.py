@@ -20,7 +20,7 @@ from runner.errors import (
     put_in_words,
 )
 from runner.plan.names import Prefer, find_named
-from runner.plan.variants import load_variant
+from runner.plan.variants import find_same_run, load_variant, refuse_repeated
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe, load_recipe
 from runner.run.facts import Found, Part, RunFacts, read_facts, read_stored_recipe
@@ -40,6 +40,8 @@ class Selected:
     # Of the command line: those that changed the recipe, and those that changed nothing.
     overrides: tuple[str, ...] = ()
     idle_overrides: tuple[str, ...] = ()
+    # True where the run got its name from another spelling of its overrides.
+    is_respelled: bool = False
 
     @property
     def full_name(self) -> str:
@@ -99,6 +101,7 @@ def select_recipes(
         RunnerError: an argument names nothing, a recipe is wrong (all of them are listed), or
             `where` matches nothing; without `unreadable`, also a run directory that cannot be read.
     """
+    refuse_repeated(overrides)
     damaged: list[UnreadableRun] = []
     found: dict[Path, Selected] = {}
     errors: list[RecipeError] = []
@@ -144,7 +147,17 @@ def load_selected(
     recipe, kept = load_variant(path, overrides, name, load=load)
     idle = tuple(one for one in dict.fromkeys(overrides) if one not in kept)
     paths = run_paths(recipe, output_root)
-    return Selected(recipe, path, paths, overrides=kept, idle_overrides=idle)
+    is_respelled = False
+    if kept and name is None and not paths.run_dir.exists():
+        base = load_recipe(path, overrides).run.name
+        same = find_same_run(recipe, base, paths.run_dir.parent)
+        if same is not None:
+            named = {"name": same.run.name, "overrides": same.run.overrides}
+            recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=named)})
+            paths, is_respelled = run_paths(recipe, output_root), True
+    return Selected(
+        recipe, path, paths, overrides=kept, idle_overrides=idle, is_respelled=is_respelled
+    )
 
 
 def combine_errors(errors: Sequence[RecipeError]) -> RunnerError:

@@ -64,6 +64,35 @@ def test_an_override_that_changes_nothing_is_told_and_makes_no_other_run(
     assert "note" not in capsys.readouterr().err and fake.paths("mine").result_path.exists()
 
 
+def test_one_experiment_is_one_run_however_it_is_spelled(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "b")
+    assert main(["sweep", "toy", LR, "data.seed=2"]) == 0
+    names = [f"{one}--training.learning_rate-1e-4--data.seed-2" for one in "ab"]
+    assert fake.started() == names
+    note = "under another spelling, and likewise 1 more"
+    for other in (["data.seed=2", LR], ["training.learning_rate=0.0001", "data.seed=2"]):
+        capsys.readouterr()
+        assert main(["sweep", "toy", *other]) == 0
+        assert f"note: `{' '.join(other)}` is the run toy/{names[0]}, {note}" in (
+            capsys.readouterr().err
+        )
+        assert main(["launch", "a", *other]) == 0
+    capsys.readouterr()
+    assert main(["sweep", "toy", LR, "data.seed=2"]) == 0
+    assert fake.started() == names and "spelling" not in capsys.readouterr().err
+    micro_batches = [f"training.per_device_train_batch_size={one}" for one in (2, 4)]
+    for one in micro_batches:  # the same experiment, and meant to be two runs
+        assert main(["launch", "a", LR, one]) == 0
+    assert len(fake.started()) == 4, "a micro-batch is no spelling"
+    fake.paths(names[0]).recipe_path.write_text("{")
+    assert main(["launch", "a", "training.learning_rate=0.0001", "data.seed=2"]) == 0
+    assert len(fake.started()) == 5, "what cannot be read is nobody's run"
+    assert main(["sweep", "toy", LR, "training.learning_rate=2e-4"]) == 2
+    assert "training.learning_rate is given twice" in capsys.readouterr().err
+
+
 def test_changed_variants_are_told_with_their_overrides(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
