@@ -40,13 +40,13 @@ from runner.plan.status import (
 from runner.recipe.contents import ContentHashes, KnownContents, hint_at_missing
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.allowed_code import allow_code, load_code, suggest_allowing
-from runner.run.failures import HINTS, UNREADABLE_HINT
+from runner.run.failures import UNREADABLE_HINT, name_command
 from runner.run.paths import (
     RunPaths,
     content_cache_path,
     find_output_root,
 )
-from runner.run.record import load_stored_recipe
+from runner.run.record import FailureKind, load_stored_recipe
 
 if TYPE_CHECKING:
     pass
@@ -193,7 +193,7 @@ def run_status(arguments: argparse.Namespace) -> int:
         (one, read_status_unverified(those, one.recipe, known.look(one.recipe)))
         for one, those in zip(selected, facts, strict=True)
     ]
-    warn_of_outdated(known)
+    warn_of_outdated(known, arguments)
     warn_of_moved_names(facts)
     if arguments.json:
         content: list[dict[str, Any]] = [
@@ -239,7 +239,7 @@ def run_status(arguments: argparse.Namespace) -> int:
         )
     if never:
         print(_describe_never_started(never))
-    return _print_hints([status for _, status in rows], num_unreadable=len(unreadable))
+    return _print_hints(rows, num_unreadable=len(unreadable))
 
 
 def _was_never_started(one: Selected, status: RunStatus) -> bool:
@@ -261,15 +261,16 @@ def _describe_never_started(never: Sequence[Selected]) -> str:
     )
 
 
-def _print_hints(statuses: Sequence[RunStatus], *, num_unreadable: int) -> int:
+def _print_hints(rows: Sequence[tuple[Selected, RunStatus]], *, num_unreadable: int) -> int:
     """What to do, once for each kind of failure, on stderr; the exit code of `runner status`."""
-    for kind in dict.fromkeys(
-        status.failure.kind
-        for status in statuses
-        if status.failure is not None
-        and status.state not in ("changed", "damaged")  # refused, whatever it failed of
-    ):
-        print(f"hint: {kind}: {HINTS[kind]}", file=sys.stderr)
+    statuses = [status for _, status in rows]
+    run_dirs: dict[FailureKind, list[Path]] = {}
+    for one, status in rows:
+        # Others are refused, whatever they failed of.
+        if status.failure is not None and status.state not in ("changed", "damaged"):
+            run_dirs.setdefault(status.failure.kind, []).append(one.paths.run_dir)
+    for kind in run_dirs:
+        print(f"hint: {kind}: {name_command(kind, run_dirs[kind])}", file=sys.stderr)
     is_any_unreadable = num_unreadable > 0 or any(
         status.state == "unreadable" for status in statuses
     )

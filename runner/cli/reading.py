@@ -16,6 +16,7 @@ from runner.plan.status import RunStatus, read_status, verify_records
 from runner.recipe.cache import RecipeCache
 from runner.recipe.contents import KnownContents, list_contents
 from runner.recipe.parse import Recipe
+from runner.run.allowed_code import spell_command
 from runner.run.base_scores import find_other_base_scores
 from runner.run.facts import RunFacts
 from runner.run.paths import find_output_root, recipe_cache_path
@@ -118,12 +119,17 @@ def warn_of_moved_names(facts: Iterable[RunFacts]) -> None:
         print(f"warning: {moved.describe()}", file=sys.stderr)
 
 
-def warn_of_outdated(known: KnownContents) -> None:
+def warn_of_outdated(known: KnownContents, arguments: argparse.Namespace) -> None:
     """On stderr: files that were touched since they were hashed."""
+    paths = arguments.paths or ["recipes"]
+    command = spell_command(
+        ["runner", "sweep", "--dry-run"], paths, arguments.output_root, arguments.where
+    )
     for path in sorted(known.outdated):
         print(
             f"warning: {path} was touched since its content was last read, and is not read here:"
-            " runs that name it may be *changed*, as `runner sweep ... --dry-run` tells",
+            f" runs that name it may be *changed*, which `{command}` tells;"
+            " once a sweep or launch has read the file, this warning is gone",
             file=sys.stderr,
         )
 

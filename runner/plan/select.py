@@ -105,7 +105,10 @@ def select_recipes(
     damaged: list[UnreadableRun] = []
     found: dict[Path, Selected] = {}
     errors: list[RecipeError] = []
-    for path in _expand(arguments, output_root, prefer):
+    paths = _expand(arguments, output_root, prefer)
+    if where and overrides and (narrowed := _narrow(paths, output_root, load, where)) is not None:
+        paths, where = narrowed, ()  # overrides have to fit these only
+    for path in paths:
         # A run whose recipe was named too: the recipe says more, and a damaged run is shown by it.
         if unreadable is not None and path.is_dir() and _locate(path) in found:
             continue
@@ -133,6 +136,22 @@ def select_recipes(
     if unreadable is not None:
         unreadable += [one for one in damaged if _locate(one.paths.run_dir) not in found]
     return _match_axes(list(found.values()), where)
+
+
+def _narrow(
+    paths: Sequence[Path],
+    output_root: Path,
+    load: Callable[[Path], Recipe],
+    where: Sequence[str],
+) -> list[Path] | None:
+    """The paths whose recipes, without overrides, match `where`; None where that cannot be told,
+    because a recipe is wrong without them.
+    """
+    try:
+        plain = [_load_selected(path, output_root, load, ()) for path in paths]
+    except (RunnerError, OSError):
+        return None
+    return [one.source_path for one in _match_axes(plain, where)]
 
 
 def load_selected(

@@ -93,6 +93,24 @@ def test_one_experiment_is_one_run_however_it_is_spelled(
     assert "training.learning_rate is given twice" in capsys.readouterr().err
 
 
+def test_overrides_have_to_fit_the_recipes_that_are_selected(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "bb", "ccc")
+    other = fake.root / "recipes/toy/bb.yaml"
+    other.write_text(other.read_text().replace("max_steps: 2", "num_train_epochs: 1"))
+    steps = "training.max_steps=1"  # beside epochs, one too many
+    assert main(["sweep", "toy", steps, "--where", "size=1,3", "--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "recipes/toy/a.yaml",
+        "recipes/toy/ccc.yaml",
+    ]
+    assert main(["sweep", "toy", steps, "--list"]) == 2
+    assert "recipes/toy/bb.yaml" in capsys.readouterr().err
+    assert main(["sweep", "toy", steps, "--where", "size=9"]) == 2
+    assert "has no value '9'" in capsys.readouterr().err
+
+
 def test_changed_variants_are_told_with_their_overrides(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,7 +203,14 @@ def test_a_name_goes_with_every_verb(
         f"toy/{VARIANT}",
     ], "recipes, and the run directories of variants"
     assert main(["report", "toy"]) == 0
-    assert VARIANT in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert VARIANT in told and "3 runs, 1 pending, 2 completed" in told, "what has not begun counts"
+    assert main(["launch", "a", "data.seed=2"]) == 0
+    capsys.readouterr()
+    main(["report", "toy"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 runs were made by overrides and are in no cell and no effect" in told
+    assert "`runner compare A B`" in told
 
 
 def test_a_name_of_two_grids_is_listed_by_every_verb(
