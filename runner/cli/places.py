@@ -143,6 +143,10 @@ def _refuse_several(verb: str, found: dict[Path, list[str]]) -> RefusedError:
     named = [text for texts in found.values() for text in texts]
     if verb != "compare" and len(named) == len(set(named)):
         hints += [shlex.join(["runner", verb, *texts]) for texts in found.values()]
+    roots = [project / DEFAULT_OUTPUT_ROOT for project in found]
+    if verb in ("report", "power") and all(root.is_dir() for root in roots):
+        together = shlex.join(["runner", verb, *map(str, roots)])
+        hints.append(f"{together}  # run directories of several projects are read together")
     return RefusedError(
         f"these paths are of {len(found)} projects:\n" + "\n".join(lines),
         hint="\n      ".join(hints),

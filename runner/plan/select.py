@@ -214,7 +214,8 @@ def _expand(arguments: Sequence[str], output_root: Path, prefer: Prefer) -> list
         files = [file for one in named for file in expand_folder(one)]
         if not files:
             raise RunnerError(
-                f"{argument!r} names no recipe: there is none in that folder",
+                f"{argument!r} names no recipe: there is none in that folder, nor a run directory"
+                " (a folder with a recipe.json)",
                 hint="give recipe files, folders of them, or globs, such as recipes/demo",
             )
         paths += files
