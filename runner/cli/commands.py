@@ -41,13 +41,13 @@ from runner.project_folder import pasteable, say_pasteable
 from runner.recipe.contents import ContentHashes, KnownContents, hint_at_missing
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.allowed_code import allow_code, load_code, suggest_allowing
-from runner.run.failures import HINTS
+from runner.run.failures import name_command
 from runner.run.paths import (
     RunPaths,
     content_cache_path,
     find_output_root,
 )
-from runner.run.record import load_stored_recipe
+from runner.run.record import FailureKind, load_stored_recipe
 
 
 def run_init(arguments: argparse.Namespace) -> int:
@@ -197,7 +197,7 @@ def run_status(arguments: argparse.Namespace) -> int:
         (one, read_status_unverified(those, one.recipe, known.look(one.recipe)))
         for one, those in zip(selected, facts, strict=True)
     ]
-    warn_of_outdated(known)
+    warn_of_outdated(known, arguments)
     warn_of_moved_names(facts)
     if arguments.json:
         content: list[dict[str, Any]] = [
@@ -245,7 +245,7 @@ def run_status(arguments: argparse.Namespace) -> int:
         print(_describe_never_started(never))
     damaged = [one.paths.run_dir for one, status in rows if status.state == "unreadable"]
     damaged += [lost.paths.run_dir for lost in unreadable]
-    return _print_hints([status for _, status in rows], damaged)
+    return _print_hints(rows, damaged)
 
 
 def _was_never_started(one: Selected, status: RunStatus) -> bool:
@@ -267,15 +267,16 @@ def _describe_never_started(never: Sequence[Selected]) -> str:
     )
 
 
-def _print_hints(statuses: Sequence[RunStatus], unreadable: Sequence[Path]) -> int:
+def _print_hints(rows: Sequence[tuple[Selected, RunStatus]], unreadable: Sequence[Path]) -> int:
     """What to do, once for each kind of failure, on stderr; the exit code of `runner status`."""
-    for kind in dict.fromkeys(
-        status.failure.kind
-        for status in statuses
-        if status.failure is not None
-        and status.state not in ("changed", "damaged")  # refused, whatever it failed of
-    ):
-        _print_hint(f"{kind}: {HINTS[kind]}")
+    statuses = [status for _, status in rows]
+    run_dirs: dict[FailureKind, list[Path]] = {}
+    for one, status in rows:
+        # Others are refused, whatever they failed of.
+        if status.failure is not None and status.state not in ("changed", "damaged"):
+            run_dirs.setdefault(status.failure.kind, []).append(one.paths.run_dir)
+    for kind in run_dirs:
+        _print_hint(f"{kind}: {name_command(kind, run_dirs[kind])}")
     if unreadable:
         more = f"; likewise of {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         _print_hint(f"unreadable: {suggest_fresh(unreadable[0])}{more}")

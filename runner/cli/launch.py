@@ -16,6 +16,7 @@ from pathlib import Path
 from runner.checkpoints.compare import describe_obstacles, suggest_ways_out
 from runner.cli.pushes import PushPlan, print_unpushed, send_pushes
 from runner.cli.reading import note_idle_overrides
+from runner.engines.local import note_how_to_start
 from runner.errors import CorruptFileError, RefusedError, RunnerError
 from runner.files import is_plain
 from runner.launch.command import LaunchCommand
@@ -116,6 +117,8 @@ def run_launch(arguments: argparse.Namespace) -> int:
         else:
             _note_refusal(planned, allocation)
         print("\n".join(command.as_shell(os.environ) for command in commands))
+        if not arguments.prepare:
+            note_how_to_start([planned])
         return 0
     # Without --fresh and --resume, which would start over or rewind.
     again = f"`{_same_launch(arguments)}`"

@@ -138,13 +138,17 @@ def _is_looked_up(text: str, arguments: argparse.Namespace) -> bool:
 
 def _refuse_several(arguments: argparse.Namespace, found: dict[Path, list[str]]) -> RefusedError:
     lines = [f"  {project}: {', '.join(texts)}" for project, texts in found.items()]
-    hints = ["one command for each project"]
+    hints, verb = ["one command for each project"], arguments.verb
     named = [text for texts in found.values() for text in texts]
-    if arguments.verb != "compare" and len(named) == len(set(named)):
+    if verb != "compare" and len(named) == len(set(named)):
         # As it was typed, options and all, but for the paths of the other projects.
         for texts in found.values():
             others = set(named) - set(texts)
             hints.append(shlex.join(["runner", *(w for w in arguments.typed if w not in others)]))
+    roots = [project / DEFAULT_OUTPUT_ROOT for project in found]
+    if verb in ("report", "power") and all(root.is_dir() for root in roots):
+        together = shlex.join(["runner", verb, *map(str, roots)])
+        hints.append(f"{together}  # run directories of several projects are read together")
     return RefusedError(
         f"these paths are of {len(found)} projects:\n" + "\n".join(lines),
         hint="\n      ".join(hints),

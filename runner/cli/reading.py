@@ -16,6 +16,7 @@ from runner.plan.status import RunStatus, read_status, verify_records
 from runner.recipe.cache import RecipeCache
 from runner.recipe.contents import KnownContents, list_contents
 from runner.recipe.parse import Recipe
+from runner.run.allowed_code import spell_command
 from runner.run.base_scores import find_other_base_scores
 from runner.run.facts import RunFacts
 from runner.run.paths import find_output_root, recipe_cache_path
@@ -67,7 +68,21 @@ def read_runs(selected: Iterable[Selected], known: KnownContents) -> list[ReadRu
 
 
 def note_idle_overrides(selected: Sequence[Selected]) -> None:
-    """On stderr: overrides that change nothing, which are in no name of a run."""
+    """On stderr: overrides that change nothing, which are in no name of a run, and runs that have
+    the name which another spelling of the same overrides gave them.
+    """
+    respelled = [one for one in selected if one.is_respelled]
+    if respelled:
+        first = respelled[0]
+        others = len(respelled) - 1
+        more = f", and likewise {others} more" if others else ""
+        print(
+            escape_controls(
+                f"note: `{' '.join(first.overrides)}` is the run {first.full_name}, under another"
+                f" spelling{more}"
+            ),
+            file=sys.stderr,
+        )
     idle: dict[str, list[Selected]] = {}
     for one in selected:
         for override in one.idle_overrides:
@@ -104,12 +119,17 @@ def warn_of_moved_names(facts: Iterable[RunFacts]) -> None:
         print(f"warning: {moved.describe()}", file=sys.stderr)
 
 
-def warn_of_outdated(known: KnownContents) -> None:
+def warn_of_outdated(known: KnownContents, arguments: argparse.Namespace) -> None:
     """On stderr: files that were touched since they were hashed."""
+    paths = arguments.paths or ["recipes"]
+    command = spell_command(
+        ["runner", "sweep", "--dry-run"], paths, arguments.output_root, arguments.where
+    )
     for path in sorted(known.outdated):
         print(
             f"warning: {path} was touched since its content was last read, and is not read here:"
-            " runs that name it may be *changed*, as `runner sweep ... --dry-run` tells",
+            f" runs that name it may be *changed*, which `{command}` tells;"
+            " once a sweep or launch has read the file, this warning is gone",
             file=sys.stderr,
         )
 

@@ -39,7 +39,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     from runner.report.rows import build_rows, name_other_base_scores
 
     unreadable: list[UnreadableRun] = []
-    selected = select(arguments, arguments.paths, unreadable, prefer="run")
+    selected = select(arguments, arguments.paths, unreadable, prefer="both")
     known = KnownContents(content_cache_path(arguments.output_root))
     runs = read_runs(selected, known)
     if arguments.verify:
@@ -60,7 +60,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     if has_pages:
         write_report_pages(arguments, report)
     _point_at_changed(rows, selected)
-    warn_of_outdated(known)
+    warn_of_outdated(known, arguments)
     warn_of_moved_names(facts for _, facts, _ in runs)
     warn_of_unreadable(unreadable)
     lost = [row for row in rows if row.state == "unreadable"]
@@ -81,7 +81,7 @@ def run_power(arguments: argparse.Namespace) -> int:
 
     unreadable: list[UnreadableRun] = []
     known = KnownContents(content_cache_path(arguments.output_root))
-    runs = read_runs(select(arguments, arguments.paths, unreadable, prefer="run"), known)
+    runs = read_runs(select(arguments, arguments.paths, unreadable, prefer="both"), known)
     warn_of_unreadable(unreadable)
     reports = build_power_reports(
         build_rows(runs), arguments.effect, arguments.power, arguments.metric

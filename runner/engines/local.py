@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from runner.errors import RunnerError
+from runner.project_folder import pasteable
 
 if TYPE_CHECKING:
     import argparse
@@ -104,6 +105,7 @@ def submit(plan: PlanRuns, options: LocalOptions) -> int:
     if options.is_dry_run:
         for run, placement in _preview(planned, devices):
             print(build_command(run, placement).as_shell(os.environ))
+        note_how_to_start(planned)
         return 0
     result = run_planned(
         planned,
@@ -119,6 +121,23 @@ def submit(plan: PlanRuns, options: LocalOptions) -> int:
     if result.stopped_by is not None:
         return STOPPED
     return 1 if result.failed else 0
+
+
+def note_how_to_start(planned: Sequence[Launch]) -> None:
+    """On stderr, for people: the commands of a preview need the run directory, which it does not
+    write.
+    """
+    run = next((run.selected for run in planned if not run.selected.source_path.is_dir()), None)
+    if run is None or not sys.stderr.isatty():
+        return
+    words = ["runner", "launch", str(run.source_path), *run.overrides]
+    if run.paths.run_dir.parent.parent != Path("runs"):
+        words += ["--output-root", str(run.paths.run_dir.parent.parent)]
+    print(
+        f"note: nothing is written yet; to start one by hand: {pasteable(shlex.join(words))}"
+        " --prepare",
+        file=sys.stderr,
+    )
 
 
 def _preview(planned: Sequence[Launch], devices: Devices) -> Iterator[tuple[Launch, Placement]]:

@@ -69,9 +69,11 @@ class SweepDisplay:
         if self._bars is None:
             self._say_counted(f"{name}  starts, attempt {number}")
 
-    def finished(self, name: str, outcome: str) -> None:
-        """One run is done, for better or worse."""
-        self._num_finished += 1
+    def finished(self, name: str, outcome: str, *, is_done: bool = True) -> None:
+        """This sweep is done with a run, for better or worse; not `is_done`: the run itself is not,
+        and is not counted.
+        """
+        self._num_finished += is_done
         self._say_counted(f"{name}  {outcome}")
         if self._bars is not None:
             self._drop_bar(name)

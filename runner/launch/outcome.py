@@ -4,6 +4,7 @@ done: in the terminal, and last in the log of an attempt.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import Final
 from runner.checkpoints.marker import list_committed
 from runner.launch.held import describe_holder
 from runner.plan.decide import Launch
+from runner.run.lease import is_leased
 from runner.run.record import Failure, FailureKind
 
 # Kinds that the log explains better than the message does.
@@ -56,8 +58,12 @@ class PoolResult:
 
 
 def print_failures(result: PoolResult) -> None:
-    """Print each run that failed or left, and what `--fail-fast` kept from being started."""
+    """Print each run that failed or left, and what `--fail-fast` kept from being started; after a
+    signal, `print_stop` names those that left.
+    """
     for failed in result.failed:
+        if result.stopped_by is not None and failed.failure.kind == "preempted":
+            continue
         what = "left" if failed.failure.kind == "preempted" else "failed"
         print(
             f"\n{failed.name} {what}, {failed.failure.kind}: {failed.failure.message}",
@@ -100,6 +106,12 @@ def print_stop(result: PoolResult, again: str) -> None:
 
 
 def _describe_resume(run: Launch) -> str:
+    """What becomes of a run that this sweep has left, by what its directory says now."""
+    with contextlib.suppress(OSError):  # a file system that does not answer
+        if is_leased(run.paths.lease_path):  # ours ended with its attempt
+            return f"is run by another sweep now ({describe_holder(run.paths)})"
+    if run.paths.result_path.exists() and not run.is_repair:
+        return "was completed by another sweep"
     step = max(list_committed(run.paths), default=None)
     if step is None:
         return "has no checkpoint here yet: starts at step 0"

@@ -287,7 +287,7 @@ class _Pool:
             self._retry_or_record(run, FailedRun(run, failure, None), None)
         else:
             self.result.held.append(run)
-            self.display.finished(run.full_name, "run by another sweep or launch")
+            self.display.finished(run.full_name, "run by another sweep or launch", is_done=False)
 
     def _take_over(self, run: Launch, error: FailedElsewhere) -> None:
         """Try again, as the sweep would have in which the run failed: that one may be gone. Where
@@ -391,10 +391,9 @@ class _Pool:
         while self.active:
             if len(self.signals.received) > num_signals:
                 num_signals = len(self.signals.received)
+                second = signal.Signals(self.signals.received[-1]).name
                 for _, attempt, _ in self.active.values():
-                    attempt.kill(
-                        f"{why}, and at once by {signal.Signals(self.signals.received[-1]).name}"
-                    )
+                    attempt.kill(f"{why}; a second signal ({second}) ended the run at once")
             self.wait()
 
     def finish(self, pidfd: int) -> None:
@@ -470,7 +469,9 @@ class _Pool:
     def _record(self, failed: FailedRun) -> None:
         self.result.failed.append(failed)
         first_line = failed.failure.message.partition("\n")[0]
-        self.display.finished(failed.name, f"{failed.failure.kind}: {first_line}")
+        is_done = failed.failure.kind != "preempted"  # it resumes
+        outcome = f"{failed.failure.kind}: {first_line}"
+        self.display.finished(failed.name, outcome, is_done=is_done)
 
 
 def _is_stopped(one: Later) -> bool:

@@ -22,7 +22,7 @@ from runner.errors import (
 )
 from runner.files import hash_json
 from runner.plan.names import Prefer, find_named
-from runner.plan.variants import load_variant
+from runner.plan.variants import find_same_run, load_variant, refuse_repeated
 from runner.recipe.habits import find_answer
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe, load_recipe
@@ -43,6 +43,8 @@ class Selected:
     # Of the command line: those that changed the recipe, and those that changed nothing.
     overrides: tuple[str, ...] = ()
     idle_overrides: tuple[str, ...] = ()
+    # True where the run got its name from another spelling of its overrides.
+    is_respelled: bool = False
 
     @property
     def full_name(self) -> str:
@@ -102,10 +104,14 @@ def select_recipes(
         RunnerError: an argument names nothing, a recipe is wrong (all of them are listed), or
             `where` matches nothing; without `unreadable`, also a run directory that cannot be read.
     """
+    refuse_repeated(overrides)
     damaged: list[UnreadableRun] = []
     found: dict[Path, Selected] = {}
     errors: list[RecipeError] = []
-    for path in _expand(arguments, output_root, prefer):
+    paths = _expand(arguments, output_root, prefer)
+    if where and overrides and (narrowed := _narrow(paths, output_root, load, where)) is not None:
+        paths, where = narrowed, ()  # overrides have to fit these only
+    for path in paths:
         # A run whose recipe was named too: the recipe says more, and a damaged run is shown by it.
         if unreadable is not None and path.is_dir() and _locate(path) in found:
             continue
@@ -140,6 +146,22 @@ def select_recipes(
     return matching
 
 
+def _narrow(
+    paths: Sequence[Path],
+    output_root: Path,
+    load: Callable[[Path], Recipe],
+    where: Sequence[str],
+) -> list[Path] | None:
+    """The paths whose recipes, without overrides, match `where`; None where that cannot be told,
+    because a recipe is wrong without them.
+    """
+    try:
+        plain = [_load_selected(path, output_root, load, ()) for path in paths]
+    except (RunnerError, OSError):
+        return None
+    return [one.source_path for one in _match_axes(plain, where)]
+
+
 def load_selected(
     path: Path,
     output_root: Path,
@@ -152,7 +174,17 @@ def load_selected(
     recipe, kept = load_variant(path, overrides, name, load=load)
     idle = tuple(one for one in dict.fromkeys(overrides) if one not in kept)
     paths = run_paths(recipe, output_root)
-    return Selected(recipe, path, paths, overrides=kept, idle_overrides=idle)
+    is_respelled = False
+    if kept and name is None and not paths.run_dir.exists():
+        base = load_recipe(path, overrides).run.name
+        same = find_same_run(recipe, base, paths.run_dir.parent)
+        if same is not None:
+            named = {"name": same.run.name, "overrides": same.run.overrides}
+            recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=named)})
+            paths, is_respelled = run_paths(recipe, output_root), True
+    return Selected(
+        recipe, path, paths, overrides=kept, idle_overrides=idle, is_respelled=is_respelled
+    )
 
 
 def refuse_overridden_axes(selected: Selected) -> None:
@@ -245,7 +277,8 @@ def _expand(arguments: Sequence[str], output_root: Path, prefer: Prefer) -> list
         files = [file for one in named for file in expand_folder(one)]
         if not files:
             raise RunnerError(
-                f"{argument!r} names no recipe: there is none in that folder",
+                f"{argument!r} names no recipe: there is none in that folder, nor a run directory"
+                " (a folder with a recipe.json)",
                 hint="give recipe files, folders of them, or globs, such as recipes/demo",
             )
         paths += files

@@ -11,9 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from runner.errors import RecipeError
+from runner.errors import RecipeError, RefusedError
 from runner.files import hash_json
+from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe, load_recipe
+from runner.run.facts import read_stored_recipe
+from runner.run.paths import RunPaths
+from runner.run.record import StoredRecipe
 
 _PLAIN_OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.]+=[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*")
 _OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*=.*", re.DOTALL)
@@ -61,7 +65,9 @@ def load_variant(
 
     Raises:
         RecipeError: the recipe is wrong under its overrides.
+        RefusedError: two of them are of one key.
     """
+    refuse_repeated(overrides)
     if not overrides and name is None:
         return load(path), ()
     recipe = load_recipe(path, overrides)
@@ -79,6 +85,51 @@ def load_variant(
         }
     )
     return recipe.model_copy(update={"run": run}), tuple(kept)
+
+
+def refuse_repeated(overrides: Sequence[str]) -> None:
+    """Refuse two overrides of one key: only the later would count."""
+    given: dict[str, list[str]] = {}
+    for override in overrides:
+        given.setdefault(override.partition("=")[0], []).append(override)
+    for key, those in given.items():
+        if len(those) > 1:
+            often = "twice" if len(those) == 2 else f"{len(those)} times"
+            raise RefusedError(
+                f"{key} is given {often}: {', '.join(those)}",
+                hint="give each key once; runs of several values are several commands, or an axis",
+            )
+
+
+def find_same_run(recipe: Recipe, base: str, grid_dir: Path) -> Recipe | None:
+    """The recipe that a variant of the run `base` recorded which is the same experiment under
+    another spelling of its overrides, and None where no such run is there.
+
+    Where overrides name what is no part of the experiment, such as a micro-batch, it has to be the
+    same there too.
+    """
+    payload = build_digest_payload(recipe)
+    for path in sorted(grid_dir.glob(f"{glob.escape(base)}--*/recipe.json")):
+        found = read_stored_recipe(RunPaths(path.parent))
+        stored: StoredRecipe | None = found.content  # one that cannot be read is nobody's
+        if stored is None or not stored.recipe.run.overrides:
+            continue
+        other, own = stored.recipe.run, recipe.run
+        if (other.grid, other.name) != (own.grid, path.parent.name):
+            continue
+        keys = {one.partition("=")[0] for one in (*own.overrides, *other.overrides)}
+        if build_digest_payload(stored.recipe) == payload and all(
+            _find_value(stored.recipe, key) == _find_value(recipe, key) for key in keys
+        ):
+            return stored.recipe
+    return None
+
+
+def _find_value(recipe: Recipe, key: str) -> Any:
+    value = _dump(recipe)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _says_the_same(path: Path, overrides: Sequence[str], recipe: Recipe) -> bool:

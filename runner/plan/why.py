@@ -46,7 +46,7 @@ from runner.recipe.hub import name_at
 from runner.recipe.identity import build_resume_fingerprint, derive_digest
 from runner.recipe.parse import Recipe, derive_accumulation
 from runner.run.facts import RunFacts
-from runner.run.failures import HINTS, read_log_tail
+from runner.run.failures import name_command, read_log_tail
 from runner.run.record import Attempt, BaseSource, load_base_source
 
 # What makes a state, as `derive_status` asks: the first that is true.
@@ -474,7 +474,7 @@ def _describe_attempt(found: Explanation) -> list[tuple[str, str]]:
             rows.append(("failure", f"{failure.kind}: {failure.message}"))
             # Of a run that is not launched, "the same command goes on" would be false.
             if found.decisions["launch"].action == "launch":
-                rows.append(("hint", HINTS[failure.kind]))
+                rows.append(("hint", name_command(failure.kind, [Path(found.run_dir)])))
         rows += [("log", f"| {line}") for line in found.log_tail]
     if found.log_path is not None:
         rows.append(("log", found.log_path))

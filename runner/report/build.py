@@ -101,15 +101,30 @@ def _find_warnings(
     for grid in grids:
         if grid.absent:
             warnings.append(f"{grid.why_exploratory}: {name_some(grid.absent)}")
-        warnings += [
-            f"{row.recipe.run.full_name} was made by overrides"
-            f" ({', '.join(row.recipe.run.overrides)}): it is in no cell and no effect;"
-            " `--format csv` has its scores"
-            for row in grid.variants
-        ]
+        if grid.variants:
+            warnings.append(_describe_variants(grid.variants))
         warnings += find_what_seeds_change(grid.rows)
         warnings += find_undeclarable(grid.declared, grid.rows, known, grid.name)
     return [*warnings, *find_other_scales(rows), *find_not_recorded(rows)]
+
+
+def _describe_variants(rows: Sequence[ReportRow]) -> str:
+    """That runs were made by overrides, and how they are compared all the same."""
+    names = name_some(
+        f"{row.recipe.run.full_name} ({', '.join(row.recipe.run.overrides)})" for row in rows
+    )
+    ways = "a key that is an axis of grid.yaml is compared here"
+    if len(rows) == 1:
+        return (
+            f"1 run was made by overrides and is in no cell and no effect: {names};"
+            " `--format csv` has its scores, `runner compare A B` shows what it does to one other"
+            f" run, and {ways}"
+        )
+    return (
+        f"{len(rows)} runs were made by overrides and are in no cell and no effect: {names};"
+        " `--format csv` has their scores, `runner compare A B` compares two runs,"
+        f" and {ways}"
+    )
 
 
 class _Grid:

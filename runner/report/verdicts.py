@@ -15,6 +15,7 @@ from runner.report.effects import AxisEffects, Effect, Equivalence, Report
 from runner.report.rows import axis_text
 from runner.report.wording import name_some
 
+_ALPHA: Final = 0.05  # as `Effect.is_clear`
 _MAX_LEVELS: Final = 6  # of another axis, told one by one
 _MAX_TOLD: Final = 8  # exploratory contrasts, with all their numbers
 _MAX_NAMED: Final = 8
@@ -167,7 +168,7 @@ def _describe(effect: Effect) -> str:
     else:
         told = (
             f"no clear difference between {first} and {second}{place}{mean}: {better} is better by"
-            f" {size} ({details}); this does not show that they are equal"
+            f" {size} ({details}){_explain_unclear(effect)}; this does not show that they are equal"
         )
     if effect.depends_on:
         told += f"; it is a mean over {' and '.join(effect.depends_on)}, which it depends on too"
@@ -178,6 +179,27 @@ def _describe(effect: Effect) -> str:
     if interval.has_few_groups:
         told += f"; few groups of rows ({interval.num_groups})"
     return told
+
+
+def _explain_unclear(effect: Effect) -> str:
+    """Why there is no clear difference where one of interval and p would show one."""
+    interval = effect.interval
+    if interval is None or interval.bounds is None or effect.p_adjusted is None:
+        return ""
+    low, high = interval.bounds
+    holds_0, is_significant = low <= 0 <= high, effect.p_adjusted < _ALPHA
+    if holds_0 and is_significant:
+        number = round(_ALPHA / (1 - interval.level))
+        if number > 1:
+            what = "levels" if len(effect.at) == 1 else "pairs of cells"
+            why = f"the intervals at the {number} {what} hold together at 95%, and this one"
+        else:
+            why = "p is below 0.05, and the interval"
+        return f"; {why} includes 0"
+    if not holds_0 and not is_significant:
+        others = "all that is declared" if effect.is_confirmatory else "all that is exploratory"
+        return f"; the interval does not include 0, and p, which counts {others}, is not below 0.05"
+    return ""
 
 
 def _add_margin(told: str, effect: Effect, equivalence: Equivalence, digits: int) -> str:

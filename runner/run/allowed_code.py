@@ -32,12 +32,26 @@ def suggest_allowing(
     >>> suggest_allowing(["recipes/my study"], Path("runs"))
     "runner check --allow-code 'recipes/my study'  # after you have read them"
     """
-    words = ["runner", "check", "--allow-code", *paths, *overrides]
+    words = ["runner", "check", "--allow-code"]
+    return (
+        f"{spell_command(words, paths, output_root, where, overrides)}  # after you have read them"
+    )
+
+
+def spell_command(
+    words: Sequence[str],
+    paths: Sequence[str],
+    output_root: Path,
+    where: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> str:
+    """A command about the same runs, as it can be pasted."""
+    words = [*words, *paths, *overrides]
     for one in where:
         words += ["--where", one]
     if output_root.absolute() != Path("runs").absolute():
         words += ["--output-root", str(output_root)]
-    return f"{pasteable(shlex.join(words))}  # after you have read them"
+    return pasteable(shlex.join(words))
 
 
 def list_code_paths(recipes: Iterable[Recipe]) -> list[str]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,7 @@ from runner.errors import (
     escape_controls,
 )
 from runner.files import open_plain
+from runner.project_folder import pasteable
 from runner.run.record import Failure, FailureKind
 from runner.secrets import scrub
 
@@ -54,6 +56,20 @@ HINTS: Final[Mapping[FailureKind, str]] = {
         " limit)"
     ),
 }
+
+_SAME_COMMAND: Final = "the same command"
+
+
+def name_command(kind: FailureKind, run_dirs: Sequence[Path]) -> str:
+    """The hint for runs that failed or left like that, with the command that takes them up again.
+
+    >>> name_command("preempted", [Path("runs/demo/a"), Path("runs/demo/b")])
+    '`runner rerun runs/demo` goes on from the newest checkpoint'
+    """
+    folders = run_dirs if len(run_dirs) == 1 else dict.fromkeys(one.parent for one in run_dirs)
+    command = pasteable(shlex.join(["runner", "rerun", *map(str, folders)]))
+    return HINTS[kind].replace(_SAME_COMMAND, f"`{command}`")
+
 
 UNREADABLE_HINT: Final = (
     "`runner launch RECIPE --fresh` moves the run aside and starts anew; nothing is deleted"

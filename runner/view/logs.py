@@ -173,10 +173,13 @@ def stop_runs(selected: Sequence[Selected]) -> int:
     num_idle = len(idle) - sum(held_back)
     if num_idle:
         what = "run is not running" if num_idle == 1 else "runs are not running"
-        print(
-            f"{num_idle} {what}" if asked else f"nothing to stop: {num_idle} {what}",
-            file=sys.stderr,
-        )
+        told = f"{num_idle} {what}" if asked else f"nothing to stop: {num_idle} {what}"
+        if any(not facts.has_result for _, facts in idle):
+            told += (
+                "; a sweep that is only about to start runs is not asked: Ctrl-C stops it where it"
+                " runs"
+            )
+        print(told, file=sys.stderr)
     return 0 if all(asked) else 1
 
 

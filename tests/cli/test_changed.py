@@ -54,6 +54,7 @@ def test_data_that_changed_are_told_by_what_only_looks_and_read_by_a_dry_run(
         main([verb, "recipes/toy"])
         error = capsys.readouterr().err
         assert "warning: data.jsonl was touched since its content was last read" in error, verb
+        assert "which `runner sweep --dry-run recipes/toy` tells; once a sweep" in error, verb
     assert main(["sweep", "recipes/toy", "--dry-run"]) == 1
     assert "refuse  toy/a  " in capsys.readouterr().out
     assert fake.tree() == before

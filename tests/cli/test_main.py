@@ -334,3 +334,4 @@ def test_status_says_what_to_do_once_for_each_kind(
     )
     assert shown.err.count("hint: out_of_memory: `launch.retries.out_of_memory: 2`") == 1
     assert "hint: lost: killed from outside" in shown.err and len(shown.err.splitlines()) == 2
+    assert "; `runner rerun runs/toy/c` goes on from the newest checkpoint" in shown.err

@@ -64,6 +64,53 @@ def test_an_override_that_changes_nothing_is_told_and_makes_no_other_run(
     assert "note" not in capsys.readouterr().err and fake.paths("mine").result_path.exists()
 
 
+def test_one_experiment_is_one_run_however_it_is_spelled(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "b")
+    assert main(["sweep", "toy", LR, "data.seed=2"]) == 0
+    names = [f"{one}--training.learning_rate-1e-4--data.seed-2" for one in "ab"]
+    assert fake.started() == names
+    note = "under another spelling, and likewise 1 more"
+    for other in (["data.seed=2", LR], ["training.learning_rate=0.0001", "data.seed=2"]):
+        capsys.readouterr()
+        assert main(["sweep", "toy", *other]) == 0
+        assert f"note: `{' '.join(other)}` is the run toy/{names[0]}, {note}" in (
+            capsys.readouterr().err
+        )
+        assert main(["launch", "a", *other]) == 0
+    capsys.readouterr()
+    assert main(["sweep", "toy", LR, "data.seed=2"]) == 0
+    assert fake.started() == names and "spelling" not in capsys.readouterr().err
+    micro_batches = [f"training.per_device_train_batch_size={one}" for one in (2, 4)]
+    for one in micro_batches:  # the same experiment, and meant to be two runs
+        assert main(["launch", "a", LR, one]) == 0
+    assert len(fake.started()) == 4, "a micro-batch is no spelling"
+    fake.paths(names[0]).recipe_path.write_text("{")
+    assert main(["launch", "a", "training.learning_rate=0.0001", "data.seed=2"]) == 0
+    assert len(fake.started()) == 5, "what cannot be read is nobody's run"
+    assert main(["sweep", "toy", LR, "training.learning_rate=2e-4"]) == 2
+    assert "training.learning_rate is given twice" in capsys.readouterr().err
+
+
+def test_overrides_have_to_fit_the_recipes_that_are_selected(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("a", "bb", "ccc")
+    other = fake.root / "recipes/toy/bb.yaml"
+    other.write_text(other.read_text().replace("max_steps: 2", "num_train_epochs: 1"))
+    steps = "training.max_steps=1"  # beside epochs, one too many
+    assert main(["sweep", "toy", steps, "--where", "size=1,3", "--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "recipes/toy/a.yaml",
+        "recipes/toy/ccc.yaml",
+    ]
+    assert main(["sweep", "toy", steps, "--list"]) == 2
+    assert "recipes/toy/bb.yaml" in capsys.readouterr().err
+    assert main(["sweep", "toy", steps, "--where", "size=9"]) == 2
+    assert "has no value '9'" in capsys.readouterr().err
+
+
 def test_changed_variants_are_told_with_their_overrides(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,7 +203,14 @@ def test_a_name_goes_with_every_verb(
         f"toy/{VARIANT}",
     ], "recipes, and the run directories of variants"
     assert main(["report", "toy"]) == 0
-    assert VARIANT in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert VARIANT in told and "3 runs, 1 pending, 2 completed" in told, "what has not begun counts"
+    assert main(["launch", "a", "data.seed=2"]) == 0
+    capsys.readouterr()
+    main(["report", "toy"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 runs were made by overrides and are in no cell and no effect" in told
+    assert "`runner compare A B`" in told
 
 
 def test_a_name_of_two_grids_is_listed_by_every_verb(

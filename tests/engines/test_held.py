@@ -4,6 +4,7 @@ one comes to it; over real processes.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -56,6 +57,25 @@ def start_both(fake: FakeLauncher, told: str) -> tuple[Sweep, Sweep]:
         f"waiting for 1 run that another sweep holds: toy/b (process {holding.pid} on "
     )
     return waiting, holding
+
+
+def test_a_stopped_sweep_says_what_another_one_has_taken_up_meanwhile(fake: FakeLauncher) -> None:
+    fake.add("a", told="obey\nthen wait")
+    fake.add("b", told="wait")
+    os.mkfifo(fake.home / "go" / "a")
+    stopped = fake.start("sweep", "recipes/toy", "--slots", "2", "--cold")
+    assert {fake.next_started()[0] for _ in "ab"} == {"a", "b"}
+    stopped.send_signal(signal.SIGINT)
+    assert wait_for(stopped, "toy/a  preempted").startswith("[0/2] "), "it is not done"
+    other = fake.start("sweep", "recipes/toy/a.yaml", "--cold")
+    assert fake.next_started()[0] == "a"
+    fake.let_go("b")
+    code, _, stderr = finish(stopped)
+    assert code == 130 and "[1/2] toy/b  completed\n" in stderr
+    assert "left, preempted" not in stderr, "each is told once, by what becomes of it"
+    assert f"  toy/a  is run by another sweep now (process {other.pid} on " in stderr
+    fake.let_go("a")
+    assert finish(other)[0] == 0
 
 
 def test_a_run_whose_sweep_is_interrupted_is_taken_up(fake: FakeLauncher) -> None:

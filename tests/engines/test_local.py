@@ -184,7 +184,7 @@ def test_a_second_signal_ends_at_once_what_does_not_leave(fake: FakeLauncher) ->
         wait_until_dead(pidfd)
         os.close(pidfd)
     [attempt] = fake.attempts("b")
-    why = "the runner was stopped by SIGTERM, and at once by SIGINT"
+    why = "the runner was stopped by SIGTERM; a second signal (SIGINT) ended the run at once"
     assert (attempt["failure"]["kind"], attempt["failure"]["message"]) == ("preempted", why)
     assert (attempt["started"], attempt["exit_status"]) == ("warm", -signal.SIGKILL)
     assert list_states(fake, "a", "b") == ["interrupted", "interrupted"]
@@ -229,6 +229,23 @@ def test_a_terminal_that_goes_away_takes_no_checkpoint_with_it(fake: FakeLaunche
         attempt["failure"]["message"]
         == "the runner was stopped by SIGHUP: left at step 1, which is saved"
     )
+
+
+@pytest.mark.parametrize("verb", [["launch"], ["sweep", "--dry-run"]])
+def test_a_preview_tells_people_how_to_start_a_run_by_hand(
+    fake: FakeLauncher, verb: list[str]
+) -> None:
+    fake.add("a")
+    verb = [*verb, "recipes/toy/a.yaml", "data.seed=2", "--dry-run"]
+    shown = ""
+    process = fake.start(*dict.fromkeys(verb), has_terminal=True)
+    while "accelerate" not in shown or "--prepare" not in shown:
+        shown += fake.read_terminal()
+    assert process.wait(PATIENCE_SECONDS) == 0
+    fake.close_terminal()
+    assert "by hand: runner launch recipes/toy/a.yaml data.seed=2 --prepare" in shown
+    code, _, stderr = finish(fake.start(*dict.fromkeys(verb)))
+    assert (code, stderr) == (0, ""), "a script reads the commands only"
 
 
 def test_a_broken_pipe_takes_no_checkpoint_with_it(fake: FakeLauncher) -> None:

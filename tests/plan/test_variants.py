@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.errors import RecipeError
+from runner.errors import RecipeError, RefusedError
 from runner.plan.variants import is_override, load_variant
 from tests.support.fake_launcher import FakeLauncher, fake
 
@@ -22,8 +22,6 @@ A = Path("recipes/toy/a.yaml")
         (["loss=full"], [], "a"),
         (["loss=completion"], ["loss=completion"], "a--loss-completion"),
         (["loss=full", "data.seed=2"], ["data.seed=2"], "a--data.seed-2"),
-        (["data.seed=2", "data.seed=3"], ["data.seed=3"], "a--data.seed-3"),
-        (["data.seed=2", "data.seed=1"], [], "a"),
         (["launch.num_processes=1"], [], "a"),
         (["training.max_steps=2"], [], "a"),
         (["tracking.report_to=none", "tracking.tags=[]"], [], "a"),
@@ -50,6 +48,13 @@ def test_a_wrong_override_is_a_wrong_recipe(fake: FakeLauncher) -> None:
     fake.add("a")
     with pytest.raises(RecipeError, match="state exactly one of `num_train_epochs`"):
         load_variant(A, ["training.num_train_epochs=1"])
+
+
+@pytest.mark.parametrize("other", ["data.seed=3", "data.seed=1", "data.seed=2"])
+def test_a_key_that_is_given_twice_is_refused(fake: FakeLauncher, other: str) -> None:
+    fake.add("a")
+    with pytest.raises(RefusedError, match=f"data.seed is given twice: data.seed=2, {other}"):
+        load_variant(A, ["data.seed=2", "loss=full", other])
 
 
 def test_words_that_are_overrides(fake: FakeLauncher) -> None:

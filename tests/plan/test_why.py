@@ -201,16 +201,19 @@ def test_a_run_that_is_refused_is_not_said_to_go_on(
     fake: FakeLauncher, why: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     end_with(interrupted(fake), "preempted", "left at step 4, which is saved")
-    assert "the same command goes on" in value_of(why(RECIPE), "hint")
+    hint = value_of(why(RECIPE), "hint")
+    assert hint == "`runner rerun runs/toy/a` goes on from the newest checkpoint"
+    assert main(["rerun", "runs/toy/a", "--dry-run"]) == 0
+    assert "launch  toy/a  interrupted" in capsys.readouterr().out
     Path("data.jsonl").write_text("{}\n{}\n")
     lines = why(RECIPE)
     assert value_of(lines, "failure").startswith("preempted")
-    assert "the same command goes on" not in "\n".join(lines)
+    assert "goes on from the newest" not in "\n".join(lines)
     text = Path(RECIPE).read_text()
     Path(RECIPE).write_text(text.replace("seed: 1", "seed: 2"))
     assert main(["status", RECIPE]) == 0
     told = capsys.readouterr()
-    assert "changed" in told.out and "the same command goes on" not in told.err
+    assert "changed" in told.out and "goes on from the newest" not in told.err
 
 
 def test_a_library_of_another_version_is_told(fake: FakeLauncher, why: Any) -> None:

@@ -16,6 +16,7 @@ from runner.report.build import build_report
 from runner.report.effects import AxisEffects, Effect, Report
 from runner.report.rows import ReportRow
 from runner.report.statistics import benjamini_hochberg, holm
+from runner.report.verdicts import write_verdicts
 from runner.run.record import Failure
 from tests.support.reports import make_recipe, not_completed, pending, rows_of
 from tests.support.scored_runs import (
@@ -126,6 +127,47 @@ def test_effects_in_each_model_count_with_their_mean_which_is_not_shown(tmp_path
     # Two effects of which each may be called equivalent: each at 2.5%
     assert [e.equivalence and e.equivalence.level for e in loss.main] == pytest.approx([0.95] * 2)
     assert "(95% interval of the difference" in "\n".join(build_report(rows).verdicts)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "p", "said"),
+    [
+        (
+            0.021,
+            0.035,
+            "; the intervals at the 2 levels hold together at 95%, and this one",
+        ),
+        (
+            0.050,
+            0.061,
+            "; the interval does not include 0, and p, which counts all that is",
+        ),
+        (0.021, 0.061, "); this does not show that they are equal"),
+    ],
+)
+def test_where_interval_and_p_say_two_things_the_sentence_says_why(
+    tmp_path: Path, estimate: float, p: float, said: str
+) -> None:
+    effects = {"a": -0.03, "b": 0.03}
+    runs = scored_grid(
+        tmp_path, AXES, lambda model, loss: 2.0 + effects[model] * (loss == "completion")
+    )
+    rows = [
+        replace(row, declared_now=(contrast(),), declared_then=(contrast(),))
+        for row in rows_of(runs)
+    ]
+    report = build_report(rows)
+    loss = find_loss(report)
+
+    def change(effect: Effect) -> Effect:
+        assert effect.interval is not None and effect.interval.level == 0.975
+        interval = replace(effect.interval, estimate=estimate, half_width=0.023)
+        return replace(effect, interval=interval, p_adjusted=p)
+
+    simple = {"model": tuple(map(change, loss.simple["model"]))}
+    told = write_verdicts(replace(report, effects=(replace(loss, simple=simple),)))
+    [first, second] = [text for text in told if "no clear difference" in text]
+    assert said in first and said in second
 
 
 def test_a_declared_contrast_without_a_p_counts_in_the_family(tmp_path: Path) -> None:

@@ -313,6 +313,11 @@ class FakeLauncher:
         self._terminal, child_side = pty.openpty()
         return child_side
 
+    def read_terminal(self) -> str:
+        """What was written to it since; waits for something."""
+        assert select.select([self._terminal], [], [], PATIENCE_SECONDS)[0], "nothing was written"
+        return os.read(self._terminal, 2**16).decode()
+
     def close_terminal(self) -> None:
         """As when its window is closed."""
         os.close(self._terminal)

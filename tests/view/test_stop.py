@@ -59,7 +59,12 @@ def test_nothing_to_stop_is_said_and_nothing_is_written(
     capsys.readouterr()
     before = fake.tree()
     assert main(["stop", "recipes/toy"]) == 0
-    assert "nothing to stop: 2 runs are not running" in capsys.readouterr().err
+    assert (
+        "nothing to stop: 2 runs are not running; a sweep that is only about to start runs is not"
+        " asked: Ctrl-C stops it where it runs\n"
+    ) in capsys.readouterr().err
+    assert main(["stop", "recipes/toy/a.yaml"]) == 0
+    assert capsys.readouterr().err == "nothing to stop: 1 run is not running\n", "it is done"
     assert fake.tree() == before
     assert main(["stop", "recipes/nowhere"]) == 2
 
