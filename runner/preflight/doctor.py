@@ -257,8 +257,9 @@ def find_lacks(runs: Sequence[Selected], machine: Machine) -> Iterator[Finding]:
         for look in looks:
             for what, hint in look(run.recipe, machine):
                 lacks.add(run, "missing", what, hint)
-        for what, hint in _note_capability(run.recipe, machine):
-            lacks.add(run, "note", what, hint)
+        for note in (_note_capability, _note_slow):
+            for what, hint in note(run.recipe, machine):
+                lacks.add(run, "note", what, hint)
     yield from sorted(lacks.build_findings(), key=lambda one: one.hint or "")
     yield from _find_refused_pushes(runs)
 
@@ -295,16 +296,25 @@ def _need_devices(recipe: Recipe, machine: Machine) -> Iterator[Need]:
             "runner launch RECIPE --prepare  # writes the command that each machine is to run",
         )
     devices = machine.libraries.devices
-    if wanted.num_gpus > len(devices):
-        config = "cpu" if wanted.num_gpus == 1 else "cpu_ddp"
-        hint: str | None
-        hint = f"runner launch RECIPE launch.accelerate_config=accelerate_configs/{config}.yaml"
+    if wanted.num_gpus > max(len(devices), 1):  # one process trains on the CPU where it has to
+        hint: str | None = f"a machine with {wanted.num_gpus} GPUs"
         if machine.gpus and not devices and machine.libraries.cuda is None:
             hint = _CUDA_TORCH
         elif devices:
             hint = _suggest_fewer(recipe, len(devices), wanted.num_machines)
         gpus = "1 GPU is" if wanted.num_gpus == 1 else f"{wanted.num_gpus} GPUs are"
         yield f"{gpus} wanted, torch sees {len(devices) or 'none'}", hint
+
+
+def _note_slow(recipe: Recipe, machine: Machine) -> Iterator[Need]:
+    """One process without a GPU trains, on the CPU."""
+    devices, config_path = machine.libraries.devices, Path(recipe.launch.accelerate_config)
+    if not devices and config_path.exists() and derive_resources(recipe).num_gpus == 1:
+        is_of_torch = machine.gpus and machine.libraries.cuda is None
+        yield (
+            "1 GPU is wanted, torch sees none: it trains on the CPU",
+            (_CUDA_TORCH if is_of_torch else None),
+        )
 
 
 def _suggest_fewer(recipe: Recipe, num_gpus: int, num_machines: int) -> str | None:

@@ -59,10 +59,10 @@ GPU = "launch.accelerate_config=accelerate_configs/single_gpu.yaml"
 ZERO3 = ("launch.accelerate_config=accelerate_configs/zero3.yaml", "launch.num_processes=2")
 OFFLOAD = "launch.accelerate_config=accelerate_configs/zero3_offload.yaml"
 CANNOT = {
-    "no GPU": ((GPU,), PLAIN, "1 GPU is wanted, torch sees none", "accelerate_configs/cpu.yaml"),
+    "no GPUs": (ZERO3, PLAIN, "2 GPUs are wanted, torch sees none", "a machine with 2 GPUs"),
     "too few GPUs": (ZERO3, on_gpus(H200), "2 GPUs are wanted, torch sees 1", "--num-processes 1"),
     "torch for the CPU beside GPUs": (
-        (GPU,),
+        ZERO3,
         replace(PLAIN, gpus=[GPU_0]),
         "torch sees none",
         "pip install --force-reinstall -c constraints-cuda.txt torch",
@@ -194,8 +194,10 @@ def test_runs_that_lack_the_same_share_a_line(here: Project) -> None:
         runs.append(Selected(recipe, Path(f"{name}.yaml"), run_paths(recipe, Path("runs"))))
     (found,) = find_lacks(runs, PLAIN)
     grid = runs[0].recipe.run.grid
-    assert found.what == f"1 GPU is wanted, torch sees none (2 runs, such as {grid}/a)"
-    assert found.hint is not None and found.hint.startswith("runner launch a.yaml ")
+    said = "1 GPU is wanted, torch sees none: it trains on the CPU"
+    assert (found.level, found.what) == ("note", f"{said} (2 runs, such as {grid}/a)")
+    (found,) = find_lacks(runs, replace(PLAIN, gpus=[GPU_0]))
+    assert found.hint == "pip install --force-reinstall -c constraints-cuda.txt torch"
 
 
 def described(machine: Machine) -> str:
