@@ -323,7 +323,8 @@ def test_columns_that_may_mean_something_are_the_users_to_leave_out(
     ]
     assert main(["init", "study", "--data", str(write_rows(place / "a.jsonl", rows))]) == 0
     said = capsys.readouterr().out
-    assert "the recipe says so: `data.ignore: [language, messages.toxic]`" in said
+    assert "what no row's text is made of: `language` (30 rows), `messages.toxic`" in said
+    assert "the recipe says so in `data.ignore`" in said
     template = (place / "study" / "recipe_templates" / "first" / "recipe.yaml.j2").read_text()
     assert '  ignore: ["language", "messages.toxic"] # no row' in template
     rows[7]["weight"] = 0
