@@ -2,7 +2,10 @@
 
 import sys
 
-from runner.cli.main import main
-
 if __name__ == "__main__":
+    try:
+        from runner.cli.main import main
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     sys.exit(main())

@@ -46,6 +46,14 @@ def find_project_above(folder: Path) -> Path | None:
     return next((one for one in (folder, *folder.parents) if is_project(one)), None)
 
 
+def describe_no_project() -> str | None:
+    """Says that the current folder is in no project; None where it is in one."""
+    here = Path.cwd()
+    if find_project_above(here) is not None:
+        return None
+    return f"no project here: neither {SETTINGS_FILE} nor {TEMPLATES}/ in {here} or above it"
+
+
 def is_same_folder(one: Path, other: Path) -> bool:
     """True for two names of one folder that is there."""
     with contextlib.suppress(OSError):

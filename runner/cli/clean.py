@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from runner.errors import RefusedError
+from runner.project_folder import describe_no_project
 from runner.run.entries import list_notes, list_stored, remove_free_locks, remove_stored
 from runner.run.lease import is_leased
 from runner.run.paths import RunPaths, base_entries_dir, list_recipe_caches, row_entries_dir
@@ -21,8 +22,10 @@ def run_clean(arguments: argparse.Namespace) -> int:
     """
     root: Path = arguments.output_root
     if not root.is_dir():
+        nowhere = describe_no_project()
         raise RefusedError(
-            f"there is no folder {root}", hint="name the folder of the runs by `--output-root`"
+            f"there is no folder {root}" + (f"; {nowhere}" if nowhere else ""),
+            hint="name the folder of the runs by `--output-root`",
         )
     found = {
         folder: list_stored(folder) for folder in (base_entries_dir(root), row_entries_dir(root))

@@ -17,6 +17,7 @@ from runner.cli.clean import run_clean
 from runner.cli.launch import run_launch, select_run, suggest_fresh
 from runner.cli.pushes import PushPlan
 from runner.cli.reading import (
+    note_edited,
     note_idle_overrides,
     select,
     select_anew,
@@ -37,7 +38,13 @@ from runner.plan.status import (
     read_status_unverified,
     suggest_mending,
 )
-from runner.project_folder import pasteable, say_pasteable
+from runner.project_folder import (
+    TEMPLATES,
+    describe_no_project,
+    find_project_above,
+    pasteable,
+    say_pasteable,
+)
 from runner.recipe.contents import ContentHashes, KnownContents, hint_at_missing
 from runner.recipe.parse import Recipe, dump_recipe, load_recipe, parse_recipe
 from runner.run.allowed_code import allow_code, load_code, suggest_allowing
@@ -68,6 +75,13 @@ def run_demo_models(arguments: argparse.Namespace) -> int:
     """`runner demo-models`: prints the folders of the models, one a line."""
     from runner.demo.models import build_demo_models
 
+    here, project = Path.cwd(), find_project_above(Path.cwd())
+    if project not in (None, here) and not arguments.output.is_absolute():
+        print(
+            f"note: the models are built in {here / arguments.output}; recipes name folders of the"
+            f" project, {project}",
+            file=sys.stderr,
+        )
     try:
         model_dirs = build_demo_models(arguments.output)
     except RuntimeError as error:
@@ -81,8 +95,14 @@ def run_render(arguments: argparse.Namespace) -> int:
     """`runner render`."""
     from runner.grid.render import render_grids
 
+    if (nowhere := describe_no_project()) is not None:
+        raise RunnerError(nowhere, hint="`runner init FOLDER` makes a project; cd into it")
+    grid = arguments.grid
+    if grid is not None:  # also by the folder of its recipes or of its template
+        folder, *rest = Path(grid).parts
+        grid = rest[0] if len(rest) == 1 and folder in (RECIPES_DIR.name, TEMPLATES) else grid
     return render_grids(
-        arguments.grid,
+        grid,
         check=arguments.check,
         prune=arguments.prune,
         force=arguments.force,
@@ -98,10 +118,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     selected = (select_anew if arguments.allow_code else select)(arguments, arguments.paths)
     note_idle_overrides(selected)
     recipes = [one.recipe for one in selected]
-    from runner.grid.recipe_files import word_edited
-
-    if edited := word_edited([one.source_path for one in selected]):
-        print(f"note: {edited}", file=sys.stderr)
+    note_edited(selected)
     if arguments.allow_code:
         stream = sys.stderr if arguments.json else sys.stdout
         for file in allow_code(recipes, arguments.output_root):
@@ -191,6 +208,8 @@ def run_status(arguments: argparse.Namespace) -> int:
         from runner.view.watch import watch
 
         return watch(selected, content_cache_path(arguments.output_root), unreadable)
+    if not named and (nowhere := describe_no_project()) is not None:
+        print(f"note: {nowhere}", file=sys.stderr)
     known = KnownContents(content_cache_path(arguments.output_root))
     facts = [one.read_facts() for one in selected]
     rows = [

@@ -14,13 +14,22 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from runner.cli.arguments import build_parser
 from runner.errors import RunnerError, escape_controls, put_in_words
 from runner.secrets import scrub
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        if "--debug" in (sys.argv if argv is None else argv):
+            raise
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
     if not _open_standard_streams():
         _print_error(
             "standard output is closed, so nothing can be shown\n\n"
@@ -39,9 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunnerError as error:
         _print_error(str(error))
         return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `runner status | head`
         _drop_output()
         return 141
@@ -102,6 +108,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     argparse takes positional arguments in one piece only and leaves the rest over.
     """
+    from runner.cli.arguments import build_parser  # here a Ctrl-C is already caught
+
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     more = next((name for name in ("paths", "overrides") if hasattr(arguments, name)), None)

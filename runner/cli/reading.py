@@ -50,6 +50,14 @@ def select_anew(
     )
 
 
+def note_edited(selected: Sequence[Selected]) -> None:
+    """A line on stderr about recipes that were edited since they were rendered."""
+    from runner.grid.recipe_files import word_edited
+
+    if edited := word_edited([one.source_path for one in selected]):
+        print(escape_controls(f"note: {edited}"), file=sys.stderr)
+
+
 def read_runs(selected: Iterable[Selected], known: KnownContents) -> list[ReadRun]:
     """Recipe, facts with samples, and state of each run, hashing nothing but `result.json` and
     `recipe.json`, whose numbers and axes are shown.

@@ -24,7 +24,7 @@ from runner.cli.changed import (
 )
 from runner.cli.engines import load_engines
 from runner.cli.pushes import PushPlan, print_unpushed, send_pushes
-from runner.cli.reading import note_idle_overrides
+from runner.cli.reading import note_edited, note_idle_overrides
 from runner.errors import RefusedError
 from runner.launch.placement import PlanRuns, RequireRuns
 from runner.launch.pool import STOPPED
@@ -68,6 +68,7 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
             words = [str(path), *one.overrides]
             print(shlex.join(words) if one.overrides else words[0])
         return 0
+    note_edited(selected)
     engine = load_engines()[arguments.engine]
     if arguments.yes and not arguments.fresh:
         raise RefusedError("`--yes` answers what `--fresh` asks, and goes with it only")
@@ -187,7 +188,7 @@ def _decide_all(
     hashes = ContentHashes(content_cache_path(arguments.output_root), is_kept=not is_preview)
     planned: dict[str, Launch] = {}
     changed: list[ChangedRun] = []
-    num_unhappy = num_of_other_rules = 0
+    num_unhappy = num_of_other_rules = num_not_begun = 0
     for one in selected:
         # The files of a run that was never started are compared with nothing.
         is_compared = not is_preview or one.paths.recipe_path.exists()
@@ -209,7 +210,10 @@ def _decide_all(
         if decision.action == "launch" and (task := queued.get(one.full_name)) is not None:
             differences = tuple(task.find_differences(one))
             decision = decide_queued(task, differences)
-        print(_describe_decision(one.full_name, decision, differences), file=stream)
+        if only_unfinished and status.state == "pending" and decision.action == "skip":
+            num_not_begun += 1
+        else:
+            print(_describe_decision(one.full_name, decision, differences), file=stream)
         pushes.add(one, facts, is_due=decision.action in ("launch", "push"))
         if decision.action == "push":
             pushes.to_send.append(one)
@@ -226,6 +230,10 @@ def _decide_all(
         for one in changed
         if arguments.fresh and one.full_name not in queued
     }
+    if num_not_begun:
+        runs = "1 run was" if num_not_begun == 1 else f"{num_not_begun} runs were"
+        what = f"{runs} never started (rerun starts only what was begun)"
+        print(_describe_block("skip", what, ()), file=stream)
     pushes.refuse()
     allow = suggest_allowing(
         arguments.paths, arguments.output_root, arguments.where, arguments.overrides

@@ -25,6 +25,7 @@ from typing import Any
 from runner.demo.plans import Pretraining
 from runner.files import follow_umask
 from runner.processes import die_with_parent
+from runner.recipe.model_files import find_missing_model_file
 
 DEMO_FAMILIES = ("gemma", "llama")
 MANIFEST_NAME = ".demo_model.json"  # hidden: it holds times, and is no part of the model's content
@@ -52,8 +53,19 @@ def load_manifest(model_dir: Path) -> dict[str, Any]:
 
 
 def is_built(model_dir: Path, family: str, plan: Pretraining) -> bool:
-    """Whether `model_dir` holds the model that this very builder would make."""
-    return load_manifest(model_dir).get("builder_digest") == builder_digest(family, plan)
+    """Whether `model_dir` holds the model that this very builder would make, with all its files."""
+    manifest = load_manifest(model_dir)
+    if manifest.get("builder_digest") != builder_digest(family, plan):
+        return False
+    # Models of older versions have no record of their files.
+    is_whole = manifest.get("file_bytes") in (None, _measure_files(model_dir))
+    return is_whole and find_missing_model_file(model_dir) is None
+
+
+def _measure_files(model_dir: Path) -> dict[str, int]:
+    """Bytes of each file of a model, by name."""
+    files = (path for path in model_dir.iterdir() if not path.name.startswith("."))
+    return {path.name: path.stat().st_size for path in sorted(files)}
 
 
 def _build_in_child(family: str, built_dir: Path, plan: Pretraining, parent_pid: int) -> None:
@@ -64,6 +76,7 @@ def _build_in_child(family: str, built_dir: Path, plan: Pretraining, parent_pid:
     manifest: dict[str, Any] = {"builder_digest": builder_digest(family, plan), "family": family}
     manifest |= train_base_model(family, built_dir, plan)
     manifest["plan"] = asdict(plan)
+    manifest["file_bytes"] = _measure_files(built_dir)
     follow_umask(built_dir)
     (built_dir / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

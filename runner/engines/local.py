@@ -49,7 +49,7 @@ class LocalOptions:
 
 def parse_options(arguments: argparse.Namespace) -> LocalOptions:
     """Raises: RunnerError for GPUs that are not there, are hidden, or are named twice."""
-    from runner.launch.gpus import choose_gpus
+    from runner.launch.gpus import choose_gpus, warn_of_cpu_build
 
     per_gpu = arguments.per_gpu or 1
     if arguments.per_gpu is not None and arguments.slots is not None:
@@ -61,6 +61,7 @@ def parse_options(arguments: argparse.Namespace) -> LocalOptions:
     gpus = None
     if arguments.gpus is not None or arguments.per_gpu is not None:
         gpus = choose_gpus(arguments.gpus, os.environ, with_memory=per_gpu > 1)
+        warn_of_cpu_build()
     return LocalOptions(
         num_slots=len(gpus) * per_gpu if gpus is not None else arguments.slots or 1,
         gpus=gpus,

@@ -63,6 +63,7 @@ BY_HAND: Final = (
     " what goes with one of its values alone"
 )
 _KEY: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+_RANGE: Final = re.compile(r"(-?\d{1,9})(?:\.\.\.?|:)(-?\d{1,9})")
 _MAX_VALUES: Final = 100  # of an axis: each is tried out
 _SMALL: Final = 1e-3
 _LARGE: Final = 1e6
@@ -220,6 +221,13 @@ def _read_values(text: str, listed: str) -> tuple[Scalar, ...]:
             hint="write them into recipe_templates/first/grid.yaml",
         )
     for at, value in enumerate(values):
+        if isinstance(value, str) and (match := _RANGE.fullmatch(value)):
+            first, last = int(match[1]), int(match[2])
+            shown = [str(one) for one in range(first, min(last + 1, first + _MAX_VALUES))]
+            raise RunnerError(
+                f"{what}: got the range {value}, expected each value",
+                hint=f"--axis {text.partition('=')[0]}={','.join(shown)}" if shown else None,
+            )
         if isinstance(value, dict | list):
             raise RunnerError(
                 f"{what}: got a {'mapping' if isinstance(value, dict) else 'list'}, expected texts,"
@@ -282,6 +290,7 @@ def check_given_axes(axes: Sequence[GivenAxis], base_text: str) -> None:
             tried[override] = [*first[:at], override, *first[at + 1 :]]
     problems: dict[str, None] = {}
     unknown: set[str] = set()
+    refused: dict[str, list[str]] = {}  # values as they are written, by key
     for what, overrides in tried.items():
         try:
             parse_recipe(base_text, where="--axis", overrides=[*overrides, *instead])
@@ -289,15 +298,30 @@ def check_given_axes(axes: Sequence[GivenAxis], base_text: str) -> None:
             for problem in error.problems:
                 key = what if problem.key == "(recipe)" else problem.key
                 problems[f"  {key}: {problem.what}"] = None
+                refused.setdefault(problem.key, []).extend(overrides)
                 if problem.what.startswith("unknown key"):
                     unknown.add(problem.key)
     if not problems:
         return
     lines = "\n".join(list(problems)[:MAX_SHOWN_PROBLEMS])
     hint = _suggest_key(axes, unknown, base_text)
+    hint = hint or _suggest_values(axes, refused)
     if hint is None and ("is missing" in lines or "does not go with" in lines):
         hint = BY_HAND
     raise RunnerError(f"the recipes cannot take what `--axis` says\n\n{lines}", hint=hint)
+
+
+def _suggest_values(
+    axes: Sequence[GivenAxis], refused: Mapping[str, Collection[str]]
+) -> str | None:
+    """The first axis of which only some values are refused, with the others."""
+    for axis in axes:
+        written = refused.get(axis.key, ())
+        kept = [one for one in axis.values if _write_override(axis, one) not in written]
+        if written and kept:
+            others = ",".join(_write_value(one).strip('"') for one in kept)
+            return f"--axis {axis.key}={others}"
+    return None
 
 
 def _write_override(axis: GivenAxis, value: Scalar) -> str:

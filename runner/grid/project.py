@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from runner.data.tasks.prompts import list_placeholders
 from runner.errors import GridError, RefusedError, RunnerError
 from runner.grid import starter as init_starter
 from runner.grid.given_axes import (
@@ -257,7 +258,13 @@ def _describe_starter(starter: _Starter) -> list[str]:
     """What the starter grid does with the rows and the models, a line each."""
     given, plan = starter.given, starter.grid.data
     path = given.path
-    columns = [value for key, value in plan.task.items() if key.endswith("_column")]
+    prompts = list_placeholders(plan.task.get("prompt", ""))
+    columns = [", ".join(prompts)] if prompts else []
+    columns += [
+        value
+        for key, value in plan.task.items()
+        if key.endswith("_column") and value not in prompts
+    ]
     task = ": ".join([plan.task["name"], *([" -> ".join(columns)] if columns else [])])
     notes = [f"{path}: {plan.num_rows} different rows, read as {task}"]
     if not starter.is_own:
@@ -266,11 +273,12 @@ def _describe_starter(starter: _Starter) -> list[str]:
         notes.append(
             f"{path} is a copy of {given.name}: edit the copy, or name another file in the template"
         )
-    if plan.unused:
-        notes.append(f"not read, columns of {path}: {', '.join(plan.unused)}")
-    if plan.ignored:
-        notes.append(f"the recipe says so: `data.ignore: [{', '.join(plan.ignored)}]`")
+    unsaid = [one for one in plan.unused if not any(f"`{one}`" in said for said in plan.left_out)]
+    if unsaid:
+        notes.append(f"not read, columns of {path}: {', '.join(unsaid)}")
     notes += [f"left out of {path}: {line}" for line in plan.left_out]
+    if plan.ignored:
+        notes.append("the recipe says so in `data.ignore`, where a name may mean something")
     own = [split for split in plan.sources if split != "train"]
     notes.append(
         f"rows: {plan.num_validation} for validation, {plan.num_test} for test, "

@@ -253,6 +253,8 @@ def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
             f"`{missing}` is missing: --prompt and --completion go together",
             hint=_suggest_columns(row),
         )
+    if isinstance(row, Mapping):
+        _refuse_no_columns(prompt, completion, row)
     # A bare column, which may have a name that no text can hold.
     is_column = isinstance(row, Mapping) and prompt in row
     section = {
@@ -267,6 +269,38 @@ def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
         what = problems[0].what
         raise RunnerError(f"`--prompt`: {what}", hint=_suggest_columns(row)) from None
     return section
+
+
+# Of Python's own formats: `{chat.question}`, `{chat[0]}`.
+_NESTED: Final = re.compile(r"\{([^\W\d]\w*)[.\[][^{}]*\}")
+
+
+def _refuse_no_columns(prompt: str, completion: str, row: Mapping[str, Any]) -> None:
+    """Raises RunnerError where an answer is no column, or where what is inside one is named."""
+    if prompt not in row:
+        for match in _NESTED.finditer(prompt):
+            if match[1] in row:
+                raise _build_nested(f"`--prompt`: {match[0]}", match[1])
+    if completion in row:
+        return
+    column = re.split(r"[.\[]", completion.strip("{}"))[0]
+    if column in row and column != completion.strip("{}"):
+        raise _build_nested(f"`--completion {completion}`", column)
+    names = [str(name) for name in row]
+    what = f"`--completion {completion}`: the rows have no such column"
+    raise RunnerError(
+        f"{what}{suggest(completion.strip('{}'), names)}\n\ncolumns: {_list_columns(row)}"
+    )
+
+
+def _build_nested(what: str, column: str) -> RunnerError:
+    return RunnerError(
+        f"{what} is inside the column `{column}`: nested values cannot be named",
+        hint=(
+            "name a top-level column, or start without --data and write a Python function"
+            " (`data.task: {name: python, function: rows.py:build}`)"
+        ),
+    )
 
 
 def _list_columns(row: Any) -> str:

@@ -7,6 +7,7 @@ names are compared with what there is before anything starts. Without torch.
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -63,6 +64,27 @@ class NamedGpu:
 
     name: str  # as `CUDA_VISIBLE_DEVICES` takes it
     memory_mib: int | None = None  # None: not known
+
+
+def word_cpu_build(torch_version: str | None) -> str | None:
+    """A warning about a torch that uses no GPU; None for any other, and where there is none.
+
+    >>> word_cpu_build("2.13.0+cu128") is None
+    True
+    """
+    if torch_version is None or not torch_version.endswith("+cpu"):
+        return None
+    return f"this torch ({torch_version}) is built for the CPU: the runs will train on the CPU"
+
+
+def warn_of_cpu_build() -> None:
+    """On stderr, without importing torch, which would train on the CPU without a word."""
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if (warning := word_cpu_build(version)) is not None:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def list_gpus(

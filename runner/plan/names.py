@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from runner.errors import RunnerError
+from runner.project_folder import describe_no_project
 from runner.run.paths import RunPaths
 
 RECIPES_DIR: Final = Path("recipes")
@@ -53,9 +54,11 @@ def find_named(
         return _choose(meanings[0], prefer)
     if found:
         return found
-    raise RunnerError(
-        f"{text!r} names no recipe, run or grid", hint=_suggest_names(path, output_root)
-    )
+    what = f"{text!r} names no recipe, run or grid"
+    is_nothing_here = not RECIPES_DIR.is_dir() and not output_root.is_dir()
+    if is_nothing_here and (nowhere := describe_no_project()) is not None:
+        what += f"; {nowhere}"
+    raise RunnerError(what, hint=_suggest_names(path, output_root))
 
 
 def find_one(text: str, output_root: Path, prefer: Prefer, grid: str | None = None) -> Path:
@@ -145,7 +148,12 @@ def _suggest_names(path: Path, output_root: Path) -> str:
     ]
     known = [*_list_siblings(path), *grids]
     known += [f"{grid}/{name}" if len(path.parts) == 2 else name for grid, name in runs]
-    close = difflib.get_close_matches(str(path), dict.fromkeys(known), n=1)
+    close = [
+        one
+        for one in difflib.get_close_matches(str(path), dict.fromkeys(known), n=MAX_NAMED)
+        # Two names of one folder have that much in common anyway.
+        if difflib.get_close_matches(_name_last(path), [_name_last(Path(one))])
+    ]
     if close:
         return f"did you mean {close[0]}? `runner status` lists the runs"
     if not grids:
@@ -156,6 +164,10 @@ def _suggest_names(path: Path, output_root: Path) -> str:
         f" the grid{' is' if len(grids) == 1 else 's are'} {shown};"
         " `runner status` lists the runs"
     )
+
+
+def _name_last(path: Path) -> str:
+    return path.name.removesuffix(".yaml")
 
 
 def _list_siblings(path: Path) -> list[str]:

@@ -21,8 +21,9 @@ from runner.errors import (
     put_in_words,
 )
 from runner.files import hash_json
-from runner.plan.names import Prefer, find_named
+from runner.plan.names import RECIPES_DIR, Prefer, find_named
 from runner.plan.variants import find_same_run, load_variant, refuse_repeated
+from runner.project_folder import is_project
 from runner.recipe.habits import find_answer
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe, load_recipe
@@ -276,10 +277,15 @@ def _expand(arguments: Sequence[str], output_root: Path, prefer: Prefer) -> list
         named = find_named(argument, output_root, prefer)
         files = [file for one in named for file in expand_folder(one)]
         if not files:
+            is_unrendered = any(map(is_project, named))
             raise RunnerError(
                 f"{argument!r} names no recipe: there is none in that folder, nor a run directory"
                 " (a folder with a recipe.json)",
-                hint="give recipe files, folders of them, or globs, such as recipes/demo",
+                hint=(
+                    "runner render"
+                    if is_unrendered
+                    else "give recipe files, folders of them, or globs, such as recipes/demo"
+                ),
             )
         paths += files
     return paths
@@ -287,10 +293,14 @@ def _expand(arguments: Sequence[str], output_root: Path, prefer: Prefer) -> list
 
 def expand_folder(path: Path) -> list[Path]:
     """The recipes in a folder, else the run directories in it; without hidden ones: those were
-    moved aside.
+    moved aside. The recipes of a project are those in its `recipes/`.
     """
     if not path.is_dir() or _is_run(path):
         return [path]
+    if is_project(path):  # whose other files are templates, model cards and launch configs
+        recipes = path / RECIPES_DIR
+        found = expand_folder(recipes) if recipes.is_dir() else []
+        return found or [folder for folder in _walk(path) if _is_run(folder)]
     folders = list(_walk(path))
     files = [file for folder in folders for file in sorted(folder.glob("*.yaml"))]
     return files or [folder for folder in folders if _is_run(folder)]

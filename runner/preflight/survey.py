@@ -32,6 +32,7 @@ from runner.preflight.rows import RowFacts, SplitFacts, TokenizerFacts, find_row
 from runner.recipe.contents import hint_at_missing, list_content_paths, list_missing_files
 from runner.recipe.data_files import find_source_files
 from runner.recipe.data_section import DataSection
+from runner.recipe.hub import list_hub_names
 from runner.recipe.identity import build_digest_payload
 from runner.recipe.parse import Recipe
 from runner.recipe.schedule import Schedule, derive_schedule, find_changed_updates, find_doubts
@@ -143,7 +144,7 @@ def check_recipes(
     is the command that allows them.
     """
     result = CheckResult(len(recipes))
-    if any(not Path(path).exists() for recipe in recipes for path in _list_hub_names(recipe)):
+    if any(map(list_hub_names, recipes)):
         go_offline_without_network()
     missing = _find_missing_files(recipes, result)
     recipes = _load_functions(recipes, output_root, allow_hint, missing, result)
@@ -182,11 +183,6 @@ def check_recipes(
     for text, names in find_changed_updates([(run.recipe, run.schedule) for run in result.runs]):
         result.warnings[text] = names
     return result
-
-
-def _list_hub_names(recipe: Recipe) -> list[str]:
-    """What may be a name on the hub, if no file is called so."""
-    return [recipe.model.path, *(source.path for source in recipe.data.sources.values())]
 
 
 def _describe_data(data: DataSection) -> str:
@@ -238,26 +234,32 @@ def _own_paths(recipe: Recipe, section: str) -> list[str]:
 
 
 def _find_missing_files(recipes: Sequence[Recipe], result: CheckResult) -> set[str]:
-    """Every named file that is not there, in one error."""
+    """The paths of every named file that is not there, which are in one error."""
     concerned: dict[str, list[str]] = {}
     keys: dict[str, str] = {}
+    models: set[str] = set()  # also folders that lack a file
     for recipe in recipes:
         for key, path in list_missing_files(recipe).items():
             concerned.setdefault(path, []).append(recipe.run.full_name)
             keys[path] = key
+            models |= {recipe.model.path} if key == "model.path" else set()
     if concerned:
         width = max(map(len, concerned))
         lines = [
             f"  {path:<{width}}  {keys[path]} of {len(names)} recipes"
             for path, names in concerned.items()
         ]
+        count = len(concerned)
+        are = (
+            "1 file that recipes name is" if count == 1 else f"{count} files that recipes name are"
+        )
         error = DataError(
-            f"{len(concerned)} files that recipes name are not there:\n" + "\n".join(lines),
+            f"{are} not there:\n" + "\n".join(lines),
             hint=hint_at_missing(concerned),
         )
         for name in dict.fromkeys(name for names in concerned.values() for name in names):
             result.fail(error, name)
-    return set(concerned)
+    return {*concerned, *models}
 
 
 class _Draws:

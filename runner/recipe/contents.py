@@ -24,11 +24,14 @@ from runner.files import (
 from runner.project_folder import find_user_folder, pasteable
 from runner.recipe.data_files import find_source_files, list_splits, name_format
 from runner.recipe.data_section import DataSource
+from runner.recipe.model_files import find_missing_model_file
 from runner.recipe.parse import Recipe
 from runner.text import format_bytes
 
 # Built by `runner demo-models`; never to be asked of the hub, where such a name is free.
 _DEMO_MODELS: Final = "demo_models/"
+# Ends of what a folder of a model may lack.
+_OF_MODELS: Final = ("config.json", ".safetensors")
 # A file that was changed this recently may be changed again under the same time stamps.
 _SETTLED_AFTER_NANOSECONDS: Final = 2_000_000_000
 # Reading so much, or for so long, is told: nothing else shows that the command is alive.
@@ -288,18 +291,29 @@ def _is_surely_local(key: str, path: str) -> bool:
 
 
 def list_missing_files(recipe: Recipe) -> dict[str, str]:
-    """`dotted key -> path` of what the recipe names by path and is not there, content or not."""
+    """`dotted key -> path` of what the recipe names by path and is not there, content or not; of a
+    model's folder that is there, the first file without which it cannot be loaded.
+    """
     named = {
         **list_content_paths(recipe),
         "launch.accelerate_config": recipe.launch.accelerate_config,
     }
-    return {key: path for key, path in named.items() if not Path(path).exists()}
+    missing = {key: path for key, path in named.items() if not Path(path).exists()}
+    if lacking := find_missing_model_file(Path(recipe.model.path)):
+        missing["model.path"] = str(lacking)
+    return missing
 
 
 def hint_at_missing(paths: Collection[str]) -> str:
     """How files come to be there that a recipe names."""
     if any(path.startswith(_DEMO_MODELS) for path in paths):
         return f"{pasteable('runner demo-models')}  # builds the demo's models"
+    if any(Path(path).parent.is_dir() and path.endswith(_OF_MODELS) for path in paths):
+        return (
+            "a model's folder holds config.json and model.safetensors, or the shards that"
+            " model.safetensors.index.json names (pickles such as *.bin are never loaded):"
+            " copy the whole folder again, or name another one in `model.path`"
+        )
     user_folder = find_user_folder()
     found = [path for path in paths if user_folder is not None and (user_folder / path).exists()]
     if found:
@@ -387,8 +401,11 @@ def hash_what_is_there(
     of these paths.
     """
     contents = {}
+    is_model_whole = find_missing_model_file(Path(recipe.model.path)) is None
     for content in list_contents(recipe):
         if only is not None and content.path not in only:
+            continue
+        if content.path == recipe.model.path and not is_model_whole:
             continue
         path = Path(content.path)
         with contextlib.suppress(DataError):
@@ -422,6 +439,7 @@ class KnownContents:
         self._hashes = ContentHashes(cache_path)
         self._known: dict[Content, str | None] = {}
         self._exists: dict[str, bool] = {}
+        self._lacking: dict[str, str | None] = {}  # of models' folders, by path
         self.outdated: set[str] = set()
 
     def refresh(self) -> None:
@@ -431,6 +449,7 @@ class KnownContents:
             self._cache_state, self._hashes = state, ContentHashes(self._cache_path)
         self._known.clear()
         self._exists.clear()
+        self._lacking.clear()
         self.outdated.clear()
 
     def find(self, contents: Iterable[Content]) -> dict[str, str]:
@@ -454,7 +473,13 @@ class KnownContents:
         missing = [
             path for path in (*named, recipe.launch.accelerate_config) if not self._is_there(path)
         ]
+        model = recipe.model.path
         unknown = [path for path in named if path not in found and path not in missing]
+        if lacking := self._find_lacking(model):
+            # Not "changed": a folder that lost a file is not compared with anything.
+            found.pop(model, None)
+            unknown = [path for path in unknown if path != model]
+            missing.append(lacking)
         return Inputs(
             found,
             named,
@@ -467,6 +492,12 @@ class KnownContents:
         if path not in self._exists:
             self._exists[path] = Path(path).exists()
         return self._exists[path]
+
+    def _find_lacking(self, model_path: str) -> str | None:
+        if model_path not in self._lacking:
+            lacking = find_missing_model_file(Path(model_path))
+            self._lacking[model_path] = None if lacking is None else str(lacking)
+        return self._lacking[model_path]
 
 
 def list_changed(recipe: Recipe, contents: Mapping[str, str], cache_path: Path) -> dict[str, str]:

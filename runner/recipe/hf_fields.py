@@ -114,7 +114,7 @@ OWNED_TRAINING_FIELDS: Final[dict[str, str]] = {
     ),
     **dict.fromkeys(
         ("packing", "packing_strategy", "padding_free", "eval_packing"),
-        "nothing: rows are not packed",
+        "the runner, which packs no rows: each is a sequence of its own",
     ),
     **dict.fromkeys(
         ("ignore_data_skip", "restore_callback_states_from_checkpoint", "logging_nan_inf_filter"),

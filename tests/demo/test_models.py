@@ -216,3 +216,21 @@ def test_rows_fit_the_demo_length(demo_dir: Path, family: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_dir / family)
     lengths = [len(tokenizer.apply_chat_template(row, return_dict=False)) for row in _rows()]
     assert max(lengths) <= 256
+
+
+@pytest.mark.parametrize("lost", [None, "model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_that_lost_a_file_is_not_built(tmp_path: Path, lost: str | None) -> None:
+    files = {"model.safetensors": "w", "config.json": "{}", "tokenizer.json": "{}"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    manifest = {
+        "builder_digest": builder_digest("llama", BRIEF),
+        "file_bytes": {name: len(text) for name, text in files.items()},
+    }
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest))
+    if lost is not None:
+        (tmp_path / lost).unlink()
+    assert is_built(tmp_path, "llama", BRIEF) == (lost is None)
+    del manifest["file_bytes"]  # as older versions wrote it
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert is_built(tmp_path, "llama", BRIEF) == (lost in (None, "tokenizer.json"))

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from runner.errors import RunnerError
-from runner.launch.gpus import Gpu, MigDevice, NamedGpu, choose_gpus, list_gpus, split_names
+from runner.launch.gpus import (
+    Gpu,
+    MigDevice,
+    NamedGpu,
+    choose_gpus,
+    list_gpus,
+    split_names,
+    word_cpu_build,
+)
 from tests.support.fake_nvidia_smi import (
     GPU_0,
     GPU_1,
@@ -197,3 +205,10 @@ def test_without_an_answer_an_outer_choice_holds_as_far_as_names_tell(bin_dir: P
     assert refuse(bin_dir, MIG_0, visible=MIG_1).hint == f"--gpus {MIG_1}"
     for nothing in ("", "-1", "NoDevFiles"):
         assert "which hides 0" in refuse(bin_dir, "0", visible=nothing).message
+
+
+def test_a_torch_for_the_cpu_is_told() -> None:
+    assert word_cpu_build("2.13.0+cpu") == (
+        "this torch (2.13.0+cpu) is built for the CPU: the runs will train on the CPU"
+    )
+    assert [word_cpu_build(version) for version in (None, "2.13.0", "2.13.0+cu128")] == [None] * 3

@@ -153,19 +153,19 @@ def test_as_many_gpus_are_suggested_as_the_global_batch_divides_by(here: Project
 
 
 def test_of_a_run_directory_the_recipe_is_hinted_at(here: Project) -> None:
-    recipe = here.recipe(GPU, "run.name=a")
+    recipe = here.recipe(*ZERO3, "run.name=a")
     paths = run_paths(recipe, Path("runs"))
     paths.run_dir.mkdir(parents=True)
     selected = Selected(recipe, paths.run_dir, paths)
-    (found,) = find_lacks([selected], PLAIN)
+    (found,) = find_lacks([selected], on_gpus(H200))
     assert found.hint is not None and found.hint.startswith("runner launch RECIPE ")
     path = Path("recipes", recipe.run.grid, "a.yaml")
     path.parent.mkdir(parents=True)
     path.touch()
-    (found,) = find_lacks([selected], PLAIN)
+    (found,) = find_lacks([selected], on_gpus(H200))
     assert found.hint is not None and found.hint.startswith(f"runner launch {path} ")
     with entering(here.root):
-        (found,) = find_lacks([selected], PLAIN)
+        (found,) = find_lacks([selected], on_gpus(H200))
     assert found.hint is not None
     assert found.hint.startswith(f"cd {here.root} && runner launch {path} ")
 

@@ -13,12 +13,14 @@ from runner.files import hash_file, hash_json
 from runner.recipe.contents import (
     ContentHashes,
     KnownContents,
+    check_contents,
     hash_contents,
     hash_what_is_there,
     known_content,
     list_changed,
     list_content_paths,
     list_contents,
+    list_missing_files,
 )
 from runner.recipe.identity import derive_digest
 from runner.recipe.parse import Recipe
@@ -33,6 +35,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     (tmp_path / "models" / "toy" / "sub").mkdir(parents=True)
     for name in (
         "models/toy/config.json",
+        "models/toy/model.safetensors",
         "models/toy/sub/weights.bin",
         "chat.jinja",
         "data.jsonl",
@@ -98,6 +101,7 @@ def test_files_that_are_not_there_are_named_at_once_and_never_looked_for_on_the_
     "name",
     [
         "models/toy/config.json",
+        "models/toy/model.safetensors",
         "models/toy/sub/weights.bin",
         "chat.jinja",
         "data.jsonl",
@@ -435,3 +439,54 @@ def test_all_ways_to_ask_for_a_folder_of_rows_give_one_hash(recipe: Recipe) -> N
     assert find_known(named, Path("cache.json"))["rows"] == launched
     (content,) = [one for one in list_contents(named) if one.path == "rows"]
     assert known_content(content, hashes) == launched
+
+
+@pytest.mark.parametrize(
+    ("change", "lacks"),
+    [
+        ({"model.safetensors": None}, "model.safetensors"),
+        ({"model.safetensors": None, "pytorch_model.bin": "pickled"}, "model.safetensors"),
+        ({"config.json": None}, "config.json"),
+        (
+            {
+                "model.safetensors": None,
+                "model.safetensors.index.json": '{"weight_map": {"a": "1.safetensors", "b": "2"}}',
+                "1.safetensors": "1",
+            },
+            "2",
+        ),
+    ],
+)
+def test_a_models_folder_without_all_its_files_is_refused_and_compared_with_nothing(
+    recipe: Recipe, change: dict[str, str | None], lacks: str
+) -> None:
+    hash_contents(recipe, ContentHashes(Path("cache.json")))
+    for name, text in change.items():
+        path = Path("models/toy") / name
+        path.unlink() if text is None else path.write_text(text)
+    assert list_missing_files(recipe) == {"model.path": f"models/toy/{lacks}"}
+    with pytest.raises(DataError, match=f"model.path: models/toy/{lacks}") as caught:
+        check_contents(recipe)
+    assert "pickles" in (caught.value.hint or "") or lacks == "2"
+    inputs = KnownContents(Path("cache.json")).look(recipe)
+    assert inputs.missing == (f"models/toy/{lacks}",)
+    assert "models/toy" not in {*inputs.contents, *inputs.touched, *inputs.unread}
+    assert "models/toy" not in hash_what_is_there(recipe, ContentHashes(Path("cache.json")))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"adapter_config.json": "{}"},  # its base model is elsewhere
+        {"config.json": '{"transformers_weights": "own.safetensors"}', "own.safetensors": ""},
+        {"config.json": "{}", "model.safetensors.index.json": "no JSON"},  # the loader says so
+    ],
+)
+def test_what_a_models_folder_may_hold_instead_is_not_refused(
+    recipe: Recipe, files: dict[str, str]
+) -> None:
+    for path in Path("models/toy").glob("*.*"):
+        path.unlink()
+    for name, text in files.items():
+        (Path("models/toy") / name).write_text(text)
+    assert list_missing_files(recipe) == {}

@@ -380,6 +380,7 @@ def make_fake_launcher(root: Path) -> FakeLauncher:
     (home / "accelerate").chmod(0o755)
     os.mkfifo(home / "started")
     (root / "models" / "toy" / "config.json").write_text("{}")
+    (root / "models" / "toy" / "model.safetensors").write_bytes(b"weights")
     (root / "data.jsonl").write_text("{}\n")
     (root / "cpu.yaml").write_text("use_cpu: true\n")
     return FakeLauncher(root, os.open(home / "started", os.O_RDWR | os.O_NONBLOCK))

@@ -1,0 +1,247 @@
+"""The first hour of somebody new: what is missing, mistyped or in the wrong place is said in words,
+before anything is started or moved.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.cli.main import main
+from runner.grid.recipe_files import seal
+from tests.conftest import ROOT
+from tests.support.fake_launcher import FakeLauncher, fake
+from tests.support.toy_grid import build_toy
+
+__all__ = ["fake"]
+
+
+@pytest.mark.parametrize("is_whole_once", [True, False])
+def test_a_model_without_weights_is_refused_before_anything_is_moved(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str], is_whole_once: bool
+) -> None:
+    fake.add("a")
+    if is_whole_once:
+        assert main(["sweep", "recipes/toy"]) == 0
+    (fake.root / "models/toy/model.safetensors").unlink()
+    before, recipe = fake.tree(), "recipes/toy/a.yaml"
+    capsys.readouterr()
+    for words in (
+        ["sweep", "recipes/toy"],
+        ["sweep", "recipes/toy", "--fresh", "--yes"],
+        ["launch", recipe],
+        ["launch", recipe, "--fresh"],
+        ["check", recipe],
+    ):
+        for option in [[]] if words[0] == "check" else [["--dry-run"], []]:
+            assert main([*words, *option]) == 2, words
+            output = capsys.readouterr()
+            assert "models/toy/model.safetensors" in output.err, words
+            assert "hint: a model's folder holds config.json and model.safetensors" in output.err
+            assert "--fresh" not in output.out + output.err
+    assert main(["why", recipe]) == 0
+    assert "missing     model.path: models/toy/model.safetensors" in capsys.readouterr().out
+    assert main(["status", recipe]) == 0
+    output = capsys.readouterr()
+    state = "completed" if is_whole_once else "pending"
+    assert f"toy/a  {state}" in output.out and "changed" not in output.out
+    assert "inputs missing: models/toy/model.safetensors" in output.out
+    assert fake.tree() == before
+
+
+NOWHERE = "no project here: neither runner.toml nor recipe_templates/ in {} or above it"
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["status"], 0),
+        (["render", "--check"], 2),
+        (["render", "first"], 2),
+        (["report", "first"], 2),
+        (["clean"], 2),
+    ],
+)
+def test_outside_a_project_it_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    code: int,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == code
+    output = capsys.readouterr()
+    assert NOWHERE.format(tmp_path) in output.err
+    assert output.out == ""
+    (tmp_path / "runner.toml").touch()
+    main(words)
+    assert "no project" not in capsys.readouterr().err
+
+
+def test_demo_models_below_a_project_says_where_they_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runner.toml").touch()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "demo_models").touch()  # so that nothing is built
+    monkeypatch.chdir(tmp_path / "notes")
+    assert main(["demo-models"]) == 2
+    assert f"note: the models are built in {tmp_path}/notes/demo_models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", ["study", "study/"])
+def test_a_project_folder_means_its_recipes(
+    fake: FakeLauncher,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    named: str,
+) -> None:
+    fake.add("a")
+    study = fake.root / "study"
+    (study / "recipe_templates" / "models").mkdir(parents=True)
+    (study / "recipe_templates" / "models" / "card.yaml").write_text("path: x\n")
+    for name in ("cpu.yaml", "data.jsonl", "models"):
+        (fake.root / name).rename(study / name)
+    assert main(["sweep", named, "--dry-run"]) == 2
+    assert "runner render\n" in capsys.readouterr().err
+    (fake.root / "recipes").rename(study / "recipes")
+    assert main(["sweep", named, "--dry-run"]) == 0
+    assert "launch  toy/a  pending" in capsys.readouterr().out
+    monkeypatch.chdir(study)
+    assert main(["status", "."]) == 0
+    assert "toy/a  pending" in capsys.readouterr().out
+    assert main(["sweep", "."]) == 0
+    assert main(["report", "recipes/toy"]) == 0
+    (study / "recipes").rename(study / "elsewhere")
+    capsys.readouterr()
+    assert main(["status", "."]) == 0
+    assert "toy/a  completed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["toy", "recipes/toy", "recipe_templates/toy", "recipes/toy/"])
+def test_a_grid_is_rendered_by_its_name_and_by_its_folders(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    root = build_toy(tmp_path)()
+    monkeypatch.chdir(root)
+    assert main(["render", name]) == 0
+    assert "8 written, 0 unchanged in recipes/toy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [["check", "--schema-only"], ["sweep", "--dry-run"], ["launch"]])
+def test_every_verb_that_reads_recipes_tells_which_were_edited(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str], verb: list[str]
+) -> None:
+    fake.add("a")
+    path = fake.root / "recipes" / "toy" / "a.yaml"
+    body = path.read_text()
+    path.write_text(seal("toy", body))
+    assert main([*verb, "recipes/toy/a.yaml"]) == 0
+    assert "edited" not in capsys.readouterr().err
+    path.write_text(seal("toy", body) + "# mine\n")
+    assert main([*verb, "recipes/toy/a.yaml"]) == 0
+    assert "note: edited after rendering: recipes/toy/a.yaml" in capsys.readouterr().err
+
+
+def test_rerun_counts_what_was_never_started(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add(*"abcd")
+    fake.tell("a", "exit 1")
+    main(["launch", "recipes/toy/a.yaml"])
+    capsys.readouterr()
+    assert main(["rerun", "recipes/toy", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "skip    3 runs were never started (rerun starts only what was begun)\n" in said
+    assert "toy/b" not in said and said.count("never started") == 1
+
+
+@pytest.mark.parametrize(
+    "module", ["argparse", "runner.cli.main", "runner.cli.arguments", "runner.cli.commands"]
+)
+def test_a_ctrl_c_while_it_is_being_loaded_prints_no_traceback(module: str) -> None:
+    code = f"""
+import runpy, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+
+sys.modules.pop({module!r}, None)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["runner", "status"]
+runpy.run_module("runner", run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--completion", "resolutoin"], "no such column, did you mean `resolution`?"),
+        (["--prompt", "{chat.q}"], "name a top-level column, or start without --data and write a"),
+        (
+            ["--completion", "chat.q"],
+            "name a top-level column, or start without --data and write a",
+        ),
+        (["--axis", "seed=1..3"], "hint: --axis seed=1,2,3\n"),
+        (["--axis", "adapter.r=8,sixteen,32"], "hint: --axis adapter.r=8,32\n"),
+        (["--axis", "training.packing=true"], "decided by the runner, which packs no rows"),
+    ],
+)
+def test_what_is_mistyped_of_a_new_project_is_answered(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tickets(tmp_path / "tickets.jsonl")
+    given = ["--prompt", "{ticket}", "--completion", "resolution"]
+    assert main(["init", "new", "--data", "tickets.jsonl", *given, *options]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_new_project_tells_each_column_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tickets(tmp_path / "tickets.jsonl")
+    given = ["--data", "tickets.jsonl", "--completion", "resolution"]
+    assert main(["init", "one", *given, "--prompt", "Language {lang}: {ticket}"]) == 0
+    assert "prompt_completion: lang, ticket -> resolution\n" in capsys.readouterr().out
+    assert main(["init", "two", *given, "--prompt", "{ticket}"]) == 0
+    assert capsys.readouterr().out.count("lang") == 1
+
+
+def write_tickets(path: Path) -> None:
+    rows = [
+        {"lang": "en", "ticket": f"broken {n}", "resolution": f"mend {n}", "chat": {"q": "a"}}
+        for n in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_what_is_nowhere_near_is_not_suggested(
+    fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.add("gemma_full_080")
+    for named in ("recipes/toy/nothere.yaml", "toy/nothere"):
+        assert main(["why", named]) == 2
+        assert "did you mean" not in capsys.readouterr().err
+    assert main(["why", "recipes/toy/gemma_ful_080.yaml"]) == 2
+    assert "did you mean recipes/toy/gemma_full_080.yaml?" in capsys.readouterr().err
