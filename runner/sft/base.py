@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from transformers import Trainer
 
 from runner.data.rows import Samples
-from runner.errors import CorruptFileError
+from runner.errors import CorruptFileError, put_in_words
 from runner.files import MAX_ROWS_BYTES, hash_json, load_json, write_json_atomic
 from runner.recipe.schema import GenerationOn
 from runner.run.entries import (
@@ -270,8 +270,8 @@ class _Shelf:
                 found = self._find()  # another run may have written it meanwhile
                 if found is None and self._is_not_shared():
                     self._let_go()
-        except OSError as error:
-            self._why = f"{self.folder} cannot be read or locked: {error}"
+        except (CorruptFileError, OSError) as error:
+            self._why = f"{self.folder} cannot be read or locked: {put_in_words(error)}"
             return None
         if found is not None:  # readers need no lock
             self._let_go()
@@ -354,7 +354,7 @@ class _Shelf:
             f"the scores of {self._producer.run}, attempt {self._producer.attempt}, are others:"
             f" {difference}"
         )
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(CorruptFileError, OSError):
             quarantine_entry(self.folder, difference, read=self._entry, found_by=self._who())
         return False
 

@@ -25,7 +25,7 @@ from runner.data.row_entries import (
 from runner.data.rows import Samples, build_samples, expand_turns
 from runner.data.shards import Work
 from runner.data.stored_rows import BYTES_PER_ROW
-from runner.errors import CorruptFileError
+from runner.errors import CorruptFileError, put_in_words
 from runner.model.memory import require_space
 from runner.recipe.contents import ContentHashes, hash_what_is_there
 from runner.recipe.schema import Turns
@@ -112,8 +112,8 @@ class RowStore:
                 return None
             with context.phase("masking rows"):
                 return str(self.write(self.raw).folder)
-        except OSError as error:
-            _tell(f"warning: masked rows are not stored below {self._root}: {error}")
+        except (CorruptFileError, OSError) as error:
+            _tell(f"warning: masked rows are not stored below {self._root}: {put_in_words(error)}")
             return None
 
     @cached_property
