@@ -29,6 +29,7 @@ from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe, parse_recipe
 from runner.run.record import EXIT_CODES
 from tests.conftest import RECIPE_TEXT, ROOT
+from tests.support.model_folders import make_model_folder
 from tests.support.toy_grid import GRID, TEMPLATE
 
 FACTOR: Final = int(os.environ.get("FUZZ_FACTOR", "1"))
@@ -91,7 +92,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     for name in ("accelerate_configs", "ds_configs"):
         (root / name).symlink_to(ROOT / name)
     (root / "data.jsonl").write_text("{}\n")
-    (root / "models" / "gemma").mkdir(parents=True)
+    make_model_folder(root / "models" / "gemma")
     before = Path.cwd()
     os.chdir(root)
     yield Place(root)

@@ -16,6 +16,7 @@ from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import load_recipe
 from runner.run.paths import RunPaths, content_cache_path
 from tests.conftest import RECIPE_TEXT, ROOT
+from tests.support.model_folders import make_model_folder
 from tests.support.settled import settle
 from tests.support.whole_runs import BY_BYTES, BY_SIZE, FILES, add_files
 
@@ -39,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "accelerate_configs", "accelerate_configs")
     Path("data.jsonl").write_text("{}\n")
-    Path("models/gemma").mkdir(parents=True)
+    make_model_folder(Path("models/gemma"))
     Path("recipes").mkdir()
     for name in ("hurt", "old", "whole"):
         text = RECIPE_TEXT.replace("name: base", f"name: {name}")

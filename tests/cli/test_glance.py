@@ -22,6 +22,7 @@ from runner.recipe.parse import load_recipe
 from runner.run.paths import content_cache_path, recipe_cache_path
 from runner.view.watch import RunsReader
 from tests.conftest import RECIPE_TEXT, ROOT, RUNNER, build_environment
+from tests.support.model_folders import make_model_folder
 
 NUM_RECIPES = 66  # more than are read without the cache
 LAST = f"r{NUM_RECIPES - 1}"
@@ -54,7 +55,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in (ROOT / "accelerate_configs").glob("*.yaml"):
         (Path("accelerate_configs") / path.name).write_text(path.read_text())
     write_data("{}\n")
-    Path("models/gemma").mkdir(parents=True)
+    make_model_folder(Path("models/gemma"))
     RECIPE.parent.mkdir(parents=True)
     for number in range(NUM_RECIPES):
         name = f"r{number:02}"  # the last one in order is read by the cache

@@ -135,7 +135,7 @@ CHANGES: Final = {
     "another file of the model": Change(
         lambda: Path("models/toy/extra.json").write_text("{}"), "./models/toy", "touched"
     ),
-    "a file of the model less": Change(WEIGHTS.unlink),
+    "the weights missing": Change(WEIGHTS.unlink, str(WEIGHTS), "missing"),
     "only touched": Change(touch_all, str(DATA), "touched", is_other=False),
     "cache lost": Change(CACHE.unlink, str(DATA), "unread", is_other=False),
     "cache lost and data changed": Change(forget_and_change, str(DATA), "unread"),
