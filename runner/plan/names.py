@@ -152,7 +152,7 @@ def _suggest_names(path: Path, output_root: Path) -> str:
         one
         for one in difflib.get_close_matches(str(path), dict.fromkeys(known), n=MAX_NAMED)
         # Two names of one folder have that much in common anyway.
-        if difflib.get_close_matches(_name_last(path), [_name_last(Path(one))])
+        if difflib.get_close_matches(path.stem, [Path(one).stem])
     ]
     if close:
         return f"did you mean {close[0]}? `runner status` lists the runs"
@@ -164,10 +164,6 @@ def _suggest_names(path: Path, output_root: Path) -> str:
         f" the grid{' is' if len(grids) == 1 else 's are'} {shown};"
         " `runner status` lists the runs"
     )
-
-
-def _name_last(path: Path) -> str:
-    return path.name.removesuffix(".yaml")
 
 
 def _list_siblings(path: Path) -> list[str]:

@@ -29,6 +29,7 @@ from runner.demo.models import (
 )
 from runner.demo.plans import TINY, Pretraining
 from tests.conftest import ROOT
+from tests.support.model_folders import make_model_folder
 from tests.support.modes import list_other_modes, umask_of
 
 REPOSITORY = ROOT
@@ -168,7 +169,7 @@ def make_broken_torch(folder: Path) -> str:
 def test_the_verb_finds_everything_built_without_torch(tmp_path: Path) -> None:
     models_dir = tmp_path / "models"
     for family in DEMO_FAMILIES:
-        (models_dir / family).mkdir(parents=True)
+        make_model_folder(models_dir / family)
         manifest = {"builder_digest": builder_digest(family, Pretraining())}
         (models_dir / family / MANIFEST_NAME).write_text(json.dumps(manifest))
     done = run_verb(models_dir, PYTHONPATH=make_broken_torch(tmp_path))

@@ -19,6 +19,7 @@ from runner.data.draw import RawSplits, draw_splits
 from runner.grid.spec import list_grids
 from runner.recipe.parse import Recipe, load_recipe
 from tests.conftest import ROOT, run_cli
+from tests.support.model_folders import make_model_folder
 from tests.support.moving_hub import moving_hub
 from tests.test_imports import HEAVY, list_loaded
 
@@ -89,8 +90,7 @@ def test_the_printed_commands_work(
     assert script & 0o777 == readme_file & 0o777 | (readme_file & 0o444) >> 2
     assert "/runs/" in Path(".gitignore").read_text()
     for path in {Path(recipe.model.path) for recipe in recipes}:  # for a preview that is all
-        path.mkdir(parents=True)
-        (path / "config.json").write_text("{}")
+        make_model_folder(path)
     done = subprocess.run(
         ["sweeps/first.sh", "--dry-run"], capture_output=True, text=True, check=False
     )
@@ -419,7 +419,10 @@ def test_models_become_cards(place: Path) -> None:
             ["--data", "few.jsonl", "--prompt", "solve", "--completion", "completion"],
             "holds no column in braces",
         ),
-        (["--data", "few.jsonl", "--prompt", "prompt", "--completion", "x"], "column `x` is"),
+        (
+            ["--data", "few.jsonl", "--prompt", "prompt", "--completion", "x"],
+            "the rows have no such column",
+        ),
         (["--from", "demo", "--prompt", "{a}"], "--prompt goes with the starter grid"),
         (["--model", "./none"], "there is no such folder"),
         (["--model", "."], "has no config.json"),

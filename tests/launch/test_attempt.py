@@ -334,7 +334,7 @@ def test_a_damaged_record_stops_its_own_run_only(
             and "toy/a  unreadable" in shown.out
             and name in shown.out
         )
-        assert "hint: unreadable: `runner launch RECIPE --fresh`" in shown.err
+        assert "hint: unreadable: `runner launch recipes/toy/a.yaml --fresh`" in shown.err
         assert main(["status", named, "--json"]) == 1
         states = {row["name"]: row["state"] for row in json.loads(capsys.readouterr().out)}
         assert states == {"a": "unreadable", "b": "completed"}
