@@ -282,6 +282,7 @@ def test_a_runner_that_is_not_installed_is_a_note(tmp_path: Path) -> None:
     for path in Path(pytest.__file__).parents[1].iterdir():
         if not path.name.startswith("recipe_runner"):
             (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "runner").symlink_to(ROOT / "runner")  # a checkout may hold its egg-info
     program = """if True:
         from pathlib import Path
         from runner.preflight.doctor import Machine, describe_machine
@@ -291,7 +292,7 @@ def test_a_runner_that_is_not_installed_is_a_note(tmp_path: Path) -> None:
     """
     done = subprocess.run(
         [sys.executable, "-S", "-c", program],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
