@@ -31,7 +31,7 @@ from runner.launch.placement import (
 from runner.launch.pool import STOPPED, build_command, run_planned
 from runner.plan.decide import MAX_FRUITLESS, Launch, decide
 from runner.plan.names import RECIPES_DIR, Prefer, find_one
-from runner.plan.select import Selected, load_selected, refuse_overridden_axes, select_recipes
+from runner.plan.select import Selected, load_selected, select_recipes
 from runner.plan.status import (
     RunStatus,
     describe_change,
@@ -351,7 +351,6 @@ def _load_one(path: Path, arguments: argparse.Namespace) -> Selected:
                 " them"
             )
     selected = load_selected(path, arguments.output_root, arguments.overrides, name)
-    refuse_overridden_axes(selected)
     if name is None:
         note_idle_overrides([selected])
     return selected

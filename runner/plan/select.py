@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from runner.errors import (
     CorruptFileError,
@@ -140,8 +140,6 @@ def select_recipes(
     if unreadable is not None:
         unreadable += [one for one in damaged if _locate(one.paths.run_dir) not in found]
     matching = _match_axes(list(found.values()), where)
-    for one in matching:
-        refuse_overridden_axes(one)
     if overrides:
         _refuse_equal_variants(matching)
     return matching
@@ -188,43 +186,6 @@ def load_selected(
     )
 
 
-def refuse_overridden_axes(selected: Selected) -> None:
-    """Nothing, where the overrides leave the values of the axes true.
-
-    Raises:
-        RefusedError: a report would take the run for another cell of its grid.
-    """
-    run = selected.recipe.run
-    for override in selected.overrides:
-        key = override.partition("=")[0]
-        axis = next((one for one in run.axes if _sets(one, key)), None)
-        if axis is None:
-            continue
-        stated = f"{axis}={label_value(run.axes[axis])}"
-        raise RefusedError(
-            f"{override!r} changes what the axis `{axis}` says of {selected.source_path}: a report"
-            f" would go on to take its run for one of {stated}",
-            hint=f"select a value that the grid has by `runner sweep {run.grid} --where {stated}`,"
-            f" or add one to `{axis}` in recipe_templates/{run.grid}/grid.yaml and `runner render"
-            f" {run.grid}`",
-        )
-
-
-def _sets(axis: str, key: str) -> bool:
-    """True where the values of an axis are those of a key, as grids name their axes.
-
-    >>> _sets("seed", "training.seed"), _sets("seed", "data.seed"), _sets("adapter.r", "adapter.r")
-    (True, False, True)
-    """
-    if axis in _AXIS_KEYS:
-        return key == _AXIS_KEYS[axis]
-    return key == axis or key.endswith(f".{axis}")
-
-
-# Axes whose name says less than the key, or is the end of several.
-_AXIS_KEYS: Final = {"seed": "training.seed", "samples": "data.num_train_samples"}
-
-
 def _refuse_equal_variants(selected: Sequence[Selected]) -> None:
     seen: dict[str, Selected] = {}
     for one in selected:
@@ -233,7 +194,7 @@ def _refuse_equal_variants(selected: Sequence[Selected]) -> None:
             words = " ".join(one.overrides or other.overrides)
             raise RefusedError(
                 f"{words!r} makes one experiment of {other.source_path} and {one.source_path}:"
-                " it would run twice, and a report would take the two for different cells",
+                " it would run twice",
                 hint="name one of them, or leave out what makes them equal",
             )
 

@@ -336,31 +336,6 @@ def write_axes(fake: FakeLauncher, name: str, axes: str, seed: int) -> None:
     assert f"{{{axes}}}" in path.read_text()
 
 
-@pytest.mark.parametrize(
-    ("axes", "override"),
-    [
-        ("seed: 1", "training.seed=5"),
-        ("training.learning_rate: 0.001", LR),
-        ("learning_rate: 0.001", LR),
-        ("samples: 4", "data.num_train_samples=3"),
-    ],
-)
-def test_an_override_of_what_an_axis_says_is_refused(
-    fake: FakeLauncher, capsys: pytest.CaptureFixture[str], axes: str, override: str
-) -> None:
-    write_axes(fake, "a", axes, 1)
-    axis = axes.partition(":")[0]
-    for verb in (["sweep", "toy"], ["launch", "a"], ["launch", "a", "--name", "mine"]):
-        assert main([*verb, override]) == 2
-        said = capsys.readouterr().err
-        assert f"'{override}' changes what the axis `{axis}` says of recipes/toy/a.yaml" in said
-        assert (
-            f"hint: select a value that the grid has by `runner sweep toy --where {axis}=" in said
-        )
-    assert fake.events() == []
-    assert main(["sweep", "toy", "data.seed=5"]) == 0, "which no axis sets"
-
-
 def test_overrides_that_make_two_cells_equal_are_refused(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
