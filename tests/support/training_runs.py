@@ -156,8 +156,9 @@ def try_launch(
 def launch_arguments(
     name: str, overrides: tuple[str, ...], num_processes: int | None = None
 ) -> list[str]:
-    """Arguments of `runner` for one run under a name of its own. Of several overrides of one key the
-    last counts here; `runner` refuses them.
+    """Arguments of `runner` for one run under a name of its own.
+
+    Of several overrides of one key the last counts here; `runner` refuses them.
     """
     overrides = tuple({one.partition("=")[0]: one for one in overrides}.values())
     processes = [] if num_processes is None else ["--num-processes", str(num_processes)]
