@@ -128,7 +128,7 @@ def _list_present(arguments: argparse.Namespace, names: tuple[str, ...]) -> list
 
 
 def _is_looked_up(text: str, arguments: argparse.Namespace) -> bool:
-    """Whether a word is looked up in the project above the current folder, where it is no path:
+    """True where a word is looked up in the project above the current folder, where it is no path:
     `compare` looks for its arms in a grid that is a path, and takes of one that is a word only the
     name.
     """
@@ -232,7 +232,7 @@ class _Finder:
         return next((one for one in folder.parents if is_same_folder(one, project)), project)
 
     def _may_enter(self, project: Path, run_dir: Path) -> bool:
-        """Whether a run directory, which may come from anybody, may name an absolute path as its
+        """True where a run directory, which may come from anybody, may name an absolute path as its
         project: one with a marker, where the run is in no other project, or where the user is.
         """
         if not is_project(project):
@@ -249,9 +249,10 @@ class _Finder:
 
 
 def _holds_any(project: Path, content: dict[str, Any]) -> bool:
-    """Whether a folder without a marker holds anything of what the record says was there: the way
-    up from a run directory that was copied elsewhere leads to any folder. A submission is taken at
-    its word.
+    """True where a folder without a marker holds anything of what the record says was there.
+
+    The way up from a run directory that was copied elsewhere leads to any folder. A submission is
+    taken at its word.
     """
     contents = content.get("contents", {".": ""})
     return isinstance(contents, dict) and any(
@@ -277,8 +278,8 @@ def _list_paths(text: str) -> list[Path]:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a word that is a folder here means a grid or a run nevertheless: the folder holds no
-    recipes, and is no project.
+    """True where a word that is a folder here means a grid or a run all the same, since the folder
+    holds no recipes and is no project.
     """
     path = Path(text)
     return (

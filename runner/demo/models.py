@@ -53,7 +53,7 @@ def load_manifest(model_dir: Path) -> dict[str, Any]:
 
 
 def is_built(model_dir: Path, family: str, plan: Pretraining) -> bool:
-    """Whether `model_dir` holds the model that this very builder would make, with all its files."""
+    """True where `model_dir` holds, with all its files, the model that this builder would make."""
     manifest = load_manifest(model_dir)
     if manifest.get("builder_digest") != builder_digest(family, plan):
         return False

@@ -1,4 +1,4 @@
-"""Whether the memory of a GPU holds the runs that are to share it (`--per-gpu`), by estimates.
+"""Compares the runs that are to share a GPU (`--per-gpu`) with its memory, by estimates.
 
 The estimates are those of `runner check`. They need torch and every row, and are made by a process
 of their own (`runner.preflight.needs`), so that a sweep of days keeps neither.

@@ -83,7 +83,7 @@ class GivenAxis:
 
     @property
     def is_starters(self) -> bool:
-        """Whether the starter grid has this axis anyway."""
+        """True where the starter grid has this axis anyway."""
         return self.key in _STARTER_AXES
 
     @property

@@ -106,7 +106,7 @@ def _split(content: bytes) -> _Parts:
 
 
 def was_edited(content: bytes) -> bool:
-    """Whether a recipe was edited since it was rendered; False where it does not say."""
+    """True where a recipe was edited since it was rendered; False where it does not say."""
     parts = _split(content)
     return parts.checksum is not None and not parts.is_sealed
 

@@ -50,12 +50,12 @@ from runner.run.record import (
     Failure,
     FailureKind,
     RunRecord,
-    TrainResult,
     load_failure,
     load_progress,
     load_stop_request,
     write_record,
 )
+from runner.run.result import TrainResult
 from runner.secrets import scrub_log
 
 

@@ -156,7 +156,7 @@ def forget_closed_streams() -> None:
 
 
 def _is_milestone(phase: str) -> bool:
-    """Whether a phase is worth a line of a log: evaluations and saves come again and again."""
+    """True where a phase is worth a line of a log: evaluations and saves come again and again."""
     return phase == "training" or is_silent_phase(phase)
 
 

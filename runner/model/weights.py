@@ -25,7 +25,7 @@ from runner.files import load_json, write_json_atomic
 from runner.model.load import count_rows
 from runner.recipe.hub import load_arguments
 from runner.recipe.schema import ModelSection
-from runner.run.record import SplitScore
+from runner.run.result import SplitScore
 
 
 class ExportError(RunnerError):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -59,7 +59,16 @@ def find_push_to(facts: RunFacts, recipe: Recipe, *, is_fresh: bool = False) -> 
     """
     if is_fresh or not facts.attempts or facts.stored is None:
         return recipe.tracking.push_to
-    if facts.push is not None and facts.push.state == "pushed":
+    return find_recorded_push(facts)
+
+
+def find_recorded_push(facts: RunFacts) -> str | None:
+    """The repository that the recorded recipe names, None where the run was pushed.
+
+    Raises:
+        CorruptFileError, OSError: the records of the run cannot be read.
+    """
+    if facts.stored is None or (facts.push is not None and facts.push.state == "pushed"):
         return None
     return facts.stored.recipe.tracking.push_to
 
@@ -147,11 +156,7 @@ def _find_shared(planned: Sequence[PlannedPush]) -> tuple[list[str], list[str]]:
     pushed = [found for root in roots for found in _list_pushed(root)]
     own = {one.paths.run_dir.resolve() for one in planned}
     for folded, runs in by_repository.items():
-        others = [
-            one
-            for one in pushed
-            if one.record.repo_id.casefold() == folded and one.run_dir.resolve() not in own
-        ]
+        others = _choose_others(pushed, folded, own)
         names, repo_id = _name(one.full_name for one in runs), runs[0].repo_id
         if len(runs) > 1:
             lines.append(
@@ -192,11 +197,16 @@ def _list_pushed(output_root: Path) -> Iterator[OtherPush]:
 
 def find_pushed_by_others(paths: RunPaths, repo_id: str) -> list[OtherPush]:
     """Other runs of the same output root that were pushed to a repository, or are to be."""
-    own = paths.run_dir.resolve()
+    pushed = _list_pushed(find_output_root(paths.run_dir))
+    return _choose_others(pushed, repo_id.casefold(), {paths.run_dir.resolve()})
+
+
+def _choose_others(pushed: Iterable[OtherPush], folded: str, own: Set[Path]) -> list[OtherPush]:
+    """Those with one repository; the hub does not tell its name by upper and lower case."""
     return [
         one
-        for one in _list_pushed(find_output_root(paths.run_dir))
-        if one.record.repo_id.casefold() == repo_id.casefold() and one.run_dir.resolve() != own
+        for one in pushed
+        if one.record.repo_id.casefold() == folded and one.run_dir.resolve() not in own
     ]
 
 

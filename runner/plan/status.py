@@ -12,9 +12,11 @@ from pydantic import Field
 from runner.checkpoints.choose import Inventory, look_ahead, read_inventory
 from runner.errors import CorruptFileError, RefusedError, put_in_words
 from runner.files import load_jsonl
+from runner.plan.pushes import find_recorded_push
 from runner.recipe.contents import Inputs
 from runner.recipe.identity import build_digest_payload, diff_payloads
 from runner.recipe.parse import Recipe
+from runner.run.fact import Fact, Shown
 from runner.run.facts import RunFacts
 from runner.run.failures import HINTS, UNREADABLE_HINT
 from runner.run.manifest import (
@@ -27,15 +29,7 @@ from runner.run.manifest import (
     is_of_model,
     select_recipe,
 )
-from runner.run.record import (
-    RULES_KEY,
-    Fact,
-    Failure,
-    Shown,
-    StoredRecipe,
-    describe_phase,
-    list_trained,
-)
+from runner.run.record import RULES_KEY, Failure, StoredRecipe, describe_phase, list_trained
 from runner.run.scores import find_score_contradictions
 
 State = Literal[
@@ -322,11 +316,10 @@ def _find_push(facts: RunFacts) -> dict[str, str | None]:
     """The push that a completed run still waits for, as the recipe of its first attempt asks for
     it.
     """
-    stored, push = facts.stored, facts.push
-    repo_id = stored.recipe.tracking.push_to if stored is not None else None
-    if repo_id is None or (push is not None and push.state == "pushed"):
+    repo_id = find_recorded_push(facts)
+    if repo_id is None:
         return {}
-    return {"push_to": repo_id, "push_failure": None if push is None else push.failure}
+    return {"push_to": repo_id, "push_failure": facts.push.failure if facts.push else None}
 
 
 def verify_records(facts: RunFacts, status: RunStatus) -> RunStatus:

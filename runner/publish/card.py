@@ -12,7 +12,8 @@ from runner.recipe.contents import list_content_paths
 from runner.recipe.data_section import DataSection
 from runner.recipe.identity import build_digest_payload
 from runner.run.paths import RunPaths
-from runner.run.record import TrainResult, list_trained, load_record
+from runner.run.record import list_trained, load_record
+from runner.run.result import TrainResult
 from runner.strict import thaw
 
 _LOSSES: Final = {

@@ -37,7 +37,7 @@ from runner.publish.push import (
 from runner.publish.tuned import TunedRun, open_tuned_run, quieten
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import QuantizationOff
-from runner.run.record import load_result
+from runner.run.result import load_result
 
 ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
 # The largest difference of a logit over the largest logit. Merging rounds each weight once to the

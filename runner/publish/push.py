@@ -34,14 +34,8 @@ from runner.recipe.parse import Recipe
 from runner.run.lease import Lease
 from runner.run.manifest import is_of_model, list_model_files
 from runner.run.paths import RunPaths
-from runner.run.record import (
-    PushRecord,
-    TrainResult,
-    load_push,
-    load_result,
-    load_stored_recipe,
-    write_push,
-)
+from runner.run.record import PushRecord, load_push, load_stored_recipe, write_push
+from runner.run.result import TrainResult, load_result
 from runner.secrets import scrub
 
 # What a push takes away from the repository unless it writes it anew: an adapter must not lie

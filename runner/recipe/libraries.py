@@ -61,7 +61,7 @@ def hide_libraries(names: Iterable[str]) -> None:
 
 
 def uses_bitsandbytes(recipe: Recipe) -> bool:
-    """Whether a run imports bitsandbytes: for its optimizer or for quantised weights."""
+    """True where a run imports bitsandbytes: for its optimizer or for quantised weights."""
     optimizer = recipe.training.hugging_face_arguments().get("optim")
     return (
         recipe.quantization.method != "none"
@@ -85,7 +85,7 @@ def _may_use_deepspeed(recipe: Recipe) -> bool:
 
 
 def names_deepspeed(settings: Mapping[str, Any]) -> bool:
-    """Whether an accelerate config asks for DeepSpeed."""
+    """True where an accelerate config asks for DeepSpeed."""
     is_named = str(settings.get("distributed_type")).upper() == "DEEPSPEED"
     return is_named or "deepspeed_config" in settings
 

@@ -1,4 +1,4 @@
-"""Whether a folder holds a model that can be loaded, by the names of its files alone."""
+"""The files without which a model cannot be loaded from a folder, by their names alone."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ from runner.report.wording import (
     spread,
     variance,
 )
-from runner.run.record import GenerationScore
+from runner.run.result import GenerationScore
 from runner.text import cut, cut_middle, escape_cell, fill, measure
 
 MAX_WIDTH: Final = 120  # terminal columns; a wider table is cut into several

@@ -21,7 +21,7 @@ from runner.errors import CorruptFileError, escape_controls, put_in_words
 from runner.files import load_jsonl
 from runner.recipe.schema import LIKELIHOOD_METRICS
 from runner.run.paths import RunPaths
-from runner.run.record import GenerationScore, SplitScore
+from runner.run.result import GenerationScore, SplitScore
 
 Floats = npt.NDArray[np.float64]
 

@@ -27,7 +27,8 @@ from runner.recipe.parse import Recipe
 from runner.run.base_scores import OtherBaseScores
 from runner.run.facts import RunFacts
 from runner.run.paths import RunPaths
-from runner.run.record import Attempt, GenerationScore, SplitScore, list_trained
+from runner.run.record import Attempt, list_trained
+from runner.run.result import GenerationScore, SplitScore
 from runner.strict import thaw
 
 if TYPE_CHECKING:

@@ -36,16 +36,15 @@ from runner.run.record import (
     RunRecord,
     StopRequest,
     StoredRecipe,
-    TrainResult,
     load_failure,
     load_progress,
     load_push,
     load_record,
-    load_result,
     load_stop_request,
     load_stored_recipe,
     now_utc,
 )
+from runner.run.result import TrainResult, load_result
 
 
 @dataclass(frozen=True)

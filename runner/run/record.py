@@ -1,39 +1,31 @@
-"""The records in a run directory, typed: attempts, result, failures, progress. No intent, no guess.
+"""The records in a run directory, typed: recipe, attempts, failures, progress. No intent, no guess.
 
-`run.json` holds the attempts and is written by `launch.run_files`; `result.json` is written last by
-the trainer. `plan.status` derives what the records mean now.
+`run.json` holds the attempts and is written by `launch.run_files`. `plan.status` derives what the
+records mean now.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Final, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     field_validator,
-    model_validator,
 )
 
-from runner.errors import CONTROLS, CorruptFileError, escape_controls
-from runner.files import parse_json, read_plain, write_json_atomic
+from runner.errors import CONTROLS, CorruptFileError
+from runner.files import read_plain, write_json_atomic
 from runner.recipe.hub import pin, state_as_before
 from runner.recipe.identity import RULES, derive_digest
 from runner.recipe.parse import Recipe
-from runner.run.manifest import FileRecord, InnerName
+from runner.run.fact import Fact, Moment, Shown, load_fact, parse_fact
 from runner.run.paths import AttemptPaths, RunPaths
-from runner.strict import STORED, list_texts
+from runner.strict import list_texts
 from runner.text import format_seconds
 
 FailureKind = Literal[
@@ -47,7 +39,6 @@ FailureKind = Literal[
     "lost",
     "stalled",
 ]
-StopReason = Literal["num_train_epochs", "max_steps", "early_stopping"]
 # Kinds that happen again when nothing changes: a rerun would only burn device time.
 DETERMINISTIC_KINDS: Final[frozenset[FailureKind]] = frozenset(
     {"configuration", "data", "diverged"}
@@ -68,14 +59,6 @@ _MOST_TELLING: Final[tuple[FailureKind, ...]] = (
 )
 
 
-class Fact(BaseModel):
-    """A record on disk: frozen; fields that a newer version added are kept out, missing ones are an
-    error.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
 # How `runner launch` tells a cluster engine why its run ended without a result.
 EXIT_CODES: Final[Mapping[FailureKind, int]] = {
     "configuration": 10,
@@ -88,10 +71,6 @@ EXIT_CODES: Final[Mapping[FailureKind, int]] = {
     "stalled": 14,
     "crashed": 1,
 }
-
-
-# What is shown in terminals, whoever wrote the file: a run directory may come from somebody else.
-Shown = Annotated[str, AfterValidator(escape_controls)]
 
 
 class Failure(Fact):
@@ -112,15 +91,6 @@ class StopRequest(Fact):
     why: str
     # The sweep that runs it was itself asked to leave: another one may continue the run at once.
     is_of_its_sweep: bool = False
-
-
-def _require_zone(text: str) -> str:
-    if datetime.datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError("a moment without its time zone")
-    return text
-
-
-Moment = Annotated[str, AfterValidator(_require_zone)]  # ISO 8601, UTC
 
 
 # shared: the base model is scored once under an output root; own: by each run for itself
@@ -295,136 +265,6 @@ class StoredRecipe(Fact):
         ]
 
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Number = Annotated[int, Field(ge=1, lt=2**63)]  # of what there is at least one of
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-def _require_possible(value: float) -> float:
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(
-            f"{value}: a sum of negative log-likelihoods is a finite number and not below 0"
-        )
-    return value
-
-
-def _require_finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{value}: a score is a finite number")
-    return value
-
-
-NllSum = Annotated[float, AfterValidator(_require_possible)]
-Finite = Annotated[float, AfterValidator(_require_finite)]
-
-
-class SplitScore(Fact):
-    """Negative log-likelihood of one split, summed over all its rows, in nats, and what it was
-    summed over.
-    """
-
-    num_rows: Number
-    num_completion_tokens: Number
-    num_tokens: Number  # of the full text, the first token of each row excluded
-    num_bytes: Count  # UTF-8 bytes of what the rows say in their completions
-    completion_nll_sum: NllSum
-    # Of the completion tokens without a byte of that; None: an older run did not tell them apart.
-    template_nll_sum: NllSum | None = None
-    nll_sum: NllSum
-
-    @model_validator(mode="after")
-    def _fit(self) -> SplitScore:
-        if self.num_completion_tokens > self.num_tokens:
-            raise ValueError(
-                f"num_completion_tokens is {self.num_completion_tokens}, more than the"
-                f" {self.num_tokens} of num_tokens"
-            )
-        return self
-
-    @property
-    def nll_per_completion_token(self) -> float:
-        """Nats per completion token, end-of-turn tokens included."""
-        return self.completion_nll_sum / self.num_completion_tokens
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Bits of the completion tokens that hold what the rows say, per byte of it; comparable
-        across tokenizers and templates. None where the completions are empty.
-        """
-        if not self.num_bytes:
-            return None
-        nll_sum = self.completion_nll_sum - (self.template_nll_sum or 0.0)
-        return nll_sum / math.log(2) / self.num_bytes
-
-    @property
-    def nll_per_token(self) -> float:
-        """Nats per token of the full text."""
-        return self.nll_sum / self.num_tokens
-
-
-class GenerationScore(Fact):
-    """The task's metrics of generated texts, means over the rows that there was a reference for."""
-
-    num_rows: Count
-    num_judged: Count  # rows with something to judge an answer by
-    num_unfinished: Count  # texts that reached `max_new_tokens` without an end of turn
-    # Texts that are no answer: neither label, no final result; they count as wrong.
-    num_unreadable: Count
-    metrics: dict[str, Finite]  # of the task, and the project's own
-    # Of each of the project's own metrics: the rows that it judged.
-    num_judged_by: dict[str, Count] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _fit(self) -> GenerationScore:
-        counts = {
-            "num_judged": self.num_judged,
-            "num_unfinished": self.num_unfinished,
-            "num_unreadable": self.num_unreadable,
-            **{f"num_judged_by.{name}": count for name, count in self.num_judged_by.items()},
-        }
-        for name, count in counts.items():
-            if count > self.num_rows:
-                raise ValueError(f"{name} is {count}, more than the {self.num_rows} of num_rows")
-        return self
-
-
-class TrainResult(Fact):
-    """`result.json`: written last, so its presence with the right digest means that the run is
-    complete.
-    """
-
-    recipe_digest: str
-    outcome: Literal["completed"]
-    stop_reason: StopReason
-    num_steps: Count
-    best_step: Count
-    best_metric: Finite
-    metric: Shown
-    num_train_rows: Count
-    base: dict[str, SplitScore]  # split -> score of the base model: "validation", "test"
-    tuned: dict[str, SplitScore]  # split -> score of the exported model
-    # "base" and "tuned" -> generated answers on the test split; empty where generation is off
-    generation: dict[str, GenerationScore] = Field(default_factory=dict)
-    # Of `model/` and of what is summed up here, by path in the run directory; None: an older run
-    # recorded no checksums, so it cannot be verified.
-    files: dict[InnerName, FileRecord] | None = None
-    # None in all that follows: an older run did not record it.
-    # Of the parameters that are trained, before step 1: `model.weights.hash_parameters`.
-    initial_weights_hash: Sha256 | None = None
-    # Of the row ids in the order in which they were trained: `sft.order.hash_order`.
-    row_order_hash: Sha256 | None = None
-    # Of the optimizer: steps, but for those that a loss scale of float16 made it skip.
-    num_updates: Count | None = None
-    num_trained_tokens: Count | None = None  # tokens with a label that entered the loss, all steps
-    schedule_steps: Count | None = None  # of the whole schedule of the learning rate
-
-    @model_validator(mode="after")
-    def _fit(self) -> TrainResult:
-        if self.best_step > self.num_steps:
-            raise ValueError(f"best_step is {self.best_step}, after the last of {self.num_steps}")
-        return self
-
-
 class Progress(Fact):
     """`progress.json`: where the trainer stands; drawn by `sweep` and `status`, never decided
     upon.
@@ -499,17 +339,12 @@ def now_utc() -> str:
 
 def load_record(paths: RunPaths) -> RunRecord:
     """The attempts so far."""
-    return _load_fact(paths.record_path, RunRecord) or RunRecord()
+    return load_fact(paths.record_path, RunRecord) or RunRecord()
 
 
 def write_record(paths: RunPaths, record: RunRecord) -> None:
     """Replace `run.json`; only the holder of the lease may."""
     write_json_atomic(paths.record_path, record.model_dump(mode="json"))
-
-
-def load_result(paths: RunPaths) -> TrainResult | None:
-    """The result, or None while there is none."""
-    return _load_fact(paths.result_path, TrainResult)
 
 
 def load_failure(files: AttemptPaths) -> Failure | None:
@@ -519,7 +354,7 @@ def load_failure(files: AttemptPaths) -> Failure | None:
     Which one was written first does not count: a rank may see another one go before that one has
     said why.
     """
-    found = [_load_fact(path, Failure) for path in files.list_failure_paths()]
+    found = [load_fact(path, Failure) for path in files.list_failure_paths()]
     return min(
         (failure for failure in found if failure is not None),
         key=lambda failure: (failure.has_lost_peer, _MOST_TELLING.index(failure.kind)),
@@ -532,7 +367,7 @@ def load_base_source(files: AttemptPaths) -> BaseSource | None:
     and for a file that cannot be read.
     """
     try:
-        return _load_fact(files.base_path, BaseSource)
+        return load_fact(files.base_path, BaseSource)
     except (CorruptFileError, OSError):
         return None
 
@@ -540,7 +375,7 @@ def load_base_source(files: AttemptPaths) -> BaseSource | None:
 def load_stop_request(paths: RunPaths) -> StopRequest | None:
     """What somebody asked the running attempt for; None also for a file that cannot be read."""
     try:
-        return _load_fact(paths.stop_path, StopRequest)
+        return load_fact(paths.stop_path, StopRequest)
     except (CorruptFileError, OSError):
         return None
 
@@ -550,7 +385,7 @@ def load_progress(path: Path) -> Progress | None:
     off.
     """
     try:
-        return _load_fact(path, Progress)
+        return load_fact(path, Progress)
     except CorruptFileError:
         return None
 
@@ -568,7 +403,7 @@ class PushRecord(Fact):
 
 def load_push(paths: RunPaths) -> PushRecord | None:
     """The last push that was asked for; None where there was none."""
-    return _load_fact(paths.push_path, PushRecord)
+    return load_fact(paths.push_path, PushRecord)
 
 
 def write_push(paths: RunPaths, record: PushRecord) -> None:
@@ -589,7 +424,7 @@ def load_stored_recipe(paths: RunPaths) -> StoredRecipe | None:
     content = read_plain(paths.recipe_path)
     if content is None:
         return None
-    stored = _parse_fact(content, paths.recipe_path, StoredRecipe)
+    stored = parse_fact(content, paths.recipe_path, StoredRecipe)
     if _is_surely_shown(content):
         return stored
     texts = list_texts(stored.recipe.model_dump(mode="json"))
@@ -607,26 +442,3 @@ def _is_surely_shown(content: bytes) -> bool:
     """
     text = content.decode(errors="surrogateescape")
     return CONTROLS.search(text) is None and _SPELLED_CONTROL.search(text) is None
-
-
-Loaded = TypeVar("Loaded", bound=Fact)
-
-
-def _load_fact(path: Path, kind: type[Loaded]) -> Loaded | None:
-    """Raises: CorruptFileError for a file of another shape."""
-    content = read_plain(path)  # None is told from `null` by one look: it may be written meanwhile
-    return None if content is None else _parse_fact(content, path, kind)
-
-
-def _parse_fact(content: bytes, path: Path, kind: type[Loaded]) -> Loaded:
-    with contextlib.suppress(ValidationError):
-        return kind.model_validate_json(content, context=STORED)
-    # Python's reader takes some texts that pydantic's does not, and says what is no JSON at all.
-    try:
-        text = json.dumps(parse_json(content, path))
-        return kind.model_validate_json(text, context=STORED)
-    except ValidationError as error:
-        first = error.errors()[0]
-        # Keys are anybody's: those of a mapping may hold what a terminal takes for commands
-        key = escape_controls(".".join(str(part) for part in first["loc"])) or "its content"
-        raise CorruptFileError(f"{path} cannot be read: {key}: {first['msg']}") from None

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from runner.run.record import SplitScore, TrainResult
+from runner.run.result import SplitScore, TrainResult
 
 _COUNTS: Final = ("num_completion_tokens", "num_tokens", "num_bytes")
 _SUMS: Final = ("completion_nll_sum", "template_nll_sum", "nll_sum")

@@ -13,7 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from runner.checkpoints.marker import find_best_step, list_evaluations, rank_steps
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import EarlyStoppingOn
-from runner.run.record import Progress, StopReason
+from runner.run.record import Progress
+from runner.run.result import StopReason
 from runner.sft.context import RunContext
 
 

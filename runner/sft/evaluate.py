@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from runner.data.rows import Row
 from runner.data.stored_rows import list_lengths
 from runner.errors import DivergedError, RunnerError
-from runner.run.record import SplitScore
+from runner.run.result import SplitScore
 from runner.run.scores import find_impossible
 
 Value = TypeVar("Value")

@@ -28,7 +28,7 @@ from runner.files import load_jsonl, write_jsonl_atomic
 from runner.functions import Metric
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import EarlyStoppingOn, GenerationOn
-from runner.run.record import GenerationScore
+from runner.run.result import GenerationScore
 from runner.sft.evaluate import share_rows
 
 

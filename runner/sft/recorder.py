@@ -67,15 +67,8 @@ from runner.run.manifest import (
     sign_result,
 )
 from runner.run.paths import RunPaths, marker_path
-from runner.run.record import (
-    GenerationScore,
-    SplitScore,
-    StopReason,
-    TrainResult,
-    list_trained,
-    load_record,
-    load_result,
-)
+from runner.run.record import list_trained, load_record
+from runner.run.result import GenerationScore, SplitScore, StopReason, TrainResult, load_result
 from runner.run.scores import find_score_contradictions
 from runner.sft.base import NUM_ROWS_SCORED_AGAIN, BaseScores, obtain_base_scores
 from runner.sft.context import RunContext

@@ -20,7 +20,7 @@ from transformers.integrations import integration_utils
 
 from runner.errors import RunnerError
 from runner.files import load_json, load_jsonl, write_json_atomic
-from runner.run.record import TrainResult
+from runner.run.result import TrainResult
 from runner.sft.context import RunContext
 
 MAX_FAILURES_IN_A_ROW: Final = 3

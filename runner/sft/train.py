@@ -16,7 +16,7 @@ from runner.data.tokenizer import load_tokenizer
 from runner.errors import RefusedError
 from runner.model.load import load_model
 from runner.recipe.trackers import require_trackers
-from runner.run.record import load_result
+from runner.run.result import load_result
 from runner.sft.context import RunContext
 from runner.sft.phases import (
     announce_compilations,

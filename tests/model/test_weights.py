@@ -34,7 +34,7 @@ from runner.model.weights import (
     verify_score,
 )
 from runner.recipe.parse import Recipe
-from runner.run.record import SplitScore
+from runner.run.result import SplitScore
 from tests.conftest import ROOT, Project
 from tests.support.training_runs import RUNS
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -317,4 +316,3 @@ def test_constraints_are_those_of_cuda_without_its_libraries() -> None:
     own = re.compile(r"cuda-|nvidia-|triton==")
     assert [line for line in cuda if not own.match(line)] == plain
     assert sum(bool(own.match(line)) for line in cuda) > 10
-    assert shutil.which("grep"), "`make pins` uses it"

@@ -24,7 +24,7 @@ from runner.run.manifest import (
     mend_model,
 )
 from runner.run.paths import RunPaths
-from runner.run.record import TrainResult, load_result
+from runner.run.result import TrainResult, load_result
 from tests.support.reports import completed, make_recipe
 from tests.support.whole_runs import BY_BYTES, BY_SIZE, FILES, MODEL_FILES, add_files, record
 
@@ -203,7 +203,7 @@ import itertools, os, signal, sys
 from pathlib import Path
 from runner.run.manifest import mend_model
 from runner.run.paths import RunPaths
-from runner.run.record import load_result
+from runner.run.result import load_result
 paths, nth = RunPaths(Path(sys.argv[1])), int(sys.argv[2])
 files, counts = load_result(paths).files, itertools.count(1)
 def hook(event, arguments):

@@ -25,16 +25,14 @@ from runner.run.record import (
     Failure,
     FailureKind,
     RunRecord,
-    SplitScore,
-    TrainResult,
     describe_phase,
     load_failure,
     load_progress,
     load_record,
-    load_result,
     load_stored_recipe,
     write_record,
 )
+from runner.run.result import SplitScore, TrainResult, load_result
 from tests.recipe.test_parse import TEXT
 
 CONTENTS = {"data.jsonl": "a" * 64, "models/toy": "b" * 64}

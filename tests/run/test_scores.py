@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runner.run.record import SplitScore, TrainResult
+from runner.run.result import SplitScore, TrainResult
 from runner.run.scores import find_impossible, find_score_contradictions
 
 SUMS = ("completion_nll_sum", "template_nll_sum", "nll_sum")

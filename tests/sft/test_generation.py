@@ -29,7 +29,7 @@ from runner.data.tokenizer import load_tokenizer
 from runner.errors import DataError
 from runner.recipe.data_section import DataSection
 from runner.recipe.schema import EvaluationSection, ModelSection
-from runner.run.record import GenerationScore, SplitScore
+from runner.run.result import GenerationScore, SplitScore
 from runner.sft.generation import (
     Answer,
     build_generation_config,

@@ -21,7 +21,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from runner.files import append_jsonl, load_json
 from runner.run.paths import RunPaths
-from runner.run.record import SplitScore, TrainResult, load_progress
+from runner.run.record import load_progress
+from runner.run.result import SplitScore, TrainResult
 from runner.sft.callbacks import ProgressCallback
 from runner.sft.tracking import Trackers, open_trackers, read_sent_steps
 from runner.sft.trainer import build_training_args

@@ -24,7 +24,8 @@ from runner.processes import OWNER_VARIABLE
 from runner.run.entries import find_entry, list_stored
 from runner.run.lease import is_leased
 from runner.run.paths import RunPaths, base_entries_dir, marker_path
-from runner.run.record import load_progress, load_record, load_result
+from runner.run.record import load_progress, load_record
+from runner.run.result import load_result
 from tests.conftest import RUNNER, Project, build_environment
 from tests.support.training_runs import (
     assert_same_outputs,

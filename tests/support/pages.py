@@ -18,7 +18,7 @@ from runner.report.effects import AxisEffects, Cell, Effect, Interaction, Metric
 from runner.report.rows import ReportRow, Scores
 from runner.report.statistics import Interval
 from runner.run.paths import RunPaths
-from runner.run.record import GenerationScore
+from runner.run.result import GenerationScore
 from tests.support.reports import make_recipe
 
 NLL = Metric(

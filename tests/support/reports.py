@@ -14,15 +14,8 @@ from runner.report.format import FORMATS
 from runner.report.rows import ReportRow, build_rows
 from runner.run.facts import read_facts
 from runner.run.paths import RunPaths
-from runner.run.record import (
-    Attempt,
-    Failure,
-    GenerationScore,
-    RunRecord,
-    SplitScore,
-    TrainResult,
-    write_record,
-)
+from runner.run.record import Attempt, Failure, RunRecord, write_record
+from runner.run.result import GenerationScore, SplitScore, TrainResult
 
 NUM_COMPLETION_TOKENS, NUM_BYTES = 1000, 4000
 Run = tuple[Recipe, RunPaths, RunStatus]

@@ -12,7 +12,8 @@ from runner.plan.status import read_status
 from runner.recipe.identity import RULES
 from runner.recipe.parse import Recipe
 from runner.run.facts import read_facts
-from runner.run.record import Attempt, GenerationScore, SplitScore, TrainResult
+from runner.run.record import Attempt
+from runner.run.result import GenerationScore, SplitScore, TrainResult
 from tests.support.reports import Run, make_recipe, write_base
 
 NUM_ROWS, TOKENS_PER_ROW, BYTES_PER_ROW = 40, 10, 50

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from runner.files import load_json, load_jsonl, write_json_atomic, write_text_atomic
 from runner.run.paths import RunPaths
-from runner.run.record import TrainResult
+from runner.run.result import TrainResult
 from tests.conftest import RUNNER, Project, build_environment
 
 DEADLINE_SECONDS: Final = 300
