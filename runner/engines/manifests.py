@@ -139,7 +139,7 @@ def check_runs(runs: Iterable[PendingRun]) -> None:
                 " gives each run one",
                 hint=(
                     "`runner launch` inside a Slurm allocation starts a run"
-                    " on several machines; see docs/runs.md"
+                    " on several machines; see docs/several_machines.md"
                 ),
             )
 
