@@ -1,4 +1,4 @@
-"""The grids and parts of templates on docs/recipes.md give the recipes and summaries shown there."""
+"""The grids and parts of templates on docs/recipes.md give the recipes shown there."""
 
 from __future__ import annotations
 
