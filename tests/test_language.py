@@ -49,4 +49,4 @@ def test_no_docstring_opens_with_a_question_word() -> None:
 )
 def test_question_words_are_found(source: str) -> None:
     assert len(list(find_questions(source))) == 1
-    assert not list(find_questions(source.replace('"""', '"""True: ')))
+    assert not list(find_questions(source.replace('"""', '"""True: ', 1)))
