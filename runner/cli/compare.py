@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from runner.cli.reading import read_runs, warn_of_unreadable
+from runner.cli.reading import warn_of_unreadable
 from runner.errors import (
     CorruptFileError,
     RefusedError,
@@ -20,6 +20,7 @@ from runner.errors import (
 )
 from runner.files import dump_json
 from runner.plan.names import RECIPES_DIR, find_one
+from runner.plan.read import read_runs
 from runner.plan.select import Selected, UnreadableRun, select_recipes
 from runner.plan.status import RunStatus
 from runner.recipe.contents import KnownContents

@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
+        from runner.cli.completion import complete
+
+        complete()
     if not _open_standard_streams():
         _print_error(
             "standard output is closed, so nothing can be shown\n\n"

@@ -12,17 +12,13 @@ from collections.abc import Iterable, Sequence
 from runner.errors import CorruptFileError, escape_controls
 from runner.plan.names import Prefer
 from runner.plan.select import Selected, UnreadableRun, select_recipes
-from runner.plan.status import RunStatus, read_status, verify_records
 from runner.recipe.cache import RecipeCache
-from runner.recipe.contents import KnownContents, list_contents
-from runner.recipe.parse import Recipe
+from runner.recipe.contents import KnownContents
 from runner.run.allowed_code import spell_command
 from runner.run.base_scores import find_other_base_scores
 from runner.run.facts import RunFacts
 from runner.run.paths import find_output_root, recipe_cache_path
 from runner.run.siblings import Loaded, find_moved, list_loaded
-
-ReadRun = tuple[Recipe, RunFacts, RunStatus]
 
 
 def select(
@@ -56,23 +52,6 @@ def note_edited(selected: Sequence[Selected]) -> None:
 
     if edited := word_edited([one.source_path for one in selected]):
         print(escape_controls(f"note: {edited}"), file=sys.stderr)
-
-
-def read_runs(selected: Iterable[Selected], known: KnownContents) -> list[ReadRun]:
-    """Recipe, facts with samples, and state of each run, hashing nothing but `result.json` and
-    `recipe.json`, whose numbers and axes are shown.
-
-    Of a run directory that is named itself the numbers are asked for, whatever became of the files
-    that its recipe names.
-    """
-    runs = []
-    for one in selected:
-        facts = one.read_facts(with_samples=True)
-        is_named_itself = one.source_path == one.paths.run_dir
-        contents = {} if is_named_itself else known.find(list_contents(one.recipe))
-        status = verify_records(facts, read_status(facts, one.recipe, contents))
-        runs.append((one.recipe, facts, status))
-    return runs
 
 
 def note_idle_overrides(selected: Sequence[Selected]) -> None:

@@ -7,12 +7,9 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.cli.reading import (
-    ReadRun,
-    read_runs,
     select,
     warn_of_moved_names,
     warn_of_outdated,
@@ -20,12 +17,13 @@ from runner.cli.reading import (
 )
 from runner.cli.report_pages import require_page_targets, write_report_pages
 from runner.errors import RunnerError, escape_controls
+from runner.plan.read import ReadRun, read_runs
 from runner.plan.select import Selected, UnreadableRun
 from runner.plan.status import NOT_VERIFIABLE, is_verifiable, suggest_mending, verify_files
 from runner.recipe.contents import KnownContents
 from runner.run.base_scores import find_other_base_scores
 from runner.run.paths import content_cache_path, find_output_root
-from runner.run.siblings import list_runs
+from runner.run.siblings import find_absent
 
 if TYPE_CHECKING:
     from runner.report.rows import ReportRow
@@ -54,7 +52,7 @@ def run_report(arguments: argparse.Namespace) -> int:
         rows,
         metrics=arguments.metric,
         rows_fixed=arguments.rows_fixed,
-        absent=_find_absent(selected),
+        absent=find_absent((one.recipe.run.grid, one.paths.run_dir) for one in selected),
     )
     print(FORMATS[arguments.format](report), end="")
     if has_pages:
@@ -103,18 +101,6 @@ def _verify(runs: Sequence[ReadRun]) -> list[ReadRun]:
             print(f"warning: {recipe.run.full_name} {NOT_VERIFIABLE}", file=sys.stderr)
         verified.append((recipe, facts, status))
     return verified
-
-
-def _find_absent(selected: Sequence[Selected]) -> dict[str, list[str]]:
-    """By grid: its runs that lie beside the selected ones and are not among them."""
-    known: dict[tuple[str, Path], set[str]] = {}
-    for one in selected:
-        run_dir = one.paths.run_dir
-        known.setdefault((one.recipe.run.grid, run_dir.parent), set()).add(run_dir.name)
-    absent: dict[str, list[str]] = {}
-    for (grid, folder), names in known.items():
-        absent.setdefault(grid, []).extend(list_runs(folder, but=names))
-    return absent
 
 
 def _require_metrics(names: Sequence[str] | None, rows: Sequence[ReportRow]) -> None:

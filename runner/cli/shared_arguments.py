@@ -26,17 +26,18 @@ class VerbParser(argparse.ArgumentParser):
         Raises:
             RunnerError: an option of another trainer.
         """
-        self._complete()
+        self.add_late_options()
         if self.is_about_recipes and any(word.startswith("--") for word in args):
             self._refuse_foreign_options(args)
         return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
         """As argparse's."""
-        self._complete()
+        self.add_late_options()
         return super().format_help()
 
-    def _complete(self) -> None:
+    def add_late_options(self) -> None:
+        """Add the options that take time to find; once."""
         if self.add_more is not None:
             add_more, self.add_more = self.add_more, None
             add_more(self)

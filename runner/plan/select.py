@@ -308,17 +308,31 @@ def _load_selected(
 
 
 def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected]:
-    """The recipes that meet every condition; names and values are looked up among all that were
-    selected.
-    """
-    matching = selected
+    """The recipes that meet every condition of a command line."""
+    conditions = []
     for condition in where:
         name, equals, values = condition.partition("=")
         if not equals or not values:
             raise RunnerError(f"`--where {condition}` is not of the form axis=value[,value]")
+        conditions.append((name, values.split(",")))
+    return match_axes(selected, conditions, " and ".join(where))
+
+
+def match_axes(
+    selected: list[Selected], conditions: Iterable[tuple[str, Sequence[str]]], text: str
+) -> list[Selected]:
+    """The recipes that have one of the values of each named axis.
+
+    Names and values are looked up among everything that was selected; `text` shows the conditions
+    in an error.
+
+    Raises:
+        RunnerError: no such axis or value, or no recipe meets all conditions.
+    """
+    matching = selected
+    for name, wanted in conditions:
         axis = find_axis(name, (axis for one in selected for axis in one.recipe.run.axes))
         known = [one.recipe.run.axes[axis] for one in selected if axis in one.recipe.run.axes]
-        wanted = values.split(",")
         for value in wanted:
             if not any(is_value(value, one) for one in known):
                 labels = dict.fromkeys(map(label_value, known))
@@ -334,7 +348,7 @@ def _match_axes(selected: list[Selected], where: Sequence[str]) -> list[Selected
         ]
     if selected and not matching:
         raise RunnerError(
-            f"no selected recipe has all of {' and '.join(where)}",
+            f"no selected recipe has all of {text}",
             hint=(
                 "conditions narrow each other down;"
                 " values of one axis are alternatives: --where axis=value,value"

@@ -62,6 +62,20 @@ def format_csv(report: Report) -> str:
     """One line per run; axes are headed `axes.NAME`, so that an axis called `state` stays apart
     from the state.
     """
+    lines = list_rows(report)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(map(_write_cell, lines[0] if lines else ("grid", "run")))
+    axes = {f"axes.{axis}" for axis in list_axes(report.rows)}
+    for line in lines:
+        for name in axes & line.keys():
+            line[name] = None if line[name] is None else axis_text(line[name])
+        writer.writerow(map(_write_cell, line.values()))
+    return stream.getvalue()
+
+
+def list_rows(report: Report) -> list[dict[str, Any]]:
+    """One flat dict per run, all with the same keys."""
     rows = report.rows
     axes, metrics = list_axes(rows), list_metrics(rows)
     commits = _list_keys(row.commits for row in rows)
@@ -69,23 +83,23 @@ def format_csv(report: Report) -> str:
     lines = []
     for row in rows:
         line: dict[str, Any] = {"grid": row.grid, "run": row.name}
-        for axis in axes:
-            line[f"axes.{axis}"] = axis_text(row.axes[axis]) if axis in row.axes else None
+        line |= {f"axes.{axis}": thaw(row.axes.get(axis)) for axis in axes}
         line |= _build_fields(row, metrics)
         for split in SPLITS:
             for name in SPLIT_FIELDS:
-                line[f"{split}.{name}"] = row.split_hashes.get(split, {}).get(name)
+                line[f"{split}.{name}"] = _read_count(name, row.split_hashes.get(split, {}))
         line |= {f"commits.{key}": row.commits.get(key) for key in commits}
         line |= {f"versions.{name}": row.versions.get(name) for name in versions}
         line |= {f"hardware.{name}": row.hardware.get(name) for name in HARDWARE}
         line |= {name: join_numbers(getattr(row, name)) for name in _ATTEMPT_NUMBERS}
         lines.append(line)
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(map(_write_cell, lines[0] if lines else ("grid", "run")))
-    for line in lines:
-        writer.writerow(map(_write_cell, line.values()))
-    return stream.getvalue()
+    return lines
+
+
+def _read_count(name: str, fields: Mapping[str, str]) -> str | int | None:
+    text = fields.get(name)
+    is_count = text is not None and name.startswith("num_") and text.isdecimal()
+    return int(text) if is_count and text is not None else text
 
 
 _ATTEMPT_NUMBERS: Final = ("num_processes", "micro_batch_divisors")
@@ -267,6 +281,61 @@ def _dump_cell(cell: Cell) -> dict[str, Any]:
         "scores": scores,
         "missing": list(cell.missing),
     }
+
+
+def list_effects(report: Report) -> list[dict[str, Any]]:
+    """One flat dict per effect, all with the same keys: the mean over all cells, the effects at
+    each level of another axis, and those of single pairs of cells.
+    """
+    axes = [f"at.{axis}" for axis in list_axes(report.rows)]
+    lines = []
+    for one in report.effects:
+        scopes = [("all cells", [one.pooled] if one.pooled is not None else [])]
+        scopes += [(f"each {other}", list(levels)) for other, levels in one.simple.items()]
+        scopes += [("pair of cells", list(one.cells))]
+        answers = set(map(id, one.main))
+        for scope, effects in scopes:
+            for effect in effects:
+                line: dict[str, Any] = {
+                    "grid": one.grid,
+                    "task": one.task,
+                    "metric": one.metric.name,
+                    "better": _dump_metric(one.metric)["better"],
+                    "axis": one.axis,
+                    "reference": thaw(one.reference),
+                    "compared": thaw(one.compared),
+                    "scope": scope,
+                    **dict.fromkeys(axes),
+                    **{f"at.{axis}": thaw(value) for axis, value in effect.at.items()},
+                    "is_answer": id(effect) in answers,
+                    "is_declared": one.is_declared,
+                }
+                lines.append(line | _flatten_effect(effect))
+    return lines
+
+
+def _flatten_effect(effect: Effect) -> dict[str, Any]:
+    dumped = _dump_effect(effect, {})
+    low, high = dumped["interval"] or (None, None)
+    equivalence = dumped["equivalence"] or {}
+    return {
+        "estimate": dumped["estimate"],
+        "low": low,
+        "high": high,
+        "is_clear": effect.is_clear,
+        **{name: dumped[name] for name in _FLAT},
+        "margin": equivalence.get("margin"),
+        "is_equivalent": equivalence.get("is_shown"),
+        "num_pairs": len(effect.pairs),
+        "refused": "; ".join(effect.refused),
+        "flags": "; ".join(effect.flags),
+    }
+
+
+_FLAT: Final = (
+    *("level", "standard_error", "p", "p_adjusted", "adjustment", "is_confirmatory"),
+    *("why_exploratory", "noise_floor", "is_below_noise", "design", "note"),
+)
 
 
 def _dump_axis(effects: AxisEffects, at: Mapping[str, int]) -> dict[str, Any]:

@@ -109,6 +109,19 @@ def list_runs(grid_dir: Path, *, but: Collection[str]) -> list[str]:
     return found
 
 
+def find_absent(runs: Iterable[tuple[str, Path]]) -> dict[str, list[str]]:
+    """By grid: the names of launched runs that are in the same folders as the given ones (grid, run
+    directory) but not among them.
+    """
+    known: dict[tuple[str, Path], set[str]] = {}
+    for grid, run_dir in runs:
+        known.setdefault((grid, run_dir.parent), set()).add(run_dir.name)
+    absent: dict[str, list[str]] = {}
+    for (grid, folder), names in known.items():
+        absent.setdefault(grid, []).extend(list_runs(folder, but=names))
+    return absent
+
+
 def _read_loaded(path: Path) -> list[Loaded]:
     content: Any = load_json(path)
     found = []
