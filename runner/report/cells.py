@@ -177,7 +177,7 @@ def list_scores(row: ReportRow, model: Model) -> dict[str, float]:
 
 
 def _say_why(row: ReportRow) -> str:
-    what = "has no test score" if row.state == "completed" else f"has status {row.state}"
+    what = "(no test score)" if row.state == "completed" else f"({row.state})"
     return f"{row.name} {what}"
 
 

@@ -425,7 +425,7 @@ def _flag_missing(arms: Arms) -> str:
         for runs, of, name in zip(sides, planned, arms.names, strict=True)
     )
     what = _SURVIVORS if is_survivors else "not all runs have a score"
-    return f"{what}: {counts} remain; {name_some(dict.fromkeys(missing), '; ')}"
+    return f"{what}: {counts} remain; missing: {name_some(dict.fromkeys(missing), '; ')}"
 
 
 def find_not_recorded(rows: Sequence[ReportRow]) -> list[str]:

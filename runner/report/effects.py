@@ -37,7 +37,7 @@ class Cell:
     runs: tuple[ReportRow, ...]  # all, including those without a score
     scores: Mapping[str, Mapping[Any, float]]  # metric -> seed -> score of the tuned model
     base_scores: Mapping[str, float]  # metric -> score of the base model
-    missing: tuple[str, ...] = ()  # "NAME has status failed": runs of the cell without a score
+    missing: tuple[str, ...] = ()  # "NAME (failed)": runs of the cell without a score
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ CELLS_LEGEND: Final = (
 SPREAD_LEGEND: Final = " Mean ± standard deviation over the seeds."
 ANSWERS_LEGEND: Final = (
     "Scores of the generated answers to the test prompts; larger is better{but}. unfinished:"
-    " reached `max_new_tokens`; unreadable: without any label or final result, counted as wrong."
+    " reached `max_new_tokens`; unreadable: contains no label or final result, counted as wrong."
 )
 
 

@@ -205,7 +205,7 @@ def check_comparable(cells: Sequence[CellScores], weights: Sequence[float], toke
         if cell.sums.ndim != 2 or cell.sums.shape[1] != len(tokens):
             raise NotComparableError(
                 f"{name} has scores of shape {cell.sums.shape}, expected (seeds, {len(tokens)}):"
-                " its runs were scored on different rows"
+                " its runs were scored on other rows"
             )
         own = cell.tokens
         if own is not None and own is not tokens and not np.array_equal(own, tokens):
