@@ -113,8 +113,8 @@ def test_effects_are_drawn_with_all_that_limits_them(tmp_path: Path) -> None:
         "`samples`: F(1, 8) = 12.34, p = 0.0040",
         "| samples=60 | 1.2e-04 (4) | 3.4e-05 (63) | 5.6e-06 |",
         "pooled by model",
-        "samples=60: margin 0.02: the 90% interval -0.3400 to -0.2600 lies outside it: the difference"
-        " is larger",
+        "samples=60: margin 0.02: the 90% interval -0.3400 to -0.2600 lies outside it:"
+        " the difference is larger",
         "samples=180: declared since run r0_180_s1, after its first attempt",
         "- noise floor: 0.1200",
         "- **flag:** updates differ: 32 and 92.",
