@@ -258,7 +258,9 @@ def _draw_panels(
     caption = "Point: mean over the seeds of a cell; bar: one standard deviation."
     if averaged:
         caption += f" Points are also means over {', '.join(map(label, averaged))}."
-    caption += " Lines that are not parallel suggest that one effect depends on the other axis."
+    caption += (
+        " Lines that are not parallel suggest that the effect of one axis depends on the other."
+    )
     if left_out:
         caption += f" {count(left_out, 'panel')} with the weakest interaction left out."
     pairs = dict.fromkeys(f"{panel.lines} along {panel.along}" for panel in panels)

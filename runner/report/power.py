@@ -341,8 +341,8 @@ class _Planner:
         least = min(one.degrees_of_freedom for one in comparisons)
         if least < MIN_NU:
             yield (
-                "So few degrees of freedom give only a range of seeds; a pilot of two or three seeds"
-                " in 4 or more cells says much more."
+                "So few degrees of freedom give only a range of seeds; a pilot of two or three"
+                " seeds in 4 or more cells says much more."
             )
         elif least < MIN_SURE_NU:
             yield "Fewer than 8 degrees of freedom: the numbers are rough."

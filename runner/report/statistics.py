@@ -434,7 +434,7 @@ def _choose_wider(pooled: Interval, per_seed: Interval) -> Interval:
         return pooled
     wider = max(pooled, per_seed, key=lambda one: one.half_width or 0.0)
     other = per_seed if wider is pooled else pooled
-    note = f"shared seeds may affect cells alike (p = {p:.2f}): the wider of two intervals"
+    note = f"shared seeds may affect cells alike (p = {p:.2f}): this is the wider of two intervals"
     return replace(
         wider,
         # At each level the wider of the two

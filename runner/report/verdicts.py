@@ -193,7 +193,10 @@ def _explain_unclear(effect: Effect) -> str:
         number = round(_ALPHA / (1 - interval.level))
         if number > 1:
             what = "levels" if len(effect.at) == 1 else "pairs of cells"
-            why = f"the intervals at the {number} {what} hold jointly at 95%, and this one"
+            why = (
+                f"the intervals at the {number} {what} are wider, to hold jointly at 95%, and this"
+                " one"
+            )
         else:
             why = "p is below 0.05, but the interval"
         return f"; {why} includes 0"

@@ -135,7 +135,7 @@ def test_effects_in_each_model_count_with_their_mean_which_is_not_shown(tmp_path
         (
             0.021,
             0.035,
-            "; the intervals at the 2 levels hold jointly at 95%, and this one",
+            "; the intervals at the 2 levels are wider, to hold jointly at 95%, and this one",
         ),
         (
             0.050,
