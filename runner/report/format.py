@@ -175,7 +175,7 @@ EFFECTS_LEGEND: Final = (
     " runs, a part of both."
 )
 ROWS_ONLY: Final = (
-    "rows only: about these trained models, on rows like these; no verdict on the recipe"
+    "rows only: about these trained models on rows like these, no verdict on the recipe"
 )
 CELLS_LEGEND: Final = (
     "NLL: nats per completion token; full NLL: nats per token of the full text; both are comparable"
