@@ -1,4 +1,4 @@
-"""What gives no number, and what is said beside one."""
+"""Comparisons that are refused, and flags on those that are not."""
 
 from collections.abc import Callable
 from dataclasses import replace
