@@ -1,1 +1,1 @@
-"""Compares runs."""
+"""Compares runs and reports what they show."""

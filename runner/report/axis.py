@@ -1,5 +1,5 @@
-"""Builds the effects of two values of one axis: the pairs of cells, their mean, the effects at each
-level of the other axes, and whether the axis acts differently there.
+"""Builds the effects of two values of one axis: for each pair of cells, as their mean, and at each
+level of the other axes, with tests for interactions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Pair = tuple[Cell, Cell]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The pairs of cells along two values of an axis, of one task; or all that cross tasks."""
+    """The pairs of cells of two values of an axis, within one task or all across two tasks."""
 
     axis: str
     reference: Any
@@ -42,7 +42,7 @@ class Part:
 
 
 class AxisBuilder:
-    """The effects of two values of an axis, by one metric."""
+    """Builds the effects of two values of an axis by one metric."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class AxisBuilder:
         ]
 
     def build(self, grid: str) -> AxisEffects:
-        """All effects of the two values, in a grid of this name."""
+        """Returns all effects of the two values, in a grid of this name."""
         cells = tuple(
             self._build_effect([pair], self._name_place(pair)) for pair in self.part.pairs
         )
@@ -145,7 +145,7 @@ class AxisBuilder:
     def _build_effect(
         self, pairs: Sequence[Pair], at: Mapping[str, Any], level: float = _LEVEL
     ) -> Effect:
-        """The mean effect over pairs of cells; those that cannot be compared are left out."""
+        """Returns the mean effect over the comparable pairs of cells; others are left out."""
         asked = {id(pair) for pair in pairs}
         left_out = [
             reason
@@ -166,7 +166,7 @@ class AxisBuilder:
         interval = self.contrasts.find_interval(aligned, weights, level)
         if interval.kind == "rows" and len(used) > 1:
             single = [one.cell.runs[0].name for one in aligned if len(one.runs) == 1]
-            reason = f"one seed only, as of {single[0]}: nothing says what another seed would give"
+            reason = f"only one seed ({single[0]}), so the result with another seed is unknown"
             return replace(effect, refused=(reason,))
         floor = self.contrasts.find_noise_floor(aligned)
         flags = list(effect.flags)
@@ -191,7 +191,7 @@ class AxisBuilder:
         for first, second in pairs:
             for cell, sign in ((first, -1.0), (second, 1.0)):
                 found = self.contrasts.get(cell)
-                assert isinstance(found, Aligned), "such a pair was refused"
+                assert isinstance(found, Aligned), "refused pairs are never weighed"
                 aligned.append(found)
                 weights.append(sign / len(pairs))
         return aligned, weights
@@ -199,7 +199,7 @@ class AxisBuilder:
     def _gate(
         self, simple: Mapping[str, tuple[Effect, ...]], others: Sequence[str]
     ) -> dict[str, tuple[Effect, ...]]:
-        """The simple effects; those at the levels of some axes know what they depend on in turn."""
+        """Returns the simple effects; those at levels of `others` with the axes they depend on."""
 
         def find(effect: Effect) -> tuple[str, ...]:
             if effect.interval is None or len(effect.pairs) < 2:
@@ -217,14 +217,14 @@ class AxisBuilder:
     def _refuse_gated(
         self, simple: Mapping[str, tuple[Effect, ...]], cells: tuple[Effect, ...]
     ) -> tuple[dict[str, tuple[Effect, ...]], tuple[Effect, ...]]:
-        """The simple effects, those that depend on another axis without a number; the pairs of
-        cells, which answer in their place, at a level at which all of them hold together.
+        """Returns the simple effects, without a number for those that depend on another axis, and
+        the pairs of cells that answer instead, at a level at which all of them hold jointly.
         """
 
         def refuse(effect: Effect) -> Effect:
             if not effect.depends_on:
                 return effect
-            reason = f"it depends on {' and '.join(effect.depends_on)}, so there is no mean"
+            reason = f"the effect depends on {' and '.join(effect.depends_on)}, so there is no mean"
             return replace(
                 effect,
                 interval=None,
@@ -239,9 +239,7 @@ class AxisBuilder:
         return refused, tuple(self._build_effect(cell.pairs, cell.at, level) for cell in cells)
 
     def _list_others(self, pairs: Iterable[Pair]) -> dict[str, list[tuple[Any, list[Pair]]]]:
-        """The other axes that have several values among some pairs: each value, and all pairs that
-        have it.
-        """
+        """Returns other axes with several values among these pairs: each value with its pairs."""
         found: dict[str, dict[str, tuple[Any, list[Pair]]]] = {}
         for pair in pairs:
             for axis, value in self._name_place(pair).items():
@@ -303,7 +301,7 @@ class AxisBuilder:
         )
 
     def _apply_declaration(self, effects: AxisEffects) -> AxisEffects:
-        """The effects, those that answer a declared contrast marked, with the margin's test."""
+        """Marks the effects that answer a declared contrast, and tests its margin."""
         if self.declared is None:
             return effects
         family = tuple(map(self._declare, effects.family))
@@ -341,7 +339,7 @@ class AxisBuilder:
             return None
         aligned, weights = self._weigh(effect.pairs)
         assert effect.interval is not None
-        level = 1 - 2 * (1 - effect.interval.level)  # 90%, or that of one of several effects
+        level = 1 - 2 * (1 - effect.interval.level)  # 90%, or higher for several effects
         interval = self.contrasts.find_interval(aligned, weights, level)
         if interval.bounds is None:
             return None
@@ -352,9 +350,9 @@ class AxisBuilder:
 def _describe_unpaired(reasons: Sequence[str]) -> str:
     cells = "1 cell has" if len(reasons) == 1 else f"{len(reasons)} cells have"
     more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-    return f"{cells} no pair, and nothing stands in for it: {'; '.join(reasons[:3])}{more}"
+    return f"{cells} no pair, and nothing is imputed: {'; '.join(reasons[:3])}{more}"
 
 
 def identify(effect: Effect) -> tuple[Any, ...]:
-    """The same for two effects that compare the same runs by the same metric."""
+    """Returns an equal key for two effects that compare the same runs by the same metric."""
     return (effect.metric.name, *(id(cell) for pair in effect.pairs for cell in pair))

@@ -1,7 +1,7 @@
-"""Builds a report from the rows of its runs: which effects there are, and what each may say.
+"""Builds a report from the rows of its runs: the effects, their designs and adjusted p values.
 
-The design of an effect is chosen before its result is looked at. Pairs of cells that cannot be
-compared give a reason in place of a number, and are in no mean.
+The design of an effect is chosen before its result is known. Pairs of cells that are not comparable
+get a reason instead of a number, and enter no mean.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from runner.report.statistics import (
 from runner.report.verdicts import write_verdicts
 from runner.report.wording import name_some
 
-# 4 values make 6 pairs of values; with more, each is compared with the first only
+# 4 values make 6 pairs of values; with more, each is compared only with the first
 MAX_VALUES_ALL_PAIRS: Final = 4
 
 
@@ -54,13 +54,13 @@ def build_report(
     rows_fixed: bool = False,
     absent: Mapping[str, Sequence[str]] | None = None,
 ) -> Report:
-    """Everything that the runs allow to say, grid by grid.
+    """Returns everything that the runs allow to conclude, grid by grid.
 
-    `metrics` are compared in place of those chosen: the likelihood per token within one base model
-    and per byte across several, and every metric of answers. A declared metric is always compared.
-    `rows_fixed`: seeds alone are random, so that the report speaks of these very test rows.
-    `absent`: by grid, the names of its runs that are not in `rows`; nothing of such a grid is
-    confirmatory, since those that are there may have been chosen by their results.
+    `metrics` replace the default ones: likelihood per token within one base model and per byte
+    across several, and every metric of answers. A declared metric is always compared.
+    `rows_fixed`: only seeds are random, so the report is about exactly these test rows.
+    `absent`: by grid, the names of its runs that are not in `rows`. Nothing in such a grid is
+    confirmatory, since the runs in `rows` may have been chosen by their results.
     """
     statement: Statement = "seeds" if rows_fixed else "seeds and rows"
     grids = [
@@ -94,7 +94,7 @@ def _find_warnings(
 ) -> list[str]:
     known = [*LIKELIHOODS, *list_metrics(rows)]
     warnings = [
-        f"no run has the metric `{name}`; there are: {', '.join(known)}"
+        f"no run has the metric `{name}`; available: {', '.join(known)}"
         for name in metrics or ()
         if name not in known
     ]
@@ -109,19 +109,19 @@ def _find_warnings(
 
 
 def _describe_variants(rows: Sequence[ReportRow]) -> str:
-    """That runs were made by overrides, and how they are compared all the same."""
+    """Returns a warning about runs made with overrides, and ways to compare them."""
     names = name_some(
         f"{row.recipe.run.full_name} ({', '.join(row.recipe.run.overrides)})" for row in rows
     )
-    ways = "a key that is an axis of grid.yaml is compared here"
+    ways = "a key can be compared here once it is an axis of grid.yaml"
     if len(rows) == 1:
         return (
-            f"1 run was made by overrides and is in no cell and no effect: {names};"
-            " `--format csv` has its scores, `runner compare A B` shows what it does to one other"
-            f" run, and {ways}"
+            f"1 run was made with overrides, so it is in no cell or effect: {names}."
+            " `--format csv` has its scores, `runner compare A B` compares it with one other run,"
+            f" and {ways}"
         )
     return (
-        f"{len(rows)} runs were made by overrides and are in no cell and no effect: {names};"
+        f"{len(rows)} runs were made with overrides, so they are in no cell or effect: {names}."
         " `--format csv` has their scores, `runner compare A B` compares two runs,"
         f" and {ways}"
     )
@@ -153,7 +153,7 @@ class _Grid:
         self._contrasts: dict[tuple[str, str], Contrasts] = {}
 
     def build_effects(self) -> list[AxisEffects]:
-        """The effects of every axis but the seed, by task."""
+        """Returns the effects of every axis other than the seed, by task."""
         found = []
         for axis in list_axes(self.rows):
             if axis != self.seed_axis:
@@ -161,13 +161,13 @@ class _Grid:
         tasks = list(dict.fromkeys(cell.task for cell in self.cells))
 
         def rank(one: AxisEffects) -> tuple[int, bool]:
-            """Tasks in order; in each the declared contrasts first."""
+            """Sorts by task, declared contrasts first."""
             return tasks.index(one.task) if one.task in tasks else len(tasks), not one.is_declared
 
         return sorted(found, key=rank)
 
     def find_noise_floors(self) -> list[tuple[tuple[str, str, str], float]]:
-        """What two single runs differ by, of each task and metric that was compared."""
+        """Returns the noise floor of each task and metric that was compared."""
         floors = []
         for (task, metric), contrasts in self._contrasts.items():
             if (floor := contrasts.find_overall_noise_floor()) is not None:
@@ -193,8 +193,8 @@ class _Grid:
         return found
 
     def _choose_pairs(self, axis: str, values: Sequence[Any]) -> list[tuple[Any, Any]]:
-        """The values to compare: every two, or all with the first; declared ones in any case, in
-        the direction that was declared.
+        """Returns the pairs of values to compare: every two, or each with the first. Declared pairs
+        are always included, in the declared direction.
         """
         if len(values) > MAX_VALUES_ALL_PAIRS:
             chosen = [(values[0], value) for value in values[1:]]
@@ -213,8 +213,8 @@ class _Grid:
         return list(by_keys.values())
 
     def _choose_likelihood(self, part: Part, is_across_models: bool) -> str:
-        """Nats per completion token, or bits per byte where several base models have other tokens.
-        Token counts alone are looked at, no scores.
+        """Returns nats per completion token, or bits per byte if base models differ in their
+        tokens. The choice uses token counts only, never scores.
         """
         if is_across_models:
             return BITS_PER_BYTE
@@ -235,7 +235,7 @@ class _Grid:
         chosen = [primary, *of_answers]
         if self._metrics is not None:
             chosen = [name for name in self._metrics if name in known]
-        # Also where no run of these two values has it, so that the answer says so
+        # Even if no run of these two values has it, so that the report says so
         known += list_metrics(self.rows)
         chosen += [one.metric for one in self._list_declared(part) if one.metric in known]
         return list(dict.fromkeys(chosen))
@@ -311,9 +311,9 @@ def _refuse_across_tasks(grid: str, part: Part, metric: Metric) -> AxisEffects:
 def _adjust(
     effects: Sequence[AxisEffects], recorded: Mapping[str, Sequence[Declared]]
 ) -> list[AxisEffects]:
-    """The effects with adjusted p values: Holm over the families of all declared contrasts of a
-    grid, Benjamini and Hochberg over all others of the report. One contrast that is shown twice
-    counts once.
+    """Returns the effects with adjusted p values: Holm over the families of all declared contrasts
+    of a grid, Benjamini-Hochberg over all other effects of the report. A contrast that is shown
+    twice counts once.
     """
     exploratory: dict[tuple[Any, ...], float] = {}
     for one in effects:
@@ -345,8 +345,10 @@ def _adjust(
 def _adjust_declared(
     effects: Sequence[AxisEffects], recorded: Sequence[Declared]
 ) -> dict[tuple[Any, ...], float]:
-    """The p values of the declared contrasts of one grid by Holm. Each counts with all effects that
-    may answer it, since the results choose among them; one without any p counts as one.
+    """Returns the p values of the declared contrasts of one grid, adjusted by Holm.
+
+    Each contrast counts with all effects that may answer it, since the results choose among them.
+    A contrast without any p counts as one.
     """
     family: dict[tuple[Any, ...], float] = {}
     for one in effects:

@@ -1,6 +1,4 @@
-"""The cells of a report: runs that differ in nothing but the seed, and which cells are pairs along
-an axis.
-"""
+"""The cells of a report (runs that differ only in the seed), and their pairs along an axis."""
 
 from __future__ import annotations
 
@@ -16,10 +14,10 @@ from runner.report.wording import name_some
 
 
 def find_seed_axis(rows: Sequence[ReportRow]) -> str | None:
-    """The axis along which runs are repeated: it changes nothing in the recipes but
-    `training.seed`. None where there is no such axis; `seed` is preferred where several are.
+    """Returns the axis of the replicates: the one that changes only `training.seed` in the recipes.
+    None if there is none; if there are several, `seed` is preferred.
     """
-    # The recipe of a changed run is not the one whose numbers there are
+    # The numbers of a changed run are not from its present recipe
     rows = [row for row in rows if row.state != "changed"] or rows
     axes = list_axes(rows)
     found = [axis for axis in axes if _changes_only_the_seed(rows, axis)]
@@ -27,8 +25,8 @@ def find_seed_axis(rows: Sequence[ReportRow]) -> str | None:
 
 
 def split_variants(rows: Sequence[ReportRow]) -> tuple[list[ReportRow], list[ReportRow]]:
-    """The runs of a grid, and those of its cells that overrides of the command line made another
-    experiment. Where there are only such runs, they are the grid.
+    """Returns the runs of a grid, and the runs that command-line overrides turned into other
+    experiments. If all runs have overrides, they are the grid.
     """
     planned = [row for row in rows if not row.recipe.run.overrides]
     if not planned:
@@ -37,21 +35,21 @@ def split_variants(rows: Sequence[ReportRow]) -> tuple[list[ReportRow], list[Rep
 
 
 def find_what_seeds_change(rows: Sequence[ReportRow]) -> list[str]:
-    """Sentences that say where an axis called `seed`, or the values of the axis over which runs are
-    repeated, are no repetitions."""
+    """Returns warnings about an axis called `seed`, or values of the seed axis, that do not
+    replicate runs."""
     seed_axis = find_seed_axis(rows)
     found = []
     if seed_axis != SEED_AXIS and SEED_AXIS in list_axes(rows):
         found.append(
             f"`{SEED_AXIS}` changes more in the recipes than `training.seed`, so it counts as an"
-            " axis like any other and not as a repetition of runs"
+            " ordinary axis and not as replication"
         )
     copies = [run.name for _, others in _list_copies(rows, seed_axis) for run in others]
     if copies and seed_axis is not None:
         found.append(
-            f"`{seed_axis}` does not reach `training.seed` in every run:"
-            f" {name_some(copies)} {'has' if len(copies) == 1 else 'have'} that of another run of"
-            " the same cell, so they are no repetitions of it and do not count"
+            f"`{seed_axis}` does not set `training.seed` in every run:"
+            f" {name_some(copies)} {'has' if len(copies) == 1 else 'have'} the seed of another run"
+            " in the same cell and so cannot count as replication"
         )
     return found
 
@@ -66,20 +64,20 @@ def _changes_only_the_seed(rows: Sequence[ReportRow], axis: str) -> bool:
         return axis == SEED_AXIS
     pure = [group for group in varied if is_one_recipe(group)]
     has_seeds = axis == SEED_AXIS or any(len({row.seed for row in group}) > 1 for group in pure)
-    # One cell with a recipe of its own is refused by name, and is no reason to take seeds for arms
+    # A single cell with deviating recipes is refused by name; its seeds do not become arms
     return has_seeds and 2 * len(pure) > len(varied)
 
 
 def is_one_recipe(runs: Sequence[ReportRow]) -> bool:
-    """True where the recipes differ in nothing but the seed of training."""
+    """True if the recipes differ only in `training.seed`."""
     return len({row.hash_without_seed for row in runs}) <= 1
 
 
 def _list_copies(
     runs: Iterable[ReportRow], seed_axis: str | None
 ) -> list[tuple[ReportRow, list[ReportRow]]]:
-    """Runs of one cell and one recipe, `training.seed` included, that the axis calls repetitions:
-    the first, and all others. They are one replicate, however often it is run.
+    """Returns runs of one cell with equal recipes, `training.seed` included, that the axis counts
+    as replicates: the first, and all others. Together they are one replicate.
     """
     found: dict[tuple[Any, ...], dict[str, list[ReportRow]]] = {}
     for run in runs:
@@ -100,7 +98,7 @@ def _key_others(axes: Mapping[str, Any], *left_out: str | None) -> tuple[str, ..
 
 
 def build_cells(rows: Sequence[ReportRow], seed_axis: str | None) -> list[Cell]:
-    """The cells of one grid, in the order of the rows."""
+    """Returns the cells of one grid, in the order of the rows."""
     groups: dict[tuple[str, ...], list[ReportRow]] = {}
     for row in rows:
         key = (row.grid, row.task, *_key_others(row.axes, seed_axis))
@@ -127,7 +125,7 @@ def _build_cell(runs: Sequence[ReportRow], seed_axis: str | None, seeds: Sequenc
         scored = [row for row in same if list_scores(row, "tuned")]
         missing += [_say_why(row) for row in same if row not in scored]
         if len(scored) > 1:
-            missing.append(f"{' and '.join(row.name for row in scored)} stand in the same cell")
+            missing.append(f"{' and '.join(row.name for row in scored)} are in the same cell")
             continue
         for row in scored:
             for name, score in list_scores(row, "tuned").items():
@@ -152,12 +150,12 @@ def _build_cell(runs: Sequence[ReportRow], seed_axis: str | None, seeds: Sequenc
 
 
 def get_seed(row: ReportRow, seed_axis: str | None) -> Any:
-    """The number by which a cell tells its runs apart: the value of the axis, else the seed."""
+    """Returns the replicate number of a run: its value on the seed axis, else its seed."""
     return row.seed if seed_axis is None else row.axes.get(seed_axis, row.seed)
 
 
 def list_counted(cell: Cell, metric: str, seed_axis: str | None) -> list[ReportRow]:
-    """The runs of a cell that count for a metric, one for each seed."""
+    """Returns the runs of a cell that count for a metric, one for each seed."""
     counted = {axis_key(seed) for seed in cell.scores.get(metric, {})}
     return [
         row
@@ -167,7 +165,7 @@ def list_counted(cell: Cell, metric: str, seed_axis: str | None) -> list[ReportR
 
 
 def list_scores(row: ReportRow, model: Model) -> dict[str, float]:
-    """Every score of a model of a run, by the name of its metric."""
+    """Returns every score of a run's model, by metric name."""
     scores: Scores = row.tuned if model == "tuned" else row.base
     found = {
         NLL_PER_COMPLETION_TOKEN: scores.nll_per_completion_token,
@@ -179,13 +177,13 @@ def list_scores(row: ReportRow, model: Model) -> dict[str, float]:
 
 
 def _say_why(row: ReportRow) -> str:
-    what = "has no test score" if row.state == "completed" else f"is {row.state}"
+    what = "(no test score)" if row.state == "completed" else f"({row.state})"
     return f"{row.name} {what}"
 
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """Two values of an axis: the pairs of cells, and a sentence for each cell without a pair."""
+    """The pairs of cells of two values of an axis, and a sentence for each cell without a pair."""
 
     axis: str
     reference: Any
@@ -195,7 +193,7 @@ class Matches:
 
 
 def match_cells(cells: Iterable[Cell], axis: str, reference: Any, compared: Any) -> Matches:
-    """The pairs of cells that are equal in every other axis, whatever their tasks are."""
+    """Pairs cells that are equal on every other axis, regardless of their tasks."""
     sides = {axis_key(reference): 0, axis_key(compared): 1}
     found: dict[tuple[str, ...], list[list[Cell]]] = {}
     for cell in cells:
@@ -221,20 +219,20 @@ def _say_why_unpaired(axis: str, values: tuple[Any, Any], both: Sequence[Sequenc
             reasons.append(f"{' and '.join(others)} has no partner with {axis} {axis_text(value)}")
         elif sum(bool(cell.scores) for cell in side) > 1:
             names = " and ".join(name_runs(cell) for cell in side)
-            reasons.append(f"{names} stand in the same cell")
+            reasons.append(f"{names} are in the same cell")
         else:
             reasons += [why for cell in side if not cell.scores for why in cell.missing]
     return ", ".join(reasons)
 
 
 def name_runs(cell: Cell) -> str:
-    """The run of a cell, or its first one and how many more."""
+    """Returns the name of a cell's run, or of the first run and the number of others."""
     more = len(cell.runs) - 1
     return cell.runs[0].name + (f" (and {more} more)" if more else "")
 
 
 def describe_at(at: Mapping[str, Any]) -> str:
-    """Values of axes for people.
+    """Formats axis values for people.
 
     >>> describe_at({"model": "gemma", "num_train_samples": 60})
     'model=gemma, num_train_samples=60'

@@ -1,8 +1,8 @@
-"""The facts that a certificate compares besides the recipes, each with the keys of a recipe that a
-difference may come from.
+"""The facts that a certificate compares in addition to the recipes, each with the recipe keys that
+can explain a difference.
 
 The keys are exact: a learning rate does not change the order of the rows, so an axis of learning
-rates never explains another order.
+rates never explains a different order.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Section = Literal["recipe", "rows", "model", "training", "software", "hardware"]
 UPDATES: Final = "updates"
 TRAINED_TOKENS: Final = "trained tokens"
 ROW_ORDER: Final = "order of the rows"
-# A difference that follows from these says nothing: the files themselves are equal by hash.
+# Differences in these do not matter if the files themselves are equal by hash
 SOURCE_STATES: Final = ("version of the runner", "commit of the runner", "uncommitted changes")
 
-# Training length; not the number of rows, so that an axis of rows never explains other updates
+# Training length, without the number of rows: an axis of rows never explains other updates
 _LENGTH: Final = ("training.max_steps", "training.num_train_epochs", "training.global_batch_size")
-# What makes the tokens of a row that was drawn
+# Keys that determine the tokens of a drawn row
 _TEXT: Final = (
     *("model.path", "model.revision", "model.chat_template", "model.chat_template_kwargs"),
     *("model.template_date", "model.end_of_turn", "data.task", "data.turns"),
@@ -34,25 +34,25 @@ _TEXT: Final = (
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that runs record besides their recipe."""
+    """Something that runs record in addition to their recipe."""
 
     section: Section
     what: str
     find: Callable[[ReportRow], Any]  # None: not recorded
-    # A difference follows from one in a key of the recipe that is, or lies below, one of these.
+    # Recipe keys (or parents of keys) whose difference explains a difference in the fact
     causes: tuple[str, ...] = ()
-    # By how much two numbers of one thing may differ, relative to their size; None: not at all.
+    # Relative tolerance for two values of the same number; None: must be equal
     get_tolerance: Callable[[ReportRow], float] | None = None
-    # Pairs of which it can be said at all; None: all.
+    # Pairs to which the fact applies; None: all
     applies: Callable[[ReportRow, ReportRow], bool] | None = None
 
     def follows_from(self, key: str) -> bool:
-        """True where a difference in a key of the recipe makes one in the fact."""
+        """True if a difference in this recipe key explains one in the fact."""
         return any(key == cause or key.startswith(f"{cause}.") for cause in self.causes)
 
 
 def list_facts(rows: Sequence[ReportRow]) -> list[Fact]:
-    """Everything besides the recipe that is compared, of these runs."""
+    """Returns the facts of these runs that are compared in addition to the recipe."""
     return [
         Fact("rows", "rules of rows and masks", lambda row: row.rules),
         *(
@@ -60,7 +60,7 @@ def list_facts(rows: Sequence[ReportRow]) -> list[Fact]:
             for split in ("train", "validation", "test")
             for fact in _list_of_split(split, rows)
         ),
-        # A file that only one of a pair names is a difference of the recipe.
+        # A file that only one of a pair names is a difference between the recipes
         *(
             _build_entry("rows", f"content of {path}", "contents", path, all)
             for path in _list_keys(row.contents for row in rows)
@@ -103,28 +103,28 @@ def _list_of_split(split: str, rows: Sequence[ReportRow]) -> list[Fact]:
 
 
 def _list_causes_of_rows(split: str, rows: Sequence[ReportRow]) -> tuple[str, ...]:
-    """The keys that select the rows of a split. Test rows are drawn first, then validation rows,
-    then training rows; `data.seed` moves the last only.
+    """Returns the keys that select the rows of a split. Test rows are drawn first, then validation
+    rows, then training rows; `data.seed` changes only the last.
     """
     earlier = ("test", "validation", "train")
     before = earlier[: earlier.index(split) + 1]
-    # Rows of an own source depend on no source that is read later
+    # Rows from a separate source do not depend on sources that are read later
     has_own = split != "train" and all(
         getattr(row.recipe.data, name) is not None for row in rows for name in before
     )
     causes = [f"data.{name}" for name in (before if has_own else earlier)]
     causes += [f"data.num_{name}_samples" for name in before]
     causes += ["data.ignore", "data.group_column", "data.turns"]
-    # Prompts change what is read of a row, not which rows are drawn
+    # Prompts change the content of a row, not the selection of rows
     causes += _list_below("data.task", rows, but=("prompt", "system"))
     causes += ["data.seed"] if split == "train" else []
-    # Where rows that are too long are dropped, all that is read of a row decides which remain
+    # If overlong rows are dropped, every key that changes the tokens of a row affects the selection
     is_any_dropped = any(row.recipe.data.truncation == "drop" for row in rows)
     return (*causes, *_TEXT) if is_any_dropped else tuple(causes)
 
 
 def _list_below(place: str, rows: Sequence[ReportRow], but: Collection[str]) -> list[str]:
-    """The keys below a dotted place in the recipes of the rows, without some."""
+    """Returns the keys below a dotted place in the recipes of the rows, except those in `but`."""
     names: dict[str, None] = {}
     for row in rows:
         section: Any = row.payload
@@ -139,13 +139,13 @@ def _list_causes_of_tokens(split: str, rows: Sequence[ReportRow]) -> tuple[str, 
 
 
 def _list_causes_of_order(rows: Sequence[ReportRow]) -> tuple[str, ...]:
-    """The keys that say which training row is in which step."""
+    """Returns the keys that assign training rows to steps."""
     strategies = {row.recipe.training.train_sampling_strategy for row in rows}
     causes = (*_list_causes_of_rows("train", rows), *_LENGTH)
     causes += ("training.train_sampling_strategy", "training.dataloader_drop_last")
     if strategies != {"sequential"}:
         causes += ("training.seed",)
-    # Batches are made by the number of tokens
+    # Batches are built from the numbers of tokens
     return (*causes, *_TEXT) if "group_by_length" in strategies else causes
 
 
@@ -191,11 +191,11 @@ def _list_of_training(rows: Sequence[ReportRow]) -> list[Fact]:
 def _build_entry(
     section: Section, what: str, field: str, key: str, needs: Callable[[Iterable[bool]], bool]
 ) -> Fact:
-    """The entry `key` of a mapping of the rows; `needs`: any or all of a pair must have it."""
+    """Returns the fact for entry `key` of a mapping; `needs`: any or all of a pair must have it."""
     causes: tuple[str, ...] = ()
-    if field == "commits":  # follows from the name on the hub, and from what was asked of it
+    if field == "commits":  # explained by the hub name and the requested revision
         place = key.rpartition(".")[0]
-        # Several sources are one key of the recipe
+        # All sources are one recipe key
         listed = ("data.train",) if place.startswith("data.train.") else ()
         causes = (key, f"{place}.revision", *listed)
     return Fact(

@@ -1,8 +1,7 @@
-"""Says why two cells give no difference at all (refused), and what else differs between the runs
-of a comparison (flagged): one sentence for each kind of thing, not one for each pair.
+"""Refuses cells that are not comparable, and flags what else differs between compared runs.
 
-A fact that an older run did not record is neither equal nor different; `find_not_recorded` says so
-once for a report.
+There is one sentence for each kind of difference, not one for each pair. A fact that an older run
+did not record counts as neither equal nor different; `find_not_recorded` reports it once.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from runner.report.row_scores import BITS_PER_BYTE, LIKELIHOODS
 from runner.report.rows import ReportRow, axis_text, group_by_rules, group_by_test_rows
 from runner.report.wording import name_some
 
-# Two scores of one base model at step 0 differ by less, relative to their size: sums of narrow
-# dtypes depend on the batch and the device
+# Relative tolerance for two scores of one base model at step 0: sums in narrow dtypes depend on the
+# batch and the device
 _SAME_BASE: Final = 5e-3
 _SAME_FLOAT32_BASE: Final = 1e-4
 _HASH_CHARACTERS: Final = 12
-# Keys of a recipe that state the number of updates themselves
+# Recipe keys that set the number of updates directly
 _STATES_UPDATES: Final = frozenset({"training.max_steps", "training.num_train_epochs"})
 
-# Words of flags that question whether the axis made the difference
-_NOT_ALONE: Final = "the difference is not of"
+# Wording of flags that question whether the axis caused the difference
+_NOT_ALONE: Final = "the difference is not due to"
 _UNEVEN: Final = "only some pairs"
 _SURVIVORS: Final = "survivors only"
 
@@ -38,49 +37,47 @@ Runs = tuple[ReportRow, ...]
 
 @dataclass(frozen=True, eq=False)
 class Arms:
-    """The runs that an effect compares: for each pair of cells those of the reference and those of
-    the compared value.
-    """
+    """The runs that an effect compares, for each pair of cells: reference and compared value."""
 
     axis: str
     reference: Any
     compared: Any
     pairs: tuple[tuple[Cell, Cell], ...]
-    runs: tuple[tuple[Runs, Runs], ...]  # those that count, pair by pair
+    runs: tuple[tuple[Runs, Runs], ...]  # only runs that count, pair by pair
 
     @property
     def sides(self) -> tuple[Runs, Runs]:
-        """All runs of the reference, and of the compared value."""
+        """All runs of the reference, and all of the compared value."""
         first = {run.recipe.run.full_name: run for runs, _ in self.runs for run in runs}
         second = {run.recipe.run.full_name: run for _, runs in self.runs for run in runs}
         return tuple(first.values()), tuple(second.values())
 
     @property
     def names(self) -> tuple[str, str]:
-        """Both values with their axis: `loss=full`."""
+        """Both values with their axis, such as `loss=full`."""
         first, second = axis_text(self.reference), axis_text(self.compared)
         return f"{self.axis}={first}", f"{self.axis}={second}"
 
     @property
     def change(self) -> str:
-        """Both values as a step: `num_train_samples 60 -> 180`."""
+        """The change of value, such as `num_train_samples 60 -> 180`."""
         return f"{self.axis} {axis_text(self.reference)} -> {axis_text(self.compared)}"
 
 
 def find_pair_refusal(metric: Metric, first: Runs, second: Runs) -> str:
-    """The reason why runs of two cells give no difference; empty where they may."""
+    """Returns the reason why two cells are not comparable; empty if they are."""
     for runs in (first, second):
         if not is_one_recipe(runs):
             return (
-                f"{_name(runs)} stand in one cell, and their recipes differ in"
-                f" {', '.join(_list_keys(runs[0], runs[-1]))}, not in the seed alone"
+                f"{_name(runs)} are in one cell, but their recipes differ in"
+                f" {', '.join(_list_keys(runs[0], runs[-1]))}, not only in the seed"
             )
     runs = first + second
     return find_joint_refusal(metric, runs) or _find_other_tokenizers(metric, runs)
 
 
 def find_joint_refusal(metric: Metric, runs: Runs) -> str:
-    """The reason why runs, of whatever arms, have no place in one mean; empty where they have."""
+    """Returns the reason why runs of any arms cannot share one mean; empty if they can."""
     checks: tuple[Callable[[Metric, Runs], str], ...] = (
         _find_other_tasks,
         _find_other_rules,
@@ -95,7 +92,10 @@ def _find_other_tasks(metric: Metric, runs: Runs) -> str:
     by_task = _group(runs, lambda run: run.task)
     if len(by_task) < 2:
         return ""
-    return f"{_list_sides(by_task)} are different tasks: their scores have no difference or mean"
+    return (
+        f"{_list_sides(by_task)} are different tasks, so their scores cannot be subtracted or"
+        " averaged"
+    )
 
 
 def _find_other_rules(metric: Metric, runs: Runs) -> str:
@@ -103,7 +103,7 @@ def _find_other_rules(metric: Metric, runs: Runs) -> str:
     if len(by_rules) < 2:
         return ""
     sides = " and ".join(f"{_name(some)} (rules {rules})" for rules, some in by_rules.items())
-    return f"{sides} follow different rules of rows and masks"
+    return f"{sides} follow different rules for rows and masks"
 
 
 def _find_other_test_rows(metric: Metric, runs: Runs) -> str:
@@ -123,7 +123,7 @@ _BASE_FACTS: Final[Mapping[str, Callable[[ReportRow], str | None]]] = {
 
 
 def _find_other_bases(metric: Metric, runs: Runs) -> str:
-    """Runs that name one base model, and did not begin with one."""
+    """Finds runs that name the same base model but started from different ones."""
     named: dict[str, list[ReportRow]] = {}
     for run in runs:
         named.setdefault(run.model_name, []).append(run)
@@ -135,19 +135,19 @@ def _find_other_bases(metric: Metric, runs: Runs) -> str:
                 sides = " and ".join(
                     f"{_name(some)} ({str(value)[:12]})" for value, some in by_value.items()
                 )
-                return f"{model} had two {what}: {sides} do not have one base model"
+                return f"{model} had two {what}, so {sides} have different base models"
         if other := _find_other_step_0(same):
             first, second = (run.base.nll_per_completion_token for run in other)
             return (
-                f"{other[0].name} and {other[1].name} both name {model}, and score"
+                f"{other[0].name} and {other[1].name} both name {model}, but score"
                 f" {first:.4f} and {second:.4f} nats per completion token at step 0:"
-                " these are two base models under one name"
+                " these are different base models under one name"
             )
     return ""
 
 
 def _find_other_step_0(runs: Sequence[ReportRow]) -> tuple[ReportRow, ReportRow] | None:
-    """Two runs of one base model on the same tokens whose scores before training differ."""
+    """Returns two runs of one base model whose scores on the same tokens differ at step 0."""
     firsts: dict[tuple[str, ...], ReportRow] = {}
     for run in runs:
         score, key = run.base.nll_per_completion_token, run.step_0_key
@@ -162,12 +162,12 @@ def _find_other_step_0(runs: Sequence[ReportRow]) -> tuple[ReportRow, ReportRow]
 
 
 def is_same_base_score(run: ReportRow, first: float, second: float) -> bool:
-    """True where two scores at step 0 may be of one base model, in the dtype of a run."""
+    """True if two scores at step 0 may be of one base model, given the dtype of a run."""
     return math.isclose(first, second, rel_tol=get_base_tolerance(run))
 
 
 def get_base_tolerance(run: ReportRow) -> float:
-    """By how much two scores of one base model may differ in the dtype of a run, relatively."""
+    """Returns the relative tolerance of two base scores for the dtype of a run."""
     return _SAME_FLOAT32_BASE if run.recipe.model.dtype == "float32" else _SAME_BASE
 
 
@@ -183,8 +183,8 @@ def _find_other_functions(metric: Metric, runs: Runs) -> str:
 
 
 def _find_other_tokenizers(metric: Metric, runs: Runs) -> str:
-    """Nats per token compare only where the tokens are the same; what differs within one base model
-    is found by the counts of its rows.
+    """Nats per token are comparable only if the tokens are the same. Differences within one base
+    model are found from the counts of its rows.
     """
     if metric.name not in LIKELIHOODS or metric.name == BITS_PER_BYTE:
         return ""
@@ -193,13 +193,13 @@ def _find_other_tokenizers(metric: Metric, runs: Runs) -> str:
     if len(by_model) < 2 or (len(read) == 1 and None not in read):
         return ""
     return (
-        f"{' and '.join(by_model)} have tokens of their own: {metric.unit} do not compare, bits per"
-        " byte do"
+        f"{' and '.join(by_model)} use different tokens: {metric.unit} are not comparable, bits per"
+        " byte are"
     )
 
 
 def find_flags(arms: Arms) -> tuple[str, ...]:
-    """Sentences on what else differs between the runs of an effect, or weakens it."""
+    """Returns sentences on other differences between the runs of an effect, and on its limits."""
     if not arms.runs:
         return ()
     differences = count_recipe_differences(arms)
@@ -223,7 +223,7 @@ def find_flags(arms: Arms) -> tuple[str, ...]:
 
 
 def flag_other_tokens(metric: Metric, arms: Arms) -> str:
-    """A sentence where a mean is of nats per token of several models whose tokens differ."""
+    """Returns a sentence if a mean combines nats per token of models whose tokens differ."""
     if metric.name not in LIKELIHOODS or metric.name == BITS_PER_BYTE:
         return ""
     by_tokens: dict[str, str] = {}
@@ -233,19 +233,21 @@ def flag_other_tokens(metric: Metric, arms: Arms) -> str:
             by_tokens.setdefault(read, run.model_name)
     if len(by_tokens) < 2:
         return ""
-    return f"tokens of {_join(list(by_tokens.values()))} are not the same pieces of text"
+    return f"tokens of {_join(list(by_tokens.values()))} are different pieces of text"
 
 
 def questions_the_axis(flag: str) -> bool:
-    """True of a flag that must be told together with the effect: something else than the axis may
-    have made it.
+    """True if a flag must be reported with the effect, because something other than the axis may
+    have caused it.
     """
     return any(words in flag for words in (_NOT_ALONE, _UNEVEN, _SURVIVORS))
 
 
 def count_recipe_differences(arms: Arms) -> dict[str, int]:
-    """`dotted key -> number of pairs` whose recipes differ there beside the seed, in the order of
-    the recipe, then the files that both name and that held something else.
+    """Returns `dotted key -> number of pairs` whose recipes differ there, the seed left out.
+
+    Keys are in the order of the recipe, followed by files that both recipes name and whose content
+    differed.
     """
     keys: list[str] = []
     for first, second in arms.runs:
@@ -263,11 +265,11 @@ def _list_keys(first: ReportRow, second: ReportRow) -> list[str]:
 
 
 def _flag_recipes(arms: Arms, differences: Mapping[str, int]) -> list[str]:
-    """Keys that the axis changes together, and those that it changes in some pairs only, which is
-    likely a mistake.
+    """Flags keys that the axis changes together, and keys that it changes only in some pairs,
+    which is probably a mistake.
     """
     if not differences:
-        return [f"the recipes of {arms.change} are the same but for the seed"]
+        return [f"the recipes of {arms.change} differ only in the seed"]
     flags = []
     num_pairs = len(arms.runs)
     even = [key for key, count in differences.items() if count == num_pairs]
@@ -311,7 +313,7 @@ def _flag_tokens(arms: Arms) -> str:
 
 
 def _differ(arms: Arms, fact: Callable[[ReportRow], int | None]) -> tuple[str, str] | None:
-    """The range of a fact in each arm, where some pair of cells differs in it."""
+    """Returns the range of a fact in each arm if some pair of cells differs in it."""
     is_other = False
     for first, second in arms.runs:
         one, two = ({fact(run) for run in runs} - {None} for runs in (first, second))
@@ -345,7 +347,7 @@ def _flag_not_converged(arms: Arms) -> str:
 
 
 def _count_in_arms(arms: Arms, is_so: Callable[[ReportRow], bool]) -> str:
-    """`2 of 3 runs of loss=full and 0 of 3 of loss=completion`."""
+    """Returns a text such as `2 of 3 runs of loss=full and 0 of 3 of loss=completion`."""
     counts = [(sum(map(is_so, runs)), len(runs)) for runs in arms.sides]
     (first, of_first), (second, of_second) = counts
     names = arms.names
@@ -353,7 +355,7 @@ def _count_in_arms(arms: Arms, is_so: Callable[[ReportRow], bool]) -> str:
 
 
 def _flag_training_rows(arms: Arms, differences: Mapping[str, int]) -> str:
-    """Training rows that differ where no key of the recipes asks for it."""
+    """Flags training rows that differ although no key of the recipes changes them."""
     if any(key.startswith(("data.", "content of")) for key in differences):
         return ""
     other = []
@@ -363,19 +365,19 @@ def _flag_training_rows(arms: Arms, differences: Mapping[str, int]) -> str:
             other.append(f"{first[0].name} and {second[0].name}")
     if not other:
         return ""
-    return f"the training rows differ where the recipes ask for the same: {name_some(other)}"
+    return f"the training rows differ although the recipes select the same: {name_some(other)}"
 
 
 def _flag_contents(arms: Arms, differences: Mapping[str, int]) -> str:
-    """Test tokens that differ under the same rows and the same base model."""
+    """Flags test tokens that differ for the same rows and the same base model."""
     if any(key.startswith("model.") and key != "model.path" for key in differences):
-        return ""  # the recipes say so already
+        return ""  # the recipes already show it
     for first, second in arms.runs:
         if first[0].model_name != second[0].model_name:
             continue
         hashes = {run.split_hashes.get("test", {}).get("input_ids_hash") for run in first + second}
         if len(hashes - {None}) > 1:
-            return "the test rows are the same, and their tokens (`input_ids`) are not"
+            return "the test rows are the same, but their tokens (`input_ids`) are not"
     return ""
 
 
@@ -400,12 +402,12 @@ def _flag_source(arms: Arms) -> str:
         f"{some[0].runner_version or 'unknown'} {str(source)[:12]} ({len(some)})"
         for source, some in by_source.items()
     )
-    return f"the runs were made by different sources of the runner: {sides}"
+    return f"the runs were made with different sources of the runner: {sides}"
 
 
 def _flag_missing(arms: Arms) -> str:
-    """Runs of the cells that have no score: what is left are the survivors. An effect that is
-    paired by seed may use fewer of them, which its interval says.
+    """Flags runs of the cells that have no score. An effect that is paired by seed may use even
+    fewer runs; a note on its interval reports that.
     """
     missing = [why for pair in arms.pairs for cell in pair for why in cell.missing]
     if not missing:
@@ -423,11 +425,11 @@ def _flag_missing(arms: Arms) -> str:
         for runs, of, name in zip(sides, planned, arms.names, strict=True)
     )
     what = _SURVIVORS if is_survivors else "not all runs have a score"
-    return f"{what}: {counts} are left; {name_some(dict.fromkeys(missing), '; ')}"
+    return f"{what}: {counts} remain; missing: {name_some(dict.fromkeys(missing), '; ')}"
 
 
 def find_not_recorded(rows: Sequence[ReportRow]) -> list[str]:
-    """One sentence on facts that completed runs of older versions do not hold."""
+    """Returns one sentence on facts that some completed runs did not record."""
     completed = [row for row in rows if row.state == "completed"]
     facts: Mapping[str, Callable[[ReportRow], Any]] = {
         "hash of the initial weights": lambda row: row.initial_weights_hash,
@@ -439,17 +441,17 @@ def find_not_recorded(rows: Sequence[ReportRow]) -> list[str]:
     named = [
         f"{name} ({count} of {len(completed)} runs)" for name, count in lacking.items() if count
     ]
-    return [f"not recorded, so neither equal nor different: {', '.join(named)}"] if named else []
+    return [f"not recorded, so equality is unknown: {', '.join(named)}"] if named else []
 
 
 def find_other_scales(rows: Sequence[ReportRow]) -> list[str]:
-    """Sentences on what splits the runs of a report into sets whose numbers do not compare."""
+    """Returns sentences on sets of runs whose numbers are not comparable with each other."""
     warnings = []
     if len(by_rules := group_by_rules(rows)) > 1:
         sets = [f"rules {rules}: {_name(runs)}" for rules, runs in by_rules.items()]
         warnings.append(
-            f"{len(by_rules)} different rules of rows and masks;"
-            f" runs are compared only within one: {'; '.join(sets)}"
+            f"{len(by_rules)} different versions of the rules for rows and masks;"
+            f" runs are compared only within one version: {'; '.join(sets)}"
         )
     groups = group_by_test_rows(rows)
     unknown = groups.pop(None, [])
@@ -460,7 +462,7 @@ def find_other_scales(rows: Sequence[ReportRow]) -> list[str]:
         ]
         warnings.append(
             f"{len(groups)} different sets of test rows;"
-            f" numbers compare only within one set: {name_some(sets, '; ')}"
+            f" numbers are comparable only within one set: {name_some(sets, '; ')}"
         )
     if unknown:
         runs = "1 completed run" if len(unknown) == 1 else f"{len(unknown)} completed runs"
@@ -484,5 +486,5 @@ def _name(runs: Sequence[ReportRow]) -> str:
 
 
 def _join(items: Sequence[str]) -> str:
-    """`a, b and c`."""
+    """Returns `a, b and c`."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

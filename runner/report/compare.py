@@ -1,8 +1,8 @@
-"""The equality certificate of two arms: what was equal between them by hash, what differed, and
-what was not recorded.
+"""The equality certificate of two arms: the facts that are equal by hash, differ, or were not
+recorded.
 
 An arm is one run, or all runs with one value of an axis. The certificate is a pure function of the
-rows of a report; the difference of the scores is in `difference`.
+rows of a report; differences of scores are in `difference`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from runner.report.certificate_facts import (
 from runner.report.rows import ReportRow, axis_key, axis_text
 from runner.text import cut_middle
 
-# close: two numbers of one thing as far as their dtype can say, and not the same number
+# close: different numbers that are equal within the precision of their dtype
 Status = Literal["equal", "close", "differs", "not recorded"]
 Pair = tuple[ReportRow, ReportRow]
 HASH_CHARACTERS: Final = 12
@@ -32,37 +32,37 @@ MAX_VALUE: Final = 60  # characters of a value; a prompt may be long
 ABSENT: Final = "(absent)"
 VARIOUS: Final = "(not the same in every pair)"
 SEEDS: Final = "the seeds"
-OWN_SEEDS: Final = "seeds of their own"  # two runs of one number on the axis seed
-SAME_SOURCE: Final = "the source of the runner is the same"
+OWN_SEEDS: Final = "seeds of their own"  # two runs with one number on the axis seed
+SAME_SOURCE: Final = "the runner's source is the same"
 
 
 @dataclass(frozen=True)
 class CertificateLine:
-    """One thing that was compared in every pair of runs."""
+    """One recipe key or fact, compared in every pair of runs."""
 
     section: Section
-    what: str  # a dotted key of the recipe, or the fact in words
+    what: str  # a dotted recipe key, or the name of the fact
     status: Status
-    # What each arm has, as text; of all pairs, where it is the same in all. Blank: not recorded.
+    # Value of each arm as text, if it is the same in all pairs. Blank: not recorded.
     value_a: str
     value_b: str
-    num_pairs: int  # in which it has this status
-    # Why a difference is no surprise: "the axis loss", "the seeds"; None: nothing explains it.
+    num_pairs: int  # with this status
+    # Cause of an expected difference: "the axis loss", "the seeds"; None: unexplained
     explained_by: str | None = None
-    within: str = ""  # of numbers that are close: the most that they may differ by, such as "0.5%"
+    within: str = ""  # tolerance of numbers that are close, such as "0.5%"
 
     def describe(self) -> str:
-        """The line as one sentence without a full stop.
+        """Returns the line as one sentence without a full stop.
 
         >>> CertificateLine("recipe", "loss", "differs", "full", "completion", 1).describe()
         'loss: full -> completion'
         >>> CertificateLine("model", "base", "close", "4.737", "4.76", 1, within="0.5%").describe()
-        'base: within 0.5%: 4.737 and 4.76'
+        'base: 4.737 and 4.76, equal within 0.5%'
         """
         if self.status == "close":
             if VARIOUS in (self.value_a, self.value_b):
-                return f"{self.what}: within {self.within} in each pair"
-            return f"{self.what}: within {self.within}: {self.value_a} and {self.value_b}"
+                return f"{self.what}: equal within {self.within} in each pair"
+            return f"{self.what}: {self.value_a} and {self.value_b}, equal within {self.within}"
         if self.status == "differs":
             return f"{self.what}: {self.value_a} -> {self.value_b}"
         shown = self.value_a if self.status == "equal" and self.value_a != VARIOUS else ""
@@ -71,41 +71,41 @@ class CertificateLine:
 
 @dataclass(frozen=True)
 class NotRead:
-    """A run that was asked for, and of which no fact was read."""
+    """A requested run whose facts were not read."""
 
     name: str
-    state: str  # of the run, or "absent": there is no run directory
+    state: str  # of the run; "absent" if there is no run directory
     why: str
 
     def describe(self) -> str:
-        """The sentence that the certificate and stderr have, without a full stop.
+        """Returns the sentence for the certificate and stderr, without a full stop.
 
         >>> NotRead("demo/a", "damaged", "eval_rows.jsonl is missing").describe()
-        'demo/a is damaged (eval_rows.jsonl is missing): none of its facts was read'
+        'demo/a is damaged (eval_rows.jsonl is missing): none of its facts were read'
         """
-        return f"{self.name} is {self.state} ({self.why}): none of its facts was read"
+        return f"{self.name} is {self.state} ({self.why}): none of its facts were read"
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """All that was compared between two arms."""
+    """Everything that was compared between two arms."""
 
     names_a: tuple[str, ...]
     names_b: tuple[str, ...]
-    pairs: tuple[tuple[str, str], ...]  # names of the runs that were held against each other
-    unpaired: tuple[str, ...]  # names of runs that have no partner
+    pairs: tuple[tuple[str, str], ...]  # names of the runs that were compared
+    unpaired: tuple[str, ...]  # names of runs without a partner
     lines: tuple[CertificateLine, ...]
     axis: str | None = None
-    num_read: int = 0  # pairs of which both runs were read; of the others, the recipes only
+    num_read: int = 0  # pairs with both runs read; of the others, only recipes are compared
     not_read: tuple[NotRead, ...] = ()
 
     def select(self, status: Status) -> list[CertificateLine]:
-        """The lines of one status."""
+        """Returns the lines with one status."""
         return [line for line in self.lines if line.status == status]
 
     @property
     def unexplained(self) -> list[CertificateLine]:
-        """The differences that neither the axis nor the seeds explain; without an axis, all."""
+        """The differences that neither the axis nor the seeds explain; all, if there is no axis."""
         return [line for line in self.select("differs") if line.explained_by is None]
 
 
@@ -116,20 +116,19 @@ def build_certificate(
     not_read: Sequence[NotRead] = (),
     rows: Sequence[ReportRow] = (),
 ) -> Certificate:
-    """What is equal, differs, or was not recorded between two arms, whose runs are paired by all
-    axes in which the arms agree.
+    """Returns the certificate of two arms; runs are paired by all axes on which the arms agree.
 
-    With an axis, each difference that it explains says so: the keys of the recipe that carry its
-    name or its values, and the facts that follow from those. Runs of other seeds are replicates
-    where both arms have several; what follows from their seeds is explained by them. So it is of
-    two runs of one number of a grid with seeds of their own, where `rows`, all runs of the grids,
-    have other seeds of both cells.
+    With an axis, differences that it explains are marked: recipe keys with its name or its values,
+    and the facts that follow from those keys. If both arms have several seeds, their runs are
+    replicates, and the seeds explain what follows from them. The same holds for two runs with one
+    number in a grid whose cells have their own seeds, if `rows` (all runs of the grids) contain
+    other seeds of both cells.
 
-    Facts are compared in pairs of completed runs. `not_read` says of the others why they are not.
+    Facts are compared in pairs of completed runs; `not_read` has the reasons for the others.
     """
     pairs, unpaired = pair_runs(rows_a, rows_b, axis)
     read = [pair for pair in pairs if all(row.state == "completed" for row in pair)]
-    compared = read or pairs  # else the certificate says that nothing was recorded
+    compared = read or pairs  # if none was read, the certificate says that nothing was recorded
     flat = {id(row): _flatten(row) for pair in pairs for row in pair}
     seeds = SEEDS if len(pairs) > 1 else None
     if len(pairs) == 1 and _have_own_seeds(*pairs[0], rows):
@@ -155,8 +154,8 @@ def build_certificate(
 def pair_runs(
     rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow], axis: str | None = None
 ) -> tuple[list[tuple[ReportRow, ReportRow]], list[ReportRow]]:
-    """Pairs of runs that agree in all axes but those that tell the arms apart, and the runs left
-    over. One run on each side is a pair, whatever it differs in.
+    """Returns pairs of runs that agree on all axes except those that distinguish the arms, and the
+    remaining runs. If each side has one run, the two are a pair regardless of their axes.
     """
     if len(rows_a) == len(rows_b) == 1:
         return [(rows_a[0], rows_b[0])], []
@@ -183,8 +182,8 @@ def pair_runs(
 
 
 def _have_own_seeds(a: ReportRow, b: ReportRow, rows: Sequence[ReportRow]) -> bool:
-    """Whether two runs have one number on the axis `seed` and train with other seeds, in cells of
-    several seeds each.
+    """True if two runs share a number on the axis `seed` but train with different seeds, and their
+    cells have several seeds each.
     """
     if "seed" not in a.axes or "seed" not in b.axes or a.seed == b.seed:
         return False
@@ -200,7 +199,7 @@ def _have_own_seeds(a: ReportRow, b: ReportRow, rows: Sequence[ReportRow]) -> bo
 
 
 def _find_axes_apart(rows_a: Sequence[ReportRow], rows_b: Sequence[ReportRow]) -> set[str]:
-    """The axes that have one value in all of A and another one in all of B."""
+    """Returns the axes with one value in all of A and a different one in all of B."""
     apart = set()
     for axis in {name for row in (*rows_a, *rows_b) for name in row.axes}:
         values_a = {axis_key(row.axes.get(axis)) for row in rows_a}
@@ -216,7 +215,7 @@ def _compare_recipes(
     flat: Mapping[int, Mapping[str, Any]],
     seeds: str | None,
 ) -> Iterator[CertificateLine]:
-    """A line for each key that differs in some pair, then one for all keys that never do."""
+    """Returns a line for each key that differs in some pair, then one line for all others."""
     found: dict[str, list[tuple[Any, Any]]] = {}
     explained: dict[str, str | None] = {}
     num_keys = 0
@@ -248,7 +247,7 @@ def _compare_recipes(
 
 
 def _flatten(row: ReportRow) -> dict[str, Any]:
-    """Every key of the recipe that changes the experiment, dotted, with its value."""
+    """Returns every recipe key that changes the experiment, dotted, with its value."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, prefix: str) -> None:
@@ -259,7 +258,7 @@ def _flatten(row: ReportRow) -> dict[str, Any]:
             flat[prefix] = value
 
     walk(row.payload, "")
-    flat["training.seed"] = row.seed  # which the payload leaves out
+    flat["training.seed"] = row.seed  # not in the payload
     return flat
 
 
@@ -271,7 +270,7 @@ def _explain_key(
     b: ReportRow,
     seeds: str | None,
 ) -> str | None:
-    """Why two runs of a pair differ in a key; `seeds`: what explains another seed of training."""
+    """Explains a difference in a key; `seeds` explains a difference in `training.seed`."""
     if key == "training.seed" and seeds is not None and axis != "seed":
         return seeds
     if axis is None or axis_key(a.axes.get(axis)) == axis_key(b.axes.get(axis)):
@@ -282,7 +281,7 @@ def _explain_key(
 
 
 def _carry(values: tuple[Any, Any], sides: tuple[Any, Any]) -> bool:
-    """True where the values of a key are those of the axis, or texts around them.
+    """True if the values of a key are those of the axis, or texts that contain them.
 
     >>> _carry((60, 180), (60, 180)), _carry(("models/a", "models/b"), ("a", "b"))
     (True, True)
@@ -290,7 +289,7 @@ def _carry(values: tuple[Any, Any], sides: tuple[Any, Any]) -> bool:
     (False, False)
     """
     for value, side in zip(values, sides, strict=True):
-        if isinstance(side, bool) or side is None:  # too common to say anything
+        if isinstance(side, bool) or side is None:  # too common to be evidence
             return False
         is_within = (
             isinstance(side, str) and isinstance(value, str) and side != "" and side in value
@@ -329,7 +328,7 @@ def _compare_fact(
     if different:
         causes = {key: why for key, why in explained.items() if fact.follows_from(key)}
         reasons = [_explain_fact(fact, pair, causes, flat) for pair in different]
-        # Each pair must differ in what explains it
+        # The cause must differ in each of these pairs
         why = None if None in reasons else reasons[0]
         return line("differs", values_of_different, num_pairs=len(different), explained_by=why)
     if len(known) < len(found):
@@ -342,14 +341,14 @@ def _compare_fact(
 def _explain_fact(
     fact: Fact, pair: Pair, causes: Mapping[str, str], flat: Mapping[int, Mapping[str, Any]]
 ) -> str | None:
-    """Why two runs differ in a fact; `causes`: keys of the recipe, each with what explains it."""
+    """Explains a difference in a fact; `causes` maps recipe keys to their explanations."""
     a, b = pair
     for key, why in causes.items():
         if flat[id(a)].get(key, ABSENT) != flat[id(b)].get(key, ABSENT):
             return why
     if fact.what in SOURCE_STATES and a.source_hash is not None and a.source_hash == b.source_hash:
         return SAME_SOURCE
-    # The plan was equal, and the rule that stopped one of them is in both recipes.
+    # Both had the same plan and the same early-stopping rule
     is_planned_alike = a.schedule_steps is not None and a.schedule_steps == b.schedule_steps
     is_stopped = "early_stopping" in (a.stop_reason, b.stop_reason)
     if fact.what in (UPDATES, TRAINED_TOKENS, ROW_ORDER) and is_planned_alike and is_stopped:
@@ -358,7 +357,7 @@ def _explain_fact(
 
 
 def _show_values(values: Sequence[tuple[Any, Any]]) -> tuple[str, str]:
-    """Both sides as text, where they are the same in all pairs."""
+    """Returns each side as text if it is the same in all pairs."""
     sides = []
     for side in zip(*values, strict=True):
         texts = dict.fromkeys(map(_show, side))
@@ -367,7 +366,7 @@ def _show_values(values: Sequence[tuple[Any, Any]]) -> tuple[str, str]:
 
 
 def _show(value: Any) -> str:
-    """A value as text: a hash by its first characters.
+    """Formats a value as text; a hash is cut to its first characters.
 
     >>> _show("ab" * 32), _show(60), _show(2 / 3), _show(["q", "v"]), _show(None)
     ('abababababab', '60', '0.666667', '["q", "v"]', 'null')

@@ -1,7 +1,7 @@
-"""The scores of cells as arrays that may be subtracted, and the intervals of contrasts of them.
+"""Aligns the scores of cells as arrays, and computes the intervals of their contrasts.
 
-Runs of a cell are aligned by row id. What is scored on other rows, or over other tokens, is told
-from what is equal; nothing is filled in.
+Runs of a cell are aligned by row id. Cells scored on other rows or over other tokens are refused;
+nothing is imputed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from runner.report.variances import CellScores, Floats, Ints, describe_other_spr
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    """One cell by one metric; rows that the metric does not count are left out."""
+    """One cell by one metric, without the rows that the metric does not score."""
 
     cell: Cell
     runs: Runs
@@ -39,7 +39,7 @@ class Aligned:
 
     @property
     def pool(self) -> str:
-        """The base model, whose cells share the spread of their seeds."""
+        """The base model; its cells share one seed variance."""
         return self.scores.pool
 
 
@@ -51,7 +51,7 @@ class Contrasts:
     ) -> None:
         self.metric = metric
         self._seed_axis, self._statement = seed_axis, statement
-        # By design, and not by what came out: also of cells that have no score yet
+        # Decided by design, not by results: cells without a score count too
         self._is_grid = len(cells) > 2
         self._rows = _Rows()
         self._found = {id(cell): self._align(cell) for cell in cells}
@@ -59,18 +59,18 @@ class Contrasts:
         self._floors: dict[tuple[int, int, str], float | None] = {}
 
     def get(self, cell: Cell) -> Aligned | str:
-        """A cell, or why it has no scores row by row."""
+        """Returns a cell, or the reason why it has no per-row scores."""
         return self._found[id(cell)]
 
     def list_runs(self, cell: Cell) -> Runs:
-        """The runs of a cell that count."""
+        """Returns the runs of a cell that count."""
         found = self._found[id(cell)]
         if isinstance(found, Aligned):
             return found.runs
         return tuple(list_counted(cell, self.metric.name, self._seed_axis))
 
     def find_difference(self, cells: Sequence[Aligned]) -> str:
-        """Why cells have no common contrast: other rows or other tokens; empty where they have."""
+        """Describes the difference in rows, tokens or groups that rules out a contrast, if any."""
         first = cells[0]
         for other in cells[1:]:
             names = f"{name_runs(first.cell)} and {name_runs(other.cell)}"
@@ -90,7 +90,7 @@ class Contrasts:
         hint = "" if name == BITS_PER_BYTE else "; bits per byte may be"
         counts = f"{first.sum():,.0f} and {second.sum():,.0f} {what}"
         if first.sum() == second.sum():
-            counts += ", and not as many in each row"
+            counts += ", but not the same number in each row,"
         return (
             f"{names} have {counts} under the same row ids: {self.metric.unit} are not comparable"
             f"{hint}"
@@ -99,7 +99,7 @@ class Contrasts:
     def find_interval(
         self, cells: Sequence[Aligned], weights: Sequence[float], level: float
     ) -> Interval:
-        """The interval of a contrast of comparable cells."""
+        """Returns the interval of a contrast of comparable cells."""
         first = cells[0]
         with_pool = self._add_pool(cells)
         all_weights = [*weights, *[0.0] * (len(with_pool) - len(cells))]
@@ -121,7 +121,7 @@ class Contrasts:
     def test_interaction(
         self, cells: Sequence[Aligned], simple_weights: Sequence[Sequence[float]]
     ) -> InteractionTest | None:
-        """The test whether simple effects differ; None where nothing can be said."""
+        """Tests if simple effects differ; None if that cannot be tested."""
         first = cells[0]
         with_pool = self._add_pool(cells)
         zeros = [0.0] * (len(with_pool) - len(cells))
@@ -130,12 +130,12 @@ class Contrasts:
         )
 
     def find_noise_floor(self, cells: Sequence[Aligned]) -> float | None:
-        """The largest difference of two single runs in the pools of some cells, all else equal."""
+        """Returns the largest noise floor of the pools of some cells; None if there is none."""
         floors = [floor for cell in cells if (floor := self._find_floor_of_pool(cell)) is not None]
         return max(floors, default=None)
 
     def find_overall_noise_floor(self) -> float | None:
-        """The same of all pools."""
+        """Returns the largest noise floor of all pools."""
         return self.find_noise_floor(self._cells)
 
     def _find_floor_of_pool(self, cell: Aligned) -> float | None:
@@ -146,7 +146,7 @@ class Contrasts:
         return self._floors[key]
 
     def _add_pool(self, cells: Sequence[Aligned]) -> list[CellScores]:
-        """The cells, and all others that share their pools and their tokens."""
+        """Returns the cells, followed by all others that share their pools and tokens."""
         used = {id(cell) for cell in cells}
         pools = {cell.pool for cell in cells}
         others = [
@@ -174,13 +174,13 @@ class Contrasts:
             if found is None:
                 return run.why_no_scores("tuned")
             if name not in found.sums:
-                return f"{name} of {run.name} is no mean over rows: it has no interval"
+                return f"{name} of {run.name} is not a mean over rows, so it has no interval"
             scores.append(found)
         return self._rows.align(cell, tuple(runs), name, scores)
 
 
 class _Rows:
-    """Row ids, units and groups that runs share, each held once so that they compare by `is`."""
+    """Row ids, units and groups of runs, each stored once so that they compare by `is`."""
 
     def __init__(self) -> None:
         self._orders: dict[tuple[str, ...], tuple[tuple[str, ...], Ints]] = {}
@@ -207,7 +207,7 @@ class _Rows:
                 what = "bytes" if name == BITS_PER_BYTE else "tokens"
                 what = what if name in LIKELIHOODS else "judged rows"
                 return (
-                    f"{runs[0].name} and {run.name}, which differ in the seed only, have"
+                    f"{runs[0].name} and {run.name}, which differ only in the seed, have"
                     f" {first[1].sum():,.0f} and {units.sum():,.0f} {what} under the same row ids"
                 )
             elif groups is not first[2]:
@@ -221,7 +221,7 @@ class _Rows:
             row_ids = self._hold(tuple(np.array(row_ids, dtype=object)[counted]))
             groups = None if groups is None else self._number(tuple(map(str, groups[counted])))
         if not row_ids:
-            return f"{runs[0].name} has no row that {name} counts"
+            return f"{runs[0].name} has no row that {name} scores"
         seeds = tuple(run.seed for run in runs)
         return Aligned(
             cell,
@@ -257,8 +257,8 @@ class _Rows:
         return self._ids.setdefault(row_ids, row_ids)
 
     def _number(self, groups: tuple[str, ...]) -> Ints | None:
-        """Groups as numbers, one array for the same rows together whatever the groups are called;
-        None where each row is a group of its own.
+        """Numbers the groups. Equal partitions share one array, whatever the groups are called;
+        None if each row is its own group.
         """
         if groups not in self._groups:
             numbers: Mapping[str, int] = {name: at for at, name in enumerate(dict.fromkeys(groups))}
@@ -275,14 +275,14 @@ def _describe_other_groups(
 ) -> str:
     counts = [num_rows if groups is None else len(np.unique(groups)) for groups in (first, second)]
     return (
-        f"{names} have the same test rows in {counts[0]} and {counts[1]} groups, which are not the"
-        " same: nothing says how far the difference varies from group to group"
+        f"{names} group the same test rows differently ({counts[0]} and {counts[1]} groups), so the"
+        " variation of the difference between groups is unknown"
     )
 
 
 def _has_same_start(cells: Sequence[Aligned]) -> bool:
-    """True where runs of one seed began with the same weights and saw the rows in the same order,
-    by their hashes; not where a run did not record them.
+    """True if runs of one seed started from the same weights and used the same row order, by their
+    hashes; False if a run did not record them.
     """
     starts: dict[int, set[tuple[str | None, str | None]]] = {}
     for cell in cells:
@@ -293,7 +293,7 @@ def _has_same_start(cells: Sequence[Aligned]) -> bool:
 
 
 def build_metric(name: str, modes: Mapping[str, str]) -> Metric:
-    """A metric by its name; `modes` are those of metrics of answers."""
+    """Returns a metric by its name; `modes` are those of metrics of answers."""
     likelihoods = {
         NLL_PER_COMPLETION_TOKEN: ("NLL per completion token", "nats per completion token"),
         "nll_per_token": ("NLL per token", "nats per token"),

@@ -1,4 +1,4 @@
-"""Learning curves: the metric that chose the best step, on the validation rows, over steps."""
+"""Learning curves: the metric that selects the best step, on the validation rows, over steps."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ MAX_CURVE_FIGURES: Final = 8
 
 
 def draw_curves(report: Report) -> list[Drawing]:
-    """The metric on the validation rows over steps: a panel for each combination of the other
-    axes, a colour for each value of one.
+    """Draws the validation metric over steps: one colour for each value of an axis, one panel for
+    each combination of the others.
     """
     panels: list[tuple[str, str, list[tuple[int, str, ReportRow]]]] = []
     for grid, task in list_places(report):
@@ -52,8 +52,9 @@ def draw_curves(report: Report) -> list[Drawing]:
 
 
 def load_curve(run: ReportRow) -> list[tuple[int, float]]:
-    """Steps and scores of the metric that chose the best step, on the validation rows; none where
-    there are none. The base model (step 0) is so far off that the rest would be one flat line.
+    """Returns steps and validation scores of the metric that selects the best step; may be empty.
+
+    The base model (step 0) is left out: its score would flatten the rest of the curve.
     """
     name = name_curve_metric(run)
     try:
@@ -71,7 +72,7 @@ def load_curve(run: ReportRow) -> list[tuple[int, float]]:
 
 
 def name_curve_metric(run: ReportRow) -> str:
-    """The metric that chose the best step of a run."""
+    """Returns the metric that selected the best step of a run."""
     return run.recipe.checkpoints.metric
 
 
@@ -81,7 +82,7 @@ def _list_curve_panels(
     values = list_cell_axes(cells)
     models = list_model_axes(cells)
     wanted = [effects.axis for effects in report.effects if effects.axis in values]
-    wanted.sort(key=lambda axis: axis in models)  # their scores compare less
+    wanted.sort(key=lambda axis: axis in models)  # scores across models are less comparable
     colour = next((axis for axis in wanted if len(values[axis]) <= len(PALETTE)), None)
     if colour is None:
         colour = min(values, key=lambda axis: len(values[axis]), default=None)
@@ -125,10 +126,10 @@ def _draw_curve_figure(
         figure.legend(list(handles.values()), texts, loc="outside lower center", ncols=4)
     stopped = sum(run.stop_reason == "early_stopping" for run in runs)
     last = sum(run.best_step is not None and run.best_step == run.num_steps for run in runs)
-    caption = "One line per run. Dot: its best step, which is the model that is tested. Cross:"
-    caption += " where early stopping ended it. The base model, step 0, is not drawn."
+    caption = "One line per run. Dot: its best step, whose model is tested. Cross: the step at"
+    caption += " which early stopping ended it. The base model (step 0) is not drawn."
     if last:
-        caption += f" {count(last, 'run')} had the best step last, so more steps might help."
+        caption += f" In {count(last, 'run')} the last step was the best, so more steps might help."
     if left_out:
         caption += f" {count(left_out, 'more run')} left out of these figures."
     return Drawing(

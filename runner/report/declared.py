@@ -1,7 +1,7 @@
-"""Contrasts that a grid declared before its first launch, and which effects they make confirmatory.
+"""Contrasts that a grid declared before its first launch, and the effects they make confirmatory.
 
-A contrast counts for an effect where all runs of the effect recorded it at their first attempt. One
-that was declared, or changed, after a run had started leaves the effect exploratory.
+A contrast counts for an effect if all runs of the effect recorded it at their first attempt. If it
+was declared or changed after a run had started, the effect stays exploratory.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from runner.report.rows import ReportRow, axis_key, axis_text, list_axes, list_v
 
 @dataclass(frozen=True)
 class Declared:
-    """A contrast: `compared` against `reference` on an axis by a metric, equivalent within a margin
-    where one is stated.
+    """A contrast: `compared` against `reference` on an axis by a metric, with an optional margin of
+    equivalence.
     """
 
     axis: str
@@ -27,11 +27,11 @@ class Declared:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """The same for two contrasts that differ in the margin at most."""
+        """Equal for two contrasts that differ at most in the margin."""
         return self.axis, axis_key(self.reference), axis_key(self.compared), self.metric
 
     def describe(self) -> str:
-        """The contrast as errors name it."""
+        """Returns the contrast as errors name it."""
         return (
             f"{self.axis}: {axis_text(self.reference)} to {axis_text(self.compared)}"
             f" by {self.metric}"
@@ -39,14 +39,14 @@ class Declared:
 
 
 def read_declared(contrasts: Iterable[Any] | None) -> tuple[Declared, ...]:
-    """The contrasts of `run.declared` of a recipe."""
+    """Returns the contrasts in `run.declared` of a recipe."""
     return tuple(
         Declared(one.axis, one.from_, one.to, one.metric, one.margin) for one in contrasts or ()
     )
 
 
 def list_declared(rows: Iterable[ReportRow]) -> list[Declared]:
-    """Every contrast that some run declares, as it stands today, or did at its first attempt."""
+    """Returns every contrast that some run declares now or declared at its first attempt."""
     found: dict[Any, Declared] = {}
     for row in rows:
         for contrast in read_declared(row.declared_now) + read_declared(row.declared_then):
@@ -55,7 +55,7 @@ def list_declared(rows: Iterable[ReportRow]) -> list[Declared]:
 
 
 def list_recorded(rows: Iterable[ReportRow]) -> list[Declared]:
-    """Every contrast that some run recorded at its first attempt."""
+    """Returns every contrast that some run recorded at its first attempt."""
     found: dict[Any, Declared] = {}
     for row in rows:
         for contrast in read_declared(row.declared_then):
@@ -65,7 +65,7 @@ def list_recorded(rows: Iterable[ReportRow]) -> list[Declared]:
 
 @dataclass(frozen=True)
 class Standing:
-    """Whether a declared contrast is confirmatory for some runs, and why not."""
+    """The standing of a declared contrast for some runs: confirmatory, or the reason why not."""
 
     contrast: Declared
     is_confirmatory: bool
@@ -73,7 +73,7 @@ class Standing:
 
 
 def judge(contrast: Declared, runs: Sequence[ReportRow]) -> Standing:
-    """The standing of a contrast for an effect over `runs`."""
+    """Returns the standing of a contrast for an effect over `runs`."""
     late, other = [], []
     for row in runs:
         then = {one.key: one for one in read_declared(row.declared_then)}
@@ -88,32 +88,32 @@ def judge(contrast: Declared, runs: Sequence[ReportRow]) -> Standing:
     row = min(known, key=lambda one: one.started_at_utc or "", default=row)
     day = f" on {row.started_at_utc[:10]}" if row.started_at_utc is not None else ""
     if late:
-        why = f"declared after {row.recipe.run.full_name} had started{day}"
+        why = f"declared after {row.recipe.run.full_name} started{day}"
     else:
         recorded = {one.key: one.margin for one in read_declared(row.declared_then)}
         margins = [_name_margin(one) for one in (recorded[contrast.key], contrast.margin)]
         why = (
-            f"declared with {margins[0]} when {row.recipe.run.full_name} started{day}, and with"
-            f" {margins[1]} since"
+            f"declared with {margins[0]} when {row.recipe.run.full_name} started{day}, but with"
+            f" {margins[1]} now"
         )
     return Standing(contrast, False, why)
 
 
 def _name_margin(margin: float | None) -> str:
-    return "no margin" if margin is None else f"the margin {margin:g}"
+    return "no margin" if margin is None else f"a margin of {margin:g}"
 
 
 def find_undeclarable(
     contrasts: Iterable[Declared], rows: Sequence[ReportRow], metrics: Iterable[str], grid: str
 ) -> list[str]:
-    """Sentences on declared contrasts that name an axis, a value or a metric that no run has."""
+    """Returns warnings about declared contrasts whose axis, value or metric no run has."""
     axes, known = list_axes(rows), list(metrics)
     warnings = []
     for contrast in contrasts:
         where = f"{grid} declares {contrast.describe()}"
         if contrast.axis not in axes:
             warnings.append(
-                f"{where}, and no run has the axis `{contrast.axis}`; there are: {', '.join(axes)}"
+                f"{where}, but no run has the axis `{contrast.axis}`; available: {', '.join(axes)}"
             )
             continue
         values = list_values(rows, contrast.axis)
@@ -125,12 +125,12 @@ def find_undeclarable(
         ]
         if lacking:
             warnings.append(
-                f"{where}, and no run has {contrast.axis} {' or '.join(lacking)};"
-                f" there are: {', '.join(map(axis_text, values))}"
+                f"{where}, but no run has {contrast.axis} {' or '.join(lacking)};"
+                f" available: {', '.join(map(axis_text, values))}"
             )
         elif contrast.metric not in known:
             warnings.append(
-                f"{where}, and no run has the metric `{contrast.metric}`; there are:"
+                f"{where}, but no run has the metric `{contrast.metric}`; available:"
                 f" {', '.join(known)}"
             )
     return warnings

@@ -1,8 +1,7 @@
-"""The differences of two runs, and of the two cells that they are runs of, by every metric that
-both have.
+"""The differences between two runs, and between their two cells, by every metric that both have.
 
-Of two single runs the interval is over rows only: it is about these two models and says nothing of
-their recipes. Cells with several seeds have an interval over seeds and rows.
+For two single runs the interval is over rows only: it is about these two models and says nothing
+about their recipes. Cells with several seeds have an interval over seeds and rows.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from runner.report.statistics import Interval, Statement
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """B minus A by one metric; without an interval where `refused` says why."""
+    """B minus A by one metric; if there is no interval, `refused` has the reason."""
 
     metric: Metric
     score_a: float | None  # mean over the seeds
@@ -31,7 +30,7 @@ class Difference:
 
 
 def compare_runs(a: ReportRow, b: ReportRow) -> list[Difference]:
-    """The differences of two runs, over rows only."""
+    """Returns the differences of two runs, over rows only."""
     cells = [*build_cells([a], None), *build_cells([b], None)]
     return _compare(cells[0], cells[1], cells, None, "rows")
 
@@ -39,9 +38,9 @@ def compare_runs(a: ReportRow, b: ReportRow) -> list[Difference]:
 def compare_cells_of(
     a: ReportRow, b: ReportRow, rows: Sequence[ReportRow], *, rows_fixed: bool = False
 ) -> list[Difference]:
-    """The differences of the cells that two runs are in, over seeds (and rows); empty where neither
-    has another seed. `rows` are all runs of their grids: the other cells of a grid say how far
-    seeds of one base model lie apart.
+    """Returns the differences of the cells of two runs, over seeds (and rows); empty if neither
+    cell has another seed. `rows` are all runs of their grids: other cells with the same base model
+    contribute to the seed variance.
     """
     found = []
     cells: list[Cell] = []

@@ -1,8 +1,8 @@
-"""A matplotlib figure as SVG for a page and as PDF for a paper, the same bytes each time.
+"""Matplotlib figures as SVG for a page and as PDF for a paper, with reproducible bytes.
 
-Figures are drawn in the colours named here. In the SVG each colour becomes a class, so that the
-page's style sheet decides for light, dark and print; and no `style` attribute is left, because the
-page's Content-Security-Policy allows none.
+Figures are drawn in the colours named here. In the SVG, each colour becomes a class, so that the
+page's style sheet can set it for light, dark and print. All `style` attributes are removed, because
+the page's Content-Security-Policy allows none.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ RULE: Final = "#d5d9de"
 BAND: Final = "#e6e9ed"
 GREYED: Final = "#a3abb5"
 PAPER: Final = "#ffffff"
-# Okabe and Ito's, told apart by colour-blind readers; without their yellow, which white swallows
+# Okabe and Ito's colours for colour-blind readers, without their yellow, which is faint on white
 PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a3f")
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 LINES: Final = ("-", "--", "-.", ":")
 
-# Colour -> the class that the style sheet knows it by, behind `f-` (fill) and `s-` (stroke)
+# Colour -> its class in the style sheet, after the prefix `f-` (fill) or `s-` (stroke)
 _CLASSES: Final[Mapping[str, str]] = {
     INK: "ink",
     "#000000": "ink",
@@ -45,10 +45,10 @@ _CLASSES: Final[Mapping[str, str]] = {
 }
 _MAX_LABEL: Final = 60
 _SETTINGS: Final[Mapping[str, Any]] = {
-    "svg.fonttype": "none",  # text stays text: small, and found by a search in the page
+    "svg.fonttype": "none",  # text stays text: smaller, and searchable in the page
     "pdf.fonttype": 42,
-    "text.parse_math": False,  # a `$` in a name is a dollar
-    "path.simplify": False,  # it would drop dots, which are lines without length
+    "text.parse_math": False,  # a `$` in a name is a dollar sign
+    "path.simplify": False,  # would drop dots, which are lines of length 0
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "font.size": 9,
@@ -79,21 +79,21 @@ _SETTINGS: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """One figure of a page, and the words that stand for it."""
+    """One figure of a page, with its texts."""
 
-    name: str  # of its PDF, without the ending
+    name: str  # of its PDF, without the suffix
     title: str
-    alternative: str  # what it shows, for those who do not see it
+    alternative: str  # text for readers who cannot see the figure
     caption: str
     figure: Figure
 
     @property
     def is_small(self) -> bool:
-        """True where it has one panel only, which would look huge at full width."""
+        """True if it has only one panel, which would be huge at full width."""
         return bool(self.figure.get_figwidth() < 6)
 
     def as_svg(self) -> str:
-        """The figure as an inline element of a page, its colours as classes."""
+        """Returns the figure as an inline element of a page, with its colours as classes."""
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -101,7 +101,7 @@ class Drawing:
         return _adapt_to_page(content.decode(), self.title, self.alternative)
 
     def as_pdf(self) -> bytes:
-        """The figure for a paper."""
+        """Returns the figure as PDF, for a paper."""
         nothing = {
             "CreationDate": None,
             "Creator": None,
@@ -113,27 +113,27 @@ class Drawing:
         return self._print(FigureCanvasPdf(self.figure).print_pdf, nothing)
 
     def _print(self, print_figure: Callable[..., Any], metadata: Mapping[str, Any]) -> bytes:
-        """What a canvas prints; `savefig` would draw everything twice."""
+        """Returns the output of a canvas; `savefig` would draw everything twice."""
         stream = io.BytesIO()
         with _settings(self.name):
             print_figure(stream, metadata=metadata)
-        self.figure.set_layout_engine("none")  # another pass would move everything by a hair
+        self.figure.set_layout_engine("none")  # another layout pass would shift everything slightly
         return stream.getvalue()
 
 
 @contextmanager
 def drawing_figure(width: float, height: float) -> Iterator[Figure]:
-    """A new figure of so many inches, to be drawn under the settings of all figures."""
+    """Yields a new figure of this size in inches, within the common settings of all figures."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with _settings(""):
         layout: Any = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.03, hspace=0.04)
-        yield Figure(figsize=(width, height), dpi=72, layout=layout)  # the dots of SVG and PDF
+        yield Figure(figsize=(width, height), dpi=72, layout=layout)  # the dpi of SVG and PDF
 
 
 def label(text: str, width: int = _MAX_LABEL) -> str:
-    """A text from data as a figure may show it: one line, no controls, no folders, not endless.
+    """Returns a text from data for a figure: one line, no controls, no folders, cut to `width`.
 
     >>> label("a\\x1b[2Jb"), len(label("x" * 1_000_000))
     ('a�[2Jb', 60)
@@ -142,7 +142,7 @@ def label(text: str, width: int = _MAX_LABEL) -> str:
 
 
 def draw_dots(axes: Any, xs: Any, ys: Any, *, color: str, size: float = 3.2) -> None:
-    """Dots as one path: an element for each would make a page of hundreds of kilobytes."""
+    """Draws dots as one path: an element for each would add hundreds of kilobytes to a page."""
     import numpy as np
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
@@ -201,7 +201,7 @@ def _adapt_to_page(svg: str, title: str, alternative: str) -> str:
     body = _STYLE.sub(_move_style, body)
     parts = []
     for at, part in enumerate(re.split(r"(<text[^>]*>[^<]*</text>)", body)):
-        if at % 2 == 0:  # outside of texts, which stay as they are
+        if at % 2 == 0:  # outside of texts, which are not changed
             part = _NUMBER.sub(_round, _GROUP_ID.sub("<g", part))
             part = re.sub(r"\s*\n\s*", " ", part)
         else:
@@ -218,7 +218,7 @@ def _adapt_to_page(svg: str, title: str, alternative: str) -> str:
 
 
 def _move_style(match: re.Match[str]) -> str:
-    """A `style` attribute as a class and as attributes of its own."""
+    """Replaces a `style` attribute by a class and separate attributes."""
     classes, attributes = [], []
     for declaration in match[1].split(";"):
         name, _, value = (part.strip() for part in declaration.partition(":"))
@@ -236,7 +236,7 @@ def _move_style(match: re.Match[str]) -> str:
 
 
 def _round(match: re.Match[str]) -> str:
-    """A hundredth of a point is more than a screen shows.
+    """Rounds to a hundredth of a point, which is finer than a screen shows.
 
     >>> _round(re.match(".*", "-12.3456"))
     '-12.35'

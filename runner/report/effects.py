@@ -1,9 +1,9 @@
-"""The conclusions that a set of runs allows: cells, the effects of each axis, and what else differs
-between the runs that an effect compares.
+"""The conclusions that a set of runs allows: cells, the effects of each axis, and other differences
+between the compared runs.
 
-Runs that differ in nothing but the seed are one `Cell`. An `Effect` compares two values of one axis
-over the cells that have both. Numbers are from `statistics`; how they are written is in `format`,
-`tables`, `figures` and `html`.
+Runs that differ only in the seed form one `Cell`. An `Effect` compares two values of one axis over
+the cells that have both. Numbers come from `statistics`; `format`, `tables`, `figures` and `html`
+write them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from runner.report.statistics import Interval
 
 @dataclass(frozen=True)
 class Metric:
-    """One number that runs are compared by, on the test split."""
+    """A number by which runs are compared, on the test split."""
 
     name: str  # such as "nll_per_completion_token", "bits_per_byte", or a metric of answers
     title: str  # for people: "NLL per completion token"
@@ -29,65 +29,65 @@ class Metric:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """The runs of one grid and task that differ in nothing but the seed."""
+    """The runs of one grid and task that differ only in the seed."""
 
     grid: str
     task: str
     axes: Mapping[str, Any]  # without the seed, in the grid's own order
-    runs: tuple[ReportRow, ...]  # all of them, also those without a score
+    runs: tuple[ReportRow, ...]  # all, including those without a score
     scores: Mapping[str, Mapping[Any, float]]  # metric -> seed -> score of the tuned model
     base_scores: Mapping[str, float]  # metric -> score of the base model
-    missing: tuple[str, ...] = ()  # "NAME is failed": runs of the cell that have no score
+    missing: tuple[str, ...] = ()  # "NAME (failed)": runs of the cell without a score
 
 
 @dataclass(frozen=True)
 class Equivalence:
-    """Two one-sided tests (TOST) against a margin that was stated before the first launch."""
+    """Two one-sided tests (TOST) against a margin that was declared before the first launch."""
 
     margin: float
     interval: tuple[float, float]
     is_shown: bool  # the interval lies inside the margin
-    level: float = 0.90  # of the interval; of several effects together, 1 - 0.10 / their number
+    level: float = 0.90  # of the interval; for several effects together, 1 - 0.10 / their number
 
 
 @dataclass(frozen=True, eq=False)
 class Effect:
     """One value of an axis against another, as the mean over one or more pairs of cells.
 
-    `interval` is None exactly where `refused` says why there is no number.
+    `interval` is None if and only if `refused` gives the reason.
     """
 
     metric: Metric
     axis: str
     reference: Any
     compared: Any
-    # Other axes that it is restricted to: {} for the mean over all cells, one axis for a simple
-    # effect, all of them for two cells.
+    # Values of other axes that it is restricted to: {} for the mean over all cells, one axis for a
+    # simple effect, all axes for two cells.
     at: Mapping[str, Any]
     pairs: tuple[tuple[Cell, Cell], ...]  # reference and compared
     interval: Interval | None
     refused: tuple[str, ...] = ()
-    # Axes that it averages over, and at whose levels the axis acts differently
+    # Axes that it averages over although the effect differs between their levels
     depends_on: tuple[str, ...] = ()
     # Each a whole sentence: updates, trained tokens, early stops, versions, missing cells, ...
     flags: tuple[str, ...] = ()
-    design: str = ""  # which runs were pooled or paired, in words
+    design: str = ""  # sentence on the runs that were pooled or paired
     is_confirmatory: bool = False
-    why_exploratory: str = ""  # where a declaration of it stands today and cannot count
-    p_adjusted: float | None = None  # Holm where confirmatory, else Benjamini-Hochberg
-    equivalence: Equivalence | None = None  # where a declaration states a margin
-    noise_floor: float | None = None  # what two single runs differ by, all else equal
+    why_exploratory: str = ""  # reason why its present declaration cannot count
+    p_adjusted: float | None = None  # by Holm if confirmatory, else by Benjamini-Hochberg
+    equivalence: Equivalence | None = None  # if its declaration has a margin
+    noise_floor: float | None = None  # two single runs differ by less in 95% of cases
     is_below_noise: bool = False
 
     @property
     def is_of_seeds(self) -> bool:
-        """True where it says something of the recipes, and not of single trained models only."""
+        """True if it is about the recipes and not only about single trained models."""
         return self.interval is not None and self.interval.kind != "rows"
 
     @property
     def is_clear(self) -> bool:
-        """True where the adjusted p is below 0.05, and the interval does not hold 0: that of a
-        simple effect is wider, such that all of them hold together.
+        """True if the adjusted p is below 0.05 and the interval excludes 0. Intervals of simple
+        effects are wider, so that all of them hold jointly.
         """
         bounds = self.interval.bounds if self.interval is not None else None
         if self.p_adjusted is None or bounds is None:
@@ -97,7 +97,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Interaction:
-    """The test whether an axis acts differently at the levels of another one."""
+    """The test of an interaction: a different effect at the levels of another axis."""
 
     other: str  # the other axis
     p: float
@@ -107,7 +107,7 @@ class Interaction:
 
 @dataclass(frozen=True, eq=False)
 class AxisEffects:
-    """All that is said of two values of one axis by one metric, in one grid and task."""
+    """All effects of two values of one axis by one metric, in one grid and task."""
 
     grid: str
     task: str
@@ -115,8 +115,8 @@ class AxisEffects:
     axis: str
     reference: Any
     compared: Any
-    # The mean over all cells; None where the axis depends on another one (see `depends_on`), or
-    # where there is nothing to average (one pair of cells stands in `cells`)
+    # The mean over all cells; None if the axis depends on another one (see `depends_on`), or if
+    # there is nothing to average (a single pair of cells is in `cells`)
     pooled: Effect | None
     depends_on: tuple[str, ...]  # axes whose interaction has p < 0.20
     interactions: tuple[Interaction, ...]
@@ -125,18 +125,20 @@ class AxisEffects:
     # Dotted key -> number of pairs whose recipes differ there, the seed left out
     recipe_differences: Mapping[str, int] = field(default_factory=dict)
     unpaired: tuple[str, ...] = ()  # one reason for each cell without a pair
-    # All effects that may answer, with those that are not shown: which of them do depends on the
-    # results, so a declared contrast counts with all of them
+    # All effects that may answer, shown or not. The results decide which of them do, so a declared
+    # contrast counts with all of them.
     family: tuple[Effect, ...] = ()
-    is_declared: bool = False  # by some run, before it started or later
+    is_declared: bool = False  # by some run, before or after it started
     is_with_first_only: bool = False  # the axis has too many values to compare every two of them
 
     @property
     def main(self) -> tuple[Effect, ...]:
-        """The effects that answer whether the axis makes a difference: the mean over all cells;
-        where the axis depends on others, its effects at their levels; where there is no mean for
-        another reason, the first simple effects that may all have a number, each without one
-        followed by its pairs of cells; else all pairs of cells.
+        """The effects that show if the axis makes a difference.
+
+        This is the mean over all cells; if the axis depends on others, the effects at their levels.
+        If there is no mean for another reason, it is the first set of simple effects that may all
+        have a number, each one without a number followed by its pairs of cells; else all pairs of
+        cells.
         """
         if self.pooled is not None and self.pooled.interval is not None:
             return (self.pooled,)
@@ -158,8 +160,8 @@ class AxisEffects:
 
     @property
     def shown(self) -> tuple[Effect, ...]:
-        """What a reader sees: the pooled effect if there is one, then the simple ones, then those
-        of single pairs of cells that answer in their place; these alone where there are no others.
+        """The effects that a reader sees: the pooled effect if there is one, then the simple ones,
+        then single pairs of cells that answer instead; if there are no others, all single pairs.
         """
         pooled = (self.pooled,) if self.pooled is not None else ()
         simple = tuple(effect for effects in self.simple.values() for effect in effects)
@@ -172,14 +174,14 @@ class AxisEffects:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Everything that a report says; each format writes all or a part of it."""
+    """The whole content of a report; each format writes all or part of it."""
 
     rows: tuple[ReportRow, ...]
     cells: tuple[Cell, ...]
     metrics: tuple[Metric, ...]
     effects: tuple[AxisEffects, ...]
-    # The answer in words, a sentence each: declared contrasts first
+    # One conclusion each, declared contrasts first
     verdicts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    # (grid, task, metric name) -> what two single runs differ by, all else equal
+    # (grid, task, metric name) -> two single runs differ by less in 95% of cases, all else equal
     noise_floors: Mapping[tuple[str, str, str], float] = field(default_factory=dict)

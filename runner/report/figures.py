@@ -1,8 +1,8 @@
-"""The figures of a report: effects with the noise floor, interactions, and two arms row against
+"""The figures of a report: effects with the noise floor, interactions, and two arms compared row by
 row. Learning curves are in `curves`.
 
-Each takes a report and returns drawings in the order of its cells and effects. What does not fit
-into a figure goes to the next one; what is left out of all is counted in the caption.
+Each function takes a report and returns drawings in the order of its cells and effects. Items that
+do not fit into a figure continue in the next one; captions count those left out of all figures.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from runner.report.rows import axis_text, is_number
 from runner.report.wording import count
 
 MAX_EFFECTS: Final = 40
-MAX_EFFECT_FIGURES: Final = 3  # of one metric
-MAX_INTERACTION_PANELS: Final = 12  # of one metric
+MAX_EFFECT_FIGURES: Final = 3  # per metric
+MAX_INTERACTION_PANELS: Final = 12  # per metric
 MAX_SCATTERS: Final = 12
 MAX_DOTS: Final = 2_000  # in a scatter
 _MAX_FACETS: Final = 6
@@ -56,7 +56,7 @@ Item = TypeVar("Item")
 
 
 def draw_forests(report: Report) -> list[Drawing]:
-    """Effects with their intervals, one figure for each grid, task and metric."""
+    """Draws effects with their intervals, one figure for each grid, task and metric."""
     drawings: list[Drawing] = []
     for grid, task in list_places(report):
         by_metric: dict[str, list[AxisEffects]] = {}
@@ -105,8 +105,8 @@ def _draw_forest(
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         better = "left" if metric.mode == "min" else "right"
-        axes.set_xlabel(f"difference in {label(metric.unit)}; {better} of 0: the second is better")
-        axes.use_sticky_edges = False  # the bands' own ends are no ends of the axis
+        axes.set_xlabel(f"difference in {label(metric.unit)}; {better} of 0 the second is better")
+        axes.use_sticky_edges = False  # the ends of the bands do not limit the axis
         axes.margins(x=0.06)
         axes.autoscale_view(scaley=False)
     clear = [effect for _, effect in lines if effect.is_clear]
@@ -116,10 +116,10 @@ def _draw_forest(
         f"Effects on {metric.title}, {source}",
         f"{count(len(lines), 'effect')} with intervals, {len(clear)} clear of 0 after correction,"
         f" {len(below)} below the noise floor. The table below has the numbers.",
-        "Dot: estimate. Line: its interval. Grey band: the noise floor, by which two single runs"
-        " differ when nothing differs but the seed; what lies below it is drawn in grey."
+        "Dot: estimate. Line: interval. Grey band: the noise floor; two single runs that differ"
+        " only in the seed stay within it in 95% of cases, and estimates within it are grey."
         " Filled: declared before the first launch; open: exploratory."
-        " Dotted line: rows only, which says nothing of the recipe."
+        " Dotted line: rows only, no verdict on the recipe."
         + (f" {count(left_out, 'effect')} in the table only." if left_out else ""),
         figure,
     )
@@ -131,7 +131,7 @@ def _draw_effect(axes: Any, at: float, effect: Effect) -> None:
         axes.barh(at, 2 * floor, left=-floor, height=0.82, color=BAND, linewidth=0)
     if effect.interval is None:
         axes.annotate(
-            "no number: see the table",
+            "no estimate: see the table",
             (0, at),
             xytext=(6, 0),
             textcoords="offset points",
@@ -158,18 +158,18 @@ def _draw_effect(axes: Any, at: float, effect: Effect) -> None:
 
 @dataclass(frozen=True)
 class _Panel:
-    """Two axes in one facet: a line for each value of one, along the values of the other."""
+    """Two axes in one facet: one line for each value of an axis, drawn along the other axis."""
 
     along: str
     lines: str
     facet: Mapping[str, Any]
-    averaged: tuple[str, ...]  # other axes that the points are means over
+    averaged: tuple[str, ...]  # other axes that the points average over
     cells: tuple[Cell, ...]
     p: float | None
 
 
 def draw_interactions(report: Report) -> list[Drawing]:
-    """Each pair of axes: the score along one, a line for each value of the other."""
+    """Draws each pair of axes: the score along one axis, a line for each value of the other."""
     drawings: list[Drawing] = []
     for grid, task in list_places(report):
         cells = [cell for cell in report.cells if (cell.grid, cell.task) == (grid, task)]
@@ -193,7 +193,7 @@ def _list_panels(report: Report, cells: Sequence[Cell], metric: Metric) -> list[
         for second in names[number + 1 :]:
             along, lines = _choose_along(first, second, values)
             others = [axis for axis in names if axis not in (first, second)]
-            others.sort(key=lambda axis: axis not in models)  # the models' own panels first
+            others.sort(key=lambda axis: axis not in models)  # one panel per model, if possible
             facets: list[str] = []
             size = 1
             for axis in others:
@@ -211,14 +211,14 @@ def _list_panels(report: Report, cells: Sequence[Cell], metric: Metric) -> list[
 
 
 def _is_crossed(cells: Sequence[Cell], first: str, second: str, metric: Metric) -> bool:
-    """True where lines can be drawn: two values of each axis have a score."""
+    """True if lines can be drawn: two values of each axis have a score."""
     scored = [cell for cell in cells if cell.scores.get(metric.name)]
     values = list_cell_axes(scored)
     return first in values and second in values
 
 
 def _choose_along(first: str, second: str, values: Mapping[str, list[Any]]) -> tuple[str, str]:
-    """The axis with numbers, else the one with more values, goes along the bottom."""
+    """Orders two axes; the numeric one, else the one with more values, goes along the bottom."""
 
     def rank(axis: str) -> tuple[bool, int]:
         return all(map(is_number, values[axis])), len(values[axis])
@@ -229,7 +229,7 @@ def _choose_along(first: str, second: str, values: Mapping[str, list[Any]]) -> t
 def _find_interaction(
     report: Report, cells: Sequence[Cell], metric: Metric, first: str, second: str
 ) -> float | None:
-    """The smallest p of the tests whether one of the two axes depends on the other."""
+    """Returns the smallest p of the tests for an interaction of the two axes."""
     place = (cells[0].grid, cells[0].task, metric.name)
     found = [
         interaction.p
@@ -255,12 +255,14 @@ def _draw_panels(
         for row in grid:
             row[0].set_ylabel(label(metric.unit, 34))
     averaged = sorted({axis for panel in panels for axis in panel.averaged})
-    caption = "Point: mean over the seeds of a cell; bar: one standard deviation over them."
+    caption = "Point: mean over the seeds of a cell; bar: one standard deviation."
     if averaged:
-        caption += f" Points are means over {', '.join(map(label, averaged))} as well."
-    caption += " Lines that are not parallel: one axis acts differently along the other."
+        caption += f" Points are also means over {', '.join(map(label, averaged))}."
+    caption += (
+        " Lines that are not parallel suggest that the effect of one axis depends on the other."
+    )
     if left_out:
-        caption += f" {count(left_out, 'panel')} with the least interaction left out."
+        caption += f" {count(left_out, 'panel')} with the weakest interaction left out."
     pairs = dict.fromkeys(f"{panel.lines} along {panel.along}" for panel in panels)
     return Drawing(
         name,
@@ -303,7 +305,7 @@ def _draw_panel(axes: Any, panel: _Panel, metric: Metric) -> None:
         axes.set_title(f"interaction p = {panel.p:.3f}", loc="right", **style)
     axes.legend(
         title=label(panel.lines, 24),
-        loc="upper left",  # below the axes: it would hide points within them
+        loc="upper left",  # below the axes, so that it hides no points
         bbox_to_anchor=(-0.04, -0.27),
         ncols=2,
         title_fontsize=8,
@@ -315,7 +317,7 @@ def _draw_panel(axes: Any, panel: _Panel, metric: Metric) -> None:
 
 
 def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
-    """The score of each test row under two arms, a panel for each comparison."""
+    """Draws the score of each test row under two arms, a panel for each comparison."""
     drawings: list[Drawing] = []
     shown = comparisons[:MAX_SCATTERS]
     for chunk in split_by_metric(shown):
@@ -331,9 +333,9 @@ def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
             figure.supxlabel(f"score of a row, {unit}", fontsize=8, color=MUTED)
         left_out = len(comparisons) - len(shown)
         caption = (
-            "One dot per test row, the mean over the seeds of each arm. On the line: both arms"
-            f" score it alike. {'Below' if chunk[0].metric.mode == 'min' else 'Above'} the line the"
-            " arm named at the side does better."
+            "One dot per test row: its mean score over the seeds of each arm. On the line, both"
+            f" arms score the same. {'Below' if chunk[0].metric.mode == 'min' else 'Above'} it, the"
+            " arm on the vertical axis is better."
         )
         if left_out:
             caption += f" {count(left_out, 'comparison')} left out of these figures."
@@ -341,7 +343,7 @@ def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
         drawings.append(
             Drawing(
                 f"rows-{len(drawings) + 1}",
-                f"Two arms row against row, {chunk[0].metric.title}",
+                f"Two arms row by row, {chunk[0].metric.title}",
                 label("; ".join(wins), 600) + ".",
                 caption,
                 figure,
@@ -351,7 +353,7 @@ def draw_scatters(comparisons: Sequence[RowComparison]) -> list[Drawing]:
 
 
 def split_by_metric(comparisons: Sequence[RowComparison]) -> Iterator[Sequence[RowComparison]]:
-    """Comparisons of one metric, six at most to a figure."""
+    """Splits comparisons by metric into figures of at most six."""
     by_metric: dict[str, list[RowComparison]] = {}
     for one in comparisons:
         by_metric.setdefault(one.metric.name, []).append(one)
@@ -375,7 +377,7 @@ def _draw_scatter(axes: Any, one: RowComparison) -> None:
 
 
 def choose_style(number: int) -> dict[str, Any]:
-    """Colour, marker and dash, so that lines differ in print and for colour-blind readers."""
+    """Returns color, marker and dash: lines differ in print and for color-blind readers."""
     return {
         "color": PALETTE[number % len(PALETTE)],
         "marker": MARKERS[number % len(MARKERS)],
@@ -384,12 +386,12 @@ def choose_style(number: int) -> dict[str, Any]:
 
 
 def is_at(cell: Cell, axes: Mapping[str, Any]) -> bool:
-    """True where a cell has these values of these axes."""
+    """True if a cell has these values on these axes."""
     return find_cell([cell], axes) is not None
 
 
 def split(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """The items in runs of at most `size`.
+    """Splits items into chunks of at most `size`.
 
     >>> list(split("abcde", 2))
     ['ab', 'cd', 'e']

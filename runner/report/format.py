@@ -1,8 +1,8 @@
 """A report as Markdown that reads well in a terminal, 120 columns wide.
 
-Owns layout, never numbers: those are in `rows` and `effects`, their texts in `wording`. The answer
-stands first, then what makes it doubtful, then effects, then cells. Runs that differ in nothing but
-the seed are one line, mean ± standard deviation; single runs are in CSV and JSON (`tables`).
+Owns only the layout: numbers are in `rows` and `effects`, their texts in `wording`. The verdicts
+come first, then warnings, effects and cells. Runs that differ only in the seed share one line, mean
+± standard deviation; single runs are in CSV and JSON (`tables`).
 """
 
 from __future__ import annotations
@@ -57,45 +57,45 @@ from runner.run.result import GenerationScore
 from runner.text import cut, cut_middle, escape_cell, fill, measure
 
 MAX_WIDTH: Final = 120  # terminal columns; a wider table is cut into several
-MAX_CELL: Final = 40  # of a value that somebody wrote
-MAX_KEY: Final = 72  # of all columns together that say which cell a line is about
-MAX_EFFECTS: Final = 24  # of one metric and two values of an axis; JSON has all
-MAX_MISSING: Final = 10  # runs without a score that are named; JSON has all
+MAX_CELL: Final = 40  # of a value from a recipe
+MAX_KEY: Final = 72  # of all columns together that name the cell of a line
+MAX_EFFECTS: Final = 24  # per metric and two values of an axis; JSON has all
+MAX_MISSING: Final = 10  # named runs without a score; JSON has all
 Item = TypeVar("Item")
 _WORD: Final = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")  # a command is one word
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a Markdown table, its cells already text."""
+    """One column of a Markdown table, with its cells as text."""
 
     header: str
     cells: tuple[str, ...]
     is_numeric: bool = True
-    # What to say above the table when all cells have one value; None: never.
+    # Prefix of the value above the table if all cells are equal; None: always a column.
     equal_prefix: str | None = None
-    may_be_blank: bool = False  # whether cells without a value count as having that value
-    most: int = MAX_CELL  # columns of a cell
+    may_be_blank: bool = False  # True: cells without a value count as equal to it
+    most: int = MAX_CELL  # width of a cell in columns
 
     @cached_property
     def shown(self) -> list[str]:
-        """Header and cells as they are drawn: on one line, not too long, without controls."""
+        """Header and cells as drawn: on one line, cut to size, without controls."""
         texts = (self.header, *self.cells)
         return [escape_cell(_cut_value(text, self.most)) for text in texts]
 
     @property
     def width(self) -> int:
-        """Terminal columns; Markdown wants three dashes at least."""
+        """Terminal columns; Markdown needs at least three dashes."""
         return max(3, *map(measure, self.shown))
 
     def draw(self) -> list[str]:
-        """Header, rule and cells, padded to one width."""
+        """Returns header, rule and cells, padded to the same width."""
         width = self.width
         padded = [fill(cell, width, is_right=self.is_numeric) for cell in self.shown]
         return [padded[0], "-" * (width - 1) + (":" if self.is_numeric else "-"), *padded[1:]]
 
     def equal_value(self) -> str | None:
-        """The one value of all cells, where it is to be said once instead of in a column."""
+        """The value of all cells if it is printed once instead of as a column, else None."""
         values = set(self.cells) - ({""} if self.may_be_blank else set())
         return values.pop() if self.equal_prefix is not None and len(values) == 1 else None
 
@@ -103,12 +103,12 @@ class Column:
 def build_column(
     header: str, items: Iterable[Item], text: Callable[[Item], str], **settings: Any
 ) -> Column:
-    """A column with one cell per item; `settings` are fields of `Column`."""
+    """Returns a column with one cell per item; `settings` are fields of `Column`."""
     return Column(header, tuple(text(item) for item in items), **settings)
 
 
 def draw_packed(keys: Sequence[Column], columns: Sequence[Column]) -> list[str]:
-    """As few tables that share the columns `keys` as fit into `MAX_WIDTH`, columns in order."""
+    """Draws `columns` in order as few tables within `MAX_WIDTH`, each starting with `keys`."""
     keys = list(keys)
     if keys and _measure(keys) > MAX_KEY:
         numbers = tuple(map(str, range(1, len(keys[0].cells) + 1)))
@@ -130,14 +130,14 @@ def _cut_value(text: str, most: int = MAX_CELL) -> str:
 
 
 def draw_table(columns: Sequence[Column]) -> str:
-    """One table, whatever its width."""
+    """Draws one table of any width."""
     lines = zip(*(column.draw() for column in columns), strict=True)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def wrap(text: str, first: str = "", indent: str = "") -> str:
-    """A sentence on lines of at most `MAX_WIDTH` columns, `first` in front, `indent` from the
-    second on; cut where nobody would read on.
+    """Wraps a sentence to lines of at most `MAX_WIDTH` columns. The first line starts with `first`,
+    the others with `indent`; an overlong text is cut.
 
     >>> wrap("one two", "- ")
     '- one two'
@@ -160,37 +160,38 @@ def wrap(text: str, first: str = "", indent: str = "") -> str:
 
 
 def bullet(text: str) -> str:
-    """A sentence as an item of a list."""
+    """Formats a sentence as a list item."""
     return wrap(text, "- ", "  ")
 
 
 EFFECTS_LEGEND: Final = (
-    "difference: compared - reference. interval: of the recipe, on rows like these (seeds and rows"
-    " both random), unless the status says otherwise; those at the levels of another axis hold"
-    " together at 95%, so the level of each is higher. p: adjusted, by Holm over the contrasts that"
-    " were declared before the first launch (confirmatory), else by Benjamini-Hochberg"
-    " (exploratory). In brackets: below the noise floor, by which two single runs of one recipe"
-    " differ. V_seed, V_row, V_res: variance of the difference from seeds, from rows, and noise of"
-    " both: more seeds help against the first, more test rows against the second."
+    "difference: compared - reference. interval: for the recipe, on rows like these (seeds and rows"
+    " both random), unless the status says otherwise; intervals at the levels of another axis hold"
+    " jointly at 95%, so each has a higher level. p: adjusted, by Holm over the contrasts declared"
+    " before the first launch (confirmatory), otherwise by Benjamini-Hochberg (exploratory). In"
+    " parentheses: below the noise floor; two single runs of one recipe differ by less than the"
+    " floor in 95% of cases. V_seed, V_row: variance of the difference due to seeds (more seeds"
+    " reduce it) and to test rows (more rows reduce it). V_res: noise of single rows in single"
+    " runs, a part of both."
 )
 ROWS_ONLY: Final = (
     "rows only: about these trained models on rows like these, no verdict on the recipe"
 )
 CELLS_LEGEND: Final = (
-    "NLL: nats per completion token; full NLL: nats per token of the full text; comparable within"
-    " one tokenizer. bits/byte: of the completions, tuned; compares across tokenizers. All on the"
-    " test split, lower is better. base: step 0; change: tuned - base, so negative is better."
+    "NLL: nats per completion token; full NLL: nats per token of the full text; both are comparable"
+    " only within one tokenizer. bits/byte: of the completions, tuned model; comparable across"
+    " tokenizers. All are on the test split; lower is better. base: step 0; change: tuned - base,"
+    " so negative is better."
 )
 SPREAD_LEGEND: Final = " Mean ± standard deviation over the seeds."
 ANSWERS_LEGEND: Final = (
-    "Of generated answers to the test prompts, larger is better{but}; unfinished: reached"
-    " `max_new_tokens`; unreadable: no answer at all (neither label, no final result), counted as"
-    " wrong."
+    "Scores of the generated answers to the test prompts; larger is better{but}. unfinished:"
+    " reached `max_new_tokens`; unreadable: contains no label or final result, counted as wrong."
 )
 
 
 def format_markdown(report: Report) -> str:
-    """The whole report."""
+    """Returns the whole report."""
     grids = ", ".join(dict.fromkeys(row.grid for row in report.rows))
     title = f"# {cut(make_safe(grids), MAX_WIDTH // 2) or 'report'}: {count_states(report.rows)}"
     parts = [cut(title, MAX_WIDTH)]
@@ -216,8 +217,8 @@ def format_markdown(report: Report) -> str:
 def describe_effects(
     report: Report, some: Sequence[AxisEffects], *, with_single: bool = False
 ) -> Iterator[str]:
-    """A section for each two values of an axis, with a table for each metric; of single runs only
-    `with_single`.
+    """Yields a section for each two values of an axis, with a table for each metric; effects of
+    single runs only `with_single`.
     """
     constant = list_constant_axes(report.rows)
     for heading, group in groupby(some, partial(_name_section, report)):
@@ -240,7 +241,7 @@ def describe_effects(
             yield from draw_packed([first], _build_variance_columns(shown))
             notes = list(_list_notes(effects, shown, constant))
             if len(numbers) > len(shown):
-                notes.append(f"and {len(numbers) - len(shown)} more: `--format json` has all")
+                notes.append(f"and {len(numbers) - len(shown)} more; `--format json` has all")
             yield "\n".join(map(bullet, notes))
         flags = [flag for effects in every for flag in list_flags(effects.shown, constant)]
         if flags:
@@ -258,16 +259,16 @@ def _name_section(report: Report, effects: AxisEffects) -> str:
 
 
 def _list_reasons(effects: AxisEffects, *, with_single: bool) -> Iterator[str]:
-    """Why a reader sees no number, or fewer."""
+    """Yields the reasons for missing numbers."""
     for effect in effects.shown:
         yield from (f"refused: {reason}" for reason in effect.refused)
     single = list(filter(is_of_single_runs, effects.shown))
     if single and with_single:
-        yield f"one seed: {ROWS_ONLY}"
+        yield f"one seed, {ROWS_ONLY}"
     elif single:
         runs = [cell.runs[0].recipe.run.full_name for cell in single[0].pairs[0]]
         command = f"`runner compare {runs[0]} {runs[1]}`"
-        yield f"one seed, so no verdict; over rows only: {command}"
+        yield f"one seed, so no verdict; to compare over rows only, run {command}"
 
 
 def _value(value: Any) -> str:
@@ -275,23 +276,23 @@ def _value(value: Any) -> str:
 
 
 def _describe_axis(effects: AxisEffects) -> Iterator[str]:
-    """What the axis really changed, and every cell that gives no pair."""
+    """Yields the recipe keys that the axis changed, and the cells without a pair."""
     num_pairs = len(effects.cells)
     if not effects.shown:
         yield "no two cells can be compared"
     elif num_pairs and not effects.recipe_differences:
-        yield "**warning:** the recipes of its pairs are the same"
+        yield "**warning:** the recipes in each pair are the same"
     elif num_pairs:
         keys = [
-            key if number == num_pairs else f"{key} (only {number} of {num_pairs} pairs)"
+            key if number == num_pairs else f"{key} (only in {number} of {num_pairs} pairs)"
             for key, number in effects.recipe_differences.items()
         ]
         yield f"the recipes differ in {', '.join(keys)}"
     if effects.is_with_first_only:
-        yield f"more than {MAX_VALUES_ALL_PAIRS} values: each is compared with the first only"
+        yield f"more than {MAX_VALUES_ALL_PAIRS} values: each is compared only with the first"
     if effects.unpaired:
         number = len(effects.unpaired)
-        give = "1 place gives" if number == 1 else f"{number} places give"
+        give = "1 set of cells gives" if number == 1 else f"{number} sets of cells give"
         yield f"{give} no difference: {name_some(effects.unpaired, '; ')}"
 
 
@@ -338,7 +339,7 @@ def _build_variance_columns(effects: Sequence[Effect]) -> list[Column]:
 def _list_notes(
     effects: AxisEffects, shown: Sequence[Effect], constant: Collection[str]
 ) -> Iterator[str]:
-    """What belongs to the numbers: where their errors come from, and their noise floor."""
+    """Yields notes on the numbers: dependence, designs, equivalence and the noise floor."""
     if effects.depends_on:
         names = " and ".join(f"`{name}`" for name in effects.depends_on)
         yield f"depends on {names}: no mean over its levels is shown, only the effect at each"
@@ -374,16 +375,16 @@ def _describe_cells(report: Report) -> Iterator[str]:
         [column for column in columns if column.equal_value() is None],
     )
     if missing := [text for cell in cells for text in cell.missing]:
-        yield wrap(f"Without a score: {name_some(missing, '; ', MAX_MISSING)}.")
+        yield wrap(f"Runs without a score: {name_some(missing, '; ', MAX_MISSING)}.")
     yield wrap(describe_base(report.rows))
 
 
 def _build_key_columns(cells: Sequence[Cell], report: Report) -> list[Column]:
-    """Which cell a line is about; the runs' names where each cell has one run."""
+    """Returns the columns that name a cell; the names of runs if each cell has one run."""
     columns = []
     if all(len(cell.runs) == 1 for cell in cells):
         columns.append(build_column("run", cells, lambda cell: cell.runs[0].name, is_numeric=False))
-    if len({row.grid for row in report.rows}) > 1:  # else the title says it
+    if len({row.grid for row in report.rows}) > 1:  # else the title has it
         columns.append(build_column("grid", cells, lambda cell: cell.grid, is_numeric=False))
     axes = list_axes(report.rows)
     if len({cell.task for cell in report.cells}) > 1 and "task" not in axes:
@@ -408,7 +409,7 @@ def _build_cell_columns(cells: Sequence[Cell]) -> list[Column]:
     columns = []
     if any(len(cell.runs) > 1 for cell in cells):
         columns.append(build_column("seeds", cells, list_cell_seeds))
-    if len({row.state for cell in cells for row in cell.runs}) > 1:  # else the title says it
+    if len({row.state for cell in cells for row in cell.runs}) > 1:  # else the title has it
         columns.append(build_column("state", cells, _join_states, is_numeric=False))
     if len({row.rules for cell in cells for row in cell.runs if row.rules is not None}) > 1:
         columns.append(build_column("rules", cells, lambda cell: _join(cell, "rules")))
@@ -436,7 +437,7 @@ def _build_cell_columns(cells: Sequence[Cell]) -> list[Column]:
 
 
 def _build_answer_columns(cells: Sequence[Cell]) -> list[Column]:
-    """Base and tuned side by side, of the cells whose models answered."""
+    """Returns base and tuned scores side by side, for cells whose models generated answers."""
     columns = []
     rows = [row for cell in cells for row in cell.runs]
     counts = [score for row in rows for score in row.answers.values()]
@@ -455,7 +456,7 @@ def _build_answer_columns(cells: Sequence[Cell]) -> list[Column]:
 
 
 def _count_answers(cell: Cell, what: str) -> str:
-    """Base and tuned, of how many, over all seeds: `3, 0 of 24`."""
+    """Formats counts of base and tuned and the total over all seeds, such as `3, 0 of 24`."""
     texts, total = [], 0
     for model in MODELS:
         scores = [row.answers[model] for row in cell.runs if model in row.answers]
@@ -475,7 +476,7 @@ def _find_count(score: GenerationScore, what: str) -> int | None:
 
 
 def _join(cell: Cell, field: str) -> str:
-    """The different values of a field in a cell, without the unknown ones."""
+    """Joins the different known values of a field in a cell."""
     values = (getattr(row, field) for row in cell.runs)
     return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
@@ -488,7 +489,7 @@ def _join_states(cell: Cell) -> str:
 
 
 def _describe_steps(cell: Cell) -> str:
-    """Best step and number of steps; from fewest to most where the seeds differ."""
+    """Formats best step and number of steps; a range if the seeds differ."""
     pairs = [(row.best_step, row.num_steps) for row in cell.runs if row.num_steps is not None]
     sides = []
     for side in zip(*pairs, strict=True):
@@ -498,7 +499,7 @@ def _describe_steps(cell: Cell) -> str:
     return "/".join(sides)
 
 
-# Each returns the whole report, ending in a newline; the first is the default.
+# Each returns the whole report, ending in a newline. The first is the default.
 FORMATS: Final[Mapping[str, Callable[[Report], str]]] = {
     "md": format_markdown,
     "csv": format_csv,

@@ -1,4 +1,4 @@
-"""The cells of a grid as tables whose shades say which are better, and whose gaps stay gaps."""
+"""The cells of a grid as tables, shaded by score; missing cells are hatched."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MAX_COLUMNS: Final = 8
 
 @dataclass(frozen=True)
 class HeatCell:
-    """One cell of a heat map: its mean and spread over seeds, or why it has none."""
+    """One cell of a heat map: mean and spread over seeds, or the reasons for a missing score."""
 
     text: str = ""
     spread: str = ""
@@ -38,19 +38,19 @@ class HeatCell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The cells of one grid, task and metric; axes down and across."""
+    """The cells of one grid, task and metric, with axes down and across."""
 
     title: str
     note: str
     down: Sequence[str]
     across: Sequence[str]
-    # One line of heads for each axis across: text, and how many columns it spans
+    # One line of heads for each axis across: text and number of columns spanned
     heads: Sequence[Sequence[tuple[str, int]]]
     rows: Sequence[tuple[Sequence[str], Sequence[HeatCell]]]
 
 
 def build_heat_maps(report: Report) -> tuple[list[HeatMap], list[HeatMap]]:
-    """A heat map for each grid, task and metric that has scores: of the main metrics, of others."""
+    """Returns a heat map for each grid, task and scored metric: main metrics, then others."""
     main: list[HeatMap] = []
     others: list[HeatMap] = []
     for grid, task in list_places(report):
@@ -90,11 +90,11 @@ def _build_heat_map(source: str, metric: Metric, cells: Sequence[Cell]) -> HeatM
             line.append(_build_heat_cell(metric, find_cell(cells, point), models, ranges))
         rows.append(([axis_text(value) for value in chosen], line))
     better = "lower" if metric.mode == "min" else "higher"
-    note = f"In {metric.unit}; {better} is better, and darker. Mean ± standard deviation over"
+    note = f"In {metric.unit}; {better} is better (darker). Mean ± standard deviation over"
     note += " seeds."
     if models:
-        note += f" Shades compare within one value of {', '.join(models)} only: another tokenizer"
-        note += " counts other tokens."
+        note += f" Compare shades only within one value of {', '.join(models)}: tokenizers count"
+        note += " tokens differently."
     return HeatMap(f"{metric.title}, {source}", note, down, across, heads, rows)
 
 
@@ -105,7 +105,7 @@ def _key_models(cell: Cell, models: Sequence[str]) -> tuple[str, ...]:
 def _find_ranges(
     metric: Metric, cells: Sequence[Cell], models: Sequence[str]
 ) -> dict[tuple[str, ...], tuple[float, float]]:
-    """Worst and best mean of the cells that shades compare."""
+    """Returns the worst and best mean of the cells that share a shading."""
     means: dict[tuple[str, ...], list[float]] = {}
     for cell in cells:
         if scores := cell.scores.get(metric.name):

@@ -1,9 +1,9 @@
-"""A report as one web page that loads nothing: styles, one script and all figures lie inside, the
-first two by their hash in a Content-Security-Policy that allows nothing else.
+"""A report as one self-contained web page. Its Content-Security-Policy allows only its own style
+and script, by their hashes; figures are inline.
 
-Everything can be read without the script, which sorts and filters tables. Texts from data are
-escaped, cut and shown without control characters; absolute paths lose their folders, so that the
-page names no home directory. Host names and environments are not read at all.
+The page is complete without the script, which only sorts and filters tables. Texts from data are
+escaped, cut and shown without control characters; absolute paths lose their folders, so the page
+names no home directory. Host names and environments are never read.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from runner.report.rows import axis_text, list_axes, list_values
 from runner.report.wording import count, count_states
 from runner.text import cut, format_bytes
 
-MAX_PAGE_BYTES: Final = 2_400_000  # after which no more rows are added
-MAX_ROWS_IN_PAGE: Final = 200  # of one comparison
+MAX_PAGE_BYTES: Final = 2_400_000  # no more rows are added beyond this size
+MAX_ROWS_IN_PAGE: Final = 200  # per comparison
 MAX_COMPARISONS: Final = 60  # in the row explorer
 MAX_TEXT: Final = 2_000  # characters of a prompt or an answer in the page
 MAX_TEXT_ALONE: Final = 20_000  # in the page of one comparison
@@ -64,15 +64,15 @@ MAX_CELL: Final = 600  # characters of any other text
 
 @dataclass(frozen=True)
 class PageOptions:
-    """What a page is made with."""
+    """Options of a page."""
 
     with_rows: bool = True  # prompts, references and answers
-    command: str = ""  # that makes the page
+    command: str = ""  # the command that writes the page
 
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """A page with what was drawn for it."""
+    """A page, with its drawings and comparisons."""
 
     html: str
     drawings: Sequence[Drawing]
@@ -80,8 +80,8 @@ class Page:
 
 
 def build_page(report: Report, options: PageOptions = PageOptions()) -> Page:
-    """The page of a report."""
-    if not report.metrics:  # nothing can be compared; the scores are shown all the same
+    """Builds the page of a report."""
+    if not report.metrics:  # nothing can be compared, but the scores are shown
         report = replace(report, metrics=list_scored_metrics(report))
     comparisons = build_row_comparisons(report)
     figures = {
@@ -141,11 +141,11 @@ def write_pages(
     figures: Path | None = None,
     rows: Path | None = None,
 ) -> list[str]:
-    """Write the page, the figures as PDF and a page of all rows for each comparison, where each is
-    asked for; returns a line for each that says where it is.
+    """Writes the page, the figures as PDF and a page of all rows for each comparison, if requested;
+    returns a line with the location of each.
 
     Raises:
-        RefusedError: something else has one of the names.
+        RefusedError: one of the names is taken by something else.
     """
     require_targets(page, figures, rows)
     built = build_page(report, options)
@@ -166,20 +166,20 @@ def write_pages(
 
 
 def require_targets(page: Path | None, *folders: Path | None) -> None:
-    """Raises: RefusedError, where something else has a name that is to be written."""
+    """Raises RefusedError if a name to be written is taken by something else."""
     if page is not None and page.is_dir():
         raise RefusedError(
-            f"{page} is a folder, and the page is one file", hint=f"--html {page / 'report.html'}"
+            f"{page} is a folder, but the page is one file", hint=f"--html {page / 'report.html'}"
         )
     parents = [page.parent] if page is not None else []
     for folder in [*parents, *(one for one in folders if one is not None)]:
         there = next(one for one in (folder, *folder.parents) if one.exists())
         if not there.is_dir():
-            raise RefusedError(f"{there} is a file, so there can be no folder {folder}")
+            raise RefusedError(f"{there} is a file, so the folder {folder} cannot be created")
 
 
 def name_comparisons(comparisons: Sequence[RowComparison]) -> dict[str, RowComparison]:
-    """A file name for the page of each comparison, in order."""
+    """Returns a file name for the page of each comparison, in order."""
     width = len(str(len(comparisons)))
     named = {}
     for number, one in enumerate(comparisons, start=1):
@@ -189,7 +189,7 @@ def name_comparisons(comparisons: Sequence[RowComparison]) -> dict[str, RowCompa
 
 
 def _render_comparison(one: RowComparison, texts: TextSource, options: PageOptions) -> str:
-    """The page of one comparison, with all of its rows."""
+    """Renders the page of one comparison, with all its rows."""
     found = texts.find(one) if options.with_rows else {}
     rows = "".join(
         _render_row(one, at, found.get(one.row_ids[at]), MAX_TEXT_ALONE) for at in one.order
@@ -201,8 +201,8 @@ def _render_comparison(one: RowComparison, texts: TextSource, options: PageOptio
 def _fill_rows(
     comparisons: Sequence[RowComparison], options: PageOptions, budget: int
 ) -> list[str]:
-    """The rows of each comparison as HTML, those with the largest differences first, in turns until
-    the page is full; then how many are left out.
+    """Returns the rows of each comparison as HTML, largest differences first. Comparisons take
+    turns until the page is full; the rest is counted.
     """
     texts = TextSource()
     found = [texts.find(one) if options.with_rows else {} for one in comparisons]
@@ -226,13 +226,13 @@ def _name_left_out(num_shown: int, num_left_out: int) -> str:
     if not num_left_out:
         return f"All {num_shown:,} rows, the largest differences first."
     return (
-        f"The {count(num_shown, 'row')} with the largest differences; {num_left_out:,} more left"
-        " out. <code>--rows DIR</code> writes a page with all of them."
+        f"The {count(num_shown, 'row')} with the largest differences; {num_left_out:,} more are"
+        " left out. <code>--rows DIR</code> writes a page with all of them."
     )
 
 
 def _render_row(one: RowComparison, at: int, texts: RowTexts | None, limit: int) -> str:
-    """One test row as a part of its table: numbers, then what can be unfolded."""
+    """Renders one test row of a table: numbers, then the texts to unfold."""
     gain = one.gains[at]
     winner = one.compared_name if gain > 0 else one.reference_name if gain < 0 else "neither"
     numbers = (
@@ -280,7 +280,7 @@ def _render_texts(one: RowComparison, texts: RowTexts | None, limit: int) -> str
 
 
 def show_text(text: str, limit: int) -> Markup:
-    """A text of a row: as it is, but for controls and what is beyond `limit` characters."""
+    """Returns a text of a row with controls escaped, cut after `limit` characters."""
     more = f" … ({len(text) - limit:,} more characters)" if len(text) > limit else ""
     return escape(escape_controls(text[:limit])) + more
 
@@ -290,7 +290,7 @@ def _plain(text: str) -> Markup:
 
 
 def show_prose(text: str) -> Markup:
-    """A sentence of the report, its `code` marked as such."""
+    """Returns a sentence of the report as markup, with `code` in code elements."""
     parts = re.split(r"`([^`\n]{1,200})`", text.replace(" -> ", " → "))
     return Markup("").join(
         Markup("<code>{}</code>").format(_plain(part)) if at % 2 else _plain(part)
@@ -299,7 +299,7 @@ def show_prose(text: str) -> Markup:
 
 
 def _finalize(value: Any) -> Any:
-    """What a template prints: every text that is no markup of ours is made safe here."""
+    """Escapes a value that a template prints, unless it is our own markup."""
     if isinstance(value, Markup):
         return value
     if isinstance(value, str):
@@ -340,7 +340,7 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
 
 
 def _hash(text: str) -> str:
-    """What a Content-Security-Policy knows a script or a style by."""
+    """Returns the hash of a script or style for a Content-Security-Policy."""
     digest = hashlib.sha256(text.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
 
@@ -354,7 +354,7 @@ class _Embedded:
 
 
 def _embed(drawings: Sequence[Drawing]) -> list[_Embedded]:
-    """The drawings; one that would repeat the caption before it has none."""
+    """Returns the drawings as markup; a caption equal to the previous one is left out."""
     embedded = []
     captions = ["", *(drawing.caption for drawing in drawings)]
     for drawing, before in zip(drawings, captions, strict=False):
@@ -365,7 +365,7 @@ def _embed(drawings: Sequence[Drawing]) -> list[_Embedded]:
 
 
 def _list_axes(report: Report) -> list[tuple[str, str]]:
-    """Each axis and its values."""
+    """Returns each axis with its values."""
     found = []
     for axis in list_axes(report.rows):
         values = [axis_text(value) for value in list_values(report.rows, axis)]
@@ -374,7 +374,7 @@ def _list_axes(report: Report) -> list[tuple[str, str]]:
 
 
 def _ask(report: Report, grids: Sequence[str]) -> str:
-    """The question that the grid asks, in words."""
+    """Returns the question that the grid answers."""
     several = list(list_cell_axes(report.cells))
     seeds = [len({run.seed for run in cell.runs}) for cell in report.cells]
     words = f"{'Grids' if len(grids) > 1 else 'Grid'} {', '.join(grids)}: what"
@@ -383,12 +383,12 @@ def _ask(report: Report, grids: Sequence[str]) -> str:
         low, high = min(seeds), max(seeds)
         each = count(low, "seed") if low == high else f"{low} to {high} seeds"
         words += f" {count(len(report.cells), 'cell')}, each trained with {each};"
-        words += " scores are on the test rows, by which no checkpoint was selected."
+        words += " scores are on the test rows, which were not used to select checkpoints."
     return words
 
 
 def join_words(words: Sequence[str]) -> str:
-    """Words as a sentence lists them.
+    """Joins words as in a sentence.
 
     >>> join_words(["a", "b", "c"]), join_words(["a"]), join_words([])
     ('a, b and c', 'a', '')
@@ -399,7 +399,7 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def _list_commands(grids: Sequence[str], options: PageOptions) -> list[str]:
-    """The commands that lead to the same page."""
+    """Returns the commands that reproduce the page."""
     lines = []
     for grid in grids:
         lines += [f"runner render {grid}", f"runner sweep recipes/{grid}"]
@@ -407,7 +407,7 @@ def _list_commands(grids: Sequence[str], options: PageOptions) -> list[str]:
 
 
 def _list_definitions(report: Report, tables: Sequence[PageTable]) -> list[tuple[str, str]]:
-    """Every column and metric of the page, each once."""
+    """Returns every column and metric of the page with its meaning, each once."""
     found = {name: meaning for name, meaning in TERMS}
     for metric in report.metrics:
         better = "lower" if metric.mode == "min" else "higher"
@@ -419,7 +419,7 @@ def _list_definitions(report: Report, tables: Sequence[PageTable]) -> list[tuple
 
 
 def _list_declared(report: Report) -> list[str]:
-    """The declared contrasts of each grid, and whether all runs recorded them at their start."""
+    """Returns the declared contrasts of each grid, with the standing of each."""
     found = []
     for grid in dict.fromkeys(row.grid for row in report.rows):
         rows = [row for row in report.rows if row.grid == grid]

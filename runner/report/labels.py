@@ -1,4 +1,4 @@
-"""Short texts for the parts of a report, and which of them a figure or a page shows first."""
+"""Short texts for the parts of a report, and the choice of parts that figures and pages show."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from runner.report.wording import name_cell
 
 
 def describe_contrast(effect: Effect | AxisEffects) -> str:
-    """The axis and its two values, the reference first."""
+    """Formats the axis and its two values, the reference first."""
     return f"{effect.axis}: {axis_text(effect.reference)} → {axis_text(effect.compared)}"
 
 
 def describe_place(effect: Effect) -> str:
-    """The cells that an effect is of."""
+    """Describes the cells of an effect."""
     if effect.at:
         return f"at {name_cell(effect.at)}"
     return f"mean over {len(effect.pairs)} pairs of cells" if len(effect.pairs) != 1 else "one pair"
 
 
 def list_places(report: Report) -> list[tuple[str, str]]:
-    """Each grid and task, in order: numbers are never put together across them."""
+    """Returns each grid and task, in order; numbers are never combined across them."""
     return list(dict.fromkeys((cell.grid, cell.task) for cell in report.cells))
 
 
 def describe_source(report: Report, grid: str, task: str) -> str:
-    """The grid, and its task where there are several."""
+    """Formats the grid, with the task if the grid has several."""
     tasks = {cell.task for cell in report.cells if cell.grid == grid}
     return f"{grid}, task {task}" if len(tasks) > 1 else grid
 
 
 def list_cell_axes(cells: Iterable[Cell]) -> dict[str, list[Any]]:
-    """The axes of cells with their values, numbers ascending; those with one value left out."""
+    """Returns axes with several values: numbers ascending, then other values."""
     values: dict[str, dict[str, Any]] = {}
     for cell in cells:
         for axis, value in cell.axes.items():
@@ -50,7 +50,7 @@ def list_cell_axes(cells: Iterable[Cell]) -> dict[str, list[Any]]:
 
 
 def find_cell(cells: Iterable[Cell], axes: Mapping[str, Any]) -> Cell | None:
-    """The cell with these values of these axes."""
+    """Returns the cell with these values on these axes."""
     wanted = {axis: axis_key(value) for axis, value in axes.items()}
     for cell in cells:
         if all(
@@ -61,8 +61,8 @@ def find_cell(cells: Iterable[Cell], axes: Mapping[str, Any]) -> Cell | None:
 
 
 def list_main_metrics(report: Report, grid: str, task: str) -> list[Metric]:
-    """The metrics that figures draw: those of declared contrasts; without any, the first that has
-    scores, and the first of answers.
+    """Returns the metrics that figures draw: those of declared contrasts; if there are none, the
+    first likelihood with scores and the first metric of answers.
     """
     known = {metric.name: metric for metric in report.metrics}
     cells = [cell for cell in report.cells if (cell.grid, cell.task) == (grid, task)]
@@ -81,22 +81,22 @@ def list_main_metrics(report: Report, grid: str, task: str) -> list[Metric]:
 
 
 def list_scored_metrics(report: Report) -> tuple[Metric, ...]:
-    """Every metric that some cell has a score of."""
+    """Returns every metric for which some cell has a score."""
     modes = {name: mode for row in report.rows for name, mode in row.recipe.metric_modes.items()}
     names = dict.fromkeys(name for cell in report.cells for name in cell.scores)
     return tuple(build_metric(name, modes) for name in names)
 
 
 def list_all(effects: AxisEffects) -> list[Effect]:
-    """All effects of two values of an axis, each once: pooled, simple, of single pairs of cells."""
+    """Returns all effects of two axis values, each once: pooled, simple, single pairs of cells."""
     pooled = [effects.pooled] if effects.pooled is not None else []
     simple = [effect for those in effects.simple.values() for effect in those]
     return [*pooled, *simple, *effects.cells]
 
 
 def choose_effects(report: Report, grid: str, task: str) -> list[AxisEffects]:
-    """For each two values of an axis those effects that figures draw: by the main metrics, or by
-    another one where these give no number, as bits per byte between two tokenizers.
+    """Returns the effects that figures draw for each two values of an axis: by the main metrics, or
+    by another one if these give no number, such as bits per byte across two tokenizers.
     """
     main = {metric.name for metric in list_main_metrics(report, grid, task)}
     groups: dict[tuple[str, str, str], list[AxisEffects]] = {}
@@ -118,12 +118,12 @@ def _has_number(effects: AxisEffects) -> bool:
 
 
 def is_per_token(metric: Metric) -> bool:
-    """True where a score is of tokens, which another base model's tokenizer counts otherwise."""
+    """True if a score is per token, so that it depends on the tokenizer of the base model."""
     return not metric.is_of_answers and metric.name != "bits_per_byte"
 
 
 def list_model_axes(cells: Sequence[Cell]) -> list[str]:
-    """The axes that change the base model: NLL per token does not compare along them."""
+    """Returns the axes that change the base model; NLL per token is not comparable along them."""
     found = []
     for axis in list_cell_axes(cells):
         models: dict[str, set[str]] = {}
@@ -137,7 +137,7 @@ def list_model_axes(cells: Sequence[Cell]) -> list[str]:
 
 
 def name_panel(axes: Mapping[str, Any], width: int = 26) -> str:
-    """The values that a panel of a figure is of, with the names of their axes where these fit.
+    """Formats the axis values of a panel, with the names of the axes if they fit.
 
     >>> name_panel({"loss": "full"}), name_panel({"num_train_samples": 60, "model": "gemma"})
     ('loss=full', '60 · gemma')
@@ -148,12 +148,12 @@ def name_panel(axes: Mapping[str, Any], width: int = 26) -> str:
     return " · ".join(hide_paths(axis_text(value)) for value in axes.values())
 
 
-# Not behind a letter, a scheme or another path
+# Not after a letter, a scheme or another path
 _ABSOLUTE: Final = re.compile(r"(?<![\w.:/…~])/(?:[^\s'\"`,;:()<>/]+/)+[^\s'\"`,;:()<>/]*")
 
 
 def hide_paths(text: str) -> str:
-    """A text whose absolute paths are relative, or are their last name where they lie elsewhere.
+    """Makes absolute paths relative to the current folder, or keeps only their last name.
 
     >>> hide_paths("model=/home/ann/models/gemma"), hide_paths("https://a.org/b/c")
     ('model=…/gemma', 'https://a.org/b/c')

@@ -1,5 +1,5 @@
-"""What the page says of runs besides their scores: certificates, what differs between runs, and
-what all of them recorded alike.
+"""Facts of the page other than scores: certificates, differences between runs, and facts that are
+equal in all runs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from runner.strict import thaw
 
 NOT_RECORDED: Final = "not recorded"
 MAX_CERTIFICATES: Final = 12
-_MAX_VALUES: Final = 6  # shown of what differs
+_MAX_VALUES: Final = 6  # shown of a key or fact that differs
 
 
 @dataclass(frozen=True)
 class PageCertificate:
-    """What was equal and what differed between two values of an axis."""
+    """The equal and the different facts of two values of an axis."""
 
     title: str
     summary: str
@@ -40,23 +40,23 @@ class PageCertificate:
 
 
 _CERTIFICATE_COLUMNS: Final = (
-    PageColumn("fact", "A key of the recipes, or a fact that runs recorded.", False),
-    PageColumn("about", "What kind of fact it is.", False),
+    PageColumn("fact", "A recipe key, or a fact that runs recorded.", False),
+    PageColumn("about", "The kind of fact.", False),
     PageColumn(
         "status",
-        "Equal: the same in every pair of runs. Within: not the same number, and no further apart"
-        " than rounding allows. Differs: not in some pair. Not recorded: an older run did not say,"
-        " which is never taken for equal.",
+        "Equal: the same in every pair of runs. Within: different numbers, but no further apart"
+        " than rounding allows. Differs: not the same in some pair. Not recorded: an older run did"
+        " not record it; this never counts as equal.",
         False,
     ),
-    PageColumn("first", "What the runs of the reference have.", False),
-    PageColumn("second", "What the runs of the other value have.", False),
-    PageColumn("explained by", "Why a difference is no surprise; blank: nothing does.", False),
+    PageColumn("first", "Value in the runs of the reference.", False),
+    PageColumn("second", "Value in the runs of the other arm.", False),
+    PageColumn("explained by", "Cause of an expected difference; blank: unexplained.", False),
 )
 
 
 def build_certificates(report: Report, chosen: Sequence[AxisEffects]) -> list[PageCertificate]:
-    """A certificate for each two values of an axis, those of declared contrasts first."""
+    """Returns a certificate for each two values of an axis, declared contrasts first."""
     found: dict[tuple[str, ...], PageCertificate] = {}
     ranked = sorted(chosen, key=lambda one: not any(e.is_confirmatory for e in list_all(one)))
     for effects in ranked:
@@ -104,19 +104,19 @@ def _build_certificate(title: str, name: str, one: Certificate) -> PageCertifica
 
 
 _DIFFERENCE_COLUMNS: Final = (
-    PageColumn("what", "A key of the recipes, or a fact that runs recorded.", False),
-    PageColumn("values", "Its values, each with the number of runs that have it.", False),
+    PageColumn("what", "A recipe key, or a fact that runs recorded.", False),
+    PageColumn("values", "Its values, each with the number of runs.", False),
     PageColumn(
         "changes with",
-        "The axes that it changes with: it has one value at each of their values. Blank: it"
-        " differs between runs that no axis tells apart.",
+        "The axes that it changes with: each of their values has one value of it. Blank: it differs"
+        " between runs with equal axes.",
         False,
     ),
 )
 
 
 def build_differences_table(rows: Sequence[ReportRow]) -> PageTable:
-    """What is not the same in all runs: keys of the recipes, then what runs recorded."""
+    """Returns a table of everything that differs between runs: recipe keys, then recorded facts."""
     lines = []
     for name, get in (*_list_recipe_keys(rows), *_list_facts(rows)):
         found = [(get(row), row) for row in rows]
@@ -198,7 +198,7 @@ def _list_facts(rows: Sequence[ReportRow]) -> list[tuple[str, Getter]]:
 
 
 def _find_axes(found: Sequence[tuple[str | None, ReportRow]]) -> list[str]:
-    """The axes each of whose values goes with one value of what differs."""
+    """Returns the axes for which each value goes with one value of the differing fact."""
     axes = []
     for axis in list_axes(row for _, row in found):
         by_value: dict[str, set[str]] = {}
@@ -211,8 +211,8 @@ def _find_axes(found: Sequence[tuple[str | None, ReportRow]]) -> list[str]:
 
 
 def build_equal_facts(rows: Sequence[ReportRow]) -> list[tuple[str, str]]:
-    """What all completed runs recorded alike: versions, commits, hashes; with what none of them
-    recorded.
+    """Returns the facts that are equal in all completed runs (versions, commits, hashes), including
+    those that no run recorded.
     """
     equal = []
     for name, get in _list_facts(rows):

@@ -1,7 +1,7 @@
 """The tables of a page: effects, variances and runs. Others are in `page_facts`.
 
-Texts are plain here; the page escapes them. Each column brings its definition with it, so that the
-page can define every one.
+Texts are plain here; the page escapes them. Each column has its definition, so that the page can
+define every one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUM_HASH_CHARACTERS: Final = 12
 
 @dataclass(frozen=True)
 class PageColumn:
-    """One column and what it means."""
+    """One column and its meaning."""
 
     title: str
     meaning: str
@@ -37,7 +37,7 @@ class PageColumn:
 
 @dataclass(frozen=True)
 class PageCell:
-    """What stands in a table, and the number that it sorts by."""
+    """One cell of a table: its text, and the number that it sorts by."""
 
     text: str = ""
     value: float | None = None
@@ -47,7 +47,7 @@ class PageCell:
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table that sorts and filters where scripts run."""
+    """A table that sorts and filters if scripts run."""
 
     name: str
     columns: Sequence[PageColumn]
@@ -58,7 +58,7 @@ class PageTable:
 def build_table(
     name: str, columns: Sequence[PageColumn], rows: Sequence[tuple[str, Sequence[PageCell]]]
 ) -> PageTable:
-    """The table without columns in which nothing stands."""
+    """Builds a table without its empty columns."""
     kept = [at for at in range(len(columns)) if any(_says(cells[at]) for _, cells in rows)]
     return PageTable(
         name,
@@ -72,13 +72,13 @@ def _says(cell: PageCell) -> bool:
 
 
 def number(value: float | None, digits: int = 4, *, is_signed: bool = False) -> PageCell:
-    """A number as a cell."""
+    """Returns a number as a cell."""
     sign = "+" if is_signed else ""
     return PageCell("" if value is None else f"{value:{sign}z.{digits}f}", value)
 
 
 def whole(value: int | None) -> PageCell:
-    """A count as a cell."""
+    """Returns a count as a cell."""
     return PageCell("" if value is None else f"{value:,}", value)
 
 
@@ -86,14 +86,14 @@ _EFFECT_COLUMNS: Final = (
     PageColumn("contrast", "The axis and its two values; the first is the reference.", False, True),
     PageColumn(
         "where",
-        "The cells that it is of: the mean over pairs of cells that are equal in every other axis,"
-        " those at one value of another axis, or two single cells.",
+        "The cells compared: the mean over pairs of cells that are equal on every other axis, the"
+        " pairs at one value of another axis, or two single cells.",
         False,
     ),
     PageColumn("difference", "Score of the second value minus that of the reference."),
     PageColumn(
         "interval",
-        "The confidence interval of the difference; the column `over` says for what it holds.",
+        "The confidence interval of the difference; the column `over` shows its scope.",
         is_numeric=False,
         is_short=True,
     ),
@@ -103,36 +103,36 @@ _EFFECT_COLUMNS: Final = (
         " Benjamini-Hochberg for exploratory ones.",
     ),
     PageColumn(
-        "beside it",
-        "What else differs between the runs that are compared, or limits what the number says.",
+        "notes",
+        "Other differences between the compared runs, and limits of the estimate.",
         False,
     ),
     PageColumn(
         "status",
-        "Confirmatory: declared before the first launch by all of its runs. Exploratory: all else.",
+        "Confirmatory: declared before the first launch by all its runs. Exploratory: all others.",
         False,
     ),
     PageColumn(
         "noise floor",
-        "What two single runs differ by when nothing differs but the seed; a smaller difference is"
-        " greyed.",
+        "Two single runs that differ only in the seed stay within this difference in 95% of cases;"
+        " smaller differences are grey.",
     ),
     PageColumn(
         "no difference",
-        "Two one-sided tests (TOST) against the declared margin: shown where the 90% interval lies"
-        " inside the margin; of several simple effects, that of 1 - 0.10 / their number.",
+        "Two one-sided tests (TOST) against the declared margin: shown if the 90% interval lies"
+        " inside the margin; for several simple effects, the interval at 1 - 0.10 / their number.",
         False,
     ),
     PageColumn(
         "over",
-        "What the interval generalises to. Seeds and rows: this recipe, on rows like these. Seeds:"
-        " this recipe, on these very rows. Rows: these trained models only, no verdict on the"
-        " recipe. Identical: the runs do not differ.",
+        "The scope of the interval. Seeds and rows: this recipe, on rows like these. Seeds: this"
+        " recipe, on exactly these rows. Rows: these trained models only, no verdict on the recipe."
+        " Identical: the runs do not differ.",
         is_numeric=False,
         is_short=True,
     ),
-    PageColumn("metric", "What the difference is in; all on the test rows.", False, True),
-    PageColumn("pairs", "Pairs of cells that the difference is the mean of."),
+    PageColumn("metric", "The metric of the difference, on the test rows.", False, True),
+    PageColumn("pairs", "Pairs of cells that the difference averages."),
     PageColumn("seeds", "Runs with a score in each cell.", False),
 )
 
@@ -140,7 +140,7 @@ _EFFECT_COLUMNS: Final = (
 def build_effects_table(
     report: Report, chosen: Sequence[tuple[AxisEffects, Effect]], name: str
 ) -> PageTable:
-    """These effects with their intervals and all that stands beside them."""
+    """Returns the table of these effects, with intervals and notes."""
     rows = []
     several = len(list_places(report)) > 1
     for effects, effect in chosen:
@@ -150,7 +150,7 @@ def build_effects_table(
 
 
 def _say_metric_once(table: PageTable, chosen: Sequence[tuple[AxisEffects, Effect]]) -> PageTable:
-    """The table with its one metric as caption, where it has one."""
+    """Moves the metric into the caption if the table has only one."""
     metrics = {(effect.metric.title, effect.metric.unit) for _, effect in chosen}
     if len(metrics) != 1:
         return table
@@ -199,7 +199,7 @@ def _build_effect_row(effect: Effect, source: str) -> tuple[str, Sequence[PageCe
 
 
 def _describe_seeds(numbers: Sequence[int]) -> str:
-    """As `3`, or `2 to 3`."""
+    """Formats numbers of seeds, such as `3` or `2 to 3`."""
     if not numbers:
         return ""
     low, high = min(numbers), max(numbers)
@@ -209,19 +209,19 @@ def _describe_seeds(numbers: Sequence[int]) -> str:
 _VARIANCE_COLUMNS: Final = (
     PageColumn("contrast", _EFFECT_COLUMNS[0].meaning, False),
     PageColumn("where", _EFFECT_COLUMNS[1].meaning, False),
-    PageColumn("metric", "What the difference is in; all on the test rows.", False),
-    PageColumn("V seed", "Variance of the difference from seeds: more seeds make it smaller."),
-    PageColumn("V row", "Variance of the difference from test rows: more rows make it smaller."),
-    PageColumn("V res", "The residual part, which V seed and V row both hold."),
+    PageColumn("metric", "The metric of the difference, on the test rows.", False),
+    PageColumn("V seed", "Variance of the difference due to seeds: more seeds reduce it."),
+    PageColumn("V row", "Variance of the difference due to test rows: more rows reduce it."),
+    PageColumn("V res", "The residual part, included in both V seed and V row."),
     PageColumn("df seed", "Degrees of freedom of V seed."),
     PageColumn("df row", "Degrees of freedom of V row: the effective number of groups minus 1."),
-    PageColumn("groups", "Groups of test rows; a row without a group is one of its own."),
+    PageColumn("groups", "Groups of test rows; a row without a group counts as one."),
     PageColumn("would help", "The larger part of the variance.", False),
 )
 
 
 def build_variance_table(chosen: Sequence[AxisEffects]) -> PageTable:
-    """The parts of each interval: they say whether more seeds or more rows would help."""
+    """Returns the variance parts of each interval, which show if more seeds or rows would help."""
     rows = []
     for effects in chosen:
         for effect in effects.shown:
@@ -244,17 +244,17 @@ def build_variance_table(chosen: Sequence[AxisEffects]) -> PageTable:
 
 
 def build_runs_table(report: Report) -> PageTable:
-    """One row per run, the axes as columns."""
+    """Returns one row per run, with the axes as columns."""
     rows = report.rows
     axes = list_axes(rows)
     several = len({row.grid for row in rows}) > 1
     scores = _list_scores(report)
     columns = [PageColumn("run", "The run's name.", False)]
-    columns += [PageColumn("grid", "The grid that the run belongs to.", False)] if several else []
+    columns += [PageColumn("grid", "The grid of the run.", False)] if several else []
     columns += [
         PageColumn(axis, f"The axis `{axis}` of the grid.", is_numeric=False) for axis in axes
     ]
-    columns.append(PageColumn("state", "As `runner status` says it.", False))
+    columns.append(PageColumn("state", "The state that `runner status` shows.", False))
     columns += [
         PageColumn(metric.title, f"The tuned model on the test rows, {metric.unit}.")
         for metric in report.metrics
@@ -263,10 +263,10 @@ def build_runs_table(report: Report) -> PageTable:
         PageColumn("base NLL", "The base model at step 0, nats per completion token."),
         PageColumn("change", "Tuned minus base NLL per completion token; below 0 is better."),
         PageColumn("best step", "The step whose model was tested: the best on validation rows."),
-        PageColumn("updates", "Optimizer steps that were taken."),
-        PageColumn("trained tokens", "Tokens with a label, over all updates."),
-        PageColumn("stopped by", "Why training ended.", False),
-        PageColumn("digest", "Start of the recipe's digest: equal, the same experiment.", False),
+        PageColumn("updates", "Optimizer steps taken."),
+        PageColumn("trained tokens", "Label tokens, over all updates."),
+        PageColumn("stopped by", "The reason why training ended.", False),
+        PageColumn("digest", "Start of the recipe's digest: equal for the same experiment.", False),
     ]
     lines = []
     for row in rows:
@@ -297,7 +297,7 @@ def build_runs_table(report: Report) -> PageTable:
 
 
 def _list_scores(report: Report) -> dict[tuple[int, str], float]:
-    """The score of each run by each metric, by the identity of its row."""
+    """Returns scores by identity of the run's row and metric name."""
     seed_axes = {
         grid: find_seed_axis([row for row in report.rows if row.grid == grid])
         for grid in {row.grid for row in report.rows}
@@ -316,16 +316,16 @@ def _find_digest(row: ReportRow) -> str:
     return derive_digest(row.recipe, dict(row.contents), row.rules)[:NUM_HASH_CHARACTERS]
 
 
-# What the page says beside its tables
+# Terms of the page that are not columns
 TERMS: Final = (
-    ("cell", "Runs that are equal in all axes but the seed."),
+    ("cell", "Runs that differ only in the seed."),
     ("seed", "`training.seed`: the unit of replication."),
     ("arm", "One value of an axis, in one or more cells."),
-    ("row", "Start of the id of a test row: a hash of what it says."),
-    ("group", "What rows have in common that never stand in two splits."),
+    ("row", "Start of the id of a test row: a hash of its content."),
+    ("group", "Rows that belong together; they are never split across two splits."),
     ("length", "Scored tokens of a row (bytes, for bits per byte)."),
     ("base", "The base model's score of a row, before training."),
-    ("better", "The arm with the better score of this row; behind an arm: on how many rows."),
-    ("mean difference", "Mean over some rows of the second arm's score minus the first one's."),
-    ("missing", "A run without a score; its cell is hatched, and nothing is put in its place."),
+    ("better", "The arm with the better score on this row; after an arm: its number of such rows."),
+    ("mean difference", "Mean of the second arm's score minus the first arm's, over some rows."),
+    ("missing", "A run without a score; its cell is hatched, and nothing is imputed."),
 )

@@ -1,7 +1,8 @@
-"""The seeds and test rows that a difference needs, from the variances of runs that there are.
+"""The seeds and test rows needed to detect a difference, from the variances of existing runs.
 
-A pilot knows its variances only roughly: the spread of seeds is planned with its upper 80% limit.
-From the estimate itself, one pilot in three of four degrees of freedom plans too few seeds by far.
+A pilot estimates its variances only roughly, so plans use the upper 80% limit of the seed variance.
+Plans from the estimate itself need far more seeds than planned in one of three pilots with four
+degrees of freedom.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from scipy.special import chdtri, stdtrit
 from runner.report.statistics import MIN_SEEDS_PER_SEED
 from runner.report.variances import CellScores, Floats, Ints, measure, satterthwaite
 
-# The fewest that are worth planning, and the most that are looked for
+# The fewest seeds worth planning, and the most that are tried
 MIN_SEEDS: Final = 3
 MAX_SEEDS: Final = 100
 PLANNING_LIMIT: Final = 0.80
@@ -24,21 +25,21 @@ PLANNING_LIMIT: Final = 0.80
 
 @dataclass(frozen=True)
 class PoolSpread:
-    """The spread of the seeds of one pool: variances of single runs."""
+    """The seed variance of one pool, for single runs."""
 
     name: str
     num_cells: int
     nu: int
-    variance: float  # of the scores of runs of one cell
-    rest: float  # the part of it that more rows make smaller
+    variance: float  # between runs of one cell
+    rest: float  # the part that more rows reduce
 
     @property
     def sd(self) -> float:
-        """The standard deviation of runs that differ in the seed only."""
+        """The standard deviation of runs that differ only in the seed."""
         return math.sqrt(self.variance)
 
     def limit(self, level: float) -> float:
-        """The standard deviation that the true one stays below with probability `level`."""
+        """Returns the upper confidence limit of the standard deviation at `level`."""
         return self.sd * limit_factor(self.nu, level)
 
 
@@ -47,14 +48,14 @@ class Pilot:
     """The variances of one contrast in a pilot of `num_rows` test rows."""
 
     pools: tuple[tuple[float, PoolSpread], ...]  # sum of squared weights in the pool, and the pool
-    row_variance: float  # without what is left
+    row_variance: float  # without the residual
     num_rows: int
     df_row: float
-    has_shared_seeds: bool = False  # the cells of a grid, which more seeds will share too
+    has_shared_seeds: bool = False  # cells of a grid that also share future seeds
 
     @property
     def seed_variance(self) -> float:
-        """Of the contrast, with one seed a cell."""
+        """The variance of the contrast with one seed per cell."""
         return sum(load * pool.variance for load, pool in self.pools)
 
     @property
@@ -63,8 +64,8 @@ class Pilot:
         return satterthwaite([(load * pool.variance, pool.nu) for load, pool in self.pools])
 
     def split_variance(self, num_seeds: int) -> tuple[float, float, float]:
-        """The shares of runs (more seeds make it smaller), of rows (more rows), and of noise (both)
-        in the variance of the contrast.
+        """Returns the parts of the contrast's variance due to runs (more seeds reduce it), to rows
+        (more rows reduce it), and to noise (both reduce it).
         """
         noise = min(sum(load * pool.rest for load, pool in self.pools), self.seed_variance)
         parts = (
@@ -78,9 +79,9 @@ class Pilot:
     def detectable_difference(
         self, num_seeds: int, num_rows: int, power: float, factor: float = 1.0
     ) -> float:
-        """The difference that is found with that power, two-sided at 5%.
+        """Returns the difference that is detected with this power, two-sided at 5%.
 
-        `factor` scales the spread of the seeds.
+        `factor` scales the standard deviation over seeds.
         """
         fewer = self.num_rows / num_rows
         rest = sum(load * pool.rest for load, pool in self.pools)
@@ -98,7 +99,7 @@ class Pilot:
     def find_seeds(
         self, effect: float, num_rows: int, power: float, factor: float = 1.0
     ) -> int | None:
-        """The fewest seeds, from `MIN_SEEDS`; None where `MAX_SEEDS` are too few."""
+        """Returns the fewest seeds, at least `MIN_SEEDS`; None if `MAX_SEEDS` are too few."""
         for num_seeds in range(MIN_SEEDS, MAX_SEEDS + 1):
             if self.detectable_difference(num_seeds, num_rows, power, factor) <= effect:
                 return num_seeds
@@ -113,7 +114,7 @@ class Pilot:
 
 
 def limit_factor(nu: float, level: float) -> float:
-    """What an estimated standard deviation is multiplied by for its upper limit at `level`.
+    """Returns the ratio of the upper limit at `level` to an estimated standard deviation.
 
     >>> round(limit_factor(4, 0.80), 3), round(limit_factor(4, 0.975), 2)
     (1.558, 2.87)
@@ -124,7 +125,7 @@ def limit_factor(nu: float, level: float) -> float:
 def measure_pool(
     name: str, cells: Sequence[CellScores], units: Floats, groups: Ints | None
 ) -> PoolSpread | None:
-    """The spread of the seeds of cells of one pool; None where no cell has two runs."""
+    """Returns the seed variance of cells of one pool; None if no cell has two runs."""
     replicated = [cell for cell in cells if len(cell.sums) > 1]
     if not replicated:
         return None

@@ -1,7 +1,7 @@
-"""Plans of a grid from a pilot: how many seeds and test rows find a difference of a given size, and
-how many device hours they take.
+"""Plans a grid from a pilot: the seeds and test rows that detect a difference of a given size, and
+the device hours they need.
 
-The runs that there are give the variances; what they say about the difference itself plays no part.
+Existing runs provide the variances; the differences that they show play no part.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from runner.run.paths import RunPaths
 from runner.run.record import list_trained, load_record
 from runner.text import align, cut, cut_middle
 
-# Of the degrees of freedom of the spread: below, a range of seeds only; a plan marked as rough
+# Degrees of freedom of the seed variance below which plans are only a range, or marked as rough
 MIN_NU: Final = 4
 MIN_SURE_NU: Final = 8
-# Times the test rows that there are
+# Multiples of the present number of test rows
 _MORE_ROWS: Final = (1, 2, 4, 8)
 _WIDTH: Final = 120
 _NAME_WIDTH: Final = 52
@@ -43,11 +43,11 @@ _NAME_WIDTH: Final = 52
 
 @dataclass(frozen=True)
 class Plan:
-    """The seeds of one number of test rows. None: more than `MAX_SEEDS`."""
+    """The seeds needed with one number of test rows. None: more than `MAX_SEEDS`."""
 
     num_test_rows: int
-    num_seeds: int | None  # with the upper limit of the spread; None also below `MIN_NU`
-    lowest_num_seeds: int | None  # with its lower limit
+    num_seeds: int | None  # from the upper limit of the seed variance; None also below `MIN_NU`
+    lowest_num_seeds: int | None  # from its lower limit
     highest_num_seeds: int | None
     num_runs: int | None  # of the whole grid
     device_hours: float | None
@@ -55,17 +55,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One kind of contrast: what the runs there are would find, and what is needed."""
+    """One kind of contrast: the difference that existing runs detect, and the plans for more."""
 
     name: str
     num_pairs: int  # of cells
-    degrees_of_freedom: float  # of the spread of seeds in the pilot
-    detectable_now: float | None  # None where most cells have one run
-    # Of the variance now: only more seeds make it smaller, only more test rows, both
+    degrees_of_freedom: float  # of the seed variance in the pilot
+    detectable_now: float | None  # None if most cells have one run
+    # Shares of the present variance that are reduced only by seeds, only by test rows, by both
     share_of_runs: float
     share_of_rows: float
     share_of_noise: float
-    # range: too few degrees of freedom for a number of seeds; rough: for a sure one
+    # range: too few degrees of freedom to name a number of seeds; rough: to name a reliable one
     precision: Literal["range", "rough", "fair"]
     plans: tuple[Plan, ...]
 
@@ -93,7 +93,7 @@ class PowerReport:
 def build_power_reports(
     rows: Sequence[ReportRow], effect: float, power: float, metric: str | None = None
 ) -> list[PowerReport]:
-    """One for each grid and task.
+    """Builds one report for each grid and task.
 
     Raises:
         RunnerError: no cell has two completed runs, or no run has the metric.
@@ -110,7 +110,7 @@ def build_power_reports(
 
 
 class _Planner:
-    """The cells of one grid and task by one metric."""
+    """Plans the cells of one grid and task by one metric."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class _Planner:
         self.is_grid = len(cells) > 2
 
     def build(self) -> PowerReport:
-        """The plans of the cells of each base model, and of each axis."""
+        """Returns the plans for the cells of each base model, and for each axis."""
         pools = self._measure_pools()
         if not pools:
             raise self._refuse()
@@ -144,8 +144,8 @@ class _Planner:
             )
         if all(pilot.seed_variance + pilot.row_variance == 0 for _, _, pilot in pilots):
             raise RunnerError(
-                f"{self.grid}: its runs do not differ at all by {self.metric.title}, neither from"
-                " seed to seed nor from row to row: there is nothing to plan from"
+                f"{self.grid}: its runs do not vary at all in {self.metric.title}, neither between"
+                " seeds nor between rows, so there is nothing to plan from"
             )
         counts = [len(one.scores.sums) for one in self.aligned]
         num_seeds = max(set(counts), key=counts.count)
@@ -186,13 +186,13 @@ class _Planner:
         return build_metric(name, modes)
 
     def _measure_pools(self) -> dict[str, PoolSpread]:
-        """The spread of seeds of each base model."""
+        """Returns the seed variance of each base model."""
         by_name: dict[str, list[Aligned]] = {}
         for one in self.aligned:
             by_name.setdefault(one.pool, []).append(one)
         pools = {}
         for name, some in by_name.items():
-            # Rows and units of the first; another cell with others is no pilot of this pool
+            # Cells with other rows or units than the first are not pilots of this pool
             same = [one for one in some if self.contrasts.find_difference([some[0], one]) == ""]
             scores = [one.scores for one in same]
             found = measure_pool(name, scores, some[0].units, some[0].groups)
@@ -203,7 +203,7 @@ class _Planner:
     def _build_pilots_of_cells(
         self, pools: dict[str, PoolSpread]
     ) -> Iterable[tuple[str, int, Pilot]]:
-        """Two cells of one base model, with the mean variance over rows of all such pairs."""
+        """Yields two cells of each base model, with the mean row variance of all such pairs."""
         for name, pool in pools.items():
             cells = [one for one in self.aligned if one.pool == name]
             pilots = []
@@ -229,8 +229,8 @@ class _Planner:
     def _build_pilots_of_axes(
         self, pools: dict[str, PoolSpread]
     ) -> Iterable[tuple[str, int, Pilot]]:
-        """The mean over all pairs of cells along each axis; of several pairs of values the one that
-        needs most.
+        """Yields the mean over all pairs of cells for each axis; if an axis has several pairs of
+        values, the one that needs the most seeds.
         """
         rows = [run for cell in self.cells for run in cell.runs]
         for axis in list_axes(rows):
@@ -270,7 +270,7 @@ class _Planner:
     def _build_pilot(
         self, used: Sequence[Aligned], weights: Sequence[float], pools: dict[str, PoolSpread]
     ) -> list[Pilot]:
-        """One; none where a pool has no spread, or rows or tokens differ."""
+        """Returns a pilot; None if a pool has no seed variance, or if rows or tokens differ."""
         names = [one.pool for one in used]
         if self.contrasts.find_difference(used) or any(name not in pools for name in names):
             return []
@@ -280,7 +280,7 @@ class _Planner:
         for name, weight in zip(names, weights, strict=True):
             loads[name] = loads.get(name, 0.0) + weight**2
         shares_seeds = _share_seeds(scores)
-        if not self.is_grid and shares_seeds:  # they may be paired: S - 1 degrees of freedom
+        if not self.is_grid and shares_seeds:  # they may be paired, with S - 1 degrees of freedom
             pools = {name: replace(pool, num_cells=1) for name, pool in pools.items()}
         return [
             Pilot(
@@ -300,7 +300,7 @@ class _Planner:
             if plan.highest_num_seeds is not None and (
                 times > 1 and plan.highest_num_seeds == plans[-2].highest_num_seeds
             ):
-                plans.pop()  # more rows save no seed
+                plans.pop()  # more rows save no seeds
                 break
         of_runs, of_rows, of_noise = pilot.split_variance(num_seeds)
         return Comparison(
@@ -341,25 +341,25 @@ class _Planner:
         least = min(one.degrees_of_freedom for one in comparisons)
         if least < MIN_NU:
             yield (
-                "With so few degrees of freedom a pilot gives a range of seeds only: two or three"
-                " seeds of 4 cells or more say much more."
+                "So few degrees of freedom give only a range of seeds; a pilot of two or three"
+                " seeds in 4 or more cells says much more."
             )
         elif least < MIN_SURE_NU:
             yield "Fewer than 8 degrees of freedom: the numbers are rough."
         if any(plan.highest_num_seeds is None for one in comparisons for plan in one.plans):
-            yield f"Over {MAX_SEEDS} seeds: more test rows, or a larger difference, are the way."
+            yield f"Over {MAX_SEEDS} seeds: use more test rows, or plan a larger difference."
         if self.hours is None:
-            yield "No run recorded when its attempts ended: device hours are not known."
+            yield "No run recorded when its attempts ended, so device hours are unknown."
         for reason in self.reasons:
             yield f"Left out: {reason}."
 
     def _refuse(self) -> RunnerError:
         what = f"{self.grid}: no cell of {self.task} has two completed runs"
         if self.reasons and not self.aligned:
-            what += f" with {self.metric.title} of single rows ({self.reasons[0]})"
+            what += f" with per-row {self.metric.title} ({self.reasons[0]})"
         return RunnerError(
-            f"{what}, so nothing is known of the spread of seeds; plan from a pilot of 2 or 3"
-            " seeds of 4 cells or more",
+            f"{what}, so the seed variance is unknown; plan from a pilot with 2 or 3 seeds in each"
+            " of 4 or more cells",
             hint=(
                 f"add `seed: [1, 2, 3]` to the axes of recipe_templates/{self.grid}/grid.yaml,"
                 f" then: runner render {self.grid} && runner sweep recipes/{self.grid}"
@@ -372,7 +372,7 @@ def _share_seeds(cells: Sequence[CellScores]) -> bool:
 
 
 def _find_hours(cells: Iterable[Cell]) -> float | None:
-    """The mean device hours of a run, of each cell alike."""
+    """Returns the mean device hours of a run, each cell weighted equally."""
     of_cells = []
     for cell in cells:
         hours = [_measure_hours(run) for run in cell.runs if run.state == "completed"]
@@ -383,8 +383,8 @@ def _find_hours(cells: Iterable[Cell]) -> float | None:
 
 
 def _measure_hours(run: ReportRow) -> float | None:
-    """All attempts that trained, by the clock, times their processes; None where a clock was set
-    back.
+    """Returns the clock time of all attempts that trained, times their processes; None if a clock
+    was set back.
     """
     if run.run_dir is None:
         return None
@@ -397,34 +397,34 @@ def _measure_hours(run: ReportRow) -> float | None:
 
 
 def format_power(report: PowerReport) -> str:
-    """The plan for people, at most 120 columns."""
+    """Returns the plan as text, at most 120 columns wide."""
     unit = report.metric.unit if report.metric.unit != report.metric.title else "its own units"
     lines = [
         f"{report.grid}, {report.task}: {report.metric.title}, in {unit}",
-        f"pilot: {report.num_runs} scored runs of {report.num_all_runs}, {report.num_cells} cells,"
+        f"pilot: {report.num_runs} of {report.num_all_runs} runs scored, {report.num_cells} cells,"
         f" mostly {report.num_seeds} seeds each, {report.num_test_rows} test rows",
         "",
-        "spread of runs that differ in the seed only (standard deviation)",
+        "standard deviation of runs that differ only in the seed",
         *_format_pools(report.pools),
         "",
-        f"the difference that these runs find in {report.power:.0%} of experiments (two-sided, at"
-        " 5%), and what limits it",
+        f"difference that these runs detect with power {report.power:.0%} (two-sided, at 5%), and"
+        " the shares of its variance",
         *_format_pilot(report.comparisons),
-        "  More seeds make the part of runs smaller, more test rows that of rows, and both that of"
-        " noise.",
+        "  More seeds reduce the share due to runs, more test rows the share due to rows, and both"
+        " the share due to noise.",
         "",
-        f"to find a difference of {report.effect:g} as often",
+        f"to detect a difference of {report.effect:g} with the same power",
         *_format_plans(report.comparisons),
-        "  Seeds of each cell, for the upper 80% limit of the spread. Runs and hours are of the"
-        " whole grid, as fast as the",
-        "  runs so far, which count among them.",
+        "  Seeds per cell, planned from the upper 80% limit of the standard deviation. Runs and"
+        " hours are for the whole",
+        "  grid, at the speed of the runs so far and including them.",
         *report.notes,
     ]
     return "\n".join(cut(line, _WIDTH) for line in lines)
 
 
 def as_json(report: PowerReport) -> dict[str, Any]:
-    """The same, for scripts; `limits` is the 95% interval of a standard deviation."""
+    """Returns the plan for scripts; `limits` is the 95% interval of a standard deviation."""
     content = asdict(report)
     content["pools"] = [
         asdict(pool) | {"sd": pool.sd, "limits": [pool.limit(0.025), pool.limit(0.975)]}
@@ -445,7 +445,7 @@ def _format_pools(pools: Sequence[PoolSpread]) -> list[str]:
 
 
 def _format_pilot(comparisons: Sequence[Comparison]) -> list[str]:
-    rows = [("", "difference", "part of runs", "part of rows", "part of noise")]
+    rows = [("", "difference", "due to runs", "due to rows", "due to noise")]
     for one in comparisons:
         rows.append(
             (

@@ -1,9 +1,9 @@
-"""Two arms row against row: which test rows each wins, by length, group and base difficulty, and
-the texts of a row beside each other.
+"""Two arms compared row by row: the test rows that each wins, by length, group and base difficulty,
+and the texts of each row.
 
-A comparison is of two cells of runs that differ in one axis; a row's score under an arm is the mean
-over the seeds of its cell. Texts are what the runs recorded (answers, references) and what their
-data files hold today under the same row ids (prompts), where those lie on this machine.
+A comparison is of two cells that differ on one axis; a row's score under an arm is the mean over
+the seeds of its cell. Answers and references were recorded by the runs. Prompts are read from the
+present data files under the same row ids, if those files are on this machine.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from runner.report.row_scores import Floats
 from runner.report.rows import Model, ReportRow, axis_text
 from runner.report.wording import name_cell
 
-NUM_BINS: Final = 4  # of lengths and difficulties
+NUM_BINS: Final = 4  # for lengths and difficulties
 MAX_GROUPS: Final = 8
 MAX_DATA_BYTES: Final = 64 * 2**20  # of files that are read again for the prompts
 
 
 @dataclass(frozen=True)
 class RowTexts:
-    """What a row asks and what the models said; empty where nothing was recorded."""
+    """The prompt, references and answers of a row; empty if not recorded."""
 
     prompt: str = ""
     references: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class RowTexts:
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a comparison, and how an arm does on them."""
+    """Some rows of a comparison, with the results of the compared arm on them."""
 
     name: str
     num_rows: int
@@ -75,7 +75,7 @@ class RowComparison:
     row_ids: tuple[str, ...]
     groups: tuple[str, ...]
     units: Floats
-    base_scores: Floats  # NaN where the base has none
+    base_scores: Floats  # NaN if the base has none
     reference_scores: Floats
     compared_scores: Floats
     is_declared: bool = False
@@ -87,26 +87,26 @@ class RowComparison:
 
     @property
     def num_rows(self) -> int:
-        """Rows that both arms have a score of."""
+        """Number of rows with a score under both arms."""
         return len(self.row_ids)
 
     @cached_property
     def gains(self) -> Floats:
-        """Above 0 where the compared arm is better."""
+        """Differences with the sign that is above 0 if the compared arm is better."""
         return self.differences * (1 if self.metric.mode == "max" else -1)
 
     @property
     def num_wins(self) -> int:
-        """Rows on which the compared arm is better."""
+        """Number of rows on which the compared arm is better."""
         return int((self.gains > 0).sum())
 
     @cached_property
     def order(self) -> list[int]:
-        """Positions of rows by the size of their difference, the largest first."""
+        """Positions of rows by absolute difference, largest first."""
         return [int(at) for at in np.argsort(-np.abs(self.differences), kind="stable")]
 
     def list_parts(self) -> list[tuple[str, list[Part]]]:
-        """The rows by length, by base difficulty and, where rows share groups, by group."""
+        """Returns the rows by length, by base difficulty and, if rows share groups, by group."""
         parts = []
         if len(np.unique(self.units)) > 1:
             what = "bytes" if self.metric.name == "bits_per_byte" else "tokens"
@@ -144,8 +144,8 @@ class RowComparison:
 
 
 def build_row_comparisons(report: Report) -> list[RowComparison]:
-    """A comparison for each pair of cells that an effect compares; declared contrasts first, then
-    in the order of the report.
+    """Returns a comparison for each pair of cells that an effect compares, declared contrasts
+    first, then in the order of the report.
     """
     scores = _CellScores()
     found: dict[tuple[int, int, str], RowComparison] = {}
@@ -175,13 +175,13 @@ class _MeanScores:
 
 
 class _CellScores:
-    """Mean scores of rows over the runs of a cell, each computed once."""
+    """Computes mean scores of rows over the runs of a cell, each only once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, Model, str], _MeanScores | None] = {}
 
     def find(self, cell: Cell, model: Model, metric: str) -> _MeanScores | None:
-        """None where a run has no scores of rows, or other rows than another one."""
+        """Returns the means; None if a run has no per-row scores, or if the rows differ."""
         key = (id(cell), model, metric)
         if key not in self._known:
             self._known[key] = self._load(cell, model, metric)
@@ -238,14 +238,14 @@ def _compare(
 
 
 class TextSource:
-    """Finds the texts of rows; files are read once, and what cannot be read is no text."""
+    """Finds the texts of rows. Files are read once; unreadable ones yield no text."""
 
     def __init__(self) -> None:
         self._prompts: dict[str, dict[str, RowTexts]] = {}
         self._answers: dict[tuple[int, Model], dict[str, Mapping[str, Any]]] = {}
 
     def find(self, one: RowComparison) -> dict[str, RowTexts]:
-        """Row id -> texts, of one comparison; the answers are those of the first run of a cell."""
+        """Returns row id -> texts for one comparison; answers are of the first run of each cell."""
         texts = dict(self._load_prompts(one.reference_cell.runs[0]))
         answers = {
             "base": self._load_answers(one.reference_cell, "base"),
@@ -280,8 +280,8 @@ class TextSource:
         return self._answers[key]
 
     def _load_prompts(self, run: ReportRow) -> dict[str, RowTexts]:
-        """Prompt and last completion of each test row, by row id: an id is a hash of what the row
-        says, so what has the id is what the run was tested on.
+        """Returns the prompt and last completion of each test row by row id. An id is a hash of the
+        row's content, so a row with this id is the row that the run was tested on.
         """
         data = run.recipe.data
         stated = data.model_dump(mode="json", exclude={"num_train_samples", "seed", "max_length"})
@@ -292,7 +292,7 @@ class TextSource:
 
 
 def _draw_texts(data: DataSection) -> dict[str, RowTexts]:
-    """Nothing where that would run the project's own code, ask the network or take long."""
+    """Reads texts; none if that needs the project's own code, the network or much time."""
     from runner.data.draw import draw_splits
 
     paths = [Path(source.path) for source in data.sources.values()]
@@ -314,7 +314,7 @@ def _draw_texts(data: DataSection) -> dict[str, RowTexts]:
 
 
 def _measure(path: Path) -> float:
-    """The bytes of a file or of a folder's files; infinite where nothing is there."""
+    """Returns the bytes of a file or of the files in a folder; infinite if it is missing."""
     if path.is_file():
         return path.stat().st_size
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []

@@ -1,7 +1,7 @@
-"""The scores of one run row by row: of `eval_rows.jsonl` and `predictions.jsonl`, as arrays.
+"""The per-row scores of one run, from `eval_rows.jsonl` and `predictions.jsonl`, as arrays.
 
-They are used only where they add up to what `result.json` says. A metric that is no mean over rows
-(the F1 of a label) has no scores of rows.
+They are used only if they add up to the scores in `result.json`. A metric that is not a mean over
+rows (such as the F1 of a label) has no per-row scores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float64]
 LIKELIHOODS: Final = LIKELIHOOD_METRICS
 NLL_PER_COMPLETION_TOKEN, NLL_PER_TOKEN, BITS_PER_BYTE = LIKELIHOODS
 _NATS_PER_BIT: Final = math.log(2)
-# Sums are exact, so two of the same rows differ by the order of additions at most
+# Row scores are exact, so two sums of the same rows differ at most by the order of addition
 _TOLERANCE: Final = 1e-9
 
 
@@ -36,8 +36,8 @@ _TOLERANCE: Final = 1e-9
 class RowScores:
     """One model of one run on the test split, in the order of `row_ids`.
 
-    For a likelihood `sums` are nats (bits) and `units` the tokens (bytes) they were summed over;
-    for a metric of answers `sums` are the row's score and `units` 1 where it was judged, else 0.
+    For a likelihood, `sums` are nats (bits) and `units` the tokens (bytes) they were summed over.
+    For a metric of answers, `sums` are row scores and `units` are 1 if the row was judged, else 0.
     """
 
     row_ids: tuple[str, ...]
@@ -46,7 +46,7 @@ class RowScores:
     units: Mapping[str, Floats]  # metric name -> (rows,)
 
     def score(self, metric: str) -> float | None:
-        """The ratio of sums; None where there is nothing to divide by."""
+        """Returns the ratio of sums; None if the denominator is 0."""
         total = float(self.units[metric].sum())
         return float(self.sums[metric].sum()) / total if total else None
 
@@ -60,16 +60,16 @@ def read_row_scores(
     total: SplitScore | None = None,
     answers: GenerationScore | None = None,
 ) -> RowScores | str:
-    """The scores of `model`, or one sentence that says why there are none.
+    """Returns the scores of `model`, or a sentence with the reason why there are none.
 
-    `total` and `answers` are what `result.json` says of it: a metric of answers whose rows do not
-    add up to that is left out; a likelihood that does not makes the whole file worthless.
+    `total` and `answers` are its scores in `result.json`. A metric of answers whose rows do not add
+    up to them is left out; if a likelihood does not, the whole file is rejected.
     """
     name = paths.run_dir.name
     try:
         rows = load_rows(paths.eval_rows_path, model)
         if not rows:
-            return f"{name} has no scores of single rows"
+            return f"{name} has no per-row scores"
         scores = _read_likelihoods(rows)
         if answers is not None:
             given = {row["row_id"]: row for row in load_rows(paths.predictions_path, model)}
@@ -80,17 +80,17 @@ def read_row_scores(
     except (CorruptFileError, OSError) as error:
         return escape_controls(f"the row scores of {name} cannot be read: {put_in_words(error)}")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        return escape_controls(f"the row scores of {name} are not what a run writes: {error!r}")
+        return escape_controls(f"the row scores of {name} have the wrong format: {error!r}")
     return _find_fault(scores, name, total) or scores
 
 
 def load_rows(path: Path, model: str) -> list[dict[str, Any]]:
-    """The whole rows of one model in a JSONL file; none where there is no file.
+    """Returns the rows of one model in a JSONL file; none if there is no file.
 
-    Lines without the model's name are not parsed: half of those of thousands of runs.
+    Lines without the model's name are not parsed, which saves half of the lines of each run.
 
     Raises:
-        CorruptFileError: a line is no JSON object.
+        CorruptFileError: a line is not a JSON object.
     """
     rows = load_jsonl(path, holding=f'"{model}"'.encode())
     return [row for row in rows if row.get("model") == model]
@@ -119,7 +119,7 @@ def _read_likelihoods(rows: Sequence[Mapping[str, Any]]) -> RowScores:
 
 
 def _intern(texts: Iterable[Any]) -> tuple[str, ...]:
-    """Runs of one report share their test rows: each id is held once."""
+    """Stores each id once, since the runs of a report share their test rows."""
     return tuple(sys.intern(str(text)) for text in texts)
 
 
@@ -130,13 +130,13 @@ def _read_answers(
     task: Task,
     own_metrics: Sequence[str],
 ) -> tuple[Floats, Floats] | None:
-    """Scores and ones of a metric, 0 and 0 for a row that it does not judge; None where no row has
-    a score by that name.
+    """Returns the scores and units of a metric (both 0 for a row that it does not judge); None if
+    no row has a score of this name.
     """
     sums, units = np.zeros(len(row_ids)), np.zeros(len(row_ids))
     for at, row_id in enumerate(row_ids):
         row = given.get(row_id)
-        if row is None:  # the answers may be to the first rows only
+        if row is None:  # possibly only the first rows were answered
             continue
         if metric in own_metrics:
             score = row["own_scores"][metric]
@@ -166,14 +166,14 @@ def _add(scores: RowScores, metric: str, sums: Floats, units: Floats) -> RowScor
 
 
 def _find_fault(scores: RowScores, name: str, total: SplitScore | None) -> str | None:
-    """Why the likelihoods of a file cannot be used."""
+    """Returns the reason why the likelihoods of a file cannot be used; None if they can."""
     if len(set(scores.row_ids)) < len(scores.row_ids):
-        return f"{name} has two scores of one row"
+        return f"{name} has two scores for one row"
     for metric in LIKELIHOODS:
         if not np.isfinite(scores.sums[metric]).all():
-            return f"{name} has a row whose score is no number"
+            return f"{name} has a row whose score is not a number"
     if (scores.sums[NLL_PER_COMPLETION_TOKEN] < 0).any() or (scores.sums[NLL_PER_TOKEN] < 0).any():
-        return f"{name} has a row with a negative NLL, which no model gives"
+        return f"{name} has a row with a negative NLL, which is impossible"
     if total is None:
         return None
     stated = {
@@ -191,6 +191,6 @@ def _find_fault(scores: RowScores, name: str, total: SplitScore | None) -> str |
         if not math.isclose(added, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
             return (
                 f"the row scores of {name} do not add up to its result:"
-                f" {key} is {added:.10g} and {expected:.10g}"
+                f" {key} is {added:.10g}, expected {expected:.10g}"
             )
     return None

@@ -1,11 +1,11 @@
-"""The numbers of each run in a report, and what makes those of two runs incomparable.
+"""The numbers of each run in a report, and the facts that make two runs incomparable.
 
-Axes come from the recipe, scores from `result.json`, what the run was made of from its records; a
-fact that an older run did not record is None. Of clock times only the start of the first attempt is
-read, which tells a declaration that came later. `effects` compares the rows, `format` writes them.
+Axes come from the recipe, scores from `result.json`, and provenance from the run's records; a fact
+that an older run did not record is None. The only clock time is the start of the first attempt,
+which identifies later declarations. `effects` compares the rows, `format` writes them.
 
-Kept light, because every report imports it: scores of single rows are in `row_scores`, which is
-imported when they are asked for.
+Kept light, because every report imports it: per-row scores are in `row_scores`, which is imported
+only when they are needed.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 Model = Literal["base", "tuned"]
 MODELS: Final[tuple[Model, ...]] = ("base", "tuned")
-HARDWARE: Final = ("cpu", "gpu")  # of what attempts record
+HARDWARE: Final = ("cpu", "gpu")  # from the records of attempts
 LikelihoodUnit = Literal["nats per completion token", "bits per byte"]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One model on the test split; None where there is no score or nothing to divide by."""
+    """Scores of one model on the test split; None if there is no score or the denominator is 0."""
 
     nll_per_completion_token: float | None = None
     nll_per_token: float | None = None
@@ -51,29 +51,29 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class ReportRow:
-    """One run. Everything that is measured is None unless the run is completed."""
+    """One run. All measurements are None unless the run is completed."""
 
     recipe: Recipe
     position: int  # in the input, from 0
     state: State
-    rules: int | None = None  # by which its rows were drawn and masked
+    rules: int | None = None  # for drawing and masking its rows
     contents: Mapping[str, str] = field(default_factory=dict)  # path -> SHA-256, as recorded
     num_test_rows: int | None = None
-    test_rows_hash: str | None = None  # None also where `samples.json` does not say
+    test_rows_hash: str | None = None  # also None if it is not in `samples.json`
     base: Scores = Scores()
     tuned: Scores = Scores()
-    # Of "base" and "tuned"; empty: none generated.
+    # For "base" and "tuned"; empty: no answers were generated
     answers: Mapping[str, GenerationScore] = field(default_factory=dict)
-    # Metric of answers -> what computes it; two numbers compare only where this is equal.
+    # Metric of answers -> key of its function; numbers are comparable only if this is equal
     metric_keys: Mapping[str, str] = field(default_factory=dict)
     best_step: int | None = None
     num_steps: int | None = None
     stop_reason: str | None = None
-    # Of the base's scores that it kept for others, or found: another run computed others.
+    # Warnings that another run computed different base scores
     base_warnings: tuple[str, ...] = ()
     run_dir: Path | None = None
-    # What its test rows ask for; two tasks are never in one mean. `build_rows` adds the source
-    # where two sources have the same task.
+    # Task of its test rows; a mean never combines two tasks. `build_rows` adds the source if two
+    # sources have the same task.
     task: str = ""
     totals: Mapping[Model, SplitScore] = field(default_factory=dict)  # on the test split
     num_updates: int | None = None
@@ -84,19 +84,19 @@ class ReportRow:
     # Split -> ids_hash, input_ids_hash, mask_hash and the counts of `samples.json`, as texts.
     split_hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     commits: Mapping[str, str] = field(default_factory=dict)  # dotted key -> hub commit
-    # Several joined by " then " where the attempts differ.
+    # Several joined by " then " if the attempts differ
     versions: Mapping[str, str] = field(default_factory=dict)
-    source_hash: str | None = None  # of the runner's files; likewise
+    source_hash: str | None = None  # of the runner's files; joined likewise
     runner_version: str | None = None
     runner_commit: str | None = None
-    runner_is_dirty: bool | None = None  # True where some attempt ran uncommitted files
-    # cpu and gpu: names of models, and nothing else of a machine
+    runner_is_dirty: bool | None = None  # True if some attempt ran uncommitted files
+    # cpu and gpu: only names of models, no other facts of a machine
     hardware: Mapping[str, str] = field(default_factory=dict)
-    # Of the attempts in turn, each number once where it does not change; empty: not recorded.
+    # Of each attempt in order; a repeated number is listed once. Empty: not recorded.
     num_processes: tuple[int, ...] = ()
-    micro_batch_divisors: tuple[int, ...] = ()  # after running out of memory; else 1
+    micro_batch_divisors: tuple[int, ...] = ()  # above 1 after running out of memory
     started_at_utc: str | None = None  # the first attempt
-    # Declared contrasts: as the first attempt recorded them, and as the recipe states them today.
+    # Declared contrasts: as recorded by the first attempt, and as in the present recipe
     declared_then: tuple[Any, ...] | None = None
     declared_now: tuple[Any, ...] = ()
 
@@ -107,7 +107,7 @@ class ReportRow:
 
     @property
     def model_name(self) -> str:
-        """The base model as the recipe names it, with the revision where that is stated."""
+        """The base model as named in the recipe, with the revision if there is one."""
         model = self.recipe.model
         return f"{model.path}@{model.revision}" if model.revision else model.path
 
@@ -123,25 +123,25 @@ class ReportRow:
 
     @property
     def is_best_at_end(self) -> bool | None:
-        """True where the best step is the last one, so that more updates might be better still."""
+        """True if the best step is the last one, so more updates might improve the score."""
         return None if self.best_step is None else self.best_step == self.num_steps
 
     @cached_property
     def payload(self) -> Mapping[str, Any]:
-        """The part of its recipe that changes the experiment, without the seed of training."""
+        """The part of its recipe that changes the experiment, without `training.seed`."""
         payload = build_digest_payload(self.recipe)
         payload["training"].pop("seed", None)
         return payload
 
     @cached_property
     def hash_without_seed(self) -> str:
-        """The same for two runs whose recipes differ in nothing but the seed of training."""
+        """Equal for two runs whose recipes differ only in `training.seed`."""
         return hash_json(self.payload)
 
     @cached_property
     def step_0_key(self) -> tuple[str, ...] | None:
-        """The same for two runs that must score the same at step 0 if their base models are the
-        same; None where there is no such score.
+        """Equal for two runs whose scores at step 0 must be equal if they have the same base model;
+        None if there is no such score.
         """
         total = self.totals.get("base")
         if total is None or self.base.nll_per_completion_token is None:
@@ -151,12 +151,12 @@ class ReportRow:
         return settings, f"{total.num_completion_tokens} {total.num_tokens}", read
 
     def load_scores(self, model: Model) -> RowScores | None:
-        """The scores of one model row by row; None where `why_no_scores` says why not."""
+        """Returns the per-row scores of one model; None if there are none (`why_no_scores`)."""
         found = self._read_scores(model)
         return None if isinstance(found, str) else found
 
     def why_no_scores(self, model: Model) -> str:
-        """Why there are no scores of single rows; empty where there are."""
+        """Returns the reason why there are no per-row scores; empty if there are."""
         found = self._read_scores(model)
         return found if isinstance(found, str) else ""
 
@@ -173,7 +173,7 @@ class ReportRow:
         from runner.report.row_scores import read_row_scores
 
         if self.run_dir is None or self.state != "completed":
-            return f"{self.name} is {self.state}"
+            return f"{self.name} has status {self.state}"
         return read_row_scores(
             RunPaths(self.run_dir),
             model,
@@ -184,8 +184,8 @@ class ReportRow:
         )
 
     def load_predictions(self, model: Model) -> list[dict[str, Any]]:
-        """The rows of `predictions.jsonl` of one model, in the order of the split; none where
-        nothing was generated. They hold whole texts and are not kept.
+        """Returns the rows of one model in `predictions.jsonl`, in the order of the split; none if
+        nothing was generated. They contain whole texts and are not cached.
         """
         from runner.report.row_scores import load_rows
 
@@ -196,17 +196,17 @@ class ReportRow:
         )
 
     def load_curve(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`: losses and evaluations by step."""
+        """Returns the rows of `metrics.jsonl`: losses and evaluations by step."""
         return [] if self.run_dir is None else load_jsonl(RunPaths(self.run_dir).metrics_path)
 
     @property
     def grid(self) -> str:
-        """The grid that the run belongs to."""
+        """The grid of the run."""
         return self.recipe.run.grid
 
     @property
     def axes(self) -> Mapping[str, Any]:
-        """The cell of the grid, in the grid's own order of axes."""
+        """The value on each axis, in the grid's order of axes."""
         return self.recipe.run.axes
 
     @property
@@ -217,17 +217,17 @@ class ReportRow:
 
     @property
     def is_scored(self) -> bool:
-        """Whether the tuned model can be compared with another, in either unit."""
+        """True if the tuned model has a score in both units."""
         return (
             self.tuned.nll_per_completion_token is not None and self.tuned.bits_per_byte is not None
         )
 
     def metric(self, model: Model, name: str) -> float | None:
-        """A metric of a model's answers on the test split; None where there is none."""
+        """Returns a metric of a model's answers on the test split; None if there is none."""
         return self.answers[model].metrics.get(name) if model in self.answers else None
 
     def score(self, unit: LikelihoodUnit) -> float:
-        """The tuned model on the test split; only where `is_scored`."""
+        """Returns the score of the tuned model on the test split; requires `is_scored`."""
         score = (
             self.tuned.bits_per_byte
             if unit == "bits per byte"
@@ -239,9 +239,7 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class BaseComparison:
-    """How many completed runs are better than their own base model, on test NLL per completion
-    token.
-    """
+    """Completed runs compared with their own base model, on test NLL per completion token."""
 
     num_completed: int
     num_better: int
@@ -250,8 +248,8 @@ class BaseComparison:
 
 
 def build_rows(runs: Iterable[tuple[Recipe, RunFacts, RunStatus]]) -> list[ReportRow]:
-    """One row per run, sorted by grid, then by axes: numbers as numbers, all else in the order of
-    the input. The facts are those that were read `with_samples`.
+    """Returns one row per run, sorted by grid, then by axes: numbers by value, all else in input
+    order. The facts must have been read `with_samples`.
     """
     rows = _name_tasks([_build_row(position, *run) for position, run in enumerate(runs)])
     grids = list(dict.fromkeys(row.grid for row in rows))
@@ -269,7 +267,7 @@ def build_rows(runs: Iterable[tuple[Recipe, RunFacts, RunStatus]]) -> list[Repor
 def name_other_base_scores(
     rows: Iterable[ReportRow], found: Sequence[OtherBaseScores]
 ) -> list[ReportRow]:
-    """The rows, each with what was found of the base scores that its run kept or looked at."""
+    """Returns the rows, each with the warnings about the base scores that its run kept or read."""
     return [
         replace(
             row,
@@ -282,13 +280,13 @@ def name_other_base_scores(
 
 
 def list_axes(rows: Iterable[ReportRow]) -> list[str]:
-    """Every axis that some run has, in the order of the input."""
+    """Returns every axis that some run has, in the order of the input."""
     return list(dict.fromkeys(axis for row in _in_input_order(rows) for axis in row.axes))
 
 
 def list_values(rows: Iterable[ReportRow], axis: str) -> list[Any]:
-    """The different values of an axis: numbers first, ascending, then all else in the order of the
-    input.
+    """Returns the different values of an axis: numbers first, ascending, then all else in the order
+    of the input.
     """
     values: dict[str, Any] = {}
     for row in _in_input_order(rows):
@@ -298,12 +296,12 @@ def list_values(rows: Iterable[ReportRow], axis: str) -> list[Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether an axis value sorts as a number; a boolean does not."""
+    """True if an axis value sorts as a number; a boolean does not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def axis_text(value: Any) -> str:
-    """An axis value as people write it; never empty, because a blank means that a run lacks the
+    """Formats an axis value for people; never empty, because a blank means that a run lacks the
     axis.
 
     >>> [axis_text(value) for value in ("full", 60, True, None, "", ("q", "v"))]
@@ -317,7 +315,7 @@ def axis_text(value: Any) -> str:
 
 
 def list_metrics(rows: Iterable[ReportRow]) -> list[str]:
-    """Every metric of answers that some run has, each task's in its own order."""
+    """Returns every metric of answers that some run has, in the order of its task."""
     return list(
         dict.fromkeys(
             name for row in rows for score in row.answers.values() for name in score.metrics
@@ -326,13 +324,13 @@ def list_metrics(rows: Iterable[ReportRow]) -> list[str]:
 
 
 def list_smaller_is_better(rows: Iterable[ReportRow]) -> list[str]:
-    """The metrics of answers that are better when they are smaller."""
+    """Returns the metrics of answers for which smaller is better."""
     modes = {name: mode for row in rows for name, mode in row.recipe.metric_modes.items()}
     return [name for name, mode in modes.items() if mode == "min"]
 
 
 def join_numbers(numbers: Sequence[int]) -> str | None:
-    """The numbers of a run's attempts as text; None where there are none.
+    """Formats the numbers of a run's attempts; None if there are none.
 
     >>> join_numbers((8,)), join_numbers((1, 2)), join_numbers(())
     ('8', '1 then 2', None)
@@ -341,7 +339,7 @@ def join_numbers(numbers: Sequence[int]) -> str | None:
 
 
 def compare_with_base(rows: Iterable[ReportRow]) -> BaseComparison:
-    """Each completed run against its step 0."""
+    """Compares each completed run with its step 0."""
     completed = [row for row in rows if row.state == "completed"]
     changes = [(row.name, row.change) for row in completed]
     return BaseComparison(
@@ -353,8 +351,8 @@ def compare_with_base(rows: Iterable[ReportRow]) -> BaseComparison:
 
 
 def group_by_test_rows(rows: Iterable[ReportRow]) -> dict[str | None, list[ReportRow]]:
-    """Completed runs by the hash of their test rows; under None those that do not say. Two hashes:
-    not comparable.
+    """Groups completed runs by the hash of their test rows; None if it was not recorded. Runs with
+    different hashes are not comparable.
     """
     groups: dict[str | None, list[ReportRow]] = {}
     for row in rows:
@@ -364,8 +362,8 @@ def group_by_test_rows(rows: Iterable[ReportRow]) -> dict[str | None, list[Repor
 
 
 def group_by_rules(rows: Iterable[ReportRow]) -> dict[int, list[ReportRow]]:
-    """Completed runs by the rules of their rows and masks, ascending. Two of them: not
-    comparable.
+    """Groups completed runs by the rules for their rows and masks, ascending. Runs with different
+    rules are not comparable.
     """
     groups: dict[int, list[ReportRow]] = {}
     for row in rows:
@@ -379,7 +377,7 @@ def _in_input_order(rows: Iterable[ReportRow]) -> list[ReportRow]:
 
 
 def axis_key(value: Any) -> str:
-    """Equal for equal axis values: 1 and 1.0 are one value, 1 and "1" and true are three."""
+    """Returns equal keys for equal values: 1 and 1.0 are one value; 1, "1" and true are three."""
     is_whole = isinstance(value, float) and value.is_integer()
     return json.dumps(int(value) if is_whole else thaw(value), sort_keys=True)
 
@@ -430,7 +428,7 @@ def _build_row(position: int, recipe: Recipe, facts: RunFacts, status: RunStatus
 
 
 def _name_tasks(rows: list[ReportRow]) -> list[ReportRow]:
-    """The rows; where several sources of test rows have one task, each with its source."""
+    """Returns the rows; adds the source to a task that has several sources of test rows."""
     sources = [_name_test_source(row) for row in rows]
     known: dict[str, set[str]] = {}
     for row, source in zip(rows, sources, strict=True):
@@ -451,7 +449,7 @@ def _name_test_source(row: ReportRow) -> str:
 
 
 def _find_provenance(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """Versions and the runner's source, of the attempts that may have trained."""
+    """Returns versions and the runner's source from the attempts that may have trained."""
     trained = [
         attempt
         for attempt in list_trained(attempts)
@@ -474,12 +472,12 @@ def _find_provenance(attempts: Sequence[Attempt]) -> dict[str, Any]:
 
 
 def _list_changes(values: Iterable[int]) -> tuple[int, ...]:
-    """The values in turn, without those that repeat the one before."""
+    """Returns the values in order, without those equal to the previous one."""
     return tuple(value for value, _ in groupby(values))
 
 
 def _is_any(claims: Sequence[bool | None]) -> bool | None:
-    """True where one is; None where one that is not known might be."""
+    """True if any claim is; None if none is true and some are unknown."""
     if True in claims:
         return True
     return None if None in claims or not claims else False
@@ -495,7 +493,7 @@ def _leave_out_none(values: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _find_split_hashes(samples: Any) -> dict[str, dict[str, str]]:
-    """What `samples.json` says of each split in one word: hashes and counts."""
+    """Returns the hashes and counts of each split in `samples.json`."""
     splits = samples.get("splits") if isinstance(samples, Mapping) else None
     if not isinstance(splits, Mapping):
         return {}
@@ -511,7 +509,7 @@ def _find_split_hashes(samples: Any) -> dict[str, dict[str, str]]:
 
 
 def _key_metrics(recipe: Recipe, contents: Mapping[str, str]) -> dict[str, str]:
-    """What computes each metric: the task, or a function by the content of its files."""
+    """Returns a key for the code of each metric: the task, or a function by its files' content."""
     keys = dict.fromkeys(recipe.data.task.METRICS, f"the task {recipe.data.task.name}")
     for metric in recipe.evaluation.metrics:
         hashes = [contents.get(path) for path in metric.list_files().values()]

@@ -1,14 +1,13 @@
-"""Effects with their intervals: what a difference between cells says about recipes and rows.
+"""Effects with their intervals: inference from differences between cells to recipes and rows.
 
-A cell holds the runs that differ in nothing but the seed. A contrast weighs cells by numbers that
-sum to 0; its interval treats seeds, rows or both as random. Everything here is a pure function of
-arrays; which cells are compared, and whether they may be, is decided by `effects` and
-`comparability`.
+A cell contains the runs that differ only in the seed. A contrast weights cells by numbers that sum
+to 0; its interval treats seeds, rows or both as random. Everything here is a pure function of
+arrays; `effects` and `comparability` decide which cells are compared, and if they may be.
 
-Seeds and rows each have an error of their own, with few degrees of freedom for the seeds. The
-critical value is weighted between the two (Cochran and Cox): one Satterthwaite number of degrees of
-freedom trusts the rows too much where the runs happen to lie close together.
-`benchmarks/intervals.py` holds all of this against grids whose truth is known.
+Seeds and rows have separate errors, with few degrees of freedom for the seeds. The critical value
+is a weighted average of both (Cochran and Cox): a single Satterthwaite number of degrees of freedom
+trusts the rows too much if the runs happen to be close together. `benchmarks/intervals.py` checks
+all of this on grids whose truth is known.
 """
 
 from __future__ import annotations
@@ -38,30 +37,29 @@ from runner.report.variances import (
     satterthwaite,
 )
 
-# What callers need of `variances`
+# Names of `variances` that callers need
 __all__ = ["CellScores", "NotComparableError"]
 
-# What is random: both (this recipe, on rows like these), the seeds (this recipe, on these very
-# rows), or the rows (these trained models, on rows like these).
+# The random factors: both (this recipe, on rows like these), seeds (this recipe, on exactly these
+# rows), or rows (these trained models, on rows like these)
 Statement = Literal["seeds and rows", "seeds", "rows"]
 Design = Literal["paired", "separate", "pooled", "per seed"]
 
-# From so many shared seeds on, cells of a grid are paired by seed
+# With at least this many shared seeds, cells of a grid are paired by seed
 MIN_SEEDS_PER_SEED: Final = 5
-# An interaction below this p is believed: no mean over its levels is shown
+# If an interaction has a smaller p, no mean over its levels is shown
 INTERACTION_GATE: Final = 0.20
-# Below this p, shared seeds of a grid seem to act in common on the cells of a contrast
+# Below this p, shared seeds seem to have a common effect on the cells of a contrast
 SHARED_SEEDS_GATE: Final = 0.20
 FEW_GROUPS: Final = 5
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate of a contrast with the interval around it.
+    """An estimate of a contrast with its interval.
 
-    `kind` says over what: "seeds and rows" (both random), "seeds" (these very rows), "rows" (these
-    trained models); "identical" where nothing varies at all, from seed to seed or row to row: no
-    interval.
+    `kind` is its scope: "seeds and rows" (both random), "seeds" (exactly these rows), "rows" (these
+    trained models), or "identical" (no interval, because nothing varies between seeds or rows).
     """
 
     kind: Literal["seeds and rows", "seeds", "rows", "identical"]
@@ -69,7 +67,7 @@ class Interval:
     half_width: float | None
     p: float | None
     level: float  # such as 0.95
-    v_seed: float  # 0 where `df_seed` is None: not known
+    v_seed: float  # 0 if `df_seed` is None: unknown
     v_row: float
     v_res: float
     df_seed: float | None
@@ -77,19 +75,19 @@ class Interval:
     num_groups: int
     num_seeds: tuple[int, ...]  # of each cell
     has_few_groups: bool = False  # at most 5 effective ones
-    note: str = ""  # such as "2 seeds: only very large differences show"
-    design: str = ""  # which runs were pooled or paired, in words
+    note: str = ""  # such as "2 seeds: only very large differences can be detected"
+    design: str = ""  # sentence on the runs that were pooled or paired
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """Lower and upper end."""
+        """Lower and upper end; None if there is no interval."""
         if self.half_width is None:
             return None
         return self.estimate - self.half_width, self.estimate + self.half_width
 
     @property
     def standard_error(self) -> float:
-        """The root of the variance of the estimate, by the statement that `kind` makes."""
+        """The square root of the variance of the estimate, given `kind`."""
         both = max(self.v_seed + self.v_row - self.v_res, self.v_seed, self.v_row)
         variances = {"seeds and rows": both, "seeds": self.v_seed, "rows": self.v_row}
         return math.sqrt(variances.get(self.kind, 0.0))
@@ -104,16 +102,16 @@ def interval(
     level: float = 0.95,
     statement: Statement = "seeds and rows",
 ) -> Interval:
-    """The interval of sum_c weights[c] * (mean score of the runs of cell c).
+    """Returns the interval of sum_c weights[c] * (mean score of the runs of cell c).
 
-    Cells of weight 0 take part in the spread of their pool only. `tokens` (rows,) are what each
-    row's sum was taken over, 1 for a metric; `groups` (rows,) numbers rows that belong together,
-    such as the turns of a conversation: None where each row stands for itself. Where a pool that
-    is used has no replication, the statement is "rows", whatever was asked for; where all rows are
-    one group, it is "seeds".
+    Cells of weight 0 contribute only to the seed variance of their pool. `tokens` (rows,) are the
+    units that each row's sum was taken over, 1 for a metric. `groups` (rows,) numbers rows that
+    belong together, such as the turns of a conversation; None if each row is its own group. If a
+    used pool has no replication, the statement is "rows" regardless of `statement`; if all rows
+    are one group, it is "seeds".
 
     Raises:
-        NotComparableError: cells were scored on other rows or tokens, or one that counts is empty.
+        NotComparableError: cells were scored on other rows or tokens, or a weighted one is empty.
     """
     parts = measure(cells, weights, tokens, groups)
     num_seeds = tuple(
@@ -121,7 +119,7 @@ def interval(
     )
     kind, notes = _choose_statement(statement, parts)
     if kind != "rows" and max(num_seeds) == 2 and sum(nu for _, nu in parts.pools.values()) <= 2:
-        notes.append("2 seeds: only very large differences show")
+        notes.append("2 seeds: only very large differences can be detected")
     errors = Errors(
         v_seed=parts.v_seed if kind != "rows" else 0.0,
         v_row=parts.v_row if kind != "seeds" else 0.0,
@@ -131,7 +129,7 @@ def interval(
     )
     varies = errors.v_seed + errors.v_row > 0
     if not varies and parts.estimate != 0:
-        notes.append("the differences do not vary at all: no interval")
+        notes.append("the differences do not vary at all, so there is no interval")
     return Interval(
         kind=kind if varies else "identical",
         estimate=parts.estimate,
@@ -161,11 +159,11 @@ def contrast(
     level: float = 0.95,
     statement: Statement = "seeds and rows",
 ) -> Interval:
-    """The interval by the design that the cells call for, which `design` and `note` name.
+    """Returns the interval by the design that suits the cells; `design` and `note` describe it.
 
-    See `choose_design` for `is_grid` and `is_same_start`. In a grid with 2 to 4 shared seeds the
-    wider of two intervals, pooled and per seed, where seeds seem to act on several cells in common.
-    Two single runs with a metric of 0 and 1 and no groups: p is McNemar's, exact.
+    See `choose_design` for `is_grid` and `is_same_start`. In a grid with 2 to 4 shared seeds, it is
+    the wider of the pooled and the per-seed interval if seeds seem to have a common effect on
+    several cells. For two single runs with scores of 0 and 1 and no groups, p is McNemar's exact p.
     """
     if statement == "rows":
         found = interval(cells, weights, tokens, groups, level=level, statement=statement)
@@ -193,11 +191,11 @@ def choose_design(
     is_grid: bool,
     is_same_start: bool,
 ) -> Design:
-    """The way that the seeds of a contrast are treated; scores play no part in it.
+    """Chooses the treatment of the seeds of a contrast, without using scores.
 
-    `is_grid`: the cells of the contrast are part of a grid with others. `is_same_start`: runs of
-    one seed began with the same initial weights and saw the rows in the same order in all cells of
-    the contrast, by their hashes. Two cells are paired only where no run is left without a partner.
+    `is_grid`: the cells of the contrast are part of a larger grid. `is_same_start`: in all cells of
+    the contrast, runs of one seed started from the same initial weights and used the same row
+    order, by their hashes. Two cells are paired only if every run has a partner.
     """
     num_shared = len(_list_shared_seeds(cells, weights))
     if is_grid:
@@ -209,7 +207,7 @@ def choose_design(
 
 
 def paired_cell(reference: Floats, compared: Floats, *, pool: str = "paired") -> CellScores:
-    """One cell of the differences, compared minus reference, seed by seed: its weight is 1.
+    """Returns one cell of the differences by seed, compared minus reference; its weight is 1.
 
     Both are (seeds, rows), with the same seeds in the same order.
     """
@@ -221,7 +219,7 @@ def paired_cell(reference: Floats, compared: Floats, *, pool: str = "paired") ->
 
 
 def per_seed_cell(cells: Sequence[CellScores], weights: Sequence[float]) -> CellScores:
-    """One cell of the contrast of each seed that all cells of a weight share: its weight is 1."""
+    """Returns one cell with the contrast of each seed that all weighted cells share; weight 1."""
     shared = _list_shared_seeds(cells, weights)
     sums = sum(
         weight * cell.sums[[cell.seeds.index(seed) for seed in shared]]
@@ -233,7 +231,7 @@ def per_seed_cell(cells: Sequence[CellScores], weights: Sequence[float]) -> Cell
 
 @dataclass(frozen=True)
 class InteractionTest:
-    """An F test whether an axis acts alike at the levels of another one."""
+    """An F test for a different effect of an axis at the levels of another one."""
 
     p: float
     statistic: float
@@ -246,9 +244,9 @@ def interaction_test(
     tokens: Floats,
     groups: Ints | None = None,
 ) -> InteractionTest | None:
-    """The test that the simple effects differ, one row of weights for each level of the other axis.
+    """Tests if the simple effects differ, given one row of weights per level of the other axis.
 
-    None where a pool that is used has no replication, or nothing varies.
+    None if a used pool has no replication, or if nothing varies.
     """
     simple = np.asarray(simple_weights, dtype=np.float64)
     contrasts = _orthonormal_contrasts(len(simple)) @ simple
@@ -273,7 +271,7 @@ def interaction_test(
 
 
 def simple_level(num_levels: int, level: float = 0.95) -> float:
-    """The level of each of so many simple effects, such that all hold together at `level`.
+    """Returns the level of each simple effect at which all of them hold jointly at `level`.
 
     >>> simple_level(2), simple_level(1)
     (0.975, 0.95)
@@ -282,7 +280,7 @@ def simple_level(num_levels: int, level: float = 0.95) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values: below 0.05 at most 5% of families have any false positive.
+    """Returns Holm's adjusted p values; below 0.05, at most 5% of families have a false positive.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -295,7 +293,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values: of those below 0.05, at most 5% are false on average.
+    """Returns adjusted p values; of those below 0.05, at most 5% are false on average.
 
     >>> benjamini_hochberg([0.01, 0.04, 0.03])
     [0.03, 0.04, 0.04]
@@ -309,10 +307,10 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
 
 
 def is_equivalent(found: Interval, margin: float, *, level: float = 0.90) -> bool:
-    """True where two one-sided tests show a difference smaller than the margin (TOST): at 5% by an
-    interval of 90%; several of them together by intervals of 1 - 0.10 / their number.
+    """True if two one-sided tests (TOST) show a difference smaller than the margin: at 5%, from a
+    90% interval; for several effects together, from intervals at level 1 - 0.10 / their number.
 
-    False for single runs: they say nothing about recipes.
+    False for single runs, which say nothing about recipes.
     """
     if not math.isclose(found.level, level):
         raise ValueError(f"got an interval of {found.level:.0%}, expected one of {level:.0%}")
@@ -329,10 +327,10 @@ def noise_floor(
     *,
     level: float = 0.95,
 ) -> float | None:
-    """The difference that two single runs of one recipe stay below, by the runs of one pool.
+    """Returns the difference that two single runs of one recipe stay below, from runs of one pool.
 
-    The error over rows is the mean of that of any two runs of a cell. None where no cell has two
-    runs, or nothing varies.
+    The row variance is the mean over all pairs of runs in a cell. None if no cell has two runs, or
+    if nothing varies.
     """
     differences = [first - second for cell in cells for first, second in combinations(cell.sums, 2)]
     if not differences:
@@ -352,9 +350,9 @@ def compare_single_runs(
     *,
     level: float = 0.95,
 ) -> Interval:
-    """The interval of the difference of two runs (rows,), compared minus reference.
+    """Returns the interval of the difference of two runs (rows,), compared minus reference.
 
-    The spread of seeds is that of `cells`: the replicated pool to which both runs belong.
+    The seed variance is from `cells`, the replicated pool of both runs.
     """
     pair = CellScores((compared - reference)[np.newaxis], "")
     rows_only = interval([pair], [1.0], tokens, groups, level=level, statement="rows")
@@ -370,13 +368,13 @@ def compare_single_runs(
         v_seed=errors.v_seed,
         df_seed=errors.df_seed,
         num_seeds=(1, 1),
-        design=f"two single runs; spread of seeds from {len(cells)} cells of the same pool",
+        design=f"two single runs; seed variance from {len(cells)} cells of the same pool",
         note="",
     )
 
 
 def mcnemar(reference: Floats, compared: Floats) -> float:
-    """The exact p of two models' scores of 0 and 1 on the same rows (rows,).
+    """Returns the exact p of two models' scores of 0 and 1 on the same rows (rows,).
 
     >>> mcnemar(np.array([0.0, 0, 0, 0, 0, 1]), np.array([1.0, 1, 1, 1, 1, 1]))
     0.0625
@@ -387,14 +385,14 @@ def mcnemar(reference: Floats, compared: Floats) -> float:
 
 
 def _choose_statement(statement: Statement, parts: Parts) -> tuple[Statement, list[str]]:
-    """What can be said of the seeds and rows that there are, and the reason where it is less."""
+    """Returns the statement that these seeds and rows allow, with the reason if it is reduced."""
     if parts.df_seed is None:
         statement = "rows"
     if parts.num_groups > 1 or statement == "seeds":
         return statement, []
     if statement == "seeds and rows":
-        return "seeds", ["one group of rows: nothing is said about others"]
-    return "rows", ["one group of rows"]
+        return "seeds", ["only one group of rows: no conclusion about other rows"]
+    return "rows", ["only one group of rows"]
 
 
 def _interval_per_seed(
@@ -409,13 +407,13 @@ def _interval_per_seed(
     cell = per_seed_cell(cells, weights)
     count = len(cell.sums)
     found = interval([cell], [1.0], tokens, groups, level=level, statement=statement)
-    same = "; initial weights and row order are the same" if design == "paired" else ""
+    same = ", same initial weights and row order" if design == "paired" else ""
     used = [len(one.sums) for one, weight in zip(cells, weights, strict=True) if weight != 0]
     notes = [found.note] if found.note else []
     if (num_used := count * len(used)) < sum(used):
         notes.append(
-            f"{num_used} of {sum(used)} runs count here: seeds that are not in every cell are left"
-            " out"
+            f"only {num_used} of {sum(used)} runs count here, because seeds missing from some cell"
+            " are left out"
         )
     return replace(
         found,
@@ -426,7 +424,7 @@ def _interval_per_seed(
 
 
 def _choose_wider(pooled: Interval, per_seed: Interval) -> Interval:
-    """The wider of two intervals, where seeds seem to act on the cells of a contrast in common."""
+    """Returns the wider interval if seeds seem to have a common effect, else the pooled one."""
     assert pooled.df_seed is not None and per_seed.df_seed is not None
     if per_seed.v_seed == 0:
         return pooled
@@ -436,7 +434,7 @@ def _choose_wider(pooled: Interval, per_seed: Interval) -> Interval:
         return pooled
     wider = max(pooled, per_seed, key=lambda one: one.half_width or 0.0)
     other = per_seed if wider is pooled else pooled
-    note = f"shared seeds act alike on several cells (p = {p:.2f}): the wider of two intervals"
+    note = f"shared seeds may affect cells alike (p = {p:.2f}): this is the wider of two intervals"
     return replace(
         wider,
         # At each level the wider of the two
@@ -453,7 +451,7 @@ def _apply_mcnemar(
     tokens: Floats,
     groups: Ints | None,
 ) -> Interval:
-    """The interval with the exact p, where two single runs have scores of 0 and 1, no groups."""
+    """Returns the interval, with McNemar's p for two single runs with 0/1 scores and no groups."""
     used = [(weight, cell.sums) for weight, cell in zip(weights, cells, strict=True) if weight != 0]
     is_pair = sorted(weight for weight, _ in used) == [-1, 1] and found.num_seeds == (1, 1)
     has_groups = groups is not None and len(np.unique(groups)) < len(groups)
@@ -462,22 +460,22 @@ def _apply_mcnemar(
     reference, compared = (sums[0] for _, sums in sorted(used, key=lambda one: one[0]))
     if not np.isin([reference, compared], (0.0, 1.0)).all():
         return found
-    return replace(found, p=mcnemar(reference, compared), note="p by McNemar's exact test")
+    return replace(found, p=mcnemar(reference, compared), note="p from McNemar's exact test")
 
 
 def _describe_pools(cells: Sequence[CellScores], weights: Sequence[float], design: Design) -> str:
     if design == "separate":
-        return "each cell with its own spread of seeds (Welch)"
+        return "each cell with its own seed variance (Welch)"
     used = {cell.pool for cell, weight in zip(cells, weights, strict=True) if weight != 0}
     replicated = Counter(cell.pool for cell in cells if cell.pool in used and len(cell.sums) > 1)
     counts = ", ".join(f"{count} cells of {pool}" for pool, count in sorted(replicated.items()))
-    return f"spread of seeds pooled over {counts}"
+    return f"seed variance pooled over {counts}"
 
 
 def _list_shared_seeds(
     cells: Sequence[CellScores], weights: Sequence[float]
 ) -> tuple[Hashable, ...]:
-    """The seeds that all cells of a weight have, in the order of the first of them."""
+    """Returns the seeds that all weighted cells share, in the order of the first cell."""
     lists = [cell.seeds for cell, weight in zip(cells, weights, strict=True) if weight != 0]
     if any(len(set(seeds)) < len(seeds) for seeds in lists):
         raise ValueError(f"a cell has two runs of one seed: {lists}")
@@ -485,7 +483,7 @@ def _list_shared_seeds(
 
 
 def _orthonormal_contrasts(count: int) -> Floats:
-    """(count - 1, count): rows of length 1 that sum to 0 and are orthogonal (Helmert's)."""
+    """Returns Helmert's contrasts (count - 1, count): orthogonal rows of length 1 that sum to 0."""
     rows = np.zeros((count - 1, count))
     for index in range(1, count):
         rows[index - 1, :index] = 1.0
@@ -497,11 +495,11 @@ def _orthonormal_contrasts(count: int) -> Floats:
 def _single_run_errors(
     cells: Sequence[CellScores], tokens: Floats, groups: Ints | None, v_row: float
 ) -> Errors:
-    """The errors of the difference of two single runs of the pool that `cells` are."""
+    """Returns the errors of the difference of two single runs of the pool `cells`."""
     pools = {cell.pool for cell in cells}
     if len(pools) != 1:
         raise ValueError(f"single runs are compared within one pool, got {sorted(pools)}")
-    # Any weight of one run: V is s2 / S
+    # The weight is arbitrary: V is s2 / S
     [index] = [i for i, cell in enumerate(cells) if len(cell.sums) > 1][:1]
     weights = [float(i == index) for i in range(len(cells))]
     parts = measure(cells, weights, tokens, groups)

@@ -1,8 +1,8 @@
-"""A report as CSV, one line per run, as JSON and as LaTeX tables.
+"""A report as CSV (one line per run), as JSON and as LaTeX tables.
 
-CSV and JSON are complete and unrounded; `report.schema.json` describes the JSON. What is missing is
-blank, in JSON null. No text from a recipe or a record is a command to a spreadsheet, a terminal or
-TeX.
+CSV and JSON are complete and unrounded; `report.schema.json` describes the JSON. Missing values are
+blank in CSV and null in JSON. Texts from recipes and records are escaped, so that no spreadsheet,
+terminal or TeX runs them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from runner.report.wording import (
 )
 from runner.strict import thaw
 
-# Raised when a field of the JSON gets another name or meaning.
+# Increased when a field of the JSON changes its name or meaning
 FORMAT_VERSION: Final = 1
 LEVEL: Final = 0.95
 _FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r")
@@ -59,8 +59,8 @@ MAX_TEX_CELL: Final = 200  # characters of a text from data
 
 
 def format_csv(report: Report) -> str:
-    """One line per run; axes are headed `axes.NAME`, so that an axis called `state` stays apart
-    from the state.
+    """Returns one line per run. Axes are headed `axes.NAME`, so an axis called `state` does not
+    collide with the state.
     """
     lines = list_rows(report)
     stream = io.StringIO()
@@ -115,7 +115,7 @@ def _list_keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _write_cell(value: Any) -> str:
-    """A cell that a spreadsheet does not take for a formula, nor a terminal for a command.
+    """Writes a cell that neither a spreadsheet nor a terminal executes.
 
     >>> _write_cell("=cmd"), _write_cell("-0.5"), _write_cell(-0.5), _write_cell(None)
     ("'=cmd", '-0.5', '-0.5', '')
@@ -138,7 +138,7 @@ def _is_number(text: str) -> bool:
 
 
 def _build_fields(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
-    """Everything measured about a run, flat; what is said of answers only where some run has
+    """Returns everything measured about a run, flat; fields on answers only if some run has
     `metrics`.
     """
     fields = {
@@ -183,7 +183,7 @@ def _build_fields(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def format_json(report: Report) -> str:
-    """Everything that a report knows, but for the scores of single rows."""
+    """Returns the whole report, except for per-row scores."""
     metrics = list_metrics(report.rows)
     text = dump_json(
         {
@@ -207,12 +207,12 @@ def format_json(report: Report) -> str:
 
 
 def escape_json_controls(text: str) -> str:
-    """The same JSON without terminal controls: within it only texts hold any."""
+    """Returns the same JSON with terminal controls escaped; only its texts can contain any."""
     return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def dump_effects(cells: Sequence[Cell], effects: Sequence[AxisEffects]) -> dict[str, Any]:
-    """Effects, and the cells that they are of, as the JSON of a report has them."""
+    """Returns effects and their cells as in the JSON of a report."""
     at = {_key_cell(cell): number for number, cell in enumerate(cells)}
     return {
         "effects": [_dump_axis(one, at) for one in effects],
@@ -236,7 +236,7 @@ def _dump_row(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
         "versions": dict(row.versions),
         "hardware": dict(row.hardware),
         **{name: list(getattr(row, name)) for name in _ATTEMPT_NUMBERS},
-        # With what was declared then and today, it says what is confirmatory
+        # Together with the declarations then and now, it shows which contrasts are confirmatory
         "started_at_utc": row.started_at_utc,
         "declared_then": _dump_declared(row.declared_then),
         "declared_now": _dump_declared(row.declared_now),
@@ -244,7 +244,7 @@ def _dump_row(row: ReportRow, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def _dump_declared(contrasts: Iterable[Any] | None) -> list[dict[str, Any]] | None:
-    """Declared contrasts as a recipe states them; null where no attempt recorded any recipe."""
+    """Returns declared contrasts as in a recipe; null if no attempt recorded a recipe."""
     if contrasts is None:
         return None
     return [
@@ -393,7 +393,7 @@ _NUMBERS: Final = (
 
 
 def dump_interval(interval: Interval | None) -> dict[str, Any]:
-    """All that an interval says; null where there is none."""
+    """Returns all fields of an interval; null if there is none."""
     bounds = None
     if interval is not None and interval.bounds is not None:
         bounds = [finite(end) for end in interval.bounds]
@@ -414,9 +414,7 @@ def dump_interval(interval: Interval | None) -> dict[str, Any]:
 def _dump_pair(
     reference: Cell, compared: Cell, metric: str, at: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The two cells by their number in `cells`, and their differences by seed where they share
-    it.
-    """
+    """Returns the two cells by their number in `cells`, and the difference for each shared seed."""
     first, second = reference.scores.get(metric, {}), compared.scores.get(metric, {})
     difference = None
     if first and second:
@@ -434,8 +432,8 @@ def _dump_pair(
 
 
 def format_tex(report: Report) -> str:
-    """Booktabs tables for a paper: effects by metric, then cells, and below them what is not
-    comparable or limits a number.
+    """Returns booktabs tables for a paper: effects by metric, then cells, with notes on refusals,
+    flags and warnings.
     """
     parts = ["% Tables of `runner report`; needs \\usepackage{booktabs}"]
     for metric in report.metrics:
@@ -465,10 +463,10 @@ def _draw_effects_tex(
     better = "smaller" if metric.mode == "min" else "larger"
     caption = (
         f"Effects on {metric.title} ({metric.unit}; {better} is better): compared minus reference,"
-        " with its interval (level) over seeds and rows unless the last column says otherwise;"
-        " intervals at the levels of another axis hold together at 95%; p adjusted,"
-        " with a dagger where the contrast was declared before the first launch (Holm), else"
-        " exploratory (Benjamini-Hochberg); in brackets: below the noise floor."
+        " with the interval (level) over seeds and rows unless the last column says otherwise."
+        " Intervals at the levels of another axis hold jointly at 95%. p is adjusted, by Holm for"
+        " contrasts declared before the first launch (dagger), otherwise by Benjamini-Hochberg"
+        " (exploratory). In parentheses: below the noise floor."
     )
     header = ["Axis", "Contrast", "At", "Difference", "Interval", "p", r"Seeds $\times$ rows", ""]
     table = _draw_table_tex(caption, "lllrrrrl", header, lines)
@@ -476,7 +474,7 @@ def _draw_effects_tex(
 
 
 def _list_told(effects: AxisEffects) -> list[Effect]:
-    """Numbers and refusals, not single runs."""
+    """Returns effects with a number or a refusal, without those of single runs."""
     numbers = list_numbers(effects)
     return [one for one in effects.shown if one.refused or one in numbers]
 
@@ -524,7 +522,7 @@ def _draw_cells_tex(report: Report) -> str:
     table = _draw_table_tex(caption, columns, header, lines)
     missing = [text for cell in report.cells for text in cell.missing]
     return (
-        f"{table}\n{_draw_notes_tex(['Without a score: ' + '; '.join(missing)])}"
+        f"{table}\n{_draw_notes_tex(['Runs without a score: ' + '; '.join(missing)])}"
         if missing
         else table
     )
@@ -533,7 +531,7 @@ def _draw_cells_tex(report: Report) -> str:
 def _draw_table_tex(
     caption: str, columns: str, header: Sequence[str], lines: Iterable[Sequence[str]]
 ) -> str:
-    """A table whose cells are TeX already; only the caption is escaped here."""
+    """Draws a table whose cells are already TeX; only the caption is escaped here."""
     rows = [" & ".join(cells) + r" \\" for cells in lines]
     return "\n".join(
         [
@@ -558,7 +556,7 @@ def _draw_notes_tex(notes: Iterable[str]) -> str:
 
 
 def _math(text: str) -> str:
-    """Our own numbers, with TeX's minus and plus-minus."""
+    """Formats our own numbers in math mode, with TeX's minus and plus-minus."""
     return f"${text.replace('±', chr(92) + 'pm')}$" if text else ""
 
 
@@ -578,7 +576,7 @@ _TEX: Final[Mapping[str, str]] = {
     "|": r"\textbar{}",
     '"': r"\textquotedbl{}",
     "`": r"\textasciigrave{}",
-    # After the end of a table's line these are its arguments
+    # After the end of a table row, TeX would read these as its arguments
     "[": "{[}",
     "]": "{]}",
     "*": "{*}",
@@ -586,10 +584,10 @@ _TEX: Final[Mapping[str, str]] = {
 
 
 def escape_tex(text: str, most: int = MAX_TEX_CELL) -> str:
-    r"""A text that TeX prints as it is, cut in the middle where it is too long.
+    r"""Escapes a text so that TeX prints it literally; an overlong text is cut in the middle.
 
     >>> print(escape_tex(r"\input{a_b}"))
     \textbackslash{}input\{a\_b\}
     """
     shown = "".join(_TEX.get(character, character) for character in make_safe(text, most))
-    return re.sub("-(?=-)", "-{}", shown)  # two are a dash
+    return re.sub("-(?=-)", "-{}", shown)  # TeX would print two as a dash

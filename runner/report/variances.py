@@ -1,7 +1,7 @@
-"""The variances that an interval is made of: of the seeds, of the rows, and of what is left.
+"""The variances behind an interval: of seeds, of rows, and the residual.
 
-`measure` reduces the cells of a contrast to a few numbers; `Errors` turns them into half the width
-of an interval, and back into a p.
+`measure` reduces the cells of a contrast to a few numbers; `Errors` turns them into the half-width
+of an interval, or into a p.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from runner.errors import RunnerError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-# Of a score: standard errors below it are rounding
+# Relative to a score: smaller standard errors are rounding
 ROUNDING: Final = 1e-12
-# Below this p, the spread of the seeds of a contrast is told to be another than that of its pool
+# Below this p, a note says that the seed variance of a contrast differs from that of its pool
 OTHER_SPREAD: Final = 0.01
 
 
 class NotComparableError(RunnerError):
-    """Scores of which no difference may be taken."""
+    """Raised for scores that must not be subtracted."""
 
 
 @dataclass(frozen=True, eq=False)
 class CellScores:
-    """The runs of one cell, row by row.
+    """The per-row scores of the runs of one cell.
 
-    `sums` are (seeds, rows): nats over the scored tokens of a row, or its score by a metric.
-    Cells of one `pool` share the spread of their seeds: those of one base model and task.
+    `sums` (seeds, rows) are nats over the scored tokens of a row, or its score by a metric. Cells
+    of one `pool` (one base model and task) share one seed variance.
     """
 
     sums: Floats
     pool: str
-    # Of each run its `training.seed`, by which cells share seeds; () where none is shared.
+    # `training.seed` of each run, to find shared seeds; () if none is shared
     seeds: tuple[Hashable, ...] = ()
-    # (rows,): where given, it must be equal to the tokens of the comparison
+    # (rows,): if given, must equal the tokens of the comparison
     tokens: Floats | None = None
     name: str = ""  # for errors
 
     @cached_property
     def deviations(self) -> Floats:
-        """(seeds,): the sum over all rows of each run, from the mean of the cell.
+        """(seeds,): the sum over all rows of each run, minus the mean of the cell.
 
-        Computed once, for the other cells of a pool are looked at in every contrast.
+        Computed once, because every contrast uses the other cells of its pool.
         """
         totals = self.sums.sum(axis=1)
-        # From the first run, such that equal runs differ by exactly 0
+        # Relative to the first run, so that equal runs differ by exactly 0
         deviations = totals - totals[0]
         return np.asarray(deviations - deviations.mean())
 
@@ -67,13 +67,13 @@ class CellScores:
 
 @dataclass(frozen=True)
 class Parts:
-    """The variances of one contrast. `pools`: of each pool that is used, the variance and nu."""
+    """The variances of one contrast. `pools`: variance and nu of each used pool."""
 
     estimate: float
     v_seed: float
     v_row: float
     v_res: float
-    df_seed: float | None  # None where a pool that is used has no replication
+    df_seed: float | None  # None if a used pool has no replication
     df_row: float
     num_groups: int
     pools: Mapping[str, tuple[float, int]]
@@ -81,7 +81,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Errors:
-    """The variances that an interval is made of; `v_common` is R, rows without the residual."""
+    """The variances behind an interval; `v_common` is R, the row variance without the residual."""
 
     v_seed: float
     v_row: float
@@ -90,7 +90,7 @@ class Errors:
     df_row: float
 
     def half_width(self, alpha: float) -> float:
-        """Half the width of the interval of level 1 - alpha; larger for smaller alpha."""
+        """Returns the half-width of the interval at level 1 - alpha; larger for smaller alpha."""
         t_row = -float(stdtrit(self.df_row, alpha / 2))
         half = t_row * math.sqrt(self.v_row)
         both = self.v_seed + self.v_common
@@ -101,7 +101,7 @@ class Errors:
         return half
 
     def find_p(self, estimate: float) -> float:
-        """The alpha whose interval just reaches 0."""
+        """Returns the alpha whose interval just reaches 0."""
         if estimate == 0:
             return 1.0
         size = math.log(abs(estimate))
@@ -109,7 +109,7 @@ class Errors:
         def exceed(log_alpha: float) -> float:
             return math.log(self.half_width(math.exp(log_alpha))) - size
 
-        # Below exp(-200) quantiles of t are not reliable
+        # Quantiles of t are not reliable below exp(-200)
         smallest, largest = -200.0, -1e-6
         if exceed(smallest) <= 0:
             return 0.0
@@ -124,10 +124,10 @@ def measure(
     tokens: Floats,
     groups: Ints | None,
 ) -> Parts:
-    """The estimate of sum_c weights[c] * (mean score of cell c) and its variances.
+    """Returns the estimate of sum_c weights[c] * (mean score of cell c) and its variances.
 
     Raises:
-        NotComparableError: cells were scored on other rows or tokens, or one that counts is empty.
+        NotComparableError: cells were scored on other rows or tokens, or a weighted one is empty.
     """
     check_comparable(cells, weights, tokens)
     by_group = _Groups(groups)
@@ -175,8 +175,8 @@ def measure(
 
 
 def describe_other_spread(used: Sequence[CellScores], others: Sequence[CellScores]) -> str:
-    """A warning where the cells of a contrast spread otherwise over their seeds than the others of
-    their pools: an F test, two-sided, at 1%. Empty where they do not, or where there are no others.
+    """Returns a warning if the seed variance of a contrast's cells differs from the rest of their
+    pools (two-sided F test at 1%); empty if it does not, or if there are no other cells.
     """
     nus = [sum(len(cell.sums) - 1 for cell in cells if len(cell.sums)) for cells in (used, others)]
     squares = [sum(cell.squares for cell in cells if len(cell.sums)) for cells in (used, others)]
@@ -189,16 +189,16 @@ def describe_other_spread(used: Sequence[CellScores], others: Sequence[CellScore
     more, wrong = ("more", "narrow") if ratio > 1 else ("less", "wide")
     times = math.sqrt(max(ratio, 1 / ratio))
     return (
-        f"seeds vary {times:.2g} times {more} in these cells than in those that they are pooled"
-        f" with (p = {p:.2g}): the interval may be too {wrong}"
+        f"seeds vary {times:.2g} times {more} in these cells than in the cells they are pooled"
+        f" with (p = {p:.2g}), so the interval may be too {wrong}"
     )
 
 
 def check_comparable(cells: Sequence[CellScores], weights: Sequence[float], tokens: Floats) -> None:
-    """Refuse scores of other rows or other tokens than those of the comparison.
+    """Refuses scores on other rows or tokens than those of the comparison.
 
     Raises:
-        NotComparableError: naming the cell and what differs.
+        NotComparableError: with the cell and the difference.
     """
     for cell, weight in zip(cells, weights, strict=True):
         name = cell.name or "a cell"
@@ -211,7 +211,7 @@ def check_comparable(cells: Sequence[CellScores], weights: Sequence[float], toke
         if own is not None and own is not tokens and not np.array_equal(own, tokens):
             raise NotComparableError(
                 f"{name} was scored on {own.sum():,.0f} tokens, not on the same"
-                f" {tokens.sum():,.0f} as the others: no difference per token is taken"
+                f" {tokens.sum():,.0f} as the others, so scores per token cannot be subtracted"
             )
         if weight != 0 and len(cell.sums) == 0:
             raise NotComparableError(f"{name} has no scored run")
@@ -228,14 +228,14 @@ class _Groups:
             self._starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
 
     def sum(self, values: Floats) -> Floats:
-        """(..., rows) to (..., groups)."""
+        """Sums (..., rows) to (..., groups)."""
         if self._order is None:
             return values
         return np.add.reduceat(values[..., self._order], self._starts, axis=-1)
 
 
 def _leave_one_out_variance(sums: Floats, tokens: Floats) -> float:
-    """The variance of a ratio of sums, each group left out in turn."""
+    """Returns the jackknife variance of a ratio of sums, leaving out one group at a time."""
     count = len(sums)
     if count < 2:
         return 0.0
@@ -245,12 +245,12 @@ def _leave_one_out_variance(sums: Floats, tokens: Floats) -> float:
 
 
 def satterthwaite(pools: Sequence[tuple[float, int]]) -> float:
-    """The degrees of freedom of a sum of variances, each with its own; at least 1.
+    """Returns the degrees of freedom of a sum of variances, from those of each; at least 1.
 
     >>> satterthwaite([(1.0, 2), (1.0, 2)]), satterthwaite([(1.0, 2), (0.0, 2)])
     (4.0, 2.0)
     """
     total = sum(variance for variance, _ in pools)
     parts = sum(variance**2 / nu for variance, nu in pools)
-    # Nothing varies: as many as there are
+    # If nothing varies, all degrees of freedom count
     return max(1.0, total**2 / parts if parts > 0 else float(sum(nu for _, nu in pools)))

@@ -1,7 +1,7 @@
-"""The answer of a report in words, a sentence for each thing that can be said.
+"""The verdicts of a report: one sentence for each conclusion that the runs allow.
 
-Declared contrasts come first, each with its number. Of all others the clear ones are told, and
-those that are not are named together: an effect that is not clear is never told as equality.
+Declared contrasts come first, each with its estimate. Of the others, clear effects get a sentence
+each and unclear ones are named together. An unclear effect is never reported as equality.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from runner.report.effects import AxisEffects, Effect, Equivalence, Report
 from runner.report.rows import axis_text
 from runner.report.wording import name_some
 
-_ALPHA: Final = 0.05  # as `Effect.is_clear`
-_MAX_LEVELS: Final = 6  # of another axis, told one by one
-_MAX_TOLD: Final = 8  # exploratory contrasts, with all their numbers
+_ALPHA: Final = 0.05  # the same as in `Effect.is_clear`
+_MAX_LEVELS: Final = 6  # of another axis, with a sentence each
+_MAX_TOLD: Final = 8  # exploratory contrasts with all their numbers
 _MAX_NAMED: Final = 8
 
 
 def write_verdicts(report: Report) -> list[str]:
-    """The sentences, declared contrasts first."""
+    """Returns the sentences, declared contrasts first."""
     if not any(cell.scores for cell in report.cells):
         if any(row.is_scored for row in report.rows):
             reasons = [reason for cell in report.cells for reason in cell.missing]
-            return [f"There are scores, and no two that compare: {_name_some(reasons)}."]
+            return [f"The runs have scores, but no two are comparable: {_name_some(reasons)}."]
         changed = [row for row in report.rows if row.state == "changed"]
         if not changed:
             return ["No run has a score yet."]
         runs = "1 run was" if len(changed) == 1 else f"{len(changed)} runs were"
         return [
-            f"No run of these recipes has a score: {runs} made by recipes that have changed since;"
-            " name the run directories to see what those show."
+            f"No run of these recipes has a score: {runs} made from recipes that have since"
+            " changed. Pass the run directories to see those results."
         ]
     if not report.effects:
-        return ["The runs differ in no axis but the seed: there is nothing to compare."]
+        return ["The runs differ in no axis other than the seed, so there is nothing to compare."]
     places = {(one.grid, one.task) for one in report.effects}
     writer = _Writer(with_grid=len({grid for grid, _ in places}) > 1, with_task=len(places) > 1)
     declared = [one for one in report.effects if one.is_declared]
@@ -52,24 +52,24 @@ class _Writer:
         self._with_grid, self._with_task = with_grid, with_task
 
     def tell_all(self, one: AxisEffects) -> list[str]:
-        """A contrast with every number that answers it."""
+        """Returns the sentences of a contrast, with every number that answers it."""
         name = self._name(one)
         if not one.main:
             declared = "declared, " if one.is_declared else ""
             values = f"{name} ({declared}{_describe_values(one)}, {one.metric.title})"
-            return [f"No number for {values}: {_name_some(one.unpaired)}."]
+            return [f"No estimate for {values}: {_name_some(one.unpaired)}."]
         sentences = []
         if one.depends_on:
             sentences.append(f"{name}: {_describe_dependence(one)}.")
         for effect in one.main[:_MAX_LEVELS]:
             sentences.append(f"{name}: {_describe(effect)}.")
         if len(one.main) > _MAX_LEVELS:
-            sentences.append(f"{name}: {len(one.main) - _MAX_LEVELS} more in the table of effects.")
+            sentences.append(f"{name}: {len(one.main) - _MAX_LEVELS} more in the effects table.")
         flags = dict.fromkeys(flag for effect in one.main for flag in effect.flags)
         return sentences + [f"{flag}." for flag in flags if questions_the_axis(flag)]
 
     def tell_others(self, effects: Sequence[AxisEffects]) -> list[str]:
-        """Exploratory contrasts: what is clear or depends, then the rest by name."""
+        """Returns sentences on exploratory contrasts; those that are unclear are only named."""
         clear, unclear = [], []
         refused: dict[str, list[str]] = {}
         for one in effects:
@@ -88,15 +88,15 @@ class _Writer:
         sentences = [text for one in clear[:_MAX_TOLD] for text in self.tell_all(one)]
         if more := [self._name_values(one) for one in clear[_MAX_TOLD:]]:
             sentences.append(
-                f"Clear, or dependent on another axis, in the table of effects: {_name_some(more)}."
+                f"Also clear, or dependent on another axis (effects table): {_name_some(more)}."
             )
         if unclear:
             sentences.append(
-                f"No clear difference, which does not show that two values are equal:"
+                f"No clear difference, which does not show that the values are equal:"
                 f" {_name_some(unclear)}."
             )
         return sentences + [
-            f"No number for {_name_some(names)}: {reason}." for reason, names in refused.items()
+            f"No estimate for {_name_some(names)}: {reason}." for reason, names in refused.items()
         ]
 
     def _name_values(self, one: AxisEffects) -> str:
@@ -109,7 +109,7 @@ class _Writer:
 
 
 def _list_reasons(one: AxisEffects) -> list[str]:
-    """Why there is no number: runs that do not compare, or cells without a pair."""
+    """Returns the reasons for a missing estimate: incomparable runs, or cells without a pair."""
     if not one.main:
         return [_name_some(one.unpaired)]
     return [reason for effect in one.main for reason in effect.refused]
@@ -125,27 +125,27 @@ def _describe_dependence(one: AxisEffects) -> str:
         f"{axis} (interaction {_format_p(tests[axis].p)})" for axis in one.depends_on
     )
     return (
-        f"the effect of {_describe_values(one)} on {one.metric.title} depends on {others}:"
-        " no overall number"
+        f"the effect of {_describe_values(one)} on {one.metric.title} depends on {others},"
+        " so no overall effect is given"
     )
 
 
 def _describe(effect: Effect) -> str:
-    """What an effect says, without the name of its axis and without a full stop."""
+    """Describes an effect without the name of its axis and without a full stop."""
     first, second = axis_text(effect.reference), axis_text(effect.compared)
     place = f" at {describe_at(effect.at)}" if effect.at else ""
     interval = effect.interval
     if interval is None:
-        return f"no number for {first} -> {second}{place}: {'; '.join(effect.refused)}"
+        return f"no estimate for {first} -> {second}{place}: {'; '.join(effect.refused)}"
     if interval.kind == "identical":
         if interval.estimate == 0:
             return (
-                f"{effect.metric.title}: every test row scores the same under {first} and under"
+                f"{effect.metric.title}: every test row has the same score under {first} and"
                 f" {second}{place}"
             )
         return (
-            f"{second} differs from {first}{place} by {abs(interval.estimate):.3g}"
-            f" {effect.metric.unit} in every row alike, so there is no interval"
+            f"{second} differs from {first}{place} by the same {abs(interval.estimate):.3g}"
+            f" {effect.metric.unit} in every row, so there is no interval"
         )
     if interval.kind == "rows":
         return f"{first} -> {second}{place}: one seed, so no verdict"
@@ -162,16 +162,17 @@ def _describe(effect: Effect) -> str:
         told = f"{better} is better than {worse} by {size}{place}{mean} ({details})"
         if effect.is_below_noise and effect.noise_floor is not None:
             told += (
-                "; in 95% of cases two single runs of one recipe differ by less than"
-                f" {effect.noise_floor:.{digits}f}"
+                "; this is below the noise floor: two single runs of one recipe differ by less than"
+                f" {effect.noise_floor:.{digits}f} in 95% of cases"
             )
     else:
         told = (
-            f"no clear difference between {first} and {second}{place}{mean}: {better} is better by"
-            f" {size} ({details}){_explain_unclear(effect)}; this does not show that they are equal"
+            f"no clear difference between {first} and {second}{place}{mean}: the estimate favors"
+            f" {better} by {size} ({details}){_explain_unclear(effect)};"
+            " this does not show that they are equal"
         )
     if effect.depends_on:
-        told += f"; it is a mean over {' and '.join(effect.depends_on)}, which it depends on too"
+        told += f"; it is a mean over {' and '.join(effect.depends_on)}, on which it also depends"
     if effect.equivalence is not None:
         told = _add_margin(told, effect, effect.equivalence, digits)
     if interval.note:
@@ -182,7 +183,7 @@ def _describe(effect: Effect) -> str:
 
 
 def _explain_unclear(effect: Effect) -> str:
-    """Why there is no clear difference where one of interval and p would show one."""
+    """Explains an unclear effect whose interval and p disagree; empty if they agree."""
     interval = effect.interval
     if interval is None or interval.bounds is None or effect.p_adjusted is None:
         return ""
@@ -192,32 +193,37 @@ def _explain_unclear(effect: Effect) -> str:
         number = round(_ALPHA / (1 - interval.level))
         if number > 1:
             what = "levels" if len(effect.at) == 1 else "pairs of cells"
-            why = f"the intervals at the {number} {what} hold together at 95%, and this one"
+            why = (
+                f"the intervals at the {number} {what} are wider, to hold jointly at 95%, and this"
+                " one"
+            )
         else:
-            why = "p is below 0.05, and the interval"
+            why = "p is below 0.05, but the interval"
         return f"; {why} includes 0"
     if not holds_0 and not is_significant:
-        others = "all that is declared" if effect.is_confirmatory else "all that is exploratory"
-        return f"; the interval does not include 0, and p, which counts {others}, is not below 0.05"
+        others = "all declared effects" if effect.is_confirmatory else "all exploratory effects"
+        return f"; the interval excludes 0, but p, adjusted over {others}, is not below 0.05"
     return ""
 
 
 def _add_margin(told: str, effect: Effect, equivalence: Equivalence, digits: int) -> str:
-    """What is told of an effect, with what the declared margin adds to it."""
+    """Returns the sentence on an effect, extended by the result for the declared margin."""
     interval = effect.interval
     assert interval is not None and interval.half_width is not None
     margin = f"{equivalence.margin:g}"
     if effect.is_clear and abs(interval.estimate) - interval.half_width > equivalence.margin:
-        return f"{told}; that is more than the declared margin of {margin}"
+        return f"{told}; this exceeds the declared margin of {margin}"
     low, high = equivalence.interval
-    if interval.estimate < 0:  # as the size and its interval: how much better the better one is
+    if interval.estimate < 0:  # like the size above: by how much the better value is better
         low, high = -high, -low
     level = f"{equivalence.level * 100:.4g}%"
     ends = f"{level} interval of the difference {low:.{digits}f} to {high:.{digits}f}"
     if equivalence.is_shown:
         told = told.removesuffix("; this does not show that they are equal")
         unit = effect.metric.unit
-        return f"{told}; the two are equivalent within the declared {margin} {unit} ({ends})"
+        return (
+            f"{told}; the two are equivalent within the declared margin of {margin} {unit} ({ends})"
+        )
     return f"{told}; equivalence within {margin} is not shown ({ends})"
 
 
@@ -226,14 +232,14 @@ def _describe_unit(effect: Effect) -> str:
 
 
 def _describe_runs(effect: Effect) -> str:
-    """`3 seeds x 100 test rows`, by what the interval speaks of."""
+    """Returns `3 seeds x 100 test rows`, or only the seeds if the rows are fixed."""
     interval = effect.interval
     assert interval is not None
     counts = sorted(set(interval.num_seeds))
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     noun = "seed" if counts == [1] else "seeds"
     if interval.kind == "seeds":
-        return f"{seeds} {noun}, these very test rows"
+        return f"{seeds} {noun}, these test rows only"
     rows = effect.pairs[0][0].runs[0].num_test_rows
     known = [run.num_test_rows for run in effect.pairs[0][0].runs if run.num_test_rows is not None]
     rows = known[0] if known else rows
@@ -250,7 +256,7 @@ def _describe_p(effect: Effect) -> str:
 
 
 def _format_p(p: float) -> str:
-    """A p for people.
+    """Formats a p value for a sentence.
 
     >>> _format_p(0.0004), _format_p(0.0312)
     ('p < 0.001', 'p = 0.031')
@@ -259,7 +265,7 @@ def _format_p(p: float) -> str:
 
 
 def _choose_digits(half_width: float) -> int:
-    """Decimals that show half the width of an interval with two digits at least.
+    """Returns the decimals that show at least two digits of the half-width of an interval.
 
     >>> _choose_digits(0.031), _choose_digits(0.0004), _choose_digits(2.5)
     (3, 5, 3)
@@ -271,7 +277,7 @@ def _choose_digits(half_width: float) -> int:
 
 
 def _tell_single_seeds(report: Report) -> list[str]:
-    """What one seed allows, by grid."""
+    """Returns a sentence for each grid whose seeds are too few for a verdict."""
     sentences = []
     for grid in dict.fromkeys(one.grid for one in report.effects):
         rows_only = [
@@ -289,15 +295,15 @@ def _tell_single_seeds(report: Report) -> list[str]:
             if any(len(cell.runs) > 1 for cell in of_grid):
                 missing = [reason for cell in of_grid for reason in cell.missing]
                 sentences.append(
-                    f"{grid} has too few seeds with a score to say anything of {axes}:"
-                    f" {_name_some(missing)}; `runner compare {first} {second} --grid {grid}` shows"
-                    " what differs between the models that there are (rows only, no verdict)."
+                    f"{grid} has too few scored seeds to say anything about {axes}:"
+                    f" {_name_some(missing)}. `runner compare {first} {second} --grid {grid}`"
+                    " shows how the models trained so far differ (rows only, no verdict)."
                 )
                 continue
             sentences.append(
-                f"{grid} has one seed for each cell, so nothing is said of {axes}: another seed may"
-                f" give another difference; `runner compare {first} {second} --grid {grid}` shows"
-                " what differs between these trained models (rows only, no verdict)."
+                f"{grid} has one seed per cell, so nothing can be said about {axes}: another seed"
+                f" may give a different result. `runner compare {first} {second} --grid {grid}`"
+                " shows how these trained models differ (rows only, no verdict)."
             )
     return sentences
 

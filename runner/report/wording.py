@@ -1,6 +1,6 @@
-"""Numbers and phrases that every format of a report writes the same way, and what its columns mean.
+"""Numbers and phrases shared by all formats of a report, and the meanings of its columns.
 
-Pure texts; layout is in `format`, `tables`, `figures` and `html`.
+Only texts; layout is in `format`, `tables`, `figures` and `html`.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from runner.report.statistics import Interval
 from runner.text import ELLIPSIS, one_line
 
 MAX_NAMED: Final = 3  # names in one note; JSON has all
-MAX_SENTENCE: Final = 2000  # characters of a text that people read
+MAX_SENTENCE: Final = 2000  # characters of a text for people
 SMALLEST_P: Final = 0.0001
 
-# What each column of a report means, by the field of the CSV and JSON.
+# Meaning of each column of a report, by the field of the CSV and JSON
 DEFINITIONS: Final[Mapping[str, str]] = {
-    "grid": "the grid that the run belongs to",
-    "run": "the name of the run within its grid",
-    "task": "what the test rows ask for; means are never taken over tasks",
-    "axes": "the cell of the grid that the run fills",
+    "grid": "the grid of the run",
+    "run": "the name of the run in its grid",
+    "task": "the task of the test rows; means are never taken over tasks",
+    "axes": "the cell of the run: its value on each axis of the grid",
     "seed": "training.seed: the unit of replication; two runs of one recipe and one seed are one",
     "state": "pending, running, completed, interrupted, failed, changed, damaged or unreadable",
-    "recipe_digest": "equal for two runs exactly where they are the same experiment",
-    "rules": "version of the rules by which rows are drawn, rendered and masked",
+    "recipe_digest": "equal for two runs if and only if they are the same experiment",
+    "rules": "version of the rules for drawing, rendering and masking rows",
     "num_test_rows": "rows of the test split, all of which are scored",
     "test_rows_hash": "SHA-256 of the sorted ids of the test rows",
     "base": "the model before training (step 0), scored by the same code",
-    "tuned": "the model at its best step by the validation split",
+    "tuned": "the model at its best step on the validation split",
     "nll_per_completion_token": (
         "negative log-likelihood of the completions, nats per completion token, summed over the"
-        " test split before it is divided; comparable within one tokenizer; smaller is better"
+        " test split before dividing; comparable only within one tokenizer; smaller is better"
     ),
     "nll_per_token": (
-        "negative log-likelihood of the full texts, nats per token; comparable within one"
+        "negative log-likelihood of the full texts, nats per token; comparable only within one"
         " tokenizer; smaller is better"
     ),
     "bits_per_byte": (
@@ -65,87 +65,85 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "initial_weights_hash": "SHA-256 of the trained weights before step 1; null: not recorded",
     "row_order_hash": "SHA-256 of the row ids over all steps; null: not recorded",
     "source_hash": "SHA-256 of the runner's own files; null: not recorded",
-    "runner_is_dirty": (
-        "true where some attempt ran files of the runner that were not committed; null: not known"
-    ),
+    "runner_is_dirty": "true if some attempt ran uncommitted files of the runner; null: unknown",
     "started_at_utc": "when the first attempt started; null: never",
     "hardware": "models of the CPU and the GPUs; several joined by ' then '",
-    "num_processes": "of the attempts in turn, each number once where it does not change",
+    "num_processes": "of each attempt in order; a repeated number is listed once",
     "micro_batch_divisors": (
-        "what micro-batches were divided by, of the attempts in turn; more than 1 after running out"
-        " of memory"
+        "divisor of the micro-batches, of each attempt in order; more than 1 after running out of"
+        " memory"
     ),
     "declared_then": (
-        "contrasts that the run's first attempt recorded as declared; null: no attempt recorded any"
+        "contrasts declared in the recipe of the run's first attempt; null: no attempt recorded any"
     ),
     "declared_now": "contrasts that the run's recipe declares today",
     "num_unfinished": "answers that reached max_new_tokens",
     "num_unreadable": "answers without any label or final result, counted as wrong",
     "estimate": "compared minus reference, mean over the pairs of cells",
     "standard_error": "root of the variance of the estimate, by `kind`",
-    "interval": "values that the data do not contradict at `level`, by `kind`",
+    "interval": "confidence interval of the estimate at `level`, by `kind`",
     "kind": (
-        "what is random. seeds and rows: this recipe, on rows like these; seeds: this recipe, on"
-        " these very rows; rows: these trained models only, no verdict on the recipe; identical:"
-        " the runs do not differ at all"
+        "the sources of error. seeds and rows: this recipe, on rows like these; seeds: this recipe,"
+        " on exactly these rows; rows: these trained models only, no verdict on the recipe;"
+        " identical: the runs do not differ at all"
     ),
     "p_adjusted": (
-        "p by Holm over all declared contrasts where confirmatory, each with its mean and all its"
-        " simple effects; else by Benjamini-Hochberg over all others"
+        "if confirmatory, p by Holm over all declared contrasts, each with its mean and all its"
+        " simple effects; otherwise p by Benjamini-Hochberg over all other effects"
     ),
     "is_confirmatory": (
-        "true where all runs of the contrast recorded its declaration before their first attempt,"
-        " and all runs of the grid are in the report"
+        "true if all runs of the contrast recorded its declaration before their first attempt, and"
+        " all runs of the grid are in the report"
     ),
-    "v_seed": "variance of the estimate from the seeds",
-    "v_row": "variance of the estimate from the test rows (groups), by leaving one out",
-    "v_res": "the part of both that is noise of single rows in single runs",
+    "v_seed": "variance of the estimate due to seeds",
+    "v_row": "variance of the estimate due to test rows (groups), leaving one out at a time",
+    "v_res": "noise of single rows in single runs, a part of both v_seed and v_row",
     "df": "degrees of freedom",
-    "num_groups": "groups of test rows; a row without a group is one",
-    "noise_floor": "two single runs of one recipe stay this close in 95% of cases",
+    "num_groups": "groups of test rows; a row without a group counts as one",
+    "noise_floor": "two single runs of one recipe differ by less than this in 95% of cases",
     "equivalence": (
-        "two one-sided tests: shown where the interval of `level` (90%; of each of several simple"
-        " effects, 1 - 0.10 / their number) lies inside the margin that was declared"
+        "two one-sided tests: shown if the interval at `level` (90%; for each of several simple"
+        " effects, 1 - 0.10 / their number) lies inside the declared margin"
     ),
-    "interactions": "F test whether the axis acts alike at the levels of another axis",
+    "interactions": "F test of whether the effect differs between the levels of another axis",
     "depends_on": "axes whose interaction has p < 0.20: no mean over their levels is shown",
-    "refused": "why there is no number: the runs are not comparable",
-    "flags": "what else differs between the runs, or limits the number",
+    "refused": "reasons for a missing estimate: the runs are not comparable",
+    "flags": "other differences between the runs, and limits of the estimate",
     "missing": "runs without a score; never imputed",
 }
 
-# How numbers are made, for those who have only the JSON.
+# How numbers are computed, for readers who have only the JSON
 METHOD: Final[Mapping[str, str]] = {
     "score": "sum over the test rows of a run divided by the sum of their tokens (bytes, rows)",
     "interval": (
-        "t intervals with seeds and rows both random; the critical value is weighted between the"
-        " two by their variances (Cochran and Cox), and never below that of the rows alone"
+        "t intervals with seeds and rows both random; their critical values are averaged, weighted"
+        " by variance (Cochran and Cox); never narrower than an interval over rows alone"
     ),
     "pools": (
-        "runs of one base model and task share their spread over seeds; two cells that share"
-        " initial weights and order by hash are paired seed by seed"
+        "cells of one base model and task share one seed variance; two cells whose initial weights"
+        " and row order are equal by hash are paired seed by seed"
     ),
     "interactions": (
-        "F tests at p < 0.20 decide whether a mean over the levels of another axis is shown; where"
-        " units do not compare in all cells, within each set of cells that is averaged"
+        "F tests at p < 0.20 decide whether a mean over the levels of another axis is shown; if"
+        " units are not comparable across all cells, within each set of cells that is averaged"
     ),
-    "simple_effects": "level of each: 1 - 0.05 / number of levels, so that all hold at 95% at once",
+    "simple_effects": "level of each: 1 - 0.05 / number of levels, so that all hold jointly at 95%",
     "p_adjusted": (
         "Holm over the declared contrasts of a grid, Benjamini-Hochberg over all others; a declared"
-        " contrast counts with its mean and all its simple effects, whichever are shown, and as one"
-        " where it has no p"
+        " contrast counts with its mean and all its simple effects, shown or not, and as one if it"
+        " has no p"
     ),
     "equivalence": (
-        "two one-sided tests at 5% against the declared margin, by intervals of 90%; of several"
-        " simple effects by intervals of 1 - 0.10 / their number"
+        "two one-sided tests at 5% against the declared margin, from 90% intervals; for several"
+        " simple effects, from intervals at level 1 - 0.10 / their number"
     ),
-    "missing_cells": "never imputed; an effect names the pairs of cells it is the mean of",
+    "missing_cells": "never imputed; an effect names the pairs of cells that it averages",
 }
 
 
 def make_safe(text: str, most: int = MAX_SENTENCE) -> str:
-    """A text on one line and without terminal controls; of a longer one both ends, `most`
-    characters together.
+    """Returns a text on one line without terminal controls; a text of over `most` characters is cut
+    in the middle.
 
     >>> make_safe("a\\nb\\x1b[2J"), make_safe("abcdefgh", 5)
     ('a b\\\\x1b[2J', 'abc…h')
@@ -157,12 +155,12 @@ def make_safe(text: str, most: int = MAX_SENTENCE) -> str:
 
 
 def decimal(value: float | None) -> str:
-    """A score to four digits; blank where there is none."""
+    """Formats a score to four digits; blank if there is none."""
     return "" if value is None else f"{value:.4f}"
 
 
 def signed(value: float | None) -> str:
-    """A difference to four digits, with its sign.
+    """Formats a difference to four digits, with its sign.
 
     >>> signed(-0.00001), signed(0.25), signed(None)
     ('+0.0000', '+0.2500', '')
@@ -171,12 +169,12 @@ def signed(value: float | None) -> str:
 
 
 def span(interval: tuple[float, float] | None) -> str:
-    """An interval, from end to end."""
+    """Formats an interval as `low to high`."""
     return "" if interval is None else f"{signed(interval[0])} to {signed(interval[1])}"
 
 
 def probability(p: float | None) -> str:
-    """A p value to four digits.
+    """Formats a p value to four digits.
 
     >>> probability(0.01234), probability(1e-9), probability(1.0), probability(None)
     ('0.0123', '<0.0001', '1.0000', '')
@@ -187,7 +185,7 @@ def probability(p: float | None) -> str:
 
 
 def spread(values: Iterable[float | None], *, is_signed: bool = False) -> str:
-    """Mean ± standard deviation over the seeds; of one seed, the score alone.
+    """Formats the mean ± standard deviation over the seeds; for one seed, only the score.
 
     >>> spread([1.0, 2.0, None]), spread([1.0]), spread([None])
     ('1.5000 ± 0.7071', '1.0000', '')
@@ -200,13 +198,13 @@ def spread(values: Iterable[float | None], *, is_signed: bool = False) -> str:
 
 
 def constant_or_spread(values: Iterable[float | None]) -> str:
-    """The one value of all seeds, as of a base model; `spread` where they differ."""
+    """Formats the one value of all seeds, such as a base score; `spread` if they differ."""
     known = [value for value in values if value is not None]
     return decimal(known[0]) if len(set(known)) == 1 else spread(known)
 
 
 def level_text(level: float) -> str:
-    """A level in per cent.
+    """Formats a level in percent.
 
     >>> level_text(0.95), level_text(0.975), level_text(1 - 0.05 / 3)
     ('95%', '97.5%', '98.33%')
@@ -215,7 +213,7 @@ def level_text(level: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things.
+    """Formats a number of things.
 
     >>> count(1, "run"), count(2, "run"), count(2, "query")
     ('1 run', '2 runs', '2 queries')
@@ -226,28 +224,26 @@ def count(number: int, noun: str) -> str:
 
 
 def name_some(names: Iterable[str], separator: str = ", ", most: int = MAX_NAMED) -> str:
-    """The first names, and how many more there are."""
+    """Joins the first names, followed by the number of names left out."""
     listed = list(names)
     more = [f"and {len(listed) - most:,} more"] if len(listed) > most else []
     return separator.join(listed[:most] + more)
 
 
 def count_states(rows: Sequence[ReportRow]) -> str:
-    """How many runs there are in which state."""
+    """Returns the number of runs, in total and in each state."""
     counts = Counter(row.state for row in rows)
     states = ", ".join(f"{counts[state]:,} {state}" for state in get_args(State) if counts[state])
     return f"{count(len(rows), 'run')}, {states}" if rows else "no runs"
 
 
 def name_cell(axes: Mapping[str, object]) -> str:
-    """The values that a cell or an effect stands at; blank: all."""
+    """Formats the axis values of a cell or an effect; blank: all."""
     return ", ".join(f"{axis}={axis_text(value)}" for axis, value in axes.items())
 
 
 def name_scope(effect: Effect, constant: Collection[str] = ()) -> str:
-    """The cells that an effect is of, in words; axes that are `constant` in a report go without
-    saying.
-    """
+    """Describes the cells of an effect; axes that are `constant` in the report are left out."""
     at = {axis: value for axis, value in effect.at.items() if axis not in constant}
     if not at:
         return f"mean of {count(len(effect.pairs), 'cell')}" if len(effect.pairs) > 1 else "all"
@@ -255,7 +251,7 @@ def name_scope(effect: Effect, constant: Collection[str] = ()) -> str:
 
 
 def list_constant_axes(rows: Iterable[ReportRow]) -> set[str]:
-    """The axes that all runs have, with one value."""
+    """Returns the axes on which all runs have the same value."""
     rows = list(rows)
     return {
         axis
@@ -265,27 +261,29 @@ def list_constant_axes(rows: Iterable[ReportRow]) -> set[str]:
 
 
 def list_numbers(effects: AxisEffects, *, with_single: bool = False) -> list[Effect]:
-    """The effects of which a report shows a number. Those of single runs are left out: their
-    intervals are over rows only and say nothing of the recipe, so only `runner compare` shows them.
+    """Returns the effects whose numbers a report shows.
+
+    Effects of single runs are left out: their intervals are over rows only and say nothing about
+    the recipe, so only `runner compare` shows them.
     """
     numbers = [one for one in effects.shown if one.interval is not None]
     return numbers if with_single else [one for one in numbers if not is_of_single_runs(one)]
 
 
 def is_of_single_runs(effect: Effect) -> bool:
-    """True where an effect has an interval over rows only."""
+    """True if an effect has an interval over rows only."""
     return effect.interval is not None and effect.interval.kind == "rows"
 
 
 def describe_direction(effects: AxisEffects) -> str:
-    """The unit of a difference, and what its sign means."""
+    """Describes the unit of a difference and the meaning of its sign."""
     metric = effects.metric
     sign = "negative" if metric.mode == "min" else "positive"
     return f"{metric.unit}; {sign}: {axis_text(effects.compared)} is better"
 
 
 def describe_replication(effect: Effect) -> str:
-    """Seeds x rows (or groups of rows).
+    """Formats seeds x rows (or groups of rows).
 
     >>> describe_seeds((3, 3)), describe_seeds((2, 3)), describe_seeds(())
     ('3', '2-3', '')
@@ -296,7 +294,7 @@ def describe_replication(effect: Effect) -> str:
 
 
 def describe_seeds(num_seeds: Sequence[int]) -> str:
-    """The number of seeds of the cells: one number, or from fewest to most."""
+    """Formats the number of seeds of the cells: one number, or from fewest to most."""
     if not num_seeds:
         return ""
     low, high = min(num_seeds), max(num_seeds)
@@ -311,12 +309,12 @@ KINDS: Final[Mapping[str, str]] = {
 
 
 def describe_standing(effect: Effect) -> str:
-    """Whether an effect was declared, and what limits it, in a few words."""
+    """Describes in a few words if an effect was declared, and its limits."""
     interval = effect.interval
     if interval is None:
         return "refused"
     words = []
-    if interval.kind != "rows":  # of which there is no verdict
+    if interval.kind != "rows":  # which allows no verdict
         words.append("confirmatory" if effect.is_confirmatory else "exploratory")
     words += [KINDS[interval.kind]] if interval.kind in KINDS else []
     words += ["few groups"] if interval.has_few_groups else []
@@ -325,8 +323,8 @@ def describe_standing(effect: Effect) -> str:
 
 
 def list_flags(effects: Sequence[Effect], constant: Collection[str] = ()) -> list[str]:
-    """What else differs in the effects, each sentence once; with the effects that it is about,
-    unless those are all. Sentences that differ in numbers only are told with those of the first.
+    """Returns the flags of the effects, each sentence once, prefixed with its effects unless it is
+    true of all. Of sentences that differ only in numbers, the first one is kept.
     """
     kinds: dict[str, tuple[str, list[str]]] = {}
     for effect in effects:
@@ -340,7 +338,7 @@ def list_flags(effects: Sequence[Effect], constant: Collection[str] = ()) -> lis
 
 
 def list_designs(effects: Sequence[Effect], constant: Collection[str] = ()) -> list[str]:
-    """Which runs were pooled or paired, and what limits the intervals; each text once."""
+    """Returns texts on pooling or pairing and on limits of the intervals, each text once."""
     scopes: dict[str, list[str]] = {}
     for effect in effects:
         interval = effect.interval
@@ -354,8 +352,8 @@ def list_designs(effects: Sequence[Effect], constant: Collection[str] = ()) -> l
 
 
 def variance(interval: Interval | None, part: Literal["seed", "row", "res"]) -> str:
-    """One part of the variance of an estimate, with its degrees of freedom; blank where that part
-    is not known.
+    """Formats one part of the variance of an estimate with its degrees of freedom; blank if that
+    part is unknown.
     """
     if interval is None or (part != "row" and interval.df_seed is None):
         return ""
@@ -369,8 +367,8 @@ def variance(interval: Interval | None, part: Literal["seed", "row", "res"]) -> 
 
 
 def describe_interval(interval: Interval, design: str = "") -> str:
-    """Where the error comes from: more seeds help against the first, more rows against the second;
-    then the design.
+    """Describes the variances of an interval, then its design and note. More seeds reduce V_seed,
+    more rows V_row.
     """
     words = f"V_row {interval.v_row:.1e} (df {interval.df_row:.0f})"
     if interval.df_seed is not None:
@@ -380,23 +378,23 @@ def describe_interval(interval: Interval, design: str = "") -> str:
 
 
 def describe_equivalence(effect: Effect) -> str:
-    """Whether no difference was shown, where a margin was declared."""
+    """Describes the equivalence test against the declared margin; empty if there is none."""
     if effect.equivalence is None:
         return ""
     found = effect.equivalence
     low, high = found.interval
     if found.is_shown:
-        place = "lies inside: no larger"
+        place = "lies inside it: equivalence is shown"
     elif min(abs(low), abs(high)) > found.margin and low * high > 0:
-        place = "lies outside: larger"
+        place = "lies outside it: the difference is larger"
     else:
-        place = "reaches beyond: not shown"
+        place = "extends beyond it: equivalence is not shown"
     interval = f"the {level_text(found.level)} interval {span(found.interval)}"
     return f"margin {found.margin:g}: {interval} {place}"
 
 
 def describe_interaction(found: Interaction) -> str:
-    """The test whether an axis depends on another one."""
+    """Formats the test for an interaction with another axis."""
     df = ", ".join(f"{one:.0f}" for one in found.df)
     p = probability(found.p)
     p = f"p {p[0]} {p[1:]}" if p.startswith("<") else f"p = {p}"
@@ -404,21 +402,24 @@ def describe_interaction(found: Interaction) -> str:
 
 
 def describe_base(rows: Sequence[ReportRow]) -> str:
-    """How many runs are better than their own base model."""
+    """Returns a sentence on the runs that beat their own base model."""
     base = compare_with_base(rows)
     runs = "run" if base.num_completed == 1 else "runs"
-    verb = "beats its base" if base.num_better == base.num_completed == 1 else "beat their base"
-    text = f"{base.num_better:,} of {base.num_completed:,} completed {runs} {verb} on test NLL"
-    text += f"; not: {name_some(base.not_better)}" if base.not_better else ""
-    return text + (f"; not known: {name_some(base.unknown)}" if base.unknown else "") + "."
+    verb = "beats its" if base.num_better == base.num_completed == 1 else "beat their"
+    text = (
+        f"{base.num_better:,} of {base.num_completed:,} completed {runs} {verb} base model"
+        " on test NLL"
+    )
+    text += f"; no better: {name_some(base.not_better)}" if base.not_better else ""
+    return text + (f"; unknown: {name_some(base.unknown)}" if base.unknown else "") + "."
 
 
 def list_cell_seeds(cell: Cell) -> str:
-    """How many runs of a cell have a score, of how many."""
+    """Returns the number of runs of a cell that have a score, such as `2 of 3`."""
     scored = max(map(len, cell.scores.values()), default=0)  # not those that do not count
     return str(scored) if scored == len(cell.runs) else f"{scored} of {len(cell.runs)}"
 
 
 def finite(value: float | None) -> float | None:
-    """A number that JSON can hold; None for what is no number."""
+    """Returns a number that JSON can hold; None for NaN and infinities."""
     return value if value is not None and math.isfinite(value) else None

@@ -99,7 +99,7 @@ def test_another_machine_returns_1_and_is_listed(
     shown = " ".join(capsys.readouterr().out.split())
     assert "**the axis loss does not explain** GPU." in shown and "| A100 | H200 |" in shown
     close = shown.partition("## What is equal up to rounding")[2].partition("##")[0]
-    assert "scores of the base model: within 0.5%: 3 and 3.01" in close
+    assert "scores of the base model: 3 and 3.01, equal within 0.5%" in close
     assert "scores of the base model" not in shown.partition("## What is equal ")[0]
     assert "node-17" not in shown
     assert main(["compare", "old", "new", "--json"]) == 0
@@ -252,7 +252,7 @@ def test_a_damaged_run_is_named_and_not_certified(
     shown, said = capsys.readouterr()
     text = " ".join(shown.split())
     assert f"- demo/completion_s2 is damaged ({CUT}" in text
-    assert "none of its facts was read So this certifies 2 pairs of 3." in text
+    assert "none of its facts were read So this certifies 2 pairs of 3." in text
     assert "Of what was read, nothing else differs than the axis loss explains." in text
     assert f"warning: demo/completion_s2 is damaged ({CUT}" in said
     assert main(BOTH_LOSSES) == 0
@@ -287,7 +287,7 @@ def test_an_absent_run_is_named(project: Path, capsys: pytest.CaptureFixture[str
     run_dir = Path("runs/demo/completion_s2")
     path = _write_recipe_of(run_dir)
     shutil.rmtree(run_dir)
-    what = f"demo/completion_s2 is absent (there is no {run_dir}): none of its facts was read"
+    what = f"demo/completion_s2 is absent (there is no {run_dir}): none of its facts were read"
     for arms in (["full_s2", "completion_s2"], ["full_s2", str(path)]):
         assert main(["compare", *arms]) == 1
         assert what in capsys.readouterr().err

@@ -209,7 +209,7 @@ def test_a_name_goes_with_every_verb(
     capsys.readouterr()
     main(["report", "toy"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "2 runs were made by overrides and are in no cell and no effect" in told
+    assert "2 runs were made with overrides, so they are in no cell or effect" in told
     assert "`runner compare A B`" in told
 
 

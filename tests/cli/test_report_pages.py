@@ -61,10 +61,10 @@ def test_a_second_page_takes_the_place_of_the_first(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words", "hint"),
     [
-        (["--html", "runs"], "runs is a folder, and the page is one file", "runs/report.html"),
-        (["--html", "file/r.html"], "file is a file, so there can be no folder file", ""),
-        (["--rows", "file"], "file is a file, so there can be no folder file", ""),
-        (["--figures", "file/x"], "file is a file, so there can be no folder file/x", ""),
+        (["--html", "runs"], "runs is a folder, but the page is one file", "runs/report.html"),
+        (["--html", "file/r.html"], "file is a file, so the folder file cannot be created", ""),
+        (["--rows", "file"], "file is a file, so the folder file cannot be created", ""),
+        (["--figures", "file/x"], "file is a file, so the folder file/x cannot be created", ""),
         (["--without-rows"], "no page is asked for", "add --html report.html"),
     ],
 )

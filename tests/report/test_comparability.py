@@ -1,4 +1,4 @@
-"""What gives no number, and what is said beside one."""
+"""Comparisons that are refused, and flags on those that are not."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,15 +43,17 @@ def test_two_base_models_under_one_name(tmp_path: Path) -> None:
     report = report_of(runs)
     reason = refusals(report)
     assert "full_s1 and completion_s1 both name demo_models/gemma" in reason
-    assert "3.0000 and 2.9000" in reason and "two base models under one name" in reason
-    assert "two base models under one name" in "\n".join(report.verdicts)
+    assert "3.0000 and 2.9000" in reason and "different base models under one name" in reason
+    assert "different base models under one name" in "\n".join(report.verdicts)
 
 
 def test_two_base_models_within_the_seeds_of_one_arm(tmp_path: Path) -> None:
     def base(loss: str, seed: int) -> float:
         return 2.9 if (loss, seed) == ("completion", 3) else 3.0
 
-    assert "two base models" in refusals(report_of(scored_grid(tmp_path, LOSSES, truth, base=base)))
+    assert "different base models" in refusals(
+        report_of(scored_grid(tmp_path, LOSSES, truth, base=base))
+    )
 
 
 def test_another_content_of_the_base_model(tmp_path: Path) -> None:
@@ -73,7 +75,7 @@ def test_other_commits_under_one_name(tmp_path: Path) -> None:
 
 def test_other_rules_of_rows_and_masks(tmp_path: Path) -> None:
     runs = scored_grid(tmp_path, LOSSES, truth, rules=lambda loss, **_: 1 + (loss == "full"))
-    assert "follow different rules of rows and masks" in refusals(report_of(runs))
+    assert "follow different rules for rows and masks" in refusals(report_of(runs))
 
 
 def test_other_scored_tokens_under_one_id_hash(tmp_path: Path) -> None:
@@ -95,14 +97,14 @@ def test_other_scored_tokens_under_one_id_hash(tmp_path: Path) -> None:
         "full_s1 (and 2 more) and completion_s1 (and 2 more) have 583 and 1,044 scored tokens under"
         " the same row ids: nats per completion token are not comparable; bits per byte may be"
     ) in refusals(report)
-    assert "No number for loss (full -> completion): full_s1" in "\n".join(report.verdicts)
+    assert "No estimate for loss (full -> completion): full_s1" in "\n".join(report.verdicts)
     by_bytes = build_report(report.rows, metrics=["bits_per_byte"])
     assert by_bytes.effects[0].cells[0].interval is not None
 
 
 def test_the_seeds_of_one_cell_on_other_tokens(tmp_path: Path) -> None:
     runs = scored_grid(tmp_path, LOSSES, truth, tokens=lambda loss, seed: 11 if seed == 2 else 10)
-    assert "which differ in the seed only, have 400 and 440 tokens" in refusals(report_of(runs))
+    assert "which differ only in the seed, have 400 and 440 tokens" in refusals(report_of(runs))
 
 
 def test_other_test_rows(tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def answering_grid(root: Path) -> list[Run]:
 
 def test_a_mean_over_two_tasks_is_never_taken(tmp_path: Path) -> None:
     report = report_of(answering_grid(tmp_path))
-    assert "are different tasks: their scores have no difference or mean" in refusals(
+    assert "are different tasks, so their scores cannot be subtracted or averaged" in refusals(
         report, "task"
     )
     by_task = {(one.task, one.metric.name): one for one in report.effects if one.axis == "loss"}
@@ -163,7 +165,7 @@ def test_a_mean_over_two_tasks_is_never_taken(tmp_path: Path) -> None:
         }
         assert not one.simple
     [effect] = by_task["sst2", "f1"].shown
-    assert effect.refused == ("f1 of sst2_full_s1 is no mean over rows: it has no interval",)
+    assert effect.refused == ("f1 of sst2_full_s1 is not a mean over rows, so it has no interval",)
     # Of tasks that have one name, the source of the rows tells which is which
     assert {cell.task for cell in report.cells} == {"sst2", "squad_v2"}
 
@@ -265,7 +267,7 @@ def test_what_only_some_pairs_change_is_flagged(tmp_path: Path) -> None:
 
 def test_an_axis_that_changes_nothing_is_flagged(tmp_path: Path) -> None:
     runs = scored_grid(tmp_path, {"x": [1, 2]}, lambda x: 2.0 + x / 10)
-    assert "the recipes of x 1 -> 2 are the same but for the seed" in flags(report_of(runs), "x")
+    assert "the recipes of x 1 -> 2 differ only in the seed" in flags(report_of(runs), "x")
 
 
 def test_a_cell_whose_recipes_differ_in_more_than_the_seed_is_refused(tmp_path: Path) -> None:
@@ -282,8 +284,8 @@ def test_a_cell_whose_recipes_differ_in_more_than_the_seed_is_refused(tmp_path: 
     [loss] = [one for one in report_of(runs).effects if one.axis == "loss"]
     reasons = [reason for effect in loss.cells for reason in effect.refused]
     assert reasons == [
-        "a_full_s1, a_full_s2, a_full_s3 stand in one cell, and their recipes differ in"
-        " training.learning_rate, not in the seed alone"
+        "a_full_s1, a_full_s2, a_full_s3 are in one cell, but their recipes differ in"
+        " training.learning_rate, not only in the seed"
     ]
     assert loss.pooled is not None
     assert any("1 of 2 pairs of cells are left out" in flag for flag in loss.pooled.flags)
@@ -294,4 +296,4 @@ def test_what_older_runs_lack_is_not_recorded(tmp_path: Path) -> None:
     rows[:2] = change(rows[:2], lambda row: {"initial_weights_hash": "w"})
     [warning] = build_report(rows).warnings
     assert "hash of the initial weights (4 of 6 runs)" in warning
-    assert warning.startswith("not recorded, so neither equal nor different")
+    assert warning.startswith("not recorded, so equality is unknown")

@@ -93,14 +93,14 @@ def test_an_axis_explains_the_keys_that_carry_its_name_or_values(
             3.0,
             3.00001,
             "close",
-            "scores of the base model: within 0.01%: 3 and 3.00001",
+            "scores of the base model: 3 and 3.00001, equal within 0.01%",
         ),
         (
             "bfloat16",
             4.7372,
             4.7604,
             "close",
-            "scores of the base model: within 0.5%: 4.7372 and 4.7604",
+            "scores of the base model: 4.7372 and 4.7604, equal within 0.5%",
         ),
         ("float32", 3.0, 3.01, "differs", "scores of the base model: 3 -> 3.01"),
     ],
@@ -229,7 +229,7 @@ def test_machines_and_what_made_the_runs_are_compared(tmp_path: Path) -> None:
     # Files that are equal by hash are equal, whatever was committed
     for what in ("commit of the runner", "uncommitted changes"):
         line = find(certificate, what)
-        assert line.explained_by == "the source of the runner is the same"
+        assert line.explained_by == "the runner's source is the same"
     other = replace(b, source_hash="4" * 64)
     unexplained = {line.what for line in build_certificate([a], [other], "x").unexplained}
     assert {"source of the runner", "commit of the runner", "uncommitted changes"} < unexplained

@@ -45,7 +45,7 @@ def test_effects_of_opposite_sign_in_two_models_have_no_mean(tmp_path: Path) -> 
         assert by_model[model].is_clear
     text = told(report)
     assert "loss: the effect of full -> completion" in text and "depends on model" in text
-    assert "no overall number" in text
+    assert "so no overall effect" in text
     assert "full is better than completion by 0." in text
     assert "completion is better than full by 0." in text
 
@@ -115,7 +115,7 @@ def test_rows_that_come_with_more_updates_say_so(tmp_path: Path) -> None:
     report = build_report(rows)
     flag = (
         "num_train_samples 60 -> 180 also changes the number of updates (32 -> 92): the difference"
-        " is not of num_train_samples alone"
+        " is not due to num_train_samples alone"
     )
     samples = find(report, "num_train_samples")
     assert all(flag in effect.flags for effect in samples.shown)
@@ -145,7 +145,7 @@ def test_one_pair_of_single_runs_has_no_verdict(tmp_path: Path) -> None:
     assert effect.interval is not None and effect.interval.kind == "rows"
     assert effect.p_adjusted is None and not effect.is_clear
     [verdict] = report.verdicts
-    assert "one seed for each cell" in verdict and "better" not in verdict
+    assert "one seed per cell" in verdict and "better" not in verdict
     assert "`runner compare loss=full loss=completion --grid demo`" in verdict
 
 
@@ -161,7 +161,7 @@ def test_runs_that_do_not_vary_have_no_interval(tmp_path: Path) -> None:
     assert effect.interval is not None
     assert (effect.interval.kind, effect.interval.half_width) == ("identical", None)
     assert effect.p_adjusted is None
-    assert "every test row scores the same under" in told(report_of(runs))
+    assert "every test row has the same score under" in told(report_of(runs))
 
 
 def test_an_arm_of_survivors_is_named(tmp_path: Path) -> None:
@@ -180,8 +180,8 @@ def test_an_arm_of_survivors_is_named(tmp_path: Path) -> None:
     loss = find(report, "loss")
     flags = [flag for effect in loss.shown for flag in effect.flags]
     assert any(
-        "survivors only: 6 of 6 runs of loss=full and 4 of 6 runs of loss=completion are left;"
-        " a_completion_s2 is failed; a_completion_s3 is failed" in flag
+        "survivors only: 6 of 6 runs of loss=full and 4 of 6 runs of loss=completion remain;"
+        " missing: a_completion_s2 (failed); a_completion_s3 (failed)" in flag
         for flag in flags
     )
     assert "survivors only" in told(report)
@@ -201,7 +201,7 @@ def test_missing_cells_are_named_and_not_filled_in(tmp_path: Path) -> None:
     loss = find(report_of(runs), "loss")
     assert len(loss.cells) == 2
     assert loss.unpaired == (
-        "c_completion_s1 is pending, c_completion_s2 is pending, c_completion_s3 is pending",
+        "c_completion_s1 (pending), c_completion_s2 (pending), c_completion_s3 (pending)",
     )
     without = find(report_of(runs[:-3]), "loss")
     assert without.unpaired == ("c_full_s1 (and 2 more) has no partner with loss completion",)
@@ -216,7 +216,7 @@ def test_a_cell_with_two_runs_of_one_seed_counts_neither(tmp_path: Path) -> None
     runs.append(scored(tmp_path, again, 9.0))
     [effect] = find(report_of(runs), "loss").cells
     assert effect.interval is not None and effect.interval.num_seeds == (2, 3)
-    assert any("full_s1 and again stand in the same cell" in flag for flag in effect.flags)
+    assert any("full_s1 and again are in the same cell" in flag for flag in effect.flags)
 
 
 def test_seeds_of_their_own_are_still_seeds(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_two_cells_alone_are_paired_where_seeds_share_their_start(tmp_path: Path
         replace(row, initial_weights_hash=f"w{row.seed}", row_order_hash=f"o{row.seed}")
         for row in rows
     ]
-    assert "paired by seed (3 shared; initial weights and row order" in find_design(same)
+    assert "paired by seed (3 shared, same initial weights and row order" in find_design(same)
     other = [replace(row, row_order_hash="other") if row.name == "full_s2" else row for row in same]
     assert "Welch" in find_design(other)
 
@@ -266,14 +266,14 @@ def test_across_base_models_the_unit_is_bits_per_byte(tmp_path: Path) -> None:
     assert "scored tokens under the same row ids" in asked.pooled.refused[0]
     assert all(effect.interval is not None for effect in asked.simple["model"])
     model = find(report_of(runs, metrics=["nll_per_completion_token"]), "model")
-    assert model.pooled is not None and "bits per byte do" in model.pooled.refused[0]
+    assert model.pooled is not None and "bits per byte are" in model.pooled.refused[0]
 
 
 def test_rows_may_be_fixed_on_request(tmp_path: Path) -> None:
     report = report_of(demo(tmp_path), rows_fixed=True)
     for effect in find(report, "loss").shown:
         assert effect.interval is not None and effect.interval.kind == "seeds"
-    assert "these very test rows" in told(report)
+    assert "these test rows only" in told(report)
 
 
 def test_many_values_are_compared_with_the_first_only(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_a_mean_within_one_model_is_gated_where_there_is_none_over_all(tmp_path:
     assert loss.pooled is not None and loss.pooled.interval is None
     for effect in loss.simple["model"]:
         assert (effect.interval, effect.depends_on) == (None, ("num_train_samples",))
-        assert effect.refused == ("it depends on num_train_samples, so there is no mean",)
+        assert effect.refused == ("the effect depends on num_train_samples, so there is no mean",)
     # The cells answer, each at a level at which all four hold together
     answers = [effect for effect in loss.main if effect.interval is not None]
     assert len(answers) == 4 and set(answers) < set(loss.shown)
@@ -361,7 +361,7 @@ def test_a_mean_within_one_model_is_gated_where_there_is_none_over_all(tmp_path:
         assert effect.interval.estimate == pytest.approx(truth, abs=0.05)
         assert effect.interval.level == pytest.approx(1 - 0.05 / 4)
     text = "\n".join(one for one in report.verdicts if one.startswith("loss:"))
-    assert "no number for full -> completion at model=gemma: it depends on" in text
+    assert "no estimate for full -> completion at model=gemma: the effect depends on" in text
     assert "full is better than completion by 0." in text
     assert "completion is better than full by 0." in text
     assert "no clear difference" not in text and "equivalent" not in text
@@ -395,7 +395,7 @@ def test_a_mean_over_another_axis_that_it_depends_on_says_so(tmp_path: Path) -> 
     for effect in loss.simple["model"]:
         assert effect.depends_on == ("num_train_samples",) and effect.equivalence is None
     [llama] = [text for text in report.verdicts if "at model=llama" in text and "loss:" in text]
-    assert "; it is a mean over num_train_samples, which it depends on too" in llama
+    assert "; it is a mean over num_train_samples, on which it also depends" in llama
     assert "equivalent" not in llama
 
 
@@ -418,8 +418,8 @@ def test_an_axis_called_seed_that_sets_no_seed_repeats_nothing(tmp_path: Path) -
         assert list(cell.missing) == [
             f"{name} has the same training.seed as {first}" for name in others
         ]
-    [warning] = [text for text in report.warnings if "does not reach" in text]
-    assert "in every run: full_s2, full_s3, completion_s2, and 1 more have that of" in warning
+    [warning] = [text for text in report.warnings if "does not set" in text]
+    assert "in every run: full_s2, full_s3, completion_s2, and 1 more have the seed of" in warning
 
 
 def test_one_run_that_repeats_the_seed_of_another_does_not_count(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_one_run_that_repeats_the_seed_of_another_does_not_count(tmp_path: Path)
     [effect] = find(report, "loss").cells
     assert effect.interval is not None and effect.interval.num_seeds == (3, 3)
     assert any("full_s4 has the same training.seed as full_s1" in flag for flag in effect.flags)
-    assert any("full_s4 has that of another run" in text for text in report.warnings)
+    assert any("full_s4 has the seed of another run" in text for text in report.warnings)
 
 
 def test_an_effect_paired_by_seed_says_how_many_of_the_runs_that_are_left_count(
@@ -449,7 +449,7 @@ def test_an_effect_paired_by_seed_says_how_many_of_the_runs_that_are_left_count(
     assert at_gemma.interval is not None and at_llama.interval is not None
     assert "10 of 12 runs count here" in at_gemma.interval.note
     [flag] = [flag for flag in at_gemma.flags if "not all runs" in flag]
-    assert "5 of 5 runs of loss=full and 7 of 7 runs of loss=completion are left" in flag
+    assert "5 of 5 runs of loss=full and 7 of 7 runs of loss=completion remain" in flag
     assert at_llama.interval.note == "" and at_llama.interval.num_seeds == (7, 7)
 
 
@@ -466,7 +466,7 @@ def test_rows_in_other_groups_are_refused_whichever_run_comes_first(tmp_path: Pa
         [effect] = find(report_of([run for size in order for run in runs[size]]), "loss").cells
         assert effect.interval is None
         [reason] = effect.refused
-        assert f"the same test rows in {40 // order[0]} and {40 // order[1]} groups" in reason
+        assert f"test rows differently ({40 // order[0]} and {40 // order[1]} groups)" in reason
 
 
 def test_a_cell_whose_runs_group_rows_differently_is_refused(tmp_path: Path) -> None:
@@ -482,7 +482,10 @@ def test_a_cell_whose_runs_group_rows_differently_is_refused(tmp_path: Path) -> 
     ]
     [effect] = find(report_of(runs), "loss").cells
     assert effect.interval is None
-    assert "full_s1 and full_s2 have the same test rows in 4 and 8 groups" in effect.refused[0]
+    assert (
+        "full_s1 and full_s2 group the same test rows differently (4 and 8 groups)"
+        in effect.refused[0]
+    )
 
 
 def test_a_mean_over_models_of_other_tokens_says_so(tmp_path: Path) -> None:
@@ -493,7 +496,7 @@ def test_a_mean_over_models_of_other_tokens_says_so(tmp_path: Path) -> None:
         lambda model, loss: 2.0 + 0.3 * (loss == "full"),
         own_seeds=True,
     )
-    flag = "tokens of demo_models/gemma and demo_models/llama are not the same pieces of text"
+    flag = "tokens of demo_models/gemma and demo_models/llama are different pieces of text"
     same = rows_of(runs)
     other = [
         replace(row, split_hashes={"test": {"input_ids_hash": row.model_name}}) for row in same

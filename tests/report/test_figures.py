@@ -41,7 +41,7 @@ def test_effects_are_drawn_where_they_are(report: Report) -> None:
     bars = [tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]
     assert bars[0] == pytest.approx(shown[0].interval.bounds)  # type: ignore[union-attr]
     assert axes.get_xlabel() == (
-        "difference in nats per completion token; left of 0: the second is better"
+        "difference in nats per completion token; left of 0 the second is better"
     )
     texts = list_texts(drawing.as_svg())
     assert "loss: full → completion" in texts and "   at count=60" in [
@@ -107,7 +107,7 @@ def test_curves_mark_the_best_step_and_early_stops(report: Report) -> None:
     assert sum(marker == "x" for marker, _ in markers) == stopped > 0
     assert f"{stopped} stopped early" in drawing.alternative
     last = sum(row.best_step == 24 for row in scored)
-    assert f"{last} runs had the best step last" in drawing.caption
+    assert f"In {last} runs the last step was the best" in drawing.caption
 
 
 def test_a_curve_that_cannot_be_read_is_none(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_seeds_are_collapsed_in_every_table(golden_runs: list[Run]) -> None:
     text = report(golden_runs)
     headers = [line for line in table_lines(text) if "tuned NLL" in line]
     assert headers and not any("| seed " in line or "| run " in line for line in headers)
-    assert "2 of 3" in text and "Without a score: completion_180_s3 is failed." in text
+    assert "2 of 3" in text and "Runs without a score: completion_180_s3 (failed)." in text
     assert "0.8" in text and " ± " in text
 
 
@@ -113,7 +113,8 @@ def test_effects_are_drawn_with_all_that_limits_them(tmp_path: Path) -> None:
         "`samples`: F(1, 8) = 12.34, p = 0.0040",
         "| samples=60 | 1.2e-04 (4) | 3.4e-05 (63) | 5.6e-06 |",
         "pooled by model",
-        "samples=60: margin 0.02: the 90% interval -0.3400 to -0.2600 lies outside: larger",
+        "samples=60: margin 0.02: the 90% interval -0.3400 to -0.2600 lies outside it:"
+        " the difference is larger",
         "samples=180: declared since run r0_180_s1, after its first attempt",
         "- noise floor: 0.1200",
         "- **flag:** updates differ: 32 and 92.",
@@ -130,8 +131,8 @@ def test_runs_of_different_rules_are_told_apart(tmp_path: Path) -> None:
     ]
     text = " ".join(report(runs).split())
     assert (
-        "**warning:** 2 different rules of rows and masks; runs are compared only within one:"
-        " rules 1: full; rules 2: completion" in text
+        "**warning:** 2 different versions of the rules for rows and masks; runs are compared only"
+        " within one version: rules 1: full; rules 2: completion" in text
     )
     assert "full (rules 1) and completion (rules 2) follow different rules" in text
     assert "| rules |" in text and "rules" not in report(runs[:1])
@@ -145,15 +146,15 @@ def test_what_an_axis_changes_is_named_and_what_it_changes_in_some_pairs(tmp_pat
 
     axes = {"loss": ["full", "completion"], "num_train_samples": [60, 180]}
     text = report(scored_grid(tmp_path, axes, lambda loss, num_train_samples: 1, overrides=rate))
-    assert "- the recipes differ in loss, training.learning_rate (only 1 of 2 pairs)" in text
+    assert "- the recipes differ in loss, training.learning_rate (only in 1 of 2 pairs)" in text
     runs = [completed(tmp_path, make_recipe(f"same{x}", {"x": x}), 2.0) for x in (1, 2)]
-    assert "- **warning:** the recipes of its pairs are the same" in report(runs)
+    assert "- **warning:** the recipes in each pair are the same" in report(runs)
 
 
 def test_many_values_are_compared_with_the_first_only(tmp_path: Path) -> None:
     runs = [completed(tmp_path, make_recipe(f"r{x}", {"x": x}), 2.0) for x in range(5)]
     text = report(runs)
-    assert "- more than 4 values: each is compared with the first only" in text
+    assert "- more than 4 values: each is compared only with the first" in text
     assert text.count("### x: ") == 4
     assert "with the first only" not in report(runs[:4])
 
@@ -254,7 +255,7 @@ def test_many_effects_are_counted_and_not_all_drawn(tmp_path: Path) -> None:
     effects = made.effects[0]
     many = replace(effects, simple={"samples": effects.simple["samples"] * 20})
     text = format_markdown(replace(made, effects=(many,)))
-    assert "- and 16 more: `--format json` has all" in text
+    assert "- and 16 more; `--format json` has all" in text
     # One line with the difference, one with its variances
     assert sum(line.startswith("| samples=") for line in table_lines(text)) == 2 * 24
 
@@ -284,9 +285,13 @@ def test_the_command_line_offers_every_format(capsys: pytest.CaptureFixture[str]
 def test_an_interval_beyond_the_margin_shows_a_larger_difference(tmp_path: Path) -> None:
     effect = make_report(replicated_rows(tmp_path)).effects[0].shown[0]
     found = {
-        "lies outside: larger": Equivalence(0.02, (-0.34, -0.26), is_shown=False),
-        "reaches beyond: not shown": Equivalence(0.02, (-0.01, 0.03), is_shown=False),
-        "lies inside: no larger": Equivalence(0.02, (0.0, 0.01), is_shown=True),
+        "lies outside it: the difference is larger": Equivalence(
+            0.02, (-0.34, -0.26), is_shown=False
+        ),
+        "extends beyond it: equivalence is not shown": Equivalence(
+            0.02, (-0.01, 0.03), is_shown=False
+        ),
+        "lies inside it: equivalence is shown": Equivalence(0.02, (0.0, 0.01), is_shown=True),
     }
     for told, equivalence in found.items():
         assert describe_equivalence(replace(effect, equivalence=equivalence)).endswith(told)

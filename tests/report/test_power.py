@@ -89,7 +89,7 @@ def test_few_degrees_of_freedom_give_a_range_or_a_rough_number(tmp_path: Path) -
     low, high = one.plans[0].lowest_num_seeds, one.plans[0].highest_num_seeds
     assert low is not None and high is not None and low < high
     text = format_power(report)
-    assert f"{low} to {high}" in text and "gives a range of seeds only" in text
+    assert f"{low} to {high}" in text and "give only a range of seeds" in text
     four = {"loss": ["full", "completion"], "num_train_samples": [60, 180]}
     report = plan(scored_grid(tmp_path / "four", four, flat, seeds=(1, 2)), 0.03)
     assert {one.precision for one in report.comparisons} == {"rough"}
@@ -120,7 +120,7 @@ def test_cells_without_scores_are_told(tmp_path: Path) -> None:
     report = plan(runs, 0.02)
     assert report.num_runs == 21
     assert any("Left out: gemma_full_60_s1 has no" in note for note in report.notes)
-    assert "device hours are not known" in format_power(report)
+    assert "device hours are unknown" in format_power(report)
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_the_verb_prints_words_or_json(
     assert main(["power", "runs/demo", "--effect", "0.02"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("demo, conversations: NLL per completion token")
-    assert "find in 80% of experiments" in text and "to find a difference of 0.02" in text
+    assert "detect with power 80%" in text and "to detect a difference of 0.02" in text
     assert main(["power", "demo", "--effect", "0.02", "--power", "0.9", "--json"]) == 0
     [report] = json.loads(capsys.readouterr().out)
     assert (report["grid"], report["power"], report["num_runs"]) == ("demo", 0.9, 24)
@@ -169,7 +169,7 @@ def test_runs_that_do_not_vary_plan_nothing(
 ) -> None:
     project(sd_run=0.0, sd_row=0.0)
     assert main(["power", "runs/demo", "--effect", "0.02"]) == 2
-    assert "do not differ at all" in capsys.readouterr().err
+    assert "do not vary at all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,17 @@ def test_answers_that_do_not_give_the_metric_of_the_result_are_left_out(tmp_path
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("completion_nll_sum", 1.0, "do not add up to its result: completion_nll_sum is 781 and 8"),
-        ("num_completion_tokens", 11, "num_completion_tokens is 401 and 400"),
-        ("num_bytes", 1, "num_bytes is 1951 and 2000"),
-        ("completion_nll_sum", -1.0, "a negative NLL, which no model gives"),
-        ("nll_sum", float("nan"), "whose score is no number"),
-        ("row_id", "r001", "two scores of one row"),
-        ("num_tokens", "many", "are not what a run writes"),
+        (
+            "completion_nll_sum",
+            1.0,
+            "do not add up to its result: completion_nll_sum is 781, expected 8",
+        ),
+        ("num_completion_tokens", 11, "num_completion_tokens is 401, expected 400"),
+        ("num_bytes", 1, "num_bytes is 1951, expected 2000"),
+        ("completion_nll_sum", -1.0, "a negative NLL, which is impossible"),
+        ("nll_sum", float("nan"), "whose score is not a number"),
+        ("row_id", "r001", "two scores for one row"),
+        ("num_tokens", "many", "have the wrong format"),
     ],
 )
 def test_rows_that_are_not_those_of_the_result_are_not_used(
@@ -127,9 +131,9 @@ def test_rows_that_are_not_those_of_the_result_are_not_used(
 def test_runs_without_row_scores_say_so(tmp_path: Path) -> None:
     waiting = row_of(pending(tmp_path, make_recipe("later", {})))
     assert waiting.load_scores("tuned") is None
-    assert waiting.why_no_scores("tuned") == "later is pending"
+    assert waiting.why_no_scores("tuned") == "later has status pending"
     older = row_of(completed(tmp_path, make_recipe("older", {}), 2.0))
-    assert older.why_no_scores("tuned") == "older has no scores of single rows"
+    assert older.why_no_scores("tuned") == "older has no per-row scores"
     assert older.load_predictions("tuned") == [] == older.load_curve()
     run = scored(tmp_path, make_recipe("torn", {}), 2.0)
     run[1].eval_rows_path.write_text('{"model": "tuned"]\n')

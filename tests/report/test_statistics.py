@@ -304,7 +304,7 @@ def test_few_groups_and_few_seeds_are_marked() -> None:
     scores, tokens = draw(2, 2, 12), np.ones(12)
     found = interval(cells_of(scores), [-1, 1], tokens)
     assert not found.has_few_groups
-    assert found.note == "2 seeds: only very large differences show"
+    assert found.note == "2 seeds: only very large differences can be detected"
     assert interval(cells_of(scores), [-1, 1], tokens, np.arange(12) // 2).has_few_groups is False
     assert interval(cells_of(scores), [-1, 1], tokens, np.arange(12) // 3).has_few_groups
     # Six groups of which one holds most rows count for fewer
@@ -353,13 +353,13 @@ def test_each_design_calls_the_interval_that_it_names() -> None:
     other = seeded(scores[:2, ::-1], (4, 3, 2, 1, 0), (4, 3, 2, 1, 0))
     found = contrast(other, [-1, 1], tokens, is_grid=False, is_same_start=True)
     assert found.half_width == pytest.approx(paired.half_width)
-    assert found.design.startswith("paired by seed (5 shared; initial weights")
+    assert found.design.startswith("paired by seed (5 shared, same initial weights")
     assert (found.note, per_seed.note) == ("", "")
 
     own = [replace(cell, seeds=()) for cell in cells]
     pooled = contrast(own, weights, tokens, is_grid=True)
     assert pooled == replace(interval(own, weights, tokens), design=pooled.design)
-    assert pooled.design == "spread of seeds pooled over 4 cells of model"
+    assert pooled.design == "seed variance pooled over 4 cells of model"
     welch = contrast(own[:2], weights[:2], tokens, is_grid=False)
     apart = [CellScores(scores[0], "a"), CellScores(scores[1], "b")]
     assert welch == replace(interval(apart, weights[:2], tokens), design=welch.design)
@@ -387,7 +387,10 @@ def test_a_grid_paired_by_seed_says_which_runs_it_leaves_out() -> None:
     cells += [CellScores(one, "model", seeds) for one in scores[1:]]
     found = contrast(cells, [-0.5, 0.5, -0.5, 0.5], tokens, is_grid=True)
     assert found.num_seeds == (5, 5, 5, 5)
-    assert found.note == "20 of 26 runs count here: seeds that are not in every cell are left out"
+    assert (
+        found.note
+        == "only 20 of 26 runs count here, because seeds missing from some cell are left out"
+    )
     simple = contrast(cells, [0, 0, -1, 1], tokens, is_grid=True)
     assert (simple.num_seeds, simple.note) == ((7, 7), "")
 
@@ -403,7 +406,7 @@ def test_shared_seeds_that_act_in_common_widen_the_interval() -> None:
     shared = contrast(seeded(scores, *[(0, 1, 2)] * 4), weights, tokens, is_grid=True)
     assert shared.half_width is not None and pooled.half_width is not None
     assert shared.half_width > pooled.half_width
-    assert "shared seeds act alike" in shared.note and "wider than" in shared.design
+    assert "shared seeds may affect cells alike" in shared.note and "wider than" in shared.design
     assert shared.p is not None and pooled.p is not None and shared.p >= pooled.p
     # An effect that all four share cancels
     scores[2:] += np.array([-1.0, 0, 1])[:, np.newaxis]

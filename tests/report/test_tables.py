@@ -79,7 +79,7 @@ def test_json_has_every_number_of_an_effect(tmp_path: Path) -> None:
 
 
 def test_each_run_says_what_it_declared_and_where_it_ran(tmp_path: Path) -> None:
-    """What an effect is confirmatory by, and what it ran on, can be checked from the JSON alone."""
+    """The JSON alone shows the declarations and hardware behind a confirmatory effect."""
     declared = "{axis: loss, from: full, to: completion, metric: nll_per_token"
     stated = f"run.declared=[{declared}, margin: 0.05}}]"
     made = make_attempt(

@@ -135,12 +135,12 @@ def test_effects_in_each_model_count_with_their_mean_which_is_not_shown(tmp_path
         (
             0.021,
             0.035,
-            "; the intervals at the 2 levels hold together at 95%, and this one",
+            "; the intervals at the 2 levels are wider, to hold jointly at 95%, and this one",
         ),
         (
             0.050,
             0.061,
-            "; the interval does not include 0, and p, which counts all that is",
+            "; the interval excludes 0, but p, adjusted over all ",
         ),
         (0.021, 0.061, "); this does not show that they are equal"),
     ],
@@ -190,7 +190,9 @@ def test_the_direction_is_that_of_the_declaration(tmp_path: Path) -> None:
 def test_a_margin_shows_equivalence_and_no_margin_shows_none(tmp_path: Path) -> None:
     within = build_report(declaring_rows(tmp_path / "in", 0.0, contrast(margin=0.1)))
     text = "\n".join(within.verdicts)
-    assert "the two are equivalent within the declared 0.1 nats per completion token" in text
+    assert (
+        "the two are equivalent within the declared margin of 0.1 nats per completion token" in text
+    )
     assert all(e.equivalence is not None and e.equivalence.is_shown for e in find_loss(within).main)
     outside = build_report(declaring_rows(tmp_path / "out", 0.0, contrast(margin=0.0001)))
     text = "\n".join(outside.verdicts)
@@ -207,7 +209,7 @@ def test_a_contrast_declared_after_a_start_is_exploratory(tmp_path: Path) -> Non
 
     report = build_report(declaring_rows(tmp_path, -0.283, contrast(), then))
     main = find_loss(report).main
-    why = "declared after demo/a_full_s2 had started on 2026-01-02"
+    why = "declared after demo/a_full_s2 started on 2026-01-02"
     touched = [effect for effect in main if effect.why_exploratory]
     assert touched and all(effect.why_exploratory == why for effect in touched)
     assert not any(effect.is_confirmatory for effect in touched)
@@ -220,7 +222,7 @@ def test_a_margin_that_was_changed_later_does_not_count(tmp_path: Path) -> None:
     )
     for effect in find_loss(build_report(rows)).main:
         assert effect.equivalence is None and not effect.is_confirmatory
-        assert effect.why_exploratory.startswith("declared with the margin 0.02 when demo/")
+        assert effect.why_exploratory.startswith("declared with a margin of 0.02 when demo/")
 
 
 def test_a_run_that_recorded_no_declaration_makes_it_exploratory(tmp_path: Path) -> None:
@@ -230,8 +232,8 @@ def test_a_run_that_recorded_no_declaration_makes_it_exploratory(tmp_path: Path)
 
 def test_a_declaration_of_what_is_not_there_is_a_warning_by_name(tmp_path: Path) -> None:
     for wrong, said in (
-        ({"axis": "rank"}, "no run has the axis `rank`; there are: model, loss, seed"),
-        ({"to": "prompt"}, "no run has loss prompt; there are: full, completion"),
+        ({"axis": "rank"}, "no run has the axis `rank`; available: model, loss, seed"),
+        ({"to": "prompt"}, "no run has loss prompt; available: full, completion"),
         ({"metric": "rouge"}, "no run has the metric `rouge`"),
     ):
         rows = declaring_rows(tmp_path / str(said), 0.0, contrast(**wrong))
@@ -249,7 +251,7 @@ def test_a_declared_metric_is_compared_where_it_would_not_be_chosen(tmp_path: Pa
 def test_what_is_not_clear_is_never_told_as_equal(tmp_path: Path) -> None:
     runs = scored_grid(tmp_path, {"loss": ["full", "completion"]}, lambda loss: 2.0, sd_run=0.05)
     [verdict] = build_report(rows_of(runs)).verdicts
-    assert verdict.startswith("No clear difference, which does not show that two values are equal")
+    assert verdict.startswith("No clear difference, which does not show that the values are equal")
     assert "significant" not in verdict
 
 
@@ -276,7 +278,7 @@ def test_two_seeds_say_how_little_they_show(tmp_path: Path) -> None:
         seeds=(1, 2),
         sd_run=0.001,
     )
-    assert "2 seeds: only very large differences show" in "\n".join(
+    assert "2 seeds: only very large differences can be detected" in "\n".join(
         build_report(rows_of(runs)).verdicts
     )
 
@@ -290,7 +292,7 @@ def test_of_many_exploratory_contrasts_the_rest_is_named(tmp_path: Path) -> None
     )
     verdicts = build_report(rows_of(runs)).verdicts
     assert sum(" is better than " in text for text in verdicts) == 8
-    [rest] = [text for text in verdicts if text.startswith("Clear, or dependent")]
+    [rest] = [text for text in verdicts if text.startswith("Also clear, or dependent")]
     assert "num_train_samples (1 -> 10, nats per completion token)" in rest and "1 -> 11" in rest
 
 
@@ -299,7 +301,7 @@ def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
     assert build_report(rows_of(waiting)).verdicts == ("No run has a score yet.",)
     alone = [scored(tmp_path / "a", make_recipe("alone", {"x": 1}), 2.0)]
     assert build_report(rows_of(alone)).verdicts == (
-        "The runs differ in no axis but the seed: there is nothing to compare.",
+        "The runs differ in no axis other than the seed, so there is nothing to compare.",
     )
     assert build_report([]).verdicts == ("No run has a score yet.",)
 
@@ -313,10 +315,10 @@ def test_an_arm_without_any_score_is_told(tmp_path: Path, is_declared: bool) -> 
         for row in lose_an_arm(tmp_path)
     ]
     text = "\n".join(build_report(rows).verdicts)
-    reason = "completion_60_s1 is failed, completion_60_s2 is failed; completion_180_s1 is failed"
+    reason = "completion_60_s1 (failed), completion_60_s2 (failed); completion_180_s1 (failed)"
     declared = "declared, full -> completion, NLL per completion token"
     named = declared if is_declared else "full -> completion"
-    assert f"No number for loss ({named}): {reason}" in text
+    assert f"No estimate for loss ({named}): {reason}" in text
 
 
 def lose_an_arm(root: Path) -> list[ReportRow]:
@@ -338,7 +340,7 @@ def test_a_declared_metric_that_no_run_of_an_arm_has_is_told(tmp_path: Path) -> 
     other = make_recipe("other", {"loss": "prompt", "num_train_samples": 60, "seed": 1}, sst2)
     more = rows_of([scored(tmp_path, other, 2.0, scores={"accuracy": [1.0] * 40})])
     text = "\n".join(build_report([*rows, *more]).verdicts)
-    assert "No number for" in text and "(declared, full -> completion, accuracy)" in text
+    assert "No estimate for" in text and "(declared, full -> completion, accuracy)" in text
 
 
 def test_an_axis_whose_cells_never_meet_is_told(tmp_path: Path) -> None:
@@ -350,7 +352,7 @@ def test_an_axis_whose_cells_never_meet_is_told(tmp_path: Path) -> None:
             recipe = make_recipe(f"r{at}_s{seed}", axes | {"seed": seed}, *overrides)
             runs.append(scored(tmp_path, recipe, 2.0 + draw_noise(seed, at)))
     text = "\n".join(build_report(rows_of(runs)).verdicts)
-    assert "No number for method (full -> lora): r0_s1 (and 1 more) has no partner with" in text
+    assert "No estimate for method (full -> lora): r0_s1 (and 1 more) has no partner with" in text
 
 
 def test_one_seed_of_a_declared_contrast_is_told(tmp_path: Path) -> None:
@@ -414,19 +416,23 @@ def test_both_intervals_of_a_sentence_say_how_much_better_the_better_one_is(tmp_
 
 def test_more_than_the_margin_is_told_as_such(tmp_path: Path) -> None:
     text = "\n".join(build_report(declaring_rows(tmp_path, -0.283, contrast(margin=0.02))).verdicts)
-    assert "; that is more than the declared margin of 0.02." in text
+    assert "; this exceeds the declared margin of 0.02." in text
     assert "equivalence" not in text
 
 
 def test_a_clear_difference_below_the_noise_says_of_how_many_pairs(tmp_path: Path) -> None:
     rows = declaring_rows(tmp_path, -0.02, contrast(), sd_run=0.01, seeds=range(1, 13))
     text = "\n".join(build_report(rows).verdicts)
-    assert "; in 95% of cases two single runs of one recipe differ by less than 0.0" in text
+    assert (
+        "; this is below the noise floor: two single runs of one recipe differ by less than 0.0"
+        in text
+    )
 
 
 def test_runs_of_one_cell_have_scores_that_do_not_compare(tmp_path: Path) -> None:
     runs = [scored(tmp_path, make_recipe(name, {}), 2.0) for name in ("one", "two")]
     [verdict] = build_report(rows_of(runs)).verdicts
     assert (
-        verdict == "There are scores, and no two that compare: one and two stand in the same cell."
+        verdict
+        == "The runs have scores, but no two are comparable: one and two are in the same cell."
     )

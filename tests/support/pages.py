@@ -163,7 +163,7 @@ def make_cell(rows: Sequence[ReportRow]) -> Cell:
     scored = [row for row in rows if row.state == "completed"]
     scores = {row.seed: row.tuned.nll_per_completion_token or 0.0 for row in scored}
     base = {NLL.name: scored[0].base.nll_per_completion_token or 0.0} if scored else {}
-    missing = tuple(f"{row.name} is {row.state}" for row in rows if row.state != "completed")
+    missing = tuple(f"{row.name} ({row.state})" for row in rows if row.state != "completed")
     known = {NLL.name: scores} if scored else {}
     return Cell(rows[0].grid, "conversations", axes, tuple(rows), known, base, missing)
 

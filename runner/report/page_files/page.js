@@ -1,5 +1,5 @@
 "use strict";
-// Sorts and filters tables. Without it the page says the same, in the order of the report.
+// Sorts and filters tables. Without it, the page has the same content in the order of the report.
 (() => {
   const compare = new Intl.Collator(undefined, { numeric: true }).compare;
   const read = (body, at) => {
