@@ -1,5 +1,5 @@
-"""What `runner check` accepts, the trainer starts: it builds the trainer's own configuration,
-optimizer, schedule and data loader, and names the recipe key of what it cannot build.
+"""The trainer starts with everything that `runner check` accepts: the check builds the trainer's
+own configuration, optimizer, schedule and data loader, and names the recipe key if it cannot.
 """
 
 from __future__ import annotations
