@@ -134,7 +134,7 @@ class Memory:
 
 
 def name_role(pid: int) -> str:
-    """Role of a process below a sweep; `other` for the sweep itself and its helpers, such as git."""
+    """Role of a process below a sweep; `other` for the sweep itself and helpers like git."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     if any(Path(word).name == "accelerate" for word in words[:3]):
         return "launcher"

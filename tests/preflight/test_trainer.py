@@ -286,7 +286,7 @@ def test_what_the_device_alone_knows_is_listed_and_not_refused() -> None:
     }
     assert build_json(result)["not_checked"][0] == {"text": "`training.bf16`", "runs": both}
     lines = list(format_result(result))
-    assert "not checked, because it needs the run's own device or model:" in lines
+    assert "not checked, because it needs the run's device or model:" in lines
     assert "  `training.bf16`  [2 runs]" in lines
 
 
