@@ -120,10 +120,10 @@ def find_suggestion(text: str) -> Batches | None:
 
 
 def ask_check(folder: Path, *arguments: str) -> str:
-    """What `runner check` prints.
+    """Return what `runner check` prints.
 
     Raises:
-        SystemExit: it refuses the recipes.
+        SystemExit: the check refuses the recipes.
     """
     done = subprocess.run(
         [sys.executable, "-m", "runner", "check", *arguments],
@@ -336,7 +336,7 @@ def build_table(measured: Sequence[Measured]) -> list[str]:
 
 
 def prepare(folder: Path, scale: Scale, cells: Sequence[Cell]) -> tuple[dict[str, Any], str]:
-    """What `runner check` says of both grids of recipes, and a line about models and batches."""
+    """Return the output of `runner check` for both grids, and a line about models and batches."""
     built = build_folder(folder, scale)
     write_recipes(folder, "ones", cells, scale, ONES)
     found = find_suggestion(ask_check(folder, "recipes/ones"))

@@ -62,7 +62,7 @@ launch: {{accelerate_config: launch.yaml, num_processes: 1, num_cpu_threads_per_
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is: on a GPU, or to try it on the CPU."""
+    """Sizes of everything: for a GPU, or for a trial on the CPU."""
 
     models: Mapping[str, ModelShape]
     num_train_rows: tuple[int, ...]

@@ -247,8 +247,8 @@ def derive_mean_score(splits: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def find_differences(one: Path, other: Path) -> tuple[int, list[str]]:
-    """How many files two output roots hold, and those that differ; what an attempt says of itself
-    (times, host, log) is left out.
+    """Count the files of two output roots and list those that differ. Files that describe an
+    attempt (times, host, log) are left out.
     """
     files = {
         path.relative_to(root)
@@ -312,7 +312,7 @@ def measure_grid(
 
 
 def describe_agreement(name: str, measured: Mapping[str, Any]) -> list[str]:
-    """How far the arms of a grid agree, in words."""
+    """Describe how closely the arms of a grid agree."""
     lines = []
     for arm, worst in measured.get("agreement", {}).items():
         lines.append(

@@ -339,8 +339,8 @@ def _clock_stopped() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a recipe says beside the template: its arguments, and the token that ends an answer
-    where the template prints none.
+    """The template's arguments in a recipe, and the token that ends an answer if the template
+    prints none.
     """
 
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -160,8 +160,8 @@ class Oracle:
         return both or set().union(*ends)
 
     def is_rewritten(self, chat: Conversation, index: int, text: str, form: Form) -> bool | None:
-        """Whether the template prints what a turn writes otherwise than when the conversation ended
-        there; None where that is not to be seen, or only the prompt of the turn differs.
+        """True if the template prints a turn differently than when the conversation ends there;
+        None if that cannot be seen, or if only the prompt of the turn differs.
         """
         if index == len(chat.messages) - 1:
             return False
@@ -369,8 +369,8 @@ def _names(chat: Conversation) -> list[tuple[Call, str]]:
 
 
 def _place_of_name(chat: Conversation, call: Call, name: str, text: str) -> int | None:
-    """Where a call's name or key stands by the call's value, nobody else's word between them; 0
-    where the value is not printed at all.
+    """Position of a call's name or key next to the call's value, with no other speaker's word
+    between them; 0 if the value is not printed.
     """
     if call.value not in text:
         return 0
@@ -385,8 +385,8 @@ def _place_of_name(chat: Conversation, call: Call, name: str, text: str) -> int 
 
 
 def _needed_by_others(chat: Conversation, missing: Sequence[Word]) -> set[str]:
-    """What is not printed of tools, of others, and of assistant turns that are context; templates
-    leave out the thoughts of those by intention.
+    """Words of tools, other speakers and context turns that are not printed. Templates leave out
+    the thoughts of context turns on purpose.
     """
     assistants = _assistants(chat)
     return {
@@ -449,7 +449,7 @@ def _judge_end(
 
 
 def _foreign_words(chat: Conversation, text: str, trained: bytearray) -> set[str]:
-    """What is trained, in whole or part, of words that are not the wanted turns'."""
+    """List the words outside the wanted turns that are trained, in whole or in part."""
     return {
         word.part if word.message not in _assistants(chat) else f"an untrained turn's {word.part}"
         for word in chat.words
@@ -468,13 +468,13 @@ def _places(text: str, word: str) -> list[int]:
 
 
 def _last_end(text: str, words: Sequence[str]) -> int | None:
-    """Where the last of the words that are printed ends."""
+    """End of the last printed word."""
     ends = [text.rfind(word) + len(word) for word in words if word in text]
     return max(ends, default=None)
 
 
 def _num_shared(left: str, right: str) -> int:
-    """How many characters the two texts begin with in common.
+    """Length of the common prefix, in characters.
 
     >>> _num_shared("<end><user>", "<end>")
     5
@@ -484,7 +484,7 @@ def _num_shared(left: str, right: str) -> int:
 
 
 def _next_word(chat: Conversation, index: int, text: str, position: int) -> int:
-    """Where the next word of anybody else begins."""
+    """Start of the next word of another speaker."""
     others = [text.find(word.text, position) for word in chat.words if word.message != index]
     return min((at for at in others if at >= 0), default=len(text))
 

@@ -46,8 +46,8 @@ def build_templates(folder: Path) -> Path:
 
 
 def measure(action: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What an action gives, its processor seconds, its child's included, and its wall-clock
-    seconds.
+    """Run an action; return its result, its CPU seconds with those of its children, and its
+    wall-clock seconds.
     """
     before, wall = os.times(), time.perf_counter()
     result = action()

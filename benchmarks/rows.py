@@ -1,12 +1,12 @@
-"""What a launch takes to come by its rows: seconds, rows per second and memory, without an entry,
+"""Measures how a launch gets its rows: seconds, rows per second and memory, without a cache entry,
 when it writes one, and when it reads one.
 
-Run `python benchmarks/rows.py` in the repository root. Each figure is of a process of its own,
-which loads the tokenizer and does what a trainer does up to its data set: draw, tokenise and prove
-rows of about 300 tokens, hash them for `samples.json`, and build the training set. `memory` is how
-data of fewer than 5,000 rows go; `first` writes an entry; `second` reads it. Memory is the most
-that the process held above what it held after its imports, pages of mapped files counted, and in
-brackets what was its own in the end.
+Run `python benchmarks/rows.py` in the repository root. Each figure comes from a separate
+process, which loads the tokenizer and does what a trainer does up to its data set: it draws,
+tokenizes and proves rows of about 300 tokens, hashes them for `samples.json`, and builds the
+training set. Data of fewer than 5,000 rows take the path `memory`; `first` writes an entry and
+`second` reads it. Memory is the peak above the level after the imports, including pages of mapped
+files; the number in brackets is the process's own memory at the end.
 """
 
 from __future__ import annotations

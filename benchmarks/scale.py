@@ -180,7 +180,7 @@ def build_run(one: Selected, contents: dict[str, str], state: str) -> None:
 
 
 def make_step(one: Selected, step: int) -> None:
-    """What a trainer writes after a step."""
+    """Write what a trainer writes after a step."""
     append_jsonl(
         one.paths.metrics_path,
         {"step": step, "epoch": step / 20, "loss": 5 / step, "learning_rate": 1e-4},

@@ -1,4 +1,4 @@
-"""What the benchmarks of short fine-tunes share: the folder of a small grid, and the CPU seconds of
+"""Shared by the benchmarks of short fine-tunes: the folder of a small grid, and the CPU seconds of
 a whole process tree.
 
 A folder holds a random model, rows, recipes and an accelerate config for the CPU; everything is
@@ -227,7 +227,7 @@ def find_run(output_root: Path, grid: SmallGrid, cell: Cell) -> RunPaths:
 
 
 def has_warm_sweeps() -> bool:
-    """Whether this checkout's sweep starts its runs from a warm worker unless `--cold` is given."""
+    """True if this checkout's sweep starts its runs from a warm worker unless `--cold` is given."""
     argv = [sys.executable, "-m", "runner", "sweep", "--help"]
     shown = subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     return "--cold" in shown

@@ -134,7 +134,7 @@ class Memory:
 
 
 def name_role(pid: int) -> str:
-    """What a process below a sweep is; `other` for the sweep and what it asks, such as git."""
+    """Role of a process below a sweep; `other` for the sweep itself and helpers like git."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     if any(Path(word).name == "accelerate" for word in words[:3]):
         return "launcher"
@@ -186,7 +186,7 @@ class Timeline:
             self.ends[number] += [(read_tree_seconds(pid), time.monotonic())] * missing
 
     def _count_ended(self, number: int, pid: int) -> int | None:
-        """How many phases of a run have ended, up to its result; None before its attempt."""
+        """Number of phases that have ended, up to the result; None before the attempt."""
         paths = self._runs[number]
         attempt = paths.attempt(1)
         if not attempt.log_path.parent.exists():
@@ -222,7 +222,7 @@ def read_phase(path: Path) -> str | None:
 
 
 def count_lines(path: Path) -> int:
-    """How many lines a file has by now."""
+    """Number of lines in a file so far."""
     try:
         return path.read_bytes().count(b"\n")
     except FileNotFoundError:
@@ -230,7 +230,7 @@ def count_lines(path: Path) -> int:
 
 
 def has_trainer(pid: int, paths: RunPaths) -> bool:
-    """Whether the tree has the trainer of a run, and not only its launcher."""
+    """True if the tree has the trainer of a run, not only its launcher."""
     for descendant in list_descendants(pid):
         try:
             words = Path(f"/proc/{descendant}/cmdline").read_bytes().decode().split("\0")

@@ -184,7 +184,7 @@ def test_the_next_row_is_answered_after_a_lost_process_and_nothing_stays() -> No
 
 
 def _is_gone(pid: int) -> bool:
-    """Whether a process that was sent SIGKILL ends: the kernel may take a moment for it."""
+    """True once a process that was sent SIGKILL has ended; the kernel may need a moment."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -212,7 +212,7 @@ def test_a_file_that_cannot_be_loaded_is_named(text: str, words: str) -> None:
 
 
 def test_files_of_the_project_are_imported_only_by_name(here: Path) -> None:
-    """What is on the disk does not count: neither unnamed files nor other texts than were read."""
+    """Files on disk do not count if they are not named, or if they changed after they were read."""
     (here / "lib").mkdir()
     (here / "lib" / "text.py").write_text("NAME = 'of the disk'")
     (here / "near.py").write_text("NAME = 'beside it'")

@@ -59,8 +59,8 @@ class Place:
         return path
 
     def run(self, *arguments: str | Path) -> str:
-        """What `runner` prints; the answer is one of its exit codes, clean of controls, and changes
-        nothing outside.
+        """Return what `runner` prints. Its exit code is a known one, its output has no control
+        characters, and nothing outside changes.
         """
         before, out, err = self.list_outside(), io.StringIO(), io.StringIO()
         try:

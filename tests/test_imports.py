@@ -1,4 +1,4 @@
-"""Who may import whom: a table of packages, compared with what the source says.
+"""The table of packages and their allowed imports, compared with the source.
 
 Imports point down. A package that is on no floor is refused until it is listed here.
 """

@@ -1,4 +1,4 @@
-"""What is frozen cannot be changed, and thaws to what it was."""
+"""Frozen values cannot be changed, and thaw to the original values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`runner check`: what the survey of a grid found, for people or as JSON (docs/preflight.md)."""
+"""`runner check`: prints the findings of a survey as text or JSON (docs/preflight.md)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ def print_check(
     allow_hint: str = "runner check --allow-code",
     device_gib: int | None = None,
 ) -> int:
-    """Check and print; 2 if a recipe cannot be trained as it is, else 0: warnings do not fail.
+    """Check and print. Returns 2 if a recipe cannot be trained as it is, else 0; warnings do not
+    count.
 
-    `finished` are runs (grid/name) that take no more disk; `allow_hint` is the command that allows
-    the functions of the recipes; `device_gib` is the memory of the device that they will run on,
-    None: of the GPU that is here, if any.
+    `finished` are runs (grid/name) that need no more disk; `allow_hint` is the command that allows
+    the recipes' functions; `device_gib` is the memory of the target device, None for the local GPU,
+    if there is one.
     """
     if not is_json:
         what = "recipe is" if len(recipes) == 1 else "recipes are"
@@ -49,9 +50,9 @@ def print_check(
         result.fail(error, name)
     for text, name in pinned.warnings:
         result.warn(text, name)
-    # Between PEFT and Transformers, which nobody can act on.
+    # A warning between PEFT and Transformers that no user can act on.
     warnings.simplefilter("ignore", FutureWarning)
-    hide_libraries(("wandb",))  # TRL would import it; whether it is installed has been looked at
+    hide_libraries(("wandb",))  # TRL would import it; its installation was checked before
     from runner.preflight.trainer import check_trainers
 
     check_trainers(recipes, result)
@@ -81,7 +82,7 @@ def print_check(
 
 @dataclass
 class _Needs:
-    """Memory and disk, and what the memory would allow: for `--json`, and in lines for people."""
+    """Memory and disk estimates and suggestions, for `--json` and as text."""
 
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by run
     suggestions: list[dict[str, Any]] = field(default_factory=list)
@@ -129,10 +130,10 @@ def _explain_none(
     device_gib: int, sizes: Mapping[str, RunSize], on_device: Sequence[CheckedRun]
 ) -> str:
     if not sizes:
-        return "the size of none of the models is known"
+        return "no model's size is known"
     if not on_device:
-        return "`--device-gib` is of no effect: their launch configs use the CPU"
-    return f"nothing is to be gained on {device_gib} GiB"
+        return "`--device-gib` has no effect: the launch configs use the CPU"
+    return f"no change would use {device_gib} GiB better"
 
 
 def name_runs(names: Sequence[str]) -> str:
@@ -147,8 +148,8 @@ def name_runs(names: Sequence[str]) -> str:
 
 
 def format_result(result: CheckResult, size_lines: Sequence[str] = ()) -> Iterator[str]:
-    """Lines: a block per model, the updates of each kind of run, memory and disk, then what is
-    doubtful.
+    """Yield a block per model, the updates of each kind of run, memory and disk, then the
+    warnings.
     """
     for model_key, runs in group_runs(result.runs, lambda run: run.recipe.model.model_dump_json()):
         tokenizer = result.tokenizers[model_key]
@@ -169,7 +170,7 @@ def format_result(result: CheckResult, size_lines: Sequence[str] = ()) -> Iterat
     yield from size_lines
     if result.unchecked:
         yield ""
-        yield "not checked, because it needs the run's own device or model:"
+        yield "not checked, because it needs the run's device or model:"
         for text, names in result.unchecked.items():
             yield f"  {text}  [{len(names)} runs]" if len(names) > 1 else f"  {text}"
     for kind, said in (("note", result.notes), ("warning", result.warnings)):
@@ -185,11 +186,11 @@ def _list_said(kind: str, said: Mapping[str, Sequence[str]], num_runs: int) -> I
 
 
 def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
-    """One line per split and source of rows; where runs take more or fewer of them, the lengths are
-    of the most.
+    """Yield one line per split and source of rows. If runs use different counts, the lengths are
+    those of the largest.
     """
     lines: dict[tuple[str, ...], list[str]] = {}
-    # Said where rows share a group (a document, an author): what is random then are the groups.
+    # Shown if rows share a group (a document, an author): then groups are the random unit.
     splits = [facts for run in runs for facts in run.splits.values()]
     has_groups = any(facts.num_groups < facts.num_rows for facts in splits)
     for split in SPLITS:
@@ -229,7 +230,7 @@ def _tabulate_rows(runs: Sequence[CheckedRun]) -> Iterator[str]:
 
 
 def _source_of(run: CheckedRun, split: str) -> tuple[str, str]:
-    """The file of a split's rows, and all that decides which rows they are but how many train."""
+    """The files of a split's rows, and everything that selects rows except `num_train_samples`."""
     data = run.recipe.data
     own = getattr(data, split)
     sources = data.train_sources if split == "train" or own is None else (own,)
@@ -257,7 +258,7 @@ def _describe_schedule(run: CheckedRun) -> str:
 def build_json(
     result: CheckResult, sizes: Mapping[str, dict[str, Any]] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """The whole result, one entry per run; `size` is null where the model could not be measured."""
+    """The whole result, one entry per run; `size` is null if the model could not be measured."""
     runs = []
     for run in result.runs:
         tokenizer = result.tokenizers[run.recipe.model.model_dump_json()]

@@ -1,7 +1,8 @@
-"""`runner doctor`: what this machine has, what the given recipes need and do not find, and the
-command that mends each.
+"""`runner doctor`: lists what this machine has and what the given recipes lack, each with the
+command that fixes it.
 
-Reads files and asks programs; loads no model and no rows: memory and disk per run are `check`'s.
+It reads files and runs programs. It loads no model and no rows: `check` estimates memory and disk
+per run.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from runner.text import format_bytes
 Level = Literal["ok", "note", "missing"]
 _INSTALL: Final = "pip install -c constraints.txt -e ."
 _CUDA_TORCH: Final = "pip install --force-reinstall -c constraints-cuda.txt torch"
-# Extra of this project -> the package that it installs, and what that is for.
+# Extra of this project -> the package that it installs, and its purpose.
 _EXTRAS: Final = {
     "tensorboard": ("tensorboard", "tracking.report_to=[tensorboard]"),
     "wandb": ("wandb", "tracking.report_to=[wandb]"),
@@ -66,7 +67,7 @@ _OPTIMIZERS: Final = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the answer; `hint` is a command that mends it, or the way on."""
+    """One line of the output; `hint` is a command or advice that fixes it."""
 
     level: Level
     what: str
@@ -75,10 +76,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """Everything that the recipes are held against."""
+    """Everything that the recipes are compared with."""
 
     libraries: Libraries
-    gpus: list[Gpu] | None  # that nvidia-smi lists; None where it does not answer
+    gpus: list[Gpu] | None  # that nvidia-smi lists; None if it does not answer
     compiler: str | None
     cuda_home: Path | None
     slurm: str | None
@@ -86,7 +87,7 @@ class Machine:
 
 @dataclass
 class _Lacks:
-    """What recipes lack, each text once, with the runs that it is about."""
+    """Things that recipes lack: each text once, with the runs concerned."""
 
     runs: dict[tuple[Level, str, str | None], list[Selected]] = field(default_factory=dict)
 
@@ -101,9 +102,9 @@ class _Lacks:
 
 
 def _complete_hint(hint: str, runs: Sequence[Selected]) -> str:
-    """A hint with the recipe of one of the runs, as it can be pasted where the user is.
+    """Return the hint with the recipe of one of the runs, ready to paste in the user's folder.
 
-    Of runs that only have a run directory, which `launch` does not take, the word stays.
+    `launch` does not accept run directories, so runs without a recipe file keep the word RECIPE.
     """
     for one in runs:
         path, is_run = one.source_path, one.source_path.is_dir()
@@ -116,7 +117,7 @@ def _complete_hint(hint: str, runs: Sequence[Selected]) -> str:
 
 
 def print_doctor(runs: Sequence[Selected], output_root: Path) -> int:
-    """Print what was found, the machine first; 2 where a recipe cannot run here, or nothing can."""
+    """Print the findings, the machine first. Returns 2 if anything is missing."""
     machine = Machine(
         ask_libraries(),
         list_gpus(os.environ),
@@ -128,25 +129,25 @@ def print_doctor(runs: Sequence[Selected], output_root: Path) -> int:
     findings = [*describe_machine(machine, output_root), *lacks]
     for one, following in zip(findings, [*findings[1:], None], strict=True):
         print(escape_controls(f"{one.level:<8}{one.what}"))
-        # One hint for lines in a row that it mends together.
+        # Consecutive lines with the same fix share one hint.
         if one.hint and (following is None or following.hint != one.hint):
             print(escape_controls(f"        hint: {one.hint}"))
     num_missing = sum(one.level == "missing" for one in findings)
     if runs and not num_missing:
         count = "the recipe" if len(runs) == 1 else f"all {len(runs)} recipes"
-        print(f"\n{count} can run here; `runner check` looks at rows, memory and disk of each")
+        print(f"\n{count} can run here; `runner check` checks the rows, memory and disk of each")
     return 2 if num_missing else 0
 
 
 def describe_machine(machine: Machine, output_root: Path) -> Iterator[Finding]:
-    """What there is, whatever the recipes need."""
+    """Yield everything that the machine has, independent of the recipes."""
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding("ok", f"Python {version}, {sys.executable}")
     try:
         for unmet in list_unmet_requirements():
             yield Finding("missing", unmet, _INSTALL)
     except importlib.metadata.PackageNotFoundError:
-        what = "the runner is not installed itself, so that nothing says which packages it requires"
+        what = "the runner itself is not installed, so its required packages are unknown"
         yield Finding("note", what, _INSTALL)
     yield from _describe_torch(machine)
     yield from _describe_packages(machine)
@@ -159,7 +160,7 @@ def describe_machine(machine: Machine, output_root: Path) -> Iterator[Finding]:
     for extra, (package, purpose) in _EXTRAS.items():
         if find_version(package) is None:
             hint = f"pip install 'recipe-runner[{extra}]'"
-            yield Finding("note", f"{package} is not installed: for {purpose}", hint)
+            yield Finding("note", f"{package} is not installed; it is needed for {purpose}", hint)
 
 
 def _describe_torch(machine: Machine) -> Iterator[Finding]:
@@ -176,7 +177,9 @@ def _describe_torch(machine: Machine) -> Iterator[Finding]:
         capability = ".".join(map(str, device.capability))
         what = f"GPU {number}: {device.name}, {memory}, capability {capability}"
         if free is None:
-            what += ": its free memory cannot be asked, as others may have all of it"
+            what += (
+                "; its free memory cannot be read, perhaps because other processes use all of it"
+            )
         yield Finding("ok" if free is not None else "note", what)
     if libraries.devices:
         return
@@ -212,14 +215,15 @@ def _describe_packages(machine: Machine) -> Iterator[Finding]:
             yield Finding("ok", f"{name} {libraries.versions[module]}".rstrip())
         elif module == "flash_attn":
             what = (
-                "FlashAttention is not installed: for model.attn_implementation=flash_attention_2"
+                "FlashAttention is not installed; it is needed for"
+                " model.attn_implementation=flash_attention_2"
             )
             yield Finding("note", what, "pip install flash-attn --no-build-isolation")
     if machine.compiler is None:
-        what = "no C++ compiler: DeepSpeed compiles with one on first use"
+        what = "no C++ compiler; DeepSpeed compiles code on first use"
         yield Finding("note", what, "apt-get install g++")
     else:
-        nvcc = machine.cuda_home or "none: only offload to CPU memory on a GPU machine needs it"
+        nvcc = machine.cuda_home or "none; only offload to CPU memory on a GPU machine needs it"
         yield Finding("ok", f"C++ compiler {machine.compiler}; CUDA toolkit: {nvcc}")
 
 
@@ -245,12 +249,14 @@ def _describe_token() -> Finding:
     if get_token():
         what = "a hub token is stored for downloads; pushing reads HF_TOKEN only"
         return Finding("note", what, "export HF_TOKEN=...")
-    what = "no hub token: gated models cannot be loaded, nothing can be pushed"
+    what = "no hub token: gated models cannot be loaded and nothing can be pushed"
     return Finding("note", what, "export HF_TOKEN=...")
 
 
 def find_lacks(runs: Sequence[Selected], machine: Machine) -> Iterator[Finding]:
-    """What the recipes need and this machine does not have, each once with the runs concerned."""
+    """Yield everything that the recipes need and this machine lacks, each once with the runs
+    concerned.
+    """
     lacks = _Lacks()
     for run in runs:
         looks = (_need_files, _need_devices, _need_packages, _need_deepspeed, _need_others)
@@ -265,10 +271,10 @@ def find_lacks(runs: Sequence[Selected], machine: Machine) -> Iterator[Finding]:
 
 
 def _find_refused_pushes(runs: Sequence[Selected]) -> Iterator[Finding]:
-    """What `check`, `launch` and `sweep` refuse of the runs that are not on the hub yet."""
+    """Yield the pushes that `check`, `launch` and `sweep` would refuse."""
     planned = []
     for one in runs:
-        with contextlib.suppress(CorruptFileError, OSError):  # its state says so
+        with contextlib.suppress(CorruptFileError, OSError):  # `runner status` reports it
             if (repo_id := find_push_to(one.read_facts(), one.recipe)) is not None:
                 planned.append(PlannedPush(one.full_name, one.paths, repo_id, is_due=True))
     try:
@@ -282,43 +288,43 @@ Need = tuple[str, str | None]
 
 def _need_files(recipe: Recipe, machine: Machine) -> Iterator[Need]:
     for key, path in list_missing_files(recipe).items():
-        yield f"{key}: {path} is not there", hint_at_missing([path])
+        yield f"{key}: {path} does not exist", hint_at_missing([path])
 
 
 def _need_devices(recipe: Recipe, machine: Machine) -> Iterator[Need]:
     config_path = Path(recipe.launch.accelerate_config)
     if not config_path.exists():
-        return  # said already
+        return  # reported already
     wanted = derive_resources(recipe)
     if wanted.num_machines > 1 and machine.slurm is None:
         yield (
-            f"{wanted.num_machines} machines are wanted, and there is no Slurm to give them",
-            "runner launch RECIPE --prepare  # writes the command that each machine is to run",
+            f"{wanted.num_machines} machines are needed, and there is no Slurm to allocate them",
+            "runner launch RECIPE --prepare  # writes the command for each machine",
         )
     devices = machine.libraries.devices
-    if wanted.num_gpus > max(len(devices), 1):  # one process trains on the CPU where it has to
+    if wanted.num_gpus > max(len(devices), 1):  # a single process can train on the CPU
         hint: str | None = f"a machine with {wanted.num_gpus} GPUs"
         if machine.gpus and not devices and machine.libraries.cuda is None:
             hint = _CUDA_TORCH
         elif devices:
             hint = _suggest_fewer(recipe, len(devices), wanted.num_machines)
         gpus = "1 GPU is" if wanted.num_gpus == 1 else f"{wanted.num_gpus} GPUs are"
-        yield f"{gpus} wanted, torch sees {len(devices) or 'none'}", hint
+        yield f"{gpus} needed, torch sees {len(devices) or 'none'}", hint
 
 
 def _note_slow(recipe: Recipe, machine: Machine) -> Iterator[Need]:
-    """One process without a GPU trains, on the CPU."""
+    """A single process without a GPU trains on the CPU."""
     devices, config_path = machine.libraries.devices, Path(recipe.launch.accelerate_config)
     if not devices and config_path.exists() and derive_resources(recipe).num_gpus == 1:
         is_of_torch = machine.gpus and machine.libraries.cuda is None
         yield (
-            "1 GPU is wanted, torch sees none: it trains on the CPU",
+            "1 GPU is needed, torch sees none: the run trains on the CPU",
             (_CUDA_TORCH if is_of_torch else None),
         )
 
 
 def _suggest_fewer(recipe: Recipe, num_gpus: int, num_machines: int) -> str | None:
-    """The launch on as many of the GPUs as the global batch can be kept on."""
+    """Return the launch on as many of the GPUs as keep the global batch."""
     for count in range(num_gpus * num_machines, 0, -num_machines):
         with contextlib.suppress(RefusedError):
             derive_accumulation(recipe, count)
@@ -327,8 +333,8 @@ def _suggest_fewer(recipe: Recipe, num_gpus: int, num_machines: int) -> str | No
 
 
 def _note_capability(recipe: Recipe, machine: Machine) -> Iterator[Need]:
-    """Older GPUs compute in bfloat16 by other instructions: `torch.cuda.is_bf16_supported`, which
-    Transformers asks, is True of them.
+    """Older GPUs emulate bfloat16; `torch.cuda.is_bf16_supported`, which Transformers checks,
+    returns True for them.
     """
     config_path, devices = Path(recipe.launch.accelerate_config), machine.libraries.devices
     if not devices or not config_path.exists() or not derive_resources(recipe).num_gpus:
@@ -366,9 +372,12 @@ def _need_packages(recipe: Recipe, machine: Machine) -> Iterator[Need]:
     for start, (module, package) in _OPTIMIZERS.items():
         optimizer = str(arguments.get("optim") or "")
         if optimizer.startswith(start) and importlib.util.find_spec(module) is None:
-            yield f"training.optim is {optimizer}: {package} is not there", f"pip install {package}"
+            yield (
+                f"training.optim is {optimizer}: {package} is not installed",
+                f"pip install {package}",
+            )
     if arguments.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
-        yield "training.use_liger_kernel: liger-kernel is missing", "pip install liger-kernel"
+        yield "training.use_liger_kernel: liger-kernel is not installed", "pip install liger-kernel"
 
 
 def _need_deepspeed(recipe: Recipe, machine: Machine) -> Iterator[Need]:

@@ -1,8 +1,8 @@
 """Facts of this machine and of the installed packages, as `runner doctor` shows them.
 
-Also a program: `python -m runner.preflight.machine` prints, as JSON, what only importing the heavy
-packages can tell. A process of its own imports them, since a driver that hangs or a package that
-crashes must not take the verb with it.
+Also a program: `python -m runner.preflight.machine` imports the heavy packages and prints the
+result as JSON. They are imported in a separate process, because a driver that hangs or a package
+that crashes must not stop the verb.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-_IMPORT_SECONDS: Final = 180.0  # of a cold disk; a hanging driver never answers
-_ANSWER: Final = "runner-machine "  # in front of the answer: packages print lines of their own
+_IMPORT_SECONDS: Final = 180.0  # enough for a cold disk; a hanging driver never answers
+_ANSWER: Final = "runner-machine "  # prefix of the answer line: packages print lines too
 # Imported only where they are installed; each compiles or loads code that can fail on its own.
 _TRIED: Final = ("bitsandbytes", "deepspeed", "flash_attn")
 
@@ -31,24 +31,24 @@ class Device:
 
     name: str
     total_bytes: int
-    free_bytes: int | None  # None where it cannot be asked: of a busy GPU, say
+    free_bytes: int | None  # None if it cannot be read, for example on a busy GPU
     capability: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Libraries:
-    """What a training process would find."""
+    """The libraries and devices that a training process would find."""
 
     torch: str | None = None  # its version
-    cuda: str | None = None  # that torch was built for; None: a build for the CPU
+    cuda: str | None = None  # that torch was built for; None for a CPU build
     devices: tuple[Device, ...] = ()
     failures: dict[str, str] = field(default_factory=dict)  # package -> why it cannot be imported
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that were imported
 
 
 def ask_libraries() -> Libraries:
-    """What a child process learns by importing torch and the packages with code of their own."""
-    # Without the current folder, whose files would be imported under the names of packages.
+    """Import torch and the packages with native code in a child process; return what it found."""
+    # -P: files of the current folder must not be imported as packages.
     command = [sys.executable, "-P", "-m", "runner.preflight.machine"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS)
@@ -68,7 +68,7 @@ def ask_libraries() -> Libraries:
 
 
 def find_version(package: str) -> str | None:
-    """The version of an installed package, None where it is not installed."""
+    """The version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -76,10 +76,10 @@ def find_version(package: str) -> str | None:
 
 
 def list_unmet_requirements() -> list[str]:
-    """The packages that this project requires and that are missing, or are of another version.
+    """The required packages that are missing or have another version.
 
     Raises:
-        PackageNotFoundError: this project is not installed, so that nothing says what it requires.
+        PackageNotFoundError: this project is not installed, so its requirements are unknown.
     """
     from packaging.requirements import Requirement
 
@@ -97,7 +97,7 @@ def list_unmet_requirements() -> list[str]:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that DeepSpeed would use, None where there is none."""
+    """The C++ compiler that DeepSpeed would use; None if there is none."""
     return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
 
 
@@ -110,7 +110,7 @@ def find_cuda_home() -> Path | None:
 
 
 def ask_slurm() -> str | None:
-    """Slurm's version, None where jobs cannot be submitted from here."""
+    """Slurm's version; None if jobs cannot be submitted from here."""
     if shutil.which("sbatch") is None:
         return None
     try:
@@ -150,7 +150,7 @@ def _describe_device(number: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(number)
     try:
         free = torch.cuda.mem_get_info(number)[0]
-    except RuntimeError:  # it wants a context on the GPU, which may have no room for one
+    except RuntimeError:  # this needs a context on the GPU, which may have no memory left
         free = None
     return {
         "name": properties.name,

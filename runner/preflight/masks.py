@@ -1,7 +1,7 @@
-"""`runner masks`: the tokens of a row as the model sees them, and which of them are trained.
+"""`runner masks`: shows the tokens of a row as the model sees them, and marks the trained ones.
 
-Views are made by the trainer's own functions and printed for a terminal, as one HTML page or as
-JSON. Loads a tokenizer, never a model.
+Views are built by the trainer's own functions and printed for a terminal, as an HTML page or as
+JSON. A tokenizer is loaded, never a model.
 """
 
 from __future__ import annotations
@@ -31,44 +31,40 @@ _GLYPHS: Final = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 @dataclass(frozen=True)
 class TokenView:
-    """One token: its characters of the text, or of none where it continues a character that an
+    """One token with its characters; `text` is empty if the token continues a character that an
     earlier one began.
     """
 
     token_id: int
     piece: str  # as the tokenizer writes it
     text: str
-    skipped: str  # characters before it that no token stands for
-    message: int | None  # whose content or completion it belongs to; None: the template's own text
-    is_trained: bool  # there is a loss on predicting it: never on the first token
+    skipped: str  # preceding characters that belong to no token
+    message: int | None  # it belongs to; None: the template's text
+    is_trained: bool  # has a loss; the first token never has one
     is_special: bool
-    is_cut: bool  # not seen by the model, see `data.truncation`
+    is_cut: bool  # removed by `data.truncation`
 
 
 @dataclass(frozen=True)
 class TurnCount:
-    """Tokens of one message, or of the template's own text (`message` None); those that were cut
-    count in neither.
-    """
+    """Token counts of one message, or of the template's text (`message` None); no cut tokens."""
 
     message: int | None
     role: str
     num_tokens: int
     num_trained: int
-    # The piece that ends what is trained on, of an assistant turn its end of turn.
+    # The last trained token: the end of turn, for an assistant turn.
     last_trained: str
-    # Besides its text: `reasoning`, `2 calls`, `weight 0`, `context only`.
+    # Such as `reasoning`, `2 calls`, `weight 0`, `context only`.
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RowView:
-    """One row. `fate` says whether a run uses it; of a row that is not used the whole mask is shown
-    all the same.
-    """
+    """One row. `fate` says if a run uses it; the mask of an unused row is shown in full."""
 
     split: str
-    number: int  # from 1, in the order in which the rows were drawn
+    number: int  # from 1, in draw order
     row_id: str
     where: str
     fate: Fate
@@ -89,22 +85,21 @@ class RowView:
 
     @property
     def num_cut(self) -> int:
-        """Tokens that `data.truncation` took away."""
+        """Tokens that `data.truncation` removed."""
         return sum(token.is_cut for token in self.tokens)
 
     def special_tokens(self) -> Counter[str]:
-        """How often each special token occurs among those that the model sees."""
+        """Count of each special token that the model sees."""
         return Counter(
             token.piece for token in self.tokens if token.is_special and not token.is_cut
         )
 
 
 def build_views(recipe: Recipe, split: str, num_rows: int, row: str | None) -> list[RowView]:
-    """The first rows of a split, or the one that `row` names by number or by (the beginning of) its
-    id.
+    """Build views of the first rows of a split, or of the row with the number or id prefix `row`.
 
     Raises:
-        DataError: rows, tokenizer or template are not fit to be trained on.
+        DataError: rows, tokenizer or template cannot be used for training.
         RunnerError: there is no such row.
     """
     splits = draw_splits(recipe.data)
@@ -127,7 +122,7 @@ def _choose(
     rows: Sequence[RawRow] = getattr(splits, split)
     if row is None:
         return [(split, number, raw) for number, raw in enumerate(rows[:num_rows], start=1)]
-    conversation, _, _ = row.partition(".")  # the rest is a turn of one that is split
+    conversation, _, _ = row.partition(".")  # the rest is the turn, under `data.turns: split`
     if len(conversation) >= _MIN_ID_CHARS:
         named = [
             (name, number, raw)
@@ -140,10 +135,10 @@ def _choose(
     if row.isdecimal() and 1 <= int(row) <= len(rows):
         return [(split, int(row), rows[int(row) - 1])]
     raise RunnerError(
-        f"no row {row!r}: the {split} split has the rows 1 to {len(rows)}, and no split has a row"
-        " of that id",
+        f"no row {row!r}: the {split} split has rows 1 to {len(rows)}, and no split has a row"
+        " with that id",
         hint=(
-            f"ids are those of samples.json, at least {_MIN_ID_CHARS} characters of them,"
+            f"use an id from samples.json, or at least its first {_MIN_ID_CHARS} characters,"
             f" such as {rows[0].row_id}"
         ),
     )
@@ -152,8 +147,8 @@ def _choose(
 def build_view(
     fitted: FittedRow, recipe: Recipe, tokenizer: Any, *, split: str, number: int
 ) -> RowView:
-    """The view of one row under the recipe's loss; what it shows as seen is what the trainer is
-    given.
+    """Build the view of one row under the recipe's loss, from the ids and labels that the trainer
+    gets.
     """
     raw, masked, row = fitted.raw, fitted.masked, fitted.row
     seen = list(range(len(masked.input_ids)))
@@ -180,15 +175,15 @@ def build_view(
 
 
 def _label_whole(raw: RawRow, masked: MaskedConversation, loss: Loss) -> list[int]:
-    """The labels that a row would have if it fitted."""
+    """The labels that a row would have if it were short enough."""
     completions = [one.span for one in masked.completions if one.message in raw.completions]
     untrained = [one.span for one in masked.completions if one.message in raw.untrained]
     return build_labels(masked.input_ids, completions, loss, untrained)
 
 
 def _find_messages(masked: MaskedConversation) -> list[int | None]:
-    """The message of each token: a completion's by its span, another's by a character of its
-    content.
+    """The message of each token: by span for completions, by characters of content for the
+    others.
     """
     owners: list[int | None] = [None] * len(masked.input_ids)
     for index, chars in enumerate(masked.content_chars):
@@ -214,7 +209,7 @@ def _build_tokens(
     }
     special |= set(tokenizer.all_special_ids)
     views: list[TokenView] = []
-    # A character of several bytes can be spread over several tokens: the first one shows it.
+    # A multi-byte character can span several tokens: the first one shows it.
     covered = 0
     for at, (start, end) in enumerate(masked.offsets):
         views.append(
@@ -254,7 +249,8 @@ def _count_turns(raw: RawRow, tokens: Sequence[TokenView]) -> tuple[TurnCount, .
 
 
 def _note(raw: RawRow, index: int) -> tuple[str, ...]:
-    """What a message holds besides its text, and why an assistant's is no completion."""
+    """Notes on a message: its parts other than text, and the reason if an assistant turn is not
+    trained."""
     message, notes = raw.messages[index], []
     if message.get("reasoning_content"):
         notes.append("reasoning")
@@ -268,8 +264,7 @@ def _note(raw: RawRow, index: int) -> tuple[str, ...]:
 
 
 def show(text: str) -> str:
-    """A text in which every character can be seen and none acts on a terminal; a newline keeps
-    breaking the line.
+    """Make every character visible and harmless for a terminal; newlines still break the line.
 
     >>> show("a\\tb\\n\\x1b[31m\\u202e")
     'a⇥b⏎\\n␛[31m\\\\u202e'
@@ -290,8 +285,8 @@ def _show_char(char: str) -> str:
 
 
 _FATES: Final = {
-    "whole": "seen whole",
-    "cut": "{cut} were cut off the left (data.truncation: {truncation})",
+    "whole": "used in full",
+    "cut": "{cut} were cut from the left (data.truncation: {truncation})",
     "dropped": (
         "NOT USED, longer than data.max_length: {max_length} (data.truncation: drop);"
         " mask of the whole row"
@@ -302,7 +297,7 @@ _FATES: Final = {
     ),
 }
 _RESET: Final = "\x1b[0m"
-# Two shades each, so that neighbouring tokens can be told apart.
+# Two shades each, to separate neighboring tokens.
 _SHADES: Final = {
     "trained": ("\x1b[30;42m", "\x1b[30;102m"),
     "seen": ("\x1b[0m", "\x1b[2m"),
@@ -324,7 +319,7 @@ span.t { border-bottom: 1px solid #8885; border-right: 1px solid #8883; }
 
 @dataclass(frozen=True)
 class _Display:
-    """A token as it is shown."""
+    """A token as displayed."""
 
     state: str  # trained, seen or cut
     text: str
@@ -332,7 +327,7 @@ class _Display:
 
 
 def format_views(views: Sequence[RowView], recipe: Recipe, how: str, *, is_coloured: bool) -> str:
-    """The text of `runner masks`, for `how` one of ansi, html, json."""
+    """The output of `runner masks`; `how` is ansi, html or json."""
     if how == "json":
         return json.dumps(_as_json(views, recipe), indent=1) + "\n"
     if how == "html":
@@ -390,7 +385,7 @@ def _displays(view: RowView) -> Iterator[_Display]:
     for token in view.tokens:
         state = "cut" if token.is_cut else "trained" if token.is_trained else "seen"
         text = show(token.skipped + token.text)
-        if not token.text and state != previous:  # a further piece of a character
+        if not token.text and state != previous:  # another byte of the same character
             text += "…"
         yield _Display(state, text, token)
         previous = state
@@ -401,7 +396,7 @@ def _bracket(view: RowView) -> str:
     for state, group in groupby(_displays(view), key=lambda display: display.state):
         opening, closing = _MARKS[state]
         text = "".join(display.text for display in group)
-        # A bracket that closes behind a line break would stand at the beginning of the next line.
+        # A bracket that closes after a line break would start the next line.
         ends_line = text.endswith("\n") and bool(closing)
         parts.append(
             f"{opening}{text[:-1]}{closing}\n" if ends_line else f"{opening}{text}{closing}"
@@ -417,8 +412,8 @@ def _colour(view: RowView) -> str:
             continue
         shade = 1 - shade
         style = _SHADES[display.state][shade] + (_SPECIAL if display.token.is_special else "")
-        # Colours end before a line break and begin anew behind it: pagers and gutters keep lines
-        # apart.
+        # Colors end before a line break and start again after it, because pagers treat lines
+        # separately.
         parts += [
             f"{style}{piece}{_RESET}" if piece != "\n" else piece
             for piece in _split_lines(display.text)

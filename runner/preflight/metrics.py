@@ -1,8 +1,8 @@
-"""The preflight of a project's own metrics: each judges the rows' own answers, and empty ones, in
-two processes.
+"""Preflight of a project's own metrics: each scores the rows' own answers, and empty ones, in two
+processes.
 
-A function that fails on a row, or answers differently when it is asked again, is found here, before
-a model is loaded.
+This finds a function that fails on a row, or that returns other values when called again, before a
+model is loaded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from runner.recipe.schema import GenerationOn
 
 @dataclass(frozen=True)
 class MetricFacts:
-    """What a metric says of the answers that the rows themselves hold; `mean` is None where it
-    judges none of them.
-    """
+    """A metric's scores of the rows' own answers; `mean` is None if it judges none of them."""
 
     name: str
     mode: str
@@ -49,7 +47,7 @@ def measure_metrics(recipe: Recipe, raw: RawSplits) -> tuple[MetricFacts, ...]:
     """The facts of every metric on every split that it judges.
 
     Raises:
-        DataError: a function cannot be loaded, fails on a row, or answers differently.
+        DataError: a function cannot be loaded, fails on a row, or is not deterministic.
     """
     generation = recipe.evaluation.generation
     if not isinstance(generation, GenerationOn):
@@ -66,7 +64,7 @@ def measure_metrics(recipe: Recipe, raw: RawSplits) -> tuple[MetricFacts, ...]:
 
 
 def find_metric_doubts(facts: Sequence[MetricFacts]) -> Iterator[str]:
-    """Metrics that judge nothing of what they should."""
+    """Yield a warning for each metric that judges no row."""
     for one in facts:
         if not one.num_judged:
             yield (
@@ -86,8 +84,8 @@ def _score_twice(metric: Metric, rows: Sequence[RawRow]) -> list[float | None]:
                 f" own answer and an empty one, then {other[0]} and {other[1]} in a new process"
                 " with the rows in reverse order",
                 hint=(
-                    "a metric may depend on its arguments alone: not on chance, on the time, or on"
-                    " what it was asked before"
+                    "a metric may depend only on its arguments: not on chance, on the time, or on"
+                    " earlier calls"
                 ),
             )
     return [own for own, _ in first]

@@ -1,5 +1,5 @@
-"""Recipes at the commits that their runs load: recorded ones, and of runs that have loaded nothing
-yet, those that their names stand for now.
+"""Pins recipes to the commits that their runs load: the recorded ones, or today's for runs that
+have not loaded anything yet.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from runner.run.siblings import Loaded, find_moved, read_grid
 
 @dataclass
 class PinnedRecipes:
-    """The recipes, in their order, and what is to be said of their names: each text, or error, with
-    the run that it is about.
-    """
+    """The recipes in order, and the errors and warnings about their names, each with its run."""
 
     recipes: list[Recipe] = field(default_factory=list)
     errors: list[tuple[RunnerError, str]] = field(default_factory=list)
@@ -31,7 +29,7 @@ class PinnedRecipes:
 
 
 def pin_recipes(recipes: Sequence[Recipe], output_root: Path) -> PinnedRecipes:
-    """Look up what names on the hub stand for, and compare it with what runs of the same grid have
+    """Resolve hub names to commits, and compare them with the commits that runs of the same grid
     loaded.
     """
     named = [(recipe, list_hub_names(recipe)) for recipe in recipes]
@@ -61,10 +59,10 @@ def pin_recipes(recipes: Sequence[Recipe], output_root: Path) -> PinnedRecipes:
 def _find_new(
     names: dict[str, HubName], recorded: dict[str, str], finder: CommitFinder
 ) -> dict[str, str]:
-    """The commits of what a run has not recorded, as far as somebody knows them."""
+    """The commits of names that the run has not recorded, if they can be resolved."""
     found = {}
     for key, name in names.items():
-        # Where the hub does not answer, whoever loads says so.
+        # If the hub does not answer, loading reports it.
         with contextlib.suppress(OSError):
             if key not in recorded and (commit := finder.find(name)) is not None:
                 found[key] = commit
@@ -72,7 +70,7 @@ def _find_new(
 
 
 def _find_recorded(recipe: Recipe, output_root: Path) -> dict[str, str]:
-    """The commits of the recipe's run, of names that it states as it did then."""
+    """The recorded commits of the recipe's run, for names that the recipe still states."""
     try:
         stored = load_stored_recipe(run_paths(recipe, output_root))
     except (CorruptFileError, OSError):

@@ -1,7 +1,7 @@
 """`python -m runner.preflight.needs PARENT`: the memory that a process of each run needs.
 
-Reads `{"recipes", "output_root"}` as JSON, and prints `{"num_bytes", "unknown"}`, both by the full
-name of the run, by estimates. `engines.sharing` asks.
+Reads `{"recipes", "output_root"}` as JSON and prints `{"num_bytes", "unknown"}`, both keyed by the
+run's full name. `engines.sharing` calls it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from runner.recipe.parse import Recipe, parse_recipe
 
 
 def main() -> int:
-    """Answer the one request on stdin, and end with the parent; whatever libraries print goes to
-    stderr.
-    """
+    """Answer the one request on stdin, and end with the parent. Library output goes to stderr."""
     die_with_parent(int(sys.argv[1]))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the sweep says what became of it
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is run to get an estimate
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the sweep reports it
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # an estimate needs no GPU
     with os.fdopen(os.dup(1), "w") as stream:
         os.dup2(2, 1)
         request = json.load(sys.stdin)
@@ -36,8 +34,8 @@ def main() -> int:
 
 
 def estimate_all(recipes: Sequence[Recipe], output_root: Path) -> dict[str, dict[str, Any]]:
-    """Bytes of one process while it trains or answers, whichever is more, or why they are not
-    known.
+    """Bytes of one process while it trains or generates, whichever is more, or the reason if they
+    are unknown.
     """
     hide_bitsandbytes_warning()
     warnings.simplefilter("ignore", FutureWarning)
@@ -48,7 +46,7 @@ def estimate_all(recipes: Sequence[Recipe], output_root: Path) -> dict[str, dict
     pinned = pin_recipes(recipes, output_root).recipes
     result = check_recipes(pinned, output_root)
     sizes = estimate_sizes(result, with_answers=True)
-    # Of a run whose model or rows cannot be read; doubts about other things do not matter here.
+    # For runs whose model or rows cannot be read; other warnings do not matter here.
     doubts = {text: names for text, names in result.warnings.items() if "not estimated" in text}
     why_not = {
         name: text.partition("\n")[0]

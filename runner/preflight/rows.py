@@ -1,7 +1,7 @@
-"""What the preflight knows of rows under one tokenizer: lengths, labels, ends of turns, beginnings.
+"""Facts about rows under one tokenizer: lengths, labels, ends of turns, beginnings.
 
-Every row is masked and fitted by the trainer's own functions, once per tokenizer, and only its
-counts and hashes stay.
+Every row is masked and fitted by the trainer's own functions, once per tokenizer; only counts and
+hashes are kept.
 """
 
 from __future__ import annotations
@@ -34,21 +34,20 @@ _ANSWER_TEXTS: Final = ("content", "reasoning_content")
 
 @dataclass(frozen=True)
 class RowFacts:
-    """One row: its length before and after truncation, and what is trained on under either loss.
+    """One row: its length before and after truncation, and its trained tokens under each loss.
 
-    `num_tokens` is 0 for a row that does not fit. The hashes are those of the ids and of the
-    completions' places.
+    `num_tokens` is 0 for a row that is too long. The hashes are of the ids and of the label masks.
     """
 
     where: str
     group: str
-    is_last_turn: bool  # of a conversation, where `data.turns: split` makes several rows of it
+    is_last_turn: bool  # of a conversation that `data.turns: split` makes several rows of
     num_tokens_before: int
     num_tokens: int
     num_labels: dict[str, int]  # per loss
     is_truncated: bool
-    cuts_system: bool  # `prompt_left` takes characters of a system text
-    cuts_message: bool  # or leaves a part of a message
+    cuts_system: bool  # `prompt_left` cuts characters of a system message
+    cuts_message: bool  # or leaves part of a message
     holds_special_text: bool
     has_blank_answer: bool
     ends: tuple[str | None, ...]  # the special tokens that end completions; None: plain text
@@ -59,14 +58,14 @@ class RowFacts:
 
     @property
     def is_used(self) -> bool:
-        """Whether the row fits."""
+        """True if the row is short enough to be used."""
         return self.num_tokens > 0
 
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """The rows of one split that a run uses. `num_labels` is per loss mode; hashes tell equal
-    splits apart.
+    """The rows of one split that a run uses. `num_labels` is per loss mode; equal splits have equal
+    hashes.
     """
 
     num_rows: int
@@ -86,7 +85,7 @@ class SplitFacts:
 
 @dataclass
 class TokenizerFacts:
-    """One tokenizer, and the facts of every row that was shown to it so far."""
+    """One tokenizer, and the facts of every row that it has processed."""
 
     tokenizer: Any
     begins_plain_text_with_bos: bool = False
@@ -112,9 +111,7 @@ class TokenizerFacts:
         return tuple(dict.fromkeys(token for token in ends if token is not None))
 
     def count_positions(self, model: ModelSection) -> int | None:
-        """Tokens that the base model has positions for, None where its configuration does not
-        say.
-        """
+        """The base model's number of positions; None if its configuration does not state it."""
         from transformers import AutoConfig
 
         try:
@@ -128,11 +125,11 @@ class TokenizerFacts:
     def facts_of(
         self, conversations: Sequence[RawRow], split: str, data: DataSection
     ) -> list[RowFacts]:
-        """One entry per row, in order; under `data.turns: split` several of one conversation.
+        """One entry per row, in order; several per conversation under `data.turns: split`.
 
         Raises:
-            DataError: rows that cannot be rendered, proven or fitted; how many, and the first of
-                them.
+            DataError: rows that cannot be rendered, proven or fitted; says how many, and the first
+                of them.
         """
         raw_rows = expand_turns(conversations, data.turns)
         facts: list[RowFacts] = []
@@ -168,7 +165,7 @@ class TokenizerFacts:
         key = (raw.content_hash, data.max_length, data.truncation)
         if key not in self._rows:
             self._rows[key] = self._measure(raw, data)
-        # Rows of one content may stand in several places.
+        # Equal rows may occur in several places.
         return replace(
             self._rows[key], where=raw.where, group=raw.group, is_last_turn=raw.is_last_turn
         )
@@ -213,8 +210,8 @@ class TokenizerFacts:
 
 
 def find_cut(fitted: FittedRow) -> dict[int, bool]:
-    """The messages that `data.truncation: prompt_left` takes characters of, and whether it leaves
-    others of their characters.
+    """Message -> True if `data.truncation: prompt_left` cuts part of it, False if it cuts all of
+    it.
     """
     masked = fitted.masked
     if fitted.row is None or not fitted.num_cut:
@@ -265,9 +262,7 @@ def find_row_doubts(
     facts: Mapping[str, Sequence[RowFacts]],
     splits: Mapping[str, SplitFacts],
 ) -> list[str]:
-    """What a user should look at before training on rows that can be trained on. `facts` and
-    `splits` are per split.
-    """
+    """List warnings about rows that can be trained on. `facts` and `splits` are per split."""
     return [
         *_find_token_doubts(model, tokenizer, facts, splits),
         *_find_text_doubts(model.path, facts, splits),
@@ -286,16 +281,16 @@ def _find_token_doubts(
         row.begins_with_bos for row in facts["train"]
     ):
         yield (
-            f"{path}: its tokenizer begins texts with {tokenizer.tokenizer.bos_token},"
-            " its chat template not"
+            f"{path}: the tokenizer begins texts with {tokenizer.tokenizer.bos_token},"
+            " the chat template does not"
         )
     yield from _find_end_doubts(model, tokenizer, facts)
     longest = max(one.length_percentiles["max"] for one in splits.values())
     num_positions = tokenizer.count_positions(model)
     if num_positions is not None and longest > num_positions:
         yield (
-            f"{path}: the longest row has {longest} tokens,"
-            f" the model has positions for {num_positions}"
+            f"{path}: the longest row has {longest} tokens, but"
+            f" the model has only {num_positions} positions"
         )
 
 
@@ -305,12 +300,12 @@ def _find_idle_settings(model: ModelSection, tokenizer: TokenizerFacts) -> Itera
         if not template.holds(name):
             yield (
                 f"`model.chat_template_kwargs.{name}` has no effect: the chat template of"
-                f" {model.path} does not hold that name"
+                f" {model.path} does not use that name"
             )
     if model.template_date is not None and not template.reads_clock:
         yield (
-            f"`model.template_date` has no effect: the chat template of {model.path} does not ask"
-            " for the date by `strftime_now`"
+            f"`model.template_date` has no effect: the chat template of {model.path} does not"
+            " call `strftime_now`"
         )
 
 
@@ -320,14 +315,14 @@ def _find_end_doubts(
     ends = dict.fromkeys(end for rows in facts.values() for row in rows for end in row.ends)
     if None in ends:
         yield (
-            f"{model.path}: plain text ends a turn under its chat template,"
+            f"{model.path}: turns end in plain text under its chat template,"
             " so generation needs a stop string"
         )
     stops = load_stop_tokens(tokenizer.tokenizer, model)
     idle = [end for end in ends if end is not None and end not in stops]
     if idle:
         yield (
-            f"{model.path}: training ends answers with {' or '.join(idle)}, where the"
+            f"{model.path}: training ends answers with {' or '.join(idle)}, at which the"
             " base model's own generation settings do not stop"
         )
 
@@ -337,7 +332,7 @@ def _find_text_doubts(
 ) -> Iterator[str]:
     if num_same := _count_same_when_cut(facts):
         yield (
-            f"{path}: {num_same} rows are the same tokens as a row of another split, once they are"
+            f"{path}: {num_same} rows have the same tokens as a row of another split after they are"
             " cut to `data.max_length` or split into turns"
         )
     for split, one in splits.items():
@@ -347,18 +342,18 @@ def _find_text_doubts(
             )
         if one.num_cutting_system:
             yield (
-                f"{one.num_cutting_system} {split} rows lose characters of their system text to"
+                f"{one.num_cutting_system} {split} rows lose characters of their system message to"
                 " `data.truncation: prompt_left`; `turns_left` cuts whole rounds and keeps it"
             )
         if one.num_cutting_message:
             yield (
-                f"{one.num_cutting_message} {split} rows begin inside a message, cut by"
+                f"{one.num_cutting_message} {split} rows begin in the middle of a message, cut by"
                 " `data.truncation: prompt_left`; `turns_left` cuts whole rounds"
             )
         if one.num_with_blank_answer:
             first = next(row.where for row in facts[split] if row.is_used and row.has_blank_answer)
             yield (
-                f"{one.num_with_blank_answer} {split} rows have an answer without a word,"
+                f"{one.num_with_blank_answer} {split} rows have an empty answer,"
                 f" the first is {first}"
             )
         if one.num_with_special_text:
@@ -366,13 +361,13 @@ def _find_text_doubts(
                 row.where for row in facts[split] if row.is_used and row.holds_special_text
             )
             yield (
-                f"{path}: {one.num_with_special_text} {split} rows hold text that the tokenizer"
+                f"{path}: {one.num_with_special_text} {split} rows contain text that the tokenizer"
                 f" reads as a special token, the first is {first}"
             )
 
 
 def _count_same_when_cut(facts: Mapping[str, Sequence[RowFacts]]) -> int:
-    """Rows whose ids are those of a row of another split; whole ones have been refused."""
+    """Count rows whose ids equal those of a row of another split; uncut ones were refused."""
     seen: dict[bytes, str] = {}
     num_same = 0
     for split, rows in facts.items():

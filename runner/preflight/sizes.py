@@ -1,6 +1,4 @@
-"""The part of the preflight that knows of memory and disk: one measurement per kind of model, an
-estimate per run.
-"""
+"""Estimates memory and disk: one measurement per kind of model, one estimate per run."""
 
 from __future__ import annotations
 
@@ -44,31 +42,31 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class RunSize:
-    """What one run needs: `memory` on the device of each process, `disk_bytes` in all."""
+    """Needs of one run: `memory` on the device of each process, `disk_bytes` in total."""
 
     size: ModelSize
     sharding: Sharding
     memory: MemoryEstimate
     longest_row: int
     disk_bytes: int
-    answer_bytes: int | None = None  # of memory, while answers are written; None: not estimated
+    answer_bytes: int | None = None  # of memory while answers are generated; None: not estimated
 
 
 class Measures:
-    """Models by their recipes, each measured once; what raised raises again."""
+    """Measurements of models, each made once; an error is raised again on each call."""
 
     def __init__(self, result: CheckResult) -> None:
         self._tokenizers = result.tokenizers
         self._known: dict[str, Any] = {}
 
     def measure(self, recipe: Recipe) -> ModelSize:
-        """The model under its adapter and quantisation."""
+        """The size of the model with its adapter and quantization."""
         key = f"size {recipe.model!r} {recipe.adapter!r} {recipe.quantization!r}"
         return self._once(key, lambda: measure_model(recipe, self._load_config(recipe)))
 
     def estimate(self, run: CheckedRun, recipe: Recipe | None = None) -> MemoryEstimate:
-        """The peak of a training step on the longest row of a run; `recipe` is a variant of its
-        own.
+        """Estimate the peak of a training step on the run's longest row; `recipe` is a variant of
+        the run's recipe.
         """
         recipe = recipe or run.recipe
         return estimate_memory(
@@ -80,8 +78,8 @@ class Measures:
         )
 
     def estimate_answers(self, run: CheckedRun, recipe: Recipe, batch_size: int) -> int:
-        """Bytes of one process while so many prompts are answered at a time. A row is taken for a
-        prompt: its answer is part of it.
+        """Estimate the bytes of one process that answers `batch_size` prompts at a time. Whole rows
+        count as prompts, although they contain the answer.
         """
         cache_token_bytes = self._once(
             f"cache {recipe.model!r}", lambda: trace_cache(recipe, self._load_config(recipe))
@@ -97,14 +95,14 @@ class Measures:
         )
 
     def load_sharding(self, recipe: Recipe) -> Sharding:
-        """How its processes share the model."""
+        """The sharding of the model over the run's processes."""
         launch = recipe.launch
         key = f"sharding {launch.num_processes} {launch.accelerate_config}"
         return self._once(key, lambda: load_sharding(recipe))
 
     def trace(self, run: CheckedRun, recipe: Recipe, batch_size: int) -> ActivationCurve:
-        """What autograd keeps of `batch_size` rows. Traced for the micro-batch of the run; for
-        another batch, one more trace says what a row adds.
+        """The memory that autograd keeps for `batch_size` rows. Traced for the run's micro-batch;
+        for another batch, a second trace gives the increment per row.
         """
         own = run.recipe.training.per_device_train_batch_size
         less = self._trace(recipe, own)
@@ -143,7 +141,7 @@ def find_longest(run: CheckedRun, split: str) -> int:
 
 
 def list_answered(recipe: Recipe) -> tuple[str, ...]:
-    """The splits whose prompts are answered."""
+    """The splits for which answers are generated."""
     generation = recipe.evaluation.generation
     if not isinstance(generation, GenerationOn):
         return ()
@@ -153,15 +151,15 @@ def list_answered(recipe: Recipe) -> tuple[str, ...]:
 def estimate_sizes(
     result: CheckResult, measures: Measures | None = None, *, with_answers: bool = False
 ) -> dict[str, RunSize]:
-    """`run name -> size`; a run whose model cannot be measured is left out, with a warning.
+    """Run name -> size; a run whose model cannot be measured is left out with a warning.
 
-    Answers take another trace of each model, of a second or two: only where somebody compares them
-    with a device.
+    Answers need another trace of each model, which takes a second or two, so they are estimated
+    only if they are compared with a device.
     """
     measures = measures or Measures(result)
     sizes: dict[str, RunSize] = {}
     for run in result.runs:
-        # A model's configuration and code are a stranger's program: anything can be raised.
+        # A model's configuration and code are third-party: they can raise anything.
         try:
             sizes[run.name] = _estimate(run, measures, with_answers=with_answers)
         except Exception as error:
@@ -181,7 +179,7 @@ def _estimate(run: CheckedRun, measures: Measures, *, with_answers: bool) -> Run
     size = measures.measure(recipe)
     answers = None
     if with_answers and list_answered(recipe):
-        # A cache of another kind than keys and values: unknown, and no reason to know nothing.
+        # The cache may not hold keys and values; the other estimates still stand.
         with suppress(Exception):
             answers = measures.estimate_answers(run, recipe, derive_answer_batch(recipe))
     return RunSize(
@@ -201,16 +199,16 @@ def warn_of_shortage(
     output_root: Path,
     device_bytes: int | None = None,
 ) -> None:
-    """Warn where the runs that are not `finished` need more disk than is free, or more memory than
-    the device has, where that is known.
+    """Warn if the runs that are not `finished` need more disk than is free, or more memory than the
+    device has, if that is known.
     """
     pending = [name for name in sizes if name not in set(finished)]
     rows = estimate_stored_rows([run for run in result.runs if run.name in pending])
     needed, free = rows + sum(sizes[name].disk_bytes for name in pending), free_bytes(output_root)
     for name in pending if needed > free else ():
         result.warn(
-            f"the runs need up to {format_bytes(needed)} of disk, {format_bytes(free)} are free"
-            f" under {output_root}: lower `checkpoints.keep_latest`, or name another --output-root",
+            f"the runs need up to {format_bytes(needed)} of disk, but {format_bytes(free)} are free"
+            f" under {output_root}: lower `checkpoints.keep_latest`, or use another --output-root",
             name,
         )
     for name, one in sizes.items():
@@ -226,8 +224,8 @@ def warn_of_shortage(
 
 
 def estimate_stored_rows(runs: Iterable[CheckedRun]) -> int:
-    """Bytes of the masked rows of large data that are kept below the output root, at most: runs of
-    one tokenizer and the same rows share them.
+    """Upper bound of the bytes of masked rows that are cached below the output root for large data.
+    Runs with the same tokenizer and rows share them.
     """
     by_entry: dict[str, int] = {}
     for run in runs:
@@ -242,14 +240,14 @@ def estimate_stored_rows(runs: Iterable[CheckedRun]) -> int:
 
 
 def find_device_bytes() -> int | None:
-    """The memory of the first GPU; None where there is none."""
+    """The memory of the first GPU; None if there is none."""
     return (
         int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
     )
 
 
 def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> Iterator[str]:
-    """One line per kind of model, of its run that needs the most memory, and one about the disk."""
+    """Yield one line per kind of model, for its run with the most memory, and one about disk."""
     measured = [run for run in runs if run.name in sizes]
     if not measured:
         return
@@ -274,7 +272,7 @@ def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> 
             f"{one.recipe.model.path}, {size.num_base_parameters / 1e6:,.1f}M parameters,"
             f" {size.num_trained_parameters / 1e6:,.2f}M trained, {batch} x"
             f" {sizes[one.name].longest_row} tokens:"
-            f" about {format_bytes(memory.total)} of memory a process{offloaded}"
+            f" about {format_bytes(memory.total)} of memory per process{offloaded}"
         )
         yield f"  {shown}"
         answers = [sizes[run.name].answer_bytes or 0 for run in group]
@@ -291,11 +289,11 @@ def describe_sizes(runs: Sequence[CheckedRun], sizes: Mapping[str, RunSize]) -> 
         f"disk: up to {format_bytes(sum(disk) + rows)} for all runs,"
         f" {format_bytes(max(disk))} for the largest{of_rows}"
     )
-    yield f"memory is an estimate, never measured on a device. It assumes: {'; '.join(ASSUMPTIONS)}"
+    yield f"memory is an estimate, not a measurement. It assumes: {'; '.join(ASSUMPTIONS)}"
 
 
 def build_size_entry(one: RunSize) -> dict[str, Any]:
-    """The part of one run in `runner check --json`."""
+    """The entry of one run in `runner check --json`."""
     return {
         "num_base_parameters": one.size.num_base_parameters,
         "num_trained_parameters": one.size.num_trained_parameters,

@@ -1,8 +1,8 @@
-"""Suggestions of `runner check` where the memory of a device is known: larger batches, and an end
-to what saves memory where there is enough.
+"""Suggestions of `runner check` if the memory of a device is known: larger batches, and switching
+off memory savings that are not needed.
 
-Owns which change is worth a line, and the lines for a template. Nothing is written; `sizes` knows
-what a run needs.
+Owns the choice of changes and the lines for a template. Nothing is written; `sizes` estimates the
+needs of a run.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from runner.preflight.survey import CheckedRun, group_runs
 from runner.recipe.parse import Recipe, derive_answer_batch
 from runner.recipe.schema import QuantizationOff
 
-# An estimate tells 12 GiB from 30, not 12 from 13.
+# Estimates can distinguish 12 GiB from 30, but not from 13.
 _SHARE: Final = 0.8
 _QUANTIZED: Final = {"4bit": "4 bits", "8bit": "8 bits"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a group of runs could have in common; where a field is None or false, it stays as it
-    is.
-    """
+    """Changes that a group of runs could share; None or False means no change."""
 
     micro_batch: int | None = None
     without_checkpointing: bool = False
@@ -35,7 +33,7 @@ class Plan:
     answer_batch: int | None = None
 
     def change(self, recipe: Recipe) -> Recipe:
-        """The recipe under the plan, as far as memory depends on it."""
+        """The recipe with those changes that affect memory."""
         changed: dict[str, Any] = {}
         if self.micro_batch is not None:
             changed["per_device_train_batch_size"] = self.micro_batch
@@ -49,14 +47,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Lines for people about the runs of one grid."""
+    """Text about the runs of one grid."""
 
     lines: tuple[str, ...]
     runs: tuple[str, ...]
 
 
 class _Search:
-    """The best plan for runs that change alike, on a device of so many bytes."""
+    """Searches the best common plan for several runs on a device of `device_bytes`."""
 
     def __init__(self, runs: Sequence[CheckedRun], measures: Measures, device_bytes: int) -> None:
         self._runs, self._largest = runs, _find_largest(runs)
@@ -66,7 +64,7 @@ class _Search:
         self.lines: list[str] = []
 
     def run(self) -> None:
-        """Look for each change in turn; each keeps those before it."""
+        """Try each change in turn, on top of the accepted ones."""
         self._enlarge_micro_batch()
         alternative = self._switch_off_checkpointing()
         self._switch_off_quantization()
@@ -84,7 +82,7 @@ class _Search:
                 return
 
     def _list_micro_batches(self) -> Iterator[int]:
-        """Those above the runs' own that keep every global batch, the largest first."""
+        """Yield larger micro-batches that keep every global batch, the largest first."""
         own = self._common([one.training.per_device_train_batch_size for one in self._recipes])
         if own is None:
             return
@@ -96,7 +94,7 @@ class _Search:
                 yield size
 
     def _switch_off_checkpointing(self) -> list[str]:
-        """A line about a smaller micro-batch, where the largest leaves no room for it."""
+        """Return a line about a smaller micro-batch, if the largest leaves no memory for this."""
         if not self._common([one.training.gradient_checkpointing for one in self._recipes]):
             return []
         text = "gradient checkpointing off: no forward is computed twice"
@@ -107,7 +105,7 @@ class _Search:
         for size in (*self._list_micro_batches(), None):
             other = replace(plan, micro_batch=size)
             if (size or 0) < (plan.micro_batch or 0) and self._fits(other):
-                rows = f"micro-batch {size}" if size else "the micro-batch as it is"
+                rows = f"micro-batch {size}" if size else "the micro-batch unchanged"
                 return [f"or {rows} and {text}; {self._show(other)}"]
         return []
 
@@ -132,7 +130,7 @@ class _Search:
         for size in sizes:
             if size <= own:
                 return
-            # Its cache may hold something else than keys and values, which nobody has measured.
+            # The cache may hold something other than keys and values, which is not measured.
             try:
                 needed = self._answer_bytes(size)
             except Exception:
@@ -175,12 +173,12 @@ class _Search:
 
     @staticmethod
     def _common(values: Sequence[Any]) -> Any:
-        """The value that all runs share; None where an axis of the grid may be what differs."""
+        """The value that all runs share; None if they differ, perhaps by an axis of the grid."""
         return values[0] if len(set(values)) == 1 else None
 
 
 def _count_answers(run: CheckedRun) -> int:
-    """The most prompts of a split that a process answers."""
+    """The largest number of prompts of a split that a process answers."""
     stated = getattr(run.recipe.evaluation.generation, "num_samples", None)
     counts = [run.splits[split].num_rows for split in list_answered(run.recipe)]
     return math.ceil(
@@ -191,8 +189,8 @@ def _count_answers(run: CheckedRun) -> int:
 def find_suggestions(
     runs: Sequence[CheckedRun], measures: Measures, device_bytes: int
 ) -> Iterator[Suggestion]:
-    """One suggestion per grid in which something is to be gained; `runs` are those whose sizes
-    could be measured, and that train on such a device.
+    """Yield one suggestion per grid that can be improved; `runs` have known sizes and train on such
+    a device.
     """
     for grid, of_grid in group_runs(runs, lambda run: run.recipe.run.grid):
         lines: list[str] = []
@@ -208,7 +206,7 @@ def find_suggestions(
         if len(models) > 1:
             shared = _Search(of_grid, measures, device_bytes)
             shared.run()
-        head = f"suggestions for {grid}, by estimates, with a fifth of the memory left free:"
+        head = f"suggestions for {grid}, from estimates, leaving a fifth of the memory free:"
         plans = [search.plan for search in searches]
         for line in (*_write_lines(grid, of_grid, shared.plan), *_describe_effects(plans)):
             lines.append(f"  {line}")
@@ -216,7 +214,7 @@ def find_suggestions(
 
 
 def _find_largest(runs: Sequence[CheckedRun]) -> list[CheckedRun]:
-    """Of runs that differ in rows alone, those with the longest one to train on and to answer."""
+    """Of runs that differ only in rows, those with the longest rows to train on and to answer."""
     largest: dict[str, CheckedRun] = {}
 
     def settings_of(run: CheckedRun) -> str:
@@ -233,13 +231,13 @@ def _find_largest(runs: Sequence[CheckedRun]) -> list[CheckedRun]:
 
 
 def _write_lines(grid: str, runs: Sequence[CheckedRun], plan: Plan) -> Iterator[str]:
-    """What to change in the grid's template, so that it holds for every arm."""
+    """Yield the changes to the grid's template that apply to every arm."""
     if plan == Plan():
-        yield "no change fits all models of the grid alike"
+        yield "no change fits all models of the grid"
         return
     path = Path("recipe_templates") / grid / "recipe.yaml.j2"
     where = path if path.exists() else f"the template of {grid}"
-    yield f"for all arms alike, replace these keys where they stand in {where}:"
+    yield f"for all arms alike, replace these keys in {where}:"
     if plan.micro_batch is not None or plan.without_checkpointing:
         yield "  training:"
     if plan.micro_batch is not None:
@@ -256,19 +254,19 @@ def _write_lines(grid: str, runs: Sequence[CheckedRun], plan: Plan) -> Iterator[
 
 
 def _describe_effects(plans: Sequence[Plan]) -> Iterator[str]:
-    """What else than memory and time the changes touch."""
+    """Yield the effects of the changes other than memory and time."""
     if any(plan.micro_batch is not None for plan in plans):
         yield (
-            "another micro-batch keeps the digest: numbers move by rounding, and by what dropout"
-            " draws; a completed run stays, `runner launch RECIPE --fresh` starts it anew"
+            "another micro-batch keeps the digest, but rounding and dropout draws change the"
+            " numbers slightly; completed runs stay, `runner launch RECIPE --fresh` restarts one"
         )
     if any(replace(plan, micro_batch=None) != Plan() for plan in plans):
-        yield "checkpointing, quantization and the batch of answers make another experiment"
-    yield "change all arms or none; these are estimates: try one run first"
+        yield "changing checkpointing, quantization or the answer batch makes another experiment"
+    yield "change all arms or none; these are estimates, so try one run first"
 
 
 def _write_accumulation(recipes: Sequence[Recipe], micro_batch: int) -> Iterator[str]:
-    """The line that keeps the global batch, where recipes do not state that itself."""
+    """Yield the line that keeps the global batch, if the recipes do not state it directly."""
     own = recipes[0].training.per_device_train_batch_size
     stated = [one.training.gradient_accumulation_steps for one in recipes]
     first = stated[0]
@@ -283,5 +281,5 @@ def _write_accumulation(recipes: Sequence[Recipe], micro_batch: int) -> Iterator
             yield f"    gradient_accumulation_steps: {{{{ ({divided}) | yaml }}}}"
             return
     times = "" if own == 1 else f"{own} times "
-    # No number, so that it is refused where it is pasted as it is.
-    yield f"    gradient_accumulation_steps: {times}what stands there, divided by {micro_batch}"
+    # Not a number, so that pasting it unchanged is refused.
+    yield f"    gradient_accumulation_steps: {times}the current value, divided by {micro_batch}"

@@ -1,7 +1,7 @@
-"""One pass over the rows of a grid: over the distinct pairs of model and data, not one per recipe.
+"""One pass over the rows of a grid, by distinct pairs of model and data instead of by recipe.
 
-Owns which work recipes share, and what is collected. `rows` knows what is said of one row,
-`check` how all of it is printed.
+Owns the sharing of work between recipes and the collected result. `rows` owns the facts of one row,
+`check` the output.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from runner.recipe.trackers import require_trackers
 from runner.run.allowed_code import load_code
 
 Value = TypeVar("Value")
-# What does not decide which rows are drawn, and in what order: smaller training sets are prefixes
-# of larger ones.
+# Keys that do not change which rows are drawn or their order: smaller training sets are prefixes of
+# larger ones.
 _NOT_OF_THE_DRAW: Final = {"num_train_samples": None, "max_length": 1, "truncation": "refuse"}
 _PROGRESS_EVERY_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """One recipe whose rows are fit to be trained on."""
+    """One recipe whose rows can be trained on."""
 
     recipe: Recipe
     splits: dict[str, SplitFacts]
@@ -59,43 +59,39 @@ class CheckedRun:
 
     @property
     def name(self) -> str:
-        """How it is called in warnings and errors."""
+        """The run's name in warnings and errors."""
         return self.recipe.run.full_name
 
 
 @dataclass
 class CheckResult:
-    """Everything found. Warnings, errors and notes map what is said once to the names of the runs
-    that it is about.
-    """
+    """All findings. Warnings, errors and notes map each text to the names of the runs concerned."""
 
     num_recipes: int
     runs: list[CheckedRun] = field(default_factory=list)
     tokenizers: dict[str, TokenizerFacts] = field(default_factory=dict)  # by the model section
     warnings: dict[str, list[str]] = field(default_factory=dict)
     errors: dict[str, list[str]] = field(default_factory=dict)
-    # Keys of recipes that have no effect, which is nobody's mistake.
+    # Keys that have no effect although nothing is wrong.
     notes: dict[str, list[str]] = field(default_factory=dict)
-    # What was not looked at, because only the run's own device or model can tell.
+    # Not checked, because it needs the run's own device or model.
     unchecked: dict[str, list[str]] = field(default_factory=dict)
 
     def warn(self, text: str, name: str) -> None:
-        """A doubt about one run; the same doubt about several is said once."""
+        """Add a warning about one run; a warning about several runs is printed once."""
         self.warnings.setdefault(text, []).append(name)
 
     def fail(self, error: RunnerError, name: str) -> None:
-        """What keeps one run from being trained."""
+        """Add an error that prevents one run from being trained."""
         self.errors.setdefault(str(error), []).append(name)
 
     def leave_unchecked(self, text: str, name: str) -> None:
-        """What a run uses and nobody could look at."""
+        """Add something that a run uses and that could not be checked."""
         self.unchecked.setdefault(text, []).append(name)
 
 
 class _Once:
-    """Calls a function once per key, and gives its value, or raises its error, as often as
-    asked.
-    """
+    """Calls a function once per key, and returns its value or raises its error on every call."""
 
     def __init__(self) -> None:
         self._outcomes: dict[str, Any] = {}
@@ -114,7 +110,7 @@ class _Once:
 
 
 class _Progress:
-    """A line on stderr every few seconds: silence of a minute looks like a hang."""
+    """Prints a line to stderr every few seconds, because a silent minute looks like a hang."""
 
     def __init__(self, num_pairs: int) -> None:
         self._num_pairs = num_pairs
@@ -122,7 +118,7 @@ class _Progress:
         self._shown_at = time.monotonic()
 
     def step(self, name: str) -> None:
-        """One more pair of model and data is done."""
+        """Count one more pair of model and data."""
         self._num_done += 1
         if time.monotonic() - self._shown_at > _PROGRESS_EVERY_SECONDS:
             self._shown_at = time.monotonic()
@@ -137,11 +133,10 @@ def check_recipes(
     output_root: Path = Path("runs"),
     allow_hint: str = "runner check --allow-code",
 ) -> CheckResult:
-    """Load each tokenizer once, draw and mask each row once per tokenizer, and look at every
-    recipe.
+    """Load each tokenizer once, draw and mask each row once per tokenizer, and check every recipe.
 
-    The functions that recipes name run where they were allowed to under `output_root`; `allow_hint`
-    is the command that allows them.
+    The recipes' functions run if they were allowed under `output_root`; `allow_hint` is the command
+    that allows them.
     """
     result = CheckResult(len(recipes))
     if any(map(list_hub_names, recipes)):
@@ -186,14 +181,14 @@ def check_recipes(
 
 
 def _describe_data(data: DataSection) -> str:
-    """All that decides which rows a section means, also which of its splits are stated."""
+    """Everything that decides which rows a section selects, including which splits it states."""
     stated = [source.states_split for source in data.sources.values()]
     return f"{data.model_dump_json()} {stated}"
 
 
 def _note_what_has_no_effect(result: CheckResult, recipe: Recipe) -> None:
     for source in recipe.data.sources.values():
-        # What is wrong with a source is said when its rows are drawn.
+        # Problems of a source are reported when its rows are drawn.
         with suppress(DataError):
             notes = find_source_files(source).notes if Path(source.path).exists() else ()
             for note in notes:
@@ -207,7 +202,7 @@ def _load_functions(
     missing: Set[str],
     result: CheckResult,
 ) -> list[Recipe]:
-    """The recipes whose functions are all there and may run."""
+    """The recipes whose functions all exist and may run."""
     ready = []
     for recipe in recipes:
         if missing.isdisjoint(recipe.list_python_files().values()):
@@ -234,7 +229,7 @@ def _own_paths(recipe: Recipe, section: str) -> list[str]:
 
 
 def _find_missing_files(recipes: Sequence[Recipe], result: CheckResult) -> set[str]:
-    """The paths of every named file that is not there, which are in one error."""
+    """The paths of all missing files that recipes name; one error lists them."""
     concerned: dict[str, list[str]] = {}
     keys: dict[str, str] = {}
     models: set[str] = set()  # also folders that lack a file
@@ -254,7 +249,7 @@ def _find_missing_files(recipes: Sequence[Recipe], result: CheckResult) -> set[s
             "1 file that recipes name is" if count == 1 else f"{count} files that recipes name are"
         )
         error = DataError(
-            f"{are} not there:\n" + "\n".join(lines),
+            f"{are} missing:\n" + "\n".join(lines),
             hint=hint_at_missing(concerned),
         )
         for name in dict.fromkeys(name for names in concerned.values() for name in names):
@@ -263,7 +258,7 @@ def _find_missing_files(recipes: Sequence[Recipe], result: CheckResult) -> set[s
 
 
 class _Draws:
-    """Draws the rows of all data sections that differ in nothing but counts and lengths at once."""
+    """Draws rows once for all data sections that differ only in counts and lengths."""
 
     def __init__(self, sections: Sequence[DataSection]) -> None:
         self._once = _Once()
@@ -281,7 +276,7 @@ class _Draws:
         widest = None if None in counts else max(count for count in counts if count is not None)
         try:
             raw = self._draw(data, widest)
-        except DataError:  # perhaps too few for the widest only
+        except DataError:  # perhaps there are too few only for the largest
             return self._draw(data, data.num_train_samples)
         return replace(raw, train=raw.train[: data.num_train_samples])
 
@@ -298,7 +293,7 @@ def _check_pair(
     raw: RawSplits,
     once: _Once,
 ) -> None:
-    """All recipes of one model on the same rows."""
+    """Check all recipes with one model on the same rows."""
     facts: dict[str, list[RowFacts]] = {}
     try:
         for split in SPLITS:
@@ -335,15 +330,13 @@ def _check_pair(
 
 
 def _find_twins(result: CheckResult) -> None:
-    """Runs that would compute the same numbers: equal in all that matters, whatever their recipes
-    call it.
-    """
+    """Warn about runs that would compute the same numbers, however their recipes put it."""
     twins: dict[str, list[CheckedRun]] = {}
     for run in result.runs:
         payload = build_digest_payload(run.recipe)
         del payload["data"], payload["loss"]
         for name in ("chat_template", "chat_template_kwargs", "template_date", "end_of_turn"):
-            payload["model"].pop(name, None)  # what they print is in the ids
+            payload["model"].pop(name, None)  # their effect is in the ids
         rows = {
             split: [
                 facts.ids_hash,
@@ -366,7 +359,7 @@ def _find_twins(result: CheckResult) -> None:
 
 
 def group_runs(runs: Sequence[CheckedRun], key: Any) -> list[tuple[Any, list[CheckedRun]]]:
-    """`(value, runs)` for each value of `key`, in the order in which they come first."""
+    """`(value, runs)` for each value of `key`, in order of first occurrence."""
     groups: dict[Any, list[CheckedRun]] = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)

@@ -1,8 +1,8 @@
-"""The part of the preflight that builds trainers: one for each distinct set of training arguments,
-on the CPU and around a model of a few hundred weights.
+"""Builds a trainer for each distinct set of training arguments, on the CPU and around a model of a
+few hundred weights.
 
-What the libraries refuse is found here, before a run has loaded its model. Owns what stands for
-settings that depend on the device, and the search for the recipe key that an error comes from.
+This finds what the libraries refuse before a run loads its model. Owns the substitutes for settings
+that depend on the device, and the search for the recipe key that causes an error.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from runner.sft.arguments import build_config, list_arguments
 
 Arguments = Mapping[str, Any]
 
-# Where rows cannot be read, which is an error of its own.
+# Used if the rows cannot be read, which is a separate error.
 _SOME_ROWS: Final = 1000
-# No error depends on them, and each run of a grid may have its own.
+# They cause no errors, and may differ for each run of a grid.
 _OF_ONE_RUN: Final = ("output_dir", "run_name", "project", "seed", "metric_for_best_model")
-# What only the device can tell, and what is built instead.
+# Settings that need the device, and their substitutes.
 _WITHOUT_DEVICE: Final[Arguments] = {
     "bf16": False,
     "fp16": False,
     "tf32": None,
     "activation_offloading": False,
 }
-# What needs the real model (`_check_router` and the list of what was not checked say the rest), and
-# what would change this process.
+# Settings that need the real model (see `_check_router` and the unchecked ones), or that would
+# change this process.
 _ALWAYS: Final[Arguments] = {
     "router_aux_loss_coef": None,
     "full_determinism": False,
 }
-# What first happens when the real model is trained.
+# Settings that take effect only when the real model is trained.
 _NOT_UNTIL_TRAINING: Final = (
     "torch_compile",
     "torch_compile_backend",
@@ -56,19 +56,19 @@ _NOT_UNTIL_TRAINING: Final = (
     "use_liger_kernel",
 )
 _ALL_MODULES: Final = "all-linear"
-# An argument, and the one without which it is not read.
+# Argument -> the argument without which it is not read.
 _READ_ONLY_WITH: Final = {
     "gradient_checkpointing_kwargs": "gradient_checkpointing",
     "liger_kernel_config": "use_liger_kernel",
 }
-# What some optimizers do not look at, and another value of each.
+# Arguments that some optimizers ignore, and another value of each.
 _OF_SOME_OPTIMIZERS: Final[Arguments] = {
     "adam_beta1": 0.125,
     "adam_beta2": 0.125,
     "adam_epsilon": 0.125,
     "optim_target_modules": "another",
 }
-# They take no `lr_scheduler_kwargs`, which Transformers drops without a word.
+# They accept no `lr_scheduler_kwargs`; Transformers drops those silently.
 _PLAIN_SCHEDULES: Final = ("constant", "constant_with_warmup")
 _MAX_SAMPLED_UPDATES: Final = 200
 
@@ -93,8 +93,8 @@ class _Findings:
 
 
 def check_trainers(recipes: Sequence[Recipe], result: CheckResult) -> None:
-    """Add to `result` what no trainer can be built of, which arguments have no effect, and what
-    could not be looked at here.
+    """Add to `result` the arguments that no trainer can be built from, those without effect, and
+    those that cannot be checked here.
     """
     schedules = {run.name: run.schedule for run in result.runs}
     findings: dict[str, _Findings] = {}
@@ -123,8 +123,8 @@ def check_trainers(recipes: Sequence[Recipe], result: CheckResult) -> None:
 
 
 def replace_arguments(recipe: Recipe, output_dir: Path) -> tuple[dict[str, Any], list[str]]:
-    """The arguments of the recipe's trainer, fit for a CPU and a small model, and in words what is
-    not checked by them.
+    """The arguments of the recipe's trainer, adapted to a CPU and a small model, and a description
+    of everything that they do not check.
     """
     path = recipe.launch.accelerate_config
     settings = load_launch_settings(Path(path))
@@ -152,7 +152,7 @@ def replace_arguments(recipe: Recipe, output_dir: Path) -> tuple[dict[str, Any],
 
 
 def _list_stated(recipe: Recipe) -> list[str]:
-    """The arguments that the recipe itself gives the trainer."""
+    """The arguments that the recipe itself states."""
     own = [name for name in ("bf16", "fp16") if getattr(recipe.training, name)]
     return [*recipe.training.hugging_face_arguments(), *own]
 
@@ -165,10 +165,10 @@ def _check_router(recipe: Recipe, result: CheckResult) -> None:
         return
     try:
         config = load_config(recipe, facts.tokenizer)
-    except RunnerError:  # told by whoever measures the model
+    except RunnerError:  # reported when the model is measured
         return
     if not hasattr(config.get_text_config(), "output_router_logits"):
-        problem = f"{recipe.model.path} has no router: it is no mixture of experts"
+        problem = f"{recipe.model.path} has no router: it is not a mixture of experts"
         shown = _show("router_aux_loss_coef", coefficient)
         result.fail(RefusedError(f"{shown}: {problem}"), recipe.run.full_name)
 
@@ -179,10 +179,9 @@ def _find_errors(
     num_updates: int,
     known: dict[tuple[int, str], dict[str, Any]],
 ) -> Iterator[RunnerError]:
-    """One error per mistake: what was found to cause one is left out before the next is looked
-    for.
+    """Yield one error per mistake: the cause of each is left out before the next search.
 
-    `known` remembers the causes of each failure: runs that differ elsewhere share their mistakes.
+    `known` keeps the causes of each failure, since runs that differ elsewhere share mistakes.
     """
     while (failure := _try_to_build(arguments, num_updates)) is not None:
         causes = known.get(failure.key)
@@ -200,7 +199,7 @@ def _find_errors(
 def _find_causes(
     arguments: Arguments, stated: Sequence[str], num_updates: int, failure: _Failure
 ) -> list[str]:
-    """The stated arguments without each of which the trainer gets further than with it."""
+    """The stated arguments without which the trainer gets furthest."""
     reached: dict[str, float] = {}
     for name in stated:
         other = _try_to_build(_leave_out(arguments, name), num_updates)
@@ -214,7 +213,7 @@ def _find_causes(
 
 def _leave_out(arguments: Arguments, name: str) -> dict[str, Any]:
     without = {key: value for key, value in arguments.items() if key != name}
-    # TRL's own default of bf16 depends on the other.
+    # TRL's default of one depends on the other.
     return without | {name: False} if name in ("bf16", "fp16") else without
 
 
@@ -255,7 +254,7 @@ def _describe_schedule_arguments(kind: str) -> str:
 
 
 def _try_to_build(arguments: Arguments, num_updates: int) -> _Failure | None:
-    """What the trainer fails with between its configuration and its first batch."""
+    """Build the trainer up to its first batch; return its failure, or None."""
     stage = 0
     try:
         config = build_config(copy.deepcopy(dict(arguments)))  # the libraries change mappings
@@ -272,7 +271,7 @@ def _try_to_build(arguments: Arguments, num_updates: int) -> _Failure | None:
         trainer.get_train_dataloader()
         if config.gradient_checkpointing and config.gradient_checkpointing_kwargs:
             _take_checkpointed_step(trainer)
-    except Exception as error:  # the libraries raise of every kind
+    except Exception as error:  # the libraries raise all kinds of exceptions
         return _Failure(stage, error)
     return None
 
@@ -317,7 +316,7 @@ def _require_liger(config: Any) -> None:
 
 
 class _ReadArguments(MutableMapping[str, str]):
-    """Arguments that note which names somebody asks for."""
+    """Arguments that record which names are read."""
 
     def __init__(self, values: Mapping[str, str]) -> None:
         self._values = dict(values)
@@ -382,8 +381,8 @@ def _small_module() -> Any:
 
 
 def _require_usable_rates(scheduler: Any, num_updates: int) -> None:
-    """Raises: ValueError or what the schedule itself raises, where a rate of the run is not a
-    number from 0 on.
+    """Raises: ValueError, or an error of the schedule itself, if a learning rate is not a number of
+    at least 0.
     """
     functions = getattr(scheduler, "lr_lambdas", ())
     count = min(num_updates, _MAX_SAMPLED_UPDATES)
@@ -399,7 +398,7 @@ def _require_usable_rates(scheduler: Any, num_updates: int) -> None:
 
 
 def _take_checkpointed_step(trainer: Any) -> None:
-    """A forward and a backward pass, the first that reads `gradient_checkpointing_kwargs`."""
+    """Run a forward and a backward pass, which read `gradient_checkpointing_kwargs`."""
     import torch
 
     model = trainer.model
@@ -412,7 +411,7 @@ def _take_checkpointed_step(trainer: Any) -> None:
 
 
 def _find_doubts(arguments: Arguments, stated: Sequence[str]) -> Iterator[str]:
-    """Arguments that the trainer takes and does not look at."""
+    """Yield a warning for each argument that the trainer accepts and ignores."""
     for name, needed in _READ_ONLY_WITH.items():
         if arguments.get(name) and not arguments.get(needed):
             yield f"`training.{name}` has no effect without `{needed}: true`"
@@ -430,14 +429,14 @@ def _describe_optimizer(config: Any) -> str:
 
     try:
         return str(Trainer.get_optimizer_cls_and_kwargs(config, _small_module()))
-    except Exception as error:  # the other value may not do
+    except Exception as error:  # the other value may be invalid
         return repr(error)
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """The libraries' remarks about these trainers are not about a run; `SFTTrainer` also sets how
-    much Transformers says.
+    """Silence the libraries: their messages about these trainers do not concern a run. Restores the
+    verbosity of Transformers, which `SFTTrainer` changes.
     """
     from transformers.utils import logging as library
 

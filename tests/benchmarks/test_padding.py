@@ -1,4 +1,4 @@
-"""What `benchmarks/padding.py` computes of the lengths of rows."""
+"""Numbers that `benchmarks/padding.py` computes from the lengths of rows."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the benchmarks of short runs compute from what they measure, and the CPU seconds of a tree.
+"""Numbers that the benchmarks of short runs compute, and the CPU seconds of a process tree.
 
-They are scripts: each runs with its own folder on the path.
+The benchmarks are scripts: each runs with its own folder on the path.
 """
 
 from __future__ import annotations

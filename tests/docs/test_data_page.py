@@ -106,7 +106,7 @@ def test_the_rule_of_keys_on_the_page_is_the_rule(row: dict[str, Any]) -> None:
 
 
 def test_the_rule_of_keys_on_the_page_gives_the_keys_of_its_example_rows() -> None:
-    """Where a task or its prompt reads none of the columns that are left out."""
+    """For tasks and prompts that read none of the columns that are left out."""
     rule, names = load_key_rule(), set()
     for section, line in list_examples():
         if "oasst1" in section:

@@ -58,7 +58,7 @@ def list_rows(heading: str) -> list[list[str]]:
 
 
 def list_named_keys(text: str) -> list[str]:
-    """What stands in backticks and begins as a recipe key does."""
+    """Texts in backticks that begin like a recipe key."""
     sections = "|".join(Recipe.model_fields)
     quoted = re.findall(r"`([^`]+)`", text)
     return [

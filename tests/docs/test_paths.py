@@ -22,7 +22,7 @@ HISTORY = ROOT / "CHANGELOG.md"  # names what was, too
 
 
 def find_module(name: str) -> bool:
-    """Whether a dotted name is a module, or something in one."""
+    """True if a dotted name is a module or something in one."""
     parts = name.split(".")
     for end in range(len(parts), 1, -1):
         path = ROOT.joinpath(*parts[:end])

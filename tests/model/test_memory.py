@@ -191,7 +191,7 @@ def test_sizes_of_a_checked_grid(project: Project, monkeypatch: pytest.MonkeyPat
         == sizes["tests/full"].size.num_trained_parameters
     )
     text = "\n".join(describe_sizes(result.runs, sizes))
-    assert text.count("of memory a process") == 2 and "estimate, never measured" in text
+    assert text.count("of memory per process") == 2 and "estimate, not a measurement" in text
     warn_of_shortage(result, sizes, finished=["tests/lora"], output_root=Path("runs"))
     (warning,) = [text for text in result.warnings if "of disk" in text]
     assert set(result.warnings[warning]) == {"tests/full", "tests/huge"}

@@ -191,22 +191,22 @@ def test_doubts_about_tokens_are_raised(here: Project) -> None:
         )
     )
     assert re.search(
-        r"1 \w+ rows hold text that the tokenizer reads as a special token, the first is"
+        r"1 \w+ rows contain text that the tokenizer reads as a special token, the first is"
         " pasted.jsonl line 1",
         text,
     )
     assert re.search(
-        r"1 \w+ rows have an answer without a word, the first is silent.jsonl line"
+        r"1 \w+ rows have an empty answer, the first is silent.jsonl line"
         f" {len(lines) + 1}",
         text,
     )
     assert re.search(
-        r"models/short: the longest row has \d+ tokens, the model has positions for 20", text
+        r"models/short: the longest row has \d+ tokens, but the model has only 20 positions", text
     )
-    assert "its tokenizer begins texts with <bos>, its chat template not" in text
+    assert "the tokenizer begins texts with <bos>, the chat template does not" in text
     assert (
-        "training ends answers with <start_of_turn>, where the base model's own generation settings"
-        " do not stop" in text
+        "training ends answers with <start_of_turn>, at which the base model's own generation"
+        " settings do not stop" in text
     )
 
 
@@ -281,8 +281,8 @@ def test_any_end_of_a_turn_that_stops_nothing_is_warned_of(here: Project) -> Non
     rounds = ("data.train.path=rounds.jsonl", "model.chat_template=ends.jinja")
     result = check_recipes([named(here, "all", *rounds)])
     assert (
-        "training ends answers with <start_of_turn>, where the base model's own generation settings"
-        " do not stop" in warnings_of(result)
+        "training ends answers with <start_of_turn>, at which the base model's own generation"
+        " settings do not stop" in warnings_of(result)
     )
     assert "answers end in <start_of_turn> or <eos>" in "\n".join(format_result(result))
     last = check_recipes([named(here, "last", *rounds, "data.turns=last")])
@@ -298,8 +298,8 @@ def test_rows_that_a_cut_makes_equal_are_counted(here: Project) -> None:
     (here.root / "long.jsonl").write_text("\n".join(lines))
     changes = ("data.train.path=long.jsonl", "data.max_length=24", "data.truncation=prompt_left")
     text = warnings_of(check_recipes([named(here, "cut", *changes)]))
-    assert re.search(r"\d+ rows are the same tokens as a row of another split, once they", text)
-    assert "rows begin inside a message, cut by `data.truncation: prompt_left`" in text
+    assert re.search(r"\d+ rows have the same tokens as a row of another split after they", text)
+    assert "rows begin in the middle of a message, cut by `data.truncation: prompt_left`" in text
 
 
 def test_a_system_text_that_a_cut_takes_is_warned_of(here: Project) -> None:
@@ -317,7 +317,7 @@ def test_a_system_text_that_a_cut_takes_is_warned_of(here: Project) -> None:
         for truncation in ("prompt_left", "turns_left")
     )
     assert re.search(
-        r"\d+ train rows lose characters of their system text to `data.truncation: prompt_left`;"
+        r"\d+ train rows lose characters of their system message to `data.truncation: prompt_left`;"
         " `turns_left` cuts whole rounds and keeps it",
         warnings_of(cut),
     )

@@ -203,7 +203,7 @@ def write_recipe(project: Project, path: str, section: str) -> None:
 
 @pytest.fixture(scope="module")
 def good(sources: Project) -> Mapping[str, Any]:
-    """What `check --json` says of the recipes that can be trained."""
+    """Output of `check --json` for the recipes that can be trained."""
     done = sources.cli("check", "recipes/good", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     content: Mapping[str, Any] = json.loads(done.stdout)

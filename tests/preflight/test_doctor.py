@@ -58,8 +58,8 @@ GPU = "launch.accelerate_config=accelerate_configs/single_gpu.yaml"
 ZERO3 = ("launch.accelerate_config=accelerate_configs/zero3.yaml", "launch.num_processes=2")
 OFFLOAD = "launch.accelerate_config=accelerate_configs/zero3_offload.yaml"
 CANNOT = {
-    "no GPUs": (ZERO3, PLAIN, "2 GPUs are wanted, torch sees none", "a machine with 2 GPUs"),
-    "too few GPUs": (ZERO3, on_gpus(H200), "2 GPUs are wanted, torch sees 1", "--num-processes 1"),
+    "no GPUs": (ZERO3, PLAIN, "2 GPUs are needed, torch sees none", "a machine with 2 GPUs"),
+    "too few GPUs": (ZERO3, on_gpus(H200), "2 GPUs are needed, torch sees 1", "--num-processes 1"),
     "torch for the CPU beside GPUs": (
         ZERO3,
         replace(PLAIN, gpus=[GPU_0]),
@@ -87,7 +87,7 @@ CANNOT = {
     "an optimizer's package": (
         ("training.optim=grokadamw",),
         PLAIN,
-        "training.optim is grokadamw: grokadamw is not there",
+        "training.optim is grokadamw: grokadamw is not installed",
         "pip install grokadamw",
     ),
     "no DeepSpeed": (
@@ -118,7 +118,7 @@ CANNOT = {
     "a file": (
         ("data.train.path=nowhere.jsonl",),
         PLAIN,
-        "data.train.path: nowhere.jsonl is not there",
+        "data.train.path: nowhere.jsonl does not exist",
         "data.train.path=FILE",
     ),
 }
@@ -147,7 +147,7 @@ def test_as_many_gpus_are_suggested_as_the_global_batch_divides_by(here: Project
     sizes = ("training.per_device_train_batch_size=1", "training.global_batch_size=4")
     recipe = here.recipe(ZERO3[0], "launch.num_processes=4", *sizes)
     ((what, hint),) = lacks(recipe, on_gpus(H200, H200, H200))
-    assert "4 GPUs are wanted, torch sees 3" in what
+    assert "4 GPUs are needed, torch sees 3" in what
     assert hint is not None and "--num-processes 2 " in hint
 
 
@@ -193,7 +193,7 @@ def test_runs_that_lack_the_same_share_a_line(here: Project) -> None:
         runs.append(Selected(recipe, Path(f"{name}.yaml"), run_paths(recipe, Path("runs"))))
     (found,) = find_lacks(runs, PLAIN)
     grid = runs[0].recipe.run.grid
-    said = "1 GPU is wanted, torch sees none: it trains on the CPU"
+    said = "1 GPU is needed, torch sees none: the run trains on the CPU"
     assert (found.level, found.what) == ("note", f"{said} (2 runs, such as {grid}/a)")
     (found,) = find_lacks(runs, replace(PLAIN, gpus=[GPU_0]))
     assert found.hint == "pip install --force-reinstall -c constraints-cuda.txt torch"
@@ -212,7 +212,7 @@ def test_a_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ok GPU 0: NVIDIA H200, 150.00 GiB, 149.00 GiB free, capability 9.0" in text
     assert "note no GPU: torch sees none, and nvidia-smi does not answer" in described(PLAIN)
     busy = described(on_gpus(replace(H200, free_bytes=None)))
-    assert "note GPU 0: NVIDIA H200, 150.00 GiB, ? free, capability 9.0: its free memory" in busy
+    assert "note GPU 0: NVIDIA H200, 150.00 GiB, ? free, capability 9.0; its free memory" in busy
     hanging = replace(PLAIN, libraries=Libraries(failures={"torch": "no answer in 180 s"}))
     assert "missing torch cannot be used: no answer in 180 s" in described(hanging)
     blind = replace(on_gpus(), gpus=[GPU_0, replace(GPU_0, index=1, uuid="GPU-b")])
@@ -252,14 +252,14 @@ def test_the_verb_asks_this_machine(project: Project) -> None:
     assert re.search(rf"^ok +Python {version}, ", done.stdout)
     assert re.search(r"^ok +torch \d+\.\d+", done.stdout, re.MULTILINE)
     assert done.stdout.rstrip().endswith(
-        "the recipe can run here; `runner check` looks at rows, memory and disk of each"
+        "the recipe can run here; `runner check` checks the rows, memory and disk of each"
     )
     text = json.loads(path.read_text())
     text["data"]["train"]["path"] = "nowhere.jsonl"
     path.write_text(json.dumps(text))
     done = project.cli("doctor", path)
     assert done.returncode == 2
-    assert "missing data.train.path: nowhere.jsonl is not there" in done.stdout
+    assert "missing data.train.path: nowhere.jsonl does not exist" in done.stdout
 
 
 def test_files_of_the_project_are_not_run(project: Project) -> None:
@@ -297,7 +297,7 @@ def test_a_runner_that_is_not_installed_is_a_note(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert "level='note', what='the runner is not installed itself" in done.stdout, done.stderr
+    assert "level='note', what='the runner itself is not installed" in done.stdout, done.stderr
 
 
 def test_a_torch_that_cannot_be_imported_is_missing(project: Project, tmp_path: Path) -> None:

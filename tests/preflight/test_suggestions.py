@@ -69,7 +69,7 @@ def test_batches_grow_and_what_saves_memory_goes(here: Project) -> None:
     assert starting(lines, "bfloat16 instead of 4 bits: ")
     assert starting(lines, "15 answers at a time instead of 4: 4 times fewer batches; about")
     assert starting(lines, "another micro-batch keeps the digest")
-    assert starting(lines, "checkpointing, quantization and the batch of answers make another")
+    assert starting(lines, "changing checkpointing, quantization or the answer batch makes another")
     assert not starting(lines, "or ")
 
 
@@ -127,7 +127,7 @@ def test_what_differs_within_a_model_is_left_alone(here: Project) -> None:
 
 
 def list_template_lines(lines: list[str]) -> str:
-    """What stands under "for all arms alike", as it would be in a template."""
+    """The lines under "for all arms alike", as they would be in a template."""
     start = next(at for at, line in enumerate(lines) if "for all arms alike" in line)
     indented = [line for line in lines[start + 1 :] if line.startswith("    ")]
     return "\n".join(line[4:] for line in indented)
@@ -224,7 +224,7 @@ def test_check_prints_suggestions_for_a_device_and_writes_nothing(project: Proje
     assert "suggestions for tests, " in done.stdout and "suggestions for cpu, " not in done.stdout
     assert path.read_bytes() == before
     done = project.cli("check", "recipes/tests/cpu.yaml", "--device-gib", "8")
-    assert "no suggestions: `--device-gib` is of no effect: their launch configs" in done.stdout
+    assert "no suggestions: `--device-gib` has no effect: the launch configs" in done.stdout
 
 
 def test_the_json_holds_suggestions_and_what_answers_need(

@@ -1,5 +1,5 @@
-"""What `runner check` accepts, the trainer starts: it builds the trainer's own configuration,
-optimizer, schedule and data loader, and names the recipe key of what it cannot build.
+"""The trainer starts with everything that `runner check` accepts: the check builds the trainer's
+own configuration, optimizer, schedule and data loader, and names the recipe key if it cannot.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def test_what_the_device_alone_knows_is_listed_and_not_refused() -> None:
     }
     assert build_json(result)["not_checked"][0] == {"text": "`training.bf16`", "runs": both}
     lines = list(format_result(result))
-    assert "not checked, because it needs the run's own device or model:" in lines
+    assert "not checked, because it needs the run's device or model:" in lines
     assert "  `training.bf16`  [2 runs]" in lines
 
 

@@ -1,4 +1,4 @@
-"""What `model/` holds, loaded by Transformers and PEFT alone and scored from plain logits."""
+"""Loads `model/` with Transformers and PEFT alone, and scores it from plain logits."""
 
 from __future__ import annotations
 

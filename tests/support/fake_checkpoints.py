@@ -50,7 +50,7 @@ def make_limits(**keys: Any) -> CheckpointsSection:
 
 
 def write(paths: RunPaths, step: int, values: Mapping[int, float] | None = None) -> Path:
-    """What stands there when all ranks have saved; `values` are the evaluations so far, by step."""
+    """Write the files of a checkpoint that all ranks have saved; `values`: step -> evaluation."""
     saved_dir = paths.checkpoints_dir / f"checkpoint-{step}"
     history = [
         {"step": at, "eval_nll_per_completion_token": value} for at, value in (values or {}).items()
@@ -132,7 +132,7 @@ def flip_bit(path: Path) -> None:
 
 
 def _changes_a_file(event: str, arguments: tuple[Any, ...], root: Path) -> bool:
-    """Whether an audit event is a change below `root`; Python raises them before the change."""
+    """True for an audit event that changes a file below `root`; Python raises it beforehand."""
     # `shutil.rmtree`, relative to an open folder
     if event in ("os.remove", "os.rmdir") and arguments[1] != -1:
         return True
@@ -146,7 +146,7 @@ def _changes_a_file(event: str, arguments: tuple[Any, ...], root: Path) -> bool:
 
 
 def dies_at(root: Path, number: int, work: Callable[[], None]) -> bool:
-    """Whether a forked child dies before its n-th change below `root`, as by a power cut: no
+    """True if a forked child dies before its n-th change below `root`, as in a power cut: no
     `finally` runs.
     """
     pid = os.fork()

@@ -68,7 +68,7 @@ class FakeHub:
                 hold.go.wait()
 
     def environment(self, token: str | None = None) -> dict[str, str]:
-        """What a process needs to talk to this hub."""
+        """Environment variables by which a process uses this hub."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HUB_OFFLINE": "0",

@@ -314,7 +314,7 @@ class FakeLauncher:
         return child_side
 
     def read_terminal(self) -> str:
-        """What was written to it since; waits for something."""
+        """Output since the last call; waits for some."""
         assert select.select([self._terminal], [], [], PATIENCE_SECONDS)[0], "nothing was written"
         return os.read(self._terminal, 2**16).decode()
 

@@ -1,4 +1,4 @@
-"""What is installed, as a folder on Python's path says it."""
+"""Folders that look like installed packages on Python's path."""
 
 from __future__ import annotations
 

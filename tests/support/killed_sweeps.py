@@ -202,7 +202,7 @@ class KilledSweep:
         assert num_cold == 0 or num_given_up > 0, (num_warm, num_cold)
 
     def count_starts(self) -> tuple[int, int]:
-        """How many attempts were started warm, and how many cold."""
+        """Numbers of attempts that were started warm and cold."""
         started = [
             attempt.started for run in self.runs for attempt in load_record(run.paths).attempts
         ]
@@ -223,7 +223,7 @@ class KilledSweep:
         return lines
 
     def summarize(self) -> str:
-        """What there was after the last start, in a line; `check` has shown the rest."""
+        """One line about the time after the last start; `check` has shown the rest."""
         num_warm, num_cold = self.count_starts()
         results = sum(run.paths.result_path.exists() for run in self.runs)
         aside = sum(len(list(run.paths.quarantine_dir.glob("*"))) for run in self.runs)
@@ -294,9 +294,9 @@ def sweep_under_kills(
 
 
 def wait_for_role(tag: str, victim: Victim, sweep: subprocess.Popen[bytes]) -> bool:
-    """Whether there was no such process at once; back when there is one, or the sweep has ended.
+    """True if there was no such process at first; returns when there is one or the sweep has ended.
 
-    A worker is killed only while something trains: without any, the sweep would go on cold.
+    A worker is killed only while a run trains: without workers, the sweep would continue cold.
     """
     has_waited, wanted = False, {victim, "trainer"} if victim == "worker" else {victim}
     while victim not in ("everything", "sweep"):
@@ -309,7 +309,7 @@ def wait_for_role(tag: str, victim: Victim, sweep: subprocess.Popen[bytes]) -> b
 
 
 def find_typical_seconds(references: Sequence[RunPaths]) -> float:
-    """What an attempt takes from its start to its end: the median over runs."""
+    """Median seconds of an attempt from start to end."""
     clock = datetime.datetime.fromisoformat
     seconds = [
         (clock(attempt["ended_at_utc"]) - clock(attempt["started_at_utc"])).total_seconds()
@@ -334,8 +334,8 @@ def list_tagged(tag: str) -> dict[int, list[str]]:
 
 
 def name_role(pid: int) -> str:
-    """What a process below a sweep is: `launcher`, of an attempt or of a worker, `worker`,
-    `trainer`, or `other`; empty once it is gone.
+    """Role of a process below a sweep: `launcher` (of an attempt or of a worker), `worker`,
+    `trainer` or `other`; empty once it is gone.
 
     A trainer that was forked has the command line of its worker, and another owner.
     """
@@ -402,7 +402,7 @@ def snapshot_finished(paths: RunPaths) -> dict[str, tuple[int, bytes]]:
 
 
 def describe(paths: RunPaths) -> tuple[str, int]:
-    """Where a run stands on disk, in a word and a step, and how many attempts it has had."""
+    """State of a run on disk, as a word and a step, and its number of attempts."""
     attempts = load_record(paths).attempts
     num_attempts = len(attempts)
     if load_result(paths) is not None:

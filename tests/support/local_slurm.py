@@ -122,7 +122,7 @@ class LocalSlurm:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a command needs to talk to this cluster."""
+        """Environment variables by which a command uses this cluster."""
         others = {
             name: value
             for name, value in os.environ.items()

@@ -49,12 +49,12 @@ class MovingHub:
         repository.branches["main"] = commit
 
     def take_requests(self) -> list[str]:
-        """What was asked for since the last time."""
+        """Requests since the last call."""
         taken, self.requests[:] = list(self.requests), []
         return taken
 
     def environment(self, cache_dir: Path) -> dict[str, str]:
-        """What a process needs to load from this hub into a cache of its own."""
+        """Environment variables by which a process loads from this hub into its own cache."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HUB_OFFLINE": "0",

@@ -56,7 +56,7 @@ def other(study: FakeLauncher, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def say_from_root(root: Path, text: str) -> str:
-    """What is said elsewhere, as it is said in the project."""
+    """Return output from another folder as it reads in the project."""
     note = f"note: the project is {root}; paths are relative to it\n"
     assert text.count(note) <= 1
     return text.replace(note, "").replace(f"cd {root} && ", "")

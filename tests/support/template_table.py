@@ -51,7 +51,7 @@ CHATS["thought"] = ([_USER, {**_ANSWER, "reasoning_content": "Thought"}], [])
 def describe(
     masker: ConversationMasker, chat: list[dict[str, Any]], tools: list[dict[str, Any]]
 ) -> tuple[bool, str]:
-    """Whether a conversation is accepted; the text of its last completion, or the refusal."""
+    """True for an accepted conversation, with its last completion; else False and the refusal."""
     try:
         mask = masker.mask(chat, tools)
     except MaskError as error:
@@ -61,7 +61,7 @@ def describe(
 
 
 def prints_date(tokenizer: Any) -> bool:
-    """Whether a plain conversation shows the date, so that `model.template_date` must be said."""
+    """True if a plain conversation shows the date, so that `model.template_date` is required."""
     is_accepted, refusal = describe(ConversationMasker(tokenizer), *CHATS["single"])
     return not is_accepted and "prints today's date" in refusal
 

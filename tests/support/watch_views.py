@@ -69,5 +69,5 @@ def make_grid(states: Sequence[str], grid: str = "demo", **axes: Sequence[Scalar
 
 
 def make_failure(kind: Any, message: str) -> dict[str, Any]:
-    """What the status of a failed run says."""
+    """The failure in the status of a failed run."""
     return {"why": f"{kind}: {message}", "failure": Failure(kind=kind, message=message)}
