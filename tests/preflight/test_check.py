@@ -225,7 +225,7 @@ def test_all_missing_files_and_models_are_one_summary(project: Project) -> None:
     assert [run["run"] for run in content["runs"]] == ["tests/gemma-data"]
     missing, hub = content["errors"]
     assert (
-        "3 files that recipes name are not there" in missing["text"] and len(missing["runs"]) == 7
+        "3 files that recipes name are missing" in missing["text"] and len(missing["runs"]) == 7
     )
     assert "missing/x.jsonl  data.train.path of 3 recipes" in missing["text"]
     assert "./models/none    model.path of 3 recipes" in missing["text"]
