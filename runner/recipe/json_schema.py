@@ -7,6 +7,7 @@ depends on several keys ("exactly one of ...") is checked by `parse` alone.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, Final
@@ -22,7 +23,6 @@ PASSED_ON: Final[dict[str, tuple[Config, frozenset[str]]]] = {
     "GeneratedLora": ("LoraConfig", frozenset(LoraBase.model_fields)),
     "GeneratedTraining": ("SFTConfig", frozenset(TrainingBase.model_fields)),
 }
-_TITLE: Final = "A recipe of runner"
 
 
 def build_schema() -> Node:
@@ -47,12 +47,22 @@ def _build_schema() -> Node:
     for prop in built["properties"].values():
         if "$ref" in prop and "description" not in prop:
             prop["description"] = resolve(built, prop)["description"]
+    for node in (built, *definitions.values()):
+        for prop in node["properties"].values():
+            prop["markdownDescription"] = _describe_for_editors(prop)
     return {
         "$schema": DIALECT,
-        "title": _TITLE,
         **{key: built[key] for key in ("type", "properties", "required", "additionalProperties")},
         "$defs": definitions,
     }
+
+
+def _describe_for_editors(prop: Node) -> str:
+    """Return the text under the cursor: editors show no default themselves."""
+    text = str(prop["description"])
+    if "default" in prop and "const" not in prop and not isinstance(prop["default"], dict):
+        text += f"\n\nDefault: `{json.dumps(prop['default'], ensure_ascii=False)}`"
+    return text
 
 
 def resolve(schema: Node, node: Node) -> Node:

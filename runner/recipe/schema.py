@@ -821,16 +821,20 @@ class TrackingSection(Section):
         examples=["first-try"],
     )
     tags: tuple[Text, ...] = Field(
-        default=(), description="Tags of the run in the trackers.", examples=[["pilot"]]
+        default=(), description="Tags of the run in Weights & Biases.", examples=[["pilot"]]
     )
     watch: Literal["none", "gradients", "parameters", "all"] = Field(
         default="none",
-        description="Histograms of gradients or weights in Weights & Biases, every `log_steps`.",
+        description=(
+            "Histograms of gradients, weights or both in Weights & Biases, every `log_steps`"
+            " micro-batches."
+        ),
     )
     log_steps: Positive = Field(
         default=1,
         description=(
-            "Optimizer steps between values sent to trackers. metrics.jsonl has every step."
+            "Optimizer steps between losses sent to trackers, which get every evaluation."
+            " metrics.jsonl has every step."
         ),
         examples=[10],
     )

@@ -127,7 +127,7 @@ def test_a_file_of_another_kind_is_not_replaced(
     assert path.read_text() == "loss: full\n"
     assert "is no JSON Schema, so it is not replaced" in capsys.readouterr().err
     assert main(["recipe", "--json-schema", "recipe.yaml/schema.json"]) == 2
-    assert "recipe.yaml/schema.json cannot be written" in capsys.readouterr().err
+    assert "recipe.yaml is a file, and should be a folder" in capsys.readouterr().err
 
 
 def test_a_key_and_the_schema_do_not_go_together(capsys: pytest.CaptureFixture[str]) -> None:
