@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from runner.errors import CorruptFileError, RunnerError, put_in_words
-from runner.files import load_json, write_bytes_atomic
 
 _STDOUT: Final = Path("-")
 _HINT: Final = (
@@ -97,6 +96,7 @@ def _write_schema(path: Path, key: str | None) -> int:
     Raises:
         RunnerError: a key was named too, or the file is no JSON Schema and would be lost.
     """
+    from runner.files import write_bytes_atomic
     from runner.recipe.json_schema import build_schema
 
     if key is not None:
@@ -119,6 +119,8 @@ def _write_schema(path: Path, key: str | None) -> int:
 
 def _check_replaceable(path: Path) -> None:
     """Raise RunnerError if a file that is no JSON Schema would be replaced, such as a recipe."""
+    from runner.files import load_json
+
     if not path.exists():
         return
     try:

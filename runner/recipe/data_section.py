@@ -26,7 +26,7 @@ class DataSource(Section):
 
     path: Text = Field(
         description="A file of rows, a folder of such files, or a data set id on the hub.",
-        examples=["data/rows.jsonl"],
+        examples=["rows.jsonl"],
     )
     config_name: str | None = Field(
         default=None,
@@ -109,7 +109,7 @@ class DataSection(Section):
         Discriminator(_is_one_or_many),
     ] = Field(
         description="The source of the training rows, or a list of sources.",
-        examples=[{"path": "data/rows.jsonl"}],
+        examples=[{"path": "rows.jsonl"}],
     )
     validation: DataSource | None = Field(
         default=None,
@@ -117,7 +117,7 @@ class DataSection(Section):
             "The source of the validation rows. null: `num_validation_samples` rows of `train`,"
             " which are then not trained on."
         ),
-        examples=[{"path": "data/validation.jsonl"}],
+        examples=[{"path": "validation.jsonl"}],
     )
     test: DataSource | None = Field(
         default=None,
@@ -125,7 +125,7 @@ class DataSection(Section):
             "The source of the test rows. null: `num_test_samples` rows of `train`, which are then"
             " not trained on."
         ),
-        examples=[{"path": "data/test.jsonl"}],
+        examples=[{"path": "test.jsonl"}],
     )
     task: AnyTask = Field(
         description="The task: the shape of a row, and the judge of generated answers.",

@@ -47,11 +47,13 @@ def _format_rows(keys: Sequence[Key], width: int | None) -> list[str]:
             lines.append(f"{head}  {key.summary}")
             continue
         indent = " " * (sum(widths) + 6)
+        texts = _list_texts(key)
         if width - len(indent) < _MIN_WIDTH:
             lines.append(head.rstrip())
-            lines += _wrap(key.summary, width, "      ")
+            for text in texts:
+                lines += _wrap(text, width, "      ")
             continue
-        first, *rest = textwrap.wrap(key.summary, width - len(indent)) or [""]
+        first, *rest = [line for text in texts for line in _wrap(text, width - len(indent), "")]
         if measure(head) > sum(widths) + 4:
             lines.append(head.rstrip())
             rest = [first, *rest]
@@ -65,11 +67,21 @@ def _format_pairs(keys: Sequence[Key], width: int) -> list[str]:
     """Return two lines or more for each key: its path, type and default; its meaning."""
     lines = []
     for key in keys:
-        default = key.default_text if key.is_required else f"default {key.default_text}"
+        default = key.default_text
+        if default not in ("required", "optional"):
+            default = f"default {default}"
         head = f"{key.path}  ({key.type}; {default})"
         lines += textwrap.wrap(head, width, initial_indent="  ", subsequent_indent="      ")
-        lines += _wrap(key.summary, width, "      ")
+        for text in _list_texts(key):
+            lines += _wrap(text, width, "      ")
     return lines
+
+
+def _list_texts(key: Key) -> list[str]:
+    """Return the paragraphs about a key in a list: one for each kind that it may select."""
+    if key.is_kind:
+        return [f"{value}: {meaning}" for value, meaning in key.choices.items()]
+    return [key.summary]
 
 
 def _wrap(text: str, width: int | None, indent: str) -> list[str]:
@@ -115,7 +127,7 @@ def format_key(key: Key, width: int | None) -> str:
     lines += _label("type", key.type, room)
     of = f" (of {key.passed_to}; passed on only if stated)" if key.passed_to else ""
     lines += _label("default", f"{key.default_text}{of}", room)
-    if any(key.choices.values()):
+    if key.is_kind:
         for number, (value, meaning) in enumerate(key.choices.items()):
             lines += _label("choices" if number == 0 else "", f"{value}: {meaning}", room)
     elif key.choices and key.type != " | ".join(key.choices):
@@ -123,7 +135,7 @@ def format_key(key: Key, width: int | None) -> str:
     reasons = {reason: None for reason in key.refused.values()}
     for reason in reasons:
         values = ", ".join(value for value, why in key.refused.items() if why == reason)
-        lines += _label("refused", f"{values}: it {reason}", room)
+        lines += _label("refused", f"{values}: {'each' if ', ' in values else 'it'} {reason}", room)
     if key.goes_with is not None:
         lines += _label("only with", key.goes_with, room)
     lines += _label("meaning", key.meaning, room)

@@ -57,15 +57,22 @@ class Key:
 
     @property
     def default_text(self) -> str:
-        """The default as YAML, or `required`; a section's defaults are those of its keys."""
+        """The default as YAML, or `required`; `optional` for a section whose keys have defaults."""
         if self.is_required:
             return "required"
         is_section = self.type.startswith("section") and isinstance(self.default, dict)
-        return "see its keys" if is_section else say_yaml(self.default)
+        return "optional" if is_section else say_yaml(self.default)
+
+    @property
+    def is_kind(self) -> bool:
+        """True if the key selects the kind of its section, such as `adapter.method`."""
+        return any(self.choices.values())
 
     @property
     def summary(self) -> str:
         """The first sentence of the meaning, and the choices that the type does not show."""
+        if self.is_kind:
+            return f"One of {', '.join(self.choices)}."
         text = first_sentence(self.meaning)
         if "choices" in self.type and len(self.choices) <= _MAX_LISTED_CHOICES:
             text += f" Choices: {', '.join(self.choices)}."
@@ -78,9 +85,8 @@ class Key:
         loss: completion
         """
         own, others = {self.path: self.example}, self.example_keys
-        is_kind = any(self.choices.values())  # the key that selects a section's kind comes first
         values: dict[str, Any] = {}
-        for path, value in ({**own, **others} if is_kind else {**others, **own}).items():
+        for path, value in ({**own, **others} if self.is_kind else {**others, **own}).items():
             _set_value(values, path.split("."), value)
         return "\n".join(_write_block(values, 0))
 

@@ -22,7 +22,7 @@ from runner.strict import Text
 
 
 class AlpacaTask(PromptTask):
-    """Alpaca: the columns `instruction`, `input` and `output`. The prompt is the instruction,
+    """Rows with `instruction`, `input` and `output`. The prompt is the instruction,
     followed by the input if the row has one.
     """
 
