@@ -46,7 +46,7 @@ def _build_schema() -> Node:
             _state_library_values(definition, *PASSED_ON[name])
     for prop in built["properties"].values():
         if "$ref" in prop and "description" not in prop:
-            prop["description"] = resolve(built, prop)["description"]
+            prop["description"] = resolve(built, prop).get("description", "")
     for node in (built, *definitions.values()):
         for prop in node["properties"].values():
             prop["markdownDescription"] = _describe_for_editors(prop)
@@ -59,7 +59,7 @@ def _build_schema() -> Node:
 
 def _describe_for_editors(prop: Node) -> str:
     """Return the text under the cursor: editors show no default themselves."""
-    text = str(prop["description"])
+    text = str(prop.get("description", ""))
     if "default" in prop and "const" not in prop and not isinstance(prop["default"], dict):
         text += f"\n\nDefault: `{json.dumps(prop['default'], ensure_ascii=False)}`"
     return text
@@ -112,7 +112,7 @@ def _describe_tags(definition: Node) -> None:
     """Give the key that selects a section, such as `method`, the first sentence of that section."""
     for prop in definition["properties"].values():
         if "const" in prop and "description" not in prop:
-            prop["description"] = first_sentence(definition["description"])
+            prop["description"] = first_sentence(definition.get("description", ""))
 
 
 def _state_library_values(definition: Node, config: Config, own: frozenset[str]) -> None:

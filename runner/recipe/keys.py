@@ -202,7 +202,9 @@ def _walk_section(schema: Node, prop: Node, path: str, goes_with: str | None) ->
     tags = {_find_tag(definition) for _, definition, _ in sections}
     if len(sections) > 1 and None not in tags:
         (tag,) = tags
-        yield Group(path, prop["description"], (_build_tag_key(schema, prop, path, str(tag)),))
+        yield Group(
+            path, prop.get("description", ""), (_build_tag_key(schema, prop, path, str(tag)),)
+        )
         for name, definition, _ in sections:
             value = say_yaml(definition["properties"][tag]["const"])
             kind = f"{path}.{tag}: {value}"
@@ -241,7 +243,7 @@ def _walk_keys(
             if _list_sections(schema, prop):
                 inner += _walk_section(schema, prop, place, goes_with)
     if ours:
-        yield Group(path, definition["description"], tuple(ours), goes_with)
+        yield Group(path, definition.get("description", ""), tuple(ours), goes_with)
     if passed:
         assert config is not None
         meaning = "Passed on unchanged if stated; the defaults and the help are the library's."
@@ -271,7 +273,7 @@ def _build_tag_key(schema: Node, prop: Node, path: str, tag: str) -> Key:
     choices = {}
     for _, definition, _ in _list_sections(schema, prop):
         value = say_yaml(definition["properties"][tag]["const"])
-        choices[value] = first_sentence(definition["description"])
+        choices[value] = first_sentence(definition.get("description", ""))
     _, shown, _ = _list_sections(schema, prop)[1]
     beside = {}
     for name in shown["required"]:
@@ -281,7 +283,7 @@ def _build_tag_key(schema: Node, prop: Node, path: str, tag: str) -> Key:
     return Key(
         f"{path}.{tag}",
         _join_choices(list(choices)),
-        prop["description"],
+        prop.get("description", ""),
         default is None,
         None if default is None else default[tag],
         choices,
