@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, PrivateAttr, StringConstraints
+from pydantic import AfterValidator, Field, PrivateAttr, StringConstraints
 
 from runner.child import ChildLostError, LimitedChild
 from runner.errors import DataError, RefusedError
@@ -89,8 +89,15 @@ class UserFunction(Section):
     import, each by its path (`lib/text.py` as `lib.text`).
     """
 
-    function: FunctionName
-    python_files: tuple[ModulePath, ...] = ()
+    function: FunctionName = Field(
+        description="A function of the project, as FILE.py:NAME.",
+        examples=["functions/rows.py:build"],
+    )
+    python_files: tuple[ModulePath, ...] = Field(
+        default=(),
+        description="Other files of the project that the function imports.",
+        examples=[["lib/text.py"]],
+    )
     _sources: Mapping[str, str] | None = PrivateAttr(None)
 
     def list_files(self) -> dict[str, str]:
@@ -201,11 +208,15 @@ class FunctionProcess:
 
 class Metric(UserFunction):
     """A metric of generated answers: `NAME(prediction, references, row)` returns one number, or
-    None where the answer is not judged.
+    None if the answer is not judged.
     """
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
-    mode: Literal["min", "max"]  # min: smaller is better
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")] = Field(
+        description="The metric's name in results and reports.", examples=["brief"]
+    )
+    mode: Literal["min", "max"] = Field(
+        description="min: smaller is better. max: larger is better.", examples=["max"]
+    )
 
     @contextmanager
     def open_score(self) -> Iterator[Score]:

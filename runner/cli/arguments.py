@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.cli.engines import add_engine_options
+from runner.cli.recipe import add_recipe_verb
 from runner.cli.shared_arguments import VerbParser, add_output_root, add_paths
 from runner.cli.view_arguments import add_view_verbs
 from runner.text import positive
@@ -24,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_project_verbs(verbs)
+    add_recipe_verb(verbs)
     _add_check_verbs(verbs)
     _add_doctor(verbs)
     _add_launch_verb(verbs)

@@ -25,6 +25,7 @@ from runner.cli.reading import (
     warn_of_other_base_scores,
     warn_of_outdated,
 )
+from runner.cli.recipe import run_recipe
 from runner.cli.report import run_power, run_report
 from runner.cli.sweep import run_rerun, run_sweep
 from runner.errors import (
@@ -448,6 +449,7 @@ VERBS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "init": run_init,
     "demo-models": run_demo_models,
     "render": run_render,
+    "recipe": run_recipe,
     "check": run_check,
     "masks": run_masks,
     "doctor": run_doctor,

@@ -31,8 +31,8 @@ from runner.project_folder import (
 from runner.run.paths import RunPaths, find_submission
 
 DEFAULT_OUTPUT_ROOT: Final = Path("runs")
-# What they make is where the user says.
-_WITHOUT_PROJECT: Final = ("init", "demo-models")
+# They need no project; paths that they write are relative to the user's folder.
+_WITHOUT_PROJECT: Final = ("init", "demo-models", "recipe")
 # Arguments that name recipes and runs, by which the project is found.
 _NAMED: Final = ("paths", "recipe", "run", "run_dir", "a", "b", "grid")
 # A word or a path, and what is written.

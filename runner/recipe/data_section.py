@@ -1,6 +1,8 @@
-"""The section `data` of a recipe: where rows come from, which of them are drawn, and what a row is.
+"""The section `data` of a recipe: the sources of the rows, the rows that are drawn, and the shape
+of a row.
 
-The section `data.task` is that of a task: a file in `data/tasks` defines it, and is found there.
+The files in `data/tasks` define the section `data.task`, one file for each task; `find_tasks`
+finds them.
 """
 
 from __future__ import annotations
@@ -20,28 +22,59 @@ from runner.strict import Section, Text
 
 
 class DataSource(Section):
-    """A local file of rows, a folder of them, or a data set id on the hub."""
+    """A source of rows: a local file, a folder of files, or a data set on the hub."""
 
-    path: Text
-    config_name: str | None = None
-    split: Text = "train"
-    revision: str | None = None
+    path: Text = Field(
+        description="A file of rows, a folder of such files, or a data set id on the hub.",
+        examples=["rows.jsonl"],
+    )
+    config_name: str | None = Field(
+        default=None,
+        description="The configuration of the data set. null: its default.",
+        examples=["plain_text"],
+    )
+    split: Text = Field(
+        default="train",
+        description="The split of a data set or of a folder; not used for a single file.",
+        examples=["validation"],
+    )
+    revision: str | None = Field(
+        default=None,
+        description=(
+            "A branch, tag or commit of the hub data set. null: the main branch, whose commit is"
+            " recorded."
+        ),
+        examples=["main"],
+    )
 
     @property
     def states_split(self) -> bool:
-        """True where the recipe names the split; a folder may leave a choice only where it does."""
+        """True if the recipe names the split, which a folder with several splits requires."""
         return "split" in self.model_fields_set
 
 
 class MixedSource(DataSource):
-    """One of several sources of training rows, with its share of them."""
+    """One of several sources of training rows, with its share: `num_samples` in all of them, or
+    `weight` in all of them.
+    """
 
-    num_samples: Positive | None = None  # rows
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # beside the others'
+    num_samples: Positive | None = Field(
+        default=None,
+        description="Rows of this source. null: its share is `weight`.",
+        examples=[500],
+    )
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description=(
+            "This source's part of `num_train_samples`, relative to the other weights. null: its"
+            " share is `num_samples`."
+        ),
+        examples=[0.25],
+    )
 
 
 def find_tasks() -> list[type[Task]]:
-    """The task that each file of `data/tasks` defines, in the order in which errors list them."""
+    """Return the task that each file of `data/tasks` defines, in the order of errors."""
     found: list[type[Task]] = []
     for file in pkgutil.iter_modules(tasks.__path__, f"{tasks.__name__}."):
         for value in vars(importlib.import_module(file.name)).values():
@@ -68,32 +101,96 @@ def _is_one_or_many(value: Any) -> str:
 
 
 class DataSection(Section):
-    """Where the rows come from and which of them train, select and report; None counts mean all
-    that are left.
-    """
+    """The sources of the rows, and the rows that are trained on, validated on and tested on."""
 
     train: Annotated[
         Annotated[DataSource, Tag(_SINGLE)]
         | Annotated[tuple[MixedSource, ...], Field(min_length=1), Tag(_ONE_OF_MANY)],
         Discriminator(_is_one_or_many),
-    ]
-    validation: DataSource | None = None  # None: taken from `train`, before the training rows
-    test: DataSource | None = None
-    task: AnyTask
-    num_train_samples: Positive | None = None
-    num_validation_samples: Positive | None = None
-    num_test_samples: Positive | None = None
-    # The order of the training rows; those that are used are a prefix, so smaller counts are nested
-    # in larger ones.
-    seed: int
-    # Columns, and keys of messages (`messages.KEY`), that say nothing of a row: left out before it
-    # is read.
-    ignore: tuple[Text, ...] = ()
-    # Rows with the same value in this column never stand in two splits.
-    group_column: Text | None = None
-    turns: Turns = "all"
-    max_length: Positive  # tokens
-    truncation: Literal["refuse", "prompt_left", "turns_left", "drop"] = "refuse"
+    ] = Field(
+        description="The source of the training rows, or a list of sources.",
+        examples=[{"path": "rows.jsonl"}],
+    )
+    validation: DataSource | None = Field(
+        default=None,
+        description=(
+            "The source of the validation rows. null: `num_validation_samples` rows of `train`,"
+            " which are then not trained on."
+        ),
+        examples=[{"path": "validation.jsonl"}],
+    )
+    test: DataSource | None = Field(
+        default=None,
+        description=(
+            "The source of the test rows. null: `num_test_samples` rows of `train`, which are then"
+            " not trained on."
+        ),
+        examples=[{"path": "test.jsonl"}],
+    )
+    task: AnyTask = Field(
+        description="The task: the shape of a row, and the judge of generated answers.",
+        examples=[{"name": "prompt_completion"}],
+    )
+    num_train_samples: Positive | None = Field(
+        default=None,
+        description=(
+            "Training rows. null: all that are left, or the sum of the sources' `num_samples`."
+            " Required if sources have weights."
+        ),
+        examples=[1000],
+    )
+    num_validation_samples: Positive | None = Field(
+        default=None,
+        description=(
+            "Validation rows. null: all rows of `validation`. Required if they are from `train`."
+        ),
+        examples=[100],
+    )
+    num_test_samples: Positive | None = Field(
+        default=None,
+        description="Test rows. null: all rows of `test`. Required if they are from `train`.",
+        examples=[200],
+    )
+    seed: int = Field(
+        description=(
+            "Draws the rows and their order. The training rows are a prefix of that order, so a"
+            " smaller count is part of a larger one."
+        ),
+        examples=[42],
+    )
+    ignore: tuple[Text, ...] = Field(
+        default=(),
+        description=(
+            "Columns, and keys of messages (`messages.KEY`), to leave out before a row is read. A"
+            " column that nothing uses is an error otherwise."
+        ),
+        examples=[["url", "messages.timestamp"]],
+    )
+    group_column: Text | None = Field(
+        default=None,
+        description=(
+            "Rows with the same value in this column are never in different splits. null: the task"
+            " decides."
+        ),
+        examples=["document_id"],
+    )
+    turns: Turns = Field(
+        default="all",
+        description=(
+            "The assistant turns of a conversation that are completions, for training and scores."
+            " all: all of them. last: the last one. split: each in a row of its own."
+        ),
+    )
+    max_length: Positive = Field(
+        description="The maximum length of a row in tokens; see `truncation`.", examples=[2048]
+    )
+    truncation: Literal["refuse", "prompt_left", "turns_left", "drop"] = Field(
+        default="refuse",
+        description=(
+            "The treatment of rows above `max_length`. refuse: an error. prompt_left: cut the"
+            " prompt from the left. turns_left: drop the oldest turns. drop: leave the row out."
+        ),
+    )
 
     @model_validator(mode="after")
     def _groups_by_what_is_read(self) -> Self:
@@ -125,11 +222,11 @@ class DataSection(Section):
                 " `weight`"
             )
         if weights and self.num_train_samples is None:
-            raise ValueError("`num_train_samples` is needed where sources of `train` have weights")
+            raise ValueError("`num_train_samples` is needed if sources of `train` have weights")
         if counts and (self.num_train_samples or 0) > sum(counts):
             raise ValueError(
                 f"`num_train_samples: {self.num_train_samples}` is more than the sources of `train`"
-                f" give: their `num_samples` add up to {sum(counts)}"
+                f" have: their `num_samples` add up to {sum(counts)}"
             )
         return self
 
@@ -140,8 +237,8 @@ class DataSection(Section):
 
     @property
     def train_shares(self) -> tuple[int | float, ...] | None:
-        """The share of each source of training rows, as counts or weights; None for one source
-        without.
+        """The share of each source of training rows, as counts or weights; None for a single
+        source.
         """
         if isinstance(self.train, DataSource):
             return None
@@ -150,8 +247,8 @@ class DataSection(Section):
 
     @property
     def num_train_rows(self) -> int | None:
-        """How many rows train: as stated, or what the sources' counts add up to; None: all that are
-        left.
+        """The number of training rows: as stated, or the sum of the sources' counts; None for all
+        that are left.
         """
         if self.num_train_samples is not None or isinstance(self.train, DataSource):
             return self.num_train_samples

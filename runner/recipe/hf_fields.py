@@ -1,8 +1,8 @@
 """The fields of `trl.SFTConfig` and `peft.LoraConfig` as pydantic field definitions, read from a
 generated table.
 
-Owns which of them a recipe may state, and what a recipe states instead of those that the runner
-sets itself.
+Owns the list of fields that the runner sets itself, each with the key that a recipe states
+instead.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -29,8 +29,7 @@ _TYPES: Final[dict[str, Any]] = {
     "null": None,
 }
 
-# Fields of SFTConfig that a recipe never states in `training`, with the place where the choice is
-# made instead.
+# Fields of SFTConfig that a recipe cannot state in `training`, and the place of the choice.
 OWNED_TRAINING_FIELDS: Final[dict[str, str]] = {
     **dict.fromkeys(
         ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict"),
@@ -154,7 +153,7 @@ OWNED_LORA_FIELDS: Final[dict[str, str]] = dict.fromkeys(
     "the runner",
 )
 
-# Choices that the libraries know by no type: they look at the text when training starts.
+# Choices that are in no annotation: the libraries check the text when training starts.
 _TEXT_CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "loss_type": ("nll", "dft", "chunked_nll"),
     **dict.fromkeys(
@@ -163,15 +162,15 @@ _TEXT_CHOICES: Final[dict[str, tuple[str, ...]]] = {
     ),
 }
 _NEEDS_EVALUATION: Final = (
-    "follows the scores of Transformers' own evaluation, in place of which the runner has its own"
+    "follows the scores of Transformers' own evaluation, which the runner replaces"
 )
 _STATE_IS_LOST: Final = (
-    "updates weights during the backward pass: its state would be in no checkpoint, so that an"
-    " interrupted run could not be continued, and gradients are not clipped"
+    "updates weights during the backward pass: no checkpoint would hold its state, so an"
+    " interrupted run could not resume, and gradients are not clipped"
 )
 _NEEDS_SWITCHING: Final = (
-    "scores and saves other weights than it trains, which the runner's evaluation does not switch"
-    " to"
+    "scores and saves other weights than it trains, and the runner's evaluation does not switch"
+    " to them"
 )
 # Values that the libraries accept and that cannot work under our trainer, with the reason.
 REFUSED_VALUES: Final[dict[str, dict[str, str]]] = {
@@ -196,21 +195,78 @@ REFUSED_VALUES: Final[dict[str, dict[str, str]]] = {
 _OPTIM_ARGS: Final = re.compile(r"\s*[A-Za-z_]\w*\s*=[^,=]+(,\s*[A-Za-z_]\w*\s*=[^,=]+)*")
 
 
-def load_table(config: Literal["SFTConfig", "LoraConfig"]) -> dict[str, dict[str, list[str]]]:
-    """`name -> {types, choices}` as generated from the pinned libraries."""
-    table: dict[str, dict[str, dict[str, list[str]]]] = json.loads(
+# Values for `runner recipe KEY`, if the default is no good example.
+_EXAMPLES: Final[dict[str, Any]] = {
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "lr_scheduler_kwargs": {"num_cycles": 2},
+    "warmup_steps": 0.03,
+    "optim": "paged_adamw_8bit",
+    "optim_args": "rank=64, scale=0.1",
+    "optim_target_modules": ["attn", "mlp"],
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "label_smoothing_factor": 0.1,
+    "tf32": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "torch_compile_backend": "inductor",
+    "torch_compile_mode": "reduce-overhead",
+    "liger_kernel_config": {"rope": True},
+    "neftune_noise_alpha": 5.0,
+    "torch_empty_cache_steps": 100,
+    "dataloader_num_workers": 2,
+    "dataloader_prefetch_factor": 4,
+    "dataloader_multiprocessing_context": "spawn",
+    "ddp_find_unused_parameters": False,
+    "ddp_bucket_cap_mb": 50,
+    "ddp_broadcast_buffers": False,
+    "ddp_static_graph": True,
+    "debug": "underflow_overflow",
+    "router_aux_loss_coef": 0.001,
+    "exclude_modules": ["lm_head"],
+    "use_rslora": True,
+    "modules_to_save": ["embed_tokens", "lm_head"],
+    "init_lora_weights": "pissa",
+    "layers_to_transform": [0, 1, 2],
+    "layers_pattern": "layers",
+    "rank_pattern": {"q_proj": 32},
+    "alpha_pattern": {"q_proj": 64},
+    "trainable_token_indices": [0, 1],
+    "loftq_config": {"loftq_bits": 4},
+    "use_dora": True,
+    "velora_config": {"num_groups": 32},
+    "alora_invocation_tokens": [1, 2],
+    "layer_replication": [[0, 4], [2, 5]],
+    "target_parameters": ["feed_forward.experts.gate_up_proj"],
+}
+# Additions to the libraries' help: the trainer changes these defaults.
+_NOTES: Final[dict[str, str]] = {
+    "dataloader_pin_memory": "The runner's default is false if the run trains on CPU.",
+}
+
+Config = Literal["SFTConfig", "LoraConfig"]
+
+
+@cache
+def _load_tables() -> dict[str, dict[str, dict[str, Any]]]:
+    tables: dict[str, dict[str, dict[str, Any]]] = json.loads(
         Path(__file__).with_suffix(".json").read_text()
     )
-    return table[config]
+    return tables
+
+
+def load_table(config: Config) -> dict[str, dict[str, Any]]:
+    """Return `name -> {types, choices, default, help}` as generated from the pinned libraries."""
+    return _load_tables()[config]
 
 
 def build_field_definitions(
-    config: Literal["SFTConfig", "LoraConfig"], owned: Mapping[str, str], *, exclude: frozenset[str]
+    config: Config, owned: Mapping[str, str], *, exclude: frozenset[str]
 ) -> dict[str, Any]:
-    """Definitions for `pydantic.create_model`: optional fields of the right type, without the
-    `owned` ones.
+    """Return definitions for `pydantic.create_model`: optional fields of the right type with the
+    library's help, without the `owned` ones.
 
-    `exclude` names the fields that the model declares by itself.
+    `exclude` names the fields that the model declares itself.
     """
     definitions: dict[str, Any] = {}
     for name, field in load_table(config).items():
@@ -224,13 +280,17 @@ def build_field_definitions(
         accepted = reduce(or_, kinds) if len(kinds) > 1 else kinds[0]
         definitions[name] = (
             Annotated[accepted, AfterValidator(partial(_refuse_value, name))],
-            Field(default=None),
+            Field(
+                default=None,  # a field that is not stated is not passed on
+                description=" ".join(filter(None, (field["help"], _NOTES.get(name)))),
+                examples=[_EXAMPLES[name]] if name in _EXAMPLES else None,
+            ),
         )
     return definitions
 
 
 def _refuse_value(name: str, value: Any, info: ValidationInfo) -> Any:
-    """The value, where it can work under our trainer. Raises: ValueError."""
+    """Return the value. Raises ValueError if it cannot work under our trainer."""
     if is_stored(info):
         return value
     reasons = REFUSED_VALUES.get(name, {})

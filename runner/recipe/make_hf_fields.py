@@ -1,9 +1,9 @@
-"""Writes `runner/hf_fields.json`: names, types and choices of the fields of `trl.SFTConfig` and
+"""Writes `hf_fields.json`: types, choices, defaults and help of the fields of `trl.SFTConfig` and
 `peft.LoraConfig`.
 
-The launch side checks recipes against that table without importing torch. Run `python -m
-runner.recipe.make_hf_fields` after an upgrade; a test compares the committed table with the
-installed libraries.
+The launch side checks recipes against that table, and explains their keys by it, without importing
+torch. Run `python -m runner.recipe.make_hf_fields` after an upgrade; a test compares the committed
+table with the installed libraries.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -29,8 +30,8 @@ _JSON_TYPES = {
 
 
 def describe_type(annotation: Any) -> tuple[list[str], list[str]]:
-    """The JSON type names and the string choices that an annotation admits; library classes admit
-    nothing.
+    """Return the JSON type names and the string choices that an annotation accepts; none for a
+    library class.
 
     >>> describe_type(int | None)
     (['int', 'null'], [])
@@ -55,7 +56,9 @@ def describe_type(annotation: Any) -> tuple[list[str], list[str]]:
 
 
 def describe_fields(config: type) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """`name -> (JSON types, choices)` for the fields of a dataclass that a recipe can state."""
+    """Return `name -> (JSON types, choices)` for the fields of a dataclass that a recipe can
+    state.
+    """
     described = {}
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
@@ -64,25 +67,51 @@ def describe_fields(config: type) -> dict[str, tuple[tuple[str, ...], tuple[str,
         if any("[" in choice for choice in choices):
             choices = []
         if kinds:
-            # The order in which a union was written is lost where another module wrote the same
-            # union first: `typing` keeps one of the two.
+            # `typing` caches unions: if another module wrote the same union in another order, that
+            # order is the one seen here.
             ordered = sorted(set(kinds), key=lambda kind: (kind == "null", kind))
             described[field.name] = (tuple(ordered), tuple(sorted(set(choices))))
     return described
 
 
+def describe_default(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """Return `{"default": value}`, or nothing for a default that JSON cannot hold."""
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    if isinstance(value, enum.Enum):
+        value = value.value
+    try:
+        return {"default": json.loads(json.dumps(value))}
+    except TypeError:
+        return {}
+
+
+def read_help(field: dataclasses.Field[Any]) -> str:
+    """Return the library's help for a field, on one line and without HTML.
+
+    >>> read_help(dataclasses.field(metadata={"help": "Slower (~20%%),\\n see <a href='u'>x</a>"}))
+    'Slower (~20%), see x (u)'
+    """
+    text = " ".join(str(field.metadata.get("help", "")).replace("%%", "%").split())
+    return re.sub(r"<a href='([^']*)'>(.*?)</a>", r"\2 (\1)", text)
+
+
 def build_table() -> str:
-    """The text of `runner/hf_fields.json`, one line per field."""
+    """Return the text of `hf_fields.json`, one line per field."""
     from peft import LoraConfig
     from trl import SFTConfig
 
     blocks = []
     for config in (SFTConfig, LoraConfig):
-        fields = ",\n".join(
-            f'    "{name}": {json.dumps({"types": kinds, "choices": choices})}'
-            for name, (kinds, choices) in describe_fields(config).items()
-        )
-        blocks.append(f'  "{config.__name__}": {{\n{fields}\n  }}')
+        fields = {field.name: field for field in dataclasses.fields(config)}
+        lines = []
+        for name, (kinds, choices) in describe_fields(config).items():
+            entry = {"types": kinds, "choices": choices, **describe_default(fields[name])}
+            entry["help"] = read_help(fields[name])
+            lines.append(f'    "{name}": {json.dumps(entry, ensure_ascii=False)}')
+        joined = ",\n".join(lines)
+        blocks.append(f'  "{config.__name__}": {{\n{joined}\n  }}')
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 

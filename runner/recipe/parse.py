@@ -67,13 +67,26 @@ class Recipe(Section):
 
     run: RunSection
     model: ModelSection
-    adapter: Annotated[AdapterOff | Lora, Field(discriminator="method")]
-    quantization: Annotated[QuantizationOff | FourBit | EightBit, Field(discriminator="method")]
+    adapter: Annotated[AdapterOff | Lora, Field(discriminator="method")] = Field(
+        description="The weights that are trained: all of them, or a LoRA adapter."
+    )
+    quantization: Annotated[QuantizationOff | FourBit | EightBit, Field(discriminator="method")] = (
+        Field(description="The storage of the base model's weights.")
+    )
     data: DataSection
-    loss: Loss
+    loss: Loss = Field(
+        description=(
+            "The tokens that are trained on. full: every token except padding. completion: all"
+            " completions. last_completion: the last completion of each row. Scores do not depend"
+            " on it."
+        ),
+        examples=["completion"],
+    )
     training: Training
     evaluation: EvaluationSection
-    early_stopping: Annotated[EarlyStoppingOff | EarlyStoppingOn, Field(discriminator="enabled")]
+    early_stopping: Annotated[
+        EarlyStoppingOff | EarlyStoppingOn, Field(discriminator="enabled")
+    ] = Field(description="The end of training before the last step.")
     checkpoints: CheckpointsSection
     launch: LaunchSection
     tracking: TrackingSection = TrackingSection()

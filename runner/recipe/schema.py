@@ -1,8 +1,9 @@
-"""The sections of a recipe: frozen types, each with what it accepts and the choices that exclude
-each other within it.
+"""The sections of a recipe: frozen types with the values that each key accepts, and the choices
+that exclude each other within a section.
 
-The section `data` is in `data_section`. Owns no combination across sections; those and the parsing
-are in `parse`.
+Docstrings of sections and descriptions of fields are the texts of `runner recipe` and of the JSON
+Schema (`keys`, `json_schema`): they are written for users. The section `data` is in `data_section`.
+Combinations across sections, and the parsing, are in `parse`.
 """
 
 from __future__ import annotations
@@ -37,21 +38,17 @@ from runner.strict import FrozenDict, Section, Text, thaw
 SCHEMA_VERSION: Final = 1
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 
-# Of every task, smaller is better.
+# Of every task; smaller is better.
 NLL_METRICS: Final = ("nll_per_completion_token", "nll_per_token")
-# What every run is measured by on the test split.
+# The metrics of every run on the test split.
 LIKELIHOOD_METRICS: Final = (*NLL_METRICS, "bits_per_byte")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
-# Which labels are trained; scores never depend on it. `full`: every token; `completion`: all
-# completions; `last_completion`: the last one of each row.
 Loss = Literal["full", "completion", "last_completion"]
-# Which assistant turns of a conversation are completions, for training and scoring alike: all of
-# them, the last one, or each in a row of its own.
 Turns = Literal["all", "last", "split"]
-# Arguments that `apply_chat_template` has for other things.
+# Arguments that `apply_chat_template` reserves for other purposes.
 _TEMPLATE_ARGUMENTS: Final = frozenset(
     {
         "add_generation_prompt",
@@ -74,13 +71,13 @@ _TEMPLATE_ARGUMENTS: Final = frozenset(
     }
 )
 Scalar = str | bool | int | float | None
-# What may name a metric: one of `NLL_METRICS`; where texts are generated while training, one of the
-# task's `METRICS` or of `evaluation.metrics`.
+# One of `NLL_METRICS`; if texts are generated during training, also one of the task's `METRICS` or
+# of `evaluation.metrics`.
 MetricName = Text
 
 
 class PassThrough(Section):
-    """A section with fields that go to a Hugging Face config unchanged, and only when the recipe
+    """A section with fields that go to a Hugging Face config unchanged, and only if the recipe
     states them.
     """
 
@@ -101,7 +98,7 @@ class PassThrough(Section):
         return frozenset(declared)
 
     def hugging_face_arguments(self) -> dict[str, Any]:
-        """What the recipe states of the generated fields, as plain JSON values."""
+        """Return the generated fields that the recipe states, as plain JSON values."""
         dumped = self.model_dump(mode="json")
         return {
             name: value
@@ -111,18 +108,27 @@ class PassThrough(Section):
 
 
 class DeclaredContrast(Section):
-    """Two values of an axis that a grid is there to compare, by one metric, as stated before its
-    runs; a difference within `margin` is none.
+    """A comparison that the grid declares before its first run: two values of an axis, by one
+    metric.
     """
 
-    # `from` is no name in Python, and it is the name in files.
+    # `from` is a keyword of Python, so the field has another name than the key.
     model_config = ConfigDict(serialize_by_alias=True)
 
-    axis: Text
-    from_: Scalar = Field(alias="from")
-    to: Scalar
-    metric: Text
-    margin: Annotated[float, Field(gt=0)] | None = None
+    axis: Text = Field(description="The axis of the grid.", examples=["loss"])
+    from_: Scalar = Field(alias="from", description="The value to compare from.", examples=["full"])
+    to: Scalar = Field(description="The value to compare to.", examples=["completion"])
+    metric: Text = Field(
+        description="A metric of the runs' test split.", examples=["nll_per_completion_token"]
+    )
+    margin: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description=(
+            "A difference within this margin counts as none, in the metric's unit. null: no"
+            " statement about equality."
+        ),
+        examples=[0.02],
+    )
 
     @model_validator(mode="after")
     def _compares_two_values(self) -> Self:
@@ -132,17 +138,37 @@ class DeclaredContrast(Section):
 
 
 class RunSection(Section):
-    """Which cell of which grid this is, and what the grid is there to compare; outside the
-    digest.
-    """
+    """The grid and the cell that this recipe belongs to. Outside the digest."""
 
-    grid: Name
-    name: Name
-    axes: FrozenDict = Field(default_factory=dict, validate_default=True)
-    # The same in all recipes of a grid; the first attempt of a run records what stands here then.
-    declared: tuple[DeclaredContrast, ...] = ()
-    overrides: tuple[str, ...] = ()  # what the command line changed, where it did
-    schema_version: Literal[1] = SCHEMA_VERSION
+    grid: Name = Field(
+        description="The grid's name; the run directory is runs/GRID/NAME.", examples=["my_grid"]
+    )
+    name: Name = Field(description="The run's name within its grid.", examples=["lr1e-4_seed1"])
+    axes: FrozenDict = Field(
+        default_factory=dict,
+        validate_default=True,
+        json_schema_extra={"default": {}},
+        description=(
+            "The cell's value on each axis of the grid. `--where`, `status` and `report` read"
+            " these, never the names of files."
+        ),
+        examples=[{"loss": "completion", "seed": 1}],
+    )
+    declared: tuple[DeclaredContrast, ...] = Field(
+        default=(),
+        description=(
+            "The comparisons that the grid declares, the same in all its recipes. The first"
+            " attempt of a run records them; later changes do not count."
+        ),
+    )
+    overrides: tuple[str, ...] = Field(
+        default=(),
+        description="The overrides of the command line; the runner fills this in.",
+        examples=[["training.learning_rate=1e-4"]],
+    )
+    schema_version: Literal[1] = Field(
+        default=SCHEMA_VERSION, description="The version of this list of keys."
+    )
 
     @property
     def full_name(self) -> str:
@@ -151,25 +177,68 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    """The base model, as `from_pretrained` takes it, and how its conversations are written."""
+    """The base model, and the form of its conversations."""
 
-    path: Text
-    revision: str | None = None
-    dtype: Dtype
+    path: Text = Field(
+        description="A folder, or a model id on the hub, for `from_pretrained`.",
+        examples=["google/gemma-2-2b-it"],
+    )
+    revision: str | None = Field(
+        default=None,
+        description=(
+            "A branch, tag or commit of the hub repository. null: the main branch, whose commit"
+            " is recorded."
+        ),
+        examples=["main"],
+    )
+    dtype: Dtype = Field(description="The data type of the weights.", examples=["bfloat16"])
     attn_implementation: (
         Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None
-    ) = None
-    chat_template: Text | None = None  # path of a .jinja file; None: the tokenizer's own
-    # What the template takes besides the messages: `enable_thinking`, `date_string` and the like.
-    chat_template_kwargs: FrozenDict = Field(default_factory=dict, validate_default=True)
-    # The day on which the template's `strftime_now` stands still; None: no row may show the date.
-    template_date: Text | None = None
-    # A token to append to the last answer under a template that prints none there.
-    end_of_turn: Text | None = None
-    # auto: the tokenizer's own unless it is eos, else a reserved token, else an added one;
-    # reserved: as auto, but never an added one; add: a new token; anything else: that token, added
-    # where the vocabulary lacks it.
-    pad_token: Text = "auto"
+    ) = Field(
+        default=None,
+        description=(
+            "The attention implementation. null: Transformers chooses. FlashAttention needs"
+            " `dtype: bfloat16` or `float16`."
+        ),
+        examples=["sdpa"],
+    )
+    chat_template: Text | None = Field(
+        default=None,
+        description="The path of a .jinja file. null: the tokenizer's own template.",
+        examples=["recipe_templates/chat/human_assistant.jinja"],
+    )
+    chat_template_kwargs: FrozenDict = Field(
+        default_factory=dict,
+        validate_default=True,
+        json_schema_extra={"default": {}},
+        description="Arguments of the chat template in addition to the messages.",
+        examples=[{"enable_thinking": False}],
+    )
+    template_date: Text | None = Field(
+        default=None,
+        description=(
+            "The day (YYYY-MM-DD) that the template's `strftime_now` returns. null: a row that"
+            " shows the date is refused."
+        ),
+        examples=["2026-01-31"],
+    )
+    end_of_turn: Text | None = Field(
+        default=None,
+        description=(
+            "A token to append to the last answer if the template prints none there. null: append"
+            " nothing."
+        ),
+        examples=["<|im_end|>"],
+    )
+    pad_token: Text = Field(
+        default="auto",
+        description=(
+            "The padding token. auto: the tokenizer's own unless it is the end-of-text token, else"
+            " a reserved token, else a new one. reserved: like auto, but never a new token. add: a"
+            " new token. Any other text: that token, added if the vocabulary lacks it."
+        ),
+        examples=["auto", "<|pad|>"],
+    )
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -177,8 +246,8 @@ class ModelSection(Section):
         taken = sorted(set(value) & _TEMPLATE_ARGUMENTS)
         if taken:
             raise ValueError(
-                f"{', '.join(f'`{name}`' for name in taken)}: rows and the trainer say these, no"
-                " template argument does"
+                f"{', '.join(f'`{name}`' for name in taken)}: rows and the trainer set these,"
+                " template arguments cannot"
             )
         try:
             json.dumps(thaw(value), allow_nan=False)
@@ -203,64 +272,151 @@ class ModelSection(Section):
 
 
 class AdapterOff(Section):
-    """Full fine-tuning."""
+    """Full fine-tuning: all weights are trained."""
 
     method: Literal["none"]
 
 
 class LoraBase(PassThrough):
-    """The LoRA fields that a recipe must state."""
+    """A LoRA adapter is trained; the base model's weights stay as they are."""
 
     method: Literal["lora"]
-    r: Positive
-    lora_alpha: Positive
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: Text | tuple[Text, ...]
+    r: Positive = Field(description="The rank of the adapter's matrices.", examples=[16])
+    lora_alpha: Positive = Field(
+        description="The adapter's output is scaled by `lora_alpha / r`.", examples=[32]
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="The dropout probability of the adapter's input.", examples=[0.05]
+    )
+    target_modules: Text | tuple[Text, ...] = Field(
+        description=(
+            "The modules that get an adapter: a list of names, a regular expression, or"
+            " `all-linear` for every linear layer except the output layer."
+        ),
+        examples=["all-linear", ["q_proj", "v_proj"]],
+    )
 
     def lora_arguments(self) -> dict[str, Any]:
-        """Arguments of `peft.LoraConfig`."""
+        """Return the arguments of `peft.LoraConfig`."""
         dumped = self.model_dump(mode="json")
         del dumped["method"]
         return dumped
 
 
 class QuantizationOff(Section):
-    """Weights as `model.dtype` says."""
+    """No quantization: weights have the type `model.dtype`."""
 
     method: Literal["none"]
 
 
 class FourBit(Section):
-    """bitsandbytes 4-bit weights; field names of `transformers.BitsAndBytesConfig`."""
+    """The base model has bitsandbytes 4-bit weights (QLoRA). Needs `adapter.method: lora`. The keys
+    are fields of `transformers.BitsAndBytesConfig`.
+    """
 
     method: Literal["4bit"]
-    bnb_4bit_quant_type: Literal["nf4", "fp4"]
-    bnb_4bit_use_double_quant: bool
-    bnb_4bit_compute_dtype: Dtype
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
+        description="The 4-bit data type: NormalFloat (nf4) or 4-bit float (fp4)."
+    )
+    bnb_4bit_use_double_quant: bool = Field(
+        description="Quantize the quantization constants too, which saves about 0.4 bit a weight.",
+        examples=[True],
+    )
+    bnb_4bit_compute_dtype: Dtype = Field(
+        description="The data type of computations with the weights.", examples=["bfloat16"]
+    )
 
 
 class EightBit(Section):
-    """bitsandbytes LLM.int8() weights."""
+    """The base model has bitsandbytes LLM.int8() weights. Needs `adapter.method: lora`."""
 
     method: Literal["8bit"]
-    llm_int8_threshold: Annotated[float, Field(ge=0)] = 6.0
+    llm_int8_threshold: Annotated[float, Field(ge=0)] = Field(
+        default=6.0,
+        description=(
+            "Input features with a value above this are outliers, computed in 16 bits instead of 8."
+        ),
+    )
 
 
 class TrainingBase(PassThrough):
-    """The training fields that the runner computes with; every other is a field of
-    `trl.SFTConfig`.
+    """The optimization. In addition to these keys, `training` accepts the fields of
+    `trl.SFTConfig` that the runner does not set itself.
     """
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)]  # as NumPy takes it
-    global_batch_size: Positive | None = None  # sequences per optimizer step, over all processes
-    gradient_accumulation_steps: Positive | None = None  # instead of `global_batch_size`
-    per_device_train_batch_size: Positive
-    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
-    max_steps: Positive | None = None  # instead of `num_train_epochs`
-    bf16: bool = False
-    fp16: bool = False
-    gradient_checkpointing: bool
-    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        description=(
+            "The random seed of training: adapter initialization, dropout, order of batches."
+            " `data.seed` draws the rows."
+        ),
+        examples=[42],
+    )
+    global_batch_size: Positive | None = Field(
+        default=None,
+        description=(
+            "Sequences per optimizer step over all processes; gradient accumulation is derived."
+            " null: per_device_train_batch_size x gradient_accumulation_steps x"
+            " launch.num_processes. State exactly one of this and `gradient_accumulation_steps`."
+        ),
+        examples=[16],
+    )
+    gradient_accumulation_steps: Positive | None = Field(
+        default=None,
+        description=(
+            "Micro-batches per optimizer step and process. null: derived from `global_batch_size`,"
+            " per_device_train_batch_size and the number of processes. State exactly one of this"
+            " and `global_batch_size`."
+        ),
+        examples=[4],
+    )
+    per_device_train_batch_size: Positive = Field(
+        description="Sequences per micro-batch (one forward and backward pass of one process).",
+        examples=[4],
+    )
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description=(
+            "Passes over the training rows. null: derived from `max_steps`. State exactly one of"
+            " this and `max_steps`."
+        ),
+        examples=[3],
+    )
+    max_steps: Positive | None = Field(
+        default=None,
+        description=(
+            "Optimizer steps. null: derived from `num_train_epochs`. State exactly one of this and"
+            " `num_train_epochs`."
+        ),
+        examples=[200],
+    )
+    bf16: bool = Field(
+        default=False,
+        description="Mixed precision in bfloat16. Not together with `fp16`.",
+        examples=[True],
+    )
+    fp16: bool = Field(
+        default=False,
+        description=(
+            "Mixed precision in float16 with loss scaling. Not together with `bf16`, and not with"
+            " `model.dtype: bfloat16`."
+        ),
+        examples=[True],
+    )
+    gradient_checkpointing: bool = Field(
+        description=(
+            "Compute activations again in the backward pass instead of storing them: less memory,"
+            " slower steps."
+        ),
+        examples=[True],
+    )
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = Field(
+        default="group_by_length",
+        description=(
+            "The order of rows. random: shuffled in every epoch. sequential: as drawn."
+            " group_by_length: shuffled, but rows of similar length share a batch, which needs"
+            " less padding."
+        ),
+    )
 
     @model_validator(mode="after")
     def _states_each_choice_once(self) -> Self:
@@ -276,25 +432,44 @@ class TrainingBase(PassThrough):
 
 
 class GenerationOff(Section):
-    """Rows are scored by their likelihood only."""
+    """Rows are scored by likelihood only."""
 
     enabled: Literal[False]
 
 
 class GenerationOn(Section):
-    """The base and the tuned model also answer the test prompts, greedily; the task's metrics judge
-    the answers.
+    """The base model and the tuned model also answer the test prompts, greedily. The task's metrics
+    judge the answers.
     """
 
     enabled: Literal[True]
-    max_new_tokens: Positive
-    num_samples: Positive | None = None  # the first rows of the split; None: all
-    # Prompts that a process answers at a time; None: `per_device_eval_batch_size`.
-    batch_size: Positive | None = None
-    during_training: bool = False  # also on the validation split, at every evaluation
+    max_new_tokens: Positive = Field(
+        description="The maximum length of an answer in tokens.", examples=[64]
+    )
+    num_samples: Positive | None = Field(
+        default=None,
+        description="Answer only the first so many rows of the split. null: all rows.",
+        examples=[200],
+    )
+    batch_size: Positive | None = Field(
+        default=None,
+        description=(
+            "Prompts that a process answers at the same time. null:"
+            " `evaluation.per_device_eval_batch_size`."
+        ),
+        examples=[32],
+    )
+    during_training: bool = Field(
+        default=False,
+        description=(
+            "Also answer the validation prompts at every evaluation; checkpoints and early stopping"
+            " can then use the task's metrics."
+        ),
+        examples=[True],
+    )
 
 
-# What evaluations and reports say by these names.
+# Names that evaluations and reports already use.
 _TAKEN_METRIC_NAMES: Final = frozenset(
     {
         *NLL_METRICS,
@@ -307,15 +482,38 @@ _TAKEN_METRIC_NAMES: Final = frozenset(
 
 
 class EvaluationSection(Section):
-    """When the validation rows are scored; step 0 and the last step always are."""
+    """The times at which the validation rows are scored, and the generated answers."""
 
-    eval_strategy: Literal["no", "steps", "epoch"]
-    eval_steps: Positive | None = None
-    per_device_eval_batch_size: Positive
-    generation: Annotated[GenerationOff | GenerationOn, Field(discriminator="enabled")] = (
-        GenerationOff(enabled=False)
+    eval_strategy: Literal["no", "steps", "epoch"] = Field(
+        description=(
+            "steps: every `eval_steps` steps. epoch: after every epoch. 'no' (in quotes; YAML reads"
+            " a plain no as false): neither. Step 0 and the last step are always evaluated."
+        ),
+        examples=["epoch"],
     )
-    metrics: tuple[Metric, ...] = ()  # of the generated answers, beside the task's own
+    eval_steps: Positive | None = Field(
+        default=None,
+        description=(
+            "Optimizer steps between evaluations. Required with `eval_strategy: steps`; null with"
+            " the others."
+        ),
+        examples=[50],
+    )
+    per_device_eval_batch_size: Positive = Field(
+        description="Rows that a process scores at the same time.", examples=[8]
+    )
+    generation: Annotated[GenerationOff | GenerationOn, Field(discriminator="enabled")] = Field(
+        default=GenerationOff(enabled=False),
+        description="Answers that the models generate.",
+        examples=[{"enabled": True, "max_new_tokens": 64}],
+    )
+    metrics: tuple[Metric, ...] = Field(
+        default=(),
+        description=(
+            "Your own metrics of the generated answers, in addition to the task's. Needs"
+            " `generation.enabled: true`."
+        ),
+    )
 
     @model_validator(mode="after")
     def _names_each_metric_once(self) -> Self:
@@ -335,35 +533,70 @@ class EvaluationSection(Section):
 
 
 class EarlyStoppingOff(Section):
-    """Trains to the end."""
+    """Training continues to the last step."""
 
     enabled: Literal[False]
 
 
 class EarlyStoppingOn(Section):
-    """Stops after `patience` evaluations in a row that do not better the best by more than
+    """Training stops after `patience` evaluations in a row without an improvement by more than
     `threshold`.
     """
 
     enabled: Literal[True]
-    metric: MetricName
-    mode: Literal["min", "max"] = "min"
-    patience: Positive
-    threshold: Annotated[float, Field(ge=0)] = 0.0
+    metric: MetricName = Field(
+        description=(
+            "The metric on the validation split: nll_per_completion_token or nll_per_token; with"
+            " `evaluation.generation.during_training: true` also a metric of the task or of"
+            " `evaluation.metrics`."
+        ),
+        examples=["nll_per_completion_token"],
+    )
+    mode: Literal["min", "max"] = Field(
+        default="min",
+        description=(
+            "min: smaller is better, for likelihoods. max: larger is better, for the tasks'"
+            " metrics."
+        ),
+    )
+    patience: Positive = Field(
+        description="Evaluations in a row without an improvement.", examples=[3]
+    )
+    threshold: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="An improvement must be larger than this, in the metric's unit.",
+        examples=[0.001],
+    )
 
 
 class RemoteStorage(Section):
-    """Where committed checkpoints are copied in the background; credentials come from the
-    environment.
+    """The place to which committed checkpoints are copied in the background. Credentials come from
+    the environment.
     """
 
-    # Any fsspec URL: file://, memory://, s3://, gs://, ...; a run gets the folder <grid>/<run name>
-    # below it.
-    url: Text
-    # Of the fsspec file system.
-    options: FrozenDict = Field(default_factory=dict, validate_default=True)
-    num_retries: NotNegative = 5
-    load: bool = False  # resume from the newest one there when the run directory has none
+    url: Text = Field(
+        description=(
+            "An fsspec URL: file://, s3://, gs:// and so on. A run uses the folder GRID/NAME below"
+            " it."
+        ),
+        examples=["s3://my-bucket/runs"],
+    )
+    options: FrozenDict = Field(
+        default_factory=dict,
+        validate_default=True,
+        json_schema_extra={"default": {}},
+        description="Arguments of the fsspec file system; secrets are refused.",
+        examples=[{"endpoint_url": "https://s3.example.org"}],
+    )
+    num_retries: NotNegative = Field(default=5, description="Retries of each upload.")
+    load: bool = Field(
+        default=False,
+        description=(
+            "If the run directory has no checkpoint, resume from the newest one in the remote"
+            " storage."
+        ),
+        examples=[True],
+    )
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> Self:
@@ -390,18 +623,67 @@ def _names_at_any_depth(options: Mapping[str, Any]) -> list[str]:
 
 
 class CheckpointsSection(Section):
-    """When checkpoints are written and how many stay; the best by `metric` is what is exported."""
+    """The times at which checkpoints are written, and the number that is kept. The best one by
+    `metric` is exported.
+    """
 
-    save_strategy: Literal["no", "steps", "epoch"]
-    save_steps: Positive | None = None
-    save_epochs: Positive | None = None  # with `epoch`: every so many epochs; None: every epoch
-    keep_latest: Positive = 1
-    keep_best: Positive = 1  # besides the newest
-    metric: MetricName = "nll_per_completion_token"
-    mode: Literal["min", "max"] = "min"
-    save_optimizer: bool = True  # False: optimizer state stays in the newest checkpoint only
-    archive: Literal["none", "zip"] = "none"  # besides the folder
-    remote: RemoteStorage | None = None
+    save_strategy: Literal["no", "steps", "epoch"] = Field(
+        description=(
+            "steps: every `save_steps` steps. epoch: after every `save_epochs` epochs. 'no' (in"
+            " quotes; YAML reads a plain no as false): neither. An evaluated step that is among the"
+            " `keep_best` best, and the last step, are always saved."
+        ),
+        examples=["epoch"],
+    )
+    save_steps: Positive | None = Field(
+        default=None,
+        description=(
+            "Optimizer steps between checkpoints. Required with `save_strategy: steps`; null with"
+            " the others."
+        ),
+        examples=[50],
+    )
+    save_epochs: Positive | None = Field(
+        default=None,
+        description=(
+            "Epochs between checkpoints, only with `save_strategy: epoch`. null: after every epoch."
+        ),
+        examples=[2],
+    )
+    keep_latest: Positive = Field(default=1, description="The number of newest checkpoints kept.")
+    keep_best: Positive = Field(
+        default=1,
+        description="The number of best checkpoints kept, in addition to the newest ones.",
+    )
+    metric: MetricName = Field(
+        default="nll_per_completion_token",
+        description=(
+            "The metric on the validation split that decides which checkpoint is best:"
+            " nll_per_completion_token or nll_per_token; with"
+            " `evaluation.generation.during_training: true` also a metric of the task or of"
+            " `evaluation.metrics`."
+        ),
+    )
+    mode: Literal["min", "max"] = Field(
+        default="min",
+        description=(
+            "min: smaller is better, for likelihoods. max: larger is better, for the tasks'"
+            " metrics."
+        ),
+    )
+    save_optimizer: bool = Field(
+        default=True,
+        description="false: only the newest checkpoint keeps its optimizer state.",
+        examples=[False],
+    )
+    archive: Literal["none", "zip"] = Field(
+        default="none", description="zip: also write each checkpoint as an archive."
+    )
+    remote: RemoteStorage | None = Field(
+        default=None,
+        description="A place for copies of the checkpoints. null: none.",
+        examples=[{"url": "s3://my-bucket/runs"}],
+    )
 
     @model_validator(mode="after")
     def _has_intervals_exactly_for_their_strategy(self) -> Self:
@@ -413,37 +695,76 @@ class CheckpointsSection(Section):
 
 
 class RetriesSection(Section):
-    """How many retries in a row, with no new checkpoint between, a failed attempt gets by itself,
-    by failure kind.
+    """The maximum number of automatic retries in a row without a new checkpoint between them, by
+    failure kind.
 
-    What is not named here: preempted runs are taken up again without a limit, everything else fails
-    at once.
+    Preempted runs resume without a limit. Failures of all other kinds are not retried.
     """
 
-    transient: NotNegative = 3  # ports, lost peers, file systems, storage that cannot be reached
-    # The trainer vanished without a word: perhaps killed by the system for its memory.
-    lost: NotNegative = 1
-    stalled: NotNegative = 1  # ended by `launch.stall_minutes`
-    # Each halves the micro-batch, keeps the global batch and starts at step 0.
-    out_of_memory: NotNegative = 0
-    # Before the first retry; doubles, up to ten minutes.
-    backoff_seconds: Annotated[float, Field(ge=0)] = 10.0
+    transient: NotNegative = Field(
+        default=3,
+        description="For ports, lost peers, file systems, and storage that cannot be reached.",
+    )
+    lost: NotNegative = Field(
+        default=1,
+        description=(
+            "For a trainer that ended without a message; perhaps the system killed it for its"
+            " memory."
+        ),
+    )
+    stalled: NotNegative = Field(
+        default=1, description="For attempts that `launch.stall_minutes` ended."
+    )
+    out_of_memory: NotNegative = Field(
+        default=0,
+        description=(
+            "For GPU memory: each retry halves the micro-batch, keeps the global batch and starts"
+            " at step 0."
+        ),
+        examples=[2],
+    )
+    backoff_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=10.0,
+        description="Seconds before the first retry; doubled for each next one, up to 600.",
+    )
 
 
 class LaunchSection(Section):
-    """How processes start; outside the digest, but for what it does to the global batch."""
+    """The way in which the processes start. Outside the digest, except for the effect on the global
+    batch.
+    """
 
-    accelerate_config: Text
-    num_processes: Positive = 1  # over all machines
-    num_machines: Positive = 1
-    # None: the cores shared among the processes.
-    num_cpu_threads_per_process: Positive | None = None
-    # Without a sign of life (a micro-batch, a batch that is scored or answered, another phase)
-    # before whoever waits for an attempt ends it; None: never.
-    stall_minutes: Annotated[float, Field(gt=0)] | None = 30.0
-    retries: RetriesSection = RetriesSection()
-    # Of a library, since the checkpoint that is continued.
-    on_version_change: Literal["warn", "refuse"] = "warn"
+    accelerate_config: Text = Field(
+        description="The path of accelerate's config, which may name DeepSpeed's.",
+        examples=["accelerate_configs/single_gpu.yaml"],
+    )
+    num_processes: Positive = Field(
+        default=1,
+        description=(
+            "Processes over all machines, usually one for each GPU. Must divide by `num_machines`."
+        ),
+        examples=[4],
+    )
+    num_machines: Positive = Field(default=1, description="Machines that share one run.")
+    num_cpu_threads_per_process: Positive | None = Field(
+        default=None,
+        description="CPU threads of each process. null: the cores divided among the processes.",
+        examples=[8],
+    )
+    stall_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=30.0,
+        description=(
+            "End an attempt after so many minutes without progress (a micro-batch, a scored or"
+            " answered batch, a new phase). null: never."
+        ),
+    )
+    retries: RetriesSection = Field(
+        default=RetriesSection(), description="Automatic retries by failure kind."
+    )
+    on_version_change: Literal["warn", "refuse"] = Field(
+        default="warn",
+        description="The reaction if a library's version differs from that of the checkpoint.",
+    )
 
     @model_validator(mode="after")
     def _divides_among_machines(self) -> Self:
@@ -455,7 +776,7 @@ class LaunchSection(Section):
         return self
 
 
-# The trackers that Transformers knows; a test compares them with the installed library.
+# The trackers of Transformers; a test compares them with the installed library.
 Tracker = Literal[
     "azure_ml",
     "clearml",
@@ -474,7 +795,7 @@ Tracker = Literal[
 ]
 
 
-# As the hub takes them; a name without an owner is whatever the token's owner has.
+# The form that the hub accepts; a name without an owner depends on the token.
 HUB_REPOSITORY: Final = re.compile(
     r"(?!.*(?:--|\.\.))(?!.*\.git$)[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
     r"/[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -482,29 +803,71 @@ HUB_REPOSITORY: Final = re.compile(
 
 
 class TrackingSection(Section):
-    """Experiment trackers by their Transformers names, and where the tuned model may be pushed."""
+    """Experiment trackers, and the hub repository for the tuned model. Outside the digest."""
 
-    report_to: tuple[Tracker, ...] = ()
-    project: str | None = None  # None: the grid's name
-    run_name: str | None = None  # None: the run's own name
-    tags: tuple[Text, ...] = ()
-    # What Weights & Biases records of the weights.
-    watch: Literal["none", "gradients", "parameters", "all"] = "none"
-    log_steps: Positive = 1  # trackers get every so many steps; metrics.jsonl has all
-    # What Weights & Biases gets of the model.
-    log_model: Literal["none", "end", "checkpoint"] = "none"
-    hub_model_id: str | None = None  # where `runner export --push` and `hub_push` send the model
-    hub_private: bool = True
-    # When the launch side sends the model by itself.
-    hub_push: Literal["never", "end"] = "never"
+    report_to: tuple[Tracker, ...] = Field(
+        default=(),
+        description="Trackers by their Transformers names. `wandb` and `none` may stand alone.",
+        examples=[["wandb", "tensorboard"]],
+    )
+    project: str | None = Field(
+        default=None,
+        description="The project's name in the trackers. null: the grid's name.",
+        examples=["summaries"],
+    )
+    run_name: str | None = Field(
+        default=None,
+        description="The run's name in the trackers. null: the run's own name.",
+        examples=["first-try"],
+    )
+    tags: tuple[Text, ...] = Field(
+        default=(), description="Tags of the run in Weights & Biases.", examples=[["pilot"]]
+    )
+    watch: Literal["none", "gradients", "parameters", "all"] = Field(
+        default="none",
+        description=(
+            "Histograms of gradients, weights or both in Weights & Biases, every `log_steps`"
+            " micro-batches."
+        ),
+    )
+    log_steps: Positive = Field(
+        default=1,
+        description=(
+            "Optimizer steps between losses sent to trackers, which get every evaluation."
+            " metrics.jsonl has every step."
+        ),
+        examples=[10],
+    )
+    log_model: Literal["none", "end", "checkpoint"] = Field(
+        default="none",
+        description=(
+            "The models that Weights & Biases stores. end: the tuned model, when the run is"
+            " completed. checkpoint: also every committed checkpoint."
+        ),
+    )
+    hub_model_id: str | None = Field(
+        default=None,
+        description=(
+            "The hub repository (OWNER/NAME) to which `runner export --push` and `hub_push` send"
+            " the tuned model. null: none."
+        ),
+        examples=["my-name/my-model"],
+    )
+    hub_private: bool = Field(default=True, description="Create the repository as a private one.")
+    hub_push: Literal["never", "end"] = Field(
+        default="never",
+        description=(
+            "end: send the tuned model to the hub once the run is completed. Needs `hub_model_id`."
+        ),
+    )
 
     @property
     def push_to(self) -> str | None:
-        """The repository that the launch side sends the model to, None for none."""
+        """The repository to which the launch side sends the model; None for none."""
         return self.hub_model_id if self.hub_push == "end" else None
 
     def copy_push(self, other: TrackingSection) -> TrackingSection:
-        """Another section with where and when this one pushes."""
+        """Return another section with this one's repository and time of pushing."""
         names = ("hub_model_id", "hub_private", "hub_push")
         return other.model_copy(update={name: getattr(self, name) for name in names})
 
@@ -514,7 +877,7 @@ class TrackingSection(Section):
             return self
         if self.hub_model_id is None:
             raise ValueError(
-                "`hub_push: end` needs a repository of the run's own beside it, such as"
+                "`hub_push: end` needs a repository of the run's own, such as"
                 " `hub_model_id: OWNER/NAME`; in the template of a grid"
                 ' `hub_model_id: {{ ("OWNER/" ~ name) | yaml }}`'
             )
@@ -526,17 +889,21 @@ class TrackingSection(Section):
             )
         return self
 
-    @field_validator("report_to", mode="before")
+    @field_validator(
+        "report_to",
+        mode="before",
+        json_schema_input_type=tuple[Tracker, ...] | Literal["wandb", "none"],
+    )
     @classmethod
     def _may_be_one_word(cls, value: Any) -> Any:
-        """As the command lines of others take it: `wandb` is a list of one, `none` an empty one."""
+        """Accept the words of other command lines: `wandb` for a list of one, `none` for none."""
         if not isinstance(value, str):
             return tuple(value) if isinstance(value, list) else value
         if value in ("wandb", "none"):
             return () if value == "none" else (value,)
         if value == "all":
             raise ValueError(
-                "got the text 'all', which is what happens to be installed: name the trackers,"
+                "got the text 'all', which depends on what is installed: name the trackers,"
                 " such as [wandb, tensorboard]"
             )
         shown = f"[{value}]" if value in get_args(Tracker) else "[wandb]"
@@ -550,6 +917,7 @@ else:
     Lora = create_model(
         "GeneratedLora",
         __base__=LoraBase,
+        __doc__=LoraBase.__doc__,
         **build_field_definitions(
             "LoraConfig", OWNED_LORA_FIELDS, exclude=frozenset(LoraBase.model_fields)
         ),
@@ -557,6 +925,7 @@ else:
     Training = create_model(
         "GeneratedTraining",
         __base__=TrainingBase,
+        __doc__=TrainingBase.__doc__,
         **build_field_definitions(
             "SFTConfig", OWNED_TRAINING_FIELDS, exclude=frozenset(TrainingBase.model_fields)
         ),

@@ -470,7 +470,7 @@ def test_a_repository_that_holds_another_run_is_refused(
 @pytest.mark.parametrize(
     ("tracking", "said"),
     [
-        ("hub_push: end", "`hub_push: end` needs a repository of the run's own beside it"),
+        ("hub_push: end", "`hub_push: end` needs a repository of the run's own, such as"),
         ("hub_push: end, hub_model_id: model", "`hub_model_id: model` is no repository on the hub"),
         ("hub_push: end, hub_model_id: lab/a--b", "without `--`, `..` and `.git` at the end"),
         ("hub_push: end, hub_model_id: lab/a.git", "is no repository on the hub"),

@@ -366,7 +366,7 @@ def test_the_command_line_names_every_mistake(project: Project) -> None:
     [
         ("lr_scheduler_type: reduce_lr_on_plateau", "`reduce_lr_on_plateau` cannot be used here"),
         ("optim: schedule_free_adamw", "`schedule_free_adamw` cannot be used here"),
-        ("optim: lomo", "its state would be in no checkpoint"),
+        ("optim: lomo", "no checkpoint would hold its state"),
     ],
 )
 def test_the_command_line_names_the_line(project: Project, line: str, words: str) -> None:

@@ -43,7 +43,7 @@ def test_one_source_has_no_shares() -> None:
             "seed: 3",
             "seed: 3\n  num_train_samples: 31",
             "data",
-            "is more than the sources of `train` give",
+            "is more than the sources of `train` have",
         ),
     ],
 )

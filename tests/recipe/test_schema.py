@@ -51,7 +51,7 @@ def test_template_arguments_are_plain_values() -> None:
 
 @pytest.mark.parametrize("name", ["messages", "tools", "tokenize", "strftime_now", "chat_template"])
 def test_what_rows_and_the_trainer_say_is_no_template_argument(name: str) -> None:
-    with pytest.raises(ValidationError, match=f"`{name}`: rows and the trainer say these"):
+    with pytest.raises(ValidationError, match=f"`{name}`: rows and the trainer set these"):
         model(chat_template_kwargs={name: "x"})
 
 

@@ -43,7 +43,7 @@ def test_one_word_is_a_list(project: Project, text: str, tracked: tuple[str, ...
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("all", "'all', which is what happens to be installed: name the trackers"),
+        ("all", "'all', which depends on what is installed: name the trackers"),
         ("tensorboard", "got the text 'tensorboard', expected a list such as [tensorboard]"),
         ("wandbb", "got the text 'wandbb', expected a list such as [wandb]"),
         ("None", "got the text 'None', expected a list"),

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
+from pydantic import Field
+
 from runner.data.tasks.base import (
     Example,
     Judgement,
@@ -20,8 +22,8 @@ from runner.strict import Text
 
 
 class AlpacaTask(PromptTask):
-    """The columns `instruction`, `input` and `output`; the prompt is the instruction and below it
-    the input, where there is one.
+    """Rows with `instruction`, `input` and `output`. The prompt is the instruction,
+    followed by the input if the row has one.
     """
 
     METRICS = ("exact_match",)
@@ -32,7 +34,13 @@ class AlpacaTask(PromptTask):
     OPTIONAL_COLUMNS = ("input",)
 
     name: Literal["alpaca"]
-    prompt: Text = "{instruction}\n\n{input}"
+    prompt: Text = Field(
+        default="{instruction}\n\n{input}",
+        description=(
+            "The text of the user's turn. It holds {instruction} exactly once; other columns may be"
+            " in braces too."
+        ),
+    )
 
     def list_read_columns(self) -> Collection[str]:
         return ("instruction", "output")

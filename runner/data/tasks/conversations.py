@@ -22,7 +22,7 @@ _TOOL_COLUMNS: Final = ("tools", "functions")
 
 
 class ConversationsTask(Task):
-    """Rows with a list of messages in `messages` or `conversations`; role/content or from/value."""
+    """Rows with a list of messages in `messages` or `conversations`: role/content or from/value."""
 
     ORDER = 1
     RECOGNISED_BY = tuple(((column,), {}) for column in CONVERSATION_COLUMNS)

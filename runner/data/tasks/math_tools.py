@@ -29,7 +29,7 @@ _BOXED: Final = "\\boxed{"
 
 
 class MathToolsTask(Task):
-    """Mathematics in several turns: a tool's output is a user turn, the answer stands in the last
+    """Mathematics in several turns: a tool's output is a user turn, and the answer is in the last
     `\\boxed{}`.
     """
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from pydantic import Field
+
 from runner.data.tasks.base import (
     KEY_PREFIX,
     Example,
@@ -52,8 +54,8 @@ SPEAKERS: Final = ("prompter", "assistant")
 
 
 class Oasst1Task(Task):
-    """Message trees of OpenAssistant (one row per message, or one nested tree per row) ->
-    conversations.
+    """Conversations from the message trees of OpenAssistant: one row per message, or one nested
+    tree per row.
     """
 
     ORDER = 6
@@ -76,11 +78,25 @@ class Oasst1Task(Task):
     )
 
     name: Literal["oasst1"]
-    languages: tuple[Text, ...] = ("en",)  # of every message of a path; empty: all
-    # The best-ranked reply at every turn, or one conversation per leaf.
-    paths: Literal["best", "all"] = "best"
-    # Messages without a finished review; deleted ones are never used.
-    include_unreviewed: bool = False
+    languages: tuple[Text, ...] = Field(
+        default=("en",),
+        description="Use only paths whose messages are all in these languages. []: all languages.",
+        examples=[["en", "de"]],
+    )
+    paths: Literal["best", "all"] = Field(
+        default="best",
+        description=(
+            "best: one conversation per tree, with the best-ranked reply at every turn. all: one"
+            " conversation per leaf."
+        ),
+    )
+    include_unreviewed: bool = Field(
+        default=False,
+        description=(
+            "Also use messages without a finished review. Deleted messages are never used."
+        ),
+        examples=[True],
+    )
 
     def build_examples(
         self, rows: Iterable[tuple[str, Any]], *, used: frozenset[str] = frozenset()

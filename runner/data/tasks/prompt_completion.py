@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Final, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from runner.data.tasks.base import (
     Example,
@@ -46,8 +46,16 @@ class PromptCompletionTask(PromptTask):
     RECOGNITION_ORDER = 5
 
     name: Literal["prompt_completion"]
-    prompt_column: Text = _PROMPT_COLUMN  # in a `prompt` that holds it, it must not be empty
-    completion_column: Text = "completion"
+    prompt_column: Text = Field(
+        default=_PROMPT_COLUMN,
+        description=(
+            "The column of the prompt. If `prompt` holds this column, its text must not be empty."
+        ),
+        examples=["question"],
+    )
+    completion_column: Text = Field(
+        default="completion", description="The column of the answer.", examples=["answer"]
+    )
 
     @classmethod
     def recognise(cls, row: Any) -> Recognised | None:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar, Final, Self
 
-from pydantic import ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from runner.data.tasks.base import (
     EMPTY,
@@ -31,15 +31,29 @@ _NAME: Final = r"[^\W\d]\w*"
 
 
 class PromptTask(Task):
-    """A task that puts columns into a prompt, and into a system text where the recipe has one."""
+    """A task that puts columns into a prompt, and into the system text if the recipe has one."""
 
-    # Names that the task fills itself, each exactly once in the prompt.
+    # Names that the task fills in, each exactly once in the prompt.
     PLACEHOLDERS: ClassVar[tuple[str, ...]] = ()
     # Columns that a prompt may name although no row has them.
     OPTIONAL_COLUMNS: ClassVar[tuple[str, ...]] = ()
 
-    prompt: Text | None = None
-    system: Text | None = None  # the text of a system message; None: there is none
+    prompt: Text | None = Field(
+        default=None,
+        description=(
+            "The text of the user's turn, with columns in braces. null: the text of"
+            " `prompt_column` alone."
+        ),
+        examples=["{context}\n\n{question}"],
+    )
+    system: Text | None = Field(
+        default=None,
+        description=(
+            "The text of a system message, which may hold columns in braces. null: no system"
+            " message."
+        ),
+        examples=["Answer in one sentence."],
+    )
 
     @model_validator(mode="after")
     def _names_what_may_be_asked(self, info: ValidationInfo) -> Self:

@@ -25,7 +25,7 @@ _FORM: Final = (
 
 
 class PythonTask(UserFunction, Task):
-    """Rows of any shape: `function` gets one, with all its columns, and returns its messages."""
+    """Rows of any shape: `function` gets a row with all its columns and returns its messages."""
 
     ORDER = 8
 

@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+from pydantic import Field
+
 from runner.data.tasks.base import (
     Example,
     Judgement,
@@ -26,8 +28,8 @@ from runner.strict import Text
 
 
 class SquadV2Task(PromptTask):
-    """SQuAD 2.0: context, question, and answers as `{"text": [...], "answer_start": [...]}`, empty
-    if unanswerable. Questions about one context are a group.
+    """SQuAD 2.0: a context, a question, and answers as `{"text": [...], "answer_start": [...]}`,
+    empty if the question has no answer. Questions about one context are a group.
     """
 
     METRICS = ("exact_match", "f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy")
@@ -44,14 +46,22 @@ class SquadV2Task(PromptTask):
         ),
     )
     RECOGNITION_ORDER = 3
-    # Answers that only seem right say nothing of the one that is asked for.
+    # Plausible but wrong answers say nothing about the right one.
     BOOKKEEPING = ("title", "plausible_answers")
     PLACEHOLDERS = ("context", "question")
 
     name: Literal["squad_v2"]
-    prompt: Text  # holds {context} and {question} exactly once each
-    # What the model answers where the context holds no answer.
-    no_answer_text: Text = "unanswerable"
+    prompt: Text = Field(
+        description=(
+            "The text of the user's turn. It holds {context} and {question} exactly once each;"
+            " other columns may be in braces too."
+        ),
+        examples=["{context}\n\nQuestion: {question}"],
+    )
+    no_answer_text: Text = Field(
+        default="unanswerable",
+        description="The model's answer if the context does not answer the question.",
+    )
 
     def list_read_columns(self) -> Collection[str]:
         return ("context", "question", "answers", "is_impossible")

@@ -6,6 +6,8 @@ import string
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
+from pydantic import Field
+
 from runner.data.tasks.base import (
     Example,
     Judged,
@@ -22,7 +24,7 @@ from runner.strict import Text
 
 
 class Sst2Task(PromptTask):
-    """SST-2 of GLUE: a sentence and its label, 0 or 1; `prompt` holds `{sentence}` exactly once."""
+    """SST-2 of GLUE: a sentence and its label, 0 or 1."""
 
     METRICS = ("accuracy", "f1")
     ORDER = 4
@@ -37,11 +39,19 @@ class Sst2Task(PromptTask):
     PLACEHOLDERS = ("sentence",)
 
     name: Literal["sst2"]
-    prompt: Text
-    # What the model answers for the labels 0 and 1.
-    label_texts: tuple[Text, Text] = ("negative", "positive")
-    sentence_column: Text = "sentence"
-    label_column: Text = "label"
+    prompt: Text = Field(
+        description=(
+            "The text of the user's turn. It holds {sentence} exactly once; other columns may be in"
+            " braces too."
+        ),
+        examples=["Is this sentence positive or negative?\n\n{sentence}"],
+    )
+    label_texts: tuple[Text, Text] = Field(
+        default=("negative", "positive"),
+        description="The model's answers for the labels 0 and 1.",
+    )
+    sentence_column: Text = Field(default="sentence", description="The column of the sentence.")
+    label_column: Text = Field(default="label", description="The column of the label.")
 
     def list_read_columns(self) -> Collection[str]:
         return (self.sentence_column, self.label_column)

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Literal
 
+from pydantic import Field
+
 from runner.data.tasks.base import (
     Example,
     Judge,
@@ -26,9 +28,7 @@ _COLUMN_PAIRS: Final = (
 
 
 class SummarizationTask(PromptTask):
-    """A document (or dialogue) and its summary; `prompt` holds the placeholder `{document}` exactly
-    once.
-    """
+    """A document (or dialogue) and its summary."""
 
     METRICS = ("rouge1", "rouge2", "rougeL")
     ORDER = 3
@@ -47,9 +47,17 @@ class SummarizationTask(PromptTask):
     PLACEHOLDERS = ("document",)
 
     name: Literal["summarization"]
-    prompt: Text
-    document_column: Text = "document"
-    summary_column: Text = "summary"
+    prompt: Text = Field(
+        description=(
+            "The text of the user's turn. It holds {document} exactly once; other columns may be in"
+            " braces too."
+        ),
+        examples=["Summarize this text.\n\n{document}"],
+    )
+    document_column: Text = Field(
+        default="document", description="The column of the document, which is {document}."
+    )
+    summary_column: Text = Field(default="summary", description="The column of the summary.")
 
     def list_read_columns(self) -> Collection[str]:
         return (self.document_column, self.summary_column)
