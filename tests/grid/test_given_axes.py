@@ -124,7 +124,7 @@ def test_names_are_short_and_each_value_has_one(
         (["seed="], ("expected a key of the recipe and its values",)),
         (["a b=1"], ("expected a key of the recipe and its values",)),
         (["seed=1], x: [2"], ("`--axis seed=1], x: [2`: did not",)),
-        (["training.optim=no"], ("YAML takes the plain no for false",)),
+        (["training.optim=no"], ("YAML reads the plain no as false",)),
         (["run.name=x"], ("the grid itself gives what is below `run`",)),
         (["adapter.target_modules=[q_proj],all-linear"], ("got a list, expected texts",)),
         (["training.per_device_train_batch_size=4,3"], ("size=3: a global batch of 8 cannot",)),

@@ -218,7 +218,7 @@ def test_what_changed_since_it_was_hashed_is_told_and_little_is_read(
     with Path("t.jsonl").open("r+") as stream:
         stream.truncate(2**30 + 1)
     assert list_changed(recipe, contents, cache_path) == {
-        "t.jsonl": "was touched, and is too large to be read meanwhile"
+        "t.jsonl": "was touched, and is too large to read again now"
     }
     Path("t.jsonl").write_text("other")
     Path("v.jsonl").unlink()
