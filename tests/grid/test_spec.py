@@ -174,7 +174,7 @@ def test_small_numbers_in_a_grid_are_numbers(toy: Toy) -> None:
         ),
         (
             GRID + "include: [{model: llama, loss: full, num_train_samples: 1}]",
-            ["llama is no value of the axis"],
+            ["llama is not a value of the axis"],
         ),
         (
             GRID + "include: [{model: {name: phi, path: x}, loss: full, num_train_samples: 1}]",
