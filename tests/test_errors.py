@@ -1,4 +1,4 @@
-"""How an error prints: where, what was found, what is accepted, a hint."""
+"""An error prints the place, the value found, the values accepted, and a hint."""
 
 from __future__ import annotations
 

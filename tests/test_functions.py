@@ -185,7 +185,7 @@ def test_the_next_row_is_answered_after_a_lost_process_and_nothing_stays() -> No
 
 
 def _is_gone(pid: int) -> bool:
-    """Whether a process that was sent SIGKILL ends: the kernel may take a moment for it."""
+    """True if a process that was sent SIGKILL ends; the kernel may need a moment for it."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -213,7 +213,7 @@ def test_a_file_that_cannot_be_loaded_is_named(text: str, words: str) -> None:
 
 
 def test_files_of_the_project_are_imported_only_by_name(here: Path) -> None:
-    """What is on the disk does not count: neither unnamed files nor other texts than were read."""
+    """Files on the disk do not count: neither unnamed files nor texts other than those read."""
     (here / "lib").mkdir()
     (here / "lib" / "text.py").write_text("NAME = 'of the disk'")
     (here / "near.py").write_text("NAME = 'beside it'")

@@ -59,8 +59,8 @@ class Place:
         return path
 
     def run(self, *arguments: str | Path) -> str:
-        """What `runner` prints; the answer is one of its exit codes, clean of controls, and changes
-        nothing outside.
+        """The output of `runner`. Checks that it ends with one of its exit codes, prints no control
+        characters, and changes nothing outside.
         """
         before, out, err = self.list_outside(), io.StringIO(), io.StringIO()
         try:

@@ -1,4 +1,4 @@
-"""Who may import whom: a table of packages, compared with what the source says.
+"""A table of the packages that may import each other, compared with the source.
 
 Imports point down. A package that is on no floor is refused until it is listed here.
 """

@@ -1,4 +1,4 @@
-"""What counts as a secret, in what is refused and in what is masked; and what does not."""
+"""Texts that count as secrets when input is refused or output is masked, and texts that do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is frozen cannot be changed, and thaws to what it was."""
+"""A frozen value cannot be changed, and thaws to its original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written, compared and removed under recipes/, and what was edited there."""
+"""Files under recipes/ are written, compared and removed, and edits there are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a template gives and how its mistakes are told; `test_templating` has the filter and the
+"""A template renders recipes, and its mistakes are reported; `test_template` has the filter and the
 sandbox.
 """
 

@@ -1,4 +1,4 @@
-"""What a grid file may say, the cells that it gives, and their names."""
+"""The accepted contents of a grid file, its cells, and their names."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which files of a folder a recipe reads: by the splits that their names say, as the hub's
-libraries find them, and never in silence.
+"""A recipe reads the files of a folder by the splits in their names, as the hub's libraries do, and
+reports the files that it skips.
 """
 
 from __future__ import annotations
