@@ -37,6 +37,6 @@ def require_trackers(recipe: Recipe) -> None:
         modules, package = PACKAGES[name]
         if modules and not any(importlib.util.find_spec(module) for module in modules):
             raise RunnerError(
-                f"`tracking.report_to` asks for {name}, which is not installed",
+                f"`tracking.report_to` names {name}, which is not installed",
                 hint=f"pip install {package}, or launch with tracking.report_to=[]",
             )
