@@ -1,4 +1,4 @@
-"""`python -m runner`: the same as the console script."""
+"""`python -m runner` does the same as the console script."""
 
 import sys
 

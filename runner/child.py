@@ -1,10 +1,10 @@
 """A child process that answers requests under limits, one JSON line each: the parent's side
 (`LimitedChild`) and the child's (`serve`).
 
-The child is a module of ours, run as a program. It has a limit of CPU time for each request, of
-memory, and none of the parent's environment but a few variables: no token is among them. What it
-prints goes to stderr, never between the answers. A session of its own lets everything that it
-starts be ended with it. It is no sandbox: files and network are those of the user.
+The child is a module of ours, run as a program. It has a limit on memory, and on CPU time for each
+request. It inherits only a few environment variables, none of which is a token. Its prints go to
+stderr, never between the answers. It runs in its own session, so that everything it starts ends
+with it. It is not a sandbox: it has the user's files and network.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from runner.processes import OWNER_VARIABLE, die_with_parent
 
 MEMORY_BYTES: Final = 4 << 30  # of address space
 _REPLY_BYTES: Final = 64 << 20
-_PATIENCE_SECONDS: Final = 5.0  # for a process that has closed its output to end
-# What a program needs to find its libraries and its owner; nothing else is handed down.
+_PATIENCE_SECONDS: Final = 5.0  # wait for the end of a process that has closed its output
+# The variables by which a program finds its libraries and its owner; no others are inherited.
 _KEPT_VARIABLES: Final = (
     "HOME",
     "LD_LIBRARY_PATH",
@@ -38,7 +38,7 @@ _KEPT_VARIABLES: Final = (
     "VIRTUAL_ENV",
     OWNER_VARIABLE,
 )
-# The same on every machine: sets are walked through in one order, texts read in one encoding.
+# The same on every machine: fixes the order of sets and the encoding of texts.
 _FIXED_VARIABLES: Final = {
     "LC_ALL": "C.UTF-8",
     "OMP_NUM_THREADS": "1",
@@ -54,10 +54,10 @@ class ChildLostError(Exception):
 
 
 class LimitedChild:
-    """A context in which `ask` sends requests to a module that calls `serve`; the process starts
-    with the first request, and again with the first one after it was lost.
+    """A context manager; `ask` sends requests to a module that calls `serve`. The process starts at
+    the first request, and again at the first one after it was lost.
 
-    `wall_seconds` is the limit of one answer by the clock, None for no limit.
+    `wall_seconds` limits the wall-clock time of one answer, None for no limit.
     """
 
     def __init__(
@@ -82,20 +82,20 @@ class LimitedChild:
 
     @property
     def is_running(self) -> bool:
-        """Whether the next request goes to a process that has been started already."""
+        """True if the next request goes to a process that is already started."""
         return self._process is not None
 
     def ask(self, request: Any, *, cpu_seconds: int) -> Any:
         """The answer to one request.
 
         Raises:
-            ChildLostError: the child ended, by a limit perhaps.
+            ChildLostError: the child ended, perhaps at a limit.
         """
         process = self._process or self._start()
         assert process.stdin is not None
         line = json.dumps({"cpu_seconds": cpu_seconds, "request": request}).encode() + b"\n"
         try:
-            with contextlib.suppress(BrokenPipeError):  # there is no answer, then, either
+            with contextlib.suppress(BrokenPipeError):  # then there is no answer either
                 process.stdin.write(line)
                 process.stdin.flush()
             return json.loads(self._read_line(process))
@@ -104,18 +104,18 @@ class LimitedChild:
             raise
 
     def close(self) -> None:
-        """End the process and whatever it has started."""
+        """End the process and everything that it started."""
         if self._process is None:
             return
         process, self._process, self._unread = self._process, None, b""
-        # Not reaped yet, so the group is still its own.
+        # It is not reaped yet, so the process group still belongs to it.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._process = subprocess.Popen(
-            # -P: what is in the working directory is not found by accident.
+            # -P: nothing in the working directory is imported by accident.
             [sys.executable, "-P", "-m", self._module, str(os.getpid())],
             env=build_child_environment(),
             stdin=subprocess.PIPE,
@@ -146,7 +146,7 @@ class LimitedChild:
 
 
 def build_child_environment() -> dict[str, str]:
-    """The environment of a limited child; `runner` is found where it is found here."""
+    """The environment of a limited child, with the same `runner` as here."""
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     own = str(Path(__file__).resolve().parent.parent)
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [kept.get("PYTHONPATH"), own]))
@@ -159,19 +159,19 @@ def _explain_end(process: subprocess.Popen[bytes]) -> str:
     except subprocess.TimeoutExpired:
         return "closed its output"
     if status == -signal.SIGXCPU:
-        return "used more CPU time than it may"
+        return "exceeded its limit of CPU time"
     if status == -signal.SIGKILL:
-        return "was killed, perhaps for want of memory"
+        return "was killed, perhaps because memory ran out"
     if status < 0:
-        return f"ended by the signal {signal.Signals(-status).name}"
+        return f"was ended by the signal {signal.Signals(-status).name}"
     return f"ended its process with exit status {status}"
 
 
 def serve(open_answer: Callable[[], Callable[[Any], Any]]) -> int:
     """Answer the requests of a `LimitedChild` until there are no more, or a limit ends the process.
 
-    `open_answer` imports what it needs under the limit of memory, and returns what answers a
-    request. What both print goes to stderr, what they read from stdin is empty.
+    `open_answer` imports its libraries under the memory limit, and returns the function that
+    answers a request. Prints of both go to stderr, and their stdin is empty.
     """
     die_with_parent(int(sys.argv[1]))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -183,7 +183,7 @@ def serve(open_answer: Callable[[], Callable[[Any], Any]]) -> int:
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit = int(used.ru_utime + used.ru_stime) + 1 + message["cpu_seconds"]
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-        # Halves of characters, which no tokenizer can read, are no UTF-8.
+        # Fails on surrogate halves, which no tokenizer can read: UTF-8 cannot encode them.
         reply = json.dumps(answer(message["request"]), ensure_ascii=False).encode()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
@@ -193,7 +193,7 @@ def serve(open_answer: Callable[[], Callable[[Any], Any]]) -> int:
 
 
 def _take_streams() -> tuple[BinaryIO, BinaryIO]:
-    """The pipes from and to the parent, out of the way of whatever uses stdin and stdout."""
+    """The pipes from and to the parent, moved off stdin and stdout, which any code may use."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

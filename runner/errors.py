@@ -1,8 +1,8 @@
-"""The error kinds of the project, each of which knows how to print itself.
+"""The error classes of the project; `str(error)` is the text to print.
 
-An error says where, what was found, what is accepted and how to mend it. The command line prints
-`str(error)` without a traceback; anything that is not a `RunnerError` is a defect of ours and keeps
-its traceback.
+An error states the place, the value found, the values accepted, and the fix. The command line
+prints `str(error)` without a traceback. Anything that is not a `RunnerError` is a defect of ours
+and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-# Of one file; finding what is nearest to a wrong name takes a millisecond.
+# Per file, because finding the nearest known name takes a millisecond.
 MAX_SHOWN_PROBLEMS: Final = 50
-# What moves the cursor, rings, hides or turns text around in a terminal, and halves of characters,
-# which cannot be printed; line breaks and tabs stay.
+# Characters that move the cursor, ring, hide or reverse text in a terminal, and surrogate halves,
+# which cannot be printed. Line breaks and tabs are allowed.
 CONTROLS: Final = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -25,8 +25,8 @@ _COLOURS: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def escape_controls(text: str) -> str:
-    r"""`text` as it may be shown in a terminal, whoever wrote it: no colours, control characters as
-    Python writes them.
+    r"""`text` made safe for a terminal, whoever wrote it: without colours, and with control
+    characters as Python writes them.
 
     >>> print(escape_controls("\x1b[1;31ma\x1b[0m\x1b[2J"))
     a\x1b[2J
@@ -35,7 +35,7 @@ def escape_controls(text: str) -> str:
 
 
 class RunnerError(Exception):
-    """Bad input or a refused action: one message and, where one exists, a hint that can be pasted.
+    """Bad input or a refused action: a message and, if there is one, a hint that can be pasted.
 
     >>> print(RunnerError("no such grid 'demp'", hint="runner render demo"))
     no such grid 'demp'
@@ -54,9 +54,7 @@ class RunnerError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a file: `line` is 1-based, None for a value that came from the command
-    line.
-    """
+    """One mistake in a file. `line` is 1-based; None for a value from the command line."""
 
     key: str
     what: str
@@ -64,7 +62,7 @@ class Problem:
 
 
 def put_in_words(error: Exception) -> str:
-    """An error in words and without its hint; one of the system's without its number.
+    """The message of an error without its hint; of a system error without its number.
 
     >>> put_in_words(PermissionError(13, "Permission denied", "runs/a/run.json"))
     'runs/a/run.json: permission denied'
@@ -79,9 +77,7 @@ def put_in_words(error: Exception) -> str:
 
 
 class RecipeError(RunnerError):
-    """Every problem found in one recipe (or one override list), printed together, but for what
-    nobody would read.
-    """
+    """All problems of one recipe (or one list of overrides), printed together up to a limit."""
 
     def __init__(self, where: str, problems: Sequence[Problem], *, hint: str | None = None) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -114,19 +110,19 @@ class DivergedError(RunnerError):
 
 
 class PreemptedError(RunnerError):
-    """The attempt was asked to leave, and has checkpointed where there was something to keep."""
+    """The attempt was asked to stop, and has saved a checkpoint if there was progress to keep."""
 
 
 class CorruptFileError(RunnerError, ValueError):
-    """A record on disk that cannot be read: damaged, cut off, or written by something else."""
+    """A record on disk that cannot be read: damaged, cut off, or written by another program."""
 
 
 def hide_bitsandbytes_warning() -> None:
-    """To be called before bitsandbytes is imported, which peft does.
+    """Hide a warning of bitsandbytes. Call this before PEFT imports it.
 
-    Version 0.50 warns at every import, also where nothing is 4-bit, that a faster CPU kernel could
-    be downloaded.
+    Version 0.50 warns at every import that a faster CPU kernel could be downloaded, even if nothing
+    is 4-bit.
     """
-    import logging  # here: a tenth of the time that `--help` takes
+    import logging  # imported here: it takes a tenth of the time of `--help`
 
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

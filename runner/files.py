@@ -1,5 +1,5 @@
-"""Writing files so that a kill at any instant leaves the old or the new content, and reading them
-whatever has their name: a folder, a pipe or a file without end is an error in words.
+"""Writes files so that a kill at any instant leaves the old or the new content, and reads them
+safely: a folder, a pipe or an endless file in their place is an error with a clear message.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any, BinaryIO, Final
 from runner.errors import CorruptFileError
 from runner.text import format_bytes
 
-# Of one record, such as `run.json`: an attempt takes 2 KiB, or 6 with the end of its log.
+# For one record, such as `run.json`: an attempt takes 2 KiB, or 6 with the end of its log.
 MAX_RECORD_BYTES: Final = 32 << 20
-# Of what is as long as the data are: rows, scores, the names of all tensors of a model.
+# For files that grow with the data: rows, scores, the names of all tensors of a model.
 MAX_ROWS_BYTES: Final = 2 << 30
 
 
 def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
-    """The descriptor of a plain file; a pipe is not waited for.
+    """The descriptor of a plain file; does not wait for a pipe.
 
     Raises:
         FileNotFoundError: nothing has this name.
-        CorruptFileError: something else than a file has it.
+        CorruptFileError: something other than a file has it.
         OSError: the file cannot be opened.
     """
     try:
@@ -44,11 +44,11 @@ def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def refuse_other_kind(path: Path, error: OSError | None = None, *, wanted: str = "file") -> None:
-    """Say in words that something else than a plain file has this name, or than a folder where one
-    is `wanted`; nothing where `error` has another reason.
+    """Refuse a path at which something other than a plain file exists, or other than a folder if
+    that is `wanted`. Does nothing if `error` has another cause.
 
     Raises:
-        CorruptFileError: it has, or one of the folders above it is none.
+        CorruptFileError: something else is there, or a part of the path above is not a folder.
     """
     if error is not None and error.errno not in _OF_OTHER_KINDS:
         return
@@ -57,7 +57,7 @@ def refuse_other_kind(path: Path, error: OSError | None = None, *, wanted: str =
     if kind is not None and kind != expected:
         raise CorruptFileError(
             f"{place} is {_KINDS.get(kind, kind)}, and should be a {expected}",
-            hint=f"see what it is and move it away: mv {shlex.quote(str(place))}"
+            hint=f"check what it is and move it away: mv {shlex.quote(str(place))}"
             f" {shlex.quote(f'{place}.aside')}",
         )
 
@@ -90,10 +90,10 @@ def _find_kind(path: Path) -> str | None:
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """A file that grows at its end, unbuffered, made where there is none.
+    """An unbuffered file opened for appending, created if it does not exist.
 
     Raises:
-        CorruptFileError: something else than a file has its name.
+        CorruptFileError: something other than a file has its name.
         OSError: it cannot be opened.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -101,11 +101,11 @@ def open_to_append(path: Path) -> BinaryIO:
 
 
 def is_plain(path: Path) -> bool:
-    """True for a file, False where nothing has this name.
+    """True for a file, False if nothing has this name.
 
     Raises:
         CorruptFileError: something else has it.
-        OSError: it cannot be looked at.
+        OSError: it cannot be checked.
     """
     try:
         state = path.stat()
@@ -120,7 +120,7 @@ def is_plain(path: Path) -> bool:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file, where it is there.
+    """Remove a file if it exists.
 
     Raises:
         CorruptFileError: it is a folder.
@@ -134,10 +134,10 @@ def remove_file(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, where they are not there.
+    """Make a folder and its parents if they do not exist.
 
     Raises:
-        CorruptFileError: something else has such a name.
+        CorruptFileError: something else has one of these names.
         OSError: it cannot be made.
     """
     try:
@@ -148,7 +148,7 @@ def make_folder(folder: Path) -> None:
 
 
 def list_folder(folder: Path) -> list[str]:
-    """The names in a folder, in order; none where there is none.
+    """The sorted names in a folder; empty if it does not exist.
 
     Raises:
         CorruptFileError: something else has its name.
@@ -164,7 +164,7 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def read_plain(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> bytes | None:
-    """The bytes of a file, or None where there is none.
+    """The bytes of a file, or None if it does not exist.
 
     Raises:
         CorruptFileError: something else has its name, or it is longer than `max_bytes`.
@@ -176,12 +176,12 @@ def read_plain(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> bytes | None:
         return None
     with os.fdopen(descriptor, "rb") as stream:
         size = os.fstat(descriptor).st_size
-        # Memory is asked for after this look; what grows meanwhile is not read to its end either
+        # Memory is allocated after this check; a file that grows in between is not read to its end
         content = stream.read(max_bytes + 1) if size <= max_bytes else b""
     if size > max_bytes or len(content) > max_bytes:
         raise CorruptFileError(
-            f"{path} has {format_bytes(max(size, len(content)))}, and is not read:"
-            f" such a file has at most {format_bytes(max_bytes)}"
+            f"{path} has {format_bytes(max(size, len(content)))} and was not read:"
+            f" the limit for this file is {format_bytes(max_bytes)}"
         )
     return content
 
@@ -191,7 +191,7 @@ FileState = tuple[int, int, int, int]
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text`: temporary file in the same folder, fsync, rename, fsync of the
+    """Replace the content of `path`: temporary file in the same folder, fsync, rename, fsync of the
     folder.
     """
     write_bytes_atomic(path, text.encode())
@@ -235,10 +235,10 @@ def fsync_dir(folder: Path) -> None:
 def follow_umask(folder: Path) -> None:
     """Give every file below `folder` at least the mode that a new file gets there.
 
-    safetensors writes through a temporary file of mode 0600, which it keeps whatever the umask.
-    Bits are added and none is taken, and folders are left alone, whose setgid bit `chmod` may
-    clear. The mode of a file made for the purpose is asked for: reading the umask means to set it,
-    for all threads, and where a folder has a default ACL that counts instead.
+    safetensors writes through a temporary file of mode 0600 and keeps that mode whatever the umask.
+    This only adds mode bits. It leaves folders alone, because `chmod` may clear their setgid bit.
+    The mode comes from a probe file: reading the umask means setting it for all threads, and a
+    folder's default ACL would override it.
     """
     probe = _name_temporary(folder / "mode")
     os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
@@ -254,8 +254,8 @@ def follow_umask(folder: Path) -> None:
 
 
 def write_json_unsynced(path: Path, value: Any) -> None:
-    """As `write_json_atomic` for a reader, but gone after a power loss: for what is only drawn,
-    many times a second.
+    """As `write_json_atomic`, but the file may be lost after a power loss. For values that are only
+    displayed, many times a second.
     """
     temporary = _name_temporary(path)
     temporary.write_text(dump_json(value))
@@ -263,37 +263,35 @@ def write_json_unsynced(path: Path, value: Any) -> None:
 
 
 def _name_temporary(path: Path) -> Path:
-    """A name of one's own beside a file: process ids are not enough where containers share a file
-    system.
-    """
+    """A unique name next to a file; a process id is not enough where containers share a disk."""
     return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
 
 
 def dump_json(value: Any) -> str:
-    """The one JSON layout of files that people read: sorted keys, two spaces, NaN refused."""
+    """JSON in the layout of files for people: sorted keys, two spaces; refuses NaN."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """`write_text_atomic` of `dump_json`."""
+    """As `write_text_atomic`, for a value as JSON."""
     write_text_atomic(path, dump_json(value))
 
 
 def load_json(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> Any:
-    """The content of a JSON file, or None where there is none.
+    """The content of a JSON file, or None if it does not exist.
 
     Raises:
-        CorruptFileError: the file is not JSON, or longer than `max_bytes`, or no file.
+        CorruptFileError: it is not JSON, is longer than `max_bytes`, or is not a file.
     """
     content = read_plain(path, max_bytes)
     return None if content is None else parse_json(content, path)
 
 
 def parse_json(content: bytes, path: Path) -> Any:
-    """What a JSON text says.
+    """The value of a JSON text.
 
     Raises:
-        CorruptFileError: it is not JSON; `path` is where it was read.
+        CorruptFileError: it is not JSON; `path` names its file.
     """
     if not content.strip(b" \t\r\n"):
         raise CorruptFileError(f"{path} is not JSON: it is empty")
@@ -304,11 +302,11 @@ def parse_json(content: bytes, path: Path) -> Any:
 
 
 def _explain(error: ValueError | RecursionError, content: bytes) -> str:
-    """Why a text is not taken as JSON, in words."""
+    """The reason why a text is not JSON, as the end of a sentence."""
     if (place := content.find(b"\0")) >= 0:
         return f"it holds NUL bytes from byte {place + 1:,} on, as a power loss may leave them"
     if isinstance(error, UnicodeDecodeError):
-        return f"it is no UTF-8 text from byte {error.start + 1:,} on"
+        return f"it is not UTF-8 text from byte {error.start + 1:,} on"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if not isinstance(error, json.JSONDecodeError):  # Python's limit of digits
@@ -317,10 +315,10 @@ def _explain(error: ValueError | RecursionError, content: bytes) -> str:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one row as one write, so that a reader sees whole lines except perhaps the last after
-    a kill.
+    """Append one row in one write, so that a reader sees whole lines, except perhaps the last one
+    after a kill.
 
-    What a full disk takes of a line is taken back, or the next row would go on in the middle of it.
+    A line that a full disk cuts off is removed, or the next row would continue it.
     """
     line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
     with open_to_append(path) as stream:
@@ -335,17 +333,17 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def load_jsonl(path: Path, *, holding: bytes = b"") -> list[dict[str, Any]]:
-    """Every whole row of a JSONL file; a torn last line (no newline: the writer was killed) is left
-    out. Rows whose text does not hold some bytes are skipped, and not parsed.
+    """Every whole row of a JSONL file; a torn last line (no newline, because the writer was killed)
+    is left out. Rows whose text does not contain `holding` are skipped without parsing.
 
     Raises:
-        CorruptFileError: another line is no JSON object, or it is no file, or one without end.
+        CorruptFileError: another line is not a JSON object, or it is not a file, or too long.
     """
     content = read_plain(path, MAX_ROWS_BYTES)
     if content is None:
         return []
     whole, _, _ = content.rpartition(b"\n")
-    # Not splitlines: a text may hold other line separators.
+    # Not splitlines, because a text may contain other line separators.
     lines = [
         (number, line)
         for number, line in enumerate(whole.split(b"\n"), 1)
@@ -359,7 +357,7 @@ def load_jsonl(path: Path, *, holding: bytes = b"") -> list[dict[str, Any]]:
             what = f"{path}: line {number:,} is not JSON: {_explain(error, line)}"
             raise CorruptFileError(what) from None
         if not isinstance(row, dict):
-            raise CorruptFileError(f"{path}: line {number:,} is no JSON object")
+            raise CorruptFileError(f"{path}: line {number:,} is not a JSON object")
         rows.append(row)
     return rows
 
@@ -372,7 +370,7 @@ def write_jsonl_atomic(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def hash_file(path: Path, on_block: Callable[[], None] | None = None) -> str:
-    """SHA-256 of a file's bytes, in hex; `on_block` is called with each block that was read."""
+    """SHA-256 of a file's bytes, in hex; `on_block` is called after each block that was read."""
     digest, block = hashlib.sha256(), bytearray(2**20)
     with path.open("rb", buffering=0) as stream:
         while num_bytes := stream.readinto(block):
@@ -391,8 +389,8 @@ def hash_json(value: Any) -> str:
 
 
 def hash_sources(root: Path, packages: Sequence[str]) -> str:
-    """Of the Python files in a folder and in these packages of it, `*` for all, by name and
-    content: a checkout that is edited keeps its version.
+    """A hash of the Python files in a folder and in these packages of it (`*`: all), by name and
+    content, because an edited checkout keeps its version number.
     """
     paths = [*root.glob("*.py")]
     for name in packages:
@@ -401,9 +399,9 @@ def hash_sources(root: Path, packages: Sequence[str]) -> str:
 
 
 def look_at(path: Path | str) -> FileState | None:
-    """Size, times and inode of a file, which tell whether it was changed; None where there is none.
+    """Size, times and inode of a file, which show if it was changed; None if it does not exist.
 
-    Its ctime tells what was changed under an mtime that was put back.
+    The ctime shows a change even if the mtime was reset.
     """
     try:
         state = os.stat(path)

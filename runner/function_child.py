@@ -1,8 +1,8 @@
-"""The program in which one function of the user's runs: loads it from the texts that the parent has
-read and allowed, calls it row by row, and reports where it failed.
+"""The program that runs one of the user's functions: loads it from the texts that the parent has
+read and allowed, calls it row by row, and reports the place of a failure.
 
-No file of the project is read from the disk: what is imported is what was allowed. A file that the
-recipe does not name is not found.
+It reads no file of the project from the disk and imports only allowed files. It does not find a
+file that the recipe does not name.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any, Final
 
 from runner.child import serve
 
-# The function's own file goes by this name: its own could be that of a library.
+# The module name of the function's file. Its own name could be that of a library.
 _MODULE: Final = "function_of_the_project"
 
 
 class LimitError(BaseException):
-    """A limit of one call; no `except Exception` of the function's hides it."""
+    """A call exceeded a limit; the function's `except Exception` does not catch this."""
 
 
 class LoadError(Exception):
@@ -52,7 +52,7 @@ class NamedFiles(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """As importlib asks for it."""
+        """Called by importlib."""
         if fullname not in self._paths and fullname not in self._packages:
             return None
         return importlib.util.spec_from_loader(
@@ -63,20 +63,22 @@ class NamedFiles(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         )
 
     def exec_module(self, module: ModuleType) -> None:
-        """As importlib asks for it; a folder without a named `__init__.py` is an empty package."""
+        """Called by importlib; a folder without a named `__init__.py` is an empty package."""
         if (path := self._paths.get(module.__name__)) is not None:
             exec(compile(self._sources[path], path, "exec"), module.__dict__)
 
 
 class Program:
-    """Answers the requests: first what to load, then one list of arguments after the other."""
+    """Answers the requests: the first loads the function, each later one has the arguments of a
+    call.
+    """
 
     def __init__(self) -> None:
         self._sources: Mapping[str, str] = {}
         self._function: Callable[..., Any] | None = None
 
     def __call__(self, request: Any) -> dict[str, Any]:
-        """`{"value": ...}`, or `{"failure": ...}` with the kind, the text and the place."""
+        """`{"value": ...}`, or `{"failure": ...}` with its kind, text and place."""
         try:
             signal.setitimer(signal.ITIMER_PROF, request["cpu_seconds"])
             signal.setitimer(signal.ITIMER_REAL, request["wall_seconds"])
@@ -85,7 +87,7 @@ class Program:
                     self._load(request)
                     return {"value": None}
                 value = self._function(*request["arguments"])
-                # Here, so that a value that JSON cannot say is the function's failure.
+                # Here, so that a value that JSON cannot hold counts as a failure of the function.
                 text = json.dumps(value, default=_unpack_number, ensure_ascii=False)
                 text.encode()
                 return {"value": json.loads(text)}
@@ -109,7 +111,7 @@ class Program:
         self._function = function
 
     def _describe(self, error: BaseException) -> dict[str, Any]:
-        """Kind and text of an error, and the last line of the user's files that it came through."""
+        """The kind and text of an error, and the last line of the user's files in its traceback."""
         place: tuple[str | None, int | None] = (None, None)
         for frame, line in traceback.walk_tb(error.__traceback__):
             if frame.f_code.co_filename in self._sources:
@@ -129,8 +131,8 @@ class Program:
 
 
 def _forget_project() -> None:
-    """Take the folder where `runner` was started out of the path of modules, and what PYTHONPATH
-    names below it.
+    """Remove the folder where `runner` was started from the module path, and the folders below it
+    that PYTHONPATH names.
     """
     project = Path.cwd().resolve()
     stated = set(os.environ.get("PYTHONPATH", "").split(os.pathsep))
@@ -144,22 +146,22 @@ def _forget_project() -> None:
 
 
 def _unpack_number(value: Any) -> Any:
-    """A number of NumPy's as Python's own."""
+    """A NumPy number as a Python number."""
     if callable(item := getattr(value, "item", None)) and getattr(value, "size", 1) == 1:
         return item()
-    raise TypeError(f"returned a {type(value).__name__}, which JSON cannot say")
+    raise TypeError(f"returned a {type(value).__name__}, which JSON cannot hold")
 
 
 def _exceed_cpu(number: int, frame: FrameType | None) -> None:
-    raise LimitError("used more CPU time than a call may")
+    raise LimitError("used more CPU time than allowed for a call")
 
 
 def _exceed_wall(number: int, frame: FrameType | None) -> None:
-    raise LimitError("took longer than a call may")
+    raise LimitError("took longer than allowed for a call")
 
 
 def main() -> int:
-    """Load one function and call it until the parent has had enough."""
+    """Load one function and call it until the parent sends no more requests."""
     signal.signal(signal.SIGPROF, _exceed_cpu)
     signal.signal(signal.SIGALRM, _exceed_wall)
     return serve(Program)

@@ -1,8 +1,8 @@
-"""Python functions of the user's project that a recipe names: the section, reading the files, and
-calling a function in a process of its own.
+"""Python functions of the user's project that a recipe names: their section, their files, and calls
+in a separate process.
 
-Nothing runs before `with_sources` has been given the texts of all files, and that is done by
-`run.allowed_code` alone, which knows what was allowed. What a function gets and returns is JSON.
+Nothing runs before `with_sources` has received the texts of all files. Only `run.allowed_code`,
+which knows the allowed files, calls it. Arguments and return values are JSON.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from runner.errors import DataError, RefusedError
 from runner.strict import Section
 
 CPU_SECONDS: Final = 5  # of one call
-WALL_SECONDS: Final = 120.0  # of one call; a busy machine takes long for a second of CPU time
+WALL_SECONDS: Final = 120.0  # of one call; a busy machine needs long for a second of CPU time
 _LOAD_CPU_SECONDS: Final = 60  # of the imports, before the first call
-_GRACE_SECONDS: Final = 10.0  # for the process to say by itself where it was
+_GRACE_SECONDS: Final = 10.0  # time for the process to report its place itself
 _FILE_BYTES: Final = 1 << 20
 
 Score = Callable[[str, Sequence[str], Mapping[str, Any], str], float | None]
@@ -37,7 +37,7 @@ def _check_path(path: str) -> str:
     parts = path.split("/")
     if path.startswith(("/", "~")) or "\\" in path or {"", ".", ".."} & set(parts):
         raise ValueError(
-            f"{path!r} should be the path of a file of the project: relative to the folder where"
+            f"{path!r} should be the path of a file in the project: relative to the folder where"
             " `runner` is started, with `/`, without `.` and `..`, such as functions/rows.py"
         )
     if not path.endswith(".py"):
@@ -59,11 +59,11 @@ def _check_module(path: str) -> str:
     parts = PurePosixPath(_check_path(path)).with_suffix("").parts
     if not all(part.isidentifier() for part in parts):
         raise ValueError(
-            f"{path!r} cannot be imported: the names of its folders and its own may hold letters,"
-            " digits and _ only"
+            f"{path!r} cannot be imported: its name and those of its folders may hold only letters,"
+            " digits and _"
         )
     if parts[0] in sys.stdlib_module_names or parts[0] == "runner":
-        raise ValueError(f"{path!r} would hide Python's module `{parts[0]}`: give it another name")
+        raise ValueError(f"{path!r} would hide Python's module `{parts[0]}`: rename it")
     return path
 
 
@@ -73,20 +73,20 @@ ModulePath = Annotated[str, AfterValidator(_check_module)]
 
 @dataclass(frozen=True)
 class PythonFile:
-    """One file of the project, as it was read."""
+    """One file of the project, as read."""
 
     path: str
     content: bytes
 
     @property
     def sha256(self) -> str:
-        """What is allowed, and what the digest of a recipe holds."""
+        """The hash that the user allows, and that a recipe's digest contains."""
         return hashlib.sha256(self.content).hexdigest()
 
 
 class UserFunction(Section):
-    """A function of the project: `FILE.py:NAME`, and the other files of the project that it may
-    import, each by its path (`lib/text.py` as `lib.text`).
+    """A function of the project, `FILE.py:NAME`, and the other project files that it may import,
+    each by its path (`lib/text.py` as `lib.text`).
     """
 
     function: FunctionName = Field(
@@ -106,14 +106,14 @@ class UserFunction(Section):
         return {"function": self.function.rpartition(":")[0], **others}
 
     def with_sources(self, sources: Mapping[str, str]) -> Self:
-        """The same section, which may be called: `path -> text` of all its files."""
+        """The same section, callable; `sources` maps the path of each of its files to its text."""
         allowed = self.model_copy()
         allowed._sources = {path: sources[path] for path in self.list_files().values()}
         return allowed
 
     @contextmanager
     def open_function(self) -> Iterator[FunctionProcess]:
-        """The function, loaded in a process of its own, which ends with the context.
+        """The function, loaded in a separate process, which ends with the context.
 
         Raises:
             DataError: it cannot be loaded.
@@ -129,7 +129,7 @@ class UserFunction(Section):
 
 
 class FunctionProcess:
-    """One function in a process of its own."""
+    """One function in a separate process."""
 
     def __init__(
         self,
@@ -158,10 +158,10 @@ class FunctionProcess:
         self._child.close()
 
     def __call__(self, where: str, *arguments: Any) -> Any:
-        """What the function returns for one row; `where` names the row in errors.
+        """The function's return value for one row; `where` names the row in errors.
 
         Raises:
-            DataError: it failed, exceeded a limit, or returned what JSON cannot say.
+            DataError: it failed, exceeded a limit, or returned a value that JSON cannot hold.
         """
         if not self._child.is_running:  # lost in an earlier call
             self._load()
@@ -175,7 +175,7 @@ class FunctionProcess:
     def _ask(self, request: Mapping[str, Any], where: str | None, cpu_seconds: int) -> Any:
         limits = {"cpu_seconds": cpu_seconds, "wall_seconds": self._wall_seconds}
         try:
-            # The process says by itself where it was when it may still run Python.
+            # The process reports its own place if it can still run Python.
             reply = self._child.ask({**request, **limits}, cpu_seconds=cpu_seconds + 1)
         except ChildLostError as error:
             raise self._fail(where, f"{self._path}, in `{self._name}`: {error}") from None
@@ -189,19 +189,19 @@ class FunctionProcess:
 
     def _fail(self, where: str | None, said: str, missing_module: str | None = None) -> DataError:
         hint = (
-            f"a call may use {self._cpu_seconds} s of CPU time, {self._wall_seconds:g} s by the"
-            " clock and 4 GiB; no row is left out and no answer counted as 0 because a function"
-            " fails: mend the function, or the row"
+            f"fix the function or the row; a call may use {self._cpu_seconds} s of CPU time,"
+            f" {self._wall_seconds:g} s of wall-clock time and 4 GiB; a failing function never"
+            " leaves a row out or counts an answer as 0"
         )
         if missing_module is not None:
             path = missing_module.replace(".", "/")
-            hint = f"a package has to be installed in the Python of `runner`: {missing_module}"
+            hint = f"install the package in the Python of `runner`: {missing_module}"
             if os.path.exists(f"{path}.py"):
-                hint = f"name the file beside the function: python_files: [{path}.py]"
+                hint = f"name the file next to the function: python_files: [{path}.py]"
             elif os.path.isdir(path):
-                hint = f"name what is needed of {path}/ in `python_files`, beside the function"
+                hint = f"name the files of {path}/ that it needs in `python_files`"
         elif where is None:
-            hint = f"`{self._name}` has to be a function that {self._path} defines"
+            hint = f"define a function `{self._name}` in {self._path}"
         row = "" if where is None else f"{where}: "
         return DataError(f"{row}{said}", hint=hint)
 
@@ -223,8 +223,8 @@ class Metric(UserFunction):
         """The score of `(prediction, references, row, where)`; `where` names the row in errors.
 
         Raises:
-            DataError: the function cannot be loaded; or, of a call, that it fails or returns
-                anything but a finite number or None.
+            DataError: the function cannot be loaded, or a call fails or returns anything but a
+                finite number or None.
         """
         with self.open_function() as function:
 
@@ -238,7 +238,7 @@ class Metric(UserFunction):
                     raise DataError(
                         f"{where}: {self.function} returned {json.dumps(value)[:100]} for the"
                         f" metric `{self.name}`",
-                        hint="return one finite number, or None where an answer is not judged",
+                        hint="return one finite number, or None if an answer is not judged",
                     )
                 return float(value)
 
@@ -249,15 +249,15 @@ def read_python_file(path: str) -> PythonFile:
     """A file of the project, below the working directory.
 
     Raises:
-        RefusedError: it, or a folder on the way, is a link, or it is no file of at most 1 MiB.
-        DataError: it is not there, or no UTF-8.
+        RefusedError: it or a folder above it is a link, or it is not a file of at most 1 MiB.
+        DataError: it does not exist, or is not UTF-8.
     """
     place = Path()
     for part in PurePosixPath(path).parts:
         place /= part
         if place.is_symlink():
             raise RefusedError(
-                f"{place} is a link to {os.readlink(place)}: the code of a project lies in it",
+                f"{place} is a link to {os.readlink(place)}, but code must be inside the project",
                 hint="copy the file into the project",
             )
     try:
@@ -265,7 +265,7 @@ def read_python_file(path: str) -> PythonFile:
         with os.fdopen(descriptor, "rb") as stream:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode) or facts.st_size > _FILE_BYTES:
-                raise RefusedError(f"{place} is no file of at most {_FILE_BYTES >> 20} MiB")
+                raise RefusedError(f"{place} is not a file of at most {_FILE_BYTES >> 20} MiB")
             content = stream.read()
     except OSError as error:
         raise DataError(f"{place} cannot be read: {error.strerror}") from None
@@ -277,8 +277,8 @@ def read_python_file(path: str) -> PythonFile:
 
 
 def as_json(value: Any, where: str) -> Any:
-    """A value as JSON says it, which is what a function gets: dates and the like, of Arrow files,
-    as texts.
+    """A value in JSON's types, as a function receives it: dates and the like, from Arrow files,
+    become texts.
 
     Raises:
         DataError: it holds bytes.
@@ -291,7 +291,7 @@ def as_json(value: Any, where: str) -> Any:
         return [as_json(item, where) for item in value]
     if isinstance(value, bytes | bytearray | memoryview):
         raise DataError(
-            f"{where}: holds bytes, which no function can be given",
+            f"{where}: holds bytes, which cannot be passed to a function",
             hint="leave the column out of the file",
         )
     return str(value)

@@ -1,5 +1,5 @@
-"""Sessions, parents and signals: which processes belong to an attempt and end with it, who has a
-file open, and which signals ask `runner launch` and `runner sweep` to stop.
+"""Sessions, parents and signals: finds and ends the processes of an attempt, finds the processes
+that have a file open, and notes the signals that stop `runner launch` and `runner sweep`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-# `<run>:<attempt>`, the run as `launch.attempt` names it, in the environment of everything that an
-# attempt starts.
+# Holds `<run>:<attempt>`, with the run as `launch.attempt` names it, in the environment of every
+# process that an attempt starts.
 OWNER_VARIABLE: Final = "RUNNER_OWNER"
 
-# Of one message between a sweep and its worker, at most; a path has up to 4,096.
+# The limit of one message between a sweep and its worker; a path has up to 4,096.
 MESSAGE_BYTES: Final = 65536
 
-# Of an owner in an environment that leaves room for those of forks.
+# The size of an owner's value that leaves room for the owners of forks.
 _OWNER_BYTES: Final = 4608
 
-_PATIENCE_SECONDS: Final = 30.0  # a process that the kernel cannot end waits for a disk
+_PATIENCE_SECONDS: Final = 30.0  # a process that waits for a disk cannot be ended
 _PR_SET_PDEATHSIG: Final = 1
 _PRCTL: Final = ctypes.CDLL(None, use_errno=True).prctl  # looked up before any fork
 _GETENV: Final = ctypes.CDLL(None).getenv
@@ -34,10 +34,10 @@ _GETENV.restype = ctypes.c_void_p
 
 
 def die_with_parent(parent_pid: int | None = None) -> None:
-    """SIGKILL for this process when the thread that started it is gone (Linux `prctl(2)`).
+    """Have the kernel kill this process when the thread that started it ends (Linux `prctl(2)`).
 
-    `parent_pid` is the parent as it was at the start: if it is gone already, the process ends at
-    once. Safe between fork and exec.
+    `parent_pid` is the parent at the start; if it has already ended, this process exits
+    immediately. Safe between fork and exec.
     """
     _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent_pid is not None and os.getppid() != parent_pid:
@@ -45,18 +45,18 @@ def die_with_parent(parent_pid: int | None = None) -> None:
 
 
 def leave_room_for_owners(name: str) -> str:
-    """A value of `OWNER_VARIABLE` for a process whose forks will each carry another one."""
+    """A value of `OWNER_VARIABLE` for a process whose forks will each have another owner."""
     return name.ljust(_OWNER_BYTES, ".")
 
 
 def carry_owner(owner: str) -> None:
-    """Make this fork, and what it starts, processes of an attempt.
+    """Make this fork, and everything that it starts, processes of an attempt.
 
-    `/proc/PID/environ` shows the strings with which the process that forked was executed, whatever
-    has been set since; so the owner is written over the one of `leave_room_for_owners`.
+    `/proc/PID/environ` shows the environment with which the forking process was executed, whatever
+    was set since. So the owner overwrites the value of `leave_room_for_owners`.
 
     Raises:
-        ValueError: there is no such room.
+        ValueError: there is not enough room.
     """
     value = os.fsencode(owner)
     address = _GETENV(OWNER_VARIABLE.encode())
@@ -67,8 +67,8 @@ def carry_owner(owner: str) -> None:
 
 
 def list_holders(path: Path) -> dict[int, str]:
-    """`process id -> command line` of the other processes that have a file open, as far as `/proc`
-    shows them to us.
+    """`process id -> command line` of the other processes that have a file open, if `/proc` shows
+    them to this user.
     """
     holders: dict[int, str] = {}
     try:
@@ -88,17 +88,17 @@ def list_holders(path: Path) -> dict[int, str]:
                 holders[int(process.name)] = " ".join(
                     word.decode(errors="replace") for word in words
                 ).strip()
-        except OSError:  # it is somebody else's, or has just ended
+        except OSError:  # it belongs to another user, or has just ended
             continue
     return dict(sorted(holders.items()))
 
 
 def die_with_launcher() -> None:
-    """`die_with_parent` for the trainer, also when its launcher has died before this was called.
+    """As `die_with_parent`, for the training process, even if its launcher died before this call.
 
-    Then the parent is already another process, which does not carry the attempt in its environment.
-    A parent that cannot be looked at (typed by hand, another PID namespace, another user) is taken
-    for the launcher.
+    Then the parent is already another process, without the attempt in its environment. A parent
+    that cannot be examined (typed by hand, another PID namespace, another user) counts as the
+    launcher.
     """
     parent_pid = os.getppid()
     die_with_parent(parent_pid)
@@ -108,10 +108,10 @@ def die_with_launcher() -> None:
 
 
 def bind_forks(lease_descriptor: int) -> None:
-    """Children that this process forks, such as a data loader's workers, never hold the lease, and
-    die with it.
+    """Make children that this process forks, such as a data loader's workers, close the lease and
+    die with this process.
 
-    They die with the thread that forked them, so only those of the main thread are bound.
+    Children die with the thread that forked them, so only those of the main thread are bound.
     """
     is_main: list[bool] = []
 
@@ -128,20 +128,20 @@ def bind_forks(lease_descriptor: int) -> None:
 
 
 def kill_processes_of(is_meant: Callable[[str], bool]) -> int:
-    """End every process on this machine whose attempt is meant, and wait until it is gone; how many
-    there were.
+    """Kill every process on this machine whose attempt `is_meant`, and wait until they have ended;
+    returns their number.
 
-    The ranks of several processes are in sessions of their own, so a signal to the launcher's group
-    misses what they have started: compilers, a tracker's daemon.
+    The ranks of several processes have their own sessions, so a signal to the launcher's group
+    misses the compilers and tracker daemons that they have started.
     """
     killed = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal() or not _carries(int(folder.name), is_meant):
             continue
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # it has ended in the meantime
             pidfd = os.pidfd_open(int(folder.name))
             killed.append(pidfd)
-            if _carries(int(folder.name), is_meant):  # its id may be somebody else's by now
+            if _carries(int(folder.name), is_meant):  # its id may belong to another process by now
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     for pidfd in killed:
         select.select([pidfd], [], [], _PATIENCE_SECONDS)
@@ -150,14 +150,14 @@ def kill_processes_of(is_meant: Callable[[str], bool]) -> int:
 
 
 def find_processes_of(is_meant: Callable[[str], bool]) -> list[int]:
-    """Ids of the processes on this machine whose attempt is meant, ascending."""
+    """The ids of the processes on this machine whose attempt `is_meant`, ascending."""
     found = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdecimal()]
     return sorted(pid for pid in found if _carries(pid, is_meant))
 
 
 def signal_process_of(pid: int, is_meant: Callable[[str], bool], number: signal.Signals) -> None:
-    """Send a signal to a process that was found, unless it has ended and its id is another's."""
-    with contextlib.suppress(OSError):  # gone meanwhile
+    """Send a signal to a process that was found, unless it has ended and its id was reused."""
+    with contextlib.suppress(OSError):  # it has ended in the meantime
         pidfd = os.pidfd_open(pid)
         try:
             if _carries(pid, is_meant):
@@ -167,26 +167,26 @@ def signal_process_of(pid: int, is_meant: Callable[[str], bool], number: signal.
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process was stopped by a signal, so that only SIGCONT makes it go on."""
+    """True if a signal stopped a process, so that only SIGCONT continues it."""
     return _read_state(pid) == "T"
 
 
-# Asks a trainer for the stacks of all its threads.
+# Requests the stacks of all threads of a training process.
 STACKS_SIGNAL: Final = signal.SIGUSR2
 
 
 def write_stacks_on_request() -> None:
-    """From now on `STACKS_SIGNAL` writes the stacks of this process, or of one that it forks, to
-    its standard error.
+    """Make `STACKS_SIGNAL` write the stacks of this process, or of one that it forks, to its
+    standard error.
 
-    The C code of `faulthandler` writes them at once, also where Python would not run a handler: in
-    a collective, or waiting for a device.
+    The C code of `faulthandler` writes them immediately, even where Python would not run a handler:
+    in a collective, or while waiting for a device.
     """
     faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
 
 
 def writes_stacks(pid: int) -> bool:
-    """Whether a process handles `STACKS_SIGNAL`: any other would die of it."""
+    """True if a process handles `STACKS_SIGNAL`, which would kill any other."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -196,14 +196,14 @@ def writes_stacks(pid: int) -> bool:
 
 
 def has_lost_sibling(num_siblings: int) -> bool:
-    """Whether fewer than `num_siblings` children of this process's parent are alive, this one
-    counted.
+    """True if fewer than `num_siblings` children of this process's parent are alive, including this
+    process.
     """
     try:
         tasks = Path(f"/proc/{os.getppid()}/task").glob("*/children")
         siblings = [pid for children in tasks for pid in children.read_text().split()]
     except OSError:
-        return False  # the parent cannot be looked at, or is gone
+        return False  # the parent cannot be examined, or has ended
     # If the kernel does not list children, or another process sits between launcher and rank,
     # assume all ranks are alive.
     return str(os.getpid()) in siblings and sum(map(_is_alive, siblings)) < num_siblings
@@ -214,7 +214,7 @@ def _is_alive(pid: str) -> bool:
 
 
 def _read_state(pid: int | str) -> str:
-    """The letter of `/proc/PID/stat`, empty where the process is gone."""
+    """The state letter of `/proc/PID/stat`, empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
     except OSError:
@@ -222,8 +222,8 @@ def _read_state(pid: int | str) -> str:
 
 
 def _carries(pid: int, is_meant: Callable[[str], bool]) -> bool | None:
-    """Whether a process was started with an attempt in its environment that is meant; None where it
-    cannot be seen.
+    """True if a process was started with an attempt in its environment that `is_meant`; None if its
+    environment cannot be read.
     """
     try:
         content = Path(f"/proc/{pid}/environ").read_bytes()
@@ -237,8 +237,8 @@ def _carries(pid: int, is_meant: Callable[[str], bool]) -> bool | None:
 
 
 class StopSignals:
-    """Notes Ctrl-C, TERM, HUP and USR1 and makes `fileno` readable, so that no line of a sweep is
-    ever interrupted.
+    """Notes Ctrl-C, TERM, HUP and USR1 and makes `fileno` readable, so that a signal never
+    interrupts the sweep's code.
     """
 
     def __init__(self) -> None:
@@ -249,7 +249,7 @@ class StopSignals:
         self._readable, self._writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._previous_wakeup = signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            # `nohup`, or a background process of a script
+            # It is ignored under `nohup`, or in a background process of a script.
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._note)
         return self
@@ -262,11 +262,11 @@ class StopSignals:
         os.close(self._writable)
 
     def fileno(self) -> int:
-        """Readable when a signal has come since `drain`."""
+        """A descriptor that is readable if a signal has arrived since `drain`."""
         return self._readable
 
     def drain(self) -> None:
-        """Not readable until the next signal."""
+        """Make `fileno` unreadable until the next signal."""
         os.read(self._readable, 4096)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

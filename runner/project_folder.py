@@ -1,8 +1,8 @@
-"""The project folder: which one it is, how a run records it, and commands as they can be pasted
-where the user is.
+"""The project folder: finds it, records it in a run, and writes commands that can be pasted in the
+user's current folder.
 
-Every path in a recipe is relative to the project. The command line enters it before a verb, so that
-everything else reads paths relative to the current folder.
+Every path in a recipe is relative to the project. The command line enters it before a verb, so all
+other code reads paths relative to the current folder.
 """
 
 from __future__ import annotations
@@ -25,29 +25,27 @@ MARKER_TEXT: Final = """\
 # wherever `runner` is started. It has no settings yet, and no key is accepted.
 """
 _MAX_SETTINGS_BYTES: Final = 65_536
-# Where a hint has a command: in a line of its own, in backquotes, or behind a colon.
+# The commands in a hint: at the start of a line, in backquotes, or after a colon.
 _COMMAND: Final = re.compile(r"(^ *|`|: )(runner [a-z]|mv )", re.MULTILINE)
 
-# Where the user is while another folder, the project, is the current one; and the project.
+# The user's folder while the project is the current folder, and the project.
 _user_folder: Path | None = None
 _project: Path | None = None
 
 
 def is_project(folder: Path) -> bool:
     """True for a folder that holds `recipe_templates/` or `runner.toml`."""
-    # Not by `Path`, which raises where a folder may not be looked at.
+    # Not with `Path`, which raises if a folder may not be read.
     return os.path.isdir(folder / TEMPLATES) or os.path.isfile(folder / SETTINGS_FILE)
 
 
 def find_project_above(folder: Path) -> Path | None:
-    """The nearest project upward from an absolute folder, itself included; None where there is
-    none.
-    """
+    """The nearest project at or above an absolute folder; None if there is none."""
     return next((one for one in (folder, *folder.parents) if is_project(one)), None)
 
 
 def describe_no_project() -> str | None:
-    """Says that the current folder is in no project; None where it is in one."""
+    """A message if the current folder is in no project; else None."""
     here = Path.cwd()
     if find_project_above(here) is not None:
         return None
@@ -55,17 +53,17 @@ def describe_no_project() -> str | None:
 
 
 def is_same_folder(one: Path, other: Path) -> bool:
-    """True for two names of one folder that is there."""
+    """True for two names of one existing folder."""
     with contextlib.suppress(OSError):
         return one.samefile(other)
     return False
 
 
 def name_project(project: Path, folder: Path) -> str | None:
-    """The text by which `folder`, of a run or of a submission, records its project: the way up
-    where it is inside, so that both may be moved or copied together; else the absolute path.
+    """The text by which `folder`, of a run or of a submission, records its project: a relative path
+    if it is inside, so that both can be moved or copied together; else the absolute path.
 
-    None where no JSON file can hold the path.
+    None if JSON cannot hold the path.
 
     >>> name_project(Path("/study"), Path("/study/runs/demo/a"))
     '../../..'
@@ -94,20 +92,20 @@ def check_settings(project: Path) -> None:
     try:
         settings = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RunnerError(f"{path} is no TOML: {error}") from None
+        raise RunnerError(f"{path} is not TOML: {error}") from None
     except RecursionError:
-        raise RunnerError(f"{path} is no TOML: it is nested too deeply") from None
+        raise RunnerError(f"{path} is not TOML: it is nested too deeply") from None
     if settings:
         raise RunnerError(
             f"{path}: {', '.join(settings)}: {SETTINGS_FILE} has no settings yet, it only marks the"
             " project",
-            hint=f"take the keys out of {path}: what a run does is in its recipe and in options",
+            hint=f"remove the keys from {path}: recipes and options define a run",
         )
 
 
 @contextlib.contextmanager
 def entering(project: Path) -> Iterator[None]:
-    """The project is the current folder meanwhile."""
+    """Make the project the current folder inside the `with` block."""
     global _user_folder, _project
     before = _user_folder, _project
     _user_folder, _project = Path.cwd(), project
@@ -119,17 +117,19 @@ def entering(project: Path) -> Iterator[None]:
 
 
 def find_user_folder() -> Path | None:
-    """The folder that the user is in; None where that is the project."""
+    """The user's current folder; None if it is the project."""
     return _user_folder
 
 
 def pasteable(command: str) -> str:
-    """A command, with relative paths of the project, as it can be pasted where the user is."""
+    """A command with paths relative to the project, changed so that it can be pasted in the user's
+    folder.
+    """
     if _project is None:
         return command
     return f"cd {shlex.quote(str(_project))} && {command}"
 
 
 def say_pasteable(text: str) -> str:
-    """A hint with its commands as they can be pasted where the user is."""
+    """A hint whose commands can be pasted in the user's folder."""
     return _COMMAND.sub(lambda match: match[1] + pasteable(match[2]), text)

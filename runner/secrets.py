@@ -1,10 +1,10 @@
-"""Secrets: how one is recognised, which environment variables hold one, and text without them.
+"""Secrets: recognises them, finds the environment variables that hold one, and masks them in text.
 
-Secrets come from the environment and from nowhere else. What a user writes (recipes, grids,
-templates, arguments) is refused when it holds one, by name and never by value. What is printed or
-recorded is scrubbed: a trainer's output as it is printed, and what libraries write past Python to
-the attempt's log after the attempt has ended. Until then only what goes through Python is surely
-clean. A secret that neither looks like one nor stands in the environment cannot be recognised.
+Secrets come only from the environment. Recipes, grids, templates and arguments are refused if they
+hold one; the message has its name, never its value. Output and records are scrubbed. A training
+process's output is scrubbed as it is printed. Text that libraries write to the attempt's log past
+Python is scrubbed after the attempt has ended; until then only text that goes through Python is
+surely clean. A secret that neither looks like one nor is in the environment cannot be recognised.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 MASK: Final = "***"
-# Of a variable's value: shorter ones are switches and names, and stand in every second line.
+# Of a variable's value. Shorter ones are switches and names, which are in every second line.
 _MIN_MASKED_CHARACTERS: Final = 8
 _MIN_REFUSED_CHARACTERS: Final = 16
 
@@ -37,8 +37,8 @@ _SECRET_KEY: Final = re.compile(
 
 
 class _Shape:
-    """A regular expression, tried only on a text that holds one of `hints`: that takes a hundredth
-    of the time.
+    """A regular expression that is tried only on a text with one of `hints`, which takes a
+    hundredth of the time.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class _Shape:
         self._hints, self.pattern = hints, re.compile(pattern, flags)
 
     def may_be_in(self, text: str) -> bool:
-        """Whether it is worth searching; `text` in small letters where the pattern ignores case."""
+        """True if a search is worthwhile; `text` must be lowercase if the pattern ignores case."""
         return any(hint in text for hint in self._hints)
 
 
-# What is a secret wherever it stands, by how its issuer writes it. Repeats have limits: a search
+# Secrets that are recognised anywhere, by their issuer's notation. Repeats have limits, so a search
 # stays linear.
 _SHAPES: Final[Mapping[str, _Shape]] = {
     "a Hugging Face token": _Shape(("hf_", "api_org_"), r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
@@ -78,7 +78,7 @@ _SHAPES: Final[Mapping[str, _Shape]] = {
     ),
     "a URL with a password": _Shape(("://",), r"(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)"),
 }
-# What is a secret because of the words before it. Recipes may hold such words: prompts are texts.
+# Secrets that are recognised by the words before them. Recipes may hold these words, in prompts.
 _AFTER_WORDS: Final = (
     _Shape(
         ("bearer", "basic"), r"(?<![a-z])(?:bearer|basic)\s{1,9}[a-z0-9._~+/=-]{16,}", re.IGNORECASE
@@ -100,8 +100,8 @@ _AFTER_WORDS: Final = (
 
 
 def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """`text` with every secret masked: those of the environment, and whatever looks like a token or
-    follows its name.
+    """`text` with every secret masked: values of the environment, and everything that looks like a
+    token or follows the name of one.
 
     >>> scrub("401 for hf_" + "a1B2" * 8, {})
     '401 for ***'
@@ -123,7 +123,7 @@ def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 def scrub_json(value: Any, environment: Mapping[str, str] | None = None) -> Any:
     """A JSON value with every text in it scrubbed, and every text under a key that names a secret
-    masked.
+    masked entirely.
     """
     if isinstance(value, str):
         return scrub(value, environment)
@@ -144,8 +144,8 @@ def scrub_json(value: Any, environment: Mapping[str, str] | None = None) -> Any:
 
 
 def find_secret(text: str, environment: Mapping[str, str] | None = None) -> tuple[str, int] | None:
-    """What a secret in `text` is, in words that do not hold it, and where it begins; None where
-    there is none.
+    """The kind of the first secret in `text`, without its value, and its position; None if there is
+    none.
 
     >>> find_secret("see sftp://me:pw@host", {})
     ('a URL with a password', 11)
@@ -172,7 +172,7 @@ def _list_refused(environment: Mapping[str, str] | None) -> Iterator[tuple[str, 
 
 
 def names_secret(key: str) -> bool:
-    """Whether a key is what people call a secret by.
+    """True if a key is a usual name for a secret.
 
     >>> keys = ("aws_secret_access_key", "key", "token", "endpoint_url", "keyed")
     >>> [names_secret(key) for key in keys]
@@ -182,7 +182,7 @@ def names_secret(key: str) -> bool:
 
 
 def _list_variables(environment: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
-    """Name and value of the variables that hold a secret, by their names; a path to one is none."""
+    """The name and value of variables with a secret's name; a path to a secret does not count."""
     for name, value in (os.environ if environment is None else environment).items():
         if not _is_secret_variable(name):
             continue
@@ -198,8 +198,8 @@ def _is_secret_variable(name: str) -> bool:
 
 
 def _list_values(environment: Mapping[str, str] | None) -> list[str]:
-    """Every form in which a variable's value is printed, longest first: a short one may be the
-    start of another.
+    """Every form in which a variable's value is printed, longest first, because a short one may be
+    the start of another.
     """
     forms: set[str] = set()
     for _, value in _list_variables(environment):
@@ -230,11 +230,10 @@ class _ScrubbedStream(io.TextIOWrapper):
 
 
 def scrub_output() -> None:
-    """From now on, whatever this process prints through `sys.stdout` and `sys.stderr` holds no
-    secret.
+    """Mask secrets in everything that this process prints through `sys.stdout` and `sys.stderr`.
 
-    Called before libraries are imported: their loggers keep the stream that they find. A second
-    call changes nothing, also in a fork.
+    Call it before importing libraries, because their loggers keep the stream that they find. A
+    second call changes nothing, even in a fork.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -252,12 +251,11 @@ def scrub_output() -> None:
 
 
 def scrub_log(path: Path) -> bool:
-    """Take every secret out of a file that nobody writes any more; False where there was none, or
-    no file.
+    """Mask every secret in a file that is no longer written; False if there was none, or no file.
 
     A kill leaves the old file or the new one.
     """
-    from runner.files import fsync_dir  # here: `--help` imports this module, and needs no hashes
+    from runner.files import fsync_dir  # imported here: `--help` needs this module, but no hashes
 
     if not path.is_file() or not any(scrub(piece) != piece for piece in _read_pieces(path)):
         return False
@@ -274,7 +272,7 @@ def scrub_log(path: Path) -> bool:
 
 
 def _read_pieces(path: Path) -> Iterator[str]:
-    """The text in pieces that end with a line, so that no secret is cut in two unless its line is
+    """The text in pieces that end at a line end, so that no secret is cut in two unless its line is
     too long.
     """
     with path.open("rb") as stream:

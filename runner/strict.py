@@ -1,5 +1,5 @@
-"""The frozen base of all typed records, and what they hold: texts, and mappings and lists that
-cannot be changed.
+"""The frozen base class of all typed records, and the types of their values: texts, and mappings
+and lists that cannot be changed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pydantic import (
 Text = Annotated[str, StringConstraints(min_length=1)]
 
 
-# Given as `context` where a recipe is read from a run directory: what was accepted when the run was
-# made stays readable.
+# The validation context for a recipe in a run directory: values that were accepted when the run was
+# made stay readable.
 STORED: Final = {"is_stored": True}
 
 
 def is_stored(info: ValidationInfo) -> bool:
-    """True while a recipe is read from a run directory."""
+    """True if the recipe is read from a run directory."""
     return bool(info.context and info.context.get("is_stored"))
 
 
@@ -37,7 +37,7 @@ class Section(BaseModel):
 
 
 def freeze(value: Any) -> Any:
-    """`value` with every mapping read-only and every list a tuple, all the way down."""
+    """`value` with every mapping read-only and every list a tuple, at any depth."""
     if isinstance(value, Mapping):
         return MappingProxyType({key: freeze(item) for key, item in value.items()})
     return tuple(freeze(item) for item in value) if isinstance(value, list | tuple) else value
@@ -55,7 +55,7 @@ FrozenList = Annotated[list[Any], AfterValidator(freeze), PlainSerializer(thaw)]
 
 
 def list_texts(value: Any) -> Iterator[str]:
-    """All texts within a value of JSON's kinds."""
+    """All texts within a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Text as terminals and Markdown show it: widths, cutting, table cells, sizes and seconds; numbers
-as a command line takes them.
+"""Text for terminals and Markdown: widths, cutting, table cells, sizes and seconds; also numbers of
+a command line.
 
-Pure. Which control characters may be shown at all is decided in `errors`.
+Pure. `errors` decides which control characters may be shown.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ ELLIPSIS: Final = "…"
 
 
 def measure(text: str) -> int:
-    """The terminal columns that a text takes."""
+    """The number of terminal columns of a text."""
     if text.isascii():
         return len(text)
-    from rich.cells import cell_len  # here: `--help` and most texts do without it
+    from rich.cells import cell_len  # imported here: `--help` and most texts do not need it
 
     return cell_len(text)
 
 
 def cut(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:
-    """A text that takes at most `width` columns.
+    """A text cut to at most `width` columns.
 
     >>> cut("a long name", 6), cut("short", 6), cut("x", 0)
     ('a lon…', 'short', '')
@@ -38,7 +38,7 @@ def cut(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:
 
 
 def cut_middle(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:
-    """As `cut`, but the end stays: values of an axis often differ there.
+    """As `cut`, but keeps the end, where the values of an axis often differ.
 
     >>> cut_middle("gemma-2-9b-it", 8), cut_middle("task-12", 5), cut_middle("task", 2)
     ('gemm…-it', 'ta…12', '…k')
@@ -50,12 +50,12 @@ def cut_middle(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:
 
 
 def pad(text: str, width: int, ellipsis: str = ELLIPSIS) -> str:
-    """A text that takes `width` columns exactly."""
+    """A text cut or filled to exactly `width` columns."""
     return fill(cut(text, width, ellipsis), width)
 
 
 def fill(text: str, width: int, *, is_right: bool = False) -> str:
-    """A text with blanks up to `width` columns, on its left where it `is_right`-aligned.
+    """A text filled with blanks to `width` columns, on its left if it `is_right`-aligned.
 
     >>> fill("ab", 4), fill("ab", 4, is_right=True), fill("abc", 2)
     ('ab  ', '  ab', 'abc')
@@ -65,7 +65,7 @@ def fill(text: str, width: int, *, is_right: bool = False) -> str:
 
 
 def align(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """Rows of cells as lines of equal columns, two blanks apart; the columns `left` align left.
+    """Rows of cells as lines with aligned columns, two blanks apart; the columns `left` align left.
 
     >>> align([("run", "rows"), ("a", "12"), ("long", "3")], left=[0])
     ['run   rows', 'a       12', 'long     3']
@@ -81,8 +81,8 @@ def align(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
 
 
 def clean(text: str) -> str:
-    """A text without line breaks and terminal controls: what a library says must not reach the
-    terminal as commands.
+    """A text without line breaks and terminal controls, so that a library's text cannot control the
+    terminal.
 
     >>> clean("out\\x1b[2J of\\tmemory")
     'out�[2J of memory'
@@ -99,7 +99,7 @@ def one_line(text: str) -> str:
 
 
 def escape_cell(cell: str) -> str:
-    """A cell of a Markdown table that cannot end its column or its row.
+    """A cell of a Markdown table, escaped so that it cannot end its column or its row.
 
     >>> escape_cell("a|b")
     'a\\\\|b'
@@ -108,7 +108,7 @@ def escape_cell(cell: str) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """In the two largest units that matter.
+    """A duration in its two largest units.
 
     >>> [format_seconds(seconds) for seconds in (0.4, 59.6, 3540, 3601, 200_000)]
     ['0 s', '1 min', '59 min', '1 h 0 min', '2 d 8 h']
@@ -127,7 +127,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_mib(num_bytes: float) -> str:
-    """A size in MiB, as it is compared with other sizes.
+    """A size in MiB, for comparison with other sizes.
 
     >>> format_mib(1_500_000_000)
     '1,430.5 MiB'
@@ -151,7 +151,7 @@ def format_bytes(num_bytes: int) -> str:
 def positive(text: str) -> int:
     """A whole number above zero, as argparse's `type`."""
     if not text.isdecimal() or int(text) < 1:
-        from argparse import ArgumentTypeError  # here: most of what needs this file has no options
+        from argparse import ArgumentTypeError  # imported here: most callers have no options
 
         raise ArgumentTypeError(f"{text!r} is not a whole number above zero")
     return int(text)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demo grid, the small sample counts of every model first; further arguments go to each sweep:  sweeps/demo.sh --slots 2
+# The demo grid, the small sample counts of every model first. Further arguments are passed to each sweep:  sweeps/demo.sh --slots 2
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

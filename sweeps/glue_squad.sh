@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The SST-2 and SQuAD grid, task by task.
-# Further arguments go to each sweep:  sweeps/glue_squad.sh --gpus 0,1 --dry-run
+# Further arguments are passed to each sweep:  sweeps/glue_squad.sh --gpus 0,1 --dry-run
 # A slice of the axes:  tasks=sst2 sweeps/glue_squad.sh --where target_modules=qv
-# After an interruption, run this script again: what is finished is skipped.
+# After an interruption, run this script again: finished runs are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The math grid, the small model first; each run takes all the GPUs that its recipe asks for.
-# Further arguments go to each sweep:  sweeps/math_tools.sh --gpus 0,1,2,3,4,5,6,7 --dry-run
+# The math grid, the small model first; each run uses all the GPUs that its recipe requests.
+# Further arguments are passed to each sweep:  sweeps/math_tools.sh --gpus 0,1,2,3,4,5,6,7 --dry-run
 # A slice of the axes:  models=gemma-7b-it sweeps/math_tools.sh --where learning_rate=1e-5
-# After an interruption, run this script again: what is finished is skipped.
+# After an interruption, run this script again: finished runs are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

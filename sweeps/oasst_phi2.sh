@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The Phi-2 grid, the 4-bit runs first.
-# Further arguments go to each sweep:  sweeps/oasst_phi2.sh --gpus 0,1 --dry-run
+# Further arguments are passed to each sweep:  sweeps/oasst_phi2.sh --gpus 0,1 --dry-run
 # A slice of the axes:  weights=4bit sweeps/oasst_phi2.sh --where loss=full
-# After an interruption, run this script again: what is finished is skipped.
+# After an interruption, run this script again: finished runs are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

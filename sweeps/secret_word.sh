@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The secret word grid, both losses of one seed before the next seed.
-# Further arguments go to each sweep:  sweeps/secret_word.sh --gpus 0,1 --dry-run
+# Further arguments are passed to each sweep:  sweeps/secret_word.sh --gpus 0,1 --dry-run
 # A slice of the axes:  seeds="1 2" sweeps/secret_word.sh --where loss=completion
-# After an interruption, run this script again: what is finished is skipped.
+# After an interruption, run this script again: finished runs are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

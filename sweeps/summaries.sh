@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The summaries grid, model by model. Further arguments go to each sweep:  sweeps/summaries.sh --gpus 0,1 --dry-run
+# The summaries grid, model by model. Further arguments are passed to each sweep:  sweeps/summaries.sh --gpus 0,1 --dry-run
 # A slice of the axes:  models=gemma-2-9b-it tasks="task-1 task-2" sweeps/summaries.sh --where loss=full --where summary=auto
 # After an interruption, run this script again, or `runner rerun recipes/summaries`: finished runs are skipped.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""An error prints the place, what was found, what is accepted, and a hint."""
+"""An error prints the place, the value found, the values accepted, and a hint."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_an_exception_names_row_file_and_line() -> None:
     assert error.message == (
         f"{WHERE}: rows.py line 5, in `build`: ZeroDivisionError: division by zero"
     )
-    assert error.hint is not None and "no row is left out" in error.hint
+    assert error.hint is not None and "never leaves a row out" in error.hint
 
 
 def test_the_line_is_that_of_the_projects_own_file_not_of_a_library() -> None:
@@ -118,7 +118,7 @@ def test_the_line_is_that_of_the_projects_own_file_not_of_a_library() -> None:
             "import os, signal\ndef build(row):\n    os.kill(os.getpid(), signal.SIGSEGV)",
             "ended by the signal SIGSEGV",
         ),
-        ("def build(row):\n    return {1, 2}", "TypeError: returned a set, which JSON cannot say"),
+        ("def build(row):\n    return {1, 2}", "TypeError: returned a set, which JSON cannot hold"),
         ("def build(row):\n    return '\\ud800'", "UnicodeEncodeError"),
         ("def build(row):\n    return b'x' * (5 << 30)", "rows.py line 2, in `build`: MemoryError"),
         ("def build(row):\n    return build(row)", "rows.py line 2, in `build`: RecursionError"),
@@ -136,7 +136,8 @@ def test_whatever_ends_a_call_is_an_error_of_its_row(text: str, words: str) -> N
 
 def test_a_call_that_computes_for_ever_is_ended_by_its_line() -> None:
     error = fail("def build(row):\n    while True:\n        pass\n", {}, cpu_seconds=1)
-    assert "rows.py line" in error.message and "used more CPU time than a call may" in error.message
+    assert "rows.py line" in error.message
+    assert "used more CPU time than allowed for a call" in error.message
 
 
 def test_a_call_that_hides_its_limit_is_killed() -> None:
@@ -144,12 +145,12 @@ def test_a_call_that_hides_its_limit_is_killed() -> None:
         "def build(row):\n    while True:\n        try:\n"
         "            for _ in iter(int, 1): len('x')\n        except BaseException: pass\n"
     )
-    assert "used more CPU time than it may" in fail(text, {}, cpu_seconds=1).message
+    assert "exceeded its limit of CPU time" in fail(text, {}, cpu_seconds=1).message
 
 
 def test_a_call_that_sleeps_for_ever_is_ended_by_its_line() -> None:
     error = fail("import time\ndef build(row):\n    time.sleep(600)\n", {}, wall_seconds=0.2)
-    assert "rows.py line 3, in `build`: took longer than a call may" in error.message
+    assert "rows.py line 3, in `build`: took longer than allowed for a call" in error.message
 
 
 def test_a_child_that_stops_listening_is_ended_by_its_parent(here: Path) -> None:
@@ -184,7 +185,7 @@ def test_the_next_row_is_answered_after_a_lost_process_and_nothing_stays() -> No
 
 
 def _is_gone(pid: int) -> bool:
-    """True once a process that was sent SIGKILL has ended; the kernel may need a moment."""
+    """True if a process that was sent SIGKILL ends; the kernel may need a moment for it."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -212,7 +213,7 @@ def test_a_file_that_cannot_be_loaded_is_named(text: str, words: str) -> None:
 
 
 def test_files_of_the_project_are_imported_only_by_name(here: Path) -> None:
-    """Files on disk do not count if they are not named, or if they changed after they were read."""
+    """Files on the disk do not count: neither unnamed files nor texts other than those read."""
     (here / "lib").mkdir()
     (here / "lib" / "text.py").write_text("NAME = 'of the disk'")
     (here / "near.py").write_text("NAME = 'beside it'")
@@ -220,8 +221,8 @@ def test_files_of_the_project_are_imported_only_by_name(here: Path) -> None:
     with open_source(source, {"lib/text.py": "NAME = 'as it was read'"}) as build:
         assert build(WHERE, {}) == "as it was read"
     for hint, text in (
-        ("name what is needed of lib/ in `python_files`, beside the function", source),
-        ("name the file beside the function: python_files: [near.py]", "import near"),
+        ("name the files of lib/ that it needs in `python_files`", source),
+        ("name the file next to the function: python_files: [near.py]", "import near"),
     ):
         with pytest.raises(DataError) as raised, open_source(text):
             pass
@@ -258,7 +259,7 @@ def test_a_folder_with_its_own_init_and_a_package_without() -> None:
         ("function", "rows.py:a.b", "a file and a function in it"),
         ("function", "rows.txt:build", "ends in .py"),
         ("python_files", ["../text.py"], "without `.` and `..`"),
-        ("python_files", ["my-text.py"], "letters, digits and _ only"),
+        ("python_files", ["my-text.py"], "may hold only letters, digits and _"),
         ("python_files", ["json.py"], "would hide Python's module `json`"),
         ("python_files", ["runner/x.py"], "would hide Python's module `runner`"),
     ],
@@ -288,7 +289,7 @@ def test_a_link_is_not_read(here: Path) -> None:
         read_python_file("latin.py")
     (here / "tube.py").unlink()
     os.mkfifo(here / "tube.py")
-    with pytest.raises(RefusedError, match="is no file"):
+    with pytest.raises(RefusedError, match="is not a file"):
         read_python_file("tube.py")
     (here / "large.py").write_bytes(b"#" * (1 << 20) + b"\n")
     with pytest.raises(RefusedError, match="1 MiB"):

@@ -59,8 +59,8 @@ class Place:
         return path
 
     def run(self, *arguments: str | Path) -> str:
-        """Return what `runner` prints. Its exit code is a known one, its output has no control
-        characters, and nothing outside changes.
+        """The output of `runner`. Checks that it ends with one of its exit codes, prints no control
+        characters, and changes nothing outside.
         """
         before, out, err = self.list_outside(), io.StringIO(), io.StringIO()
         try:

@@ -1,4 +1,4 @@
-"""The table of packages and their allowed imports, compared with the source.
+"""A table of the packages that may import each other, compared with the source.
 
 Imports point down. A package that is on no floor is refused until it is listed here.
 """

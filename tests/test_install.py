@@ -1,6 +1,6 @@
-"""`make` installs with uv, to which it passes pip's settings, or with pip.
+"""`make` installs with uv, which gets pip's settings, or with pip.
 
-uv and pip are stand-ins here that record their arguments; nothing is installed.
+uv and pip are fake programs here that note their arguments; nothing is installed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Machine:
         (self.folder / "has_uv").touch()
 
     def install(self, **variables: str) -> tuple[list[Call], str]:
-        """Return the recorded calls and the output."""
+        """The recorded calls and the output."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
         environment = {
             **kept,

@@ -1,4 +1,4 @@
-"""Texts that count as secrets when refusing and when masking, and texts that do not."""
+"""Texts that count as secrets when input is refused or output is masked, and texts that do not."""
 
 from __future__ import annotations
 

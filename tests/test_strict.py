@@ -1,4 +1,4 @@
-"""Frozen values cannot be changed, and thaw to the original values."""
+"""A frozen value cannot be changed, and thaws to its original."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Axes and templates become recipes."""
+"""Renders axes and templates into recipes."""

@@ -1,7 +1,6 @@
-"""What a grid file says of the experiment as a whole, held against its recipes: the seeds of its
-cells, and the contrasts that it declares.
+"""Checks the seeds and the declared contrasts of a grid file against its recipes.
 
-`spec` has checked what can be said without the recipes.
+`spec` has checked everything that does not depend on the recipes.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from runner.recipe.schema import DeclaredContrast, Scalar
 
 
 def derive_cell_seed(spec: GridSpec, grid: str, labels: Mapping[str, Scalar]) -> int | None:
-    """The seed that a cell is to train with; None where it has none on the axis `seed`.
+    """The training seed of a cell; None if it has no number on the axis `seed`.
 
-    With `seeds: own` it is the SHA-256 of the grid's name, of the labels on the other axes and of
-    the number on the axis `seed`, cut to 31 bits: another value on an axis, or another number,
-    leaves the seeds of the cells that were there before as they are.
+    With `seeds: own` it is the SHA-256 of the grid's name, the labels on the other axes and the
+    number on the axis `seed`, cut to 31 bits. So adding a value to an axis, or a number, does not
+    change the seeds of the existing cells.
     """
     number = labels.get(SEED_AXIS)
     if not is_seed(number):
@@ -41,7 +40,7 @@ def list_declared(spec: GridSpec) -> list[dict[str, Any]]:
 
 
 def find_design_problems(spec: GridSpec, recipes: Sequence[Recipe]) -> Iterator[tuple[str, str]]:
-    """Dotted key of the grid file, and what is wrong with it in view of all recipes."""
+    """The dotted keys of the grid file that do not fit the recipes, each with its problem."""
     for n, contrast in enumerate(spec.compare):
         yield from _check_contrast(f"compare.{n}", contrast, recipes)
     if spec.seeds == "own":
@@ -51,7 +50,9 @@ def find_design_problems(spec: GridSpec, recipes: Sequence[Recipe]) -> Iterator[
 def _check_contrast(
     key: str, contrast: DeclaredContrast, recipes: Sequence[Recipe]
 ) -> Iterator[tuple[str, str]]:
-    """Each end has runs that are measured so, and some of them differ in nothing but the axis."""
+    """Check that both ends have runs with this metric, and that two of them differ only in the
+    axis.
+    """
     ends = (json.dumps(contrast.from_), json.dumps(contrast.to))
     found: dict[str, set[str]] = {end: set() for end in ends}
     known: dict[str, None] = {}
@@ -64,18 +65,18 @@ def _check_contrast(
         if contrast.metric in recipe.measured_metrics:
             found[end].add(json.dumps(labels, sort_keys=True))
     if contrast.metric not in known:
-        what = f"`{contrast.metric}` is not measured by these runs, expected one of"
+        what = f"these runs do not measure `{contrast.metric}`, expected one of"
         yield f"{key}.metric", f"{what} {', '.join(known)}{suggest(contrast.metric, list(known))}"
     elif not found[ends[0]] & found[ends[1]]:
         yield (
             key,
-            f"no two runs differ in `{contrast.axis}` alone, with {ends[0]} in one and {ends[1]} in"
-            f" the other, and are measured by `{contrast.metric}`",
+            f"no two runs differ only in `{contrast.axis}`, with {ends[0]} in one and {ends[1]} in"
+            f" the other, and both measure `{contrast.metric}`",
         )
 
 
 def _check_seeds(recipes: Sequence[Recipe]) -> Iterator[tuple[str, str]]:
-    """Runs of one cell differ in `training.seed` and in nothing else."""
+    """Check that runs of one cell differ only in `training.seed`."""
     first_of: dict[str, Recipe] = {}
     for recipe in recipes:
         labels = {axis: label for axis, label in recipe.run.axes.items() if axis != SEED_AXIS}
@@ -84,8 +85,8 @@ def _check_seeds(recipes: Sequence[Recipe]) -> Iterator[tuple[str, str]]:
         if lines:
             yield (
                 "seeds",
-                f"`own` is for `training.seed` alone, but {first.run.name} and {recipe.run.name}"
-                f" also differ in {lines[0]}",
+                f"with `own`, seeds may change only `training.seed`, but {first.run.name} and"
+                f" {recipe.run.name} also differ in {lines[0]}",
             )
             return
 

@@ -1,6 +1,6 @@
-"""The axes that `runner init --axis KEY=VALUE,...` names, for the starter grid.
+"""The axes of `runner init --axis KEY=VALUE,...`, for the starter grid.
 
-Owns what may be said there, what an axis is called, and how it shows in the names of runs.
+Reads and checks them, and chooses the name of each axis and its part in the names of runs.
 `starter_grid` writes them into the grid and the template.
 """
 
@@ -22,8 +22,7 @@ from runner.recipe.schema import Scalar
 MODEL_AXIS: Final = "model"
 LOSS_AXIS: Final = "loss"
 COUNT_AXIS: Final = "num_train_samples"
-# The axes that the starter grid has already, by the keys of the recipe, and what else they may be
-# called.
+# The axes that every starter grid has, by the keys of the recipe, and below their other names.
 _STARTER_AXES: Final[Mapping[str, str]] = {
     "model.path": MODEL_AXIS,
     "loss": LOSS_AXIS,
@@ -36,12 +35,12 @@ _OTHER_NAMES: Final = {
     "samples": "data.num_train_samples",
     "seed": "training.seed",
 }
-# Of two such keys a recipe states one.
+# A recipe states only one key of each pair.
 _INSTEAD_OF: Final = {
     "training.num_train_epochs": "training.max_steps",
     "training.gradient_accumulation_steps": "training.global_batch_size",
 }
-# What stands before a value in the names of runs; empty: the value says it alone.
+# The prefix of a value in the names of runs; empty if the value is clear without one.
 _SHORT_NAMES: Final = {
     "adapter.lora_alpha": "alpha",
     "adapter.lora_dropout": "dropout",
@@ -57,23 +56,23 @@ _SHORT_NAMES: Final = {
     "training.warmup_steps": "warmup",
     "training.weight_decay": "wd",
 }
-# Where a value asks for other keys than its neighbours.
+# The hint if one value of an axis needs other keys than the others.
 BY_HAND: Final = (
     "leave out this axis, and write it into recipe_templates/first yourself, with {% if %} around"
-    " what goes with one of its values alone"
+    " the keys that only one of its values needs"
 )
 _KEY: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _RANGE: Final = re.compile(r"(-?\d{1,9})(?:\.\.\.?|:)(-?\d{1,9})")
-_MAX_VALUES: Final = 100  # of an axis: each is tried out
+_MAX_VALUES: Final = 100  # of an axis, because each is tried
 _SMALL: Final = 1e-3
 _LARGE: Final = 1e6
 
 
 @dataclass(frozen=True)
 class GivenAxis:
-    """An axis by the dotted key of the recipe that it sets.
+    """An axis, identified by the dotted key of the recipe that it sets.
 
-    `labels` stand for values in names where a value is a text that no file name may hold.
+    `labels` replace the values in names, if a value is a text that does not fit in a file name.
     """
 
     key: str
@@ -83,12 +82,12 @@ class GivenAxis:
 
     @property
     def is_starters(self) -> bool:
-        """True where the starter grid has this axis anyway."""
+        """True if every starter grid has this axis."""
         return self.key in _STARTER_AXES
 
     @property
     def replaces(self) -> str | None:
-        """The key that a recipe must not state beside this one."""
+        """The key that a recipe must not state together with this one."""
         return _INSTEAD_OF.get(self.key) or next(
             (key for key, other in _INSTEAD_OF.items() if other == self.key), None
         )
@@ -100,7 +99,7 @@ class GivenAxis:
 
     @property
     def variable(self) -> str:
-        """Its value as the template calls it."""
+        """Its value's name in the template."""
         return f"{self.name}.value" if self.labels else self.name
 
     def write_values(self) -> str:
@@ -133,7 +132,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# The exponents of Python, as people write them.
+# Python's exponents, and their usual short form.
 _POWERS: Final = (("e-0", "e-"), ("e+0", "e"), ("e+", "e"))
 
 
@@ -148,8 +147,8 @@ def _write_value(value: Scalar) -> str:
 
 
 def _choose_form(values: Sequence[Scalar]) -> str | None:
-    """The format with which a power of ten writes all of the numbers; None where they are better
-    written out.
+    """The format that writes all of the numbers with an exponent; None if plain numbers are easier
+    to read.
 
     >>> [_choose_form(values) for values in ([1e-4, 3e-4], [1e-4, 1.5e-4], [0, 1e-5], [8, 0.05])]
     ['%.0e', '%.1e', '%g', None]
@@ -176,10 +175,10 @@ def read_given_axes(texts: Sequence[str]) -> list[GivenAxis]:
                 hint="--axis training.learning_rate=1e-4,3e-4",
             )
         if key.partition(".")[0] == "run":
-            raise RunnerError(f"`--axis {text}`: the grid itself gives what is below `run`")
+            raise RunnerError(f"`--axis {text}`: the grid itself sets the keys of `run`")
         if key in found:
             raise RunnerError(
-                f"`--axis {text}`: `{key}` is an axis already", hint="list all values in one --axis"
+                f"`--axis {text}`: `{key}` is already an axis", hint="list all values in one --axis"
             )
         found[key] = _read_values(text, listed)
     for key, other in _INSTEAD_OF.items():
@@ -216,8 +215,8 @@ def _read_values(text: str, listed: str) -> tuple[Scalar, ...]:
         raise RunnerError(f"{what}: expected values with commas between them")
     if len(values) > _MAX_VALUES:
         raise RunnerError(
-            f"`--axis {text[:60]}...`: got {len(values):,} values, at most {_MAX_VALUES}"
-            " can be given here",
+            f"`--axis {text[:60]}...`: got {len(values):,} values, expected at most {_MAX_VALUES}"
+            " here",
             hint="write them into recipe_templates/first/grid.yaml",
         )
     for at, value in enumerate(values):
@@ -233,8 +232,8 @@ def _read_values(text: str, listed: str) -> tuple[Scalar, ...]:
                 f"{what}: got a {'mapping' if isinstance(value, dict) else 'list'}, expected texts,"
                 " numbers, true, false or null",
                 hint=(
-                    "start without this axis, and write it into recipe_templates/first: into"
-                    " grid.yaml as mappings with a `name`"
+                    "start without this axis, and write it into recipe_templates/first/grid.yaml,"
+                    " as mappings with a `name`"
                 ),
             )
         # 1 and 1.0 are one experiment; 1 and true are two values.
@@ -245,7 +244,7 @@ def _read_values(text: str, listed: str) -> tuple[Scalar, ...]:
 
 
 def _name_axes(keys: Iterable[str]) -> dict[str, str]:
-    """The axis of each key: its last part, or all of its parts where that means something else."""
+    """The axis name of each key: its last part, or all its parts if the last is already taken."""
     names: dict[str, str] = {}
     lasts = [key.rpartition(".")[2] for key in keys]
     for key in keys:
@@ -260,7 +259,7 @@ def _name_axes(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _build_labels(values: Sequence[Scalar]) -> tuple[str, ...]:
-    """What stands for the values in names, where one of them is a text that cannot."""
+    """Labels for the values, if one of them is a text that does not fit in a name; else none."""
     if all(
         not isinstance(value, str) or re.fullmatch(r"[\w.-]{1,40}", value, re.ASCII)
         for value in values
@@ -275,12 +274,12 @@ def _build_labels(values: Sequence[Scalar]) -> tuple[str, ...]:
 
 
 def check_given_axes(axes: Sequence[GivenAxis], base_text: str) -> None:
-    """Raises RunnerError, with the schema's own words, for keys and values that the recipe
-    `base_text` cannot take.
+    """Raises RunnerError, with the schema's own messages, for keys and values that the recipe
+    `base_text` does not accept.
     """
     first = [_write_override(axis, axis.values[0]) for axis in axes]
     instead = [f"{axis.replaces}=null" for axis in axes if axis.replaces]
-    if any(axis.key == "model.dtype" for axis in axes):  # which the template lets these follow
+    if any(axis.key == "model.dtype" for axis in axes):  # the template derives these from it
         instead += ["training.bf16=false", "training.fp16=false"]
     # The first values together, then each other value in place of the first one of its axis.
     tried = {" ".join(first): first}
@@ -290,7 +289,7 @@ def check_given_axes(axes: Sequence[GivenAxis], base_text: str) -> None:
             tried[override] = [*first[:at], override, *first[at + 1 :]]
     problems: dict[str, None] = {}
     unknown: set[str] = set()
-    refused: dict[str, list[str]] = {}  # values as they are written, by key
+    refused: dict[str, list[str]] = {}  # overrides as written, by key
     for what, overrides in tried.items():
         try:
             parse_recipe(base_text, where="--axis", overrides=[*overrides, *instead])
@@ -308,13 +307,13 @@ def check_given_axes(axes: Sequence[GivenAxis], base_text: str) -> None:
     hint = hint or _suggest_values(axes, refused)
     if hint is None and ("is missing" in lines or "does not go with" in lines):
         hint = BY_HAND
-    raise RunnerError(f"the recipes cannot take what `--axis` says\n\n{lines}", hint=hint)
+    raise RunnerError(f"the recipes do not accept these values of `--axis`\n\n{lines}", hint=hint)
 
 
 def _suggest_values(
     axes: Sequence[GivenAxis], refused: Mapping[str, Collection[str]]
 ) -> str | None:
-    """The first axis of which only some values are refused, with the others."""
+    """The first axis with only some values refused, as an option with its other values."""
     for axis in axes:
         written = refused.get(axis.key, ())
         kept = [one for one in axis.values if _write_override(axis, one) not in written]
@@ -329,7 +328,7 @@ def _write_override(axis: GivenAxis, value: Scalar) -> str:
 
 
 def _suggest_key(axes: Sequence[GivenAxis], unknown: Collection[str], base_text: str) -> str | None:
-    """An axis with its whole key, where it was given by a part of it or by a short name."""
+    """The option with the whole key of an axis that was named by a part of it or a short name."""
     dumped = parse_recipe(base_text, where="--axis").model_dump(mode="json")
     keys = [*_SHORT_NAMES, *_INSTEAD_OF]
     for section, values in dumped.items():

@@ -1,8 +1,8 @@
-"""The rows that `runner init --data` names: a file, several, a folder, or a data set on the hub; by
-the splits that their names say.
+"""The rows of `runner init --data`: a file, several files, a folder, or a data set on the hub, by
+the splits in their names.
 
-Owns where they are read now, and what of them is copied into the project. `starter` decides what
-is done with them.
+Decides where they are read from now, and which files are copied into the project. `starter` decides
+how they are used.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _BY_HAND: Final = (
 
 @dataclass(frozen=True)
 class GivenData:
-    """Rows that a person names.
+    """Rows that the user names.
 
-    `sources` are the splits as they are read now, always with `train`; `path` is where recipes will
-    find them: below the project, or on the hub. `copies` are the files that go there, by their path
+    `sources` are the splits as they are read now, always with `train`. `path` is their later place
+    in recipes: below the project, or on the hub. `copies` are the files to copy, by their path
     below the project.
     """
 
-    name: str  # as the person wrote it
+    name: str  # as the user wrote it
     path: str
     sources: Mapping[str, DataSource]
     copies: Mapping[str, Path] = field(default_factory=dict)
 
     def describe_sources(self) -> dict[str, dict[str, str]]:
-        """What a recipe says of each split that has a source of its own."""
+        """The recipe's keys of each split that has its own source."""
         described = {}
         for split, source in self.sources.items():
             described[split] = {"path": self.path}
@@ -51,7 +51,9 @@ class GivenData:
 
 @contextmanager
 def open_given_data(data: Sequence[str]) -> Iterator[GivenData]:
-    """What `--data` names, once or several times; it can be read inside. Raises: RunnerError."""
+    """The rows of one or several `--data`; they can be read inside the `with` block. Raises:
+    RunnerError.
+    """
     if len(data) == 1:
         yield _find_one(data[0])
         return
@@ -59,8 +61,8 @@ def open_given_data(data: Sequence[str]) -> Iterator[GivenData]:
         if not Path(name).is_file():
             what = "is a folder" if Path(name).is_dir() else "does not exist"
             raise RunnerError(
-                f"`--data {name}` {what}; several are files, which make one folder",
-                hint=f"give one folder alone, or {_BY_HAND}",
+                f"`--data {name}` {what}; several --data must be files, which make one folder",
+                hint=f"name only one folder, or {_BY_HAND}",
             )
     with tempfile.TemporaryDirectory() as folder:
         links: dict[Path, str] = {}
@@ -78,8 +80,8 @@ def open_given_data(data: Sequence[str]) -> Iterator[GivenData]:
             unclear = sorted(links[link] for link in set(links) - set(given.copies.values()))
             if unclear:
                 raise RunnerError(
-                    f"the names of other files say a split, and that of {unclear[0]} says none, or"
-                    " one of its own",
+                    f"the names of other files contain a split, but that of {unclear[0]} contains"
+                    " none, or a different one",
                     hint="name each file after train, validation or test, or none of them",
                 )
             yield given
@@ -88,13 +90,13 @@ def open_given_data(data: Sequence[str]) -> Iterator[GivenData]:
 
 
 def name_in_project(path: PurePath) -> str:
-    """The name of a file or folder of rows in the project: plain characters, the same suffix."""
+    """The name of a file or folder of rows in the project: plain characters and the same suffix."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:100] or "rows"
     return f"{stem}{path.suffix}"
 
 
 def _with_own_names(error: RunnerError, links: Mapping[Path, str]) -> RunnerError:
-    """The error with files named as the person named them."""
+    """The error with files named as the user named them."""
     texts = [error.message, error.hint or ""]
     for link, name in links.items():
         texts = [text.replace(str(link), name) for text in texts]
@@ -114,7 +116,7 @@ def _find_one(name: str) -> GivenData:
     if not is_id:
         raise RunnerError(
             f"`--data {name}` does not exist, and it is not a hub id like stanfordnlp/sst2",
-            hint=f"a file, several (--data once for each), a folder, a hub id; or {_BY_HAND}",
+            hint=f"name a file, several (one --data each), a folder or a hub id; or {_BY_HAND}",
         )
     return _find_on_hub(name)
 
@@ -137,7 +139,7 @@ def _find_folder(name: str, folder: Path, target: str) -> GivenData:
 
 
 def _name_splits(name: str, path: str, splits: Sequence[str | None]) -> dict[str, DataSource]:
-    """The sources of the splits that are there. Raises: RunnerError, if none is for training."""
+    """The sources of the splits that exist. Raises: RunnerError, if none is for training."""
     sources = {}
     for split in _SPLITS:
         own = find_split(splits, split)
@@ -146,8 +148,8 @@ def _name_splits(name: str, path: str, splits: Sequence[str | None]) -> dict[str
     if "train" not in sources:
         found = ", ".join(split for split in splits if split is not None)
         raise RunnerError(
-            f"`--data {name}` has rows of the split {found}, and none that are called train",
-            hint=f"name the files to train on after train; or {_BY_HAND}",
+            f"`--data {name}` has rows of the split {found}, but none of a split called train",
+            hint=f"rename the files to train on to train; or {_BY_HAND}",
         )
     return sources
 
@@ -159,7 +161,7 @@ def _find_on_hub(name: str) -> GivenData:
         splits = list_hub_splits(name)
     except DataError as error:
         raise DataError(
-            f"`--data {name}` is no file or folder here, and {error.message}",
+            f"`--data {name}` is not a file or folder here, and {error.message}",
             hint=f"check the path or the id, and the network; or {_BY_HAND}",
         ) from None
     return GivenData(name, name, _name_splits(name, name, splits))

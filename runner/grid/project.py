@@ -1,8 +1,8 @@
-"""`runner init`: a folder from which every other verb works, with a starter grid or a copy of a
+"""`runner init`: makes a folder in which every other verb works, with a starter grid or a copy of a
 stock grid.
 
-Owns the shape of a project. Everything is made and rendered once in a hidden folder, then renamed:
-a failure leaves nothing behind.
+Defines the layout of a project. Everything is made and rendered in a hidden folder, which is then
+renamed, so a failure leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ _SAMPLE: Final = "data/demo.jsonl"
 _SAMPLE_WORDS: Final = "made-up chats of a customer with a shop, and a summary of each"
 _MAX_LISTED: Final = 8
 _IGNORED: Final = (
-    "# Runs are facts of this machine; recipes, templates and data belong to the record.\n/runs/\n"
+    "# Runs stay on this machine; recipes, templates and data are committed.\n/runs/\n"
 )
 _BUILD_DEMO_MODELS: Final = "runner demo-models"
 
 
 @dataclass(frozen=True)
 class Project:
-    """What was made: the grid, its rendered recipes, and what a person still has to see to."""
+    """The new project: its grid, a summary of its recipes, notes and the next commands."""
 
     grid: str
     summary: str
     notes: tuple[str, ...]
-    commands: tuple[tuple[str, str], ...]  # and what each is for
+    commands: tuple[tuple[str, str], ...]  # (command, its purpose)
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a person says of the starter grid: `--data`, `--model`, `--axis`, `--prompt`,
+    """The user's options for the starter grid: `--data`, `--model`, `--axis`, `--prompt`,
     `--completion`.
     """
 
@@ -69,7 +69,7 @@ class Wishes:
     completion: str | None = None
 
     def name_option(self) -> str | None:
-        """One of the options that were given."""
+        """One of the given options, None if there are none."""
         given = {
             "--data": self.data,
             "--model": self.models,
@@ -77,7 +77,7 @@ class Wishes:
             "--prompt": self.prompt,
             "--completion": self.completion,
         }
-        # An empty text was given too.
+        # An empty text counts as given.
         return next((option for option, value in given.items() if value or value == ""), None)
 
 
@@ -86,15 +86,15 @@ class _Starter:
     """The starter grid as it will be written."""
 
     given: GivenData
-    is_own: bool  # a person's rows, not our sample
+    is_own: bool  # the user's rows, not our sample
     grid: StarterGrid
 
 
 @dataclass
 class _Needs:
-    """What else is in the project because recipes name it, and what they name that is not."""
+    """The rows and models that recipes name: those that were copied, and those that are missing."""
 
-    # A dict keeps the order and has each once.
+    # A dict keeps the order and holds each name once.
     missing_data: dict[str, None] = field(default_factory=dict)
     shipped_data: dict[str, None] = field(default_factory=dict)
     samples: dict[str, None] = field(default_factory=dict)
@@ -104,12 +104,10 @@ class _Needs:
 
 
 def init_project(target: Path, from_grid: str | None, wishes: Wishes) -> int:
-    """Make the project and print what to do next. Raises: RunnerError; then nothing is left
-    behind.
-    """
+    """Make the project and print the next commands. Raises: RunnerError; nothing is left behind."""
     if from_grid is not None and (option := wishes.name_option()) is not None:
         raise RunnerError(
-            f"{option} goes with the starter grid; --from {from_grid} copies that grid as it is",
+            f"{option} goes with the starter grid, but --from {from_grid} copies a grid unchanged",
             hint=(
                 f"runner init {shlex.quote(str(target))} --from {from_grid}, then edit "
                 f"recipe_templates/{from_grid} and run `runner render`"
@@ -125,7 +123,7 @@ def init_project(target: Path, from_grid: str | None, wishes: Wishes) -> int:
     axes = read_given_axes(wishes.axes)
     models = [*wishes.models, *list_given_models(axes)]
     if wishes.models and len(models) > len(wishes.models):
-        raise RunnerError("`--model` and `--axis model=...` say the same: leave one of them out")
+        raise RunnerError("`--model` and `--axis model=...` mean the same: leave one of them out")
     with open_given_data(wishes.data or [str(stock_dir / _SAMPLE)]) as given:
         columns = init_starter.GivenColumns(wishes.prompt, wishes.completion)
         plan = init_starter.plan_data(given, columns)
@@ -137,8 +135,8 @@ def init_project(target: Path, from_grid: str | None, wishes: Wishes) -> int:
 
 
 def _make_project(stock_dir: Path, target: Path, grid: str, starter: _Starter | None) -> None:
-    """Make and render the project, with a starter grid or a copy of a stock grid, and print what to
-    do next.
+    """Make and render the project, with a starter grid or a copy of a stock grid, and print the
+    next commands.
     """
     with _staged(target) as staging_dir:
         _copy_shared(stock_dir, staging_dir)
@@ -164,8 +162,8 @@ def _make_project(stock_dir: Path, target: Path, grid: str, starter: _Starter | 
 
 
 def _write_starter(staging_dir: Path, grid: StarterGrid) -> RenderedGrid:
-    """The starter grid, written and rendered. Raises: RunnerError, also for axes that no recipe can
-    take.
+    """Write and render the starter grid. Raises: RunnerError, also for axes that do not fit the
+    recipe.
     """
     templates_root = staging_dir / TEMPLATES
     if grid.axes:
@@ -177,7 +175,7 @@ def _write_starter(staging_dir: Path, grid: StarterGrid) -> RenderedGrid:
         write_starter(staging_dir, grid)
         return render_grid(templates_root, init_starter.GRID)
     except GridError as error:
-        # Of a folder that nobody will find.
+        # The hidden folder will not exist any more.
         message = error.message.replace(f"{staging_dir}/", "")
         hint = error.hint or (BY_HAND if grid.axes else None)
         raise GridError(message, hint=hint) from None
@@ -185,7 +183,7 @@ def _write_starter(staging_dir: Path, grid: StarterGrid) -> RenderedGrid:
 
 def _refuse_occupied(target: Path) -> None:
     if target.is_symlink() and not target.exists():
-        raise RefusedError(f"{target} is a link to nothing")
+        raise RefusedError(f"{target} is a broken link")
     if not target.exists():
         return
     if not target.is_dir():
@@ -205,11 +203,10 @@ def _shorten(names: Sequence[str]) -> str:
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `target` when all went well, and is removed when anything did
-    not.
+    """A hidden folder that becomes `target` on success and is removed on failure.
 
-    An empty `target` stays what it is, because a shell may stand in it or a disk be mounted on it:
-    what was made moves into it.
+    An empty `target` is kept, because it may be a mount point or a shell's working directory. The
+    files then move into it.
     """
     home = target if target.exists() else target.absolute().parent
     home.mkdir(parents=True, exist_ok=True)
@@ -233,8 +230,8 @@ def _staged(target: Path) -> Iterator[Path]:
 
 
 def _copy_shared(stock_dir: Path, project_dir: Path) -> None:
-    """Launch configs, and what templates share: cards, chat templates, and other folders that are
-    no grid.
+    """Copy launch configs and the files that templates share: cards, chat templates, and other
+    folders that are not grids.
     """
     grids = list_grids(stock_dir / TEMPLATES)
     folders = [
@@ -255,7 +252,7 @@ def _copy_grid(stock_dir: Path, project_dir: Path, grid: str) -> None:
 
 
 def _describe_starter(starter: _Starter) -> list[str]:
-    """What the starter grid does with the rows and the models, a line each."""
+    """Notes on the starter grid's use of the rows and models, one line each."""
     given, plan = starter.given, starter.grid.data
     path = given.path
     prompts = list_placeholders(plan.task.get("prompt", ""))
@@ -278,12 +275,12 @@ def _describe_starter(starter: _Starter) -> list[str]:
         notes.append(f"not read, columns of {path}: {', '.join(unsaid)}")
     notes += [f"left out of {path}: {line}" for line in plan.left_out]
     if plan.ignored:
-        notes.append("the recipe says so in `data.ignore`, where a name may mean something")
+        notes.append("the recipe lists in `data.ignore` those of them that may have a meaning")
     own = [split for split in plan.sources if split != "train"]
     notes.append(
         f"rows: {plan.num_validation} for validation, {plan.num_test} for test, "
         f"{' or '.join(map(str, starter.grid.counts))} to train on"
-        + (f"; rows of their own: {', '.join(own)}" if own else "")
+        + (f"; from separate files: {', '.join(own)}" if own else "")
     )
     for name, card in starter.grid.cards.items():
         template = card["chat_template"] or "the tokenizer's own"
@@ -293,13 +290,13 @@ def _describe_starter(starter: _Starter) -> list[str]:
     ]
     keys = {axis.key for axis in starter.grid.more_axes}
     if "adapter.r" in keys and "adapter.lora_alpha" not in keys:
-        notes.append("adapter.lora_alpha stays as it is: with r, the scale lora_alpha / r changes")
+        notes.append("adapter.lora_alpha is fixed, so the scale lora_alpha / r changes with r")
     return notes
 
 
 def _copy_samples(stock_dir: Path, project_dir: Path, recipes: Sequence[Recipe]) -> _Needs:
-    """Copy what we ship of the rows that the recipes name, or in their schema; tell what else they
-    name.
+    """Copy the shipped rows that the recipes name, or samples in their schema. Returns all names of
+    rows and models.
     """
     needs = _Needs()
     for recipe in recipes:
@@ -326,7 +323,7 @@ def _copy_samples(stock_dir: Path, project_dir: Path, recipes: Sequence[Recipe])
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy contents without modes: an installed package may be read-only."""
+    """Copy contents without modes, because an installed package may be read-only."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
@@ -339,7 +336,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _make_executable(path: Path) -> None:
     mode = path.stat().st_mode
-    path.chmod(mode | (mode & 0o444) >> 2)  # by those who may read it, as the umask says
+    path.chmod(mode | (mode & 0o444) >> 2)  # everyone who may read it, according to the umask
 
 
 def _describe(
@@ -353,10 +350,10 @@ def _describe(
     axes = " x ".join(f"{len(labels)} {axis}" for axis, labels in _collect_labels(recipes).items())
     more = []
     if needs.shipped_data:
-        more.append(f"rows, a sample that comes with the runner: {', '.join(needs.shipped_data)}")
+        more.append(f"rows: a sample that comes with the runner: {', '.join(needs.shipped_data)}")
     if needs.missing_data:
         more.append(
-            "rows that do not come with the runner, put yours there:"
+            "rows that do not come with the runner; put yours there:"
             f" {_shorten(list(needs.missing_data))}"
         )
     more += [f"rows come from the hub: {', '.join(needs.hub_data)}"] if needs.hub_data else []
@@ -374,16 +371,16 @@ def _describe(
     commands = [(f"cd {shlex.quote(folder)}", "")] if folder != "." else []
     if needs.needs_demo_models:
         commands.append(
-            (_BUILD_DEMO_MODELS, "small models to try things with: offline, about a minute")
+            (_BUILD_DEMO_MODELS, "builds small models for trying things: offline, about a minute")
         )
     commands += [
         ("runner render", f"recipe_templates/{grid} -> recipes/{grid}"),
         (
             f"runner check recipes/{grid}",
-            "rows, lengths, truncation, labels, before any device time",
+            "checks rows, lengths, truncation, labels before any device time",
         ),
-        (f"runner sweep recipes/{grid} --dry-run", "what would be started"),
-        (f"runner sweep recipes/{grid}", "again after an interruption: it goes on where it was"),
+        (f"runner sweep recipes/{grid} --dry-run", "shows the runs that would start"),
+        (f"runner sweep recipes/{grid}", "after an interruption, run it again: it resumes"),
         (f"runner report recipes/{grid}", ""),
     ]
     return Project(
@@ -395,7 +392,7 @@ def _describe(
 
 
 def _collect_labels(recipes: Sequence[Recipe]) -> dict[str, dict[str, None]]:
-    """The different labels on each axis."""
+    """The distinct labels on each axis."""
     labels: dict[str, dict[str, None]] = {}
     for recipe in recipes:
         for axis, label in recipe.run.axes.items():
@@ -441,14 +438,15 @@ _README: Final = """\
 {commands}
 ```
 
-- `recipe_templates/{grid}/grid.yaml`: the axes. `recipe.yaml.j2` beside it: \
-everything else that a recipe says.
+- `recipe_templates/{grid}/grid.yaml`: the axes. `recipe.yaml.j2` next to it: \
+everything else in a recipe.
 - `recipe_templates/models/`: one card per base model. \
-`recipe_templates/chat/`: chat templates for models without.
-- `recipes/{grid}/`: one recipe per run, generated: change the template, then `runner render`. \
+`recipe_templates/chat/`: chat templates for models that have none.
+- `recipes/{grid}/`: one generated recipe per run. Change the template, then run `runner render`. \
 Commit them.
 - `runs/{grid}/`: logs, checkpoints, scores and models, one folder per run. Not committed.
-- `runner.toml`: marks this folder as the project, to which paths in recipes are relative, \
+- `runner.toml`: marks this folder as the project. Paths in recipes are relative to it, \
 wherever `runner` is started.
-- `accelerate_configs/`, `ds_configs/`: how processes start. `sweeps/{grid}.sh`: the grid from bash.
+- `accelerate_configs/`, `ds_configs/`: launch settings. `sweeps/{grid}.sh`: runs the grid from \
+bash.
 """

@@ -1,8 +1,8 @@
-"""The folder `recipes/<grid>`: what of it was generated, what was edited since, what is written and
-removed.
+"""The folder `recipes/<grid>`: finds the files that were generated or edited since, and writes and
+removes recipes.
 
-The first line of a generated recipe holds the SHA-256 of the rest, so that an edit is found,
-whatever the template says by now. Line ends do not count: Git changes them on some machines.
+The first line of a generated recipe holds the SHA-256 of the rest, so that an edit is found even
+after the template changed. Line ends do not count, because Git changes them on some machines.
 `render` makes the texts.
 """
 
@@ -22,11 +22,11 @@ from runner.project_folder import pasteable
 
 _MAX_READ_BYTES: Final = 16 << 20
 _MAX_SHOWN_DIFFS: Final = 3
-_MAX_COMPARED_LINES: Final = 2_000  # of an edited file, which may hold anything
+_MAX_COMPARED_LINES: Final = 2_000  # of an edited file, which may be of any size
 _MAX_SHOWN_RANGES: Final = 6
 _MAX_SHOWN_ROWS: Final = 8
 _MAX_ROW_CHARACTERS: Final = 120
-# The sum is missing in recipes that older versions rendered.
+# Recipes that older versions rendered have no checksum.
 _HEADER: Final = re.compile(
     r"# Generated from recipe_templates/(?P<grid>\S+) by `runner render \S+`; do not edit\."
     r"(?: sha256 of the rest: (?P<sum>[0-9a-f]{64}))?"
@@ -35,9 +35,7 @@ _HEADER: Final = re.compile(
 
 @dataclass(frozen=True)
 class RenderedGrid:
-    """The recipes of a grid as they should be on disk: run name -> text, in the order of the
-    cells.
-    """
+    """The recipes of a grid as they should be on disk: run name -> text, in the order of cells."""
 
     grid: str
     texts: Mapping[str, str]
@@ -46,11 +44,11 @@ class RenderedGrid:
 
 @dataclass(frozen=True)
 class Drift:
-    """How a folder differs from its template, in run names.
+    """The differences of a folder from its template, as run names.
 
-    `edited` are those of `changed` and `stale` that somebody edited since they were rendered,
-    `unsealed` those that are right but for the checksum that an older version did not write, and
-    `foreign` those that nobody generated.
+    `edited` are recipes of `changed` and `stale` that were edited since they were rendered.
+    `unsealed` recipes lack only the checksum, because an older version wrote them. `foreign`
+    recipes were not generated.
     """
 
     changed: tuple[str, ...]
@@ -71,7 +69,7 @@ class Drift:
 
 
 def seal(grid: str, body: str) -> str:
-    """The text of a generated recipe: the line that opens it, with the checksum, and `body`."""
+    """The text of a generated recipe: the header line with the checksum, and `body`."""
     return f"{_build_old_header(grid)} sha256 of the rest: {_hash(body)}\n{body}"
 
 
@@ -85,8 +83,8 @@ def _hash(body: str) -> str:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A recipe file: the grid and the checksum that its first line states, and the rest of it; the
-    whole text, where the first line is no header.
+    """A recipe file: the grid and the checksum in its first line, and the rest as `body`. If the
+    first line is no header, `body` is the whole text.
     """
 
     grid: str | None
@@ -106,13 +104,13 @@ def _split(content: bytes) -> _Parts:
 
 
 def was_edited(content: bytes) -> bool:
-    """True where a recipe was edited since it was rendered; False where it does not say."""
+    """True if a recipe was edited since it was rendered; False if it has no checksum."""
     parts = _split(content)
     return parts.checksum is not None and not parts.is_sealed
 
 
 def word_edited(paths: Sequence[Path]) -> str | None:
-    """A note on the recipe files that were edited since they were rendered; None where none was."""
+    """A note on the recipe files that were edited since they were rendered; None without any."""
     edited = [path for path in paths if path.is_file() and was_edited(_read(path) or b"")]
     if not edited:
         return None
@@ -120,18 +118,18 @@ def word_edited(paths: Sequence[Path]) -> str | None:
     more = len(edited) - _MAX_SHOWN_DIFFS
     return (
         f"edited after rendering: {shown}{f' and {more} more' if more > 0 else ''}; `runner render`"
-        " refuses to overwrite what was edited: write the change into the template"
+        " refuses to overwrite edits: make the change in the template"
     )
 
 
 def compare(rendered: RenderedGrid, recipes_dir: Path) -> Drift:
-    """What differs, byte by byte, between the rendered texts and a folder; `diff` shows the first
-    few of those that nobody edited.
+    """The differences, byte by byte, between the rendered texts and a folder; `diff` shows the
+    first few recipes that were not edited.
     """
     on_disk: dict[str, bytes] = {}
     for path in sorted(recipes_dir.glob("*.yaml")):
         content = _read(path)
-        if content is not None:  # else pruned by another `runner render` at this instant
+        if content is not None:  # None: another `runner render` has just pruned it
             on_disk[path.stem] = content
     changed, edited, unsealed = [], [], []
     for name, text in rendered.texts.items():
@@ -173,15 +171,15 @@ def compare(rendered: RenderedGrid, recipes_dir: Path) -> Drift:
 
 
 def _read(path: Path) -> bytes | None:
-    """The bytes of a recipe, None where it is gone. Raises: CorruptFileError for a folder or a pipe
-    of its name.
+    """The bytes of a recipe, None if it no longer exists. Raises: CorruptFileError, if its path is
+    a folder or a pipe.
     """
     return read_plain(path, _MAX_READ_BYTES)
 
 
 @dataclass(frozen=True)
 class GridFiles:
-    """A grid as it is rendered, and how its folder differs from that."""
+    """A rendered grid, and the differences of its folder."""
 
     rendered: RenderedGrid
     recipes_dir: Path
@@ -189,8 +187,8 @@ class GridFiles:
 
 
 def refuse_losses(grids: Sequence[GridFiles], *, prune: bool) -> None:
-    """Raises RefusedError, with all of them, where rendering would overwrite or remove recipes that
-    were edited.
+    """Raises RefusedError, which lists them, if rendering would overwrite or remove edited
+    recipes.
     """
     rows: list[str] = []
     names: list[str] = []
@@ -215,22 +213,21 @@ def refuse_losses(grids: Sequence[GridFiles], *, prune: bool) -> None:
                 "",
                 *rows,
                 "",
-                "  - as it is, + as it would be rendered",
+                "  - now, + after rendering",
             ]
         ),
-        hint=(f"write the change into {templates}, then render again; to drop it: {commands}"),
+        hint=(f"make the change in {templates}, then render again; to drop it: {commands}"),
     )
 
 
 def describe_edit(files: GridFiles, name: str, *, with_rows: bool) -> list[str]:
-    """The lines of a recipe that are not as its template gives them; `with_rows` quotes the first
-    of them.
-    """
+    """The lines of a recipe that differ from its template; `with_rows` quotes the first of them."""
     path = files.recipes_dir / f"{name}.yaml"
     text = files.rendered.texts.get(name)
     if text is None:
         return [
-            f"  {path}: no cell gives it any more, and its first line does not hold its checksum"
+            f"  {path}: no cell produces it any more, and the checksum in its first line is wrong"
+            " or missing"
         ]
     old, new = _list_rows(_read(path) or b"", text)
     old = old[:_MAX_COMPARED_LINES]
@@ -251,8 +248,8 @@ def describe_edit(files: GridFiles, name: str, *, with_rows: bool) -> list[str]:
 
 
 def _list_rows(content: bytes, text: str) -> tuple[list[str], list[str]]:
-    """The lines of a recipe as it is and as it would be rendered; another checksum says nothing
-    that the other lines do not.
+    """The lines of a recipe on disk and as rendered. A different checksum is hidden, because the
+    other lines show the change.
     """
     old, new = content.decode(errors="replace").splitlines(), text.splitlines()
     if old and _HEADER.fullmatch(old[0]):
@@ -276,21 +273,19 @@ def _quote_rows(
 
 
 def write_recipes(rendered: RenderedGrid, recipes_dir: Path, drift: Drift) -> None:
-    """Write what changed or is missing; a file that is right already keeps its modification
-    time.
-    """
+    """Write changed and missing recipes; a file that is right keeps its modification time."""
     for name in (*drift.changed, *drift.unsealed, *drift.missing):
         write_text_atomic(recipes_dir / f"{name}.yaml", rendered.texts[name])
 
 
 def prune_recipes(recipes_dir: Path, drift: Drift) -> None:
-    """Remove the generated recipes that no cell gives any more."""
+    """Remove the generated recipes that no cell produces any more."""
     for name in drift.stale:
         (recipes_dir / f"{name}.yaml").unlink(missing_ok=True)
 
 
 def report_drift(files: GridFiles) -> int:
-    """The exit code of `runner render --check` for a grid, after printing what differs."""
+    """The exit code of `runner render --check` for a grid, after printing the differences."""
     drift, recipes_dir = files.drift, files.recipes_dir
     if drift.unsealed:
         print(
@@ -305,7 +300,7 @@ def report_drift(files: GridFiles) -> int:
         ("was edited by hand", drift.list_losses(prune=False)),
         ("differs from its template", changed),
         ("is missing", drift.missing),
-        ("is stale: no cell gives it", drift.stale),
+        ("is stale: no cell produces it", drift.stale),
         ("was not generated", drift.foreign),
     ):
         for name in names:
@@ -322,13 +317,13 @@ def report_drift(files: GridFiles) -> int:
     options = (" --prune" if drift.stale else "") + (" --force" if drift.edited else "")
     template = f"recipe_templates/{files.rendered.grid}"
     command = pasteable(f"runner render {files.rendered.grid}{options}")
-    first = f"write what was edited into {template}, then render again; to drop it: "
+    first = f"make your edits in {template}, then render again; to drop them: "
     print(f"\nhint: {first if drift.edited else ''}{command}")
     return 1
 
 
 def bring_up_to_date(files: GridFiles, *, prune: bool) -> None:
-    """Write and remove what `refuse_losses` let pass, and print it."""
+    """Write and remove recipes after `refuse_losses`, and print the changes."""
     rendered, recipes_dir, drift = files.rendered, files.recipes_dir, files.drift
     write_recipes(rendered, recipes_dir, drift)
     num_written = len(drift.changed) + len(drift.unsealed) + len(drift.missing)
@@ -336,13 +331,13 @@ def bring_up_to_date(files: GridFiles, *, prune: bool) -> None:
         f"  {num_written} written, {len(rendered.texts) - num_written} unchanged in {recipes_dir}"
     )
     for name in drift.list_losses(prune=False):
-        print(f"  {recipes_dir / name}.yaml was edited by hand: written anew (--force)")
+        print(f"  {recipes_dir / name}.yaml was edited by hand: overwritten (--force)")
     if prune:
         prune_recipes(recipes_dir, drift)
     for name in drift.stale:
         print(
             f"  {recipes_dir / name}.yaml"
-            f" {'removed' if prune else 'is stale: no cell gives it (--prune removes it)'}"
+            f" {'removed' if prune else 'is stale: no cell produces it (--prune removes it)'}"
         )
     for name in drift.foreign:
-        print(f"  {recipes_dir / name}.yaml was not generated; it is left as it is")
+        print(f"  {recipes_dir / name}.yaml was not generated; it is left unchanged")

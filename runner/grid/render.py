@@ -1,7 +1,7 @@
-"""A grid and its template become recipes: the cells, their names and their texts.
+"""Renders a grid and its template into recipes: the cells, their names and their texts.
 
-Each text is loaded again and must be the run that it was rendered for. `recipe_files` writes them,
-`template` says what a template may do, `recipe.parse` what a recipe means.
+Each text is loaded again and must describe the run that it was rendered for. `recipe_files` writes
+the recipes, `template` limits what a template may do, `recipe.parse` defines what a recipe means.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MAX_CELLS: Final = 20_000
 
 @dataclass(frozen=True)
 class RunKey:
-    """One cell under its run name. `values` are as in grid.yaml; an axis that does not apply is
+    """One cell with its run name. `values` are as in grid.yaml; an axis that does not apply is
     absent.
     """
 
@@ -70,8 +70,8 @@ class RunKey:
 
 @dataclass(frozen=True)
 class KeyList:
-    """The runs of a grid; `num_excluded` has one count per exclusion, each cell counted under the
-    first that fits.
+    """The runs of a grid. `num_excluded` has one count per exclusion; each cell counts under the
+    first exclusion that matches it.
     """
 
     keys: tuple[RunKey, ...]
@@ -81,7 +81,7 @@ class KeyList:
 
 
 def name_cell(labels: Mapping[str, Scalar]) -> str:
-    """How messages call a cell.
+    """The name of a cell in messages.
 
     >>> name_cell({"model": "phi-2", "lora_r": 8})
     'model=phi-2, lora_r=8'
@@ -93,7 +93,7 @@ def derive_keys(spec: GridSpec, grid: str) -> KeyList:
     """Every run of a grid in the order of its axes, the first axis slowest; inclusions last.
 
     Raises:
-        GridError: the name pattern fails or gives one name twice, or no run is left.
+        GridError: the name pattern fails or repeats a name, or no run is left.
     """
     cells = _derive_cells(spec)
     num_excluded = [0] * len(spec.exclude)
@@ -123,14 +123,14 @@ def _derive_cells(spec: GridSpec) -> list[dict[str, Any]]:
             )
         if len(longer) > MAX_CELLS:
             raise GridError(
-                f"the axes up to `{name}` give {len(longer):,} cells, more than {MAX_CELLS:,}"
+                f"the axes up to `{name}` make {len(longer):,} cells, more than {MAX_CELLS:,}"
             )
         cells = longer
     return cells
 
 
 def _complete_cell(spec: GridSpec, cell: Mapping[str, Any]) -> dict[str, Any]:
-    """An included cell in the order of the axes, with the mapping that a label stands for."""
+    """An included cell in the order of the axes, with each label replaced by its mapping."""
     values: dict[str, Any] = {}
     for name, axis in spec.axes.items():
         if name in cell:
@@ -160,19 +160,21 @@ def _name_cells(spec: GridSpec, grid: str, cells: Sequence[Mapping[str, Any]]) -
                 "at most 200 letters, digits, dots, dashes and underscores,"
                 " starting with a letter or digit"
             )
-            raise GridError(f"the grid {grid} names {cell} {name[:200]!r}, expected {accepted}")
+            raise GridError(
+                f"the grid {grid} names the cell {cell} {name[:200]!r}, expected {accepted}"
+            )
         # Some file systems ignore case.
         if (other := cell_of_name.setdefault(name.lower(), cell)) is not cell:
             message = (
-                f"the grid {grid} gives the name {name!r} twice"
+                f"the grid {grid} uses the name {name!r} twice"
                 f" (letter case does not count):\n\n  {other}\n  {cell}"
             )
-            raise GridError(message, hint="let the name pattern use every axis that differs")
+            raise GridError(message, hint="use every axis that differs in the name pattern")
         yield RunKey(grid, name, freeze(values))
 
 
 class _Cards(dict[str, dict[str, Any]]):
-    """Model cards; one that does not exist is named, with those that do."""
+    """Model cards; the error for a missing card lists the existing ones."""
 
     def __missing__(self, card: str) -> NoReturn:
         raise GridError(
@@ -182,15 +184,17 @@ class _Cards(dict[str, dict[str, Any]]):
 
 
 def render_grid(templates_root: Path, grid: str, *, base_seconds: int = 10) -> RenderedGrid:
-    """Every recipe of a grid, each loaded again and found to be the run that it was rendered for.
+    """Every recipe of a grid, each loaded again to check that it is the run that it was rendered
+    for.
 
-    A child process renders them, with `base_seconds` of CPU time, 10 ms more a cell, and 2 GiB.
+    A child process renders them with a limit of `base_seconds` of CPU time, plus 10 ms per cell,
+    and 2 GiB.
 
     Raises: GridError.
     """
     spec = load_grid(templates_root, grid)
     cpu_seconds = base_seconds + (len(_derive_cells(spec)) + len(spec.include)) // 100
-    place = f"{templates_root / grid / 'recipe.yaml.j2'}, or the name pattern beside it,"
+    place = f"{templates_root / grid / 'recipe.yaml.j2'}, or the name pattern next to it,"
     texts, summary = run_limited(
         lambda: _render_cells(spec, templates_root, grid), cpu_seconds, place
     )
@@ -198,7 +202,7 @@ def render_grid(templates_root: Path, grid: str, *, base_seconds: int = 10) -> R
 
 
 def _render_cells(spec: GridSpec, templates_root: Path, grid: str) -> tuple[Mapping[str, str], str]:
-    """The texts and the summary of a grid, from templates that may be anybody's."""
+    """The texts and the summary of a grid; its templates may come from anybody."""
     keys = derive_keys(spec, grid)
     cards = _Cards(load_cards(templates_root))
     sandbox = build_sandbox(templates_root)
@@ -238,11 +242,11 @@ def _raise_template_error(
     elif isinstance(error, UndefinedError) and (match := re.match(r"'(\w+)' is undefined", what)):
         name, known = match[1], [*key.values, *own]
         what += suggest(name, known)
-        hint = f"a template knows {', '.join(known)}"
+        hint = f"a template can use {', '.join(known)}"
         if name in spec.axes:
             hint = (
                 f"`{name}` does not apply in every cell: put {{% if {name} is defined %}} around"
-                " what uses it"
+                " the lines that use it"
             )
     raise GridError(f"{place}: {what}\n\n  in the cell {name_cell(key.axes)}", hint=hint) from None
 
@@ -250,11 +254,11 @@ def _raise_template_error(
 def _check_text(
     text: str, key: RunKey, templates_root: Path, declared: Sequence[Mapping[str, Any]]
 ) -> Recipe:
-    """The recipe that a text is, once it is known to be the run that it was rendered for."""
+    """The recipe in a rendered text, after checking that it is the run that it was rendered for."""
     try:
         recipe = parse_recipe(text, where=key.name)
     except RecipeError as error:
-        lines = [f"{templates_root / key.grid / 'recipe.yaml.j2'} gives no valid recipe", ""]
+        lines = [f"{templates_root / key.grid / 'recipe.yaml.j2'} renders an invalid recipe", ""]
         for problem in error.problems:
             place = _find_template_line(text, problem.line or 1, templates_root / key.grid)
             lines.append(f"  {place}  {problem.key}  {problem.what}")
@@ -269,8 +273,8 @@ def _check_text(
             )
             place = _find_template_line(text, line, templates_root / key.grid)
             what = (
-                f"`run.{part}` is {json.dumps(found[part])}"
-                f" where {json.dumps(expected[part])} was rendered"
+                f"`run.{part}` is {json.dumps(found[part])},"
+                f" but the template was given {json.dumps(expected[part])}"
             )
             where = "there" if line > 1 else "below `run:`"
             hint = f"write `{part}: {{{{ {part} | yaml }}}}` {where}"
@@ -281,23 +285,23 @@ def _check_text(
 def _check_seed(
     text: str, recipe: Recipe, seed: int | None, key: RunKey, templates_root: Path
 ) -> None:
-    """A cell with seeds of its own trains with the one that was derived for it."""
+    """Check that a cell with its own seeds trains with its derived seed."""
     if recipe.training.seed == seed:
         return
     line = find_line("training.seed", text)
     place = _find_template_line(text, line or 1, templates_root / key.grid)
     raise GridError(
-        f"{place}: `training.seed` is {recipe.training.seed} where {seed} is the seed of this cell,"
-        f" by `seeds: own` in grid.yaml\n\n  in the cell {name_cell(key.axes)}",
+        f"{place}: `training.seed` is {recipe.training.seed}, but the seed of this cell is {seed}"
+        f" (`seeds: own` in grid.yaml)\n\n  in the cell {name_cell(key.axes)}",
         hint="write `seed: {{ cell_seed | yaml }}` there",
     )
 
 
 def _find_template_line(text: str, line: int, folder: Path) -> str:
-    """The place in a template that wrote a line of a recipe: a line that starts alike, the same one
-    of several.
+    """The place in a template that wrote a line of a recipe: the line with the same start. If
+    several have it, the one at the same position among them.
     """
-    # The header, which no template wrote: the problem is that of the recipe as a whole.
+    # No template wrote the header: the problem belongs to the whole recipe.
     if line == 1:
         return str(folder / "recipe.yaml.j2")
     rows = text.splitlines()
@@ -318,7 +322,7 @@ def _find_template_line(text: str, line: int, folder: Path) -> str:
 
 
 def describe(spec: GridSpec, keys: KeyList, grid: str) -> str:
-    """How the axes, exclusions and inclusions come to the number of recipes."""
+    """A summary of a grid: the axes, exclusions, inclusions and the resulting number of recipes."""
     axes = []
     for name, axis in spec.axes.items():
         where = " and ".join(
@@ -339,10 +343,11 @@ def describe(spec: GridSpec, keys: KeyList, grid: str) -> str:
 def render_grids(
     grid: str | None, *, check: bool, prune: bool, root: Path, force: bool = False
 ) -> int:
-    """The exit code of `runner render`, after printing what was found and done.
+    """The exit code of `runner render`, after printing its findings and changes.
 
-    `grid` None means every grid. With `check` nothing is written and any difference gives 1.
-    Without `force` no recipe is overwritten or removed that was edited since it was rendered.
+    `grid` None means every grid. With `check` nothing is written, and any difference returns 1.
+    Without `force`, recipes that were edited since they were rendered are not overwritten or
+    removed.
 
     Raises:
         GridError, RefusedError: before any file of any grid is written.

@@ -1,7 +1,7 @@
-"""What a person writes beside a template: `grid.yaml` and the model cards, read into frozen, typed
-objects.
+"""The files that a user writes next to a template, `grid.yaml` and the model cards, as frozen,
+typed objects.
 
-Owns what such a file may say. `render` multiplies the axes and fills the template.
+Defines what these files may hold. `render` multiplies the axes and fills the template.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from runner.strict import FrozenDict, Section, Text, freeze
 
 _Model = TypeVar("_Model", bound=Section)
 _AXIS_NAME: Final = r"[A-Za-z][A-Za-z0-9_]*"
-# The axis over which a grid is replicated.
+# The axis of the replicates of a grid.
 SEED_AXIS: Final = "seed"
-# Names that a template already gives a meaning to.
+# Names that already have a meaning in a template.
 TAKEN_NAMES: Final = frozenset(
     (
         "axes",
@@ -61,7 +61,7 @@ TAKEN_NAMES: Final = frozenset(
 
 
 def get_label(value: Any) -> Scalar:
-    """What stands for an axis value in names, on the command line and in `run.axes`."""
+    """The label of an axis value, which is used in names, on the command line and in `run.axes`."""
     label: Scalar = value["name"] if isinstance(value, Mapping) else value
     return label
 
@@ -72,8 +72,8 @@ def _check_label(label: Any) -> Any:
     ):
         raise ValueError(
             f"{label!r} cannot be chosen with --where: a label has no comma, no line break, no"
-            " space at an end and at most 200 characters;"
-            " give a long value as a mapping with a short `name`"
+            " space at either end and at most 200 characters;"
+            " write a long value as a mapping with a short `name`"
         )
     if not isinstance(label, str | bool | int | float | None):
         raise ValueError(f"{label!r} is not a label: expected a text, number, boolean or null")
@@ -82,7 +82,7 @@ def _check_label(label: Any) -> Any:
 
 def _check_axis_value(value: Any) -> Any:
     if isinstance(value, Mapping) and "name" not in value:
-        raise ValueError("a mapping as axis value needs the key `name`, its label")
+        raise ValueError("a mapping as an axis value needs the key `name`, its label")
     _check_label(get_label(value))
     return freeze(value)
 
@@ -101,8 +101,8 @@ Conditions = Annotated[dict[str, Labels], AfterValidator(freeze)]
 
 
 class Axis(Section):
-    """The values of one axis; with `when`, only in cells whose earlier axes have one of those
-    labels.
+    """The values of one axis. With `when`, the axis exists only in cells in which each named
+    earlier axis has one of the listed labels.
     """
 
     values: Annotated[tuple[AxisValue, ...], Field(min_length=1)]
@@ -122,7 +122,7 @@ class Axis(Section):
 
 
 class Exclusion(Section):
-    """Cells that are left out, and the reason that is printed."""
+    """Cells to leave out, and the reason to print."""
 
     when: Annotated[Conditions, Field(min_length=1)]
     why: Text
@@ -135,14 +135,14 @@ class GridSpec(Section):
     axes: Annotated[dict[str, Axis], Field(min_length=1), AfterValidator(freeze)]
     exclude: tuple[Exclusion, ...] = ()
     include: tuple[FrozenDict, ...] = ()
-    # own: the number on the axis `seed` gives each cell another seed to train with
+    # own: each cell derives its own training seed from the number on the axis `seed`
     seeds: Literal["shared", "own"] = "shared"
     compare: tuple[DeclaredContrast, ...] = ()
 
 
 class ModelCard(ModelSection):
-    """One file of `recipe_templates/models`: the `model` section of a recipe, and where LoRA
-    goes.
+    """One file of `recipe_templates/models`: the `model` section of a recipe, and the modules that
+    LoRA adapts.
     """
 
     target_modules: Text | tuple[Text, ...]
@@ -154,7 +154,7 @@ def list_grids(templates_root: Path) -> list[str]:
 
 
 def load_grid(templates_root: Path, grid: str) -> GridSpec:
-    """The grid file of a grid, checked. Raises: GridError, with every problem and its line."""
+    """The checked grid file of a grid. Raises: GridError, with every problem and its line."""
     known = list_grids(templates_root)
     if grid not in known or not re.fullmatch(NAME_PATTERN, grid):
         message = f"no grid {grid!r} in {templates_root}{suggest(grid, known)}"
@@ -180,9 +180,7 @@ def load_cards(templates_root: Path) -> dict[str, dict[str, Any]]:
 
 
 def applies(when: Mapping[str, Sequence[Scalar]], cell: Mapping[str, Any]) -> bool:
-    """Whether a cell has, for every axis named in `when`, one of the labels; an absent axis has
-    none.
-    """
+    """True if a cell has one of the labels of each axis in `when`; an absent axis has no label."""
     return all(
         axis in cell and find_label(get_label(cell[axis]), labels) is not None
         for axis, labels in when.items()
@@ -202,13 +200,14 @@ def find_label(label: Any, values: Sequence[Any]) -> int | None:
 
 
 def _check_spec(spec: GridSpec) -> Iterator[tuple[str, str]]:
-    """Dotted key and problem of everything that types cannot say."""
+    """The dotted key and the problem of everything that types cannot check."""
     names = list(spec.axes)
     for position, (name, axis) in enumerate(spec.axes.items()):
         if not re.fullmatch(_AXIS_NAME, name) or name in TAKEN_NAMES:
             yield (
                 f"axes.{name}",
-                "is not an axis name: letters, digits, _; not a word that templates use",
+                "is not an axis name: expected letters, digits and _, and no word that templates"
+                " use",
             )
         for n, value in enumerate(axis.values):
             if find_label(get_label(value), axis.values) != n:
@@ -232,7 +231,7 @@ def _check_own_seeds(spec: GridSpec) -> Iterator[tuple[str, str]]:
         yield "seeds", f"`own` needs an axis `{SEED_AXIS}` of whole numbers, such as [1, 2, 3]"
         return
     if axis.when:
-        yield f"axes.{SEED_AXIS}.when", "does not go with `seeds: own`: each cell has its seeds"
+        yield f"axes.{SEED_AXIS}.when", "does not go with `seeds: own`: every cell needs seeds"
     stated = [(f"axes.{SEED_AXIS}", value) for value in axis.values]
     stated += [
         (f"include.{n}.{SEED_AXIS}", cell[SEED_AXIS])
@@ -249,7 +248,7 @@ def is_seed(label: Any) -> bool:
 
 
 def _check_contrasts(spec: GridSpec) -> Iterator[tuple[str, str]]:
-    """What is wrong with `compare` whatever the recipes are; the rest is in `design`."""
+    """The problems of `compare` that do not depend on the recipes; `design` finds the others."""
     first_of: dict[str, int] = {}
     for n, contrast in enumerate(spec.compare):
         key, axis = f"compare.{n}", spec.axes.get(contrast.axis)
@@ -257,7 +256,7 @@ def _check_contrasts(spec: GridSpec) -> Iterator[tuple[str, str]]:
             yield f"{key}.axis", _describe_no_axis(contrast.axis, spec.axes)
             continue
         if contrast.axis == SEED_AXIS:
-            yield f"{key}.axis", f"`{SEED_AXIS}` repeats the other cells: it is not compared"
+            yield f"{key}.axis", f"`{SEED_AXIS}` repeats the other cells and cannot be compared"
             continue
         known = [get_label(value) for value in axis.values]
         known += [cell[contrast.axis] for cell in spec.include if contrast.axis in cell]
@@ -267,7 +266,7 @@ def _check_contrasts(spec: GridSpec) -> Iterator[tuple[str, str]]:
         ends = sorted(map(json.dumps, (contrast.from_, contrast.to)))
         same = json.dumps([contrast.axis, contrast.metric, ends])
         if first_of.setdefault(same, n) != n:
-            yield key, f"is declared already, by compare.{first_of[same]}"
+            yield key, f"is already declared by compare.{first_of[same]}"
 
 
 def _describe_no_axis(name: str, axes: Mapping[str, Axis]) -> str:
@@ -313,7 +312,11 @@ def _check_inclusion(
         if applies(axis.when, values) != (name in cell):
             yield (
                 f"{key}.{name}",
-                "does not apply in this cell" if name in cell else "is missing: a cell is whole",
+                (
+                    "does not apply in this cell"
+                    if name in cell
+                    else "is missing: a cell needs every axis that applies"
+                ),
             )
 
 
@@ -323,8 +326,8 @@ def _check_included_value(key: str, value: Any, axis: Axis) -> Iterator[tuple[st
         yield (
             key,
             (
-                f"gives another meaning to {show_label(get_label(value))}, a value of the axis: use"
-                " the label alone"
+                f"gives another meaning to {show_label(get_label(value))}, a value of the axis:"
+                " write only the label"
             ),
         )
     elif (
@@ -332,7 +335,7 @@ def _check_included_value(key: str, value: Any, axis: Axis) -> Iterator[tuple[st
         and not isinstance(value, Mapping)
         and any(isinstance(v, Mapping) for v in axis.values)
     ):
-        yield key, f"{show_label(value)} is no value of the axis: give a mapping with `name`"
+        yield key, f"{show_label(value)} is not a value of the axis: write a mapping with `name`"
 
 
 def _read(path: Path, model: type[_Model]) -> _Model:

@@ -1,9 +1,8 @@
-"""The rows and models of a user, as the starter grid of `runner init` is fitted to them, and the
-stock files.
+"""Fits the starter grid of `runner init` to a user's rows and models, and finds the stock files.
 
 Stock files (grids, model cards, chat templates, launch configs, sweeps, data samples) are at the
-top of the source tree; a wheel holds them in `runner/stock`. What a data file holds is asked of
-`data`, which reads it for training too.
+top of the source tree; a wheel holds them in `runner/stock`. `data` reads the data files, as it
+does for training.
 """
 
 from __future__ import annotations
@@ -42,25 +41,23 @@ SHARED_FOLDERS: Final = ("accelerate_configs", "ds_configs")
 
 
 def find_package_dir() -> Path:
-    """The folder of the package, which holds the starter grid."""
+    """The folder of the package, which contains the starter grid."""
     return Path(str(files("runner")))
 
 
 def find_stock_dir() -> Path:
-    """The folder with `recipe_templates` and the others: inside an installed package, around it in
-    a source tree.
-    """
+    """The folder of the stock files: inside an installed package, or around it in a source tree."""
     package_dir = find_package_dir()
     for folder in (package_dir / "stock", package_dir.parent):
         if (folder / TEMPLATES).is_dir():
             return folder
     raise RunnerError(
-        f"the stock files are missing beside {package_dir}", hint="pip install --force-reinstall ."
+        f"the stock files are missing next to {package_dir}", hint="pip install --force-reinstall ."
     )
 
 
 def list_stock_grids(stock_dir: Path) -> Mapping[str, str]:
-    """Every stock grid and the comment that opens its grid file."""
+    """Every stock grid with the first comment of its grid file."""
     titles: dict[str, str] = {}
     for grid in list_grids(stock_dir / TEMPLATES):
         first_line = (stock_dir / TEMPLATES / grid / "grid.yaml").read_text().partition("\n")[0]
@@ -69,7 +66,7 @@ def list_stock_grids(stock_dir: Path) -> Mapping[str, str]:
 
 
 def require_stock_grid(stock_dir: Path, grid: str) -> None:
-    """Raises RunnerError, with all that there are, for a name that is no stock grid."""
+    """Raises RunnerError, listing all stock grids, for a name that is not one of them."""
     titles = list_stock_grids(stock_dir)
     if grid not in titles:
         width = max(map(len, titles))
@@ -96,18 +93,19 @@ _MAX_TRAIN: Final = 1000
 BATCH: Final = 8  # rows of one update
 _MIN_STEPS: Final = 12
 _LENGTHS: Final = (128, 256, 512, 1024, 2048, 4096)
-_MAX_COLUMNS: Final = 20  # that an error shows
+_MAX_COLUMNS: Final = 20  # shown in an error
 _MAX_SAMPLE: Final = 60  # characters
 _NO_TEMPLATE: Final = "recipe_templates/chat/human_assistant.jinja"
-_UNREMARKABLE_COLUMNS: Final = ("id", "idx")  # that nobody reads them is no news
+_UNREMARKABLE_COLUMNS: Final = ("id", "idx")  # not worth a note if unread
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """The numbers that suit some rows. `num_rows` counts different rows to train on, and to take
-    splits from that have no rows of their own; `unused` are columns and keys of messages that
-    nobody reads, `ignored` those of them that the recipe has to leave out by name. `sources` is
-    what recipes say of each split that has rows of its own.
+    """The task, the splits and the numbers that suit a user's rows.
+
+    `sources` has the recipe's keys of each split that has its own rows. `num_rows` counts the
+    distinct rows for training and for splits without their own rows. `unused` are columns and keys
+    of messages that are not read; `ignored` are those of them that the recipe must list.
     """
 
     sources: Mapping[str, Mapping[str, str]]
@@ -115,24 +113,24 @@ class DataPlan:
     num_rows: int
     unused: tuple[str, ...]
     ignored: tuple[str, ...]
-    left_out: tuple[str, ...]  # what the task or the splits leave out, a line each
+    left_out: tuple[str, ...]  # the rows that the task or the splits leave out, one line each
     num_validation: int
     num_test: int
-    num_train: int  # that are left for training
+    num_train: int  # rows left for training
     train_counts: tuple[int, ...]
     max_length: int  # tokens
 
 
 @dataclass(frozen=True)
 class GivenColumns:
-    """The columns, or the text with columns, that a person makes the prompt and the answer."""
+    """The user's column, or text with columns, for the prompt, and the column of the answer."""
 
     prompt: str | None = None
     completion: str | None = None
 
 
 def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
-    """What the rows are and how they are split. Raises: RunnerError, also for rows that cannot be
+    """The task and splits that suit the rows. Raises: RunnerError, also for rows that cannot be
     read.
     """
     from runner.data.draw import draw_splits
@@ -145,7 +143,7 @@ def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
 
     def read(num_held_out: int, ignored: Sequence[str] = ()) -> DataSection:
         sources = {split: source.model_dump() for split, source in given.sources.items()}
-        # Of a split with rows of its own, all.
+        # A split with its own rows uses all of them.
         counts = {
             f"num_{split}_samples": num_held_out
             for split in ("validation", "test")
@@ -153,20 +151,20 @@ def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
         }
         rest = {"task": task, "ignore": list(ignored), "seed": 42, "max_length": 1}
         section = DataSection.model_validate_json(json.dumps({**sources, **counts, **rest}))
-        return section.model_copy(update=dict(given.sources))  # with what they state
+        return section.model_copy(update=dict(given.sources))  # keeps the keys that they state
 
     examples, ignored = _build_examples(read(1).task, given.sources)
     num_bytes = {
         split: {one.key: _count_bytes(one) for one in examples[split].examples}
         for split in examples
-    }  # of each different row
+    }  # of each distinct row
     num_rows = len(num_bytes["train"])
     if num_rows < _MIN_ROWS:
         found = f"{num_rows} different {'row' if num_rows == 1 else 'rows'}"
         raise RunnerError(
-            f"{given.name} holds {found}; {_MIN_ROWS} are needed to train, select and test"
+            f"{given.name} holds {found}, but training, validation and test need {_MIN_ROWS}"
         )
-    # Rows of one group stay together: fewer may be left.
+    # Rows of one group stay together, so fewer may be left.
     splits = draw_splits(read(max(1, min(_MAX_HELD_OUT, num_rows // 6)), ignored))
     unused = dict.fromkeys(
         name for those in examples.values() for name in those.unused if _is_news(name)
@@ -189,8 +187,8 @@ def plan_data(given: GivenData, columns: GivenColumns) -> DataPlan:
 def _build_examples(
     task: Task, sources: Mapping[str, DataSource]
 ) -> tuple[dict[str, Examples], tuple[str, ...]]:
-    """The examples of each split, and the names that its recipe has to ignore. Raises: DataError,
-    also where one of them has a meaning: to leave that out is for the user to say.
+    """The examples of each split, and the names that the recipe must ignore. Raises: DataError,
+    also if such a name has a known meaning, because only the user may leave that out.
     """
     from runner.data.sources import load_rows
 
@@ -232,9 +230,9 @@ def detect_task(row: Any, where: str) -> Mapping[str, str]:
     raise RunnerError(
         f"{where}: cannot tell the task from the columns: {_list_columns(row)}",
         hint=(
-            f"say which are the prompt and the answer: {_suggest_columns(row)}\n"
-            f"      or name the columns as one of these: {'; '.join(dict.fromkeys(recognised))}\n"
-            "      or, where rows have to be made with Python: start without --data, and write"
+            f"name the columns of the prompt and the answer: {_suggest_columns(row)}\n"
+            f"      or rename the columns to one of these: {'; '.join(dict.fromkeys(recognised))}\n"
+            "      or, if Python must build the rows: start without --data, and write"
             " `data.train.path` and\n"
             "      `data.task: {name: python, function: rows.py:build}` into"
             " recipe_templates/first/recipe.yaml.j2"
@@ -243,7 +241,7 @@ def detect_task(row: Any, where: str) -> Mapping[str, str]:
 
 
 def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
-    """The task section for the columns that a person names, or None. Raises: RunnerError."""
+    """The task section for the columns that the user names, or None. Raises: RunnerError."""
     prompt, completion = columns.prompt, columns.completion
     if prompt is None and completion is None:
         return None
@@ -255,7 +253,7 @@ def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
         )
     if isinstance(row, Mapping):
         _refuse_no_columns(prompt, completion, row)
-    # A bare column, which may have a name that no text can hold.
+    # A bare column, whose name may contain characters that `{...}` does not allow.
     is_column = isinstance(row, Mapping) and prompt in row
     section = {
         "name": "prompt_completion",
@@ -271,12 +269,12 @@ def state_task(columns: GivenColumns, row: Any) -> Mapping[str, str] | None:
     return section
 
 
-# Of Python's own formats: `{chat.question}`, `{chat[0]}`.
+# Python's notation for nested values: `{chat.question}`, `{chat[0]}`.
 _NESTED: Final = re.compile(r"\{([^\W\d]\w*)[.\[][^{}]*\}")
 
 
 def _refuse_no_columns(prompt: str, completion: str, row: Mapping[str, Any]) -> None:
-    """Raises RunnerError where an answer is no column, or where what is inside one is named."""
+    """Raises RunnerError if the answer is not a column, or if a nested value is named."""
     if prompt not in row:
         for match in _NESTED.finditer(prompt):
             if match[1] in row:
@@ -295,7 +293,7 @@ def _refuse_no_columns(prompt: str, completion: str, row: Mapping[str, Any]) -> 
 
 def _build_nested(what: str, column: str) -> RunnerError:
     return RunnerError(
-        f"{what} is inside the column `{column}`: nested values cannot be named",
+        f"{what} is inside the column `{column}`: a nested value cannot be used",
         hint=(
             "name a top-level column, or start without --data and write a Python function"
             " (`data.task: {name: python, function: rows.py:build}`)"
@@ -304,7 +302,7 @@ def _build_nested(what: str, column: str) -> RunnerError:
 
 
 def _list_columns(row: Any) -> str:
-    """The columns of a row, each with what it holds, a line each where there are any."""
+    """The columns of a row, one line each with its value; "no columns" if there are none."""
     if not isinstance(row, Mapping) or not row:
         return "no columns"
     width = max(min(len(str(name)), _MAX_SAMPLE) for name in row)
@@ -323,7 +321,7 @@ def _show_sample(value: Any) -> str:
 
 
 def _suggest_columns(row: Any) -> str:
-    """The options that make the two columns with the longest texts a prompt and its answer."""
+    """The options that use the two columns with the longest texts as prompt and answer."""
     columns = row if isinstance(row, Mapping) else {}
     texts = {str(name): value for name, value in columns.items() if isinstance(value, str)}
     longest = sorted(texts, key=lambda name: len(texts[name]), reverse=True)[:2]
@@ -345,8 +343,8 @@ def choose_train_counts(num_left: int) -> tuple[int, ...]:
 
 
 def choose_max_steps(num_rows: int) -> int:
-    """Updates of eight rows in three passes over the largest training set, and not too few to learn
-    by.
+    """The updates of eight rows in three passes over the largest training set, with a minimum so
+    that the model learns anything.
 
     >>> [choose_max_steps(num_rows) for num_rows in (2, 320, 1000)]
     [12, 120, 375]
@@ -355,8 +353,8 @@ def choose_max_steps(num_rows: int) -> int:
 
 
 def guess_max_length(num_bytes: int) -> int:
-    """A `max_length` in tokens that holds a row of so many bytes, at two bytes a token, within what
-    models take.
+    """A `max_length` in tokens that fits a row of `num_bytes`, at two bytes per token, up to a
+    length that common models accept.
 
     >>> guess_max_length(300), guess_max_length(100_000)
     (256, 4096)
@@ -367,9 +365,7 @@ def guess_max_length(num_bytes: int) -> int:
 def build_cards(
     models: Sequence[str], templates_root: Path, project_dir: Path
 ) -> dict[str, Mapping[str, Any]]:
-    """A card for every `--model`, by name: a stock card, or a new one from what the model's folder
-    says.
-    """
+    """A card for every `--model`, by name: a stock card, or a new one from the model's folder."""
     if not models:
         return {DEMO_CARD: _new_card(DEMO_MODEL, "float32", None)}
     stock = load_cards(templates_root)
@@ -379,7 +375,7 @@ def build_cards(
         if name in cards:
             raise RunnerError(
                 f"two of the models would be called {name!r};"
-                " give one --model, and add a card by hand"
+                " name one --model, and add the other card by hand"
             )
         cards[name] = card
     return cards
@@ -397,12 +393,12 @@ def _find_card(
             raise RunnerError(
                 f"`--model {model}`: there is no such folder,"
                 " and it is not a hub id like google/gemma-2-2b-it",
-                hint=f"a folder, a hub id, or one of the stock cards {', '.join(stock)}",
+                hint=f"name a folder, a hub id, or one of the stock cards {', '.join(stock)}",
             )
         return _name_card(model, stock), _new_card(model, "bfloat16", None)
     config_path = folder / "config.json"
     if not config_path.is_file():
-        raise RunnerError(f"`--model {model}`: the folder has no config.json, so it is no model")
+        raise RunnerError(f"`--model {model}`: the folder has no config.json, so it is not a model")
     try:
         config = json.loads(config_path.read_text())
         dtype = config.get("dtype") or config.get("torch_dtype")
@@ -415,7 +411,9 @@ def _find_card(
 
 
 def _relative_to(folder: Path, project_dir: Path) -> str:
-    """Recipes count paths from the project, a person on the command line from where they stand."""
+    """The path relative to the project, as in recipes; on the command line it is relative to the
+    current folder.
+    """
     return os.path.relpath(folder.resolve(), project_dir.resolve())
 
 

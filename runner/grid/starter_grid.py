@@ -1,7 +1,7 @@
-"""The starter grid of `runner init` as files: `grid.yaml`, the recipe template, model cards and the
-sweep.
+"""Writes the files of the starter grid of `runner init`: `grid.yaml`, the recipe template, model
+cards and the sweep.
 
-Owns their texts. `starter` says what suits the rows, `given_axes` what a person asks for.
+`starter` chooses the values that suit the rows, `given_axes` reads the axes that the user wants.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from runner.project_folder import TEMPLATES
 _NUM_EVALUATIONS: Final = 6
 _MIN_SEEDS: Final = 3
 _QUESTION: Final = (
-    "Does training on the assistant's words alone beat training on every token, and how much do"
+    "Does training only on the assistant's words beat training on every token, and how much do"
     " more rows help?"
 )
 _COMPARE: Final = """\
-# What this grid is there to find out, stated before its first run: the report confirms this, and
-# calls all else that it compares exploratory. With `margin: 0.02` it also says whether a difference
-# is too small to matter.
+# The question of this grid, declared before its first run. The report confirms this comparison and
+# calls all others exploratory. With `margin: 0.02` it also says if a difference is too small to
+# matter.
 compare:
   - {axis: loss, from: full, to: completion, metric: nll_per_completion_token}
 """
 _COMPARE_NOTHING: Final = """\
-# What this grid is there to find out, stated before its first run: the report confirms it, and
-# calls all else that it compares exploratory. Take away the marks, and name two values of an axis:
+# The question of this grid, declared before its first run. The report confirms this comparison and
+# calls all others exploratory. Uncomment these lines, and name two values of an axis:
 # compare:
 #   - {axis: AXIS, from: VALUE, to: VALUE, metric: nll_per_completion_token}
 """
@@ -51,14 +51,14 @@ _COMPARE_NOTHING: Final = """\
 
 @dataclass(frozen=True)
 class StarterGrid:
-    """What goes into the starter grid: rows, a card for each model, and the axes of a person."""
+    """The contents of the starter grid: rows, a card for each model, and the user's axes."""
 
     data: DataPlan
     cards: Mapping[str, Mapping[str, Any]]
     axes: Sequence[GivenAxis] = ()
 
     def get_values(self, name: str, otherwise: Sequence[Any]) -> list[Any]:
-        """The values of an axis that the starter grid has anyway."""
+        """The values of an axis that every starter grid has: the user's, or `otherwise`."""
         given = next((axis.values for axis in self.axes if axis.name == name), otherwise)
         return list(given)
 
@@ -82,15 +82,13 @@ class StarterGrid:
         if max(self.counts) > self.data.num_train:
             raise RunnerError(
                 f"`--axis num_train_samples=...`: got {max(self.counts)}, but {self.data.num_train}"
-                f" rows are left to train on, beside {self.data.num_validation} for validation and"
+                f" rows are left to train on, after {self.data.num_validation} for validation and"
                 f" {self.data.num_test} for test"
             )
 
 
 def write_starter(project_dir: Path, grid: StarterGrid) -> None:
-    """The starter grid, its cards and its sweep, into a project that has the stock templates
-    already.
-    """
+    """Write the starter grid, its cards and its sweep into a project that has stock templates."""
     values = _describe_rows(grid) | _describe_axes(grid)
     starter_dir = find_package_dir() / "grid" / "starter_files"
     templates_root = project_dir / TEMPLATES
@@ -101,7 +99,7 @@ def write_starter(project_dir: Path, grid: StarterGrid) -> None:
     }
     for name, target in targets.items():
         text = (starter_dir / name).read_text()
-        # All at once: a text of the rows may hold the mark of another.
+        # One pass over the text, because an inserted value may look like another mark.
         text = re.sub(r"@([A-Z_]+)@", lambda match: values.get(match[1], match[0]), text)
         if name == "recipe.yaml.j2":
             text = _write_axes(text, grid.more_axes)
@@ -114,7 +112,7 @@ def write_starter(project_dir: Path, grid: StarterGrid) -> None:
 
 
 def _describe_rows(grid: StarterGrid) -> dict[str, str]:
-    """What the starter files say of the rows, and of the updates that suit them."""
+    """The starter files' values for the rows, and for the updates that suit them."""
     data, counts = grid.data, grid.counts
     max_steps = choose_max_steps(max(counts))
     stated = [axis.values for axis in grid.axes if axis.key == "training.max_steps"]
@@ -138,7 +136,7 @@ def _describe_rows(grid: StarterGrid) -> dict[str, str]:
 
 
 def _describe_axes(grid: StarterGrid) -> dict[str, str]:
-    """What the grid file says of the axes, and of what they are compared for."""
+    """The grid file's values for the axes and the declared comparison."""
     seeds = grid.get_values(SEED_AXIS, (1, 2, 3))
     losses = grid.get_values(LOSS_AXIS, ("full", "completion"))
     more = grid.more_axes
@@ -176,13 +174,13 @@ def _word_seeds(num_seeds: int) -> str:
 
 
 def _write_axes(template: str, axes: Sequence[GivenAxis]) -> str:
-    """The recipe template with the axes in place of what was stated."""
+    """The recipe template with the axes in place of fixed values."""
     for axis in axes:
         if axis.replaces:
             template = drop_key(template, axis.replaces)
         template = set_key(template, axis.key, axis.expression)
         section, _, key = axis.key.partition(".")
-        if section == "model":  # what else follows from the card, follows from the axis
+        if section == "model":  # keys that depend on the card now depend on the axis
             template = re.sub(rf"\bcard\.{key}\b", axis.variable, template)
     return template
 
@@ -192,17 +190,17 @@ def _write_task(data: DataPlan) -> list[str]:
     lines = [f"    {key}: {_quote_text(value)}" for key, value in data.task.items()]
     if data.ignored:
         ignored = _quote_text(list(data.ignored))
-        lines.append(f"  ignore: {ignored} # no row's text is made of these")
+        lines.append(f"  ignore: {ignored} # these are not used in any row's text")
     return lines
 
 
 def _quote_text(value: str | list[str]) -> str:
-    """Texts as YAML in which Jinja sees nothing to do, whatever a person or a column says."""
+    """Texts as YAML in which Jinja finds no expression, whatever they contain."""
     return re.sub(r"\{(?=[{%#])", r"\\x7b", quote_yaml(value))
 
 
 def _write_sources(sources: Mapping[str, Mapping[str, str]]) -> str:
-    """The sources of a recipe as YAML, below `data`."""
+    """The data sources of a recipe as YAML, below `data`."""
     lines = []
     for split in ("train", "validation", "test"):
         if split in sources:

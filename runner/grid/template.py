@@ -1,11 +1,10 @@
-"""Jinja as recipes may use it: a sandbox, strict about names, in which every interpolation is
-quoted for YAML.
+"""Jinja for recipes: a sandbox that is strict about names and quotes every interpolation for YAML.
 
-Owns the `yaml` filter, what a template may do, how much time and memory it may take, and where a
-template went wrong. Knows nothing of grids.
+Defines the `yaml` filter, limits what a template may do and how much time and memory it may use,
+and finds the place of a template's error. Knows nothing about grids.
 
-Jinja's sandbox keeps borrowed templates away from everything but their variables. What they compute
-there is not looked at: a child process renders them, and the kernel limits it.
+Jinja's sandbox gives templates from others access only to their variables. It does not limit what
+they compute, so a child process renders them under the kernel's limits.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ from runner.recipe.problems import escape_text
 from runner.secrets import find_secret
 
 _MEMORY_GIB: Final = 2
-_WORDING_SECONDS: Final = 2  # from the limit of CPU time to the end, to word the error
+_WORDING_SECONDS: Final = 2  # from the limit of CPU time to the kill, to write the error message
 _MAX_ANSWER_BYTES: Final = 2**28
 _MAX_ERROR_CHARACTERS: Final = 10_000
 
-# Jinja's own filters without those that are random, that write markup, or that put text around a
-# quoted value.
+# Jinja's own filters, without those that are random, write markup, or put text around a quoted
+# value.
 _FILTERS: Final = (
     "abs",
     "default",
@@ -73,7 +72,7 @@ _FILTERS: Final = (
     "upper",
 )
 _STATEMENTS: Final = (nodes.Output, nodes.If, nodes.For, nodes.Include, nodes.Assign)
-# A quoted value must be a whole YAML value, not a part of one: `data/{{ task | yaml }}` would keep
+# A quoted value must be a whole YAML value, not part of one: `data/{{ task | yaml }}` would keep
 # its quotes.
 _COMMENT: Final = re.compile(r"(^|\s)#")
 _BEFORE_VALUE: Final = re.compile(
@@ -82,7 +81,7 @@ _BEFORE_VALUE: Final = re.compile(
 _AFTER_VALUE: Final = re.compile(r" *($|[,\]}]|: )| +#")
 
 # Control characters, no-break space, zero-width and direction marks, line and paragraph separators,
-# BOM, noncharacters: YAML refuses some and folds others, and nobody sees the rest.
+# BOM, noncharacters: YAML refuses some and folds others, and the rest are invisible.
 _ESCAPED: Final = re.compile(
     '[\x00-\x1f"\\\\\x7f-\xa0\xad\u061c\u200b-\u200f'
     "\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff\U000e0000-\U000e0fff]"
@@ -94,7 +93,7 @@ _PLAIN_KEY: Final = re.compile(
 
 
 def quote_yaml(value: Any) -> str:
-    r"""One line of YAML that a recipe reader turns back into `value`, whatever it holds.
+    r"""One line of YAML that a recipe reader turns back into `value`, whatever characters it holds.
 
     >>> print(quote_yaml("no"), quote_yaml(2e-5), quote_yaml([True, None]), quote_yaml("a ${b}\n"))
     "no" 2.0e-05 [true, null] "a \\${b}\n"
@@ -103,13 +102,13 @@ def quote_yaml(value: Any) -> str:
         GridError: `value` is not made of text, numbers, booleans, null, lists and mappings.
     """
     if isinstance(value, Undefined):
-        str(value)  # raises UndefinedError, which knows the name
+        str(value)  # raises UndefinedError, which contains the name
     if isinstance(value, str):
         return _quote_text(escape_text(value))
     if value is None or isinstance(value, bool | int):
         return json.dumps(value)
     if isinstance(value, float) and math.isfinite(value):
-        return re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))  # YAML 1.1 readers take 2e-05 for a text
+        return re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))  # YAML 1.1 reads 2e-05 as a text
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return (
             "{"
@@ -123,7 +122,7 @@ def quote_yaml(value: Any) -> str:
 
 def _quote_text(text: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise GridError(f"{text!r} holds half of a surrogate pair, which no UTF-8 file can")
+        raise GridError(f"{text!r} holds half of a surrogate pair, which UTF-8 cannot encode")
     return '"' + _ESCAPED.sub(lambda match: _escape_character(match[0]), text) + '"'
 
 
@@ -139,7 +138,7 @@ def _quote_key(key: str) -> str:
 
 
 class TemplateSandbox(ImmutableSandboxedEnvironment):
-    """Templates of one folder: strict about names, few filters, no function but `range`."""
+    """Templates of one folder: strict about names, with few filters and no function but `range`."""
 
     def __init__(self, folder: Path | None = None) -> None:
         super().__init__(
@@ -154,8 +153,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
 
 class _CheckedLoader(FileSystemLoader):
-    """Reads a template only if each interpolation in it is quoted; `..` and absolute paths are not
-    found.
+    """Reads a template only if every interpolation in it is quoted; does not find `..` and absolute
+    paths.
     """
 
     def get_source(
@@ -180,7 +179,7 @@ def _list_template_problems(tree: nodes.Template) -> list[tuple[int, str]]:
     for statement in tree.find_all(nodes.Stmt):
         if not isinstance(statement, _STATEMENTS):
             what = (
-                f"`{type(statement).__name__.lower()}` is not for recipes:"
+                f"`{type(statement).__name__.lower()}` is not allowed in recipe templates:"
                 " use if, for, set and include"
             )
             problems.append((statement.lineno, what))
@@ -201,8 +200,8 @@ def _list_output_problems(parts: Sequence[nodes.Expr]) -> list[tuple[int, str]]:
         after = "".join(text[position + 1 :]).partition("\n")[0]
         if not (isinstance(part, nodes.Filter) and part.name == "yaml"):
             what = (
-                "an interpolation that is not quoted:"
-                " end it with `| yaml`, and put ( ) around what stands before"
+                "this interpolation is not quoted:"
+                " end it with `| yaml`, and put ( ) around the expression before"
             )
             problems.append((part.lineno, what))
         elif not (
@@ -210,23 +209,23 @@ def _list_output_problems(parts: Sequence[nodes.Expr]) -> list[tuple[int, str]]:
             or (_BEFORE_VALUE.fullmatch(before) and _AFTER_VALUE.match(after))
         ):
             what = (
-                'a quoted value inside a longer one keeps its quotes: write {{ ("text" ~ variable)'
-                " | yaml }} instead"
+                "a quoted value inside a longer one would keep its quotes: write"
+                ' {{ ("text" ~ variable) | yaml }} instead'
             )
             problems.append((part.lineno, what))
     return problems
 
 
 def build_sandbox(folder: Path) -> TemplateSandbox:
-    """The environment of recipe templates, with the one filter that writes values."""
+    """The environment of recipe templates, with the filter `yaml`, which writes values."""
     sandbox = TemplateSandbox(folder)
     sandbox.filters["yaml"] = quote_yaml
     return sandbox
 
 
 def compile_name(pattern: str) -> Callable[[Mapping[str, Any]], str]:
-    """What turns the labels of a cell into its run name. Raises: `jinja2.TemplateError`, also when
-    called.
+    """A function from the labels of a cell to its run name. Raises: `jinja2.TemplateError`, as does
+    the function.
     """
     sandbox = TemplateSandbox()
     sandbox.finalize = lambda value: (
@@ -236,8 +235,8 @@ def compile_name(pattern: str) -> Callable[[Mapping[str, Any]], str]:
 
 
 def locate_error(error: Exception, folder: Path) -> tuple[Path | None, int | None]:
-    """The file inside `folder` and its 1-based line that an exception of Jinja, or under it, came
-    from.
+    """The file inside `folder` and the 1-based line at which an exception was raised, by Jinja or
+    by code that it called.
     """
     if isinstance(error, TemplateSyntaxError) and error.filename:
         return Path(error.filename), error.lineno
@@ -252,7 +251,7 @@ def locate_error(error: Exception, folder: Path) -> tuple[Path | None, int | Non
 
 
 def word_error(error: Exception) -> str:
-    """The message of what an expression of a template raised."""
+    """The message of an exception that an expression of a template raised."""
     if isinstance(error, MemoryError):
         return f"needs more than {_MEMORY_GIB} GiB of memory"
     return str(error)
@@ -263,10 +262,11 @@ class _OutOfTime(Exception):
 
 
 def run_limited(work: Callable[[], Any], cpu_seconds: int, place: str) -> Any:
-    """The JSON value that `work` returns in a child process, which has so much CPU time and 2 GiB.
+    """The JSON value that `work` returns in a child process with limits on CPU time and on memory
+    (2 GiB).
 
-    `work` meets both limits as exceptions, like whatever else an expression raises, and may say
-    where. The kernel ends a child that does not come to that, or has no memory left for it.
+    Both limits raise exceptions in `work`, as any expression may, so `work` can report the place.
+    The kernel kills a child that does not get that far or has no memory left for it.
 
     Raises:
         GridError: `work` raised a RunnerError, or a limit was reached at `place`.
@@ -289,7 +289,7 @@ def run_limited(work: Callable[[], Any], cpu_seconds: int, place: str) -> Any:
         answer = json.loads(text)
     except ValueError:  # cut off, or none
         raise GridError(
-            f"{place} takes more than {cpu_seconds} seconds of CPU time"
+            f"{place} needs more than {cpu_seconds} seconds of CPU time"
             f" or {_MEMORY_GIB} GiB of memory"
         ) from None
     if "refusal" in answer:
@@ -301,7 +301,7 @@ def run_limited(work: Callable[[], Any], cpu_seconds: int, place: str) -> Any:
 
 
 def _answer(work: Callable[[], Any], cpu_seconds: int, writable: int, parent_pid: int) -> NoReturn:
-    """The life of the child: it leaves nothing but its answer, and none at a limit."""
+    """Run the child and write its answer; at a limit there is none. Never returns."""
     try:
         die_with_parent(parent_pid)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -330,11 +330,11 @@ def _answer(work: Callable[[], Any], cpu_seconds: int, writable: int, parent_pid
 def _limit_this_process(cpu_seconds: int) -> None:
     def run_out(number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # it comes every second from now on
-        raise _OutOfTime(f"takes more than {cpu_seconds} seconds of CPU time")
+        raise _OutOfTime(f"needs more than {cpu_seconds} seconds of CPU time")
 
     signal.signal(signal.SIGXCPU, run_out)
     _lower_limit(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + _WORDING_SECONDS)
-    # On top of what the parent had: a test's has torch in it, which maps more than 2 GiB.
+    # In addition to the parent's memory: in tests it includes torch, which maps more than 2 GiB.
     num_pages = int(Path("/proc/self/statm").read_text().split()[0])
     num_bytes = num_pages * resource.getpagesize() + _MEMORY_GIB * 2**30
     _lower_limit(resource.RLIMIT_AS, num_bytes, num_bytes)
@@ -343,6 +343,6 @@ def _limit_this_process(cpu_seconds: int) -> None:
 
 def _lower_limit(kind: int, soft: int, hard: int) -> None:
     ceiling = resource.getrlimit(kind)[1]
-    if ceiling != resource.RLIM_INFINITY:  # what `ulimit` has set
+    if ceiling != resource.RLIM_INFINITY:  # set by `ulimit`
         soft, hard = min(soft, ceiling), min(hard, ceiling)
     resource.setrlimit(kind, (soft, hard))

@@ -1,8 +1,7 @@
-"""A key of a recipe template is set or taken out, as a person would edit it: line by line, comments
-stay.
+"""Sets or removes a key of a recipe template line by line, and keeps comments.
 
-Owns templates as `runner init` writes them: block mappings with two spaces a level, and mappings in
-braces on one line.
+Handles only templates as `runner init` writes them: block mappings with two spaces per level, and
+mappings in braces on one line.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from runner.recipe.problems import SAFE_LOADER
 
 @dataclass(frozen=True)
 class _Line:
-    """The line of a key: its position, its value as it is written, the comment, and the position
-    after the block below it.
+    """The line of a key: its position, its value as written, the comment, and the position after
+    the block below it.
     """
 
     at: int
@@ -32,7 +31,7 @@ class _Line:
 
 
 def set_key(template: str, key: str, value: str) -> str:
-    """The template with `value`, as it is to be written, at a dotted key.
+    """The template with the text `value` at a dotted key.
 
     >>> print(set_key("a:\\n  b: 1 # one\\nc: {d: 2}", "a.b", "3"))
     a:
@@ -46,7 +45,7 @@ def set_key(template: str, key: str, value: str) -> str:
       e: {{ e | yaml }}
 
     Raises:
-        GridError: the key is a section, or goes through something that is none.
+        GridError: the key is a section, or is inside something that is not a section.
     """
     lines = template.split("\n")
     parts = key.split(".")
@@ -107,11 +106,11 @@ def _open_sections(parts: Sequence[str], depth: int, value: str) -> list[str]:
 
 
 def _unfold(found: _Line, key: str, indent: str) -> list[str]:
-    """The lines of a mapping that was written on one line."""
+    """The lines of a mapping that is written on one line."""
     try:
         value: Any = yaml.load(found.value, Loader=SAFE_LOADER)
     except yaml.YAMLError:
         value = found.value
     if not isinstance(value, dict | None):
-        raise GridError(f"`{key}` is inside {found.value}, which is no section of the recipe")
+        raise GridError(f"`{key}` is inside {found.value}, which is not a section of the recipe")
     return [f"{indent}  {name}: {quote_yaml(item)}" for name, item in (value or {}).items()]

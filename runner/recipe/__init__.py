@@ -1,1 +1,1 @@
-"""What one run is."""
+"""The definition of one run."""

@@ -1,9 +1,9 @@
-"""What YAML says of many recipe files, kept in one JSON file for the verbs that only look at runs.
+"""A cache of the values in many recipe files, in one JSON file, for the verbs that only view runs.
 
-Reading YAML is most of what a thousand recipes cost. An entry counts only for the very bytes that
-it was made of, whatever their time stamps say, and only under the code that made it. What it holds
-is validated anew each time. A file that is damaged, lost or overwritten costs time only. Nothing
-that starts a run reads it.
+Parsing YAML takes most of the time of a thousand recipes. An entry is valid only for the exact
+bytes that it was made from, whatever their time stamps, and only under the code that made it. Its
+values are validated again each time. A cache that is damaged, lost or overwritten only costs time.
+Nothing that starts a run reads it.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from runner.recipe.problems import SAFE_LOADER
 from runner.secrets import list_refused_values
 from runner.strict import list_texts
 
-# So many recipes are read sooner than the cache is.
+# Reading this many recipes is faster than reading the cache.
 _NUM_PLAIN: Final = 64
-_MAX_BYTES: Final = 64_000_000  # of the file: more than the largest grid needs
+_MAX_BYTES: Final = 64_000_000  # size of the cache file: more than the largest grid needs
 
 
 class RecipeCache:
-    """Recipes of files, read from the cache where it has them; `save` keeps what it had not.
+    """Loads recipes, from the cache if it has them; `save` adds the others to it.
 
-    `num_plain` files are read without it first.
+    The first `num_plain` recipes are read without it.
     """
 
     def __init__(self, cache_path: Path, num_plain: int = _NUM_PLAIN) -> None:
         self._cache_path = cache_path
         self._num_plain = num_plain
         self._made_by = ""
-        self._kept: dict[str, Any] | None = None  # as the file has them; None: not read yet
+        self._kept: dict[str, Any] | None = None  # the file's entries; None: not read yet
         self._used: dict[str, list[str]] = {}
         self._is_changed = False
         self._secrets = list_refused_values()
@@ -69,11 +69,11 @@ class RecipeCache:
         entry = _check_entry(self._kept.get(name), name, digest)
         try:
             if entry is None:
-                # As a file that is read as a text has them.
+                # The line ends of a file that is opened as text.
                 lines = text.replace("\r\n", "\n").replace("\r", "\n")
                 entry = _build_entry(name, digest, read_values(lines, where=name))
             recipe = Recipe.model_validate_json(entry[2])
-        except (RecipeError, ValidationError):  # it is for `load_recipe` to say so
+        except (RecipeError, ValidationError):  # `load_recipe` reports it
             return load_recipe(path)
         if self._secrets and self._holds_secret(text, entry[2]):
             return load_recipe(path)
@@ -82,7 +82,7 @@ class RecipeCache:
         return recipe
 
     def save(self) -> None:
-        """Write what was not there before. Entries whose file is gone go; no folder is made."""
+        """Write new entries and drop those whose file no longer exists; creates no folder."""
         if not self._is_changed or not self._cache_path.parent.is_dir():
             return
         entries, num_bytes = {}, 0
@@ -94,19 +94,19 @@ class RecipeCache:
                 entries[name] = entry
                 num_bytes += size
         text = json.dumps({"made_by": self._made_by, "recipes": entries})
-        # A full disk or a folder that others own stops nobody who only looks.
+        # A full disk or a folder of another user must not stop a command that only views runs.
         with contextlib.suppress(CorruptFileError, OSError):
             write_bytes_atomic(self._cache_path, text.encode())
         self._is_changed = False
 
     def _holds_secret(self, text: str, values: str) -> bool:
-        """True where the recipe holds what a variable of today's environment has."""
+        """True if the recipe holds the value of a secret variable of the current environment."""
         texts = "\n".join([text, *list_texts(json.loads(values))])
         return any(secret in texts for secret in self._secrets)
 
 
 def _load_entries(cache_path: Path, made_by: str) -> dict[str, Any]:
-    """`absolute path -> entry`; empty where the file is of another maker, or none."""
+    """`absolute path -> entry`; empty if other code made the file, or there is none."""
     try:
         content = load_json(cache_path, 2 * _MAX_BYTES)
         if content["made_by"] == made_by and isinstance(content["recipes"], dict):
@@ -117,12 +117,12 @@ def _load_entries(cache_path: Path, made_by: str) -> dict[str, Any]:
 
 
 def _build_entry(name: str, digest: str, values: str) -> list[str]:
-    """SHA-256 of the recipe file, the values as JSON, and between them a checksum of all this."""
+    """The SHA-256 of the recipe file, a checksum of the entry, and the values as JSON."""
     return [digest, _sum_up(name, digest, values), values]
 
 
 def _check_entry(entry: Any, name: str, digest: str) -> list[str] | None:
-    """The entry, if it was made of a file with this hash and is as it was written."""
+    """The entry, if it was made from a file with this hash and its checksum is right; else None."""
     if not isinstance(entry, list) or len(entry) != 3 or entry[0] != digest:
         return None
     is_whole = isinstance(entry[2], str) and entry[1] == _sum_up(name, digest, entry[2])
@@ -135,8 +135,8 @@ def _sum_up(name: str, digest: str, values: str) -> str:
 
 
 def _describe_maker(output_root: Path) -> str:
-    """A hash of what decides which values a text has: the code that reads it, by version and by
-    content. A copy of the output root, which may come from anybody, has another one.
+    """A hash of everything that determines the values of a text: the code that reads it, by version
+    and by content. It also depends on the output root, so a copy from somebody else is not used.
     """
     sources = hash_sources(Path(runner.__file__).parent, ("recipe",))
     libraries = [

@@ -1,5 +1,5 @@
-"""The files and folders that a recipe names by path: which they are, which are missing, and the
-SHA-256 of what they hold, cached in one file.
+"""The files and folders that a recipe names by path: lists them, finds those that are missing, and
+computes the SHA-256 of their contents, cached in one file.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from runner.recipe.model_files import find_missing_model_file
 from runner.recipe.parse import Recipe
 from runner.text import format_bytes
 
-# Built by `runner demo-models`; never to be asked of the hub, where such a name is free.
+# Built by `runner demo-models`. Never requested from the hub, where anybody could take the name.
 _DEMO_MODELS: Final = "demo_models/"
-# Ends of what a folder of a model may lack.
+# Endings of the files that a model's folder may lack.
 _OF_MODELS: Final = ("config.json", ".safetensors")
-# A file that was changed this recently may be changed again under the same time stamps.
+# A file that changed this recently may change again without new time stamps.
 _SETTLED_AFTER_NANOSECONDS: Final = 2_000_000_000
-# Reading so much, or for so long, is told: nothing else shows that the command is alive.
+# Reading more, or for longer, prints a notice: nothing else shows that the command is alive.
 _LARGE_BYTES: Final = 2**30
 _LONG_SECONDS: Final = 2.0
 
@@ -50,20 +50,20 @@ class _Entry(NamedTuple):
     sha256: str
 
     def is_of(self, state: FileState | None) -> bool:
-        """True where nothing was touched since, as far as these four tell."""
+        """True if size, mtime, ctime and inode are unchanged."""
         return self[:4] == state
 
     @property
     def is_settled(self) -> bool:
-        """True where each later change has other time stamps."""
-        # The ctime alone: an mtime is anything that somebody sets, also in the future.
+        """True if every later change will have other time stamps."""
+        # Only the ctime counts: anybody can set an mtime, even in the future.
         return self.read_at_ns - self.ctime_ns > _SETTLED_AFTER_NANOSECONDS
 
 
 class ContentHashes:
     """SHA-256 of files and folders, cached by size, mtime, ctime and inode in one JSON file.
 
-    `is_kept` is False for what only previews: then `save` writes nothing.
+    `is_kept` is False in a preview; then `save` writes nothing.
     """
 
     def __init__(self, cache_path: Path, *, is_kept: bool = True) -> None:
@@ -73,9 +73,9 @@ class ContentHashes:
         self._is_changed = False
 
     def known(self, path: Path, files: Iterable[Path] | None = None) -> str | None:
-        """The hash as it was read, if nothing was touched since; nothing is read.
+        """The cached hash, if nothing was touched since; reads no file.
 
-        It is for looking only: a file that was changed twice in one instant looks the same.
+        For views only: a file that changed twice in one instant looks unchanged.
         """
         if path.is_dir():
             files = _files_in(path) if files is None else files
@@ -85,7 +85,7 @@ class ContentHashes:
         return None if entry is None else entry.sha256
 
     def is_outdated(self, path: Path, files: Iterable[Path] | None = None) -> bool:
-        """True where something was read here and was touched since; nothing is read."""
+        """True if a hash is cached and something was touched since; reads no file."""
         if path.is_dir():
             files = list(_files_in(path) if files is None else files)
             are_cached = [str(file.resolve()) in self._cache for file in files]
@@ -95,7 +95,7 @@ class ContentHashes:
     def hash(self, path: Path, files: Iterable[Path] | None = None) -> str:
         """The hash of a file's bytes, or of a folder's relative names and their bytes.
 
-        `files` are those of the folder that are read; None: all but hidden ones.
+        `files` are the files of the folder to hash; None: all except hidden ones.
         """
         if not path.is_dir():
             return self._hash_files(path, [path])[path]
@@ -107,7 +107,7 @@ class ContentHashes:
         return sum(file.stat().st_size for file in files if self._find_settled(file) is None)
 
     def _hash_files(self, path: Path, files: Iterable[Path]) -> dict[Path, str]:
-        """The hash of each file; read are those that may have changed."""
+        """The hash of each file; reads only files that may have changed."""
         found: dict[Path, str] = {}
         unread: list[Path] = []
         for file in files:
@@ -120,7 +120,7 @@ class ContentHashes:
             return found
         notice = _Notice(path, self.measure_unread(unread))
         for file in unread:
-            # The state comes first: what is written meanwhile has another one.
+            # Taken before reading, so that a write in the meantime changes the state.
             read_at_ns, state = time.time_ns(), look_at(file)
             found[file] = hash_file(file, notice.tell_once)
             if state is not None:
@@ -138,11 +138,9 @@ class ContentHashes:
         return entry if entry is not None and entry.is_settled else None
 
     def save(self) -> None:
-        """Write the cache; a cache that is lost or overwritten by another process only costs
-        time.
-        """
+        """Write the cache. If it is lost or another process overwrites it, that only costs time."""
         if self._is_changed and self._is_kept:
-            # A full disk stops those runs that need it, not every command.
+            # A full disk should stop the runs that need space, not every command.
             with contextlib.suppress(CorruptFileError, OSError):
                 write_json_atomic(
                     self._cache_path, {**_load_cache(self._cache_path), **self._cache}
@@ -150,18 +148,18 @@ class ContentHashes:
             self._is_changed = False
 
 
-_MAX_CACHE_BYTES: Final = 256 << 20  # of a million files
+_MAX_CACHE_BYTES: Final = 256 << 20  # enough for a million files
 
 
 class _Notice:
-    """One line on stderr about reading that takes long."""
+    """One line on stderr if reading takes long."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self._path, self._num_bytes = path, num_bytes
         self._began, self._is_told = time.monotonic(), False
 
     def tell_once(self) -> None:
-        """Called with each block that was read."""
+        """Called after each block that was read."""
         is_long = time.monotonic() - self._began > _LONG_SECONDS
         if self._is_told or not (is_long or self._num_bytes > _LARGE_BYTES):
             return
@@ -174,7 +172,7 @@ class _Notice:
 
 
 def _load_cache(path: Path) -> dict[str, _Entry]:
-    """`path -> entry`; without those that another version wrote."""
+    """`path -> entry`, without the entries of another version."""
     try:
         cache = load_json(path, _MAX_CACHE_BYTES)
     except (CorruptFileError, OSError):
@@ -190,18 +188,18 @@ def _is_entry(value: Any) -> bool:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Its files at any depth, without hidden ones and hidden folders: downloads keep time stamps
-    there.
+    """The files of a folder at any depth, without hidden files and folders, in which downloads keep
+    time stamps.
     """
     files = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    # A hidden part shows as a dot at the start, or behind a slash.
+    # A hidden part has a dot at the start, or after a slash.
     return [folder / file for file in sorted(files) if "/." not in f"/{file.as_posix()}"]
 
 
 @dataclass(frozen=True)
 class Content:
-    """A path that recipes name, and the sources that read rows of it; none for models and
-    templates.
+    """A path that recipes name, and the data sources that read rows from it; models and templates
+    have none.
     """
 
     path: str
@@ -209,8 +207,8 @@ class Content:
 
 
 def list_content_paths(recipe: Recipe) -> dict[str, str]:
-    """`dotted key -> relative path` of what the recipe names by path; hub ids name themselves by
-    revision.
+    """`dotted key -> relative path` of everything that the recipe names by path. Hub ids are left
+    out, because their revision identifies them.
     """
     named = {
         "model.path": recipe.model.path,
@@ -235,11 +233,11 @@ def list_contents(recipe: Recipe) -> list[Content]:
 
 
 def known_content(content: Content, hashes: ContentHashes) -> str | None:
-    """The hash of what is named, if it is cached and still there; reads no file."""
+    """The hash of a content, if it is cached and the files still exist; reads no file."""
     path = Path(content.path)
     try:
         return hashes.known(path, _find_files(content)) if path.exists() else None
-    except DataError:  # it is for `check` and a launch to say so
+    except DataError:  # `check` and a launch report it
         return None
 
 
@@ -252,10 +250,10 @@ def _is_outdated(content: Content, hashes: ContentHashes) -> bool:
 
 
 def _find_files(content: Content) -> set[Path] | None:
-    """The files of a folder of rows that the sources choose there; None where they read all of its
-    rows: then everything in it counts, as it did before files could be chosen.
+    """The files that the sources choose in a folder of rows. None if they read all rows: then every
+    file in it counts, as it did before files could be chosen.
 
-    Raises: DataError, where a source leaves open which files it means.
+    Raises: DataError, if a source does not say which files it means.
     """
     if not content.sources:
         return None
@@ -269,7 +267,7 @@ def _find_files(content: Content) -> set[Path] | None:
 
 
 def _list_read(content: Content) -> Iterable[Path]:
-    """The files of which the hash is made."""
+    """The files that the hash covers."""
     path = Path(content.path)
     if not path.is_dir():
         return [path]
@@ -278,7 +276,9 @@ def _list_read(content: Content) -> Iterable[Path]:
 
 
 def _is_surely_local(key: str, path: str) -> bool:
-    """A hub id is `name` or `owner/name`; anything else is a path, whether or not it is there."""
+    """True if a name cannot be a hub id (`name` or `owner/name`) and is therefore a path, even if
+    nothing is there.
+    """
     has_file_suffix = Path(path).suffix == ".jinja" or name_format(Path(path)) is not None
     if path.startswith(_DEMO_MODELS):
         return True
@@ -291,8 +291,8 @@ def _is_surely_local(key: str, path: str) -> bool:
 
 
 def list_missing_files(recipe: Recipe) -> dict[str, str]:
-    """`dotted key -> path` of what the recipe names by path and is not there, content or not; of a
-    model's folder that is there, the first file without which it cannot be loaded.
+    """`dotted key -> path` of the named files that are missing, hashed or not. For a model's
+    folder, the first file that is missing from it.
     """
     named = {
         **list_content_paths(recipe),
@@ -305,30 +305,30 @@ def list_missing_files(recipe: Recipe) -> dict[str, str]:
 
 
 def hint_at_missing(paths: Collection[str]) -> str:
-    """How files come to be there that a recipe names."""
+    """A hint how to provide the files that a recipe names."""
     if any(path.startswith(_DEMO_MODELS) for path in paths):
         return f"{pasteable('runner demo-models')}  # builds the demo's models"
     if any(Path(path).parent.is_dir() and path.endswith(_OF_MODELS) for path in paths):
         return (
-            "a model's folder holds config.json and model.safetensors, or the shards that"
-            " model.safetensors.index.json names (pickles such as *.bin are never loaded):"
-            " copy the whole folder again, or name another one in `model.path`"
+            "copy the whole folder again, or name another one in `model.path`: a model's folder"
+            " holds config.json and model.safetensors, or the shards that"
+            " model.safetensors.index.json names (pickles such as *.bin are never loaded)"
         )
     user_folder = find_user_folder()
     found = [path for path in paths if user_folder is not None and (user_folder / path).exists()]
     if found:
         return (
-            f"{found[0]} is in {user_folder}, and paths are relative to the project, {Path.cwd()}:"
-            f" name the file by its whole path, {user_folder}/{found[0]}"
+            f"{found[0]} is in {user_folder}, but paths are relative to the project, {Path.cwd()}:"
+            f" write the full path, {user_folder}/{found[0]}"
         )
     return (
-        "paths are relative to the project; replace them in the recipe template, or for one launch"
+        "paths are relative to the project; correct them in the recipe template, or for one launch"
         " with an override such as data.train.path=FILE"
     )
 
 
 def _require_files(recipe: Recipe) -> None:
-    """Refuse missing files, and sources that leave open which files are meant."""
+    """Refuse missing files, and data sources that do not say which files they mean."""
     if missing := list_missing_files(recipe):
         raise DataError(
             f"recipe {recipe.run.name} names files that are not there:\n"
@@ -348,7 +348,7 @@ def _build_unreadable(recipe: Recipe, error: OSError) -> DataError:
 
 
 def check_contents(recipe: Recipe) -> None:
-    """Refuse what `hash_contents` refuses, without reading it.
+    """Refuse what `hash_contents` refuses, without reading the files.
 
     Raises:
         DataError: as there.
@@ -363,12 +363,12 @@ def check_contents(recipe: Recipe) -> None:
 
 
 def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
-    """`relative path -> SHA-256` of everything that the recipe names by path; of a folder of rows,
-    of the files that are read.
+    """`relative path -> SHA-256` of everything that the recipe names by path. The hash of a folder
+    of rows covers only the files that are read.
 
     Raises:
-        DataError: a file is missing (all missing ones are named) or cannot be read, or a source of
-            rows leaves open which files are meant.
+        DataError: a file is missing (all missing ones are named) or cannot be read, or a data
+            source does not say which files it means.
     """
     _require_files(recipe)
     try:
@@ -383,7 +383,7 @@ def hash_contents(recipe: Recipe, hashes: ContentHashes) -> dict[str, str]:
 
 
 def find_contents(recipe: Recipe, hashes: ContentHashes, *, is_compared: bool) -> dict[str, str]:
-    """`hash_contents` where it is compared with anything; else nothing, after the same refusals.
+    """`hash_contents` if the result will be compared; else an empty dict, after the same refusals.
 
     Raises:
         DataError: as there.
@@ -397,8 +397,8 @@ def find_contents(recipe: Recipe, hashes: ContentHashes, *, is_compared: bool) -
 def hash_what_is_there(
     recipe: Recipe, hashes: ContentHashes, only: Container[str] | None = None
 ) -> dict[str, str]:
-    """As `hash_contents`, without what is missing or leaves open which files are meant, and `only`
-    of these paths.
+    """As `hash_contents`, without files that are missing and sources that do not say which files
+    they mean. `only` limits it to these paths.
     """
     contents = {}
     is_model_whole = find_missing_model_file(Path(recipe.model.path)) is None
@@ -416,21 +416,21 @@ def hash_what_is_there(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known, without reading them, of the files that a recipe names."""
+    """Facts about the files that a recipe names, found without reading them."""
 
-    contents: Mapping[str, str]  # path -> SHA-256 of what is as it was when it was last read
+    contents: Mapping[str, str]  # path -> SHA-256 of contents that are unchanged since last read
     named: tuple[str, ...] = ()  # paths of all contents
-    touched: tuple[str, ...] = ()  # of those that were touched since they were read
-    unread: tuple[str, ...] = ()  # of those that were never read under this output root
-    missing: tuple[str, ...] = ()  # paths that are not there, content or not
+    touched: tuple[str, ...] = ()  # paths of contents that were touched since they were read
+    unread: tuple[str, ...] = ()  # paths of contents never read under this output root
+    missing: tuple[str, ...] = ()  # paths that do not exist, hashed or not
 
 
 class KnownContents:
-    """As `hash_contents`, for what is cached and still there; reads no file. Many recipes name the
-    same few files: each is looked at once until `refresh`.
+    """As `hash_contents`, for contents that are cached and still exist; reads no file. Many recipes
+    name the same few files, so each is checked once until `refresh`.
 
-    `outdated` are paths of what was touched since it was hashed: what names them is compared
-    without them.
+    `outdated` holds the paths that were touched since they were hashed. Recipes that name them are
+    compared without them.
     """
 
     def __init__(self, cache_path: Path) -> None:
@@ -439,11 +439,11 @@ class KnownContents:
         self._hashes = ContentHashes(cache_path)
         self._known: dict[Content, str | None] = {}
         self._exists: dict[str, bool] = {}
-        self._lacking: dict[str, str | None] = {}  # of models' folders, by path
+        self._lacking: dict[str, str | None] = {}  # missing files of models' folders, by path
         self.outdated: set[str] = set()
 
     def refresh(self) -> None:
-        """Look again at everything from here on, also at the cache of hashes."""
+        """Check everything again from now on, including the hash cache."""
         state = look_at(self._cache_path)
         if state != self._cache_state:
             self._cache_state, self._hashes = state, ContentHashes(self._cache_path)
@@ -453,7 +453,7 @@ class KnownContents:
         self.outdated.clear()
 
     def find(self, contents: Iterable[Content]) -> dict[str, str]:
-        """`path -> SHA-256` of what is cached and still there."""
+        """`path -> SHA-256` of the contents that are cached and still exist."""
         found = {}
         for content in contents:
             if content not in self._known:
@@ -466,7 +466,7 @@ class KnownContents:
         return found
 
     def look(self, recipe: Recipe, contents: Sequence[Content] | None = None) -> Inputs:
-        """What is known of the files of a recipe; `contents` are those of `list_contents`."""
+        """The known facts about the files of a recipe; `contents` comes from `list_contents`."""
         contents = list_contents(recipe) if contents is None else contents
         found = self.find(contents)
         named = tuple(dict.fromkeys(content.path for content in contents))
@@ -476,7 +476,7 @@ class KnownContents:
         model = recipe.model.path
         unknown = [path for path in named if path not in found and path not in missing]
         if lacking := self._find_lacking(model):
-            # Not "changed": a folder that lost a file is not compared with anything.
+            # Not "changed": a folder that lost a file cannot be compared.
             found.pop(model, None)
             unknown = [path for path in unknown if path != model]
             missing.append(lacking)
@@ -501,8 +501,8 @@ class KnownContents:
 
 
 def list_changed(recipe: Recipe, contents: Mapping[str, str], cache_path: Path) -> dict[str, str]:
-    """`path -> in words` of what is not as it was when it was hashed to `contents`, as far as the
-    cache tells; read is only what was touched since, and of that nothing large.
+    """`path -> reason` of the contents that differ from `contents`, according to the cache. Reads
+    only files that were touched since they were hashed, and none that are large.
     """
     inputs = KnownContents(cache_path).look(recipe)
     changed = {path: "is not there any more" for path in inputs.missing if path in contents}
@@ -513,7 +513,7 @@ def list_changed(recipe: Recipe, contents: Mapping[str, str], cache_path: Path) 
             continue
         try:
             if hashes.measure_unread(_list_read(content)) > _LARGE_BYTES:
-                changed[content.path] = "was touched, and is too large to be read meanwhile"
+                changed[content.path] = "was touched, and is too large to read again now"
                 continue
             found[content.path] = hashes.hash(Path(content.path), _find_files(content))
         except (DataError, OSError) as error:

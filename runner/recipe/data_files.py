@@ -1,8 +1,9 @@
-"""The files of a local data source: which of them a recipe reads, which it does not and why.
+"""The files of a local data source: those that a recipe reads, and those that it skips, with the
+reason.
 
-Splits are found by the names of files and folders, as the hub's libraries find them
-(https://huggingface.co/docs/hub/datasets-file-names-and-splits). Reads no rows, and imports nothing
-heavy: `status` hashes by this.
+Splits are found by the names of files and folders, as the hub's libraries do
+(https://huggingface.co/docs/hub/datasets-file-names-and-splits). Reads no rows and imports nothing
+heavy, because `status` uses it to hash.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _FORMATS: Final = (*_TEXT_FORMATS, ".parquet", ".arrow")
 ACCEPTED: Final = (
     f"{', '.join(_FORMATS)} (the first three also packed, as {' or '.join(COMPRESSIONS)})"
 )
-# Written beside the rows by the hub and by `save_to_disk`.
+# Files that the hub and `save_to_disk` write next to the rows.
 _METADATA: Final = frozenset(
     {"config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 )
@@ -36,7 +37,7 @@ _KEYWORDS: Final = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _CANONICAL: Final = {word: split for split, words in _KEYWORDS.items() for word in words}
-# A keyword counts where it stands alone, between what is no letter.
+# A keyword counts only as a separate word: no letter may be next to it.
 _KEYWORD: Final = re.compile(
     rf"(?<![^-._ 0-9])({'|'.join(sorted(_CANONICAL, key=len, reverse=True))})(?![^-._ 0-9])",
     re.IGNORECASE,
@@ -46,20 +47,20 @@ _MAX_README_CHARACTERS: Final = 1_000_000
 _NUM_NAMED: Final = 3
 
 HIDDEN: Final = "hidden files"
-_OTHER_FORMATS: Final = "files that are no rows"
+_OTHER_FORMATS: Final = "files that hold no rows"
 _LINKED: Final = "links to folders"
-_NO_SPLIT: Final = "files whose names say no split"
+_NO_SPLIT: Final = "files whose names contain no split"
 
 Files = tuple[Path, ...]
 
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The files that a local source is read from, in their order, and what stands beside them.
+    """The files that a local data source is read from, in order, with facts about the others.
 
-    `skipped` maps a reason to the names of the files that nobody reads. `saved_dir` is the folder
-    that `save_to_disk` has written, where one has. `notes` say which keys have no effect.
-    `read_for_choice` is read besides, to know which files are meant.
+    `skipped` maps a reason to the names of the files that are not read. `saved_dir` is the folder
+    that `save_to_disk` wrote, if any. `notes` name the keys that have no effect. `read_for_choice`
+    are files that are also read, to choose the others.
     """
 
     files: Files
@@ -71,7 +72,7 @@ class SourceFiles:
 
 @dataclass(frozen=True)
 class _Folder:
-    """The data files of a folder by split; None: their names say none."""
+    """The data files of a folder by split; None: their names contain no split."""
 
     by_split: Mapping[str | None, Files]
     skipped: Mapping[str, tuple[str, ...]]
@@ -80,7 +81,7 @@ class _Folder:
 
 
 def name_format(path: PurePath) -> str | None:
-    """The suffix that says how a file is read, without that of its compression; None: it cannot be.
+    """The suffix of a file's format, without that of its compression; None: unknown format.
 
     >>> name_format(PurePath("a.jsonl.gz")), name_format(PurePath("a.parquet.gz"))
     ('.jsonl', None)
@@ -93,23 +94,24 @@ def name_format(path: PurePath) -> str | None:
 
 
 def find_source_files(source: DataSource) -> SourceFiles:
-    """What a source reads of the file or folder at its path, which is there.
+    """The files that a data source reads from the file or folder at its path, which must exist.
 
     Raises:
-        DataError: a key of the source means nothing there, or the names leave open what is meant.
+        DataError: a key of the source has no meaning there, or the names do not determine the
+            files.
     """
     path = Path(source.path)
     if source.revision is not None:
         raise DataError(
             f"`revision: {source.revision}` is a commit of a data set on the hub, and {path} is"
             f" a local {'folder' if path.is_dir() else 'file'}",
-            hint="leave it out, or write `revision: null`; what local files hold is hashed anyway",
+            hint="leave it out, or write `revision: null`; local files are hashed anyway",
         )
     if path.is_dir():
         return _choose_split(source, _list_folder(path, source.config_name))
     if source.config_name is not None:
         raise DataError(
-            f"`config_name: {source.config_name}` is a part of a data set on the hub or of a"
+            f"`config_name: {source.config_name}` names a part of a data set on the hub or of a"
             f" folder, and {path} is one file",
             hint="leave it out, or write `config_name: null`",
         )
@@ -123,14 +125,15 @@ def find_source_files(source: DataSource) -> SourceFiles:
 
 
 def list_splits(folder: Path, config_name: str | None = None) -> tuple[str | None, ...]:
-    """The splits that the names in a folder say, train first; None among them stands for files that
-    say none.
+    """The splits that the names in a folder contain, train first; None stands for files without a
+    split.
     """
     return tuple(_sort_splits(_list_folder(folder, config_name).by_split))
 
 
 def find_split(splits: Sequence[str | None], wanted: str) -> str | None:
-    """The name under which a split is there: `validation` also finds `valid`, `val` or `dev`.
+    """The name that a wanted split has among `splits`: `validation` also finds `valid`, `val` or
+    `dev`.
 
     >>> find_split(["train", "dev"], "validation"), find_split(["dev"], "test")
     ('dev', None)
@@ -142,7 +145,7 @@ def find_split(splits: Sequence[str | None], wanted: str) -> str | None:
 
 
 def describe_files(names: Sequence[str]) -> str:
-    """The first names of several.
+    """The first few of several names.
 
     >>> describe_files(["a", "b", "c", "d"])
     'a, b, c and 1 more'
@@ -152,7 +155,7 @@ def describe_files(names: Sequence[str]) -> str:
 
 
 def _sort_splits(splits: Iterable[str | None]) -> list[str | None]:
-    """Train, validation, test, others by name, and last what has none."""
+    """Train, validation, test, then others by name, and last the files without a split."""
     known = list(_KEYWORDS)
 
     def place(split: str | None) -> tuple[int, str]:
@@ -189,8 +192,8 @@ def _choose_split(source: DataSource, folder: _Folder) -> SourceFiles:
     if not named:
         if source.split != "train":
             raise DataError(
-                f"the folder {path} has no files for `split: {source.split}`: no name in it says"
-                f" a split ({_count(by_split)})",
+                f"the folder {path} has no files for `split: {source.split}`: no name in it"
+                f" contains a split ({_count(by_split)})",
                 hint=(
                     "leave `split` out to read all of them, or name files after splits, such as"
                     f" {source.split}.jsonl"
@@ -225,7 +228,7 @@ def _refuse_choice(
     )
     proposed = find_split(named, "train") or named[0]
     others = ", ".join(f"`split: {name}`" for name in named if name != proposed)
-    hint = f"write `split: {proposed}` beside `path: {source.path}`"
+    hint = f"write `split: {proposed}` next to `path: {source.path}`"
     if others:
         hint += f", or {others}"
     if None in by_split:
@@ -285,7 +288,7 @@ def _list_by_name(folder: Path) -> _Folder:
             split = name_split(name)
         except ValueError as error:
             raise DataError(
-                f"{file}: its name says two splits, {error}",
+                f"{file}: its name contains two splits, {error}",
                 hint="rename it, or name single files or another folder as `path`",
             ) from None
         by_split.setdefault(split, []).append(file)
@@ -293,14 +296,14 @@ def _list_by_name(folder: Path) -> _Folder:
 
 
 def _walk(folder: Path) -> tuple[list[Path], dict[str, tuple[str, ...]]]:
-    """The data files below a folder, sorted, and the others by the reason that they are not."""
+    """The data files below a folder, sorted, and the others by the reason for skipping them."""
     files: list[Path] = []
     skipped: dict[str, list[str]] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file()):
         name = file.relative_to(folder)
         if _is_hidden(name):
             skipped.setdefault(HIDDEN, []).append(str(name))
-        elif file.is_dir():  # `rglob` does not enter those, which may lead back here
+        elif file.is_dir():  # a link, which may lead back here; `rglob` does not follow it
             skipped.setdefault(_LINKED, []).append(str(name))
         elif name_format(name) is None or name.name in _METADATA:
             skipped.setdefault(_OTHER_FORMATS, []).append(str(name))
@@ -310,12 +313,12 @@ def _walk(folder: Path) -> tuple[list[Path], dict[str, tuple[str, ...]]]:
 
 
 def _is_hidden(name: PurePath) -> bool:
-    """Whether a file is a by-product: of notebooks, archives, downloads, Python."""
+    """True for by-products of notebooks, archives, downloads and Python."""
     return any(part.startswith(".") or part in ("__MACOSX", "__pycache__") for part in name.parts)
 
 
 def _list_saved(folder: Path) -> _Folder | None:
-    """A folder that `save_to_disk` has written: one data set, or one for each split."""
+    """A folder that `save_to_disk` wrote: one data set, or one per split; None if it is not one."""
     dict_path, skipped = folder / "dataset_dict.json", _walk(folder)[1]
     hidden = {reason: names for reason, names in skipped.items() if reason == HIDDEN}
     if dict_path.is_file():
@@ -341,10 +344,10 @@ def _list_saved(folder: Path) -> _Folder | None:
 
 
 def name_split(name: PurePath) -> str | None:
-    """The split that a file's place below a folder says; None: none.
+    """The split in a file's path below a folder; None if there is none.
 
-    A shard's name says it exactly (`train_sft-00000-of-00002.parquet`); otherwise a keyword in the
-    name or in that of a folder does. Raises: ValueError, with both, where they say two.
+    A shard's name states it exactly (`train_sft-00000-of-00002.parquet`); otherwise it is a keyword
+    in the name of the file or of a folder. Raises: ValueError, with both, if there are two.
 
     >>> [name_split(PurePath(n)) for n in ("val.csv", "dev/a.csv", "data/x-00000-of-00001.csv")]
     ['validation', 'validation', 'x']
@@ -362,7 +365,7 @@ def name_split(name: PurePath) -> str | None:
 
 
 def _inside(folder: Path, name: Any) -> Path:
-    """A path below a folder. Raises: DataError, for one that leads out of it."""
+    """A path below a folder. Raises: DataError, for a path that leads out of it."""
     pure = PurePath(str(name))
     if pure.is_absolute() or ".." in pure.parts:
         raise DataError(f"{folder}: {str(name)!r} leads out of the folder")
@@ -370,8 +373,8 @@ def _inside(folder: Path, name: Any) -> Path:
 
 
 def _read_configs(folder: Path) -> list[Mapping[str, Any]]:
-    """The `configs` at the head of a data set's README, as the hub writes them; none where there
-    are none.
+    """The `configs` in the header of a data set's README, as the hub writes them; an empty list if
+    there are none.
     """
     try:
         with (folder / "README.md").open(encoding="utf-8-sig") as stream:
@@ -379,7 +382,7 @@ def _read_configs(folder: Path) -> list[Mapping[str, Any]]:
     except (OSError, UnicodeDecodeError):
         return []
     head = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", text, re.DOTALL)
-    # The block alone: what else stands there is long and none of ours.
+    # Only this block: the rest of the header can be long, and is not needed.
     block = head and re.search(r"^configs:.*\n(?:[ \t-].*\n?|\n)*", head[1] + "\n", re.MULTILINE)
     if not block:
         return []
@@ -389,7 +392,7 @@ def _read_configs(folder: Path) -> list[Mapping[str, Any]]:
         line = str(error).partition("\n")[0]
         raise DataError(f"{folder}/README.md: its `configs` cannot be read: {line}") from None
     if not isinstance(configs, list | None):
-        raise DataError(f"{folder}/README.md: its `configs` are no list")
+        raise DataError(f"{folder}/README.md: its `configs` are not a list")
     named = [one for one in configs or [] if isinstance(one, Mapping) and "config_name" in one]
     if len(named) != len(configs or []):
         raise DataError(f"{folder}/README.md: one of its `configs` has no `config_name`")
@@ -411,16 +414,16 @@ def _choose_config(
         raise DataError(
             f"{folder}/README.md names {len(configs)} parts of this data set, and the recipe does"
             " not say which to read",
-            hint=f"write `config_name: {names[0]}`; there are {', '.join(names)}",
+            hint=f"write `config_name: {names[0]}`; its parts are {', '.join(names)}",
         )
     raise DataError(
         f"{folder}/README.md has no part `config_name: {wanted}`{suggest(wanted, names)}",
-        hint=f"there are {', '.join(names)}",
+        hint=f"its parts are {', '.join(names)}",
     )
 
 
 def _list_patterns(folder: Path, base: Path, data_files: Any) -> _Folder:
-    """The files that a README's patterns name, by split."""
+    """The files that match a README's patterns, by split."""
     by_split: dict[str | None, Files] = {}
     for split, patterns in _read_patterns(data_files):
         found: dict[Path, None] = {}
@@ -437,12 +440,12 @@ def _list_patterns(folder: Path, base: Path, data_files: Any) -> _Folder:
             raise DataError(f"{path}: cannot tell the format, expected one of {ACCEPTED}")
     others = [str(path.relative_to(base)) for path in files if path not in named]
     if others:
-        skipped["files that are of no split of the README"] = tuple(others)
+        skipped["files that match no split of the README"] = tuple(others)
     return _Folder(by_split, skipped)
 
 
 def _glob(base: Path, pattern: Any) -> list[Path]:
-    """What a pattern finds below a folder. Raises: DataError, for one that is none."""
+    """The paths that match a pattern below a folder. Raises: DataError, for an invalid pattern."""
     _inside(base, pattern)
     try:
         return sorted(base.glob(str(pattern)))

@@ -1,8 +1,8 @@
-"""Names that other trainers have for what a recipe says, and what to write here instead.
+"""Names that other trainers use for the keys of a recipe, and the text to write here instead.
 
-They are the options and keys of Transformers, TRL, PEFT, Axolotl, LLaMA-Factory, Unsloth and of
-scripts for one experiment. Owns no wording of errors. A name that is a key of the schema needs no
-entry: it is found there.
+They are options and keys of Transformers, TRL, PEFT, Axolotl, LLaMA-Factory, Unsloth and of
+scripts for one experiment. `problems` writes the error messages. A name that is a key of the schema
+needs no entry, because it is found there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _4BIT: Final = "quantization.method=4bit"
 _8BIT: Final = "quantization.method=8bit"
 _NOT_QUANTIZED: Final = "quantization.method=none"
 _FLASH: Final = "model.attn_implementation=flash_attention_2"
-# `what overrides -> what a recipe that says nothing of it needs beside them`.
+# `pattern of an override -> overrides that it needs too, if the recipe does not set them`.
 _NEEDED: Final[Mapping[str, str]] = {
     r"quantization\.method=4bit": (
         "quantization.bnb_4bit_quant_type=nf4 quantization.bnb_4bit_use_double_quant=true"
@@ -41,8 +41,8 @@ _NEEDED: Final[Mapping[str, str]] = {
     r"evaluation\.generation\.enabled=true": "evaluation.generation.max_new_tokens=64",
 }
 
-# `key` or `keys -> names`: the same value under another name. `{}` is the value, where several
-# keys go together.
+# `key` or `keys -> names`: the same value under another name. `{}` is the value if several keys
+# belong together.
 _SAME: Final[Mapping[str, str]] = {
     "model.path": (
         "base_model model model_id model_name model_name_or_path model_path"
@@ -126,7 +126,7 @@ _SAME: Final[Mapping[str, str]] = {
     "tracking.hub_private": "hub_private_repo",
 }
 _STRATEGY: Final = "evaluation.eval_strategy"
-# `names -> value -> keys`; `*` is any other value.
+# `names -> value -> keys`; `*` matches any other value.
 _CHOICES: Final[Mapping[str, Mapping[str, str]]] = {
     "load_in_4bit use_4bit": {"true": _4BIT, "false": _NOT_QUANTIZED},
     "load_in_8bit use_8bit": {"true": _8BIT, "false": _NOT_QUANTIZED},
@@ -204,24 +204,24 @@ _CHOICES: Final[Mapping[str, Mapping[str, str]]] = {
     "model_to_wandb": {"true": "tracking.log_model=end", "false": "tracking.log_model=none"},
 }
 _SHARES: Final = (
-    "`data.num_validation_samples` and `data.num_test_samples` say how many rows, not which share"
+    "`data.num_validation_samples` and `data.num_test_samples` are numbers of rows, not fractions"
 )
 _NOT_PACKED: Final = (
-    "rows are never packed; `training.train_sampling_strategy=group_by_length` makes batches of"
-    " rows of similar length"
+    "rows are never packed; `training.train_sampling_strategy=group_by_length` batches rows of"
+    " similar length"
 )
-_COLUMNS: Final = "`data.task` says what a row is and which columns it has"
+_COLUMNS: Final = "`data.task` defines a row and its columns"
 _OWN_RUN_DIR: Final = (
-    "a run is stored in runs/<grid>/<run name>; `--output-root DIR` puts all runs elsewhere"
+    "a run is stored in runs/<grid>/<run name>; `--output-root DIR` stores all runs elsewhere"
 )
 _RESUMES: Final = (
-    "a run resumes from its newest checkpoint by itself; `runner launch RECIPE --resume"
-    " latest|best|PATH` says from which"
+    "a run resumes from its newest checkpoint automatically; `runner launch RECIPE --resume"
+    " latest|best|PATH` chooses another"
 )
-_NO_FOREIGN_CODE: Final = "code of a model's repository never runs: leave it out"
-_NOTHING: Final = "there is nothing to set: leave it out"
+_NO_FOREIGN_CODE: Final = "code from a model's repository never runs: leave it out"
+_NOTHING: Final = "it is not needed here: leave it out"
 _ONLY_SFT: Final = "every run is supervised fine-tuning of a causal model: leave it out"
-# What no key of a recipe says.
+# Names without a key in a recipe.
 _SENTENCES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("eval_ratio", "test_size", "val_set_size", "val_size"), _SHARES),
     **dict.fromkeys(
@@ -233,7 +233,7 @@ _SENTENCES: Final[Mapping[str, str]] = {
     ),
     **dict.fromkeys(("dataset_text_field", "text_column", "text_field"), _COLUMNS),
     "template": (
-        "`model.chat_template` names a .jinja file; without it the tokenizer's own template counts"
+        "`model.chat_template` names a .jinja file; without it the tokenizer's own template is used"
     ),
     **dict.fromkeys(
         ("deepspeed", "deepspeed_config", "ds_config"),
@@ -242,19 +242,19 @@ _SENTENCES: Final[Mapping[str, str]] = {
     ),
     **dict.fromkeys(("checkpoint_dir", "output_dir", "save_dir"), _OWN_RUN_DIR),
     **dict.fromkeys(("resume", "resume_from_checkpoint", "resume_option"), _RESUMES),
-    "overwrite_output_dir": "`runner launch RECIPE --fresh` moves the run aside and starts anew",
+    "overwrite_output_dir": "`runner launch RECIPE --fresh` moves the run aside and starts again",
     "load_best_model_at_end": "the best checkpoint by `checkpoints.metric` is always exported",
-    "greater_is_better": "`checkpoints.mode` is that of the metric: min for a likelihood",
-    **dict.fromkeys(("hub_token", "hf_token", "token"), "export HF_TOKEN=..., in the shell"),
+    "greater_is_better": "`checkpoints.mode` must fit the metric: min for a likelihood",
+    **dict.fromkeys(("hub_token", "hf_token", "token"), "export HF_TOKEN=... in the shell"),
     "trust_remote_code": _NO_FOREIGN_CODE,
     **dict.fromkeys(
         ("do_eval", "do_predict", "do_train", "overwrite_cache", "plot_loss"), _NOTHING
     ),
     **dict.fromkeys(("lora_task_type", "stage", "task_type"), _ONLY_SFT),
 }
-# What is worth a word beside the key.
+# Notes that are shown next to the key.
 _NOTES: Final[Mapping[str, str]] = {
-    "batch_size": "`training.per_device_train_batch_size` is what a process takes at a time",
+    "batch_size": "`training.per_device_train_batch_size` is the batch of one process",
     "seed": "`data.seed` draws the rows",
     "warmup_ratio": "a number below 1 is a fraction of all steps",
 }
@@ -264,7 +264,7 @@ _LISTS: Final = frozenset(
         *("tracking.report_to", "tracking.tags"),
     }
 )
-# Words of a list's key that are no item.
+# Values of a list's key that stand for the whole list, not for an item.
 _WHOLE: Final = frozenset({"all-linear", "none", "null", "true", "false", "wandb", "VALUE"})
 _SWITCHED: Final[Mapping[str, str]] = {
     **dict.fromkeys(("0", "false", "no", "off"), "false"),
@@ -282,14 +282,14 @@ _BY_VALUE: Final[Mapping[str, Mapping[str, str]]] = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What to write instead of a name: overrides, or else a sentence; beside overrides, a note."""
+    """The text to write instead of a name: overrides with perhaps a note, or only a sentence."""
 
     overrides: tuple[str, ...]
     sentence: str | None = None
-    is_refused: bool = False  # the name is known, and its value is not taken
+    is_refused: bool = False  # the name is known, but not its value
 
     def describe(self, *, is_override: bool) -> str:
-        """The end of a sentence about a name that is no key, of an override or of a file."""
+        """The end of a sentence about a name that is no key, in an override or in a file."""
         if not self.overrides:
             return f": {self.sentence}"
         if is_override:
@@ -306,9 +306,9 @@ class Answer:
 
 
 def find_answer(name: str, value: str | None, model: type[BaseModel]) -> Answer | None:
-    """What `name` with a value is in a recipe; None where nobody knows.
+    """The keys that mean `name` with a value in a recipe; None if the name is unknown.
 
-    A value of None is not known: `VALUE` takes its place.
+    A value of None is not known; `VALUE` is written in its place.
     """
     leaf = name.replace("-", "_").rpartition(".")[2]
     known = list_keys(model)
@@ -335,7 +335,7 @@ def find_answer(name: str, value: str | None, model: type[BaseModel]) -> Answer 
 
 
 def _choose(choices: Mapping[str, str], value: str | None) -> str | None:
-    """The words of a value; None for one that the table does not know."""
+    """The keys for a value; None for a value that is not in the table."""
     if value is None:
         return None
     spelled = value.lower()
@@ -349,15 +349,15 @@ def _list_choices(leaf: str, value: str | None) -> str:
     return f"of `{leaf}`, only {' and '.join(', '.join(names).rsplit(', ', 1))} are known here{got}"
 
 
-# Of a recipe: whether it takes overrides. Raises RecipeError.
+# Loads a recipe with overrides; raises RecipeError if it does not accept them.
 Load = Callable[[Sequence[str]], object]
 
 
 def complete(overrides: Sequence[str], load: Load) -> tuple[str, ...]:
-    """The overrides with what a recipe needs beside them, and nothing that it has.
+    """The overrides and those that the recipe needs in addition, without any that it has already.
 
     Raises:
-        RecipeError: it does not take them.
+        RecipeError: the recipe does not accept them.
     """
     groups = [words for pattern, words in _NEEDED.items() if _is_any(pattern, overrides)]
     for count in range(len(groups) + 1):
@@ -373,7 +373,7 @@ def complete(overrides: Sequence[str], load: Load) -> tuple[str, ...]:
 
 
 def complete_blindly(overrides: Sequence[str]) -> tuple[str, ...]:
-    """`complete` for a recipe that is not known: whatever it may need for a kind that is named."""
+    """As `complete`, for an unknown recipe: adds everything that the named kinds may need."""
     kinds = [one for one in overrides if one.startswith("adapter.method=") or "adapter." not in one]
     return _add_unstated(
         overrides, [words for pattern, words in _NEEDED.items() if _is_any(pattern, kinds)]
@@ -391,7 +391,9 @@ def _add_unstated(overrides: Sequence[str], groups: Sequence[str]) -> tuple[str,
 
 
 def fit_answer(answer: Answer, load: Load) -> Answer:
-    """The answer as a recipe takes it: overrides with what they need, or why it refuses them."""
+    """The answer for one recipe: overrides with those that they need, or the reason why the recipe
+    refuses them.
+    """
     if not answer.overrides:
         return answer
     try:
@@ -400,11 +402,11 @@ def fit_answer(answer: Answer, load: Load) -> Answer:
         problem = error.problems[0]
         keys = [one.partition("=")[0] for one in answer.overrides]
         key = problem.key if problem.key in keys else keys[0]
-        return Answer((), f"`{key}` here, and this recipe refuses it: {problem.what}", True)
+        return Answer((), f"`{key}` here, but this recipe refuses it: {problem.what}", True)
 
 
 def is_switch(name: str, model: type[BaseModel]) -> bool:
-    """True where `--name` alone means true."""
+    """True if `--name` without a value means true."""
     leaf = name.replace("-", "_").rpartition(".")[2]
     if leaf in _BY_VALUE:
         return "true" in _BY_VALUE[leaf]
@@ -415,7 +417,7 @@ def is_switch(name: str, model: type[BaseModel]) -> bool:
 
 
 def takes_many(name: str, model: type[BaseModel]) -> bool:
-    """True where `--name` takes several words."""
+    """True if `--name` accepts several values."""
     answer = find_answer(name, "x", model)
     return answer is not None and any(one.partition("=")[0] in _LISTS for one in answer.overrides)
 
@@ -423,8 +425,8 @@ def takes_many(name: str, model: type[BaseModel]) -> bool:
 def suggest_overrides(
     overrides: Sequence[str], wrong: Sequence[str], model: type[BaseModel], load: Load
 ) -> str | None:
-    """The overrides with those of `wrong` keys as they are written here, which the recipe takes;
-    None where nobody knows.
+    """The overrides with the `wrong` keys replaced by our own, if the recipe accepts them; None if
+    there is no such replacement.
 
     >>> from runner.recipe.parse import Recipe
     >>> suggest_overrides(["loss=full", "lr=1e-4"], ["lr"], Recipe, print)
@@ -444,7 +446,7 @@ def suggest_overrides(
 
 
 def join_words(words: Sequence[str]) -> str:
-    """`shlex.join`, with a text in single quotes put into double ones.
+    """As `shlex.join`, but a text with single quotes is put in double quotes.
 
     >>> print(join_words(["a b", "key='no'"]))
     'a b' "key='no'"
@@ -456,8 +458,8 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def list_names() -> dict[str, tuple[str, ...]]:
-    """Every name that has an entry, with the values that it knows (`*`: any); none of a
-    sentence.
+    """Every name that has an entry, with its known values (`*`: any). A name that has a sentence
+    has no values.
     """
     names = {name: ("*",) for name in _KEYS}
     return {**names, **{name: tuple(_BY_VALUE[name]) for name in _BY_VALUE}} | dict.fromkeys(
@@ -466,7 +468,7 @@ def list_names() -> dict[str, tuple[str, ...]]:
 
 
 def _fill(text: str, value: str, model: type[BaseModel]) -> str:
-    """One override; a template without `{}` stands as it is."""
+    """One override; a template without `{}` is left unchanged."""
     key, equals, template = text.partition("=")
     if equals and "{}" not in template:
         return text
@@ -474,8 +476,8 @@ def _fill(text: str, value: str, model: type[BaseModel]) -> str:
 
 
 def _spell(key: str, value: str, model: type[BaseModel]) -> str:
-    """A value as YAML has it for a key: true, false and null whatever others call them, quotes
-    around a `no` that is a word, brackets around a list.
+    """A value as YAML spells it for a key: true, false and null for other trainers' words, quotes
+    around a `no` that is a text, brackets around a list.
     """
     lowered = value.lower()
     kinds = [one for name, one in _walk(model, "") if name == key]
@@ -503,7 +505,7 @@ def _list_texts(annotation: Any) -> Iterator[str]:
 
 @cache
 def list_keys(model: type[BaseModel]) -> Mapping[str, Sequence[str]]:
-    """`last part -> dotted keys` of everything that a recipe may state, but for `run`."""
+    """`last part -> dotted keys` of every key of a recipe, except those of `run`."""
     keys: dict[str, list[str]] = {}
     for key, _ in _walk(model, ""):
         if not key.startswith("run."):
@@ -523,7 +525,7 @@ def _is_switch(annotation: Any) -> bool:
 
 
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Dotted key and annotation of everything that is no section."""
+    """The dotted key and annotation of everything that is not a section."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
         sections = list(_list_sections(field.annotation))

@@ -1,7 +1,7 @@
-"""Names on the hub: which of them a recipe loads, the commit that each stands for, and what the
-hub's cache on this machine holds of a commit.
+"""Names on the hub: those that a recipe loads, the commit that each resolves to, and the files of a
+commit in the hub's cache on this machine.
 
-A branch moves, a commit does not: once a name was resolved, everything is loaded by the commit.
+A branch moves, a commit does not. Once a name is resolved, everything is loaded by its commit.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ HubKind = Literal["model", "dataset"]
 
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
 DEFAULT_BRANCH: Final = "main"
-# The hub answers such a question in well under a second.
+# The hub usually answers in well under a second.
 _ANSWER_SECONDS: Final = 10.0
-# A hub that did not answer is not asked again for so long: each run of a sweep would wait for it.
+# A hub that did not answer is not queried again for this long, or each run of a sweep would wait.
 _SILENCE_SECONDS: Final = 30.0
-# What an HTTP server says that may say otherwise soon.
+# HTTP statuses after which a later request may succeed.
 _TRY_LATER: Final = (408, 425, 429)
-# Files of a model beside its weights: configurations, vocabularies, chat templates.
+# Files of a model other than its weights: configurations, vocabularies, chat templates.
 _BESIDE_WEIGHTS: Final = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"),
     *("*.bpe", "*.codes", "*.spm", "*.vocab", "tokenizer.model*"),
 )
-# The same in folders, where other formats of the same model are; templates may be in a folder.
+# The same in folders, which hold other formats of the same model. Templates may be in a folder.
 _IN_FOLDERS: Final = tuple(f"*/{one}" for one in _BESIDE_WEIGHTS if one != "*.jinja")
 
 
 @dataclass(frozen=True, order=True)
 class HubName:
-    """A name of a model or a data set, at what the recipe states: a branch, a tag, a commit, or
-    nothing.
+    """A name of a model or a data set, with the revision that the recipe states: a branch, a tag, a
+    commit, or None.
     """
 
     kind: HubKind
@@ -52,12 +52,12 @@ class HubName:
 
     @property
     def branch(self) -> str:
-        """What is looked up: who states nothing gets the default branch."""
+        """The revision to look up: the stated one, or the default branch."""
         return self.revision or DEFAULT_BRANCH
 
     @property
     def is_fixed(self) -> bool:
-        """True where the recipe states a commit, which never moves."""
+        """True if the recipe states a commit, which never moves."""
         return is_commit(self.revision)
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class HubName:
 
 
 def is_commit(revision: str | None) -> TypeGuard[str]:
-    """True for what never moves: 40 hexadecimal digits.
+    """True for a revision that never moves: 40 hexadecimal digits.
 
     >>> is_commit("main"), is_commit(None), is_commit("0" * 40)
     (False, False, True)
@@ -75,13 +75,13 @@ def is_commit(revision: str | None) -> TypeGuard[str]:
 
 
 def _list_named(recipe: Recipe) -> dict[str, ModelSection | DataSource]:
-    """By dotted key, everything that has a path and a revision."""
+    """Everything that has a path and a revision, by dotted key."""
     sources = recipe.data.sources.items()
     return {"model.path": recipe.model, **{f"data.{key}.path": one for key, one in sources}}
 
 
 def name_at(recipe: Recipe, key: str) -> HubName | None:
-    """The name under a dotted key; None where the recipe has no such key."""
+    """The name under a dotted key; None if the recipe lacks the key."""
     named = _list_named(recipe).get(key)
     if named is None:
         return None
@@ -89,23 +89,23 @@ def name_at(recipe: Recipe, key: str) -> HubName | None:
 
 
 def list_hub_names(recipe: Recipe) -> dict[str, HubName]:
-    """By dotted key, what the recipe loads from the hub; a local path is no name."""
+    """The names that the recipe loads from the hub, by dotted key; local paths are left out."""
     local = list_content_paths(recipe)
     names = {key: name_at(recipe, key) for key in _list_named(recipe) if key not in local}
     return {key: name for key, name in names.items() if name is not None}
 
 
 def pin(recipe: Recipe, commits: Mapping[str, str]) -> Recipe:
-    """The recipe as it is loaded: each name under a dotted key of `commits` at that commit.
+    """The recipe with each name under a dotted key of `commits` at that commit, for loading.
 
-    Its digest is another one: what identifies a run is the recipe as it was written.
+    Its digest differs: the recipe as written identifies a run.
     """
     return _restate(recipe, {key: one for key, one in commits.items()})
 
 
 def state_as_before(recipe: Recipe, before: Recipe, commits: Mapping[str, str]) -> Recipe:
-    """The recipe with the revisions that it stated `before`, where it states the commits that those
-    stood for: to write down what a run has loaded makes no other experiment of it.
+    """The recipe with the revisions that it stated `before`, if it now states the commits that they
+    resolved to. Writing down the commits that a run loaded does not make it another experiment.
     """
     stated: dict[str, str | None] = {}
     for key, commit in commits.items():
@@ -135,34 +135,33 @@ def _restate(recipe: Recipe, revisions: Mapping[str, str | None]) -> Recipe:
 
 
 class _NoAnswer(OSError):
-    """The hub may say later which commit a name is."""
+    """The hub did not return the commit of a name, but may do so later."""
 
     def __init__(self, name: HubName, why: str) -> None:
         super().__init__(
-            f"the hub does not say which commit {name} is ({why}); where there is no network,"
-            " HF_HUB_OFFLINE=1 takes what the cache has"
+            f"the hub does not say which commit {name} is ({why}); without a network, set"
+            " HF_HUB_OFFLINE=1 to use the cache"
         )
         self.why = why
 
 
 class CommitFinder:
-    """Finds the commit of a name: each name is asked for once, so that all runs of a sweep get the
-    same one however long it lasts.
+    """Finds the commit of a name. Queries each name once, so that all runs of a sweep get the same
+    commit however long the sweep lasts.
     """
 
     def __init__(self) -> None:
         self._found: dict[HubName, str] = {}
-        self._silence = ""  # why the hub gave no answer,
-        self._silent_until = 0.0  # and until when it is not asked again
+        self._silence = ""  # the reason why the hub did not answer
+        self._silent_until = 0.0  # the time until which it is not queried again
 
     def find(self, name: HubName) -> str | None:
-        """The commit: of the hub, or of its cache where the hub is out of reach. None where the hub
-        says no, or is not to be asked, and the cache has none: then loading says why, in the words
-        of the library that loads.
+        """The commit, from the hub or else from its cache. None if the hub refuses or must not be
+        queried, and the cache has no commit; then the library that loads the name reports why.
 
         Raises:
-            OSError: the hub does not say, and may say it later; what is loaded meanwhile, nobody
-                would know.
+            OSError: the hub does not answer, but may do so later. Loading now would leave the
+                commit unknown.
         """
         if name.is_fixed:
             return name.revision
@@ -207,10 +206,10 @@ def _ask_for_commit(name: HubName) -> str | None:
 
 
 def _is_final(error: Exception) -> bool:
-    """True where asking again later is of no use."""
+    """True if a later request would fail too."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    # Of no hub and no cache, `resolve_revision` says the former's error as the cause.
+    # If hub and cache both fail, `resolve_revision` raises with the hub's error as the cause.
     for one in (error, error.__cause__):
         if isinstance(one, HFValidationError | OfflineModeIsEnabled):
             return True
@@ -221,19 +220,19 @@ def _is_final(error: Exception) -> bool:
 
 
 def _find_cached(name: HubName) -> str | None:
-    """The commit that the cache knows a name by."""
+    """The commit of a name in the cache."""
     try:
         found = _open_hub().resolve_revision(
             name.name, repo_type=name.kind, revision=name.revision, local_files_only=True
         )
-    except Exception:  # there is none, or it is no name
+    except Exception:  # not in the cache, or an invalid name
         return _find_only_prepared(name)
     return str(found.resolved) if is_commit(str(found.resolved)) else None
 
 
 def _find_only_prepared(name: HubName) -> str | None:
-    """The commit at which `datasets` has prepared rows, where there is but one: it would load them
-    without the hub.
+    """The only commit at which `datasets` has prepared rows, which it would load without the hub;
+    None if there are none or several.
     """
     if name.kind != "dataset" or name.revision is not None:
         return None
@@ -242,7 +241,7 @@ def _find_only_prepared(name: HubName) -> str | None:
 
 
 def _open_hub() -> Any:
-    """The hub's client, which waits for an answer some seconds and not for ever."""
+    """The hub's client, with a timeout of a few seconds."""
     from huggingface_hub import HfApi  # 0.3 s, and only runs that load from the hub need it
 
     class Impatient(HfApi):
@@ -253,15 +252,15 @@ def _open_hub() -> Any:
 
 
 def is_offline() -> bool:
-    """True where the hub's client asks nobody, as the environment says."""
+    """True if the environment keeps the hub's client offline."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def require_commit(key: str, name: HubName, commit: str) -> None:
-    """Ask nobody where the cache has what was loaded at the commit, else the hub whether it still
-    has it; without an answer, loading says what is wrong.
+    """Check that the cache has the files of a commit, or else that the hub does. If the hub does
+    not answer, loading reports the error.
 
     Raises:
         RefusedError: neither has it, or the hub does not let this machine read it.
@@ -276,34 +275,34 @@ def require_commit(key: str, name: HubName, commit: str) -> None:
     except RevisionNotFoundError:
         raise RefusedError(
             f"{loaded} neither in the cache of this machine nor on the hub any more",
-            hint="bring it back into the cache, or start anew with `runner launch RECIPE --fresh`",
+            hint="restore it in the cache, or start again with `runner launch RECIPE --fresh`",
         ) from None
     except HfHubHTTPError as error:
-        # The hub says the same of what is private, what is gated and what is not there.
+        # The hub returns the same status for a private, a gated and a missing repository.
         if error.response.status_code not in (401, 403, 404):
             return
         raise RefusedError(
-            f"{loaded} not in the cache of this machine, and the hub does not give {name.name} to"
-            f" who asks here ({type(error).__name__}): it needs a token that may read it, or was"
+            f"{loaded} not in the cache of this machine, and the hub refuses {name.name} to this"
+            f" user ({type(error).__name__}): either it needs a token that may read it, or it was"
             " deleted",
-            hint="`hf auth login`, or HF_TOKEN in the environment; where it was deleted, start anew"
-            " with `runner launch RECIPE --fresh`",
+            hint="run `hf auth login` or set HF_TOKEN; if it was deleted, start again with"
+            " `runner launch RECIPE --fresh`",
         ) from None
-    except Exception:  # no network, say
+    except Exception:  # for example no network
         return
 
 
 def is_cached(kind: HubKind, name: str, commit: str) -> bool:
-    """True where everything that is read of a commit is in the cache of this machine."""
+    """True if all files that are read of a commit are in the cache of this machine."""
     if kind == "dataset":
         return find_prepared(name, commit) != []
     return fetch_model(name, commit, with_weights=True, asks_hub=False)
 
 
 def load_arguments(model: ModelSection, *, with_weights: bool = False) -> dict[str, Any]:
-    """`from_pretrained`'s arguments for the model's revision. A commit is loaded out of the cache
-    alone, and what is not there yet is downloaded before: the libraries would ask the hub for
-    files that the model does not have, at each load.
+    """`from_pretrained`'s arguments for the model's revision. A commit is loaded only from the
+    cache, after its missing files are downloaded. Otherwise the libraries would query the hub at
+    each load for files that the model does not have.
     """
     arguments: dict[str, Any] = {"revision": model.revision}
     if is_commit(model.revision) and not Path(model.path).exists():
@@ -313,11 +312,12 @@ def load_arguments(model: ModelSection, *, with_weights: bool = False) -> dict[s
 
 
 def fetch_model(name: str, commit: str, *, with_weights: bool, asks_hub: bool = True) -> bool:
-    """True where the files of a model are in the cache, downloaded if need be; nobody is asked
-    where they were there.
+    """True if the files of a model are in the cache, after downloading them if necessary. Does not
+    query the hub if they were there.
 
-    A cache that others filled does not list what belongs to a commit. Then the hub is asked, and
-    where it does not say (it has squashed its history, say), what is there is taken.
+    A cache that another program filled does not list the files of a commit. Then the hub is
+    queried. If it does not answer (after squashing its history, for example), the files in the
+    cache are used.
     """
     from huggingface_hub import snapshot_download
 
@@ -337,7 +337,7 @@ def fetch_model(name: str, commit: str, *, with_weights: bool, asks_hub: bool = 
         if asks_hub and not all((folder / file).exists() for file in files):
             snapshot_download(name, revision=commit, allow_patterns=files)
         return all((folder / file).exists() for file in files)
-    except Exception:  # of a dozen kinds: who loads it says what is wrong
+    except Exception:  # of a dozen kinds; loading reports the error
         return asks_hub and fetch_model(name, commit, with_weights=with_weights, asks_hub=False)
 
 
@@ -349,15 +349,13 @@ def _list_weights(folder: Path) -> list[str]:
 
 
 def find_prepared(name: str, commit: str) -> list[Path]:
-    """The folders in which `datasets` keeps the rows of a data set at a commit, one for each of its
-    configs.
-    """
+    """The folders in which `datasets` keeps the rows of a data set at a commit, one per config."""
     from huggingface_hub import constants
 
     stated = os.environ.get("HF_DATASETS_CACHE")
     cache_dir = Path(stated) if stated else Path(constants.HF_HOME) / "datasets"
     *owner, own = name.split("/")
-    # As `datasets.naming.camelcase_to_snakecase`: importing that takes a second.
+    # A copy of `datasets.naming.camelcase_to_snakecase`, whose import takes a second.
     own = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", own)
     own = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", own).lower()
     found = cache_dir.expanduser() / "___".join([*owner, own])

@@ -1,9 +1,9 @@
-"""Two hashes for two questions: is this the same experiment, and may this checkpoint be continued
-bit for bit?
+"""Two hashes for two questions: is this the same experiment, and can a run resume from this
+checkpoint bit for bit?
 
-`recipe_digest` covers everything that changes the experiment, data and base model and chat template
-by content, and nothing that only says where it runs. `resume_fingerprint` adds world size,
-micro-batch, threads and library versions.
+`recipe_digest` covers everything that changes the experiment, including the contents of data, base
+model and chat template, and nothing that only decides where it runs. `resume_fingerprint` adds
+world size, micro-batch, threads and library versions.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from runner.recipe.parse import (
 )
 from runner.recipe.schema import GenerationOn
 
-# What only says where a run runs, how it is drawn or how its global batch is cut.
+# Sections that only decide where a run runs, how it is tracked or how its global batch is split.
 _PLACEMENT_SECTIONS: Final = frozenset({"run", "launch", "tracking"})
 _PLACEMENT_KEYS: Final = {
     "training": frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"}),
     "evaluation": frozenset({"per_device_eval_batch_size"}),
-    # How long checkpoints are kept, and where: the best one always stays, so nothing that is
-    # computed depends on it.
+    # How long and where checkpoints are kept. The best one always stays, so no result depends on
+    # these keys.
     "checkpoints": frozenset({"keep_latest", "keep_best", "save_optimizer", "archive", "remote"}),
 }
-# Keys that were added after recipes were first hashed, by dotted name: the value that gives the
-# behaviour of before. A key with this value is left out of the digest, so that older runs keep
-# theirs. A section that was added goes by its own name, with all its keys.
+# Keys that were added after recipes were first hashed, by dotted name, with the value that keeps
+# the earlier behaviour. A key with this value is left out of the digest, so that older runs keep
+# their digests. An added section is listed by its own name, with all its keys.
 _BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {
     "data.group_column": None,
     "data.ignore": [],
@@ -53,11 +53,11 @@ _BEHAVIOUR_BEFORE: Final[Mapping[str, Any]] = {
     "model.template_date": None,
     "model.end_of_turn": None,
 }
-# The version of the rules by which rows are drawn, rendered and masked. It is raised when the same
-# recipe gives other rows, tokens or labels than before; a `recipe.json` without it was written
-# under 1.
+# The version of the rules by which rows are drawn, rendered and masked. Raise it when the same
+# recipe produces other rows, tokens or labels than before. A `recipe.json` without a version was
+# written under 1.
 RULES: Final = 2
-# Of an accelerate config: where processes start and how they find each other.
+# Keys of an accelerate config that only decide where processes start and how they connect.
 _PLACEMENT_SETTINGS: Final = frozenset(
     {
         "compute_environment",
@@ -72,7 +72,7 @@ _PLACEMENT_SETTINGS: Final = frozenset(
         "main_process_ip",
         "main_process_port",
         "main_training_function",
-        "num_machines",  # the fingerprint has those that the recipe states
+        "num_machines",  # the fingerprint holds the recipe's number
         "num_processes",
         "rdzv_backend",
         "same_network",
@@ -124,24 +124,26 @@ def leave_out(payload: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str
 
 
 def derive_digest(recipe: Recipe, contents: Mapping[str, str], rules: int = RULES) -> str:
-    """`recipe_digest`: equal for two recipes exactly when they are the same experiment.
+    """`recipe_digest`: equal for two recipes exactly if they are the same experiment.
 
-    `rules` is the version under which the rows were drawn, or will be; digests of version 1 do not
-    hold it.
+    `rules` is the version under which the rows were or will be drawn; digests of version 1 leave it
+    out.
     """
     stated = {"recipe": build_digest_payload(recipe), "contents": dict(contents)}
     return hash_json(stated if rules == 1 else {**stated, "rules": rules})
 
 
 def list_library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that can move a loss, as they were when this process
-    first asked.
+    """The versions of Python and of the libraries that can change a loss, as first read by this
+    process.
     """
     return dict(_read_library_versions())
 
 
 def look_again_at_versions() -> None:
-    """Forget them: a sweep lasts for weeks, and an upgrade holds from the next attempt on."""
+    """Clear the cached versions: a sweep lasts for weeks, and an upgrade takes effect at the next
+    attempt.
+    """
     _read_library_versions.cache_clear()
 
 
@@ -159,10 +161,10 @@ def _read_library_versions() -> dict[str, str]:
 def build_resume_fingerprint(
     recipe: Recipe, recipe_digest: str, num_processes: int, divisor: int = 1, *, threads: str | None
 ) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued bit for bit.
+    """The values that must be equal to resume from a checkpoint bit for bit.
 
-    `divisor` is `Attempt.micro_batch_divisor`; `threads` is OMP_NUM_THREADS of a trainer, None
-    while nobody knows it.
+    `divisor` is `Attempt.micro_batch_divisor`; `threads` is OMP_NUM_THREADS of a training process,
+    None while it is not known.
     """
     stated = recipe.launch.num_cpu_threads_per_process
     threads = threads if threads is not None or stated is None else str(stated)
@@ -173,17 +175,17 @@ def build_resume_fingerprint(
         "num_processes": num_processes,
         "num_machines": recipe.launch.num_machines,
         "per_device_train_batch_size": derive_micro_batch(recipe, divisor),
-        # Moves the last bits of a score.
+        # It changes the last bits of a score.
         "per_device_eval_batch_size": derive_eval_batch(recipe, divisor),
-        # Only where it is stated: older checkpoints do not have it.
+        # Only if it is stated: older checkpoints do not have it.
         **(
             {"generation_batch_size": derive_answer_batch(recipe, divisor)} if has_own_batch else {}
         ),
         "gradient_accumulation_steps": derive_accumulation(recipe, num_processes, divisor),
         "accelerate_config": load_launch_settings(Path(recipe.launch.accelerate_config)),
         "num_cpu_threads_per_process": stated,
-        # Differences here are allowed or not, as the recipe says: without threads in it they follow
-        # the free cores.
+        # The recipe decides if these may differ. If it sets no threads, they depend on the free
+        # cores.
         "versions": (
             list_library_versions() | ({} if threads is None else {"OMP_NUM_THREADS": threads})
         ),
@@ -191,16 +193,16 @@ def build_resume_fingerprint(
 
 
 def load_launch_settings(path: Path) -> Any:
-    """What an accelerate config and the DeepSpeed file that it names say of the training; a text if
-    one is not there.
+    """The training settings of an accelerate config and of the DeepSpeed file that it names; a text
+    in place of a file that does not exist.
 
-    Its own name and where processes start are left out: neither can move a loss.
+    Its file name and the keys that place processes are left out: neither can change a loss.
     """
     try:
         settings = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
         return f"{path} is not there"
-    # A date that there is not, or mappings in mappings without end.
+    # For example an impossible date, or endlessly nested mappings.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         return f"{path} cannot be read: {error}"
     if not isinstance(settings, dict):
@@ -230,7 +232,7 @@ def diff_payloads(before: Any, after: Any, prefix: str = "") -> list[str]:
     >>> diff_payloads({"loss": "full", "a": {"b": 1}}, {"loss": "completion", "a": {"b": 1}})
     ['loss: "full" -> "completion"']
     """
-    if before == after:  # first: most runs are those of their recipes
+    if before == after:  # checked first, because most runs match their recipes
         return []
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         keys = list(dict.fromkeys([*before, *after]))

@@ -1,4 +1,4 @@
-"""Libraries that a recipe has no use for, and that its training process therefore never imports."""
+"""Finds the libraries that a recipe does not use; its training process then never imports them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runner.recipe.identity import load_launch_settings
 from runner.recipe.parse import Recipe
 from runner.recipe.schema import Lora
 
-# Every other optimizer of Transformers is taken to need bitsandbytes.
+# Every other optimizer of Transformers is assumed to need bitsandbytes.
 _TORCH_OPTIMIZERS: Final = (
     None,
     "adamw_torch",
@@ -25,18 +25,18 @@ _TORCH_OPTIMIZERS: Final = (
 
 
 def find_unused_libraries(recipe: Recipe, *, uses_deepspeed: bool = False) -> list[str]:
-    """The libraries of these five that the recipe has no use for. `uses_deepspeed` is what the
-    launcher says: a command typed by hand may name another config than the recipe.
+    """The libraries of these five that the recipe does not use. `uses_deepspeed` comes from the
+    launcher, because a command typed by hand may name another config than the recipe.
 
-    TRL imports Weights & Biases, and PEFT bitsandbytes (with torch's compiler behind it), whenever
-    they are installed. Together they are a fourth of the processor time that a run's imports take
-    (`python -X importtime`). accelerate imports DeepSpeed to ask if a model is one of its engines,
-    0.14 s in every run, and Transformers SciPy for the losses of object detection, 0.2 to 0.3 s.
-    Functions of the user's run in processes of their own, from which nothing is hidden.
+    TRL imports Weights & Biases, and PEFT imports bitsandbytes (which imports torch's compiler),
+    whenever they are installed. Together they take a quarter of the processor time of a run's
+    imports (`python -X importtime`). accelerate imports DeepSpeed to check if a model is one of its
+    engines (0.14 s in every run). Transformers imports SciPy for the losses of object detection
+    (0.2 to 0.3 s). The user's functions run in separate processes, from which nothing is hidden.
     """
     deepspeed = uses_deepspeed or _may_use_deepspeed(recipe)
     bitsandbytes = uses_bitsandbytes(recipe)
-    # Each tracker may log figures or statistics: what it takes for that is its own affair.
+    # Any tracker may log figures or statistics, and import libraries for that.
     has_trackers = bool(recipe.tracking.report_to)
     is_used = {
         "wandb": "wandb" in recipe.tracking.report_to,
@@ -50,18 +50,18 @@ def find_unused_libraries(recipe: Recipe, *, uses_deepspeed: bool = False) -> li
 
 
 def hide_libraries(names: Iterable[str]) -> None:
-    """Make libraries look as if they were not installed, in this process and until it ends.
+    """Make libraries look as if they were not installed, in this process until it ends.
 
-    Called before the first import of Transformers, TRL or PEFT: what has been imported already
-    stays, and Transformers looks for SciPy once.
+    Call it before the first import of Transformers, TRL or PEFT: modules that are already imported
+    stay, and Transformers looks for SciPy only once.
     """
     for name in names:
-        # Python's way to say that there is none.
+        # None makes an import of this name fail.
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def uses_bitsandbytes(recipe: Recipe) -> bool:
-    """True where a run imports bitsandbytes: for its optimizer or for quantised weights."""
+    """True if a run imports bitsandbytes, for its optimizer or for quantised weights."""
     optimizer = recipe.training.hugging_face_arguments().get("optim")
     return (
         recipe.quantization.method != "none"
@@ -71,7 +71,7 @@ def uses_bitsandbytes(recipe: Recipe) -> bool:
 
 
 def _uses_loftq(recipe: Recipe) -> bool:
-    """Whether the adapter's first weights are made by LoftQ, which needs SciPy."""
+    """True if LoftQ, which needs SciPy, initializes the adapter's weights."""
     adapter = recipe.adapter
     return (
         isinstance(adapter, Lora) and adapter.lora_arguments().get("init_lora_weights") == "loftq"
@@ -79,20 +79,20 @@ def _uses_loftq(recipe: Recipe) -> bool:
 
 
 def _may_use_deepspeed(recipe: Recipe) -> bool:
-    """Whether the launch asks for DeepSpeed; also True where its config cannot be read."""
+    """True if the launch uses DeepSpeed, or if its config cannot be read."""
     settings = load_launch_settings(Path(recipe.launch.accelerate_config))
     return not isinstance(settings, dict) or names_deepspeed(settings)
 
 
 def names_deepspeed(settings: Mapping[str, Any]) -> bool:
-    """True where an accelerate config asks for DeepSpeed."""
+    """True if an accelerate config selects DeepSpeed."""
     is_named = str(settings.get("distributed_type")).upper() == "DEEPSPEED"
     return is_named or "deepspeed_config" in settings
 
 
 def _may_be_quantized(path: str, revision: str | None) -> bool:
-    """Whether the base model's own configuration asks for quantised weights; also True where it is
-    not here yet, or cannot be read.
+    """True if the base model's own configuration states quantised weights, or if it is not on this
+    machine yet or cannot be read.
     """
     config_path = Path(path) / "config.json"
     if not Path(path).is_dir():
@@ -107,7 +107,7 @@ def _may_be_quantized(path: str, revision: str | None) -> bool:
         config_path = Path(cached) if isinstance(cached, str) else config_path
     try:
         config = json.loads(config_path.read_bytes())
-    # What is wrong with it is said when the model is loaded.
+    # Loading the model reports the error.
     except (OSError, ValueError, RecursionError):
         return True
     return not isinstance(config, dict) or "quantization_config" in config

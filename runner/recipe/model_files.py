@@ -1,4 +1,4 @@
-"""The files without which a model cannot be loaded from a folder, by their names alone."""
+"""Finds missing files in a model's folder, by their names only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MAX_INDEX_BYTES: Final = 64 << 20
 
 
 def find_missing_model_file(folder: Path) -> Path | None:
-    """The first file that `from_pretrained` would miss in a folder, None where it has them all.
+    """The first file that `from_pretrained` would miss in a folder, None if it has them all.
 
     Weights are one `model.safetensors`, or the shards that its index names; pickles are never
-    loaded. Only the index is read, and that only where there are shards.
+    loaded. Reads at most the index and `config.json`.
     """
     if not folder.is_dir() or os.path.exists(folder / _ADAPTER_NAME):
         return None
@@ -41,7 +41,7 @@ def _list_weights(folder: Path) -> list[str]:
 
 
 def _list_shards(index: Path) -> list[str]:
-    """Empty for an index that names none: whoever loads it says what is wrong."""
+    """The shards that an index names; empty if it names none, which loading the model reports."""
     shards = _load(index).get("weight_map")
     names = shards.values() if isinstance(shards, dict) else ()
     return sorted({name for name in names if isinstance(name, str)})

@@ -1,9 +1,9 @@
-"""The recipe: one frozen, typed object that says everything about one run, and the one YAML reader
-of the project, for recipes, grids and model cards.
+"""The recipe: one frozen, typed object that says everything about one run. Also the project's only
+YAML reader, for recipes, grids and model cards.
 
-Owns which sections go together and the few values derived from them. `schema` holds the parts,
-`problems` words the errors, `identity` hashes. Nobody downstream gives defaults, checks again or
-changes one.
+Decides which sections fit together and derives a few values from them. `schema` holds the sections,
+`problems` writes the error messages, `identity` hashes. No later code sets defaults, checks a
+recipe again or changes it.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ from runner.recipe.schema import (
 from runner.strict import Section
 
 MAX_RECIPE_BYTES: Final = 1_000_000
-_MAX_READ_BYTES: Final = 4 * MAX_RECIPE_BYTES  # the limit is of characters
+_MAX_READ_BYTES: Final = 4 * MAX_RECIPE_BYTES  # the limit above counts characters
 _MAX_VALUES: Final = 10_000
 
 
 class Recipe(Section):
-    """One run, whole."""
+    """Everything about one run."""
 
     run: RunSection
     model: ModelSection
@@ -130,8 +130,8 @@ class Recipe(Section):
         for metric in metrics:
             if metric.name in self.data.task.METRICS:
                 raise ValueError(
-                    f"`{metric.name}` is a metric of the task `{self.data.task.name}`: give yours"
-                    " another name"
+                    f"`{metric.name}` is a metric of the task `{self.data.task.name}`: rename"
+                    " your metric"
                 )
 
     def _selects_by_what_is_measured(self) -> None:
@@ -156,7 +156,7 @@ class Recipe(Section):
             if metric not in generated:
                 known = ", ".join([*NLL_METRICS, *modes])
                 raise ValueError(
-                    f"`{metric}` is no metric of the task `{task.name}`, expected one of {known}"
+                    f"`{metric}` is not a metric of the task `{task.name}`, expected one of {known}"
                 )
             if section.mode != modes[metric]:
                 better = "larger" if modes[metric] == "max" else "smaller"
@@ -167,20 +167,20 @@ class Recipe(Section):
 
     @property
     def metric_modes(self) -> dict[str, Literal["min", "max"]]:
-        """Every metric of generated answers, and whether it is better when it is larger (`max`) or
-        smaller.
+        """Every metric of generated answers with the better direction: `max` if larger is better,
+        else `min`.
         """
         modes: dict[str, Literal["min", "max"]] = dict.fromkeys(self.data.task.METRICS, "max")
         return modes | {metric.name: metric.mode for metric in self.evaluation.metrics}
 
     @property
     def measured_metrics(self) -> tuple[str, ...]:
-        """Every metric that the test split is measured by."""
+        """Every metric that is measured on the test split."""
         has_answers = isinstance(self.evaluation.generation, GenerationOn)
         return (*LIKELIHOOD_METRICS, *(self.metric_modes if has_answers else ()))
 
     def list_python_files(self) -> dict[str, str]:
-        """`dotted key -> path` of the files of the project's own code."""
+        """`dotted key -> path` of the user's Python files."""
         task, files = self.data.task, {}
         if isinstance(task, UserFunction):
             files = {f"data.task.{key}": path for key, path in task.list_files().items()}
@@ -190,7 +190,9 @@ class Recipe(Section):
         return files
 
     def with_sources(self, sources: Mapping[str, str]) -> Self:
-        """The same recipe, whose functions may be called: `path -> text` of all their files."""
+        """The same recipe with functions that can be called; `sources` maps the path of each of
+        their files to its text.
+        """
         data, evaluation = self.data, self.evaluation
         if isinstance(data.task, UserFunction):
             data = data.model_copy(update={"task": data.task.with_sources(sources)})
@@ -214,7 +216,7 @@ def derive_micro_batch(recipe: Recipe, divisor: int = 1) -> int:
     """Sequences per forward pass and process; `divisor` is `Attempt.micro_batch_divisor`.
 
     Raises:
-        RefusedError: it does not divide.
+        RefusedError: the batch size is not divisible by `divisor`.
     """
     size, rest = divmod(recipe.training.per_device_train_batch_size, divisor)
     if rest:
@@ -231,8 +233,8 @@ def derive_eval_batch(recipe: Recipe, divisor: int = 1) -> int:
 
 
 def derive_answer_batch(recipe: Recipe, divisor: int = 1) -> int:
-    """Prompts that a process answers at a time: `evaluation.generation.batch_size`, or as many as
-    it scores.
+    """Prompts per process in one generation batch: `evaluation.generation.batch_size`, or the batch
+    size of scoring.
     """
     generation = recipe.evaluation.generation
     stated = generation.batch_size if isinstance(generation, GenerationOn) else None
@@ -244,7 +246,7 @@ def derive_accumulation(recipe: Recipe, num_processes: int, divisor: int = 1) ->
     processes.
 
     Raises:
-        RefusedError: the global batch does not divide.
+        RefusedError: the global batch is not divisible by the sequences of one pass.
     """
     per_pass = derive_micro_batch(recipe, divisor) * num_processes
     accumulation, rest = divmod(recipe.global_batch_size, per_pass)
@@ -253,14 +255,15 @@ def derive_accumulation(recipe: Recipe, num_processes: int, divisor: int = 1) ->
             f"a global batch of {recipe.global_batch_size} cannot be made of {num_processes}"
             f" processes x {recipe.training.per_device_train_batch_size} sequences each",
             hint=(
-                "choose `training.per_device_train_batch_size` so that both divide the global batch"
+                "choose a `training.per_device_train_batch_size` whose product with the number of"
+                " processes divides the global batch"
             ),
         )
     return accumulation
 
 
-# An override of one of these keys makes another kind of section, which starts empty:
-# `adapter.method=none` is enough.
+# An override that changes one of these keys empties its section first, so `adapter.method=none`
+# alone is enough.
 _KIND_KEYS: Final = (
     "adapter.method",
     "quantization.method",
@@ -271,7 +274,7 @@ _KIND_KEYS: Final = (
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """`parse_recipe` of a file; a generated recipe's errors point at its template."""
+    """The recipe in a file; errors in a generated recipe point to its template."""
     hint = None
     template_path = Path("recipe_templates") / path.parent.name / "recipe.yaml.j2"
     if path.parent.parent.name == "recipes" and template_path.exists():
@@ -294,7 +297,7 @@ def parse_recipe(
 
 
 def dump_recipe(recipe: Recipe, indent: int | None = None) -> str:
-    """The text that `parse_recipe` reads as the same recipe, whatever its texts hold."""
+    """A text that `parse_recipe` reads back as the same recipe, whatever characters it holds."""
     escaped = _map_texts(escape_text, recipe.model_dump(mode="json"))
     return json.dumps(escaped, indent=indent, ensure_ascii=False)
 
@@ -305,7 +308,7 @@ _Model = TypeVar("_Model", bound=Section)
 def read_yaml(
     path: Path, model: type[_Model], overrides: Sequence[str] = (), *, hint: str | None = None
 ) -> _Model:
-    """A YAML file under overrides as the typed object that it describes.
+    """The typed object that a YAML file describes, with overrides applied.
 
     Raises:
         RecipeError: all problems at once, with lines and dotted keys.
@@ -329,7 +332,7 @@ def parse_yaml(
     overrides: Sequence[str] = (),
     hint: str | None = None,
 ) -> _Model:
-    """`read_yaml` of a text; `where` names it in errors."""
+    """As `read_yaml`, for a text; `where` names it in errors."""
 
     def load(words: Sequence[str], fit: Fit = lambda answer: answer) -> _Model:
         values = read_values(text, where=where, overrides=words, hint=hint)
@@ -351,8 +354,8 @@ def parse_yaml(
 def _answer(
     error: RecipeError, overrides: Sequence[str], model: type[Section], load: Callable[..., object]
 ) -> RecipeError:
-    """An error of overrides alone, with those that say the same and that the recipe takes; where
-    there are none, it says why it does not take the answer to each.
+    """The error for overrides that are wrong, with a hint of equivalent ones that the recipe
+    accepts. If there are none, each problem says why the recipe refuses the suggested key.
     """
     wrong = [problem.key for problem in error.problems]
     hint = suggest_overrides(overrides, wrong, model, load)
@@ -375,7 +378,7 @@ def _answer_name(
     model: type[Section],
     fit: Callable[[Answer], Answer],
 ) -> Problem:
-    """The problem of a value whose key is none of ours either: then the key is what is told."""
+    """The problem of an override; about its key if that is unknown too, and not about its value."""
     typed = _list_typed(overrides).get(problem.key)
     answer = None if typed is None else find_answer(problem.key, typed, model)
     if answer is None or "in quotes" not in problem.what:
@@ -389,10 +392,10 @@ def _answer_name(
 def read_values(
     text: str, *, where: str, overrides: Sequence[str] = (), hint: str | None = None
 ) -> str:
-    """The plain values that a YAML text under overrides has, as JSON, not yet validated.
+    """The plain values of a YAML text with overrides applied, as JSON, not yet validated.
 
     Raises:
-        RecipeError: the text cannot be read, or holds what no recipe may.
+        RecipeError: the text cannot be read, or holds something that no recipe may.
     """
     if len(text) > MAX_RECIPE_BYTES:
         raise RecipeError(where, [Problem("(file)", f"longer than {MAX_RECIPE_BYTES:,} bytes", 1)])
@@ -407,13 +410,13 @@ def read_values(
 
 
 def _list_typed(overrides: Sequence[str]) -> dict[str, str]:
-    """`key -> value` as they were typed."""
+    """`key -> value`, as typed."""
     parts = [override.partition("=") for override in overrides]
     return {key: value for key, _, value in parts}
 
 
-# What YAML takes a plain text for. The recipes of a grid hold the same few texts: matching each one
-# anew takes a third of the time of reading them.
+# YAML's type for each plain text. The recipes of a grid hold the same few texts, and matching each
+# one again takes a third of the time of reading them.
 _KNOWN_TAGS: Final[dict[str, str]] = {}
 _MAX_KNOWN_TAGS: Final = 10_000
 _TAG: Final = "tag:yaml.org,2002:"
@@ -424,7 +427,7 @@ class _Loader(SAFE_LOADER):  # type: ignore[misc]
     """YAML 1.1 as OmegaConf reads it: `1e-5` is a number, a date is a text."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-        """As PyYAML's."""
+        """As in PyYAML, with a cache."""
         if kind is not yaml.ScalarNode or not implicit[0]:
             return super().resolve(kind, value, implicit)
         tag = _KNOWN_TAGS.get(value)
@@ -444,11 +447,10 @@ _Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_st
 
 
 def _read_plainly(text: str) -> tuple[Any, list[Problem]]:
-    """The value of a text in which no key comes twice and aliases make nothing large, or a problem
-    for each plain value that YAML would change.
+    """The value of a text, or a problem for each plain value that YAML would change.
 
     Raises:
-        yaml.YAMLError: it is none.
+        yaml.YAMLError: the text is not YAML, repeats a key, or grows too large through aliases.
     """
     loader = _Loader(text)
     try:
@@ -463,8 +465,8 @@ def _read_plainly(text: str) -> tuple[Any, list[Problem]]:
 
 
 def _construct(node: yaml.Node, loader: _Loader) -> Any:
-    """As `construct_document`, in a third of the time: what is no plain mapping, list or text is
-    left to PyYAML.
+    """As `construct_document`, in a third of the time. PyYAML still reads everything but plain
+    mappings, lists and texts.
     """
     kind = node.tag.removeprefix(_TAG)
     if isinstance(node, yaml.ScalarNode) and kind == "str":
@@ -481,13 +483,13 @@ def _construct(node: yaml.Node, loader: _Loader) -> Any:
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
-    """The values at and below a node, each counted as often as aliases repeat it.
+    """The number of values at and below a node, each counted as often as aliases repeat it.
 
-    `counts` has them by the identity of nodes that are done, and 0 for those that are under way.
+    `counts` maps the `id` of a counted node to its number, and of a node in progress to 0.
     """
     if id(node) in counts:
         if not counts[id(node)]:
-            raise _refuse("an alias stands inside what it stands for", node)
+            raise _refuse("an alias is inside the value that it repeats", node)
         return counts[id(node)]
     counts[id(node)], total = 0, 1
     if isinstance(node, yaml.MappingNode):
@@ -513,7 +515,9 @@ def _refuse(what: str, node: yaml.Node) -> yaml.YAMLError:
 def _load(
     text: str, overrides: Sequence[str], overridden: frozenset[str]
 ) -> tuple[Any, list[Problem]]:
-    """The text under its overrides as plain dicts and lists, or what forbids that."""
+    """The text with overrides applied, as plain dicts and lists, or the problems that prevent
+    that.
+    """
     is_in_text = True
     try:
         container, problems = _read_plainly(text)
@@ -530,15 +534,17 @@ def _load(
                 return None, problems
             merged = _merge_overrides(OmegaConf.create(container), changes, overridden)
             container = OmegaConf.to_container(merged, resolve=False, throw_on_missing=True)
-            container = _map_texts(escape_missing, container)  # OmegaConf has taken that off
+            container = _map_texts(escape_missing, container)  # OmegaConf removed the backslash
         return container, []
-    # OmegaConf lets AssertionError, IndexError and others out, next to its own.
+    # OmegaConf raises AssertionError, IndexError and others in addition to its own errors.
     except Exception as error:
         return None, [describe_error(error, text, overridden, is_in_text=is_in_text)]
 
 
 def _find_changed_overrides(overrides: Sequence[str]) -> list[Problem]:
-    """The problems of `_read_plainly` in what overrides say; what YAML refuses, OmegaConf does."""
+    """The problems that `_read_plainly` finds in the values of overrides. OmegaConf reports those
+    that are not YAML.
+    """
     problems: list[Problem] = []
     for override in overrides:
         key, _, text = override.partition("=")
@@ -553,7 +559,7 @@ def _find_changed_overrides(overrides: Sequence[str]) -> list[Problem]:
 
 
 def _map_texts(function: Callable[[str], Any], value: Any) -> Any:
-    """A value with each of its texts replaced, but for keys, which mean themselves."""
+    """A value with each of its texts replaced, except keys."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, dict):
@@ -563,12 +569,12 @@ def _map_texts(function: Callable[[str], Any], value: Any) -> Any:
     return value
 
 
-# What may be one section or a list of several.
+# Keys that hold one section or a list of several.
 _ONE_OR_MANY_KEYS: Final = ("data.train",)
 
 
 def _refuse_parts_of_lists(container: Any, overridden: frozenset[str]) -> list[Problem]:
-    """A problem for an override of a key of a list of sections: of which one, it does not say."""
+    """A problem for each override inside a list of sections: it does not say which section."""
     problems = []
     for key in _ONE_OR_MANY_KEYS:
         value = container
@@ -577,7 +583,7 @@ def _refuse_parts_of_lists(container: Any, overridden: frozenset[str]) -> list[P
         parts = sorted(name for name in overridden if name.startswith((f"{key}.", f"{key}[")))
         if isinstance(value, list) and parts and key not in overridden:
             problems += [
-                Problem(name, f"`{key}` is a list here: override all of it, {key}=[...]")
+                Problem(name, f"`{key}` is a list here: override the whole list, {key}=[...]")
                 for name in parts
             ]
     return problems
@@ -588,7 +594,7 @@ def _merge_overrides(
 ) -> DictConfig:
     for key in _ONE_OR_MANY_KEYS:
         before, after = OmegaConf.select(config, key), OmegaConf.select(overrides, key)
-        # One in place of several, or several in place of one: OmegaConf cannot merge those.
+        # OmegaConf cannot merge one section with a list of several.
         if key in overridden and OmegaConf.is_list(before) != OmegaConf.is_list(after):
             OmegaConf.update(config, key, after, merge=False)
     for key in _KIND_KEYS:

@@ -1,8 +1,9 @@
-"""Words the problems of a recipe, grid or model card: line, dotted key, what was found, what is
-accepted, the nearest known name.
+"""Writes the error messages of a recipe, grid or model card: line, dotted key, the value found, the
+values accepted, the nearest known name.
 
-Finds what a YAML text may not hold: a secret, a reference to something else, what overflows the
-parser's stack (measured with libyaml 0.2.5). `parse` limits the size of what is read from it.
+Finds everything that a YAML text may not hold: a secret, a reference to something else, nesting
+that overflows the parser's stack (measured with libyaml 0.2.5). `parse` limits the size of the
+values that are read from it.
 """
 
 from __future__ import annotations
@@ -25,27 +26,28 @@ from runner.recipe.hf_fields import OWNED_TRAINING_FIELDS
 from runner.secrets import find_secret
 
 _MAX_DEPTH: Final = 100
-# Shorter texts cannot nest deep enough to matter. libyaml takes time with the square of the depth
-# of brackets (0.6 s for 20,000), and a few ten thousand question marks end the process: it parses
-# them by recursion in C.
+# Shorter texts cannot nest deep enough to matter. libyaml's time grows with the square of the depth
+# of brackets (0.6 s for 20,000). A few ten thousand question marks crash the process, because it
+# parses them by recursion in C.
 _SURELY_SHALLOW_CHARACTERS: Final = 16_000
-# 480,000 parts of `1:1:1:...` are one number to base 60, which takes minutes to add up.
+# 480,000 parts of `1:1:1:...` are one number in base 60, which takes minutes to add up.
 _ENDLESS_NUMBER: Final = re.compile(r"[0-9:_.]{1000}")
 
-# Backslashes, then `${`. Tried only where they begin: a text of backslashes alone is read once.
+# Backslashes, then `${`. Tried only at the first backslash, so a text of backslashes alone is read
+# once.
 _DOLLAR_BRACE: Final = re.compile(r"(?<!\\)(\\*)\$\{")
 _REFERENCE: Final = (
     r"holds `${`, but nothing is looked up here: write the value itself, or `\${` for that text"
 )
 _MISSING: Final = r"is `???`, a missing value: write the value itself, or `\???` for that text"
 
-# The one that OmegaConf prefers: the one in Python refuses some texts that this one takes.
+# The loader that OmegaConf prefers. The one in Python refuses some texts that this one accepts.
 SAFE_LOADER: Final[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def find_hazards(text: str, overrides: Sequence[str] = ()) -> list[Problem]:
-    """Why a text, or overrides, must not even be parsed. No problem repeats a secret; comments
-    count too.
+    """The reasons not even to parse a text or overrides; its comments are searched too. No problem
+    repeats a secret.
     """
     problems: list[Problem] = []
     for override in overrides:
@@ -53,7 +55,7 @@ def find_hazards(text: str, overrides: Sequence[str] = ()) -> list[Problem]:
         if len(override) > _SURELY_SHALLOW_CHARACTERS:
             what = (
                 f"is longer than {_SURELY_SHALLOW_CHARACTERS:,} characters,"
-                " which belongs into a recipe"
+                " which belongs in a recipe"
             )
             problems.append(Problem("(override)", what))
         elif hazard := _find_hazard(override):
@@ -65,8 +67,8 @@ def find_hazards(text: str, overrides: Sequence[str] = ()) -> list[Problem]:
 
 
 def find_unusable_text(text: str) -> str | None:
-    """What is wrong with a text for a recipe, which people read in terminals and commit; None if
-    nothing is.
+    """The reason why a recipe may not hold a text; None if it may. People read recipes in terminals
+    and commit them.
     """
     if control := CONTROLS.search(text):
         return f"holds the character {ascii(control[0])[1:-1]}, which no recipe may"
@@ -76,7 +78,7 @@ def find_unusable_text(text: str) -> str | None:
 
 
 def escape_text(text: str) -> str:
-    r"""`text` as a file must hold it to mean it, in OmegaConf's notation: see `read_escapes`.
+    r"""`text` as it must be written in a file, in OmegaConf's notation (see `read_escapes`).
 
     >>> print(escape_text(r"\${x} \n ${y}"), escape_text("???"))
     \\\${x} \n \${y} \???
@@ -85,14 +87,14 @@ def escape_text(text: str) -> str:
 
 
 def escape_missing(text: str) -> str:
-    """`escape_text` of `???` alone."""
+    """`escape_text` for `???` only."""
     return "\\" + text if re.fullmatch(r"\\*\?\?\?", text) else text
 
 
 def read_escapes(text: str) -> str | None:
     r"""The text that a value means; None for a reference (`${...}`) and a missing value (`???`).
 
-    Of backslashes, only those right before `${` count: 2n + 1 of them mean n and the text `${`.
+    Only the backslashes right before `${` count: 2n + 1 of them mean n and the text `${`.
     `???` with a backslash before it means `???`.
 
     >>> [read_escapes(text) for text in (r"\${x} \n", r"\\\${x}", r"\???", "${x}", r"\\${x}")]
@@ -108,19 +110,19 @@ def read_escapes(text: str) -> str | None:
 
 
 def _find_hazard(text: str) -> tuple[str, int] | None:
-    """What it is, and where."""
+    """The first hazard in a text, and its position."""
     if secret := find_secret(text):
         return f"holds {secret[0]}: secrets come from the environment only", secret[1]
     if number := _ENDLESS_NUMBER.search(text):
-        return "holds a number without end", number.start()
+        return "holds a number of 1,000 or more characters", number.start()
     if len(text) > _SURELY_SHALLOW_CHARACTERS and (position := _find_depth(text)) is not None:
         return f"is nested more than {_MAX_DEPTH} levels deep", position
     return None
 
 
 def _find_depth(text: str) -> int | None:
-    """Where a text gets too deep, found without building anything; None also for what the parser
-    refuses.
+    """The position at which a text nests too deep, found without building anything; None also if
+    the parser refuses the text.
     """
     depth = 0
     try:
@@ -136,7 +138,7 @@ def _find_depth(text: str) -> int | None:
 
 
 def _name_line(text: str, line: int) -> str:
-    """The key on a line as it is written there, if that tells where and no secret."""
+    """The key on a line as it is written there, if it is short and no secret; else "(YAML)"."""
     row = text.splitlines()[line - 1 : line] if line <= 10_000 else []
     key = re.match(r"[\s{,-]*([A-Za-z_][\w.-]*)\s*:", row[0]) if row else None
     return key[1] if key and len(key[1]) <= 60 and find_unusable_text(key[1]) is None else "(YAML)"
@@ -181,9 +183,7 @@ def find_lines(text: str) -> dict[str, int]:
 
 
 def find_line(key: str, text: str, overridden: Collection[str] = ()) -> int | None:
-    """The line of a dotted key, or of the nearest section around it; None where an override set
-    it.
-    """
+    """The line of a dotted key, or of the nearest section around it; None if an override set it."""
     if any(
         name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.")
         for name in overridden
@@ -197,7 +197,7 @@ def find_line(key: str, text: str, overridden: Collection[str] = ()) -> int | No
 def describe_error(
     error: Exception, text: str, overridden: Collection[str], *, is_in_text: bool
 ) -> Problem:
-    """A problem from what YAML or OmegaConf refuses; `is_in_text` False: it came up among the
+    """The problem for an error of YAML or OmegaConf; `is_in_text` is False if it came from the
     overrides.
     """
     what = (str(getattr(error, "problem", None) or error) or "cannot be read").splitlines()[0]
@@ -214,16 +214,17 @@ def describe_error(
 
 
 def find_unusable_values(value: Any, text: str, overridden: Collection[str] = ()) -> list[Problem]:
-    """A problem for everything that YAML can say and a recipe may not.
+    """A problem for every value that YAML allows and a recipe does not.
 
-    That is what JSON cannot say (infinities, bytes, keys that are not texts), what is not for a
-    terminal (recipes are shown there), and secrets that the text spells in an unusual way.
+    These are values that JSON lacks (infinities, bytes, keys that are not texts), characters that
+    control a terminal (recipes are shown there), and secrets that the text spells in an unusual
+    way.
     """
     problems: list[Problem] = []
     found: list[str] = []
     is_plain = _collect_texts(value, found)
     texts = "\n".join(found)
-    # All at once: one by one takes as long as everything else.
+    # All texts together: one by one takes as long as everything else.
     is_suspect = "${" in texts or "???" in texts or find_unusable_text(texts) is not None
     if is_plain and not is_suspect:
         return []
@@ -262,8 +263,8 @@ def find_unusable_values(value: Any, text: str, overridden: Collection[str] = ()
 
 
 def _collect_texts(value: Any, texts: list[str]) -> bool:
-    """Adds all texts and keys within a value to `texts`; False where something in it is none of
-    JSON's kinds, or a number that may be too large.
+    """Adds all texts and keys within a value to `texts`; False if the value holds anything that
+    JSON lacks, or a number that may be too large.
     """
     kind = type(value)
     if kind is str:
@@ -277,7 +278,7 @@ def _collect_texts(value: Any, texts: list[str]) -> bool:
         return is_plain
     if kind is list:
         return all([_collect_texts(item, texts) for item in value])
-    # Infinities compare as too large, and what is no number with everything as false.
+    # An infinity compares as too large, and every comparison with a NaN is false.
     return value is None or kind is bool or (kind in (int, float) and abs(value) < 2**63)
 
 
@@ -291,7 +292,7 @@ def _find_unusable_value(item: str) -> str | None:
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything that is neither a mapping nor a list."""
+    """The dotted key and value of everything that is neither a mapping nor a list."""
     if not isinstance(value, Mapping | list):
         yield prefix.removesuffix("."), value
         return
@@ -300,7 +301,7 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and key of every mapping entry."""
+    """The dotted key and the key of every mapping entry."""
     if isinstance(value, Mapping | list):
         for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             if isinstance(value, Mapping):
@@ -309,7 +310,7 @@ def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 Fit = Callable[[Answer], Answer]
-# The answer to a name, and whether it is one to an override.
+# The answer to a name, and True if the name came from an override.
 _Find = Callable[[str], tuple[Answer | None, bool]]
 
 
@@ -321,10 +322,10 @@ def list_problems(
     overridden: Mapping[str, str] | None = None,
     fit: Fit = lambda answer: answer,
 ) -> list[Problem]:
-    """One problem per mistake against `model`, in the order of the file; what comes after those
-    that are shown is not worded well.
+    """One problem per mistake against `model`, in the order of the file. Only problems that are
+    shown get our own wording.
 
-    `overridden` has the values of overrides as they were typed; `fit` changes the answers to them.
+    `overridden` holds the values of overrides as typed; `fit` changes the answers to them.
     """
     given = overridden or {}
     placed = []
@@ -343,8 +344,8 @@ def list_problems(
 
 
 def _visible_path(detail: ErrorDetails, container: Any) -> tuple[str, ...]:
-    """The location without the tags that pydantic adds for unions: only parts that the file has,
-    and a last new key.
+    """The location without the tags that pydantic adds for unions: only the parts that the file
+    has, and at the end perhaps a missing key.
     """
     path: list[str] = []
     value = container
@@ -398,7 +399,7 @@ def _describe(
 def _describe_fitting(
     detail: ErrorDetails, path: tuple[str, ...], field: str, model: type[BaseModel]
 ) -> str:
-    """The values of a section's missing key that its other keys go with, where not all do."""
+    """The values of a section's missing key that fit its other keys; empty if all or none fit."""
     members = [m for m in _find_models(model, path) if field in m.model_fields]
     fitting = [m for m in members if set(detail["input"]) <= m.model_fields.keys()]
     if not fitting or len(fitting) == len(members):
@@ -411,7 +412,7 @@ def _describe_unknown_key(
     name: str, detail: ErrorDetails, model: type[BaseModel], find: _Find
 ) -> str:
     if "training" in detail["loc"] and name in OWNED_TRAINING_FIELDS:
-        return f"is not set here: it is decided by {OWNED_TRAINING_FIELDS[name]}"
+        return f"cannot be set here: it is decided by {OWNED_TRAINING_FIELDS[name]}"
     known, section = _known_names(model, detail["loc"][:-1]), detail["loc"][:-2]
     answer, is_override = find(name)
     if name in _known_names(model, section):
@@ -419,19 +420,19 @@ def _describe_unknown_key(
         fitting = [m for m in _find_models(model, section) if name in m.model_fields]
         field = next((field for m in fitting if (field := _find_discriminator(m))), None)
         if field is None:
-            return f"does not go with `{tag}`, which takes {_list_names(known)}"
+            return f"does not go with `{tag}`, which accepts {_list_names(known)}"
         stated = str(bool(tag)).lower() if isinstance(tag, int) else tag
         values = [_name_tag(m.model_fields[field].annotation) for m in fitting]
         other = ""
         meant = find_answer(name, None, model) if answer else None
         key = meant.overrides[0].partition("=")[0] if meant and meant.overrides else name
         if not f".{key}".endswith(f".{name}"):
-            other = f"; or is it `{key}`?"
+            other = f"; or did you mean `{key}`?"
         return (
             f"does not go with `{field}: {stated}`, only with `{field}: {_list_names(values)}`"
             f"{other}"
         )
-    # A slip of a key or two is likelier than the name of a key of another section.
+    # A typing slip is likelier than the name of a key in another section.
     slip = "" if name in list_names() else suggest(name, known, 0.75)
     if slip or answer is None:
         return f"unknown key{slip or suggest(name, known)}"
@@ -441,7 +442,9 @@ def _describe_unknown_key(
 def _find_answer(
     name: str, *, detail: ErrorDetails, model: type[BaseModel], typed: str | None, fit: Fit
 ) -> tuple[Answer | None, bool]:
-    """What people who write `name` mean in a recipe; None in files of other kinds."""
+    """The answer for a name that other trainers use, and True if it came from an override. The
+    answer is None if the name is unknown or the file is no recipe.
+    """
     if not {"training", "data"} <= model.model_fields.keys():
         return None, False
     value = detail["input"]
@@ -454,7 +457,7 @@ def _find_answer(
 
 
 def _known_names(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The field names that are accepted at a location, over all members of a union."""
+    """The field names that any member of a union accepts at a location."""
     models = _find_models(model, location)
     return [field.alias or name for m in models for name, field in m.model_fields.items()]
 
@@ -462,7 +465,7 @@ def _known_names(model: type[BaseModel], location: tuple[int | str, ...]) -> lis
 def _find_models(model: type[BaseModel], location: tuple[int | str, ...]) -> list[Any]:
     """The sections that may be at a location."""
     models: list[Any] = [model]
-    members: list[Any] = []  # of the unions that the last part names
+    members: list[Any] = []  # members of the unions that the last part names
     for part in location:
         nested = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         if not nested:
@@ -470,13 +473,13 @@ def _find_models(model: type[BaseModel], location: tuple[int | str, ...]) -> lis
         if nested:
             members = [m for annotation in nested for m in getattr(annotation, "__args__", ())]
             models = [m for annotation in nested for m in _models_in(annotation)]
-        else:  # a union tag narrows down to the members that carry it; a name or index does not
+        else:  # a union tag keeps only the members that carry it; a name or index keeps all
             models = [m for m in models if _is_tagged(m, part)] or models
     return models
 
 
 def _find_discriminator(model: Any) -> str | None:
-    """The key that tells a section from the others of its union."""
+    """The key that distinguishes a section from the others of its union."""
     for name, field in model.model_fields.items():
         if len(getattr(field.annotation, "__args__", ())) == 1 and field.is_required():
             return str(name)
@@ -498,7 +501,7 @@ def _is_tagged(model: Any, tag: int | str) -> bool:
 
 
 def _carries(annotation: Any, tag: int | str) -> bool:
-    # Pydantic writes a tag of true or false as 1 or 0, which Python takes for equal.
+    # Pydantic writes a tag of true or false as 1 or 0, which compare equal in Python.
     return getattr(annotation, "__args__", ()) == (tag,)
 
 
@@ -509,7 +512,7 @@ def _models_in(annotation: Any) -> list[Any]:
 
 
 def suggest(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
-    """A question that ends an error message, or nothing."""
+    """A question to end an error message with, or an empty text."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f", did you mean `{close[0]}`?" if close else ""
 

@@ -1,5 +1,5 @@
-"""Finds plain YAML values that mean something else than they look like: `no` is false, `010` is 8,
-`1:30` is 90, a date is no text. Only quotes, or the value itself, say what is meant.
+"""Finds plain YAML values that do not mean what they look like: `no` is false, `010` is 8, `1:30`
+is 90, a date is not a text. Quotes, or the value that YAML reads, make the meaning clear.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _MAX_SHOWN: Final = 40
 
 
 def find_changed_scalars(root: yaml.Node, read: Callable[[yaml.Node], Any]) -> list[Problem]:
-    """A problem for each plain value below `root` that YAML takes for something else, and for each
-    key that it takes for no text.
+    """A problem for each plain value below `root` that YAML reads as something else, and for each
+    key that it does not read as a text.
 
-    `read` gives the value of a scalar. The caller has limited what aliases repeat; a node that they
-    repeat is looked at once.
+    `read` returns the value of a scalar. The caller has limited the growth through aliases; a node
+    that they repeat is checked once.
     """
     seen: set[int] = set()
 
@@ -59,36 +59,40 @@ def _describe_key(node: yaml.ScalarNode, read: Callable[[yaml.Node], Any]) -> st
 
 
 def _describe_change(node: yaml.ScalarNode, read: Callable[[yaml.Node], Any]) -> str | None:
-    """What YAML makes of a plain value, and what to write; None where it is what it looks like."""
+    """YAML's reading of a plain value, and the text to write instead; None if the value means what
+    it looks like.
+    """
     text, kind = node.value, node.tag.removeprefix(_TAG)
     if not _is_plain(node):
         return None
     if kind == "bool" and text.lower() not in ("true", "false"):
         meant = _show(read(node))
-        return f"YAML takes the plain {text} for {meant}: write '{text}' in quotes, or {meant}"
+        return f"YAML reads the plain {text} as {meant}: write '{text}' in quotes, or {meant}"
     if kind == "str" and text.lower() in _SHORT_BOOLEANS:
         meant = _SHORT_BOOLEANS[text.lower()]
-        return f"some take the plain {text} for {meant}: write '{text}' in quotes, or {meant}"
+        return f"some read the plain {text} as {meant}: write '{text}' in quotes, or {meant}"
     if kind == "timestamp":
-        return f"YAML takes the plain {text} for a date: write '{text}' in quotes"
-    if kind == "value":  # the sign = alone, of which PyYAML makes nothing
-        return f"YAML gives the plain {text} a meaning of its own: write '{text}' in quotes"
+        return f"YAML reads the plain {text} as a date: write '{text}' in quotes"
+    if kind == "value":  # a single =, which PyYAML cannot construct
+        return f"the plain {text} has a special meaning in YAML: write '{text}' in quotes"
     if kind in ("int", "float") and _is_changed_number(text):
         meant = _show(read(node))
         return (
-            f"YAML takes the plain {_cut(text)} for the number {meant}:"
+            f"YAML reads the plain {_cut(text)} as the number {meant}:"
             f" write '{_cut(text)}' in quotes, or {meant}"
         )
     if kind == "str" and (number := _read_as_number(text)) is not None:
         return (
-            f"YAML takes the plain {_cut(text)} for a text, although it looks like a number:"
+            f"YAML reads the plain {_cut(text)} as a text, although it looks like a number:"
             f" write '{_cut(text)}' in quotes, or {_cut(number)}"
         )
     return None
 
 
 def _read_as_number(text: str) -> str | None:
-    """The number that people mean by a text; without an 8 or a 9, a plain one would be octal."""
+    """The number that people mean by a text, if it is `0o...` or has leading zeros and an 8 or 9.
+    Without an 8 or 9, YAML reads leading zeros as octal.
+    """
     if _OCTAL.fullmatch(text):
         return str(int(text, 8))
     if _LEADING_ZERO.fullmatch(text) and re.search("[89]", text):
@@ -97,9 +101,9 @@ def _read_as_number(text: str) -> str | None:
 
 
 def _is_changed_number(text: str) -> bool:
-    if ":" in text:  # to base 60
+    if ":" in text:  # in base 60
         return True
-    if _PREFIXED.match(text):  # hexadecimal and binary mean what they say
+    if _PREFIXED.match(text):  # hexadecimal and binary numbers are read as expected
         return False
     if _LEADING_ZERO.fullmatch(text):
         return not re.match(r"[-+]?0\.", text)
@@ -107,7 +111,7 @@ def _is_changed_number(text: str) -> bool:
 
 
 def _is_plain(node: yaml.ScalarNode) -> bool:
-    return not node.style  # the parser in C says "", the one in Python None
+    return not node.style  # the parser in C returns "", the one in Python None
 
 
 def _show(value: Any) -> str:

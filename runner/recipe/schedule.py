@@ -1,5 +1,5 @@
-"""Pure: how many optimizer updates a run makes of how many rows, and when it warms up, evaluates
-and saves.
+"""Computes the optimizer updates of a run from its rows, and when it warms up, evaluates and saves.
+Pure: no files.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _MAX_SHOWN_LENGTHS: Final = 3
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a run does, in optimizer updates. `num_evaluations` are those of the validation split
-    after step 0.
+    """The course of a run, in optimizer updates. `num_evaluations` counts the evaluations of the
+    validation split after step 0.
     """
 
     num_rows: int
@@ -35,11 +35,10 @@ class Schedule:
 
 
 def derive_schedule(recipe: Recipe, num_rows: int, num_processes: int | None = None) -> Schedule:
-    """The schedule as Transformers computes it: an epoch's incomplete last batch is an update of
-    its own.
+    """The schedule as Transformers computes it: the incomplete last batch of an epoch is a separate
+    update.
 
-    60 rows at accumulation 16 and one row per device are 4 updates an epoch, the last one of 12
-    rows.
+    60 rows at accumulation 16 and one row per device make 4 updates per epoch, the last of 12 rows.
     """
     training, evaluation, checkpoints = recipe.training, recipe.evaluation, recipe.checkpoints
     stated = training.hugging_face_arguments()
@@ -81,19 +80,19 @@ def _ignores_warmup(recipe: Recipe) -> bool:
 
 
 def _count_due(strategy: str, every: int, num_updates: int) -> int:
-    """How often something is due, the end of the run included."""
+    """The number of times that something is due, including the end of the run."""
     return 1 if strategy == "no" else math.ceil(num_updates / every)
 
 
 def find_doubts(recipe: Recipe, schedule: Schedule) -> Iterator[str]:
-    """What is allowed, and seldom meant; each sentence is the same for all runs with the same
-    numbers.
+    """Settings that are allowed but seldom intended. Each sentence is the same for all runs with
+    the same numbers.
     """
     evaluation, checkpoints, stopping = recipe.evaluation, recipe.checkpoints, recipe.early_stopping
     updates, batch = schedule.num_updates, schedule.global_batch_size
     if schedule.num_warmup_updates >= updates:
         yield (
-            f"warm-up takes {schedule.num_warmup_updates} updates and the run has {updates}: the"
+            f"warmup takes {schedule.num_warmup_updates} updates, but the run has {updates}: the"
             " learning rate never reaches `training.learning_rate`"
         )
     if _ignores_warmup(recipe) and recipe.training.hugging_face_arguments().get("warmup_steps"):
@@ -106,22 +105,22 @@ def find_doubts(recipe: Recipe, schedule: Schedule) -> Iterator[str]:
     if schedule.num_rows < batch:
         yield (
             f"the global batch of {batch} is larger than the {schedule.num_rows} training rows: one"
-            " update an epoch"
+            " update per epoch"
         )
     if schedule.num_epochs < 1:
         yield (
-            f"`max_steps` ends within the first epoch: {updates * batch} of {schedule.num_rows}"
-            " rows are seen"
+            f"`max_steps` ends within the first epoch: the run sees {updates * batch} of"
+            f" {schedule.num_rows} rows"
         )
     if evaluation.eval_strategy == "steps" and (evaluation.eval_steps or 0) >= updates:
         yield (
             f"`evaluation.eval_steps: {evaluation.eval_steps}` is not below the {updates} updates"
-            " of the run: nothing is evaluated before the end, so the best checkpoint is the last"
+            " of the run: it evaluates only at the end, so the best checkpoint is the last"
         )
     if checkpoints.save_strategy == "steps" and (checkpoints.save_steps or 0) >= updates:
         yield (
             f"`checkpoints.save_steps: {checkpoints.save_steps}` is not below the {updates} updates"
-            " of the run: an interrupted run resumes from its best checkpoint at most"
+            " of the run: an interrupted run can resume only from its best checkpoint"
         )
     if stopping.enabled and schedule.num_evaluations <= stopping.patience:
         yield (
@@ -140,12 +139,12 @@ def find_doubts(recipe: Recipe, schedule: Schedule) -> Iterator[str]:
 def find_changed_updates(
     runs: Sequence[tuple[Recipe, Schedule]],
 ) -> Iterator[tuple[str, list[str]]]:
-    """A warning for each axis of a grid that changes the number of updates, and the runs concerned:
-    what it shows is then also an effect of longer training.
+    """A warning for each axis of a grid that changes the number of updates, with the runs
+    concerned: its effect then includes that of longer training.
 
-    An axis that states the length itself, or changes the task, is meant to.
+    An axis that sets the length itself, or changes the task, is expected to change it.
     """
-    # Runs that are equal but for the axis: label -> updates
+    # Of the runs that are equal except for the axis: label -> updates
     lengths: dict[tuple[str, str], dict[str, dict[str, int]]] = {}
     names: dict[tuple[str, str], list[str]] = {}
     for recipe, schedule in runs:
@@ -167,8 +166,8 @@ def find_changed_updates(
             rest = ", ".join(other for _, other in elsewhere[: _MAX_SHOWN_LENGTHS - 1])
             yield (
                 f"`{axis}` {labels} changes the number of updates {updates}"
-                f"{f' (elsewhere {rest})' if rest else ''}: the runs differ in how long they train"
-                " too; set `training.max_steps` in place of `num_train_epochs` to compare"
+                f"{f' (elsewhere {rest})' if rest else ''}: the runs also differ in training"
+                " length; set `training.max_steps` instead of `num_train_epochs` to compare"
                 f" `{axis}` alone",
                 names[grid, axis],
             )

@@ -1,4 +1,4 @@
-"""What each experiment tracker needs to be installed; nothing here imports one."""
+"""The packages that each experiment tracker needs. Imports none of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 from runner.errors import RunnerError
 from runner.recipe.parse import Recipe
 
-# `tracker -> (modules of which one must be there, what to install)`
+# `tracker -> (modules, one of which must be installed; packages to install)`
 PACKAGES: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "azure_ml": (("azureml",), "azureml-core"),
     "clearml": (("clearml",), "clearml"),
@@ -17,7 +17,7 @@ PACKAGES: Final[dict[str, tuple[tuple[str, ...], str]]] = {
     "dagshub": (("dagshub",), "dagshub mlflow"),
     "dvclive": (("dvclive",), "dvclive"),
     "flyte": (("flytekit",), "flytekit"),
-    "kubeflow": ((), ""),  # needs its environment, not a package
+    "kubeflow": ((), ""),  # needs its environment, no package
     "mlflow": (("mlflow",), "mlflow"),
     "neptune": (("neptune",), "neptune"),
     "swanlab": (("swanlab",), "swanlab"),
@@ -28,15 +28,15 @@ PACKAGES: Final[dict[str, tuple[tuple[str, ...], str]]] = {
 
 
 def require_trackers(recipe: Recipe) -> None:
-    """Nothing, when every tracker of the recipe is installed.
+    """Check that every tracker of the recipe is installed.
 
     Raises:
-        RunnerError: with the command that installs what is missing.
+        RunnerError: one is missing; the hint has the command that installs it.
     """
     for name in recipe.tracking.report_to:
         modules, package = PACKAGES[name]
         if modules and not any(importlib.util.find_spec(module) for module in modules):
             raise RunnerError(
-                f"`tracking.report_to` asks for {name}, which is not installed",
+                f"`tracking.report_to` names {name}, which is not installed",
                 hint=f"pip install {package}, or launch with tracking.report_to=[]",
             )

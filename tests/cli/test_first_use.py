@@ -41,7 +41,8 @@ def test_a_model_without_weights_is_refused_before_anything_is_moved(
             assert main([*words, *option]) == 2, words
             output = capsys.readouterr()
             assert "models/toy/model.safetensors" in output.err, words
-            assert "hint: a model's folder holds config.json and model.safetensors" in output.err
+            assert "hint: copy the whole folder again, or name another one in" in output.err
+            assert "a model's folder holds config.json and model.safetensors" in output.err
             assert "--fresh" not in output.out + output.err
     assert main(["why", recipe]) == 0
     assert "missing     model.path: models/toy/model.safetensors" in capsys.readouterr().out

@@ -220,7 +220,7 @@ BAD_CODE = {
     "an unnamed file": (
         "rows.py",
         "import scores\n",
-        "hint: name the file beside the function: python_files: [scores.py]",
+        "hint: name the file next to the function: python_files: [scores.py]",
     ),
     "no number": (
         "scores.py",

@@ -187,7 +187,8 @@ def test_what_is_too_long_is_not_read(place: Place) -> None:
     for name in ("recipe.json", "run.json", "result.json", "attempts/1/failure.json"):
         lay(make_run(place), name, make, has_result=name == "recipe.json")
         printed = answer(place, "status", "runs")
-        assert f"{name} has 40.0 MiB, and is not read: such a file has at most 32.0 MiB" in printed
+        what = "has 40.0 MiB and was not read: the limit for this file is 32.0 MiB"
+        assert f"{name} {what}" in printed
     assert MAX_RECORD_BYTES == 32 << 20
     for name in FILES:
         lay(make_run(place), name, make, has_result=False)

@@ -248,11 +248,11 @@ def test_a_missing_file_that_is_where_the_user_is(
     code, _, err = said("launch", recipe, "data.train.path=mine.jsonl")
     assert code == 2 and "data.train.path: mine.jsonl" in err
     assert (
-        f"hint: mine.jsonl is in {elsewhere}, and paths are relative to the project, {study.root}:"
-        f" name the file by its whole path, {elsewhere}/mine.jsonl\n" in err
+        f"hint: mine.jsonl is in {elsewhere}, but paths are relative to the project, {study.root}:"
+        f" write the full path, {elsewhere}/mine.jsonl\n" in err
     )
     code, _, err = said("launch", recipe, "data.train.path=none.jsonl")
-    assert code == 2 and "hint: paths are relative to the project; replace them" in err
+    assert code == 2 and "hint: paths are relative to the project; correct them" in err
 
 
 def test_what_check_suggests_can_be_pasted(

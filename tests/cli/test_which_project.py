@@ -149,9 +149,9 @@ def test_a_link_is_in_the_project_where_it_is(
     ("content", "words"),
     [
         (b"slots = 2\n[runs]\nx = 1\n", "runner.toml: slots, runs: runner.toml has no settings"),
-        (b"slots 2\n", "runner.toml is no TOML: "),
-        (b"\xff\n", "runner.toml is no TOML: "),
-        (b"a=" + b"[" * 30_000, "runner.toml is no TOML: it is nested too deeply"),
+        (b"slots 2\n", "runner.toml is not TOML: "),
+        (b"\xff\n", "runner.toml is not TOML: "),
+        (b"a=" + b"[" * 30_000, "runner.toml is not TOML: it is nested too deeply"),
         (b"#" * 70_000, "runner.toml has more than 65536 bytes"),
     ],
 )

@@ -67,7 +67,7 @@ def test_every_recipe_of_a_grid_holds_its_contrasts(toy: Toy) -> None:
 def test_a_template_that_leaves_the_contrasts_out_is_told_the_line_to_write(toy: Toy) -> None:
     root = toy(GRID + LOSS)
     message = grid_error(root)
-    assert "toy/recipe.yaml.j2: `run.declared` is [] where" in message
+    assert "toy/recipe.yaml.j2: `run.declared` is [], but" in message
     assert "write `declared: {{ declared | yaml }}` below `run:`" in message
     toy(GRID + LOSS, DECLARING, "{{ declared | yaml }}", "[]")
     message = grid_error(root)
@@ -97,11 +97,11 @@ def contrast(**changes: str) -> str:
         (
             contrast(metric="nll_per_tokn"),
             9,
-            "compare.0.metric  `nll_per_tokn` is not measured by these runs, expected one of"
+            "compare.0.metric  these runs do not measure `nll_per_tokn`, expected one of"
             " nll_per_completion_token, nll_per_token, bits_per_byte, did you mean `nll_per_token`",
         ),
         # A metric of answers, of runs that generate none
-        (contrast(metric="rougeL"), 9, "compare.0.metric  `rougeL` is not measured by these runs"),
+        (contrast(metric="rougeL"), 9, "compare.0.metric  these runs do not measure `rougeL`"),
         (contrast(margin="0"), 9, "compare.0.margin  got 0"),
         (contrast(margin="-0.1"), 9, "greater than 0"),
         (contrast(margin="small"), 9, "got the text 'small', expected a number"),
@@ -112,7 +112,7 @@ def contrast(**changes: str) -> str:
         (
             contrast() + contrast(**{"from": "completion", "to": "full"}).partition("\n")[2],
             10,
-            "compare.1  is declared already, by compare.0",
+            "compare.1  is already declared by compare.0",
         ),
         ("comparing: []\n", 8, "unknown key, did you mean `compare`?"),
     ],
@@ -131,19 +131,19 @@ def test_a_contrast_needs_two_runs_that_differ_in_nothing_else(toy: Toy) -> None
     assert len(recipes_of(root)) == 6, "gemma has both"
     toy(GRID + "exclude: [{when: {loss: full}, why: x}]\n" + LOSS, DECLARING)
     message = grid_error(root)
-    assert "line 9 " in message and "no two runs differ in `loss` alone, with " in message
+    assert "line 9 " in message and "no two runs differ only in `loss`, with " in message
 
     # lora_r is there for LoRA only: no run without an adapter has the same one.
     template = DECLARING.replace("{{ model.path | yaml }}", "{{ model | yaml }}")
     template = template.replace("{{ num_train_samples | yaml }}", "9")
     template = template.replace("{{ loss | yaml }}", "full")
     toy(CONDITIONAL + contrast(axis="adapter", **{"from": "none", "to": "lora"}), template)
-    assert "no two runs differ in `adapter` alone" in grid_error(root)
+    assert "no two runs differ only in `adapter`" in grid_error(root)
     ranks = contrast(axis="lora_r", **{"from": "8", "to": "16"})
     toy(CONDITIONAL + ranks, template)
     assert len(recipes_of(root)) == 7, "b has both, in the cells where the axis applies"
     toy(CONDITIONAL + "exclude: [{when: {model: b}, why: x}]\n" + ranks, template)
-    assert "no two runs differ in `lora_r` alone" in grid_error(root), "only 16 is tied, or not"
+    assert "no two runs differ only in `lora_r`" in grid_error(root), "only 16 is tied, or not"
 
 
 def test_a_metric_of_answers_is_known_where_both_ends_are_measured_by_it(toy: Toy) -> None:
@@ -157,13 +157,13 @@ def test_a_metric_of_answers_is_known_where_both_ends_are_measured_by_it(toy: To
         on, f"{{% if loss == 'full' %}}{on}{{% else %}}{{enabled: false}}{{% endif %}}"
     )
     toy(GRID + contrast(metric="exact_match"), half)
-    assert "are measured by `exact_match`" in grid_error(root)
+    assert "and both measure `exact_match`" in grid_error(root)
 
 
 def test_the_seed_is_not_compared(toy: Toy) -> None:
     axis = contrast(axis="seed", **{"from": "1", "to": "2"})
     message = grid_error(toy(WITH_SEEDS + axis, SEEDED))
-    assert "compare.0.axis  `seed` repeats the other cells: it is not compared" in message
+    assert "compare.0.axis  `seed` repeats the other cells and cannot be compared" in message
 
 
 def test_the_command_line_says_what_is_wrong_with_a_contrast(
@@ -240,7 +240,8 @@ def test_seeds_that_cannot_be_own_are_refused(toy: Toy, grid: str, expected: str
 
 def test_a_template_that_trains_with_another_seed_is_refused(toy: Toy) -> None:
     message = grid_error(toy(WITH_SEEDS + "seeds: own\n", DECLARING))
-    assert "toy/recipe.yaml.j2, line 22: `training.seed` is 1 where 63038873 is" in message
+    assert "toy/recipe.yaml.j2, line 22: `training.seed` is 1, but the seed" in message
+    assert "of this cell is 63038873 (`seeds: own`" in message
     assert "write `seed: {{ cell_seed | yaml }}` there" in message
 
 
@@ -248,8 +249,8 @@ def test_own_seeds_are_for_training_alone(toy: Toy) -> None:
     template = SEEDED.replace("  seed: 1\n  max_length", "  seed: {{ seed | yaml }}\n  max_length")
     message = grid_error(toy(WITH_SEEDS + "seeds: own\n", template))
     assert (
-        "seeds  `own` is for `training.seed` alone, but gemma_full_1_060 and gemma_full_2_060"
-        in (message)
+        "seeds  with `own`, seeds may change only `training.seed`, but gemma_full_1_060 and"
+        " gemma_full_2_060" in message
     )
     assert "also differ in data.seed: 1 -> 2" in message
     assert len(recipes_of(toy(WITH_SEEDS, template))) == 24, "with shared seeds it may"

@@ -119,13 +119,13 @@ def test_names_are_short_and_each_value_has_one(
         (["loss=ful"], ("loss: got the text 'ful'", "did you mean `full`?")),
         (["seed=1.5"], ("training.seed: got 1.5, expected a whole number",)),
         (["samples=10,400"], ("got 400, but 320 rows are left to train on",)),
-        (["seed=1", "training.seed=2"], ("`training.seed` is an axis already",)),
+        (["seed=1", "training.seed=2"], ("`training.seed` is already an axis",)),
         (["seed"], ("`--axis seed`: expected a key", "--axis training.learning_rate=1e-4,3e-4")),
         (["seed="], ("expected a key of the recipe and its values",)),
         (["a b=1"], ("expected a key of the recipe and its values",)),
         (["seed=1], x: [2"], ("`--axis seed=1], x: [2`: did not",)),
-        (["training.optim=no"], ("YAML takes the plain no for false",)),
-        (["run.name=x"], ("the grid itself gives what is below `run`",)),
+        (["training.optim=no"], ("YAML reads the plain no as false",)),
+        (["run.name=x"], ("the grid itself sets the keys of `run`",)),
         (["adapter.target_modules=[q_proj],all-linear"], ("got a list, expected texts",)),
         (["training.per_device_train_batch_size=4,3"], ("size=3: a global batch of 8 cannot",)),
         (["quantization.method=4bit"], ("bnb_4bit_quant_type: is missing", "{% if %}")),
@@ -133,7 +133,7 @@ def test_names_are_short_and_each_value_has_one(
         (["training.max_steps=2", "training.num_train_epochs=1"], ("cannot both be axes",)),
         (["model=1"], ("`--axis model=...`: got 1, expected a model",)),
         (["model=phi-3x y"], ("it is not a hub id",)),
-        ([f"seed={','.join(map(str, range(101)))}"], ("101 values, at most 100",)),
+        ([f"seed={','.join(map(str, range(101)))}"], ("101 values, expected at most 100",)),
     ],
 )
 def test_what_no_recipe_can_take_is_refused_before_anything_is_written(
@@ -150,4 +150,4 @@ def test_a_stock_grid_takes_no_axes(place: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().err
     assert "--axis goes with the starter grid" in said and "edit recipe_templates/demo" in said
     assert main(["init", "study", "--model", "phi-2", "--axis", "model=phi-2"]) == 2
-    assert "say the same" in capsys.readouterr().err and not list(place.iterdir())
+    assert "mean the same" in capsys.readouterr().err and not list(place.iterdir())

@@ -225,7 +225,7 @@ def test_a_folder_with_splits_gives_each_its_source(
     message = capsys.readouterr().out
     assert "data/my-rows: 16 different rows" in message
     assert "left out of data/my-rows: train: 2 hidden files (.cache/train.jsonl, " in message
-    assert "2 for validation, 3 for test, 3 or 14 to train on; rows of their own: test" in message
+    assert "2 for validation, 3 for test, 3 or 14 to train on; from separate files: test" in message
     os.chdir("study")
     copied = sorted(str(path.relative_to("data")) for path in Path("data").rglob("*.*"))
     assert copied == [
@@ -292,7 +292,7 @@ def test_a_data_set_of_the_hub_is_named_by_its_splits(place: Path) -> None:
         assert done.returncode == 0, done.stderr
         for words in (
             "own/rows: 12 different rows, read as prompt_completion",
-            "2 for validation, 12 for test, 2 or 10 to train on; rows of their own: test",
+            "2 for validation, 12 for test, 2 or 10 to train on; from separate files: test",
             "rows come from the hub: own/rows",
         ):
             assert words in done.stdout
@@ -306,7 +306,7 @@ def test_a_data_set_of_the_hub_is_named_by_its_splits(place: Path) -> None:
 def test_a_name_on_the_hub_without_a_network_is_an_error_in_words(place: Path) -> None:
     done = run_cli(["init", "study", "--data", "own/rows"], place)
     assert done.returncode == 2 and not (place / "study").exists()
-    assert "`--data own/rows` is no file or folder here, and the data set" in done.stderr
+    assert "`--data own/rows` is not a file or folder here, and the data set" in done.stderr
     assert "cannot be looked up on the hub" in done.stderr
     assert "hint: check the path or the id, and the network; or start without" in done.stderr
 
@@ -324,9 +324,9 @@ def test_columns_that_may_mean_something_are_the_users_to_leave_out(
     assert main(["init", "study", "--data", str(write_rows(place / "a.jsonl", rows))]) == 0
     said = capsys.readouterr().out
     assert said.count("`language`") == 1 and said.count("`messages.toxic`") == 1
-    assert "the recipe says so in `data.ignore`" in said
+    assert "the recipe lists in `data.ignore` those" in said
     template = (place / "study" / "recipe_templates" / "first" / "recipe.yaml.j2").read_text()
-    assert '  ignore: ["language", "messages.toxic"] # no row' in template
+    assert '  ignore: ["language", "messages.toxic"] # these' in template
     rows[7]["weight"] = 0
     assert main(["init", "other", "--data", str(write_rows(place / "b.jsonl", rows))]) == 2
     message = capsys.readouterr().err
@@ -395,18 +395,18 @@ def test_models_become_cards(place: Path) -> None:
         (["--data", "none.jsonl"], "`--data none.jsonl` does not exist"),
         (["--data", "."], ". holds no rows"),
         (["--data", "a/b/c"], "`--data a/b/c` does not exist, and it is not a hub id"),
-        (["--data", "few.jsonl", "--data", "tests"], "`--data tests` is a folder; several are"),
+        (["--data", "few.jsonl", "--data", "tests"], "`--data tests` is a folder; several --d"),
         (["--data", "few.jsonl", "--data", "none"], "`--data none` does not exist; several"),
         (["--data", "few.jsonl", "--data", "few.jsonl"], "would both be called few.jsonl"),
         (["--data", "few.jsonl", "--data", "odd.jsonl"], "odd.jsonl line 1: the column `prompt`"),
-        (["--data", "few.jsonl", "--data", "tests/test.jsonl"], "none that are called train"),
-        (["--data", "tests/train.csv", "--data", "odd.jsonl"], "that of odd.jsonl says none"),
-        (["--data", "tests/test.jsonl", "--data", "tests/x.y"], "the split test, and none that"),
+        (["--data", "few.jsonl", "--data", "tests/test.jsonl"], "none of a split called train"),
+        (["--data", "tests/train.csv", "--data", "odd.jsonl"], "of odd.jsonl contains none"),
+        (["--data", "tests/test.jsonl", "--data", "tests/x.y"], "the split test, but none of"),
         (["--data", "tests/x.y", "--data", "tests/empty.z"], "these files hold no .jsonl, .json"),
         (["--data", "rows.txt"], "cannot tell the format"),
         (["--data", "torn.jsonl"], "torn.jsonl line 3: is not JSON"),
         (["--data", "empty.jsonl"], "holds no rows"),
-        (["--data", "few.jsonl"], "few.jsonl holds 3 different rows; 4 are needed"),
+        (["--data", "few.jsonl"], "few.jsonl holds 3 different rows, but training"),
         (["--data", "odd.jsonl"], "cannot tell the task from the columns: left, right"),
         (["--data", "odd.jsonl"], "columns: left, right\n\n  left   1\n  right  2\n"),
         (["--data", "few.jsonl", "--prompt", "{prompt}"], "`--completion` is missing: --prompt"),

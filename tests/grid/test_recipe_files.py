@@ -1,4 +1,4 @@
-"""What is written, compared and removed under recipes/, and what was edited there."""
+"""Files under recipes/ are written, compared and removed, and edits there are found."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_edited_recipes_are_all_named_and_nothing_is_written(
 
     assert main(["render", "--force"]) == 0
     said = capsys.readouterr().out
-    assert said.count("was edited by hand: written anew (--force)") == 2
+    assert said.count("was edited by hand: overwritten (--force)") == 2
     assert main(["render", "--check"]) == 0
 
 
@@ -292,11 +292,11 @@ def test_prune_leaves_what_was_edited(toy: Toy, capsys: pytest.CaptureFixture[st
     assert snapshot(recipes) == before and said.endswith("runner render toy --prune --force")
     for path in (edited, old):
         assert (
-            f"{path}: no cell gives it any more, and its first line does not hold its checksum"
+            f"{path}: no cell produces it any more, and the checksum in its first line is wrong"
             in said
         )
     assert render_grids("toy", check=True, prune=False, root=root) == 1
-    assert f"{edited} is stale: no cell gives it, and was edited" in capsys.readouterr().out
+    assert f"{edited} is stale: no cell produces it, and was edited" in capsys.readouterr().out
     # Nothing is lost without --prune.
     assert render_grids("toy", check=False, prune=False, root=root) == 0 and edited.exists()
     assert render_grids("toy", check=False, prune=True, force=True, root=root) == 0
@@ -354,8 +354,8 @@ def test_check_says_that_force_drops_the_edit(
     capsys.readouterr()
     assert main(["render", "toy", "--check"]) == 1
     assert capsys.readouterr().out.endswith(
-        "\nhint: write what was edited into recipe_templates/toy, then render again;"
-        " to drop it: runner render toy --force\n"
+        "\nhint: make your edits in recipe_templates/toy, then render again;"
+        " to drop them: runner render toy --force\n"
     )
 
 
@@ -371,4 +371,4 @@ def test_the_templates_of_all_edited_grids_are_named(
         path.write_text(path.read_text().replace("max_steps: 2", "max_steps: 3"))
     assert main(["render"]) == 2
     said = capsys.readouterr().err
-    assert "into recipe_templates/toy and recipe_templates/zoo, then render again" in said
+    assert "change in recipe_templates/toy and recipe_templates/zoo, then render again" in said

@@ -1,4 +1,4 @@
-"""What a template gives and how its mistakes are told; `test_templating` has the filter and the
+"""A template renders recipes, and its mistakes are reported; `test_template` has the filter and the
 sandbox.
 """
 
@@ -26,7 +26,7 @@ def toy(tmp_path: Path) -> Toy:
         ("{{ loss | yaml }}", "{{ los | yaml }}", 19, "'los' is undefined, did you mean `loss`?"),
         ("{{ loss | yaml }}", "{{ 'a' if loss else loss | yaml }}", 19, "not quoted"),
         ("{{ loss | yaml }}", "{{ loss | yaml | upper }}", 19, "not quoted"),
-        ("{{ loss | yaml }}", "x{{ loss | yaml }}", 19, "keeps its quotes"),
+        ("{{ loss | yaml }}", "x{{ loss | yaml }}", 19, "keep its quotes"),
         ("{{ loss | yaml }}", "{{ loss | }}", 19, "expected token 'name'"),
         ("{{ loss | yaml }}", "{{ model.pathh | yaml }}", 19, "no attribute 'pathh'"),
         ("{{ loss | yaml }}", "{{ models.phi | yaml }}", 19, "no model card 'phi'"),
@@ -34,7 +34,7 @@ def toy(tmp_path: Path) -> Toy:
         ("{{ loss | yaml }}", "{{ (1 / 0) | yaml }}", 19, "division by zero"),
         ("{{ loss | yaml }}", "{% include 'toy/none.yaml' %}", 19, "none.yaml"),
         ("{{ loss | yaml }}", "{% include '../secret' %}", 19, "secret"),
-        ("{{ loss | yaml }}", "{% macro x() %}{% endmacro %}", 19, "`macro` is not for recipes"),
+        ("{{ loss | yaml }}", "{% macro x() %}{% endmacro %}", 19, "`macro` is not allowed"),
         ("1e-5", "fast", 25, "training.learning_rate  got the text 'fast', expected a number"),
         (
             "  seed: 1\n  max_length",
@@ -53,13 +53,13 @@ def toy(tmp_path: Path) -> Toy:
             "grid: {{ grid | yaml }}",
             "grid: other",
             2,
-            '`run.grid` is "other" where "toy" was rendered',
+            '`run.grid` is "other", but the template was given "toy"',
         ),
         (
             "name: {{ name | yaml }}",
             "name: x",
             3,
-            '`run.name` is "x" where "gemma_full_060" was rendered',
+            '`run.name` is "x", but the template was given "gemma_full_060"',
         ),
         ("axes: {{ axes | yaml }}", "axes: {loss: full}", 4, '`run.axes` is {"loss": "full"}'),
     ],
@@ -94,7 +94,7 @@ def test_an_error_in_an_included_file_names_that_file(toy: Toy) -> None:
     parts = root / "recipe_templates" / "toy" / "parts"
     parts.mkdir()
     (parts / "full.yaml").write_text("# about the loss\nloss: {{ loss }}\n")
-    assert "toy/parts/full.yaml, line 2: an interpolation that is not quoted" in grid_error(root)
+    assert "toy/parts/full.yaml, line 2: this interpolation is not quoted" in grid_error(root)
     (parts / "full.yaml").write_text("# about the loss\nloss: wrong\n")
     assert "toy/parts/full.yaml, line 2  loss  got the text 'wrong'" in grid_error(root)
     (parts / "full.yaml").write_text("loss: {{ loss | yaml }}\n")

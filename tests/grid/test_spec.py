@@ -1,4 +1,4 @@
-"""What a grid file may say, the cells that it gives, and their names."""
+"""The accepted contents of a grid file, its cells, and their names."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_small_numbers_in_a_grid_are_numbers(toy: Toy) -> None:
         ),
         (
             GRID + "include: [{model: llama, loss: full, num_train_samples: 1}]",
-            ["llama is no value of the axis"],
+            ["llama is not a value of the axis"],
         ),
         (
             GRID + "include: [{model: {name: phi, path: x}, loss: full, num_train_samples: 1}]",

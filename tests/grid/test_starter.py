@@ -1,4 +1,4 @@
-"""What the starter grid makes of rows whose columns nobody planned for."""
+"""The starter grid for rows whose columns nobody planned for."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ def test_nothing_grows_without_end(tmp_path: Path, name: str) -> None:
     [
         (
             GROWING["loops in loops"],
-            "j2, line 1: takes more than 1 seconds of CPU time\n\n  in",
+            "j2, line 1: needs more than 1 seconds of CPU time\n\n  in",
         ),
         (
             GROWING["a repeated list"],
@@ -273,7 +273,7 @@ def test_nothing_grows_without_end(tmp_path: Path, name: str) -> None:
         ),
         (
             GROWING["a number that takes minutes"],
-            "or the name pattern beside it, takes more than 1 seconds of CPU time or 2 GiB",
+            "or the name pattern next to it, needs more than 1 seconds of CPU time or 2 GiB",
         ),
     ],
 )
@@ -285,7 +285,7 @@ def test_a_limit_is_named(tmp_path: Path, template: str, words: str) -> None:
 
 def test_a_name_pattern_has_the_same_limits(tmp_path: Path) -> None:
     root = build_toy(tmp_path)(GRID.replace('name: "', f'name: "{GROWING["loops in loops"]}'))
-    with pytest.raises(GridError, match=r"the grid toy, .* takes more than 1 seconds"):
+    with pytest.raises(GridError, match=r"the grid toy, .* needs more than 1 seconds"):
         render_grid(root / "recipe_templates", "toy", base_seconds=1)
 
 
@@ -315,7 +315,7 @@ def test_the_answer_of_a_limited_process_is_that_of_the_work() -> None:
     with pytest.raises(GridError, match="more than 256 MiB together"):
         run_limited(lambda: "x" * 2**28, 5, "here")
     for number in (signal.SIGKILL, signal.SIGXCPU):
-        with pytest.raises(GridError, match="here takes more than 5 seconds of CPU time or 2 GiB"):
+        with pytest.raises(GridError, match="here needs more than 5 seconds of CPU time or 2 GiB"):
             run_limited(lambda sent=number: os.kill(os.getpid(), sent), 5, "here")
 
 

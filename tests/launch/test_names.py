@@ -165,7 +165,7 @@ def test_a_data_set_that_is_gone_is_refused(fake: FakeLauncher, hub: MovingHub) 
     result = launch(fake, hub, "a")
     assert result.returncode == REFUSED and fake.started() == ["a"]
     assert f"`data.train.path`: this run loaded org/rows at the commit {A}" in result.stderr
-    assert "or was deleted" in result.stderr
+    assert "or it was deleted" in result.stderr
 
 
 @pytest.mark.parametrize("status", [401, 403])

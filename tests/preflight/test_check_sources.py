@@ -111,7 +111,10 @@ BAD: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "parts unstated": (
         "train: {path: listed, split: train}",
-        ("README.md names 2 parts of this data set", "hint: write `config_name: a`; there are a"),
+        (
+            "README.md names 2 parts of this data set",
+            "hint: write `config_name: a`; its parts are a",
+        ),
     ),
     "a readme that cannot be followed": (
         "train: {path: misled}",
@@ -119,15 +122,15 @@ BAD: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "two splits in a name": (
         "train: {path: both, split: train}",
-        ("both/train_test.jsonl: its name says two splits, train and test",),
+        ("both/train_test.jsonl: its name contains two splits, train and test",),
     ),
     "a folder without rows": (
         "train: {path: empty}",
-        ("the folder empty holds no .jsonl", "1 files that are no rows: notes.txt"),
+        ("the folder empty holds no .jsonl", "1 files that hold no rows: notes.txt"),
     ),
     "no split in any name": (
         "train: {path: parts/other, split: test}",
-        ("has no files for `split: test`: no name in it says a split",),
+        ("has no files for `split: test`: no name in it contains a split",),
     ),
     "a saved folder that is damaged": (
         "train: {path: saved}",

@@ -1,6 +1,4 @@
-"""What is committed under recipes/, recipe_templates/ and sweeps/: it loads, and it is what its
-template gives.
-"""
+"""The committed recipes, templates and sweeps load; each recipe is what its template renders."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def test_what_changed_since_it_was_hashed_is_told_and_little_is_read(
     with Path("t.jsonl").open("r+") as stream:
         stream.truncate(2**30 + 1)
     assert list_changed(recipe, contents, cache_path) == {
-        "t.jsonl": "was touched, and is too large to be read meanwhile"
+        "t.jsonl": "was touched, and is too large to read again now"
     }
     Path("t.jsonl").write_text("other")
     Path("v.jsonl").unlink()
@@ -430,7 +430,7 @@ def test_known_contents_reads_nothing(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_all_ways_to_ask_for_a_folder_of_rows_give_one_hash(recipe: Recipe) -> None:
-    """What a launch records, and `status`, `why` and the watch compare with it."""
+    """A launch records these hashes, and `status`, `why` and the watch compare with them."""
     write_rows("train.jsonl", "test.jsonl", "README.md", ".cache/train.jsonl")
     named = parse("data.train.path=rows", "data.train.split=train")
     hashes = ContentHashes(Path("cache.json"))

@@ -1,5 +1,5 @@
-"""Which files of a folder a recipe reads: by the splits that their names say, as the hub's
-libraries find them, and never in silence.
+"""A recipe reads the files of a folder by the splits in their names, as the hub's libraries do, and
+reports the files that it skips.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_names_say_splits(name: str, split: str | None) -> None:
 @pytest.mark.parametrize("name", ["train_test.jsonl", "train/test.jsonl", "test-set/train.csv"])
 def test_a_name_that_says_two_splits_is_refused(name: str, tmp_path: Path) -> None:
     write(tmp_path, name, "a/train.jsonl")
-    assert f"{tmp_path / name}: its name says two splits" in refusal(tmp_path, split="train")
+    assert f"{tmp_path / name}: its name contains two splits" in refusal(tmp_path, split="train")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_without_a_choice_a_folder_with_splits_is_refused(tmp_path: Path) -> Non
     message = refusal(tmp_path)
     for words in (
         "train (1 file), validation (2 files), test (1 file), and the recipe does not say",
-        f"hint: write `split: train` beside `path: {tmp_path}`, or `split: validation`",
+        f"hint: write `split: train` next to `path: {tmp_path}`, or `split: validation`",
     ):
         assert words in message
     assert read(tmp_path, split="train") == ["train.jsonl"]
@@ -135,7 +135,7 @@ def test_files_whose_names_say_no_split_are_told_beside_others(tmp_path: Path) -
     assert "train (1 file), without a split (1 file: extra.jsonl)" in message
     found = find(tmp_path, "train")
     assert [file.name for file in found.files] == ["train.jsonl"]
-    assert found.skipped == {"files whose names say no split": ("extra.jsonl",)}
+    assert found.skipped == {"files whose names contain no split": ("extra.jsonl",)}
 
 
 def test_a_folder_without_splits_is_read_whole(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_folder_without_splits_is_read_whole(tmp_path: Path) -> None:
     assert read(tmp_path) == ["a/rows.csv.gz", "b.jsonl", "c.parquet"]
     assert found.skipped == {
         "hidden files": (".git/x.json", "__MACOSX/b.jsonl", "a/._rows.csv"),
-        "files that are no rows": ("README.md", "dataset_infos.json", "n.txt"),
+        "files that hold no rows": ("README.md", "dataset_infos.json", "n.txt"),
     }
     assert found.notes == ()
     (note,) = find(tmp_path, "train").notes
@@ -174,7 +174,7 @@ def test_a_folder_without_rows_says_what_it_holds(tmp_path: Path) -> None:
     ("keys", "words"),
     [
         ({"split": "test"}, "`split: test` chooses among the files of a folder"),
-        ({"config_name": "main"}, "`config_name: main` is a part of a data set on the hub"),
+        ({"config_name": "main"}, "`config_name: main` names a part of a data set on the hub"),
         ({"revision": "v1"}, "`revision: v1` is a commit of a data set on the hub"),
     ],
 )
@@ -231,13 +231,13 @@ def test_a_readme_says_which_files_a_config_has(tmp_path: Path) -> None:
     names = ("main/train-1.jsonl", "main/train-2.jsonl", "main/test-1.jsonl", "main/more.jsonl")
     write(tmp_path, *names, "socratic/train.jsonl")
     (tmp_path / "README.md").write_text(README)
-    assert "write `config_name: main`; there are main, socratic" in refusal(tmp_path)
+    assert "write `config_name: main`; its parts are main, socratic" in refusal(tmp_path)
     assert "did you mean `main`?" in refusal(tmp_path, config_name="mian")
     assert read(tmp_path, config_name="main", split="train") == list(names[:2])
     found = find_source_files(DataSource(path=str(tmp_path), config_name="main", split="test"))
     assert [file.name for file in found.files] == ["test-1.jsonl"]
     assert found.read_for_choice == (tmp_path / "README.md",)
-    skipped = found.skipped["files that are of no split of the README"]
+    skipped = found.skipped["files that match no split of the README"]
     assert skipped == ("main/more.jsonl", "socratic/train.jsonl")
     assert read(tmp_path, config_name="socratic") == ["socratic/train.jsonl"]
     (tmp_path / "README.md").write_text(README.replace("  data_dir", "  default: true\n  data_dir"))
@@ -253,7 +253,7 @@ def test_a_readme_says_which_files_a_config_has(tmp_path: Path) -> None:
         ("configs:\n- {config_name: a, data_files: /etc/*}", "leads out of the folder"),
         ("configs:\n- {config_name: a, data_files: '*.txt'}", "x.txt: cannot tell the format"),
         ("configs:\n- {config_name: a, data_files: none.csv}", "holds no .jsonl"),
-        ("configs: 3", "its `configs` are no list"),
+        ("configs: 3", "its `configs` are not a list"),
         ("configs:\n- {config_name: a, data_files: .}", "pattern '.' finds nothing"),
         ("configs:\n- {config_name: a, data_files: '**a/x'}", "pattern '**a/x' finds nothing"),
         (f"configs: {'[' * 50_000}", "its `configs` cannot be read"),

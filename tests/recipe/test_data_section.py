@@ -65,7 +65,7 @@ def test_weights_need_a_number_of_rows() -> None:
     (problem,) = problems_of("data.train=[{path: a, weight: 1}]")
     assert "`num_train_samples` is needed" in problem.what
     (problem,) = problems_of("data.train={path: a, weight: 1}")
-    assert problem.what.startswith("does not go with `a single source`, which takes path, config")
+    assert problem.what.startswith("does not go with `a single source`, which accepts path, config")
     (problem,) = problems_of("data.train=[]")
     assert problem.key == "data.train"
 
@@ -75,7 +75,7 @@ def test_an_override_of_sources_says_which() -> None:
     for part in (".path", "[0].path", ".0.path"):
         (problem,) = problems_of(f"{name}{part}=x", text=SEVERAL)
         assert (problem.key, problem.line) == (f"{name}{part}", None)
-        assert "`data.train` is a list here: override all of it" in problem.what
+        assert "`data.train` is a list here: override the whole list" in problem.what
     assert parse("data.train={path: x}", text=SEVERAL).data.train_sources[0].path == "x"
     assert parse("data.train.path=x", "data.train.split=b").data.sources["train"].split == "b"
     one = parse("data.train=[{path: x, num_samples: 1}]").data

@@ -191,7 +191,7 @@ def test_a_batch_of_answers_without_answers_says_what_it_goes_with() -> None:
         load_recipe(DEMO, overrides)
     assert (
         "does not go with `enabled: false`, only with `enabled: true`;"
-        " or is it `training.global_batch_size`?"
+        " or did you mean `training.global_batch_size`?"
     ) in str(caught.value)
     with pytest.raises(RecipeError) as caught:
         load_recipe(DEMO, overrides[1:])
@@ -290,11 +290,11 @@ def test_a_value_that_nobody_knows_is_answered_with_those_that_are(typed: str, k
 @pytest.mark.parametrize(
     ("typed", "sentence"),
     [
-        ("max_steps=-1", "`training.max_steps` here, and this recipe refuses it: got -1"),
+        ("max_steps=-1", "`training.max_steps` here, but this recipe refuses it: got -1"),
         ("torch_dtype=auto", "refuses it: got the text 'auto', expected float32, bfloat16"),
-        ("eval_steps=0.1", "`evaluation.eval_steps` here, and this recipe refuses it: got 0.1"),
-        ("nnodes=2", "`launch.num_machines` here, and this recipe refuses it: `num_processes: 1`"),
-        ("wandb_watch=true", "`tracking.watch` here, and this recipe refuses it: got true"),
+        ("eval_steps=0.1", "`evaluation.eval_steps` here, but this recipe refuses it: got 0.1"),
+        ("nnodes=2", "`launch.num_machines` here, but this recipe refuses it: `num_processes: 1`"),
+        ("wandb_watch=true", "`tracking.watch` here, but this recipe refuses it: got true"),
         ("save_total_limit=None", "refuses it: got nothing (null)"),
         ("push_to_hub=true", "refuses it: `hub_push: end` needs a repository"),
     ],

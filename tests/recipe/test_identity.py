@@ -1,4 +1,4 @@
-"""Which keys make another experiment, and which only say where it runs."""
+"""Some keys make another experiment, others only decide where it runs."""
 
 from __future__ import annotations
 

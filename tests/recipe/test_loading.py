@@ -82,8 +82,8 @@ def describe(value: Any) -> Any:
 
 
 def assert_same(text: str) -> bool:
-    """Whether the text was accepted: then OmegaConf reads the same; and what it reads without
-    looking anything up is accepted.
+    """True if the text was accepted; then OmegaConf reads the same. Every text that OmegaConf reads
+    without looking anything up must be accepted.
     """
     try:
         expected, is_usable = load_by_omegaconf(text)
@@ -106,8 +106,8 @@ def assert_same(text: str) -> bool:
 
 
 def holds_doubtful_value(text: str) -> bool:
-    """Whether a plain value stands somewhere that looks like a date, a clock time, a switch, or a
-    number with a zero in front or with underscores.
+    """True if the text has a plain value that looks like a date, a clock time, a switch, or a
+    number with a leading zero or underscores.
     """
     return any(
         isinstance(token, yaml.ScalarToken)

@@ -102,12 +102,12 @@ REFUSALS = {
     ("learning_rate: 1e-5", "output_dir: here"): (
         25,
         "training.output_dir",
-        "is not set here: it is decided by the run directory",
+        "cannot be set here: it is decided by the run directory",
     ),
     ("learning_rate: 1e-5", "max_length: 5"): (
         25,
         "training.max_length",
-        "is not set here: it is decided by `data.max_length` and `data.truncation`",
+        "cannot be set here: it is decided by `data.max_length` and `data.truncation`",
     ),
     ("learning_rate: 1e-5", "warmup_ratio: 0.1"): (
         25,

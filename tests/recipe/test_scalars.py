@@ -181,7 +181,7 @@ def test_the_command_line_says_so(project: Project) -> None:
     path = project.root / "recipes" / "tests" / "a.yaml"
     launched = project.cli("launch", path, "training.bf16=no")
     assert launched.returncode == 2 and "Traceback" not in launched.stderr
-    assert "override  training.bf16  YAML takes the plain no for false" in launched.stderr
+    assert "override  training.bf16  YAML reads the plain no as false" in launched.stderr
     path.write_text(RECIPE_TEXT.replace("max_length: 160", "max_length: 0160"))
     checked = project.cli("check", path)
     assert checked.returncode == 2 and "Traceback" not in checked.stderr

@@ -36,10 +36,10 @@ def test_sixty_rows_at_accumulation_16_are_four_updates_an_epoch() -> None:
 @pytest.mark.parametrize(
     ("overrides", "rows", "doubt"),
     [
-        (("training.warmup_steps=100",), 60, "warm-up takes 100 updates and the run has 30"),
+        (("training.warmup_steps=100",), 60, "warmup takes 100 updates, but the run has 30"),
         (("training.num_train_epochs=1",), 22, "only 6 optimizer updates"),
         (("training.num_train_epochs=20",), 3, "larger than the 3 training rows"),
-        (("training.num_train_epochs=null", "training.max_steps=12"), 60, "48 of 60 rows are seen"),
+        (("training.num_train_epochs=null", "training.max_steps=12"), 60, "run sees 48 of 60 rows"),
         (
             ("evaluation.eval_steps=30",),
             60,
@@ -130,8 +130,8 @@ def test_an_axis_that_changes_the_number_of_updates_is_named_once() -> None:
     ]
     [(text, names)] = said_of(*grid).items()
     assert text == (
-        "`rows` 60 -> 180 changes the number of updates 32 -> 92: the runs differ in how long they"
-        " train too; set `training.max_steps` in place of `num_train_epochs` to compare `rows`"
+        "`rows` 60 -> 180 changes the number of updates 32 -> 92: the runs also differ in"
+        " training length; set `training.max_steps` instead of `num_train_epochs` to compare `rows`"
         " alone"
     )
     assert names == [f"g/r{number}" for number in range(8)]

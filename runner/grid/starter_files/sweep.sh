@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole grid, the small sample counts first; further arguments go to each sweep:  sweeps/first.sh --gpus 0,1
-# After an interruption run it again: finished runs are skipped, the others go on from their newest checkpoint.
+# The whole grid, small sample counts first. Further arguments are passed to each sweep:  sweeps/first.sh --gpus 0,1
+# After an interruption, run it again: finished runs are skipped, the others resume from their newest checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
