@@ -55,8 +55,8 @@ _WITHOUT_EFFECT: Final = {
 
 
 def parse_settings(lines: Iterable[str]) -> dict[str, str]:
-    """What `pip install` goes by, from the lines of `pip config list`: variables win over the
-    section `install`, and that over `global`.
+    """Settings that `pip install` uses, from the lines of `pip config list`: environment variables
+    override the section `install`, which overrides `global`.
 
     >>> parse_settings([":env:.index-url='b'", "global.index-url='a'", "download.pre='true'"])
     {'index-url': 'b'}
@@ -94,8 +94,8 @@ def build_variables(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def find_uv() -> list[str] | None:
-    """How uv is called, after it was installed where it was missing; None where it cannot be
-    had.
+    """The command that runs uv, installed first if it is missing; None if it cannot be
+    installed.
     """
     path = shutil.which("uv")
     if path is not None:

@@ -100,7 +100,7 @@ class Run:
 
 
 class ReportTables:
-    """What runs allow to conclude, as plain data.
+    """The conclusions that runs allow, as plain data.
 
     `pandas.DataFrame(report.rows)` and `pandas.DataFrame(report.effects)` work as they are. A
     notebook shows the object as the Markdown of `runner report`.
@@ -180,7 +180,7 @@ def load_runs(
 def build_report(
     runs: Iterable[Run], *, metrics: Sequence[str] | None = None, rows_fixed: bool = False
 ) -> ReportTables:
-    """What these runs allow to conclude: the verdicts, rows and effects of `runner report`.
+    """Return the verdicts, rows and effects of `runner report` for these runs.
 
     `metrics` are compared instead of those that fit; with `rows_fixed`, intervals describe these
     test rows only.

@@ -224,9 +224,7 @@ def test_all_missing_files_and_models_are_one_summary(project: Project) -> None:
     assert content["num_recipes"] == 9
     assert [run["run"] for run in content["runs"]] == ["tests/gemma-data"]
     missing, hub = content["errors"]
-    assert (
-        "3 files that recipes name are missing" in missing["text"] and len(missing["runs"]) == 7
-    )
+    assert "3 files that recipes name are missing" in missing["text"] and len(missing["runs"]) == 7
     assert "missing/x.jsonl  data.train.path of 3 recipes" in missing["text"]
     assert "./models/none    model.path of 3 recipes" in missing["text"]
     assert "cannot load the tokenizer of 'owner/a-model'" in hub["text"] and len(hub["runs"]) == 3
