@@ -1,4 +1,4 @@
-"""`runner report` and `runner power`: read the runs, and write what they allow to conclude."""
+"""`runner report` and `runner power`: read the runs and write the conclusions they support."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def run_power(arguments: argparse.Namespace) -> int:
         print(json.dumps([as_json(report) for report in reports], indent=2))
     else:
         text = "\n\n".join(format_power(report) for report in reports)
-        print(escape_controls(text))  # axes and paths are anybody's
+        print(escape_controls(text))  # axes and paths may come from anyone
     return 0
 
 
 def _verify(runs: Sequence[ReadRun]) -> list[ReadRun]:
-    """The runs, with the state that reading every byte gives each."""
+    """The runs, each with its state after reading every byte."""
     verified = []
     for recipe, facts, before in runs:
         status = verify_files(facts, before)
@@ -106,7 +106,7 @@ def _verify(runs: Sequence[ReadRun]) -> list[ReadRun]:
 
 
 def _find_absent(selected: Sequence[Selected]) -> dict[str, list[str]]:
-    """By grid: its runs that lie beside the selected ones and are not among them."""
+    """By grid: runs in the folders of the selected runs that are not selected."""
     known: dict[tuple[str, Path], set[str]] = {}
     for one in selected:
         run_dir = one.paths.run_dir
@@ -129,8 +129,8 @@ def _require_metrics(names: Sequence[str] | None, rows: Sequence[ReportRow]) -> 
 
 
 def _point_at_changed(rows: Sequence[ReportRow], selected: Sequence[Selected]) -> None:
-    """On stderr: how many runs hold another experiment than their recipes, and the command that
-    shows their numbers.
+    """Print to stderr how many run directories hold another experiment than their recipes, and the
+    command that shows their numbers.
     """
     changed = {row.recipe.run.full_name for row in rows if row.state == "changed"}
     run_dirs = [one.paths.run_dir for one in selected if one.full_name in changed]
@@ -138,7 +138,7 @@ def _point_at_changed(rows: Sequence[ReportRow], selected: Sequence[Selected]) -
         return
     folders = dict.fromkeys(str(run_dir.parent) for run_dir in run_dirs)
     runs = "1 run is" if len(run_dirs) == 1 else f"{len(run_dirs)} runs are"
-    they = "its directory holds" if len(run_dirs) == 1 else "their directories hold"
+    they = "its directory holds" if len(run_dirs) == 1 else "their directories each hold"
     print(
         f"warning: {runs} changed: {they} another experiment, whose numbers are not shown\n"
         f"hint: {shlex.join(['runner', 'report', *folders])}",
