@@ -287,7 +287,7 @@ def _describe(certificate: Certificate) -> Iterator[str]:
         yield "## What is equal up to rounding"
         yield _list_by_section(close)
     if unrecorded := certificate.select("not recorded"):
-        yield "## What was not recorded, so it is neither equal nor different"
+        yield "## What was not recorded, so neither equal nor different"
         yield _list_by_section(unrecorded)
 
 

@@ -254,7 +254,7 @@ def _decide_all(
         num_unhappy += len(changed)
     if planned and num_of_other_rules:
         print(
-            f"note: {num_of_other_rules} completed runs of this sweep follow other rules for rows"
+            f"note: {num_of_other_rules} completed runs of this sweep follow other rules of rows"
             f" and masks than the runs launched now (rules {RULES}):"
             " a report compares only runs with the same rules",
             file=sys.stderr,

@@ -95,7 +95,7 @@ def read_shared_options(
             raise RunnerError(f"`--engine {engine}` needs `--{option}`: {what}")
     if arguments.gpus is not None:
         raise RunnerError(
-            f"`--gpus` names GPUs of this machine; `--engine {engine}` requests them by number"
+            f"`--gpus` names GPUs of this machine; `--engine {engine}` requests GPUs by count"
         )
     if arguments.per_gpu is not None:
         raise RunnerError(

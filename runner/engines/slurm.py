@@ -183,7 +183,7 @@ def _load_queue_if_any(output_root: Path) -> tuple[dict[str, QueuedRun], int]:
     try:
         return load_queue(output_root), load_max_array_size()
     except RunnerError as error:
-        print(f"runs that Slurm has queued are not left out: {error.message}", file=sys.stderr)
+        print(f"runs that Slurm has already queued are unknown: {error.message}", file=sys.stderr)
         return {}, DEFAULT_MAX_ARRAY_SIZE
 
 

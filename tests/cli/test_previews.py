@@ -303,7 +303,7 @@ def test_status_of_nothing_named_counts_what_was_never_started(
     first, last = say().splitlines()
     assert first.startswith("toy/a  completed")
     assert last == (
-        "3 recipes were never started, of 2 grids: `runner status recipes/GRID` lists them;"
+        "3 recipes were never started, in 2 grids: `runner status recipes/GRID` lists them;"
         " GRID is one of other, toy"
     )
     Path("recipes/other/b.yaml").unlink()

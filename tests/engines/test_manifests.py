@@ -35,9 +35,11 @@ def project_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("path", ["/elsewhere/runs", "../runs", "a/../../runs"])
 def test_what_is_outside_the_project_folder_is_refused(path: str) -> None:
-    with pytest.raises(RefusedError, match="outside the folder that other machines get to see"):
+    with pytest.raises(
+        RefusedError, match="outside the project folder, which is all that other machines see"
+    ):
         check_output_root(Path(path))
-    with pytest.raises(RefusedError, match="outside the folder"):
+    with pytest.raises(RefusedError, match="outside the project folder"):
         check_runs(make_pending(str(ROOT / DEMO)))
     check_output_root(Path("runs/more"))
 
@@ -118,7 +120,7 @@ def test_what_is_submitted_is_told_to_score_the_base_itself(fake: FakeLauncher) 
     [
         (
             ("--engine", "kubernetes"),
-            "`--engine kubernetes` starts nothing: with `--dry-run` it prints the file",
+            "`--engine kubernetes` starts nothing; with `--dry-run` it prints a file",
         ),
         (
             ("--engine", "skypilot", "--image", "i", "--storage", "s"),

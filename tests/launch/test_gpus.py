@@ -161,7 +161,7 @@ def test_one_gpu_twice(bin_dir: Path, text: str, hint: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "0,", " ", ",1"])
 def test_a_name_is_not_empty(text: str) -> None:
-    with pytest.raises(RunnerError, match="has a name that is empty"):
+    with pytest.raises(RunnerError, match="has an empty name"):
         split_names(text)
 
 
@@ -189,10 +189,10 @@ def test_without_an_answer_names_pass_with_a_note(
         assert choose_gpus(text, surroundings(bin_dir)) == tuple(
             NamedGpu(name) for name in text.split(",")
         )
-        note = f"note: nvidia-smi does not answer here, so `--gpus {text}` is taken as given\n"
+        note = f"note: nvidia-smi does not answer here, so `--gpus {text}` is used unchecked\n"
         assert capsys.readouterr().err == note
     for text in ("cuda:0", "-1", "all", "0;1", "GPU-", "GPU-0 1"):
-        assert "is no name of a GPU" in refuse(bin_dir, text).message
+        assert "is not the name of a GPU" in refuse(bin_dir, text).message
     assert "name them: --gpus 0,1" in str(refuse(bin_dir, None))
 
 

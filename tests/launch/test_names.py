@@ -286,8 +286,8 @@ def test_what_nobody_knows_is_not_recorded(fake: FakeLauncher, hub: MovingHub) -
     hub.take_requests()
     result = launch(fake, hub, "a")
     assert read_commits(fake, "a") == {} and hub.take_requests() == []
-    assert "warning: `model.path`: nobody knows at which commit" in result.stderr
-    assert "warning: `data.train.path`: nobody knows at which commit" in result.stderr
+    assert "warning: `model.path`: the commit at which" in result.stderr
+    assert "warning: `data.train.path`: the commit at which" in result.stderr
 
 
 def test_a_checkpoint_that_was_made_without_the_hub_is_not_continued_with_it(
@@ -299,10 +299,10 @@ def test_a_checkpoint_that_was_made_without_the_hub_is_not_continued_with_it(
     save(fake, "a", commits={})
     result = launch(fake, hub, "a")
     assert result.returncode == REFUSED and fake.started() == ["a"]
-    assert "`data.train.path`: nobody knows at which commit" in result.stderr
+    assert "`data.train.path`: the commit at which" in result.stderr
     assert "HF_HUB_OFFLINE=1" in result.stderr and "--fresh" in result.stderr
     result = launch(fake, hub, "a", offline=True)
-    assert result.returncode == LOST and "warning: `model.path`: nobody knows" in result.stderr
+    assert result.returncode == LOST and "warning: `model.path`: the commit at" in result.stderr
 
 
 def test_a_checkpoint_brings_its_commits_along(fake: FakeLauncher, hub: MovingHub) -> None:
