@@ -38,9 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_project_verbs(verbs: Any) -> None:
     """Verbs that create the files of a project."""
     init = verbs.add_parser(
-        "init", help="create a project folder with a grid on your own rows, or a stock grid"
+        "init", help="create a project folder with a starter grid on your rows, or a stock grid"
     )
-    init.add_argument("folder", type=Path, metavar="DIR", help="must be empty or not exist yet")
+    init.add_argument("folder", type=Path, metavar="DIR", help="a folder that is empty or new")
     init.add_argument(
         "--from",
         dest="from_grid",
@@ -99,7 +99,7 @@ def _add_project_verbs(verbs: Any) -> None:
     )
 
     render = verbs.add_parser("render", help="write recipes/GRID/*.yaml from recipe_templates/GRID")
-    render.add_argument("grid", metavar="GRID", nargs="?", help="default: every grid")
+    render.add_argument("grid", metavar="GRID", nargs="?", help="name of a grid; default: all")
     render.add_argument(
         "--check", action="store_true", help="write nothing; if recipes differ, show a diff, exit 1"
     )
@@ -201,13 +201,13 @@ def _add_launch_verb(verbs: Any) -> None:
     mode.add_argument(
         "--prepare",
         action="store_true",
-        help="print them and write the run directory, so that you can start the run by hand",
+        help="also write the run directory, so that you can start the run by hand",
     )
     launch.add_argument(
         "--num-processes",
         type=positive,
         metavar="N",
-        help="number of processes; the global batch stays the same; default: the recipe's",
+        help="processes to train on; keeps the global batch; default: the recipe's",
     )
     launch.add_argument(
         "--fresh", action="store_true", help="move an existing run aside and start from step 0"
@@ -329,7 +329,7 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     room.add_argument(
         "--gpus",
         metavar="0,1,...",
-        help="GPUs to spread the runs over, by nvidia-smi's numbers or UUIDs",
+        help="GPUs to use, by nvidia-smi's numbers or UUIDs; each run gets its own",
     )
     parser.add_argument(
         "--per-gpu",
@@ -352,5 +352,5 @@ def _add_own_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--own-base",
         action="store_true",
-        help="each run scores the base model itself; base scores are neither read nor shared",
+        help="score the base model in each run; neither read nor share base scores",
     )

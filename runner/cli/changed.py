@@ -179,7 +179,7 @@ def move_changed(one: ChangedRun, folder: Path) -> Decision | None:
     try:
         lease = take_lease(one.paths)
         if lease is None:
-            return Decision("skip", "running: it is never moved")
+            return Decision("skip", "running, so it is not moved")
         with contextlib.closing(lease):
             # Another sweep may have moved and restarted it since it was read.
             facts = read_facts(one.paths, lease=lease)

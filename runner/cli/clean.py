@@ -76,7 +76,7 @@ def _refuse_while_running(root: Path) -> None:
     for path in sorted(root.glob("*/*/lease")):
         if is_leased(RunPaths(path.parent).lease_path):
             raise RefusedError(
-                f"{path.parent} is running and may be reading what would be removed",
+                f"{path.parent} is running and may be reading these caches",
                 hint="wait for it, or stop it: `runner stop " + str(path.parent) + "`",
             )
 

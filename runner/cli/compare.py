@@ -354,10 +354,10 @@ def _describe_differences(single: list[Difference], seeds: list[Difference]) -> 
     if not single:
         return
     yield "## Differences (B - A)"
-    yield wrap(f"Of the two runs, {ROWS_ONLY}:")
+    yield wrap(f"For the two runs, {ROWS_ONLY}:")
     yield from _draw_numbers(single)
     if seeds:
-        yield "With all their seeds, of the recipes:"
+        yield "For the recipes, with all their seeds:"
         yield from _draw_numbers(seeds)
 
 

@@ -288,7 +288,7 @@ def _start_anew(
     folders = choose_folders(movable)
     about = [*describe_changed(movable, arguments), *describe_remote(movable)]
     where = ", ".join(str(folder) for folder in folders.values())
-    what = "would be moved into" if arguments.dry_run else "to be moved into"
+    what = "would be moved into" if arguments.dry_run else "will be moved into"
     print(_describe_block("fresh", f"{_count(movable)} {what} {where}", about), file=stream)
     stream.flush()
     moved = movable

@@ -15,7 +15,7 @@ def add_view_verbs(verbs: Any) -> None:
     status = verbs.add_parser("status", help="list runs: status, step, loss, time, reason")
     add_paths(status, nargs="*")
     how = status.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true")
+    how.add_argument("--json", action="store_true", help="print JSON")
     how.add_argument(
         "--watch",
         action="store_true",
@@ -34,7 +34,7 @@ def add_view_verbs(verbs: Any) -> None:
     why.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch")
     why.add_argument("--name", help="as for launch")
     why.add_argument("--num-processes", type=positive, metavar="N", help="as for launch")
-    why.add_argument("--json", action="store_true")
+    why.add_argument("--json", action="store_true", help="print JSON")
     add_output_root(why)
 
     logs = verbs.add_parser("logs", help="print the log of a run's last attempt")
@@ -49,7 +49,7 @@ def add_view_verbs(verbs: Any) -> None:
         action="store_true",
         help="keep printing new output until the run ends",
     )
-    logs.add_argument("--attempt", type=positive, metavar="N", help="default: the last attempt")
+    logs.add_argument("--attempt", type=positive, metavar="N", help="number; default: the last")
     add_output_root(logs)
 
     stop = verbs.add_parser(
@@ -84,7 +84,7 @@ def add_view_verbs(verbs: Any) -> None:
     compare.add_argument(
         "--grid", metavar="GRID", help="the grid in which axis=value and run names are looked up"
     )
-    compare.add_argument("--json", action="store_true")
+    compare.add_argument("--json", action="store_true", help="print JSON")
     _add_rows_fixed(compare)
     add_output_root(compare)
     _add_power(verbs)
@@ -92,7 +92,7 @@ def add_view_verbs(verbs: Any) -> None:
     clean = verbs.add_parser(
         "clean", help="remove shared caches that runs can compute again; no run is touched"
     )
-    clean.add_argument("--dry-run", action="store_true", help="only list the caches")
+    clean.add_argument("--dry-run", action="store_true", help="only list the caches and sizes")
     clean.add_argument("--yes", action="store_true", help="do not ask")
     add_output_root(clean)
 
@@ -119,7 +119,7 @@ def _add_power(verbs: Any) -> None:
     power.add_argument(
         "--metric", metavar="NAME", help="default: NLL per completion token, or bits per byte"
     )
-    power.add_argument("--json", action="store_true")
+    power.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _above_zero(text: str) -> float:
@@ -144,7 +144,9 @@ def _add_report_formats(report: argparse.ArgumentParser) -> None:
     from runner.report.format import FORMATS
 
     names = list(FORMATS)
-    report.add_argument("--format", choices=names, default=names[0])
+    report.add_argument(
+        "--format", choices=names, default=names[0], help="output format; default: the first"
+    )
     report.add_argument(
         "--metric",
         action="append",

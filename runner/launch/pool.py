@@ -123,7 +123,7 @@ def run_pool(
                     num_signals=1,
                 )
         except BaseException as error:
-            pool.leave(f"the runner ended by {error!r}", num_signals=len(signals.received))
+            pool.leave(f"the runner ended with {error!r}", num_signals=len(signals.received))
             raise
         finally:
             pool.close()

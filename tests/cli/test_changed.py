@@ -127,7 +127,7 @@ def test_fresh_moves_what_is_changed_and_starts_it_anew(
     assert main([*FRESH, "--yes"]) == 0
     said = capsys.readouterr().out.splitlines()
     folder = dated(changed).relative_to(changed.root)
-    assert said[1] == f"fresh   4 runs to be moved into {folder}"
+    assert said[1] == f"fresh   4 runs will be moved into {folder}"
     assert said[-5:] == [
         f"moved   4 runs; the numbers: runner report {folder}",
         *(f"launch  toy/{name}  pending: never started" for name in "abcd"),
@@ -284,7 +284,7 @@ def test_a_run_that_runs_or_was_begun_anew_since_it_was_looked_at_is_left_alone(
     before = changed.tree()
     skipped = [move_changed(one, folder) for one in (a, b)]
     assert [one and (one.action, one.why) for one in skipped] == [
-        ("skip", "running: it is never moved"),
+        ("skip", "running, so it is not moved"),
         ("skip", "no longer changed: another sweep was faster"),
     ]
     assert changed.tree() == before

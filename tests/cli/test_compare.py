@@ -45,7 +45,7 @@ def test_two_runs(project: Path, capsys: pytest.CaptureFixture[str], arms: tuple
         "| loss " in shown and "| completion |" in shown and "## What was not recorded, so" in shown
     )
     assert "rows only: about these trained models" in shown
-    assert "With all their seeds, of the recipes:" in shown and "| seeds and rows |" in shown
+    assert "For the recipes, with all their seeds:" in shown and "| seeds and rows |" in shown
     assert max(map(len, shown.splitlines())) <= 120
 
 

@@ -1,4 +1,4 @@
-"""What every verb says of a completed run whose files are not as they were recorded."""
+"""The output of every verb for a completed run whose files are not as they were recorded."""
 
 from __future__ import annotations
 

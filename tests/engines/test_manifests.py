@@ -1,4 +1,4 @@
-"""What is asked of engines that write a file: runs that another machine finds, and a file with
+"""The engines that write a file: runs that another machine finds, and a file with
 nothing else in it.
 """
 

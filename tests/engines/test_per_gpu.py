@@ -26,7 +26,7 @@ ON_GPU = "launch.accelerate_config=accelerate_configs/single_gpu.yaml"
 def refuse_both(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str], *options: str, verb: str = "sweep"
 ) -> str:
-    """What a sweep says that starts nothing; its dry run says the same."""
+    """The errors of a sweep that starts nothing; its dry run says the same."""
     told = []
     for dry_run in (["--dry-run"], []) if verb == "sweep" else ([],):
         assert main([verb, "recipes/toy", *options, *dry_run]) == 2

@@ -1,4 +1,4 @@
-"""What names on the hub stand for: settled before the first attempt, held from then on, compared
+"""The commits of names on the hub: settled before the first attempt, held from then on, compared
 within a grid. The hub is on loopback and its branch moves; the trainer is a fake.
 """
 
@@ -306,7 +306,7 @@ def test_a_checkpoint_that_was_made_without_the_hub_is_not_continued_with_it(
 
 
 def test_a_checkpoint_brings_its_commits_along(fake: FakeLauncher, hub: MovingHub) -> None:
-    """Where `recipe.json` was lost, and into a run that has loaded something else but saved
+    """If `recipe.json` was lost, and into a run that has loaded something else but saved
     nothing.
     """
     add(fake, "a", "b", told="exit 1")

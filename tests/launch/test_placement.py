@@ -1,4 +1,4 @@
-"""What a run asks of the machines that it gets, from its recipe and its launch config."""
+"""The resources that a run needs on its machines, from its recipe and its launch config."""
 
 from __future__ import annotations
 

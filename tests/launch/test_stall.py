@@ -1,4 +1,4 @@
-"""When an attempt counts as hanging, with given times; the rest is shown over real processes in
+"""The times after which an attempt counts as hanging; the rest is shown over real processes in
 `tests/engines/test_stalls.py`.
 """
 
