@@ -240,7 +240,7 @@ def test_nothing_is_moved_where_the_sweep_is_refused(
     add_nvidia_smi(changed.home, TWO)
     before = changed.tree()
     assert main([*FRESH, "--yes", "--gpus", "0"]) == 2
-    assert "toy/d wants 2 GPUs" in capsys.readouterr().err
+    assert "toy/d needs 2 GPUs" in capsys.readouterr().err
     assert changed.tree() == before
 
 

@@ -92,5 +92,5 @@ def test_what_is_being_written_stays(root: Path, capsys: pytest.CaptureFixture[s
         assert is_ours
         assert main(["clean", "--output-root", str(root), "--yes"]) == 1
     captured = capsys.readouterr()
-    assert f"warning: {root / NAMES[0]} stays" in captured.err
+    assert f"warning: {root / NAMES[0]} was kept" in captured.err
     assert list_left(root) == [NAMES[0]]

@@ -460,5 +460,5 @@ def test_a_run_that_cannot_be_prepared_fails_alone(fake: FakeLauncher) -> None:
 def test_refusals_of_devices_name_the_run(fake: FakeLauncher) -> None:
     fake.add("a")
     [selected] = select_recipes(["recipes/toy"], fake.root / "runs")
-    with pytest.raises(RefusedError, match="toy/a wants 3 GPUs"):
+    with pytest.raises(RefusedError, match="toy/a needs 3 GPUs"):
         Devices(1, ["0"]).check([Launch(selected, {}, 3)])

@@ -53,7 +53,7 @@ def test_a_run_directory_and_a_run_on_several_machines_are_refused(fake: FakeLau
     path.write_text(
         path.read_text().replace("num_processes: 2", "num_processes: 2\n  num_machines: 2")
     )
-    with pytest.raises(RefusedError, match="toy/two wants 2 machines"):
+    with pytest.raises(RefusedError, match="toy/two needs 2 machines"):
         check_runs(make_pending("recipes/toy/two.yaml"))
 
 

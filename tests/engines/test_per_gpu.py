@@ -68,7 +68,7 @@ def test_what_an_outer_choice_hides_is_refused(
     add_nvidia_smi(fake.home, LISTED)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"1,{MIG_0}")
     said = refuse_both(fake, capsys, "--gpus", "0")
-    assert f"`CUDA_VISIBLE_DEVICES=1,{MIG_0}` is set here, which hides 0" in said
+    assert f"`CUDA_VISIBLE_DEVICES=1,{MIG_0}` is set here and hides 0" in said
     assert f"hint: --gpus 1,{MIG_0}\n" in said
     assert main([*SWEEP, "--per-gpu", "1"]) == 0
     assert {fake.attempts(name)[0]["devices"] for name in "abc"} == {"1", MIG_0}

@@ -94,7 +94,7 @@ def test_outside_slurm_it_is_refused(two: FakeLauncher, verb: str) -> None:
     assert (
         code == 2
         and "accelerate launch" not in stdout
-        and "toy/two wants 2 machines" in stderr
+        and "toy/two needs 2 machines" in stderr
         and "--prepare" in stderr
     )
     assert {
@@ -109,7 +109,7 @@ def test_a_sweep_inside_a_job_of_several_machines_takes_none_of_them(
 ) -> None:
     in_slurm(monkeypatch)
     code, _, stderr = finish(two.start("sweep", "recipes/toy"))
-    assert code == 2 and "toy/two wants 2 machines" in stderr
+    assert code == 2 and "toy/two needs 2 machines" in stderr
 
 
 def test_by_hand_there_is_one_command_for_each_machine(two: FakeLauncher) -> None:
