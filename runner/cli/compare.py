@@ -233,7 +233,7 @@ def _refuse_what_is_no_comparison(
         same = axis_text(rows_a[0].axes.get(axis))
         raise RunnerError(
             f"A and B do not differ in the axis {axis!r}: both have {same}",
-            hint="name runs with two different values of it",
+            hint="name runs with two values of it",
         )
 
 
