@@ -204,7 +204,7 @@ def test_a_record_that_cannot_be_closed_is_a_warning(
     attempt.paths.record_path.mkdir()
     attempt.kill("enough")
     attempt.finish()
-    assert "runs/toy/b/attempts/1 is not recorded" in capsys.readouterr().err
+    assert "runs/toy/b/attempts/1 was not recorded" in capsys.readouterr().err
     assert not is_leased(attempt.paths.lease_path)
 
 
