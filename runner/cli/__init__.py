@@ -1,1 +1,1 @@
-"""The verbs of the command line, how errors are printed, and exit codes."""
+"""The verbs of the command line, error printing, and exit codes."""

@@ -1,5 +1,5 @@
-"""Changed runs in a sweep: what is said of them, once for all, and `--fresh`, which moves them into
-one dated folder so that they are started anew.
+"""Changed runs in a sweep: describes all of them together, and moves them into one dated folder
+for `--fresh`, so that they start from step 0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAX_KEYS: Final = 8
 
 @dataclass(frozen=True)
 class ChangedRun:
-    """A run whose directory holds another experiment, and where `--fresh` puts it."""
+    """A run whose directory holds another experiment, and the place to which `--fresh` moves it."""
 
     selected: Selected
     contents: Mapping[str, str]
@@ -52,12 +52,14 @@ class ChangedRun:
         return self.paths.run_dir.parent.parent
 
     def target(self, folder: Path) -> Path:
-        """Where it goes in the dated folder."""
+        """The place of the run in the dated folder."""
         return folder / self.paths.run_dir.parent.name / self.paths.run_dir.name
 
 
 def describe_changed(changed: Sequence[ChangedRun], arguments: argparse.Namespace) -> list[str]:
-    """How many runs are changed and by which keys, where their numbers are, and what to do."""
+    """Lines with the changed keys and the number of runs for each, the command that shows their
+    numbers, and the command to run next.
+    """
     command = ["runner", "sweep", *map(str, arguments.paths), *arguments.overrides]
     command += [word for condition in arguments.where for word in ("--where", condition)]
     if arguments.output_root != Path("runs"):
@@ -66,22 +68,20 @@ def describe_changed(changed: Sequence[ChangedRun], arguments: argparse.Namespac
     if len(changed) == 1:
         lines = list(changed[0].status.differences)
     else:
-        # Variants of recipes are found by their run directories.
+        # Variants of recipes are found through their run directories.
         named = [*grids] if arguments.overrides else command[2:]
         lines = [*_count_keys(changed), _name_some(changed, ["runner", "status", *named])]
     if not arguments.fresh:
         lines.append(f"the numbers: {pasteable(shlex.join(['runner', 'report', *grids]))}")
         lines.append(
             f"{pasteable(shlex.join([*command, '--fresh']))}"
-            "  # moves what is changed into one dated folder and starts it anew"
+            "  # moves the changed runs into one dated folder and starts them from step 0"
         )
     return lines
 
 
 def _count_keys(changed: Sequence[ChangedRun]) -> list[str]:
-    """One line for each key, the most frequent ones first, with its values where they are the same
-    in all runs.
-    """
+    """One line per key, most frequent first, with the values if they are the same in all runs."""
     by_key: dict[str, Counter[str]] = {}
     for one in changed:
         for line in one.status.differences:
@@ -107,12 +107,11 @@ def _name_some(changed: Sequence[ChangedRun], status: Sequence[str]) -> str:
 
 
 def choose_folders(changed: Sequence[ChangedRun]) -> dict[Path, Path]:
-    """`output root -> dated folder` for runs to be moved there: the first one of today in which
-    none of their names is taken.
+    """`output root -> dated folder`: today's first folder in which all names of the runs are free.
 
     Raises:
-        RefusedError: a run is on another file system than its output root, so that it cannot be
-            moved in one step.
+        RefusedError: a run is on another file system than its output root, so it cannot be moved
+            in one step.
     """
     date, folders = now_utc()[:10], {}
     for one in changed:
@@ -120,8 +119,8 @@ def choose_folders(changed: Sequence[ChangedRun]) -> dict[Path, Path]:
             one.paths.run_dir.stat().st_dev != one.output_root.stat().st_dev
         ):
             raise RefusedError(
-                f"{one.paths.run_dir} is on another file system than {one.output_root}:"
-                " it cannot be moved in one step",
+                f"{one.paths.run_dir} is on another file system than {one.output_root},"
+                " so it cannot be moved in one step",
                 hint=f"runner launch {one.selected.source_path} --fresh  # moves it aside in place",
             )
         folders[one.output_root] = one.output_root
@@ -138,7 +137,7 @@ def confirm(changed: Sequence[ChangedRun], folders: Mapping[Path, Path], *, is_s
     """Ask on the terminal whether to move the runs.
 
     Raises:
-        RefusedError: the answer is no, or there is nobody to ask and `is_sure` does not say so.
+        RefusedError: the answer is no, or stdin is not a terminal and `is_sure` is false.
     """
     if is_sure:
         return
@@ -146,38 +145,43 @@ def confirm(changed: Sequence[ChangedRun], folders: Mapping[Path, Path], *, is_s
     runs = "1 changed run" if len(changed) == 1 else f"{len(changed)} changed runs"
     if not sys.stdin.isatty():
         raise RefusedError(
-            f"`--fresh` moves {runs} into {where}, and there is nobody to ask",
+            f"`--fresh` moves {runs} into {where}, but stdin is not a terminal to ask on",
             hint="add `--yes`; `--dry-run` shows what would be done",
         )
-    print(f"move {runs} into {where} and start anew? (y/N) ", end="", file=sys.stderr, flush=True)
+    print(
+        f"move {runs} into {where} and start from step 0? (y/N) ",
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise RefusedError("nothing was moved, and nothing started")
+        raise RefusedError("nothing was moved or started")
 
 
 def describe_remote(changed: Sequence[ChangedRun]) -> list[str]:
-    """A line about runs that keep checkpoints in remote storage, where nothing is moved."""
+    """A line about runs with checkpoints in remote storage, which stay where they are."""
     num_remote = sum(one.selected.recipe.checkpoints.remote is not None for one in changed)
     if not num_remote:
         return []
     return [
-        f"{num_remote} with `checkpoints.remote`: what is stored there stays, and the new runs"
-        " neither load nor overwrite it, nor store anything beside it;"
-        " first give `checkpoints.remote.url` another place"
+        f"{num_remote} with `checkpoints.remote`: the stored checkpoints stay; the new runs"
+        " neither load nor overwrite them, and store nothing next to them;"
+        " set `checkpoints.remote.url` to another place first"
     ]
 
 
 def move_changed(one: ChangedRun, folder: Path) -> Decision | None:
-    """Rename a run into the dated folder under its lease; why it was left alone, None where it was
-    not.
+    """Rename a run into the dated folder under its lease. Returns the reason if it was left alone,
+    None if it was moved.
     """
     from runner.launch.run_files import move_aside, take_lease
 
     try:
         lease = take_lease(one.paths)
         if lease is None:
-            return Decision("skip", "running: it is never moved")
+            return Decision("skip", "running, so it is not moved")
         with contextlib.closing(lease):
-            # Another sweep may have moved it and begun anew since it was looked at.
+            # Another sweep may have moved and restarted it since it was read.
             facts = read_facts(one.paths, lease=lease)
             status = read_status(facts, one.selected.recipe, one.contents, named=one.contents)
             if status.state == "unreadable":
@@ -185,7 +189,7 @@ def move_changed(one: ChangedRun, folder: Path) -> Decision | None:
             if status.state != "changed":
                 return Decision("skip", "no longer changed: another sweep was faster")
             move_aside(one.paths, one.target(folder))
-    # The others are moved and started anew nevertheless.
+    # The other runs are still moved and started from step 0.
     except (RefusedError, CorruptFileError, OSError) as error:
         return Decision("refuse", f"cannot be moved: {put_in_words(error)}")
     return None

@@ -1,4 +1,4 @@
-"""`runner clean`: removes what many runs share and any of them can compute again."""
+"""`runner clean`: removes caches that runs share and any run can compute again."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from runner.text import format_bytes
 
 
 def run_clean(arguments: argparse.Namespace) -> int:
-    """`runner clean`: what runs themselves hold is never touched.
+    """`runner clean`: never touches run directories.
 
     Raises:
-        RefusedError: a run may be reading it now, there is nobody to ask, or the answer is no.
+        RefusedError: a run may be reading the caches, stdin is not a terminal, or the answer is no.
     """
     root: Path = arguments.output_root
     if not root.is_dir():
         nowhere = describe_no_project()
         raise RefusedError(
             f"there is no folder {root}" + (f"; {nowhere}" if nowhere else ""),
-            hint="name the folder of the runs by `--output-root`",
+            hint="name the folder of the runs with `--output-root`",
         )
     found = {
         folder: list_stored(folder) for folder in (base_entries_dir(root), row_entries_dir(root))
@@ -39,9 +39,9 @@ def run_clean(arguments: argparse.Namespace) -> int:
     files = list_recipe_caches(root)
     if files:
         size = format_bytes(sum(path.stat().st_size for path in files))
-        print(f"{files[0]}: recipes as they were read, {_count(len(files), 'file')}, {size}")
+        print(f"{files[0]}: parsed recipes, {_count(len(files), 'file')}, {size}")
     if notes := list_notes(base_entries_dir(root)):
-        print(f"{notes[0].parent}: why some scores cannot be shared, {_count(len(notes), 'file')}")
+        print(f"{notes[0].parent}: reasons why scores are not shared, {_count(len(notes), 'file')}")
         files += notes
     folders = [one for stored in found.values() for one in stored]
     if not folders and not files:
@@ -52,7 +52,7 @@ def run_clean(arguments: argparse.Namespace) -> int:
     _refuse_while_running(root)
     if not arguments.yes:
         _confirm()
-        _refuse_while_running(root)  # the answer may have taken its time
+        _refuse_while_running(root)  # a run may have started while we waited for the answer
     for path in files:
         path.unlink(missing_ok=True)
     busy = [one.path for one in folders if not remove_stored(one)]
@@ -60,10 +60,11 @@ def run_clean(arguments: argparse.Namespace) -> int:
         remove_free_locks(folder)
     for path in busy:
         print(
-            f"warning: {path} stays: a run is writing it, or it may not be removed", file=sys.stderr
+            f"warning: {path} was kept: a run is writing it, or removal is not permitted",
+            file=sys.stderr,
         )
     if len(busy) < len(folders) or files:
-        print("removed; what is needed again is computed again")
+        print("removed; runs compute again what they need")
     return 1 if busy else 0
 
 
@@ -75,17 +76,17 @@ def _refuse_while_running(root: Path) -> None:
     for path in sorted(root.glob("*/*/lease")):
         if is_leased(RunPaths(path.parent).lease_path):
             raise RefusedError(
-                f"{path.parent} is running and may be reading what would be removed",
-                hint="wait for it, or ask it to leave: `runner stop " + str(path.parent) + "`",
+                f"{path.parent} is running and may be reading these caches",
+                hint="wait for it, or stop it: `runner stop " + str(path.parent) + "`",
             )
 
 
 def _confirm() -> None:
     if not sys.stdin.isatty():
         raise RefusedError(
-            "nothing was removed: there is nobody to ask",
-            hint="add `--yes`; `--dry-run` only shows what there is",
+            "nothing was removed: stdin is not a terminal to ask on",
+            hint="add `--yes`; `--dry-run` only lists the caches",
         )
-    print("remove it? (y/N) ", end="", file=sys.stderr, flush=True)
+    print("remove these? (y/N) ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise RefusedError("nothing was removed")

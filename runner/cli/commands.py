@@ -73,13 +73,13 @@ def run_init(arguments: argparse.Namespace) -> int:
 
 
 def run_demo_models(arguments: argparse.Namespace) -> int:
-    """`runner demo-models`: prints the folders of the models, one a line."""
+    """`runner demo-models`: prints the folders of the models, one per line."""
     from runner.demo.models import build_demo_models
 
     here, project = Path.cwd(), find_project_above(Path.cwd())
     if project not in (None, here) and not arguments.output.is_absolute():
         print(
-            f"note: the models are built in {here / arguments.output}; recipes name folders of the"
+            f"note: the models are built in {here / arguments.output}; recipes look for them in the"
             f" project, {project}",
             file=sys.stderr,
         )
@@ -97,9 +97,9 @@ def run_render(arguments: argparse.Namespace) -> int:
     from runner.grid.render import render_grids
 
     if (nowhere := describe_no_project()) is not None:
-        raise RunnerError(nowhere, hint="`runner init FOLDER` makes a project; cd into it")
+        raise RunnerError(nowhere, hint="`runner init FOLDER` creates a project; cd into it")
     grid = arguments.grid
-    if grid is not None:  # also by the folder of its recipes or of its template
+    if grid is not None:  # may also be the folder of its recipes or of its template
         folder, *rest = Path(grid).parts
         grid = rest[0] if len(rest) == 1 and folder in (RECIPES_DIR.name, TEMPLATES) else grid
     return render_grids(
@@ -115,7 +115,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     """`runner check`: every recipe, then their data in one pass over the distinct tokenizers and
     data sections.
     """
-    # What is allowed to run is read from the recipes themselves.
+    # For --allow-code, each recipe is parsed: the cache must not decide what may run.
     selected = (select_anew if arguments.allow_code else select)(arguments, arguments.paths)
     note_idle_overrides(selected)
     recipes = [one.recipe for one in selected]
@@ -128,8 +128,8 @@ def run_check(arguments: argparse.Namespace) -> int:
     if arguments.schema_only:
         if arguments.device_gib is not None:
             raise RunnerError(
-                "`--device-gib` compares models and rows with a device, `--schema-only` loads none",
-                hint="leave one of them out",
+                "`--device-gib` needs models and rows, but `--schema-only` loads none",
+                hint="leave out one of the two options",
             )
         what = "recipe is" if len(selected) == 1 else "recipes are"
         print(f"{len(selected)} {what} well-formed")
@@ -153,7 +153,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    """`runner doctor`: of the machine, and of the recipes where some are named."""
+    """`runner doctor`: checks the machine, and the recipes if some are named."""
     hide_bitsandbytes_warning()
     from runner.preflight.doctor import print_doctor
 
@@ -167,7 +167,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def _refuse_pushes(selected: Sequence[Selected]) -> None:
-    """Of the runs that are not on the hub yet, as `runner sweep` does before it starts anything."""
+    """Refuse runs that cannot be pushed, as `runner sweep` does before it starts anything."""
     pushes = PushPlan()
     for one in selected:
         pushes.add(one, one.read_facts(), is_due=True)
@@ -197,8 +197,8 @@ def run_masks(arguments: argparse.Namespace) -> int:
 
 
 def run_status(arguments: argparse.Namespace) -> int:
-    """`runner status`: reads files only, hashes nothing. Where nothing is named, what was never
-    started is counted.
+    """`runner status`: only reads files, hashes nothing. If no path is given, runs that were never
+    started are only counted.
     """
     import json
 
@@ -281,24 +281,24 @@ def _describe_never_started(never: Sequence[Selected]) -> str:
             f" `{pasteable(f'runner sweep {folders[0]}')}` starts them"
         )
     return (
-        f"{count} never started, of {len(folders)} grids:"
+        f"{count} never started, in {len(folders)} grids:"
         f" `{pasteable(f'runner status {RECIPES_DIR}/GRID')}` lists them; GRID is one of"
         f" {', '.join(Path(folder).name for folder in folders)}"
     )
 
 
 def _print_hints(rows: Sequence[tuple[Selected, RunStatus]], unreadable: Sequence[Path]) -> int:
-    """What to do, once for each kind of failure, on stderr; the exit code of `runner status`."""
+    """Print one hint per kind of failure to stderr; returns the exit code of `runner status`."""
     statuses = [status for _, status in rows]
     run_dirs: dict[FailureKind, list[Path]] = {}
     for one, status in rows:
-        # Others are refused, whatever they failed of.
+        # Changed and damaged runs are refused, whatever their failure was.
         if status.failure is not None and status.state not in ("changed", "damaged"):
             run_dirs.setdefault(status.failure.kind, []).append(one.paths.run_dir)
     for kind in run_dirs:
         _print_hint(f"{kind}: {name_command(kind, run_dirs[kind])}")
     if unreadable:
-        more = f"; likewise of {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+        more = f"; likewise for {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
         _print_hint(f"unreadable: {suggest_fresh(unreadable[0])}{more}")
     missing = dict.fromkeys(path for status in statuses for path in status.inputs_missing)
     if missing:
@@ -383,17 +383,17 @@ def run_export(arguments: argparse.Namespace) -> int:
         push_to=arguments.push,
     )
     print(
-        f"{arguments.output}: loaded again,"
+        f"{arguments.output}: after reloading,"
         f" its logits differ from the run's by at most {difference:.2g}"
     )
     return 0
 
 
 def _find_run_dir(arguments: argparse.Namespace) -> Path:
-    """The run directory that a verb for one tuned model is given, also by a name or a recipe.
+    """The run directory that a verb for one tuned model names, directly or by a name or recipe.
 
     Raises:
-        RunnerError: there is none, or the run was never started.
+        RunnerError: it does not exist, or the run was never started.
     """
     path = find_one(str(arguments.run_dir), arguments.output_root, "run")
     if path.is_dir():
@@ -411,8 +411,8 @@ def _push_model(arguments: argparse.Namespace) -> int:
     """`runner export RUN --push`: the model as it is in the run directory, without torch."""
     if arguments.push is None or arguments.merge or arguments.checkpoint is not None:
         raise RunnerError(
-            "`runner export` needs a new folder: without one, `--push` alone sends the model of a"
-            " completed run as it is",
+            "`runner export` needs a new folder; without one, only `--push` works,"
+            " and sends the model of a completed run as it is",
             hint=f"runner export {shlex.quote(str(arguments.run_dir))} --output exports/NAME",
         )
     from runner.publish.push import push_run
@@ -423,19 +423,20 @@ def _push_model(arguments: argparse.Namespace) -> int:
 
 
 def _load_recipe_or_run(path: Path, overrides: list[str]) -> Recipe:
-    """The recipe of a file or of a run directory, under overrides."""
+    """The recipe of a file or a run directory, with the overrides applied."""
     if path.is_dir():
         stored = load_stored_recipe(RunPaths(path))
         if stored is None:
             raise RunnerError(
-                f"{path} is a folder, but no run directory", hint="name one recipe file, or one run"
+                f"{path} is a folder but not a run directory",
+                hint="name one recipe file or one run",
             )
         return parse_recipe(dump_recipe(stored.recipe), where=str(path), overrides=overrides)
     return load_recipe(path, overrides)
 
 
 def _everything(arguments: argparse.Namespace) -> list[str]:
-    """What `status` is about when nothing is named: all recipes and all runs that there are."""
+    """The paths that `status` uses if none are given: all existing recipes and runs."""
     recipes, runs = RECIPES_DIR.glob("*/*.yaml"), arguments.output_root.glob("*/*/recipe.json")
     return [
         str(folder)

@@ -1,4 +1,4 @@
-"""`runner compare`: selects two arms, and writes their certificate and their differences."""
+"""`runner compare`: selects two arms and prints their equality certificate and differences."""
 
 from __future__ import annotations
 
@@ -44,21 +44,22 @@ from runner.report.wording import (
 from runner.run.facts import RunFacts
 from runner.run.paths import content_cache_path
 
-MAX_LINE: Final = 80  # characters of a line of the certificate; --json has all
-MAX_LISTED: Final = 20  # lines of one section that are equal
+MAX_LINE: Final = 80  # characters per line of the certificate; --json prints everything
+MAX_LISTED: Final = 20  # equal lines listed per section
 
 
 def compare_arms(arguments: argparse.Namespace) -> int:
-    """Print what is equal, what differs and what was not recorded, then the differences; 1 where
-    something differs that `--axis` does not explain, or a run was not read that `--axis` or a name
-    of its own asks for.
+    """Print what is equal, what differs and what was not recorded, then the differences.
+
+    Returns 1 if something differs that `--axis` does not explain, or if a run was not read that is
+    needed: every run with `--axis`, and both runs when two runs are compared.
     """
     rows_a, rows_b, rows, not_read = _load_arms(arguments)
     _refuse_what_is_no_comparison(arguments, rows_a, rows_b)
     certificate = build_certificate(rows_a, rows_b, arguments.axis, not_read, rows)
     if not certificate.pairs:
         raise RunnerError(
-            f"no run of {arguments.a} has a partner in {arguments.b}: they agree in no other axis",
+            f"no run of {arguments.a} has a partner in {arguments.b} that agrees in all other axes",
             hint="name two runs, or two values of one axis: runner compare loss=full"
             " loss=completion --grid GRID",
         )
@@ -81,7 +82,9 @@ def compare_arms(arguments: argparse.Namespace) -> int:
             parts += ["## Differences"]
             parts += describe_effects(report, effects, with_single=True)
             if not effects:
-                parts.append("The arms differ in more than one axis: there is no one difference.")
+                parts.append(
+                    "The arms differ in more than one axis: there is no single difference."
+                )
         print("\n\n".join(parts))
     for one in certificate.not_read:
         print(escape_controls(f"warning: {one.describe()}"), file=sys.stderr)
@@ -93,21 +96,21 @@ def compare_arms(arguments: argparse.Namespace) -> int:
 def _load_arms(
     arguments: argparse.Namespace,
 ) -> tuple[list[ReportRow], list[ReportRow], list[ReportRow], list[NotRead]]:
-    """The runs of A and of B, all runs of their grids, and the runs of A and B that were not
+    """The runs of A, the runs of B, all runs of their grids, and the runs of A and B that were not
     read.
     """
-    of_arms: list[UnreadableRun] = []  # which arm one is of, its recipe would say
+    of_arms: list[UnreadableRun] = []  # their arm is unknown: the recipe would name it
     unreadable: list[UnreadableRun] = []
     root = arguments.output_root
     arms = [_select_arm(text, arguments, of_arms) for text in (arguments.a, arguments.b)]
-    # By place: runs of two projects may have one name.
+    # Keyed by path: runs of two projects may have the same name.
     named = {_locate(one): one for arm in arms for one in arm}
     names = {one.full_name for one in named.values()}
-    # Runs of other seeds are found beside those that were named.
+    # Runs with other seeds are in the same folders as the named runs.
     folders = dict.fromkeys(str(one.paths.run_dir.parent) for one in named.values())
     folders = {folder: None for folder in folders if Path(folder).is_dir()}
     beside = select_recipes(list(folders), root, (), unreadable) if folders else []
-    # A first: its value of an axis is the reference
+    # A comes first: its axis value is the reference.
     others = {one.full_name: one for one in beside if one.full_name not in names}
     every = named | {_locate(one): one for one in others.values()}
     known = KnownContents(content_cache_path(root))
@@ -122,7 +125,7 @@ def _load_arms(
     for place, selected in named.items():
         if row_at[place].state == "changed":
             if not selected.paths.recipe_path.exists() or selected.source_path.is_dir():
-                continue  # what ran is damaged, and no recipe was changed
+                continue  # the run is damaged; no recipe was changed
             raise RefusedError(
                 f"{selected.source_path} was changed since it ran:"
                 f" {selected.paths.run_dir} holds another experiment",
@@ -143,12 +146,12 @@ def _locate(selected: Selected) -> str:
 
 
 def _find_why_not(facts: RunFacts, status: RunStatus, row: ReportRow) -> NotRead:
-    """The state of a run that is not completed, and its reason."""
+    """The state of a run that is not completed, with the reason."""
     name, run_dir = row.recipe.run.full_name, facts.paths.run_dir
     if not run_dir.exists():
         return NotRead(name, "absent", f"there is no {run_dir}")
     why = status.why.partition("\n")[0]
-    if status.state != row.state:  # a file that its state does not need
+    if status.state != row.state:  # a file is damaged that does not decide the state
         try:
             _ = facts.samples
         except (CorruptFileError, OSError) as error:
@@ -163,7 +166,7 @@ def _select_arm(
     if "=" in text and not os.path.exists(text):
         if arguments.grid is None:
             raise RunnerError(
-                f"{text!r} is a value of an axis, and no grid is named", hint="add `--grid GRID`"
+                f"{text!r} is a value of an axis, but no grid is named", hint="add `--grid GRID`"
             )
         folder = find_one(arguments.grid, root, "run")
         conditions = _split_conditions(text)
@@ -182,7 +185,7 @@ def _select_arm(
 def _select_absent(
     folder: Path, root: Path, conditions: Sequence[str], found: Sequence[Selected]
 ) -> list[Selected]:
-    """The runs that the recipes of a grid have and the folder of its runs has not."""
+    """The runs that have a recipe in the grid but no directory in its folder of runs."""
     recipes = RECIPES_DIR / folder.name
     if folder.resolve() != (root / folder.name).resolve() or not recipes.is_dir():
         return []
@@ -190,9 +193,7 @@ def _select_absent(
         wanted = select_recipes([str(recipes)], root, conditions)
     except RunnerError as error:
         print(
-            escape_controls(
-                f"warning: runs of {recipes} that are absent are not told: {error.message}"
-            ),
+            escape_controls(f"warning: absent runs of {recipes} are not reported: {error.message}"),
             file=sys.stderr,
         )
         return []
@@ -217,7 +218,7 @@ def _refuse_what_is_no_comparison(
     shared = sorted(row.recipe.run.full_name for row in rows_a if row.position in positions_b)
     if shared:
         raise RunnerError(
-            f"A and B share {name_some(shared)}: a run is not compared with itself",
+            f"A and B share {name_some(shared)}; a run cannot be compared with itself",
             hint="name two different runs, or two values of one axis",
         )
     axis = arguments.axis
@@ -233,7 +234,7 @@ def _refuse_what_is_no_comparison(
         same = axis_text(rows_a[0].axes.get(axis))
         raise RunnerError(
             f"A and B do not differ in the axis {axis!r}: both have {same}",
-            hint="name runs of two values of it",
+            hint="name runs with two values of it",
         )
 
 
@@ -244,7 +245,7 @@ def _find_effects(
     *,
     rows_fixed: bool,
 ) -> tuple[Report, list[AxisEffects]]:
-    """The effects of the one axis that tells the arms apart; none where several do."""
+    """The effects of the only axis in which the arms differ; none if they differ in several."""
     apart = []
     for axis in dict.fromkeys(name for row in rows_a for name in row.axes):
         values = [{axis_key(row.axes.get(axis)) for row in some} for some in (rows_a, rows_b)]
@@ -308,9 +309,9 @@ def _describe_unexplained(certificate: Certificate) -> str:
     if unexplained := [line.what for line in certificate.unexplained]:
         return f"**{axis} does not explain** {', '.join(unexplained)}."
     if not certificate.not_read:
-        return f"Nothing else differs than {axis} explains."
-    read = "what was read" if certificate.num_read else "the recipes, which is all that was read"
-    return f"Of {read}, nothing else differs than {axis} explains."
+        return f"Every difference is explained by {axis}."
+    read = "what was read" if certificate.num_read else "the recipes (nothing else was read)"
+    return f"Every difference in {read} is explained by {axis}."
 
 
 def _list_by_section(lines: Sequence[CertificateLine]) -> str:
@@ -354,10 +355,10 @@ def _describe_differences(single: list[Difference], seeds: list[Difference]) -> 
     if not single:
         return
     yield "## Differences (B - A)"
-    yield wrap(f"Of the two runs, {ROWS_ONLY}:")
+    yield wrap(f"For the two runs, {ROWS_ONLY}:")
     yield from _draw_numbers(single)
     if seeds:
-        yield "With all their seeds, of the recipes:"
+        yield "For the recipes, with all their seeds:"
         yield from _draw_numbers(seeds)
 
 

@@ -1,4 +1,4 @@
-"""The engines that there are, found by their files, and the command line's options of each."""
+"""Finds the engines by their files, and adds their options to the command line."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """One file in `runner/engines`. `runner sweep --help` imports it for its options, so that it
-    imports what is slow in its functions only.
+    """One file in `runner/engines`. `runner sweep --help` imports it for its options, so slow
+    imports belong inside its functions.
     """
 
     @property
     def ONLY_WRITES_FILES(self) -> bool:
-        """True for an engine that prints what a person submits; it works in a dry run only."""
+        """True for an engine that prints a file for a person to submit; it needs `--dry-run`."""
 
     @property
     def OPTIONS(self) -> Mapping[str, Mapping[str, Any]]:
-        """Flag -> arguments of argparse's `add_argument`, beyond the options that every sweep has.
-        Engines may have a flag in common if they describe it alike.
+        """Flag -> arguments of argparse's `add_argument`, beyond the options of every sweep.
+        Engines may share a flag if they describe it identically.
         """
 
     def parse_options(self, arguments: argparse.Namespace) -> Any:
-        """Its own frozen options. Raises: RunnerError for options that it cannot submit under."""
+        """The engine's frozen options. Raises: RunnerError for options that it cannot use."""
 
     def submit(self, plan: PlanRuns, options: Any) -> int:
-        """Call `plan` once, launch what it returns, or print how in a dry run; returns an exit
-        code.
+        """Call `plan` once and launch the runs that it returns; a dry run only prints how. Returns
+        an exit code.
         """
 
 
 def load_engines() -> dict[str, Engine]:
-    """The engines by name, first those that start runs."""
+    """The engines by name; those that start runs come first."""
     names = {
         path.stem for folder in runner.engines.__path__ for path in Path(folder).glob("[!_]*.py")
     }
     modules = {name: import_module(f"runner.engines.{name}") for name in sorted(names)}
     engines: list[tuple[str, Engine]] = []
     for name, module in modules.items():
-        if hasattr(module, "submit"):  # the others are what engines share
+        if hasattr(module, "submit"):  # the other modules are shared by the engines
             engines.append((name, cast(Engine, module)))
     return dict(sorted(engines, key=lambda named: named[1].ONLY_WRITES_FILES))
 
 
 def add_engine_options(parser: argparse.ArgumentParser, *, writes_files: bool) -> None:
-    """`--engine` and what belongs to each; `writes_files`: also the engines that only write a file
-    (`--dry-run`).
+    """Add `--engine` and the options of each engine. `writes_files`: also the engines that only
+    write a file (`--dry-run`).
     """
     engines = {
         name: engine
@@ -62,9 +62,11 @@ def add_engine_options(parser: argparse.ArgumentParser, *, writes_files: bool) -
     }
     writers = " and ".join(name for name in engines if engines[name].ONLY_WRITES_FILES)
     group = parser.add_argument_group(
-        "engines", f"with --dry-run, {writers} print a file to submit" if writers else None
+        "engines", f"{writers} need --dry-run and print a file to submit" if writers else None
     )
-    group.add_argument("--engine", choices=[*engines], default="local", help="default: local")
+    group.add_argument(
+        "--engine", choices=[*engines], default="local", help="where to run; default: local"
+    )
     added: dict[str, Mapping[str, Any]] = {}
     for engine in engines.values():
         for flag, settings in engine.OPTIONS.items():

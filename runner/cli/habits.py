@@ -1,4 +1,4 @@
-"""Options of other trainers on our command line, answered with the overrides that say the same."""
+"""Answers options of other trainers on our command line with the equivalent overrides."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _BOOLEANS = ("true", "false", "yes", "no", "0", "1")
 
 
 def refuse_foreign_options(prog: str, words: Sequence[str], known: Collection[str]) -> None:
-    """Nothing, where no word is an option of another trainer; `known` are the options of this verb.
+    """Refuse options of other trainers; `known` are the options of this verb.
 
     Raises:
-        RunnerError: with the whole command as it is written here.
+        RunnerError: a word is such an option; the hint has the whole command as written here.
     """
     told: list[tuple[str, str | Answer]] = []
     kept: list[str] = []
@@ -53,7 +53,7 @@ def refuse_foreign_options(prog: str, words: Sequence[str], known: Collection[st
         if not given and is_switch(name, Recipe):
             given = ["true"]
         answer = find_answer(name, ",".join(given) if given else None, Recipe)
-        if answer is None:  # argparse refuses it, or takes it as the beginning of an option
+        if answer is None:  # argparse refuses it, or accepts it as an abbreviation
             kept.append(word)
             kept += [] if equals else given
             continue
@@ -70,24 +70,24 @@ def _answer(
     refused = any(isinstance(said, Answer) and said.is_refused for _, said in told)
     try:
         overrides = list(complete(overrides, load) if load else complete_blindly(overrides))
-    except RecipeError:  # perhaps of one of them alone
+    except RecipeError:  # perhaps only one of them is wrong
         assert load is not None
         told = [
             (one, fit_answer(said, load) if isinstance(said, Answer) else said)
             for one, said in told
         ]
         refused = True
-    what = "is no option" if len(told) == 1 else "are no options"
+    what = "is not an option" if len(told) == 1 else "are not options"
     names = ", ".join(f"`{option}`" for option, _ in told)
     lines = "\n".join(f"  {option}  {_describe(said)}" for option, said in told)
-    # Last: `launch` takes its recipe first.
+    # Overrides come last: `launch` expects its recipe first.
     hint = f"{prog} {join_words([*kept, *overrides])}"
     return RunnerError(f"{names} {what} of `{prog}`\n\n{lines}", hint=None if refused else hint)
 
 
 def _find_recipe(words: Sequence[str]) -> Load | None:
-    """Reads the first recipe that is named, under overrides beside those that were typed; None
-    where there is none that can be read.
+    """A function that loads the first named recipe with the typed and more overrides; None if no
+    named recipe can be read.
     """
     pairs = zip(("", *words), words, strict=False)
     typed = [word for before, word in pairs if before != "--where" and is_override(word)]
@@ -109,7 +109,7 @@ def _find_recipe(words: Sequence[str]) -> Load | None:
 
 
 def _take_values(words: Sequence[str], name: str) -> list[str]:
-    """The words after `--name` that are its values, and no recipes."""
+    """The words after `--name` that are its values, not recipes."""
     taken: list[str] = []
     for word in words:
         if not _is_value(word, name) or (taken and _names_recipes(word)):
@@ -128,7 +128,7 @@ def _names_recipes(word: str) -> bool:
 
 
 def _is_value(word: str, name: str) -> bool:
-    """True for a word after `--name` that is its value, and no recipe."""
+    """True if a word after `--name` is its value, not a recipe."""
     if is_switch(name, Recipe):
         return word.lower() in _BOOLEANS
     is_number = word[:1] == "-" and word[1:2].isdigit()

@@ -1,4 +1,4 @@
-"""`runner launch`, from arguments to an exit code; and finding the one run that a verb is about."""
+"""`runner launch`, from arguments to an exit code. Also finds the run that a verb is about."""
 
 from __future__ import annotations
 
@@ -104,12 +104,12 @@ def run_launch(arguments: argparse.Namespace) -> int:
         advice = (
             ""
             if resume == "auto"
-            else "; `--resume` goes on with unfinished runs only, `--fresh` starts one anew"
+            else "; `--resume` resumes unfinished runs only, `--fresh` starts from step 0"
         )
         nothing = ": nothing would be started" if arguments.dry_run else ""
         print(f"{planned.full_name}  {decision.why}{nothing}{advice}")
-        # A cluster takes 0 for a run that is done: not known of one that something else holds, a
-        # lost machine perhaps.
+        # A cluster counts a run with exit code 0 as done. A run that another process holds, perhaps
+        # on a lost machine, may not be done.
         is_held = status.state == "running" and is_in_cluster(os.environ)
         return EXIT_CODES["transient"] if is_held else 0
     if arguments.dry_run or arguments.prepare:
@@ -121,7 +121,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
         if not arguments.prepare:
             note_how_to_start([planned])
         return 0
-    # Without --fresh and --resume, which would start over or rewind.
+    # Leaves out --fresh and --resume, which would start over or rewind.
     again = f"`{_same_launch(arguments)}`"
     result = run_planned(
         [planned], num_slots=1, gpus=None, fail_fast=False, allocation=allocation, again=again
@@ -131,15 +131,13 @@ def run_launch(arguments: argparse.Namespace) -> int:
 
 
 def _note_refusal(planned: Launch, allocation: Allocation | None) -> None:
-    """Say of a preview whose commands are to be started by hand that `launch` would not start
-    them.
-    """
+    """Note in a preview, whose commands must be started by hand, that `launch` would refuse."""
     try:
         Devices(1, None, allocation).check([planned])
     except RefusedError as error:
         print(
-            f"note: {error.message}: without `--dry-run` this is refused here, and `--prepare`"
-            " makes the run directory in which these commands are started by hand",
+            f"note: {error.message}: without `--dry-run` this is refused here; `--prepare`"
+            " writes the run directory so that you can start these commands by hand",
             file=sys.stderr,
         )
 
@@ -147,8 +145,8 @@ def _note_refusal(planned: Launch, allocation: Allocation | None) -> None:
 def _find_contents(
     arguments: argparse.Namespace, recipe: Recipe, paths: RunPaths
 ) -> dict[str, str]:
-    """The hashes by which the run is decided on. A preview refuses the same files, reads those that
-    are compared with anything, and keeps nothing.
+    """The content hashes that the decision needs. A preview refuses the same files, reads only
+    files that are compared with something, and stores no hash.
     """
     is_preview = arguments.dry_run
     hashes = ContentHashes(content_cache_path(arguments.output_root), is_kept=not is_preview)
@@ -163,7 +161,7 @@ def _start_anew(
     contents: Mapping[str, str],
     num_processes: int,
 ) -> RunStatus:
-    """`--fresh`: the status once the run is moved aside; a preview moves nothing."""
+    """`--fresh`: the status after the run is moved aside; a preview moves nothing."""
     if not arguments.dry_run:
         _move_aside(selected)
         return read_status(
@@ -172,7 +170,7 @@ def _start_anew(
         )  # fmt: skip
     run_dir = selected.paths.run_dir
     if status.state == "running":
-        raise RefusedError(f"{run_dir} is running; stop it before starting anew")
+        raise RefusedError(f"{run_dir} is running; stop it before starting from step 0")
     print(f"{run_dir} would be moved aside first", file=sys.stderr)
     return RunStatus(state="pending", why="never started")
 
@@ -188,8 +186,8 @@ def _run_repair(arguments: argparse.Namespace, planned: Launch, status: RunStatu
 
     if arguments.fresh or arguments.prepare or arguments.resume != "auto":
         raise RunnerError(
-            "`--repair` writes `model/` of a completed run again, from its best checkpoint:"
-            " it goes with none of --fresh, --prepare and --resume",
+            "`--repair` rewrites `model/` of a completed run from its best checkpoint:"
+            " it cannot be combined with --fresh, --prepare or --resume",
             hint=f"{_same_launch(arguments)} --repair",
         )
     paths, facts = planned.paths, planned.selected.read_facts()
@@ -201,18 +199,18 @@ def _run_repair(arguments: argparse.Namespace, planned: Launch, status: RunStatu
     if status.state not in ("completed", "damaged"):
         raise RefusedError(
             f"{paths.run_dir} is {status.state}: only a completed run has a model to repair",
-            hint=f"{_same_launch(arguments)}  # goes on with it",
+            hint=f"{_same_launch(arguments)}  # resumes it",
         )
     step = find_repair_step(facts, status, planned.recipe)
     if step is None:
-        print(f"{planned.full_name}  every byte is as it was recorded: nothing to repair")
+        print(f"{planned.full_name}  every byte is as recorded: nothing to repair")
         print_unpushed([planned.selected])
         return 0
     pushes = PushPlan()
     pushes.add(planned.selected, facts, is_due=True)
     pushes.refuse()
     would_be = "would be" if arguments.dry_run else "is"
-    print(f"{planned.full_name}  model/ {would_be} written again from step {step}", file=sys.stderr)
+    print(f"{planned.full_name}  model/ {would_be} rewritten from step {step}", file=sys.stderr)
     trained = list_trained(facts.attempts)
     if trained and arguments.num_processes is None:  # else DeepSpeed's files do not fit
         planned = replace(planned, num_processes=trained[-1].num_processes)
@@ -234,8 +232,8 @@ def _run_repair(arguments: argparse.Namespace, planned: Launch, status: RunStatu
 
 
 def _derive_exit_code(result: PoolResult, paths: RunPaths) -> int:
-    """For a cluster engine: why the run ended without a result, 0 where it has one. A push that a
-    signal left pending is no reason to give the run machines again.
+    """The exit code for a cluster engine: the reason why the run has no result, 0 if it has one.
+    A push that a signal left pending is no reason to allocate machines again.
     """
     if (
         result.failed
@@ -245,7 +243,7 @@ def _derive_exit_code(result: PoolResult, paths: RunPaths) -> int:
         print(
             f"error: the last {MAX_FRUITLESS + 1} attempts were preempted before their first"
             " step\n\nhint: give the run more time,"
-            " say by `runner sweep ... --engine slurm --time-limit`",
+            " for example with `runner sweep ... --engine slurm --time-limit`",
             file=sys.stderr,
         )
         return EXIT_CODES["transient"]
@@ -259,7 +257,7 @@ def _derive_exit_code(result: PoolResult, paths: RunPaths) -> int:
 
 
 def _count_fruitless(paths: RunPaths) -> int:
-    """The last attempts in a row that were preempted before their first step."""
+    """The number of last attempts in a row that were preempted before their first step."""
     count = 0
     for attempt in reversed(load_record(paths).attempts):
         if attempt.failure is None or attempt.failure.kind != "preempted":
@@ -272,8 +270,8 @@ def _count_fruitless(paths: RunPaths) -> int:
 
 
 def select_run(arguments: argparse.Namespace) -> Selected:
-    """The run of a recipe under overrides and a name as `launch` takes them, or that of a run
-    directory or of the name of a run.
+    """The run of a recipe with the overrides and the name that `launch` accepts, or the run of a
+    run directory or run name.
     """
     is_changed = bool(arguments.overrides or arguments.name)
     prefer: Prefer = "recipe" if is_changed else "run"
@@ -281,9 +279,7 @@ def select_run(arguments: argparse.Namespace) -> Selected:
     if not path.is_dir():
         return _load_one(path, arguments)
     if is_changed:
-        raise RunnerError(
-            f"{path} is a run directory: overrides and `--name` go with a recipe file"
-        )
+        raise RunnerError(f"{path} is a run directory: overrides and `--name` need a recipe file")
     try:
         found = select_recipes([str(path)], arguments.output_root)
     except CorruptFileError as error:
@@ -298,7 +294,7 @@ def select_run(arguments: argparse.Namespace) -> Selected:
 
 
 def suggest_fresh(run_dir: Path) -> str:
-    """The way on from a run of which a file is damaged, with its recipe where that is there."""
+    """The hint for a run with a damaged file; it names the recipe if that exists."""
     if hint := _suggest_lease(RunPaths(run_dir)):
         return hint
     recipe = RECIPES_DIR / run_dir.parent.name / f"{run_dir.name}.yaml"
@@ -310,8 +306,8 @@ def suggest_fresh(run_dir: Path) -> str:
 
 
 def _suggest_lease(paths: RunPaths) -> str | None:
-    """The way on where something else than a file has the name of the lease, under which runs are
-    moved aside; else None.
+    """The hint if the lease is not a plain file, so that the run cannot be moved aside; else
+    None.
     """
     try:
         is_plain(paths.lease_path)
@@ -323,7 +319,7 @@ def _suggest_lease(paths: RunPaths) -> str | None:
 
 
 def _select_one(arguments: argparse.Namespace) -> Selected:
-    """The run of the recipe that `launch` is given, by its path or by a name."""
+    """The run of the recipe that `launch` names, by path or by name."""
     path = find_one(str(arguments.recipe), arguments.output_root, "recipe")
     if not path.is_dir():
         return _load_one(path, arguments)
@@ -331,11 +327,11 @@ def _select_one(arguments: argparse.Namespace) -> Selected:
         raise RunnerError(f"{path} is a folder", hint=f"runner sweep {shlex.quote(str(path))}")
     recipe_path = RECIPES_DIR / path.parent.name / f"{path.name}.yaml"
     raise RunnerError(
-        f"{path} is a run directory, and `launch` takes a recipe",
+        f"{path} is a run directory; `launch` needs a recipe",
         hint=(
             f"runner launch {shlex.quote(str(recipe_path))}"
             if recipe_path.exists()
-            else f"runner sweep {shlex.quote(str(path))}  # by the recipe that the run recorded"
+            else f"runner sweep {shlex.quote(str(path))}  # uses the recipe that the run recorded"
         ),
     )
 
@@ -347,8 +343,8 @@ def _load_one(path: Path, arguments: argparse.Namespace) -> Selected:
             raise RunnerError(f"`--name` holds {secret[0]}: names are public")
         if not re.fullmatch(NAME_PATTERN, name):
             raise RunnerError(
-                f"the name {name!r} may hold letters, digits and . _ - only, and at most 200 of"
-                " them"
+                f"the name {name!r} may only have letters, digits and . _ -, and at most 200"
+                " characters"
             )
     selected = load_selected(path, arguments.output_root, arguments.overrides, name)
     if name is None:
@@ -361,7 +357,7 @@ def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedErro
         return RefusedError(
             f"{paths.run_dir} holds another experiment, {describe_change(status.differences)}:\n"
             + "\n".join(f"  {line}" for line in status.differences),
-            hint=f"{same_launch} --fresh  # moves the old run aside and starts anew",
+            hint=f"{same_launch} --fresh  # moves the old run aside and starts from step 0",
         )
     if status.state == "damaged":
         return RefusedError(
@@ -373,7 +369,7 @@ def _refuse(paths: RunPaths, status: RunStatus, same_launch: str) -> RefusedErro
         return RefusedError(
             f"{paths.run_dir} is unreadable: {status.why}",
             hint=_suggest_lease(paths)
-            or f"{same_launch} --fresh  # moves the run aside and starts anew",
+            or f"{same_launch} --fresh  # moves the run aside and starts from step 0",
         )
     return RefusedError(
         f"{paths.run_dir}: {describe_obstacles(status.checkpoint_step, status.obstacles)}",
@@ -394,7 +390,7 @@ def _same_launch(arguments: argparse.Namespace) -> str:
 
 
 def _parse_resume(text: str) -> str:
-    """`Attempt.resume`: a word, a URL, or the whole path of a checkpoint that is there."""
+    """`Attempt.resume`: a word, a URL, or the absolute path of an existing checkpoint."""
     if text in ("auto", "latest", "best") or "://" in text:
         if secret := find_secret(text):
             raise RunnerError(f"`--resume` holds {secret[0]}", hint="set it in the environment")
@@ -402,7 +398,7 @@ def _parse_resume(text: str) -> str:
     if not Path(text).exists():
         raise RunnerError(
             f"`--resume {text}`: there is no such folder or archive",
-            hint="--resume auto, latest, best, a path or a URL",
+            hint="use --resume with auto, latest, best, a path or a URL",
         )
     return str(Path(text).absolute())
 
@@ -412,7 +408,9 @@ def _move_aside(selected: Selected) -> None:
 
     lease = take_lease(selected.paths)
     if lease is None:
-        raise RefusedError(f"{selected.paths.run_dir} is running; stop it before starting anew")
+        raise RefusedError(
+            f"{selected.paths.run_dir} is running; stop it before starting from step 0"
+        )
     target = move_aside(selected.paths)
     lease.close()
     if target is not None:

@@ -2,7 +2,7 @@
 called.
 
 Exit codes: 0 all done or nothing to do, 1 a run failed (or drift was found), 2 usage or recipe
-error, 130 stopped, 141 nobody reads the output any more.
+error, 130 stopped, 141 the reader of the output has closed the pipe.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if not _open_standard_streams():
         _print_error(
             "standard output is closed, so nothing can be shown\n\n"
-            "hint: `> /dev/null` where nobody is to read it"
+            "hint: add `> /dev/null` to discard the output"
         )
         return 2
     try:
@@ -56,8 +56,8 @@ def _run(argv: Sequence[str] | None) -> int:
         _drop_output()
         return 141
     except Exception as error:
-        # No permission, no space: the machine's problem, not ours. safetensors and torch wrap it in
-        # kinds of their own.
+        # A missing permission or a full disk is the machine's problem, not a bug of ours.
+        # safetensors and torch wrap it in their own exception classes.
         if not isinstance(error, OSError) and os.strerror(errno.ENOSPC) not in str(error):
             raise
         _print_error(_describe(error))
@@ -65,9 +65,9 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _open_standard_streams() -> bool:
-    """Open what the caller has closed (`>&-`) as the null device; False where that is the output.
+    """Open the null device for streams that the caller closed (`>&-`); False if stdout was closed.
 
-    The next files to be opened would get their numbers, and be written into by children.
+    Otherwise the next opened files would get their numbers, and children would write into them.
     """
     is_open = sys.stdout is not None
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -81,7 +81,9 @@ def _open_standard_streams() -> bool:
 
 
 def _describe(error: Exception) -> str:
-    """In words. Of a write the system does not say to which file, and it may be to the output."""
+    """The error as a sentence. The system does not name the file of a failed write; it may be
+    stdout.
+    """
     is_write = isinstance(error, OSError) and error.strerror and error.filename is None
     place = " (standard output, or a file that was being written)" if is_write else ""
     return f"{put_in_words(error)}{place}"
@@ -92,7 +94,9 @@ def _drop_output() -> None:
 
 
 def _print_error(text: str) -> None:
-    """Errors show what was found: in files and arguments that may be anybody's."""
+    """Print to stderr. Secrets and control characters are removed: errors quote files and
+    arguments that may come from anyone.
+    """
     print(escape_controls(scrub(f"error: {text}")), file=sys.stderr)
 
 
@@ -107,12 +111,12 @@ def _call(arguments: argparse.Namespace) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of one verb; overrides and paths may stand before, between and after its
+    """The arguments of one verb; overrides and paths may come before, between and after its
     options.
 
-    argparse takes positional arguments in one piece only and leaves the rest over.
+    argparse accepts positional arguments in one piece only and returns the rest.
     """
-    from runner.cli.arguments import build_parser  # here a Ctrl-C is already caught
+    from runner.cli.arguments import build_parser  # imported where Ctrl-C is already caught
 
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -128,17 +132,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _name_a_grid() -> str:
-    """A folder of recipes that is there, else what stands for one."""
+    """An existing folder of recipes, else the placeholder `RECIPE`."""
     from runner.plan.names import RECIPES_DIR
 
     return next((str(one.parent) for one in sorted(RECIPES_DIR.glob("*/*.yaml"))), "RECIPE")
 
 
 def _tell_overrides_apart(arguments: argparse.Namespace) -> None:
-    """Moves `key=value` from the paths to the overrides, of verbs that take several paths.
+    """Moves `key=value` from the paths to the overrides, for verbs that accept several paths.
 
     Raises:
-        RunnerError: a word is none, or the verb takes none.
+        RunnerError: a word is not an override, or the verb accepts no overrides.
     """
     from runner.plan.variants import is_override
 
@@ -152,7 +156,7 @@ def _tell_overrides_apart(arguments: argparse.Namespace) -> None:
         raise RunnerError(
             f"`{arguments.verb}` takes no overrides such as {overrides[0]!r}",
             hint=f"runner {arguments.verb} {shlex.join(arguments.paths)}".rstrip()
-            + "  # variants are among the runs; `--where axis=value` takes a part of a grid",
+            + "  # variants are included; `--where axis=value` selects part of a grid",
         )
     if overrides and not arguments.paths:
         raise RunnerError(

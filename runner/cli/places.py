@@ -1,8 +1,8 @@
-"""The project that a command is about, found by the paths among its arguments, and those paths as
-they are said inside it.
+"""Finds the project of a command from the paths among its arguments, and rewrites those paths
+relative to it.
 
-A verb is called in its project: whatever it reads by a relative path is there. What is no path
-where the user is, a name or a path of the project, stays as it was typed.
+A verb runs with its project as the current folder, so relative paths start there. Arguments that
+are not paths in the user's folder, such as names or paths in the project, stay as typed.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from runner.project_folder import (
 from runner.run.paths import RunPaths, find_submission
 
 DEFAULT_OUTPUT_ROOT: Final = Path("runs")
-# They need no project; paths that they write are relative to the user's folder.
+# These verbs need no project; paths that they write are relative to the user's folder.
 _WITHOUT_PROJECT: Final = ("init", "demo-models", "recipe")
-# Arguments that name recipes and runs, by which the project is found.
+# Arguments that name recipes and runs; they identify the project.
 _NAMED: Final = ("paths", "recipe", "run", "run_dir", "a", "b", "grid")
-# A word or a path, and what is written.
+# Arguments that are a word or a path to read, and paths to write.
 _LOADED: Final = ("resume", "checkpoint")
 _WRITTEN: Final = ("output_root", "html", "rows", "figures", "output")
-# Beginnings of what is no name of a run or a grid.
+# Beginnings that no name of a run or a grid has.
 _SURELY_PATH: Final = ("/", "./", "../")
-# What ran is compared by what the runs recorded, so that runs of several projects may be.
+# These verbs read only what the runs recorded, so they accept runs of several projects.
 _READ_RECORDS_ONLY: Final = ("report", "power", "compare")
 
 
 @contextlib.contextmanager
 def in_project(arguments: argparse.Namespace) -> Iterator[None]:
-    """The project is the current folder meanwhile, and the arguments are said from inside it.
+    """Make the project the current folder for the block, and its paths in the arguments relative.
 
     Raises:
-        RunnerError: the paths are of several projects, or `runner.toml` holds what nobody reads.
+        RunnerError: the paths are of several projects, or `runner.toml` has an unknown setting.
     """
     if arguments.verb in _WITHOUT_PROJECT:
         yield
@@ -81,7 +81,7 @@ def _find_current_folder() -> Path:
     try:
         return Path.cwd()
     except FileNotFoundError:
-        raise RunnerError("the current folder is gone", hint="cd to a folder that is there") from (
+        raise RunnerError("the current folder is gone", hint="cd to a folder that exists") from (
             None
         )
 
@@ -89,7 +89,7 @@ def _find_current_folder() -> Path:
 def _find_project(arguments: argparse.Namespace, here: Path) -> Path:
     above = find_project_above(here) or here
     finder = _Finder(here)
-    found: dict[Path, list[str]] = {}  # and the arguments that name something of it
+    found: dict[Path, list[str]] = {}  # project -> the arguments that name something in it
     for text in _list_named(arguments):
         projects = finder.find(text)
         if not projects and is_project(above) and _is_looked_up(text, arguments):
@@ -116,8 +116,8 @@ def _list_named(arguments: argparse.Namespace) -> list[str]:
 
 
 def _list_present(arguments: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
-    """Those that are paths of this verb, and given: `render` takes the name of a grid, and `masks`
-    a number of rows.
+    """The arguments that were given and are paths for this verb: `render` has the name of a grid,
+    and `masks` a number of rows.
     """
     return [
         name
@@ -128,9 +128,9 @@ def _list_present(arguments: argparse.Namespace, names: tuple[str, ...]) -> list
 
 
 def _is_looked_up(text: str, arguments: argparse.Namespace) -> bool:
-    """True where a word is looked up in the project above the current folder, where it is no path:
-    `compare` looks for its arms in a grid that is a path, and takes of one that is a word only the
-    name.
+    """True if a word that is not a path is looked up in the project above the current folder.
+
+    Not so for arms of `compare` if `--grid` is a path: they are looked up in that grid.
     """
     grid = getattr(arguments, "grid", None)
     return grid is None or not (text == grid or "=" in text or _list_paths(grid))
@@ -141,34 +141,34 @@ def _refuse_several(arguments: argparse.Namespace, found: dict[Path, list[str]])
     hints, verb = ["one command for each project"], arguments.verb
     named = [text for texts in found.values() for text in texts]
     if verb != "compare" and len(named) == len(set(named)):
-        # As it was typed, options and all, but for the paths of the other projects.
+        # The command as typed, with all options, without the paths of the other projects.
         for texts in found.values():
             others = set(named) - set(texts)
             hints.append(shlex.join(["runner", *(w for w in arguments.typed if w not in others)]))
     roots = [project / DEFAULT_OUTPUT_ROOT for project in found]
     if verb in ("report", "power") and all(root.is_dir() for root in roots):
         together = shlex.join(["runner", verb, *map(str, roots)])
-        hints.append(f"{together}  # run directories of several projects are read together")
+        hints.append(f"{together}  # run directories of several projects can be read together")
     return RefusedError(
-        f"these paths are of {len(found)} projects:\n" + "\n".join(lines),
+        f"these paths belong to {len(found)} projects:\n" + "\n".join(lines),
         hint="\n      ".join(hints),
     )
 
 
 class _Finder:
-    """Finds the projects of paths, each recorded one that is not entered told once."""
+    """Finds the projects of paths. Notes each recorded project that is not entered only once."""
 
     def __init__(self, here: Path) -> None:
         self._here = here
         self._is_told: set[str] = set()
-        self.has_runs_only = True  # of all that was asked for
+        self.has_runs_only = True  # over all calls of `find`
 
     def find(self, text: str) -> list[Path]:
-        """The projects of what a path or a glob names; none for what is no path here, or a folder
-        without recipes in no project.
+        """The projects of what a path or a glob names; none if it is not a path here, or a folder
+        without recipes outside any project.
         """
         projects: dict[Path, None] = {}
-        seen: set[Path] = set()  # folders that hold nothing of another project
+        seen: set[Path] = set()  # folders in which everything is of one project
         for path in _list_paths(text):
             files = expand_folder(path)
             for file in files:
@@ -189,7 +189,7 @@ class _Finder:
         return find_project_above(folder) or self._here
 
     def _find_of_file(self, recipe: Path) -> tuple[Path, bool]:
-        """The project of a recipe, which is that of all recipes beside it."""
+        """The project of a recipe; all recipes in its folder have the same project."""
         submission = find_submission(recipe)
         if submission is None:
             return self._find_above(recipe.parent), True
@@ -198,8 +198,8 @@ class _Finder:
         return found or self._find_above(recipe.parent), True
 
     def _find_of_run(self, run_dir: Path) -> tuple[Path, bool]:
-        """The project of a run, and whether it is that of all runs beside it: in a folder that is
-        no part of a project, several projects may keep runs.
+        """The project of a run, and true if all runs in its folder have the same project: several
+        projects may keep runs in a folder outside them.
         """
         content = _load(RunPaths(run_dir).recipe_path)
         found = self._find_recorded(run_dir, content) or find_project_above(run_dir)
@@ -208,8 +208,8 @@ class _Finder:
     def _find_recorded(
         self, folder: Path, content: dict[str, Any], *, is_submission: bool = False
     ) -> Path | None:
-        """The project that a record in `folder` names; None where it names none, or one that is not
-        there any more, or that a folder which somebody else made has no business to lead into.
+        """The project that a record in `folder` names. None if it names none or one that no longer
+        exists, or if a folder that someone else may have made must not lead into it.
         """
         text = content.get("project")
         if not isinstance(text, str) or not text or "\0" in text:
@@ -218,7 +218,7 @@ class _Finder:
         is_outside = os.path.isabs(text)
         if not os.path.isdir(project):
             if is_outside:
-                self._tell(text, f"{folder} records the project {text}, which is not there")
+                self._tell(text, f"{folder} records the project {text}, which does not exist")
             return None
         if is_outside:
             is_taken = is_submission or self._may_enter(project, folder)
@@ -228,12 +228,13 @@ class _Finder:
             is_taken = is_project(project) or _holds_any(project, content)
         if not is_taken:
             return None
-        # Under the name by which the user came here, where he came through it.
+        # Prefer the name by which the user reached this folder, if the project is a parent of it.
         return next((one for one in folder.parents if is_same_folder(one, project)), project)
 
     def _may_enter(self, project: Path, run_dir: Path) -> bool:
-        """True where a run directory, which may come from anybody, may name an absolute path as its
-        project: one with a marker, where the run is in no other project, or where the user is.
+        """True if a run directory, which may come from anyone, may name this absolute path as its
+        project. The project needs a marker; the run must be outside all projects, or the run or the
+        user inside this one.
         """
         if not is_project(project):
             return False
@@ -249,10 +250,10 @@ class _Finder:
 
 
 def _holds_any(project: Path, content: dict[str, Any]) -> bool:
-    """True where a folder without a marker holds anything of what the record says was there.
+    """True if a folder without a marker holds any file that the record says was there.
 
-    The way up from a run directory that was copied elsewhere leads to any folder. A submission is
-    taken at its word.
+    The relative path up from a run directory that was copied elsewhere may lead to any folder.
+    A submission is always trusted.
     """
     contents = content.get("contents", {".": ""})
     return isinstance(contents, dict) and any(
@@ -261,7 +262,7 @@ def _holds_any(project: Path, content: dict[str, Any]) -> bool:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Empty for a record that cannot be read: it is for the verb to say so."""
+    """The content of a record; empty if it cannot be read, which the verb itself reports."""
     try:
         content = load_json(path)
     except (CorruptFileError, OSError):
@@ -270,7 +271,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _list_paths(text: str) -> list[Path]:
-    """The absolute paths that a text stands for in the current folder; none for a name."""
+    """The absolute paths that a text names in the current folder; none for a name."""
     if os.path.exists(text):
         return [] if _is_name(text) else [_make_absolute(Path(text))]
     matches = _glob(text) or ([text] if text.startswith(_SURELY_PATH) else [])
@@ -278,8 +279,8 @@ def _list_paths(text: str) -> list[Path]:
 
 
 def _is_name(text: str) -> bool:
-    """True where a word that is a folder here means a grid or a run all the same, since the folder
-    holds no recipes and is no project.
+    """True if a word that is also a folder here means a grid or a run, because the folder holds no
+    recipes and is not a project.
     """
     path = Path(text)
     return (
@@ -296,18 +297,16 @@ def _glob(text: str) -> list[str]:
 
 
 def _make_absolute(path: Path) -> Path:
-    """Links stay as they are named, but for those that a `..` leads out of."""
+    """The absolute path. Links keep their names, except those before a `..`."""
     if ".." not in path.parts:
         return path.absolute()
     parent = path if path.name == ".." else path.parent
-    real = Path(os.path.realpath(parent))  # of `Path`'s own, a circle of links is a traceback
+    real = Path(os.path.realpath(parent))  # `Path.resolve` fails on a circle of links
     return real if parent is path else real / path.name
 
 
 def _say_from_inside(arguments: argparse.Namespace, here: Path, project: Path) -> None:
-    """Every path that the user gave, as it is said in the project: below it relative, else
-    absolute.
-    """
+    """Rewrite every path in the arguments: relative if it is inside the project, else absolute."""
     for name in _list_present(arguments, _NAMED):
         value = getattr(arguments, name)
         if isinstance(value, list):
@@ -328,7 +327,7 @@ def _say_named(text: str, here: Path, project: Path) -> str:
     if os.path.exists(text):
         return text if _is_name(text) else _say(_make_absolute(Path(text)), project)
     if _glob(text):
-        # What the folders above are called is no pattern.
+        # Only the user's text is a pattern, not the names of the folders above.
         pattern = os.path.normpath(os.path.join(glob.escape(str(here)), text))
         return pattern.removeprefix(f"{glob.escape(str(project))}/")
     return _say(_make_absolute(Path(text)), project) if text.startswith(_SURELY_PATH) else text

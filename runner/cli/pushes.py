@@ -1,5 +1,5 @@
-"""Pushes to the hub by the verbs that launch runs: refused before anything starts, sent where they
-are pending, and named at the end where they still are.
+"""Pushes to the hub by the verbs that launch runs: impossible pushes are refused before anything
+starts, pending ones are sent, and those still pending at the end are listed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NUM_NOTED: Final = 5
 
 @dataclass
 class PushPlan:
-    """What is known of the pushes of the selected runs while each of them is decided on."""
+    """The pushes of the selected runs, collected while each run is decided on."""
 
     needs_token: bool = True  # in this environment
     planned: list[PlannedPush] = field(default_factory=list)
@@ -41,8 +41,8 @@ class PushPlan:
     def add(
         self, selected: Selected, facts: RunFacts, *, is_due: bool, is_fresh: bool = False
     ) -> None:
-        """Note where a run will be pushed to. `is_due`: it is launched or pushed now."""
-        with contextlib.suppress(CorruptFileError, OSError):  # its state says so
+        """Record the destination of a run's push. `is_due`: the run is launched or pushed now."""
+        with contextlib.suppress(CorruptFileError, OSError):  # the run's state reports them
             repo_id = find_push_to(facts, selected.recipe, is_fresh=is_fresh)
             if repo_id is not None:
                 self.planned.append(
@@ -52,26 +52,26 @@ class PushPlan:
                 self.notes.append(f"{selected.full_name}: {other}")
 
     def refuse(self) -> None:
-        """Say what differs from the recipes, and refuse what cannot be pushed.
+        """Print what differs from the recipes, and refuse pushes that cannot succeed.
 
         Raises:
-            RefusedError: with every problem.
+            RefusedError: some pushes cannot succeed; lists every problem.
         """
         refuse_pushes(self.planned, os.environ if self.needs_token else None)
         for note in self.notes[:_NUM_NOTED]:
             print(f"note: {note}; `runner export RUN --push` pushes by hand", file=sys.stderr)
         if len(self.notes) > _NUM_NOTED:
-            print(f"note: and so in {len(self.notes) - _NUM_NOTED} more runs", file=sys.stderr)
+            print(f"note: likewise for {len(self.notes) - _NUM_NOTED} more runs", file=sys.stderr)
 
 
 def send_pushes(selected: Sequence[Selected]) -> PoolResult:
-    """Push completed runs, where nothing is launched, and say on stderr how each push ended."""
+    """Push completed runs without launching any, and print to stderr how each push ended."""
     return run_planned([], num_slots=1, gpus=None, fail_fast=False, to_push=selected)
 
 
 def print_unpushed(selected: Iterable[Selected]) -> int:
-    """Say on stderr which completed runs are still to be pushed, and how; how many there are,
-    without those that another process is pushing.
+    """Print to stderr the completed runs that are not pushed yet, each with the command to push it.
+    Returns their number, without those that another process is pushing.
     """
     count = 0
     for one in selected:
@@ -79,10 +79,10 @@ def print_unpushed(selected: Iterable[Selected]) -> int:
         status = read_status(facts, one.recipe, {})
         if status.state != "completed" or status.push_to is None:
             continue
-        with contextlib.suppress(CorruptFileError, OSError):  # then it is pushed by nobody
+        with contextlib.suppress(CorruptFileError, OSError):  # then nobody is pushing it
             if is_leased(one.paths.push_lock_path):
                 print(
-                    f"{one.full_name} is completed, and is being pushed to {status.push_to} by"
+                    f"{one.full_name} is completed and is being pushed to {status.push_to} by"
                     " another process",
                     file=sys.stderr,
                 )

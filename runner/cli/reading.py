@@ -1,5 +1,5 @@
-"""Selected runs as read for the verbs that start nothing: their facts and states, and what is told
-of them on stderr.
+"""Reads the selected runs for the verbs that start nothing: their facts and states. Also prints
+notes and warnings about them to stderr.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def select(
     unreadable: list[UnreadableRun] | None = None,
     prefer: Prefer = "recipe",
 ) -> list[Selected]:
-    """As `select_recipes`, by the cache: for verbs that start nothing and change no run."""
+    """Like `select_recipes`, through the cache: for verbs that start nothing and change no run."""
     cache = RecipeCache(recipe_cache_path(arguments.output_root))
     selected = select_recipes(
         paths, arguments.output_root, arguments.where, unreadable,
@@ -40,14 +40,14 @@ def select(
 def select_anew(
     arguments: argparse.Namespace, paths: Sequence[str], prefer: Prefer = "recipe"
 ) -> list[Selected]:
-    """As `select_recipes`, each recipe parsed."""
+    """Like `select_recipes`, parsing each recipe without the cache."""
     return select_recipes(
         paths, arguments.output_root, arguments.where, prefer=prefer, overrides=arguments.overrides
     )
 
 
 def note_edited(selected: Sequence[Selected]) -> None:
-    """A line on stderr about recipes that were edited since they were rendered."""
+    """Print a note to stderr about recipes that were edited since they were rendered."""
     from runner.grid.recipe_files import word_edited
 
     if edited := word_edited([one.source_path for one in selected]):
@@ -55,8 +55,8 @@ def note_edited(selected: Sequence[Selected]) -> None:
 
 
 def note_idle_overrides(selected: Sequence[Selected]) -> None:
-    """On stderr: overrides that change nothing, which are in no name of a run, and runs that have
-    the name which another spelling of the same overrides gave them.
+    """Print notes to stderr about overrides that change nothing, which run names leave out, and
+    about runs that were named after another spelling of the same overrides.
     """
     respelled = [one for one in selected if one.is_respelled]
     if respelled:
@@ -65,7 +65,7 @@ def note_idle_overrides(selected: Sequence[Selected]) -> None:
         more = f", and likewise {others} more" if others else ""
         print(
             escape_controls(
-                f"note: `{' '.join(first.overrides)}` is the run {first.full_name}, under another"
+                f"note: `{' '.join(first.overrides)}` is the run {first.full_name}, in another"
                 f" spelling{more}"
             ),
             file=sys.stderr,
@@ -87,8 +87,8 @@ def note_idle_overrides(selected: Sequence[Selected]) -> None:
 
 
 def warn_of_other_base_scores(selected: Sequence[Selected]) -> None:
-    """On stderr, once for each output root: scores that a run kept for others and that another one
-    does not compute.
+    """Warn on stderr, once per output root, of shared base scores that another run could not
+    reproduce.
     """
     for root in sorted({find_output_root(one.paths.run_dir) for one in selected}):
         for one in find_other_base_scores(root):
@@ -96,10 +96,10 @@ def warn_of_other_base_scores(selected: Sequence[Selected]) -> None:
 
 
 def warn_of_moved_names(facts: Iterable[RunFacts]) -> None:
-    """On stderr: names on the hub that are not the same commit in all runs of a grid."""
+    """Warn on stderr of hub names that are not the same commit in all runs of a grid."""
     loaded: list[Loaded] = []
     for one in facts:
-        with contextlib.suppress(CorruptFileError, OSError):  # its state says so
+        with contextlib.suppress(CorruptFileError, OSError):  # the run's state reports them
             if one.stored is not None:
                 loaded += list_loaded(one.paths.run_dir, one.stored)
     for moved in find_moved(loaded):
@@ -107,22 +107,22 @@ def warn_of_moved_names(facts: Iterable[RunFacts]) -> None:
 
 
 def warn_of_outdated(known: KnownContents, arguments: argparse.Namespace) -> None:
-    """On stderr: files that were touched since they were hashed."""
+    """Warn on stderr of files that were touched since they were hashed."""
     paths = arguments.paths or ["recipes"]
     command = spell_command(
         ["runner", "sweep", "--dry-run"], paths, arguments.output_root, arguments.where
     )
     for path in sorted(known.outdated):
         print(
-            f"warning: {path} was touched since its content was last read, and is not read here:"
-            f" runs that name it may be *changed*, which `{command}` tells;"
-            " once a sweep or launch has read the file, this warning is gone",
+            f"warning: {path} was touched since its content was last read, and is not read here;"
+            f" runs that name it may be *changed*, which `{command}` shows;"
+            " this warning disappears once a sweep or launch has read the file",
             file=sys.stderr,
         )
 
 
 def warn_of_unreadable(unreadable: Iterable[UnreadableRun]) -> None:
-    """On stderr: runs that cannot be read, and the reasons."""
+    """Warn on stderr of runs that cannot be read, with the reasons."""
     for lost in unreadable:
         why = escape_controls(f"{lost.full_name} is unreadable: {lost.why}")
         print(f"warning: {why}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`runner report` and `runner power`: read the runs, and write what they allow to conclude."""
+"""`runner report` and `runner power`: read the runs and write the conclusions they support."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ def run_power(arguments: argparse.Namespace) -> int:
         print(json.dumps([as_json(report) for report in reports], indent=2))
     else:
         text = "\n\n".join(format_power(report) for report in reports)
-        print(escape_controls(text))  # axes and paths are anybody's
+        print(escape_controls(text))  # axes and paths may come from anyone
     return 0
 
 
 def _verify(runs: Sequence[ReadRun]) -> list[ReadRun]:
-    """The runs, with the state that reading every byte gives each."""
+    """The runs, each with its state after reading every byte."""
     verified = []
     for recipe, facts, before in runs:
         status = verify_files(facts, before)
@@ -115,8 +115,8 @@ def _require_metrics(names: Sequence[str] | None, rows: Sequence[ReportRow]) -> 
 
 
 def _point_at_changed(rows: Sequence[ReportRow], selected: Sequence[Selected]) -> None:
-    """On stderr: how many runs hold another experiment than their recipes, and the command that
-    shows their numbers.
+    """Print to stderr how many run directories hold another experiment than their recipes, and the
+    command that shows their numbers.
     """
     changed = {row.recipe.run.full_name for row in rows if row.state == "changed"}
     run_dirs = [one.paths.run_dir for one in selected if one.full_name in changed]
@@ -124,7 +124,7 @@ def _point_at_changed(rows: Sequence[ReportRow], selected: Sequence[Selected]) -
         return
     folders = dict.fromkeys(str(run_dir.parent) for run_dir in run_dirs)
     runs = "1 run is" if len(run_dirs) == 1 else f"{len(run_dirs)} runs are"
-    they = "its directory holds" if len(run_dirs) == 1 else "their directories hold"
+    they = "its directory holds" if len(run_dirs) == 1 else "their directories each hold"
     print(
         f"warning: {runs} changed: {they} another experiment, whose numbers are not shown\n"
         f"hint: {shlex.join(['runner', 'report', *folders])}",

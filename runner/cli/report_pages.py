@@ -1,4 +1,4 @@
-"""The pages and figures that `runner report` writes beside the report that it prints."""
+"""The pages and figures that `runner report` writes in addition to the printed report."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def require_page_targets(arguments: argparse.Namespace) -> bool:
-    """True where a page, figures or pages of rows are asked for and can be written there."""
+    """True if a page, figures or pages of rows are requested and can be written there."""
     if not (arguments.html or arguments.rows or arguments.figures):
         if arguments.without_rows:
             raise RunnerError(
-                "--without-rows leaves texts out of pages, and no page is asked for",
+                "--without-rows leaves texts out of pages, but no page is requested",
                 hint="add --html report.html",
             )
         return False
@@ -29,7 +29,7 @@ def require_page_targets(arguments: argparse.Namespace) -> bool:
 
 
 def write_report_pages(arguments: argparse.Namespace, report: Report) -> None:
-    """Write what is asked for; where it is goes to stderr, for stdout holds the report."""
+    """Write the requested pages. Their paths go to stderr, because stdout holds the report."""
     from runner.report.html import PageOptions, write_pages
 
     words = ["runner", "report", *map(str, arguments.paths)]

@@ -12,16 +12,16 @@ from runner.secrets import scrub
 
 
 class VerbParser(argparse.ArgumentParser):
-    """Repeats wrong arguments without what must not be shown."""
+    """Repeats wrong arguments without secrets and control characters."""
 
-    # Adds options of this verb that take time to find; called when the verb is used.
+    # Adds options of this verb that are slow to find; called only when the verb is used.
     add_more: Callable[[argparse.ArgumentParser], None] | None = None
 
-    # True of verbs about recipes, which people give the options of other trainers.
+    # True for verbs about recipes: users pass them the options of other trainers.
     is_about_recipes = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's.
+        """Parse as argparse does.
 
         Raises:
             RunnerError: an option of another trainer.
@@ -32,7 +32,7 @@ class VerbParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
-        """As argparse's."""
+        """The help of argparse, with the options that are slow to find."""
         self.add_late_options()
         return super().format_help()
 
@@ -45,7 +45,7 @@ class VerbParser(argparse.ArgumentParser):
     def _refuse_foreign_options(self, words: Sequence[str]) -> None:
         known = self._option_string_actions
         if all(word.partition("=")[0] in known for word in words if word.startswith("--")):
-            return  # what answers takes time to import
+            return  # the module below is slow to import
         from runner.cli.habits import refuse_foreign_options
 
         refuse_foreign_options(self.prog, words, known)
@@ -62,19 +62,26 @@ def add_paths(
         nargs=nargs,
         metavar="PATH",
         help=(
-            "recipes: files, folders, globs; run directories; names of runs and grids"
-            + ("; and key=value, as for launch, for each recipe" if takes_overrides else "")
+            "recipe files, folders or globs, run directories, or names of runs and grids"
+            + ("; key=value overrides apply to each recipe" if takes_overrides else "")
         ),
     )
-    # Found among the paths: argparse could not tell where those end.
+    # `main` finds the overrides among the paths: argparse cannot tell where the paths end.
     parser.set_defaults(overrides=[], takes_overrides=takes_overrides)
     parser.add_argument(
-        "--where", action="append", default=[], metavar="axis=value[,value]", help="may be repeated"
+        "--where",
+        action="append",
+        default=[],
+        metavar="axis=value[,value]",
+        help="only runs with these axis values; may be repeated",
     )
     add_output_root(parser)
 
 
 def add_output_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output-root", type=Path, metavar="DIR", help="default: runs, in the project"
+        "--output-root",
+        type=Path,
+        metavar="DIR",
+        help="folder of all runs; default: runs, in the project",
     )

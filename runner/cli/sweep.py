@@ -1,6 +1,6 @@
 """The verbs that start many runs, `sweep` and `rerun`, from parsed arguments to an exit code.
 
-Decides what is launched; where and when is up to the engine.
+Decides which runs are launched; the engine decides where and when.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
             file=sys.stderr,
         )
     if arguments.list:
-        # As `launch` takes it: the recipe, and what changes it.
+        # The arguments of `launch`: the recipe and its overrides.
         is_elsewhere = find_user_folder() is not None
         for one in selected:
             path = one.source_path.absolute() if is_elsewhere else one.source_path
@@ -71,16 +71,17 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
     note_edited(selected)
     engine = load_engines()[arguments.engine]
     if arguments.yes and not arguments.fresh:
-        raise RefusedError("`--yes` answers what `--fresh` asks, and goes with it only")
+        raise RefusedError("`--yes` answers the question of `--fresh`; it needs `--fresh`")
     if arguments.fresh and engine.ONLY_WRITES_FILES:
         raise RefusedError(
-            f"`--engine {arguments.engine}` only prints a file, and `--fresh` moves runs",
-            hint="runner launch RECIPE --fresh  # where the runs are",
+            f"`--engine {arguments.engine}` only prints a file, but `--fresh` moves runs",
+            hint="runner launch RECIPE --fresh  # on the machine that has the runs",
         )
     options = engine.parse_options(arguments)
     num_unhappy = 0
     found: dict[str, RunStatus] = {}
-    pushes = PushPlan(needs_token=not engine.ONLY_WRITES_FILES)  # else it is given elsewhere
+    # For the engines that only write a file, the token is set elsewhere.
+    pushes = PushPlan(needs_token=not engine.ONLY_WRITES_FILES)
     launched: list[Selected] = []
 
     def plan(
@@ -97,19 +98,19 @@ def run_sweep(arguments: argparse.Namespace, *, only_unfinished: bool = False) -
     code = engine.submit(PlanRuns(plan, pushes.to_send), options)
     num_unpushed = 0
     if not arguments.dry_run:
-        # The others only submit.
+        # Engines other than local only submit.
         if arguments.engine != "local" and pushes.to_send and code != STOPPED:
             code = STOPPED if send_pushes(pushes.to_send).stopped_by is not None else code
         num_unpushed = print_unpushed([*launched, *pushes.to_send])
     _print_damaged(found)
-    if arguments.engine == "local" and not arguments.dry_run:  # all others only submit
+    if arguments.engine == "local" and not arguments.dry_run:
         statuses = _read_statuses(selected, arguments.output_root)
         _print_undone(found, statuses)
         counts = Counter(status.state for status in statuses.values())
         print(_describe_states(counts + Counter(unreadable=len(unreadable))), file=sys.stderr)
-        # Some of them are counted already.
+        # Counts some runs twice; only zero or not matters.
         num_unhappy += sum(counts[state] for state in _UNHAPPY)
-    # A file is written for the runs that can be launched; what else there is, is told.
+    # A file is written for the runs that can be launched, so it counts as a success.
     is_unhappy = num_unhappy or unreadable or num_unpushed
     return code or (1 if is_unhappy and not engine.ONLY_WRITES_FILES else 0)
 
@@ -118,7 +119,7 @@ _UNHAPPY: Final = ("interrupted", "failed", "changed", "damaged", "unreadable")
 
 
 def _read_statuses(selected: Sequence[Selected], output_root: Path) -> dict[str, RunStatus]:
-    """The runs of a sweep that has ended, by what their directories say now."""
+    """The current status of each run, read after the sweep has ended."""
     known = KnownContents(content_cache_path(output_root))
     return {
         one.full_name: read_status_unverified(one.read_facts(), one.recipe, known.look(one.recipe))
@@ -127,8 +128,8 @@ def _read_statuses(selected: Sequence[Selected], output_root: Path) -> dict[str,
 
 
 def _print_undone(found: Mapping[str, RunStatus], statuses: Mapping[str, RunStatus]) -> None:
-    """Runs that came to need a look while the sweep was at others, and of which nothing else tells:
-    what it launched and what failed then is told already.
+    """Print the runs that got into trouble during the sweep and were not reported yet. Failures of
+    runs that the sweep launched were reported already.
     """
     for full_name, status in statuses.items():
         before = found[full_name].state
@@ -138,7 +139,7 @@ def _print_undone(found: Mapping[str, RunStatus], statuses: Mapping[str, RunStat
             continue
         why, hint = status.why.partition("\n")[0], find_hint(status)
         print(
-            f"{full_name} was {before} when this sweep began, and is {status.state} now: {why}",
+            f"{full_name} was {before} when this sweep began and is {status.state} now: {why}",
             file=sys.stderr,
         )
         if hint is not None:
@@ -159,7 +160,7 @@ def _describe_states(states: Counter[str]) -> str:
 
 
 def _print_damaged(found: Mapping[str, RunStatus]) -> None:
-    """After all that a sweep says of its runs: nothing that it did helps these."""
+    """Print the damaged runs last: a sweep cannot fix them."""
     for full_name, status in found.items():
         if status.state == "damaged":
             print(
@@ -179,10 +180,10 @@ def _decide_all(
     *,
     only_unfinished: bool,
 ) -> tuple[list[Launch], int]:
-    """What is to be launched, and how many of the others are failed, changed or damaged; each
-    decision is printed, that on changed runs once for all of them.
+    """The runs to launch, and the number of other runs that are failed, changed or damaged. Prints
+    each decision; all changed runs share one.
 
-    The status of each run is put into `found`, by its name, and what is to be pushed into `pushes`.
+    Adds the status of each run to `found`, by name, and the runs to push to `pushes`.
     """
     is_preview = arguments.dry_run
     hashes = ContentHashes(content_cache_path(arguments.output_root), is_kept=not is_preview)
@@ -190,7 +191,7 @@ def _decide_all(
     changed: list[ChangedRun] = []
     num_unhappy = num_of_other_rules = num_not_begun = 0
     for one in selected:
-        # The files of a run that was never started are compared with nothing.
+        # A run that was never started has nothing to compare its files with.
         is_compared = not is_preview or one.paths.recipe_path.exists()
         contents = find_contents(one.recipe, hashes, is_compared=is_compared)
         facts = one.read_facts()
@@ -232,7 +233,7 @@ def _decide_all(
     }
     if num_not_begun:
         runs = "1 run was" if num_not_begun == 1 else f"{num_not_begun} runs were"
-        what = f"{runs} never started (rerun starts only what was begun)"
+        what = f"{runs} never started (`rerun` only continues started runs)"
         print(_describe_block("skip", what, ()), file=stream)
     pushes.refuse()
     allow = suggest_allowing(
@@ -254,8 +255,8 @@ def _decide_all(
     if planned and num_of_other_rules:
         print(
             f"note: {num_of_other_rules} completed runs of this sweep follow other rules of rows"
-            f" and masks than what is launched now (rules {RULES}):"
-            " a report compares runs of the same rules only",
+            f" and masks than the runs launched now (rules {RULES}):"
+            " a report compares only runs with the same rules",
             file=sys.stderr,
         )
     return [planned[one.full_name] for one in selected if one.full_name in planned], num_unhappy
@@ -267,11 +268,11 @@ def _start_anew(
     queued: Mapping[str, QueuedRun],
     stream: TextIO,
 ) -> tuple[list[str], int]:
-    """`--fresh`: the names of the changed runs that are to be launched, once they are out of the
-    way, and how many of them cannot be moved.
+    """`--fresh`: moves the changed runs aside. Returns the names of those to launch, and the number
+    of those that cannot be moved.
 
     Raises:
-        RefusedError: nobody said yes.
+        RefusedError: nobody confirmed.
     """
     num_refused = 0
     movable: list[ChangedRun] = []
@@ -280,14 +281,14 @@ def _start_anew(
             movable.append(one)
             continue
         num_refused += 1
-        why = f"queued: {task.task} is {task.state}; `{task.cancel}` first"
+        why = f"queued: {task.task} is {task.state}; run `{task.cancel}` first"
         print(_describe_decision(one.full_name, Decision("refuse", why), ()), file=stream)
     if not movable:
         return [], num_refused
     folders = choose_folders(movable)
     about = [*describe_changed(movable, arguments), *describe_remote(movable)]
     where = ", ".join(str(folder) for folder in folders.values())
-    what = "would be moved into" if arguments.dry_run else "to be moved into"
+    what = "would be moved into" if arguments.dry_run else "will be moved into"
     print(_describe_block("fresh", f"{_count(movable)} {what} {where}", about), file=stream)
     stream.flush()
     moved = movable
@@ -330,7 +331,7 @@ def _describe_changed(changed: Sequence[ChangedRun], arguments: argparse.Namespa
     what = (
         f"{first.full_name}  {decide(first.status).why}"
         if not more
-        else (f"{_count(changed)} are changed: their directories hold another experiment")
+        else (f"{_count(changed)} are changed: their directories hold other experiments")
     )
     return _describe_block("refuse", what, describe_changed(changed, arguments))
 

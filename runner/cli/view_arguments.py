@@ -1,4 +1,4 @@
-"""The verbs that look at runs, or ask them to stop, and their options."""
+"""The verbs that inspect runs or ask them to stop, and their options."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from runner.text import positive
 
 
 def add_view_verbs(verbs: Any) -> None:
-    """What looks at runs, or asks them to stop."""
-    status = verbs.add_parser("status", help="one line per run: status, step, loss, time, why")
+    """Verbs that inspect runs or ask them to stop."""
+    status = verbs.add_parser("status", help="list runs: status, step, loss, time, reason")
     add_paths(status, nargs="*")
     how = status.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true")
+    how.add_argument("--json", action="store_true", help="print JSON")
     how.add_argument(
         "--watch",
         action="store_true",
-        help="live: the grid as a table, progress, time left, failures",
+        help="keep showing the grid as a table, progress, time left and failures",
     )
 
     why = verbs.add_parser(
-        "why", help="one run: what would happen next, and exactly what decides it"
+        "why", help="explain what `launch` would do with one run, and what decides it"
     )
     why.add_argument(
         "recipe",
@@ -34,43 +34,43 @@ def add_view_verbs(verbs: Any) -> None:
     why.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch")
     why.add_argument("--name", help="as for launch")
     why.add_argument("--num-processes", type=positive, metavar="N", help="as for launch")
-    why.add_argument("--json", action="store_true")
+    why.add_argument("--json", action="store_true", help="print JSON")
     add_output_root(why)
 
-    logs = verbs.add_parser("logs", help="what the last attempt of a run printed")
+    logs = verbs.add_parser("logs", help="print the log of a run's last attempt")
     logs.add_argument(
         "run",
         metavar="RUN",
-        help="a recipe, run directory or name; of a folder or grid, the run that is running",
+        help="a recipe, run directory or name; for a folder or grid, the run that is running",
     )
     logs.add_argument(
         "-f",
         "--follow",
         action="store_true",
-        help="go on with what is printed, until the run is done",
+        help="keep printing new output until the run ends",
     )
-    logs.add_argument("--attempt", type=positive, metavar="N", help="another attempt than the last")
+    logs.add_argument("--attempt", type=positive, metavar="N", help="number; default: the last")
     add_output_root(logs)
 
     stop = verbs.add_parser(
-        "stop", help="ask running runs to checkpoint at the end of their step and to leave"
+        "stop", help="ask running runs to write a checkpoint after their current step and exit"
     )
     add_paths(stop)
 
     report = verbs.add_parser(
-        "report", help="the comparison: what the runs allow to conclude, effects, then cells"
+        "report", help="compare runs over a grid: conclusions, effects, then cells"
     )
     add_paths(report)
     report.add_argument(
         "--verify",
         action="store_true",
-        help="read every byte that completed runs recorded; what is damaged has no numbers",
+        help="check every byte of completed runs; damaged ones get no numbers",
     )
     report.add_more = _add_report_formats
 
     compare = verbs.add_parser(
         "compare",
-        help="two runs or two values of an axis: what is equal, what differs, by how much",
+        help="compare two runs or axis values: what is equal, what differs, by how much",
     )
     for name in ("a", "b"):
         compare.add_argument(
@@ -79,25 +79,27 @@ def add_view_verbs(verbs: Any) -> None:
             help="a recipe, a run directory, the name of a run, or axis=value of --grid",
         )
     compare.add_argument(
-        "--axis", help="the one thing that may differ: exit 1 where anything else does"
+        "--axis", help="the only axis that may differ; exit 1 if anything else does"
     )
-    compare.add_argument("--grid", metavar="GRID", help="of axis=value, or of the names of runs")
-    compare.add_argument("--json", action="store_true")
+    compare.add_argument(
+        "--grid", metavar="GRID", help="the grid in which axis=value and run names are looked up"
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON")
     _add_rows_fixed(compare)
     add_output_root(compare)
     _add_power(verbs)
 
     clean = verbs.add_parser(
-        "clean", help="remove what runs share and can compute again; no run is touched"
+        "clean", help="remove shared caches that runs can compute again; no run is touched"
     )
-    clean.add_argument("--dry-run", action="store_true", help="only show what there is")
+    clean.add_argument("--dry-run", action="store_true", help="only list the caches and sizes")
     clean.add_argument("--yes", action="store_true", help="do not ask")
     add_output_root(clean)
 
 
 def _add_power(verbs: Any) -> None:
     power = verbs.add_parser(
-        "power", help="how many seeds and test rows find a difference, from the runs of a pilot"
+        "power", help="estimate from pilot runs how many seeds and test rows find a difference"
     )
     add_paths(power)
     power.add_argument(
@@ -112,12 +114,12 @@ def _add_power(verbs: Any) -> None:
         type=_share,
         default=0.8,
         metavar="P",
-        help="how often it is to be found, default 0.8",
+        help="probability of finding it; default: 0.8",
     )
     power.add_argument(
-        "--metric", metavar="NAME", help="default: the NLL per completion token, or bits per byte"
+        "--metric", metavar="NAME", help="default: NLL per completion token, or bits per byte"
     )
-    power.add_argument("--json", action="store_true")
+    power.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _above_zero(text: str) -> float:
@@ -142,12 +144,14 @@ def _add_report_formats(report: argparse.ArgumentParser) -> None:
     from runner.report.format import FORMATS
 
     names = list(FORMATS)
-    report.add_argument("--format", choices=names, default=names[0])
+    report.add_argument(
+        "--format", choices=names, default=names[0], help="output format; default: the first"
+    )
     report.add_argument(
         "--metric",
         action="append",
         metavar="NAME",
-        help="compare by this instead of the metrics that fit; may be repeated",
+        help="use this metric instead of those that fit the task; may be repeated",
     )
     _add_rows_fixed(report)
     _add_report_pages(report)
@@ -157,7 +161,7 @@ def _add_rows_fixed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows-fixed",
         action="store_true",
-        help="speak of these very test rows, as of a public benchmark: only seeds are random",
+        help="treat the test rows as fixed, like a public benchmark: only seeds are random",
     )
 
 
@@ -166,10 +170,13 @@ def _add_report_pages(report: argparse.ArgumentParser) -> None:
         "--html", type=Path, metavar="FILE", help="also write the report as one web page"
     )
     report.add_argument(
-        "--rows", type=Path, metavar="DIR", help="a page of all test rows for each two arms"
+        "--rows",
+        type=Path,
+        metavar="DIR",
+        help="also write a page of all test rows per pair of arms",
     )
     report.add_argument(
-        "--figures", type=Path, metavar="DIR", help="the figures of the page as PDF"
+        "--figures", type=Path, metavar="DIR", help="also write the page's figures as PDF"
     )
     report.add_argument(
         "--without-rows",

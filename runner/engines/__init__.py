@@ -1,1 +1,1 @@
-"""Where and when attempts run: one file per engine."""
+"""Engines: each decides where and when attempts run; one file per engine."""

@@ -1,8 +1,8 @@
-"""The Kubernetes engine: pending runs become Indexed Jobs (`batch/v1`), one index per run. Nothing
-here talks to a cluster.
+"""The Kubernetes engine: pending runs become Indexed Jobs (`batch/v1`), one index per run. It never
+contacts a cluster.
 
-Fields and limits as the API server checks them, version 1.29 or newer (`backoffLimitPerIndex`,
-`FailIndex`).
+Fields and limits follow the checks of the API server, version 1.29 or newer
+(`backoffLimitPerIndex`, `FailIndex`).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _CONTAINER: Final = "runner"
 _LABELS: Final = {"app.kubernetes.io/name": "recipe-runner"}
 _WRONG_USAGE: Final = 2
 
-# `runner launch` has made its own retries before it gives up. What is left to the Job: another pod,
-# perhaps on another node, for what may go away by itself (counted, `backoffLimitPerIndex`) and for
-# preemption (free).
+# `runner launch` retries before it gives up. The Job then starts another pod, perhaps on another
+# node, for failures that may be temporary (counted, `backoffLimitPerIndex`) and for preemption (not
+# counted).
 Action = Literal["FailIndex", "Ignore", "Count"]
 _ACTIONS: Final[Mapping[FailureKind, Action]] = {
     "configuration": "FailIndex",
@@ -59,7 +59,7 @@ _ACTIONS: Final[Mapping[FailureKind, Action]] = {
 
 
 def parse_options(arguments: argparse.Namespace) -> ManifestOptions:
-    """Raises: RunnerError for options that no file can be made of."""
+    """Raises: RunnerError for options that do not allow a file."""
     shared = read_shared_options(
         arguments,
         submit="| kubectl apply -f -",
@@ -69,7 +69,7 @@ def parse_options(arguments: argparse.Namespace) -> ManifestOptions:
 
 
 def submit(plan: PlanRuns, options: ManifestOptions) -> int:
-    """The file that a cluster takes, on stdout; returns an exit code."""
+    """Print the file for the cluster on stdout; returns an exit code."""
     runs = plan_pending(plan)
     if runs:
         print(build_jobs_file(runs, options), end="")
@@ -77,10 +77,10 @@ def submit(plan: PlanRuns, options: ManifestOptions) -> int:
 
 
 def build_jobs_file(runs: Sequence[PendingRun], options: ManifestOptions) -> str:
-    """One Job for all runs that want equal machines, as YAML for `kubectl apply -f -`.
+    """One Job for all runs that need equal machines, as YAML for `kubectl apply -f -`.
 
     Raises:
-        RefusedError: a run, or the folder of runs, would not be found on the project's volume.
+        RefusedError: a run, or the folder of runs, is not on the project's volume.
     """
     from runner.launch.placement import derive_resources
 
@@ -120,18 +120,19 @@ def _build_job(
 
 
 def _build_name(grid: str, runs: list[PendingRun]) -> str:
-    """The same until an attempt of one of the runs begins, so that what is applied twice is one
-    Job.
+    """A name that stays the same until an attempt of one of the runs begins, so applying the file
+    twice creates one Job.
     """
     state = [[run.selected.full_name, run.num_attempts] for run in runs]
     return f"{build_label(grid, 40)}-{hash_json(state)[:8]}"
 
 
 def _build_failure_rules() -> list[dict[str, Any]]:
-    """What becomes of a failed pod; the first rule that fits counts, and what fits none is counted.
+    """The rules for a failed pod; the first that matches applies. A failure without a matching rule
+    is counted.
 
-    What the trainer is sure of comes before a disruption of the pod, what it could not name comes
-    after: a pod that is being evicted may well crash.
+    Failures that the trainer is sure of come before a disruption of the pod, unexplained ones after
+    it: a pod that is being evicted may well crash.
     """
     from runner.run.record import EXIT_CODES
 
@@ -167,7 +168,7 @@ def _build_exit_rule(action: Action, codes: set[int]) -> dict[str, Any]:
 def _build_pod(
     runs: list[PendingRun], machine: Resources, options: ManifestOptions
 ) -> dict[str, Any]:
-    """The pod of any index: the index picks its recipe, and `runner` becomes the process that gets
+    """The pod of every index: the index selects the recipe, and `runner` is the process that gets
     TERM.
     """
     overrides = "".join(f" {_quote(override)}" for override in options.overrides)
@@ -196,7 +197,7 @@ def _build_pod(
         "containers": [container],
         "volumes": [
             {"name": "project", "persistentVolumeClaim": {"claimName": options.storage}},
-            # A pod's own 64 MiB are too few for several processes.
+            # The default 64 MiB of a pod are too few for several processes.
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
         ],
     }
@@ -207,8 +208,8 @@ def _quote(path: object) -> str:
 
 
 def _escape(word: str) -> str:
-    """A word that Kubernetes gives to the container as it is: it reads `$(NAME)` as a variable and
-    `$$` as `$`.
+    """A word that Kubernetes passes unchanged to the container: it reads `$(NAME)` as a variable
+    and `$$` as `$`.
 
     >>> _escape("a$(HOME)$$b$c")
     'a$$(HOME)$$$b$c'

@@ -1,6 +1,6 @@
 """The local engine: runs several attempts at a time on this machine.
 
-`sweep --help` imports this file for its options: what is slow is imported in functions.
+`sweep --help` imports this file for its options, so slow imports are inside functions.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ if TYPE_CHECKING:
     from runner.plan.decide import Launch
 
 ONLY_WRITES_FILES: Final = False
-OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {}  # beyond those of every sweep
+OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {}  # none beyond those of every sweep
 
 
 @dataclass(frozen=True)
 class LocalOptions:
-    """What the command line says about this machine."""
+    """The options for this machine from the command line."""
 
-    num_slots: int  # places on GPUs, where there are `gpus`
-    gpus: tuple[NamedGpu, ...] | None  # each run gets its own of these; None: not asked for
-    per_gpu: int  # runs at a time on each of them
+    num_slots: int  # the number of places on GPUs if `gpus` is set
+    gpus: tuple[NamedGpu, ...] | None  # each run gets its own of these; None: not requested
+    per_gpu: int  # runs at the same time on each of them
     fail_fast: bool
     is_dry_run: bool
-    uses_workers: bool  # else each run imports for itself
-    again: str  # the command that continues what was stopped
+    uses_workers: bool  # if false, each run imports its libraries itself
+    again: str  # the command that continues stopped runs
     output_root: Path
 
     @property
     def gpu_names(self) -> list[str] | None:
-        """The GPUs as `CUDA_VISIBLE_DEVICES` takes them."""
+        """The names of the GPUs for `CUDA_VISIBLE_DEVICES`."""
         return None if self.gpus is None else [gpu.name for gpu in self.gpus]
 
 
 def parse_options(arguments: argparse.Namespace) -> LocalOptions:
-    """Raises: RunnerError for GPUs that are not there, are hidden, or are named twice."""
+    """Raises: RunnerError for GPUs that do not exist, are hidden, or are named twice."""
     from runner.launch.gpus import choose_gpus, warn_of_cpu_build
 
     per_gpu = arguments.per_gpu or 1
     if arguments.per_gpu is not None and arguments.slots is not None:
         raise RunnerError(
-            "`--slots` says how many runs there are at a time on the whole machine, `--per-gpu` on"
-            " each GPU: leave one of them out",
+            "`--slots` is the number of runs at a time on the whole machine, `--per-gpu` on"
+            " each GPU; leave out one of them",
             hint=f"--per-gpu {per_gpu}",
         )
     gpus = None
@@ -74,20 +74,20 @@ def parse_options(arguments: argparse.Namespace) -> LocalOptions:
     )
 
 
-_MAX_TYPED_LENGTH: Final = 1000  # hundreds of paths, which a shell made of one pattern
+_MAX_TYPED_LENGTH: Final = 1000  # a shell may expand one pattern to hundreds of paths
 
 
 def _build_again(typed: Sequence[str]) -> str:
-    """The command as it was typed, for people.
+    """The command as typed, for the user to repeat.
 
-    Without what moves changed runs aside: that is done by the time that something runs.
+    Leaves out `--fresh` and `--yes`: the changed runs are moved aside before anything runs.
     """
     again = shlex.join(["runner", *(word for word in typed if word not in ("--fresh", "--yes"))])
     return f"`{again}`" if len(again) <= _MAX_TYPED_LENGTH else "the same command"
 
 
 def submit(plan: PlanRuns, options: LocalOptions) -> int:
-    """Run what is planned until all of it has ended, or print the commands in a dry run; returns an
+    """Run the planned runs until all have ended, or print the commands in a dry run; returns an
     exit code.
     """
     from runner.engines.sharing import require_memory
@@ -125,8 +125,8 @@ def submit(plan: PlanRuns, options: LocalOptions) -> int:
 
 
 def note_how_to_start(planned: Sequence[Launch]) -> None:
-    """On stderr, for people: the commands of a preview need the run directory, which it does not
-    write.
+    """Tell a user at a terminal how to start a run by hand: the commands of a preview need the run
+    directory, which a preview does not write.
     """
     run = next((run.selected for run in planned if not run.selected.source_path.is_dir()), None)
     if run is None or not sys.stderr.isatty():
@@ -135,14 +135,14 @@ def note_how_to_start(planned: Sequence[Launch]) -> None:
     if run.paths.run_dir.parent.parent != Path("runs"):
         words += ["--output-root", str(run.paths.run_dir.parent.parent)]
     print(
-        f"note: nothing is written yet; to start one by hand: {pasteable(shlex.join(words))}"
+        f"note: nothing was written; to start a run by hand: {pasteable(shlex.join(words))}"
         " --prepare",
         file=sys.stderr,
     )
 
 
 def _preview(planned: Sequence[Launch], devices: Devices) -> Iterator[tuple[Launch, Placement]]:
-    """Each run with the placement that it gets if all that run at a time end together."""
+    """Each run with its placement, assuming that runs started together also end together."""
     taken: list[Placement] = []
     for run in planned:
         placement = devices.take(run.num_processes)

@@ -1,10 +1,10 @@
-"""Shared by the engines that write a job file instead of submitting it: which runs, and what only
-the user knows.
+"""Shared by the engines that write a job file instead of submitting it: the pending runs, and the
+options that only the user knows.
 
 The other machines see the project folder as it is here: recipes, launch configs and data under the
 same relative paths.
 
-No engine itself. The help of `sweep` imports this file: what is slow is imported in functions.
+Not an engine itself. The help of `sweep` imports this file, so slow imports are inside functions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from runner.plan.select import Selected
     from runner.recipe.schema import LaunchSection
 
-# From TERM to KILL: the step that is under way, and a checkpoint, must fit.
+# From TERM to KILL: enough for the current step and a checkpoint.
 GRACE_SECONDS: Final = 300
 
 
@@ -41,19 +41,19 @@ class PendingRun:
 
     @property
     def launch(self) -> LaunchSection:
-        """How its processes start."""
+        """The settings for starting its processes."""
         return self.selected.recipe.launch
 
 
 @dataclass(frozen=True)
 class ManifestOptions:
-    """What is asked for beside the runs."""
+    """The user's options, in addition to the runs."""
 
     output_root: Path
     image: str  # container image with `runner` on its PATH
     # kubernetes: the claim of the project's volume; skypilot: the bucket that keeps the runs
     storage: str
-    num_slots: int | None = None  # runs at a time; None leaves it to the engine
+    num_slots: int | None = None  # runs at the same time; None leaves it to the engine
     fail_fast: bool = False
     owns_base: bool = False  # each run scores the base model itself
     overrides: tuple[str, ...] = ()  # of each recipe
@@ -71,17 +71,17 @@ SHARED_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
 def read_shared_options(
     arguments: argparse.Namespace, *, submit: str, storage: str
 ) -> dict[str, Any]:
-    """The fields of `ManifestOptions`. `submit` is what a shell does with the file, `storage` what
-    `--storage` means.
+    """The fields of `ManifestOptions`. `submit` is the shell command that submits the file,
+    `storage` the meaning of `--storage`.
 
     Raises:
-        RunnerError: no file can be made of these options.
+        RunnerError: the options do not allow a file.
     """
     engine = arguments.engine
     if not arguments.dry_run:
         raise RunnerError(
-            f"`--engine {engine}` starts nothing:"
-            " with `--dry-run` it prints the file that you submit",
+            f"`--engine {engine}` starts nothing;"
+            " with `--dry-run` it prints a file for you to submit",
             hint=(
                 f"runner sweep {shlex.join([*arguments.paths, *arguments.overrides])}"
                 f" --engine {engine} --dry-run ... {submit}"
@@ -95,12 +95,12 @@ def read_shared_options(
             raise RunnerError(f"`--engine {engine}` needs `--{option}`: {what}")
     if arguments.gpus is not None:
         raise RunnerError(
-            f"`--gpus` names GPUs of this machine; `--engine {engine}` counts them itself"
+            f"`--gpus` names GPUs of this machine; `--engine {engine}` requests GPUs by count"
         )
     if arguments.per_gpu is not None:
         raise RunnerError(
-            f"`--per-gpu` is for the local engine; `--engine {engine}` gives each run GPUs of its"
-            " own"
+            f"`--per-gpu` is for the local engine; with `--engine {engine}` each run gets its own"
+            " GPUs"
         )
     return {
         "output_root": arguments.output_root,
@@ -114,7 +114,7 @@ def read_shared_options(
 
 
 def plan_pending(plan: PlanRuns) -> tuple[PendingRun, ...]:
-    """What is planned, in order; stdout stays free for the file."""
+    """The planned runs, in order. Decisions go to stderr, because stdout is for the file."""
     planned = plan({}, sys.stderr)
     if not planned:
         print("nothing to launch", file=sys.stderr)
@@ -122,21 +122,18 @@ def plan_pending(plan: PlanRuns) -> tuple[PendingRun, ...]:
 
 
 def check_runs(runs: Iterable[PendingRun]) -> None:
-    """Raises: RefusedError for a run that could not be started from the project folder on one other
-    machine.
+    """Raises: RefusedError for a run that cannot be started from the project folder on another
+    machine, or needs several machines.
     """
     for run in runs:
         path = run.selected.source_path
         if path.is_dir():
-            raise RefusedError(
-                f"{path} is a run directory;"
-                " another machine needs the recipe file that it came from"
-            )
+            raise RefusedError(f"{path} is a run directory; another machine needs its recipe file")
         _check_relative(path, "the recipe")
         if run.launch.num_machines > 1:
             raise RefusedError(
-                f"{run.selected.full_name} wants {run.launch.num_machines} machines, this engine"
-                " gives each run one",
+                f"{run.selected.full_name} needs {run.launch.num_machines} machines, but this"
+                " engine gives each run only one",
                 hint=(
                     "`runner launch` inside a Slurm allocation starts a run"
                     " on several machines; see docs/several_machines.md"
@@ -145,18 +142,18 @@ def check_runs(runs: Iterable[PendingRun]) -> None:
 
 
 def check_output_root(output_root: Path) -> None:
-    """Raises: RefusedError for a folder of runs that would not be on the project's volume."""
+    """Raises: RefusedError for a folder of runs that is not on the project's volume."""
     _check_relative(output_root, "`--output-root`")
 
 
 def list_recipe_words(runs: Iterable[PendingRun]) -> list[str]:
-    """The recipe files as words of a command line, never to be taken for an option."""
+    """The recipe files as words of a command line; none can be mistaken for an option."""
     paths = [str(run.selected.source_path) for run in runs]
     return [f"./{path}" if path.startswith("-") else path for path in paths]
 
 
 def build_label(text: str, max_length: int) -> str:
-    """A name of lower-case letters, digits and inner hyphens, as DNS has them.
+    """A name of lower-case letters, digits and inner hyphens, as in DNS.
 
     >>> build_label("Summaries_v2.1-", 40)
     'summaries-v2-1'
@@ -165,7 +162,7 @@ def build_label(text: str, max_length: int) -> str:
 
 
 def dump_documents(documents: Sequence[dict[str, Any]], comment: str) -> str:
-    """YAML with the keys in the order given; texts of several lines stay readable."""
+    """YAML that keeps the order of the keys; texts of several lines stay readable."""
     import yaml
 
     lines = [f"# {line}" for line in comment.splitlines()]
@@ -181,7 +178,7 @@ def _build_dumper() -> type[yaml.SafeDumper]:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """No anchors: what occurs twice is written twice."""
+        """Writes no anchors: a repeated value is written again."""
 
         def ignore_aliases(self, data: Any) -> bool:
             return True
@@ -202,6 +199,6 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 def _check_relative(path: Path, what: str) -> None:
     if path.is_absolute() or ".." in path.parts:
         raise RefusedError(
-            f"{what}, {path}, is outside the folder that other machines get to see",
-            hint="start `runner` in the project folder, and give paths below it",
+            f"{what}, {path}, is outside the project folder, which is all that other machines see",
+            hint="start `runner` in the project folder, and use paths below it",
         )

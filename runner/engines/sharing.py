@@ -1,7 +1,7 @@
-"""Compares the runs that are to share a GPU (`--per-gpu`) with its memory, by estimates.
+"""Compares the estimated memory of runs that share a GPU (`--per-gpu`) with the GPU's memory.
 
-The estimates are those of `runner check`. They need torch and every row, and are made by a process
-of their own (`runner.preflight.needs`), so that a sweep of days keeps neither.
+The estimates are those of `runner check`. They need torch and every row, so a separate process
+(`runner.preflight.needs`) makes them, and a sweep of days keeps neither in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_SHOWN: Final = 10
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of a process of each run, and why those of other runs are not known; by full name."""
+    """Bytes that a process of each run needs, and reasons for unknown ones; by full name."""
 
     num_bytes: Mapping[str, int]
     unknown: Mapping[str, str]
@@ -37,11 +37,11 @@ class Needs:
 def require_memory(
     planned: Sequence[Launch], gpus: Sequence[NamedGpu], per_gpu: int, output_root: Path
 ) -> None:
-    """Refuse so many runs on a GPU, the largest of those that are planned, whose estimates are more
-    than its memory; a note says what nobody could estimate.
+    """Refuse `per_gpu` runs on a GPU if the largest planned ones need more than its memory, by
+    estimate. Prints a note about runs that cannot be estimated.
 
     Raises:
-        RefusedError: with the runs, and how many fit.
+        RefusedError: they do not fit; lists the runs, and the number that fits.
     """
     from runner.launch.placement import derive_resources
 
@@ -51,7 +51,7 @@ def require_memory(
     known = [gpu for gpu in gpus if gpu.memory_mib is not None]
     if len(known) < len(gpus):
         names = ", ".join(gpu.name for gpu in gpus if gpu.memory_mib is None)
-        _note(f"the memory of GPU {names} is not known, so `--per-gpu {per_gpu}` is taken as given")
+        _note(f"the memory of GPU {names} is unknown, so `--per-gpu {per_gpu}` is used unchecked")
     if not known:
         return
     needs = estimate_needs(on_gpu, output_root)
@@ -59,27 +59,26 @@ def require_memory(
         first, why = next(iter(needs.unknown.items()))
         more = f" and {len(needs.unknown) - 1} more runs" if len(needs.unknown) > 1 else ""
         _note(
-            f"the memory of {first}{more} is not estimated, so `--per-gpu {per_gpu}` is taken as"
-            f" given for them: {why}"
+            f"the memory need of {first}{more} is not estimated, so `--per-gpu {per_gpu}` is used"
+            f" unchecked for them: {why}"
         )
     if needs.num_bytes:
         smallest = min(known, key=lambda gpu: gpu.memory_mib or 0)
         num_runs, total = refuse_what_does_not_fit(needs.num_bytes, smallest, per_gpu)
         _note(
-            f"the {num_runs} largest runs need about {format_bytes(total)} of the"
-            f" {format_bytes(_MIB * (smallest.memory_mib or 0))} of GPU {smallest.name}, by"
-            " estimates (`runner check` says what they assume); what other programs keep there is"
-            " not counted"
+            f"the {num_runs} largest runs need an estimated {format_bytes(total)} of the"
+            f" {format_bytes(_MIB * (smallest.memory_mib or 0))} of GPU {smallest.name}"
+            " (`runner check` lists the assumptions); memory of other programs is not counted"
         )
 
 
 def refuse_what_does_not_fit(
     num_bytes: Mapping[str, int], gpu: NamedGpu, per_gpu: int
 ) -> tuple[int, int]:
-    """How many runs may share a GPU, and the bytes that the largest of them need together.
+    """The number of runs that may share a GPU, and the total bytes of the largest ones.
 
     Raises:
-        RefusedError: it has fewer.
+        RefusedError: the GPU has less memory.
     """
     memory = _MIB * (gpu.memory_mib or 0)
     largest = sorted(num_bytes.items(), key=lambda one: -one[1])[:per_gpu]
@@ -93,26 +92,26 @@ def refuse_what_does_not_fit(
     if len(largest) > _MAX_SHOWN:
         shown.append(f"  and {len(largest) - _MAX_SHOWN} more")
     raise RefusedError(
-        f"`--per-gpu {per_gpu}`: the largest runs that may share a GPU need about"
-        f" {format_bytes(total)} by estimate, GPU {gpu.name} has {format_bytes(memory)}:\n"
+        f"`--per-gpu {per_gpu}`: the largest runs that may share a GPU need an estimated"
+        f" {format_bytes(total)}, but GPU {gpu.name} has {format_bytes(memory)}:\n"
         + "\n".join(shown),
         hint=(
             f"--per-gpu {fitting}"
             if fitting
-            else f"runner check ... --device-gib {memory // 2**30}  # not one of them may fit"
+            else f"runner check ... --device-gib {memory // 2**30}  # even one may not fit"
         ),
     )
 
 
 def estimate_needs(runs: Sequence[Launch], output_root: Path) -> Needs:
-    """The estimates of another process; none where it fails."""
+    """The estimates, made by another process; none if it fails."""
     from runner.recipe.parse import dump_recipe
 
     request = {
         "recipes": [dump_recipe(run.recipe) for run in runs],
         "output_root": str(output_root),
     }
-    # From here, where the paths in the recipes lead from, and from this source.
+    # In this folder, where the recipes' relative paths start, and with this source.
     done = subprocess.run(
         [sys.executable, "-P", "-m", "runner.preflight.needs", str(os.getpid())],
         input=json.dumps(request),

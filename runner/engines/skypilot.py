@@ -1,10 +1,10 @@
-"""The SkyPilot engine: pending runs become one task, one machine in some cloud that sweeps them.
-Nothing here talks to a cloud.
+"""The SkyPilot engine: pending runs become one task, in which one cloud machine sweeps over them.
+It never contacts a cloud.
 
-One task, and not one per run, because a sweep already is what a recovered machine needs: SkyPilot
-starts `run` again, and what is done is skipped. Its other ways fit less: a file of several tasks is
-a pipeline, one after the other, and a pool of workers would share the bucket between machines,
-which carries no locks from one to the other.
+One task rather than one per run, because a sweep can simply be repeated on a recovered machine:
+SkyPilot starts `run` again, and completed runs are skipped. The alternatives fit less well: a file
+with several tasks is a pipeline that runs one after the other, and a pool of workers would share
+the bucket between machines, which does not pass on locks.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ _RUNS_DIR: Final = "/recipe-runner-runs"
 ONLY_WRITES_FILES: Final = True
 OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     **SHARED_OPTIONS,
-    "--gpu-type": {"metavar": "TYPE", "help": "skypilot: kind of GPU, such as H100"},
+    "--gpu-type": {"metavar": "TYPE", "help": "skypilot: type of GPU, such as H100"},
 }
 
 
 @dataclass(frozen=True)
 class SkypilotOptions(ManifestOptions):
-    """What is asked for beside the runs; the last three of it by SkyPilot alone."""
+    """The user's options, in addition to the runs; only SkyPilot has the last three."""
 
-    gpu_type: str | None = None  # as SkyPilot calls it
+    gpu_type: str | None = None  # SkyPilot's name of it
     retry_failed: bool = False
-    is_cold: bool = False  # each run imports for itself
+    is_cold: bool = False  # each run imports its libraries itself
 
 
 def parse_options(arguments: argparse.Namespace) -> SkypilotOptions:
-    """Raises: RunnerError for options that no file can be made of."""
+    """Raises: RunnerError for options that do not allow a file."""
     shared = read_shared_options(
         arguments,
         submit="> task.yaml; sky jobs launch task.yaml",
@@ -68,7 +68,7 @@ def parse_options(arguments: argparse.Namespace) -> SkypilotOptions:
 
 
 def submit(plan: PlanRuns, options: SkypilotOptions) -> int:
-    """The file that `sky` takes, on stdout; returns an exit code."""
+    """Print the file for `sky` on stdout; returns an exit code."""
     runs = plan_pending(plan)
     if runs:
         print(build_task_file(runs, options), end="")
@@ -79,7 +79,7 @@ def build_task_file(runs: Sequence[PendingRun], options: SkypilotOptions) -> str
     """The task as YAML for `sky jobs launch`.
 
     Raises:
-        RefusedError: a run would not be found in the project folder, or the kind of GPU is missing.
+        RefusedError: a run is not in the project folder, or the type of GPU is missing.
     """
     from runner.launch.placement import derive_resources
 
@@ -89,8 +89,8 @@ def build_task_file(runs: Sequence[PendingRun], options: SkypilotOptions) -> str
     num_gpus = slots * max(machine.num_gpus for machine in machines)
     if num_gpus and options.gpu_type is None:
         raise RefusedError(
-            "the runs want GPUs, but of which kind?",
-            hint="--gpu-type H100, or what your clouds have",
+            "the runs need GPUs, but no type is named",
+            hint="add --gpu-type H100, or another type that your clouds have",
         )
     cores = [
         machine.num_cores or run.launch.num_processes
@@ -103,15 +103,15 @@ def build_task_file(runs: Sequence[PendingRun], options: SkypilotOptions) -> str
     )
     task: dict[str, Any] = {
         "name": build_label(runs[0].selected.recipe.run.grid, 40),
-        # Relative to where `sky` is started, which is where the user is.
+        # Relative to the folder where `sky` is started, which is the user's.
         "workdir": "." if find_user_folder() is None else str(Path.cwd()),
         "resources": {**resources, "image_id": f"docker:{options.image}"},
-        # Written to a local cache first, so that renames, appends and locks work as on a disk.
+        # MOUNT_CACHED writes to a local cache first, so renames, appends and locks work.
         "file_mounts": {_RUNS_DIR: {"source": options.storage, "mode": "MOUNT_CACHED"}},
         "setup": "runner --help > /dev/null\n",  # an image without it fails here
         "run": _build_run(runs, options, num_gpus, slots),
     }
-    comment = f"{len(runs)} runs, which {options.storage} keeps. One machine, {slots} at a time."
+    comment = f"{len(runs)} runs, stored in {options.storage}. One machine, {slots} at a time."
     return dump_documents([task], comment)
 
 

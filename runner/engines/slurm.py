@@ -1,12 +1,11 @@
-"""The Slurm engine: array jobs over the pending runs, and what the queue says about runs that were
-submitted before.
+"""The Slurm engine: submits pending runs as array jobs, and finds earlier submissions in the queue.
 
-Every task of an array executes `runner launch` of one run, so a run is what its directory says,
-however often it was submitted: the queue only tells which runs need not be submitted again. What
-was submitted stands below the output root, written before `sbatch` is called; a task is found again
-by the path of its script, which Slurm keeps with the job.
+Every task of an array executes `runner launch` for one run, so the run directory decides about the
+run, however often it was submitted. The queue only shows which runs need not be submitted again.
+Submissions are recorded below the output root before `sbatch` is called. A task is found again by
+the path of its script, which Slurm keeps with the job.
 
-The help of `sweep` imports this file for its options: what is slow is imported in functions.
+The help of `sweep` imports this file for its options, so slow imports are inside functions.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
 ONLY_WRITES_FILES: Final = False
 
-# What the script itself decides; another value would lose runs or start them twice.
+# Options that the script sets itself; another value would lose runs or start them twice.
 _OWN_OPTIONS: Final = (
     "array",
     "chdir",
@@ -96,28 +95,28 @@ exit "$code"
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What the command line says about the jobs; nothing of it changes an experiment."""
+    """The options of the jobs from the command line; they do not change an experiment."""
 
     output_root: Path
     is_dry_run: bool = False
-    num_slots: int | None = None  # tasks of one array at a time
-    time_limit: str | None = None  # as `sbatch --time` takes it
+    num_slots: int | None = None  # tasks of one array at the same time
+    time_limit: str | None = None  # in the format of `sbatch --time`
     stop_before_seconds: int = 120  # between the request to checkpoint and the time limit
-    extra: tuple[str, ...] = ()  # further options of `sbatch`, each `--name` or `--name=value`
+    extra: tuple[str, ...] = ()  # more options of `sbatch`, each `--name` or `--name=value`
     owns_base: bool = False  # each run scores the base model itself
 
 
 OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "--time-limit": {
         "metavar": "TIME",
-        "help": "slurm: of one run, as `sbatch --time`; default: the partition's",
+        "help": "slurm: time limit of one run, as in `sbatch --time`; default: the partition's",
     },
     "--stop-before-seconds": {
         "type": positive,
         "default": SlurmOptions.stop_before_seconds,
         "metavar": "N",
         "help": (
-            "slurm: a run is asked to checkpoint so long before its time limit; default"
+            "slurm: ask a run to checkpoint this long before its time limit; default:"
             f" {SlurmOptions.stop_before_seconds}"
         ),
     },
@@ -126,7 +125,9 @@ OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
         "action": "append",
         "default": [],
         "metavar": "OPTION",
-        "help": "slurm: of sbatch, such as --slurm-option=--partition=long; may be repeated",
+        "help": (
+            "slurm: an option of sbatch, such as --slurm-option=--partition=long; may be repeated"
+        ),
     },
 }
 
@@ -140,7 +141,7 @@ def parse_options(arguments: argparse.Namespace) -> SlurmOptions:
     ):
         if value is not None:
             raise RunnerError(
-                f"`{name}` is for the local engine; Slurm gives GPUs to runs, and starts them"
+                f"`{name}` is for the local engine; Slurm itself assigns GPUs and starts runs"
             )
     options = SlurmOptions(
         output_root=arguments.output_root,
@@ -156,10 +157,10 @@ def parse_options(arguments: argparse.Namespace) -> SlurmOptions:
 
 
 def submit(plan: PlanRuns, options: SlurmOptions) -> int:
-    """Submit what is planned, or print the scripts in a dry run; returns an exit code.
+    """Submit the planned runs, or print the scripts in a dry run; returns an exit code.
 
-    Nobody else looks at the queue and submits for this output root meanwhile. A dry run does
-    without that, and without Slurm.
+    No other sweep can read the queue and submit for this output root meanwhile. A dry run needs
+    neither that lock nor Slurm.
     """
     root = options.output_root
     if options.is_dry_run:
@@ -182,7 +183,7 @@ def _load_queue_if_any(output_root: Path) -> tuple[dict[str, QueuedRun], int]:
     try:
         return load_queue(output_root), load_max_array_size()
     except RunnerError as error:
-        print(f"without what Slurm has queued already: {error.message}", file=sys.stderr)
+        print(f"runs that Slurm has already queued are unknown: {error.message}", file=sys.stderr)
         return {}, DEFAULT_MAX_ARRAY_SIZE
 
 
@@ -203,7 +204,7 @@ def _plan_arrays(
 def divide_into_arrays(
     recipes: Iterable[Recipe], max_array_size: int
 ) -> list[tuple[Resources, list[Recipe]]]:
-    """One array per kind of machine, in order, none larger than the cluster takes."""
+    """One array per kind of machine, in order, none larger than the cluster accepts."""
     from runner.launch.placement import derive_resources
 
     groups: dict[Resources, list[Recipe]] = {}
@@ -217,15 +218,15 @@ def divide_into_arrays(
 
 
 def check_options(options: SlurmOptions) -> None:
-    """Raises: RefusedError for an option that the script decides or that is none, and for a limit
-    without any time.
+    """Raises: RefusedError for an option that the script sets or that has a wrong form, and for a
+    time limit that leaves no time to run.
     """
     limit_seconds = _count_seconds(options.time_limit or "")
     if limit_seconds is not None and limit_seconds <= options.stop_before_seconds:
         raise RefusedError(
-            f"`--time-limit {options.time_limit}` is {limit_seconds} s, and a run is asked to leave"
-            f" {options.stop_before_seconds} s before that: it would never begin",
-            hint="a longer `--time-limit`, or a shorter `--stop-before-seconds`",
+            f"`--time-limit {options.time_limit}` is {limit_seconds} s, but a run is asked to stop"
+            f" {options.stop_before_seconds} s before that, so it would never begin",
+            hint="use a longer `--time-limit` or a shorter `--stop-before-seconds`",
         )
     for option in options.extra:
         name = option.partition("=")[0].removeprefix("--")
@@ -234,16 +235,16 @@ def check_options(options: SlurmOptions) -> None:
                 f"`--slurm-option={option}` is not of the form --name or --name=value",
                 hint="--slurm-option=--qos=long",
             )
-        # Sbatch takes the beginning of a name for the name.
+        # `sbatch` accepts abbreviated option names.
         if any(own.startswith(name) for own in _OWN_OPTIONS):
             raise RefusedError(
-                f"`--slurm-option={option}`: --{name} is what `runner` itself decides",
+                f"`--slurm-option={option}`: `runner` itself sets --{name}",
                 hint="see `--slots`, `--time-limit` and `--stop-before-seconds`",
             )
 
 
 def _count_seconds(time_limit: str) -> int | None:
-    """Seconds of an `sbatch --time`, None for what only Slurm understands.
+    """The seconds of an `sbatch --time`, None for a value that only Slurm understands.
 
     >>> [_count_seconds(text) for text in ("2", "2:30", "1:00:00", "1-0", "1-2:30", "UNLIMITED")]
     [120, 150, 3600, 86400, 95400, None]
@@ -270,20 +271,20 @@ def build_script(
     """The script of one array job: task i executes run i.
 
     Raises:
-        RefusedError: a path that no script can hold.
+        RefusedError: a path cannot be written into a script.
     """
     from runner.run.record import EXIT_CODES
 
     for path in (project_dir, submission.submission_dir, options.output_root):
         if "\n" in str(path):
             raise RefusedError(
-                f"{str(path)!r} has a line break in it, which no batch script can hold"
+                f"{str(path)!r} has a line break, which a batch script cannot contain"
             )
     if set(str(submission.submission_dir)) & set("%\\"):
         raise RefusedError(
-            f"{submission.submission_dir} holds a `%` or a backslash: Slurm would expand it, and"
-            " not find its log",
-            hint="--output-root, on a path without them",
+            f"{submission.submission_dir} has a `%` or a backslash, which Slurm would expand, so"
+            " it would not find its log",
+            hint="choose an --output-root whose path has neither",
         )
     grids = dict.fromkeys(name.partition("/")[0] for name in full_names)
     at_a_time = "" if options.num_slots is None else f"%{options.num_slots}"
@@ -298,7 +299,7 @@ def build_script(
         "--requeue",
         "--open-mode=append",
         f"--signal=B:USR1@{options.stop_before_seconds}",
-        "--output=%A_%a.txt",  # in the folder of the submission, where it is submitted
+        "--output=%A_%a.txt",  # in the submission's folder, where `sbatch` is called
         *options.extra,
     ]
     words = [f"--output-root={options.output_root}"]
@@ -316,8 +317,8 @@ def build_script(
     )
 
 
-DEFAULT_MAX_ARRAY_SIZE: Final = 1001  # Slurm's own
-# Variables of the shell that would win over the script.
+DEFAULT_MAX_ARRAY_SIZE: Final = 1001  # the default of Slurm
+# Suffixes of SBATCH_* variables that would override the script.
 _OVERRIDING: Final = (
     "ARRAY_INX",
     "NO_REQUEUE",
@@ -341,13 +342,13 @@ class ArrayJob:
 
 @contextmanager
 def hold_submissions(output_root: Path) -> Iterator[Lease]:
-    """Nobody else looks at the queue and submits for this output root meanwhile."""
+    """Keep other sweeps from reading the queue and submitting for this output root meanwhile."""
     lease = Lease(submission_lock_path(output_root))
     try:
         if not lease.try_acquire():
             raise RefusedError(
                 f"another sweep is submitting runs of {output_root}",
-                hint="wait for it, then repeat",
+                hint="wait for it, then repeat the command",
             )
         yield lease
     finally:
@@ -385,10 +386,11 @@ def load_queue(output_root: Path) -> dict[str, QueuedRun]:
 def build_arrays(
     selected: Sequence[Selected], options: SlurmOptions, max_array_size: int
 ) -> list[ArrayJob]:
-    """What is to be submitted; touches nothing.
+    """The arrays to submit; writes nothing.
 
     Raises:
-        RefusedError: a run directory elsewhere, or a path that no script can hold.
+        RefusedError: a run directory is outside the output root, or a path cannot be written into
+            a script.
     """
     from runner.plan.select import run_paths
     from runner.run.record import now_utc
@@ -398,7 +400,7 @@ def build_arrays(
         if one.paths.run_dir.resolve() != run_paths(one.recipe, output_root).run_dir.resolve():
             raise RefusedError(
                 f"{one.paths.run_dir} is not below {output_root}, where its job would write",
-                hint="name the folder of its runs with --output-root",
+                hint="name the folder that has its runs with --output-root",
             )
     by_name = {one.full_name: one for one in selected}
     arrays = []
@@ -421,11 +423,11 @@ def build_arrays(
 def submit_array(array: ArrayJob, lease: Lease) -> str:
     """Submit one array; returns its job number. The caller holds `hold_submissions`.
 
-    A kill between any two instructions loses nothing: the record is there before the job, and
-    `sbatch` has the lease as its stdin, so that nobody asks the queue before it has ended.
+    A kill at any point loses nothing: the record is written before the job is submitted, and
+    `sbatch` has the lease as its stdin, so no sweep reads the queue before it has ended.
 
     Raises:
-        RunnerError: Slurm does not take it.
+        RunnerError: Slurm does not accept it.
     """
     from runner.project_folder import name_project
     from runner.recipe.parse import dump_recipe, load_recipe
@@ -436,9 +438,7 @@ def submit_array(array: ArrayJob, lease: Lease) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dump_recipe(one.recipe, indent=1))
         if load_recipe(path) != one.recipe:
-            raise RefusedError(
-                f"{one.source_path} does not read the same once it is written as {path}"
-            )
+            raise RefusedError(f"{one.source_path} reads differently after it is written as {path}")
     write_text_atomic(array.paths.script_path, array.script)
     submission = SubmissionRecord(
         submitted_at_utc=now_utc(),
@@ -460,7 +460,7 @@ def submit_array(array: ArrayJob, lease: Lease) -> str:
 
 
 def load_max_array_size() -> int:
-    """The most tasks that one array may have on this cluster."""
+    """The maximum number of tasks in one array on this cluster."""
     config = _ask("scontrol", "show", "config")
     sizes = re.findall(r"^MaxArraySize\s*=\s*(\d+)|\bmax_array_tasks=(\d+)", config, re.MULTILINE)
     return max(
@@ -469,8 +469,8 @@ def load_max_array_size() -> int:
 
 
 def _load_submission(paths: SubmissionPaths) -> SubmissionRecord | None:
-    """None where the folder is none of ours. Raises: CorruptFileError for a record of another
-    shape.
+    """The record of a submission; None if the folder is not one of ours. Raises: CorruptFileError
+    for an invalid record.
     """
     from pydantic import ValidationError
 
@@ -486,10 +486,10 @@ def _load_submission(paths: SubmissionPaths) -> SubmissionRecord | None:
 
 
 def _ask(*command: str, cwd: Path | None = None, stdin: Lease | None = None) -> str:
-    """The standard output of one of Slurm's programs.
+    """The standard output of a Slurm command.
 
     Raises:
-        RunnerError: it is not there, or it fails.
+        RunnerError: it is missing or fails.
     """
     try:
         result = subprocess.run(
@@ -504,23 +504,22 @@ def _ask(*command: str, cwd: Path | None = None, stdin: Lease | None = None) -> 
     except FileNotFoundError:
         raise RunnerError(
             f"there is no {command[0]} on this machine",
-            hint="run this where jobs are submitted, or `--engine local`",
+            hint="run this where jobs are submitted, or use `--engine local`",
         ) from None
     if result.returncode != 0:
         said = result.stderr.strip() or f"exit status {result.returncode}"
         raise RunnerError(
             f"{command[0]} failed: {said}",
             hint=(
-                "repeat the sweep once Slurm answers:"
-                " what it took nevertheless is found in the queue"
+                "repeat the sweep once Slurm answers; runs that it accepted are found in the queue"
             ),
         )
     return result.stdout
 
 
 def _build_environment() -> dict[str, str]:
-    """Ours, without what would filter `squeue`, override the script, or describe a job that we may
-    be in ourselves.
+    """Our environment without variables that would filter `squeue`, override the script, or
+    describe the job in which this process itself may run.
     """
     dropped = {f"SBATCH_{name}" for name in _OVERRIDING}
     is_in_job = "SLURM_JOB_ID" in os.environ

@@ -1,1 +1,1 @@
-"""One attempt: where it runs, its command, and its process."""
+"""One attempt: its placement, its command, and its process."""

@@ -60,8 +60,8 @@ from runner.secrets import scrub_log
 
 
 def name_owner(paths: RunPaths) -> str:
-    """The run in `OWNER_VARIABLE`: its lease, because a container may have another run under the
-    same path.
+    """The name of the run in `OWNER_VARIABLE`. It includes the lease, because a container may have
+    another run under the same path.
     """
     lease = paths.lease_path.stat()
     return f"{lease.st_dev}.{lease.st_ino}@{paths.run_dir.resolve()}"
@@ -77,19 +77,19 @@ class FailedElsewhere(Exception):
     def __init__(self, failure: Failure, facts: RunFacts, *, was_asked_to_stop: bool) -> None:
         super().__init__(failure.message)
         self.failure = failure
-        self.was_asked_to_stop = was_asked_to_stop  # by somebody, not with the sweep that ran it
+        self.was_asked_to_stop = was_asked_to_stop  # by a user, not together with its sweep
         self.attempts = facts.attempts
         self.files = facts.paths.attempt(facts.attempts[-1].number)
 
 
 def refuse_what_failed_since(facts: RunFacts, num_attempts: int | None) -> None:
-    """Refuse to repeat a failure that nobody has seen yet, and a run that somebody has stopped by
-    itself; what was killed or stopped together with its sweep is free to go on.
+    """Refuse a run that failed, or that a user stopped, after it was planned. A run that was killed
+    or stopped together with its sweep may continue.
 
     The caller holds the lease, under which the facts were read.
 
     Raises:
-        FailedElsewhere: with how the last attempt failed.
+        FailedElsewhere: the last attempt failed or was stopped; has the failure.
     """
     attempts = facts.attempts
     if num_attempts is None or len(attempts) <= num_attempts:
@@ -99,13 +99,13 @@ def refuse_what_failed_since(facts: RunFacts, num_attempts: int | None) -> None:
         request is not None and request.attempt == last.number and not request.is_of_its_sweep
     )
     failure = last.failure
-    if failure is None and request is not None and is_asked:  # killed before it could leave
+    if failure is None and request is not None and is_asked:  # killed before it could exit
         failure = Failure(kind="preempted", message=request.why)
     if failure is not None and (is_asked or failure.kind != "preempted"):
         raise FailedElsewhere(failure, facts, was_asked_to_stop=is_asked)
 
 
-_RANKS_SECONDS: Final = 10.0  # for the ranks on other machines to see that their launcher is gone
+_RANKS_SECONDS: Final = 10.0  # until ranks on other machines notice that their launcher is gone
 
 
 @dataclass
@@ -118,9 +118,9 @@ class RunningAttempt:
     lease: Lease
     owner: str  # of all its processes on this machine, in `OWNER_VARIABLE`
     launcher_lock: Lease | None = None  # of an attempt on several machines
-    worker: Worker | None = None  # that was to fork it
+    worker: Worker | None = None  # the one that was meant to fork it
     stop_reason: str | None = None
-    stall: str | None = None  # why it was ended for want of a sign of life
+    stall: str | None = None  # the message, if it was killed because it showed no sign of life
     first_step: int = 0  # of the newest checkpoint when it was started
 
     @property
@@ -129,40 +129,40 @@ class RunningAttempt:
         return self.paths.attempt(self.attempt.number)
 
     def has_made_steps(self) -> bool:
-        """Whether the trainer has finished an optimizer step in this attempt."""
+        """True if the trainer has finished an optimizer step in this attempt."""
         progress = load_progress(self.files.progress_path)
         return progress is not None and progress.step > 0
 
     def has_gone_on(self) -> bool:
-        """Whether the run has a newer checkpoint than before this attempt."""
+        """True if the run has a newer checkpoint than before this attempt."""
         return _find_newest_step(self.paths) > self.first_step
 
     def was_asked_to_leave(self) -> bool:
-        """Whether somebody wants this attempt to end, so that no other follows by itself."""
+        """True if someone asked this attempt to stop, so it is not retried automatically."""
         request = load_stop_request(self.paths)
         return self.stop_reason is not None or (
             request is not None and request.attempt == self.attempt.number
         )
 
     def request_stop(self, why: str) -> None:
-        """Ask it to checkpoint at the end of its step and to leave, for its sweep leaves; a request
-        by somebody else, which holds for every sweep, stays.
+        """Ask it to checkpoint at the end of its step and exit, because its sweep exits. An earlier
+        request by someone else applies to every sweep and is kept.
         """
         if not self.was_asked_to_leave():
             request_stop(self.paths, self.attempt.number, why, is_of_its_sweep=True)
 
     def kill(self, why: str) -> None:
-        """End it now; the record will say why."""
+        """Kill it; the record gets the reason."""
         self.stop_reason = why
         self.process.signal_group(signal.SIGKILL)
 
     def kill_stalled(self, why: str) -> None:
-        """End it now, because it hangs."""
+        """Kill it because it hangs."""
         self.stall = why
         self.process.signal_group(signal.SIGKILL)
 
     def finish(self) -> Failure | None:
-        """Wait for its process, close the record and let go of the lease; None when the run is
+        """Wait for its process, close the record and release the lease. Returns None if the run is
         complete.
         """
         try:
@@ -171,7 +171,7 @@ class RunningAttempt:
                 self.launcher_lock.close()
                 wait_for_ranks(self.paths, _RANKS_SECONDS)
             kill_processes_of(self.owner.__eq__)
-            with contextlib.suppress(OSError):  # no room for a second copy of it
+            with contextlib.suppress(OSError):  # no space for a second copy of the log
                 scrub_log(self.files.log_path)
             facts = read_facts(self.paths, lease=self.lease)
             failure = self._find_failure(facts, status)
@@ -191,24 +191,24 @@ class RunningAttempt:
         return failure
 
     def _tell_of_sharing(self, failure: Failure) -> str:
-        """For a run that had no GPU to itself, what may have been in its way."""
+        """The part of an out-of-memory message about other runs on the same GPU; else empty."""
         num_runs = self.attempt.runs_per_gpu
         if failure.kind != "out_of_memory" or num_runs == 1:
             return ""
         return (
-            f"\nup to {num_runs} runs at a time shared the memory of GPU {self.attempt.devices}:"
-            f" `--per-gpu {num_runs - 1}` leaves each of them more"
+            f"\nup to {num_runs} runs at a time shared the memory of GPU {self.attempt.devices};"
+            f" `--per-gpu {num_runs - 1}` leaves more for each"
         )
 
     def _close(self, facts: RunFacts, exit_status: int | None, failure: Failure | None) -> None:
         try:
             close_attempt(facts, exit_status, failure)
-        # The others go on; the next sweep sees by itself how it ended.
+        # The other runs continue; the next sweep finds out itself how this one ended.
         except (OSError, CorruptFileError) as error:
             with contextlib.suppress(OSError):
                 why = put_in_words(error)
                 print(
-                    f"warning: the end of {self.files.attempt_dir} is not recorded: {why}",
+                    f"warning: the end of {self.files.attempt_dir} was not recorded: {why}",
                     file=sys.stderr,
                 )
 
@@ -231,7 +231,7 @@ class RunningAttempt:
             failure is None or failure.kind not in DETERMINISTIC_KINDS
         ):
             return Failure(kind="preempted", message=self.stop_reason)
-        # What a rank wrote when its peers were killed with it says less.
+        # A failure that a rank wrote while its peers were killed explains less than the stall.
         if self.stall is not None and (
             failure is None or failure.has_lost_peer or failure.kind in ("lost", "preempted")
         ):
@@ -251,16 +251,16 @@ def start_attempt(
     worker: Worker | None = None,
     names: NamesOnHub | None = None,
 ) -> RunningAttempt | None:
-    """Start one attempt under the run's lease, from a worker that has begun or cold; None when
-    somebody else has just completed it. `names` are those of the sweep.
+    """Start one attempt under the run's lease, cold or from a worker that has begun. Returns None
+    if another process has just completed the run. `names` are those of the sweep.
 
     Raises:
-        HeldElsewhere: somebody else runs it.
-        FailedElsewhere: there was another attempt since, which failed or was asked to stop.
+        HeldElsewhere: another process runs it.
+        FailedElsewhere: another attempt since then failed or was asked to stop.
         RefusedError: the directory holds another experiment, files of the recipe changed since they
-            were hashed, the micro-batch cannot be divided, or a name on the hub stands for what the
-            run may not load.
-        OSError: the run cannot be prepared, or the launcher not be started.
+            were hashed, the micro-batch cannot be divided, or a name on the hub points to a commit
+            that the run may not load.
+        OSError: the run cannot be prepared, or the launcher cannot be started.
     """
     recipe, paths = launch.recipe, launch.paths
     lease = take_lease(paths)
@@ -277,13 +277,14 @@ def start_attempt(
             refuse_uncontinuable(launch, command, facts, divisor)
         prepare_run(recipe, launch.contents, facts, names or NamesOnHub(), launch.resume)
         if launch.is_repair and facts.result is None:
-            raise RefusedError(f"{paths.run_dir} is not completed any more: nothing to repair")
+            raise RefusedError(f"{paths.run_dir} is no longer completed: nothing to repair")
         if facts.result is not None and not launch.is_repair:
             lease.close()
             return None
         refuse_what_failed_since(facts, launch.num_attempts)
         owner = name_owner(paths)
-        kill_processes_of(lambda value: value.rpartition(":")[0] == owner)  # what outlived a kill
+        # Kill processes that outlived an earlier attempt.
+        kill_processes_of(lambda value: value.rpartition(":")[0] == owner)
         attempt = open_attempt(launch, command, facts, divisor, read_git_state(), worker)
         lock = hold_launcher_lock(paths.attempt(attempt.number)) if command.spans_machines else None
         owner = f"{owner}:{attempt.number}"
@@ -297,8 +298,8 @@ def start_attempt(
 
 
 def _refuse_changed_inputs(launch: Launch) -> None:
-    """Refuse to record hashes of files that were changed since the run was planned: it may have
-    waited for days.
+    """Refuse to record hashes of files that changed after the run was planned, which may be days
+    ago.
     """
     cache_path = content_cache_path(launch.paths.run_dir.parent.parent)
     changed = list_changed(launch.recipe, launch.contents, cache_path)
@@ -306,7 +307,7 @@ def _refuse_changed_inputs(launch: Launch) -> None:
         shown = "\n".join(f"  {path} {what}" for path, what in changed.items())
         raise RefusedError(
             f"inputs of {launch.full_name} changed after it was planned:\n{shown}",
-            hint="the same command again reads them, and decides anew",
+            hint="repeat the command: it reads the files again",
         )
 
 
@@ -337,7 +338,7 @@ def _start_process(
                     return attempt, process
                 attempt = _record_cold(paths, lease)
             return attempt, _start_launcher(attempt, command, lease, owner, log)
-    except CorruptFileError as error:  # its log is a folder, say
+    except CorruptFileError as error:  # the log is a folder, for example
         failure = Failure(kind="configuration", message=error.message)
         close_attempt(read_facts(paths, lease=lease), 127, failure)
         raise
@@ -350,14 +351,14 @@ def _start_process(
         if not is_absent:  # no memory or no process is free
             raise
         raise RunnerError(
-            message, hint="pip install accelerate, into the Python that `runner` runs in"
+            message, hint="run `pip install accelerate` with the Python that runs `runner`"
         ) from None
 
 
 def _fork(
     paths: RunPaths, lease: Lease, owner: str, log: BinaryIO, worker: Worker
 ) -> ForkedProcess | None:
-    """None where the worker is gone or cannot fork, which ends it."""
+    """The forked process; None if the worker is gone or cannot fork, in which case it is ended."""
     if said := worker.read_output():
         shown = "".join(f"  | {line}\n" for line in said.splitlines())
         log.write(f"while its worker imported the libraries:\n{shown}".encode())
@@ -365,14 +366,14 @@ def _fork(
     try:
         return worker.fork(paths.run_dir, owner, lease.fileno(), log.fileno())
     except OSError as error:
-        worker.end()  # and with it a child of which we have not heard
-        log.write(f"starting cold, as its worker could not fork it: {error}\n".encode())
+        worker.end()  # also ends a child that it may have forked without an answer
+        log.write(f"starting cold, because its worker could not fork it: {error}\n".encode())
         log.flush()
         return None
 
 
 def _record_cold(paths: RunPaths, lease: Lease) -> Attempt:
-    """The open attempt, which the record says was forked, as one that was not."""
+    """Rewrite the open attempt, recorded as forked, as a cold start; returns it."""
     *earlier, last = read_facts(paths, lease=lease).attempts
     versions = {**last.versions, **list_library_versions()}
     cold = last.model_copy(update={"started": "cold", "versions": versions})

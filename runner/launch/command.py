@@ -1,6 +1,6 @@
 """The exact command and environment of one attempt, from a recipe, a run directory and a placement.
 
-Pure, but for the folder that a command is pasted in.
+Pure, except for the current folder, which matters for pasting a command.
 """
 
 from __future__ import annotations
@@ -17,69 +17,68 @@ from runner.errors import RefusedError
 from runner.project_folder import pasteable
 from runner.recipe.parse import Recipe, derive_accumulation
 
-# Output that is seen at once, and no thread pool of the tokenizers beside the trainer's own
-# threads.
+# Unbuffered output, and no thread pool of the tokenizers in addition to the trainer's threads.
 _ALWAYS: Final = {
     "ACCELERATE_LOG_LEVEL": "info",
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-# What tells a process that it is one rank of several, or how it is to train: left by another
-# launcher in whose job or shell we are. `accelerate launch` sets what its own children need. The
-# names are those that accelerate, torch's launcher (PET_*) and DeepSpeed read; the precision of a
-# run, say, follows ACCELERATE_MIXED_PRECISION.
+# Variables left by another launcher whose job or shell we are in. They would tell a process that it
+# is one rank of several, or how to train: ACCELERATE_MIXED_PRECISION, for example, sets the
+# precision of a run. `accelerate launch` sets the variables that its children need. These are the
+# names that accelerate, torch's launcher (PET_*) and DeepSpeed read.
 _OF_OTHER_LAUNCHERS: Final = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|NODE_RANK"
     r"|MPI_LOCALRANKID|MPI_LOCALNRANKS"
     r"|(ROLE|MASTER|TORCHELASTIC|PET|FSDP|PMI|OMPI|MV2_COMM_WORLD)_.*"
     r"|ACCELERATE_(?!LOG_LEVEL$).*"
 )
-# On several machines `srun` gives each of them its own.
+# On several machines, `srun` sets them for each machine.
 _OF_SLURM_STEPS: Final = frozenset({"SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"})
 
-# On the command line of `runner.launch.placement`, for the number of each machine.
+# Placeholder on the command line of `runner.launch.placement` for the number of each machine.
 MACHINE_RANK: Final = "MACHINE_RANK"
 
 
 @dataclass(frozen=True)
 class Machines:
-    """Several machines of one attempt, and where they find the main process."""
+    """The machines of one attempt, and the address of the main process."""
 
     num: int
     first_address: str
     port: int
-    # Of the one machine that the command is for; None: `srun` starts it on all.
+    # The machine that the command is for; None: `srun` starts it on all.
     rank: int | None = None
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one attempt runs: nothing of it changes the experiment."""
+    """The devices and machines of one attempt; they do not change the experiment."""
 
     num_processes: int  # over all machines
-    # Of CUDA_VISIBLE_DEVICES; None leaves the variable alone.
+    # For CUDA_VISIBLE_DEVICES; None leaves the variable alone.
     devices: tuple[str, ...] | None = None
     num_cores: int = 1  # cores this attempt may use, over all machines
-    machines: Machines | None = None  # None: this one alone
-    runs_per_gpu: int = 1  # that may share each of the devices at a time
+    machines: Machines | None = None  # None: only this one
+    runs_per_gpu: int = 1  # runs that may share each device at the same time
 
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """What is executed: `argv`, the variables that are set on top of the environment, and those
-    that are removed from it.
+    """The command to execute: `argv`, the variables to set, and those to remove from the
+    environment.
     """
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
-    # Its processes run on machines that no signal and no descriptor of ours reaches.
+    # True if its processes run on other machines, where our signals and descriptors do not reach.
     spans_machines: bool = False
-    is_one_machine: bool = True  # False also for the part of one machine that is started by hand
+    is_one_machine: bool = True  # False also for one machine's part that is started by hand
     runs_per_gpu: int = 1  # see `Placement`; for the record
 
     def list_removed(self, surroundings: Mapping[str, str]) -> list[str]:
-        """The sorted names of the surroundings that an attempt must not see."""
+        """The sorted names of the variables that an attempt must not see."""
         return sorted(
             name
             for name in surroundings
@@ -88,13 +87,13 @@ class LaunchCommand:
         )
 
     def derive_environment(self, surroundings: Mapping[str, str]) -> dict[str, str]:
-        """The whole environment that the command is started with."""
+        """The whole environment of the command."""
         removed = self.list_removed(surroundings)
         kept = {name: value for name, value in surroundings.items() if name not in removed}
         return {**kept, **self.environment}
 
     def as_shell(self, surroundings: Mapping[str, str]) -> str:
-        """One line that starts the same when it is pasted into a shell with these surroundings."""
+        """One line that starts the same command when pasted into a shell with this environment."""
         removed = [f"-u {shlex.quote(name)}" for name in self.list_removed(surroundings)]
         variables = [
             f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())
@@ -128,12 +127,12 @@ def build_launch_command(
     )
     environment = {**_ALWAYS, "OMP_NUM_THREADS": str(threads)}
     tools_dir = str(Path(sys.executable).parent)
-    # `.venv/bin/runner` was called without activating; DeepSpeed needs ninja too
+    # `.venv/bin/runner` may be called without activating the environment; DeepSpeed needs ninja.
     if tools_dir not in path.split(":"):
         environment["PATH"] = f"{tools_dir}:{path}"
     if placement.devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(placement.devices)
-        # The numbers are those of nvidia-smi; CUDA's own order begins with the fastest GPU.
+        # Use the numbers of nvidia-smi; CUDA's default order starts with the fastest GPU.
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     return LaunchCommand(
         tuple(argv),
@@ -145,7 +144,7 @@ def build_launch_command(
 
 
 def _build_meeting_point(placement: Placement) -> list[str]:
-    """Where the processes find each other; on one machine, port 0 is one that is free.
+    """The options by which the processes find each other; on one machine, port 0 is a free port.
 
     Raises:
         RefusedError: the processes do not divide among the machines.
@@ -167,11 +166,11 @@ def _build_meeting_point(placement: Placement) -> list[str]:
 
 
 def _build_srun(placement: Placement, machines: Machines) -> list[str]:
-    """`runner.launch.placement` once on each machine of the Slurm job, all ended as soon as one
-    fails.
+    """An `srun` that runs `runner.launch.placement` once on each machine of the Slurm job, and ends
+    all of them as soon as one fails.
 
-    `srun` reads nothing from the lease that it has as its stdin, and is told the cores: since Slurm
-    22.05 it no longer takes them from the job.
+    `srun` reads nothing from the lease that is its stdin. The cores are passed explicitly: since
+    Slurm 22.05, `srun` no longer inherits them from the job.
     """
     return [
         *("srun", f"--nodes={machines.num}", f"--ntasks={machines.num}", "--ntasks-per-node=1"),

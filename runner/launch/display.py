@@ -1,4 +1,4 @@
-"""Shows on stderr where the runs of a sweep are: bars on a terminal, elsewhere (`nohup`, cron,
+"""Shows the progress of a sweep's runs on stderr: bars on a terminal, elsewhere (`nohup`, cron,
 Slurm) a line when something changes.
 """
 
@@ -18,12 +18,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from runner.run.paths import AttemptPaths
 from runner.run.record import describe_phase, is_silent_phase, load_progress, now_utc
 
-_QUIET_SECONDS: Final = 600.0  # without a terminal, after which a line says that runs still run
+_QUIET_SECONDS: Final = 600.0  # without a terminal: after this, print that runs are still running
 
 
 class SweepDisplay:
-    """Bars on a terminal; elsewhere a line when a run is started, begins to train, waits for
-    something outside of it, ends or is tried again, and one after ten minutes without any.
+    """Bars on a terminal; elsewhere a line when a run starts, begins to train, waits for something
+    outside it, ends or is retried, and one after ten minutes without any line.
     """
 
     def __init__(self, num_runs: int, quiet_seconds: float = _QUIET_SECONDS) -> None:
@@ -32,7 +32,7 @@ class SweepDisplay:
         self._num_runs = num_runs
         self._num_finished = 0
         self._last_line_at = time.monotonic()
-        self._told: set[tuple[str, str]] = set()  # folders of attempts, each with a phase
+        self._told: set[tuple[str, str]] = set()  # (attempt folder, phase) already printed
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         if self._console.is_terminal:
@@ -54,10 +54,10 @@ class SweepDisplay:
             self._bars.stop()
 
     def say(self, line: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         self._last_line_at = time.monotonic()
         forget_closed_streams()
-        # Closed since, or a file on a full disk: no reason to end a sweep.
+        # A stream that closed meanwhile, or a full disk, is no reason to end a sweep.
         with contextlib.suppress(OSError):
             if self._bars is None:
                 print(line, file=sys.stderr, flush=True)
@@ -65,13 +65,13 @@ class SweepDisplay:
                 self._console.print(line, markup=False)
 
     def started(self, name: str, number: int) -> None:
-        """An attempt of a run has been started; on a terminal its bar shows that."""
+        """Report that an attempt has started; on a terminal its bar shows that."""
         if self._bars is None:
             self._say_counted(f"{name}  starts, attempt {number}")
 
     def finished(self, name: str, outcome: str, *, is_done: bool = True) -> None:
-        """This sweep is done with a run, for better or worse; not `is_done`: the run itself is not,
-        and is not counted.
+        """Report that this sweep has finished with a run, completed or not. With `is_done` false,
+        the run itself is not done and is not counted.
         """
         self._num_finished += is_done
         self._say_counted(f"{name}  {outcome}")
@@ -84,12 +84,12 @@ class SweepDisplay:
             )
 
     def retried(self, name: str, why: str) -> None:
-        """One run failed and will be tried again."""
+        """Report that a run failed and will be retried."""
         self._say_counted(f"{name}  {why}")
         self._drop_bar(name)
 
     def pushed(self, name: str, outcome: str) -> None:
-        """The push of a run that is done has ended, for better or worse."""
+        """Report that the push of a completed run has succeeded or failed."""
         self.say(f"{name}  {outcome}")
         self._drop_bar(name)
 
@@ -99,8 +99,8 @@ class SweepDisplay:
         waiting: Mapping[str, str],
         silent_seconds: Mapping[str, float],
     ) -> None:
-        """Where the current runs stand, how long each has shown no sign of life, and which ones
-        wait for what.
+        """Show the progress of the current runs, the seconds since each one's last sign of life,
+        and the reasons why others wait.
         """
         if self._bars is None:
             self._tell_changes(current)
@@ -128,7 +128,7 @@ class SweepDisplay:
             progress = load_progress(files.progress_path)
             if progress is None or not _is_milestone(progress.phase):
                 continue
-            # "waiting for the other processes" comes again and again.
+            # "waiting for the other processes" occurs many times; print it once.
             kind = progress.phase.partition(" ")[0]
             if (attempt, kind) not in self._told:
                 self._told.add((attempt, kind))
@@ -145,8 +145,8 @@ class SweepDisplay:
 
 
 def forget_closed_streams() -> None:
-    """Send to nowhere what nobody reads any more: a sweep outlives its terminal, and the `tee`
-    behind its pipe.
+    """Redirect stdout and stderr to the null device if their readers are gone: a sweep outlives
+    its terminal, and the `tee` behind its pipe.
     """
     for descriptor in (1, 2):
         poll = select.poll()
@@ -156,7 +156,7 @@ def forget_closed_streams() -> None:
 
 
 def _is_milestone(phase: str) -> bool:
-    """True where a phase is worth a line of a log: evaluations and saves come again and again."""
+    """True if a phase deserves a log line; evaluations and saves are too frequent."""
     return phase == "training" or is_silent_phase(phase)
 
 

@@ -1,8 +1,8 @@
 """The GPUs of this machine, as `nvidia-smi` lists them, and those that `--gpus` names.
 
-Names are those of `nvidia-smi`: its numbers, `GPU-<UUID>` and `MIG-<UUID>`. CUDA takes a name that
-it does not know for the end of the list, and trains on fewer GPUs or on the CPU without a word: so
-names are compared with what there is before anything starts. Without torch.
+Names are those of `nvidia-smi`: its numbers, `GPU-<UUID>` and `MIG-<UUID>`. CUDA stops reading the
+list at an unknown name, and silently trains on fewer GPUs or on the CPU. So all names are checked
+before anything starts. Does not import torch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Final
 
 from runner.errors import RunnerError
 
-# Where the driver does not stay loaded, it looks at each GPU anew, a second or two for each.
+# If the driver does not stay loaded, it probes each GPU again, which takes a second or two each.
 _ANSWER_SECONDS: Final = 60.0
 
-# `GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-...)`, and indented below it, where it is divided,
+# `GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-...)`, and indented below it, if it is divided,
 # `  MIG 1g.10gb     Device  0: (UUID: MIG-...)`; drivers before R470 print `MIG-GPU-<UUID>/1/0`.
 _GPU_LINE: Final = re.compile(r"GPU (\d+): (.*) \(UUID: (GPU-[^\s)]+)\)")
 _MIG_LINE: Final = re.compile(r"MIG (\S+)\s+Device\s+\d+: \(UUID: (MIG-[^\s)]+)\)")
@@ -31,14 +31,14 @@ _NAME: Final = re.compile(r"[0-9]{1,9}|(GPU|MIG)-[0-9A-Za-z/-]+")
 
 @dataclass(frozen=True)
 class MigDevice:
-    """A part of a GPU that is divided (Multi-Instance GPU), with memory of its own."""
+    """A part of a divided GPU (Multi-Instance GPU), with its own memory."""
 
     uuid: str
     profile: str  # such as 1g.10gb
 
     @property
     def memory_mib(self) -> int | None:
-        """Its memory at most, from the name of its profile: a little of it is the driver's.
+        """An upper bound of its memory, from its profile's name; the driver uses a little of it.
 
         >>> MigDevice("MIG-1", "1c.3g.40gb+me").memory_mib
         40960
@@ -49,25 +49,25 @@ class MigDevice:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; where it is divided, CUDA uses its parts."""
+    """One GPU; if it is divided, CUDA uses its parts."""
 
     index: int
     uuid: str
     name: str
     migs: tuple[MigDevice, ...] = ()
-    memory_mib: int | None = None  # None: not asked for, or not known
+    memory_mib: int | None = None  # None: not requested, or not known
 
 
 @dataclass(frozen=True)
 class NamedGpu:
-    """What a run may get: a whole GPU, or a part of one."""
+    """A whole GPU, or a part of one, for a run."""
 
-    name: str  # as `CUDA_VISIBLE_DEVICES` takes it
+    name: str  # as in `CUDA_VISIBLE_DEVICES`
     memory_mib: int | None = None  # None: not known
 
 
 def word_cpu_build(torch_version: str | None) -> str | None:
-    """A warning about a torch that uses no GPU; None for any other, and where there is none.
+    """A warning about a torch that uses no GPU; None for any other, and if there is no torch.
 
     >>> word_cpu_build("2.13.0+cu128") is None
     True
@@ -78,7 +78,7 @@ def word_cpu_build(torch_version: str | None) -> str | None:
 
 
 def warn_of_cpu_build() -> None:
-    """On stderr, without importing torch, which would train on the CPU without a word."""
+    """Warn on stderr of a torch that would silently train on the CPU, without importing it."""
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
@@ -93,7 +93,7 @@ def list_gpus(
     with_memory: bool = False,
     answer_seconds: float = _ANSWER_SECONDS,
 ) -> list[Gpu] | None:
-    """The GPUs of this machine; None where there is no `nvidia-smi`, or it does not answer."""
+    """The GPUs of this machine; None if there is no `nvidia-smi`, or it does not answer."""
     said = _ask(environment, answer_seconds, "-L")
     if said is None:
         return None
@@ -106,7 +106,7 @@ def list_gpus(
 
 
 def parse_list(text: str) -> list[Gpu] | None:
-    """The GPUs in the output of `nvidia-smi -L`; None for a text that is none.
+    """The GPUs in the output of `nvidia-smi -L`; None for any other text.
 
     >>> parse_list("GPU 0: NVIDIA H200 (UUID: GPU-1)")
     [Gpu(index=0, uuid='GPU-1', name='NVIDIA H200', migs=(), memory_mib=None)]
@@ -124,7 +124,7 @@ def parse_list(text: str) -> list[Gpu] | None:
 
 
 def _parse_memory(text: str) -> dict[str, int]:
-    """MiB by UUID; what is not known (`[N/A]`) is left out."""
+    """MiB by UUID; unknown sizes (`[N/A]`) are left out."""
     memory = {}
     for line in text.splitlines():
         uuid, _, size = line.partition(",")
@@ -134,7 +134,7 @@ def _parse_memory(text: str) -> dict[str, int]:
 
 
 def _ask(environment: Mapping[str, str], answer_seconds: float, *arguments: str) -> str | None:
-    """What `nvidia-smi` prints; None where it is not there, fails or hangs."""
+    """The output of `nvidia-smi`; None if it is missing, fails or hangs."""
     tool = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
     if tool is None:
         return None
@@ -151,18 +151,16 @@ def _ask(environment: Mapping[str, str], answer_seconds: float, *arguments: str)
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    # Without a GPU it may end with a status of its own.
+    # Without a GPU it may exit with a special status.
     is_answer = done.returncode == 0 or parse_list(done.stdout) == []
     return done.stdout if is_answer else None
 
 
 def split_names(text: str) -> list[str]:
-    """The names in `--gpus`, each once. Raises: RunnerError, for none and for one that is there
-    twice.
-    """
+    """The names in `--gpus`. Raises: RunnerError for an empty name or one that occurs twice."""
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise RunnerError(f"`--gpus {text}` has a name that is empty", hint="--gpus 0,1")
+        raise RunnerError(f"`--gpus {text}` has an empty name", hint="--gpus 0,1")
     names = [str(int(name)) if _NUMBER.fullmatch(name) else name for name in names]
     _refuse_twice(text, names)
     return names
@@ -171,12 +169,12 @@ def split_names(text: str) -> list[str]:
 def choose_gpus(
     text: str | None, environment: Mapping[str, str], *, with_memory: bool = False
 ) -> tuple[NamedGpu, ...]:
-    """The GPUs in `--gpus`, or all that an outer `CUDA_VISIBLE_DEVICES` shows; a note says where
-    they could not be compared with what there is.
+    """The GPUs in `--gpus`, or all that an outer `CUDA_VISIBLE_DEVICES` shows. Prints a note if
+    the names cannot be compared with the GPUs of this machine.
 
     Raises:
-        RunnerError: names of what there is not, of what an outer `CUDA_VISIBLE_DEVICES` hides, or
-            of one GPU twice.
+        RunnerError: a name is unknown, hidden by an outer `CUDA_VISIBLE_DEVICES`, or names a GPU a
+            second time.
     """
     names = None if text is None else split_names(text)
     visible = environment.get("CUDA_VISIBLE_DEVICES")
@@ -185,19 +183,19 @@ def choose_gpus(
         return _choose_listed(text, names, gpus, visible)
     if names is None:
         raise RunnerError(
-            "`nvidia-smi` does not answer here, so nobody knows which GPUs there are",
+            "`nvidia-smi` does not answer here, so the GPUs of this machine are unknown",
             hint="name them: --gpus 0,1",
         )
     for name in names:
         if not _NAME.fullmatch(name):
             raise RunnerError(
-                f"`--gpus {text}`: {name!r} is no name of a GPU: a number, `GPU-<UUID>` or"
-                " `MIG-<UUID>`",
+                f"`--gpus {text}`: {name!r} is not the name of a GPU, expected a number,"
+                " `GPU-<UUID>` or `MIG-<UUID>`",
                 hint="--gpus 0,1",
             )
     _refuse_hidden_by_text(text or "", names, visible)
     print(
-        f"note: nvidia-smi does not answer here, so `--gpus {text}` is taken as given",
+        f"note: nvidia-smi does not answer here, so `--gpus {text}` is used unchecked",
         file=sys.stderr,
     )
     return tuple(NamedGpu(name) for name in names)
@@ -208,7 +206,7 @@ def _choose_listed(
 ) -> tuple[NamedGpu, ...]:
     shown = _list_usable(gpus, visible)
     if not gpus:
-        raise RunnerError("`nvidia-smi` lists no GPU here", hint="leave --gpus and --per-gpu out")
+        raise RunnerError("`nvidia-smi` lists no GPU here", hint="leave out --gpus and --per-gpu")
     if not shown:
         raise RunnerError(
             f"`CUDA_VISIBLE_DEVICES={visible}` is set here, which hides every GPU",
@@ -229,26 +227,26 @@ def _choose_listed(
         if isinstance(found[0], Gpu) and found[0].migs:
             parts = ",".join(part.uuid for part in found[0].migs)
             raise RunnerError(
-                f"`--gpus {text}`: GPU {name} is divided: CUDA would use one of its parts",
+                f"`--gpus {text}`: GPU {name} is divided, so CUDA would use only one of its parts",
                 hint=f"--gpus {parts}",
             )
         if found[0].uuid not in usable:
             raise RunnerError(
-                f"`--gpus {text}`: `CUDA_VISIBLE_DEVICES={visible}` is set here, which hides"
-                f" {name}: it may belong to somebody else",
+                f"`--gpus {text}`: `CUDA_VISIBLE_DEVICES={visible}` is set here and hides"
+                f" {name}, which may belong to someone else",
                 hint=hint,
             )
         chosen.append(replace(usable[found[0].uuid], name=found[0].uuid))
     indices = {gpu.uuid: str(gpu.index) for gpu in gpus}
     _refuse_twice(text or "", [indices.get(one.name, one.name) for one in chosen])
-    # One kind of name for all: CUDA does not mix numbers and UUIDs in one list.
+    # All names must be of one kind: CUDA does not mix numbers and UUIDs in one list.
     if all(map(_NUMBER.fullmatch, names)):
         return tuple(replace(one, name=indices[one.name]) for one in chosen)
     return tuple(chosen)
 
 
 def _list_usable(gpus: Sequence[Gpu], visible: str | None) -> list[Gpu | MigDevice]:
-    """What `CUDA_VISIBLE_DEVICES` leaves of the GPUs, the parts instead of what is divided."""
+    """The GPUs that `CUDA_VISIBLE_DEVICES` shows; a divided GPU is replaced by its parts."""
     shown: set[str] | None = None
     if visible is not None:
         shown = set()
@@ -266,7 +264,7 @@ def _list_usable(gpus: Sequence[Gpu], visible: str | None) -> list[Gpu | MigDevi
 
 
 def _find(name: str, gpus: Iterable[Gpu]) -> list[Gpu | MigDevice]:
-    """What one name means, as CUDA reads it: a UUID of a GPU may be cut off."""
+    """The GPUs that one name means to CUDA: the beginning of a GPU's UUID is enough."""
     if _NUMBER.fullmatch(name):
         return [gpu for gpu in gpus if gpu.index == int(name)]
     if name.startswith("MIG-"):
@@ -291,13 +289,13 @@ def _refuse_twice(text: str, names: Sequence[str]) -> None:
     if len(once) < len(names):
         most = max(names.count(name) for name in once)
         raise RunnerError(
-            f"`--gpus {text}` names one GPU twice: each run gets GPUs of its own",
+            f"`--gpus {text}` names one GPU twice; each run gets its own GPUs",
             hint=f"--gpus {','.join(once)} --per-gpu {most}  # several runs on one GPU",
         )
 
 
 def _refuse_hidden_by_text(text: str, names: Sequence[str], visible: str | None) -> None:
-    """As far as names alone can tell; a number and a UUID cannot be compared."""
+    """Refuse hidden names by the text alone; a number and a UUID cannot be compared."""
     if visible is None:
         return
     shown: list[str] = []
@@ -314,7 +312,7 @@ def _refuse_hidden_by_text(text: str, names: Sequence[str], visible: str | None)
         is_comparable = not shown or ("number" if is_number else name[:4]) in kinds
         if is_comparable and not is_shown:
             raise RunnerError(
-                f"`--gpus {text}`: `CUDA_VISIBLE_DEVICES={visible}` is set here, which hides"
-                f" {name}: it may belong to somebody else",
+                f"`--gpus {text}`: `CUDA_VISIBLE_DEVICES={visible}` is set here and hides"
+                f" {name}, which may belong to someone else",
                 hint=f"--gpus {','.join(shown)}" if shown else "unset CUDA_VISIBLE_DEVICES",
             )

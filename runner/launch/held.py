@@ -1,7 +1,7 @@
-"""Runs that another sweep or launch holds: who does, and when they are free again.
+"""Runs that another sweep or launch holds: finds the holder, and notices when they are free again.
 
-Looks at the locks every few seconds instead of waiting for them: a directory may be moved aside
-meanwhile, its holder may be on another machine, and a wait for a lock cannot be taken back.
+Checks the locks every few seconds instead of waiting for them: a directory may be moved aside
+meanwhile, its holder may be on another machine, and waiting for a lock cannot be cancelled.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from runner.run.lease import has_ranks, is_leased
 from runner.run.paths import RunPaths
 from runner.run.record import load_record
 
-_LOOK_SECONDS: Final = 2.0  # between two looks; each is a few system calls
+_LOOK_SECONDS: Final = 2.0  # between two checks; each is a few system calls
 
 
 @dataclass
 class HeldRuns:
-    """The runs that are held, each with the time (`time.monotonic`) of the next look at it."""
+    """The held runs, each with the time (`time.monotonic`) of its next check."""
 
     due_at: dict[str, float] = field(default_factory=dict)
     runs: dict[str, Launch] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class HeldRuns:
         self.due_at[run.full_name] = time.monotonic() + _LOOK_SECONDS
 
     def take_free(self) -> list[Launch]:
-        """The runs whose leases are free by now; they are not waited for any more."""
+        """Remove and return the runs whose leases are free now."""
         now = time.monotonic()
         free = []
         for name, run in list(self.runs.items()):
@@ -53,7 +53,7 @@ class HeldRuns:
         return free
 
     def describe_untold(self) -> str | None:
-        """The line that says what is waited for, once for each run."""
+        """A line with the runs that are waited for; None if all of them were reported before."""
         untold = [run for name, run in self.runs.items() if name not in self._told]
         if not untold:
             return None
@@ -66,17 +66,17 @@ class HeldRuns:
 def _is_held(paths: RunPaths) -> bool:
     try:
         return is_leased(paths.lease_path) or has_ranks(paths)
-    except CorruptFileError:  # a folder has its name, say: to start the run says so
+    except CorruptFileError:  # not a plain file; starting the run reports it
         return False
-    except OSError:  # a file system that does not answer: the next look tells
+    except OSError:  # the file system does not answer; the next check may succeed
         return True
 
 
 def describe_holder(paths: RunPaths) -> str:
-    """The process that holds a run, as far as this machine shows it; else the machine that the last
-    attempt was started on.
+    """The process that holds a run, if it is visible on this machine; else the machine on which the
+    last attempt was started.
     """
-    # The sweep was there before the trainer that it started.
+    # The first holder is the sweep: it is older than the trainer that it started.
     for pid in list_holders(paths.lease_path):
         return f"process {pid} on {socket.gethostname()}"
     try:

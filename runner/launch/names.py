@@ -1,6 +1,4 @@
-"""Commits that names on the hub stand for, settled before a run's first attempt and held from then
-on.
-"""
+"""Resolves names on the hub to commits before a run's first attempt; later attempts keep them."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from runner.run.siblings import Loaded, find_runs_by_commit, read_grid
 
 
 class NamesOnHub:
-    """What names stand for in the runs of one sweep, each looked up once."""
+    """The commits of hub names in one sweep; each name is looked up once."""
 
     def __init__(self) -> None:
         self._finder = CommitFinder()
@@ -34,14 +32,14 @@ class NamesOnHub:
     def settle(
         self, recipe: Recipe, facts: RunFacts, carried: Mapping[str, Any] | None = None
     ) -> dict[str, str]:
-        """The commits of a run, by dotted key: as recorded, and of a run without any checkpoint, of
-        all its names. What nobody can tell is left out. `carried` are those that the checkpoint
-        states which it goes on from; a run without one of its own takes all of them.
+        """The commits of a run, by dotted key: the recorded ones and, for a run without any
+        checkpoint, those of all its names. Unknown commits are left out. `carried` are the commits
+        stated by the checkpoint to resume from; a run without its own checkpoint uses all of them.
 
         Raises:
             RefusedError: a recorded commit is gone; or a branch or tag that the recipe states is
-                another commit than in the other runs of the grid; or nobody knows the commit that
-                checkpoints were made with, and the hub may give another one.
+                another commit than in the other runs of the grid; or the commit with which
+                checkpoints were made is unknown, and the hub may return another one.
             OSError: the hub does not answer.
         """
         commits = {} if facts.stored is None else dict(facts.stored.commits)
@@ -55,7 +53,7 @@ class NamesOnHub:
         missing = sorted(names.keys() - commits.keys())
         if missing and has_own:
             for key in missing:
-                # Without the hub, the cache has what it had.
+                # Without the hub, the cache still has the same commit.
                 may_warn = carried is None or is_offline()
                 _say_unknown(facts, key, names[key], may_warn=may_warn)
             return commits
@@ -75,32 +73,32 @@ class NamesOnHub:
 
 
 def _say_unknown(facts: RunFacts, key: str, name: HubName, *, may_warn: bool) -> None:
-    """Say that a run would go on from checkpoints of an unknown commit. Those that an older version
-    wrote may go on so.
+    """Warn that a run would resume checkpoints of an unknown commit; allowed if an older version
+    wrote them.
 
     Raises:
         RefusedError: this version wrote them, without the hub.
     """
     message = (
-        f"`{key}`: nobody knows at which commit {facts.paths.run_dir} loaded {name}, and its"
-        " checkpoints would be continued on whatever the name stands for now"
+        f"`{key}`: the commit at which {facts.paths.run_dir} loaded {name} is unknown, and its"
+        " checkpoints would be resumed with whatever commit the name points to now"
     )
     if may_warn:
         print(f"warning: {message}", file=sys.stderr, flush=True)
         return
     raise RefusedError(
         message,
-        hint="go on from the cache alone, with HF_HUB_OFFLINE=1 in the environment, or start anew"
+        hint="set HF_HUB_OFFLINE=1 to resume from the cache alone, or start from step 0"
         " with `runner launch RECIPE --fresh`",
     )
 
 
 def refuse_moved(key: str, new: Loaded, loaded: Iterable[Loaded]) -> None:
-    """Refuse a commit that a stated branch or tag has moved to since other runs of the grid loaded
-    it. Where the recipe states nothing, `check`, `status` and the report warn.
+    """Refuse a stated branch or tag that has moved to another commit since other runs of the grid
+    loaded it. If the recipe states none, `check`, `status` and the report warn instead.
 
     Raises:
-        RefusedError: with what they loaded, and the line that states it.
+        RefusedError: it has moved; the hint has the line that states the earlier commit.
     """
     if not new.may_be_refused:
         return
@@ -109,13 +107,13 @@ def refuse_moved(key: str, new: Loaded, loaded: Iterable[Loaded]) -> None:
         return
     (loaded_by_others,) = find_runs_by_commit(alike)
     raise RefusedError(
-        f"`{key}`: {new.name} is the commit {new.commit} now, and other runs of the grid"
+        f"`{key}`: {new.name} is the commit {new.commit} now, but other runs of the grid"
         f" {new.run_dir.parent.name} loaded another one: {loaded_by_others.summary}",
-        hint=f"to load what they loaded, state it beside the name:\n  {loaded_by_others.line}",
+        hint=f"to load the same commit, state it next to the name:\n  {loaded_by_others.line}",
     )
 
 
 def _is_alike(one: Loaded, new: Loaded) -> bool:
-    """True where another run has loaded what is meant by the same name."""
+    """True if the other run loaded the same name, kind and branch."""
     names = [(each.name.kind, each.name.name, each.name.branch) for each in (one, new)]
     return names[0] == names[1] and one.run_dir.name != new.run_dir.name

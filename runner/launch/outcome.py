@@ -1,5 +1,5 @@
-"""How the planned runs of one `launch` or `sweep` ended, and what is said of those that are not
-done: in the terminal, and last in the log of an attempt.
+"""The results of the planned runs of one `launch` or `sweep`, and the messages about those that are
+not done: in the terminal, and at the end of an attempt's log.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from runner.plan.decide import Launch
 from runner.run.lease import is_leased
 from runner.run.record import Failure, FailureKind
 
-# Kinds that the log explains better than the message does.
+# Kinds that the log explains better than the message.
 _SHOWN_WITH_LOG: Final[tuple[FailureKind, ...]] = (
     "crashed",
     "lost",
@@ -31,7 +31,7 @@ _SHOWN_WITH_LOG: Final[tuple[FailureKind, ...]] = (
 
 @dataclass(frozen=True)
 class FailedRun:
-    """A run that did not complete; without a log it was never started."""
+    """A run that did not complete; if it has no log, it was never started."""
 
     run: Launch
     failure: Failure
@@ -45,26 +45,26 @@ class FailedRun:
 
 @dataclass
 class PoolResult:
-    """How the planned runs ended: the last attempt of each counts, not those that were retried.
-    Each planned run is in one of the lists.
+    """The results of the planned runs, each in one of the lists. Only the last attempt of a run
+    counts, not those that were retried.
     """
 
     completed: list[str] = field(default_factory=list)
     failed: list[FailedRun] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)  # completed by another sweep meanwhile
-    held: list[Launch] = field(default_factory=list)  # by another process, to the end
+    held: list[Launch] = field(default_factory=list)  # by another process until our end
     not_started: list[Launch] = field(default_factory=list)  # after `--fail-fast` or a signal
     stopped_by: int | None = None  # the signal that ended the sweep before everything was done
 
 
 def print_failures(result: PoolResult) -> None:
-    """Print each run that failed or left, and what `--fail-fast` kept from being started; after a
-    signal, `print_stop` names those that left.
+    """Print each run that failed or was preempted, and the number that `--fail-fast` kept from
+    starting. After a signal, `print_stop` lists the preempted ones.
     """
     for failed in result.failed:
         if result.stopped_by is not None and failed.failure.kind == "preempted":
             continue
-        what = "left" if failed.failure.kind == "preempted" else "failed"
+        what = "stopped" if failed.failure.kind == "preempted" else "failed"
         print(
             f"\n{failed.name} {what}, {failed.failure.kind}: {failed.failure.message}",
             file=sys.stderr,
@@ -84,7 +84,9 @@ def print_failures(result: PoolResult) -> None:
 
 
 def print_stop(result: PoolResult, again: str) -> None:
-    """Print what a signal left undone, where each of these runs resumes, and the command for it."""
+    """Print the runs that a signal left undone, the step from which each resumes, and the command
+    to continue.
+    """
     if result.stopped_by is None:
         return
     begun = [one.run for one in result.failed if one.failure.kind == "preempted"]
@@ -92,13 +94,13 @@ def print_stop(result: PoolResult, again: str) -> None:
     begun += [run for run in result.not_started if run not in new]
     lines = [f"{run.full_name}  {_describe_resume(run)}" for run in begun]
     lines += [
-        f"{run.full_name}  is held by {describe_holder(run.paths)}, which goes on"
+        f"{run.full_name}  is held by {describe_holder(run.paths)}, which continues"
         for run in result.held
     ]
     if new:
         lines.append(_describe_new(new))
     name = signal.Signals(result.stopped_by).name
-    if not lines:  # what is not done has failed, which is said already
+    if not lines:  # the runs that are not done have failed, which is printed already
         print(f"stopped by {name}", file=sys.stderr)
         return
     text = "\n".join([f"stopped by {name}, not done:", *(f"  {one}" for one in lines)])
@@ -106,15 +108,15 @@ def print_stop(result: PoolResult, again: str) -> None:
 
 
 def _describe_resume(run: Launch) -> str:
-    """What becomes of a run that this sweep has left, by what its directory says now."""
+    """The next step of a run that this sweep has left, read from its directory."""
     with contextlib.suppress(OSError):  # a file system that does not answer
         if is_leased(run.paths.lease_path):  # ours ended with its attempt
-            return f"is run by another sweep now ({describe_holder(run.paths)})"
+            return f"is now run by another sweep ({describe_holder(run.paths)})"
     if run.paths.result_path.exists() and not run.is_repair:
         return "was completed by another sweep"
     step = max(list_committed(run.paths), default=None)
     if step is None:
-        return "has no checkpoint here yet: starts at step 0"
+        return "has no checkpoint here yet, so it starts from step 0"
     return f"resumes from step {step}"
 
 
@@ -125,16 +127,16 @@ def _describe_new(runs: Sequence[Launch]) -> str:
 
 
 def end_log(log_path: Path, number: int, failure: Failure, step: int) -> None:
-    """Say last in the log how an attempt without a result ended: `accelerate` ends it with a
-    traceback, also where the trainer left because it was asked to. `step` is that of the newest
-    checkpoint, 0 where there is none.
+    """Append to the log how an attempt without a result ended. Otherwise it would end with
+    `accelerate`'s traceback, even if the trainer was asked to stop. `step` is that of the newest
+    checkpoint, 0 if there is none.
     """
     first_line = failure.message.partition("\n")[0]
     line = f"runner: attempt {number} ended, {failure.kind}: {first_line}"
     if failure.kind == "preempted":
-        following = f"resumes from step {step}" if step else "starts at step 0"
+        following = f"resumes from step {step}" if step else "starts from step 0"
         line = (
-            f"runner: attempt {number} was asked to leave and did not crash: {first_line};"
+            f"runner: attempt {number} was asked to stop and did not crash: {first_line};"
             f" the next attempt {following}"
         )
     with log_path.open("ab+") as log:

@@ -1,7 +1,7 @@
 """Placements: the slots, GPUs, cores and machines that a run gets, on this machine or from Slurm.
 
 Also a program: `srun` executes `python -m runner.launch.placement accelerate launch ...` once on
-each machine of an attempt, which becomes that command with the machine's rank in it.
+each machine of an attempt. It becomes that command, with the machine's rank filled in.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ RequireRuns = Callable[[Sequence[Launch]], None]
 
 @dataclass(frozen=True)
 class PlanRuns:
-    """Returns what to launch.
+    """Returns the runs to launch.
 
-    An engine calls it once, with the runs that it has queued already, the stream on which to print
-    what is decided about each run, and its own checks of what is to be launched: they are made
-    before a run is moved aside.
+    An engine calls it once, with the runs that it has already queued, the stream on which to print
+    the decisions, and its own checks of the runs to launch, which are made before any run is moved
+    aside.
     """
 
     decide: Callable[[Mapping[str, QueuedRun], TextIO, RequireRuns | None], list[Launch]]
-    to_push: Sequence[Selected]  # once called: completed runs whose models are still to be sent
+    to_push: Sequence[Selected]  # filled by the call: completed runs whose models must be pushed
 
     def __call__(
         self,
@@ -52,7 +52,7 @@ class PlanRuns:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one run needs of each of its machines."""
+    """The resources that one run needs on each of its machines."""
 
     num_machines: int
     num_gpus: int
@@ -60,15 +60,15 @@ class Resources:
 
 
 def derive_resources(recipe: Recipe) -> Resources:
-    """One GPU per process, none where the launch config asks for the CPU; cores where the recipe
-    states threads.
+    """One GPU per process, none if the launch config sets `use_cpu`; cores if the recipe states
+    threads.
     """
     launch = recipe.launch
     try:
         config = yaml.safe_load(Path(launch.accelerate_config).read_text())
     except FileNotFoundError:
         raise RunnerError(
-            f"{recipe.run.full_name}: there is no {launch.accelerate_config}"
+            f"{recipe.run.full_name}: {launch.accelerate_config} does not exist"
         ) from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RunnerError(
@@ -94,27 +94,27 @@ def name_cluster_job(environment: Mapping[str, str]) -> str | None:
 
 
 def is_in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether Slurm or an Indexed Job of Kubernetes waits for the exit code."""
+    """True if Slurm or an Indexed Job of Kubernetes waits for the exit code."""
     return name_cluster_job(environment) is not None or "JOB_COMPLETION_INDEX" in environment
 
 
 def count_allotted_cores(environment: Mapping[str, str]) -> int:
-    """Cores that this process may use: those of its Slurm job on this machine, else all that it is
-    bound to.
+    """The number of cores that this process may use: those of its Slurm job on this machine, else
+    all that it is bound to.
     """
     bound = len(os.sched_getaffinity(0))
     allotted = environment.get("SLURM_CPUS_ON_NODE", "")
     return min(bound, int(allotted)) if allotted.isdecimal() and int(allotted) else bound
 
 
-_PORT_BY_HAND: Final = 29500  # of the main process, where nobody can look for a free one
+_PORT_BY_HAND: Final = 29500  # of the main process, if we cannot search for a free one
 
 
 def list_placements(
     num_processes: int, num_machines: int, allocation: Allocation | None
 ) -> list[Placement]:
-    """One, or, for several machines that Slurm does not give us, one for each, to be started there
-    by hand.
+    """One placement; for several machines outside a Slurm job, one for each, to be started there by
+    hand.
     """
     if num_machines == 1:
         return [Placement(num_processes, num_cores=count_allotted_cores(os.environ))]
@@ -134,8 +134,8 @@ def list_placements(
 
 @dataclass
 class Devices:
-    """What is free: slots, or places on GPUs, of which a run takes one per process, each on another
-    GPU: NCCL refuses two ranks on one.
+    """The free slots, or the free places on GPUs. A run uses one place per process, each on another
+    GPU, because NCCL refuses two ranks on the same GPU.
     """
 
     num_slots: int
@@ -155,26 +155,24 @@ class Devices:
             num_machines = launch.recipe.launch.num_machines
             if num_machines > 1 and self.allocation is None:
                 raise RefusedError(
-                    f"{launch.full_name} wants {num_machines} machines, this is one",
+                    f"{launch.full_name} needs {num_machines} machines, but this is one machine",
                     hint=(
-                        f"sbatch or salloc {num_machines} nodes and `runner launch` it there, or"
+                        f"sbatch or salloc {num_machines} nodes and use `runner launch` there, or"
                         f" start it by hand: runner launch {launch.selected.source_path} --prepare"
                     ),
                 )
-            # One for each process.
+            # Each process needs its own GPU.
             if self.gpus is not None and launch.num_processes > len(self.gpus):
                 raise RefusedError(
-                    f"{launch.full_name} wants {launch.num_processes} GPUs, one for each process;"
+                    f"{launch.full_name} needs {launch.num_processes} GPUs, one per process;"
                     f" the sweep has {len(self.gpus)}",
                     hint=f"name {launch.num_processes}: --gpus"
                     f" {','.join(map(str, range(launch.num_processes)))}",
                 )
 
     def take(self, num_processes: int) -> Placement | None:
-        """A placement, or None while there is no room. Of the GPUs, those with the most free
-        places.
-        """
-        # Of one slot, or of one place on a GPU.
+        """A placement, or None while there is no room. Uses the GPUs with the most free places."""
+        # Cores of one slot, or of one place on a GPU.
         num_cores = max(1, count_allotted_cores(os.environ) // self.num_slots)
         if self.gpus is not None:
             free = [gpu for gpu in self.gpus if self._free_places[gpu] > 0]
@@ -209,10 +207,10 @@ class Allocation:
 
     num_machines: int
     first_address: str  # of the machine that will have the main process
-    num_cores: int  # of the machine that has the fewest
+    num_cores: int  # of the machine with the fewest cores
 
     def place(self, num_processes: int) -> Placement:
-        """All machines for one attempt; the port is free on this one, which as a rule is the
+        """All machines for one attempt. The port is free on this machine, which is usually the
         first.
         """
         with socket.socket() as free:
@@ -232,7 +230,7 @@ def find_allocation(environment: Mapping[str, str], num_machines: int) -> Alloca
     num_found = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
     if num_found != num_machines:
         raise RefusedError(
-            f"the recipe wants {num_machines} machines, this Slurm job has {num_found}",
+            f"the recipe needs {num_machines} machines, but this Slurm job has {num_found}",
             hint=f"salloc --nodes={num_machines} --ntasks-per-node=1 ... runner launch ...",
         )
     first = _ask_slurm("show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()[0]
@@ -244,7 +242,7 @@ def find_allocation(environment: Mapping[str, str], num_machines: int) -> Alloca
 
 
 def count_cores(text: str) -> int:
-    """The fewest cores of a machine, from Slurm's list of them.
+    """The number of cores of the smallest machine, from Slurm's list.
 
     >>> count_cores("72(x2),36")
     36
@@ -267,7 +265,7 @@ def _ask_slurm(*arguments: str) -> str:
 
 
 def main() -> None:
-    """Become the command in the arguments, with this machine's rank in it; it dies with Slurm's
+    """Become the command in the arguments, with this machine's rank filled in; it dies with Slurm's
     step daemon.
     """
     die_with_parent(os.getppid())

@@ -1,7 +1,7 @@
-"""Runs several attempts at a time on this machine: when one starts, on which slot or GPUs and from
-which worker, and the retries of failed runs.
+"""Runs several attempts at a time on this machine: decides when each one starts, on which slot or
+GPUs and from which worker, and retries failed runs.
 
-One attempt is `launch.attempt`.
+`launch.attempt` runs one attempt.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from runner.processes import StopSignals
 from runner.run.failures import build_failure
 from runner.run.record import Attempt, Failure, load_stop_request
 
-STOPPED: Final = 130  # by Ctrl-C or another signal, as shells count it
+STOPPED: Final = 130  # exit code after Ctrl-C or another signal, as in shells
 
 _REFRESH_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True)
 class Later:
-    """A run that waits for its retry, and what it failed of."""
+    """A run that waits for its retry, with its failure."""
 
     run: Launch
     due_at: float  # `time.monotonic`
@@ -60,9 +60,11 @@ def run_planned(
     awaits_held: bool = False,
     to_push: Sequence[Selected] = (),
 ) -> PoolResult:
-    """How the runs ended; what is not done is printed. `again` is what continues them after a stop;
-    `uses_workers` forks what can be forked; `awaits_held` takes up what another sweep holds once it
-    is free. The models of the completed runs `to_push` are sent meanwhile.
+    """Run everything; returns how the runs ended, and prints those that are not done.
+
+    `again` is the command that continues them after a stop. `uses_workers` forks the runs that can
+    be forked. `awaits_held` starts runs that another sweep holds once they are free. The models of
+    the completed runs `to_push` are pushed meanwhile.
     """
     if not planned and not to_push:
         print("nothing to launch", file=sys.stderr)
@@ -93,12 +95,12 @@ def run_pool(
     awaits_held: bool = False,
     to_push: Sequence[Selected] = (),
 ) -> PoolResult:
-    """Run everything that is planned, as many at a time as there is room.
+    """Run all planned runs, as many at a time as there is room for.
 
-    The first signal asks what runs to checkpoint and to leave, a second one ends it at once;
-    nothing more is started.
+    The first signal asks the running ones to checkpoint and exit, a second one kills them; no more
+    runs are started.
 
-    All attempts are ended and recorded, also after an exception.
+    All attempts are ended and recorded, even after an exception.
     """
     devices.check(planned)
     with StopSignals() as signals, selectors.DefaultSelector() as selector:
@@ -121,14 +123,14 @@ def run_pool(
                     num_signals=1,
                 )
         except BaseException as error:
-            pool.leave(f"the runner ended by {error!r}", num_signals=len(signals.received))
+            pool.leave(f"the runner ended with {error!r}", num_signals=len(signals.received))
             raise
         finally:
             pool.close()
     result = pool.result
     result.not_started += pool.waiting
     result.held += pool.held.runs.values()
-    # Else the signal came when all was done.
+    # Otherwise the signal came after everything was done.
     is_left = result.not_started or result.held or result.failed or pushes.was_ended
     if signals.received and is_left:
         result.stopped_by = signals.received[0]
@@ -137,8 +139,8 @@ def run_pool(
 
 @dataclass
 class _Pool:
-    """What waits, what runs (by the descriptor that tells of its end) and what became of the
-    rest.
+    """The waiting runs, the active ones (by the descriptor that becomes readable at their end), and
+    the results of the others.
     """
 
     waiting: list[Launch]
@@ -150,20 +152,20 @@ class _Pool:
     signals: StopSignals
     workers: Workers
     pushes: Pushes
-    # With the worker that it waits for, by the worker's socket.
+    # Runs with the worker that each waits for, by the worker's socket.
     starting: dict[int, tuple[Launch, LaunchCommand, Worker, Placement]] = field(
         default_factory=dict
     )
     active: dict[int, tuple[Launch, RunningAttempt, Placement]] = field(default_factory=dict)
-    watches: dict[int, StallWatch] = field(default_factory=dict)  # over what is active
+    watches: dict[int, StallWatch] = field(default_factory=dict)  # of the active attempts
     later: list[Later] = field(default_factory=list)
     held: HeldRuns = field(default_factory=HeldRuns)  # by another sweep
-    failures: dict[str, list[Failure]] = field(default_factory=dict)  # in a row, of each run
+    failures: dict[str, list[Failure]] = field(default_factory=dict)  # consecutive ones, by run
     result: PoolResult = field(default_factory=PoolResult)
     names: NamesOnHub = field(default_factory=NamesOnHub)
 
     def has_work(self) -> bool:
-        """True while anything runs, or still has to."""
+        """True while anything runs or still has to run."""
         is_any_left = bool(self.starting or self.active or self.later) or self.pushes.has_work()
         return is_any_left or self.wants_to_start()
 
@@ -176,8 +178,8 @@ class _Pool:
         )
 
     def take_up_due(self) -> None:
-        """Put the runs whose time to wait is over, or whose lease is free again, in front of those
-        that never began.
+        """Put runs whose retry is due, or whose lease is free again, ahead of those that never
+        started.
         """
         now = time.monotonic()
         ended = [one for one in self.later if self.is_given_up() or _is_stopped(one)]
@@ -188,12 +190,12 @@ class _Pool:
         self.waiting[:0] = [*(one.run for one in due), *self.held.take_free()]
 
     def pause_seconds(self) -> float:
-        """How long nothing has to be done but to draw."""
+        """Seconds during which only the display needs updates."""
         now = time.monotonic()
         return max(0.0, min([_REFRESH_SECONDS, *(one.due_at - now for one in self.later)]))
 
     def start_next(self) -> bool:
-        """Start the next run if there is room; True when it is worth trying again at once."""
+        """Start the next run if there is room; True if it is worth trying again immediately."""
         placement = (
             self.devices.take(self.waiting[0].num_processes)
             if self.waiting and self.wants_to_start()
@@ -220,14 +222,14 @@ class _Pool:
         return True
 
     def _hear(self, worker: Worker) -> None:
-        """A worker has imported everything, or never will: start the run that waited for it."""
+        """Start the run that waited for a worker, once its imports have ended or failed."""
         self.selector.unregister(worker)
         run, command, _, placement = self.starting.pop(worker.fileno())
         is_fit = self.workers.begin(worker)
         self._begin(run, command, placement, worker if is_fit else None)
 
     def _end_starting(self) -> None:
-        """End the workers that import, and let the runs that wait for them wait for a place."""
+        """End the importing workers, and put the runs that wait for them back in the queue."""
         for descriptor, (run, _, worker, placement) in self.starting.items():
             self.selector.unregister(descriptor)
             worker.end()
@@ -238,7 +240,7 @@ class _Pool:
     def _begin(
         self, run: Launch, command: LaunchCommand, placement: Placement, worker: Worker | None
     ) -> None:
-        """Start a run at a placement; where that cannot be, decide what becomes of it."""
+        """Start a run at a placement; if that fails, wait, retry or record the failure."""
         attempt = self._start(run, command, worker)
         if attempt is None:
             self.devices.give_back(placement)
@@ -262,7 +264,7 @@ class _Pool:
             self._take_over(run, error)
         except RunnerError as error:
             self._record_refused(run, error)
-        # No space, no permission: this run's directory may be the only one like that.
+        # No space or no permission: other run directories may not have this problem.
         except OSError as error:
             failure = build_failure(error, run.paths.run_dir)
             self._retry_or_record(run, FailedRun(run, failure, None), None)
@@ -270,18 +272,18 @@ class _Pool:
             if attempt is None:
                 self.result.elsewhere.append(run.full_name)
                 self.display.finished(run.full_name, "completed by another sweep")
-                # That one may have been killed before it had pushed it.
+                # The other sweep may have been killed before it pushed the model.
                 self.pushes.add(run.selected)
             return attempt
         return None
 
     def _wait_for_holder(self, run: Launch) -> None:
-        """Wait for the lease of a run; a launch, of which a cluster has many, only after an attempt
-        of its own.
+        """Wait for the lease of a run. A `launch`, of which a cluster runs many, only waits after
+        its own first attempt.
         """
         if self.awaits_held:
             self.held.add(run)
-        elif run.retry > 0:  # a machine out of reach, say: its locks are not free yet
+        elif run.retry > 0:  # locks of an unreachable machine, for example, are not free yet
             message = "processes of an earlier attempt, or another sweep, hold the run"
             failure = Failure(kind="transient", message=message)
             self._retry_or_record(run, FailedRun(run, failure, None), None)
@@ -290,8 +292,8 @@ class _Pool:
             self.display.finished(run.full_name, "run by another sweep or launch", is_done=False)
 
     def _take_over(self, run: Launch, error: FailedElsewhere) -> None:
-        """Try again, as the sweep would have in which the run failed: that one may be gone. Where
-        both live, one of them finds the other's attempt and waits for it.
+        """Retry a run that failed in another sweep, as that sweep would: it may be gone. If both
+        live, one of them finds the other's attempt and waits for it.
         """
         message = f"(by another sweep) {error.failure.message}"
         failure = error.failure.model_copy(update={"message": message})
@@ -308,7 +310,7 @@ class _Pool:
         self._retry(failed, retry, last, has_made_steps=True)
 
     def _keep(self, worker: Worker | None) -> None:
-        """Give back a worker that has nothing to do, and end those that nobody needs any more."""
+        """Give back an idle worker, and end workers that no waiting run needs."""
         if worker is not None:
             self.workers.give_back(worker)
         waiting = (
@@ -327,7 +329,7 @@ class _Pool:
         )
 
     def wait(self, *, is_in_a_hurry: bool = False) -> None:
-        """Until something ends, a signal comes, or it is time to show where the runs stand."""
+        """Wait until something ends, a signal comes, or the display is due for an update."""
         for key, _ in self.selector.select(0 if is_in_a_hurry else self.pause_seconds()):
             if key.fd == self.signals.fileno():
                 self.signals.drain()
@@ -347,14 +349,14 @@ class _Pool:
             watch.look(now)
         self.pushes.look(now)
         waiting = {
-            one.run.full_name: f"is tried again in {max(0.0, one.due_at - now):.0f} s"
+            one.run.full_name: f"retries in {max(0.0, one.due_at - now):.0f} s"
             for one in self.later
         }
         waiting |= {
-            run.full_name: "waits for a worker, which imports libraries"
+            run.full_name: "waits for a worker to import libraries"
             for run, *_ in self.starting.values()
         }
-        waiting |= {name: "another sweep runs it" for name in self.held.runs}
+        waiting |= {name: "is run by another sweep" for name in self.held.runs}
         is_busy = self.active or self.starting or self.later or self.waiting
         if not is_busy and not self.signals.received and (line := self.held.describe_untold()):
             self.display.say(line)
@@ -369,8 +371,8 @@ class _Pool:
         )
 
     def leave(self, why: str, *, num_signals: int) -> None:
-        """Ask what runs to checkpoint and to leave, and wait; any signal beyond `num_signals` ends
-        it at once.
+        """Ask the active runs to checkpoint and exit, and wait; any signal beyond `num_signals`
+        kills them.
         """
         self.pushes.end()
         self._end_starting()
@@ -385,15 +387,15 @@ class _Pool:
         if attempts:
             runs = "1 run" if len(attempts) == 1 else f"{len(attempts)} runs"
             self.display.say(
-                f"stopping: waiting for {runs} to checkpoint and leave;"
-                " a second Ctrl-C ends them at once"
+                f"stopping: waiting for {runs} to checkpoint and exit;"
+                " a second Ctrl-C kills them immediately"
             )
         while self.active:
             if len(self.signals.received) > num_signals:
                 num_signals = len(self.signals.received)
                 second = signal.Signals(self.signals.received[-1]).name
                 for _, attempt, _ in self.active.values():
-                    attempt.kill(f"{why}; a second signal ({second}) ended the run at once")
+                    attempt.kill(f"{why}; a second signal ({second}) killed the run")
             self.wait()
 
     def finish(self, pidfd: int) -> None:
@@ -413,7 +415,7 @@ class _Pool:
         self._keep(attempt.worker)
 
     def close(self) -> None:
-        """Let go of the workers, and of what watches the processes."""
+        """End the workers and pushes, and close the descriptors of the processes."""
         self.pushes.end()
         self.workers.close()
         for pidfd in self.active:
@@ -423,7 +425,7 @@ class _Pool:
         self, run: Launch, failed: FailedRun, attempt: RunningAttempt | None
     ) -> None:
         failures = self.failures.setdefault(run.full_name, [])
-        # A run of weeks may lose its network once a day.
+        # Progress clears earlier failures: a run of weeks may lose its network once a day.
         if attempt is not None and attempt.has_gone_on():
             failures[:] = [failure for failure in failures if failure.kind == "out_of_memory"]
         failures.append(failed.failure)
@@ -449,7 +451,7 @@ class _Pool:
     def _retry(
         self, failed: FailedRun, retry: Retry, last: Attempt | None, *, has_made_steps: bool
     ) -> None:
-        """Plan the next attempt after the last one; None where none could be made."""
+        """Plan the next attempt. `last` is the attempt that failed, None if none was recorded."""
         run = failed.run
         again = replace(
             run,
@@ -475,15 +477,15 @@ class _Pool:
 
 
 def _is_stopped(one: Later) -> bool:
-    """Whether `runner stop` asked, while the run waited, for no further attempt."""
+    """True if `runner stop` was called while the run waited for its retry."""
     request = load_stop_request(one.run.paths)
     return request is not None and request.attempt == one.run.num_attempts
 
 
 def _resume_again(resume: str, failure: Failure, *, has_made_steps: bool) -> str:
-    """`Attempt.resume` of a retry: what was asked for is asked for again until it was done."""
+    """`Attempt.resume` of a retry: the requested value again, until an attempt has followed it."""
     if resume == "none" or failure.kind == "out_of_memory":
-        return "none"  # what lies in remote storage is of another micro-batch
+        return "none"  # checkpoints in remote storage have another micro-batch
     return "auto" if has_made_steps else resume
 
 

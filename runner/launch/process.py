@@ -1,5 +1,5 @@
-"""The first process of an attempt on this machine as who started it sees it: one that leads a
-session, and that can be signalled and waited for.
+"""The first process of an attempt on this machine, seen from the launcher: it leads a session, and
+can be signalled and waited for.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Protocol
 
 
 class AttemptProcess(Protocol):
-    """What starts an attempt returns this; the id of the process is also that of its group."""
+    """The process of a started attempt; its id is also the id of its process group."""
 
     def open_pidfd(self) -> int:
-        """A descriptor of the caller's own that is readable once the process has ended."""
+        """A new descriptor, owned by the caller, that is readable once the process has ended."""
 
     def signal_group(self, number: signal.Signals) -> None:
-        """Send a signal to the group; nothing once it was waited for."""
+        """Send a signal to the group; does nothing after `wait`."""
 
     def wait(self) -> int | None:
-        """End what is left of the group once the process has ended.
+        """Wait for the process, then kill the rest of its group.
 
-        Its exit status, negative for a signal, None where nobody is left who could tell.
+        Returns its exit status, negative for a signal, or None if the status is lost.
         """
 
 
 @dataclass
 class LauncherProcess:
-    """An `accelerate launch`, or an `srun`, that is a child of this process: a cold start."""
+    """An `accelerate launch` or `srun` that is a child of this process: a cold start."""
 
     popen: subprocess.Popen[bytes]
 
@@ -39,8 +39,8 @@ class LauncherProcess:
         return os.pidfd_open(self.popen.pid)
 
     def signal_group(self, number: signal.Signals) -> None:
-        """See `AttemptProcess`; the ranks of several processes are in sessions of their own."""
-        if self.popen.returncode is None:  # once it is reaped, its id may be somebody else's
+        """See `AttemptProcess`; with several processes, each rank is in its own session."""
+        if self.popen.returncode is None:  # once it is reaped, its id may be reused
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, number)
 
@@ -48,6 +48,6 @@ class LauncherProcess:
         """See `AttemptProcess`."""
         if self.popen.returncode is None:
             os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOWAIT)
-            # What the launcher may have left; its own id is not free yet.
+            # Kill processes that the launcher left; its id is not free for reuse yet.
             self.signal_group(signal.SIGKILL)
         return self.popen.wait()

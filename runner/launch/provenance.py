@@ -1,8 +1,9 @@
-"""By what an attempt is run: the runner's own source and commit, the libraries, the machine.
+"""The software and hardware that run an attempt: the runner's source and commit, the libraries, the
+machine.
 
-All of it is read from files, without torch. What takes longer (hashing the source, asking git or
-`nvidia-smi`) is done once by a process, and again only where the files have changed: a sweep lasts
-for weeks, and a checkout may be edited meanwhile.
+Everything is read from files, without torch. The slow parts (hashing the source, calling git or
+`nvidia-smi`) run once per process, and again only if files have changed: a sweep may last for
+weeks, and a checkout may be edited meanwhile.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import runner
 from runner.files import hash_sources, look_at
 from runner.recipe.identity import list_library_versions
 
-# Beside those that a checkpoint is compared by: they read rows, make tokens and write weights.
+# In addition to those that decide on a checkpoint: they read rows, tokenize and write weights.
 _MORE_LIBRARIES: Final = ("tokenizers", "datasets", "numpy", "safetensors")
 _ROOT: Final = Path(runner.__file__).parent
 _PROC: Final = Path("/proc")
@@ -35,7 +36,7 @@ _ASKING_SECONDS: Final = 20.0
 
 @dataclass(frozen=True)
 class Provenance:
-    """What `Attempt` records under these names."""
+    """The fields that `Attempt` records under the same names."""
 
     runner_version: str
     runner_commit: str | None
@@ -46,7 +47,7 @@ class Provenance:
 
 
 def read_provenance() -> Provenance:
-    """As of now."""
+    """The current provenance."""
     state = tuple((str(path), look_at(path)) for path in sorted(_ROOT.rglob("*.py")))
     commit, is_dirty = _read_commit(state)
     driver, gpus = _find_gpus()
@@ -79,9 +80,7 @@ def _read_version(name: str) -> str:
 
 
 def _read_commit(source_state: object) -> tuple[str | None, bool | None]:
-    """Commit and whether the runner's files differ from it; None where they are not of a git
-    checkout.
-    """
+    """The commit, and true if the runner's files differ from it; None outside a git checkout."""
     git_dir = _find_git_dir()
     if git_dir is None:
         return None, None
@@ -92,8 +91,8 @@ def _read_commit(source_state: object) -> tuple[str | None, bool | None]:
 
 @cache
 def _find_git_dir() -> Path | None:
-    """Of the checkout that tracks the runner: an environment inside somebody else's checkout is not
-    a part of it.
+    """The git folder of the checkout that tracks the runner; None if the runner is only installed
+    inside another project's checkout.
     """
     if _ask_git("ls-files", "--error-unmatch", "--", "__init__.py") is None:
         return None
@@ -111,7 +110,7 @@ def _ask_for_commit(_state: object) -> tuple[str | None, bool | None]:
 
 
 def _ask_git(*arguments: str) -> str | None:
-    """What git prints about the runner's folder; None where it says no, or is not there."""
+    """The output of git for the runner's folder; None if git fails or is missing."""
     try:
         done = subprocess.run(
             ["git", "--no-optional-locks", "-C", str(_ROOT), *arguments],
@@ -127,7 +126,7 @@ def _ask_git(*arguments: str) -> str | None:
 
 @cache
 def _read_cuda_version() -> str:
-    """The version of CUDA (or ROCm) that torch was built for: torch writes it into a file."""
+    """The version of CUDA (or ROCm) that torch was built for, from torch's `version.py`."""
     try:
         spec = find_spec("torch")
         origin = None if spec is None else spec.origin
@@ -140,7 +139,7 @@ def _read_cuda_version() -> str:
 
 @cache
 def _find_cpu() -> str:
-    """Of this machine; the kernel writes a page for each of its cores."""
+    """The processor of this machine; cached, because `/proc/cpuinfo` has a page per core."""
     return read_cpu(_PROC)
 
 
@@ -160,7 +159,7 @@ def read_cpu(proc: Path) -> str:
 
 @cache
 def _find_gpus() -> tuple[str, str]:
-    """The driver's version and the GPUs of this machine, as `read_gpus`."""
+    """The driver's version and a description of the GPUs of this machine."""
     driver, names = read_gpus(_PROC)
     if driver is None or not names:
         driver, names = _ask_nvidia_smi() or (driver, names)
@@ -168,8 +167,8 @@ def _find_gpus() -> tuple[str, str]:
 
 
 def read_gpus(proc: Path) -> tuple[str | None, list[str]]:
-    """The version of NVIDIA's driver, None where there is none, and the name of each GPU, as the
-    driver's own files say them.
+    """The version of NVIDIA's driver, None if there is none, and the name of each GPU, from the
+    driver's files.
     """
     folder = proc / "driver" / "nvidia"
     try:
@@ -180,14 +179,14 @@ def read_gpus(proc: Path) -> tuple[str | None, list[str]]:
     for path in sorted(folder.glob("gpus/*/information")):
         try:
             lines = path.read_text(errors="replace").splitlines()
-        except OSError:  # of another container
+        except OSError:  # a GPU of another container
             continue
         names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
     return None if found is None else found[1], names
 
 
 def _ask_nvidia_smi() -> tuple[str, list[str]] | None:
-    """The same where a container does not show these files."""
+    """The same from `nvidia-smi`, for containers that do not show these files."""
     if shutil.which("nvidia-smi") is None:
         return None
     try:
@@ -207,7 +206,7 @@ def _ask_nvidia_smi() -> tuple[str, list[str]] | None:
 
 
 def describe_gpus(names: Iterable[str]) -> str:
-    """For the record.
+    """The GPUs as recorded, with counts.
 
     >>> describe_gpus(["NVIDIA H200", "NVIDIA H200"]), describe_gpus([])
     ('2 x NVIDIA H200', 'none')
@@ -217,7 +216,7 @@ def describe_gpus(names: Iterable[str]) -> str:
 
 
 def read_git_state() -> tuple[str | None, bool | None]:
-    """Commit and whether the work tree differs from it; None outside a git checkout."""
+    """The commit, and true if the work tree differs from it; None outside a git checkout."""
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False

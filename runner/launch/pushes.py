@@ -1,5 +1,5 @@
-"""Pushes of completed runs to the hub, as child processes of a sweep: which are under way, and how
-they ended. The child is `publish.push_child`.
+"""Pushes completed runs to the hub in child processes of a sweep, and reports how each one ended.
+The child is `publish.push_child`.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ from runner.run.paths import RunPaths
 from runner.run.record import load_push
 
 MAX_AT_A_TIME: Final = 2  # uploads share one network
-# What a push may take: a hub that never answers keeps no sweep waiting.
+# The time limit of a push, so that a hub that never answers does not block a sweep.
 _PATIENCE_SECONDS: Final = 600.0
 _BYTES_PER_SECOND: Final = 1e6
-# For the child to end by itself: a signal is not heard inside of native code such as `hf_xet`.
+# For the child to end on its own: native code such as `hf_xet` does not react to a signal.
 _GRACE_SECONDS: Final = 30.0
-_LOOK_SECONDS: Final = 2.0  # between two looks at a push that another process makes
-_MAX_SHOWN: Final = 500  # characters of a reason: a hub may answer with a page
+_LOOK_SECONDS: Final = 2.0  # between two checks of a push by another process
+_MAX_SHOWN: Final = 500  # characters of a reason: a hub may answer with a web page
 _MAX_READ: Final = 1_000_000  # bytes at the end of what a push printed
 
 
 @dataclass
 class RunningPush:
-    """A push under way."""
+    """A push in progress."""
 
     selected: Selected
     repo_id: str
     process: subprocess.Popen[bytes]
-    log_path: Path  # what it prints follows what earlier ones printed
+    log_path: Path  # its output is appended to that of earlier pushes
     log_start: int
     limit_seconds: float
     kill_at: float  # `time.monotonic`
     was_killed: bool = False  # by `kill_overdue`
 
     def kill_overdue(self, now: float) -> None:
-        """End it where it did not end by itself in its time; it stays pending."""
+        """Kill it if its time is over; the push stays pending."""
         if now >= self.kill_at and not self.was_killed:
             self.was_killed = True
             self.process.kill()
 
     def is_left_to_other(self) -> bool:
-        """Once it has ended: another process pushes the run."""
+        """True if it ended because another process pushes the run."""
         return self.process.wait() == PUSHED_ELSEWHERE
 
     def describe_end(self) -> str:
-        """How it ended, once its process has ended."""
+        """The outcome, once its process has ended."""
         status = self.process.wait()
         if status == 0:
             return _describe_pushed(self.selected.paths) or f"pushed to {self.repo_id}"
@@ -69,17 +69,17 @@ class RunningPush:
             return f"is being pushed to {self.repo_id} by another process"
         if self.was_killed:
             reason = (
-                f"the hub did not take it within {self.limit_seconds:.0f} s, and the process that"
-                " pushed had to be killed"
+                f"the hub did not accept it within {self.limit_seconds:.0f} s, so the push was"
+                " killed"
             )
         else:
             reason = (
-                self._find_reason() or f"the push ended by {_name(status)}, see {self.log_path}"
+                self._find_reason() or f"the push ended with {_name(status)}, see {self.log_path}"
             )
         return f"completed, but not pushed to {self.repo_id}: {reason}"
 
     def _find_reason(self) -> str | None:
-        """The last error that this push printed; `push.json` may tell of an earlier one."""
+        """The last error that this push printed; `push.json` may have that of an earlier push."""
         try:
             with os.fdopen(open_plain(self.log_path), "rb") as log:
                 size = log.seek(0, os.SEEK_END)
@@ -95,7 +95,7 @@ class RunningPush:
 
 
 def _name(status: int) -> str:
-    return f"the signal {-status}" if status < 0 else f"exit status {status}"
+    return f"signal {-status}" if status < 0 else f"exit status {status}"
 
 
 def _describe_pushed(paths: RunPaths) -> str | None:
@@ -109,10 +109,10 @@ def _describe_pushed(paths: RunPaths) -> str | None:
 
 
 def start_push(selected: Selected) -> RunningPush | None:
-    """The push of a completed run, started; None where it has none to make.
+    """Start the push of a completed run; returns None if there is nothing to push.
 
     Raises:
-        CorruptFileError, OSError: the run cannot be read, or the process not be started.
+        CorruptFileError, OSError: the run cannot be read, or the process cannot be started.
     """
     paths = selected.paths
     facts = read_facts(paths)
@@ -124,13 +124,13 @@ def start_push(selected: Selected) -> RunningPush | None:
     with open_to_append(log_path) as log:
         log_start = os.fstat(log.fileno()).st_size
         process = subprocess.Popen(
-            # -P: what is in the working directory is not found by accident.
+            # -P: modules in the working directory are not imported by accident.
             [sys.executable, "-P", "-m", "runner.publish.push_child", paths.run_dir, str(seconds)],
             env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # Ctrl-C is ours to act upon
+            start_new_session=True,  # only this process reacts to Ctrl-C
             preexec_fn=partial(die_with_parent, os.getpid()),
         )
     kill_at = time.monotonic() + seconds + _GRACE_SECONDS
@@ -139,30 +139,26 @@ def start_push(selected: Selected) -> RunningPush | None:
 
 @dataclass
 class Pushes:
-    """The pushes of a sweep, a few at a time and in the order in which their runs were
-    completed.
-    """
+    """The pushes of a sweep, a few at a time, in the order in which their runs completed."""
 
     say: Callable[[str], None]
-    tell_end: Callable[[str, str], None]  # name of a run, and what became of it
+    tell_end: Callable[[str, str], None]  # name of a run, and the outcome of its push
     selector: selectors.BaseSelector
-    awaits_held: bool = False  # waits for the pushes that other processes make
+    awaits_held: bool = False  # wait for pushes by other processes
     waiting: list[Selected] = field(default_factory=list)
     active: dict[int, RunningPush] = field(default_factory=dict)  # by pidfd
-    # That other processes make, by the name of the run, each with the time of the next look at it.
+    # Pushes by other processes: name of the run -> the push, and the time of the next check.
     held: dict[str, tuple[RunningPush, float]] = field(default_factory=dict)
     was_ended: bool = False  # before all were done
-    _told: set[str] = field(default_factory=set)  # runs whose push was said to be waited for
+    _told: set[str] = field(default_factory=set)  # runs reported as waiting for another's push
     _is_closed: bool = False
 
     def has_work(self) -> bool:
-        """True while a push is under way, or still has to be made."""
+        """True while a push is in progress or still to be made."""
         return bool(self.waiting or self.active or self.held)
 
     def add(self, selected: Selected) -> None:
-        """Push a run that is completed, where its recipe asks for that; after `end` it stays
-        pending.
-        """
+        """Push a completed run if its recipe requests it; after `end` it stays pending."""
         if self._is_closed:
             self.was_ended = self.was_ended or _has_push(selected)
             return
@@ -170,14 +166,14 @@ class Pushes:
         self._start_next()
 
     def finish(self, pidfd: int) -> None:
-        """Say how a push ended, and start the next one."""
+        """Report how a push ended, and start the next one."""
         push = self._take(pidfd)
         name = push.selected.full_name
         if push.is_left_to_other() and self.awaits_held:
             if name not in self._told:
                 self._told.add(name)
                 self.say(
-                    f"{name}  waiting for its push to {push.repo_id}, which another process makes;"
+                    f"{name}  waiting for its push to {push.repo_id} by another process;"
                     " Ctrl-C stops waiting"
                 )
             self.held[name] = (push, time.monotonic() + _LOOK_SECONDS)
@@ -186,7 +182,7 @@ class Pushes:
         self._start_next()
 
     def look(self, now: float) -> None:
-        """End what takes too long, and take up what another process pushes no more."""
+        """Kill pushes that take too long, and retry those that another process has given up."""
         for push in self.active.values():
             push.kill_overdue(now)
         for name, (push, due_at) in list(self.held.items()):
@@ -199,7 +195,7 @@ class Pushes:
             self.add(push.selected)
 
     def end(self) -> None:
-        """End all of them now, and begin no other: they stay pending."""
+        """Kill all pushes and start no more; they stay pending."""
         self.was_ended = self.was_ended or self.has_work()
         self._is_closed = True
         self.waiting, self.held = [], {}
@@ -209,10 +205,11 @@ class Pushes:
             push.process.wait()
 
     def describe(self) -> dict[str, str]:
-        """What is under way, by the name of the run."""
+        """The pushes in progress, by the name of the run."""
         return {
-            push.selected.full_name: f"is pushed to {push.repo_id}" for push in self.active.values()
-        } | {name: "another process pushes it" for name in self.held}
+            push.selected.full_name: f"is being pushed to {push.repo_id}"
+            for push in self.active.values()
+        } | {name: "is being pushed by another process" for name in self.held}
 
     def _take(self, pidfd: int) -> RunningPush:
         self.selector.unregister(pidfd)
@@ -234,14 +231,14 @@ class Pushes:
             elif selected.full_name in self._told:
                 self.tell_end(
                     selected.full_name,
-                    _describe_pushed(selected.paths) or "has nothing to push any more",
+                    _describe_pushed(selected.paths) or "has nothing left to push",
                 )
 
 
 def _is_held(paths: RunPaths) -> bool:
     try:
         return is_leased(paths.push_lock_path)
-    except (CorruptFileError, OSError):  # the next try says so
+    except (CorruptFileError, OSError):  # the next attempt to push reports it
         return False
 
 

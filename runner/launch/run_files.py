@@ -1,5 +1,5 @@
-"""What is written of a run under its lease on the launch side: its recipe, the record of its
-attempts, a request to leave; and its directory moved aside.
+"""Writes the files of a run under its lease on the launch side: its recipe, the record of its
+attempts, and a stop request. Also moves its directory aside.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def prepare_run(
     resume: str = "auto",
 ) -> None:
     """Write `recipe.json` of a run that is not complete; refuse a directory that holds another
-    experiment. `names` finds what names on the hub stand for; None: nobody is asked. `resume` is
-    `Attempt.resume`.
+    experiment. `names` finds the commits of names on the hub; None: the hub is not queried.
+    `resume` is `Attempt.resume`.
 
-    The caller holds the lease, under which the facts were read. `contents` is whole.
+    The caller holds the lease, under which the facts were read. `contents` has all inputs.
     """
     paths = facts.paths
     has_checkpoints = bool(read_inventory(paths).kept)
@@ -65,13 +65,13 @@ def prepare_run(
         raise RefusedError(
             f"{paths.run_dir} holds another experiment, {describe_change(differences)}:\n{shown}",
             hint=(
-                "change the recipe back, give the new one another name, or move the old run aside"
+                "change the recipe back, rename the new one, or move the old run aside"
                 " with `runner launch RECIPE --fresh`"
             ),
         )
     if facts.is_result_lost:
         raise RefusedError(
-            f"{paths.run_dir} is damaged: an attempt completed it, and {paths.result_path.name} is"
+            f"{paths.run_dir} is damaged: an attempt completed it, but {paths.result_path.name} is"
             " missing",
             hint=suggest_mending({paths.result_path.name: "is missing"}),
         )
@@ -95,8 +95,8 @@ def prepare_run(
 
 
 def _keep_first(recipe: Recipe, facts: RunFacts) -> Recipe:
-    """The recipe with what counts as it was when the first attempt was opened: the contrasts, since
-    what is stated once something has run is no declaration, and where the model is pushed to.
+    """The recipe with the declared contrasts and the push destination as they were when the first
+    attempt was opened. A contrast that is stated after something has run is not declared.
     """
     if not facts.attempts:
         return recipe
@@ -111,21 +111,20 @@ def _keep_first(recipe: Recipe, facts: RunFacts) -> Recipe:
 def refuse_uncontinuable(
     launch: Launch, command: LaunchCommand, facts: RunFacts, divisor: int
 ) -> None:
-    """Refuse what the trainer would refuse once it has started: to continue a checkpoint of another
-    launch.
+    """Refuse early to resume a checkpoint of another launch, which the trainer would refuse later.
 
-    The caller holds the lease, under which the facts were read, and has written nothing yet:
-    `recipe.json` still says how the run was launched before.
+    The caller holds the lease, under which the facts were read, and has written nothing yet, so
+    `recipe.json` still has the previous launch settings.
 
     Raises:
-        RefusedError: with what differs, and the ways out.
+        RefusedError: the launch differs; lists the differences and the ways out.
     """
     stored = facts.stored
     if stored is None:  # a new run
         return
     recipe = stored.state_as_before(launch.recipe)
     digest = derive_digest(recipe, launch.contents)
-    if stored.digest_today != digest:  # another experiment, which is refused as such
+    if stored.digest_today != digest:  # another experiment, which `prepare_run` refuses
         return
     threads = command.environment.get("OMP_NUM_THREADS")
     choice = look_ahead(
@@ -149,10 +148,10 @@ def open_attempt(
     git_state: tuple[str | None, bool | None],
     worker: Worker | None = None,
 ) -> Attempt:
-    """Append an attempt to `run.json` and make its folder, before anything is started. The caller
+    """Append an attempt to `run.json` and create its folder, before anything is started. The caller
     holds the lease, under which the facts were read.
 
-    A request to stop an earlier attempt goes first, and what a kill left half written.
+    First removes the stop request of an earlier attempt and files that a kill left half written.
     """
     paths, attempts = facts.paths, facts.attempts
     remove_file(paths.stop_path)
@@ -163,7 +162,7 @@ def open_attempt(
             with contextlib.suppress(OSError):
                 scrub_log(paths.attempt(earlier.number).log_path)
     made_by = read_provenance()
-    # A worker ends where versions or source change, so that the rest is its own, too.
+    # A worker ends if versions or source change, so the rest is also valid for it.
     own_versions = {} if worker is None else worker.versions
     attempt = Attempt(
         number=attempts[-1].number + 1 if attempts else 1,
@@ -196,17 +195,16 @@ def open_attempt(
 
 
 def take_lease(paths: RunPaths) -> Lease | None:
-    """The lease of a run, or None when somebody else holds it.
+    """The lease of a run, or None if another process holds it.
 
     Raises:
-        RefusedError: a part of the run directory is a link: what is written there would be written
-            elsewhere.
+        RefusedError: a part of the run directory is a link, so files would be written elsewhere.
     """
     for path in (paths.run_dir, *_list_parts(paths)):
         if path.is_symlink():
             raise RefusedError(
-                f"{path} is a link to {os.readlink(path)}: a run is one directory, for itself",
-                hint="move what it leads to here, or choose another place with --output-root",
+                f"{path} is a link to {os.readlink(path)}; a run directory must not contain links",
+                hint="move the target of the link here, or choose another place with --output-root",
             )
     lease = Lease(paths.lease_path)
     if lease.try_acquire() and not has_ranks(paths):
@@ -224,7 +222,7 @@ def _list_parts(paths: RunPaths) -> list[Path]:
 
 
 def request_stop(paths: RunPaths, attempt: int, why: str, *, is_of_its_sweep: bool = False) -> None:
-    """Ask an attempt to checkpoint at the end of its step and to leave; it need not be ours."""
+    """Ask an attempt to checkpoint at the end of its step and exit; it need not be ours."""
     request = StopRequest(attempt=attempt, why=why, is_of_its_sweep=is_of_its_sweep)
     write_json_atomic(paths.stop_path, request.model_dump())
 
@@ -242,12 +240,12 @@ def close_attempt(facts: RunFacts, exit_status: int | None, failure: Failure | N
 
 def move_aside(paths: RunPaths, target: Path | None = None) -> Path | None:
     """`--fresh`: rename the run directory to `target`, else to a free name in a hidden folder
-    beside it; nothing is deleted. Returns the new name, None where there is nothing to move.
+    next to it; nothing is deleted. Returns the new path, None if there is nothing to move.
 
     The caller holds the lease.
     """
     if not paths.run_dir.exists() or set(paths.run_dir.iterdir()) <= {paths.lease_path}:
-        return None  # never begun, or another process has just moved it aside
+        return None  # never started, or another process has just moved it aside
     number = 1
     while target is None or target.exists():
         target = old_run_dir(paths.run_dir, number)

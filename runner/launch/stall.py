@@ -1,9 +1,9 @@
-"""Whoever waits for an attempt watches it here: one that hangs is continued, asked for the stacks
-of its ranks, and ended.
+"""Watches a running attempt: one that hangs is continued if it was stopped, asked for the stacks of
+its ranks, and killed.
 
 A sign of life is any change of the attempt's `progress.json`, which the trainer writes or touches
-from its work itself. Signals reach the processes on this machine alone; on others the ranks end
-with their launcher.
+as part of its work. Signals reach only the processes on this machine; on other machines the ranks
+end with their launcher.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from runner.run.paths import AttemptPaths
 from runner.run.record import Progress, is_silent_phase, load_progress
 from runner.text import format_seconds
 
-# What one look adds at most, two of a sweep's pauses: who was stopped meanwhile (Ctrl-Z, a
-# suspended job) has watched nobody.
+# The most silence that one look adds, two of a sweep's pauses: while the sweep itself was stopped
+# (Ctrl-Z, a suspended job), it watched nothing.
 MAX_LOOK_SECONDS: Final = 1.0
 # For a phase that waits for a compiler, a network or another process.
 SILENT_PHASE_SECONDS: Final = 3 * 3600.0
-# Of the limit, for what was stopped and has been continued; but at least some seconds.
+# Share of the limit that a stopped and continued attempt gets, but at least some seconds.
 _GRACE_PART: Final = 0.25
 _MIN_GRACE_SECONDS: Final = 2.0
-# Between two processes that are asked for their stacks: until the log has not grown since the last
-# look, within these bounds. A process that waits for a disk does not answer.
+# Between two requests for stacks: wait until the log stops growing, within these bounds. A process
+# that waits for a disk does not answer.
 _MIN_ANSWER_SECONDS: Final = 0.3
 _MAX_ANSWER_SECONDS: Final = 5.0
 
@@ -61,7 +61,7 @@ class Silence:
     grace_seconds: float = 0.0
 
     def look(self, now: float, sign: object) -> bool:
-        """Whether there was a sign of life since the last look."""
+        """True if there was a sign of life since the last look."""
         self.seconds += min(max(0.0, now - self.looked_at), MAX_LOOK_SECONDS)
         self.looked_at = now
         if sign == self.sign:
@@ -70,7 +70,7 @@ class Silence:
         return True
 
     def is_overdue(self, phase: str) -> bool:
-        """Whether the attempt has been silent for longer than its recipe and its phase allow."""
+        """True if the attempt has been silent for longer than its recipe and its phase allow."""
         if self.limit_seconds is None:
             return False
         allowed = self.limit_seconds + self.grace_seconds
@@ -79,8 +79,8 @@ class Silence:
         )
 
     def grant_grace(self) -> bool:
-        """Give what has just been continued some time to show that it lives; False where it had
-        that time already.
+        """Allow a continued attempt some time to show a sign of life; False if it already had that
+        time.
         """
         if self.limit_seconds is None or self.grace_seconds > 0.0:
             return False
@@ -91,13 +91,13 @@ class Silence:
 
 @dataclass
 class StallWatch:
-    """The watch over one running attempt; every `look` is short, and the rest is done by later
+    """The watch over one running attempt; every `look` is short and leaves the rest to later
     ones.
     """
 
     files: AttemptPaths
     is_meant: Callable[[str], bool]  # the owner of the attempt's processes
-    say: Callable[[str], None]  # a line for whoever looks at the launcher
+    say: Callable[[str], None]  # prints a line for the user
     end: Callable[[str], None]  # kills the attempt; the text is its failure's message
     silence: Silence
     _to_ask: list[int] | None = None  # None while nothing is wrong
@@ -107,14 +107,14 @@ class StallWatch:
     _is_over: bool = False
 
     def look(self, now: float) -> None:
-        """Take note of signs of life, and act on their absence."""
+        """Record signs of life, and act if there are none."""
         has_lived = self.silence.look(now, look_at_sign(self.files.progress_path))
         if self._is_over:
             return
         if self._to_ask is not None:
             if has_lived:
                 self._to_ask = None
-                self._note("there is a sign of life again: the attempt goes on")
+                self._note("there is a sign of life again; the attempt continues")
             else:
                 self._ask_next(now, self._to_ask)
         elif self.silence.is_overdue("") and self.silence.is_overdue(self._find_phase()):
@@ -144,9 +144,8 @@ class StallWatch:
         self._tell(f"{self._describe()}: asking for the {stacks}")
 
     def _ask_next(self, now: float, to_ask: list[int]) -> None:
-        """Ask one process after the other, each under a heading of its own; then end the attempt.
-
-        `faulthandler` does not say whose stacks it writes.
+        """Ask one process after another, each under its own heading, because `faulthandler` does
+        not say whose stacks it writes. Then kill the attempt.
         """
         size = self._measure_log()
         is_growing, self._log_size = size != self._log_size, size
@@ -163,7 +162,7 @@ class StallWatch:
         self._is_over = True
         stacks = f"stacks of {_count_processes(len(self._asked))}"
         why = f"{self._describe()}; the {stacks} are in the log"
-        self._note(f"{why}; the attempt is ended")
+        self._note(f"{why}; the attempt is killed")
         self.end(why)
 
     def _describe(self) -> str:
@@ -183,7 +182,7 @@ class StallWatch:
         self.say(line)
 
     def _note(self, line: str) -> None:
-        # On a full disk, or beside what a rank is just writing.
+        # The disk may be full; a rank may be writing at the same time.
         with (
             contextlib.suppress(CorruptFileError, OSError),
             open_to_append(self.files.log_path) as log,
@@ -197,7 +196,7 @@ class StallWatch:
 
 
 def look_at_sign(progress_path: Path) -> object:
-    """What changes with every sign of life; None before the first."""
+    """A value that changes with every sign of life; None before the first."""
     try:
         state = progress_path.stat()
     except OSError:
@@ -217,7 +216,7 @@ def _read_parent(pid: int) -> int | None:
 
 
 def _read_rank(pid: int) -> str:
-    """The rank that the launcher gave a process, or the one that forked it."""
+    """The rank of a process, or of the process that forked it."""
     with contextlib.suppress(OSError):
         for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             if entry.startswith(b"RANK="):

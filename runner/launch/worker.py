@@ -1,14 +1,15 @@
-"""Warm starts: a worker of the sweep has imported what a trainer needs, and forks one per attempt.
+"""Warm starts: a worker of the sweep has imported a trainer's libraries, and forks one trainer per
+attempt.
 
-A worker is started like a trainer, by `accelerate launch` in the same environment, and is
-`runner.sft.worker`; this is the sweep's side of it. They talk over a socket pair that is the
-worker's stdin, in whole messages of JSON, some of which carry open files:
+A worker is started like a trainer, by `accelerate launch` in the same environment. It runs
+`runner.sft.worker`; this module is the sweep's side. They exchange JSON messages over a socket
+pair that is the worker's stdin; some messages carry open files:
 
     sweep                                          worker
                         once it has imported   <-  {"versions", "why_not"}, a pidfd of the worker
     {"run_dir", "owner", "environment"}, lease, log  ->
                                                <-  {"pid"}, a pidfd of the child, or {"error"}
-    {"reap": true}, once the pidfd says so         ->
+    {"reap": true}, once the child has ended       ->
                                                <-  {"status", "is_worn"}
 """
 
@@ -49,16 +50,17 @@ from runner.recipe.libraries import find_unused_libraries
 from runner.recipe.parse import Recipe
 from runner.secrets import scrub
 
-# For the imports, minutes on a cold disk. Then its runs start cold, each under a watch of its own.
+# For the imports, which take minutes on a cold disk. After that its runs start cold, each with its
+# own stall watch.
 START_SECONDS: Final = 900.0
-# For a fork and its answer, on a machine that is short of memory; nothing else is done meanwhile.
+# For a fork and its answer on a machine that is short of memory; the sweep waits meanwhile.
 _ANSWER_SECONDS: Final = 10.0
 _SHOWN_LINES: Final = 5
 _SAID_BYTES: Final = 16384
 _PACKAGE_FOLDERS: Final = ("site-packages", "dist-packages")
 
-# Set for the imports, so that they start no thread and do not touch a GPU, neither of which a fork
-# survives; as it was before for the attempts.
+# Set during the imports, so that they neither start threads nor touch a GPU, because neither
+# survives a fork. The attempts get the original values.
 _FOR_IMPORTS: Final = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
@@ -67,15 +69,15 @@ _FOR_IMPORTS: Final = {
 
 @dataclass(frozen=True)
 class Imports:
-    """What of a recipe decides how a trainer imports its libraries."""
+    """The settings of a recipe that decide how a trainer imports its libraries."""
 
     launch_config: str  # a hash of the file's bytes
-    hidden: tuple[str, ...]  # libraries that look as if they were not installed
+    hidden: tuple[str, ...]  # libraries that are made to look uninstalled
 
 
 @dataclass(frozen=True)
 class WorkerKey:
-    """What a worker is started for: attempts with equal keys may be forked from it."""
+    """Identifies a kind of worker: an attempt may be forked from a worker with an equal key."""
 
     argv: tuple[str, ...]  # of `accelerate launch`, up to the module
     environment: tuple[tuple[str, str], ...]  # on top of the sweep's
@@ -83,8 +85,8 @@ class WorkerKey:
 
 
 def find_imports(recipe: Recipe) -> Imports | None:
-    """None for runs that cannot be forked, and have to start cold: those of several processes or
-    machines, under DeepSpeed, or with a launch config that starts a group of ranks.
+    """The import settings of a recipe. None for runs that cannot be forked and must start cold:
+    several processes or machines, DeepSpeed, or a launch config that starts a group of ranks.
     """
     config_path = Path(recipe.launch.accelerate_config)
     settings = load_launch_settings(config_path)
@@ -100,26 +102,26 @@ def find_imports(recipe: Recipe) -> Imports | None:
 
 
 class WorkerError(Exception):
-    """A worker that cannot fork anything, and why."""
+    """The reason why a worker cannot fork anything."""
 
 
 @dataclass
 class Worker:
-    """One worker process, with its launcher, and at most one attempt at a time."""
+    """One worker process with its launcher; it has at most one attempt at a time."""
 
     key: WorkerKey
     popen: subprocess.Popen[bytes]  # `accelerate launch`, the leader of their session
     control: socket.socket
-    output: BinaryIO  # what they print; nobody else can open it
+    output: BinaryIO  # output of both processes; nobody else can open it
     versions: Mapping[str, str]  # of the libraries, as they were before it was started
     sources: Mapping[Path, FileState | None]
-    is_worn: bool = False  # it says itself that another one should take its place
-    _pidfd: int = -1  # once it has begun
+    is_worn: bool = False  # the worker itself reports that it should be replaced
+    _pidfd: int = -1  # set once it has begun
     deadline: float = field(default_factory=lambda: time.monotonic() + START_SECONDS)
 
     @classmethod
     def start(cls, key: WorkerKey, command: LaunchCommand) -> Worker:
-        """A worker that begins to import; `control` becomes readable when it has something to say.
+        """A worker that starts its imports; `control` becomes readable once it has a message.
 
         Raises:
             OSError: it cannot be started.
@@ -149,15 +151,15 @@ class Worker:
         return cls(key, popen, ours, output, versions, sources)
 
     def fileno(self) -> int:
-        """Readable when the worker has something to say, or has ended."""
+        """A descriptor that is readable once the worker has a message or has ended."""
         return self.control.fileno()
 
     def is_overdue(self, now: float) -> bool:
-        """True when it should have imported everything long ago."""
+        """True if its imports have taken too long."""
         return now > self.deadline
 
     def begin(self) -> None:
-        """Hear what it says after its imports.
+        """Receive its message after the imports.
 
         Raises:
             WorkerError: it has ended, or found that it must not fork.
@@ -175,12 +177,12 @@ class Worker:
             raise WorkerError(f"it has other versions than the sweep: {differences}")
 
     def find_change(self) -> str | None:
-        """Why a new worker is needed: what has been installed or edited since this one imported."""
+        """The reason why a new worker is needed, such as a changed library or source; else None."""
         if not self.is_alive():
             return "it has ended"
         look_again_at_versions()
         if (versions := list_library_versions()) != self.versions:
-            return f"{_list_differences(self.versions, versions)} has been installed meanwhile"
+            return f"{_list_differences(self.versions, versions)} was installed meanwhile"
         sources = _list_sources()
         for path in sorted({*sources, *self.sources}):
             if sources.get(path) != self.sources.get(path):
@@ -192,7 +194,7 @@ class Worker:
         return self._pidfd >= 0 and not _wait_for_end(self._pidfd, 0.0)
 
     def fork(self, run_dir: Path, owner: str, lease: int, log: int) -> ForkedProcess:
-        """A process that trains the run: it has the lease as its stdin and prints to the log.
+        """Fork a process that trains the run; it has the lease as its stdin and prints to the log.
 
         Raises:
             OSError: it could not be forked, or the worker is gone.
@@ -207,8 +209,8 @@ class Worker:
         return ForkedProcess(self, answer["pid"], descriptors[0])
 
     def reap(self) -> int | None:
-        """The exit status of its child, which has ended; None if the worker is gone, and the
-        status with it.
+        """The exit status of its child, which has ended; None if the worker is gone, so the status
+        is lost.
         """
         try:
             answer, _ = self._ask({"reap": True})
@@ -219,17 +221,17 @@ class Worker:
         return int(answer["status"])
 
     def read_output(self) -> str:
-        """What the worker and its launcher have printed, without secrets; of much, the end."""
-        # Where they write is an offset that we share.
+        """The output of the worker and its launcher without secrets; only the end if it is long."""
+        # They share the file offset with us, so `pread` must not move it.
         size = os.fstat(self.output.fileno()).st_size
         begin = max(0, size - _SAID_BYTES)
         text = os.pread(self.output.fileno(), size - begin, begin).decode(errors="replace")
-        whole = text if begin == 0 else text.partition("\n")[2]  # a secret may be cut
+        whole = text if begin == 0 else text.partition("\n")[2]  # line 1 may be a cut-off secret
         return scrub(whole).strip()
 
     def end(self) -> None:
-        """End it at once: nothing is lost, as it writes no file. Its child, if any, dies too."""
-        if self.popen.returncode is None:  # not reaped yet, so that the id is its own
+        """Kill it: nothing is lost, because it writes no file. A child dies with it."""
+        if self.popen.returncode is None:  # not reaped yet, so the id is still its own
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, signal.SIGKILL)
             self.popen.wait()
@@ -244,7 +246,7 @@ class Worker:
         self, request: Mapping[str, Any], descriptors: Sequence[int] = ()
     ) -> tuple[dict[str, Any], list[int]]:
         """Raises: OSError: the worker is gone, or does not answer."""
-        signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)  # somebody may have stopped it
+        signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)  # it may have been stopped
         socket.send_fds(self.control, [json.dumps(request).encode()], descriptors)
         return self._receive()
 
@@ -276,7 +278,7 @@ class ForkedProcess:
     def signal_group(self, number: signal.Signals) -> None:
         """See `AttemptProcess`.
 
-        Only its worker reaps it, and only when asked: while the worker lives, the id is its own.
+        Only its worker reaps it, and only on request, so its id stays valid while the worker lives.
         """
         if self._is_reaped:
             return
@@ -298,7 +300,7 @@ class ForkedProcess:
 
 def _list_sources() -> dict[Path, FileState | None]:
     """The state of every file of this program, and of the folders of installed packages, which
-    change with each installation.
+    change whenever something is installed.
     """
     files = Path(runner.__file__).parent.rglob("*.py")
     folders = [path for path in map(Path, sys.path) if path.name in _PACKAGE_FOLDERS]
@@ -314,7 +316,7 @@ def _list_differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:
 
 
 def _wait_for_end(pidfd: int, seconds: float | None) -> bool:
-    """True once the process has ended; False after that time."""
+    """True once the process has ended; False after the given time."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(None if seconds is None else 1000 * seconds))

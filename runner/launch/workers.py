@@ -1,4 +1,4 @@
-"""The workers of one sweep: which of them a run is forked from, and how long each is kept."""
+"""The workers of one sweep: picks the one to fork a run from, and ends those no longer needed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from runner.plan.decide import Launch
 
 @dataclass
 class Workers:
-    """Those that have nothing to do; one that starts or forks is with its run."""
+    """The idle workers; the pool keeps a worker that starts or has forked with its run."""
 
-    say: Callable[[str], None]  # a line for whoever looks at the sweep
-    are_wanted: bool  # else there are none, and each run starts cold
+    say: Callable[[str], None]  # prints a line for the user
+    are_wanted: bool  # if false, there are none, and each run starts cold
     _idle: list[Worker] = field(default_factory=list)
-    _useless: set[Imports] = field(default_factory=set)  # a worker with these has failed
+    _useless: set[Imports] = field(default_factory=set)  # workers with these have failed
     _imports: dict[str, Imports | None] = field(default_factory=dict)  # by the full name of the run
 
     def find_key(self, run: Launch, command: LaunchCommand) -> WorkerKey | None:
-        """The worker that a run is to be forked from; None where it starts cold."""
+        """The key of the worker to fork a run from; None if the run starts cold."""
         self._imports.pop(run.full_name, None)  # files may have changed while it waited
         imports = self._find_imports(run)
         if imports is None:
@@ -37,18 +37,18 @@ class Workers:
         return WorkerKey(command.argv[:-3], tuple(sorted(command.environment.items())), imports)
 
     def _find_imports(self, run: Launch) -> Imports | None:
-        # A retry shares nothing with what it may have failed of.
+        # A retry starts cold, because the worker may have caused the failure.
         if not self.are_wanted or run.retry > 0:
             return None
         if run.full_name not in self._imports:
             try:
                 self._imports[run.full_name] = find_imports(run.recipe)
-            except OSError:  # the run says itself what cannot be read
+            except OSError:  # the run itself reports the unreadable file
                 self._imports[run.full_name] = None
         return self._imports[run.full_name]
 
     def take(self, key: WorkerKey) -> Worker | None:
-        """One that has nothing to do; those that time has made useless are ended and told of."""
+        """An idle worker, or None; outdated ones are ended, with a line for the user."""
         for worker in [one for one in self._idle if one.key == key]:
             self._idle.remove(worker)
             if (why := worker.find_change()) is None:
@@ -58,7 +58,7 @@ class Workers:
         return None
 
     def start(self, key: WorkerKey, command: LaunchCommand) -> Worker | None:
-        """One that begins to import; None where it cannot be started, or one like it has failed."""
+        """A worker that starts its imports; None if it cannot be started or one like it failed."""
         if key.imports in self._useless:
             return None
         try:
@@ -68,12 +68,12 @@ class Workers:
             return None
 
     def begin(self, worker: Worker) -> bool:
-        """Hear what a worker has to say after its imports; False: it is ended, and its runs start
+        """Receive a worker's message after its imports. False: it was ended, and its run starts
         cold.
         """
         try:
             if worker.is_overdue(time.monotonic()):
-                raise WorkerError(f"its imports have taken more than {START_SECONDS:.0f} s")
+                raise WorkerError(f"its imports took more than {START_SECONDS:.0f} s")
             worker.begin()
         except WorkerError as error:
             self._give_up(worker.key, error)
@@ -87,7 +87,7 @@ class Workers:
 
     def _give_up(self, key: WorkerKey, why: Exception) -> None:
         self._useless.add(key.imports)
-        self.say(f"runs start cold, as there is no worker to fork them from: {why}")
+        self.say(f"runs start cold, because no worker can fork them: {why}")
 
     def give_back(self, worker: Worker) -> None:
         """Keep a worker for the next run, or end it."""
@@ -97,12 +97,12 @@ class Workers:
             self._idle.append(worker)
 
     def end_unneeded(self, waiting: Iterable[Launch]) -> None:
-        """End those that no run of these is to be forked from."""
+        """End the idle workers that none of these runs needs."""
         needed = set(map(self._find_imports, waiting)) if self._idle else set()
         for worker in [one for one in self._idle if one.key.imports not in needed]:
             self._idle.remove(worker)
             worker.end()
 
     def close(self) -> None:
-        """End all that have nothing to do."""
+        """End all idle workers."""
         self.end_unneeded(())

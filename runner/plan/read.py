@@ -14,11 +14,11 @@ ReadRun = tuple[Recipe, RunFacts, RunStatus]
 
 
 def read_runs(selected: Iterable[Selected], known: KnownContents) -> list[ReadRun]:
-    """Recipe, facts with samples, and state of each run, hashing nothing but `result.json` and
+    """Recipe, facts with samples, and state of each run. Hashes only `result.json` and
     `recipe.json`, whose numbers and axes are shown.
 
-    Of a run directory that is named itself the numbers are asked for, whatever became of the files
-    that its recipe names.
+    If a run directory is named directly, its numbers are shown whether or not the files that its
+    recipe names have changed.
     """
     runs = []
     for one in selected:

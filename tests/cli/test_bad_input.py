@@ -289,7 +289,7 @@ def broken(
 def test_training_refuses_it_before_it_loads_a_model(
     broken: Project, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """What `runner launch` does first: `train` builds tokenizer and rows before it loads
+    """The first steps of `runner launch`: `train` builds tokenizer and rows before it loads
     weights.
     """
     from runner.data.rows import build_samples

@@ -54,7 +54,7 @@ def test_data_that_changed_are_told_by_what_only_looks_and_read_by_a_dry_run(
         main([verb, "recipes/toy"])
         error = capsys.readouterr().err
         assert "warning: data.jsonl was touched since its content was last read" in error, verb
-        assert "which `runner sweep --dry-run recipes/toy` tells; once a sweep" in error, verb
+        assert "which `runner sweep --dry-run recipes/toy` shows; this warning" in error, verb
     assert main(["sweep", "recipes/toy", "--dry-run"]) == 1
     assert "refuse  toy/a  " in capsys.readouterr().out
     assert fake.tree() == before
@@ -85,13 +85,13 @@ def test_many_changed_runs_are_told_once(
     assert main(["sweep", "recipes/toy"]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "skip    toy/e  completed: stopped by max_steps",
-        "refuse  4 runs are changed: their directories hold another experiment",
+        "refuse  4 runs are changed: their directories hold other experiments",
         "            4 runs  training.max_steps: 2 -> 3",
         '            1 run   loss: "full" -> "completion"',
         "          toy/a, toy/b, toy/c and 1 more; `runner status recipes/toy` names all",
         "          the numbers: runner report runs/toy",
         "          runner sweep recipes/toy --fresh"
-        "  # moves what is changed into one dated folder and starts it anew",
+        "  # moves the changed runs into one dated folder and starts them from step 0",
     ]
     assert changed.tree() == before
     assert main(["report", "runs/toy", "--format", "json"]) == 0
@@ -116,7 +116,7 @@ def test_one_changed_run_is_told_with_all_that_differs(
         "          training.max_steps: 2 -> 3",
         "          the numbers: runner report runs/toy",
         "          runner sweep recipes/toy/d.yaml --fresh"
-        "  # moves what is changed into one dated folder and starts it anew",
+        "  # moves the changed runs into one dated folder and starts them from step 0",
     ]
 
 
@@ -127,7 +127,7 @@ def test_fresh_moves_what_is_changed_and_starts_it_anew(
     assert main([*FRESH, "--yes"]) == 0
     said = capsys.readouterr().out.splitlines()
     folder = dated(changed).relative_to(changed.root)
-    assert said[1] == f"fresh   4 runs to be moved into {folder}"
+    assert said[1] == f"fresh   4 runs will be moved into {folder}"
     assert said[-5:] == [
         f"moved   4 runs; the numbers: runner report {folder}",
         *(f"launch  toy/{name}  pending: never started" for name in "abcd"),
@@ -183,11 +183,11 @@ def test_without_a_terminal_nothing_is_moved_unless_yes_says_so(
     code, _, stderr = finish(changed.start(*FRESH))
     folder = dated(changed).relative_to(changed.root)
     assert code == 2
-    assert f"`--fresh` moves 4 changed runs into {folder}, and there is nobody to ask" in stderr
+    assert f"`--fresh` moves 4 changed runs into {folder}, but stdin is not a terminal" in stderr
     assert "hint: add `--yes`" in stderr
     assert changed.tree() == before
     assert main(["sweep", "recipes/toy", "--yes"]) == 2
-    assert "`--yes` answers what `--fresh` asks" in capsys.readouterr().err
+    assert "`--yes` answers the question of `--fresh`" in capsys.readouterr().err
     told = ["--engine", "kubernetes", "--dry-run", "--image", "i", "--storage", "s"]
     assert main([*FRESH, "--yes", *told]) == 2
     assert "`--engine kubernetes` only prints a file" in capsys.readouterr().err
@@ -212,12 +212,12 @@ def test_on_a_terminal_it_asks(changed: FakeLauncher, answer: str, is_moved: boo
     os.close(ours)
     os.close(theirs)
     folder = dated(changed).relative_to(changed.root)
-    assert f"move 4 changed runs into {folder} and start anew? (y/N) " in process.stderr
+    assert f"move 4 changed runs into {folder} and start from step 0? (y/N) " in process.stderr
     assert process.stdout.count("runs  training.max_steps: 2 -> 3") == 1
     assert process.returncode == (0 if is_moved else 2)
     assert dated(changed).exists() == is_moved
     if not is_moved:
-        assert "nothing was moved, and nothing started" in process.stderr
+        assert "nothing was moved or started" in process.stderr
         assert changed.tree() == before
 
 
@@ -240,7 +240,7 @@ def test_nothing_is_moved_where_the_sweep_is_refused(
     add_nvidia_smi(changed.home, TWO)
     before = changed.tree()
     assert main([*FRESH, "--yes", "--gpus", "0"]) == 2
-    assert "toy/d wants 2 GPUs" in capsys.readouterr().err
+    assert "toy/d needs 2 GPUs" in capsys.readouterr().err
     assert changed.tree() == before
 
 
@@ -284,7 +284,7 @@ def test_a_run_that_runs_or_was_begun_anew_since_it_was_looked_at_is_left_alone(
     before = changed.tree()
     skipped = [move_changed(one, folder) for one in (a, b)]
     assert [one and (one.action, one.why) for one in skipped] == [
-        ("skip", "running: it is never moved"),
+        ("skip", "running, so it is not moved"),
         ("skip", "no longer changed: another sweep was faster"),
     ]
     assert changed.tree() == before
@@ -331,7 +331,7 @@ def test_runs_with_remote_storage_are_told_what_becomes_of_it(
         new='checkpoints: {save_strategy: "no", remote: {url: "memory://x"}}',
     )
     assert main([*FRESH, "--dry-run"]) == 0
-    assert "2 with `checkpoints.remote`: what is stored there stays, " in capsys.readouterr().out
+    assert "2 with `checkpoints.remote`: the stored checkpoints stay; " in capsys.readouterr().out
 
 
 def test_a_sweep_over_completed_runs_of_older_rules_says_what_a_report_will_not_compare(
@@ -350,6 +350,6 @@ def test_a_sweep_over_completed_runs_of_older_rules_says_what_a_report_will_not_
     fake.add("c")
     assert main(["sweep", "recipes/toy"]) == 0
     assert (
-        "note: 2 completed runs of this sweep follow other rules of rows and masks than what is"
-        " launched now (rules 2)" in capsys.readouterr().err
+        "note: 2 completed runs of this sweep follow other rules of rows and masks than the"
+        " runs launched now (rules 2)" in capsys.readouterr().err
     )

@@ -40,10 +40,10 @@ def test_what_is_shared_goes_and_runs_stay(root: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert f"{root}/.base: scores and answers of base models, 1 folder, 0.2 KiB" in shown
     assert f"{root}/.rows: masked rows, 1 folder, 0.2 KiB" in shown
-    assert f"{root}/.recipes.json: recipes as they were read, 2 files, 0.0 KiB" in shown
+    assert f"{root}/.recipes.json: parsed recipes, 2 files, 0.0 KiB" in shown
     assert list_left(root) == [*NAMES, *CACHES]
     assert main(["clean", "--output-root", str(root), "--yes"]) == 0
-    assert "removed; what is needed again" in capsys.readouterr().out
+    assert "removed; runs compute again" in capsys.readouterr().out
     assert list_left(root) == [] and (root / "toy" / "a" / "result.json").exists()
     assert main(["clean", "--output-root", str(root), "--yes"]) == 0
     assert "nothing is shared between runs here" in capsys.readouterr().out
@@ -56,7 +56,7 @@ def test_notes_and_locks_go_too(root: Path, capsys: pytest.CaptureFixture[str]) 
         pass
     (root / ".base" / "mine.lock").touch()
     assert main(["clean", "--output-root", str(root), "--yes"]) == 0
-    assert f"{root}/.base: why some scores cannot be shared, 1 file\n" in capsys.readouterr().out
+    assert f"{root}/.base: reasons why scores are not shared, 1 file\n" in capsys.readouterr().out
     assert [path.name for path in (root / ".base").iterdir()] == ["mine.lock"]
 
 
@@ -92,5 +92,5 @@ def test_what_is_being_written_stays(root: Path, capsys: pytest.CaptureFixture[s
         assert is_ours
         assert main(["clean", "--output-root", str(root), "--yes"]) == 1
     captured = capsys.readouterr()
-    assert f"warning: {root / NAMES[0]} stays" in captured.err
+    assert f"warning: {root / NAMES[0]} was kept" in captured.err
     assert list_left(root) == [NAMES[0]]

@@ -45,7 +45,7 @@ def test_two_runs(project: Path, capsys: pytest.CaptureFixture[str], arms: tuple
         "| loss " in shown and "| completion |" in shown and "## What was not recorded, so" in shown
     )
     assert "rows only: about these trained models" in shown
-    assert "With all their seeds, of the recipes:" in shown and "| seeds and rows |" in shown
+    assert "For the recipes, with all their seeds:" in shown and "| seeds and rows |" in shown
     assert max(map(len, shown.splitlines())) <= 120
 
 
@@ -53,7 +53,7 @@ def test_an_axis_that_explains_all_returns_0(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", "full_s1", "completion_s1", "--axis", "loss"]) == 0
-    assert "Nothing else differs than the axis loss explains." in capsys.readouterr().out
+    assert "Every difference is explained by the axis loss." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seeds", [(1, 2), (1,)])
@@ -227,7 +227,7 @@ def test_recipes_that_have_not_run_are_compared_by_their_keys(
         path.write_text(dump_recipe(recipe))
     assert main(["compare", "new/a", "recipes/new/b.yaml", "--axis", "loss"]) == 1
     shown = capsys.readouterr().out
-    assert "Of the recipes, which is all that was read, nothing else differs than" in shown
+    assert "Every difference in the recipes (nothing else was read) is explained by" in shown
     assert "new/a is absent (there is no runs/new/a)" in shown
     assert "certifies 0 pairs of 1: it compares recipes" in shown
     assert "demo" not in shown and "## Differences" not in shown and "test rows" in shown
@@ -253,7 +253,7 @@ def test_a_damaged_run_is_named_and_not_certified(
     text = " ".join(shown.split())
     assert f"- demo/completion_s2 is damaged ({CUT}" in text
     assert "none of its facts were read So this certifies 2 pairs of 3." in text
-    assert "Of what was read, nothing else differs than the axis loss explains." in text
+    assert "Every difference in what was read is explained by the axis loss." in text
     assert f"warning: demo/completion_s2 is damaged ({CUT}" in said
     assert main(BOTH_LOSSES) == 0
     assert CUT in capsys.readouterr().err
@@ -351,4 +351,4 @@ def test_runs_of_one_name_in_two_places_are_two_runs(
     assert "Nothing that was recorded." in shown
     Path("link").symlink_to("runs")
     assert main(["compare", arms[0], "link/demo/full_s1"]) == 2
-    assert "A and B share demo/full_s1: a run is not compared" in capsys.readouterr().err
+    assert "A and B share demo/full_s1; a run cannot be compared" in capsys.readouterr().err

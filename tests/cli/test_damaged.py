@@ -1,4 +1,4 @@
-"""What every verb says of a completed run whose files are not as they were recorded."""
+"""The output of every verb for a completed run whose files are not as they were recorded."""
 
 from __future__ import annotations
 
@@ -338,7 +338,7 @@ def test_a_recipe_that_was_edited_is_damaged(say: Say, damage: str) -> None:
 def test_a_repair_goes_with_no_other_way_to_start(say: Say) -> None:
     for option in (("--fresh",), ("--prepare",), ("--resume", "best")):
         code, _, errors = say("launch", "recipes/hurt.yaml", "--repair", *option)
-        assert code == 2 and "goes with none of" in errors
+        assert code == 2 and "cannot be combined with" in errors
 
 
 @pytest.mark.parametrize("exit_status", [0, None])

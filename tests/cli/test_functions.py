@@ -62,7 +62,7 @@ def write_rows(project: Project) -> None:
 
 
 def refuse(project: Project, *arguments: str) -> str:
-    """What a command says that ends with 2."""
+    """The errors of a command that ends with 2."""
     done = project.cli(*arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     return done.stderr

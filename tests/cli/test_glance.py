@@ -108,7 +108,7 @@ def build_run(name: str) -> None:
 
 
 def ask(capsys: pytest.CaptureFixture[str]) -> Answers:
-    """What the verbs say now."""
+    """The current output of the verbs."""
     answers = []
     for verb in VERBS:
         capsys.readouterr()

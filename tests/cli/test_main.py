@@ -104,8 +104,14 @@ def test_a_usage_error_is_2(
             ["launch", "recipes/toy/a.yaml", "loss=x"],
             "override  loss  got the text 'x', expected full, completion or last",
         ),
-        (["launch", "recipes/toy/a.yaml", "--name", "../up"], "the name '../up' may hold letters"),
-        (["launch", "recipes/toy/a.yaml", "--name", "a\n"], "the name 'a\\n' may hold letters"),
+        (
+            ["launch", "recipes/toy/a.yaml", "--name", "../up"],
+            "the name '../up' may only have letters",
+        ),
+        (
+            ["launch", "recipes/toy/a.yaml", "--name", "a\n"],
+            "the name 'a\\n' may only have letters",
+        ),
         (
             ["launch", "recipes/toy/a.yaml", "data.train.path=none.jsonl"],
             "data.train.path: none.jsonl",

@@ -71,7 +71,7 @@ def test_one_experiment_is_one_run_however_it_is_spelled(
     assert main(["sweep", "toy", LR, "data.seed=2"]) == 0
     names = [f"{one}--training.learning_rate-1e-4--data.seed-2" for one in "ab"]
     assert fake.started() == names
-    note = "under another spelling, and likewise 1 more"
+    note = "in another spelling, and likewise 1 more"
     for other in (["data.seed=2", LR], ["training.learning_rate=0.0001", "data.seed=2"]):
         capsys.readouterr()
         assert main(["sweep", "toy", *other]) == 0
@@ -145,15 +145,15 @@ def test_a_rerun_can_be_previewed(fake: FakeLauncher, capsys: pytest.CaptureFixt
             ["status", "toy", LR],
             "`status` takes no overrides such as 'training.learning_rate=1e-4'",
         ),
-        (["stop", LR, "toy"], "hint: runner stop toy  # variants are among the runs"),
+        (["stop", LR, "toy"], "hint: runner stop toy  # variants are included"),
         (["report", "toy", LR], "hint: runner report toy  #"),
         (["power", "toy", LR, "--effect", "1"], "`power` takes no overrides"),
         (["sweep", LR], f"hint: runner sweep recipes/toy {LR}"),
         (["sweep", "runs/toy/a", LR], "runs/toy/a is a run directory: overrides such as"),
         (["masks", "a", "loss"], "'loss' is not an override of the form key=value"),
-        (["why", "runs/toy/a", LR], "is a run directory: overrides and `--name` go with a recipe"),
+        (["why", "runs/toy/a", LR], "is a run directory: overrides and `--name` need a recipe"),
         (["launch", "runs/toy/a"], "hint: runner launch recipes/toy/a.yaml"),
-        (["launch", "toy/gone"], "hint: runner sweep runs/toy/gone  # by the recipe that"),
+        (["launch", "toy/gone"], "hint: runner sweep runs/toy/gone  # uses the recipe that"),
         (["launch", "toy"], "recipes/toy is a folder\n\nhint: runner sweep recipes/toy"),
         (["launch", "nothing"], "'nothing' names no recipe, run or grid"),
         (["chat", "new"], "recipes/toy/new.yaml has no run yet: there is no runs/toy/new"),

@@ -151,7 +151,7 @@ CHANGES: Final = {
 
 
 def expect(state: str, name: str) -> str:
-    """What the real command does."""
+    """The effects of the real command."""
     change = CHANGES[name]
     if change.field == "missing":
         return "error"
@@ -164,7 +164,7 @@ def expect(state: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class Said:
-    """What a verb printed."""
+    """The output of a verb."""
 
     code: int
     output: str
@@ -229,7 +229,7 @@ def read_status(say: Callable[..., Said]) -> Any:
 
 
 def check_status(row: Any, table: str, change: Change, state: str, name: str) -> None:
-    """What is not known is said where it matters, and nothing is said where nothing changed."""
+    """Unknown facts are reported where they matter, and nothing is where nothing changed."""
     is_compared = state != "pending" or change.field == "missing"
     words = {
         "touched": "inputs touched since (not verified): ",
@@ -303,7 +303,7 @@ def test_status_of_nothing_named_counts_what_was_never_started(
     first, last = say().splitlines()
     assert first.startswith("toy/a  completed")
     assert last == (
-        "3 recipes were never started, of 2 grids: `runner status recipes/GRID` lists them;"
+        "3 recipes were never started, in 2 grids: `runner status recipes/GRID` lists them;"
         " GRID is one of other, toy"
     )
     Path("recipes/other/b.yaml").unlink()

@@ -1,4 +1,4 @@
-"""What the verbs say and do of pushes that are pending, fail, or are stopped; with real processes
+"""The verbs with pushes that are pending, fail, or are stopped; with real processes
 and a hub on loopback.
 """
 

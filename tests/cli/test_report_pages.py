@@ -65,7 +65,7 @@ def test_a_second_page_takes_the_place_of_the_first(folder: Path) -> None:
         (["--html", "file/r.html"], "file is a file, so the folder file cannot be created", ""),
         (["--rows", "file"], "file is a file, so the folder file cannot be created", ""),
         (["--figures", "file/x"], "file is a file, so the folder file/x cannot be created", ""),
-        (["--without-rows"], "no page is asked for", "add --html report.html"),
+        (["--without-rows"], "no page is requested", "add --html report.html"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_read(

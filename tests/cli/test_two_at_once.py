@@ -165,7 +165,7 @@ def test_a_running_run_is_not_moved_aside(
     sweep = fake.start("sweep", "recipes/toy")
     fake.next_started()
     assert main(["launch", "recipes/toy/a.yaml", "--fresh"]) == 2
-    assert "is running; stop it before starting anew" in capsys.readouterr().err
+    assert "is running; stop it before starting from step 0" in capsys.readouterr().err
     fake.let_go("a")
     assert finish(sweep)[0] == 0
     assert len(fake.attempts("a")) == 1 and not (fake.root / "runs" / "toy" / ".old").exists()

@@ -75,7 +75,7 @@ def test_a_recorded_project_that_is_gone_is_told(
     run_dir = elsewhere / "out" / "toy" / "a"
     code, out, err = said("status", run_dir)
     assert code == 0 and "completed" in out
-    assert err == f"note: {run_dir} records the project {study.root}, which is not there\n"
+    assert err == f"note: {run_dir} records the project {study.root}, which does not exist\n"
     # It is the same run, and nothing of it is damaged.
     code, out, _ = said("launch", "recipes/toy/a.yaml", "--output-root", elsewhere / "out")
     assert code == 0 and "completed" in out
@@ -92,7 +92,7 @@ def test_paths_of_two_projects_are_refused(
     code, out, err = said("status", "recipes/toy", other / "recipes" / "toy")
     assert (code, out) == (2, "")
     assert err == (
-        "error: these paths are of 2 projects:\n"
+        "error: these paths belong to 2 projects:\n"
         f"  {study.root}: recipes/toy\n"
         f"  {other}: {other}/recipes/toy\n"
         "\nhint: one command for each project\n"
@@ -181,7 +181,7 @@ def test_a_folder_that_is_gone_is_said_in_words(
     gone.rmdir()
     assert main(["status", str(study.root / "recipes")]) == 2
     assert capsys.readouterr().err == (
-        "error: the current folder is gone\n\nhint: cd to a folder that is there\n"
+        "error: the current folder is gone\n\nhint: cd to a folder that exists\n"
     )
 
 
@@ -263,7 +263,7 @@ def test_a_name_of_this_project_beside_a_path_of_another_is_refused(
         monkeypatch.chdir(folder)
         for named in ("toy", "recipes/t?y", "none"):
             code, out, err = said("sweep", named, words, *options)
-            assert (code, out) == (2, "") and "error: these paths are of 2 projects:\n" in err
+            assert (code, out) == (2, "") and "error: these paths belong to 2 projects:\n" in err
             said_options = "loss=completion --where size=1 --dry-run --output-root 'my runs'"
             first = f"'{named}'" if "?" in named else named
             assert f"\n      runner sweep {first} {said_options}\n" in err

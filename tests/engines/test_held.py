@@ -72,8 +72,8 @@ def test_a_stopped_sweep_says_what_another_one_has_taken_up_meanwhile(fake: Fake
     fake.let_go("b")
     code, _, stderr = finish(stopped)
     assert code == 130 and "[1/2] toy/b  completed\n" in stderr
-    assert "left, preempted" not in stderr, "each is told once, by what becomes of it"
-    assert f"  toy/a  is run by another sweep now (process {other.pid} on " in stderr
+    assert "stopped, preempted" not in stderr, "each is told once, by what becomes of it"
+    assert f"  toy/a  is now run by another sweep (process {other.pid} on " in stderr
     fake.let_go("a")
     assert finish(other)[0] == 0
 
@@ -103,7 +103,7 @@ def test_a_run_that_somebody_stops_is_left(fake: FakeLauncher) -> None:
     ends = [finish(one) for one in (holding, waiting)]
     assert [code for code, _, _ in ends] == [1, 1]
     stderr = ends[1][2]
-    assert "toy/b left, preempted: (by another sweep) asked by `runner stop`: left at" in stderr
+    assert "toy/b stopped, preempted: (by another sweep) asked by `runner stop`: left at" in stderr
     assert stderr.endswith("\n2 runs: 1 completed, 1 interrupted\n")
     assert list_kinds(fake, "b") == ["preempted"]
     assert main(["sweep", "recipes/toy"]) == 0, "who asks anew gets it"
@@ -120,7 +120,7 @@ def test_a_request_to_stop_outlives_the_sweep_that_was_to_carry_it_out(fake: Fak
     request = load_stop_request(fake.paths("b"))
     assert request is not None and request.why == "asked by `runner stop`"
     code, _, stderr = finish(waiting)
-    assert code == 1 and "toy/b left, preempted: (by another sweep) asked by" in stderr
+    assert code == 1 and "toy/b stopped, preempted: (by another sweep) asked by" in stderr
     assert fake.started() == ["a", "b"]
 
 
@@ -149,7 +149,7 @@ def start_both_pushing(fake: FakeLauncher, hub: FakeHub) -> tuple[Sweep, Sweep]:
     fake.let_go("b")
     assert hold.reached.wait(PATIENCE_SECONDS)
     wait_for(waiting, "toy/b  completed by another sweep")
-    wait_for(waiting, "toy/b  waiting for its push to lab/b, which another process makes")
+    wait_for(waiting, "toy/b  waiting for its push to lab/b by another process")
     return waiting, holding
 
 
@@ -249,7 +249,7 @@ def test_what_was_running_when_a_sweep_began_and_is_left_since_is_not_done(
     fake.let_go("b")
     code, _, stderr = finish(sweep)
     assert code == 1 and stderr.endswith("\n2 runs: 1 completed, 1 interrupted\n")
-    assert "toy/a was running when this sweep began, and is interrupted now: attempt 1" in stderr
+    assert "toy/a was running when this sweep began and is interrupted now: attempt 1" in stderr
 
 
 def test_what_was_running_when_a_sweep_began_and_has_failed_since_is_named(
@@ -266,7 +266,7 @@ def test_what_was_running_when_a_sweep_began_and_has_failed_since_is_named(
     fake.let_go("b")
     code, _, stderr = finish(sweep)
     assert code == 1 and stderr.endswith("\n2 runs: 1 completed, 1 failed\n")
-    told = "toy/a was running when this sweep began, and is failed now: data: row 7 has no messages"
+    told = "toy/a was running when this sweep began and is failed now: data: row 7 has no messages"
     assert f"{told}\n  hint: " in stderr
 
 
@@ -301,7 +301,7 @@ def test_inputs_that_changed_while_a_run_waited_are_never_recorded_as_before(
         return
     assert code == 1 and len(fake.attempts("b")) == 1
     assert "inputs of toy/b changed after it was planned:\n  models/toy has another" in stderr
-    assert "toy/a was pending when this sweep began, and is changed now: " in stderr
+    assert "toy/a was pending when this sweep began and is changed now: " in stderr
     assert stderr.endswith("\n2 runs: 2 changed\n")
 
 

@@ -64,8 +64,8 @@ def test_kubernetes_own_schema_accepts_the_jobs(version: str) -> None:
 
 
 def test_the_api_server_s_further_rules_are_met() -> None:
-    """What no schema says: Kubernetes' `pkg/apis/batch/validation`, which is not to be had without
-    a cluster.
+    """Checks that are in no schema: Kubernetes' `pkg/apis/batch/validation`, which is not available
+    without a cluster.
     """
     for job in build(make_pending(DEMO, EIGHT_GPUS), fail_fast=True):
         spec = job["spec"]
@@ -89,7 +89,7 @@ def test_the_api_server_s_further_rules_are_met() -> None:
 
 
 def find_action(job: dict[str, Any], exit_code: int, *conditions: str) -> str:
-    """What Kubernetes does with a pod that failed: the first rule that fits, otherwise the failure
+    """The action of Kubernetes for a failed pod: the first rule that fits, otherwise the failure
     is counted.
     """
     for rule in job["spec"]["podFailurePolicy"]["rules"]:
@@ -146,7 +146,7 @@ def test_a_job_is_named_alike_until_an_attempt_begins() -> None:
 
 
 def expand(word: str) -> str:
-    """What the kubelet makes of a word of `command` where no variable is set: `$$` is `$`,
+    """A word of `command` as the kubelet expands it if no variable is set: `$$` is `$`,
     `$(NAME)` stays.
     """
     return re.sub(

@@ -96,7 +96,7 @@ def test_a_run_that_never_fits_is_refused_before_anything_starts(
     fake.add("a")
     fake.add("b", num_processes=2)
     assert main(["sweep", "recipes/toy", "--gpus", "0"]) == 2
-    assert "toy/b wants 2 GPUs, one for each process; the sweep has 1" in capsys.readouterr().err
+    assert "toy/b needs 2 GPUs, one per process; the sweep has 1" in capsys.readouterr().err
     assert fake.events() == []
 
 
@@ -146,9 +146,9 @@ def test_a_stopped_sweep_lets_its_runs_checkpoint_and_starts_nothing_more(
     sweep.send_signal(number)
     code, _, stderr = finish(sweep)
     assert code == 130
-    assert "waiting for 2 runs to checkpoint and leave; a second Ctrl-C" in stderr
+    assert "waiting for 2 runs to checkpoint and exit; a second Ctrl-C" in stderr
     assert f"stopped by {number.name}, not done:\n" in stderr and "Traceback" not in stderr
-    assert stderr.count("  has no checkpoint here yet: starts at step 0\n") == 2
+    assert stderr.count("  has no checkpoint here yet, so it starts from step 0\n") == 2
     assert "  toy/c  was not started\n" in stderr
     assert "`runner sweep recipes/toy --slots 2` continues\n" in stderr
     for pidfd in pidfds:
@@ -163,8 +163,8 @@ def test_a_stopped_sweep_lets_its_runs_checkpoint_and_starts_nothing_more(
         )
         assert attempt["ended_at_utc"] and attempt["exit_status"] == 0
         assert fake.paths(name).attempt(1).log_path.read_text().splitlines()[-1] == (
-            "runner: attempt 1 was asked to leave and did not crash:"
-            f" {attempt['failure']['message']}; the next attempt starts at step 0"
+            "runner: attempt 1 was asked to stop and did not crash:"
+            f" {attempt['failure']['message']}; the next attempt starts from step 0"
         )
     assert not fake.paths("c").run_dir.exists()
     assert list_states(fake, "a", "b", "c") == ["interrupted", "interrupted", "pending"]
@@ -184,7 +184,7 @@ def test_a_second_signal_ends_at_once_what_does_not_leave(fake: FakeLauncher) ->
         wait_until_dead(pidfd)
         os.close(pidfd)
     [attempt] = fake.attempts("b")
-    why = "the runner was stopped by SIGTERM; a second signal (SIGINT) ended the run at once"
+    why = "the runner was stopped by SIGTERM; a second signal (SIGINT) killed the run"
     assert (attempt["failure"]["kind"], attempt["failure"]["message"]) == ("preempted", why)
     assert (attempt["started"], attempt["exit_status"]) == ("warm", -signal.SIGKILL)
     assert list_states(fake, "a", "b") == ["interrupted", "interrupted"]
@@ -460,5 +460,5 @@ def test_a_run_that_cannot_be_prepared_fails_alone(fake: FakeLauncher) -> None:
 def test_refusals_of_devices_name_the_run(fake: FakeLauncher) -> None:
     fake.add("a")
     [selected] = select_recipes(["recipes/toy"], fake.root / "runs")
-    with pytest.raises(RefusedError, match="toy/a wants 3 GPUs"):
+    with pytest.raises(RefusedError, match="toy/a needs 3 GPUs"):
         Devices(1, ["0"]).check([Launch(selected, {}, 3)])

@@ -1,4 +1,4 @@
-"""What is asked of engines that write a file: runs that another machine finds, and a file with
+"""The engines that write a file: runs that another machine finds, and a file with
 nothing else in it.
 """
 
@@ -35,9 +35,11 @@ def project_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("path", ["/elsewhere/runs", "../runs", "a/../../runs"])
 def test_what_is_outside_the_project_folder_is_refused(path: str) -> None:
-    with pytest.raises(RefusedError, match="outside the folder that other machines get to see"):
+    with pytest.raises(
+        RefusedError, match="outside the project folder, which is all that other machines see"
+    ):
         check_output_root(Path(path))
-    with pytest.raises(RefusedError, match="outside the folder"):
+    with pytest.raises(RefusedError, match="outside the project folder"):
         check_runs(make_pending(str(ROOT / DEMO)))
     check_output_root(Path("runs/more"))
 
@@ -51,7 +53,7 @@ def test_a_run_directory_and_a_run_on_several_machines_are_refused(fake: FakeLau
     path.write_text(
         path.read_text().replace("num_processes: 2", "num_processes: 2\n  num_machines: 2")
     )
-    with pytest.raises(RefusedError, match="toy/two wants 2 machines"):
+    with pytest.raises(RefusedError, match="toy/two needs 2 machines"):
         check_runs(make_pending("recipes/toy/two.yaml"))
 
 
@@ -118,7 +120,7 @@ def test_what_is_submitted_is_told_to_score_the_base_itself(fake: FakeLauncher) 
     [
         (
             ("--engine", "kubernetes"),
-            "`--engine kubernetes` starts nothing: with `--dry-run` it prints the file",
+            "`--engine kubernetes` starts nothing; with `--dry-run` it prints a file",
         ),
         (
             ("--engine", "skypilot", "--image", "i", "--storage", "s"),

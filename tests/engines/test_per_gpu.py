@@ -26,7 +26,7 @@ ON_GPU = "launch.accelerate_config=accelerate_configs/single_gpu.yaml"
 def refuse_both(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str], *options: str, verb: str = "sweep"
 ) -> str:
-    """What a sweep says that starts nothing; its dry run says the same."""
+    """The errors of a sweep that starts nothing; its dry run says the same."""
     told = []
     for dry_run in (["--dry-run"], []) if verb == "sweep" else ([],):
         assert main([verb, "recipes/toy", *options, *dry_run]) == 2
@@ -53,8 +53,8 @@ def test_names_that_nobody_can_compare_pass_with_a_note(
 ) -> None:
     fake.add("a")
     add_nvidia_smi(fake.home, "", status=9)
-    assert "'cuda:0' is no name of a GPU" in refuse_both(fake, capsys, "--gpus", "cuda:0")
-    note = "note: nvidia-smi does not answer here, so `--gpus 3` is taken as given\n"
+    assert "'cuda:0' is not the name of a GPU" in refuse_both(fake, capsys, "--gpus", "cuda:0")
+    note = "note: nvidia-smi does not answer here, so `--gpus 3` is used unchecked\n"
     for dry_run in (["--dry-run"], []):
         assert main([*SWEEP, "--gpus", "3", *dry_run]) == 0
         assert note in capsys.readouterr().err
@@ -68,7 +68,7 @@ def test_what_an_outer_choice_hides_is_refused(
     add_nvidia_smi(fake.home, LISTED)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"1,{MIG_0}")
     said = refuse_both(fake, capsys, "--gpus", "0")
-    assert f"`CUDA_VISIBLE_DEVICES=1,{MIG_0}` is set here, which hides 0" in said
+    assert f"`CUDA_VISIBLE_DEVICES=1,{MIG_0}` is set here and hides 0" in said
     assert f"hint: --gpus 1,{MIG_0}\n" in said
     assert main([*SWEEP, "--per-gpu", "1"]) == 0
     assert {fake.attempts(name)[0]["devices"] for name in "abc"} == {"1", MIG_0}
@@ -152,7 +152,7 @@ def test_more_processes_than_gpus_never_fit(
 ) -> None:
     fake.add("a", num_processes=2)
     said = refuse_both(fake, capsys, "--gpus", "0", "--per-gpu", "4")
-    assert "toy/a wants 2 GPUs, one for each process; the sweep has 1" in said
+    assert "toy/a needs 2 GPUs, one per process; the sweep has 1" in said
 
 
 def test_places_on_gpus() -> None:
@@ -187,7 +187,7 @@ def test_gpus_that_nobody_lists_have_to_be_named(
     add_nvidia_smi(fake.home, "", status=9)
     for verb in ("sweep", "rerun"):
         said = refuse_both(fake, capsys, "--per-gpu", "2", verb=verb)
-        assert "nobody knows which GPUs there are" in said
+        assert "the GPUs of this machine are unknown" in said
         assert "hint: name them: --gpus 0,1\n" in said
     assert main([*SWEEP, "--gpus", "0", "--per-gpu", "2"]) == 1
     assert main(["rerun", "recipes/toy", "--gpus", "0", "--per-gpu", "2"]) == 0
@@ -197,7 +197,7 @@ def test_gpus_that_nobody_lists_have_to_be_named(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--slots", "2"), "leave one of them out\n\nhint: --per-gpu 2"),
+        (("--slots", "2"), "leave out one of them\n\nhint: --per-gpu 2"),
         (("--engine", "slurm"), "`--per-gpu` is for the local engine"),
         (
             ("--engine", "kubernetes", "--image", "i", "--storage", "s", "--dry-run"),
@@ -240,9 +240,7 @@ def test_out_of_memory_beside_others_is_told(
     fake: FakeLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.add("a", told="fail out_of_memory CUDA out of memory")
-    told = (
-        "up to 3 runs at a time shared the memory of GPU 0: `--per-gpu 2` leaves each of them more"
-    )
+    told = "up to 3 runs at a time shared the memory of GPU 0; `--per-gpu 2` leaves more for each"
     assert main([*SWEEP, "--gpus", "0", "--per-gpu", "3"]) == 1
     assert f"CUDA out of memory\n{told}\n" in capsys.readouterr().err
     assert fake.attempts("a")[0]["failure"]["message"] == f"CUDA out of memory\n{told}"
@@ -279,15 +277,15 @@ def test_runs_that_together_need_more_than_a_gpu_has_are_refused(project: Projec
     add_nvidia_smi(bin_dir, TWO, memory=(f"{GPU_0}, 2200", f"{GPU_1}, [N/A]"))
     code, said = sweep("--per-gpu", "4")
     assert code == 2
-    assert "error: `--per-gpu 4`: the largest runs that may share a GPU need about" in said
-    assert ", GPU 0 has 2.15 GiB:\n" in said and "hint: --per-gpu 2\n" in said
+    assert "error: `--per-gpu 4`: the largest runs that may share a GPU need an estimated" in said
+    assert ", but GPU 0 has 2.15 GiB:\n" in said and "hint: --per-gpu 2\n" in said
     shown = re.findall(r"^  [\d.]+ [MG]iB  tests/(\w+)$", said, re.MULTILINE)
     assert shown[0] == "largest" and sorted(shown[1:]) == ["r0", "r1", "r2"]
-    assert "note: the memory of GPU 1 is not known, so `--per-gpu 4` is taken as given\n" in said
-    assert "note: the memory of tests/unknown is not estimated, so `--per-gpu 4`" in said
+    assert "note: the memory of GPU 1 is unknown, so `--per-gpu 4` is used unchecked\n" in said
+    assert "note: the memory need of tests/unknown is not estimated, so `--per-gpu 4`" in said
     assert not (project.root / "runs" / "tests").exists()
     code, said = sweep("--per-gpu", "2", "--dry-run")
-    assert code == 0 and "note: the 2 largest runs need about" in said
-    assert "of the 2.15 GiB of GPU 0, by estimates" in said
+    assert code == 0 and "note: the 2 largest runs need an estimated" in said
+    assert "of the 2.15 GiB of GPU 0 (`runner check`" in said
     code, said = sweep("--per-gpu", "9", "--dry-run", recipes="recipes/tests/cpu.yaml")
     assert code == 0 and "GiB" not in said, "nothing of it uses a GPU"

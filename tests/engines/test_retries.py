@@ -1,4 +1,4 @@
-"""What is tried again by itself, after how long, and what the others do meanwhile; over real
+"""Automatic retries: which failures, after how long, and the other runs meanwhile; over real
 processes.
 """
 

@@ -23,7 +23,7 @@ def test_the_largest_count() -> None:
     assert refuse_what_does_not_fit(SIZES, NamedGpu("0", 6500), 9) == (4, 6500 * MIB)
     for memory_mib, per_gpu, hint in ((4999, 2, "--per-gpu 1"), (6499, 9, "--per-gpu 3")):
         assert refuse(memory_mib, per_gpu).hint == hint
-    assert "--device-gib 2  # not one of them may fit" in (refuse(2999, 2).hint or "")
+    assert "--device-gib 2  # even one may not fit" in (refuse(2999, 2).hint or "")
 
 
 def test_the_largest_are_named_first_and_not_all_of_many() -> None:

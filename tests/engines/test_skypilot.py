@@ -52,7 +52,7 @@ def test_a_machine_has_gpus_for_all_slots() -> None:
     task = yaml.safe_load(build_task_file(make_pending(EIGHT_GPUS, DEMO), options))
     assert task["resources"]["accelerators"] == "A100:16"
     assert f"--gpus {','.join(map(str, range(16)))}" in task["run"]
-    with pytest.raises(RefusedError, match="of which kind"):
+    with pytest.raises(RefusedError, match="no type is named"):
         build_task_file(make_pending(EIGHT_GPUS), BUCKET)
 
 

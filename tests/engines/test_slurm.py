@@ -271,7 +271,7 @@ def test_a_dry_run_prints_the_script_and_touches_nothing(
     output = capsys.readouterr()
     assert output.out.startswith("#!/bin/bash\n") and "#SBATCH --array=0-1%1\n" in output.out
     assert "gres" not in output.out, "the launch config asks for the CPU"
-    assert "without what Slurm has queued already" in output.err and "launch  toy/a" in output.err
+    assert "runs that Slurm has already queued" in output.err and "launch  toy/a" in output.err
     assert fake.tree() == before
 
 

@@ -46,7 +46,7 @@ def use(cluster: LocalSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def submissions(fake: FakeLauncher, output_root: str = "runs") -> list[dict[str, Any]]:
-    """What was submitted below an output root, in the order of the cluster's job numbers: two
+    """The submissions below an output root, in the order of the cluster's job numbers: two
     folders of one second are told apart by a random name.
     """
     found = map(load_json, fake.root.glob(f"{output_root}/.slurm/*/submission.json"))

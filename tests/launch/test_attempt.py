@@ -204,7 +204,7 @@ def test_a_record_that_cannot_be_closed_is_a_warning(
     attempt.paths.record_path.mkdir()
     attempt.kill("enough")
     attempt.finish()
-    assert "runs/toy/b/attempts/1 is not recorded" in capsys.readouterr().err
+    assert "runs/toy/b/attempts/1 was not recorded" in capsys.readouterr().err
     assert not is_leased(attempt.paths.lease_path)
 
 
@@ -271,7 +271,7 @@ def test_a_result_of_another_digest_is_no_success(
     result = load_json(attempt.paths.result_path)
     attempt.paths.result_path.unlink()
     before = attempt.paths.record_path.read_bytes()
-    with pytest.raises(RefusedError, match=r"completed it, and result\.json is missing"):
+    with pytest.raises(RefusedError, match=r"completed it, but result\.json is missing"):
         start(fake, started)
     assert attempt.paths.record_path.read_bytes() == before
     attempt.paths.record_path.unlink()

@@ -72,7 +72,7 @@ def test_after_a_long_time_without_a_line_one_says_what_runs(
     files = fake.paths("a").attempt(1)
     with SweepDisplay(3, quiet_seconds=0.0) as display:
         show(display, files, "training", 5)
-        display.update({"toy/a": files}, {"toy/b": "another sweep runs it"}, {"toy/a": 0.0})
+        display.update({"toy/a": files}, {"toy/b": "is run by another sweep"}, {"toy/a": 0.0})
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "[0/3] still running: toy/a training step 5/46; toy/b another sweep runs it"
+        "[0/3] still running: toy/a training step 5/46; toy/b is run by another sweep"
     )

@@ -161,7 +161,7 @@ def test_one_gpu_twice(bin_dir: Path, text: str, hint: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "0,", " ", ",1"])
 def test_a_name_is_not_empty(text: str) -> None:
-    with pytest.raises(RunnerError, match="has a name that is empty"):
+    with pytest.raises(RunnerError, match="has an empty name"):
         split_names(text)
 
 
@@ -173,7 +173,7 @@ def test_an_outer_choice_of_gpus_holds(bin_dir: Path) -> None:
     assert choose(bin_dir, MIG_1, visible="2") == [MIG_1], "a part of what is shown"
     assert choose(bin_dir, None, visible="1,2") == ["1", MIG_0, MIG_1]
     error = refuse(bin_dir, "0", visible="1,2")
-    assert "`CUDA_VISIBLE_DEVICES=1,2` is set here, which hides 0" in error.message
+    assert "`CUDA_VISIBLE_DEVICES=1,2` is set here and hides 0" in error.message
     assert error.hint == f"--gpus 1,{MIG_0},{MIG_1}"
     # CUDA reads up to the first name that it does not know.
     assert refuse(bin_dir, "1", visible="0,7,1").hint == "--gpus 0"
@@ -189,10 +189,10 @@ def test_without_an_answer_names_pass_with_a_note(
         assert choose_gpus(text, surroundings(bin_dir)) == tuple(
             NamedGpu(name) for name in text.split(",")
         )
-        note = f"note: nvidia-smi does not answer here, so `--gpus {text}` is taken as given\n"
+        note = f"note: nvidia-smi does not answer here, so `--gpus {text}` is used unchecked\n"
         assert capsys.readouterr().err == note
     for text in ("cuda:0", "-1", "all", "0;1", "GPU-", "GPU-0 1"):
-        assert "is no name of a GPU" in refuse(bin_dir, text).message
+        assert "is not the name of a GPU" in refuse(bin_dir, text).message
     assert "name them: --gpus 0,1" in str(refuse(bin_dir, None))
 
 
@@ -204,7 +204,7 @@ def test_without_an_answer_an_outer_choice_holds_as_far_as_names_tell(bin_dir: P
     assert refuse(bin_dir, "0", visible="2,3").hint == "--gpus 2,3"
     assert refuse(bin_dir, MIG_0, visible=MIG_1).hint == f"--gpus {MIG_1}"
     for nothing in ("", "-1", "NoDevFiles"):
-        assert "which hides 0" in refuse(bin_dir, "0", visible=nothing).message
+        assert "and hides 0" in refuse(bin_dir, "0", visible=nothing).message
 
 
 def test_a_torch_for_the_cpu_is_told() -> None:

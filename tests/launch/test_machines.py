@@ -94,7 +94,7 @@ def test_outside_slurm_it_is_refused(two: FakeLauncher, verb: str) -> None:
     assert (
         code == 2
         and "accelerate launch" not in stdout
-        and "toy/two wants 2 machines" in stderr
+        and "toy/two needs 2 machines" in stderr
         and "--prepare" in stderr
     )
     assert {
@@ -109,13 +109,16 @@ def test_a_sweep_inside_a_job_of_several_machines_takes_none_of_them(
 ) -> None:
     in_slurm(monkeypatch)
     code, _, stderr = finish(two.start("sweep", "recipes/toy"))
-    assert code == 2 and "toy/two wants 2 machines" in stderr
+    assert code == 2 and "toy/two needs 2 machines" in stderr
 
 
 def test_by_hand_there_is_one_command_for_each_machine(two: FakeLauncher) -> None:
     for mode in ("--dry-run", "--prepare"):
         code, stdout, stderr = finish(two.start("launch", "recipes/toy/two.yaml", mode))
-        refused = "toy/two wants 2 machines, this is one: without `--dry-run` this is refused here"
+        refused = (
+            "toy/two needs 2 machines, but this is one machine: without `--dry-run` this is"
+            " refused here"
+        )
         assert (refused in stderr) == (mode == "--dry-run")
         lines = stdout.splitlines()
         assert code == 0 and len(lines) == 2
@@ -134,7 +137,7 @@ def test_nothing_is_moved_aside_for_a_run_that_is_refused_here(
     text = path.read_text().replace("max_steps: 2", "max_steps: 4")
     path.write_text(text.replace("num_processes: 1", "num_processes: 2\n  num_machines: 2"))
     code, _, stderr = finish(two.start(*verb.split(), "recipes/toy/one.yaml", "--fresh"))
-    assert code == 2 and "toy/one wants 2 machines, this is one" in stderr
+    assert code == 2 and "toy/one needs 2 machines, but this is one" in stderr
     assert two.paths("one").result_path.exists()
     assert [one.name for one in two.paths("one").run_dir.parent.iterdir()] == ["one"]
 
@@ -142,7 +145,7 @@ def test_nothing_is_moved_aside_for_a_run_that_is_refused_here(
 @pytest.mark.parametrize("num_nodes", ["1", "3"])
 def test_a_job_of_another_size_is_refused(num_nodes: str) -> None:
     with pytest.raises(
-        RefusedError, match=f"the recipe wants 2 machines, this Slurm job has {num_nodes}"
+        RefusedError, match=f"the recipe needs 2 machines, but this Slurm job has {num_nodes}"
     ):
         find_allocation({**SLURM, "SLURM_JOB_NUM_NODES": num_nodes}, 2)
 

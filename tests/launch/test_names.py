@@ -1,4 +1,4 @@
-"""What names on the hub stand for: settled before the first attempt, held from then on, compared
+"""The commits of names on the hub: settled before the first attempt, held from then on, compared
 within a grid. The hub is on loopback and its branch moves; the trainer is a fake.
 """
 
@@ -286,8 +286,8 @@ def test_what_nobody_knows_is_not_recorded(fake: FakeLauncher, hub: MovingHub) -
     hub.take_requests()
     result = launch(fake, hub, "a")
     assert read_commits(fake, "a") == {} and hub.take_requests() == []
-    assert "warning: `model.path`: nobody knows at which commit" in result.stderr
-    assert "warning: `data.train.path`: nobody knows at which commit" in result.stderr
+    assert "warning: `model.path`: the commit at which" in result.stderr
+    assert "warning: `data.train.path`: the commit at which" in result.stderr
 
 
 def test_a_checkpoint_that_was_made_without_the_hub_is_not_continued_with_it(
@@ -299,14 +299,14 @@ def test_a_checkpoint_that_was_made_without_the_hub_is_not_continued_with_it(
     save(fake, "a", commits={})
     result = launch(fake, hub, "a")
     assert result.returncode == REFUSED and fake.started() == ["a"]
-    assert "`data.train.path`: nobody knows at which commit" in result.stderr
+    assert "`data.train.path`: the commit at which" in result.stderr
     assert "HF_HUB_OFFLINE=1" in result.stderr and "--fresh" in result.stderr
     result = launch(fake, hub, "a", offline=True)
-    assert result.returncode == LOST and "warning: `model.path`: nobody knows" in result.stderr
+    assert result.returncode == LOST and "warning: `model.path`: the commit at" in result.stderr
 
 
 def test_a_checkpoint_brings_its_commits_along(fake: FakeLauncher, hub: MovingHub) -> None:
-    """Where `recipe.json` was lost, and into a run that has loaded something else but saved
+    """If `recipe.json` was lost, and into a run that has loaded something else but saved
     nothing.
     """
     add(fake, "a", "b", told="exit 1")

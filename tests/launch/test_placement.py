@@ -1,4 +1,4 @@
-"""What a run asks of the machines that it gets, from its recipe and its launch config."""
+"""The resources that a run needs on its machines, from its recipe and its launch config."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def test_a_launch_config_that_is_not_there_is_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunnerError, match=r"there is no accelerate_configs/zero3\.yaml"):
+    with pytest.raises(RunnerError, match=r"accelerate_configs/zero3\.yaml does not exist"):
         derive_resources(recipe())

@@ -1,4 +1,4 @@
-"""What is written before an attempt starts: another experiment is refused, `--fresh` moves a run
+"""The files written before an attempt starts: another experiment is refused, `--fresh` moves a run
 aside, `--prepare` writes its command, and what was declared before the first attempt stays.
 """
 

@@ -35,7 +35,7 @@ MODULE = (
 
 
 def read_in(folder: Path, *changes: str) -> list[dict[str, Any]]:
-    """What a process with the runner of `folder` reads, before and after each change."""
+    """The values that a process with the runner of `folder` reads, before and after each change."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *changes],
         cwd=folder,

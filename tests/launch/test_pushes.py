@@ -263,10 +263,10 @@ def test_two_sweeps_push_once(fake: FakeLauncher, hub: FakeHub) -> None:
     assert hold.reached.wait(PATIENCE_SECONDS)
     code, _, err = finish(fake.start("launch", "recipes/toy/a.yaml"))
     assert code == 0 and "toy/a  is being pushed to lab/a by another process" in err
-    assert "toy/a is completed, and is being pushed to lab/a by" in err and "pending" not in err
+    assert "toy/a is completed and is being pushed to lab/a by" in err and "pending" not in err
     second = fake.start("sweep", "recipes/toy")
     assert second.stderr is not None
-    assert "toy/a  waiting for its push to lab/a, which another" in second.stderr.readline()
+    assert "toy/a  waiting for its push to lab/a by another" in second.stderr.readline()
     hub.let_go()
     assert [finish(one)[0] for one in (first, second)] == [0, 0]
     assert_is_pushed(fake, hub, "a")
@@ -506,6 +506,6 @@ def test_a_push_that_does_not_end_by_itself_is_killed(fake: FakeLauncher) -> Non
         wait_until_dead(pidfd)
         pushes.finish(pidfd)
     assert said == [
-        "toy/a completed, but not pushed to lab/a: the hub did not take it within 600 s, and the"
-        " process that pushed had to be killed"
+        "toy/a completed, but not pushed to lab/a: the hub did not accept it within 600 s, so the"
+        " push was killed"
     ]

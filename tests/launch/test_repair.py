@@ -47,7 +47,7 @@ def test_a_repair_is_an_attempt_that_trains_nothing(
     before = paths.result_path.read_bytes(), paths.recipe_path.read_bytes()
     fake.tell("a", f"write model/adapter_config.json {CONFIG}")
     assert main(REPAIR) == 0
-    assert "model/ is written again from step 2" in capsys.readouterr().err
+    assert "model/ is rewritten from step 2" in capsys.readouterr().err
     first, second = load_record(paths).attempts
     assert (first.is_repair, second.is_repair, second.failure) == (False, True, None)
     assert (paths.result_path.read_bytes(), paths.recipe_path.read_bytes()) == before
@@ -142,5 +142,5 @@ def test_a_dry_run_of_a_repair_changes_nothing(
     before = load_json(paths.record_path)
     assert main([*REPAIR, "--dry-run"]) == 0
     shown, said = capsys.readouterr()
-    assert "accelerate launch" in shown and "model/ would be written again from step 2" in said
+    assert "accelerate launch" in shown and "model/ would be rewritten from step 2" in said
     assert load_json(paths.record_path) == before and Path(paths.model_dir).is_dir()

@@ -1,4 +1,4 @@
-"""When an attempt counts as hanging, with given times; the rest is shown over real processes in
+"""The times after which an attempt counts as hanging; the rest is shown over real processes in
 `tests/engines/test_stalls.py`.
 """
 
@@ -113,7 +113,7 @@ def test_a_sign_of_life_while_stacks_are_asked_for_ends_the_asking(tmp_path: Pat
     ]
     os.utime(watched.files.progress_path, (1, 1))
     watched.pass_time(1.5)
-    assert watched.ended == [] and "goes on" in watched.files.log_path.read_text()
+    assert watched.ended == [] and "the attempt continues" in watched.files.log_path.read_text()
     watched.pass_time(5.0)
     assert len(watched.ended) == 1 and len(watched.said) == 2, "ended once"
     log = watched.files.log_path.read_text().splitlines()

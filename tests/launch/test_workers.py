@@ -37,7 +37,7 @@ from tests.support.fake_launcher import (
 __all__ = ["fake"]
 
 AT_ONCE: Final = "transient: 1, lost: 1, stalled: 1, backoff_seconds: 0"
-COLD: Final = "runs start cold, as there is no worker to fork them from: "
+COLD: Final = "runs start cold, because no worker can fork them: "
 
 
 def list_starts(fake: FakeLauncher, name: str) -> list[tuple[str, str | None]]:
@@ -296,7 +296,7 @@ def test_a_worker_that_never_has_imported_everything_is_ended(fake: FakeLauncher
     worker.deadline = 0.0
     assert not workers.begin(worker)
     assert worker.popen.returncode == -signal.SIGKILL
-    assert said == [f"{COLD}its imports have taken more than 900 s"]
+    assert said == [f"{COLD}its imports took more than 900 s"]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_a_run_starts_cold_in_the_same_attempt_when_its_worker_fails(
     assert main(["sweep", "recipes/toy"]) == 0
     assert list_starts(fake, "a") == [("cold", None)]
     log = fake.paths("a").attempt(1).log_path.read_text()
-    assert log.startswith(f"starting cold, as its worker could not fork it: {why}")
+    assert log.startswith(f"starting cold, because its worker could not fork it: {why}")
     assert "the fake was told to complete" in log
     assert list_starts(fake, "b") == [("warm", None)] and fake.started() == ["a", "b"]
 
@@ -510,7 +510,7 @@ def test_a_library_that_is_installed_meanwhile_is_said(fake: FakeLauncher) -> No
     info.parent.mkdir()
     code, _, stderr = run_with_change(fake, install, info.parent)
     assert code == 0, stderr
-    assert re.search(r"a new worker starts: trl \S+ -> 999 has been installed meanwhile\n", stderr)
+    assert re.search(r"a new worker starts: trl \S+ -> 999 was installed meanwhile\n", stderr)
     assert re.search(rf"{COLD}it has other versions than the sweep: trl \S+ -> 999\n", stderr)
     assert list_starts(fake, "b") == [("cold", None)] and len(fake.workers()) == 2
     assert fake.attempts("b")[0]["versions"]["trl"] == "999"

@@ -163,4 +163,4 @@ def test_a_run_directory_shows_what_its_own_recipe_says(hostile: Project) -> Non
     done = hostile.cli("masks", hostile.paths("prepared").run_dir, "loss=full", "--rows", "1")
     assert done.returncode == 0, done.stderr
     assert "tests/prepared" in done.stdout and "loss: full" in done.stdout
-    assert "no run directory" in hostile.cli("masks", "models").stderr
+    assert "not a run directory" in hostile.cli("masks", "models").stderr

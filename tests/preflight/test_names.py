@@ -67,6 +67,6 @@ def test_what_a_run_will_load_is_looked_at_and_compared_with_its_siblings(tmp_pa
     assert revisions == [A, B, A, B, A, B]
     (refused, name), *warned = said
     assert name == new_stated.run.full_name and f"is the commit {B} now" in refused
-    assert f"hint: to load what they loaded, state it beside the name:\n  revision: {A}" in refused
+    assert f"hint: to load the same commit, state it next to the name:\n  revision: {A}" in refused
     assert {name for _, name in warned} == {one.run.full_name for one in (old, new, old_stated)}
     assert all(f"\n  revision: {A}" in text for text, _ in warned)

@@ -82,7 +82,7 @@ def test_export_of_an_adapter(finished: Project) -> None:
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout
-        == "exports/adapter: loaded again, its logits differ from the run's by at most 0\n"
+        == "exports/adapter: after reloading, its logits differ from the run's by at most 0\n"
     )
     for name in (
         "adapter_model.safetensors",

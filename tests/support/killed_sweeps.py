@@ -197,7 +197,7 @@ class KilledSweep:
             assert num_warm == 0
             return
         num_workers_killed = sum(kill.victim in ("launcher", "worker") for kill in self.kills)
-        num_given_up = self.printed_path.read_text().count("runs start cold, as there is no worker")
+        num_given_up = self.printed_path.read_text().count("runs start cold, because no worker")
         assert num_given_up <= num_workers_killed, self.printed_path.read_text()
         assert num_cold == 0 or num_given_up > 0, (num_warm, num_cold)
 
