@@ -61,7 +61,7 @@ class Marker(BaseModel):
     def _names_stay_inside(cls, names: Any) -> Any:
         for name in names:
             if not is_inner_name(name):
-                raise ValueError(f"the file name {name!r} leaves the checkpoint folder")
+                raise ValueError(f"the file name {name!r} is outside the checkpoint folder")
         return names
 
     @property

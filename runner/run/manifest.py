@@ -43,7 +43,7 @@ def _require_inner(name: str) -> str:
     # Without `pathlib`, which is ten times as slow: thousands of results are read at a time.
     is_inner = not _OUTSIDE.intersection(name.split("/"))
     if not is_inner or not name.isprintable() or len(name) > _MAX_NAME:
-        raise ValueError(f"the file name {escape_controls(name)!r} leaves the run directory")
+        raise ValueError(f"the file name {escape_controls(name)!r} is outside the run directory")
     return name
 
 

@@ -62,23 +62,21 @@ def strip(paths: RunPaths, *steps: int) -> None:
 
 
 NEXT: Final = "; an attempt would resume from here"
-OLDER: Final = "; older than what decides"
+OLDER: Final = "; older than the deciding checkpoint"
 MOVED: Final = "; an attempt would move it to quarantine"
-FLIPPED: Final = "optimizer.pt holds other bytes than were committed"
-BAD_MARKER: Final = (
-    "checkpoints/step-12/COMMITTED.json is not as it was written: its checksum does not match"
-)
+FLIPPED: Final = "optimizer.pt does not match its committed checksum"
+BAD_MARKER: Final = "checkpoints/step-12/COMMITTED.json was changed: its checksum does not match"
 BAD_ARCHIVE: Final = (
     "checkpoints/step-12.zip is not a readable ZIP archive: Bad CRC-32 for file"
     " 'step-12/model.safetensors'"
 )
-UNCOMMITTED: Final = "its files are not those that were committed: "
+UNCOMMITTED: Final = "its files differ from those committed: "
 UNFINISHED: Final = "never finished; an attempt would move it to quarantine"
 LOST_BEST: Final = "the best weights so far, of step 8, are lost"
 NO_BEST: Final = ", but its best weights, of step 8, are lost" + MOVED
 STRIPPED: Final = "it was stripped of its optimizer state, and nothing newer can be continued"
 NO_STATE: Final = (
-    "whole, but without optimizer state: its weights can be used, nothing continues from it"
+    "whole, but without optimizer state: its weights can be used, but it cannot be resumed"
 )
 
 
@@ -142,7 +140,7 @@ CASES: dict[str, Case] = {
         lambda run: (pack(run, 12), damage(run, 12), lose(run, 8)),
         4,
         {
-            "step-12": f"damaged ({FLIPPED}), but whole in step-12.zip" + NO_BEST,
+            "step-12": f"damaged ({FLIPPED}), but intact in step-12.zip" + NO_BEST,
             "step-4": "whole" + NEXT,
         },
         (
@@ -161,14 +159,14 @@ CASES: dict[str, Case] = {
     "newest damaged, whole as an archive": Case(
         lambda run: (pack(run, 12), damage(run, 12)),
         12,
-        {**WHOLE, "step-12": f"damaged ({FLIPPED}), but whole in step-12.zip{NEXT}"},
+        {**WHOLE, "step-12": f"damaged ({FLIPPED}), but intact in step-12.zip{NEXT}"},
         (("step-12", UNCOMMITTED + FLIPPED),),
         restored=(12,),
     ),
     "newest lost, whole as an archive": Case(
         lambda run: (pack(run, 12), lose(run, 12)),
         12,
-        {**WHOLE, "step-12": f"damaged (its folder is missing), but whole in step-12.zip{NEXT}"},
+        {**WHOLE, "step-12": f"damaged (its folder is missing), but intact in step-12.zip{NEXT}"},
         restored=(12,),
     ),
     "newest lost, archive damaged": Case(
@@ -193,7 +191,7 @@ CASES: dict[str, Case] = {
     "best lost, whole as an archive": Case(
         lambda run: (pack(run, 8), lose(run, 8)),
         12,
-        {**WHOLE, "step-8": f"damaged (its folder is missing), but whole in step-8.zip{OLDER}"},
+        {**WHOLE, "step-8": f"damaged (its folder is missing), but intact in step-8.zip{OLDER}"},
         restored=(8,),
     ),
     "newest stripped": Case(
@@ -304,9 +302,9 @@ def test_the_newest_that_verifies_is_refused_to_another_launch(case: str, tmp_pa
         assert resume(paths, num_processes=1) is None
         return
     said = list_verdicts(paths, choice)
-    assert [name for name in said if "of another launch: num_processes: 2 -> 1" in said[name]] == [
-        sound[0]
-    ]
+    assert [
+        name for name in said if "from a different launch: num_processes: 2 -> 1" in said[name]
+    ] == [sound[0]]
     assert choice.refusal is not None and f"of {sound[0].replace('-', ' ')} " in str(choice.refusal)
     with pytest.raises(RefusedError) as refused:
         resume(paths, num_processes=1)
@@ -318,7 +316,7 @@ def test_the_newest_that_verifies_is_refused_to_another_launch(case: str, tmp_pa
 
 def test_only_other_micro_batches_of_training_are_left_behind(tmp_path: Path) -> None:
     paths = make(tmp_path, "whole")
-    larger = "it was written in larger micro-batches, before the run went out of memory"
+    larger = "it was written in larger micro-batches, before the run ran out of memory"
     for changed in ({}, {"num_processes": 1}):  # nothing of before is continued
         choice = decide(paths, has_run_out_of_memory=True, per_device_train_batch_size=1, **changed)
         assert (choice.step, choice.refusal) == (None, None)

@@ -275,11 +275,11 @@ def test_a_model_that_is_gone_is_no_longer_taken_for_one_of_the_hub(
         main([*verb, str(recipe_path("a"))])
         captured = capsys.readouterr()
         assert "changed" in captured.out, verb
-        assert "content of models/toy: not there any more" in captured.out, verb
+        assert "content of models/toy: no longer there" in captured.out, verb
     assert main(["launch", str(recipe_path("a")), "--dry-run"]) == 2
     said = capsys.readouterr().err
     assert main(["launch", str(recipe_path("a"))]) == 2
-    assert capsys.readouterr().err == said and "not there any more" in said
+    assert capsys.readouterr().err == said and "no longer there" in said
     assert fake.started() == []
 
 
@@ -339,7 +339,7 @@ def test_a_checkpoint_of_a_run_that_is_not_launched_promises_nothing(
     flip_bit(DATA)
     assert find_checkpoints() == ["whole; a launch would be refused: the run is changed"]
     flip_bit(fake.paths("a").checkpoint_dir(4) / "optimizer.pt")
-    assert find_checkpoints() == ["damaged: optimizer.pt holds other bytes than were committed"]
+    assert find_checkpoints() == ["damaged: optimizer.pt does not match its committed checksum"]
     DATA.unlink()
     main(["why", str(recipe_path("a"))])
     said = capsys.readouterr().out

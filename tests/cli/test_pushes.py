@@ -122,7 +122,7 @@ def test_a_repository_that_another_run_waits_for_is_refused_with_a_way_out(
     capsys.readouterr()
     assert main(["sweep", "recipes/toy/b.yaml"]) == 2
     err = capsys.readouterr().err
-    assert f"{run_dir} is to be pushed there, its last push failed" in err
+    assert f"{run_dir} is to be pushed there too; its last push failed" in err
     assert "was pushed" not in err
     way_out = f"runner export {run_dir} --push OWNER/NAME"
     assert f"`{way_out}` sends" in err

@@ -58,7 +58,7 @@ def test_what_hangs_is_ended_with_its_stacks_and_tried_again(
     assert (
         "toy/a  no sign of life for" in stderr and "asking for the stacks of 2 processes" in stderr
     )
-    assert "toy/a  stalled: no sign of life" in stderr and "retry 1 of 1 at once" in stderr
+    assert "toy/a  stalled: no sign of life" in stderr and "retry 1 of 1 right away" in stderr
     assert find_processes_of(lambda owner: str(fake.root) in owner) == []
 
 

@@ -104,7 +104,7 @@ def test_a_best_checkpoint_that_does_not_verify_is_refused(
     BY_SIZE["cut"](archive)
     if what == "archive":
         shutil.rmtree(folder)
-        expected = "is not there any more, and "
+        expected = "no longer exists, and "
     else:
         BY_BYTES["bit flipped"](folder / "adapter_model.safetensors")
         expected = "does not verify: adapter_model.safetensors holds other bytes"
@@ -124,7 +124,7 @@ def test_what_is_not_of_the_model_is_not_repaired(
     BY_SIZE["cut"](paths.metrics_path)
     assert main(REPAIR) == 2
     said = capsys.readouterr().err
-    assert "damaged where `--repair` writes nothing:\n  metrics.jsonl has" in said
+    assert "has damage that `--repair` cannot fix:\n  metrics.jsonl has" in said
     assert "put the files back as they were" in said and "--fresh" in said
 
 

@@ -207,10 +207,10 @@ def test_following_says_that_another_attempt_is_due(fake: FakeLauncher) -> None:
     sweep = fake.start("sweep", "recipes/toy")
     read_until(sweep.stderr, "retry 1 of 1")
     with following(fake, "runs/toy/a") as logs:
-        told = read_until(logs.stderr, "Ctrl-C leaves")
+        told = read_until(logs.stderr, "Ctrl-C quits")
         assert (
-            "attempt 1 ended, transient: the network; retry 1 of 1 in 600 s, while its sweep lives"
-            in told
+            "attempt 1 ended, transient: the network; retry 1 of 1 in 600 s, if its sweep is still"
+            " running; Ctrl-C quits" in told
         )
         logs.send_signal(signal.SIGINT)
         assert finish(logs)[0] == 0
@@ -224,7 +224,8 @@ def test_following_says_that_another_attempt_is_due(fake: FakeLauncher) -> None:
         ("fail data no rows", "==> attempt 1 ended, data: no rows <=="),
         (
             "exit 3",
-            "==> attempt 1 ended, lost: the trainer vanished (exit status 3) without a word <==",
+            "==> attempt 1 ended, lost: the training process died (exit status 3)"
+            " without an error message <==",
         ),
     ],
 )

@@ -156,7 +156,7 @@ def test_a_failed_run_that_its_sweep_tries_again_is_said_to_wait(fake: FakeLaunc
     waiting, failed = build_views(RunsReader(select(fake), content_cache_path(Path("runs"))).read())
     assert (waiting.state, waiting.retry) == (
         "waiting",
-        "retry 1 of 2 in 10 s, while its sweep lives",
+        "retry 1 of 2 in 10 s, if its sweep is still running",
     )
     assert (failed.state, failed.retry) == ("failed", None)
     assert failed.hint == HINTS["data"]
