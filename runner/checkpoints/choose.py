@@ -358,7 +358,7 @@ class _Seen:
     """One checkpoint after verification."""
 
     opened: Opened | None  # None: no intact copy is left
-    how: str  # "whole", or the problem with it
+    how: str  # "intact", or the problem with it
     moves: tuple[Move | Restore, ...]  # so that an intact folder, or nothing, has its name
 
 
@@ -408,7 +408,7 @@ class _Draft:
                     f"{folder} does not verify: its files do not match its marker",
                     hint=_TRY_AUTO,
                 )
-            self._seen[step] = _Seen(opened, "whole", ())
+            self._seen[step] = _Seen(opened, "intact", ())
         restored = self.open(step)
         if restored is None:
             raise RefusedError(f"{folder} is lost", hint=_TRY_AUTO)
@@ -440,7 +440,7 @@ class _Draft:
             return _Seen(None, "its folder is missing", ())
         folder = self._open_folder(step)
         if isinstance(folder, Opened):
-            return _Seen(folder, "whole", ())
+            return _Seen(folder, "intact", ())
         moves: list[Move | Restore] = []
         if kept.has_folder:
             why = f"its files differ from those committed: {folder}"

@@ -198,6 +198,6 @@ def decide_queued(queued: QueuedRun, differences: Sequence[str]) -> Decision:
     if differences:
         return Decision(
             "refuse",
-            f"queued with a different recipe; `{queued.cancel}` first, or change the recipe back",
+            f"queued with another recipe; run `{queued.cancel}` first, or change the recipe back",
         )
     return Decision("skip", f"queued: {queued.task} is {queued.state}")

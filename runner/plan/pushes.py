@@ -172,7 +172,7 @@ def _find_shared(planned: Sequence[PlannedPush]) -> tuple[list[str], list[str]]:
             if not other.is_there:
                 lines.append(
                     f"{names} and {other.run_dir} would delete each other's weights in {repo_id}:"
-                    f" {other.run_dir} is to be pushed there too; its last push"
+                    f" {other.run_dir} will be pushed there too; its last push"
                     f" {'failed' if other.record.state == 'failed' else 'is pending'}"
                 )
                 ways_out.append(suggest_elsewhere(other.run_dir))

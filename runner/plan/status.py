@@ -357,7 +357,7 @@ def verify_files(facts: RunFacts, status: RunStatus) -> RunStatus:
     if status.state not in ("completed", "damaged"):
         return status
     result, paths = facts.result, facts.paths
-    # A result that is missing or altered cannot be compared with files.
+    # Files cannot be compared with a result that is missing or altered.
     if result is None or paths.result_path.name in status.damage:
         return status
     try:

@@ -226,7 +226,7 @@ def _refuse_shared(run_dir: Path, target: HubTarget, other: OtherPush) -> Refuse
             hint=hint,
         )
     return RefusedError(
-        f"{other.run_dir} is to be pushed to {target.repo_id} too, and each push would delete"
+        f"{other.run_dir} will be pushed to {target.repo_id} too, and each push would delete"
         " the other's weights",
         hint=f"{hint}  # or {suggest_elsewhere(other.run_dir)}",
     )

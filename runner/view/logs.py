@@ -190,8 +190,8 @@ def stop_runs(selected: Sequence[Selected]) -> int:
 
 
 def _hold_back(one: Selected, facts: RunFacts) -> bool:
-    """True if the run waits for a retry, in case its sweep is still alive; that sweep will not
-    retry it now.
+    """True if the run's sweep would retry it, if that sweep is still alive; it will now leave the
+    run alone.
     """
     if foresee_retry(one.recipe, facts.attempts) is None or facts.has_result:
         return False

@@ -422,7 +422,7 @@ class Trouble:
 
 
 def group_troubles(views: Sequence[RunView]) -> list[Trouble]:
-    """Runs that failed, wait for a retry, are unreadable, or have inputs or a push that need
+    """Runs that failed, wait for a retry, cannot be judged, or have inputs or a push that need
     attention; the most urgent first, grouped by reason.
     """
     found: dict[tuple[str, str], list[RunView]] = {}

@@ -76,7 +76,7 @@ LOST_BEST: Final = "the best weights so far, of step 8, are lost"
 NO_BEST: Final = ", but its best weights, of step 8, are lost" + MOVED
 STRIPPED: Final = "it was stripped of its optimizer state, and nothing newer can be continued"
 NO_STATE: Final = (
-    "whole, but without optimizer state: its weights can be used, but it cannot be resumed"
+    "intact, but without optimizer state: its weights can be used, but it cannot be resumed"
 )
 
 
@@ -91,8 +91,8 @@ class Case:
     restored: tuple[int, ...] = ()
 
 
-WHOLE: Final = {"step-12": "whole" + NEXT, "step-8": "whole" + OLDER, "step-4": "whole" + OLDER}
-BACK_TO_8: Final = {"step-8": "whole" + NEXT, "step-4": "whole" + OLDER}
+WHOLE: Final = {"step-12": "intact" + NEXT, "step-8": "intact" + OLDER, "step-4": "intact" + OLDER}
+BACK_TO_8: Final = {"step-8": "intact" + NEXT, "step-4": "intact" + OLDER}
 
 
 def newest_damaged(happen: Callable[[RunPaths], Any], what: str) -> Case:
@@ -124,16 +124,16 @@ CASES: dict[str, Case] = {
         lambda run: damage(run, 8),
         4,
         {
-            "step-12": "whole" + NO_BEST,
+            "step-12": "intact" + NO_BEST,
             "step-8": f"damaged: {FLIPPED}{MOVED}",
-            "step-4": "whole" + NEXT,
+            "step-4": "intact" + NEXT,
         },
         (("step-8", UNCOMMITTED + FLIPPED), ("step-12", LOST_BEST)),
     ),
     "best lost": Case(
         lambda run: lose(run, 8),
         4,
-        {"step-12": "whole" + NO_BEST, "step-4": "whole" + NEXT},
+        {"step-12": "intact" + NO_BEST, "step-4": "intact" + NEXT},
         (("step-12", LOST_BEST),),
     ),
     "best lost, newest restored": Case(
@@ -141,7 +141,7 @@ CASES: dict[str, Case] = {
         4,
         {
             "step-12": f"damaged ({FLIPPED}), but intact in step-12.zip" + NO_BEST,
-            "step-4": "whole" + NEXT,
+            "step-4": "intact" + NEXT,
         },
         (
             ("step-12", UNCOMMITTED + FLIPPED),
@@ -293,7 +293,7 @@ def test_what_is_continued_and_moved_aside_and_said(
 def test_the_newest_that_verifies_is_refused_to_another_launch(case: str, tmp_path: Path) -> None:
     paths, right = make(tmp_path, case), CASES[case]
     sound = [
-        name for name, what in right.verdicts.items() if what.startswith(("whole", "damaged ("))
+        name for name, what in right.verdicts.items() if what.startswith(("intact", "damaged ("))
     ]
     choice = decide(paths, num_processes=1)
     assert choice.step is None
@@ -322,7 +322,8 @@ def test_only_other_micro_batches_of_training_are_left_behind(tmp_path: Path) ->
         assert (choice.step, choice.refusal) == (None, None)
         assert list_moves(paths, choice) == [(f"step-{step}", larger) for step in (4, 8, 12)]
         assert set(list_verdicts(paths, choice).values()) == {
-            "whole, in larger micro-batches, which ran out of memory; an attempt would set it aside"
+            "intact, in larger micro-batches, which ran out of memory;"
+            " an attempt would set it aside"
         }
     choice = decide(paths, has_run_out_of_memory=True, per_device_eval_batch_size=1)
     assert choice.refusal is not None and not choice.moves

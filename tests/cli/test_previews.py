@@ -335,9 +335,9 @@ def test_a_checkpoint_of_a_run_that_is_not_launched_promises_nothing(
         main(["why", str(recipe_path("a")), "--json"])
         return [one["what"] for one in json.loads(capsys.readouterr().out)["checkpoints"]]
 
-    assert find_checkpoints() == ["whole; nothing would be started: the run is completed"]
+    assert find_checkpoints() == ["intact; nothing would be started: the run is completed"]
     flip_bit(DATA)
-    assert find_checkpoints() == ["whole; a launch would be refused: the run is changed"]
+    assert find_checkpoints() == ["intact; a launch would be refused: the run is changed"]
     flip_bit(fake.paths("a").checkpoint_dir(4) / "optimizer.pt")
     assert find_checkpoints() == ["damaged: optimizer.pt does not match its committed checksum"]
     DATA.unlink()

@@ -145,7 +145,7 @@ def test_a_launch_whose_push_fails_has_not_failed(
     hub.repositories["lab/a"] = Repository(is_private=False)
     assert main(["launch", "recipes/toy/a.yaml"]) == 0
     err = capsys.readouterr().err
-    assert "lab/a is public, and `tracking.hub_private` is true: nothing was pushed" in err
+    assert "lab/a is public, but `tracking.hub_private` is true: nothing was pushed" in err
     assert hub.repositories["lab/a"].files == {}
     set_push(fake, "a", "hub_model_id: lab/a, hub_push: end, hub_private: false")
     assert main(["launch", "recipes/toy/a.yaml"]) == 0  # its first attempt recorded another word

@@ -132,7 +132,7 @@ def test_an_interrupted_run_goes_on_from_its_newest_whole_checkpoint(
             newest.startswith("step-8  damaged: optimizer.pt does not match its")
             and "would move it" in newest
         )
-        assert older == "step-4  whole; an attempt would resume from here"
+        assert older == "step-4  intact; an attempt would resume from here"
         assert value_of(lines, "quarantine") == "step-12.1"
         assert value_of(lines, "upload") == "step-4.zip has not reached remote storage"
         assert "killed together with its launcher" in value_of(lines, "state")
@@ -296,7 +296,7 @@ def test_json_for_scripts(fake: FakeLauncher, why: Any) -> None:
         "interrupted",
     )
     assert known["checkpoints"] == [
-        {"name": "step-4", "is_next": True, "what": "whole; an attempt would resume from here"}
+        {"name": "step-4", "is_next": True, "what": "intact; an attempt would resume from here"}
     ]
     assert {verb: decision["action"] for verb, decision in known["decisions"].items()} == {
         "sweep": "launch",

@@ -205,7 +205,7 @@ def test_nothing_of_a_run_of_rules_1_is_continued_and_why_and_launch_say_so_in_t
     assert main(["why", "recipes/states/killed.yaml"]) == 0
     said = capsys.readouterr().out
     assert f"next        refuse: changed: the runner changed since the run was made: {line}" in said
-    assert "whole, but from a different launch: recipe_digest: " in said
+    assert "intact, but from a different launch: recipe_digest: " in said
     assert main(["launch", "recipes/states/killed.yaml"]) == 2
     said = capsys.readouterr().err
     assert line in said and "hint: runner launch recipes/states/killed.yaml --fresh" in said

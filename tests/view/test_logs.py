@@ -101,7 +101,7 @@ def test_attempts_go_by_their_numbers(fake: FakeLauncher) -> None:
     assert re.findall(r"attempts/(\d)/log.txt", followed) == ["1", "4"]
     refused = print_logs(fake, "runs/toy/a", "--attempt", "2")
     assert refused.returncode == 2
-    assert b"toy/a has 2 attempts, there is no attempt 2" in refused.stderr
+    assert b"toy/a has 2 attempts; there is no attempt 2" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_attempts_go_by_their_numbers(fake: FakeLauncher) -> None:
             ["recipes/toy/new.yaml"],
             ["toy/new has no attempt yet", "hint: runner launch recipes/toy/new.yaml"],
         ),
-        (["runs/toy/a", "--attempt", "2"], ["toy/a has 1 attempts, there is no attempt 2"]),
+        (["runs/toy/a", "--attempt", "2"], ["toy/a has 1 attempts; there is no attempt 2"]),
         (
             ["recipes/toy"],
             [
