@@ -108,9 +108,9 @@ def read_archive(archive_path: Path, target_dir: Path | None) -> Marker:
     one is given.
 
     Raises:
-        ArchiveError: it is not a ZIP file, or holds a duplicate name, a name that leads outside, a
-            link, a compressed or encrypted entry, states more bytes than it holds, or does not hold
-            exactly the files that its marker states.
+        ArchiveError: it is not a ZIP file; it holds a duplicate name, a name that leads outside, a
+            link, or a compressed or encrypted entry; it states more bytes than it holds; or its
+            files are not exactly those that its marker states.
     """
     with _opened(archive_path) as archive:
         marker = _check_entries(archive, archive_path)

@@ -338,7 +338,7 @@ class Uploader:
 
     def _note(self, step: int, **known: Any) -> None:
         row = scrub_json({"step": step, "url": self.folder.url, "at_utc": now_utc(), **known})
-        # More important code reports a full disk.
+        # More important writes report a full disk.
         with contextlib.suppress(CorruptFileError, OSError):
             append_jsonl(self._attempt.uploads_path, row)
         if known["outcome"] != "uploaded":
