@@ -82,7 +82,7 @@ NO_STATE: Final = (
 
 @dataclass(frozen=True)
 class Case:
-    """What happens to checkpoints 4, 8 and 12, and what is right then."""
+    """Damage to checkpoints 4, 8 and 12, and the right answer."""
 
     happen: Callable[[RunPaths], Any]
     step: int | None
@@ -353,7 +353,7 @@ def test_an_unfinished_folder_is_moved_aside_before_its_archive_is_restored(tmp_
 
 
 def test_no_more_is_read_than_the_answer_needs(tmp_path: Path) -> None:
-    """What is older than the step that is continued may be damaged: nobody looks."""
+    """Checkpoints older than the resumed one may be damaged: they are not read."""
     paths = make(tmp_path, "newest damaged, whole as an archive")
     damage(paths, 4)
     policy = Policy(Verification(paths, LIMITS, tmp_path / "scratch"))

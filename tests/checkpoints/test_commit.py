@@ -1,5 +1,5 @@
-"""Which checkpoint counts: marked, whole, of this launch, and with the best weights that it would
-export.
+"""The checkpoint that counts: marked, intact, of this launch, and with the best weights that it
+would export.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an attempt goes on from: its own checkpoints, named ones, copies and archives elsewhere."""
+"""Checkpoints that an attempt resumes from: its own, named ones, copies and archives elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a command is about: files, folders, globs, run directories, narrowed down by axes."""
+"""The recipes that a command applies to: files, folders, globs, run directories, filtered
+by axes.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def why(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def value_of(lines: list[str], label: str) -> str:
-    """What stands behind a label, the lines that go on under it too."""
+    """The text after a label, including its continuation lines."""
     found, is_in = [], False
     for line in lines[1:]:
         is_in = line[2:14].strip() == label if line[2:14].strip() else is_in
@@ -155,7 +155,7 @@ def test_a_launch_that_is_refused_names_the_field_of_the_marker(
 def test_behind_a_damaged_checkpoint_the_older_one_is_refused_too(
     fake: FakeLauncher, why: Any
 ) -> None:
-    """What only a look at every byte tells: the trainer would refuse once it has started."""
+    """Only reading every byte shows that the training process would refuse once it has started."""
     paths = interrupted(fake, num_processes=2)
     interrupt(load_recipe(Path(RECIPE)), paths, step=8)
     assert value_of(why(RECIPE), "next") == "launch from step 8, 1 process"

@@ -142,8 +142,8 @@ def test_the_report_says_what_it_said(
 
 
 def select_numbers(said: str) -> str:
-    """What a report says of each run; effects are in tests/report. Rules, and the digest that holds
-    them, are told by other tests.
+    """A report's numbers for each run; effects are in tests/report. Other tests cover rules, and
+    the digest that holds them.
     """
     content = json.loads(said)
     rows = [

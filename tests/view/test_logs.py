@@ -48,7 +48,7 @@ def following(fake: FakeLauncher, *arguments: str) -> Iterator[subprocess.Popen[
 
 
 def read_until(stream: object, text: str) -> str:
-    """What a process prints until it has printed a text."""
+    """The output of a process until it has printed a text."""
     descriptor, found = stream.fileno(), ""  # type: ignore[attr-defined]
     while text not in found:
         assert select.select([descriptor], [], [], PATIENCE_SECONDS)[0], found

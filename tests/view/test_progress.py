@@ -1,4 +1,4 @@
-"""What the live view says in numbers: speeds, time left, curves, texts that are safe to print."""
+"""The numbers of the live view: speeds, time left, curves, texts that are safe to print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the live view reads is what `runner status` derives, after any change, and little is read
+"""The live view shows the same as `runner status` derives, after any change, and reads little
 twice.
 """
 
