@@ -107,7 +107,7 @@ def judge(paths: RunPaths, recipe: Recipe, **asked: Any) -> tuple[Decision, RunS
 
 
 def refusal_of(paths: RunPaths, recipe: Recipe) -> list[str] | None:
-    """The keys that the launch side names when it refuses; None if it launches."""
+    """The lines with which the launch side refuses; None if it launches."""
     try:
         decision, status = judge(paths, recipe)
     except DataError as error:
