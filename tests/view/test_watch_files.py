@@ -142,7 +142,7 @@ def test_a_long_phase_grows_while_no_file_changes(
     write_json_atomic(files.progress_path, training.model_dump())
     assert re.fullmatch(r"saving, \d+ s, step 1/2", display._describe(files, 40.0)[0])
     assert main(["stop", "recipes/toy"]) == 0
-    assert re.search(r"leave \(saving, \d+ s, step 1/2, on ", capsys.readouterr().out)
+    assert re.search(r"stop \(saving, \d+ s, step 1/2, on ", capsys.readouterr().out)
     fake.let_go("a")
     assert finish(sweep)[0] == 0
 
