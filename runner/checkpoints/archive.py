@@ -32,7 +32,7 @@ TEMPORARY_GLOB: Final = f".{STEP_PREFIX}*.zip.tmp"
 
 
 class ArchiveError(CorruptFileError):
-    """A file that is not an archive of one whole checkpoint."""
+    """A file that is not an archive of one intact checkpoint."""
 
 
 def write_archive(checkpoint_dir: Path, archive_path: Path) -> None:

@@ -41,7 +41,7 @@ class UnusableError(RefusedError):
 
 
 class OtherMicroBatchError(RefusedError):
-    """A checkpoint of this run in other micro-batches."""
+    """A checkpoint of this run with a different micro-batch."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Launch:
     """A planned attempt of one run: everything decided before it gets a place to run."""
 
     selected: Selected
-    contents: Mapping[str, str]  # content hashes of what the recipe names by path
+    contents: Mapping[str, str]  # content hashes of the paths that the recipe names
     num_processes: int
     resume: str = "auto"  # `Attempt.resume`
     retry: int = 0  # `Attempt.retry`

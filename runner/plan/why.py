@@ -77,7 +77,7 @@ class Explanation:
     status: RunStatus
     decisions: dict[str, Decision]  # by verb
     missing: dict[str, str]  # dotted key -> path that is not there
-    impossible: str | None  # why the global batch cannot be kept on so many processes
+    impossible: str | None  # why this number of processes cannot keep the global batch
     holders: dict[int, str]  # processes that have the lease open, if it is held
     stop: str | None  # the request to the running attempt
     attempt: Attempt | None  # the last one
@@ -127,7 +127,7 @@ class Explanation:
 class Evidence:
     """Everything other than the run's facts that `explain` uses; gathered by reading."""
 
-    contents: Mapping[str, str]  # path -> SHA-256 of what the recipe names
+    contents: Mapping[str, str]  # path -> SHA-256, of the paths that the recipe names
     named: tuple[str, ...]  # paths of all contents, also of those that cannot be read
     missing: dict[str, str]  # dotted key -> path that is not there
     inventory: Inventory | CorruptFileError | OSError  # or why it cannot be read

@@ -129,14 +129,14 @@ _TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
         ),
     ),
 )
-# All that torch says when the disk is full; it does not pass on what the system said.
+# Torch's only message when the disk is full; it does not include the system's error.
 _TORCH_CANNOT_WRITE: Final = re.compile(
     r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+"
 )
 _ADDRESS_IN_USE: Final = re.compile(
     r"address already in use|EADDRINUSE|another process is utilizing it", re.IGNORECASE
 )
-# What the other ranks see when one has gone.
+# Messages on the other ranks when one has gone.
 _LOST_PEER: Final = re.compile(
     r"DistBackendError|DistNetworkError|DistStoreError|DistError"
     r"|connection (reset|refused|closed|aborted)|broken pipe|socket (closed|timeout)"

@@ -156,7 +156,7 @@ class AttemptPaths:
 
     @property
     def log_path(self) -> Path:
-        """Everything that `accelerate launch` and the trainer print."""
+        """Everything that `accelerate launch` and the training process print."""
         return self.attempt_dir / "log.txt"
 
     @property

@@ -119,7 +119,7 @@ class Attempt(Fact):
     retry: int = 0
     # Divisor of `per_device_*_batch_size` after running out of memory.
     micro_batch_divisor: int = Field(default=1, ge=1)
-    # The cluster engine's name for what runs this attempt, such as `slurm 17_3`
+    # The cluster engine's name for the job of this attempt, such as `slurm 17_3`
     cluster_job: str | None = None
     # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
     resume: str = "auto"
