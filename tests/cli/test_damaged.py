@@ -318,7 +318,7 @@ def test_a_recipe_that_was_edited_is_damaged(say: Say, damage: str) -> None:
         assert read_states(say)["hurt"] == "damaged", "sizes say so"
         code, output, _ = say("sweep", "recipes")
         assert code == 1 and "refuse  tests/hurt  damaged: recipe.json " in output
-    what = {"missing": "is missing", "longer": "has"}.get(damage, "holds other bytes")
+    what = {"missing": "is missing", "longer": "has"}.get(damage, "does not match its")
     for verb in (("report",), ("report", "--verify")):
         code, output, errors = say(*verb, "recipes", "--format", "csv")
         (line,) = [line for line in output.splitlines() if "hurt" in line]

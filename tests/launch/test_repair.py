@@ -71,7 +71,7 @@ def test_a_trainer_that_leaves_damage_behind_has_failed(
     assert "is not the one that was recorded" in capsys.readouterr().err
     assert main(["why", "recipes/toy/a.yaml"]) == 0
     said = capsys.readouterr().out
-    assert "state       damaged: model/adapter_config.json holds other bytes" in said
+    assert "state       damaged: model/adapter_config.json does not match its" in said
     assert "failure     configuration: the export of step 2" in said
     assert main(["sweep", "recipes/toy"]) == 0, "a bit is not seen by sizes"
 
@@ -107,7 +107,7 @@ def test_a_best_checkpoint_that_does_not_verify_is_refused(
         expected = "no longer exists, and "
     else:
         BY_BYTES["bit flipped"](folder / "adapter_model.safetensors")
-        expected = "does not verify: adapter_model.safetensors holds other bytes"
+        expected = "does not verify: adapter_model.safetensors does not match its"
     if what == "folder":
         archive.unlink()
     kept = {path: path.read_bytes() for path in paths.run_dir.rglob("*") if path.is_file()}
