@@ -126,7 +126,7 @@ def test_a_file_of_another_size_is_damage_to_every_verb(say: Say, name: str, dam
     hurt(name, damage)
     before = {path: path.read_bytes() for path in RUNS.rglob("*") if path.is_file()}
     is_of_model = name.startswith("model/")
-    way = "--repair" if is_of_model else "put the files back as they were"
+    way = "--repair" if is_of_model else "restore the files from a copy of the run"
     assert read_states(say) == {"hurt": "damaged", "old": "completed", "whole": "completed"}
     code, output, errors = say("status", "recipes")
     assert code == 1 and "damaged          12/12" in output and name in output
@@ -141,7 +141,7 @@ def test_a_file_of_another_size_is_damage_to_every_verb(say: Say, name: str, dam
     code, output, errors = say("launch", "recipes/hurt.yaml")
     assert code == 2 and f"runs/tests/hurt is damaged:\n  {name} " in errors and way in errors
     code, output, errors = say("launch", "recipes/hurt.yaml", "--repair")
-    what = "the best checkpoint, of step 8, no longer exists" if is_of_model else "damaged"
+    what = "the best checkpoint, of step 8, no longer exists" if is_of_model else "has damage that"
     assert code == 2 and what in errors
     for verb in (("report",), ("report", "--verify")):
         code, output, errors = say(*verb, "recipes", "--format", "csv")
@@ -277,7 +277,10 @@ def test_a_result_that_its_rows_contradict_is_damaged(say: Say) -> None:
     result["tuned"]["test"] = SCORE | {"completion_nll_sum": 9.0}
     write_json_atomic(paths.result_path, result)  # no manifest: the rows are what tells
     code, output, errors = say("report", "--verify", "recipes", "--format", "csv")
-    assert code == 1 and "tests/old is damaged: result.json is not what eval_rows.jsonl" in errors
+    assert (
+        code == 1
+        and "tests/old is damaged: result.json does not match the sums of eval_rows.jsonl" in errors
+    )
     assert "tuned: completion_nll_sum is 9.0 in result.json" in errors
     assert "damaged" in next(line for line in output.splitlines() if "old" in line)
     assert "completion_nll_sum" in say("why", "recipes/old.yaml")[1]
@@ -329,7 +332,7 @@ def test_a_recipe_that_was_edited_is_damaged(say: Say, damage: str) -> None:
             assert code == 1 and "0.5" not in output and "is damaged: recipe.json" in errors
     assert f"recipe.json {what}" in say("why", "recipes/hurt.yaml")[1]
     code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
-    assert code == 2 and "recipe.json" in errors and "put the files back" in errors
+    assert code == 2 and "recipe.json" in errors and "restore the files" in errors
     if damage != "missing":
         code, _, errors = say("export", "runs/tests/hurt", "--output", "out")
         assert code == 2 and "is damaged: recipe.json " in errors
@@ -356,11 +359,11 @@ def test_a_result_that_is_lost_is_damage_and_trains_nothing(
     for verb in ("sweep", "rerun"):
         code, output, errors = say(verb, "recipes")
         assert code == 1 and "refuse  tests/hurt  damaged: result.json is missing" in output
-        assert "put the files back as they were" in errors and "--fresh" in errors
+        assert "restore the files from a copy of the run" in errors and "--fresh" in errors
     for option in ((), ("--prepare",), ("--resume", "latest"), ("--repair",)):
         code, output, errors = say("launch", "recipes/hurt.yaml", *option)
         assert code == 2 and "result.json is missing" in errors, option
-        assert "put the files back as they were" in errors and "Traceback" not in errors
+        assert "restore the files from a copy of the run" in errors and "Traceback" not in errors
     assert "damaged: result.json is missing" in say("why", "recipes/hurt.yaml")[1]
     for verb in (("report",), ("report", "--verify")):
         code, output, errors = say(*verb, "recipes", "--format", "csv")

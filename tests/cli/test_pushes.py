@@ -125,7 +125,7 @@ def test_a_repository_that_another_run_waits_for_is_refused_with_a_way_out(
     assert f"{run_dir} will be pushed there too; its last push failed" in err
     assert "was pushed" not in err
     way_out = f"runner export {run_dir} --push OWNER/NAME"
-    assert f"`{way_out}` sends" in err
+    assert f"`{way_out}` pushes" in err
     words = way_out.replace("OWNER/NAME", "lab/other").split()
     assert finish(fake.start(*words[1:]))[0] == 0
     assert main(["sweep", "recipes/toy/b.yaml"]) == 0

@@ -374,7 +374,7 @@ def test_a_lasting_failure_is_named_and_skipped_until_it_is_asked_for(
     for name, kind in (("a", "configuration"), ("b", "data"), ("c", "diverged")):
         assert (
             f"skip    toy/{name}  failed: {kind}: because (would fail again; `--retry-failed`"
-            " tries all" in stdout
+            " tries anyway" in stdout
         )
     assert fake.started()[7:] == ["d", "e", "f", "g"]
     assert main(["sweep", "recipes/toy", "--retry-failed"]) == 0

@@ -72,7 +72,7 @@ def test_a_hang_before_the_first_sign_fails_when_its_budget_is_spent(
     assert main(["status", "recipes/toy"]) == 0
     shown = capsys.readouterr()
     assert "failed" in shown.out and "stalled: no sign of life" in shown.out
-    assert "hint: stalled: the stacks in the log say what hung" in shown.err
+    assert "hint: stalled: the stacks in the log show what hung" in shown.err
 
 
 def test_a_process_that_cannot_answer_is_not_asked(fake: FakeLauncher) -> None:

@@ -125,7 +125,7 @@ def test_what_is_not_of_the_model_is_not_repaired(
     assert main(REPAIR) == 2
     said = capsys.readouterr().err
     assert "has damage that `--repair` cannot fix:\n  metrics.jsonl has" in said
-    assert "put the files back as they were" in said and "--fresh" in said
+    assert "restore the files from a copy of the run" in said and "--fresh" in said
 
 
 def test_a_file_that_is_not_of_the_run_has_to_go_first(
