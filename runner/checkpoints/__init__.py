@@ -1,3 +1,3 @@
-"""One subject for both processes: what makes a checkpoint count, which one is used, and where its
-files go.
+"""Checkpoints, for the launch side and the training process: which ones count, which one is used,
+and where their files are stored.
 """

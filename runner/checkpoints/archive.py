@@ -1,8 +1,9 @@
-"""A checkpoint as one ZIP file: written whole or not at all, the same bytes each time, and read as
-if hostile.
+"""A checkpoint as one ZIP file: written completely or not at all, with the same bytes each time,
+and read as untrusted input.
 
-An archive holds one folder, `step-N/`, with the marker first and every file that the marker states.
-Nothing is compressed: weights do not shrink, and a stored archive cannot grow when it is read.
+An archive holds one folder, `step-N/`, with the marker first and then every file that the marker
+states. Nothing is compressed: weights do not shrink, and a stored archive cannot grow when it is
+read.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ TEMPORARY_GLOB: Final = f".{STEP_PREFIX}*.zip.tmp"
 
 
 class ArchiveError(CorruptFileError):
-    """A file that is not an archive of one whole checkpoint."""
+    """A file that is not an archive of one intact checkpoint."""
 
 
 def write_archive(checkpoint_dir: Path, archive_path: Path) -> None:
-    """Pack a committed checkpoint; it appears under its name only after it was read back and found
-    whole.
+    """Pack a committed checkpoint. It appears under its name only after it was read back and
+    verified.
 
     Raises:
-        OSError: what was written is not what the marker states, so the folder was damaged since its
+        OSError: the written bytes do not match the marker, so the folder was damaged after its
             commit.
     """
     marker = load_marker(checkpoint_dir)
@@ -57,7 +58,7 @@ def write_archive(checkpoint_dir: Path, archive_path: Path) -> None:
             verify_archive(temporary)
         except ArchiveError as error:
             raise OSError(
-                f"{checkpoint_dir} was damaged since it was committed: {error.message}"
+                f"{checkpoint_dir} was damaged after it was committed: {error.message}"
             ) from None
         temporary.replace(archive_path)
     finally:
@@ -66,7 +67,7 @@ def write_archive(checkpoint_dir: Path, archive_path: Path) -> None:
 
 
 def verify_archive(archive_path: Path) -> Marker:
-    """The marker of an archive of which every byte was read and agrees with it.
+    """The marker of an archive, after every byte was read and compared with it.
 
     Raises:
         ArchiveError: see `read_archive`.
@@ -75,8 +76,8 @@ def verify_archive(archive_path: Path) -> Marker:
 
 
 def extract_archive(archive_path: Path, target_dir: Path) -> Marker:
-    """Unpack a checkpoint into `target_dir`, which must not exist; nothing is left there unless all
-    of it is sound.
+    """Unpack a checkpoint into `target_dir`, which must not exist. Nothing is left there unless all
+    of it is intact.
 
     Raises:
         ArchiveError: see `read_archive`.
@@ -92,7 +93,7 @@ def extract_archive(archive_path: Path, target_dir: Path) -> Marker:
 
 
 def load_archived_marker(archive_path: Path) -> Marker:
-    """The marker inside an archive, whose entries are those that it states; their bytes are not
+    """The marker inside an archive, after its entries were compared with it; their bytes are not
     read.
 
     Raises:
@@ -103,13 +104,13 @@ def load_archived_marker(archive_path: Path) -> Marker:
 
 
 def read_archive(archive_path: Path, target_dir: Path | None) -> Marker:
-    """Read every byte of an archive against its marker, and write the files into `target_dir` where
+    """Compare every byte of an archive with its marker, and write the files into `target_dir` if
     one is given.
 
     Raises:
-        ArchiveError: it is no ZIP file, or holds a name twice, a name that leads elsewhere, a link,
-            a compressed or encrypted entry, more than it is long, or anything else than exactly
-            what its marker states.
+        ArchiveError: it is not a ZIP file; it holds a duplicate name, a name that leads outside, a
+            link, or a compressed or encrypted entry; it states more bytes than it holds; or its
+            files are not exactly those that its marker states.
     """
     with _opened(archive_path) as archive:
         marker = _check_entries(archive, archive_path)
@@ -120,7 +121,7 @@ def read_archive(archive_path: Path, target_dir: Path | None) -> Marker:
                     source, None if target_dir is None else target_dir / name, stated.num_bytes
                 )
             if digest != stated.sha256:
-                raise ArchiveError(f"{archive_path}: {name} is not what the marker states")
+                raise ArchiveError(f"{archive_path}: {name} does not match the marker")
         if target_dir is not None:
             name = marker_path(target_dir).name
             with archive.open(f"{top}/{name}") as source:
@@ -128,7 +129,7 @@ def read_archive(archive_path: Path, target_dir: Path | None) -> Marker:
         return marker
 
 
-# What `zipfile` raises on files that were made to break it, besides its own `BadZipFile`.
+# Errors other than its own `BadZipFile` that `zipfile` raises on files made to break it.
 _ZIP_ERRORS: Final = (
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
@@ -147,7 +148,7 @@ _ZIP_ERRNOS: Final = (errno.EINVAL, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 @contextmanager
 def _opened(archive_path: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive, with whatever a hostile one makes `zipfile` raise as an `ArchiveError`."""
+    """The archive; errors that a hostile one causes in `zipfile` are raised as `ArchiveError`."""
     try:
         with zipfile.ZipFile(archive_path) as archive:
             yield archive
@@ -202,12 +203,12 @@ def _check_entries(archive: zipfile.ZipFile, archive_path: Path) -> Marker:
     stated = {f"{top}/{name}": entry.num_bytes for name, entry in marker.files.items()}
     stated[f"{top}{suffix}"] = found[0].file_size
     if stated != {entry.filename: entry.file_size for entry in entries}:
-        raise ArchiveError(f"{archive_path} holds other files than its marker states")
+        raise ArchiveError(f"{archive_path} does not hold exactly the files that its marker states")
     return marker
 
 
 def _copy(source: IO[bytes], target_path: Path | None, max_bytes: int) -> str:
-    """SHA-256 of what was copied, at most `max_bytes` and one more."""
+    """SHA-256 of the copied bytes, at most `max_bytes` plus one."""
     digest, num_left = hashlib.sha256(), max_bytes + 1
     if target_path is not None:
         target_path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""The checkpoint that a launch continues from: one decision, for everybody who asks.
+"""The checkpoint that a launch resumes from: one decision for all callers.
 
-`choose` decides and changes nothing. `runner why` prints its verdicts, a launch refuses by it
-before anything is started, the trainer carries out its moves, export and chat take its weights.
-Moving and restoring is `commit`'s, importing from elsewhere is `restore`'s.
+`choose` decides and changes nothing. `runner why` prints its verdicts, a launch uses it to refuse
+before anything starts, the training process carries out its moves, and export and chat use its
+weights. `commit` moves and restores checkpoints, `restore` imports them from elsewhere.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ Wanted = Literal["auto", "latest", "best"]
 _WOULD_MOVE: Final = "an attempt would move it to quarantine"
 WAS_BEING_WRITTEN: Final = "it was still being written when its attempt died"
 _TRY_AUTO: Final = (
-    "launch without `--resume`: what is damaged is moved aside,"
-    " and the newest that verifies is used"
+    "launch without `--resume`: damaged checkpoints are moved aside,"
+    " and the newest verified one is used"
 )
 
 
@@ -55,8 +55,8 @@ class Kept:
 
     has_folder: bool
     has_archive: bool
-    # Of the folder, else of the archive; of another step where both have wrong names. None: neither
-    # can be read.
+    # Of the folder, otherwise of the archive; of another step if both have wrong names. None:
+    # neither can be read.
     marker: Marker | None
 
 
@@ -71,14 +71,14 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Policy:
-    """What a choice depends on besides the checkpoints and the launch."""
+    """The inputs of a choice other than the checkpoints and the launch."""
 
-    verification: Verification | None = None  # None: every marker that can be read is believed
-    # Leave behind what was written in larger micro-batches, and start at step 0 if need be.
+    verification: Verification | None = None  # None: every readable marker is trusted
+    # Ignore checkpoints with larger micro-batches, and start at step 0 if necessary.
     has_run_out_of_memory: bool = False
-    refuses_other_versions: bool = False  # else they are a warning
-    judges_all: bool = False  # verify also what is older than what decides
-    nothing_follows: str | None = None  # for the verdicts: why no attempt comes; None: one does
+    refuses_other_versions: bool = False  # otherwise they are a warning
+    judges_all: bool = False  # also verify checkpoints older than the deciding one
+    nothing_follows: str | None = None  # for the verdicts: why no attempt follows; None: one does
 
 
 def build_policy(
@@ -102,7 +102,7 @@ def build_policy(
 
 @dataclass(frozen=True)
 class Move:
-    """A folder or archive that goes to quarantine."""
+    """A folder or archive to move to quarantine."""
 
     name: str
     why: str
@@ -110,7 +110,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Restore:
-    """A folder that is put back from what its archive held."""
+    """A folder to restore from its archive."""
 
     step: int
     unpacked_dir: Path
@@ -118,7 +118,7 @@ class Restore:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One checkpoint: whether an attempt would resume from it, and why or why not."""
+    """The verdict on one checkpoint: whether an attempt would resume from it, and the reason."""
 
     name: str
     is_next: bool
@@ -127,27 +127,27 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoint to continue from, and what follows from it."""
+    """The checkpoint to resume from, and the consequences."""
 
-    step: int | None = None  # None: start at step 0, unless that is refused
-    weights_dir: Path | None = None  # verified, where only weights were wanted
+    step: int | None = None  # None: start from step 0, unless that is refused
+    weights_dir: Path | None = None  # verified, if only weights were wanted
     moves: tuple[Move | Restore, ...] = ()  # in order; made before a refusal is raised
     refusal: RefusedError | None = None
-    obstacles: tuple[str, ...] = ()  # differences that forbid to continue, one line per dotted key
-    version_warnings: tuple[str, ...] = ()  # differences of versions that do not
-    decisive_step: int | None = None  # of the checkpoint that is continued or refused
-    newest_step: int | None = None  # of those that verify, also where nothing continues from it
-    verdicts: tuple[Verdict, ...] = ()  # where all are judged; the newest checkpoint comes first
+    obstacles: tuple[str, ...] = ()  # differences that prevent resuming, one line per dotted key
+    version_warnings: tuple[str, ...] = ()  # version differences that do not prevent it
+    decisive_step: int | None = None  # of the checkpoint that is resumed or refused
+    newest_step: int | None = None  # of the verified ones, even if no attempt can resume from it
+    verdicts: tuple[Verdict, ...] = ()  # if all are judged; newest checkpoint first
 
 
 def choose(
     inventory: Inventory, wanted: Wanted, fingerprint: Mapping[str, Any] | None, policy: Policy
 ) -> Choice:
-    """The newest checkpoint that verifies and that a launch with this fingerprint may continue.
+    """The newest verified checkpoint that a launch with this fingerprint may resume from.
 
-    Where the `latest` or the `best` one is wanted, a damaged one is refused instead of passed over.
-    Without a fingerprint only weights are wanted: nothing is compared, and a damaged checkpoint is
-    passed over. Nothing is changed, and no more is verified than the answer needs.
+    If the `latest` or the `best` one is wanted, a damaged one is refused instead of skipped.
+    Without a fingerprint only weights are wanted: nothing is compared, and damaged checkpoints are
+    skipped. Nothing is changed, and no more is verified than the answer needs.
     """
     draft = _Draft(inventory, policy.verification, policy.nothing_follows)
     for name in inventory.unfinished:
@@ -177,7 +177,7 @@ def choose(
 
 
 def _allow_or_refuse(found: Comparison, policy: Policy) -> Choice:
-    """The part of a choice that follows from what the decisive checkpoint was written under."""
+    """The part of a choice that follows from the launch that wrote the deciding checkpoint."""
     changes = found.version_changes
     obstacles = found.differences + (changes if policy.refuses_other_versions else ())
     if not obstacles:
@@ -188,21 +188,21 @@ def _allow_or_refuse(found: Comparison, policy: Policy) -> Choice:
 
 
 def _leave_other_micro_batches(draft: _Draft, fingerprint: Mapping[str, Any]) -> None:
-    """Set aside what was written in other micro-batches: to continue it is not bit-identical."""
+    """Set aside checkpoints written in other micro-batches: resuming them is not bit-identical."""
     for step, kept in draft.inventory.kept.items():
         if kept.marker is not None and has_other_micro_batch(kept.marker, fingerprint):
             draft.set_aside(
-                step, "it was written in larger micro-batches, before the run went out of memory"
+                step, "it was written in larger micro-batches, before the run ran out of memory"
             )
             follows = draft.foretell("an attempt would set it aside")
             draft.reasons[step] = f", in larger micro-batches, which ran out of memory{follows}"
 
 
 def _rewind(draft: _Draft, wanted: Wanted, fingerprint: Mapping[str, Any]) -> None:
-    """Set aside whatever is newer than the checkpoint that is named.
+    """Set aside every checkpoint newer than the requested one.
 
     Raises:
-        RefusedError: there is none, it does not verify, or nothing can be continued from it.
+        RefusedError: there is none, it does not verify, or no attempt can resume from it.
     """
     steps = draft.list_left()
     if not steps:
@@ -226,10 +226,11 @@ def _rewind(draft: _Draft, wanted: Wanted, fingerprint: Mapping[str, Any]) -> No
 
 
 def _find_decisive(draft: _Draft, fingerprint: Mapping[str, Any]) -> Comparison | None:
-    """The newest checkpoint that is continued, or refused for what differs; None to start anew.
+    """The newest checkpoint that is either resumed or refused for its differences; None to start
+    from step 0.
 
-    The best weights so far are exported in the end, so a checkpoint is of use only while the one
-    that holds them verifies too. A stripped checkpoint can only be that other one.
+    The final export needs the best weights so far, so a checkpoint is usable only if the one that
+    holds them also verifies. A stripped checkpoint can only serve as that other one.
     """
     stripped: list[int] = []
     found = None
@@ -242,12 +243,14 @@ def _find_decisive(draft: _Draft, fingerprint: Mapping[str, Any]) -> Comparison 
             draft.newest_step = step
         comparison = compare_fingerprints(opened.marker, fingerprint)
         if comparison.differences:
-            draft.reasons[step] = f", but of another launch: {', '.join(comparison.differences)}"
+            draft.reasons[step] = (
+                f", but from a different launch: {', '.join(comparison.differences)}"
+            )
             return comparison
         if opened.marker.is_stripped:
             stripped.append(step)
             draft.reasons[step] = (
-                ", but without optimizer state: its weights can be used, nothing continues from it"
+                ", but without optimizer state: its weights can be used, but it cannot be resumed"
             )
             continue
         best = draft.read_best_step(opened)
@@ -268,7 +271,7 @@ def _find_decisive(draft: _Draft, fingerprint: Mapping[str, Any]) -> Comparison 
 
 
 def _choose_weights(draft: _Draft, wanted: Wanted) -> Choice:
-    """The newest checkpoint that verifies, or its best one; an older one where that is lost."""
+    """The newest verified checkpoint, or its best one; an older one if that is lost."""
     for step in draft.list_left():
         found, opened = step, draft.open(step)
         if opened is not None and wanted == "best":
@@ -284,10 +287,12 @@ def _judge_all(draft: _Draft, next_step: int | None) -> tuple[Verdict, ...]:
     verdicts: list[Verdict] = []
     for step in reversed(draft.inventory.kept):
         seen = draft.look(step)
-        what = seen.how + draft.reasons.get(step, "; older than what decides")
+        what = seen.how + draft.reasons.get(step, "; older than the deciding checkpoint")
         if seen.opened is None:
             is_moved = step in draft.reasons
-            end = draft.foretell(_WOULD_MOVE) if is_moved else "; older than what decides"
+            end = (
+                draft.foretell(_WOULD_MOVE) if is_moved else "; older than the deciding checkpoint"
+            )
             what = f"damaged: {seen.how}{end}"
         name = draft.inventory.paths.checkpoint_dir(step).name
         verdicts.append(Verdict(name, step == next_step, what))
@@ -299,15 +304,15 @@ def _judge_all(draft: _Draft, next_step: int | None) -> tuple[Verdict, ...]:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint that counts as whole."""
+    """A checkpoint that counts as intact."""
 
     marker: Marker
-    folder: Path | None  # with its verified files; None where only the marker was read
+    folder: Path | None  # with its verified files; None if only the marker was read
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Reads every byte of the checkpoints that it is asked for, and unpacks archives elsewhere."""
+    """Reads every byte of the requested checkpoints, and unpacks archives elsewhere."""
 
     paths: RunPaths
     checkpoints: CheckpointsSection
@@ -318,7 +323,7 @@ class Verification:
         """The folder of a step.
 
         Raises:
-            CorruptFileError: with the first damage that was found.
+            CorruptFileError: with the first damage found.
         """
         folder = self.paths.checkpoint_dir(step)
         damage = find_damage(folder, step)
@@ -327,10 +332,10 @@ class Verification:
         return Opened(load_marker(folder), folder)
 
     def unpack(self, step: int) -> Opened | None:
-        """The unpacked archive of a step, None where it holds the checkpoint of another one.
+        """The unpacked archive of a step; None if it holds the checkpoint of another step.
 
         Raises:
-            ArchiveError: it is not sound.
+            ArchiveError: it is damaged.
         """
         folder = self.unpacked_dir(step)
         marker = extract_archive(self.paths.archive_path(step), folder)
@@ -344,7 +349,7 @@ class Verification:
         return self.scratch_dir / f"{self.prefix}{STEP_PREFIX}{step}"
 
     def read_best_step(self, opened: Opened) -> int | None:
-        """The step of the best weights as a checkpoint knows it, None before any evaluation."""
+        """The step of the best weights recorded in a checkpoint; None before any evaluation."""
         return read_best_step(opened.folder, self.checkpoints) if opened.folder else None
 
 
@@ -352,14 +357,14 @@ class Verification:
 class _Seen:
     """One checkpoint after verification."""
 
-    opened: Opened | None  # None: no whole copy is left
-    how: str  # it is there, or what is wrong with it
-    moves: tuple[Move | Restore, ...]  # to have a whole folder, or nothing, under its name
+    opened: Opened | None  # None: no intact copy is left
+    how: str  # "intact", or the problem with it
+    moves: tuple[Move | Restore, ...]  # so that an intact folder, or nothing, has its name
 
 
 @dataclass
 class _Draft:
-    """A choice in the making: what was verified, what is moved so far, and why."""
+    """A choice in progress: the verified checkpoints, the moves so far, and the reasons."""
 
     inventory: Inventory
     verification: Verification | None
@@ -372,7 +377,7 @@ class _Draft:
     _gone: set[int] = field(default_factory=set)
 
     def foretell(self, what: str) -> str:
-        """The end of a verdict that says what an attempt does; empty where none comes next."""
+        """The end of a verdict that says what an attempt does; empty if none follows."""
         return f"; {what}" if self.nothing_follows is None else ""
 
     def list_left(self) -> list[int]:
@@ -380,7 +385,7 @@ class _Draft:
         return [step for step in reversed(self.inventory.kept) if step not in self._gone]
 
     def open(self, step: int) -> Opened | None:
-        """A whole checkpoint, restored if need be; a damaged one is moved aside."""
+        """An intact checkpoint, restored if necessary; a damaged one is moved aside."""
         if step in self._gone:
             return None
         seen = self.look(step)
@@ -390,7 +395,7 @@ class _Draft:
         return seen.opened
 
     def require(self, step: int) -> Opened:
-        """A whole checkpoint.
+        """An intact checkpoint.
 
         Raises:
             RefusedError: its folder is damaged, or it is lost; a damaged folder stays where it is.
@@ -400,17 +405,17 @@ class _Draft:
             opened = self._open_folder(step)
             if isinstance(opened, str):
                 raise RefusedError(
-                    f"{folder} does not verify: its files are not those of its marker",
+                    f"{folder} does not verify: its files do not match its marker",
                     hint=_TRY_AUTO,
                 )
-            self._seen[step] = _Seen(opened, "whole", ())
+            self._seen[step] = _Seen(opened, "intact", ())
         restored = self.open(step)
         if restored is None:
             raise RefusedError(f"{folder} is lost", hint=_TRY_AUTO)
         return restored
 
     def set_aside(self, step: int, why: str) -> None:
-        """Move a checkpoint out of the way, and its archive with it."""
+        """Move a checkpoint and its archive out of the way."""
         kept, paths = self.inventory.kept[step], self.inventory.paths
         if kept.has_archive:
             self.moves.append(Move(paths.archive_path(step).name, why))
@@ -419,7 +424,7 @@ class _Draft:
         self._gone.add(step)
 
     def read_best_step(self, opened: Opened) -> int | None:
-        """The step of the best weights as a checkpoint knows it; None where nobody looks."""
+        """The step of the best weights recorded in a checkpoint; None without verification."""
         return self.verification.read_best_step(opened) if self.verification else None
 
     def look(self, step: int) -> _Seen:
@@ -429,16 +434,16 @@ class _Draft:
         return self._seen[step]
 
     def _verify(self, step: int) -> _Seen:
-        """The folder, else the archive."""
+        """The folder, otherwise the archive."""
         kept, paths = self.inventory.kept.get(step), self.inventory.paths
         if kept is None:
             return _Seen(None, "its folder is missing", ())
         folder = self._open_folder(step)
         if isinstance(folder, Opened):
-            return _Seen(folder, "whole", ())
+            return _Seen(folder, "intact", ())
         moves: list[Move | Restore] = []
         if kept.has_folder:
-            why = f"its files are not those that were committed: {folder}"
+            why = f"its files differ from those committed: {folder}"
             moves.append(Move(paths.checkpoint_dir(step).name, why))
         if self.verification is None or not kept.has_archive:
             return _Seen(None, folder, tuple(moves))
@@ -453,10 +458,10 @@ class _Draft:
             moves.append(Move(archive_name, f"it {what}"))
             return _Seen(None, f"{folder}, and {archive_name} {what}", tuple(moves))
         moves.append(Restore(step, self.verification.unpacked_dir(step)))
-        return _Seen(unpacked, f"damaged ({folder}), but whole in {archive_name}", tuple(moves))
+        return _Seen(unpacked, f"damaged ({folder}), but intact in {archive_name}", tuple(moves))
 
     def _open_folder(self, step: int) -> Opened | str:
-        """The folder of a step, or what is wrong with it."""
+        """The folder of a step, or the problem with it."""
         kept, name = self.inventory.kept[step], self.inventory.paths.checkpoint_dir(step).name
         if self.verification is None:
             if kept.marker is None or kept.marker.step != step:
@@ -471,7 +476,7 @@ class _Draft:
 
 
 def read_inventory(paths: RunPaths) -> Inventory:
-    """What the run has in `checkpoints/`; reads markers and nothing else."""
+    """The contents of the run's `checkpoints/`; reads only markers."""
     committed, archived = set(list_committed(paths)), set(list_archived(paths))
     kept = {
         step: Kept(step in committed, step in archived, _read_marker_of(paths, step))
@@ -491,7 +496,7 @@ def _read_marker_of(paths: RunPaths, step: int) -> Marker | None:
 
 
 def _read_marker(path: Path) -> Marker | None:
-    """The marker of a folder or an archive, None for one that cannot be read."""
+    """The marker of a folder or an archive; None if it cannot be read."""
     try:
         return load_marker(path) if path.is_dir() else load_archived_marker(path)
     except (CorruptFileError, OSError):
@@ -499,9 +504,9 @@ def _read_marker(path: Path) -> Marker | None:
 
 
 def find_commits(paths: RunPaths, resume: str, recipe_digest: str) -> Mapping[str, Any] | None:
-    """The commits of names on the hub that the checkpoint states which an attempt would go on from:
-    the newest of the run's own, else the one at the path `resume`. None where there is none of this
-    recipe, or an older version wrote it.
+    """The hub commits recorded in the checkpoint that an attempt would resume from: the newest of
+    the run's own, otherwise the one at the path `resume`. None if there is no checkpoint of this
+    recipe, or if an older version wrote it.
     """
     own = [kept.marker for kept in read_inventory(paths).kept.values()]
     is_path = resume not in ("auto", "none", "latest", "best") and "://" not in resume
@@ -513,8 +518,8 @@ def find_commits(paths: RunPaths, resume: str, recipe_digest: str) -> Mapping[st
 
 
 def describe_rewind(step: int) -> str:
-    """The reason to set aside what is newer than the checkpoint that is asked for."""
-    return f"the run goes on from step {step}"
+    """The reason to set aside checkpoints newer than the requested one."""
+    return f"the run resumes from step {step}"
 
 
 def look_ahead(
@@ -527,14 +532,14 @@ def look_ahead(
     threads: str | None = None,
     resume: str = "auto",
 ) -> Choice:
-    """The choice of an attempt, as far as markers tell; an empty one where nobody can tell yet.
+    """The choice of an attempt, judged by markers only; empty if it cannot be known yet.
 
     `divisor` is `Attempt.micro_batch_divisor` of that attempt, `threads` its OMP_NUM_THREADS (None:
-    not known yet), `resume` its `Attempt.resume`. Reads nothing but the marker of a path that is to
-    be resumed from.
+    not known yet), `resume` its `Attempt.resume`. Of a path to resume from, only the marker is
+    read.
     """
     is_named = resume not in ("auto", "latest", "best")
-    if resume == "none" or "://" in resume:  # remote storage is not asked here
+    if resume == "none" or "://" in resume:  # remote storage is not queried here
         return Choice()
     if not is_named and all(kept.marker is None for kept in inventory.kept.values()):
         return Choice()
@@ -543,11 +548,11 @@ def look_ahead(
     )
     policy = build_policy(recipe, resume, divisor)
     if is_named:
-        # Anything else that is wrong with a path is for the trainer to find out.
+        # The training process finds any other problem with a path.
         marker = _read_marker(Path(resume))
         if marker is None:
             return Choice()
         found = compare_fingerprints(marker, current)
         return replace(_allow_or_refuse(found, policy), newest_step=found.step)
-    # Whether the latest or the best one verifies is for the trainer to find out.
+    # The training process verifies the latest or the best one.
     return choose(inventory, "auto", current, policy)

@@ -1,8 +1,8 @@
-"""Makes a saved checkpoint count: marker last; moves checkpoints aside and puts them back.
+"""Commits saved checkpoints (marker last), moves checkpoints aside and restores them.
 
-Owns whether a checkpoint counts, nothing of what Transformers writes into it. `retention` decides
-how long it stays, `choose` which one is continued. The run's metrics and scores so far travel
-inside each checkpoint, so that it can be continued on an empty machine.
+Owns whether a checkpoint counts, not what Transformers writes into it. `retention` decides how long
+it is kept, `choose` which one is resumed. The run's metrics and scores so far travel inside each
+checkpoint, so that it can be resumed on an empty machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runner.run.paths import STEP_PREFIX, RunPaths, marker_path
 
 DELETING_PREFIX: Final = ".deleting-"
 IMPORTING_PREFIX: Final = ".importing-"
-# A pickle that holds the hub token in clear; nothing of it is needed to resume.
+# A pickle that holds the hub token in plain text; resuming does not need it.
 _NEVER_KEPT: Final = ("training_args.bin",)
 
 
@@ -30,7 +30,7 @@ def commit_checkpoint(
     saved_dir: Path, paths: RunPaths, step: int, fingerprint: Mapping[str, Any]
 ) -> None:
     """Turn a folder that all ranks have finished writing into the checkpoint of `step`: sync,
-    rename, then the marker.
+    rename, then write the marker.
 
     Called on one rank, after a barrier.
     """
@@ -38,7 +38,7 @@ def commit_checkpoint(
         (saved_dir / name).unlink(missing_ok=True)
     checkpoint_dir = paths.checkpoint_dir(step)
     assert not checkpoint_dir.exists(), (
-        "everything newer than what was resumed from has been moved aside"
+        "every checkpoint newer than the one resumed from has been moved aside"
     )
     follow_umask(saved_dir)
     sync_folder(saved_dir)
@@ -50,11 +50,11 @@ def commit_checkpoint(
 
 @contextmanager
 def give_back_on_full_disk(*folders: Path, is_main: bool) -> Iterator[None]:
-    """While a checkpoint is written into one of `folders`: if the disk is full, what is there of it
-    is deleted.
+    """While a checkpoint is written into one of `folders`: if the disk is full, delete the partial
+    checkpoint.
 
-    It is this attempt's own and was never committed; moved aside, it would take the room that the
-    next attempt needs.
+    It belongs to this attempt and was never committed; moved aside, it would occupy the space that
+    the next attempt needs.
     """
     try:
         yield
@@ -66,7 +66,7 @@ def give_back_on_full_disk(*folders: Path, is_main: bool) -> Iterator[None]:
 
 
 def carry_out(paths: RunPaths, moves: Iterable[Move | Restore]) -> None:
-    """Move aside and restore what `choose` says, in its order."""
+    """Move aside and restore checkpoints as `choose` decided, in its order."""
     for move in moves:
         if isinstance(move, Move):
             quarantine(paths.checkpoints_dir / move.name, paths, move.why)
@@ -79,16 +79,16 @@ def carry_out(paths: RunPaths, moves: Iterable[Move | Restore]) -> None:
 
 
 def clean_up(paths: RunPaths) -> None:
-    """Drop leftovers, and move aside what was never finished; lose nothing."""
+    """Delete leftovers, and move aside unfinished checkpoints; lose nothing."""
     drop_leftovers(paths)
     carry_out(paths, [Move(folder.name, WAS_BEING_WRITTEN) for folder in list_unfinished(paths)])
 
 
 def drop_leftovers(paths: RunPaths) -> None:
-    """Finish what a killed attempt had begun to delete, and drop its temporary files."""
+    """Finish the deletions that a killed attempt had begun, and delete its temporary files."""
     for doomed in paths.checkpoints_dir.glob(f"{DELETING_PREFIX}{STEP_PREFIX}*"):
         shutil.rmtree(doomed)
-    # A copy of what is whole elsewhere.
+    # A copy of a checkpoint that is intact elsewhere.
     for staged in paths.checkpoints_dir.glob(f"{IMPORTING_PREFIX}*"):
         shutil.rmtree(staged)
     unfinished_markers = f"{STEP_PREFIX}*/.{marker_path(Path()).name}.*.tmp"
@@ -98,15 +98,15 @@ def drop_leftovers(paths: RunPaths) -> None:
 
 
 def set_aside(paths: RunPaths, step: int, why: str) -> None:
-    """Move the checkpoint of a step out of the way, and its archive with it."""
+    """Move the checkpoint of a step, and its archive, out of the way."""
     for path in (paths.archive_path(step), paths.checkpoint_dir(step)):
         if path.exists():
             quarantine(path, paths, why)
 
 
 def quarantine(path: Path, paths: RunPaths, why: str) -> None:
-    """Move a folder or archive aside under a free name and say so; it is never read or deleted by
-    us again.
+    """Move a folder or archive aside under a free name and report it. We never read or delete it
+    again.
     """
     paths.quarantine_dir.mkdir(exist_ok=True)
     number = 1
@@ -127,6 +127,6 @@ def carry_run_files(paths: RunPaths, saved_dir: Path) -> None:
 
 
 def restore_run_files(paths: RunPaths, step: int) -> None:
-    """Bring metrics and scores to where they stood when the checkpoint of `step` was written."""
+    """Reset metrics and scores to their state when the checkpoint of `step` was written."""
     for carried in sorted((paths.checkpoint_dir(step) / _RUN_FILES).glob("*.jsonl")):
         write_bytes_atomic(paths.run_dir / carried.name, carried.read_bytes())

@@ -1,7 +1,6 @@
-"""Compares a checkpoint's marker with a launch: may it be continued bit for bit?
+"""Compares a checkpoint's marker with a launch: can it be resumed bit for bit?
 
-Owns the words for what differs and what to do about it. `choose` decides which checkpoint is asked
-about.
+Owns the wording of differences and remedies. `choose` decides which checkpoint is compared.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from runner.recipe.identity import diff_payloads
 LAUNCH_AS_BEFORE: Final = (
     "launch as before, or start over with `--fresh`, which moves the old run aside"
 )
-# What names on the hub were loaded at, by dotted key. No part of `build_resume_fingerprint`: who
-# looks ahead does not know it, and older checkpoints do not state it.
+# The commits at which hub names were loaded, by dotted key. Not part of `build_resume_fingerprint`:
+# they are unknown when looking ahead, and older checkpoints do not record them.
 COMMITS: Final = "commits"
 _SAME_COMMITS: Final = (
-    "get the checkpoint's folder or ZIP file here, and launch with `--resume PATH` (and `--fresh`,"
-    " where the run has other checkpoints): that loads the commits which the checkpoint states"
+    "copy the checkpoint's folder or ZIP file here, and launch with `--resume PATH` (and `--fresh`"
+    " if the run has other checkpoints): that loads the commits recorded in the checkpoint"
 )
-# Follow from the recipe's global batch, the number of processes and `Attempt.micro_batch_divisor`.
+# Derived from the recipe's global batch, the number of processes and `Attempt.micro_batch_divisor`.
 _MICRO_BATCH: Final = frozenset(
     {
         "per_device_train_batch_size",
@@ -36,26 +35,28 @@ _MICRO_BATCH: Final = frozenset(
 
 
 class UnusableError(RefusedError):
-    """A checkpoint of this run from which nothing can be continued; an older one may still do."""
+    """A checkpoint of this run that no attempt can resume from; an older one may still be
+    usable.
+    """
 
 
 class OtherMicroBatchError(RefusedError):
-    """A checkpoint of this run in other micro-batches."""
+    """A checkpoint of this run with a different micro-batch."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The fingerprint of a checkpoint, held against that of a launch."""
+    """The fingerprint of a checkpoint compared with that of a launch."""
 
     step: int
-    differences: tuple[str, ...]  # one line per dotted key; any of them forbids to continue
-    # Allowed or not, as the recipe's `launch.on_version_change` says.
+    differences: tuple[str, ...]  # one line per dotted key; any of them prevents resuming
+    # Allowed or not, depending on the recipe's `launch.on_version_change`.
     version_changes: tuple[str, ...]
 
 
 def compare_fingerprints(marker: Marker, current: Mapping[str, Any]) -> Comparison:
-    """A checkpoint's marker against `build_resume_fingerprint`; what `current` does not know is not
-    compared.
+    """Compare a checkpoint's marker with `build_resume_fingerprint`; keys missing in `current` are
+    not compared.
     """
     stored, versions = marker.fingerprint, current["versions"]
     stored_versions = stored.get("versions", {})
@@ -77,7 +78,7 @@ def compare_fingerprints(marker: Marker, current: Mapping[str, Any]) -> Comparis
 
 def _find_other_commits(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """One line for each name that the checkpoint was trained on at a commit that this launch does
-    not load; what either does not know at all is not compared.
+    not load. If either side records no commits, nothing is compared.
     """
     before, now = stored.get(COMMITS) or {}, current.get(COMMITS)
     if now is None:
@@ -87,8 +88,8 @@ def _find_other_commits(stored: Mapping[str, Any], current: Mapping[str, Any]) -
 
 
 def refuse_other_fingerprint(marker: Marker, current: Mapping[str, Any], hint: str) -> None:
-    """Raises: RefusedError where a checkpoint is of another experiment or launch; versions are left
-    to others.
+    """Raises: RefusedError if a checkpoint belongs to a different experiment or launch; versions
+    are checked elsewhere.
     """
     if differences := compare_fingerprints(marker, current).differences:
         are_commits = all(line.startswith(f"{COMMITS}.") for line in differences)
@@ -97,15 +98,15 @@ def refuse_other_fingerprint(marker: Marker, current: Mapping[str, Any], hint: s
 
 
 def has_other_micro_batch(marker: Marker, fingerprint: Mapping[str, Any]) -> bool:
-    """True where a checkpoint was written with another number of sequences per process and
-    forward pass.
+    """True if a checkpoint was written with another number of sequences per process and forward
+    pass.
     """
     key = "per_device_train_batch_size"
     return marker.fingerprint.get(key) != fingerprint.get(key)
 
 
 def require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: str) -> None:
-    """Raises: RefusedError where a launch cannot continue a checkpoint, for whatever reason."""
+    """Raises: RefusedError if a launch cannot resume a checkpoint, for any reason."""
     try:
         refuse_other_fingerprint(marker, fingerprint, hint)
     except RefusedError as error:
@@ -120,20 +121,20 @@ def require_continuable(marker: Marker, fingerprint: Mapping[str, Any], hint: st
 
 
 def describe_obstacles(step: int | None, obstacles: tuple[str, ...]) -> str:
-    """Why a checkpoint is not continued."""
+    """The reason why a checkpoint is not resumed."""
     shown = "\n".join(f"  {line}" for line in obstacles)
     return (
         f"the checkpoint of step {step} cannot be continued exactly,"
-        f" something changed since:\n{shown}"
+        f" because these changed since:\n{shown}"
     )
 
 
 def suggest_ways_out(obstacles: tuple[str, ...], command: str = "runner launch RECIPE") -> str:
-    """The ways on: the launch as before where a flag can say it, and a start from scratch.
+    """The remedies: the same launch as before if a flag can express it, and a start from step 0.
 
     >>> print(suggest_ways_out(("num_processes: 2 -> 1",), "runner launch r.yaml"))
     runner launch r.yaml --num-processes 2  # as before
-          runner launch r.yaml --fresh  # moves the old run aside and starts anew
+          runner launch r.yaml --fresh  # moves the old run aside and starts from step 0
     """
     keys, ways = _keys_of(obstacles), []
     others = {key for key in keys if not key.startswith("versions.")}
@@ -143,13 +144,15 @@ def suggest_ways_out(obstacles: tuple[str, ...], command: str = "runner launch R
     elif others and all(key.startswith(f"{COMMITS}.") for key in others):
         ways.append(_SAME_COMMITS)
     elif others:
-        ways.append("change back what is named above")
+        ways.append("change the keys named above back")
     if keys > others:
         ways.append(
             "install the versions named above again,"
             " or set `launch.on_version_change: warn` in the recipe"
         )
-    return "\n      ".join([*ways, f"{command} --fresh  # moves the old run aside and starts anew"])
+    return "\n      ".join(
+        [*ways, f"{command} --fresh  # moves the old run aside and starts from step 0"]
+    )
 
 
 def _without_versions(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

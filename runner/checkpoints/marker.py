@@ -1,7 +1,7 @@
-"""The marker that makes a checkpoint folder count, and what a checkpoint knows of evaluations.
+"""The marker that makes a checkpoint folder count, and the evaluations recorded in a checkpoint.
 
-Owns how a marker is written, read and compared with the files that it states, and the list of the
-checkpoints of a run. Does not decide which of them is used (`choose`) or deleted (`retention`).
+Owns how a marker is written, read and compared with the files that it states, and how a run's
+checkpoints are listed. Does not decide which of them is used (`choose`) or deleted (`retention`).
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class FileEntry(BaseModel):
 
 
 class Marker(BaseModel):
-    """`COMMITTED.json`, whose checksum of itself is left out here."""
+    """`COMMITTED.json`, without the checksum of the marker itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     step: Annotated[int, Field(ge=0)]
     fingerprint: dict[str, Any]
     files: dict[str, FileEntry]
-    # What was taken out: a stripped checkpoint still holds weights, but nothing can be continued
-    # from it.
+    # The files that were removed: a stripped checkpoint still holds weights, but no attempt can
+    # resume from it.
     stripped_files: list[str] = Field(default_factory=list)
 
     @field_validator("files", "stripped_files")
@@ -61,17 +61,17 @@ class Marker(BaseModel):
     def _names_stay_inside(cls, names: Any) -> Any:
         for name in names:
             if not is_inner_name(name):
-                raise ValueError(f"the file name {name!r} leads out of the checkpoint")
+                raise ValueError(f"the file name {name!r} is outside the checkpoint folder")
         return names
 
     @property
     def is_stripped(self) -> bool:
-        """Whether optimizer, scheduler and random states are gone."""
+        """True if optimizer, scheduler and random states have been removed."""
         return bool(self.stripped_files)
 
 
 def is_inner_name(name: str) -> bool:
-    """Whether a name is relative, in its shortest form, and stays below the folder it is joined to.
+    """True if a name is relative, in its shortest form, and stays below the folder it is joined to.
 
     >>> names = ("a/b.pt", "/a", "a/../b", "a//b", "", "a\\\\b", "COMMITTED.json")
     >>> [is_inner_name(name) for name in names]
@@ -90,7 +90,7 @@ def is_inner_name(name: str) -> bool:
 
 
 def write_marker(checkpoint_dir: Path, marker: Marker) -> None:
-    """Make the folder count, or replace its marker: whole or not at all, also after a power
+    """Make the folder count, or replace its marker: completely or not at all, even after a power
     loss.
     """
     content = marker.model_dump(mode="json")
@@ -101,22 +101,22 @@ def load_marker(checkpoint_dir: Path) -> Marker:
     """The marker of a folder.
 
     Raises:
-        CorruptFileError: there is none, or it is not as it was written.
+        CorruptFileError: there is none, or it was changed after it was written.
     """
     path = marker_path(checkpoint_dir)
     return parse_marker(load_json(path), str(path))
 
 
 def parse_marker(content: Any, where: str) -> Marker:
-    """A marker from parsed JSON that anybody may have written.
+    """A marker from untrusted parsed JSON.
 
     Raises:
-        CorruptFileError: it is no marker, or was changed since it was written.
+        CorruptFileError: it is not a marker, or was changed after it was written.
     """
     try:
         stated = dict(content)
         if stated.pop("marker_sha256", None) != hash_json(stated):
-            raise CorruptFileError(f"{where} is not as it was written: its checksum does not match")
+            raise CorruptFileError(f"{where} was changed: its checksum does not match")
         return Marker.model_validate(stated)
     except ValidationError as error:
         first = error.errors()[0]
@@ -128,21 +128,19 @@ def parse_marker(content: Any, where: str) -> Marker:
 
 
 def is_intact(checkpoint_dir: Path, step: int | None = None) -> bool:
-    """Whether the marker is as it was written and every file has the size and checksum that it
-    states.
-    """
+    """True if the marker is unchanged and every file has the size and checksum that it states."""
     return find_damage(checkpoint_dir, step) is None
 
 
 def find_damage(checkpoint_dir: Path, step: int | None = None) -> str | None:
-    """What is wrong with the first file that is not as it was committed; None where all are. Reads
-    every byte.
+    """The problem with the first file that differs from what was committed; None if all are intact.
+    Reads every byte.
     """
     try:
         marker = load_marker(checkpoint_dir)
     except CorruptFileError as error:
         return error.message
-    if step not in (None, marker.step):  # somebody copied or renamed the folder
+    if step not in (None, marker.step):  # the folder was copied or renamed
         return f"it is the checkpoint of step {marker.step}"
     for name, stated in marker.files.items():
         path = checkpoint_dir / name
@@ -151,7 +149,7 @@ def find_damage(checkpoint_dir: Path, step: int | None = None) -> str | None:
         if (num_bytes := path.stat().st_size) != stated.num_bytes:
             return f"{name} has {num_bytes} bytes, {stated.num_bytes} were committed"
         if hash_file(path) != stated.sha256:
-            return f"{name} holds other bytes than were committed"
+            return f"{name} does not match its committed checksum"
     return None
 
 
@@ -172,7 +170,7 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make every file below `folder`, and its name, survive a power loss."""
+    """Make every file below `folder`, and its name, durable against a power loss."""
     for path in list_files(folder):
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -182,7 +180,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def list_committed(paths: RunPaths) -> list[int]:
-    """Steps whose checkpoint carries a marker, oldest first; contents are not verified."""
+    """Steps whose checkpoint has a marker, oldest first; contents are not verified."""
     return sorted(
         int(folder.name.removeprefix(STEP_PREFIX))
         for folder in list_checkpoint_dirs(paths)
@@ -191,13 +189,13 @@ def list_committed(paths: RunPaths) -> list[int]:
 
 
 def list_archived(paths: RunPaths) -> list[int]:
-    """Steps of which there is a ZIP archive, oldest first; contents are not verified."""
+    """Steps that have a ZIP archive, oldest first; contents are not verified."""
     stems = [path.stem for path in paths.checkpoints_dir.glob(f"{STEP_PREFIX}*.zip")]
     return sorted(int(stem.removeprefix(STEP_PREFIX)) for stem in stems if is_step(stem))
 
 
 def list_checkpoint_dirs(paths: RunPaths) -> list[Path]:
-    """Our folders: committed ones, and what Transformers was writing when it was killed."""
+    """Our folders: committed ones, and those that Transformers was writing when it was killed."""
     if not paths.checkpoints_dir.is_dir():
         return []
     return [
@@ -208,7 +206,7 @@ def list_checkpoint_dirs(paths: RunPaths) -> list[Path]:
 
 
 def list_unfinished(paths: RunPaths) -> list[Path]:
-    """Our folders that do not count: no marker, or still under the name that Transformers gives."""
+    """Our folders that do not count: without a marker, or still under Transformers' name."""
     return [
         folder
         for folder in list_checkpoint_dirs(paths)
@@ -217,18 +215,18 @@ def list_unfinished(paths: RunPaths) -> list[Path]:
 
 
 def is_step(name: str) -> bool:
-    """Whether a name is `step-N`, as we write it."""
+    """True if a name is `step-N`, as we write it."""
     number = name.removeprefix(STEP_PREFIX)
     return name.startswith(STEP_PREFIX) and number.isdecimal() and number == str(int(number))
 
 
 LogHistory = Sequence[Mapping[str, Any]]
-# As in `transformers.trainer`, which takes seconds to import.
+# Same as in `transformers.trainer`, which takes seconds to import.
 TRAINER_STATE_NAME: Final = "trainer_state.json"
 
 
 def list_evaluations(history: LogHistory, metric: str) -> list[tuple[int, float]]:
-    """`(step, value)` of every evaluation of trained weights; step 0, the base model, is left out.
+    """`(step, value)` of every evaluation of trained weights; step 0 (the base model) is left out.
 
     >>> history = [{"step": 0, "eval_m": 9.0}, {"step": 5, "loss": 1.0}, {"step": 5, "eval_m": 2.0}]
     >>> list_evaluations(history, "m")
@@ -241,7 +239,7 @@ def list_evaluations(history: LogHistory, metric: str) -> list[tuple[int, float]
 
 
 def rank_steps(evaluations: Sequence[tuple[int, float]], mode: Literal["min", "max"]) -> list[int]:
-    """The evaluated steps, the best first; among equals the first one is better.
+    """The evaluated steps, best first; ties go to the earlier step.
 
     >>> rank_steps([(5, 2.0), (10, 1.0), (15, 1.0)], "min")
     [10, 15, 5]
@@ -253,7 +251,7 @@ def rank_steps(evaluations: Sequence[tuple[int, float]], mode: Literal["min", "m
 def find_best_step(
     evaluations: Sequence[tuple[int, float]], mode: Literal["min", "max"]
 ) -> int | None:
-    """The step of the best value, the first one among equals; None where nothing was evaluated.
+    """The step of the best value, the earliest among equals; None if nothing was evaluated.
 
     >>> find_best_step([(5, 2.0), (10, 1.0), (15, 1.0)], "min")
     10
@@ -264,13 +262,13 @@ def find_best_step(
 def read_evaluations(
     checkpoint_dir: Path, checkpoints: CheckpointsSection
 ) -> list[tuple[int, float]]:
-    """The evaluations by the metric of `checkpoints` up to the step of a checkpoint, as the
-    checkpoint knows them.
+    """The evaluations by the metric of `checkpoints` up to a checkpoint's step, as recorded in the
+    checkpoint.
     """
     state = load_json(checkpoint_dir / TRAINER_STATE_NAME, MAX_ROWS_BYTES)
     return list_evaluations(state["log_history"], checkpoints.metric)
 
 
 def read_best_step(checkpoint_dir: Path, checkpoints: CheckpointsSection) -> int | None:
-    """The best step as the checkpoint knows it, None before the first evaluation."""
+    """The best step recorded in the checkpoint; None before the first evaluation."""
     return find_best_step(read_evaluations(checkpoint_dir, checkpoints), checkpoints.mode)

@@ -1,9 +1,10 @@
-"""Archives of checkpoints in remote storage: listed, fetched, deleted, and sent in the background.
+"""Archives of checkpoints in remote storage: list, fetch and delete them, and upload them in the
+background.
 
-Training never waits for an upload and never fails because of one. What still has to be sent is in
-`checkpoints/.uploads/`; an archive leaves that folder when it has arrived, so an attempt that is
-killed leaves there what the next attempt sends. In remote storage an archive counts only with its
-`.sha256` beside it, which is written last. fsspec is imported when a place is opened, not before.
+Training never waits for an upload and never fails because of one. Archives to upload are in
+`checkpoints/.uploads/` and leave that folder once they have arrived, so the next attempt sends
+those that a killed attempt left there. In remote storage an archive counts only with its `.sha256`
+next to it, which is written last. fsspec is imported when a location is opened, not before.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from runner.secrets import scrub_json
 
 OWNER_NAME: Final = "run.json"
 _SUM_SUFFIX: Final = ".sha256"
-# Only file systems have folders to make; on an object store that would make a bucket of a misspelt
+# Only file systems need folders; on an object store, this would create a bucket from a misspelled
 # name.
 _WITH_FOLDERS: Final = frozenset({"file", "local", "sftp", "ssh", "smb", "hdfs", "webhdfs", "ftp"})
 _EXTRAS: Final = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -44,14 +45,12 @@ class RemoteFolder:
     """A folder of archives, `step-N.zip`, each with its checksum."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        """Raises: RefusedError when the protocol is unknown or the package behind it is not
-        installed.
-        """
+        """Raises: RefusedError if the protocol is unknown or its package is not installed."""
         self.url = url.rstrip("/")
         self._fs, self._root = _open_filesystem(self.url, options)
 
     def list_steps(self) -> list[int]:
-        """Steps whose archive and checksum are both there, oldest first."""
+        """Steps that have both archive and checksum, oldest first."""
         self._fs.invalidate_cache()
         try:
             names = {str(path).rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)}
@@ -62,7 +61,7 @@ class RemoteFolder:
         return sorted(step for step in steps if {_name(step), _name(step) + _SUM_SUFFIX} <= names)
 
     def send(self, archive_path: Path, step: int) -> None:
-        """Put an archive there, unless it is; a reader sees all of it or nothing."""
+        """Upload an archive unless it is already there; a reader sees all of it or nothing."""
         target, digest, num_bytes = (
             self._path(step),
             hash_file(archive_path),
@@ -79,11 +78,11 @@ class RemoteFolder:
         self._fs.pipe_file(target + _SUM_SUFFIX, f"{digest}  {_name(step)}\n".encode())
 
     def fetch(self, step: int, target_path: Path) -> None:
-        """Get an archive.
+        """Download an archive.
 
         Raises:
             FileNotFoundError: it is not there, or its upload was never finished.
-            CorruptFileError: what came is not what its checksum says.
+            CorruptFileError: the downloaded bytes do not match its checksum.
         """
         self._fs.invalidate_cache()
         stated = self._read(self._path(step) + _SUM_SUFFIX)
@@ -93,18 +92,18 @@ class RemoteFolder:
             )
         self._fs.get_file(self._path(step), str(target_path))
         if not stated.startswith(hash_file(target_path)):
-            raise CorruptFileError(f"{self.url}/{_name(step)} is not what its checksum says")
+            raise CorruptFileError(f"{self.url}/{_name(step)} does not match its checksum")
 
     def delete(self, step: int) -> None:
-        """Remove an archive, its checksum first: half of it never counts."""
+        """Remove an archive, its checksum first, so that a partial archive never counts."""
         self._delete(self._path(step) + _SUM_SUFFIX)
         self._delete(self._path(step))
 
     def require_owner(self, recipe_digest: str, *, claim: bool) -> None:
-        """Look whose archives these are; where nobody's are there, `claim` writes it down.
+        """Check which experiment owns these archives; if none does, `claim` records this one.
 
         Raises:
-            RefusedError: they are another experiment's, which must be neither overwritten nor
+            RefusedError: they belong to another experiment, and must be neither overwritten nor
                 continued.
         """
         path, content = (
@@ -120,8 +119,8 @@ class RemoteFolder:
             raise RefusedError(
                 f"{self.url} holds the checkpoints of another experiment",
                 hint=(
-                    "give the run another name (`--name`) or `checkpoints.remote.url` another"
-                    " place, or move away what is there"
+                    "give the run another name (`--name`), change `checkpoints.remote.url`, or move"
+                    " those checkpoints away"
                 ),
             )
 
@@ -147,8 +146,8 @@ class RemoteFolder:
 
 
 def open_run_folder(recipe: Recipe) -> RemoteFolder | None:
-    """Where the archives of a run go, None where the recipe names no remote storage; nothing is
-    sent or read yet.
+    """The folder for a run's archives; None if the recipe names no remote storage. Nothing is sent
+    or read yet.
 
     Raises:
         RefusedError: see `RemoteFolder`.
@@ -160,8 +159,7 @@ def open_run_folder(recipe: Recipe) -> RemoteFolder | None:
 
 
 def open_named_archive(url: str, recipe: Recipe) -> tuple[RemoteFolder, int]:
-    """The folder and the step of an archive's URL, `.../step-N.zip`; the recipe's own options are
-    used.
+    """The folder and the step of an archive's URL, `.../step-N.zip`; uses the recipe's own options.
 
     Raises:
         RefusedError: the URL names no archive, or see `RemoteFolder`.
@@ -170,7 +168,7 @@ def open_named_archive(url: str, recipe: Recipe) -> tuple[RemoteFolder, int]:
     number = name.removeprefix(STEP_PREFIX).removesuffix(".zip")
     if not number.isdecimal() or name != _name(int(number)):
         raise RefusedError(
-            f"{url} does not name a checkpoint's archive",
+            f"{url} does not name a checkpoint archive",
             hint=f"--resume {folder_url}/step-100.zip",
         )
     remote = recipe.checkpoints.remote
@@ -182,18 +180,18 @@ def open_named_archive(url: str, recipe: Recipe) -> tuple[RemoteFolder, int]:
 def retry(
     function: Callable[[], Result], num_retries: int, stop: threading.Event
 ) -> tuple[Result, int]:
-    """What `function` returns, and how often it was called: once, and up to `num_retries` times
-    more after errors.
+    """The result of `function` and the number of calls: one, plus up to `num_retries` more after
+    errors.
 
-    Pauses of 1, 2, 4, ... seconds, at most a minute, end when `stop` is set. Errors of our own are
-    not tried again.
+    Pauses of 1, 2, 4, ... seconds, at most a minute, end when `stop` is set. Our own errors are not
+    retried.
     """
     for number in range(num_retries + 1):
         try:
             return function(), number + 1
         except RunnerError:
             raise
-        except Exception:  # each file system has kinds of its own
+        except Exception:  # each file system has its own errors
             if number == num_retries or stop.wait(min(2.0**number, _MAX_PAUSE_SECONDS)):
                 raise
     raise AssertionError("unreachable")
@@ -204,7 +202,7 @@ def _name(step: int) -> str:
 
 
 def _plain_options(remote: RemoteStorage) -> dict[str, Any]:
-    """As fsspec takes them: the recipe's own are frozen at every depth."""
+    """The options as fsspec accepts them; the recipe's own are frozen at every depth."""
     options: dict[str, Any] = remote.model_dump(mode="json")["options"]
     return options
 
@@ -222,7 +220,7 @@ def _open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
             hint=(
                 f"pip install 'recipe-runner[{extra}]'"
                 if extra
-                else f"pip install what fsspec asks for, for {protocol}"
+                else f"install the package that fsspec needs for {protocol}"
             ),
         ) from None
     except (ValueError, TypeError) as error:
@@ -236,7 +234,7 @@ def _open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     return filesystem, root.rstrip("/")
 
 
-PATIENCE_SECONDS: Final = 300.0  # that a completed run waits for what is still on its way
+PATIENCE_SECONDS: Final = 300.0  # that a completed run waits for pending uploads
 _END: Final = -1
 
 
@@ -258,7 +256,7 @@ class Uploader:
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
 
     def start(self) -> None:
-        """Send what is committed and has not arrived, then whatever is offered."""
+        """Upload committed checkpoints that have not arrived, then every one offered."""
         for temporary in self._paths.uploads_dir.glob(TEMPORARY_GLOB):
             temporary.unlink()
         arrived = list_arrived(self._paths, self.folder.url)
@@ -269,24 +267,24 @@ class Uploader:
         self._thread.start()
 
     def offer(self, step: int) -> None:
-        """Send the checkpoint of a step as it is now; called after its commit, before anything is
-        stripped of it.
+        """Upload the checkpoint of a step in its current state; called after its commit, before it
+        is stripped.
         """
         self._drop_superseded()
-        # What failed before: the newest alone may not be continuable.
+        # Earlier failures too: the newest alone may not be enough to resume.
         for older in list_pending(self._paths):
             if older < step:
                 self._queue.put(older)
         try:
             self._lay_ready(step)
-        # No space, or damaged: training goes on, a later attempt sends it.
+        # No space, or damaged: training continues, and a later attempt sends it.
         except (OSError, CorruptFileError) as error:
             self._note(step, outcome="failed", message=f"{type(error).__name__}: {error}")
         else:
             self._queue.put(step)
 
     def finish(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
-        """Try once more what failed and wait for what is on its way, but not for ever."""
+        """Retry failed uploads once more and wait for pending ones, up to a limit."""
         for step in list_pending(self._paths):
             self._queue.put(step)
         self._queue.put(_END)
@@ -297,21 +295,21 @@ class Uploader:
                 self._note(
                     step,
                     outcome="unfinished",
-                    message=f"not there {patience_seconds:.0f} s after training",
+                    message=f"not there {patience_seconds:.0f} s after training ended",
                 )
 
     def _work(self) -> None:
         while (step := self._queue.get()) != _END:
             pending, started = _pending_path(self._paths, step), time.monotonic()
-            if not pending.exists():  # superseded, or sent meanwhile
+            if not pending.exists():  # superseded, or already sent
                 continue
             try:
                 num_bytes = pending.stat().st_size
                 _, num_tries = retry(
                     partial(self._send, step), self._remote.num_retries, self._stop
                 )
-            except Exception as error:  # each file system has kinds of its own
-                if pending.exists():  # else it was superseded, or sent meanwhile
+            except Exception as error:  # each file system has its own errors
+                if pending.exists():  # otherwise superseded, or already sent
                     self._note(step, outcome="failed", message=f"{type(error).__name__}: {error}")
             else:
                 seconds = round(time.monotonic() - started, 3)
@@ -328,7 +326,7 @@ class Uploader:
         self.folder.require_owner(self._recipe_digest, claim=True)
         self.folder.send(pending, step)
         is_continuable = not any(older < step for older in list_pending(self._paths))
-        # Else its best weights may be on their way, and an older one is what can be continued.
+        # Otherwise its best weights may still be uploading, and an older one is needed to resume.
         if is_continuable:
             committed = list_committed(self._paths)
             for older in self.folder.list_steps():
@@ -336,11 +334,11 @@ class Uploader:
                     self.folder.delete(older)
         pending.unlink(
             missing_ok=True
-        )  # last: what fails here is tried again, and an archive that is there is not resent
+        )  # last: failures are retried, and an archive that has arrived is not resent
 
     def _note(self, step: int, **known: Any) -> None:
         row = scrub_json({"step": step, "url": self.folder.url, "at_utc": now_utc(), **known})
-        # A full disk is told by what matters more
+        # More important writes report a full disk.
         with contextlib.suppress(CorruptFileError, OSError):
             append_jsonl(self._attempt.uploads_path, row)
         if known["outcome"] != "uploaded":
@@ -356,7 +354,7 @@ class Uploader:
             return
         try:
             os.link(archive_path, pending)  # stays when the archive is replaced or pruned
-        except OSError:  # there is none, or the file system knows no links
+        except OSError:  # there is none, or the file system has no links
             write_archive(self._paths.checkpoint_dir(step), pending)
 
     def _drop_superseded(self) -> None:
@@ -381,7 +379,7 @@ def list_arrived(paths: RunPaths, url: str) -> set[int]:
     for folder in paths.attempts_dir.glob("*"):
         try:
             rows = load_jsonl(AttemptPaths(folder).uploads_path)
-        except CorruptFileError:  # then they are offered again, and found to be there
+        except CorruptFileError:  # then they are offered again, and found to have arrived
             continue
         arrived |= {
             row["step"] for row in rows if row["url"] == url and row["outcome"] == "uploaded"

@@ -1,8 +1,8 @@
-"""Carries out what `choose` decides for an attempt, and brings in checkpoints from elsewhere.
+"""Carries out the decisions of `choose` for an attempt, and imports checkpoints from elsewhere.
 
-A folder, an archive, or an archive in remote storage is copied beside the run's own, verified, held
-against the run's fingerprint, and only then given a name that counts. Whatever is newer is moved
-aside, and `choose` finds it as the newest one.
+A folder, an archive, or an archive in remote storage is copied next to the run's own checkpoints,
+verified, compared with the run's fingerprint, and only then given a name that counts. Newer
+checkpoints are moved aside, so `choose` finds the imported one as the newest.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _OTHER_RUN: Final = (
 )
 
 Result = TypeVar("Result")
-# Shows by its name what is being waited for.
+# Shows the name of the current wait.
 Phase = Callable[[str], AbstractContextManager[object]]
 
 
@@ -71,14 +71,14 @@ def import_checkpoint(
     fingerprint: Mapping[str, Any],
     fetch: Callable[[int | None], Path | None],
 ) -> int:
-    """Copy a checkpoint, and the one with its best weights, into the run's own; the step of the
+    """Copy a checkpoint, and the one with its best weights, into the run; return the step of the
     first one.
 
-    `fetch(None)` gives the folder or archive that was asked for, `fetch(step)` another one from the
-    same place.
+    `fetch(None)` returns the requested folder or archive, `fetch(step)` another one from the same
+    place.
 
     Raises:
-        RefusedError: it is not whole, not of this run, or its best weights are nowhere to be found.
+        RefusedError: it is damaged, belongs to another run, or its best weights cannot be found.
     """
     clean_up(paths)
     source = fetch(None)
@@ -98,7 +98,7 @@ def import_checkpoint(
             _require_same_course(paths.checkpoint_dir(best), staged_dir, best, checkpoints)
         else:
             raise UnusableError(
-                f"{source} would export the weights of step {best}, which are not beside it",
+                f"{source} has its best weights at step {best}, which is not next to it",
                 hint=f"put {STEP_PREFIX}{best} or {STEP_PREFIX}{best}.zip into the same folder",
             )
     set_aside_after(paths, marker.step)
@@ -111,20 +111,22 @@ def import_checkpoint(
 def _require_same_course(
     best_dir: Path, later_dir: Path, best: int, checkpoints: CheckpointsSection
 ) -> None:
-    """Refuse weights of the best step that are not those which the later checkpoint calls the best.
+    """Refuse a checkpoint of the best step whose recorded evaluations differ from those in the
+    later checkpoint.
 
-    A run that went back to an older checkpoint may have trained on otherwise (on a GPU), under the
-    same names.
+    A run that went back to an older checkpoint may have trained differently since (on a GPU), under
+    the same names.
     """
     known, seen = read_evaluations(later_dir, checkpoints), read_evaluations(best_dir, checkpoints)
     if known[: len(seen)] != seen:
         raise UnusableError(
-            f"the checkpoint of step {best} beside it is of another course of the run"
+            f"the checkpoint of step {best} next to it comes from a different training history"
+            " (its recorded evaluations differ)"
         )
 
 
 def _restore_own(paths: RunPaths, checkpoints: CheckpointsSection, step: int) -> bool:
-    """Whether the run has a whole checkpoint of a step; a damaged folder is moved aside, and
+    """True if the run has an intact checkpoint of a step; a damaged folder is moved aside and
     restored from its archive.
     """
     found = read_inventory(paths)
@@ -137,7 +139,8 @@ def _restore_own(paths: RunPaths, checkpoints: CheckpointsSection, step: int) ->
 
 
 def require_step(paths: RunPaths, checkpoints: CheckpointsSection, step: int) -> None:
-    """Have the whole folder of a step, restored from the run's own archive if need be.
+    """Ensure that the intact folder of a step exists, restored from the run's own archive if
+    necessary.
 
     Raises:
         RefusedError: neither verifies.
@@ -148,12 +151,12 @@ def require_step(paths: RunPaths, checkpoints: CheckpointsSection, step: int) ->
 
 
 def _build_verification(paths: RunPaths, checkpoints: CheckpointsSection) -> Verification:
-    """Unpacks where an archive's folder can be renamed into its place."""
+    """Unpacks next to the checkpoints, so that an archive's folder can be renamed into place."""
     return Verification(paths, checkpoints, paths.checkpoints_dir, IMPORTING_PREFIX)
 
 
 def find_beside(source: Path, step: int | None) -> Path | None:
-    """What `import_checkpoint` fetches where the source is a local folder or archive."""
+    """The path that `import_checkpoint` uses if the source is a local folder or archive."""
     if step is None:
         return source
     folder = source.absolute().parent
@@ -171,14 +174,14 @@ def import_newest(
     before_resuming: Callable[[], None],
     phase: Phase = nullcontext,
 ) -> int | None:
-    """Import the newest checkpoint of this run from remote storage that can be continued; None
-    where it holds none.
+    """Import the newest checkpoint of this run from remote storage that can be resumed; None if
+    there is none.
 
-    `skip_other_micro_batches`: those do not count, in a run that was cut otherwise since.
-    `before_resuming` and `phase` are those of `choose_resume_step`.
+    `skip_other_micro_batches`: ignore such checkpoints, in a run whose micro-batch has changed
+    since. `before_resuming` and `phase` are those of `choose_resume_step`.
 
     Raises:
-        RefusedError: there are checkpoints, and none can be continued.
+        RefusedError: there are checkpoints, but none can be resumed.
     """
     _insist(partial(remote.require_owner, fingerprint["recipe_digest"], claim=False), recipe)
     steps = _insist(remote.list_steps, recipe)
@@ -196,7 +199,7 @@ def import_newest(
                 raise
             skipped.append(step)
             print(
-                f"warning: {remote.url}, step {step}: of before the run went out of memory",
+                f"warning: {remote.url}, step {step}: from before the run ran out of memory",
                 flush=True,
             )
     if len(skipped) < len(steps):
@@ -214,9 +217,7 @@ def build_fetch(
     paths: RunPaths,
     phase: Phase = nullcontext,
 ) -> Callable[[int | None], Path | None]:
-    """What `import_checkpoint` fetches where the source is remote storage; `clean_up` removes what
-    was fetched.
-    """
+    """The `fetch` of `import_checkpoint` for remote storage; `clean_up` removes the downloads."""
 
     def fetch(step: int | None) -> Path | None:
         number = wanted if step is None else step
@@ -242,7 +243,7 @@ def _insist(function: Callable[[], Result], recipe: Recipe) -> Result:
         return retry(function, num_retries, threading.Event())[0]
     except (RunnerError, FileNotFoundError):
         raise
-    except Exception as error:  # each file system has kinds of its own
+    except Exception as error:  # each file system has its own errors
         raise OSError(f"remote storage cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -253,7 +254,7 @@ def set_aside_after(paths: RunPaths, step: int) -> None:
 
 
 def _stage(source: Path, paths: RunPaths, name: str) -> Path:
-    """A verified copy of a folder or archive among the checkpoints, under a name that does not
+    """A verified copy of a folder or archive in the checkpoints folder, under a name that does not
     count yet.
     """
     if not source.exists():
@@ -271,7 +272,7 @@ def _stage(source: Path, paths: RunPaths, name: str) -> Path:
 
 
 def _copy_checkpoint(source_dir: Path, target_dir: Path) -> None:
-    """Copy exactly the files that the marker states, then hold the copy against it."""
+    """Copy exactly the files that the marker states, then verify the copy."""
     marker = load_marker(source_dir)
     target_dir.mkdir()
     for name in marker.files:
@@ -282,12 +283,12 @@ def _copy_checkpoint(source_dir: Path, target_dir: Path) -> None:
         shutil.copyfile(path, target_dir / name)
     write_marker(target_dir, marker)
     if not is_intact(target_dir):
-        raise CorruptFileError("its files are not those that were committed")
+        raise CorruptFileError("its files differ from those committed")
     sync_folder(target_dir)
 
 
 def _put_in_place(staged_dir: Path, paths: RunPaths) -> None:
-    """Give a staged copy its name, unless the run has the very same checkpoint already."""
+    """Give a staged copy its name, unless the run already has the same checkpoint."""
     marker = load_marker(staged_dir)
     checkpoint_dir = paths.checkpoint_dir(marker.step)
     if (
@@ -297,7 +298,7 @@ def _put_in_place(staged_dir: Path, paths: RunPaths) -> None:
     ):
         shutil.rmtree(staged_dir)
         return
-    set_aside(paths, marker.step, "another one is put into its place")
+    set_aside(paths, marker.step, "an imported checkpoint replaces it")
     staged_dir.rename(checkpoint_dir)
     fsync_dir(paths.checkpoints_dir)
 
@@ -313,24 +314,23 @@ def choose_resume_step(
     before_resuming: Callable[[], None] = lambda: None,
     phase: Phase = nullcontext,
 ) -> int | None:
-    """The step that this attempt goes on from, `resume` being `Attempt.resume`; None to start at
-    step 0.
+    """The step that this attempt resumes from, where `resume` is `Attempt.resume`; None to start
+    from step 0.
 
-    With a `divisor` (`Attempt.micro_batch_divisor`) above 1 the run has gone out of memory, and
-    leaves behind what it wrote in larger micro-batches.
+    A `divisor` (`Attempt.micro_batch_divisor`) above 1 means that the run ran out of memory;
+    checkpoints written in larger micro-batches are then left behind.
 
-    `before_resuming` is called when it is known that a checkpoint is to be continued, and before
-    any checkpoint is moved or brought in: what it raises leaves the run as it is. `phase` is
-    entered, by its name, while an archive is downloaded.
+    `before_resuming` is called once a checkpoint is known to be resumed, and before any checkpoint
+    is moved or imported: if it raises, the run stays as it is. `phase` is entered, with its name,
+    while an archive is downloaded.
 
     Raises:
-        RefusedError: what was asked for cannot be continued.
-        OSError: remote storage cannot be reached: to start at step 0 instead would be the greater
-            loss.
+        RefusedError: the requested checkpoint cannot be resumed.
+        OSError: remote storage cannot be reached: starting from step 0 instead would lose more.
     """
     checkpoints = recipe.checkpoints
     named: dict[str, Wanted] = {"latest": "latest", "best": "best"}
-    wanted = named.get(resume, "auto")  # what is imported is the newest one then
+    wanted = named.get(resume, "auto")  # an imported checkpoint is then the newest one
     if resume not in ("auto", "none", *named):
         before_resuming()
     if "://" in resume:
@@ -356,12 +356,12 @@ def choose_resume_step(
             choice = _choose_own(paths, wanted, fingerprint, policy, before_resuming)
     for line in choice.version_warnings:
         print(
-            "warning: resuming under another version,"
+            "warning: resuming under a different version;"
             f" the result may differ in the last bits: {line}",
             flush=True,
         )
     if choice.step is not None:
-        # What a killed attempt had not come to, under the limits of today's recipe.
+        # Retention that a killed attempt did not reach, under the limits of the current recipe.
         evaluations = read_evaluations(paths.checkpoint_dir(choice.step), checkpoints)
         apply_retention(paths, checkpoints, evaluations, fingerprint["recipe_digest"])
     return choice.step
@@ -374,10 +374,10 @@ def _choose_own(
     policy: Policy,
     before_resuming: Callable[[], None],
 ) -> Choice:
-    """Choose among the run's own checkpoints, and carry the choice out.
+    """Choose among the run's own checkpoints, and carry out the choice.
 
     Raises:
-        RefusedError: as the choice says.
+        RefusedError: if the choice is a refusal.
     """
     drop_leftovers(paths)
     choice = choose(read_inventory(paths), wanted, fingerprint, policy)
@@ -392,12 +392,12 @@ def _choose_own(
 def resolve_checkpoint(
     paths: RunPaths, checkpoints: CheckpointsSection, which: str, scratch_dir: Path
 ) -> Path:
-    """The folder with the weights of the `best` or `latest` checkpoint of a run, or of a folder or
-    archive by its path.
+    """The folder with the weights of a run's `best` or `latest` checkpoint, or of a folder or
+    archive given by path.
 
-    Verified, perhaps stripped of its optimizer state. Nothing in the run directory is changed: what
-    is only there as an archive is unpacked into `scratch_dir`, which the caller removes when it is
-    done.
+    It is verified, but may be stripped of its optimizer state. Nothing in the run directory is
+    changed: a checkpoint that exists only as an archive is unpacked into `scratch_dir`, which the
+    caller removes afterwards.
 
     Raises:
         RefusedError: there is none that verifies.
@@ -416,7 +416,7 @@ def _resolve_path(path: Path, scratch_dir: Path) -> Path:
     if path.is_dir():
         if not is_intact(path):
             raise RefusedError(
-                f"{path} is not a whole checkpoint: its files are not those that its marker states"
+                f"{path} is not an intact checkpoint: its files do not match its marker"
             )
         return path
     if not path.exists():

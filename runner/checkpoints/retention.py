@@ -1,6 +1,7 @@
-"""How long checkpoints stay: the newest, the best, what is archived, and when optimizer states go.
+"""Retention of checkpoints: the newest, the best, the archived ones, and the removal of optimizer
+states.
 
-Every step is safe to be killed in: the next one starts from what it finds and does the rest.
+A kill during any step is safe: the next call starts from what it finds and does the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from runner.files import fsync_dir
 from runner.recipe.schema import CheckpointsSection
 from runner.run.paths import STEP_PREFIX, RunPaths
 
-# What only a continuation needs, as Transformers and DeepSpeed name it.
+# Files that only resuming needs, as Transformers and DeepSpeed name them.
 _STATE_FILES: Final = re.compile(
     r"optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth"
     r"|latest|zero_to_fp32\.py|global_step\d+/.*"
@@ -41,8 +42,8 @@ def apply_retention(
     """Prune, archive and strip committed checkpoints as the recipe says. Called on one rank, after
     each commit.
 
-    What is not this run's is neither counted nor touched: another run's checkpoint, a copy under
-    another step's name.
+    Checkpoints that this run did not write are neither counted nor touched: another run's, or a
+    copy under another step's name.
     """
     committed = _list_own(paths, recipe_digest)
     kept = choose_kept(committed, evaluations, checkpoints)
@@ -56,12 +57,12 @@ def apply_retention(
             if step == kept[-1] or is_intact(paths.checkpoint_dir(step)):
                 raise
             quarantine(
-                paths.checkpoint_dir(step), paths, f"it was damaged since it was committed: {error}"
+                paths.checkpoint_dir(step), paths, f"it was damaged after it was committed: {error}"
             )
 
 
 def _list_own(paths: RunPaths, recipe_digest: str) -> list[int]:
-    """Steps of the committed checkpoints that this run has written; what cannot be told is moved
+    """Steps of the committed checkpoints that this run has written; unreadable ones are moved
     aside, not deleted.
     """
     own: list[int] = []
@@ -70,7 +71,7 @@ def _list_own(paths: RunPaths, recipe_digest: str) -> list[int]:
             marker = load_marker(paths.checkpoint_dir(step))
         except CorruptFileError as error:
             quarantine(
-                paths.checkpoint_dir(step), paths, f"it was damaged since it was committed: {error}"
+                paths.checkpoint_dir(step), paths, f"it was damaged after it was committed: {error}"
             )
             continue
         if marker.step == step and marker.fingerprint.get("recipe_digest") == recipe_digest:
@@ -93,8 +94,8 @@ def choose_kept(
     evaluations: Sequence[tuple[int, float]],
     checkpoints: CheckpointsSection,
 ) -> list[int]:
-    """The steps that stay, oldest first: the newest `keep_latest` and, besides or among them, the
-    best `keep_best`.
+    """The steps to keep, oldest first: the newest `keep_latest` and the best `keep_best`, which may
+    overlap.
     """
     evaluated = [(step, value) for step, value in evaluations if step in committed]
     best = rank_steps(evaluated, checkpoints.mode)[: checkpoints.keep_best]
@@ -114,8 +115,8 @@ def ensure_archive(paths: RunPaths, step: int) -> None:
 
 
 def delete_checkpoint(paths: RunPaths, step: int) -> None:
-    """Delete a committed checkpoint; its archive first, because an archive without a folder is one
-    to restore from.
+    """Delete a committed checkpoint; its archive first, because an archive without a folder would
+    be restored.
     """
     paths.archive_path(step).unlink(missing_ok=True)
     fsync_dir(paths.checkpoints_dir)
@@ -125,8 +126,8 @@ def delete_checkpoint(paths: RunPaths, step: int) -> None:
 
 
 def strip_checkpoint(checkpoint_dir: Path) -> None:
-    """Take out what only a continuation needs: the new marker first, so that the folder verifies at
-    every instant.
+    """Remove the files that only resuming needs: the new marker is written first, so that the
+    folder verifies at every instant.
     """
     marker = load_marker(checkpoint_dir)
     if not marker.is_stripped:

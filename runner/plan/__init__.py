@@ -1,1 +1,1 @@
-"""What happens to each run, and why."""
+"""The decision for each run, and its reason."""

@@ -1,6 +1,7 @@
-"""Launch, skip or refuse, for each run and with the reason; after a failure, whether to try again.
+"""Decides for each run: launch, skip or refuse, with the reason; and after a failure, whether to
+retry.
 
-Pure. `Launch` is what a decision to launch hands on.
+Pure. A decision to launch passes on a `Launch`.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from runner.run.record import DETERMINISTIC_KINDS, AskedBase, Attempt, Failure
 
 Action = Literal["launch", "push", "skip", "refuse"]
 MAX_BACKOFF_SECONDS: Final = 600.0
-MAX_FRUITLESS: Final = 3  # preempted attempts in a row of which none left a newer checkpoint
+MAX_FRUITLESS: Final = 3  # consecutive preempted attempts without a newer checkpoint
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A planned attempt of one run: everything that is decided before it has a place to run."""
+    """A planned attempt of one run: everything decided before it gets a place to run."""
 
     selected: Selected
-    contents: Mapping[str, str]  # content hashes of what the recipe names by path
+    contents: Mapping[str, str]  # content hashes of the paths that the recipe names
     num_processes: int
     resume: str = "auto"  # `Attempt.resume`
     retry: int = 0  # `Attempt.retry`
-    # `Attempt.micro_batch_divisor`; None: as in the last attempt
+    # `Attempt.micro_batch_divisor`; None: same as in the last attempt
     micro_batch_divisor: int | None = None
     base: AskedBase = "shared"  # `Attempt.base`
-    num_attempts: int | None = None  # of the run when this one was planned; None: not known
+    num_attempts: int | None = None  # of the run at planning time; None: unknown
     is_repair: bool = False  # `Attempt.is_repair`
 
     @property
@@ -55,7 +56,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one run now, and why."""
+    """The action for one run now, and the reason."""
 
     action: Action
     why: str
@@ -66,13 +67,13 @@ def decide(
 ) -> Decision:
     """The decision for a run in `status`.
 
-    `retry_failed` also launches what failed for a reason that will not go away by itself;
-    `only_unfinished` (`rerun`) leaves alone what was never started.
+    `retry_failed` also launches runs that failed for a reason that will not disappear without a
+    change; `only_unfinished` (`rerun`) skips runs that were never started.
 
     >>> decide(RunStatus(state="completed", why="stopped by max_steps"))
     Decision(action='skip', why='completed: stopped by max_steps')
     """
-    # Of a failure: its hint would come before what is said here.
+    # The first line only: a failure's hint would come before the text added here.
     first_line = status.why.partition("\n")[0]
     why = f"{status.state}: {first_line}"
     if status.state == "completed" and status.push_to is not None:
@@ -84,21 +85,21 @@ def decide(
     if status.state == "unreadable":
         return Decision("refuse", f"{why} (`runner launch RECIPE --fresh` moves the run aside)")
     if status.state == "pending" and only_unfinished:
-        return Decision("skip", f"{why} (rerun starts only what was begun)")
+        return Decision("skip", f"{why} (rerun starts only runs that were started before)")
     if (
         status.failure is not None
         and status.failure.kind in DETERMINISTIC_KINDS
         and not retry_failed
     ):
-        return Decision("skip", f"{why} (would fail again; `--retry-failed` tries all the same)")
+        return Decision("skip", f"{why} (would fail again; `--retry-failed` tries anyway)")
     if status.obstacles:
-        return Decision("refuse", f"{why}; its checkpoint was written under another launch")
+        return Decision("refuse", f"{why}; its checkpoint was written by a different launch")
     return Decision("launch", why)
 
 
 @dataclass(frozen=True)
 class Retry:
-    """The next attempt of a run that failed, by itself."""
+    """The automatic next attempt of a run that failed."""
 
     number: int  # `Attempt.retry`
     delay_seconds: float
@@ -114,17 +115,17 @@ def decide_retry(
     micro_batch_divisor: int,
     has_made_steps: bool,
 ) -> Retry | None:
-    """The retry after the last of `failures`, or None when the run stays failed.
+    """The retry after the last of `failures`, or None if the run stays failed.
 
-    `failures` are those in a row since somebody asked for an attempt or a new checkpoint came,
-    oldest first. Each kind has a budget of its own, `launch.retries`. The other arguments are those
-    of the last attempt.
+    `failures` are the consecutive ones since a user started an attempt or a new checkpoint was
+    written, oldest first. Each kind has its own budget, `launch.retries`. The other arguments are
+    those of the last attempt.
     """
     kind, retries, number = failures[-1].kind, recipe.launch.retries, len(failures)
     num_alike = sum(failure.kind == kind for failure in failures)
     if kind == "preempted" and num_alike <= MAX_FRUITLESS:  # free: nothing is wrong with the run
         delay = 0.0 if has_made_steps else retries.backoff_seconds
-        return Retry(number, delay, micro_batch_divisor, f"taken up again{_in_seconds(delay)}")
+        return Retry(number, delay, micro_batch_divisor, f"resumes{_in_seconds(delay)}")
     budget = {
         "transient": retries.transient,
         "lost": retries.lost,
@@ -156,11 +157,11 @@ def decide_retry(
 
 def foresee_retry(recipe: Recipe, attempts: Sequence[Attempt]) -> Retry | None:
     """The retry that the sweep which made the last attempt will start, if that sweep is still
-    alive; the record does not tell whether it is.
+    alive; the record does not say whether it is.
 
-    None also where an attempt ended without a record: then its sweep was killed too.
+    None also if an attempt ended without a record: then its sweep was killed too.
     """
-    # By whom is not known.
+    # The origin of a preemption is unknown.
     if not attempts or (failure := attempts[-1].failure) is None or failure.kind == "preempted":
         return None
     last = attempts[-1]
@@ -175,7 +176,7 @@ def foresee_retry(recipe: Recipe, attempts: Sequence[Attempt]) -> Retry | None:
 
 
 def can_divide(recipe: Recipe, num_processes: int, micro_batch_divisor: int) -> bool:
-    """Whether the micro-batch can be cut like that, with the global batch as it is."""
+    """True if the micro-batch can be divided like this with the global batch unchanged."""
     try:
         derive_accumulation(recipe, num_processes, micro_batch_divisor)
     except RefusedError:
@@ -184,11 +185,11 @@ def can_divide(recipe: Recipe, num_processes: int, micro_batch_divisor: int) -> 
 
 
 def _in_seconds(delay: float) -> str:
-    return f" in {delay:g} s" if delay else " at once"
+    return f" in {delay:g} s" if delay else " right away"
 
 
 def decide_queued(queued: QueuedRun, differences: Sequence[str]) -> Decision:
-    """The decision for a run that is to be launched, but for which a cluster has a task already.
+    """The decision for a run to be launched that a cluster already has a task for.
 
     >>> from pathlib import Path
     >>> decide_queued(QueuedRun("slurm 17_3", "scancel 17_3", "pending", Path("a.json")), [])
@@ -197,6 +198,6 @@ def decide_queued(queued: QueuedRun, differences: Sequence[str]) -> Decision:
     if differences:
         return Decision(
             "refuse",
-            f"queued with another recipe; `{queued.cancel}` first, or change the recipe back",
+            f"queued with another recipe; run `{queued.cancel}` first, or change the recipe back",
         )
     return Decision("skip", f"queued: {queued.task} is {queued.state}")

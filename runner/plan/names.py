@@ -1,6 +1,6 @@
-"""Finds what people name on a command line: paths, and the names of runs and of grids.
+"""Resolves names given on a command line: paths, and the names of runs and grids.
 
-Names are looked for in `recipes/` and in the output root, nowhere else. Nothing is loaded.
+Names are looked up only in `recipes/` and in the output root. Nothing is loaded.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ from runner.project_folder import describe_no_project
 from runner.run.paths import RunPaths
 
 RECIPES_DIR: Final = Path("recipes")
-MAX_NAMED: Final = 8  # of what one name could mean, and of the grids that there are
+MAX_NAMED: Final = 8  # of the meanings of one name, and of the existing grids
 _MAX_NAME_BYTES: Final = 250  # of a file, without `.yaml`
-# Of a name that has a recipe as well as a run directory: that one, or both.
+# For a name that has both a recipe and a run directory: which one, or both.
 Prefer = Literal["recipe", "run", "both"]
 
 
 def find_named(
     text: str, output_root: Path, prefer: Prefer = "recipe", grid: str | None = None
 ) -> list[Path]:
-    """The paths that an argument stands for: itself, what it matches as a glob, or the recipe and
-    the run directory of the grid (`<grid>`) or run (`<grid>/<run name>`, `<run name>`) of that
-    name.
+    """The paths that an argument refers to: itself, its matches as a glob, or the recipe and the
+    run directory of the grid (`<grid>`) or run (`<grid>/<run name>`, `<run name>`) of that name.
 
-    `grid` is where a bare name is looked for. A run directory that is not there, or holds no
-    recipe, stands for its recipe.
+    A bare name is looked up in `grid`. If a run directory does not exist or holds no recipe, its
+    recipe is used.
 
     Raises:
-        RunnerError: there is no such path or name, or the name is that of several.
+        RunnerError: there is no such path or name, or several have that name.
     """
     path = Path(text)
     found = [path] if os.path.exists(path) else []
@@ -62,7 +61,7 @@ def find_named(
 
 
 def find_one(text: str, output_root: Path, prefer: Prefer, grid: str | None = None) -> Path:
-    """As `find_named`, for verbs that take one path.
+    """Like `find_named`, for verbs that accept one path.
 
     Raises:
         RunnerError: as there; also for a glob that matches several.
@@ -87,7 +86,7 @@ def _is_folder_without_recipes(path: Path) -> bool:
     )
 
 
-# The recipe and the run directory of one run, or the folders of one grid; None: not there.
+# The recipe and the run directory of one run, or the folders of one grid; None: missing.
 _Meaning = tuple[Path | None, Path | None]
 
 
@@ -98,7 +97,7 @@ def _choose(meaning: _Meaning, prefer: Prefer) -> list[Path]:
 
 
 def _list_meanings(path: Path, output_root: Path, grid: str | None) -> Iterator[_Meaning]:
-    """What the path could mean as a name; nothing where it leads elsewhere."""
+    """The possible meanings of the path as a name; empty if it leads elsewhere."""
     is_of_recipes, name = False, path
     if path.is_relative_to(RECIPES_DIR):
         is_of_recipes, name = True, path.relative_to(RECIPES_DIR)
@@ -119,7 +118,7 @@ def _list_meanings(path: Path, output_root: Path, grid: str | None) -> Iterator[
         folder = parts[0] if len(parts) == 2 else grid or "*"
         found = _list_runs(output_root, folder if folder == "*" else glob.escape(folder), parts[-1])
         for recipe, run in found:
-            # A file that is gone is not replaced by what ran once.
+            # A missing recipe file is not replaced by an old run.
             if recipe is not None or not is_of_recipes:
                 yield recipe, run
 
@@ -138,7 +137,7 @@ def _list_runs(output_root: Path, grids: str, name: str) -> Iterator[_Meaning]:
 
 
 def _suggest_names(path: Path, output_root: Path) -> str:
-    """A hint for a name that is none: what is nearest to it, and the grids."""
+    """A hint for an unknown name: the closest known name, and the grids."""
     roots = [root for root in (RECIPES_DIR, output_root) if root.is_dir()]
     folders = [one for root in roots for one in root.iterdir() if one.is_dir()]
     grids = sorted({one.name for one in folders if not one.name.startswith(".")})
@@ -151,7 +150,7 @@ def _suggest_names(path: Path, output_root: Path) -> str:
     close = [
         one
         for one in difflib.get_close_matches(str(path), dict.fromkeys(known), n=MAX_NAMED)
-        # Two names of one folder have that much in common anyway.
+        # Two names in one folder share that much anyway.
         if difflib.get_close_matches(path.stem, [Path(one).stem])
     ]
     if close:

@@ -1,5 +1,5 @@
-"""Pushes to the hub that the launch side will make by itself, and what is wrong with them, found
-before anything starts.
+"""Pushes to the hub that the launch side will start automatically, and their problems, found before
+anything starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from runner.run.facts import RunFacts
 from runner.run.paths import RunPaths, find_output_root, list_push_paths
 from runner.run.record import PushRecord, load_push
 
-# As examples and templates have them, with - for _.
+# Placeholders in examples and templates, with - for _.
 _YOUR_OWN: Final = re.compile(r"your(?:-.*|user|username|name|org|organi[sz]ation|team)?")
 _PLACEHOLDER_OWNERS: Final = frozenset(
     {
@@ -29,19 +29,17 @@ _PLACEHOLDER_OWNERS: Final = frozenset(
 _NUM_SHOWN: Final = 5
 _HINT: Final = (
     'in the template of a grid, `hub_model_id: {{ ("OWNER/" ~ name) | yaml }}` with your own'
-    " OWNER gives each run a repository of its own; for one run,"
+    " OWNER gives each run its own repository; for one run,"
     " `runner launch RECIPE tracking.hub_model_id=OWNER/NAME`"
 )
-# Exit status of a process that was to push a run and found another process at it.
+# Exit status of a process that found another process already pushing its run.
 PUSHED_ELSEWHERE: Final = 75
-TOKEN_HINT: Final = (
-    "set HF_TOKEN in the environment; it is read from nowhere else and stored nowhere"
-)
+TOKEN_HINT: Final = "set HF_TOKEN in the environment; it is read only from there and never stored"
 
 
 @dataclass(frozen=True)
 class PlannedPush:
-    """A run whose model will be pushed once it is completed, or is to be pushed now."""
+    """A run whose model will be pushed now, or once the run is completed."""
 
     full_name: str
     paths: RunPaths
@@ -50,9 +48,9 @@ class PlannedPush:
 
 
 def find_push_to(facts: RunFacts, recipe: Recipe, *, is_fresh: bool = False) -> str | None:
-    """The repository that a run will be pushed to, None for none: as the recipe says that its first
-    attempt recorded, before that and `is_fresh` as its recipe says today. None also where it was
-    pushed.
+    """The repository that a run will be pushed to, or None. After the first attempt, the recorded
+    recipe decides; before it, and with `is_fresh`, the current recipe does. None also if the run
+    has been pushed.
 
     Raises:
         CorruptFileError, OSError: the records of the run cannot be read.
@@ -63,7 +61,7 @@ def find_push_to(facts: RunFacts, recipe: Recipe, *, is_fresh: bool = False) -> 
 
 
 def find_recorded_push(facts: RunFacts) -> str | None:
-    """The repository that the recorded recipe names, None where the run was pushed.
+    """The repository that the recorded recipe names; None if the run has been pushed.
 
     Raises:
         CorruptFileError, OSError: the records of the run cannot be read.
@@ -74,8 +72,8 @@ def find_recorded_push(facts: RunFacts) -> str | None:
 
 
 def describe_other_push(facts: RunFacts, recipe: Recipe) -> str | None:
-    """What the recorded recipe says of the push where today's says another thing; None where they
-    agree, or neither pushes.
+    """The recorded recipe's push setting if the current recipe's differs; None if they agree, or if
+    neither pushes.
 
     Raises:
         CorruptFileError, OSError: the records of the run cannot be read.
@@ -89,11 +87,13 @@ def describe_other_push(facts: RunFacts, recipe: Recipe) -> str | None:
         f"`hub_push: {one.hub_push}`" + (f", {one.push_to}" if one.push_to is not None else "")
         for one in (recorded, today)
     ]
-    return f"its first attempt recorded {said[0]}, which holds; the recipe says {said[1]} now"
+    return (
+        f"its first attempt recorded {said[0]}, which still applies; the recipe now says {said[1]}"
+    )
 
 
 def find_placeholder(repo_id: str) -> str | None:
-    """The owner of a repository where it is a placeholder.
+    """The owner of a repository if it is a placeholder, otherwise None.
 
     >>> owners = ("your-organisation", "Your_Name", "OWNER", "<user>", "yourtown", "lab")
     >>> [owner for owner in owners if find_placeholder(f"{owner}/your-model")]
@@ -108,8 +108,9 @@ def find_placeholder(repo_id: str) -> str | None:
 
 
 def refuse_pushes(planned: Sequence[PlannedPush], environment: Mapping[str, str] | None) -> None:
-    """Refuse pushes that would delete each other's weights, go nowhere or need a token. Nothing is
-    refused where none is due. `environment` has the token; None: it is given elsewhere.
+    """Refuse pushes that would delete each other's weights, have no real destination or need a
+    token. Nothing is refused if none is due. `environment` has the token; None: it is provided
+    elsewhere.
 
     Raises:
         RefusedError: with every problem.
@@ -125,7 +126,7 @@ def refuse_pushes(planned: Sequence[PlannedPush], environment: Mapping[str, str]
     if not lines:
         return
     raise RefusedError(
-        "nothing is started, as `tracking.hub_push: end` cannot be carried out:\n"
+        "nothing is started, because `tracking.hub_push: end` cannot be carried out:\n"
         + "\n".join(f"  {line}" for line in lines),
         hint="\n      ".join(hints),
     )
@@ -140,13 +141,13 @@ class OtherPush:
 
     @property
     def is_there(self) -> bool:
-        """The repository holds its weights, for all that was recorded."""
+        """True if the repository holds its weights, according to the records."""
         return self.record.state == "pushed"
 
 
 def _find_shared(planned: Sequence[PlannedPush]) -> tuple[list[str], list[str]]:
-    """A line for each repository that several runs would be pushed to, or that holds another run of
-    the same output root, or soon would; and ways out of the latter.
+    """A line for each repository that several runs would be pushed to, or that another run of the
+    same output root was or will be pushed to; and remedies for the latter.
     """
     lines, ways_out = [], []
     by_repository: dict[str, list[PlannedPush]] = {}
@@ -160,8 +161,8 @@ def _find_shared(planned: Sequence[PlannedPush]) -> tuple[list[str], list[str]]:
         names, repo_id = _name(one.full_name for one in runs), runs[0].repo_id
         if len(runs) > 1:
             lines.append(
-                f"{names} have one `hub_model_id`, {repo_id}:"
-                " each push would delete the weights of the one before"
+                f"{names} share one `hub_model_id`, {repo_id}:"
+                " each push would delete the weights of the previous one"
             )
         if there := [str(one.run_dir) for one in others if one.is_there]:
             lines.append(
@@ -171,7 +172,7 @@ def _find_shared(planned: Sequence[PlannedPush]) -> tuple[list[str], list[str]]:
             if not other.is_there:
                 lines.append(
                     f"{names} and {other.run_dir} would delete each other's weights in {repo_id}:"
-                    f" {other.run_dir} is to be pushed there, its last push"
+                    f" {other.run_dir} will be pushed there too; its last push"
                     f" {'failed' if other.record.state == 'failed' else 'is pending'}"
                 )
                 ways_out.append(suggest_elsewhere(other.run_dir))
@@ -179,13 +180,13 @@ def _find_shared(planned: Sequence[PlannedPush]) -> tuple[list[str], list[str]]:
 
 
 def suggest_elsewhere(run_dir: Path) -> str:
-    """The way out where a run that is still to be pushed has the repository of another one."""
+    """The remedy if a run that is still to be pushed has another run's repository."""
     again = shlex.join(["runner", "export", str(run_dir), "--push", "OWNER/NAME"])
-    return f"`{again}` sends {run_dir} elsewhere, and leaves its repository to the other one"
+    return f"`{again}` pushes {run_dir} elsewhere and leaves its repository to the other run"
 
 
 def _list_pushed(output_root: Path) -> Iterator[OtherPush]:
-    """The runs that were pushed, or are to be; without those whose record cannot be read."""
+    """The runs that were or will be pushed; runs with unreadable records are left out."""
     for path in list_push_paths(output_root):
         try:
             record = load_push(RunPaths(path.parent))
@@ -196,13 +197,13 @@ def _list_pushed(output_root: Path) -> Iterator[OtherPush]:
 
 
 def find_pushed_by_others(paths: RunPaths, repo_id: str) -> list[OtherPush]:
-    """Other runs of the same output root that were pushed to a repository, or are to be."""
+    """Other runs of the same output root that were or will be pushed to a repository."""
     pushed = _list_pushed(find_output_root(paths.run_dir))
     return _choose_others(pushed, repo_id.casefold(), {paths.run_dir.resolve()})
 
 
 def _choose_others(pushed: Iterable[OtherPush], folded: str, own: Set[Path]) -> list[OtherPush]:
-    """Those with one repository; the hub does not tell its name by upper and lower case."""
+    """Those with one repository; the hub ignores case in names."""
     return [
         one
         for one in pushed
@@ -221,7 +222,7 @@ def _find_placeholders(planned: Sequence[PlannedPush]) -> Iterator[str]:
 
 
 def _name(names: Iterable[str]) -> str:
-    """The first of several names, and how many more there are.
+    """The first few of several names, and the number of others.
 
     >>> _name(["a"]), _name(["a", "b"])
     ('a', 'a and b')

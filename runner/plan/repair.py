@@ -1,6 +1,6 @@
-"""Whether `model/` of a completed run can be written again, and from which checkpoint.
+"""Decides whether `model/` of a completed run can be written again, and from which checkpoint.
 
-Reads every byte of the checkpoint, and changes nothing; a repair is an attempt, see `sft.train`.
+Reads every byte of the checkpoint and changes nothing; a repair is an attempt, see `sft.train`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from runner.run.paths import RunPaths
 
 
 def find_repair_step(facts: RunFacts, status: RunStatus, recipe: Recipe) -> int | None:
-    """The step of the best checkpoint, which verifies; None where nothing is to be repaired.
+    """The step of the best checkpoint, which verifies; None if there is nothing to repair.
 
-    The run was completed, and `status` is that of `verify_files`.
+    The run was completed, and `status` comes from `verify_files`.
 
     Raises:
-        RefusedError: `model/` cannot be written again, or that would not mend the run.
+        RefusedError: `model/` cannot be written again, or that would not repair the run.
     """
     paths, result = facts.paths, facts.result
     if result is None:
         raise _refuse_others(paths, status.damage)
     if not is_verifiable(facts) or result.files is None:
         raise RefusedError(
-            f"{paths.run_dir} {NOT_VERIFIABLE}, so nobody could tell a repaired model from another",
+            f"{paths.run_dir} {NOT_VERIFIABLE}, so a repaired model could not be verified either",
             hint=f"runner export {paths.run_dir} --checkpoint best --output DIR",
         )
     if others := {name: what for name, what in status.damage.items() if not is_of_model(name)}:
@@ -36,7 +36,7 @@ def find_repair_step(facts: RunFacts, status: RunStatus, recipe: Recipe) -> int 
     foreign = {name: what for name, what in status.damage.items() if name not in result.files}
     if foreign:
         raise RefusedError(
-            f"{paths.model_dir} holds what is not of this run:\n{_list(foreign)}",
+            f"{paths.model_dir} holds files that this run did not write:\n{_list(foreign)}",
             hint=f"move it elsewhere: mv {paths.run_dir}/{next(iter(foreign))} ...",
         )
     if not status.damage and not status.is_model_removed:
@@ -52,7 +52,7 @@ def find_repair_step(facts: RunFacts, status: RunStatus, recipe: Recipe) -> int 
 
 def _refuse_others(paths: RunPaths, others: dict[str, str]) -> RefusedError:
     return RefusedError(
-        f"{paths.run_dir} is damaged where `--repair` writes nothing:\n{_list(others)}",
+        f"{paths.run_dir} has damage that `--repair` cannot fix:\n{_list(others)}",
         hint=suggest_mending(others),
     )
 
@@ -62,11 +62,9 @@ def _list(damage: dict[str, str]) -> str:
 
 
 def _find_obstacle(paths: RunPaths, step: int) -> str | None:
-    """What is wrong with the checkpoint of a step; None where its folder or its archive is
-    whole.
-    """
+    """The problem with the checkpoint of a step; None if its folder or its archive is intact."""
     folder, archive = paths.checkpoint_dir(step), paths.archive_path(step)
-    damage = "is not there any more"
+    damage = "no longer exists"
     if folder.is_dir():
         found = find_damage(folder, step)
         if found is None:
@@ -77,7 +75,7 @@ def _find_obstacle(paths: RunPaths, step: int) -> str | None:
     try:
         if verify_archive(archive).step == step:
             return None
-        return f"{damage}, and {archive.name} holds another one"
+        return f"{damage}, and {archive.name} holds another checkpoint"
     except CorruptFileError as error:
         return f"{damage}, and {error.message}"
 
@@ -87,5 +85,5 @@ def _suggest_checkpoint(paths: RunPaths, recipe: Recipe, step: int) -> str:
     place = "from a copy" if remote is None else f"from {remote.url} or a copy"
     return (
         f"put {name} or {name}.zip back into {paths.checkpoints_dir}, {place}; without it,"
-        " `runner launch RECIPE --fresh` moves the run aside and starts anew"
+        " `runner launch RECIPE --fresh` moves the run aside and starts from step 0"
     )

@@ -1,5 +1,5 @@
-"""Selects the recipes that a command is about: files, folders, globs and run directories, narrowed
-by axis values.
+"""Selects the recipes that a command applies to: files, folders, globs and run directories,
+filtered by axis values.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Selected:
     recipe: Recipe
     source_path: Path
     paths: RunPaths
-    # What was read of the run directory to select it.
+    # The parts of the run directory read to select it.
     known: Mapping[Part, Found] = field(default_factory=dict, compare=False, repr=False)
-    # Of the command line: those that changed the recipe, and those that changed nothing.
+    # From the command line: the overrides that changed the recipe, and those that changed nothing.
     overrides: tuple[str, ...] = ()
     idle_overrides: tuple[str, ...] = ()
-    # True where the run got its name from another spelling of its overrides.
+    # True if the run was named under another spelling of its overrides.
     is_respelled: bool = False
 
     @property
@@ -53,7 +53,7 @@ class Selected:
         return self.recipe.run.full_name
 
     def read_facts(self, *, with_samples: bool = False) -> RunFacts:
-        """What the run directory says now."""
+        """The current content of the run directory."""
         return read_facts(self.paths, self.known, with_samples=with_samples)
 
 
@@ -61,27 +61,27 @@ class Selected:
 class QueuedRun:
     """A run that a cluster has a task for."""
 
-    task: str  # as people name it, such as `slurm 17_3`
-    cancel: str  # the command that takes it out of the queue
-    state: str  # as the queue says it, with its reason where there is one
+    task: str  # its usual name, such as `slurm 17_3`
+    cancel: str  # the command that removes it from the queue
+    state: str  # as the queue reports it, with its reason if there is one
     recipe_path: Path  # as it was submitted
 
     def find_differences(self, selected: Selected) -> list[str]:
-        """What makes the recipe another experiment than the one that was submitted."""
+        """The differences that make the recipe a different experiment from the submitted one."""
         submitted = load_recipe(self.recipe_path)
         return diff_payloads(build_digest_payload(submitted), build_digest_payload(selected.recipe))
 
 
 @dataclass(frozen=True)
 class UnreadableRun:
-    """A run directory whose `recipe.json` does not say which run it is."""
+    """A run directory whose `recipe.json` does not show which run it is."""
 
     paths: RunPaths
     why: str
 
     @property
     def full_name(self) -> str:
-        """`<grid>/<run name>`, as the folders are named."""
+        """`<grid>/<run name>`, from the folder names."""
         return f"{self.paths.run_dir.parent.name}/{self.paths.run_dir.name}"
 
 
@@ -95,11 +95,11 @@ def select_recipes(
     prefer: Prefer = "recipe",
     overrides: Sequence[str] = (),
 ) -> list[Selected]:
-    """Every recipe that the arguments name, in order and each once, whose axes match `where`, as
-    overrides change it.
+    """Every recipe that the arguments name, in order and without repeats, with overrides applied,
+    if its axes match `where`.
 
-    Run directories that cannot be read go to `unreadable`, unless a recipe of theirs is named too.
-    `load` reads a recipe file; `prefer` says what a bare name means.
+    Run directories that cannot be read are added to `unreadable`, unless their recipe is also
+    named. `load` reads a recipe file; `prefer` decides the meaning of a bare name.
 
     Raises:
         RunnerError: an argument names nothing, a recipe is wrong (all of them are listed), or
@@ -111,9 +111,9 @@ def select_recipes(
     errors: list[RecipeError] = []
     paths = _expand(arguments, output_root, prefer)
     if where and overrides and (narrowed := _narrow(paths, output_root, load, where)) is not None:
-        paths, where = narrowed, ()  # overrides have to fit these only
+        paths, where = narrowed, ()  # overrides need to fit only these
     for path in paths:
-        # A run whose recipe was named too: the recipe says more, and a damaged run is shown by it.
+        # A run whose recipe was also named: the recipe says more, and it shows a damaged run too.
         if unreadable is not None and path.is_dir() and _locate(path) in found:
             continue
         try:
@@ -127,7 +127,7 @@ def select_recipes(
             damaged.append(UnreadableRun(RunPaths(path), put_in_words(error)))
             continue
         other = found.setdefault(_locate(selected.paths.run_dir), selected)
-        if path.is_dir():  # a run directory: its recipe file, where one was named too, says more
+        if path.is_dir():  # a run directory: its recipe file, if also named, says more
             continue
         if other.source_path != path and _locate(other.source_path) != _locate(path):
             raise RefusedError(
@@ -151,8 +151,8 @@ def _narrow(
     load: Callable[[Path], Recipe],
     where: Sequence[str],
 ) -> list[Path] | None:
-    """The paths whose recipes, without overrides, match `where`; None where that cannot be told,
-    because a recipe is wrong without them.
+    """The paths whose recipes, without overrides, match `where`; None if a recipe is wrong without
+    them.
     """
     try:
         plain = [_load_selected(path, output_root, load, ()) for path in paths]
@@ -169,7 +169,7 @@ def load_selected(
     *,
     load: Callable[[Path], Recipe] = load_recipe,
 ) -> Selected:
-    """The run of a recipe file under overrides and, where it is given one, a name of its own."""
+    """The run of a recipe file with overrides and, optionally, its own name."""
     recipe, kept = load_variant(path, overrides, name, load=load)
     idle = tuple(one for one in dict.fromkeys(overrides) if one not in kept)
     paths = run_paths(recipe, output_root)
@@ -193,9 +193,9 @@ def _refuse_equal_variants(selected: Sequence[Selected]) -> None:
         if one.recipe.run.axes != other.recipe.run.axes and _differs_as_written(one, other):
             words = " ".join(one.overrides or other.overrides)
             raise RefusedError(
-                f"{words!r} makes one experiment of {other.source_path} and {one.source_path}:"
-                " it would run twice",
-                hint="name one of them, or leave out what makes them equal",
+                f"{words!r} makes {other.source_path} and {one.source_path} the same experiment,"
+                " which would run twice",
+                hint="name one of them, or leave out the override that makes them equal",
             )
 
 
@@ -205,8 +205,8 @@ def _differs_as_written(one: Selected, other: Selected) -> bool:
 
 
 def combine_errors(errors: Sequence[RecipeError]) -> RunnerError:
-    """One error that prints all of several files; what is wrong with the overrides of each is
-    printed once.
+    """One error that lists the problems of several files; problems with overrides that files share
+    are printed once.
     """
     if len(errors) == 1:
         return errors[0]
@@ -240,8 +240,8 @@ def _expand(arguments: Sequence[str], output_root: Path, prefer: Prefer) -> list
         if not files:
             is_unrendered = any(map(is_project, named))
             raise RunnerError(
-                f"{argument!r} names no recipe: there is none in that folder, nor a run directory"
-                " (a folder with a recipe.json)",
+                f"{argument!r} names no recipe: that folder has neither recipes nor run directories"
+                " (folders with a recipe.json)",
                 hint=(
                     "runner render"
                     if is_unrendered
@@ -253,8 +253,8 @@ def _expand(arguments: Sequence[str], output_root: Path, prefer: Prefer) -> list
 
 
 def expand_folder(path: Path) -> list[Path]:
-    """The recipes in a folder, else the run directories in it; without hidden ones: those were
-    moved aside. The recipes of a project are those in its `recipes/`.
+    """The recipes in a folder, otherwise the run directories in it. Hidden folders are left out,
+    because they were moved aside. The recipes of a project are those in its `recipes/`.
     """
     if not path.is_dir() or _is_run(path):
         return [path]
@@ -268,7 +268,7 @@ def expand_folder(path: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """A folder and all below it, in order, but for hidden ones and the insides of run
+    """A folder and everything below it, in order, except hidden folders and the insides of run
     directories.
     """
     yield folder
@@ -280,12 +280,12 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    """True where a folder has a recipe.json, also one that cannot be read."""
+    """True if a folder has a recipe.json, readable or not."""
     return os.path.lexists(RunPaths(folder).recipe_path)
 
 
 def _locate(path: Path) -> Path:
-    """Where a path leads to; a link that leads to itself is taken as it is."""
+    """The resolved path; a link to itself is used as it is."""
     return Path(os.path.realpath(path))
 
 
@@ -295,8 +295,8 @@ def _load_selected(
     if path.is_dir() and (path.suffix != ".yaml" or _is_run(path)):
         if overrides:
             raise RefusedError(
-                f"{path} is a run directory: overrides such as {overrides[0]!r} go with recipe"
-                " files"
+                f"{path} is a run directory: overrides such as {overrides[0]!r} apply only to"
+                " recipe files"
             )
         paths = RunPaths(path)
         found = read_stored_recipe(paths)
@@ -350,15 +350,16 @@ def match_axes(
         raise RunnerError(
             f"no selected recipe has all of {text}",
             hint=(
-                "conditions narrow each other down;"
-                " values of one axis are alternatives: --where axis=value,value"
+                "a recipe must meet every condition;"
+                " to accept several values of one axis: --where axis=value,value"
             ),
         )
     return matching
 
 
 def find_axis(name: str, known: Iterable[str]) -> str:
-    """The axis of that name; of a dotted one the last parts are enough, and of a dotted name too.
+    """The axis of that name. The last parts of a dotted axis are enough; so is a dotted name that
+    ends in the axis.
 
     >>> find_axis("learning_rate", ["training.learning_rate"])
     'training.learning_rate'
@@ -374,7 +375,7 @@ def find_axis(name: str, known: Iterable[str]) -> str:
         return close[0]
     if close:
         raise RunnerError(
-            f"{name!r} could be each of the axes {', '.join(close)}", hint="name one in full"
+            f"{name!r} could be any of the axes {', '.join(close)}", hint="name one in full"
         )
     answer = find_answer(name, None, Recipe)
     meant = answer.overrides[0].partition("=")[0] if answer and answer.overrides else name
@@ -386,8 +387,8 @@ def find_axis(name: str, known: Iterable[str]) -> str:
 
 
 def is_value(text: str, value: Any) -> bool:
-    """True where `text`, as it is typed on a command line, means the value of an axis: numbers by
-    what they are, everything else by how it is written.
+    """True if `text`, as typed on a command line, means the value of an axis. Numbers are compared
+    by value, everything else by spelling.
 
     >>> is_value("1e-3", 0.001), is_value("0.0010", 1e-3), is_value("1", True), is_value("01", "1")
     (True, True, False, False)
@@ -404,5 +405,5 @@ def is_value(text: str, value: Any) -> bool:
 
 
 def label_value(value: object) -> str:
-    """An axis value as it is typed on a command line."""
+    """An axis value as typed on a command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)

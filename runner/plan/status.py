@@ -1,6 +1,4 @@
-"""What a run is now: derived from its facts and the recipe each time it is asked for, and stored
-nowhere.
-"""
+"""Derives the current status of a run from its facts and the recipe; it is stored nowhere."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ State = Literal[
 
 
 class RunStatus(Fact):
-    """What a run is now and why; derived, never stored."""
+    """The current status of a run and its reason; derived, never stored."""
 
     state: State
     why: Shown
@@ -53,36 +51,36 @@ class RunStatus(Fact):
     max_steps: int | None = None
     loss: float | None = None
     num_attempts: int = 0
-    # Over all attempts that ended, plus the running one; None where one of them is not known.
+    # Over all attempts that ended, plus the running one; None if any of them is unknown.
     seconds: float | None = None
     # Numbers of the attempts whose end is recorded before their start.
     set_back_attempts: tuple[int, ...] = ()
     failure: Failure | None = None
     differences: tuple[Shown, ...] = ()  # dotted keys that changed since the run was made
-    # Files of a completed run that are not as they were recorded: each with what is wrong.
+    # Files of a completed run that differ from their records, each with its problem.
     damage: dict[str, str] = Field(default_factory=dict)
     is_model_removed: bool = False  # of a completed run; not damage
     # Of the newest checkpoint of a run that is neither running nor completed.
     checkpoint_step: int | None = None
-    # Dotted keys by which the launch is not that of the checkpoint.
+    # Dotted keys in which the launch differs from that of the checkpoint.
     obstacles: tuple[Shown, ...] = ()
-    # Of libraries since the checkpoint, where they are allowed.
+    # Library versions that changed since the checkpoint, if that is allowed.
     version_changes: tuple[Shown, ...] = ()
-    micro_batch_divisor: int = 1  # of the last attempt: above 1, the run has gone out of memory
+    micro_batch_divisor: int = 1  # of the last attempt: above 1, the run ran out of memory
     quarantined: tuple[Shown, ...] = ()  # checkpoints that were moved aside
     pending_uploads: tuple[Shown, ...] = ()  # archives that have not reached remote storage
     upload_failure: Shown | None = None  # of the newest of those that failed
-    # Paths that the recipe names and that this status was derived without: touched since they were
-    # last read, or never read under this output root.
+    # Paths that the recipe names and that this status does not cover: touched since they were last
+    # read, or never read under this output root.
     inputs_touched: tuple[Shown, ...] = ()
     inputs_unread: tuple[Shown, ...] = ()
-    inputs_missing: tuple[Shown, ...] = ()  # paths without which nothing is launched
-    push_to: Shown | None = None  # the repository that a completed run still has to be sent to
-    push_failure: Shown | None = None  # of the last try
+    inputs_missing: tuple[Shown, ...] = ()  # paths that a launch needs
+    push_to: Shown | None = None  # the repository that a completed run is yet to be pushed to
+    push_failure: Shown | None = None  # of the last attempt to push
 
     @property
     def notes(self) -> str:
-        """What else somebody should know, empty where there is nothing."""
+        """Further notes for the user; empty if there are none."""
         inputs = {
             "inputs missing": self.inputs_missing,
             "inputs touched since (not verified)": self.inputs_touched,
@@ -104,8 +102,8 @@ class RunStatus(Fact):
         if self.set_back_attempts:
             numbers = ", ".join(map(str, self.set_back_attempts))
             notes.append(
-                f"attempt {numbers}: its end is recorded before its start, as the clock was set"
-                " back: the seconds are not known"
+                f"attempt {numbers}: its end is recorded before its start (the clock was set back),"
+                " so the seconds are unknown"
             )
         if self.pending_uploads:
             failure = f" ({self.upload_failure})" if self.upload_failure else ""
@@ -116,7 +114,7 @@ class RunStatus(Fact):
 
     @property
     def push_note(self) -> str | None:
-        """The push that a completed run still waits for; None where there is none."""
+        """The push that a completed run still waits for; None if there is none."""
         if self.push_to is None:
             return None
         said = "is pending" if self.push_failure is None else f"failed: {self.push_failure}"
@@ -131,23 +129,23 @@ def find_differences(
     has_checkpoints: bool,
     is_whole: bool = False,
 ) -> list[str]:
-    """What makes `recipe` another experiment than the one in the run directory; empty where there
-    is no run.
+    """The differences that make `recipe` a different experiment from the one in the run directory;
+    empty if there is no run.
 
-    `contents` may leave files out, unless it `is_whole`: those are taken as unchanged. Other rules
-    of rows and masks, or a digest that no key explains, count where a checkpoint would be
-    continued: a run that is complete stays so, and one without a checkpoint starts at step 0.
+    Unless it `is_whole`, `contents` may leave files out, which are then treated as unchanged. Other
+    rules of rows and masks, or a digest that no key explains, matter only if a checkpoint would be
+    resumed: a completed run stays completed, and a run without a checkpoint starts from step 0.
     """
     stored, result, paths = facts.stored, facts.result, facts.paths
     if stored is None:
         return (
             []
             if result is None
-            else [f"{paths.recipe_path.name}: lost, but there is a {paths.result_path.name}"]
+            else [f"{paths.recipe_path.name}: missing, but there is a {paths.result_path.name}"]
         )
     if result is not None and result.recipe_digest != stored.recipe_digest:
         return [
-            f"recipe_digest: {stored.recipe_digest[:12]}, but the result is of"
+            f"recipe_digest: {stored.recipe_digest[:12]}, but the result has"
             f" {result.recipe_digest[:12]}"
         ]
     recipe = stored.state_as_before(recipe)
@@ -166,11 +164,11 @@ def find_differences(
 
 def _list_gone(stored: StoredRecipe, named: Container[str]) -> list[str]:
     gone = [path for path in stored.contents if path not in named]
-    return [f"content of {path}: not there any more" for path in gone]
+    return [f"content of {path}: no longer there" for path in gone]
 
 
 def describe_change(differences: Sequence[str]) -> str:
-    """What changed since the run was made, in a few words.
+    """A short description of the part that changed since the run was made.
 
     >>> describe_change(["training.max_steps: 2 -> 3"])
     'the recipe changed since'
@@ -188,8 +186,8 @@ def read_status(
     resume: str = "auto",
     named: Container[str] | None = None,
 ) -> RunStatus:
-    """`derive_status`, with the run's checkpoints, which are read where they can matter: not of a
-    run that is running or has its result.
+    """`derive_status` with the run's checkpoints. They are read only if they can matter: not if the
+    run is running or has its result.
     """
     try:
         is_asked = not facts.is_running and not facts.has_result
@@ -202,12 +200,12 @@ def read_status(
 
 
 def read_status_unverified(facts: RunFacts, recipe: Recipe, inputs: Inputs) -> RunStatus:
-    """`read_status` by what is known of the files that the recipe names without reading them; the
-    status says what is not known.
+    """`read_status` from what is known without reading the files that the recipe names; the status
+    lists the unknown ones.
     """
     status = read_status(facts, recipe, inputs.contents, named=inputs.named)
     update = {"inputs_missing": inputs.missing}
-    # A run that was never started is compared with nothing.
+    # A run that was never started has nothing to be compared with.
     if status.state != "unreadable" and facts.stored is not None:
         update |= {"inputs_touched": inputs.touched, "inputs_unread": inputs.unread}
     return status.model_copy(update=update)
@@ -223,13 +221,13 @@ def derive_status(
     resume: str = "auto",
     named: Container[str] | None = None,
 ) -> RunStatus:
-    """The status of one run, from what was read of it and the recipe as it is now. Pure.
+    """The status of one run, from its facts and the current recipe. Pure.
 
-    The launch being considered has `num_processes` (None: the recipe's own) and the
-    `Attempt.resume` that is given. `named` are all paths whose content counts today, also those
-    that `contents` leaves out; None: not known.
+    The launch being considered has `num_processes` (None: the recipe's own) and the given
+    `Attempt.resume`. `named` are all paths whose content counts now, including those missing in
+    `contents`; None: unknown.
 
-    A file that cannot be read is a state, and no reason to say nothing of the other runs.
+    An unreadable file is a status, so it does not prevent reporting other runs.
     """
     try:
         count = num_processes or recipe.launch.num_processes
@@ -239,7 +237,7 @@ def derive_status(
 
 
 def describe_unreadable(error: CorruptFileError | OSError) -> RunStatus:
-    """The status of a run of which something cannot be read."""
+    """The status of a run with an unreadable part."""
     return RunStatus(state="unreadable", why=put_in_words(error))
 
 
@@ -268,14 +266,14 @@ def _derive_readable(
     if is_running:
         return RunStatus(state="running", why=describe_running(facts, facts.read_at_utc), **known)
     if (result := facts.result) is not None:
-        # First: what differs from an altered recipe.json says nothing of the recipe.
+        # Check first: differences from an altered recipe.json say nothing about the recipe.
         recorded = select_recipe(facts.paths, result.files or {})
         if damage := find_other_sizes(recorded, facts.file_sizes):
             return RunStatus(state="damaged", why=describe_damage(damage), damage=damage, **known)
     has_checkpoints = bool(inventory.kept)
     differences = find_differences(facts, recipe, contents, has_checkpoints=has_checkpoints)
     if not differences and result is None and facts.stored is not None and named is not None:
-        differences = _list_gone(facts.stored, named)  # as the attempt itself compares
+        differences = _list_gone(facts.stored, named)  # the same comparison as the attempt makes
     if differences:
         why = f"{describe_change(differences)} the run was made: {differences[0]}"
         return RunStatus(state="changed", why=why, differences=tuple(differences), **known)
@@ -295,7 +293,7 @@ def _derive_readable(
         return RunStatus(state="pending", why="never started", **known)
     failure = facts.failure
     if failure is None and progress is None and last.ended_at_utc is None and not facts.has_log:
-        return RunStatus(state="pending", why="prepared, to be started by hand", **known)
+        return RunStatus(state="pending", why="prepared, waiting for a manual start", **known)
     if failure is None or failure.kind in ("lost", "preempted"):
         why = (
             failure.message
@@ -304,7 +302,7 @@ def _derive_readable(
         )
         return RunStatus(state="interrupted", why=why, failure=failure, **known)
     if failure.kind == "configuration" and last.resume not in ("auto", "none"):
-        # What was asked for, not the recipe, was wrong.
+        # The request was wrong, not the recipe.
         why = f"--resume {last.resume} was refused: {failure.message}"
         return RunStatus(state="interrupted", why=why, **known)
     return RunStatus(
@@ -313,8 +311,8 @@ def _derive_readable(
 
 
 def _find_push(facts: RunFacts) -> dict[str, str | None]:
-    """The push that a completed run still waits for, as the recipe of its first attempt asks for
-    it.
+    """The push that a completed run still waits for, as requested by the recipe of its first
+    attempt.
     """
     repo_id = find_recorded_push(facts)
     if repo_id is None:
@@ -323,12 +321,12 @@ def _find_push(facts: RunFacts) -> dict[str, str | None]:
 
 
 def verify_records(facts: RunFacts, status: RunStatus) -> RunStatus:
-    """The status, *damaged* where `result.json` or `recipe.json` of a completed run is not as it
-    was written: asked for wherever its numbers and axes are shown. Reads those files alone, a few
+    """The status, or *damaged* if `result.json` or `recipe.json` of a completed run differs from
+    what was written. Used wherever its numbers and axes are shown. Reads only those files, a few
     kilobytes.
 
-    Of a run that is *changed*, too: if its `recipe.json` was altered, it is not the recipe that
-    was.
+    A *changed* run is checked too: if its `recipe.json` was altered, the difference is not a change
+    of the recipe.
     """
     if status.state not in ("completed", "damaged", "changed") or not facts.has_result:
         return status
@@ -349,17 +347,17 @@ def _add_damage(status: RunStatus, damage: Mapping[str, str]) -> RunStatus:
 
 
 def verify_files(facts: RunFacts, status: RunStatus) -> RunStatus:
-    """The status, *damaged* where a byte of a completed run is not as it was recorded, or its
-    result does not sum up its rows.
+    """The status, or *damaged* if a byte of a completed run differs from its record, or if its
+    result does not match the sum of its rows.
 
-    Reads every file of the manifest. Of a run that was completed before there were manifests
-    (`is_verifiable` tells), the sums are all that can be held against anything.
+    Reads every file of the manifest. A run completed before there were manifests (see
+    `is_verifiable`) has only the sums to check.
     """
     status = verify_records(facts, status)
     if status.state not in ("completed", "damaged"):
         return status
     result, paths = facts.result, facts.paths
-    # One that is lost, or does not list what it listed, is nothing to hold files against.
+    # Files cannot be compared with a result that is missing or altered.
     if result is None or paths.result_path.name in status.damage:
         return status
     try:
@@ -368,13 +366,13 @@ def verify_files(facts: RunFacts, status: RunStatus) -> RunStatus:
     except (CorruptFileError, OSError) as error:
         return describe_unreadable(error)
     if rows and (contradictions := find_score_contradictions(result, rows)):
-        what = f"is not what eval_rows.jsonl adds up to: {'; '.join(contradictions)}"
+        what = f"does not match the sums of eval_rows.jsonl: {'; '.join(contradictions)}"
         damage = {paths.result_path.name: what}
     return _add_damage(status, damage)
 
 
 def is_verifiable(facts: RunFacts) -> bool:
-    """Whether the run has a result that recorded checksums."""
+    """True if the run has a result that recorded checksums."""
     return facts.result is not None and facts.result.files is not None
 
 
@@ -382,25 +380,25 @@ NOT_VERIFIABLE: Final = "cannot be verified: it was completed before checksums w
 
 
 def suggest_mending(damage: Mapping[str, str]) -> str:
-    """The way on from a damaged run."""
+    """The remedy for a damaged run."""
     if foreign := [name for name, what in damage.items() if what == FOREIGN]:
         moved = f"move {', '.join(foreign)} elsewhere"
         others = {name: what for name, what in damage.items() if what != FOREIGN}
         return f"{moved}; then {suggest_mending(others)}" if others else moved
-    anew = "`runner launch RECIPE --fresh` moves the run aside and starts anew"
+    anew = "`runner launch RECIPE --fresh` moves the run aside and starts from step 0"
     if all(map(is_of_model, damage)):
         return (
             "`runner launch RECIPE --repair` writes model/ again from the best checkpoint;"
             f" without that checkpoint, {anew}"
         )
-    return f"put the files back as they were, from a copy of the run; without one, {anew}"
+    return f"restore the files from a copy of the run; without a copy, {anew}"
 
 
 def find_divisor(facts: RunFacts, recipe: Recipe) -> int:
-    """What the next attempt's micro-batch is divided by: as in the last one, while the recipe
-    states the same one.
+    """The micro-batch divisor of the next attempt: the same as in the last one, while the recipe
+    states the same micro-batch.
 
-    Asked before the run is prepared: `recipe.json` still is that of the last attempt.
+    Called before the run is prepared: `recipe.json` is still that of the last attempt.
     """
     attempts, stored = facts.attempts, facts.stored
     if not attempts or stored is None:
@@ -410,8 +408,8 @@ def find_divisor(facts: RunFacts, recipe: Recipe) -> int:
 
 
 def describe_running(facts: RunFacts, at_utc: str) -> str:
-    """`RunStatus.why` of a run that is running: its phase, and how long a long one has lasted, or
-    how long there was no sign of life.
+    """`RunStatus.why` of a running run: its phase, and the duration of a long one or of the time
+    without a sign of life.
     """
     last, progress = facts.last, facts.progress
     if progress is not None:
@@ -434,7 +432,7 @@ def _look_ahead(
         )
     except RefusedError as error:  # the global batch cannot be kept like that
         return {"obstacles": (error.message,)}
-    # What stands in the way is that of the checkpoint that decides, perhaps an older one.
+    # The obstacles are those of the deciding checkpoint, which may be an older one.
     is_told = choice.obstacles or choice.version_warnings
     return {
         "checkpoint_step": choice.decisive_step if is_told else choice.newest_step,
@@ -444,7 +442,7 @@ def _look_ahead(
 
 
 def _sum_seconds(facts: RunFacts) -> float | None:
-    # The time of a repair is not that of training, by which other runs are estimated.
+    # A repair's time is not training time, from which other runs are estimated.
     attempts = list_trained(facts.attempts)
     now = facts.read_at_utc if facts.is_running else None
     spans = [
@@ -461,11 +459,11 @@ def _list_impossible(facts: RunFacts) -> tuple[int, ...]:
 
 
 def find_hint(status: RunStatus) -> str | None:
-    """What to do about a run in this status, None where nothing is wrong with it."""
+    """The remedy for a run in this status; None if there is nothing to fix."""
     if status.state == "unreadable":
         return UNREADABLE_HINT
     if status.state == "damaged":
         return suggest_mending(status.damage)
     if status.state == "changed" or status.failure is None:
-        return None  # what is changed is refused: the hint of its last failure would be false
+        return None  # a changed run is refused, so the hint of its last failure would be wrong
     return HINTS[status.failure.kind]

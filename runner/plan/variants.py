@@ -1,4 +1,4 @@
-"""Variants of recipes: what overrides on a command line make of them, and the names of their
+"""Variants of recipes: the recipes that overrides on a command line produce, and the names of their
 runs.
 """
 
@@ -24,7 +24,7 @@ _OVERRIDE: Final = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*=.*", re.DOTALL)
 
 
 def is_override(word: str) -> bool:
-    """True for `key=value` where no file is called that, or matches it as a glob.
+    """True for `key=value` unless a file has that name or matches it as a glob.
 
     >>> [is_override(word) for word in ("training.seed=1", "loss=", "recipes/a=b.yaml", "-x=1")]
     [True, True, False, False]
@@ -35,7 +35,7 @@ def is_override(word: str) -> bool:
 
 
 def name_overridden(name: str, overrides: Sequence[str]) -> str:
-    """The name of a run that differs from its recipe by overrides.
+    """The name of a run whose recipe is changed by overrides.
 
     >>> name_overridden("gemma_full", ["training.learning_rate=1e-4"])
     'gemma_full--training.learning_rate-1e-4'
@@ -57,15 +57,14 @@ def load_variant(
     *,
     load: Callable[[Path], Recipe] = load_recipe,
 ) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe of the run that overrides make of a recipe file, and those of them that change
-    something.
+    """The recipe of a recipe file under overrides, and the overrides that change something.
 
-    Only these are in its name, so that without any it is the run of the recipe itself. `name` is
-    given to it instead. `load` reads the file as it is.
+    Only these are in the run's name, so without any it is the run of the recipe itself. `name`
+    replaces the derived name. `load` reads the file without overrides.
 
     Raises:
         RecipeError: the recipe is wrong under its overrides.
-        RefusedError: two of them are of one key.
+        RefusedError: two of them set the same key.
     """
     refuse_repeated(overrides)
     if not overrides and name is None:
@@ -88,7 +87,7 @@ def load_variant(
 
 
 def refuse_repeated(overrides: Sequence[str]) -> None:
-    """Refuse two overrides of one key: only the later would count."""
+    """Refuse two overrides of one key, because only the later one would count."""
     given: dict[str, list[str]] = {}
     for override in overrides:
         given.setdefault(override.partition("=")[0], []).append(override)
@@ -97,21 +96,21 @@ def refuse_repeated(overrides: Sequence[str]) -> None:
             often = "twice" if len(those) == 2 else f"{len(those)} times"
             raise RefusedError(
                 f"{key} is given {often}: {', '.join(those)}",
-                hint="give each key once; runs of several values are several commands, or an axis",
+                hint="give each key once; for several values, use several commands or an axis",
             )
 
 
 def find_same_run(recipe: Recipe, base: str, grid_dir: Path) -> Recipe | None:
-    """The recipe that a variant of the run `base` recorded which is the same experiment under
-    another spelling of its overrides, and None where no such run is there.
+    """The recorded recipe of a variant of the run `base` that is the same experiment under another
+    spelling of its overrides; None if there is none.
 
-    Where overrides name what is no part of the experiment, such as a micro-batch, it has to be the
-    same there too.
+    If overrides set keys that are not part of the experiment, such as a micro-batch, their values
+    must be equal too.
     """
     payload = build_digest_payload(recipe)
     for path in sorted(grid_dir.glob(f"{glob.escape(base)}--*/recipe.json")):
         found = read_stored_recipe(RunPaths(path.parent))
-        stored: StoredRecipe | None = found.content  # one that cannot be read is nobody's
+        stored: StoredRecipe | None = found.content  # an unreadable one does not count
         if stored is None or not stored.recipe.run.overrides:
             continue
         other, own = stored.recipe.run, recipe.run
@@ -133,10 +132,10 @@ def _find_value(recipe: Recipe, key: str) -> Any:
 
 
 def _says_the_same(path: Path, overrides: Sequence[str], recipe: Recipe) -> bool:
-    """True where the overrides make the same recipe, not only the same experiment."""
+    """True if the overrides produce the same recipe, not only the same experiment."""
     try:
         other = load_recipe(path, overrides)
-    except RecipeError:  # keys that go together
+    except RecipeError:  # keys that depend on each other
         return False
     return bool(_dump(other) == _dump(recipe))
 

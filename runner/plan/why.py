@@ -1,6 +1,6 @@
-"""`runner why`: what happens next to one run, and which file, field or marker decides it.
+"""`runner why`: the next action for one run, and the file, field or marker that decides it.
 
-Reads everything, checksums too, and changes nothing.
+Reads everything, including checksums, and changes nothing.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ from runner.run.facts import RunFacts
 from runner.run.failures import name_command, read_log_tail
 from runner.run.record import Attempt, BaseSource, load_base_source
 
-# What makes a state, as `derive_status` asks: the first that is true.
+# The rule for each state, in the order of `derive_status`: the first true one counts.
 RULES: Final[Mapping[State, str]] = {
-    "unreadable": "a record in the run directory is not what was written there",
-    "running": "somebody holds `lease`, here or on another machine",
-    "changed": "`recipe.json` states another digest than the recipe and its files have now",
+    "unreadable": "a record in the run directory cannot be read",
+    "running": "a process holds `lease`, on this or another machine",
+    "changed": "the digest in `recipe.json` differs from that of the current recipe and its files",
     "damaged": (
         "`result.json` of a run that an attempt completed, or a file that it lists, is missing or"
-        " is not as it was recorded"
+        " differs from its record"
     ),
-    "completed": "`result.json` is there, of the digest in `recipe.json`",
-    "pending": "`run.json` holds no attempt that was started",
+    "completed": "`result.json` exists and has the digest in `recipe.json`",
+    "pending": "`run.json` records no attempt that was started",
     "interrupted": (
-        "the last attempt in `run.json` has no end, or one that says nothing against the run"
+        "the last attempt in `run.json` was cut off, or stopped without an error in the run"
     ),
     "failed": "the last attempt in `run.json` ended with a failure",
 }
@@ -69,7 +69,7 @@ RULES: Final[Mapping[State, str]] = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """All that decides about one run."""
+    """Everything that decides about one run."""
 
     name: str
     run_dir: str
@@ -77,22 +77,24 @@ class Explanation:
     status: RunStatus
     decisions: dict[str, Decision]  # by verb
     missing: dict[str, str]  # dotted key -> path that is not there
-    impossible: str | None  # why the global batch cannot be kept on so many processes
-    holders: dict[int, str]  # processes that have the lease open, where it is held
-    stop: str | None  # what the running attempt was asked for
+    impossible: str | None  # why this number of processes cannot keep the global batch
+    holders: dict[int, str]  # processes that have the lease open, if it is held
+    stop: str | None  # the request to the running attempt
     attempt: Attempt | None  # the last one
     log_path: str | None
     log_tail: tuple[str, ...]
-    base: BaseSource | None  # where the scores of the base model come from
-    commits: tuple[str, ...]  # what was loaded from the hub, a line for each name
+    base: BaseSource | None  # the source of the base scores
+    commits: tuple[str, ...]  # loaded from the hub, a line per name
     micro_batch_divisor: int
     choice: Choice
-    remote_url: str | None  # asked for checkpoints where the run has none
-    files: str | None = None  # of a completed run: what was found of the files that it recorded
-    mending: str | None = None  # of a damaged run: the way on
+    remote_url: str | None  # searched for checkpoints if the run has none
+    files: str | None = None  # of a completed run: the state of its recorded files
+    mending: str | None = None  # of a damaged run: the remedy
 
     def as_json(self) -> dict[str, Any]:
-        """For scripts: `next` is what `runner launch` does, `start_step` where it starts."""
+        """For scripts: `next` is the action of `runner launch`, `start_step` the step where it
+        starts.
+        """
         plain = {
             name: getattr(self, name)
             for name in ("name", "run_dir", "num_processes", "missing", "holders")
@@ -114,7 +116,7 @@ class Explanation:
 
     @property
     def next_action(self) -> str:
-        """What `runner launch` does."""
+        """The action of `runner launch`."""
         if self.missing or self.impossible:
             return "refuse"
         action = self.decisions["launch"].action
@@ -123,19 +125,19 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What `explain` rests on besides the facts of the run; gathered by reading."""
+    """Everything other than the run's facts that `explain` uses; gathered by reading."""
 
-    contents: Mapping[str, str]  # path -> SHA-256 of what the recipe names
+    contents: Mapping[str, str]  # path -> SHA-256, of the paths that the recipe names
     named: tuple[str, ...]  # paths of all contents, also of those that cannot be read
     missing: dict[str, str]  # dotted key -> path that is not there
     inventory: Inventory | CorruptFileError | OSError  # or why it cannot be read
-    holders: dict[int, str]  # processes that have the lease open, where it is held
+    holders: dict[int, str]  # processes that have the lease open, if it is held
     log_tail: tuple[str, ...]  # of the last attempt's log
     base: BaseSource | None  # of the last attempt that began at step 0
-    choice: Choice  # every checkpoint verified, where an attempt may come next
-    # Why every launch refuses the files that the recipe names: they are missing, or cannot be read.
+    choice: Choice  # every checkpoint verified, if an attempt may come next
+    # The reason why every launch refuses the files that the recipe names: missing or unreadable.
     inputs_error: DataError | None = None
-    # Of a completed run: *damaged* where a byte that it recorded is another one.
+    # Of a completed run: *damaged* if a recorded byte has changed.
     verified: RunStatus | None = None
     no_repair: RefusedError | None = None  # why `launch --repair` would not write its model again
 
@@ -143,7 +145,7 @@ class Evidence:
 def gather_evidence(
     facts: RunFacts, recipe: Recipe, hashes: ContentHashes, num_processes: int
 ) -> Evidence:
-    """Read all else that decides: files that the recipe names are hashed, checkpoints verified.
+    """Read everything else that decides: hash the files that the recipe names, verify checkpoints.
     Nothing is written.
     """
     paths = facts.paths
@@ -159,7 +161,7 @@ def gather_evidence(
     try:
         if facts.is_leased:
             holders = list_holders(paths.lease_path)
-        # A running trainer is writing them.
+        # A running training process is writing them.
         inventory = Inventory(paths) if facts.is_running else read_inventory(paths)
         status = derive_status(
             facts, inventory, recipe, contents, num_processes=num_processes, named=named
@@ -200,18 +202,18 @@ def gather_evidence(
 
 
 def _read_inputs(recipe: Recipe, hashes: ContentHashes) -> tuple[dict[str, str], DataError | None]:
-    """The hashes of what is there, and why a launch would refuse the rest."""
+    """The hashes of the existing files, and the reason why a launch would refuse the others."""
     try:
         return hash_contents(recipe, hashes), None
     except DataError as error:
         found: dict[str, str] = {}
-        with contextlib.suppress(OSError):  # `error` says so
+        with contextlib.suppress(OSError):  # `error` reports it
             found = hash_what_is_there(recipe, hashes)
         return found, error
 
 
 def _find_why_no_attempt(status: RunStatus, inputs_error: DataError | None) -> str | None:
-    """What `runner launch` would do instead of starting an attempt; None where it starts one."""
+    """The reason why `runner launch` would not start an attempt; None if it would."""
     if inputs_error is not None:
         return "a launch would be refused: files that the recipe names are missing or unreadable"
     action = decide(status, retry_failed=True).action
@@ -226,7 +228,9 @@ def _find_why_no_attempt(status: RunStatus, inputs_error: DataError | None) -> s
 def _find_why_no_repair(
     facts: RunFacts, verified: RunStatus, recipe: Recipe
 ) -> RefusedError | None:
-    """Why `launch --repair` would refuse a run whose model is damaged or removed."""
+    """The refusal of `launch --repair` for a run whose model is damaged or removed; None if it
+    would run.
+    """
     is_whole = verified.state != "damaged" and not verified.is_model_removed
     if is_whole or not is_verifiable(facts):
         return None
@@ -245,7 +249,7 @@ def _find_base_source(facts: RunFacts) -> BaseSource | None:
 
 
 def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: int) -> Explanation:
-    """All that decides, and what follows from it. Pure."""
+    """Everything that decides, and the consequences. Pure."""
     if not isinstance(evidence.inventory, Inventory):
         by_sizes = describe_unreadable(evidence.inventory)
     else:
@@ -297,8 +301,8 @@ def explain(facts: RunFacts, evidence: Evidence, recipe: Recipe, num_processes: 
 def _decide_all(
     by_sizes: RunStatus, status: RunStatus, inputs_error: DataError | None
 ) -> dict[str, Decision]:
-    """What each verb does. None of them reads every byte, as was done for `status`."""
-    if inputs_error is not None:  # before anything else is asked
+    """The decision of each verb. Verbs do not read every byte, unlike the check behind `status`."""
+    if inputs_error is not None:  # before any other check
         refused = Decision("refuse", inputs_error.message.partition("\n")[0].rstrip(":"))
         return dict.fromkeys(("sweep", "rerun", "launch"), refused)
     decisions = {
@@ -309,13 +313,13 @@ def _decide_all(
     if by_sizes.state == status.state:
         return decisions
     return {
-        verb: replace(decision, why=f"{decision.why} (it looks at sizes only)")
+        verb: replace(decision, why=f"{decision.why} (it checks file sizes only)")
         for verb, decision in decisions.items()
     }
 
 
 def _suggest_mending(status: RunStatus, no_repair: RefusedError | None) -> str | None:
-    """The way on from a damaged run."""
+    """The remedy for a damaged run."""
     if status.state != "damaged":
         return None
     if no_repair is None or no_repair.hint is None:
@@ -332,7 +336,7 @@ def _describe_files(
         return None
     if not is_verifiable(facts):
         return NOT_VERIFIABLE
-    found = f"every byte of {len(facts.file_sizes)} files is as it was recorded"
+    found = f"every byte of {len(facts.file_sizes)} files matches its record"
     if not status.is_model_removed:
         return found
     if no_repair is None:
@@ -376,9 +380,7 @@ def _verify_checkpoints(
 
 
 def build_lines(found: Explanation) -> list[str]:
-    """What a person reads: the answer first, then what it rests on, then what else there is to
-    know.
-    """
+    """The report for people: the answer first, then its evidence, then further notes."""
     status = found.status
     rows = [
         ("next", _describe_next(found)),
@@ -421,7 +423,7 @@ def build_lines(found: Explanation) -> list[str]:
 
 def _describe_next(found: Explanation) -> str:
     if found.missing:
-        return "refuse: files that the recipe names are not there"
+        return "refuse: files that the recipe names are missing"
     if found.impossible is not None:
         return f"refuse: {found.impossible}"
     decision = found.decisions["launch"]
@@ -437,7 +439,7 @@ def _describe_next(found: Explanation) -> str:
     if found.choice.step is not None:
         return f"launch from step {found.choice.step}, {processes}"
     asked = (
-        f"; {found.remote_url} is asked for a checkpoint first"
+        f"; {found.remote_url} is searched for a checkpoint first"
         if found.remote_url is not None
         else ""
     )
@@ -448,10 +450,8 @@ def _describe_lease(found: Explanation) -> str:
     if found.status.state != "running":
         return "free"
     holders = [f"held by {pid}  {command}" for pid, command in found.holders.items()]
-    asked = [f"asked to leave: {found.stop}"] if found.stop is not None else []
-    return "\n".join(
-        [*(holders or ["held, by a process that is not to be seen from here"]), *asked]
-    )
+    asked = [f"asked to stop: {found.stop}"] if found.stop is not None else []
+    return "\n".join([*(holders or ["held by a process that is not visible from here"]), *asked])
 
 
 def _describe_attempt(found: Explanation) -> list[tuple[str, str]]:
@@ -463,7 +463,7 @@ def _describe_attempt(found: Explanation) -> list[tuple[str, str]]:
         f" {attempt.num_processes} process(es)"
     )
     if attempt.retry:
-        started += f", retry {attempt.retry} by itself"
+        started += f", automatic retry {attempt.retry}"
     rows = [("attempt", started)]
     is_over = found.status.state in ("running", "completed") or (
         found.status.state == "damaged" and not attempt.is_repair
@@ -472,7 +472,7 @@ def _describe_attempt(found: Explanation) -> list[tuple[str, str]]:
         failure = found.status.failure or attempt.failure
         if failure is not None:
             rows.append(("failure", f"{failure.kind}: {failure.message}"))
-            # Of a run that is not launched, "the same command goes on" would be false.
+            # If the run is not launched, "the same command resumes" would be wrong.
             if found.decisions["launch"].action == "launch":
                 rows.append(("hint", name_command(failure.kind, [Path(found.run_dir)])))
         rows += [("log", f"| {line}") for line in found.log_tail]

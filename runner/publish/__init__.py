@@ -1,1 +1,1 @@
-"""A tuned model for others."""
+"""Use and publish a tuned model: chat, export, push."""

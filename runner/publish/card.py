@@ -1,4 +1,4 @@
-"""The model card: the README.md beside a tuned model, without clock times. No torch is needed."""
+"""The model card: the README.md next to a tuned model, without clock times. Does not need torch."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _LOSSES: Final = {
 def build_model_card(
     run: TunedRun, *, is_adapter: bool, result: TrainResult | None, versions: Mapping[str, str]
 ) -> str:
-    """Markdown with the hub's metadata block. Paths stand as they do in the recipe.
+    """Markdown with the hub's metadata block. Paths appear as in the recipe.
 
-    `result` is None for a checkpoint: the scores of a run are those of its best weights.
+    `result` is None for a checkpoint: a run's scores belong to its best weights.
     """
     parts = [
         _front_matter(run, is_adapter=is_adapter),
@@ -48,7 +48,7 @@ def _front_matter(run: TunedRun, *, is_adapter: bool) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["sft", *(["lora"] if run.recipe.adapter.method == "lora" else [])],
     }
-    if "model.path" not in list_content_paths(run.recipe):  # the hub knows it by this name
+    if "model.path" not in list_content_paths(run.recipe):  # its name on the hub
         metadata["base_model"] = run.recipe.model.path
         metadata["base_model_relation"] = "adapter" if is_adapter else "finetune"
     return "---\n" + _dump(metadata) + "---"
@@ -60,7 +60,7 @@ def _describe(run: TunedRun, *, is_adapter: bool) -> str:
     what = (
         "a LoRA adapter"
         if is_adapter
-        else "all weights, a LoRA adapter merged into them"
+        else "all weights, with a LoRA adapter merged into them"
         if lora
         else "all weights"
     )
@@ -96,7 +96,7 @@ def _describe(run: TunedRun, *, is_adapter: bool) -> str:
         "method": method,
         "training": (
             f"{length}, global batch {recipe.global_batch_size}, learning rate"
-            f" {stated.get('learning_rate', 'of the library')},"
+            f" {stated.get('learning_rate', '(library default)')},"
             f" {stated.get('lr_scheduler_type', 'default')} schedule, seed {training.seed}"
         ),
         "chosen by": (
@@ -136,7 +136,7 @@ def _scores(run: TunedRun, result: TrainResult | None) -> str:
     if "base" in generation and "tuned" in generation:
         base_metrics, tuned_metrics = generation["base"].metrics, generation["tuned"].metrics
         for metric in dict.fromkeys([*base_metrics, *tuned_metrics]):
-            # A metric of the project's own may judge no answer of one of them.
+            # One of the project's own metrics may judge no answer of a model.
             cells = [
                 f"{metrics[metric]:.4f}" if metric in metrics else "none judged"
                 for metrics in (base_metrics, tuned_metrics)
@@ -187,15 +187,15 @@ def _loading(run: TunedRun, *, is_adapter: bool) -> str:
         notes = [
             "",
             (
-                f"The base model is looked for at `{run.recipe.model.path}`,"
-                " relative to where this is started."
+                f"The base model is loaded from `{run.recipe.model.path}`,"
+                " relative to the current directory."
             ),
         ]
     if run.recipe.model.template_date is not None:
         notes += [
             "",
             (
-                "In training the chat template printed the date"
+                "During training, the chat template printed the date"
                 f" {run.recipe.model.template_date}; `apply_chat_template` prints today's."
             ),
         ]

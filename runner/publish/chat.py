@@ -1,5 +1,5 @@
-"""`runner chat`: a conversation in the terminal with the tuned model of a run, and with its base
-beside it where asked.
+"""`runner chat`: a terminal conversation with the tuned model of a run, optionally next to its base
+model.
 
 Answers are greedy, so the same question gets the same answer. They go to stdout, everything else to
 stderr.
@@ -27,7 +27,7 @@ from runner.publish.tuned import TunedRun, open_tuned_run, quieten
 from runner.recipe.parse import Recipe
 
 _PROMPT = "> "
-_HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+_HELP = "/reset forgets the conversation, /exit or Ctrl-D quits, Ctrl-C stops an answer"
 
 
 def chat(
@@ -39,12 +39,12 @@ def chat(
     system: str | None,
     max_new_tokens: int,
 ) -> int:
-    """Answer one prompt, or every line of the terminal, until it ends."""
+    """Answer one prompt, or every line typed in the terminal until the user quits."""
     quieten()
     with open_tuned_run(run_dir, checkpoint) as run:
         asking = Asking(run.load_tokenizer(), max_new_tokens)
         opening = [] if system is None else [{"role": "system", "content": system}]
-        # A template that refuses does so before the model.
+        # If the template refuses, it does so before the model is loaded.
         asking.encode([*opening, {"role": "user", "content": "?"}])
         print(f"loading {run.weights_dir}", file=sys.stderr, flush=True)
         speakers = load_speakers(run, asking, with_base=with_base)
@@ -61,8 +61,8 @@ def chat(
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model under the name that its answers carry. A base shares its weights with the tuned model
-    under LoRA.
+    """A model, with the label of its answers. Under LoRA, the base shares its weights with the
+    tuned model.
     """
 
     label: str
@@ -71,7 +71,7 @@ class Speaker:
 
 
 def load_speakers(run: TunedRun, asking: Asking, *, with_base: bool) -> list[Speaker]:
-    """The base, where asked, and the tuned model."""
+    """The base model if requested, then the tuned model."""
     recipe = run.recipe
     tuned = _to_device(load_tuned_model(recipe, asking.tokenizer, run.weights_dir), recipe)
     speakers = [Speaker("tuned", tuned.generate, tuned.device)]
@@ -89,7 +89,7 @@ def load_speakers(run: TunedRun, asking: Asking, *, with_base: bool) -> list[Spe
 
 
 def _to_device(model: Any, recipe: Recipe) -> Any:
-    """On the GPU where there is one; quantised weights are there already."""
+    """Move the model to the GPU if there is one; quantized weights are already there."""
     return (
         model.to("cuda")
         if torch.cuda.is_available() and recipe.quantization.method == "none"
@@ -98,8 +98,8 @@ def _to_device(model: Any, recipe: Recipe) -> Any:
 
 
 class Asking:
-    """How a conversation is put to the models: the tokens of the chat template, and where an answer
-    ends.
+    """The encoding of a conversation for the models: the tokens of the chat template, and the end
+    of an answer.
     """
 
     def __init__(self, tokenizer: Any, max_new_tokens: int) -> None:
@@ -112,8 +112,8 @@ class Asking:
         )
 
     def encode(self, messages: list[dict[str, str]]) -> torch.Tensor:
-        """Token ids, (1, length). Raises: MaskError, with the words of a template that refuses the
-        conversation.
+        """Token ids, (1, length). Raises: MaskError, with the message of a template that refuses
+        the conversation.
         """
         text = self._template.render(messages, self._method, add_generation_prompt=True)
         ids: torch.Tensor = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")[
@@ -124,7 +124,7 @@ class Asking:
     def answer(
         self, speaker: Speaker, messages: list[dict[str, str]], interrupted: threading.Event
     ) -> str:
-        """The answer, also written piece by piece as it comes; `interrupted` ends it at its next
+        """The answer, which is also printed piece by piece; `interrupted` ends it at its next
         token.
         """
         input_ids = self.encode(messages).to(speaker.device)
@@ -146,7 +146,7 @@ class _Interruption(StoppingCriteria):  # type: ignore[misc]
         self._interrupted = interrupted
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Asked after each token."""
+        """Called after each token."""
         return torch.full(
             (input_ids.shape[0],),
             self._interrupted.is_set(),
@@ -156,7 +156,7 @@ class _Interruption(StoppingCriteria):  # type: ignore[misc]
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
-    """Prints the answer, each word as soon as it is whole, and collects it."""
+    """Prints the answer word by word, and collects it."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -170,8 +170,8 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _catching_interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets. As an exception it can get lost: raised in a callback, Python only
-    prints it.
+    """An event that Ctrl-C sets. An exception can get lost: if it is raised in a callback, Python
+    only prints it.
     """
     interrupted = threading.Event()
     previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
@@ -183,7 +183,7 @@ def _catching_interrupts() -> Iterator[threading.Event]:
 
 @dataclass
 class Conversation:
-    """One model's side of the chat: each remembers its own answers."""
+    """One model's side of the chat; each model remembers its own answers."""
 
     speaker: Speaker
     asking: Asking
@@ -196,7 +196,9 @@ class Conversation:
         self.messages = []
 
     def ask(self, question: str) -> bool:
-        """Print the answer and remember both; whether it is whole, False if Ctrl-C stopped it."""
+        """Print the answer and remember both; True if it is complete, False if Ctrl-C
+        stopped it.
+        """
         asked = [*self.messages, {"role": "user", "content": question}]
         with _catching_interrupts() as interrupted:
             if self.shows_label:
@@ -219,13 +221,13 @@ def _converse(conversations: list[Conversation]) -> int:
                 continue
             try:
                 conversation.ask(line)
-            except DataError as error:  # the conversation became what the template refuses
+            except DataError as error:  # the template refuses the conversation so far
                 print(f"error: {error}", file=sys.stderr, flush=True)
     return 0
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, without empty lines; Ctrl-C at the prompt drops a line, Ctrl-D ends."""
+    """The typed lines, without empty ones; Ctrl-C at the prompt drops a line, Ctrl-D ends."""
     if sys.stdin.isatty():
         import readline  # noqa: F401 - gives `input` a line editor
     while True:

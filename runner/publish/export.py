@@ -1,4 +1,6 @@
-"""`runner export`: the tuned model of a run as a folder for others, compared before it is there."""
+"""`runner export`: writes the tuned model of a run to a folder, and compares it before it appears
+there.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ from runner.recipe.schema import QuantizationOff
 from runner.run.result import load_result
 
 ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
-# The largest difference of a logit over the largest logit. Merging rounds each weight once to the
+# The largest logit difference relative to the largest logit. Merging rounds each weight once to the
 # model's dtype.
 TOLERANCES: Final = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 _PROBE: Final = (
@@ -52,19 +54,17 @@ _PROBE: Final = (
 def export_run(
     run_dir: Path, output_dir: Path, *, checkpoint: str | None, is_merged: bool, push_to: str | None
 ) -> float:
-    """Write the folder, and push it where asked; the largest difference of a logit that was found
-    in it.
+    """Write the folder, and push it if requested; return the largest logit difference found in it.
 
     `push_to` is a repository, empty for the recipe's own, None for none.
 
     Raises:
-        RefusedError: the run has nothing to export, the folder is taken, or nothing says where to
-            push to.
-        ExportError: what was written does not give the logits of the run's model.
+        RefusedError: the run has nothing to export, the folder is taken, or no repository is named.
+        ExportError: the written model gives different logits from the run's model.
     """
     quieten()
     with open_tuned_run(run_dir, checkpoint) as run:
-        # Or its error, before the work.
+        # Any error comes before the work.
         target = HubTarget.of(run.recipe, push_to) if push_to is not None else None
         _refuse_taken(output_dir)
         partial_dir = output_dir.absolute().with_name(f".{output_dir.name}.partial")
@@ -92,7 +92,7 @@ def _push(run: TunedRun, output_dir: Path, target: HubTarget) -> None:
         raise PushError(
             f"{output_dir} was not pushed: {error.message}",
             hint=error.hint
-            or f"hf upload {target.repo_id} {output_dir}  # once the reason is gone:"
+            or f"hf upload {target.repo_id} {output_dir}  # once the problem is fixed:"
             " the folder is complete",
         ) from None
     print(commit.url, file=sys.stderr)
@@ -105,7 +105,7 @@ def _refuse_taken(output_dir: Path) -> None:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise RefusedError(
             f"{output_dir} is not an empty folder",
-            hint="export to a new one: nothing is overwritten",
+            hint="export to a new folder: nothing is overwritten",
         )
 
 
@@ -147,14 +147,14 @@ def _write(run: TunedRun, target_dir: Path, *, is_merged: bool) -> float:
 
 
 def _unquantised(recipe: Recipe) -> Recipe:
-    """The recipe on weights in the model's dtype: merging into 4-bit weights would round every one
-    of them again.
+    """The recipe on weights in the model's dtype: merging into 4-bit weights would round each of
+    them again.
     """
     return recipe.model_copy(update={"quantization": QuantizationOff(method="none")})
 
 
 def load_plainly(model_dir: Path, recipe: Recipe, *, is_adapter: bool) -> Any:
-    """The exported model as its README says, in the recipe's dtype and quantisation."""
+    """The exported model, loaded as its README says, in the recipe's dtype and quantization."""
     kind = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
     return kind.from_pretrained(model_dir, **build_load_arguments(recipe)).eval()
 
@@ -171,17 +171,16 @@ def probe_logits(model: Any, tokenizer: Any) -> torch.Tensor:
 def compare_logits(found: torch.Tensor, expected: torch.Tensor, dtype: str) -> float:
     """The largest difference, relative to the largest logit.
 
-    Raises: ExportError, if it is beyond what the dtype explains.
+    Raises: ExportError, if it is larger than the dtype explains.
     """
     if found.shape != expected.shape:
         raise ExportError(
-            f"the export gives logits of the shape {tuple(found.shape)}, not"
-            f" {tuple(expected.shape)}"
+            f"the export gives logits of shape {tuple(found.shape)}, not {tuple(expected.shape)}"
         )
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCES[dtype]:
         raise ExportError(
-            f"the export gives other logits than the run's model: they differ by {difference:.2g}"
-            f" of the largest one, and {TOLERANCES[dtype]:.0e} is allowed in {dtype}"
+            f"the export gives different logits from the run's model: they differ by"
+            f" {difference:.2g} of the largest one; {dtype} allows {TOLERANCES[dtype]:.0e}"
         )
     return difference

@@ -1,8 +1,8 @@
-"""Sending a tuned model to the hub, without torch: which files, to which repository, under which
-token, the words of a refusal, and `push.json`.
+"""Pushes a tuned model to the hub, without torch: the files, the repository, the token, the wording
+of refusals, and `push.json`.
 
-A push is one commit. Sending the same files again makes none, so a process that was killed at any
-moment is followed by one that sends everything again.
+A push is one commit. Pushing the same files again creates none, so if a process is killed at any
+moment, the next one simply sends everything again.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from runner.run.record import PushRecord, load_push, load_stored_recipe, write_p
 from runner.run.result import TrainResult, load_result
 from runner.secrets import scrub
 
-# What a push takes away from the repository unless it writes it anew: an adapter must not lie
-# beside other weights.
+# Files that a push deletes from the repository unless it replaces them: an adapter must not be next
+# to other weights.
 _WEIGHT_FILES: Final = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -47,14 +47,14 @@ _WEIGHT_FILES: Final = (
     "config.json",
 )
 _CARD: Final = "README.md"
-_MAX_FAILURE: Final = 500  # characters of a failure that are kept: a hub may answer with a page
+_MAX_FAILURE: Final = 500  # characters kept of a failure: a hub may answer with a whole page
 
-# What is sent: names in the repository, and where each file is or what it holds.
+# The files to send: names in the repository, with the path or the content of each.
 Files = Mapping[str, Path | bytes]
 
 
 class PushError(RunnerError):
-    """The hub did not take the model; what was to be sent stays where it is."""
+    """The hub did not accept the model; the files to send are unchanged."""
 
 
 class PushedElsewhereError(RunnerError):
@@ -63,7 +63,7 @@ class PushedElsewhereError(RunnerError):
 
 @dataclass(frozen=True)
 class HubTarget:
-    """A repository on the hub and the token that may write to it, which is shown nowhere."""
+    """A repository on the hub and the token that may write to it; the token is never shown."""
 
     repo_id: str
     is_private: bool
@@ -99,15 +99,15 @@ class HubTarget:
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit on the hub that holds what was sent."""
+    """A commit on the hub that holds the pushed files."""
 
     oid: str
     url: str
 
 
 def push_files(files: Files, target: HubTarget, message: str) -> Commit:
-    """The commit that holds the files, and no other weights; the newest one of the repository where
-    that holds them already.
+    """The commit that holds the files and no other weights; the repository's newest one if it
+    already holds them.
 
     Raises:
         PushError: the hub refuses, cannot be reached, or has a public repository under a name that
@@ -120,7 +120,7 @@ def push_files(files: Files, target: HubTarget, message: str) -> Commit:
         api.create_repo(target.repo_id, private=target.is_private, exist_ok=True)
         if target.is_private and not api.repo_info(target.repo_id).private:
             raise PushError(
-                f"{target.repo_id} is public, and `tracking.hub_private` is true:"
+                f"{target.repo_id} is public, but `tracking.hub_private` is true:"
                 " nothing was pushed",
                 hint="make the repository private, or set `tracking.hub_private: false`",
             )
@@ -139,41 +139,40 @@ def push_files(files: Files, target: HubTarget, message: str) -> Commit:
 
 @contextmanager
 def _in_our_words(target: HubTarget) -> Iterator[None]:
-    """Errors of the hub, the token cut out of them should they hold it."""
+    """Errors of the hub as `PushError`, with the token masked if they contain it."""
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
-    # Of the library that the hub's calls HTTP by, which may be another one some day.
+    # From the HTTP library behind the hub's calls, which may change some day.
     from huggingface_hub.errors import HTTPError as HttpError  # type: ignore[attr-defined]
 
     try:
         yield
     except (HttpError, HFValidationError, OfflineModeIsEnabled, ValueError, OSError) as error:
         text = scrub(" ".join(str(error).split()).replace(target.token, "***"))
-        raise PushError(f"{target.repo_id} did not take it: {text}") from None
+        raise PushError(f"{target.repo_id} did not accept it: {text}") from None
 
 
 def list_folder(folder: Path) -> dict[str, Path | bytes]:
-    """Every file of an exported folder, as it is sent."""
+    """Every file of an exported folder, in the form to send."""
     return {path.relative_to(folder).as_posix(): path for path in list_model_files(folder)}
 
 
 def describe_commit(run: TunedRun) -> str:
-    """The message of the commit that holds the model of a run."""
+    """The commit message for the model of a run."""
     return f"{run.recipe.run.full_name}, recipe {run.stored.recipe_digest[:12]}"
 
 
 def push_run(run_dir: Path, repo_id: str = "", *, limit_seconds: float | None = None) -> Commit:
-    """Send `model/` of a completed run as it is, with a model card, after every byte of it was held
-    against what the run recorded. `repo_id` is empty for the recipe's own repository. After
-    `limit_seconds` the process ends, whatever a hub keeps it waiting for.
+    """Push `model/` of a completed run unchanged, with a model card, after every byte was compared
+    with the run's records. An empty `repo_id` means the recipe's own repository. After
+    `limit_seconds` the process ends, even if it is still waiting for the hub.
 
-    What becomes of the run's own push is recorded in `push.json`, but for a kill, which leaves it
-    pending.
+    The outcome of the run's own push is recorded in `push.json`; after a kill it stays pending.
 
     Raises:
-        PushedElsewhereError: another process is at it.
-        RefusedError: the run has nothing to push, or nothing says where to.
-        PushError: the hub did not take it.
+        PushedElsewhereError: another process is pushing it.
+        RefusedError: the run has nothing to push, or no repository is named.
+        PushError: the hub did not accept it.
     """
     paths = RunPaths(run_dir)
     if not paths.recipe_path.exists():
@@ -193,10 +192,10 @@ def push_run(run_dir: Path, repo_id: str = "", *, limit_seconds: float | None = 
 
 
 def _end_after(seconds: float, pushes: Pushes) -> None:
-    """End this process once the time is over: threads that wait for the hub would go on."""
+    """End this process after that time: threads that wait for the hub would keep it alive."""
 
     def give_up(number: int, frame: FrameType | None) -> None:
-        reason = f"the hub did not take it within {seconds:.0f} s"
+        reason = f"the hub did not accept it within {seconds:.0f} s"
         print(f"error: {reason}", file=sys.stderr, flush=True)
         pushes.record_failure("", reason)
         os._exit(1)
@@ -227,15 +226,15 @@ def _refuse_shared(run_dir: Path, target: HubTarget, other: OtherPush) -> Refuse
             hint=hint,
         )
     return RefusedError(
-        f"{other.run_dir} is to be pushed to {target.repo_id} too, and each would delete the"
-        " weights of the other",
+        f"{other.run_dir} will be pushed to {target.repo_id} too, and each push would delete"
+        " the other's weights",
         hint=f"{hint}  # or {suggest_elsewhere(other.run_dir)}",
     )
 
 
 def collect_files(run: TunedRun) -> dict[str, Path | bytes]:
-    """What the result of a run lists of `model/`, and the model card. Of a run without such a list,
-    all that is there.
+    """The files of `model/` listed in a run's result, and the model card. If there is no such list,
+    all existing files.
     """
     result = load_result(run.paths)
     manifest = (result.files or {}) if result is not None else {}
@@ -258,7 +257,7 @@ def _build_card(run: TunedRun, result: TrainResult | None) -> bytes:
 
 
 def hash_files(files: Files) -> str:
-    """SHA-256 of the names and contents of what is sent."""
+    """SHA-256 of the names and contents of the files to send."""
     hashes = {
         name: hashlib.sha256(content).hexdigest()
         if isinstance(content, bytes)
@@ -272,9 +271,8 @@ def hash_files(files: Files) -> str:
 class Pushes:
     """`push.json` of a run, whose lock this process holds.
 
-    It is about the run's own push, which its recipe asks for. What somebody pushes by hand to
-    another repository is recorded only once it is there, and then takes the place of a push that is
-    pending or failed.
+    It describes the run's own push, as requested by its recipe. A manual push to another repository
+    is recorded only once it has succeeded, and then replaces a pending or failed push.
     """
 
     paths: RunPaths
@@ -287,7 +285,7 @@ class Pushes:
             self._write(PushRecord(state="pending", repo_id=repo_id, files_sha256=sha256))
 
     def record_pushed(self, repo_id: str, sha256: str, commit: Commit) -> None:
-        """Once a commit holds it."""
+        """Once a commit holds the files."""
         before = load_push(self.paths)
         if before is None or before.state != "pushed" or before.repo_id == repo_id:
             self._write(
@@ -295,7 +293,7 @@ class Pushes:
             )
 
     def record_failure(self, repo_id: str, reason: str) -> None:
-        """Why the run's own push failed; what was pushed before stays recorded."""
+        """Record why the run's own push failed; an earlier successful push stays recorded."""
         if self.own_id is None or repo_id not in ("", self.own_id):
             return
         before = load_push(self.paths)
@@ -308,13 +306,17 @@ class Pushes:
 
     def _write(self, record: PushRecord) -> None:
         if not self.lock.try_acquire():  # the directory was moved aside: another run may be there
-            raise PushedElsewhereError(f"{self.paths.run_dir} was moved aside while it was pushed")
+            raise PushedElsewhereError(
+                f"{self.paths.run_dir} was moved aside while it was being pushed"
+            )
         write_push(self.paths, record)
 
 
 @contextmanager
 def open_pushes(paths: RunPaths) -> Iterator[Pushes]:
-    """The pushes of a run, locked. Raises: PushedElsewhereError, while another process has them."""
+    """The pushes of a run, locked. Raises: PushedElsewhereError, while another process holds the
+    lock.
+    """
     lock = Lease(paths.push_lock_path)
     try:
         if not lock.try_acquire():

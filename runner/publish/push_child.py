@@ -1,5 +1,5 @@
 """`python -m runner.publish.push_child RUN_DIR SECONDS`: pushes one completed run for a sweep.
-`launch.pushes` starts it, and reads afterwards what it printed.
+`launch.pushes` starts it, and reads its output afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from runner.secrets import scrub_output
 
 
 def main() -> int:
-    """Push; 0 when the model is on the hub, `PUSHED_ELSEWHERE` while another process is at it."""
+    """Push; return 0 if the model is on the hub, `PUSHED_ELSEWHERE` if another process is pushing
+    it.
+    """
     scrub_output()
     run_dir, seconds = Path(sys.argv[1]), float(sys.argv[2])
     try:

@@ -1,5 +1,5 @@
-"""What a run directory holds for use: its recipe, and the folder with the tuned weights that a verb
-asks for.
+"""The usable parts of a run directory: its recipe, and the folder with the tuned weights that a
+verb needs.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ class TunedRun:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the run, with its names on the hub at the commits that it loaded."""
+        """The recipe of the run, with its hub names at the commits that it loaded."""
         return self.stored.pinned
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer that was saved with the weights: the chat template of the training, its pad
-        token, and the recipe's chat format.
+        """The tokenizer saved with the weights: the chat template used in training, its pad token,
+        and the recipe's chat format.
         """
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.weights_dir, trust_remote_code=False)
         if not tokenizer.chat_template:
             raise DataError(
-                f"{self.weights_dir} has no chat template, so nobody can tell how the model was"
-                " asked in training",
-                hint="copy the template of the training to chat_template.jinja there",
+                f"{self.weights_dir} has no chat template, so the prompt format used in training"
+                " is unknown",
+                hint="copy the chat template used in training to chat_template.jinja there",
             )
         set_chat_format(tokenizer, self.recipe.model)
         return tokenizer
@@ -81,19 +81,19 @@ def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
         if status.state == "damaged":
             raise RefusedError(
                 f"{run_dir} is damaged: {status.why}",
-                hint=f"{suggest_mending(status.damage)}; `--checkpoint best` takes the checkpoint",
+                hint=f"{suggest_mending(status.damage)}; `--checkpoint best` uses the checkpoint",
             )
         if status.state != "completed":
-            first_line = status.why.partition("\n")[0]  # what follows may be a hint of its own
+            first_line = status.why.partition("\n")[0]  # further lines may be a hint
             raise RefusedError(
                 f"{run_dir} is not completed, it is {status.state}: {first_line}",
-                hint="`--checkpoint best` or `--checkpoint latest` takes what there is so far",
+                hint="`--checkpoint best` or `--checkpoint latest` uses what there is so far",
             )
         if status.is_model_removed or not paths.model_dir.is_dir():
             raise RefusedError(
                 f"{paths.model_dir} was removed",
                 hint=(
-                    "`--checkpoint best` takes the best checkpoint, from which"
+                    "`--checkpoint best` uses the best checkpoint, from which"
                     " `runner launch RECIPE --repair` writes it again"
                 ),
             )
@@ -111,13 +111,13 @@ def open_tuned_run(run_dir: Path, checkpoint: str | None) -> Iterator[TunedRun]:
 
 
 def quieten() -> None:
-    """Nothing of Transformers' own in the terminal: these verbs say what they do themselves."""
+    """Silence Transformers' own messages in the terminal: these verbs report their own actions."""
     import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # between PEFT and Transformers, at every load
-    # DeepSpeed, which accelerate imports to save a model, would print its guess.
+    # DeepSpeed, which accelerate imports to save a model, would otherwise print its guess.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

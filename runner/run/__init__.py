@@ -1,1 +1,1 @@
-"""What a run directory says."""
+"""The contents of a run directory."""

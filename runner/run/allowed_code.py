@@ -1,9 +1,9 @@
-"""Which Python files of a project may run: the list of allowed hashes under an output root, and
+"""The Python files of a project that may run: the list of allowed hashes under an output root, and
 recipes whose functions may be called.
 
-`runner check --allow-code` alone writes the list. A file that changed is another file, and the list
-counts only in the folder that it was written in: a copy, of somebody else's runs perhaps, allows
-nothing. Reading it on another machine that shares the folder does.
+Only `runner check --allow-code` writes the list. A changed file is a different file. The list is
+valid only in the folder that it was written in, so a copy, perhaps of another person's runs, allows
+nothing. Another machine that shares the folder can read it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def suggest_allowing(
     where: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> str:
-    """The hint at the command that allows the functions of these recipes.
+    """The hint with the command that allows the functions of these recipes.
 
     >>> suggest_allowing(["recipes/my study"], Path("runs"))
     "runner check --allow-code 'recipes/my study'  # after you have read them"
@@ -45,7 +45,7 @@ def spell_command(
     where: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> str:
-    """A command about the same runs, as it can be pasted."""
+    """A command about the same runs, ready to paste."""
     words = [*words, *paths, *overrides]
     for one in where:
         words += ["--where", one]
@@ -55,17 +55,17 @@ def spell_command(
 
 
 def list_code_paths(recipes: Iterable[Recipe]) -> list[str]:
-    """The Python files that recipes name, each once."""
+    """The Python files that recipes name, without repeats."""
     paths = (path for recipe in recipes for path in recipe.list_python_files().values())
     return list(dict.fromkeys(paths))
 
 
 def allow_code(recipes: Iterable[Recipe], output_root: Path) -> list[PythonFile]:
-    """Note the files of these recipes as they are now, beside those that were allowed before;
-    returns them.
+    """Record the current contents of these recipes' files as allowed, in addition to those allowed
+    before; return the files.
 
     Raises:
-        RefusedError: a file is a link, or is no file.
+        RefusedError: a file is a link, or is not a file.
         DataError: a file cannot be read.
     """
     files = [read_python_file(path) for path in list_code_paths(recipes)]
@@ -81,11 +81,11 @@ def allow_code(recipes: Iterable[Recipe], output_root: Path) -> list[PythonFile]
 
 
 def require_allowed(recipes: Iterable[Recipe], output_root: Path, hint: str) -> None:
-    """Refuse recipes with functions that were not allowed as they are now; `hint` says how to
+    """Refuse recipes whose functions are not allowed in their current form; `hint` says how to
     allow them.
 
     Raises:
-        RefusedError: with all files that were not.
+        RefusedError: with all files that are not allowed.
         DataError: a file cannot be read.
     """
     paths = list_code_paths(recipes)
@@ -96,13 +96,13 @@ def require_allowed(recipes: Iterable[Recipe], output_root: Path, hint: str) -> 
 def load_code(
     recipe: Recipe, output_root: Path, hint: str, contents: Mapping[str, str] | None = None
 ) -> Recipe:
-    """The recipe with functions that may be called: they run as they were read here, whatever
-    becomes of the files.
+    """The recipe with functions that may be called. They run as read here, even if the files change
+    later.
 
-    `contents` are the hashes that the files must have, `path -> SHA-256`, of a run.
+    `contents` are the hashes that the files of a run must have, `path -> SHA-256`.
 
     Raises:
-        RefusedError: a file was not allowed, or is another one than the run began with.
+        RefusedError: a file is not allowed, or differs from the one that the run began with.
         DataError: a file cannot be read.
     """
     paths = list_code_paths([recipe])
@@ -115,7 +115,7 @@ def load_code(
         if changed:
             raise RefusedError(
                 f"{', '.join(changed)} changed since the run was prepared",
-                hint="change it back, or launch the run anew with --fresh",
+                hint="change it back, or launch the run from step 0 with --fresh",
             )
     return recipe.with_sources({file.path: file.content.decode() for file in files})
 
@@ -138,8 +138,8 @@ def _refuse_others(files: Sequence[PythonFile], output_root: Path, hint: str) ->
 
 
 def _load_allowed(output_root: Path) -> dict[str, Any]:
-    """`SHA-256 -> path and size`; empty where there is no list, or one that was written elsewhere
-    or by something else.
+    """`SHA-256 -> path and size`; empty if there is no list, or if it was written elsewhere or by
+    another program.
     """
     try:
         content = load_json(allowed_code_path(output_root))
@@ -151,7 +151,7 @@ def _load_allowed(output_root: Path) -> dict[str, Any]:
 
 
 def _identify(output_root: Path) -> int:
-    """A number that a copy of the folder does not have, and that machines which share it agree
-    on.
+    """A number that a copy of the folder does not have, and on which machines that share it
+    agree.
     """
     return output_root.stat().st_ino

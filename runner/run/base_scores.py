@@ -1,5 +1,5 @@
-"""Scores of base models that were kept for other runs and turned out to be others: who kept them,
-and who found it out.
+"""Kept base scores that another run found to be wrong: the run that kept them, and the run that
+found the difference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from runner.run.paths import base_entries_dir
 
 @dataclass(frozen=True)
 class OtherBaseScores:
-    """An entry in quarantine."""
+    """A quarantined entry."""
 
     path: Path
     why: str
@@ -25,21 +25,21 @@ class OtherBaseScores:
     runs: frozenset[str]  # full names of both runs
 
     def describe(self) -> str:
-        """One sentence that names both."""
+        """One sentence that names both runs."""
         return escape_controls(
-            f"scores of the base model that {self.producer} had kept were found wrong by"
-            f" {self.found_by}, which scored it itself: {self.why} ({self.path})"
+            f"base scores kept by {self.producer} differ from those that {self.found_by}"
+            f" computed itself: {self.why} ({self.path})"
         )
 
 
 def find_other_base_scores(output_root: Path) -> list[OtherBaseScores]:
-    """What was found wrong below an output root, but for files that were damaged: nobody took
-    those. One folder is read, whatever the number of runs.
+    """The wrong base scores under an output root. Damaged files are left out, because no run used
+    them. Reads one folder, however many runs there are.
     """
     return [
         OtherBaseScores(
             path=one.path,
-            why=one.why or "nobody knows why",
+            why=one.why or "no reason was recorded",
             producer=_name(one.producer),
             found_by=_name(one.found_by),
             runs=frozenset(str(who["run"]) for who in (one.producer, one.found_by) if "run" in who),

@@ -1,10 +1,10 @@
-"""What is computed once under an output root and read by many runs: folders of files that are there
-whole or not at all.
+"""Entries: results that one run computes under an output root and many runs read. An entry is a
+folder that is there completely or not at all.
 
-An entry is a folder whose name is the hash of all that its content depends on. It is written beside
-its place under a lock, then renamed; its manifest holds the checksum of each file and who wrote it.
-Readers take no lock. What is damaged, or is found to be wrong, is moved to `.quarantine/` and never
-read again; what is missing is computed again, so removing any of it costs time only.
+The folder's name is the hash of everything that its content depends on. A writer holds a lock,
+writes next to the final place, then renames; the manifest holds the checksum of each file and names
+the writer. Readers take no lock. Damaged or wrong entries are moved to `.quarantine/` and never
+read again; missing ones are computed again, so removing any of them only costs time.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from runner.run.lease import Lease
 from runner.run.record import now_utc
 
 _QUARANTINE: Final = ".quarantine"
-# `.NAME.HOST-RANDOM.tmp`: what is being written, or what a killed writer has left.
+# `.NAME.HOST-RANDOM.tmp`: being written, or left by a killed writer.
 _HOST: Final = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _TEMPORARY: Final = re.compile(r"\.(?P<name>[0-9a-f]{64})\.[0-9a-f]{8}-[0-9a-f]{8}\.tmp")
 _NAME: Final = re.compile(r"[0-9a-f]{64}")
 _ASIDE: Final = re.compile(r"[0-9a-f]{64}-[0-9]+-[0-9a-f]{8}")
-# Where locks do not reach from one machine to another, a writer elsewhere may be at it.
+# If locks do not work between machines, a writer on another machine may still be active.
 _LEFTOVER_SECONDS: Final = 600.0
-_LOOK_SECONDS: Final = 0.2  # between two looks at a lock that another process holds
+_LOOK_SECONDS: Final = 0.2  # between two checks of a lock that another process holds
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One folder whose files are those that its manifest names. `producer` is who wrote it, and
-    when: no two entries that were written have the same.
+    """One folder that holds the files named by its manifest. `producer` is the writer and the time;
+    no two written entries have the same.
     """
 
     folder: Path
@@ -49,10 +49,10 @@ class Entry:
 
 
 def find_entry(folder: Path) -> Entry | None:
-    """The entry of this name, each file compared with its checksum; None where there is none.
+    """The entry of this name, with each file compared with its checksum; None if there is none.
 
     Raises:
-        CorruptFileError: a file is missing or is not what was written.
+        CorruptFileError: a file is missing or is not as it was written.
     """
     manifest = load_json(_manifest_path(folder))
     if manifest is None:
@@ -61,22 +61,24 @@ def find_entry(folder: Path) -> Entry | None:
         files = {str(name): str(sha256) for name, sha256 in manifest["files"].items()}
         producer = dict(manifest["producer"])
     except (TypeError, KeyError, AttributeError, ValueError):
-        raise CorruptFileError(f"{_manifest_path(folder)} is no manifest") from None
+        raise CorruptFileError(f"{_manifest_path(folder)} is not a manifest") from None
     if not files or any(name != Path(name).name for name in files):
-        raise CorruptFileError(f"{_manifest_path(folder)} names no files of this folder")
+        raise CorruptFileError(f"{_manifest_path(folder)} lists no files of this folder")
     for name, sha256 in files.items():
         path = folder / name
         if path.is_symlink() or not path.is_file() or hash_file(path) != sha256:
-            raise CorruptFileError(f"{path} is not what was written")
+            raise CorruptFileError(f"{path} is not as it was written")
     return Entry(folder, producer)
 
 
 @contextmanager
 def hold_entry(folder: Path, go_on: Callable[[], bool]) -> Iterator[bool]:
-    """The lock under which one process computes and writes this entry: True once it is ours. While
-    another one holds it, `go_on` is called five times a second; False as soon as it says no.
+    """Hold the lock under which one process computes and writes this entry; True once it is ours.
+    While another process holds it, `go_on` is called five times a second; False as soon as that
+    returns False.
 
-    The lock is the file system's: it is free the moment its holder dies, in whatever way.
+    The lock belongs to the file system, so it is free as soon as its holder dies, however that
+    happens.
 
     Raises:
         OSError: the folder cannot be written, or its file system has no locks.
@@ -85,7 +87,7 @@ def hold_entry(folder: Path, go_on: Callable[[], bool]) -> Iterator[bool]:
     try:
         while not (is_ours := lock.try_acquire()) and go_on():
             time.sleep(_LOOK_SECONDS)
-            if not _is_same_file(lock, folder):  # its entry was removed, and the lock with it
+            if not _is_same_file(lock, folder):  # the entry was removed together with its lock
                 lock.close()
                 lock = Lease(_lock_path(folder))
         yield is_ours
@@ -100,8 +102,8 @@ def write_entry(
     parts: Mapping[str, Any],
     producer: Mapping[str, Any],
 ) -> Entry:
-    """The entry with the files that `write` puts into the folder that it is given; only for the
-    holder of its lock. `parts` are what the name of the entry is the hash of.
+    """The entry with the files that `write` puts into the folder it is called with; only for the
+    holder of the lock. The entry's name is the hash of `parts`.
 
     Raises:
         OSError: it cannot be written, such as on a full disk; nothing of it is left.
@@ -123,7 +125,8 @@ def write_entry(
             "producer": {**producer, "written_at_utc": now_utc()},
         }
         write_json_atomic(_manifest_path(temporary), described)
-        # A writer elsewhere was faster, where locks do not reach: others may have mapped its files.
+        # A writer on another machine was faster, where locks do not work between machines; other
+        # processes may have mapped its files.
         if folder.exists() and (theirs := _find_whole(folder)) is not None:
             shutil.rmtree(temporary)
             return theirs
@@ -150,9 +153,9 @@ def quarantine_entry(
     read: Entry | None = None,
     found_by: Mapping[str, Any] | None = None,
 ) -> Path | None:
-    """Move an entry aside so that nobody reads it again, with the reason in `why.json` and who
-    found it; returns where it is. `read` is the entry that was found wrong, None for one that is
-    damaged: where another one has been written in its place since, that stays, and None is
+    """Move an entry aside so that it is not read again, and record the reason and the finder in
+    `why.json`. Returns its new path. `read` is the entry found to be wrong, or None if the files
+    are damaged. If another entry has been written in its place since, that one stays and None is
     returned.
     """
     there = _find_whole(folder)
@@ -172,8 +175,8 @@ def quarantine_entry(
 
 @dataclass(frozen=True)
 class Quarantined:
-    """An entry that was moved aside: why, who had written it, and who found it wrong; empty where
-    nobody can tell. `is_damaged`: its files were not those that were written.
+    """An entry that was moved aside: the reason, its writer, and the run that found the problem,
+    each empty if unknown. `is_damaged`: its files were not as they were written.
     """
 
     path: Path
@@ -184,8 +187,8 @@ class Quarantined:
 
 
 def list_quarantined(root: Path) -> list[Quarantined]:
-    """The entries below `root` that were moved aside, sorted by path; what cannot be read of them
-    is left out.
+    """The entries below `root` that were moved aside, sorted by path; unreadable parts are left
+    out.
     """
     found = []
     for path in sorted(root.glob(f"{_QUARANTINE}/*")):
@@ -209,8 +212,8 @@ def _load_mapping(path: Path) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class StoredFolder:
-    """A folder below one of entries, and its bytes: an entry, one in quarantine, or what a killed
-    writer left.
+    """A folder below a root of entries, and its size: an entry, a quarantined one, or the leftover
+    of a killed writer.
     """
 
     path: Path
@@ -218,8 +221,8 @@ class StoredFolder:
 
 
 def list_stored(root: Path) -> list[StoredFolder]:
-    """Everything that entries take up below `root`, which need not exist; nothing that has another
-    name, and nothing behind a link.
+    """Everything that entries occupy below `root`, which need not exist. Folders with other names,
+    and anything behind a link, are left out.
     """
     known = ((root, _NAME), (root, _TEMPORARY), (root / _QUARANTINE, _ASIDE))
     folders = [
@@ -232,8 +235,8 @@ def list_stored(root: Path) -> list[StoredFolder]:
 
 
 def remove_stored(one: StoredFolder) -> bool:
-    """Remove it; False where it stays, because a process is writing this entry now, or because it
-    may not be removed.
+    """Remove it; False if it stays, because a process is writing this entry now or because removal
+    is not permitted.
     """
     path = one.path
     if path.parent.name == _QUARANTINE:
@@ -243,7 +246,7 @@ def remove_stored(one: StoredFolder) -> bool:
     with hold_entry(folder, lambda: False) as is_ours:
         if not is_ours:
             return False
-        if not temporary:  # at once for all readers: none sees half of it
+        if not temporary:  # for all readers at the same instant: none sees half of it
             with contextlib.suppress(OSError):
                 path = path.rename(_name_temporary(folder))
         is_removed = _remove(path)
@@ -262,7 +265,7 @@ def _name_temporary(folder: Path) -> Path:
 
 
 def _find_newest(folder: Path) -> float:
-    """When a folder, or a file in it, was changed last."""
+    """The newest modification time of a folder and the files in it."""
     newest = 0.0
     for path in (folder, *folder.glob("*")):
         with contextlib.suppress(FileNotFoundError):
@@ -302,8 +305,8 @@ def _lock_path(folder: Path) -> Path:
 
 
 def note_not_shared(folder: Path, why: str) -> None:
-    """Say beside the place of an entry that there can be none, so that nobody waits for it; only
-    for the holder of its lock.
+    """Record next to an entry's place that the entry cannot exist, so that no process waits for it;
+    only for the holder of its lock.
 
     Raises:
         OSError: it cannot be written.
@@ -312,18 +315,18 @@ def note_not_shared(folder: Path, why: str) -> None:
 
 
 def find_not_shared(folder: Path) -> str | None:
-    """The reason for which there can be no such entry; None where nobody has said so."""
+    """The reason why this entry cannot exist; None if none was recorded."""
     why = _load_mapping(_not_shared_path(folder)).get("why")
     return why if isinstance(why, str) else None
 
 
 def list_notes(root: Path) -> list[Path]:
-    """The files below `root` that say that there can be no entry."""
+    """The files below `root` which record that an entry cannot exist."""
     return sorted(path for path in root.glob("*.not-shared") if _NAME.fullmatch(path.stem))
 
 
 def remove_free_locks(root: Path) -> None:
-    """Remove the locks of entries that are not there and that nobody is about to write."""
+    """Remove the locks of entries that do not exist and that no process is about to write."""
     for path in root.glob("*.lock"):
         folder = path.with_suffix("")
         if _NAME.fullmatch(folder.name) and not folder.exists():

@@ -1,8 +1,8 @@
-"""Everything that a run directory says, read once: what `status`, `why`, `watch`, `report`, `stop`
-and `logs` answer from, and what a launch decides by under the lease.
+"""The content of a run directory, read once. `status`, `why`, `watch`, `report`, `stop` and `logs`
+answer from it, and a launch decides by it under the lease.
 
-The lease is looked at first: a run without a holder does not change while it is read, so what is
-read after "nobody holds it" is final. What the facts mean is in `plan`; checkpoints are in
+The lease is checked first. A run that no process holds does not change while it is read, so
+everything read after that check is final. `plan` interprets the facts; checkpoints are in
 `checkpoints`.
 """
 
@@ -49,11 +49,11 @@ from runner.run.result import TrainResult, load_result
 
 @dataclass(frozen=True)
 class Found:
-    """The content found at one path, or why that cannot be read."""
+    """The content found at one path, or the reason why it cannot be read."""
 
     content: Any = None
     error: CorruptFileError | OSError | None = None
-    # Of the file just before it was read, as `look_at` has it; None: there was none.
+    # State of the file just before it was read, from `look_at`; None: there was none.
     state: FileState | None = None
 
     def get(self) -> Any:
@@ -79,8 +79,8 @@ NOTHING_KNOWN: Final[Mapping[Part, Found]] = MappingProxyType({})
 class RunFacts:
     """The content of one run directory, read once.
 
-    A property whose file cannot be read raises what the reading raised (CorruptFileError or
-    OSError), so that nobody takes what is unreadable for absent.
+    A property whose file cannot be read raises the original error (CorruptFileError or OSError), so
+    that unreadable content is not mistaken for absent content.
     """
 
     paths: RunPaths
@@ -89,12 +89,12 @@ class RunFacts:
 
     @property
     def is_leased(self) -> bool:
-        """True where a live process holds the lease, but for the reader itself."""
+        """True if a live process other than the reader holds the lease."""
         return bool(self._get("lease"))
 
     @property
     def is_running(self) -> bool:
-        """True where a process holds the lease, or a rank on any machine is alive."""
+        """True if a process holds the lease, or a rank on any machine is alive."""
         return self.is_leased or bool(self._get("ranks"))
 
     @property
@@ -116,22 +116,22 @@ class RunFacts:
 
     @property
     def result(self) -> TrainResult | None:
-        """The result of a run that is complete."""
+        """The result of a completed run."""
         result: TrainResult | None = self._get("result")
         return result
 
     @property
     def has_result(self) -> bool:
-        """True where there is a result, readable or not."""
+        """True if there is a result, readable or not."""
         found = self.found["result"]
         return found.content is not None or found.error is not None
 
     @property
     def is_result_lost(self) -> bool:
-        """True where an attempt is recorded to have left a result, and there is none any more.
+        """True if an attempt is recorded to have written a result that is no longer there.
 
-        The trainer syncs `result.json` before its launcher records the end, so no power loss
-        explains that.
+        The training process syncs `result.json` before its launcher records the end, so a power
+        loss cannot explain this.
         """
         return not self.has_result and any(
             attempt.ended_at_utc is not None and attempt.failure is None
@@ -140,7 +140,7 @@ class RunFacts:
 
     @property
     def file_sizes(self) -> Mapping[str, int]:
-        """The sizes of the files of the manifest that are there; empty where there is none."""
+        """The sizes of the manifest's files that exist; empty if there is no manifest."""
         if "files" not in self.found:
             return {}
         sizes: Mapping[str, int] = self._get("files")
@@ -148,29 +148,29 @@ class RunFacts:
 
     @property
     def stop_request(self) -> StopRequest | None:
-        """The request to stop an attempt; None also where it cannot be read."""
+        """The request to stop an attempt; None also if it cannot be read."""
         request: StopRequest | None = self._get("stop")
         return request
 
     @property
     def push(self) -> PushRecord | None:
-        """The last push to the hub that was asked for; None also where its record cannot be read:
-        a push can be repeated, and says nothing of the run.
+        """The last push to the hub that was requested. None also if its record cannot be read: a
+        push can be repeated, and does not affect the run.
         """
         push: PushRecord | None = self.found["push"].content
         return push
 
     @property
     def progress(self) -> Progress | None:
-        """Where the last attempt is; None before its first step."""
+        """The progress of the last attempt; None before its first step."""
         if self.last is None:
             return None
         progress: Progress | None = self._get("progress")
         return progress
 
     def measure_silence(self, at_utc: str) -> float | None:
-        """Seconds since the last sign of life of the last attempt, or since its start; never
-        negative, whatever the clocks of its machine and of its file system say.
+        """Seconds since the last sign of life of the last attempt, or since its start. Never
+        negative, even if the clocks of its machine and file system disagree.
         """
         if self.last is None:
             return None
@@ -181,7 +181,9 @@ class RunFacts:
 
     @property
     def failure(self) -> Failure | None:
-        """Why the last attempt failed: as its launcher recorded it, else as its trainer did."""
+        """The failure of the last attempt: the launcher's record, otherwise the training
+        process's.
+        """
         if self.last is None:
             return None
         if self.last.failure is not None:
@@ -191,7 +193,7 @@ class RunFacts:
 
     @property
     def has_log(self) -> bool:
-        """True where the last attempt has a log: one that was only prepared has none."""
+        """True if the last attempt has a log; an attempt that was only prepared has none."""
         return self.last is not None and bool(self._get("log"))
 
     @property
@@ -207,7 +209,7 @@ class RunFacts:
 
     @property
     def upload_failure(self) -> str | None:
-        """First line of the newest failure to upload, while any archive is pending."""
+        """First line of the newest upload failure, while any archive is pending."""
         if self.last is None or not self.pending_uploads:
             return None
         rows: list[dict[str, Any]] = self._get("upload_rows")
@@ -216,7 +218,7 @@ class RunFacts:
 
     @property
     def samples(self) -> Any:
-        """`samples.json`, where it was read `with_samples`."""
+        """`samples.json`, if it was read `with_samples`."""
         return self._get("samples")
 
     def _get(self, part: Part) -> Any:
@@ -230,17 +232,18 @@ def read_facts(
     lease: Lease | None = None,
     with_samples: bool = False,
 ) -> RunFacts:
-    """The facts of a run; every file is opened at most once, and raises only when it is asked for.
+    """The facts of a run. Each file is opened at most once, and an error is raised only when the
+    content is requested.
 
-    A file in `known` whose size, times and inode are the same is not opened. `lease` is that of the
-    run where the caller holds it: then nobody else does. `samples.json` is as long as the data is,
-    and read only `with_samples`.
+    A file in `known` whose size, times and inode are unchanged is not opened. `lease` is the run's
+    lease if the caller holds it; then no other process does. `samples.json` is as long as the data,
+    and is read only `with_samples`.
     """
 
     def read(part: Part, path: Path, load: Callable[[], Any]) -> Found:
         return _read(path, load, known.get(part))
 
-    # First, see above. A held lease says enough: then the lock of the ranks is left alone.
+    # First, see above. A held lease is enough to know: then the ranks' lock is not touched.
     is_held = _find(lambda: lease is None and is_leased(paths.lease_path))
     is_asked = lease is None and not is_held.content
     found: dict[Part, Found] = {
@@ -259,7 +262,7 @@ def read_facts(
     result: TrainResult | None = found["result"].content
     manifest = None if result is None else result.files
     if manifest is not None:
-        # Always looked at again: a file that was cut changes no folder.
+        # Always checked again: truncating a file does not change its folder.
         found["files"] = _find(lambda: measure_files(paths, manifest))
     record: RunRecord | None = found["record"].content
     if record is not None and record.attempts:
@@ -285,9 +288,9 @@ def read_stored_recipe(paths: RunPaths, known: Found | None = None) -> Found:
 
 
 def _read(path: Path, load: Callable[[], Any], known: Found | None) -> Found:
-    """The content of a file; `known` where it is the same file as then."""
+    """The content of a file; `known` if the file has not changed since then."""
     state = look_at(path)
-    if state is None:  # absent, or not to be looked at: loading tells which
+    if state is None:  # absent or inaccessible: loading it shows which
         return _find(load)
     if known is not None and known.error is None and known.state == state:
         return known

@@ -1,7 +1,7 @@
 """Classifies exceptions and logs into failure kinds.
 
-Exceptions are recognised by the names of their types and by their texts, so that no library is
-imported for it. Owns what each kind means for people (`HINTS`); `plan.decide` decides on retries.
+Exceptions are recognized by type name and text, so that no library has to be imported. Owns the
+hint for each kind (`HINTS`); `plan.decide` decides on retries.
 """
 
 from __future__ import annotations
@@ -28,31 +28,30 @@ from runner.project_folder import pasteable
 from runner.run.record import Failure, FailureKind
 from runner.secrets import scrub
 
-# What to do, per kind; one line each, that can be acted upon.
+# The remedy for each kind, one line each.
 HINTS: Final[Mapping[FailureKind, str]] = {
-    "configuration": "mend what the message names, then `runner sweep PATH --retry-failed`",
+    "configuration": "fix the problem named above, then `runner sweep PATH --retry-failed`",
     "data": (
-        "`runner check PATH` names the rows;"
-        " once they are mended, `runner sweep PATH --retry-failed`"
+        "`runner check PATH` names the rows; fix them, then `runner sweep PATH --retry-failed`"
     ),
     "out_of_memory": (
-        "`launch.retries.out_of_memory: 2` in the recipe halves the micro-batch by itself and keeps"
-        " the global batch; or make `training.per_device_train_batch_size` smaller"
+        "set `launch.retries.out_of_memory: 2` in the recipe to halve the micro-batch automatically"
+        " and keep the global batch; or lower `training.per_device_train_batch_size`"
     ),
     "diverged": (
         "lower `training.learning_rate`, clip gradients, or train in a wider dtype;"
-        " nothing retries it"
+        " a diverged run is not retried automatically"
     ),
-    "preempted": "the same command goes on from the newest checkpoint",
-    "transient": "the same command goes on from the newest checkpoint",
+    "preempted": "the same command resumes from the newest checkpoint",
+    "transient": "the same command resumes from the newest checkpoint",
     "lost": (
-        "killed from outside, perhaps for its memory: look at `dmesg | tail` and at the machine's"
-        " memory; the same command goes on from the newest checkpoint"
+        "it was killed from outside, perhaps because memory ran out: check `dmesg | tail` and the"
+        " machine's memory; the same command resumes from the newest checkpoint"
     ),
-    "crashed": "the log's last lines say where; the same command tries again",
+    "crashed": "the last lines of the log show where; the same command tries again",
     "stalled": (
-        "the stacks in the log say what hung; the same command goes on from the newest checkpoint;"
-        " for work that is silent for longer, raise `launch.stall_minutes` in the recipe (null: no"
+        "the stacks in the log show what hung; the same command resumes from the newest checkpoint;"
+        " if work may be silent for longer, raise `launch.stall_minutes` in the recipe (null: no"
         " limit)"
     ),
 }
@@ -61,10 +60,10 @@ _SAME_COMMAND: Final = "the same command"
 
 
 def name_command(kind: FailureKind, run_dirs: Sequence[Path]) -> str:
-    """The hint for runs that failed or left like that, with the command that takes them up again.
+    """The hint for runs that failed or stopped with this kind, with the command that resumes them.
 
     >>> name_command("preempted", [Path("runs/demo/a"), Path("runs/demo/b")])
-    '`runner rerun runs/demo` goes on from the newest checkpoint'
+    '`runner rerun runs/demo` resumes from the newest checkpoint'
     """
     folders = run_dirs if len(run_dirs) == 1 else dict.fromkeys(one.parent for one in run_dirs)
     command = pasteable(shlex.join(["runner", "rerun", *map(str, folders)]))
@@ -72,7 +71,7 @@ def name_command(kind: FailureKind, run_dirs: Sequence[Path]) -> str:
 
 
 UNREADABLE_HINT: Final = (
-    "`runner launch RECIPE --fresh` moves the run aside and starts anew; nothing is deleted"
+    "`runner launch RECIPE --fresh` moves the run aside and starts from step 0; nothing is deleted"
 )
 
 
@@ -81,10 +80,10 @@ _TAIL_LINES: Final = 15
 _TAIL_CHARACTERS: Final = 400
 _READ_BYTES: Final = 32 * 2**10
 _FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT)
-# Below this a record cannot be relied upon to have been written.
+# With less free space, a record may not have been written.
 _NEXT_TO_NOTHING_BYTES: Final = 2**20
 
-# Kinds by text, the first that matches; libraries raise most of these as a plain RuntimeError.
+# Kinds by text; the first match counts. Libraries raise most of these as a plain RuntimeError.
 _TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
     (
         # CUDA, HIP, XPU, MPS, bitsandbytes; cuBLAS and cuDNN; the host's allocators.
@@ -130,14 +129,14 @@ _TEXTS: Final[tuple[tuple[FailureKind, re.Pattern[str]], ...]] = (
         ),
     ),
 )
-# All that torch says when the disk is full; it does not pass on what the system said.
+# Torch's only message when the disk is full; it does not include the system's error.
 _TORCH_CANNOT_WRITE: Final = re.compile(
     r"PytorchStreamWriter failed|file write failed|unexpected pos \d+ vs \d+"
 )
 _ADDRESS_IN_USE: Final = re.compile(
     r"address already in use|EADDRINUSE|another process is utilizing it", re.IGNORECASE
 )
-# What the other ranks see when one has gone.
+# Messages on the other ranks when one has gone.
 _LOST_PEER: Final = re.compile(
     r"DistBackendError|DistNetworkError|DistStoreError|DistError"
     r"|connection (reset|refused|closed|aborted)|broken pipe|socket (closed|timeout)"
@@ -145,7 +144,7 @@ _LOST_PEER: Final = re.compile(
     r"|connectFullMesh|ncclRemoteError|ncclSystemError|ncclInternalError|NCCL error",
     re.IGNORECASE,
 )
-# Kinds by the name of a type or of one of its bases, in the libraries' own words.
+# Kinds by the name of a type or of one of its bases, as the libraries name them.
 _TYPES: Final[Mapping[str, FailureKind]] = {
     "OutOfMemoryError": "out_of_memory",  # torch, for every device
     "MemoryError": "out_of_memory",
@@ -162,7 +161,7 @@ _TYPES: Final[Mapping[str, FailureKind]] = {
     "RequestException": "transient",  # requests
     "OSError": "transient",
 }
-# Their texts hold names of anybody's choice, a file `timeout.json` or a key "connection refused".
+# Their texts may hold arbitrary names, such as a file `timeout.json` or a key "connection refused".
 _PLAIN_ERRORS: Final = (
     ValueError,
     TypeError,
@@ -179,7 +178,7 @@ _EXCEPTION_LINE: Final = re.compile(
 
 
 def classify(error: BaseException) -> FailureKind:
-    """The failure kind of an exception, from itself or from what caused it; `crashed` when none is
+    """The failure kind of an exception, from the exception or its causes; `crashed` if none is
     known.
 
     >>> classify(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
@@ -215,7 +214,7 @@ def _classify_one(error: BaseException) -> FailureKind:
         return "preempted"
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return "out_of_memory"
-    # Of the hub, or of any web server.
+    # From the hub, or from any web server.
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
         return "transient" if status >= 500 or status in (408, 429) else "configuration"
@@ -229,17 +228,19 @@ def _classify_one(error: BaseException) -> FailureKind:
 
 
 def classify_text(text: str) -> FailureKind | None:
-    """The kind that a message gives away, None where it does not."""
+    """The kind that a message indicates; None if it indicates none."""
     return next((kind for kind, pattern in _TEXTS if pattern.search(text)), None)
 
 
 def is_address_in_use(failure: Failure) -> bool:
-    """Whether a port was taken: gone at the next try, without waiting."""
+    """True if a port was taken: the next try need not wait."""
     return failure.kind == "transient" and _ADDRESS_IN_USE.search(failure.message) is not None
 
 
 def build_failure(error: BaseException, run_dir: Path) -> Failure:
-    """What a record says of an exception; a full disk is told with what is free."""
+    """The failure to record for an exception; for a full disk the message includes the free
+    space.
+    """
     message = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
     if is_full_disk(error):
         message = describe_full_disk(error, run_dir)
@@ -250,7 +251,7 @@ def build_failure(error: BaseException, run_dir: Path) -> Failure:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether the disk, or a quota, is full; safetensors and torch wrap the system's error in kinds
+    """True if the disk or a quota is full; safetensors and torch wrap the system's error in types
     of their own.
     """
     for one in _list_causes(error):
@@ -268,7 +269,7 @@ def _says_full_disk(text: str) -> bool:
 
 
 def describe_full_disk(error: BaseException, run_dir: Path) -> str:
-    """`disk full`, where, what is free, and what the system said."""
+    """`disk full`, the place, the free space, and the system's message."""
     named = next(
         (one.filename for one in _list_causes(error) if isinstance(one, OSError) and one.filename),
         None,
@@ -281,16 +282,16 @@ def _format_free(folder: Path) -> str:
     try:
         usage = shutil.disk_usage(folder)
     except OSError as error:
-        return f"what is free is not known: {error}"
+        return f"the free space is unknown: {error}"
     return f"{usage.free / 2**20:,.1f} of {usage.total / 2**20:,.1f} MiB are free there"
 
 
 def explain_silence(log_path: Path, exit_status: int | None) -> Failure:
-    """The failure of an attempt that wrote none: by the last lines of its log, else by the disk;
-    else it is lost.
+    """The failure of an attempt that recorded none, from the last lines of its log, otherwise from
+    the disk; otherwise the attempt is lost.
 
-    Three things leave only a log: a launcher that fails before a trainer lives, a library that ends
-    the process by itself (bitsandbytes, out of memory), and a full disk.
+    Three causes leave only a log: a launcher that fails before a training process exists, a library
+    that ends the process itself (bitsandbytes, out of memory), and a full disk.
     """
     lines = _read_last_lines(log_path)
     for line in reversed(lines):
@@ -303,17 +304,17 @@ def explain_silence(log_path: Path, exit_status: int | None) -> Failure:
         place = f"disk full: {log_path.parent} ({_format_free(log_path.parent)})"
         return Failure(kind="transient", message=f"{place}: {full}" if full else place)
     raised = next(filter(None, map(_EXCEPTION_LINE.match, reversed(lines))), None)
-    # Its own words, not its report of a dead trainer.
+    # The launcher's own message, not its report of a dead training process.
     if raised is not None and raised[1] not in _LAUNCHER_OVER_A_DEAD_CHILD:
         line = raised.string
         return Failure(kind=classify_text(line) or "configuration", message=f"the launcher: {line}")
-    how = "and its worker with it" if exit_status is None else f"(exit status {exit_status})"
-    return Failure(kind="lost", message=f"the trainer vanished {how} without a word")
+    how = "together with its worker" if exit_status is None else f"(exit status {exit_status})"
+    return Failure(kind="lost", message=f"the training process died {how} without an error message")
 
 
 def read_log_tail(log_path: Path) -> tuple[str, ...]:
-    """The last lines of a log for a record: without secrets, each cut to a length; empty where
-    there is no log.
+    """The last lines of a log for a record, without secrets and each cut to a maximum length; empty
+    if there is no log.
     """
     lines = _read_last_lines(log_path)[-_TAIL_LINES:]
     return tuple(
@@ -323,7 +324,7 @@ def read_log_tail(log_path: Path) -> tuple[str, ...]:
 
 
 def _read_last_lines(log_path: Path) -> list[str]:
-    """Up to `_READ_BYTES` of whole lines, scrubbed, none of them blank."""
+    """Up to `_READ_BYTES` of complete, non-blank lines, with secrets masked."""
     try:
         with os.fdopen(open_plain(log_path), "rb") as stream:
             size = stream.seek(0, os.SEEK_END)

@@ -1,15 +1,16 @@
-"""The lease of a run, and two locks by which a launcher and its ranks elsewhere find each other.
+"""The lease of a run, and two locks by which a launcher and its ranks on other machines notice each
+other.
 
-On one machine the trainer inherits the lease as its stdin and dies with its launcher. Neither
-reaches another machine, so:
+On one machine the training process inherits the lease as its stdin and dies with its launcher.
+Neither works across machines, so:
 
-- the launcher holds `attempts/<n>/launcher` while the attempt may go on; a rank waits for that lock
-  and ends when it gets it;
-- all ranks share `ranks`; while one of them lives, nobody else gets the lease of the run.
+- the launcher holds `attempts/<n>/launcher` while the attempt may continue; a rank waits for that
+  lock and exits when it gets it;
+- all ranks share `ranks`; while one of them lives, no other process gets the lease of the run.
 
 A rank that starts after its launcher died finds the lock free and exits without touching the run.
-The locks are the file system's (`flock`): they are free the moment their holder dies, in whatever
-way, and nothing is polled.
+The locks belong to the file system (`flock`), so they are free as soon as their holder dies,
+however that happens, and nothing is polled.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ from typing import BinaryIO, Final
 from runner.files import make_folder, open_plain
 from runner.run.paths import AttemptPaths, RunPaths
 
-# Not the dice that a trainer draws from, which also takes such locks.
+# Separate from the generator that training draws from, because a training process also acquires
+# such locks.
 _DICE: Final = random.Random()
-_LOOKING_SECONDS: Final = 5.0  # what a look at a lease may take on a slow file system
+_LOOKING_SECONDS: Final = 5.0  # limit for one check of a lease on a slow file system
 
 
 class Lease:
     """An exclusive `flock` on a run directory.
 
-    The lock belongs to the open file, not to the process: a child that gets `fileno` as its stdin
-    keeps it held while it lives, also when the parent is killed, and it is free the moment the last
-    holder dies.
+    The lock belongs to the open file, not to the process. A child that gets `fileno` as its stdin
+    keeps it held while the child lives, even if the parent is killed; it is free as soon as the
+    last holder dies.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +48,7 @@ class Lease:
         self._stream = _open_in_new_folder(path)
 
     def try_acquire(self) -> bool:
-        """True when the lease is now ours; False when a live process holds it or has moved the
+        """True if the lease is now ours; False if a live process holds it or has moved the
         directory aside.
 
         A probe (`is_leased`) holds only a shared lock, so we wait and retry; a real holder's lock
@@ -59,7 +61,7 @@ class Lease:
             fcntl.flock(self._stream, fcntl.LOCK_UN)
             if time.monotonic() > deadline:
                 return False
-            # Two takers that find each other looking part ways.
+            # Random, so that two processes that probe each other get out of step.
             time.sleep(_DICE.uniform(0.001, 0.02))
         return self._is_in_place()
 
@@ -77,11 +79,11 @@ class Lease:
             return False
 
     def fileno(self) -> int:
-        """The descriptor to hand to the trainer as stdin."""
+        """The descriptor to pass to the training process as stdin."""
         return self._stream.fileno()
 
     def close(self) -> None:
-        """Let go of our hold; the lease stays held while a child still has the descriptor."""
+        """Release our hold; the lease stays held while a child still has the descriptor."""
         self._stream.close()
 
 
@@ -93,11 +95,11 @@ def _open_in_new_folder(path: Path) -> BinaryIO:
 
 
 def is_leased(path: Path) -> bool:
-    """Whether a live process holds the lease. Takes a shared lock for an instant, so it never
+    """True if a live process holds the lease. Takes a shared lock for an instant, so it never
     blocks a holder.
 
     Raises:
-        CorruptFileError: something else than a file has its name.
+        CorruptFileError: the path is not a plain file.
     """
     try:
         stream = os.fdopen(open_plain(path), "rb")
@@ -115,22 +117,22 @@ ATTEMPT_VARIABLE: Final = "RUNNER_ATTEMPT"  # tells the ranks which attempt they
 
 
 def hold_launcher_lock(files: AttemptPaths) -> Lease:
-    """The launcher's lock of a new attempt, before any rank is started; closing it ends all
+    """The launcher's lock of a new attempt, taken before any rank starts; closing it ends all
     ranks.
     """
     lock = Lease(files.launcher_lock_path)
-    lock.try_acquire()  # nobody else knows the attempt yet
+    lock.try_acquire()  # no other process knows the attempt yet
     return lock
 
 
 def has_ranks(paths: RunPaths) -> bool:
-    """Whether a rank of an attempt on several machines is alive anywhere."""
+    """True if a rank of an attempt on several machines is alive anywhere."""
     try:
         stream = os.fdopen(open_plain(paths.ranks_lock_path, os.O_RDWR), "r+b")
     except FileNotFoundError:
         return False
     with stream:
-        # Another one that looks has it for an instant.
+        # Another probe holds the lock for an instant.
         for pause_seconds in (0.02, 0.05, 0.13, 0.0):
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,8 +144,8 @@ def has_ranks(paths: RunPaths) -> bool:
 
 
 def wait_for_ranks(paths: RunPaths, timeout_seconds: float) -> None:
-    """Until no rank is alive, or for that long: a machine that is out of reach may take its file
-    system's own time.
+    """Wait until no rank is alive, at most `timeout_seconds`: the file system may take its own time
+    to notice that a machine is unreachable.
     """
     if paths.ranks_lock_path.exists():
         waiting = threading.Thread(
@@ -154,20 +156,20 @@ def wait_for_ranks(paths: RunPaths, timeout_seconds: float) -> None:
 
 
 def join_attempt(paths: RunPaths, number: int) -> Lease:
-    """In a rank: what tells others that it is alive. The process ends at once if its launcher is
-    gone, now or later.
+    """In a rank: acquire the lock that shows other processes that this rank is alive. The process
+    ends immediately if its launcher is gone, now or later.
     """
     lock_path = paths.attempt(number).launcher_lock_path
     ranks = Lease(paths.ranks_lock_path)
     fcntl.flock(ranks.fileno(), fcntl.LOCK_SH)
     if _is_free(lock_path):
         print(
-            f"error: nobody holds {lock_path}: `runner launch` is gone, or the locks of this file"
-            " system do not reach from one machine to another (Lustre: mount with `-o flock`)",
+            f"error: no process holds {lock_path}: `runner launch` has ended, or this file system"
+            " does not share locks between machines (Lustre: mount with `-o flock`)",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # and nothing is recorded: the run may be somebody else's by now
+        os._exit(1)  # record nothing: another process may own the run by now
     threading.Thread(target=_end_with_launcher, args=(lock_path,), daemon=True).start()
     return ranks
 

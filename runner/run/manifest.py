@@ -1,8 +1,8 @@
 """The manifest of a completed run: size and checksum of `model/`, of `recipe.json` and of every
-file that `result.json` sums up.
+file that `result.json` summarizes.
 
-Owns how the files are listed and compared with what was recorded. `result.json` holds the manifest,
-and `plan.status` says what damage means. Checkpoints, trackers and attempts are not listed.
+Owns how the files are listed and compared with their records. `result.json` holds the manifest, and
+`plan.status` interprets damage. Checkpoints, trackers and attempts are not listed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _MAX_NAME: Final = 200
 _SIGNATURE: Final = "result_sha256"
 _MODEL_PREFIX: Final = f"{RunPaths(Path()).model_dir.name}/"
 FOREIGN: Final = "was not written by the run"  # the damage of a file that is not listed
-# What libraries load of a folder with a model; a README is nothing to them.
+# File types that libraries load from a model folder; a README is not one of them.
 _LOADED_SUFFIXES: Final = frozenset({".bin", ".jinja", ".json", ".model", ".py", ".safetensors"})
 _LOADED_NAMES: Final = frozenset({"merges.txt", "vocab.txt"})
-_OUTSIDE: Final = frozenset({"", ".", ".."})  # parts of names that lead elsewhere
+_OUTSIDE: Final = frozenset({"", ".", ".."})  # parts of names that lead outside
 
 
 class FileRecord(BaseModel):
@@ -40,29 +40,29 @@ class FileRecord(BaseModel):
 
 
 def _require_inner(name: str) -> str:
-    # Not by `pathlib`, which takes ten times as long: thousands of results are read at once.
+    # Without `pathlib`, which is ten times as slow: thousands of results are read at a time.
     is_inner = not _OUTSIDE.intersection(name.split("/"))
     if not is_inner or not name.isprintable() or len(name) > _MAX_NAME:
-        raise ValueError(f"the file name {escape_controls(name)!r} leads out of the run directory")
+        raise ValueError(f"the file name {escape_controls(name)!r} is outside the run directory")
     return name
 
 
-# Relative to the run directory, as POSIX writes paths; a record may come from anybody.
+# Relative to the run directory, with POSIX separators; records are not trusted.
 InnerName = Annotated[str, AfterValidator(_require_inner)]
 Manifest = Mapping[str, FileRecord]
 
 
 def list_summed_files(paths: RunPaths) -> list[Path]:
-    """The files that `result.json` sums up, and the recipe that it is of; answers are there only
-    where some were generated.
+    """The files that `result.json` summarizes, and the recipe that it belongs to. There are answers
+    only if texts were generated.
     """
     named = [paths.samples_path, paths.metrics_path, paths.eval_rows_path, paths.predictions_path]
     return [path for path in (paths.recipe_path, *named) if path.exists()]
 
 
 def list_model_files(model_dir: Path) -> list[Path]:
-    """Every file of an export, in order, without hidden ones: those are of file systems and
-    desktops.
+    """Every file of an export, in order. Hidden files are left out: file systems and desktops
+    create them.
     """
     found = [path for path in model_dir.rglob("*") if path.is_file()]
     return sorted(path for path in found if not _is_hidden(path, model_dir))
@@ -73,7 +73,7 @@ def _is_hidden(path: Path, folder: Path) -> bool:
 
 
 def record_files(files: list[Path], folder: Path) -> dict[str, FileRecord]:
-    """The records of files, by their names relative to `folder`; reads every byte."""
+    """The records of files, by name relative to `folder`; reads every byte."""
     return {
         path.relative_to(folder).as_posix(): FileRecord(
             size=path.stat().st_size, sha256=hash_file(path)
@@ -83,13 +83,15 @@ def record_files(files: list[Path], folder: Path) -> dict[str, FileRecord]:
 
 
 def record_model(model_dir: Path) -> dict[str, FileRecord]:
-    """The records of an export, which may still have another name, as the files of `model/`."""
+    """The records of an export, which may still have another folder name, as the files of
+    `model/`.
+    """
     found = record_files(list_model_files(model_dir), model_dir)
     return {f"{_MODEL_PREFIX}{inner}": record for inner, record in found.items()}
 
 
 def is_of_model(name: str) -> bool:
-    """Whether a file of the manifest is one of `model/`.
+    """True if a file of the manifest belongs to `model/`.
 
     >>> [is_of_model(name) for name in ("model/config.json", "metrics.jsonl")]
     [True, False]
@@ -108,14 +110,13 @@ def measure_model(manifest: Manifest) -> int:
 
 
 def measure_files(paths: RunPaths, manifest: Manifest) -> dict[str, int]:
-    """The sizes of the files of the manifest that are there, by name: one look at each, no byte is
-    read.
+    """The sizes of the manifest's files that exist, by name. One `stat` call each; no byte is read.
 
     Raises:
-        OSError: a file cannot be looked at, which does not mean that it is gone.
+        OSError: a file cannot be examined, which does not mean that it is gone.
     """
     sizes: dict[str, int] = {}
-    folder = str(paths.run_dir)  # joining paths takes longer than looking at them
+    folder = str(paths.run_dir)  # joining paths is slower than `stat`
     for name in manifest:
         try:
             state = os.stat(f"{folder}/{name}")
@@ -127,15 +128,15 @@ def measure_files(paths: RunPaths, manifest: Manifest) -> dict[str, int]:
 
 
 def is_model_removed(manifest: Manifest, sizes: Mapping[str, int]) -> bool:
-    """Whether `model/` is gone as a whole: somebody made room, and nothing is damaged by it."""
+    """True if all of `model/` is gone: a user made room, and this is not damage."""
     names = [name for name in manifest if is_of_model(name)]
     return bool(names) and not any(name in sizes for name in names)
 
 
 def find_other_sizes(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, str]:
-    """What is wrong with each file that is missing or has another size, by its name; pure.
+    """The problem with each file that is missing or has another size, by name; pure.
 
-    A `model/` that is gone as a whole is nothing wrong.
+    A `model/` that is completely gone is not a problem.
     """
     is_removed = is_model_removed(manifest, sizes)
     damage: dict[str, str] = {}
@@ -150,10 +151,10 @@ def find_other_sizes(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, 
 
 
 def find_damage(paths: RunPaths, manifest: Manifest) -> dict[str, str]:
-    """What is wrong with each file, by its name; empty for a run that is whole. Reads every byte.
+    """The problem with each damaged file, by name; empty for an intact run. Reads every byte.
 
-    A file in `model/` that the run has not written is damage too where a library that loads the
-    folder would read it, say as the weights.
+    A file in `model/` that the run did not write is also damage if a library that loads the folder
+    would read it, for example as weights.
 
     Raises:
         OSError: a file cannot be read.
@@ -164,20 +165,20 @@ def find_damage(paths: RunPaths, manifest: Manifest) -> dict[str, str]:
         if name not in sizes or name in damage:
             continue
         if hash_file(paths.run_dir / name) != record.sha256:
-            damage[name] = "holds other bytes than were recorded"
+            damage[name] = "does not match its recorded checksum"
     if any(map(is_of_model, manifest)) and not is_model_removed(manifest, sizes):
         damage |= dict.fromkeys(_list_foreign(paths, manifest), FOREIGN)
     return damage
 
 
 def sign_result(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What `result.json` holds: the result, and a checksum of all of it."""
+    """The content of `result.json`: the result, and a checksum over all of it."""
     return {**content, _SIGNATURE: hash_json(content)}
 
 
 def find_other_result(paths: RunPaths) -> dict[str, str]:
-    """What is wrong with `result.json` by its own checksum, as `find_damage` says it; an older run
-    has none, and no manifest either.
+    """The problem with `result.json` according to its own checksum, in the form of `find_damage`.
+    An older run has neither checksum nor manifest.
     """
     content = load_json(paths.result_path)
     if not isinstance(content, dict):
@@ -188,13 +189,13 @@ def find_other_result(paths: RunPaths) -> dict[str, str]:
     try:
         if stated == hash_json(content):
             return {}
-    except (ValueError, RecursionError):  # nothing that was ever signed
+    except (ValueError, RecursionError):  # never signed like this
         pass
-    return {paths.result_path.name: "is not as it was written: its checksum does not match"}
+    return {paths.result_path.name: "was changed after it was written: its checksum does not match"}
 
 
 def select_recipe(paths: RunPaths, manifest: Manifest) -> Manifest:
-    """The record of `recipe.json` alone; empty where there is none."""
+    """The record of `recipe.json` alone; empty if there is none."""
     name = paths.recipe_path.name
     return {name: manifest[name]} if name in manifest else {}
 
@@ -211,11 +212,9 @@ def _is_loaded(path: Path) -> bool:
 
 
 def find_other_export(paths: RunPaths, manifest: Manifest) -> list[str]:
-    """One line for each file that `model/` needs and of which the export beside it has not the
-    recorded one.
+    """One line for each file that `model/` needs and that differs in the new export next to it.
 
-    A file of `model/` that is whole is kept, so another version of a library may write it
-    differently.
+    Intact files of `model/` are kept, so another version of a library may write those differently.
     """
     found, recorded = record_model(paths.model_partial_dir), _select_model(manifest)
     lines = []
@@ -224,8 +223,8 @@ def find_other_export(paths: RunPaths, manifest: Manifest) -> list[str]:
             lines.append(f"{name} would be missing")
         elif found[name] != recorded[name]:
             lines.append(
-                f"{name} would have {found[name].size:,} bytes of sha256 {found[name].sha256[:12]},"
-                f" recorded are {recorded[name].size:,} of {recorded[name].sha256[:12]}"
+                f"{name} would have {found[name].size:,} bytes, sha256 {found[name].sha256[:12]},"
+                f" but {recorded[name].size:,} bytes, {recorded[name].sha256[:12]}, were recorded"
             )
     return lines
 
@@ -235,23 +234,25 @@ def _select_model(manifest: Manifest) -> Manifest:
 
 
 def _list_needed(paths: RunPaths, recorded: Manifest) -> list[str]:
-    """The recorded files that are missing in `model/` or damaged, by name; all where it is gone."""
+    """The recorded files that are missing in `model/` or damaged, by name; all files if the folder
+    is gone.
+    """
     sizes, damaged = measure_files(paths, recorded), find_damage(paths, recorded)
     return sorted(name for name in recorded if name in damaged or name not in sizes)
 
 
 def mend_model(paths: RunPaths, manifest: Manifest) -> None:
-    """Put what `model/` needs of the export beside it, which `find_other_export` has compared, into
-    its place.
+    """Move the files that `model/` needs into place, from the export next to it that
+    `find_other_export` has compared.
 
-    File by file, each by one rename, and only where another one is there: a kill in between leaves
-    some mended and the others as they were.
+    Each file is replaced by one rename, and only if it is damaged or missing: after a kill, each
+    file is either repaired or as it was before.
     """
     partial_dir, model_dir = paths.model_partial_dir, paths.model_dir
     recorded = _select_model(manifest)
     for path in list_model_files(partial_dir):
         if f"{_MODEL_PREFIX}{path.relative_to(partial_dir).as_posix()}" not in recorded:
-            path.unlink()  # another version of a library writes more
+            path.unlink()  # another version of a library wrote more files
     if not model_dir.exists():
         partial_dir.rename(model_dir)
         fsync_dir(paths.run_dir)
@@ -265,7 +266,7 @@ def mend_model(paths: RunPaths, manifest: Manifest) -> None:
 
 
 def describe_damage(damage: Mapping[str, str]) -> str:
-    """One line: the first damaged file, and how many there are besides it.
+    """One line: the first damaged file, and the number of others.
 
     >>> describe_damage({"metrics.jsonl": "is missing", "model/config.json": "is missing"})
     'metrics.jsonl is missing, and 1 more file'

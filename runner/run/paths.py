@@ -29,23 +29,25 @@ class RunPaths:
 
     @property
     def lease_path(self) -> Path:
-        """Locked by whoever executes or trains this run."""
+        """Locked by the process that executes or trains this run."""
         return self.run_dir / "lease"
 
     @property
     def stop_path(self) -> Path:
-        """Asks the running attempt to checkpoint and to leave; written by any shell."""
+        """A request to the running attempt to save a checkpoint and stop; any shell may
+        write it.
+        """
         return self.run_dir / "stop"
 
     @property
     def result_path(self) -> Path:
-        """Written last by the trainer: the run is complete."""
+        """Written last by the training process: the run is complete."""
         return self.run_dir / "result.json"
 
     @property
     def push_path(self) -> Path:
-        """The last push to the hub that was asked for, no clock values; written by the process that
-        pushes, and no part of the run's result.
+        """The last requested push to the hub, without clock values. Written by the process that
+        pushes; not part of the run's result.
         """
         return self.run_dir / "push.json"
 
@@ -56,23 +58,23 @@ class RunPaths:
 
     @property
     def samples_path(self) -> Path:
-        """Ids and hashes of the rows trained and evaluated on."""
+        """Ids and hashes of the rows used for training and evaluation."""
         return self.run_dir / "samples.json"
 
     @property
     def metrics_path(self) -> Path:
-        """Losses and evaluations, each step once, no clock values."""
+        """Losses and evaluations, one row per step, no clock values."""
         return self.run_dir / "metrics.jsonl"
 
     @property
     def eval_rows_path(self) -> Path:
-        """Per test row: summed NLLs and token counts, of the base and of the tuned model."""
+        """Per test row: summed NLLs and token counts of the base and of the tuned model."""
         return self.run_dir / "eval_rows.jsonl"
 
     @property
     def tracking_path(self) -> Path:
-        """What experiment trackers must find again in the next attempt: run ids, steps that they
-        were told.
+        """State that experiment trackers need in the next attempt: run ids, and the steps already
+        sent.
         """
         return self.run_dir / "tracking.json"
 
@@ -83,19 +85,19 @@ class RunPaths:
 
     @property
     def predictions_path(self) -> Path:
-        """Per test row: what the base and the tuned model answered, and its scores; only where
-        texts are generated.
+        """Per test row: the answers of the base and of the tuned model, and their scores. Exists
+        only if texts are generated.
         """
         return self.run_dir / "predictions.jsonl"
 
     @property
     def ranks_lock_path(self) -> Path:
-        """Shared by all living ranks of an attempt on several machines; `lease` says how."""
+        """Shared by all living ranks of an attempt on several machines; explained in `lease`."""
         return self.run_dir / "ranks"
 
     @property
     def checkpoints_dir(self) -> Path:
-        """`step-N/` folders, each of which counts only with its marker."""
+        """`step-N/` folders, each of which counts only if it has its marker."""
         return self.run_dir / "checkpoints"
 
     @property
@@ -110,7 +112,7 @@ class RunPaths:
 
     @property
     def model_partial_dir(self) -> Path:
-        """The export while it is being written and checked."""
+        """The export while it is being written and verified."""
         return self.run_dir / ".model-partial"
 
     @property
@@ -127,7 +129,7 @@ class RunPaths:
         return sorted(self.run_dir.glob("*.jsonl"))
 
     def list_temporaries(self) -> list[Path]:
-        """What atomic writes of processes that were killed have left behind."""
+        """Leftovers of atomic writes by processes that were killed."""
         return [*self.run_dir.glob(".*.tmp"), *self.attempts_dir.glob("*/.*.tmp")]
 
     def archive_path(self, step: int) -> Path:
@@ -136,7 +138,7 @@ class RunPaths:
 
     @property
     def uploads_dir(self) -> Path:
-        """Archives that still have to reach the remote storage, `step-N.zip`."""
+        """Archives that have yet to reach the remote storage, `step-N.zip`."""
         return self.checkpoints_dir / ".uploads"
 
     def attempt(self, number: int) -> AttemptPaths:
@@ -146,19 +148,21 @@ class RunPaths:
 
 @dataclass(frozen=True)
 class AttemptPaths:
-    """The files of one attempt. Whatever differs between two identical runs stands here."""
+    """The files of one attempt. Everything that differs between two identical runs is
+    stored here.
+    """
 
     attempt_dir: Path
 
     @property
     def log_path(self) -> Path:
-        """Everything that `accelerate launch` and the trainer print."""
+        """Everything that `accelerate launch` and the training process print."""
         return self.attempt_dir / "log.txt"
 
     @property
     def launcher_lock_path(self) -> Path:
-        """Locked by the launcher of an attempt on several machines while it may go on; `lease` says
-        how.
+        """Locked by the launcher of an attempt on several machines while the attempt may continue;
+        explained in `lease`.
         """
         return self.attempt_dir / "launcher"
 
@@ -169,15 +173,15 @@ class AttemptPaths:
 
     @property
     def progress_path(self) -> Path:
-        """Where the trainer stands now: phase, step, loss."""
+        """The training process's current phase, step and loss."""
         return self.attempt_dir / "progress.json"
 
     def failure_path(self, rank: int = 0) -> Path:
-        """The kind and message of the failure, as one rank of the trainer saw it."""
+        """The kind and message of the failure, as one rank saw it."""
         return self.attempt_dir / ("failure.json" if rank == 0 else f"failure-rank-{rank}.json")
 
     def list_failure_paths(self) -> list[Path]:
-        """What the ranks wrote, in their order."""
+        """The failure files of the ranks, in rank order."""
         found = self.attempt_dir.glob("failure*.json")
         return sorted(found, key=lambda path: (len(path.name), path.name))
 
@@ -193,17 +197,17 @@ class AttemptPaths:
 
     @property
     def base_path(self) -> Path:
-        """Where the scores of the base model came from, at step 0."""
+        """The source of the base scores at step 0."""
         return self.attempt_dir / "base.json"
 
     @property
     def push_log_path(self) -> Path:
-        """What the push that followed this attempt printed."""
+        """The output of the push that followed this attempt."""
         return self.attempt_dir / "push.txt"
 
     @property
     def uploads_path(self) -> Path:
-        """How each upload to the remote storage ended."""
+        """The outcome of each upload to the remote storage."""
         return self.attempt_dir / "uploads.jsonl"
 
 
@@ -218,18 +222,18 @@ def content_cache_path(output_root: Path) -> Path:
 
 
 def list_push_paths(output_root: Path) -> list[Path]:
-    """`push.json` of every run under one output root, but for those that were moved aside."""
+    """`push.json` of every run under one output root, except runs that were moved aside."""
     found = output_root.glob(f"*/*/{RunPaths(Path()).push_path.name}")
     return sorted(path for path in found if not path.parent.parent.name.startswith("."))
 
 
 def recipe_cache_path(output_root: Path) -> Path:
-    """Recipes as they were read by verbs that only look at runs; written by `recipe.cache`."""
+    """Recipes as read by verbs that only look at runs; written by `recipe.cache`."""
     return output_root / ".recipes.json"
 
 
 def list_recipe_caches(output_root: Path) -> list[Path]:
-    """That file, where it is there, and what processes that were killed left of it."""
+    """That file, if it exists, and its leftovers from processes that were killed."""
     path = recipe_cache_path(output_root)
     return [*output_root.glob(path.name), *output_root.glob(f".{path.name}.*.tmp")]
 
@@ -240,7 +244,7 @@ def allowed_code_path(output_root: Path) -> Path:
 
 
 def base_entries_dir(output_root: Path) -> Path:
-    """Scores and answers of base models, shared by all runs; hidden: it is no grid."""
+    """Scores and answers of base models, shared by all runs; hidden, because it is not a grid."""
     return output_root / ".base"
 
 
@@ -250,31 +254,29 @@ def row_entries_dir(output_root: Path) -> Path:
 
 
 def find_output_root(run_dir: Path) -> Path:
-    """The folder of all runs, of which `run_dir` is one: `<output root>/<grid>/<run name>`."""
+    """The folder of all runs, from one of them: `<output root>/<grid>/<run name>`."""
     return run_dir.absolute().parent.parent
 
 
 def old_run_dir(run_dir: Path, number: int) -> Path:
-    """Where a run goes that is moved aside; hidden, so that no folder of runs counts it as one of
-    its own.
-    """
+    """The new place of a run that is moved aside; hidden, so that it is not counted as a run."""
     return run_dir.parent / ".old" / f"{run_dir.name}-{number}"
 
 
 def changed_runs_dir(output_root: Path, date: str, number: int) -> Path:
-    """Where `sweep --fresh` puts changed runs, by grid; hidden as above, and read where it is
-    named. `number` tells those of one day apart.
+    """The folder into which `sweep --fresh` moves changed runs, by grid; hidden as above, and read
+    only if it is named. `number` distinguishes the folders of one day.
     """
     return output_root / (f".changed-{date}" if number == 1 else f".changed-{date}-{number}")
 
 
 def submissions_dir(output_root: Path) -> Path:
-    """What was submitted to a cluster, one folder per submission; hidden: it is no grid."""
+    """The submissions to a cluster, one folder each; hidden, because it is not a grid."""
     return output_root / ".slurm"
 
 
 def submission_lock_path(output_root: Path) -> Path:
-    """Locked while a sweep looks at the queue and submits."""
+    """Locked while a sweep checks the queue and submits."""
     return submissions_dir(output_root) / "lock"
 
 
@@ -286,19 +288,21 @@ class SubmissionPaths:
 
     @property
     def script_path(self) -> Path:
-        """What every task of the array executes; its path in the queue tells whose task it is."""
+        """The script that every task of the array executes; its path in the queue shows which
+        submission a task belongs to.
+        """
         return self.submission_dir / "job.sh"
 
     @property
     def record_path(self) -> Path:
-        """The runs by array index; written before the array is submitted, and with its job number
-        afterwards.
+        """The runs by array index; written before the array is submitted, and again with its job
+        number afterwards.
         """
         return self.submission_dir / "submission.json"
 
     @property
     def recipes_dir(self) -> Path:
-        """The recipes as they were when the runs were submitted."""
+        """The recipes at the time of submission."""
         return self.submission_dir / "recipes"
 
     def recipe_path(self, full_name: str) -> Path:
@@ -307,7 +311,7 @@ class SubmissionPaths:
 
 
 def find_submission(recipe_path: Path) -> SubmissionPaths | None:
-    """The submission that a recipe is part of; None for any other recipe."""
+    """The submission that a recipe belongs to; None for any other recipe."""
     recipes_dir = recipe_path.parent.parent  # of all grids
     paths = SubmissionPaths(recipes_dir.parent)
     is_one = recipes_dir == paths.recipes_dir and paths.record_path.exists()

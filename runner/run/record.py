@@ -1,7 +1,8 @@
-"""The records in a run directory, typed: recipe, attempts, failures, progress. No intent, no guess.
+"""The typed records in a run directory: recipe, attempts, failures, progress. No intentions, no
+guesses.
 
-`run.json` holds the attempts and is written by `launch.run_files`. `plan.status` derives what the
-records mean now.
+`run.json` holds the attempts and is written by `launch.run_files`. `plan.status` derives the
+current status from the records.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ FailureKind = Literal[
     "lost",
     "stalled",
 ]
-# Kinds that happen again when nothing changes: a rerun would only burn device time.
+# Kinds that recur if nothing changes: a rerun would only waste device time.
 DETERMINISTIC_KINDS: Final[frozenset[FailureKind]] = frozenset(
     {"configuration", "data", "diverged"}
 )
 
-# Of several ranks of one attempt, the first of these knows why. Preempted: the launcher ends the
-# other ranks by TERM when one has failed, which they take for a request to leave.
+# Among several ranks of one attempt, the first kind in this list knows the cause. Preempted: when
+# one rank has failed, the launcher ends the others with TERM, which they understand as a request to
+# stop.
 _MOST_TELLING: Final[tuple[FailureKind, ...]] = (
     "diverged",
     "data",
@@ -59,7 +61,8 @@ _MOST_TELLING: Final[tuple[FailureKind, ...]] = (
 )
 
 
-# How `runner launch` tells a cluster engine why its run ended without a result.
+# Exit codes by which `runner launch` reports to a cluster engine why its run ended without a
+# result.
 EXIT_CODES: Final[Mapping[FailureKind, int]] = {
     "configuration": 10,
     "data": 10,
@@ -74,26 +77,27 @@ EXIT_CODES: Final[Mapping[FailureKind, int]] = {
 
 
 class Failure(Fact):
-    """Why an attempt ended without a result, as the trainer saw it."""
+    """The reason why an attempt ended without a result, as the training process saw it."""
 
     kind: FailureKind
     message: Shown
-    has_lost_peer: bool = False  # what a rank sees when another one has gone: that one knows why
+    has_lost_peer: bool = False  # another rank had gone: that one knows the cause
     log_tail: tuple[Shown, ...] = ()  # the last lines of the attempt's log, without secrets
 
 
 class StopRequest(Fact):
-    """`stop`: asks one attempt to checkpoint at the end of its step and to leave; any shell may
-    write it.
+    """`stop`: a request to one attempt to save a checkpoint at the end of its step and stop; any
+    shell may write it.
     """
 
-    attempt: int  # a request to an earlier attempt means nothing to a later one
+    attempt: int  # later attempts ignore it
     why: str
-    # The sweep that runs it was itself asked to leave: another one may continue the run at once.
+    # The sweep that runs it was itself asked to stop: another sweep may continue the run
+    # immediately.
     is_of_its_sweep: bool = False
 
 
-# shared: the base model is scored once under an output root; own: by each run for itself
+# shared: the base model is scored once under an output root; own: each run scores it
 AskedBase = Literal["shared", "own"]
 
 
@@ -103,7 +107,7 @@ class Attempt(Fact):
     """
 
     number: int
-    # warm: forked by a worker of the sweep, which comes to what `command` would have started
+    # warm: forked by a worker of the sweep, with the same outcome as starting `command`
     started: Literal["cold", "warm"] = "cold"
     started_at_utc: Moment
     ended_at_utc: Moment | None = None
@@ -113,34 +117,34 @@ class Attempt(Fact):
     host: str
     # Consecutive automatic retries so far; 0 if a user started this attempt.
     retry: int = 0
-    # What `per_device_*_batch_size` are divided by, after running out of memory.
+    # Divisor of `per_device_*_batch_size` after running out of memory.
     micro_batch_divisor: int = Field(default=1, ge=1)
-    # The cluster engine's name for what runs this attempt, such as `slurm 17_3`
+    # The cluster engine's name for the job of this attempt, such as `slurm 17_3`
     cluster_job: str | None = None
     # auto, none (not from remote storage either), latest, best, or a folder, archive or URL
     resume: str = "auto"
-    base: AskedBase = "own"  # as attempts did that say nothing of it
+    base: AskedBase = "own"  # the behavior of older attempts, which do not record it
     # Trains nothing: writes `model/` of a completed run again, from its best checkpoint.
     is_repair: bool = False
-    devices: str | None = None  # CUDA_VISIBLE_DEVICES, None where none was set
-    # Runs of its sweep that may share each of the devices at a time (`--per-gpu`).
+    devices: str | None = None  # CUDA_VISIBLE_DEVICES, None if it was not set
+    # Number of runs of its sweep that may share a device at a time (`--per-gpu`).
     runs_per_gpu: int = Field(default=1, ge=1)
-    # Of the project; the commit and state of the runner's own files
-    # where they lie in a git checkout. Older attempts do not say which runner made them.
+    # Of the project; then the commit and state of the runner's own files if they are in a git
+    # checkout. Older attempts do not record which runner started them.
     git_commit: str | None = None
     git_is_dirty: bool | None = None
     runner_version: Shown | None = None
     runner_commit: Shown | None = None
     runner_is_dirty: bool | None = None
-    source_hash: Shown | None = None  # over the Python files of the runner, wherever they lie
+    source_hash: Shown | None = None  # over the runner's Python files, wherever they are
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: dict[str, Shown] = Field(default_factory=dict)  # of the launcher's machine: cpu, gpu
     exit_status: int | None = None
     failure: Failure | None = None
 
     def measure_seconds(self, until_utc: str | None = None) -> float | None:
-        """By the clock, from the start to the end, or to `until_utc` where it has none; None where
-        neither is there, or comes before the start: the clock was set back meanwhile.
+        """Wall-clock seconds from the start to the end, or to `until_utc` if there is no end. None
+        if neither is known, or if it comes before the start because the clock was set back.
         """
         end = self.ended_at_utc or until_utc
         if end is None:
@@ -151,40 +155,38 @@ class Attempt(Fact):
 
     @property
     def is_end_before_start(self) -> bool:
-        """True where what is recorded cannot be: nobody knows how long the attempt took."""
+        """True if the recorded times are impossible, so the attempt's duration is unknown."""
         return self.ended_at_utc is not None and self.measure_seconds() is None
 
 
 class BaseProducer(Fact):
-    """The attempt that computed scores of the base model."""
+    """The attempt that computed base scores."""
 
     run: Shown  # grid and name
     attempt: int
 
 
 class BaseSource(Fact):
-    """`base.json` of an attempt: where the scores of the base model came from at step 0."""
+    """`base.json` of an attempt: the source of the base scores at step 0."""
 
     source: AskedBase  # own: computed by this attempt
     key: Shown | None = None  # of the entry
-    producer: BaseProducer | None = None  # of what was found, also where it was not taken
+    producer: BaseProducer | None = None  # of the scores that were found, used or not
     is_kept: bool = False  # for other runs
-    why: Shown | None = None  # neither taken from another run nor kept
+    why: Shown | None = None  # why they were neither taken from another run nor kept
 
     def describe(self) -> str:
         """For people: the log and `runner why`.
 
         >>> BaseSource(source="own", is_kept=True).describe()
-        'computed here, and kept for others'
+        'computed here and kept for others'
         """
         if self.source == "shared" and self.producer is not None:
             return (
                 f"computed by {self.producer.run}, attempt {self.producer.attempt};"
                 " rows that were scored again here agree"
             )
-        return (
-            "computed here, and kept for others" if self.is_kept else f"computed here: {self.why}"
-        )
+        return "computed here and kept for others" if self.is_kept else f"computed here: {self.why}"
 
 
 class RunRecord(Fact):
@@ -197,35 +199,35 @@ class RunRecord(Fact):
     def _ascend(cls, attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
         numbers = [attempt.number for attempt in attempts]
         if numbers != sorted({number for number in numbers if number > 0}):
-            raise ValueError("the numbers of the attempts do not ascend from 1")
+            raise ValueError("the attempt numbers do not ascend from 1")
         return attempts
 
 
 def list_trained(attempts: Iterable[Attempt]) -> list[Attempt]:
-    """The attempts that are part of the training: all but repairs, which may run much later, under
-    other versions and on other machines.
+    """The attempts that are part of the training: all except repairs, which may run much later,
+    under other versions and on other machines.
     """
     return [attempt for attempt in attempts if not attempt.is_repair]
 
 
 Commit = Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]
 
-# In a difference, where a dotted key would be.
+# Takes the place of a dotted key in a difference.
 RULES_KEY: Final = "rules of rows and masks"
 
 
 class StoredRecipe(Fact):
-    """`recipe.json`: the resolved recipe and what its digest was made of."""
+    """`recipe.json`: the resolved recipe and the inputs of its digest."""
 
     recipe: Recipe
     recipe_digest: str
     contents: dict[str, str]  # relative path -> SHA-256
     rules: Annotated[int, Field(ge=1)] = 1  # `identity.RULES` of the runner that wrote it
-    # Dotted key -> commit on the hub that its name stood for when the run was made; not in the
-    # digest. What is missing was not recorded.
+    # Dotted key -> commit on the hub that its name referred to when the run was made; not in the
+    # digest. A missing key was not recorded.
     commits: dict[Shown, Commit] = Field(default_factory=dict)
     # The folder that its paths are relative to: the way up from the run directory, or the absolute
-    # path where that is elsewhere. Older runs do not say.
+    # path if it is elsewhere. Older runs do not record it.
     project: Shown | None = None
 
     @property
@@ -234,7 +236,7 @@ class StoredRecipe(Fact):
         return pin(self.recipe, self.commits)
 
     def state_as_before(self, recipe: Recipe) -> Recipe:
-        """A recipe of today, with this one's revisions where it states their commits."""
+        """A current recipe, with this one's revisions where it states their commits."""
         return state_as_before(recipe, self.recipe, self.commits)
 
     @property
@@ -244,30 +246,30 @@ class StoredRecipe(Fact):
         return self.recipe_digest if is_of_today else derive_digest(self.recipe, self.contents)
 
     def find_other_rules(self) -> list[str]:
-        """The line that says so where this version of the runner draws or masks other rows."""
+        """The line to report if this version of the runner draws or masks rows differently."""
         if self.rules == RULES:
             return []
         return [
             f"{RULES_KEY}: {self.rules} -> {RULES}"
-            f" (only a runner of rules {self.rules} can continue it)"
+            f" (only a runner with rules {self.rules} can continue it)"
         ]
 
     def find_other_digest(self) -> list[str]:
-        """The line that says so where the recorded digest is not that of what is recorded with it:
-        a key cannot be named then.
+        """The line to report if the recorded digest does not match the records next to it; no key
+        can be named then.
         """
         derived = derive_digest(self.recipe, self.contents, self.rules)
         if derived == self.recipe_digest:
             return []
         return [
-            f"recipe_digest: {self.recipe_digest[:12]} -> {derived[:12]}, and no key differs:"
+            f"recipe_digest: {self.recipe_digest[:12]} -> {derived[:12]}, but no key differs:"
             " recipe.json was changed by hand, or another version of the runner wrote it"
         ]
 
 
 class Progress(Fact):
-    """`progress.json`: where the trainer stands; drawn by `sweep` and `status`, never decided
-    upon.
+    """`progress.json`: the training process's progress; shown by `sweep` and `status`, never used
+    for decisions.
     """
 
     phase: Shown
@@ -282,13 +284,13 @@ class Progress(Fact):
 
 _LONG_PHASE_SECONDS: Final = 5.0  # shorter ones come and go
 _LONG_SILENCE_SECONDS: Final = 60.0
-# First words of phases that wait for a compiler, a network or another process: no sign of life
-# comes from there, and none is missed for a while.
+# First words of phases that wait for a compiler, a network or another process: they give no sign of
+# life, and none is expected for a while.
 _SILENT_PHASES: Final = ("compiling", "downloading", "uploading", "waiting")
 
 
 def is_silent_phase(phase: str) -> bool:
-    """Whether no sign of life is to be expected during a phase.
+    """True if no sign of life is expected during a phase.
 
     >>> is_silent_phase("compiling DeepSpeed's extension"), is_silent_phase("training")
     (True, False)
@@ -299,9 +301,9 @@ def is_silent_phase(phase: str) -> bool:
 def describe_phase(
     phase: str, began_at_utc: str | None, at_utc: str, silent_seconds: float | None = None
 ) -> str:
-    """A phase for people, with how long it has lasted: steps tell that of training.
+    """A phase in words, with its duration; the training phase has steps instead.
 
-    `silent_seconds` since the last sign of life are told instead where one is missed.
+    If a sign of life is overdue, the `silent_seconds` since the last one are shown instead.
 
     >>> describe_phase("saving", "2026-01-01T00:00:00+00:00", "2026-01-01T00:00:40+00:00")
     'saving, 40 s'
@@ -316,13 +318,13 @@ def describe_phase(
     try:
         began, now = map(datetime.datetime.fromisoformat, (began_at_utc, at_utc))
         seconds = (now - began).total_seconds()
-    except (TypeError, ValueError):  # a record that somebody else wrote
+    except (TypeError, ValueError):  # a record from another source
         return phase
     return phase if seconds < _LONG_PHASE_SECONDS else f"{phase}, {format_seconds(seconds)}"
 
 
 class SubmissionRecord(Fact):
-    """`submission.json`: which run is which task of an array. Without a job, the submission may
+    """`submission.json`: the run of each task of an array. If it has no job, the submission may
     have been killed.
     """
 
@@ -343,16 +345,15 @@ def load_record(paths: RunPaths) -> RunRecord:
 
 
 def write_record(paths: RunPaths, record: RunRecord) -> None:
-    """Replace `run.json`; only the holder of the lease may."""
+    """Replace `run.json`; only for the holder of the lease."""
     write_json_atomic(paths.record_path, record.model_dump(mode="json"))
 
 
 def load_failure(files: AttemptPaths) -> Failure | None:
-    """What the trainer wrote about the failure of an attempt, or None; the most telling of what its
-    ranks wrote.
+    """The failure that the ranks of an attempt recorded, or None; the most informative one.
 
-    Which one was written first does not count: a rank may see another one go before that one has
-    said why.
+    The order of writing does not count: a rank may see another one disappear before that one has
+    recorded its reason.
     """
     found = [load_fact(path, Failure) for path in files.list_failure_paths()]
     return min(
@@ -363,8 +364,8 @@ def load_failure(files: AttemptPaths) -> Failure | None:
 
 
 def load_base_source(files: AttemptPaths) -> BaseSource | None:
-    """Where an attempt has its scores of the base model from; None where it has not come so far,
-    and for a file that cannot be read.
+    """The source of an attempt's base scores; None if the attempt did not get that far, or if the
+    file cannot be read.
     """
     try:
         return load_fact(files.base_path, BaseSource)
@@ -373,7 +374,7 @@ def load_base_source(files: AttemptPaths) -> BaseSource | None:
 
 
 def load_stop_request(paths: RunPaths) -> StopRequest | None:
-    """What somebody asked the running attempt for; None also for a file that cannot be read."""
+    """The request to the running attempt; None also if the file cannot be read."""
     try:
         return load_fact(paths.stop_path, StopRequest)
     except (CorruptFileError, OSError):
@@ -381,9 +382,7 @@ def load_stop_request(paths: RunPaths) -> StopRequest | None:
 
 
 def load_progress(path: Path) -> Progress | None:
-    """Where an attempt stands; None before its first step, and for a file that a power loss cut
-    off.
-    """
+    """An attempt's progress; None before its first step, or if a power loss cut off the file."""
     try:
         return load_fact(path, Progress)
     except CorruptFileError:
@@ -391,35 +390,35 @@ def load_progress(path: Path) -> Progress | None:
 
 
 class PushRecord(Fact):
-    """`push.json`: the last push to the hub that was asked for."""
+    """`push.json`: the last requested push to the hub."""
 
     state: Literal["pending", "pushed", "failed"]
     repo_id: Shown
-    # Of the names and contents of what is sent; None: it was not looked at.
+    # Of the names and contents of the files sent; None: not computed.
     files_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     commit: Shown | None = None  # that holds the files, once they are pushed
     failure: Shown | None = None  # without secrets
 
 
 def load_push(paths: RunPaths) -> PushRecord | None:
-    """The last push that was asked for; None where there was none."""
+    """The last requested push; None if there was none."""
     return load_fact(paths.push_path, PushRecord)
 
 
 def write_push(paths: RunPaths, record: PushRecord) -> None:
-    """Replace `push.json`; only the holder of the lock beside it may."""
+    """Replace `push.json`; only for the holder of the lock next to it."""
     write_json_atomic(paths.push_path, record.model_dump(mode="json"))
 
 
-# By number, a backspace, a form feed, a carriage return.
+# Escapes: by number, a backspace, a form feed, a carriage return.
 _SPELLED_CONTROL: Final = re.compile(r"\\[ubfr]")
 
 
 def load_stored_recipe(paths: RunPaths) -> StoredRecipe | None:
-    """The recipe that the run directory was made for, or None while there is none.
+    """The recipe that the run directory was made for, or None if there is none.
 
-    It is shown in terminals as others are, and may come from somebody who has not read it with
-    `parse_recipe`.
+    It is shown in terminals like any other recipe, and may come from a source that did not read it
+    with `parse_recipe`.
     """
     content = read_plain(paths.recipe_path)
     if content is None:
@@ -431,14 +430,14 @@ def load_stored_recipe(paths: RunPaths) -> StoredRecipe | None:
     if control := CONTROLS.search("\n".join(texts)):
         character = ascii(control[0])[1:-1]
         raise CorruptFileError(
-            f"{paths.recipe_path} holds the character {character}, which no recipe may"
+            f"{paths.recipe_path} contains the character {character}, which recipes may not contain"
         )
     return stored
 
 
 def _is_surely_shown(content: bytes) -> bool:
-    """True where no text in a JSON file holds a control character: none is there, and none is
-    spelled by an escape.
+    """True if no text in a JSON file contains a control character, either directly or as an
+    escape.
     """
     text = content.decode(errors="surrogateescape")
     return CONTROLS.search(text) is None and _SPELLED_CONTROL.search(text) is None

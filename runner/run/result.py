@@ -1,4 +1,6 @@
-"""`result.json`, which the trainer writes last: the scores of a run, and what was trained."""
+"""`result.json`, which the training process writes last: the scores of a run, and a summary of its
+training.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,14 @@ StopReason = Literal["num_train_epochs", "max_steps", "early_stopping"]
 def _require_possible(value: float) -> float:
     if not math.isfinite(value) or value < 0:
         raise ValueError(
-            f"{value}: a sum of negative log-likelihoods is a finite number and not below 0"
+            f"{value}: a sum of negative log-likelihoods must be finite and at least 0"
         )
     return value
 
 
 def _require_finite(value: float) -> float:
     if not math.isfinite(value):
-        raise ValueError(f"{value}: a score is a finite number")
+        raise ValueError(f"{value}: a score must be a finite number")
     return value
 
 
@@ -37,16 +39,16 @@ Finite = Annotated[float, AfterValidator(_require_finite)]
 
 
 class SplitScore(Fact):
-    """Negative log-likelihood of one split, summed over all its rows, in nats, and what it was
-    summed over.
+    """The summed negative log-likelihood of one split over all its rows, in nats, and the counts
+    that it covers.
     """
 
     num_rows: Number
     num_completion_tokens: Number
     num_tokens: Number  # of the full text, the first token of each row excluded
-    num_bytes: Count  # UTF-8 bytes of what the rows say in their completions
+    num_bytes: Count  # UTF-8 bytes of the rows' own text in completions
     completion_nll_sum: NllSum
-    # Of the completion tokens without a byte of that; None: an older run did not tell them apart.
+    # Of the completion tokens that hold no such byte; None: an older run did not separate them.
     template_nll_sum: NllSum | None = None
     nll_sum: NllSum
 
@@ -66,8 +68,8 @@ class SplitScore(Fact):
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits of the completion tokens that hold what the rows say, per byte of it; comparable
-        across tokenizers and templates. None where the completions are empty.
+        """Bits of the completion tokens that hold the rows' own text, per byte of it; comparable
+        across tokenizers and templates. None if the completions are empty.
         """
         if not self.num_bytes:
             return None
@@ -81,15 +83,15 @@ class SplitScore(Fact):
 
 
 class GenerationScore(Fact):
-    """The task's metrics of generated texts, means over the rows that there was a reference for."""
+    """The task's metrics of generated texts, averaged over the rows that have a reference."""
 
     num_rows: Count
-    num_judged: Count  # rows with something to judge an answer by
+    num_judged: Count  # rows that have a reference to judge by
     num_unfinished: Count  # texts that reached `max_new_tokens` without an end of turn
-    # Texts that are no answer: neither label, no final result; they count as wrong.
+    # Texts without a readable answer, such as a label or a final result; they count as wrong.
     num_unreadable: Count
-    metrics: dict[str, Finite]  # of the task, and the project's own
-    # Of each of the project's own metrics: the rows that it judged.
+    metrics: dict[str, Finite]  # of the task and of the project
+    # For each of the project's own metrics: the rows that it judged.
     num_judged_by: dict[str, Count] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -121,20 +123,19 @@ class TrainResult(Fact):
     num_train_rows: Count
     base: dict[str, SplitScore]  # split -> score of the base model: "validation", "test"
     tuned: dict[str, SplitScore]  # split -> score of the exported model
-    # "base" and "tuned" -> generated answers on the test split; empty where generation is off
+    # "base" and "tuned" -> generated answers on the test split; empty if generation is off
     generation: dict[str, GenerationScore] = Field(default_factory=dict)
-    # Of `model/` and of what is summed up here, by path in the run directory; None: an older run
+    # Of `model/` and of the files summarized here, by path in the run directory; None: an older run
     # recorded no checksums, so it cannot be verified.
     files: dict[InnerName, FileRecord] | None = None
-    # None in all that follows: an older run did not record it.
-    # Of the parameters that are trained, before step 1: `model.weights.hash_parameters`.
+    # None in the fields below: an older run did not record it.
     initial_weights_hash: Sha256 | None = None
-    # Of the row ids in the order in which they were trained: `sft.order.hash_order`.
+    # Of the row ids in training order: `sft.order.hash_order`.
     row_order_hash: Sha256 | None = None
-    # Of the optimizer: steps, but for those that a loss scale of float16 made it skip.
+    # Optimizer updates: steps, except those skipped because of float16 loss scaling.
     num_updates: Count | None = None
-    num_trained_tokens: Count | None = None  # tokens with a label that entered the loss, all steps
-    schedule_steps: Count | None = None  # of the whole schedule of the learning rate
+    num_trained_tokens: Count | None = None  # labeled tokens that entered the loss, over all steps
+    schedule_steps: Count | None = None  # length of the learning-rate schedule
 
     @model_validator(mode="after")
     def _fit(self) -> TrainResult:

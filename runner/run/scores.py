@@ -1,7 +1,7 @@
-"""Holds a result against the scores of its rows: `result.json` sums up `eval_rows.jsonl`.
+"""Compares a result with the scores of its rows: `result.json` sums up `eval_rows.jsonl`.
 
-That a score by itself is possible (finite, not below 0, counts that fit) is asked by the types of
-`record` when a result is read.
+The types in `record` check single scores (finite, not negative, consistent counts) when a result is
+read.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _NUM_SHOWN: Final = 5
 
 
 def find_impossible(row: Mapping[str, Any]) -> str | None:
-    """The first number of a row that cannot be, with its name; None where there is none. What a row
-    does not hold an older run did not record.
+    """The first impossible number of a row, with its name; None if there is none. A field that is
+    missing was not recorded by an older run.
 
     >>> find_impossible({"nll_sum": -2.0, "num_tokens": 3})
-    'nll_sum is -2.0, and a sum of negative log-likelihoods is a finite number and not below 0'
+    'nll_sum is -2.0, but a sum of negative log-likelihoods must be finite and at least 0'
     >>> find_impossible({"num_tokens": 3, "num_completion_tokens": 5})
     'num_completion_tokens is 5, more than the 3 of num_tokens'
     """
@@ -31,13 +31,13 @@ def find_impossible(row: Mapping[str, Any]) -> str | None:
         value = row.get(name, 0.0)
         if not _is_number(value) or not math.isfinite(value) or value < 0:
             return (
-                f"{name} is {value!r}, and a sum of negative log-likelihoods is a finite number and"
-                " not below 0"
+                f"{name} is {value!r}, but a sum of negative log-likelihoods must be finite and"
+                " at least 0"
             )
     for name in _COUNTS:
         value = row.get(name, 0)
         if type(value) is not int or value < 0:
-            return f"{name} is {value!r}, and a count is a whole number and not below 0"
+            return f"{name} is {value!r}, but a count must be a whole number and at least 0"
     for part, whole in (
         ("num_completion_tokens", "num_tokens"),
         ("completion_nll_sum", "nll_sum"),
@@ -51,31 +51,28 @@ def find_impossible(row: Mapping[str, Any]) -> str | None:
 def find_score_contradictions(
     result: TrainResult, eval_rows: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """One line for each number of the test split in `result.json` that the rows of
-    `eval_rows.jsonl` do not add up to, and for what in these rows cannot be; empty where all is
-    well.
+    """One line for each test-split number in `result.json` that differs from the sum over the rows
+    of `eval_rows.jsonl`, and for each impossible row; empty if everything agrees.
 
     Sums are compared to the last bit: both sides are `math.fsum`, which is exact in any order, and
     JSON keeps every bit.
     """
     lines = list(_find_impossible_rows(eval_rows))
-    if lines:  # nothing can be added up
+    if lines:  # sums would be meaningless
         return lines
     ids = {}
     for model in _MODELS:
         rows = [row for row in eval_rows if row["model"] == model]
         ids[model] = [row["row_id"] for row in rows]
         if len(set(ids[model])) < len(ids[model]):
-            lines.append(f"{model}: a row stands twice in eval_rows.jsonl")
+            lines.append(f"{model}: eval_rows.jsonl has a row twice")
         score: SplitScore | None = getattr(result, model).get("test")
         if score is None:
             lines.append(f"{model}: result.json has no score of the test split")
         else:
             lines += [f"{model}: {line}" for line in _compare(score, rows)]
     if ids["base"] != ids["tuned"]:
-        lines.append(
-            "base and tuned: eval_rows.jsonl holds other rows of the one than of the other"
-        )
+        lines.append("base and tuned: eval_rows.jsonl has different rows for the two models")
     return lines
 
 
@@ -83,7 +80,7 @@ def _find_impossible_rows(eval_rows: Sequence[Mapping[str, Any]]) -> Iterator[st
     found = []
     for number, row in enumerate(eval_rows, start=1):
         if row.get("model") not in _MODELS or not isinstance(row.get("row_id"), str):
-            why: str | None = "it is not of the base or the tuned model, or has no row_id"
+            why: str | None = "its model is neither base nor tuned, or it has no row_id"
         else:
             why = find_impossible(row)
         if why is not None:

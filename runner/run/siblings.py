@@ -1,5 +1,5 @@
-"""Commits that the runs of a grid loaded, compared: a branch that moved between two of them makes
-arms differ in more than their axes say. Reads records only, and asks nobody.
+"""Compares the commits that the runs of a grid loaded: if a branch moved between two runs, arms
+differ in more than their axes state. Reads records only; no network access.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Loaded:
 
     @property
     def may_be_refused(self) -> bool:
-        """True where the recipe states a branch or a tag."""
+        """True if the recipe states a branch or a tag."""
         return self.name.revision is not None and not self.name.is_fixed
 
 
 @dataclass(frozen=True)
 class LoadedName:
-    """A name on the hub, and the commits that it stands for in runs of one grid."""
+    """A name on the hub, and the commits that it refers to in runs of one grid."""
 
     grid: str
     name: HubName
@@ -42,16 +42,16 @@ class LoadedName:
 
     @property
     def line(self) -> str:
-        """The line for the recipe template that gives all runs what most of them have."""
+        """The line for the recipe template that sets the most common commit for all runs."""
         return f"revision: {next(iter(self.runs))}"
 
     def concerns(self, run: str) -> bool:
-        """True where a run of this name has loaded it."""
+        """True if a run of this name has loaded it."""
         return any(run in names for names in self.runs.values())
 
     @property
     def summary(self) -> str:
-        """Each commit and who loads it."""
+        """Each commit and the runs that load it."""
         parts = []
         for commit, runs in self.runs.items():
             more = "" if len(runs) <= _NUM_NAMED else ", ..."
@@ -60,15 +60,15 @@ class LoadedName:
         return "; ".join(parts)
 
     def describe(self) -> str:
-        """For people, with the line to paste."""
+        """The message for users, with the line to paste."""
         return (
             f"{self.name} is not the same commit in all runs of {self.grid}: {self.summary}; to"
-            f" load one commit everywhere, state it beside the name:\n  {self.line}"
+            f" load one commit everywhere, add this line next to the name:\n  {self.line}"
         )
 
 
 def list_loaded(run_dir: Path, stored: StoredRecipe) -> list[Loaded]:
-    """The commits that a run recorded, of names that may move."""
+    """The commits that a run recorded for names that may move."""
     found = []
     for key, commit in stored.commits.items():
         name = name_at(stored.recipe, key)
@@ -78,10 +78,11 @@ def list_loaded(run_dir: Path, stored: StoredRecipe) -> list[Loaded]:
 
 
 def read_grid(grid_dir: Path) -> list[Loaded]:
-    """The commits that all runs of a grid recorded, of names that may move; runs whose record
-    cannot be read are left out.
+    """The commits that all runs of a grid recorded for names that may move; runs with unreadable
+    records are left out.
 
-    Records are not parsed as recipes, which takes ten times as long: grids have thousands of runs.
+    Records are not parsed as recipes, because that is ten times as slow and grids have thousands of
+    runs.
     """
     found = []
     for path in sorted(grid_dir.glob("*/recipe.json")):
@@ -95,8 +96,8 @@ def read_grid(grid_dir: Path) -> list[Loaded]:
 
 
 def list_runs(grid_dir: Path, *, but: Collection[str]) -> list[str]:
-    """The names of all runs of a grid that were launched, `but` for those that are known; those of
-    overrides, which are no cell of it, and those whose record cannot be read are left out.
+    """The names of all launched runs of a grid, except those in `but`. Runs with overrides are left
+    out, because they are not cells of the grid; so are runs with unreadable records.
     """
     found = []
     for path in sorted(grid_dir.glob("*/recipe.json")):
@@ -137,12 +138,12 @@ def _read_loaded(path: Path) -> list[Loaded]:
 
 
 def find_moved(loaded: Iterable[Loaded]) -> list[LoadedName]:
-    """The names that are not the same commit in all runs of their grid."""
+    """The names that do not have the same commit in all runs of their grid."""
     return [name for name in find_runs_by_commit(loaded) if len(name.runs) > 1]
 
 
 def find_runs_by_commit(loaded: Iterable[Loaded]) -> list[LoadedName]:
-    """Each name of each grid once. Who states no revision means the default branch."""
+    """Each name of each grid once. A name without a revision means the default branch."""
     groups: dict[tuple[Path, str, str, str], list[Loaded]] = {}
     for one in loaded:
         key = (one.run_dir.parent, one.name.kind, one.name.name, one.name.branch)

@@ -1,1 +1,1 @@
-"""Looking at runs."""
+"""Views of runs: the live screen and logs."""

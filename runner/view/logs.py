@@ -1,8 +1,8 @@
-"""`runner logs` prints what an attempt printed, and follows it; `runner stop` asks runs to leave.
+"""`runner logs` prints and follows the output of an attempt; `runner stop` asks runs to stop.
 
-The bytes of a log go to stdout as they are, colours and progress bars included, as with `cat`;
-which run they belong to goes to stderr. A request to stop reaches a run whoever started it, and on
-whatever machine.
+The bytes of a log go to stdout unchanged, including colors and progress bars, as with `cat`; the
+run that they belong to goes to stderr. A stop request reaches a run on any machine, however it was
+started.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from runner.plan.status import describe_running
 from runner.run.facts import RunFacts, read_facts
 from runner.run.lease import is_leased
 
-_LOOK_SECONDS: Final = 0.25  # between two looks at a log that grows
+_LOOK_SECONDS: Final = 0.25  # between two checks of a growing log
 _MAX_LISTED: Final = 5
 
 
 def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) -> int:
     """Print the log of one attempt, the last one by default.
 
-    `follow` goes on with what is written meanwhile and with the attempts after it, until the run is
-    done, or nothing tries it again by itself.
+    With `follow`, keep printing new output and the attempts after it, until the run is done or will
+    not be retried automatically.
 
     Raises:
         RunnerError: there is no such run, attempt or log, or several runs and not exactly one of
@@ -51,7 +51,7 @@ def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) 
     number = number or numbers[-1]
     if number not in numbers:
         raise RunnerError(
-            f"{selected.full_name} has {len(numbers)} attempts, there is no attempt {number}"
+            f"{selected.full_name} has {len(numbers)} attempts; there is no attempt {number}"
         )
     if follow:
         try:
@@ -62,7 +62,7 @@ def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) 
     if not selected.paths.attempt(number).log_path.exists():
         raise RunnerError(
             f"attempt {number} of {selected.full_name} has no log:"
-            " nothing was started by `runner` itself",
+            " `runner` itself did not start it",
             hint=f"runner why {shlex.quote(str(selected.paths.run_dir))}",
         )
     _Log(selected.paths.attempt(number).log_path).print_on()
@@ -70,7 +70,7 @@ def print_log(run: str, output_root: Path, number: int | None, *, follow: bool) 
 
 
 def find_run(selected: list[Selected]) -> Selected:
-    """The only run, or the only one that runs.
+    """The only run, or the only running one.
 
     Raises:
         RunnerError: it is not clear which one is meant.
@@ -98,7 +98,7 @@ def _follow(selected: Selected, facts: RunFacts, number: int) -> None:
     paths, is_told = selected.paths, False
     log = _Log(paths.attempt(number).log_path)
     while True:
-        # In this order: what is printed last was written before the lease was let go or the next
+        # In this order: the last output was written before the lease was released or the next
         # attempt began.
         facts = read_facts(paths, facts.found)
         log.print_on()
@@ -113,14 +113,17 @@ def _follow(selected: Selected, facts: RunFacts, number: int) -> None:
                 _say(_describe_end(facts))
                 return
             if not is_told:
-                _say(f"{_describe_end(facts)}; {retry.why}, while its sweep lives; Ctrl-C leaves")
+                _say(
+                    f"{_describe_end(facts)}; {retry.why}, if its sweep is still running;"
+                    " Ctrl-C quits"
+                )
             is_told = True
         time.sleep(_LOOK_SECONDS)
 
 
 class _Log:
-    """A log that may not be there yet; it stays open, because one that ended may be replaced by a
-    scrubbed copy.
+    """A log that may not exist yet; it stays open, because a finished one may be replaced by a copy
+    with secrets masked.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,7 +132,7 @@ class _Log:
         _say(str(path))
 
     def print_on(self) -> None:
-        """Print what came since the last time."""
+        """Print the output since the last call."""
         if self._stream is None:
             with contextlib.suppress(FileNotFoundError):
                 self._stream = os.fdopen(open_plain(self._path), "rb")
@@ -145,7 +148,9 @@ def _describe_end(facts: RunFacts) -> str:
     try:
         failure = facts.failure
     except (CorruptFileError, OSError) as error:
-        return f"attempt {attempt.number} ended, and why cannot be read: {put_in_words(error)}"
+        return (
+            f"attempt {attempt.number} ended, but its reason cannot be read: {put_in_words(error)}"
+        )
     if failure is None:
         return f"attempt {attempt.number} was killed together with its launcher"
     first_line = failure.message.partition("\n")[0]
@@ -157,8 +162,8 @@ def _say(text: str) -> None:
 
 
 def stop_runs(selected: Sequence[Selected]) -> int:
-    """Ask every running attempt of what is selected; 1 when one could not be asked: it is just
-    opening or closing.
+    """Ask every running attempt of the selected runs to stop; 1 if one could not be asked because
+    it is starting or finishing.
     """
     asked: list[bool] = []
     idle: list[tuple[Selected, RunFacts]] = []
@@ -168,7 +173,8 @@ def stop_runs(selected: Sequence[Selected]) -> int:
             asked.append(_ask(one, facts))
         else:
             idle.append((one, facts))
-    # What changed is read again: its sweep may have taken a run up while the others were asked.
+    # Changed files are read again: a sweep may have resumed a run while the others were being
+    # asked.
     held_back = [_hold_back(one, read_facts(one.paths, facts.found)) for one, facts in idle]
     num_idle = len(idle) - sum(held_back)
     if num_idle:
@@ -176,28 +182,30 @@ def stop_runs(selected: Sequence[Selected]) -> int:
         told = f"{num_idle} {what}" if asked else f"nothing to stop: {num_idle} {what}"
         if any(not facts.has_result for _, facts in idle):
             told += (
-                "; a sweep that is only about to start runs is not asked: Ctrl-C stops it where it"
-                " runs"
+                "; a sweep that is only about to start runs is not asked: press Ctrl-C in its"
+                " terminal to stop it"
             )
         print(told, file=sys.stderr)
     return 0 if all(asked) else 1
 
 
 def _hold_back(one: Selected, facts: RunFacts) -> bool:
-    """Whether the run waits for a retry, if its sweep still lives; that sweep will leave it alone
-    now.
+    """True if the run's sweep would retry it, if that sweep is still alive; it will now leave the
+    run alone.
     """
     if foresee_retry(one.recipe, facts.attempts) is None or facts.has_result:
         return False
     request_stop(one.paths, facts.attempts[-1].number, "asked by `runner stop`")
-    print(f"{one.full_name}  is not running; its sweep, if it lives, does not try it again")
+    print(f"{one.full_name}  is not running; its sweep, if still running, will not retry it")
     return True
 
 
 def _ask(one: Selected, facts: RunFacts) -> bool:
     last = facts.last
     if last is None or last.ended_at_utc is not None:
-        print(f"{one.full_name}  is just ending or being started: ask again")
+        print(
+            f"{one.full_name}  is starting or finishing; run `runner stop` again in a few seconds"
+        )
         return False
     progress = facts.progress
     request_stop(one.paths, last.number, "asked by `runner stop`")
@@ -209,6 +217,6 @@ def _ask(one: Selected, facts: RunFacts) -> bool:
     where = "starting" if progress is None else describe_running(facts, facts.read_at_utc) + step
     print(
         f"{one.full_name}  asked attempt {last.number} to checkpoint"
-        f" and leave ({where}, on {last.host})"
+        f" and stop ({where}, on {last.host})"
     )
     return True

@@ -1,6 +1,6 @@
-"""The live view's words and numbers: counts, speeds, time left, loss curves as text; pure.
+"""Words and numbers of the live view: counts, speeds, time left, loss curves as text; pure.
 
-Reads no file and knows no terminal; `screen` puts everything together.
+Reads no files and does not depend on the terminal; `screen` assembles the view.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from runner.recipe.schedule import derive_schedule
 from runner.run.record import Progress
 from runner.text import format_seconds
 
-# Nothing more happens to these by itself; every other state, also one not known here, is work that
-# is left.
+# Nothing more happens to these automatically; every other state, including unknown ones, is work
+# left to do.
 _AT_REST: Final = frozenset({"completed", "failed", "changed", "damaged", "unreadable"})
-# What somebody wants to see first, where there is not room for all; a state that is not named is
-# the empty text.
+# States by urgency, if there is not room for all; the empty text represents every state not named
+# here.
 _URGENCY: Final = (
     "running",
     "failed",
@@ -41,7 +41,7 @@ _URGENCY: Final = (
 
 @dataclass(frozen=True)
 class Glyphs:
-    """The symbols of states, bars and curves; a state that is not named here gets `unknown`."""
+    """The symbols of states, bars and curves; a state not named here gets `unknown`."""
 
     states: Mapping[str, str]
     unknown: str
@@ -92,15 +92,15 @@ ASCII: Final = Glyphs(
 
 @dataclass(frozen=True)
 class RunView:
-    """All that the view says about one run. `progress`, `losses` and `elapsed_seconds` matter while
-    it runs.
+    """Everything that the view shows about one run. `progress` and `losses` matter only while it
+    runs.
     """
 
     recipe: Recipe
     status: RunStatus
     log_path: str | None = None  # of the last attempt
     hint: str | None = None
-    retry: str | None = None  # how it is tried again by itself
+    retry: str | None = None  # when it is retried automatically
     progress: Progress | None = None
     losses: Sequence[float] = ()
 
@@ -111,12 +111,12 @@ class RunView:
 
     @property
     def state(self) -> str:
-        """`RunStatus.state`; any text, so that a state that is new needs nothing here."""
+        """`RunStatus.state`; any text, so that a new state needs no change here."""
         return "waiting" if self.retry is not None else self.status.state
 
 
 def rank_urgency(state: str) -> int:
-    """The place of a state among those that somebody wants to see first.
+    """The rank of a state by urgency, most urgent first.
 
     >>> states = ["completed", "of another version", "running", "pending", "failed"]
     >>> sorted(states, key=rank_urgency)
@@ -126,12 +126,12 @@ def rank_urgency(state: str) -> int:
 
 
 def is_left(state: str) -> bool:
-    """Whether a run is still to be done, or going on."""
+    """True if a run is still to be done, or is running."""
     return state not in _AT_REST
 
 
 def count_states(states: Iterable[str]) -> list[tuple[str, int]]:
-    """Each state with how often it occurs, done first, then the most urgent.
+    """Each state with its count: completed first, then by urgency.
 
     >>> count_states(["pending", "failed", "completed", "pending"])
     [('completed', 1), ('failed', 1), ('pending', 2)]
@@ -144,8 +144,8 @@ def count_states(states: Iterable[str]) -> list[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class TimeLeft:
-    """Seconds until all is done, of the work itself and by the clock; None where one cannot know,
-    and `why` not.
+    """Seconds until everything is done, as work and by the clock; None if unknown, with the reason
+    in `why`.
     """
 
     work_seconds: float | None
@@ -154,11 +154,11 @@ class TimeLeft:
 
 
 class Speeds:
-    """Seconds per trained row of each base model: what a step takes, whatever its batch.
+    """Seconds per trained row of each base model, so that steps of any batch size can be estimated.
 
-    From completed runs, whose time includes start-up and evaluations; the median. While a model has
-    none, from the running ones. A run that has trained for a while knows its own speed, which comes
-    before both.
+    The median of completed runs, whose time includes start-up and evaluations. If a model has none,
+    the median of the running ones. A run that has trained for a while knows its own speed, which
+    takes precedence over both.
     """
 
     def __init__(self, views: Sequence[RunView]) -> None:
@@ -179,7 +179,7 @@ class Speeds:
         }
 
     def seconds_left(self, view: RunView) -> float | None:
-        """Of one run that is not done."""
+        """For one run that is not done."""
         steps = count_steps_left(view)
         speed = self._per_row.get(_model(view))
         own = (
@@ -196,8 +196,8 @@ def _model(view: RunView) -> str:
 
 
 def count_steps_left(view: RunView) -> int | None:
-    """Optimizer steps that a run has still to make at most: it may stop early. None where the
-    recipe does not say.
+    """The maximum number of optimizer steps that a run still has to make; it may stop early. None
+    if the recipe does not determine it.
     """
     num_steps, recipe = view.status.max_steps, view.recipe
     if num_steps is None and (
@@ -208,15 +208,15 @@ def count_steps_left(view: RunView) -> int | None:
 
 
 def estimate_time_left(views: Sequence[RunView]) -> TimeLeft:
-    """The seconds of all that is left, divided by the number of runs that run now; at least the
-    longest of those.
+    """The seconds of all remaining work, divided by the number of running runs; at least those of
+    the longest one.
     """
     left, speeds = [view for view in views if is_left(view.state)], Speeds(views)
     seconds = {view.full_name: speeds.seconds_left(view) for view in left}
     if unknown := next((view for view in left if seconds[view.full_name] is None), None):
         if count_steps_left(unknown) is None:
-            return TimeLeft(None, None, f"{unknown.full_name} does not say how many steps it makes")
-        return TimeLeft(None, None, f"nothing is known yet of the speed of {_model(unknown)}")
+            return TimeLeft(None, None, f"{unknown.full_name} does not state its number of steps")
+        return TimeLeft(None, None, f"the speed of {_model(unknown)} is not known yet")
     known = {name: value for name, value in seconds.items() if value is not None}
     running = [known[view.full_name] for view in left if view.state == "running"]
     total = sum(known.values())
@@ -239,8 +239,8 @@ def describe_time_left(left: TimeLeft, num_left: int) -> str:
 
 
 def draw_curve(values: Sequence[float], width: int, levels: str = UNICODE.levels) -> str:
-    """Values as a line of at most `width` bars, between their own least and greatest; several steps
-    share a bar.
+    """Values as a line of at most `width` bars, scaled between their minimum and maximum; several
+    steps may share a bar.
 
     >>> draw_curve([4, 3, 2, 1, 1], 5), draw_curve([1, 1], 5), draw_curve([], 5)
     ('█▆▃▁▁', '▄▄', '')
@@ -258,7 +258,8 @@ def draw_curve(values: Sequence[float], width: int, levels: str = UNICODE.levels
 
 
 def draw_bar(part: float, width: int, glyphs: Glyphs = UNICODE) -> str:
-    """A bar of `width` characters, filled to a part between 0 and 1; full only when all is done.
+    """A bar of `width` characters, filled to a part between 0 and 1; full only if everything is
+    done.
 
     >>> draw_bar(0.5, 6), draw_bar(0.999, 6), draw_bar(1, 6)
     ('███░░░', '█████░', '██████')

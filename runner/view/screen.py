@@ -1,8 +1,8 @@
 """One screen of the live view as lines of styled text, cut to a size; pure.
 
-What is running or failed is cut last. A grid of runs is drawn as a table of states: its last axis
-is the columns, or as many of its last axes as make the table fit; the others are the rows. An axis
-with one value only, and an empty row, are left out.
+Running and failed runs are cut last. A grid of runs is drawn as a table of states: its last axis
+forms the columns, or as many of its last axes as make the table fit; the others form the rows. Axes
+with only one value, and empty rows, are left out.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from runner.view.progress import (
 )
 
 Line = tuple[tuple[str, str], ...]  # (text, style): a state's name, "dim", "bold" or ""
-Key = tuple[int, ...]  # for each axis, the place of a value among its values
+Key = tuple[int, ...]  # for each axis, the index of a value among its values
 _GAP: Final = 2
-# Axis names, then values, are cut to these widths where nothing fits without it.
+# Maximum widths of axis names and of values, tried in order until the table fits.
 _CUTS: Final = ((1000, 1000), (12, 1000), (12, 20), (12, 12), (8, 12), (8, 8), (6, 8), (4, 6))
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """The first axes as rows and the others as columns; those without a run are left out."""
+    """The first axes as rows and the others as columns; rows and columns without a run are left
+    out.
+    """
 
     row_axes: list[str]
     column_axes: list[str]
@@ -59,7 +61,7 @@ class _Layout:
 
     @property
     def label_width(self) -> int:
-        """Of all row labels of a line, and of the name of a column axis above them."""
+        """The width of all row labels of a line, and of the column axis names above them."""
         return sum(self.label_widths) + (len(self.label_widths) - 1) * _GAP
 
     @property
@@ -68,11 +70,11 @@ class _Layout:
 
 
 class GridTable:
-    """The table of one grid; its axes stay, the states change."""
+    """The table of one grid; the axes are fixed, the states change."""
 
     def __init__(self, views: Sequence[RunView], glyphs: Glyphs = UNICODE) -> None:
         self._glyphs = glyphs
-        self._labels: dict[str, list[str]] = {}  # of each axis that tells runs apart
+        self._labels: dict[str, list[str]] = {}  # of each axis with several values
         single = []
         for axis in dict.fromkeys(axis for view in views for axis in view.recipe.run.axes):
             labels = _order([view.recipe.run.axes.get(axis) for view in views])
@@ -82,11 +84,11 @@ class GridTable:
                 single.append(f"{axis} {labels[0]}")
         self.title = "  ".join(single)
         self._keys = {view.full_name: self._find_key(view) for view in views}
-        if not self._labels:  # nothing tells the runs apart but their names
+        if not self._labels:  # the runs differ only in name
             self._labels["run"] = [view.recipe.run.name for view in views]
             self._keys = {view.full_name: (place,) for place, view in enumerate(views)}
         num_axes = len(self._labels)
-        # All axes as rows is the narrowest layout, and so the last resort.
+        # The layout with all axes as rows is the narrowest, so it is the last resort.
         splits = [*range(num_axes - 1, 0, -1), num_axes]
         self._layouts = [self._lay_out(split, *cut) for cut in _CUTS for split in splits]
 
@@ -95,7 +97,7 @@ class GridTable:
         return tuple(labels.index(_label(axes.get(axis))) for axis, labels in self._labels.items())
 
     def _lay_out(self, split: int, max_name: int, max_label: int) -> _Layout:
-        """The axes before `split` as rows; names and labels that are longer are cut."""
+        """The axes before `split` as rows; longer names and labels are cut."""
         axes, keys = list(self._labels), set(self._keys.values())
         rows = sorted({key[:split] for key in keys})
         columns = sorted({key[split:] for key in keys})
@@ -117,21 +119,21 @@ class GridTable:
         return _Layout(axes[:split], axes[split:], rows, columns, header, widths, cell_width)
 
     def choose(self, width: int, height: int) -> _Layout:
-        """The first layout that fits, else the one that comes closest: rows that are hidden are
-        counted, columns are not.
+        """The first layout that fits, otherwise the one that comes closest: hidden rows are
+        counted, hidden columns are not.
         """
 
         def measure_excess(layout: _Layout) -> tuple[int, bool, int]:
             too_wide, too_high = layout.width - width, layout.num_lines - height
-            # A row needs a line more where others are hidden: their count.
+            # If others are hidden, a row needs another line for their count.
             has_no_row = layout.num_header_lines + min(2, len(layout.rows)) > height
             return max(0, too_wide), has_no_row, max(0, too_high)
 
         return min(self._layouts, key=measure_excess)
 
     def draw(self, views: Sequence[RunView], width: int, height: int) -> list[Line]:
-        """At most `height` lines of at most `width` columns; rows that are hidden are counted in
-        the last.
+        """At most `height` lines of at most `width` columns; the last line counts the
+        hidden rows.
         """
         if height <= 0:
             return []
@@ -195,7 +197,7 @@ class GridTable:
 
 
 def _order(values: Sequence[object]) -> list[str]:
-    """Distinct labels: numbers by size, anything else as it comes."""
+    """Distinct labels: numbers by size, anything else in order of appearance."""
     labels = {_label(value): value for value in values}
     if all(
         isinstance(value, int | float) and not isinstance(value, bool) for value in labels.values()
@@ -209,7 +211,7 @@ def _label(value: object) -> str:
 
 
 def cut_line(line: Line, width: int, ellipsis: str) -> Line:
-    """A line of at most `width` columns, without spaces at its end."""
+    """A line of at most `width` columns, without trailing spaces."""
     parts: list[tuple[str, str]] = []
     for text, style in line:
         if measure(text) > width:
@@ -224,13 +226,13 @@ def cut_line(line: Line, width: int, ellipsis: str) -> Line:
     return tuple(parts)
 
 
-# Of a table: a higher one gets more axes as columns, also where there is room.
+# Maximum height of a table: a higher one gets more axes as columns, even if there is room.
 _USUAL_HEIGHT: Final = 24
 _MAX_CURVE: Final = 30
 _MIN_CURVE: Final = 6
-# What a narrow screen does without, in this order.
+# Columns that a narrow screen omits, in this order.
 _DROPPED: Final = ("bar", "curve", "speed", "phase", "left")
-# States that the grid says all about.
+# States that the grid shows completely.
 _SILENT: Final = frozenset({"completed", "running", "pending", "queued"})
 
 
@@ -247,7 +249,7 @@ class Screen:
     def draw(
         self, views: Sequence[RunView], *, width: int, height: int | None, now: str
     ) -> list[Line]:
-        """The lines of one screen, `height` at most; None: as many as there is to say."""
+        """The lines of one screen, at most `height`; None: as many as needed."""
         head = self._draw_head(views, width, now)
         running = [view for view in views if view.state == "running"]
         troubles = group_troubles(views)
@@ -259,7 +261,8 @@ class Screen:
         else:
             room = height - len(head) - sum(need > 0 for need in needs)
             if len(running) + num_table_lines + len(troubles) > room:
-                # Not a line for each: blank lines and the hints of troubles are left out first.
+                # There is not a line for each: blank lines and the hints of troubles are left out
+                # first.
                 blank_lines, needs[2] = [], len(troubles)
                 room = height - len(head)
         shares = share_lines(room, needs)
@@ -383,7 +386,7 @@ class Screen:
             hidden += 1
             num_runs = sum(len(trouble.views) for trouble in troubles[-hidden:])
             blocks[-hidden:] = [
-                [((f"{self._glyphs.ellipsis} {num_runs} more runs need a look", "dim"),)]
+                [((f"{self._glyphs.ellipsis} {num_runs} more runs need attention", "dim"),)]
             ]
         return [line for block in blocks for line in block][:height]
 
@@ -412,15 +415,15 @@ _STYLES: Final = {
 
 @dataclass(frozen=True)
 class Trouble:
-    """Runs that somebody should look at for the same reason."""
+    """Runs that need attention for the same reason."""
 
     what: str
     views: Sequence[RunView]
 
 
 def group_troubles(views: Sequence[RunView]) -> list[Trouble]:
-    """What failed, waits for another try, cannot be judged, or has inputs or a push that somebody
-    should look at; the most urgent first, alike ones together.
+    """Runs that failed, wait for a retry, cannot be judged, or have inputs or a push that need
+    attention; the most urgent first, grouped by reason.
     """
     found: dict[tuple[str, str], list[RunView]] = {}
     for view in views:
@@ -439,8 +442,8 @@ def group_troubles(views: Sequence[RunView]) -> list[Trouble]:
 
 
 def share_lines(room: int, needs: Sequence[int]) -> list[int]:
-    """Lines for each section: what it needs where there is room, else a fair part; what one leaves
-    the others get.
+    """Lines for each section: the number it needs if there is room, otherwise a fair share; unused
+    lines go to the others.
 
     >>> share_lines(20, [4, 8, 3]), share_lines(10, [2, 50, 9]), share_lines(-1, [3])
     ([4, 8, 3], [2, 4, 4], [0])

@@ -1,8 +1,8 @@
-"""`runner status --watch`: draws `screen` again and again on a terminal, or prints it once.
+"""`runner status --watch`: redraws `screen` on a terminal, or prints it once.
 
-Reads files only. The status of a run is derived again when any name, size, time stamp or inode in
-its directory, its last attempt or its checkpoints changed, when the lease changed hands, or when a
-file that the recipe names changed. Of the run's facts, only the files that changed are read again.
+Reads files only. The status of a run is derived again if any name, size, time stamp or inode in its
+directory, its last attempt or its checkpoints changed, if the lease changed hands, or if a file
+that the recipe names changed. Of the run's facts, only the changed files are read again.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ FolderState = frozenset[tuple[str, int, int, int, int]]
 
 @dataclass(frozen=True)
 class Reading:
-    """One run as it was read: `progress` and `losses` (one per step) are of a running attempt only.
+    """One run as it was read: `progress` and `losses` (one per step) belong to a running attempt
+    only.
 
-    `retry` is what the sweep that made the last attempt does next, while it lives.
+    `retry` is the next action of the sweep that made the last attempt, if that sweep is still
+    alive.
     """
 
     selected: Selected
@@ -54,14 +56,14 @@ class Reading:
 
 
 class RunsReader:
-    """All runs of a view; recipes are taken as they were when it was made."""
+    """All runs of a view; recipes stay as they were when it was created."""
 
     def __init__(self, selected: Sequence[Selected], cache_path: Path) -> None:
         self._contents = KnownContents(cache_path)
         self._runs = [_RunReader(one, list_contents(one.recipe)) for one in selected]
 
     def read(self) -> list[Reading]:
-        """How all runs stand now, in the order in which they were given."""
+        """The current state of all runs, in the given order."""
         self._contents.refresh()
         return [
             run.read(self._contents.look(run.selected.recipe, run.contents)) for run in self._runs
@@ -82,26 +84,26 @@ class _RunReader:
     _folders: Sequence[str] = ()  # of these attempts
 
     def __post_init__(self) -> None:
-        # Joining paths takes longer than looking at them.
+        # Joining paths is slower than checking them.
         paths = self.selected.paths
         self._run_dir, self._attempts_dir = str(paths.run_dir), str(paths.attempts_dir)
         self._lease_path = paths.lease_path
 
     def read(self, inputs: Inputs) -> Reading:
         paths = self.selected.paths
-        is_held = is_leased(self._lease_path)  # first: `facts` says why
+        is_held = is_leased(self._lease_path)  # first: `facts` explains why
         seen = (is_held, self._look(), inputs)
         if self._facts is None or self._status is None or seen != self._seen:
             known = self.selected.known if self._facts is None else self._facts.found
             self._facts = read_facts(paths, known)
             self._status = read_status_unverified(self._facts, self.selected.recipe, inputs)
-            # From before: what changed while it was derived is seen the next time.
+            # The earlier state: changes made during derivation are seen the next time.
             self._seen = seen
             self._look_at_less(seen)
             self._retry = None
             if self._status.failure is not None:
                 self._retry = foresee_retry(self.selected.recipe, self._facts.attempts)
-        # Where the status counts attempts, their record could be read.
+        # If the status counts attempts, their record could be read.
         last = self._facts.last if self._status.num_attempts else None
         number = None if last is None else last.number
         if self._status.state != "running":
@@ -114,7 +116,7 @@ class _RunReader:
         return Reading(self.selected, status, number, self._facts.progress, self._losses.read())
 
     def _look(self) -> object:
-        """What tells that nothing changed since."""
+        """The state to compare to see whether anything changed."""
         if self._files:
             return tuple(map(look_at, self._files))
         if look_at(self._run_dir) is None:
@@ -125,7 +127,7 @@ class _RunReader:
         return attempts, *map(_look_into, self._folders)
 
     def _look_at_less(self, seen: tuple[bool, object, object]) -> None:
-        """Of a run that has its result, look at the files alone that its status was read from."""
+        """For a run with a result, check only the files that its status was read from."""
         files = _list_files(self._facts) if self._facts is not None else ()
         state = tuple(map(look_at, files))
         if files and self._look() == seen[1]:  # nothing changed since it was read
@@ -141,8 +143,8 @@ class _RunReader:
 
 
 def _list_files(facts: RunFacts) -> Sequence[str]:
-    """What the status of a run with a result is read from, as `read_facts` reads it; empty for
-    other runs.
+    """The files from which the status of a run with a result is derived, as `read_facts` reads
+    them; empty for other runs.
     """
     if not facts.has_result:
         return ()
@@ -162,8 +164,8 @@ def _list_files(facts: RunFacts) -> Sequence[str]:
 
 @dataclass
 class LossReader:
-    """The training loss of every step in `metrics.jsonl`; what was read is not read again, but for
-    a shorter file.
+    """The training loss of every step in `metrics.jsonl`; rows are not read again unless the file
+    became shorter.
     """
 
     path: Path
@@ -172,7 +174,9 @@ class LossReader:
     _inode: int = 0
 
     def read(self) -> Sequence[float]:
-        """The losses so far. A resume replaces the file by a shorter one: then all is read anew."""
+        """The losses so far. A resume replaces the file by a shorter one, which is then read from
+        the start.
+        """
         try:
             with os.fdopen(open_plain(self.path), "rb") as stream:
                 state = os.fstat(stream.fileno())
@@ -198,7 +202,9 @@ def _find_loss(line: bytes) -> float | None:
 
 
 def _look_into(folder: str) -> FolderState:
-    """Name, size, times and inode of everything directly in a folder; empty where there is none."""
+    """Name, size, times and inode of everything directly in a folder; empty if there is no
+    folder.
+    """
     found: list[tuple[str, int, int, int, int]] = []
     try:
         with os.scandir(folder) as entries:
@@ -215,7 +221,8 @@ def _look_into(folder: str) -> FolderState:
 
 
 _REFRESH_SECONDS: Final = 1.0
-# Of the time; with very many runs, or a slow file system, the screen is drawn less often.
+# Fraction of the time; with very many runs, or a slow file system, the screen is redrawn less
+# often.
 _MAX_BUSY_PART: Final = 0.1
 _PLAIN_WIDTH: Final = 120
 _STYLES: Final = {
@@ -241,17 +248,17 @@ def watch(
 ) -> int:
     """Show the runs until Ctrl-C, or until all are completed; without a terminal, once.
 
-    It does not end when nothing runs any more: what is between two attempts, or in a queue, looks
-    just like it.
+    It does not end when nothing runs any more: a run between two attempts, or in a queue, looks the
+    same.
     """
-    for lost in unreadable:  # nothing is known of these, not even a grid to show them in
+    for lost in unreadable:  # nothing is known about these, not even their grid
         print(f"{lost.full_name}  unreadable: {lost.why}", file=sys.stderr)
     if not selected:
         return 0
     reader, console = RunsReader(selected, cache_path), Console(highlight=False)
     views = build_views(reader.read())
     screen = Screen(views, choose_glyphs(console.encoding))
-    # Rich calls a pipe a terminal under FORCE_COLOR.
+    # Rich treats a pipe as a terminal under FORCE_COLOR.
     is_live = sys.stdout.isatty() and not console.is_dumb_terminal
     if is_live:
         views = _follow(console, screen, reader, views)
@@ -261,7 +268,7 @@ def watch(
 
 
 def build_views(readings: Sequence[Reading]) -> list[RunView]:
-    """What is shown of each run."""
+    """The view of each run."""
     views: list[RunView] = []
     for reading in readings:
         status, paths = reading.status, reading.selected.paths
@@ -274,7 +281,7 @@ def build_views(readings: Sequence[Reading]) -> list[RunView]:
                 hint=find_hint(status),
                 retry=None
                 if reading.retry is None
-                else f"{reading.retry.why}, while its sweep lives",
+                else f"{reading.retry.why}, if its sweep is still running",
                 progress=reading.progress,
                 losses=reading.losses,
             )
@@ -283,12 +290,12 @@ def build_views(readings: Sequence[Reading]) -> list[RunView]:
 
 
 def choose_glyphs(encoding: str) -> Glyphs:
-    """Symbols that an output of that encoding can show."""
+    """Symbols that an output with this encoding can show."""
     return UNICODE if encoding.lower().replace("-", "").startswith("utf") else ASCII
 
 
 def paint(lines: Sequence[Line]) -> Text:
-    """Lines with the colours of their states; rich leaves the colours out where none are wanted."""
+    """Lines with the colors of their states; rich omits colors if they are not wanted."""
     text = Text(no_wrap=True, overflow="crop")
     for number, line in enumerate(lines):
         if number:
@@ -301,7 +308,7 @@ def paint(lines: Sequence[Line]) -> Text:
 def _follow(
     console: Console, screen: Screen, reader: RunsReader, views: list[RunView]
 ) -> list[RunView]:
-    """Draw until all is completed or somebody ends it; the last views.
+    """Draw until all runs are completed or a signal ends it; return the last views.
 
     Raises:
         SystemExit: TERM or HUP came.
@@ -318,13 +325,13 @@ def _follow(
                 ):
                     started = time.monotonic()
                     views = build_views(reader.read())
-                    now = f"{_now()}  Ctrl-C leaves"
+                    now = f"{_now()}  Ctrl-C quits"
                     lines = screen.draw(views, width=console.width, height=console.height, now=now)
                     live.update(paint(lines), refresh=True)
                     woken_by = _wait(
                         max(_REFRESH_SECONDS, (time.monotonic() - started) / _MAX_BUSY_PART)
                     )
-            # Ctrl-Z, with the terminal as it was before; `fg` goes on.
+            # Ctrl-Z, with the terminal restored; `fg` continues.
             if woken_by == signal.SIGTSTP:
                 os.kill(os.getpid(), signal.SIGSTOP)
     if woken_by in (signal.SIGTERM, signal.SIGHUP):
@@ -333,15 +340,15 @@ def _follow(
 
 
 def _wait(seconds: float) -> int | None:
-    """The signal that came within that time, if any did."""
+    """The signal that arrived within that time, if any."""
     found = signal.sigtimedwait(_SIGNALS, seconds)
     return None if found is None else found.si_signo
 
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Signals come to `_wait` and nowhere else: in the middle of drawing, one would leave half a
-    screen behind.
+    """Signals reach only `_wait`: one that arrived during drawing would leave half a screen
+    behind.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:

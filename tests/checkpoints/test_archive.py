@@ -70,7 +70,7 @@ def test_any_unzip_program_makes_a_checkpoint_of_it(paths: RunPaths, tmp_path: P
 def test_a_damaged_folder_is_never_archived(paths: RunPaths) -> None:
     before = paths.archive_path(4).read_bytes()
     flip_bit(paths.checkpoint_dir(4) / "model.safetensors")
-    with pytest.raises(OSError, match="damaged since it was committed"):
+    with pytest.raises(OSError, match="damaged after it was committed"):
         write_archive(paths.checkpoint_dir(4), paths.archive_path(4))
     assert paths.archive_path(4).read_bytes() == before and listing(paths.checkpoints_dir) == [
         "step-4",

@@ -62,29 +62,27 @@ def strip(paths: RunPaths, *steps: int) -> None:
 
 
 NEXT: Final = "; an attempt would resume from here"
-OLDER: Final = "; older than what decides"
+OLDER: Final = "; older than the deciding checkpoint"
 MOVED: Final = "; an attempt would move it to quarantine"
-FLIPPED: Final = "optimizer.pt holds other bytes than were committed"
-BAD_MARKER: Final = (
-    "checkpoints/step-12/COMMITTED.json is not as it was written: its checksum does not match"
-)
+FLIPPED: Final = "optimizer.pt does not match its committed checksum"
+BAD_MARKER: Final = "checkpoints/step-12/COMMITTED.json was changed: its checksum does not match"
 BAD_ARCHIVE: Final = (
     "checkpoints/step-12.zip is not a readable ZIP archive: Bad CRC-32 for file"
     " 'step-12/model.safetensors'"
 )
-UNCOMMITTED: Final = "its files are not those that were committed: "
+UNCOMMITTED: Final = "its files differ from those committed: "
 UNFINISHED: Final = "never finished; an attempt would move it to quarantine"
 LOST_BEST: Final = "the best weights so far, of step 8, are lost"
 NO_BEST: Final = ", but its best weights, of step 8, are lost" + MOVED
 STRIPPED: Final = "it was stripped of its optimizer state, and nothing newer can be continued"
 NO_STATE: Final = (
-    "whole, but without optimizer state: its weights can be used, nothing continues from it"
+    "intact, but without optimizer state: its weights can be used, but it cannot be resumed"
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """What happens to checkpoints 4, 8 and 12, and what is right then."""
+    """Damage to checkpoints 4, 8 and 12, and the right answer."""
 
     happen: Callable[[RunPaths], Any]
     step: int | None
@@ -93,8 +91,8 @@ class Case:
     restored: tuple[int, ...] = ()
 
 
-WHOLE: Final = {"step-12": "whole" + NEXT, "step-8": "whole" + OLDER, "step-4": "whole" + OLDER}
-BACK_TO_8: Final = {"step-8": "whole" + NEXT, "step-4": "whole" + OLDER}
+WHOLE: Final = {"step-12": "intact" + NEXT, "step-8": "intact" + OLDER, "step-4": "intact" + OLDER}
+BACK_TO_8: Final = {"step-8": "intact" + NEXT, "step-4": "intact" + OLDER}
 
 
 def newest_damaged(happen: Callable[[RunPaths], Any], what: str) -> Case:
@@ -126,24 +124,24 @@ CASES: dict[str, Case] = {
         lambda run: damage(run, 8),
         4,
         {
-            "step-12": "whole" + NO_BEST,
+            "step-12": "intact" + NO_BEST,
             "step-8": f"damaged: {FLIPPED}{MOVED}",
-            "step-4": "whole" + NEXT,
+            "step-4": "intact" + NEXT,
         },
         (("step-8", UNCOMMITTED + FLIPPED), ("step-12", LOST_BEST)),
     ),
     "best lost": Case(
         lambda run: lose(run, 8),
         4,
-        {"step-12": "whole" + NO_BEST, "step-4": "whole" + NEXT},
+        {"step-12": "intact" + NO_BEST, "step-4": "intact" + NEXT},
         (("step-12", LOST_BEST),),
     ),
     "best lost, newest restored": Case(
         lambda run: (pack(run, 12), damage(run, 12), lose(run, 8)),
         4,
         {
-            "step-12": f"damaged ({FLIPPED}), but whole in step-12.zip" + NO_BEST,
-            "step-4": "whole" + NEXT,
+            "step-12": f"damaged ({FLIPPED}), but intact in step-12.zip" + NO_BEST,
+            "step-4": "intact" + NEXT,
         },
         (
             ("step-12", UNCOMMITTED + FLIPPED),
@@ -161,14 +159,14 @@ CASES: dict[str, Case] = {
     "newest damaged, whole as an archive": Case(
         lambda run: (pack(run, 12), damage(run, 12)),
         12,
-        {**WHOLE, "step-12": f"damaged ({FLIPPED}), but whole in step-12.zip{NEXT}"},
+        {**WHOLE, "step-12": f"damaged ({FLIPPED}), but intact in step-12.zip{NEXT}"},
         (("step-12", UNCOMMITTED + FLIPPED),),
         restored=(12,),
     ),
     "newest lost, whole as an archive": Case(
         lambda run: (pack(run, 12), lose(run, 12)),
         12,
-        {**WHOLE, "step-12": f"damaged (its folder is missing), but whole in step-12.zip{NEXT}"},
+        {**WHOLE, "step-12": f"damaged (its folder is missing), but intact in step-12.zip{NEXT}"},
         restored=(12,),
     ),
     "newest lost, archive damaged": Case(
@@ -193,7 +191,7 @@ CASES: dict[str, Case] = {
     "best lost, whole as an archive": Case(
         lambda run: (pack(run, 8), lose(run, 8)),
         12,
-        {**WHOLE, "step-8": f"damaged (its folder is missing), but whole in step-8.zip{OLDER}"},
+        {**WHOLE, "step-8": f"damaged (its folder is missing), but intact in step-8.zip{OLDER}"},
         restored=(8,),
     ),
     "newest stripped": Case(
@@ -295,7 +293,7 @@ def test_what_is_continued_and_moved_aside_and_said(
 def test_the_newest_that_verifies_is_refused_to_another_launch(case: str, tmp_path: Path) -> None:
     paths, right = make(tmp_path, case), CASES[case]
     sound = [
-        name for name, what in right.verdicts.items() if what.startswith(("whole", "damaged ("))
+        name for name, what in right.verdicts.items() if what.startswith(("intact", "damaged ("))
     ]
     choice = decide(paths, num_processes=1)
     assert choice.step is None
@@ -304,9 +302,9 @@ def test_the_newest_that_verifies_is_refused_to_another_launch(case: str, tmp_pa
         assert resume(paths, num_processes=1) is None
         return
     said = list_verdicts(paths, choice)
-    assert [name for name in said if "of another launch: num_processes: 2 -> 1" in said[name]] == [
-        sound[0]
-    ]
+    assert [
+        name for name in said if "from a different launch: num_processes: 2 -> 1" in said[name]
+    ] == [sound[0]]
     assert choice.refusal is not None and f"of {sound[0].replace('-', ' ')} " in str(choice.refusal)
     with pytest.raises(RefusedError) as refused:
         resume(paths, num_processes=1)
@@ -318,13 +316,14 @@ def test_the_newest_that_verifies_is_refused_to_another_launch(case: str, tmp_pa
 
 def test_only_other_micro_batches_of_training_are_left_behind(tmp_path: Path) -> None:
     paths = make(tmp_path, "whole")
-    larger = "it was written in larger micro-batches, before the run went out of memory"
+    larger = "it was written in larger micro-batches, before the run ran out of memory"
     for changed in ({}, {"num_processes": 1}):  # nothing of before is continued
         choice = decide(paths, has_run_out_of_memory=True, per_device_train_batch_size=1, **changed)
         assert (choice.step, choice.refusal) == (None, None)
         assert list_moves(paths, choice) == [(f"step-{step}", larger) for step in (4, 8, 12)]
         assert set(list_verdicts(paths, choice).values()) == {
-            "whole, in larger micro-batches, which ran out of memory; an attempt would set it aside"
+            "intact, in larger micro-batches, which ran out of memory;"
+            " an attempt would set it aside"
         }
     choice = decide(paths, has_run_out_of_memory=True, per_device_eval_batch_size=1)
     assert choice.refusal is not None and not choice.moves
@@ -354,7 +353,7 @@ def test_an_unfinished_folder_is_moved_aside_before_its_archive_is_restored(tmp_
 
 
 def test_no_more_is_read_than_the_answer_needs(tmp_path: Path) -> None:
-    """What is older than the step that is continued may be damaged: nobody looks."""
+    """Checkpoints older than the resumed one may be damaged: they are not read."""
     paths = make(tmp_path, "newest damaged, whole as an archive")
     damage(paths, 4)
     policy = Policy(Verification(paths, LIMITS, tmp_path / "scratch"))

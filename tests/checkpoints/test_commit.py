@@ -1,5 +1,5 @@
-"""Which checkpoint counts: marked, whole, of this launch, and with the best weights that it would
-export.
+"""The checkpoint that counts: marked, intact, of this launch, and with the best weights that it
+would export.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_what_is_damaged_is_named(paths: RunPaths, capsys: pytest.CaptureFixture
     commit(paths, 4)
     flip_bit(paths.checkpoint_dir(4) / "optimizer.pt")
     assert resume(paths) is None
-    assert "optimizer.pt holds other bytes than were committed" in capsys.readouterr().out
+    assert "optimizer.pt does not match its committed checksum" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["copied", "renamed"])

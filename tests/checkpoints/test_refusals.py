@@ -1,5 +1,5 @@
-"""What is refused before any device time: every key of a recipe that changes between two attempts,
-every file, launch and library; and what a refusal leaves behind, which is nothing.
+"""Refusals before any device time: every key of a recipe that changes between two attempts, every
+file, launch and library; a refusal leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ MAY_CHANGE = {
 
 @pytest.fixture(autouse=True)
 def files(fake: FakeLauncher) -> None:
-    """What the recipes name more than the fake's own, and what the proposed values name."""
+    """The files that the recipes name beyond the fake's own, and those that the proposed values
+    name.
+    """
     for name in ("chat.jinja", "one.jsonl", "two.jsonl", "rows.py", "scores.py", "one.py"):
         (fake.root / name).write_text(name)
     (fake.root / "one").write_text("use_cpu: false\n")
@@ -105,7 +107,7 @@ def judge(paths: RunPaths, recipe: Recipe, **asked: Any) -> tuple[Decision, RunS
 
 
 def refusal_of(paths: RunPaths, recipe: Recipe) -> list[str] | None:
-    """What the launch side names when it refuses, None where it launches."""
+    """The lines with which the launch side refuses; None if it launches."""
     try:
         decision, status = judge(paths, recipe)
     except DataError as error:
@@ -119,7 +121,7 @@ def refusal_of(paths: RunPaths, recipe: Recipe) -> list[str] | None:
 
 
 def names(lines: list[str], key: str) -> bool:
-    """Whether one of the lines is about the key: by its dotted name, or as the fingerprint calls
+    """True if one of the lines is about the key: by its dotted name, or as the fingerprint calls
     it.
     """
     last = key.rpartition(".")[2]

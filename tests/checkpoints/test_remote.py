@@ -88,7 +88,7 @@ def remote_folder(recipe: Recipe) -> RemoteFolder:
 
 
 def train_on(paths: RunPaths, recipe: Recipe, *steps: int, attempt: int = 1) -> None:
-    """What an attempt does with checkpoints, without the training."""
+    """An attempt's operations on checkpoints, without the training."""
     uploader, limits = make_uploader(paths, recipe, attempt), make_limits(keep_latest=2)
     for step in steps:
         commit(paths, step, values=VALUES)

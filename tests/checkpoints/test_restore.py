@@ -1,4 +1,4 @@
-"""What an attempt goes on from: its own checkpoints, named ones, copies and archives elsewhere."""
+"""Checkpoints that an attempt resumes from: its own, named ones, copies and archives elsewhere."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_an_import_needs_the_best_weights_it_would_export(
 ) -> None:
     shutil.rmtree(elsewhere.checkpoint_dir(8))
     message = refusal(empty, elsewhere.checkpoint_dir(12))
-    assert "weights of step 8" in message and "step-8.zip" in message
+    assert "best weights at step 8" in message and "step-8.zip" in message
     commit(empty, 8, values=VALUES)
     assert choose(empty, elsewhere.checkpoint_dir(12)) == 12, "the run has them itself"
 
@@ -208,17 +208,19 @@ def test_another_version_is_a_warning_or_a_refusal_as_the_recipe_says(
         )
         return
     assert choose_resume_step(paths, recipe, updated, resume) == (12 if resume == "auto" else 8)
-    warnings = [line for line in capsys.readouterr().out.splitlines() if "another version" in line]
+    warnings = [
+        line for line in capsys.readouterr().out.splitlines() if "different version" in line
+    ]
     assert len(warnings) == 1 and 'versions.torch: "2.13" -> "2.14"' in warnings[0]
     assert choose_resume_step(paths, recipe, FINGERPRINT, "auto") is not None
-    assert "another version" not in capsys.readouterr().out
+    assert "different version" not in capsys.readouterr().out
 
 
 def test_damage_elsewhere_is_refused_and_nothing_of_the_run_is_touched(
     paths: RunPaths, elsewhere: RunPaths
 ) -> None:
     flip_bit(elsewhere.checkpoint_dir(4) / "model.safetensors")
-    assert "not those that were committed" in refusal(paths, elsewhere.checkpoint_dir(4))
+    assert "its files differ from those committed" in refusal(paths, elsewhere.checkpoint_dir(4))
     (elsewhere.checkpoint_dir(4) / "model.safetensors").unlink()
     (elsewhere.checkpoint_dir(4) / "model.safetensors").symlink_to(
         paths.checkpoint_dir(4) / "model.safetensors"

@@ -1,6 +1,4 @@
-"""What stays, what is archived and what is stripped; and that a kill at any instant of it loses
-nothing.
-"""
+"""Checkpoints that are kept, archived and stripped; a kill at any instant loses nothing."""
 
 from __future__ import annotations
 

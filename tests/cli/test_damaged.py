@@ -113,7 +113,7 @@ def test_whole_runs_are_completed_to_every_verb(say: Say) -> None:
     assert set(read_states(say).values()) == {"completed"}
     assert say("sweep", "recipes")[0] == 0 and say("status", "recipes")[0] == 0
     _, output, _ = say("why", "recipes/whole.yaml")
-    assert f"every byte of {len(FILES) + 1} files is as it was recorded" in output
+    assert f"every byte of {len(FILES) + 1} files matches its record" in output
     code, output, errors = say("report", "--verify", "recipes")
     assert code == 0 and "tests/old cannot be verified" in errors and "hurt" not in errors
     code, output, _ = say("launch", "recipes/whole.yaml", "--repair")
@@ -126,7 +126,7 @@ def test_a_file_of_another_size_is_damage_to_every_verb(say: Say, name: str, dam
     hurt(name, damage)
     before = {path: path.read_bytes() for path in RUNS.rglob("*") if path.is_file()}
     is_of_model = name.startswith("model/")
-    way = "--repair" if is_of_model else "put the files back as they were"
+    way = "--repair" if is_of_model else "restore the files from a copy of the run"
     assert read_states(say) == {"hurt": "damaged", "old": "completed", "whole": "completed"}
     code, output, errors = say("status", "recipes")
     assert code == 1 and "damaged          12/12" in output and name in output
@@ -141,7 +141,7 @@ def test_a_file_of_another_size_is_damage_to_every_verb(say: Say, name: str, dam
     code, output, errors = say("launch", "recipes/hurt.yaml")
     assert code == 2 and f"runs/tests/hurt is damaged:\n  {name} " in errors and way in errors
     code, output, errors = say("launch", "recipes/hurt.yaml", "--repair")
-    what = "the best checkpoint, of step 8, is not there any more" if is_of_model else "damaged"
+    what = "the best checkpoint, of step 8, no longer exists" if is_of_model else "has damage that"
     assert code == 2 and what in errors
     for verb in (("report",), ("report", "--verify")):
         code, output, errors = say(*verb, "recipes", "--format", "csv")
@@ -163,8 +163,8 @@ def test_other_bytes_are_seen_by_what_reads_them(say: Say, name: str, damage: st
     hurt(name, damage)
     assert read_states(say)["hurt"] == "completed", "sizes are all that it looks at"
     code, output, _ = say("why", "recipes/hurt.yaml")
-    assert f"state       damaged: {name} holds other bytes than were recorded" in output
-    skipped = "skip: completed: stopped by max_steps (it looks at sizes only)"
+    assert f"state       damaged: {name} does not match its recorded checksum" in output
+    skipped = "skip: completed: stopped by max_steps (it checks file sizes only)"
     for verb in ("next", "sweep", "rerun", "launch"):
         assert f"  {verb:<11} {skipped}\n" in output
     for verb in ("sweep", "rerun", "launch"):
@@ -175,7 +175,7 @@ def test_other_bytes_are_seen_by_what_reads_them(say: Say, name: str, damage: st
     code, output, errors = say("report", "--verify", "recipes", "--format", "csv")
     (line,) = [line for line in output.splitlines() if "hurt" in line]
     assert code == 1 and "damaged" in line and "0.5" not in line
-    assert f"tests/hurt is damaged: {name} holds other bytes than were recorded" in errors
+    assert f"tests/hurt is damaged: {name} does not match its recorded checksum" in errors
     code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
     assert (code == 2 and name in errors) or "the best checkpoint" in errors
 
@@ -244,12 +244,12 @@ def test_a_model_that_was_removed_is_no_damage(say: Say) -> None:
     (line,) = [line for line in output.splitlines() if "hurt" in line]
     assert code == 0 and "0.5" in line
     output = say("why", "recipes/hurt.yaml")[1]
-    assert "model removed" in output and "step 8, is not there any more" in output
+    assert "model removed" in output and "step 8, no longer exists" in output
     assert "put step-8 or step-8.zip back" in output and "--repair" not in output
     code, _, errors = say("export", "runs/tests/hurt", "--output", "out")
     assert code == 2 and "model was removed" in errors and "--checkpoint best" in errors
     code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
-    assert code == 2 and "step 8, is not there any more" in errors
+    assert code == 2 and "step 8, no longer exists" in errors
 
 
 def test_a_file_that_is_not_of_the_run_is_to_be_moved(say: Say) -> None:
@@ -277,7 +277,10 @@ def test_a_result_that_its_rows_contradict_is_damaged(say: Say) -> None:
     result["tuned"]["test"] = SCORE | {"completion_nll_sum": 9.0}
     write_json_atomic(paths.result_path, result)  # no manifest: the rows are what tells
     code, output, errors = say("report", "--verify", "recipes", "--format", "csv")
-    assert code == 1 and "tests/old is damaged: result.json is not what eval_rows.jsonl" in errors
+    assert (
+        code == 1
+        and "tests/old is damaged: result.json does not match the sums of eval_rows.jsonl" in errors
+    )
     assert "tuned: completion_nll_sum is 9.0 in result.json" in errors
     assert "damaged" in next(line for line in output.splitlines() if "old" in line)
     assert "completion_nll_sum" in say("why", "recipes/old.yaml")[1]
@@ -294,11 +297,11 @@ def test_a_result_that_was_edited_is_damaged(say: Say) -> None:
         code, output, errors = say(*verb, "recipes", "--format", "csv")
         (line,) = [line for line in output.splitlines() if "hurt" in line]
         assert code == 1 and "damaged" in line and "0.52" not in line
-        assert "tests/hurt is damaged: result.json is not as it was written" in errors
+        assert "tests/hurt is damaged: result.json was changed after it was written" in errors
     _, output, _ = say("compare", "runs/tests/hurt", "runs/tests/whole")
     assert "0.52" not in output
     code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
-    assert code == 2 and "damaged where `--repair` writes nothing:\n  result.json" in errors
+    assert code == 2 and "has damage that `--repair` cannot fix:\n  result.json" in errors
 
 
 @pytest.mark.parametrize("damage", ["another axis", "another rate", "missing", "longer"])
@@ -318,7 +321,7 @@ def test_a_recipe_that_was_edited_is_damaged(say: Say, damage: str) -> None:
         assert read_states(say)["hurt"] == "damaged", "sizes say so"
         code, output, _ = say("sweep", "recipes")
         assert code == 1 and "refuse  tests/hurt  damaged: recipe.json " in output
-    what = {"missing": "is missing", "longer": "has"}.get(damage, "holds other bytes")
+    what = {"missing": "is missing", "longer": "has"}.get(damage, "does not match its")
     for verb in (("report",), ("report", "--verify")):
         code, output, errors = say(*verb, "recipes", "--format", "csv")
         (line,) = [line for line in output.splitlines() if "hurt" in line]
@@ -329,7 +332,7 @@ def test_a_recipe_that_was_edited_is_damaged(say: Say, damage: str) -> None:
             assert code == 1 and "0.5" not in output and "is damaged: recipe.json" in errors
     assert f"recipe.json {what}" in say("why", "recipes/hurt.yaml")[1]
     code, _, errors = say("launch", "recipes/hurt.yaml", "--repair")
-    assert code == 2 and "recipe.json" in errors and "put the files back" in errors
+    assert code == 2 and "recipe.json" in errors and "restore the files" in errors
     if damage != "missing":
         code, _, errors = say("export", "runs/tests/hurt", "--output", "out")
         assert code == 2 and "is damaged: recipe.json " in errors
@@ -356,11 +359,11 @@ def test_a_result_that_is_lost_is_damage_and_trains_nothing(
     for verb in ("sweep", "rerun"):
         code, output, errors = say(verb, "recipes")
         assert code == 1 and "refuse  tests/hurt  damaged: result.json is missing" in output
-        assert "put the files back as they were" in errors and "--fresh" in errors
+        assert "restore the files from a copy of the run" in errors and "--fresh" in errors
     for option in ((), ("--prepare",), ("--resume", "latest"), ("--repair",)):
         code, output, errors = say("launch", "recipes/hurt.yaml", *option)
         assert code == 2 and "result.json is missing" in errors, option
-        assert "put the files back as they were" in errors and "Traceback" not in errors
+        assert "restore the files from a copy of the run" in errors and "Traceback" not in errors
     assert "damaged: result.json is missing" in say("why", "recipes/hurt.yaml")[1]
     for verb in (("report",), ("report", "--verify")):
         code, output, errors = say(*verb, "recipes", "--format", "csv")

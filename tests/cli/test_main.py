@@ -336,8 +336,10 @@ def test_status_says_what_to_do_once_for_each_kind(
     shown = capsys.readouterr()
     assert (
         "out_of_memory: CUDA out of memory" in shown.out
-        and "lost: the trainer vanished" in shown.out
+        and "lost: the training process died" in shown.out
     )
-    assert shown.err.count("hint: out_of_memory: `launch.retries.out_of_memory: 2`") == 1
-    assert "hint: lost: killed from outside" in shown.err and len(shown.err.splitlines()) == 2
-    assert "; `runner rerun runs/toy/c` goes on from the newest checkpoint" in shown.err
+    assert shown.err.count("hint: out_of_memory: set `launch.retries.out_of_memory: 2`") == 1
+    assert (
+        "hint: lost: it was killed from outside" in shown.err and len(shown.err.splitlines()) == 2
+    )
+    assert "; `runner rerun runs/toy/c` resumes from the newest checkpoint" in shown.err

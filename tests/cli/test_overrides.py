@@ -343,5 +343,5 @@ def test_overrides_that_make_two_cells_equal_are_refused(
     write_axes(fake, "b", "repetition: 2", 2)
     assert main(["sweep", "toy", "training.seed=5"]) == 2
     said = capsys.readouterr().err
-    assert "makes one experiment of recipes/toy/a.yaml and recipes/toy/b.yaml" in said
+    assert "makes recipes/toy/a.yaml and recipes/toy/b.yaml the same experiment" in said
     assert main(["sweep", "a", "training.seed=5"]) == 0

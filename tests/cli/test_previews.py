@@ -275,11 +275,11 @@ def test_a_model_that_is_gone_is_no_longer_taken_for_one_of_the_hub(
         main([*verb, str(recipe_path("a"))])
         captured = capsys.readouterr()
         assert "changed" in captured.out, verb
-        assert "content of models/toy: not there any more" in captured.out, verb
+        assert "content of models/toy: no longer there" in captured.out, verb
     assert main(["launch", str(recipe_path("a")), "--dry-run"]) == 2
     said = capsys.readouterr().err
     assert main(["launch", str(recipe_path("a"))]) == 2
-    assert capsys.readouterr().err == said and "not there any more" in said
+    assert capsys.readouterr().err == said and "no longer there" in said
     assert fake.started() == []
 
 
@@ -335,11 +335,11 @@ def test_a_checkpoint_of_a_run_that_is_not_launched_promises_nothing(
         main(["why", str(recipe_path("a")), "--json"])
         return [one["what"] for one in json.loads(capsys.readouterr().out)["checkpoints"]]
 
-    assert find_checkpoints() == ["whole; nothing would be started: the run is completed"]
+    assert find_checkpoints() == ["intact; nothing would be started: the run is completed"]
     flip_bit(DATA)
-    assert find_checkpoints() == ["whole; a launch would be refused: the run is changed"]
+    assert find_checkpoints() == ["intact; a launch would be refused: the run is changed"]
     flip_bit(fake.paths("a").checkpoint_dir(4) / "optimizer.pt")
-    assert find_checkpoints() == ["damaged: optimizer.pt holds other bytes than were committed"]
+    assert find_checkpoints() == ["damaged: optimizer.pt does not match its committed checksum"]
     DATA.unlink()
     main(["why", str(recipe_path("a"))])
     said = capsys.readouterr().out

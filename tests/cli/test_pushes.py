@@ -122,16 +122,16 @@ def test_a_repository_that_another_run_waits_for_is_refused_with_a_way_out(
     capsys.readouterr()
     assert main(["sweep", "recipes/toy/b.yaml"]) == 2
     err = capsys.readouterr().err
-    assert f"{run_dir} is to be pushed there, its last push failed" in err
+    assert f"{run_dir} will be pushed there too; its last push failed" in err
     assert "was pushed" not in err
     way_out = f"runner export {run_dir} --push OWNER/NAME"
-    assert f"`{way_out}` sends" in err
+    assert f"`{way_out}` pushes" in err
     words = way_out.replace("OWNER/NAME", "lab/other").split()
     assert finish(fake.start(*words[1:]))[0] == 0
     assert main(["sweep", "recipes/toy/b.yaml"]) == 0
     assert set(hub.repositories) == {"lab/a", "lab/other"}
     push_path = fake.paths("a").push_path
-    for state, said in (("pushed", "was pushed to lab/a"), ("pending", "is to be pushed to lab/a")):
+    for state, said in (("pushed", "was pushed to lab/a"), ("pending", "will be pushed to lab/a")):
         push_path.write_text(json.dumps({"state": state, "repo_id": "lab/a", "commit": "0"}))
         fake.paths("b").push_path.unlink(missing_ok=True)
         code, _, err = finish(fake.start("export", "runs/toy/b", "--push"))

@@ -107,7 +107,7 @@ def test_paths_of_two_projects_are_refused(
     assert hint in said("report", "recipes/toy", other / "recipes" / "toy")[2]
     empty = tmp_path_factory.mktemp("empty")
     code, _, err = said("report", empty)
-    assert code == 2 and "nor a run directory (a folder with a recipe.json)" in err
+    assert code == 2 and "nor run directories (folders with a recipe.json)" in err
     # What ran is compared by what the runs recorded.
     code, out, _ = said("report", "runs/toy", other / "runs" / "toy" / "a")
     assert code == 0 and out != ""

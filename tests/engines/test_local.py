@@ -332,13 +332,16 @@ def test_failures_do_not_stop_the_others(
     fake.add("c", told="fail data row 7 has no messages")
     assert main(["sweep", "recipes/toy"]) == 1
     stderr = capsys.readouterr().err
-    assert "toy/a failed, lost: the trainer vanished (exit status 3) without a word" in stderr
+    assert (
+        "toy/a failed, lost: the training process died (exit status 3) without an error message"
+        in stderr
+    )
     assert "| the fake was told to exit 3" in stderr
     assert f"log: {fake.paths('a').attempt(1).log_path.relative_to(fake.root)}" in stderr
     assert "toy/c failed, data: row 7 has no messages" in stderr
     assert fake.paths("a").attempt(1).log_path.read_text() == (
         "the fake was told to exit 3\nrunner: attempt 1 ended, lost:"
-        " the trainer vanished (exit status 3) without a word\n"
+        " the training process died (exit status 3) without an error message\n"
     )
     assert "[3/3]" in stderr
     assert list_states(fake, "a", "b", "c") == ["interrupted", "completed", "failed"]
@@ -371,7 +374,7 @@ def test_a_lasting_failure_is_named_and_skipped_until_it_is_asked_for(
     for name, kind in (("a", "configuration"), ("b", "data"), ("c", "diverged")):
         assert (
             f"skip    toy/{name}  failed: {kind}: because (would fail again; `--retry-failed`"
-            " tries all" in stdout
+            " tries anyway" in stdout
         )
     assert fake.started()[7:] == ["d", "e", "f", "g"]
     assert main(["sweep", "recipes/toy", "--retry-failed"]) == 0

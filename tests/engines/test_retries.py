@@ -38,10 +38,10 @@ def test_what_may_pass_is_tried_again_until_it_does(
     assert main(["sweep", "recipes/toy"]) == 0
     assert list_ends(fake, "a") == [(0, "transient"), (1, "transient"), (2, "lost"), (3, None)]
     stderr = capsys.readouterr().err
-    assert "toy/a  transient: stale; retry 1 of 3 at once" in stderr
+    assert "toy/a  transient: stale; retry 1 of 3 right away" in stderr
     assert (
-        "toy/a  lost: the trainer vanished (exit status 7) without a word; retry 1 of 1 at once"
-        in stderr
+        "toy/a  lost: the training process died (exit status 7) without an error message;"
+        " retry 1 of 1 right away" in stderr
     )
     assert "[1/1] toy/a  completed" in stderr and " failed" not in stderr
 
@@ -88,10 +88,7 @@ def test_preempted_runs_are_taken_up_free_of_charge(
     assert main(["sweep", "recipes/toy"]) == 0
     assert [kind for _, kind in list_ends(fake, "a")] == ["preempted"] * 7 + [None]
     stderr = capsys.readouterr().err
-    assert (
-        stderr.count("taken up again in 0.01 s") == 1
-        and stderr.count("taken up again at once") == 6
-    )
+    assert stderr.count("resumes in 0.01 s") == 1 and stderr.count("resumes right away") == 6
 
 
 def test_what_somebody_asked_to_leave_is_not_taken_up_again(fake: FakeLauncher) -> None:
@@ -140,7 +137,7 @@ def test_a_port_that_is_taken_is_tried_again_at_once(
     fake.add("a", told=f"{said}\nthen complete", retries="transient: 1, backoff_seconds: 500")
     assert main(["sweep", "recipes/toy"]) == 0
     assert list_ends(fake, "a") == [(0, "transient"), (1, None)]
-    assert "retry 1 of 1 at once" in capsys.readouterr().err
+    assert "retry 1 of 1 right away" in capsys.readouterr().err
 
 
 def test_a_launcher_that_fails_by_itself_is_not_a_trainer_that_vanished(fake: FakeLauncher) -> None:

@@ -58,7 +58,7 @@ def test_what_hangs_is_ended_with_its_stacks_and_tried_again(
     assert (
         "toy/a  no sign of life for" in stderr and "asking for the stacks of 2 processes" in stderr
     )
-    assert "toy/a  stalled: no sign of life" in stderr and "retry 1 of 1 at once" in stderr
+    assert "toy/a  stalled: no sign of life" in stderr and "retry 1 of 1 right away" in stderr
     assert find_processes_of(lambda owner: str(fake.root) in owner) == []
 
 
@@ -72,7 +72,7 @@ def test_a_hang_before_the_first_sign_fails_when_its_budget_is_spent(
     assert main(["status", "recipes/toy"]) == 0
     shown = capsys.readouterr()
     assert "failed" in shown.out and "stalled: no sign of life" in shown.out
-    assert "hint: stalled: the stacks in the log say what hung" in shown.err
+    assert "hint: stalled: the stacks in the log show what hung" in shown.err
 
 
 def test_a_process_that_cannot_answer_is_not_asked(fake: FakeLauncher) -> None:

@@ -58,7 +58,7 @@ def test_changed_data_is_refused_and_lost_data_too(
     # Now it could be an id on the hub.
     (fake.root / "models" / "toy").rename(fake.root / "models" / "moved")
     assert main(["launch", "recipes/toy/a.yaml"]) == 2
-    assert "content of models/toy: not there any more" in capsys.readouterr().err
+    assert "content of models/toy: no longer there" in capsys.readouterr().err
     assert len(fake.started()) == 1
 
 
@@ -122,7 +122,7 @@ def test_prepare_writes_the_run_and_its_command_works_when_pasted(
     [command] = capsys.readouterr().out.splitlines()
     recipe, contents, paths = load_toy(fake)
     status = read_status(read_facts(paths), recipe, contents)
-    assert (status.state, status.why) == ("pending", "prepared, to be started by hand")
+    assert (status.state, status.why) == ("pending", "prepared, waiting for a manual start")
     assert fake.events() == []
     subprocess.run(
         ["bash", "-c", command], env=fake.environment, stdin=subprocess.DEVNULL, check=True

@@ -119,12 +119,12 @@ def test_a_failed_push_fails_no_run_and_is_sent_again(
     assert main(["sweep", "recipes/toy"]) == 1
     err = capsys.readouterr().err
     assert "[1/1] toy/a  completed" in err
-    assert "toy/a is completed, and its push to lab/a failed: lab/a did not take it" in err
+    assert "toy/a is completed, and its push to lab/a failed: lab/a did not accept it" in err
     assert "401" in err and "hint: runner export runs/toy/a --push" in err
     assert "hf_not_known" not in err + json.dumps(read_push(fake, "a"))
     assert fake.attempts("a")[0]["failure"] is None
     out = read_notes(capsys)
-    assert "completed" in out and "push to lab/a failed: lab/a did not take it: " in out
+    assert "completed" in out and "push to lab/a failed: lab/a did not accept it: " in out
     if again[0] != "export":
         capsys.readouterr()
         assert main([*again, "--dry-run"] if again[0] != "rerun" else ["status"]) == 0
@@ -145,7 +145,7 @@ def test_a_launch_whose_push_fails_has_not_failed(
     hub.repositories["lab/a"] = Repository(is_private=False)
     assert main(["launch", "recipes/toy/a.yaml"]) == 0
     err = capsys.readouterr().err
-    assert "lab/a is public, and `tracking.hub_private` is true: nothing was pushed" in err
+    assert "lab/a is public, but `tracking.hub_private` is true: nothing was pushed" in err
     assert hub.repositories["lab/a"].files == {}
     set_push(fake, "a", "hub_model_id: lab/a, hub_push: end, hub_private: false")
     assert main(["launch", "recipes/toy/a.yaml"]) == 0  # its first attempt recorded another word
@@ -281,10 +281,10 @@ def test_a_hub_that_never_answers_keeps_nobody_waiting(
     child = [sys.executable, "-m", "runner.publish.push_child", "runs/toy/a", "4"]
     done = subprocess.run(child, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert hold.reached.is_set() and done.returncode == 1
-    assert done.stderr.endswith("error: the hub did not take it within 4 s\n")
+    assert done.stderr.endswith("error: the hub did not accept it within 4 s\n")
     push = read_push(fake, "a")
     assert push is not None
-    assert (push["state"], push["failure"]) == ("failed", "the hub did not take it within 4 s")
+    assert (push["state"], push["failure"]) == ("failed", "the hub did not accept it within 4 s")
 
 
 def test_a_run_that_was_moved_aside_leaves_the_new_one_alone(
@@ -315,8 +315,8 @@ def test_the_first_attempt_records_whether_a_run_is_pushed(
     capsys.readouterr()
     assert main(["sweep", "recipes/toy"]) == 0
     said = (
-        "note: toy/a: its first attempt recorded `hub_push: never`, which holds; the recipe says"
-        " `hub_push: end`, lab/a now"
+        "note: toy/a: its first attempt recorded `hub_push: never`, which still applies; the recipe"
+        " now says `hub_push: end`, lab/a"
     )
     assert said in capsys.readouterr().err
     stored = load_json(fake.paths("a").recipe_path)["recipe"]["tracking"]
@@ -356,7 +356,7 @@ def test_only_what_the_run_recorded_is_pushed(
     (model_dir / "config.json").write_text("[]")
     capsys.readouterr()
     assert main(["export", "runs/toy/a", "--push", "lab/b"]) == 2
-    assert "runs/toy/a is damaged: model/config.json holds other bytes" in capsys.readouterr().err
+    assert "runs/toy/a is damaged: model/config.json does not match its" in capsys.readouterr().err
     shutil.rmtree(model_dir)
     assert main(["export", "runs/toy/a", "--push", "lab/b"]) == 2
     assert "lab/b" not in hub.repositories
@@ -445,7 +445,7 @@ def test_two_runs_with_one_repository_are_refused_before_anything_starts(
     add(fake, "c")
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert "toy/a and toy/b have one `hub_model_id`, lab/one: each push would delete" in err
+    assert "toy/a and toy/b share one `hub_model_id`, lab/one: each push would delete" in err
     assert "toy/c" not in err.partition("error:")[2] and fake.events() == []
 
 

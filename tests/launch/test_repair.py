@@ -71,7 +71,7 @@ def test_a_trainer_that_leaves_damage_behind_has_failed(
     assert "is not the one that was recorded" in capsys.readouterr().err
     assert main(["why", "recipes/toy/a.yaml"]) == 0
     said = capsys.readouterr().out
-    assert "state       damaged: model/adapter_config.json holds other bytes" in said
+    assert "state       damaged: model/adapter_config.json does not match its" in said
     assert "failure     configuration: the export of step 2" in said
     assert main(["sweep", "recipes/toy"]) == 0, "a bit is not seen by sizes"
 
@@ -104,10 +104,10 @@ def test_a_best_checkpoint_that_does_not_verify_is_refused(
     BY_SIZE["cut"](archive)
     if what == "archive":
         shutil.rmtree(folder)
-        expected = "is not there any more, and "
+        expected = "no longer exists, and "
     else:
         BY_BYTES["bit flipped"](folder / "adapter_model.safetensors")
-        expected = "does not verify: adapter_model.safetensors holds other bytes"
+        expected = "does not verify: adapter_model.safetensors does not match its"
     if what == "folder":
         archive.unlink()
     kept = {path: path.read_bytes() for path in paths.run_dir.rglob("*") if path.is_file()}
@@ -124,8 +124,8 @@ def test_what_is_not_of_the_model_is_not_repaired(
     BY_SIZE["cut"](paths.metrics_path)
     assert main(REPAIR) == 2
     said = capsys.readouterr().err
-    assert "damaged where `--repair` writes nothing:\n  metrics.jsonl has" in said
-    assert "put the files back as they were" in said and "--fresh" in said
+    assert "has damage that `--repair` cannot fix:\n  metrics.jsonl has" in said
+    assert "restore the files from a copy of the run" in said and "--fresh" in said
 
 
 def test_a_file_that_is_not_of_the_run_has_to_go_first(

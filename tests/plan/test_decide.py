@@ -1,4 +1,4 @@
-"""What happens to a run in each state, and that the reason is said."""
+"""The decision for a run in each state, and its stated reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a command is about: files, folders, globs, run directories, narrowed down by axes."""
+"""The recipes that a command applies to: files, folders, globs, run directories, filtered
+by axes.
+"""
 
 from __future__ import annotations
 
@@ -183,7 +185,7 @@ def test_a_part_of_the_name_of_two_axes_is_not_guessed(fake: FakeLauncher) -> No
     fake.add("a")
     path = fake.root / "recipes" / "toy" / "a.yaml"
     path.write_text(path.read_text().replace("{size: 1}", "{data.seed: 1, training.seed: 1}"))
-    with pytest.raises(RunnerError, match="could be each of the axes data"):
+    with pytest.raises(RunnerError, match="could be any of the axes data"):
         names_of("recipes/toy", where=("seed=1",))
 
 

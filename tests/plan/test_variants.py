@@ -1,4 +1,4 @@
-"""What overrides make of a recipe: a run of another name, unless they change nothing."""
+"""Recipes under overrides: a run of another name, unless they change nothing."""
 
 from __future__ import annotations
 

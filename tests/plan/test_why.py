@@ -36,7 +36,7 @@ def why(fake: FakeLauncher, capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def value_of(lines: list[str], label: str) -> str:
-    """What stands behind a label, the lines that go on under it too."""
+    """The text after a label, including its continuation lines."""
     found, is_in = [], False
     for line in lines[1:]:
         is_in = line[2:14].strip() == label if line[2:14].strip() else is_in
@@ -110,7 +110,7 @@ def test_a_run_that_was_never_started(fake: FakeLauncher, why: Any) -> None:
     assert value_of(lines, "rerun").startswith("skip: pending") and value_of(
         lines, "sweep"
     ).startswith("launch")
-    assert value_of(lines, "rule") == "`run.json` holds no attempt that was started"
+    assert value_of(lines, "rule") == "`run.json` records no attempt that was started"
     assert value_of(lines, "lease") == "free"
 
 
@@ -129,10 +129,10 @@ def test_an_interrupted_run_goes_on_from_its_newest_whole_checkpoint(
         assert value_of(lines, "next") == "launch from step 4, 1 process"
         newest, older = value_of(lines, "checkpoint").splitlines()
         assert (
-            newest.startswith("step-8  damaged: optimizer.pt holds other bytes")
+            newest.startswith("step-8  damaged: optimizer.pt does not match its")
             and "would move it" in newest
         )
-        assert older == "step-4  whole; an attempt would resume from here"
+        assert older == "step-4  intact; an attempt would resume from here"
         assert value_of(lines, "quarantine") == "step-12.1"
         assert value_of(lines, "upload") == "step-4.zip has not reached remote storage"
         assert "killed together with its launcher" in value_of(lines, "state")
@@ -147,7 +147,7 @@ def test_a_launch_that_is_refused_names_the_field_of_the_marker(
     assert (
         value_of(lines, "differs") == "gradient_accumulation_steps: 4 -> 2\nnum_processes: 1 -> 2"
     )
-    assert "of another launch: gradient_accumulation_steps" in value_of(lines, "checkpoint")
+    assert "from a different launch: gradient_accumulation_steps" in value_of(lines, "checkpoint")
     assert value_of(why(RECIPE, "--num-processes", "3"), "next").startswith("refuse: ")
     assert value_of(why(RECIPE), "next") == "launch from step 4, 1 process"
 
@@ -155,14 +155,14 @@ def test_a_launch_that_is_refused_names_the_field_of_the_marker(
 def test_behind_a_damaged_checkpoint_the_older_one_is_refused_too(
     fake: FakeLauncher, why: Any
 ) -> None:
-    """What only a look at every byte tells: the trainer would refuse once it has started."""
+    """Only reading every byte shows that the training process would refuse once it has started."""
     paths = interrupted(fake, num_processes=2)
     interrupt(load_recipe(Path(RECIPE)), paths, step=8)
     assert value_of(why(RECIPE), "next") == "launch from step 8, 1 process"
     flip_bit(paths.checkpoint_dir(8) / "optimizer.pt")
     assert value_of(why(RECIPE), "next") == (
-        "refuse: the checkpoint of step 4 cannot be continued exactly, something changed since:\n"
-        "  num_processes: 2 -> 1"
+        "refuse: the checkpoint of step 4 cannot be continued exactly, because these changed"
+        " since:\n  num_processes: 2 -> 1"
     )
     known = json.loads("\n".join(why(RECIPE, "--json")))
     assert (known["next"], known["start_step"]) == ("refuse", None)
@@ -193,7 +193,7 @@ def test_a_changed_recipe_file_and_a_missing_one(fake: FakeLauncher, why: Any) -
     ) and "content of data.jsonl" in value_of(lines, "differs")
     Path("data.jsonl").unlink()
     lines = why(RECIPE)
-    assert value_of(lines, "next") == "refuse: files that the recipe names are not there"
+    assert value_of(lines, "next") == "refuse: files that the recipe names are missing"
     assert value_of(lines, "missing") == "data.train.path: data.jsonl"
 
 
@@ -202,18 +202,18 @@ def test_a_run_that_is_refused_is_not_said_to_go_on(
 ) -> None:
     end_with(interrupted(fake), "preempted", "left at step 4, which is saved")
     hint = value_of(why(RECIPE), "hint")
-    assert hint == "`runner rerun runs/toy/a` goes on from the newest checkpoint"
+    assert hint == "`runner rerun runs/toy/a` resumes from the newest checkpoint"
     assert main(["rerun", "runs/toy/a", "--dry-run"]) == 0
     assert "launch  toy/a  interrupted" in capsys.readouterr().out
     Path("data.jsonl").write_text("{}\n{}\n")
     lines = why(RECIPE)
     assert value_of(lines, "failure").startswith("preempted")
-    assert "goes on from the newest" not in "\n".join(lines)
+    assert "resumes from the newest" not in "\n".join(lines)
     text = Path(RECIPE).read_text()
     Path(RECIPE).write_text(text.replace("seed: 1", "seed: 2"))
     assert main(["status", RECIPE]) == 0
     told = capsys.readouterr()
-    assert "changed" in told.out and "goes on from the newest" not in told.err
+    assert "changed" in told.out and "resumes from the newest" not in told.err
 
 
 def test_a_library_of_another_version_is_told(fake: FakeLauncher, why: Any) -> None:
@@ -269,14 +269,12 @@ def test_a_running_run_is_told_with_its_process_and_a_completed_one_by_its_resul
     ) and f"held by {process.pid}  " in value_of(lines, "lease")
     assert f"held by {os.getpid()} " not in value_of(lines, "lease")
     write_json_atomic(fake.paths("a").stop_path, {"attempt": 1, "why": "dinner"})
-    assert "asked to leave: dinner" in value_of(why(RECIPE), "lease")
+    assert "asked to stop: dinner" in value_of(why(RECIPE), "lease")
     fake.let_go("a")
     assert process.wait() == 0
     lines = why(RECIPE)
     assert value_of(lines, "next") == "skip: completed: stopped by max_steps"
-    assert (
-        "`result.json` is there" in value_of(lines, "rule") and value_of(lines, "lease") == "free"
-    )
+    assert "`result.json` exists" in value_of(lines, "rule") and value_of(lines, "lease") == "free"
 
 
 def test_overrides_and_names_lead_to_the_same_run_as_for_launch(
@@ -298,7 +296,7 @@ def test_json_for_scripts(fake: FakeLauncher, why: Any) -> None:
         "interrupted",
     )
     assert known["checkpoints"] == [
-        {"name": "step-4", "is_next": True, "what": "whole; an attempt would resume from here"}
+        {"name": "step-4", "is_next": True, "what": "intact; an attempt would resume from here"}
     ]
     assert {verb: decision["action"] for verb, decision in known["decisions"].items()} == {
         "sweep": "launch",

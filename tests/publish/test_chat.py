@@ -53,7 +53,7 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def read_until(self, pattern: re.Pattern[bytes]) -> str:
-        """What was shown since the last call, up to where its end matches."""
+        """The text shown since the last call, up to a matching end."""
         shown, deadline = b"", time.monotonic() + DEADLINE_SECONDS
         while not pattern.search(shown):
             assert select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))[

@@ -86,7 +86,7 @@ def test_other_weights_do_not_stay_beside_new_ones(hub: FakeHub, folder: Path) -
 def test_a_public_repository_is_not_taken_for_a_private_one(hub: FakeHub, folder: Path) -> None:
     hub.repositories["lab/model"] = Repository(is_private=False)
     done = push(hub, folder)
-    assert "PushError: lab/model is public, and `tracking.hub_private` is true" in done.stderr
+    assert "PushError: lab/model is public, but `tracking.hub_private` is true" in done.stderr
     assert hub.repositories["lab/model"].files == {}
     assert push(hub, folder, "public").returncode == 0
 

@@ -1,5 +1,5 @@
-"""Which weights of a run are used: those of a completed run, or a checkpoint's; everything else is
-refused in words.
+"""The weights that are used: those of a completed run, or of a checkpoint; everything else is
+refused with a message.
 """
 
 from __future__ import annotations

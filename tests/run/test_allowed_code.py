@@ -1,4 +1,4 @@
-"""What was allowed to run: by content, in one folder, and nothing else."""
+"""Code that is allowed to run: by content, in one folder, and nothing else."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_a_killed_writer_leaves_no_entry_and_no_lock(folder: Path) -> None:
 
 
 def test_what_another_machine_left_goes_when_it_is_old(folder: Path) -> None:
-    """Where locks do not reach from one machine to another, its writer may be alive."""
+    """If locks do not work between machines, the writer may still be alive."""
     folder.parent.mkdir()
     leftover = folder.with_name(f".{NAME}.00000000-0123abcd.tmp")
     leftover.mkdir()

@@ -69,7 +69,7 @@ def paths(fake: FakeLauncher) -> RunPaths:
 
 
 def count_opens(paths: RunPaths, *arguments: str) -> Counter[str]:
-    """How often a command opened each file of the run, but for what is in a checkpoint."""
+    """The number of times a command opened each file of the run, except those in a checkpoint."""
     told_path = paths.run_dir.parent / "opened.json"
     done = subprocess.run(
         [sys.executable, "-c", COUNTING, str(told_path), *arguments],

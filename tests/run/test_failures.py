@@ -1,4 +1,4 @@
-"""What an exception, the records of several ranks, or a log alone say of a failure."""
+"""The failure derived from an exception, from the records of several ranks, or from a log alone."""
 
 from __future__ import annotations
 

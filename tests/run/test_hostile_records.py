@@ -178,11 +178,11 @@ def test_a_hostile_run_directory_is_answered_in_words(place: Place, name: str) -
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("tuned.test.nll_sum", -1.0, "-1.0: a sum of negative log-likelihoods is a finite number"),
+        ("tuned.test.nll_sum", -1.0, "-1.0: a sum of negative log-likelihoods must be finite"),
         ("base.test.completion_nll_sum", float("nan"), "nan: a sum of negative log-likelihoods"),
         ("tuned.test.num_completion_tokens", 10**6, "1000000, more than the"),
         ("tuned.test.num_rows", 0, "greater than or equal to 1"),
-        ("best_metric", float("inf"), "inf: a score is a finite number"),
+        ("best_metric", float("inf"), "inf: a score must be a finite number"),
         ("best_step", 10**6, "best_step is 1000000, after the last of"),
         ("num_trained_tokens", -5, "greater than or equal to 0"),
         ("initial_weights_hash", "x", "String should match pattern"),

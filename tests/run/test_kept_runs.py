@@ -142,8 +142,8 @@ def test_the_report_says_what_it_said(
 
 
 def select_numbers(said: str) -> str:
-    """What a report says of each run; effects are in tests/report. Rules, and the digest that holds
-    them, are told by other tests.
+    """A report's numbers for each run; effects are in tests/report. Other tests cover rules, and
+    the digest that holds them.
     """
     content = json.loads(said)
     rows = [
@@ -161,7 +161,7 @@ def test_runs_of_rules_1_stay_completed_and_what_has_a_checkpoint_is_changed(
     now: list[Any] = json.loads(capsys.readouterr().out)
     lines = [f"{one['grid']}/{one['name']}  {one['state']}: {one['why']}\n" for one in now]
     compare("rules_1.txt", "".join(lines))
-    line = "rules of rows and masks: 1 -> 2 (only a runner of rules 1 can continue it)"
+    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can continue it)"
     before = json.loads((GOLDEN / "status.json").read_text())
     for one, other in zip(now, before, strict=True):
         paths = RunPaths(Path(one["run_dir"]))
@@ -183,7 +183,7 @@ def test_the_report_of_completed_runs_of_rules_1_is_the_same(
 def test_a_sweep_tells_once_what_rules_1_change_and_fresh_moves_it(
     as_written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = "rules of rows and masks: 1 -> 2 (only a runner of rules 1 can continue it)"
+    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can continue it)"
     assert main(["sweep", "recipes/states", "--dry-run"]) == 2
     assert "recipe missing_data names files that are not there" in capsys.readouterr().err
     Path("data/gone.jsonl").write_text("{}\n")
@@ -201,11 +201,11 @@ def test_nothing_of_a_run_of_rules_1_is_continued_and_why_and_launch_say_so_in_t
     as_written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
-    line = "rules of rows and masks: 1 -> 2 (only a runner of rules 1 can continue it)"
+    line = "rules of rows and masks: 1 -> 2 (only a runner with rules 1 can continue it)"
     assert main(["why", "recipes/states/killed.yaml"]) == 0
     said = capsys.readouterr().out
     assert f"next        refuse: changed: the runner changed since the run was made: {line}" in said
-    assert "whole, but of another launch: recipe_digest: " in said
+    assert "intact, but from a different launch: recipe_digest: " in said
     assert main(["launch", "recipes/states/killed.yaml"]) == 2
     said = capsys.readouterr().err
     assert line in said and "hint: runner launch recipes/states/killed.yaml --fresh" in said

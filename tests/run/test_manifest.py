@@ -119,7 +119,7 @@ def test_a_name_that_leads_elsewhere_is_refused(paths: RunPaths, name: str) -> N
     content = load_json(paths.result_path)
     content["files"][name] = {"size": 1, "sha256": "0" * 64}
     write_json_atomic(paths.result_path, content)
-    with pytest.raises(CorruptFileError, match="leads out of the run directory"):
+    with pytest.raises(CorruptFileError, match="is outside the run directory"):
         load_result(paths)
     with pytest.raises(ValidationError):
         TrainResult.model_validate(content)

@@ -107,7 +107,7 @@ def test_a_rank_that_comes_late_touches_nothing(paths: RunPaths) -> None:
         stdout, stderr = late.communicate(timeout=PATIENCE_SECONDS)
     newer.close()
     assert (late.returncode, stdout) == (1, "")
-    assert "`runner launch` is gone, or the locks of this file system do not reach" in stderr
+    assert "`runner launch` has ended, or this file system does not share locks" in stderr
     assert sorted(
         str(path.relative_to(paths.run_dir)) for path in paths.run_dir.rglob("*") if path.is_file()
     ) == [

@@ -114,7 +114,10 @@ def test_pending(empty: Run) -> None:
 
 def test_pending_when_prepared(run: Run) -> None:
     run.paths.attempt(run.attempt().number).log_path.unlink()
-    assert (run.status().state, run.status().why) == ("pending", "prepared, to be started by hand")
+    assert (run.status().state, run.status().why) == (
+        "pending",
+        "prepared, waiting for a manual start",
+    )
 
 
 def test_running_while_the_lease_is_held_whatever_else_is_there(run: Run) -> None:
@@ -282,7 +285,7 @@ def test_changed_when_result_and_recipe_are_of_two_experiments(run: Run) -> None
     assert run.status().state == "changed" and "e" * 12 in run.status().why
     run.result()
     run.paths.recipe_path.unlink()
-    assert run.status().state == "changed" and "lost" in run.status().why
+    assert run.status().state == "changed" and "missing" in run.status().why
 
 
 def put_checkpoint(run: Run) -> None:
@@ -322,8 +325,8 @@ def test_a_checkpoint_of_other_rules_is_not_continued(
         ended_at_utc="2026-01-01T00:00:05+00:00", failure=Failure(kind=kind, message="because")
     )
     line = (
-        f"rules of rows and masks: {rules} -> {RULES} (only a runner of rules {rules} can continue"
-        " it)"
+        f"rules of rows and masks: {rules} -> {RULES} (only a runner with rules {rules} can"
+        " continue it)"
     )
     status = run.status()
     assert (status.state, status.differences) == ("changed", (line,))
@@ -359,7 +362,7 @@ def test_a_digest_that_no_key_explains_is_told_in_the_same_words_everywhere(run:
     put_checkpoint(run)
     status = run.status()
     line = (
-        f"recipe_digest: {'e' * 12} -> {digest[:12]}, and no key differs: recipe.json was changed"
+        f"recipe_digest: {'e' * 12} -> {digest[:12]}, but no key differs: recipe.json was changed"
         " by hand, or another version of the runner wrote it"
     )
     assert (status.state, status.differences) == ("changed", (line,))

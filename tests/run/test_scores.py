@@ -95,7 +95,7 @@ def test_rows_that_are_missing_double_or_of_one_model_are_seen() -> None:
     lines = find_score_contradictions(result, rows[:-1])
     assert lines == [
         "tuned: num_rows is 10 in result.json, eval_rows.jsonl has 9",
-        "base and tuned: eval_rows.jsonl holds other rows of the one than of the other",
+        "base and tuned: eval_rows.jsonl has different rows for the two models",
     ]
     assert find_score_contradictions(result, []) == [
         "base: num_rows is 10 in result.json, eval_rows.jsonl has 0",
@@ -103,8 +103,8 @@ def test_rows_that_are_missing_double_or_of_one_model_are_seen() -> None:
     ]
     double = [*rows[:9], rows[0], *rows[10:]]
     assert find_score_contradictions(make_result(double), double) == [
-        "base: a row stands twice in eval_rows.jsonl",
-        "base and tuned: eval_rows.jsonl holds other rows of the one than of the other",
+        "base: eval_rows.jsonl has a row twice",
+        "base and tuned: eval_rows.jsonl has different rows for the two models",
     ]
     without = result.model_copy(update={"base": {}})
     assert find_score_contradictions(without, rows) == [
@@ -125,20 +125,20 @@ def test_what_an_older_run_did_not_record_is_no_contradiction() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("nll_sum", -1.0, "nll_sum is -1.0, and a sum of"),
-        ("nll_sum", math.nan, "nll_sum is nan, and"),
-        ("completion_nll_sum", math.inf, "completion_nll_sum is inf, and"),
-        ("completion_nll_sum", "1", "completion_nll_sum is '1', and"),
-        ("completion_nll_sum", True, "completion_nll_sum is True, and"),
-        ("completion_nll_sum", None, "completion_nll_sum is None, and"),
-        ("template_nll_sum", -1e-9, "template_nll_sum is -1e-09, and"),
+        ("nll_sum", -1.0, "nll_sum is -1.0, but a sum of"),
+        ("nll_sum", math.nan, "nll_sum is nan, but"),
+        ("completion_nll_sum", math.inf, "completion_nll_sum is inf, but"),
+        ("completion_nll_sum", "1", "completion_nll_sum is '1', but"),
+        ("completion_nll_sum", True, "completion_nll_sum is True, but"),
+        ("completion_nll_sum", None, "completion_nll_sum is None, but"),
+        ("template_nll_sum", -1e-9, "template_nll_sum is -1e-09, but"),
         ("template_nll_sum", 0.5, "template_nll_sum is 0.5, more than the 0.3 of completion"),
         ("completion_nll_sum", 0.8, "completion_nll_sum is 0.8, more than the 0.7 of nll_sum"),
-        ("num_tokens", -1, "num_tokens is -1, and a count"),
-        ("num_tokens", 9.0, "num_tokens is 9.0, and a count"),
+        ("num_tokens", -1, "num_tokens is -1, but a count"),
+        ("num_tokens", 9.0, "num_tokens is 9.0, but a count"),
         ("num_completion_tokens", 10, "num_completion_tokens is 10, more than the 9 of num_tokens"),
-        ("model", "other", "it is not of the base or the tuned model"),
-        ("row_id", None, "it is not of the base or the tuned model, or has no row_id"),
+        ("model", "other", "its model is neither base nor tuned"),
+        ("row_id", None, "its model is neither base nor tuned, or it has no row_id"),
     ],
 )
 def test_rows_that_cannot_be_are_named(name: str, value: Any, said: str) -> None:

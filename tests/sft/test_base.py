@@ -262,7 +262,7 @@ def test_the_report_of_either_run_names_both(
         for form in ("md", "json"):
             assert main(["report", str(recipe), "--format", form]) == 0
             said = capsys.readouterr().out
-            assert "tests/a, attempt 1 had kept" in said and "by tests/b, attempt 1" in said
+            assert "kept by tests/a, attempt 1 differ" in said and "tests/b, attempt 1" in said
 
 
 def sign_again(entry: Path) -> None:

@@ -41,7 +41,7 @@ def list_ends(project: Project, name: str) -> list[tuple[int, int, str | None]]:
 
 
 def test_out_of_memory_ends_with_the_bytes_of_a_smaller_micro_batch(project: Project) -> None:
-    """And a lost connection after it goes on from the newest checkpoint, in the smaller
+    """And a lost connection after it resumes from the newest checkpoint, in the smaller
     micro-batch.
     """
     project.add_model()
@@ -73,7 +73,7 @@ def test_out_of_memory_ends_with_the_bytes_of_a_smaller_micro_batch(project: Pro
         (2, 2, None),
     ]
     assert sorted(path.name for path in paths.quarantine_dir.iterdir()) == ["step-2.1"]
-    assert "before the run went out of memory" in paths.attempt(2).log_path.read_text()
+    assert "before the run ran out of memory" in paths.attempt(2).log_path.read_text()
     assert "resuming from step 4" in read_log(paths)
     assert_same_outputs(paths, reference)
     status = project.cli("status", str(paths.run_dir), "--json")

@@ -48,7 +48,7 @@ def following(fake: FakeLauncher, *arguments: str) -> Iterator[subprocess.Popen[
 
 
 def read_until(stream: object, text: str) -> str:
-    """What a process prints until it has printed a text."""
+    """The output of a process until it has printed a text."""
     descriptor, found = stream.fileno(), ""  # type: ignore[attr-defined]
     while text not in found:
         assert select.select([descriptor], [], [], PATIENCE_SECONDS)[0], found
@@ -101,7 +101,7 @@ def test_attempts_go_by_their_numbers(fake: FakeLauncher) -> None:
     assert re.findall(r"attempts/(\d)/log.txt", followed) == ["1", "4"]
     refused = print_logs(fake, "runs/toy/a", "--attempt", "2")
     assert refused.returncode == 2
-    assert b"toy/a has 2 attempts, there is no attempt 2" in refused.stderr
+    assert b"toy/a has 2 attempts; there is no attempt 2" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_attempts_go_by_their_numbers(fake: FakeLauncher) -> None:
             ["recipes/toy/new.yaml"],
             ["toy/new has no attempt yet", "hint: runner launch recipes/toy/new.yaml"],
         ),
-        (["runs/toy/a", "--attempt", "2"], ["toy/a has 1 attempts, there is no attempt 2"]),
+        (["runs/toy/a", "--attempt", "2"], ["toy/a has 1 attempts; there is no attempt 2"]),
         (
             ["recipes/toy"],
             [
@@ -207,10 +207,10 @@ def test_following_says_that_another_attempt_is_due(fake: FakeLauncher) -> None:
     sweep = fake.start("sweep", "recipes/toy")
     read_until(sweep.stderr, "retry 1 of 1")
     with following(fake, "runs/toy/a") as logs:
-        told = read_until(logs.stderr, "Ctrl-C leaves")
+        told = read_until(logs.stderr, "Ctrl-C quits")
         assert (
-            "attempt 1 ended, transient: the network; retry 1 of 1 in 600 s, while its sweep lives"
-            in told
+            "attempt 1 ended, transient: the network; retry 1 of 1 in 600 s, if its sweep is still"
+            " running; Ctrl-C quits" in told
         )
         logs.send_signal(signal.SIGINT)
         assert finish(logs)[0] == 0
@@ -224,7 +224,8 @@ def test_following_says_that_another_attempt_is_due(fake: FakeLauncher) -> None:
         ("fail data no rows", "==> attempt 1 ended, data: no rows <=="),
         (
             "exit 3",
-            "==> attempt 1 ended, lost: the trainer vanished (exit status 3) without a word <==",
+            "==> attempt 1 ended, lost: the training process died (exit status 3)"
+            " without an error message <==",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the live view says in numbers: speeds, time left, curves, texts that are safe to print."""
+"""The numbers of the live view: speeds, time left, curves, texts that are safe to print."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_another_model_tells_nothing() -> None:
     assert left.clock_seconds is None
     assert (
         describe_time_left(left, 1)
-        == "time left unknown: nothing is known yet of the speed of models/other"
+        == "time left unknown: the speed of models/other is not known yet"
     )
 
 
@@ -86,7 +86,9 @@ def test_steps_come_from_the_recipe_until_the_run_says_them() -> None:
     unknown = make_view("pending", {})
     unknown = type(unknown)(unknown.recipe.model_copy(update={"data": data}), unknown.status)
     assert count_steps_left(unknown) is None
-    assert "does not say how many steps" in describe_time_left(estimate_time_left([unknown]), 1)
+    assert "does not state its number of steps" in describe_time_left(
+        estimate_time_left([unknown]), 1
+    )
 
 
 def test_what_is_at_rest_takes_no_time() -> None:

@@ -41,7 +41,9 @@ def a_sweep() -> list[RunView]:
     """Twelve runs of which each stands elsewhere."""
     done = {"step": 12, "max_steps": 12, "seconds": 66.0}
     oom = make_failure("out_of_memory", "CUDA out of memory. Tried to allocate 2.50 GiB")
-    lost = make_failure("lost", "the trainer vanished (exit status -9) without a word")
+    lost = make_failure(
+        "lost", "the training process died (exit status -9) without an error message"
+    )
     log = "runs/demo/gemma_full_60/attempts/2/log.txt"
     return [
         *(make_view("completed", cell(number), **done) for number in range(2)),
@@ -60,7 +62,7 @@ def a_sweep() -> list[RunView]:
             "failed",
             cell(6),
             **lost,
-            retry="retry 1 of 3 in 20 s, while its sweep lives",
+            retry="retry 1 of 3 in 20 s, if its sweep is still running",
             log_path="runs/demo/llama_full_60/attempts/1/log.txt",
         ),
         make_view("interrupted", cell(7), step=4, max_steps=12),

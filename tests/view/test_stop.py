@@ -24,7 +24,7 @@ def test_a_running_run_is_asked_and_the_sweep_goes_on_with_the_others(
     write_json_atomic(fake.paths("a").attempt(1).progress_path, progress)
     assert main(["stop", "recipes/toy"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("toy/a  asked attempt 1 to checkpoint and leave (training, step 1/2, on ")
+    assert out.startswith("toy/a  asked attempt 1 to checkpoint and stop (training, step 1/2, on ")
     assert "1 run is not running" in err
     code, _, stderr = finish(sweep)
     assert code == 1 and "toy/a left, preempted: asked by `runner stop`: left at step 1" in stderr
@@ -61,7 +61,7 @@ def test_nothing_to_stop_is_said_and_nothing_is_written(
     assert main(["stop", "recipes/toy"]) == 0
     assert (
         "nothing to stop: 2 runs are not running; a sweep that is only about to start runs is not"
-        " asked: Ctrl-C stops it where it runs\n"
+        " asked: press Ctrl-C in its terminal to stop it\n"
     ) in capsys.readouterr().err
     assert main(["stop", "recipes/toy/a.yaml"]) == 0
     assert capsys.readouterr().err == "nothing to stop: 1 run is not running\n", "it is done"
@@ -80,7 +80,10 @@ def test_what_is_only_just_being_started_is_not_asked_in_vain(
     lease = take_lease(paths)
     assert lease is not None
     assert main(["stop", "recipes/toy"]) == 1
-    assert "toy/a  is just ending or being started: ask again" in capsys.readouterr().out
+    assert (
+        "toy/a  is starting or finishing; run `runner stop` again in a few seconds"
+        in capsys.readouterr().out
+    )
     lease.close()
     assert not paths.stop_path.exists()
 
@@ -94,6 +97,6 @@ def test_a_run_that_waits_for_its_retry_is_not_tried_again(
     while "retry 1 of 1 in 500 s" not in (line := sweep.stderr.readline()):
         assert line, "the sweep ended without a retry"
     assert main(["stop", "recipes/toy"]) == 0
-    assert "its sweep, if it lives, does not try it again" in capsys.readouterr().out
+    assert "its sweep, if still running, will not retry it" in capsys.readouterr().out
     assert finish(sweep)[0] == 1
     assert fake.started() == ["a"]

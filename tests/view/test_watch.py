@@ -41,7 +41,7 @@ class Terminal:
     written: bytes = b""
 
     def screen(self) -> str:
-        """What was drawn last, from the top left corner on."""
+        """The last drawn screen, from the top left corner on."""
         return CONTROLS.sub(b"", self.written.rpartition(b"\x1b[H")[2]).decode(errors="replace")
 
     def read_until(self, is_seen: Callable[[], bool]) -> None:
@@ -137,7 +137,7 @@ def test_it_follows_a_sweep_and_leaves_the_terminal_as_it_was(fake: FakeLauncher
 
 
 def after(written: bytes, mark: bytes) -> str:
-    """What was written after the last mark; empty where there is none."""
+    """The text written after the last mark; empty if there is none."""
     return (
         CONTROLS.sub(b"", written.rpartition(mark)[2]).decode(errors="replace")
         if mark in written

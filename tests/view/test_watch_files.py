@@ -1,4 +1,4 @@
-"""What the live view reads is what `runner status` derives, after any change, and little is read
+"""The live view shows the same as `runner status` derives, after any change, and reads little
 twice.
 """
 
@@ -142,7 +142,7 @@ def test_a_long_phase_grows_while_no_file_changes(
     write_json_atomic(files.progress_path, training.model_dump())
     assert re.fullmatch(r"saving, \d+ s, step 1/2", display._describe(files, 40.0)[0])
     assert main(["stop", "recipes/toy"]) == 0
-    assert re.search(r"leave \(saving, \d+ s, step 1/2, on ", capsys.readouterr().out)
+    assert re.search(r"stop \(saving, \d+ s, step 1/2, on ", capsys.readouterr().out)
     fake.let_go("a")
     assert finish(sweep)[0] == 0
 
@@ -156,7 +156,7 @@ def test_a_failed_run_that_its_sweep_tries_again_is_said_to_wait(fake: FakeLaunc
     waiting, failed = build_views(RunsReader(select(fake), content_cache_path(Path("runs"))).read())
     assert (waiting.state, waiting.retry) == (
         "waiting",
-        "retry 1 of 2 in 10 s, while its sweep lives",
+        "retry 1 of 2 in 10 s, if its sweep is still running",
     )
     assert (failed.state, failed.retry) == ("failed", None)
     assert failed.hint == HINTS["data"]
