@@ -172,7 +172,7 @@ def test_the_second_run_takes_what_the_first_has_computed(
 
 def test_own_neither_reads_nor_writes(place: Place) -> None:
     place.obtain("a", base="own")
-    assert not place.root.exists() and place.source("a").why == "`--own-base` asks for it"
+    assert not place.root.exists() and place.source("a").why == "`--own-base` was given"
     place.obtain("b")
     place.obtain("c", base="own")
     assert place.computed == ["a", "b", "c"]
@@ -451,7 +451,7 @@ def test_and_scores_itself_when_that_takes_too_long(place: Place) -> None:
     entry.rename(entry.with_name(".hidden"))
     with hold_entry(entry, lambda: False):
         assert place.obtain("b", wait_seconds=0.3) == make_scores()
-    assert place.computed == ["a", "b"] and "has been at it" in str(place.source("b").why)
+    assert place.computed == ["a", "b"] and "has been computing it" in str(place.source("b").why)
     assert place.entries == [], "without the lock nothing is written"
 
 
@@ -470,7 +470,7 @@ def test_what_a_model_keeps_is_not_shared(place: Place) -> None:
             compute=compute,
             score_again=lambda scores=scores: scores.test[5:],
         )
-    assert "longest_text is another one" in str(place.source("a").why)
+    assert "longest_text has changed" in str(place.source("a").why)
     assert len(place.computed) == 2 and place.entries == []
 
 
