@@ -215,7 +215,7 @@ BAD_CODE = {
     "chance": (
         "rows.py",
         ROWS.replace('row["q"]', 'row["q"] + str(random.random())') + "import random\n",
-        "data.jsonl line 1: rows.py:build returned other messages when it was asked again",
+        "data.jsonl line 1: rows.py:build returned other messages when it was called again",
     ),
     "an unnamed file": (
         "rows.py",

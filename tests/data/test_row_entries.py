@@ -227,7 +227,7 @@ def test_an_entry_has_its_rows_from_nowhere_else(entry: Path, tmp_path: Path, na
     manifest["files"][name] = manifest["files"]["train-00000.arrow"]
     write_json_atomic(entry / "rows.json", rows)
     write_json_atomic(entry / "manifest.json", manifest)
-    with pytest.raises(CorruptFileError, match="is no file of its manifest"):
+    with pytest.raises(CorruptFileError, match="is not listed in its manifest"):
         load_entry(entry)
 
 

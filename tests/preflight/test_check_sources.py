@@ -90,7 +90,7 @@ BAD: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "a key twice": (
         "train: {path: twice.jsonl}",
-        ("twice.jsonl line 2: the key `content` stands twice in one object",),
+        ("twice.jsonl line 2: the key `content` appears twice in one object",),
     ),
     "several lists": (
         "train: {path: lists.json}",

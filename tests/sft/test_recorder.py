@@ -117,7 +117,9 @@ def test_a_resume_compares_the_rows_of_each_split_and_names_what_differs(project
         assert str(path) in refused.value.message and "--fresh" in str(refused.value.hint)
         assert path.read_bytes() == before
     full = open_context(project, "loss=full")
-    with pytest.raises(DataError, match="train: differs in mask_hash\n  validation: differs in mask_hash"):
+    with pytest.raises(
+        DataError, match="train: differs in mask_hash\n  validation: differs in mask_hash"
+    ):
         Recorder(full, ours).require_same_samples()
 
 

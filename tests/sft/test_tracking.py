@@ -204,7 +204,8 @@ def test_a_tracker_that_fails_does_not_stop_training(
     assert len(FlakyTracker.told) == told, "given up after three failures in a row"
     assert len(read_scalars(context.paths.tensorboard_dir)["train/loss"]) == 12
     assert (
-        "warning: the tracker dvclive failed at on_log, training continues" in capsys.readouterr().out
+        "warning: the tracker dvclive failed at on_log, training continues"
+        in capsys.readouterr().out
     )
 
 

@@ -28,7 +28,7 @@ _COLUMN_PAIRS: Final = (
     ("question", "response"),
     ("input", "output"),
 )
-# Columns that belong to the prompt where a row has them, and where they stand in it.
+# Columns that belong to the prompt if a row has them, before and after its main column.
 _BEFORE: Final = ("context",)
 _AFTER: Final = ("input",)
 _SYSTEM: Final = ("system", "system_prompt")
@@ -97,7 +97,7 @@ class PromptCompletionTask(PromptTask):
 
 
 def _recognise_more(found: Recognised, row: Mapping[str, Any]) -> Recognised:
-    """The section with a prompt of several columns, and a system text, where the row has them."""
+    """The section, with a prompt of several columns and a system text if the row has them."""
     column = found.columns[0]
     before = [name for name in _BEFORE if name in row and name not in found.columns]
     after = [name for name in _AFTER if name in row and name not in found.columns]
