@@ -538,7 +538,7 @@ def _prove(skeleton: Skeleton, messages: Messages, text: str) -> list[Interval]:
     """The characters of each turn's content, in printed order, if `text` is exactly the skeleton
     and the contents laid end to end.
 
-    Raises: MaskError, naming the first place where it is not.
+    Raises: MaskError, naming the first place that differs.
     """
     contents: list[Interval] = []
     position = 0

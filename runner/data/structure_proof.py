@@ -382,7 +382,7 @@ class _Places:
                 raise self._refuse_unprinted(index, f"the {tag} in the `content`")
 
     def _refuse_unprinted(self, index: int, what: str) -> UnprintedError:
-        hint = f"{_OTHER_TEMPLATE}, or take it out of the rows"
+        hint = f"{_OTHER_TEMPLATE}, or remove it from the rows"
         if what in _IGNORABLE:
             hint = f"{_OTHER_TEMPLATE}, or leave it out: `data.ignore: [{_IGNORABLE[what]}]`"
         if index < len(self._chat) - 1 and self._prints_alone(index):
@@ -416,7 +416,7 @@ class _Places:
                 raise UnprintedError(
                     f"the chat template does not print {leaf.what} of"
                     f" {describe(self._chat, index)}",
-                    hint=f"{_OTHER_TEMPLATE}, or take it out of the rows",
+                    hint=f"{_OTHER_TEMPLATE}, or remove it from the rows",
                 )
 
     def require_order(self) -> None:

@@ -114,8 +114,8 @@ def explain_own_base(
         return f"`training.{compiled[0]}`: the compiled code depends on earlier computations"
     if recipe.list_python_files() and (names := list_editable()):
         return (
-            f"its Python functions may import {', '.join(names)}, which is an editable install:"
-            " its code can change under the same version"
+            f"its Python functions may import editable installs ({', '.join(names)}), whose code"
+            " can change under the same version"
         )
     if recipe.adapter.method == "none":
         return None

@@ -63,7 +63,7 @@ def score_rows(
     """The score of every row, in the order of `rows`, on every rank. `sign_of_life` is called for
     each batch.
 
-    `model` carries TRL's fused LM head, which gives log-probabilities without building logits.
+    `model` has TRL's fused LM head, which computes log-probabilities without building logits.
     """
     share = share_rows(list_lengths(rows), batch_size, accelerator)
     scored: list[tuple[int, RowScore]] = []

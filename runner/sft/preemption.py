@@ -57,7 +57,7 @@ class Preemption:
             self._is_training = True
 
     def end_training(self, step: int) -> None:
-        """Stop if the ranks agreed to, or if this rank was asked to although training has finished;
+        """Stop if the ranks agreed to, or if a request came although training has just finished;
         the next attempt then computes the scores.
 
         Raises:

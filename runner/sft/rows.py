@@ -124,7 +124,7 @@ class RowStore:
     @cached_property
     def _parts(self) -> dict[str, Any]:
         parts = build_parts(self._context.recipe, self._tokenizer, self._context.contents)
-        assert parts is not None, "else nobody would look for an entry"
+        assert parts is not None, "otherwise no entry is looked up"
         return parts
 
     def write(self, raw: RawSplits) -> Entry:

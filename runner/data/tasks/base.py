@@ -303,7 +303,7 @@ class Leftovers:
         self._task = task
         self._used = used
         self._harmless = {*NEUTRAL_COLUMNS, *task.BOOKKEEPING}
-        self._refused: dict[str, str] = {}  # name -> where it was found first
+        self._refused: dict[str, str] = {}  # name -> its first place
         self._num_rows: Counter[str] = Counter()
 
     def add(self, where: str, names: Iterable[str]) -> None:

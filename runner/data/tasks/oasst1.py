@@ -259,7 +259,7 @@ class _Forest:
             self._children.setdefault(message.parent_id, []).append(message)
 
     def walk(self, root: TreeMessage) -> list[TreePath]:
-        """The paths through one tree; counts what they leave out."""
+        """The paths through one tree; counts the messages that they leave out."""
         below = self._list_below(root)
         if (reason := self._why_no_tree(root)) is not None:
             self._left_out[reason] += len(below)

@@ -65,8 +65,8 @@ class PromptCompletionTask(PromptTask):
         names = list_placeholders(self.prompt)
         if not names:
             raise ValueError(
-                "`prompt` holds no column in braces, such as {question}: all rows would ask the"
-                " same; for a text that stands before all prompts set `system`"
+                "`prompt` holds no column in braces, such as {question}: all rows would have the"
+                " same prompt; for a text before all prompts set `system`"
             )
         if self.prompt_column not in (_PROMPT_COLUMN, *names):
             raise ValueError(
