@@ -99,7 +99,7 @@ class LeftOut:
         for name in self.unknown:
             lines.append(f"nothing for `{name}` in `data.ignore`: no row has it")
         if self.num_left_out_by_group:
-            lines.append(f"{self.num_left_out_by_group} rows with a group in another split")
+            lines.append(f"{self.num_left_out_by_group} rows whose group is in another split")
         if self.num_duplicates:
             lines.append(f"{self.num_duplicates} duplicate rows")
         return lines

@@ -70,7 +70,7 @@ def list_editable() -> list[str]:
                 is_editable = load_json(path)["dir_info"].get("editable", False)
             except (KeyError, AttributeError):  # from an archive, or a commit
                 continue
-            except (CorruptFileError, OSError, TypeError):  # unknown, so assume the worst
+            except (CorruptFileError, OSError, TypeError):  # unknown, so it counts as editable
                 is_editable = True
             if is_editable:
                 names.add(path.parent.name.partition("-")[0].replace("_", "-"))

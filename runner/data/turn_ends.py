@@ -42,10 +42,9 @@ def find_end(template: ChatTemplate, turn: TurnText) -> tuple[int, str | None]:
     """The number of characters of `turn.own` that belong to the turn, and the special token that
     ends it; None as token if plain text ends the turn.
 
-    The token is the last one that the rendering has in common with another rendering, in which the
-    conversation stops here instead of continuing, or the reverse. The text after it is a separator,
-    the end of the whole text, or the next header. A token that is known to stop the model takes
-    precedence.
+    The token is the last one that two renderings have in common: one in which the conversation
+    stops after the turn, and one in which it continues. The text after it is a separator, the end
+    of the whole text, or the next header. A token that is known to stop the model takes precedence.
 
     Raises: MaskError, if nothing ends the turn, or the end is ambiguous.
     """

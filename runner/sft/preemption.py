@@ -132,8 +132,8 @@ class Preemption:
 
 
 def _leave(record: Callable[[Failure], None], failure: Failure) -> None:
-    """End the process, even if the reason cannot be written, because the watching thread ends
-    here.
+    """End the process, even if the reason cannot be written: an error would otherwise end the
+    watching thread, and nothing would react to signals.
     """
     try:
         record(failure)

@@ -110,7 +110,7 @@ class Recorder:
         except CorruptFileError as error:
             raise DataError(
                 f"{error.message}: it is unknown on which rows the checkpoint was trained",
-                hint="`runner launch RECIPE --fresh` moves the run aside and starts again",
+                hint="`runner launch RECIPE --fresh` moves the run aside and starts from step 0",
             ) from None
         if before is None:
             print(f"warning: there is no {path}: the rows are assumed unchanged", flush=True)
@@ -122,7 +122,7 @@ class Recorder:
                 f"the rows differ from {path}, on which the checkpoint was trained:\n{shown}",
                 hint=(
                     "something outside the recipe has changed, such as a library or a data set on"
-                    " the hub: restore it, or start again with `runner launch RECIPE --fresh`"
+                    " the hub: restore it, or start from step 0 with `runner launch RECIPE --fresh`"
                 ),
             )
 
@@ -355,7 +355,7 @@ class Recorder:
             shown = "\n".join(f"  {line}" for line in lines)
             raise CorruptFileError(
                 f"the result differs from what {path} adds up to:\n{shown}",
-                hint="`runner launch RECIPE --fresh` moves the run aside and starts again",
+                hint="`runner launch RECIPE --fresh` moves the run aside and starts from step 0",
             )
 
     def export_model(self, trainer: Trainer, best_step: int) -> None:

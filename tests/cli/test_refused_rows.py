@@ -84,7 +84,7 @@ COLUMNS: Final = [
     ),
     Case(
         [{"prompt": "a", "chosen": "b", "rejected": "c", "completion": "b"}],
-        ("the column `chosen`", "the column `rejected`", "pairs of preferences"),
+        ("the column `chosen`", "the column `rejected`", "preference pairs"),
         "{name: prompt_completion}",
     ),
     Case(

@@ -133,4 +133,4 @@ def test_an_end_of_turn_is_a_token(tiny_model: TinyModel) -> None:
     for text in ("<|never|>", "<eos><eos>"):
         with pytest.raises(DataError, match=r"`model.end_of_turn` .* is not a token of") as caught:
             load(text)
-        assert "its end of a text is '<eos>'" in str(caught.value)
+        assert "its end-of-text token is '<eos>'" in str(caught.value)
