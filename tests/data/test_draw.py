@@ -1,5 +1,5 @@
-"""Which rows train, select and report: disjoint, nested, independent of file order, format, prompt
-and training seed.
+"""The rows that train, select and report: disjoint, nested, independent of file order, format,
+prompt and training seed.
 """
 
 from __future__ import annotations

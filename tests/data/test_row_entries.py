@@ -372,7 +372,7 @@ def test_versions_and_sources_are_parts_of_the_name(here: Project, tmp_path: Pat
 
 
 def test_all_source_that_rows_pass_through_is_hashed() -> None:
-    """What `data` imports, at any distance, is in a package that is hashed, or at the top."""
+    """Every module that `data` imports, even indirectly, is in a hashed package or at the top."""
     reached, left = {"data", "data.tasks"}, ["data", "data.tasks"]
     while left:
         package = left.pop()

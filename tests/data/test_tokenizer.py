@@ -1,4 +1,4 @@
-"""Which pad token each policy gives, never eos; and the format that chats are written in."""
+"""The pad token under each policy, which is never eos, and the format of chats."""
 
 from __future__ import annotations
 

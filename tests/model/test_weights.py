@@ -1,5 +1,5 @@
-"""What a run leaves in `model/`: it stops where a turn ends, and holds every tensor that it needs
-to load again.
+"""The model that a run leaves in `model/`: it stops at the end of a turn, and has every tensor that
+it needs to load again.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class Place:
         base: AskedBase = "shared",
         wait_seconds: float | None = None,
     ) -> BaseScores:
-        """What a run gets that would compute `scores`."""
+        """The scores that a run gets if it would compute `scores` itself."""
         scores = scores or make_scores()
 
         def compute() -> BaseScores:
@@ -508,7 +508,7 @@ def find_marker(place: Place) -> Path:
 
 
 def test_who_waited_for_such_scores_lets_the_next_one_go_on_at_once(place: Place) -> None:
-    """Where the first run says so while another one waits for it, that one holds no lock."""
+    """A run that waits while the first one finds that scores cannot be shared holds no lock."""
     obtain_unlike(place, "a")
     marker = find_marker(place)
     folder = marker.with_suffix("")

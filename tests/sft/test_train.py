@@ -1,5 +1,5 @@
-"""What a finished run holds, for five model families, full fine-tunes and LoRA: results, scores and
-loadable models.
+"""The contents of a finished run, for five model families, full fine-tunes and LoRA: results,
+scores and loadable models.
 """
 
 from __future__ import annotations
